@@ -1,0 +1,14 @@
+"""admfast: the ADM diffusion models (ADM, ADM-G, ADM-U), exact and fast.
+
+pipe = admfast.load("digits32")
+images = pipe.sample(classes=range(10), seeds=range(10), steps=50)   # uint8 [10, 32, 32, 1]
+"""
+
+from admfast.errors import AdmfastError
+from admfast.models import Classifier, UNet, Upsampler
+from admfast.pipeline import Pipeline
+from admfast.solvers import SOLVERS
+from admfast.systems import load
+
+__version__ = "0.1.0"
+__all__ = ["SOLVERS", "AdmfastError", "Classifier", "Pipeline", "UNet", "Upsampler", "__version__", "load"]

@@ -1,0 +1,46 @@
+"""Exceptions shared by every floor, and the one way their text is written.
+
+A user error names the argument, its value and what is allowed, in one line; the command line prints
+that line and exits with status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AdmfastError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class InvalidArgument(AdmfastError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class CheckpointError(AdmfastError):
+    """A weights file is missing, damaged, unsafe, or does not fit the network it is loaded into."""
+
+
+class NonFiniteError(AdmfastError, FloatingPointError):
+    """A layer produced NaN or infinity; the message names the first such layer."""
+
+
+class OutputError(AdmfastError, OSError):
+    """A result could not be written; nothing that was already there has been changed."""
+
+
+class Unavailable(AdmfastError, RuntimeError):
+    """An implementation or device that was asked for by name can't be used here; the message says why."""
+
+
+def invalid(name: str, value: object, allowed: str) -> InvalidArgument:
+    """Return the error `NAME=VALUE: ALLOWED` for an argument with a value that is not allowed."""
+    return InvalidArgument(f"{name}={value!r}: {allowed}")
+
+
+def nearest(value: str, names: Iterable[str], count: int = 3) -> str:
+    """Return `nearest: a, b` with the names closest to `value`, or `one of: ...` where none is close."""
+    known = list(names)
+    close = difflib.get_close_matches(value, known, n=count, cutoff=0.5)
+    return "nearest: " + ", ".join(close) if close else "one of: " + ", ".join(known)
