@@ -1,0 +1,36 @@
+"""Floor 1: the fused operators, one file each: public function, reference, autograd, implementations."""
+
+from admfast.ops.attention import attention, attention_ref
+from admfast.ops.dispatch import TABLES, Implementation, OpTable
+from admfast.ops.group_norm import group_norm_silu, group_norm_silu_ref
+from admfast.ops.noise import Stream, as_seeds, normal, normal_ref
+from admfast.ops.sampler_step import (
+    Clip,
+    PackedTable,
+    Row,
+    SamplerState,
+    pack,
+    sampler_step,
+    sampler_step_ref,
+)
+
+__all__ = [
+    "TABLES",
+    "Clip",
+    "Implementation",
+    "OpTable",
+    "PackedTable",
+    "Row",
+    "SamplerState",
+    "Stream",
+    "as_seeds",
+    "attention",
+    "attention_ref",
+    "group_norm_silu",
+    "group_norm_silu_ref",
+    "normal",
+    "normal_ref",
+    "pack",
+    "sampler_step",
+    "sampler_step_ref",
+]

@@ -1,0 +1,375 @@
+"""One update of any solver: a row of coefficients, the network's output, the guidance gradient and noise.
+
+With `out` the mean part of the network's output, `v` its variance channels, `g` the guidance gradient and `z`
+noise, a row computes
+
+    o = out + mix * (out - out2)                       (out2: a second network; mix = 0 without one)
+    x0 = clip(k_x x + k_out o + k_pre g) + k_post g
+    log_var = l0 + l1 v,  sigma = exp(log_var / 2)
+    x_next = a x + a_s s + b x0 + c1 h1 + c2 h2 + c3 h3 + k_mean sigma^2 g + k_z sigma z
+
+where s is a saved point and h1, h2, h3 are the last x0 that were pushed, newest first. Afterwards s takes x
+where the row says `save`, and x0 is pushed where it says `push`. Every linear solver, its guidance and its
+noise is a table of such rows (see `admfast.solvers`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.errors import invalid
+from admfast.ops import native
+from admfast.ops.dispatch import Implementation, OpTable
+from admfast.ops.noise import Stream, check_counter, normal_ref
+
+HISTORY = 3
+
+
+class Clip(IntEnum):
+    """What of x0 is limited to [-1, 1]."""
+
+    NONE = 0
+    USED = 1  # the x0 of the update and of the report
+    REPORTED = 2  # only the reported (and pushed) x0: the published previous-x update
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a solver's table; names as in the module's formula.
+
+    `t_net` and `t_clf` are the timesteps that the network and the guidance see. `index` is the step's index
+    in the respaced schedule, for reports.
+    """
+
+    t_net: float
+    t_clf: float
+    k_x: float = 0.0
+    k_out: float = 0.0
+    k_pre: float = 0.0
+    k_post: float = 0.0
+    l0: float = 0.0
+    l1: float = 0.0
+    a: float = 0.0
+    a_s: float = 0.0
+    b: float = 0.0
+    c1: float = 0.0
+    c2: float = 0.0
+    c3: float = 0.0
+    k_mean: float = 0.0
+    k_z: float = 0.0
+    mix: float = 0.0
+    clip: Clip = Clip.USED
+    save: bool = False
+    push: bool = False
+    index: int = 0
+
+
+# Columns of the packed table, in order. History is addressed by slot of a ring (`pack` turns ages into
+# slots), so that nothing moves in memory; `push_slot` is -1 where the row doesn't push.
+COLUMNS = (
+    "k_x", "k_out", "k_pre", "k_post", "l0", "l1", "a", "a_s", "b", "d0", "d1", "d2", "k_mean", "k_z", "mix",
+    "clip", "save", "push_slot",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """The rows of a solver as columns: `host` in float64, `device` rounded once and uploaded once."""
+
+    host: Tensor  # [rows, len(COLUMNS)] float64 on the CPU
+    device: Tensor  # [rows, len(COLUMNS)] in the state's dtype, on its device
+
+    def __len__(self) -> int:
+        return self.host.shape[0]
+
+    @functools.cached_property
+    def used(self) -> tuple[frozenset[str], ...]:
+        """For every row the columns that it uses: those that aren't 0, and push_slot where it pushes."""
+        absent = torch.zeros(len(COLUMNS), dtype=torch.float64)
+        absent[COLUMNS.index("push_slot")] = -1
+        return tuple(
+            frozenset(name for name, there in zip(COLUMNS, row, strict=True) if there)
+            for row in (self.host != absent).tolist()
+        )
+
+
+def pack(
+    rows: Sequence[Row], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> PackedTable:
+    """Turn rows into the table that the update reads; the only upload of a solver's coefficients."""
+    table = torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64)
+    pushed = 0
+    for i, row in enumerate(rows):
+        values = dataclasses.asdict(row)
+        for age, coefficient in enumerate((row.c1, row.c2, row.c3), start=1):
+            if coefficient and age > pushed:
+                raise invalid(
+                    f"rows[{i}].c{age}", coefficient, f"0: only {pushed} x0 were pushed before this row"
+                )
+            if age <= min(pushed, HISTORY):
+                values[f"d{(pushed - age) % HISTORY}"] = coefficient
+        values["push_slot"] = pushed % HISTORY if row.push else -1
+        pushed += row.push
+        table[i] = torch.tensor([float(values.get(name, 0.0)) for name in COLUMNS], dtype=torch.float64)
+    return PackedTable(table, table.to(device=device, dtype=dtype))
+
+
+@dataclass
+class SamplerState:
+    """What a solver carries from row to row.
+
+    x: [N, C, *spatial], contiguous, float32 (float64 with the reference). x0: the same, the last reported x0.
+    saved: the same, for tables that save. history: [3, N, C, *spatial], for tables that push.
+    """
+
+    x: Tensor
+    x0: Tensor
+    saved: Tensor | None = None
+    history: Tensor | None = None
+
+    @classmethod
+    def start(cls, x: Tensor, rows: Sequence[Row]) -> SamplerState:
+        """A state that begins at (a copy of) `x`, with the buffers that the rows use."""
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        saved = torch.zeros_like(x) if any(row.save or row.a_s for row in rows) else None
+        history = x.new_zeros((HISTORY, *x.shape)) if any(row.push for row in rows) else None
+        return cls(x, torch.zeros_like(x), saved, history)
+
+
+def sampler_step_ref(
+    state: SamplerState,
+    out: Tensor,
+    table: PackedTable,
+    row: int | Tensor,
+    *,
+    out2: Tensor | None = None,
+    grad: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_row: int | Tensor | None = None,
+    stream: int = Stream.STEPS,
+) -> None:
+    """Reference of `sampler_step` in plain PyTorch, in the dtype of `state.x`."""
+    x, channels = state.x, state.x.shape[1]
+    if not 0 <= int(row) < len(table):
+        raise invalid("row", int(row), f"0 to {len(table) - 1}")
+    k = dict(zip(COLUMNS, table.host[int(row)].tolist(), strict=True))
+    o = out.to(x.dtype)
+    if out2 is not None:
+        o = o + k["mix"] * (o - out2.to(x.dtype))
+    mean_part = o[:, :channels]
+    g = None if grad is None else grad.to(x.dtype)
+    x0 = k["k_x"] * x + k["k_out"] * mean_part
+    if g is not None and k["k_pre"]:
+        x0 = x0 + k["k_pre"] * g
+    reported = x0.clamp(-1, 1) if k["clip"] else x0
+    x0 = reported if k["clip"] == Clip.USED else x0
+    if g is not None and k["k_post"]:
+        x0, reported = x0 + k["k_post"] * g, reported + k["k_post"] * g
+    x_next = k["a"] * x + k["b"] * x0
+    if k["a_s"]:
+        assert state.saved is not None
+        x_next = x_next + k["a_s"] * state.saved
+    for slot in range(HISTORY):
+        if k[f"d{slot}"]:
+            assert state.history is not None
+            x_next = x_next + k[f"d{slot}"] * state.history[slot]
+    if k["k_mean"] or k["k_z"]:
+        # l0 is -inf where the variance is zero: exp gives the zero.
+        log_var = k["l0"] + k["l1"] * o[:, channels:] if k["l1"] else torch.full_like(x, k["l0"])
+        if g is not None and k["k_mean"]:
+            x_next = x_next + k["k_mean"] * torch.exp(log_var) * g
+        if k["k_z"]:
+            if noise is None:
+                assert seeds is not None
+                noise = normal_ref(seeds, tuple(x.shape[1:]), row if noise_row is None else noise_row, stream)
+            x_next = x_next + k["k_z"] * torch.exp(0.5 * log_var) * noise.to(x.dtype)
+    if k["save"]:
+        assert state.saved is not None
+        state.saved.copy_(x)
+    if k["push_slot"] >= 0:
+        assert state.history is not None
+        state.history[int(k["push_slot"])].copy_(reported)
+    state.x.copy_(x_next)
+    state.x0.copy_(reported)
+
+
+def sampler_step(
+    state: SamplerState,
+    out: Tensor,
+    table: PackedTable,
+    row: int | Tensor,
+    *,
+    out2: Tensor | None = None,
+    grad: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    noise_row: int | Tensor | None = None,
+    stream: int = Stream.STEPS,
+    impl: str | None = None,
+) -> None:
+    """Advance `state` by row `row` of `table`, in place, by the formula at the top of this module.
+
+    Args:
+        state: x, x0 and, where the table uses them, saved point and history; written in place.
+        out: the network's output [N, C or 2C, *spatial], any strides, float16 to float32 (float64: the
+            reference); 2C channels where the row reads a variance (l1).
+        table: `pack(rows, device, dtype)` for the device and dtype of x.
+        row: which row, an int or an integer tensor of one element on the device of x (which the reference
+            has to read back).
+        out2: output of a second network, like `out`.
+        grad: guidance gradient [N, C, *spatial] without loss scale; None is no guidance.
+        seeds: [N] int64 (see `as_seeds`): noise is made here (contract of `admfast.ops.noise`); not needed by
+            a row without noise.
+        noise: [N, C, *spatial] used instead of made.
+        noise_row: row counter of the noise where it isn't `row`.
+        stream: stream of the noise.
+        impl: name of an implementation (see `admfast info`); None chooses.
+
+    Raises:
+        InvalidArgument: for shapes, dtypes or devices that don't fit, a row that needs noise, a saved point
+            or history and gets none, or a row outside the table. A row in a device's memory isn't read: it
+            needs what any row of the table needs.
+
+    Computes in the dtype of `state.x`. Not differentiable (`pipe.predict` is the differentiable door).
+    """
+    used = _check_row(state, table, row)
+    _check_state(state, used)
+    _check_inputs(state.x, used, out, out2, grad, seeds, noise)
+    check_counter("noise_row", noise_row)
+    check_counter("stream", stream)
+    options: dict[str, Any] = dict(
+        out2=out2, grad=grad, seeds=seeds, noise=noise, noise_row=noise_row, stream=int(stream)
+    )
+    entry = TABLE.choose(impl, state, out, table, row, **options)
+    with torch.no_grad():
+        entry.forward(state, out, table, row, **options)
+
+
+def _check_row(state: SamplerState, table: PackedTable, row: int | Tensor) -> frozenset[str]:
+    """Refuse a table or row that can't run; return the columns used by the row (by any, if it isn't read)."""
+    x = state.x
+    if (table.device.dtype, table.device.device) != (x.dtype, x.device):
+        given = (table.device.dtype, str(table.device.device))
+        raise invalid("table", given, f"packed for the state's {x.dtype} on {x.device}")
+    number: int | None = None
+    if not isinstance(row, Tensor):
+        try:
+            number = operator.index(row)
+        except TypeError:
+            raise invalid("row", row, "an integer, or an integer tensor of one element") from None
+    elif row.numel() != 1 or row.dtype not in (torch.int32, torch.int64) or row.device != x.device:
+        raise invalid("row", (tuple(row.shape), row.dtype, str(row.device)), f"one integer on {x.device}")
+    elif row.device.type == "cpu":
+        number = int(row)
+    if number is not None and not 0 <= number < len(table):
+        raise invalid("row", number, f"0 to {len(table) - 1}")
+    return frozenset().union(*table.used) if number is None else table.used[number]
+
+
+def _check_state(state: SamplerState, used: frozenset[str]) -> None:
+    """Refuse, by name, buffers that aren't there or aren't like x."""
+    x = state.x
+    if x.dim() < 3 or not x.is_contiguous():
+        raise invalid("state.x", tuple(x.shape), "a contiguous [N, C, *spatial]")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise invalid("state.x.dtype", x.dtype, "float32, or float64 with the reference")
+    if state.saved is None and used & {"a_s", "save"}:
+        raise invalid("state.saved", None, "a buffer like x: the row uses a saved point")
+    if state.history is None and used & {"d0", "d1", "d2", "push_slot"}:
+        raise invalid("state.history", None, f"a buffer [{HISTORY}, *x.shape]: the row uses history")
+    shape = tuple(x.shape)
+    buffers = (
+        (state.x0, "x0", shape),
+        (state.saved, "saved", shape),
+        (state.history, "history", (HISTORY, *shape)),
+    )
+    for buffer, name, allowed in buffers:
+        if buffer is None:
+            continue
+        if (tuple(buffer.shape), buffer.dtype, buffer.device) != (allowed, x.dtype, x.device):
+            given = (tuple(buffer.shape), buffer.dtype, str(buffer.device))
+            raise invalid(f"state.{name}", given, f"{allowed}, {x.dtype} on {x.device}")
+        if not buffer.is_contiguous():
+            raise invalid(f"state.{name}", buffer.stride(), "contiguous")
+
+
+def _check_inputs(
+    x: Tensor,
+    used: frozenset[str],
+    out: Tensor,
+    out2: Tensor | None,
+    grad: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+) -> None:
+    """Refuse, by name, inputs that don't fit x or the row; reads nothing back from a device."""
+    n, channels, *spatial = x.shape
+    allowed = [(n, 2 * channels, *spatial)] if "l1" in used else [(n, k * channels, *spatial) for k in (1, 2)]
+    if tuple(out.shape) not in allowed:
+        raise invalid("out.shape", tuple(out.shape), " or ".join(map(str, allowed)))
+    if out2 is not None and (out2.shape, out2.dtype) != (out.shape, out.dtype):
+        raise invalid(
+            "out2", (tuple(out2.shape), out2.dtype), f"{tuple(out.shape)} and {out.dtype}, like out"
+        )
+    for name, value in (("grad", grad), ("noise", noise)):
+        if value is not None and value.shape != x.shape:
+            raise invalid(f"{name}.shape", tuple(value.shape), f"{tuple(x.shape)}")
+    if seeds is None:
+        if noise is None and "k_z" in used:
+            raise invalid("seeds", None, f"int64 [{n}], or give noise: the row uses it")
+    elif tuple(seeds.shape) != (n,) or seeds.dtype != torch.int64:
+        raise invalid("seeds", (tuple(seeds.shape), seeds.dtype), f"int64 [{n}]")
+    inputs = {"out": out, "out2": out2, "grad": grad, "noise": noise, "seeds": seeds}
+    for name, given in inputs.items():
+        if given is None:
+            continue
+        if given.device != x.device:
+            raise invalid(f"{name}.device", str(given.device), f"{x.device}, where the state is")
+        if name != "seeds" and not given.dtype.is_floating_point:
+            raise invalid(f"{name}.dtype", given.dtype, "a floating dtype")
+
+
+def _native_supports(
+    state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any
+) -> str | None:
+    """Reason against the C++ implementation for this call."""
+    if state.x.device.type != "cpu":
+        return f"x is on {state.x.device.type}"
+    if state.x.dtype != torch.float32:
+        return f"x is {state.x.dtype}, it computes in float32"
+    if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"out is {out.dtype}"
+    return None
+
+
+def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any) -> None:
+    row_index = row if isinstance(row, Tensor) else torch.tensor([row], dtype=torch.int64)
+    noise_row, seeds = options["noise_row"], options["seeds"]
+    if noise_row is None:
+        noise_row = row_index
+    elif not isinstance(noise_row, Tensor):
+        noise_row = torch.tensor([noise_row], dtype=torch.int64)
+    native.ops().sampler_step_(
+        state.x, state.x0, state.saved, state.history, out, options["out2"], options["grad"],
+        None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_index, noise_row,
+        options["stream"],
+    )  # fmt: skip
+
+
+TABLE = OpTable(
+    "sampler_step",
+    [
+        Implementation("cpp", _native, native.reason_missing, _native_supports),
+        Implementation("reference", sampler_step_ref),
+    ],
+)
