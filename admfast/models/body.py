@@ -1,0 +1,103 @@
+"""What the UNet and the classifier share: time MLP, down path, middle block, conversion to half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from admfast.errors import invalid
+from admfast.models.config import NetConfig
+from admfast.models.layers import AttentionBlock, Downsample, ResBlock, TimestepEmbedSequential, conv_nd
+
+
+def time_mlp(model_channels: int) -> nn.Sequential:
+    """Linear, SiLU, Linear from the sinusoidal embedding to the width of the embedding projections."""
+    width = 4 * model_channels
+    return nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
+    """The input blocks (stem first), and the channels that each of them puts out."""
+    widths, attended = config.widths(), config.levels_with_attention()
+    channels = widths[0]
+    blocks = nn.ModuleList(
+        [TimestepEmbedSequential(conv_nd(config.dims, in_channels, channels, 3, padding=1))]
+    )
+    outputs = [channels]
+    for level, width in enumerate(widths):
+        for _ in range(config.num_res_blocks):
+            layers: list[nn.Module] = [res_block(config, channels, width)]
+            channels = width
+            if attended[level]:
+                layers.append(attention_block(config, channels))
+            blocks.append(TimestepEmbedSequential(*layers))
+            outputs.append(channels)
+        if level != len(widths) - 1:
+            blocks.append(TimestepEmbedSequential(_down_block(config, channels)))
+            outputs.append(channels)
+    return blocks, outputs
+
+
+def middle_block(config: NetConfig) -> TimestepEmbedSequential:
+    """Residual block, attention (always), residual block at the lowest resolution."""
+    channels = config.widths()[-1]
+    return TimestepEmbedSequential(
+        res_block(config, channels, channels),
+        attention_block(config, channels),
+        res_block(config, channels, channels),
+    )
+
+
+def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) -> None:
+    """Refuse, by name, images that aren't [N, channels, *spatial] and timesteps that aren't [N]."""
+    if x.dim() != config.dims + 2 or x.shape[1] != channels:
+        raise invalid(
+            "x.shape", tuple(x.shape), f"[N, {channels}, ...] with {config.dims} spatial dimensions"
+        )
+    if timesteps.shape != x.shape[:1]:
+        raise invalid("timesteps.shape", tuple(timesteps.shape), f"one for each image, ({x.shape[0]},)")
+
+
+def dtype_of(blocks: nn.Module) -> torch.dtype:
+    """The dtype in which `blocks` compute: that of their first parameter."""
+    return next(blocks.parameters()).dtype
+
+
+def convert_convolutions(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Cast the weights and biases of every convolution in `parts` to `dtype`, in place."""
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                module.to(dtype)
+
+
+def res_block(
+    config: NetConfig, channels: int, out_channels: int, up: bool = False, down: bool = False
+) -> ResBlock:
+    """A residual block with the options of `config`."""
+    return ResBlock(
+        channels,
+        4 * config.model_channels,
+        config.dropout,
+        out_channels=out_channels,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+        dims=config.dims,
+        use_checkpoint=config.use_checkpoint,
+        up=up,
+        down=down,
+    )
+
+
+def attention_block(config: NetConfig, channels: int, up_path: bool = False) -> AttentionBlock:
+    """An attention block with the options of `config`."""
+    heads = config.heads(channels, up_path)
+    return AttentionBlock(channels, heads, config.use_new_attention_order, config.use_checkpoint)
+
+
+def _down_block(config: NetConfig, channels: int) -> nn.Module:
+    """What halves the resolution after a level of the down path."""
+    if config.resblock_updown:
+        return res_block(config, channels, channels, down=True)
+    return Downsample(channels, config.conv_resample, dims=config.dims)

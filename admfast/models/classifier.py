@@ -1,0 +1,109 @@
+"""The noisy-image classifier that guides ADM-G: the down half of a UNet with one of four pools."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from admfast.models.body import (
+    check_input,
+    convert_convolutions,
+    down_path,
+    dtype_of,
+    middle_block,
+    time_mlp,
+)
+from admfast.models.config import ClassifierConfig
+from admfast.models.layers import AttentionPool2d, Norm, conv_nd, timestep_embedding, zeroed
+
+HIDDEN = 2048  # width of the hidden layer of the spatial pools
+
+
+class Classifier(nn.Module):
+    """Class logits of a noisy image (Dhariwal & Nichol 2021, section 4); parameters named as released.
+
+    Pools: "adaptive" (GN, SiLU, mean, 1x1 convolution), "attention" (GN, SiLU, attention pool), "spatial" and
+    "spatial_v2" (means of every block's output, concatenated, through a two-layer perceptron).
+    """
+
+    def __init__(self, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        self.time_embed = time_mlp(config.model_channels)
+        self.input_blocks, outputs = down_path(config, config.in_channels)
+        self.middle_block = middle_block(config)
+        channels = config.widths()[-1]
+        self.out = _head(config, channels, feature_size=sum(outputs) + channels)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Return logits [N, classes] (dtype of x) at x [N, C, *spatial] and timesteps [N]; differentiable.
+
+        Raises InvalidArgument for shapes that don't fit.
+        """
+        config = self.config
+        check_input(config, config.in_channels, x, timesteps)
+        emb = timestep_embedding(timesteps, config.model_channels)
+        emb = self.time_embed(emb.to(dtype_of(self.time_embed)))
+        spatial, wide = config.pool.startswith("spatial"), dtype_of(self.out)
+        means = []
+        h = x.to(self.torso_dtype)
+        for block in self.input_blocks:
+            h = block(h, emb)
+            if spatial:
+                means.append(h.to(wide).flatten(2).mean(dim=2))
+        h = self.middle_block(h, emb).to(wide)
+        if spatial:
+            means.append(h.flatten(2).mean(dim=2))
+            return self.out(torch.cat(means, dim=1)).to(x.dtype)
+        h = self.out[0](h, silu=True)
+        for layer in list(self.out)[2:]:
+            h = layer(h)
+        return h.to(x.dtype)
+
+    @property
+    def torso_dtype(self) -> torch.dtype:
+        """The dtype in which the input and middle blocks run."""
+        return dtype_of(self.input_blocks)
+
+    def convert_torso(self, dtype: torch.dtype) -> Self:
+        """Run the input and middle blocks in `dtype`, in place (the published half-precision recipe)."""
+        convert_convolutions((self.input_blocks, self.middle_block), dtype)
+        return self
+
+
+class _NormOfFeatures(Norm):
+    """The same norm over a feature vector [N, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x[:, :, None])[:, :, 0]
+
+
+def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequential:
+    """The pool and what follows it, with the published positions of the parameters."""
+    if config.pool == "adaptive":
+        return nn.Sequential(
+            Norm(channels),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d((1, 1)),
+            zeroed(conv_nd(config.dims, channels, config.out_channels, 1)),
+            nn.Flatten(),
+        )
+    if config.pool == "attention":
+        side = config.image_size // config.pool_ds()
+        return nn.Sequential(
+            Norm(channels),
+            nn.SiLU(),
+            AttentionPool2d(side, channels, config.num_head_channels, config.out_channels),
+        )
+    if config.pool == "spatial":
+        return nn.Sequential(
+            nn.Linear(feature_size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, config.out_channels)
+        )
+    return nn.Sequential(
+        nn.Linear(feature_size, HIDDEN),
+        _NormOfFeatures(HIDDEN),
+        nn.SiLU(),
+        nn.Linear(HIDDEN, config.out_channels),
+    )

@@ -1,0 +1,311 @@
+"""Configurations of the three network families, and how the published command-line flags make them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from admfast.errors import invalid, nearest
+
+Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
+POOLS: tuple[Pool, ...] = ("adaptive", "attention", "spatial", "spatial_v2")
+
+# Multipliers that the published flags imply for an image size; the 512 upsampler uses those of 256.
+DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
+GROUPS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetConfig:
+    """What the UNet, the upsampler and the classifier have in common; names as in the published constructors.
+
+    Attributes:
+        image_size: side of the (square) training image in pixels; the networks also run on other sizes.
+        in_channels: image channels (of one image: the upsampler doubles them itself).
+        model_channels: base width; level l has `int(channel_mult[l] * model_channels)` channels.
+        out_channels: channels of the output, or classes of a classifier.
+        num_res_blocks: residual blocks a level.
+        attention_resolutions: downsampling factors (not image sides) at which attention is applied.
+        dropout: probability, in residual blocks, before their second convolution.
+        channel_mult: width multipliers, one a level, highest resolution first.
+        conv_resample: resample by convolutions (else nearest and average); no effect with `resblock_updown`.
+        dims: 1, 2 or 3 spatial dimensions.
+        use_checkpoint: recompute blocks in the backward pass instead of storing their activations.
+        num_heads: attention heads, where `num_head_channels` is -1.
+        num_head_channels: channels a head, or -1.
+        num_heads_upsample: heads in the up path, or -1 for `num_heads`; no effect with `num_head_channels`.
+        use_scale_shift_norm: the embedding scales and shifts the second norm (else it is added before it).
+        resblock_updown: resample inside residual blocks.
+        use_new_attention_order: qkv rows are [3, h, d] (else the legacy [h, 3, d]).
+    """
+
+    image_size: int
+    in_channels: int = 3
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int
+    attention_resolutions: tuple[int, ...]
+    dropout: float = 0.0
+    channel_mult: tuple[float, ...] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: int = 2
+    use_checkpoint: bool = False
+    num_heads: int = 1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+
+    kind: ClassVar[str] = "net"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention_resolutions", tuple(int(ds) for ds in self.attention_resolutions))
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        for name in ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise invalid(name, value, "an integer of 1 or more")
+        if self.dims not in (1, 2, 3):
+            raise invalid("dims", self.dims, "1, 2 or 3")
+        if not 0 <= self.dropout < 1:
+            raise invalid("dropout", self.dropout, "0 or more and below 1")
+        if not self.channel_mult:
+            raise invalid("channel_mult", self.channel_mult, "one multiplier a level, at least one")
+        for mult in self.channel_mult:
+            width = int(mult * self.model_channels)
+            if width < 1 or width % GROUPS:
+                raise invalid(
+                    "channel_mult",
+                    self.channel_mult,
+                    f"every level's width must be a multiple of {GROUPS}; "
+                    f"{mult} * {self.model_channels} gives {width}",
+                )
+        for width, attended in zip(self.widths(), self.levels_with_attention(), strict=True):
+            if attended:
+                self._check_heads(width)
+        self._check_heads(self.widths()[-1])
+
+    def _check_heads(self, width: int) -> None:
+        """Heads must divide the channels of every attention block."""
+        if self.num_head_channels != -1:
+            if self.num_head_channels < 1 or width % self.num_head_channels:
+                raise invalid("num_head_channels", self.num_head_channels, f"-1, or a divisor of {width}")
+            return
+        for name, heads in (("num_heads", self.num_heads), ("num_heads_upsample", self.heads_upsample())):
+            if heads < 1 or width % heads:
+                raise invalid(name, heads, f"must divide {width} channels")
+
+    def widths(self) -> tuple[int, ...]:
+        """Channels of every level, highest resolution first."""
+        return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+
+    def levels_with_attention(self) -> tuple[bool, ...]:
+        """For every level whether its blocks are followed by attention."""
+        return tuple(2**level in self.attention_resolutions for level in range(len(self.channel_mult)))
+
+    def heads_upsample(self) -> int:
+        """Heads of the up path where heads are given by number."""
+        return self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
+
+    def heads(self, width: int, up_path: bool = False) -> int:
+        """Number of heads of an attention block with `width` channels."""
+        if self.num_head_channels != -1:
+            return width // self.num_head_channels
+        return self.heads_upsample() if up_path else self.num_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields, with `kind` ("unet", "upsampler" or "classifier") first."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(NetConfig):
+    """A diffusion UNet; `num_classes` is None for an unconditional one."""
+
+    num_classes: int | None = None
+    kind: ClassVar[str] = "unet"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_classes is not None and self.num_classes < 1:
+            raise invalid("num_classes", self.num_classes, "None, or 1 or more")
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise invalid(
+                "out_channels",
+                self.out_channels,
+                f"{self.in_channels} or, with learned variance, {2 * self.in_channels}",
+            )
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether the second half of the output is the variance channels."""
+        return self.out_channels == 2 * self.in_channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerConfig(UNetConfig):
+    """A UNet that sees, after x, a low-resolution image enlarged to its size; `in_channels` are x's alone."""
+
+    kind: ClassVar[str] = "upsampler"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(NetConfig):
+    """A noisy-image classifier (the down half of a UNet); `out_channels` is the number of classes."""
+
+    pool: Pool = "adaptive"
+    kind: ClassVar[str] = "classifier"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool not in POOLS:
+            raise invalid("pool", self.pool, nearest(str(self.pool), POOLS))
+        if self.pool == "attention" and self.num_head_channels == -1:
+            raise invalid("num_head_channels", -1, "the attention pool needs the channels of a head")
+        if self.dims != 2 and self.pool in ("adaptive", "attention"):
+            raise invalid("pool", self.pool, "with dims other than 2: 'spatial' or 'spatial_v2'")
+
+    def pool_ds(self) -> int:
+        """Downsampling factor at the pool."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+CONFIG_KINDS: dict[str, type[NetConfig]] = {
+    config.kind: config for config in (UNetConfig, UpsamplerConfig, ClassifierConfig)
+}
+
+
+def config_from_dict(fields: Mapping[str, Any]) -> NetConfig:
+    """Inverse of `to_dict`; raises InvalidArgument for an unknown kind or field, naming the nearest."""
+    fields = dict(fields)
+    kind = fields.pop("kind", None)
+    if kind not in CONFIG_KINDS:
+        raise invalid("kind", kind, nearest(str(kind), CONFIG_KINDS))
+    cls = CONFIG_KINDS[kind]
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in known:
+            raise invalid("config", name, f"no such field of a {kind}; {nearest(name, known)}")
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in fields:
+            raise invalid("config", field.name, f"a {kind} needs this field")
+    return cls(**fields)
+
+
+def parse_channel_mult(text: str | Sequence[float], image_size: int) -> tuple[float, ...]:
+    """Read "1,2,4" or "0.5,1,1" or a sequence; "" gives the published default for the image size."""
+    if not isinstance(text, str):
+        return tuple(text)
+    if not text.strip():
+        if image_size not in DEFAULT_CHANNEL_MULT:
+            raise invalid(
+                "channel_mult",
+                text,
+                f"no default for image size {image_size} (there is one for {sorted(DEFAULT_CHANNEL_MULT)})",
+            )
+        return DEFAULT_CHANNEL_MULT[image_size]
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise invalid("channel_mult", text, "numbers separated by commas, such as 0.5,1,2") from None
+    return tuple(int(value) if value.is_integer() else value for value in values)
+
+
+def parse_attention_resolutions(text: str | Sequence[int], image_size: int) -> tuple[int, ...]:
+    """Turn image sides ("32,16,8") into downsampling factors of `image_size`, as the published flags do."""
+    try:
+        sides = (
+            [int(part) for part in text.split(",") if part.strip()] if isinstance(text, str) else list(text)
+        )
+    except ValueError:
+        raise invalid(
+            "attention_resolutions", text, "image sides separated by commas, such as 32,16,8"
+        ) from None
+    if any(side < 1 for side in sides):
+        raise invalid("attention_resolutions", text, "image sides of 1 or more")
+    return tuple(image_size // side for side in sides)
+
+
+def unet_config_from_flags(
+    *,
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str | Sequence[float] = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    num_classes: int = 1000,
+    attention_resolutions: str | Sequence[int] = "16,8",
+    in_channels: int = 3,
+    **options: Any,
+) -> UNetConfig:
+    """Build the configuration that the published `create_model` flags describe.
+
+    Unlike there, `num_classes` and `in_channels` are free and multipliers may be fractions. `options` are the
+    fields of `UNetConfig` that keep their name (num_heads, dropout, use_scale_shift_norm, ...).
+    """
+    return UNetConfig(
+        image_size=image_size,
+        in_channels=in_channels,
+        model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1),
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=parse_attention_resolutions(attention_resolutions, image_size),
+        channel_mult=parse_channel_mult(channel_mult, image_size),
+        num_classes=num_classes if class_cond else None,
+        **options,
+    )
+
+
+def upsampler_config_from_flags(*, large_size: int, small_size: int, **flags: Any) -> UpsamplerConfig:
+    """Build the configuration that the published `sr_create_model` flags describe.
+
+    512 uses the multipliers of 256. `small_size` is the side of the low-resolution image; the network takes
+    any, so that it isn't kept.
+    """
+    if not 0 < small_size <= large_size:
+        raise invalid("small_size", small_size, f"1 to large_size={large_size}")
+    if flags.get("channel_mult", "") == "" and large_size == 512:
+        flags["channel_mult"] = DEFAULT_CHANNEL_MULT[256]
+    fields = dataclasses.asdict(unet_config_from_flags(image_size=large_size, **flags))
+    return UpsamplerConfig(**fields)
+
+
+def classifier_config_from_flags(
+    *,
+    image_size: int,
+    classifier_width: int = 128,
+    classifier_depth: int = 2,
+    classifier_attention_resolutions: str | Sequence[int] = "32,16,8",
+    classifier_use_scale_shift_norm: bool = True,
+    classifier_resblock_updown: bool = True,
+    classifier_pool: Pool = "attention",
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    num_head_channels: int = 64,
+    channel_mult: str | Sequence[float] = "",
+    dropout: float = 0.0,
+) -> ClassifierConfig:
+    """Build the configuration that the published `create_classifier` flags describe."""
+    return ClassifierConfig(
+        image_size=image_size,
+        in_channels=in_channels,
+        model_channels=classifier_width,
+        out_channels=num_classes,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=parse_attention_resolutions(classifier_attention_resolutions, image_size),
+        channel_mult=parse_channel_mult(channel_mult, image_size),
+        num_head_channels=num_head_channels,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+        dropout=dropout,
+    )

@@ -1,0 +1,243 @@
+"""The blocks that ADM networks are made of; parameter names are those of the released checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from admfast.errors import invalid
+from admfast.models.config import GROUPS
+from admfast.ops.attention import attention
+from admfast.ops.group_norm import group_norm_silu
+from admfast.ops.resample import avg_pool_down, nearest_up
+
+Net = TypeVar("Net", bound=nn.Module)
+
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def conv_nd(dims: int, *args: int, **kwargs: int | tuple[int, ...]) -> nn.Module:
+    """A convolution over `dims` spatial dimensions."""
+    return CONVOLUTIONS[dims](*args, **kwargs)
+
+
+def zeroed(module: Net) -> Net:
+    """Set all parameters of `module` to zero (how ADM begins its residual branches) and return it."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Compute `[cos(t f_i), sin(t f_i)]` with `f_i = max_period^(-i / half)`, `half = dim // 2`.
+
+    Source: Vaswani et al. 2017 in the order and with the divisor of the published ADM code; an odd `dim` is
+    padded with a zero. `timesteps` [N], integer or float, in the unit of the original schedule (0..999).
+    Returns [N, dim], computed in float32. Not meant to be differentiated.
+    """
+    half = dim // 2
+    # The table is made on the device: a host table would be an upload per step.
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
+    angles = timesteps[:, None].float() * frequencies[None]
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm with 32 groups and eps 1e-5 that runs as one fused op with what surrounds it."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUPS, channels, eps=1e-5)
+
+    def forward(self, x: Tensor, *, silu: bool = False, **options: Any) -> Tensor:  # type: ignore[override]
+        """`group_norm_silu` with this layer's parameters; `options` are the op's other keyword arguments."""
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **options)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, followed by a 3x3 convolution where `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
+        super().__init__()
+        self.use_conv = use_conv
+        if use_conv:
+            self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nearest_up(x)
+        return self.conv(x) if self.use_conv else x
+
+
+class Downsample(nn.Module):
+    """Halving by a 3x3 convolution of stride two, or by averaging where not `use_conv`."""
+
+    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
+        super().__init__()
+        self.use_conv = use_conv
+        stride = (1, 2, 2) if dims == 3 else 2
+        if use_conv:
+            self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
+        elif out_channels not in (None, channels):
+            raise invalid("out_channels", out_channels, f"averaging keeps the {channels} channels")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x) if self.use_conv else avg_pool_down(x)
+
+
+class ResBlock(nn.Module):
+    """`x_skip + conv(act(GN(conv(act(GN(x))), emb)))`, with optional resampling (Dhariwal & Nichol 2021).
+
+    With `use_scale_shift_norm` the projected embedding gives scale (first half) and shift (second half) of
+    the second norm, else it is added before it. `up`/`down` resample after the first norm and SiLU, and on
+    the skip. A second source `x2` stands for the concatenation `[x, x2]`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ):
+        super().__init__()
+        out_channels = out_channels or channels
+        self.use_checkpoint = use_checkpoint
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.resample = "up" if up else "down" if down else None
+        self.in_layers = nn.Sequential(
+            Norm(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            Norm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(p=dropout),
+            zeroed(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
+        )
+        if out_channels == channels:
+            self.skip_connection: nn.Module = nn.Identity()
+        elif use_conv:
+            self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
+        else:
+            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, x2: Tensor | None = None) -> Tensor:
+        return _maybe_checkpoint(self.use_checkpoint, self._forward, x, emb, x2)
+
+    def _forward(self, x: Tensor, emb: Tensor, x2: Tensor | None) -> Tensor:
+        h = self.in_layers[0](x, silu=True, resample=self.resample, x2=x2)
+        h = self.in_layers[2](h)
+        projected = self.emb_layers(emb)  # [N, C] or [N, 2C]
+        if self.use_scale_shift_norm:
+            scale, shift = projected.chunk(2, dim=1)
+            h = self.out_layers[0](h, silu=True, scale=scale, shift=shift)
+        else:
+            h = h + projected.to(h.dtype)[(...,) + (None,) * (h.dim() - 2)]
+            h = self.out_layers[0](h, silu=True)
+        h = self.out_layers[3](self.out_layers[2](h))
+        skip = x if x2 is None else torch.cat([x, x2], dim=1)
+        if self.resample == "up":
+            skip = nearest_up(skip)
+        elif self.resample == "down":
+            skip = avg_pool_down(skip)
+        return self.skip_connection(skip) + h
+
+
+class AttentionBlock(nn.Module):
+    """`x + proj_out(attention(qkv(GN(x))))` over all positions (Ho et al. 2020), tokens channels-last."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        use_new_attention_order: bool = False,
+        use_checkpoint: bool = False,
+    ):
+        super().__init__()
+        if channels % num_heads:
+            raise invalid("num_heads", num_heads, f"must divide the {channels} channels")
+        self.num_heads = num_heads
+        self.legacy_order = not use_new_attention_order
+        self.use_checkpoint = use_checkpoint
+        self.norm = Norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _maybe_checkpoint(self.use_checkpoint, self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, S, C]
+        qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
+        h = attention(qkv, self.num_heads, legacy_order=self.legacy_order)
+        h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class AttentionPool2d(nn.Module):
+    """Attend from the mean token over all positions and project (the pool of CLIP, Radford et al. 2021).
+
+    [N, C, H, W] with H*W + 1 equal to the columns of the position table -> [N, output_dim]. New qkv order.
+    """
+
+    def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int):
+        super().__init__()
+        if embed_dim % num_heads_channels:
+            raise invalid("num_heads_channels", num_heads_channels, f"must divide the {embed_dim} channels")
+        self.num_heads = embed_dim // num_heads_channels
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
+        self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
+        self.c_proj = nn.Conv1d(embed_dim, output_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)  # [N, S, C]
+        table = self.positional_embedding.t().to(tokens.dtype)
+        if tokens.shape[1] + 1 != table.shape[0]:
+            raise invalid(
+                "x.shape", tuple(x.shape), f"the attention pool was built for {table.shape[0] - 1} positions"
+            )
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + table
+        qkv = F.linear(tokens, self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias)
+        pooled = attention(qkv, self.num_heads)[:, 0]
+        return F.linear(pooled, self.c_proj.weight.squeeze(-1), self.c_proj.bias)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """A sequence whose residual blocks also get the embedding, and its first module the second source."""
+
+    def forward(self, x: Tensor, emb: Tensor, x2: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, x2)
+                x2 = None
+            else:
+                x = layer(x)
+        return x
+
+
+def _maybe_checkpoint(use_checkpoint: bool, forward: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """Run `forward`, recomputing it in the backward pass where asked for and a gradient is being recorded.
+
+    The non-reentrant form follows the graph, not the arguments, so that frozen parameters, double backward
+    and inputs that need no gradient all work. `torch.func` can't recompute: under it everything is stored.
+    """
+    if not use_checkpoint or not torch.is_grad_enabled():
+        return forward(*args)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)

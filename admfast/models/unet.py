@@ -1,0 +1,122 @@
+"""The ADM diffusion UNet."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from admfast.errors import invalid
+from admfast.models.body import (
+    attention_block,
+    check_input,
+    convert_convolutions,
+    down_path,
+    dtype_of,
+    middle_block,
+    res_block,
+    time_mlp,
+)
+from admfast.models.config import UNetConfig
+from admfast.models.layers import Norm, TimestepEmbedSequential, Upsample, conv_nd, timestep_embedding, zeroed
+
+
+class UNet(nn.Module):
+    """The UNet of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol 2021, section 3).
+
+    Parameter names, shapes and meaning equal those of the released checkpoints. `config` describes it whole.
+    """
+
+    input_copies = 1
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        emb_channels = 4 * config.model_channels
+        self.time_embed = time_mlp(config.model_channels)
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, emb_channels)
+        self.input_blocks, skip_channels = down_path(config, config.in_channels * self.input_copies)
+        self.middle_block = middle_block(config)
+        self.output_blocks = _up_path(config, skip_channels)
+        first = config.widths()[0]
+        self.out = nn.Sequential(
+            Norm(first), nn.SiLU(), zeroed(conv_nd(config.dims, first, config.out_channels, 3, padding=1))
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the output at `x`: the mean part, then the variance channels where they are learned.
+
+        Args:
+            x: [N, C, *spatial], float; every side divisible by 2^(levels - 1).
+            timesteps: [N], integer or float, in the unit of the original schedule.
+            y: [N] class indices of a class-conditional network; None otherwise.
+
+        Returns:
+            [N, out_channels, *spatial], dtype of `x`. Differentiable in x and in the parameters.
+
+        Raises:
+            InvalidArgument: for labels that are missing or not wanted, or shapes that don't fit.
+        """
+        config = self.config
+        if (y is not None) != (config.num_classes is not None):
+            wanted = "needs" if config.num_classes is not None else "takes no"
+            raise invalid("y", None if y is None else tuple(y.shape), f"this network {wanted} class labels")
+        check_input(config, config.in_channels * self.input_copies, x, timesteps)
+        factor = 2 ** (len(config.channel_mult) - 1)
+        # Of a volume only the inner two sides are halved from level to level.
+        if any(side % factor for side in x.shape[2 + (config.dims == 3) :]):
+            raise invalid("x.shape", tuple(x.shape), f"sides that {factor} divides")
+        if y is not None and y.shape != timesteps.shape:
+            raise invalid("y.shape", tuple(y.shape), f"one class for each image, {tuple(timesteps.shape)}")
+        emb = timestep_embedding(timesteps, config.model_channels)
+        emb = self.time_embed(emb.to(dtype_of(self.time_embed)))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h = x.to(self.torso_dtype)
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(h, emb, skips.pop())
+        h = h.to(dtype_of(self.out))
+        return self.out[2](self.out[0](h, silu=True)).to(x.dtype)
+
+    @property
+    def torso_dtype(self) -> torch.dtype:
+        """The dtype in which the input, middle and output blocks run."""
+        return dtype_of(self.input_blocks)
+
+    def convert_torso(self, dtype: torch.dtype) -> Self:
+        """Run the input, middle and output blocks in `dtype`, in place, rounding their convolutions once.
+
+        The published recipe for half precision: embeddings, norms and the final `out` stay as they are. Back
+        to float32 gives rounded weights, not the originals.
+        """
+        convert_convolutions((self.input_blocks, self.middle_block, self.output_blocks), dtype)
+        return self
+
+
+def _up_path(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
+    """The output blocks: at every level one block more than the down path has, each fed one of its skips."""
+    skip_channels = list(skip_channels)
+    widths, attended = config.widths(), config.levels_with_attention()
+    blocks = nn.ModuleList()
+    channels = widths[-1]
+    for level in reversed(range(len(widths))):
+        for index in range(config.num_res_blocks + 1):
+            layers: list[nn.Module] = [res_block(config, channels + skip_channels.pop(), widths[level])]
+            channels = widths[level]
+            if attended[level]:
+                layers.append(attention_block(config, channels, up_path=True))
+            if level and index == config.num_res_blocks:
+                layers.append(
+                    res_block(config, channels, channels, up=True)
+                    if config.resblock_updown
+                    else Upsample(channels, config.conv_resample, dims=config.dims)
+                )
+            blocks.append(TimestepEmbedSequential(*layers))
+    return blocks
