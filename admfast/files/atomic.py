@@ -1,0 +1,164 @@
+"""Write a file whole or not at all: a temporary name in the same folder, fsync, rename.
+
+A write that fails raises `OutputError` in one line with the path and the reason, removes its temporary file
+and leaves whatever was at the path as it was. A process that is killed can leave a file `.NAME.*.tmp` behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from admfast.errors import OutputError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the largest size allowed here",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "writing there is not permitted",
+    errno.ENAMETOOLONG: "the file name is too long",
+}
+# What a writer that was handed a path can only have met on that path.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
+    """Return `PATH: not written: REASON` for the operating system's error."""
+    folder = Path(path).parent
+    if error.errno == errno.ENOENT:
+        reason = f"the folder {folder} does not exist" if not folder.is_dir() else "a temporary file vanished"
+    elif error.errno == errno.ENOTDIR:
+        reason = f"{folder} is not a folder"
+    else:
+        reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return OutputError(f"{path}: not written: {reason}")
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file for writing that takes the place of `path` when the block ends without an exception.
+
+    The file can be written and sought (`np.savez`, `torch.save` and Pillow take it). Its mode follows the
+    umask.
+
+    Raises:
+        OutputError: if it can't be written whole; other exceptions of the block pass unchanged. In both cases
+            `path` is as it was.
+    """
+    with _replacing(path) as (descriptor, temporary):
+        raw = _RecordingFile(descriptor, "wb")
+        file = io.BufferedWriter(raw)
+        try:
+            yield cast(BinaryIO, file)
+        except BaseException:
+            # Closing flushes what is left, which fails for the reason that is being reported already.
+            with contextlib.suppress(OSError):
+                file.close()
+            if raw.error is not None:
+                raise output_error(path, raw.error) from raw.error
+            raise
+        try:
+            file.flush()
+            if raw.error is not None:  # a failed write that the block passed over
+                raise raw.error
+            os.fsync(raw.fileno())
+            file.close()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.close()
+            raise output_error(path, error) from error
+        _rename(temporary, path)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
+    """As `atomic_open`, for a writer that wants a name: yields the temporary path for it to write to."""
+    with _replacing(path) as (descriptor, temporary):
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        try:
+            yield temporary
+        except OSError as error:
+            ours = error.filename is not None and Path(os.fsdecode(error.filename)) == temporary
+            if isinstance(error, OutputError) or not (ours or error.errno in _OF_THE_DISK):
+                raise
+            raise output_error(path, error) from error
+        try:
+            # Some writers (safetensors) create the file anew, readable by its owner alone.
+            temporary.chmod(mode)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise output_error(path, error) from error
+        _rename(temporary, path)
+
+
+def write_bytes(path: str | PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all. Raises OutputError."""
+    with atomic_open(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write `text` to `path` in UTF-8, line ends as they are, whole or not at all. Raises OutputError."""
+    write_bytes(path, text.encode())
+
+
+class _RecordingFile(io.FileIO):
+    """A raw file that remembers its first failed write: some writers raise an error of their own instead."""
+
+    error: OSError | None = None
+
+    def write(self, data: object) -> int:
+        try:
+            return super().write(data)  # type: ignore[arg-type]
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+@contextlib.contextmanager
+def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
+    """Create an empty temporary file beside `path`; yield its descriptor and name; remove it in the end."""
+    target = Path(path)
+    # A rename would take the place of a device such as /dev/null, or fail late on a folder.
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OutputError(
+            f"{path}: not written: it is a {'folder' if target.is_dir() else 'device'}, not a file"
+        )
+    temporary = target.with_name(f".{target.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        yield descriptor, temporary
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, path: str | PathLike[str]) -> None:
+    """Give the finished file its name, and make the name last."""
+    try:
+        # Through a link, the file it points to is replaced, not the link.
+        os.replace(temporary, os.path.realpath(path))
+    except OSError as error:
+        raise output_error(path, error) from error
+    # Not every system can open or sync a folder; the data itself is on disk already.
+    with contextlib.suppress(OSError):
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,195 @@
+"""PNG files of uint8 images, and grids of samples with a row for every class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+from admfast.errors import invalid
+from admfast.files.atomic import atomic_open
+
+UInt8 = NDArray[np.uint8]
+
+TILE = 64  # pixels: smaller images are enlarged in a grid until their longer side has at least this many
+PADDING = 4  # pixels between tiles and around the grid
+_FONT_SIZE = 14  # pixels; fits beside a tile of 64
+_LABEL_LENGTH = 28  # characters of a label that are shown
+_BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
+
+# Pillow's mode of an image file -> the mode it is read in. 16-bit and float modes are refused.
+_READ_AS = {
+    "1": "L",
+    "L": "L",
+    "LA": "RGBA",
+    "P": "RGB",
+    "PA": "RGBA",
+    "RGB": "RGB",
+    "RGBA": "RGBA",
+    "CMYK": "RGB",
+    "YCbCr": "RGB",
+}
+
+
+def write_png(path: str | PathLike[str], image: UInt8) -> None:
+    """Write one image as PNG, whole or not at all.
+
+    Args:
+        path: file name, kept as it is.
+        image: uint8, [H, W] or [H, W, C] with C = 1 (grey), 3 (RGB) or 4 (RGB and alpha).
+
+    Raises:
+        InvalidArgument: for another dtype, shape or number of channels.
+        OutputError: if the file can't be written.
+    """
+    picture = _to_pillow(image, "image")
+    with atomic_open(path) as file:
+        picture.save(file, format="PNG")
+
+
+def read_image(path: str | PathLike[str]) -> UInt8:
+    """Read an image file as uint8 [H, W, C] with C = 1, 3 or 4, as the file has it.
+
+    Palettes become RGB (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey.
+
+    Raises:
+        InvalidArgument: for a file that is missing, damaged, no image, or has more than 8 bits a channel.
+    """
+    name = str(path)
+    try:
+        with Image.open(path) as picture:
+            mode = picture.mode
+            if mode not in _READ_AS:
+                raise invalid(
+                    "path", name, f"an image of 8 bits a channel; this one has Pillow's mode {mode}"
+                )
+            wanted = "RGBA" if mode == "P" and "transparency" in picture.info else _READ_AS[mode]
+            array = np.asarray(picture.convert(wanted))
+    except FileNotFoundError:
+        raise invalid("path", name, "no such file") from None
+    except UnidentifiedImageError:
+        raise invalid("path", name, "not an image in a format that Pillow reads") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise invalid("path", name, f"not readable as an image: {_first_line(error)}") from error
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def labelled_grid(
+    images: UInt8,
+    labels: Sequence[int] | NDArray[np.integer] | None = None,
+    names: Mapping[int, str] | Sequence[str] | None = None,
+    columns: int | None = None,
+) -> UInt8:
+    """Arrange samples in a grid with a row for every class, its label and name written at the left.
+
+    Images whose longer side is below 64 pixels are repeated by the smallest whole factor that brings it to 64
+    or more (nearest neighbour: no pixel is blended). A class with more samples than `columns` goes on in
+    further rows. Drawn with Pillow's own font, which has Latin letters only.
+
+    Args:
+        images: uint8, [N, H, W] or [N, H, W, C] with C = 1, 3 or 4 (alpha is blended on white).
+        labels: [N] class of every image; rows come in ascending order, samples in the order given. None: one
+            grid without labels.
+        names: what to write beside a label, by label.
+        columns: samples a row; None takes the largest class, or without labels the root of N, rounded up.
+
+    Returns:
+        uint8 [grid height, grid width, 3].
+
+    Raises:
+        InvalidArgument: for images, labels or columns that don't fit.
+    """
+    images = _checked_batch(images)
+    if labels is not None and len(labels) != len(images):
+        raise invalid("labels", f"{len(labels)} labels", f"one for each of the {len(images)} images")
+    if columns is not None and columns < 1:
+        raise invalid("columns", columns, "1 or more")
+    if labels is None:
+        columns = columns or math.ceil(math.sqrt(len(images)))
+        groups = [("", list(range(len(images))))]
+    else:
+        of_class = {int(c): np.flatnonzero(np.asarray(labels) == c).tolist() for c in np.unique(labels)}
+        columns = columns or max(map(len, of_class.values()))
+        groups = [(_label_text(label, names), members) for label, members in of_class.items()]
+    rows = []
+    for text, members in groups:
+        for start in range(0, len(members), columns):
+            rows.append((text if start == 0 else "", members[start : start + columns]))
+    return _draw(images, rows, columns)
+
+
+def write_grid(
+    path: str | PathLike[str],
+    images: UInt8,
+    labels: Sequence[int] | NDArray[np.integer] | None = None,
+    names: Mapping[int, str] | Sequence[str] | None = None,
+    columns: int | None = None,
+) -> None:
+    """Write `labelled_grid` of the same arguments as PNG. Raises InvalidArgument and OutputError."""
+    write_png(path, labelled_grid(images, labels, names, columns))
+
+
+def _draw(images: UInt8, rows: list[tuple[str, list[int]]], columns: int) -> UInt8:
+    """Paint the rows of (text, indices of images)."""
+    height, width = images.shape[1:3]
+    factor = max(1, math.ceil(TILE / max(height, width)))
+    tile_h, tile_w = height * factor, width * factor
+    font = ImageFont.load_default(_FONT_SIZE)
+    text_w = max((math.ceil(font.getlength(text)) for text, _ in rows), default=0)
+    left = PADDING + (text_w + PADDING if text_w else 0)
+    # A low tile (a wide, flat image) still leaves room for its line of text.
+    row_h = max(tile_h, _FONT_SIZE if text_w else 0)
+    size = (left + columns * (tile_w + PADDING), PADDING + len(rows) * (row_h + PADDING))
+    canvas = Image.new("RGB", size, _BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    for row, (text, members) in enumerate(rows):
+        top = PADDING + row * (row_h + PADDING)
+        if text:
+            pen.text((PADDING, top + row_h / 2), text, fill=_INK, font=font, anchor="lm")
+        for column, index in enumerate(members):
+            enlarged = images[index].repeat(factor, axis=0).repeat(factor, axis=1)
+            tile = _to_pillow(enlarged, "images").convert("RGBA")
+            canvas.paste(tile, (left + column * (tile_w + PADDING), top), mask=tile)
+    return np.asarray(canvas)
+
+
+def _label_text(label: int, names: Mapping[int, str] | Sequence[str] | None) -> str:
+    """The label, and its name where there is one, cut to what fits beside a row."""
+    if isinstance(names, Mapping):
+        name = names.get(label, "")
+    else:
+        name = names[label] if names is not None and 0 <= label < len(names) else ""
+    text = f"{label} {name}".strip() if name != str(label) else name
+    return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 2] + ".."
+
+
+def _checked_batch(images: UInt8) -> UInt8:
+    """`images` as [N, H, W, C] of at least one image; the first one is checked as an image."""
+    images = np.asarray(images)
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise invalid("images.shape", images.shape, "[N, H, W] or [N, H, W, C], N of 1 or more")
+    _to_pillow(images[0], "images")
+    return images if images.ndim == 4 else images[..., None]
+
+
+def _to_pillow(image: UInt8, argument: str) -> Image.Image:
+    """One uint8 image for Pillow; refuses any other by name."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8:
+        raise invalid(f"{argument}.dtype", str(image.dtype), "uint8 (levels 0..255)")
+    if image.ndim not in (2, 3) or 0 in image.shape:
+        raise invalid(f"{argument}.shape", image.shape, "[H, W] or [H, W, C], no side empty")
+    if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
+        raise invalid(f"{argument}.shape", image.shape, f"a PNG has 1, 3 or 4 channels, not {image.shape[2]}")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an exception's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,187 @@
+"""The published archive of samples: `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` int64 [N].
+
+Reading never unpickles. Archives of statistics (`mu`, `sigma`, ...) are read by the names of their arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from admfast.errors import InvalidArgument, invalid
+from admfast.files.atomic import atomic_open
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images uint8 [N, H, W, C], and their classes int64 [N] where the archive has them."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None = None
+
+
+def write_samples(
+    path: str | PathLike[str], images: NDArray[np.uint8], labels: ArrayLike | None = None
+) -> None:
+    """Write the published archive, whole or not at all.
+
+    Args:
+        path: file name, kept as it is (`np.savez` alone would append .npz).
+        images: uint8 [N, H, W, C].
+        labels: [N] integers, stored as int64; None writes no `arr_1`.
+
+    Raises:
+        InvalidArgument: for another dtype or shape.
+        OutputError: if the file can't be written.
+    """
+    images = _checked_images(np.asarray(images), "images")
+    arrays: dict[str, ArrayLike] = {"arr_0": images}
+    if labels is not None:
+        arrays["arr_1"] = _checked_labels(np.asarray(labels), len(images), "labels")
+    write_arrays(path, arrays)
+
+
+def write_arrays(path: str | PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:
+    """Write named arrays as an uncompressed npz, whole or not at all. Raises OutputError."""
+    with atomic_open(path) as file:
+        np.savez(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
+
+
+def read_samples(path: str | PathLike[str]) -> Samples:
+    """Read a published archive of samples; arrays beside `arr_0` and `arr_1` are left alone.
+
+    Raises:
+        InvalidArgument: in one line, for a file that is missing, truncated, no npz or has no fitting `arr_0`.
+    """
+    with _reading(path) as archive:
+        if "arr_0" not in archive.files:
+            raise invalid("path", str(path), f"has no array arr_0 (has {_listed(archive.files)})")
+        images = _checked_images(archive["arr_0"], f"{path}: arr_0")
+        labels = None
+        if "arr_1" in archive.files:
+            labels = _checked_labels(archive["arr_1"], len(images), f"{path}: arr_1")
+    return Samples(images, labels)
+
+
+def read_arrays(path: str | PathLike[str], names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read the arrays called `names` (None: all of them) from an npz.
+
+    Raises:
+        InvalidArgument: in one line, for a file that is missing, truncated, no npz, or lacks one of `names`.
+    """
+    with _reading(path) as archive:
+        wanted = archive.files if names is None else list(names)
+        for name in wanted:
+            if name not in archive.files:
+                raise invalid("path", str(path), f"has no array {name} (has {_listed(archive.files)})")
+        return {name: archive[name] for name in wanted}
+
+
+def iter_array(path: str | PathLike[str], batch_size: int, name: str = "arr_0") -> Iterator[NDArray[Any]]:
+    """Yield an array of an npz in batches along its first axis, holding one batch at a time in memory.
+
+    An array in Fortran order has no contiguous batches and is read whole first. The last may be shorter.
+
+    Raises:
+        InvalidArgument: as `read_arrays`, on the first step, or where the file ends early.
+    """
+    if batch_size < 1:
+        raise invalid("batch_size", batch_size, "1 or more")
+    with _naming(path), zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            held = [entry.removesuffix(".npy") for entry in archive.namelist()]
+            raise invalid("path", str(path), f"has no array {name} (has {_listed(held)})")
+        with archive.open(f"{name}.npy") as file:
+            yield from _batches(file, batch_size)
+
+
+def _batches(file: IO[bytes], batch_size: int) -> Iterator[NDArray[Any]]:
+    """Batches of the .npy array that `file` holds."""
+    major, _ = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("holds pickled objects, which are not read")
+    if not shape:
+        raise ValueError("holds a single number, not an array")
+    if fortran:
+        values = np.frombuffer(file.read(), dtype).reshape(shape[::-1]).transpose()
+        yield from (values[start : start + batch_size] for start in range(0, shape[0], batch_size))
+        return
+    row = math.prod(shape[1:])
+    for start in range(0, shape[0], batch_size):
+        count = min(batch_size, shape[0] - start)
+        data = file.read(count * row * dtype.itemsize)
+        if len(data) < count * row * dtype.itemsize:
+            raise EOFError("the array ends early")
+        yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+
+
+@contextlib.contextmanager
+def _reading(path: str | PathLike[str]) -> Iterator[Any]:
+    """Open an npz; every way in which it can be damaged becomes one line."""
+    with _naming(path):
+        archive = np.load(path, allow_pickle=False)
+        if not hasattr(archive, "files"):
+            raise invalid("path", str(path), "a single .npy array, not an .npz archive")
+        with archive:
+            yield archive
+
+
+@contextlib.contextmanager
+def _naming(path: str | PathLike[str]) -> Iterator[None]:
+    """Turn what numpy and zipfile raise into one line that names the file."""
+    try:
+        yield
+    except InvalidArgument:
+        raise
+    except FileNotFoundError:
+        raise invalid("path", str(path), "no such file") from None
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise invalid("path", str(path), _reason(path, error)) from error
+
+
+def _reason(path: str | PathLike[str], error: BaseException) -> str:
+    """Why an npz can't be read."""
+    text = (str(error).splitlines() or [""])[0]
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        magic = file.read(4)
+        if not magic:
+            return "the file is empty"
+        if "pickle" in text and magic[:2] == b"PK":
+            return "holds pickled objects, which are not read"
+        if magic[:2] != b"PK":
+            return "not an npz archive"
+        return f"truncated or damaged: {text or type(error).__name__}"
+    return getattr(error, "strerror", None) or text
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _checked_images(images: NDArray[Any], argument: str) -> NDArray[np.uint8]:
+    """Refuse what isn't uint8 [N, H, W, C]."""
+    if images.dtype != np.uint8:
+        raise invalid(f"{argument}.dtype", str(images.dtype), "uint8 (levels 0..255)")
+    if images.ndim != 4:
+        raise invalid(f"{argument}.shape", images.shape, "[N, H, W, C]")
+    return images
+
+
+def _checked_labels(labels: NDArray[Any], count: int, argument: str) -> NDArray[np.int64]:
+    """Refuse what isn't one integer for every image."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise invalid(f"{argument}.dtype", str(labels.dtype), "integers")
+    if labels.shape != (count,):
+        raise invalid(f"{argument}.shape", labels.shape, f"one class for each of the {count} images")
+    return labels.astype(np.int64)
