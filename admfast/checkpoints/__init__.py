@@ -1,0 +1,39 @@
+"""Floor 3: weights files: reading, writing, what they are, how they differ from a network, fetching."""
+
+from admfast.checkpoints.describe import ForwardWork, describe, forward_work
+from admfast.checkpoints.differences import (
+    Differences,
+    compare,
+    fingerprint,
+    nearest_preset,
+    network_shapes,
+    shapes_of,
+)
+from admfast.checkpoints.fetch import Fetched, fetch
+from admfast.checkpoints.infer import Identity, Unanswered, identify
+from admfast.checkpoints.loading import ModelInfo, identify_weights, load_network
+from admfast.checkpoints.reading import Weights, read_weights
+from admfast.checkpoints.writing import write_weights
+
+__all__ = [
+    "Differences",
+    "Fetched",
+    "ForwardWork",
+    "Identity",
+    "ModelInfo",
+    "Unanswered",
+    "Weights",
+    "compare",
+    "describe",
+    "fetch",
+    "fingerprint",
+    "forward_work",
+    "identify",
+    "identify_weights",
+    "load_network",
+    "nearest_preset",
+    "network_shapes",
+    "read_weights",
+    "shapes_of",
+    "write_weights",
+]

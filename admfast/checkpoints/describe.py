@@ -1,0 +1,260 @@
+"""What a weights file is, how much work a forward pass takes and how much memory: the report of `inspect`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from admfast.checkpoints.differences import nearest_preset, shapes_of
+from admfast.checkpoints.infer import Unanswered
+from admfast.checkpoints.loading import ModelInfo, identify_weights, values_by_dtype
+from admfast.checkpoints.reading import Weights, read_weights
+from admfast.checkpoints.structure import summary
+from admfast.models import NetConfig, UNetConfig, UpsamplerConfig, build
+from admfast.models.presets import MODELS
+from admfast.ops.dispatch import ENVIRONMENT
+
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class ForwardWork:
+    """Work of one forward pass without gradient.
+
+    Attributes:
+        flops: floating-point operations of convolutions and matrix products, 2 for a multiply-add.
+        weight_bytes: all parameters.
+        activation_bytes: largest sum of tensors that live at the same time, parameters and inputs not
+            counted.
+    """
+
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+def forward_work(config: NetConfig, batch: int = 1, dtype: torch.dtype = torch.float32) -> ForwardWork:
+    """Count the work of a forward pass at the training image size, on tensors without memory.
+
+    The network runs eagerly on the reference implementations, its torso in `dtype`; fused implementations
+    need less memory, an allocator's fragments and a library's workspaces need more.
+    """
+    # The module imports triton, which importing this package must not.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        net = build(config)
+        net.convert_torso(dtype)  # type: ignore[operator]
+        inputs = _inputs(config, batch)
+    counter = FlopCounterMode(display=False)
+    live = _LiveBytes(net, inputs)
+    with _reference_ops(), torch.no_grad(), counter, live:
+        net(**inputs)
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    return ForwardWork(counter.get_total_flops(), weights, live.peak)
+
+
+def describe(
+    path: str | PathLike[str],
+    *,
+    preset: str | None = None,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    check_values: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """Report on a weights file as (subject, finding) rows.
+
+    Args:
+        path: .pt, .pth or .safetensors.
+        preset, options: as for `load_network`.
+        batch: images, for the memory.
+        dtype: of the torso, for the memory.
+        check_values: read every value to count NaN and infinities.
+
+    Raises:
+        CheckpointError, InvalidArgument: as `load_network`; options that the weights leave open are a row of
+            the report, not an error.
+    """
+    weights = read_weights(path)
+    rows = [("file", f"{weights.path}, {os.path.getsize(path):,} bytes")]
+    try:
+        identity, info = identify_weights(weights, preset=preset, options=options)
+    except Unanswered as question:
+        rows += [("network", summary(question.structure)), *_sizes(weights)]
+        rows.append(("open", str(question).removeprefix(f"{weights.path}: ")))
+    else:
+        rows += _identity_rows(info)
+        rows += _config_rows(identity.config, info)
+        rows += _sizes(weights)
+        rows += _work_rows(identity.config, batch, dtype)
+    if check_values:
+        rows.append(("values", non_finite(weights.tensors)))
+    return rows
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> str:
+    """`all finite`, or how many values are NaN and infinite, in how many tensors, and the first of these."""
+    nan = infinite = 0
+    spoiled = []
+    for key, value in tensors.items():
+        if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+            continue
+        nan += int(value.isnan().sum())
+        infinite += int(value.isinf().sum())
+        spoiled.append(key)
+    if not spoiled:
+        return "all finite"
+    return f"{nan:,} NaN and {infinite:,} infinite in {len(spoiled)} tensors, the first {spoiled[0]}"
+
+
+def _identity_rows(info: ModelInfo) -> list[Row]:
+    """Which released model it is or is nearest to, and how the configuration is known."""
+    if info.preset is not None:
+        model = f"{info.preset}, as released"
+    elif info.candidates:
+        model = f"one of {', '.join(info.candidates)}, as released; they differ in dropout alone"
+    else:
+        shipped = [model.name for model in MODELS.values() if model.shipped_path == info.path.resolve()]
+        model = f"{shipped[0]}, as shipped" if shipped else "none of the released models"
+    rows = [("network", info.config.kind), ("model", model), ("known from", info.source)]
+    if info.assumed:
+        rows.append(("assumed", ", ".join(info.assumed)))
+    return rows
+
+
+def _config_rows(config: NetConfig, info: ModelInfo) -> list[Row]:
+    """The configuration in groups, the process, and the training facts that the file carries."""
+    heads = _count(config.num_heads, "head")
+    if config.num_head_channels != -1:
+        heads = f"heads of {config.num_head_channels} channels"
+    order = "new" if config.use_new_attention_order else "legacy"
+    factors = ", ".join(map(str, config.attention_resolutions)) or "the middle alone"
+    resampling = "in residual blocks" if config.resblock_updown else "by convolutions"
+    if not config.resblock_updown and not config.conv_resample:
+        resampling = "nearest and average"
+    embedding = "scale and shift" if config.use_scale_shift_norm else "added"
+    blocks = f"{_count(config.num_res_blocks, 'residual block')} a level, dropout {config.dropout:g}"
+    rows = [
+        ("image", f"{config.image_size}x{config.image_size}, {_count(config.in_channels, 'channel')}"),
+        ("widths", ", ".join(map(str, config.widths())) + f" (base {config.model_channels})"),
+        ("blocks", f"{blocks}, embedding {embedding}, resampling {resampling}"),
+        ("attention", f"{heads}, {order} qkv order, at downsampling {factors}"),
+    ]
+    if isinstance(config, UNetConfig):
+        classes = f"{config.num_classes} classes" if config.num_classes else "unconditional"
+        rows.append(("output", f"{_count(config.out_channels, 'channel')}, {classes}"))
+    else:
+        rows.append(("output", f"{config.out_channels} classes, pool {getattr(config, 'pool', '')}"))
+    if info.diffusion is not None:
+        settings = ", ".join(f"{name}={value}" for name, value in info.diffusion.to_dict().items())
+        rows.append(("diffusion", settings))
+    if info.training:
+        rows.append(("training", ", ".join(f"{name}={value}" for name, value in info.training.items())))
+    return rows
+
+
+def _sizes(weights: Weights) -> list[Row]:
+    """Parameters, dtypes on disk, and the nearest released model of weights that are none."""
+    total = sum(value.numel() for value in weights.tensors.values())
+    dtypes = ", ".join(f"{count:,} {name}" for name, count in values_by_dtype(weights.tensors).items())
+    rows = [
+        ("parameters", f"{total:,} in {len(weights.tensors)} tensors"),
+        ("on disk", dtypes),
+    ]
+    near = nearest_preset(shapes_of(weights.tensors))
+    if near is not None and near[1]:
+        rows.append(("nearest", f"{near[0].name}, from which it differs: {near[1].summary()}"))
+    return rows
+
+
+def _work_rows(config: NetConfig, batch: int, dtype: torch.dtype) -> list[Row]:
+    """GFLOP of a forward pass, and the memory that it takes at a batch size."""
+    one = forward_work(config, 1, dtype)
+    many = one if batch == 1 else forward_work(config, batch, dtype)
+    name = str(dtype).removeprefix("torch.")
+    total = many.weight_bytes + many.activation_bytes
+    return [
+        ("work", f"{one.flops / 1e9:,.1f} GFLOP an image and forward pass (2 a multiply-add)"),
+        (
+            "memory",
+            f"{_gib(total)} at batch {batch}, torso {name}: weights {_gib(many.weight_bytes)} + activations "
+            f"{_gib(many.activation_bytes)} (tensors alive at once in an eager pass without gradient)",
+        ),
+    ]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _inputs(config: NetConfig, batch: int) -> dict[str, Tensor]:
+    """Arguments of the network's forward, on the current device."""
+    sides = [config.image_size] * config.dims
+    inputs = {"x": torch.empty(batch, config.in_channels, *sides), "timesteps": torch.empty(batch)}
+    if isinstance(config, UNetConfig) and config.num_classes is not None:
+        inputs["y"] = torch.empty(batch, dtype=torch.long)
+    if isinstance(config, UpsamplerConfig):
+        inputs["low_res"] = torch.empty(batch, config.in_channels, *(max(side // 4, 1) for side in sides))
+    return inputs
+
+
+@contextlib.contextmanager
+def _reference_ops() -> Iterator[None]:
+    """Run every op on its reference: a fused kernel has no meta form and hides its work from the counter."""
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT]
+        else:
+            os.environ[ENVIRONMENT] = before
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows which storages are alive, by their finalisers, and keeps the largest sum of their bytes."""
+
+    def __init__(self, net: nn.Module, inputs: Mapping[str, Tensor]):
+        super().__init__()
+        given = [*net.parameters(), *inputs.values()]
+        self._given = {tensor.untyped_storage()._cdata for tensor in given}
+        self._alive: dict[int, int] = {}
+        self._now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._given or key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self._now -= self._alive.pop(key)

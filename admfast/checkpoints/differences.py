@@ -1,0 +1,116 @@
+"""How a weights file's keys and shapes differ from a network's, and which released model they fit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from admfast.models import NetConfig, build
+from admfast.models.presets import MODELS, ModelPreset, preset
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Keys that a file lacks, has too many, or has in another shape (file's shape, network's shape)."""
+
+    missing: dict[str, Shape]
+    unexpected: dict[str, Shape]
+    misshapen: dict[str, tuple[Shape, Shape]]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def summary(self, count: int = 3) -> str:
+        """One line: how many keys of each sort, and the first `count` of each with their shapes."""
+        parts = []
+        if self.missing:
+            parts.append(_listed("missing", (f"{k} {_text(s)}" for k, s in self.missing.items()), count))
+        if self.unexpected:
+            parts.append(
+                _listed("unexpected", (f"{k} {_text(s)}" for k, s in self.unexpected.items()), count)
+            )
+        if self.misshapen:
+            lines = (f"{k} {_text(has)}, not {_text(needs)}" for k, (has, needs) in self.misshapen.items())
+            parts.append(_listed("with another shape", lines, count))
+        return "; ".join(parts) or "no differences"
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """The shape of every tensor, in their order."""
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+def network_shapes(config: NetConfig) -> dict[str, Shape]:
+    """Keys and shapes of the network of `config`, in the published order; allocates no memory."""
+    with torch.device("meta"):
+        return shapes_of(build(config).state_dict())
+
+
+def compare(has: Shapes, needs: Shapes) -> Differences:
+    """Compare a file's keys and shapes (`has`) with a network's (`needs`)."""
+    return Differences(
+        missing={key: shape for key, shape in needs.items() if key not in has},
+        unexpected={key: shape for key, shape in has.items() if key not in needs},
+        misshapen={key: (has[key], s) for key, s in needs.items() if key in has and has[key] != s},
+    )
+
+
+def fingerprint(shapes: Shapes) -> str:
+    """SHA-256 (hexadecimal) of the sorted lines `key [shape]`, joined by newlines.
+
+    Neither the order of the keys nor their dtype enters, so that a half-precision copy, or one in the sorted
+    order of a safetensors file, has the fingerprint of the original.
+    """
+    lines = sorted(f"{key} {_text(shape)}" for key, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def nearest_preset(shapes: Shapes, least: float = 0.8) -> tuple[ModelPreset, Differences] | None:
+    """Return the released model whose keys and shapes agree best, and how the file differs from it.
+
+    None if fewer than the share `least` of the keys agree (of the larger of the two sets).
+    """
+    best: tuple[float, str] | None = None
+    time_embed = shapes.get("time_embed.0.weight")
+    for name in _with_time_embed(time_embed):
+        wanted = _preset_shapes(name)
+        equal = sum(shapes.get(key) == shape for key, shape in wanted.items())
+        share = equal / max(len(shapes), len(wanted))
+        if share >= least and (best is None or share > best[0]):
+            best = (share, name)
+    if best is None:
+        return None
+    return preset(best[1]), compare(shapes, _preset_shapes(best[1]))
+
+
+@cache
+def _preset_shapes(name: str) -> dict[str, Shape]:
+    """Shapes of a released model; building one on the meta device takes 0.07 s."""
+    return network_shapes(preset(name).config)
+
+
+def _with_time_embed(shape: Shape | None) -> list[str]:
+    """The released models with this base width: the others can't be near."""
+    if shape is None:
+        return []
+    released = [model for model in MODELS.values() if not model.shipped]
+    return [model.name for model in released if model.config.model_channels == shape[-1]]
+
+
+def _listed(sort: str, lines: Iterable[str], count: int) -> str:
+    """`5 keys SORT (a, b, c, ...)`."""
+    lines = list(lines)
+    more = ", ..." if len(lines) > count else ""
+    return f"{len(lines)} {'key' if len(lines) == 1 else 'keys'} {sort} ({', '.join(lines[:count])}{more})"
+
+
+def _text(shape: Shape) -> str:
+    return str(list(shape))

@@ -1,0 +1,278 @@
+"""The configuration of a weights file: from what it carries, from the released models, from its shapes.
+
+Shapes don't show attention heads, the order of qkv rows, dropout, or (but for an attention pool) the image
+size. These come, in this order, from the options given by the caller, a preset given by name, the description
+that the file carries, or the released model that has exactly these keys and shapes. What is left open is
+asked for in one error that lists the options and their allowed values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from admfast.checkpoints.differences import Differences, Shapes, fingerprint, nearest_preset
+from admfast.checkpoints.structure import Structure, read_structure, summary
+from admfast.errors import CheckpointError, InvalidArgument, invalid, nearest
+from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, config_from_dict
+from admfast.models.description import Description, DiffusionSettings
+from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
+
+_KINDS: dict[str, type[NetConfig]] = {
+    kind.kind: kind for kind in (UNetConfig, UpsamplerConfig, ClassifierConfig)
+}
+_DIFFUSION_NAMES = {entry.name for entry in dataclasses.fields(DiffusionSettings)}
+_NETWORK_NAMES = {entry.name for kind in _KINDS.values() for entry in dataclasses.fields(kind)}
+
+
+class Unanswered(CheckpointError):
+    """The weights leave options open; the message asks for them, `structure` is what is known."""
+
+    def __init__(self, message: str, structure: Structure):
+        super().__init__(message)
+        self.structure = structure
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a weights file is.
+
+    Attributes:
+        config: the network's configuration.
+        diffusion: its process; None where nothing says it.
+        preset: the released model that it is by name; None where shapes fit several, or none.
+        candidates: all released models with these keys and shapes.
+        source: where the configuration comes from, in words.
+        assumed: what was assumed because nothing says it, such as "dropout=0.0".
+        training: facts that the file carries about its training.
+    """
+
+    config: NetConfig
+    diffusion: DiffusionSettings | None
+    preset: ModelPreset | None
+    candidates: tuple[ModelPreset, ...]
+    source: str
+    assumed: tuple[str, ...] = ()
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def identify(
+    shapes: Shapes,
+    *,
+    file: str,
+    options: Mapping[str, Any] | None = None,
+    config: NetConfig | None = None,
+    preset_name: str | None = None,
+    carried: Description | None = None,
+) -> Identity:
+    """Find the configuration of the weights with these keys and shapes.
+
+    Args:
+        shapes: of the file's tensors.
+        file: path of the file; a released file's own name tells apart models of equal shapes.
+        options: fields of the configuration or of `DiffusionSettings` that win over every other source.
+        config: the configuration, if the caller knows it.
+        preset_name: released model that the file is said to be.
+        carried: the description that came with the file.
+
+    Raises:
+        InvalidArgument: for an unknown option or preset, or a value that is not allowed.
+        CheckpointError: if the shapes are no ADM network's.
+        Unanswered: if they leave options open that nothing answers: one line with these options, their
+            allowed values, and the nearest released model with its answers.
+    """
+    network_options, diffusion_options = _split(options or {})
+    candidates = presets_with_fingerprint(fingerprint(shapes))
+    known: ModelPreset | None = None
+    training: Mapping[str, Any] = {}
+    sure = True
+    if config is not None and preset_name is not None:
+        raise invalid("preset", preset_name, "give a preset or a configuration, not both")
+    if config is not None:
+        diffusion, source = None, "the configuration given"
+    elif preset_name is not None:
+        known = preset(preset_name)
+        config, diffusion, source = known.config, known.diffusion, f"preset {known.name}"
+    elif carried is not None:
+        config, diffusion, training = carried.network, carried.diffusion, carried.training
+        source = "the description that the file carries"
+    elif candidates:
+        config, diffusion = candidates[0].config, candidates[0].diffusion
+        named = [model for model in candidates if model.name == _stem(file) or len(candidates) == 1]
+        known = named[0] if named else None
+        if known is not None:
+            config, diffusion = known.config, known.diffusion
+        sure = known is not None or "dropout" in network_options
+        source = "its keys and shapes, which are those of " + _any_of([model.name for model in candidates])
+    else:
+        return _from_structure(shapes, file, network_options, diffusion_options)
+    # Released models of equal shapes differ in dropout alone.
+    assumed = () if sure else (f"dropout={config.dropout} (matters in training only)",)
+    config = _with_options(config, network_options)
+    diffusion = _settings(diffusion, diffusion_options, config)
+    return Identity(config, diffusion, known, candidates, source, assumed, training)
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the network (and `kind`), options of the diffusion process; refuses unknown names."""
+    network, diffusion = {}, {}
+    for name, value in options.items():
+        if name in _NETWORK_NAMES or name == "kind":
+            network[name] = value
+        elif name in _DIFFUSION_NAMES:
+            diffusion[name] = value
+        else:
+            raise invalid("option", name, nearest(name, sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})))
+    if "kind" in network and network["kind"] not in _KINDS:
+        raise invalid("kind", network["kind"], nearest(str(network["kind"]), _KINDS))
+    return network, diffusion
+
+
+def _with_options(config: NetConfig, options: Mapping[str, Any]) -> NetConfig:
+    """`config` with some fields replaced; another kind is refused: its fields would mean something else."""
+    fields = dict(options)
+    if fields.pop("kind", config.kind) != config.kind:
+        raise invalid("kind", options["kind"], f"the weights are those of a {config.kind}")
+    return _build({**config.to_dict(), **fields}) if fields else config
+
+
+def _build(fields: Mapping[str, Any]) -> NetConfig:
+    """A configuration from fields and options, whose types nothing has checked yet."""
+    try:
+        return config_from_dict(fields)
+    except TypeError as error:
+        raise InvalidArgument(f"options: a value has the wrong type ({error})") from None
+
+
+def _settings(
+    known: DiffusionSettings | None, options: Mapping[str, Any], config: NetConfig
+) -> DiffusionSettings | None:
+    """The process with options applied; options alone are enough to make one for a UNet."""
+    learned = isinstance(config, UNetConfig) and config.learn_sigma
+    if options:
+        known = dataclasses.replace(known or DiffusionSettings(learn_sigma=learned), **options)
+    if known is not None and isinstance(config, UNetConfig) and known.learn_sigma != learned:
+        channels = f"{config.out_channels} channels out for {config.in_channels}-channel images"
+        raise invalid("learn_sigma", known.learn_sigma, f"{learned} for a network with {channels}")
+    return known
+
+
+def _from_structure(
+    shapes: Shapes, file: str, options: dict[str, Any], diffusion_options: dict[str, Any]
+) -> Identity:
+    """Read the configuration off the shapes and complete it by `options`, or ask."""
+    try:
+        structure = read_structure(shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    questions: list[str] = []
+    kind = _kind(structure, options, questions)
+    layout = _layout(structure, options, questions)
+    fields = {**structure.fields, **structure.of_layout(layout)}
+    assumed = _assumed(kind, options)
+    _ask_heads(structure, kind, options, questions)
+    if "image_size" not in fields and "image_size" not in options:
+        questions.append("image_size (side of the training images in pixels)")
+    if questions:
+        raise Unanswered(_question(file, structure, questions, nearest_preset(shapes)), structure)
+    fields |= {"kind": kind, "in_channels": structure.kinds[kind]}
+    config = _build({**fields, **options})
+    diffusion = _settings(None, diffusion_options, config)
+    return Identity(config, diffusion, None, (), "its keys and shapes, and the options given", assumed)
+
+
+def _kind(structure: Structure, options: Mapping[str, Any], questions: list[str]) -> str:
+    """The kind, asked for where channels fit a UNet and an upsampler."""
+    asked = options.get("kind")
+    if asked is not None and asked not in structure.kinds:
+        raise invalid("kind", asked, f"the weights are those of a {' or '.join(structure.kinds)}")
+    if asked is None and len(structure.kinds) > 1:
+        questions.append(f"kind ({' or '.join(structure.kinds)})")
+    return asked or next(iter(structure.kinds))
+
+
+def _layout(structure: Structure, options: Mapping[str, Any], questions: list[str]) -> tuple[int, int]:
+    """Levels and residual blocks a level, asked for where a classifier's blocks allow several readings."""
+    fitting = [
+        layout
+        for layout in structure.layouts
+        if options.get("num_res_blocks", layout[1]) == layout[1]
+        and len(options.get("channel_mult", range(layout[0]))) == layout[0]
+        and options.get("image_size")
+        in (None, structure.of_layout(layout).get("image_size", options.get("image_size")))
+    ]
+    if not fitting:
+        given = {
+            name: options[name]
+            for name in ("num_res_blocks", "channel_mult", "image_size")
+            if name in options
+        }
+        allowed = [_layout_text(structure, layout) for layout in structure.layouts]
+        raise invalid("options", given, f"the weights have {' or '.join(allowed)}")
+    if len(fitting) > 1:
+        questions.append(f"num_res_blocks ({_any_of([str(count) for _, count in fitting])})")
+    return fitting[0]
+
+
+def _layout_text(structure: Structure, layout: tuple[int, int]) -> str:
+    shown = structure.of_layout(layout)
+    size = f", image_size {shown['image_size']}" if "image_size" in shown else ""
+    return f"num_res_blocks {layout[1]} on {layout[0]} levels{size}"
+
+
+def _ask_heads(structure: Structure, kind: str, options: Mapping[str, Any], questions: list[str]) -> None:
+    """Ask for heads, and for the row order where there is more than one head."""
+    common = math.gcd(*structure.attended)
+    channels, heads = options.get("num_head_channels", -1), options.get("num_heads")
+    if structure.pool_side is not None:
+        if channels == -1:
+            questions.append(f"num_head_channels (a divisor of {common})")
+    elif channels == -1 and heads is None:
+        questions.append(f"num_heads or num_head_channels (a divisor of {common})")
+    single = heads == 1 and channels == -1 or channels == structure.attended[-1] == common
+    if kind != "classifier" and not single and "use_new_attention_order" not in options:
+        questions.append("use_new_attention_order (True or False)")
+
+
+def _assumed(kind: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is taken for granted where no option says otherwise."""
+    assumed = []
+    if "dropout" not in options:
+        assumed.append("dropout=0.0 (matters in training only)")
+    if kind == "classifier" and "use_new_attention_order" not in options:
+        # The published constructor has no flag for it.
+        assumed.append("use_new_attention_order=False (as in every published classifier)")
+    return tuple(assumed)
+
+
+def _question(
+    file: str, structure: Structure, questions: list[str], near: tuple[ModelPreset, Differences] | None
+) -> str:
+    """The one question: what was recognised, what must be given, and who would have an answer."""
+    text = (
+        f"{file}: these are the weights of {summary(structure)}, but keys and shapes don't show everything; "
+        f"give {'; '.join(questions)}; or the .json that was written with the file"
+    )
+    if near is not None:
+        model, differences = near
+        config = model.config
+        answers = {"image_size": config.image_size, "use_new_attention_order": config.use_new_attention_order}
+        by = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
+        answers[by] = getattr(config, by)
+        text += (
+            f" (nearest is {model.name}, with {', '.join(f'{k}={v}' for k, v in answers.items())}; "
+            f"from it the file differs in {differences.summary(1)})"
+        )
+    return text
+
+
+def _stem(file: str) -> str:
+    """The file's bare name, without folder and ending."""
+    return file.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+
+def _any_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]

@@ -1,0 +1,249 @@
+"""What the keys and shapes of an ADM network show of its configuration, without its configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from admfast.checkpoints.differences import Shapes
+from admfast.errors import CheckpointError
+
+_CHILD = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What shapes show, and what they leave open.
+
+    Attributes:
+        kinds: possible kinds, each with the image channels that it implies; one, or unet and upsampler.
+        fields: configuration fields that are certain.
+        layouts: possible (levels, residual blocks a level); more than one only for some classifiers.
+        attended: widths of the levels with attention, the middle block's included.
+        pool_side: positions a side of an attention pool; None without one.
+    """
+
+    kinds: dict[str, int]
+    fields: dict[str, Any]
+    layouts: tuple[tuple[int, int], ...]
+    attended: tuple[int, ...]
+    pool_side: int | None = None
+    blocks: tuple[_Block, ...] = field(default=(), repr=False)
+
+    def of_layout(self, layout: tuple[int, int]) -> dict[str, Any]:
+        """The fields that follow from the number of levels and of residual blocks a level."""
+        levels, count = layout
+        firsts = [self.blocks[1 + level * (count + 1)] for level in range(levels)]
+        base = self.fields["model_channels"]
+        shown: dict[str, Any] = {
+            "num_res_blocks": count,
+            "channel_mult": tuple(_multiplier(block.width, base) for block in firsts),
+            "attention_resolutions": tuple(2**i for i, block in enumerate(firsts) if block.attention),
+        }
+        if self.pool_side is not None:
+            shown["image_size"] = self.pool_side * 2 ** (levels - 1)
+        if levels == 1 or not self.blocks[count + 1].residual:
+            shown["resblock_updown"] = False
+        else:
+            shown["resblock_updown"] = True
+        return shown
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of the down path: a residual block (with attention or not), or something that halves."""
+
+    residual: bool = False
+    width: int = 0
+    widened: bool = False
+    attention: bool = False
+    convolution: bool = False
+
+
+def read_structure(shapes: Shapes) -> Structure:
+    """Read what keys and shapes show of an ADM network.
+
+    Raises:
+        CheckpointError: in one line, if they are not those of an ADM network, saying what speaks against it.
+    """
+    try:
+        return _read(shapes)
+    except (KeyError, IndexError) as error:
+        # Damaged shapes can fail any of the look-ups in `_read`; all of them mean the same.
+        raise CheckpointError(f"not an ADM network: a tensor is missing or of low rank ({error})") from None
+
+
+def _read(shapes: Shapes) -> Structure:
+    """`read_structure` for shapes without gaps."""
+    base = _base_width(shapes)
+    stem = shapes.get("input_blocks.0.0.weight")
+    if stem is None or not 3 <= len(stem) <= 5:
+        raise CheckpointError("not an ADM network: input_blocks.0.0.weight, the stem, is missing")
+    blocks = _down_blocks(shapes, stem[0])
+    fields: dict[str, Any] = {"model_channels": base, "dims": len(stem) - 2}
+    fields["use_scale_shift_norm"] = _scale_shift(shapes)
+    fields["conv_resample"] = all(block.residual or block.convolution for block in blocks[1:])
+    if any(key.startswith("output_blocks.") for key in shapes):
+        kinds, pool_side = _unet(shapes, stem[1], fields), None
+        layouts: tuple[tuple[int, int], ...] = (_unet_layout(shapes, blocks),)
+    else:
+        kinds, layouts = {"classifier": stem[1]}, _layouts(blocks)
+        pool_side = _pool(shapes, fields)
+    if not layouts or not all(_consistent(blocks, *layout) for layout in layouts):
+        raise CheckpointError(f"not an ADM network: its {len(blocks)} input blocks form no regular levels")
+    attended = {block.width for block in blocks if block.attention} | {blocks[-1].width}
+    return Structure(kinds, fields, layouts, tuple(sorted(attended)), pool_side, tuple(blocks))
+
+
+def _base_width(shapes: Shapes) -> int:
+    """Width of the timestep embedding, which every ADM network begins with."""
+    shape = shapes.get("time_embed.0.weight")
+    if shape is not None and len(shape) == 2 and shape[0] == 4 * shape[1]:
+        return shape[1]
+    for key in shapes:
+        prefix = key.removesuffix("time_embed.0.weight")
+        if prefix not in (key, "") and all(other.startswith(prefix) for other in shapes):
+            raise CheckpointError(
+                f"not a plain state dict: every key begins with {prefix!r}; save it without"
+            )
+    if "time_embedding.linear_1.weight" in shapes:
+        raise CheckpointError("not in the published format: these are the keys of a diffusers UNet2DModel")
+    first = ", ".join(list(shapes)[:3])
+    raise CheckpointError(f"not an ADM network: no time_embed.0.weight [4M, M] among its keys ({first}, ...)")
+
+
+def _children(shapes: Shapes, path: str) -> dict[int, dict[int, dict[str, tuple[int, ...]]]]:
+    """{block: {child: {rest of the key: shape}}} of input_blocks or output_blocks."""
+    found: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {}
+    for key, shape in shapes.items():
+        match = _CHILD.fullmatch(key)
+        if match and match[1] == path:
+            found.setdefault(int(match[2]), {}).setdefault(int(match[3]), {})[match[4]] = shape
+    return found
+
+
+def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
+    """The input blocks; one without parameters (halving by averages) leaves a gap in their numbers."""
+    children = _children(shapes, "input_blocks")
+    blocks = [_Block(width=stem_width)]
+    for index in range(1, max(children) + 1):
+        first = children.get(index, {}).get(0, {})
+        width = first.get("in_layers.2.weight", (0,))[0]
+        blocks.append(
+            _Block(
+                residual=width > 0,
+                width=width or blocks[-1].width,
+                widened="skip_connection.weight" in first,
+                attention="norm.weight" in children.get(index, {}).get(1, {}),
+                convolution="op.weight" in first,
+            )
+        )
+    return blocks
+
+
+def _scale_shift(shapes: Shapes) -> bool:
+    """Whether the embedding is projected to twice the channels: scale and shift."""
+    width, projected = (
+        shapes.get("input_blocks.1.0.in_layers.2.weight"),
+        shapes.get("input_blocks.1.0.emb_layers.1.weight"),
+    )
+    if not width or not projected or projected[0] not in (width[0], 2 * width[0]):
+        raise CheckpointError(
+            "not an ADM network: input_blocks.1.0 is not a residual block with an embedding"
+        )
+    return projected[0] == 2 * width[0]
+
+
+def _unet(shapes: Shapes, stem_channels: int, fields: dict[str, Any]) -> dict[str, int]:
+    """Fill in what a UNet's head shows; return the possible kinds with their image channels."""
+    head = shapes.get("out.2.weight")
+    if head is None:
+        raise CheckpointError("not an ADM UNet: out.2.weight, the last convolution, is missing")
+    label = shapes.get("label_emb.weight")
+    fields |= {"out_channels": head[0], "num_classes": label[0] if label else None}
+    kinds = {}
+    if head[0] in (stem_channels, 2 * stem_channels):
+        kinds["unet"] = stem_channels
+    if stem_channels % 2 == 0 and head[0] in (stem_channels // 2, stem_channels):
+        kinds["upsampler"] = stem_channels // 2
+    if not kinds:
+        raise CheckpointError(
+            f"not an ADM UNet: {stem_channels} channels in, {head[0]} out fit neither a UNet nor an upsampler"
+        )
+    return kinds
+
+
+def _unet_layout(shapes: Shapes, blocks: list[_Block]) -> tuple[int, int]:
+    """(levels, residual blocks a level): the up path marks where levels end, or the down path has gaps."""
+    children = _children(shapes, "output_blocks")
+    ups = 0
+    for members in children.values():
+        ups += any("in_layers.2.weight" in m or "conv.weight" in m for i, m in members.items() if i > 0)
+    levels = 1 + (ups or sum(not block.residual for block in blocks[1:]))
+    return levels, len(children) // levels - 1
+
+
+def _layouts(blocks: list[_Block]) -> tuple[tuple[int, int], ...]:
+    """The (levels, residual blocks a level) that a down path alone allows."""
+    total = len(blocks)
+    shown = sum(not block.residual for block in blocks[1:])
+    levels = [1 + shown] if shown else range(1, total + 1)
+    found = [(n, total // n - 1) for n in levels if total % n == 0 and total // n > 1]
+    return tuple(layout for layout in found if _consistent(blocks, *layout))
+
+
+def _consistent(blocks: list[_Block], levels: int, count: int) -> bool:
+    """Whether the blocks fall into levels of equal blocks, separated by blocks that only halve."""
+    if count < 1 or levels * (count + 1) != len(blocks):
+        return False
+    for level in range(levels):
+        start = 1 + level * (count + 1)
+        body = blocks[start : start + count]
+        before = blocks[start - 1].width
+        if any(not b.residual or b.width != body[0].width or b.attention != body[0].attention for b in body):
+            return False
+        if any(b.widened != (i == 0 and b.width != before) for i, b in enumerate(body)):
+            return False
+        if level + 1 < levels:
+            down = blocks[start + count]
+            if down.attention or down.widened or down.width != body[0].width:
+                return False
+    return True
+
+
+def _pool(shapes: Shapes, fields: dict[str, Any]) -> int | None:
+    """Fill in a classifier's pool and classes; return the side of an attention pool."""
+    table = shapes.get("out.2.positional_embedding")
+    if table is not None:
+        side = math.isqrt(max(table[1] - 1, 0))
+        fields |= {"pool": "attention", "out_channels": shapes["out.2.c_proj.weight"][0]}
+        return side
+    for pool, last, first in (
+        ("adaptive", "out.3.weight", 1),
+        ("spatial", "out.2.weight", 2),
+        ("spatial_v2", "out.3.weight", 2),
+    ):
+        if last in shapes and len(shapes.get("out.0.weight", ())) == first:
+            fields |= {"pool": pool, "out_channels": shapes[last][0]}
+            return None
+    raise CheckpointError("not an ADM classifier: its keys under 'out.' are none of the four published pools")
+
+
+def _multiplier(width: int, base: int) -> float:
+    """The multiplier m with int(m * base) == width, whole where it can be."""
+    if width % base == 0:
+        return width // base
+    multiplier = width / base
+    return multiplier if int(multiplier * base) == width else math.nextafter(multiplier, math.inf)
+
+
+def summary(structure: Structure) -> str:
+    """A few words on what was recognised, for error messages."""
+    layout = structure.of_layout(structure.layouts[0])
+    fields: Mapping[str, Any] = structure.fields
+    levels = ",".join(f"{mult:g}" for mult in layout["channel_mult"])
+    kind = " or ".join(structure.kinds)
+    return f"a {kind} with {fields['model_channels']} base channels x ({levels})"

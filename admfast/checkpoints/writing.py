@@ -1,0 +1,94 @@
+"""Write weights: safetensors with a description, or the published plain state dict.
+
+The description (network, diffusion process, training facts) goes into a `.json` of the same name beside
+either format, where it can be read and mended by hand; a safetensors header also holds a copy, for a file
+that is passed on alone. Reading prefers the `.json`. Both files are written to temporary names first and
+renamed last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from admfast.checkpoints.differences import compare, network_shapes, shapes_of
+from admfast.checkpoints.reading import ENDINGS, METADATA_KEY
+from admfast.errors import OutputError, invalid
+from admfast.files.atomic import atomic_open, atomic_path, output_error
+from admfast.models.description import Description
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def write_weights(
+    path: str | PathLike[str],
+    state: Mapping[str, Tensor],
+    description: Description | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a state dict, whole or not at all.
+
+    Args:
+        path: its ending chooses the format: .safetensors, or .pt / .pth (a plain state dict as published).
+        state: names to tensors, on any device.
+        description: written as JSON beside the file; None writes none (and removes none that is there).
+        dtype: float32, float16 or bfloat16 on disk; None keeps each tensor's own. float16 overflows to
+            infinity beyond 65504.
+
+    Raises:
+        InvalidArgument: for another ending or dtype, or a description that doesn't fit the weights.
+        OutputError: if a file can't be written; nothing that was there has been changed.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise invalid("path", str(path), f"a name that ends in {', '.join(ENDINGS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise invalid("dtype", dtype, "float32, float16 or bfloat16")
+    if description is not None:
+        differences = compare(shapes_of(state), network_shapes(description.network))
+        if differences:
+            raise invalid(
+                "description", description.network.kind, f"the weights differ: {differences.summary()}"
+            )
+    # Keys in their order; storages of their own, so that a view doesn't drag its whole base along.
+    tensors = {key: _on_disk(value, dtype) for key, value in state.items()}
+    text = description.to_json() if description is not None else None
+    with contextlib.ExitStack() as stack:
+        if path.suffix == ".safetensors":
+            temporary = stack.enter_context(atomic_path(path))
+        else:
+            file = stack.enter_context(atomic_open(path))
+        if text is not None:
+            stack.enter_context(atomic_open(path.with_suffix(".json"))).write(text.encode())
+        if path.suffix == ".safetensors":
+            _save_safetensors(path, temporary, tensors, text)
+        else:
+            torch.save(tensors, file)
+
+
+def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A contiguous CPU tensor in the dtype of the file."""
+    value = value.detach().to("cpu", dtype or value.dtype).contiguous()
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()
+
+
+def _save_safetensors(path: Path, temporary: Path, tensors: dict[str, Tensor], text: str | None) -> None:
+    """Save under the temporary name; a failed write is a SafetensorError with the system's number in it."""
+    try:
+        save_file(tensors, temporary, metadata={METADATA_KEY: text} if text is not None else None)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number:
+            code = int(number[1])
+            raise output_error(path, OSError(code, errno.errorcode.get(code, str(error)))) from error
+        raise OutputError(f"{path}: not written: {error}") from error

@@ -1,0 +1,195 @@
+"""The report of `inspect`: work, memory, values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from admfast.checkpoints import describe, forward_work, write_weights
+from admfast.models import ClassifierConfig, build
+from admfast.models.description import Description, DiffusionSettings
+from admfast.models.presets import preset
+from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, state_of
+
+# GFLOP of a forward pass, batch 1, 2 for a multiply-add, counted on the published code with torch's counter.
+PUBLISHED_GFLOP = {
+    "64x64_diffusion": 219.356,
+    "128x128_diffusion": 613.856,
+    "256x256_diffusion": 2239.666,
+    "256x256_diffusion_uncond": 2239.666,
+    "lsun_bedroom": 2239.666,
+    "512x512_diffusion": 3964.670,
+    "64_256_upsampler": 1263.285,
+    "128_512_upsampler": 5009.570,
+    "64x64_classifier": 38.158,
+    "128x128_classifier": 42.081,
+    "256x256_classifier": 146.697,
+    "512x512_classifier": 225.534,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_GFLOP)
+def test_work_is_the_published_work(name):
+    config = preset(name).config
+    gflop = forward_work(config).flops / 1e9
+    if isinstance(config, ClassifierConfig):
+        # The published pool projects the 64 tokens beside the one that it returns to the classes as well.
+        gflop += 2 * config.widths()[-1] * 1000 * 64 / 1e9
+    assert gflop == pytest.approx(PUBLISHED_GFLOP[name], rel=1e-3)
+    assert gflop == pytest.approx(PUBLISHED_GFLOP[name], abs=0.002), "and to the last published digit"
+
+
+def test_work_follows_batch_and_precision():
+    one, four = forward_work(UNET), forward_work(UNET, batch=4)
+    assert four.flops == 4 * one.flops
+    assert four.weight_bytes == one.weight_bytes == 4 * sum(p.numel() for p in build(UNET).parameters())
+    assert 3.5 * one.activation_bytes < four.activation_bytes <= 4 * one.activation_bytes
+    half = forward_work(UNET, dtype=torch.bfloat16)
+    assert half.flops == one.flops
+    convolutions = sum(
+        m.weight.numel() + m.bias.numel()
+        for part in ("input_blocks", "middle_block", "output_blocks")
+        for m in getattr(build(UNET), part).modules()
+        if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d)
+    )
+    assert half.weight_bytes == one.weight_bytes - 2 * convolutions
+    assert half.activation_bytes < one.activation_bytes
+
+
+@pytest.mark.parametrize("config", [UNET, UPSAMPLER, CLASSIFIER], ids=lambda config: config.kind)
+def test_memory_holds_what_must_be_alive_together(config):
+    """At least the skips of a UNet, or the largest activation with its input; at most ten times that."""
+    largest = 4 * 16 * 16 * max(config.widths())
+    work = forward_work(config)
+    assert 2 * largest <= work.activation_bytes <= 20 * largest
+
+
+def test_memory_is_what_a_real_pass_allocates():
+    """The same count on tensors with memory: shapes decide, not the device."""
+    from admfast.checkpoints.describe import _LiveBytes, _reference_ops
+
+    net = build(UNET)
+    inputs = {
+        "x": torch.zeros(2, 3, 16, 16),
+        "timesteps": torch.zeros(2),
+        "y": torch.zeros(2, dtype=torch.long),
+    }
+    live = _LiveBytes(net, inputs)
+    with _reference_ops(), torch.no_grad(), live:
+        out = net(**inputs)
+    assert live.peak == pytest.approx(forward_work(UNET, batch=2).activation_bytes, rel=0.05)
+    assert live._now == out.untyped_storage().nbytes(), "all but the output has been freed"
+
+
+def test_the_count_runs_on_the_references_and_puts_the_environment_back(monkeypatch):
+    expected = forward_work(UNET)
+    monkeypatch.setenv("ADMFAST_IMPL", "attention=none_of_that_name")  # would raise, were it asked for
+    assert forward_work(UNET) == expected
+    assert os.environ["ADMFAST_IMPL"] == "attention=none_of_that_name"
+    monkeypatch.delenv("ADMFAST_IMPL")
+    forward_work(UNET)
+    assert "ADMFAST_IMPL" not in os.environ
+
+
+def test_report_on_a_described_file(tmp_path):
+    state = state_of(UNET)
+    state["out.2.bias"][:2] = float("nan")
+    state["out.0.weight"][0] = float("inf")
+    path = tmp_path / "x.safetensors"
+    write_weights(
+        path, state, Description(UNET, DiffusionSettings(learn_sigma=True), {"steps": 9}), torch.float16
+    )
+    rows = describe(path, batch=3)
+    report = dict(rows)
+    assert len(report) == len(rows)
+    size, count = path.stat().st_size, sum(value.numel() for value in state.values())
+    assert report["file"] == f"{path}, {size:,} bytes"
+    assert report["network"] == "unet" and report["model"] == "none of the released models"
+    assert report["known from"] == "the description that the file carries"
+    assert report["blocks"].startswith("1 residual block a level, ")
+    assert report["image"] == "16x16, 3 channels" and report["widths"] == "32, 64 (base 32)"
+    assert report["output"] == "6 channels, 10 classes"
+    assert report["attention"] == "heads of 32 channels, legacy qkv order, at downsampling 2"
+    assert "noise_schedule=linear" in report["diffusion"] and report["training"] == "steps=9"
+    assert report["parameters"] == f"{count:,} in {len(state)} tensors"
+    assert report["on disk"] == f"{count:,} float16"
+    assert report["values"] == "2 NaN and 1 infinite in 2 tensors, the first out.0.weight"
+    gflop = forward_work(UNET).flops / 1e9
+    assert report["work"].startswith(f"{gflop:,.1f} GFLOP an image")
+    work = forward_work(UNET, 3)
+    total = (work.weight_bytes + work.activation_bytes) / 2**20
+    assert report["memory"].startswith(f"{total:.1f} MiB at batch 3, torso float32: weights ")
+    assert "nearest" not in report and "open" not in report
+
+
+def test_a_shipped_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("admfast.models.preset_types.DIGITS_FOLDER", tmp_path.resolve())
+    write_weights(tmp_path / "upsampler.safetensors", state_of(UPSAMPLER), Description(UPSAMPLER))
+    report = dict(describe(tmp_path / "upsampler.safetensors"))
+    assert report["model"] == "digits32_upsampler, as shipped" and report["network"] == "upsampler"
+
+
+def test_report_on_a_file_that_leaves_options_open(tmp_path):
+    write_weights(tmp_path / "x.pt", state_of(UNET))
+    report = dict(describe(tmp_path / "x.pt"))
+    assert report["network"] == "a unet with 32 base channels x (1,2)"
+    assert "give num_heads or num_head_channels (a divisor of 64)" in report["open"]
+    assert "memory" not in report and report["values"] == "all finite"
+    answered = dict(
+        describe(
+            tmp_path / "x.pt",
+            options={"num_heads": 2, "use_new_attention_order": True, "image_size": 16},
+            check_values=False,
+        )
+    )
+    assert answered["attention"].startswith("2 heads, new qkv order")
+    assert "memory" in answered and "open" not in answered and "values" not in answered
+
+
+def test_report_on_released_shapes(tmp_path):
+    """Files with the shapes of released models and one value: a few hundred kilobytes each."""
+    from admfast.checkpoints import network_shapes
+
+    def save(name, shapes):
+        torch.save({k: torch.zeros(1).expand(s) for k, s in shapes.items()}, tmp_path / name)
+        return dict(describe(tmp_path / name, check_values=False))
+
+    uncond = network_shapes(preset("lsun_cat").config)
+    assert save("lsun_cat.pt", uncond)["model"] == "lsun_cat, as released"
+    renamed = save("mine.pt", uncond)
+    assert renamed["model"].startswith(
+        "one of 256x256_diffusion_uncond, lsun_bedroom, lsun_cat, lsun_horse, "
+    )
+    assert renamed["assumed"] == "dropout=0.0 (matters in training only)"
+    assert renamed["work"].startswith("2,239.7 GFLOP") and renamed["parameters"].startswith(
+        "552,814,086 in 566"
+    )
+    tuned = {**uncond, "label_emb.weight": (7, 1024)}
+    report = save("tuned.pt", tuned)
+    assert report["nearest"] == (
+        "256x256_diffusion_uncond, from which it differs: 1 key unexpected (label_emb.weight [7, 1024])"
+    ) or report["nearest"].startswith("256x256_diffusion, from which it differs: 1 key with another shape")
+
+
+def test_importing_the_floor_is_light():
+    """Neither triton nor xformers is imported, nor a home folder needed."""
+    program = (
+        "import sys, admfast.checkpoints, admfast.files; "
+        "print([name for name in ('triton', 'xformers', 'typer') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PATH": os.environ["PATH"],
+            "HOME": "/nonexistent",
+        },
+    )
+    assert done.stdout == "[]\n", done.stderr

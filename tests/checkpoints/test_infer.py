@@ -1,0 +1,321 @@
+"""What shapes, presets, descriptions and options say of a weights file, and the question where they don't."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import re
+
+import pytest
+
+from admfast.checkpoints import Unanswered, compare, fingerprint, identify, nearest_preset, network_shapes
+from admfast.checkpoints.structure import read_structure
+from admfast.errors import AdmfastError, CheckpointError, InvalidArgument
+from admfast.models import ClassifierConfig, UNetConfig
+from admfast.models.description import Description, DiffusionSettings
+from admfast.models.presets import preset
+from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, random_config
+
+HEADS = {"num_head_channels": 32, "use_new_attention_order": False}
+
+
+def hidden_options(config):
+    """The options that no shape shows."""
+    names = ["dropout", "num_heads", "num_head_channels", "use_new_attention_order", "image_size", "kind"]
+    return {name: getattr(config, name) for name in names}
+
+
+def without_effect(config):
+    """`config` with the options that no network shows at their defaults."""
+    changes = {}
+    if len(config.channel_mult) == 1:
+        changes |= {"resblock_updown": False, "conv_resample": True}
+    elif config.resblock_updown:
+        changes["conv_resample"] = True
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_any_network_is_recognised(seed):
+    config = random_config(seed)
+    shapes = network_shapes(config)
+    options = hidden_options(config)
+    if len(read_structure(shapes).layouts) > 1:
+        assert isinstance(config, ClassifierConfig)  # a UNet's up path shows where levels end
+        with pytest.raises(Unanswered, match="num_res_blocks"):
+            identify(shapes, file="x", options={**options, "image_size": None})
+        options["num_res_blocks"] = config.num_res_blocks
+    found = identify(shapes, file="x", options=options).config
+    expected = without_effect(config)
+    for mine, theirs in zip(found.channel_mult, expected.channel_mult, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-8)
+    assert dataclasses.replace(found, channel_mult=expected.channel_mult) == expected
+    assert network_shapes(found) == shapes
+
+
+def test_a_multiplier_that_rounds_down_still_gives_the_width():
+    assert int(480 / 352 * 352) == 479
+    config = dataclasses.replace(
+        UNET, model_channels=352, channel_mult=(1, math.nextafter(480 / 352, math.inf))
+    )
+    found = identify(network_shapes(config), file="x", options={"image_size": 16, **HEADS}).config
+    assert found.widths() == (352, 480) and found == config
+
+
+def test_the_random_networks_reach_every_option():
+    """The sample above would be worth little if it missed a kind, a pool or a way of resampling."""
+    configs = [random_config(seed) for seed in range(120)]
+    assert {config.kind for config in configs} == {"unet", "upsampler", "classifier"}
+    assert {c.pool for c in configs if c.kind == "classifier"} == {
+        "adaptive",
+        "attention",
+        "spatial",
+        "spatial_v2",
+    }
+    assert {(c.resblock_updown, c.conv_resample) for c in configs} == {
+        (a, b) for a in (True, False) for b in (True, False)
+    }
+    assert {c.dims for c in configs} == {1, 2, 3}
+    assert {len(c.channel_mult) for c in configs} == {1, 2, 3, 4}
+    assert any(c.in_channels * 2 == c.out_channels and c.kind == "upsampler" for c in configs)
+
+
+def test_the_question_lists_what_is_open_and_what_is_allowed():
+    with pytest.raises(Unanswered) as caught:
+        identify(network_shapes(UNET), file="runs/a.pt")
+    text = str(caught.value)
+    assert text.startswith("runs/a.pt: these are the weights of a unet with 32 base channels x (1,2)")
+    assert "num_heads or num_head_channels (a divisor of 64)" in text
+    assert "use_new_attention_order (True or False)" in text
+    assert "image_size (side of the training images in pixels)" in text
+    assert "kind" not in text and "num_res_blocks" not in text and "\n" not in text
+    assert set(caught.value.structure.kinds) == {"unet"}
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"image_size": 16}, {"num_heads", "use_new_attention_order"}),
+        ({"image_size": 16, "num_heads": 2}, {"use_new_attention_order"}),
+        ({"image_size": 16, "num_heads": 1}, set()),  # with one head the orders are one
+        ({"image_size": 16, "num_head_channels": 64}, set()),
+        ({"num_heads": 1}, {"image_size"}),
+        (HEADS, {"image_size"}),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_given_is_not_asked_for(options, asked):
+    shapes = network_shapes(UNET)
+    if not asked:
+        assert identify(shapes, file="x", options=options).config.image_size == 16
+        return
+    with pytest.raises(Unanswered) as caught:
+        identify(shapes, file="x", options=options)
+    question = str(caught.value).partition("give ")[2].partition("; or the .json")[0]
+    assert set(re.findall(r"(?:^|; )(\w+)", question)) == asked
+
+
+def test_channels_that_fit_two_kinds_are_asked_about():
+    shapes = network_shapes(UPSAMPLER)  # 2 channels in (1 and its low-resolution copy), 2 out
+    options = {"image_size": 16, "num_heads": 2, "use_new_attention_order": False}
+    with pytest.raises(Unanswered, match=r"kind \(unet or upsampler\)"):
+        identify(shapes, file="x", options=options)
+    as_upsampler = identify(shapes, file="x", options={**options, "kind": "upsampler"}).config
+    assert as_upsampler == UPSAMPLER
+    as_unet = identify(shapes, file="x", options={**options, "kind": "unet"}).config
+    assert isinstance(as_unet, UNetConfig) and as_unet.kind == "unet" and as_unet.in_channels == 2
+    # 6 in and 3 out can only be an upsampler without learned variance.
+    only = dataclasses.replace(UPSAMPLER, in_channels=3, out_channels=3)
+    assert identify(network_shapes(only), file="x", options=options).config == only
+
+
+def test_an_attention_pool_shows_the_image_size():
+    found = identify(network_shapes(CLASSIFIER), file="x", options={"num_head_channels": 32})
+    assert found.config == CLASSIFIER
+    assert found.assumed == (
+        "dropout=0.0 (matters in training only)",
+        "use_new_attention_order=False (as in every published classifier)",
+    )
+
+
+def test_a_classifier_of_equal_blocks_can_be_read_in_several_ways():
+    equal = dataclasses.replace(
+        CLASSIFIER, channel_mult=(1, 1, 1), attention_resolutions=(), num_res_blocks=3
+    )
+    shapes = network_shapes(equal)  # 12 input blocks: 1x11, 2x5, 3x3, 4x2 or 6x1
+    options = {"num_head_channels": 32}
+    with pytest.raises(Unanswered, match=r"num_res_blocks \(11, 5, 3, 2 or 1\)"):
+        identify(shapes, file="x", options=options)
+    for answer in ({"num_res_blocks": 3}, {"image_size": 16}, {"channel_mult": (1, 1, 1)}):
+        assert identify(shapes, file="x", options={**options, **answer}).config == equal
+    with pytest.raises(InvalidArgument, match="num_res_blocks 3 on 3 levels, image_size 16"):
+        identify(shapes, file="x", options={**options, "num_res_blocks": 4})
+
+
+def test_what_the_file_carries_answers_and_options_win():
+    carried = Description(UNET, DiffusionSettings(steps=100, learn_sigma=True), {"seed": 3})
+    given = identify(network_shapes(UNET), file="x", config=UNET, options={"noise_schedule": "cosine"})
+    assert given.diffusion == DiffusionSettings(noise_schedule="cosine", learn_sigma=True)
+    found = identify(network_shapes(UNET), file="x", carried=carried)
+    assert (found.config, found.diffusion, found.training) == (UNET, carried.diffusion, {"seed": 3})
+    assert found.preset is None and found.candidates == () and found.assumed == ()
+    changed = identify(
+        network_shapes(UNET),
+        file="x",
+        carried=carried,
+        options={"num_heads": 4, "num_head_channels": -1, "steps": 50},
+    )
+    assert changed.config == dataclasses.replace(UNET, num_heads=4, num_head_channels=-1)
+    assert changed.diffusion == dataclasses.replace(carried.diffusion, steps=50)
+
+
+def test_the_process_of_unknown_weights_is_unknown_unless_given():
+    options = {"image_size": 16, **HEADS}
+    assert identify(network_shapes(UNET), file="x", options=options).diffusion is None
+    found = identify(network_shapes(UNET), file="x", options={**options, "noise_schedule": "cosine"})
+    assert found.diffusion == DiffusionSettings(noise_schedule="cosine", learn_sigma=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"options": {"num_head": 4}}, "option='num_head': nearest: num_heads"),
+        ({"options": {"noise_shedule": "linear"}}, "nearest: noise_schedule"),
+        ({"options": {"kind": "gan"}}, "kind='gan'"),
+        ({"options": {"kind": "classifier", "image_size": 16, **HEADS}}, "those of a unet"),
+        ({"options": {"num_heads": 3, "image_size": 16}}, "num_heads=3: must divide"),
+        ({"options": {"num_heads": "four", "image_size": 16}}, "options: a value has the wrong type"),
+        (
+            {"options": {**HEADS, "image_size": 16, "learn_sigma": False}},
+            "learn_sigma=False: True for a network",
+        ),
+        ({"config": UNET, "options": {"learn_sigma": False}}, "learn_sigma=False: True for a network"),
+        ({"carried": Description(UNET, DiffusionSettings())}, "learn_sigma=False: True for a network"),
+        ({"preset_name": "64x64"}, "nearest: 64x64_diffusion"),
+        ({"preset_name": "64x64_diffusion", "config": UNET}, "not both"),
+        ({"carried": Description(UNET), "options": {"kind": "upsampler"}}, "those of a unet"),
+    ],
+    ids=str,
+)
+def test_wrong_answers_are_refused_by_name(arguments, said):
+    options = arguments.get("options", {})
+    if "num_heads" in options:
+        options["use_new_attention_order"] = True
+    with pytest.raises(InvalidArgument, match=re.escape(said) if "[" not in said else said):
+        identify(network_shapes(UNET), file="x", **arguments)
+
+
+@pytest.mark.parametrize("folder", ["", "models/", "C:\\models\\"])
+def test_a_released_files_name_tells_equal_shapes_apart(folder):
+    shapes = network_shapes(preset("lsun_horse").config)
+    for name in ("lsun_horse", "lsun_horse_nodropout", "256x256_diffusion_uncond"):
+        assert identify(shapes, file=f"{folder}{name}.pt").preset is preset(name)
+        assert identify(shapes, file=f"{folder}{name}.pt").config.dropout == preset(name).config.dropout
+    tuned = identify(shapes, file=f"{folder}my_lsun_horse_tuned.pt")
+    assert tuned.preset is None and len(tuned.candidates) == 5 and tuned.assumed
+    assert identify(shapes, file="x.pt", options={"dropout": 0.3}).assumed == ()
+
+
+def test_a_fine_tuned_model_is_told_what_it_is_nearest_to():
+    tuned = dataclasses.replace(preset("512x512_diffusion").config, num_classes=None)
+    shapes = network_shapes(tuned)
+    near, differences = nearest_preset(shapes)
+    assert near is preset("512x512_diffusion")
+    assert differences.missing == {"label_emb.weight": (1000, 1024)}
+    assert not differences.unexpected and not differences.misshapen
+    with pytest.raises(Unanswered) as caught:
+        identify(shapes, file="x.pt")
+    assert (
+        "(nearest is 512x512_diffusion, with image_size=512, use_new_attention_order=False, "
+        "num_head_channels=64; from it the file differs in 1 key missing (label_emb.weight [1000, 1024]))"
+    ) in str(caught.value)
+    answers = {"image_size": 512, "use_new_attention_order": False, "num_head_channels": 64}
+    assert identify(shapes, file="x.pt", options={**answers, "num_heads": 4}).config == tuned
+    assert nearest_preset(network_shapes(UNET)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: {f"module.{k}": v for k, v in s.items()}, "every key begins with 'module.'"),
+        (lambda s: {"conv_in.weight": (1,), "time_embedding.linear_1.weight": (1,)}, "diffusers"),
+        (lambda s: {"fc.weight": (10, 10)}, r"no time_embed.0.weight \[4M, M\] among its keys \(fc.weight"),
+        (lambda s: {**s, "time_embed.0.weight": (100, 32)}, "no time_embed.0.weight"),
+        (
+            lambda s: {k: v for k, v in s.items() if not k.startswith("input_blocks.0")},
+            "the stem, is missing",
+        ),
+        (lambda s: {k: v for k, v in s.items() if k != "out.2.weight"}, "out.2.weight"),
+        (lambda s: {**s, "out.2.weight": (5, 32, 3, 3)}, "3 channels in, 5 out"),
+        (lambda s: {k: v for k, v in s.items() if "input_blocks.1." not in k}, "input_blocks.1.0"),
+        (lambda s: {k: v for k, v in s.items() if "input_blocks.3." not in k}, "no regular levels"),
+        (lambda s: {k: v for k, v in s.items() if "output_blocks.3." not in k}, "no regular levels"),
+        (lambda s: {**s, "input_blocks.2.1.norm.weight": (32,)}, "no regular levels"),
+    ],
+    ids=[
+        "module",
+        "diffusers",
+        "other",
+        "embedding",
+        "stem",
+        "head",
+        "channels",
+        "first",
+        "down",
+        "up",
+        "attention",
+    ],
+)
+def test_what_is_no_adm_network_is_said_to_be_none(change, said):
+    with pytest.raises(CheckpointError, match=said) as caught:
+        identify(change(network_shapes(UNET)), file="x.pt")
+    assert str(caught.value).startswith("x.pt: ") and "\n" not in str(caught.value)
+    assert not isinstance(caught.value, Unanswered)
+
+
+def test_differences_are_counted_and_listed():
+    has, needs = (
+        network_shapes(UNET),
+        network_shapes(dataclasses.replace(UNET, num_classes=7, num_res_blocks=2)),
+    )
+    differences = compare(has, needs)
+    assert set(differences.missing) == set(needs) - set(has) != set()
+    assert differences.misshapen["label_emb.weight"] == ((10, 128), (7, 128))
+    text = differences.summary(1)
+    count = len(differences.missing)
+    assert f"{count} keys missing (input_blocks.2.0.in_layers" in text or f"{count} keys missing (" in text
+    assert ", ...)" in text and "\n" not in text
+    assert "label_emb.weight [10, 128], not [7, 128]" in text
+    assert not compare(has, has) and compare(has, has).summary() == "no differences"
+
+
+def test_a_fingerprint_follows_keys_and_shapes_only():
+    shapes = network_shapes(UNET)
+    assert fingerprint(dict(reversed(shapes.items()))) == fingerprint(shapes)
+    key = next(iter(shapes))
+    assert fingerprint({**shapes, key: (1, 2)}) != fingerprint(shapes)
+    assert fingerprint({k: v for k, v in shapes.items() if k != key}) != fingerprint(shapes)
+
+
+@pytest.mark.parametrize("config", [UNET, UPSAMPLER, CLASSIFIER], ids=lambda config: config.kind)
+def test_no_damage_to_the_shapes_gets_past_the_error(config):
+    """Keys lost and shapes spoiled at random: an answer or a clear refusal, never another exception."""
+    rng = random.Random(0)
+    whole = network_shapes(config)
+    refused = 0
+    for _ in range(300):
+        shapes = dict(whole)
+        for key in rng.sample(sorted(shapes), rng.randint(1, 4)):
+            if rng.random() < 0.5:
+                del shapes[key]
+            else:
+                shapes[key] = rng.choice([(), (1,), (0, 3), (7, 32), (32, 1, 1, 1, 1, 1)])
+        try:
+            identify(
+                shapes, file="x", options={**hidden_options(config), "num_res_blocks": config.num_res_blocks}
+            )
+        except AdmfastError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 10 < refused < 300

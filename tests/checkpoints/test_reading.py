@@ -1,0 +1,254 @@
+"""Reading weights files: what is in them, and one line for every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from admfast.checkpoints import read_weights
+from admfast.errors import CheckpointError
+from admfast.models.description import Description, DiffusionSettings
+from tests.checkpoints.small import UNET
+
+STATE = {"b.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1.5, float("nan")])}
+
+
+class RunsCode:
+    """Unpickles as a call of os.system."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def assert_equal(found, expected):
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key].nan_to_num(7), value.nan_to_num(7)) and found[key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_reads_what_torch_saves(tmp_path, legacy, kind, dtype):
+    state = kind((key, value.to(dtype)) for key, value in STATE.items())
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    weights = read_weights(tmp_path / "x.pt")
+    assert_equal(weights.tensors, state)
+    assert weights.description is None
+    assert type(weights.tensors) is dict
+
+
+def test_reads_parameters_and_modules_state_dicts(tmp_path):
+    net = torch.nn.Linear(2, 3)
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    torch.save({"w": net.weight}, tmp_path / "b.pth")
+    assert_equal(read_weights(tmp_path / "a.pt").tensors, net.state_dict())
+    assert torch.equal(read_weights(tmp_path / "b.pth").tensors["w"], net.weight)
+
+
+def test_reads_safetensors(tmp_path):
+    save_file(STATE, tmp_path / "x.safetensors")
+    assert_equal(
+        dict(sorted(read_weights(tmp_path / "x.safetensors").tensors.items())), dict(sorted(STATE.items()))
+    )
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_weights_are_mapped_not_copied(tmp_path, ending):
+    """A change of the file's bytes shows in the tensor: its memory is the file's."""
+    state = {"w": torch.full((100_000,), 3.0)}
+    path = tmp_path / f"x.{ending}"
+    torch.save(state, path) if ending == "pt" else save_file(state, path)
+    tensor = read_weights(path).tensors["w"]
+    if ending == "safetensors" and not _shares_file(path, tensor):
+        pytest.skip("this version of safetensors reads into memory of its own")
+    data = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.seek(data.rindex(struct.pack("<f", 3.0)) - 4 * 10)
+        file.write(struct.pack("<f", 5.0))
+    assert (tensor == 5.0).sum() == 1
+
+
+def _shares_file(path, tensor):
+    with open(f"/proc/{os.getpid()}/maps") as maps:
+        return any(str(path) in line for line in maps)
+
+
+def test_the_description_beside_the_file_wins_over_the_header(tmp_path):
+    beside = Description(UNET, DiffusionSettings(steps=10))
+    header = Description(UNET, DiffusionSettings(steps=20))
+    save_file(STATE, tmp_path / "x.safetensors", metadata={"admfast": header.to_json()})
+    assert read_weights(tmp_path / "x.safetensors").description == header
+    (tmp_path / "x.json").write_text(beside.to_json())
+    assert read_weights(tmp_path / "x.safetensors").description == beside
+    torch.save(STATE, tmp_path / "x.pt")
+    assert read_weights(tmp_path / "x.pt").description == beside
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"x\.json: not a description"):
+        read_weights(tmp_path / "x.pt")
+
+
+def test_foreign_metadata_is_not_a_description(tmp_path):
+    save_file(STATE, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    assert read_weights(tmp_path / "x.safetensors").description is None
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_is_refused_by_name_and_not_run(tmp_path, legacy, protocol):
+    victim = tmp_path / "ran"
+    torch.save(
+        {"w": torch.zeros(2), "x": RunsCode(f"touch {victim}")},
+        tmp_path / "evil.pt",
+        _use_new_zipfile_serialization=not legacy,
+        pickle_protocol=protocol,
+    )
+    with pytest.raises(CheckpointError, match=r"would call (posix|os|nt)\.system") as caught:
+        read_weights(tmp_path / "evil.pt")
+    assert "\n" not in str(caught.value) and "evil.pt" in str(caught.value)
+    assert not victim.exists()
+
+
+def test_a_handwritten_pickle_is_refused_by_name(tmp_path):
+    """`os system` by the GLOBAL opcode, as a bare pickle and as the data.pkl of an archive."""
+    program = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
+    (tmp_path / "bare.pt").write_bytes(program)
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+        archive.writestr("zip/data.pkl", program)
+        archive.writestr("zip/version", "3\n")
+    for name in ("bare.pt", "zip.pt"):
+        with pytest.raises(CheckpointError, match=r"would call os\.system"):
+            read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"w": torch.zeros(1), "args": argparse.Namespace(a=1)}, "would call argparse.Namespace"),
+        ({"w": torch.zeros(1), "lr": np.float64(1)}, r"would call numpy\.\S+"),
+        ({"w": np.zeros(3)}, r"would call numpy\.\S+"),
+        ([torch.zeros(1)], "holds a list, not a state dict"),
+        (torch.zeros(1), "holds a Tensor, not a state dict"),
+        ({}, "an empty state dict"),
+        ({"state": {}, "param_groups": []}, "the state of an optimiser"),
+        (
+            {"state_dict": {"w": torch.zeros(1)}, "step": 3},
+            "'state_dict', 'step' are no tensor; 'state_dict' in it would be: save that alone",
+        ),
+        ({"w": torch.zeros(1), "epoch": 3}, "'epoch' is no tensor$"),
+        ({1: torch.zeros(1)}, "1 is no tensor"),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
+)
+def test_what_is_no_state_dict_is_not_unwrapped(tmp_path, value, said):
+    torch.save(value, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_weights(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+
+
+def make_damaged(folder):
+    torch.save({"w": torch.zeros(3000)}, folder / "whole.pt")
+    save_file({"w": torch.zeros(3000), "v": torch.ones(4)}, folder / "whole.safetensors")
+    data, safe = (folder / "whole.pt").read_bytes(), (folder / "whole.safetensors").read_bytes()
+    torch.save({"w": torch.zeros(3000)}, folder / "old.pt", _use_new_zipfile_serialization=False)
+    (folder / "cut.pt").write_bytes(data[:-300])
+    (folder / "cut_early.pt").write_bytes(data[:40])
+    (folder / "cut_old.pt").write_bytes((folder / "old.pt").read_bytes()[:-500])
+    (folder / "spoiled.pt").write_bytes(data[:40] + bytes(300) + data[340:])
+    (folder / "noise.pt").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "page.pt").write_text("  <!DOCTYPE html><title>404</title>")
+    (folder / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (folder / "short.safetensors").write_bytes(safe[:5])
+    (folder / "header.safetensors").write_bytes(safe[:60])
+    (folder / "cut.safetensors").write_bytes(safe[:-4])
+    (folder / "json.safetensors").write_bytes(struct.pack("<Q", 4) + b"[1]x" + bytes(100))
+    (folder / "none.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    header = json.dumps({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (folder / "dtype.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    (folder / "really.safetensors").write_bytes(data)
+    with zipfile.ZipFile(folder / "other.pt", "w") as archive:
+        archive.writestr("readme.txt", "x")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(folder / "program.pt")
+    with tarfile.open(folder / "ancient.pt", "w") as tar:
+        for name in ("storages", "tensors", "pickle", "sys_info"):
+            payload = pickle.dumps({}, 2)
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cut.pt", r"truncated: the zip central directory at its end is missing \([\d,]+ bytes are there\)"),
+        ("cut_early.pt", "truncated: the zip central directory"),
+        ("cut_old.pt", "damaged, or no file of torch.save"),
+        ("spoiled.pt", "damaged"),
+        ("noise.pt", "damaged, or no file of torch.save"),
+        ("empty.pt", "the file is empty"),
+        ("empty.safetensors", "the file is empty"),
+        ("page.pt", "a web page"),
+        ("pointer.pt", "a Git LFS pointer"),
+        ("other.pt", "a zip archive without data.pkl"),
+        ("program.pt", "a TorchScript program"),
+        ("ancient.pt", "tar format"),
+        ("short.safetensors", "5 bytes can't hold"),
+        ("header.safetensors", r"truncated, or not safetensors: the header would end at byte [\d,]+ of 60"),
+        ("cut.safetensors", r"truncated: [\d,]+ bytes by its header, [\d,]+ are there"),
+        ("json.safetensors", "its header is not the JSON it should be"),
+        ("none.safetensors", "holds no tensors"),
+        ("dtype.safetensors", "damaged"),
+        ("really.safetensors", "not safetensors"),
+        ("", "a folder, not a weights file .holds "),
+        ("whole.py", "no such file; nearest there: whole.pt"),
+        ("no/x.pt", "no such file; there is no folder"),
+        ("whole.pt/x.pt", "no such file|Not a directory"),
+    ],
+)
+def test_damage_is_said_in_one_line(tmp_path, name, said):
+    make_damaged(tmp_path)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_weights(tmp_path / name)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(str(tmp_path / name)) and len(text) < 400 + len(str(tmp_path))
+
+
+def test_a_missing_file_names_what_the_folder_holds(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds no weights files"):
+        read_weights(tmp_path / "x.pt")
+    torch.save(STATE, tmp_path / "64x64_diffusion.pt")
+    with pytest.raises(CheckpointError, match=f"{tmp_path} holds 64x64_diffusion.pt"):
+        read_weights(tmp_path / "zzz.pt")
+    with pytest.raises(CheckpointError, match="nearest there: 64x64_diffusion.pt"):
+        read_weights(tmp_path / "64x64_difusion.pt")
+
+
+def test_any_cut_of_a_file_is_refused(tmp_path):
+    """Whatever byte a download stopped at, the file isn't taken for a whole one."""
+    torch.save({"w": torch.zeros(50), "v": torch.ones(3)}, tmp_path / "whole.pt")
+    save_file({"w": torch.zeros(50), "v": torch.ones(3)}, tmp_path / "whole.safetensors")
+    for name in ("whole.pt", "whole.safetensors"):
+        data = (tmp_path / name).read_bytes()
+        path = tmp_path / name.replace("whole", "cut")
+        for length in [*range(0, len(data) - 1, 37), len(data) - 1]:
+            path.write_bytes(data[:length])
+            with pytest.raises(CheckpointError):
+                read_weights(path)
