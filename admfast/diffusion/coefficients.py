@@ -1,0 +1,113 @@
+"""The coefficients of a process as device tables, read with the device's own t."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from admfast.diffusion.schedule import FloatArray, Schedule
+from admfast.errors import invalid
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The coefficients of one call: at(name) is that coefficient at every t, shaped [N, 1, ...]."""
+
+    table: Tensor  # [K, S]
+    rows: dict[str, int]
+    t: Tensor  # [N]
+    shape: torch.Size  # of x: [N, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 or float64, the dtype of the call's arithmetic."""
+        return self.table.dtype
+
+    def __call__(self, name: str) -> Tensor:
+        values = self.table[self.rows[name]].index_select(0, self.t)
+        return values.view(-1, *[1] * (len(self.shape) - 1))
+
+    def full(self, name: str) -> Tensor:
+        """The coefficient as a view of x's shape."""
+        return self(name).expand(self.shape)
+
+
+class CoefficientTables:
+    """Every coefficient of a schedule, rounded once from float64 and uploaded once per device and dtype.
+
+    schedule: see `make_schedule`. A first call uploads, so make it before a CUDA graph is captured.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        columns = _coefficients(schedule)
+        self._rows = {name: row for row, name in enumerate(columns)}
+        self._host = np.stack(list(columns.values()))
+        self._model_timesteps = schedule.model_timesteps
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._model_t: dict[torch.device, Tensor] = {}
+
+    def at(self, t: Tensor, *tensors: Tensor) -> Coefficients:
+        """The coefficients at t for arithmetic on these [N, ...] tensors: float64 if one is, else float32.
+
+        Raises: InvalidArgument for a t that is not [N] integers.
+        """
+        self._check(t, tensors[0].shape[:1])
+        wide = any(tensor.dtype == torch.float64 for tensor in tensors)
+        dtype = torch.float64 if wide else torch.float32
+        table = self._tables.get((t.device, dtype))
+        if table is None:
+            # Rounded on the host, since not every device has float64. Inference mode is left because a table
+            # made under it could not serve autograd later.
+            with torch.inference_mode(False):
+                table = torch.tensor(self._host, dtype=dtype).to(t.device)
+            self._tables[t.device, dtype] = table
+        return Coefficients(table, self._rows, t, tensors[0].shape)
+
+    def model_t(self, t: Tensor) -> Tensor:
+        """The timesteps that the network sees at t: [N], int64 or float32."""
+        self._check(t, t.shape[:1])
+        table = self._model_t.get(t.device)
+        if table is None:
+            with torch.inference_mode(False):
+                table = torch.tensor(self._model_timesteps).to(t.device)
+            self._model_t[t.device] = table
+        return table.index_select(0, t)
+
+    def _check(self, t: Tensor, shape: torch.Size) -> None:
+        """t is [N] integers; their range is checked on the CPU only, where it costs no transfer."""
+        if t.dtype not in (torch.int64, torch.int32) or t.dim() != 1 or t.shape != shape:
+            raise invalid("t", f"{t.dtype} {tuple(t.shape)}", f"int64 [N], here {tuple(shape)}")
+        if t.device.type != "cpu" or t.numel() == 0 or torch.compiler.is_compiling():
+            return
+        steps = self._host.shape[1]
+        low, high = int(t.min()), int(t.max())
+        if low < 0 or high >= steps:
+            raise invalid("t", low if low < 0 else high, f"steps from 0 to {steps - 1}")
+
+
+def _coefficients(schedule: Schedule) -> dict[str, FloatArray]:
+    """Every coefficient that a formula multiplies by, float64 [S] each."""
+    coef1, coef2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+    # At t = 0 the true posterior has no width; the published large variance takes that of t = 1 there.
+    first = schedule.posterior_variance[1] if schedule.num_timesteps > 1 else schedule.betas[0]
+    large = np.append(first, schedule.betas[1:])
+    return {
+        "sqrt_alphas_cumprod": schedule.sqrt_alphas_cumprod,
+        "one_minus_alphas_cumprod": 1.0 - schedule.alphas_cumprod,
+        "sqrt_one_minus_alphas_cumprod": schedule.sqrt_one_minus_alphas_cumprod,
+        "log_one_minus_alphas_cumprod": schedule.log_one_minus_alphas_cumprod,
+        "sqrt_recip_alphas_cumprod": schedule.sqrt_recip_alphas_cumprod,
+        "sqrt_recipm1_alphas_cumprod": schedule.sqrt_recipm1_alphas_cumprod,
+        "posterior_mean_coef1": coef1,
+        "posterior_mean_coef2": coef2,
+        "recip_posterior_mean_coef1": 1.0 / coef1,
+        "posterior_mean_coef2_over_coef1": coef2 / coef1,
+        "posterior_variance": schedule.posterior_variance,
+        "posterior_log_variance_clipped": schedule.posterior_log_variance_clipped,
+        "fixed_large_variance": large,
+        "fixed_large_log_variance": np.log(large),
+        "log_betas": np.log(schedule.betas),
+    }

@@ -1,0 +1,120 @@
+"""The settings of a diffusion process, under the names of the published flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from admfast.diffusion.parameterisation import LossType, MeanType, VarType, member
+from admfast.diffusion.process import GaussianDiffusion
+from admfast.diffusion.respacing import Respacing, space_timesteps
+from admfast.diffusion.schedule import beta_schedule, make_schedule
+from admfast.errors import invalid, nearest
+
+_SWITCHES = (
+    "learn_sigma",
+    "sigma_small",
+    "predict_xstart",
+    "rescale_timesteps",
+    "rescale_learned_sigmas",
+    "use_kl",
+)
+_PUBLISHED_NAMES = {"diffusion_steps": "steps", "timestep_respacing": "respacing"}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """A diffusion process and its training objective.
+
+    Source: `create_gaussian_diffusion` of the published code.
+
+    noise_schedule: "linear" or "cosine". steps: length of the original process.
+    learn_sigma: LEARNED_RANGE variance, the output has twice the channels; else FIXED_LARGE, or FIXED_SMALL
+      with sigma_small. predict_xstart: the output is x_0 instead of the noise.
+    rescale_timesteps: the network sees float timesteps in 0..1000.
+    use_kl: RESCALED_KL; else rescale_learned_sigmas: RESCALED_MSE; else MSE.
+    respacing: see `space_timesteps`; None is the original process without the published respacing wrapper.
+    mean_type, var_type, loss_type: a member (or its name) given directly, for what the switches can't
+      express. The switches that they replace must then be off.
+    Raises: InvalidArgument.
+    """
+
+    noise_schedule: str = "linear"
+    steps: int = 1000
+    learn_sigma: bool = False
+    sigma_small: bool = False
+    predict_xstart: bool = False
+    rescale_timesteps: bool = False
+    rescale_learned_sigmas: bool = False
+    use_kl: bool = False
+    respacing: Respacing | None = ""
+    mean_type: MeanType | str | None = None
+    var_type: VarType | str | None = None
+    loss_type: LossType | str | None = None
+
+    def __post_init__(self) -> None:
+        for switch in _SWITCHES:
+            if not isinstance(getattr(self, switch), bool):
+                raise invalid(switch, getattr(self, switch), "True or False")
+        beta_schedule(self.noise_schedule, self.steps)
+        if isinstance(self.respacing, Iterable) and not isinstance(self.respacing, str):
+            object.__setattr__(self, "respacing", tuple(self.respacing))
+        if self.respacing is not None and not space_timesteps(self.steps, self.respacing):
+            raise invalid("respacing", self.respacing, "at least one step")
+        self._direct("mean_type", MeanType, "predict_xstart")
+        self._direct("var_type", VarType, "learn_sigma", "sigma_small")
+        self._direct("loss_type", LossType, "use_kl", "rescale_learned_sigmas")
+
+    def _direct(self, name: str, kind: Any, *switches: str) -> None:
+        """Replace a member's name by the member, and refuse switches that would say it twice."""
+        given = getattr(self, name)
+        if given is None:
+            return
+        object.__setattr__(self, name, member(kind, given, name))
+        for switch in switches:
+            if getattr(self, switch):
+                raise invalid(switch, True, f"off where {name} is given")
+
+    @classmethod
+    def from_flags(cls, **flags: Any) -> DiffusionConfig:
+        """Return the config of published flags: `diffusion_steps` and `timestep_respacing` are accepted too.
+
+        Raises: InvalidArgument for an unknown flag, with the nearest names.
+        """
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        settings: dict[str, Any] = {}
+        for flag, value in flags.items():
+            name = _PUBLISHED_NAMES.get(flag, flag)
+            if name not in known:
+                raise invalid(flag, value, f"unknown setting, {nearest(flag, [*known, *_PUBLISHED_NAMES])}")
+            if name in settings:
+                raise invalid(flag, value, f"the same setting as {name}, which is given too")
+            # The published code takes every empty respacing for "keep all".
+            settings[name] = "" if flag == "timestep_respacing" and not value else value
+        return cls(**settings)
+
+    @property
+    def types(self) -> tuple[MeanType, VarType, LossType]:
+        """The parameterisation and objective that the settings stand for."""
+        fixed = VarType.FIXED_SMALL if self.sigma_small else VarType.FIXED_LARGE
+        mse = LossType.RESCALED_MSE if self.rescale_learned_sigmas else LossType.MSE
+        mean = self.mean_type or (MeanType.START_X if self.predict_xstart else MeanType.EPSILON)
+        var = self.var_type or (VarType.LEARNED_RANGE if self.learn_sigma else fixed)
+        loss = self.loss_type or (LossType.RESCALED_KL if self.use_kl else mse)
+        return (
+            member(MeanType, mean, "mean_type"),
+            member(VarType, var, "var_type"),
+            member(LossType, loss, "loss_type"),
+        )
+
+    def build(self, respacing: Respacing | None = None) -> GaussianDiffusion:
+        """Return the process.
+
+        respacing: keeps these steps instead of the config's own; None leaves the config's.
+        Raises: InvalidArgument.
+        """
+        kept = self.respacing if respacing is None else respacing
+        schedule = make_schedule(self.noise_schedule, self.steps, kept, self.rescale_timesteps)
+        return GaussianDiffusion(schedule, *self.types)

@@ -1,0 +1,60 @@
+"""What a diffusion network predicts and what it is trained on."""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeVar
+
+from admfast.errors import invalid, nearest
+
+
+class MeanType(enum.Enum):
+    """What the mean channels of the network's output are (`ModelMeanType` of the published code)."""
+
+    PREVIOUS_X = "PREVIOUS_X"  # the mean of x_{t-1}
+    START_X = "START_X"  # x_0
+    EPSILON = "EPSILON"  # the noise in x_t
+
+
+class VarType(enum.Enum):
+    """Where the variance of p(x_{t-1} | x_t) comes from (`ModelVarType` of the published code)."""
+
+    LEARNED = "LEARNED"  # the output's second half is log sigma^2
+    FIXED_SMALL = "FIXED_SMALL"  # the posterior variance
+    FIXED_LARGE = "FIXED_LARGE"  # beta, and at t = 0 the posterior variance of t = 1
+    LEARNED_RANGE = "LEARNED_RANGE"  # the output's second half in [-1, 1] interpolates between the two logs
+
+    @property
+    def learned(self) -> bool:
+        """Whether the network's output has twice the channels of x."""
+        return self in (VarType.LEARNED, VarType.LEARNED_RANGE)
+
+
+class LossType(enum.Enum):
+    """The training objective (`LossType` of the published code)."""
+
+    MSE = "MSE"  # mean squared error, plus the variational term in bits where the variance is learned
+    RESCALED_MSE = "RESCALED_MSE"  # the same, its variational term times S / 1000
+    KL = "KL"  # the variational term in bits
+    RESCALED_KL = "RESCALED_KL"  # the same times S: an estimate of the whole bound
+
+    @property
+    def variational(self) -> bool:
+        """Whether the loss is the variational term alone."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+EnumT = TypeVar("EnumT", bound=enum.Enum)
+
+
+def member(kind: type[EnumT], value: EnumT | str, name: str) -> EnumT:
+    """Return `value`, a member of `kind` or the name of one, as the member; `name` is the argument's name.
+
+    Raises: InvalidArgument with the nearest names.
+    """
+    if isinstance(value, kind):
+        return value
+    names = [entry.name for entry in kind]
+    if isinstance(value, str) and value in names:
+        return kind[value]
+    raise invalid(name, value, nearest(str(value), names))

@@ -1,0 +1,141 @@
+"""Which timesteps of a long process a shorter one keeps."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Sequence
+
+from admfast.errors import InvalidArgument, invalid, nearest
+
+Respacing = str | int | Iterable[int]
+
+_DDIM = re.compile(r"ddim\s*([+-]?\d+)\s*")
+_COUNTS = re.compile(r"\s*[+-]?\d+\s*(,\s*[+-]?\d+\s*)*")
+_LIST = re.compile(r"\s*\[(.*)\]\s*")
+_FORMS = (
+    "a count such as '250', counts per section such as '10,10,10', 'ddimN', a list of timesteps, "
+    "or '' for all"
+)
+
+
+def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:
+    """Return `value` as an int in low..high (both included), or raise.
+
+    Accepts Python and NumPy integers, not booleans and not floats.
+    Raises: InvalidArgument naming the argument, its value and the range.
+    """
+    allowed = f"a whole number, at least {low}" if high is None else f"a whole number from {low} to {high}"
+    if isinstance(value, bool):
+        raise invalid(name, value, allowed)
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise invalid(name, value, allowed) from None
+    if number < low or (high is not None and number > high):
+        raise invalid(name, value, allowed)
+    return number
+
+
+def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = False) -> list[int]:
+    """Return the timesteps, in ascending order, that `spec` keeps out of 0..num_timesteps-1.
+
+    Source: `space_timesteps` of the published `respace.py`; the DDIM spacing is that of "Denoising Diffusion
+    Implicit Models", section D.2 (linear selection).
+
+    num_timesteps: length of the original process, at least 1.
+    spec: one of
+      "" - every timestep;
+      "250" or 250 - that many over the whole process, from the first to the last;
+      "10,10,10" - the process is cut into as many sections as there are counts, as equal as possible with the
+        longer ones first, and each keeps its count from its own first to its own last step. The position is a
+        float64 sum of strides (size - 1) / (count - 1), rounded half to even; a count of 1 keeps the first
+        step, 0 keeps none;
+      "ddimN" - 0, k, 2k, ... with the smallest integer stride k that gives exactly N steps. Where no stride
+        does, the steps are floor(i * num_timesteps / N), i = 0..N-1: evenly spaced from 0 too, to within one;
+      [0, 10, 20] or "[0,10,20]" - these timesteps, in any order, none twice.
+    published: follow the published function to the letter: `ddimN` without an integer stride raises, "" and
+      "[...]" raise, a list holds counts per section, and a negative count keeps none.
+
+    Returns a list of distinct ints; empty only for counts that are all 0.
+    Raises: InvalidArgument naming the value and what is allowed. Not differentiable (no tensors).
+    """
+    total = whole_number("num_timesteps", num_timesteps, 1)
+    if isinstance(spec, str):
+        if published and not (_DDIM.fullmatch(spec) or _COUNTS.fullmatch(spec)):
+            raise _unknown(spec)
+        return _from_text(total, spec, published)
+    if isinstance(spec, Iterable):
+        items = list(spec)
+        if published:
+            return _sections(total, [operator.index(count) for count in items], published)
+        return _explicit(total, items)
+    return _sections(total, [whole_number("respacing", spec, 0, total)], published)
+
+
+def _from_text(total: int, spec: str, published: bool) -> list[int]:
+    if not spec.strip():
+        return list(range(total))
+    if match := _DDIM.fullmatch(spec):
+        return _ddim(total, int(match[1]), spec, published)
+    if match := _LIST.fullmatch(spec):
+        items = [item.strip() for item in match[1].split(",")]
+        if not all(re.fullmatch(r"\d+", item) for item in items):
+            raise invalid(
+                "respacing", spec, f"a list of timesteps from 0 to {total - 1}, such as '[0,10,20]'"
+            )
+        return _explicit(total, [int(item) for item in items])
+    if _COUNTS.fullmatch(spec):
+        return _sections(total, [int(count) for count in spec.split(",")], published)
+    raise _unknown(spec)
+
+
+def _unknown(spec: str) -> InvalidArgument:
+    """The error for a spec of no known form, with the nearest spellings that keep its number."""
+    digits = re.search(r"\d+", spec)
+    count = digits[0] if digits else "25"
+    return invalid("respacing", spec, f"{_FORMS}; {nearest(spec, [f'ddim{count}', count])}")
+
+
+def _ddim(total: int, count: int, spec: str, published: bool) -> list[int]:
+    if count < 1 or count > total:
+        raise invalid("respacing", spec, f"ddimN with N from 1 to {total}")
+    for stride in range(1, total):
+        steps = range(0, total, stride)
+        if len(steps) == count:
+            return list(steps)
+        if len(steps) < count:
+            break
+    if published:
+        raise invalid("respacing", spec, f"no integer stride gives exactly {count} of {total} steps")
+    return [i * total // count for i in range(count)]
+
+
+def _sections(total: int, counts: Sequence[int], published: bool) -> list[int]:
+    if not counts:
+        raise invalid("respacing", list(counts), "at least one count")
+    size, longer = divmod(total, len(counts))
+    start, kept = 0, []
+    for i, count in enumerate(counts):
+        length = size + (i < longer)
+        if count > length or (count < 0 and not published):
+            text = ",".join(str(c) for c in counts)
+            raise invalid("respacing", text, f"section {i} of {len(counts)} takes a count from 0 to {length}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            # Summed, not i * stride: the rounding of the sum decides which step is kept.
+            kept.append(start + round(position))
+            position += stride
+        start += length
+    return kept
+
+
+def _explicit(total: int, steps: Sequence[int]) -> list[int]:
+    kept = sorted(whole_number("respacing timestep", step, 0, total - 1) for step in steps)
+    if not kept:
+        raise invalid("respacing", list(steps), f"at least one timestep from 0 to {total - 1}")
+    for step, following in zip(kept, kept[1:], strict=False):
+        if step == following:
+            raise invalid("respacing", list(steps), f"each timestep once; {step} is there twice")
+    return kept

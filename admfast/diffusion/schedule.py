@@ -1,0 +1,251 @@
+"""Noise schedules: betas, what follows from them in float64, and the timestep that the network sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from admfast.diffusion.respacing import Respacing, space_timesteps, whole_number
+from admfast.errors import invalid, nearest
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+NOISE_SCHEDULES = ("linear", "cosine")
+
+# With rescaling the network sees timesteps in 0..1000 whatever the length of the process.
+TIMESTEP_SCALE = 1000.0
+
+
+def beta_schedule(name: str, steps: int) -> FloatArray:
+    """Return beta_t, t = 0..steps-1, of a named noise schedule as float64 [steps].
+
+    "linear": evenly spaced from 1e-4 s to 2e-2 s, s = 1000 / steps (Ho et al. 2020, for any length).
+    "cosine": 1 - f((t+1)/steps) / f(t/steps), at most 0.999, f(u) = cos^2((u + 0.008) / 1.008 * pi / 2)
+    (Nichol and Dhariwal 2021, eq. 17).
+    Source: `get_named_beta_schedule` of the published code.
+
+    name: "linear" or "cosine". steps: at least 1; at least 20 for "linear", whose last beta is 20 / steps.
+    Raises: InvalidArgument.
+    """
+    if name not in NOISE_SCHEDULES:
+        raise invalid("noise_schedule", name, nearest(str(name), NOISE_SCHEDULES))
+    steps = whole_number("steps", steps, 1)
+    if name == "linear":
+        if steps < 20:
+            raise invalid("steps", steps, "a linear schedule takes at least 20, its last beta is 20 / steps")
+        scale = 1000 / steps
+        return np.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=np.float64)
+    # math.cos, not np.cos: the two differ in the last bit, and 1 - ratio magnifies it.
+    bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    return np.array([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(steps)], dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t), t = 0..S-1, in float64.
+
+    Source: `GaussianDiffusion.__init__` and `SpacedDiffusion` of the published code; the arrays have its
+    names, are float64 [S] and read-only. With alpha_bar_t = prod_{s<=t} (1 - beta_s):
+
+    betas, alphas_cumprod (alpha_bar), alphas_cumprod_prev (first 1), alphas_cumprod_next (last 0),
+    sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
+    sqrt_recip_alphas_cumprod = alpha_bar^-1/2, sqrt_recipm1_alphas_cumprod = (1/alpha_bar - 1)^1/2,
+    posterior_variance = beta (1 - alpha_bar_prev) / (1 - alpha_bar), 0 at t = 0,
+    posterior_log_variance_clipped: its log, with the value of t = 1 at t = 0 (of beta_0 where S = 1),
+    posterior_mean_coef1 (of x_0) and posterior_mean_coef2 (of x_t) of q(x_{t-1} | x_t, x_0).
+
+    timestep_map: int64 [S], the step of the original process that each t stands for.
+    original_steps: length of the original process.
+    rescale_timesteps: the network sees float32 timesteps scaled to 0..1000.
+    model_timesteps: what the network sees at each t, int64 [S] or float32 [S].
+    Raises: InvalidArgument for betas outside (0, 1] or arrays that don't fit together.
+    """
+
+    betas: FloatArray
+    timestep_map: IntArray
+    original_steps: int
+    rescale_timesteps: bool = False
+    model_timesteps: npt.NDArray[np.generic] = field(init=False, repr=False)
+    alphas_cumprod: FloatArray = field(init=False, repr=False)
+    alphas_cumprod_prev: FloatArray = field(init=False, repr=False)
+    alphas_cumprod_next: FloatArray = field(init=False, repr=False)
+    sqrt_alphas_cumprod: FloatArray = field(init=False, repr=False)
+    sqrt_one_minus_alphas_cumprod: FloatArray = field(init=False, repr=False)
+    log_one_minus_alphas_cumprod: FloatArray = field(init=False, repr=False)
+    sqrt_recip_alphas_cumprod: FloatArray = field(init=False, repr=False)
+    sqrt_recipm1_alphas_cumprod: FloatArray = field(init=False, repr=False)
+    posterior_variance: FloatArray = field(init=False, repr=False)
+    posterior_log_variance_clipped: FloatArray = field(init=False, repr=False)
+    posterior_mean_coef1: FloatArray = field(init=False, repr=False)
+    posterior_mean_coef2: FloatArray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        betas = np.array(self.betas, dtype=np.float64)
+        if betas.ndim != 1 or betas.size == 0:
+            raise invalid("betas", betas.shape, "one dimension with at least one step")
+        outside = ~((betas > 0) & (betas <= 1))
+        if outside.any():
+            step = int(np.argmax(outside))
+            raise invalid(f"betas[{step}]", float(betas[step]), "greater than 0, at most 1")
+        steps = whole_number("original_steps", self.original_steps, len(betas))
+        kept = np.array(self.timestep_map)
+        if kept.shape != betas.shape or kept.dtype.kind not in "iu":
+            raise invalid(
+                "timestep_map", f"{kept.dtype} {kept.shape}", f"whole numbers of shape {betas.shape}"
+            )
+        if kept[0] < 0 or kept[-1] >= steps or (np.diff(kept) <= 0).any():
+            raise invalid("timestep_map", kept.tolist(), f"rising, from 0 to {steps - 1}")
+        arrays = {"betas": betas, "timestep_map": kept.astype(np.int64), **_derived(betas)}
+        arrays["model_timesteps"] = arrays["timestep_map"]
+        if self.rescale_timesteps:
+            # Both factors are rounded to float32 first, as torch multiplies a float32 tensor by a number.
+            arrays["model_timesteps"] = kept.astype(np.float32) * np.float32(TIMESTEP_SCALE / steps)
+        for name, values in arrays.items():
+            values.flags.writeable = False
+            object.__setattr__(self, name, values)
+
+    @classmethod
+    def from_betas(
+        cls,
+        betas: npt.ArrayLike,
+        *,
+        timestep_map: Sequence[int] | IntArray | None = None,
+        original_steps: int | None = None,
+        rescale_timesteps: bool = False,
+    ) -> Schedule:
+        """Return the schedule of these betas; by default the original process itself, t mapped to t.
+
+        betas: [S], in (0, 1]. timestep_map: [S], rising. original_steps: at least S.
+        Raises: InvalidArgument.
+        """
+        array = np.array(betas, dtype=np.float64)
+        kept = np.arange(array.size) if timestep_map is None else np.asarray(timestep_map)
+        steps = array.size if original_steps is None else original_steps
+        return cls(array, kept, steps, rescale_timesteps)
+
+    @property
+    def num_timesteps(self) -> int:
+        """S, the number of steps that are kept."""
+        return len(self.betas)
+
+    def respaced(self, steps: Sequence[int] | IntArray) -> Schedule:
+        """Return the schedule of these steps only: beta_i = 1 - alpha_bar_i / alpha_bar_{i-1} over the kept.
+
+        The betas are recomputed even where every step is kept, as `SpacedDiffusion` of the published code
+        does: they then differ from the given ones by rounding.
+
+        steps: indices into this schedule, rising, at least one. Raises: InvalidArgument.
+        """
+        index = np.asarray(steps)
+        if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
+            raise invalid("steps", steps, "at least one whole number")
+        if index[0] < 0 or index[-1] >= self.num_timesteps or (np.diff(index) <= 0).any():
+            raise invalid("steps", index.tolist(), f"rising, from 0 to {self.num_timesteps - 1}")
+        kept = self.alphas_cumprod[index]
+        betas = 1 - kept / np.append(1.0, kept[:-1])
+        return Schedule(betas, self.timestep_map[index], self.original_steps, self.rescale_timesteps)
+
+    def model_t(self, index: float) -> int | float:
+        """Return the timestep that the network sees at step `index`.
+
+        timestep_map[index] as an int, or its float32 product with 1000 / original_steps where rescaling is
+        on. Between two steps, timestep_map is interpolated linearly in float64 and the result is a float.
+
+        index: 0..S-1. Raises: InvalidArgument.
+        """
+        if not 0 <= index <= self.num_timesteps - 1:
+            raise invalid("index", index, f"from 0 to {self.num_timesteps - 1}")
+        if index == int(index):
+            seen: int | float = self.model_timesteps[int(index)].item()
+            return seen
+        mapped = float(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
+        return mapped * (TIMESTEP_SCALE / self.original_steps) if self.rescale_timesteps else mapped
+
+    def log_snr(self, index: npt.ArrayLike) -> FloatArray:
+        """Return log(alpha_bar / (1 - alpha_bar)), linear in the index between steps; float64, same shape.
+
+        index: 0..S-1, any shape. Raises: InvalidArgument.
+        """
+        at = np.asarray(index, dtype=np.float64)
+        if not ((at >= 0) & (at <= self.num_timesteps - 1)).all():
+            raise invalid("index", index, f"from 0 to {self.num_timesteps - 1}")
+        return np.asarray(np.interp(at, np.arange(self.num_timesteps), self._log_snr_grid()))
+
+    def index_of_log_snr(self, log_snr: npt.ArrayLike) -> FloatArray:
+        """Return the fractional index at which `Schedule.log_snr` has this value; float64, same shape.
+
+        log_snr: any shape, within the values of the last and the first step (a relative 1e-9 is forgiven).
+        Where the steps are a subset, interpolate on the original schedule instead: its grid is finer.
+        Raises: InvalidArgument.
+        """
+        grid = self._log_snr_grid()
+        wanted = np.asarray(log_snr, dtype=np.float64)
+        slack = 1e-9 * np.maximum(1.0, np.abs(wanted))
+        if not ((wanted >= grid[-1] - slack) & (wanted <= grid[0] + slack)).all():
+            raise invalid("log_snr", log_snr, f"from {grid[-1]:.6g} to {grid[0]:.6g}")
+        indices = np.arange(self.num_timesteps, dtype=np.float64)
+        return np.asarray(np.interp(wanted, grid[::-1], indices[::-1]))
+
+    def _log_snr_grid(self) -> FloatArray:
+        with np.errstate(divide="ignore"):
+            return np.log(self.alphas_cumprod) - self.log_one_minus_alphas_cumprod
+
+
+def _derived(betas: FloatArray) -> dict[str, npt.NDArray[np.generic]]:
+    """The arrays of `Schedule` that follow from the betas."""
+    alphas = 1.0 - betas
+    bar = np.cumprod(alphas)
+    bar_prev = np.append(1.0, bar[:-1])
+    variance = betas * (1.0 - bar_prev) / (1.0 - bar)
+    # A last beta of exactly 1 (linear, 20 steps) leaves no signal: alpha_bar is 0, its reciprocal infinite.
+    with np.errstate(divide="ignore"):
+        recip = 1.0 / bar
+    return {
+        "alphas_cumprod": bar,
+        "alphas_cumprod_prev": bar_prev,
+        "alphas_cumprod_next": np.append(bar[1:], 0.0),
+        "sqrt_alphas_cumprod": np.sqrt(bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - bar),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(
+            np.append(variance[1] if len(betas) > 1 else betas[0], variance[1:])
+        ),
+        "posterior_mean_coef1": betas * np.sqrt(bar_prev) / (1.0 - bar),
+        "posterior_mean_coef2": (1.0 - bar_prev) * np.sqrt(alphas) / (1.0 - bar),
+    }
+
+
+def make_schedule(
+    noise_schedule: str = "linear",
+    steps: int = 1000,
+    respacing: Respacing | None = "",
+    rescale_timesteps: bool = False,
+) -> Schedule:
+    """Return the float64 schedule of a diffusion process.
+
+    Source: `create_gaussian_diffusion` of the published code. For betas of one's own see
+      `Schedule.from_betas`.
+
+    noise_schedule: "linear" or "cosine". steps: length of the original process.
+    respacing: which steps to keep, see `space_timesteps`; "" keeps all and recomputes the betas from
+      alpha_bar, None leaves the process untouched (the published class without its respacing wrapper).
+    rescale_timesteps: the network sees float timesteps in 0..1000.
+    Raises: InvalidArgument.
+    """
+    base = Schedule.from_betas(
+        beta_schedule(noise_schedule, steps), rescale_timesteps=bool(rescale_timesteps)
+    )
+    if respacing is None:
+        return base
+    kept = space_timesteps(base.num_timesteps, respacing)
+    if not kept:
+        raise invalid("respacing", respacing, "at least one step")
+    return base.respaced(kept)
