@@ -1,0 +1,69 @@
+"""DDIM (Song et al. 2020), and its inverse."""
+
+from __future__ import annotations
+
+import math
+
+from admfast.diffusion import GaussianDiffusion
+from admfast.errors import invalid
+from admfast.ops.sampler_step import Row
+from admfast.solvers.table import SolverTable, clip_of, x0_coefficients
+
+
+def ddim(diffusion: GaussianDiffusion, *, eta: float = 0.0, clip: bool = True) -> SolverTable:
+    """Return the table of x_prev = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma z, t = S-1..0.
+
+    ab is alpha_bar, eps is derived again from the limited x_0, and
+    sigma = eta sqrt((1 - ab_prev) / (1 - ab)) sqrt(1 - ab / ab_prev). Guidance ("Diffusion Models Beat GANs",
+    algorithm 2) adds (1 - ab) / sqrt(ab) g to x_0 after the limit. Source: Song et al. 2020, eq. 12 and 16;
+    `ddim_sample` of the published code.
+
+    diffusion: the respaced process. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1.
+    clip: limit x_0 to [-1, 1]. Raises: InvalidArgument.
+    """
+    if not 0 <= eta <= 1:
+        raise invalid("eta", eta, "0 to 1")
+    s = diffusion.schedule
+    rows = []
+    for i in reversed(range(s.num_timesteps)):
+        bar, bar_prev = float(s.alphas_cumprod[i]), float(s.alphas_cumprod_prev[i])
+        sigma = eta * math.sqrt((1 - bar_prev) / (1 - bar)) * math.sqrt(1 - bar / bar_prev)
+        toward = math.sqrt(max(1 - bar_prev - sigma**2, 0.0))
+        rows.append(_row(diffusion, i, bar_prev, toward, sigma if i else 0.0, clip))
+    return SolverTable("ddim", tuple(rows), integer_t=not s.rescale_timesteps)
+
+
+def ddim_inverse(diffusion: GaussianDiffusion, *, clip: bool = True) -> SolverTable:
+    """Return the table that runs the deterministic DDIM backwards, from an image to its noise, t = 0..S-1.
+
+    x_next = sqrt(ab_next) x_0 + sqrt(1 - ab_next) eps; the last row ends at ab_next = 0, in eps alone.
+    Source: `ddim_reverse_sample` of the published code.
+
+    diffusion: the respaced process. clip: limit x_0 to [-1, 1]. Raises: InvalidArgument.
+    """
+    s = diffusion.schedule
+    rows = []
+    for i in range(s.num_timesteps):
+        bar_next = float(s.alphas_cumprod_next[i])
+        rows.append(_row(diffusion, i, bar_next, math.sqrt(1 - bar_next), 0.0, clip))
+    return SolverTable("ddim-inverse", tuple(rows), integer_t=not s.rescale_timesteps)
+
+
+def _row(diffusion: GaussianDiffusion, i: int, bar_to: float, toward: float, sigma: float, clip: bool) -> Row:
+    """x_next = sqrt(bar_to) x0 + toward * eps + sigma z, with eps = (x / sqrt(ab) - x0) / sqrt(1/ab - 1)."""
+    s = diffusion.schedule
+    k_x, k_out = x0_coefficients(diffusion, i)
+    recip, recipm1 = float(s.sqrt_recip_alphas_cumprod[i]), float(s.sqrt_recipm1_alphas_cumprod[i])
+    seen = float(s.model_t(i))
+    return Row(
+        t_net=seen,
+        t_clf=seen,
+        k_x=k_x,
+        k_out=k_out,
+        k_post=recipm1 * float(s.sqrt_one_minus_alphas_cumprod[i]),
+        a=toward * recip / recipm1,
+        b=math.sqrt(bar_to) - toward / recipm1,
+        k_z=sigma,
+        clip=clip_of(diffusion, clip, network_mean=False),
+        index=i,
+    )

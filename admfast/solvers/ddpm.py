@@ -1,0 +1,41 @@
+"""Ancestral sampling (DDPM)."""
+
+from __future__ import annotations
+
+from admfast.diffusion import GaussianDiffusion
+from admfast.ops.sampler_step import Row
+from admfast.solvers.table import SolverTable, clip_of, log_variance_coefficients, x0_coefficients
+
+
+def ddpm(diffusion: GaussianDiffusion, *, clip: bool = True) -> SolverTable:
+    """Return the table of x_{t-1} = mean(x_t, x_0) + sigma^2 g + sigma z, for t = S-1..0.
+
+    mean is that of q(x_{t-1} | x_t, x_0); sigma is the network's or the fixed one; at t = 0 no noise is added
+    and the guidance stays. Guidance: "Diffusion Models Beat GANs", algorithm 1 (on the mean, x_0 untouched).
+    Source: Ho et al. 2020, algorithm 2; `p_sample` of the published code.
+
+    diffusion: the respaced process. clip: limit x_0 to [-1, 1]. Raises: InvalidArgument.
+    """
+    s = diffusion.schedule
+    rows = []
+    for i in reversed(range(s.num_timesteps)):
+        k_x, k_out = x0_coefficients(diffusion, i)
+        l0, l1 = log_variance_coefficients(diffusion, i)
+        seen = float(s.model_t(i))
+        rows.append(
+            Row(
+                t_net=seen,
+                t_clf=seen,
+                k_x=k_x,
+                k_out=k_out,
+                l0=l0,
+                l1=l1,
+                a=float(s.posterior_mean_coef2[i]),
+                b=float(s.posterior_mean_coef1[i]),
+                k_mean=1.0,
+                k_z=1.0 if i else 0.0,
+                clip=clip_of(diffusion, clip, network_mean=True),
+                index=i,
+            )
+        )
+    return SolverTable("ddpm", tuple(rows), integer_t=not s.rescale_timesteps)
