@@ -1,0 +1,82 @@
+"""`admfast fetch NAME`: download released weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from admfast.checkpoints import fetch
+from admfast.errors import OutputError, invalid, nearest
+from admfast.models.presets import MODELS, SYSTEMS, ModelPreset
+
+
+def run_fetch(
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Systems (all their files), models or file names; see `admfast models`."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the files; made if it isn't there.")] = Path("models"),
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a folder with the released files (default: $ADMFAST_MIRROR, else as published)."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there (default: leave them).")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds without an answer or a byte.")] = 30.0,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Times that a broken connection is taken up again.")
+    ] = 3,
+) -> None:
+    """Download released weights, going on after a break, and check them where sizes or hashes are known."""
+    wanted = wanted_models(names)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out}: not made: {error.strerror}") from error
+    for model in wanted:
+        path = out / model.file
+        if path.exists() and not overwrite:
+            _accept(path, model)
+            continue
+        done = fetch(
+            model.name, out, base_url=base_url, overwrite=overwrite, timeout=timeout, retries=retries
+        )
+        by = ", ".join(done.checked) or "nothing: no size or hash is known"
+        print(f"{done.path.resolve()}: {done.size:,} bytes, checked by {by}")
+
+
+def wanted_models(names: list[str]) -> list[ModelPreset]:
+    """Resolve names of systems, models and files to the released models, each once, in order.
+
+    Raises:
+        InvalidArgument: for an unknown name (with the nearest), or one that ships with the package.
+    """
+    wanted: dict[str, ModelPreset] = {}
+    for name in names:
+        if name in SYSTEMS:
+            models = SYSTEMS[name].models
+        else:
+            found = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
+            if found is None:
+                raise invalid("names", name, f"no such system or model; {nearest(name, [*SYSTEMS, *MODELS])}")
+            models = (found,)
+        for model in models:
+            if model.shipped:
+                raise invalid("names", name, f"nothing to fetch: {model.name} ships with the package")
+            wanted[model.name] = model
+    return list(wanted.values())
+
+
+def _accept(path: Path, model: ModelPreset) -> None:
+    """Leave a file that is there, but not one that can't be the published file."""
+    size = path.stat().st_size
+    if model.size is not None and size != model.size:
+        raise OutputError(
+            f"{path}: is there with {size:,} bytes, not the published {model.size:,}; --overwrite replaces it"
+        )
+    print(f"{path.resolve()}: is there already ({size:,} bytes), left as it is")

@@ -1,0 +1,70 @@
+"""`admfast info`: what this machine and this installation can do, and why not more."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+from admfast import __version__
+from admfast.cli.tables import table
+from admfast.ops import TABLES
+from admfast.ops.native import build_info
+
+
+def run_info() -> None:
+    """Print versions, devices, the build, and every op with its implementations."""
+    rows = [
+        ("admfast", __version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("torch", torch.__version__),
+        ("triton", _version("triton")),
+        ("xformers", _version("xformers")),
+        ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("CUDA", _cuda()),
+        ("compiled ops", _build()),
+    ]
+    for name in ("ADMFAST_IMPL", "ADMFAST_BUILD", "ADMFAST_MIRROR"):
+        rows.append((name, os.environ.get(name, "not set")))
+    print(table(rows))
+    print()
+    print(table(_implementations()))
+
+
+def _implementations() -> list[tuple[str, str]]:
+    """Every implementation of every op; those that are here come in the order in which they are tried."""
+    rows = []
+    for op, entry in TABLES.items():
+        for implementation in entry.implementations:
+            reason = implementation.available()
+            rows.append((f"{op}: {implementation.name}", "available" if reason is None else f"no: {reason}"))
+    return rows
+
+
+def _version(package: str) -> str:
+    """The installed version, without importing the package."""
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "installed, version unknown"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no: this torch was built without it" if torch.version.cuda is None else "no usable device"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}: {', '.join(names)}"
+
+
+def _build() -> str:
+    """What was built, and why not more."""
+    built = build_info()
+    if not built:
+        return "no record of a build (run from a source tree that was not installed?)"
+    reason = f" ({built['reason']})" if built.get("reason") else ""
+    return f"{built['built']}, wanted {built['wanted']}{reason}"

@@ -1,0 +1,80 @@
+"""`admfast inspect FILE`: what a weights file is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from admfast.checkpoints import describe
+from admfast.cli.tables import table
+from admfast.errors import invalid, nearest
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def run_inspect(
+    path: Annotated[Path, typer.Argument(help="Weights file: .pt, .pth or .safetensors.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Released model that the file is (default: found out from the file)."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Option of the network or its diffusion that the file doesn't show, such as num_heads=4; "
+            "repeat it for more (default: none).",
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size in images, for the memory (default: 1).")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the torso, for the memory: float32, float16 or bfloat16.")
+    ] = "float32",
+    values: Annotated[
+        bool,
+        typer.Option(
+            "--values/--no-values", help="Read every value to count NaN and infinities (default: do)."
+        ),
+    ] = True,
+) -> None:
+    """Say what a weights file is: network, released model, size, work and memory of a forward pass."""
+    if dtype not in _DTYPES:
+        raise invalid("dtype", dtype, nearest(dtype, _DTYPES))
+    if batch < 1:
+        raise invalid("batch", batch, "1 image or more")
+    options = dict(parse_option(text) for text in set_ or ())
+    rows = describe(
+        path, preset=preset, batch=batch, dtype=_DTYPES[dtype], check_values=values, options=options
+    )
+    print(table(rows))
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """Split `NAME=VALUE`; the value is JSON (4, true, [1, 2]), True, False, None, a,b,c or else a plain word.
+
+    Raises:
+        InvalidArgument: without `=`.
+    """
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise invalid("set", text, "NAME=VALUE, such as num_heads=4")
+    return name.strip(), _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    """The value that a word on the command line stands for."""
+    literals = {"True": True, "False": False, "None": None}
+    if text in literals:
+        return literals[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    if "," in text:
+        return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
+    return text

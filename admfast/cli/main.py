@@ -1,0 +1,67 @@
+"""The command line: `admfast COMMAND ...`; every user error is one line and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from admfast.cli.fetch import run_fetch
+from admfast.cli.info import run_info
+from admfast.cli.inspect import run_inspect
+from admfast.cli.models import run_models
+from admfast.cli.sample import run_sample
+from admfast.errors import AdmfastError
+
+app = typer.Typer(
+    name="admfast",
+    help="ADM diffusion models: sample, inspect, fetch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("sample")(run_sample)
+app.command("inspect")(run_inspect)
+app.command("models")(run_models)
+app.command("fetch")(run_fetch)
+app.command("info")(run_info)
+
+USER_ERROR, INTERRUPTED = 2, 130
+# What typer raises for bad usage. Newer versions carry their own copy of click, older ones import it; the
+# common base is reached through a class that both export.
+UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    command = typer.main.get_command(app)
+    try:
+        args = list(sys.argv[1:] if argv is None else argv)
+        result = command.main(args=args, prog_name="admfast", standalone_mode=False)
+    except UsageProblem as error:
+        context = getattr(error, "ctx", None)
+        if error.format_message().startswith("Usage:"):  # type: ignore[attr-defined]
+            print(error.format_message())  # type: ignore[attr-defined]
+            return USER_ERROR
+        outside = context is None or context.parent is None
+        where = "admfast" if outside else f"admfast {context.info_name}"  # type: ignore[union-attr]
+        print(f"{where}: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+        return USER_ERROR
+    except AdmfastError as error:
+        print(f"admfast: {error}", file=sys.stderr)
+        return USER_ERROR
+    except (typer.Abort, KeyboardInterrupt):
+        print("admfast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (as with `| head`): nothing is wrong; keep Python from saying so at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,35 @@
+"""The gradient that steers sampling, in the forms the engine takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from admfast.errors import invalid
+
+GuidanceFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def classifier_guidance(classifier: nn.Module, labels: Tensor, scale: float) -> GuidanceFn:
+    """Return g(x, t) = scale * d/dx sum_n log_softmax(classifier(x, t))[n, labels_n], at x_t.
+
+    Source: "Diffusion Models Beat GANs", section 4; `cond_fn` of the published sampling script. The gradient
+    with respect to x alone: the parameters must not require gradients (theirs would be computed and dropped).
+
+    labels: [N] int64. scale: guidance scale. The function takes x [N, C, H, W] and t [N] and returns float32
+    of x's shape, without a graph.
+    """
+    if any(parameter.requires_grad for parameter in classifier.parameters()):
+        raise invalid("classifier", "trainable", "freeze its parameters first (requires_grad_(False))")
+    index = labels[:, None]
+
+    def gradient(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x_in = x.detach().requires_grad_(True)
+            log_probability = torch.log_softmax(classifier(x_in, t).float(), dim=-1)
+            (g,) = torch.autograd.grad(log_probability.gather(1, index).sum(), x_in)
+        return g * scale
+
+    return gradient

@@ -1,0 +1,106 @@
+"""What a network says of one noisy image: noise, clean image, variance. Differentiable."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from admfast.diffusion import DiffusionConfig, MeanType, VarType
+from admfast.errors import invalid
+from admfast.solvers.table import log_variance_coefficients
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """eps, x0 (not limited) and log_var (of p(x_{t-1} | x_t)), all like x_t and differentiable in it."""
+
+    eps: Tensor
+    x0: Tensor
+    log_var: Tensor
+
+
+class Predictor:
+    """Turns a network's output at any t of the original process into a `Prediction`.
+
+    At whole t it is the published arithmetic with the process's own coefficients. Between them the log-SNR
+    and the coefficients of the log-variance are interpolated linearly in t.
+    """
+
+    def __init__(self, config: DiffusionConfig):
+        self.process = config.build("")
+        s = self.process.schedule
+        rows = [(float(s.log_snr(i)), *self._log_variance(i)) for i in range(s.num_timesteps)]
+        self._columns = torch.tensor(rows, dtype=torch.float64)  # [S, 3]: log-SNR, l0, l1
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __call__(self, model: Model, x_t: Tensor, t: Tensor | float) -> Prediction:
+        """Call model(x_t, t) and read its output; see `Pipeline.predict`."""
+        steps = self.process.num_timesteps
+        if not isinstance(t, Tensor):
+            if not isinstance(t, numbers.Real) or not 0 <= t <= steps - 1:
+                raise invalid("t", t, f"0 to {steps - 1}")
+            dtype = torch.int64 if float(t).is_integer() else _wide(x_t)
+            t = torch.full((len(x_t),), float(t), dtype=dtype, device=x_t.device)
+        if t.shape != x_t.shape[:1]:
+            raise invalid("t.shape", tuple(t.shape), f"a number, or [{len(x_t)}]")
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= steps - 1)).all()):
+            raise invalid("t", t.tolist(), f"0 to {steps - 1}")
+        p = self._between(model, x_t, t) if t.is_floating_point() else self._whole(model, x_t, t)
+        return Prediction(*(value.to(x_t.dtype) for value in (p.eps, p.x0, p.log_var)))
+
+    def _log_variance(self, i: int) -> tuple[float, float]:
+        """(l0, l1) of log_var = l0 + l1 v at step i, finite where a sampler's variance is 0."""
+        if self.process.var_type is VarType.FIXED_SMALL:
+            return float(self.process.schedule.posterior_log_variance_clipped[i]), 0.0
+        return log_variance_coefficients(self.process, i)
+
+    def _whole(self, model: Model, x_t: Tensor, t: Tensor) -> Prediction:
+        """At integer t."""
+        out = model(x_t, self.process.model_t(t)).to(x_t.dtype)
+        p = self.process.p_mean_variance(out, x_t, t, clip_denoised=False)
+        mean_part, _ = self.process.split_output(out, x_t)
+        if self.process.mean_type is MeanType.EPSILON:
+            return Prediction(mean_part, p.pred_xstart, p.log_variance)
+        eps = self.process.predict_eps_from_xstart(x_t, t, p.pred_xstart)
+        return Prediction(eps, p.pred_xstart, p.log_variance)
+
+    def _between(self, model: Model, x_t: Tensor, t: Tensor) -> Prediction:
+        """At float t, whole or not."""
+        s = self.process.schedule
+        if self.process.mean_type is MeanType.PREVIOUS_X:
+            raise invalid("t", "float", "whole timesteps, for a network that predicts the previous x")
+        wide = _wide(x_t)
+        t = t.to(wide)
+        seen = t * (1000 / s.original_steps) if s.rescale_timesteps else t
+        out, v = self.process.split_output(model(x_t, seen).to(wide), x_t)
+        shape = (-1,) + (1,) * (x_t.dim() - 1)
+        log_snr, l0, l1 = (column.view(shape) for column in self._interpolated(t).unbind(1))
+        signal, noise = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        log_var = l0.expand_as(x_t) if v is None else l0 + l1 * v
+        if self.process.mean_type is MeanType.EPSILON:
+            return Prediction(out, (x_t - noise * out) / signal, log_var)
+        return Prediction((x_t - signal * out) / noise, out, log_var)
+
+    def _interpolated(self, t: Tensor) -> Tensor:
+        """The columns at float t: [N, 3], without a transfer once the table is on the device."""
+        key = (t.device, t.dtype)
+        if key not in self._tables:
+            # Left because a table made under inference mode could not serve autograd later.
+            with torch.inference_mode(False):
+                self._tables[key] = self._columns.to(device=t.device, dtype=t.dtype)
+        table = self._tables[key]
+        low = t.floor().long().clamp(0, len(table) - 1)
+        high = (low + 1).clamp(max=len(table) - 1)
+        share = (t - low)[:, None]
+        return torch.where(share == 0, table[low], (1 - share) * table[low] + share * table[high])
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float32, or float64 for float64 images."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,374 @@
+"""What a user holds: `admfast.load(...)` gives a `Pipeline`, which samples and predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
+from admfast.diffusion.respacing import whole_number
+from admfast.engine.arguments import LARGEST_SEED, check_functions, float_images, real_number, whole_numbers
+from admfast.engine.guidance import GuidanceFn
+from admfast.engine.images import from_uint8, to_uint8
+from admfast.engine.loop import Callback, Progress
+from admfast.engine.predict import Prediction, Predictor
+from admfast.engine.sampler import Plan, Request, conditioned, sample_batch
+from admfast.errors import invalid
+from admfast.models import NetConfig, UNetConfig, UpsamplerConfig
+from admfast.ops.noise import Stream, as_seeds
+from admfast.solvers import SOLVERS, check_solver, make_table, respacing_of
+
+Output = Literal["uint8", "float"]
+
+
+@dataclass
+class Pipeline:
+    """Networks with their process, ready to sample; made by `admfast.load`.
+
+    Attributes:
+        name: of the system or file.
+        net: a `UNet` or `Upsampler`, frozen.
+        diffusion: the process it was trained for.
+        classifier: a `Classifier` for guidance, frozen, or None.
+        guidance, steps: what `sample` uses where nothing is asked for.
+        low_res_size: side of the images that an upsampler was trained to enlarge.
+        upsampler: a pipeline that enlarges what this one samples, or None.
+    """
+
+    name: str
+    net: nn.Module
+    diffusion: DiffusionConfig
+    classifier: nn.Module | None = None
+    guidance: float = 0.0
+    steps: int = 250
+    low_res_size: int | None = None
+    upsampler: Pipeline | None = None
+
+    def __post_init__(self) -> None:
+        for net in (self.net, self.classifier):
+            if net is not None:
+                net.requires_grad_(False).eval()
+        self._check_parts()
+        self._predictor = Predictor(self.diffusion)
+
+    @property
+    def config(self) -> UNetConfig:
+        """The network's configuration."""
+        return self.net.config  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that can be asked for, by condition or by guidance alone; None if there are none."""
+        if self.config.num_classes is not None:
+            return self.config.num_classes
+        return None if self.classifier is None else self.classifier.config.out_channels  # type: ignore[union-attr, return-value]
+
+    def sample(
+        self,
+        classes: int | Iterable[int] | None = None,
+        seeds: int | Iterable[int] | None = None,
+        *,
+        steps: int | None = None,
+        solver: str = "ddpm",
+        guidance: float | None = None,
+        eta: float | None = None,
+        clip: bool = True,
+        respacing: Respacing | None = None,
+        upsampler_steps: int | None = None,
+        low_res: Tensor | None = None,
+        noise: Tensor | None = None,
+        step_noise: Tensor | None = None,
+        x_start: Tensor | None = None,
+        t_start: int | None = None,
+        guidance_fn: GuidanceFn | None = None,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        callback: Callback | None = None,
+        every: int = 1,
+        batch_size: int | None = None,
+        output: Output = "uint8",
+        impl: str | None = None,
+    ) -> Tensor:
+        """Sample images: image i has seed `seeds[i]` and class `classes[i % len(classes)]`.
+
+        An image depends on its seed, class and these settings alone, not on the batch or the order it is in.
+
+        Args:
+            classes: class indices; None takes seed modulo the number of classes. Not for a model without.
+            seeds: 0..2^64-1, one an image; None is 0, 1, ... for the classes given (one image without any).
+            steps: network evaluations, 1..length of the process; None is the system's own.
+            solver: "ddpm" or "ddim".
+            guidance: scale of the classifier's gradient, 0 for none; None is the system's own.
+            eta: DDIM's noise, 0..1 (None: 0).
+            clip: limit x_0 to [-1, 1] at every step.
+            respacing: which timesteps to use instead of `steps`: a published string or a list of steps.
+            upsampler_steps: of the upsampler in a cascade; None is the system's own.
+            low_res: [N, C, h, w] float in [-1, 1] for a pipeline that is an upsampler itself.
+            noise: [N, C, H, W] used as x_T instead of the seeds' noise.
+            step_noise: [steps, N, C, H, W] used in the steps instead of the seeds' noise.
+            x_start, t_start: begin from this image ([N, C, H, W], -1..1) noised to this timestep (0..length
+                of the process - 1), at the nearest step at or below it.
+            guidance_fn: guidance_fn(x_t, t) -> gradient of a log-probability at x_t, instead of a classifier.
+                It is called without gradients being recorded: use `torch.enable_grad()` inside.
+            denoised_fn: maps x_0 at every step, before it is limited.
+            callback, every: called with a `Progress` after every `every`-th step and the last, in a cascade
+                for the base model's steps and then for the upsampler's.
+            batch_size: images at a time; None chooses by image size and device.
+            output: "uint8" or "float".
+            impl: implementation of the update, by name.
+
+        Returns:
+            uint8 [N, H, W, C] on the CPU, or float32 [N, C, H, W] on the device: in [-1, 1] but for what
+            guidance or `clip=False` takes beyond, as uint8 limits it and float doesn't.
+
+        Raises:
+            InvalidArgument: for any value that is not allowed.
+            NonFiniteError: naming the first layer that produced NaN or infinity.
+
+        Not differentiable; see `predict`.
+        """
+        plan = self._plan("steps", steps, solver, eta, clip, respacing, x_start, t_start)
+        scale = self._guidance_scale(guidance, guidance_fn)
+        check_functions(guidance_fn=guidance_fn, denoised_fn=denoised_fn, callback=callback)
+        plan = replace(plan, scale=scale, guidance_fn=guidance_fn, denoised_fn=denoised_fn, impl=impl)
+        request = self._request(classes, seeds, noise, step_noise, x_start, low_res, plan)
+        if output not in ("uint8", "float"):
+            raise invalid("output", output, "'uint8' or 'float'")
+        every = whole_number("every", every, 1)
+        if batch_size is None:
+            size = self._images_at_a_time(request.shape)
+        else:
+            size = whole_number("batch_size", batch_size, 1)
+        enlarging = None
+        if self.upsampler is not None:
+            up = self.upsampler
+            enlarging = up._plan("upsampler_steps", upsampler_steps, solver, eta, clip, None, None, None)
+            enlarging = replace(enlarging, streams=(Stream.UPSAMPLER_X_T, Stream.UPSAMPLER_STEPS), impl=impl)
+        elif upsampler_steps is not None:
+            raise invalid("upsampler_steps", upsampler_steps, f"{self.name} has no upsampler")
+        images = []
+        for first in range(0, request.shape[0], size):
+            part = request.part(first, size)
+            watch = _numbered(callback, first, "base")
+            x = sample_batch(self.net, self.classifier, plan, part, watch, every)
+            if self.upsampler is not None and enlarging is not None:
+                part, watch = self.upsampler._enlarging(x, part), _numbered(callback, first, "upsampler")
+                x = sample_batch(self.upsampler.net, None, enlarging, part, watch, every)
+            images.append(to_uint8(x).cpu() if output == "uint8" else x)
+        return torch.cat(images)
+
+    def predict(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        classes: Tensor | Sequence[int] | None = None,
+        low_res: Tensor | None = None,
+    ) -> Prediction:
+        """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
+
+        The differentiable door: gradients flow from the three fields to x_t (and low_res).
+
+        Args:
+            x_t: [N, C, H, W], float32.
+            t: timestep of the original process, 0..length-1: a number, or [N]; fractions interpolate the
+                log-SNR linearly.
+            classes: [N] class indices of a class-conditional network.
+            low_res: [N, C, h, w] for an upsampler.
+
+        Returns:
+            eps, x0, log_var like x_t; log_var is that of p(x_{t-1} | x_t) of the process with all its steps.
+
+        Raises:
+            InvalidArgument: for any value that is not allowed (what lies on a GPU is checked by shape alone).
+        """
+        x_t = float_images("x_t", x_t)
+        self._check_low_res(low_res, len(x_t))
+        labels, known = None, self.config.num_classes
+        if known is None and classes is not None:
+            raise invalid("classes", "given", f"{self.name} is not class-conditional")
+        if known is not None:
+            if classes is None:
+                raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
+            if not isinstance(classes, Tensor) or classes.device.type == "cpu":
+                classes = torch.tensor(whole_numbers("classes", classes, 0, known - 1))
+            labels = classes.to(x_t.device)
+            if labels.shape != x_t.shape[:1]:
+                raise invalid("classes", tuple(labels.shape), f"one class for each of the {len(x_t)} images")
+        return self._predictor(conditioned(self.net, labels, low_res), x_t, t)
+
+    def process(self, respacing: Respacing | None = None) -> GaussianDiffusion:
+        """The diffusion process, with all its steps or respaced."""
+        return self.diffusion.build(respacing)
+
+    @property
+    def images_at_a_time(self) -> int:
+        """How many images `sample` makes at a time where nothing is asked for."""
+        return self._images_at_a_time((1, self.config.in_channels, *self._spatial()))
+
+    def _spatial(self) -> tuple[int, ...]:
+        """The sides of the images that the network was trained for."""
+        return (self.config.image_size,) * self.config.dims
+
+    def _images_at_a_time(self, shape: tuple[int, ...]) -> int:
+        """Images that fit beside the released models (an 80 GB GPU; 16 GB of memory on a CPU)."""
+        largest = math.prod(shape[2:])
+        if self.upsampler is not None:
+            largest = max(largest, math.prod(self.upsampler._spatial()))
+        return max(1, (2**21 if self.device.type == "cuda" else 2**16) // largest)
+
+    def _check_parts(self) -> None:
+        """Networks that are put together must have the same images and classes."""
+        config, up = self.config, self.upsampler
+        if self.diffusion.types[1].learned != config.learn_sigma:
+            allowed = f"a process with{'' if config.learn_sigma else 'out'} learned variance, as the network"
+            raise invalid("diffusion", self.diffusion.types[1].name, allowed)
+        others = {"classifier": self.classifier, "upsampler": None if up is None else up.net}
+        for name, net in others.items():
+            if net is None:
+                continue
+            other: NetConfig = net.config  # type: ignore[assignment]
+            if (other.in_channels, other.dims) != (config.in_channels, config.dims):
+                given = f"{other.in_channels} channels, {other.dims}-D"
+                raise invalid(name, given, f"as the network: {config.in_channels} channels, {config.dims}-D")
+            count = other.num_classes if isinstance(other, UNetConfig) else other.out_channels
+            if count is not None and config.num_classes not in (None, count):
+                raise invalid(name, f"{count} classes", f"as the network: {config.num_classes} classes")
+
+    def _plan(
+        self,
+        name: str,
+        steps: int | None,
+        solver: str,
+        eta: float | None,
+        clip: bool,
+        respacing: Respacing | None,
+        x_start: Tensor | None,
+        t_start: int | None,
+    ) -> Plan:
+        """The rows that run for these settings, checked; `name` is what the user calls `steps`."""
+        if not isinstance(solver, str):
+            raise invalid("solver", solver, f"one of: {', '.join(SOLVERS)}")
+        check_solver(solver)
+        if not isinstance(clip, bool):
+            raise invalid("clip", clip, "True or False")
+        if respacing is None:
+            steps = whole_number(name, self.steps if steps is None else steps, 1, self.diffusion.steps)
+            respacing = respacing_of(solver, steps)
+        elif steps is not None:
+            raise invalid(name, steps, "not together with respacing")
+        process = self.process(respacing)
+        options = {} if eta is None else {"eta": real_number("eta", eta)}
+        table = make_table(solver, process, clip=clip, **options)
+        if (x_start is None) != (t_start is None):
+            raise invalid("x_start, t_start", (x_start is not None, t_start), "give both or neither")
+        if t_start is None:
+            return Plan(process, table)
+        t_start = whole_number("t_start", t_start, 0, self.diffusion.steps - 1)
+        kept = process.schedule.timestep_map
+        below = [row.index for row in table.rows if kept[row.index] <= t_start]
+        if not below:
+            raise invalid("t_start", t_start, f"{kept[0]} or more, the first step of this respacing")
+        rows = table.from_step(max(below))
+        return Plan(process, rows, skipped=len(table) - len(rows))
+
+    def _guidance_scale(self, guidance: float | None, guidance_fn: GuidanceFn | None) -> float:
+        """The scale of the classifier's gradient; 0 where it is not used."""
+        scale = None if guidance is None else real_number("guidance", guidance)
+        if guidance_fn is not None:
+            if scale:
+                raise invalid("guidance", guidance, "not together with guidance_fn")
+            return 0.0
+        scale = self.guidance if scale is None else scale
+        if scale and self.classifier is None:
+            raise invalid("guidance", scale, f"{self.name} has no classifier; 0 is none")
+        return scale
+
+    def _request(
+        self,
+        classes: int | Iterable[int] | None,
+        seeds: int | Iterable[int] | None,
+        noise: Tensor | None,
+        step_noise: Tensor | None,
+        x_start: Tensor | None,
+        low_res: Tensor | None,
+        plan: Plan,
+    ) -> Request:
+        """Which images are wanted, checked, on the network's device."""
+        config = self.config
+        given = {"noise": noise, "x_start": x_start, "low_res": low_res}
+        like = [float_images(name, value) for name, value in given.items() if value is not None]
+        known = self.num_classes
+        if known is None and classes is not None:
+            raise invalid("classes", "given", f"{self.name} has no classes")
+        wanted = None if classes is None or known is None else whole_numbers("classes", classes, 0, known - 1)
+        if wanted == []:
+            raise invalid("classes", [], "at least one class")
+        if seeds is None:
+            seeds = range(len(like[0]) if like else len(wanted) if wanted else 1)
+        keys = whole_numbers("seeds", seeds, 0, LARGEST_SEED)
+        if not keys:
+            raise invalid("seeds", [], "at least one seed")
+        images = noise if noise is not None else x_start
+        spatial = tuple(images.shape[2:]) if images is not None else self._spatial()
+        shape = (len(keys), config.in_channels, *spatial)
+        rows = len(plan.table) + plan.skipped
+        wanted_shapes = {"noise": shape, "x_start": shape, "step_noise": (rows, *shape)}
+        for name, value in (("noise", noise), ("x_start", x_start), ("step_noise", step_noise)):
+            if value is not None:
+                float_images(name, value, wanted_shapes[name])
+        self._check_low_res(low_res, len(keys))
+        labels = None
+        if known is not None:
+            wanted = [key % known for key in keys] if wanted is None else wanted
+            labels = torch.tensor([wanted[i % len(wanted)] for i in range(len(keys))])
+        return Request(shape, as_seeds(keys), labels, noise, x_start, step_noise, low_res).to(self.device)
+
+    def _check_low_res(self, low_res: Tensor | None, count: int) -> None:
+        """An upsampler needs a low-resolution image for each of its images, no other network takes one."""
+        config = self.config
+        if isinstance(config, UpsamplerConfig) != (low_res is not None):
+            given = None if low_res is None else "given"
+            raise invalid("low_res", given, "upsamplers need it and no other network takes it")
+        if low_res is None:
+            return
+        shape = tuple(float_images("low_res", low_res).shape)
+        if len(shape) != config.dims + 2 or shape[:2] != (count, config.in_channels):
+            sides = ", ".join("dhw"[3 - config.dims :])
+            raise invalid("low_res.shape", shape, f"({count}, {config.in_channels}, {sides})")
+
+    def _enlarging(self, x: Tensor, base: Request) -> Request:
+        """What an upsampler is asked for: the base images pass through uint8, as the published scripts do.
+
+        Where they are larger than what it was trained to enlarge, it gets the means of their blocks.
+        """
+        low_res = from_uint8(to_uint8(x)).to(self.device)
+        spatial, trained = self._spatial(), self.low_res_size
+        if trained is not None:
+            sides = low_res.shape[2:]
+            if any(side % trained for side in sides):
+                raise invalid("low_res", tuple(sides), f"sides that are multiples of {trained} pixels")
+            low_res = F.avg_pool2d(low_res, min(sides) // trained)
+            spatial = tuple(side * self.config.image_size // trained for side in low_res.shape[2:])
+        shape = (len(x), self.config.in_channels, *spatial)
+        return Request(shape, base.seeds, base.labels, low_res=low_res).to(self.device)
+
+
+def _numbered(callback: Callback | None, first: int, stage: str) -> Callback | None:
+    """The callback, told which image its batch begins with and which model runs."""
+    if callback is None:
+        return None
+
+    def numbered(progress: Progress) -> None:
+        callback(replace(progress, first=first, stage=stage))
+
+    return numbered
