@@ -1,0 +1,77 @@
+"""Build the networks of the golden data from their folders."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from admfast.models import (
+    ClassifierConfig,
+    NetConfig,
+    UNetConfig,
+    UpsamplerConfig,
+    build,
+    classifier_config_from_flags,
+    unet_config_from_flags,
+    upsampler_config_from_flags,
+)
+
+
+def config_of(ctor: str, kwargs: dict) -> NetConfig:
+    """Our configuration for a published constructor and its verbatim keyword arguments."""
+    kwargs = {
+        name: value for name, value in kwargs.items() if name not in ("use_fp16", "classifier_use_fp16")
+    }
+    if ctor in ("create_model", "create_model_and_diffusion"):
+        return unet_config_from_flags(**kwargs)
+    if ctor in ("sr_create_model", "sr_create_model_and_diffusion"):
+        return upsampler_config_from_flags(**kwargs)
+    if ctor == "create_classifier":
+        return classifier_config_from_flags(**kwargs)
+    direct = {"UNetModel": UNetConfig, "SuperResModel": UpsamplerConfig, "EncoderUNetModel": ClassifierConfig}
+    return direct[ctor](**kwargs)
+
+
+def procedural_state(entries: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
+    """The weights that the golden data defines by rule: {key: shape} -> {key: float32 tensor}."""
+    state = {}
+    for key, shape in entries.items():
+        k = (seed * 1000003 + zlib.crc32(key.encode())) % 2**32
+        z = (2 * np.random.RandomState(k).random_sample(shape) - 1) * np.sqrt(3)
+        if key.endswith("positional_embedding"):
+            z = 0.5 * z
+        elif key.endswith("label_emb.weight"):
+            pass
+        elif key.endswith(".bias"):
+            z = 0.1 * z
+        elif key.endswith(".weight") and len(shape) == 1:
+            z = 1 + 0.1 * z
+        else:
+            z = z / np.sqrt(np.prod(shape[1:]))
+        state[key] = torch.from_numpy(z.astype(np.float32))
+    return state
+
+
+def golden_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a golden case, stored or procedural."""
+    stored = folder / "state_dict.safetensors"
+    if stored.exists():
+        return load_file(stored)
+    config = json.loads((folder / "config.json").read_text())
+    listed = json.loads((folder / "state_dict_procedural.json").read_text())
+    entries = listed.get("tensors", listed)
+    return procedural_state({key: entry["shape"] for key, entry in entries.items()}, config["seed"])
+
+
+def load_golden_net(folder: Path) -> nn.Module:
+    """Build the network of a golden case with its weights, in evaluation mode."""
+    config = json.loads((folder / "config.json").read_text())
+    net = build(config_of(config["ctor"], config["kwargs"]))
+    net.load_state_dict(golden_state(folder))
+    return net

@@ -1,0 +1,34 @@
+"""Bits per dimension equal the published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from admfast.diffusion import bits_per_dimension
+from tests.parity.analytic import analytic_model, build_diffusion
+from tests.parity.golden import NETWORK_SAMPLES_LIMIT, POINT_LIMIT, cases, compare, load_json, load_tensors
+
+INPUTS = ("x_start", "y", "noises")
+
+
+@pytest.mark.parametrize("path", cases("sampling", "bpd"))
+def test_bits_per_dimension(path: Path):
+    case, golden = load_json(path), load_tensors(path)
+    diffusion = build_diffusion(case["diffusion"])
+    x_start, y, noises = (golden[name] for name in INPUTS)
+    if case["net"] is None:
+        model, limit = analytic_model(diffusion), POINT_LIMIT
+    else:
+        from tests.parity.nets import load_golden_net
+
+        model, limit = load_golden_net(path.parents[1] / "nets" / case["net"]), NETWORK_SAMPLES_LIMIT
+        model.eval()
+    result = bits_per_dimension(
+        diffusion, model, x_start, case["clip_denoised"], model_kwargs={"y": y}, noises=noises
+    )
+    ours = vars(result)
+    assert set(ours) == set(golden) - set(INPUTS)
+    for name, value in ours.items():
+        compare(value, golden[name], limit, name)

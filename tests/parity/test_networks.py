@@ -1,0 +1,89 @@
+"""UNets, upsamplers and classifiers against the outputs and gradients of the published classes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity import golden
+from tests.parity.nets import config_of, load_golden_net, procedural_state
+
+OUT, GRAD = golden.NETWORK_OUTPUT_LIMIT, golden.NETWORK_GRADIENT_LIMIT
+
+
+def conditions(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The case's labels and low-resolution image, the latter with a gradient."""
+    extra = {}
+    if "y" in arrays:
+        extra["y"] = arrays["y"]
+    if "low_res" in arrays:
+        extra["low_res"] = arrays["low_res"].requires_grad_(True)
+    return extra
+
+
+def compare_parameter_gradients(net: torch.nn.Module, arrays: dict[str, torch.Tensor]) -> None:
+    parameters = dict(net.named_parameters())
+    named = [name for name in arrays if name.startswith("grad_param:")]
+    assert named, "the case stores no parameter gradient"
+    for name in named:
+        golden.compare(parameters[name.removeprefix("grad_param:")].grad, arrays[name], GRAD, name)
+
+
+@pytest.mark.parametrize("path", golden.cases("unet", pattern="u*/config.json"))
+def test_unet(path: Path) -> None:
+    arrays = golden.load_tensors(path.with_name("io.npz"))
+    config = golden.load_json(path)
+    net = load_golden_net(path.parent)
+    assert sum(p.numel() for p in net.parameters()) == config["num_params"]
+    extra = conditions(arrays)
+    x = arrays["x"].requires_grad_(True)
+    probes: dict[str, torch.Tensor] = {}
+    for name in arrays:
+        if name.startswith("probe:"):
+            module = net.get_submodule(name.removeprefix("probe:"))
+            module.register_forward_hook(lambda _m, _i, out, name=name: probes.__setitem__(name, out[:1]))
+    golden.compare(net(x, arrays["t_int"], **extra), arrays["out_t_int"], OUT, "out_t_int")
+    out = net(x, arrays["t_float"], **extra)
+    golden.compare(out, arrays["out_t_float"], OUT, "out_t_float")
+    for name, value in probes.items():
+        golden.compare(value[0].reshape(arrays[name].shape), arrays[name], OUT, name)
+    assert set(probes) == {name for name in arrays if name.startswith("probe:")}
+    (out * arrays["w_out"]).sum().backward()
+    golden.compare(x.grad, arrays["grad_x"], GRAD, "grad_x")
+    if "low_res" in extra:
+        golden.compare(extra["low_res"].grad, arrays["grad_low_res"], GRAD, "grad_low_res")
+    compare_parameter_gradients(net, arrays)
+
+
+@pytest.mark.parametrize("path", golden.cases("classifier", pattern="c*/config.json"))
+def test_classifier(path: Path) -> None:
+    arrays = golden.load_tensors(path.with_name("io.npz"))
+    net = load_golden_net(path.parent)
+    for kind in ("t_int", "t_float"):
+        net.zero_grad()
+        x = arrays["x"].clone().requires_grad_(True)
+        logits = net(x, arrays[kind])
+        golden.compare(logits, arrays[f"logits_{kind}"], OUT, f"logits_{kind}")
+        selected = torch.log_softmax(logits, dim=-1).gather(1, arrays["y"][:, None])[:, 0]
+        golden.compare(selected, arrays[f"selected_logp_{kind}"], OUT, f"selected_logp_{kind}")
+        selected.sum().backward()
+        golden.compare(x.grad, arrays[f"grad_x_{kind}"], GRAD, f"grad_x_{kind}")
+    compare_parameter_gradients(net, arrays)
+
+
+@pytest.mark.parametrize("path", golden.cases(pattern="*/*/state_dict_procedural.json"))
+def test_procedural_weights(path: Path) -> None:
+    """The weights that the other tests make by rule are the published ones, bit for bit and in order."""
+    config, listed = golden.load_json(path.with_name("config.json")), golden.load_json(path)
+    state = procedural_state({key: entry["shape"] for key, entry in listed.items()}, config["seed"])
+    for key, entry in listed.items():
+        assert hashlib.sha256(state[key].numpy().tobytes()).hexdigest() == entry["sha256"], key
+    if "kwargs" in config and "ctor" in config:
+        with torch.device("meta"):
+            from admfast.models import build
+
+            net = build(config_of(config["ctor"], config["kwargs"]))
+        assert list(net.state_dict()) == list(listed)

@@ -1,0 +1,94 @@
+"""Whole sampling trajectories of the published code, replayed with its recorded noise through the one update."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from admfast.diffusion import GaussianDiffusion
+from admfast.engine.guidance import classifier_guidance
+from admfast.engine.loop import Progress, run_table
+from admfast.solvers import SolverTable, make_table
+from tests.parity import analytic, golden
+from tests.parity.nets import load_golden_net
+
+
+def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
+    """The table of a case's sampler."""
+    clip = case["clip_denoised"]
+    if case["sampler"] == "ddim":
+        return make_table("ddim", diffusion, eta=case["eta"], clip=clip)
+    return make_table({"p": "ddpm", "ddim_reverse": "ddim-inverse"}[case["sampler"]], diffusion, clip=clip)
+
+
+def network(case: dict, nets: Path, arrays: dict, diffusion: GaussianDiffusion):
+    """The case's model(x, t)."""
+    extra = {name: arrays[name] for name in ("y", "low_res") if name in arrays}
+    if case["net"] is None:
+        return partial(analytic.analytic_model(diffusion), y=arrays.get("y"))
+    net = load_golden_net(nets / case["net"]).requires_grad_(False)
+    return lambda x, t: net(x, t, **extra)
+
+
+def guidance_of(case: dict, nets: Path, arrays: dict):
+    """The case's guidance(x, t), or None."""
+    if case["cond_scale"] is None:
+        return None
+    if case["classifier"] is None:
+        return partial(analytic.guidance, y=arrays.get("y"), scale=case["cond_scale"])
+    classifier = load_golden_net(nets / case["classifier"]).requires_grad_(False)
+    return classifier_guidance(classifier, arrays["y"], case["cond_scale"])
+
+
+@pytest.mark.parametrize("impl", ["reference", None], ids=["reference", "default"])
+@pytest.mark.parametrize("path", golden.cases("sampling", "trajectories"))
+def test_trajectory(path: Path, impl: str | None) -> None:
+    case, arrays = golden.load_json(path), golden.load_tensors(path)
+    nets = path.parents[1] / "nets"
+    diffusion = analytic.build_diffusion(case["diffusion"])
+    model, guide = network(case, nets, arrays, diffusion), guidance_of(case, nets, arrays)
+    seen_model, seen_guidance, samples, x0s = [], [], [], []
+
+    def watched_model(x, t):
+        seen_model.append(t.clone())
+        return model(x, t)
+
+    def watched_guidance(x, t):
+        seen_guidance.append(t.clone())
+        return guide(x, t)
+
+    def keep(progress: Progress) -> None:
+        samples.append(progress.x.clone())
+        x0s.append(progress.x0.clone())
+
+    start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
+    table = solver_table(case, diffusion)
+    noise = arrays.get("noises", torch.zeros(len(table), *start.shape))
+    state = run_table(
+        table,
+        watched_model,
+        start,
+        guidance=watched_guidance if guide else None,
+        denoised_fn=analytic.denoised_fn(case["denoised_fn"]),
+        step_noise=noise,
+        callback=keep,
+        impl=impl,
+    )
+    analytic_net = case["net"] is None
+    limit = golden.ANALYTIC_SAMPLES_LIMIT if analytic_net else golden.NETWORK_SAMPLES_LIMIT
+    x0_limit = golden.ANALYTIC_XSTART_LIMIT if analytic_net else golden.NETWORK_XSTART_LIMIT
+    golden.compare([row.index for row in table.rows], arrays["t_index"], 0, "t_index")
+    golden.compare(torch.stack(samples), arrays["samples"], limit, "samples")
+    golden.compare(torch.stack(x0s), arrays["pred_xstart"], x0_limit, "pred_xstart")
+    golden.compare(state.x, arrays["final"], limit, "final")
+    for name, seen in (("t_seen_by_model", seen_model), ("t_seen_by_cond_fn", seen_guidance)):
+        if name in arrays:
+            golden.compare(torch.stack(seen), arrays[name], 0, name)
+    if "uint8_nhwc" in arrays:
+        from admfast.engine.images import to_uint8
+
+        levels = to_uint8(state.x).int() - arrays["uint8_nhwc"].int()
+        assert levels.abs().max() <= 1
