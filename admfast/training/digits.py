@@ -1,0 +1,228 @@
+"""The handwritten digits as 32x32 training images, and the three networks that ship trained on them.
+
+`python -m admfast.training.digits {diffusion,classifier,upsampler} --out DIR` trains one of them. The data
+are the 1,797 digits of scikit-learn's `load_digits` (8x8 pixels, levels 0..16; UCI, Alpaydin & Kaynak 1998).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.checkpoints import write_weights
+from admfast.diffusion import DiffusionConfig, GaussianDiffusion, training_losses
+from admfast.errors import AdmfastError, invalid
+from admfast.models import (
+    NetConfig,
+    build,
+    classifier_config_from_flags,
+    unet_config_from_flags,
+    upsampler_config_from_flags,
+)
+from admfast.models.description import Description, DiffusionSettings
+from admfast.training.loop import Batch, TrainConfig, train
+
+LEVELS = 16  # the digits' grey levels run from 0 to 16
+CLASSES = 10
+DIFFUSION = DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True)
+
+
+def enlarge(digits: Tensor, rounds: int = 20) -> Tensor:
+    """Enlarge 8x8 digits to smooth 32x32 images whose 4x4 block means give the digits back.
+
+    u = up(d), then `rounds` times u = clip(u + up(d - area_mean(u)), 0, 16), with up = bicubic by four.
+
+    Args:
+        digits: [N, 1, 8, 8], levels 0..16.
+
+    Returns:
+        [N, 1, 32, 32] in 0..16, float32.
+    """
+    digits = digits.float()
+    images = _bicubic(digits)
+    for _ in range(rounds):
+        images = (images + _bicubic(digits - block_means(images))).clamp(0, LEVELS)
+    return images
+
+
+def block_means(images: Tensor) -> Tensor:
+    """Means over 4x4 blocks: [N, 1, 32, 32] -> [N, 1, 8, 8]."""
+    return F.avg_pool2d(images, 4)
+
+
+def _bicubic(digits: Tensor) -> Tensor:
+    """[N, 1, 8, 8] -> [N, 1, 32, 32] with the cubic of Pillow (a = -1/2), which `antialias` selects."""
+    return F.interpolate(digits, scale_factor=4, mode="bicubic", align_corners=False, antialias=True)
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Return the digits [1797, 1, 8, 8] (float32, levels 0..16) and their classes [1797] (int64)."""
+    try:
+        from sklearn.datasets import load_digits as sklearn_digits
+    except ImportError as error:
+        raise AdmfastError("the digits come with scikit-learn: install the extra 'admfast[demo]'") from error
+    data = sklearn_digits()
+    return torch.from_numpy(data.images).float()[:, None], torch.from_numpy(data.target).long()
+
+
+def to_model_range(levels: Tensor) -> Tensor:
+    """Map levels 0..16 to -1..1."""
+    return levels * (2 / LEVELS) - 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network on the digits: its configuration, its training and its loss."""
+
+    net: NetConfig
+    training: TrainConfig
+    loss: Callable[[nn.Module, GaussianDiffusion, Batch], dict[str, Tensor]]
+
+
+def denoising_loss(net: nn.Module, diffusion: GaussianDiffusion, batch: Batch) -> dict[str, Tensor]:
+    """The published hybrid loss (Nichol & Dhariwal 2021, eq. 16) of the class-conditional network."""
+    return training_losses(diffusion, net, batch.images, batch.t, batch.noise, {"y": batch.labels})
+
+
+def upsampling_loss(net: nn.Module, diffusion: GaussianDiffusion, batch: Batch) -> dict[str, Tensor]:
+    """The same loss with the 8x8 image as condition."""
+    condition = {"y": batch.labels, "low_res": block_means(batch.images)}
+    return training_losses(diffusion, net, batch.images, batch.t, batch.noise, condition)
+
+
+def classification_loss(net: nn.Module, diffusion: GaussianDiffusion, batch: Batch) -> dict[str, Tensor]:
+    """Cross-entropy of the class of a noisy image, and the share of right answers."""
+    logits = net(diffusion.q_sample(batch.images, batch.t, batch.noise), diffusion.model_t(batch.t))
+    right = (logits.argmax(dim=1) == batch.labels).float()
+    return {"loss": F.cross_entropy(logits, batch.labels, reduction="none"), "accuracy": right}
+
+
+RECIPES: dict[str, Recipe] = {
+    "diffusion": Recipe(
+        unet_config_from_flags(
+            image_size=32,
+            in_channels=1,
+            num_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 1, 3),
+            attention_resolutions="8",
+            num_head_channels=32,
+            learn_sigma=True,
+            class_cond=True,
+            num_classes=CLASSES,
+            use_scale_shift_norm=True,
+            resblock_updown=True,
+            use_new_attention_order=True,
+            dropout=0.1,
+        ),
+        TrainConfig(steps=30000, batch_size=32, lr=6e-4, ema_decay=0.9995, seed=0),
+        denoising_loss,
+    ),
+    "classifier": Recipe(
+        classifier_config_from_flags(
+            image_size=32,
+            in_channels=1,
+            num_classes=CLASSES,
+            classifier_width=32,
+            classifier_depth=1,
+            classifier_attention_resolutions="8",
+            channel_mult=(1, 1, 2),
+            num_head_channels=32,
+            dropout=0.1,
+        ),
+        TrainConfig(steps=2000, batch_size=64, lr=6e-4, weight_decay=0.05, ema_decay=0.995, seed=1),
+        classification_loss,
+    ),
+    "upsampler": Recipe(
+        upsampler_config_from_flags(
+            large_size=32,
+            small_size=8,
+            in_channels=1,
+            num_channels=32,
+            num_res_blocks=1,
+            channel_mult=(1, 1),
+            attention_resolutions="",
+            num_head_channels=32,
+            learn_sigma=True,
+            class_cond=True,
+            num_classes=CLASSES,
+            use_scale_shift_norm=True,
+            resblock_updown=True,
+            use_new_attention_order=True,
+        ),
+        TrainConfig(steps=3000, batch_size=64, lr=8e-4, ema_decay=0.998, seed=2),
+        upsampling_loss,
+    ),
+}
+
+
+def batches(diffusion: GaussianDiffusion, config: TrainConfig, generator: torch.Generator) -> Iterator[Batch]:
+    """Endless batches of digits with uniform timesteps and Gaussian noise, all drawn from `generator`."""
+    digits, labels = load_digits()
+    images = to_model_range(enlarge(digits))
+    if config.batch_size > len(images):
+        raise invalid("batch_size", config.batch_size, f"at most the {len(images)} digits")
+    while True:
+        order = torch.randperm(len(images), generator=generator)
+        for chosen in order.split(config.batch_size)[: len(images) // config.batch_size]:
+            x = images[chosen]
+            t = torch.randint(diffusion.num_timesteps, (len(chosen),), generator=generator)
+            yield Batch(x, labels[chosen], t, torch.randn(x.shape, generator=generator))
+
+
+def export(network: str, ema: nn.Module, config: TrainConfig, step: int, path: Path) -> None:
+    """Write averaged weights as float16 safetensors with the description that `admfast.load` reads."""
+    recipe = RECIPES[network]
+    known = {field.name for field in dataclasses.fields(DiffusionSettings)}
+    process = {name: value for name, value in dataclasses.asdict(DIFFUSION).items() if name in known}
+    facts = {
+        "data": "load_digits of scikit-learn (1797 images), enlarged to 32x32 by enlarge()",
+        "command": f"python -m admfast.training.digits {network} --out DIR",
+        "steps": step,
+        **{name: value for name, value in dataclasses.asdict(config).items() if name != "steps"},
+    }
+    settings = None if network == "classifier" else DiffusionSettings(**process)
+    write_weights(path, ema.state_dict(), Description(recipe.net, settings, facts), torch.float16)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train one of the digits networks; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m admfast.training.digits", description=__doc__)
+    parser.add_argument("network", choices=sorted(RECIPES))
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for weights, state and log; resumed from"
+    )
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the recipe's)")
+    args = parser.parse_args(argv)
+    recipe = RECIPES[args.network]
+    try:
+        config = recipe.training if args.steps is None else recipe.training.with_steps(args.steps)
+        diffusion = DIFFUSION.build()
+        torch.manual_seed(config.seed)
+        net = build(recipe.net).train()
+        ema = train(
+            net,
+            lambda batch: recipe.loss(net, diffusion, batch),
+            lambda generator: batches(diffusion, config, generator),
+            config,
+            args.out,
+        )
+        path = args.out / f"{args.network}.safetensors"
+        export(args.network, ema, config, config.steps, path)
+        print(path.resolve())
+    except AdmfastError as error:
+        print(f"admfast: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

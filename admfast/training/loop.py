@@ -1,0 +1,211 @@
+"""A plain training loop: AdamW, warm-up and linear cool-down, one EMA, exact resume."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from admfast.errors import CheckpointError, NonFiniteError, invalid
+from admfast.files.atomic import atomic_open, output_error
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: images a step.
+        lr: learning rate after `warmup` steps; falls linearly to zero over the last `cooldown` of all steps.
+        weight_decay: of AdamW.
+        ema_decay: share of the average kept at every step.
+        warmup: steps over which the rate rises from zero.
+        cooldown: share of the steps, 0..1.
+        seed: of the weights, the order of the data, timesteps and noise.
+        save_seconds: time between two saved states.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float = 0.0
+    ema_decay: float = 0.999
+    warmup: int = 200
+    cooldown: float = 0.3
+    seed: int = 0
+    save_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "1 or more")
+        if not 0 < self.lr < math.inf:
+            raise invalid("lr", self.lr, "greater than 0, finite")
+        for name in ("weight_decay", "warmup", "save_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise invalid(name, getattr(self, name), "0 or more, finite")
+        if not 0 <= self.ema_decay < 1:
+            raise invalid("ema_decay", self.ema_decay, "0 or more and below 1")
+        if not 0 <= self.cooldown <= 1:
+            raise invalid("cooldown", self.cooldown, "0 to 1")
+
+    def with_steps(self, steps: int) -> TrainConfig:
+        """The same with another number of steps."""
+        return dataclasses.replace(self, steps=steps)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step number `step` (from 0)."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        left = (self.steps - step) / max(self.cooldown * self.steps, 1)
+        return self.lr * warm * min(1.0, left)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images [N, C, H, W] in -1..1, classes [N], timesteps [N] and noise like the images."""
+
+    images: Tensor
+    labels: Tensor
+    t: Tensor
+    noise: Tensor
+
+
+def train(
+    net: nn.Module,
+    loss: Callable[[Batch], dict[str, Tensor]],
+    batches: Callable[[torch.Generator], Iterator[Batch]],
+    config: TrainConfig,
+    out: Path,
+) -> nn.Module:
+    """Train `net` in place, resuming from `out/state.pt`; return a copy with the averaged weights.
+
+    The state holds everything that the next step depends on, so that a run that was killed and resumed ends
+    with the weights of one that was not. `out/log.jsonl` gets a row every 100 steps: means over those of them
+    that this run made.
+
+    Args:
+        net: in training mode, with the weights to begin from; a state that is there replaces them.
+        loss: maps a batch to terms of [N] or [] each; the mean of "loss" is minimised, all are logged.
+        batches: maps a generator to endless batches, drawn from it alone.
+        config: see `TrainConfig`.
+        out: folder for `state.pt` and `log.jsonl`; made where it is missing.
+
+    Raises:
+        NonFiniteError: for a loss or gradient that is NaN or infinite, before it touches the weights.
+        CheckpointError: for a state that can't be read or is another network's.
+        OutputError: if something can't be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(out / "state.pt", error) from None
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
+    optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    state_path = out / "state.pt"
+    step = 0
+    if state_path.exists():
+        step = _resume(state_path, net, ema, optimiser)
+    stream = _Stream(batches, config.seed, step)
+    started, saved, first = time.time(), time.time(), step
+    sums: dict[str, list[float]] = {}
+    while step < config.steps:
+        # Dropout draws from the global generator: seeding it by step makes a resumed run exact.
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        terms = loss(stream.next())
+        try:
+            _update(net, ema, optimiser, terms["loss"].mean(), config, step)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; the last saved state is {state_path}") from None
+        step += 1
+        for name, value in terms.items():
+            sums.setdefault(name, []).append(value.detach().mean().item())
+        if step % 100 == 0:
+            rate = (step - first) * config.batch_size / (time.time() - started)
+            row = {"step": step, "images_per_second": round(rate, 1)}
+            row |= {name: round(sum(values) / len(values), 6) for name, values in sums.items()}
+            sums.clear()
+            _log(out / "log.jsonl", row)
+        if time.time() - saved > config.save_seconds or step == config.steps:
+            state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
+            with atomic_open(state_path) as file:
+                torch.save({**state, "step": step}, file)
+            saved = time.time()
+    return ema
+
+
+def _update(
+    net: nn.Module,
+    ema: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    total: Tensor,
+    config: TrainConfig,
+    step: int,
+) -> None:
+    """One step of the optimiser and of the average; nothing is changed where loss or gradient is not finite."""
+    if not torch.isfinite(total):
+        raise NonFiniteError(f"the loss of step {step} is {total.item()}")
+    optimiser.zero_grad(set_to_none=True)
+    total.backward()
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    if not torch.isfinite(norm):
+        raise NonFiniteError(f"the gradient of step {step} has norm {norm.item()}")
+    for group in optimiser.param_groups:
+        group["lr"] = config.rate(step)
+    optimiser.step()
+    decay = min(config.ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """Load a saved state in place and return the number of steps that it has behind it."""
+    try:
+        state = torch.load(path, weights_only=True)
+        net.load_state_dict(state["net"])
+        ema.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        return int(state["step"])
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: not a state of this training: {reason}") from error
+
+
+def _log(path: Path, row: dict[str, float]) -> None:
+    """Print a row and append it to the log."""
+    print(row, flush=True)
+    try:
+        with open(path, "a") as log:
+            log.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+class _Stream:
+    """The batches from number `start` on, the same as if all before had been taken."""
+
+    def __init__(self, batches: Callable[[torch.Generator], Iterator[Batch]], seed: int, start: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.iterator = batches(self.generator)
+        for _ in range(start):
+            next(self.iterator)
+
+    def next(self) -> Batch:
+        return next(self.iterator)
