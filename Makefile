@@ -1,5 +1,6 @@
 # make demo, make test and make gpu do all their own set-up. PYTHON is the interpreter that makes the environment.
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -26,7 +27,7 @@ lint: $(READY)
 
 # Needs a python whose torch has CUDA; installs nothing and needs no network.
 gpu:
-	STAGES=$(STAGES) BUDGET=$(BUDGET) OUT=$(OUT) $(PYTHON) -m bench.gpu
+	STAGES=$(STAGES) BUDGET=$(BUDGET) OUT=$(OUT) $(GPU_PYTHON) -m bench.gpu
 
 # The versions are those that were tested; torch is pinned so that the same build comes everywhere.
 $(READY): constraints.txt pyproject.toml $(SOURCES)

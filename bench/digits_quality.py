@@ -1,0 +1,209 @@
+"""How good the shipped digits are: class accuracy, Frechet distance, neighbours, precision and recall.
+
+`python -m bench.digits_quality` samples the digits32 system and compares the samples with the 1,797 real digits
+in the space of 64 pixels: images are brought to 8x8 by block means, on the real digits' scale of 0 to 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.svm import SVC
+
+import admfast
+from admfast.training.digits import CLASSES, LEVELS, block_means, load_digits
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of sampling: solver, steps and guidance scale."""
+
+    solver: str
+    steps: int
+    guidance: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.solver} {self.steps}, " + (
+            f"guidance {self.guidance:g}" if self.guidance else "unguided"
+        )
+
+
+SETTINGS = tuple(
+    Setting(solver, steps, guidance)
+    for solver, steps in (("ddpm", 50), ("ddim", 25), ("ddim", 10))
+    for guidance in (2.0, 0.0)
+)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What is measured; see the functions below for each."""
+
+    accuracy: float
+    frechet: float
+    nearest_neighbour: float
+    precision: float
+    recall: float
+    copies: float
+
+
+def frechet_distance(a: Array, b: Array) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets [N, D] (Dowson & Landau 1982)."""
+    sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # Some corner pixels are always 0 and the covariances singular: symmetric roots by eigenvalues still hold.
+    values, vectors = np.linalg.eigh(sigma_a)
+    root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    eigenvalues = np.linalg.eigvalsh(root_a @ sigma_b @ root_a)
+    overlap = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * overlap)
+
+
+def distances(a: Array, b: Array) -> Array:
+    """Euclidean distances [len(a), len(b)]."""
+    return np.sqrt(np.clip((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0, None))
+
+
+def nearest_neighbour_accuracy(a: Array, b: Array) -> float:
+    """How often the nearest other point tells from which set a point is; 0.5 is indistinguishable."""
+    points = np.concatenate([a, b])
+    labels = np.repeat([0, 1], [len(a), len(b)])
+    d = distances(points, points)
+    np.fill_diagonal(d, np.inf)
+    return float((labels[d.argmin(1)] == labels).mean())
+
+
+def coverage(points: Array, manifold: Array, k: int = 3) -> float:
+    """Share of `points` within the k-th neighbour's distance of some point of `manifold`.
+
+    Source: Kynkaanniemi et al. 2019. Samples against real digits give precision, real digits against samples recall.
+    """
+    own = distances(manifold, manifold)
+    np.fill_diagonal(own, np.inf)
+    radii = np.sort(own, axis=1)[:, k - 1]
+    return float((distances(points, manifold) <= radii).any(axis=1).mean())
+
+
+def copied(samples: Array, real: Array) -> float:
+    """Share of samples nearer to a real digit than real digits are to each other (their 1st percentile)."""
+    own = distances(real, real)
+    np.fill_diagonal(own, np.inf)
+    return float((distances(samples, real).min(1) < np.percentile(own.min(1), 1)).mean())
+
+
+def measure(
+    samples: Array, classes: npt.NDArray[np.int64], real: Array, judge: SVC, seed: int = 0
+) -> Quality:
+    """All measures of samples [N, 64] that were asked to be of `classes` [N]."""
+    some = real[np.random.default_rng(seed).permutation(len(real))[: len(samples)]]
+    return Quality(
+        accuracy=float((judge.predict(samples) == classes).mean()),
+        frechet=frechet_distance(samples, real),
+        nearest_neighbour=nearest_neighbour_accuracy(samples[: len(some)], some),
+        precision=coverage(samples, real),
+        recall=coverage(real, samples),
+        copies=copied(samples, real),
+    )
+
+
+def halves(real: Array, labels: npt.NDArray[np.int64], rounds: int = 10) -> Quality:
+    """The same between random halves of the real digits: what a perfect model would get, on average."""
+    found = []
+    for seed in range(rounds):
+        order = np.random.default_rng(seed).permutation(len(real))
+        a, b = order[: len(real) // 2], order[len(real) // 2 :]
+        judge = SVC(gamma=0.001).fit(real[b], labels[b])
+        found.append(
+            Quality(
+                float((judge.predict(real[a]) == labels[a]).mean()),
+                frechet_distance(real[a], real[b]),
+                nearest_neighbour_accuracy(real[a], real[b][: len(a)]),
+                coverage(real[a], real[b]),
+                coverage(real[b], real[a]),
+                copied(real[a], real[b]),
+            )
+        )
+    return Quality(*(float(np.mean([getattr(q, name) for q in found])) for name in asdict(found[0])))
+
+
+def sample(
+    pipe: admfast.Pipeline, setting: Setting, count: int, first_seed: int
+) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Return `count` samples as [count, 64] on the scale 0..16, and their classes, in equal shares."""
+    classes = np.arange(count) % CLASSES
+    images = pipe.sample(
+        classes.tolist(),
+        range(first_seed, first_seed + count),
+        solver=setting.solver,
+        steps=setting.steps,
+        guidance=setting.guidance,
+        batch_size=50,
+    )
+    levels = images.movedim(-1, 1).float() * (LEVELS / 255)
+    return block_means(levels).flatten(1).double().numpy(), classes
+
+
+def table(rows: dict[str, Quality]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| samples | class right | Frechet distance | 1-NN accuracy | precision | recall | near copies |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, q in rows.items():
+        lines.append(
+            f"| {name} | {q.accuracy:.1%} | {q.frechet:.1f} | {q.nearest_neighbour:.3f} | {q.precision:.3f} "
+            f"| {q.recall:.3f} | {q.copies:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sample, measure, print a table and append the rows to a JSON file."""
+    parser = argparse.ArgumentParser(prog="python -m bench.digits_quality", description=__doc__)
+    parser.add_argument("--model", default="digits32", help="system or weights file (default: digits32)")
+    parser.add_argument("--classifier", default=None, help="classifier of a model given as a file")
+    parser.add_argument("--count", type=int, default=1000, help="samples a setting (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--only", default="", help="settings to run: a part of their names (default: all)")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the rows (default: none)")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    digits, labels = load_digits()
+    real, classes = digits.flatten(1).double().numpy(), labels.numpy()
+    judge = SVC(gamma=0.001).fit(real, classes)
+    pipe = admfast.load(args.model, classifier=args.classifier)
+    rows = {"two halves of the real digits": halves(real, classes)}
+    for setting in SETTINGS:
+        if args.only not in setting.name or (setting.guidance and pipe.classifier is None):
+            continue
+        started = time.time()
+        samples, asked = sample(pipe, setting, args.count, args.seed)
+        rows[setting.name] = measure(samples, asked, real, judge)
+        print(
+            f"{setting.name}: {args.count} samples in {time.time() - started:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+    print(table(rows))
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        document = {"samples": args.count, "first_seed": args.seed, "torch": torch.__version__}
+        args.out.write_text(
+            json.dumps({**document, "rows": {k: asdict(v) for k, v in rows.items()}}, indent=1) + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

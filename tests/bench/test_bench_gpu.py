@@ -1,0 +1,254 @@
+"""The stages of `bench.gpu`: shares, stops, resuming and the exit status, tried with small fake stages."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.gpu import Plan, Stage, Step, choose, exit_status, run_stages, run_step
+
+
+def script(text: str) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-c", text)
+
+
+def fake(name: str, text: str, weight: float = 1.0, **fields: object) -> Stage:
+    return Stage(name, weight, lambda plan, seconds: [Step(name, script(text))], **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    root = tmp_path / "root"
+    (root / "bench").mkdir(parents=True)
+    return Plan(tmp_path / "out", "cpu", root)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_status_by_exit_code_and_the_last_line_is_the_note(plan: Plan) -> None:
+    stages = [
+        fake("good", "print('one'); print('two')"),
+        fake("bad", "import sys; print('why'); sys.exit(1)"),
+        fake("half", "import sys; sys.exit(3)"),
+    ]
+    said: list[str] = []
+    entries = run_stages(plan, stages, 30, say=said.append)
+    assert {name: e["status"] for name, e in entries.items()} == {
+        "good": "passed",
+        "bad": "failed",
+        "half": "unfinished",
+    }
+    assert entries["good"]["note"] == "two"
+    assert exit_status(entries) == 1
+    assert any("| why" in line for line in said)  # the end of a failed stage's output is shown
+    on_disk = json.loads((plan.out / "gpu.json").read_text())
+    assert on_disk["stages"] == entries and on_disk["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "status"),
+    [
+        (0, "3 passed, 1 skipped in 2.00s", "passed"),
+        (0, "4 skipped, 9 deselected in 1.00s", "no tests"),
+        (5, "9 deselected in 0.10s", "no tests"),
+        (1, "1 failed, 3 passed in 2.00s", "failed"),
+        (2, "1 error in 2.00s", "failed"),
+        (None, "", "stopped"),
+    ],
+)
+def test_the_tests_stage_passes_only_if_tests_ran_and_passed(
+    plan: Plan, code: int | None, last: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ran(step: Step, plan: Plan, seconds: float, log: Path) -> dict[str, object]:
+        log.write_text(last)
+        return {"exit": code, "seconds": 1.0, "last": last}
+
+    monkeypatch.setattr(gpu, "run_step", ran)
+    assert run_stages(plan, [fake("tests", "")], 30, say=quiet)["tests"]["status"] == status
+
+
+def test_a_stage_is_stopped_at_its_share_and_the_next_still_runs(plan: Plan) -> None:
+    begin = time.monotonic()
+    stages = [
+        fake("slow", "import time; print('begun', flush=True); time.sleep(60)"),
+        fake("after", "print('ran')"),
+    ]
+    entries = run_stages(plan, stages, 3.0, say=quiet)
+    assert time.monotonic() - begin < 20
+    assert entries["slow"]["status"] == "stopped" and 1.0 <= entries["slow"]["seconds"] < 10
+    assert entries["after"]["status"] == "passed"
+    assert exit_status(entries) == 3
+
+
+def test_a_stop_is_an_interrupt_first_so_that_results_can_be_written(plan: Plan, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    text = f"""
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    open({str(kept)!r}, "w")
+"""
+    plan.out.mkdir()
+    result = run_step(Step("s", script(text)), plan, 2.0, plan.out / "log")
+    assert result["exit"] is None and kept.exists()
+
+
+def test_what_a_stage_started_ends_with_it(plan: Plan, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    text = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+open({str(pid)!r}, "w").write(str(child.pid))
+"""
+    plan.out.mkdir()
+    assert run_step(Step("s", script(text)), plan, 20.0, plan.out / "log")["exit"] == 0
+    status = Path(f"/proc/{pid.read_text()}/stat")
+    deadline = time.monotonic() + 5
+    while (
+        status.exists()
+        and status.read_text().rpartition(")")[2].split()[0] != "Z"
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def counted(tmp_path: Path) -> tuple[str, Callable[[], int]]:
+    marks = tmp_path / "marks"
+    return f"open({str(marks)!r}, 'a').write('x')", lambda: len(marks.read_text()) if marks.exists() else 0
+
+
+def test_a_finished_stage_is_skipped_and_the_others_go_on(plan: Plan, tmp_path: Path) -> None:
+    mark, count = counted(tmp_path)
+    flag = tmp_path / "flag"
+    second = f"import os, sys; sys.exit(0 if os.path.exists({str(flag)!r}) else 3)"
+    stages = [fake("one", mark), fake("two", second)]
+    assert exit_status(run_stages(plan, stages, 20, say=quiet)) == 3
+    flag.touch()
+    assert exit_status(run_stages(plan, stages, 20, say=quiet)) == 0
+    assert count() == 1
+
+
+def test_a_changed_source_is_run_again(plan: Plan, tmp_path: Path) -> None:
+    mark, count = counted(tmp_path)
+    for text in ("a = 1", "a = 1", "a = 2"):
+        (plan.root / "bench" / "x.py").write_text(text)
+        run_stages(plan, [fake("one", mark)], 20, say=quiet)
+    assert count() == 2
+
+
+def test_a_build_carried_to_another_machine_is_made_again(plan: Plan) -> None:
+    info = plan.root / "admfast" / "_build_info.json"
+    info.parent.mkdir()
+    info.write_text('{"built": "cuda"}')
+    entry = {"status": "passed"} | gpu.build_info(plan)
+    assert entry["build_info"] == {"built": "cuda"} and entry["note"] == "built cuda"
+    assert gpu.build_stands(plan, entry)
+    info.unlink()
+    assert not gpu.build_stands(plan, entry)
+    assert not gpu.build_stands(plan, {"status": "passed"})
+
+
+def test_what_is_not_there_yet_is_a_row_and_no_failure(plan: Plan) -> None:
+    names = ["build", "kernels", "peers"]
+    entries = run_stages(plan, choose(",".join(names)), 20, say=quiet)
+    assert [entries[n]["status"] for n in names] == ["not there yet"] * 3
+    assert entries["kernels"]["note"] == "no bench/kernels.py"
+    assert exit_status(entries) == 0
+    (plan.root / "bench" / "kernels.py").write_text("print('measured')")
+    entries = run_stages(plan, choose("kernels"), 20, say=quiet)
+    assert (entries["kernels"]["status"], entries["kernels"]["note"]) == ("passed", "measured")
+
+
+def test_a_bench_is_told_device_folder_and_a_budget_inside_its_share(plan: Plan) -> None:
+    (plan.root / "bench" / "peers.py").write_text("import sys; print(*sys.argv[1:])")
+    note = run_stages(plan, choose("peers"), 40, say=quiet)["peers"]["note"].split()
+    assert note[:4] == ["--device", "cpu", "--out", str(plan.out)]
+    assert note[4] == "--budget" and 20 <= float(note[5]) <= 30
+
+
+def test_time_left_over_goes_to_the_stages_after_it(plan: Plan) -> None:
+    given: list[float] = []
+
+    def steps(plan: Plan, seconds: float) -> list[Step]:
+        given.append(seconds)
+        return [Step("s", script(""))]
+
+    absent = Stage("absent", 5.0, steps, missing=lambda plan: "no file")
+    run_stages(plan, [absent, Stage("a", 1.0, steps), Stage("b", 3.0, steps)], 100.0, say=quiet)
+    assert given[0] == pytest.approx(25, abs=2)
+    assert given[1] > 90
+
+
+def test_without_time_a_stage_is_not_begun(plan: Plan, tmp_path: Path) -> None:
+    mark, count = counted(tmp_path)
+    entries = run_stages(plan, [fake("one", mark)], -1.0, say=quiet)
+    assert entries["one"]["status"] == "stopped" and count() == 0
+
+
+def test_a_stage_that_prints_without_end_does_not_fill_the_log(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LOG_LIMIT", 4096)
+    entries = run_stages(plan, [fake("loud", "for i in range(20000): print('line', i)")], 20, say=quiet)
+    assert entries["loud"]["note"] == "line 19999"
+    log = (plan.out / "gpu.log").read_text()
+    assert len(log) < 8192 and "line 0\n" in log and "... shortened ..." in log and "line 19999" in log
+
+
+def test_the_folder_stays_small(plan: Plan) -> None:
+    run_stages(plan, [fake(f"s{i}", "") for i in range(5)], 20, say=quiet)
+    assert sorted(p.name for p in plan.out.iterdir()) == ["gpu.json", "gpu.log"]
+
+
+def test_golden_data_adds_the_parity_tests(plan: Plan) -> None:
+    assert [s.name for s in gpu.test_steps(plan, 10)] == ["pytest -m gpu"]
+    (plan.root / ".golden").mkdir()
+    (plan.root / "tests" / "parity").mkdir(parents=True)
+    steps = gpu.test_steps(plan, 10)
+    assert [s.name for s in steps] == ["pytest -m gpu", "parity"]
+    assert all(s.environment["ADMFAST_GOLDEN"] == str(plan.root / ".golden") for s in steps)
+
+
+def test_the_build_takes_nothing_from_a_network(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADMFAST_BUILD", raising=False)
+    (step,) = gpu.build_steps(plan, 10)
+    assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(step.command)
+    assert step.environment == {"ADMFAST_BUILD": "auto"}
+    monkeypatch.setenv("ADMFAST_BUILD", "cuda")
+    assert gpu.build_steps(plan, 10)[0].environment == {"ADMFAST_BUILD": "cuda"}
+
+
+def test_without_cuda_one_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "o")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "no CUDA device" in said.err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flags", [["--stages", "build,fly"], ["--budget", "0"], ["--budget", "soon"]])
+def test_a_wrong_flag_is_one_line_and_status_2(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main(["--allow-cpu", "--out", str(tmp_path / "o"), *flags]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_variables_stand_for_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    for name, value in {"STAGES": "peers", "BUDGET": "30", "OUT": str(tmp_path / "o")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(gpu, "STAGES", (fake("peers", "print('x')"),))
+    arguments = gpu._parser().parse_args([])
+    assert (arguments.stages, arguments.budget, arguments.out) == ("peers", "30", os.environ["OUT"])

@@ -1,0 +1,85 @@
+"""The copied numbers are consistent with the shapes they stand beside."""
+
+import pytest
+
+from bench import registry
+from bench.registry import ATTENTION_SHAPES, CONV_SHAPES, NORM_SHAPES, ConvShape, distinct_convs
+
+
+@pytest.mark.parametrize(
+    "shape", CONV_SHAPES, ids=lambda s: f"{s.model}-{s.kernel}-{s.cin}-{s.cout}-{s.side}"
+)
+def test_operations_equal_the_copied_column(shape: ConvShape) -> None:
+    counted = shape.count * 2 * shape.cin * shape.cout * shape.kernel * shape.kernel * shape.side * shape.side
+    assert counted / 1e9 == pytest.approx(shape.gf, abs=0.00051)  # the column has three decimals
+    assert shape.flop * shape.count == counted
+
+
+# Forward operations of the whole networks, 1e9 a picture; shares are parts of these.
+TOTALS = {
+    "unet64": 219.356,
+    "unet128": 613.856,
+    "unet256": 2239.666,
+    "unet512": 3964.670,
+    "up64_256": 1263.285,
+    "up128_512": 5009.570,
+    "clf64": 38.158,
+    "clf128": 42.081,
+    "clf256": 146.697,
+    "clf512": 225.534,
+}
+
+
+@pytest.mark.parametrize(
+    "shape", CONV_SHAPES, ids=lambda s: f"{s.model}-{s.kernel}-{s.cin}-{s.cout}-{s.side}"
+)
+def test_share_is_the_part_of_the_model(shape: ConvShape) -> None:
+    assert shape.share == pytest.approx(100 * shape.gf / TOTALS[shape.model], abs=0.0051)
+
+
+def test_every_model_is_there_with_its_dearest_shapes_first() -> None:
+    assert {s.model for s in CONV_SHAPES} == set(TOTALS)
+    for model in TOTALS:
+        threes = [s.share for s in CONV_SHAPES if s.model == model and s.kernel == 3]
+        assert threes == sorted(threes, reverse=True)
+        # Several hundred smaller shapes make up the rest: what is measured must be most of the work.
+        assert sum(s.share for s in CONV_SHAPES if s.model == model) > 55
+
+
+def test_no_shape_is_listed_twice_for_a_model() -> None:
+    seen = [(s.model, *s.size) for s in CONV_SHAPES]
+    assert len(seen) == len(set(seen))
+
+
+def test_distinct_convs_merge_models_and_begin_with_the_largest_share() -> None:
+    pairs = distinct_convs()
+    assert len({shape.size for shape, _ in pairs}) == len(pairs) == len({s.size for s in CONV_SHAPES})
+    assert [shape.share for shape, _ in pairs] == sorted((shape.share for shape, _ in pairs), reverse=True)
+    shared = dict((shape.size, text) for shape, text in pairs)[(3, 256, 256, 256)]
+    assert shared == "unet256 31.07 %, unet512 15.6 %"
+
+
+def test_norms_divide_into_groups_and_precede_a_listed_or_smaller_convolution() -> None:
+    for shape in NORM_SHAPES:
+        assert shape.channels % registry.GROUPS == 0
+        assert shape.model in TOTALS
+    assert len(set(NORM_SHAPES)) == len(NORM_SHAPES)
+
+
+@pytest.mark.parametrize(
+    "shape", ATTENTION_SHAPES, ids=lambda s: f"{s.model}-{s.tokens}-{s.heads}x{s.head_dim}"
+)
+def test_attention_widths(shape: registry.AttentionShape) -> None:
+    assert shape.tokens in (64, 256, 1024)
+    assert shape.flop == 2 * (2 * shape.heads * shape.tokens * shape.tokens * shape.head_dim)
+    if shape.model in ("unet128", "up64_256"):
+        assert shape.heads == 4
+    elif shape.model != "small":
+        assert shape.head_dim == 64
+    # A level's projection from C to 3C channels is among some models' 1x1 shapes: the widths must agree.
+    listed = {
+        s.cin
+        for s in CONV_SHAPES
+        if s.model == shape.model and s.cout == 3 * s.cin and s.side**2 == shape.tokens
+    }
+    assert listed in (set(), {shape.heads * shape.head_dim})
