@@ -240,9 +240,10 @@ class Pipeline:
             if (other.in_channels, other.dims) != (config.in_channels, config.dims):
                 given = f"{other.in_channels} channels, {other.dims}-D"
                 raise invalid(name, given, f"as the network: {config.in_channels} channels, {config.dims}-D")
+            # A classifier also serves a network without classes; an upsampler with classes must get them.
             count = other.num_classes if isinstance(other, UNetConfig) else other.out_channels
-            if count is not None and config.num_classes not in (None, count):
-                raise invalid(name, f"{count} classes", f"as the network: {config.num_classes} classes")
+            if count is not None and self.num_classes != count:
+                raise invalid(name, f"{count} classes", f"as the network: {self.num_classes or 'no'} classes")
 
     def _plan(
         self,

@@ -1,7 +1,7 @@
 """How good the shipped digits are: class accuracy, Frechet distance, neighbours, precision and recall.
 
-`python -m bench.digits_quality` samples the digits32 system and compares the samples with the 1,797 real digits
-in the space of 64 pixels: images are brought to 8x8 by block means, on the real digits' scale of 0 to 16.
+`python -m bench.digits_quality` samples the digits32 system and compares the samples with the 1,797 real
+digits in the space of 64 pixels: images are brought to 8x8 by block means, on the digits' scale of 0 to 16.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def nearest_neighbour_accuracy(a: Array, b: Array) -> float:
 def coverage(points: Array, manifold: Array, k: int = 3) -> float:
     """Share of `points` within the k-th neighbour's distance of some point of `manifold`.
 
-    Source: Kynkaanniemi et al. 2019. Samples against real digits give precision, real digits against samples recall.
+    Source: Kynkaanniemi et al. 2019. Samples against real digits give precision, the other way round recall.
     """
     own = distances(manifold, manifold)
     np.fill_diagonal(own, np.inf)

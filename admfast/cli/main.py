@@ -54,12 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"admfast: {error}", file=sys.stderr)
         return USER_ERROR
     except (typer.Abort, KeyboardInterrupt):
-        print("admfast: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone (as with `| head`): nothing is wrong; keep Python from saying so at exit.
+        result = INTERRUPTED
+    except (BrokenPipeError, SystemExit):
+        # The reader has gone (as with `| head`), which typer turns into an exit: nothing is wrong. Keep
+        # Python from saying so when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if result == INTERRUPTED:  # some versions of typer raise at Ctrl-C, others return this
+        print("admfast: interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

@@ -20,7 +20,7 @@ from admfast.files.images import write_grid, write_png
 from admfast.files.npz import write_samples
 from admfast.pipeline import Pipeline
 
-GRID_LIMIT = 400  # images that a grid shows at most
+GRID_LIMIT, GRID_COLUMNS = 400, 20  # images that a grid shows at most, in all and of a class side by side
 PNG_CHANNELS = (1, 3, 4)
 
 
@@ -69,8 +69,10 @@ class SampleRun:
         self._prepare()
         size = self.batch_size or self.pipe.images_at_a_time
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        # Not shown before the first step, so that what is refused until then is one line.
+        bar = tqdm(total=len(self.seeds) * steps, unit="step", bar_format=shown, delay=math.inf)
         try:
-            with tqdm(total=len(self.seeds) * steps, unit="step", bar_format=shown) as bar:
+            with bar:
                 for first in range(0, len(self.seeds), size):
                     self._batch(first, size, steps, bar)
         except (KeyboardInterrupt, NonFiniteError):
@@ -84,6 +86,7 @@ class SampleRun:
         classes = None if self.classes is None else list(self.classes[first : first + size])
 
         def progressed(progress: Progress) -> None:
+            bar.delay = 0
             bar.update(len(progress.x))
             spent = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{bar.n / steps / spent:.2f} images/s" if spent else "", refresh=False)
@@ -136,9 +139,12 @@ class SampleRun:
         shape = "x".join(str(side) for side in images.shape)
         npz, grid = self.out / f"samples_{shape}.npz", self.out / "grid.png"
         write_samples(npz, images, labels)
-        shown = slice(0, GRID_LIMIT)
-        columns = None if labels is not None else math.ceil(math.sqrt(min(count, GRID_LIMIT)))
-        write_grid(grid, images[shown], None if labels is None else labels[shown], self.class_names, columns)
+        shown, labels = images[:GRID_LIMIT], None if labels is None else labels[:GRID_LIMIT]
+        if labels is None:
+            columns = math.ceil(math.sqrt(len(shown)))
+        else:
+            columns = min(int(np.unique(labels, return_counts=True)[1].max()), GRID_COLUMNS)
+        write_grid(grid, shown, labels, self.class_names, columns)
         return [grid, npz]
 
     def _write_intermediate(self, first: int, progress: Progress) -> None:

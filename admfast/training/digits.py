@@ -123,7 +123,7 @@ RECIPES: dict[str, Recipe] = {
             use_new_attention_order=True,
             dropout=0.1,
         ),
-        TrainConfig(steps=30000, batch_size=32, lr=6e-4, ema_decay=0.9995, seed=0),
+        TrainConfig(steps=8000, batch_size=32, lr=6e-4, ema_decay=0.9995, seed=0),
         denoising_loss,
     ),
     "classifier": Recipe(
@@ -158,7 +158,7 @@ RECIPES: dict[str, Recipe] = {
             resblock_updown=True,
             use_new_attention_order=True,
         ),
-        TrainConfig(steps=3000, batch_size=64, lr=8e-4, ema_decay=0.998, seed=2),
+        TrainConfig(steps=2500, batch_size=32, lr=8e-4, ema_decay=0.998, seed=2),
         upsampling_loss,
     ),
 }

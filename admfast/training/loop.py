@@ -151,7 +151,7 @@ def _update(
     config: TrainConfig,
     step: int,
 ) -> None:
-    """One step of the optimiser and of the average; nothing is changed where loss or gradient is not finite."""
+    """Step the optimiser and the average; nothing changes where loss or gradient is not finite."""
     if not torch.isfinite(total):
         raise NonFiniteError(f"the loss of step {step} is {total.item()}")
     optimiser.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """Finding and comparing golden data: numbers computed once with the published code.
 
-The folder is `$ADMFAST_GOLDEN`, or `../shared/golden` beside the checkout, or the small copy under `tests/data`.
-Tests are made by walking it, so a case added there becomes a test.
+The folder is `$ADMFAST_GOLDEN`, or `../shared/golden` beside the checkout, or the small copy under
+`tests/data`. Tests are made by walking it, so a case added there becomes a test.
 """
 
 from __future__ import annotations

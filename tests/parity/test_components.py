@@ -1,4 +1,4 @@
-"""Building blocks against the published ones: embeddings, attention orders, pools, blocks, norms, resampling."""
+"""Building blocks against the published ones: embeddings, attention, pools, blocks, norms, resampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The published sampling scripts, end to end, replayed through `Pipeline.sample` with their recorded draws."""
+"""The published sampling scripts, end to end, replayed by `Pipeline.sample` with their recorded draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole sampling trajectories of the published code, replayed with its recorded noise through the one update."""
+"""Sampling trajectories of the published code, replayed with its recorded noise through the one update."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Write a released model's file with random weights, in the published format and at full size.
 
-`python -m tests.tools.random_checkpoint 256x256_diffusion 256x256_classifier --out models/` makes 2.4 GB that load,
-sample and inspect like the released files (the images are noise).
+`python -m tests.tools.random_checkpoint 256x256_diffusion 256x256_classifier --out models/` makes 2.4 GB that
+load, sample and inspect like the released files (the images are noise).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from admfast.models.presets import preset
 
 
 def random_state(config: NetConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights that keep activations of order one: norms near 1, the rest scaled by fan-in, no layer left at zero."""
+    """Weights that keep activations of order one: norms near 1, the rest by fan-in, nothing left at zero."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for key, shape in network_shapes(config).items():

@@ -1,0 +1,154 @@
+"""`admfast info`, and what `main` makes of bad usage, Ctrl-C and a reader that has gone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import admfast
+from admfast.cli import info
+from admfast.cli.main import main
+from admfast.errors import AdmfastError
+from admfast.ops import TABLES, Implementation
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rows(text: str) -> dict[str, str]:
+    """The two columns of a printed table."""
+    return dict(map(str.strip, line.split("  ", 1)) for line in text.splitlines() if line.strip())
+
+
+def test_versions_devices_and_environment(capsys, monkeypatch):
+    monkeypatch.setenv("ADMFAST_IMPL", "reference")
+    monkeypatch.delenv("ADMFAST_MIRROR", raising=False)
+    assert main(["info"]) == 0
+    captured = capsys.readouterr()
+    shown = rows(captured.out)
+    assert captured.err == ""
+    assert (shown["admfast"], shown["torch"]) == (admfast.__version__, torch.__version__)
+    assert shown["python"].startswith(platform.python_version())
+    assert shown["CPU"].startswith(f"{torch.get_num_threads()} threads, ")
+    assert (shown["ADMFAST_IMPL"], shown["ADMFAST_MIRROR"]) == ("reference", "not set")
+    assert ("no" in shown["CUDA"]) != torch.cuda.is_available()
+
+
+def test_every_implementation_of_every_op_in_the_order_of_trying(capsys):
+    assert main(["info"]) == 0
+    _, second = capsys.readouterr().out.split("\n\n")
+    listed = [line.split("  ")[0].strip() for line in second.splitlines()]
+    assert listed == [f"{op}: {name}" for op, table in TABLES.items() for name in table.names()]
+    assert {"attention: reference", "sampler_step: reference"} <= set(listed)
+
+
+def test_reasons_are_shown(capsys, monkeypatch):
+    table = TABLES["normal"]
+    absent = Implementation("absent", table.implementations[0].forward, lambda: "no device of that kind")
+    monkeypatch.setattr(table, "implementations", [absent, *table.implementations])
+    monkeypatch.setattr(
+        info, "build_info", lambda: {"wanted": "auto", "built": "none", "reason": "no compiler"}
+    )
+    assert main(["info"]) == 0
+    shown = rows(capsys.readouterr().out)
+    assert shown["normal: absent"] == "no: no device of that kind"
+    assert shown["normal: reference"] == "available"
+    assert shown["compiled ops"] == "none, wanted auto (no compiler)"
+    monkeypatch.setattr(info, "build_info", dict)
+    assert main(["info"]) == 0
+    assert rows(capsys.readouterr().out)["compiled ops"].startswith("no record of a build")
+
+
+@pytest.mark.parametrize(
+    "package, version", [("no_such_package", "not installed"), ("torch", torch.__version__)]
+)
+def test_versions_without_importing(package, version):
+    assert info._version(package) == version
+
+
+def test_a_package_without_metadata(tmp_path, monkeypatch):
+    (tmp_path / "bare_package.py").write_text("raise RuntimeError('not to be imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert info._version("bare_package") == "installed, version unknown"
+
+
+# The command line itself
+
+
+def test_help_and_no_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in ("sample", "inspect", "models", "fetch", "info"))
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Usage: admfast") and captured.err == ""
+
+
+@pytest.mark.parametrize("command", ["sample", "inspect", "models", "fetch", "info"])
+def test_every_option_says_its_default(command, capsys):
+    assert main([command, "--help"]) == 0
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("Options:")[1])[1:]
+    assert options[-1].startswith("--help")
+    for option in options[:-1]:
+        assert "default" in option or "[required]" in option, option
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["samble"], "admfast: No such command 'samble'."),
+        (["info", "extra"], "admfast info: "),
+        (["info", "--verbose"], "admfast info: No such option: --verbose"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(argv, message, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message) and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (AdmfastError("weights=1: not that"), 2, "admfast: weights=1: not that"),
+        (KeyboardInterrupt(), 130, "admfast: interrupted"),
+    ],
+)
+def test_errors_of_a_command(monkeypatch, capsys, error, status, line):
+    def failing():
+        raise error
+
+    monkeypatch.setattr(info, "_cuda", failing)
+    assert main(["info"]) == status
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
+def test_what_is_a_defect_is_not_hidden(monkeypatch):
+    def failing():
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(info, "_cuda", failing)
+    with pytest.raises(ZeroDivisionError):
+        main(["info"])
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "admfast", "info"],
+            cwd=ROOT,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            timeout=300,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,0 +1,349 @@
+"""`admfast sample` through `main(argv)`: files, output, exit statuses, and one line for every mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from admfast.checkpoints import write_weights
+from admfast.cli.main import main
+from admfast.cli.sample import MANY, parse_numbers, plan_images
+from admfast.errors import InvalidArgument
+from admfast.files.images import read_image
+from admfast.files.npz import read_samples
+from admfast.models.description import Description, DiffusionSettings
+from admfast.pipeline import Pipeline
+from tests.small import classifier, unet
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = DiffusionSettings(noise_schedule="linear", steps=100, learn_sigma=True)
+
+
+def write(path: Path, net: torch.nn.Module) -> Path:
+    process = None if net.config.kind == "classifier" else SETTINGS
+    write_weights(path, net.state_dict(), Description(net.config, process))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with a class-conditional model, a classifier, and a model without classes."""
+    folder = tmp_path_factory.mktemp("weights")
+    write(folder / "faces.safetensors", unet())
+    write(folder / "guide.safetensors", classifier(1))
+    write(folder / "free.safetensors", unet(num_classes=None))
+    return folder
+
+
+@pytest.fixture
+def sample(weights, tmp_path, capsys):
+    """Call `admfast sample faces.safetensors --out tmp/out --steps 2 ...`: (status, stdout, stderr)."""
+
+    def call(*options: str, model: str = "faces.safetensors") -> tuple[int, str, str]:
+        settings = {"--steps": "2", "--device": "cpu", "--out": str(tmp_path / "out")}
+        for name in ("--steps", "--out", "--device"):
+            if name in options:
+                settings.pop(name)
+        if "--respacing" in options:
+            settings.pop("--steps")
+        flat = [word for pair in settings.items() for word in pair]
+        status = main(["sample", str(weights / model), *flat, *options])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def pngs(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "images").glob("*.png"))
+
+
+def table_of(stdout: str) -> dict[str, str]:
+    """The resolved configuration, up to the first line that is no row."""
+    rows = {}
+    for line in stdout.splitlines():
+        if "  " not in line:
+            break
+        name, value = line.split("  ", 1)
+        rows[name] = value.strip()
+    return rows
+
+
+def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_path):
+    guide = str(weights / "guide.safetensors")
+    status, stdout, _ = sample("--classes", "1-2", "--per-class", "2", "--classifier", guide, "--batch", "3")
+    out = tmp_path / "out"
+    assert status == 0
+    assert table_of(stdout) == {
+        "system": "faces",
+        "images": "4 of 8x8, 3 at a time",
+        "seeds": "0, 1, 2, 3",
+        "classes": "1, 1, 2, 2",
+        "solver": "ddpm, 2 steps",
+        "guidance": "1",
+        "device": "cpu",
+        "precision": "float32",
+        "out": str(out),
+    }
+    assert pngs(out) == [
+        "000000_class1_seed0.png",
+        "000001_class1_seed1.png",
+        "000002_class2_seed2.png",
+        "000003_class2_seed3.png",
+    ]
+    with np.load(out / "samples_4x8x8x1.npz") as archive:
+        assert sorted(archive.files) == ["arr_0", "arr_1"]
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (4, 8, 8, 1)
+        assert archive["arr_1"].dtype == np.int64 and archive["arr_1"].tolist() == [1, 1, 2, 2]
+    assert read_image(out / "grid.png").ndim == 3
+    last = stdout.splitlines()[-4:]
+    assert last[0].startswith("4 images in ") and last[0].endswith(" images/s)")
+    assert last[1:] == [str(out / name) for name in ("images", "grid.png", "samples_4x8x8x1.npz")]
+
+
+@pytest.mark.parametrize(
+    "options, solver, steps",
+    [
+        (["--solver", "ddim", "--eta", "0.5"], "ddim, 2 steps, eta 0.5", 2),
+        (["--respacing", "ddim4", "--solver", "ddim"], "ddim, respacing ddim4", 4),
+        (["--respacing", "1,2"], "ddpm, respacing 1,2", 3),
+    ],
+)
+def test_solvers_and_respacings(sample, tmp_path, options, solver, steps):
+    status, stdout, stderr = sample(*options, "--intermediates", "1")
+    assert (status, table_of(stdout)["solver"]) == (0, solver)
+    assert len(list((tmp_path / "out" / "intermediates").iterdir())) == steps
+
+
+def test_a_model_without_classes(sample, tmp_path):
+    status, stdout, _ = sample("--seeds", "3-5,9", model="free.safetensors")
+    assert status == 0 and table_of(stdout)["classes"] == "none"
+    assert pngs(tmp_path / "out") == [f"{i:06d}_seed{seed}.png" for i, seed in enumerate((3, 4, 5, 9))]
+    assert read_samples(tmp_path / "out" / "samples_4x8x8x1.npz").labels is None
+
+
+def test_many_seeds_are_shown_in_short(sample):
+    status, stdout, _ = sample("--seeds", "0-19", "--steps", "1")
+    assert status == 0 and table_of(stdout)["seeds"] == "0, 1, 2, 3, 4, 5, ..., 17, 18, 19"
+    assert table_of(stdout)["classes"] == "0, 1, 2, 3, 0, 1, ..., 1, 2, 3"
+
+
+def test_half_precision_and_options_of_a_file(sample):
+    status, stdout, _ = sample("--precision", "bf16", "--set", "dropout=0.25", "--set", "steps=50")
+    assert status == 0 and table_of(stdout)["precision"] == "bfloat16"
+
+
+def test_the_same_command_gives_the_same_images(sample, tmp_path):
+    found = []
+    for name, batch in (("a", "1"), ("b", "4")):
+        out = tmp_path / name
+        assert sample("--seeds", "0-3", "--out", str(out), "--batch", batch)[0] == 0
+        found.append(read_samples(out / "samples_4x8x8x1.npz").images.astype(int))
+    assert np.abs(found[0] - found[1]).max() <= 1
+
+
+# Mistakes
+
+
+def assert_one_line(status: int, stderr: str, message: str) -> None:
+    assert status == 2
+    assert stderr.endswith("\n") and stderr.count("\n") == 1, stderr
+    assert message in stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--classes", "0-4"], "admfast: classes=4: 0 to 3"),
+        (["--classes", "a"], "classes='a': whole numbers and ranges separated by commas, such as 0-9"),
+        (["--classes", ""], "classes='': whole numbers and ranges separated by commas"),
+        (["--classes", "3-1"], "classes='3-1': the range 3-1 runs backwards"),
+        (["--seeds", "-1"], "seeds='-1': whole numbers and ranges"),
+        (["--seeds", "1-2-3"], "seeds='1-2-3': whole numbers and ranges"),
+        (["--seeds", "1,,2"], "seeds='1,,2': whole numbers and ranges"),
+        (["--seeds", "0-99999999999"], "seeds='0-99999999999': at most 10,000,000 numbers"),
+        (["--seeds", "18446744073709551616"], "seeds=18446744073709551616: a whole number from 0 to"),
+        (["--seeds", "9" * 5000], "whole numbers and ranges separated by commas"),
+        (["--per-class", "0"], "per-class=0: 1 or more"),
+        (["--per-class", "99999999999"], "per-class=99999999999: at most 10,000,000 images in all"),
+        (["--per-class", "2", "--seeds", "0-2"], "seeds='3 seeds': one for each of the 8 images, or none"),
+        (["--steps", "0"], "steps=0: a whole number from 1 to 100"),
+        (["--steps", "two"], "admfast sample: Invalid value for '--steps': "),
+        (["--solver", "ddin"], "solver='ddin': nearest: ddim"),
+        (["--respacing", "dim25"], "respacing='dim25'"),
+        (["--respacing", "dim25"], "nearest: ddim25"),
+        (["--steps", "2", "--eta", "0.5"], "eta=0.5: the solver ddpm has no such option"),
+        (["--guidance", "2"], "guidance=2.0: faces has no classifier; 0 is none"),
+        (["--upsampler-steps", "3"], "upsampler_steps=3: faces has no upsampler"),
+        (["--batch", "0"], "batch=0: 1 or more"),
+        (["--intermediates", "-1"], "intermediates=-1: 0 for none, or every so many steps"),
+        (["--precision", "fp8"], "precision='fp8': nearest: "),
+        (["--device", "tpu"], "device='tpu': cpu, cuda, or cuda:N"),
+        (["--weights", "models"], "weights='models': for a system, as the folder of its files"),
+        (["--classifier", "gone.pt"], "gone.pt: no such file"),
+        (["--set", "num_heads"], "set='num_heads': NAME=VALUE, such as num_heads=4"),
+        (["--set", "num_head=4"], "nearest: num_heads"),
+        (["--stepz", "4"], "admfast sample: No such option: --stepz"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line_and_status_2(sample, tmp_path, options, message):
+    status, _, stderr = sample(*options)
+    assert_one_line(status, stderr, message)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_classes_of_a_model_without_are_refused(sample):
+    for option in ("--classes", "--per-class"):
+        status, _, stderr = sample(option, "1", model="free.safetensors")
+        assert_one_line(status, stderr, "this model has no classes; --seeds says how many images")
+
+
+def test_unknown_models_are_named_with_the_nearest(capsys):
+    assert main(["sample", "imagenet265"]) == 2
+    assert_one_line(2, capsys.readouterr().err, "neither a system nor a file; nearest: imagenet256")
+    assert main(["sample", "imagenet64"]) == 2
+    assert_one_line(2, capsys.readouterr().err, "admfast fetch imagenet64 --out models")
+    assert main(["sample"]) == 2
+    assert_one_line(2, capsys.readouterr().err, "admfast sample: Missing argument 'name'.")
+
+
+def test_other_kinds_of_files_are_refused(sample, weights, tmp_path):
+    status, _, stderr = sample(model="guide.safetensors")
+    assert_one_line(status, stderr, "a diffusion model; this file holds a classifier")
+    status, _, stderr = sample("--classifier", str(weights / "faces.safetensors"))
+    assert_one_line(status, stderr, "a classifier; this file holds a unet")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 100)
+    assert main(["sample", str(tmp_path / "broken.safetensors")]) == 2
+
+
+def test_samples_that_are_there_need_overwrite(sample, tmp_path):
+    assert sample("--seeds", "0-1")[0] == 0
+    status, _, stderr = sample("--seeds", "5")
+    assert_one_line(status, stderr, "holds 4 files of samples already; give another folder, or --overwrite")
+    assert len(pngs(tmp_path / "out")) == 2
+    assert sample("--seeds", "5", "--overwrite")[0] == 0
+    assert pngs(tmp_path / "out") == ["000000_class1_seed5.png"]
+
+
+def test_an_output_folder_below_a_file(sample, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "below")
+    status, _, stderr = sample("--out", out)
+    assert_one_line(status, stderr, f"admfast: {out}/images: not written: {out} is not a folder")
+
+
+def test_nan_in_the_weights_names_the_layer(weights, tmp_path, capsys):
+    net = unet()
+    net.middle_block[0].in_layers[2].weight.data[0, 0, 0, 0] = float("nan")
+    path = write(tmp_path / "bad.safetensors", net)
+    assert main(["sample", str(path), "--steps", "2", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "admfast: x is not finite after step 1 (t = 99); the first layer to put it out is "
+        "net.middle_block.0.in_layers.2 (Conv2d); "
+        "weights that are not finite: net.middle_block.0.in_layers.2.weight"
+    )
+    assert not pngs(tmp_path / "out")
+
+
+def test_ctrl_c_leaves_what_is_finished(sample, tmp_path, monkeypatch):
+    calls = []
+    own = Pipeline.sample
+
+    def interrupted(self, classes, seeds, callback=None, **options):
+        def counting(progress):
+            callback(progress)
+            calls.append(None)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+
+        return own(self, classes, seeds, callback=counting, **options)
+
+    monkeypatch.setattr(Pipeline, "sample", interrupted)
+    status, stdout, stderr = sample("--seeds", "0-5", "--batch", "2")
+    assert status == 130 and "Traceback" not in stderr
+    assert stderr.splitlines()[-1] == "admfast: interrupted"
+    out = tmp_path / "out"
+    samples = read_samples(out / "samples_4x8x8x1.npz")
+    assert samples.labels.tolist() == [0, 1, 2, 3] and len(pngs(out)) == 4
+    assert read_image(out / "grid.png").shape[2] == 3
+
+
+LIMITED = """
+import resource, sys
+from admfast.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+raise SystemExit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "limit, file, images", [(20, "images/000000_class0_seed0.png", 0), (400, "samples_", 2)]
+)
+def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
+    """A file that may not grow fails as a disk that is full does, and needs no special disk."""
+    out = tmp_path / "out"
+    command = [
+        "sample",
+        str(weights / "faces.safetensors"),
+        "--steps",
+        "1",
+        "--seeds",
+        "0-1",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *command, "--out", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"admfast: {out}/{file}")
+    assert last.endswith("not written: the file would exceed the largest size allowed here")
+    assert len(pngs(out)) == images and not list(out.glob("**/*.tmp"))
+
+
+# Which images
+
+
+@pytest.mark.parametrize(
+    "text, numbers", [("7", [7]), ("0-3", [0, 1, 2, 3]), ("207,360", [207, 360]), (" 1 - 2 , 5", [1, 2, 5])]
+)
+def test_numbers_and_ranges(text, numbers):
+    assert parse_numbers("seeds", text) == numbers
+
+
+@pytest.mark.parametrize(
+    "asked, planned",
+    [
+        ((None, None, None, 4), ([0], [0])),
+        ((None, None, [6, 2**63], 3), ([0, 2**63 % 3], [6, 2**63])),
+        (([3, 1], None, None, 4), ([3, 1], [0, 1])),
+        (([3, 1], None, [5, 6, 7], 4), ([3, 1, 3], [5, 6, 7])),
+        (([3, 1], 2, None, 4), ([3, 3, 1, 1], [0, 1, 2, 3])),
+        ((None, 2, None, 2), ([0, 0, 1, 1], [0, 1, 2, 3])),
+        (([1], 2, [8, 9], 2), ([1, 1], [8, 9])),
+        ((None, None, None, None), (None, [0])),
+        ((None, None, [4, 4], None), (None, [4, 4])),
+    ],
+)
+def test_classes_and_seeds_of_every_image(asked, planned):
+    assert plan_images(*asked) == planned
+
+
+def test_a_slip_does_not_fill_the_memory():
+    with pytest.raises(InvalidArgument, match="at most"):
+        parse_numbers("seeds", f"0-9,0-{MANY}")
+    with pytest.raises(InvalidArgument, match="at most"):
+        plan_images([0, 1], MANY, None, 4)

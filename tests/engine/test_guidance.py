@@ -1,0 +1,82 @@
+"""The classifier's gradient: by hand, alone, and never with respect to the parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from admfast.engine.guidance import classifier_guidance
+from admfast.errors import InvalidArgument
+from tests.parity.golden import NETWORK_GRADIENT_LIMIT, compare
+from tests.small import classifier, randn
+
+T, LABELS = torch.tensor([10, 700, 999]), torch.tensor([0, 3, 1])
+
+
+def by_hand(net: torch.nn.Module, x: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * d log p(label | x) / dx, one image at a time, in float64."""
+    net = net.double()
+    gradients = []
+    for i in range(len(x)):
+        one = x[i : i + 1].double().requires_grad_(True)
+        logits = net(one, T[i : i + 1])
+        log_probability = logits[0, LABELS[i]] - logits[0].exp().sum().log()
+        log_probability.backward()
+        gradients.append(scale * one.grad)
+    net.float()
+    return torch.cat(gradients)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0, -0.5])
+def test_gradient_is_that_of_the_log_probability(scale):
+    net, x = classifier().requires_grad_(False), randn(3, 1, 8, 8)
+    g = classifier_guidance(net, LABELS, scale)(x, T)
+    assert g.shape == x.shape and g.dtype == torch.float32 and not g.requires_grad
+    compare(g, by_hand(net, x, scale), NETWORK_GRADIENT_LIMIT, "gradient")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=["no_grad", "enable_grad"])
+def test_nothing_is_left_on_x_or_the_parameters(mode):
+    net, x = classifier(use_checkpoint=True).requires_grad_(False), randn(3, 1, 8, 8)
+    with mode():
+        g = classifier_guidance(net, LABELS, 1.0)(x, T)
+    assert not x.requires_grad and x.grad is None and g.grad_fn is None
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_no_gradient_of_a_parameter_is_computed():
+    net, x = classifier().requires_grad_(False), randn(3, 1, 8, 8)
+    seen = []
+    for module in net.modules():
+        module.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    classifier_guidance(net, LABELS, 1.0)(x, T)
+    leaves = set()
+    stack = [out.grad_fn for out in seen if isinstance(out, torch.Tensor)]
+    visited = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable.shape)
+        stack.extend(parent for parent, _ in node.next_functions)
+    assert leaves == {x.shape}, "x is the only leaf of the graph"
+
+
+@pytest.mark.parametrize("name", ["out.2.positional_embedding", "time_embed.0.bias"])
+def test_a_classifier_with_anything_to_train_is_refused(name):
+    net = classifier().requires_grad_(False)
+    net.get_parameter(name).requires_grad_(True)
+    with pytest.raises(InvalidArgument, match="classifier='trainable': freeze its parameters first"):
+        classifier_guidance(net, LABELS, 1.0)
+
+
+def test_half_precision_keeps_most_of_the_gradient():
+    net, x = classifier().requires_grad_(False), randn(3, 1, 8, 8)
+    exact = by_hand(net, x, 1.0)
+    g = classifier_guidance(net.convert_torso(torch.bfloat16), LABELS, 1.0)(x, T)
+    assert g.dtype == torch.float32
+    # A few dozen layers, each rounding once forward and once backward.
+    error = (g - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
+    assert 0 < error < 20 * torch.finfo(torch.bfloat16).eps

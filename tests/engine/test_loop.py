@@ -1,0 +1,236 @@
+"""The loop over a solver's rows: what the model, the guidance and the callback see, and how it stops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from admfast.diffusion import DiffusionConfig
+from admfast.engine.loop import Diverged, Progress, run_table
+from admfast.engine.sampler import _again
+from admfast.errors import InvalidArgument, NonFiniteError
+from admfast.ops.noise import Stream, as_seeds, normal
+from admfast.ops.sampler_step import Clip
+from admfast.solvers import make_table
+from tests.small import randn
+
+SHAPE = (2, 3, 4, 4)
+X, SEEDS = randn(*SHAPE), as_seeds([5, 2**64 - 1])
+
+
+def table(solver: str = "ddpm", steps: int = 5, process: DiffusionConfig | None = None, **options):
+    process = process or DiffusionConfig(learn_sigma=True)
+    respacing = str(steps) if solver == "ddpm" else f"ddim{steps}"
+    return make_table(solver, process.build(respacing), **options)
+
+
+def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Mean and variance channels that depend on x and t."""
+    u = t.to(x.dtype).view(-1, 1, 1, 1) / 1000
+    return torch.cat([torch.tanh(x + u), 0.5 * torch.cos(x - u)], dim=1)
+
+
+def run(solver_table, network=model, x=X, **options):
+    return run_table(solver_table, network, x, **{"seeds": SEEDS, **options})
+
+
+# Callbacks
+
+
+@pytest.mark.parametrize(
+    "every, done",
+    [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (5, [5]), (99, [5])],
+)
+def test_callback_comes_after_every_so_many_rows_and_the_last(every, done):
+    seen: list[Progress] = []
+    state = run(table(), callback=seen.append, every=every)
+    assert [progress.done for progress in seen] == done
+    assert {progress.total for progress in seen} == {5}
+    assert seen[-1].x is state.x and seen[-1].x0 is state.x0
+    assert (seen[-1].first, seen[-1].stage) == (0, "base")
+
+
+def test_callback_sees_the_rows_in_order_and_the_state_after_each():
+    seen, inputs = [], []
+
+    def watched(x, t):
+        inputs.append((x.clone(), t.clone()))
+        return model(x, t)
+
+    rows = table()
+    keep = lambda p: seen.append((p.index, p.t, p.x.clone(), p.x0.clone()))  # noqa: E731
+    state = run(rows, watched, callback=keep)
+    assert [index for index, *_ in seen] == [4, 3, 2, 1, 0]
+    assert [t for _, t, *_ in seen] == [row.t_net for row in rows.rows] == [999, 749, 500, 250, 0]
+    for (x_in, t_in), (_, t, *_), row in zip(inputs, seen, rows.rows, strict=True):
+        assert t_in.dtype == torch.int64 and t_in.tolist() == [row.t_net] * 2 == [t] * 2
+        assert x_in.shape == SHAPE
+    assert torch.equal(inputs[0][0], X)
+    for (_, _, x_after, _), (x_next, _) in zip(seen, inputs[1:], strict=False):
+        assert torch.equal(x_after, x_next)
+    assert torch.equal(seen[-1][2], state.x)
+    assert all(float(x0.abs().max()) <= 1 for *_, x0 in seen), "the reported x_0 is limited"
+
+
+def test_rescaled_processes_show_the_network_float_timesteps():
+    process = DiffusionConfig(learn_sigma=True, steps=100, rescale_timesteps=True)
+    seen = []
+    run(table(process=process), lambda x, t: (seen.append(t), model(x, t))[1])
+    assert {t.dtype for t in seen} == {torch.float32}
+    assert seen[0].tolist() == [990.0, 990.0]
+
+
+def test_a_callback_s_exception_passes_and_x_stays_the_caller_s():
+    def stop(progress: Progress) -> None:
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    before = X.clone()
+    with pytest.raises(KeyboardInterrupt):
+        run(table(), callback=stop)
+    assert torch.equal(X, before)
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_every_is_at_least_one(every):
+    with pytest.raises(InvalidArgument, match=f"every={every}: 1 or more"):
+        run(table(), every=every)
+
+
+# Noise
+
+
+def test_noise_is_that_of_seed_stream_and_row():
+    rows = table()
+    recorded = torch.stack([normal(SEEDS, SHAPE[1:], row, Stream.UPSAMPLER_STEPS) for row in range(7, 12)])
+    by_seed = run(rows, noise_row=7, stream=Stream.UPSAMPLER_STEPS)
+    given = run(rows, step_noise=recorded, seeds=None)
+    assert torch.equal(by_seed.x, given.x)
+    assert not torch.equal(run(rows).x, given.x)
+
+
+def test_noise_must_come_from_somewhere_and_fit():
+    with pytest.raises(InvalidArgument, match="seeds=None: .* or give noise"):
+        run(table(), seeds=None)
+    with pytest.raises(InvalidArgument, match=r"step_noise.shape=\(4, 2, 3, 4, 4\): \(5, 2, 3, 4, 4\)"):
+        run(table(), step_noise=randn(4, *SHAPE))
+
+
+# Guidance
+
+
+@pytest.mark.parametrize("clip", [True, False], ids=["clipped", "free"])
+def test_guidance_moves_the_mean_by_variance_times_gradient(clip):
+    rows, seen = table(steps=2, clip=clip), []
+
+    def gradient(x, t):
+        assert not torch.is_grad_enabled() and not x.requires_grad
+        seen.append((x.clone(), t.tolist()))
+        return torch.full_like(x, 0.25)
+
+    found = []
+    for guide in (None, gradient):
+        keep = lambda p: found.append((p.x.clone(), p.x0.clone()))  # noqa: E731
+        run(rows, guidance=guide, step_noise=torch.zeros(2, *SHAPE), callback=keep)
+    (plain, plain_x0), (guided, guided_x0) = found[0], found[2]
+    row, v = rows.rows[0], model(X, torch.tensor([999, 999]))[:, 3:]
+    variance = torch.exp(row.l0 + row.l1 * v)
+    # One product and one sum more than without guidance: roundings of numbers below 2^9.
+    torch.testing.assert_close(guided, plain + variance * 0.25, rtol=0, atol=2.0 ** (9 - 23))
+    assert torch.equal(guided_x0, plain_x0), "the reported x_0 stays as it is"
+    assert torch.equal(seen[0][0], X)
+    assert [t for _, t in seen] == [[row.t_clf] * 2 for row in rows.rows]
+
+
+def test_guidance_of_a_wrong_shape_is_named():
+    with pytest.raises(InvalidArgument, match=r"guidance\(x, t\).shape=\(2, 3, 4\): \(2, 3, 4, 4\)"):
+        run(table(), guidance=lambda x, t: x[..., 0])
+
+
+def test_guidance_may_make_its_x_a_leaf():
+    def gradient(x, t):
+        with torch.enable_grad():
+            x.requires_grad_(True)
+            return torch.autograd.grad(-x.square().sum(), x)[0]
+
+    state = run(table(), guidance=gradient)
+    assert not state.x.requires_grad and not state.x0.requires_grad
+    assert torch.equal(state.x, run(table(), guidance=lambda x, t: -2 * x).x)
+
+
+# denoised_fn
+
+
+def test_denoised_fn_maps_x0_before_the_limit():
+    rows, seen, reported = table(), [], []
+
+    def halved(x0):
+        seen.append(x0.clone())
+        return x0 / 2
+
+    run(rows, denoised_fn=halved, callback=lambda p: reported.append(p.x0.clone()))
+    assert len(seen) == 5 and float(seen[0].abs().max()) > 2, "the first x_0 is far outside of [-1, 1]"
+    for x0, limited in zip(seen, reported, strict=True):
+        assert torch.equal(limited, (x0 / 2).clamp(-1, 1))
+
+
+def test_the_identity_as_denoised_fn_changes_rounding_alone():
+    plain, mapped = run(table()), run(table(), denoised_fn=lambda x0: x0)
+    # x_0 is rounded to float32 once more on its way; 1/sqrt(alpha_bar) is 157 at the first step.
+    torch.testing.assert_close(mapped.x, plain.x, rtol=0, atol=157 * 2**-21)
+
+
+def test_denoised_fn_of_a_wrong_shape_is_named():
+    with pytest.raises(InvalidArgument, match=r"denoised_fn\(x_0\).shape=\(1, 3, 4, 4\): \(2, 3, 4, 4\)"):
+        run(table(), denoised_fn=lambda x0: x0[:1])
+
+
+def test_denoised_fn_is_refused_where_the_update_ignores_x0():
+    process = DiffusionConfig(mean_type="PREVIOUS_X", var_type="LEARNED_RANGE")
+    rows = table(process=process)
+    assert rows.rows[0].clip == Clip.REPORTED
+    with pytest.raises(
+        InvalidArgument, match="denoised_fn='given': not for a network that predicts the prev"
+    ):
+        run(rows, denoised_fn=lambda x0: x0)
+    assert run(rows).x.isfinite().all()
+
+
+# Divergence
+
+
+def fails_at(t_bad: int, value: float = float("nan")):
+    """The model, but for one value at one timestep."""
+
+    def network(x, t):
+        out = model(x, t).clone()
+        if int(t[0]) == t_bad:
+            out[1, 2, 3, 3] = value
+        return out
+
+    return network
+
+
+@pytest.mark.parametrize("index, t", [(4, 999), (2, 500), (0, 0)])
+def test_divergence_names_the_step_and_keeps_what_went_into_it(index, t):
+    states = []
+    good = run(table(), callback=lambda p: states.append(p.x.clone()))
+    with pytest.raises(Diverged, match=rf"x is not finite after step {index} \(t = {t}\)") as caught:
+        run(table(), fails_at(t))
+    assert isinstance(caught.value, NonFiniteError) and caught.value.t.tolist() == [t, t]
+    assert torch.equal(caught.value.x, X if index == 4 else states[3 - index])
+    assert good.x.isfinite().all()
+
+
+def test_running_again_finds_the_row():
+    error, before = _again(table(), fails_at(250), X, {"seeds": SEEDS})
+    assert error.t.tolist() == [250, 250] and before.isfinite().all()
+    with pytest.raises(NonFiniteError, match="when the batch is run again: check the device"):
+        _again(table(), model, X, {"seeds": SEEDS})
+
+
+def test_float64_runs_on_the_reference():
+    state = run(table(), x=X.double(), impl="reference")
+    assert state.x.dtype == torch.float64
+    # float32 coefficients and arithmetic, magnified by 1/sqrt(alpha_bar) = 157 at the first step.
+    torch.testing.assert_close(run(table()).x.double(), state.x, rtol=0, atol=157 * 2**-20)

@@ -1,0 +1,58 @@
+"""Few cases in which every two options of an op meet, and the memory layouts that are among the options."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CANDIDATES = 60  # random cases tried for each one kept; more give a slightly smaller cover
+
+
+def all_pairs(**options: list[Any]) -> list[dict[str, Any]]:
+    """Return cases {option: value} in which any two values of two options meet; the same on every call."""
+    generator = random.Random(0)
+    names = list(options)
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i, j in itertools.product(range(len(options[a])), range(len(options[b])))
+    }
+    cases = []
+    while missing:
+        a, i, b, j = min(missing)
+        best: dict[str, int] = {}
+        gained: set[tuple[str, int, str, int]] = set()
+        for _ in range(CANDIDATES):
+            case = {name: generator.randrange(len(options[name])) for name in names} | {a: i, b: j}
+            gain = {(p, case[p], q, case[q]) for p, q in itertools.combinations(names, 2)} & missing
+            if len(gain) > len(gained):
+                best, gained = case, gain
+        missing -= gained
+        cases.append({name: options[name][index] for name, index in best.items()})
+    return cases
+
+
+def case_id(case: dict[str, Any]) -> str:
+    """A readable test id of a case."""
+    return "-".join(str(value) for value in case.values()).replace(" ", "")
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """The values of `t` with other strides: "contiguous", "channels_last", "sliced" or "expanded".
+
+    "sliced" is every other element of a larger tensor that is NaN elsewhere; "expanded" is the first image
+    for all of them, without a copy.
+    """
+    if layout == "channels_last":
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        inner, last = t.shape[2:-1], t.shape[-1]
+        whole = torch.full(
+            (*t.shape[:2], *(size + 3 for size in inner), 2 * last + 3), float("nan"), dtype=t.dtype
+        )
+        return whole[(..., *(slice(2, -1) for _ in inner), slice(3, None, 2))].copy_(t)
+    return t[:1].expand_as(t) if layout == "expanded" else t

@@ -1,0 +1,265 @@
+"""Every implementation of attention against the formula written out, in both published row orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from admfast.errors import InvalidArgument, Unavailable
+from admfast.ops import TABLES, attention, attention_ref
+from admfast.ops.attention import split_qkv
+from tests.ops.cover import all_pairs, case_id
+from tests.ops.tolerance import (
+    DEVICES,
+    HALF_AND_SINGLE,
+    assert_same_formula,
+    assert_within,
+    bits,
+    unmodified,
+)
+
+TABLE = TABLES["attention"]
+IMPLEMENTATIONS = TABLE.names()
+# name: (batch, positions, heads, channels of a head)
+SHAPES = {
+    "one": (1, 1, 1, 1),
+    "odd": (2, 7, 3, 5),
+    "adm-8": (2, 64, 6, 64),
+    "adm-16": (1, 256, 4, 64),
+    "pool": (2, 65, 2, 32),  # the attention pool has one position more
+    "one-head": (1, 49, 1, 96),
+}
+LAYOUTS = ["contiguous", "rows", "expanded", "turned"]
+CASES = all_pairs(
+    shape=list(SHAPES),
+    dtype=list(HALF_AND_SINGLE),
+    legacy=[False, True],
+    layout=LAYOUTS,
+    spread=[1, 4],  # of q and k: 4 makes one weight nearly 1
+    mean=[0, 100],  # of v; in q and k it would only saturate the softmax
+)
+CASE_IDS = [f"{i}-{case_id(case)}" for i, case in enumerate(CASES)]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def channel(kind: int, head: int, j: int, heads: int, d: int, legacy: bool) -> int:
+    """Where row j of q, k or v (kind 0, 1, 2) of a head stands in the qkv product."""
+    return (head * 3 + kind) * d + j if legacy else (kind * heads + head) * d + j
+
+
+def rows(kind: int, head: int, heads: int, d: int, legacy: bool) -> list[int]:
+    return [channel(kind, head, j, heads, d, legacy) for j in range(d)]
+
+
+def formula(qkv: Tensor, heads: int, legacy: bool) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, head by head."""
+    d = qkv.shape[-1] // (3 * heads)
+    outs = []
+    for head in range(heads):
+        q, k, v = (qkv[..., rows(kind, head, heads, d, legacy)] for kind in range(3))
+        logits = torch.einsum("nsd,ntd->nst", q, k) / d**0.5
+        powers = (logits - logits.amax(-1, keepdim=True)).exp()
+        outs.append(torch.einsum("nst,ntd->nsd", powers / powers.sum(-1, keepdim=True), v))
+    return torch.cat(outs, dim=-1)
+
+
+def qkv_of(case: dict[str, Any]) -> tuple[Tensor, int]:
+    """The qkv product of a case in its dtype and layout, and the number of heads."""
+    n, s, heads, d = SHAPES[case["shape"]]
+    qkv = torch.randn((n, s, 3 * heads * d), generator=torch.Generator().manual_seed(0))
+    for head in range(heads):
+        for kind in range(3):
+            where = rows(kind, head, heads, d, case["legacy"])
+            qkv[..., where] = (
+                qkv[..., where] + case["mean"] if kind == 2 else qkv[..., where] * case["spread"]
+            )
+    qkv = qkv.to(HALF_AND_SINGLE[case["dtype"]])
+    if case["layout"] == "rows":  # a part of a wider product: only the last dimension is contiguous
+        wide = torch.full((n, 2 * s, 3 * heads * d + 8), float("nan"), dtype=qkv.dtype)
+        return wide[:, ::2, 8:].copy_(qkv), heads
+    if case["layout"] == "turned":  # as a 1x1 convolution of [N, C, S] leaves it
+        return qkv.transpose(1, 2).contiguous().transpose(1, 2), heads
+    return qkv[:1].expand_as(qkv) if case["layout"] == "expanded" else qkv, heads
+
+
+def largest_gradient_term(qkv: Tensor, heads: int, legacy: bool, dy: Tensor) -> float:
+    """The largest sum of |terms| of a gradient in q or k: P (dP - delta), in which the mean of v cancels."""
+    q, k, v = split_qkv(qkv, heads, legacy)
+    weights = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1)
+    terms = weights * (dy.unflatten(-1, (heads, -1)).transpose(1, 2) @ v.transpose(-1, -2)).abs()
+    sums = (terms @ k.abs(), terms.transpose(-1, -2) @ q.abs())
+    return max(float(part.max()) for part in sums) / q.shape[-1] ** 0.5
+
+
+def refused(impl: str, qkv: Tensor, heads: int, legacy: bool = False) -> bool:
+    """Whether `impl` can't serve the call, in which case naming it must raise, with the reason."""
+    entry = TABLE.named(impl)
+    reason = entry.available() or entry.supports(qkv, heads, legacy_order=legacy)
+    if reason:
+        with pytest.raises(Unavailable, match=f"^impl='{impl}': attention can't run on it here: {reason}"):
+            attention(qkv, heads, legacy_order=legacy, impl=impl)
+    return bool(reason)
+
+
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_the_reference_is_the_formula(case):
+    qkv, heads = qkv_of(case)
+    legacy = case["legacy"]
+    assert_same_formula(
+        lambda dtype: attention(qkv.to(dtype), heads, legacy_order=legacy, impl="reference"),
+        lambda dtype: formula(qkv.to(dtype), heads, legacy),
+        case["shape"],
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+def test_values_and_gradient_are_within_tolerance(case, impl, device):
+    qkv, heads = qkv_of(case)
+    legacy, there = case["legacy"], qkv.to(device)
+    if refused(impl, there, heads, legacy):
+        return
+    dy = torch.randn(*qkv.shape[:2], qkv.shape[2] // 3, generator=torch.Generator().manual_seed(1)).to(
+        qkv.dtype
+    )
+
+    def run(function, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        leaf = value.detach().requires_grad_(True)
+        out = function(leaf, heads, legacy_order=legacy, **options)
+        return out.detach().cpu(), torch.autograd.grad(out, leaf, dy.to(out))[0].cpu()
+
+    with unmodified(qkv=there, dy=dy):
+        out, gradient = run(attention, there, impl=impl)
+    reference, reference_gradient = run(attention_ref, qkv)
+    truth, true_gradient = run(attention_ref, qkv.double())
+    assert out.dtype == gradient.dtype == qkv.dtype
+    assert_within(out, reference, truth, "out")
+    largest = largest_gradient_term(qkv.double(), heads, legacy, dy.double())
+    assert_within(
+        gradient, reference_gradient, true_gradient, "d qkv", "input gradient", largest_term=largest
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_two_orders_are_one_permutation_of_the_rows(shape, impl):
+    n, s, heads, d = SHAPES[shape]
+    legacy = torch.randn(n, s, 3 * heads * d)
+    order = [
+        channel(kind, head, j, heads, d, True) for kind in range(3) for head in range(heads) for j in range(d)
+    ]
+    assert sorted(order) == list(range(3 * heads * d))
+    # [h, 3, d] -> [3, h, d], written without a loop.
+    assert torch.equal(legacy[..., order], legacy.unflatten(-1, (heads, 3, d)).transpose(2, 3).flatten(2))
+    for old, new in zip(
+        split_qkv(legacy, heads, True), split_qkv(legacy[..., order], heads, False), strict=True
+    ):
+        assert old.shape == (n, heads, s, d) and torch.equal(old, new)
+        assert old.untyped_storage().data_ptr() == legacy.untyped_storage().data_ptr(), "a view, not a copy"
+    if not refused(impl, legacy, heads):
+        old = attention(legacy, heads, legacy_order=True, impl=impl)
+        assert torch.equal(bits(old), bits(attention(legacy[..., order], heads, impl=impl)))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_positions_samples_and_heads_do_not_mix(impl):
+    qkv = torch.randn(2, 5, 3 * 3 * 4)
+    if refused(impl, qkv, 3):
+        return
+    before = attention(qkv, 3, impl=impl)
+    touched = qkv.clone()
+    touched[1, 2, rows(0, 1, 3, 4, False)] += 1  # q of sample 1, position 2, head 1
+    changed = (attention(touched, 3, impl=impl) != before).unflatten(-1, (3, 4)).any(-1).nonzero()
+    assert changed.tolist() == [[1, 2, 1]]
+    order = torch.tensor([3, 1, 4, 0, 2])
+    truth = attention_ref(qkv.double(), 3)
+    assert_within(
+        attention(qkv[:, order], 3, impl=impl), before[:, order], truth[:, order], "turned positions"
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_edges(impl):
+    d = 4
+    for shape in ((0, 5, 3 * d), (2, 0, 3 * d)):
+        if not refused(impl, torch.randn(shape), 1):
+            assert attention(torch.randn(shape), 1, impl=impl).shape == (*shape[:2], d)
+    one = torch.randn(3, 1, 3 * d)
+    if not refused(impl, one, 1):
+        assert torch.equal(attention(one, 1, impl=impl), one[..., 2 * d :]), "one position sees itself alone"
+    # Logits of +-1e4: their exponentials overflow unless the largest is taken off first.
+    sharp = torch.cat([100 * torch.eye(d).repeat(1, 2), torch.arange(4.0 * d).view(d, d)], 1)[None]
+    if not refused(impl, sharp, 1):
+        assert torch.equal(attention(sharp, 1, impl=impl), sharp[..., 2 * d :])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_derivatives_in_float64(impl, legacy):
+    qkv = torch.randn(1, 3, 12, dtype=torch.float64, requires_grad=True)
+    if refused(impl, qkv, 2, legacy):
+        return
+
+    def function(value: Tensor) -> Tensor:
+        return attention(value, 2, legacy_order=legacy, impl=impl)
+
+    assert torch.autograd.gradcheck(function, qkv)
+    if impl == "reference":
+        assert torch.autograd.gradgradcheck(function, qkv)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_gradient_by_every_road(impl):
+    qkv = torch.randn(2, 16, 3 * 2 * 8)
+    if refused(impl, qkv, 2):
+        return
+
+    def total(value: Tensor, impl: str = impl) -> Tensor:
+        return attention(value, 2, impl=impl).square().sum()
+
+    leaf, wide = qkv.clone().requires_grad_(True), qkv.double().requires_grad_(True)
+    loss = total(leaf)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(first, again)
+    (truth,) = torch.autograd.grad(total(wide, "reference"), wide)
+    checkpointed = torch.utils.checkpoint.checkpoint(total, leaf, use_reentrant=False)
+    (third,) = torch.autograd.grad(checkpointed, leaf)
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    (fourth,) = torch.autograd.grad(compiled(leaf), leaf)
+    _, vjp = torch.func.vjp(total, qkv)
+    for got in (third, fourth, torch.func.grad(total)(qkv), vjp(torch.ones(()))[0]):
+        assert_within(got, first, truth, "d qkv", "input gradient")
+
+
+def test_a_last_dimension_that_is_not_contiguous_is_not_for_sdpa():
+    turned = torch.randn(2, 36, 5).transpose(1, 2)
+    with pytest.raises(Unavailable, match="impl='sdpa': .*last dimension of qkv is not contiguous"):
+        attention(turned, 3, impl="sdpa")
+    assert torch.equal(attention(turned, 3), attention_ref(turned, 3))
+
+
+@pytest.mark.parametrize("impl", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+    ("name", "qkv", "heads"),
+    [
+        ("qkv.shape", torch.ones(6, 6), 1),
+        ("qkv.shape", torch.ones(1, 2, 2, 6), 1),
+        ("qkv.dtype", torch.ones(1, 2, 6, dtype=torch.int64), 1),
+        ("num_heads=0", torch.ones(1, 2, 6), 0),
+        ("num_heads=-1", torch.ones(1, 2, 6), -1),
+        ("num_heads=4", torch.ones(1, 2, 6), 4),
+        ("num_heads=1", torch.ones(1, 2, 7), 1),
+    ],
+)
+def test_wrong_arguments_are_named(name, qkv, heads, impl):
+    with pytest.raises(InvalidArgument, match=f"^{name}"):
+        attention(qkv, heads, impl=impl)

@@ -1,0 +1,136 @@
+"""Which implementation runs: by argument, by environment, else the first that can, and never another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from admfast.errors import InvalidArgument, Unavailable
+from admfast.ops import TABLES, Implementation, OpTable, attention, dispatch, group_norm_silu
+from admfast.ops.dispatch import ENVIRONMENT
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """An op of three entries: one that isn't there, one for small numbers, the reference."""
+    monkeypatch.setattr(dispatch, "TABLES", dict(TABLES))
+    return OpTable(
+        "toy",
+        [
+            Implementation("absent", lambda x: ("absent", x), available=lambda: "no such device"),
+            Implementation(
+                "small", lambda x: ("small", x), supports=lambda x: None if x < 10 else "x is large"
+            ),
+            Implementation("reference", lambda x: ("reference", x)),
+        ],
+    )
+
+
+def run(table: OpTable, x: int, impl: str | None = None):
+    return table.choose(impl, x).forward(x)[0]
+
+
+def test_the_first_that_is_there_and_supports_the_call(table):
+    assert run(table, 1) == "small"
+    assert run(table, 11) == "reference"
+
+
+@pytest.mark.parametrize("name", ["small", "reference"])
+def test_by_argument(table, name):
+    assert run(table, 1, name) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "chosen"),
+    [
+        ("", "small"),
+        (" , ", "small"),
+        ("reference", "reference"),
+        ("toy=reference", "reference"),
+        ("small,toy=reference", "reference"),
+        ("toy=reference,small", "reference"),
+        ("attention=sdpa,reference", "reference"),
+        ("attention=sdpa", "small"),
+        (" toy = reference , attention = sdpa ", "reference"),
+        ("reference,small", "reference"),
+    ],
+)
+def test_by_environment(table, monkeypatch, value, chosen):
+    monkeypatch.setenv(ENVIRONMENT, value)
+    assert run(table, 1) == chosen
+
+
+def test_the_argument_wins_over_the_environment(table, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "reference")
+    assert run(table, 1, "small") == "small"
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "reason"), [("absent", 1, "no such device"), ("small", 11, "x is large")]
+)
+def test_asked_for_by_name_never_falls_back(table, monkeypatch, name, x, reason):
+    with pytest.raises(Unavailable, match=f"^impl='{name}': toy can't run on it here: {reason}$"):
+        run(table, x, name)
+    for value in (name, f"toy={name}"):
+        monkeypatch.setenv(ENVIRONMENT, value)
+        with pytest.raises(Unavailable, match=f"^{ENVIRONMENT}='{name}': .*{reason}"):
+            run(table, x)
+
+
+def test_support_is_not_asked_of_what_is_not_there(table):
+    def never(_x):
+        raise AssertionError("asked")
+
+    table.implementations[0] = Implementation("absent", None, available=lambda: "gone", supports=never)
+    assert run(table, 1) == "small"
+
+
+def test_unknown_names_are_refused_with_the_nearest(table, monkeypatch):
+    with pytest.raises(InvalidArgument, match="^impl='referense': .*toy.*nearest: reference"):
+        run(table, 1, "referense")
+    monkeypatch.setenv(ENVIRONMENT, "referense")
+    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='referense': .*nearest: reference"):
+        run(table, 1)
+    monkeypatch.setenv(ENVIRONMENT, "toi=reference")
+    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='toi=reference': no op .*'toi'; nearest: toy"):
+        run(table, 1)
+    monkeypatch.setenv(ENVIRONMENT, "toy=")
+    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='': .*toy"):
+        run(table, 1)
+
+
+def test_where_nothing_serves_every_reason_is_said(table):
+    del table.implementations[2]
+    with pytest.raises(Unavailable, match="^toy: .*absent: no such device; small: x is large"):
+        run(table, 11)
+
+
+@pytest.mark.parametrize("op", TABLES)
+def test_every_op_has_its_reference_last_and_names_once(op):
+    names = TABLES[op].names()
+    assert TABLES[op].op == op and names[-1] == "reference" and len(set(names)) == len(names)
+    reference = TABLES[op].implementations[-1]
+    assert reference.available() is None and reference.supports() is None
+
+
+def test_the_environment_reaches_the_ops(monkeypatch):
+    seen = []
+    for op in ("attention", "group_norm_silu"):
+        table = TABLES[op]
+        original = table.implementations[-1].forward
+
+        def watched(*args, _op=op, _original=original, **kwargs):
+            seen.append(_op)
+            return _original(*args, **kwargs)
+
+        entry = Implementation("reference", watched)
+        monkeypatch.setattr(table, "implementations", [*table.implementations[:-1], entry])
+    monkeypatch.setenv(ENVIRONMENT, "reference")
+    attention(torch.randn(1, 2, 6), 1)
+    group_norm_silu(torch.randn(1, 2, 3), torch.ones(2), torch.zeros(2), 1)
+    assert seen == ["attention", "group_norm_silu"]

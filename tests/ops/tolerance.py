@@ -1,0 +1,114 @@
+"""The one tolerance rule: an output may be off by a small multiple of what rounding costs the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+# kind: (factor of max r, factor of u) in the bound on max e; for a parameter's gradient the second is
+# sqrt(reduction length), since so many rounded terms are summed.
+_LIMITS = {"output": (2.0, 2.0), "input gradient": (3.0, 4.0), "parameter gradient": (2.0, None)}
+
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+HALF_AND_SINGLE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def assert_within(
+    out: Tensor,
+    reference: Tensor,
+    truth: Tensor,
+    name: str,
+    kind: str = "output",
+    reduction: int = 1,
+    precision: torch.dtype | None = None,
+    largest_term: float = 0.0,
+) -> None:
+    """Assert max e <= 2 max r + 2u and rms(e) <= 2 rms(r) + u/4 for the errors e of `out`, r of `reference`.
+
+    Errors are against `truth`, in float64; `reference` is the reference in the dtype of the call; u is one
+    unit of `precision` (by default the dtype of `out`) at max|truth|. An input's gradient has 3 max r + 4u, a
+    parameter's 2 max r + sqrt(reduction) u and that much more in rms. Where terms larger than the result
+    cancel, u is taken at the largest. What is not finite must stand where it does in `truth`.
+    """
+    assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}"
+    assert out.shape == truth.shape == reference.shape, (
+        f"{name}: {out.shape}, {truth.shape}, {reference.shape}"
+    )
+    assert out.dtype == reference.dtype, f"{name}: {out.dtype}, the reference gives {reference.dtype}"
+    precision = out.dtype if precision is None else precision
+    finite = torch.isfinite(truth)
+    odd = out.double()[~finite]
+    assert torch.equal(odd.nan_to_num(7.0), truth[~finite].nan_to_num(7.0)), (
+        f"{name}: NaN or infinities differ"
+    )
+    if not finite.any():
+        return
+    e = (out.double() - truth)[finite].abs()
+    r = (reference.double() - truth)[finite].abs()
+    largest = max(largest_term, float(truth[finite].abs().max()))
+    assert_bounded(e, r, torch.finfo(precision).eps * largest, name, kind, reduction)
+
+
+def assert_bounded(
+    e: Tensor, r: Tensor, u: float, name: str, kind: str = "output", reduction: int = 1
+) -> None:
+    """The rule itself, on errors that are already made."""
+    times_r, times_u = _LIMITS[kind]
+    times_u_rms = 0.25
+    if times_u is None:
+        times_u = max(2.0, math.sqrt(reduction))
+        times_u_rms = times_u / 8
+    largest, limit = float(e.max()), times_r * float(r.max()) + times_u * u
+    assert largest <= limit, f"{name}: largest error {largest:.3g}, limit {limit:.3g} (u = {u:.3g})"
+    rms, limit = _rms(e), 2 * _rms(r) + times_u_rms * u
+    assert rms <= limit, f"{name}: rms error {rms:.3g}, limit {limit:.3g} (u = {u:.3g})"
+
+
+def assert_same_formula(
+    value: Callable[[torch.dtype], Tensor], formula: Callable[[torch.dtype], Tensor], name: str
+) -> None:
+    """Assert that two float64 computations of one thing differ by their rounding alone.
+
+    Rounding is measured one precision down: r of the rule is the larger float32 error of the two, scaled by
+    eps64 / eps32. Both are called with the dtype to compute in, on inputs that float32 represents. A mistake,
+    or a detour through float32, doesn't shrink with eps and is caught.
+    """
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    out, truth = value(torch.float64), formula(torch.float64)
+    singles = [value(torch.float32), formula(torch.float32)]
+    assert out.dtype == truth.dtype == torch.float64 and all(t.dtype == torch.float32 for t in singles), name
+    assert out.shape == truth.shape, f"{name}: {tuple(out.shape)}, {tuple(truth.shape)}"
+    finite = torch.isfinite(truth)
+    assert torch.equal(out[~finite].nan_to_num(7.0), truth[~finite].nan_to_num(7.0)), name
+    if not finite.any():
+        return
+    r = torch.stack([(single.double() - truth)[finite].abs() for single in singles]).amax(0) * scale
+    u = torch.finfo(torch.float64).eps * float(truth[finite].abs().max())
+    assert_bounded((out - truth)[finite].abs(), r, u, name)
+
+
+@contextlib.contextmanager
+def unmodified(**tensors: Tensor | None) -> Iterator[None]:
+    """Assert that the block leaves every bit of these tensors, and their strides, as they were."""
+    before = {name: (t.clone(), t.stride()) for name, t in tensors.items() if t is not None}
+    yield
+    for name, (copy, strides) in before.items():
+        now = tensors[name]
+        assert now is not None and now.stride() == strides, f"{name}: its strides were changed"
+        assert torch.equal(bits(now), bits(copy)), f"{name} was written to"
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bit patterns, so that NaN equals itself and 0 differs from -0."""
+    if not t.dtype.is_floating_point:
+        return t
+    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())

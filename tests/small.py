@@ -1,0 +1,90 @@
+"""Small networks with random weights, nothing left at zero, and pipelines of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.diffusion import DiffusionConfig
+from admfast.models import (
+    Classifier,
+    ClassifierConfig,
+    NetConfig,
+    UNet,
+    UNetConfig,
+    Upsampler,
+    UpsamplerConfig,
+    build,
+)
+from admfast.pipeline import Pipeline
+from tests.tools.random_checkpoint import random_state
+
+SIDE, CLASSES = 8, 4
+PROCESS = DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True)
+UNET: dict[str, Any] = {
+    "image_size": SIDE,
+    "in_channels": 1,
+    "model_channels": 32,
+    "out_channels": 2,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "channel_mult": (1, 2),
+    "num_heads": 2,
+    "use_scale_shift_norm": True,
+    "num_classes": CLASSES,
+}
+UPSAMPLER: dict[str, Any] = {**UNET, "image_size": 2 * SIDE, "channel_mult": (1, 1)}
+CLASSIFIER: dict[str, Any] = {
+    "image_size": SIDE,
+    "in_channels": 1,
+    "model_channels": 32,
+    "out_channels": CLASSES,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "channel_mult": (1, 2),
+    "num_head_channels": 32,
+    "use_scale_shift_norm": True,
+    "pool": "attention",
+}
+
+
+def with_weights(config: NetConfig, seed: int = 0) -> Any:
+    """The network of `config` in evaluation mode, its weights drawn from `seed`, none of them zero."""
+    net = build(config)
+    net.load_state_dict(random_state(config, seed))
+    return net
+
+
+def unet(seed: int = 0, **changes: Any) -> UNet:
+    """A class-conditional UNet for 8x8 images of one channel, with learned variance."""
+    return with_weights(UNetConfig(**{**UNET, **changes}), seed)
+
+
+def upsampler(seed: int = 0, **changes: Any) -> Upsampler:
+    """An upsampler to 16x16 images."""
+    return with_weights(UpsamplerConfig(**{**UPSAMPLER, **changes}), seed)
+
+
+def classifier(seed: int = 0, **changes: Any) -> Classifier:
+    """A classifier of noisy 8x8 images."""
+    return with_weights(ClassifierConfig(**{**CLASSIFIER, **changes}), seed)
+
+
+def pipeline(seed: int = 0, **parts: Any) -> Pipeline:
+    """A guided pipeline of the small networks: 4 steps where none are asked for, guidance 1."""
+    settings = {"classifier": classifier(seed + 1), "guidance": 1.0, "steps": 4, **parts}
+    net, process = settings.pop("net", None), settings.pop("diffusion", PROCESS)
+    return Pipeline("small", net or unet(seed), process, **settings)
+
+
+def cascade(low_res_size: int | None = SIDE, seed: int = 0, **parts: Any) -> Pipeline:
+    """The small pipeline with an upsampler of 3 steps behind it."""
+    up = Pipeline("small-up", upsampler(seed + 2), PROCESS, steps=3, low_res_size=low_res_size)
+    return pipeline(seed, upsampler=up, **parts)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal values drawn from `seed`."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

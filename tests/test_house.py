@@ -1,0 +1,220 @@
+"""The house's rules: who may import whom, what importing costs, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A file imports lower floors and its own room. What stands beside the rooms is a room of its own.
+FLOORS = {
+    "errors": 0,
+    "_source_tree": 0,
+    "ops": 1,
+    "files": 1,
+    "models": 2,
+    "diffusion": 2,
+    "checkpoints": 3,
+    "solvers": 3,
+    "engine": 4,
+    "pipeline": 5,
+    "systems": 5,
+    "runs": 6,
+    "training": 6,
+    "evaluation": 6,
+    "cli": 7,
+    "compat": 7,
+    "__main__": 8,
+}
+# `systems` puts the pipelines together, on the same floor; the public face stands above floor 5.
+BESIDE = {("systems", "pipeline")}
+FACE = {"errors", "models", "pipeline", "solvers", "systems"}
+LONGEST = 450
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def imports(source: str) -> list[tuple[str, int, bool]]:
+    """(dotted name, line, inside a function) of every import, by statement or `importlib.import_module`."""
+    found: list[tuple[str, int, bool]] = []
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, node.lineno, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found.extend((f"{base}.{alias.name}", node.lineno, inside) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            function = node.func
+            name = getattr(function, "attr", getattr(function, "id", ""))
+            if name in ("import_module", "__import__"):
+                found.append((str(node.args[0].value), node.lineno, inside))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def breaches(room: str, source: str) -> list[str]:
+    """What in a file of `room` is against the rule, with its line."""
+    wrong = []
+    for name, line, inside in imports(source):
+        parts = name.split(".")
+        if name.startswith("."):
+            wrong.append(f"line {line}: {name}: imports are absolute")
+        if parts[0] in ("kernels", "tests", "bench"):
+            wrong.append(f"line {line}: {name}: not part of the package")
+        if parts[0] != "admfast":
+            continue
+        other = parts[1] if len(parts) > 1 else "__init__"
+        if other in ("kernels", "_C"):
+            if room != "ops" and room != "_source_tree":
+                wrong.append(f"line {line}: {name}: from ops alone")
+            elif not inside:
+                wrong.append(f"line {line}: {name}: inside functions alone")
+        elif room == "__init__":
+            if other not in FACE:
+                wrong.append(f"line {line}: {name}: not for the public face")
+        elif other not in FLOORS:
+            # `from admfast import __version__` names the face itself, which is above floor 5.
+            if FLOORS[room] <= 5:
+                wrong.append(f"line {line}: {name}: the public face, from below it")
+        elif other != room and FLOORS[other] >= FLOORS[room] and (room, other) not in BESIDE:
+            wrong.append(f"line {line}: {name}: floor {FLOORS[other]} from floor {FLOORS[room]}")
+    return wrong
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(ROOT / "admfast").parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(ROOT / "admfast"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_lower_floors_and_its_own_room(path):
+    room = room_of(path)
+    assert room == "__init__" or room in FLOORS, f"{room}: a room that no floor is known for"
+    assert breaches(room, path.read_text()) == []
+
+
+def test_the_rule_sees_what_is_against_it():
+    seen = {
+        ("ops", "from admfast.models import UNet"): "floor 2 from floor 1",
+        ("ops", "def f():\n    from admfast.engine.loop import run_table"): "floor 4 from floor 1",
+        ("models", "import admfast.diffusion.process"): "floor 2 from floor 2",
+        ("runs", "from admfast.training.loop import train"): "floor 6 from floor 6",
+        ("pipeline", "from admfast.systems import load"): "floor 5 from floor 5",
+        ("engine", "from admfast import load"): "the public face, from below it",
+        ("models", "from ..ops import attention"): "imports are absolute",
+        ("models", "def f():\n    from admfast.kernels import group_norm"): "from ops alone",
+        ("engine", "def f():\n    importlib.import_module('admfast._C')"): "from ops alone",
+        ("ops", "from admfast import _C"): "inside functions alone",
+        ("ops", "import kernels"): "not part of the package",
+        ("__init__", "from admfast.runs.sampling import SampleRun"): "not for the public face",
+    }
+    for (room, source), message in seen.items():
+        (breach,) = breaches(room, source)
+        assert breach.endswith(message), source
+    allowed = [
+        ("ops", "from admfast.ops import native\ndef f():\n    from admfast import _C"),
+        ("ops", "def f():\n    import admfast.kernels.group_norm"),
+        ("systems", "from admfast.pipeline import Pipeline"),
+        ("cli", "from admfast import __version__\nfrom admfast.cli.tables import table"),
+        ("models", "import torch\nfrom admfast.errors import invalid\nfrom admfast.ops import attention"),
+    ]
+    assert not any(breaches(room, source) for room, source in allowed)
+
+
+@pytest.mark.parametrize("path", modules(ROOT / "kernels"), ids=lambda path: path.name)
+def test_kernels_know_torch_and_triton_alone(path):
+    known = {"torch", "triton", *sys.stdlib_module_names}
+    for name, line, _ in imports(path.read_text()):
+        own = name.startswith(("admfast.kernels", "."))
+        assert own or name.split(".")[0] in known, f"line {line}: {name}"
+
+
+@pytest.mark.parametrize("folder", ["admfast", "kernels", "csrc", "bench", "tests"])
+def test_no_file_is_too_long(folder):
+    endings = {".py", ".cpp", ".cu", ".h", ".cuh"}
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in endings]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert files and {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_the_names_of_test_files_are_unique():
+    """pytest imports files of folders that are no packages by their bare names."""
+    names = [path.name for path in modules(ROOT / "tests") if path.name.startswith("test_")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+# What importing costs
+
+
+def run(code: str, cwd: Path = ROOT, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds the checkout's package, wherever it runs."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if cwd == ROOT else {**os.environ}
+    if cwd != ROOT:
+        environment.pop("PYTHONPATH", None)
+    command = [sys.executable, *flags, "-c", code]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# What torch alone loads is loaded first; -X importtime writes every import to stderr, in order.
+COST = """
+import sys, time, torch
+before, start = set(sys.modules), time.process_time()
+print("import admfast begins", file=sys.stderr)
+import admfast
+spent = time.process_time() - start
+assert not torch.cuda.is_initialized()
+print(spent, *sorted(set(sys.modules) - before))
+"""
+
+
+def test_importing_is_cheap_and_loads_nothing_heavy():
+    done = run(COST, flags=("-X", "importtime"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    spent, *added = done.stdout.split()
+    assert float(spent) < 2, "seconds of processor time beyond torch"
+    assert "admfast.pipeline" in added and not {"admfast.kernels", "admfast._C"} & set(added)
+    # Pillow's core comes with the room that writes files and costs some 30 ms; its formats must not.
+    packages = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
+    assert packages <= {"admfast", "safetensors", "numpy", "PIL", "torch"}
+    assert not [name for name in added if name.endswith("ImagePlugin")]
+    # Each line: "import time: self | cumulative | name", the name indented by depth.
+    lines = done.stderr[done.stderr.index("import admfast begins") :].splitlines()[1:]
+    names = {line.split("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "admfast.pipeline" in names
+    assert not {name for name in names if name.split(".")[0] in ("triton", "xformers")}
+
+
+def test_the_kernels_are_not_importable_by_their_folder_s_name(tmp_path):
+    done = run("import kernels", cwd=tmp_path)
+    assert done.returncode == 1 and "ModuleNotFoundError: No module named 'kernels'" in done.stderr
+    done = run("import kernels")
+    assert done.returncode == 1 and "ImportError: these kernels belong to admfast" in done.stderr
+
+
+def test_the_kernels_are_found_in_a_source_tree():
+    code = "from admfast._source_tree import kernels\nprint(kernels().__name__)\nimport admfast.kernels"
+    done = run(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "admfast.kernels"), done.stderr
+
+
+def test_the_public_face():
+    import admfast
+
+    assert len(set(admfast.__all__)) == len(admfast.__all__)
+    assert all(getattr(admfast, name) is not None for name in admfast.__all__)
+    assert (ROOT / "admfast" / "py.typed").exists()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert admfast.__version__ == project["version"]

@@ -1,0 +1,276 @@
+"""`admfast.load`: systems by name, models by file, and what is said where either is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import admfast
+from admfast.checkpoints import write_weights
+from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, Unavailable
+from admfast.models import NetConfig, UNetConfig
+from admfast.models.description import Description, DiffusionSettings
+from admfast.models.preset_types import ModelPreset, SystemPreset
+from admfast.systems import PRECISIONS, load, process_of
+from tests.small import SIDE, classifier, randn, unet, upsampler
+
+SETTINGS = DiffusionSettings(noise_schedule="linear", steps=100, learn_sigma=True)
+
+
+def write(path: Path, net: torch.nn.Module, described: bool = True) -> Path:
+    """A weights file, with its description beside it."""
+    process = None if net.config.kind == "classifier" else SETTINGS
+    description = Description(net.config, process) if described else None
+    write_weights(path, net.state_dict(), description)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return write(tmp_path / "faces.safetensors", unet())
+
+
+@pytest.fixture
+def guide(tmp_path) -> Path:
+    return write(tmp_path / "guide.safetensors", classifier(1))
+
+
+# By file
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+def test_a_described_file_is_a_pipeline(tmp_path, ending):
+    net = unet()
+    pipe = load(write(tmp_path / f"faces{ending}", net), device="cpu")
+    assert isinstance(pipe, admfast.Pipeline) and isinstance(pipe.net, admfast.UNet)
+    assert (pipe.name, pipe.steps, pipe.guidance) == ("faces", 100, 0.0)
+    assert (pipe.classifier, pipe.upsampler) == (None, None)
+    assert pipe.config == net.config and pipe.diffusion == process_of(SETTINGS)
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in pipe.net.state_dict().items())
+    assert pipe.sample(seeds=[0, 1], steps=2).shape == (2, SIDE, SIDE, 1)
+
+
+def test_a_classifier_is_given_beside_it(model, guide):
+    pipe = load(model, classifier=guide, device="cpu")
+    assert isinstance(pipe.classifier, admfast.Classifier) and pipe.guidance == 1.0
+    assert not any(p.requires_grad for net in (pipe.net, pipe.classifier) for p in net.parameters())
+    assert pipe.sample(seeds=[0], steps=1).shape == (1, SIDE, SIDE, 1)
+
+
+def test_options_say_what_a_bare_file_does_not(tmp_path):
+    net = unet(num_heads=4)
+    path = write(tmp_path / "bare.pt", net, described=False)
+    with pytest.raises(CheckpointError, match="bare.pt: .*num_head"):
+        load(path, device="cpu")
+    options = {"num_heads": 4, "image_size": SIDE, "use_new_attention_order": False, "dropout": 0.0}
+    with pytest.raises(CheckpointError, match="nothing says its process; give noise_schedule"):
+        load(path, device="cpu", **options)
+    pipe = load(path, device="cpu", noise_schedule="cosine", steps=50, **options)
+    assert pipe.config == net.config
+    assert (pipe.diffusion.noise_schedule, pipe.diffusion.steps, pipe.steps) == ("cosine", 50, 50)
+    assert pipe.diffusion.learn_sigma
+    with pytest.raises(InvalidArgument, match="num_head.*nearest: .*num_heads"):
+        load(path, device="cpu", num_head=4)
+
+
+def test_an_upsampler_s_file_is_a_pipeline(tmp_path):
+    pipe = load(write(tmp_path / "up.safetensors", upsampler()), device="cpu")
+    assert isinstance(pipe.net, admfast.Upsampler)
+    assert pipe.sample(low_res=randn(1, 1, 8, 8), steps=1).shape == (1, 2 * SIDE, 2 * SIDE, 1)
+
+
+def one_line(caught: pytest.ExceptionInfo) -> str:
+    assert isinstance(caught.value, AdmfastError)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_files_of_another_kind_are_refused(model, guide):
+    with pytest.raises(InvalidArgument) as caught:
+        load(guide, device="cpu")
+    assert one_line(caught) == f"name={str(guide)!r}: a diffusion model; this file holds a classifier"
+    with pytest.raises(InvalidArgument) as caught:
+        load(model, classifier=model, device="cpu")
+    assert one_line(caught) == f"classifier={str(model)!r}: a classifier; this file holds a unet"
+
+
+def test_a_classifier_of_other_images_is_refused(model, tmp_path):
+    other = write(tmp_path / "other.safetensors", classifier(in_channels=3))
+    with pytest.raises(InvalidArgument, match="classifier='3 channels, 2-D': as the network"):
+        load(model, classifier=other, device="cpu")
+
+
+def test_files_that_are_not_there_are_named(model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"face.safetensors: no such file.*faces.safetensors"):
+        load(tmp_path / "face.safetensors", device="cpu")
+    with pytest.raises(CheckpointError, match="gone.pt: no such file"):
+        load(model, classifier=tmp_path / "gone.pt", device="cpu")
+    with pytest.raises(CheckpointError, match="a folder, not a weights file .holds faces.safetensors"):
+        load(tmp_path, device="cpu")
+    with pytest.raises(InvalidArgument, match="weights='models': for a system, as the folder of its files"):
+        load(model, "models", device="cpu")
+
+
+# By name
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("imagenet265", "nearest: imagenet256"),
+        ("digits", "nearest: digits32"),
+        ("something else", "one of: imagenet64"),
+        ("x" * 300, "one of: imagenet64"),
+    ],
+)
+def test_unknown_systems_are_named_with_the_nearest(name, near):
+    with pytest.raises(InvalidArgument) as caught:
+        load(name, device="cpu")
+    assert one_line(caught).startswith(f"name={name!r}: neither a system nor a file; {near}")
+
+
+def fetch_options() -> set[str]:
+    """The options that `admfast fetch` really takes."""
+    import typer
+
+    from admfast.cli.main import app
+
+    command = typer.main.get_command(app).commands["fetch"]  # type: ignore[attr-defined]
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+def test_what_is_missing_comes_with_the_command_that_fetches_it(tmp_path):
+    with pytest.raises(InvalidArgument) as caught:
+        load("imagenet64", device="cpu")
+    assert one_line(caught) == (
+        "weights=None: the folder that holds 64x64_diffusion.pt, 64x64_classifier.pt "
+        "(admfast fetch imagenet64 --out models)"
+    )
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(InvalidArgument) as caught:
+        load("imagenet64", nowhere, device="cpu")
+    assert one_line(caught) == (
+        f"weights={str(nowhere)!r}: not a folder (admfast fetch imagenet64 --out {nowhere})"
+    )
+    (tmp_path / "64x64_diffusion.pt").write_bytes(b"not read: the other file is looked for first")
+    with pytest.raises(CheckpointError) as caught:
+        load("imagenet64", tmp_path, device="cpu")
+    text = one_line(caught)
+    assert text == (
+        f"{tmp_path / '64x64_classifier.pt'}: no such file; imagenet64 needs it "
+        f"(admfast fetch 64x64_classifier --out {tmp_path})"
+    )
+    assert set(re.findall(r"--\w+", text)) <= fetch_options()
+
+
+@pytest.mark.parametrize("given", [{"classifier": "x.pt"}, {"num_heads": 2}])
+def test_a_system_says_everything_itself(given, tmp_path):
+    (name,) = given
+    with pytest.raises(InvalidArgument, match=f"^{name}=.*: not for a system: imagenet64 says it"):
+        load("imagenet64", tmp_path, device="cpu", **given)
+
+
+@pytest.fixture
+def small_system(monkeypatch) -> str:
+    """A system of released files, base 8x8, classifier and upsampler from 4x4 to 16x16."""
+
+    def released(name: str, network: NetConfig, **more) -> ModelPreset:
+        settings = None if network.kind == "classifier" else SETTINGS
+        return ModelPreset(
+            name=name,
+            file=f"{name}.pt",
+            network=network,
+            settings=settings,
+            url="https://example.org/",
+            **more,
+        )
+
+    system = SystemPreset(
+        name="small-up",
+        summary="for tests",
+        diffusion=released("small_diffusion", unet().config),
+        classifier=released("small_classifier", classifier().config),
+        upsampler=released("small_upsampler", upsampler().config, low_res_size=4),
+        guidance=2.5,
+        steps=7,
+        upsampler_steps=3,
+    )
+    monkeypatch.setitem(admfast.systems.SYSTEMS, system.name, system)
+    for model in system.models:
+        monkeypatch.setitem(admfast.models.presets.MODELS, model.name, model)
+    return system.name
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_a_system_is_loaded_whole(small_system, tmp_path, ending):
+    for name, net in (("diffusion", unet()), ("classifier", classifier(1)), ("upsampler", upsampler(2))):
+        write(tmp_path / f"small_{name}{ending}", net, described=False)
+    pipe = load(small_system, tmp_path, device="cpu")
+    up = pipe.upsampler
+    assert (pipe.name, pipe.guidance, pipe.steps) == ("small-up", 2.5, 7)
+    assert (up.name, up.steps, up.low_res_size) == ("small_upsampler", 3, 4)
+    assert torch.equal(up.net.state_dict()["out.2.bias"], upsampler(2).state_dict()["out.2.bias"])
+    assert pipe.sample([0, 1], steps=1).shape == (2, 2 * SIDE, 2 * SIDE, 1)
+
+
+def test_a_system_s_file_must_be_its_model(small_system, tmp_path):
+    write(tmp_path / "small_diffusion.pt", unet(in_channels=3, out_channels=6), described=False)
+    for name, net in (("classifier", classifier(1)), ("upsampler", upsampler(2))):
+        write(tmp_path / f"small_{name}.pt", net, described=False)
+    with pytest.raises(CheckpointError, match="small_diffusion.pt: does not fit"):
+        load(small_system, tmp_path, device="cpu")
+
+
+# Devices and precisions
+
+
+@pytest.mark.parametrize("precision", [*PRECISIONS, "auto"])
+def test_precisions_on_the_cpu(model, guide, precision):
+    if precision == "tf32":
+        with pytest.raises(Unavailable, match="precision='tf32': only on a CUDA device"):
+            load(model, device="cpu", precision=precision)
+        return
+    pipe = load(model, classifier=guide, device="cpu", precision=precision)
+    wanted = torch.float32 if precision == "auto" else PRECISIONS[precision]
+    assert (pipe.net.torso_dtype, pipe.classifier.torso_dtype) == (wanted, wanted)
+    assert pipe.net.out[2].weight.dtype == torch.float32
+    last = wanted != torch.float32
+    assert pipe.net.input_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last) >= last
+    assert pipe.sample([0, 1], steps=2).shape == (2, SIDE, SIDE, 1)
+
+
+def test_half_precision_of_other_dimensions(tmp_path):
+    path = write(tmp_path / "volume.safetensors", unet(dims=3))
+    assert load(path, device="cpu", precision="bf16").net.torso_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"precision": "bf61"}, InvalidArgument, "precision='bf61': nearest: bf16"),
+        (
+            {"precision": "double"},
+            InvalidArgument,
+            "precision='double': one of: auto, fp32, tf32, bf16, fp16",
+        ),
+        ({"precision": 16}, InvalidArgument, "precision=16: nearest: fp16, bf16"),
+        ({"device": "gpu"}, InvalidArgument, "device='gpu': cpu, cuda, or cuda:N"),
+        ({"device": "mps"}, InvalidArgument, "device='mps': cpu, cuda, or cuda:N"),
+        ({"device": 1.5}, InvalidArgument, "device=1.5: cpu, cuda, or cuda:N"),
+        ({"device": "cuda:99"}, Unavailable, r"device='cuda:99': this machine has \d+ usable CUDA devices"),
+    ],
+)
+def test_devices_and_precisions_that_are_not_there(model, arguments, error, message):
+    with pytest.raises(error, match=f"^{message}") as caught:
+        load(model, **arguments)
+    one_line(caught)
+
+
+def test_a_device_is_chosen_where_none_is_asked_for(model):
+    assert load(model).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert load(model, device=torch.device("cpu")).device.type == "cpu"
+    assert isinstance(load(str(model), device="cpu").config, UNetConfig)
