@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = list(sys.argv[1:] if argv is None else argv)
         result = command.main(args=args, prog_name="admfast", standalone_mode=False)
+        print(end="", flush=True)
     except UsageProblem as error:
         context = getattr(error, "ctx", None)
         if error.format_message().startswith("Usage:"):  # type: ignore[attr-defined]
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except (typer.Abort, KeyboardInterrupt):
         result = INTERRUPTED
-    except (BrokenPipeError, SystemExit):
+    except (BrokenPipeError, SystemExit) as gone:
+        if isinstance(gone, SystemExit) and not isinstance(gone.__context__, BrokenPipeError):
+            raise
         # The reader has gone (as with `| head`), which typer turns into an exit: nothing is wrong. Keep
         # Python from saying so when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

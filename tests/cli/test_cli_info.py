@@ -138,12 +138,13 @@ def test_what_is_a_defect_is_not_hidden(monkeypatch):
         main(["info"])
 
 
-def test_a_reader_that_has_gone_is_no_error():
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_gone_is_no_error(buffered):
     read, write = os.pipe()
     os.close(read)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "admfast", "info"],
+            [sys.executable, *([] if buffered else ["-u"]), "-m", "admfast", "info"],
             cwd=ROOT,
             stdout=write,
             stderr=subprocess.PIPE,
