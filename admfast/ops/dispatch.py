@@ -1,8 +1,9 @@
 """Which implementation of an op runs: one ordered table per op, and one rule for choosing from it.
 
 The rule: `impl=NAME`, else the environment variable ADMFAST_IMPL, else the first entry of the table that is
-available and supports the call. An implementation asked for by name that can't run raises `Unavailable` with
-its reason; it never falls back silently.
+available and supports the call, where one that was measured to be the fastest (`prefer`) comes first. An
+implementation asked for by name that can't run raises `Unavailable` with its reason; it never falls back
+silently.
 
 ADMFAST_IMPL is a comma-separated list of `NAME` (every op) and `OP=NAME` (one op, which wins over `NAME`).
 """
@@ -41,10 +42,14 @@ class Implementation:
 
 @dataclass
 class OpTable:
-    """The implementations of one op in order of preference; `reference` is always the last."""
+    """The implementations of one op in order of preference; `reference` is always the last.
+
+    `prefer(*args, **kwargs)` may name one that is tried before the others for this call, as measured.
+    """
 
     op: str
     implementations: list[Implementation] = field(default_factory=list)
+    prefer: Callable[..., str | None] = _always
 
     def __post_init__(self) -> None:
         TABLES[self.op] = self
@@ -76,12 +81,18 @@ class OpTable:
                 raise Unavailable(f"{asked_by}={impl!r}: {self.op} can't run on it here: {reason}")
             return entry
         reasons = []
-        for entry in self.implementations:
+        for entry in self._in_order(self.prefer(*args, **kwargs)):
             reason = entry.available() or entry.supports(*args, **kwargs)
             if reason is None:
                 return entry
             reasons.append(f"{entry.name}: {reason}")
         raise Unavailable(f"{self.op}: no implementation serves this call ({'; '.join(reasons)})")
+
+    def _in_order(self, first: str | None) -> list[Implementation]:
+        """The entries, that called `first` before the others."""
+        if first is None:
+            return self.implementations
+        return [self.named(first), *(entry for entry in self.implementations if entry.name != first)]
 
 
 TABLES: dict[str, OpTable] = {}
