@@ -1,5 +1,6 @@
 """Floor 1: the fused operators, one file each: public function, reference, autograd, implementations."""
 
+from admfast.ops.adamw import adamw_ema_step_, adamw_ema_step_ref_
 from admfast.ops.attention import attention, attention_ref
 from admfast.ops.dispatch import TABLES, Implementation, OpTable
 from admfast.ops.group_norm import group_norm_silu, group_norm_silu_ref
@@ -23,6 +24,8 @@ __all__ = [
     "Row",
     "SamplerState",
     "Stream",
+    "adamw_ema_step_",
+    "adamw_ema_step_ref_",
     "as_seeds",
     "attention",
     "attention_ref",
