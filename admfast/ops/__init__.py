@@ -2,7 +2,7 @@
 
 from admfast.ops.adamw import adamw_ema_step_, adamw_ema_step_ref_
 from admfast.ops.attention import attention, attention_ref
-from admfast.ops.dispatch import TABLES, Implementation, OpTable
+from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
 from admfast.ops.group_norm import group_norm_silu, group_norm_silu_ref
 from admfast.ops.noise import Stream, as_seeds, normal, normal_ref
 from admfast.ops.sampler_step import (
@@ -36,4 +36,5 @@ __all__ = [
     "pack",
     "sampler_step",
     "sampler_step_ref",
+    "watch",
 ]

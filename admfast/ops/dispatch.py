@@ -10,8 +10,9 @@ ADMFAST_IMPL is a comma-separated list of `NAME` (every op) and `OP=NAME` (one o
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,16 @@ class Implementation:
     available: Callable[[], str | None] = _always
     supports: Callable[..., str | None] = _always
     backward: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `OpTable.choose` returned, who asked for it, and the reason against each one before it."""
+
+    op: str
+    name: str
+    asked_by: str | None = None
+    passed_over: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,14 +90,19 @@ class OpTable:
             reason = entry.available() or entry.supports(*args, **kwargs)
             if reason:
                 raise Unavailable(f"{asked_by}={impl!r}: {self.op} can't run on it here: {reason}")
+            if _watchers:
+                _tell(Choice(self.op, entry.name, asked_by))
             return entry
-        reasons = []
+        reasons: dict[str, str] = {}
         for entry in self._in_order(self.prefer(*args, **kwargs)):
             reason = entry.available() or entry.supports(*args, **kwargs)
             if reason is None:
+                if _watchers:
+                    _tell(Choice(self.op, entry.name, passed_over=reasons))
                 return entry
-            reasons.append(f"{entry.name}: {reason}")
-        raise Unavailable(f"{self.op}: no implementation serves this call ({'; '.join(reasons)})")
+            reasons[entry.name] = reason
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise Unavailable(f"{self.op}: no implementation serves this call ({listed})")
 
     def _in_order(self, first: str | None) -> list[Implementation]:
         """The entries, that called `first` before the others."""
@@ -96,6 +112,23 @@ class OpTable:
 
 
 TABLES: dict[str, OpTable] = {}
+_watchers: list[list[Choice]] = []
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Choice]]:
+    """Collect the choices that are made within the block."""
+    seen: list[Choice] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
+
+
+def _tell(choice: Choice) -> None:
+    for seen in _watchers:
+        seen.append(choice)
 
 
 def _from_environment(op: str) -> str | None:
