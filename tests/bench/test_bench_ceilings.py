@@ -228,7 +228,10 @@ def test_ceilings_need_nothing_of_the_package() -> None:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
                 root = str(name).split(".")[0]
-                assert root in {"bench", "torch", "numpy", "xformers"} | sys.stdlib_module_names, (path, name)
+                assert root in {"bench", "torch", "triton", "numpy", "xformers"} | sys.stdlib_module_names, (
+                    path,
+                    name,
+                )
 
 
 def test_conv_reference_sees_a_shifted_output() -> None:
