@@ -69,9 +69,9 @@ def extensions() -> tuple[list, dict]:
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     extension = CppExtension(
         "admfast._C",
-        ["csrc/bindings.cpp", "csrc/sampler_step.cpp"],
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
-        depends=["csrc/noise.h", "csrc/sampler_step.h"],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
         extra_compile_args={"cxx": flags},
     )
     return [extension], {"build_ext": Build}

@@ -6,17 +6,18 @@ enters as a second source, so that an implementation need not write it.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.errors import invalid
+from admfast.ops import native
 from admfast.ops.dispatch import Implementation, OpTable
+from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
-
-Resample = Literal["up", "down"] | None
 
 
 def group_norm_silu_ref(
@@ -31,7 +32,8 @@ def group_norm_silu_ref(
     silu: bool = True,
     resample: Resample = None,
     x2: Tensor | None = None,
-) -> Tensor:
+    with_skip: bool = False,
+) -> Any:
     """Reference of `group_norm_silu` in plain PyTorch; computes in float32, or float64 for float64 input."""
     source = x if x2 is None else torch.cat([x, x2], dim=1)
     wide = torch.promote_types(source.dtype, torch.float32)
@@ -48,11 +50,14 @@ def group_norm_silu_ref(
     if resample == "down":
         y = avg_pool_down(y)
     y = y.to(source.dtype, memory_format=_memory_format(source))
-    return nearest_up(y) if resample == "up" else y
+    y = nearest_up(y) if resample == "up" else y
+    return (y, resampled(source, resample)) if with_skip else y
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """The channels_last format that `x` has, else contiguous."""
+    """The channels_last format that `x` has, else contiguous (always under vmap, which can't tell)."""
+    if torch._C._functorch.is_batchedtensor(x):
+        return torch.contiguous_format
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(x.dim(), torch.contiguous_format)
     return last if x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
@@ -70,8 +75,9 @@ def group_norm_silu(
     silu: bool = True,
     resample: Resample = None,
     x2: Tensor | None = None,
+    with_skip: bool = False,
     impl: str | None = None,
-) -> Tensor:
+) -> Any:
     """Compute `y = act(GN(x) * (1 + scale) + shift)`, resampled by two where asked for.
 
     `GN(x) = (x - mean) / sqrt(var + eps) * weight + bias` over each of `groups` groups of channels and all
@@ -88,24 +94,23 @@ def group_norm_silu(
         resample: None, "up" (nearest, 2x) or "down" (mean over blocks of 2, odd remainders dropped); it is
             applied to the activated output in every spatial dimension but, for 3-D input, the first.
         x2: [N, C2, *spatial], a second source whose channels follow those of `x`.
+        with_skip: return `(y, skip)`, where skip is the input `[x, x2]` itself, resampled in the same way.
         impl: name of an implementation (see `admfast info`); None chooses.
 
     Returns:
-        [N, C, *resampled], dtype of `x`; channels_last where `x` (and `x2`) is.
+        [N, C, *resampled], dtype of `x`; channels_last where `x` (and `x2`) is. Two of them `with_skip`.
 
     Raises:
         InvalidArgument: for shapes that don't fit, `groups` that doesn't divide C, x that isn't floating, or
             a dimension of size 1 that would be halved.
 
-    Accumulates in float32 (float64 for float64 input). Differentiable in x, x2, weight, bias, scale, shift.
+    Accumulates in float32 (float64 for float64 input). Differentiable in x, x2, weight, bias, scale, shift,
+    twice; in forward mode with `reference` alone.
     """
     _check(x, weight, bias, groups, scale, shift, resample, x2)
-    entry = TABLE.choose(
-        impl, x, weight, bias, groups, eps, scale=scale, shift=shift, silu=silu, resample=resample, x2=x2
-    )
-    return entry.forward(
-        x, weight, bias, groups, eps, scale=scale, shift=shift, silu=silu, resample=resample, x2=x2
-    )
+    options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, resample=resample, x2=x2)
+    entry = TABLE.choose(impl, x, weight, bias, groups, eps, **options)
+    return entry.forward(x, weight, bias, groups, eps, **options, with_skip=with_skip)
 
 
 def _check(
@@ -147,4 +152,89 @@ def _check(
     check_resample(x, down=resample == "down")
 
 
-TABLE = OpTable("group_norm_silu", [Implementation("reference", group_norm_silu_ref)])
+def _recorded(*tensors: Tensor | None) -> bool:
+    """Whether a derivative or a trace of the call is being made."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
+    """The op over the raw pair called `raw`; where that can't resample, it is done after it."""
+
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        *,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        silu: bool,
+        resample: Resample,
+        x2: Tensor | None,
+        with_skip: bool,
+    ) -> Any:
+        inside = resample if resamples else None
+        options = NormOptions(groups, eps, silu, inside, with_skip and inside is not None)
+        tensors = (x, x2, weight, bias, scale, shift)
+        if _recorded(*tensors):
+            y, skip, *_ = GroupNormSiluFn.apply(*tensors, raw, options)
+        else:
+            y, skip, *_ = RAW[raw].forward(*tensors, options)
+        y = resampled(y, None if resamples else resample)
+        if not with_skip:
+            return y
+        if not options.skip:
+            skip = resampled(x if x2 is None else torch.cat([x, x2], dim=1), resample)
+        return y, skip
+
+    return forward
+
+
+def _cpp_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, options = arguments
+    y, mean, rstd = native.ops().group_norm_silu_fwd(*tensors, options.groups, options.eps, options.silu)
+    return y, y.new_empty(0), mean, rstd
+
+
+def _cpp_backward(
+    dy: Tensor, _dskip: None, x: Tensor, x2: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    *tensors, options, _sums = rest
+    dx, dx2, s1, s2 = native.ops().group_norm_silu_bwd(dy, x, x2, *tensors, options.silu)
+    return dx, None if x2 is None else dx2, s1, s2
+
+
+def _transformed(x: Tensor) -> str | None:
+    """Why a raw implementation can't take `x`, where a transform is at work on it that they don't know."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.is_batchedtensor(x):
+        return "x is a batch of vmap"
+    if (
+        torch.autograd.forward_ad._current_level >= 0
+        and torch.autograd.forward_ad.unpack_dual(x)[1] is not None
+    ):
+        return "a forward-mode derivative is being taken, which is the reference's alone"
+    return None
+
+
+def _cpp_supports(x: Tensor, *_args: Any, **_options: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}, this runs on the CPU"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {x.dtype}; float32 or bfloat16"
+    return _transformed(x)
+
+
+RAW["cpp"] = RawNorm("cpp", _cpp_forward, _cpp_backward)
+
+TABLE = OpTable(
+    "group_norm_silu",
+    [
+        Implementation("cpp", _over_raw("cpp", False), native.reason_missing, _cpp_supports),
+        Implementation("reference", group_norm_silu_ref),
+    ],
+)

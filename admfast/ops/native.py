@@ -13,9 +13,14 @@ import torch
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def reason_missing() -> str | None:
     """None where the extension loads, else why it doesn't."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
     try:
         importlib.import_module("admfast._C")
     except ImportError as error:
@@ -47,3 +52,25 @@ def _register_fakes() -> None:
     @torch.library.register_fake("admfast::sampler_step_")
     def _(*_args: Any) -> None:
         return None
+
+    @torch.library.register_fake("admfast::group_norm_silu_fwd")
+    def _(
+        x: torch.Tensor, x2: Any, weight: Any, bias: Any, scale: Any, shift: Any, groups: int, *_args: Any
+    ) -> tuple[torch.Tensor, ...]:
+        channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+        y = _empty_dense([x.shape[0], channels, *x.shape[2:]], x)
+        mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float64) for _ in range(2))
+        return y, mean, rstd
+
+    @torch.library.register_fake("admfast::group_norm_silu_bwd")
+    def _(dy: torch.Tensor, x: torch.Tensor, x2: Any, *_args: Any) -> tuple[torch.Tensor, ...]:
+        dx2 = x.new_empty(0) if x2 is None else _empty_dense(list(x2.shape), x)
+        s1, s2 = (x.new_empty(dy.shape[:2], dtype=torch.float32) for _ in range(2))
+        return _empty_dense(list(x.shape), x), dx2, s1, s2
+
+
+def _empty_dense(shape: list[int], like: torch.Tensor) -> torch.Tensor:
+    """What group_norm_silu allocates: channels-last where `like` is, else contiguous."""
+    if like.is_contiguous() or not like.movedim(1, -1).is_contiguous():
+        return like.new_empty(shape)
+    return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)

@@ -1,0 +1,234 @@
+"""Autograd of `group_norm_silu` over any raw forward and backward, and the formula of the gradient.
+
+With x^ = (x - mean) rstd, u = x^ w' + b' where w' = weight (1 + scale), b' = bias (1 + scale) + shift, and
+du = act'(u) * (dy brought back to the input's resolution),
+
+    S1[n, c] = sum_p du,   S2[n, c] = sum_p du x^
+    dx = rstd (w' du - (1/M) sum_group w' S1 - x^ (1/M) sum_group w' S2)      (M: elements of a group)
+    dweight = sum_n (1 + scale) S2,  dbias = sum_n (1 + scale) S1
+    dscale = weight S2 + bias S1,    dshift = S1
+
+An implementation gives dx, S1 and S2; the rest is the same for all and has its one home here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from admfast.ops.resample import avg_pool_down, nearest_up
+
+Resample = Literal["up", "down"] | None
+
+
+@dataclass(frozen=True)
+class NormOptions:
+    """What of a call isn't a tensor. `skip`: the resampled input is returned too."""
+
+    groups: int
+    eps: float
+    silu: bool
+    resample: Resample
+    skip: bool
+
+
+# forward(x, x2, weight, bias, scale, shift, options)
+#     -> y, skip (empty where not asked for), mean, rstd [N, G]
+# backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, options, sums)
+#     -> dx, dx2 (None without x2), S1, S2 [N, C] float32 (empty where not `sums`)
+RawForward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+RawBackward = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class RawNorm:
+    """The raw forward and backward of one implementation."""
+
+    name: str
+    forward: RawForward
+    backward: RawBackward
+
+
+RAW: dict[str, RawNorm] = {}
+
+
+def resampled(x: Tensor, resample: Resample) -> Tensor:
+    """`x` doubled, halved or as it is."""
+    return nearest_up(x) if resample == "up" else avg_pool_down(x) if resample == "down" else x
+
+
+def unresampled(dy: Tensor, like: Tensor, resample: Resample) -> Tensor:
+    """The gradient of `resampled` at an input of the shape of `like`."""
+    if resample is None:
+        return dy
+    halved = range(3 if dy.dim() == 5 else 2, dy.dim())
+    if resample == "up":
+        for dim in halved:
+            dy = dy.unflatten(dim, (-1, 2)).sum(dim + 1)
+        return dy
+    for dim in halved:
+        dy = dy.repeat_interleave(2, dim) / 2
+    padding = [size - own for size, own in zip(reversed(like.shape), reversed(dy.shape), strict=True)]
+    return F.pad(dy, [value for size in padding for value in (0, size)])
+
+
+def group_norm_silu_grad_ref(
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The formula of the module in plain torch: dx, dx2, dweight, dbias, dscale, dshift.
+
+    Float64-capable and differentiable, which is how second derivatives are made; sums in float32 at least.
+    """
+    source = x if x2 is None else torch.cat([x, x2], dim=1)
+    wide = torch.promote_types(source.dtype, torch.float32)
+    n, c = source.shape[:2]
+    groups = options.groups
+    spatial = (...,) + (None,) * (source.dim() - 2)
+    values = source.to(wide).reshape(n, groups, -1)
+    centred = values - values.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + options.eps).rsqrt()
+    normalised = (centred * rstd).reshape(source.shape)
+    factor, offset = weight.to(wide).expand(n, c), bias.to(wide).expand(n, c)
+    if scale is not None and shift is not None:
+        factor = factor * (1 + scale.to(wide))
+        offset = offset * (1 + scale.to(wide)) + shift.to(wide)
+    du = unresampled(dy.to(wide), source, options.resample)
+    if options.silu:
+        u = normalised * factor[spatial] + offset[spatial]
+        sigmoid = torch.sigmoid(u)
+        du = du * (sigmoid * (1 + u * (1 - sigmoid)))
+    s1 = du.flatten(2).sum(-1)
+    s2 = (du * normalised).flatten(2).sum(-1)
+
+    def of_group(sums: Tensor) -> Tensor:
+        """Mean over the group of w' times the sums, for every element of it."""
+        mean = (factor * sums).reshape(n, groups, -1).sum(-1) / values.shape[-1]
+        return mean.repeat_interleave(c // groups, 1)[spatial]
+
+    rstd = rstd.reshape(n, groups).repeat_interleave(c // groups, 1)[spatial]
+    dsource = rstd * (factor[spatial] * du - of_group(s1) - normalised * of_group(s2))
+    if dskip is not None:
+        dsource = dsource + unresampled(dskip.to(wide), source, options.resample)
+    dx, dx2 = _split(dsource.to(x.dtype), x, x2)
+    return dx, dx2, *parameter_gradients(s1, s2, weight, bias, scale, shift)
+
+
+def parameter_gradients(
+    s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dweight, dbias, dscale, dshift from the sums S1, S2 [N, C]."""
+    dscale = dshift = None
+    if scale is not None and shift is not None:
+        dscale = (weight.to(s2.dtype) * s2 + bias.to(s1.dtype) * s1).to(scale.dtype)
+        dshift = s1.to(shift.dtype)
+        s1, s2 = (1 + scale.to(s1.dtype)) * s1, (1 + scale.to(s2.dtype)) * s2
+    return s2.sum(0).to(weight.dtype), s1.sum(0).to(bias.dtype), dscale, dshift
+
+
+def _split(dsource: Tensor, x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if x2 is None:
+        return dsource, None
+    dx, dx2 = dsource.split([x.shape[1], x2.shape[1]], dim=1)
+    return dx, dx2
+
+
+class GroupNormSiluFn(torch.autograd.Function):
+    """The op over a raw implementation; differentiable twice, not in forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        x2: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        raw: str,
+        options: NormOptions,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return RAW[raw].forward(x, x2, weight, bias, scale, shift, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, raw, options = inputs
+        _, skip, mean, rstd = output
+        ctx.save_for_backward(*tensors, mean, rstd)
+        ctx.raw, ctx.options = raw, options
+        ctx.mark_non_differentiable(mean, rstd, *([] if options.skip else [skip]))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dskip: Tensor, *_unused: Tensor) -> tuple:  # type: ignore[override]
+        sums = any(ctx.needs_input_grad[2:6])
+        gradients = GroupNormSiluGradFn.apply(
+            dy, dskip if ctx.options.skip else None, *ctx.saved_tensors, ctx.raw, ctx.options, sums
+        )
+        return *gradients, None, None
+
+
+class GroupNormSiluGradFn(torch.autograd.Function):
+    """The backward of the op; its own gradient is that of `group_norm_silu_grad_ref`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        dy: Tensor,
+        dskip: Tensor | None,
+        x: Tensor,
+        x2: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        raw: str,
+        options: NormOptions,
+        sums: bool,
+    ) -> tuple:
+        arguments = (dy, dskip, x, x2, weight, bias, scale, shift)
+        dx, dx2, s1, s2 = RAW[raw].backward(*arguments, mean, rstd, options, sums)
+        if not sums:
+            return dx, dx2, None, None, None, None
+        return dx, dx2, *parameter_gradients(s1, s2, weight, bias, scale, shift)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, _mean, _rstd, raw, options, sums = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.raw, ctx.options, ctx.sums = raw, options, sums
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        there = [index for index, tensor in enumerate(saved) if tensor is not None]
+
+        def formula(*tensors: Tensor) -> tuple[Any, ...]:
+            arguments: list[Any] = [None] * len(saved)
+            for index, tensor in zip(there, tensors, strict=True):
+                arguments[index] = tensor
+            dy, dskip, x, x2, weight, bias, scale, shift = arguments
+            found = group_norm_silu_grad_ref(dy, dskip, x, x2, weight, bias, scale, shift, ctx.options)
+            return tuple(one for one, given in zip(found, gradients, strict=True) if given is not None)
+
+        vjp = torch.func.vjp(formula, *(saved[index] for index in there))[1]
+        second = vjp(tuple(given for given in gradients if given is not None))
+        result: list[Tensor | None] = [None] * len(saved)
+        for index, value in zip(there, cast(tuple[Tensor, ...], second), strict=True):
+            result[index] = value
+        return *result, None, None, None, None, None

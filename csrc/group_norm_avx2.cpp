@@ -1,0 +1,18 @@
+// GroupNorm loops for avx2.
+#if defined(__x86_64__) && !defined(__clang__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "group_norm.h"
+
+#define ADMFAST_INLINE inline __attribute__((always_inline))
+#pragma GCC target("avx2,fma")
+#define ADMFAST_LEVEL 256
+#define ADMFAST_ISA avx2_isa
+#define ADMFAST_LOOPS group_norm_avx2
+#define ADMFAST_LOOPS_NAME "avx2"
+#include "vector.h"
+#include "group_norm_loops.h"
+#endif

@@ -1,0 +1,18 @@
+// GroupNorm loops for avx512.
+#if defined(__x86_64__) && !defined(__clang__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "group_norm.h"
+
+#define ADMFAST_INLINE inline __attribute__((always_inline))
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define ADMFAST_LEVEL 512
+#define ADMFAST_ISA avx512_isa
+#define ADMFAST_LOOPS group_norm_avx512
+#define ADMFAST_LOOPS_NAME "avx512"
+#include "vector.h"
+#include "group_norm_loops.h"
+#endif

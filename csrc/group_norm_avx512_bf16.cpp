@@ -1,0 +1,18 @@
+// GroupNorm loops for avx512_bf16.
+#if defined(__x86_64__) && !defined(__clang__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "group_norm.h"
+
+#define ADMFAST_INLINE inline __attribute__((always_inline))
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#define ADMFAST_LEVEL 513
+#define ADMFAST_ISA avx512_bf16_isa
+#define ADMFAST_LOOPS group_norm_avx512_bf16
+#define ADMFAST_LOOPS_NAME "avx512_bf16"
+#include "vector.h"
+#include "group_norm_loops.h"
+#endif
