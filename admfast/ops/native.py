@@ -13,10 +13,14 @@ import torch
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 
 
-@torch.compiler.assume_constant_result
 def reason_missing() -> str | None:
     """None where the extension loads, else why it doesn't."""
     return _load()
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo and with it Triton: a trace takes
+# the answer instead of following the import.
+reason_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
