@@ -67,12 +67,15 @@ def extensions() -> tuple[list, dict]:
     # No contraction: the noise must round every product and sum by itself, on every machine.
     flags = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    # at::parallel_for is a template of a header: without this it is compiled as a plain loop, without a word.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = CppExtension(
         "admfast._C",
-        ["csrc/bindings.cpp", "csrc/sampler_step.cpp"],
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
-        depends=["csrc/noise.h", "csrc/sampler_step.h"],
-        extra_compile_args={"cxx": flags},
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+        extra_compile_args={"cxx": flags + openmp},
+        extra_link_args=openmp,
     )
     return [extension], {"build_ext": Build}
 

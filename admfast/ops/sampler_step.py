@@ -353,17 +353,19 @@ def _native_supports(
 
 
 def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any) -> None:
-    row_index = row if isinstance(row, Tensor) else torch.tensor([row], dtype=torch.int64)
     noise_row, seeds = options["noise_row"], options["seeds"]
-    if noise_row is None:
-        noise_row = row_index
-    elif not isinstance(noise_row, Tensor):
-        noise_row = torch.tensor([noise_row], dtype=torch.int64)
+    noise_row = row if noise_row is None else noise_row
+    (row_tensor, row_at), (noise_tensor, noise_at) = _counter(row), _counter(noise_row)
     native.ops().sampler_step_(
         state.x, state.x0, state.saved, state.history, out, options["out2"], options["grad"],
-        None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_index, noise_row,
-        options["stream"],
+        None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_tensor, noise_tensor,
+        row_at, noise_at, options["stream"],
     )  # fmt: skip
+
+
+def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:
+    """A counter as the compiled op takes it: what it reads when it runs, and what it adds to that."""
+    return (value, 0) if isinstance(value, Tensor) else (None, operator.index(value))
 
 
 TABLE = OpTable(

@@ -239,7 +239,8 @@ def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
     names = dict(
         x=state.x, x0=state.x0, saved=state.saved, history=state.history,
         out=given["out"], out2=given["out2"], grad=given["grad"], seeds=given["seeds"], noise=None,
-        table=given["table"].device, row=torch.tensor([1]), noise_row=torch.tensor([1]), stream=1,
+        table=given["table"].device, row=torch.tensor([1]), noise_row=torch.tensor([1]),
+        row_at=0, noise_at=0, stream=1,
     )  # fmt: skip
     assert not changes.keys() - names.keys()
     return list((names | changes).values())
