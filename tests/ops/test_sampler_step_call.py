@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import TABLES, Clip, Row, SamplerState, as_seeds, native, pack, sampler_step
+from admfast.ops import TABLES, Clip, Row, SamplerState, as_seeds, native, pack
+from tests.ops.anywhere import runnable, sampler_step
 from tests.ops.tolerance import bits, unmodified
 
-IMPLEMENTATIONS = TABLES["sampler_step"].names()
+IMPLEMENTATIONS = runnable("sampler_step")
+ON_THE_CPU = [None, "cpp", "reference"]
 needs_native = pytest.mark.skipif(native.reason_missing() is not None, reason="no compiled ops")
 SHAPE = (2, 3, 4, 5)
 # Everything at once: variance, guidance in all three places, noise, saved point, history and push.
@@ -159,7 +161,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("impl", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 @pytest.mark.parametrize(("name", "changes"), WRONG, ids=[f"{i}-{name}" for i, (name, _) in enumerate(WRONG)])
 def test_wrong_arguments_are_named(name, changes, impl):
     state, arguments = filled()
