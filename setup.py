@@ -33,8 +33,9 @@ def record(built: str, reason: str | None) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What an error says, in one line; without the arguments of a command that failed."""
+    lines = re.sub(r"\['(\S+)', .*\]", r"\1 ...", str(error).strip()).splitlines()
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def nvcc_says(*arguments: str) -> str:
@@ -47,8 +48,8 @@ def nvcc_says(*arguments: str) -> str:
 def prepare_cuda() -> str | None:
     """Set CUDA_HOME and TORCH_CUDA_ARCH_LIST where they aren't; return why CUDA can't be built, or None.
 
-    Must run before torch.utils.cpp_extension is imported, which looks at CUDA_HOME once. nvcc on PATH may be a
-    wrapper, whose folder isn't the toolkit's: nvcc itself is asked.
+    Must run before torch.utils.cpp_extension is imported, which looks at CUDA_HOME once. nvcc on PATH may be
+    a wrapper, whose folder isn't the toolkit's: nvcc itself is asked.
     """
     import torch
 
@@ -59,7 +60,8 @@ def prepare_cuda() -> str | None:
         os.environ.setdefault("ADMFAST_NVCC", str(Path(home) / "bin" / "nvcc"))
     try:
         if not home:
-            top = re.search(r"^#\$ TOP=(.+)$", nvcc_says("--dryrun", "-c", str(CSRC / "sampler_step_cuda.cu")), re.M)
+            plan = nvcc_says("--dryrun", "-c", str(CSRC / "sampler_step_cuda.cu"))
+            top = re.search(r"^#\$ TOP=(.+)$", plan, re.M)
             if top is None:
                 return "nvcc does not say where its toolkit is; set CUDA_HOME"
             os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
@@ -137,7 +139,8 @@ def extensions() -> tuple[list, dict]:
             if reason is None:
                 command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", self.build_lib]
                 command += ["--build-temp", self.build_temp, *(["--inplace"] if self.inplace else [])]
-                if not subprocess.run(command, cwd=ROOT, env=os.environ | {"ADMFAST_BUILD": "cpu"}).returncode:
+                environment = os.environ | {"ADMFAST_BUILD": "cpu"}
+                if not subprocess.run(command, cwd=ROOT, env=environment).returncode:
                     record("cpu", f"the CUDA part: {failed}")
                     return
             record("none", failed)

@@ -6,12 +6,21 @@
 namespace admfast {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 // Blocks that one multiprocessor is given; a thread with more work loops, and reads its row once.
 constexpr int64_t kBlocksEach = 16;
 
+// Blocks that must fit on a multiprocessor at once, as many as leave every thread its registers: 65536 / 128 / 6 is
+// 85 of them. A thread of an interleaved tensor holds four or eight positions of all channels.
 template <typename T, Layout kLayout, int kC, int kOutputs>
-__global__ void __launch_bounds__(kThreads) sampler_step_kernel(const SamplerArgs args, const SamplerPlan plan) {
+constexpr int resident() {
+  if (kLayout == Layout::kInterleaved && kC == 3) return interleaved_run(kOutputs, sizeof(T)) == 8 ? 2 : 3;
+  return kLayout == Layout::kPlanar && sizeof(T) == 4 ? 6 : 4;
+}
+
+template <typename T, Layout kLayout, int kC, int kOutputs>
+__global__ void __launch_bounds__(kThreads, resident<T, kLayout, kC, kOutputs>())
+    sampler_step_kernel(const SamplerArgs args, const SamplerPlan plan) {
   __shared__ RowNow now;
   if (threadIdx.x == 0) now = row_now(args);
   __syncthreads();

@@ -224,8 +224,8 @@ def sampler_step(
         out: the network's output [N, C or 2C, *spatial], any strides, float16 to float32 (float64: the
             reference); 2C channels where the row reads a variance (l1).
         table: `pack(rows, device, dtype)` for the device and dtype of x.
-        row: which row, an int or an integer tensor of one element on the device of x. The compiled ops read it
-            where they run, so that a captured graph goes on to the next row when it adds one to the tensor
+        row: which row, an int or an integer tensor of one element on the device of x. The compiled ops read
+            it where they run, so that a captured graph goes on to the next row when it adds one to the tensor
             after the update (`row.add_(1)`); the reference has to read it back.
         out2: output of a second network, like `out`.
         grad: guidance gradient [N, C, *spatial] without loss scale; None is no guidance.
@@ -363,8 +363,8 @@ def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Ten
     (row_tensor, row_at), (noise_tensor, noise_at) = _counter(row), _counter(noise_row)
     native.ops().sampler_step_(
         state.x, state.x0, state.saved, state.history, out, options["out2"], options["grad"],
-        None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_tensor, noise_tensor,
-        row_at, noise_at, options["stream"],
+        None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_tensor,
+        noise_tensor, row_at, noise_at, options["stream"],
     )  # fmt: skip
 
 

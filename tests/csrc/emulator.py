@@ -1,4 +1,4 @@
-"""The CUDA kernels' bodies, compiled for the host and called as an implementation of the ops: no GPU needed."""
+"""The CUDA kernels' bodies, compiled for the host and called as an implementation of the ops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 from ctypes import c_bool, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,8 +140,3 @@ def normal(
     )  # fmt: skip
     assert wrong == 0, "an access of 16 bytes that isn't aligned"
     return z.view(len(seeds), *shape)
-
-
-def entry(*_: Any, **__: Any) -> str | None:
-    """Why the emulator can't run here, as an implementation's `available` says it."""
-    return None if COMPILER else "g++ is not there"
