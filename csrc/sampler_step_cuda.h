@@ -1,4 +1,4 @@
-// Launches of the CUDA update and of its noise; implemented in sampler_step_cuda.cu, called by sampler_step_cuda_ops.cpp.
+// Launches of the CUDA update and of its noise: sampler_step_cuda.cu has them, sampler_step_cuda_ops.cpp calls them.
 #pragma once
 
 #include "sampler_step.h"

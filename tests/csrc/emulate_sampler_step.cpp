@@ -27,7 +27,8 @@ void launch(const SamplerArgs& args, const SamplerPlan& plan, int64_t threads) {
 extern "C" int emulate_update(const SamplerArgs* args, int64_t threads, int wanted) {
   misaligned = 0;
   SamplerPlan plan = sampler_plan(*args);
-  if (wanted == static_cast<int>(Layout::kStrided)) plan = {Layout::kStrided, Layout::kStrided, (args->C * args->P + 3) / 4};
+  if (wanted == static_cast<int>(Layout::kStrided))
+    plan = {Layout::kStrided, Layout::kStrided, (args->C * args->P + 3) / 4};
   switch (args->out.type) {
     case Type::kFloat32: launch<float>(*args, plan, threads); break;
     case Type::kBFloat16: launch<bfloat16>(*args, plan, threads); break;

@@ -1,5 +1,6 @@
-// Runs the CPU loops of every instruction set that this machine has, and the CUDA kernel's body, over buffers of exactly
-// the size they need, and prints a digest of the results for each: they must agree, and a sanitizer must be silent.
+// Runs the CPU loops of every instruction set that this machine has, and the CUDA kernel's body, over buffers of
+// exactly the size they need, and prints a digest of the results for each: they must agree, and a sanitizer must be
+// silent.
 #include <cstdio>
 #include <memory>
 #include <vector>
@@ -119,7 +120,8 @@ void with_body() {
     for (int64_t count : {0, 1, 3, 4, 5, 255, 256, 257, 1000}) {
       const uint64_t seed = 0x0123456789ABCDEFull;
       std::vector<float> z(static_cast<size_t>(begin + count));
-      for (int64_t item = 0; item < (begin + count + 3) / 4; ++item) normal_item(&seed, 5, 1, begin + count, 0, item, z.data());
+      for (int64_t item = 0; item < (begin + count + 3) / 4; ++item)
+        normal_item(&seed, 5, 1, begin + count, 0, item, z.data());
       add_to_digest(z.data() + begin, static_cast<size_t>(count));
     }
   std::printf("body %016llx\n", static_cast<unsigned long long>(digest_of));

@@ -86,9 +86,13 @@ def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
     compiled([str(GXX), "-shared", *SANITIZERS, "-fopenmp", *objects, *libraries, "-o", str(target)])
 
     (tmp_path / "sanitized_plugin.py").write_text(PLUGIN)
-    asan = subprocess.run([str(GXX), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
+    # With libstdc++, which python doesn't load: else the sanitizer finds no __cxa_throw to stand before.
+    preload = [
+        subprocess.run([str(GXX), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     environment = os.environ | {
-        "LD_PRELOAD": asan.strip(),
+        "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "ADMFAST_SANITIZED": str(target),
@@ -96,7 +100,7 @@ def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
         "OMP_NUM_THREADS": "2",
     }
     tests = [f"tests/ops/test_{name}.py" for name in ("sampler_step", "sampler_step_call", "noise")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "sanitized_plugin", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "sanitized_plugin", "-p", "no:cacheprovider"]
     command += ["-k", "cpp or compiled or raw or threads", *tests]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -256,8 +256,9 @@ def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
         dict(out2=None, grad=None, seeds=None, noise=randn(*SHAPE)),
         dict(saved=None, history=None, out=randn(*SHAPE), out2=None, row=torch.tensor([0]),
              table=pack([Row(0, 0, k_x=1)]).device),
+        dict(row=None, row_at=1, noise_row=None, noise_at=2**32 - 1),
     ],
-    ids=["all", "noise", "least"],
+    ids=["all", "noise", "least", "numbers"],
 )  # fmt: skip
 def test_the_raw_op_passes_opcheck(changes):
     torch.library.opcheck(torch.ops.admfast.sampler_step_.default, raw_arguments(filled()[0], **changes))
@@ -299,6 +300,12 @@ BAD_SLOT[1, -1] = 3
         dict(row=torch.tensor([2])),
         dict(row=torch.tensor([-1])),
         dict(row=torch.tensor([0, 1])),
+        dict(row=torch.tensor([1.0])),
+        dict(row=None, row_at=2),
+        dict(row=None, row_at=-1),
+        dict(noise_row=None, noise_at=2**32),
+        dict(noise_row=None, noise_at=-1),
+        dict(noise_row=torch.tensor([2**32 - 1]), noise_at=1),
         dict(noise_row=torch.tensor([-1])),
         dict(noise_row=torch.tensor([0, 1])),
         dict(stream=2**32),
