@@ -14,6 +14,7 @@ from admfast.ops.sampler_step import (
     sampler_step,
     sampler_step_ref,
 )
+from admfast.ops.threshold import dynamic_threshold, dynamic_threshold_ref
 
 __all__ = [
     "TABLES",
@@ -29,6 +30,8 @@ __all__ = [
     "as_seeds",
     "attention",
     "attention_ref",
+    "dynamic_threshold",
+    "dynamic_threshold_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
     "normal",

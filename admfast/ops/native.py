@@ -34,6 +34,16 @@ def _load() -> str | None:
     return None
 
 
+def reason_missing_cuda() -> str | None:
+    """None where the extension loads, was built with CUDA and finds a device, else why not."""
+    reason = reason_missing()
+    if reason is not None:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("admfast::sampler_step_", "CUDA"):
+        return f"not built: {build_info().get('reason') or 'the extension has no CUDA part'}"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
 def ops() -> Any:
     """The namespace of the compiled ops."""
     if reason_missing() is not None:
