@@ -15,6 +15,7 @@ from admfast.ops import (
     adamw_ema_step_,
     as_seeds,
     attention,
+    dynamic_threshold,
     group_norm_silu,
     normal,
     pack,
@@ -36,6 +37,8 @@ def examples(device: str) -> Iterator[Example]:
             yield "group_norm_silu", label, partial(_norm, device, dtype, gradient)
             yield "attention", label, partial(_attention, device, dtype, gradient)
         yield "sampler_step", f"{words} output", partial(_sampler, device, dtype)
+    image = torch.zeros(1, 3, 4, 4, device=device)
+    yield "dynamic_threshold", f"{device} float32", partial(dynamic_threshold, image)
     yield "normal", device, partial(normal, as_seeds([0]).to(device), (3, 4, 4), 0, Stream.X_T)
     for overflow in (False, True):
         label = f"{device} float32" + (" with found_inf" if overflow else "")
