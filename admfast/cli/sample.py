@@ -12,7 +12,7 @@ import typer
 
 from admfast.cli.inspect import parse_option
 from admfast.cli.tables import table
-from admfast.errors import invalid
+from admfast.errors import AdmfastError, invalid
 from admfast.pipeline import Pipeline
 from admfast.runs.sampling import SampleRun
 from admfast.solvers import SOLVERS
@@ -69,7 +69,8 @@ def run_sample(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for images/, grid.png and the npz.")] = Path("out"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace samples that the folder holds (default: refuse).")
+        bool,
+        typer.Option("--overwrite", help="Replace older samples by the complete new set (default: refuse)."),
     ] = False,
     intermediates: Annotated[
         int, typer.Option(help="Also keep x_0 after every so many steps; 0 for none.")
@@ -101,7 +102,12 @@ def run_sample(
     run = SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates)
     print(table(_resolved(pipe, run)), flush=True)
     started = time.time()
-    written = run.run()
+    try:
+        written = run.run()
+    except (AdmfastError, KeyboardInterrupt):
+        if run.finished:
+            print(f"{run.finished} of {len(keys)} images are finished and kept in {run.kept.resolve()}")
+        raise
     spent = time.time() - started
     print(f"{len(keys)} images in {spent:.1f} s ({len(keys) / spent:.2f} images/s)")
     for path in (out / "images", *written):

@@ -270,6 +270,7 @@ def test_ctrl_c_leaves_what_is_finished(sample, tmp_path, monkeypatch):
     assert status == 130 and "Traceback" not in stderr
     assert stderr.splitlines()[-1] == "admfast: interrupted"
     out = tmp_path / "out"
+    assert stdout.splitlines()[-1] == f"4 of 6 images are finished and kept in {out}"
     samples = read_samples(out / "samples_4x8x8x1.npz")
     assert samples.labels.tolist() == [0, 1, 2, 3] and len(pngs(out)) == 4
     assert read_image(out / "grid.png").shape[2] == 3
@@ -311,6 +312,8 @@ def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"admfast: {out}/{file}")
     assert last.endswith("not written: the file would exceed the largest size allowed here")
+    kept = [line for line in done.stdout.splitlines() if "kept in" in line]
+    assert kept == ([f"{images} of 2 images are finished and kept in {out}"] if images else [])
     assert len(pngs(out)) == images and not list(out.glob("**/*.tmp"))
 
 
