@@ -57,6 +57,7 @@ def load_network(
     preset: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
+    checksums: bool = True,
     **options: Any,
 ) -> tuple[nn.Module, ModelInfo]:
     """Build the network of a weights file and give it the file's weights, every one of them.
@@ -71,6 +72,7 @@ def load_network(
         dtype: of the parameters; a float16 file is widened to float32 unless asked otherwise. None keeps the
             dtypes of the file. (The published half-precision recipe is `convert_torso` on a float32 network.)
         device: where the parameters end up.
+        checksums: see `read_weights`.
         options: fields of the configuration or of `DiffusionSettings` that win over every other source, such
             as `num_heads=4`.
 
@@ -82,7 +84,7 @@ def load_network(
             configuration.
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
     """
-    weights = read_weights(path)
+    weights = read_weights(path, checksums=checksums)
     identity, info = identify_weights(weights, config=config, preset=preset, options=options)
     _check_fit(weights, identity)
     with torch.device("meta"):
