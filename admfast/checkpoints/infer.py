@@ -16,8 +16,9 @@ from typing import Any
 
 from admfast.checkpoints.differences import Differences, Shapes, fingerprint, nearest_preset
 from admfast.checkpoints.structure import Structure, read_structure, summary
-from admfast.errors import CheckpointError, InvalidArgument, invalid, nearest
+from admfast.errors import CheckpointError, invalid, nearest
 from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, config_from_dict
+from admfast.models.config import SWITCHES, checked_field
 from admfast.models.description import Description, DiffusionSettings
 from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
 
@@ -26,6 +27,8 @@ _KINDS: dict[str, type[NetConfig]] = {
 }
 _DIFFUSION_NAMES = {entry.name for entry in dataclasses.fields(DiffusionSettings)}
 _NETWORK_NAMES = {entry.name for kind in _KINDS.values() for entry in dataclasses.fields(kind)}
+OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})  # what can be said of a file
+SWITCH_NAMES = {*SWITCHES, *(_DIFFUSION_NAMES - {"noise_schedule", "steps"})}
 
 
 class Unanswered(CheckpointError):
@@ -117,15 +120,17 @@ def identify(
 
 
 def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the network (and `kind`), options of the diffusion process; refuses unknown names."""
+    """Options of the network (and `kind`), options of the diffusion process, each checked by itself."""
     network, diffusion = {}, {}
     for name, value in options.items():
-        if name in _NETWORK_NAMES or name == "kind":
-            network[name] = value
-        elif name in _DIFFUSION_NAMES:
-            diffusion[name] = value
+        if name not in OPTION_NAMES:
+            raise invalid("option", name, nearest(name, OPTION_NAMES))
+        if value is None and name != "num_classes":
+            continue
+        if name in _DIFFUSION_NAMES:
+            diffusion[name] = getattr(DiffusionSettings(**{name: value}), name)
         else:
-            raise invalid("option", name, nearest(name, sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})))
+            network[name] = checked_field(name, value)
     if "kind" in network and network["kind"] not in _KINDS:
         raise invalid("kind", network["kind"], nearest(str(network["kind"]), _KINDS))
     return network, diffusion
@@ -136,15 +141,7 @@ def _with_options(config: NetConfig, options: Mapping[str, Any]) -> NetConfig:
     fields = dict(options)
     if fields.pop("kind", config.kind) != config.kind:
         raise invalid("kind", options["kind"], f"the weights are those of a {config.kind}")
-    return _build({**config.to_dict(), **fields}) if fields else config
-
-
-def _build(fields: Mapping[str, Any]) -> NetConfig:
-    """A configuration from fields and options, whose types nothing has checked yet."""
-    try:
-        return config_from_dict(fields)
-    except TypeError as error:
-        raise InvalidArgument(f"options: a value has the wrong type ({error})") from None
+    return config_from_dict({**config.to_dict(), **fields}) if fields else config
 
 
 def _settings(
@@ -179,7 +176,7 @@ def _from_structure(
     if questions:
         raise Unanswered(_question(file, structure, questions, nearest_preset(shapes)), structure)
     fields |= {"kind": kind, "in_channels": structure.kinds[kind]}
-    config = _build({**fields, **options})
+    config = config_from_dict({**fields, **options})
     diffusion = _settings(None, diffusion_options, config)
     return Identity(config, diffusion, None, (), "its keys and shapes, and the options given", assumed)
 

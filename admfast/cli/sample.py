@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from admfast.cli.inspect import parse_option
+from admfast.cli.options import options_of
 from admfast.cli.tables import table
 from admfast.errors import AdmfastError, invalid
 from admfast.pipeline import Pipeline
@@ -87,7 +87,7 @@ def run_sample(
     """Sample images: PNG files, one labelled grid and the published npz."""
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
-    options = dict(parse_option(text) for text in set_ or ())
+    options = options_of("--set", set_)
     pipe = load(name, weights, classifier=classifier, device=device, precision=precision, **options)
     wanted, keys = plan_images(
         None if classes is None else parse_numbers("classes", classes),

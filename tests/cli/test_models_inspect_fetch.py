@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from admfast.checkpoints import Fetched, write_weights
 from admfast.cli.fetch import run_fetch, wanted_models
-from admfast.cli.inspect import parse_option, run_inspect
+from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
+from admfast.cli.options import options_of
 from admfast.cli.tables import table
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, OutputError
 from admfast.models.description import Description
@@ -97,6 +98,10 @@ def test_models_describes_one(capsys):
         ("dropout=0.1", ("dropout", 0.1)),
         ("use_new_attention_order=True", ("use_new_attention_order", True)),
         ("use_new_attention_order=false", ("use_new_attention_order", False)),
+        ("use_new_attention_order=no", ("use_new_attention_order", False)),
+        ("learn_sigma=1", ("learn_sigma", True)),
+        ("attention_resolutions=8,16", ("attention_resolutions", (8, 16))),
+        ("attention_resolutions=8", ("attention_resolutions", 8)),
         ("num_classes=None", ("num_classes", None)),
         ("channel_mult=0.5,1,2", ("channel_mult", (0.5, 1, 2))),
         ("channel_mult=[1, 2]", ("channel_mult", [1, 2])),
@@ -105,14 +110,29 @@ def test_models_describes_one(capsys):
     ],
 )
 def test_options_on_the_command_line(text, expected):
-    name, value = parse_option(text)
+    ((name, value),) = options_of("--set", [text]).items()
     assert (name, value) == expected and type(value) is type(expected[1])
 
 
 @pytest.mark.parametrize("text", ["num_heads", "=4", ""])
 def test_a_malformed_option(text):
     with pytest.raises(InvalidArgument, match="NAME=VALUE"):
-        parse_option(text)
+        options_of("--set", [text])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("use_new_attention_order=maybe", "--set='use_new_attention_order=maybe': True or False"),
+        ("device=cpu", "--set='device': no such option of a file"),
+        ("learn_sigma=2", "--set='learn_sigma=2': True or False"),
+        *((f"{name}=x", f"--set='{name}'") for name in ("precision", "name", "weights", "classifier")),
+        *((f"{name}=x", f"--set='{name}'") for name in ("path", "dtype", "config", "preset", "checksums")),
+    ],
+)
+def test_an_option_that_no_file_has_or_that_says_nothing(text, said):
+    with pytest.raises(InvalidArgument, match=said):
+        options_of("--set", [text])
 
 
 def test_inspect_prints_the_report(tmp_path, capsys):
