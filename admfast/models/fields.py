@@ -35,9 +35,9 @@ def switch(name: str, value: object) -> bool:
 
 def probability(name: str, value: object) -> float:
     """A number from 0 to below 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise invalid(name, value, "a number, 0 or more and below 1")
-    return value  # type: ignore[return-value]
+    return float(value)
 
 
 def factors(name: str, value: object) -> tuple[int, ...]:
