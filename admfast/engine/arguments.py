@@ -58,15 +58,15 @@ def check_low_res(config: NetConfig, low_res: object, count: int) -> None:
 
 def check_implementations(impl: object) -> None:
     """Refuse an implementation that isn't known, or that this machine lacks, before anything runs."""
-    if impl is not None and not isinstance(impl, str):
+    if not isinstance(impl, str | None):
         raise invalid("impl", impl, "the name of an implementation, or None")
     for op, table in dispatch.TABLES.items():
         name = dispatch._from_environment(op)
         reason = name and table.named(name, dispatch.ENVIRONMENT).available()
         if reason:
             raise Unavailable(f"{dispatch.ENVIRONMENT}={name!r}: {op} can't run on it here: {reason}")
-    for op in ("normal", "sampler_step") if impl is not None else ():
-        reason = dispatch.TABLES[op].named(impl).available()
+    for op in ("normal", "sampler_step"):
+        reason = impl and dispatch.TABLES[op].named(impl).available()
         if reason:
             raise Unavailable(f"impl={impl!r}: {op} can't run on it here: {reason}")
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from admfast.errors import invalid
 
 GuidanceFn = Callable[[Tensor, Tensor], Tensor]
-# The log-probabilities are scaled by this before the backward pass and the gradient is divided by it in float32.
-# With the torso in float16 the error of the digits' gradient at t = 0 falls from 3.7 % to 0.1 % by it. A power of
-# two: where nothing underflows, no bit changes.
+# The log-probabilities are scaled by this before the backward pass, and the gradient is divided by it in
+# float32: with the torso in float16 the error of the digits' gradient at t = 0 falls from 3.7 % to 0.1 %. A
+# power of two, so that no bit changes where nothing underflows.
 LOSS_SCALE = 2.0**10
 
 
