@@ -355,7 +355,7 @@ class Pipeline:
         factor = max(min(sides) // trained, 1)
         # A side that the factor doesn't divide would lose its last columns.
         if any(side % trained or side % factor for side in sides):
-            allowed = f"sides that are multiples of {trained} pixels, and of the shorter side's {factor}"
+            allowed = f"sides that are multiples of {trained} pixels, and of {factor}"
             raise invalid("low_res", tuple(sides), allowed if factor > 1 else allowed.partition(",")[0])
         return factor, tuple(side // factor * self.config.image_size // trained for side in sides)
 

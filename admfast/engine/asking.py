@@ -107,7 +107,7 @@ def check_inverse(asked: Asked) -> None:
     if asked.t_start is not None:
         raise invalid("t_start", asked.t_start, f"not for {INVERSE}: it begins from the clean image")
     if (asked.x_start is None) == (asked.noise is None):
-        given = "None" if asked.noise is None else "given together with noise"
+        given = None if asked.noise is None else "given together with noise"
         raise invalid("x_start", given, f"{INVERSE} takes images apart: give them, [N, C, H, W] in [-1, 1]")
 
 
