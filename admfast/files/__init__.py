@@ -11,6 +11,7 @@ from admfast.files.npz import (
     write_samples,
     write_streamed,
 )
+from admfast.files.sets import read_set
 
 __all__ = [
     "Samples",
@@ -22,6 +23,7 @@ __all__ = [
     "read_arrays",
     "read_image",
     "read_samples",
+    "read_set",
     "write_arrays",
     "write_bytes",
     "write_grid",

@@ -36,12 +36,16 @@ class RunFolder:
         self._overwrite = overwrite
         self._old: list[Path] = []
 
-    def open(self) -> None:
-        """Make the folder. Raises OutputError for one that can't be written, or holds samples already."""
+    def check(self) -> None:
+        """Raise OutputError for a folder that holds samples already, unless they may be replaced."""
         self._old = samples_in(self.out)
         if self._old and not self._overwrite:
             held = f"holds {len(self._old)} files of samples already"
             raise OutputError(f"out={str(self.out)!r}: {held}; give another folder, or --overwrite")
+
+    def open(self) -> None:
+        """Make the folder. Raises OutputError for one that can't be written, or as `check`."""
+        self.check()
         if self._old:
             self.place = self._free_place()
         make_folder(self.place / "images")

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from admfast.checkpoints.describe import forward_work
-from admfast.engine.images import to_uint8
+from admfast.engine.images import from_uint8, to_uint8
 from admfast.engine.loop import Progress
 from admfast.errors import AdmfastError, invalid
 from admfast.files.images import read_image, write_grid, write_png
@@ -39,6 +40,7 @@ class SampleRun:
         batch_size: images at a time; None chooses.
         intermediates: keep x_0 of every so many steps as PNG files too; 0 for none.
         class_names: names for the grid's rows.
+        low_res: uint8 [N, h, w, C], the images that a pipeline which is an upsampler enlarges.
     """
 
     pipe: Pipeline
@@ -50,6 +52,7 @@ class SampleRun:
     overwrite: bool = False
     intermediates: int = 0
     class_names: Sequence[str] | None = None
+    low_res: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         self.finished = 0
@@ -72,13 +75,24 @@ class SampleRun:
         """The folder that holds the images finished so far."""
         return self._folder.place
 
+    def check(self) -> dict[str, int]:
+        """Check settings and folder before anything is made; the number of steps of an image, by stage."""
+        settings = dict(self.settings)
+        if self.low_res is not None:
+            n, height, width, channels = self.low_res.shape
+            # Its values don't matter here: no copy of all of them in float.
+            settings["low_res"] = torch.zeros(1, 1, 1, 1).expand(n, channels, height, width)
+        steps = self.pipe.check(self.classes, self.seeds, **settings)
+        self._folder.check()
+        return steps
+
     def run(self) -> list[Path]:
         """Sample and write; returns the grid's and the npz's path.
 
         Whatever ends the run early (Ctrl-C, NaN in a later batch, a full disk) leaves the images that are
         finished, with their grid and npz as far as these can be written, in `kept`.
         """
-        shares = self._shares()
+        shares = self._shares(self.check())
         self._folder.open()
         size = self.batch_size or self.pipe.images_at_a_time
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
@@ -112,7 +126,10 @@ class SampleRun:
             if self.intermediates and progress.done % self.intermediates == 0:
                 self._write_intermediate(first + progress.first, progress)
 
-        images = self.pipe.sample(classes, seeds, callback=progressed, batch_size=size, **self.settings)
+        settings = {**self.settings, "callback": progressed, "batch_size": size}
+        if self.low_res is not None:
+            settings["low_res"] = from_uint8(torch.from_numpy(self.low_res[first : first + size]))
+        images = self.pipe.sample(classes, seeds, **settings)
         for i, image in enumerate(images.numpy(), first):
             write_png(self._png(i), image)
             if i < GRID_LIMIT:
@@ -124,20 +141,16 @@ class SampleRun:
         label = "" if self.classes is None else f"_class{self.classes[i]}"
         return self._folder.place / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
 
-    def _shares(self) -> dict[str, float]:
+    def _shares(self, steps: dict[str, int]) -> dict[str, float]:
         """The part of an image's work that one step of the base model and one of the upsampler is."""
-        settings, up = self.settings, self.pipe.upsampler
-        if settings.get("respacing") is not None:
-            steps = self.pipe.process(settings["respacing"]).num_timesteps
-        else:
-            steps = settings.get("steps") or self.pipe.steps
+        up = self.pipe.upsampler
         if up is None:
-            return {"base": 1 / steps}
+            return {"base": 1 / steps["base"]}
         base, enlarging = forward_work(self.pipe.config).flops, forward_work(up.config).flops
-        if self.pipe.classifier is not None and settings.get("guidance", self.pipe.guidance):
+        if self.pipe.classifier is not None and self.settings.get("guidance", self.pipe.guidance):
             # A gradient with respect to the image alone costs one more forward pass.
             base += 2 * forward_work(self.pipe.classifier.config).flops  # type: ignore[arg-type]
-        total = steps * base + (settings.get("upsampler_steps") or up.steps) * enlarging
+        total = steps["base"] * base + steps["upsampler"] * enlarging
         return {"base": base / total, "upsampler": enlarging / total}
 
     def _finish(self) -> list[Path]:
