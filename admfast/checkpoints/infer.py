@@ -121,11 +121,23 @@ def identify(
         source = "its keys and shapes, which are those of " + _any_of([model.name for model in candidates])
     else:
         return _from_structure(shapes, file, network_options, diffusion_options, process)
-    # Released models of equal shapes differ in dropout alone.
-    assumed = () if sure else (f"dropout={config.dropout} (matters in training only)",)
     config = _with_options(config, network_options)
     diffusion = _settings(diffusion, diffusion_options, config)
-    return Identity(config, diffusion, known, candidates, source, assumed, training)
+    assumed = _of_the_preset(config, diffusion, options or {}) if known or not sure else []
+    # Released models of equal shapes differ in dropout alone.
+    assumed += [] if sure else [f"dropout={config.dropout} (matters in training only)"]
+    return Identity(config, diffusion, known, candidates, source, tuple(assumed), training)
+
+
+def _of_the_preset(
+    config: NetConfig, diffusion: DiffusionSettings | None, options: Mapping[str, Any]
+) -> list[str]:
+    """What a released model says and keys and shapes can't: the layout of the heads, the process."""
+    by = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
+    said = {by: getattr(config, by), "use_new_attention_order": config.use_new_attention_order}
+    if diffusion is not None:
+        said |= {"noise_schedule": diffusion.noise_schedule, "steps": diffusion.steps}
+    return [f"{name}={value}" for name, value in said.items() if name not in options]
 
 
 def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

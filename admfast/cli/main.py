@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from admfast import _interrupt
 from admfast.cli.fetch import run_fetch
 from admfast.cli.info import run_info
 from admfast.cli.inspect import run_inspect
@@ -32,7 +33,7 @@ app.command("models")(run_models)
 app.command("fetch")(run_fetch)
 app.command("info")(run_info)
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED = 2, _interrupt.INTERRUPTED
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What typer raises for bad usage. Newer versions carry their own copy of click, older ones import it; the
 # common base is reached through a class that both export.
@@ -41,6 +42,7 @@ UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    _interrupt.end()
     command = typer.main.get_command(app)
     args = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -40,17 +40,19 @@ def test_tables_are_aligned():
 def test_models_lists_every_system(capsys):
     run_models()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["system", "image", "classes", "guidance", "steps", "FID", "models"]
+    assert lines[0].split("  ")[-1] == "models" and "published FID, taken with" in lines[0]
+    assert "2.07, 250 steps, no guidance" in next(line for line in lines if line.startswith("imagenet64"))
+    for name, system in SYSTEMS.items():
+        run_models(name)
+        detail = capsys.readouterr().out
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        if system.metric is not None:
+            taken = system.metric.conditions.removeprefix("50,000 samples, ")
+            assert f"{system.metric.fid:.2f}, {taken}" in line and taken in detail
     assert [line.split()[0] for line in lines[2:]] == list(SYSTEMS)
     row = next(line for line in lines if line.startswith("imagenet256-up"))
-    assert row.split(maxsplit=6)[1:] == [
-        "256",
-        "1000",
-        "1",
-        "250+250",
-        "3.94",
-        "64x64_diffusion, 64x64_classifier, 64_256_upsampler",
-    ]
+    assert row.split(maxsplit=5)[1:5] == ["256", "1000", "1", "250+250"]
+    assert row.endswith("  64x64_diffusion, 64x64_classifier, 64_256_upsampler")
     assert not any(line.endswith(" ") for line in lines)
 
 
@@ -84,7 +86,8 @@ def test_models_describes_one(capsys):
     run_models("64x64_diffusion.pt")
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["use_new_attention_order"] == "True" and rows["noise_schedule"] == "cosine"
-    assert rows["precision"] == "torso in half precision" and rows["parameters"] == "295,904,454"
+    assert rows["precision"] == "published with the torso in float16; by default bfloat16 on a GPU"
+    assert rows["parameters"] == "295,904,454"
     with pytest.raises(
         InvalidArgument, match="name='imagenet265': no such system or model; nearest: imagenet256"
     ):
