@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +20,43 @@ from admfast.errors import AdmfastError
 from admfast.ops import TABLES, Implementation
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys
+sys.argv = ["/usr/local/bin/admfast", *sys.argv[1:]]
+from admfast.cli.main import main
+sys.exit(main())
+"""
 
 
 def rows(text: str) -> dict[str, str]:
     """The two columns of a printed table."""
     return dict(map(str.strip, line.split("  ", 1)) for line in text.splitlines() if line.strip())
+
+
+@pytest.mark.parametrize("module", ["admfast._interrupt", "admfast.cli.fetch"])
+@pytest.mark.parametrize("command", [["-m", "admfast"], ["-c", SCRIPT]], ids=["module", "script"])
+def test_ctrl_c_while_the_command_starts_is_one_line(command, module):
+    """Stopped as soon as the module is there: of the package with torch to come, or of the commands."""
+    started = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command, "info"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in started.stderr:
+        if line.endswith(f" {module}\n"):
+            started.send_signal(signal.SIGINT)
+            break
+    rest = [line for line in started.stderr if not line.startswith("import time:")]
+    assert (started.wait(60), rest) == (130, ["admfast: interrupted\n"])
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
+    code = "import signal, admfast; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_versions_devices_and_environment(capsys, monkeypatch):

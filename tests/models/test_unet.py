@@ -370,6 +370,9 @@ def test_convert_torso_casts_the_published_tensors_of_every_released_model(name,
     "call, message",
     [
         ({"y": None}, "y=None: this network needs class labels"),
+        ({"y": [0, 1]}, "y='list': a tensor of class indices, int64"),
+        ({"y": Y.float()}, "y='torch.float32': a tensor of class indices, int64"),
+        ({"y": Y + 100}, r"y=\[\d+, \d+\]: 0 to \d+"),
         ({"y": Y[:1]}, r"y.shape=\(1,\): one class for each image, \(2,\)"),
         ({"x": randn(2, 3, 8, 8)}, r"x.shape=\(2, 3, 8, 8\): \[N, 1, ...\] with 2 spatial dimensions"),
         ({"x": randn(2, 1, 8)}, r"x.shape=\(2, 1, 8\): \[N, 1, ...\] with 2 spatial dimensions"),
@@ -385,7 +388,7 @@ def test_wrong_arguments_are_named(call, message):
 
 
 def test_labels_that_are_not_wanted_are_refused():
-    with pytest.raises(InvalidArgument, match=r"y=\(2,\): this network takes no class labels"):
+    with pytest.raises(InvalidArgument, match="y='given': this network takes no class labels"):
         unet(num_classes=None)(randn(2, 1, 8, 8), T, Y)
 
 
