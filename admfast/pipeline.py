@@ -198,7 +198,7 @@ class Pipeline:
         """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
 
         The differentiable door: gradients flow from the three fields to x_t (and low_res). First derivatives
-        in reverse mode: torch's fused attention has no second ones, no forward mode and no vmap rule.
+        in reverse mode alone: no second ones, no forward mode (torch's fused attention has neither), no vmap.
         Autocast around the call changes nothing; the backward pass runs under the caller's own TF32 settings.
 
         Args:
