@@ -184,7 +184,7 @@ def _process_of_file(info: ModelInfo) -> DiffusionConfig:
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
     """Refuse a keyword that is neither an argument of `load` nor an option of a file."""
-    known = [*inspect.signature(load).parameters, *OPTION_NAMES]
+    known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES]
     for name, value in options.items():
         if name not in OPTION_NAMES:
             raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")
