@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from admfast.engine.loop import Callback, Progress
 from admfast.engine.numerics import own_numerics
 from admfast.engine.predict import Prediction, Predictor
 from admfast.engine.sampler import Plan, Request, conditioned, sample_batch
-from admfast.errors import invalid
+from admfast.errors import invalid, nearest
 from admfast.models import NetConfig, UNetConfig
 from admfast.ops.noise import Stream, as_seeds
 
@@ -183,6 +183,10 @@ class Pipeline:
 
         Raises: InvalidArgument as `sample` would, Unavailable for an implementation that this machine lacks.
         """
+        known = [entry.name for entry in fields(Asked)]
+        for name, value in settings.items():
+            if name not in known:
+                raise invalid(name, value, f"sample has no such argument; {nearest(name, known)}")
         with own_numerics(self.device, self.tf32):
             job = self._job(Asked(*images, **settings))
         steps = {"base": len(job.plan.table)}
@@ -198,7 +202,7 @@ class Pipeline:
         """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
 
         The differentiable door: gradients flow from the three fields to x_t (and low_res). First derivatives
-        in reverse mode: torch's fused attention has no second ones, no forward mode and no vmap rule.
+        in reverse mode alone: no second ones, no forward mode (torch's fused attention has neither), no vmap.
         Autocast around the call changes nothing; the backward pass runs under the caller's own TF32 settings.
 
         Args:

@@ -128,8 +128,12 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     if low_res_size is not None:
         low_res_size = whole_number("low_res_size", low_res_size, 1)
     for part in parts[1:]:
+        argument = f"{part.argument}_options"
         if part.path is None and part.options:
-            raise invalid(f"{part.argument}_options", part.options, f"there is no {part.argument}")
+            raise invalid(argument, part.options, f"there is no {part.argument}")
+        for name in part.options:
+            if name not in OPTION_NAMES:
+                raise invalid(argument, name, f"no such option of a file; {nearest(str(name), OPTION_NAMES)}")
     loaded: dict[str, tuple[Network, ModelInfo]] = {}
     questions = []
     for part in parts:
@@ -184,7 +188,7 @@ def _process_of_file(info: ModelInfo) -> DiffusionConfig:
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
     """Refuse a keyword that is neither an argument of `load` nor an option of a file."""
-    known = [*inspect.signature(load).parameters, *OPTION_NAMES]
+    known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES]
     for name, value in options.items():
         if name not in OPTION_NAMES:
             raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")

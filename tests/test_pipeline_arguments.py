@@ -136,6 +136,8 @@ def test_a_check_counts_the_steps():
     assert cascade().check(respacing="2,3") == {"base": 5, "upsampler": 3}
     with pytest.raises(InvalidArgument, match="multiples of 3 pixels"):
         cascade(low_res_size=3).check()
+    with pytest.raises(InvalidArgument, match="stepz=3: sample has no such argument; nearest: steps"):
+        pipeline().check(stepz=3)
 
 
 def test_a_check_takes_what_sample_takes():

@@ -18,6 +18,8 @@ from admfast.models.preset_types import ModelPreset, SystemPreset
 from admfast.systems import PRECISIONS, _precision, load, process_of
 from tests.small import SIDE, classifier, randn, unet, upsampler
 
+ANSWERS = {"kind": "upsampler", "num_heads": 2, "use_new_attention_order": False, "image_size": 2 * SIDE}
+ANSWERS |= {"noise_schedule": "linear"}
 SETTINGS = DiffusionSettings(noise_schedule="linear", steps=100, learn_sigma=True)
 
 
@@ -116,6 +118,8 @@ def test_everything_open_is_asked_for_at_once(tmp_path):
 def test_answers_without_their_file_are_refused(model, part):
     with pytest.raises(InvalidArgument, match=f"{part}=.*: there is no {part.removesuffix('_options')}"):
         load(model, device="cpu", **{part: {"num_heads": 2}})
+    with pytest.raises(InvalidArgument, match=f"{part}='device': no such option of a file"):
+        load(model, device="cpu", **{part.removesuffix("_options"): model, part: {"device": "cpu"}})
 
 
 def test_what_is_no_name_is_refused():
@@ -163,6 +167,28 @@ def test_what_is_loaded_in_inference_mode_works_outside(model, guide):
     x = randn(1, 1, SIDE, SIDE).requires_grad_(True)
     pipe.predict(x, 5, [1]).x0.sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_inputs_made_in_inference_mode_can_be_guided(model, guide):
+    pipe = load(model, classifier=guide, device="cpu")
+    with torch.inference_mode():
+        image, classes = randn(1, 1, SIDE, SIDE), torch.tensor([1])
+        for given in ({"noise": image}, {"x_start": image, "t_start": 50}):
+            assert pipe.sample(classes, [2], steps=2, **given).shape == (1, SIDE, SIDE, 1)
+        inverse = {"solver": "ddim-inverse", "x_start": image, "guidance": 1.0, "output": "float"}
+        assert torch.isfinite(pipe.sample(classes, [2], steps=2, **inverse)).all()
+    assert pipe.predict(image, 5, classes).x0.shape == image.shape
+
+
+def test_a_file_can_be_said_to_be_a_released_model(tmp_path, small_system):
+    path = write(tmp_path / "mine.pt", unet(), described=False)
+    pipe = load(path, preset="small_diffusion", device="cpu")
+    assert pipe.config == unet().config and pipe.diffusion == process_of(SETTINGS)
+    up = write(tmp_path / "up.pt", upsampler(), described=False)
+    pipe = load(path, preset="small_diffusion", upsampler=up, upsampler_options=ANSWERS, device="cpu")
+    assert pipe.upsampler.low_res_size is None
+    with pytest.raises(InvalidArgument, match="preset='small': no such model; nearest: small_"):
+        load(path, preset="small", device="cpu")
 
 
 def test_autocast_around_the_call_changes_nothing(model, guide):

@@ -69,6 +69,8 @@ class RunFolder:
             for path in self._old:
                 if path not in new:
                     path.unlink(missing_ok=True)
+            self.close()
+            self.place = self.out
 
     def close(self) -> None:
         """Remove the folders that stayed empty."""

@@ -110,7 +110,6 @@ class SampleRun:
             raise
         written = self._finish()
         self._folder.publish()
-        self._folder.close()
         return [self.out / path.name for path in written]
 
     def _batch(self, first: int, size: int, shares: dict[str, float], bar: tqdm) -> None:
@@ -120,7 +119,8 @@ class SampleRun:
 
         def progressed(progress: Progress) -> None:
             bar.delay = 0
-            bar.update(len(progress.x) * shares[progress.stage])
+            # The shares are fractions: their sum may pass the whole by its last bit.
+            bar.update(min(len(progress.x) * shares[progress.stage], bar.total - bar.n))
             spent = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{bar.n / spent:.2f} images/s" if spent else "", refresh=False)
             if self.intermediates and progress.done % self.intermediates == 0:
