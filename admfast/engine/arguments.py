@@ -61,7 +61,7 @@ def check_implementations(impl: object) -> None:
     if not isinstance(impl, str | None):
         raise invalid("impl", impl, "the name of an implementation, or None")
     for op, table in dispatch.TABLES.items():
-        name = dispatch._from_environment(op)
+        name = dispatch.named_by_environment(op)
         reason = name and table.named(name, dispatch.ENVIRONMENT).available()
         if reason:
             raise Unavailable(f"{dispatch.ENVIRONMENT}={name!r}: {op} can't run on it here: {reason}")

@@ -84,7 +84,7 @@ class OpTable:
         """
         asked_by = "impl"
         if impl is None:
-            impl, asked_by = _from_environment(self.op), ENVIRONMENT
+            impl, asked_by = named_by_environment(self.op), ENVIRONMENT
         if impl is not None:
             entry = self.named(impl, asked_by)
             reason = entry.available() or entry.supports(*args, **kwargs)
@@ -131,7 +131,7 @@ def _tell(choice: Choice) -> None:
         seen.append(choice)
 
 
-def _from_environment(op: str) -> str | None:
+def named_by_environment(op: str) -> str | None:
     """The name that ADMFAST_IMPL gives for this op, or None."""
     value = os.environ.get(ENVIRONMENT, "")
     chosen = None
