@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,16 +15,30 @@ from torch import Tensor, nn
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
 from admfast.diffusion.respacing import whole_number
 from admfast.engine.arguments import LARGEST_SEED, check_low_res, float_images, whole_numbers
-from admfast.engine.asking import Asked, Output, check_asked, check_inverse, guidance_scale, make_plan
+from admfast.engine.asking import (
+    Asked,
+    Output,
+    check_asked,
+    check_inverse,
+    guidance_scale,
+    guided_rows,
+    make_plan,
+)
+from admfast.engine.engine import Engine, out_of_memory
 from admfast.engine.guidance import GuidanceFn
 from admfast.engine.images import from_uint8, to_uint8
 from admfast.engine.loop import Callback, Progress
 from admfast.engine.numerics import own_numerics
+from admfast.engine.options import EngineOptions
+from admfast.engine.precision import FP32, Policy
 from admfast.engine.predict import Prediction, Predictor
-from admfast.engine.sampler import Plan, Request, conditioned, sample_batch
+from admfast.engine.request import Plan, Request
+from admfast.engine.sampler import conditioned, sample_batch
 from admfast.errors import invalid, nearest
 from admfast.models import NetConfig, UNetConfig
 from admfast.ops.noise import Stream, as_seeds
+
+LOG = logging.getLogger("admfast")
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,8 @@ class Pipeline:
         guidance, steps: what `sample` uses where nothing is asked for.
         low_res_size: side of the images that an upsampler was trained to enlarge.
         upsampler: a pipeline that enlarges what this one samples, or None.
-        tf32: on CUDA, round the factors of float32 products to 10 bits.
+        policy: what the networks compute in; their parameters stay as they are.
+        options: how steps are prepared.
     """
 
     name: str
@@ -60,7 +76,8 @@ class Pipeline:
     steps: int = 250
     low_res_size: int | None = None
     upsampler: Pipeline | None = None
-    tf32: bool = False
+    policy: Policy = FP32
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         for net in (self.net, self.classifier):
@@ -68,6 +85,9 @@ class Pipeline:
                 net.requires_grad_(False).eval()
         self._check_parts()
         self._predictor = Predictor(self.diffusion)
+        parts: tuple[Any, Any] = (self.net, self.classifier)
+        self._engine = Engine(parts[0], parts[1], self.policy, self.options)
+        self._engine.ready()
 
     def __repr__(self) -> str:
         """One line: the parts, not their layers."""
@@ -93,10 +113,7 @@ class Pipeline:
     @property
     def precision(self) -> str:
         """In what the networks run: "bfloat16, classifier float32"."""
-        torso = "tf32" if self.tf32 else str(self.net.torso_dtype).removeprefix("torch.")
-        if self.classifier is None or self.classifier.torso_dtype == self.net.torso_dtype:
-            return torso
-        return f"{torso}, classifier {str(self.classifier.torso_dtype).removeprefix('torch.')}"
+        return str(self.policy)
 
     @property
     def num_classes(self) -> int | None:
@@ -113,6 +130,7 @@ class Pipeline:
         steps: int | None = None,
         solver: str = "ddpm",
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         eta: float | None = None,
         clip: bool = True,
         respacing: Respacing | None = None,
@@ -142,6 +160,8 @@ class Pipeline:
                 (float output; not for a cascade). DDIM from that noise leads back to them.
             guidance: scale of the classifier's gradient, 0 for none; None is the system's own, for
                 ddim-inverse 0: the published inverse has no guidance.
+            guidance_interval: (lowest, highest) timestep of the original process at which guidance applies
+                (Kynkaanniemi et al. 2024); None is everywhere. Steps outside cost no classifier.
             eta: DDIM's noise, 0..1 (None: 0).
             clip: limit x_0 to [-1, 1] at every step.
             respacing: which timesteps to use instead of `steps`: a published string or a list of steps.
@@ -172,10 +192,11 @@ class Pipeline:
         Not differentiable; see `predict`. Inference mode and autocast around the call change nothing.
         """
         asked = Asked(
-            classes, seeds, steps, solver, guidance, eta, clip, respacing, upsampler_steps, low_res, noise,
-            step_noise, x_start, t_start, guidance_fn, denoised_fn, callback, every, batch_size, output, impl,
+            classes, seeds, steps, solver, guidance, guidance_interval, eta, clip, respacing,
+            upsampler_steps, low_res, noise, step_noise, x_start, t_start, guidance_fn, denoised_fn,
+            callback, every, batch_size, output, impl,
         )  # fmt: skip
-        with own_numerics(self.device, self.tf32):
+        with own_numerics(self.device, self.policy.tf32):
             return self._run(self._job(asked))
 
     def check(self, *images: Any, **settings: Any) -> dict[str, int]:
@@ -187,7 +208,7 @@ class Pipeline:
         for name, value in settings.items():
             if name not in known:
                 raise invalid(name, value, f"sample has no such argument; {nearest(name, known)}")
-        with own_numerics(self.device, self.tf32):
+        with own_numerics(self.device, self.policy.tf32):
             job = self._job(Asked(*images, **settings))
         steps = {"base": len(job.plan.table)}
         return steps if job.enlarging is None else {**steps, "upsampler": len(job.enlarging.table)}
@@ -218,13 +239,14 @@ class Pipeline:
         Raises:
             InvalidArgument: for any value that is not allowed (what lies on a GPU is checked by shape alone).
         """
-        with own_numerics(self.device, self.tf32):
+        with own_numerics(self.device, self.policy.tf32):
             return self._predict(x_t, t, classes, low_res)
 
     def _predict(
         self, x_t: Tensor, t: Tensor | float, classes: Tensor | Sequence[int] | None, low_res: Tensor | None
     ) -> Prediction:
         """`predict`, in the pipeline's own precision."""
+        self._engine.ready()
         x_t = float_images("x_t", x_t)
         check_low_res(self.config, low_res, len(x_t))
         labels, known = None, self.config.num_classes
@@ -285,6 +307,7 @@ class Pipeline:
         plan = make_plan(self.diffusion, self.steps, asked)
         check_inverse(asked)
         plan = replace(plan, scale=guidance_scale(self.name, self.guidance, self.classifier, asked))
+        plan = replace(plan, guided=guided_rows(plan, asked))
         request = self._request(asked, plan)
         if asked.batch_size is None:
             size = self._images_at_a_time(request.shape)
@@ -306,18 +329,36 @@ class Pipeline:
         return _Job(asked, plan, enlarging, request, size)
 
     def _run(self, job: _Job) -> Tensor:
-        """Sample the images of a job, batch by batch."""
-        images, asked = [], job.asked
-        for first in range(0, job.request.shape[0], job.size):
-            part = job.request.part(first, job.size)
-            watch = _numbered(asked.callback, first, "base")
-            x = sample_batch(self.net, self.classifier, job.plan, part, watch, asked.every)
-            if self.upsampler is not None and job.enlarging is not None:
-                part = self.upsampler._enlarging(x, part)
-                watch = _numbered(asked.callback, first, "upsampler")
-                x = sample_batch(self.upsampler.net, None, job.enlarging, part, watch, asked.every)
-            images.append(to_uint8(x).cpu() if asked.output == "uint8" else x)
+        """Sample the images of a job, batch by batch; batches that don't fit into memory are halved."""
+        images, first, size = [], 0, job.size
+        while first < job.request.shape[0]:
+            part = job.request.part(first, size)
+            try:
+                images.append(self._batch(job, part, first))
+            except RuntimeError as error:
+                if not out_of_memory(error) or part.shape[0] == 1:
+                    raise
+                size = -(-part.shape[0] // 2)
+                LOG.warning("out of memory with %d images at a time: going on with %d", part.shape[0], size)
+            else:
+                first += size
+                continue
+            # Here, as the exception holds on to the memory of what raised it.
+            for pipe in (self, self.upsampler):
+                if pipe is not None:
+                    pipe._engine.release()
         return torch.cat(images)
+
+    def _batch(self, job: _Job, part: Request, first: int) -> Tensor:
+        """One batch through the base model and what enlarges its images."""
+        asked = job.asked
+        watch = _numbered(asked.callback, first, "base")
+        x = sample_batch(self._engine, job.plan, part, watch, asked.every)
+        if self.upsampler is not None and job.enlarging is not None:
+            part = self.upsampler._enlarging(x, part)
+            watch = _numbered(asked.callback, first, "upsampler")
+            x = sample_batch(self.upsampler._engine, job.enlarging, part, watch, asked.every)
+        return to_uint8(x).cpu() if asked.output == "uint8" else x
 
     def _request(self, asked: Asked, plan: Plan) -> Request:
         """Which images are wanted, checked, on the network's device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.diffusion import DiffusionConfig
 from admfast.diffusion.respacing import whole_number
 from admfast.engine.numerics import own_numerics
+from admfast.engine.options import EngineOptions
+from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
 from admfast.models import Classifier, UNet, Upsampler
 from admfast.models.description import DiffusionSettings
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset, system
 from admfast.pipeline import Pipeline
 
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Network = UNet | Classifier
 ENDINGS = (".pt", ".safetensors")
 
@@ -38,6 +39,9 @@ def load(
     preset: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
+    compile: bool = False,
+    keep_master: bool = True,
+    engine: EngineOptions | None = None,
     classifier_options: Mapping[str, Any] | None = None,
     upsampler_options: Mapping[str, Any] | None = None,
     **options: Any,
@@ -53,8 +57,12 @@ def load(
         preset: for a file, the released model that it is ("256x256_diffusion").
         device: "cpu", "cuda", "cuda:1", ...; None takes the GPU where there is one.
         precision: of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16". "auto" is bf16 on a GPU with
-            the classifier in fp32 (as published), else fp32. Norms, softmax, embeddings, the last layer and
-            the update are in float32 in all of them.
+            the classifier in fp32 (as published), bf16 on a CPU with AMX, else fp32. Norms, softmax,
+            embeddings, the last layer and the update are in float32 in all of them.
+        compile: torch.compile the step; the first image of a shape then waits for minutes.
+        keep_master: keep the float32 parameters beside what a half precision derives from them; without,
+            the parameters themselves are rounded, and memory is saved.
+        engine: how steps are prepared (`EngineOptions`); None is the default.
         options: for a file, what can't be told from it (num_heads, noise_schedule, image_size, ...).
         classifier_options, upsampler_options: the same for these files; of an upsampler also `low_res_size`,
             the side of the images that it was trained to enlarge: larger ones are brought down to it.
@@ -70,7 +78,7 @@ def load(
         raise invalid("name", name, "a system (such as 'digits32') or the path of a weights file")
     _check_option_names(options)
     on = _device(device)
-    form = _precision(precision, on)
+    form = _Form(policy(precision, on), _engine_options(engine, compile), keep_master)
     given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
     given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
     with own_numerics(on):
@@ -96,11 +104,30 @@ def load(
 
 @dataclass(frozen=True)
 class _Form:
-    """How networks run: dtypes of the torsos, and whether float32 products may be TF32's."""
+    """How networks run: in what, by which preparation, and whether their float32 parameters are kept."""
 
-    torso: torch.dtype
-    classifier: torch.dtype
-    tf32: bool = False
+    policy: Policy
+    options: EngineOptions
+    keep_master: bool = True
+
+    def network(self, net: Network, dtype: torch.dtype) -> nn.Module:
+        """The network as pipelines hold it, images channels-last: how convolutions and norms run fastest."""
+        if not self.keep_master and dtype != torch.float32:
+            net.convert_torso(dtype)
+        if net.config.dims == 2:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net
+
+    def diffusion(self, net: Network) -> nn.Module:
+        return self.network(net, self.policy.torso)
+
+    def classifier(self, net: Network) -> nn.Module:
+        return self.network(net, self.policy.classifier)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of a `Pipeline`."""
+        return dict(policy=self.policy, options=self.options)
 
 
 @dataclass
@@ -120,6 +147,14 @@ _ANSWERS = {
 }
 _KIND = {"name": (UNet, "a diffusion model"), "classifier": (Classifier, "a classifier")}
 _KIND["upsampler"] = (Upsampler, "an upsampler")
+
+
+def _engine_options(engine: EngineOptions | None, compile: bool) -> EngineOptions:
+    """The options asked for."""
+    if engine is not None and not isinstance(engine, EngineOptions):
+        raise invalid("engine", engine, "EngineOptions, or None")
+    options = engine or EngineOptions()
+    return replace(options, compile=compile or options.compile)
 
 
 def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeline:
@@ -152,18 +187,20 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
         if low_res_size is None and up[1].preset in MODELS:
             low_res_size = MODELS[str(up[1].preset)].low_res_size
         name, process = Path(up[1].path).stem, _process_of_file(up[1])
-        net_of_it, steps = _in_precision(up[0], form.torso), min(250, process.steps)
-        upsampler = Pipeline(name, net_of_it, process, steps=steps, low_res_size=low_res_size, tf32=form.tf32)
+        net_of_it, steps = form.diffusion(up[0]), min(250, process.steps)
+        upsampler = Pipeline(
+            name, net_of_it, process, steps=steps, low_res_size=low_res_size, **form.settings
+        )
     process = _process_of_file(info)
     return Pipeline(
         Path(info.path).stem,
-        _in_precision(net, form.torso),
+        form.diffusion(net),
         process,
-        None if guide is None else _in_precision(guide[0], form.classifier),
+        None if guide is None else form.classifier(guide[0]),
         guidance=1.0 if guide is not None else 0.0,
         steps=min(250, process.steps),
         upsampler=upsampler,
-        tf32=form.tf32,
+        **form.settings,
     )
 
 
@@ -211,7 +248,7 @@ def _load_system(
         preset_name = None if model.shipped else model.name
         net, _ = load_network(paths[model.name], preset=preset_name, device=device)
         assert isinstance(net, Network)
-        return _in_precision(net, form.classifier if model is chosen.classifier else form.torso)
+        return form.classifier(net) if model is chosen.classifier else form.diffusion(net)
 
     upsampler = None
     if chosen.upsampler is not None:
@@ -221,7 +258,7 @@ def _load_system(
             _process(chosen.upsampler),
             steps=chosen.upsampler_steps,
             low_res_size=chosen.upsampler.low_res_size,
-            tf32=form.tf32,
+            **form.settings,
         )
     return Pipeline(
         chosen.name,
@@ -231,7 +268,7 @@ def _load_system(
         guidance=chosen.guidance,
         steps=chosen.steps,
         upsampler=upsampler,
-        tf32=form.tf32,
+        **form.settings,
     )
 
 
@@ -278,24 +315,3 @@ def _device(device: str | torch.device | None) -> torch.device:
         count = torch.cuda.device_count()
         raise Unavailable(f"device={str(device)!r}: this machine has {count} usable CUDA devices")
     return chosen
-
-
-def _precision(precision: str, device: torch.device) -> _Form:
-    """How the networks run for a word, on a device."""
-    if precision == "auto":
-        # Some of the released models overflow float16, and the published classifier runs in float32.
-        return _Form(torch.bfloat16 if device.type == "cuda" else torch.float32, torch.float32)
-    if not isinstance(precision, str) or precision not in PRECISIONS:
-        raise invalid("precision", precision, nearest(str(precision), ["auto", *PRECISIONS]))
-    if precision == "tf32" and device.type != "cuda":
-        raise Unavailable("precision='tf32': only on a CUDA device")
-    return _Form(PRECISIONS[precision], PRECISIONS[precision], tf32=precision == "tf32")
-
-
-def _in_precision(net: Network, dtype: torch.dtype) -> nn.Module:
-    """The network with its torso in `dtype`, images channels-last: how convolutions and norms run fastest."""
-    if dtype != torch.float32:
-        net.convert_torso(dtype)
-    if net.config.dims == 2:
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return net

@@ -34,7 +34,8 @@ def watch(net: nn.Module) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        calls.append({"x": args[0].clone(), "t": args[1].clone(), **kwargs})
+        given = {"x": args[0], "t": args[1], **kwargs}
+        calls.append({name: value.clone() for name, value in given.items()})  # prepared steps reuse buffers
 
     net.register_forward_pre_hook(hook, with_kwargs=True)
     return calls

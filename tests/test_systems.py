@@ -11,11 +11,12 @@ import torch
 import admfast
 from admfast.checkpoints import describe, write_weights
 from admfast.engine.numerics import own_numerics
+from admfast.engine.precision import POLICIES, policy
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, Unavailable
 from admfast.models import NetConfig, UNetConfig
 from admfast.models.description import Description, DiffusionSettings
 from admfast.models.preset_types import ModelPreset, SystemPreset
-from admfast.systems import PRECISIONS, _precision, load, process_of
+from admfast.systems import load, process_of
 from tests.small import SIDE, classifier, randn, unet, upsampler
 
 ANSWERS = {"kind": "upsampler", "num_heads": 2, "use_new_attention_order": False, "image_size": 2 * SIDE}
@@ -142,7 +143,7 @@ def test_a_whole_block_that_is_missing_is_named_before_any_question(tmp_path):
 
 @pytest.mark.parametrize("wanted, form", [("auto", ("bfloat16", "float32")), ("fp16", ("float16",) * 2)])
 def test_precisions_on_a_gpu(wanted, form):
-    chosen = _precision(wanted, torch.device("cuda"))
+    chosen = policy(wanted, torch.device("cuda"))
     assert (chosen.torso, chosen.classifier) == tuple(getattr(torch, name) for name in form)
 
 
@@ -350,14 +351,14 @@ def test_a_system_s_file_must_be_its_model(small_system, tmp_path):
 # Devices and precisions
 
 
-@pytest.mark.parametrize("precision", [*PRECISIONS, "auto"])
+@pytest.mark.parametrize("precision", [*POLICIES, "auto"])
 def test_precisions_on_the_cpu(model, guide, precision):
     if precision == "tf32":
         with pytest.raises(Unavailable, match="precision='tf32': only on a CUDA device"):
             load(model, device="cpu", precision=precision)
         return
     pipe = load(model, classifier=guide, device="cpu", precision=precision)
-    wanted = torch.float32 if precision == "auto" else PRECISIONS[precision]
+    wanted = policy(precision, torch.device("cpu")).torso
     assert (pipe.net.torso_dtype, pipe.classifier.torso_dtype) == (wanted, wanted)
     assert pipe.net.out[2].weight.dtype == torch.float32
     last = wanted != torch.float32

@@ -30,6 +30,7 @@ class Asked:
     steps: int | None = None
     solver: str = "ddpm"
     guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     eta: float | None = None
     clip: bool = True
     respacing: Respacing | None = None
@@ -98,6 +99,23 @@ def _from_the_middle(plan: Plan, diffusion: DiffusionConfig, asked: Asked) -> Pl
         raise invalid("t_start", t_start, f"{kept[0]} or more, the first step of this respacing")
     rows = plan.table.from_step(max(below))
     return replace(plan, table=rows, skipped=len(plan.table) - len(rows))
+
+
+def guided_rows(plan: Plan, asked: Asked) -> list[bool] | None:
+    """For every row whether its timestep of the original process lies in the interval; None: all rows."""
+    interval = asked.guidance_interval
+    if interval is None:
+        return None
+    if not plan.scale and asked.guidance_fn is None:
+        raise invalid("guidance_interval", interval, "without guidance there is nothing to limit")
+    values = list(interval) if isinstance(interval, Iterable) and not isinstance(interval, str) else []
+    if len(values) != 2:
+        raise invalid("guidance_interval", interval, "two timesteps, (lowest, highest)")
+    low, high = (real_number("guidance_interval", value) for value in values)
+    if low > high:
+        raise invalid("guidance_interval", interval, "the lowest first")
+    kept = plan.process.schedule.timestep_map
+    return [low <= kept[row.index] <= high for row in plan.table.rows]
 
 
 def check_inverse(asked: Asked) -> None:

@@ -16,6 +16,28 @@ GuidanceFn = Callable[[Tensor, Tensor], Tensor]
 LOSS_SCALE = 2.0**10
 
 
+def log_probability_gradient(
+    classifier: nn.Module, x: Tensor, t: Tensor, index: Tensor, projected: Tensor | None = None
+) -> Tensor:
+    """Return d/dx sum_n log_softmax(classifier(x, t))[n, index_n] like x, in float32, without a graph.
+
+    The gradient with respect to x alone: the parameters are frozen. index: [N, 1] int64. projected: see
+    `Classifier.forward`.
+    """
+    extra = {} if projected is None else {"projected": projected}
+    with torch.enable_grad():
+        x_in = x.detach().requires_grad_(True)
+        log_probability = torch.log_softmax(classifier(x_in, t, **extra).float(), dim=-1)
+        (g,) = torch.autograd.grad(log_probability.gather(1, index).sum() * LOSS_SCALE, x_in)
+    return g.to(torch.promote_types(g.dtype, torch.float32)) / LOSS_SCALE
+
+
+def check_frozen(classifier: nn.Module) -> None:
+    """Refuse a classifier whose gradients in its parameters would be computed and dropped."""
+    if any(parameter.requires_grad for parameter in classifier.parameters()):
+        raise invalid("classifier", "trainable", "freeze its parameters first (requires_grad_(False))")
+
+
 def classifier_guidance(classifier: nn.Module, labels: Tensor, scale: float) -> GuidanceFn:
     """Return g(x, t) = scale * d/dx sum_n log_softmax(classifier(x, t))[n, labels_n], at x_t.
 
@@ -25,15 +47,6 @@ def classifier_guidance(classifier: nn.Module, labels: Tensor, scale: float) -> 
     labels: [N] int64. scale: guidance scale. The function takes x [N, C, H, W] and t [N] and returns float32
     of x's shape, without a graph.
     """
-    if any(parameter.requires_grad for parameter in classifier.parameters()):
-        raise invalid("classifier", "trainable", "freeze its parameters first (requires_grad_(False))")
+    check_frozen(classifier)
     index = labels[:, None]
-
-    def gradient(x: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x_in = x.detach().requires_grad_(True)
-            log_probability = torch.log_softmax(classifier(x_in, t).float(), dim=-1)
-            (g,) = torch.autograd.grad(log_probability.gather(1, index).sum() * LOSS_SCALE, x_in)
-        return g.to(torch.promote_types(g.dtype, torch.float32)) / LOSS_SCALE * scale
-
-    return gradient
+    return lambda x, t: log_probability_gradient(classifier, x, t, index) * scale

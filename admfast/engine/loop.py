@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,36 +50,29 @@ class Diverged(NonFiniteError):
         self.row, self.x, self.t = row, x, t
 
 
-def run_table(
+class Step(Protocol):
+    """What runs rows: `advance(i, guided)` runs row i on `state`, rows coming in order from 0."""
+
+    state: SamplerState
+
+    def advance(self, i: int, guided: bool) -> None: ...
+
+
+def run_rows(
     table: SolverTable,
-    model: Model,
-    x: Tensor,
+    step: Step,
     *,
-    guidance: GuidanceFn | None = None,
-    denoised_fn: Callable[[Tensor], Tensor] | None = None,
-    seeds: Tensor | None = None,
-    step_noise: Tensor | None = None,
-    noise_row: int = 0,
-    stream: int = Stream.STEPS,
+    guided: Sequence[bool],
     callback: Callback | None = None,
     every: int = 1,
-    impl: str | None = None,
     careful: bool = False,
 ) -> SamplerState:
-    """Run all rows from x and return the final state; nothing but a callback's own work leaves the device.
+    """Run all rows of a table by a step; nothing but a callback's own work leaves the device.
 
     Args:
-        table: the solver's rows.
-        model: model(x, t) -> the network's output [N, C or 2C, *spatial]; t is [N], int64 or float32.
-        x: [N, C, *spatial], already scaled, float32 (float64 runs the reference).
-        guidance: guidance(x, t) -> gradient like x, or None. It is called without gradients being recorded.
-        denoised_fn: maps x_0 before it is limited (then the row's x_0 is made in PyTorch).
-        seeds: [N] int64, for the noise of every row.
-        step_noise: [rows, N, C, *spatial] used instead.
-        noise_row: counter of the first row's noise.
-        stream: stream of the noise.
+        table, step: the rows, and what runs them, ready for the first.
+        guided: for every row whether it is guided.
         callback: called after every `every`-th row and after the last.
-        impl: implementation of the update.
         careful: look at x after every row and keep what went into it, for the error. Always so on the CPU,
             where it costs next to nothing; else x is looked at after the first and the last row.
 
@@ -87,42 +81,99 @@ def run_table(
     """
     if every < 1:
         raise invalid("every", every, "1 or more")
-    if step_noise is not None and step_noise.shape != (len(table), *x.shape):
-        raise invalid("step_noise.shape", tuple(step_noise.shape), f"{(len(table), *tuple(x.shape))}")
-    rows = table.rows if denoised_fn is None else tuple(_given_x0(row) for row in table.rows)
-    state = SamplerState.start(x, rows)
-    packed = pack(rows, device=x.device, dtype=x.dtype)
-    t_net, t_clf = _timesteps(table, x)
-    careful = careful or x.device.type == "cpu"
+    state, total = step.state, len(table)
+    careful = careful or state.x.device.type == "cpu"
     with torch.no_grad():
         for i, row in enumerate(table.rows):
             before = state.x.clone() if careful else None
-            out = model(state.x, t_net[i])
-            gradient = None
-            if guidance is not None:
-                # Detached: a function that makes its x a leaf must not make the state one.
-                gradient = guidance(state.x.detach(), t_clf[i])
-                float_images("guidance(x, t)", gradient, tuple(x.shape))
-            if denoised_fn is not None:
-                out = apply_denoised_fn(denoised_fn, row, state.x, out)
-            sampler_step(
-                state,
-                out,
-                packed,
-                i,
-                grad=gradient,
-                seeds=seeds,
-                noise=None if step_noise is None else step_noise[i],
-                noise_row=noise_row + i,
-                stream=stream,
-                impl=impl,
-            )
-            last = i == len(rows) - 1
+            step.advance(i, guided[i])
+            last = i == total - 1
             if (careful or i == 0 or last) and not bool(torch.isfinite(state.x).all()):
-                raise Diverged(row, before, t_net[i])
+                raise Diverged(row, before, _timesteps(table, state.x)[0][i])
             if callback is not None and ((i + 1) % every == 0 or last):
-                callback(Progress(i + 1, len(rows), row.index, row.t_net, state.x, state.x0))
+                callback(Progress(i + 1, total, row.index, row.t_net, state.x, state.x0))
     return state
+
+
+class FunctionStep:
+    """A row by functions of (x, t), a user's own among them."""
+
+    def __init__(
+        self,
+        table: SolverTable,
+        model: Model,
+        x: Tensor,
+        *,
+        guidance: GuidanceFn | None = None,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        seeds: Tensor | None = None,
+        step_noise: Tensor | None = None,
+        noise_row: int = 0,
+        stream: int = Stream.STEPS,
+        impl: str | None = None,
+    ):
+        if step_noise is not None and step_noise.shape != (len(table), *x.shape):
+            raise invalid("step_noise.shape", tuple(step_noise.shape), f"{(len(table), *tuple(x.shape))}")
+        rows = table.rows if denoised_fn is None else tuple(_given_x0(row) for row in table.rows)
+        self.rows, self.model, self.guidance, self.denoised_fn = table.rows, model, guidance, denoised_fn
+        self.state = SamplerState.start(x, rows)
+        self.packed = pack(rows, device=x.device, dtype=x.dtype)
+        self.t_net, self.t_clf = _timesteps(table, x)
+        self.step_noise, self.noise_row = step_noise, noise_row
+        self.options = dict(seeds=seeds, stream=stream, impl=impl)
+
+    def advance(self, i: int, guided: bool) -> None:
+        x, gradient = self.state.x, None
+        out = self.model(x, self.t_net[i])
+        if self.guidance is not None and guided:
+            # Detached: a function that makes its x a leaf must not make the state one.
+            gradient = self.guidance(x.detach(), self.t_clf[i])
+            float_images("guidance(x, t)", gradient, tuple(x.shape))
+        if self.denoised_fn is not None:
+            out = apply_denoised_fn(self.denoised_fn, self.rows[i], x, out)
+        noise = None if self.step_noise is None else self.step_noise[i]
+        row = self.noise_row + i
+        sampler_step(
+            self.state,
+            out,
+            self.packed,
+            i,
+            grad=gradient,
+            noise=noise,
+            noise_row=row,
+            **self.options,  # type: ignore[arg-type]
+        )
+
+
+def run_table(
+    table: SolverTable,
+    model: Model,
+    x: Tensor,
+    *,
+    callback: Callback | None = None,
+    every: int = 1,
+    careful: bool = False,
+    guided: Sequence[bool] | None = None,
+    **options: Any,
+) -> SamplerState:
+    """Run all rows by functions, from x, and return the final state.
+
+    Args:
+        table: the solver's rows.
+        model: model(x, t) -> the network's output [N, C or 2C, *spatial]; t is [N], int64 or float32.
+        x: [N, C, *spatial], already scaled, float32 (float64 runs the reference).
+        callback, every, careful, guided: see `run_rows`; all rows are guided where nothing is said.
+        options: of `FunctionStep`: guidance(x, t) -> gradient like x, called without gradients being
+            recorded; denoised_fn, which maps x_0 before it is limited (then the row's x_0 is made in
+            PyTorch); seeds [N] int64 for the noise of every row, or step_noise [rows, N, C, *spatial];
+            noise_row, the counter of the first row's noise; stream of the noise; impl of the update.
+
+    Raises:
+        Diverged: if x is not finite after a row that was looked at.
+    """
+    step = FunctionStep(table, model, x, **options)
+    flags = [True] * len(table) if guided is None else guided
+    return run_rows(table, step, guided=flags, callback=callback, every=every, careful=careful)
 
 
 def _timesteps(table: SolverTable, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,114 +1,76 @@
-"""One batch of images: what is wanted of it, and its way through the rows of a solver."""
+"""One batch of images on its way through the rows of a solver."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from admfast.diffusion import GaussianDiffusion
 from admfast.engine.diagnose import first_nonfinite
+from admfast.engine.engine import Engine
 from admfast.engine.guidance import GuidanceFn, classifier_guidance
-from admfast.engine.loop import Callback, Diverged, Model, apply_denoised_fn, run_table
+from admfast.engine.loop import Callback, Diverged, Model, apply_denoised_fn, run_rows, run_table
+from admfast.engine.request import Plan, Request
+from admfast.engine.step import Batch, StepKey
 from admfast.errors import NonFiniteError
-from admfast.ops.noise import Stream, normal
+from admfast.ops.noise import normal
 from admfast.solvers import SolverTable
 
-
-@dataclass(frozen=True)
-class Request:
-    """The images of a batch, all tensors on the network's device.
-
-    shape: (N, C, *spatial). seeds: [N] int64. labels: [N] int64 or None. noise: like the images, or None for
-    the seeds' own. x_start: images to begin from, or None. step_noise: [rows, N, C, *spatial] or None.
-    low_res: condition of an upsampler, or None.
-    """
-
-    shape: tuple[int, ...]
-    seeds: Tensor
-    labels: Tensor | None = None
-    noise: Tensor | None = None
-    x_start: Tensor | None = None
-    step_noise: Tensor | None = None
-    low_res: Tensor | None = None
-
-    def to(self, device: torch.device) -> Request:
-        """The request on `device`, images in float32."""
-
-        def move(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, torch.float32)
-
-        return Request(
-            self.shape,
-            self.seeds.to(device),
-            None if self.labels is None else self.labels.to(device),
-            *map(move, (self.noise, self.x_start, self.step_noise, self.low_res)),
-        )
-
-    def part(self, first: int, size: int) -> Request:
-        """Images first..first+size-1 of this request."""
-        last = min(first + size, self.shape[0])
-
-        def cut(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[first:last]
-
-        return replace(
-            self,
-            shape=(last - first, *self.shape[1:]),
-            seeds=self.seeds[first:last],
-            labels=cut(self.labels),
-            noise=cut(self.noise),
-            x_start=cut(self.x_start),
-            step_noise=None if self.step_noise is None else self.step_noise[:, first:last],
-            low_res=cut(self.low_res),
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a batch is sampled.
-
-    process: the respaced process. table: the rows that run. skipped: rows of the whole table before them
-    (they count in the noise, so that an image begun midway gets the noise of those steps). noised: x_start is
-    noised to the first row's step; the inverse of DDIM begins from it as it is. scale: of the classifier's
-    gradient. guidance_fn, denoised_fn: the user's own. streams: noise of x_T and of the steps.
-    """
-
-    process: GaussianDiffusion
-    table: SolverTable
-    skipped: int = 0
-    noised: bool = True
-    scale: float = 0.0
-    guidance_fn: GuidanceFn | None = None
-    denoised_fn: Callable[[Tensor], Tensor] | None = None
-    streams: tuple[Stream, Stream] = (Stream.X_T, Stream.STEPS)
-    impl: str | None = None
+LOG = logging.getLogger("admfast")
 
 
 def sample_batch(
-    net: nn.Module,
-    classifier: nn.Module | None,
-    plan: Plan,
-    request: Request,
-    callback: Callback | None = None,
-    every: int = 1,
+    engine: Engine, plan: Plan, request: Request, callback: Callback | None = None, every: int = 1
 ) -> Tensor:
     """Run a batch through the rows of the plan: float32 images [N, C, *spatial].
+
+    By the engine's prepared step; where the plan has Python functions of a user's, row by row with those.
 
     Raises:
         NonFiniteError: naming the first layer that produced NaN or infinity.
     """
+    engine.ready()
     x = _first_x(plan, request)
+    python = [name for name in ("guidance_fn", "denoised_fn") if getattr(plan, name) is not None]
+    try:
+        if engine.options.prepared and not python:
+            return _by_prepared_step(engine, plan, request, x, callback, every)
+        if python:
+            LOG.info("rows run one by one, not by a prepared step: %s is a Python function", python[0])
+        model, options = _functions(engine, plan, request)
+        return run_table(plan.table, model, x, callback=callback, every=every, **options).x
+    except Diverged as error:
+        raise _diagnosed(error, engine, plan, request, x) from None
+
+
+def _by_prepared_step(
+    engine: Engine, plan: Plan, request: Request, x: Tensor, callback: Callback | None, every: int
+) -> Tensor:
+    """Fill the engine's step for this batch and run it."""
+    noise = None if request.step_noise is None else request.step_noise[plan.skipped :]
+    batch = Batch(
+        x, request.seeds, request.labels, request.low_res, noise, scale=plan.scale, noise_row=plan.skipped
+    )
+    conditional = engine.net.config.num_classes is not None  # type: ignore[union-attr]
+    guided = plan.guided_rows()
+    step = engine.step(StepKey.of(plan.table, batch, guided, conditional, plan.streams[1]), plan.impl)
+    step.fill(plan.table, batch)
+    state = run_rows(plan.table, step, guided=guided, callback=callback, every=every)
+    return state.x.clone()  # the buffer is the next batch's
+
+
+def _functions(engine: Engine, plan: Plan, request: Request) -> tuple[Model, dict[str, Any]]:
+    """The model and the options of `run_table`."""
     guidance = None if plan.guidance_fn is None else _on_a_copy(plan.guidance_fn)
     if plan.scale:
-        assert classifier is not None and request.labels is not None
-        guidance = classifier_guidance(classifier, request.labels, plan.scale)
-    model = conditioned(net, request.labels, request.low_res)
+        assert engine.classifier is not None and request.labels is not None
+        guidance = classifier_guidance(engine.classifier, request.labels, plan.scale)
     options: dict[str, Any] = dict(
         guidance=guidance,
+        guided=plan.guided_rows(),
         denoised_fn=plan.denoised_fn,
         seeds=request.seeds,
         step_noise=None if request.step_noise is None else request.step_noise[plan.skipped :],
@@ -116,19 +78,22 @@ def sample_batch(
         stream=plan.streams[1],
         impl=plan.impl,
     )
-    try:
-        return run_table(plan.table, model, x, callback=callback, every=every, **options).x
-    except Diverged as error:
-        found, before = error, error.x
-        if before is None:
-            found, before = _again(plan.table, model, x, options)
-        networks = {"net": net, "classifier": classifier}
-        calls = {"its output": model, "the guidance": guidance}
-        if plan.denoised_fn is not None:
-            fn, row = plan.denoised_fn, found.row
-            calls["what denoised_fn returned"] = lambda x, t: apply_denoised_fn(fn, row, x, model(x, t))
-        where = first_nonfinite(networks, calls, before, found.t)
-        raise NonFiniteError(f"{found}; {where}") from None
+    return conditioned(engine.net, request.labels, request.low_res), options
+
+
+def _diagnosed(error: Diverged, engine: Engine, plan: Plan, request: Request, x: Tensor) -> NonFiniteError:
+    """The error that says which layer it was."""
+    model, options = _functions(engine, plan, request)
+    found, before = error, error.x
+    if before is None:
+        found, before = _again(plan.table, model, x, options)
+    networks = {"net": engine.net, "classifier": engine.classifier}
+    calls = {"its output": model, "the guidance": options["guidance"]}
+    if plan.denoised_fn is not None:
+        fn, row = plan.denoised_fn, found.row
+        calls["what denoised_fn returned"] = lambda x, t: apply_denoised_fn(fn, row, x, model(x, t))
+    where = first_nonfinite(networks, calls, before, found.t)
+    return NonFiniteError(f"{found}; {where}")
 
 
 def _first_x(plan: Plan, request: Request) -> Tensor:

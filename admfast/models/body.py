@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from admfast.errors import invalid
 from admfast.models.config import NetConfig
-from admfast.models.layers import AttentionBlock, Downsample, ResBlock, TimestepEmbedSequential, conv_nd
+from admfast.models.convolution import conv_nd
+from admfast.models.layers import AttentionBlock, Downsample, ResBlock, TimestepEmbedSequential
 
 
 def time_mlp(model_channels: int) -> nn.Sequential:

@@ -16,12 +16,14 @@ from admfast.models.body import (
     time_mlp,
 )
 from admfast.models.config import ClassifierConfig
-from admfast.models.layers import AttentionPool2d, Norm, conv_nd, timestep_embedding, zeroed
+from admfast.models.convolution import conv_nd
+from admfast.models.fold import FoldableNet, Projected
+from admfast.models.layers import AttentionPool2d, Norm, timestep_embedding, zeroed
 
 HIDDEN = 2048  # width of the hidden layer of the spatial pools
 
 
-class Classifier(nn.Module):
+class Classifier(FoldableNet):
     """Class logits of a noisy image (Dhariwal & Nichol 2021, section 4); parameters named as released.
 
     Pools: "adaptive" (GN, SiLU, mean, 1x1 convolution), "attention" (GN, SiLU, attention pool), "spatial" and
@@ -36,19 +38,19 @@ class Classifier(nn.Module):
         self.middle_block = middle_block(config)
         channels = config.widths()[-1]
         self.out = _head(config, channels, feature_size=sum(outputs) + channels)
+        self._lay_out_projections()
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, projected: Tensor | None = None) -> Tensor:
         """Return logits [N, classes] (dtype of x) at x [N, C, *spatial] and timesteps [N]; differentiable.
 
-        Raises InvalidArgument for shapes that don't fit.
+        projected: see `UNet.forward`. Raises InvalidArgument for shapes that don't fit.
         """
         config = self.config
         check_input(config, config.in_channels, x, timesteps)
-        emb = timestep_embedding(timesteps, config.model_channels)
-        emb = self.time_embed(emb.to(dtype_of(self.time_embed)))
+        emb = self.embedded(timesteps) if projected is None else Projected(projected)
         spatial, wide = config.pool.startswith("spatial"), dtype_of(self.out)
         means = []
-        h = x.to(self.torso_dtype)
+        h = self.entering(x)
         for block in self.input_blocks:
             h = block(h, emb)
             if spatial:
@@ -62,10 +64,10 @@ class Classifier(nn.Module):
             h = layer(h)
         return h.to(x.dtype)
 
-    @property
-    def torso_dtype(self) -> torch.dtype:
-        """The dtype in which the input and middle blocks run."""
-        return dtype_of(self.input_blocks)
+    def embedded(self, timesteps: Tensor) -> Tensor | Projected:
+        """The embedding of timesteps [N] as the blocks take it."""
+        emb = timestep_embedding(timesteps, self.config.model_channels)
+        return self.projected(self.time_embed(emb.to(dtype_of(self.time_embed))))
 
     def convert_torso(self, dtype: torch.dtype) -> Self:
         """Run the input and middle blocks in `dtype`, in place (the published half-precision recipe)."""

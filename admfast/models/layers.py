@@ -13,18 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from admfast.errors import invalid
 from admfast.models.config import GROUPS
+from admfast.models.convolution import PointwiseConv1d, conv_nd
+from admfast.models.fold import Projected
 from admfast.ops.attention import attention
 from admfast.ops.group_norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
 
 Net = TypeVar("Net", bound=nn.Module)
-
-CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-def conv_nd(dims: int, *args: int, **kwargs: int | tuple[int, ...]) -> nn.Module:
-    """A convolution over `dims` spatial dimensions."""
-    return CONVOLUTIONS[dims](*args, **kwargs)
 
 
 def zeroed(module: Net) -> Net:
@@ -129,6 +124,7 @@ class ResBlock(nn.Module):
             nn.Dropout(p=dropout),
             zeroed(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
+        self.projection = slice(0)  # columns of this block among the projections of all; the network sets it
         if out_channels == channels:
             self.skip_connection: nn.Module = nn.Identity()
         elif use_conv:
@@ -136,25 +132,34 @@ class ResBlock(nn.Module):
         else:
             self.skip_connection = conv_nd(dims, channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor, x2: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
         return _maybe_checkpoint(self.use_checkpoint, self._forward, x, emb, x2)
 
-    def _forward(self, x: Tensor, emb: Tensor, x2: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None) -> Tensor:
         if self.resample is None:
-            skip = x if x2 is None else torch.cat([x, x2], dim=1)
             h = self.in_layers[0](x, silu=True, x2=x2)
         else:
-            h, skip = self.in_layers[0](x, silu=True, resample=self.resample, x2=x2, with_skip=True)
+            h, x = self.in_layers[0](x, silu=True, resample=self.resample, x2=x2, with_skip=True)
+            x2 = None
         h = self.in_layers[2](h)
-        projected = self.emb_layers(emb)  # [N, C] or [N, 2C]
+        projected = self._projected(emb)  # [N, C] or [N, 2C]
         if self.use_scale_shift_norm:
             scale, shift = projected.chunk(2, dim=1)
             h = self.out_layers[0](h, silu=True, scale=scale, shift=shift)
         else:
             h = h + projected.to(h.dtype)[(...,) + (None,) * (h.dim() - 2)]
             h = self.out_layers[0](h, silu=True)
-        h = self.out_layers[3](self.out_layers[2](h))
-        return self.skip_connection(skip) + h
+        return self.out_layers[3](self.out_layers[2](h), self._skip(x, x2))
+
+    def _projected(self, emb: Tensor | Projected) -> Tensor:
+        if isinstance(emb, Projected):
+            return emb.values[:, self.projection]
+        return self.emb_layers(emb)
+
+    def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
+        if isinstance(self.skip_connection, nn.Identity):
+            return x if x2 is None else torch.cat([x, x2], dim=1)
+        return self.skip_connection(x, x2=x2)
 
 
 class AttentionBlock(nn.Module):
@@ -174,18 +179,20 @@ class AttentionBlock(nn.Module):
         self.legacy_order = not use_new_attention_order
         self.use_checkpoint = use_checkpoint
         self.norm = Norm(channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+        self.qkv = PointwiseConv1d(channels, 3 * channels, 1)
+        if self.legacy_order:
+            # [h, 3, d] -> [3, h, d]
+            rows = torch.arange(3 * channels, device="cpu").view(num_heads, 3, -1)
+            self.qkv.rows = rows.transpose(0, 1).flatten().tolist()
+        self.proj_out = zeroed(PointwiseConv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return _maybe_checkpoint(self.use_checkpoint, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [N, S, C]
-        qkv = F.linear(tokens, self.qkv.weight.squeeze(-1), self.qkv.bias)
-        h = attention(qkv, self.num_heads, legacy_order=self.legacy_order)
-        h = F.linear(h, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + h.transpose(1, 2).reshape(x.shape)
+        qkv = self.qkv(self.norm(x).flatten(2)).transpose(1, 2)  # [N, S, 3C]
+        h = attention(qkv, self.num_heads, legacy_order=self.legacy_order and not self.qkv.reordered)
+        return self.proj_out(h.transpose(1, 2), x.flatten(2)).reshape(x.shape)
 
 
 class AttentionPool2d(nn.Module):
@@ -219,7 +226,9 @@ class AttentionPool2d(nn.Module):
 class TimestepEmbedSequential(nn.Sequential):
     """A sequence whose residual blocks also get the embedding, and its first module the second source."""
 
-    def forward(self, x: Tensor, emb: Tensor, x2: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb, x2)
@@ -229,7 +238,7 @@ class TimestepEmbedSequential(nn.Sequential):
         return x
 
 
-def _maybe_checkpoint(use_checkpoint: bool, forward: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+def _maybe_checkpoint(use_checkpoint: bool, forward: Callable[..., Tensor], *args: Any) -> Tensor:
     """Run `forward`, recomputing it in the backward pass where asked for and a gradient is being recorded.
 
     The non-reentrant form follows the graph, not the arguments, so that frozen parameters, double backward

@@ -19,10 +19,12 @@ from admfast.models.body import (
     time_mlp,
 )
 from admfast.models.config import UNetConfig
-from admfast.models.layers import Norm, TimestepEmbedSequential, Upsample, conv_nd, timestep_embedding, zeroed
+from admfast.models.convolution import conv_nd
+from admfast.models.fold import FoldableNet, Projected
+from admfast.models.layers import Norm, TimestepEmbedSequential, Upsample, timestep_embedding, zeroed
 
 
-class UNet(nn.Module):
+class UNet(FoldableNet):
     """The UNet of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol 2021, section 3).
 
     Parameter names, shapes and meaning equal those of the released checkpoints. `config` describes it whole.
@@ -44,14 +46,19 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             Norm(first), nn.SiLU(), zeroed(conv_nd(config.dims, first, config.out_channels, 3, padding=1))
         )
+        self._lay_out_projections()
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, projected: Tensor | None = None
+    ) -> Tensor:
         """Return the output at `x`: the mean part, then the variance channels where they are learned.
 
         Args:
             x: [N, C, *spatial], float; every side divisible by 2^(levels - 1).
             timesteps: [N], integer or float, in the unit of the original schedule.
             y: [N] class indices of a class-conditional network; None otherwise.
+            projected: [N, projected_width], what `project` gave for these timesteps and classes, which are
+                not looked at then.
 
         Returns:
             [N, out_channels, *spatial], dtype of `x`. Differentiable in x and in the parameters.
@@ -60,21 +67,13 @@ class UNet(nn.Module):
             InvalidArgument: for labels that are missing or not wanted, or shapes that don't fit.
         """
         config = self.config
-        if (y is not None) != (config.num_classes is not None):
-            wanted = "needs" if config.num_classes is not None else "takes no"
-            raise invalid("y", None if y is None else "given", f"this network {wanted} class labels")
         check_input(config, config.in_channels * self.input_copies, x, timesteps)
         factor = 2 ** (len(config.channel_mult) - 1)
         # Of a volume only the inner two sides are halved from level to level.
         if any(side % factor for side in x.shape[2 + (config.dims == 3) :]):
             raise invalid("x.shape", tuple(x.shape), f"sides that {factor} divides")
-        if y is not None:
-            self._check_labels(y, timesteps)
-        emb = timestep_embedding(timesteps, config.model_channels)
-        emb = self.time_embed(emb.to(dtype_of(self.time_embed)))
-        if y is not None:
-            emb = emb + self._embedded(y)
-        h = x.to(self.torso_dtype)
+        emb = self.embedded(timesteps, y) if projected is None else Projected(projected)
+        h = self.entering(x)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb)
@@ -84,6 +83,18 @@ class UNet(nn.Module):
             h = block(h, emb, skips.pop())
         h = h.to(dtype_of(self.out))
         return self.out[2](self.out[0](h, silu=True)).to(x.dtype)
+
+    def embedded(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | Projected:
+        """The embedding of timesteps and classes [N] as the blocks take it."""
+        config = self.config
+        if (y is not None) != (config.num_classes is not None):
+            wanted = "needs" if config.num_classes is not None else "takes no"
+            raise invalid("y", None if y is None else "given", f"this network {wanted} class labels")
+        if y is not None:
+            self._check_labels(y, timesteps)
+        emb = timestep_embedding(timesteps, config.model_channels)
+        emb = self.time_embed(emb.to(dtype_of(self.time_embed)))
+        return self.projected(emb if y is None else emb + self._embedded(y))
 
     def _check_labels(self, y: object, timesteps: Tensor) -> None:
         """Refuse, by name, what isn't one whole number for each image."""
@@ -99,11 +110,6 @@ class UNet(nn.Module):
             return self.label_emb(y)
         except IndexError:
             raise invalid("y", y.tolist(), f"0 to {self.label_emb.num_embeddings - 1}") from None
-
-    @property
-    def torso_dtype(self) -> torch.dtype:
-        """The dtype in which the input, middle and output blocks run."""
-        return dtype_of(self.input_blocks)
 
     def convert_torso(self, dtype: torch.dtype) -> Self:
         """Run the input, middle and output blocks in `dtype`, in place, rounding their convolutions once.
@@ -123,7 +129,10 @@ def _up_path(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
     channels = widths[-1]
     for level in reversed(range(len(widths))):
         for index in range(config.num_res_blocks + 1):
-            layers: list[nn.Module] = [res_block(config, channels + skip_channels.pop(), widths[level])]
+            block = res_block(config, channels + skip_channels.pop(), widths[level])
+            if not isinstance(block.skip_connection, nn.Identity):
+                block.skip_connection.split = channels  # type: ignore[assignment]
+            layers: list[nn.Module] = [block]
             channels = widths[level]
             if attended[level]:
                 layers.append(attention_block(config, channels, up_path=True))

@@ -20,7 +20,12 @@ class Upsampler(UNet):
         super().__init__(config)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> Tensor:
         """As `UNet.forward`, with `low_res` [N, C, h, w] in the range of x; differentiable in it too."""
         if low_res is None:
@@ -30,4 +35,4 @@ class Upsampler(UNet):
             raise invalid("low_res.shape", tuple(low_res.shape), f"[{x.shape[0]}, {channels}, ...]")
         mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.dim()]
         upsampled = F.interpolate(low_res, x.shape[2:], mode=mode, align_corners=False)
-        return super().forward(torch.cat([x, upsampled.to(x.dtype)], dim=1), timesteps, y)
+        return super().forward(torch.cat([x, upsampled.to(x.dtype)], dim=1), timesteps, y, projected)

@@ -111,6 +111,18 @@ class OpTable:
         return [self.named(first), *(entry for entry in self.implementations if entry.name != first)]
 
 
+@contextlib.contextmanager
+def using(setting: str) -> Iterator[None]:
+    """Choose within the block as if ADMFAST_IMPL were `setting`; for the whole process."""
+    global _setting
+    before, _setting = _setting, setting
+    try:
+        yield
+    finally:
+        _setting = before
+
+
+_setting: str | None = None
 TABLES: dict[str, OpTable] = {}
 _watchers: list[list[Choice]] = []
 
@@ -133,7 +145,7 @@ def _tell(choice: Choice) -> None:
 
 def named_by_environment(op: str) -> str | None:
     """The name that ADMFAST_IMPL gives for this op, or None."""
-    value = os.environ.get(ENVIRONMENT, "")
+    value = os.environ.get(ENVIRONMENT, "") if _setting is None else _setting
     chosen = None
     for item in filter(None, (part.strip() for part in value.split(","))):
         target, separator, name = (part.strip() for part in item.partition("="))

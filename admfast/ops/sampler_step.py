@@ -256,6 +256,19 @@ def sampler_step(
         entry.forward(state, out, table, row, **options)
 
 
+def update_for(state: SamplerState, table: PackedTable, impl: str | None = None) -> Callable[..., None]:
+    """The implementation that runs rows of `table` on `state`, chosen once and without further checks.
+
+    For a caller that goes through a table of its own, with the row in a tensor. Returns
+    update(state, out, table, row, *, out2, grad, seeds, noise, noise_row, stream) as `sampler_step`, for an
+    `out` in a dtype of the released networks.
+
+    Raises: Unavailable for an implementation asked for by name that can't serve the state.
+    """
+    row = torch.zeros(1, dtype=torch.int32, device=state.x.device)
+    return TABLE.choose(impl, state, state.x, table, row).forward
+
+
 def _check_row(state: SamplerState, table: PackedTable, row: int | Tensor) -> frozenset[str]:
     """Refuse a table or row that can't run; return the columns used by the row (by any, if it isn't read)."""
     x = state.x

@@ -28,13 +28,13 @@ def poison(net: torch.nn.Module, name: str, value: float = float("nan")) -> None
         net.get_parameter(name).view(-1)[0] = value
 
 
-# What is named: attention blocks and norms use their weights themselves, so that the block or norm is.
+# What is named.
 LAYERS = {
     "time_embed.2.bias": "net.time_embed.2 (Linear)",
     "label_emb.weight": "net.label_emb (Embedding)",
     "input_blocks.0.0.weight": "net.input_blocks.0.0 (Conv2d)",
     "input_blocks.1.0.in_layers.0.weight": "net.input_blocks.1.0.in_layers.0 (Norm)",
-    "input_blocks.3.1.qkv.weight": "net.input_blocks.3.1 (AttentionBlock)",
+    "input_blocks.3.1.qkv.weight": "net.input_blocks.3.1.qkv (PointwiseConv1d)",
     "middle_block.2.emb_layers.1.weight": "net.middle_block.2.emb_layers.1 (Linear)",
     "output_blocks.3.0.skip_connection.bias": "net.output_blocks.3.0.skip_connection (Conv2d)",
     "out.2.weight": "net.out.2 (Conv2d)",

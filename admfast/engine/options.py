@@ -1,0 +1,43 @@
+"""How the engine runs a step; each part of it can be switched off alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from admfast.diffusion.respacing import whole_number
+from admfast.errors import invalid
+from admfast.models.fold import FoldOptions
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What is prepared for a step.
+
+    Attributes:
+        prepared: run rows on static buffers with the embeddings of many rows made at once; without, every
+            row calls the networks as `predict` does.
+        fold: what layers derive from their parameters; None: nothing.
+        rows_at_a_time: rows whose embeddings are made in one product.
+        graph: on CUDA, capture the step and replay it.
+        branches: on CUDA, the classifier's gradient beside the network on a stream of its own.
+        compile: torch.compile around the step.
+        kept_steps: prepared steps (of other batch sizes, tables or pictures) that are kept.
+    """
+
+    prepared: bool = True
+    fold: FoldOptions | None = FoldOptions()
+    rows_at_a_time: int = 25
+    graph: bool = True
+    branches: bool = True
+    compile: bool = False
+    kept_steps: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("prepared", "graph", "branches", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(name, getattr(self, name), "True or False")
+        whole_number("rows_at_a_time", self.rows_at_a_time, 1)
+        whole_number("kept_steps", self.kept_steps, 1)
+
+
+PLAIN = EngineOptions(prepared=False, fold=None, graph=False, branches=False)

@@ -1,0 +1,254 @@
+"""One guided step as a prepared unit: networks, gradient, update and noise on buffers that stay in place.
+
+A step is made once for a batch size and a kind of table, filled with a table and a batch, and then run row by
+row. Its body reads the number of the row from the device, takes that row's timesteps, embeddings and
+coefficients, and adds one to the number: the same body serves every row, so that a captured graph of it can
+be replayed. Between rows the host does what a row needs rarely: it makes the embeddings of the next
+`rows_at_a_time` rows, and copies recorded noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from admfast.engine.guidance import check_frozen, log_probability_gradient
+from admfast.engine.options import EngineOptions
+from admfast.models.fold import FoldableNet
+from admfast.ops.sampler_step import COLUMNS, HISTORY, PackedTable, SamplerState, pack, update_for
+from admfast.solvers import SolverTable
+
+EMBEDDING_BYTES = 200 << 20  # what the projected embeddings of one network may take at a time
+ROWS = 1000  # tables of any length up to this share a step
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """What a prepared step is made for; another value of any of it needs another step.
+
+    shape: (N, C, *spatial). guided, plain: there are rows with guidance, and rows without. classes: labels
+    are given to the network. low_res: shape of an upsampler's condition. saved, history: buffers that the
+    table uses. recorded: noise is given, not made. integer_t: dtype of the timesteps. stream: of the noise.
+    """
+
+    shape: tuple[int, ...]
+    guided: bool
+    plain: bool
+    classes: bool
+    low_res: tuple[int, ...] | None
+    saved: bool
+    history: bool
+    recorded: bool
+    integer_t: bool
+    stream: int
+    rows: int = ROWS
+
+    @classmethod
+    def of(
+        cls, table: SolverTable, batch: Batch, guided: Sequence[bool], classes: bool, stream: int
+    ) -> StepKey:
+        """The key of the step that runs this table, its rows guided or not, on this batch."""
+        rows = table.rows
+        return cls(
+            tuple(batch.x.shape),
+            any(guided),
+            not all(guided),
+            classes and batch.labels is not None,
+            None if batch.low_res is None else tuple(batch.low_res.shape),
+            saved=any(row.save or row.a_s for row in rows),
+            history=any(row.push for row in rows),
+            recorded=batch.step_noise is not None,
+            integer_t=table.integer_t,
+            stream=int(stream),
+            rows=-(-len(rows) // ROWS) * ROWS,
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is filled with; tensors on the step's device, as in `Request` and `Plan`."""
+
+    x: Tensor
+    seeds: Tensor
+    labels: Tensor | None = None
+    low_res: Tensor | None = None
+    step_noise: Tensor | None = None
+    scale: float = 0.0
+    noise_row: int = 0
+
+
+class PreparedStep:
+    """The step for a `StepKey`: `fill` it with a table and a batch, then `advance` row by row."""
+
+    def __init__(
+        self,
+        net: FoldableNet,
+        classifier: FoldableNet | None,
+        key: StepKey,
+        device: torch.device,
+        options: EngineOptions,
+        impl: str | None = None,
+    ):
+        if classifier is not None:
+            check_frozen(classifier)
+        self.net, self.classifier, self.key = net, classifier if key.guided else None, key
+        self._make_buffers(device)
+        parts = {"net": self.net, "classifier": self.classifier}
+        self.tables = {
+            name: EmbeddingTable(part, key.shape[0], options.rows_at_a_time, device)
+            for name, part in parts.items()
+            if part is not None and part.projects
+        }
+        self.update = update_for(self.state, self.packed, impl)
+        self.side: torch.cuda.Stream | None = None
+        # A traced body has one stream.
+        if device.type == "cuda" and options.branches and not options.compile and self.classifier is not None:
+            self.side = torch.cuda.Stream(device)
+        # What runs a row: the body, or what was made of it (a compiled body, a captured graph).
+        kinds = [kind for kind, there in ((True, key.guided), (False, key.plain)) if there]
+        self.run: dict[bool, Callable[[], None]] = {kind: partial(self.body, kind) for kind in kinds}
+        self.refused: str | None = None  # why the step isn't captured, where that was wanted
+
+    def _make_buffers(self, device: torch.device) -> None:
+        """Everything that a row reads or writes, but for the networks."""
+        key = self.key
+
+        def images(*more: int) -> Tensor:
+            return torch.zeros((*more, *key.shape), dtype=torch.float32, device=device)
+
+        saved, history = images() if key.saved else None, images(HISTORY) if key.history else None
+        self.state = SamplerState(images(), images(), saved, history)
+        self.noise = images() if key.recorded else None
+        self.low_res = None if key.low_res is None else torch.zeros(key.low_res, device=device)
+        self.labels = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
+        self.seeds = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
+        self.scale = torch.zeros(1, dtype=torch.float32, device=device)
+        # Row and row of the noise, in one tensor, so that one operation advances them.
+        self.counters = torch.zeros(2, dtype=torch.int32, device=device)
+        self.first_row = torch.zeros(1, dtype=torch.int32, device=device)
+        dtype = torch.int64 if key.integer_t else torch.float32
+        self.timesteps = torch.zeros((2, key.rows), dtype=dtype, device=device)
+        host = _no_rows(key.rows)
+        self.packed = PackedTable(host, host.to(device, torch.float32))
+        self.step_noise: Tensor | None = None
+
+    def body(self, guided: bool) -> None:
+        """Run the row that the counter names and go on to the next; nothing is read back."""
+        row, noise_row = self.counters[:1], self.counters[1:]
+        x, count = self.state.x, self.key.shape[0]
+        t_net, t_clf = self.timesteps.index_select(1, row).expand(2, count)
+        gradient = None
+        if guided and self.side is not None:
+            here = torch.cuda.current_stream()
+            self.side.wait_stream(here)
+            with torch.cuda.stream(self.side):
+                gradient = self._gradient(x, t_clf, row)
+            out = self._output(x, t_net, row)
+            here.wait_stream(self.side)
+        else:
+            gradient = self._gradient(x, t_clf, row) if guided else None
+            out = self._output(x, t_net, row)
+        self.update(
+            self.state,
+            out,
+            self.packed,
+            row,
+            out2=None,
+            grad=gradient,
+            seeds=self.seeds,
+            noise=self.noise,
+            noise_row=noise_row,
+            stream=self.key.stream,
+        )
+        self.counters.add_(1)
+
+    def _output(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        extra = {}
+        if "net" in self.tables:
+            extra["projected"] = self.tables["net"].at(row - self.first_row)
+        if self.key.classes:
+            extra["y"] = self.labels
+        if self.low_res is not None:
+            extra["low_res"] = self.low_res
+        return self.net(x, t, **extra)
+
+    def _gradient(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        assert self.classifier is not None
+        table = self.tables.get("classifier")
+        projected = None if table is None else table.at(row - self.first_row)
+        g = log_probability_gradient(self.classifier, x, t, self.labels[:, None], projected)
+        return g * self.scale
+
+    def fill(self, table: SolverTable, batch: Batch) -> None:
+        """Take a table and a batch into the buffers; the next row is the first."""
+        packed = pack(table.rows, device=self.state.x.device)
+        self.packed.host.copy_(_no_rows(self.key.rows))
+        self.packed.host[: len(table)] = packed.host
+        self.packed.device.copy_(self.packed.host)
+        self.state.x.copy_(batch.x)
+        for buffer in (self.state.x0, self.state.saved, self.state.history):
+            if buffer is not None:
+                buffer.zero_()
+        self.seeds.copy_(batch.seeds)
+        for own, given in ((self.labels, batch.labels), (self.low_res, batch.low_res)):
+            if own is not None and given is not None:
+                own.copy_(given)
+        self.scale.fill_(batch.scale)
+        rows = torch.tensor([(row.t_net, row.t_clf) for row in table.rows], dtype=torch.float64)
+        self.timesteps[:, : len(table)] = rows.T.to(self.timesteps.dtype).to(self.timesteps.device)
+        self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32))
+        self.step_noise = batch.step_noise
+
+    def advance(self, i: int, guided: bool) -> None:
+        """Run row i; rows come in order, from 0."""
+        chunk = min([table.rows for table in self.tables.values()], default=0)
+        if chunk and i % chunk == 0:
+            self.first_row.fill_(i)
+            for name, column in (("net", 0), ("classifier", 1)):
+                if name in self.tables:
+                    labels = self.labels if name == "net" and self.key.classes else None
+                    self.tables[name].fill(self.timesteps[column, i : i + chunk], labels)
+        if self.noise is not None and self.step_noise is not None:
+            self.noise.copy_(self.step_noise[i])
+        self.run[guided]()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers (not of the networks, nor of what runs a row)."""
+        found = [getattr(self.state, field.name) for field in fields(self.state)]
+        found += [self.noise, self.low_res, *(table.values for table in self.tables.values())]
+        return sum(buffer.nbytes for buffer in found if buffer is not None)
+
+
+class EmbeddingTable:
+    """The projected embeddings of several rows and all images of a batch: values [rows, N, total]."""
+
+    def __init__(self, net: FoldableNet, count: int, rows: int, device: torch.device):
+        width = net.projected_width
+        self.rows = max(1, min(rows, EMBEDDING_BYTES // (4 * width * count)))
+        self.net, self.count = net, count
+        self.values = torch.zeros((self.rows, count, width), dtype=torch.float32, device=device)
+
+    def fill(self, timesteps: Tensor, labels: Tensor | None) -> None:
+        """Make the rows of these timesteps."""
+        rows = len(timesteps)
+        t = timesteps[:, None].expand(rows, self.count).flatten()
+        y = () if labels is None else (labels.repeat(rows),)
+        with torch.no_grad():
+            values = self.net.embedded(t, *y).values  # type: ignore[operator]
+        self.values[:rows] = values.view(rows, self.count, -1)
+
+    def at(self, row: Tensor) -> Tensor:
+        """The row whose number lies on the device: [N, total]."""
+        return self.values.index_select(0, row)[0]
+
+
+def _no_rows(count: int) -> Tensor:
+    """A packed table whose rows make everything 0: [count, columns] float64."""
+    table = torch.zeros(count, len(COLUMNS), dtype=torch.float64)
+    table[:, COLUMNS.index("push_slot")] = -1
+    return table

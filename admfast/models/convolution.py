@@ -1,0 +1,140 @@
+"""Convolutions that run on a form of their weights derived for speed, where their network is folded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.models.fold import FoldOptions
+from admfast.ops.conv import FoldedConv
+
+
+class _Folded:
+    """What a convolution was folded to, and the parameters that this was made from."""
+
+    def __init__(self, parts: list[FoldedConv], key: tuple[Any, ...], residual: bool):
+        self.parts, self.key, self.residual, self.reordered = parts, key, residual, False
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None, x2: Tensor | None) -> Tensor:
+        if len(self.parts) == 1 and x2 is not None:
+            x, x2 = torch.cat([x, x2], dim=1), None
+        inside = residual if self.residual else None
+        y = self.parts[0](x, inside)
+        if x2 is not None:
+            y = self.parts[1](x2, y)
+        return y if inside is residual else residual + y  # type: ignore[operator]
+
+
+class FoldableConv(nn.Module):
+    """Mixin of a convolution: `conv(x, residual, x2)` is `residual + conv([x, x2])`.
+
+    Parameters are named and shaped as in any convolution. `fold_weights` derives from them what the forward
+    then runs on, as long as they are frozen, the same tensors, and the module is not in training mode. The
+    forward without it takes the weights in the dtype of x.
+
+    split: channels of the first source where it is always given two, else 0. rows: the order in which the
+    folded form puts out its channels, None for their own.
+    """
+
+    split: int = 0
+    rows: list[int] | None = None
+    weight: Tensor
+    bias: Tensor | None
+    _folded: _Folded | None = None
+
+    def fold_weights(self, options: FoldOptions, dtype: torch.dtype) -> int:
+        """Derive the folded form, or renew it in place; returns the bytes that it takes."""
+        split = self.split if options.two_sources else 0
+        rows = self.rows if options.qkv_rows else None
+        key = (options, dtype)
+        parts = _parts(self.weight.detach(), None if self.bias is None else self.bias.detach(), split, rows)
+        if self._folded is not None and self._folded.key == key:
+            for form, part in zip(self._folded.parts, parts, strict=True):
+                form.refold(*part)
+        else:
+            given: dict[str, Any] = dict(stride=self.stride, padding=self.padding)
+            forms = [FoldedConv(*part, **given, dtype=dtype, impl=options.conv) for part in parts]
+            self._folded = _Folded(forms, key, options.residual)
+        self._folded.weight, self._folded.bias = self.weight, self.bias
+        self._folded.reordered = rows is not None
+        return sum(form.nbytes for form in self._folded.parts)
+
+    def unfold(self) -> None:
+        """Drop the folded form."""
+        self._folded = None
+
+    @property
+    def folded(self) -> _Folded | None:
+        """The folded form where it may be used."""
+        found = self._folded
+        if found is None or self.training or self.weight.requires_grad:
+            return None
+        # Under torch.func.functional_call other tensors stand here.
+        return found if found.weight is self.weight and found.bias is self.bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
+        folded = self.folded
+        if folded is not None:
+            return folded(x, residual, x2)
+        if x2 is not None:
+            x = torch.cat([x, x2], dim=1)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = self._conv_forward(x, self.weight.to(x.dtype), bias)  # type: ignore[operator]
+        return y if residual is None else residual + y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What moves or converts a module keeps its parameters' identity.
+        self.unfold()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_folded"}
+
+
+def _parts(
+    weight: Tensor, bias: Tensor | None, split: int, rows: list[int] | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias for each source, with the output channels in the order of `rows`."""
+    if rows is not None:
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    if not split:
+        return [(weight, bias)]
+    return [(weight[:, :split], bias), (weight[:, split:], None)]
+
+
+class Conv1d(FoldableConv, nn.Conv1d):
+    """1-D."""
+
+
+class Conv2d(FoldableConv, nn.Conv2d):
+    """2-D."""
+
+
+class Conv3d(FoldableConv, nn.Conv3d):
+    """3-D."""
+
+
+class PointwiseConv1d(Conv1d):
+    """A 1-D convolution of kernel 1: a matrix product that puts its channels out together."""
+
+    @property
+    def reordered(self) -> bool:
+        """Whether the channels come out in the order of `rows`."""
+        folded = self.folded
+        return folded is not None and folded.reordered
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x.transpose(1, 2), weight.squeeze(-1), bias).transpose(1, 2)
+
+
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
+
+
+def conv_nd(dims: int, *args: int, **kwargs: int | tuple[int, ...]) -> nn.Module:
+    """A convolution over `dims` spatial dimensions."""
+    return CONVOLUTIONS[dims](*args, **kwargs)
