@@ -40,6 +40,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "auto",
     compile: bool = False,
+    compile_cache: str | PathLike[str] | None = None,
     keep_master: bool = True,
     engine: EngineOptions | None = None,
     classifier_options: Mapping[str, Any] | None = None,
@@ -60,6 +61,8 @@ def load(
             the classifier in fp32 (as published), bf16 on a CPU with AMX, else fp32. Norms, softmax,
             embeddings, the last layer and the update are in float32 in all of them.
         compile: torch.compile the step; the first image of a shape then waits for minutes.
+        compile_cache: with it, a file that is read where it is there and written where it isn't, so that
+            another process starts warm. It holds code: take it only from where you trust.
         keep_master: keep the float32 parameters beside what a half precision derives from them; without,
             the parameters themselves are rounded, and memory is saved.
         engine: how steps are prepared (`EngineOptions`); None is the default.
@@ -78,7 +81,7 @@ def load(
         raise invalid("name", name, "a system (such as 'digits32') or the path of a weights file")
     _check_option_names(options)
     on = _device(device)
-    form = _Form(policy(precision, on), _engine_options(engine, compile), keep_master)
+    form = _Form(policy(precision, on), _engine_options(engine, compile, compile_cache), keep_master)
     given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
     given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
     with own_numerics(on):
@@ -149,12 +152,15 @@ _KIND = {"name": (UNet, "a diffusion model"), "classifier": (Classifier, "a clas
 _KIND["upsampler"] = (Upsampler, "an upsampler")
 
 
-def _engine_options(engine: EngineOptions | None, compile: bool) -> EngineOptions:
+def _engine_options(
+    engine: EngineOptions | None, compile: bool, cache: str | PathLike[str] | None
+) -> EngineOptions:
     """The options asked for."""
     if engine is not None and not isinstance(engine, EngineOptions):
         raise invalid("engine", engine, "EngineOptions, or None")
     options = engine or EngineOptions()
-    return replace(options, compile=compile or options.compile)
+    cache = options.compile_cache if cache is None else cache
+    return replace(options, compile=compile or options.compile, compile_cache=cache)
 
 
 def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeline:

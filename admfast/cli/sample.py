@@ -15,6 +15,7 @@ from admfast.cli.sample_options import (
     Classes,
     ClassifierFile,
     Compile,
+    CompileCache,
     Device,
     Eta,
     Guidance,
@@ -41,6 +42,7 @@ from admfast.cli.sample_options import (
 )
 from admfast.cli.tables import table
 from admfast.engine.asking import INVERSE
+from admfast.engine.numerics import peak_memory
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.npz import Samples
 from admfast.files.sets import read_set
@@ -73,6 +75,7 @@ def run_sample(
     precision: Precision = "auto",
     device: Device = None,
     compile: Compile = False,
+    compile_cache: CompileCache = None,
     verbose: Verbose = False,
     out: Out = Path("out"),
     overwrite: Overwrite = False,
@@ -98,6 +101,7 @@ def run_sample(
         device=device,
         precision=precision,
         compile=compile,
+        compile_cache=compile_cache,
         classifier_options=options_of("--set-classifier", set_classifier),
         upsampler_options=options_of("--set-upsampler", set_upsampler, also=["low_res_size"]),
         **options_of("--set", set_),
@@ -126,7 +130,8 @@ def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
             print(f"{run.finished} of {count} images are finished and kept in {run.kept.resolve()}")
         raise
     spent = time.time() - started
-    print(f"{count} images in {spent:.1f} s ({count / spent:.2f} images/s)")
+    peak = f"peak memory {peak_memory(run.pipe.device) / 1e9:.1f} GB"
+    print(f"{count} images in {spent:.1f} s ({count / spent:.2f} images/s), {peak}")
     for path in (run.out / "images", *written):
         print(path.resolve())
 

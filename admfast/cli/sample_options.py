@@ -66,6 +66,12 @@ Compile = Annotated[
         "--compile", help="torch.compile the step: minutes before the first image (default: don't)."
     ),
 ]
+CompileCache = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --compile: a file that keeps what was compiled for the next process (default: none)."
+    ),
+]
 Verbose = Annotated[
     bool,
     typer.Option("--verbose", help="Say what every part computes in, and how steps run (default: don't)."),

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("admfast")
 
 
-def compile_step(step: PreparedStep) -> None:
+def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -> None:
     """Compile the bodies of a step as one graph each; they are compiled when they first run, here.
 
     The step must not be filled yet. Our own ops stay as they are; the gradient is traced with the networks.
+    cache: a file of artefacts, read where it is there, else written.
     """
     device = step.state.x.device
+    warm = cache is not None and Path(cache).exists()
+    if cache is not None and warm:
+        load_artefacts(cache)
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     for guided, body in list(step.run.items()):
         began = time.monotonic()
@@ -36,6 +40,8 @@ def compile_step(step: PreparedStep) -> None:
         with torch.no_grad():
             step.run[guided]()
         LOG.warning("compiled in %.0f s", time.monotonic() - began)
+    if cache is not None and not warm:
+        save_artefacts(cache)
 
 
 def _traced(body: Callable[[], None]) -> Callable[[], None]:

@@ -55,22 +55,35 @@ class Engine:
                 self.release()
 
     def step(self, key: StepKey, impl: str | None = None) -> PreparedStep:
-        """The prepared step for a key, made where it isn't kept; the one used longest ago makes room."""
+        """The prepared step for a key, made where it isn't kept; those used longest ago make room."""
         found = self._steps.pop((key, impl), None)
         if found is None:
-            while len(self._steps) >= self.options.kept_steps:
-                self._steps.popitem(last=False)
+            self._make_room(self.options.kept_steps - 1)
             found = self._made(key, impl)
         self._steps[key, impl] = found
+        self._make_room(self.options.kept_steps)
         return found
 
+    def _make_room(self, count: int) -> None:
+        """Keep at most `count` steps, within the memory allowed but for the latest."""
+        while len(self._steps) > count or (
+            len(self._steps) > 1 and sum(s.held for s in self._steps.values()) > self.options.kept_bytes
+        ):
+            self._steps.popitem(last=False)
+
     def _made(self, key: StepKey, impl: str | None) -> PreparedStep:
+        before = self._reserved()
         made = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
         if self.options.compile:
-            compile_step(made)
+            compile_step(made, self.options.compile_cache)
         if self.options.graph and self.device.type == "cuda":
             capture(made)
+        # A graph keeps the memory of everything between its first and its last operation.
+        made.held = max(made.nbytes, self._reserved() - before)
         return made
+
+    def _reserved(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def release(self) -> None:
         """Drop all prepared steps and their memory."""

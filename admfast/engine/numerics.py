@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,3 +56,11 @@ def _tf32(allowed: bool) -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = convolutions
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process held so far: tensors on a GPU, or of the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 
 from admfast.diffusion.respacing import whole_number
 from admfast.errors import invalid
@@ -21,7 +22,10 @@ class EngineOptions:
         graph: on CUDA, capture the step and replay it.
         branches: on CUDA, the classifier's gradient beside the network on a stream of its own.
         compile: torch.compile around the step.
-        kept_steps: prepared steps (of other batch sizes, tables or pictures) that are kept.
+        compile_cache: file for what was compiled: read where it is there, else written. It holds code: take
+            it only from where you trust.
+        kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
+            table), and how much memory beside the networks' they may hold; the latest is always kept.
     """
 
     prepared: bool = True
@@ -30,7 +34,9 @@ class EngineOptions:
     graph: bool = True
     branches: bool = True
     compile: bool = False
+    compile_cache: str | PathLike[str] | None = None
     kept_steps: int = 4
+    kept_bytes: int = 8 << 30
 
     def __post_init__(self) -> None:
         for name in ("prepared", "graph", "branches", "compile"):
@@ -38,6 +44,9 @@ class EngineOptions:
                 raise invalid(name, getattr(self, name), "True or False")
         whole_number("rows_at_a_time", self.rows_at_a_time, 1)
         whole_number("kept_steps", self.kept_steps, 1)
+        whole_number("kept_bytes", self.kept_bytes, 0)
+        if self.compile_cache is not None and not self.compile:
+            raise invalid("compile_cache", str(self.compile_cache), "only together with compile=True")
 
 
 PLAIN = EngineOptions(prepared=False, fold=None, graph=False, branches=False)

@@ -112,6 +112,7 @@ class PreparedStep:
         kinds = [kind for kind, there in ((True, key.guided), (False, key.plain)) if there]
         self.run: dict[bool, Callable[[], None]] = {kind: partial(self.body, kind) for kind in kinds}
         self.refused: str | None = None  # why the step isn't captured, where that was wanted
+        self.held = self.nbytes  # bytes that it keeps from other uses, beside the networks'
 
     def _make_buffers(self, device: torch.device) -> None:
         """Everything that a row reads or writes, but for the networks."""

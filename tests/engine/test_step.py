@@ -376,3 +376,12 @@ def test_the_conditions_of_a_row_reach_the_network_as_by_functions():
     t = torch.full((2,), 500)
     wanted = conditioned(net, labels, low_res)(x, t)
     assert torch.equal(net(x, t, y=labels, low_res=low_res), wanted)
+
+
+def test_steps_are_kept_within_the_memory_allowed():
+    pipe = pipeline(options=EngineOptions(kept_bytes=1))
+    images(pipe)
+    images(pipe, classes=0, seeds=1)
+    assert [key.shape[0] for key, _ in pipe._engine._steps] == [1]
+    (step,) = pipe._engine._steps.values()
+    assert step.held == step.nbytes >= 2 * step.state.x.nbytes
