@@ -2,6 +2,7 @@
 
 from admfast.ops.adamw import adamw_ema_step_, adamw_ema_step_ref_
 from admfast.ops.attention import attention, attention_ref
+from admfast.ops.conv import FoldedConv, conv_ref
 from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
 from admfast.ops.group_norm import group_norm_silu, group_norm_silu_ref
 from admfast.ops.noise import Stream, as_seeds, normal, normal_ref
@@ -19,6 +20,7 @@ from admfast.ops.threshold import dynamic_threshold, dynamic_threshold_ref
 __all__ = [
     "TABLES",
     "Clip",
+    "FoldedConv",
     "Implementation",
     "OpTable",
     "PackedTable",
@@ -30,6 +32,7 @@ __all__ = [
     "as_seeds",
     "attention",
     "attention_ref",
+    "conv_ref",
     "dynamic_threshold",
     "dynamic_threshold_ref",
     "group_norm_silu",

@@ -138,6 +138,11 @@ def watch() -> Iterator[list[Choice]]:
         _watchers.remove(seen)
 
 
+def watched() -> bool:
+    """Whether choices are being collected: one that is kept from call to call is then made anew."""
+    return bool(_watchers)
+
+
 def _tell(choice: Choice) -> None:
     for seen in _watchers:
         seen.append(choice)

@@ -82,6 +82,16 @@ def _register_fakes() -> None:
         s1, s2 = (x.new_empty(dy.shape[:2], dtype=torch.float32) for _ in range(2))
         return _empty_dense(list(x.shape), x), dx2, s1, s2
 
+    @torch.library.register_fake("admfast::conv3x3_winograd")
+    def _(x: torch.Tensor, _u: Any, _bias: Any, _residual: Any, channels: int) -> torch.Tensor:
+        n, _, height, width = x.shape
+        return x.new_empty((n, height, width, channels)).movedim(-1, 1)
+
+    @torch.library.register_fake("admfast::winograd_weights")
+    def _(weight: torch.Tensor, _transform: Any) -> torch.Tensor:
+        c_out, c_in = weight.shape[:2]
+        return weight.new_empty((-(-c_out // 32), 36, c_in, 32), dtype=torch.float32)
+
 
 def _empty_dense(shape: list[int], like: torch.Tensor) -> torch.Tensor:
     """What group_norm_silu allocates: channels-last where `like` is, else contiguous."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,20 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
-GXX = shutil.which("g++")
-# Those of setup.py, as far as results depend on them.
-FLAGS = ("-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
-pytestmark = pytest.mark.skipif(
-    GXX is None or not sys.platform.startswith("linux"), reason="needs g++ on Linux"
-)
+from tests.csrc.loops import CSRC, FLAGS, GXX, HERE_ONLY, SANITIZERS, compiled
 
-
-def compiled(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+ROOT = CSRC.parent
+pytestmark = HERE_ONLY
 
 
 @pytest.fixture(scope="module", params=["optimised", "sanitized"])
@@ -99,9 +88,9 @@ def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "2",
     }
-    tests = [f"tests/ops/test_{name}.py" for name in ("sampler_step", "sampler_step_call", "noise")]
+    tests = [f"tests/ops/test_{name}.py" for name in ("sampler_step", "sampler_step_call", "noise", "conv")]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "sanitized_plugin", "-p", "no:cacheprovider"]
-    command += ["-k", "cpp or compiled or raw or threads", *tests]
+    command += ["-k", "cpp or compiled or raw or threads or (winograd and not isa)", *tests]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout

@@ -1,0 +1,262 @@
+"""Convolution with frozen weights and an added residual, on whatever form of the weights runs fastest."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.errors import invalid
+from admfast.ops import conv_forms as forms
+from admfast.ops import native
+from admfast.ops.conv_forms import CONVOLUTIONS, Direction, Source, channels_last
+from admfast.ops.conv_grad import ConvFn, recorded
+from admfast.ops.dispatch import ENVIRONMENT, Implementation, OpTable, watched
+
+
+def conv_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 1,
+) -> Tensor:
+    """Reference of `FoldedConv` in plain PyTorch; computes in float32, or float64 for float64 input."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    convolution = CONVOLUTIONS[weight.dim() - 2]
+    y = convolution(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding)
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
+
+
+class FoldedConv:
+    """`y = conv(x, weight) + bias (+ residual)` with frozen weights, and what was derived from them.
+
+    The convolution is torch's (a cross-correlation, zeros around x). What an implementation needs of the
+    weights is derived when it first runs, in each of the two directions (the gradient's is a convolution of
+    its own), and kept. Differentiable in x and residual any number of times, never in weight and bias; in
+    forward mode and under vmap by torch's own convolution. Accumulates in float32 at least.
+
+    What is not finite in x reaches the outputs that depend on it; in the implementation `winograd` also those
+    beside them in the 4x4 tiles that the image is cut into, from its upper left corner on.
+
+    Args:
+        weight: [C_out, C_in, *kernel], one to three spatial dimensions, any floating dtype, on the device of
+            the inputs to come. It is kept, not copied: after a change of its values call `refold`.
+        bias: [C_out] or None.
+        stride, padding: for every spatial dimension, or one number for all.
+        dtype: of inputs, outputs and products; None: that of `weight`.
+        impl: name of an implementation (see `admfast info`); None chooses by shape.
+
+    Raises:
+        InvalidArgument: for shapes, dtypes or devices that don't fit, and an unknown `impl`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] = 0,
+        dtype: torch.dtype | None = None,
+        impl: str | None = None,
+    ):
+        if weight.dim() - 2 not in CONVOLUTIONS or not weight.dtype.is_floating_point or not weight.numel():
+            allowed = "floating [C_out, C_in, *kernel] with one to three spatial dimensions"
+            raise invalid("weight", f"{weight.dtype} {tuple(weight.shape)}", allowed)
+        self.dtype = weight.dtype if dtype is None else dtype
+        if not self.dtype.is_floating_point:
+            raise invalid("dtype", dtype, "a floating dtype")
+        if impl is not None:
+            TABLE.named(impl)
+        dims = weight.dim() - 2
+        geometry = (_each(stride, dims, "stride", 1), _each(padding, dims, "padding", 0))
+        _check_bias(weight, bias)
+        self._source = Source(weight)
+        self._direction = Direction(self._source, *geometry, self.dtype, impl, _run)
+        self._bias = None
+        if bias is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._bias = bias.to(weight.device, self.dtype, copy=True)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolve `x` [N, C_in, *spatial] and add `residual` [N, C_out, *out], of the same dtype and device.
+
+        Returns [N, C_out, *out], channels-last where `x` is. Raises InvalidArgument for what doesn't fit and
+        Unavailable for an implementation asked for by name that can't serve the call.
+        """
+        self._check(x, residual)
+        y = _run(self._direction, x, self._bias, residual)
+        return channels_last(y) if x.movedim(1, -1).is_contiguous() else y.contiguous()
+
+    def refold(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take other values: everything that was derived is written anew, into the same memory.
+
+        Raises InvalidArgument where a shape, or the presence of the bias, is another one.
+        """
+        old = self._source.weight
+        if weight.shape != old.shape or weight.device != old.device:
+            now, before = (f"{tuple(t.shape)} on {t.device}" for t in (weight, old))
+            raise invalid("weight", now, f"must stay {before}")
+        if (bias is None) != (self._bias is None):
+            given = None if bias is None else tuple(bias.shape)
+            raise invalid("bias", given, "must be None exactly where it was before")
+        _check_bias(weight, bias)
+        self._source.weight = weight.detach()
+        if bias is not None and self._bias is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._bias.copy_(bias)
+        for direction in self._directions():
+            direction.refold()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the derived forms hold."""
+        return sum(form.nbytes for direction in self._directions() for form in direction.forms.values())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold weights and bias alone, and derive anew what they need."""
+        d = self._direction
+        make = functools.partial(
+            FoldedConv, stride=d.stride, padding=d.padding, dtype=self.dtype, impl=d.impl
+        )
+        return make, (self._source.weight, self._bias)
+
+    def _directions(self) -> list[Direction]:
+        other = self._direction.other
+        return [self._direction] if other is None else [self._direction, other]
+
+    def _check(self, x: Tensor, residual: Tensor | None) -> None:
+        """Refuse, by name, what no implementation could compute."""
+        direction, weight = self._direction, self._source.weight
+        if x.dim() != weight.dim() or x.shape[1] != direction.in_channels:
+            dims = len(direction.kernel)
+            allowed = f"[N, {direction.in_channels}, *spatial] with {dims} spatial dimensions"
+            raise invalid("x.shape", tuple(x.shape), allowed)
+        for name, t in (("x", x), ("residual", residual)):
+            if t is not None and t.dtype != self.dtype:
+                raise invalid(f"{name}.dtype", t.dtype, f"must be {self.dtype}")
+            if t is not None and t.device != weight.device:
+                raise invalid(
+                    f"{name}.device", str(t.device), f"must be {weight.device}, where the weights are"
+                )
+        shape = direction.out_shape(x)
+        if min(shape[2:]) < 1:
+            raise invalid("x.shape", tuple(x.shape), f"a kernel of {direction.kernel} does not fit into it")
+        if residual is not None and list(residual.shape) != shape:
+            raise invalid("residual.shape", tuple(residual.shape), f"must be {tuple(shape)}")
+
+
+def _each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
+    """One number for each spatial dimension."""
+    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):
+        raise invalid(name, value, f"one whole number of at least {least}, or {dims} of them")
+    return values
+
+
+def _check_bias(weight: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise invalid("bias.shape", tuple(bias.shape), f"must be {tuple(weight.shape[:1])}")
+
+
+# Which implementation runs
+
+
+def preferred(direction: Direction, x: Tensor) -> str:
+    """The implementation that was measured to be the fastest for a call.
+
+    Milliseconds on one thread of a 2.3 GHz Xeon with AVX-512, float32, channels-last, weights in no cache:
+
+        channels, side, batch       library   packed   winograd
+        192 -> 192, 64, 4                61       61         23
+        384 -> 384, 32, 4                60       60         21
+        576 -> 576, 16, 4                36       35         12
+        768 -> 768,  8, 4                20       18        9.4
+        768 -> 768,  8, 2                12       10        7.7
+        768 -> 768,  8, 1               6.9      5.2        6.5
+        192 -> 192,  5, 4              0.93     0.76       0.85
+        128 ->  16, 32, 4               1.6      1.5        2.0
+          3 -> 192, 64, 4               1.8      1.8        7.0
+
+    Below eight tiles it is reading the weights, four times as many, that takes the time; tiles less than half
+    full are products for nothing; and with few channels the transforms have no products to pay for them. A
+    1x1 convolution as a matrix product takes as long as the library's, within 10 %, and works with any batch
+    size on the same weights. In bfloat16 without AMX packed weights gain at batch 1 alone.
+    """
+    if x.device.type != "cpu":
+        return "library"
+    if forms.matmul_supports(direction, x) is None:
+        return "matmul"
+    if x.dtype != torch.float32 or len(direction.kernel) != 2:
+        return "library"
+    if forms.winograd_supports(direction, x) is not None:
+        return "packed"
+    n, _, height, width = x.shape
+    tiles = n * -(-height // 4) * -(-width // 4)
+    pays = tiles >= 8 and n * height * width >= 8 * tiles
+    channels = direction.in_channels >= 16 and direction.out_channels >= 32
+    return "winograd" if pays and channels and _wide_loops() else "packed"
+
+
+def _wide_loops() -> bool:
+    """Whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
+    return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
+
+
+_wide_loops._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _chosen(direction: Direction, x: Tensor) -> Implementation:
+    """The implementation for a call, looked up once per shape."""
+    if torch.compiler.is_compiling() or forms.transformed() or watched():
+        return TABLE.choose(direction.impl, direction, x)
+    key = (x.shape, os.environ.get(ENVIRONMENT))
+    entry = direction.plans.get(key)
+    if entry is None:
+        entry = direction.plans[key] = TABLE.choose(direction.impl, direction, x)
+    return entry
+
+
+def _run(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return _chosen(direction, x).forward(direction, x, bias, residual)
+
+
+def _recording(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`run`, which nobody differentiates, recorded where a derivative or a trace is being made."""
+
+    def forward(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return ConvFn.apply(x, bias, residual, direction.key)
+        if recorded(x, residual):
+            return ConvFn.apply(x, bias, residual, direction)
+        return run(direction, x, bias, residual)
+
+    return forward
+
+
+def _reference(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    weight = direction.weight().to(direction.dtype)
+    return conv_ref(x, weight, bias, residual, stride=direction.stride, padding=direction.padding)
+
+
+# After "library", which serves every call, the others come into play by `preferred` or by name alone.
+TABLE = OpTable(
+    "conv",
+    [
+        Implementation("packed", _recording(forms.by_packed), forms.packed_missing, forms.packed_supports),
+        Implementation("library", forms.by_library),
+        Implementation(
+            "winograd", _recording(forms.by_winograd), native.reason_missing, forms.winograd_supports
+        ),
+        Implementation("matmul", forms.by_matmul, supports=forms.matmul_supports),
+        Implementation("reference", _reference),
+    ],
+    prefer=preferred,
+)

@@ -1,0 +1,257 @@
+"""A convolution with frozen weights in its two directions, and what its implementations derive from them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from admfast.ops import native
+from admfast.ops.conv_winograd import transform
+
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+# run(direction, x, bias, residual) -> y, whichever implementation the direction's shapes ask for
+Run = Callable[["Direction", Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+class Source:
+    """The weights [C_out, C_in, *kernel] themselves: what they are derived from, and nothing more."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight.detach()
+
+
+class Direction:
+    """A convolution x -> y; or its transpose dy -> dx, a convolution too where the stride is one.
+
+    What is derived from the weights is made when it is first asked for and kept in `forms`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dtype: torch.dtype,
+        impl: str | None,
+        run: Run,
+        other: Direction | None = None,
+    ):
+        self.source, self.is_transpose = source, other is not None
+        self.out_channels, self.in_channels, *kernel = source.weight.shape
+        if other is not None:
+            self.in_channels, self.out_channels = self.out_channels, self.in_channels
+        self.kernel, self.stride, self.padding = tuple(kernel), stride, padding
+        self.dtype, self.impl, self.run, self.other = dtype, impl, run, other
+        self.forms: dict[tuple[Any, ...], Tensor] = {}
+        self.plans: dict[tuple[Any, ...], Any] = {}
+        # A trace holds this text in the place of the object.
+        self.key = str(next(_count))
+        BY_KEY[self.key] = self
+
+    def weight(self) -> Tensor:
+        """The weights of this direction; the transpose's are flipped in space, their channels exchanged."""
+        weight = self.source.weight
+        return weight.flip(*range(2, weight.dim())).transpose(0, 1) if self.is_transpose else weight
+
+    def transposed(self) -> Direction:
+        """The other direction."""
+        if self.other is None:
+            padding = tuple(k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True))
+            self.other = Direction(self.source, self.stride, padding, self.dtype, self.impl, self.run, self)
+        return self.other
+
+    def out_shape(self, x: Tensor) -> list[int]:
+        """[N, C_out, *spatial] of the convolution of `x`."""
+        sizes = zip(x.shape[2:], self.kernel, self.stride, self.padding, strict=True)
+        return [x.shape[0], self.out_channels, *((size + 2 * p - k) // s + 1 for size, k, s, p in sizes)]
+
+    def form(self, name: str, *size: int) -> Tensor:
+        """What the implementation `name` derives from the weights, for inputs of `size` if that matters."""
+        if torch.compiler.is_compiling():
+            return _form_in_a_trace(self.key, name)
+        key = (name, *size)
+        if key not in self.forms:
+            self.forms[key] = self._derived(key)
+        return self.forms[key]
+
+    def refold(self) -> None:
+        """Write what the present weights give into the forms that there are."""
+        with torch.inference_mode(False), torch.no_grad():
+            for key, form in self.forms.items():
+                form.copy_(self._derived(key))
+
+    def _derived(self, key: tuple[Any, ...]) -> Tensor:
+        # What is made in inference mode could not be used in a graph later on.
+        with torch.inference_mode(False), torch.no_grad():
+            return _DERIVED[key[0]](self, *key[1:])
+
+
+BY_KEY: weakref.WeakValueDictionary[str, Direction] = weakref.WeakValueDictionary()
+_count = itertools.count()
+
+
+def _form_in_a_trace(key: str, name: str) -> Tensor:
+    """The form itself, made while tracing: a trace that made it would do so at every call."""
+    direction = BY_KEY[key]
+    if (name,) not in direction.forms:
+        direction.forms[(name,)] = direction._derived((name,))
+    return direction.forms[(name,)]
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo.
+_form_in_a_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """`t` with its channels beside each other, of any number of dimensions; a copy where they aren't."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+# What each implementation derives
+
+
+def _library_form(direction: Direction) -> Tensor:
+    return channels_last(direction.weight().to(direction.dtype, copy=True))
+
+
+def _matmul_form(direction: Direction) -> Tensor:
+    """[C_in, C_out]: a product with it reads both sides along their rows."""
+    return direction.weight().flatten(1).t().to(direction.dtype, copy=True).contiguous()
+
+
+def _winograd_form(direction: Direction) -> Tensor:
+    return native.ops().winograd_weights(direction.weight().double().contiguous(), transform())
+
+
+def _packed_form(direction: Direction, *size: int) -> Tensor:
+    weight = direction.weight().to(direction.dtype).contiguous().to_mkldnn()
+    reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
+    return reorder(weight, direction.padding, direction.stride, (1, 1), 1, size)
+
+
+_DERIVED: dict[str, Callable[..., Tensor]] = {
+    "library": _library_form,
+    "matmul": _matmul_form,
+    "winograd": _winograd_form,
+    "packed": _packed_form,
+}
+
+
+# How each one runs: y [N, C_out, *spatial] from x [N, C_in, *spatial]
+
+
+def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """torch's own convolution with channels-last weights; differentiable by torch."""
+    convolution = CONVOLUTIONS[len(direction.kernel)]
+    y = convolution(x, direction.form("library"), bias, direction.stride, direction.padding)
+    return y if residual is None else y + residual
+
+
+def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """A product of positions and channels, the residual added by it; differentiable by torch."""
+    rows = x.movedim(1, -1)  # [N, *spatial, C_in]
+    shape = (*rows.shape[:-1], direction.out_channels)
+    rows = rows.reshape(-1, direction.in_channels)
+    weight = direction.form("matmul")
+    if residual is not None:
+        y = torch.addmm(residual.movedim(1, -1).reshape(-1, shape[-1]), rows, weight)
+        y = y if bias is None else y + bias
+    else:
+        y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+    return y.reshape(shape).movedim(-1, 1)
+
+
+def matmul_supports(direction: Direction, x: Tensor) -> str | None:
+    """Why a matrix product is not the convolution; None where it is."""
+    if set(direction.kernel) | set(direction.stride) != {1} or set(direction.padding) != {0}:
+        return "not a 1x1 convolution of stride 1 without padding"
+    return None
+
+
+def by_winograd(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Winograd's F(4x4, 3x3) in C++ (csrc/README.md); channels-last, recorded by nobody."""
+    u = direction.form("winograd")
+    return native.ops().conv3x3_winograd(x, u, bias, residual, direction.out_channels)
+
+
+def winograd_supports(direction: Direction, x: Tensor) -> str | None:
+    """Why Winograd's convolution can't serve a call; None where it can."""
+    if (direction.kernel, direction.stride, direction.padding) != ((3, 3), (1, 1), (1, 1)):
+        return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
+    return _for_float32_on_the_cpu(x)
+
+
+def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """oneDNN's convolution with weights in the layout it asks for; channels-last, recorded by nobody."""
+    # Packed for the very shape of the input: for another one oneDNN may ask for another layout and then takes
+    # up to fifty times as long (101 ms for 2 at a 1x1 convolution of 768 to 2304 channels over 8x8).
+    weight = direction.form("packed", *x.shape)
+    geometry = (direction.padding, direction.stride, (1, 1), 1)
+    convolution = torch.ops.mkldnn._convolution_pointwise
+    if residual is None:
+        return convolution(x, weight, bias, *geometry, "none", [], "")
+    return convolution.binary(x, residual, weight, bias, *geometry, "add", 1.0, None, [], None)
+
+
+def packed_supports(direction: Direction, x: Tensor) -> str | None:
+    """Why oneDNN's packed convolution can't serve a call; None where it can."""
+    if len(direction.kernel) != 2:
+        return "not a convolution in two dimensions"
+    if set(direction.stride) != {1} or any(
+        p > k - 1 for k, p in zip(direction.kernel, direction.padding, strict=True)
+    ):
+        return "its gradient is not a convolution"
+    return _for_float32_on_the_cpu(x)
+
+
+def _for_float32_on_the_cpu(x: Tensor) -> str | None:
+    """Reasons against the implementations that torch doesn't differentiate."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}, this runs on the CPU"
+    if x.dtype != torch.float32:
+        return f"x is {x.dtype}; float32"
+    return transformed()
+
+
+def transformed() -> str | None:
+    """Which transform is at work that only torch's own operations know; None where there is none."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "a forward-mode derivative is being taken, which is torch's own convolution's alone"
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+        return "not under torch.func.vmap"
+    return None
+
+
+def packed_missing() -> str | None:
+    """None where torch has oneDNN's packed convolution and it computes what it should, else why not."""
+    return _packed_trial()
+
+
+packed_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _packed_trial() -> str | None:
+    """Convolve once: the ops are internal to torch and may go or change."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3)
+            direction = Direction(Source(weight), (1, 1), (1, 1), x.dtype, None, by_packed)
+            right = all(
+                torch.equal(by_packed(direction, x, None, r), by_library(direction, x, None, r))
+                for r in (None, torch.ones(1, 2, 3, 3))
+            )
+    except Exception as error:  # whatever torch raises is the reason
+        return f"its trial failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return None if right else "its trial gave wrong numbers"

@@ -1,0 +1,87 @@
+"""Autograd of convolutions with frozen weights, over implementations that torch doesn't differentiate.
+
+A convolution of stride one is linear in its input, and its transpose is the convolution with the weights
+flipped in space and their channels exchanged. So the backward is the forward in the other direction, and
+every further derivative is one of the two. The weights get no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.ops.conv_forms import BY_KEY, Direction, channels_last
+
+
+class ConvFn(torch.autograd.Function):
+    """A direction of a convolution, differentiable in x and residual any number of times.
+
+    `direction` is its key while a trace is made: the op `folded_conv` then runs what the direction would.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, bias: Tensor | None, residual: Tensor | None, direction: Direction | str
+    ) -> Tensor:
+        if isinstance(direction, str):
+            return torch.ops.admfast.folded_conv(x, bias, residual, direction)
+        return direction.run(direction, x, bias, residual)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, _, _, ctx.direction = inputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if isinstance(ctx.direction, str):
+                dx = ConvFn.apply(dy, None, None, other_key(ctx.direction))
+            else:
+                other = ctx.direction.transposed()
+                dx = other.run(other, dy, None, None)
+        return dx, None, dy if ctx.needs_input_grad[2] else None, None
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of the call is being made."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def direction_of(key: str) -> Direction:
+    """The direction that a trace calls `key`: a number, with a t for the transpose of the one it names."""
+    try:
+        direction = BY_KEY[key.removesuffix("t")]
+    except KeyError:
+        raise RuntimeError(f"folded_conv: the convolution {key} that was traced is gone") from None
+    return direction.transposed() if key.endswith("t") else direction
+
+
+def other_key(key: str) -> str:
+    """What a trace calls the other direction."""
+    return key.removesuffix("t") if key.endswith("t") else key + "t"
+
+
+def _run(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) -> Tensor:
+    direction = direction_of(key)
+    with torch.no_grad():
+        return channels_last(direction.run(direction, x, bias, residual))
+
+
+def _shape(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) -> Tensor:
+    n, c, *spatial = direction_of(key).out_shape(x)
+    return x.new_empty([n, *spatial, c]).movedim(-1, 1)
+
+
+# One op for both directions of every convolution: a trace sees neither the derived weights nor which
+# implementation runs, both of which may change from call to call.
+_LIBRARY = torch.library.Library("admfast", "FRAGMENT")
+_LIBRARY.define("folded_conv(Tensor x, Tensor? bias, Tensor? residual, str key) -> Tensor")
+_LIBRARY.impl("folded_conv", _run, "CPU")
+torch.library.register_fake("admfast::folded_conv", _shape, lib=_LIBRARY)

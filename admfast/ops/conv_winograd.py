@@ -1,0 +1,91 @@
+"""Winograd's F(4x4, 3x3): the matrices, the transformed weights, and what they do to rounding errors.
+
+Four outputs of a correlation with three weights need six products, one for each point p at which the
+polynomials of the two are multiplied (Winograd 1980; for convolutional networks Lavin & Gray 2016): with six
+inputs d and three weights g, y = A^T ((G g) * (B^T d)), and in two dimensions
+Y = A^T ((G g G^T) * (B^T d B)) A. 36 products then make 16 outputs of nine weights each, a quarter of the 144
+that the sum itself takes.
+
+The points decide how much larger the terms of the products are than those of the sums made of them, hence the
+error (Barabasz et al. 2020). With independent inputs and weights their squares grow at output j by
+
+    k_j = sum_i A_ji^2 |B_i|^2 |G_i|^2 / 3
+
+in one dimension and by k_j k_j' in two, and so does the squared error where both round as often. Its root is
+31 at the worst of the 16 outputs and 10.8 on the average for the usual points 0, +-1, +-2, infinity; for
+0, +-3/4, +-3/2, infinity it is 8.8 and 5.1. Measured with 768 channels and one running sum a product: rms
+errors of 5.5e-6 and 2.6e-6 for outputs of order one. Points in thirds or eighths gain 7 % at most, and lose
+more than that where an image has a large mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+# In the order of csrc/conv_winograd_loops.h, which holds A and B; infinity is the sixth.
+POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
+OUTPUTS, WEIGHTS = 4, 3
+PANEL = 32  # output channels that lie beside each other in the transformed weights
+
+Matrix = list[list[Fraction]]
+
+
+def _times(a: list[Fraction], b: list[Fraction]) -> list[Fraction]:
+    """The product of two polynomials, lowest power first."""
+    product = [Fraction(0)] * (len(a) + len(b) - 1)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            product[i + j] += x * y
+    return product
+
+
+@functools.cache
+def matrices() -> tuple[Matrix, Matrix, Matrix]:
+    """A^T [4, 6], B^T [6, 6] and G [6, 3], exact; the scale of each point lies in G alone."""
+    size = len(POINTS) + 1
+    output = [[p**power for p in POINTS] + [Fraction(power == OUTPUTS - 1)] for power in range(OUTPUTS)]
+    inputs, weights = [], []
+    for p in (*POINTS, None):
+        others = [q for q in POINTS if q != p]
+        row = functools.reduce(_times, ([-q, Fraction(1)] for q in others), [Fraction(1)])
+        inputs.append(row + [Fraction(0)] * (size - len(row)))
+        scale = math.prod((p - q for q in others), start=Fraction(1)) if p is not None else Fraction(1)
+        last = [Fraction(power == WEIGHTS - 1) for power in range(WEIGHTS)]
+        weights.append(last if p is None else [p**power / scale for power in range(WEIGHTS)])
+    return output, inputs, weights
+
+
+def amplification() -> tuple[float, float]:
+    """How many times a direct sum's error may be that of the worst output, and of all outputs in rms."""
+    output, inputs, weights = matrices()
+    terms = [
+        sum(b * b for b in row) * sum(g * g for g in taps) for row, taps in zip(inputs, weights, strict=True)
+    ]
+    growth = [sum(a * a * t for a, t in zip(row, terms, strict=True)) / WEIGHTS for row in output]
+    return float(max(growth)), float(sum(growth) / len(growth))
+
+
+def winograd_weights_ref(weight: Tensor) -> Tensor:
+    """Reference of the compiled op `winograd_weights`: U = G g G^T for every pair of channels.
+
+    [C_out, C_in, 3, 3] -> [C_out / 32, 36, C_in, 32] float32, computed in float64 and rounded once; the last
+    panel of output channels is filled up with zeros.
+    """
+    c_out, c_in = weight.shape[:2]
+    g = transform()
+    both = torch.kron(g, g)  # [36, 9]
+    u = torch.zeros(-(-c_out // PANEL), both.shape[0], c_in, PANEL)
+    for panel, taps in zip(u, weight.split(PANEL), strict=True):
+        values = taps.double().reshape(-1, c_in, both.shape[1]) @ both.t()  # [32, C_in, 36]
+        panel[..., : len(taps)] = values.permute(2, 1, 0)
+    return u
+
+
+def transform() -> Tensor:
+    """G [6, 3] in float64."""
+    return torch.tensor([[float(g) for g in row] for row in matrices()[2]], dtype=torch.float64)

@@ -1,0 +1,32 @@
+#include "conv_winograd.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace admfast {
+namespace {
+
+const WinogradLoops& choose() {
+#if defined(__x86_64__) && !defined(__clang__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const char* asked = std::getenv("ADMFAST_CPU_ISA");
+  const auto wanted = [asked](const WinogradLoops& loops) {
+    // By its beginning: a name may say more than what is of use here, as avx512_bf16 does.
+    return !asked || std::strncmp(asked, loops.name, std::strlen(loops.name)) == 0;
+  };
+  if (avx512 && wanted(winograd_avx512)) return winograd_avx512;
+  if (avx2 && wanted(winograd_avx2)) return winograd_avx2;
+#endif
+  return winograd_generic;
+}
+
+}  // namespace
+
+const WinogradLoops& winograd_loops() {
+  static const WinogradLoops& loops = choose();
+  return loops;
+}
+
+}  // namespace admfast

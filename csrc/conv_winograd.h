@@ -1,0 +1,60 @@
+// Loops of the 3x3 convolution by Winograd's F(4x4, 3x3) on the CPU; the formulas are in csrc/README.md.
+// Nothing here knows of torch or of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace admfast {
+
+constexpr int64_t kWinogradTile = 4;     // outputs of a tile along a side
+constexpr int64_t kWinogradPatch = 6;    // inputs that they depend on, along a side
+constexpr int64_t kWinogradPoints = 36;  // products of a tile
+constexpr int64_t kWinogradPanel = 32;   // output channels that lie beside each other in U and M
+constexpr int64_t kWinogradChunk = 16;   // input channels that lie beside each other in V
+
+// Images [N, H, W, C] with channels beside each other.
+struct WinogradImages {
+  int64_t H, W, C_in, C_out;
+  const float* x;
+  const float* zeros;     // C_in of them: what lies around an image
+  const float* bias;      // [C_out]
+  const float* residual;  // like y, or null
+  float* y;
+};
+
+// Some tiles of the images, which are counted row by row and image by image, and where they lie in the buffers, in
+// floats. A product takes a group of `rows` tiles:
+// V [36][groups][chunks][rows][16], M [36][panels][tiles][32], with `v_point` and `m_point` from point to point.
+struct WinogradBlock {
+  int64_t first, tiles, rows, groups, chunks, v_point, m_point;
+};
+
+// A product of one point, one group and one panel: m[r] = v[r] U for `rows` tiles r, each row of m a panel wide.
+// A chunk of v holds `stride` rows. While it runs it fetches `ahead`, `lines` cache lines a chunk.
+struct WinogradProduct {
+  const float *v, *u;
+  float* m;
+  int64_t stride, rows, C_in;
+  const float* ahead;
+  int64_t lines;
+};
+
+struct WinogradLoops {
+  const char* name;
+  int64_t rows;  // of a product, at most
+  // V = B^T d B of tiles [begin, end) of a block.
+  void (*input)(const WinogradImages& images, const WinogradBlock& block, int64_t begin, int64_t end, float* v);
+  void (*product)(const WinogradProduct& product);
+  // y = A^T M A + bias (+ residual) of tiles [begin, end) of a block.
+  void (*output)(const WinogradImages& images, const WinogradBlock& block, int64_t begin, int64_t end, const float* m);
+};
+
+extern const WinogradLoops winograd_generic;
+#if defined(__x86_64__) && !defined(__clang__)
+extern const WinogradLoops winograd_avx2, winograd_avx512;
+#endif
+
+// The widest loops that this machine runs.
+const WinogradLoops& winograd_loops();
+
+}  // namespace admfast

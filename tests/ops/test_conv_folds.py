@@ -1,0 +1,402 @@
+"""What a folded convolution keeps and makes anew; its autograd, traces and transforms; its raw ops."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from admfast.errors import InvalidArgument, Unavailable
+from admfast.ops import TABLES, FoldedConv, conv_ref, native, watch
+from admfast.ops.conv import preferred
+from admfast.ops.conv_grad import direction_of
+from admfast.ops.conv_winograd import amplification, transform
+from tests.ops.tolerance import assert_within
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = TABLES["conv"]
+IMPLEMENTATIONS = [name for name in TABLE.names() if name != "matmul"]
+WITHOUT_C = native.reason_missing()
+needs_cpp = pytest.mark.skipif(WITHOUT_C is not None, reason=f"compiled ops: {WITHOUT_C}")
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.delenv("ADMFAST_IMPL", raising=False)
+
+
+def weights(c_out: int = 40, c_in: int = 20) -> tuple[Tensor, Tensor]:
+    return torch.randn(c_out, c_in, 3, 3) / (9 * c_in) ** 0.5, torch.randn(c_out)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+def folded(impl: str | None, *given: Tensor, **options: Any) -> FoldedConv:
+    """A 3x3 convolution by `impl`; skips where this machine hasn't got it."""
+    if impl is not None and TABLE.named(impl).available():
+        pytest.skip(f"{impl}: {TABLE.named(impl).available()}")
+    return FoldedConv(*given, padding=1, impl=impl, **options)
+
+
+# Derivatives
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, None])
+def test_a_gradient_in_x_by_every_road(impl):
+    conv, (weight, bias) = folded(impl, *weights()), weights()
+    conv.refold(weight, bias)
+    x, residual = images(2, 20, 9, 9), images(2, 40, 9, 9)
+
+    def total(x: Tensor) -> Tensor:
+        return conv(x, residual).square().sum()
+
+    leaf = x.clone().requires_grad_(True)
+    loss = total(leaf)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, leaf)
+    checkpointed = torch.utils.checkpoint.checkpoint(total, leaf, use_reentrant=False)
+    (third,) = torch.autograd.grad(checkpointed, leaf)
+    _, vjp = torch.func.vjp(total, x)
+    assert torch.equal(second, first)
+    wide = x.double().requires_grad_(True)
+    (truth,) = torch.autograd.grad(
+        conv_ref(wide, weight.double(), bias.double(), residual.double()).square().sum(), wide
+    )
+    plain = x.clone().requires_grad_(True)
+    (reference,) = torch.autograd.grad(conv_ref(plain, weight, bias, residual).square().sum(), plain)
+    for got in (first, third, torch.func.grad(total)(x), vjp(torch.ones(()))[0]):
+        assert_within(got, reference, truth, "dx", "input gradient", growth=amplification())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_second_and_third_derivatives(impl):
+    weight, bias = weights(6, 5)
+    conv = folded(impl, weight, bias)
+
+    def third(function: Any, x: Tensor) -> Tensor:
+        """The gradient of the squared gradient of a fourth power: six times through the convolution."""
+        leaf = x.clone().requires_grad_(True)
+        (dx,) = torch.autograd.grad(function(leaf).pow(4).mean(), leaf, create_graph=True)
+        (d2x,) = torch.autograd.grad(dx.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(d2x.sum(), leaf)[0]
+
+    x = images(1, 5, 7, 6)
+    truth = third(lambda x: conv_ref(x, weight.double(), bias.double()), x.double())
+    reference = third(lambda x: conv_ref(x, weight, bias), x)
+    growth = (6 * amplification()[0], 6 * amplification()[1])
+    assert_within(third(conv, x), reference, truth, "d3x", "input gradient", growth=growth)
+    nested = torch.func.grad(lambda x: torch.func.grad(lambda x: conv(x).pow(4).mean())(x).square().sum())
+    assert bool(nested(x).isfinite().all()) and bool(nested(x).any())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_the_weights_are_frozen(impl):
+    weight, bias = (t.requires_grad_(True) for t in weights())
+    conv = folded(impl, weight, bias)
+    assert not conv(images(1, 20, 8, 8)).requires_grad
+    x = images(1, 20, 8, 8).requires_grad_(True)
+    conv(x).sum().backward()
+    assert weight.grad is None and bias.grad is None and x.grad is not None
+
+
+def test_a_gradient_that_nobody_wants_is_not_made(monkeypatch):
+    conv = folded("winograd", *weights())
+    residual = images(1, 40, 8, 8).requires_grad_(True)
+    y = conv(images(1, 20, 8, 8), residual)
+    monkeypatch.setattr(type(conv._direction), "transposed", None)  # it would be called
+    assert torch.equal(torch.autograd.grad(y, residual, torch.ones_like(y))[0], torch.ones_like(y))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_graph_outlives_its_convolution(impl):
+    weight, bias = weights()
+    x = images(1, 20, 8, 8).requires_grad_(True)
+    y = folded(impl, weight, bias)(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    (reference,) = torch.autograd.grad(conv_ref(x, weight, bias).sum(), x)
+    torch.testing.assert_close(dx, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_transforms_it_can_t_serve_go_to_torch_s_own_or_are_refused_by_name():
+    weight, bias = weights()
+    x, direction = images(2, 20, 8, 8), images(2, 20, 8, 8)
+    chosen, plain = FoldedConv(weight, bias, padding=1), folded("library", weight, bias)
+    chosen(x)  # what it has chosen for this shape is not for transforms
+    _, tangent = torch.func.jvp(chosen, (x,), (direction,))
+    torch.testing.assert_close(tangent, conv_ref(direction, weight))
+    torch.testing.assert_close(torch.func.vmap(lambda x: chosen(x[None])[0])(x), plain(x))
+    small = images(1, 20, 3, 3)
+    jacobian = torch.func.jacrev(lambda x: chosen(x)[:, 0, 1, 1].sum())(small)
+    torch.testing.assert_close(jacobian[0], weight[0], atol=1e-5, rtol=1e-5)
+    for impl in ("winograd", "packed"):
+        conv = folded(impl, weight, bias)
+        with pytest.raises(Unavailable, match=f"impl='{impl}'.*forward-mode"):
+            torch.func.jvp(conv, (x,), (direction,))
+        with pytest.raises(Unavailable, match=f"impl='{impl}'.*vmap"):
+            torch.func.vmap(lambda x, conv=conv: conv(x[None]))(x)
+
+
+# Traces
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("warm", [False, True], ids=["first traced", "first run"])
+def test_a_compiled_call_and_its_gradient_are_the_eager_ones(impl, warm):
+    torch._dynamo.reset()  # every case compiles the same line, of which Dynamo takes eight at most
+    conv = folded(impl, *weights())
+    x, residual = images(2, 20, 9, 8), images(2, 40, 9, 8)
+    if warm:
+        conv(x)
+
+    def function(x: Tensor, residual: Tensor) -> Tensor:
+        return conv(x, residual) * 2
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        y = compiled(x, residual)
+        assert torch.equal(y, function(x, residual)) and y.stride() == conv(x).stride()
+    leaves = x.clone().requires_grad_(True), residual.clone().requires_grad_(True)
+    dy = torch.randn_like(y)
+    eager, through = (torch.autograd.grad(f(*leaves), leaves, dy) for f in (function, compiled))
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(eager, through, strict=True))
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, None])
+def test_a_compiled_call_sees_what_is_folded_anew(impl):
+    conv, x = folded(impl, *weights()), images(1, 20, 8, 8)
+    compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(x)
+        conv.refold(*weights())
+        assert torch.equal(compiled(x), conv(x)) and not torch.equal(compiled(x), before)
+
+
+def test_a_1x1_convolution_can_be_traced():
+    conv = FoldedConv(torch.randn(6, 4, 1, 1), torch.randn(6), impl="matmul")
+    x = images(2, 4, 3, 5)
+    compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), conv(x))
+
+
+def test_a_trace_knows_its_convolution_by_a_name():
+    conv = folded("winograd", *weights())
+    key = conv._direction.key
+    assert direction_of(key) is conv._direction
+    assert direction_of(key + "t") is conv._direction.transposed()
+    assert direction_of(conv._direction.transposed().key + "t") is conv._direction
+    with pytest.raises(RuntimeError, match="the convolution -1 that was traced is gone"):
+        direction_of("-1")
+
+
+@needs_cpp
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_raw_ops_pass_opcheck(channels_last):
+    weight, bias = weights()
+    conv = folded("winograd", weight, bias)
+    x, residual = torch.randn(2, 20, 9, 7), torch.randn(2, 40, 9, 7)
+    if channels_last:
+        x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
+    u = torch.ops.admfast.winograd_weights(weight.double(), transform())
+    for given in ((None, None), (bias, residual)):
+        torch.library.opcheck(torch.ops.admfast.conv3x3_winograd.default, (x, u, *given, 40))
+        torch.library.opcheck(torch.ops.admfast.folded_conv.default, (x, *given, conv._direction.key))
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(x=torch.ones(1, 4, 4)), "x must be"),
+        (dict(x=torch.ones(1, 4, 4, 4).double()), "x is Double"),
+        (dict(x=torch.ones(1, 5, 4, 4)), "u must be contiguous"),
+        (dict(u=torch.ones(1, 36, 4, 16)), "u must be contiguous"),
+        (dict(u=torch.ones(1, 36, 32, 4).mT), "u must be contiguous"),
+        (dict(u=torch.ones(1, 36, 4, 32).half()), "u is Half"),
+        (dict(channels=33), "u must be contiguous"),
+        (dict(channels=0), "4 channels in, 0 out"),
+        (dict(bias=torch.ones(5)), "bias must be"),
+        (dict(bias=torch.ones(6).bfloat16()), "bias is BFloat16"),
+        (dict(residual=torch.ones(1, 6, 4, 5)), "residual must be"),
+        (dict(residual=torch.ones(1, 6, 4, 4).double()), "residual is Double"),
+    ],
+    ids=str,
+)
+def test_the_raw_op_refuses_what_does_not_fit(changes, message):
+    call = dict(x=torch.ones(1, 4, 4, 4), u=torch.ones(1, 36, 4, 32), bias=None, residual=None, channels=6)
+    with pytest.raises(RuntimeError, match=f"^conv3x3_winograd: {message}"):
+        torch.ops.admfast.conv3x3_winograd(**(call | changes))
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "matmul"])
+def test_folding_anew_writes_the_same_buffers(impl):
+    size = 1 if impl == "matmul" else 3
+    options = dict(padding=size // 2, impl=impl)
+    conv = FoldedConv(torch.randn(40, 20, size, size), torch.randn(40), **options)
+    x = images(2, 20, 8, 8).requires_grad_(True)
+    torch.autograd.grad(conv(x).sum(), x)
+    held = {id(d): dict(d.forms) for d in conv._directions()}
+    # A packed form has no address of its own.
+    addresses = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
+    weight, bias = torch.randn(40, 20, size, size), torch.randn(40)
+    bias_address, nbytes = conv._bias.data_ptr(), conv.nbytes
+    conv.refold(weight, bias)
+    assert {id(d): dict(d.forms) for d in conv._directions()}.keys() == held.keys()
+    for d in conv._directions():
+        assert all(form is held[id(d)][key] for key, form in d.forms.items())
+    after = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
+    assert after == addresses and conv._bias.data_ptr() == bias_address and conv.nbytes == nbytes
+    fresh = FoldedConv(weight, bias, **options)
+    assert torch.equal(conv(x), fresh(x))
+    assert torch.equal(torch.autograd.grad(conv(x).sum(), x)[0], torch.autograd.grad(fresh(x).sum(), x)[0])
+
+
+def test_what_is_held_is_what_was_needed():
+    weight, bias = weights(64, 32)
+    x = images(1, 32, 16, 16)
+    sizes = {"library": weight.nbytes, "winograd": 4 * weight.nbytes, "packed": weight.nbytes, "reference": 0}
+    for impl, nbytes in sizes.items():
+        conv = folded(impl, weight, bias)
+        assert conv.nbytes == 0
+        conv(x), conv(x)
+        assert conv.nbytes == nbytes
+        leaf = x.clone().requires_grad_(True)
+        conv(leaf).sum().backward()
+        assert conv.nbytes == nbytes * (2 if impl in ("winograd", "packed") else 1)
+    packed = folded("packed", weight, bias)
+    packed(x), packed(images(2, 32, 16, 16))
+    assert packed.nbytes == 2 * weight.nbytes, "packed for each shape of the input"
+
+
+def test_other_shapes_can_t_be_folded():
+    conv = FoldedConv(*weights(), padding=1)
+    weight, bias = weights()
+    for name, given in (
+        ("weight=", (weight[:, :3], bias)),
+        ("weight=", (weight.to("meta"), bias)),
+        ("bias=", (weight, None)),
+        ("bias.shape", (weight, bias[:3])),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{name}"):
+            conv.refold(*given)
+    with pytest.raises(InvalidArgument, match="^bias="):
+        FoldedConv(weight, padding=1).refold(weight, bias)
+
+
+def test_forms_made_in_inference_mode_serve_gradients():
+    for impl in (*IMPLEMENTATIONS, None):
+        conv = folded(impl, *weights())
+        with torch.inference_mode():
+            conv(images(1, 20, 8, 8))
+        x = images(1, 20, 8, 8).requires_grad_(True)
+        conv(x).sum().backward()
+        given = weights()
+        with torch.inference_mode():
+            conv.refold(*given)
+        conv(x).sum().backward()
+
+
+def test_copies_and_pickles_hold_the_weights_alone():
+    weight, bias = weights()
+    conv, x = FoldedConv(weight, bias, padding=1, dtype=torch.bfloat16), images(1, 20, 8, 8).bfloat16()
+    y = conv(x)
+    for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert other.nbytes == 0 and torch.equal(other(x), y)
+        weight_before = weight.clone()
+        other.refold(*weights())
+        assert torch.equal(conv(x), y) and torch.equal(weight, weight_before)
+        assert other._direction.key != conv._direction.key
+
+
+def test_half_precision_of_float32_weights():
+    weight, bias = weights()
+    conv, x = FoldedConv(weight, bias, padding=1, dtype=torch.bfloat16), images(1, 20, 8, 8).bfloat16()
+    rounded = FoldedConv(weight.bfloat16(), bias.bfloat16(), padding=1)
+    y = conv(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, rounded(x))
+
+
+# Which implementation runs
+
+
+@pytest.mark.parametrize(
+    ("c_in", "c_out", "side", "batch", "kernel", "name"),
+    [
+        (192, 192, 64, 1, 3, "winograd"),
+        (768, 768, 8, 2, 3, "winograd"),
+        (768, 768, 8, 1, 3, "packed"),
+        (192, 192, 5, 8, 3, "packed"),
+        (3, 192, 64, 4, 3, "packed"),
+        (192, 6, 64, 4, 3, "packed"),
+        (64, 64, 16, 1, 5, "packed"),
+        (64, 64, 16, 1, 1, "matmul"),
+    ],
+)
+def test_the_cpu_runs_what_was_measured_to_be_fastest(c_in, c_out, side, batch, kernel, name):
+    conv = FoldedConv(torch.ones(c_out, c_in, kernel, kernel), padding=kernel // 2)
+    if name == "winograd" and (WITHOUT_C or native.ops().cpu_instruction_set() == "generic"):
+        name = "packed"
+    assert preferred(conv._direction, torch.empty(batch, c_in, side, side)) == name
+    assert preferred(conv._direction, torch.empty(batch, c_in, side, side, device="meta")) == "library"
+    half = "matmul" if kernel == 1 else "library"
+    assert preferred(conv._direction, torch.empty(batch, c_in, side, side, dtype=torch.bfloat16)) == half
+
+
+def test_it_is_chosen_once_a_shape(monkeypatch):
+    asked = []
+    monkeypatch.setattr(TABLE, "prefer", lambda direction, x: asked.append(tuple(x.shape)) or "library")
+    conv = FoldedConv(*weights(), padding=1)
+    for side in (8, 8, 9, 8, 9):
+        conv(images(1, 20, side, side))
+    assert asked == [(1, 20, 8, 8), (1, 20, 9, 9)]
+    with watch() as seen:
+        conv(images(1, 20, 8, 8))
+    assert [choice.name for choice in seen] == ["library"], "who watches sees every choice"
+    monkeypatch.setenv("ADMFAST_IMPL", "conv=reference")
+    with watch() as seen:
+        conv(images(1, 20, 8, 8))
+    assert [choice.name for choice in seen] == ["reference"]
+    before = len(asked)
+    conv(images(1, 20, 8, 8))
+    assert len(asked) == before, "the environment is looked at before anything is preferred"
+
+
+INSTRUCTION_SETS = {
+    "generic": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set_is_within_tolerance(isa):
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    if not INSTRUCTION_SETS[isa] <= flags:
+        pytest.skip(f"this CPU has no {isa}")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "(winograd and (tolerance or neighbours)) or bit_for_bit", "tests/ops/test_conv.py"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "ADMFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,93 @@
+"""Winograd's matrices: they make the correlation exactly, are exact in float32, and their points are good."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from admfast.ops import conv_winograd, native
+from admfast.ops.conv_winograd import amplification, matrices, transform, winograd_weights_ref
+
+needs_cpp = pytest.mark.skipif(native.reason_missing() is not None, reason=f"{native.reason_missing()}")
+
+
+def applied(matrix, values):
+    return [sum(a * v for a, v in zip(row, values, strict=True)) for row in matrix]
+
+
+def test_the_products_make_the_correlation_exactly():
+    output, inputs, weights = matrices()
+    d = [Fraction(n, 7) for n in (3, -1, 4, 1, -5, 9)]
+    g = [Fraction(n, 5) for n in (2, -6, 5)]
+    products = [a * b for a, b in zip(applied(weights, g), applied(inputs, d), strict=True)]
+    assert applied(output, products) == [sum(g[k] * d[j + k] for k in range(3)) for j in range(4)]
+
+
+def test_the_transforms_of_images_are_exact_in_float32():
+    output, inputs, _ = matrices()
+    for value in (v for matrix in (output, inputs) for row in matrix for v in row):
+        assert Fraction(float(torch.tensor(float(value), dtype=torch.float32))) == value
+
+
+def grown(monkeypatch, *points):
+    with monkeypatch.context() as patched:
+        patched.setattr(conv_winograd, "POINTS", tuple(Fraction(p) for p in points))
+        matrices.cache_clear()
+        found = amplification()
+    matrices.cache_clear()
+    return found
+
+
+def test_the_points_grow_errors_less_than_the_usual_ones(monkeypatch):
+    worst, average = amplification()
+    assert (worst, average) == pytest.approx((8.77, 5.14), abs=0.01)
+    assert grown(monkeypatch, 0, 1, -1, 2, -2) == pytest.approx((31.4, 10.8), abs=0.05)
+    quarters = [Fraction(k, 4) for k in range(1, 13)]
+    others = [grown(monkeypatch, 0, a, -a, b, -b) for a in quarters for b in quarters if a < b]
+    assert min(other[1] for other in others) == average
+    assert amplification() == (worst, average)
+
+
+def test_the_growth_is_that_of_random_terms():
+    # Products of independent normal numbers: their sum has variance 3, their terms that of `amplification`.
+    generator = torch.Generator().manual_seed(0)
+    output, inputs, weights = (torch.tensor([[float(v) for v in row] for row in m]) for m in matrices())
+    d, g = torch.randn(6, 20000, generator=generator), torch.randn(3, 20000, generator=generator)
+    terms = (weights @ g) * (inputs @ d)
+    growth = (output.square() @ terms.square()).mean(1) / 3
+    worst, average = amplification()
+    assert float(growth.max()) == pytest.approx(worst, rel=0.05)
+    assert float(growth.mean()) == pytest.approx(average, rel=0.05)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(1, 1), (32, 3), (33, 16), (6, 40), (96, 70)], ids=str)
+def test_the_compiled_weights_are_the_reference_s(shape):
+    weight = torch.randn(*shape, 3, 3, generator=torch.Generator().manual_seed(0))
+    u = torch.ops.admfast.winograd_weights(weight.double(), transform())
+    reference = winograd_weights_ref(weight)
+    assert u.shape == reference.shape == (-(-shape[0] // 32), 36, shape[1], 32)
+    # Both round float64 once: they differ where it lies that close to the middle of two floats.
+    assert float((u - reference).abs().max()) <= torch.finfo(torch.float32).eps * float(reference.abs().max())
+    assert float((u != reference).float().mean()) < 1e-3
+    full = shape[0] % 32
+    assert full == 0 or not u[-1, :, :, full:].any(), "the last panel is filled up with zeros"
+    torch.library.opcheck(torch.ops.admfast.winograd_weights.default, (weight.double(), transform()))
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("weight", "name"),
+    [
+        (torch.ones(2, 2, 3, 3), "weight must be"),
+        (torch.ones(2, 2, 3, 2, dtype=torch.float64), "weight must be"),
+        (torch.ones(2, 3, 3, dtype=torch.float64), "weight must be"),
+        (torch.ones(3, 3, 2, 2, dtype=torch.float64).permute(3, 2, 0, 1), "weight must be"),
+    ],
+    ids=["float32", "3x2", "3-D", "strided"],
+)
+def test_the_compiled_weights_refuse_what_does_not_fit(weight, name):
+    with pytest.raises(RuntimeError, match=f"^winograd_weights: {name}"):
+        torch.ops.admfast.winograd_weights(weight, transform())
