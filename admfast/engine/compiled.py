@@ -34,6 +34,10 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     for guided, body in list(step.run.items()):
         began = time.monotonic()
+        # What layers derive at their first call is there before they are traced.
+        step.counters.zero_()
+        with torch.no_grad():
+            body()
         LOG.warning("compiling the %s step of %s ...", "guided" if guided else "plain", step.key.shape)
         step.run[guided] = _traced(torch.compile(body, fullgraph=True, mode=mode))
         step.counters.zero_()

@@ -118,7 +118,11 @@ class FoldedConv:
     @property
     def nbytes(self) -> int:
         """Bytes that the derived forms hold."""
-        return sum(form.nbytes for direction in self._directions() for form in direction.forms.values())
+        return sum(form.nbytes for form in self.forms())
+
+    def forms(self) -> list[Tensor]:
+        """What was derived from the weights so far."""
+        return [form for direction in self._directions() for form in direction.forms.values()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold weights and bias alone, and derive anew what they need."""

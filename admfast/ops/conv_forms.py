@@ -75,10 +75,11 @@ class Direction:
 
     def form(self, name: str, *size: int) -> Tensor:
         """What the implementation `name` derives from the weights, for inputs of `size` if that matters."""
-        if torch.compiler.is_compiling():
-            return _form_in_a_trace(self.key, name)
         key = (name, *size)
-        if key not in self.forms:
+        if torch.compiler.is_compiling():
+            # A trace that made the form would make it at every call; what lies there it takes as an input.
+            _make_in_a_trace(self.key, name)
+        elif key not in self.forms:
             self.forms[key] = self._derived(key)
         return self.forms[key]
 
@@ -98,16 +99,16 @@ BY_KEY: weakref.WeakValueDictionary[str, Direction] = weakref.WeakValueDictionar
 _count = itertools.count()
 
 
-def _form_in_a_trace(key: str, name: str) -> Tensor:
-    """The form itself, made while tracing: a trace that made it would do so at every call."""
+def _make_in_a_trace(key: str, name: str) -> bool:
+    """Make a form now, while its direction is being traced."""
     direction = BY_KEY[key]
     if (name,) not in direction.forms:
         direction.forms[(name,)] = direction._derived((name,))
-    return direction.forms[(name,)]
+    return True
 
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo.
-_form_in_a_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_make_in_a_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def channels_last(t: Tensor) -> Tensor:
