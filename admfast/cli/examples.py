@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from admfast.ops import (
+    FoldedConv,
     Row,
     SamplerState,
     Stream,
@@ -36,6 +37,7 @@ def examples(device: str) -> Iterator[Example]:
             label = words + (" with gradient" if gradient else "")
             yield "group_norm_silu", label, partial(_norm, device, dtype, gradient)
             yield "attention", label, partial(_attention, device, dtype, gradient)
+            yield "conv", label, partial(_conv, device, dtype, gradient)
         yield "sampler_step", f"{words} output", partial(_sampler, device, dtype)
     image = torch.zeros(1, 3, 4, 4, device=device)
     yield "dynamic_threshold", f"{device} float32", partial(dynamic_threshold, image)
@@ -58,6 +60,14 @@ def _attention(device: str, dtype: torch.dtype, gradient: bool) -> None:
     qkv = torch.zeros(1, 64, 3 * 512, device=device, dtype=dtype)
     with torch.set_grad_enabled(gradient):
         attention(qkv.requires_grad_(gradient), 8, legacy_order=True)
+
+
+def _conv(device: str, dtype: torch.dtype, gradient: bool) -> None:
+    """A 3x3 convolution of a small network; its gradient is a convolution of its own."""
+    x = torch.zeros(2, 64, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    conv = FoldedConv(torch.zeros(64, 64, 3, 3, device=device, dtype=dtype), padding=1)
+    with torch.set_grad_enabled(gradient):
+        conv(x.requires_grad_(gradient))
 
 
 def _sampler(device: str, dtype: torch.dtype) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.command import bench_main, run_as_program
-from bench.kernels import attention, norm, sampler
+from bench.kernels import attention, conv, norm, sampler
 from bench.kernels.report import plot, render
 from bench.runner import Groups
 
 GROUPS: Groups = {
     "sampler": (0.1, sampler.cases),
-    "norm": (0.4, norm.forward_cases),
-    "norm-gradient": (0.3, norm.gradient_cases),
-    "attention": (0.2, attention.cases),
+    "norm": (0.3, norm.forward_cases),
+    "norm-gradient": (0.2, norm.gradient_cases),
+    "attention": (0.15, attention.cases),
+    "conv": (0.25, conv.cases),
 }
 
 

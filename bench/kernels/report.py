@@ -13,9 +13,11 @@ TITLES = {
     "group_norm_silu_grad": "GroupNorm + SiLU, gradient in the input with frozen parameters",
     "attention": "Attention",
     "attention_grad": "Attention, gradient",
+    "conv": "Convolution with frozen weights and a bias",
+    "conv_grad": "Convolution with frozen weights, gradient in the input",
     "sampler_step": "One guided sampler update, noise included",
 }
-OTHERS = ("copy", "eager", "torch.compile", "apex", "liger", "reference")
+OTHERS = ("copy", "eager", "eager channels-first", "torch.compile", "apex", "liger", "reference")
 LIBRARIES = ("attention", "attention_grad")  # every provider is a library's: the ratio is to the best of them
 
 
@@ -49,7 +51,9 @@ def section(kind: str, rows: Sequence[Row]) -> str:
     shape_names = list(lines[0].values())[0]["shape"]
     providers = list(dict.fromkeys(name for line in lines for name in line))
     compared = [name for name in providers if name in OTHERS]
-    header = [*shape_names, "dtype", *(f"{name} ms" for name in providers), "GB/s"]
+    rate = "gbps" if any("gbps" in row for line in lines for row in line.values()) else "tflops"
+    unit = {"gbps": "GB/s", "tflops": "TFLOP/s"}[rate]
+    header = [*shape_names, "dtype", *(f"{name} ms" for name in providers), unit]
     header += [("share of copy" if name == "copy" else f"x {name}") for name in compared] + [
         "error",
         "waited",
@@ -61,7 +65,7 @@ def section(kind: str, rows: Sequence[Row]) -> str:
         for name in providers:
             row = line.get(name)
             out.append(None if row is None else row["ms"] if row["status"] == "ok" else row["status"])
-        out.append(ours and ours.get("gbps"))
+        out.append(ours and ours.get(rate))
         for name in compared:
             value = ratio(line, name)
             out.append(value if value is None or name != "copy" else f"{value:.0%}")

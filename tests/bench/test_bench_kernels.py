@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from admfast.ops import TABLES, Implementation, group_norm_silu_ref, native
+from admfast.ops import TABLES, Implementation, conv_ref, group_norm_silu_ref, native
 from bench.case import Settings
 from bench.command import UNFINISHED
-from bench.kernels import norm, sampler
+from bench.kernels import conv, norm, sampler
 from bench.kernels.__main__ import GROUPS, main
 from bench.kernels.report import lines_of, ours_of, plot, ratio, render
 from bench.results import read_rows
@@ -33,6 +33,35 @@ def test_ours_and_eager_agree_and_are_timed(cases):
         assert ratio(line, "eager") == line["eager"]["ms"] / line["cpp"]["ms"]
         # A copy and what it is compared with move the same bytes, to one byte.
         assert abs(line["copy"]["bytes"] - line["cpp"]["bytes"]) <= 1
+
+
+@needs_cpp
+def test_convolutions_are_measured_by_every_implementation_that_serves_them():
+    rows = rows_of(conv.cases, "eager", "eager channels-first", "winograd", "packed", "library", "matmul")
+    assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows), rows
+    assert {row["kind"] for row in rows} == {"conv", "conv_grad"}
+    for row in rows:
+        own = "winograd" if row["shape"]["kernel"] == 3 else "matmul"
+        assert row["provider"] in ("eager", "eager channels-first", "packed", "library", own)
+        assert (
+            row["flop"] == 2 * row["shape"]["cin"] * row["shape"]["cout"] * (row["shape"]["kernel"] * 16) ** 2
+        )
+    assert {row["provider"] for row in rows} >= {"winograd", "packed", "library", "matmul"}
+    text = render([row | {"device": "a CPU", "torch": "2", "date": "2026-01-01"} for row in rows])
+    assert "gradient in the input" in text and "TFLOP/s" in text
+
+
+@needs_cpp
+def test_a_convolution_without_its_bias_is_not_timed(monkeypatch):
+    def without_bias(direction, x, bias, residual):
+        return conv_ref(x, direction.weight(), padding=direction.padding)
+
+    table = TABLES["conv"]
+    monkeypatch.setattr(
+        table, "implementations", [Implementation("wrong", without_bias), *table.implementations]
+    )
+    rows = rows_of(conv.cases, "wrong")
+    assert {row["status"] for row in rows if row["kind"] == "conv"} == {"wrong"}
 
 
 def test_a_wrong_implementation_is_not_timed(monkeypatch):
