@@ -1,0 +1,275 @@
+"""GroupNorm, affine, scale and shift, SiLU and resampling of channels-last data: forward kernels and launcher.
+
+Two ways, by `norm_launch.choose`. One read: a program holds whole groups of an image in registers and does
+everything. Two passes: `stats` leaves mean and squared deviations of every channel in chunks of positions,
+`merge` makes mean and rstd of the groups of them, `apply` is elementwise. Sums of squares are always taken
+about a mean of the data itself, in float32; mean is kept as a float32 and what it left out.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from admfast.kernels import norm_launch
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass, pow2
+from admfast.kernels.norm_tensors import Geometry, affine_arguments, empty, empty_float, geometry
+from admfast.kernels.norm_tiles import (
+    PLAIN,
+    activate,
+    affine,
+    first_of_block,
+    first_of_copies,
+    load_source,
+    load_statistics,
+    over_group,
+    store_dense,
+    store_statistics,
+)
+
+
+@triton.jit
+def _store_copies(
+    y_ptr, value, n, p, inside, c, wanted, P_OUT, W, C, RESAMPLE: tl.constexpr, DIMS: tl.constexpr
+):
+    """Write a tile to its own places, or each element to its four (two) of the doubled output."""
+    if RESAMPLE == "up":
+        first = first_of_copies(p, W, DIMS)
+        for i in tl.static_range(DIMS):
+            store_dense(y_ptr, value, n, first + i * 2 * W, inside, c, wanted, P_OUT, C)
+            store_dense(y_ptr, value, n, first + i * 2 * W + 1, inside, c, wanted, P_OUT, C)
+    else:
+        store_dense(y_ptr, value, n, p, inside, c, wanted, P_OUT, C)
+
+
+@triton.jit
+def _store_averages(
+    x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, q, c, wanted, P, P_OUT, H, W, C1, C2,
+    SILU: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write output positions q of the halved output, and of the halved input where skip is wanted."""
+    inside = q < P_OUT
+    first = first_of_block(q, H, W, DIMS)
+    y = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    raw = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for i in tl.static_range(DIMS):
+        for j in tl.static_range(2):
+            x = load_source(x_ptr, x2_ptr, n, first + i * W + j, inside, c, wanted, P, C1, C2)
+            y += activate(x, mean, a, b, SILU)
+            raw += x
+    store_dense(y_ptr, y * (0.5 / DIMS), n, q, inside, c, wanted, P_OUT, C1 + C2)
+    if skip_ptr is not None:
+        store_dense(skip_ptr, raw * (0.5 / DIMS), n, q, inside, c, wanted, P_OUT, C1 + C2)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_fwd_kernel(
+    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, blocks, scale_stride, shift_stride,
+    D: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """One read: a program is an image's `GROUPS` groups of D channels, all positions."""
+    n = tl.program_id(0) // blocks
+    lane = tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
+    wanted = (lane < GROUPS * D) & (c < C1 + C2)
+    p = tl.arange(0, BLOCK_P)
+    x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
+
+    # About a rough mean first: `low` is what that misses, so that rounding at a large mean costs nothing.
+    count = P * D
+    mean = over_group(tl.sum(x, axis=0), lane, D, GROUPS == 1) / count
+    centred = tl.where((p < P)[:, None] & wanted[None, :], x - mean[None, :], 0.0)
+    low = over_group(tl.sum(centred, axis=0), lane, D, GROUPS == 1) / count
+    squares = over_group(tl.sum(centred * centred, axis=0), lane, D, GROUPS == 1) / count
+    rstd = tl.rsqrt(squares - low * low + EPS)
+    store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
+
+    a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = a * rstd
+    b = b - low * a
+    if RESAMPLE == "down":
+        # The inputs are read again, out of the cache: their blocks of four lie in different threads.
+        for start in range(0, P_OUT, BLOCK_Q):
+            _store_averages(
+                x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, start + tl.arange(0, BLOCK_Q), c, wanted,
+                P, P_OUT, H, W, C1, C2, SILU, DIMS, BLOCK_Q, BLOCK_C,
+            )  # fmt: skip
+    else:
+        y = activate(x, mean, a, b, SILU)
+        _store_copies(y_ptr, y, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
+        if skip_ptr is not None:
+            _store_copies(skip_ptr, x, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_stats_kernel(
+    x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of every channel over each chunk: partial [N, chunks, 2, C]."""
+    k = (tl.program_id(0) // blocks) % chunks
+    n = tl.program_id(0) // blocks // chunks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wanted = c < C1 + C2
+    begin = k * chunk
+    end = tl.minimum(begin + chunk, P)
+    p = begin + tl.arange(0, BLOCK_P)
+    x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
+    # About the mean of the first tile, of at most chunk / BLOCK_P: that bounds what cancels by as much.
+    about = tl.sum(x, axis=0) / tl.minimum(end - begin, BLOCK_P)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(begin, end, BLOCK_P * UNROLL):
+        for j in tl.static_range(UNROLL):
+            p = start + j * BLOCK_P + tl.arange(0, BLOCK_P)
+            x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
+            centred = tl.where((p < end)[:, None], x - about[None, :], 0.0)
+            total += centred
+            squares += centred * centred
+    added = tl.sum(total, axis=0) / (end - begin)
+    deviations = tl.sum(squares, axis=0) - added * added * (end - begin)
+    at = (n.to(tl.int64) * chunks + k) * 2 * (C1 + C2) + c
+    tl.store(partial_ptr + at, about + added, mask=wanted)
+    tl.store(partial_ptr + at + (C1 + C2), deviations, mask=wanted)
+
+
+@triton.jit(do_not_specialize=[*PLAIN, "C"])
+def _group_norm_silu_merge_fwd_kernel(
+    partial_ptr, mean_ptr, rstd_ptr, N, P, C, G, D, chunk, chunks, blocks,
+    EPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Merge the chunks and channels of whole groups (Chan et al. 1983): mean, what it leaves out, rstd."""
+    n = tl.program_id(0) // blocks
+    lane = tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
+    wanted = (lane < GROUPS * D) & (c < C)
+    k = tl.arange(0, BLOCK_K)
+    there = (k < chunks)[:, None] & wanted[None, :]
+    at = ((n.to(tl.int64) * chunks + k) * 2 * C)[:, None] + c[None, :]
+    means = tl.load(partial_ptr + at, mask=there, other=0.0)
+    deviations = tl.load(partial_ptr + at + C, mask=there, other=0.0)
+    sizes = tl.where(k < chunks, tl.minimum(P - k * chunk, chunk), 0).to(tl.float32)[:, None]
+
+    count = P * D
+    mean = over_group(tl.sum(sizes * means, axis=0), lane, D, GROUPS == 1) / count
+    centred = tl.where(there, means - mean[None, :], 0.0)
+    low = over_group(tl.sum(sizes * centred, axis=0), lane, D, GROUPS == 1) / count
+    deviations += sizes * centred * centred
+    variance = over_group(tl.sum(deviations, axis=0), lane, D, GROUPS == 1) / count - low * low
+    rstd = tl.rsqrt(variance + EPS)
+    store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_apply_fwd_kernel(
+    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, blocks, tiles, scale_stride, shift_stride,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The elementwise pass: a program is a tile of input positions, of output positions for "down"."""
+    # Backwards through the data: what the sums read last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    n = program // blocks // tiles
+    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wanted = c < C1 + C2
+    p = ((program // blocks) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = a * rstd
+    b = b - low * a
+    if RESAMPLE == "down":
+        _store_averages(
+            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
+            P, P_OUT, H, W, C1, C2, SILU, DIMS, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+    else:
+        x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
+        y = activate(x, mean, a, b, SILU)
+        _store_copies(y_ptr, y, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
+        if skip_ptr is not None:
+            _store_copies(skip_ptr, x, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
+
+
+def plan_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    g: Geometry,
+    affine: dict[str, Any],
+    groups: int,
+    eps: float,
+    silu: bool,
+    outputs: dict[str, Tensor | None],
+    launch: OneRead | TwoPass,
+) -> list[Call]:
+    """The kernel launches of a forward."""
+    sizes = g.sizes
+    channels, depth = g.c1 + g.c2, (g.c1 + g.c2) // groups
+    modes = dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
+    sources = dict(x_ptr=x, x2_ptr=x2)
+    statistics = dict(mean_ptr=outputs["mean_ptr"], rstd_ptr=outputs["rstd_ptr"])
+    if isinstance(launch, OneRead):
+        blocks = -(-groups // launch.groups)
+        cut = dict(GROUPS=launch.groups, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c)
+        cut["BLOCK_Q"] = min(launch.block_p, max(launch.warps * 512 // launch.block_c, 1))
+        arguments = dict(**sources, **affine, **outputs, **sizes, **modes, **cut, G=groups, D=depth, EPS=eps)
+        one = Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments | dict(blocks=blocks), launch.warps)
+        return [one]
+    chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
+    partial = empty_float((g.n, chunks, 2, channels), x)
+    block = dict(blocks=blocks, BLOCK_C=launch.block_c)
+    chunked = dict(partial_ptr=partial, P=sizes["P"], chunk=launch.chunk, chunks=chunks)
+    stats = dict(
+        **sources, **chunked, **block, C1=g.c1, C2=g.c2, BLOCK_P=launch.block_p, UNROLL=launch.unroll
+    )
+    merge_groups = norm_launch.merge_groups(g.shape(groups, x))
+    merge_blocks = -(-groups // merge_groups)
+    merge = dict(**chunked, **statistics, N=g.n, C=channels, G=groups, D=depth, EPS=eps, GROUPS=merge_groups)
+    merge |= dict(blocks=merge_blocks, BLOCK_K=pow2(chunks), BLOCK_C=pow2(merge_groups * depth))
+    tiles = -(-(sizes["P_OUT"] if g.resample == "down" else sizes["P"]) // launch.apply_p)
+    apply = dict(**sources, **affine, **outputs, **sizes, **modes, **block, G=groups, D=depth)
+    apply |= dict(tiles=tiles, BLOCK_P=launch.apply_p)
+    return [
+        Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps),
+        Call(_group_norm_silu_merge_fwd_kernel, g.n * merge_blocks, merge, 4),
+        Call(_group_norm_silu_apply_fwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps),
+    ]
+
+
+def group_norm_silu_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    resample: str | None,
+    skip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `act(GN([x, x2]) (1 + scale) + shift)`, resampled; the formula is in `admfast/ops/group_norm.py`.
+
+    Args: x [N, C1, *spatial] and x2 [N, C2, *spatial], float32, float16 or bfloat16, dense and channels-last;
+    weight, bias [C]; scale, shift [N, C]; `skip`: give the resampled input as well.
+
+    Returns: y [N, C, *resampled] channels-last, the resampled input (empty unless `skip`), mean [2, N, G]
+    (mean and what float32 left out of it) and rstd [N, G] in float32. Raises ValueError for another layout or
+    dtype. Accumulates in float32; not differentiable by itself; never waits for the device.
+    """
+    g = geometry(x, x2, resample)
+    shape = (g.n, g.c1 + g.c2, *g.out)
+    y = empty(shape, x)
+    resampled = empty(shape, x) if skip else None
+    mean, rstd = empty_float((2, g.n, groups), x), empty_float((g.n, groups), x)
+    outputs = dict(y_ptr=y, skip_ptr=resampled, mean_ptr=mean, rstd_ptr=rstd)
+    if not g.empty:
+        launch = norm_launch.choose(g.shape(groups, x), backward=False)
+        affine = affine_arguments(weight, bias, scale, shift)
+        norm_launch.run(plan_fwd(x, x2, g, affine, groups, eps, silu, outputs, launch), x.device)
+    return y, x.new_empty(0) if resampled is None else resampled, mean, rstd
