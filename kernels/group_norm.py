@@ -1,22 +1,21 @@
-"""GroupNorm, affine, scale and shift, SiLU and resampling of channels-last data: forward kernels and launcher.
+"""GroupNorm, affine, scale and shift, SiLU and resampling of channels-last data: the forward.
 
-Two ways, by `norm_launch.choose`. One read: a program holds whole groups of an image in registers and does
-everything. Two passes: `stats` leaves mean and squared deviations of every channel in chunks of positions,
-`merge` makes mean and rstd of the groups of them, `apply` is elementwise. Sums of squares are always taken
-about a mean of the data itself, in float32; mean is kept as a float32 and what it left out.
+Two ways, by `norm_launch.choose`. Two passes: `stats` leaves mean and squared deviations of every channel in
+chunks of positions, `merge` makes mean and rstd of the groups of them, `apply` is elementwise. One read: a
+program does all three for whole groups of an image, few enough that the second look finds them in the cache.
+Sums of squares are always taken about a mean of the data itself, in float32; mean is kept as a float32 and
+what that left out.
 """
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from admfast.kernels import norm_launch
-from admfast.kernels.norm_launch import Call, OneRead, TwoPass, pow2
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass
 from admfast.kernels.norm_tensors import Geometry, affine_arguments, empty, empty_float, geometry
 from admfast.kernels.norm_tiles import (
+    DEPTH_TOO,
     PLAIN,
     activate,
     affine,
@@ -28,6 +27,7 @@ from admfast.kernels.norm_tiles import (
     store_dense,
     store_statistics,
 )
+from torch import Tensor
 
 
 @triton.jit
@@ -64,62 +64,35 @@ def _store_averages(
         store_dense(skip_ptr, raw * (0.5 / DIMS), n, q, inside, c, wanted, P_OUT, C1 + C2)
 
 
-@triton.jit(do_not_specialize=PLAIN)
-def _group_norm_silu_fwd_kernel(
-    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, blocks, scale_stride, shift_stride,
-    D: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
+@triton.jit
+def _apply_tile(
+    x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted, P, P_OUT, H, W, C1, C2,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program is an image's `GROUPS` groups of D channels, all positions."""
-    n = tl.program_id(0) // blocks
-    lane = tl.arange(0, BLOCK_C)
-    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
-    wanted = (lane < GROUPS * D) & (c < C1 + C2)
-    p = tl.arange(0, BLOCK_P)
-    x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
-
-    # About a rough mean first: `low` is what that misses, so that rounding at a large mean costs nothing.
-    count = P * D
-    mean = over_group(tl.sum(x, axis=0), lane, D, GROUPS == 1) / count
-    centred = tl.where((p < P)[:, None] & wanted[None, :], x - mean[None, :], 0.0)
-    low = over_group(tl.sum(centred, axis=0), lane, D, GROUPS == 1) / count
-    squares = over_group(tl.sum(centred * centred, axis=0), lane, D, GROUPS == 1) / count
-    rstd = tl.rsqrt(squares - low * low + EPS)
-    store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
-
-    a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
-    a = a * rstd
-    b = b - low * a
+    """The elementwise part at input positions p, at output positions p for "down"."""
     if RESAMPLE == "down":
-        # The inputs are read again, out of the cache: their blocks of four lie in different threads.
-        for start in range(0, P_OUT, BLOCK_Q):
-            _store_averages(
-                x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, start + tl.arange(0, BLOCK_Q), c, wanted,
-                P, P_OUT, H, W, C1, C2, SILU, DIMS, BLOCK_Q, BLOCK_C,
-            )  # fmt: skip
+        _store_averages(
+            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
+            P, P_OUT, H, W, C1, C2, SILU, DIMS, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
     else:
+        x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
         y = activate(x, mean, a, b, SILU)
         _store_copies(y_ptr, y, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
         if skip_ptr is not None:
             _store_copies(skip_ptr, x, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
 
 
-@triton.jit(do_not_specialize=PLAIN)
-def _group_norm_silu_stats_kernel(
-    x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
+@triton.jit
+def _channel_statistics(
+    x_ptr, x2_ptr, n, begin, end, c, wanted, P, C1, C2,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of every channel over each chunk: partial [N, chunks, 2, C]."""
-    k = (tl.program_id(0) // blocks) % chunks
-    n = tl.program_id(0) // blocks // chunks
-    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    wanted = c < C1 + C2
-    begin = k * chunk
-    end = tl.minimum(begin + chunk, P)
+    """Mean and sum of squared deviations of each channel over positions begin..end."""
     p = begin + tl.arange(0, BLOCK_P)
     x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
-    # About the mean of the first tile, of at most chunk / BLOCK_P: that bounds what cancels by as much.
+    # About the mean of the first tile: it is one of few, which bounds what cancels by their number.
     about = tl.sum(x, axis=0) / tl.minimum(end - begin, BLOCK_P)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -131,18 +104,79 @@ def _group_norm_silu_stats_kernel(
             total += centred
             squares += centred * centred
     added = tl.sum(total, axis=0) / (end - begin)
-    deviations = tl.sum(squares, axis=0) - added * added * (end - begin)
+    return about + added, tl.sum(squares, axis=0) - added * added * (end - begin)
+
+
+@triton.jit
+def _group_statistics(means, deviations, sizes, there, lane, P, D, EPS: tl.constexpr, SINGLE: tl.constexpr):
+    """Merge [parts, channels] to mean, what float32 leaves out of it, and rstd of each channel's group.
+
+    Chan et al. 1983 over all parts at once: first a rough mean, then everything about that.
+    """
+    mean = over_group(tl.sum(sizes * means, axis=0), lane, D, SINGLE) / (P * D)
+    centred = tl.where(there, means - mean[None, :], 0.0)
+    low = over_group(tl.sum(sizes * centred, axis=0), lane, D, SINGLE) / (P * D)
+    squares = over_group(tl.sum(deviations + sizes * centred * centred, axis=0), lane, D, SINGLE)
+    return mean, low, tl.rsqrt(squares / (P * D) - low * low + EPS)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_fwd_kernel(
+    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, blocks, scale_stride, shift_stride,
+    D: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """One read: a program takes an image's `GROUPS` groups of D channels, all positions, from memory once."""
+    n = tl.program_id(0) // blocks
+    lane = tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
+    wanted = (lane < GROUPS * D) & (c < C1 + C2)
+    means, deviations = _channel_statistics(
+        x_ptr, x2_ptr, n, 0, P, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
+    )
+    mean, low, rstd = _group_statistics(
+        means[None, :], deviations[None, :], P, wanted[None, :], lane, P, D, EPS, GROUPS == 1
+    )
+    store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
+    a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = a * rstd
+    b = b - low * a
+    # Out of the cache now; "down" reads several inputs for each output.
+    TILE: tl.constexpr = BLOCK_P if RESAMPLE == "down" else BLOCK_P * UNROLL
+    for start in range(0, P_OUT if RESAMPLE == "down" else P, TILE):
+        p = start + tl.arange(0, TILE)
+        _apply_tile(
+            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted, P, P_OUT, H, W, C1, C2,
+            SILU, RESAMPLE, DIMS, TILE, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=DEPTH_TOO)
+def _group_norm_silu_stats_kernel(
+    x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of every channel over each chunk: partial [N, chunks, 2, C]."""
+    k = (tl.program_id(0) // blocks) % chunks
+    n = tl.program_id(0) // blocks // chunks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wanted = c < C1 + C2
+    end = tl.minimum(k * chunk + chunk, P)
+    means, deviations = _channel_statistics(
+        x_ptr, x2_ptr, n, k * chunk, end, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
+    )
     at = (n.to(tl.int64) * chunks + k) * 2 * (C1 + C2) + c
-    tl.store(partial_ptr + at, about + added, mask=wanted)
+    tl.store(partial_ptr + at, means, mask=wanted)
     tl.store(partial_ptr + at + (C1 + C2), deviations, mask=wanted)
 
 
-@triton.jit(do_not_specialize=[*PLAIN, "C"])
+@triton.jit(do_not_specialize=[*DEPTH_TOO, "C"])
 def _group_norm_silu_merge_fwd_kernel(
     partial_ptr, mean_ptr, rstd_ptr, N, P, C, G, D, chunk, chunks, blocks,
     EPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunks and channels of whole groups (Chan et al. 1983): mean, what it leaves out, rstd."""
+    """Merge the chunks and channels of whole groups: mean, what float32 leaves out of it, rstd."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
     c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
@@ -153,18 +187,11 @@ def _group_norm_silu_merge_fwd_kernel(
     means = tl.load(partial_ptr + at, mask=there, other=0.0)
     deviations = tl.load(partial_ptr + at + C, mask=there, other=0.0)
     sizes = tl.where(k < chunks, tl.minimum(P - k * chunk, chunk), 0).to(tl.float32)[:, None]
-
-    count = P * D
-    mean = over_group(tl.sum(sizes * means, axis=0), lane, D, GROUPS == 1) / count
-    centred = tl.where(there, means - mean[None, :], 0.0)
-    low = over_group(tl.sum(sizes * centred, axis=0), lane, D, GROUPS == 1) / count
-    deviations += sizes * centred * centred
-    variance = over_group(tl.sum(deviations, axis=0), lane, D, GROUPS == 1) / count - low * low
-    rstd = tl.rsqrt(variance + EPS)
+    mean, low, rstd = _group_statistics(means, deviations, sizes, there, lane, P, D, EPS, GROUPS == 1)
     store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=DEPTH_TOO)
 def _group_norm_silu_apply_fwd_kernel(
     x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
     N, P, P_OUT, H, W, C1, C2, G, D, blocks, tiles, scale_stride, shift_stride,
@@ -182,17 +209,10 @@ def _group_norm_silu_apply_fwd_kernel(
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = a * rstd
     b = b - low * a
-    if RESAMPLE == "down":
-        _store_averages(
-            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
-            P, P_OUT, H, W, C1, C2, SILU, DIMS, BLOCK_P, BLOCK_C,
-        )  # fmt: skip
-    else:
-        x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
-        y = activate(x, mean, a, b, SILU)
-        _store_copies(y_ptr, y, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
-        if skip_ptr is not None:
-            _store_copies(skip_ptr, x, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
+    _apply_tile(
+        x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
+        P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C,
+    )  # fmt: skip
 
 
 def plan_fwd(
@@ -214,28 +234,22 @@ def plan_fwd(
     statistics = dict(mean_ptr=outputs["mean_ptr"], rstd_ptr=outputs["rstd_ptr"])
     if isinstance(launch, OneRead):
         blocks = -(-groups // launch.groups)
-        cut = dict(GROUPS=launch.groups, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c)
-        cut["BLOCK_Q"] = min(launch.block_p, max(launch.warps * 512 // launch.block_c, 1))
-        arguments = dict(**sources, **affine, **outputs, **sizes, **modes, **cut, G=groups, D=depth, EPS=eps)
-        one = Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments | dict(blocks=blocks), launch.warps)
-        return [one]
+        arguments = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth, EPS=eps)
+        arguments |= dict(GROUPS=launch.groups, blocks=blocks, **launch.block)
+        return [Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments, launch.warps)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
     partial = empty_float((g.n, chunks, 2, channels), x)
-    block = dict(blocks=blocks, BLOCK_C=launch.block_c)
     chunked = dict(partial_ptr=partial, P=sizes["P"], chunk=launch.chunk, chunks=chunks)
-    stats = dict(
-        **sources, **chunked, **block, C1=g.c1, C2=g.c2, BLOCK_P=launch.block_p, UNROLL=launch.unroll
-    )
-    merge_groups = norm_launch.merge_groups(g.shape(groups, x))
-    merge_blocks = -(-groups // merge_groups)
-    merge = dict(**chunked, **statistics, N=g.n, C=channels, G=groups, D=depth, EPS=eps, GROUPS=merge_groups)
-    merge |= dict(blocks=merge_blocks, BLOCK_K=pow2(chunks), BLOCK_C=pow2(merge_groups * depth))
+    stats = dict(**sources, **chunked, **launch.block, C1=g.c1, C2=g.c2, blocks=blocks)
+    cut = norm_launch.merge(g.shape(groups, x), chunks)
+    merge = dict(**chunked, **statistics, **cut.block, N=g.n, C=channels, G=groups, D=depth, EPS=eps)
+    merge |= dict(GROUPS=cut.groups, blocks=-(-groups // cut.groups))
     tiles = -(-(sizes["P_OUT"] if g.resample == "down" else sizes["P"]) // launch.apply_p)
-    apply = dict(**sources, **affine, **outputs, **sizes, **modes, **block, G=groups, D=depth)
-    apply |= dict(tiles=tiles, BLOCK_P=launch.apply_p)
+    apply = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth)
+    apply |= dict(blocks=blocks, tiles=tiles, BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
     return [
         Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps),
-        Call(_group_norm_silu_merge_fwd_kernel, g.n * merge_blocks, merge, 4),
+        Call(_group_norm_silu_merge_fwd_kernel, g.n * merge["blocks"], merge, cut.warps),
         Call(_group_norm_silu_apply_fwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps),
     ]
 
@@ -253,10 +267,12 @@ def group_norm_silu_fwd(
     resample: str | None,
     skip: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute `act(GN([x, x2]) (1 + scale) + shift)`, resampled; the formula is in `admfast/ops/group_norm.py`.
+    """Compute `act(GN([x, x2]) (1 + scale) + shift)`, resampled.
 
-    Args: x [N, C1, *spatial] and x2 [N, C2, *spatial], float32, float16 or bfloat16, dense and channels-last;
-    weight, bias [C]; scale, shift [N, C]; `skip`: give the resampled input as well.
+    The formula is in `admfast/ops/group_norm.py`.
+
+    Args: x [N, C1, *spatial] and x2 [N, C2, *spatial], float32, float16 or bfloat16, dense and
+    channels-last; weight, bias [C]; scale, shift [N, C]; `skip`: give the resampled input as well.
 
     Returns: y [N, C, *resampled] channels-last, the resampled input (empty unless `skip`), mean [2, N, G]
     (mean and what float32 left out of it) and rstd [N, G] in float32. Raises ValueError for another layout or

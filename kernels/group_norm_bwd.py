@@ -1,9 +1,9 @@
-"""The gradient of `group_norm_silu` in x (both sources) and the sums S1, S2 per image and channel: kernels, launcher.
+"""The gradient of `group_norm_silu` in x (both sources), and the sums S1, S2 of an image's channels.
 
 With x^ = (x - mean) rstd, a = w' rstd and du = act'(u) times the output's gradient at the input's resolution:
-S1 = sum du, S2 = sum du x^, and dx = a du - rstd (A + x^ B) where A and B are the means of w' S1 and w' S2 over the
-group. One read or two passes as in the forward; u is made again from x both times. No atomics: every sum has
-one order, so that a gradient is bit for bit the same every time.
+S1 = sum du, S2 = sum du x^, and dx = a du - rstd (A + x^ B) where A and B are the means of w' S1 and w' S2
+over the elements of the group. One read or two passes as in the forward; u is made again from x each time. No
+atomics: every sum has one order, so that a gradient is bit for bit the same every time.
 """
 
 from typing import Any
@@ -11,10 +11,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from admfast.kernels import norm_launch
-from admfast.kernels.norm_launch import Call, OneRead, TwoPass, pow2
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass
 from admfast.kernels.norm_tensors import (
     Geometry,
     affine_arguments,
@@ -24,6 +22,7 @@ from admfast.kernels.norm_tensors import (
     geometry,
 )
 from admfast.kernels.norm_tiles import (
+    DEPTH_TOO,
     PLAIN,
     affine,
     load_source,
@@ -33,6 +32,51 @@ from admfast.kernels.norm_tiles import (
     store_source,
     through_activation,
 )
+from torch import Tensor
+
+
+@triton.jit
+def _channel_sums(
+    dy_ptr, x_ptr, x2_ptr, mean, low, a, b, n, begin, end, c, wanted, P, P_OUT, H, W, C1, C2,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The sums of du and of du (x - mean) of each channel over positions begin..end."""
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(begin, end, BLOCK_P * UNROLL):
+        for j in tl.static_range(UNROLL):
+            p = start + j * BLOCK_P + tl.arange(0, BLOCK_P)
+            x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
+            g = load_unresampled(dy_ptr, n, p, p < end, c, wanted, P_OUT, H, W, C1 + C2, RESAMPLE, DIMS)
+            du, centred = through_activation(g, x, mean, low, a, b, SILU)
+            s1 += du
+            s2 += du * centred
+    return tl.sum(s1, axis=0), tl.sum(s2, axis=0)
+
+
+@triton.jit
+def _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE: tl.constexpr):
+    """What dx takes off: rstd A, and rstd^2 B, the factor of x - mean."""
+    mean_s1 = over_group(w * s1, lane, D, SINGLE) / (P * D)
+    mean_s2 = over_group(w * s2, lane, D, SINGLE) / (P * D)
+    return rstd * mean_s1, rstd * rstd * mean_s2
+
+
+@triton.jit
+def _apply_tile(
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, low, a, b, off, slope, n, p, c, wanted,
+    P, P_OUT, H, W, C1, C2, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """dx = a du - off - (x - mean) slope at input positions p, and the gradient of the skip."""
+    C = C1 + C2
+    x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
+    g = load_unresampled(dy_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
+    du, centred = through_activation(g, x, mean, low, a, b, SILU)
+    dx = du * a[None, :] - centred * slope[None, :] - off[None, :]
+    if dskip_ptr is not None:
+        dx += load_unresampled(dskip_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
+    store_source(dx_ptr, dx2_ptr, dx, n, p, p < P, c, wanted, P, C1, C2)
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -41,36 +85,34 @@ def _group_norm_silu_bwd_kernel(
     dx_ptr, dx2_ptr, s1_ptr, s2_ptr,
     N, P, P_OUT, H, W, C1, C2, G, blocks, scale_stride, shift_stride,
     D: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program is an image's `GROUPS` groups of D channels, all positions."""
+    """One read: a program takes an image's `GROUPS` groups of D channels, all positions, from memory once."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
     c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
-    C = C1 + C2
-    wanted = (lane < GROUPS * D) & (c < C)
-    p = tl.arange(0, BLOCK_P)
-    x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
-    g = load_unresampled(dy_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
+    wanted = (lane < GROUPS * D) & (c < C1 + C2)
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
-    du, centred = through_activation(g, x, mean, low, w * rstd, b, SILU)
-    s1 = tl.sum(du, axis=0)
-    s2 = tl.sum(du * centred, axis=0) * rstd
-    count = P * D
-    mean_s1 = over_group(w * s1, lane, D, GROUPS == 1) / count
-    mean_s2 = over_group(w * s2, lane, D, GROUPS == 1) / count
-    dx = du * (w * rstd)[None, :] - centred * (rstd * rstd * mean_s2)[None, :] - (rstd * mean_s1)[None, :]
-    if dskip_ptr is not None:
-        dx += load_unresampled(dskip_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
-    store_source(dx_ptr, dx2_ptr, dx, n, p, p < P, c, wanted, P, C1, C2)
+    s1, s2 = _channel_sums(
+        dy_ptr, x_ptr, x2_ptr, mean, low, w * rstd, b, n, 0, P, c, wanted, P, P_OUT, H, W, C1, C2,
+        SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C, UNROLL,
+    )  # fmt: skip
+    s2 = s2 * rstd
     if s1_ptr is not None:
-        at = n.to(tl.int64) * C + c
+        at = n.to(tl.int64) * (C1 + C2) + c
         tl.store(s1_ptr + at, s1, mask=wanted)
         tl.store(s2_ptr + at, s2, mask=wanted)
+    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, GROUPS == 1)
+    for start in range(0, P, BLOCK_P * UNROLL):
+        p = start + tl.arange(0, BLOCK_P * UNROLL)
+        _apply_tile(
+            dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, low, w * rstd, b, off, slope,
+            n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=DEPTH_TOO)
 def _group_norm_silu_sums_kernel(
     dy_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, partial_ptr,
     N, P, P_OUT, H, W, C1, C2, G, D, chunk, chunks, blocks, scale_stride, shift_stride,
@@ -81,28 +123,20 @@ def _group_norm_silu_sums_kernel(
     k = (tl.program_id(0) // blocks) % chunks
     n = tl.program_id(0) // blocks // chunks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = C1 + C2
-    wanted = c < C
+    wanted = c < C1 + C2
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
-    begin = k * chunk
-    end = tl.minimum(begin + chunk, P)
-    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for start in range(begin, end, BLOCK_P * UNROLL):
-        for j in tl.static_range(UNROLL):
-            p = start + j * BLOCK_P + tl.arange(0, BLOCK_P)
-            x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
-            g = load_unresampled(dy_ptr, n, p, p < end, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
-            du, centred = through_activation(g, x, mean, low, w * rstd, b, SILU)
-            s1 += du
-            s2 += du * centred
-    at = (n.to(tl.int64) * chunks + k) * 2 * C + c
-    tl.store(partial_ptr + at, tl.sum(s1, axis=0), mask=wanted)
-    tl.store(partial_ptr + at + C, tl.sum(s2, axis=0), mask=wanted)
+    end = tl.minimum(k * chunk + chunk, P)
+    s1, s2 = _channel_sums(
+        dy_ptr, x_ptr, x2_ptr, mean, low, w * rstd, b, n, k * chunk, end, c, wanted,
+        P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C, UNROLL,
+    )  # fmt: skip
+    at = (n.to(tl.int64) * chunks + k) * 2 * (C1 + C2) + c
+    tl.store(partial_ptr + at, s1, mask=wanted)
+    tl.store(partial_ptr + at + (C1 + C2), s2, mask=wanted)
 
 
-@triton.jit(do_not_specialize=[*PLAIN, "C"])
+@triton.jit(do_not_specialize=[*DEPTH_TOO, "C"])
 def _group_norm_silu_merge_bwd_kernel(
     partial_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, rstd_ptr, terms_ptr, s1_ptr, s2_ptr,
     N, P, C, G, D, chunks, blocks, scale_stride, shift_stride,
@@ -124,41 +158,36 @@ def _group_norm_silu_merge_bwd_kernel(
     if s1_ptr is not None:
         tl.store(s1_ptr + n.to(tl.int64) * C + c, s1, mask=wanted)
         tl.store(s2_ptr + n.to(tl.int64) * C + c, s2, mask=wanted)
-    count = P * D
-    mean_s1 = over_group(w * s1, lane, D, GROUPS == 1) / count
-    mean_s2 = over_group(w * s2, lane, D, GROUPS == 1) / count
+    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, GROUPS == 1)
     first = wanted & (lane % D == 0)
-    tl.store(terms_ptr + group, rstd * mean_s1, mask=first)
-    tl.store(terms_ptr + N.to(tl.int64) * G + group, rstd * rstd * mean_s2, mask=first)
+    tl.store(terms_ptr + group, off, mask=first)
+    tl.store(terms_ptr + N.to(tl.int64) * G + group, slope, mask=first)
 
 
-@triton.jit(do_not_specialize=PLAIN)
+@triton.jit(do_not_specialize=DEPTH_TOO)
 def _group_norm_silu_apply_bwd_kernel(
-    dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, terms_ptr,
-    dx_ptr, dx2_ptr,
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    terms_ptr, dx_ptr, dx2_ptr,
     N, P, P_OUT, H, W, C1, C2, G, D, blocks, tiles, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The elementwise pass: a program is a tile of input positions."""
+    # Backwards through the data: what the sums read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n = program // blocks // tiles
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    C = C1 + C2
-    wanted = c < C
+    wanted = c < C1 + C2
     p = ((program // blocks) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-    x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
-    g = load_unresampled(dy_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     group = n.to(tl.int64) * G + c // D
     off = tl.load(terms_ptr + group, mask=wanted, other=0.0)
     slope = tl.load(terms_ptr + N.to(tl.int64) * G + group, mask=wanted, other=0.0)
-    w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
-    du, centred = through_activation(g, x, mean, low, w * rstd, b, SILU)
-    dx = du * (w * rstd)[None, :] - centred * slope[None, :] - off[None, :]
-    if dskip_ptr is not None:
-        dx += load_unresampled(dskip_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
-    store_source(dx_ptr, dx2_ptr, dx, n, p, p < P, c, wanted, P, C1, C2)
+    _apply_tile(
+        dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, low, w * rstd, b, off, slope,
+        n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
+    )  # fmt: skip
 
 
 def plan_bwd(
@@ -181,25 +210,24 @@ def plan_bwd(
     common = dict(dy_ptr=dy, x_ptr=x, x2_ptr=x2, **affine, **statistics, **sizes, G=groups, D=depth)
     common |= dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
     if isinstance(launch, OneRead):
-        blocks = -(-groups // launch.groups)
-        cut = dict(GROUPS=launch.groups, BLOCK_P=launch.block_p, BLOCK_C=launch.block_c, blocks=blocks)
+        cut = dict(**launch.block, GROUPS=launch.groups, blocks=-(-groups // launch.groups))
         arguments = dict(**common, **gradients, **sums, **cut, dskip_ptr=dskip)
-        return [Call(_group_norm_silu_bwd_kernel, g.n * blocks, arguments, launch.warps)]
+        return [Call(_group_norm_silu_bwd_kernel, g.n * cut["blocks"], arguments, launch.warps)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
     partial, terms = empty_float((g.n, chunks, 2, channels), x), empty_float((2, g.n, groups), x)
-    common |= dict(blocks=blocks, BLOCK_C=launch.block_c)
-    first = dict(**common, partial_ptr=partial, chunk=launch.chunk, chunks=chunks)
-    first |= dict(BLOCK_P=launch.block_p, UNROLL=launch.unroll)
-    merge_groups = norm_launch.merge_groups(g.shape(groups, x))
-    merge_blocks = -(-groups // merge_groups)
-    merge = dict(**affine, **sums, partial_ptr=partial, terms_ptr=terms, rstd_ptr=statistics["rstd_ptr"])
-    merge |= dict(N=g.n, P=sizes["P"], C=channels, G=groups, D=depth, chunks=chunks, blocks=merge_blocks)
-    merge |= dict(GROUPS=merge_groups, BLOCK_K=pow2(chunks), BLOCK_C=pow2(merge_groups * depth))
+    first = dict(
+        **common, **launch.block, partial_ptr=partial, chunk=launch.chunk, chunks=chunks, blocks=blocks
+    )
+    cut = norm_launch.merge(g.shape(groups, x), chunks)
+    merge = dict(**affine, **sums, **cut.block, partial_ptr=partial, terms_ptr=terms, chunks=chunks)
+    merge |= dict(rstd_ptr=statistics["rstd_ptr"], N=g.n, P=sizes["P"], C=channels, G=groups, D=depth)
+    merge |= dict(GROUPS=cut.groups, blocks=-(-groups // cut.groups))
     tiles = -(-sizes["P"] // launch.apply_p)
-    apply = dict(**common, **gradients, dskip_ptr=dskip, terms_ptr=terms, tiles=tiles, BLOCK_P=launch.apply_p)
+    apply = dict(**common, **gradients, dskip_ptr=dskip, terms_ptr=terms, tiles=tiles, blocks=blocks)
+    apply |= dict(BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
     return [
         Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps),
-        Call(_group_norm_silu_merge_bwd_kernel, g.n * merge_blocks, merge, 4),
+        Call(_group_norm_silu_merge_bwd_kernel, g.n * merge["blocks"], merge, cut.warps),
         Call(_group_norm_silu_apply_bwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps),
     ]
 
@@ -219,11 +247,12 @@ def group_norm_silu_bwd(
     resample: str | None,
     sums: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Compute the gradient in [x, x2] of `group_norm_silu_fwd`, and S1, S2; the formula is in
-    `admfast/ops/group_norm_grad.py`.
+    """Compute the gradient in [x, x2] of `group_norm_silu_fwd`, and S1, S2.
 
-    Args: dy and dskip [N, C, *resampled], any layout (copied where it isn't channels-last); mean [2, N, G] and
-    rstd [N, G] as the forward gave them; the others as there. `sums`: give S1 and S2.
+    The formula is in `admfast/ops/group_norm_grad.py`.
+
+    Args: dy and dskip [N, C, *resampled], any layout (copied where it isn't channels-last); mean [2, N, G]
+    and rstd [N, G] as the forward gave them; the others as there. `sums`: give S1 and S2.
 
     Returns: dx and dx2 (None without x2) as x and x2, S1 and S2 [N, C] float32 (empty unless `sums`). Raises
     ValueError for another layout or dtype of x. Accumulates in float32, in one order; never waits.

@@ -17,12 +17,17 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # read here as the decorator
 
 @dataclass(frozen=True)
 class OneRead:
-    """One program holds all positions of `groups` whole groups in registers, in [block_p, block_c]."""
+    """A program takes all positions of `groups` whole groups, `unroll` tiles of [block_p, block_c] a trip."""
 
     groups: int
     block_p: int
     block_c: int
+    unroll: int
     warps: int
+
+    @property
+    def block(self) -> dict[str, int]:
+        return dict(BLOCK_P=self.block_p, BLOCK_C=self.block_c, UNROLL=self.unroll)
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,26 @@ class TwoPass:
     apply_p: int
     apply_warps: int
 
+    @property
+    def block(self) -> dict[str, int]:
+        return dict(BLOCK_P=self.block_p, BLOCK_C=self.block_c, UNROLL=self.unroll)
+
     def chunks(self, positions: int) -> int:
         return -(-positions // self.chunk)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A program merges all chunks, at most `block_k`, of `groups` whole groups."""
+
+    groups: int
+    block_k: int
+    block_c: int
+    warps: int
+
+    @property
+    def block(self) -> dict[str, int]:
+        return dict(BLOCK_K=self.block_k, BLOCK_C=self.block_c)
 
 
 @dataclass(frozen=True)
@@ -89,69 +112,73 @@ def pow2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-# Values of a tile. 16 warps of 64 registers' worth of x is the most that leaves room for addresses; the
-# backward holds x and du. Where programs abound, two must fit a multiprocessor so that one loads while
-# another stores.
-FORWARD_TILE, BACKWARD_TILE, CROWDED_TILE = 32768, 16384, 16384
+# Bytes that one program may look at twice. Alone on its multiprocessor it finds 128 KB again in the
+# first-level cache, which is 256 KB; where programs abound, several share that.
+ALONE, SHARED = 128 << 10, 64 << 10
+LINE, SECTOR = 128, 32  # bytes that memory is asked for at once, and the least that it gives
 
 
 def choose(shape: Shape, backward: bool) -> OneRead | TwoPass:
     """The launch of a forward, or of a backward, on `shape`."""
     if INTERPRETED:
         return _interpreted(shape)
-    return _one_read(shape, BACKWARD_TILE if backward else FORWARD_TILE) or _two_pass(shape)
+    return _one_read(shape, backward) or _two_pass(shape, backward)
 
 
-def _one_read(shape: Shape, largest: int) -> OneRead | None:
+def _one_read(shape: Shape, backward: bool) -> OneRead | None:
     """The launch that reads once, or None where a share doesn't fit or would be read in crumbs."""
-    block_p = pow2(shape.p)
 
-    def block_c(groups: int) -> int:
-        return pow2(groups * shape.depth)
+    def programs(groups: int) -> int:
+        return shape.n * -(-shape.groups // groups)
 
-    # As many whole groups a program as make a row of a line of 128 bytes, while there is work for all.
+    def row(groups: int) -> int:
+        return groups * shape.depth * shape.itemsize
+
+    tensors = 2 if backward else 1  # x, and dy
+    # As many whole groups a program as make up a line, while there is work for every multiprocessor.
     groups = 1
     while (
         2 * groups <= shape.groups
-        and 2 * groups * shape.depth * shape.itemsize <= 128
-        and block_p * block_c(2 * groups) <= min(largest, CROWDED_TILE)
-        and shape.n * -(-shape.groups // (2 * groups)) >= MULTIPROCESSORS
+        and row(2 * groups) <= LINE
+        and tensors * shape.p * row(2 * groups) <= SHARED
+        and programs(2 * groups) >= MULTIPROCESSORS
     ):
         groups *= 2
-    tile = block_p * block_c(groups)
-    if shape.n * -(-shape.groups // groups) > 2 * MULTIPROCESSORS:
-        # Many programs: bandwidth counts, not launches. A row below a sector of 32 bytes wastes it.
-        if groups * shape.depth * shape.itemsize < 32:
-            return None
-        largest = min(largest, CROWDED_TILE)
-    if tile > largest:
+    few = programs(groups) <= MULTIPROCESSORS
+    if tensors * shape.p * row(groups) > (ALONE if few else SHARED):
         return None
-    return OneRead(groups, block_p, block_c(groups), warps=min(max(tile // 512, 4), 16))
+    # Few programs: launches are what is saved. Many: bandwidth counts, and a row below a sector wastes it.
+    if programs(groups) > 2 * MULTIPROCESSORS and row(groups) < SECTOR:
+        return None
+    block_c, warps = pow2(groups * shape.depth), 16 if few else 8
+    unroll = 2 if backward else 4
+    values = min(256 * warps, max(block_c * pow2(shape.p) // unroll, block_c))
+    return OneRead(groups, values // block_c, block_c, unroll, max(values // 256, 4))
 
 
-def _two_pass(shape: Shape) -> TwoPass:
+def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     block_c = min(64, pow2(shape.c))
-    block_p, unroll = 2048 // block_c, 4
+    block_p, unroll, warps = 2048 // block_c, 2 if backward else 4, 8
     blocks = -(-shape.c // block_c)
     # Four programs a multiprocessor; the merge holds all chunks of its channels at once.
-    most = min(128, max(16384 // pow2(shape.depth), 1))
+    most = min(128, max(8192 // pow2(shape.depth), 1))
     wanted = min(-(-4 * MULTIPROCESSORS // (shape.n * blocks)), most)
     trip = block_p * unroll
-    chunk = -(-shape.p // wanted)
-    chunk = -(-chunk // trip) * trip
-    return TwoPass(block_p, block_c, unroll, chunk, warps=8, apply_p=2048 // block_c, apply_warps=4)
+    chunk = -(-shape.p // (wanted * trip)) * trip
+    return TwoPass(block_p, block_c, unroll, chunk, warps, apply_p=2048 // block_c, apply_warps=4)
 
 
 def _interpreted(shape: Shape) -> OneRead | TwoPass:
     """One read below 512 positions, so that a small test meets it and a large one the other."""
     if shape.p <= 512:
-        return OneRead(shape.groups, pow2(shape.p), pow2(shape.c), warps=1)
+        return OneRead(shape.groups, pow2(shape.p), pow2(shape.c), unroll=1, warps=1)
     return TwoPass(1024, pow2(shape.c), 1, chunk=2048, warps=1, apply_p=1024, apply_warps=1)
 
 
-def merge_groups(shape: Shape) -> int:
-    """Whole groups that one program merges: about 64 channels."""
+def merge(shape: Shape, chunks: int) -> Merge:
+    """Whole groups of about 32 channels a program: what it reads is little, how long it takes is latency."""
     groups = 1
-    while 2 * groups <= shape.groups and 2 * groups * shape.depth <= 64:
+    while 2 * groups <= shape.groups and 2 * groups * shape.depth <= 32:
         groups *= 2
-    return groups
+    block_k, block_c = max(pow2(chunks), 16), pow2(groups * shape.depth)
+    return Merge(groups, block_k, block_c, warps=4 if block_k * block_c <= 2048 else 8)

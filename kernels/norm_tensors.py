@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from admfast.kernels.norm_launch import Shape
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: one ordered table per op, and one rule for choosing from it.
 
 The rule: `impl=NAME`, else the environment variable ADMFAST_IMPL, else the first entry of the table that is
-available, supports the call and may be chosen unasked. An implementation asked for by name that can't run raises `Unavailable` with
-its reason; it never falls back silently.
+available, supports the call and may be chosen unasked. An implementation asked for by name that can't run
+raises `Unavailable` with its reason; it never falls back silently.
 
 ADMFAST_IMPL is a comma-separated list of `NAME` (every op) and `OP=NAME` (one op, which wins over `NAME`).
 """
