@@ -12,10 +12,9 @@ from typing import Any
 import triton
 import triton.language as tl
 from admfast.kernels import norm_launch
-from admfast.kernels.norm_launch import Call, OneRead, TwoPass
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass, share
 from admfast.kernels.norm_tensors import Geometry, affine_arguments, empty, empty_float, geometry
 from admfast.kernels.norm_tiles import (
-    DEPTH_TOO,
     PLAIN,
     activate,
     affine,
@@ -123,27 +122,28 @@ def _group_statistics(means, deviations, sizes, there, lane, P, D, EPS: tl.const
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_fwd_kernel(
     x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, blocks, scale_stride, shift_stride,
-    D: tl.constexpr, EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+    N, P, P_OUT, H, W, C1, C2, G, D, width, blocks, scale_stride, shift_stride,
+    EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    SINGLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program takes an image's `GROUPS` groups of D channels, all positions, from memory once."""
+    """One read: a program takes all positions of whole groups, `width` channels, from memory once."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
-    wanted = (lane < GROUPS * D) & (c < C1 + C2)
+    c = tl.multiple_of((tl.program_id(0) % blocks) * width, ALIGN) + lane
+    wanted = (lane < width) & (c < C1 + C2)
     means, deviations = _channel_statistics(
         x_ptr, x2_ptr, n, 0, P, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
     )
     mean, low, rstd = _group_statistics(
-        means[None, :], deviations[None, :], P, wanted[None, :], lane, P, D, EPS, GROUPS == 1
+        means[None, :], deviations[None, :], P, wanted[None, :], lane, P, D, EPS, SINGLE
     )
     store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = a * rstd
     b = b - low * a
-    # Out of the cache now; "down" reads several inputs for each output.
-    TILE: tl.constexpr = BLOCK_P if RESAMPLE == "down" else BLOCK_P * UNROLL
+    # Out of the cache now. Resampling holds several addresses an element: smaller tiles, no spilled registers.
+    TILE: tl.constexpr = BLOCK_P * 2 if RESAMPLE is None else BLOCK_P
     for start in range(0, P_OUT if RESAMPLE == "down" else P, TILE):
         p = start + tl.arange(0, TILE)
         _apply_tile(
@@ -152,7 +152,7 @@ def _group_norm_silu_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=DEPTH_TOO)
+@triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_stats_kernel(
     x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
@@ -171,27 +171,27 @@ def _group_norm_silu_stats_kernel(
     tl.store(partial_ptr + at + (C1 + C2), deviations, mask=wanted)
 
 
-@triton.jit(do_not_specialize=[*DEPTH_TOO, "C"])
+@triton.jit(do_not_specialize=[*PLAIN, "C"])
 def _group_norm_silu_merge_fwd_kernel(
-    partial_ptr, mean_ptr, rstd_ptr, N, P, C, G, D, chunk, chunks, blocks,
-    EPS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, mean_ptr, rstd_ptr, N, P, C, G, D, width, chunk, chunks, blocks,
+    EPS: tl.constexpr, SINGLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunks and channels of whole groups: mean, what float32 leaves out of it, rstd."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
-    wanted = (lane < GROUPS * D) & (c < C)
+    c = (tl.program_id(0) % blocks) * width + lane
+    wanted = (lane < width) & (c < C)
     k = tl.arange(0, BLOCK_K)
     there = (k < chunks)[:, None] & wanted[None, :]
     at = ((n.to(tl.int64) * chunks + k) * 2 * C)[:, None] + c[None, :]
     means = tl.load(partial_ptr + at, mask=there, other=0.0)
     deviations = tl.load(partial_ptr + at + C, mask=there, other=0.0)
     sizes = tl.where(k < chunks, tl.minimum(P - k * chunk, chunk), 0).to(tl.float32)[:, None]
-    mean, low, rstd = _group_statistics(means, deviations, sizes, there, lane, P, D, EPS, GROUPS == 1)
+    mean, low, rstd = _group_statistics(means, deviations, sizes, there, lane, P, D, EPS, SINGLE)
     store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
 
 
-@triton.jit(do_not_specialize=DEPTH_TOO)
+@triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_apply_fwd_kernel(
     x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
     N, P, P_OUT, H, W, C1, C2, G, D, blocks, tiles, scale_stride, shift_stride,
@@ -235,7 +235,7 @@ def plan_fwd(
     if isinstance(launch, OneRead):
         blocks = -(-groups // launch.groups)
         arguments = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth, EPS=eps)
-        arguments |= dict(GROUPS=launch.groups, blocks=blocks, **launch.block)
+        arguments |= dict(**launch.block, **share(launch.groups, depth), ALIGN=launch.align, blocks=blocks)
         return [Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments, launch.warps)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
     partial = empty_float((g.n, chunks, 2, channels), x)
@@ -243,7 +243,7 @@ def plan_fwd(
     stats = dict(**sources, **chunked, **launch.block, C1=g.c1, C2=g.c2, blocks=blocks)
     cut = norm_launch.merge(g.shape(groups, x), chunks)
     merge = dict(**chunked, **statistics, **cut.block, N=g.n, C=channels, G=groups, D=depth, EPS=eps)
-    merge |= dict(GROUPS=cut.groups, blocks=-(-groups // cut.groups))
+    merge |= dict(**share(cut.groups, depth), blocks=-(-groups // cut.groups))
     tiles = -(-(sizes["P_OUT"] if g.resample == "down" else sizes["P"]) // launch.apply_p)
     apply = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth)
     apply |= dict(blocks=blocks, tiles=tiles, BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)

@@ -2,8 +2,9 @@
 
 With x^ = (x - mean) rstd, a = w' rstd and du = act'(u) times the output's gradient at the input's resolution:
 S1 = sum du, S2 = sum du x^, and dx = a du - rstd (A + x^ B) where A and B are the means of w' S1 and w' S2
-over the elements of the group. One read or two passes as in the forward; u is made again from x each time. No
-atomics: every sum has one order, so that a gradient is bit for bit the same every time.
+over the elements of the group. One read or two passes as in the forward; u is made again from x each time.
+What float32 leaves out of mean (`low`) enters a channel at a time, by b, S2 and the offset of dx. No atomics:
+every sum has one order, so that a gradient is bit for bit the same every time.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from admfast.kernels import norm_launch
-from admfast.kernels.norm_launch import Call, OneRead, TwoPass
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass, share
 from admfast.kernels.norm_tensors import (
     Geometry,
     affine_arguments,
@@ -22,7 +23,6 @@ from admfast.kernels.norm_tensors import (
     geometry,
 )
 from admfast.kernels.norm_tiles import (
-    DEPTH_TOO,
     PLAIN,
     affine,
     load_source,
@@ -37,7 +37,7 @@ from torch import Tensor
 
 @triton.jit
 def _channel_sums(
-    dy_ptr, x_ptr, x2_ptr, mean, low, a, b, n, begin, end, c, wanted, P, P_OUT, H, W, C1, C2,
+    dy_ptr, x_ptr, x2_ptr, mean, a, b, n, begin, end, c, wanted, P, P_OUT, H, W, C1, C2,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _channel_sums(
             p = start + j * BLOCK_P + tl.arange(0, BLOCK_P)
             x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
             g = load_unresampled(dy_ptr, n, p, p < end, c, wanted, P_OUT, H, W, C1 + C2, RESAMPLE, DIMS)
-            du, centred = through_activation(g, x, mean, low, a, b, SILU)
+            du, centred = through_activation(g, x, mean, a, b, SILU)
             s1 += du
             s2 += du * centred
     return tl.sum(s1, axis=0), tl.sum(s2, axis=0)
@@ -65,14 +65,14 @@ def _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE: tl.constexpr):
 
 @triton.jit
 def _apply_tile(
-    dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, low, a, b, off, slope, n, p, c, wanted,
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b, off, slope, n, p, c, wanted,
     P, P_OUT, H, W, C1, C2, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     """dx = a du - off - (x - mean) slope at input positions p, and the gradient of the skip."""
     C = C1 + C2
     x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
     g = load_unresampled(dy_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
-    du, centred = through_activation(g, x, mean, low, a, b, SILU)
+    du, centred = through_activation(g, x, mean, a, b, SILU)
     dx = du * a[None, :] - centred * slope[None, :] - off[None, :]
     if dskip_ptr is not None:
         dx += load_unresampled(dskip_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
@@ -83,36 +83,38 @@ def _apply_tile(
 def _group_norm_silu_bwd_kernel(
     dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
     dx_ptr, dx2_ptr, s1_ptr, s2_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, blocks, scale_stride, shift_stride,
-    D: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+    N, P, P_OUT, H, W, C1, C2, G, D, width, blocks, scale_stride, shift_stride,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    SINGLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program takes an image's `GROUPS` groups of D channels, all positions, from memory once."""
+    """One read: a program takes all positions of whole groups, `width` channels, from memory once."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
-    wanted = (lane < GROUPS * D) & (c < C1 + C2)
+    c = tl.multiple_of((tl.program_id(0) % blocks) * width, ALIGN) + lane
+    wanted = (lane < width) & (c < C1 + C2)
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = w * rstd
     s1, s2 = _channel_sums(
-        dy_ptr, x_ptr, x2_ptr, mean, low, w * rstd, b, n, 0, P, c, wanted, P, P_OUT, H, W, C1, C2,
+        dy_ptr, x_ptr, x2_ptr, mean, a, b - low * a, n, 0, P, c, wanted, P, P_OUT, H, W, C1, C2,
         SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C, UNROLL,
     )  # fmt: skip
-    s2 = s2 * rstd
+    s2 = (s2 - low * s1) * rstd
     if s1_ptr is not None:
         at = n.to(tl.int64) * (C1 + C2) + c
         tl.store(s1_ptr + at, s1, mask=wanted)
         tl.store(s2_ptr + at, s2, mask=wanted)
-    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, GROUPS == 1)
-    for start in range(0, P, BLOCK_P * UNROLL):
-        p = start + tl.arange(0, BLOCK_P * UNROLL)
+    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
         _apply_tile(
-            dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, low, w * rstd, b, off, slope,
+            dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b - low * a, off - low * slope, slope,
             n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=DEPTH_TOO)
+@triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_sums_kernel(
     dy_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, partial_ptr,
     N, P, P_OUT, H, W, C1, C2, G, D, chunk, chunks, blocks, scale_stride, shift_stride,
@@ -126,27 +128,28 @@ def _group_norm_silu_sums_kernel(
     wanted = c < C1 + C2
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = w * rstd
     end = tl.minimum(k * chunk + chunk, P)
     s1, s2 = _channel_sums(
-        dy_ptr, x_ptr, x2_ptr, mean, low, w * rstd, b, n, k * chunk, end, c, wanted,
+        dy_ptr, x_ptr, x2_ptr, mean, a, b - low * a, n, k * chunk, end, c, wanted,
         P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C, UNROLL,
     )  # fmt: skip
     at = (n.to(tl.int64) * chunks + k) * 2 * (C1 + C2) + c
     tl.store(partial_ptr + at, s1, mask=wanted)
-    tl.store(partial_ptr + at + (C1 + C2), s2, mask=wanted)
+    tl.store(partial_ptr + at + (C1 + C2), s2 - low * s1, mask=wanted)
 
 
-@triton.jit(do_not_specialize=[*DEPTH_TOO, "C"])
+@triton.jit(do_not_specialize=[*PLAIN, "C"])
 def _group_norm_silu_merge_bwd_kernel(
     partial_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, rstd_ptr, terms_ptr, s1_ptr, s2_ptr,
-    N, P, C, G, D, chunks, blocks, scale_stride, shift_stride,
-    GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    N, P, C, G, D, width, chunks, blocks, scale_stride, shift_stride,
+    SINGLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Add the chunks up: S1, S2 [N, C] where wanted, and what dx takes off: terms [2, N, G]."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    c = (tl.program_id(0) % blocks) * (GROUPS * D) + lane
-    wanted = (lane < GROUPS * D) & (c < C)
+    c = (tl.program_id(0) % blocks) * width + lane
+    wanted = (lane < width) & (c < C)
     k = tl.arange(0, BLOCK_K)
     there = (k < chunks)[:, None] & wanted[None, :]
     at = ((n.to(tl.int64) * chunks + k) * 2 * C)[:, None] + c[None, :]
@@ -158,13 +161,13 @@ def _group_norm_silu_merge_bwd_kernel(
     if s1_ptr is not None:
         tl.store(s1_ptr + n.to(tl.int64) * C + c, s1, mask=wanted)
         tl.store(s2_ptr + n.to(tl.int64) * C + c, s2, mask=wanted)
-    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, GROUPS == 1)
+    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE)
     first = wanted & (lane % D == 0)
     tl.store(terms_ptr + group, off, mask=first)
     tl.store(terms_ptr + N.to(tl.int64) * G + group, slope, mask=first)
 
 
-@triton.jit(do_not_specialize=DEPTH_TOO)
+@triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_apply_bwd_kernel(
     dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
     terms_ptr, dx_ptr, dx2_ptr,
@@ -184,8 +187,9 @@ def _group_norm_silu_apply_bwd_kernel(
     group = n.to(tl.int64) * G + c // D
     off = tl.load(terms_ptr + group, mask=wanted, other=0.0)
     slope = tl.load(terms_ptr + N.to(tl.int64) * G + group, mask=wanted, other=0.0)
+    a = w * rstd
     _apply_tile(
-        dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, low, w * rstd, b, off, slope,
+        dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b - low * a, off - low * slope, slope,
         n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
     )  # fmt: skip
 
@@ -210,9 +214,10 @@ def plan_bwd(
     common = dict(dy_ptr=dy, x_ptr=x, x2_ptr=x2, **affine, **statistics, **sizes, G=groups, D=depth)
     common |= dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
     if isinstance(launch, OneRead):
-        cut = dict(**launch.block, GROUPS=launch.groups, blocks=-(-groups // launch.groups))
+        blocks = -(-groups // launch.groups)
+        cut = dict(**launch.block, **share(launch.groups, depth), ALIGN=launch.align, blocks=blocks)
         arguments = dict(**common, **gradients, **sums, **cut, dskip_ptr=dskip)
-        return [Call(_group_norm_silu_bwd_kernel, g.n * cut["blocks"], arguments, launch.warps)]
+        return [Call(_group_norm_silu_bwd_kernel, g.n * blocks, arguments, launch.warps)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
     partial, terms = empty_float((g.n, chunks, 2, channels), x), empty_float((2, g.n, groups), x)
     first = dict(
@@ -221,7 +226,7 @@ def plan_bwd(
     cut = norm_launch.merge(g.shape(groups, x), chunks)
     merge = dict(**affine, **sums, **cut.block, partial_ptr=partial, terms_ptr=terms, chunks=chunks)
     merge |= dict(rstd_ptr=statistics["rstd_ptr"], N=g.n, P=sizes["P"], C=channels, G=groups, D=depth)
-    merge |= dict(GROUPS=cut.groups, blocks=-(-groups // cut.groups))
+    merge |= dict(**share(cut.groups, depth), blocks=-(-groups // cut.groups))
     tiles = -(-sizes["P"] // launch.apply_p)
     apply = dict(**common, **gradients, dskip_ptr=dskip, terms_ptr=terms, tiles=tiles, blocks=blocks)
     apply |= dict(BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)

@@ -24,6 +24,7 @@ class OneRead:
     block_c: int
     unroll: int
     warps: int
+    align: int = 1  # divides the first channel of every program: how wide its loads may be
 
     @property
     def block(self) -> dict[str, int]:
@@ -96,6 +97,14 @@ class Call:
         self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps)
 
 
+def share(groups: int, depth: int) -> dict[str, Any]:
+    """The arguments of a kernel whose program takes `groups` whole groups of `depth` channels.
+
+    SINGLE spares a group too wide for it the square of channels that adding up several takes.
+    """
+    return dict(width=groups * depth, SINGLE=groups == 1 and depth > 64)
+
+
 def run(calls: list[Call], device: torch.device) -> None:
     """Launch one after another on the current stream of `device`."""
     if device.type == "cuda":
@@ -150,10 +159,12 @@ def _one_read(shape: Shape, backward: bool) -> OneRead | None:
     # Few programs: launches are what is saved. Many: bandwidth counts, and a row below a sector wastes it.
     if programs(groups) > 2 * MULTIPROCESSORS and row(groups) < SECTOR:
         return None
-    block_c, warps = pow2(groups * shape.depth), 16 if few else 8
-    unroll = 2 if backward else 4
-    values = min(256 * warps, max(block_c * pow2(shape.p) // unroll, block_c))
-    return OneRead(groups, values // block_c, block_c, unroll, max(values // 256, 4))
+    # Blocks depend on the row alone, so that few kernels serve all shapes; a small image is masked.
+    width = groups * shape.depth
+    block_c, unroll = max(pow2(width), 16), 2 if backward else 4
+    warps = 8
+    align = min(width & -width, max(16 // shape.itemsize, 1))
+    return OneRead(groups, max(256 * warps // block_c, 1), block_c, unroll, warps, align)
 
 
 def _two_pass(shape: Shape, backward: bool) -> TwoPass:

@@ -12,10 +12,9 @@ import triton.language as tl
 # Of the integers only the channel counts tell how wide a load may be; the others would only multiply what is
 # compiled, and a 1 among them would arrive as a constant.
 PLAIN = [
-    *("N", "P", "P_OUT", "H", "W", "G", "chunk", "chunks", "blocks", "tiles"),
+    *("N", "P", "P_OUT", "H", "W", "G", "D", "width", "chunk", "chunks", "blocks", "tiles"),
     *("scale_stride", "shift_stride"),
 ]
-DEPTH_TOO = [*PLAIN, "D"]
 
 
 @triton.jit
@@ -161,9 +160,9 @@ def activate(x, mean, a, b, SILU: tl.constexpr):
 
 
 @triton.jit
-def through_activation(g, x, mean, low, a, b, SILU: tl.constexpr):
-    """du = g act'(u), and the centred x: u is made again from x, not kept."""
-    centred = (x - mean[None, :]) - low[None, :]
+def through_activation(g, x, mean, a, b, SILU: tl.constexpr):
+    """du = g act'(u), and x - mean: u is made again from x, not kept."""
+    centred = x - mean[None, :]
     if SILU:
         u = centred * a[None, :] + b[None, :]
         sigmoid = tl.sigmoid(u)

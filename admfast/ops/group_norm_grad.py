@@ -37,7 +37,7 @@ class NormOptions:
     skip: bool
 
 
-# forward(x, x2, weight, bias, scale, shift, options) -> y, skip (empty where not asked for), mean, rstd [N, G]
+# forward(x, x2, weight, bias, scale, shift, options) -> y, skip (empty if not asked for), mean, rstd [N, G]
 # backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, options, sums)
 #     -> dx, dx2 (None without x2), S1, S2 [N, C] float32 (empty where not `sums`)
 RawForward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]

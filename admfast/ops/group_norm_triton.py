@@ -1,8 +1,8 @@
 """The Triton implementation of `group_norm_silu`: when it can run, and its raw ops.
 
 `admfast_triton::group_norm_silu_fwd` and `_bwd` are opaque to tracers (a fake each, no autograd of their
-own). Where nothing traces, the launchers are called directly: the way through the dispatcher costs a host more
-than the small kernels take.
+own). Where nothing traces, the launchers are called directly: the way through the dispatcher costs a host
+more than the small kernels take.
 """
 
 from __future__ import annotations
