@@ -88,7 +88,7 @@ def _channel_statistics(
     x_ptr, x2_ptr, n, begin, end, c, wanted, P, C1, C2,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over positions begin..end."""
+    """Of each channel over positions begin..end: the mean, as a sum of two, and the squared deviations."""
     p = begin + tl.arange(0, BLOCK_P)
     x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
     # About the mean of the first tile: it is one of few, which bounds what cancels by their number.
@@ -103,17 +103,19 @@ def _channel_statistics(
             total += centred
             squares += centred * centred
     added = tl.sum(total, axis=0) / (end - begin)
-    return about + added, tl.sum(squares, axis=0) - added * added * (end - begin)
+    return about, added, tl.sum(squares, axis=0) - added * added * (end - begin)
 
 
 @triton.jit
-def _group_statistics(means, deviations, sizes, there, lane, P, D, EPS: tl.constexpr, SINGLE: tl.constexpr):
+def _group_statistics(
+    about, added, deviations, sizes, there, lane, P, D, EPS: tl.constexpr, SINGLE: tl.constexpr
+):
     """Merge [parts, channels] to mean, what float32 leaves out of it, and rstd of each channel's group.
 
     Chan et al. 1983 over all parts at once: first a rough mean, then everything about that.
     """
-    mean = over_group(tl.sum(sizes * means, axis=0), lane, D, SINGLE) / (P * D)
-    centred = tl.where(there, means - mean[None, :], 0.0)
+    mean = over_group(tl.sum(sizes * (about + added), axis=0), lane, D, SINGLE) / (P * D)
+    centred = tl.where(there, (about - mean[None, :]) + added, 0.0)
     low = over_group(tl.sum(sizes * centred, axis=0), lane, D, SINGLE) / (P * D)
     squares = over_group(tl.sum(deviations + sizes * centred * centred, axis=0), lane, D, SINGLE)
     return mean, low, tl.rsqrt(squares / (P * D) - low * low + EPS)
@@ -132,17 +134,17 @@ def _group_norm_silu_fwd_kernel(
     lane = tl.arange(0, BLOCK_C)
     c = tl.multiple_of((tl.program_id(0) % blocks) * width, ALIGN) + lane
     wanted = (lane < width) & (c < C1 + C2)
-    means, deviations = _channel_statistics(
+    about, added, deviations = _channel_statistics(
         x_ptr, x2_ptr, n, 0, P, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
     )
     mean, low, rstd = _group_statistics(
-        means[None, :], deviations[None, :], P, wanted[None, :], lane, P, D, EPS, SINGLE
+        about[None, :], added[None, :], deviations[None, :], P, wanted[None, :], lane, P, D, EPS, SINGLE
     )
     store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = a * rstd
     b = b - low * a
-    # Out of the cache now. Resampling holds several addresses an element: smaller tiles, no spilled registers.
+    # Out of the cache now. Resampling holds several addresses an element, hence a smaller tile.
     TILE: tl.constexpr = BLOCK_P * 2 if RESAMPLE is None else BLOCK_P
     for start in range(0, P_OUT if RESAMPLE == "down" else P, TILE):
         p = start + tl.arange(0, TILE)
@@ -157,18 +159,19 @@ def _group_norm_silu_stats_kernel(
     x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of every channel over each chunk: partial [N, chunks, 2, C]."""
+    """Mean, as a sum of two, and squared deviations of every channel over each chunk: [N, chunks, 3, C]."""
     k = (tl.program_id(0) // blocks) % chunks
     n = tl.program_id(0) // blocks // chunks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     wanted = c < C1 + C2
     end = tl.minimum(k * chunk + chunk, P)
-    means, deviations = _channel_statistics(
+    about, added, deviations = _channel_statistics(
         x_ptr, x2_ptr, n, k * chunk, end, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
     )
-    at = (n.to(tl.int64) * chunks + k) * 2 * (C1 + C2) + c
-    tl.store(partial_ptr + at, means, mask=wanted)
-    tl.store(partial_ptr + at + (C1 + C2), deviations, mask=wanted)
+    at = (n.to(tl.int64) * chunks + k) * 3 * (C1 + C2) + c
+    tl.store(partial_ptr + at, about, mask=wanted)
+    tl.store(partial_ptr + at + (C1 + C2), added, mask=wanted)
+    tl.store(partial_ptr + at + 2 * (C1 + C2), deviations, mask=wanted)
 
 
 @triton.jit(do_not_specialize=[*PLAIN, "C"])
@@ -183,11 +186,12 @@ def _group_norm_silu_merge_fwd_kernel(
     wanted = (lane < width) & (c < C)
     k = tl.arange(0, BLOCK_K)
     there = (k < chunks)[:, None] & wanted[None, :]
-    at = ((n.to(tl.int64) * chunks + k) * 2 * C)[:, None] + c[None, :]
-    means = tl.load(partial_ptr + at, mask=there, other=0.0)
-    deviations = tl.load(partial_ptr + at + C, mask=there, other=0.0)
+    at = ((n.to(tl.int64) * chunks + k) * 3 * C)[:, None] + c[None, :]
+    about = tl.load(partial_ptr + at, mask=there, other=0.0)
+    added = tl.load(partial_ptr + at + C, mask=there, other=0.0)
+    deviations = tl.load(partial_ptr + at + 2 * C, mask=there, other=0.0)
     sizes = tl.where(k < chunks, tl.minimum(P - k * chunk, chunk), 0).to(tl.float32)[:, None]
-    mean, low, rstd = _group_statistics(means, deviations, sizes, there, lane, P, D, EPS, SINGLE)
+    mean, low, rstd = _group_statistics(about, added, deviations, sizes, there, lane, P, D, EPS, SINGLE)
     store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
 
 
@@ -236,9 +240,10 @@ def plan_fwd(
         blocks = -(-groups // launch.groups)
         arguments = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth, EPS=eps)
         arguments |= dict(**launch.block, **share(launch.groups, depth), ALIGN=launch.align, blocks=blocks)
-        return [Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments, launch.warps)]
+        registers = 128 if x2 is None and g.resample is None else 255
+        return [Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments, launch.warps, registers)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
-    partial = empty_float((g.n, chunks, 2, channels), x)
+    partial = empty_float((g.n, chunks, 3, channels), x)
     chunked = dict(partial_ptr=partial, P=sizes["P"], chunk=launch.chunk, chunks=chunks)
     stats = dict(**sources, **chunked, **launch.block, C1=g.c1, C2=g.c2, blocks=blocks)
     cut = norm_launch.merge(g.shape(groups, x), chunks)
@@ -248,9 +253,9 @@ def plan_fwd(
     apply = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth)
     apply |= dict(blocks=blocks, tiles=tiles, BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
     return [
-        Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps),
+        Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps, 128),
         Call(_group_norm_silu_merge_fwd_kernel, g.n * merge["blocks"], merge, cut.warps),
-        Call(_group_norm_silu_apply_fwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps),
+        Call(_group_norm_silu_apply_fwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps, 128),
     ]
 
 

@@ -231,9 +231,9 @@ def plan_bwd(
     apply = dict(**common, **gradients, dskip_ptr=dskip, terms_ptr=terms, tiles=tiles, blocks=blocks)
     apply |= dict(BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
     return [
-        Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps),
+        Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps, 128),
         Call(_group_norm_silu_merge_bwd_kernel, g.n * merge["blocks"], merge, cut.warps),
-        Call(_group_norm_silu_apply_bwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps),
+        Call(_group_norm_silu_apply_bwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps, 128),
     ]
 
 

@@ -92,9 +92,19 @@ class Call:
     programs: int
     arguments: dict[str, Any]
     warps: int
+    registers: int = 255
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told.
+
+        Registers a thread are always limited: left alone, the compiler aims at an occupancy and spills some.
+        128 let two programs of 8 warps share a multiprocessor; what holds more takes what it needs.
+        """
+        return dict(num_warps=self.warps, maxnreg=self.registers)
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps)
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def share(groups: int, depth: int) -> dict[str, Any]:

@@ -117,15 +117,17 @@ def test_a_nan_stays_in_its_group(path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["one read", "two passes"])
 def test_a_first_tile_unlike_the_rest_costs_no_accuracy(path, monkeypatch):
-    # Sums are taken about the first tile's mean; here that is 1000 deviations from the rest.
+    # Sums are taken about the first tile's mean; here that is 1000 deviations from the rest, and what cancels
+    # is as many times larger as there are tiles: 36 of one program.
     force(monkeypatch, path)
+    torch.manual_seed(0)
     x = torch.randn(1, 8, 12, 12, device=DEVICE)
     x[:, :, 0, :4] -= 1000
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     one, zero = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
     y = group_norm_silu(x, one, zero, 4, silu=False, impl="triton").double()
     truth = group_norm_silu(x.double(), one.double(), zero.double(), 4, silu=False, impl="reference")
-    assert float((y - truth).abs().max()) <= 16 * torch.finfo(torch.float32).eps * float(truth.abs().max())
+    assert float((y - truth).abs().max()) <= 36 * torch.finfo(torch.float32).eps * float(truth.abs().max())
 
 
 def test_registered_ops():
