@@ -1,22 +1,27 @@
 """Build of the compiled ops; all metadata is in pyproject.toml.
 
 ADMFAST_BUILD=auto (default) builds what this machine can and records why not more; cuda, cpu and none ask for
-exactly that, and a failure is a failure.
+exactly that, and a failure is a failure. TORCH_CUDA_ARCH_LIST replaces the architectures.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 INFO = ROOT / "admfast" / "_build_info.json"
 MODES = ("auto", "cuda", "cpu", "none")
+# Code for what is there, and PTX of the newest for what comes.
+ARCHITECTURES = ("8.0", "9.0", "10.0")
 mode = os.environ.get("ADMFAST_BUILD", "auto")
 if mode not in MODES:
     sys.exit(f"ADMFAST_BUILD={mode!r}: one of {', '.join(MODES)}")
@@ -27,54 +32,132 @@ def record(built: str, reason: str | None) -> None:
     INFO.write_text(json.dumps({"wanted": mode, "built": built, "reason": reason}, indent=1) + "\n")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; without the arguments of a command that failed."""
+    lines = re.sub(r"\['(\S+)', .*\]", r"\1 ...", str(error).strip()).splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def nvcc_says(*arguments: str) -> str:
+    """What nvcc prints; raises OSError or CalledProcessError where it can't be run."""
+    command = [os.environ.get("ADMFAST_NVCC", "nvcc"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    return done.stdout + done.stderr
+
+
+def prepare_cuda() -> str | None:
+    """Set CUDA_HOME and TORCH_CUDA_ARCH_LIST where they aren't; return why CUDA can't be built, or None.
+
+    Must run before torch.utils.cpp_extension is imported, which looks at CUDA_HOME once. nvcc on PATH may be
+    a wrapper, whose folder isn't the toolkit's: nvcc itself is asked.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        os.environ.setdefault("ADMFAST_NVCC", str(Path(home) / "bin" / "nvcc"))
+    try:
+        if not home:
+            plan = nvcc_says("--dryrun", "-c", str(CSRC / "sampler_step_cuda.cu"))
+            top = re.search(r"^#\$ TOP=(.+)$", plan, re.M)
+            if top is None:
+                return "nvcc does not say where its toolkit is; set CUDA_HOME"
+            os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
+        known = nvcc_says("--list-gpu-code")
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"nvcc does not run: {first_line(error)}"
+    there = [arch for arch in ARCHITECTURES if f"sm_{arch.replace('.', '')}" in known]
+    if there:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ";".join(there) + "+PTX")
+    return None
+
+
+def sources(cuda: bool) -> list[str]:
+    """The files of csrc/, relative to this one; those of the CUDA part by their names."""
+    files = [*CSRC.glob("*.cpp"), *(CSRC.glob("*.cu") if cuda else [])]
+    return sorted(str(path.relative_to(ROOT)) for path in files if cuda or "_cuda_" not in path.name)
+
+
+def extension(cuda: bool):
+    """The extension module, with its CUDA part or without."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    # No contraction: the noise must round every product and sum by itself, on every machine.
+    flags = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]
+    flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    # at::parallel_for is a template of a header: without this it is compiled as a plain loop, without a word.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    arguments = {"cxx": flags + openmp}
+    if cuda:
+        arguments["nvcc"] = ["-O3", "-std=c++20"]
+    return (CUDAExtension if cuda else CppExtension)(
+        "admfast._C",
+        sources(cuda),
+        include_dirs=[str(CSRC)],
+        depends=sorted(str(path.relative_to(ROOT)) for path in CSRC.glob("*.h")),
+        extra_compile_args=arguments,
+        extra_link_args=openmp,
+    )
+
+
 def extensions() -> tuple[list, dict]:
     """The extension modules and the build command, or nothing with the reason recorded."""
     if mode == "none":
         record("none", "ADMFAST_BUILD=none")
         return [], {}
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        reason = prepare_cuda() if mode in ("auto", "cuda") else "ADMFAST_BUILD=cpu"
+        from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         if mode != "auto":
             raise
         record("none", f"torch is not there at build time: {error}")
         return [], {}
+    if mode == "cuda" and reason is not None:
+        sys.exit(f"ADMFAST_BUILD='cuda': {reason}")
     if mode == "auto" and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")):
         record("none", "no C++ compiler was found")
         return [], {}
-    if mode == "cuda":
-        sys.exit("ADMFAST_BUILD='cuda': there is no CUDA source in this version; cpu builds all there is")
 
     class Build(BuildExtension):
-        """Builds; in mode auto a failure leaves a package without compiled ops, and its reason."""
+        """Builds; in mode auto a failure leaves the CPU part or no compiled ops, and its reason."""
 
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
+                record("cpu" if reason else "cuda", reason if mode == "auto" else None)
             except Exception as error:  # torch's ninja path raises RuntimeError, distutils its own
                 if mode != "auto":
                     raise
-                reason = str(error).strip().splitlines()
-                record("none", f"the build failed: {reason[0] if reason else type(error).__name__}")
-                self.extensions = []
-                return
-            record("cpu", None)
+                self.fall_back(error)
+
+        def fall_back(self, error: Exception) -> None:
+            """After a failed CUDA build the CPU's, in a process of its own: this one's compiler is set up."""
+            failed = f"the build failed: {first_line(error)}"
+            if reason is None:
+                command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", self.build_lib]
+                command += ["--build-temp", self.build_temp, *(["--inplace"] if self.inplace else [])]
+                environment = os.environ | {"ADMFAST_BUILD": "cpu"}
+                if not subprocess.run(command, cwd=ROOT, env=environment).returncode:
+                    record("cpu", f"the CUDA part: {failed}")
+                    return
+            record("none", failed)
+            self.extensions = []
 
         def copy_extensions_to_source(self) -> None:
             if self.extensions:
                 super().copy_extensions_to_source()
 
-    # No contraction: the noise must round every product and sum by itself, on every machine.
-    flags = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]
-    flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    extension = CppExtension(
-        "admfast._C",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
-        include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
-        extra_compile_args={"cxx": flags},
-    )
-    return [extension], {"build_ext": Build}
+    if reason is None:
+        try:
+            return [extension(cuda=True)], {"build_ext": Build}
+        except OSError as error:  # torch doesn't find the toolkit's folders
+            if mode == "cuda":
+                raise
+            reason = first_line(error)
+    return [extension(cuda=False)], {"build_ext": Build}
 
 
 ext_modules, cmdclass = extensions()

@@ -4,6 +4,7 @@ pipe = admfast.load("digits32")
 images = pipe.sample(classes=range(10), seeds=range(10), steps=50)   # uint8 [10, 32, 32, 1]
 """
 
+from admfast import _interrupt  # isort: skip  (before the rest, which takes seconds)
 from admfast.errors import AdmfastError
 from admfast.models import Classifier, UNet, Upsampler
 from admfast.pipeline import Pipeline
@@ -11,4 +12,5 @@ from admfast.solvers import SOLVERS
 from admfast.systems import load
 
 __version__ = "0.1.0"
+_interrupt.end()
 __all__ = ["SOLVERS", "AdmfastError", "Classifier", "Pipeline", "UNet", "Upsampler", "__version__", "load"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +13,31 @@ from torch import Tensor, nn
 
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
 from admfast.diffusion.respacing import whole_number
-from admfast.engine.arguments import LARGEST_SEED, check_functions, float_images, real_number, whole_numbers
+from admfast.engine.arguments import LARGEST_SEED, check_low_res, float_images, whole_numbers
+from admfast.engine.asking import Asked, Output, check_asked, check_inverse, guidance_scale, make_plan
 from admfast.engine.guidance import GuidanceFn
 from admfast.engine.images import from_uint8, to_uint8
 from admfast.engine.loop import Callback, Progress
+from admfast.engine.numerics import own_numerics
 from admfast.engine.predict import Prediction, Predictor
 from admfast.engine.sampler import Plan, Request, conditioned, sample_batch
-from admfast.errors import invalid
-from admfast.models import NetConfig, UNetConfig, UpsamplerConfig
+from admfast.errors import invalid, nearest
+from admfast.models import NetConfig, UNetConfig
 from admfast.ops.noise import Stream, as_seeds
-from admfast.solvers import SOLVERS, check_solver, make_table, respacing_of
-
-Output = Literal["uint8", "float"]
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Job:
+    """What a call of `sample` comes to, checked: rows of base and upsampler, images, batches."""
+
+    asked: Asked
+    plan: Plan
+    enlarging: Plan | None
+    request: Request
+    size: int
+
+
+@dataclass(repr=False)
 class Pipeline:
     """Networks with their process, ready to sample; made by `admfast.load`.
 
@@ -39,6 +49,7 @@ class Pipeline:
         guidance, steps: what `sample` uses where nothing is asked for.
         low_res_size: side of the images that an upsampler was trained to enlarge.
         upsampler: a pipeline that enlarges what this one samples, or None.
+        tf32: on CUDA, round the factors of float32 products to 10 bits.
     """
 
     name: str
@@ -49,6 +60,7 @@ class Pipeline:
     steps: int = 250
     low_res_size: int | None = None
     upsampler: Pipeline | None = None
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         for net in (self.net, self.classifier):
@@ -56,6 +68,17 @@ class Pipeline:
                 net.requires_grad_(False).eval()
         self._check_parts()
         self._predictor = Predictor(self.diffusion)
+
+    def __repr__(self) -> str:
+        """One line: the parts, not their layers."""
+        config, parts = self.config, [f"{self.config.kind} of {self.config.image_size} pixels"]
+        if config.num_classes is not None:
+            parts.append(f"{config.num_classes} classes")
+        if self.classifier is not None:
+            parts.append(f"classifier, guidance {self.guidance:g}")
+        if self.upsampler is not None:
+            parts.append(f"upsampler to {self.upsampler.config.image_size} pixels")
+        return f"Pipeline({self.name!r}: {', '.join(parts)}; {self.precision} on {self.device})"
 
     @property
     def config(self) -> UNetConfig:
@@ -66,6 +89,14 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.net.parameters()).device
+
+    @property
+    def precision(self) -> str:
+        """In what the networks run: "bfloat16, classifier float32"."""
+        torso = "tf32" if self.tf32 else str(self.net.torso_dtype).removeprefix("torch.")
+        if self.classifier is None or self.classifier.torso_dtype == self.net.torso_dtype:
+            return torso
+        return f"{torso}, classifier {str(self.classifier.torso_dtype).removeprefix('torch.')}"
 
     @property
     def num_classes(self) -> int | None:
@@ -107,8 +138,10 @@ class Pipeline:
             classes: class indices; None takes seed modulo the number of classes. Not for a model without.
             seeds: 0..2^64-1, one an image; None is 0, 1, ... for the classes given (one image without any).
             steps: network evaluations, 1..length of the process; None is the system's own.
-            solver: "ddpm" or "ddim".
-            guidance: scale of the classifier's gradient, 0 for none; None is the system's own.
+            solver: "ddpm", "ddim", or "ddim-inverse", which takes the images `x_start` apart into their noise
+                (float output; not for a cascade). DDIM from that noise leads back to them.
+            guidance: scale of the classifier's gradient, 0 for none; None is the system's own, for
+                ddim-inverse 0: the published inverse has no guidance.
             eta: DDIM's noise, 0..1 (None: 0).
             clip: limit x_0 to [-1, 1] at every step.
             respacing: which timesteps to use instead of `steps`: a published string or a list of steps.
@@ -117,9 +150,10 @@ class Pipeline:
             noise: [N, C, H, W] used as x_T instead of the seeds' noise.
             step_noise: [steps, N, C, H, W] used in the steps instead of the seeds' noise.
             x_start, t_start: begin from this image ([N, C, H, W], -1..1) noised to this timestep (0..length
-                of the process - 1), at the nearest step at or below it.
+                of the process - 1), at the nearest step at or below it. For ddim-inverse x_start alone: the
+                clean image, which is not noised.
             guidance_fn: guidance_fn(x_t, t) -> gradient of a log-probability at x_t, instead of a classifier.
-                It is called without gradients being recorded: use `torch.enable_grad()` inside.
+                It is called on copies and without gradients being recorded: use `torch.enable_grad()` inside.
             denoised_fn: maps x_0 at every step, before it is limited.
             callback, every: called with a `Progress` after every `every`-th step and the last, in a cascade
                 for the base model's steps and then for the upsampler's.
@@ -135,37 +169,28 @@ class Pipeline:
             InvalidArgument: for any value that is not allowed.
             NonFiniteError: naming the first layer that produced NaN or infinity.
 
-        Not differentiable; see `predict`.
+        Not differentiable; see `predict`. Inference mode and autocast around the call change nothing.
         """
-        plan = self._plan("steps", steps, solver, eta, clip, respacing, x_start, t_start)
-        scale = self._guidance_scale(guidance, guidance_fn)
-        check_functions(guidance_fn=guidance_fn, denoised_fn=denoised_fn, callback=callback)
-        plan = replace(plan, scale=scale, guidance_fn=guidance_fn, denoised_fn=denoised_fn, impl=impl)
-        request = self._request(classes, seeds, noise, step_noise, x_start, low_res, plan)
-        if output not in ("uint8", "float"):
-            raise invalid("output", output, "'uint8' or 'float'")
-        every = whole_number("every", every, 1)
-        if batch_size is None:
-            size = self._images_at_a_time(request.shape)
-        else:
-            size = whole_number("batch_size", batch_size, 1)
-        enlarging = None
-        if self.upsampler is not None:
-            up = self.upsampler
-            enlarging = up._plan("upsampler_steps", upsampler_steps, solver, eta, clip, None, None, None)
-            enlarging = replace(enlarging, streams=(Stream.UPSAMPLER_X_T, Stream.UPSAMPLER_STEPS), impl=impl)
-        elif upsampler_steps is not None:
-            raise invalid("upsampler_steps", upsampler_steps, f"{self.name} has no upsampler")
-        images = []
-        for first in range(0, request.shape[0], size):
-            part = request.part(first, size)
-            watch = _numbered(callback, first, "base")
-            x = sample_batch(self.net, self.classifier, plan, part, watch, every)
-            if self.upsampler is not None and enlarging is not None:
-                part, watch = self.upsampler._enlarging(x, part), _numbered(callback, first, "upsampler")
-                x = sample_batch(self.upsampler.net, None, enlarging, part, watch, every)
-            images.append(to_uint8(x).cpu() if output == "uint8" else x)
-        return torch.cat(images)
+        asked = Asked(
+            classes, seeds, steps, solver, guidance, eta, clip, respacing, upsampler_steps, low_res, noise,
+            step_noise, x_start, t_start, guidance_fn, denoised_fn, callback, every, batch_size, output, impl,
+        )  # fmt: skip
+        with own_numerics(self.device, self.tf32):
+            return self._run(self._job(asked))
+
+    def check(self, *images: Any, **settings: Any) -> dict[str, int]:
+        """Check arguments of `sample` without sampling: the number of steps, by stage ("base", "upsampler").
+
+        Raises: InvalidArgument as `sample` would, Unavailable for an implementation that this machine lacks.
+        """
+        known = [entry.name for entry in fields(Asked)]
+        for name, value in settings.items():
+            if name not in known:
+                raise invalid(name, value, f"sample has no such argument; {nearest(name, known)}")
+        with own_numerics(self.device, self.tf32):
+            job = self._job(Asked(*images, **settings))
+        steps = {"base": len(job.plan.table)}
+        return steps if job.enlarging is None else {**steps, "upsampler": len(job.enlarging.table)}
 
     def predict(
         self,
@@ -176,7 +201,9 @@ class Pipeline:
     ) -> Prediction:
         """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
 
-        The differentiable door: gradients flow from the three fields to x_t (and low_res).
+        The differentiable door: gradients flow from the three fields to x_t (and low_res), any number of times
+        in reverse mode; in forward mode with ADMFAST_IMPL=reference alone, under vmap once.
+        Autocast around the call changes nothing; the backward pass runs under the caller's own TF32 settings.
 
         Args:
             x_t: [N, C, H, W], float32.
@@ -191,8 +218,15 @@ class Pipeline:
         Raises:
             InvalidArgument: for any value that is not allowed (what lies on a GPU is checked by shape alone).
         """
+        with own_numerics(self.device, self.tf32):
+            return self._predict(x_t, t, classes, low_res)
+
+    def _predict(
+        self, x_t: Tensor, t: Tensor | float, classes: Tensor | Sequence[int] | None, low_res: Tensor | None
+    ) -> Prediction:
+        """`predict`, in the pipeline's own precision."""
         x_t = float_images("x_t", x_t)
-        self._check_low_res(low_res, len(x_t))
+        check_low_res(self.config, low_res, len(x_t))
         labels, known = None, self.config.num_classes
         if known is None and classes is not None:
             raise invalid("classes", "given", f"{self.name} is not class-conditional")
@@ -245,67 +279,50 @@ class Pipeline:
             if count is not None and self.num_classes != count:
                 raise invalid(name, f"{count} classes", f"as the network: {self.num_classes or 'no'} classes")
 
-    def _plan(
-        self,
-        name: str,
-        steps: int | None,
-        solver: str,
-        eta: float | None,
-        clip: bool,
-        respacing: Respacing | None,
-        x_start: Tensor | None,
-        t_start: int | None,
-    ) -> Plan:
-        """The rows that run for these settings, checked; `name` is what the user calls `steps`."""
-        if not isinstance(solver, str):
-            raise invalid("solver", solver, f"one of: {', '.join(SOLVERS)}")
-        check_solver(solver)
-        if not isinstance(clip, bool):
-            raise invalid("clip", clip, "True or False")
-        if respacing is None:
-            steps = whole_number(name, self.steps if steps is None else steps, 1, self.diffusion.steps)
-            respacing = respacing_of(solver, steps)
-        elif steps is not None:
-            raise invalid(name, steps, "not together with respacing")
-        process = self.process(respacing)
-        options = {} if eta is None else {"eta": real_number("eta", eta)}
-        table = make_table(solver, process, clip=clip, **options)
-        if (x_start is None) != (t_start is None):
-            raise invalid("x_start, t_start", (x_start is not None, t_start), "give both or neither")
-        if t_start is None:
-            return Plan(process, table)
-        t_start = whole_number("t_start", t_start, 0, self.diffusion.steps - 1)
-        kept = process.schedule.timestep_map
-        below = [row.index for row in table.rows if kept[row.index] <= t_start]
-        if not below:
-            raise invalid("t_start", t_start, f"{kept[0]} or more, the first step of this respacing")
-        rows = table.from_step(max(below))
-        return Plan(process, rows, skipped=len(table) - len(rows))
+    def _job(self, asked: Asked) -> _Job:
+        """Everything that is asked for, checked before anything is sampled."""
+        check_asked(asked)
+        plan = make_plan(self.diffusion, self.steps, asked)
+        check_inverse(asked)
+        plan = replace(plan, scale=guidance_scale(self.name, self.guidance, self.classifier, asked))
+        request = self._request(asked, plan)
+        if asked.batch_size is None:
+            size = self._images_at_a_time(request.shape)
+        else:
+            size = whole_number("batch_size", asked.batch_size, 1)
+        up, enlarging = self.upsampler, None
+        if up is not None:
+            if asked.solver == "ddim-inverse":
+                raise invalid(
+                    "solver", asked.solver, f"not for {self.name}: an upsampler follows; load it without"
+                )
+            up._enlarged(request.shape[2:])
+            alike = Asked(steps=asked.upsampler_steps, solver=asked.solver, eta=asked.eta, clip=asked.clip)
+            enlarging = make_plan(up.diffusion, up.steps, alike, "upsampler_steps")
+            streams = (Stream.UPSAMPLER_X_T, Stream.UPSAMPLER_STEPS)
+            enlarging = replace(enlarging, streams=streams, impl=asked.impl)
+        elif asked.upsampler_steps is not None:
+            raise invalid("upsampler_steps", asked.upsampler_steps, f"{self.name} has no upsampler")
+        return _Job(asked, plan, enlarging, request, size)
 
-    def _guidance_scale(self, guidance: float | None, guidance_fn: GuidanceFn | None) -> float:
-        """The scale of the classifier's gradient; 0 where it is not used."""
-        scale = None if guidance is None else real_number("guidance", guidance)
-        if guidance_fn is not None:
-            if scale:
-                raise invalid("guidance", guidance, "not together with guidance_fn")
-            return 0.0
-        scale = self.guidance if scale is None else scale
-        if scale and self.classifier is None:
-            raise invalid("guidance", scale, f"{self.name} has no classifier; 0 is none")
-        return scale
+    def _run(self, job: _Job) -> Tensor:
+        """Sample the images of a job, batch by batch."""
+        images, asked = [], job.asked
+        for first in range(0, job.request.shape[0], job.size):
+            part = job.request.part(first, job.size)
+            watch = _numbered(asked.callback, first, "base")
+            x = sample_batch(self.net, self.classifier, job.plan, part, watch, asked.every)
+            if self.upsampler is not None and job.enlarging is not None:
+                part = self.upsampler._enlarging(x, part)
+                watch = _numbered(asked.callback, first, "upsampler")
+                x = sample_batch(self.upsampler.net, None, job.enlarging, part, watch, asked.every)
+            images.append(to_uint8(x).cpu() if asked.output == "uint8" else x)
+        return torch.cat(images)
 
-    def _request(
-        self,
-        classes: int | Iterable[int] | None,
-        seeds: int | Iterable[int] | None,
-        noise: Tensor | None,
-        step_noise: Tensor | None,
-        x_start: Tensor | None,
-        low_res: Tensor | None,
-        plan: Plan,
-    ) -> Request:
+    def _request(self, asked: Asked, plan: Plan) -> Request:
         """Which images are wanted, checked, on the network's device."""
-        config = self.config
+        config, classes, seeds = self.config, asked.classes, asked.seeds
+        noise, x_start, step_noise, low_res = asked.noise, asked.x_start, asked.step_noise, asked.low_res
         given = {"noise": noise, "x_start": x_start, "low_res": low_res}
         like = [float_images(name, value) for name, value in given.items() if value is not None]
         known = self.num_classes
@@ -327,25 +344,24 @@ class Pipeline:
         for name, value in (("noise", noise), ("x_start", x_start), ("step_noise", step_noise)):
             if value is not None:
                 float_images(name, value, wanted_shapes[name])
-        self._check_low_res(low_res, len(keys))
+        check_low_res(config, low_res, len(keys))
         labels = None
         if known is not None:
             wanted = [key % known for key in keys] if wanted is None else wanted
             labels = torch.tensor([wanted[i % len(wanted)] for i in range(len(keys))])
         return Request(shape, as_seeds(keys), labels, noise, x_start, step_noise, low_res).to(self.device)
 
-    def _check_low_res(self, low_res: Tensor | None, count: int) -> None:
-        """An upsampler needs a low-resolution image for each of its images, no other network takes one."""
-        config = self.config
-        if isinstance(config, UpsamplerConfig) != (low_res is not None):
-            given = None if low_res is None else "given"
-            raise invalid("low_res", given, "upsamplers need it and no other network takes it")
-        if low_res is None:
-            return
-        shape = tuple(float_images("low_res", low_res).shape)
-        if len(shape) != config.dims + 2 or shape[:2] != (count, config.in_channels):
-            sides = ", ".join("dhw"[3 - config.dims :])
-            raise invalid("low_res.shape", shape, f"({count}, {config.in_channels}, {sides})")
+    def _enlarged(self, sides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """By which factor base images of these sides are brought down first, and the sides that come out."""
+        trained = self.low_res_size
+        if trained is None:
+            return 1, self._spatial()
+        factor = max(min(sides) // trained, 1)
+        # A side that the factor doesn't divide would lose its last columns.
+        if any(side % trained or side % factor for side in sides):
+            allowed = f"sides that are multiples of {trained} pixels, and of {factor}"
+            raise invalid("low_res", tuple(sides), allowed if factor > 1 else allowed.partition(",")[0])
+        return factor, tuple(side // factor * self.config.image_size // trained for side in sides)
 
     def _enlarging(self, x: Tensor, base: Request) -> Request:
         """What an upsampler is asked for: the base images pass through uint8, as the published scripts do.
@@ -353,13 +369,8 @@ class Pipeline:
         Where they are larger than what it was trained to enlarge, it gets the means of their blocks.
         """
         low_res = from_uint8(to_uint8(x)).to(self.device)
-        spatial, trained = self._spatial(), self.low_res_size
-        if trained is not None:
-            sides = low_res.shape[2:]
-            if any(side % trained for side in sides):
-                raise invalid("low_res", tuple(sides), f"sides that are multiples of {trained} pixels")
-            low_res = F.avg_pool2d(low_res, min(sides) // trained)
-            spatial = tuple(side * self.config.image_size // trained for side in low_res.shape[2:])
+        factor, spatial = self._enlarged(tuple(low_res.shape[2:]))
+        low_res = low_res if factor == 1 else F.avg_pool2d(low_res, factor)
         shape = (len(x), self.config.in_channels, *spatial)
         return Request(shape, base.seeds, base.labels, low_res=low_res).to(self.device)
 

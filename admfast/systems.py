@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from admfast.checkpoints import load_network
+from admfast.checkpoints import ModelInfo, Unanswered, load_network
+from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.diffusion import DiffusionConfig
+from admfast.diffusion.respacing import whole_number
+from admfast.engine.numerics import own_numerics
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
-from admfast.models import Classifier, UNet
+from admfast.models import Classifier, UNet, Upsampler
 from admfast.models.description import DiffusionSettings
-from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset, system
+from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset, system
 from admfast.pipeline import Pipeline
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,8 +34,12 @@ def load(
     weights: str | PathLike[str] | None = None,
     *,
     classifier: str | PathLike[str] | None = None,
+    upsampler: str | PathLike[str] | None = None,
+    preset: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
+    classifier_options: Mapping[str, Any] | None = None,
+    upsampler_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a system by name, or a model by its weights file, ready to sample.
@@ -37,52 +47,151 @@ def load(
     Args:
         name: a system (`admfast models` lists them: "imagenet256", "digits32", ...), or the path of a
             diffusion model's weights file.
-        weights: folder that holds the released files; not needed for systems that ship.
-        classifier: weights file of a classifier for a model that is given by path.
+        weights: folder that holds the released files; not for systems that ship.
+        classifier, upsampler: weights files of a classifier, and of an upsampler that enlarges what is
+            sampled, for a model that is given by path.
+        preset: for a file, the released model that it is ("256x256_diffusion").
         device: "cpu", "cuda", "cuda:1", ...; None takes the GPU where there is one.
-        precision: of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16"; "auto" is fp16 on a GPU, else
-            fp32. Norms, softmax, embeddings, the last layer and the update are in float32 in all of them.
+        precision: of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16". "auto" is bf16 on a GPU with
+            the classifier in fp32 (as published), else fp32. Norms, softmax, embeddings, the last layer and
+            the update are in float32 in all of them.
         options: for a file, what can't be told from it (num_heads, noise_schedule, image_size, ...).
+        classifier_options, upsampler_options: the same for these files; of an upsampler also `low_res_size`,
+            the side of the images that it was trained to enlarge: larger ones are brought down to it.
 
     Returns:
         A `Pipeline` whose networks are frozen.
 
     Raises:
-        InvalidArgument: for an unknown system, device or precision.
+        InvalidArgument: for an unknown system, device, precision or option.
         CheckpointError: for a file that is missing, damaged, unsafe or of another network.
     """
+    if not isinstance(name, str | PathLike) or not str(name):
+        raise invalid("name", name, "a system (such as 'digits32') or the path of a weights file")
+    _check_option_names(options)
     on = _device(device)
-    dtype = _precision(precision, on)
-    if str(name) in SYSTEMS:
-        for given, value in (("classifier", classifier), *options.items()):
-            if value is not None:
-                raise invalid(given, value, f"not for a system: {name} says it")
-        return _load_system(system(str(name)), weights, on, dtype)
-    path = Path(name)
-    if not os.path.exists(path) and path.suffix not in ENDINGS:
-        raise invalid("name", str(name), f"neither a system nor a file; {nearest(str(name), SYSTEMS)}")
-    if weights is not None:
-        raise invalid("weights", str(weights), f"for a system, as the folder of its files; {path} is a file")
-    net, info = load_network(path, device=on, **options)
-    if not isinstance(net, UNet):
-        raise invalid("name", str(name), f"a diffusion model; this file holds a {info.config.kind}")
-    if info.diffusion is None:
-        raise CheckpointError(f"{path}: nothing says its process; give noise_schedule (linear or cosine)")
-    guide: Classifier | None = None
-    if classifier is not None:
-        loaded, guide_info = load_network(classifier, device=on)
-        if not isinstance(loaded, Classifier):
-            kind = guide_info.config.kind
-            raise invalid("classifier", str(classifier), f"a classifier; this file holds a {kind}")
-        guide = loaded
+    form = _precision(precision, on)
+    given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
+    given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
+    with own_numerics(on):
+        if str(name) in SYSTEMS:
+            for argument, value in given.items():
+                if value:
+                    raise invalid(argument, value, f"not for a system: {name} says it")
+            return _load_system(system(str(name)), weights, on, form)
+        path = Path(name)
+        if not os.path.exists(path) and path.suffix not in ENDINGS:
+            raise invalid("name", str(name), f"neither a system nor a file; {nearest(str(name), SYSTEMS)}")
+        if weights is not None:
+            raise invalid(
+                "weights", str(weights), f"for a system, as the folder of its files; {path} is a file"
+            )
+        parts = [
+            _Part("name", path, {**options, "preset": preset}),
+            _Part("classifier", classifier, {**(classifier_options or {})}),
+            _Part("upsampler", upsampler, {**(upsampler_options or {})}),
+        ]
+        return _load_files(parts, on, form)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How networks run: dtypes of the torsos, and whether float32 products may be TF32's."""
+
+    torso: torch.dtype
+    classifier: torch.dtype
+    tf32: bool = False
+
+
+@dataclass
+class _Part:
+    """A weights file and what is said of it, by the argument that named it."""
+
+    argument: str
+    path: str | PathLike[str] | None
+    options: dict[str, Any]
+
+
+# What a question about a file says of where its answers go.
+_ANSWERS = {
+    "name": "options of load, or --set on the command line",
+    "classifier": "classifier_options of load, or --set-classifier on the command line",
+    "upsampler": "upsampler_options of load, or --set-upsampler on the command line",
+}
+_KIND = {"name": (UNet, "a diffusion model"), "classifier": (Classifier, "a classifier")}
+_KIND["upsampler"] = (Upsampler, "an upsampler")
+
+
+def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeline:
+    """A pipeline of files; what they leave open is asked for all at once."""
+    low_res_size = parts[2].options.pop("low_res_size", None)
+    if low_res_size is not None:
+        low_res_size = whole_number("low_res_size", low_res_size, 1)
+    for part in parts[1:]:
+        argument = f"{part.argument}_options"
+        if part.path is None and part.options:
+            raise invalid(argument, part.options, f"there is no {part.argument}")
+        for name in part.options:
+            if name not in OPTION_NAMES:
+                raise invalid(argument, name, f"no such option of a file; {nearest(str(name), OPTION_NAMES)}")
+    loaded: dict[str, tuple[Network, ModelInfo]] = {}
+    questions = []
+    for part in parts:
+        if part.path is None:
+            continue
+        try:
+            loaded[part.argument] = _load_part(part, device)
+        except Unanswered as question:
+            questions.append(f"{question} [{_ANSWERS[part.argument]}]")
+    if questions:
+        raise CheckpointError("; and ".join(questions))
+    net, info = loaded["name"]
+    guide, up = loaded.get("classifier"), loaded.get("upsampler")
+    upsampler = None
+    if up is not None:
+        if low_res_size is None and up[1].preset in MODELS:
+            low_res_size = MODELS[str(up[1].preset)].low_res_size
+        name, process = Path(up[1].path).stem, _process_of_file(up[1])
+        net_of_it, steps = _in_precision(up[0], form.torso), min(250, process.steps)
+        upsampler = Pipeline(name, net_of_it, process, steps=steps, low_res_size=low_res_size, tf32=form.tf32)
+    process = _process_of_file(info)
     return Pipeline(
-        path.stem,
-        _in_precision(net, dtype),
-        process_of(info.diffusion),
-        None if guide is None else _in_precision(guide, dtype),
+        Path(info.path).stem,
+        _in_precision(net, form.torso),
+        process,
+        None if guide is None else _in_precision(guide[0], form.classifier),
         guidance=1.0 if guide is not None else 0.0,
-        steps=min(250, info.diffusion.steps),
+        steps=min(250, process.steps),
+        upsampler=upsampler,
+        tf32=form.tf32,
     )
+
+
+def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
+    """The network of one file, which must be of the kind that its argument names."""
+    assert part.path is not None
+    process = part.argument != "classifier"
+    net, info = load_network(part.path, device=device, process=process, **part.options)
+    kind, wanted = _KIND[part.argument]
+    if not isinstance(net, kind):
+        raise invalid(part.argument, str(part.path), f"{wanted}; this file holds a {info.config.kind}")
+    return net, info  # type: ignore[return-value]
+
+
+def _process_of_file(info: ModelInfo) -> DiffusionConfig:
+    if info.diffusion is None:
+        raise CheckpointError(
+            f"{info.path}: nothing says its process; give noise_schedule (linear or cosine)"
+        )
+    return process_of(info.diffusion)
+
+
+def _check_option_names(options: Mapping[str, Any]) -> None:
+    """Refuse a keyword that is neither an argument of `load` nor an option of a file."""
+    known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES]
+    for name, value in options.items():
+        if name not in OPTION_NAMES:
+            raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")
 
 
 def process_of(settings: DiffusionSettings) -> DiffusionConfig:
@@ -91,16 +200,18 @@ def process_of(settings: DiffusionSettings) -> DiffusionConfig:
 
 
 def _load_system(
-    chosen: SystemPreset, weights: str | PathLike[str] | None, device: torch.device, dtype: torch.dtype
+    chosen: SystemPreset, weights: str | PathLike[str] | None, device: torch.device, form: _Form
 ) -> Pipeline:
     """Load every model of a system; all files are looked for before the first is read."""
+    if weights is not None and all(model.shipped for model in chosen.models):
+        raise invalid("weights", str(weights), f"not for {chosen.name}, which ships with the package")
     paths = {model.name: _find(chosen, model, weights) for model in chosen.models}
 
     def network(model: ModelPreset) -> nn.Module:
         preset_name = None if model.shipped else model.name
         net, _ = load_network(paths[model.name], preset=preset_name, device=device)
         assert isinstance(net, Network)
-        return _in_precision(net, dtype)
+        return _in_precision(net, form.classifier if model is chosen.classifier else form.torso)
 
     upsampler = None
     if chosen.upsampler is not None:
@@ -110,6 +221,7 @@ def _load_system(
             _process(chosen.upsampler),
             steps=chosen.upsampler_steps,
             low_res_size=chosen.upsampler.low_res_size,
+            tf32=form.tf32,
         )
     return Pipeline(
         chosen.name,
@@ -119,6 +231,7 @@ def _load_system(
         guidance=chosen.guidance,
         steps=chosen.steps,
         upsampler=upsampler,
+        tf32=form.tf32,
     )
 
 
@@ -167,25 +280,22 @@ def _device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the networks' torso."""
+def _precision(precision: str, device: torch.device) -> _Form:
+    """How the networks run for a word, on a device."""
     if precision == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if precision not in PRECISIONS:
+        # Some of the released models overflow float16, and the published classifier runs in float32.
+        return _Form(torch.bfloat16 if device.type == "cuda" else torch.float32, torch.float32)
+    if not isinstance(precision, str) or precision not in PRECISIONS:
         raise invalid("precision", precision, nearest(str(precision), ["auto", *PRECISIONS]))
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    elif precision == "tf32":
+    if precision == "tf32" and device.type != "cuda":
         raise Unavailable("precision='tf32': only on a CUDA device")
-    return PRECISIONS[precision]
+    return _Form(PRECISIONS[precision], PRECISIONS[precision], tf32=precision == "tf32")
 
 
 def _in_precision(net: Network, dtype: torch.dtype) -> nn.Module:
-    """The network with its torso in `dtype`; half precision runs channels-last."""
-    if dtype == torch.float32:
-        return net
-    net.convert_torso(dtype)
+    """The network with its torso in `dtype`, images channels-last: how convolutions and norms run fastest."""
+    if dtype != torch.float32:
+        net.convert_torso(dtype)
     if net.config.dims == 2:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net

@@ -7,6 +7,7 @@ digits in the space of 64 pixels: images are brought to 8x8 by block means, on t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -20,7 +21,9 @@ import torch
 from sklearn.svm import SVC
 
 import admfast
+from admfast.models.presets import SYSTEMS
 from admfast.training.digits import CLASSES, LEVELS, block_means, load_digits
+from bench.results import Conditions, environment
 
 Array = npt.NDArray[np.float64]
 
@@ -168,8 +171,17 @@ def table(rows: dict[str, Quality]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Sample, measure, print a table and append the rows to a JSON file."""
+def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
+    """SHA-256 of every weights file that is measured, by its name."""
+    if model in SYSTEMS:
+        paths = [part.shipped_path for part in SYSTEMS[model].models]
+    else:
+        paths = [Path(path) for path in (model, classifier) if path is not None]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path is not None}
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, parsed."""
     parser = argparse.ArgumentParser(prog="python -m bench.digits_quality", description=__doc__)
     parser.add_argument("--model", default="digits32", help="system or weights file (default: digits32)")
     parser.add_argument("--classifier", default=None, help="classifier of a model given as a file")
@@ -177,12 +189,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
     parser.add_argument("--only", default="", help="settings to run: a part of their names (default: all)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the rows (default: none)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sample, measure, print a table and write the rows, with what they were taken with."""
     torch.manual_seed(0)
+    pipe = admfast.load(args.model, classifier=args.classifier)
     digits, labels = load_digits()
     real, classes = digits.flatten(1).double().numpy(), labels.numpy()
     judge = SVC(gamma=0.001).fit(real, classes)
-    pipe = admfast.load(args.model, classifier=args.classifier)
+    # Read first: what is measured for half an hour must be what the hashes and the revision say.
+    document = {
+        "samples": args.count,
+        "first_seed": args.seed,
+        **environment(pipe.device),
+        "date": Conditions(pipe.device).now()["date"],
+        "weights": weight_hashes(args.model, args.classifier),
+    }
     rows = {"two halves of the real digits": halves(real, classes)}
     for setting in SETTINGS:
         if args.only not in setting.name or (setting.guidance and pipe.classifier is None):
@@ -190,18 +214,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.time()
         samples, asked = sample(pipe, setting, args.count, args.seed)
         rows[setting.name] = measure(samples, asked, real, judge)
-        print(
-            f"{setting.name}: {args.count} samples in {time.time() - started:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        spent = time.time() - started
+        print(f"{setting.name}: {args.count} samples in {spent:.0f} s", file=sys.stderr, flush=True)
     print(table(rows))
     if args.out is not None:
+        document["rows"] = {name: asdict(quality) for name, quality in rows.items()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        document = {"samples": args.count, "first_seed": args.seed, "torch": torch.__version__}
-        args.out.write_text(
-            json.dumps({**document, "rows": {k: asdict(v) for k, v in rows.items()}}, indent=1) + "\n"
-        )
+        args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as the command line says; a user's error is one line and exit status 2."""
+    try:
+        run(arguments(argv))
+    except admfast.AdmfastError as error:
+        print(f"digits_quality: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

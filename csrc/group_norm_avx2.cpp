@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "group_norm.h"
+#include "half_types.h"
 
 #define ADMFAST_INLINE inline __attribute__((always_inline))
 #pragma GCC target("avx2,fma")

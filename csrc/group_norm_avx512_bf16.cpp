@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "group_norm.h"
+#include "half_types.h"
 
 #define ADMFAST_INLINE inline __attribute__((always_inline))
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")

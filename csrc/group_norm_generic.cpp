@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "group_norm.h"
+#include "half_types.h"
 
 #define ADMFAST_INLINE inline __attribute__((always_inline))
 #define ADMFAST_LEVEL 0

@@ -6,35 +6,17 @@
 namespace admfast {
 namespace ADMFAST_ISA {
 
-struct bfloat16 {
-  uint16_t bits;
-};
-
-ADMFAST_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-ADMFAST_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
 // One float, for the elements that don't fill a vector. Every operation is that of the vectors below.
 struct Scalar {
   static constexpr int64_t kWidth = 1;
   float v;
   static ADMFAST_INLINE Scalar set(float value) { return {value}; }
   static ADMFAST_INLINE Scalar load(const float* from) { return {*from}; }
-  static ADMFAST_INLINE Scalar load(const bfloat16* from) {
-    return {bits_to_float(static_cast<uint32_t>(from->bits) << 16)};
-  }
+  static ADMFAST_INLINE Scalar load(const bfloat16* from) { return {to_float(*from)}; }
   ADMFAST_INLINE void store(float* to) const { *to = v; }
   // Round to nearest even; NaN stays NaN.
   ADMFAST_INLINE void store(bfloat16* to) const {
-    const uint32_t bits = float_to_bits(v);
+    const uint32_t bits = bits_of_float(v);
     to->bits = v == v ? static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16) : uint16_t{0x7FC0};
   }
 };
@@ -51,7 +33,7 @@ ADMFAST_INLINE Scalar reciprocal(Scalar a) {
 }
 // p * 2^n for a whole number n in [-127, 127].
 ADMFAST_INLINE Scalar scaled(Scalar p, Scalar n) {
-  return {p.v * bits_to_float(static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23)};
+  return {p.v * float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23)};
 }
 
 #if ADMFAST_LEVEL >= 512

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports lower floors and its own room. What stands beside the rooms is a room of its own.
 FLOORS = {
+    "_interrupt": 0,
     "errors": 0,
     "_source_tree": 0,
     "ops": 1,
@@ -34,8 +35,8 @@ FLOORS = {
 }
 # `systems` puts the pipelines together, on the same floor; the public face stands above floor 5.
 BESIDE = {("systems", "pipeline")}
-FACE = {"errors", "models", "pipeline", "solvers", "systems"}
-LONGEST = 450
+FACE = {"_interrupt", "errors", "models", "pipeline", "solvers", "systems"}
+LONGEST, LONGEST_FUNCTION = 450, 60
 
 
 def modules(folder: Path) -> list[Path]:
@@ -148,6 +149,35 @@ def test_no_file_is_too_long(folder):
     files = [path for path in (ROOT / folder).rglob("*") if path.suffix in endings]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert files and {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function, its docstring not counted."""
+    first, lines = function.body[0], function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function, clean=False) is not None:
+        lines -= first.end_lineno - first.lineno + 1
+    return lines
+
+
+def long_functions(source: str) -> dict[str, int]:
+    """The functions of more code lines than allowed."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    lengths = {function.name: code_lines(function) for function in nodes}
+    return {name: lines for name, lines in lengths.items() if lines >= LONGEST_FUNCTION}
+
+
+@pytest.mark.parametrize("folder", ["admfast", "bench"])
+def test_no_function_is_too_long(folder):
+    found = {str(path.relative_to(ROOT)): long_functions(path.read_text()) for path in modules(ROOT / folder)}
+    assert found and {name: functions for name, functions in found.items() if functions} == {}
+
+
+def test_a_docstring_makes_no_function_too_long():
+    body = "    x = 1\n" * 58
+    assert long_functions("def f():\n" + body) == {}
+    assert long_functions("def f():\n" + body + "    x = 2\n") == {"f": 60}
+    assert long_functions('def f():\n    """A\n\n    B.\n    """\n' + body) == {}
 
 
 def test_the_names_of_test_files_are_unique():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 from admfast.diffusion import DiffusionConfig
+from admfast.engine.asking import Asked
 from admfast.errors import InvalidArgument
 from admfast.pipeline import Pipeline
 from tests.small import PROCESS, cascade, classifier, pipeline, randn, unet, upsampler
@@ -50,6 +54,7 @@ BAD = [
     ({"solver": "ddim", "eta": float("nan")}, "eta=nan: a finite number"),
     ({"solver": "ddim", "eta": "0"}, "eta='0': a finite number"),
     ({"clip": "no"}, "clip='no': True or False"),
+    ({"impl": 3}, "impl=3: the name of an implementation, or None"),
     ({"impl": "cuda"}, "impl='cuda': no implementation of normal has that name"),
     # guidance and other functions
     ({"guidance": float("inf")}, "guidance=inf: a finite number"),
@@ -57,12 +62,23 @@ BAD = [
     ({"guidance": 1.0, "guidance_fn": lambda x, t: x}, "guidance=1.0: not together with guidance_fn"),
     ({"guidance_fn": 3}, "guidance_fn=3: a function, or None"),
     ({"guidance_fn": lambda x, t: x[:, :, 0]}, r"guidance\(x, t\).shape=\(1, 1, 8\): \(1, 1, 8, 8\)"),
+    ({"guidance_fn": lambda x, t: None}, r"guidance\(x, t\)='NoneType': a tensor of floats"),
+    ({"guidance_fn": lambda x, t: x.numpy()}, r"guidance\(x, t\)='ndarray': a tensor of floats"),
+    ({"denoised_fn": lambda x0: None}, r"denoised_fn\(x_0\)='NoneType': a tensor of floats"),
+    ({"denoised_fn": lambda x0: x0.numpy()}, r"denoised_fn\(x_0\)='ndarray': a tensor of floats"),
     ({"denoised_fn": 0.5}, "denoised_fn=0.5: a function, or None"),
     ({"denoised_fn": lambda x0: x0[..., 0]}, r"denoised_fn\(x_0\).shape=\(1, 1, 8\): \(1, 1, 8, 8\)"),
     ({"callback": "print"}, "callback='print': a function, or None"),
     ({"every": 0}, "every=0: a whole number, at least 1"),
     ({"every": 1.5}, "every=1.5: a whole number, at least 1"),
     # images
+    ({"noise": randn(1, 1, 0, 8)}, r"noise.shape=\(1, 1, 0, 8\): at least one image, and no side empty"),
+    ({"solver": "ddim-inverse"}, "x_start=None: ddim-inverse takes images apart: give them"),
+    (
+        {"solver": "ddim-inverse", "x_start": IMAGE, "noise": IMAGE},
+        "x_start='given together with noise': ddim-inverse takes images apart",
+    ),
+    ({"solver": "ddim-inverse", "x_start": IMAGE, "t_start": 5}, "t_start=5: not for ddim-inverse"),
     ({"noise": randn(1, 3, 8, 8)}, r"noise.shape=\(1, 3, 8, 8\): \(1, 1, 8, 8\)"),
     ({"noise": IMAGE, "seeds": [0, 1]}, r"noise.shape=\(1, 1, 8, 8\): \(2, 1, 8, 8\)"),
     ({"noise": IMAGE.numpy()}, "noise='ndarray': a tensor of floats"),
@@ -97,6 +113,77 @@ def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(InvalidArgument, match=f"^{message}") as caught:
         pipeline().sample(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments, message", BAD, ids=[message[:40] for _, message in BAD])
+def test_what_can_be_known_before_is_found_without_sampling(arguments, message, monkeypatch):
+    if message.startswith((r"guidance\(", r"denoised_fn\(", r"x.shape")):
+        pytest.skip("shows only when the function or the network is called")
+    monkeypatch.setattr("admfast.pipeline.sample_batch", None)
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        pipeline().check(**arguments)
+
+
+def test_the_environment_s_implementations_are_checked_before(monkeypatch):
+    monkeypatch.setenv("ADMFAST_IMPL", "sampler_step=nvcc")
+    with pytest.raises(InvalidArgument, match="ADMFAST_IMPL='nvcc': no implementation of sampler_step"):
+        pipeline().check()
+
+
+def test_a_check_counts_the_steps():
+    assert pipeline().check([0], [1], steps=3) == {"base": 3}
+    assert pipeline().check(x_start=IMAGE, t_start=500) == {"base": 2}
+    assert cascade().check(respacing="2,3") == {"base": 5, "upsampler": 3}
+    with pytest.raises(InvalidArgument, match="multiples of 3 pixels"):
+        cascade(low_res_size=3).check()
+    with pytest.raises(InvalidArgument, match="stepz=3: sample has no such argument; nearest: steps"):
+        pipeline().check(stepz=3)
+
+
+def test_a_check_takes_what_sample_takes():
+    names = list(inspect.signature(Pipeline.sample).parameters.values())[1:]
+    fields = dataclasses.fields(Asked)
+    assert [(p.name, p.default) for p in names] == [(f.name, f.default) for f in fields]
+
+
+def test_the_inverse_begins_from_the_image_and_has_no_guidance_of_its_own():
+    pipe = pipeline()
+    given = {"solver": "ddim-inverse", "output": "float"}
+    from_image = pipe.sample(0, 1, x_start=IMAGE, **given)
+    assert torch.equal(from_image, pipe.sample(0, 1, noise=IMAGE, guidance=0, **given))
+    assert not torch.equal(from_image, pipe.sample(0, 1, x_start=IMAGE, guidance=1, **given))
+    with pytest.raises(InvalidArgument, match="solver='ddim-inverse': not for small: an upsampler follows"):
+        cascade().sample(x_start=IMAGE, **given)
+
+
+def test_functions_that_work_in_place_leave_the_state():
+    pipe = pipeline(classifier=None, guidance=0.0)
+    wanted = pipe.sample(0, 1, guidance_fn=lambda x, t: x * 2)
+    assert torch.equal(pipe.sample(0, 1, guidance_fn=lambda x, t: x.mul_(2)), wanted)
+    wanted = pipe.sample(0, 1, denoised_fn=lambda x0: x0 / 2)
+    assert torch.equal(pipe.sample(0, 1, denoised_fn=lambda x0: x0.div_(2)), wanted)
+
+
+def test_an_empty_batch_is_refused_by_predict():
+    with pytest.raises(InvalidArgument, match=r"x_t.shape=\(0, 1, 8, 8\): at least one image"):
+        pipeline().predict(IMAGE[:0], 5, [])
+    with pytest.raises(InvalidArgument, match=r"low_res.shape=\(1, 1, 0, 0\): at least one image"):
+        Pipeline("up", upsampler(), PROCESS).predict(randn(1, 1, 16, 16), 5, [0], randn(1, 1, 0, 0))
+
+
+def test_a_pipeline_in_one_line():
+    assert repr(cascade()) == (
+        "Pipeline('small': unet of 8 pixels, 4 classes, classifier, guidance 1, upsampler to 16 pixels; "
+        "float32 on cpu)"
+    )
+
+
+def test_wide_base_images_lose_no_column():
+    pipe = cascade(low_res_size=4, classifier=None, guidance=0.0)
+    assert pipe.sample(0, 1, noise=randn(1, 1, 8, 16), steps=1).shape == (1, 16, 32, 1)
+    message = r"low_res=\(20, 36\): sides that are multiples of 4 pixels, and of 5"
+    with pytest.raises(InvalidArgument, match=message):
+        pipe.sample(0, 1, noise=randn(1, 1, 20, 36), steps=1)
 
 
 def test_numbers_of_other_libraries_are_numbers():

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 import admfast
-from admfast.checkpoints import write_weights
+from admfast.checkpoints import describe, write_weights
+from admfast.engine.numerics import own_numerics
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, Unavailable
 from admfast.models import NetConfig, UNetConfig
 from admfast.models.description import Description, DiffusionSettings
 from admfast.models.preset_types import ModelPreset, SystemPreset
-from admfast.systems import PRECISIONS, load, process_of
+from admfast.systems import PRECISIONS, _precision, load, process_of
 from tests.small import SIDE, classifier, randn, unet, upsampler
 
+ANSWERS = {"kind": "upsampler", "num_heads": 2, "use_new_attention_order": False, "image_size": 2 * SIDE}
+ANSWERS |= {"noise_schedule": "linear"}
 SETTINGS = DiffusionSettings(noise_schedule="linear", steps=100, learn_sigma=True)
 
 
@@ -66,14 +69,133 @@ def test_options_say_what_a_bare_file_does_not(tmp_path):
     with pytest.raises(CheckpointError, match="bare.pt: .*num_head"):
         load(path, device="cpu")
     options = {"num_heads": 4, "image_size": SIDE, "use_new_attention_order": False, "dropout": 0.0}
-    with pytest.raises(CheckpointError, match="nothing says its process; give noise_schedule"):
-        load(path, device="cpu", **options)
+    with pytest.raises(CheckpointError, match=r"everything; give noise_schedule \(linear or cosine\); or"):
+        load(path, device="cpu", steps=50, **options)
     pipe = load(path, device="cpu", noise_schedule="cosine", steps=50, **options)
     assert pipe.config == net.config
     assert (pipe.diffusion.noise_schedule, pipe.diffusion.steps, pipe.steps) == ("cosine", 50, 50)
     assert pipe.diffusion.learn_sigma
     with pytest.raises(InvalidArgument, match="num_head.*nearest: .*num_heads"):
         load(path, device="cpu", num_head=4)
+    for name in (path, "digits32"):
+        with pytest.raises(InvalidArgument, match="precison='fp16': no such argument.*nearest: precision"):
+            load(name, device="cpu", precison="fp16")
+
+
+def test_everything_open_is_asked_for_at_once(tmp_path):
+    model = write(tmp_path / "bare.pt", unet(), described=False)
+    guide = write(tmp_path / "guide.pt", classifier(), described=False)
+    up = write(tmp_path / "up.pt", upsampler(), described=False)
+    with pytest.raises(CheckpointError) as caught:
+        load(model, classifier=guide, upsampler=up, device="cpu")
+    text = one_line(caught)
+    for part in (
+        "bare.pt: ",
+        "guide.pt: ",
+        "up.pt: ",
+        "noise_schedule (linear or cosine)",
+        "num_head_channels",
+    ):
+        assert part in text
+    for flag in ("--set ", "--set-classifier ", "--set-upsampler "):
+        assert flag in text
+    heads = {"num_heads": 2, "use_new_attention_order": False, "noise_schedule": "linear", "steps": 100}
+    pipe = load(
+        model,
+        classifier=guide,
+        upsampler=up,
+        device="cpu",
+        classifier_options={"num_head_channels": 32, "image_size": SIDE},
+        upsampler_options={**heads, "kind": "upsampler", "image_size": 2 * SIDE, "low_res_size": 4},
+        image_size=SIDE,
+        **heads,
+    )
+    assert (pipe.upsampler.low_res_size, pipe.upsampler.steps, pipe.guidance) == (4, 100, 1.0)
+    assert pipe.sample([1], [2], steps=1, upsampler_steps=1).shape == (1, 2 * SIDE, 2 * SIDE, 1)
+
+
+@pytest.mark.parametrize("part", ["classifier_options", "upsampler_options"])
+def test_answers_without_their_file_are_refused(model, part):
+    with pytest.raises(InvalidArgument, match=f"{part}=.*: there is no {part.removesuffix('_options')}"):
+        load(model, device="cpu", **{part: {"num_heads": 2}})
+    with pytest.raises(InvalidArgument, match=f"{part}='device': no such option of a file"):
+        load(model, device="cpu", **{part.removesuffix("_options"): model, part: {"device": "cpu"}})
+
+
+def test_what_is_no_name_is_refused():
+    for name in (None, 3, ""):
+        with pytest.raises(InvalidArgument, match="name=.*: a system .such as 'digits32'. or the path"):
+            load(name, device="cpu")
+    with pytest.raises(InvalidArgument, match="weights='models': not for digits32, which ships with the"):
+        load("digits32", "models", device="cpu")
+
+
+def test_a_whole_block_that_is_missing_is_named_before_any_question(tmp_path):
+    state = {key: value for key, value in unet().state_dict().items() if "middle_block.1" not in key}
+    write_weights(tmp_path / "torn.pt", state)
+    message = r"torn.pt: a unet with .* but not a whole one without middle_block.1: 6 keys missing"
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "torn.pt", device="cpu")
+    with pytest.raises(CheckpointError, match=message):
+        describe(tmp_path / "torn.pt")
+
+
+@pytest.mark.parametrize("wanted, form", [("auto", ("bfloat16", "float32")), ("fp16", ("float16",) * 2)])
+def test_precisions_on_a_gpu(wanted, form):
+    chosen = _precision(wanted, torch.device("cuda"))
+    assert (chosen.torso, chosen.classifier) == tuple(getattr(torch, name) for name in form)
+
+
+def test_loading_leaves_the_process_s_settings(model):
+    def settings():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = settings()
+    for precision in ("fp32", "tf32"):
+        with own_numerics(torch.device("cuda"), tf32=precision == "tf32"):
+            assert settings() == (precision == "tf32",) * 2
+        assert settings() == before
+
+
+def test_what_is_loaded_in_inference_mode_works_outside(model, guide):
+    wanted = load(model, classifier=guide, device="cpu").sample([1], [2], steps=2)
+    with torch.inference_mode():
+        pipe = load(model, classifier=guide, device="cpu")
+        inside = pipe.sample([1], [2], steps=2)
+        assert torch.isfinite(pipe.predict(randn(1, 1, SIDE, SIDE), 5, [1]).x0).all()
+    assert torch.equal(pipe.sample([1], [2], steps=2), wanted) and torch.equal(inside, wanted)
+    x = randn(1, 1, SIDE, SIDE).requires_grad_(True)
+    pipe.predict(x, 5, [1]).x0.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_inputs_made_in_inference_mode_can_be_guided(model, guide):
+    pipe = load(model, classifier=guide, device="cpu")
+    with torch.inference_mode():
+        image, classes = randn(1, 1, SIDE, SIDE), torch.tensor([1])
+        for given in ({"noise": image}, {"x_start": image, "t_start": 50}):
+            assert pipe.sample(classes, [2], steps=2, **given).shape == (1, SIDE, SIDE, 1)
+        inverse = {"solver": "ddim-inverse", "x_start": image, "guidance": 1.0, "output": "float"}
+        assert torch.isfinite(pipe.sample(classes, [2], steps=2, **inverse)).all()
+    assert pipe.predict(image, 5, classes).x0.shape == image.shape
+
+
+def test_a_file_can_be_said_to_be_a_released_model(tmp_path, small_system):
+    path = write(tmp_path / "mine.pt", unet(), described=False)
+    pipe = load(path, preset="small_diffusion", device="cpu")
+    assert pipe.config == unet().config and pipe.diffusion == process_of(SETTINGS)
+    up = write(tmp_path / "up.pt", upsampler(), described=False)
+    pipe = load(path, preset="small_diffusion", upsampler=up, upsampler_options=ANSWERS, device="cpu")
+    assert pipe.upsampler.low_res_size is None
+    with pytest.raises(InvalidArgument, match="preset='small': no such model; nearest: small_"):
+        load(path, preset="small", device="cpu")
+
+
+def test_autocast_around_the_call_changes_nothing(model, guide):
+    pipe = load(model, classifier=guide, device="cpu")
+    wanted = pipe.sample([1], [2], steps=2, output="float")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pipe.sample([1], [2], steps=2, output="float"), wanted)
 
 
 def test_an_upsampler_s_file_is_a_pipeline(tmp_path):

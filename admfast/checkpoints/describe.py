@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from admfast.checkpoints.differences import nearest_preset, shapes_of
 from admfast.checkpoints.infer import Unanswered
-from admfast.checkpoints.loading import ModelInfo, identify_weights, values_by_dtype
+from admfast.checkpoints.loading import ModelInfo, check_fit, identify_weights, values_by_dtype
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.structure import summary
 from admfast.models import NetConfig, UNetConfig, UpsamplerConfig, build
@@ -94,7 +95,8 @@ def describe(
         rows += [("network", summary(question.structure)), *_sizes(weights)]
         rows.append(("open", str(question).removeprefix(f"{weights.path}: ")))
     else:
-        rows += _identity_rows(info)
+        check_fit(weights, identity)
+        rows += _identity_rows(info, check_values)
         rows += _config_rows(identity.config, info)
         rows += _sizes(weights)
         rows += _work_rows(identity.config, batch, dtype)
@@ -118,12 +120,12 @@ def non_finite(tensors: Mapping[str, Tensor]) -> str:
     return f"{nan:,} NaN and {infinite:,} infinite in {len(spoiled)} tensors, the first {spoiled[0]}"
 
 
-def _identity_rows(info: ModelInfo) -> list[Row]:
-    """Which released model it is or is nearest to, and how the configuration is known."""
-    if info.preset is not None:
-        model = f"{info.preset}, as released"
+def _identity_rows(info: ModelInfo, read: bool) -> list[Row]:
+    """Whose keys and shapes it has, and how that is known; `read`: the file may be read whole."""
+    if info.preset is not None and info.preset in info.candidates:
+        model = f"has the keys and shapes of {info.preset}{_as_published(info, read)}"
     elif info.candidates:
-        model = f"one of {', '.join(info.candidates)}, as released; they differ in dropout alone"
+        model = f"has the keys and shapes of {', '.join(info.candidates)}, which differ in dropout alone"
     else:
         shipped = [model.name for model in MODELS.values() if model.shipped_path == info.path.resolve()]
         model = f"{shipped[0]}, as shipped" if shipped else "none of the released models"
@@ -131,6 +133,25 @@ def _identity_rows(info: ModelInfo) -> list[Row]:
     if info.assumed:
         rows.append(("assumed", ", ".join(info.assumed)))
     return rows
+
+
+def _as_published(info: ModelInfo, read: bool) -> str:
+    """Whether the file itself is the published one, as far as its size and hash are known."""
+    known, size = MODELS[str(info.preset)], info.path.stat().st_size
+    if known.size is None:
+        return "; size and hash of the published file are not known"
+    if info.path.suffix != ".pt":
+        return "; in another format than the published file"
+    if size != known.size:
+        return f"; its size differs from the published file: {size:,}, not {known.size:,} bytes"
+    name, wanted = ("sha256", known.sha256) if known.sha256 else ("md5", known.md5)
+    if not read or wanted is None:
+        return "; its size is that of the published file"
+    with open(info.path, "rb") as file:
+        found = hashlib.file_digest(file, name).hexdigest()
+    if found == wanted:
+        return f"; it is the published file, by size and {name}"
+    return f"; its {name} differs from the published file"
 
 
 def _config_rows(config: NetConfig, info: ModelInfo) -> list[Row]:

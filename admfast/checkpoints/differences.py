@@ -28,6 +28,11 @@ class Differences:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshapen)
 
+    @property
+    def count(self) -> int:
+        """How many keys differ."""
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
     def summary(self, count: int = 3) -> str:
         """One line: how many keys of each sort, and the first `count` of each with their shapes."""
         parts = []

@@ -15,6 +15,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.message import Message
@@ -24,6 +25,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from admfast.checkpoints.differences import compare, fingerprint, network_shapes, shapes_of
+from admfast.checkpoints.reading import read_weights
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
 from admfast.files.atomic import output_error, write_text
 from admfast.models.presets import ModelPreset, preset
@@ -79,8 +82,8 @@ def fetch(
         progress: show a bar on a terminal.
 
     Returns:
-        The path, and what the file was checked by: its size, SHA-256 or MD5 as published, or as the server
-            says.
+        The path, and what the file was checked by: its size (as published, or the length that the server
+            gave), SHA-256 or MD5 where known, the checksums in the zip, and the model's keys and shapes.
 
     Raises:
         InvalidArgument: for an unknown name, one that ships with the package, or a base URL that isn't
@@ -89,6 +92,8 @@ def fetch(
             often (what has arrived is kept), or what arrived isn't the published file (it is discarded).
         OutputError: if the file is there already, the disk is full, or the folder can't be written.
     """
+    if not timeout > 0:
+        raise invalid("timeout", timeout, "seconds, more than 0")
     model = preset(name)
     if model.shipped:
         raise invalid("name", name, f"nothing to fetch: it ships with the package ({model.shipped_path})")
@@ -286,7 +291,7 @@ def _check(url: str, part: Path, size: int, model: ModelPreset, offer: _Offer) -
     """Compare the file that arrived with what is known of it; discard it if it differs."""
     by = []
     if offer.size is not None:
-        by.append("size")
+        by.append("size" if model.size is not None else "the server's own length")
         if size != offer.size:
             _discard(part)
             raise CheckpointError(f"{url}: {size:,} bytes arrived, {offer.size:,} were due; discarded")
@@ -302,7 +307,18 @@ def _check(url: str, part: Path, size: int, model: ModelPreset, offer: _Offer) -
                 f"{url}: not the published file: its {name} is {found}, not {wanted}; discarded, fetch again"
             )
         by.append(name)
-    return tuple(by)
+    try:
+        shapes = shapes_of(read_weights(part).tensors)
+    except CheckpointError as error:
+        _discard(part)
+        raise CheckpointError(f"{url}: {str(error).removeprefix(f'{part}: ')}; discarded") from None
+    if zipfile.is_zipfile(part):  # the older format of torch.save has none
+        by.append("zip checksums")
+    if fingerprint(shapes) != model.fingerprint:
+        differs = compare(shapes, network_shapes(model.config)).summary(1)
+        _discard(part)
+        raise CheckpointError(f"{url}: not {model.name}: {differs}; discarded")
+    return (*by, "keys and shapes")
 
 
 def _discard(part: Path) -> None:

@@ -14,11 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from admfast.checkpoints.differences import Differences, Shapes, fingerprint, nearest_preset
+from admfast.checkpoints.differences import (
+    Differences,
+    Shapes,
+    compare,
+    fingerprint,
+    nearest_preset,
+    network_shapes,
+)
 from admfast.checkpoints.structure import Structure, read_structure, summary
-from admfast.errors import CheckpointError, InvalidArgument, invalid, nearest
+from admfast.errors import CheckpointError, invalid, nearest
 from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, config_from_dict
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.config import SWITCHES, checked_field
+from admfast.models.description import NOISE_SCHEDULES, Description, DiffusionSettings
 from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
 
 _KINDS: dict[str, type[NetConfig]] = {
@@ -26,6 +34,8 @@ _KINDS: dict[str, type[NetConfig]] = {
 }
 _DIFFUSION_NAMES = {entry.name for entry in dataclasses.fields(DiffusionSettings)}
 _NETWORK_NAMES = {entry.name for kind in _KINDS.values() for entry in dataclasses.fields(kind)}
+OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})  # what can be said of a file
+SWITCH_NAMES = {*SWITCHES, *(_DIFFUSION_NAMES - {"noise_schedule", "steps"})}
 
 
 class Unanswered(CheckpointError):
@@ -67,6 +77,7 @@ def identify(
     config: NetConfig | None = None,
     preset_name: str | None = None,
     carried: Description | None = None,
+    process: bool = False,
 ) -> Identity:
     """Find the configuration of the weights with these keys and shapes.
 
@@ -77,6 +88,7 @@ def identify(
         config: the configuration, if the caller knows it.
         preset_name: released model that the file is said to be.
         carried: the description that came with the file.
+        process: ask for the process too, where nothing says it.
 
     Raises:
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
@@ -108,24 +120,38 @@ def identify(
         sure = known is not None or "dropout" in network_options
         source = "its keys and shapes, which are those of " + _any_of([model.name for model in candidates])
     else:
-        return _from_structure(shapes, file, network_options, diffusion_options)
-    # Released models of equal shapes differ in dropout alone.
-    assumed = () if sure else (f"dropout={config.dropout} (matters in training only)",)
+        return _from_structure(shapes, file, network_options, diffusion_options, process)
     config = _with_options(config, network_options)
     diffusion = _settings(diffusion, diffusion_options, config)
-    return Identity(config, diffusion, known, candidates, source, assumed, training)
+    assumed = _of_the_preset(config, diffusion, options or {}) if known or not sure else []
+    # Released models of equal shapes differ in dropout alone.
+    assumed += [] if sure else [f"dropout={config.dropout} (matters in training only)"]
+    return Identity(config, diffusion, known, candidates, source, tuple(assumed), training)
+
+
+def _of_the_preset(
+    config: NetConfig, diffusion: DiffusionSettings | None, options: Mapping[str, Any]
+) -> list[str]:
+    """What a released model says and keys and shapes can't: the layout of the heads, the process."""
+    by = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
+    said = {by: getattr(config, by), "use_new_attention_order": config.use_new_attention_order}
+    if diffusion is not None:
+        said |= {"noise_schedule": diffusion.noise_schedule, "steps": diffusion.steps}
+    return [f"{name}={value}" for name, value in said.items() if name not in options]
 
 
 def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the network (and `kind`), options of the diffusion process; refuses unknown names."""
+    """Options of the network (and `kind`), options of the diffusion process, each checked by itself."""
     network, diffusion = {}, {}
     for name, value in options.items():
-        if name in _NETWORK_NAMES or name == "kind":
-            network[name] = value
-        elif name in _DIFFUSION_NAMES:
-            diffusion[name] = value
+        if name not in OPTION_NAMES:
+            raise invalid("option", name, nearest(name, OPTION_NAMES))
+        if value is None and name != "num_classes":
+            continue
+        if name in _DIFFUSION_NAMES:
+            diffusion[name] = getattr(DiffusionSettings(**{name: value}), name)
         else:
-            raise invalid("option", name, nearest(name, sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})))
+            network[name] = checked_field(name, value)
     if "kind" in network and network["kind"] not in _KINDS:
         raise invalid("kind", network["kind"], nearest(str(network["kind"]), _KINDS))
     return network, diffusion
@@ -136,32 +162,25 @@ def _with_options(config: NetConfig, options: Mapping[str, Any]) -> NetConfig:
     fields = dict(options)
     if fields.pop("kind", config.kind) != config.kind:
         raise invalid("kind", options["kind"], f"the weights are those of a {config.kind}")
-    return _build({**config.to_dict(), **fields}) if fields else config
-
-
-def _build(fields: Mapping[str, Any]) -> NetConfig:
-    """A configuration from fields and options, whose types nothing has checked yet."""
-    try:
-        return config_from_dict(fields)
-    except TypeError as error:
-        raise InvalidArgument(f"options: a value has the wrong type ({error})") from None
+    return config_from_dict({**config.to_dict(), **fields}) if fields else config
 
 
 def _settings(
     known: DiffusionSettings | None, options: Mapping[str, Any], config: NetConfig
 ) -> DiffusionSettings | None:
-    """The process with options applied; options alone are enough to make one for a UNet."""
+    """The process with options applied; with a schedule among them they are enough to make one for a UNet."""
     learned = isinstance(config, UNetConfig) and config.learn_sigma
+    settings = known
     if options:
-        known = dataclasses.replace(known or DiffusionSettings(learn_sigma=learned), **options)
-    if known is not None and isinstance(config, UNetConfig) and known.learn_sigma != learned:
+        settings = dataclasses.replace(known or DiffusionSettings(learn_sigma=learned), **options)
+    if settings is not None and isinstance(config, UNetConfig) and settings.learn_sigma != learned:
         channels = f"{config.out_channels} channels out for {config.in_channels}-channel images"
-        raise invalid("learn_sigma", known.learn_sigma, f"{learned} for a network with {channels}")
-    return known
+        raise invalid("learn_sigma", settings.learn_sigma, f"{learned} for a network with {channels}")
+    return settings if known is not None or "noise_schedule" in options else None
 
 
 def _from_structure(
-    shapes: Shapes, file: str, options: dict[str, Any], diffusion_options: dict[str, Any]
+    shapes: Shapes, file: str, options: dict[str, Any], diffusion_options: dict[str, Any], process: bool
 ) -> Identity:
     """Read the configuration off the shapes and complete it by `options`, or ask."""
     try:
@@ -169,6 +188,7 @@ def _from_structure(
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     questions: list[str] = []
+    check_whole(shapes, structure, file)
     kind = _kind(structure, options, questions)
     layout = _layout(structure, options, questions)
     fields = {**structure.fields, **structure.of_layout(layout)}
@@ -176,12 +196,47 @@ def _from_structure(
     _ask_heads(structure, kind, options, questions)
     if "image_size" not in fields and "image_size" not in options:
         questions.append("image_size (side of the training images in pixels)")
+    # Whoever has questions to answer anyway is told of this one too.
+    if kind != "classifier" and "noise_schedule" not in diffusion_options and (process or questions):
+        questions.append(f"noise_schedule ({_any_of(list(NOISE_SCHEDULES))})")
     if questions:
         raise Unanswered(_question(file, structure, questions, nearest_preset(shapes)), structure)
     fields |= {"kind": kind, "in_channels": structure.kinds[kind]}
-    config = _build({**fields, **options})
+    config = config_from_dict({**fields, **options})
     diffusion = _settings(None, diffusion_options, config)
     return Identity(config, diffusion, None, (), "its keys and shapes, and the options given", assumed)
+
+
+def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:
+    """Refuse weights of which something is missing, whatever is open: no option adds a key."""
+    closest: Differences | None = None
+    for kind, channels in structure.kinds.items():
+        for layout in structure.layouts:
+            fields = {
+                **structure.fields,
+                **structure.of_layout(layout),
+                "kind": kind,
+                "in_channels": channels,
+            }
+            fields |= {"num_head_channels": math.gcd(*structure.attended)}
+            fields.setdefault("image_size", 2 ** (layout[0] - 1))
+            found = compare(shapes, network_shapes(config_from_dict(fields)))
+            if not found:
+                return
+            if closest is None or found.count < closest.count:
+                closest = found
+    if closest is not None:
+        blocks = _any_of(sorted({_block(key) for key in closest.missing}), " and ")
+        lacks = f" without {blocks}" if blocks else ""
+        raise CheckpointError(
+            f"{file}: {summary(structure)}, but not a whole one{lacks}: {closest.summary()}"
+        )
+
+
+def _block(key: str) -> str:
+    """The block that a key belongs to: "output_blocks.3", "middle_block.1", "out"."""
+    parts = key.split(".")
+    return ".".join(parts[:2]) if parts[0].endswith("_blocks") or parts[0] == "middle_block" else parts[0]
 
 
 def _kind(structure: Structure, options: Mapping[str, Any], questions: list[str]) -> str:
@@ -274,5 +329,5 @@ def _stem(file: str) -> str:
     return file.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
-def _any_of(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+def _any_of(names: list[str], last: str = " or ") -> str:
+    return ", ".join(names[:-1]) + last + names[-1] if len(names) > 1 else "".join(names)

@@ -57,6 +57,8 @@ def load_network(
     preset: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
+    checksums: bool = True,
+    process: bool = False,
     **options: Any,
 ) -> tuple[nn.Module, ModelInfo]:
     """Build the network of a weights file and give it the file's weights, every one of them.
@@ -71,6 +73,8 @@ def load_network(
         dtype: of the parameters; a float16 file is widened to float32 unless asked otherwise. None keeps the
             dtypes of the file. (The published half-precision recipe is `convert_torso` on a float32 network.)
         device: where the parameters end up.
+        checksums: see `read_weights`.
+        process: the process must be known too; where nothing says it, it is asked for with the rest.
         options: fields of the configuration or of `DiffusionSettings` that win over every other source, such
             as `num_heads=4`.
 
@@ -82,9 +86,9 @@ def load_network(
             configuration.
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
     """
-    weights = read_weights(path)
-    identity, info = identify_weights(weights, config=config, preset=preset, options=options)
-    _check_fit(weights, identity)
+    weights = read_weights(path, checksums=checksums)
+    identity, info = identify_weights(weights, config=config, preset=preset, options=options, process=process)
+    check_fit(weights, identity)
     with torch.device("meta"):
         net = build(identity.config)
     tensors = weights.tensors
@@ -101,6 +105,7 @@ def identify_weights(
     config: NetConfig | None = None,
     preset: str | None = None,
     options: Mapping[str, Any] | None = None,
+    process: bool = False,
 ) -> tuple[Identity, ModelInfo]:
     """Find out what a file's weights are, without building the network. Raises as `load_network`."""
     shapes = shapes_of(weights.tensors)
@@ -111,6 +116,7 @@ def identify_weights(
         config=config,
         preset_name=preset,
         carried=weights.description,
+        process=process,
     )
     return identity, ModelInfo(
         path=weights.path,
@@ -135,7 +141,7 @@ def values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(counted.most_common())
 
 
-def _check_fit(weights: Weights, identity: Identity) -> None:
+def check_fit(weights: Weights, identity: Identity) -> None:
     """Refuse weights that aren't exactly those that the configuration needs, or aren't floating-point."""
     shapes = shapes_of(weights.tensors)
     differences = compare(shapes, network_shapes(identity.config))

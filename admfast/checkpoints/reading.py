@@ -7,8 +7,11 @@ import os
 import pickle
 import pickletools
 import re
+import stat
 import struct
+import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -43,12 +46,17 @@ class Weights:
     description: Description | None
 
 
-def read_weights(path: str | PathLike[str]) -> Weights:
+def read_weights(path: str | PathLike[str], *, checksums: bool = True) -> Weights:
     """Read a weights file.
 
     Tensors of a zip-format .pt or a .safetensors are mapped from the file, not copied: pages are read when
     they are used, so the file must not be rewritten in place meanwhile. The description is that of the
     `.json` beside the file, or the copy in a safetensors header.
+
+    Args:
+        path: .pt, .pth or .safetensors.
+        checksums: compare every member of a zip-format .pt with its CRC-32, which mapping it would pass over:
+            1.5 s for 2.2 GB. False is for files that were saved without (torch's `set_crc32_options`).
 
     Raises:
         CheckpointError: in one line, for a file that is missing, empty, truncated, damaged, would run code
@@ -59,7 +67,7 @@ def read_weights(path: str | PathLike[str]) -> Weights:
     if path.suffix == ".safetensors":
         tensors, header = _read_safetensors(path)
     else:
-        tensors, header = _read_pickled(path), None
+        tensors, header = _read_pickled(path, checksums), None
     return Weights(path, tensors, _description(path, header))
 
 
@@ -69,7 +77,10 @@ def _check_there(path: Path) -> None:
         held = sorted(entry.name for entry in path.iterdir() if entry.suffix in ENDINGS)
         raise CheckpointError(f"{path}: a folder, not a weights file (holds {', '.join(held[:8]) or 'none'})")
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for its writer
+            raise CheckpointError(f"{path}: not a regular file")
+        size = found.st_size
         with open(path, "rb") as file:
             head = file.read(64)
     except FileNotFoundError:
@@ -95,15 +106,18 @@ def _near_names(path: Path) -> str:
     return f"; {path.parent} holds {', '.join(held[:8]) or 'no weights files'}"
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
+def _read_pickled(path: Path, checksums: bool) -> dict[str, Tensor]:
     """The state dict of a file that torch.save wrote."""
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     if zipped:
-        _check_archive(path)
+        _check_archive(path, checksums)
     try:
-        # Only the zip format can be mapped; older files are read whole.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            # Said of what is refused, or read, by us in a line of our own.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            # Only the zip format can be mapped; older files are read whole.
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_refusal(path, zipped)}") from error
     except Exception as error:  # torch raises many kinds for damaged files; all of them mean one thing here
@@ -112,24 +126,33 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
             text = (
                 "in the tar format of torch before 0.1.10, which is not read; save it anew with a later torch"
             )
-        raise CheckpointError(f"{path}: damaged, or no file of torch.save: {text}") from error
+        held = None if zipped else _plain_pickle(path)
+        raise CheckpointError(f"{path}: {held or f'damaged, or no file of torch.save: {text}'}") from error
     return _plain(path, loaded)
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a zip that ends early or holds a program."""
+def _check_archive(path: Path, checksums: bool) -> None:
+    """Refuse a zip that ends early, holds a program, or has a member that isn't what was written."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile:
         size = path.stat().st_size
         raise CheckpointError(
             f"{path}: truncated: the zip central directory at its end is missing ({size:,} bytes are there)"
         ) from None
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise CheckpointError(f"{path}: a TorchScript program, not a state dict")
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise CheckpointError(f"{path}: a zip archive without data.pkl: not a file of torch.save")
+    with archive:
+        names = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise CheckpointError(f"{path}: a TorchScript program, not a state dict")
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise CheckpointError(f"{path}: a zip archive without data.pkl: not a file of torch.save")
+        for name in names if checksums else ():
+            try:
+                with archive.open(name) as member:
+                    while member.read(1 << 20):
+                        pass
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+                raise CheckpointError(f"{path}: damaged: {name} fails its checksum") from None
 
 
 def _refusal(path: Path, zipped: bool) -> str:
@@ -152,7 +175,28 @@ def _refusal(path: Path, zipped: bool) -> str:
             f"refused: unpickling it would call {foreign[0]}; a weights file holds tensors and nothing else "
             "(nothing was run)"
         )
-    return "damaged, or no file of torch.save: its pickle can't be read"
+    return _plain_pickle(path) or "damaged, or no file of torch.save: its pickle can't be read"
+
+
+class _Data(pickle.Unpickler):
+    """Unpickles numbers, texts and containers; whatever would import anything is an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _plain_pickle(path: Path) -> str | None:
+    """What a file that holds a bare pickle of plain data is; None for any other."""
+    try:
+        with open(path, "rb") as file:
+            held = _Data(file).load()
+            if file.read(1):  # the older format of torch.save begins with a pickle of its own
+                return None
+    except Exception:  # unpickling what is no pickle raises anything
+        return None
+    if isinstance(held, Mapping):
+        return f"not a state dict: a plain pickle of a dict with the keys {_quoted(list(held)) or 'none'}"
+    return f"not a state dict: a plain pickle of {type(held).__name__}"
 
 
 def _globals(file: IO[bytes]) -> list[str]:

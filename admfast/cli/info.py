@@ -10,13 +10,15 @@ import platform
 import torch
 
 from admfast import __version__
+from admfast.cli.examples import examples
 from admfast.cli.tables import table
-from admfast.ops import TABLES
+from admfast.errors import AdmfastError
+from admfast.ops import TABLES, watch
 from admfast.ops.native import build_info
 
 
 def run_info() -> None:
-    """Print versions, devices, the build, and every op with its implementations."""
+    """Print versions, devices, the build, every op with its implementations, and which of them run."""
     rows = [
         ("admfast", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -32,6 +34,8 @@ def run_info() -> None:
     print(table(rows))
     print()
     print(table(_implementations()))
+    print()
+    print(table(_choices()))
 
 
 def _implementations() -> list[tuple[str, str]]:
@@ -41,6 +45,25 @@ def _implementations() -> list[tuple[str, str]]:
         for implementation in entry.implementations:
             reason = implementation.available()
             rows.append((f"{op}: {implementation.name}", "available" if reason is None else f"no: {reason}"))
+    return rows
+
+
+def _choices() -> list[tuple[str, str]]:
+    """For some calls of every op, made here and now: which implementation ran, and why none before it."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows = []
+    for device in devices:
+        for op, call, run in examples(device):
+            try:
+                with watch() as seen:
+                    run()
+                choice = next(choice for choice in seen if choice.op == op)
+            except AdmfastError as error:
+                rows.append((f"{op}, {call}", f"refused: {error}"))
+                continue
+            because = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
+            because = because or (f"asked for by {choice.asked_by}" if choice.asked_by else "")
+            rows.append((f"{op}, {call}", f"{choice.name} ({because})" if because else choice.name))
     return rows
 
 

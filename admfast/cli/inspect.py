@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from admfast.checkpoints import describe
+from admfast.cli.options import options_of
 from admfast.cli.tables import table
 from admfast.errors import invalid, nearest
 
@@ -47,34 +47,8 @@ def run_inspect(
         raise invalid("dtype", dtype, nearest(dtype, _DTYPES))
     if batch < 1:
         raise invalid("batch", batch, "1 image or more")
-    options = dict(parse_option(text) for text in set_ or ())
+    options = options_of("--set", set_)
     rows = describe(
         path, preset=preset, batch=batch, dtype=_DTYPES[dtype], check_values=values, options=options
     )
     print(table(rows))
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """Split `NAME=VALUE`; the value is JSON (4, true, [1, 2]), True, False, None, a,b,c or else a plain word.
-
-    Raises:
-        InvalidArgument: without `=`.
-    """
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise invalid("set", text, "NAME=VALUE, such as num_heads=4")
-    return name.strip(), _value(value.strip())
-
-
-def _value(text: str) -> Any:
-    """The value that a word on the command line stands for."""
-    literals = {"True": True, "False": False, "None": None}
-    if text in literals:
-        return literals[text]
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    if "," in text:
-        return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
-    return text

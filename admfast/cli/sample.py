@@ -6,16 +6,41 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
-
-from admfast.cli.inspect import parse_option
+from admfast.cli.options import options_of
+from admfast.cli.sample_options import (
+    Batch,
+    Classes,
+    ClassifierFile,
+    Device,
+    Eta,
+    Guidance,
+    Intermediates,
+    LowRes,
+    Name,
+    Out,
+    Overwrite,
+    PerClass,
+    Precision,
+    Preset,
+    Respaced,
+    Seeds,
+    Set,
+    SetClassifier,
+    SetUpsampler,
+    Solver,
+    Steps,
+    UpsamplerFile,
+    UpsamplerSteps,
+    Weights,
+)
 from admfast.cli.tables import table
-from admfast.errors import invalid
+from admfast.engine.asking import INVERSE
+from admfast.errors import AdmfastError, InvalidArgument, invalid
+from admfast.files.npz import Samples
+from admfast.files.sets import read_set
 from admfast.pipeline import Pipeline
 from admfast.runs.sampling import SampleRun
-from admfast.solvers import SOLVERS
 from admfast.systems import load
 
 # What one call makes at most: a slip such as 0-99999999999 is an error, not a full memory.
@@ -23,89 +48,95 @@ MANY = 10_000_000
 
 
 def run_sample(
-    name: Annotated[str, typer.Argument(help="A system (see `admfast models`) or a weights file.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Folder with the released files (default: none).")
-    ] = None,
-    classifier: Annotated[
-        Path | None, typer.Option(help="Classifier for a model given as a file (default: none).")
-    ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(help="Class indices, 0-9 or 207,360 (default: seed modulo the number of classes)."),
-    ] = None,
-    per_class: Annotated[
-        int | None, typer.Option(help="Images of each class (default: 1, or as --seeds asks).")
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Seeds, 0-15 or 3,5: one image each (default: 0, 1, 2, ...).")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Network evaluations an image (default: the system's).")
-    ] = None,
-    solver: Annotated[str, typer.Option(help=f"One of {', '.join(SOLVERS)}.")] = "ddpm",
-    eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1 (default: 0).")] = None,
-    respacing: Annotated[
-        str | None,
-        typer.Option(
-            help="Timesteps in place of --steps, as published: 250, ddim25, 10,10,10 (default: from --steps)."
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Scale of the classifier's gradient, 0 for none (default: the system's)."),
-    ] = None,
-    upsampler_steps: Annotated[
-        int | None, typer.Option(help="Evaluations of the upsampler (default: the system's).")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Images at a time (default: by image size and device).")
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="auto, fp32, tf32, bf16 or fp16; auto is fp16 on a GPU, else fp32.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU where there is one).")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for images/, grid.png and the npz.")] = Path("out"),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace samples that the folder holds (default: refuse).")
-    ] = False,
-    intermediates: Annotated[
-        int, typer.Option(help="Also keep x_0 after every so many steps; 0 for none.")
-    ] = 0,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="For a file: what it doesn't show, such as num_heads=4; repeat for more (default: none).",
-        ),
-    ] = None,
+    name: Name,
+    weights: Weights = None,
+    classifier: ClassifierFile = None,
+    upsampler: UpsamplerFile = None,
+    preset: Preset = None,
+    low_res: LowRes = None,
+    classes: Classes = None,
+    per_class: PerClass = None,
+    seeds: Seeds = None,
+    steps: Steps = None,
+    solver: Solver = "ddpm",
+    eta: Eta = None,
+    respacing: Respaced = None,
+    guidance: Guidance = None,
+    upsampler_steps: UpsamplerSteps = None,
+    batch: Batch = None,
+    precision: Precision = "auto",
+    device: Device = None,
+    out: Out = Path("out"),
+    overwrite: Overwrite = False,
+    intermediates: Intermediates = 0,
+    set_: Set = None,
+    set_classifier: SetClassifier = None,
+    set_upsampler: SetUpsampler = None,
 ) -> None:
     """Sample images: PNG files, one labelled grid and the published npz."""
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
-    options = dict(parse_option(text) for text in set_ or ())
-    pipe = load(name, weights, classifier=classifier, device=device, precision=precision, **options)
-    wanted, keys = plan_images(
-        None if classes is None else parse_numbers("classes", classes),
-        per_class,
-        None if seeds is None else parse_numbers("seeds", seeds),
-        pipe.num_classes,
+    if solver == INVERSE:
+        allowed = "in Python alone: pipe.sample(x_start=images, solver='ddim-inverse', output='float')"
+        raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
+    pipe = load(
+        name,
+        weights,
+        classifier=classifier,
+        upsampler=upsampler,
+        preset=preset,
+        device=device,
+        precision=precision,
+        classifier_options=options_of("--set-classifier", set_classifier),
+        upsampler_options=options_of("--set-upsampler", set_upsampler, also=["low_res_size"]),
+        **options_of("--set", set_),
     )
-    settings: dict[str, Any] = {"solver": solver}
     given = {"steps": steps, "eta": eta, "respacing": respacing}
     given |= {"guidance": guidance, "upsampler_steps": upsampler_steps}
-    settings |= {key: value for key, value in given.items() if value is not None}
-    run = SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates)
-    print(table(_resolved(pipe, run)), flush=True)
+    settings = {"solver": solver, **{key: value for key, value in given.items() if value is not None}}
+    images = None if low_res is None else read_low_res(low_res)
+    wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
+    small = None if images is None else images.images
+    _run(SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates, low_res=small))
+
+
+def _run(run: SampleRun) -> None:
+    """Say what will be done, do it, and say where it is; nothing is said or made before all is checked."""
+    run.check()
+    print(table(_resolved(run.pipe, run)), flush=True)
     started = time.time()
-    written = run.run()
+    count = len(run.seeds)
+    try:
+        written = run.run()
+    except (AdmfastError, KeyboardInterrupt):
+        if run.finished:
+            print(f"{run.finished} of {count} images are finished and kept in {run.kept.resolve()}")
+        raise
     spent = time.time() - started
-    print(f"{len(keys)} images in {spent:.1f} s ({len(keys) / spent:.2f} images/s)")
-    for path in (out / "images", *written):
+    print(f"{count} images in {spent:.1f} s ({count / spent:.2f} images/s)")
+    for path in (run.out / "images", *written):
         print(path.resolve())
+
+
+def read_low_res(path: Path) -> Samples:
+    """The images to enlarge; raises InvalidArgument by the name of the option."""
+    try:
+        return read_set(path)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"--low-res: {error}") from None
+
+
+def _wanted(
+    pipe: Pipeline, classes: str | None, per_class: int | None, seeds: str | None, small: Samples | None
+) -> tuple[list[int] | None, list[int]]:
+    """Classes and seeds of every image; images to enlarge say how many, and bring classes if they can."""
+    labels = None if classes is None else parse_numbers("classes", classes)
+    keys = None if seeds is None else parse_numbers("seeds", seeds)
+    if small is not None and keys is None and per_class is None:
+        keys = list(range(len(small.images)))
+        if labels is None and small.labels is not None and pipe.num_classes is not None:
+            labels = small.labels.tolist()
+    return plan_images(labels, per_class, keys, pipe.num_classes)
 
 
 def parse_numbers(name: str, text: str) -> list[int]:
@@ -173,7 +204,7 @@ def _resolved(pipe: Pipeline, run: SampleRun) -> list[tuple[str, str]]:
         ("solver", f"{settings['solver']}, {steps}{eta}"),
         ("guidance", "none" if pipe.classifier is None else f"{settings.get('guidance', pipe.guidance):g}"),
         ("device", str(pipe.device)),
-        ("precision", str(pipe.net.torso_dtype).removeprefix("torch.")),
+        ("precision", pipe.precision),
         ("out", str(run.out.resolve())),
     ]
     if pipe.upsampler is not None:

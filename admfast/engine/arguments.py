@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from admfast.diffusion.respacing import whole_number
-from admfast.errors import invalid
+from admfast.errors import Unavailable, invalid
+from admfast.models import NetConfig, UpsamplerConfig
+from admfast.ops import dispatch
 
 LARGEST_SEED = 2**64 - 1
 
@@ -36,7 +38,37 @@ def float_images(name: str, value: object, shape: tuple[int, ...] | None = None)
         raise invalid(name, kind, "a tensor of floats")
     if shape is not None and tuple(value.shape) != shape:
         raise invalid(f"{name}.shape", tuple(value.shape), f"{shape}")
+    if 0 in value.shape:
+        raise invalid(f"{name}.shape", tuple(value.shape), "at least one image, and no side empty")
     return value
+
+
+def check_low_res(config: NetConfig, low_res: object, count: int) -> None:
+    """An upsampler needs a low-resolution image for each of its images, no other network takes one."""
+    if isinstance(config, UpsamplerConfig) != (low_res is not None):
+        given = None if low_res is None else "given"
+        raise invalid("low_res", given, "upsamplers need it and no other network takes it")
+    if low_res is None:
+        return
+    shape = tuple(float_images("low_res", low_res).shape)
+    if len(shape) != config.dims + 2 or shape[:2] != (count, config.in_channels):
+        sides = ", ".join("dhw"[3 - config.dims :])
+        raise invalid("low_res.shape", shape, f"({count}, {config.in_channels}, {sides})")
+
+
+def check_implementations(impl: object) -> None:
+    """Refuse an implementation that isn't known, or that this machine lacks, before anything runs."""
+    if not isinstance(impl, str | None):
+        raise invalid("impl", impl, "the name of an implementation, or None")
+    for op, table in dispatch.TABLES.items():
+        name = dispatch.named_by_environment(op)
+        reason = name and table.named(name, dispatch.ENVIRONMENT).available()
+        if reason:
+            raise Unavailable(f"{dispatch.ENVIRONMENT}={name!r}: {op} can't run on it here: {reason}")
+    for op in ("normal", "sampler_step"):
+        reason = impl and dispatch.TABLES[op].named(impl).available()
+        if reason:
+            raise Unavailable(f"impl={impl!r}: {op} can't run on it here: {reason}")
 
 
 def check_functions(**functions: object) -> None:

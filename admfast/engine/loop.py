@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from admfast.engine.arguments import float_images
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import NonFiniteError, invalid
 from admfast.ops.noise import Stream
@@ -41,11 +42,11 @@ Callback = Callable[[Progress], None]
 
 
 class Diverged(NonFiniteError):
-    """x is not finite after a row; `x` and `t` are what went into the row, where they are known."""
+    """x is not finite after a `row`; `x` and `t` are what went into it, where they are known."""
 
     def __init__(self, row: Row, x: Tensor | None, t: Tensor):
         super().__init__(f"x is not finite after step {row.index} (t = {row.t_net:g})")
-        self.x, self.t = x, t
+        self.row, self.x, self.t = row, x, t
 
 
 def run_table(
@@ -91,22 +92,19 @@ def run_table(
     rows = table.rows if denoised_fn is None else tuple(_given_x0(row) for row in table.rows)
     state = SamplerState.start(x, rows)
     packed = pack(rows, device=x.device, dtype=x.dtype)
-    t_type = torch.int64 if table.integer_t else torch.float32
-    t_net = torch.tensor([row.t_net for row in rows], dtype=t_type, device=x.device)
-    t_clf = torch.tensor([row.t_clf for row in rows], dtype=t_type, device=x.device)
-    count, careful = x.shape[0], careful or x.device.type == "cpu"
+    t_net, t_clf = _timesteps(table, x)
+    careful = careful or x.device.type == "cpu"
     with torch.no_grad():
-        for i, row in enumerate(rows):
+        for i, row in enumerate(table.rows):
             before = state.x.clone() if careful else None
-            out = model(state.x, t_net[i].expand(count))
+            out = model(state.x, t_net[i])
             gradient = None
             if guidance is not None:
                 # Detached: a function that makes its x a leaf must not make the state one.
-                gradient = guidance(state.x.detach(), t_clf[i].expand(count))
-                if gradient.shape != x.shape:
-                    raise invalid("guidance(x, t).shape", tuple(gradient.shape), f"{tuple(x.shape)}")
+                gradient = guidance(state.x.detach(), t_clf[i])
+                float_images("guidance(x, t)", gradient, tuple(x.shape))
             if denoised_fn is not None:
-                out = _apply_denoised_fn(denoised_fn, table.rows[i], state.x, out)
+                out = apply_denoised_fn(denoised_fn, row, state.x, out)
             sampler_step(
                 state,
                 out,
@@ -121,10 +119,18 @@ def run_table(
             )
             last = i == len(rows) - 1
             if (careful or i == 0 or last) and not bool(torch.isfinite(state.x).all()):
-                raise Diverged(row, before, t_net[i].expand(count))
+                raise Diverged(row, before, t_net[i])
             if callback is not None and ((i + 1) % every == 0 or last):
                 callback(Progress(i + 1, len(rows), row.index, row.t_net, state.x, state.x0))
     return state
+
+
+def _timesteps(table: SolverTable, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What network and guidance see of t: [rows, N] each."""
+    dtype = torch.int64 if table.integer_t else torch.float32
+    columns = torch.tensor([(row.t_net, row.t_clf) for row in table.rows], dtype=torch.float64)
+    seen = columns.to(dtype).to(x.device).T[:, :, None].expand(2, len(table), len(x))
+    return seen[0], seen[1]
 
 
 def _given_x0(row: Row) -> Row:
@@ -135,11 +141,10 @@ def _given_x0(row: Row) -> Row:
     return dataclasses.replace(row, k_x=0.0, k_out=1.0)
 
 
-def _apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tensor, out: Tensor) -> Tensor:
+def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tensor, out: Tensor) -> Tensor:
     """Replace the mean part of `out` by denoised_fn(x_0)."""
     channels = x.shape[1]
     out = out.to(x.dtype)
     x0 = denoised_fn(row.k_x * x + row.k_out * out[:, :channels])
-    if x0.shape != x.shape:
-        raise invalid("denoised_fn(x_0).shape", tuple(x0.shape), f"{tuple(x.shape)}")
+    float_images("denoised_fn(x_0)", x0, tuple(x.shape))
     return torch.cat([x0, out[:, channels:]], dim=1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from admfast.diffusion import GaussianDiffusion
 from admfast.engine.diagnose import first_nonfinite
 from admfast.engine.guidance import GuidanceFn, classifier_guidance
-from admfast.engine.loop import Callback, Diverged, Model, run_table
+from admfast.engine.loop import Callback, Diverged, Model, apply_denoised_fn, run_table
 from admfast.errors import NonFiniteError
 from admfast.ops.noise import Stream, normal
 from admfast.solvers import SolverTable
@@ -72,13 +72,15 @@ class Plan:
     """How a batch is sampled.
 
     process: the respaced process. table: the rows that run. skipped: rows of the whole table before them
-    (they count in the noise, so that an image begun midway gets the noise of those steps). scale: of the
-    classifier's gradient. guidance_fn, denoised_fn: the user's own. streams: noise of x_T and of the steps.
+    (they count in the noise, so that an image begun midway gets the noise of those steps). noised: x_start is
+    noised to the first row's step; the inverse of DDIM begins from it as it is. scale: of the classifier's
+    gradient. guidance_fn, denoised_fn: the user's own. streams: noise of x_T and of the steps.
     """
 
     process: GaussianDiffusion
     table: SolverTable
     skipped: int = 0
+    noised: bool = True
     scale: float = 0.0
     guidance_fn: GuidanceFn | None = None
     denoised_fn: Callable[[Tensor], Tensor] | None = None
@@ -99,14 +101,8 @@ def sample_batch(
     Raises:
         NonFiniteError: naming the first layer that produced NaN or infinity.
     """
-    z = request.noise
-    if z is None:
-        z = normal(request.seeds, request.shape[1:], 0, plan.streams[0], plan.impl)
-    x = z * plan.table.scale
-    if request.x_start is not None:
-        step = torch.full((len(z),), plan.table.rows[0].index, dtype=torch.int64, device=z.device)
-        x = plan.process.q_sample(request.x_start, step, z)
-    guidance = plan.guidance_fn
+    x = _first_x(plan, request)
+    guidance = None if plan.guidance_fn is None else _on_a_copy(plan.guidance_fn)
     if plan.scale:
         assert classifier is not None and request.labels is not None
         guidance = classifier_guidance(classifier, request.labels, plan.scale)
@@ -127,8 +123,30 @@ def sample_batch(
         if before is None:
             found, before = _again(plan.table, model, x, options)
         networks = {"net": net, "classifier": classifier}
-        where = first_nonfinite(networks, {"its output": model, "the guidance": guidance}, before, found.t)
+        calls = {"its output": model, "the guidance": guidance}
+        if plan.denoised_fn is not None:
+            fn, row = plan.denoised_fn, found.row
+            calls["what denoised_fn returned"] = lambda x, t: apply_denoised_fn(fn, row, x, model(x, t))
+        where = first_nonfinite(networks, calls, before, found.t)
         raise NonFiniteError(f"{found}; {where}") from None
+
+
+def _first_x(plan: Plan, request: Request) -> Tensor:
+    """What the first row begins from: noise, or x_start noised to that row's step."""
+    if request.x_start is not None and not plan.noised:
+        return request.x_start.clone()
+    z = request.noise
+    if z is None:
+        z = normal(request.seeds, request.shape[1:], 0, plan.streams[0], plan.impl)
+    if request.x_start is None:
+        return z * plan.table.scale
+    step = torch.full((len(z),), plan.table.rows[0].index, dtype=torch.int64, device=z.device)
+    return plan.process.q_sample(request.x_start, step, z)
+
+
+def _on_a_copy(function: GuidanceFn) -> GuidanceFn:
+    """A user's function on its own copy of x and t: it may work in place."""
+    return lambda x, t: function(x.clone(), t.clone())
 
 
 def _again(table: SolverTable, model: Model, x: Tensor, options: dict[str, Any]) -> tuple[Diverged, Tensor]:

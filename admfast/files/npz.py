@@ -9,7 +9,7 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import IO, Any
@@ -48,6 +48,43 @@ def write_samples(
     if labels is not None:
         arrays["arr_1"] = _checked_labels(np.asarray(labels), len(images), "labels")
     write_arrays(path, arrays)
+
+
+def write_streamed(
+    path: str | PathLike[str],
+    shape: tuple[int, ...],
+    images: Iterable[NDArray[np.uint8]],
+    labels: ArrayLike | None = None,
+) -> None:
+    """Write the same archive from images that come one by one, holding one of them at a time in memory.
+
+    Args:
+        path: file name, kept as it is.
+        shape: (N, H, W, C) of all of them.
+        images: N arrays uint8 [H, W, C].
+        labels: [N] integers, stored as int64; None writes no `arr_1`.
+
+    Raises:
+        InvalidArgument: for images of another shape, dtype or number, or labels that don't fit.
+        OutputError: if the file can't be written.
+    """
+    if labels is not None:
+        labels = _checked_labels(np.asarray(labels), shape[0], "labels")
+    header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
+    count = 0
+    with atomic_open(path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_1_0(entry, header)
+            for count, image in enumerate(images, 1):
+                if image.dtype != np.uint8 or image.shape != tuple(shape[1:]):
+                    given = f"{image.dtype} {image.shape}"
+                    raise invalid(f"images[{count - 1}]", given, f"uint8 {tuple(shape[1:])}")
+                entry.write(np.ascontiguousarray(image).data)
+        if count != shape[0]:
+            raise invalid("images", f"{count} images", f"{shape[0]}, as the shape says")
+        if labels is not None:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asarray(labels), allow_pickle=False)
 
 
 def write_arrays(path: str | PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from admfast.errors import invalid, nearest
+from admfast.models import fields
 
 Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 POOLS: tuple[Pool, ...] = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -20,6 +21,38 @@ DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     64: (1, 2, 3, 4),
 }
 GROUPS = 32
+
+
+_WHOLE = (
+    "image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "num_heads"
+)  # fmt: skip
+_WHOLE_OR_NOT = ("num_head_channels", "num_heads_upsample")
+SWITCHES = (
+    "conv_resample", "use_checkpoint", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order"
+)  # fmt: skip
+
+
+def checked_field(name: str, value: Any) -> Any:
+    """Return the value of a configuration's field in one form; InvalidArgument for a wrong type or range."""
+    if name in _WHOLE:
+        return fields.whole(name, value)
+    if name in _WHOLE_OR_NOT:
+        return fields.whole(name, value, special=-1)
+    if name in SWITCHES:
+        return fields.switch(name, value)
+    if name == "num_classes":
+        return None if value is None else fields.whole(name, value)
+    if name == "attention_resolutions":
+        return fields.factors(name, value)
+    if name == "channel_mult":
+        return fields.multipliers(name, value)
+    if name == "dropout":
+        return fields.probability(name, value)
+    if name == "dims" and (type(value) is not int or value not in (1, 2, 3)):
+        raise invalid(name, value, "1, 2 or 3")
+    if name == "pool" and value not in POOLS:
+        raise invalid(name, value, nearest(str(value), POOLS))
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +100,8 @@ class NetConfig:
     kind: ClassVar[str] = "net"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "attention_resolutions", tuple(int(ds) for ds in self.attention_resolutions))
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        for name in ("image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise invalid(name, value, "an integer of 1 or more")
-        if self.dims not in (1, 2, 3):
-            raise invalid("dims", self.dims, "1, 2 or 3")
-        if not 0 <= self.dropout < 1:
-            raise invalid("dropout", self.dropout, "0 or more and below 1")
-        if not self.channel_mult:
-            raise invalid("channel_mult", self.channel_mult, "one multiplier a level, at least one")
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, checked_field(field.name, getattr(self, field.name)))
         for mult in self.channel_mult:
             width = int(mult * self.model_channels)
             if width < 1 or width % GROUPS:
@@ -135,8 +158,6 @@ class UNetConfig(NetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_classes is not None and self.num_classes < 1:
-            raise invalid("num_classes", self.num_classes, "None, or 1 or more")
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise invalid(
                 "out_channels",
@@ -166,8 +187,6 @@ class ClassifierConfig(NetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool not in POOLS:
-            raise invalid("pool", self.pool, nearest(str(self.pool), POOLS))
         if self.pool == "attention" and self.num_head_channels == -1:
             raise invalid("num_head_channels", -1, "the attention pool needs the channels of a head")
         if self.dims != 2 and self.pool in ("adaptive", "attention"):
@@ -183,21 +202,21 @@ CONFIG_KINDS: dict[str, type[NetConfig]] = {
 }
 
 
-def config_from_dict(fields: Mapping[str, Any]) -> NetConfig:
+def config_from_dict(values: Mapping[str, Any]) -> NetConfig:
     """Inverse of `to_dict`; raises InvalidArgument for an unknown kind or field, naming the nearest."""
-    fields = dict(fields)
-    kind = fields.pop("kind", None)
-    if kind not in CONFIG_KINDS:
+    values = dict(values)
+    kind = values.pop("kind", None)
+    if not isinstance(kind, str) or kind not in CONFIG_KINDS:
         raise invalid("kind", kind, nearest(str(kind), CONFIG_KINDS))
     cls = CONFIG_KINDS[kind]
     known = [field.name for field in dataclasses.fields(cls)]
-    for name in fields:
+    for name in values:
         if name not in known:
             raise invalid("config", name, f"no such field of a {kind}; {nearest(name, known)}")
     for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and field.name not in fields:
+        if field.default is dataclasses.MISSING and field.name not in values:
             raise invalid("config", field.name, f"a {kind} needs this field")
-    return cls(**fields)
+    return cls(**values)
 
 
 def parse_channel_mult(text: str | Sequence[float], image_size: int) -> tuple[float, ...]:
@@ -275,8 +294,7 @@ def upsampler_config_from_flags(*, large_size: int, small_size: int, **flags: An
         raise invalid("small_size", small_size, f"1 to large_size={large_size}")
     if flags.get("channel_mult", "") == "" and large_size == 512:
         flags["channel_mult"] = DEFAULT_CHANNEL_MULT[256]
-    fields = dataclasses.asdict(unet_config_from_flags(image_size=large_size, **flags))
-    return UpsamplerConfig(**fields)
+    return UpsamplerConfig(**dataclasses.asdict(unet_config_from_flags(image_size=large_size, **flags)))
 
 
 def classifier_config_from_flags(

@@ -16,8 +16,10 @@ from typing import Any
 
 from admfast.errors import InvalidArgument, invalid, nearest
 from admfast.models.config import NetConfig, config_from_dict
+from admfast.models.fields import switch, whole
 
 FORMAT = "admfast-1"
+NOISE_SCHEDULES = ("linear", "cosine")
 _PARTS = ("format", "network", "diffusion", "training")
 
 
@@ -45,6 +47,14 @@ class DiffusionSettings:
     rescale_timesteps: bool = False
     rescale_learned_sigmas: bool = False
     use_kl: bool = False
+
+    def __post_init__(self) -> None:
+        if self.noise_schedule not in NOISE_SCHEDULES:
+            raise invalid("noise_schedule", self.noise_schedule, " or ".join(NOISE_SCHEDULES))
+        object.__setattr__(self, "steps", whole("steps", self.steps))
+        for entry in dataclasses.fields(self):
+            if entry.name not in ("noise_schedule", "steps"):
+                switch(entry.name, getattr(self, entry.name))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -99,6 +109,8 @@ def description_from_json(text: str, source: str) -> Description:
 def settings_from_dict(fields: Mapping[str, Any]) -> DiffusionSettings:
     """Build `DiffusionSettings`; raises InvalidArgument for an unknown field, with the nearest names."""
     known = [entry.name for entry in dataclasses.fields(DiffusionSettings)]
+    if not isinstance(fields, Mapping):
+        raise invalid("diffusion", fields, "settings by name, or null")
     for name in fields:
         if name not in known:
             raise invalid("diffusion", name, f"no such setting; {nearest(name, known)}")

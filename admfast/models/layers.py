@@ -140,7 +140,11 @@ class ResBlock(nn.Module):
         return _maybe_checkpoint(self.use_checkpoint, self._forward, x, emb, x2)
 
     def _forward(self, x: Tensor, emb: Tensor, x2: Tensor | None) -> Tensor:
-        h = self.in_layers[0](x, silu=True, resample=self.resample, x2=x2)
+        if self.resample is None:
+            skip = x if x2 is None else torch.cat([x, x2], dim=1)
+            h = self.in_layers[0](x, silu=True, x2=x2)
+        else:
+            h, skip = self.in_layers[0](x, silu=True, resample=self.resample, x2=x2, with_skip=True)
         h = self.in_layers[2](h)
         projected = self.emb_layers(emb)  # [N, C] or [N, 2C]
         if self.use_scale_shift_norm:
@@ -150,11 +154,6 @@ class ResBlock(nn.Module):
             h = h + projected.to(h.dtype)[(...,) + (None,) * (h.dim() - 2)]
             h = self.out_layers[0](h, silu=True)
         h = self.out_layers[3](self.out_layers[2](h))
-        skip = x if x2 is None else torch.cat([x, x2], dim=1)
-        if self.resample == "up":
-            skip = nearest_up(skip)
-        elif self.resample == "down":
-            skip = avg_pool_down(skip)
         return self.skip_connection(skip) + h
 
 

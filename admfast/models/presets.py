@@ -1,10 +1,9 @@
 """The released networks, the shipped digits networks, and the systems that are made of them: one table each.
 
-Flags, classifier scales and file names: README of the published code (openai/guided-diffusion). Fingerprints
-    are
-those of `admfast.checkpoints.differences.fingerprint`. Sizes and hashes of the released files were not
-published with them; those given here were found in public places and are marked with what kind; None means
-that none was found.
+Flags, classifier scales and file names are those of the published README (openai/guided-diffusion), and
+fingerprints those of `admfast.checkpoints.differences.fingerprint`. Sizes and hashes were not published with
+the files: those given here were found in public places, and a comment beside each says where. None means that
+none was found.
 """
 
 from __future__ import annotations

@@ -62,18 +62,18 @@ class UNet(nn.Module):
         config = self.config
         if (y is not None) != (config.num_classes is not None):
             wanted = "needs" if config.num_classes is not None else "takes no"
-            raise invalid("y", None if y is None else tuple(y.shape), f"this network {wanted} class labels")
+            raise invalid("y", None if y is None else "given", f"this network {wanted} class labels")
         check_input(config, config.in_channels * self.input_copies, x, timesteps)
         factor = 2 ** (len(config.channel_mult) - 1)
         # Of a volume only the inner two sides are halved from level to level.
         if any(side % factor for side in x.shape[2 + (config.dims == 3) :]):
             raise invalid("x.shape", tuple(x.shape), f"sides that {factor} divides")
-        if y is not None and y.shape != timesteps.shape:
-            raise invalid("y.shape", tuple(y.shape), f"one class for each image, {tuple(timesteps.shape)}")
+        if y is not None:
+            self._check_labels(y, timesteps)
         emb = timestep_embedding(timesteps, config.model_channels)
         emb = self.time_embed(emb.to(dtype_of(self.time_embed)))
         if y is not None:
-            emb = emb + self.label_emb(y)
+            emb = emb + self._embedded(y)
         h = x.to(self.torso_dtype)
         skips = []
         for block in self.input_blocks:
@@ -84,6 +84,21 @@ class UNet(nn.Module):
             h = block(h, emb, skips.pop())
         h = h.to(dtype_of(self.out))
         return self.out[2](self.out[0](h, silu=True)).to(x.dtype)
+
+    def _check_labels(self, y: object, timesteps: Tensor) -> None:
+        """Refuse, by name, what isn't one whole number for each image."""
+        if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32):
+            kind = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
+            raise invalid("y", kind, "a tensor of class indices, int64")
+        if y.shape != timesteps.shape:
+            raise invalid("y.shape", tuple(y.shape), f"one class for each image, {tuple(timesteps.shape)}")
+
+    def _embedded(self, y: Tensor) -> Tensor:
+        """The embeddings of classes; looking them up on the CPU shows one that there isn't, at no cost."""
+        try:
+            return self.label_emb(y)
+        except IndexError:
+            raise invalid("y", y.tolist(), f"0 to {self.label_emb.num_embeddings - 1}") from None
 
     @property
     def torso_dtype(self) -> torch.dtype:

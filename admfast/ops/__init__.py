@@ -1,7 +1,8 @@
 """Floor 1: the fused operators, one file each: public function, reference, autograd, implementations."""
 
+from admfast.ops.adamw import adamw_ema_step_, adamw_ema_step_ref_
 from admfast.ops.attention import attention, attention_ref
-from admfast.ops.dispatch import TABLES, Implementation, OpTable
+from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
 from admfast.ops.group_norm import group_norm_silu, group_norm_silu_ref
 from admfast.ops.noise import Stream, as_seeds, normal, normal_ref
 from admfast.ops.sampler_step import (
@@ -13,6 +14,7 @@ from admfast.ops.sampler_step import (
     sampler_step,
     sampler_step_ref,
 )
+from admfast.ops.threshold import dynamic_threshold, dynamic_threshold_ref
 
 __all__ = [
     "TABLES",
@@ -23,9 +25,13 @@ __all__ = [
     "Row",
     "SamplerState",
     "Stream",
+    "adamw_ema_step_",
+    "adamw_ema_step_ref_",
     "as_seeds",
     "attention",
     "attention_ref",
+    "dynamic_threshold",
+    "dynamic_threshold_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
     "normal",
@@ -33,4 +39,5 @@ __all__ = [
     "pack",
     "sampler_step",
     "sampler_step_ref",
+    "watch",
 ]

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from admfast.errors import invalid
+from admfast.errors import Unavailable, invalid
+from admfast.ops import attention_kernels as kernels
+from admfast.ops.attention_kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
+
+# What was measured to be the fastest: (architecture, dtype, head dim) -> ((largest S, implementation), ...),
+# S rising, as in ("sm_90", torch.bfloat16, 64): ((256, "sdpa"), (4096, "sdpa-cudnn")). To fill it, time every
+# implementation that is available on that GPU with the kernel bench, forward and backward, and enter for each
+# head dim the fastest up to each S; calls that no entry covers go by the order of the table below.
+MEASURED: dict[tuple[str, torch.dtype, int], tuple[tuple[int, str], ...]] = {}
 
 
 def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +36,23 @@ def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, 
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+def join_qkv(q: Tensor, k: Tensor, v: Tensor, legacy_order: bool) -> Tensor:
+    """The reverse of `split_qkv`, in one copy: three [N, h, S, d] -> [N, S, 3*h*d]."""
+    parts = [t.transpose(1, 2) for t in (q, k, v)]  # [N, S, h, d]
+    return torch.stack(parts, dim=3 if legacy_order else 2).flatten(2)
+
+
+def _merge_heads(out: Tensor) -> Tensor:
+    """[N, h, S, d] -> [N, S, h*d]; a view of what the kernels put out."""
+    n, h, s, d = out.shape
+    return out.transpose(1, 2).reshape(n, s, h * d)
+
+
+def _split_heads(out: Tensor, num_heads: int) -> Tensor:
+    """[N, S, h*d] -> [N, h, S, d], a view."""
+    return out.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
 def attention_ref(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
     """Reference of `attention`: q and k scaled by d^-1/4 each, softmax in float32 (float64 for float64)."""
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
@@ -34,16 +63,189 @@ def attention_ref(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) ->
     return _merge_heads(weights @ v)
 
 
+def attention_bwd_bwd_ref(
+    g: Tensor, dout: Tensor, qkv: Tensor, num_heads: int, *, legacy_order: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `sum(g * dqkv)` in dout and qkv, where dqkv is the input gradient of `attention`.
+
+    With c = d^-1/2, P = softmax(c q k^T), dP = dout v^T and r(X) = X - rowsum(P X), the backward is
+    dS = P r(dP), dq = c dS k, dk = c dS^T q, dv = P^T dout. Its gradient, with G = c (g_q k^T + q g_k^T),
+    B = P r(G) and C = P r(G r(dP) - dP rowsum(P G) + dout g_v^T), is
+    d_dout = B v + P g_v, d_q = c (C k + dS g_k), d_k = c (C^T q + dS^T g_q), d_v = B^T dout.
+
+    Args:
+        g: [N, S, 3*h*d], like `qkv`.
+        dout: [N, S, h*d], the gradient of the output of `attention`.
+        qkv, num_heads, legacy_order: as in `attention`.
+
+    Returns:
+        [N, S, h*d] and [N, S, 3*h*d], dtypes of `dout` and `qkv`; computed in float32 (float64 for float64)
+        by plain PyTorch, so that it can itself be differentiated any number of times.
+    """
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = split_qkv(qkv.to(wide), num_heads, legacy_order)
+    g_q, g_k, g_v = split_qkv(g.to(wide).contiguous(), num_heads, legacy_order)
+    do = _split_heads(dout.to(wide), num_heads)
+    c = q.shape[-1] ** -0.5
+    p = torch.softmax(c * q @ k.mT, dim=-1)  # [N, h, S, S]
+
+    def r(x: Tensor) -> Tensor:
+        return x - (p * x).sum(-1, keepdim=True)
+
+    dp = do @ v.mT
+    ds = p * r(dp)
+    big_g = c * (g_q @ k.mT + q @ g_k.mT)
+    b = p * r(big_g)
+    big_c = p * r(big_g * r(dp) - dp * (p * big_g).sum(-1, keepdim=True) + do @ g_v.mT)
+    d_dout = _merge_heads(b @ v + p @ g_v)
+    d_qkv = join_qkv(c * (big_c @ k + ds @ g_k), c * (big_c.mT @ q + ds.mT @ g_q), b.mT @ do, legacy_order)
+    return d_dout.to(dout.dtype), d_qkv.to(qkv.dtype)
+
+
+class AttentionFn(torch.autograd.Function):
+    """A fused kernel forward and backward; the backward's own gradient is the formula written out.
+
+    The kernels' second derivatives do not exist. Nothing is recomputed in the first: out and the log-sum-exp
+    are kept, as torch's own autograd keeps them.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(qkv: Tensor, num_heads: int, legacy_order: bool, kernel: Kernel) -> tuple[Tensor, ...]:
+        out, *saved = kernel.forward(*split_qkv(qkv, num_heads, legacy_order))
+        return _merge_heads(out), *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        qkv, *ctx.options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(qkv, *output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if dout is None:
+            return None, None, None, None
+        qkv, *saved = ctx.saved_tensors
+        # Under no_grad, where every ordinary backward runs, the graph of the graph is not asked for.
+        backward = AttentionBackwardFn.apply if torch.is_grad_enabled() else AttentionBackwardFn.forward
+        return backward(dout, qkv, *ctx.options, *saved), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise _no_forward_mode()
+
+
+class AttentionBackwardFn(torch.autograd.Function):
+    """The fused backward: (dout, qkv, ...) -> dqkv, with `attention_bwd_bwd_ref` as its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        dout: Tensor, qkv: Tensor, num_heads: int, legacy_order: bool, kernel: Kernel, *saved: Tensor
+    ) -> Tensor:
+        out, *rest = saved
+        # Gradients of a sum or a mean come with stride 0; the kernels read rows of contiguous numbers.
+        do, out = (_split_heads(t, num_heads) for t in (dout.contiguous(), out))
+        gradients = kernel.backward(do, *split_qkv(qkv, num_heads, legacy_order), out, *rest)
+        return join_qkv(*gradients, legacy_order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dout, qkv, ctx.num_heads, ctx.legacy_order, *rest = inputs
+        ctx.others = 2 + len(rest)
+        ctx.save_for_backward(dout, qkv)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dout, qkv = ctx.saved_tensors
+        d_dout, d_qkv = attention_bwd_bwd_ref(g, dout, qkv, ctx.num_heads, legacy_order=ctx.legacy_order)
+        # What the forward kept is a function of qkv, and counted there.
+        return d_dout, d_qkv, *[None] * ctx.others
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise _no_forward_mode()
+
+
+def _no_forward_mode() -> Unavailable:
+    return Unavailable("attention: no forward-mode derivative of the fused kernels; impl='reference' has one")
+
+
+def _by_function(qkv: Tensor) -> bool:
+    """Whether a call goes through `AttentionFn`: in eager mode, where a gradient may be asked for.
+
+    torch.compile and torch.func.vmap get the library's op with the library's own first derivative instead:
+    neither has a second one to lose (compiled graphs can't be differentiated twice), and a compiled
+    torch.func.grad of a Function around a raw op gives zeros, silently.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch.autograd.forward_ad._current_level < 0 and not (torch.is_grad_enabled() and qkv.requires_grad):
+        return False
+    return not _in_vmap()
+
+
+def _in_vmap() -> bool:
+    if torch.compiler.is_compiling():  # Dynamo can't trace what follows
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def _sdpa(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
-    """torch's scaled_dot_product_attention on strided views of the same tensor."""
+    """torch's scaled_dot_product_attention, which chooses its kernel, on strided views of the same tensor."""
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
-    return _merge_heads(F.scaled_dot_product_attention(q, k, v))
+    if not _by_function(qkv):
+        return _merge_heads(F.scaled_dot_product_attention(q, k, v))
+    kernel = kernels.torch_kernel(q, k, v)
+    if kernel is None:  # torch's plain formula, which can be differentiated any number of times
+        return _merge_heads(torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0])
+    return AttentionFn.apply(qkv, num_heads, legacy_order, kernel)[0]
 
 
-def _merge_heads(out: Tensor) -> Tensor:
-    """[N, h, S, d] -> [N, S, h*d]."""
-    n, h, s, d = out.shape
-    return out.transpose(1, 2).reshape(n, s, h * d)
+def _sdpa_supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
+    return None if qkv.stride(-1) == 1 else "the last dimension of qkv is not contiguous"
+
+
+def _by_kernel(kernel: Kernel, qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
+    """One kernel by name."""
+    if _by_function(qkv):
+        return AttentionFn.apply(qkv, num_heads, legacy_order, kernel)[0]
+    q, k, v = split_qkv(qkv, num_heads, legacy_order)
+    return _merge_heads(kernel.forward(q, k, v)[0] if qkv.requires_grad else kernel.infer(q, k, v))
+
+
+def _flash(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
+    kernel = kernels.FLASH_CPU if qkv.device.type == "cpu" else kernels.FLASH
+    return _by_kernel(kernel, qkv, num_heads, legacy_order=legacy_order)
+
+
+def _one_kernel_supports(
+    reason_of: Callable[..., str | None],
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    legacy_order: bool = False,
+) -> str | None:
+    """Reasons against a single kernel; `reason_of(q, k, v)` gives its own."""
+    reason = _sdpa_supports(qkv, num_heads)
+    if reason is None and _in_vmap():
+        reason = "not under torch.func.vmap"
+    return reason or reason_of(*split_qkv(qkv, num_heads, legacy_order))
+
+
+def preferred(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
+    """The implementation that `MEASURED` names for a call; None where nothing was measured."""
+    if torch.compiler.is_compiling() or not MEASURED:
+        return None
+    arch = qkv.device.type
+    if arch == "cuda":
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(qkv.device))
+    rows = MEASURED.get((arch, qkv.dtype, qkv.shape[-1] // (3 * num_heads)), ())
+    return next((name for largest, name in rows if qkv.shape[1] <= largest), None)
 
 
 def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: str | None = None) -> Tensor:
@@ -54,7 +256,8 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     Args:
         qkv: [N, S, 3*h*d], contiguous in its last dimension; float16, bfloat16, float32 or float64.
         num_heads: h; 3*h must divide the last dimension.
-        legacy_order: rows are [h, 3, d] instead of [3, h, d].
+        legacy_order: rows are [h, 3, d] instead of [3, h, d]. Both are read in place: q, k and v of a head
+            are rows of d numbers, 3*h*d apart, either way.
         impl: name of an implementation (see `admfast info`); None chooses.
 
     Returns:
@@ -62,9 +265,13 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
 
     Raises:
         InvalidArgument: for a shape that `num_heads` doesn't divide, or a dtype that isn't floating.
+        Unavailable: for an implementation asked for by name that can't serve the call, and for forward-mode
+            differentiation of a fused one.
 
-    Softmax accumulates in float32 (float64 for float64 input). Differentiable in `qkv`, twice with
-    `reference`.
+    Softmax accumulates in float32 (float64 for float64 input). Differentiable in `qkv` any number of times:
+    the first derivative by the implementation's own backward, further ones by the formula
+    (`attention_bwd_bwd_ref`). Under torch.compile and torch.func.vmap fused implementations have the first
+    derivative alone.
     """
     if qkv.dim() != 3:
         raise invalid("qkv.shape", tuple(qkv.shape), "[N, S, 3*h*d]")
@@ -76,11 +283,37 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     return entry.forward(qkv, num_heads, legacy_order=legacy_order)
 
 
-def _sdpa_supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
-    return None if qkv.stride(-1) == 1 else "the last dimension of qkv is not contiguous"
+def _by_backend(name: str, kernel: Kernel) -> Implementation:
+    """The entry of a kernel of PyTorch's that runs on CUDA alone."""
+    return Implementation(
+        f"sdpa-{name}",
+        functools.partial(_by_kernel, kernel),
+        available=kernels.no_cuda,
+        supports=functools.partial(_one_kernel_supports, functools.partial(kernels.torch_reason, name)),
+    )
 
 
+# After "sdpa", which chooses among them, the single kernels come into play by name or by `MEASURED` alone.
 TABLE = OpTable(
     "attention",
-    [Implementation("sdpa", _sdpa, supports=_sdpa_supports), Implementation("reference", attention_ref)],
+    [
+        Implementation(
+            "xformers",
+            functools.partial(_by_kernel, kernels.XFORMERS),
+            available=kernels.xformers_missing,
+            supports=functools.partial(_one_kernel_supports, kernels.xformers_reason),
+        ),
+        Implementation("sdpa", _sdpa, supports=_sdpa_supports),
+        Implementation(
+            "sdpa-flash",
+            _flash,
+            supports=functools.partial(
+                _one_kernel_supports, functools.partial(kernels.torch_reason, "flash")
+            ),
+        ),
+        _by_backend("cudnn", kernels.CUDNN),
+        _by_backend("efficient", kernels.EFFICIENT),
+        Implementation("reference", attention_ref),
+    ],
+    prefer=preferred,
 )

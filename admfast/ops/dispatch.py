@@ -1,16 +1,18 @@
 """Which implementation of an op runs: one ordered table per op, and one rule for choosing from it.
 
 The rule: `impl=NAME`, else the environment variable ADMFAST_IMPL, else the first entry of the table that is
-available, supports the call and may be chosen unasked. An implementation asked for by name that can't run
-raises `Unavailable` with its reason; it never falls back silently.
+available, may be chosen unasked and supports the call, where one that was measured to be the fastest
+(`prefer`) comes first. An implementation asked for by name that can't run raises `Unavailable` with its
+reason; it never falls back silently.
 
 ADMFAST_IMPL is a comma-separated list of `NAME` (every op) and `OP=NAME` (one op, which wins over `NAME`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,12 +43,26 @@ class Implementation:
     unasked: Callable[[], str | None] = _always
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What `OpTable.choose` returned, who asked for it, and the reason against each one before it."""
+
+    op: str
+    name: str
+    asked_by: str | None = None
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class OpTable:
-    """The implementations of one op in order of preference; `reference` is always the last."""
+    """The implementations of one op in order of preference; `reference` is always the last.
+
+    `prefer(*args, **kwargs)` may name one that is tried before the others for this call, as measured.
+    """
 
     op: str
     implementations: list[Implementation] = field(default_factory=list)
+    prefer: Callable[..., str | None] = _always
 
     def __post_init__(self) -> None:
         TABLES[self.op] = self
@@ -70,26 +86,54 @@ class OpTable:
         """
         asked_by = "impl"
         if impl is None:
-            impl, asked_by = _from_environment(self.op), ENVIRONMENT
+            impl, asked_by = named_by_environment(self.op), ENVIRONMENT
         if impl is not None:
             entry = self.named(impl, asked_by)
             reason = entry.available() or entry.supports(*args, **kwargs)
             if reason:
                 raise Unavailable(f"{asked_by}={impl!r}: {self.op} can't run on it here: {reason}")
+            if _watchers:
+                _tell(Choice(self.op, entry.name, asked_by))
             return entry
-        reasons = []
-        for entry in self.implementations:
+        reasons: dict[str, str] = {}
+        for entry in self._in_order(self.prefer(*args, **kwargs)):
             reason = entry.available() or entry.unasked() or entry.supports(*args, **kwargs)
             if reason is None:
+                if _watchers:
+                    _tell(Choice(self.op, entry.name, passed_over=reasons))
                 return entry
-            reasons.append(f"{entry.name}: {reason}")
-        raise Unavailable(f"{self.op}: no implementation serves this call ({'; '.join(reasons)})")
+            reasons[entry.name] = reason
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise Unavailable(f"{self.op}: no implementation serves this call ({listed})")
+
+    def _in_order(self, first: str | None) -> list[Implementation]:
+        """The entries, that called `first` before the others."""
+        if first is None:
+            return self.implementations
+        return [self.named(first), *(entry for entry in self.implementations if entry.name != first)]
 
 
 TABLES: dict[str, OpTable] = {}
+_watchers: list[list[Choice]] = []
 
 
-def _from_environment(op: str) -> str | None:
+@contextlib.contextmanager
+def watch() -> Iterator[list[Choice]]:
+    """Collect the choices that are made within the block."""
+    seen: list[Choice] = []
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
+
+
+def _tell(choice: Choice) -> None:
+    for seen in _watchers:
+        seen.append(choice)
+
+
+def named_by_environment(op: str) -> str | None:
     """The name that ADMFAST_IMPL gives for this op, or None."""
     value = os.environ.get(ENVIRONMENT, "")
     chosen = None

@@ -37,7 +37,8 @@ class NormOptions:
     skip: bool
 
 
-# forward(x, x2, weight, bias, scale, shift, options) -> y, skip (empty if not asked for), mean, rstd [N, G]
+# forward(x, x2, weight, bias, scale, shift, options)
+#     -> y, skip (empty where not asked for), mean, rstd [N, G]
 # backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, options, sums)
 #     -> dx, dx2 (None without x2), S1, S2 [N, C] float32 (empty where not `sums`)
 RawForward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -217,14 +218,15 @@ class GroupNormSiluGradFn(torch.autograd.Function):
         saved = ctx.saved_tensors
         there = [index for index, tensor in enumerate(saved) if tensor is not None]
 
-        def formula(*tensors: Tensor) -> tuple[Tensor, ...]:
+        def formula(*tensors: Tensor) -> tuple[Any, ...]:
             arguments: list[Any] = [None] * len(saved)
             for index, tensor in zip(there, tensors, strict=True):
                 arguments[index] = tensor
-            found = group_norm_silu_grad_ref(*arguments, ctx.options)
+            dy, dskip, x, x2, weight, bias, scale, shift = arguments
+            found = group_norm_silu_grad_ref(dy, dskip, x, x2, weight, bias, scale, shift, ctx.options)
             return tuple(one for one, given in zip(found, gradients, strict=True) if given is not None)
 
-        _, vjp = torch.func.vjp(formula, *(saved[index] for index in there))
+        vjp = torch.func.vjp(formula, *(saved[index] for index in there))[1]
         second = vjp(tuple(given for given in gradients if given is not None))
         result: list[Tensor | None] = [None] * len(saved)
         for index, value in zip(there, cast(tuple[Tensor, ...], second), strict=True):

@@ -29,15 +29,18 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     return _interpreted()
 
 
-@torch.compiler.assume_constant_result
 def reason_missing() -> str | None:
     """None where the kernels can run on some device, else why not."""
     return _reason_missing()
+
+
+# As in native.py: a trace takes the answers and doesn't follow the calls.
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

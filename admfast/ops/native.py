@@ -13,10 +13,14 @@ import torch
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 
 
-@torch.compiler.assume_constant_result
 def reason_missing() -> str | None:
     """None where the extension loads, else why it doesn't."""
     return _load()
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo and with it Triton: a trace takes
+# the answer instead of following the import.
+reason_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -28,6 +32,16 @@ def _load() -> str | None:
         return f"not built: {built['reason']}" if built.get("reason") else f"not loaded: {error}"
     _register_fakes()
     return None
+
+
+def reason_missing_cuda() -> str | None:
+    """None where the extension loads, was built with CUDA and finds a device, else why not."""
+    reason = reason_missing()
+    if reason is not None:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("admfast::sampler_step_", "CUDA"):
+        return f"not built: {build_info().get('reason') or 'the extension has no CUDA part'}"
+    return None if torch.cuda.is_available() else "no CUDA device"
 
 
 def ops() -> Any:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -131,14 +132,16 @@ def _native(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int) -> Ten
     )
 
 
-def _native_supports(seeds: Tensor, *_: object) -> str | None:
-    return None if seeds.device.type == "cpu" else f"seeds are on {seeds.device.type}"
+def _supports(device: str) -> Callable[..., str | None]:
+    """Reason against a compiled implementation on that kind of device."""
+    return lambda seeds, *_: None if seeds.device.type == device else f"seeds are on {seeds.device.type}"
 
 
 TABLE = OpTable(
     "normal",
     [
-        Implementation("cpp", _native, native.reason_missing, _native_supports),
+        Implementation("cuda", _native, native.reason_missing_cuda, _supports("cuda")),
+        Implementation("cpp", _native, native.reason_missing, _supports("cpu")),
         Implementation("reference", normal_ref),
     ],
 )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -224,8 +224,9 @@ def sampler_step(
         out: the network's output [N, C or 2C, *spatial], any strides, float16 to float32 (float64: the
             reference); 2C channels where the row reads a variance (l1).
         table: `pack(rows, device, dtype)` for the device and dtype of x.
-        row: which row, an int or an integer tensor of one element on the device of x (which the reference
-            has to read back).
+        row: which row, an int or an integer tensor of one element on the device of x. The compiled ops read
+            it where they run, so that a captured graph goes on to the next row when it adds one to the tensor
+            after the update (`row.add_(1)`); the reference has to read it back.
         out2: output of a second network, like `out`.
         grad: guidance gradient [N, C, *spatial] without loss scale; None is no guidance.
         seeds: [N] int64 (see `as_seeds`): noise is made here (contract of `admfast.ops.noise`); not needed by
@@ -237,8 +238,8 @@ def sampler_step(
 
     Raises:
         InvalidArgument: for shapes, dtypes or devices that don't fit, a row that needs noise, a saved point
-            or history and gets none, or a row outside the table. A row in a device's memory isn't read: it
-            needs what any row of the table needs.
+            or history and gets none, or a row outside the table. A row in a device's memory isn't read here:
+            it needs what any row of the table needs, and outside the table it makes x and x0 NaN.
 
     Computes in the dtype of `state.x`. Not differentiable (`pipe.predict` is the differentiable door).
     """
@@ -339,37 +340,44 @@ def _check_inputs(
             raise invalid(f"{name}.dtype", given.dtype, "a floating dtype")
 
 
-def _native_supports(
-    state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any
-) -> str | None:
-    """Reason against the C++ implementation for this call."""
-    if state.x.device.type != "cpu":
-        return f"x is on {state.x.device.type}"
-    if state.x.dtype != torch.float32:
-        return f"x is {state.x.dtype}, it computes in float32"
-    if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"out is {out.dtype}"
-    return None
+def _supports(device: str) -> Callable[..., str | None]:
+    """Reason against a compiled implementation on that kind of device, for a call."""
+
+    def supports(
+        state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any
+    ) -> str | None:
+        if state.x.device.type != device:
+            return f"x is on {state.x.device.type}"
+        if state.x.dtype != torch.float32:
+            return f"x is {state.x.dtype}, it computes in float32"
+        if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"out is {out.dtype}"
+        return None
+
+    return supports
 
 
 def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any) -> None:
-    row_index = row if isinstance(row, Tensor) else torch.tensor([row], dtype=torch.int64)
     noise_row, seeds = options["noise_row"], options["seeds"]
-    if noise_row is None:
-        noise_row = row_index
-    elif not isinstance(noise_row, Tensor):
-        noise_row = torch.tensor([noise_row], dtype=torch.int64)
+    noise_row = row if noise_row is None else noise_row
+    (row_tensor, row_at), (noise_tensor, noise_at) = _counter(row), _counter(noise_row)
     native.ops().sampler_step_(
         state.x, state.x0, state.saved, state.history, out, options["out2"], options["grad"],
-        None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_index, noise_row,
-        options["stream"],
+        None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_tensor,
+        noise_tensor, row_at, noise_at, options["stream"],
     )  # fmt: skip
+
+
+def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:
+    """A counter as the compiled op takes it: what it reads when it runs, and what it adds to that."""
+    return (value, 0) if isinstance(value, Tensor) else (None, operator.index(value))
 
 
 TABLE = OpTable(
     "sampler_step",
     [
-        Implementation("cpp", _native, native.reason_missing, _native_supports),
+        Implementation("cuda", _native, native.reason_missing_cuda, _supports("cuda")),
+        Implementation("cpp", _native, native.reason_missing, _supports("cpu")),
         Implementation("reference", sampler_step_ref),
     ],
 )

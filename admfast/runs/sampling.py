@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from admfast.engine.images import to_uint8
+from admfast.checkpoints.describe import forward_work
+from admfast.engine.images import from_uint8, to_uint8
 from admfast.engine.loop import Progress
-from admfast.errors import NonFiniteError, OutputError, invalid
-from admfast.files.atomic import output_error, write_bytes
-from admfast.files.images import write_grid, write_png
-from admfast.files.npz import write_samples
+from admfast.errors import AdmfastError, invalid
+from admfast.files.images import read_image, write_grid, write_png
+from admfast.files.npz import write_streamed
 from admfast.pipeline import Pipeline
+from admfast.runs.folder import RunFolder, make_folder
 
 GRID_LIMIT, GRID_COLUMNS = 400, 20  # images that a grid shows at most, in all and of a class side by side
 PNG_CHANNELS = (1, 3, 4)
@@ -31,11 +34,13 @@ class SampleRun:
     Attributes:
         pipe: the pipeline. classes, seeds: as of `Pipeline.sample`, one entry an image.
         out: folder; made where it is missing. It must not hold samples already, unless `overwrite`: then they
-            are removed when the first new image is there.
+            stay until the new set is complete and takes their place; a run that ends before leaves what it
+            has finished in OUT/unfinished.
         settings: keyword arguments of `Pipeline.sample`.
         batch_size: images at a time; None chooses.
         intermediates: keep x_0 of every so many steps as PNG files too; 0 for none.
         class_names: names for the grid's rows.
+        low_res: uint8 [N, h, w, C], the images that a pipeline which is an upsampler enlarges.
     """
 
     pipe: Pipeline
@@ -47,114 +52,143 @@ class SampleRun:
     overwrite: bool = False
     intermediates: int = 0
     class_names: Sequence[str] | None = None
+    low_res: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
-        self._images: list[NDArray[np.uint8]] = []
-        self._old: list[Path] = []
+        self.finished = 0
+        self._shown: list[NDArray[np.uint8]] = []  # what the grid shows; the others are on the disk alone
+        self._folder = RunFolder(self.out, self.overwrite)
         config = self.pipe.config
         if config.dims != 2 or config.in_channels not in PNG_CHANNELS:
             given = f"{config.dims}-D images of {config.in_channels} channels"
             raise invalid("pipe", given, "PNG files are 2-D, of 1, 3 or 4 channels; see Pipeline.sample")
+        if self.classes is not None and len(self.classes) != len(self.seeds):
+            allowed = f"one for each of the {len(self.seeds)} seeds, or None"
+            raise invalid("classes", f"{len(self.classes)} classes", allowed)
         if self.intermediates < 0:
             raise invalid("intermediates", self.intermediates, "0 for none, or every so many steps")
         if self.batch_size is not None and self.batch_size < 1:
             raise invalid("batch_size", self.batch_size, "1 or more")
 
+    @property
+    def kept(self) -> Path:
+        """The folder that holds the images finished so far."""
+        return self._folder.place
+
+    def check(self) -> dict[str, int]:
+        """Check settings and folder before anything is made; the number of steps of an image, by stage."""
+        settings = dict(self.settings)
+        if self.low_res is not None:
+            n, height, width, channels = self.low_res.shape
+            # Its values don't matter here: no copy of all of them in float.
+            settings["low_res"] = torch.zeros(1, 1, 1, 1).expand(n, channels, height, width)
+        steps = self.pipe.check(self.classes, self.seeds, **settings)
+        self._folder.check()
+        return steps
+
     def run(self) -> list[Path]:
         """Sample and write; returns the grid's and the npz's path.
 
-        Ctrl-C, or NaN in a later batch, leaves the images that are finished, with their grid and npz.
+        Whatever ends the run early (Ctrl-C, NaN in a later batch, a full disk) leaves the images that are
+        finished, with their grid and npz as far as these can be written, in `kept`.
         """
-        steps = self._rows()
-        self._prepare()
+        shares = self._shares(self.check())
+        self._folder.open()
         size = self.batch_size or self.pipe.images_at_a_time
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         # Not shown before the first step, so that what is refused until then is one line.
-        bar = tqdm(total=len(self.seeds) * steps, unit="step", bar_format=shown, delay=math.inf)
+        bar = tqdm(total=len(self.seeds), unit="image", bar_format=shown, delay=math.inf)
         try:
             with bar:
                 for first in range(0, len(self.seeds), size):
-                    self._batch(first, size, steps, bar)
-        except (KeyboardInterrupt, NonFiniteError):
-            self._finish()
+                    self._batch(first, size, shares, bar)
+        except BaseException:
+            # The error that ended the run is the one to report.
+            with contextlib.suppress(AdmfastError):
+                self._finish()
+            self._folder.close()
             raise
-        return self._finish()
+        written = self._finish()
+        self._folder.publish()
+        return [self.out / path.name for path in written]
 
-    def _batch(self, first: int, size: int, steps: int, bar: tqdm) -> None:
+    def _batch(self, first: int, size: int, shares: dict[str, float], bar: tqdm) -> None:
         """Sample and write images first..first+size-1."""
         seeds = list(self.seeds[first : first + size])
         classes = None if self.classes is None else list(self.classes[first : first + size])
 
         def progressed(progress: Progress) -> None:
             bar.delay = 0
-            bar.update(len(progress.x))
+            # The shares are fractions: their sum may pass the whole by its last bit.
+            bar.update(min(len(progress.x) * shares[progress.stage], bar.total - bar.n))
             spent = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{bar.n / steps / spent:.2f} images/s" if spent else "", refresh=False)
+            bar.set_postfix_str(f"{bar.n / spent:.2f} images/s" if spent else "", refresh=False)
             if self.intermediates and progress.done % self.intermediates == 0:
                 self._write_intermediate(first + progress.first, progress)
 
-        images = self.pipe.sample(classes, seeds, callback=progressed, batch_size=size, **self.settings)
-        self._remove_old()
-        for i, image in enumerate(images.numpy()):
-            label = "" if classes is None else f"_class{classes[i]}"
-            write_png(self.out / "images" / f"{first + i:06d}{label}_seed{seeds[i]}.png", image)
-            self._images.append(image)
+        settings = {**self.settings, "callback": progressed, "batch_size": size}
+        if self.low_res is not None:
+            settings["low_res"] = from_uint8(torch.from_numpy(self.low_res[first : first + size]))
+        images = self.pipe.sample(classes, seeds, **settings)
+        for i, image in enumerate(images.numpy(), first):
+            write_png(self._png(i), image)
+            if i < GRID_LIMIT:
+                self._shown.append(image)
+            self.finished = i + 1
 
-    def _rows(self) -> int:
-        """Callbacks of one image: rows of the base and of the upsampler."""
-        settings, up = self.settings, self.pipe.upsampler
-        if settings.get("respacing") is not None:
-            steps = self.pipe.process(settings["respacing"]).num_timesteps
-        else:
-            steps = settings.get("steps") or self.pipe.steps
-        return steps + (0 if up is None else settings.get("upsampler_steps") or up.steps)
+    def _png(self, i: int) -> Path:
+        """The file of image i."""
+        label = "" if self.classes is None else f"_class{self.classes[i]}"
+        return self._folder.place / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
 
-    def _prepare(self) -> None:
-        """Make the folder, and refuse one that can't be written or holds samples already."""
-        folder = self.out / "images"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise output_error(folder, error) from None
-        patterns = ("images/*.png", "intermediates/*.png", "samples_*.npz", "grid.png")
-        self._old = [path for pattern in patterns for path in self.out.glob(pattern)]
-        if self._old and not self.overwrite:
-            held = f"holds {len(self._old)} files of samples already"
-            raise OutputError(f"out={str(self.out)!r}: {held}; give another folder, or --overwrite")
-        write_bytes(self.out / ".writable", b"")
-        (self.out / ".writable").unlink()
-
-    def _remove_old(self) -> None:
-        """Remove what the folder held, once there is something to put in its place."""
-        while self._old:
-            self._old.pop().unlink(missing_ok=True)
+    def _shares(self, steps: dict[str, int]) -> dict[str, float]:
+        """The part of an image's work that one step of the base model and one of the upsampler is."""
+        up = self.pipe.upsampler
+        if up is None:
+            return {"base": 1 / steps["base"]}
+        base, enlarging = forward_work(self.pipe.config).flops, forward_work(up.config).flops
+        if self.pipe.classifier is not None and self.settings.get("guidance", self.pipe.guidance):
+            # A gradient with respect to the image alone costs one more forward pass.
+            base += 2 * forward_work(self.pipe.classifier.config).flops  # type: ignore[arg-type]
+        total = steps["base"] * base + steps["upsampler"] * enlarging
+        return {"base": base / total, "upsampler": enlarging / total}
 
     def _finish(self) -> list[Path]:
-        """Write the grid and the npz of the images that are finished."""
-        if not self._images:
+        """Write the grid and the npz of the finished images; each of them even if the other fails."""
+        if not self.finished:
             return []
-        images = np.stack(self._images)
-        count = len(images)
-        labels = None if self.classes is None else np.asarray(self.classes[:count], dtype=np.int64)
-        shape = "x".join(str(side) for side in images.shape)
-        npz, grid = self.out / f"samples_{shape}.npz", self.out / "grid.png"
-        write_samples(npz, images, labels)
-        shown, labels = images[:GRID_LIMIT], None if labels is None else labels[:GRID_LIMIT]
+        labels = None if self.classes is None else np.asarray(self.classes[: self.finished], dtype=np.int64)
+        shape = (self.finished, *self._shown[0].shape)
+        npz = self._folder.place / f"samples_{'x'.join(map(str, shape))}.npz"
+        grid = self._folder.place / "grid.png"
+        try:
+            write_streamed(npz, shape, self._read_back(), labels)
+        except AdmfastError:
+            with contextlib.suppress(AdmfastError):
+                self._write_grid(grid, labels)
+            raise
+        self._write_grid(grid, labels)
+        return [grid, npz]
+
+    def _read_back(self) -> Iterator[NDArray[np.uint8]]:
+        """The finished images: those in memory, then the others from their files."""
+        yield from self._shown
+        for i in range(len(self._shown), self.finished):
+            yield read_image(self._png(i))
+
+    def _write_grid(self, path: Path, labels: NDArray[np.int64] | None) -> None:
+        """Write the first images as one picture, a row for every class."""
+        labels = None if labels is None else labels[: len(self._shown)]
         if labels is None:
-            columns = math.ceil(math.sqrt(len(shown)))
+            columns = math.ceil(math.sqrt(len(self._shown)))
         else:
             columns = min(int(np.unique(labels, return_counts=True)[1].max()), GRID_COLUMNS)
-        write_grid(grid, shown, labels, self.class_names, columns)
-        return [grid, npz]
+        write_grid(path, np.stack(self._shown), labels, self.class_names, columns)
 
     def _write_intermediate(self, first: int, progress: Progress) -> None:
         """Write the x_0 of a batch after some step."""
-        self._remove_old()
-        folder = self.out / "intermediates"
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise output_error(folder, error) from None
+        folder = self._folder.place / "intermediates"
+        make_folder(folder)
         stage = "" if progress.stage == "base" else f"_{progress.stage}"
         for i, image in enumerate(to_uint8(progress.x0).cpu().numpy()):
             write_png(folder / f"{first + i:06d}{stage}_step{progress.done:04d}.png", image)

@@ -36,7 +36,9 @@ def ddim(diffusion: GaussianDiffusion, *, eta: float = 0.0, clip: bool = True) -
 def ddim_inverse(diffusion: GaussianDiffusion, *, clip: bool = True) -> SolverTable:
     """Return the table that runs the deterministic DDIM backwards, from an image to its noise, t = 0..S-1.
 
-    x_next = sqrt(ab_next) x_0 + sqrt(1 - ab_next) eps; the last row ends at ab_next = 0, in eps alone.
+    x_next = sqrt(ab_next) x_0 + sqrt(1 - ab_next) eps; the last row ends at ab_next = 0, in eps alone. The
+    first row's x is the image itself, not noised: as published, it counts as x at the first kept step. The
+    published step has no guidance; rows that run with one add it as those of `ddim` do.
     Source: `ddim_reverse_sample` of the published code.
 
     diffusion: the respaced process. clip: limit x_0 to [-1, 1]. Raises: InvalidArgument.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from admfast.errors import CheckpointError, NonFiniteError, invalid
 from admfast.files.atomic import atomic_open, output_error
+from admfast.training.optimiser import AdamWEma
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def train(
     except OSError as error:
         raise output_error(out / "state.pt", error) from None
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimiser = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimiser = AdamWEma(net.parameters(), ema.parameters(), config.weight_decay)
     state_path = out / "state.pt"
     step = 0
     if state_path.exists():
@@ -123,7 +124,7 @@ def train(
         torch.manual_seed(config.seed * 1_000_003 + step)
         terms = loss(stream.next())
         try:
-            _update(net, ema, optimiser, terms["loss"].mean(), config, step)
+            _update(net, optimiser, terms["loss"].mean(), config, step)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; the last saved state is {state_path}") from None
         step += 1
@@ -143,31 +144,19 @@ def train(
     return ema
 
 
-def _update(
-    net: nn.Module,
-    ema: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    total: Tensor,
-    config: TrainConfig,
-    step: int,
-) -> None:
+def _update(net: nn.Module, optimiser: AdamWEma, total: Tensor, config: TrainConfig, step: int) -> None:
     """Step the optimiser and the average; nothing changes where loss or gradient is not finite."""
     if not torch.isfinite(total):
         raise NonFiniteError(f"the loss of step {step} is {total.item()}")
-    optimiser.zero_grad(set_to_none=True)
+    optimiser.zero_grad()
     total.backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     if not torch.isfinite(norm):
         raise NonFiniteError(f"the gradient of step {step} has norm {norm.item()}")
-    for group in optimiser.param_groups:
-        group["lr"] = config.rate(step)
-    optimiser.step()
-    decay = min(config.ema_decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    optimiser.step(config.rate(step), min(config.ema_decay, (1 + step) / (10 + step)))
 
 
-def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: AdamWEma) -> int:
     """Load a saved state in place and return the number of steps that it has behind it."""
     try:
         state = torch.load(path, weights_only=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.ceilings.case import (
+from bench.case import (
     DTYPES,
     Case,
     Measure,

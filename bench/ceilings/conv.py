@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.ceilings.case import (
+from bench.case import (
     DTYPES,
     Case,
     Measure,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.ceilings.case import Case, Measure, Settings, WrongResult, timed
+from bench.case import Case, Measure, Settings, WrongResult, timed
 from bench.registry import COPY_BYTES, MIB
 from bench.results import Row
 from bench.timing import captured

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.ceilings.case import Case, Measure, Settings, WrongResult, timed, unavailable
+from bench.case import Case, Measure, Settings, WrongResult, timed, unavailable
 from bench.registry import GRAPH_NODES
 from bench.results import Row
 from bench.timing import captured

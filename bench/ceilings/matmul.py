@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.ceilings.case import (
+from bench.case import (
     DTYPES,
     Case,
     Measure,

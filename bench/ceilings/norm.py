@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from bench.ceilings.case import DTYPES, Case, Measure, Settings, checked, product_limit, timed
+from bench.case import DTYPES, Case, Measure, Settings, checked, product_limit, timed
 from bench.ceilings.conv import LAYOUTS
 from bench.registry import BATCHES, GROUPS, NORM_SHAPES, NormShape
 from bench.results import Row

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.ceilings.case import Case, Measure, Settings, checked, timed
+from bench.case import Case, Measure, Settings, checked, timed
 from bench.registry import BATCHES, SAMPLER_SIDES
 from bench.results import Row
 

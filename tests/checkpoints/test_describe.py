@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import subprocess
 import sys
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from admfast.checkpoints import describe, forward_work, write_weights
+from admfast.checkpoints import describe, fingerprint, forward_work, network_shapes, write_weights
+from admfast.errors import CheckpointError
 from admfast.models import ClassifierConfig, build
 from admfast.models.description import Description, DiffusionSettings
-from admfast.models.presets import preset
+from admfast.models.preset_types import ModelPreset
+from admfast.models.presets import MODELS, preset
 from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, state_of
 
 # GFLOP of a forward pass, batch 1, 2 for a multiply-add, counted on the published code with torch's counter.
@@ -153,19 +157,23 @@ def test_report_on_a_file_that_leaves_options_open(tmp_path):
 
 def test_report_on_released_shapes(tmp_path):
     """Files with the shapes of released models and one value: a few hundred kilobytes each."""
-    from admfast.checkpoints import network_shapes
 
     def save(name, shapes):
         torch.save({k: torch.zeros(1).expand(s) for k, s in shapes.items()}, tmp_path / name)
         return dict(describe(tmp_path / name, check_values=False))
 
     uncond = network_shapes(preset("lsun_cat").config)
-    assert save("lsun_cat.pt", uncond)["model"] == "lsun_cat, as released"
+    assert save("lsun_cat.pt", uncond)["model"] == (
+        "has the keys and shapes of lsun_cat; size and hash of the published file are not known"
+    )
     renamed = save("mine.pt", uncond)
     assert renamed["model"].startswith(
-        "one of 256x256_diffusion_uncond, lsun_bedroom, lsun_cat, lsun_horse, "
+        "has the keys and shapes of 256x256_diffusion_uncond, lsun_bedroom, lsun_cat, lsun_horse, "
     )
-    assert renamed["assumed"] == "dropout=0.0 (matters in training only)"
+    assert renamed["assumed"] == (
+        "num_head_channels=64, use_new_attention_order=False, noise_schedule=linear, steps=1000, "
+        "dropout=0.0 (matters in training only)"
+    )
     assert renamed["work"].startswith("2,239.7 GFLOP") and renamed["parameters"].startswith(
         "552,814,086 in 566"
     )
@@ -174,6 +182,40 @@ def test_report_on_released_shapes(tmp_path):
     assert report["nearest"] == (
         "256x256_diffusion_uncond, from which it differs: 1 key unexpected (label_emb.weight [7, 1024])"
     ) or report["nearest"].startswith("256x256_diffusion, from which it differs: 1 key with another shape")
+
+
+def test_a_file_is_called_the_published_one_by_its_hash_alone(tmp_path, monkeypatch):
+    path = tmp_path / "known.pt"
+    torch.save(state_of(UNET), path)
+    data = path.read_bytes()
+    known = ModelPreset(
+        name="known",
+        file="known.pt",
+        network=UNET,
+        settings=DiffusionSettings(learn_sigma=True),
+        url="https://example.org/",
+        fingerprint=fingerprint(network_shapes(UNET)),
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+    def model(**changes):
+        monkeypatch.setitem(MODELS, "known", dataclasses.replace(known, **changes))
+        return dict(describe(path))["model"]
+
+    shapes = "has the keys and shapes of known; "
+    assert model() == f"{shapes}it is the published file, by size and sha256"
+    assert model(sha256="0" * 64) == f"{shapes}its sha256 differs from the published file"
+    wrong = f"its size differs from the published file: {len(data):,}, not 7 bytes"
+    assert model(size=7) == shapes + wrong
+    said = dict(describe(path, options={"num_head_channels": 32}))["assumed"]
+    assert said == "use_new_attention_order=False, noise_schedule=linear, steps=1000"
+
+
+def test_a_preset_that_does_not_fit_is_refused(tmp_path):
+    torch.save(state_of(UNET), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt: does not fit preset 64x64_diffusion: .* keys missing"):
+        describe(tmp_path / "x.pt", preset="64x64_diffusion")
 
 
 def test_importing_the_floor_is_light():

@@ -7,9 +7,11 @@ import dataclasses
 import hashlib
 import http.server
 import importlib
+import io
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -18,14 +20,33 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from admfast.checkpoints import fetch
+from admfast.checkpoints import fetch, fingerprint, shapes_of
 from admfast.errors import CheckpointError, InvalidArgument, OutputError
-from admfast.models.presets import preset
+from admfast.models.presets import MODELS, preset
 
 fetching = importlib.import_module("admfast.checkpoints.fetch")  # the package gives the name to the function
 NAME = "64x64_classifier"
-DATA = bytes(range(256)) * 12_000  # 3,072,000 bytes: several reads of the client
+STATE = {"w": torch.arange(768_000.0).reshape(768, 1000)}
+
+
+def saved(state: dict[str, torch.Tensor]) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+DATA = saved(STATE)  # some 3,073,000 bytes: several reads of the client
+FINGERPRINT = fingerprint(shapes_of(STATE))
+SERVER_S, CONTENT = "the server's own length", ("zip checksums", "keys and shapes")
+
+
+@pytest.fixture(autouse=True)
+def model_of_the_data(monkeypatch):
+    """The server's file is the released one."""
+    model = dataclasses.replace(preset(NAME), fingerprint=FINGERPRINT)
+    monkeypatch.setitem(MODELS, NAME, model)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -139,7 +160,7 @@ def test_fetches_a_file(get, server, tmp_path):
     done = get()
     assert done.path == tmp_path / f"{NAME}.pt" and done.path.read_bytes() == DATA
     assert done.url == f"{server.url}/{NAME}.pt" and done.size == len(DATA)
-    assert done.checked == ("size",)
+    assert done.checked == (SERVER_S, *CONTENT)
     assert names(tmp_path) == [f"{NAME}.pt"]
     assert "Range" not in server.requests[0] and server.requests[0]["Accept-Encoding"] == "identity"
 
@@ -191,7 +212,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(get, server, tmp_path, b
 def test_a_later_fetch_goes_on_from_the_part(get, server, tmp_path):
     server.plan = ["cut"] * 3
     with pytest.raises(
-        CheckpointError, match="ended early; .* of 3,072,000 bytes are kept in .*part: fetch again"
+        CheckpointError, match=f"ended early; .* of {len(DATA):,} bytes are kept in .*part: fetch again"
     ):
         get(retries=2)
     part = tmp_path / f"{NAME}.pt.part"
@@ -225,7 +246,7 @@ def test_a_file_that_changed_on_the_server_begins_anew(get, server, tmp_path):
     server.plan = ["cut"]
     with pytest.raises(CheckpointError):
         get(retries=0)
-    server.data, server.etag = bytes(reversed(DATA)), '"two"'
+    server.data, server.etag = saved({"w": STATE["w"] + 1}), '"two"'
     assert get().path.read_bytes() == server.data
 
 
@@ -246,14 +267,37 @@ def test_a_wrong_range_is_not_spliced_in(get, server, tmp_path):
 
 def test_hashes_are_compared(get, published, tmp_path):
     published(size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest(), md5="0" * 32)
-    assert get().checked == ("size", "sha256")
+    assert get().checked == ("size", "sha256", *CONTENT)
     published(md5=hashlib.md5(DATA).hexdigest())
-    assert get(overwrite=True).checked == ("size", "md5")
+    assert get(overwrite=True).checked == (SERVER_S, "md5", *CONTENT)
     for facts in ({"sha256": "0" * 64}, {"md5": "0" * 32}):
         published(**facts)
         with pytest.raises(CheckpointError, match="not the published file: its (sha256|md5) is .*, not 0000"):
             get(overwrite=True)
         assert names(tmp_path) == [f"{NAME}.pt"], "what was wrong is discarded, what was there stays"
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"not a zip" * 1000, "damaged, or no file of torch.save"),
+        (DATA[:-100], "truncated"),
+        (DATA.replace(struct.pack("<f", 7.0), struct.pack("<f", 9.0), 1), "damaged: .* fails its checksum"),
+        (saved({"w": torch.zeros(3)}), f"not {NAME}: .* keys missing .*1 key unexpected"),
+    ],
+    ids=["no file of torch.save", "cut", "a flipped value", "another model"],
+)
+def test_what_is_not_the_model_is_discarded(get, server, tmp_path, data, said):
+    server.data = data
+    with pytest.raises(CheckpointError, match=f"{said}.*; discarded") as caught:
+        get()
+    assert "\n" not in str(caught.value) and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
+def test_a_timeout_is_positive(get, timeout):
+    with pytest.raises(InvalidArgument, match="timeout=.*: seconds, more than 0"):
+        get(timeout=timeout)
 
 
 def test_a_spoiled_part_is_found_by_the_hash(get, published, tmp_path):
@@ -266,7 +310,9 @@ def test_a_spoiled_part_is_found_by_the_hash(get, published, tmp_path):
 
 def test_a_server_whose_file_has_another_size_is_refused_at_once(get, published, tmp_path):
     published(size=len(DATA) + 1)
-    with pytest.raises(CheckpointError, match="server's file has 3,072,000 bytes, 3,072,001 are due"):
+    with pytest.raises(
+        CheckpointError, match=f"server's file has {len(DATA):,} bytes, {len(DATA) + 1:,} are due"
+    ):
         get()
     assert names(tmp_path) == []
 
@@ -274,12 +320,12 @@ def test_a_server_whose_file_has_another_size_is_refused_at_once(get, published,
 @pytest.mark.parametrize("header", ["x-ms-blob-content-md5", "Content-MD5"])
 def test_the_servers_own_hash_is_compared(get, server, header, tmp_path):
     server.headers = {header: base64.b64encode(hashlib.md5(DATA).digest()).decode()}
-    assert get().checked == ("size", "md5")
+    assert get().checked == (SERVER_S, "md5", *CONTENT)
     server.headers = {header: base64.b64encode(hashlib.md5(b"other").digest()).decode()}
     with pytest.raises(CheckpointError, match="its md5 is"):
         get(overwrite=True)
     server.headers = {header: "not base64!"}
-    assert get(overwrite=True).checked == ("size",)
+    assert get(overwrite=True).checked == (SERVER_S, *CONTENT)
 
 
 @pytest.mark.parametrize(
@@ -333,14 +379,14 @@ def test_a_folder_that_is_missing(server, tmp_path):
 def test_too_little_room_is_known_before_the_first_byte(get, monkeypatch, tmp_path):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OutputError, match="3,072,000 bytes are still to come, the disk has 1,000"):
+    with pytest.raises(OutputError, match=f"{len(DATA):,} bytes are still to come, the disk has 1,000"):
         get()
     assert not (tmp_path / f"{NAME}.pt").exists()
 
 
 def test_a_disk_that_fills_keeps_the_part(server, tmp_path):
     program = f"""
-        from admfast.checkpoints import fetch
+        from admfast.checkpoints import fetch, fingerprint, shapes_of
         from admfast.errors import OutputError
         try:
             fetch("{NAME}", ".", base_url="{server.url}", progress=False)

@@ -96,12 +96,13 @@ def test_the_question_lists_what_is_open_and_what_is_allowed():
 @pytest.mark.parametrize(
     ("options", "asked"),
     [
-        ({"image_size": 16}, {"num_heads", "use_new_attention_order"}),
-        ({"image_size": 16, "num_heads": 2}, {"use_new_attention_order"}),
+        ({"image_size": 16}, {"num_heads", "use_new_attention_order", "noise_schedule"}),
+        ({"image_size": 16, "num_heads": 2}, {"use_new_attention_order", "noise_schedule"}),
         ({"image_size": 16, "num_heads": 1}, set()),  # with one head the orders are one
         ({"image_size": 16, "num_head_channels": 64}, set()),
-        ({"num_heads": 1}, {"image_size"}),
-        (HEADS, {"image_size"}),
+        ({"num_heads": 1}, {"image_size", "noise_schedule"}),
+        (HEADS, {"image_size", "noise_schedule"}),
+        ({"noise_schedule": "linear", **HEADS}, {"image_size"}),
     ],
     ids=str,
 )
@@ -185,13 +186,20 @@ def test_the_process_of_unknown_weights_is_unknown_unless_given():
         ({"options": {"kind": "gan"}}, "kind='gan'"),
         ({"options": {"kind": "classifier", "image_size": 16, **HEADS}}, "those of a unet"),
         ({"options": {"num_heads": 3, "image_size": 16}}, "num_heads=3: must divide"),
-        ({"options": {"num_heads": "four", "image_size": 16}}, "options: a value has the wrong type"),
+        ({"options": {"num_heads": "four", "image_size": 16}}, "num_heads='four': an integer of 1 or more"),
         (
             {"options": {**HEADS, "image_size": 16, "learn_sigma": False}},
             "learn_sigma=False: True for a network",
         ),
         ({"config": UNET, "options": {"learn_sigma": False}}, "learn_sigma=False: True for a network"),
         ({"carried": Description(UNET, DiffusionSettings())}, "learn_sigma=False: True for a network"),
+        ({"options": {"channel_mult": 5, **HEADS}}, "channel_mult': (5,)}: the weights have"),
+        ({"options": {"attention_resolutions": "x"}}, "attention_resolutions='x': downsampling factors"),
+        ({"options": {"num_head_channels": "x"}}, "num_head_channels='x': an integer of 1 or more"),
+        ({"options": {"use_new_attention_order": "no"}}, "use_new_attention_order='no': True or False"),
+        ({"options": {"dropout": "abc"}}, "dropout='abc': a number"),
+        ({"options": {"learn_sigma": 1}}, "learn_sigma=1: True or False"),
+        ({"options": {"steps": "many"}}, "steps='many': an integer of 1 or more"),
         ({"preset_name": "64x64"}, "nearest: 64x64_diffusion"),
         ({"preset_name": "64x64_diffusion", "config": UNET}, "not both"),
         ({"carried": Description(UNET), "options": {"kind": "upsampler"}}, "those of a unet"),
@@ -318,4 +326,4 @@ def test_no_damage_to_the_shapes_gets_past_the_error(config):
         except AdmfastError as error:
             assert "\n" not in str(error)
             refused += 1
-    assert 10 < refused < 300
+    assert refused == 300

@@ -89,6 +89,39 @@ def _shares_file(path, tensor):
         return any(str(path) in line for line in maps)
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    torch.save(STATE, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    data[data.index(struct.pack("<f", 1.5)) + 2] ^= 1
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"x\.pt: damaged: x/data/1 fails its checksum"):
+        read_weights(tmp_path / "x.pt")
+    assert read_weights(tmp_path / "x.pt", checksums=False).tensors["a.bias"][0] != 1.5
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt: not a regular file"):
+        read_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    "held, said",
+    [
+        ({"a": 1}, "not a state dict: a plain pickle of a dict with the keys 'a'"),
+        ([1, 2], "not a state dict: a plain pickle of list"),
+        (RunsCode("false"), "refused: unpickling it would call posix.system"),
+    ],
+    ids=["dict", "list", "code"],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_bare_pickles_are_named_in_one_line(tmp_path, recwarn, held, said, protocol):
+    (tmp_path / "x.pt").write_bytes(pickle.dumps(held, protocol=protocol))
+    with pytest.raises(CheckpointError, match=said):
+        read_weights(tmp_path / "x.pt")
+    assert not recwarn.list
+
+
 def test_the_description_beside_the_file_wins_over_the_header(tmp_path):
     beside = Description(UNET, DiffusionSettings(steps=10))
     header = Description(UNET, DiffusionSettings(steps=20))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +20,43 @@ from admfast.errors import AdmfastError
 from admfast.ops import TABLES, Implementation
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys
+sys.argv = ["/usr/local/bin/admfast", *sys.argv[1:]]
+from admfast.cli.main import main
+sys.exit(main())
+"""
 
 
 def rows(text: str) -> dict[str, str]:
     """The two columns of a printed table."""
     return dict(map(str.strip, line.split("  ", 1)) for line in text.splitlines() if line.strip())
+
+
+@pytest.mark.parametrize("module", ["admfast._interrupt", "admfast.cli.fetch"])
+@pytest.mark.parametrize("command", [["-m", "admfast"], ["-c", SCRIPT]], ids=["module", "script"])
+def test_ctrl_c_while_the_command_starts_is_one_line(command, module):
+    """Stopped as soon as the module is there: of the package with torch to come, or of the commands."""
+    started = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command, "info"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in started.stderr:
+        if line.endswith(f" {module}\n"):
+            started.send_signal(signal.SIGINT)
+            break
+    rest = [line for line in started.stderr if not line.startswith("import time:")]
+    assert (started.wait(60), rest) == (130, ["admfast: interrupted\n"])
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
+    code = "import signal, admfast; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_versions_devices_and_environment(capsys, monkeypatch):
@@ -42,7 +75,7 @@ def test_versions_devices_and_environment(capsys, monkeypatch):
 
 def test_every_implementation_of_every_op_in_the_order_of_trying(capsys):
     assert main(["info"]) == 0
-    _, second = capsys.readouterr().out.split("\n\n")
+    _, second, _ = capsys.readouterr().out.split("\n\n")
     listed = [line.split("  ")[0].strip() for line in second.splitlines()]
     assert listed == [f"{op}: {name}" for op, table in TABLES.items() for name in table.names()]
     assert {"attention: reference", "sampler_step: reference"} <= set(listed)
@@ -63,6 +96,37 @@ def test_reasons_are_shown(capsys, monkeypatch):
     monkeypatch.setattr(info, "build_info", dict)
     assert main(["info"]) == 0
     assert rows(capsys.readouterr().out)["compiled ops"].startswith("no record of a build")
+
+
+def choices(capsys) -> dict[str, str]:
+    """What the third table says of every example call."""
+    assert main(["info"]) == 0
+    return rows(capsys.readouterr().out.split("\n\n")[2])
+
+
+def test_every_op_has_calls_and_each_says_what_ran(capsys, monkeypatch):
+    monkeypatch.delenv("ADMFAST_IMPL", raising=False)
+    shown = choices(capsys)
+    assert {call.split(",")[0] for call in shown} == set(TABLES)
+    for call, answer in shown.items():
+        assert answer.split(" ")[0] in TABLES[call.split(",")[0]].names(), call
+    assert shown["adamw_ema_step, cpu float32"] == "fused"
+    for call in ("cpu float32", "cpu bfloat16", "cpu float32 with gradient"):
+        found = shown[f"attention, {call}"]
+        assert found.startswith("sdpa (xformers: ")
+        assert torch.cuda.is_available() or found == "sdpa (xformers: no CUDA device)"
+    assert any("cuda" in call for call in shown) == torch.cuda.is_available()
+
+
+def test_choices_follow_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("ADMFAST_IMPL", "reference,adamw_ema_step=foreach")
+    shown = choices(capsys)
+    assert shown["attention, cpu float32"] == "reference (asked for by ADMFAST_IMPL)"
+    assert shown["adamw_ema_step, cpu float32"] == "foreach (asked for by ADMFAST_IMPL)"
+    refused = shown["adamw_ema_step, cpu float32 with found_inf"]
+    assert refused.startswith("refused: ADMFAST_IMPL='foreach': ") and refused.endswith("found_inf")
+    monkeypatch.setenv("ADMFAST_IMPL", "referense")
+    assert all(answer.startswith("refused: ADMFAST_IMPL='referense'") for answer in choices(capsys).values())
 
 
 @pytest.mark.parametrize(

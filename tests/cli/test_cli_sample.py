@@ -19,7 +19,7 @@ from admfast.files.images import read_image
 from admfast.files.npz import read_samples
 from admfast.models.description import Description, DiffusionSettings
 from admfast.pipeline import Pipeline
-from tests.small import classifier, unet
+from tests.small import classifier, unet, upsampler
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = DiffusionSettings(noise_schedule="linear", steps=100, learn_sigma=True)
@@ -38,6 +38,7 @@ def weights(tmp_path_factory) -> Path:
     write(folder / "faces.safetensors", unet())
     write(folder / "guide.safetensors", classifier(1))
     write(folder / "free.safetensors", unet(num_classes=None))
+    write(folder / "up.safetensors", upsampler())
     return folder
 
 
@@ -160,7 +161,7 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--classes", "0-4"], "admfast: classes=4: 0 to 3"),
+        (["--classes", "0-4"], "admfast: --classes=4: 0 to 3"),
         (["--classes", "a"], "classes='a': whole numbers and ranges separated by commas, such as 0-9"),
         (["--classes", ""], "classes='': whole numbers and ranges separated by commas"),
         (["--classes", "3-1"], "classes='3-1': the range 3-1 runs backwards"),
@@ -173,14 +174,19 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--per-class", "0"], "per-class=0: 1 or more"),
         (["--per-class", "99999999999"], "per-class=99999999999: at most 10,000,000 images in all"),
         (["--per-class", "2", "--seeds", "0-2"], "seeds='3 seeds': one for each of the 8 images, or none"),
-        (["--steps", "0"], "steps=0: a whole number from 1 to 100"),
+        (["--solver", "ddim-inverse"], "--solver='ddim-inverse': in Python alone: pipe.sample(x_start="),
+        (["--low-res", "small.npz"], "--low-res: path='small.npz': no such file"),
+        (["--preset", "64x64"], "--preset='64x64': no such model; nearest: 64x64_diffusion"),
+        (["--set", "device=cpu"], "--set='device': no such option of a file"),
+        (["--set-classifier", "num_heads=2"], "classifier_options={'num_heads': 2}: there is no classifier"),
+        (["--steps", "0"], "--steps=0: a whole number from 1 to 100"),
         (["--steps", "two"], "admfast sample: Invalid value for '--steps': "),
         (["--solver", "ddin"], "solver='ddin': nearest: ddim"),
         (["--respacing", "dim25"], "respacing='dim25'"),
         (["--respacing", "dim25"], "nearest: ddim25"),
         (["--steps", "2", "--eta", "0.5"], "eta=0.5: the solver ddpm has no such option"),
         (["--guidance", "2"], "guidance=2.0: faces has no classifier; 0 is none"),
-        (["--upsampler-steps", "3"], "upsampler_steps=3: faces has no upsampler"),
+        (["--upsampler-steps", "3"], "--upsampler-steps=3: faces has no upsampler"),
         (["--batch", "0"], "batch=0: 1 or more"),
         (["--intermediates", "-1"], "intermediates=-1: 0 for none, or every so many steps"),
         (["--precision", "fp8"], "precision='fp8': nearest: "),
@@ -194,15 +200,59 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line_and_status_2(sample, tmp_path, options, message):
-    status, _, stderr = sample(*options)
+    status, stdout, stderr = sample(*options)
     assert_one_line(status, stderr, message)
-    assert not list(tmp_path.rglob("*.*"))
+    assert stdout == "" and not list(tmp_path.iterdir()), "nothing is said or made before all is checked"
 
 
 def test_classes_of_a_model_without_are_refused(sample):
     for option in ("--classes", "--per-class"):
         status, _, stderr = sample(option, "1", model="free.safetensors")
         assert_one_line(status, stderr, "this model has no classes; --seeds says how many images")
+
+
+def test_wrong_environments_are_found_before_anything_is_made(sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("ADMFAST_IMPL", "nvcc")
+    status, stdout, stderr = sample()
+    assert_one_line(status, stderr, "ADMFAST_IMPL='nvcc': no implementation of")
+    assert stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_an_upsampler_enlarges_images_that_are_given(sample, weights, tmp_path, capsys):
+    assert sample("--seeds", "0-2")[0] == 0
+    given = tmp_path / "out"
+    found = []
+    for small in (given / "samples_3x8x8x1.npz", given / "images"):
+        out = tmp_path / small.stem
+        status, _, stderr = sample("--low-res", str(small), "--out", str(out), model="up.safetensors")
+        assert status == 0, stderr
+        found.append(read_samples(out / "samples_3x16x16x1.npz"))
+    assert [samples.labels.tolist() for samples in found] == [[0, 1, 2]] * 2
+    assert np.array_equal(found[0].images, found[1].images)
+    status, _, stderr = sample(model="up.safetensors")
+    assert_one_line(2, stderr.splitlines()[-1] + "\n", "admfast: --low-res=None: upsamplers need it")
+    one = str(given / "images" / "000000_class0_seed0.png")
+    status, _, stderr = sample("--low-res", one, "--seeds", "0-1", model="up.safetensors")
+    assert_one_line(status, stderr.splitlines()[-1] + "\n", "low_res.shape=(1, 1, 8, 8): (2, 1, h, w)")
+
+
+def test_a_cascade_of_files(sample, weights, tmp_path):
+    up = str(weights / "up.safetensors")
+    status, stdout, stderr = sample(
+        "--upsampler", up, "--upsampler-steps", "2", "--set-upsampler", "low_res_size=4"
+    )
+    assert status == 0, stderr
+    assert table_of(stdout)["upsampler"] == "to 16x16, 2 steps"
+    assert read_samples(tmp_path / "out" / "samples_1x16x16x1.npz").images.shape == (1, 16, 16, 1)
+
+
+def test_options_of_a_classifier_s_file(sample, weights, tmp_path):
+    write_weights(tmp_path / "bare.pt", classifier(1).state_dict())
+    bare = str(tmp_path / "bare.pt")
+    status, _, stderr = sample("--classifier", bare, "--out", str(tmp_path / "out"))
+    assert_one_line(status, stderr, "give num_head_channels (a divisor of 64)")
+    assert "--set-classifier on the command line" in stderr
+    assert sample("--classifier", bare, "--set-classifier", "num_head_channels=32")[0] == 0
 
 
 def test_unknown_models_are_named_with_the_nearest(capsys):
@@ -270,6 +320,7 @@ def test_ctrl_c_leaves_what_is_finished(sample, tmp_path, monkeypatch):
     assert status == 130 and "Traceback" not in stderr
     assert stderr.splitlines()[-1] == "admfast: interrupted"
     out = tmp_path / "out"
+    assert stdout.splitlines()[-1] == f"4 of 6 images are finished and kept in {out}"
     samples = read_samples(out / "samples_4x8x8x1.npz")
     assert samples.labels.tolist() == [0, 1, 2, 3] and len(pngs(out)) == 4
     assert read_image(out / "grid.png").shape[2] == 3
@@ -311,7 +362,24 @@ def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"admfast: {out}/{file}")
     assert last.endswith("not written: the file would exceed the largest size allowed here")
+    kept = [line for line in done.stdout.splitlines() if "kept in" in line]
+    assert kept == ([f"{images} of 2 images are finished and kept in {out}"] if images else [])
     assert len(pngs(out)) == images and not list(out.glob("**/*.tmp"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "admfast", "models"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=300,
+        )
+    assert_one_line(done.returncode, done.stderr, "admfast: standard output: not written: the disk is full")
 
 
 # Which images

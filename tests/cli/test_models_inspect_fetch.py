@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from admfast.checkpoints import Fetched, write_weights
 from admfast.cli.fetch import run_fetch, wanted_models
-from admfast.cli.inspect import parse_option, run_inspect
+from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
+from admfast.cli.options import options_of
 from admfast.cli.tables import table
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, OutputError
 from admfast.models.description import Description
@@ -39,17 +40,19 @@ def test_tables_are_aligned():
 def test_models_lists_every_system(capsys):
     run_models()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["system", "image", "classes", "guidance", "steps", "FID", "models"]
+    assert lines[0].split("  ")[-1] == "models" and "published FID, taken with" in lines[0]
+    assert "2.07, 250 steps, no guidance" in next(line for line in lines if line.startswith("imagenet64"))
+    for name, system in SYSTEMS.items():
+        run_models(name)
+        detail = capsys.readouterr().out
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        if system.metric is not None:
+            taken = system.metric.conditions.removeprefix("50,000 samples, ")
+            assert f"{system.metric.fid:.2f}, {taken}" in line and taken in detail
     assert [line.split()[0] for line in lines[2:]] == list(SYSTEMS)
     row = next(line for line in lines if line.startswith("imagenet256-up"))
-    assert row.split(maxsplit=6)[1:] == [
-        "256",
-        "1000",
-        "1",
-        "250+250",
-        "3.94",
-        "64x64_diffusion, 64x64_classifier, 64_256_upsampler",
-    ]
+    assert row.split(maxsplit=5)[1:5] == ["256", "1000", "1", "250+250"]
+    assert row.endswith("  64x64_diffusion, 64x64_classifier, 64_256_upsampler")
     assert not any(line.endswith(" ") for line in lines)
 
 
@@ -83,7 +86,8 @@ def test_models_describes_one(capsys):
     run_models("64x64_diffusion.pt")
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["use_new_attention_order"] == "True" and rows["noise_schedule"] == "cosine"
-    assert rows["precision"] == "torso in half precision" and rows["parameters"] == "295,904,454"
+    assert rows["precision"] == "published with the torso in float16; by default bfloat16 on a GPU"
+    assert rows["parameters"] == "295,904,454"
     with pytest.raises(
         InvalidArgument, match="name='imagenet265': no such system or model; nearest: imagenet256"
     ):
@@ -97,6 +101,10 @@ def test_models_describes_one(capsys):
         ("dropout=0.1", ("dropout", 0.1)),
         ("use_new_attention_order=True", ("use_new_attention_order", True)),
         ("use_new_attention_order=false", ("use_new_attention_order", False)),
+        ("use_new_attention_order=no", ("use_new_attention_order", False)),
+        ("learn_sigma=1", ("learn_sigma", True)),
+        ("attention_resolutions=8,16", ("attention_resolutions", (8, 16))),
+        ("attention_resolutions=8", ("attention_resolutions", 8)),
         ("num_classes=None", ("num_classes", None)),
         ("channel_mult=0.5,1,2", ("channel_mult", (0.5, 1, 2))),
         ("channel_mult=[1, 2]", ("channel_mult", [1, 2])),
@@ -105,14 +113,29 @@ def test_models_describes_one(capsys):
     ],
 )
 def test_options_on_the_command_line(text, expected):
-    name, value = parse_option(text)
+    ((name, value),) = options_of("--set", [text]).items()
     assert (name, value) == expected and type(value) is type(expected[1])
 
 
 @pytest.mark.parametrize("text", ["num_heads", "=4", ""])
 def test_a_malformed_option(text):
     with pytest.raises(InvalidArgument, match="NAME=VALUE"):
-        parse_option(text)
+        options_of("--set", [text])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("use_new_attention_order=maybe", "--set='use_new_attention_order=maybe': True or False"),
+        ("device=cpu", "--set='device': no such option of a file"),
+        ("learn_sigma=2", "--set='learn_sigma=2': True or False"),
+        *((f"{name}=x", f"--set='{name}'") for name in ("precision", "name", "weights", "classifier")),
+        *((f"{name}=x", f"--set='{name}'") for name in ("path", "dtype", "config", "preset", "checksums")),
+    ],
+)
+def test_an_option_that_no_file_has_or_that_says_nothing(text, said):
+    with pytest.raises(InvalidArgument, match=said):
+        options_of("--set", [text])
 
 
 def test_inspect_prints_the_report(tmp_path, capsys):

@@ -123,6 +123,9 @@ def test_an_update_that_diverges_by_itself():
     pipe = pipeline(classifier=None, guidance=0.0)
     where = "no layer put it out: the update did; all weights are finite"
     with pytest.raises(NonFiniteError, match=f"after step 2 .*; {where}"):
+        pipe.sample(seeds=[1], denoised_fn=Late(1, float("nan"), calls_after=1))
+    where = "no layer put it out, but what denoised_fn returned is not finite; all weights are finite"
+    with pytest.raises(NonFiniteError, match=f"after step 2 .*; {where}"):
         pipe.sample(seeds=[1], denoised_fn=Late(1, float("nan")))
     with pytest.raises(NonFiniteError, match="after step 3 .*; no layer put it out, but the guidance is not"):
         pipe.sample(seeds=[1], guidance_fn=lambda x, t: x * float("inf"))
@@ -131,11 +134,11 @@ def test_an_update_that_diverges_by_itself():
 
 
 class Late:
-    """x_0 as it is for `calls` calls, then `value`."""
+    """x_0 as it is for `calls` calls, then `value` (for `calls_after` calls)."""
 
-    def __init__(self, calls: int, value: float):
-        self.left, self.value = calls, value
+    def __init__(self, calls: int, value: float, calls_after: int = 1000):
+        self.left, self.value, self.calls_after = calls, value, calls_after
 
     def __call__(self, x0: torch.Tensor) -> torch.Tensor:
         self.left -= 1
-        return x0 if self.left >= 0 else torch.full_like(x0, self.value)
+        return torch.full_like(x0, self.value) if -self.calls_after <= self.left < 0 else x0

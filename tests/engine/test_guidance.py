@@ -7,6 +7,7 @@ import torch
 
 from admfast.engine.guidance import classifier_guidance
 from admfast.errors import InvalidArgument
+from admfast.systems import load
 from tests.parity.golden import NETWORK_GRADIENT_LIMIT, compare
 from tests.small import classifier, randn
 
@@ -70,6 +71,30 @@ def test_a_classifier_with_anything_to_train_is_refused(name):
     net.get_parameter(name).requires_grad_(True)
     with pytest.raises(InvalidArgument, match="classifier='trainable': freeze its parameters first"):
         classifier_guidance(net, LABELS, 1.0)
+
+
+def test_float16_does_not_lose_small_gradients(monkeypatch):
+    """The digits' classifier is sure of a finished image: most of its gradient is below 6e-8."""
+    pipe = load("digits32", device="cpu")
+    x = pipe.sample([3, 7], [0, 1], steps=4, solver="ddim", output="float")
+    t, labels = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 7])
+    exact = classifier_guidance(pipe.classifier, labels, 1.0)(x, t)
+    half = load("digits32", device="cpu", precision="fp16").classifier
+
+    def error() -> float:
+        g = classifier_guidance(half, labels, 1.0)(x, t)
+        return float((g - exact).norm() / exact.norm())
+
+    assert error() < 5 * torch.finfo(torch.float16).eps
+    monkeypatch.setattr("admfast.engine.guidance.LOSS_SCALE", 1.0)
+    assert error() > 10 * torch.finfo(torch.float16).eps
+
+
+def test_the_scale_of_the_loss_changes_no_bit(monkeypatch):
+    net, x = classifier().requires_grad_(False), randn(3, 1, 8, 8)
+    scaled = classifier_guidance(net, LABELS, 1.0)(x, T)
+    monkeypatch.setattr("admfast.engine.guidance.LOSS_SCALE", 1.0)
+    assert torch.equal(classifier_guidance(net, LABELS, 1.0)(x, T), scaled)
 
 
 def test_half_precision_keeps_most_of_the_gradient():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from admfast.errors import InvalidArgument, OutputError
-from admfast.files import iter_array, read_arrays, read_samples, write_arrays, write_samples
+from admfast.files import iter_array, read_arrays, read_samples, write_arrays, write_samples, write_streamed
 from tests.parity.golden import cases, load_json
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 3)).astype(np.uint8)
@@ -22,6 +22,31 @@ def test_what_is_written_is_the_published_format(tmp_path):
     write_samples(tmp_path / "unlabelled.npz", IMAGES)
     with np.load(tmp_path / "unlabelled.npz") as archive:
         assert archive.files == ["arr_0"]
+
+
+@pytest.mark.parametrize("labels", [None, LABELS.astype(np.int32)])
+def test_images_one_by_one_give_the_same_archive(tmp_path, labels):
+    write_samples(tmp_path / "whole.npz", IMAGES, labels)
+    write_streamed(tmp_path / "streamed.npz", IMAGES.shape, iter(IMAGES), labels)
+    with np.load(tmp_path / "whole.npz") as whole, np.load(tmp_path / "streamed.npz") as streamed:
+        assert whole.files == streamed.files
+        for name in whole.files:
+            assert np.array_equal(whole[name], streamed[name]) and whole[name].dtype == streamed[name].dtype
+    assert (tmp_path / "whole.npz").stat().st_size == (tmp_path / "streamed.npz").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (IMAGES[:3], "images='3 images': 11, as the shape says"),
+        ([*IMAGES[:2], IMAGES[2, :2]], r"images\[2\]='uint8 \(2, 4, 3\)': uint8 \(4, 4, 3\)"),
+        (IMAGES.astype(np.int64), r"images\[0\]='int64 \(4, 4, 3\)'"),
+    ],
+)
+def test_images_one_by_one_must_be_what_was_promised(tmp_path, images, said):
+    with pytest.raises(InvalidArgument, match=said):
+        write_streamed(tmp_path / "a.npz", IMAGES.shape, images)
+    assert not list(tmp_path.iterdir())
 
 
 def test_round_trip(tmp_path):

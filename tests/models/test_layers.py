@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast.errors import InvalidArgument
 from admfast.models import layers
@@ -170,6 +171,49 @@ def test_legacy_rows_permuted_are_the_new_order():
     new.load_state_dict(state)
     x = randn(2, 64, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(new(x), legacy(x), **FLOAT64)
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations that are more than a view."""
+
+    views = {"view", "_unsafe_view", "expand", "squeeze", "t", "transpose", "unbind", "unsqueeze", "detach"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in {*self.views, "_fused_sdp_choice"}:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("new_order", [True, False], ids=["new-order", "legacy-order"])
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
+def test_attention_copies_nothing_between_the_norm_and_the_sum(layout, new_order, dims):
+    block = AttentionBlock(64, 2, new_order).requires_grad_(False)
+    block.norm = torch.nn.Identity()  # whose implementations have copies of their own
+    x = randn(2, 64, *[4] * dims)
+    if layout == "channels_last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    x.requires_grad_(True)
+    with Operations() as forward:
+        out = block(x)
+    dout = torch.ones_like(out)
+    with Operations() as backward:
+        (dx,) = torch.autograd.grad(out, x, dout)
+    assert out.stride() == dx.stride() == x.stride()
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    if layout == "channels_last":
+        assert forward.seen == ["addmm", kernel, "addmm", "add"]
+        # dq, dk and dv become one tensor again.
+        assert backward.seen == ["mm", f"{kernel}_backward", "stack", "mm", "add"]
+    else:
+        # The turned tokens are multiplied as they are; the gradient of the output is turned once.
+        assert forward.seen == ["bmm", "add", kernel, "addmm", "add"]
+        assert backward.seen == ["clone", "mm", f"{kernel}_backward", "stack", "bmm", "add"]
 
 
 def test_attention_pool_is_the_attention_of_the_mean_token():

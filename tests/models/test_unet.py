@@ -226,17 +226,25 @@ def double_backward(net: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True], ids=["stored", "recomputed"])
-def test_double_backward_on_the_reference(use_checkpoint, monkeypatch):
+@pytest.mark.parametrize("implementation", ["", "reference"], ids=["fused", "reference"])
+def test_double_backward(use_checkpoint, implementation, monkeypatch):
+    monkeypatch.setenv("ADMFAST_IMPL", implementation)
+    double_backward(unet(use_checkpoint=use_checkpoint))
+
+
+def test_the_hessian_times_a_vector_is_that_of_the_reference(monkeypatch):
+    net = unet(attention_resolutions=(1, 2)).requires_grad_(False)
+    call = inputs(net)
+
+    def product() -> torch.Tensor:
+        x = call["x"].clone().requires_grad_(True)
+        (first,) = torch.autograd.grad(net(**{**call, "x": x}).square().sum(), x, create_graph=True)
+        return torch.autograd.grad((first * randn(*x.shape, seed=7)).sum(), x)[0]
+
+    fused = product()
+    assert fused.abs().max() > 0.1
     monkeypatch.setenv("ADMFAST_IMPL", "reference")
-    double_backward(unet(use_checkpoint=use_checkpoint))
-
-
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="torch's fused attention has no second derivative"
-)
-@pytest.mark.parametrize("use_checkpoint", [False, True], ids=["stored", "recomputed"])
-def test_double_backward(use_checkpoint):
-    double_backward(unet(use_checkpoint=use_checkpoint))
+    same(fused, product())
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True], ids=["stored", "recomputed"])
@@ -362,6 +370,9 @@ def test_convert_torso_casts_the_published_tensors_of_every_released_model(name,
     "call, message",
     [
         ({"y": None}, "y=None: this network needs class labels"),
+        ({"y": [0, 1]}, "y='list': a tensor of class indices, int64"),
+        ({"y": Y.float()}, "y='torch.float32': a tensor of class indices, int64"),
+        ({"y": Y + 100}, r"y=\[\d+, \d+\]: 0 to \d+"),
         ({"y": Y[:1]}, r"y.shape=\(1,\): one class for each image, \(2,\)"),
         ({"x": randn(2, 3, 8, 8)}, r"x.shape=\(2, 3, 8, 8\): \[N, 1, ...\] with 2 spatial dimensions"),
         ({"x": randn(2, 1, 8)}, r"x.shape=\(2, 1, 8\): \[N, 1, ...\] with 2 spatial dimensions"),
@@ -377,7 +388,7 @@ def test_wrong_arguments_are_named(call, message):
 
 
 def test_labels_that_are_not_wanted_are_refused():
-    with pytest.raises(InvalidArgument, match=r"y=\(2,\): this network takes no class labels"):
+    with pytest.raises(InvalidArgument, match="y='given': this network takes no class labels"):
         unet(num_classes=None)(randn(2, 1, 8, 8), T, Y)
 
 

@@ -110,6 +110,35 @@ def test_where_nothing_serves_every_reason_is_said(table):
         run(table, 11)
 
 
+def test_what_was_measured_comes_first_where_it_can_run(table):
+    first = {1: "reference", 2: "absent", 11: "small", 12: None}
+    table.prefer = first.get
+    assert [run(table, x) for x in first] == ["reference", "small", "reference", "reference"]
+    assert run(table, 1, "small") == "small", "what is asked for by name goes before"
+    table.prefer = lambda x: "referense"
+    with pytest.raises(InvalidArgument, match="'referense'"):
+        run(table, 1)
+
+
+def test_choices_can_be_watched(table, monkeypatch):
+    with dispatch.watch() as seen, dispatch.watch() as inner:
+        run(table, 11)
+        run(table, 1, "small")
+        monkeypatch.setenv(ENVIRONMENT, "reference")
+        run(table, 1)
+    run(table, 1)
+    against = {"absent": "no such device", "small": "x is large"}
+    assert (
+        seen
+        == inner
+        == [
+            dispatch.Choice("toy", "reference", None, against),
+            dispatch.Choice("toy", "small", "impl"),
+            dispatch.Choice("toy", "reference", ENVIRONMENT),
+        ]
+    )
+
+
 @pytest.mark.parametrize("op", TABLES)
 def test_every_op_has_its_reference_last_and_names_once(op):
     names = TABLES[op].names()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from admfast import ops
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import TABLES, Clip, Row, SamplerState, Stream, as_seeds, normal_ref, pack, sampler_step
+from admfast.ops import TABLES, Clip, Row, SamplerState, Stream, as_seeds, normal_ref, pack
+from tests.ops.anywhere import Mover, runnable, sampler_step
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import (
     DEVICES,
@@ -22,7 +24,7 @@ from tests.ops.tolerance import (
     unmodified,
 )
 
-IMPLEMENTATIONS = TABLES["sampler_step"].names()
+IMPLEMENTATIONS = runnable("sampler_step")
 NAN = float("nan")
 
 
@@ -150,9 +152,7 @@ class Inputs:
     def run(self, impl: str | None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
         """The same through the op, with buffers poisoned wherever they are to be written first."""
 
-        def there(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(device)
-
+        there = Mover(device)
         state = SamplerState.start(self.x.to(device, dtype), self.rows)
         for buffer in (state.x0, state.saved, state.history):
             if buffer is not None:
@@ -168,7 +168,7 @@ class Inputs:
             if self.case["noise"] == "none" and self.case["row"] == "tensor" and device != "cpu":
                 given["seeds"] = self.seeds.to(device)
             with unmodified(out=out, host=table.host, device=table.device, **given):
-                sampler_step(state, out, table, row, noise_row=100 + i, stream=3, impl=impl, **given)
+                ops.sampler_step(state, out, table, row, noise_row=100 + i, stream=3, impl=impl, **given)
             after.append(torch.stack([state.x, state.x0]))
         return torch.stack(after).cpu()
 
@@ -180,7 +180,7 @@ def test_the_reference_is_the_formula(case):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", TABLES["sampler_step"].names())
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_every_implementation_is_within_tolerance(case, impl, device):
     inputs = Inputs(case)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import TABLES, Clip, Row, SamplerState, as_seeds, native, pack, sampler_step
+from admfast.ops import TABLES, Clip, Row, SamplerState, as_seeds, native, pack
+from tests.ops.anywhere import runnable, sampler_step
 from tests.ops.tolerance import bits, unmodified
 
-IMPLEMENTATIONS = TABLES["sampler_step"].names()
+IMPLEMENTATIONS = runnable("sampler_step")
+ON_THE_CPU = [None, "cpp", "reference"]
 needs_native = pytest.mark.skipif(native.reason_missing() is not None, reason="no compiled ops")
 SHAPE = (2, 3, 4, 5)
 # Everything at once: variance, guidance in all three places, noise, saved point, history and push.
@@ -159,7 +161,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("impl", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("impl", ON_THE_CPU)
 @pytest.mark.parametrize(("name", "changes"), WRONG, ids=[f"{i}-{name}" for i, (name, _) in enumerate(WRONG)])
 def test_wrong_arguments_are_named(name, changes, impl):
     state, arguments = filled()
@@ -239,7 +241,8 @@ def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
     names = dict(
         x=state.x, x0=state.x0, saved=state.saved, history=state.history,
         out=given["out"], out2=given["out2"], grad=given["grad"], seeds=given["seeds"], noise=None,
-        table=given["table"].device, row=torch.tensor([1]), noise_row=torch.tensor([1]), stream=1,
+        table=given["table"].device, row=torch.tensor([1]), noise_row=torch.tensor([1]),
+        row_at=0, noise_at=0, stream=1,
     )  # fmt: skip
     assert not changes.keys() - names.keys()
     return list((names | changes).values())
@@ -253,8 +256,9 @@ def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
         dict(out2=None, grad=None, seeds=None, noise=randn(*SHAPE)),
         dict(saved=None, history=None, out=randn(*SHAPE), out2=None, row=torch.tensor([0]),
              table=pack([Row(0, 0, k_x=1)]).device),
+        dict(row=None, row_at=1, noise_row=None, noise_at=2**32 - 1),
     ],
-    ids=["all", "noise", "least"],
+    ids=["all", "noise", "least", "numbers"],
 )  # fmt: skip
 def test_the_raw_op_passes_opcheck(changes):
     torch.library.opcheck(torch.ops.admfast.sampler_step_.default, raw_arguments(filled()[0], **changes))
@@ -296,6 +300,12 @@ BAD_SLOT[1, -1] = 3
         dict(row=torch.tensor([2])),
         dict(row=torch.tensor([-1])),
         dict(row=torch.tensor([0, 1])),
+        dict(row=torch.tensor([1.0])),
+        dict(row=None, row_at=2),
+        dict(row=None, row_at=-1),
+        dict(noise_row=None, noise_at=2**32),
+        dict(noise_row=None, noise_at=-1),
+        dict(noise_row=torch.tensor([2**32 - 1]), noise_at=1),
         dict(noise_row=torch.tensor([-1])),
         dict(noise_row=torch.tensor([0, 1])),
         dict(stream=2**32),

@@ -70,7 +70,11 @@ def assert_bounded(
 
 
 def assert_same_formula(
-    value: Callable[[torch.dtype], Tensor], formula: Callable[[torch.dtype], Tensor], name: str
+    value: Callable[[torch.dtype], Tensor],
+    formula: Callable[[torch.dtype], Tensor],
+    name: str,
+    kind: str = "output",
+    reduction: int = 1,
 ) -> None:
     """Assert that two float64 computations of one thing differ by their rounding alone.
 
@@ -89,7 +93,7 @@ def assert_same_formula(
         return
     r = torch.stack([(single.double() - truth)[finite].abs() for single in singles]).amax(0) * scale
     u = torch.finfo(torch.float64).eps * float(truth[finite].abs().max())
-    assert_bounded((out - truth)[finite].abs(), r, u, name)
+    assert_bounded((out - truth)[finite].abs(), r, u, name, kind, reduction)
 
 
 @contextlib.contextmanager

@@ -88,14 +88,17 @@ def test_shapes_name_the_model(path):
     assert by_name.preset is preset(path.stem)
     assert by_name.config == preset(path.stem).config
     assert by_name.diffusion == preset(path.stem).diffusion
-    assert by_name.assumed == ()
+    # What keys and shapes can't say is taken from the released model, and said to be.
+    said = {"use_new_attention_order"} | (set() if by_name.diffusion is None else {"noise_schedule", "steps"})
+    by = "num_heads" if by_name.config.num_head_channels == -1 else "num_head_channels"
+    assert {line.partition("=")[0] for line in by_name.assumed} == {by, *said}
     renamed = identify(shuffled, file="renamed.pt")
     assert path.stem in [model.name for model in renamed.candidates]
     if len(renamed.candidates) == 1:
         assert renamed.preset is preset(path.stem)
     else:
         assert len(renamed.candidates) == 5 and renamed.preset is None
-        assert renamed.assumed == ("dropout=0.0 (matters in training only)",)
+        assert renamed.assumed == (*by_name.assumed, "dropout=0.0 (matters in training only)")
 
 
 @every_model

@@ -8,10 +8,53 @@ from pathlib import Path
 import pytest
 import torch
 
+from admfast.ops import TABLES
+from admfast.ops.dispatch import ENVIRONMENT
+from tests.ops.tolerance import DEVICES
 from tests.parity import golden
 from tests.parity.nets import config_of, load_golden_net, procedural_state
 
 OUT, GRAD = golden.NETWORK_OUTPUT_LIMIT, golden.NETWORK_GRADIENT_LIMIT
+
+
+def ways() -> list:
+    """(device, ADMFAST_IMPL, channels last): the default, the reference, each implementation by name."""
+    found = []
+    for device in DEVICES:
+        name, marks = (device, ()) if isinstance(device, str) else (device.values[0], device.marks)
+        for impl in ("", "reference", *named(name)):
+            for channels_last in (False, True) if impl in ("", "reference") else (True,):
+                layout = "channels_last" if channels_last else "contiguous"
+                key = f"{name}-{impl or 'default'}-{layout}"
+                found.append(pytest.param((name, impl, channels_last), marks=marks, id=key))
+    return found
+
+
+def named(device: str) -> list[str]:
+    """OP=NAME of what is here; on the CPU without Triton, whose interpreter would take minutes."""
+    entries = [(op, entry) for op in ("group_norm_silu", "attention") for entry in TABLES[op].implementations]
+    return [
+        f"{op}={entry.name}"
+        for op, entry in entries
+        if entry.available() is None and not (device == "cpu" and entry.name == "triton")
+    ]
+
+
+@pytest.fixture(params=ways())
+def way(request, monkeypatch):
+    """Set the environment; give what moves a network or a dict of tensors to the way's device."""
+    device, impl, channels_last = request.param
+    if impl:
+        monkeypatch.setenv(ENVIRONMENT, impl)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+    def moved(given):
+        if isinstance(given, torch.nn.Module):
+            given = given.to(device)
+            return given.to(memory_format=torch.channels_last) if channels_last else given
+        return {name: value.to(device) for name, value in given.items()}
+
+    return moved
 
 
 def conditions(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -33,10 +76,10 @@ def compare_parameter_gradients(net: torch.nn.Module, arrays: dict[str, torch.Te
 
 
 @pytest.mark.parametrize("path", golden.cases("unet", pattern="u*/config.json"))
-def test_unet(path: Path) -> None:
-    arrays = golden.load_tensors(path.with_name("io.npz"))
+def test_unet(path: Path, way) -> None:
+    arrays = way(golden.load_tensors(path.with_name("io.npz")))
     config = golden.load_json(path)
-    net = load_golden_net(path.parent)
+    net = way(load_golden_net(path.parent))
     assert sum(p.numel() for p in net.parameters()) == config["num_params"]
     extra = conditions(arrays)
     x = arrays["x"].requires_grad_(True)
@@ -59,9 +102,9 @@ def test_unet(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", golden.cases("classifier", pattern="c*/config.json"))
-def test_classifier(path: Path) -> None:
-    arrays = golden.load_tensors(path.with_name("io.npz"))
-    net = load_golden_net(path.parent)
+def test_classifier(path: Path, way) -> None:
+    arrays = way(golden.load_tensors(path.with_name("io.npz")))
+    net = way(load_golden_net(path.parent))
     for kind in ("t_int", "t_float"):
         net.zero_grad()
         x = arrays["x"].clone().requires_grad_(True)

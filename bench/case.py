@@ -1,4 +1,4 @@
-"""What a group of ceilings is made of: cases, what they may raise, and how their outputs are checked."""
+"""What a group of measurements is made of: cases, what they may raise, and how their outputs are checked."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _short(value: float) -> float:
 
 def checked(out: torch.Tensor, ref64: torch.Tensor, limit: float) -> float:
     """|out - ref| / |ref| in float64; raises WrongResult where it exceeds `limit` or is not a number."""
-    ref64 = ref64.double().cpu()
+    out, ref64 = out.detach(), ref64.detach().double().cpu()
     error = float((out.double().cpu() - ref64).norm() / ref64.norm())
     if not error <= limit:
         raise WrongResult(f"relative error {error:.2e} exceeds {limit:.2e}")

@@ -1,4 +1,4 @@
-"""Runs the groups of ceilings one after another, each inside its share of the budget, one row at a time."""
+"""Runs the groups of a bench one after another, each inside its share of the budget, one row at a time."""
 
 from __future__ import annotations
 
@@ -9,23 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.ceilings import attention, conv, copy, graph, matmul, norm, sampler
-from bench.ceilings.case import Case, Settings, Unavailable, WrongResult, first_line
+from bench.case import Case, Settings, Unavailable, WrongResult, first_line
 from bench.results import Conditions, ResultFile, Row, environment, row_key
 
 Cases = Callable[[Settings], Iterable[Case]]
 
-# In the order they run, with their part of the budget. What a group leaves over goes to those after it, so
-# the quick ones come first; compiled norms come last, because a compilation is the least predictable.
-GROUPS: dict[str, tuple[float, Cases]] = {
-    "graph": (0.02, graph.cases),
-    "copy": (0.06, copy.cases),
-    "sampler": (0.06, sampler.cases),
-    "matmul": (0.08, matmul.cases),
-    "attention": (0.20, attention.cases),
-    "conv": (0.36, conv.cases),
-    "norm": (0.22, norm.cases),
-}
+# name: (share of the budget, its cases)
+Groups = Mapping[str, tuple[float, Cases]]
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,7 @@ class GroupReport:
     seconds: float
 
 
-def select(
-    only: str | None, groups: Mapping[str, tuple[float, Cases]] = GROUPS
-) -> dict[str, tuple[float, Cases]]:
+def select(only: str | None, groups: Groups) -> dict[str, tuple[float, Cases]]:
     """The groups named in a comma-separated text, all for None; raises ValueError on an unknown name."""
     if only is None:
         return dict(groups)
@@ -56,7 +44,7 @@ def run(
     settings: Settings,
     results: ResultFile,
     budget: float,
-    groups: Mapping[str, tuple[float, Cases]] = GROUPS,
+    groups: Groups,
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[GroupReport]:

@@ -1,0 +1,49 @@
+"""What `--set NAME=VALUE` says of a weights file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
+from admfast.errors import invalid, nearest
+
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_LITERALS = {"True": True, "False": False, "None": None}
+
+
+def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] = ()) -> dict[str, Any]:
+    """Read every `NAME=VALUE` that was given with `flag`.
+
+    also: names that are allowed beside the options of networks and processes.
+    Raises: InvalidArgument without `=`, for an unknown name, or a switch that is neither yes nor no.
+    """
+    options: dict[str, Any] = {}
+    for text in texts or ():
+        name, separator, value = (part.strip() for part in text.partition("="))
+        if not separator or not name:
+            raise invalid(flag, text, "NAME=VALUE, such as num_heads=4")
+        known = [*OPTION_NAMES, *also]
+        if name not in known:
+            raise invalid(flag, name, f"no such option of a file; {nearest(name, known)}")
+        if name in SWITCH_NAMES:
+            if value.lower() not in _WORDS:
+                raise invalid(flag, text, "True or False (or yes, no, 1, 0)")
+            options[name] = _WORDS[value.lower()]
+        else:
+            options[name] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    """What a word stands for: JSON (4, true, [1, 2]), True, False, None, a,b,c or else the word itself."""
+    if text in _LITERALS:
+        return _LITERALS[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    if "," in text:
+        return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
+    return text

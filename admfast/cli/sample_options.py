@@ -1,0 +1,92 @@
+"""The options of `admfast sample`, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from admfast.engine.asking import INVERSE
+from admfast.solvers import SOLVERS
+
+Name = Annotated[str, typer.Argument(help="A system (see `admfast models`) or a weights file.")]
+Weights = Annotated[Path | None, typer.Option(help="Folder with the released files (default: none).")]
+ClassifierFile = Annotated[
+    Path | None, typer.Option("--classifier", help="Classifier for a model given as a file (default: none).")
+]
+UpsamplerFile = Annotated[
+    Path | None,
+    typer.Option("--upsampler", help="Upsampler behind a model given as a file (default: none)."),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Released model that the file is (default: found out from the file)."),
+]
+LowRes = Annotated[
+    Path | None,
+    typer.Option(
+        help="For an upsampler's file, the images to enlarge: an npz, a folder or an image (default: none)."
+    ),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(help="Class indices, 0-9 or 207,360 (default: seed modulo the number of classes)."),
+]
+PerClass = Annotated[int | None, typer.Option(help="Images of each class (default: 1, or as --seeds asks).")]
+Seeds = Annotated[
+    str | None, typer.Option(help="Seeds, 0-15 or 3,5: one image each (default: 0, 1, 2, ...).")
+]
+Steps = Annotated[int | None, typer.Option(help="Network evaluations an image (default: the system's).")]
+Solver = Annotated[
+    str, typer.Option(help=f"One of {', '.join(name for name in SOLVERS if name != INVERSE)}.")
+]
+Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1 (default: 0).")]
+Respaced = Annotated[
+    str | None,
+    typer.Option(
+        "--respacing",
+        help="Timesteps in place of --steps, as published: 250, ddim25, 10,10,10 (default: from --steps).",
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Scale of the classifier's gradient, 0 for none (default: the system's)."),
+]
+UpsamplerSteps = Annotated[
+    int | None, typer.Option(help="Evaluations of the upsampler (default: the system's).")
+]
+Batch = Annotated[int | None, typer.Option(help="Images at a time (default: by image size and device).")]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="auto, fp32, tf32, bf16 or fp16; auto is bf16 with a float32 classifier on a GPU, else fp32."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU where there is one).")]
+Out = Annotated[Path, typer.Option(help="Folder for images/, grid.png and the npz.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace older samples by the complete new set (default: refuse)."),
+]
+Intermediates = Annotated[int, typer.Option(help="Also keep x_0 after every so many steps; 0 for none.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="For a file: what it doesn't show, such as num_heads=4; repeat for more (default: none).",
+    ),
+]
+SetClassifier = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="The same for the file of --classifier (default: none)."),
+]
+SetUpsampler = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="The same for the file of --upsampler, and low_res_size, the side that it enlarges "
+        "(default: none).",
+    ),
+]

@@ -1,0 +1,216 @@
+"""The fused kernels under `attention`: raw forward and backward, and why one can't serve a call.
+
+They are PyTorch's own (through ATen) and xformers'. All take q, k, v as [N, h, S, d] views with a contiguous
+last dimension and any other strides, which is what every one of them asks for: a head is S rows of d numbers,
+3*h*d apart in either published row order, so neither order needs a copy or permuted weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fused attention.
+
+    `forward(q, k, v)` returns (out, *saved) and `backward(dout, q, k, v, out, *saved)` returns (dq, dk, dv),
+    neither of them differentiable; `infer(q, k, v)` returns out alone. All [N, h, S, d].
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    infer: Callable[..., Tensor]
+
+
+# PyTorch's kernels. The order of the arguments of the backward is that of torch's own derivative formulas.
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
+def _cpu_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
+    return ATEN._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    out, lse, _, _, _, _, seed, offset, _ = ATEN._scaled_dot_product_flash_attention(q, k, v)
+    return out, lse, seed, offset
+
+
+def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor) -> Any:
+    out, lse, seed, offset = saved
+    s = q.shape[2]
+    return ATEN._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, s, s, 0.0, False, seed, offset
+    )
+
+
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)
+
+
+def _efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor) -> Any:
+    out, lse, seed, offset = saved
+    mask = [True, True, True, False]
+    return ATEN._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, None, out, lse, seed, offset, 0.0, mask
+    )[:3]
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    out, lse, _, _, _, _, seed, offset, _ = ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out, lse, seed, offset
+
+
+def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor) -> Any:
+    out, lse, seed, offset = saved
+    s = q.shape[2]
+    return ATEN._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse, seed, offset, None, None, None, s, s, 0.0, False
+    )
+
+
+def _efficient_infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ATEN._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
+
+
+def _cudnn_infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+
+
+FLASH_CPU = Kernel(_cpu_forward, _cpu_backward, lambda q, k, v: _cpu_forward(q, k, v)[0])
+FLASH = Kernel(_flash_forward, _flash_backward, lambda q, k, v: _flash_forward(q, k, v)[0])
+EFFICIENT = Kernel(_efficient_forward, _efficient_backward, _efficient_infer)
+CUDNN = Kernel(_cudnn_forward, _cudnn_backward, _cudnn_infer)
+
+
+def torch_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
+    """The kernel that scaled_dot_product_attention would take for this call; None for its plain formula."""
+    choice = torch._fused_sdp_choice(q, k, v)
+    if q.device.type == "cpu":
+        return FLASH_CPU if choice == SDPBackend.FLASH_ATTENTION.value else None
+    if q.shape[-1] % 8:  # torch pads the heads around its kernel for these
+        return None
+    fused = {
+        SDPBackend.FLASH_ATTENTION.value: FLASH,
+        SDPBackend.EFFICIENT_ATTENTION.value: EFFICIENT,
+        SDPBackend.CUDNN_ATTENTION.value: CUDNN,
+    }
+    return fused.get(choice)
+
+
+def torch_reason(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why PyTorch's kernel "flash", "efficient" or "cudnn" can't serve a call; None where it can."""
+    if q.device.type == "cpu":
+        if backend != "flash":
+            return "not on a CPU"
+        if torch.compiler.is_compiling() or torch_kernel(q, k, v) is FLASH_CPU:
+            return None
+        return "torch has no fused attention for this call"
+    if q.device.type != "cuda":
+        return f"not on {q.device.type}"
+    if q.shape[-1] % 8:
+        return f"head dim {q.shape[-1]} is not a multiple of 8"
+    if torch.compiler.is_compiling():  # what follows can't be traced; the kernels check by themselves
+        return None
+    usable = getattr(torch.backends.cuda, f"can_use_{backend}_attention")
+    call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    if usable(call, False):
+        return None
+    with warnings.catch_warnings(record=True) as caught:  # torch gives its reasons as warnings
+        warnings.simplefilter("always")
+        usable(call, True)
+    reasons = [str(warning.message).split(" (Triggered")[0].strip() for warning in caught]
+    return "; ".join(reasons) or "torch can't use it for this call"
+
+
+# xformers
+
+
+def _fmha() -> Any:
+    """xformers' attention; imported here alone, so only where a CUDA tensor is attended."""
+    return importlib.import_module("xformers.ops.fmha")
+
+
+def _turned(*tensors: Tensor) -> list[Tensor]:
+    """[N, h, S, d] <-> [N, S, h, d], views."""
+    return [t.transpose(1, 2) for t in tensors]
+
+
+def _xformers_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    out, lse = _fmha().memory_efficient_attention_forward_requires_grad(*_turned(q, k, v))
+    return out.transpose(1, 2), lse
+
+
+def _xformers_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
+    dout, q, k, v, out = _turned(dout, q, k, v, out)
+    return tuple(_turned(*_fmha().memory_efficient_attention_backward(dout, out, lse, q, k, v)))
+
+
+def _xformers_infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _fmha().memory_efficient_attention_forward(*_turned(q, k, v)).transpose(1, 2)
+
+
+XFORMERS = Kernel(_xformers_forward, _xformers_backward, _xformers_infer)
+
+
+def xformers_missing() -> str | None:
+    """Why xformers can't run in this process at all; None where it may. Imports nothing."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces scaled_dot_product_attention instead"
+    return no_cuda() or _xformers_not_installed()
+
+
+def no_cuda() -> str | None:
+    """Why no CUDA kernel can run in this process; None where they may."""
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+@functools.cache
+def _xformers_not_installed() -> str | None:
+    return None if importlib.util.find_spec("xformers") else "xformers is not installed"
+
+
+def xformers_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why xformers can't serve a call; None where it can."""
+    n, h, s, d = q.shape
+    if q.device.type != "cuda":
+        return f"not on {q.device.type}"
+    if q.dtype == torch.float64:
+        return "no float64"
+    if not 0 < d <= 256 or d % 8:
+        return f"head dim {d} is not a multiple of 8 up to 256"
+    if not n * h * s:
+        return "nothing to attend to"
+    # Reads of 16 bytes: what stands between two rows, samples or heads, and before the first, must fit.
+    if any(step % 8 for t in (q, k, v) for step in (t.storage_offset(), *t.stride()[:3])):
+        return "rows of qkv are not aligned to 8 elements"
+    return _xformers_trial(q.device.index or 0, q.dtype, d)
+
+
+@functools.cache
+def _xformers_trial(device: int, dtype: torch.dtype, d: int) -> str | None:
+    """Attend once, forward and backward, on the real device: the package can be there without its kernels."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            tiny = torch.ones(1, 1, 8, d, device=f"cuda:{device}", dtype=dtype)
+            out, lse = _xformers_forward(tiny, tiny, tiny)
+            gradients = _xformers_backward(torch.ones_like(out), tiny, tiny, tiny, out, lse)
+            right = all(bool(torch.isfinite(t).all()) for t in (out, *gradients)) and torch.equal(out, tiny)
+    except Exception as error:  # whatever a foreign package raises is the reason
+        return f"its trial failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+    return None if right else "its trial gave wrong numbers"

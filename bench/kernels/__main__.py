@@ -1,0 +1,28 @@
+"""`python -m bench.kernels`: measure every op of the package (the flags are those of `bench.command`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.command import bench_main, run_as_program
+from bench.kernels import attention, norm, sampler
+from bench.kernels.report import plot, render
+from bench.runner import Groups
+
+GROUPS: Groups = {
+    "sampler": (0.1, sampler.cases),
+    "norm": (0.4, norm.forward_cases),
+    "norm-gradient": (0.3, norm.gradient_cases),
+    "attention": (0.2, attention.cases),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure, write rows, table and plot; returns the exit status."""
+    return bench_main(
+        "kernels", "Measure every op beside eager PyTorch and torch.compile.", GROUPS, render, argv, plot
+    )
+
+
+if __name__ == "__main__":
+    run_as_program(main)

@@ -1,0 +1,41 @@
+"""What the measured quality of the digits says of how it was taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+from bench import digits_quality
+from bench.results import git_state
+
+ROOT = Path(__file__).resolve().parents[2]
+TAKEN_WITH = {"device", "date", "revision", "dirty", "torch", "weights"}
+
+
+def test_the_committed_rows_are_of_the_weights_that_ship():
+    document = json.loads((ROOT / "bench/results/digits32/quality.json").read_text())
+    assert set(document) > TAKEN_WITH
+    assert document["weights"] == digits_quality.weight_hashes("digits32", None)
+    assert set(document["weights"]) == {"diffusion.safetensors", "classifier.safetensors"}
+
+
+def test_a_run_records_what_it_was_taken_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits_quality, "SETTINGS", (digits_quality.Setting("ddim", 1, 0.0),))
+    out = tmp_path / "q.json"
+    assert digits_quality.main(["--count", "20", "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert set(document) > TAKEN_WITH and document["torch"] == torch.__version__
+    assert (document["revision"], document["dirty"]) == git_state()
+    assert document["weights"] == digits_quality.weight_hashes("digits32", None)
+
+
+@pytest.mark.parametrize("arguments", [["--model", "digits"], ["--model", "gone.pt"]])
+def test_mistakes_are_one_line_and_status_2(arguments, capsys):
+    assert digits_quality.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("digits_quality: ") and error.count("\n") == 1

@@ -1,0 +1,107 @@
+"""The CPU loops of every instruction set agree bit for bit, and are clean under the sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+GXX = shutil.which("g++")
+# Those of setup.py, as far as results depend on them.
+FLAGS = ("-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+pytestmark = pytest.mark.skipif(
+    GXX is None or not sys.platform.startswith("linux"), reason="needs g++ on Linux"
+)
+
+
+def compiled(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module", params=["optimised", "sanitized"])
+def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """loops_driver.cpp with the loops, as they are built and with the sanitizers."""
+    program = tmp_path_factory.mktemp("loops") / request.param
+    how = ["-O3"] if request.param == "optimised" else ["-O1", *SANITIZERS]
+    names = ["sampler_step", *(f"sampler_step_{isa}" for isa in ("generic", "avx2", "avx512"))]
+    sources = [str(CSRC / f"{name}.cpp") for name in names] + [
+        str(Path(__file__).with_name("loops_driver.cpp"))
+    ]
+    compiled([str(GXX), *FLAGS, *how, f"-I{CSRC}", *sources, "-o", str(program)])
+    return program
+
+
+def said_by(driver: Path, **environment: str) -> dict[str, str]:
+    done = subprocess.run([driver], capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(line.split() for line in done.stdout.splitlines())
+
+
+def test_every_instruction_set_and_the_kernel_s_body_give_the_same_bits(driver):
+    said = said_by(driver)
+    chosen = said.pop("chosen")
+    assert {"generic", "body", chosen} <= said.keys()
+    assert len(set(said.values())) == 1, said
+
+
+def test_an_instruction_set_can_be_asked_for(driver):
+    known = said_by(driver).keys() - {"chosen", "body"}
+    for name in known:
+        assert said_by(driver, ADMFAST_CPU_ISA=name)["chosen"] == name
+    assert said_by(driver, ADMFAST_CPU_ISA="unknown")["chosen"] == "generic"
+
+
+# Puts the sanitized extension where the package looks for its own, before anything else does.
+PLUGIN = """
+import importlib.util, os, sys
+import torch
+spec = importlib.util.spec_from_file_location("admfast._C", os.environ["ADMFAST_SANITIZED"])
+sys.modules["admfast._C"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["admfast._C"])
+"""
+
+
+@pytest.mark.slow
+def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    target, objects = tmp_path / "_C.so", []
+    includes = [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_path("include"))]
+    flags = [*FLAGS, *SANITIZERS, "-O1", "-fPIC", "-fopenmp", "-DTORCH_EXTENSION_NAME=_C", *includes]
+    # One file at a time: torch's headers under a sanitizer take a gigabyte each.
+    for source in sorted(CSRC.glob("*.cpp")):
+        if "_cuda_" not in source.name:
+            objects.append(str(tmp_path / f"{source.stem}.o"))
+            compiled([str(GXX), *flags, "-c", str(source), "-o", objects[-1]])
+    libraries = [f"-L{library_paths()[0]}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    compiled([str(GXX), "-shared", *SANITIZERS, "-fopenmp", *objects, *libraries, "-o", str(target)])
+
+    (tmp_path / "sanitized_plugin.py").write_text(PLUGIN)
+    # With libstdc++, which python doesn't load: else the sanitizer finds no __cxa_throw to stand before.
+    preload = [
+        subprocess.run([str(GXX), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ADMFAST_SANITIZED": str(target),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "2",
+    }
+    tests = [f"tests/ops/test_{name}.py" for name in ("sampler_step", "sampler_step_call", "noise")]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "sanitized_plugin", "-p", "no:cacheprovider"]
+    command += ["-k", "cpp or compiled or raw or threads", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert " passed" in done.stdout
