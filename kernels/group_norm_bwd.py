@@ -230,10 +230,11 @@ def plan_bwd(
     tiles = -(-sizes["P"] // launch.apply_p)
     apply = dict(**common, **gradients, dskip_ptr=dskip, terms_ptr=terms, tiles=tiles, blocks=blocks)
     apply |= dict(BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
+    registers = 128 if g.resample is None else 255
     return [
         Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps, 128),
         Call(_group_norm_silu_merge_bwd_kernel, g.n * merge["blocks"], merge, cut.warps),
-        Call(_group_norm_silu_apply_bwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps, 128),
+        Call(_group_norm_silu_apply_bwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps, registers),
     ]
 
 
