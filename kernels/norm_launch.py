@@ -131,9 +131,9 @@ def pow2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-# Bytes that one program may look at twice. Alone on its multiprocessor it finds 128 KB again in the
-# first-level cache, which is 256 KB; where programs abound, several share that.
-ALONE, SHARED = 128 << 10, 64 << 10
+# Bytes that one program may look at twice: two programs share a first-level cache of 256 KB, and one that is
+# alone on its multiprocessor, with 16 KB on the way at a time, takes longer over more than three launches do.
+SHARE = 64 << 10
 LINE, SECTOR = 128, 32  # bytes that memory is asked for at once, and the least that it gives
 
 
@@ -159,34 +159,32 @@ def _one_read(shape: Shape, backward: bool) -> OneRead | None:
     while (
         2 * groups <= shape.groups
         and row(2 * groups) <= LINE
-        and tensors * shape.p * row(2 * groups) <= SHARED
+        and tensors * shape.p * row(2 * groups) <= SHARE
         and programs(2 * groups) >= MULTIPROCESSORS
     ):
         groups *= 2
-    few = programs(groups) <= MULTIPROCESSORS
-    if tensors * shape.p * row(groups) > (ALONE if few else SHARED):
+    if tensors * shape.p * row(groups) > SHARE:
         return None
-    # Few programs: launches are what is saved. Many: bandwidth counts, and a row below a sector wastes it.
+    # Few programs: launches are saved. Many: bandwidth counts, and a row below a sector wastes it.
     if programs(groups) > 2 * MULTIPROCESSORS and row(groups) < SECTOR:
         return None
     # Blocks depend on the row alone, so that few kernels serve all shapes; a small image is masked.
     width = groups * shape.depth
     block_c, unroll = max(pow2(width), 16), 2 if backward else 4
-    warps = 8
-    align = min(width & -width, max(16 // shape.itemsize, 1))
-    return OneRead(groups, max(256 * warps // block_c, 1), block_c, unroll, warps, align)
+    align = min(width & -width, 16 // shape.itemsize)
+    return OneRead(groups, max(2048 // block_c, 1), block_c, unroll, warps=8, align=align)
 
 
 def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     block_c = min(64, pow2(shape.c))
-    block_p, unroll, warps = 2048 // block_c, 2 if backward else 4, 8
+    block_p, unroll = 2048 // block_c, 2 if backward else 4
     blocks = -(-shape.c // block_c)
     # Four programs a multiprocessor; the merge holds all chunks of its channels at once.
     most = min(128, max(8192 // pow2(shape.depth), 1))
     wanted = min(-(-4 * MULTIPROCESSORS // (shape.n * blocks)), most)
     trip = block_p * unroll
     chunk = -(-shape.p // (wanted * trip)) * trip
-    return TwoPass(block_p, block_c, unroll, chunk, warps, apply_p=2048 // block_c, apply_warps=4)
+    return TwoPass(block_p, block_c, unroll, chunk, warps=8, apply_p=block_p, apply_warps=4)
 
 
 def _interpreted(shape: Shape) -> OneRead | TwoPass:
@@ -201,5 +199,6 @@ def merge(shape: Shape, chunks: int) -> Merge:
     groups = 1
     while 2 * groups <= shape.groups and 2 * groups * shape.depth <= 32:
         groups *= 2
-    block_k, block_c = max(pow2(chunks), 16), pow2(groups * shape.depth)
+    block_k = pow2(chunks) if shape.depth > 64 else max(pow2(chunks), 16)  # few kernels, or small tiles
+    block_c = pow2(groups * shape.depth)
     return Merge(groups, block_k, block_c, warps=4 if block_k * block_c <= 2048 else 8)

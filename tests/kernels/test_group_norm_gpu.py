@@ -63,8 +63,8 @@ def test_both_paths_in_every_mode(shape, dtype, mode, path, monkeypatch):
     if path == "two passes":
         monkeypatch.setattr(launch, "_one_read", lambda shape, backward: None)
     else:  # as if no share were too large or too crumbly
-        monkeypatch.setattr(launch, "ALONE", 1 << 30)
-        monkeypatch.setattr(launch, "SHARED", 1 << 30)
+        monkeypatch.setattr(launch, "SHARE", 1 << 30)
+        monkeypatch.setattr(launch, "SECTOR", 0)
     case = MODES[mode] | dict(shape=shaped((SHAPES | ODD)[shape], 2), dtype=dtype)
     check(case)
 
@@ -177,6 +177,12 @@ def test_the_compiled_gradient_is_the_eager_one(backend, resample):
         eager, through = (own[name].grad for own in leaves)
         assert bool(eager.any())
         torch.testing.assert_close(through, eager, rtol=1e-5, atol=1e-5 * float(eager.abs().max()))
+
+
+@pytest.mark.parametrize("spatial", [(4, 4), (24, 24)])
+@pytest.mark.parametrize("channels", [96, 2048])
+def test_one_wide_group(channels, spatial):
+    check(MODES["modulated"] | dict(shape=(2, channels, 0, 1, spatial), dtype="fp16"))
 
 
 def test_a_batch_of_one_million_positions_in_one_dimension():
