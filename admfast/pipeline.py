@@ -201,8 +201,8 @@ class Pipeline:
     ) -> Prediction:
         """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
 
-        The differentiable door: gradients flow from the three fields to x_t (and low_res), any number of times
-        in reverse mode; in forward mode with ADMFAST_IMPL=reference alone, under vmap once.
+        The differentiable door: gradients flow from the three fields to x_t (and low_res), any number of
+        times in reverse mode; in forward mode with ADMFAST_IMPL=reference alone, under vmap once.
         Autocast around the call changes nothing; the backward pass runs under the caller's own TF32 settings.
 
         Args:
