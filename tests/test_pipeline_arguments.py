@@ -55,7 +55,7 @@ BAD = [
     ({"solver": "ddim", "eta": "0"}, "eta='0': a finite number"),
     ({"clip": "no"}, "clip='no': True or False"),
     ({"impl": 3}, "impl=3: the name of an implementation, or None"),
-    ({"impl": "cuda"}, "impl='cuda': no implementation of normal has that name"),
+    ({"impl": "fused"}, "impl='fused': no implementation of normal has that name"),
     # guidance and other functions
     ({"guidance": float("inf")}, "guidance=inf: a finite number"),
     ({"guidance": "2"}, "guidance='2': a finite number"),
