@@ -188,10 +188,16 @@ def _two_pass(shape: Shape, backward: bool) -> TwoPass:
 
 
 def _interpreted(shape: Shape) -> OneRead | TwoPass:
-    """One read below 512 positions, so that a small test meets it and a large one the other."""
+    """One read below 512 positions, so that a small test meets it and a large one the other.
+
+    A block has at most 2^20 elements, there as on a GPU; so has the square of channels that adds up groups.
+    """
     if shape.p <= 512:
-        return OneRead(shape.groups, pow2(shape.p), pow2(shape.c), unroll=1, warps=1)
-    return TwoPass(1024, pow2(shape.c), 1, chunk=2048, warps=1, apply_p=1024, apply_warps=1)
+        groups = max(min(shape.groups, 1024 // shape.depth), 1)
+        block_c = pow2(groups * shape.depth)
+        return OneRead(groups, min(pow2(shape.p), (1 << 20) // block_c), block_c, unroll=1, warps=1)
+    block_c = min(pow2(shape.c), 1024)
+    return TwoPass(1024, block_c, 1, chunk=2048, warps=1, apply_p=1024, apply_warps=1)
 
 
 def merge(shape: Shape, chunks: int) -> Merge:

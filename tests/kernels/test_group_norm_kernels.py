@@ -27,11 +27,13 @@ OPTIONS = dict(
 )
 CASES = all_pairs(**OPTIONS)
 SMALL = dict(modulated=True, silu=True, resample=None, with_skip=False, weights="fp32", mean=0, dtype="fp32")
-# A real image of each path; of the two sources' groups of 18 channels one straddles.
+# A real image of each path and the widest; of the two sources' groups of 18 channels one straddles.
 ADM = {
     "64x64": (1, 192, 0, 32, (64, 64)),
     "16x16 of two sources": (2, 384, 192, 32, (16, 16)),
     "8x8": (2, 1024, 0, 32, (8, 8)),
+    "8x8 of two sources": (1, 1024, 1024, 32, (8, 8)),
+    "one group of 2048": (1, 2048, 0, 1, (24, 24)),
 }
 
 
@@ -57,7 +59,7 @@ def test_values_and_gradients_of_the_whole_grid(shape, dtype, path, monkeypatch)
         check(dict(zip(names, values, strict=True)) | dict(shape=shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("path", ["chosen", "one read as a GPU"])
+@pytest.mark.parametrize("path", ["chosen", "as a GPU"])
 @pytest.mark.parametrize("resample", [None, "up", "down"])
 @pytest.mark.parametrize("shape", ADM)
 def test_shapes_of_the_networks(shape, resample, path, monkeypatch):
