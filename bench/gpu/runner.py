@@ -1,143 +1,25 @@
-"""`python -m bench.gpu`: everything that needs a GPU, in one command that knows how long it may take.
-
-Stages run one after another as processes of their own, each stopped when its share of the time is over. What
-was reached is written to `gpu.json` as it goes; a second run into the same folder skips what is finished and
-goes on with the rest. The Python it is run with is the one it tests: nothing is downloaded.
-
-Exit status: 0 when nothing failed, 3 when nothing failed but something ran out of time (run it again), 1 when
-something failed, 2 without a CUDA device or for a wrong argument.
-"""
+"""Runs stages one after another within a budget, keeps what became of each, and goes on where one ended."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.results import environment, markdown_table
+from bench.gpu.process import run_step
+from bench.gpu.stages import Plan, Stage
+from bench.results import environment
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("admfast", "kernels", "csrc", "bench", "tests")
 SUFFIXES = frozenset({".py", ".cpp", ".cu", ".h", ".cuh"})
-LOG_LIMIT = (
-    4 << 20
-)  # bytes a step may add to the log, so that a loop that prints can't make it too big to keep
 PYTEST_NO_TESTS = 5
 UNFINISHED = 3
-BENCHES = ("kernels", "sampling", "training", "peers")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the stages are told: where the sources are, where results go, and on which device they run."""
-
-    out: Path
-    device: str = "cuda"
-    root: Path = ROOT
-    golden: Path = Path(".golden")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One process of a stage."""
-
-    name: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: its weight in the shares of time, why it can't run ("" when it can), and its steps.
-
-    `steps` is told the seconds of the stage's share, so that a bench can end by itself before it is stopped.
-    `record` adds to the entry of a stage that passed; `standing` says whether a finished entry still holds
-    on this machine.
-    """
-
-    name: str
-    weight: float
-    steps: Callable[[Plan, float], list[Step]]
-    missing: Callable[[Plan], str] = lambda plan: ""
-    record: Callable[[Plan], dict[str, Any]] = lambda plan: {}
-    standing: Callable[[Plan, dict[str, Any]], bool] = lambda plan, entry: True
-
-
-def build_steps(plan: Plan, seconds: float) -> list[Step]:
-    """Install this checkout in place, from what is there: no network, no dependencies."""
-    pip = (sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation")
-    mode = os.environ.get("ADMFAST_BUILD", "auto")
-    return [Step(f"ADMFAST_BUILD={mode}", (*pip, "-e", "."), {"ADMFAST_BUILD": mode})]
-
-
-def build_info(plan: Plan) -> dict[str, Any]:
-    """What the build wrote about itself; and a note, as a build that fell back to the CPU passes too."""
-    path = plan.root / "admfast" / "_build_info.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    note = ", ".join(f"{name} {info[name]}" for name in ("built", "wanted", "reason") if info.get(name))
-    return {"build_info": info, "note": note}
-
-
-def build_stands(plan: Plan, entry: dict[str, Any]) -> bool:
-    """Whether the build an entry speaks of is here: results may have been carried to a bare machine."""
-    return "build_info" in entry and build_info(plan).get("build_info") == entry["build_info"]
-
-
-def test_steps(plan: Plan, seconds: float) -> list[Step]:
-    """The tests that need a GPU, and the parity tests where golden data lies beside the sources."""
-    pytest = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
-    golden = plan.root / plan.golden
-    found = {"ADMFAST_GOLDEN": str(golden)} if golden.is_dir() else {}
-    steps = [Step("pytest -m gpu", (*pytest, "-m", "gpu"), found)]
-    if found and (plan.root / "tests" / "parity").is_dir():
-        steps.append(Step("parity", (*pytest, "-m", "not gpu and not slow", "tests/parity"), found))
-    return steps
-
-
-def bench_stage(name: str, weight: float) -> Stage:
-    """A bench of this folder: `python -m bench.<name> --device D --out DIR --budget SECONDS`."""
-
-    def steps(plan: Plan, seconds: float) -> list[Step]:
-        own = f"{max(seconds - 10, seconds / 2):.0f}"  # ten seconds to end by itself and write its table
-        flags = ("--device", plan.device, "--out", str(plan.out), "--budget", own)
-        return [Step(f"bench.{name}", (sys.executable, "-m", f"bench.{name}", *flags))]
-
-    def missing(plan: Plan) -> str:
-        folder = plan.root / "bench"
-        there = (folder / f"{name}.py").exists() or (folder / name / "__main__.py").exists()
-        return "" if there else f"no bench/{name}.py"
-
-    return Stage(name, weight, steps, missing)
-
-
-STAGES: tuple[Stage, ...] = (
-    Stage(
-        "build",
-        0.20,
-        build_steps,
-        missing=lambda plan: "" if (plan.root / "setup.py").exists() else "no setup.py",
-        record=build_info,
-        standing=build_stands,
-    ),
-    Stage("tests", 0.25, test_steps),
-    bench_stage("ceilings", 0.30),
-    *(bench_stage(name, 0.20) for name in BENCHES),
-)
 
 
 def fingerprint(root: Path) -> str:
@@ -151,71 +33,10 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def run_step(step: Step, plan: Plan, seconds: float, log: Path) -> dict[str, Any]:
-    """Run one step for at most `seconds`, its output appended to `log`.
-
-    Returns:
-        `exit` (None when it was stopped), `seconds`, and `last`, the last line it printed.
-    """
-    begin = time.monotonic()
-    with log.open("ab") as file:
-        file.write(f"\n$ {' '.join(step.command)}\n".encode())
-        file.flush()
-        start = file.tell()
-        process = subprocess.Popen(
-            step.command,
-            cwd=plan.root,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(step.environment),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        code: int | None
-        try:
-            code = process.wait(timeout=max(seconds, 0.1))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process)
-    return {"exit": code, "seconds": round(time.monotonic() - begin, 1), "last": _trim(log, start)}
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a step and whatever it started: an interrupt first, so that it can write what it has."""
-    for sign, patience in ((signal.SIGINT, 6.0), (signal.SIGKILL, 6.0)):
-        if process.poll() is None:
-            os.killpg(process.pid, sign)
-            try:
-                process.wait(timeout=patience)
-            except subprocess.TimeoutExpired:
-                continue
-    try:
-        os.killpg(process.pid, signal.SIGKILL)  # compile workers outlive their parent
-    except ProcessLookupError:
-        pass
-
-
-def _trim(log: Path, start: int) -> str:
-    """Cut what was added since `start` to LOG_LIMIT bytes, in its middle; returns its last line with text."""
-    with log.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size - start > LOG_LIMIT:
-            file.seek(size - LOG_LIMIT // 2)
-            tail = file.read()
-            file.seek(start + LOG_LIMIT // 2)
-            file.truncate()
-            file.write(b"\n... shortened ...\n" + tail)
-            size = file.tell()
-        file.seek(max(start, size - 65536))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:160] if lines else ""
-
-
 def run_stage(stage: Stage, plan: Plan, seconds: float, log: Path) -> dict[str, Any]:
     """Run a stage inside its share and return its entry: `status`, `seconds`, `note` and its steps.
 
-    The status is the worst of its steps': failed, stopped, unfinished, passed, or "no tests" found at all.
+    The status is the worst of its steps': failed, stopped, unfinished, "no tests" found at all, passed.
     """
     reason = stage.missing(plan)
     if reason:
@@ -224,23 +45,30 @@ def run_stage(stage: Stage, plan: Plan, seconds: float, log: Path) -> dict[str, 
     done: list[dict[str, Any]] = []
     for step in stage.steps(plan, seconds):
         entry = {"step": step.name} | run_step(step, plan, end - time.monotonic(), log)
-        entry["status"] = _status(entry["exit"], entry["last"], stage.name)
+        entry["status"] = _status(entry["exit"], entry["last"], step.tests)
         done.append(entry)
-    order = ("failed", "stopped", "unfinished", "passed", "no tests")
+    order = ("failed", "stopped", "unfinished", "no tests", "passed")
     worst = min(done, key=lambda entry: order.index(entry["status"]))
     out = {
         "status": worst["status"],
         "seconds": round(sum(entry["seconds"] for entry in done), 1),
-        "note": f"stopped after {worst['seconds']:.0f} s" if worst["status"] == "stopped" else worst["last"],
+        "note": _note(worst, done),
         "steps": done,
     }
     return out | stage.record(plan) if out["status"] == "passed" else out
 
 
-def _status(code: int | None, last: str, stage: str) -> str:
+def _note(worst: dict[str, Any], done: list[dict[str, Any]]) -> str:
+    """What the step that decided said last; where all went well, what every step did."""
+    if worst["status"] == "stopped":
+        return f"{worst['step']}: stopped after {worst['seconds']:.0f} s"
+    return worst["last"] if worst["status"] != "passed" else "; ".join(entry["last"] for entry in done)
+
+
+def _status(code: int | None, last: str, tests: bool) -> str:
     if code is None:
         return "stopped"
-    if stage == "tests":
+    if tests:
         # pytest also exits 0 when every test was skipped, as GPU tests are on a machine they don't recognise.
         ran = code != PYTEST_NO_TESTS and not (code == 0 and " passed" not in last)
         return ("passed" if code == 0 else "failed") if ran else "no tests"
@@ -283,8 +111,9 @@ def run_stages(
         entry = run_stage(stage, plan, share, log) if share > 0 or stage.missing(plan) else _no_time()
         entries[stage.name] = entry | {"source": source, "date": _now()}
         _write_state(path, state)
-        if entry["status"] == "failed":
-            say(_tail(log))
+        for step in entry.get("steps", []):
+            if step["status"] == "failed":
+                say(_tail(log, step["log_end"]))
         say(f"{stage.name}: {entry['status']} after {entry['seconds']:.0f} s")
     return {stage.name: entries[stage.name] for stage in stages}
 
@@ -312,10 +141,11 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _tail(log: Path, lines: int = 30) -> str:
+def _tail(log: Path, end: int, lines: int = 30) -> str:
+    """The last lines before byte `end`, where a step's output ends."""
     with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
-        text = file.read().decode(errors="replace")
+        start = file.seek(max(0, end - 16384))
+        text = file.read(end - start).decode(errors="replace")
     return "\n".join("  | " + line for line in text.splitlines()[-lines:])
 
 
@@ -325,59 +155,3 @@ def exit_status(entries: Mapping[str, Mapping[str, Any]]) -> int:
     if "failed" in states:
         return 1
     return UNFINISHED if states & {"stopped", "unfinished"} else 0
-
-
-def choose(names: str | None, stages: Sequence[Stage] = STAGES) -> list[Stage]:
-    """The stages named in a comma-separated text, in their order; all for None or ""; else ValueError."""
-    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
-    unknown = sorted(set(wanted) - {stage.name for stage in stages})
-    if unknown:
-        known = ", ".join(stage.name for stage in stages)
-        raise ValueError(f"stages={names!r}: no stage {', '.join(unknown)}; there are {known}")
-    return [stage for stage in stages if not wanted or stage.name in wanted]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, run the stages, print the table; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    cuda = torch.cuda.is_available()
-    if not cuda and not arguments.allow_cpu:
-        print(f"bench.gpu: no CUDA device (torch {torch.__version__}); nothing was run", file=sys.stderr)
-        return 2
-    try:
-        stages = choose(arguments.stages)
-        budget = float(arguments.budget)
-        if budget <= 0:
-            raise ValueError(f"budget={budget:g}: must be above 0 seconds")
-    except ValueError as error:
-        print(f"bench.gpu: {error}", file=sys.stderr)
-        return 2
-    plan = Plan(Path(arguments.out).resolve(), "cuda" if cuda else "cpu")
-    try:
-        entries = run_stages(plan, stages, budget, say=lambda line: print(line, flush=True))
-    except KeyboardInterrupt:
-        print(f"bench.gpu: stopped; what was reached is in {plan.out}", file=sys.stderr)
-        return UNFINISHED
-    rows = [(name, e["status"], f"{e['seconds']:.0f} s", e.get("note", "")) for name, e in entries.items()]
-    print("\n" + markdown_table(("stage", "status", "time", "note"), rows) + f"\nresults and log: {plan.out}")
-    return exit_status(entries)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
-    names = ",".join(stage.name for stage in STAGES)
-    environ = os.environ.get
-    parser.add_argument("--stages", default=environ("STAGES"), help=f"some of {names} (STAGES; default: all)")
-    parser.add_argument(
-        "--budget", default=environ("BUDGET") or "540", help="seconds for all (BUDGET; default: 540)"
-    )
-    parser.add_argument("--out", default=environ("OUT") or "out/gpu", help="folder (OUT; default: out/gpu)")
-    parser.add_argument("--allow-cpu", action="store_true", help="run the stages on a CPU, to try them out")
-    return parser
-
-
-if __name__ == "__main__":
-    # A shell that starts a job in the background has it ignore interrupts, and its children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())

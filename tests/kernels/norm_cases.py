@@ -114,6 +114,13 @@ def check(case: dict[str, Any], impl: str = "triton") -> None:
     tensors, options = call_of(case)
     with unmodified(**tensors):
         got = results(lambda **k: group_norm_silu(**k, impl=impl), tensors, options)
+    judge(case, got, tensors, options)
+
+
+def judge(
+    case: dict[str, Any], got: dict[str, Tensor], tensors: dict[str, Tensor], options: dict[str, Any]
+) -> None:
+    """Compare `got` with the reference, on the device of `tensors`."""
     reference = results(group_norm_silu_ref, tensors, options)
     truth = results(group_norm_silu_ref, wide(tensors), options)
     positions = tensors["x"][0, 0].numel()
