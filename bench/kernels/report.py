@@ -14,8 +14,10 @@ TITLES = {
     "attention": "Attention",
     "attention_grad": "Attention, gradient",
     "sampler_step": "One guided sampler update, noise included",
+    "adamw_ema_step": "One AdamW step with one average of the weights",
+    "dynamic_threshold": "Dynamic thresholding at the 99.5th percentile",
 }
-OTHERS = ("copy", "eager", "torch.compile", "apex", "liger", "reference")
+OTHERS = ("copy", "eager", "torch.compile", "torch.optim", "apex", "liger", "reference")
 LIBRARIES = ("attention", "attention_grad")  # every provider is a library's: the ratio is to the best of them
 
 
