@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from admfast.kernels import norm_launch
-from admfast.kernels.norm_launch import Call, OneRead, TwoPass, share
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass
 from admfast.kernels.norm_tensors import Geometry, affine_arguments, empty, empty_float, geometry
 from admfast.kernels.norm_tiles import (
     PLAIN,
@@ -124,15 +124,16 @@ def _group_statistics(
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_fwd_kernel(
     x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, width, blocks, scale_stride, shift_stride,
+    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, scale_stride, shift_stride,
     EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     SINGLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program takes all positions of whole groups, `width` channels, from memory once."""
+    """One read: a program takes all positions of whole groups, `pieces` of ALIGN channels, only once."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    c = tl.multiple_of((tl.program_id(0) % blocks) * width, ALIGN) + lane
+    width = pieces * ALIGN  # the compiler must know what divides it, or it loads and stores one by one
+    c = (tl.program_id(0) % blocks) * width + lane
     wanted = (lane < width) & (c < C1 + C2)
     about, added, deviations = _channel_statistics(
         x_ptr, x2_ptr, n, 0, P, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
@@ -198,25 +199,27 @@ def _group_norm_silu_merge_fwd_kernel(
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_apply_fwd_kernel(
     x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, blocks, tiles, scale_stride, shift_stride,
+    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The elementwise pass: a program is a tile of input positions, of output positions for "down"."""
+    """The elementwise pass: a program takes `span` input positions, output positions for "down"."""
     # Backwards through the data: what the sums read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    n = program // blocks // tiles
+    n = program // blocks // spans
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     wanted = c < C1 + C2
-    p = ((program // blocks) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first = ((program // blocks) % spans) * span
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = a * rstd
     b = b - low * a
-    _apply_tile(
-        x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
-        P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C,
-    )  # fmt: skip
+    for start in range(first, tl.minimum(first + span, P_OUT if RESAMPLE == "down" else P), BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        _apply_tile(
+            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
+            P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
 
 
 def plan_fwd(
@@ -239,8 +242,8 @@ def plan_fwd(
     if isinstance(launch, OneRead):
         blocks = -(-groups // launch.groups)
         arguments = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth, EPS=eps)
-        arguments |= dict(**launch.block, **share(launch.groups, depth), ALIGN=launch.align, blocks=blocks)
-        registers = 128 if x2 is None and g.resample is None else 255
+        arguments |= dict(**launch.block, **launch.share(depth), blocks=blocks)
+        registers = 128 if x2 is None else 255
         return [Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments, launch.warps, registers)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
     partial = empty_float((g.n, chunks, 3, channels), x)
@@ -248,14 +251,16 @@ def plan_fwd(
     stats = dict(**sources, **chunked, **launch.block, C1=g.c1, C2=g.c2, blocks=blocks)
     cut = norm_launch.merge(g.shape(groups, x), chunks)
     merge = dict(**chunked, **statistics, **cut.block, N=g.n, C=channels, G=groups, D=depth, EPS=eps)
-    merge |= dict(**share(cut.groups, depth), blocks=-(-groups // cut.groups))
-    tiles = -(-(sizes["P_OUT"] if g.resample == "down" else sizes["P"]) // launch.apply_p)
-    apply = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth)
-    apply |= dict(blocks=blocks, tiles=tiles, BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
+    merge |= dict(**cut.share(depth), blocks=-(-groups // cut.groups))
+    cover = launch.spans(g.n * blocks, sizes["P_OUT"] if g.resample == "down" else sizes["P"])
+    apply = dict(**sources, **affine, **outputs, **sizes, **modes, **cover, G=groups, D=depth)
+    apply |= dict(blocks=blocks, BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
+    programs = g.n * blocks * cover["spans"]
+    registers = 64 if x2 is None and g.resample is None else 128
     return [
-        Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps, 128),
-        Call(_group_norm_silu_merge_fwd_kernel, g.n * merge["blocks"], merge, cut.warps),
-        Call(_group_norm_silu_apply_fwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps, 128),
+        Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps),
+        Call(_group_norm_silu_merge_fwd_kernel, g.n * merge["blocks"], merge, cut.warps, 255),
+        Call(_group_norm_silu_apply_fwd_kernel, programs, apply, launch.apply_warps, registers),
     ]
 
 

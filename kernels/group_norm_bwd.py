@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from admfast.kernels import norm_launch
-from admfast.kernels.norm_launch import Call, OneRead, TwoPass, share
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass
 from admfast.kernels.norm_tensors import (
     Geometry,
     affine_arguments,
@@ -83,15 +83,16 @@ def _apply_tile(
 def _group_norm_silu_bwd_kernel(
     dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
     dx_ptr, dx2_ptr, s1_ptr, s2_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, width, blocks, scale_stride, shift_stride,
+    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     SINGLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program takes all positions of whole groups, `width` channels, from memory once."""
+    """One read: a program takes all positions of whole groups, `pieces` of ALIGN channels, only once."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    c = tl.multiple_of((tl.program_id(0) % blocks) * width, ALIGN) + lane
+    width = pieces * ALIGN  # the compiler must know what divides it, or it loads and stores one by one
+    c = (tl.program_id(0) % blocks) * width + lane
     wanted = (lane < width) & (c < C1 + C2)
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
@@ -171,27 +172,29 @@ def _group_norm_silu_merge_bwd_kernel(
 def _group_norm_silu_apply_bwd_kernel(
     dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
     terms_ptr, dx_ptr, dx2_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, blocks, tiles, scale_stride, shift_stride,
+    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The elementwise pass: a program is a tile of input positions."""
+    """The elementwise pass: a program takes `span` input positions."""
     # Backwards through the data: what the sums read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    n = program // blocks // tiles
+    n = program // blocks // spans
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     wanted = c < C1 + C2
-    p = ((program // blocks) % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first = ((program // blocks) % spans) * span
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     group = n.to(tl.int64) * G + c // D
     off = tl.load(terms_ptr + group, mask=wanted, other=0.0)
     slope = tl.load(terms_ptr + N.to(tl.int64) * G + group, mask=wanted, other=0.0)
     a = w * rstd
-    _apply_tile(
-        dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b - low * a, off - low * slope, slope,
-        n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
-    )  # fmt: skip
+    for start in range(first, tl.minimum(first + span, P), BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        _apply_tile(
+            dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b - low * a, off - low * slope, slope,
+            n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
+        )  # fmt: skip
 
 
 def plan_bwd(
@@ -215,7 +218,7 @@ def plan_bwd(
     common |= dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
     if isinstance(launch, OneRead):
         blocks = -(-groups // launch.groups)
-        cut = dict(**launch.block, **share(launch.groups, depth), ALIGN=launch.align, blocks=blocks)
+        cut = dict(**launch.block, **launch.share(depth), blocks=blocks)
         arguments = dict(**common, **gradients, **sums, **cut, dskip_ptr=dskip)
         return [Call(_group_norm_silu_bwd_kernel, g.n * blocks, arguments, launch.warps)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
@@ -226,15 +229,16 @@ def plan_bwd(
     cut = norm_launch.merge(g.shape(groups, x), chunks)
     merge = dict(**affine, **sums, **cut.block, partial_ptr=partial, terms_ptr=terms, chunks=chunks)
     merge |= dict(rstd_ptr=statistics["rstd_ptr"], N=g.n, P=sizes["P"], C=channels, G=groups, D=depth)
-    merge |= dict(**share(cut.groups, depth), blocks=-(-groups // cut.groups))
-    tiles = -(-sizes["P"] // launch.apply_p)
-    apply = dict(**common, **gradients, dskip_ptr=dskip, terms_ptr=terms, tiles=tiles, blocks=blocks)
+    merge |= dict(**cut.share(depth), blocks=-(-groups // cut.groups))
+    cover = launch.spans(g.n * blocks, sizes["P"])
+    apply = dict(**common, **gradients, **cover, dskip_ptr=dskip, terms_ptr=terms, blocks=blocks)
     apply |= dict(BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
-    registers = 128 if g.resample is None else 255
+    programs = g.n * blocks * cover["spans"]
+    registers = 80 if x2 is None and g.resample is None else 128
     return [
-        Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps, 128),
-        Call(_group_norm_silu_merge_bwd_kernel, g.n * merge["blocks"], merge, cut.warps),
-        Call(_group_norm_silu_apply_bwd_kernel, g.n * tiles * blocks, apply, launch.apply_warps, registers),
+        Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps),
+        Call(_group_norm_silu_merge_bwd_kernel, g.n * merge["blocks"], merge, cut.warps, 255),
+        Call(_group_norm_silu_apply_bwd_kernel, programs, apply, launch.apply_warps, registers),
     ]
 
 

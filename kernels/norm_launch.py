@@ -12,6 +12,7 @@ import torch
 import triton
 
 MULTIPROCESSORS = 132  # H100; only how finely the work is cut depends on it
+RESIDENT = 8 * MULTIPROCESSORS  # programs of 4 warps and 64 registers a thread that run at once
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read here as the decorators read it: once
 
 
@@ -24,11 +25,16 @@ class OneRead:
     block_c: int
     unroll: int
     warps: int
-    align: int = 1  # divides the first channel of every program: how wide its loads may be
+    align: int = 1  # divides the channels of a program: how wide its loads may be
 
     @property
     def block(self) -> dict[str, int]:
         return dict(BLOCK_P=self.block_p, BLOCK_C=self.block_c, UNROLL=self.unroll)
+
+    def share(self, depth: int) -> dict[str, Any]:
+        """The arguments that say which channels a program takes, of groups of `depth`."""
+        pieces = self.groups * depth // self.align
+        return dict(pieces=pieces, ALIGN=self.align, SINGLE=single(self.groups, depth))
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class TwoPass:
     def chunks(self, positions: int) -> int:
         return -(-positions // self.chunk)
 
+    def spans(self, others: int, positions: int) -> dict[str, int]:
+        """How many positions a program of the elementwise pass takes, and how many such programs there are.
+
+        What it does once for its channels is 1.5 times the instructions of a tile, which would cost more than
+        memory does: where `others` programs for every span fill the multiprocessors, it takes up to 8 tiles.
+        """
+        tiles = -(-positions // self.apply_p)
+        each = max(min(-(-others * tiles // RESIDENT), 8), 1)
+        return dict(span=each * self.apply_p, spans=-(-tiles // each))
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -66,6 +82,10 @@ class Merge:
     @property
     def block(self) -> dict[str, int]:
         return dict(BLOCK_K=self.block_k, BLOCK_C=self.block_c)
+
+    def share(self, depth: int) -> dict[str, Any]:
+        """The arguments that say which channels a program takes, of groups of `depth`."""
+        return dict(width=self.groups * depth, SINGLE=single(self.groups, depth))
 
 
 @dataclass(frozen=True)
@@ -92,14 +112,15 @@ class Call:
     programs: int
     arguments: dict[str, Any]
     warps: int
-    registers: int = 255
+    registers: int = 128
 
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told.
 
         Registers a thread are always limited: left alone, the compiler aims at an occupancy and spills some.
-        128 let two programs of 8 warps share a multiprocessor; what holds more takes what it needs.
+        128 let two programs of 8 warps share a multiprocessor, or four of 4; what holds more, or can do with
+        less, says so.
         """
         return dict(num_warps=self.warps, maxnreg=self.registers)
 
@@ -107,12 +128,9 @@ class Call:
         self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-def share(groups: int, depth: int) -> dict[str, Any]:
-    """The arguments of a kernel whose program takes `groups` whole groups of `depth` channels.
-
-    SINGLE spares a group too wide for it the square of channels that adding up several takes.
-    """
-    return dict(width=groups * depth, SINGLE=groups == 1 and depth > 64)
+def single(groups: int, depth: int) -> bool:
+    """Whether a program has one group, too wide for the square of channels that adding up several takes."""
+    return groups == 1 and depth > 64
 
 
 def run(calls: list[Call], device: torch.device) -> None:

@@ -12,7 +12,7 @@ import triton.language as tl
 # Of the integers only the channel counts tell how wide a load may be; the others would only multiply what is
 # compiled, and a 1 among them would arrive as a constant.
 PLAIN = [
-    *("N", "P", "P_OUT", "H", "W", "G", "D", "width", "chunk", "chunks", "blocks", "tiles"),
+    *("N", "P", "P_OUT", "H", "W", "G", "D", "width", "pieces", "chunk", "chunks", "blocks", "span", "spans"),
     *("scale_stride", "shift_stride"),
 ]
 

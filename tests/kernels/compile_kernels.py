@@ -2,7 +2,8 @@
 
 A process of its own, as Triton's decorators decide at import whether kernels are compiled or interpreted.
 The shapes are those of the released networks, run on the meta device. Prints one line of JSON a kernel: name,
-key, registers, bytes of stack (spilled registers lie there), shared memory, seconds.
+key, registers, bytes of stack (spilled registers lie there), shared memory, the bytes of a thread's widest
+load and store and how wide the launch's channels allow them to be, seconds.
 """
 
 from __future__ import annotations
@@ -118,14 +119,14 @@ def source(call: Call) -> tuple[ASTSource, tuple]:
 
 
 def distinct(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple, dict[torch.dtype, tuple]]]:
-    """(key, {dtype: (source, options)}) of every different kernel that the networks launch."""
+    """(key, {dtype: (source, options, bytes allowed)}) of every different kernel that the networks launch."""
     found: dict[tuple, dict[torch.dtype, tuple]] = {}
     for norm in norms():
         for batch in BATCHES:
             for dtype in dtypes:
                 for call in launches(norm, batch, dtype):
                     src, key = source(call)
-                    found.setdefault(key, {}).setdefault(dtype, (src, call.options))
+                    found.setdefault(key, {}).setdefault(dtype, (src, call.options, allowed(call, dtype)))
     yield from sorted(found.items(), key=lambda item: repr(item[0]))
 
 
@@ -142,7 +143,19 @@ def compiled(src: ASTSource, options: dict[str, int], architecture: int) -> dict
     assert seen, usage
     registers, stack, shared, local = map(int, seen.groups())
     found = dict(architecture=architecture, registers=registers, stack=stack, local=local, shared=shared)
+    found |= {name: widest(kernel.asm["ptx"], name) for name in ("ld", "st")}
     return found | dict(seconds=round(time.perf_counter() - start, 2))
+
+
+def widest(ptx: str, access: str) -> int:
+    """Bytes of the widest access of global memory that a thread makes at once: "ld" or "st"."""
+    found = re.findall(rf"\b{access}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+
+
+def allowed(call: Call, dtype: torch.dtype) -> int:
+    """Bytes that a thread may move at once: 16, or the channels that a program's share is a multiple of."""
+    return min(16, call.arguments.get("ALIGN", 16) * dtype.itemsize)
 
 
 def main() -> None:
@@ -155,8 +168,9 @@ def main() -> None:
         chosen = [(dtype, a) for dtype in variants for a in ARCHITECTURES]
         # One of each key, in turn of another dtype and architecture.
         for dtype, architecture in chosen if everything else [chosen[number % len(chosen)]]:
-            row = dict(kernel=key[0], key=repr(key[1:]), dtype=DTYPES[dtype])
-            print(json.dumps(row | compiled(*variants[dtype], architecture)), flush=True)
+            src, options, allowed_bytes = variants[dtype]
+            row = dict(kernel=key[0], key=repr(key[1:]), dtype=DTYPES[dtype], allowed=allowed_bytes)
+            print(json.dumps(row | compiled(src, options, architecture)), flush=True)
 
 
 if __name__ == "__main__":

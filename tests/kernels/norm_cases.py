@@ -54,6 +54,7 @@ def force(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     def two(shape: Any, backward: bool) -> Any:
         return launch.TwoPass(4, 8, unroll=2, chunk=16, warps=1, apply_p=8, apply_warps=1)
 
+    monkeypatch.setattr(launch, "RESIDENT", 4)  # several tiles a program of the elementwise pass
     if path != "chosen":
         monkeypatch.setattr(launch, "choose", {"one read": one, "two passes": two}[path])
 

@@ -55,10 +55,11 @@ def norms(device: str) -> Iterator[str]:
         real(calls, where)
 
     for case in NORMS:
-        for share in (launch.SHARE, 0):  # one read; two passes, as if nothing fitted
+        # One read; two passes, as if nothing fitted, with several tiles a program.
+        for limits in ({}, {"SHARE": 0, "RESIDENT": 2}):
             tensors, options = call_of(case, "cpu")
             there = {name: t.to(device) for name, t in tensors.items()}
-            with mock.patch.multiple(launch, INTERPRETED=False, SHARE=share, run=run):
+            with mock.patch.multiple(launch, INTERPRETED=False, run=run, **limits):
                 got = results(lambda **k: group_norm_silu(**k, impl="triton"), there, options)
             judge(case, {name: value.cpu() for name, value in got.items()}, tensors, options)
     yield from launched
