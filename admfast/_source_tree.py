@@ -17,12 +17,14 @@ def kernels() -> ModuleType:
     """Return the package `admfast.kernels`; raises ImportError where neither installation nor tree has it."""
     if "admfast.kernels" in sys.modules:
         return sys.modules["admfast.kernels"]
-    if importlib.util.find_spec("admfast.kernels") is not None:
-        return importlib.import_module("admfast.kernels")
     folder = Path(__file__).resolve().parent.parent / "kernels"
     init, name = folder / "__init__.py", "admfast.kernels"
-    if not init.exists():
-        raise ImportError(f"{name} is neither installed nor at {folder}")
+    # A tree's own kernels come before those of another checkout that happens to be installed. Beside an
+    # installed package a folder `kernels` is somebody else's.
+    if not (init.exists() and (folder.parent / "pyproject.toml").exists()):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"{name} is neither installed nor at {folder}")
+        return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

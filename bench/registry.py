@@ -25,7 +25,15 @@ COPY_BYTES = {
 # The first is measured first: where time runs short it is the one that counts.
 BATCHES = {"cuda": (8, 1, 32), "cpu": (1, 4)}
 
+# Bytes that a second read finds in an H100's 50 MB L2, beside what else is there.
+L2_BYTES = 40e6
+
 SAMPLER_SIDES = (64, 128, 256, 512)
+# The networks whose parameters the optimiser's step is measured on.
+OPTIMISED = {
+    "cuda": ("64x64_diffusion", "256x256_diffusion"),
+    "cpu": ("digits32_diffusion", "64x64_classifier"),
+}
 GRAPH_NODES = (500, 1000)
 
 

@@ -1,9 +1,9 @@
 """Which implementation of an op runs: one ordered table per op, and one rule for choosing from it.
 
 The rule: `impl=NAME`, else the environment variable ADMFAST_IMPL, else the first entry of the table that is
-available and supports the call, where one that was measured to be the fastest (`prefer`) comes first. An
-implementation asked for by name that can't run raises `Unavailable` with its reason; it never falls back
-silently.
+available, may be chosen unasked and supports the call, where one that was measured to be the fastest
+(`prefer`) comes first. An implementation asked for by name that can't run raises `Unavailable` with its
+reason; it never falls back silently.
 
 ADMFAST_IMPL is a comma-separated list of `NAME` (every op) and `OP=NAME` (one op, which wins over `NAME`).
 """
@@ -30,7 +30,8 @@ def _always(*_args: Any, **_kwargs: Any) -> None:
 class Implementation:
     """One way to run an op.
 
-    `available()` and `supports(*args, **kwargs)` return None, or the reason against in a few words.
+    `available()` and `supports(*args, **kwargs)` return None, or the reason against in a few words; so does
+    `unasked()`, which is heeded only where the implementation was not asked for by name.
     `forward` takes the op's own arguments; `backward` is None where autograd of `forward` serves.
     """
 
@@ -39,6 +40,7 @@ class Implementation:
     available: Callable[[], str | None] = _always
     supports: Callable[..., str | None] = _always
     backward: Callable[..., Any] | None = None
+    unasked: Callable[[], str | None] = _always
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class OpTable:
             return entry
         reasons: dict[str, str] = {}
         for entry in self._in_order(self.prefer(*args, **kwargs)):
-            reason = entry.available() or entry.supports(*args, **kwargs)
+            reason = entry.available() or entry.unasked() or entry.supports(*args, **kwargs)
             if reason is None:
                 if _watchers:
                     _tell(Choice(self.op, entry.name, passed_over=reasons))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.errors import invalid
-from admfast.ops import native
+from admfast.ops import group_norm_triton, native
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
@@ -229,11 +229,23 @@ def _cpp_supports(x: Tensor, *_args: Any, **_options: Any) -> str | None:
     return _transformed(x)
 
 
+def _triton_supports(x: Tensor, *_args: Any, x2: Tensor | None = None, **_options: Any) -> str | None:
+    return _transformed(x) or group_norm_triton.reason_unsupported(x, x2)
+
+
 RAW["cpp"] = RawNorm("cpp", _cpp_forward, _cpp_backward)
+RAW["triton"] = RawNorm("triton", group_norm_triton.forward, group_norm_triton.backward)
 
 TABLE = OpTable(
     "group_norm_silu",
     [
+        Implementation(
+            "triton",
+            _over_raw("triton", True),
+            group_norm_triton.reason_missing,
+            _triton_supports,
+            unasked=group_norm_triton.reason_unasked,
+        ),
         Implementation("cpp", _over_raw("cpp", False), native.reason_missing, _cpp_supports),
         Implementation("reference", group_norm_silu_ref),
     ],

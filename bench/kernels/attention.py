@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from admfast.ops import TABLES, attention, attention_ref
+from admfast.ops import attention, attention_ref
 from bench.case import DTYPES, Case, Measure, Settings, checked, product_limit, timed
 from bench.ceilings.attention import PRECISIONS
+from bench.kernels.providers import ours
 from bench.registry import ATTENTION_SHAPES, BATCHES, AttentionShape
 from bench.results import Row
 
@@ -18,7 +19,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     shapes = ATTENTION_SHAPES[2:3] if settings.quick else ATTENTION_SHAPES
     batches: tuple[int, ...] = BATCHES[settings.device.type][: 1 if settings.quick else None]
     precisions: tuple[str, ...] = PRECISIONS[settings.device.type][: 1 if settings.quick else None]
-    names = [entry.name for entry in TABLES["attention"].implementations if not entry.available()]
+    names = [*ours("attention", settings.device), "reference"]
     for batch in batches:
         for dtype in precisions:
             for shape in shapes:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from admfast.ops import TABLES, group_norm_silu, group_norm_silu_ref
+from admfast.ops import group_norm_silu, group_norm_silu_ref
 from admfast.ops.group_norm_grad import RAW, NormOptions
-from bench.case import DTYPES, Case, Measure, Settings, Unavailable, checked, first_line, timed
+from bench.case import DTYPES, Case, Measure, Settings, checked, timed
 from bench.ceilings.norm import PRECISIONS
-from bench.registry import BATCHES, GROUPS, NORM_SHAPES, NormShape
+from bench.kernels.providers import apex_norm, copy_row, liger_norm, ours
+from bench.registry import BATCHES, GROUPS, L2_BYTES, NORM_SHAPES, NormShape
 from bench.results import Row
 
 EPS = 1e-5
-CACHE = 40e6  # bytes of input above which the second read comes from memory
 COMPILED_ON_CPU = 6  # shapes: a compilation takes seconds there
 
 
@@ -59,9 +59,7 @@ def _cases(
     measure: Callable[..., Measure],
 ) -> Iterator[Case]:
     sizes = {"batch": batch, "channels": shape.channels, "side": shape.side, "variant": variant}
-    ours = [entry.name for entry in TABLES["group_norm_silu"].implementations if entry.name != "reference"]
-    ours = [name for name in ours if not TABLES["group_norm_silu"].named(name).available()]
-    providers = ["copy", "eager", *ours]
+    providers = ["copy", "eager", *ours("group_norm_silu", settings.device)]
     cheap = settings.cuda or (NORM_SHAPES.index(shape) < COMPILED_ON_CPU + 4 and batch == 1)
     if variant in ("plain", "adaptive") and cheap:
         providers.insert(2, "torch.compile")
@@ -126,42 +124,12 @@ def provider_of(name: str) -> Callable[..., Any]:
         torch._dynamo.reset()  # Dynamo counts recompilations per function and gives up at the ninth shape
         return torch.compile(eager, fullgraph=True, dynamic=False)
     if name == "apex":
-        return _apex()
+        return apex_norm(GROUPS, EPS)
     if name == "liger":
-        return _liger()
+        return liger_norm(GROUPS, EPS)
     return lambda x, weight, bias, **options: group_norm_silu(
         x, weight, bias, GROUPS, EPS, impl=name, **options
     )
-
-
-def _apex() -> Callable[..., Any]:
-    try:
-        from apex.contrib.group_norm import GroupNorm  # type: ignore[import-not-found]
-    except (ImportError, RuntimeError, OSError) as error:
-        raise Unavailable(f"apex: {first_line(error)}") from error
-
-    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        layer = GroupNorm(GROUPS, x.shape[1], EPS, act="silu").to(x.device, x.dtype)
-        layer.weight.data.copy_(weight)
-        layer.bias.data.copy_(bias)
-        return layer(x)
-
-    return run
-
-
-def _liger() -> Callable[..., Any]:
-    try:
-        from liger_kernel.ops.group_norm import (  # type: ignore[import-not-found]
-            LigerGroupNormFunction,
-        )
-    except (ImportError, RuntimeError, OSError) as error:
-        raise Unavailable(f"liger: {first_line(error)}") from error
-
-    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        y = LigerGroupNormFunction.apply(x.contiguous(), weight, bias, x.shape[1], GROUPS, EPS)
-        return F.silu(y)
-
-    return run
 
 
 def _check(out: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, options: dict) -> float:
@@ -179,9 +147,9 @@ def _forward(shape: NormShape, batch: int, dtype: str, variant: str, provider: s
         x, weight, bias, options = inputs(shape, batch, dtype, variant, settings.device)
         source = x.nbytes + (options["x2"].nbytes if "x2" in options else 0)
         size = {"up": 4.0, "down": 0.25}.get(variant, 1.0) * source
-        moved = source * (2 if source > CACHE else 1) + size * (2 if "with_skip" in options else 1)
+        moved = source * (2 if source > L2_BYTES else 1) + size * (2 if "with_skip" in options else 1)
         if provider == "copy":
-            return _copy(moved, settings)
+            return copy_row(moved, settings)
         with torch.inference_mode():
             run = provider_of(provider)
             error = _check(run(x, weight, bias, **options), x, weight, bias, options)
@@ -193,9 +161,9 @@ def _forward(shape: NormShape, batch: int, dtype: str, variant: str, provider: s
 def _gradient(shape: NormShape, batch: int, dtype: str, variant: str, provider: str) -> Measure:
     def measure(settings: Settings) -> Row:
         x, weight, bias, options = inputs(shape, batch, dtype, variant, settings.device)
-        moved = x.nbytes * (5 if 2 * x.nbytes > CACHE else 3)
+        moved = x.nbytes * (5 if 2 * x.nbytes > L2_BYTES else 3)
         if provider == "copy":
-            return _copy(moved, settings)
+            return copy_row(moved, settings)
         dy = torch.randn_like(x)
         raw = RAW.get(provider)
         if raw is None:
@@ -221,10 +189,3 @@ def _gradient(shape: NormShape, batch: int, dtype: str, variant: str, provider: 
         return timed(run, settings, nbytes=moved, rel_err=error)
 
     return measure
-
-
-def _copy(nbytes: float, settings: Settings) -> Row:
-    """A device copy that moves as many bytes: what the memory can do at this size."""
-    source = torch.randint(0, 100, (int(nbytes / 2),), dtype=torch.uint8, device=settings.device)
-    target = torch.empty_like(source)
-    return timed(lambda: target.copy_(source), settings, nbytes=2 * source.numel())

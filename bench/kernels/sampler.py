@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from admfast.ops import TABLES, Row, SamplerState, pack, sampler_step
+from admfast.ops import Row, SamplerState, pack, sampler_step
 from bench import results
 from bench.case import Case, Measure, Settings, checked, timed
 from bench.ceilings.sampler import STEPS, published_update, tables, update_ref64
-from bench.kernels.norm import _copy
+from bench.kernels.providers import copy_row, ours
 from bench.registry import BATCHES, SAMPLER_SIDES
 
 STEP = STEPS // 2
@@ -25,12 +25,10 @@ def cases(settings: Settings) -> Iterator[Case]:
     sizes = [(batch, side) for batch in batches for side in sides]
     if not settings.cuda and not settings.quick:
         sizes.append((8, 256))
-    ours = [e.name for e in TABLES["sampler_step"].implementations if not e.available()]
     for batch, side in sizes:
-        for provider in ("copy", "eager", "torch.compile", *ours):
-            if provider != "reference":
-                shape = {"batch": batch, "side": side}
-                yield Case("sampler_step", "fp32", provider, shape, _update(batch, side, provider))
+        for provider in ("copy", "eager", "torch.compile", *ours("sampler_step", settings.device)):
+            shape = {"batch": batch, "side": side}
+            yield Case("sampler_step", "fp32", provider, shape, _update(batch, side, provider))
 
 
 def guided_row(step: int = STEP) -> Row:
@@ -80,7 +78,7 @@ def _update(batch: int, side: int, provider: str) -> Measure:
         # Read x, eps, variance and gradient, write x and x0: noise is made on the way.
         moved = 6 * x.nbytes
         if provider == "copy":
-            return _copy(moved, settings)
+            return copy_row(moved, settings)
         noise, table = torch.randn_like(x), tables()
         ref = update_ref64(x, out, gradient, noise, STEP, table)
         with torch.inference_mode():

@@ -10,20 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
-from bench.gpu import Plan, Stage, Step, choose, exit_status, run_stages, run_step
+from bench.gpu import __main__ as program
+from bench.gpu import process, runner, stages
+from bench.gpu.process import run_step
+from bench.gpu.runner import exit_status, run_stages
+from bench.gpu.stages import Plan, Stage, Step, choose
 
 
 def script(text: str) -> tuple[str, ...]:
     return (sys.executable, "-S", "-c", text)
 
 
-def fake(name: str, text: str, weight: float = 1.0, **fields: object) -> Stage:
-    return Stage(name, weight, lambda plan, seconds: [Step(name, script(text))], **fields)  # type: ignore[arg-type]
+def fake(name: str, *texts: str, weight: float = 1.0, tests: bool = False) -> Stage:
+    """A stage whose steps are these scripts."""
+    steps = [Step(f"{name} {i}", script(text), tests=tests) for i, text in enumerate(texts)]
+    return Stage(name, weight, lambda plan, seconds: steps)
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # a step would find this checkout's benches
     root = tmp_path / "root"
     (root / "bench").mkdir(parents=True)
     return Plan(tmp_path / "out", "cpu", root)
@@ -69,10 +75,10 @@ def test_the_tests_stage_passes_only_if_tests_ran_and_passed(
 ) -> None:
     def ran(step: Step, plan: Plan, seconds: float, log: Path) -> dict[str, object]:
         log.write_text(last)
-        return {"exit": code, "seconds": 1.0, "last": last}
+        return {"exit": code, "seconds": 1.0, "last": last, "log_end": len(last)}
 
-    monkeypatch.setattr(gpu, "run_step", ran)
-    assert run_stages(plan, [fake("tests", "")], 30, say=quiet)["tests"]["status"] == status
+    monkeypatch.setattr(runner, "run_step", ran)
+    assert run_stages(plan, [fake("tests", "", tests=True)], 30, say=quiet)["tests"]["status"] == status
 
 
 def test_a_stage_is_stopped_at_its_share_and_the_next_still_runs(plan: Plan) -> None:
@@ -150,12 +156,12 @@ def test_a_build_carried_to_another_machine_is_made_again(plan: Plan) -> None:
     info = plan.root / "admfast" / "_build_info.json"
     info.parent.mkdir()
     info.write_text('{"built": "cuda"}')
-    entry = {"status": "passed"} | gpu.build_info(plan)
+    entry = {"status": "passed"} | stages.build_info(plan)
     assert entry["build_info"] == {"built": "cuda"} and entry["note"] == "built cuda"
-    assert gpu.build_stands(plan, entry)
+    assert stages.build_stands(plan, entry)
     info.unlink()
-    assert not gpu.build_stands(plan, entry)
-    assert not gpu.build_stands(plan, {"status": "passed"})
+    assert not stages.build_stands(plan, entry)
+    assert not stages.build_stands(plan, {"status": "passed"})
 
 
 def test_what_is_not_there_yet_is_a_row_and_no_failure(plan: Plan) -> None:
@@ -198,7 +204,7 @@ def test_without_time_a_stage_is_not_begun(plan: Plan, tmp_path: Path) -> None:
 def test_a_stage_that_prints_without_end_does_not_fill_the_log(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "LOG_LIMIT", 4096)
+    monkeypatch.setattr(process, "LOG_LIMIT", 4096)
     entries = run_stages(plan, [fake("loud", "for i in range(20000): print('line', i)")], 20, say=quiet)
     assert entries["loud"]["note"] == "line 19999"
     log = (plan.out / "gpu.log").read_text()
@@ -210,29 +216,57 @@ def test_the_folder_stays_small(plan: Plan) -> None:
     assert sorted(p.name for p in plan.out.iterdir()) == ["gpu.json", "gpu.log"]
 
 
+KERNELS = ["attention", "small kernels", "memcheck", "racecheck"]
+
+
 def test_golden_data_adds_the_parity_tests(plan: Plan) -> None:
-    assert [s.name for s in gpu.test_steps(plan, 10)] == ["pytest -m gpu"]
+    assert [s.name for s in stages.test_steps(plan, 10)] == ["pytest -m gpu", *KERNELS]
     (plan.root / ".golden").mkdir()
     (plan.root / "tests" / "parity").mkdir(parents=True)
-    steps = gpu.test_steps(plan, 10)
-    assert [s.name for s in steps] == ["pytest -m gpu", "parity"]
-    assert all(s.environment["ADMFAST_GOLDEN"] == str(plan.root / ".golden") for s in steps)
+    steps = stages.test_steps(plan, 10)
+    assert [s.name for s in steps] == ["pytest -m gpu", "parity", *KERNELS]
+    assert [s.tests for s in steps] == [True, True, False, False, False, False]
+    assert all(s.environment["ADMFAST_GOLDEN"] == str(plan.root / ".golden") for s in steps if s.tests)
+
+
+def test_the_small_kernels_run_by_themselves_and_under_both_tools(plan: Plan) -> None:
+    (_, _, alone, *under) = stages.test_steps(plan, 10)
+    module = ("-m", "tests.tools.small_kernels", "--device", "cpu")
+    assert alone.command[1:] == module
+    for step in under:
+        assert step.command[1:] == ("-m", "bench.gpu.sanitizer", step.name, *module[1:])
+
+
+def test_a_stage_is_what_the_worst_of_its_steps_is(plan: Plan) -> None:
+    good, bad, none = "print('2 passed')", "import sys; print('why'); sys.exit(1)", "print('9 skipped')"
+    stage = [fake("good", good, good), fake("bad", good, bad, good), fake("none", none, good, tests=True)]
+    said: list[str] = []
+    entries = run_stages(plan, stage, 30, say=said.append)
+    assert [entry["status"] for entry in entries.values()] == ["passed", "failed", "no tests"]
+    assert entries["good"]["note"] == "2 passed; 2 passed" and entries["bad"]["note"] == "why"
+    (shown,) = (line for line in said if "| " in line)
+    assert shown.endswith("| why")  # the end of the step that failed, not of the one after it
 
 
 def test_the_build_takes_nothing_from_a_network(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADMFAST_BUILD", raising=False)
-    (step,) = gpu.build_steps(plan, 10)
+    (step,) = stages.build_steps(plan, 10)
     assert {"--no-index", "--no-deps", "--no-build-isolation"} <= set(step.command)
-    assert step.environment == {"ADMFAST_BUILD": "auto"}
-    monkeypatch.setenv("ADMFAST_BUILD", "cuda")
-    assert gpu.build_steps(plan, 10)[0].environment == {"ADMFAST_BUILD": "cuda"}
+
+
+def test_a_build_for_a_gpu_must_have_its_cuda_part(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADMFAST_BUILD", raising=False)
+    modes = [stages.build_steps(Plan(plan.out, device), 10)[0] for device in ("cuda", "cpu")]
+    assert [step.environment["ADMFAST_BUILD"] for step in modes] == ["cuda", "auto"]
+    monkeypatch.setenv("ADMFAST_BUILD", "cpu")
+    assert stages.build_steps(Plan(plan.out, "cuda"), 10)[0].environment == {"ADMFAST_BUILD": "cpu"}
 
 
 def test_without_cuda_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["--out", str(tmp_path / "o")]) == 2
+    assert program.main(["--out", str(tmp_path / "o")]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and "no CUDA device" in said.err
     assert not (tmp_path / "o").exists()
@@ -242,13 +276,13 @@ def test_without_cuda_one_line_and_status_2(
 def test_a_wrong_flag_is_one_line_and_status_2(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu.main(["--allow-cpu", "--out", str(tmp_path / "o"), *flags]) == 2
+    assert program.main(["--allow-cpu", "--out", str(tmp_path / "o"), *flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_variables_stand_for_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     for name, value in {"STAGES": "peers", "BUDGET": "30", "OUT": str(tmp_path / "o")}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(gpu, "STAGES", (fake("peers", "print('x')"),))
-    arguments = gpu._parser().parse_args([])
+    monkeypatch.setattr(program, "STAGES", (fake("peers", "print('x')"),))
+    arguments = program._parser().parse_args([])
     assert (arguments.stages, arguments.budget, arguments.out) == ("peers", "30", os.environ["OUT"])

@@ -216,7 +216,7 @@ def test_first_and_second_derivatives(shapes, impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_gradient_in_x_alone_by_every_road(impl):
     tensors, options = call_of(
-        CASES[0] | dict(shape="skip", dtype="fp32", layout="contiguous", resample=None)
+        CASES[0] | dict(shape="skip", dtype="fp32", layout="channels_last", resample=None)
     )
     if refused(impl, tensors, options):
         return
@@ -243,9 +243,9 @@ def test_a_gradient_in_x_alone_by_every_road(impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_compiled_gradient_is_the_eager_one(impl):
-    tensors, options = call_of(
-        CASES[0] | dict(shape="skip", dtype="fp32", layout="contiguous", modulated=True)
-    )
+    # Between layouts the reference's compiled sums differ in their order; the kernels take but this one.
+    layout = "channels_last" if impl == "triton" else "contiguous"
+    tensors, options = call_of(CASES[0] | dict(shape="skip", dtype="fp32", layout=layout, modulated=True))
     if refused(impl, tensors, options):
         return
 

@@ -1,0 +1,187 @@
+"""The Triton implementation of `group_norm_silu`: when it can run, and its raw ops.
+
+`admfast_triton::group_norm_silu_fwd` and `_bwd` are opaque to tracers (a fake each, no autograd of their
+own). Where nothing traces, the launchers are called directly: the way through the dispatcher costs a host
+more than the small kernels take.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast._source_tree import kernels
+from admfast.ops.group_norm_grad import NormOptions
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _interpreted() -> bool:
+    """Whether Triton's interpreter was asked for; as Triton reads it, without importing it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def interpreted() -> bool:
+    return _interpreted()
+
+
+def reason_missing() -> str | None:
+    """None where the kernels can run on some device, else why not."""
+    return _reason_missing()
+
+
+# As in native.py: a trace takes the answers and doesn't follow the calls.
+interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+reason_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _reason_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _interpreted():
+        if not torch.cuda.is_available():
+            return "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "the CUDA device is older than compute capability 8.0"
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "triton needs a C compiler (gcc, clang or CC) for its launchers"
+    _register()
+    return None
+
+
+def reason_unasked() -> str | None:
+    """Why it is not to be chosen where nobody named it."""
+    return "triton's interpreter is for tests" if interpreted() else None
+
+
+def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
+    """None where the kernels can read the sources, else why not."""
+    device = "cpu" if interpreted() else "cuda"
+    if x.device.type != device:
+        return f"x is on {x.device.type}, this runs on {device}"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; float32, float16 or bfloat16"
+    for name, source in (("x", x), ("x2", x2)):
+        if source is not None and not source.movedim(1, -1).is_contiguous():
+            return f"{name} is not dense channels-last"
+    return None
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether something looks on that must see an op: a compiler, a transform, a mode, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
+
+
+def forward(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The raw forward, see `RawNorm`."""
+    call: Any = torch.ops.admfast_triton.group_norm_silu_fwd if _traced(x) else _launchers()[0]
+    groups, eps, silu = options.groups, options.eps, options.silu
+    return call(x, x2, weight, bias, scale, shift, groups, eps, silu, options.resample, options.skip)
+
+
+def backward(
+    dy: Tensor, dskip: Tensor | None, x: Tensor, x2: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The raw backward, see `RawNorm`."""
+    *tensors, options, sums = rest
+    if _traced(x):
+        modes = (options.silu, options.resample, sums)
+        op = torch.ops.admfast_triton.group_norm_silu_bwd
+        dx, dx2, s1, s2 = op(dy, dskip, x, x2, *tensors, *modes)
+        return dx, None if x2 is None else dx2, s1, s2
+    return _launchers()[1](dy, dskip, x, x2, *tensors, options.silu, options.resample, sums)
+
+
+@functools.cache
+def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The raw launchers; importing them imports triton."""
+    kernels()
+    forward = importlib.import_module("admfast.kernels.group_norm")
+    backward = importlib.import_module("admfast.kernels.group_norm_bwd")
+    return forward.group_norm_silu_fwd, backward.group_norm_silu_bwd
+
+
+_LIBRARY: list[torch.library.Library] = []  # an op lives as long as its library
+
+
+def _register() -> None:
+    """Register the raw ops: what they return is told to tracers, what they do is the launchers' affair."""
+    library = torch.library.Library("admfast_triton", "DEF")
+    _LIBRARY.append(library)
+    affine = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift"
+    library.define(
+        f"group_norm_silu_fwd(Tensor x, Tensor? x2, {affine}, int groups, float eps, bool silu, "
+        "str? resample, bool skip) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    library.define(
+        f"group_norm_silu_bwd(Tensor dy, Tensor? dskip, Tensor x, Tensor? x2, {affine}, Tensor mean, "
+        "Tensor rstd, bool silu, str? resample, bool sums) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    key = "CompositeExplicitAutograd"
+    library.impl("group_norm_silu_fwd", lambda *arguments: _launchers()[0](*arguments), key)
+    library.impl("group_norm_silu_bwd", _bwd, key)
+    torch.library.register_fake("admfast_triton::group_norm_silu_fwd", _fwd_fake, lib=library)
+    torch.library.register_fake("admfast_triton::group_norm_silu_bwd", _bwd_fake, lib=library)
+
+
+def _bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    dx, dx2, s1, s2 = _launchers()[1](*arguments)
+    return dx, dx.new_empty(0) if dx2 is None else dx2, s1, s2
+
+
+def _fwd_fake(
+    x: Tensor,
+    x2: Tensor | None,
+    _weight: Tensor,
+    _bias: Tensor,
+    _scale: Tensor | None,
+    _shift: Tensor | None,
+    groups: int,
+    _eps: float,
+    _silu: bool,
+    resample: str | None,
+    skip: bool,
+) -> tuple[Tensor, ...]:
+    kept = x.dim() - min(x.dim() - 2, 2)
+    shape = [x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1]), *x.shape[2:kept]]
+    for size in x.shape[kept:]:
+        shape.append(size if resample is None else 2 * size if resample == "up" else size // 2)
+    mean, rstd = (
+        x.new_empty(sizes, dtype=torch.float32) for sizes in ([2, x.shape[0], groups], [x.shape[0], groups])
+    )
+    return _dense(shape, x), _dense(shape, x) if skip else x.new_empty(0), mean, rstd
+
+
+def _bwd_fake(
+    dy: Tensor, _dskip: Tensor | None, x: Tensor, x2: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    sums = [x.shape[0], dy.shape[1]] if rest[-1] else [0]
+    s1, s2 = (x.new_empty(sums, dtype=torch.float32) for _ in range(2))
+    return _dense(list(x.shape), x), x.new_empty(0) if x2 is None else _dense(list(x2.shape), x), s1, s2
+
+
+def _dense(shape: list[int], like: Tensor) -> Tensor:
+    """A channels-last tensor, as the launchers allocate it."""
+    return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)

@@ -1,0 +1,70 @@
+"""`python -m bench.gpu`: everything that needs a GPU, in one command that knows how long it may take.
+
+Stages run one after another as processes of their own, each stopped when its share of the time is over. What
+was reached is written to `gpu.json` as it goes; a second run into the same folder skips what is finished and
+goes on with the rest. The Python it is run with is the one it tests: nothing is downloaded.
+
+Exit status: 0 when nothing failed, 3 when nothing failed but something ran out of time (run it again), 1 when
+something failed, 2 without a CUDA device or for a wrong argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.gpu.runner import UNFINISHED, exit_status, run_stages
+from bench.gpu.stages import STAGES, Plan, choose
+from bench.results import markdown_table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run the stages, print the table; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    cuda = torch.cuda.is_available()
+    if not cuda and not arguments.allow_cpu:
+        print(f"bench.gpu: no CUDA device (torch {torch.__version__}); nothing was run", file=sys.stderr)
+        return 2
+    try:
+        stages = choose(arguments.stages)
+        budget = float(arguments.budget)
+        if budget <= 0:
+            raise ValueError(f"budget={budget:g}: must be above 0 seconds")
+    except ValueError as error:
+        print(f"bench.gpu: {error}", file=sys.stderr)
+        return 2
+    plan = Plan(Path(arguments.out).resolve(), "cuda" if cuda else "cpu")
+    try:
+        entries = run_stages(plan, stages, budget, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"bench.gpu: stopped; what was reached is in {plan.out}", file=sys.stderr)
+        return UNFINISHED
+    rows = [(name, e["status"], f"{e['seconds']:.0f} s", e.get("note", "")) for name, e in entries.items()]
+    print("\n" + markdown_table(("stage", "status", "time", "note"), rows) + f"\nresults and log: {plan.out}")
+    return exit_status(entries)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
+    names = ",".join(stage.name for stage in STAGES)
+    environ = os.environ.get
+    parser.add_argument("--stages", default=environ("STAGES"), help=f"some of {names} (STAGES; default: all)")
+    parser.add_argument(
+        "--budget", default=environ("BUDGET") or "540", help="seconds for all (BUDGET; default: 540)"
+    )
+    parser.add_argument("--out", default=environ("OUT") or "out/gpu", help="folder (OUT; default: out/gpu)")
+    parser.add_argument("--allow-cpu", action="store_true", help="run the stages on a CPU, to try them out")
+    return parser
+
+
+if __name__ == "__main__":
+    # A shell that starts a job in the background has it ignore interrupts, and its children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""GroupNorm, affine, scale and shift, SiLU and resampling of channels-last data: the forward.
+
+Two ways, by `norm_launch.choose`. Two passes: `stats` leaves mean and squared deviations of every channel in
+chunks of positions, `merge` makes mean and rstd of the groups of them, `apply` is elementwise. One read: a
+program does all three for whole groups of an image, few enough that the second look finds them in the cache.
+Sums of squares are always taken about a mean of the data itself, in float32; mean is kept as a float32 and
+what that left out.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from admfast.kernels import norm_launch
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass
+from admfast.kernels.norm_tensors import Geometry, affine_arguments, empty, empty_float, geometry
+from admfast.kernels.norm_tiles import (
+    PLAIN,
+    activate,
+    affine,
+    first_of_block,
+    first_of_copies,
+    load_source,
+    load_statistics,
+    over_group,
+    store_dense,
+    store_statistics,
+)
+from torch import Tensor
+
+
+@triton.jit
+def _store_copies(
+    y_ptr, value, n, p, inside, c, wanted, P_OUT, W, C, RESAMPLE: tl.constexpr, DIMS: tl.constexpr
+):
+    """Write a tile to its own places, or each element to its four (two) of the doubled output."""
+    if RESAMPLE == "up":
+        first = first_of_copies(p, W, DIMS)
+        for i in tl.static_range(DIMS):
+            store_dense(y_ptr, value, n, first + i * 2 * W, inside, c, wanted, P_OUT, C)
+            store_dense(y_ptr, value, n, first + i * 2 * W + 1, inside, c, wanted, P_OUT, C)
+    else:
+        store_dense(y_ptr, value, n, p, inside, c, wanted, P_OUT, C)
+
+
+@triton.jit
+def _store_averages(
+    x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, q, c, wanted, P, P_OUT, H, W, C1, C2,
+    SILU: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write output positions q of the halved output, and of the halved input where skip is wanted."""
+    inside = q < P_OUT
+    first = first_of_block(q, H, W, DIMS)
+    y = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    raw = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for i in tl.static_range(DIMS):
+        for j in tl.static_range(2):
+            x = load_source(x_ptr, x2_ptr, n, first + i * W + j, inside, c, wanted, P, C1, C2)
+            y += activate(x, mean, a, b, SILU)
+            raw += x
+    store_dense(y_ptr, y * (0.5 / DIMS), n, q, inside, c, wanted, P_OUT, C1 + C2)
+    if skip_ptr is not None:
+        store_dense(skip_ptr, raw * (0.5 / DIMS), n, q, inside, c, wanted, P_OUT, C1 + C2)
+
+
+@triton.jit
+def _apply_tile(
+    x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted, P, P_OUT, H, W, C1, C2,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The elementwise part at input positions p, at output positions p for "down"."""
+    if RESAMPLE == "down":
+        _store_averages(
+            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
+            P, P_OUT, H, W, C1, C2, SILU, DIMS, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+    else:
+        x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
+        y = activate(x, mean, a, b, SILU)
+        _store_copies(y_ptr, y, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
+        if skip_ptr is not None:
+            _store_copies(skip_ptr, x, n, p, p < P, c, wanted, P_OUT, W, C1 + C2, RESAMPLE, DIMS)
+
+
+@triton.jit
+def _channel_statistics(
+    x_ptr, x2_ptr, n, begin, end, c, wanted, P, C1, C2,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Of each channel over positions begin..end: the mean, as a sum of two, and the squared deviations."""
+    p = begin + tl.arange(0, BLOCK_P)
+    x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
+    # About the mean of the first tile: it is one of few, which bounds what cancels by their number.
+    about = tl.sum(x, axis=0) / tl.minimum(end - begin, BLOCK_P)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(begin, end, BLOCK_P * UNROLL):
+        for j in tl.static_range(UNROLL):
+            p = start + j * BLOCK_P + tl.arange(0, BLOCK_P)
+            x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
+            centred = tl.where((p < end)[:, None], x - about[None, :], 0.0)
+            total += centred
+            squares += centred * centred
+    added = tl.sum(total, axis=0) / (end - begin)
+    return about, added, tl.sum(squares, axis=0) - added * added * (end - begin)
+
+
+@triton.jit
+def _group_statistics(
+    about, added, deviations, sizes, there, lane, P, D, EPS: tl.constexpr, SINGLE: tl.constexpr
+):
+    """Merge [parts, channels] to mean, what float32 leaves out of it, and rstd of each channel's group.
+
+    Chan et al. 1983 over all parts at once: first a rough mean, then everything about that.
+    """
+    mean = over_group(tl.sum(sizes * (about + added), axis=0), lane, D, SINGLE) / (P * D)
+    centred = tl.where(there, (about - mean[None, :]) + added, 0.0)
+    low = over_group(tl.sum(sizes * centred, axis=0), lane, D, SINGLE) / (P * D)
+    squares = over_group(tl.sum(deviations + sizes * centred * centred, axis=0), lane, D, SINGLE)
+    return mean, low, tl.rsqrt(squares / (P * D) - low * low + EPS)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_fwd_kernel(
+    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, scale_stride, shift_stride,
+    EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    SINGLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """One read: a program takes all positions of whole groups, `pieces` of ALIGN channels, only once."""
+    n = tl.program_id(0) // blocks
+    lane = tl.arange(0, BLOCK_C)
+    width = pieces * ALIGN  # the compiler must know what divides it, or it loads and stores one by one
+    c = (tl.program_id(0) % blocks) * width + lane
+    wanted = (lane < width) & (c < C1 + C2)
+    about, added, deviations = _channel_statistics(
+        x_ptr, x2_ptr, n, 0, P, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
+    )
+    mean, low, rstd = _group_statistics(
+        about[None, :], added[None, :], deviations[None, :], P, wanted[None, :], lane, P, D, EPS, SINGLE
+    )
+    store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
+    a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = a * rstd
+    b = b - low * a
+    # Out of the cache now. Resampling holds several addresses an element, hence a smaller tile.
+    TILE: tl.constexpr = BLOCK_P * 2 if RESAMPLE is None else BLOCK_P
+    for start in range(0, P_OUT if RESAMPLE == "down" else P, TILE):
+        p = start + tl.arange(0, TILE)
+        _apply_tile(
+            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted, P, P_OUT, H, W, C1, C2,
+            SILU, RESAMPLE, DIMS, TILE, BLOCK_C,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_stats_kernel(
+    x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Mean, as a sum of two, and squared deviations of every channel over each chunk: [N, chunks, 3, C]."""
+    k = (tl.program_id(0) // blocks) % chunks
+    n = tl.program_id(0) // blocks // chunks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wanted = c < C1 + C2
+    end = tl.minimum(k * chunk + chunk, P)
+    about, added, deviations = _channel_statistics(
+        x_ptr, x2_ptr, n, k * chunk, end, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
+    )
+    at = (n.to(tl.int64) * chunks + k) * 3 * (C1 + C2) + c
+    tl.store(partial_ptr + at, about, mask=wanted)
+    tl.store(partial_ptr + at + (C1 + C2), added, mask=wanted)
+    tl.store(partial_ptr + at + 2 * (C1 + C2), deviations, mask=wanted)
+
+
+@triton.jit(do_not_specialize=[*PLAIN, "C"])
+def _group_norm_silu_merge_fwd_kernel(
+    partial_ptr, mean_ptr, rstd_ptr, N, P, C, G, D, width, chunk, chunks, blocks,
+    EPS: tl.constexpr, SINGLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Merge the chunks and channels of whole groups: mean, what float32 leaves out of it, rstd."""
+    n = tl.program_id(0) // blocks
+    lane = tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * width + lane
+    wanted = (lane < width) & (c < C)
+    k = tl.arange(0, BLOCK_K)
+    there = (k < chunks)[:, None] & wanted[None, :]
+    at = ((n.to(tl.int64) * chunks + k) * 3 * C)[:, None] + c[None, :]
+    about = tl.load(partial_ptr + at, mask=there, other=0.0)
+    added = tl.load(partial_ptr + at + C, mask=there, other=0.0)
+    deviations = tl.load(partial_ptr + at + 2 * C, mask=there, other=0.0)
+    sizes = tl.where(k < chunks, tl.minimum(P - k * chunk, chunk), 0).to(tl.float32)[:, None]
+    mean, low, rstd = _group_statistics(about, added, deviations, sizes, there, lane, P, D, EPS, SINGLE)
+    store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_apply_fwd_kernel(
+    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, scale_stride, shift_stride,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The elementwise pass: a program takes `span` input positions, output positions for "down"."""
+    # Backwards through the data: what the sums read last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    n = program // blocks // spans
+    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wanted = c < C1 + C2
+    first = ((program // blocks) % spans) * span
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = a * rstd
+    b = b - low * a
+    for start in range(first, tl.minimum(first + span, P_OUT if RESAMPLE == "down" else P), BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        _apply_tile(
+            x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
+            P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C,
+        )  # fmt: skip
+
+
+def plan_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    g: Geometry,
+    affine: dict[str, Any],
+    groups: int,
+    eps: float,
+    silu: bool,
+    outputs: dict[str, Tensor | None],
+    launch: OneRead | TwoPass,
+) -> list[Call]:
+    """The kernel launches of a forward."""
+    sizes = g.sizes
+    channels, depth = g.c1 + g.c2, (g.c1 + g.c2) // groups
+    modes = dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
+    sources = dict(x_ptr=x, x2_ptr=x2)
+    statistics = dict(mean_ptr=outputs["mean_ptr"], rstd_ptr=outputs["rstd_ptr"])
+    if isinstance(launch, OneRead):
+        blocks = -(-groups // launch.groups)
+        arguments = dict(**sources, **affine, **outputs, **sizes, **modes, G=groups, D=depth, EPS=eps)
+        arguments |= dict(**launch.block, **launch.share(depth), blocks=blocks)
+        registers = 128 if x2 is None else 255
+        return [Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments, launch.warps, registers)]
+    chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
+    partial = empty_float((g.n, chunks, 3, channels), x)
+    chunked = dict(partial_ptr=partial, P=sizes["P"], chunk=launch.chunk, chunks=chunks)
+    stats = dict(**sources, **chunked, **launch.block, C1=g.c1, C2=g.c2, blocks=blocks)
+    cut = norm_launch.merge(g.shape(groups, x), chunks)
+    merge = dict(**chunked, **statistics, **cut.block, N=g.n, C=channels, G=groups, D=depth, EPS=eps)
+    merge |= dict(**cut.share(depth), blocks=-(-groups // cut.groups))
+    cover = launch.spans(g.n * blocks, sizes["P_OUT"] if g.resample == "down" else sizes["P"])
+    apply = dict(**sources, **affine, **outputs, **sizes, **modes, **cover, G=groups, D=depth)
+    apply |= dict(blocks=blocks, BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
+    programs = g.n * blocks * cover["spans"]
+    registers = 64 if x2 is None and g.resample is None else 128
+    return [
+        Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps),
+        Call(_group_norm_silu_merge_fwd_kernel, g.n * merge["blocks"], merge, cut.warps, 255),
+        Call(_group_norm_silu_apply_fwd_kernel, programs, apply, launch.apply_warps, registers),
+    ]
+
+
+def group_norm_silu_fwd(
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    resample: str | None,
+    skip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `act(GN([x, x2]) (1 + scale) + shift)`, resampled.
+
+    The formula is in `admfast/ops/group_norm.py`.
+
+    Args: x [N, C1, *spatial] and x2 [N, C2, *spatial], float32, float16 or bfloat16, dense and
+    channels-last; weight, bias [C]; scale, shift [N, C]; `skip`: give the resampled input as well.
+
+    Returns: y [N, C, *resampled] channels-last, the resampled input (empty unless `skip`), mean [2, N, G]
+    (mean and what float32 left out of it) and rstd [N, G] in float32. Raises ValueError for another layout or
+    dtype. Accumulates in float32; not differentiable by itself; never waits for the device.
+    """
+    g = geometry(x, x2, resample)
+    shape = (g.n, g.c1 + g.c2, *g.out)
+    y = empty(shape, x)
+    resampled = empty(shape, x) if skip else None
+    mean, rstd = empty_float((2, g.n, groups), x), empty_float((g.n, groups), x)
+    outputs = dict(y_ptr=y, skip_ptr=resampled, mean_ptr=mean, rstd_ptr=rstd)
+    if not g.empty:
+        launch = norm_launch.choose(g.shape(groups, x), backward=False)
+        affine = affine_arguments(weight, bias, scale, shift)
+        norm_launch.run(plan_fwd(x, x2, g, affine, groups, eps, silu, outputs, launch), x.device)
+    return y, x.new_empty(0) if resampled is None else resampled, mean, rstd

@@ -1,0 +1,287 @@
+"""The gradient of `group_norm_silu` in x (both sources), and the sums S1, S2 of an image's channels.
+
+With x^ = (x - mean) rstd, a = w' rstd and du = act'(u) times the output's gradient at the input's resolution:
+S1 = sum du, S2 = sum du x^, and dx = a du - rstd (A + x^ B) where A and B are the means of w' S1 and w' S2
+over the elements of the group. One read or two passes as in the forward; u is made again from x each time.
+What float32 leaves out of mean (`low`) enters a channel at a time, by b, S2 and the offset of dx. No atomics:
+every sum has one order, so that a gradient is bit for bit the same every time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from admfast.kernels import norm_launch
+from admfast.kernels.norm_launch import Call, OneRead, TwoPass
+from admfast.kernels.norm_tensors import (
+    Geometry,
+    affine_arguments,
+    channels_last,
+    empty,
+    empty_float,
+    geometry,
+)
+from admfast.kernels.norm_tiles import (
+    PLAIN,
+    affine,
+    load_source,
+    load_statistics,
+    load_unresampled,
+    over_group,
+    store_source,
+    through_activation,
+)
+from torch import Tensor
+
+
+@triton.jit
+def _channel_sums(
+    dy_ptr, x_ptr, x2_ptr, mean, a, b, n, begin, end, c, wanted, P, P_OUT, H, W, C1, C2,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The sums of du and of du (x - mean) of each channel over positions begin..end."""
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(begin, end, BLOCK_P * UNROLL):
+        for j in tl.static_range(UNROLL):
+            p = start + j * BLOCK_P + tl.arange(0, BLOCK_P)
+            x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
+            g = load_unresampled(dy_ptr, n, p, p < end, c, wanted, P_OUT, H, W, C1 + C2, RESAMPLE, DIMS)
+            du, centred = through_activation(g, x, mean, a, b, SILU)
+            s1 += du
+            s2 += du * centred
+    return tl.sum(s1, axis=0), tl.sum(s2, axis=0)
+
+
+@triton.jit
+def _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE: tl.constexpr):
+    """What dx takes off: rstd A, and rstd^2 B, the factor of x - mean."""
+    mean_s1 = over_group(w * s1, lane, D, SINGLE) / (P * D)
+    mean_s2 = over_group(w * s2, lane, D, SINGLE) / (P * D)
+    return rstd * mean_s1, rstd * rstd * mean_s2
+
+
+@triton.jit
+def _apply_tile(
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b, off, slope, n, p, c, wanted,
+    P, P_OUT, H, W, C1, C2, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """dx = a du - off - (x - mean) slope at input positions p, and the gradient of the skip."""
+    C = C1 + C2
+    x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
+    g = load_unresampled(dy_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
+    du, centred = through_activation(g, x, mean, a, b, SILU)
+    dx = du * a[None, :] - centred * slope[None, :] - off[None, :]
+    if dskip_ptr is not None:
+        dx += load_unresampled(dskip_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
+    store_source(dx_ptr, dx2_ptr, dx, n, p, p < P, c, wanted, P, C1, C2)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_bwd_kernel(
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dx2_ptr, s1_ptr, s2_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, scale_stride, shift_stride,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    SINGLE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """One read: a program takes all positions of whole groups, `pieces` of ALIGN channels, only once."""
+    n = tl.program_id(0) // blocks
+    lane = tl.arange(0, BLOCK_C)
+    width = pieces * ALIGN  # the compiler must know what divides it, or it loads and stores one by one
+    c = (tl.program_id(0) % blocks) * width + lane
+    wanted = (lane < width) & (c < C1 + C2)
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = w * rstd
+    s1, s2 = _channel_sums(
+        dy_ptr, x_ptr, x2_ptr, mean, a, b - low * a, n, 0, P, c, wanted, P, P_OUT, H, W, C1, C2,
+        SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C, UNROLL,
+    )  # fmt: skip
+    s2 = (s2 - low * s1) * rstd
+    if s1_ptr is not None:
+        at = n.to(tl.int64) * (C1 + C2) + c
+        tl.store(s1_ptr + at, s1, mask=wanted)
+        tl.store(s2_ptr + at, s2, mask=wanted)
+    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        _apply_tile(
+            dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b - low * a, off - low * slope, slope,
+            n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_sums_kernel(
+    dy_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, partial_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, chunk, chunks, blocks, scale_stride, shift_stride,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The sums of du and of du (x - mean) over each chunk of positions: partial [N, chunks, 2, C]."""
+    k = (tl.program_id(0) // blocks) % chunks
+    n = tl.program_id(0) // blocks // chunks
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wanted = c < C1 + C2
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    a = w * rstd
+    end = tl.minimum(k * chunk + chunk, P)
+    s1, s2 = _channel_sums(
+        dy_ptr, x_ptr, x2_ptr, mean, a, b - low * a, n, k * chunk, end, c, wanted,
+        P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS, BLOCK_P, BLOCK_C, UNROLL,
+    )  # fmt: skip
+    at = (n.to(tl.int64) * chunks + k) * 2 * (C1 + C2) + c
+    tl.store(partial_ptr + at, s1, mask=wanted)
+    tl.store(partial_ptr + at + (C1 + C2), s2 - low * s1, mask=wanted)
+
+
+@triton.jit(do_not_specialize=[*PLAIN, "C"])
+def _group_norm_silu_merge_bwd_kernel(
+    partial_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, rstd_ptr, terms_ptr, s1_ptr, s2_ptr,
+    N, P, C, G, D, width, chunks, blocks, scale_stride, shift_stride,
+    SINGLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Add the chunks up: S1, S2 [N, C] where wanted, and what dx takes off: terms [2, N, G]."""
+    n = tl.program_id(0) // blocks
+    lane = tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * width + lane
+    wanted = (lane < width) & (c < C)
+    k = tl.arange(0, BLOCK_K)
+    there = (k < chunks)[:, None] & wanted[None, :]
+    at = ((n.to(tl.int64) * chunks + k) * 2 * C)[:, None] + c[None, :]
+    group = n.to(tl.int64) * G + c // D
+    rstd = tl.load(rstd_ptr + group, mask=wanted, other=0.0)
+    w, _b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    s1 = tl.sum(tl.load(partial_ptr + at, mask=there, other=0.0), axis=0)
+    s2 = tl.sum(tl.load(partial_ptr + at + C, mask=there, other=0.0), axis=0) * rstd
+    if s1_ptr is not None:
+        tl.store(s1_ptr + n.to(tl.int64) * C + c, s1, mask=wanted)
+        tl.store(s2_ptr + n.to(tl.int64) * C + c, s2, mask=wanted)
+    off, slope = _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE)
+    first = wanted & (lane % D == 0)
+    tl.store(terms_ptr + group, off, mask=first)
+    tl.store(terms_ptr + N.to(tl.int64) * G + group, slope, mask=first)
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def _group_norm_silu_apply_bwd_kernel(
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    terms_ptr, dx_ptr, dx2_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, scale_stride, shift_stride,
+    SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The elementwise pass: a program takes `span` input positions."""
+    # Backwards through the data: what the sums read last is still in the cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    n = program // blocks // spans
+    c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wanted = c < C1 + C2
+    first = ((program // blocks) % spans) * span
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
+    group = n.to(tl.int64) * G + c // D
+    off = tl.load(terms_ptr + group, mask=wanted, other=0.0)
+    slope = tl.load(terms_ptr + N.to(tl.int64) * G + group, mask=wanted, other=0.0)
+    a = w * rstd
+    for start in range(first, tl.minimum(first + span, P), BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        _apply_tile(
+            dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b - low * a, off - low * slope, slope,
+            n, p, c, wanted, P, P_OUT, H, W, C1, C2, SILU, RESAMPLE, DIMS,
+        )  # fmt: skip
+
+
+def plan_bwd(
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    x2: Tensor | None,
+    g: Geometry,
+    affine: dict[str, Any],
+    statistics: dict[str, Tensor],
+    silu: bool,
+    outputs: dict[str, Tensor | None],
+    launch: OneRead | TwoPass,
+) -> list[Call]:
+    """The kernel launches of a backward."""
+    sizes, groups = g.sizes, statistics["rstd_ptr"].shape[1]
+    channels, depth = g.c1 + g.c2, (g.c1 + g.c2) // groups
+    sums = {name: outputs[name] for name in ("s1_ptr", "s2_ptr")}
+    gradients = {name: outputs[name] for name in ("dx_ptr", "dx2_ptr")}
+    common = dict(dy_ptr=dy, x_ptr=x, x2_ptr=x2, **affine, **statistics, **sizes, G=groups, D=depth)
+    common |= dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
+    if isinstance(launch, OneRead):
+        blocks = -(-groups // launch.groups)
+        cut = dict(**launch.block, **launch.share(depth), blocks=blocks)
+        arguments = dict(**common, **gradients, **sums, **cut, dskip_ptr=dskip)
+        return [Call(_group_norm_silu_bwd_kernel, g.n * blocks, arguments, launch.warps)]
+    chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
+    partial, terms = empty_float((g.n, chunks, 2, channels), x), empty_float((2, g.n, groups), x)
+    first = dict(
+        **common, **launch.block, partial_ptr=partial, chunk=launch.chunk, chunks=chunks, blocks=blocks
+    )
+    cut = norm_launch.merge(g.shape(groups, x), chunks)
+    merge = dict(**affine, **sums, **cut.block, partial_ptr=partial, terms_ptr=terms, chunks=chunks)
+    merge |= dict(rstd_ptr=statistics["rstd_ptr"], N=g.n, P=sizes["P"], C=channels, G=groups, D=depth)
+    merge |= dict(**cut.share(depth), blocks=-(-groups // cut.groups))
+    cover = launch.spans(g.n * blocks, sizes["P"])
+    apply = dict(**common, **gradients, **cover, dskip_ptr=dskip, terms_ptr=terms, blocks=blocks)
+    apply |= dict(BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
+    programs = g.n * blocks * cover["spans"]
+    registers = 80 if x2 is None and g.resample is None else 128
+    return [
+        Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps),
+        Call(_group_norm_silu_merge_bwd_kernel, g.n * merge["blocks"], merge, cut.warps, 255),
+        Call(_group_norm_silu_apply_bwd_kernel, programs, apply, launch.apply_warps, registers),
+    ]
+
+
+def group_norm_silu_bwd(
+    dy: Tensor,
+    dskip: Tensor | None,
+    x: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    silu: bool,
+    resample: str | None,
+    sums: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Compute the gradient in [x, x2] of `group_norm_silu_fwd`, and S1, S2.
+
+    The formula is in `admfast/ops/group_norm_grad.py`.
+
+    Args: dy and dskip [N, C, *resampled], any layout (copied where it isn't channels-last); mean [2, N, G]
+    and rstd [N, G] as the forward gave them; the others as there. `sums`: give S1 and S2.
+
+    Returns: dx and dx2 (None without x2) as x and x2, S1 and S2 [N, C] float32 (empty unless `sums`). Raises
+    ValueError for another layout or dtype of x. Accumulates in float32, in one order; never waits.
+    """
+    g = geometry(x, x2, resample)
+    shape = (g.n, g.c1 + g.c2, *g.out)
+    if dy.shape != shape:
+        raise ValueError(f"dy.shape={tuple(dy.shape)}: must be {shape}")
+    dx, dx2 = empty(tuple(x.shape), x), None if x2 is None else empty(tuple(x2.shape), x)
+    s1, s2 = (empty_float((g.n, g.c1 + g.c2), x) for _ in range(2)) if sums else (None, None)
+    if not g.empty:
+        launch = norm_launch.choose(g.shape(rstd.shape[1], x), backward=True)
+        given = (channels_last(dy, x), channels_last(dskip, x), x, x2, g)
+        outputs = dict(dx_ptr=dx, dx2_ptr=dx2, s1_ptr=s1, s2_ptr=s2)
+        statistics = dict(mean_ptr=mean, rstd_ptr=rstd)
+        affine = affine_arguments(weight, bias, scale, shift)
+        norm_launch.run(plan_bwd(*given, affine, statistics, silu, outputs, launch), x.device)
+    elif s1 is not None and s2 is not None:
+        s1.zero_()
+        s2.zero_()
+    none = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return dx, dx2, *(empty if given is None else given for given, empty in zip((s1, s2), none, strict=True))

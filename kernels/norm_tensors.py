@@ -1,0 +1,110 @@
+"""What the launchers of `group_norm_silu` know of tensors: layout, sizes under resampling, allocation."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from admfast.kernels.norm_launch import Shape
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of each position lie together and the whole is dense."""
+    return x.movedim(1, -1).is_contiguous()
+
+
+def channels_last(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """`t` dense and channels-last, in the dtype of `like`; a copy where it isn't."""
+    return None if t is None else t.to(like.dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A dense channels-last tensor [N, C, *spatial]."""
+    last = (shape[0], *shape[2:], shape[1])
+    return torch.empty(last, dtype=like.dtype, device=like.device).movedim(-1, 1)
+
+
+def empty_float(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def rows(t: Tensor | None) -> Tensor | None:
+    """A [N, C] whose channels are consecutive."""
+    return t if t is None or t.stride(1) == 1 else t.contiguous()
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a call: images, channels of the sources, planes of H x W positions before resampling."""
+
+    n: int
+    c1: int
+    c2: int
+    spatial: tuple[int, ...]
+    resample: str | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to launch for."""
+        return self.n * (self.c1 + self.c2) * math.prod(self.spatial) == 0
+
+    @property
+    def dims(self) -> int:
+        """How many dimensions are resampled."""
+        return min(len(self.spatial), 2)
+
+    @property
+    def height(self) -> int:
+        return self.spatial[-2] if self.dims == 2 else 1
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """The spatial sizes of the output."""
+        kept, own = self.spatial[: -self.dims], self.spatial[-self.dims :]
+        if self.resample is None:
+            return self.spatial
+        return (*kept, *(2 * s if self.resample == "up" else s // 2 for s in own))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The arguments of a kernel that say them."""
+        return dict(
+            N=self.n,
+            P=math.prod(self.spatial),
+            P_OUT=math.prod(self.out),
+            H=self.height,
+            W=self.spatial[-1],
+            C1=self.c1,
+            C2=self.c2,
+        )
+
+    def shape(self, groups: int, x: Tensor) -> Shape:
+        return Shape(self.n, math.prod(self.spatial), self.c1 + self.c2, groups, x.element_size())
+
+
+def geometry(x: Tensor, x2: Tensor | None, resample: str | None) -> Geometry:
+    """The sizes of a call; raises ValueError for what the kernels can't read."""
+    for name, t in (("x", x), ("x2", x2)):
+        if t is not None and not is_channels_last(t):
+            raise ValueError(f"{name}: strides {t.stride()} of {tuple(t.shape)} aren't dense channels-last")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x.dtype={x.dtype}: one of {', '.join(map(str, DTYPES))}")
+    return Geometry(x.shape[0], x.shape[1], 0 if x2 is None else x2.shape[1], tuple(x.shape[2:]), resample)
+
+
+def affine_arguments(
+    weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> dict[str, Any]:
+    """The arguments of a kernel that give weight, bias, scale and shift."""
+    scale, shift = rows(scale), rows(shift)
+    return dict(
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        scale_ptr=scale,
+        shift_ptr=shift,
+        scale_stride=0 if scale is None else scale.stride(0),
+        shift_stride=0 if shift is None else shift.stride(0),
+    )

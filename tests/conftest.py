@@ -1,0 +1,27 @@
+"""What all tests share: the interpreter where there is no GPU, and the time of each group at the end.
+
+Without a CUDA device the Triton kernels are tested through Triton's interpreter. Triton reads the variable
+when a kernel's decorator runs, hence here, before anything is imported. What is chosen by default stays the
+same: the interpreter runs only where it is named.
+"""
+
+import collections
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the seconds of each group: a folder of tests/, or a file that lies beside the folders."""
+    seconds: collections.Counter[str] = collections.Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            path = report.nodeid.partition("::")[0].removeprefix("tests/")
+            seconds[path.partition("/")[0]] += report.duration
+    terminalreporter.section("seconds of each group")
+    for group, time in seconds.most_common():
+        terminalreporter.line(f"{time:8.1f}  {group}")

@@ -1,0 +1,177 @@
+"""`python -m tests.kernels.compile_kernels`: compile the launches that ADM shapes lead to, without a GPU.
+
+A process of its own, as Triton's decorators decide at import whether kernels are compiled or interpreted.
+The shapes are those of the released networks, run on the meta device. Prints one line of JSON a kernel: name,
+key, registers, bytes of stack (spilled registers lie there), shared memory, the bytes of a thread's widest
+load and store and how wide the launch's channels allow them to be, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import admfast.models.layers as layers
+from admfast._source_tree import kernels
+from admfast.models import ClassifierConfig, NetConfig, UpsamplerConfig, build
+from admfast.models.presets import MODELS
+
+kernels()
+from admfast.kernels import group_norm, group_norm_bwd, norm_launch  # noqa: E402
+from admfast.kernels.norm_launch import Call  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+ARCHITECTURES = (80, 90, 100)
+BATCHES = (1, 8, 32)
+
+
+def norms() -> list[dict[str, Any]]:
+    """Every different normalisation of the released networks: channels, sizes, options."""
+    found: dict[str, dict[str, Any]] = {}
+    real = layers.group_norm_silu
+
+    def recorded(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        c2 = 0 if options.get("x2") is None else options["x2"].shape[1]
+        call = dict(c1=x.shape[1], c2=c2, spatial=tuple(x.shape[2:]), modulated="scale" in options)
+        call |= dict(silu=options.get("silu", True), resample=options.get("resample"))
+        found[str(call)] = call
+        return real(x, *arguments, **options, impl="reference")
+
+    layers.group_norm_silu = recorded
+    try:
+        for preset in MODELS.values():
+            if preset.network is not None and preset.file.endswith(".pt"):
+                run_on_meta(preset.network)
+    finally:
+        layers.group_norm_silu = real
+    return list(found.values())
+
+
+def run_on_meta(config: NetConfig) -> None:
+    """One forward without values."""
+    with torch.device("meta"), torch.no_grad():
+        network = build(config)
+        x, t = torch.empty(1, 3, config.image_size, config.image_size), torch.zeros(1)
+        label = torch.zeros(1, dtype=torch.long)
+        if isinstance(config, ClassifierConfig):
+            network(x, t)
+        elif isinstance(config, UpsamplerConfig):
+            network(x, t, low_res=torch.empty(1, 3, 64, 64), y=label)
+        else:
+            network(x, t, label if config.num_classes else None)
+
+
+def launches(norm: dict[str, Any], batch: int, dtype: torch.dtype) -> list[Call]:
+    """The kernel launches of the forward and the backward of a normalisation."""
+    calls: list[Call] = []
+    real, norm_launch.run = norm_launch.run, lambda planned, device: calls.extend(planned)
+    try:
+        with torch.device("meta"):
+            x, x2 = (
+                torch.empty(batch, *norm["spatial"], c, dtype=dtype).movedim(-1, 1) if c else None
+                for c in (norm["c1"], norm["c2"])
+            )
+            channels = norm["c1"] + norm["c2"]
+            weight = torch.empty(channels, dtype=dtype)
+            scale = shift = None
+            if norm["modulated"]:
+                scale, shift = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1)
+        affine, skip = (weight, weight, scale, shift), norm["resample"] is not None
+        modes = (norm["silu"], norm["resample"])
+        forward = group_norm.group_norm_silu_fwd
+        y, resampled, mean, rstd = forward(x, x2, *affine, 32, 1e-5, *modes, skip)
+        dskip = resampled if skip else None
+        group_norm_bwd.group_norm_silu_bwd(y, dskip, x, x2, *affine, mean, rstd, *modes, True)
+    finally:
+        norm_launch.run = real
+    return calls
+
+
+def source(call: Call) -> tuple[ASTSource, tuple]:
+    """What Triton would compile for a launch, and its key: kernel and constants, but not the dtype."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in call.kernel.params:
+        value, name = call.arguments[parameter.name], parameter.name
+        specialised = not isinstance(value, Tensor | None) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = f"*{DTYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    key = (call.kernel.__name__, tuple(constants.items()), tuple(attributes), tuple(call.options.items()))
+    return ASTSource(call.kernel, signature, constants, attributes), key
+
+
+def distinct(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple, dict[torch.dtype, tuple]]]:
+    """(key, {dtype: (source, options, bytes allowed)}) of every different kernel that the networks launch."""
+    found: dict[tuple, dict[torch.dtype, tuple]] = {}
+    for norm in norms():
+        for batch in BATCHES:
+            for dtype in dtypes:
+                for call in launches(norm, batch, dtype):
+                    src, key = source(call)
+                    found.setdefault(key, {}).setdefault(dtype, (src, call.options, allowed(call, dtype)))
+    yield from sorted(found.items(), key=lambda item: repr(item[0]))
+
+
+def compiled(src: ASTSource, options: dict[str, int], architecture: int) -> dict[str, Any]:
+    """Compile and read registers, stack and shared memory back from the machine code."""
+    start = time.perf_counter()
+    kernel = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seen = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert seen, usage
+    registers, stack, shared, local = map(int, seen.groups())
+    found = dict(architecture=architecture, registers=registers, stack=stack, local=local, shared=shared)
+    found |= {name: widest(kernel.asm["ptx"], name) for name in ("ld", "st")}
+    return found | dict(seconds=round(time.perf_counter() - start, 2))
+
+
+def widest(ptx: str, access: str) -> int:
+    """Bytes of the widest access of global memory that a thread makes at once: "ld" or "st"."""
+    found = re.findall(rf"\b{access}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+
+
+def allowed(call: Call, dtype: torch.dtype) -> int:
+    """Bytes that a thread may move at once: 16, or the channels that a program's share is a multiple of."""
+    return min(16, call.arguments.get("ALIGN", 16) * dtype.itemsize)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every dtype on every architecture (default: one)")
+    everything = parser.parse_args().all
+    assert not norm_launch.INTERPRETED, "unset TRITON_INTERPRET"
+    assert os.access(CUOBJDUMP, os.X_OK), CUOBJDUMP
+    for number, (key, variants) in enumerate(distinct(tuple(DTYPES))):
+        chosen = [(dtype, a) for dtype in variants for a in ARCHITECTURES]
+        # One of each key, in turn of another dtype and architecture.
+        for dtype, architecture in chosen if everything else [chosen[number % len(chosen)]]:
+            src, options, allowed_bytes = variants[dtype]
+            row = dict(kernel=key[0], key=repr(key[1:]), dtype=DTYPES[dtype], allowed=allowed_bytes)
+            print(json.dumps(row | compiled(src, options, architecture)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

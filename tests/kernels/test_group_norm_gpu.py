@@ -1,0 +1,193 @@
+"""`group_norm_silu` in Triton on a CUDA device: real shapes and batches, graphs, streams, compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from admfast.ops import TABLES, group_norm_silu, group_norm_silu_ref
+from tests.kernels.norm_cases import DTYPES, call_of, check, module, poison, results
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+# (channels of x, channels of x2, spatial): every path of the launch table, straddling groups among them.
+SHAPES = {
+    "192 64x64": (192, 0, (64, 64)),
+    "384+192 64x64": (384, 192, (64, 64)),
+    "256 128x128": (256, 0, (128, 128)),
+    "512 64x64": (512, 0, (64, 64)),
+    "576+384 32x32": (576, 384, (32, 32)),
+    "512 32x32": (512, 0, (32, 32)),
+    "768+576 16x16": (768, 576, (16, 16)),
+    "1024+1024 8x8": (1024, 1024, (8, 8)),
+    "768 64": (768, 0, (64,)),
+}
+ODD = {"34+30 33x17": (34, 30, (33, 17)), "96 7x9x5": (96, 0, (7, 9, 5))}
+PLAIN = dict(modulated=False, silu=True, resample=None, with_skip=False, weights="same", mean=0)
+MODES = {
+    "plain": PLAIN,
+    "modulated": PLAIN | dict(modulated=True, weights="fp32"),
+    "no silu, mean 100": PLAIN | dict(silu=False, mean=100),
+    "up": PLAIN | dict(resample="up", with_skip=True),
+    "down": PLAIN | dict(resample="down", with_skip=True, mean=100),
+}
+
+
+def shaped(shape: tuple, batch: int, groups: int = 32) -> tuple:
+    c1, c2, spatial = shape
+    return (batch, c1, c2, groups, spatial)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_and_batches(shape, dtype, batch, monkeypatch):
+    poison(monkeypatch)
+    c1, c2, spatial = SHAPES[shape]
+    mode = "modulated" if batch == 1 else "plain"
+    if batch * (c1 + c2) * torch.Size(spatial).numel() > 48 << 20:
+        pytest.skip("its float64 reference takes more memory than it shows")
+    check(MODES[mode] | dict(shape=shaped(SHAPES[shape], batch), dtype=dtype))
+
+
+@pytest.mark.parametrize("path", ["one read", "two passes"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *ODD])
+def test_both_paths_in_every_mode(shape, dtype, mode, path, monkeypatch):
+    poison(monkeypatch)
+    launch = module("norm_launch")
+    if path == "two passes":
+        monkeypatch.setattr(launch, "_one_read", lambda shape, backward: None)
+    else:  # as if no share were too large or too crumbly
+        monkeypatch.setattr(launch, "SHARE", 1 << 30)
+        monkeypatch.setattr(launch, "SECTOR", 0)
+    case = MODES[mode] | dict(shape=shaped((SHAPES | ODD)[shape], 2), dtype=dtype)
+    check(case)
+
+
+def call(dtype: torch.dtype = torch.float16, batch: int = 2, **changes) -> tuple[dict[str, Tensor], dict]:
+    case = PLAIN | dict(shape=shaped((384, 192, (32, 32)), batch), dtype=dtype, modulated=True) | changes
+    tensors, options = call_of(case)
+    del options["with_skip"]
+    return tensors, options
+
+
+def test_it_is_chosen():
+    tensors, options = call()
+    chosen = group_norm_silu(**tensors, **options)
+    assert torch.equal(chosen, group_norm_silu(**tensors, **options, impl="triton"))
+    assert TABLES["group_norm_silu"].named("triton").available() is None
+
+
+def test_the_same_bits_every_time():
+    for path in (torch.float16, torch.float32):
+        tensors, options = call(path, batch=8)
+        first, *others = (
+            results(lambda **k: group_norm_silu(**k, impl="triton"), tensors, options | dict(with_skip=False))
+            for _ in range(5)
+        )
+        assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize("shape", [(384, 192, (32, 32)), (256, 0, (128, 128))], ids=str)
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+def test_a_graph_replays_forward_and_backward(shape, resample):
+    tensors, options = call(shape=shaped(shape, 1), resample=resample)
+    x = tensors["x"].requires_grad_(True)
+
+    def step() -> tuple[Tensor, Tensor]:
+        y = group_norm_silu(**tensors, **options, impl="triton")
+        return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.cuda.synchronize()
+        again = step()
+        assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True))
+
+
+def test_two_streams_do_not_share():
+    calls = [call(batch=4, mean=mean) for mean in (0, 100)]
+    expected = [group_norm_silu(**tensors, **options, impl="triton") for tensors, options in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        got = []
+        for stream, (tensors, options) in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(group_norm_silu(**tensors, **options, impl="triton"))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_pointers_that_are_not_aligned():
+    tensors, options = call(shape=(2, 24, 0, 8, (9, 11)), modulated=False)
+    x = tensors["x"]
+    storage = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)
+    shifted = storage[1:].view(x.movedim(1, -1).shape).movedim(-1, 1).copy_(x)
+    expected, y = (
+        group_norm_silu(**(tensors | dict(x=given)), **options, impl="triton") for given in (x, shifted)
+    )
+    assert torch.equal(y, expected)
+
+
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB")
+    one = torch.randn(1, 64, 64, 256, device="cuda", dtype=torch.float16)
+    x = one.expand(2112, 64, 64, 256).contiguous().movedim(-1, 1)
+    assert x.numel() > 1 << 31
+    weight, bias = torch.randn(2, 256, device="cuda")
+    y = group_norm_silu(x, weight, bias, impl="triton")
+    first = group_norm_silu(x[:1], weight, bias, impl="triton")
+    for n in (0, 1055, 2111):  # another batch may take the other path: equal to rounding
+        torch.testing.assert_close(y[n : n + 1], first, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("resample", [None, "up"])
+def test_the_compiled_gradient_is_the_eager_one(backend, resample):
+    tensors, options = call(dtype=torch.float32, resample=resample)
+
+    def function(**arguments) -> Tensor:
+        return group_norm_silu(**arguments, impl="triton") * 2
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    plain = {name: value for name, value in options.items()}
+    leaves = [{k: t.detach().requires_grad_(True) for k, t in tensors.items()} for _ in range(2)]
+    for function_, own in ((function, leaves[0]), (compiled, leaves[1])):
+        function_(**own, **plain).square().sum().backward()
+    for name in tensors:
+        eager, through = (own[name].grad for own in leaves)
+        assert bool(eager.any())
+        torch.testing.assert_close(through, eager, rtol=1e-5, atol=1e-5 * float(eager.abs().max()))
+
+
+@pytest.mark.parametrize("spatial", [(4, 4), (24, 24)])
+@pytest.mark.parametrize("channels", [96, 2048])
+def test_one_wide_group(channels, spatial):
+    check(MODES["modulated"] | dict(shape=(2, channels, 0, 1, spatial), dtype="fp16"))
+
+
+def test_a_batch_of_one_million_positions_in_one_dimension():
+    x = torch.randn(1, 1 << 20, 32, device="cuda").movedim(-1, 1)
+    weight, bias = torch.ones(32, device="cuda"), torch.zeros(32, device="cuda")
+    y = group_norm_silu(x, weight, bias, 32, impl="triton").double()
+    truth = group_norm_silu_ref(x.double(), weight.double(), bias.double(), 32)
+    assert float((y - truth).abs().max()) < 1e-5

@@ -1,0 +1,58 @@
+"""The kernels compile for real GPUs and spill nothing at the blocks that ADM shapes lead to: needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {
+    "_group_norm_silu_fwd_kernel",
+    "_group_norm_silu_stats_kernel",
+    "_group_norm_silu_merge_fwd_kernel",
+    "_group_norm_silu_apply_fwd_kernel",
+    "_group_norm_silu_bwd_kernel",
+    "_group_norm_silu_sums_kernel",
+    "_group_norm_silu_merge_bwd_kernel",
+    "_group_norm_silu_apply_bwd_kernel",
+}
+SHARED_MEMORY = 48 << 10  # what a program has without asking for more
+
+
+@pytest.mark.parametrize(
+    ("flags", "most", "seconds"),
+    [
+        pytest.param([], 150, 600, id="once a key"),
+        pytest.param(["--all"], 1500, 3600, id="every dtype and architecture", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_and_spill_nothing(flags, most, seconds, record_property):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels", *flags]
+    start = time.monotonic()
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * seconds
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    spilled = [row for row in rows if row["stack"] or row["local"]]
+    assert not spilled, spilled
+    assert {row["kernel"] for row in rows} == KERNELS and 0 < len(rows) <= most
+    assert {row["dtype"] for row in rows} == {"fp16", "bf16", "fp32"}
+    assert {row["architecture"] for row in rows} == {80, 90, 100}
+    assert max(row["shared"] for row in rows) <= SHARED_MEMORY
+    # What the compiler can't see divides a mask makes it load and store element by element.
+    large = [row for row in rows if "_merge_" not in row["kernel"]]
+    assert [row for row in large if row["ld"] != row["allowed"]] == []
+    writing = [row for row in large if row["kernel"].endswith(("fwd_kernel", "bwd_kernel"))]
+    assert [row for row in writing if row["st"] != row["allowed"]] == []
+    worst = max(rows, key=lambda row: row["registers"])
+    record_property("compiled", f"{len(rows)}, most registers {worst['registers']} in {worst['kernel']}")
+    assert time.monotonic() - start < seconds
