@@ -11,8 +11,8 @@ import torch
 
 from bench.case import Case, Settings, first_line
 from bench.results import Row
-from bench.sampling.contender import Contender, Entry, Trial, make_trial
-from bench.sampling.subject import Inputs, Subject, step_flop
+from bench.sampling.contender import Contender, Entry, Trial, trial_of
+from bench.sampling.subject import Subject, step_flop
 from bench.sampling.weights import shared_state
 from bench.timing import Spell, in_turns, summarise
 from bench.trace import Trace, traced
@@ -58,7 +58,11 @@ class Bout:
     def _row_of(self, entry: Entry) -> Callable[[Settings], Row]:
         def measure(settings: Settings) -> Row:
             if not self.found:
-                self.found = run(self, settings)
+                try:
+                    self.found = run(self, settings)
+                except Exception as error:  # the trial itself: no contender's row can be had
+                    one = error.with_traceback(None)
+                    self.found = {(other.name, other.dtype): one for other in self.entries}
             found = self.found[entry.name, entry.dtype]
             if isinstance(found, Exception):
                 raise found
@@ -69,14 +73,13 @@ class Bout:
 
 def run(bout: Bout, settings: Settings) -> dict[tuple[str, str], Row | Exception]:
     """A row for each contender, or what went wrong with it."""
-    inputs = Inputs.of(bout.subject, bout.batch, settings.device)
-    trial = make_trial(bout.subject, inputs)
+    trial = trial_of(bout.subject, bout.batch, settings.device)
     found: dict[tuple[str, str], Any] = {}
     ready: dict[tuple[str, str], Contender] = {}
     for entry in bout.entries:
         key = entry.name, entry.dtype
         try:
-            ready[key], found[key] = _prepared(bout, entry, inputs, trial)
+            ready[key], found[key] = _prepared(bout, entry, trial)
         except Exception as error:
             # Without its frames, which hold the contender's memory.
             found[key] = error.with_traceback(None)
@@ -91,22 +94,22 @@ def run(bout: Bout, settings: Settings) -> dict[tuple[str, str], Row | Exception
     return found
 
 
-def _prepared(bout: Bout, entry: Entry, inputs: Inputs, trial: Trial) -> tuple[Contender, Row]:
+def _prepared(bout: Bout, entry: Entry, trial: Trial) -> tuple[Contender, Row]:
     """A contender that has passed its trial, and the row that this begins."""
-    contender = entry.make(bout.subject, inputs)
-    cuda = inputs.x.device.type == "cuda"
+    contender = entry.make(bout.subject, trial.inputs)
+    cuda = trial.inputs.x.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with contender.running():
-        contender.prepare()
+        contender.ready()
         error = trial.check(contender.outcome(trial), entry.dtype)
     row: Row = {"rel_err": float(f"{error:.2e}"), "steps": bout.subject.steps} | contender.note()
     if cuda:
         torch.cuda.synchronize()
         # What it allocated itself, and the float32 weights that all share.
-        own = torch.cuda.max_memory_allocated() - before + _shared_bytes(bout.subject, inputs.x.device)
+        own = torch.cuda.max_memory_allocated() - before + _shared_bytes(bout.subject, trial.inputs.x.device)
         row["peak_mb"] = round(own / 1e6, 1)
     return contender, row
 

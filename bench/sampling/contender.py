@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ class Contender(abc.ABC):
     def __init__(self, subject: Subject, inputs: Inputs):
         self.subject, self.inputs = subject, inputs
         self.device = inputs.x.device
+        self._prepared = False
+
+    def ready(self) -> None:
+        """Prepare where that isn't done."""
+        if not self._prepared:
+            self.prepare()
+            self._prepared = True
 
     @abc.abstractmethod
     def prepare(self) -> None:
@@ -107,6 +115,12 @@ class Trial:
         return TRIAL_STEPS - 1 - self.index
 
 
+@functools.lru_cache(maxsize=1)
+def trial_of(subject: Subject, batch: int, device: torch.device) -> Trial:
+    """The trial of a preset's batch, kept until another is asked for."""
+    return make_trial(subject, Inputs.of(subject, batch, device))
+
+
 def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     """The trial for a batch; the first and the last image go through the reference."""
     process = subject.process(TRIAL_STEPS)
@@ -143,4 +157,4 @@ class Entry:
     name: str
     dtype: str
     make: Callable[[Subject, Inputs], Contender]
-    note: Any = None
+    note: Mapping[str, Any] = field(default_factory=dict)
