@@ -1,7 +1,7 @@
 """`python -m bench.profile`: where the time of a guided step goes, by class of operation and by operation.
 
-By torch's profiler, over steps of `bench.sampling`'s presets on random weights: ours, and the published code's
-where a checkout of it is named. Classes and gaps are those of `bench.trace`.
+By torch's profiler, over steps of `bench.sampling`'s presets on random weights: ours, and the published
+code's where a checkout of it is named. Classes and gaps are those of `bench.trace`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from bench.trace import CLASSES, Trace, traced
 SECONDS = 1.0
 LARGEST_TRACE = 25
 LISTED = 12  # operations in the table of each step
-NAMES = ("profile",)
 
 
 def cases(settings: Settings, chosen: Choice) -> Iterator[Case]:
@@ -107,8 +106,9 @@ def render(rows: Sequence[Row]) -> str:
 
 def title(row: Row) -> str:
     """Preset, batch, who and precision in words."""
-    guided = "guided" if row["shape"]["step"] == "guided_step" else "without guidance"
-    return f"{row['shape']['system']}, batch {row['shape']['batch']}, {guided}, {row['provider']}, {row['dtype']}"
+    shape = row["shape"]
+    guided = "guided" if shape["step"] == "guided_step" else "without guidance"
+    return f"{shape['system']}, batch {shape['batch']}, {guided}, {row['provider']}, {row['dtype']}"
 
 
 def classes_table(rows: Sequence[Row]) -> str:

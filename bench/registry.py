@@ -218,10 +218,10 @@ def distinct_convs(shapes: Iterable[ConvShape] = CONV_SHAPES) -> list[tuple[Conv
 
 # What each form of the ablation was predicted to save, as a part of the plain step's time, before it was
 # measured: (device, preset, batch) to form to part. Bytes and operations are those counted on the published
-# networks. GPU: over 3.0 TB/s and, at batch 1, 8 us of the host for each launch that goes; published fp16 eager
-# modelled at 131 ms (256 px, batch 8) and 11.2 ms (64 px, batch 1). CPU: two threads, 0.3 TFLOP/s and 15 GB/s
-# in float32, which make 5.8 s of a plain step at 64 px and batch 4 (4.0 s convolutions and products, 0.8 s
-# norms, 0.9 s attention) and 25 ms of the digits'; Winograd convolutions taken as 1.5 times as fast.
+# networks. GPU: over 3.0 TB/s and, at batch 1, 8 us of the host for each launch that goes; published fp16
+# eager modelled at 131 ms (256 px, batch 8) and 11.2 ms (64 px, batch 1). CPU: two threads, 0.3 TFLOP/s and
+# 15 GB/s in float32, which make 5.8 s of a plain step at 64 px and batch 4 (4.0 s convolutions and products,
+# 0.8 s norms, 0.9 s attention) and 25 ms of the digits'; Winograd convolutions taken as 1.5 times as fast.
 PREDICTED_GAINS: dict[tuple[str, str, int], dict[str, float]] = {
     ("cpu", "imagenet64", 4): {
         "channels-last": 0.03,

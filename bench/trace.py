@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by torch's profiler: operations and kernels in a few classes, and the gaps."""
+"""Where the time of a step goes, by torch's profiler: operations and kernels in classes, and the gaps."""
 
 from __future__ import annotations
 
@@ -133,9 +133,7 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _trace(
-    wall_us: float, by_class: dict[str, float], by_name: dict[str, list[float]], steps: int
-) -> Trace:
+def _trace(wall_us: float, by_class: dict[str, float], by_name: dict[str, list[float]], steps: int) -> Trace:
     unit = 1e3 * steps
     names = {name: (time / unit, count / steps) for name, (time, count) in by_name.items()}
     return Trace(wall_us / unit, {name: time / unit for name, time in by_class.items()}, names)

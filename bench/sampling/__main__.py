@@ -1,4 +1,4 @@
-"""`python -m bench.sampling`: the guided step of every preset (the shared flags are those of `bench.command`)."""
+"""`python -m bench.sampling`: the guided step of every preset (shared flags: `bench.command`)."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ PUBLISHED_FOLDER = Path(".guided-diffusion")
 
 @dataclass(frozen=True)
 class Choice:
-    """What is measured: (preset, batch) in order, our precisions, peers by name, the published code's path."""
+    """What is measured: (preset, batch) in order, our precisions, peers by name.
+
+    path: of the published code, "" for none. compiled: ours compiled is measured too.
+    """
 
     pairs: tuple[tuple[Subject, int], ...]
     precisions: tuple[str, ...]
@@ -79,7 +82,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--systems", metavar="NAME,...", help=f"presets, of {','.join(subjects())} (default: by device)"
     )
-    parser.add_argument("--batches", metavar="N,...", help="batch sizes (default: 1,8 on a GPU, 1,4 on a CPU)")
+    parser.add_argument(
+        "--batches", metavar="N,...", help="images at a time (default: 1,8 on a GPU, 1,4 on a CPU)"
+    )
     parser.add_argument("--precisions", metavar="NAME,...", help="of our steps (default: by device)")
     parser.add_argument(
         "--all", action="store_true", help="every preset; batches 1,8,32 on a GPU, also batch 1 on a CPU"
@@ -125,8 +130,9 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
             policy(name, settings.device)
         except AdmfastError as error:
             raise ValueError(str(error)) from None
-    peers = _names("peers", arguments.peers, PEERS) if arguments.peers else present(arguments.guided_diffusion)
-    return Choice(tuple(pairs), precisions, tuple(peers), arguments.guided_diffusion, "compiled" in peers)
+    path = arguments.guided_diffusion
+    peers = _names("peers", arguments.peers, PEERS) if arguments.peers else present(path)
+    return Choice(tuple(pairs), precisions, tuple(peers), path, "compiled" in peers)
 
 
 def present(path: str) -> list[str]:

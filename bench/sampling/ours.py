@@ -64,7 +64,9 @@ class Ours(Contender):
             if choice.name not in names:
                 names.append(choice.name)
 
-    def _runner(self, table: SolverTable, scale: float, noise_row: int, x: Tensor) -> PreparedStep | FunctionStep:
+    def _runner(
+        self, table: SolverTable, scale: float, noise_row: int, x: Tensor
+    ) -> PreparedStep | FunctionStep:
         """What runs the rows of a table, before its first."""
         inputs = self.inputs
         net, classifier = self.engine.net, self.engine.classifier

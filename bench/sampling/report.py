@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.ceilings.report import conditions
 from bench.results import Row, ceiling_of, markdown_table
-from bench.sampling.published import EAGER
+from bench.sampling.diffusers_unet import NAME
+from bench.sampling.published import FORMS
 
 TITLES = {
     "guided_step": "A guided step: network, classifier gradient, update",
@@ -20,6 +21,7 @@ TITLES = {
 }
 # What the torso multiplies in, whose product rate is the ceiling.
 PRODUCT = {"auto": "bf16"}
+Value = Callable[[Row, Iterable[Row]], Any]
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -40,18 +42,15 @@ def step_table(rows: Sequence[Row], every: Sequence[Row]) -> str:
     """One line a contender; columns that nobody fills are left out."""
     if rows[0]["kind"] == "matmul":
         return _products(rows)
-    header = ["preset", "batch", "who", "precision", "ms a step", "20-80 %", "images/s", "TFLOP/s", "of product"]
-    header += ["faster than published", "host ms", "launches", "kernels", "peak MB", "error", "waited", "runs on"]
+    header = ["preset", "batch", "who", "precision", "ms a step", "20-80 %", *COLUMNS]
     lines = []
     for row in sorted(rows, key=lambda row: (row["shape"]["system"], row["shape"]["batch"])):
         line: list[Any] = [row["shape"]["system"], row["shape"]["batch"], row["provider"], row["dtype"]]
         if row["status"] == "ok":
-            line += [row["ms"], f"{row['ms_q20']:.3g}-{row['ms_q80']:.3g}", row["images_per_s"], row["tflops"]]
-            line += [share_of_product(row, every), over_published(row)]
-            line += [row.get(name) for name in ("host_ms", "launches", "kernels", "peak_mb")]
-            line += [f"{row['rel_err']:.1e}", row.get("waited"), row.get("implementation")]
+            line += [row["ms"], f"{row['ms_q20']:.3g}-{row['ms_q80']:.3g}"]
+            line += [value(row, every) for value in COLUMNS.values()]
         else:
-            line += [row["status"], str(row.get("reason", ""))[:120]] + [None] * (len(header) - 6)
+            line += [row["status"], str(row.get("reason", ""))[:120], *[None] * len(COLUMNS)]
         lines.append(line)
     filled = [i for i in range(len(header)) if any(line[i] not in (None, "") for line in lines)]
     return markdown_table([header[i] for i in filled], [[line[i] for i in filled] for line in lines])
@@ -63,12 +62,38 @@ def share_of_product(row: Row, every: Iterable[Row]) -> str | None:
     return f"{row['tflops'] / top:.0%}" if top else None
 
 
-def over_published(row: Row) -> str | None:
-    """How many times faster than the published code as it comes."""
-    for name, ratio in row.get("faster_than", {}).items():
-        if name.rpartition(" ")[0] == EAGER.name:
-            return f"{ratio:.2f}"
-    return None
+def faster_than(peer: str) -> Value:
+    """How many times faster than a peer; nothing for the peer itself."""
+
+    def value(row: Row, every: Iterable[Row]) -> str | None:
+        for name, ratio in row.get("faster_than", {}).items():
+            if name.rpartition(" ")[0] == peer:
+                return f"{ratio:.2f}"
+        return None
+
+    return value
+
+
+def of_row(name: str) -> Value:
+    """A field of the row as it stands."""
+    return lambda row, every: row.get(name)
+
+
+# What a step's line says beside its name and time.
+COLUMNS: dict[str, Value] = {
+    "images/s": of_row("images_per_s"),
+    "TFLOP/s": of_row("tflops"),
+    "of product": share_of_product,
+    **{f"x {form.name}": faster_than(form.name) for form in FORMS.values()},
+    f"x {NAME}": faster_than(NAME),
+    "host ms": of_row("host_ms"),
+    "launches": of_row("launches"),
+    "kernels": of_row("kernels"),
+    "peak MB": of_row("peak_mb"),
+    "error": lambda row, every: f"{row['rel_err']:.1e}",
+    "waited": of_row("waited"),
+    "runs on": of_row("implementation"),
+}
 
 
 def start_table(rows: Sequence[Row], every: Sequence[Row]) -> str:
@@ -153,7 +178,9 @@ def _products(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], folder: Path) -> None:
     """`waterfall.png`: a ladder for every preset and batch that was taken apart."""
-    groups = [group for group in groups_of([r for r in rows if r["kind"] == "ablation_added"]) if ladder(group)]
+    groups = [
+        group for group in groups_of([r for r in rows if r["kind"] == "ablation_added"]) if ladder(group)
+    ]
     if not groups:
         return
     try:
@@ -180,7 +207,8 @@ def _waterfall(axis: Any, group: Sequence[Row]) -> None:
     first, guessed = steps[0][1], steps[0][1]
     for i, (row, ms, _) in enumerate(steps):
         before = steps[i - 1][1] if i else 0.0
-        axis.barh(i, ms - before, left=before, height=0.6, color="#3a6ea5" if ms < before or not i else "#b5523b")
+        colour = "#3a6ea5" if ms < before or not i else "#b5523b"
+        axis.barh(i, ms - before, left=before, height=0.6, color=colour)
         axis.text(max(ms, before) + 0.01 * first, i, f"{ms:.3g}", va="center", fontsize=8)
         guess = row.get("predicted")
         if guess is not None:

@@ -51,8 +51,11 @@ def _measure(shape: Mapping[str, object], precision: str) -> Measure:
 
 def first_image(flags: Sequence[str], environment: Mapping[str, str]) -> dict[str, float]:
     """Run `bench.sampling.first_image` in a process of its own; raises RuntimeError with what it said."""
-    command = [sys.executable, "-m", "bench.sampling.first_image", *flags, "--since", f"{time.time():.6f}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(environment), capture_output=True, text=True)
+    since = ("--since", f"{time.time():.6f}")
+    command = [sys.executable, "-m", "bench.sampling.first_image", *flags, *since]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | dict(environment), capture_output=True, text=True
+    )
     lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     if done.returncode or not lines:
         raise RuntimeError(f"the process ended with {done.returncode}: {lines[-1] if lines else 'silent'}")

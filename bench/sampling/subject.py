@@ -84,9 +84,7 @@ def _of_system(system: SystemPreset) -> list[Subject]:
         return [_subject(system.name, model, steps, low_res_size=model.low_res_size)]
     classifier = None if system.classifier is None else system.classifier.config
     return [
-        _subject(
-            system.name, system.diffusion, system.steps, classifier=classifier, guidance=system.guidance
-        )
+        _subject(system.name, system.diffusion, system.steps, classifier=classifier, guidance=system.guidance)
     ]
 
 
