@@ -16,12 +16,13 @@ from admfast.cli.info import run_info
 from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
 from admfast.cli.sample import run_sample
+from admfast.cli.verify import run_verify
 from admfast.errors import AdmfastError
 from admfast.files.atomic import output_error
 
 app = typer.Typer(
     name="admfast",
-    help="ADM diffusion models: sample, inspect, fetch.",
+    help="ADM diffusion models: sample, verify, inspect, fetch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +33,7 @@ app.command("inspect")(run_inspect)
 app.command("models")(run_models)
 app.command("fetch")(run_fetch)
 app.command("info")(run_info)
+app.command("verify")(run_verify)
 
 USER_ERROR, INTERRUPTED = 2, _interrupt.INTERRUPTED
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from admfast.cli.options import options_of
 from admfast.cli.sample_options import (
     Batch,
     Classes,
     ClassifierFile,
+    Compile,
     Device,
     Eta,
     Guidance,
     Intermediates,
+    Interval,
     LowRes,
     Name,
     Out,
@@ -32,6 +36,7 @@ from admfast.cli.sample_options import (
     Steps,
     UpsamplerFile,
     UpsamplerSteps,
+    Verbose,
     Weights,
 )
 from admfast.cli.tables import table
@@ -62,10 +67,13 @@ def run_sample(
     eta: Eta = None,
     respacing: Respaced = None,
     guidance: Guidance = None,
+    guidance_interval: Interval = None,
     upsampler_steps: UpsamplerSteps = None,
     batch: Batch = None,
     precision: Precision = "auto",
     device: Device = None,
+    compile: Compile = False,
+    verbose: Verbose = False,
     out: Out = Path("out"),
     overwrite: Overwrite = False,
     intermediates: Intermediates = 0,
@@ -74,6 +82,8 @@ def run_sample(
     set_upsampler: SetUpsampler = None,
 ) -> None:
     """Sample images: PNG files, one labelled grid and the published npz."""
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
     if solver == INVERSE:
@@ -87,23 +97,26 @@ def run_sample(
         preset=preset,
         device=device,
         precision=precision,
+        compile=compile,
         classifier_options=options_of("--set-classifier", set_classifier),
         upsampler_options=options_of("--set-upsampler", set_upsampler, also=["low_res_size"]),
         **options_of("--set", set_),
     )
-    given = {"steps": steps, "eta": eta, "respacing": respacing}
+    given: dict[str, Any] = {"steps": steps, "eta": eta, "respacing": respacing}
     given |= {"guidance": guidance, "upsampler_steps": upsampler_steps}
+    given["guidance_interval"] = None if guidance_interval is None else parse_interval(guidance_interval)
     settings = {"solver": solver, **{key: value for key, value in given.items() if value is not None}}
     images = None if low_res is None else read_low_res(low_res)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
     small = None if images is None else images.images
-    _run(SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates, low_res=small))
+    run = SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates, low_res=small)
+    _run(run, list(pipe.policy.parts().items()) if verbose else [])
 
 
-def _run(run: SampleRun) -> None:
+def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
     """Say what will be done, do it, and say where it is; nothing is said or made before all is checked."""
     run.check()
-    print(table(_resolved(run.pipe, run)), flush=True)
+    print(table([*_resolved(run.pipe, run), *more]), flush=True)
     started = time.time()
     count = len(run.seeds)
     try:
@@ -153,6 +166,14 @@ def parse_numbers(name: str, text: str) -> list[int]:
             raise invalid(name, text, f"at most {MANY:,} numbers")
         numbers.extend(range(first, last + 1))
     return numbers
+
+
+def parse_interval(text: str) -> tuple[float, ...]:
+    """Read "200,800"; raises InvalidArgument."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise invalid("guidance-interval", text, "two timesteps, LOWEST,HIGHEST such as 200,800") from None
 
 
 def plan_images(

@@ -53,6 +53,23 @@ Guidance = Annotated[
     float | None,
     typer.Option(help="Scale of the classifier's gradient, 0 for none (default: the system's)."),
 ]
+Interval = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance-interval",
+        help="Guide at these timesteps of the process alone, LOWEST,HIGHEST such as 200,800 (default: all).",
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="torch.compile the step: minutes before the first image (default: don't)."
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", help="Say what every part computes in, and how steps run (default: don't)."),
+]
 UpsamplerSteps = Annotated[
     int | None, typer.Option(help="Evaluations of the upsampler (default: the system's).")
 ]
@@ -60,7 +77,8 @@ Batch = Annotated[int | None, typer.Option(help="Images at a time (default: by i
 Precision = Annotated[
     str,
     typer.Option(
-        help="auto, fp32, tf32, bf16 or fp16; auto is bf16 with a float32 classifier on a GPU, else fp32."
+        help="auto, fp32, tf32, bf16 or fp16; auto is bf16 on a GPU (classifier fp32) and on a CPU with AMX, "
+        "else fp32."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU where there is one).")]

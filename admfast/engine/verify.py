@@ -28,8 +28,8 @@ class Budget:
 
 
 # A layer rounds its weights, a partial sum of two sources and its output once: three independent relative
-# errors, uniform within half an epsilon, whose root mean square is half an epsilon at most; half as much again
-# is allowed. In float32 the sums' own rounding counts, and the few times as much of it that Winograd
+# errors, uniform within half an epsilon, whose root mean square is half an epsilon at most; half as much
+# again is allowed. In float32 the sums' own rounding counts, and the few times as much of it that Winograd
 # convolutions have.
 BUDGETS = {
     "fp32": Budget(layer=2e-5, step=1e-3, psnr=70.0),
@@ -120,16 +120,16 @@ def compare_layers(
             # Of values that the precision has: what rounding the input costs depends on its mean, not on
             # the layer.
             x, given = _as(x, dtype), {key: _as(value, dtype) for key, value in kept.items()}
-            got = _first(fast.get_submodule(name)(x, **given))
-            exact = _first(layers[name](_wide(x), **{key: _wide(value) for key, value in given.items()}))
-        got = _in_own_order(fast.get_submodule(name), got)
+            got = _outcome(fast.get_submodule(name), x, given)
+            exact = _outcome(layers[name], _wide(x), {key: _wide(value) for key, value in given.items()})
         found.append(Deviation(f"{prefix}.{name}", relative_error(got, exact), allowed))
     return found
 
 
-def _in_own_order(layer: nn.Module, y: Tensor) -> Tensor:
-    """The output of a layer whose folded form puts its channels out in another order, in its own."""
-    rows = getattr(layer, "rows", None)
+def _outcome(layer: nn.Module, x: Any, options: dict[str, Any]) -> Tensor:
+    """What a layer puts out, in its own order where its folded form has another."""
+    y = layer(x, **options)
+    y, rows = y[0] if isinstance(y, tuple) else y, getattr(layer, "rows", None)
     if rows is None or not getattr(layer, "reordered", False):
         return y
     back = torch.empty(len(rows), dtype=torch.int64)
@@ -157,10 +157,6 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 def _excess(deviation: Deviation) -> float:
     return deviation.error / deviation.allowed
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _wide(value: Any) -> Any:

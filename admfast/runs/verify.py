@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast.engine.loop import Progress
@@ -58,51 +60,76 @@ def verify(
     given: dict[str, Any] = dict(
         seeds=list(seeds), steps=steps, solver=solver, guidance=guidance, low_res=low_res, output="float"
     )
+    if pipe.upsampler is not None:
+        given["upsampler_steps"] = steps
     given["classes"] = None if classes is None else list(classes)
-    inputs: list[tuple[Tensor, float]] = []  # x after a row, and the t that it was at
-    with dispatch.using("reference"):
-        exact = reference.sample(callback=lambda p: inputs.append((p.x.cpu().clone(), p.t)), **given)
+    seen: dict[str, list[_Seen]] = {"base": [], "upsampler": []}
+
+    def keep(progress: Progress) -> None:
+        seen[progress.stage].append(_Seen(progress.x.cpu().clone(), progress.t, progress.x0.cpu().clone()))
 
     def compare(progress: Progress) -> None:
-        x, _ = inputs[progress.done - 1]
-        if progress.stage == "base":
-            error = relative_error(progress.x, x)
-            name = f"x after step {progress.done} (t = {progress.t:g})"
-            verification.steps.append(Deviation(name, error, verification.budget.step))
+        error = relative_error(progress.x, seen[progress.stage][progress.done - 1].x)
+        prefix = "" if progress.stage == "base" else "upsampler: "
+        name = f"{prefix}x after step {progress.done} (t = {progress.t:g})"
+        verification.steps.append(Deviation(name, error, verification.budget.step))
 
-    got = pipe.sample(callback=compare, **given)
+    with dispatch.using("reference"):
+        exact = reference.sample(callback=keep, batch_size=len(given["seeds"]), **given)
+    got = pipe.sample(callback=compare, batch_size=len(given["seeds"]), **given)
     compare_images(verification, got, exact)
-    _layers(verification, pipe, reference, inputs, given)
+    verification.layers = _layers(pipe, reference, seen["base"], given, verification.budget, "")
+    if pipe.upsampler is not None and reference.upsampler is not None:
+        up = (
+            pipe.upsampler,
+            reference.upsampler,
+            seen["upsampler"],
+            given,
+            verification.budget,
+            "upsampler ",
+        )
+        verification.layers += _layers(*up)
     return verification
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the reference had after a row: x and the x_0 it reported, at what the network saw as t."""
+
+    x: Tensor
+    t: float
+    x0: Tensor
+
+
 def _layers(
-    verification: Verification,
     pipe: Pipeline,
     reference: Pipeline,
-    inputs: list[tuple[Tensor, float]],
+    seen: list[_Seen],
     given: dict[str, Any],
-) -> None:
-    """The layers of network and classifier at what the first, a middle and the last step begin from."""
-    x_of = [inputs[i][0] for i in (0, len(inputs) // 2, max(len(inputs) - 2, 0))]
-    t_of = [inputs[min(i, len(inputs) - 1)][1] for i in (1, len(inputs) // 2 + 1, len(inputs) - 1)]
-    count, known = len(given["seeds"]), pipe.num_classes
-    classes = given["classes"] or [seed % (known or 1) for seed in given["seeds"]]
+    budget: Budget,
+    prefix: str,
+) -> list[Deviation]:
+    """The layers of network and classifier at what three of the steps begin from, the worst of each."""
+    count = len(given["seeds"])
+    classes = given["classes"] or [seed % (pipe.num_classes or 1) for seed in given["seeds"]]
     labels = torch.tensor([classes[i % len(classes)] for i in range(count)], device=pipe.device)
+    low_res = given["low_res"]
     worst: dict[str, Deviation] = {}
-    for x, t in zip(x_of, t_of, strict=True):
-        x, ts = x.to(pipe.device), torch.full((count,), t, device=pipe.device)
-        for prefix, fast, exact in (
-            ("net", pipe.net, reference.net),
-            ("classifier", pipe.classifier, reference.classifier),
-        ):
+    for i in sorted({0, len(seen) // 2, max(len(seen) - 2, 0)}):
+        x, t = seen[i].x.to(pipe.device), seen[min(i + 1, len(seen) - 1)].t
+        if low_res is None and isinstance(pipe.net, Upsampler):
+            size = pipe.low_res_size or x.shape[-1] // 4
+            low_res = F.adaptive_avg_pool2d(seen[i].x0, size).to(pipe.device)
+        for name in ("net", "classifier"):
+            fast, exact = getattr(pipe, name), getattr(reference, name)
             if fast is None or exact is None:
                 continue
-            call = partial(_forward, x=x, t=ts, labels=labels, low_res=given["low_res"])
-            for found in compare_layers(fast, exact, call, verification.budget, prefix):
+            ts = torch.full((count,), t, device=pipe.device)
+            call = partial(_forward, x=x, t=ts, labels=labels, low_res=low_res)
+            for found in compare_layers(fast, exact, call, budget, prefix + name):
                 if found.name not in worst or found.error > worst[found.name].error:
                     worst[found.name] = found
-    verification.layers = list(worst.values())
+    return list(worst.values())
 
 
 def _forward(net: nn.Module, x: Tensor, t: Tensor, labels: Tensor, low_res: Tensor | None) -> Tensor:

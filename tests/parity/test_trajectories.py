@@ -9,11 +9,22 @@ import pytest
 import torch
 
 from admfast.diffusion import GaussianDiffusion
+from admfast.engine.engine import Engine
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.loop import Progress, run_table
+from admfast.engine.images import to_uint8
+from admfast.engine.loop import Progress, run_rows, run_table
+from admfast.engine.options import EngineOptions
+from admfast.engine.step import Batch, StepKey
+from admfast.ops.noise import Stream
 from admfast.solvers import SolverTable, make_table
 from tests.parity import analytic, golden
 from tests.parity.nets import load_golden_net
+
+OPTIONS = {
+    "folded": EngineOptions(),
+    "unfolded": EngineOptions(fold=None),
+    "two rows at a time": EngineOptions(rows_at_a_time=2),
+}
 
 
 def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
@@ -41,6 +52,22 @@ def guidance_of(case: dict, nets: Path, arrays: dict):
         return partial(analytic.guidance, y=arrays.get("y"), scale=case["cond_scale"])
     classifier = load_golden_net(nets / case["classifier"]).requires_grad_(False)
     return classifier_guidance(classifier, arrays["y"], case["cond_scale"])
+
+
+def compare(
+    case: dict, arrays: dict, table: SolverTable, samples: list, x0s: list, final: torch.Tensor
+) -> None:
+    """Hold what a run gave to the case's limits."""
+    analytic_net = case["net"] is None
+    limit = golden.ANALYTIC_SAMPLES_LIMIT if analytic_net else golden.NETWORK_SAMPLES_LIMIT
+    x0_limit = golden.ANALYTIC_XSTART_LIMIT if analytic_net else golden.NETWORK_XSTART_LIMIT
+    golden.compare([row.index for row in table.rows], arrays["t_index"], 0, "t_index")
+    golden.compare(torch.stack(samples), arrays["samples"], limit, "samples")
+    golden.compare(torch.stack(x0s), arrays["pred_xstart"], x0_limit, "pred_xstart")
+    golden.compare(final, arrays["final"], limit, "final")
+    if "uint8_nhwc" in arrays:
+        levels = to_uint8(final).int() - arrays["uint8_nhwc"].int()
+        assert levels.abs().max() <= 1
 
 
 @pytest.mark.parametrize("impl", ["reference", None], ids=["reference", "default"])
@@ -77,18 +104,50 @@ def test_trajectory(path: Path, impl: str | None) -> None:
         callback=keep,
         impl=impl,
     )
-    analytic_net = case["net"] is None
-    limit = golden.ANALYTIC_SAMPLES_LIMIT if analytic_net else golden.NETWORK_SAMPLES_LIMIT
-    x0_limit = golden.ANALYTIC_XSTART_LIMIT if analytic_net else golden.NETWORK_XSTART_LIMIT
-    golden.compare([row.index for row in table.rows], arrays["t_index"], 0, "t_index")
-    golden.compare(torch.stack(samples), arrays["samples"], limit, "samples")
-    golden.compare(torch.stack(x0s), arrays["pred_xstart"], x0_limit, "pred_xstart")
-    golden.compare(state.x, arrays["final"], limit, "final")
+    compare(case, arrays, table, samples, x0s, state.x)
     for name, seen in (("t_seen_by_model", seen_model), ("t_seen_by_cond_fn", seen_guidance)):
         if name in arrays:
             golden.compare(torch.stack(seen), arrays[name], 0, name)
-    if "uint8_nhwc" in arrays:
-        from admfast.engine.images import to_uint8
 
-        levels = to_uint8(state.x).int() - arrays["uint8_nhwc"].int()
-        assert levels.abs().max() <= 1
+
+def of_networks() -> list:
+    """The trajectories whose model is a network, and nothing of them a function of a user's."""
+    chosen = []
+    for parameter in golden.cases("sampling", "trajectories"):
+        if parameter.values[0] is None:
+            return [parameter]
+        case = golden.load_json(parameter.values[0])
+        if case["net"] is not None and case["denoised_fn"] is None:
+            chosen.append(parameter)
+    return chosen
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("path", of_networks())
+def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions) -> None:
+    case, arrays = golden.load_json(path), golden.load_tensors(path)
+    nets = path.parents[1] / "nets"
+    net = load_golden_net(nets / case["net"]).requires_grad_(False)
+    classifier, scale = None, case["cond_scale"] or 0.0
+    if case["classifier"] is not None:
+        classifier = load_golden_net(nets / case["classifier"]).requires_grad_(False)
+    engine = Engine(net, classifier, options=options)
+    engine.ready()
+    assert net.is_folded == (options.fold is not None)
+    table = solver_table(case, analytic.build_diffusion(case["diffusion"]))
+    start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
+    noise = arrays.get("noises", torch.zeros(len(table), *start.shape))
+    seeds = torch.zeros(len(start), dtype=torch.int64)
+    batch = Batch(start, seeds, arrays.get("y"), arrays.get("low_res"), noise, scale)
+    guided = [classifier is not None] * len(table)
+    step = engine.step(StepKey.of(table, batch, guided, net.config.num_classes is not None, Stream.STEPS))
+    step.fill(table, batch)
+    samples: list[torch.Tensor] = []
+    x0s: list[torch.Tensor] = []
+
+    def keep(progress: Progress) -> None:
+        samples.append(progress.x.clone())
+        x0s.append(progress.x0.clone())
+
+    state = run_rows(table, step, guided=guided, callback=keep)
+    compare(case, arrays, table, samples, x0s, state.x)
