@@ -15,20 +15,20 @@ import torch
 PATTERNS: tuple[tuple[str, str], ...] = (
     ("update", r"sampler_step|philox|noise_kernel|^update$"),
     ("embedding", r"^embedding$|index_select|gather_row|aten::(embedding|cos|sin)\b"),
-    ("norm", r"group_?norm|RowwiseMoments|ComputeFusedParams|layer_norm"),
-    ("attention", r"attention|flash|fmha|einsum|softmax|\bbmm\b|Bmm|aten::matmul"),
+    ("norm", r"group_?norm|RowwiseMoments|ComputeFusedParams"),
+    ("attention", r"attention|flash|fmha|einsum|softmax|bmm|aten::matmul"),
     (
         "convolution",
-        r"conv(?!ert)|Convolution|fprop|dgrad|wgrad|implicit_gemm|winograd|im2col|nchwToNhwc|nhwcToNchw",
+        r"conv(?!ert)|fprop|dgrad|wgrad|implicit_gemm|winograd|im2col|nchwToNhwc|nhwcToNchw",
     ),
-    ("product", r"addmm|aten::(mm|linear)\b|gemm|gemv|cublas|cutlass|nvjet|splitK|Addmm|MmBackward"),
+    ("product", r"addmm|aten::(mm|linear)\b|gemm|gemv|cublas|cutlass|nvjet|splitK|MmBackward"),
 )
 OTHER = "elementwise and copies"
 GAPS = "gaps"
 CLASSES = ("convolution", "norm", "attention", "product", "embedding", "update", OTHER, GAPS)
 
 LAUNCH = re.compile(r"^(cuda|cu)(Launch|GraphLaunch|Memcpy|Memset)")
-_COMPILED = tuple((name, re.compile(pattern)) for name, pattern in PATTERNS)
+_COMPILED = tuple((name, re.compile(pattern, re.IGNORECASE)) for name, pattern in PATTERNS)
 
 
 def classify(name: str) -> str:

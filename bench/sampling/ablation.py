@@ -128,7 +128,10 @@ def cases(
 ) -> Iterator[Case]:
     """A row for every form of every (preset, batch)."""
     kind = settings.device.type
-    for subject, batch in pairs:
+    # First those whose gains somebody predicted.
+    for subject, batch in sorted(
+        pairs, key=lambda pair: (kind, pair[0].name, pair[1]) not in PREDICTED_GAINS
+    ):
         whole = _kept(Form(WHOLE).entry(precision))
         ladder = added(settings.cuda)
         if compiled:

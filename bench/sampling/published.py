@@ -74,6 +74,8 @@ def modules(path: str) -> SimpleNamespace:
         raise Unavailable(f"{folder}: {first_line(error)}") from error
     finally:
         sys.path.remove(str(folder))
+    if not Path(str(found["unet"].__file__)).is_relative_to(folder):
+        raise Unavailable(f"{folder}: another {PACKAGE} is imported already, {found['unet'].__file__}")
     return SimpleNamespace(**found)
 
 
