@@ -78,12 +78,14 @@ def _cpu_times(fn: Callable[[], object], seconds: float) -> list[float]:
 class Spell:
     """Steps run one after another: milliseconds a step, on the clock and until the host had issued it.
 
-    waited: the part of the time that the process's threads were ready but had no CPU.
+    waited: the part of the time that the process's threads were ready but had no CPU. cpu_ms: CPU time of all
+    threads; with one thread on a busy machine it says more than the clock.
     """
 
     ms: float
     host_ms: float
     waited: float
+    cpu_ms: float = 0.0
 
 
 def spell(step: Callable[[int], object], count: int, device: torch.device) -> Spell:
@@ -93,14 +95,16 @@ def spell(step: Callable[[int], object], count: int, device: torch.device) -> Sp
     is flushed, as none is between the steps of a sampling loop.
     """
     _synchronise(device)
-    queued, begin = queue_seconds(), time.perf_counter()
+    queued, used, begin = queue_seconds(), time.process_time(), time.perf_counter()
     for i in range(count):
         step(i)
     issued = time.perf_counter()
     _synchronise(device)
     seconds = time.perf_counter() - begin
+    used = time.process_time() - used
     waited = max(0.0, queue_seconds() - queued) / seconds
-    return Spell(1e3 * seconds / count, 1e3 * (issued - begin) / count, waited)
+    unit = 1e3 / count
+    return Spell(unit * seconds, unit * (issued - begin), waited, unit * used)
 
 
 def in_turns(

@@ -88,9 +88,10 @@ def run(bout: Bout, settings: Settings) -> dict[tuple[str, str], Row | Exception
     for key, contender in ready.items():
         found[key] |= times_of(bout, spells[key])
         if settings.cuda:
-            # On a CPU the host's time is all there is.
             host = summarise([spell.host_ms for spell in spells[key]]).ms
             found[key] |= {"host_ms": _short(host)} | _launches(contender)
+        else:
+            found[key]["cpu_ms"] = _short(summarise([spell.cpu_ms for spell in spells[key]]).ms)
     _compare(found, ready)
     ready.clear()
     _tidy(settings)

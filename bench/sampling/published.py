@@ -120,7 +120,9 @@ class Published(Contender):
             _without_checkpoints(net)
         if not self.form.compiled:
             return net
-        known = set(torch._inductor.list_options())  # type: ignore[attr-defined]
+        import torch._inductor as inductor
+
+        known = set(inductor.list_options())
         options = {key: value for key, value in INDUCTOR.items() if key in known}
         return torch.compile(net, fullgraph=True, options=options if self.device.type == "cuda" else {})
 

@@ -87,6 +87,7 @@ COLUMNS: dict[str, Value] = {
     **{f"x {form.name}": faster_than(form.name) for form in FORMS.values()},
     f"x {NAME}": faster_than(NAME),
     "host ms": of_row("host_ms"),
+    "CPU ms": of_row("cpu_ms"),
     "launches": of_row("launches"),
     "kernels": of_row("kernels"),
     "peak MB": of_row("peak_mb"),
