@@ -40,7 +40,7 @@ def _groups(arguments: argparse.Namespace, settings: Settings) -> Groups:
     found: Groups = {
         "matmul": (SHARES["matmul"], matmul.cases),
         "steps": (SHARES["steps"], chosen.cases),
-        "start": (SHARES["start"], lambda s: startup.cases(s, chosen.pairs, first)),
+        "start": (SHARES["start"], lambda s: startup.cases(s, chosen.pairs, first, chosen.compiled)),
     }
     if not arguments.ablate:
         return found

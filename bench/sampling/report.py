@@ -99,13 +99,13 @@ COLUMNS: dict[str, Value] = {
 
 def start_table(rows: Sequence[Row], every: Sequence[Row]) -> str:
     """Seconds; weights are made in memory, which is not counted."""
-    header = ("preset", "batch", "precision", "steps", "empty caches", "kept caches", "imports", "preparing")
-    header += ("first image", "second image")
+    header = ("preset", "batch", "who", "precision", "steps", "empty caches", "kept caches", "imports")
+    header += ("preparing", "first image", "second image")
     names = ("cold_s", "kept_s", "import_s", "prepare_s", "first_s", "warm_s")
     lines = []
     for row in rows:
         shape = row["shape"]
-        line = [shape["system"], shape["batch"], row["dtype"], shape["steps"]]
+        line = [shape["system"], shape["batch"], row["provider"], row["dtype"], shape["steps"]]
         told = [row.get(name) for name in names]
         if row["status"] != "ok":
             told = [f"{row['status']}: {str(row.get('reason'))[:120]}", *[None] * (len(names) - 1)]

@@ -21,8 +21,10 @@ STEPS = {"cuda": 25, "cpu": 2}
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
-def cases(settings: Settings, pairs: Sequence[tuple[Subject, int]], precision: str) -> Iterator[Case]:
-    """A row for every preset, at its smallest batch."""
+def cases(
+    settings: Settings, pairs: Sequence[tuple[Subject, int]], precision: str, compiled: bool = False
+) -> Iterator[Case]:
+    """A row for every preset, at its smallest batch; another for the compiled step where that is wanted."""
     smallest: dict[str, tuple[Subject, int]] = {}
     for subject, batch in pairs:
         kept = smallest.get(subject.name)
@@ -32,12 +34,16 @@ def cases(settings: Settings, pairs: Sequence[tuple[Subject, int]], precision: s
     for subject, batch in smallest.values():
         shape = {"system": subject.name, "batch": batch, "steps": steps}
         yield Case("start", precision, "admfast", shape, _measure(shape, precision))
+        if compiled:
+            yield Case(
+                "start", precision, "admfast, compiled", shape, _measure(shape, precision, "--compile")
+            )
 
 
-def _measure(shape: Mapping[str, object], precision: str) -> Measure:
+def _measure(shape: Mapping[str, object], precision: str, *more: str) -> Measure:
     def measure(settings: Settings) -> Row:
         flags = [text for key, value in shape.items() for text in (f"--{key}", str(value))]
-        flags += ["--device", str(settings.device), "--precision", precision]
+        flags += ["--device", str(settings.device), "--precision", precision, *more]
         with tempfile.TemporaryDirectory() as folder:
             caches = {name: str(Path(folder) / part) for name, part in CACHES.items()}
             first = first_image(flags, caches)
