@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
-STAGES ?= build,tests,ceilings,kernels,sampling,training,peers
+STAGES ?= build,tests,ceilings,kernels,sampling,profile,training,peers
 BUDGET ?= 540
 OUT ?= out/gpu
 

@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,17 @@ from bench.runner import Groups, run, select
 UNFINISHED = 3
 
 
+@dataclass(frozen=True)
+class Own:
+    """What one bench has beside the flags of all: its own flags, and the groups that they come to.
+
+    `groups` raises ValueError for values that are not allowed.
+    """
+
+    flags: Callable[[argparse.ArgumentParser], None]
+    groups: Callable[[argparse.Namespace, Settings], Groups]
+
+
 def bench_main(
     name: str,
     summary: str,
@@ -28,16 +40,20 @@ def bench_main(
     render: Callable[[Sequence[Row]], str],
     argv: Sequence[str] | None,
     after: Callable[[Sequence[Row], Path], None] | None = None,
+    own: Own | None = None,
 ) -> int:
     """Parse the command line of `python -m bench.NAME`, measure, write NAME.jsonl and NAME.md.
 
-    `after` is called with all rows and the folder at the end, for what a bench makes beside its table.
-    Returns the exit status.
+    `after` is called with all rows and the folder at the end, for what a bench makes beside its table. With
+    `own` flags the groups follow from them, and `groups` only lists their names. Returns the exit status.
     """
-    arguments = _parser(name, summary, groups).parse_args(argv)
+    parser = _parser(name, summary, groups)
+    if own is not None:
+        own.flags(parser)
+    arguments = parser.parse_args(argv)
     try:
-        chosen = select(arguments.only, groups)
         settings = _settings(arguments)
+        chosen = select(arguments.only, groups if own is None else own.groups(arguments, settings))
     except ValueError as error:
         print(f"bench.{name}: {error}", file=sys.stderr)
         return 2

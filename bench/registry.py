@@ -222,3 +222,69 @@ def distinct_convs(shapes: Iterable[ConvShape] = CONV_SHAPES) -> list[tuple[Conv
         same.sort(key=lambda s: -s.share)
         out.append((same[0], ", ".join(f"{s.model} {s.share:g} %" for s in same)))
     return sorted(out, key=lambda pair: -pair[0].share)
+
+
+# What each form of the ablation was predicted to save, as a part of the plain step's time, before it was
+# measured: (device, preset, batch) to form to part. Bytes and operations are those counted on the published
+# networks. GPU: over 3.0 TB/s and, at batch 1, 8 us of the host for each launch that goes; published fp16
+# eager modelled at 131 ms (256 px, batch 8) and 11.2 ms (64 px, batch 1). CPU: two threads, 0.3 TFLOP/s and
+# 15 GB/s in float32, which make 5.8 s of a plain step at 64 px and batch 4 (4.0 s convolutions and products,
+# 0.8 s norms, 0.9 s attention) and 25 ms of the digits'; Winograd convolutions taken as 1.5 times as fast.
+PREDICTED_GAINS: dict[tuple[str, str, int], dict[str, float]] = {
+    ("cpu", "imagenet64", 4): {
+        "channels-last": 0.03,
+        "fused norm": 0.11,
+        "fused attention": 0.14,
+        "prepared step": 0.0,
+        "folded convolutions": 0.0,
+        "fastest convolution": 0.19,
+        "two sources": 0.004,
+        "residual in the convolution": 0.006,
+        "qkv rows": 0.0,
+        "embeddings at once": 0.003,
+        "sub-pixel": 0.02,
+    },
+    ("cpu", "digits32", 4): {
+        "channels-last": 0.2,
+        "fused norm": 0.15,
+        "fused attention": 0.02,
+        "prepared step": 0.0,
+        "folded convolutions": 0.01,
+        "fastest convolution": 0.15,
+        "two sources": 0.01,
+        "residual in the convolution": 0.02,
+        "qkv rows": 0.0,
+        "embeddings at once": 0.03,
+        "sub-pixel": 0.01,
+    },
+    ("cuda", "imagenet256", 8): {
+        "channels-last": 0.08,
+        "fused norm": 0.25,
+        "fused attention": 0.024,
+        "prepared step": 0.0,
+        "folded convolutions": 0.005,
+        "fastest convolution": 0.0,
+        "two sources": 0.012,
+        "residual in the convolution": 0.014,
+        "qkv rows": 0.0,
+        "embeddings at once": 0.001,
+        "graph": 0.0,
+        "two branches": 0.004,
+        "sub-pixel": 0.008,
+    },
+    ("cuda", "imagenet64", 1): {
+        "channels-last": 0.0,
+        "fused norm": 0.26,
+        "fused attention": 0.08,
+        "prepared step": 0.0,
+        "folded convolutions": 0.02,
+        "fastest convolution": 0.0,
+        "two sources": 0.02,
+        "residual in the convolution": 0.05,
+        "qkv rows": 0.0,
+        "embeddings at once": 0.03,
+        "graph": 0.35,
+        "two branches": 0.035,
+        "sub-pixel": 0.0,
+    },
+}

@@ -71,7 +71,7 @@ def run(
             again = settings.again and results.disturbed(key)
             if results.done(key) and not again:
                 found += 1
-            elif clock() >= deadline:
+            elif clock() >= deadline and not case.measured():
                 left += 1
             else:
                 row = {"key": key, "group": name} | measure_case(case, settings) | fixed | conditions.now()

@@ -5,8 +5,9 @@ On a GPU by Triton's `do_bench`, on a CPU by `torch.utils.benchmark`.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,79 @@ def _cpu_times(fn: Callable[[], object], seconds: float) -> list[float]:
     while len(times) < 3:
         times += timer.blocked_autorange(min_run_time=max(seconds, 2.5 * once)).times
     return [t * 1e3 for t in times]
+
+
+@dataclass(frozen=True)
+class Spell:
+    """Steps run one after another: milliseconds a step, on the clock and until the host had issued it.
+
+    waited: the part of the time that the process's threads were ready but had no CPU. cpu_ms: CPU time of all
+    threads; with one thread on a busy machine it says more than the clock.
+    """
+
+    ms: float
+    host_ms: float
+    waited: float
+    cpu_ms: float = 0.0
+
+
+def spell(step: Callable[[int], object], count: int, device: torch.device) -> Spell:
+    """Run step(0) .. step(count - 1) and time them together, as a loop runs them.
+
+    From an idle device to an idle device: where the host is the slower one, its time is what counts. No cache
+    is flushed, as none is between the steps of a sampling loop.
+    """
+    _synchronise(device)
+    queued, used, begin = queue_seconds(), time.process_time(), time.perf_counter()
+    for i in range(count):
+        step(i)
+    issued = time.perf_counter()
+    _synchronise(device)
+    seconds = time.perf_counter() - begin
+    used = time.process_time() - used
+    waited = max(0.0, queue_seconds() - queued) / seconds
+    unit = 1e3 / count
+    return Spell(unit * seconds, unit * (issued - begin), waited, unit * used)
+
+
+def in_turns(
+    takers: Mapping[str, Callable[[int], Spell]],
+    seconds: float,
+    rounds: int,
+    *,
+    together: int = 1,
+    longest: int = 1000,
+    budget: float = math.inf,
+) -> dict[str, list[Spell]]:
+    """Samples of several, taken in turns, so that what a machine does meanwhile meets all of them alike.
+
+    Args:
+        takers: taker(count) runs so many steps and says what they took. Each has run once before.
+        seconds: a sample lasts about so long, or one step.
+        rounds: samples of each; every second round goes backwards through them.
+        together: steps that share work done once for so many; a sample that comes near is a multiple of it.
+        longest: steps of a sample at most.
+        budget: seconds after which no further round begins.
+    """
+    counts = {}
+    for name, taker in takers.items():
+        count = math.ceil(1e3 * seconds / taker(1).ms)
+        if count > together / 3:
+            count = math.ceil(count / together) * together
+        counts[name] = min(count, longest)
+    spells: dict[str, list[Spell]] = {name: [] for name in takers}
+    end = time.monotonic() + budget
+    for i in range(rounds):
+        if i and time.monotonic() > end:
+            break
+        for name in list(takers)[:: -1 if i % 2 else 1]:
+            spells[name].append(takers[name](counts[name]))
+    return spells
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def queue_seconds() -> float:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHES = ("kernels", "sampling", "training", "peers")
+# The benches after the ceilings, with what they are told beside device, folder and budget.
+BENCHES: dict[str, tuple[str, ...]] = {
+    "kernels": (),
+    "sampling": ("--ablate",),
+    "profile": (),
+    "training": (),
+    "peers": (),
+}
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,12 @@ def test_steps(plan: Plan, seconds: float) -> list[Step]:
     return steps
 
 
-def bench_stage(name: str, weight: float) -> Stage:
-    """A bench of this folder: `python -m bench.<name> --device D --out DIR --budget SECONDS`."""
+def bench_stage(name: str, weight: float, *more: str) -> Stage:
+    """A bench of this folder: `python -m bench.<name> --device D --out DIR --budget SECONDS`, and `more`."""
 
     def steps(plan: Plan, seconds: float) -> list[Step]:
         own = f"{max(seconds - 10, seconds / 2):.0f}"  # ten seconds to end by itself and write its table
-        flags = ("--device", plan.device, "--out", str(plan.out), "--budget", own)
+        flags = ("--device", plan.device, "--out", str(plan.out), "--budget", own, *more)
         return [Step(f"bench.{name}", (sys.executable, "-m", f"bench.{name}", *flags))]
 
     def missing(plan: Plan) -> str:
@@ -123,7 +130,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("tests", 0.45, test_steps),
     bench_stage("ceilings", 0.30),
-    *(bench_stage(name, 0.20) for name in BENCHES),
+    *(bench_stage(name, 0.20, *more) for name, more in BENCHES.items()),
 )
 
 

@@ -7,32 +7,14 @@ load, sample and inspect like the released files (the images are noise).
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from admfast.checkpoints import network_shapes, write_weights
-from admfast.models.config import NetConfig
+from admfast.checkpoints import write_weights
 from admfast.models.presets import preset
+from bench.sampling.weights import random_state
 
-
-def random_state(config: NetConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Weights that keep activations of order one: norms near 1, the rest by fan-in, nothing left at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for key, shape in network_shapes(config).items():
-        z = torch.randn(tuple(shape), generator=generator)
-        if key.endswith(".bias"):
-            z *= 0.1
-        elif len(shape) == 1:
-            z = 1 + 0.1 * z
-        elif not key.endswith(("label_emb.weight", "positional_embedding")):
-            z /= math.sqrt(math.prod(shape[1:]))
-        state[key] = z
-    return state
+__all__ = ["random_state"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,1 @@
+"""The guided step of every preset, and the image that is made of it, beside others that compute the same."""

@@ -1,0 +1,160 @@
+"""What takes part in a comparison: something that runs one guided step, and the trial that it must pass."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.diffusion import GaussianDiffusion
+from admfast.engine.guidance import classifier_guidance
+from admfast.engine.loop import FunctionStep
+from admfast.engine.numerics import own_numerics
+from admfast.engine.sampler import conditioned
+from admfast.engine.verify import BUDGETS
+from admfast.ops.dispatch import using
+from admfast.ops.noise import Stream, normal
+from admfast.solvers import SolverTable, make_table
+from bench.case import checked
+from bench.results import Row
+from bench.sampling.subject import Inputs, Subject
+from bench.timing import Spell, spell
+
+# Of ten steps the one before the last: x after it is the x_0 found there, with noise and guidance of the same
+# order, so that an error of the network isn't hidden behind an x_t that is handed through.
+TRIAL_STEPS, TRIAL_INDEX = 10, 1
+GUIDANCE_SIZE = 0.3  # root mean square of what the trial's guidance moves x by
+
+
+class Contender(abc.ABC):
+    """Something that runs the steps of one batch.
+
+    dtype: the precision it is listed under. classifier_dtype: where the classifier has another.
+    """
+
+    name: str
+    dtype: str
+
+    def __init__(self, subject: Subject, inputs: Inputs):
+        self.subject, self.inputs = subject, inputs
+        self.device = inputs.x.device
+        self._prepared = False
+
+    def ready(self) -> None:
+        """Prepare where that isn't done."""
+        if not self._prepared:
+            self.prepare()
+            self._prepared = True
+
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Make what the steps need; raises Unavailable where it can't be had."""
+
+    @abc.abstractmethod
+    def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
+        """(x after the trial's step, the x_0 found in it), for all images."""
+
+    @abc.abstractmethod
+    def begin(self) -> None:
+        """Go back before the first step; not timed."""
+
+    @abc.abstractmethod
+    def step(self, i: int) -> None:
+        """Run step i; steps come in order, from 0."""
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The settings of the process under which everything of it runs."""
+        with torch.no_grad():
+            yield
+
+    def note(self) -> Row:
+        """What its row says of how it ran."""
+        return {}
+
+    def take(self, count: int) -> Spell:
+        """The time of the first `count` steps."""
+        with self.running():
+            self.begin()
+            return spell(self.step, count, self.device)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step on given images, noise and guidance, whose outcome is known from the plain float32 network.
+
+    process, index: the step. scale: of the guidance. ends: the images that are compared, with x_next and x0
+    for these.
+    """
+
+    process: GaussianDiffusion
+    table: SolverTable
+    index: int
+    inputs: Inputs
+    noise: Tensor
+    scale: float
+    ends: tuple[int, ...]
+    x_next: Tensor
+    x0: Tensor
+
+    def check(self, outcome: tuple[Tensor, Tensor], dtype: str) -> float:
+        """The larger relative error of x and x_0; raises WrongResult past the budget of the precision."""
+        ends = list(self.ends)
+        pairs = zip(outcome, (self.x_next, self.x0), strict=True)
+        return max(checked(got[ends], ref, BUDGETS[dtype].step) for got, ref in pairs)
+
+    @property
+    def noise_row(self) -> int:
+        """The counter of the step's noise: its number among all rows."""
+        return TRIAL_STEPS - 1 - self.index
+
+
+@functools.lru_cache(maxsize=1)
+def trial_of(subject: Subject, batch: int, device: torch.device) -> Trial:
+    """The trial of a preset's batch, kept until another is asked for."""
+    return make_trial(subject, Inputs.of(subject, batch, device))
+
+
+def make_trial(subject: Subject, inputs: Inputs) -> Trial:
+    """The trial for a batch; the first and the last image go through the reference."""
+    process = subject.process(TRIAL_STEPS)
+    whole = make_table("ddpm", process)
+    table = SolverTable(whole.solver, whole.rows[-1 - TRIAL_INDEX :][:1], integer_t=whole.integer_t)
+    row_number = TRIAL_STEPS - 1 - TRIAL_INDEX
+    noise = normal(inputs.seeds, inputs.x.shape[1:], row_number, Stream.STEPS)
+    ends = tuple(sorted({0, len(inputs.x) - 1}))
+    few, device = inputs.part(list(ends)), inputs.x.device
+    net, classifier = subject.networks(device)
+    model = conditioned(net, few.labels, few.low_res)
+
+    def run(scale: float) -> tuple[Tensor, Tensor]:
+        guidance = None
+        if classifier is not None and few.labels is not None:
+            guidance = classifier_guidance(classifier, few.labels, scale)
+        step = FunctionStep(table, model, few.x, guidance=guidance, step_noise=noise[None, list(ends)])
+        step.advance(0, guidance is not None)
+        return step.state.x.clone(), step.state.x0.clone()
+
+    with own_numerics(device), using("reference"), torch.no_grad():
+        scale = 0.0
+        if classifier is not None:
+            moved = run(1.0)[0] - run(0.0)[0]
+            scale = GUIDANCE_SIZE / float(moved.square().mean().sqrt())
+        x_next, x0 = run(scale)
+    return Trial(process, table, TRIAL_INDEX, inputs, noise, scale, ends, x_next, x0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender that is not there yet: what its row is called, and how it is made."""
+
+    name: str
+    dtype: str
+    make: Callable[[Subject, Inputs], Contender]
+    note: Mapping[str, Any] = field(default_factory=dict)

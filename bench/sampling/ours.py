@@ -1,0 +1,126 @@
+"""This package's step, as its engine prepares it under given options."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from admfast.engine.engine import Engine
+from admfast.engine.guidance import classifier_guidance
+from admfast.engine.loop import FunctionStep
+from admfast.engine.numerics import own_numerics
+from admfast.engine.options import EngineOptions
+from admfast.engine.precision import policy
+from admfast.engine.sampler import conditioned
+from admfast.engine.step import Batch, PreparedStep, StepKey
+from admfast.ops.dispatch import using, watch
+from admfast.ops.noise import Stream
+from admfast.solvers import SolverTable, make_table
+from bench.results import Row
+from bench.sampling.contender import Contender, Entry, Trial
+from bench.sampling.subject import Inputs, Subject
+
+
+class Ours(Contender):
+    """A step of the engine.
+
+    precision: name of a policy. options: of the engine. setting: which implementations run, as in
+    ADMFAST_IMPL; "" leaves the choice. channels_last: parameters lie as `admfast.load` lays them.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        inputs: Inputs,
+        *,
+        name: str = "admfast",
+        precision: str = "fp32",
+        options: EngineOptions | None = None,
+        setting: str = "",
+        channels_last: bool = True,
+    ):
+        super().__init__(subject, inputs)
+        self.name, self.dtype, self.setting = name, precision, setting
+        self.options = options or EngineOptions()
+        self.channels_last = channels_last
+        self.implementations: dict[str, list[str]] = {}
+
+    def prepare(self) -> None:
+        self.policy = policy(self.dtype, self.device)
+        nets = [_laid_out(net, self.channels_last) for net in self.subject.networks(self.device)]
+        self.engine = Engine(nets[0], nets[1], self.policy, self.options)  # type: ignore[arg-type]
+        self.engine.ready()
+        self.table = make_table("ddpm", self.subject.process(self.subject.steps))
+        self.guided = nets[1] is not None and self.inputs.labels is not None
+        self.runner = self._runner(self.table, self.subject.guidance, 0, self.inputs.x)
+        with watch() as choices:
+            self.begin()
+            self.step(0)
+        for choice in choices:
+            names = self.implementations.setdefault(choice.op, [])
+            if choice.name not in names:
+                names.append(choice.name)
+
+    def _runner(
+        self, table: SolverTable, scale: float, noise_row: int, x: Tensor
+    ) -> PreparedStep | FunctionStep:
+        """What runs the rows of a table, before its first."""
+        inputs = self.inputs
+        net, classifier = self.engine.net, self.engine.classifier
+        if self.options.prepared:
+            batch = Batch(x, inputs.seeds, inputs.labels, inputs.low_res, scale=scale, noise_row=noise_row)
+            conditional = self.subject.net.num_classes is not None
+            flags = [self.guided] * len(table)
+            step = self.engine.step(StepKey.of(table, batch, flags, conditional, Stream.STEPS))
+            step.fill(table, batch)
+            return step
+        guidance = None
+        if self.guided and classifier is not None and inputs.labels is not None:
+            guidance = classifier_guidance(classifier, inputs.labels, scale)
+        model = conditioned(net, inputs.labels, inputs.low_res)
+        return FunctionStep(
+            table, model, x, guidance=guidance, seeds=inputs.seeds, noise_row=noise_row, stream=Stream.STEPS
+        )
+
+    def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
+        runner = self._runner(trial.table, trial.scale, trial.noise_row, self.inputs.x)
+        runner.advance(0, self.guided)
+        return runner.state.x.clone(), runner.state.x0.clone()
+
+    def begin(self) -> None:
+        self.runner = self._runner(self.table, self.subject.guidance, 0, self.inputs.x)
+
+    def step(self, i: int) -> None:
+        self.runner.advance(i, self.guided)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        tf32 = policy(self.dtype, self.device).tf32
+        chosen = using(self.setting) if self.setting else contextlib.nullcontext()
+        with torch.no_grad(), own_numerics(self.device, tf32), chosen:
+            yield
+
+    def note(self) -> Row:
+        parts = [f"{op} {'+'.join(names)}" for op, names in self.implementations.items()]
+        row: Row = {"implementation": ", ".join(parts)}
+        refused = getattr(self.runner, "refused", None)
+        return row | ({"refused": refused} if refused else {})
+
+
+def _laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
+    """The network as `admfast.load` gives it, or as a file does."""
+    if net is not None and channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
+
+
+def entry(precision: str, options: EngineOptions | None = None, name: str = "admfast") -> Entry:
+    """Our step in a precision."""
+
+    def make(subject: Subject, inputs: Inputs) -> Contender:
+        return Ours(subject, inputs, name=name, precision=precision, options=options)
+
+    return Entry(name, precision, make)

@@ -1,0 +1,204 @@
+"""What is measured: the networks of a preset with the work of a step, and the images a step works on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from admfast.checkpoints.describe import forward_work
+from admfast.diffusion import DiffusionConfig, GaussianDiffusion
+from admfast.engine.guidance import log_probability_gradient
+from admfast.models import build
+from admfast.models.config import ClassifierConfig, UNetConfig, UpsamplerConfig
+from admfast.models.description import DiffusionSettings
+from admfast.models.preset_types import ModelPreset, SystemPreset
+from admfast.models.presets import SYSTEMS
+from admfast.ops.dispatch import using
+from admfast.ops.noise import as_seeds
+from admfast.systems import process_of
+from bench.sampling.weights import network
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A diffusion network, with its classifier where a preset guides by one.
+
+    name: of the preset; for a cascade its second half, as its first has a name of its own. steps, guidance:
+    the preset's. low_res_size: side of the image that an upsampler enlarges. also: presets of the same step.
+    """
+
+    name: str
+    net: UNetConfig
+    settings: DiffusionSettings
+    classifier: ClassifierConfig | None = None
+    guidance: float = 0.0
+    steps: int = 250
+    low_res_size: int | None = None
+    also: tuple[str, ...] = ()
+
+    @property
+    def diffusion(self) -> DiffusionConfig:
+        """The process with all its steps."""
+        return process_of(self.settings)
+
+    def process(self, steps: int) -> GaussianDiffusion:
+        """The process respaced to so many steps."""
+        return self.diffusion.build(str(steps))
+
+    def networks(self, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
+        """Network and classifier on their random weights."""
+        second = None if self.classifier is None else network(self.classifier, 1, device)
+        return network(self.net, 0, device), second
+
+    def alone(self) -> Subject:
+        """The same without its classifier."""
+        return dataclasses.replace(self, classifier=None, guidance=0.0)
+
+
+@functools.cache
+def subjects() -> dict[str, Subject]:
+    """Every step that a preset takes, once, by the name of the first preset that takes it."""
+    found: dict[Any, Subject] = {}
+    for system in SYSTEMS.values():
+        for subject in _of_system(system):
+            key = (dataclasses.replace(subject.net, dropout=0.0), subject.classifier)
+            if key not in found:
+                found[key] = subject
+            elif subject.name != found[key].name:
+                also = (*found[key].also, subject.name)
+                found[key] = dataclasses.replace(found[key], also=also)
+    return {subject.name: subject for subject in found.values()}
+
+
+def _of_system(system: SystemPreset) -> list[Subject]:
+    """The steps of one preset; the base of a cascade is that of another preset."""
+    if system.upsampler is not None:
+        model, steps = system.upsampler, system.upsampler_steps
+        return [_subject(system.name, model, steps, low_res_size=model.low_res_size)]
+    classifier = None if system.classifier is None else system.classifier.config
+    return [
+        _subject(system.name, system.diffusion, system.steps, classifier=classifier, guidance=system.guidance)
+    ]
+
+
+def _subject(name: str, model: ModelPreset, steps: int, **more: Any) -> Subject:
+    config, settings = model.config, model.diffusion
+    assert isinstance(config, UNetConfig) and settings is not None
+    return Subject(name, config, settings, steps=steps, **more)
+
+
+# Seconds of work even without its convolutions: to try the machinery out.
+TINY = Subject(
+    "tiny",
+    UNetConfig(
+        image_size=16,
+        model_channels=32,
+        out_channels=6,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+        num_classes=5,
+        num_head_channels=32,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    ),
+    DiffusionSettings(noise_schedule="linear", steps=1000, learn_sigma=True),
+    ClassifierConfig(
+        image_size=16,
+        model_channels=32,
+        out_channels=5,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        channel_mult=(1, 2),
+        num_head_channels=32,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+        pool="attention",
+    ),
+    guidance=2.0,
+    steps=50,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch before its first step, on the device: x [N, C, H, W] float32, seeds and labels [N] int64."""
+
+    x: Tensor
+    seeds: Tensor
+    labels: Tensor | None
+    low_res: Tensor | None
+
+    @classmethod
+    def of(cls, subject: Subject, batch: int, device: torch.device) -> Inputs:
+        """The same batch whenever it is asked for, on any device."""
+        generator = torch.Generator().manual_seed(2)
+        config = subject.net
+        x = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
+        classes = config.num_classes or (subject.classifier and subject.classifier.out_channels)
+        labels, low_res = None, None
+        if classes:
+            labels = (torch.arange(batch) * 7 % classes).to(device)
+        if isinstance(config, UpsamplerConfig):
+            side = subject.low_res_size or config.image_size // 4
+            low_res = (torch.rand(batch, config.in_channels, side, side, generator=generator) * 2 - 1).to(
+                device
+            )
+        return cls(x.to(device), as_seeds(range(batch)).to(device), labels, low_res)
+
+    def part(self, images: list[int]) -> Inputs:
+        """Some of the images."""
+
+        def take(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[images]
+
+        return Inputs(self.x[images], self.seeds[images], take(self.labels), take(self.low_res))
+
+
+@functools.cache
+def step_flop(subject: Subject) -> int:
+    """Operations of one step for one image: the network's forward, the classifier's forward and gradient.
+
+    Convolutions and matrix products of the published networks, a multiply-add being two; the gradient in x
+    alone, nothing computed twice. What an implementation saves by a smarter way is not subtracted.
+    """
+    total = forward_work(subject.net).flops
+    return total if subject.classifier is None else total + _guidance_flop(subject.classifier)
+
+
+def _guidance_flop(config: ClassifierConfig) -> int:
+    """Operations of the guidance gradient for one image, counted on tensors without memory."""
+    with torch.device("meta"):
+        net = build(config).requires_grad_(False)
+        x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
+        t, index = torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64)
+    counter = _Operations()
+    with using("reference"), counter:
+        log_probability_gradient(net, x, t, index)
+    return counter.total
+
+
+class _Operations(TorchDispatchMode):
+    """Adds up the operations of whatever runs; torch's own counter can't follow torch.autograd.grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry  # imports triton
+
+        self.formulas, self.total = flop_registry, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula: Callable[..., int] | None = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out

@@ -1,0 +1,47 @@
+"""Random weights in memory, from a fixed seed: a network of any size without a file."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from admfast.checkpoints import network_shapes
+from admfast.models import build
+from admfast.models.config import NetConfig
+
+
+def random_state(config: NetConfig, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Weights that keep activations of order one: norms near 1, the rest by fan-in, nothing left at zero.
+
+    A fresh network of this architecture puts out zeros, as its last layers begin at zero: every
+    implementation would agree with every other. The same values on the same kind of device.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    state = {}
+    for key, shape in network_shapes(config).items():
+        z = torch.randn(tuple(shape), generator=generator, device=device)
+        if key.endswith(".bias"):
+            z *= 0.1
+        elif len(shape) == 1:
+            z = 1 + 0.1 * z
+        elif not key.endswith(("label_emb.weight", "positional_embedding")):
+            z /= math.sqrt(math.prod(shape[1:]))
+        state[key] = z
+    return state
+
+
+@functools.lru_cache(maxsize=2)
+def shared_state(config: NetConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """`random_state`, kept for the last two networks asked for: whoever asks shares the same memory."""
+    return random_state(config, seed, device)
+
+
+def network(config: NetConfig, seed: int, device: torch.device) -> nn.Module:
+    """The network on the shared random weights, frozen, in evaluation mode; it takes no memory of its own."""
+    with torch.device("meta"):
+        net = build(config)
+    net.load_state_dict(shared_state(config, seed, device), strict=True, assign=True)
+    return net.requires_grad_(False).eval()

@@ -1,0 +1,343 @@
+"""The sampling bench: the same weights for all, wrong contenders refused, rows whole, runs that go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from admfast.engine.options import EngineOptions
+from admfast.models.presets import SYSTEMS
+from bench.case import Settings, Unavailable, WrongResult
+from bench.command import UNFINISHED
+from bench.results import ResultFile, read_rows
+from bench.runner import measure_case, run
+from bench.sampling import ablation, contender, diffusers_unet, first_image, ours, published, startup
+from bench.sampling.__main__ import main
+from bench.sampling.bout import Bout, paired_ratio
+from bench.sampling.choice import PUBLISHED_PATH, Choice
+from bench.sampling.contender import Contender, Entry, make_trial
+from bench.sampling.report import ladder, render
+from bench.sampling.subject import TINY, Inputs, step_flop, subjects
+from bench.sampling.weights import network, random_state, shared_state
+from tests.bench.published_stub import published_stub
+from tests.bench.test_bench_registry import TOTALS
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, seconds=0.001, quick=True)
+QUICK = ["--device", "cpu", "--quick", "--precisions", "fp32", "--peers", "eager"]
+
+
+def test_every_preset_s_step_is_there_once() -> None:
+    known = subjects()
+    listed = set(known) | {name for subject in known.values() for name in subject.also}
+    assert listed == set(SYSTEMS)
+    assert known["imagenet256-up"].net.image_size == 256 and known["imagenet256-up"].low_res_size == 64
+    assert known["lsun-bedroom"].classifier is None and known["lsun-bedroom"].steps == 1000
+    assert known["imagenet256"].guidance == SYSTEMS["imagenet256"].guidance
+
+
+def test_operations_are_those_of_the_published_networks() -> None:
+    step, forward = step_flop(subjects()["imagenet64"]), step_flop(subjects()["imagenet64"].alone())
+    assert forward / 1e9 == pytest.approx(TOTALS["unet64"], abs=0.001)
+    # Forward and the gradient in x; published 81.050, with the queries of the pool that nobody reads.
+    assert (step - forward) / 1e9 == pytest.approx(81.050, rel=2e-3)
+
+
+def test_weights_are_shared_and_none_is_zero() -> None:
+    first, second = (network(TINY.net, 0, CPU) for _ in range(2))
+    for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert a.data_ptr() == b.data_ptr(), name
+        assert not a.requires_grad and float(a.abs().min()) >= 0 and float(a.abs().max()) > 0
+    state = random_state(TINY.net, seed=0)
+    assert all(torch.equal(state[key], value) for key, value in shared_state(TINY.net, 0, CPU).items())
+    assert any(not torch.equal(state[key], value) for key, value in random_state(TINY.net, seed=1).items())
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
+    subject = TINY if guided else TINY.alone()
+    trial = make_trial(subject, Inputs.of(subject, 3, CPU))
+    assert trial.ends == (0, 2) and (trial.scale > 0) == guided
+    # What is compared depends on the network, and isn't all cut off.
+    assert 0.2 < float((trial.x0.abs() < 1).double().mean())
+    one = ours.entry(precision).make(subject, trial.inputs)
+    with one.running():
+        one.ready()
+        assert 0 < trial.check(one.outcome(trial), precision) < 0.05
+    assert "group_norm_silu" in one.note()["implementation"]
+
+
+def test_a_guided_trial_moves_x_by_its_guidance() -> None:
+    trial = make_trial(TINY, Inputs.of(TINY, 2, CPU))
+    without = dataclasses.replace(trial, scale=0.0)
+    one = ours.entry("fp32").make(TINY, trial.inputs)
+    with one.running():
+        one.ready()
+        moved = one.outcome(trial)[0] - one.outcome(without)[0]
+    assert float(moved.square().mean().sqrt()) == pytest.approx(contender.GUIDANCE_SIZE, rel=0.2)
+
+
+class Bent(ours.Ours):
+    """Our step with one layer's weights changed by a tenth."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        with torch.no_grad():
+            self.engine.net.middle_block[0].in_layers[2].weight.mul_(1.1)  # type: ignore[index, union-attr]
+        self.engine.ready()
+
+
+class NoNoise(ours.Ours):
+    """Our step with another noise."""
+
+    def outcome(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
+        self.inputs = dataclasses.replace(self.inputs, seeds=self.inputs.seeds + 1)
+        return super().outcome(trial)
+
+
+class Unguided(ours.Ours):
+    """Our step whose guidance is a tenth too strong."""
+
+    def outcome(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().outcome(dataclasses.replace(trial, scale=1.1 * trial.scale))
+
+
+@pytest.mark.parametrize("kind", [Bent, NoNoise, Unguided])
+def test_a_wrong_contender_is_reported_and_not_timed(kind: type[Contender]) -> None:
+    entries = [ours.entry("fp32"), Entry("wrong", "fp32", kind)]
+    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 1, entries).cases()]
+    assert [row["status"] for row in rows] == ["ok", "wrong"], rows
+    assert "relative error" in rows[1]["reason"] and "ms" not in rows[1]
+    assert rows[0]["faster_than"] == {}
+
+
+def test_rows_say_all_that_is_to_be_reported() -> None:
+    entries = [ours.entry("fp32"), ours.entry("bf16")]
+    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 2, entries).cases()]
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert row["ms_q20"] <= row["ms"] <= row["ms_q80"] and len(row["rounds_ms"]) == row["samples"]
+        assert row["flop"] == 2 * step_flop(TINY)
+        assert row["tflops"] == pytest.approx(row["flop"] / row["ms"] / 1e9, rel=1e-3)
+        assert row["images_per_s"] == pytest.approx(2e3 / row["ms"] / TINY.steps, rel=1e-3)
+        assert row["rel_err"] > 0 and row["steps"] == TINY.steps and row["implementation"]
+        json.dumps(row)
+    one, other = rows
+    assert one["faster_than"] == {"admfast bf16": pytest.approx(paired_ratio(other, one), rel=1e-3)}
+
+
+class Fails(ours.Ours):
+    """A contender that can't be had."""
+
+    def prepare(self) -> None:
+        raise MemoryError("no room")
+
+
+def test_one_that_fails_costs_only_its_own_row() -> None:
+    entries = [Entry("broken", "fp32", Fails), ours.entry("fp32")]
+    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 1, entries).cases()]
+    assert [row["status"] for row in rows] == ["oom", "ok"]
+
+
+def test_what_was_measured_together_is_written_whatever_the_time(tmp_path) -> None:
+    now = [0.0]
+    made = []
+
+    class Slow(ours.Ours):
+        def prepare(self) -> None:
+            super().prepare()
+            made.append(self.name)
+            now[0] += 100.0
+
+    entries = [Entry(name, "fp32", lambda s, i, name=name: Slow(s, i, name=name)) for name in "ab"]
+    groups = {
+        "steps": (
+            1.0,
+            lambda s: [c for kind in "xy" for c in Bout(kind, TINY, 1, entries).cases()],
+        )
+    }
+    results = ResultFile(tmp_path / "r.jsonl")
+    (report,) = run(SETTINGS, results, 50.0, groups, say=lambda _: None, clock=lambda: now[0])
+    assert (report.measured, report.left) == (2, 2) and made == ["a", "b"]
+    (report,) = run(SETTINGS, results, 1000.0, groups, say=lambda _: None, clock=lambda: now[0])
+    assert (report.found, report.measured, report.left) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("form", [published.EAGER, published.CHANNELS_LAST], ids=lambda form: form.name)
+def test_the_published_code_is_driven_as_its_script_does(form: published.Form, tmp_path) -> None:
+    with published_stub(tmp_path / "checkout") as path:
+        entry = published.entry(form, path, CPU)
+        (row,) = [measure_case(c, SETTINGS) for c in Bout("guided_step", TINY, 2, [entry]).cases()]
+    assert row["status"] == "ok" and row["provider"] == form.name, row
+    assert row["rel_err"] < 1e-4
+
+
+def test_a_checkout_that_is_none_says_so(tmp_path) -> None:
+    for path, words in (("", "--guided-diffusion"), (str(tmp_path), "no guided_diffusion/unet.py")):
+        entry = published.entry(published.EAGER, path, CPU)
+        (case,) = Bout("guided_step", TINY, 1, [entry]).cases()
+        row = measure_case(case, SETTINGS)
+        assert row["status"] == "none" and words in row["reason"]
+
+
+def test_an_import_that_fails_is_a_reason(tmp_path) -> None:
+    with published_stub(tmp_path / "checkout") as path:
+        (tmp_path / "checkout" / "guided_diffusion" / "respace.py").write_text("import no_such_module_at_all")
+        with pytest.raises(Unavailable, match="no_such_module_at_all"):
+            published.modules(path)
+
+
+def test_the_real_published_code_agrees() -> None:
+    import os
+
+    path = os.environ.get(PUBLISHED_PATH)
+    if not path:
+        pytest.skip(f"{PUBLISHED_PATH} names no checkout of the published code")
+    entries = [published.entry(form, path, CPU) for form in (published.EAGER, published.CHANNELS_LAST)]
+    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 2, entries).cases()]
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows
+    assert all(row["rel_err"] < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["imagenet64", "imagenet256", "lsun-bedroom", "imagenet512-up", "digits32"])
+def test_diffusers_gets_every_weight_once(name: str) -> None:
+    config = subjects()[name].net
+    assert diffusers_unet.not_expressed(config) == ""
+    from admfast.checkpoints import network_shapes
+
+    with torch.device("meta"):
+        state = {key: torch.empty(tuple(shape)) for key, shape in network_shapes(config).items()}
+    got = diffusers_unet.converted(config, state)
+    assert sum(v.numel() for v in got.values()) == sum(v.numel() for v in state.values())
+
+
+def test_what_diffusers_can_not_express_is_said() -> None:
+    for name in ("imagenet128", "imagenet512"):
+        assert diffusers_unet.not_expressed(subjects()[name].net)
+    entry = diffusers_unet.entry(CPU)
+    (case,) = Bout("guided_step", TINY, 1, [entry]).cases()
+    assert measure_case(case, SETTINGS)["status"] == "none"
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_diffusers_agrees(legacy: bool) -> None:
+    pytest.importorskip("diffusers", reason="a peer that need not be installed")
+    net = dataclasses.replace(TINY.net, use_new_attention_order=not legacy)
+    subject = dataclasses.replace(TINY, net=net).alone()
+    (case,) = Bout("step", subject, 2, [diffusers_unet.entry(CPU)]).cases()
+    row = measure_case(case, SETTINGS)
+    assert row["status"] == "ok" and row["rel_err"] < 1e-4, row
+
+
+def test_the_ladder_ends_at_the_engine_s_defaults() -> None:
+    for cuda in (True, False):
+        forms = ablation.added(cuda)
+        names = [form.name for form in forms]
+        assert len(set(names)) == len(names) and names[-1] == "sub-pixel"
+        whole, reached = EngineOptions(), forms[-2].options
+        assert reached.fold == whole.fold and reached.prepared
+        if cuda:
+            assert reached == whole
+        assert len({form.name for form in ablation.without(cuda)}) == len(ablation.without(cuda))
+
+
+def test_predictions_are_of_forms_that_there_are() -> None:
+    for (kind, system, _), gains in ablation.PREDICTED_GAINS.items():
+        assert system in subjects()
+        assert set(gains) == {form.name for form in ablation.added(kind == "cuda")[1:]}
+
+
+def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
+    chosen = [c for c in ablation.cases(SETTINGS, [(TINY, 1)], "fp32") if c.provider in ("plain", "qkv rows")]
+    rows = [measure_case(case, SETTINGS) | {"device": "a CPU"} for case in chosen]
+    assert [row["kind"] for row in rows] == ["ablation_added", "ablation_added", "ablation_without"]
+    for row in rows:
+        assert row["status"] == "ok" and row["whole_ms"] > 0 and row["ratio"] > 0, row
+    text = render(rows)
+    assert "What each part adds" in text and "plain" in text and "less one part" in text
+
+
+def test_a_ladder_s_gains_add_up() -> None:
+    rows = [
+        {"status": "ok", "provider": name, "ratio": ratio, "whole_ms": whole}
+        for name, ratio, whole in (("plain", 2.0, 10.0), ("a", 1.5, 11.0), ("b", 1.0, 9.0))
+    ]
+    steps = ladder(rows)
+    assert [ms for _, ms, _ in steps] == [20.0, 15.0, 10.0]
+    assert [gain for _, _, gain in steps] == [None, 0.25, 0.25]
+    assert ladder([{"status": "oom"}]) == []
+
+
+def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert first_image.main(["--steps", "2"]) == 0
+    times = json.loads(capsys.readouterr().out)
+    assert set(times) == {"import_s", "weights_s", "prepare_s", "first_s", "second_s"}
+    monkeypatch.setattr(startup, "first_image", lambda flags, environment: times)
+    (case,) = startup.cases(SETTINGS, [(TINY, 4), (TINY, 2)], "fp32")
+    assert case.shape["batch"] == 2
+    row = measure_case(case, SETTINGS)
+    assert row["cold_s"] == pytest.approx(times["import_s"] + times["prepare_s"] + times["first_s"], abs=2e-3)
+
+
+def test_a_process_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="nothing"):
+        startup.first_image(["--system", "nothing"], {})
+
+
+def test_the_program_writes_rows_and_goes_on(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "cases", lambda *arguments: ())
+    flags = [*QUICK, "--only", "steps,matmul", "--out", str(tmp_path / "o")]
+    with published_stub(tmp_path / "checkout") as path:
+        flags += ["--guided-diffusion", path]
+        assert main([*flags, "--budget", "1e-9"]) == UNFINISHED
+        assert main(flags) == 0
+    rows = [r for r in read_rows(tmp_path / "o" / "sampling.jsonl") if r["kind"] == "guided_step"]
+    assert [row["provider"] for row in rows] == ["admfast", published.EAGER.name]
+    assert all(row["revision"] and row["device"] and row["date"] for row in rows)
+    text = (tmp_path / "o" / "sampling.md").read_text()
+    assert "x published" in text and "of product" in text
+    capsys.readouterr()
+    assert main(flags) == 0  # nothing left: not even the checkout is looked at
+    assert "0 rows in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--systems", "cifar"],
+        ["--batches", "0"],
+        ["--batches", "a"],
+        ["--peers", "x"],
+        ["--precisions", "fp8"],
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags: list[str], tmp_path, capsys) -> None:
+    assert main(["--device", "cpu", "--out", str(tmp_path), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and flags[1] in error
+
+
+def test_unguided_steps_go_beside_diffusers_guided_ones_without() -> None:
+    known = subjects()
+    pairs = ((known["imagenet64"], 1), (known["lsun-bedroom"], 1))
+    choice = Choice(pairs, ("fp32",), ("eager", "diffusers"), "somewhere")
+    found = [(b.kind, b.subject.name, [e.name for e in b.entries]) for b in choice.bouts(SETTINGS)]
+    assert found == [
+        ("guided_step", "imagenet64", ["admfast", "published"]),
+        ("step", "imagenet64", ["admfast", "published", "diffusers"]),
+        ("step", "lsun-bedroom", ["admfast", "published", "diffusers"]),
+    ]
+    notes = {case.shape["system"]: case.note for case in choice.cases(SETTINGS)}
+    assert notes["imagenet64"] == {} and "lsun-cat" in notes["lsun-bedroom"]["also"]
+
+
+def test_a_trial_s_limit_is_the_precision_s_budget() -> None:
+    trial = make_trial(TINY, Inputs.of(TINY, 1, CPU))
+    off = trial.x_next * 1.01, trial.x0
+    assert trial.check(off, "fp16") == pytest.approx(0.01, rel=0.01)
+    with pytest.raises(WrongResult):
+        trial.check(off, "fp32")

@@ -1,0 +1,183 @@
+"""Where a step's time goes: classes by name, overlapping kernels, gaps, and the rows of the profile bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bench import profile
+from bench.profile import main, operations_table, steps_for
+from bench.results import read_rows
+from bench.timing import Spell, in_turns, spell
+from bench.trace import CLASSES, GAPS, OTHER, WHOLE, classify, covered, of_device, of_host, traced
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::mkldnn_convolution", "convolution"),
+        ("autograd::engine::evaluate_function: ConvolutionBackward0", "convolution"),
+        (
+            "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64",
+            "convolution",
+        ),
+        ("void cudnn::ops::nchwToNhwcKernel<__half, __half, float>", "convolution"),
+        ("cutlass__5x_cudnn::Kernel<cutlass_tensorop_f16_s16816dgrad_optimized_f16_256x64>", "convolution"),
+        ("admfast::group_norm_silu_fwd", "norm"),
+        ("GroupNormSiluFnBackward", "norm"),
+        ("_group_norm_silu_fwd_kernel", "norm"),
+        ("void at::native::RowwiseMomentsCUDAKernel<c10::Half>", "norm"),
+        ("aten::native_group_norm_backward", "norm"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+        ("aten::_softmax", "attention"),
+        ("aten::addmm", "product"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "product"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", "product"),
+        ("admfast::sampler_step_", "update"),
+        ("embedding", "embedding"),
+        ("aten::copy_", OTHER),
+        ("aten::convert_element_type", OTHER),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::silu_kernel>", OTHER),
+        ("Memcpy DtoD (Device -> Device)", OTHER),
+    ],
+)
+def test_classes_by_name(name: str, kind: str) -> None:
+    assert classify(name) == kind
+
+
+def test_overlapping_kernels_are_covered_once() -> None:
+    assert covered([]) == 0
+    assert covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+
+
+@dataclass
+class Span:
+    start: float
+    end: float
+
+    def elapsed_us(self) -> float:
+        return self.end - self.start
+
+
+@dataclass
+class Event:
+    name: str
+    start: float
+    end: float
+    own: float = 0.0
+    cpu_parent: object = None
+    on_device: bool = False
+
+    @property
+    def time_range(self) -> Span:
+        return Span(self.start, self.end)
+
+    @property
+    def self_cpu_time_total(self) -> float:
+        return self.own
+
+    @property
+    def device_type(self) -> torch.autograd.DeviceType:
+        return torch.autograd.DeviceType.CUDA if self.on_device else torch.autograd.DeviceType.CPU
+
+
+def test_the_host_s_time_goes_to_the_outermost_class_and_the_rest_is_gaps() -> None:
+    whole = Event(WHOLE, 0, 2000)
+    conv = Event("aten::conv2d", 0, 1000, own=300, cpu_parent=whole)
+    copy = Event("aten::copy_", 0, 500, own=500, cpu_parent=conv)
+    other = Event("aten::add", 1000, 1400, own=400, cpu_parent=whole)
+    outside = Event("aten::zeros", 3000, 9000, own=6000)
+    trace = of_host([whole, conv, copy, other, outside], steps=2)
+    assert trace.ms == {"convolution": 0.4, OTHER: 0.2, GAPS: 0.4}
+    assert trace.wall_ms == 1.0 and sum(trace.shares().values()) == pytest.approx(1)
+    assert trace.names["aten::copy_"] == (0.25, 0.5)
+
+
+def test_the_device_s_gaps_are_when_nothing_runs() -> None:
+    events = [
+        Event(WHOLE, 0, 1000),
+        Event("cudaLaunchKernel", 0, 5),
+        Event("cudaGraphLaunch", 5, 9),
+        Event("cudaStreamSynchronize", 9, 900),
+        Event("flash_fwd_kernel", 100, 300, on_device=True),
+        Event("_group_norm_silu_fwd_kernel", 200, 400, on_device=True),
+        Event(WHOLE, 0, 1000, on_device=True),
+    ]
+    trace = of_device(events, steps=1)
+    assert trace.ms == {"attention": 0.2, "norm": 0.2, GAPS: 0.7}
+    assert (trace.launches, trace.kernels) == (2, 2)
+
+
+def test_a_real_trace_on_the_cpu() -> None:
+    x, weight = torch.randn(1, 8, 16, 16), torch.randn(8, 8, 3, 3)
+
+    def step() -> None:
+        torch.nn.functional.silu(torch.nn.functional.conv2d(x, weight, padding=1))
+
+    step()
+    trace = traced(step, CPU, 1)
+    assert trace.ms["convolution"] > 0 and trace.ms[OTHER] > 0
+    assert sum(trace.ms.values()) == pytest.approx(trace.wall_ms, rel=0.01)
+    assert set(trace.ms) <= set(CLASSES)
+
+
+def test_the_program_profiles_each_step(tmp_path) -> None:
+    flags = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--precisions",
+        "fp32",
+        "--peers",
+        "eager",
+        "--guided-diffusion",
+        "",
+    ]
+    assert main([*flags, "--out", str(tmp_path)]) == 0
+    mine, missing = read_rows(tmp_path / "profile.jsonl")
+    assert missing["status"] == "none"
+    assert set(mine["class_ms"]) == set(CLASSES) == set(mine["shares"])
+    for name in ("convolution", "norm", "attention", "embedding", "update"):
+        assert mine["class_ms"][name] > 0, name
+    assert sum(mine["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert "| operation |" in operations_table(mine)
+    assert "elementwise and copies" in (tmp_path / "profile.md").read_text()
+
+
+def test_how_many_steps_are_profiled() -> None:
+    assert steps_for(5000.0, 250, False) == 1
+    assert steps_for(200.0, 250, False) == 5
+    assert steps_for(2.0, 250, False) == profile.TOGETHER
+    assert steps_for(2.0, 10, False) == 10 and steps_for(2.0, 250, True) == 2
+
+
+def test_samples_are_taken_in_turns() -> None:
+    order: list[str] = []
+
+    def taker(name: str, ms: float):
+        def take(count: int) -> Spell:
+            order.append(f"{name}{count}")
+            return Spell(ms, ms, 0.0)
+
+        return take
+
+    found = in_turns({"a": taker("a", 100), "b": taker("b", 4)}, 0.1, 3, together=25, longest=40)
+    # One of each to find the size; 25 quick steps belong together; every second round goes backwards.
+    assert order == ["a1", "b1", "a1", "b25", "b25", "a1", "a1", "b25"]
+    assert [len(spells) for spells in found.values()] == [3, 3]
+    order.clear()
+    assert [len(s) for s in in_turns({"a": taker("a", 1)}, 1.0, 9, longest=40, budget=-1).values()] == [1]
+    assert order == ["a1", "a40"]
+
+
+def test_a_spell_is_per_step() -> None:
+    seen: list[int] = []
+    found = spell(seen.append, 5, CPU)
+    assert seen == [0, 1, 2, 3, 4]
+    assert 0 < found.host_ms <= found.ms < 100
