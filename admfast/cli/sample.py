@@ -85,8 +85,7 @@ def run_sample(
     set_upsampler: SetUpsampler = None,
 ) -> None:
     """Sample images: PNG files, one labelled grid and the published npz."""
-    if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
     if solver == INVERSE:
@@ -108,7 +107,7 @@ def run_sample(
     )
     given: dict[str, Any] = {"steps": steps, "eta": eta, "respacing": respacing}
     given |= {"guidance": guidance, "upsampler_steps": upsampler_steps}
-    given["guidance_interval"] = None if guidance_interval is None else parse_interval(guidance_interval)
+    given["guidance_interval"] = parse_interval(guidance_interval)
     settings = {"solver": solver, **{key: value for key, value in given.items() if value is not None}}
     images = None if low_res is None else read_low_res(low_res)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
@@ -173,8 +172,10 @@ def parse_numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def parse_interval(text: str) -> tuple[float, ...]:
+def parse_interval(text: str | None) -> tuple[float, ...] | None:
     """Read "200,800"; raises InvalidArgument."""
+    if text is None:
+        return None
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:

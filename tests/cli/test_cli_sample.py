@@ -104,7 +104,7 @@ def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_pat
         assert archive["arr_1"].dtype == np.int64 and archive["arr_1"].tolist() == [1, 1, 2, 2]
     assert read_image(out / "grid.png").ndim == 3
     last = stdout.splitlines()[-4:]
-    assert last[0].startswith("4 images in ") and last[0].endswith(" images/s)")
+    assert last[0].startswith("4 images in ") and last[0].endswith(" GB")
     assert last[1:] == [str(out / name) for name in ("images", "grid.png", "samples_4x8x8x1.npz")]
 
 
