@@ -51,8 +51,8 @@ class FoldableConv(nn.Module):
     bias: Tensor | None
     _folded: _Folded | None = None
 
-    def fold_weights(self, options: FoldOptions, dtype: torch.dtype) -> int:
-        """Derive the folded form, or renew it in place; returns the bytes that it takes."""
+    def fold_weights(self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False) -> None:
+        """Derive the folded form, or renew it in place."""
         split = self.split if options.two_sources else 0
         rows = self.rows if options.qkv_rows else None
         key = (options, dtype)
@@ -61,14 +61,22 @@ class FoldableConv(nn.Module):
             for form, part in zip(self._folded.parts, parts, strict=True):
                 form.refold(*part)
         else:
-            given: dict[str, Any] = dict(stride=self.stride, padding=self.padding)
+            given: dict[str, Any] = dict(stride=self.stride, padding=self.padding, spare_memory=spare_memory)
             forms = [FoldedConv(*part, **given, dtype=dtype, impl=options.conv) for part in parts]
             self._folded = _Folded(forms, key, options.residual)
         if self.doubles and options.subpixel and self.weight.dim() == 4:
             self._fold_subpixel(options, dtype)
         self._folded.weight, self._folded.bias = self.weight, self.bias
         self._folded.reordered = rows is not None
-        return sum(form.nbytes for form in self._folded.parts)
+
+    @property
+    def derived_bytes(self) -> int:
+        """Bytes of what was derived so far."""
+        found = self._folded
+        if found is None:
+            return 0
+        subpixel = 0 if found.subpixel is None else found.subpixel.nbytes
+        return subpixel + sum(form.nbytes for form in found.parts)
 
     def _fold_subpixel(self, options: FoldOptions, dtype: torch.dtype) -> None:
         assert self._folded is not None

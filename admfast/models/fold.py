@@ -8,6 +8,7 @@ than those it was derived from (`torch.func.functional_call`).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ class FoldOptions:
         qkv_rows: rows of legacy qkv weights in the new order (the same bits).
         subpixel: a 3x3 convolution after nearest doubling as four 2x2 convolutions before it.
         embeddings: the embedding's projections to all blocks in one product.
+        memory: bytes that derived weights may take beyond the weights themselves, given to the smallest
+            convolutions first, which run at the highest resolutions; None: a third of the host's memory. On
+            a CPU it decides which convolutions go by Winograd's algorithm.
     """
 
     conv: str | None = None
@@ -42,10 +46,18 @@ class FoldOptions:
     qkv_rows: bool = True
     subpixel: bool = False
     embeddings: bool = True
+    memory: int | None = None
 
     def __post_init__(self) -> None:
+        if self.memory is not None and (not isinstance(self.memory, int) or self.memory < 0):
+            raise invalid("memory", self.memory, "bytes, 0 or more, or None")
         if self.conv is not None and not isinstance(self.conv, str):
             raise invalid("conv", self.conv, "the name of an implementation, or None")
+
+
+def host_memory() -> int:
+    """Bytes of the host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,6 @@ class FoldableNet(nn.Module):
 
     fold_options: FoldOptions | None = None
     fold_dtype: torch.dtype | None = None
-    fold_bytes: int = 0
     fold_generation: int = 0  # one more whenever derived forms lie in new memory
     _fold_key: tuple[Any, ...] = ()
     _projections: tuple[Tensor, Tensor] | None = None
@@ -79,8 +90,8 @@ class FoldableNet(nn.Module):
         """The residual blocks, in order."""
         return [module for module in self.modules() if hasattr(module, "emb_layers")]
 
-    def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> int:
-        """Derive what `options` names, with the torso's convolutions in `dtype`; returns the bytes it takes.
+    def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> None:
+        """Derive what `options` names, with the torso's convolutions in `dtype`.
 
         Parameters must be frozen. Folding again renews the values in the same memory where options and dtype
         stay, so that captured graphs hold.
@@ -93,15 +104,33 @@ class FoldableNet(nn.Module):
         if (options, dtype) != (self.fold_options, self.fold_dtype):
             self.unfold()
             self.fold_generation += 1
-        self.fold_options, self.fold_dtype, self.fold_bytes = options, dtype, 0
+        self.fold_options, self.fold_dtype = options, dtype
+        spare = self._to_be_spared(options)
         for name, module in self.named_modules():
             if hasattr(module, "fold_weights"):
-                inside = name.partition(".")[0] in TORSO
-                self.fold_bytes += module.fold_weights(options, dtype if inside else module.weight.dtype)
+                kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
+                module.fold_weights(options, kind, name in spare)  # type: ignore[operator]
         if options.embeddings:
             self._fold_projections()
         self._fold_key = self._key()
-        return self.fold_bytes
+
+    def _to_be_spared(self, options: FoldOptions) -> set[str]:
+        """The convolutions for whose Winograd form, sixteen bytes a weight, there is no memory."""
+        left = host_memory() // 3 if options.memory is None else options.memory
+        spared = set()
+        sizes = [(m.weight.numel(), name) for name, m in self.named_modules() if hasattr(m, "fold_weights")]
+        for size, name in sorted(sizes):
+            left -= 16 * size
+            if left < 0:
+                spared.add(name)
+        return spared
+
+    @property
+    def fold_bytes(self) -> int:
+        """Bytes of what was derived so far; convolutions derive what they need when they first run."""
+        convolutions: list[Any] = [module for module in self.modules() if hasattr(module, "fold_weights")]
+        found = sum(module.derived_bytes for module in convolutions)
+        return found + sum(t.nbytes for t in self._projections or ())
 
     def refold(self) -> None:
         """Renew what was derived, in place; needed by hand after a change of `.data` alone."""
@@ -118,7 +147,7 @@ class FoldableNet(nn.Module):
         for module in self.modules():
             if hasattr(module, "fold_weights"):
                 module.unfold()  # type: ignore[operator]
-        self.fold_options, self.fold_dtype, self.fold_bytes = None, None, 0
+        self.fold_options, self.fold_dtype = None, None
         self._projections, self._fold_key = None, ()
 
     def _key(self) -> tuple[Any, ...]:
@@ -134,7 +163,6 @@ class FoldableNet(nn.Module):
         else:
             for kept, value in zip(self._projections, (weight, bias), strict=True):
                 kept.copy_(value)
-        self.fold_bytes += weight.nbytes + bias.nbytes
 
     def _parameter_dtype(self) -> torch.dtype:
         return next(self.input_blocks.parameters()).dtype  # type: ignore[union-attr]

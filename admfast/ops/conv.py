@@ -52,6 +52,8 @@ class FoldedConv:
         stride, padding: for every spatial dimension, or one number for all.
         dtype: of inputs, outputs and products; None: that of `weight`.
         impl: name of an implementation (see `admfast info`); None chooses by shape.
+        spare_memory: don't choose what derives more than the weights take themselves (`winograd`: four times
+            as much, in each direction that runs).
 
     Raises:
         InvalidArgument: for shapes, dtypes or devices that don't fit, and an unknown `impl`.
@@ -66,6 +68,7 @@ class FoldedConv:
         padding: int | tuple[int, ...] = 0,
         dtype: torch.dtype | None = None,
         impl: str | None = None,
+        spare_memory: bool = False,
     ):
         if weight.dim() - 2 not in CONVOLUTIONS or not weight.dtype.is_floating_point or not weight.numel():
             allowed = "floating [C_out, C_in, *kernel] with one to three spatial dimensions"
@@ -80,6 +83,7 @@ class FoldedConv:
         _check_bias(weight, bias)
         self._source = Source(weight)
         self._direction = Direction(self._source, *geometry, self.dtype, impl, _run)
+        self._source.spare_memory = spare_memory
         self._bias = None
         if bias is not None:
             with torch.inference_mode(False), torch.no_grad():
@@ -128,7 +132,12 @@ class FoldedConv:
         """Copies and pickles hold weights and bias alone, and derive anew what they need."""
         d = self._direction
         make = functools.partial(
-            FoldedConv, stride=d.stride, padding=d.padding, dtype=self.dtype, impl=d.impl
+            FoldedConv,
+            stride=d.stride,
+            padding=d.padding,
+            dtype=self.dtype,
+            impl=d.impl,
+            spare_memory=self._source.spare_memory,
         )
         return make, (self._source.weight, self._bias)
 
@@ -200,7 +209,7 @@ def preferred(direction: Direction, x: Tensor) -> str:
         return "matmul"
     if x.dtype != torch.float32 or len(direction.kernel) != 2:
         return "library"
-    if forms.winograd_supports(direction, x) is not None:
+    if direction.source.spare_memory or forms.winograd_supports(direction, x) is not None:
         return "packed"
     n, _, height, width = x.shape
     tiles = n * -(-height // 4) * -(-width // 4)

@@ -26,6 +26,7 @@ class Source:
 
     def __init__(self, weight: Tensor):
         self.weight = weight.detach()
+        self.spare_memory = False
 
 
 class Direction:

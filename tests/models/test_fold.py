@@ -77,7 +77,8 @@ def test_a_folded_network_is_the_same_function(name, conv):
     net = made(name)
     plain = call(net)
     truth = call(made(name).double(), torch.float64)
-    assert net.fold(FoldOptions(conv=conv)) > 0 and net.is_folded
+    net.fold(FoldOptions(conv=conv))
+    assert net.is_folded
     assert_same(net, plain, truth, conv)
     net.unfold()
     assert not net.is_folded and net.fold_bytes == 0
@@ -243,3 +244,22 @@ def test_moving_and_converting_drop_what_was_derived():
     net = made("unet")
     net.fold()
     assert not net.convert_torso(torch.float16).is_folded and net.torso_dtype == torch.float16
+
+
+def test_the_smallest_convolutions_get_what_memory_there_is():
+    net = made("unet")
+    sizes = {name: m.weight.numel() for name, m in net.named_modules() if hasattr(m, "fold_weights")}
+    for memory in (0, 16 * 100_000, None):
+        net.fold(FoldOptions(memory=memory))
+        spared = {name for name in sizes if net.get_submodule(name)._folded.parts[0]._source.spare_memory}
+        if memory is None:
+            assert not spared
+            continue
+        kept = sorted(sizes[name] for name in sizes if name not in spared)
+        assert sum(kept) * 16 <= memory
+        assert all(sizes[name] >= max(kept, default=0) for name in spared)
+    before = net.fold_bytes
+    call(net)
+    assert net.fold_bytes > before
+    with pytest.raises(InvalidArgument, match="memory=-1: bytes, 0 or more, or None"):
+        FoldOptions(memory=-1)
