@@ -220,7 +220,8 @@ def plan_bwd(
         blocks = -(-groups // launch.groups)
         cut = dict(**launch.block, **launch.share(depth), blocks=blocks)
         arguments = dict(**common, **gradients, **sums, **cut, dskip_ptr=dskip)
-        return [Call(_group_norm_silu_bwd_kernel, g.n * blocks, arguments, launch.warps)]
+        registers = 255 if g.resample == "up" else 128
+        return [Call(_group_norm_silu_bwd_kernel, g.n * blocks, arguments, launch.warps, registers)]
     chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
     partial, terms = empty_float((g.n, chunks, 2, channels), x), empty_float((2, g.n, groups), x)
     first = dict(
@@ -234,7 +235,7 @@ def plan_bwd(
     apply = dict(**common, **gradients, **cover, dskip_ptr=dskip, terms_ptr=terms, blocks=blocks)
     apply |= dict(BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
     programs = g.n * blocks * cover["spans"]
-    registers = 80 if x2 is None and g.resample is None else 128
+    registers = 255 if g.resample == "up" else 96 if x2 is None and g.resample is None else 168
     return [
         Call(_group_norm_silu_sums_kernel, g.n * chunks * blocks, first, launch.warps),
         Call(_group_norm_silu_merge_bwd_kernel, g.n * merge["blocks"], merge, cut.warps, 255),

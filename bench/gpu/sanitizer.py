@@ -22,6 +22,7 @@ REFUSALS = (
     "Failed to initialize",
     "Internal Sanitizer Error",
     "No attachable process",
+    "before first instrumented API call",
     "nsufficient permission",
 )
 FINDINGS = re.compile(r"^=+ .*(Invalid __|Misaligned|Race reported|[Hh]azard detected|Potential)", re.M)

@@ -31,6 +31,7 @@ RACE = "========= Error: Race reported between Write access and Read access\n" +
         (0, CLEAN, True, f"nothing found: {AGREE}"),
         (0, AGREE + "\n" + RACES.format(0, 0), True, "nothing found"),
         (86, REFUSED, True, "not run: Error: Device not supported"),
+        (1, "========= Error: Target application terminated before first instrumented API call", True, "not"),
         (86, OUT_OF_BOUNDS, False, "Invalid __"),
         (86, REFUSED + OUT_OF_BOUNDS, False, "Invalid __"),
         (86, RACE.format(1, 1), False, "Race reported"),
