@@ -25,9 +25,12 @@ SHAPES: dict[str, tuple] = {
     "head": (1, 40, 6, (12, 8), 3, 1, 1),
     "adm": (1, 192, 192, (32, 32), 3, 1, 1),
     "adm-low": (2, 384, 192, (8, 8), 3, 1, 1),
+    "blocks": (1, 17, 33, (57, 66), 3, 1, 1),  # 255 tiles: two blocks, of 128 and 127
     "one pixel": (3, 33, 32, (1, 1), 3, 1, 1),
     "two rows": (2, 16, 65, (2, 5), 3, 1, 1),
     "1x1": (2, 24, 72, (5, 6), 1, 1, 0),
+    "1x1 stride 2": (2, 16, 20, (5, 6), 1, 2, 0),
+    "1x1 padded": (1, 8, 6, (4, 5), 1, 1, 1),
     "5x5": (1, 7, 9, (8, 6), 5, 1, 2),
     "flat": (1, 8, 6, (5, 9), (1, 3), 1, (0, 1)),
     "no padding": (2, 12, 20, (6, 5), 3, 1, 0),
@@ -265,14 +268,15 @@ def test_edges(impl, shape):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_batch_is_its_images_bit_for_bit(threads):
     conv = FoldedConv(torch.randn(70, 40, 3, 3), torch.randn(70), padding=1, impl="winograd")
-    x, residual = (torch.randn(5, c, 18, 22).to(memory_format=torch.channels_last) for c in (40, 70))
+    # Together 210 tiles, two blocks; by itself an image has 30.
+    x, residual = (torch.randn(7, c, 18, 22).to(memory_format=torch.channels_last) for c in (40, 70))
     if TABLE.named("winograd").available():
         return
     before = torch.get_num_threads()
     whole = conv(x, residual)
     try:
         torch.set_num_threads(threads)
-        parts = torch.cat([conv(x[i : i + 1], residual[i : i + 1]) for i in range(5)])
+        parts = torch.cat([conv(x[i : i + 1], residual[i : i + 1]) for i in range(7)])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(whole, parts)
