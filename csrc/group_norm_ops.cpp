@@ -62,7 +62,8 @@ struct Sources {
     count = 1;
     N = first.size(0);
     C = channels[0] = first.size(1);
-    P = first.numel() == 0 ? 0 : first.numel() / (N * C);
+    P = 1;  // from the sizes: a source may have no channels
+    for (const int64_t size : first.sizes().slice(2)) P *= size;
     channels[1] = 0;
     if (second) {
       TORCH_CHECK(second->dim() == first.dim() && second->size(0) == N &&
@@ -94,6 +95,7 @@ std::vector<Share> shares(const Sources& s) {
   for (int64_t n = 0; n < s.N; ++n)
     for (int64_t source = 0; source < s.count; ++source) {
       const int64_t C = s.channels[source];
+      if (C == 0) continue;
       if (s.channels_last) {
         const int64_t rows = std::max<int64_t>(16, kShareElements / C / 16 * 16);
         for (int64_t i = 0; i < s.P; i += rows) add(n, source, 0, i, std::min(rows, s.P - i), C);
