@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from admfast.ops import native
 from admfast.ops.conv_winograd import transform
+from admfast.ops.transforms import compiled_transform
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -226,7 +228,7 @@ def _for_float32_on_the_cpu(x: Tensor) -> str | None:
 def transformed() -> str | None:
     """Which transform is at work that only torch's own operations know; None where there is none."""
     if torch.compiler.is_compiling():
-        return None
+        return compiled_transform()
     if torch.autograd.forward_ad._current_level >= 0:
         return "a forward-mode derivative is being taken, which is torch's own convolution's alone"
     levels = torch._C._functorch.get_interpreter_stack() or []
@@ -247,9 +249,12 @@ packed_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _packed_trial() -> str | None:
     """Convolve once: the ops are internal to torch and may go or change."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        # Outside the transforms of the call that asks first: under one, the packed weights can't be made.
+        with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
             x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3)
             direction = Direction(Source(weight), (1, 1), (1, 1), x.dtype, None, by_packed)
+            key = ("packed", *x.shape)
+            direction.forms[key] = direction._derived(key)  # itself: a trace may be what asks first
             right = all(
                 torch.equal(by_packed(direction, x, None, r), by_library(direction, x, None, r))
                 for r in (None, torch.ones(1, 2, 3, 3))

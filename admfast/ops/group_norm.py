@@ -18,6 +18,7 @@ from admfast.ops import group_norm_triton, native
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
+from admfast.ops.transforms import transformed
 
 
 def group_norm_silu_ref(
@@ -207,30 +208,21 @@ def _cpp_backward(
     return dx, None if x2 is None else dx2, s1, s2
 
 
-def _transformed(x: Tensor) -> str | None:
-    """Why a raw implementation can't take `x`, where a transform is at work on it that they don't know."""
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._functorch.is_batchedtensor(x):
-        return "x is a batch of vmap"
-    if (
-        torch.autograd.forward_ad._current_level >= 0
-        and torch.autograd.forward_ad.unpack_dual(x)[1] is not None
-    ):
-        return "a forward-mode derivative is being taken, which is the reference's alone"
-    return None
+def _transformed(*arguments: Any, **options: Any) -> str | None:
+    return transformed(*(t for t in (*arguments, *options.values()) if isinstance(t, Tensor)))
 
 
-def _cpp_supports(x: Tensor, *_args: Any, **_options: Any) -> str | None:
+def _cpp_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"x is {x.dtype}; float32 or bfloat16"
-    return _transformed(x)
+    return _transformed(x, *arguments, **options)
 
 
-def _triton_supports(x: Tensor, *_args: Any, x2: Tensor | None = None, **_options: Any) -> str | None:
-    return _transformed(x) or group_norm_triton.reason_unsupported(x, x2)
+def _triton_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
+    reason = _transformed(x, *arguments, **options)
+    return reason or group_norm_triton.reason_unsupported(x, options.get("x2"))
 
 
 RAW["cpp"] = RawNorm("cpp", _cpp_forward, _cpp_backward)
