@@ -113,6 +113,9 @@ def adamw_ema_step_(
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if value is not None and value.dtype != torch.float32:
             raise invalid(f"{name}.dtype", value.dtype, "torch.float32")
+    if found_inf is not None:
+        # The implementations calculate with it, where 2, infinity and NaN would not mean "found".
+        found_inf = (found_inf != 0).to(found_inf.dtype)
     options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     options |= {"grad_scale": grad_scale, "found_inf": found_inf}
     lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]

@@ -143,6 +143,18 @@ def test_versions_count_the_writes(impl):
     assert p.grad_fn is None and ema.grad_fn is None
 
 
+@pytest.mark.parametrize("impl", ["fused", "reference", None])
+@pytest.mark.parametrize("found", [1.0, 2.0, 0.5, -1.0, float("inf"), float("nan")])
+def test_whatever_isn_t_zero_says_found(impl, found):
+    case = {"dtype": "fp32", "layout": "contiguous", "emas": (0.9,), "step": 3, "weight_decay": 0.1}
+    state = State(case | {"lr": 1e-3, "scaled": False, "found": found}, torch.float32)
+    before = state.results()
+    with unmodified(found_inf=state.options["found_inf"]):
+        after = state.run(impl).results()
+    assert float(state.step) == 3
+    assert all(torch.equal(bits(after[name]), bits(before[name])) for name in before)
+
+
 def toy(**changes: Any) -> dict[str, Any]:
     arguments = {name: [torch.ones(2, 3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
     return {**arguments, "emas": [([torch.ones(2, 3)], 0.9)], "step": torch.zeros(()), "lr": 0.1, **changes}
