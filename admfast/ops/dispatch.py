@@ -75,6 +75,8 @@ class OpTable:
         for entry in self.implementations:
             if entry.name == name:
                 return entry
+        if not isinstance(name, str):
+            raise invalid(asked_by, name, f"the name of an implementation: {', '.join(self.names())}")
         raise invalid(
             asked_by, name, f"no implementation of {self.op} has that name; {nearest(name, self.names())}"
         )

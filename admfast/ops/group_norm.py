@@ -15,6 +15,7 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import group_norm_triton, native
+from admfast.ops.checks import check_floating, check_number, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
@@ -89,7 +90,7 @@ def group_norm_silu(
         x: [N, C1, *spatial], float16, bfloat16, float32 or float64, one to three spatial dimensions.
         weight, bias: [C] with C = C1 + C2; any floating dtype.
         groups: number of groups G; must divide C.
-        eps: added to the variance (biased).
+        eps: added to the variance (biased); finite, 0 or more.
         scale, shift: [N, C], both or neither.
         silu: apply SiLU.
         resample: None, "up" (nearest, 2x) or "down" (mean over blocks of 2, odd remainders dropped); it is
@@ -102,16 +103,38 @@ def group_norm_silu(
         [N, C, *resampled], dtype of `x`; channels_last where `x` (and `x2`) is. Two of them `with_skip`.
 
     Raises:
-        InvalidArgument: for shapes that don't fit, `groups` that doesn't divide C, x that isn't floating, or
-            a dimension of size 1 that would be halved.
+        InvalidArgument: for shapes that don't fit, `groups` that doesn't divide C, a tensor that isn't
+            floating or lies on another device than x, or a dimension of size 1 that would be halved.
 
     Accumulates in float32 (float64 for float64 input). Differentiable in x, x2, weight, bias, scale, shift,
     twice; in forward mode with `reference` alone.
     """
+    _check_kinds(x, weight, bias, groups, eps, scale, shift, x2)
     _check(x, weight, bias, groups, scale, shift, resample, x2)
     options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, resample=resample, x2=x2)
     entry = TABLE.choose(impl, x, weight, bias, groups, eps, **options)
     return entry.forward(x, weight, bias, groups, eps, **options, with_skip=with_skip)
+
+
+def _check_kinds(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    x2: Tensor | None,
+) -> None:
+    """Refuse, by name, what isn't a floating tensor on the device of x, or not a number."""
+    check_floating("x", x)
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_floating(name, value, x.device)
+    for name, given in (("scale", scale), ("shift", shift), ("x2", x2)):
+        if given is not None:
+            check_floating(name, given, x.device)
+    check_whole("groups", groups, 1)
+    check_number("eps", eps)
 
 
 def _check(
@@ -127,18 +150,16 @@ def _check(
     """Refuse, by name, what no implementation could compute."""
     if not 3 <= x.dim() <= 5:
         raise invalid("x.shape", tuple(x.shape), "[N, C, *spatial] with one to three spatial dimensions")
-    if not x.dtype.is_floating_point:
-        raise invalid("x.dtype", x.dtype, "a floating dtype")
     channels = x.shape[1]
     if x2 is not None:
-        if x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
+        if x2.dim() != x.dim() or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
             raise invalid(
                 "x2.shape", tuple(x2.shape), f"must equal x's {tuple(x.shape)} but for the channels"
             )
         if x2.dtype != x.dtype:
             raise invalid("x2.dtype", x2.dtype, f"must equal x's {x.dtype}")
         channels += x2.shape[1]
-    if groups < 1 or channels % groups:
+    if channels % groups:
         raise invalid("groups", groups, f"must divide the {channels} channels")
     for name, value in (("weight", weight), ("bias", bias)):
         if value.shape != (channels,):
