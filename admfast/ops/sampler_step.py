@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -315,6 +316,17 @@ def _check_state(state: SamplerState, used: frozenset[str]) -> None:
             raise invalid(f"state.{name}", given, f"{allowed}, {x.dtype} on {x.device}")
         if not buffer.is_contiguous():
             raise invalid(f"state.{name}", buffer.stride(), "contiguous")
+    _check_apart({"x": x, **{name: buffer for buffer, name, _ in buffers if buffer is not None}})
+
+
+def _check_apart(buffers: dict[str, Tensor]) -> None:
+    """Refuse buffers of which one would be written while another is still to be read."""
+    if torch.compiler.is_compiling() or any(type(t) is not Tensor or t.is_meta for t in buffers.values()):
+        return  # nothing that has an address
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in buffers.items() if t.numel())
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise invalid(f"state.{other}", f"memory of state.{name}", "memory of its own")
 
 
 def _check_inputs(
@@ -379,6 +391,10 @@ def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Ten
         None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_tensor,
         noise_tensor, row_at, noise_at, options["stream"],
     )  # fmt: skip
+    if not torch.compiler.is_compiling():  # a trace sees from the op's schema what is written
+        # The op doesn't say that it wrote: without this a backward through the old state goes unnoticed.
+        written = (state.x, state.x0, state.saved, state.history)
+        torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
 
 
 def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:
