@@ -18,6 +18,7 @@ const GroupNormLoops& choose() {
                {group_norm_avx512, avx512},
                {group_norm_avx2, avx2}};
   const char* asked = std::getenv("ADMFAST_CPU_ISA");
+  if (asked && !*asked) asked = nullptr;
   for (const auto& one : known)
     if (one.runs && (!asked || std::strcmp(asked, one.loops.name) == 0)) return one.loops;
 #endif

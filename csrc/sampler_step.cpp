@@ -12,6 +12,7 @@ const SamplerLoops& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const char* asked = std::getenv("ADMFAST_CPU_ISA");
+  if (asked && !*asked) asked = nullptr;
   const auto wanted = [asked](const SamplerLoops& loops) {
     // By its beginning: a name may say more than what is of use here, as avx512_bf16 does.
     return !asked || std::strncmp(asked, loops.name, std::strlen(loops.name)) == 0;

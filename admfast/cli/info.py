@@ -14,7 +14,7 @@ from admfast.cli.examples import examples
 from admfast.cli.tables import table
 from admfast.errors import AdmfastError
 from admfast.ops import TABLES, watch
-from admfast.ops.native import build_info
+from admfast.ops.native import build_info, instruction_set, reason_missing
 
 
 def run_info() -> None:
@@ -28,8 +28,9 @@ def run_info() -> None:
         ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("CUDA", _cuda()),
         ("compiled ops", _build()),
+        ("CPU loops", instruction_set() if reason_missing() is None else "none"),
     ]
-    for name in ("ADMFAST_IMPL", "ADMFAST_BUILD", "ADMFAST_MIRROR"):
+    for name in ("ADMFAST_IMPL", "ADMFAST_CPU_ISA", "ADMFAST_BUILD", "ADMFAST_MIRROR"):
         rows.append((name, os.environ.get(name, "not set")))
     print(table(rows))
     print()

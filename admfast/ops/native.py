@@ -5,16 +5,24 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from admfast.errors import Unavailable, invalid
+
+ISA = "ADMFAST_CPU_ISA"
+ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 
 
 def reason_missing() -> str | None:
-    """None where the extension loads, else why it doesn't."""
+    """None where the extension loads, else why it doesn't.
+
+    Raises InvalidArgument or Unavailable for an instruction set asked for that isn't known or isn't here.
+    """
     return _load()
 
 
@@ -25,13 +33,23 @@ reason_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _load() -> str | None:
+    asked = os.environ.get(ISA)
+    if asked and asked not in ISAS:
+        raise invalid(ISA, asked, f"one of {', '.join(ISAS)}; not set, the widest that runs here")
     try:
         importlib.import_module("admfast._C")
     except ImportError as error:
         built = build_info()
         return f"not built: {built['reason']}" if built.get("reason") else f"not loaded: {error}"
+    if asked and instruction_set() != asked:
+        raise Unavailable(f"{ISA}={asked!r}: this machine can't run it")
     _register_fakes()
     return None
+
+
+def instruction_set() -> str:
+    """The loops that the C++ ops of this process run; the extension must be loaded."""
+    return torch.ops.admfast.cpu_instruction_set()
 
 
 def reason_missing_cuda() -> str | None:
