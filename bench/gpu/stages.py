@@ -82,24 +82,25 @@ def build_stands(plan: Plan, entry: dict[str, Any]) -> bool:
 
 
 def test_steps(plan: Plan, seconds: float) -> list[Step]:
-    """The tests that need a GPU, parity where golden data lies beside the sources, the kernels checked.
+    """What attention runs on, the kernels checked, the tests that need a GPU, parity where golden data lies.
 
-    The small kernels run by themselves first: what is wrong without a sanitizer is not its finding, and what
+    The tests come last: they take the longest, and what the time ends must not be the short reports. The
+    small kernels run by themselves first: what is wrong without a sanitizer is not its finding, and what
     Triton compiled is then kept.
     """
     pytest = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
     golden = plan.root / plan.golden
     found = {"ADMFAST_GOLDEN": str(golden)} if golden.is_dir() else {}
-    steps = [Step("pytest -m gpu", (*pytest, "-m", "gpu"), found, tests=True)]
-    if found and (plan.root / "tests" / "parity").is_dir():
-        parity = (*pytest, "-m", "not gpu and not slow", "tests/parity")
-        steps.append(Step("parity", parity, found, tests=True))
     python = (sys.executable, "-m")
-    steps.append(Step("attention", (*python, "bench.gpu.chosen", "--device", plan.device)))
+    steps = [Step("attention", (*python, "bench.gpu.chosen", "--device", plan.device))]
     small = ("tests.tools.small_kernels", "--device", plan.device)
     steps.append(Step("small kernels", (*python, *small)))
     for tool in ("memcheck", "racecheck"):
         steps.append(Step(tool, (*python, "bench.gpu.sanitizer", tool, *small)))
+    steps.append(Step("pytest -m gpu", (*pytest, "-m", "gpu"), found, tests=True))
+    if found and (plan.root / "tests" / "parity").is_dir():
+        parity = (*pytest, "-m", "not gpu and not slow", "tests/parity")
+        steps.append(Step("parity", parity, found, tests=True))
     return steps
 
 
