@@ -27,6 +27,7 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
+from admfast.ops.checks import check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -114,21 +115,27 @@ def normal_ref(seeds: Tensor, shape: tuple[int, ...], row: int | Tensor, stream:
 def normal(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int, impl: str | None = None) -> Tensor:
     """As `normal_ref`, on the device of `seeds`, by any implementation: the values are equal bit for bit.
 
-    Raises: InvalidArgument for seeds that aren't [N] int64, a negative size, or a row or stream that isn't
-    0..2^32-1.
+    Raises: InvalidArgument for seeds that aren't [N] int64, sizes that aren't whole numbers of 0 or more, or
+    a row or stream that isn't a whole number in 0..2^32-1.
     """
+    if not isinstance(seeds, Tensor):
+        raise invalid("seeds", seeds, "an int64 tensor [N] (see as_seeds)")
     if seeds.dim() != 1 or seeds.dtype != torch.int64:
         raise invalid("seeds", (tuple(seeds.shape), seeds.dtype), "int64 [N]")
-    if any(size < 0 for size in shape):
-        raise invalid("shape", tuple(shape), "sizes of 0 or more")
-    check_counter("row", row)
-    check_counter("stream", stream)
+    if not isinstance(shape, (tuple, list)):
+        raise invalid("shape", shape, "a tuple of sizes")
+    for i, size in enumerate(shape):
+        check_whole(f"shape[{i}]", size, 0)
+    check_counter("row", row, seeds.device)
+    check_counter("stream", stream, seeds.device)
     return TABLE.choose(impl, seeds, shape, row, stream).forward(seeds, shape, row, stream)
 
 
 def _native(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int) -> Tensor:
     return (
-        native.ops().normal(seeds.contiguous(), math.prod(shape), row, int(stream)).view(len(seeds), *shape)
+        native.ops()
+        .normal(seeds.contiguous(), math.prod(shape), int(row), int(stream))
+        .view(len(seeds), *shape)
     )
 
 
@@ -166,9 +173,18 @@ def as_seeds(seeds: object, count: int | None = None) -> Tensor:
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in values], dtype=torch.int64)
 
 
-def check_counter(name: str, value: object) -> None:
-    """Raise InvalidArgument unless a word of the counter is in 0..2^32-1; a tensor is not read back."""
-    if isinstance(value, int) and not 0 <= value <= MASK32:
+def check_counter(name: str, value: object, device: torch.device) -> None:
+    """Raise InvalidArgument unless a word of the counter is a whole number in 0..2^32-1.
+
+    A tensor must be one int32 or int64 on `device`; it is not read back.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in (torch.int32, torch.int64) or value.device != device:
+            given = (tuple(value.shape), value.dtype, str(value.device))
+            raise invalid(name, given, f"a whole number, or one int32 or int64 on {device}")
+        return
+    check_whole(name, value, 0)
+    if value > MASK32:  # type: ignore[operator]
         raise invalid(name, value, "0 to 2^32 - 1")
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
+from admfast.ops.checks import check_floating, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.noise import Stream, check_counter, normal_ref
 
@@ -247,8 +248,10 @@ def sampler_step(
     used = _check_row(state, table, row)
     _check_state(state, used)
     _check_inputs(state.x, used, out, out2, grad, seeds, noise)
-    check_counter("noise_row", noise_row)
-    check_counter("stream", stream)
+    if noise_row is not None:
+        check_counter("noise_row", noise_row, state.x.device)
+    check_whole("stream", stream, 0)
+    check_counter("stream", stream, state.x.device)
     options: dict[str, Any] = dict(
         out2=out2, grad=grad, seeds=seeds, noise=noise, noise_row=noise_row, stream=int(stream)
     )
@@ -273,6 +276,8 @@ def update_for(state: SamplerState, table: PackedTable, impl: str | None = None)
 def _check_row(state: SamplerState, table: PackedTable, row: int | Tensor) -> frozenset[str]:
     """Refuse a table or row that can't run; return the columns used by the row (by any, if it isn't read)."""
     x = state.x
+    if not isinstance(table, PackedTable):
+        raise invalid("table", table, "what `pack(rows, device, dtype)` returns")
     if (table.device.dtype, table.device.device) != (x.dtype, x.device):
         given = (table.device.dtype, str(table.device.device))
         raise invalid("table", given, f"packed for the state's {x.dtype} on {x.device}")
@@ -339,6 +344,11 @@ def _check_inputs(
     noise: Tensor | None,
 ) -> None:
     """Refuse, by name, inputs that don't fit x or the row; reads nothing back from a device."""
+    for name, given in (("out", out), ("out2", out2), ("grad", grad), ("noise", noise)):
+        if name == "out" or given is not None:
+            check_floating(name, given, x.device)
+    if seeds is not None and not isinstance(seeds, Tensor):
+        raise invalid("seeds", seeds, "an int64 tensor (see as_seeds)")
     n, channels, *spatial = x.shape
     allowed = [(n, 2 * channels, *spatial)] if "l1" in used else [(n, k * channels, *spatial) for k in (1, 2)]
     if tuple(out.shape) not in allowed:
@@ -355,14 +365,8 @@ def _check_inputs(
             raise invalid("seeds", None, f"int64 [{n}], or give noise: the row uses it")
     elif tuple(seeds.shape) != (n,) or seeds.dtype != torch.int64:
         raise invalid("seeds", (tuple(seeds.shape), seeds.dtype), f"int64 [{n}]")
-    inputs = {"out": out, "out2": out2, "grad": grad, "noise": noise, "seeds": seeds}
-    for name, given in inputs.items():
-        if given is None:
-            continue
-        if given.device != x.device:
-            raise invalid(f"{name}.device", str(given.device), f"{x.device}, where the state is")
-        if name != "seeds" and not given.dtype.is_floating_point:
-            raise invalid(f"{name}.dtype", given.dtype, "a floating dtype")
+    elif seeds.device != x.device:
+        raise invalid("seeds.device", str(seeds.device), f"{x.device}, where the state is")
 
 
 def _supports(device: str) -> Callable[..., str | None]:
