@@ -61,10 +61,11 @@ def check_implementations(impl: object) -> None:
     if not isinstance(impl, str | None):
         raise invalid("impl", impl, "the name of an implementation, or None")
     for op, table in dispatch.TABLES.items():
-        name = dispatch.named_by_environment(op)
-        reason = name and table.named(name, dispatch.ENVIRONMENT).available()
+        value = dispatch.setting()
+        name = dispatch.named_by_environment(op, value)
+        reason = name is not None and table.named(name, dispatch.ENVIRONMENT, value).available()
         if reason:
-            raise Unavailable(f"{dispatch.ENVIRONMENT}={name!r}: {op} can't run on it here: {reason}")
+            raise Unavailable(f"{dispatch.ENVIRONMENT}={value!r}: {op} can't run on it here: {reason}")
     for op in ("normal", "sampler_step"):
         reason = impl and dispatch.TABLES[op].named(impl).available()
         if reason:

@@ -70,15 +70,21 @@ class OpTable:
     def names(self) -> list[str]:
         return [entry.name for entry in self.implementations]
 
-    def named(self, name: str, asked_by: str = "impl") -> Implementation:
-        """Return the entry called `name`; raises InvalidArgument with the known names."""
+    def named(self, name: str, asked_by: str = "impl", value: str | None = None) -> Implementation:
+        """Return the entry called `name`; raises InvalidArgument with the known names.
+
+        `value` is the whole setting that the name was found in, where it is more than the name.
+        """
         for entry in self.implementations:
             if entry.name == name:
                 return entry
+        value = name if value is None else value
         if not isinstance(name, str):
             raise invalid(asked_by, name, f"the name of an implementation: {', '.join(self.names())}")
         raise invalid(
-            asked_by, name, f"no implementation of {self.op} has that name; {nearest(name, self.names())}"
+            asked_by,
+            value,
+            f"no implementation of {self.op} is called {name!r}; {nearest(name, self.names())}",
         )
 
     def choose(self, impl: str | None, *args: Any, **kwargs: Any) -> Implementation:
@@ -86,14 +92,15 @@ class OpTable:
 
         Raises InvalidArgument for an unknown name and Unavailable for one that can't serve the call.
         """
-        asked_by = "impl"
+        asked_by, value = "impl", impl
         if impl is None:
-            impl, asked_by = named_by_environment(self.op), ENVIRONMENT
+            value = setting()
+            impl, asked_by = named_by_environment(self.op, value), ENVIRONMENT
         if impl is not None:
-            entry = self.named(impl, asked_by)
+            entry = self.named(impl, asked_by, value)
             reason = entry.available() or entry.supports(*args, **kwargs)
             if reason:
-                raise Unavailable(f"{asked_by}={impl!r}: {self.op} can't run on it here: {reason}")
+                raise Unavailable(f"{asked_by}={value!r}: {self.op} can't run on it here: {reason}")
             if _watchers:
                 _tell(Choice(self.op, entry.name, asked_by))
             return entry
@@ -152,16 +159,26 @@ def _tell(choice: Choice) -> None:
         seen.append(choice)
 
 
-def named_by_environment(op: str) -> str | None:
-    """The name that ADMFAST_IMPL gives for this op, or None."""
-    value = os.environ.get(ENVIRONMENT, "") if _setting is None else _setting
-    chosen = None
+def setting() -> str:
+    """What ADMFAST_IMPL says, or `using` in its place."""
+    return os.environ.get(ENVIRONMENT, "") if _setting is None else _setting
+
+
+def named_by_environment(op: str, value: str | None = None) -> str | None:
+    """The name that ADMFAST_IMPL (or `value` in its place) gives for this op, or None.
+
+    Raises InvalidArgument for a setting that names an op that isn't there, or names one thing twice.
+    """
+    value = setting() if value is None else value
+    names: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in value.split(","))):
         target, separator, name = (part.strip() for part in item.partition("="))
         if not separator:
-            chosen = chosen or item
-        elif target == op:
-            return name
+            target, name = "", item
         elif target not in TABLES:
             raise invalid(ENVIRONMENT, value, f"no op is called {target!r}; {nearest(target, TABLES)}")
-    return chosen
+        if target in names:
+            what = f"implementations of {target}" if target else "names for every op"
+            raise invalid(ENVIRONMENT, value, f"two {what}: {names[target]!r} and {name!r}")
+        names[target] = name
+    return names.get(op, names.get(""))

@@ -57,7 +57,6 @@ def test_by_argument(table, name):
         ("attention=sdpa,reference", "reference"),
         ("attention=sdpa", "small"),
         (" toy = reference , attention = sdpa ", "reference"),
-        ("reference,small", "reference"),
     ],
 )
 def test_by_environment(table, monkeypatch, value, chosen):
@@ -78,7 +77,7 @@ def test_asked_for_by_name_never_falls_back(table, monkeypatch, name, x, reason)
         run(table, x, name)
     for value in (name, f"toy={name}"):
         monkeypatch.setenv(ENVIRONMENT, value)
-        with pytest.raises(Unavailable, match=f"^{ENVIRONMENT}='{name}': .*{reason}"):
+        with pytest.raises(Unavailable, match=f"^{ENVIRONMENT}='{value}': .*{reason}"):
             run(table, x)
 
 
@@ -100,8 +99,29 @@ def test_unknown_names_are_refused_with_the_nearest(table, monkeypatch):
     with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='toi=reference': no op .*'toi'; nearest: toy"):
         run(table, 1)
     monkeypatch.setenv(ENVIRONMENT, "toy=")
-    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='': .*toy"):
+    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='toy=': .*toy"):
         run(table, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("toy=reference,toi=small", "no op is called 'toi'; nearest: toy"),
+        ("reference,atention=sdpa", "no op is called 'atention'; nearest: attention"),
+        ("=reference", "no op is called ''"),
+        ("reference,small", "two names for every op: 'reference' and 'small'"),
+        ("toy=small,toy=reference", "two implementations of toy: 'small' and 'reference'"),
+        ("attention=sdpa,toy=smal", "no implementation of toy is called 'smal'; nearest: small"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_every_op_and_shown_whole(table, monkeypatch, value, reason):
+    monkeypatch.setenv(ENVIRONMENT, value)
+    with pytest.raises(InvalidArgument) as caught:
+        run(table, 1)
+    assert str(caught.value).startswith(f"{ENVIRONMENT}={value!r}: {reason}"), caught.value
+    if "smal'" not in reason:
+        with pytest.raises(InvalidArgument):
+            attention(torch.randn(1, 2, 6), 1)
 
 
 def test_where_nothing_serves_every_reason_is_said(table):
