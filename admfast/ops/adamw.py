@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from admfast.errors import invalid
+from admfast.ops.checks import check_number
 from admfast.ops.dispatch import Implementation, OpTable
 
 Average = tuple[Sequence[Tensor], float | Tensor]  # the averaged weights and the share kept of them
@@ -139,6 +140,10 @@ def _check(
     weight_decay: float,
 ) -> None:
     """Refuse, by name, what no implementation could do; reads no number that is on the device."""
+    for name, tensors in _named(params, grads, exp_avgs, exp_avg_sqs, emas).items():
+        for i, t in enumerate(tensors):
+            if not isinstance(t, Tensor):
+                raise invalid(f"{name}[{i}]", t, "a tensor")
     shapes = [p.shape for p in params]
     for name, tensors in _named(params, grads, exp_avgs, exp_avg_sqs, emas).items():
         if len(tensors) != len(shapes):
@@ -149,19 +154,35 @@ def _check(
         if not all(t.is_floating_point() for t in tensors):
             i, wrong = next((i, t) for i, t in enumerate(tensors) if not t.is_floating_point())
             raise invalid(f"{name}[{i}].dtype", wrong.dtype, "a floating dtype")
+    if not isinstance(step, Tensor):
+        raise invalid("step", step, "a float32 tensor without dimensions")
     if step.dim() or step.dtype != torch.float32:
         raise invalid("step", (tuple(step.shape), step.dtype), "a float32 tensor without dimensions")
-    ranges = [
-        ("lr", lr, float("inf")),
-        ("eps", eps, float("inf")),
-        ("weight_decay", weight_decay, float("inf")),
-    ]
-    ranges += [(f"betas[{i}]", beta, 1.0) for i, beta in enumerate(betas)]
-    for name, value, end in ranges:
-        if not isinstance(value, Tensor) and not 0 <= value < end:
-            raise invalid(name, value, "0 or more" + (" and below 1" if end == 1 else ", finite"))
+    if params and step.device != params[0].device:
+        raise invalid("step.device", str(step.device), f"{params[0].device}, where the parameters are")
+    _check_numbers(lr, betas, eps, weight_decay, emas)
+
+
+def _check_numbers(
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    emas: Sequence[Average],
+) -> None:
+    """Refuse, by name, numbers out of range; reads none that is on the device."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise invalid("betas", betas, "two numbers")
+    check_number("eps", eps)
+    check_number("weight_decay", weight_decay)
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr)
+    for i, beta in enumerate(betas):
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1:
+            raise invalid(f"betas[{i}]", beta, "0 or more and below 1")
     for i, (_, decay) in enumerate(emas):
-        if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
+        number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
+        if not isinstance(decay, Tensor) and not (number and 0 <= decay <= 1):
             raise invalid(f"decay of emas[{i}]", decay, "0 to 1")
     decays = {f"decay of emas[{i}]": decay for i, (_, decay) in enumerate(emas)}
     _check_one_element(lr=lr, **decays)
@@ -181,8 +202,12 @@ def _named(
 
 def _check_one_element(**values: float | Tensor | None) -> None:
     for name, value in values.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
+        if not isinstance(value, Tensor):
+            continue
+        if value.numel() != 1:
             raise invalid(f"{name}.shape", tuple(value.shape), "one element")
+        if not value.is_floating_point():
+            raise invalid(f"{name}.dtype", value.dtype, "a floating dtype: torch.float32")
 
 
 def _fused(
