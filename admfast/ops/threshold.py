@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from admfast.errors import invalid
+from admfast.ops.checks import check_floating, check_number
 from admfast.ops.dispatch import Implementation, OpTable
 
 
@@ -30,7 +31,9 @@ def dynamic_threshold_ref(x0: Tensor, percentile: float = 0.995, limit: float = 
     position = percentile * (ordered.shape[1] - 1)
     low = math.floor(position)
     high = min(low + 1, ordered.shape[1] - 1)
-    quantile = torch.lerp(ordered[:, low], ordered[:, high], position - low)
+    quantile = ordered[:, low]
+    if position > low:  # else the next one has no share, though 0 times infinity is NaN
+        quantile = torch.lerp(quantile, ordered[:, high], position - low)
     # A sort puts NaN last, where the percentile may not look.
     quantile = torch.where(ordered[:, -1].isnan(), math.nan, quantile)
     return _limited(wide, quantile, limit).to(x0.dtype)
@@ -42,24 +45,30 @@ def dynamic_threshold(
     """clip(x0, -s, s) / s with s = max(percentile of |x0|, limit) for every image by itself.
 
     Args:
-        x0: [N, ...], float16 to float64, any strides and any size (torch.quantile stops at 2^24 elements).
+        x0: [N, ...] of two dimensions or more, float16 to float64, any strides and any size (torch.quantile
+            stops at 2^24 elements).
         percentile: p in [0, 1]; between two elements it is interpolated linearly, as torch.quantile does.
         limit: the least s, above 0; 1 is the range of images.
         impl: name of an implementation; None chooses.
 
-    Returns: like x0, in [-1, 1]. An image in which anything is NaN is NaN throughout.
+    Returns: like x0, in [-1, 1]. An image in which anything is NaN is NaN throughout. An infinity above the
+    percentile becomes 1 or -1 like every other large value; where the percentile itself is infinite the image
+    has no scale: what is infinite in it becomes NaN, what is finite 0 or NaN.
 
-    Raises: InvalidArgument for an x0 that isn't floating or has no dimension, a percentile outside [0, 1], or
-    a limit that isn't above 0 and finite.
+    Raises: InvalidArgument for an x0 that isn't floating or has less than two dimensions, a percentile
+    outside [0, 1], or a limit that isn't above 0 and finite.
 
     Accumulates nothing; float16 and bfloat16 compute in float32 and round once. Differentiable, s included,
     by autograd; where values are tied the gradient of s goes to one of them.
     """
-    if x0.dim() == 0 or not x0.dtype.is_floating_point:
-        raise invalid("x0", (tuple(x0.shape), x0.dtype), "a floating [N, ...]")
-    if not 0 <= percentile <= 1:
+    check_floating("x0", x0)
+    if x0.dim() < 2:
+        raise invalid("x0.shape", tuple(x0.shape), "[N, ...] with two dimensions or more")
+    for name, value in (("percentile", percentile), ("limit", limit)):
+        check_number(name, value)
+    if percentile > 1:
         raise invalid("percentile", percentile, "0 to 1")
-    if not 0 < limit < math.inf:
+    if not limit:
         raise invalid("limit", limit, "above 0, and finite")
     return TABLE.choose(impl, x0, percentile, limit).forward(x0, percentile, limit)
 

@@ -107,6 +107,19 @@ def test_nan_spoils_its_own_image_and_infinity_is_limited(percentile, impl):
         assert got.isfinite().all() and float(got[1, 17]) == -1
 
 
+@pytest.mark.parametrize("percentile", [0.5, 0.75, 0.8, 0.9, 1.0])
+def test_every_implementation_treats_infinities_alike(percentile):
+    x0 = given((2, 5))
+    x0[0, :2] = torch.tensor([math.inf, -math.inf])
+    first, *others = (dynamic_threshold(x0, percentile, impl=impl) for impl in IMPLEMENTATIONS)
+    assert all(torch.equal(bits(first.nan_to_num(7)), bits(other.nan_to_num(7))) for other in others)
+    assert first[1].isfinite().all()
+    if percentile == 0.5:
+        assert first[0].isfinite().all(), "the percentile is the largest finite value"
+    if percentile >= 0.75:
+        assert first[0, :2].isnan().all()
+
+
 def test_more_elements_than_torch_s_quantile_takes():
     x0 = given((1, 2**24 + 8))
     with pytest.raises(RuntimeError, match="too large"):
@@ -133,8 +146,12 @@ def test_differentiates(percentile, impl):
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ((torch.zeros(()),), "x0="),
-        ((torch.zeros(2, 3, dtype=torch.int64),), "x0="),
+        ((torch.zeros(()),), "x0.shape="),
+        ((torch.zeros(5),), "x0.shape="),
+        ((torch.zeros(2, 3, dtype=torch.int64),), "x0.dtype="),
+        ((None,), "x0=None"),
+        ((torch.zeros(2, 3), None), "percentile=None"),
+        ((torch.zeros(2, 3), 0.5, "1"), "limit='1'"),
         ((torch.zeros(2, 3), -0.1), "percentile=-0.1"),
         ((torch.zeros(2, 3), 99.5), "percentile=99.5"),
         ((torch.zeros(2, 3), math.nan), "percentile=nan"),
@@ -143,9 +160,10 @@ def test_differentiates(percentile, impl):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_arguments_are_named(arguments, name):
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, None])
+def test_wrong_arguments_are_named(arguments, name, impl):
     with pytest.raises(InvalidArgument, match=f"^{name}"):
-        dynamic_threshold(*arguments)
+        dynamic_threshold(*arguments, impl=impl)
 
 
 def test_an_unknown_implementation_is_refused():
