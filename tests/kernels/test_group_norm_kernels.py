@@ -132,11 +132,29 @@ def test_a_first_tile_unlike_the_rest_costs_no_accuracy(path, monkeypatch):
     assert float((y - truth).abs().max()) <= 36 * torch.finfo(torch.float32).eps * float(truth.abs().max())
 
 
+@pytest.mark.parametrize("path", ["one read", "two passes"])
+def test_what_float32_leaves_out_of_a_mean_is_not_lost(path, monkeypatch):
+    # At mean 1000 and deviation 1 the group's mean is off by up to 3e-5 as a float32, and so would be every
+    # result. x - mean is exact here (Sterbenz). With the rest of the mean, `low`, six roundings of half a
+    # unit of the result remain (low, rstd, a, low * a, the product, the sum), and a quarter of a unit for
+    # each of the 40 sums in a row (36 tiles, then rows and channels) behind the variance, of which rstd has
+    # half.
+    force(monkeypatch, path)
+    torch.manual_seed(0)
+    x = (torch.randn(2, 12, 12, 8, device=DEVICE) + 1000).movedim(-1, 1)
+    one, zero = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    y = group_norm_silu(x, one, zero, 2, silu=False, impl="triton").double()
+    truth = group_norm_silu(x.double(), one.double(), zero.double(), 2, silu=False, impl="reference")
+    unit = torch.finfo(torch.float32).eps * float(truth.abs().max())
+    assert float((y - truth).abs().max()) <= (6 / 2 + 40 / 4) * unit
+
+
 def test_registered_ops():
     tensors, _ = call_of(SMALL | dict(shape="straddling"))
     arguments = [tensors.get(name) for name in ("x", "x2", "weight", "bias", "scale", "shift")]
     group_norm_silu(**tensors, groups=3, impl="triton")
     ops = torch.ops.admfast_triton
+    # Not test_autograd_registration: the raw ops have no autograd of their own, GroupNormSiluFn has it.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for resample, skip in ((None, False), ("up", True), ("down", False)):
         forward = (*arguments, 3, 1e-5, True, resample, skip)
