@@ -120,25 +120,27 @@ def in_turns(
 
     Args:
         takers: taker(count) runs so many steps and says what they took. Each has run once before.
-        seconds: a sample lasts about so long, or one step.
+        seconds: a sample lasts about so long, or one step; the step that finds the size is then the first.
         rounds: samples of each; every second round goes backwards through them.
         together: steps that share work done once for so many; a sample that comes near is a multiple of it.
         longest: steps of a sample at most.
         budget: seconds after which no further round begins.
     """
+    end = time.monotonic() + budget
+    ones = {name: taker(1) for name, taker in takers.items()}
     counts = {}
-    for name, taker in takers.items():
-        count = math.ceil(1e3 * seconds / taker(1).ms)
+    for name, one in ones.items():
+        count = math.ceil(1e3 * seconds / one.ms)
         if count > together / 3:
             count = math.ceil(count / together) * together
         counts[name] = min(count, longest)
     spells: dict[str, list[Spell]] = {name: [] for name in takers}
-    end = time.monotonic() + budget
     for i in range(rounds):
         if i and time.monotonic() > end:
             break
         for name in list(takers)[:: -1 if i % 2 else 1]:
-            spells[name].append(takers[name](counts[name]))
+            known = i == 0 and counts[name] == 1
+            spells[name].append(ones[name] if known else takers[name](counts[name]))
     return spells
 
 

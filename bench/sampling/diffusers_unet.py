@@ -162,8 +162,6 @@ class Diffusers(Contender):
         self.net = (net.half() if self.dtype == "fp16" else net).to(memory_format=torch.channels_last)
         self.scheduler_kind = DDPMScheduler
         self.scheduler = self._scheduler(self.subject.process(self.subject.steps).schedule.timestep_map)
-        self.begin()
-        self.step(0)
 
     def _scheduler(self, kept: Any) -> Any:
         """Its scheduler for the timesteps that a respaced process keeps."""

@@ -55,10 +55,14 @@ class Ours(Contender):
         self.engine.ready()
         self.table = make_table("ddpm", self.subject.process(self.subject.steps))
         self.guided = nets[1] is not None and self.inputs.labels is not None
-        self.runner = self._runner(self.table, self.subject.guidance, 0, self.inputs.x)
-        with watch() as choices:
+        with self._watching():
             self.begin()
-            self.step(0)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Note which implementations are chosen within the block."""
+        with watch() as choices:
+            yield
         for choice in choices:
             names = self.implementations.setdefault(choice.op, [])
             if choice.name not in names:
@@ -87,14 +91,19 @@ class Ours(Contender):
 
     def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
         runner = self._runner(trial.table, trial.scale, trial.noise_row, self.inputs.x)
-        runner.advance(0, self.guided)
+        with self._watching():
+            runner.advance(0, self.guided)
         return runner.state.x.clone(), runner.state.x0.clone()
 
     def begin(self) -> None:
         self.runner = self._runner(self.table, self.subject.guidance, 0, self.inputs.x)
 
     def step(self, i: int) -> None:
-        self.runner.advance(i, self.guided)
+        if self.implementations:
+            self.runner.advance(i, self.guided)
+            return
+        with self._watching():
+            self.runner.advance(i, self.guided)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -101,8 +101,6 @@ class Published(Contender):
         settings = self.subject.settings.to_dict()
         self.process = functools.partial(code.script_util.create_gaussian_diffusion, **settings)
         self.diffusion = self.process(timestep_respacing=str(self.subject.steps))
-        self.begin()
-        self.step(0)
 
     def _network(self, kind: Any, config: NetConfig, seed: int, half: bool) -> Any:
         """One of its networks by its own constructor, on the shared weights."""

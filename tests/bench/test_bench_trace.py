@@ -168,8 +168,9 @@ def test_samples_are_taken_in_turns() -> None:
         return take
 
     found = in_turns({"a": taker("a", 100), "b": taker("b", 4)}, 0.1, 3, together=25, longest=40)
-    # One of each to find the size; 25 quick steps belong together; every second round goes backwards.
-    assert order == ["a1", "b1", "a1", "b25", "b25", "a1", "a1", "b25"]
+    # One of each to find the size, which is a's first sample; 25 quick steps belong together; every second
+    # round goes backwards.
+    assert order == ["a1", "b1", "b25", "b25", "a1", "a1", "b25"]
     assert [len(spells) for spells in found.values()] == [3, 3]
     order.clear()
     assert [len(s) for s in in_turns({"a": taker("a", 1)}, 1.0, 9, longest=40, budget=-1).values()] == [1]
