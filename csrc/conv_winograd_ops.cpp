@@ -20,12 +20,13 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kOp = "conv3x3_winograd";
-// Tiles of a block. V and M of a block go through the last-level cache and U is read once a block: from 96 to 256
-// tiles the time is the same within 3 % at every shape of the ADM models, at 32 it is up to 25 % more.
-constexpr int64_t kBlockTiles = 192;
-constexpr int64_t kBlockBytes = 32 << 20;  // of V and M: beyond 1100 channels in and out a block has fewer tiles
-constexpr int64_t kTaps = 3;  // weights of a filter along a side
-constexpr int64_t kTileGrain = 8;          // tiles of a share of a transform
+// Tiles of a block, at least and at most. V and M of a block go through the last-level cache and U is read once a
+// block: from 96 to 256 tiles the time is the same within 3 % at every shape of the ADM models, at 32 it is up to
+// 25 % more.
+constexpr int64_t kFewestTiles = 48, kMostTiles = 192;
+constexpr int64_t kMemory = 64 << 20;  // bytes of V and M that all threads hold together where that is enough
+constexpr int64_t kTileGrain = 8;      // tiles of a share of a transform
+constexpr int64_t kTaps = 3;           // weights of a filter along a side
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -67,12 +68,24 @@ void check(const Tensor& x, const Tensor& u, const OptionalTensor& bias, const O
               at::IntArrayRef(shape));
 }
 
-// One convolution: its images, its weights U [panels][36][C_in][32], and one block after the other.
+// One convolution: its images, its weights U [panels][36][C_in][32], and how its tiles make blocks.
 struct Winograd {
   const WinogradLoops& loops;
   WinogradImages images;
   const float* u;
   int64_t tiles, panels, block_tiles;
+  bool apart;  // each thread takes blocks of its own; else all threads share each block
+
+  void plan() {
+    const int64_t threads = at::get_num_threads();
+    // Threads that share a block meet three times in it; one that waits for the others, or for a busy CPU, lets all
+    // wait. With too few tiles each would read all of U for a handful of them.
+    apart = tiles >= threads * kFewestTiles;
+    const int64_t tile_bytes = 4 * kWinogradPoints * (images.C_in + panels * kWinogradPanel);
+    const int64_t most = std::clamp(kMemory / (apart ? threads : 1) / tile_bytes, kFewestTiles, kMostTiles);
+    const int64_t rounds = divided_up(tiles, apart ? most * threads : most);
+    block_tiles = divided_up(tiles, apart ? rounds * threads : rounds);  // blocks of the same size
+  }
 
   WinogradBlock block(int64_t first) const {
     WinogradBlock b{};
@@ -100,20 +113,28 @@ struct Winograd {
     }
   }
 
-  void run(const WinogradBlock& b, float* v, float* m) const {
-    at::parallel_for(0, b.tiles, kTileGrain,
-                     [&](int64_t begin, int64_t end) { loops.input(images, b, begin, end, v); });
-    const int64_t products = kWinogradPoints * panels;
-    at::parallel_for(0, products, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t after = i + 1 < end ? i + 1 : i;
-        const float* next =
-            u + (after % panels * kWinogradPoints + after / panels) * images.C_in * kWinogradPanel;
-        product(b, i / panels, i % panels, next, v, m);
-      }
-    });
-    at::parallel_for(0, b.tiles, kTileGrain,
-                     [&](int64_t begin, int64_t end) { loops.output(images, b, begin, end, m); });
+  void products(const WinogradBlock& b, int64_t begin, int64_t end, const float* v, float* m) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t after = i + 1 < end ? i + 1 : i;
+      const float* next = u + (after % panels * kWinogradPoints + after / panels) * images.C_in * kWinogradPanel;
+      product(b, i / panels, i % panels, next, v, m);
+    }
+  }
+
+  // Within a parallel region what is shared out here stays with the calling thread.
+  void run(const WinogradBlock& b) const {
+    const int64_t zeros = divided_up(std::max(images.C_in, images.C_out), 16) * 16;
+    const int64_t v_size = kWinogradPoints * b.v_point;
+    float* memory = scratch(zeros + v_size + kWinogradPoints * b.m_point);
+    std::fill_n(memory, zeros, 0.0f);
+    float *v = memory + zeros, *m = v + v_size;
+    WinogradImages own = images;
+    own.zeros = memory;
+    if (!own.bias) own.bias = memory;
+    const auto share = [](int64_t count, int64_t grain, auto work) { at::parallel_for(0, count, grain, work); };
+    share(b.tiles, kTileGrain, [&](int64_t begin, int64_t end) { loops.input(own, b, begin, end, v); });
+    share(kWinogradPoints * panels, 1, [&](int64_t begin, int64_t end) { products(b, begin, end, v, m); });
+    share(b.tiles, kTileGrain, [&](int64_t begin, int64_t end) { loops.output(own, b, begin, end, m); });
   }
 };
 
@@ -127,23 +148,17 @@ Tensor winograd(const Tensor& x, const Tensor& u, const OptionalTensor& bias, co
   const Tensor offset = bias ? bias->contiguous() : Tensor();
 
   Winograd w{winograd_loops(), {H, W, C, channels}, u.const_data_ptr<float>()};
-  w.tiles = N * divided_up(H, kWinogradTile) * divided_up(W, kWinogradTile);
-  w.panels = u.size(0);
-  const int64_t tile_bytes = 4 * kWinogradPoints * (C + w.panels * kWinogradPanel);
-  const int64_t most = std::clamp<int64_t>(kBlockBytes / tile_bytes, kBlockTiles / 4, kBlockTiles);
-  w.block_tiles = divided_up(w.tiles, divided_up(w.tiles, most));  // blocks of the same size
-
-  const WinogradBlock largest = w.block(0);
-  const int64_t zeros = divided_up(std::max(C, channels), 16) * 16, v_size = kWinogradPoints * largest.v_point;
-  float* memory = scratch(zeros + v_size + kWinogradPoints * largest.m_point);
-  std::fill_n(memory, zeros, 0.0f);
   w.images.x = inside.const_data_ptr<float>();
-  w.images.zeros = memory;
-  w.images.bias = bias ? offset.const_data_ptr<float>() : memory;
+  w.images.bias = bias ? offset.const_data_ptr<float>() : nullptr;
   w.images.residual = residual ? added.const_data_ptr<float>() : nullptr;
   w.images.y = y.data_ptr<float>();
-  for (int64_t first = 0; first < w.tiles; first += w.block_tiles)
-    w.run(w.block(first), memory + zeros, memory + zeros + v_size);
+  w.tiles = N * divided_up(H, kWinogradTile) * divided_up(W, kWinogradTile);
+  w.panels = u.size(0);
+  w.plan();
+  const int64_t blocks = divided_up(w.tiles, w.block_tiles);
+  at::parallel_for(0, blocks, w.apart ? 1 : blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) w.run(w.block(i * w.block_tiles));
+  });
   return y.movedim(-1, 1);
 }
 
