@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from admfast.ops import group_norm_silu, group_norm_silu_ref
-from admfast.ops.group_norm_grad import RAW, NormOptions
 from bench.case import DTYPES, Case, Measure, Settings, checked, timed
 from bench.ceilings.norm import PRECISIONS
 from bench.kernels.providers import apex_norm, copy_row, liger_norm, ours
@@ -164,21 +163,11 @@ def _gradient(shape: NormShape, batch: int, dtype: str, variant: str, provider: 
         moved = x.nbytes * (5 if 2 * x.nbytes > L2_BYTES else 3)
         if provider == "copy":
             return copy_row(moved, settings)
-        dy = torch.randn_like(x)
-        raw = RAW.get(provider)
-        if raw is None:
-            leaf = x.detach().requires_grad_(True)
-            y = provider_of(provider)(leaf, weight, bias, **options)
+        dy, leaf = torch.randn_like(x), x.detach().requires_grad_(True)
+        y = provider_of(provider)(leaf, weight, bias, **options)
 
-            def run() -> torch.Tensor:
-                return torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
-        else:
-            modulation = options.get("scale"), options.get("shift")
-            call = NormOptions(GROUPS, EPS, True, None, False)
-            *_, mean, rstd = raw.forward(x, None, weight, bias, *modulation, call)
-
-            def run() -> torch.Tensor:
-                return raw.backward(dy, None, x, None, weight, bias, *modulation, mean, rstd, call, False)[0]
+        def run() -> torch.Tensor:
+            return torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
 
         ends = [0, batch - 1]
         wide = {k: v[ends].double() for k, v in options.items()}

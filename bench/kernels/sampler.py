@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from admfast.ops import Row, SamplerState, pack, sampler_step
+from admfast.ops import Row, SamplerState, Stream, normal_ref, pack, sampler_step
 from bench import results
-from bench.case import Case, Measure, Settings, checked, timed
+from bench.case import DTYPES, Case, Measure, Settings, checked, timed
 from bench.ceilings.sampler import STEPS, published_update, tables, update_ref64
 from bench.kernels.providers import copy_row, ours
 from bench.registry import BATCHES, SAMPLER_SIDES
@@ -19,16 +19,22 @@ LIMIT = 30 * torch.finfo(torch.float32).eps
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """Every image and batch size; on the CPU also the batch of eight that its target names."""
+    """Every image and batch size; on the CPU also the batch of eight that its target names.
+
+    `dtype` is the network's output's: float32 lies channels-first, at 64 and 256 px also half precision,
+    channels-last, as a network in that precision leaves it. The state is float32.
+    """
     sides = SAMPLER_SIDES[:1] if settings.quick else SAMPLER_SIDES
     batches: tuple[int, ...] = BATCHES[settings.device.type][: 1 if settings.quick else None]
     sizes = [(batch, side) for batch in batches for side in sides]
     if not settings.cuda and not settings.quick:
         sizes.append((8, 256))
+    half = "fp16" if settings.cuda else "bf16"
     for batch, side in sizes:
-        for provider in ("copy", "eager", "torch.compile", *ours("sampler_step", settings.device)):
-            shape = {"batch": batch, "side": side}
-            yield Case("sampler_step", "fp32", provider, shape, _update(batch, side, provider))
+        for dtype in ("fp32", half) if side in (256, sides[0]) else ("fp32",):
+            for provider in ("copy", "eager", "torch.compile", *ours("sampler_step", settings.device)):
+                shape = {"batch": batch, "side": side}
+                yield Case("sampler_step", dtype, provider, shape, _update(batch, side, dtype, provider))
 
 
 def guided_row(step: int = STEP) -> Row:
@@ -59,7 +65,7 @@ def compiled_update(given_noise: bool) -> Callable[..., torch.Tensor]:
     def update(
         x: torch.Tensor, out: torch.Tensor, gradient: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
-        eps, v = out.chunk(2, dim=1)
+        eps, v = out.float().chunk(2, dim=1)
         fraction = (v + 1) / 2
         log_variance = fraction * c["max_log"] + (1 - fraction) * c["min_log"]
         x_0 = (c["x_from_x"] * x - c["x_from_eps"] * eps).clamp(-1, 1)
@@ -70,29 +76,36 @@ def compiled_update(given_noise: bool) -> Callable[..., torch.Tensor]:
     return torch.compile(update, fullgraph=True, dynamic=False)
 
 
-def _update(batch: int, side: int, provider: str) -> Measure:
+def _update(batch: int, side: int, dtype: str, provider: str) -> Measure:
     def measure(settings: Settings) -> results.Row:
         device = settings.device
         x, gradient = (torch.randn(batch, 3, side, side, device=device) for _ in range(2))
-        out = torch.randn(batch, 6, side, side, device=device)
-        # Read x, eps, variance and gradient, write x and x0: noise is made on the way.
-        moved = 6 * x.nbytes
+        out = torch.randn(batch, 6, side, side, device=device).to(DTYPES[dtype])
+        if dtype != "fp32":
+            out = out.contiguous(memory_format=torch.channels_last)
+        # Read x, eps and variance, and gradient, write x and x_0: noise is made on the way.
+        moved = 4 * x.nbytes + out.nbytes
         if provider == "copy":
             return copy_row(moved, settings)
-        noise, table = torch.randn_like(x), tables()
-        ref = update_ref64(x, out, gradient, noise, STEP, table)
+        table = tables()
+
+        def wrong_by(new: torch.Tensor, noise: torch.Tensor) -> float:
+            return checked(new, update_ref64(x, out, gradient, noise, STEP, table), LIMIT)
+
         with torch.inference_mode():
             if provider == "eager":
                 torch.manual_seed(0)
                 new = published_update(x, out, gradient, STEP, table)
                 torch.manual_seed(0)
-                ref = update_ref64(x, out, gradient, torch.randn_like(x), STEP, table)
+                error = wrong_by(new, torch.randn_like(x))
 
                 def run() -> object:
                     return published_update(x, out, gradient, STEP, table)
 
             elif provider == "torch.compile":
-                new = compiled_update(given_noise=True)(x, out, gradient, noise)
+                # What it draws inside can't be drawn again outside: it is compared for given noise.
+                noise = torch.randn_like(x)
+                error = wrong_by(compiled_update(given_noise=True)(x, out, gradient, noise), noise)
                 compiled = compiled_update(given_noise=False)
 
                 def run() -> object:
@@ -101,16 +114,16 @@ def _update(batch: int, side: int, provider: str) -> Measure:
             else:
                 rows = [guided_row()]
                 packed, state = pack(rows, device=device), SamplerState.start(x, rows)
-                sampler_step(state, out, packed, 0, grad=gradient, noise=noise, impl=provider)
-                new = state.x.clone()
-                seeds, row = (
-                    torch.arange(batch, device=device),
-                    torch.zeros(1, dtype=torch.int64, device=device),
-                )
+                seeds = torch.arange(batch, device=device)
+                row = torch.zeros(1, dtype=torch.int64, device=device)
 
                 def run() -> object:
                     return sampler_step(state, out, packed, row, grad=gradient, seeds=seeds, impl=provider)
 
-            return timed(run, settings, nbytes=moved, rel_err=checked(new, ref, LIMIT))
+                run()
+                drawn = normal_ref(seeds, tuple(x.shape[1:]), 0, Stream.STEPS)
+                error = wrong_by(state.x.clone(), drawn)
+
+            return timed(run, settings, nbytes=moved, rel_err=error)
 
     return measure
