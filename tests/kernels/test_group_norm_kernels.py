@@ -25,7 +25,7 @@ OPTIONS = dict(
     weights=["fp32", "same"],
     path=["one read", "two passes"],
 )
-CASES = all_pairs(**OPTIONS)
+CASES = all_pairs(2, **OPTIONS)
 SMALL = dict(modulated=True, silu=True, resample=None, with_skip=False, weights="fp32", mean=0, dtype="fp32")
 # A real image of each path and the widest; of the two sources' groups of 18 channels one straddles.
 ADM = {

@@ -12,28 +12,33 @@ from torch import Tensor
 CANDIDATES = 60  # random cases tried for each one kept; more give a slightly smaller cover
 
 
-def all_pairs(**options: list[Any]) -> list[dict[str, Any]]:
-    """Return cases {option: value} in which any two values of two options meet; the same on every call."""
+def all_pairs(times: int = 1, /, **options: list[Any]) -> list[dict[str, Any]]:
+    """Return cases {option: value} in which any two values of two options meet; the same on every call.
+
+    `times` such covers one after another, each with other combinations of three and more.
+    """
     generator = random.Random(0)
     names = list(options)
-    missing = {
+    pairs = {
         (a, i, b, j)
         for a, b in itertools.combinations(names, 2)
         for i, j in itertools.product(range(len(options[a])), range(len(options[b])))
     }
     cases = []
-    while missing:
-        a, i, b, j = min(missing)
-        best: dict[str, int] = {}
-        gained: set[tuple[str, int, str, int]] = set()
-        for _ in range(CANDIDATES):
-            case = {name: generator.randrange(len(options[name])) for name in names} | {a: i, b: j}
-            gain = {(p, case[p], q, case[q]) for p, q in itertools.combinations(names, 2)} & missing
-            if len(gain) > len(gained):
-                best, gained = case, gain
-        missing -= gained
-        cases.append({name: options[name][index] for name, index in best.items()})
-    return cases
+    for _ in range(times):
+        missing = set(pairs)
+        while missing:
+            a, i, b, j = min(missing)
+            best: dict[str, int] = {}
+            gained: set[tuple[str, int, str, int]] = set()
+            for _ in range(CANDIDATES):
+                case = {name: generator.randrange(len(options[name])) for name in names} | {a: i, b: j}
+                gain = {(p, case[p], q, case[q]) for p, q in itertools.combinations(names, 2)} & missing
+                if len(gain) > len(gained):
+                    best, gained = case, gain
+            missing -= gained
+            cases.append({name: options[name][index] for name, index in best.items()})
+    return [case for i, case in enumerate(cases) if case not in cases[:i]]
 
 
 def case_id(case: dict[str, Any]) -> str:
