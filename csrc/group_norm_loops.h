@@ -4,6 +4,7 @@ namespace admfast {
 namespace ADMFAST_ISA {
 
 constexpr int64_t kRun = 16;       // rows whose mean is taken before their squares are summed about it
+constexpr int64_t kLaneBlock = 512;  // lanes that are gone through together: 16 rows of them stay in the first cache
 constexpr int64_t kSumRows = 64;   // rows summed in float32 before the sum goes on in double
 
 // Not std::min: no function of the standard library may be compiled for this instruction set.
@@ -18,55 +19,72 @@ ADMFAST_INLINE V at_lane(const float* values, int64_t lane) {
   return kUniform ? V::set(*values) : V::load(values + lane);
 }
 
-// Mean and squares of `rows` rows at V::kWidth lanes. Everything is taken less the first row, so that the mean has
-// more digits than float32; squares are taken about the mean of each run of rows, and runs are merged by Chan's
-// formula, so that no large mean is ever squared.
+// Float32 sums of a block of lanes.
+struct LaneSums {
+  float first[kLaneBlock], second[kLaneBlock];
+};
+
+// One run of rows at V::kWidth lanes: its mean and squares go into `mean` and `squares` of the `before` rows before it,
+// by Chan's formula, so that no large mean is ever squared. Everything is taken less `origin`, a row of x, so that
+// the mean has more digits than float32.
 template <typename V, typename T>
-ADMFAST_INLINE void lane_moments(const T* x, int64_t rows, int64_t stride, double* mean, double* squares) {
-  const V origin = V::load(x);
-  V total_mean = V::set(0.0f), total_squares = V::set(0.0f);
+ADMFAST_INLINE void run_moments(const T* x, const T* origin_at, int64_t rows, int64_t stride, int64_t before, float* mean,
+                                float* squares) {
+  const V origin = V::load(origin_at);
+  V sum = V::set(0.0f), run_squares = V::set(0.0f), values[kRun];
+  if (rows == kRun) {
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRun; ++r) sum = sum + (values[r] = V::load(x + r * stride) - origin);
+    sum = sum * V::set(1.0f / kRun);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kRun; ++r) {
+      const V d = values[r] - sum;
+      run_squares = fma(d, d, run_squares);
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) sum = sum + (V::load(x + r * stride) - origin);
+    sum = sum * V::set(1.0f / static_cast<float>(rows));
+    for (int64_t r = 0; r < rows; ++r) {
+      const V d = V::load(x + r * stride) - origin - sum;
+      run_squares = fma(d, d, run_squares);
+    }
+  }
+  if (before == 0) {
+    sum.store(mean);
+    run_squares.store(squares);
+    return;
+  }
+  const float weight = static_cast<float>(rows) / static_cast<float>(before + rows);
+  const V total = V::load(mean), delta = sum - total;
+  fma(delta, V::set(weight), total).store(mean);
+  (V::load(squares) + fma(delta * delta, V::set(weight * static_cast<float>(before)), run_squares)).store(squares);
+}
+
+// Mean and squares of `rows` rows at `lanes` lanes, at most kLaneBlock. The lanes of a run come one after the other:
+// each cache line is read whole, and in order.
+template <typename T>
+ADMFAST_INLINE void block_moments(const T* x, int64_t rows, int64_t stride, int64_t lanes, double* mean,
+                                  double* squares) {
+  LaneSums sums;
   for (int64_t first = 0; first < rows; first += kRun) {
     const int64_t here = smaller(kRun, rows - first);
     const T* from = x + first * stride;
-    V sum = V::set(0.0f), run_squares = V::set(0.0f), values[kRun];
-    if (here == kRun) {
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kRun; ++r) sum = sum + (values[r] = V::load(from + r * stride) - origin);
-      sum = sum * V::set(1.0f / kRun);
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kRun; ++r) {
-        const V d = values[r] - sum;
-        run_squares = fma(d, d, run_squares);
-      }
-    } else {
-      for (int64_t r = 0; r < here; ++r) sum = sum + (V::load(from + r * stride) - origin);
-      sum = sum * V::set(1.0f / static_cast<float>(here));
-      for (int64_t r = 0; r < here; ++r) {
-        const V d = V::load(from + r * stride) - origin - sum;
-        run_squares = fma(d, d, run_squares);
-      }
-    }
-    const float weight = static_cast<float>(here) / static_cast<float>(first + here);
-    const V delta = sum - total_mean;
-    total_mean = fma(delta, V::set(weight), total_mean);
-    total_squares = total_squares + fma(delta * delta, V::set(weight * static_cast<float>(first)), run_squares);
+    int64_t lane = 0;
+    for (; lane + Vector::kWidth <= lanes; lane += Vector::kWidth)
+      run_moments<Vector>(from + lane, x + lane, here, stride, first, sums.first + lane, sums.second + lane);
+    for (; lane < lanes; ++lane)
+      run_moments<Scalar>(from + lane, x + lane, here, stride, first, sums.first + lane, sums.second + lane);
   }
-  float origins[V::kWidth], means[V::kWidth], sums[V::kWidth];
-  origin.store(origins);
-  total_mean.store(means);
-  total_squares.store(sums);
-  for (int64_t i = 0; i < V::kWidth; ++i) {
-    mean[i] = static_cast<double>(origins[i]) + static_cast<double>(means[i]);
-    squares[i] = sums[i];
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    mean[lane] = static_cast<double>(Scalar::load(x + lane).v) + static_cast<double>(sums.first[lane]);
+    squares[lane] = sums.second[lane];
   }
 }
 
 template <typename T>
 void moments(const T* x, NormRows s, double* mean, double* squares) {
-  int64_t lane = 0;
-  for (; lane + Vector::kWidth <= s.lanes; lane += Vector::kWidth)
-    lane_moments<Vector>(x + lane, s.rows, s.stride, mean + lane, squares + lane);
-  for (; lane < s.lanes; ++lane) lane_moments<Scalar>(x + lane, s.rows, s.stride, mean + lane, squares + lane);
+  for (int64_t lane = 0; lane < s.lanes; lane += kLaneBlock)
+    block_moments(x + lane, s.rows, s.stride, smaller(kLaneBlock, s.lanes - lane), mean + lane, squares + lane);
 }
 
 template <typename T>
@@ -83,7 +101,7 @@ void line_moments(const T* x, int64_t count, double* mean, double* squares) {
   int64_t done = 0;
   while (count - done >= Vector::kWidth) {
     const int64_t rows = smaller(kShare, (count - done) / Vector::kWidth);
-    lane_moments<Vector>(x + done, rows, Vector::kWidth, m, q);
+    block_moments(x + done, rows, Vector::kWidth, Vector::kWidth, m, q);
     double own_mean = 0.0, own_squares = 0.0;
     for (int64_t i = 0; i < Vector::kWidth; ++i) own_mean += m[i] * (1.0 / Vector::kWidth);
     for (int64_t i = 0; i < Vector::kWidth; ++i)
@@ -92,7 +110,7 @@ void line_moments(const T* x, int64_t count, double* mean, double* squares) {
     done += rows * Vector::kWidth;
   }
   if (done < count) {
-    lane_moments<Scalar>(x + done, count - done, 1, m, q);
+    block_moments(x + done, count - done, 1, 1, m, q);
     merge(static_cast<double>(count - done), m[0], q[0]);
   }
 }
@@ -125,25 +143,45 @@ ADMFAST_INLINE V before_activation(const T* dy, V centred, NormCoefficients k, i
   return gradient * slope;
 }
 
+// Adds du and du (x - mean) of some rows at V::kWidth lanes to the sums.
 template <typename V, typename T, bool kSilu>
-ADMFAST_INLINE void lane_gradient_sums(const T* dy, int64_t dy_stride, const T* x, NormRows s, NormCoefficients k,
-                                       int64_t lane, double* sums, double* weighted_sums) {
+ADMFAST_INLINE void run_gradient_sums(const T* dy, int64_t dy_stride, const T* x, int64_t rows, int64_t stride,
+                                      NormCoefficients k, int64_t lane, float* sums, float* weighted_sums) {
   const V mean = at_lane<V, false>(k.mean, lane);
+  V total = V::load(sums), weighted = V::load(weighted_sums);
+  for (int64_t row = 0; row < rows; ++row) {
+    const V centred = V::load(x + row * stride + lane) - mean;
+    const V du = before_activation<V, T, kSilu, false, false>(dy + row * dy_stride, centred, k, lane);
+    total = total + du;
+    weighted = fma(du, centred, weighted);
+  }
+  total.store(sums);
+  weighted.store(weighted_sums);
+}
+
+// The sums of the lanes from `begin` on, at most kLaneBlock.
+template <typename T, bool kSilu>
+ADMFAST_INLINE void block_gradient_sums(const T* dy, int64_t dy_stride, const T* x, NormRows s, NormCoefficients k,
+                                        int64_t begin, double* sums, double* weighted_sums) {
+  const int64_t lanes = smaller(kLaneBlock, s.lanes - begin);
+  LaneSums own;
   for (int64_t first = 0; first < s.rows; first += kSumRows) {
     const int64_t end = smaller(first + kSumRows, s.rows);
-    V total = V::set(0.0f), weighted = V::set(0.0f);
-    for (int64_t row = first; row < end; ++row) {
-      const V centred = V::load(x + row * s.stride + lane) - mean;
-      const V du = before_activation<V, T, kSilu, false, false>(dy + row * dy_stride, centred, k, lane);
-      total = total + du;
-      weighted = fma(du, centred, weighted);
+    for (int64_t i = 0; i < lanes; ++i) own.first[i] = own.second[i] = 0.0f;
+    for (int64_t row = first; row < end; row += kRun) {
+      const int64_t rows = smaller(kRun, end - row);
+      const auto run = [&](auto vector, int64_t lane) {
+        using V = decltype(vector);
+        run_gradient_sums<V, T, kSilu>(dy + row * dy_stride, dy_stride, x + row * s.stride, rows, s.stride, k,
+                                       begin + lane, own.first + lane, own.second + lane);
+      };
+      int64_t lane = 0;
+      for (; lane + Vector::kWidth <= lanes; lane += Vector::kWidth) run(Vector{}, lane);
+      for (; lane < lanes; ++lane) run(Scalar{}, lane);
     }
-    float a[V::kWidth], b[V::kWidth];
-    total.store(a);
-    weighted.store(b);
-    for (int64_t i = 0; i < V::kWidth; ++i) {
-      sums[lane + i] += a[i];
-      weighted_sums[lane + i] += b[i];
+    for (int64_t i = 0; i < lanes; ++i) {
+      sums[begin + i] += own.first[i];
+      weighted_sums[begin + i] += own.second[i];
     }
   }
 }
@@ -182,10 +220,8 @@ void gradient_sums(const T* dy, int64_t dy_stride, const T* x, NormRows s, NormC
     }
     return;
   }
-  int64_t lane = 0;
-  for (; lane + Vector::kWidth <= s.lanes; lane += Vector::kWidth)
-    lane_gradient_sums<Vector, T, kSilu>(dy, dy_stride, x, s, k, lane, sums, weighted_sums);
-  for (; lane < s.lanes; ++lane) lane_gradient_sums<Scalar, T, kSilu>(dy, dy_stride, x, s, k, lane, sums, weighted_sums);
+  for (int64_t lane = 0; lane < s.lanes; lane += kLaneBlock)
+    block_gradient_sums<T, kSilu>(dy, dy_stride, x, s, k, lane, sums, weighted_sums);
 }
 
 template <typename V, typename T, bool kSilu, bool kUniform>

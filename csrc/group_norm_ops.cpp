@@ -139,13 +139,10 @@ void for_pieces(const Sources& s, const std::vector<Share>& all, Work work) {
   });
 }
 
-// Call `visit(share, lane, channel among those of all images)` for every lane of every share, in order.
+// Call `visit(share, its first channel among those of all images)` for every share, in order.
 template <typename Visit>
 void for_lanes(const Sources& s, const std::vector<Share>& all, Visit visit) {
-  for (const Share& one : all) {
-    const int64_t first = one.n * s.C + (one.source == 0 ? 0 : s.channels[0]) + one.channel;
-    for (int64_t lane = 0; lane < one.lanes; ++lane) visit(one, lane, first + lane);
-  }
+  for (const Share& one : all) visit(one, one.n * s.C + (one.source == 0 ? 0 : s.channels[0]) + one.channel);
 }
 
 // What scale, shift and the affine amount to: act'(u) reaches x^ through w' = weight (1 + scale).
@@ -207,25 +204,33 @@ struct Coefficients {
   }
 };
 
-// Merge the moments of shares and channels into those of each group, in double: first the means, then the squares
-// about them.
+// Merge the moments of shares into those of each channel, and these into those of each group, in double: first the
+// means, then the squares about them.
 void merge_moments(const Sources& s, const std::vector<Share>& all, const std::vector<double>& parts, double eps,
                    Tensor& group_mean, Tensor& group_rstd) {
   const int64_t G = group_mean.size(1), D = s.C / G;
-  std::vector<int32_t> group(s.N * s.C);
-  for (int64_t g = 0; g < s.N * G; ++g) std::fill_n(group.begin() + g * D, D, static_cast<int32_t>(g));
-  const double elements = static_cast<double>(D * s.P);
-  std::vector<double> mean(s.N * G), squares(s.N * G);
-  for_lanes(s, all, [&](const Share& one, int64_t lane, int64_t channel) {
-    mean[group[channel]] += parts[one.part + lane] * (static_cast<double>(one.rows) / elements);
+  const double positions = static_cast<double>(s.P);
+  std::vector<double> mean(s.N * s.C), squares(s.N * s.C);
+  for_lanes(s, all, [&](const Share& one, int64_t channel) {
+    const double *means = parts.data() + one.part, weight = static_cast<double>(one.rows) / positions;
+    double* to = mean.data() + channel;
+    for (int64_t i = 0; i < one.lanes; ++i) to[i] += means[i] * weight;
   });
-  for_lanes(s, all, [&](const Share& one, int64_t lane, int64_t channel) {
-    const double delta = parts[one.part + lane] - mean[group[channel]];
-    squares[group[channel]] += parts[one.part + one.lanes + lane] + static_cast<double>(one.rows) * delta * delta;
+  for_lanes(s, all, [&](const Share& one, int64_t channel) {
+    const double *means = parts.data() + one.part, *own = means + one.lanes, *whole = mean.data() + channel;
+    const double rows = static_cast<double>(one.rows);
+    double* to = squares.data() + channel;
+    for (int64_t i = 0; i < one.lanes; ++i) to[i] += own[i] + rows * (means[i] - whole[i]) * (means[i] - whole[i]);
   });
+  const double elements = static_cast<double>(D) * positions;
   for (int64_t g = 0; g < s.N * G; ++g) {
-    group_mean.data_ptr<double>()[g] = mean[g];
-    group_rstd.data_ptr<double>()[g] = 1.0 / std::sqrt(squares[g] / elements + eps);
+    double group = 0.0, about = 0.0;
+    for (int64_t i = g * D; i < (g + 1) * D; ++i) group += mean[i];
+    group /= static_cast<double>(D);
+    for (int64_t i = g * D; i < (g + 1) * D; ++i)
+      about += squares[i] + positions * (mean[i] - group) * (mean[i] - group);
+    group_mean.data_ptr<double>()[g] = group;
+    group_rstd.data_ptr<double>()[g] = 1.0 / std::sqrt(about / elements + eps);
   }
 }
 
@@ -291,9 +296,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                         parts.data() + piece.part, parts.data() + piece.part + piece.lane_parts);
   });
   std::vector<double> s1(s.N * s.C), t(s.N * s.C);
-  for_lanes(s, all, [&](const Share& one, int64_t lane, int64_t channel) {
-    s1[channel] += parts[one.part + lane];
-    t[channel] += parts[one.part + one.lanes + lane];
+  for_lanes(s, all, [&](const Share& one, int64_t channel) {
+    const double *from = parts.data() + one.part, *weighted = from + one.lanes;
+    double *to = s1.data() + channel, *weighted_to = t.data() + channel;
+    for (int64_t i = 0; i < one.lanes; ++i) {
+      to[i] += from[i];
+      weighted_to[i] += weighted[i];
+    }
   });
   const int64_t G = mean.size(1), D = s.C / G;
   const double elements = static_cast<double>(D * s.P);
