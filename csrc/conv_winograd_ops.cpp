@@ -47,8 +47,8 @@ float* scratch(int64_t floats) {
   return memory.get();
 }
 
-// [N, H, W, C], a copy where channels don't lie beside each other.
-Tensor channels_inside(const Tensor& t) { return t.movedim(1, -1).contiguous(); }
+// With the channels beside each other; a copy where they don't lie so.
+Tensor channels_inside(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
 void check(const Tensor& x, const Tensor& u, const OptionalTensor& bias, const OptionalTensor& residual, int64_t C_out) {
   TORCH_CHECK(x.dim() == 4, kOp, ": x must be [N, C, H, W], it has ", x.dim(), " dimensions");
@@ -142,8 +142,8 @@ Tensor winograd(const Tensor& x, const Tensor& u, const OptionalTensor& bias, co
                 int64_t channels) {
   check(x, u, bias, residual, channels);
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  Tensor y = at::empty({N, H, W, channels}, x.options());
-  if (y.numel() == 0) return y.movedim(-1, 1);
+  Tensor y = at::empty({N, channels, H, W}, x.options(), at::MemoryFormat::ChannelsLast);
+  if (y.numel() == 0) return y;
   const Tensor inside = channels_inside(x), added = residual ? channels_inside(*residual) : Tensor();
   const Tensor offset = bias ? bias->contiguous() : Tensor();
 
@@ -159,7 +159,7 @@ Tensor winograd(const Tensor& x, const Tensor& u, const OptionalTensor& bias, co
   at::parallel_for(0, blocks, w.apart ? 1 : blocks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) w.run(w.block(i * w.block_tiles));
   });
-  return y.movedim(-1, 1);
+  return y;
 }
 
 // U = G g G^T for the weights [C_out, C_in, 3, 3], a panel of output channels at a time, in double.

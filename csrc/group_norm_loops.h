@@ -65,7 +65,7 @@ ADMFAST_INLINE void run_moments(const T* x, const T* origin_at, int64_t rows, in
 template <typename T>
 ADMFAST_INLINE void block_moments(const T* x, int64_t rows, int64_t stride, int64_t lanes, double* mean,
                                   double* squares) {
-  LaneSums sums;
+  LaneSums sums = {};
   for (int64_t first = 0; first < rows; first += kRun) {
     const int64_t here = smaller(kRun, rows - first);
     const T* from = x + first * stride;

@@ -15,6 +15,7 @@ from admfast.ops import attention_kernels as kernels
 from admfast.ops.attention_kernels import Kernel
 from admfast.ops.checks import check_floating, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
+from admfast.ops.transforms import record
 
 # What was measured to be the fastest: (architecture, dtype, head dim) -> ((largest S, implementation), ...),
 # S rising, as in ("sm_90", torch.bfloat16, 64): ((256, "sdpa"), (4096, "sdpa-cudnn")). To fill it, time every
@@ -204,7 +205,7 @@ def _sdpa(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
     kernel = kernels.torch_kernel(q, k, v)
     if kernel is None:  # torch's plain formula, which can be differentiated any number of times
         return _merge_heads(torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0])
-    return AttentionFn.apply(qkv, num_heads, legacy_order, kernel)[0]
+    return record(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
 
 
 def _sdpa_supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
@@ -214,7 +215,7 @@ def _sdpa_supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -
 def _by_kernel(kernel: Kernel, qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
     """One kernel by name."""
     if _by_function(qkv):
-        return AttentionFn.apply(qkv, num_heads, legacy_order, kernel)[0]
+        return record(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
     return _merge_heads(kernel.forward(q, k, v)[0] if qkv.requires_grad else kernel.infer(q, k, v))
 

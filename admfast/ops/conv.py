@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,11 @@ from torch import Tensor
 from admfast.errors import invalid
 from admfast.ops import conv_forms as forms
 from admfast.ops import native
-from admfast.ops.conv_forms import CONVOLUTIONS, Direction, Source, channels_last
+from admfast.ops.conv_forms import CONVOLUTIONS, Direction, Source
 from admfast.ops.conv_grad import ConvFn, recorded
-from admfast.ops.dispatch import ENVIRONMENT, Implementation, OpTable, watched
+from admfast.ops.dispatch import Implementation, OpTable, setting, watched
+from admfast.ops.layout import channels_last, is_channels_last
+from admfast.ops.transforms import record
 
 
 def conv_ref(
@@ -92,12 +93,16 @@ class FoldedConv:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolve `x` [N, C_in, *spatial] and add `residual` [N, C_out, *out], of the same dtype and device.
 
-        Returns [N, C_out, *out], channels-last where `x` is. Raises InvalidArgument for what doesn't fit and
-        Unavailable for an implementation asked for by name that can't serve the call.
+        Returns [N, C_out, *out], channels-last where `x` is; autocast changes nothing. Raises InvalidArgument
+        for what doesn't fit, Unavailable for an implementation asked for by name that can't serve the call.
         """
-        self._check(x, residual)
-        y = _run(self._direction, x, self._bias, residual)
-        return channels_last(y) if x.movedim(1, -1).is_contiguous() else y.contiguous()
+        entry = self._planned(x, residual)
+        kind = x.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # in which torch would compute in another dtype
+                return self(x, residual)
+        y = entry.forward(self._direction, x, self._bias, residual)
+        return channels_last(y) if is_channels_last(x) else y.contiguous()
 
     def refold(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take other values: everything that was derived is written anew, into the same memory.
@@ -145,6 +150,20 @@ class FoldedConv:
         other = self._direction.other
         return [self._direction] if other is None else [self._direction, other]
 
+    def _planned(self, x: Tensor, residual: Tensor | None) -> Implementation:
+        """The implementation for a call, which is checked and looked up once for each kind of input."""
+        direction = self._direction
+        if _anew():
+            self._check(x, residual)
+            return TABLE.choose(direction.impl, direction, x)
+        other = None if residual is None else (residual.shape, residual.dtype, residual.device)
+        key = (x.shape, x.dtype, x.device, other, setting())
+        entry = direction.plans.get(key)
+        if entry is None:
+            self._check(x, residual)
+            entry = direction.plans[key] = TABLE.choose(direction.impl, direction, x)
+        return entry
+
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         """Refuse, by name, what no implementation could compute."""
         direction, weight = self._direction, self._source.weight
@@ -168,7 +187,7 @@ class FoldedConv:
 
 def _each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
     """One number for each spatial dimension."""
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, tuple | list) else (value,) * dims
     if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):
         raise invalid(name, value, f"one whole number of at least {least}, or {dims} of them")
     return values
@@ -194,12 +213,19 @@ def preferred(direction: Direction, x: Tensor) -> str:
         768 -> 768,  8, 4                20       18        9.4
         768 -> 768,  8, 2                12       10        7.7
         768 -> 768,  8, 1               6.9      5.2        6.5
+        512 -> 512,  8, 1               3.0      1.9       1.7
+        128 -> 128,  8, 1              0.24     0.22      0.20
+         64 ->  64,  8, 1              0.14     0.13      0.07
+        256 -> 256,  4, 1              0.33     0.30      0.42
+         64 ->  64,  4, 1              0.05     0.11      0.05
         192 -> 192,  5, 4              0.93     0.76       0.85
-        128 ->  16, 32, 4               1.6      1.5        2.0
-          3 -> 192, 64, 4               1.8      1.8        7.0
+         32 ->   1, 32, 1              0.21     0.20      0.13
+          1 ->  32, 32, 1              0.13     0.13      0.09
+          3 -> 192, 64, 1              0.93     0.59      0.95
 
-    Below eight tiles it is reading the weights, four times as many, that takes the time; tiles less than half
-    full are products for nothing; and with few channels the transforms have no products to pay for them. A
+    With few tiles it is reading the weights, four times as many, that takes the time; tiles less than half
+    full are products for nothing; and with few channels in and many out the last transform has no products to
+    pay for it. Small convolutions are the 0.1 ms that a call of the library's takes, whatever it computes. A
     1x1 convolution as a matrix product takes as long as the library's, within 10 %, and works with any batch
     size on the same weights. In bfloat16 without AMX packed weights gain at batch 1 alone.
     """
@@ -213,9 +239,11 @@ def preferred(direction: Direction, x: Tensor) -> str:
         return "packed"
     n, _, height, width = x.shape
     tiles = n * -(-height // 4) * -(-width // 4)
-    pays = tiles >= 8 and n * height * width >= 8 * tiles
-    channels = direction.in_channels >= 16 and direction.out_channels >= 32
-    return "winograd" if pays and channels and _wide_loops() else "packed"
+    weights = direction.in_channels * direction.out_channels
+    read = tiles >= 8 or weights <= (2**18 if tiles >= 4 else 2**12)
+    channels = direction.in_channels >= 8 or direction.out_channels <= 64
+    pays = read and channels and n * height * width >= 8 * tiles
+    return "winograd" if pays and _wide_loops() else "packed"
 
 
 def _wide_loops() -> bool:
@@ -226,11 +254,16 @@ def _wide_loops() -> bool:
 _wide_loops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _anew() -> bool:
+    """Whether the choice depends on more than the input's kind: transforms, traces, who watches."""
+    return torch.compiler.is_compiling() or forms.transformed() is not None or watched()
+
+
 def _chosen(direction: Direction, x: Tensor) -> Implementation:
-    """The implementation for a call, looked up once per shape."""
-    if torch.compiler.is_compiling() or forms.transformed() or watched():
+    """The implementation for a call that needs no check, looked up once per shape."""
+    if _anew():
         return TABLE.choose(direction.impl, direction, x)
-    key = (x.shape, os.environ.get(ENVIRONMENT))
+    key = (x.shape, setting())
     entry = direction.plans.get(key)
     if entry is None:
         entry = direction.plans[key] = TABLE.choose(direction.impl, direction, x)
@@ -248,7 +281,7 @@ def _recording(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if torch.compiler.is_compiling():
             return ConvFn.apply(x, bias, residual, direction.key)
         if recorded(x, residual):
-            return ConvFn.apply(x, bias, residual, direction)
+            return record(ConvFn, x, bias, residual, direction)
         return run(direction, x, bias, residual)
 
     return forward

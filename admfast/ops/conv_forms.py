@@ -15,9 +15,12 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from admfast.ops import native
 from admfast.ops.conv_winograd import transform
+from admfast.ops.layout import channels_last
 from admfast.ops.transforms import compiled_transform
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+SIZES = 2  # inputs for which a form is kept at a time: a batch, and a last one of fewer images
 
 # run(direction, x, bias, residual) -> y, whichever implementation the direction's shapes ask for
 Run = Callable[["Direction", Tensor, Tensor | None, Tensor | None], Tensor]
@@ -83,8 +86,15 @@ class Direction:
             # A trace that made the form would make it at every call; what lies there it takes as an input.
             _make_in_a_trace(self.key, name)
         elif key not in self.forms:
+            self._forget(name)
             self.forms[key] = self._derived(key)
         return self.forms[key]
+
+    def _forget(self, name: str) -> None:
+        """Drop the oldest form of a kind of which there are as many as are kept."""
+        same = [key for key in self.forms if key[0] == name]
+        if len(same) >= SIZES:
+            del self.forms[same[0]]
 
     def refold(self) -> None:
         """Write what the present weights give into the forms that there are."""
@@ -112,11 +122,6 @@ def _make_in_a_trace(key: str, name: str) -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo.
 _make_in_a_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def channels_last(t: Tensor) -> Tensor:
-    """`t` with its channels beside each other, of any number of dimensions; a copy where they aren't."""
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 # What each implementation derives

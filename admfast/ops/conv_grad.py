@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from admfast.ops.conv_forms import BY_KEY, Direction, channels_last
+from admfast.ops.conv_forms import BY_KEY, Direction
+from admfast.ops.layout import channels_last
 
 
 class ConvFn(torch.autograd.Function):

@@ -170,6 +170,8 @@ def named_by_environment(op: str, value: str | None = None) -> str | None:
     Raises InvalidArgument for a setting that names an op that isn't there, or names one thing twice.
     """
     value = setting() if value is None else value
+    if not value:
+        return None
     names: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in value.split(","))):
         target, separator, name = (part.strip() for part in item.partition("="))

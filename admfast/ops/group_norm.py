@@ -19,7 +19,7 @@ from admfast.ops.checks import check_floating, check_number, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
-from admfast.ops.transforms import transformed
+from admfast.ops.transforms import record, transformed
 
 
 def group_norm_silu_ref(
@@ -202,7 +202,7 @@ def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
         options = NormOptions(groups, eps, silu, inside, with_skip and inside is not None)
         tensors = (x, x2, weight, bias, scale, shift)
         if _recorded(*tensors):
-            y, skip, *_ = GroupNormSiluFn.apply(*tensors, raw, options)
+            y, skip, *_ = record(GroupNormSiluFn, *tensors, raw, options)
         else:
             y, skip, *_ = RAW[raw].forward(*tensors, options)
         y = resampled(y, None if resamples else resample)

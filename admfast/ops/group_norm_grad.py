@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.ops.resample import avg_pool_down, nearest_up
+from admfast.ops.transforms import nobody_differentiates
 
 Resample = Literal["up", "down"] | None
 
@@ -174,7 +175,8 @@ class GroupNormSiluFn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dskip: Tensor, *_unused: Tensor) -> tuple:  # type: ignore[override]
         sums = any(ctx.needs_input_grad[2:6])
-        gradients = GroupNormSiluGradFn.apply(
+        backward = GroupNormSiluGradFn.forward if nobody_differentiates() else GroupNormSiluGradFn.apply
+        gradients = backward(
             dy, dskip if ctx.options.skip else None, *ctx.saved_tensors, ctx.raw, ctx.options, sums
         )
         return *gradients, None, None

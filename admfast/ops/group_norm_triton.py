@@ -19,6 +19,7 @@ from torch import Tensor
 
 from admfast._source_tree import kernels
 from admfast.ops.group_norm_grad import NormOptions
+from admfast.ops.layout import is_channels_last
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -71,7 +72,7 @@ def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
     if x.dtype not in DTYPES:
         return f"x is {x.dtype}; float32, float16 or bfloat16"
     for name, source in (("x", x), ("x2", x2)):
-        if source is not None and not source.movedim(1, -1).is_contiguous():
+        if source is not None and not is_channels_last(source):
             return f"{name} is not dense channels-last"
     return None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from admfast.errors import Unavailable, invalid
+from admfast.ops.layout import is_channels_last
 
 ISA = "ADMFAST_CPU_ISA"
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
@@ -113,6 +114,6 @@ def _register_fakes() -> None:
 
 def _empty_dense(shape: list[int], like: torch.Tensor) -> torch.Tensor:
     """What group_norm_silu allocates: channels-last where `like` is, else contiguous."""
-    if like.is_contiguous() or not like.movedim(1, -1).is_contiguous():
+    if like.is_contiguous() or not is_channels_last(like):
         return like.new_empty(shape)
     return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)

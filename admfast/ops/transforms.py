@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,24 @@ def _in_transform() -> bool:
 
 # A trace takes the answer it finds here, and is itself guarded by the stack of transforms.
 _in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, all arguments of its forward by position.
+
+    Outside torch.func and torch.compile without what `apply` does for them: it looks up the signature of the
+    forward at every call, which takes 25 us, as long as a small kernel.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+def nobody_differentiates() -> bool:
+    """Whether a backward that is running needs no graph of itself, and no transform looks on."""
+    return not torch.is_grad_enabled() and not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
 
 
 def compiled_transform() -> str | None:
@@ -27,6 +47,8 @@ def transformed(*tensors: Tensor | None) -> str | None:
     if torch.compiler.is_compiling():
         return compiled_transform()
     forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if not forward_mode and not torch._C._are_functorch_transforms_active():
+        return None
     for t in tensors:
         if t is None:
             continue

@@ -17,8 +17,10 @@ from torch import Tensor
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, FoldedConv, conv_ref, native, watch
 from admfast.ops.conv import preferred
+from admfast.ops.conv_forms import packed_missing
 from admfast.ops.conv_grad import direction_of
 from admfast.ops.conv_winograd import amplification, transform
+from admfast.ops.dispatch import using
 from tests.ops.tolerance import assert_within
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -340,7 +342,10 @@ def test_half_precision_of_float32_weights():
         (768, 768, 8, 1, 3, "packed"),
         (192, 192, 5, 8, 3, "packed"),
         (3, 192, 64, 4, 3, "packed"),
-        (192, 6, 64, 4, 3, "packed"),
+        (192, 6, 64, 4, 3, "winograd"),
+        (1, 32, 32, 1, 3, "winograd"),
+        (512, 512, 8, 1, 3, "winograd"),
+        (256, 256, 4, 1, 3, "packed"),
         (64, 64, 16, 1, 5, "packed"),
         (64, 64, 16, 1, 1, "matmul"),
     ],
@@ -372,6 +377,43 @@ def test_it_is_chosen_once_a_shape(monkeypatch):
     monkeypatch.setenv("ADMFAST_IMPL", "conv=matmul")
     with pytest.raises(Unavailable, match="^ADMFAST_IMPL='conv=matmul': conv can't run"):
         conv(images(1, 20, 8, 8))
+
+
+def test_a_setting_holds_for_its_block_alone():
+    given, x, other = weights(), images(1, 20, 8, 8), images(1, 20, 9, 9)
+    conv = FoldedConv(*given, padding=1)
+    y, reference = conv(x), conv_ref(x, *given)
+    assert not torch.equal(y, reference)
+    with using("conv=reference"):
+        assert torch.equal(conv(x), reference), "also after a first call outside"
+    assert torch.equal(conv(x), y)
+    with using("conv=reference"):
+        assert torch.equal(conv(other), conv_ref(other, *given))
+    assert not torch.equal(conv(other), conv_ref(other, *given)), "also after a first call inside"
+
+
+def test_forms_for_two_sizes_are_kept():
+    if packed_missing():
+        pytest.skip(packed_missing())
+    given = weights()
+    conv = FoldedConv(*given, padding=1, impl="packed")
+    for batch in (1, 2, 3, 4, 3, 1):
+        x = images(batch, 20, 8, 8)
+        assert_within(conv(x), conv_ref(x, *given), conv_ref(x.double(), *(t.double() for t in given)), "y")
+    assert len(conv.forms()) == 2
+
+
+@pytest.mark.parametrize("impl", ["library", "matmul", "winograd", "reference"])
+def test_autocast_changes_nothing(impl):
+    if TABLE.named(impl).available():
+        pytest.skip(str(TABLE.named(impl).available()))
+    kernel = 1 if impl == "matmul" else 3
+    weight, x = torch.randn(24, 20, kernel, kernel), images(2, 20, 8, 8)
+    conv, residual = FoldedConv(weight, padding=kernel // 2, impl=impl), images(2, 24, 8, 8)
+    y = conv(x, residual)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = conv(x, residual)
+    assert again.dtype == torch.float32 and torch.equal(again, y)
 
 
 INSTRUCTION_SETS = {
