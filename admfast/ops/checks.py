@@ -30,7 +30,8 @@ def check_whole(name: str, value: object, least: int) -> None:
     if isinstance(value, (float, bool)) or value is None or isinstance(value, (str, Tensor)):
         raise invalid(name, value, allowed)
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        # Dynamo follows operator.index of an IntEnum for ever.
+        number = int(value) if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise invalid(name, value, allowed) from None
     if number < least:

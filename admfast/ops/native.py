@@ -63,6 +63,9 @@ def reason_missing_cuda() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+reason_missing_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def ops() -> Any:
     """The namespace of the compiled ops."""
     if reason_missing() is not None:

@@ -240,8 +240,9 @@ def sampler_step(
 
     Raises:
         InvalidArgument: for shapes, dtypes or devices that don't fit, a row that needs noise, a saved point
-            or history and gets none, or a row outside the table. A row in a device's memory isn't read here:
-            it needs what any row of the table needs, and outside the table it makes x and x0 NaN.
+            or history and gets none, or a row outside the table. A row in a device's memory, or one
+            under torch.compile, isn't read here: it needs what any row of the table needs, and outside the
+            table it makes x and x0 NaN.
 
     Computes in the dtype of `state.x`. Not differentiable (`pipe.predict` is the differentiable door).
     """
@@ -289,7 +290,7 @@ def _check_row(state: SamplerState, table: PackedTable, row: int | Tensor) -> fr
             raise invalid("row", row, "an integer, or an integer tensor of one element") from None
     elif row.numel() != 1 or row.dtype not in (torch.int32, torch.int64) or row.device != x.device:
         raise invalid("row", (tuple(row.shape), row.dtype, str(row.device)), f"one integer on {x.device}")
-    elif row.device.type == "cpu":
+    elif row.device.type == "cpu" and not torch.compiler.is_compiling():
         number = int(row)
     if number is not None and not 0 <= number < len(table):
         raise invalid("row", number, f"0 to {len(table) - 1}")

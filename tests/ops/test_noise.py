@@ -356,3 +356,13 @@ def test_the_raw_op_compiles_as_one_graph():
 
     seeds = as_seeds([1, 2**64 - 1])
     assert same(scaled(seeds), draw("reference", [1, 2**64 - 1], (12,), 3, 1) * 2)
+
+
+@pytest.mark.skipif(native.reason_missing() is not None, reason="no compiled ops")
+def test_the_noise_compiles_as_one_graph():
+    def scaled(seeds):
+        return normal(seeds, (3, 4), 3, Stream.STEPS) * 2
+
+    compiled = torch.compile(scaled, backend="aot_eager", fullgraph=True)
+    seeds = as_seeds([1, 2**64 - 1])
+    assert same(compiled(seeds), normal(seeds, (3, 4), 3, Stream.STEPS) * 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from admfast import ops
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, Clip, Row, SamplerState, as_seeds, native, pack
 from tests.ops.anywhere import runnable, sampler_step
@@ -336,3 +337,19 @@ def test_the_raw_op_compiles_as_one_graph_and_writes_in_place():
     after = step(*raw_arguments(compiled))
     assert same(compiled, plain) and torch.equal(after, plain.x + 1)
     assert [t.data_ptr() for t in buffers(compiled)] == places
+
+
+@needs_native
+@pytest.mark.parametrize("row", [1, torch.tensor([1])], ids=["a number", "a counter"])
+def test_the_update_compiles_as_one_graph(row):
+    plain, arguments = filled()
+    arguments["row"] = row
+    ops.sampler_step(plain, **arguments)
+    compiled, _ = filled()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(**given: Any) -> Tensor:
+        ops.sampler_step(compiled, **given)
+        return compiled.x * 2
+
+    assert torch.equal(step(**arguments), plain.x * 2) and same(compiled, plain)
