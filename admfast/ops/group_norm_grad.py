@@ -175,7 +175,8 @@ class GroupNormSiluFn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dskip: Tensor, *_unused: Tensor) -> tuple:  # type: ignore[override]
         sums = any(ctx.needs_input_grad[2:6])
-        backward = GroupNormSiluGradFn.forward if nobody_differentiates() else GroupNormSiluGradFn.apply
+        function = GroupNormSiluGradFn
+        backward: Callable[..., tuple] = function.forward if nobody_differentiates() else function.apply
         gradients = backward(
             dy, dskip if ctx.options.skip else None, *ctx.saved_tensors, ctx.raw, ctx.options, sums
         )
