@@ -242,6 +242,32 @@ def test_a_gradient_in_x_alone_by_every_road(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("which", ["y", "skip"])
+def test_one_of_two_outputs_may_have_no_gradient(which, impl):
+    tensors, options = call_of(
+        CASES[0] | dict(shape="skip", dtype="fp32", layout="channels_last", resample="down")
+    )
+    options["with_skip"] = True
+    if refused(impl, tensors, options):
+        return
+    x = tensors.pop("x").requires_grad_(True)
+    wide = {name: t.double() for name, t in tensors.items()}
+    wide_x = x.detach().double().requires_grad_(True)
+    index = ["y", "skip"].index(which)
+    (truth,) = torch.autograd.grad(
+        group_norm_silu_ref(wide_x, **wide, **options)[index].square().sum(), wide_x
+    )
+    got, reference = (
+        torch.autograd.grad(function(x)[index].square().sum(), x)[0]
+        for function in (
+            lambda x: group_norm_silu(x, **tensors, **options, impl=impl),
+            lambda x: group_norm_silu_ref(x, **tensors, **options),
+        )
+    )
+    assert_within(got, reference, truth, "dx", "input gradient")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_compiled_gradient_is_the_eager_one(impl):
     # Between layouts the reference's compiled sums differ in their order; the kernels take but this one.
     layout = "channels_last" if impl == "triton" else "contiguous"
