@@ -27,7 +27,7 @@ from admfast.engine.asking import (
 from admfast.engine.engine import Engine, out_of_memory
 from admfast.engine.guidance import GuidanceFn
 from admfast.engine.images import from_uint8, to_uint8
-from admfast.engine.loop import Callback, Progress
+from admfast.engine.loop import Callback, numbered
 from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
@@ -36,6 +36,7 @@ from admfast.engine.request import Plan, Request
 from admfast.engine.sampler import conditioned, sample_batch
 from admfast.errors import invalid, nearest
 from admfast.models import NetConfig, UNetConfig
+from admfast.models.fold import check_ordinary
 from admfast.ops.noise import Stream, as_seeds
 
 LOG = logging.getLogger("admfast")
@@ -55,6 +56,8 @@ class _Job:
 @dataclass(repr=False)
 class Pipeline:
     """Networks with their process, ready to sample; made by `admfast.load`.
+
+    Several threads may use one, and callbacks too. Another value may be assigned to an attribute.
 
     Attributes:
         name: of the system or file.
@@ -80,14 +83,34 @@ class Pipeline:
     options: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        for net in (self.net, self.classifier):
+        self._engine: Engine
+        self._check_parts()
+        self._build(self.net, self.classifier)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another network, process, policy or option serves from then on, checked as at the beginning."""
+        before = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        serving = ("net", "classifier", "diffusion", "upsampler", "policy", "options")
+        if name not in serving or "_engine" not in self.__dict__ or value is before:
+            return
+        try:
+            self._check_parts()
+            self._build(value if name in ("net", "classifier") else None)
+        except Exception:
+            super().__setattr__(name, before)
+            raise
+
+    def _build(self, *given: nn.Module | None) -> None:
+        """What samples and predicts, of the parts as they are; networks that were given are frozen."""
+        for net in given:
             if net is not None:
                 net.requires_grad_(False).eval()
-        self._check_parts()
-        self._predictor = Predictor(self.diffusion)
         parts: tuple[Any, Any] = (self.net, self.classifier)
-        self._engine = Engine(parts[0], parts[1], self.policy, self.options)
-        self._engine.ready()
+        beside = None if self.upsampler is None else self.upsampler._engine
+        engine = Engine(*parts, self.policy, self.options, beside)
+        engine.ready()
+        self._engine, self._predictor = engine, Predictor(self.diffusion)
 
     def __repr__(self) -> str:
         """One line: the parts, not their layers."""
@@ -285,6 +308,9 @@ class Pipeline:
     def _check_parts(self) -> None:
         """Networks that are put together must have the same images and classes."""
         config, up = self.config, self.upsampler
+        check_ordinary("net", self.net)
+        if self.classifier is not None:
+            check_ordinary("classifier", self.classifier)
         if self.diffusion.types[1].learned != config.learn_sigma:
             allowed = f"a process with{'' if config.learn_sigma else 'out'} learned variance, as the network"
             raise invalid("diffusion", self.diffusion.types[1].name, allowed)
@@ -352,11 +378,11 @@ class Pipeline:
     def _batch(self, job: _Job, part: Request, first: int) -> Tensor:
         """One batch through the base model and what enlarges its images."""
         asked = job.asked
-        watch = _numbered(asked.callback, first, "base")
+        watch = numbered(asked.callback, first, "base")
         x = sample_batch(self._engine, job.plan, part, watch, asked.every)
         if self.upsampler is not None and job.enlarging is not None:
             part = self.upsampler._enlarging(x, part)
-            watch = _numbered(asked.callback, first, "upsampler")
+            watch = numbered(asked.callback, first, "upsampler")
             x = sample_batch(self.upsampler._engine, job.enlarging, part, watch, asked.every)
         return to_uint8(x).cpu() if asked.output == "uint8" else x
 
@@ -414,14 +440,3 @@ class Pipeline:
         low_res = low_res if factor == 1 else F.avg_pool2d(low_res, factor)
         shape = (len(x), self.config.in_channels, *spatial)
         return Request(shape, base.seeds, base.labels, low_res=low_res).to(self.device)
-
-
-def _numbered(callback: Callback | None, first: int, stage: str) -> Callback | None:
-    """The callback, told which image its batch begins with and which model runs."""
-    if callback is None:
-        return None
-
-    def numbered(progress: Progress) -> None:
-        callback(replace(progress, first=first, stage=stage))
-
-    return numbered

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "_interrupt": 0,
     "errors": 0,
+    "host": 0,
     "_source_tree": 0,
     "ops": 1,
     "files": 1,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from admfast.diffusion import DiffusionConfig, Respacing
@@ -19,6 +20,7 @@ from admfast.solvers import SOLVERS, check_solver, make_table, respacing_of
 
 Output = Literal["uint8", "float"]
 INVERSE = "ddim-inverse"
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ def guidance_scale(name: str, default: float, classifier: nn.Module | None, aske
         return 0.0
     if scale is None:
         scale = 0.0 if asked.solver == INVERSE else default
+    if abs(scale) > LARGEST:
+        raise invalid("guidance", scale, f"a number that float32 holds, at most {LARGEST:.2g}")
     if scale and classifier is None:
         raise invalid("guidance", scale, f"{name} has no classifier; 0 is none")
     return scale

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from admfast.engine.capture import capture
 from admfast.engine.compiled import compile_step
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
-from admfast.engine.step import PreparedStep, StepKey
-from admfast.models.fold import FoldableNet
-
-LOG = logging.getLogger("admfast")
+from admfast.engine.step import PreparedStep, StepKey, check_generations, generations_of
+from admfast.models.fold import FOLDING, FoldableNet, shared_out
 
 
 class Engine:
-    """A network and its classifier as steps are made of them.
+    """A network and its classifier as steps are made of them; several threads may use it at once.
 
-    net, classifier: frozen. policy: what they compute in. options: what is prepared.
+    net, classifier: frozen. policy: what they compute in. options: what is prepared. beside: the engine of
+    an upsampler that shares the memory for derived weights.
     """
 
     def __init__(
@@ -29,10 +32,32 @@ class Engine:
         classifier: FoldableNet | None = None,
         policy: Policy = FP32,
         options: EngineOptions | None = None,
+        beside: Engine | None = None,
     ):
-        self.net, self.classifier, self.policy = net, classifier, policy
+        self.net, self.classifier, self.policy, self.beside = net, classifier, policy, beside
         self.options = options or EngineOptions()
         self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
+        self._lock = threading.RLock()
+        self._memory: dict[FoldableNet, int] = {}
+        fold = self.options.fold
+        if fold is not None:
+            others = [] if beside is None or beside.options.fold is None else [beside]
+            networks = [net for engine in (self, *others) for net in engine._networks()]
+            shares = dict(zip(networks, shared_out(fold.budget, networks), strict=True))
+            for engine in (self, *others):
+                engine._share(shares)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles begin without prepared steps."""
+        return Engine, (self.net, self.classifier, self.policy, self.options, self.beside)
+
+    def _networks(self) -> list[FoldableNet]:
+        return [net for net in (self.net, self.classifier) if net is not None]
+
+    def _share(self, shares: dict[FoldableNet, int]) -> None:
+        """Take these bytes for derived weights, or what there was to take before where that is less."""
+        for net in self._networks():
+            self._memory[net] = min(shares[net], self._memory.get(net, shares[net]))
 
     @property
     def device(self) -> torch.device:
@@ -41,31 +66,70 @@ class Engine:
     def ready(self) -> None:
         """Fold the networks where that is wanted and not done, or where their parameters have changed.
 
-        New values go into the same memory; what can't is made anew, and prepared steps of it are dropped.
+        New values go into the same memory; what can't is made anew, and kept steps of it are dropped.
         """
-        if self.options.fold is None:
-            return
-        for net, dtype in ((self.net, self.policy.torso), (self.classifier, self.policy.classifier)):
-            if net is None:
-                continue
-            before, own = net.fold_generation, next(net.parameters()).dtype
-            # A policy rounds float32; a network of float64 stays one.
-            net.ensure_folded(self.options.fold, own if own == torch.float64 else dtype)
-            if net.fold_generation != before:
-                self.release()
+        fold, policy = self.options.fold, self.policy
+        with self._lock, FOLDING:
+            for net, dtype in ((self.net, policy.torso), (self.classifier, policy.classifier)):
+                if net is None:
+                    continue
+                if fold is None:
+                    # Another pipeline may have folded the network, in a precision of its own.
+                    if net.fold_options is not None:
+                        net.unfold()
+                    continue
+                own = next(net.parameters()).dtype
+                # A policy rounds float32; a network of float64 stays one.
+                kind = own if own == torch.float64 else dtype
+                net.ensure_folded(fold, kind, self._memory.get(net))
+            if self._steps:
+                self._drop_outdated()
+
+    def _drop_outdated(self) -> None:
+        """Drop the kept steps of networks that have another form by now."""
+        forms = tuple(net.form() for net in self._networks())
+        for key, step in list(self._steps.items()):
+            if step.forms != forms[: len(step.forms)]:
+                del self._steps[key]
+
+    def unchanged(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """The function, refused once a network is folded otherwise than now."""
+        networks = self._networks()
+        generations = generations_of(networks)
+
+        def checked(x: Tensor, t: Tensor) -> Tensor:
+            check_generations(networks, generations)
+            return model(x, t)
+
+        return checked
+
+    @contextlib.contextmanager
+    def using(self, key: StepKey, impl: str | None = None) -> Iterator[PreparedStep]:
+        """The prepared step for a key, within the block nobody else's; made where no kept one is free.
+
+        To be entered after `ready`.
+        """
+        with self._lock:
+            step = self._steps.pop((key, impl), None)
+            if step is None:
+                self._make_room(self.options.kept_steps - 1)
+                # One at a time: what layers derive at their first call lies where every graph reads it.
+                step = self._made(key, impl)
+        try:
+            yield step
+        finally:
+            with self._lock:
+                self._steps.pop((key, impl), None)
+                self._steps[key, impl] = step
+                self._make_room(self.options.kept_steps)
 
     def step(self, key: StepKey, impl: str | None = None) -> PreparedStep:
-        """The prepared step for a key, made where it isn't kept; those used longest ago make room."""
-        found = self._steps.pop((key, impl), None)
-        if found is None:
-            self._make_room(self.options.kept_steps - 1)
-            found = self._made(key, impl)
-        self._steps[key, impl] = found
-        self._make_room(self.options.kept_steps)
-        return found
+        """The prepared step for a key, for a caller who is the engine's only one."""
+        with self.using(key, impl) as step:
+            return step
 
     def _make_room(self, count: int) -> None:
-        """Keep at most `count` steps, within the memory allowed but for the latest."""
+        """Keep at most `count` steps, within the memory allowed but for the latest; the oldest go."""
         while len(self._steps) > count or (
             len(self._steps) > 1 and sum(s.held for s in self._steps.values()) > self.options.kept_bytes
         ):
@@ -80,6 +144,7 @@ class Engine:
             capture(made)
         # A graph keeps the memory of everything between its first and its last operation.
         made.held = max(made.nbytes, self._reserved() - before)
+        made.leave()
         return made
 
     def _reserved(self) -> int:
@@ -87,7 +152,8 @@ class Engine:
 
     def release(self) -> None:
         """Drop all prepared steps and their memory."""
-        self._steps.clear()
+        with self._lock:
+            self._steps.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -42,6 +42,13 @@ class Progress:
 Callback = Callable[[Progress], None]
 
 
+def numbered(callback: Callback | None, first: int, stage: str) -> Callback | None:
+    """The callback, told which image its batch begins with and which model runs."""
+    if callback is None:
+        return None
+    return lambda progress: callback(dataclasses.replace(progress, first=first, stage=stage))
+
+
 class Diverged(NonFiniteError):
     """x is not finite after a `row`; `x` and `t` are what went into it, where they are known."""
 

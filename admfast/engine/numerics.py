@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from admfast import host
+
 
 @contextlib.contextmanager
 def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
-    """Run a block outside inference mode and autocast and, on CUDA, with TF32 products as `tf32` says.
+    """Run a block outside inference mode and autocast, with TF32 products on CUDA as `tf32` says.
 
     Tensors made in inference mode could not serve autograd (guidance, `predict`) ever after; autocast would
     change a pipeline's precision behind its back. The TF32 settings belong to the whole process: another
-    thread that computes on CUDA at the same time sees them.
+    thread that computes on CUDA at the same time sees them, and of pipelines that differ in them the one
+    that came last decides. On a CPU torch's threads stay as they are, but for those that the process has no
+    processor for.
     """
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -25,37 +30,92 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
-            stack.enter_context(_tf32(tf32))
+            if device.index is not None:
+                stack.enter_context(torch.cuda.device(device))
+            stack.enter_context(_TF32.held_at(tf32))
+        else:
+            stack.enter_context(_no_idle_threads())
         yield
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Set what float32 matrix products and convolutions on CUDA may be rounded to, and restore it."""
-    backends: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn,  # type: ignore[attr-defined]
-    )
-    before = [backend.fp32_precision for backend in backends]
+def _no_idle_threads() -> Iterator[None]:
+    """Compute on no more threads than there are processors for, and give the setting back.
+
+    torch begins with one for each core that the process may run on, which a container's quota of processor
+    time doesn't change: threads that have none wait in turns for each other, busily, and everything takes
+    many times as long. Fewer threads than processors are somebody's choice.
+    """
+    before = torch.get_num_threads()
+    limited = before > 1 and before > (allowed := host.cpus())
+    if limited:
+        torch.set_num_threads(allowed)
     try:
-        products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the process uses the newer settings alone, and torch refuses to mix the two
-        products = None
-    try:
-        if products is None:
-            for backend in backends:
+        yield
+    finally:
+        if limited:
+            torch.set_num_threads(before)
+
+
+class _Tf32:
+    """What float32 matrix products and convolutions on CUDA may be rounded to: one setting for a process.
+
+    The first to hold it notes what it was, and the last restores that, in whatever order they leave.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.holders = threading.Lock(), dict[object, bool]()
+        self.older: tuple[str, bool] | None = None
+        self.newer: list[str] = []
+
+    @contextlib.contextmanager
+    def held_at(self, allowed: bool) -> Iterator[None]:
+        """Let factors be rounded to TF32, or not, within the block."""
+        holder = object()
+        with self.lock:
+            if not self.holders:
+                self._note()
+            self.holders[holder] = allowed
+            self._set(allowed)
+        try:
+            yield
+        finally:
+            with self.lock:
+                del self.holders[holder]
+                if self.holders:
+                    self._set(list(self.holders.values())[-1])
+                else:
+                    self._restore()
+
+    def _note(self) -> None:
+        self.newer = [backend.fp32_precision for backend in _backends()]
+        try:
+            self.older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        except RuntimeError:  # the process uses the newer settings alone, and torch refuses to mix the two
+            self.older = None
+
+    def _set(self, allowed: bool) -> None:
+        if self.older is None:
+            for backend in _backends():
                 backend.fp32_precision = "tf32" if allowed else "ieee"
         else:
             torch.set_float32_matmul_precision("high" if allowed else "highest")
             torch.backends.cudnn.allow_tf32 = allowed
-        yield
-    finally:
-        if products is not None:
-            torch.set_float32_matmul_precision(products)
-            torch.backends.cudnn.allow_tf32 = convolutions
-        for backend, value in zip(backends, before, strict=True):
+
+    def _restore(self) -> None:
+        if self.older is not None:
+            torch.set_float32_matmul_precision(self.older[0])
+            torch.backends.cudnn.allow_tf32 = self.older[1]
+        for backend, value in zip(_backends(), self.newer, strict=True):
             backend.fp32_precision = value
+
+
+_TF32 = _Tf32()
+
+
+def _backends() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 def peak_memory(device: torch.device) -> int:

@@ -25,7 +25,8 @@ class EngineOptions:
         compile_cache: file for what was compiled: read where it is there, else written. It holds code: take
             it only from where you trust.
         kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
-            table), and how much memory beside the networks' they may hold; the latest is always kept.
+            table), and how much memory beside the networks' they may hold; the latest is always kept. Of
+            threads that sample at the same time each has a step of its own.
     """
 
     prepared: bool = True
@@ -42,6 +43,10 @@ class EngineOptions:
         for name in ("prepared", "graph", "branches", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "True or False")
+        if self.fold is not None and not isinstance(self.fold, FoldOptions):
+            raise invalid("fold", self.fold, "FoldOptions, or None for nothing")
+        if self.compile_cache is not None and not isinstance(self.compile_cache, str | PathLike):
+            raise invalid("compile_cache", self.compile_cache, "the path of a file, or None")
         whole_number("rows_at_a_time", self.rows_at_a_time, 1)
         whole_number("kept_steps", self.kept_steps, 1)
         whole_number("kept_bytes", self.kept_bytes, 0)

@@ -56,10 +56,14 @@ def _by_prepared_step(
     )
     conditional = engine.net.config.num_classes is not None  # type: ignore[union-attr]
     guided = plan.guided_rows()
-    step = engine.step(StepKey.of(plan.table, batch, guided, conditional, plan.streams[1]), plan.impl)
-    step.fill(plan.table, batch)
-    state = run_rows(plan.table, step, guided=guided, callback=callback, every=every)
-    return state.x.clone()  # the buffer is the next batch's
+    key = StepKey.of(plan.table, batch, guided, conditional, plan.streams[1])
+    with engine.using(key, plan.impl) as step:
+        try:
+            step.fill(plan.table, batch)
+            state = run_rows(plan.table, step, guided=guided, callback=callback, every=every)
+            return state.x.clone()  # the buffer is the next batch's
+        finally:
+            step.leave()
 
 
 def _functions(engine: Engine, plan: Plan, request: Request) -> tuple[Model, dict[str, Any]]:
@@ -78,7 +82,7 @@ def _functions(engine: Engine, plan: Plan, request: Request) -> tuple[Model, dic
         stream=plan.streams[1],
         impl=plan.impl,
     )
-    return conditioned(engine.net, request.labels, request.low_res), options
+    return engine.unchanged(conditioned(engine.net, request.labels, request.low_res)), options
 
 
 def _diagnosed(error: Diverged, engine: Engine, plan: Plan, request: Request, x: Tensor) -> NonFiniteError:

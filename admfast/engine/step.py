@@ -18,6 +18,7 @@ from torch import Tensor
 
 from admfast.engine.guidance import check_frozen, log_probability_gradient
 from admfast.engine.options import EngineOptions
+from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
 from admfast.ops.sampler_step import COLUMNS, HISTORY, PackedTable, SamplerState, pack, update_for
 from admfast.solvers import SolverTable
@@ -93,9 +94,12 @@ class PreparedStep:
         options: EngineOptions,
         impl: str | None = None,
     ):
-        if classifier is not None:
+        if classifier is not None and key.guided:
             check_frozen(classifier)
         self.net, self.classifier, self.key = net, classifier if key.guided else None, key
+        networks = [part for part in (net, self.classifier) if part is not None]
+        self.forms = tuple(part.form() for part in networks)
+        self._networks, self._generations = networks, generations_of(networks)
         self._make_buffers(device)
         parts = {"net": self.net, "classifier": self.classifier}
         self.tables = {
@@ -111,6 +115,8 @@ class PreparedStep:
         # What runs a row: the body, or what was made of it (a compiled body, a captured graph).
         kinds = [kind for kind, there in ((True, key.guided), (False, key.plain)) if there]
         self.run: dict[bool, Callable[[], None]] = {kind: partial(self.body, kind) for kind in kinds}
+        self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._left: torch.cuda.Event | None = None
         self.refused: str | None = None  # why the step isn't captured, where that was wanted
         self.held = self.nbytes  # bytes that it keeps from other uses, beside the networks'
 
@@ -144,7 +150,7 @@ class PreparedStep:
         t_net, t_clf = self.timesteps.index_select(1, row).expand(2, count)
         gradient = None
         if guided and self.side is not None:
-            here = torch.cuda.current_stream()
+            here = torch.cuda.current_stream(x.device)
             self.side.wait_stream(here)
             with torch.cuda.stream(self.side):
                 gradient = self._gradient(x, t_clf, row)
@@ -186,6 +192,14 @@ class PreparedStep:
 
     def fill(self, table: SolverTable, batch: Batch) -> None:
         """Take a table and a batch into the buffers; the next row is the first."""
+        device = self.state.x.device
+        if device.type == "cuda":
+            self._enter(torch.cuda.current_stream(device))
+        # Recorded, a copy of what requires a gradient would make the buffer require one ever after.
+        with torch.no_grad():
+            self._fill(table, batch)
+
+    def _fill(self, table: SolverTable, batch: Batch) -> None:
         packed = pack(table.rows, device=self.state.x.device)
         self.packed.host.copy_(_no_rows(self.key.rows))
         self.packed.host[: len(table)] = packed.host
@@ -202,10 +216,34 @@ class PreparedStep:
         rows = torch.tensor([(row.t_net, row.t_clf) for row in table.rows], dtype=torch.float64)
         self.timesteps[:, : len(table)] = rows.T.to(self.timesteps.dtype).to(self.timesteps.device)
         self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32))
-        self.step_noise = batch.step_noise
+        self.step_noise = None if batch.step_noise is None else batch.step_noise.detach()
+
+    def _enter(self, stream: torch.cuda.Stream) -> None:
+        """Let this stream have the buffers once the last one to use them has done with them."""
+        if self._left is not None:
+            stream.wait_event(self._left)
+        if stream != self._home:
+            # Their memory goes back to the stream that it was taken on, which must then wait for this one.
+            for buffer in self._buffers():
+                buffer.record_stream(stream)
+
+    def leave(self) -> None:
+        """Say that all work on the buffers has been asked for, after which another stream may have them."""
+        device = self.state.x.device
+        if device.type == "cuda":
+            self._left = torch.cuda.current_stream(device).record_event()
+
+    def _buffers(self) -> list[Tensor]:
+        """All that lies on the device, but for the networks."""
+        found = [getattr(self.state, field.name) for field in fields(self.state)]
+        found += [self.noise, self.low_res, *(table.values for table in self.tables.values())]
+        found += [self.labels, self.seeds, self.scale, self.counters, self.first_row]
+        found += [self.timesteps, self.packed.device]
+        return [buffer for buffer in found if buffer is not None]
 
     def advance(self, i: int, guided: bool) -> None:
         """Run row i; rows come in order, from 0."""
+        check_generations(self._networks, self._generations)
         chunk = min([table.rows for table in self.tables.values()], default=0)
         if chunk and i % chunk == 0:
             self.first_row.fill_(i)
@@ -220,9 +258,7 @@ class PreparedStep:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers (not of the networks, nor of what runs a row)."""
-        found = [getattr(self.state, field.name) for field in fields(self.state)]
-        found += [self.noise, self.low_res, *(table.values for table in self.tables.values())]
-        return sum(buffer.nbytes for buffer in found if buffer is not None)
+        return sum(buffer.nbytes for buffer in self._buffers())
 
 
 class EmbeddingTable:
@@ -246,6 +282,18 @@ class EmbeddingTable:
     def at(self, row: Tensor) -> Tensor:
         """The row whose number lies on the device: [N, total]."""
         return self.values.index_select(0, row)[0]
+
+
+def generations_of(networks: Sequence[FoldableNet]) -> list[int]:
+    """Which of their forms networks have."""
+    return [net.fold_generation for net in networks]
+
+
+def check_generations(networks: Sequence[FoldableNet], generations: Sequence[int]) -> None:
+    """Refuse to go on with networks that were folded anew between two rows, which would mix two forms."""
+    if generations_of(networks) != generations:
+        allowed = "a network that pipelines of several precisions share serves one of them at a time"
+        raise invalid("net", "folded anew while it samples", allowed)
 
 
 def _no_rows(count: int) -> Tensor:

@@ -30,6 +30,8 @@ class Classifier(FoldableNet):
     "spatial_v2" (means of every block's output, concatenated, through a two-layer perceptron).
     """
 
+    directions = 2  # guidance takes its gradient
+
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config

@@ -8,7 +8,9 @@ than those it was derived from (`torch.func.functional_call`).
 
 from __future__ import annotations
 
-import os
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from admfast import host
 from admfast.errors import invalid
 
+# Pipelines on several threads may share a network.
+FOLDING = threading.RLock()
+WINOGRAD_BYTES = 16  # a weight, in each direction that runs
 TORSO = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -34,9 +40,11 @@ class FoldOptions:
         qkv_rows: rows of legacy qkv weights in the new order (the same bits).
         subpixel: a 3x3 convolution after nearest doubling as four 2x2 convolutions before it.
         embeddings: the embedding's projections to all blocks in one product.
-        memory: bytes that derived weights may take beyond the weights themselves, given to the smallest
-            convolutions first, which run at the highest resolutions; None: a third of the host's memory. On
-            a CPU it decides which convolutions go by Winograd's algorithm.
+        memory: bytes that derived weights may take beyond the weights themselves, of all networks of a
+            pipeline together and given to the smallest convolutions first, which run at the highest
+            resolutions; None: a third of the memory that the process may use. On a CPU it decides which
+            convolutions go by Winograd's algorithm. Counted is what sampling derives: a diffusion model whose
+            `predict` is differentiated holds as much again.
     """
 
     conv: str | None = None
@@ -49,15 +57,19 @@ class FoldOptions:
     memory: int | None = None
 
     def __post_init__(self) -> None:
-        if self.memory is not None and (not isinstance(self.memory, int) or self.memory < 0):
-            raise invalid("memory", self.memory, "bytes, 0 or more, or None")
+        for name in ("channels_last", "two_sources", "residual", "qkv_rows", "subpixel", "embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(name, getattr(self, name), "True or False")
+        memory = self.memory
+        if memory is not None and (type(memory) is not int or memory < 0):
+            raise invalid("memory", memory, "bytes, 0 or more, or None")
         if self.conv is not None and not isinstance(self.conv, str):
             raise invalid("conv", self.conv, "the name of an implementation, or None")
 
-
-def host_memory() -> int:
-    """Bytes of the host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    @property
+    def budget(self) -> int:
+        """`memory` in bytes."""
+        return host.memory() // 3 if self.memory is None else self.memory
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,17 @@ class Projected:
 class FoldableNet(nn.Module):
     """A network that folds: what `UNet` and `Classifier` have in common of it."""
 
+    directions: int = 1  # in which its convolutions run when images are sampled
     fold_options: FoldOptions | None = None
     fold_dtype: torch.dtype | None = None
-    fold_generation: int = 0  # one more whenever derived forms lie in new memory
+    fold_generation: int = 0  # one more whenever what a step reads lies in new memory, or is no longer there
     _fold_key: tuple[Any, ...] = ()
+    _fold_places: tuple[object, ...] = ()
+    _fold_memory: int | None = None  # bytes that were its share of a pipeline's budget
+    _fold_by_layer: bool = False
+    _fold_done: torch.cuda.Event | None = None
     _projections: tuple[Tensor, Tensor] | None = None
+    _projected_from: tuple[tuple[Any, Tensor, Tensor], ...] = ()  # layers, their weights and biases
     projected_width: int  # columns of all projections together
 
     def _lay_out_projections(self) -> None:
@@ -90,79 +108,135 @@ class FoldableNet(nn.Module):
         """The residual blocks, in order."""
         return [module for module in self.modules() if hasattr(module, "emb_layers")]
 
+    def _convolutions(self) -> list[tuple[str, Any]]:
+        """The convolutions that fold, with their names."""
+        return [(name, m) for name, m in self.named_modules() if hasattr(type(m), "fold_weights")]
+
     def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> None:
         """Derive what `options` names, with the torso's convolutions in `dtype`.
 
         Parameters must be frozen. Folding again renews the values in the same memory where options and dtype
         stay, so that captured graphs hold.
 
-        Raises: InvalidArgument where parameters require gradients.
+        Raises: InvalidArgument where parameters require gradients, or were made in inference mode.
         """
         options, dtype = options or FoldOptions(), dtype or self._parameter_dtype()
-        if any(parameter.requires_grad for parameter in self.parameters()):
+        if self._trainable():
             raise invalid("parameters", "trainable", "freeze them first (requires_grad_(False))")
-        if (options, dtype) != (self.fold_options, self.fold_dtype):
-            self.unfold()
-            self.fold_generation += 1
-        self.fold_options, self.fold_dtype = options, dtype
-        spare = self._to_be_spared(options)
-        for name, module in self.named_modules():
-            if hasattr(module, "fold_weights"):
+        check_ordinary("parameters", self)
+        # What is derived in inference mode could not be written to later.
+        with FOLDING, torch.inference_mode(False), torch.no_grad():
+            if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
+                self.unfold()
+            self.fold_options, self.fold_dtype = options, dtype
+            spare = self._to_be_spared(self._budget(options))
+            for name, module in self._convolutions():
                 kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
-                module.fold_weights(options, kind, name in spare)  # type: ignore[operator]
-        if options.embeddings:
-            self._fold_projections()
-        self._fold_key = self._key()
+                module.fold_weights(options, kind, name in spare)
+            if options.embeddings:
+                self._fold_projections()
+            before, self._fold_places = self._fold_places, self._places()
+            self.fold_generation += self._fold_places != before
+            self._fold_key = self._key()
+            device = next(self.parameters()).device
+            if device.type == "cuda":
+                self._fold_done = torch.cuda.current_stream(device).record_event()
 
-    def _to_be_spared(self, options: FoldOptions) -> set[str]:
-        """The convolutions for whose Winograd form, sixteen bytes a weight, there is no memory."""
-        left = host_memory() // 3 if options.memory is None else options.memory
+    def _places(self) -> tuple[object, ...]:
+        """Where everything lies that a step reads: tensors by address, derived forms by what holds them."""
+        tensors = (*self.parameters(), *(self._projections or ()))
+        return [t.data_ptr() for t in tensors], [module._folded for _, module in self._convolutions()]
+
+    def _to_be_spared(self, memory: int) -> set[str]:
+        """The convolutions for whose Winograd form there is no memory."""
         spared = set()
-        sizes = [(m.weight.numel(), name) for name, m in self.named_modules() if hasattr(m, "fold_weights")]
-        for size, name in sorted(sizes):
-            left -= 16 * size
-            if left < 0:
+        for size, name in self.winograd_sizes():
+            memory -= size
+            if memory < 0:
                 spared.add(name)
         return spared
+
+    def _budget(self, options: FoldOptions) -> int:
+        return options.budget if self._fold_memory is None else self._fold_memory
+
+    def winograd_sizes(self) -> list[tuple[int, str]]:
+        """Bytes of every convolution's Winograd form in the directions that run, with its name, rising."""
+        size = WINOGRAD_BYTES * self.directions
+        return sorted((size * module.weight.numel(), name) for name, module in self._convolutions())
 
     @property
     def fold_bytes(self) -> int:
         """Bytes of what was derived so far; convolutions derive what they need when they first run."""
-        convolutions: list[Any] = [module for module in self.modules() if hasattr(module, "fold_weights")]
-        found = sum(module.derived_bytes for module in convolutions)
+        found = sum(module.derived_bytes for _, module in self._convolutions())
         return found + sum(t.nbytes for t in self._projections or ())
 
     def refold(self) -> None:
         """Renew what was derived, in place; needed by hand after a change of `.data` alone."""
-        if self.fold_options is not None:
+        if self._trainable():
+            self.unfold()
+        elif self.fold_options is not None:
             self.fold(self.fold_options, self.fold_dtype)
 
-    def ensure_folded(self, options: FoldOptions, dtype: torch.dtype) -> None:
-        """Fold where that isn't done, or where parameters were replaced or written to since."""
-        if (options, dtype) != (self.fold_options, self.fold_dtype) or self._fold_key != self._key():
-            self.fold(options, dtype)
+    def ensure_folded(self, options: FoldOptions, dtype: torch.dtype, memory: int | None = None) -> None:
+        """Fold where that isn't done, or where parameters were moved, replaced or written to since.
+
+        A network with trainable parameters is left unfolded. memory: the network's share of a pipeline's
+        budget; of pipelines that share the network, the smallest counts.
+        """
+        with FOLDING:
+            if self._trainable():
+                self.unfold()
+                return
+            if (options, dtype) != (self.fold_options, self.fold_dtype):
+                self.unfold()
+                self._fold_memory = memory
+            elif memory is not None and memory < (shared := self._budget(options)):
+                if self._to_be_spared(memory) != self._to_be_spared(shared):
+                    self.unfold()
+                self._fold_memory = memory
+            if self.fold_options is None or self._fold_key != self._key():
+                self.fold(options, dtype)
+            if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
+                # The streams of other threads must not read what this one has yet to write.
+                torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
 
     def unfold(self) -> None:
         """Drop what was derived."""
-        for module in self.modules():
-            if hasattr(module, "fold_weights"):
-                module.unfold()  # type: ignore[operator]
-        self.fold_options, self.fold_dtype = None, None
-        self._projections, self._fold_key = None, ()
+        with FOLDING:
+            if self.fold_options is not None:
+                self.fold_generation += 1
+            for _, module in self._convolutions():
+                module.unfold()
+            self.fold_options, self.fold_dtype, self._fold_memory, self._fold_done = None, None, None, None
+            self._projections, self._projected_from = None, ()
+            self._fold_key, self._fold_places = (), ()
+
+    def _trainable(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def form(self) -> tuple[object, ...]:
+        """What a step depends on beside its key: under another form it must be made anew."""
+        modes = tuple(module.training for module in self.modules())
+        trained = tuple(parameter.requires_grad for parameter in self.parameters())
+        return self.fold_generation, self.projects, modes, trained
 
     def _key(self) -> tuple[Any, ...]:
         """What tells that parameters are the same and unwritten, but for writes through `.data`."""
-        return tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        parameters = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        # A part of the network that was moved alone, or put in another's place, has lost its form.
+        return parameters, tuple(module._folded for _, module in self._convolutions())
 
     def _fold_projections(self) -> None:
         layers = [block.emb_layers[1] for block in self._projecting()]
         weight = torch.cat([layer.weight.detach() for layer in layers])
         bias = torch.cat([layer.bias.detach() for layer in layers])
-        if self._projections is None:
-            self._projections = weight, bias
+        kept = self._projections
+        if kept is not None and all(_alike(*pair) for pair in zip(kept, (weight, bias), strict=True)):
+            kept[0].copy_(weight)
+            kept[1].copy_(bias)
         else:
-            for kept, value in zip(self._projections, (weight, bias), strict=True):
-                kept.copy_(value)
+            self._projections = weight, bias
+        self._projected_from = tuple((layer, layer.weight, layer.bias) for layer in layers)
 
     def _parameter_dtype(self) -> torch.dtype:
         return next(self.input_blocks.parameters()).dtype  # type: ignore[union-attr]
@@ -180,11 +254,17 @@ class FoldableNet(nn.Module):
     @property
     def projects(self) -> bool:
         """Whether the embedding is projected to all blocks at once."""
-        return self._projections is not None and self.is_folded
+        if self._projections is None or self._fold_by_layer or not self.is_folded:
+            return False
+        # As convolutions do: not for parameters that train, nor under torch.func.functional_call.
+        return all(
+            layer.weight is weight and layer.bias is bias and not (weight.requires_grad or bias.requires_grad)
+            for layer, weight, bias in self._projected_from
+        )
 
     def projected(self, emb: Tensor) -> Tensor | Projected:
         """The embedding [N, E] as the blocks take it: projected to all of them where that is folded."""
-        if self._projections is None or not self.is_folded:
+        if self._projections is None or not self.projects:
             return emb
         return Projected(F.linear(F.silu(emb), *self._projections))
 
@@ -209,6 +289,39 @@ class FoldableNet(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            k: v for k, v in self.__dict__.items() if not k.startswith(("fold_", "_fold_", "_projections"))
-        }
+        return {k: v for k, v in self.__dict__.items() if not k.startswith(("fold_", "_fold_", "_project"))}
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def check_ordinary(name: str, net: nn.Module) -> None:
+    """Refuse parameters made in inference mode: no gradient can pass them, and their changes go unseen."""
+    if any(parameter.is_inference() for parameter in net.parameters()):
+        raise invalid(name, "made in inference mode", "build it outside of torch.inference_mode()")
+
+
+def shared_out(budget: int, networks: Sequence[FoldableNet]) -> list[int]:
+    """The bytes of one budget that go to each of several networks, to the smallest convolutions first."""
+    sizes = sorted((size, i) for i, net in enumerate(networks) for size, _ in net.winograd_sizes())
+    shares = [0] * len(networks)
+    for size, i in sizes:
+        budget -= size
+        if budget < 0:
+            break
+        shares[i] += size
+    return shares
+
+
+@contextlib.contextmanager
+def projecting_by_layer(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let every block project the embedding itself within the block, where hooks see its layer."""
+    found = [net for net in networks if isinstance(net, FoldableNet)]
+    for net in found:
+        net._fold_by_layer = True
+    try:
+        yield
+    finally:
+        for net in found:
+            net._fold_by_layer = False

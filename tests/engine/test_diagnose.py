@@ -7,6 +7,7 @@ import torch
 
 from admfast.engine.diagnose import first_nonfinite
 from admfast.engine.guidance import classifier_guidance
+from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.sampler import conditioned
 from admfast.errors import NonFiniteError
 from tests.small import classifier, pipeline, randn, unet
@@ -109,6 +110,15 @@ def test_sampling_stops_with_the_layer_s_name():
         "net.output_blocks.0.0.in_layers.2 (Conv2d); "
         "weights that are not finite: net.output_blocks.0.0.in_layers.2.weight"
     )
+
+
+@pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
+def test_sampling_names_a_layer_that_folding_takes_the_place_of(options):
+    pipe = pipeline(options=options)
+    poison(pipe.net, "middle_block.0.emb_layers.1.weight")
+    with pytest.raises(NonFiniteError, match=r"is net.middle_block.0.emb_layers.1 \(Linear\); weights"):
+        pipe.sample(seeds=[1])
+    assert pipe.net.projects == (options.fold is not None)
 
 
 def test_sampling_names_a_layer_of_the_classifier():

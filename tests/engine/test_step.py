@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast.engine.engine import Engine, out_of_memory
@@ -173,12 +174,52 @@ class Watched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Asked(TorchFunctionMode):
+    """Refuses what would wait on a GPU and is nothing, or no operation, on a CPU."""
+
+    FORBIDDEN = ("item", "tolist", "numpy", "__array__", "cpu", "cuda", "is_nonzero", "pin_memory")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, "__name__", str(function)), kwargs or {}
+        assert name not in self.FORBIDDEN and not (name.startswith("__") and name[2:-2] in PYTHON), name
+        if name == "to":
+            targets = [*args[1:], *kwargs.values()]
+            assert not any(isinstance(target, torch.device | str | Tensor) for target in targets), targets
+        if name == "tensor" or name == "as_tensor":
+            raise AssertionError(name)
+        return function(*args, **kwargs)
+
+
+PYTHON = ("bool", "int", "float", "index", "complex")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda t: t.tolist(),
+        lambda t: t.numpy(),
+        lambda t: t.cpu(),
+        lambda t: t.to("cpu"),
+        lambda t: t.to(torch.device("cpu")),
+        lambda t: t.to(device="cpu"),
+        lambda t: t[0].item(),
+        lambda t: int(t[0]),
+        lambda t: bool(t[0]),
+        lambda t: t + torch.tensor([1, 2]),
+    ],
+)
+def test_what_asks_the_host_is_seen(question):
+    counters = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(AssertionError), Asked(), Watched():
+        question(counters)
+
+
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_body_asks_the_host_for_nothing(guided):
     step, table, batch = step_of(guided)
     step.fill(table, batch)
     step.advance(0, guided)  # libraries' own first calls
-    with torch.no_grad(), Watched() as seen:
+    with torch.no_grad(), Asked(), Watched() as seen:
         for _ in range(2):
             step.body(guided)
     assert "sampler_step_" in seen.names and int(step.counters[0]) == 3
@@ -279,9 +320,13 @@ def test_batches_that_do_not_fit_are_halved(error, monkeypatch, caplog):
 
     pipe = pipeline()
     wanted = images(pipe, seeds=range(7), batch_size=2)
+    images(pipe, seeds=range(7))
+    assert [key.shape[0] for key, _ in pipe._engine._steps] == [2, 1, 7]
     monkeypatch.setattr(room, "sample_batch", limited)
     got = images(pipe, seeds=range(7))
     assert sizes == [7, 4, 2, 2, 2, 1] and torch.equal(got, wanted)
+    # What was kept made room for the smaller batches.
+    assert [key.shape[0] for key, _ in pipe._engine._steps] == [2, 1]
     said = [record.getMessage() for record in caplog.records]
     assert said == [
         "out of memory with 7 images at a time: going on with 4",
@@ -342,6 +387,9 @@ def test_an_interval_guides_there_alone():
         ({"compile": 1}, "compile=1: True or False"),
         ({"rows_at_a_time": 0}, "rows_at_a_time=0"),
         ({"kept_steps": 0}, "kept_steps=0"),
+        ({"fold": 3}, "fold=3: FoldOptions, or None for nothing"),
+        ({"fold": True}, "fold=True: FoldOptions, or None for nothing"),
+        ({"compile": True, "compile_cache": 3}, "compile_cache=3: the path of a file, or None"),
     ],
 )
 def test_options_that_are_not_are_named(given, message):

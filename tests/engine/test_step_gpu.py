@@ -148,8 +148,10 @@ def test_what_cannot_be_captured_runs_row_by_row_and_says_why(monkeypatch, caplo
         return forward(self, x, *rest, **options)
 
     monkeypatch.setattr(type(pipe.net), "forward", reading)
+    stream = torch.cuda.current_stream()
     with caplog.at_level(logging.WARNING, logger="admfast"):
         got = images(pipe)
+    assert torch.cuda.current_stream() == stream
     assert any("no CUDA graph of the step" in record.getMessage() for record in caplog.records)
     assert all(step.refused for step in pipe._engine._steps.values())
     monkeypatch.undo()
@@ -179,3 +181,89 @@ def test_no_row_of_a_trajectory_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(step.state.x).all() and int(step.counters[0]) == len(table)
+
+
+def test_a_lack_of_memory_in_the_side_branch_is_one(monkeypatch):
+    pipe = made()
+    forward, stream = type(pipe.classifier).forward, torch.cuda.current_stream()
+
+    def full(self, *args, **options):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(type(pipe.classifier), "forward", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        images(pipe, classes=0, seeds=1)
+    assert torch.cuda.current_stream() == stream
+    monkeypatch.undo()
+    assert torch.isfinite(images(pipe)).all()
+
+
+def test_cudnn_s_search_is_given_back():
+    before, seen = torch.backends.cudnn.benchmark, []
+    pipe = made()
+    hook = pipe.net.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    images(pipe)
+    hook.remove()
+    assert set(seen) == {True} and torch.backends.cudnn.benchmark == before
+
+
+def test_calls_on_two_streams_do_not_meet_in_the_buffers():
+    pipe, streams = made(), [torch.cuda.Stream(), torch.cuda.Stream()]
+    settings = [{"seeds": [4 * i + k for k in range(4)], "steps": 5} for i in range(8)]
+    wanted = [images(pipe, **given) for given in settings]
+    torch.cuda.synchronize()
+    found = []
+    for i, given in enumerate(settings):
+        with torch.cuda.stream(streams[i % 2]):
+            # Long enough that the last copy of a call is still to come when the next call begins.
+            torch.cuda._sleep(20_000_000)
+            found.append(images(pipe, **given))
+        if i == 4:
+            pipe._engine.release()
+    torch.cuda.synchronize()
+    assert all(near(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_threads_on_streams_of_their_own_get_the_images_of_one_after_another():
+    pipe, found = made(), {}
+    settings = [{"seeds": [4 * i + k for k in range(4)], "steps": 8} for i in range(3)]
+    wanted = [images(pipe, **given) for given in settings]
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found[i] = images(pipe, **settings[i])
+            torch.cuda.current_stream().synchronize()
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(found) == [0, 1, 2] and all(near(found[i], wanted[i]) for i in found)
+
+
+@pytest.mark.parametrize("move", ["assigned", "a part converted"])
+def test_a_graph_of_freed_memory_is_not_replayed(move):
+    pipe, wanted = made(), images(made())
+    images(pipe)
+    if move == "assigned":
+        pipe.net.load_state_dict({k: v.clone() for k, v in pipe.net.state_dict().items()}, assign=True)
+    else:
+        pipe.net.middle_block.to(torch.float32)
+    torch.cuda.empty_cache()
+    filler = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(64)]
+    assert near(images(pipe), wanted) and len(filler) == 64
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    first = images(made())  # torch's own stream for captures is now of device 0
+    pipe = pipeline()
+    pipe.net.to("cuda:1")
+    pipe.classifier.to("cuda:1")
+    got = images(pipe)
+    assert got.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
+    assert all(step.refused is None for step in pipe._engine._steps.values())
+    assert near(got.cpu(), first.cpu())

@@ -13,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast.errors import InvalidArgument
 from admfast.models.fold import FoldOptions
+from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_winograd import amplification
+from admfast.ops.dispatch import watch
+from admfast.ops.subpixel import SubpixelConv
 from tests.ops.tolerance import assert_within
 from tests.small import classifier, randn, unet, upsampler
 
@@ -94,9 +97,87 @@ def test_each_option_can_be_switched_alone(name, option):
     assert_same(net, plain, truth, "library")
 
 
-def test_an_option_of_the_wrong_kind_is_named():
-    with pytest.raises(InvalidArgument, match="conv=3: the name of an implementation, or None"):
-        FoldOptions(conv=3)
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"conv": 3}, "conv=3: the name of an implementation, or None"),
+        ({"memory": -1}, "memory=-1: bytes, 0 or more, or None"),
+        ({"memory": True}, "memory=True: bytes, 0 or more, or None"),
+        ({"channels_last": "no"}, "channels_last='no': True or False"),
+        ({"subpixel": 1}, "subpixel=1: True or False"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_named(given, message):
+    with pytest.raises(InvalidArgument, match=message):
+        FoldOptions(**given)
+
+
+@dataclasses.dataclass
+class Runs:
+    """What runs in a forward: of every switch, how often the path that it stands for is taken."""
+
+    channels_last: int = 0  # convolutions of images with their channels together
+    two_sources: int = 0  # concatenations that are not written
+    residual: int = 0  # convolutions that add the skip themselves
+    qkv_rows: int = 0  # qkv products that come out in the new order
+    subpixel: int = 0
+    embeddings: int = 0  # blocks that don't project the embedding themselves
+    conv: int = 0  # convolutions by the implementation "reference"
+
+
+def what_runs(net, monkeypatch) -> Runs:
+    found, blocks = Runs(), [m for m in net.modules() if hasattr(m, "emb_layers")]
+    real, doubled = FoldedConv.__call__, SubpixelConv.__call__
+
+    def convolve(self, x, residual=None):
+        if not isinstance(self, _Second):
+            found.residual += residual is not None
+            found.channels_last += x.dim() == 4 and x.movedim(1, -1).is_contiguous()
+        return real(self, x, residual)
+
+    def double(self, x):
+        found.subpixel += 1
+        return doubled(self, x)
+
+    for module in net.modules():
+        # The second source of a convolution adds to the first's result, whatever becomes of the skip.
+        for part in module._folded.parts[1:] if getattr(module, "_folded", None) else []:
+            part.__class__ = _Second
+    layers = [
+        m.emb_layers[1].register_forward_hook(lambda *_: setattr(found, "embeddings", found.embeddings - 1))
+        for m in blocks
+    ]
+    found.embeddings = len(blocks)
+    with monkeypatch.context() as patched, watch() as choices:
+        patched.setattr(FoldedConv, "__call__", convolve)
+        patched.setattr(SubpixelConv, "__call__", double)
+        found.two_sources = 1 + len(net.output_blocks) - operations(net).count("cat")
+    for hook in layers:
+        hook.remove()
+    found.qkv_rows = sum(m.qkv.reordered for m in net.modules() if hasattr(m, "qkv"))
+    found.conv = sum(choice.op == "conv" and choice.name == "reference" for choice in choices)
+    return found
+
+
+class _Second(FoldedConv):
+    """A part of a convolution that is not its first."""
+
+
+@pytest.mark.parametrize("option", OFF)
+def test_each_switch_changes_what_runs_and_nothing_else(option, monkeypatch):
+    # With one channel both layouts are the same.
+    net = unet(resblock_updown=True, in_channels=3, out_channels=6).requires_grad_(False)
+    net.fold(FoldOptions(conv="library"))
+    before = what_runs(net, monkeypatch)
+    net.fold(dataclasses.replace(FoldOptions(conv="library"), **{option: OFF[option]}))
+    after = what_runs(net, monkeypatch)
+    changed = {name for name, count in vars(after).items() if count != getattr(before, name)}
+    # Sub-pixel convolutions stand in for others, whose counts they change.
+    assert option in changed and changed <= {option} | ({"channels_last"} if option == "subpixel" else set())
+    on, off = (after, before) if option in ("subpixel", "conv") else (before, after)
+    assert getattr(on, option) > getattr(off, option)
+    # Attention puts out its channels together in any case.
+    assert getattr(off, option) == 0 or option == "channels_last"
 
 
 # What is derived, and from what
@@ -115,7 +196,7 @@ class Seen(TorchDispatchMode):
 
 
 def operations(net) -> list[str]:
-    x = randn(N, 1, 8, 8)
+    x = randn(N, net.config.in_channels, 8, 8)
     with torch.no_grad(), Seen() as seen:
         net(x, T, Y)
     return seen.names
@@ -198,6 +279,31 @@ def test_training_mode_and_functional_call_take_the_parameters():
     assert not torch.equal(net.eval()(x, T, Y), plain)
 
 
+@pytest.mark.parametrize("change", ["functional_call", "requires_grad_"])
+def test_projections_follow_their_layers(change):
+    net = made("unet")
+    x, layer = randn(N, 1, 8, 8), net.middle_block[0].emb_layers[1]
+    other = {"middle_block.0.emb_layers.1.weight": 1.5 * layer.weight}
+    plain = net(x, T, Y)
+    wanted = torch.func.functional_call(net, other, (x, T, Y))
+    net.fold(FoldOptions(conv="library"))
+    assert net.projects
+    if change == "functional_call":
+        got = torch.func.functional_call(net, other, (x, T, Y))
+        assert (got - wanted).abs().max() < 1e-4 < (wanted - plain).abs().max()
+    else:
+        layer.weight.requires_grad_(True)
+        net(x, T, Y).sum().backward()
+        assert layer.weight.grad is not None and not net.projects
+
+
+def test_weights_loaded_into_a_network_that_trains_unfold_it():
+    net = made("unet")
+    net.fold()
+    net.requires_grad_(True).load_state_dict(made("unet").state_dict())
+    assert not net.is_folded
+
+
 def memory_of(net) -> list[int]:
     """Where all that was derived lies."""
     convolutions = [module for module in net.modules() if getattr(module, "_folded", None)]
@@ -207,7 +313,7 @@ def memory_of(net) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("change", ["in place", "load_state_dict", "assign", "data"])
+@pytest.mark.parametrize("change", ["in place", "load_state_dict", "assign", "data", "data replaced"])
 def test_changed_parameters_are_taken_up_in_the_same_memory(change):
     net, wanted = made("unet"), made("unet")
     options = FoldOptions(conv="library")
@@ -217,7 +323,10 @@ def test_changed_parameters_are_taken_up_in_the_same_memory(change):
     assert len(before) > 20
     state = {key: 1.25 * value for key, value in net.state_dict().items()}
     wanted.load_state_dict(state)
-    if change == "in place":
+    if change == "data replaced":
+        for parameter in net.parameters():
+            parameter.data = 1.25 * parameter.data  # new memory, written before it is the parameter's
+    elif change == "in place":
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.mul_(1.25)
@@ -231,7 +340,10 @@ def test_changed_parameters_are_taken_up_in_the_same_memory(change):
         net.load_state_dict(state, assign=change == "assign")
         net.requires_grad_(False)
     net.ensure_folded(options, torch.float32)
-    assert memory_of(net) == before and net.fold_generation == generation
+    assert memory_of(net) == before
+    # Graphs also read parameters that nothing is derived from: norms, the embedding's layers.
+    moved = change in ("assign", "data replaced")
+    assert (net.fold_generation != generation) == moved
     wanted.fold(options)
     assert all(torch.equal(a, b) for a, b in zip(call(net), call(wanted), strict=True))
 
@@ -261,5 +373,3 @@ def test_the_smallest_convolutions_get_what_memory_there_is():
     before = net.fold_bytes
     call(net)
     assert net.fold_bytes > before
-    with pytest.raises(InvalidArgument, match="memory=-1: bytes, 0 or more, or None"):
-        FoldOptions(memory=-1)

@@ -1,0 +1,178 @@
+"""What capturing asks of CUDA, held to on any machine: a stand-in for torch.cuda notes the calls."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from admfast.engine.capture import WARM_UPS, capture
+from tests.engine.test_step import step_of
+
+DEVICE = torch.device("cuda:1")
+
+
+class Stream:
+    """A stream that notes what waits for what."""
+
+    def __init__(self, device: torch.device = DEVICE):
+        self.device, self.waited = device, []
+
+    def wait_stream(self, other: object) -> None:
+        self.waited.append(other)
+
+    wait_event = wait_stream
+
+    def record_event(self) -> object:
+        return f"event of {id(self)}"
+
+
+class Cuda:
+    """torch.cuda as far as capturing goes: the current stream, and captures that an error leaves unjoined."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.home = self.current = Stream()
+        self.capturing: Stream | None = None
+        self.asked: list[object] = []
+        self.replays = 0
+        stand_ins = {
+            "device": contextlib.nullcontext,
+            "synchronize": lambda device: None,
+            "Stream": Stream,
+            "stream": self.stream,
+            "set_stream": lambda stream: setattr(self, "current", stream),
+            "current_stream": self.current_stream,
+            "graph_pool_handle": lambda: (0, 1),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: setattr(self, "replays", self.replays + 1)),
+            "graph": self.graph,
+        }
+        for name, value in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def current_stream(self, device: torch.device | None = None) -> Stream:
+        self.asked.append(device)
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, capture_error_mode, stream=None):
+        assert stream is not None and stream.device == DEVICE and capture_error_mode == "thread_local"
+        before, self.capturing, self.current = self.current, stream, stream
+        try:
+            yield
+        except BaseException:
+            # As torch's own does, which then leaves its stream current.
+            raise RuntimeError("CUDA error: operation failed due to a capture that was not joined")  # noqa: B904
+        finally:
+            self.capturing = None
+        self.current = before
+
+
+def prepared(body) -> SimpleNamespace:
+    """What `capture` takes of a step."""
+    state = SimpleNamespace(x=SimpleNamespace(device=DEVICE))
+    return SimpleNamespace(state=state, run={True: body, False: body}, counters=torch.zeros(2), refused=None)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return Cuda(monkeypatch)
+
+
+def test_warm_up_and_captures_run_on_one_stream_of_the_step_s_device(cuda):
+    seen = []
+    step = prepared(lambda: seen.append((cuda.current, cuda.capturing is not None)))
+    capture(step)
+    assert len({stream for stream, _ in seen}) == 1 and seen[0][0] is not cuda.home
+    assert [captured for _, captured in seen] == [False] * 2 * WARM_UPS + [True] * 2
+    assert set(cuda.asked) == {DEVICE} and cuda.current is cuda.home and step.refused is None
+    for replay in step.run.values():
+        replay()
+    assert cuda.replays == 2
+
+
+def failing(cuda, error: Exception):
+    """A body that raises in the capture alone."""
+
+    def body() -> None:
+        if cuda.capturing is not None:
+            raise error
+
+    return body
+
+
+def test_a_refusal_is_told_by_its_first_error_and_leaves_the_stream(cuda, caplog):
+    step = prepared(failing(cuda, RuntimeError("operation not permitted when stream is capturing\nmore")))
+    before = dict(step.run)
+    with caplog.at_level(logging.WARNING, logger="admfast"):
+        capture(step)
+    assert step.refused == "operation not permitted when stream is capturing" and step.run == before
+    assert "no CUDA graph of the step (operation not permitted" in caplog.text
+    assert cuda.current is cuda.home
+
+
+def test_a_lack_of_memory_in_a_capture_is_one(cuda):
+    step = prepared(failing(cuda, torch.cuda.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        capture(step)
+    assert cuda.current is cuda.home and step.refused is None
+
+
+def test_a_lack_of_memory_before_the_capture_is_not_its_own(cuda):
+    step = prepared(failing(cuda, RuntimeError("not permitted")))
+    try:
+        raise torch.cuda.OutOfMemoryError("of the caller's larger batch")
+    except torch.cuda.OutOfMemoryError:
+        capture(step)
+    assert step.refused == "not permitted"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_searches_while_a_step_is_captured(cuda, monkeypatch, deterministic):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    before, seen = torch.backends.cudnn.benchmark, []
+    capture(prepared(lambda: seen.append(torch.backends.cudnn.benchmark)))
+    assert set(seen) == {not deterministic} and torch.backends.cudnn.benchmark == before
+
+
+# Several streams
+
+
+def test_branches_fork_from_the_current_stream_of_their_device(monkeypatch):
+    step, table, batch = step_of()
+    step.fill(table, batch)
+    cuda = Cuda(monkeypatch)
+    step.side = Stream()
+    step.body(True)
+    assert cuda.asked == [step.state.x.device]
+    assert step.side.waited == [cuda.home] and cuda.home.waited == [step.side]
+
+
+def test_buffers_pass_from_stream_to_stream(monkeypatch):
+    step, _, _ = step_of()
+    recorded = []
+    buffer = SimpleNamespace(record_stream=recorded.append)
+    monkeypatch.setattr(step, "_buffers", lambda: [buffer])
+    step._home, step._left, other = Stream(), "the end of the last batch", Stream()
+    step._enter(step._home)
+    assert step._home.waited == ["the end of the last batch"] and recorded == []
+    step._enter(other)
+    assert other.waited == ["the end of the last batch"] and recorded == [other]
+
+
+def test_a_batch_leaves_its_step_after_its_images_were_copied(monkeypatch):
+    from admfast.engine.step import PreparedStep
+    from tests.small import pipeline
+
+    left = []
+    monkeypatch.setattr(PreparedStep, "leave", lambda step: left.append(step.counters.tolist()[0]))
+    pipeline().sample(seeds=[1], steps=3)
+    assert left == [0, 3]

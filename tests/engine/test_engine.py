@@ -1,0 +1,294 @@
+"""Engines: steps for one user at a time, and never those of other weights, networks or settings."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from admfast.engine.options import PLAIN, EngineOptions
+from admfast.engine.precision import POLICIES
+from admfast.errors import InvalidArgument
+from admfast.models.fold import FoldOptions
+from admfast.pipeline import Pipeline
+from tests.small import PROCESS, cascade, classifier, pipeline, randn, unet, upsampler
+
+LABELS, SEEDS = [0, 3, 1], [3, 5, 7]
+
+
+def images(pipe: Pipeline, **settings) -> Tensor:
+    return pipe.sample(**{"classes": LABELS, "seeds": SEEDS, "output": "float", **settings})
+
+
+def kept(pipe: Pipeline):
+    """The one step that is kept."""
+    (step,) = pipe._engine._steps.values()
+    return step
+
+
+# Several users
+
+
+@pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
+def test_a_callback_may_sample_with_the_same_pipeline(options):
+    pipe = pipeline(options=options)
+    wanted, inner = images(pipe), images(pipe, seeds=[11, 12, 13])
+    seen: list[Tensor] = []
+
+    def callback(progress):
+        if not seen:
+            seen.append(images(pipe, seeds=[11, 12, 13]))
+
+    assert torch.equal(images(pipe, callback=callback), wanted) and torch.equal(seen[0], inner)
+    assert len(pipe._engine._steps) <= 1
+
+
+def test_threads_get_the_images_of_one_after_another():
+    pipe = pipeline()
+    settings = [{"seeds": [i, i + 1, i + 2], "steps": 12} for i in (0, 50, 100)]
+    wanted = [images(pipeline(), **given) for given in settings]
+    found: dict[int, Tensor] = {}
+    workers = [
+        threading.Thread(target=lambda i=i, given=given: found.update({i: images(pipe, **given)}))
+        for i, given in enumerate(settings)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(found) == [0, 1, 2]
+    assert all(torch.equal(found[i], wanted[i]) for i in found)
+
+
+def test_a_step_in_use_is_nobody_else_s():
+    pipe = pipeline()
+    images(pipe)
+    engine, step = pipe._engine, kept(pipe)
+    with engine.using(step.key) as first, engine.using(step.key) as second:
+        assert first is step and second is not step and not engine._steps
+    assert kept(pipe) is step
+    with pytest.raises(ZeroDivisionError), engine.using(step.key):
+        raise ZeroDivisionError
+    assert kept(pipe) is step
+
+
+def test_copies_and_pickles_sample_the_same():
+    pipe = pipeline()
+    wanted = images(pipe)
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert torch.equal(images(other), wanted) and other._engine.net is other.net
+    both = copy.deepcopy(cascade())
+    assert both._engine.beside is both.upsampler._engine
+
+
+# Other networks and settings
+
+
+@pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
+@pytest.mark.parametrize("part", ["net", "classifier"])
+def test_another_network_serves_from_then_on(part, options):
+    pipe, other = pipeline(options=options), {"net": unet, "classifier": classifier}[part](9)
+    images(pipe)
+    setattr(pipe, part, other)
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    wanted = pipeline(options=options, **{part: copy.deepcopy(other)})
+    assert torch.equal(images(pipe), images(wanted))
+
+
+def test_other_settings_serve_from_then_on():
+    pipe = pipeline()
+    images(pipe)
+    pipe.policy = POLICIES["bf16"]
+    assert torch.equal(images(pipe), images(pipeline(policy=POLICIES["bf16"])))
+    pipe.options = PLAIN
+    assert not pipe.net.is_folded
+    pipe.diffusion = dataclasses.replace(PROCESS, noise_schedule="cosine")
+    x = randn(1, 1, 8, 8)
+    wanted = pipeline(options=PLAIN, diffusion=pipe.diffusion).predict(x, 500, [1])
+    assert torch.equal(pipe.predict(x, 500, [1]).x0, wanted.x0)
+
+
+def test_a_part_that_does_not_fit_changes_nothing():
+    pipe = pipeline()
+    wanted, net = images(pipe), pipe.net
+    with pytest.raises(InvalidArgument, match="classifier='1 channels, 2-D'"):
+        pipe.net = unet(in_channels=3, out_channels=6)
+    assert pipe.net is net and torch.equal(images(pipe), wanted)
+
+
+def test_a_plain_pipeline_runs_a_network_that_another_folded():
+    net, guide = unet(), classifier(1)
+    half = pipeline(net=net, classifier=guide, policy=POLICIES["bf16"])
+    plain = pipeline(net=net, classifier=guide, options=PLAIN)
+    rounded, wanted = images(half), images(pipeline(options=PLAIN))
+    assert torch.equal(images(plain), wanted)
+    x = randn(3, 1, 8, 8)
+    images(half)
+    found = plain.predict(x, 500, LABELS).x0
+    assert torch.equal(found, pipeline(options=PLAIN).predict(x, 500, LABELS).x0)
+    assert torch.equal(images(half), rounded)
+
+
+@pytest.mark.parametrize("outer", [0, 1], ids=["prepared", "plain"])
+def test_pipelines_of_two_precisions_do_not_mix_in_one_image(outer):
+    net, guide = unet(), classifier(1)
+    pipes = [
+        pipeline(net=net, classifier=guide, policy=POLICIES["bf16"]),
+        pipeline(net=net, classifier=guide, options=PLAIN),
+    ]
+    with pytest.raises(InvalidArgument, match="net='folded anew while it samples'"):
+        images(pipes[outer], callback=lambda _: images(pipes[1 - outer]))
+
+
+def test_a_network_that_trains_is_sampled_from_as_it_is():
+    pipe = pipeline(guidance=0.0)
+    wanted = images(pipe)
+    for change in (lambda net: net.train(), lambda net: net.requires_grad_(True)):
+        change(pipe.net)
+        assert (images(pipe) - wanted).abs().max() < 1e-4
+    with torch.no_grad():
+        pipe.net.out[2].bias.add_(0.3)
+    assert (images(pipe) - wanted).abs().max() > 1e-2
+    pipe.net.eval().requires_grad_(False)
+    assert pipe.net.out[2].bias.requires_grad is False and images(pipe).shape == wanted.shape
+    assert pipe.net.is_folded
+
+
+def test_a_classifier_made_trainable_is_refused_by_name():
+    pipe = pipeline()
+    images(pipe)
+    pipe.classifier.requires_grad_(True)
+    with pytest.raises(InvalidArgument, match="classifier='trainable': freeze its parameters first"):
+        images(pipe)
+    assert torch.isfinite(images(pipe, guidance=0)).all()
+
+
+def test_input_that_requires_a_gradient_leaves_none_behind():
+    pipe, z = pipeline(), randn(3, 1, 8, 8)
+    wanted = images(pipe, noise=z)
+    steps = randn(4, 3, 1, 8, 8, seed=4)
+    recorded = images(pipe, noise=z, step_noise=steps)
+    assert not images(pipe, noise=z.clone().requires_grad_(True)).requires_grad
+    given = {"noise": z, "step_noise": steps.clone().requires_grad_(True)}
+    assert torch.equal(images(pipe, **given), recorded)
+    assert torch.equal(images(pipe, noise=z), wanted) and not images(pipe, noise=z).requires_grad
+
+
+@pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
+def test_a_scale_that_float32_does_not_hold_is_refused_by_name(options):
+    for given in (1e39, -1e300):
+        with pytest.raises(InvalidArgument, match="guidance=.*: a number that float32 holds, at most 3.4e"):
+            images(pipeline(options=options), guidance=given)
+
+
+def test_a_pipeline_may_be_made_in_inference_mode_but_not_its_networks():
+    net, guide, fresh = unet(), classifier(1), pipeline()
+    with torch.inference_mode():
+        pipe = pipeline(net=net, classifier=guide)
+        for parts, name in (({"net": unet()}, "net"), ({"classifier": classifier(1)}, "classifier")):
+            given = {"net": net, "classifier": guide, **parts}
+            with pytest.raises(InvalidArgument, match=f"{name}='made in inference mode': build it outside"):
+                pipeline(**given)
+    for one in (pipe, fresh):
+        images(one)
+        with torch.no_grad():
+            one.net.middle_block[0].emb_layers[1].bias.add_(0.3)
+    assert torch.equal(images(pipe), images(fresh))
+
+
+# Forms in other memory
+
+
+MOVES = {
+    "assigned": lambda net: net.load_state_dict(
+        {k: v.clone() for k, v in net.state_dict().items()}, assign=True
+    ),
+    "a part converted": lambda net: net.middle_block.to(torch.float32),
+    "a layer replaced": lambda net: net.middle_block.__setitem__(1, copy.deepcopy(net.middle_block[1])),
+    "data replaced": lambda net: setattr(net.out[0].weight, "data", net.out[0].weight.data.clone()),
+    "folded anew by a user": lambda net: (net.unfold(), net.fold()),
+    "folded otherwise by a user": lambda net: net.fold(dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_steps_of_forms_in_other_memory_are_dropped(move):
+    pipe = pipeline()
+    wanted, step = images(pipe), kept(pipe)
+    MOVES[move](pipe.net)
+    assert torch.equal(images(pipe), wanted)
+    # A captured graph would read what was freed.
+    assert kept(pipe) is not step
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_step_folded_anew_by_another_pipeline_is_dropped(precision):
+    net, guide = unet(), classifier(1)
+    pipe = pipeline(net=net, classifier=guide)
+    other = pipeline(net=net, classifier=guide, policy=POLICIES[precision])
+    wanted = images(pipeline())
+    assert torch.equal(images(pipe), wanted)
+    step = kept(pipe)
+    net.unfold()
+    images(other)  # folds it, in the same precision perhaps, so that nothing is left to do
+    assert torch.equal(images(pipe), wanted) and kept(pipe) is not step
+
+
+# One budget
+
+
+def spared(net) -> set[str]:
+    return {
+        name
+        for name, module in net.named_modules()
+        if hasattr(module, "fold_weights") and module._folded.parts[0]._source.spare_memory
+    }
+
+
+def winograd_bytes(net) -> int:
+    """What its Winograd forms take, in the directions that run."""
+    kept_ones = [name for _, name in net.winograd_sizes() if name not in spared(net)]
+    return sum(size for size, name in net.winograd_sizes() if name in kept_ones)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_the_networks_of_a_cascade_share_one_budget(share):
+    def nets(pipe):
+        return [pipe.net, pipe.classifier, pipe.upsampler.net]
+
+    whole = [sum(size for size, _ in net.winograd_sizes()) for net in nets(cascade())]
+    memory = int(share * sum(whole))
+    options = EngineOptions(fold=FoldOptions(memory=memory))
+    up = Pipeline("up", upsampler(2), PROCESS, steps=3, low_res_size=8, options=options)
+    pipe = pipeline(upsampler=up, options=options)
+    images(pipe, steps=1)
+    used = [winograd_bytes(net) for net in nets(pipe)]
+    assert sum(used) <= memory and (share < 1 or used == whole)
+    assert share in (0, 1) or sum(used) > 0.5 * memory
+    wanted = images(cascade(), steps=1)
+    assert (images(pipe, steps=1) - wanted).abs().max() < 1e-3
+
+
+def test_a_classifier_s_forms_count_in_both_directions():
+    from admfast.models.fold import WINOGRAD_BYTES
+
+    for net, directions in ((unet(), 1), (classifier(), 2)):
+        weights = sum(m.weight.numel() for m in net.modules() if hasattr(m, "fold_weights"))
+        assert sum(size for size, _ in net.winograd_sizes()) == WINOGRAD_BYTES * directions * weights
+
+
+def test_pipelines_that_share_a_network_keep_its_form():
+    net, guide = unet(), classifier(1)
+    options = EngineOptions(fold=FoldOptions(memory=2_000_000))
+    guided = pipeline(net=net, classifier=guide, options=options)
+    alone = pipeline(net=net, classifier=None, guidance=0.0, options=options)
+    images(guided), images(alone)
+    generation = net.fold_generation
+    for pipe in (guided, alone, guided):
+        images(pipe)
+    assert net.fold_generation == generation

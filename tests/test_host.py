@@ -1,0 +1,67 @@
+"""Limits of memory and processor time, as control groups of both versions say them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from admfast import host
+
+
+@pytest.fixture
+def groups(tmp_path: Path):
+    """Write a tree of control groups: files by path, and the lines that name the process's own."""
+
+    def write(own: str, **files: str) -> tuple[Path, Path]:
+        for name, text in files.items():
+            path = tmp_path / "mount" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        (tmp_path / "own").write_text(own)
+        return tmp_path / "mount", tmp_path / "own"
+
+    return write
+
+
+WHOLE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+MEMORY = {
+    "version 2": ("0::/pod/box\n", {"pod/box/memory.max": "max\n", "pod/memory.max": "4096\n"}, 4096),
+    "version 2, own": ("0::/box\n", {"box/memory.max": "5000", "memory.max": "max"}, 5000),
+    "version 1": ("4:memory:/box\n", {"memory/box/memory.limit_in_bytes": "6000\n"}, 6000),
+    "version 1, the host's path": ("4:memory:/x/y\n", {"memory/memory.limit_in_bytes": "7000"}, 7000),
+    "another controller": ("4:pids:/box\n", {"memory/box/memory.limit_in_bytes": "6000\n"}, WHOLE),
+    "no limit": ("4:memory:/\n", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, WHOLE),
+    "nothing": ("", {}, WHOLE),
+}
+
+
+@pytest.mark.parametrize("own, files, wanted", MEMORY.values(), ids=MEMORY)
+def test_memory_is_what_the_tightest_group_allows(groups, own, files, wanted):
+    assert host.memory(*groups(own, **files)) == wanted
+
+
+QUOTA = {
+    "version 2": ("0::/box\n", {"box/cpu.max": "100000 100000"}, 1),
+    "version 2, part of one": ("0::/box\n", {"box/cpu.max": "50000 100000"}, 1),
+    "version 2, none": ("0::/box\n", {"box/cpu.max": "max 100000"}, 64),
+    "version 1": (
+        "3:cpu,cpuacct:/\n",
+        {"cpu,cpuacct/cpu.cfs_quota_us": "250000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+        3,
+    ),
+    "version 1, none": ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+}
+
+
+@pytest.mark.parametrize("own, files, wanted", QUOTA.values(), ids=QUOTA)
+def test_processors_are_those_of_the_mask_within_the_quota(groups, own, files, wanted, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert host.cpus(*groups(own, **files)) == wanted
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
+    assert host.cpus(*groups(own, **files)) == 1
+
+
+def test_a_machine_without_control_groups_is_whole(tmp_path):
+    assert host.memory(tmp_path, tmp_path / "missing") == WHOLE and host.cpus(tmp_path, tmp_path / "x") >= 1
