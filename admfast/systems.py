@@ -88,7 +88,8 @@ def load(
         if str(name) in SYSTEMS:
             for argument, value in given.items():
                 if value:
-                    raise invalid(argument, value, f"not for a system: {name} says it")
+                    given_as = str(value) if isinstance(value, PathLike) else value
+                    raise invalid(argument, given_as, f"not for a system: {name} says it")
             return _load_system(system(str(name)), weights, on, form)
         path = Path(name)
         if not os.path.exists(path) and path.suffix not in ENDINGS:
