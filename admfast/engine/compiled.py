@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("admfast")
 INDEX = "index.json"
+Keys = set[tuple[str, str]]
+# What torch gave this process, save by save, with the keys that were new in each: of what it gives at a later
+# save, which names all, only what is new since the one before survives being loaded (torch 2.13).
+_SAVES: list[tuple[bytes, Keys]] = []
 # What zipfile and json raise for bytes that no archive of ours has.
 _NO_ARCHIVE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError,
@@ -84,9 +88,9 @@ class _Kept:
     """What a file holds: what processes saved, by digest, and the (kind, key) of the artefacts in each."""
 
     saved: dict[str, bytes] = field(default_factory=dict)
-    keys: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    keys: dict[str, Keys] = field(default_factory=dict)
 
-    def add(self, data: bytes, keys: set[tuple[str, str]]) -> bool:
+    def add(self, data: bytes, keys: Keys) -> bool:
         """Take in what a process has; False where all of it is here. What it covers entirely is dropped."""
         if keys <= set().union(*self.keys.values()):
             return False
@@ -112,15 +116,17 @@ def save_artefacts(path: str | PathLike[str]) -> int:
         return 0
     data, info = artefacts
     keys = {(kind, key) for kind, names in info.artifacts.items() for key in names}
+    if keys := keys - set().union(*(held for _, held in _SAVES)):
+        _SAVES.append((data, keys))
     with _alone(Path(path).parent):
         try:
             kept = _read(Path(path)) if Path(path).is_file() else _Kept()
         except _Unreadable:
             kept = _Kept()
-        if not kept.add(data, keys):
-            return 0
-        _write(Path(path), kept)
-    return len(data)
+        added = [len(data) for data, keys in _SAVES if kept.add(data, keys)]
+        if added:
+            _write(Path(path), kept)
+    return sum(added)
 
 
 def load_artefacts(path: str | PathLike[str]) -> bool:
