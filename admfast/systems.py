@@ -62,7 +62,7 @@ def load(
             the classifier in fp32 (as published), bf16 on a CPU with AMX, else fp32. Norms, softmax,
             embeddings, the last layer and the update are in float32 in all of them.
         compile: torch.compile the step; the first image of a shape then waits for minutes.
-        compile_cache: with it, a file that is read where it is there and written where it isn't, so that
+        compile_cache: with it, a file of what was compiled, which is read and gains what is new, so that
             another process starts warm. It holds code: take it only from where you trust.
         keep_master: keep the float32 parameters beside what a half precision derives from them; without,
             the parameters themselves are rounded, and memory is saved.
@@ -89,7 +89,8 @@ def load(
         if str(name) in SYSTEMS:
             for argument, value in given.items():
                 if value:
-                    raise invalid(argument, value, f"not for a system: {name} says it")
+                    given_as = str(value) if isinstance(value, PathLike) else value
+                    raise invalid(argument, given_as, f"not for a system: {name} says it")
             return _load_system(system(str(name)), weights, on, form)
         path = Path(name)
         if not os.path.exists(path) and path.suffix not in ENDINGS:

@@ -44,6 +44,7 @@ from admfast.cli.tables import table
 from admfast.engine.asking import INVERSE
 from admfast.engine.numerics import peak_memory
 from admfast.errors import AdmfastError, InvalidArgument, invalid
+from admfast.files.atomic import check_writable
 from admfast.files.npz import Samples
 from admfast.files.sets import read_set
 from admfast.pipeline import Pipeline
@@ -86,11 +87,7 @@ def run_sample(
 ) -> None:
     """Sample images: PNG files, one labelled grid and the published npz."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    if batch is not None and batch < 1:
-        raise invalid("batch", batch, "1 or more")
-    if solver == INVERSE:
-        allowed = "in Python alone: pipe.sample(x_start=images, solver='ddim-inverse', output='float')"
-        raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
+    _check_early(batch, solver, compile_cache)
     pipe = load(
         name,
         weights,
@@ -114,6 +111,17 @@ def run_sample(
     small = None if images is None else images.images
     run = SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates, low_res=small)
     _run(run, list(pipe.policy.parts().items()) if verbose else [])
+
+
+def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> None:
+    """Refuse what needs no model to be refused."""
+    if batch is not None and batch < 1:
+        raise invalid("batch", batch, "1 or more")
+    if solver == INVERSE:
+        allowed = "in Python alone: pipe.sample(x_start=images, solver='ddim-inverse', output='float')"
+        raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
+    if compile_cache is not None:
+        check_writable(compile_cache)
 
 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:

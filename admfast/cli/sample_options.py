@@ -69,7 +69,8 @@ Compile = Annotated[
 CompileCache = Annotated[
     Path | None,
     typer.Option(
-        help="With --compile: a file that keeps what was compiled for the next process (default: none)."
+        help="With --compile: a file that keeps what was compiled for the next process, and gains what is "
+        "new (default: none)."
     ),
 ]
 Verbose = Annotated[

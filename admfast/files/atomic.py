@@ -114,6 +114,15 @@ def write_text(path: str | PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def check_writable(path: str | PathLike[str]) -> None:
+    """Raise OutputError where a file at `path` could not be written; leaves nothing behind, changes nothing.
+
+    For before long work, whose result goes there.
+    """
+    with _replacing(path):
+        pass
+
+
 class _RecordingFile(io.FileIO):
     """A raw file that remembers its first failed write: some writers raise an error of their own instead."""
 

@@ -15,6 +15,7 @@ import pytest
 
 from admfast.errors import AdmfastError, OutputError
 from admfast.files import atomic_open, atomic_path, output_error, write_bytes, write_text
+from admfast.files.atomic import check_writable
 
 
 def names(folder: Path) -> list[str]:
@@ -87,6 +88,20 @@ def test_a_place_that_cant_be_written(tmp_path, manager, place, reason):
     assert isinstance(caught.value, AdmfastError)
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path) == ["file"]
+
+
+def test_a_place_is_tried_without_a_trace(tmp_path):
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "old")
+    check_writable(tmp_path / "new")
+    assert names(tmp_path) == ["old"] and (tmp_path / "old").read_text() == "old"
+    for place, reason in (
+        ("no/file", "does not exist"),
+        (".", "a folder, not a file"),
+        ("old/x", "not a folder"),
+    ):
+        with pytest.raises(OutputError, match=reason):
+            check_writable(tmp_path / place)
 
 
 def test_a_device_is_not_replaced():

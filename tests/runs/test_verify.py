@@ -8,16 +8,28 @@ import math
 import pytest
 import torch
 
-from admfast.cli.main import main
-from admfast.cli.verify import PAST_BUDGET, report
-from admfast.engine.options import PLAIN
-from admfast.engine.precision import POLICIES
-from admfast.engine.verify import BUDGETS, Budget, Deviation, Verification, compare_images, relative_error
+from admfast.cli.verify import report
+from admfast.diffusion import DiffusionConfig
+from admfast.engine.options import PLAIN, EngineOptions
+from admfast.engine.precision import POLICIES, Policy
+from admfast.engine.verify import (
+    BUDGETS,
+    Budget,
+    Deviation,
+    Verification,
+    _of_tf32,
+    amplified,
+    compare_images,
+    relative_error,
+)
 from admfast.errors import InvalidArgument
 from admfast.models import ClassifierConfig, UNetConfig
+from admfast.ops.sampler_step import Clip
+from admfast.pipeline import Pipeline
 from admfast.runs.verify import verify
+from admfast.solvers import make_table, respacing_of
 from admfast.systems import load
-from tests.small import cascade, pipeline, randn, with_weights
+from tests.small import PROCESS, classifier, pipeline, randn, unet, upsampler, with_weights
 
 PRECISIONS = ["fp32", "bf16", "fp16"]  # what a CPU has; more on a GPU
 SHORT = {"steps": 3, "seeds": [5]}
@@ -63,6 +75,12 @@ def middling():
         1,
     )
     return lambda **settings: pipeline(net=copy.deepcopy(net), classifier=copy.deepcopy(guide), **settings)
+
+
+def cascade(**settings) -> Pipeline:
+    """A pipeline with an upsampler, both with these settings."""
+    up = Pipeline("small-up", upsampler(2), PROCESS, low_res_size=8, **settings)
+    return pipeline(upsampler=up, **settings)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -132,9 +150,185 @@ def test_a_cascade_is_verified_whole():
     assert any(d.name.startswith("upsampler net.") for d in found.layers)
 
 
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_layers_are_compared_in_the_pipelines_own_numerics(around):
+    # On CUDA the same context holds TF32; a process set to it must not round the reference.
+    pipe, reference = pipeline(), pipeline(options=PLAIN)
+    wanted = verify(pipe, reference, **SHORT)
+    with around():
+        got = verify(pipe, reference, **SHORT)
+    assert not got.failures and got.layers == wanted.layers
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("process", ["highest", "high"])
+def test_tf32_is_what_is_compared_on_a_gpu(process):
+    plain = load("digits32", device="cuda", precision="fp32", engine=PLAIN)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(process)
+    torch.backends.cudnn.allow_tf32 = process == "high"
+    try:
+        found = {
+            p: verify(load("digits32", device="cuda", precision=p), plain, **SHORT) for p in ("tf32", "fp32")
+        }
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    assert not found["tf32"].failures and not found["fp32"].failures
+    assert max(d.error for d in found["tf32"].layers) > 10 * BUDGETS["fp32"].layer
+
+
+# The reference
+
+
+def test_a_pipeline_is_no_reference_of_itself(digits):
+    with pytest.raises(InvalidArgument, match="reference='digits32': another pipeline than `pipe`"):
+        verify(digits, digits, **SHORT)
+
+
+NO_REFERENCE = {
+    "bf16": (dict(policy=POLICIES["bf16"], options=PLAIN), "in precision 'fp32'; this is in 'bf16'"),
+    "auto": (dict(policy=Policy("auto", torch.bfloat16), options=PLAIN), "this is in 'auto'"),
+    "folded": (dict(), "with engine=PLAIN; this differs in prepared, fold, graph, branches"),
+    "unfolded": (dict(options=EngineOptions(fold=None)), "this differs in prepared, graph, branches"),
+    "another process": (
+        dict(diffusion=DiffusionConfig(noise_schedule="cosine", steps=1000, learn_sigma=True)),
+        "of the same diffusion as small",
+    ),
+    "no classifier": (
+        dict(classifier=None, options=PLAIN, guidance=0.0),
+        "with the same classifier as small",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_REFERENCE)
+def test_what_is_no_reference_is_refused(kind):
+    settings, words = NO_REFERENCE[kind]
+    with pytest.raises(InvalidArgument, match=f"^reference='small': .*{words}"):
+        verify(pipeline(), pipeline(**settings), **SHORT)
+
+
+def test_networks_are_the_reference_s_own():
+    net, guide = unet(), classifier(1)
+    pipe = pipeline(net=net, classifier=guide)
+    for shared, part in (({"net": net}, "net"), ({"classifier": guide}, "classifier")):
+        with pytest.raises(InvalidArgument, match=f"reference.{part}='that of pipe': a network of its own"):
+            verify(pipe, pipeline(options=PLAIN, **shared), **SHORT)
+    rounded = pipeline(options=PLAIN)
+    rounded.net.convert_torso(torch.bfloat16)
+    with pytest.raises(InvalidArgument, match="reference.net='bfloat16': parameters in float32"):
+        verify(pipe, rounded, **SHORT)
+
+
+def test_the_reference_of_a_cascade_is_one_in_both_halves():
+    plain, folded = cascade(options=PLAIN), cascade()
+    plain.upsampler = folded.upsampler
+    with pytest.raises(InvalidArgument, match="reference.upsampler='small-up': with engine=PLAIN"):
+        verify(cascade(), plain, **SHORT)
+    with pytest.raises(InvalidArgument, match="reference.upsampler=None: as of small"):
+        verify(cascade(), pipeline(options=PLAIN), **SHORT)
+
+
 def test_pipelines_of_other_networks_are_refused(digits):
     with pytest.raises(InvalidArgument, match="reference='small': of the same config as digits32"):
-        verify(load("digits32", device="cpu"), pipeline())
+        verify(load("digits32", device="cpu"), pipeline(), **SHORT)
+
+
+# What is asked for
+
+
+def test_seeds_and_classes_as_of_sample():
+    pipe, plain = pipeline(), pipeline(options=PLAIN)
+    one, several = (verify(pipe, plain, seeds=s, classes=3, steps=2) for s in (5, iter([5])))
+    assert one == several and not one.failures
+    seen = []
+    own = pipe.sample
+    pipe.sample = lambda **given: seen.append((given["classes"], given["seeds"])) or own(**given)
+    verify(pipe, plain, steps=2)
+    verify(pipe, plain, steps=2, classes=[1, 2])
+    assert seen == [(None, [0, 1, 2, 3]), ([1, 2], [0, 1])]
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(seeds="a"), "seeds='a'"),
+        (dict(seeds=[]), r"seeds=\[\]: at least one"),
+        (dict(seeds=-1), "seeds=-1: a whole number from 0"),
+        (dict(classes=4), "classes=4: a whole number from 0 to 3"),
+        (dict(budget=3), "budget=3: a Budget, or None"),
+        (dict(steps=2.5), "steps=2.5"),
+        (dict(upsampler_steps=3), "upsampler_steps=3: small has no upsampler"),
+        (dict(low_res=3), "low_res='int': a tensor of floats"),
+        (dict(solver="ddim-inverse"), "solver='ddim-inverse': one that samples: ddpm, ddim"),
+    ],
+)
+def test_wrong_arguments_are_named(settings, words):
+    with pytest.raises(InvalidArgument, match=words):
+        verify(pipeline(), pipeline(options=PLAIN), **{**SHORT, **settings})
+
+
+def test_what_is_no_pipeline_or_has_no_budget_is_named():
+    plain = pipeline(options=PLAIN)
+    with pytest.raises(InvalidArgument, match="pipe='digits32': a Pipeline"):
+        verify("digits32", plain)
+    with pytest.raises(InvalidArgument, match="reference=None: a Pipeline"):
+        verify(plain, None)
+    with pytest.raises(InvalidArgument, match="budget=None: a Budget: none is known for the precision 'own'"):
+        verify(pipeline(policy=Policy("own", torch.bfloat16)), plain, **SHORT)
+    for values in (dict(layer=0.0), dict(step=-1.0), dict(psnr="x"), dict(output=math.nan)):
+        with pytest.raises(InvalidArgument, match=f"{next(iter(values))}="):
+            Budget(**{"layer": 1.0, "step": 1.0, "psnr": 1.0, **values})
+
+
+def test_batches_that_were_halved_are_compared_whole(monkeypatch):
+    pipe, plain = pipeline(), pipeline(options=PLAIN)
+    wanted = verify(pipe, plain, steps=2)
+    own = pipe._batch
+
+    def small(job, part, first):
+        if part.shape[0] > 3:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return own(job, part, first)
+
+    monkeypatch.setattr(pipe, "_batch", small)
+    found = verify(pipe, plain, steps=2)
+    assert [d.name for d in found.steps] == [d.name for d in wanted.steps] and not found.failures
+
+
+# How many steps
+
+
+@pytest.mark.parametrize("precision, fewest", [("bf16", 4), ("fp16", 4), ("fp32", 2)])
+def test_as_few_steps_as_are_taken_are_within_the_budget(digits, precision, fewest):
+    pipe = load("digits32", device="cpu", precision=precision)
+    found = verify(pipe, digits, steps=fewest, seeds=[0], solver="ddpm")
+    assert not found.failures, report(found)
+    for steps in range(2, fewest):
+        with pytest.raises(
+            InvalidArgument, match=rf"^steps={steps}: {fewest} or more for ddpm in this precision"
+        ):
+            verify(pipe, digits, steps=steps, seeds=[0], solver="ddpm")
+
+
+def test_the_upsampler_s_steps_are_looked_at_too():
+    half = dict(policy=POLICIES["bf16"])
+    with pytest.raises(InvalidArgument, match="^upsampler_steps=2: 4 or more for ddpm"):
+        verify(cascade(**half), cascade(options=PLAIN), steps=4, upsampler_steps=2, solver="ddpm")
+    with pytest.raises(InvalidArgument, match="^steps=2: no number of steps of ddpm in this"):
+        strict = Budget(layer=1.0, step=1e-9, psnr=0.0, output=1.0)
+        verify(pipeline(), pipeline(options=PLAIN), steps=2, seeds=[0], solver="ddpm", budget=strict)
+
+
+def test_what_a_row_makes_of_rounding():
+    table = make_table("ddpm", PROCESS.build(respacing_of("ddpm", 2)))
+    first = table.rows[0]
+    assert first.clip == Clip.USED and amplified(table, 1e-3) == pytest.approx(-first.k_out * first.b * 1e-3)
+    assert amplified(table, 1e4) == max(abs(row.b) for row in table.rows), "limited x_0 differ by 1 at most"
+    # With few steps DDIM begins where x_0 amplifies less; many steps take little of it.
+    few, many = (make_table("ddim", PROCESS.build(respacing_of("ddim", n))) for n in (2, 100))
+    assert amplified(many, 1e-3) < amplified(few, 1e-3) < 0.05 * amplified(table, 1e-3)
 
 
 # The measures
@@ -169,29 +363,10 @@ def test_failures_name_the_worst_of_each_kind():
     assert report(found).endswith("past the budget: " + "; ".join(found.failures))
 
 
-# The command
-
-
-def test_the_command_prints_tables_and_exits_by_the_budget(capsys, monkeypatch):
-    arguments = ["verify", "digits32", "--steps", "2", "--seeds", "0", "--device", "cpu"]
-    assert main([*arguments, "--precision", "bf16"]) == 0
-    out = capsys.readouterr().out
-    assert "within the budget" in out and "x after step 2" in out and "worst of 147 layers" in out
-    monkeypatch.setitem(BUDGETS, "bf16", Budget(layer=1e-6, step=1, psnr=0))
-    assert main([*arguments, "--precision", "bf16"]) == PAST_BUDGET
-    assert "past the budget: net." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--steps", "0"], "--steps=0"),
-        (["--solver", "euler"], "--solver='euler'"),
-        (["--precision", "fp8"], "--precision='fp8'"),
-        (["--seeds", "5-1"], "--seeds='5-1'"),
-    ],
-)
-def test_wrong_flags_are_one_line(flags, message, capsys):
-    assert main(["verify", "digits32", "--device", "cpu", *flags]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"admfast: {message}") and err.count("\n") == 1
+def test_values_of_tf32_have_ten_bits():
+    one = 1 + 2.0**-10
+    x = torch.tensor([1.0, one, 1 + 2.0**-11, one + 2.0**-11, -(1 + 2.0**-11) - 2.0**-20, 0.0])
+    wanted = [1.0, one, 1.0, 1 + 2.0**-9, -one, 0.0]
+    assert _of_tf32(x).tolist() == wanted
+    y = randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert (_of_tf32(y) / y - 1).abs().max() <= 2.0**-11
