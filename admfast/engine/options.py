@@ -22,8 +22,8 @@ class EngineOptions:
         graph: on CUDA, capture the step and replay it.
         branches: on CUDA, the classifier's gradient beside the network on a stream of its own.
         compile: torch.compile around the step.
-        compile_cache: file for what was compiled: read first, and given what is compiled anew. It holds code: take
-            it only from where you trust.
+        compile_cache: file for what was compiled: read first, and given what is compiled anew. It holds
+            code: take it only from where you trust.
         kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
             table), and how much memory beside the networks' they may hold; the latest is always kept. Of
             threads that sample at the same time each has a step of its own.
