@@ -96,6 +96,9 @@ class FoldableConv(nn.Module):
         found = self._folded
         if found is None or self.training or self.weight.requires_grad:
             return None
+        # Under autocast dtypes are torch's business, layer by layer.
+        if torch.is_autocast_enabled(self.weight.device.type):
+            return None
         # Under torch.func.functional_call other tensors stand here.
         return found if found.weight is self.weight and found.bias is self.bias else None
 

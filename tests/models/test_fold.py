@@ -279,6 +279,16 @@ def test_training_mode_and_functional_call_take_the_parameters():
     assert not torch.equal(net.eval()(x, T, Y), plain)
 
 
+def test_autocast_takes_the_parameters():
+    plain, folded = (made("unet resampled by blocks") for _ in range(2))
+    folded.fold(FoldOptions())
+    size = plain.config.image_size
+    x, labels = randn(N, plain.config.in_channels, size, size), {"y": Y} if plain.config.num_classes else {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, got = (net(x, T, **labels) for net in (plain, folded))
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("change", ["functional_call", "requires_grad_"])
 def test_projections_follow_their_layers(change):
     net = made("unet")
