@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -64,11 +65,19 @@ def test_tables_and_the_exit_status_of_the_budget(capsys, monkeypatch):
     assert "past the budget: net." in capsys.readouterr().out
 
 
+def layers_in(out: str) -> int:
+    found = re.search(r"worst of (\d+) layers", out)
+    assert found, out
+    return int(found[1])
+
+
 def test_a_model_with_all_that_goes_with_it(verify):
     parts = ("--classifier", "guide.safetensors", "--upsampler", "up.safetensors", "--set-upsampler")
     status, out, err = verify(*parts, "low_res_size=8", "--classes", "1,3", "--upsampler-steps", "3")
     assert status == 0, out + err
-    assert "up, 3 steps" in out and "upsampler: x after step 3" in out and "upsampler net." in out
+    assert "up, 3 steps" in out and "upsampler: x after step 3" in out
+    _, alone, _ = verify("--classifier", "guide.safetensors", "--classes", "1,3")
+    assert layers_in(out) > layers_in(alone)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -161,6 +161,7 @@ def test_layers_are_compared_in_the_pipelines_own_numerics(around):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("process", ["highest", "high"])
 def test_tf32_is_what_is_compared_on_a_gpu(process):
     plain = load("digits32", device="cuda", precision="fp32", engine=PLAIN)
