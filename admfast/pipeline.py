@@ -97,7 +97,7 @@ class Pipeline:
         try:
             self._check_parts()
             self._build(value if name in ("net", "classifier") else None)
-        except Exception:
+        except Exception:  # whatever is wrong with the new value, the old one goes on serving
             super().__setattr__(name, before)
             raise
 

@@ -29,7 +29,7 @@ NormType norm_type(const Tensor& x, const char* op) {
   }
 }
 
-// Strides of a dense [N, C, *spatial] whose channels lie beside each other. From numbers: a view takes a microsecond.
+// Strides of a dense [N, C, *spatial] whose channels lie beside each other. From numbers: a view goes through the dispatcher.
 std::vector<int64_t> channels_last_strides(at::IntArrayRef sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;

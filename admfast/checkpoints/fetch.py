@@ -28,7 +28,7 @@ from tqdm import tqdm
 from admfast.checkpoints.differences import compare, fingerprint, network_shapes, shapes_of
 from admfast.checkpoints.reading import read_weights
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
-from admfast.files.atomic import output_error, write_text
+from admfast.files.atomic import lock, output_error, write_text
 from admfast.models.presets import ModelPreset, preset
 
 MIRROR = "ADMFAST_MIRROR"  # environment variable: base URL that takes the place of the published one
@@ -137,11 +137,7 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         raise output_error(part, error) from error
     with file:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such locks on Windows
-            pass
+            lock(file.fileno(), wait=False)
         except OSError:
             raise OutputError(f"{part}: another fetch is writing it") from None
         try:

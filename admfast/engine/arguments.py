@@ -60,8 +60,8 @@ def check_implementations(impl: object) -> None:
     """Refuse an implementation that isn't known, or that this machine lacks, before anything runs."""
     if not isinstance(impl, str | None):
         raise invalid("impl", impl, "the name of an implementation, or None")
+    value = dispatch.setting()
     for op, table in dispatch.TABLES.items():
-        value = dispatch.setting()
         name = dispatch.named_by_environment(op, value)
         reason = name is not None and table.named(name, dispatch.ENVIRONMENT, value).available()
         if reason:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from admfast.errors import AdmfastError, InvalidArgument, OutputError
-from admfast.files.atomic import atomic_open, check_writable
+from admfast.files.atomic import atomic_open, check_writable, lock
 
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
@@ -190,7 +189,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         # Some network file systems have no locks: two that save at once may then lose one's addition.
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from admfast import host
+from admfast.ops.transforms import in_autocast
 
 
 @contextlib.contextmanager
@@ -27,7 +28,7 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
-        if torch.is_autocast_enabled(device.type):
+        if in_autocast(device):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             if device.index is not None:

@@ -123,6 +123,18 @@ def check_writable(path: str | PathLike[str]) -> None:
         pass
 
 
+def lock(descriptor: int, *, wait: bool) -> None:
+    """Keep other processes that ask for it from a file or folder until it is closed; does nothing on Windows.
+
+    Raises OSError where somebody else has it and `wait` is False, or where the file system has none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
 class _RecordingFile(io.FileIO):
     """A raw file that remembers its first failed write: some writers raise an error of their own instead."""
 

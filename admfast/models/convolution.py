@@ -12,6 +12,7 @@ from admfast.models.fold import FoldOptions
 from admfast.ops.conv import FoldedConv
 from admfast.ops.resample import nearest_up
 from admfast.ops.subpixel import SubpixelConv
+from admfast.ops.transforms import in_autocast
 
 
 class _Folded:
@@ -97,7 +98,7 @@ class FoldableConv(nn.Module):
         if found is None or self.training or self.weight.requires_grad:
             return None
         # Under autocast dtypes are torch's business, layer by layer.
-        if torch.is_autocast_enabled(self.weight.device.type):
+        if in_autocast(self.weight.device):
             return None
         # Under torch.func.functional_call other tensors stand here.
         return found if found.weight is self.weight and found.bias is self.bias else None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from admfast import host
 from admfast.errors import invalid
+from admfast.ops.layout import channels_last
 
 # Pipelines on several threads may share a network.
 FOLDING = threading.RLock()
@@ -272,9 +273,7 @@ class FoldableNet(nn.Module):
         """Images as the torso takes them: its dtype, channels together where that is folded."""
         x = x.to(self.torso_dtype)
         if self.is_folded and self.fold_options is not None and self.fold_options.channels_last:
-            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-            if x.dim() in formats:
-                x = x.contiguous(memory_format=formats[x.dim()])
+            x = channels_last(x) if x.dim() > 3 else x
         return x
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

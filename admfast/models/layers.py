@@ -18,6 +18,7 @@ from admfast.models.fold import Projected
 from admfast.ops.attention import attention
 from admfast.ops.group_norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
+from admfast.ops.transforms import in_transform
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -249,6 +250,6 @@ def _maybe_checkpoint(use_checkpoint: bool, forward: Callable[..., Tensor], *arg
     """
     if not use_checkpoint or not torch.is_grad_enabled():
         return forward(*args)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         return forward(*args)
     return checkpoint(forward, *args, use_reentrant=False)

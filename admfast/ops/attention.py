@@ -15,7 +15,7 @@ from admfast.ops import attention_kernels as kernels
 from admfast.ops.attention_kernels import Kernel
 from admfast.ops.checks import check_floating, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.transforms import record
+from admfast.ops.transforms import in_vmap, record
 
 # What was measured to be the fastest: (architecture, dtype, head dim) -> ((largest S, implementation), ...),
 # S rising, as in ("sm_90", torch.bfloat16, 64): ((256, "sdpa"), (4096, "sdpa-cudnn")). To fill it, time every
@@ -187,14 +187,7 @@ def _by_function(qkv: Tensor) -> bool:
         return False
     if torch.autograd.forward_ad._current_level < 0 and not (torch.is_grad_enabled() and qkv.requires_grad):
         return False
-    return not _in_vmap()
-
-
-def _in_vmap() -> bool:
-    if torch.compiler.is_compiling():  # Dynamo can't trace what follows
-        return False
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+    return not in_vmap()
 
 
 def _sdpa(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
@@ -234,7 +227,7 @@ def _one_kernel_supports(
 ) -> str | None:
     """Reasons against a single kernel; `reason_of(q, k, v)` gives its own."""
     reason = _sdpa_supports(qkv, num_heads)
-    if reason is None and _in_vmap():
+    if reason is None and in_vmap():
         reason = "not under torch.func.vmap"
     return reason or reason_of(*split_qkv(qkv, num_heads, legacy_order))
 

@@ -13,10 +13,10 @@ from admfast.errors import invalid
 from admfast.ops import conv_forms as forms
 from admfast.ops import native
 from admfast.ops.conv_forms import CONVOLUTIONS, Direction, Source
-from admfast.ops.conv_grad import ConvFn, recorded
+from admfast.ops.conv_grad import ConvFn
 from admfast.ops.dispatch import Implementation, OpTable, setting, watched
 from admfast.ops.layout import channels_last, is_channels_last
-from admfast.ops.transforms import record
+from admfast.ops.transforms import in_autocast, record, recorded
 
 
 def conv_ref(
@@ -96,12 +96,10 @@ class FoldedConv:
         Returns [N, C_out, *out], channels-last where `x` is; autocast changes nothing. Raises InvalidArgument
         for what doesn't fit, Unavailable for an implementation asked for by name that can't serve the call.
         """
-        entry = self._planned(x, residual)
-        kind = x.device.type
-        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):  # in which torch would compute in another dtype
+        if in_autocast(x.device):  # in which torch would compute in another dtype
+            with torch.autocast(x.device.type, enabled=False):
                 return self(x, residual)
-        y = entry.forward(self._direction, x, self._bias, residual)
+        y = _run(self._direction, x, self._bias, residual)
         return channels_last(y) if is_channels_last(x) else y.contiguous()
 
     def refold(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -150,40 +148,6 @@ class FoldedConv:
         other = self._direction.other
         return [self._direction] if other is None else [self._direction, other]
 
-    def _planned(self, x: Tensor, residual: Tensor | None) -> Implementation:
-        """The implementation for a call, which is checked and looked up once for each kind of input."""
-        direction = self._direction
-        if _anew():
-            self._check(x, residual)
-            return TABLE.choose(direction.impl, direction, x)
-        other = None if residual is None else (residual.shape, residual.dtype, residual.device)
-        key = (x.shape, x.dtype, x.device, other, setting())
-        entry = direction.plans.get(key)
-        if entry is None:
-            self._check(x, residual)
-            entry = direction.plans[key] = TABLE.choose(direction.impl, direction, x)
-        return entry
-
-    def _check(self, x: Tensor, residual: Tensor | None) -> None:
-        """Refuse, by name, what no implementation could compute."""
-        direction, weight = self._direction, self._source.weight
-        if x.dim() != weight.dim() or x.shape[1] != direction.in_channels:
-            dims = len(direction.kernel)
-            allowed = f"[N, {direction.in_channels}, *spatial] with {dims} spatial dimensions"
-            raise invalid("x.shape", tuple(x.shape), allowed)
-        for name, t in (("x", x), ("residual", residual)):
-            if t is not None and t.dtype != self.dtype:
-                raise invalid(f"{name}.dtype", t.dtype, f"must be {self.dtype}")
-            if t is not None and t.device != weight.device:
-                raise invalid(
-                    f"{name}.device", str(t.device), f"must be {weight.device}, where the weights are"
-                )
-        shape = direction.out_shape(x)
-        if min(shape[2:]) < 1:
-            raise invalid("x.shape", tuple(x.shape), f"a kernel of {direction.kernel} does not fit into it")
-        if residual is not None and list(residual.shape) != shape:
-            raise invalid("residual.shape", tuple(residual.shape), f"must be {tuple(shape)}")
-
 
 def _each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
     """One number for each spatial dimension."""
@@ -191,6 +155,25 @@ def _each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tup
     if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):
         raise invalid(name, value, f"one whole number of at least {least}, or {dims} of them")
     return values
+
+
+def _check(direction: Direction, x: Tensor, residual: Tensor | None) -> None:
+    """Refuse, by name, what no implementation could compute."""
+    weight = direction.source.weight
+    if x.dim() != weight.dim() or x.shape[1] != direction.in_channels:
+        dims = len(direction.kernel)
+        allowed = f"[N, {direction.in_channels}, *spatial] with {dims} spatial dimensions"
+        raise invalid("x.shape", tuple(x.shape), allowed)
+    for name, t in (("x", x), ("residual", residual)):
+        if t is not None and t.dtype != direction.dtype:
+            raise invalid(f"{name}.dtype", t.dtype, f"must be {direction.dtype}")
+        if t is not None and t.device != weight.device:
+            raise invalid(f"{name}.device", str(t.device), f"must be {weight.device}, where the weights are")
+    shape = direction.out_shape(x)
+    if min(shape[2:]) < 1:
+        raise invalid("x.shape", tuple(x.shape), f"a kernel of {direction.kernel} does not fit into it")
+    if residual is not None and list(residual.shape) != shape:
+        raise invalid("residual.shape", tuple(residual.shape), f"must be {tuple(shape)}")
 
 
 def _check_bias(weight: Tensor, bias: Tensor | None) -> None:
@@ -225,7 +208,7 @@ def preferred(direction: Direction, x: Tensor) -> str:
 
     With few tiles it is reading the weights, four times as many, that takes the time; tiles less than half
     full are products for nothing; and with few channels in and many out the last transform has no products to
-    pay for it. Small convolutions are the 0.1 ms that a call of the library's takes, whatever it computes. A
+    pay for it. A call of `packed` takes 0.1 ms, whatever it computes. A
     1x1 convolution as a matrix product takes as long as the library's, within 10 %, and works with any batch
     size on the same weights. In bfloat16 without AMX packed weights gain at batch 1 alone.
     """
@@ -254,24 +237,23 @@ def _wide_loops() -> bool:
 _wide_loops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _anew() -> bool:
-    """Whether the choice depends on more than the input's kind: transforms, traces, who watches."""
-    return torch.compiler.is_compiling() or forms.transformed() is not None or watched()
-
-
-def _chosen(direction: Direction, x: Tensor) -> Implementation:
-    """The implementation for a call that needs no check, looked up once per shape."""
-    if _anew():
+def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:
+    """The implementation for a call, which is checked and looked up once for each kind of input."""
+    # Transforms, traces and who watches are not of the input's kind.
+    if torch.compiler.is_compiling() or forms.transformed() or watched():
+        _check(direction, x, residual)
         return TABLE.choose(direction.impl, direction, x)
-    key = (x.shape, setting())
+    added = None if residual is None else (residual.shape, residual.dtype, residual.device)
+    key = (x.shape, x.dtype, x.device, added, setting())
     entry = direction.plans.get(key)
     if entry is None:
+        _check(direction, x, residual)
         entry = direction.plans[key] = TABLE.choose(direction.impl, direction, x)
     return entry
 
 
 def _run(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return _chosen(direction, x).forward(direction, x, bias, residual)
+    return _chosen(direction, x, residual).forward(direction, x, bias, residual)
 
 
 def _recording(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

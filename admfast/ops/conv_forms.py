@@ -16,7 +16,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from admfast.ops import native
 from admfast.ops.conv_winograd import transform
 from admfast.ops.layout import channels_last
-from admfast.ops.transforms import compiled_transform
+from admfast.ops.transforms import compiled_transform, in_vmap
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -236,8 +236,7 @@ def transformed() -> str | None:
         return compiled_transform()
     if torch.autograd.forward_ad._current_level >= 0:
         return "a forward-mode derivative is being taken, which is torch's own convolution's alone"
-    levels = torch._C._functorch.get_interpreter_stack() or []
-    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels):
+    if in_vmap():
         return "not under torch.func.vmap"
     return None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from admfast.ops.conv_forms import BY_KEY, Direction
-from admfast.ops.layout import channels_last
+from admfast.ops.layout import channels_last, empty_channels_last
 
 
 class ConvFn(torch.autograd.Function):
@@ -48,13 +48,6 @@ class ConvFn(torch.autograd.Function):
         return dx, None, dy if ctx.needs_input_grad[2] else None, None
 
 
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether a derivative of the call is being made."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def direction_of(key: str) -> Direction:
     """The direction that a trace calls `key`: a number, with a t for the transpose of the one it names."""
     try:
@@ -76,8 +69,7 @@ def _run(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) -> T
 
 
 def _shape(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) -> Tensor:
-    n, c, *spatial = direction_of(key).out_shape(x)
-    return x.new_empty([n, *spatial, c]).movedim(-1, 1)
+    return empty_channels_last(direction_of(key).out_shape(x), x)
 
 
 # One op for both directions of every convolution: a trace sees neither the derived weights nor which

@@ -19,7 +19,7 @@ from admfast.ops.checks import check_floating, check_number, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
-from admfast.ops.transforms import record, transformed
+from admfast.ops.transforms import record, recorded, transformed
 
 
 def group_norm_silu_ref(
@@ -109,32 +109,10 @@ def group_norm_silu(
     Accumulates in float32 (float64 for float64 input). Differentiable in x, x2, weight, bias, scale, shift,
     twice; in forward mode with `reference` alone.
     """
-    _check_kinds(x, weight, bias, groups, eps, scale, shift, x2)
-    _check(x, weight, bias, groups, scale, shift, resample, x2)
+    _check(x, weight, bias, groups, eps, scale, shift, resample, x2)
     options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, resample=resample, x2=x2)
     entry = TABLE.choose(impl, x, weight, bias, groups, eps, **options)
     return entry.forward(x, weight, bias, groups, eps, **options, with_skip=with_skip)
-
-
-def _check_kinds(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    x2: Tensor | None,
-) -> None:
-    """Refuse, by name, what isn't a floating tensor on the device of x, or not a number."""
-    check_floating("x", x)
-    for name, value in (("weight", weight), ("bias", bias)):
-        check_floating(name, value, x.device)
-    for name, given in (("scale", scale), ("shift", shift), ("x2", x2)):
-        if given is not None:
-            check_floating(name, given, x.device)
-    check_whole("groups", groups, 1)
-    check_number("eps", eps)
 
 
 def _check(
@@ -142,12 +120,19 @@ def _check(
     weight: Tensor,
     bias: Tensor,
     groups: int,
+    eps: float,
     scale: Tensor | None,
     shift: Tensor | None,
     resample: Resample,
     x2: Tensor | None,
 ) -> None:
     """Refuse, by name, what no implementation could compute."""
+    check_floating("x", x)
+    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("x2", x2)):
+        if tensor is not None or name in ("weight", "bias"):
+            check_floating(name, tensor, x.device)
+    check_whole("groups", groups, 1)
+    check_number("eps", eps)
     if not 3 <= x.dim() <= 5:
         raise invalid("x.shape", tuple(x.shape), "[N, C, *spatial] with one to three spatial dimensions")
     channels = x.shape[1]
@@ -174,13 +159,6 @@ def _check(
     check_resample(x, down=resample == "down")
 
 
-def _recorded(*tensors: Tensor | None) -> bool:
-    """Whether a derivative or a trace of the call is being made."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
     """The op over the raw pair called `raw`; where that can't resample, it is done after it."""
 
@@ -201,7 +179,7 @@ def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
         inside = resample if resamples else None
         options = NormOptions(groups, eps, silu, inside, with_skip and inside is not None)
         tensors = (x, x2, weight, bias, scale, shift)
-        if _recorded(*tensors):
+        if recorded(*tensors):
             y, skip, *_ = record(GroupNormSiluFn, *tensors, raw, options)
         else:
             y, skip, *_ = RAW[raw].forward(*tensors, options)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from admfast._source_tree import kernels
 from admfast.ops.group_norm_grad import NormOptions
-from admfast.ops.layout import is_channels_last
+from admfast.ops.layout import empty_channels_last, is_channels_last
+from admfast.ops.transforms import in_transform
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,7 +82,7 @@ def _traced(x: Tensor) -> bool:
     """Whether something looks on that must see an op: a compiler, a transform, a mode, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or in_transform()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(x) not in (Tensor, torch.nn.Parameter)
     )
@@ -172,7 +173,8 @@ def _fwd_fake(
     mean, rstd = (
         x.new_empty(sizes, dtype=torch.float32) for sizes in ([2, x.shape[0], groups], [x.shape[0], groups])
     )
-    return _dense(shape, x), _dense(shape, x) if skip else x.new_empty(0), mean, rstd
+    skipped = empty_channels_last(shape, x) if skip else x.new_empty(0)
+    return empty_channels_last(shape, x), skipped, mean, rstd
 
 
 def _bwd_fake(
@@ -180,9 +182,5 @@ def _bwd_fake(
 ) -> tuple[Tensor, ...]:
     sums = [x.shape[0], dy.shape[1]] if rest[-1] else [0]
     s1, s2 = (x.new_empty(sums, dtype=torch.float32) for _ in range(2))
-    return _dense(list(x.shape), x), x.new_empty(0) if x2 is None else _dense(list(x2.shape), x), s1, s2
-
-
-def _dense(shape: list[int], like: Tensor) -> Tensor:
-    """A channels-last tensor, as the launchers allocate it."""
-    return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)
+    dx2 = x.new_empty(0) if x2 is None else empty_channels_last(x2.shape, x)
+    return empty_channels_last(x.shape, x), dx2, s1, s2

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from admfast.ops.transforms import in_transform
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -12,12 +16,16 @@ def is_channels_last(t: Tensor) -> bool:
     """Whether the channels of [N, C, *spatial] lie beside each other and the whole without gaps."""
     memory_format = _FORMATS.get(t.dim())
     # torch.func.vmap knows this question for contiguous tensors alone.
-    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if memory_format is None or transforms:
+    if memory_format is None or (not torch.compiler.is_compiling() and in_transform()):
         return t.movedim(1, -1).is_contiguous()
-    return t.is_contiguous(memory_format=memory_format)  # a flag of the tensor: the view takes 4 us
+    return t.is_contiguous(memory_format=memory_format)  # a flag of the tensor: 0.2 us, by a view 1.3
 
 
 def channels_last(t: Tensor) -> Tensor:
     """`t` with its channels beside each other; itself where they are, else a copy."""
     return t if is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised [N, C, *spatial] of the dtype and device of `like`, channels beside each other."""
+    return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)

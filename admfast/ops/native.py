@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from admfast.errors import Unavailable, invalid
-from admfast.ops.layout import is_channels_last
+from admfast.ops.layout import empty_channels_last, is_channels_last
 
 ISA = "ADMFAST_CPU_ISA"
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
@@ -107,7 +107,7 @@ def _register_fakes() -> None:
     @torch.library.register_fake("admfast::conv3x3_winograd")
     def _(x: torch.Tensor, _u: Any, _bias: Any, _residual: Any, channels: int) -> torch.Tensor:
         n, _, height, width = x.shape
-        return x.new_empty((n, height, width, channels)).movedim(-1, 1)
+        return empty_channels_last((n, channels, height, width), x)
 
     @torch.library.register_fake("admfast::winograd_weights")
     def _(weight: torch.Tensor, _transform: Any) -> torch.Tensor:
@@ -119,4 +119,4 @@ def _empty_dense(shape: list[int], like: torch.Tensor) -> torch.Tensor:
     """What group_norm_silu allocates: channels-last where `like` is, else contiguous."""
     if like.is_contiguous() or not is_channels_last(like):
         return like.new_empty(shape)
-    return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)
+    return empty_channels_last(shape, like)

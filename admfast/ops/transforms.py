@@ -8,36 +8,54 @@ import torch
 from torch import Tensor
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     """Whether a transform of torch.func is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # A trace takes the answer it finds here, and is itself guarded by the stack of transforms.
-_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def in_vmap() -> bool:
+    """Whether torch.func.vmap is at work; a trace, which can't ask, is told no."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a derivative or a trace of a call with these tensors is being made."""
+    if torch.compiler.is_compiling() or in_transform():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def in_autocast(device: torch.device) -> bool:
+    """Whether torch.autocast is at work on that kind of device; there is none on others than these."""
+    return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)`, all arguments of its forward by position.
 
     Outside torch.func and torch.compile without what `apply` does for them: it looks up the signature of the
-    forward at every call, which takes 25 us, as long as a small kernel.
+    forward at every call: 33 us for a Function of eight arguments that does nothing, instead of 4.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or in_transform():
         return function.apply(*arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def nobody_differentiates() -> bool:
     """Whether a backward that is running needs no graph of itself, and no transform looks on."""
-    return not torch.is_grad_enabled() and not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform())
 
 
 def compiled_transform() -> str | None:
     """Why a Function over a raw op can't serve a trace: torch.func.grad in it would get zeros, silently."""
-    if torch.compiler.is_compiling() and _in_transform():
+    if torch.compiler.is_compiling() and in_transform():
         return "torch.compile is tracing a transform of torch.func, which takes torch's own operations alone"
     return None
 
@@ -47,7 +65,7 @@ def transformed(*tensors: Tensor | None) -> str | None:
     if torch.compiler.is_compiling():
         return compiled_transform()
     forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if not forward_mode and not torch._C._are_functorch_transforms_active():
+    if not forward_mode and not in_transform():
         return None
     for t in tensors:
         if t is None:

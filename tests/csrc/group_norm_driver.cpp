@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "group_norm.h"
+#include "numbers.h"
 
 using namespace admfast;
 
@@ -22,19 +23,6 @@ struct Case {
 constexpr Case kCases[] = {{1, 1, 0, false},  {1, 1, 0, true},    {5, 3, 0, false},   {16, 16, 5, false}, {17, 19, 0, false},
                            {33, 37, 3, false}, {70, 64, 0, false}, {300, 7, 2, false}, {1, 15, 0, true},   {1, 16, 0, true},
                            {1, 300, 0, true},  {1, 257, 0, true}};
-
-struct Numbers {
-  uint32_t state = 1;
-  float next() {
-    state = state * 1664525u + 1013904223u;
-    return static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
-  }
-  std::vector<float> some(int64_t count) {
-    std::vector<float> values(static_cast<size_t>(count));
-    for (float& value : values) value = next();
-    return values;
-  }
-};
 
 // Elements of one type in a buffer without a byte to spare.
 struct Elements {

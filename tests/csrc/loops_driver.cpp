@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "sampler_step_kernel.h"
+#include "numbers.h"
 
 using namespace admfast;
 
@@ -16,15 +17,6 @@ uint64_t digest_of = 0;
 void add_to_digest(const float* data, size_t count) {
   for (size_t i = 0; i < count; ++i) digest_of = (digest_of ^ bits_of_float(data[i])) * 0x100000001B3ull;
 }
-
-// Numbers in [-1, 1) that don't depend on a library.
-struct Numbers {
-  uint32_t state = 1;
-  float next() {
-    state = state * 1664525u + 1013904223u;
-    return static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
-  }
-};
 
 struct Buffer {
   std::unique_ptr<unsigned char[]> bytes;

@@ -10,29 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.csrc.loops import CSRC, FLAGS, GXX, HERE_ONLY, SANITIZERS, compiled
+from tests.csrc.loops import CSRC, FLAGS, GXX, HERE_ONLY, SANITIZERS, built, compiled, said_by
 
 ROOT = CSRC.parent
 pytestmark = HERE_ONLY
+ISAS = ("generic", "avx2", "avx512")
 
 
 @pytest.fixture(scope="module", params=["optimised", "sanitized"])
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """loops_driver.cpp with the loops, as they are built and with the sanitizers."""
-    program = tmp_path_factory.mktemp("loops") / request.param
-    how = ["-O3"] if request.param == "optimised" else ["-O1", *SANITIZERS]
-    names = ["sampler_step", *(f"sampler_step_{isa}" for isa in ("generic", "avx2", "avx512"))]
-    sources = [str(CSRC / f"{name}.cpp") for name in names] + [
-        str(Path(__file__).with_name("loops_driver.cpp"))
-    ]
-    compiled([str(GXX), *FLAGS, *how, f"-I{CSRC}", *sources, "-o", str(program)])
-    return program
-
-
-def said_by(driver: Path, **environment: str) -> dict[str, str]:
-    done = subprocess.run([driver], capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(line.split() for line in done.stdout.splitlines())
+    folder = tmp_path_factory.mktemp("sampler_step")
+    return built("sampler_step", ISAS, "loops_driver", request.param, folder)
 
 
 def test_every_instruction_set_and_the_kernel_s_body_give_the_same_bits(driver):

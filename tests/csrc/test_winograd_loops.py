@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.csrc.loops import CSRC, FLAGS, GXX, HERE_ONLY, SANITIZERS, compiled
+from tests.csrc.loops import HERE_ONLY, built, said_by
 
 pytestmark = HERE_ONLY
+ISAS = ("generic", "avx2", "avx512")
 # Sums of up to 1170 products of numbers below one reach 50, where rounding errors, grown by the transforms
 # (admfast/ops/conv_winograd.py), come to 9 * 2 * 50 eps; a wrong coefficient or place is off by 0.01 at
 # least.
@@ -20,19 +19,8 @@ LIMIT = 1e-4
 @pytest.fixture(scope="module", params=["optimised", "sanitized"])
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """winograd_driver.cpp with the loops, as they are built and with the sanitizers."""
-    program = tmp_path_factory.mktemp("winograd") / request.param
-    how = ["-O3"] if request.param == "optimised" else ["-O1", *SANITIZERS]
-    names = ["conv_winograd", *(f"conv_winograd_{isa}" for isa in ("generic", "avx2", "avx512"))]
-    sources = [str(CSRC / f"{name}.cpp") for name in names]
-    sources.append(str(Path(__file__).with_name("winograd_driver.cpp")))
-    compiled([str(GXX), *FLAGS, *how, f"-I{CSRC}", *sources, "-o", str(program)])
-    return program
-
-
-def said_by(driver: Path, **environment: str) -> dict[str, str]:
-    done = subprocess.run([driver], capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(line.split() for line in done.stdout.splitlines())
+    folder = tmp_path_factory.mktemp("conv_winograd")
+    return built("conv_winograd", ISAS, "winograd_driver", request.param, folder)
 
 
 def test_every_instruction_set_makes_the_convolution(driver):

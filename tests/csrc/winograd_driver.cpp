@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "conv_winograd.h"
+#include "numbers.h"
 
 using namespace admfast;
 
@@ -19,20 +20,6 @@ struct Case {
 constexpr Case kCases[] = {{1, 4, 4, 16, 32, 1, 1, false},  {1, 1, 1, 1, 1, 1, 1, true},    {2, 5, 9, 19, 37, 7, 3, true},
                            {1, 8, 12, 70, 33, 6, 4, false}, {3, 3, 7, 5, 64, 6, 6, true},   {1, 13, 2, 33, 6, 3, 2, false},
                            {1, 24, 24, 8, 40, 36, 14, true}, {2, 6, 6, 130, 16, 8, 5, false}};
-
-// Numbers in [-1, 1) that don't depend on a library.
-struct Numbers {
-  uint32_t state = 1;
-  float next() {
-    state = state * 1664525u + 1013904223u;
-    return static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
-  }
-  std::vector<float> some(int64_t count) {
-    std::vector<float> values(static_cast<size_t>(count));
-    for (float& value : values) value = next();
-    return values;
-  }
-};
 
 // G, whose points are 0, +-3/4, +-3/2 and infinity.
 constexpr double kWeights[6][3] = {{64. / 81, 0, 0},
