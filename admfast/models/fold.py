@@ -212,20 +212,29 @@ class FoldableNet(nn.Module):
             self._projections, self._projected_from = None, ()
             self._fold_key, self._fold_places = (), ()
 
+    def _walked(self) -> list[nn.Module]:
+        """All modules. `modules()` hands each through those around it, which is felt at every call."""
+        found: list[nn.Module] = [self]
+        for module in found:  # which grows meanwhile
+            found.extend(child for child in module._modules.values() if child is not None)
+        return found
+
     def _trainable(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
+        return any(parameter.requires_grad for parameter in _parameters_of(self._walked()))
 
     def form(self) -> tuple[object, ...]:
         """What a step depends on beside its key: under another form it must be made anew."""
-        modes = tuple(module.training for module in self.modules())
-        trained = tuple(parameter.requires_grad for parameter in self.parameters())
+        modules = self._walked()
+        modes = tuple(module.training for module in modules)
+        trained = tuple(parameter.requires_grad for parameter in _parameters_of(modules))
         return self.fold_generation, self.projects, modes, trained
 
     def _key(self) -> tuple[Any, ...]:
         """What tells that parameters are the same and unwritten, but for writes through `.data`."""
-        parameters = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.parameters())
+        modules = self._walked()
+        parameters = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in _parameters_of(modules))
         # A part of the network that was moved alone, or put in another's place, has lost its form.
-        return parameters, tuple(module._folded for _, module in self._convolutions())
+        return parameters, tuple(m._folded for m in modules if hasattr(type(m), "fold_weights"))
 
     def _fold_projections(self) -> None:
         layers = [block.emb_layers[1] for block in self._projecting()]
@@ -289,6 +298,10 @@ class FoldableNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith(("fold_", "_fold_", "_project"))}
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    return (p for module in modules for p in module._parameters.values() if p is not None)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
