@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from admfast.errors import first_line
+
 ATEN = torch.ops.aten
 
 
@@ -212,5 +214,5 @@ def _xformers_trial(device: int, dtype: torch.dtype, d: int) -> str | None:
             gradients = _xformers_backward(torch.ones_like(out), tiny, tiny, tiny, out, lse)
             right = all(bool(torch.isfinite(t).all()) for t in (out, *gradients)) and torch.equal(out, tiny)
     except Exception as error:  # whatever a foreign package raises is the reason
-        return f"its trial failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        return f"its trial failed: {first_line(error)}"
     return None if right else "its trial gave wrong numbers"

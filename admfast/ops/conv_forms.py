@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from admfast.errors import first_line
 from admfast.ops import native
 from admfast.ops.conv_winograd import transform
 from admfast.ops.layout import channels_last
@@ -264,5 +265,5 @@ def _packed_trial() -> str | None:
                 for r in (None, torch.ones(1, 2, 3, 3))
             )
     except Exception as error:  # whatever torch raises is the reason
-        return f"its trial failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        return f"its trial failed: {first_line(error)}"
     return None if right else "its trial gave wrong numbers"
