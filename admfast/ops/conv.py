@@ -16,7 +16,7 @@ from admfast.ops.conv_forms import CONVOLUTIONS, Direction, Source
 from admfast.ops.conv_grad import ConvFn
 from admfast.ops.dispatch import Implementation, OpTable, setting, watched
 from admfast.ops.layout import channels_last, is_channels_last
-from admfast.ops.transforms import in_autocast, record, recorded
+from admfast.ops.transforms import constant, deriving, in_autocast, record, recorded
 
 
 def conv_ref(
@@ -87,7 +87,7 @@ class FoldedConv:
         self._source.spare_memory = spare_memory
         self._bias = None
         if bias is not None:
-            with torch.inference_mode(False), torch.no_grad():
+            with deriving():
                 self._bias = bias.to(weight.device, self.dtype, copy=True)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -117,7 +117,7 @@ class FoldedConv:
         _check_bias(weight, bias)
         self._source.weight = weight.detach()
         if bias is not None and self._bias is not None:
-            with torch.inference_mode(False), torch.no_grad():
+            with deriving():
                 self._bias.copy_(bias)
         for direction in self._directions():
             direction.refold()
@@ -229,12 +229,10 @@ def preferred(direction: Direction, x: Tensor) -> str:
     return "winograd" if pays and _wide_loops() else "packed"
 
 
+@constant
 def _wide_loops() -> bool:
     """Whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
-
-
-_wide_loops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:

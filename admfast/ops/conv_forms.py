@@ -17,7 +17,7 @@ from admfast.errors import first_line
 from admfast.ops import native
 from admfast.ops.conv_winograd import transform
 from admfast.ops.layout import channels_last
-from admfast.ops.transforms import compiled_transform, in_vmap
+from admfast.ops.transforms import compiled_transform, constant, deriving, in_vmap
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -99,13 +99,12 @@ class Direction:
 
     def refold(self) -> None:
         """Write what the present weights give into the forms that there are."""
-        with torch.inference_mode(False), torch.no_grad():
+        with deriving():
             for key, form in self.forms.items():
                 form.copy_(self._derived(key))
 
     def _derived(self, key: tuple[Any, ...]) -> Tensor:
-        # What is made in inference mode could not be used in a graph later on.
-        with torch.inference_mode(False), torch.no_grad():
+        with deriving():
             return _DERIVED[key[0]](self, *key[1:])
 
 
@@ -113,16 +112,13 @@ BY_KEY: weakref.WeakValueDictionary[str, Direction] = weakref.WeakValueDictionar
 _count = itertools.count()
 
 
+@constant
 def _make_in_a_trace(key: str, name: str) -> bool:
     """Make a form now, while its direction is being traced."""
     direction = BY_KEY[key]
     if (name,) not in direction.forms:
         direction.forms[(name,)] = direction._derived((name,))
     return True
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo.
-_make_in_a_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # What each implementation derives
@@ -242,20 +238,16 @@ def transformed() -> str | None:
     return None
 
 
-def packed_missing() -> str | None:
-    """None where torch has oneDNN's packed convolution and it computes what it should, else why not."""
-    return _packed_trial()
-
-
-packed_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant
 @functools.cache
-def _packed_trial() -> str | None:
-    """Convolve once: the ops are internal to torch and may go or change."""
+def packed_missing() -> str | None:
+    """None where torch has oneDNN's packed convolution and it computes what it should, else why not.
+
+    It convolves once: the ops are internal to torch and may go or change.
+    """
     try:
         # Outside the transforms of the call that asks first: under one, the packed weights can't be made.
-        with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+        with temporarily_clear_interpreter_stack(), deriving():
             x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3)
             direction = Direction(Source(weight), (1, 1), (1, 1), x.dtype, None, by_packed)
             key = ("packed", *x.shape)
