@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from admfast.checkpoints import describe, fingerprint, forward_work, network_shapes, write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError
 from admfast.models import ClassifierConfig, build
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.models.preset_types import ModelPreset
 from admfast.models.presets import MODELS, preset
 from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, state_of
@@ -106,7 +107,7 @@ def test_report_on_a_described_file(tmp_path):
     state["out.0.weight"][0] = float("inf")
     path = tmp_path / "x.safetensors"
     write_weights(
-        path, state, Description(UNET, DiffusionSettings(learn_sigma=True), {"steps": 9}), torch.float16
+        path, state, Description(UNET, DiffusionConfig(learn_sigma=True), {"steps": 9}), torch.float16
     )
     rows = describe(path, batch=3)
     report = dict(rows)
@@ -192,7 +193,7 @@ def test_a_file_is_called_the_published_one_by_its_hash_alone(tmp_path, monkeypa
         name="known",
         file="known.pt",
         network=UNET,
-        settings=DiffusionSettings(learn_sigma=True),
+        process=DiffusionConfig(learn_sigma=True),
         url="https://example.org/",
         fingerprint=fingerprint(network_shapes(UNET)),
         size=len(data),

@@ -11,9 +11,10 @@ import pytest
 
 from admfast.checkpoints import Unanswered, compare, fingerprint, identify, nearest_preset, network_shapes
 from admfast.checkpoints.structure import read_structure
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument
 from admfast.models import ClassifierConfig, UNetConfig
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.models.presets import preset
 from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, random_config
 
@@ -155,9 +156,9 @@ def test_a_classifier_of_equal_blocks_can_be_read_in_several_ways():
 
 
 def test_what_the_file_carries_answers_and_options_win():
-    carried = Description(UNET, DiffusionSettings(steps=100, learn_sigma=True), {"seed": 3})
+    carried = Description(UNET, DiffusionConfig(steps=100, learn_sigma=True), {"seed": 3})
     given = identify(network_shapes(UNET), file="x", config=UNET, options={"noise_schedule": "cosine"})
-    assert given.diffusion == DiffusionSettings(noise_schedule="cosine", learn_sigma=True)
+    assert given.diffusion == DiffusionConfig(noise_schedule="cosine", learn_sigma=True)
     found = identify(network_shapes(UNET), file="x", carried=carried)
     assert (found.config, found.diffusion, found.training) == (UNET, carried.diffusion, {"seed": 3})
     assert found.preset is None and found.candidates == () and found.assumed == ()
@@ -175,7 +176,7 @@ def test_the_process_of_unknown_weights_is_unknown_unless_given():
     options = {"image_size": 16, **HEADS}
     assert identify(network_shapes(UNET), file="x", options=options).diffusion is None
     found = identify(network_shapes(UNET), file="x", options={**options, "noise_schedule": "cosine"})
-    assert found.diffusion == DiffusionSettings(noise_schedule="cosine", learn_sigma=True)
+    assert found.diffusion == DiffusionConfig(noise_schedule="cosine", learn_sigma=True)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_the_process_of_unknown_weights_is_unknown_unless_given():
             "learn_sigma=False: True for a network",
         ),
         ({"config": UNET, "options": {"learn_sigma": False}}, "learn_sigma=False: True for a network"),
-        ({"carried": Description(UNET, DiffusionSettings())}, "learn_sigma=False: True for a network"),
+        ({"carried": Description(UNET, DiffusionConfig())}, "learn_sigma=False: True for a network"),
         ({"options": {"channel_mult": 5, **HEADS}}, "channel_mult': (5,)}: the weights have"),
         ({"options": {"attention_resolutions": "x"}}, "attention_resolutions='x'"),
         ({"options": {"num_head_channels": "x"}}, "num_head_channels='x': a whole number"),

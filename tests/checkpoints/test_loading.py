@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from admfast.checkpoints import fingerprint, load_network, network_shapes, write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError, InvalidArgument
 from admfast.models import Classifier, UNet, Upsampler, build
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.models.presets import preset
 from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, state_of
 
-SETTINGS = DiffusionSettings(learn_sigma=True, noise_schedule="cosine")
+SETTINGS = DiffusionConfig(learn_sigma=True, noise_schedule="cosine")
 ANSWERS = {"image_size": 16, "num_head_channels": 32, "use_new_attention_order": False}
 
 
@@ -145,7 +146,7 @@ def test_a_wrong_preset_is_told_the_right_one(tmp_path):
     with pytest.raises(CheckpointError, match="preset 128x128_classifier: .*; it fits 64x64_classifier"):
         load_network(tmp_path / "x.pt", preset="128x128_classifier")
     net, info = load_network(tmp_path / "x.pt")
-    assert info.preset == "64x64_classifier" and info.parameters == 65_438_568
+    assert info.preset.name == "64x64_classifier" and info.parameters == 65_438_568
     assert net.config == preset("64x64_classifier").config
 
 

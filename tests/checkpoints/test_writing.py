@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from admfast.checkpoints import read_weights, write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import InvalidArgument, OutputError
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from tests.checkpoints.small import CLASSIFIER, UNET, state_of
 
 STATE = state_of(UNET)
-DESCRIPTION = Description(UNET, DiffusionSettings(learn_sigma=True), {"steps": 16000, "data": "digits"})
+DESCRIPTION = Description(UNET, DiffusionConfig(learn_sigma=True), {"steps": 16000, "data": "digits"})
 ENDINGS = ["pt", "pth", "safetensors"]
 
 
