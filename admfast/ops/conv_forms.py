@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from admfast.errors import first_line
 from admfast.ops import native
@@ -262,8 +261,7 @@ def packed_missing() -> str | None:
     It convolves once: the ops are internal to torch and may go or change.
     """
     try:
-        # Outside the transforms of the call that asks first: under one, the packed weights can't be made.
-        with temporarily_clear_interpreter_stack(), deriving():
+        with deriving():
             x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3)
             direction = Direction(weight, ConvOptions((1, 1), (1, 1), x.dtype), by_packed)
             key = ("packed", *x.shape)
