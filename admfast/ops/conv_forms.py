@@ -182,11 +182,13 @@ def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
     shape = (*rows.shape[:-1], direction.out_channels)
     rows = rows.reshape(-1, direction.in_channels)
     weight = direction.form("matmul")
-    if residual is not None:
+    if residual is not None and x.device.type == "cpu":
+        # On a GPU addmm adds a bias for nothing, but copies a matrix that it is to add.
         y = torch.addmm(residual.movedim(1, -1).reshape(-1, shape[-1]), rows, weight)
         y = y if bias is None else y + bias
     else:
         y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        y = y if residual is None else y + residual.movedim(1, -1).reshape(-1, shape[-1])
     return y.reshape(shape).movedim(-1, 1)
 
 
