@@ -1,6 +1,5 @@
 """Floor 1: the fused operators, one file each: public function, reference, autograd, implementations."""
 
-from admfast.ops.adamw import adamw_ema_step_, adamw_ema_step_ref_
 from admfast.ops.attention import attention, attention_ref
 from admfast.ops.conv import FoldedConv, conv_ref
 from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
@@ -27,8 +26,6 @@ __all__ = [
     "Row",
     "SamplerState",
     "Stream",
-    "adamw_ema_step_",
-    "adamw_ema_step_ref_",
     "as_seeds",
     "attention",
     "attention_ref",
