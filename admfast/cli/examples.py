@@ -15,7 +15,6 @@ from admfast.ops import (
     Stream,
     as_seeds,
     attention,
-    dynamic_threshold,
     group_norm_silu,
     normal,
     pack,
@@ -38,8 +37,6 @@ def examples(device: str) -> Iterator[Example]:
             yield "attention", label, partial(_attention, device, dtype, gradient)
             yield "conv", label, partial(_conv, device, dtype, gradient)
         yield "sampler_step", f"{words} output", partial(_sampler, device, dtype)
-    image = torch.zeros(1, 3, 4, 4, device=device)
-    yield "dynamic_threshold", f"{device} float32", partial(dynamic_threshold, image)
     yield "normal", device, partial(normal, as_seeds([0]).to(device), (3, 4, 4), 0, Stream.X_T)
 
 

@@ -14,7 +14,6 @@ from admfast.ops.sampler_step import (
     sampler_step,
     sampler_step_ref,
 )
-from admfast.ops.threshold import dynamic_threshold, dynamic_threshold_ref
 
 __all__ = [
     "TABLES",
@@ -30,8 +29,6 @@ __all__ = [
     "attention",
     "attention_ref",
     "conv_ref",
-    "dynamic_threshold",
-    "dynamic_threshold_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
     "normal",

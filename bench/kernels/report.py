@@ -16,7 +16,6 @@ TITLES = {
     "conv": "Convolution with frozen weights and a bias",
     "conv_grad": "Convolution with frozen weights, gradient in the input",
     "sampler_step": "One guided sampler update, noise included",
-    "dynamic_threshold": "Dynamic thresholding at the 99.5th percentile",
 }
 OTHERS = (
     "copy", "eager", "eager channels-first", "torch.compile", "apex", "liger", "reference",
