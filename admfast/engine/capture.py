@@ -94,7 +94,7 @@ def _clean_up(device: torch.device, pool: Any) -> None:
     torch 2.11 throws before it does so. Its allocator then frees nothing, even out of memory, and every later
     random number on the device is refused, until a capture has ended well. Later versions do it themselves.
     """
-    if torch.__version__ >= (2, 12):
+    if torch.__version__ >= (2, 12):  # type: ignore[operator]
         return
     torch._C._cuda_endAllocateToPool(device.index, pool)
     torch._C._cuda_releasePool(device.index, pool)
