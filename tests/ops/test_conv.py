@@ -139,13 +139,17 @@ def test_the_reference_is_the_sum(case):
         y = y if weights["bias"] is None else y + weights["bias"].to(dtype).view(-1, *(1,) * dims)
         return y + tensors["residual"].to(dtype) if "residual" in tensors else y
 
-    # A detour through float32 doesn't shrink with eps; the order in which sums round does.
+    # A detour through float32 doesn't shrink with eps; the order in which sums round does. Two orders differ by
+    # as much as a sum of so many rounded terms.
+    terms = weights["weight"][0].numel()
     assert_same_formula(
         lambda dtype: FoldedConv(**moved(weights, dtype), **geometry, impl="reference")(
             **moved(tensors, dtype)
         ),
         formula,
         case["shape"],
+        "parameter gradient",
+        terms,
     )
 
 
@@ -156,16 +160,19 @@ def gradients(function: Any, tensors: dict[str, Tensor], dy: Tensor) -> dict[str
 
 
 @functools.cache
-def expected(index: int, wide: bool, last: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The reference's output for a case, the gradient dy that is given, and its gradients."""
+def expected(
+    index: int, wide: bool, last: bool, device: str = "cpu"
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Compute on `device` the reference's output for a case, and its gradients; dy is given to them."""
     weights, tensors, geometry = call_of(CASES[index])
     dtype = torch.float64 if wide else tensors["x"].dtype
-    fixed, given = (moved(t, dtype) for t in (weights, tensors))
+    fixed, given = (moved(moved(t, dtype), device) for t in (weights, tensors))
     if last:
         fixed, given = channels_last(fixed), channels_last(given)
     y = conv_ref(**given, **fixed, **geometry)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(tensors["x"].dtype)
-    return y, dy, gradients(lambda **k: conv_ref(**k, **fixed, **geometry), given, dy.to(dtype))
+    found = gradients(lambda **k: conv_ref(**k, **fixed, **geometry), given, dy.to(device, dtype))
+    return y.cpu(), dy, {name: gradient.cpu() for name, gradient in found.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -177,7 +184,8 @@ def test_values_and_gradients_are_within_tolerance(index, impl, device, poisoned
     conv = folded(impl, fixed, there, geometry)
     if conv is None:
         return
-    reference, dy, its_gradients = expected(index, False, impl in CHANNELS_LAST)
+    # Each device rounds the sums in its own order: what that costs is measured there.
+    reference, dy, its_gradients = expected(index, False, impl in CHANNELS_LAST, device)
     truth, _, true_gradients = expected(index, True, False)
     growth = GROWTH.get(impl, (1, 1))
     with unmodified(dy=dy, **there, **fixed):

@@ -34,9 +34,11 @@ def with_state(module: torch.nn.Module, arrays: dict[str, torch.Tensor], prefix:
 @pytest.mark.parametrize("path", COMPONENTS)
 def test_timestep_embedding(path: Path) -> None:
     arrays = golden.load_tensors(path.with_name("io.npz"))
+    # A frequency is a float32 exponential, which processors round differently: by one bit, times t.
+    limit = max(LIMIT, torch.finfo(torch.float32).eps * float(arrays["timesteps"].abs().max()))
     for dim, period in golden.load_json(path)["temb"]:
         name = f"temb_dim{dim}_maxperiod{period}"
-        golden.compare(timestep_embedding(arrays["timesteps"], dim, period), arrays[name], LIMIT, name)
+        golden.compare(timestep_embedding(arrays["timesteps"], dim, period), arrays[name], limit, name)
 
 
 @pytest.mark.parametrize("impl", [e.name for e in TABLES["attention"].implementations if not e.available()])
