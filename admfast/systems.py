@@ -15,8 +15,8 @@ from torch import nn
 
 from admfast.checkpoints import ModelInfo, Unanswered, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
+from admfast.checks import whole
 from admfast.diffusion import DiffusionConfig
-from admfast.diffusion.respacing import whole_number
 from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
@@ -169,7 +169,7 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     """A pipeline of files; what they leave open is asked for all at once."""
     low_res_size = parts[2].options.pop("low_res_size", None)
     if low_res_size is not None:
-        low_res_size = whole_number("low_res_size", low_res_size, 1)
+        low_res_size = whole("low_res_size", low_res_size, 1)
     for part in parts[1:]:
         argument = f"{part.argument}_options"
         if part.path is None and part.options:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports lower floors and its own room. What stands beside the rooms is a room of its own.
 FLOORS = {
     "_interrupt": 0,
+    "checks": 0,
     "errors": 0,
     "host": 0,
     "_source_tree": 0,
@@ -34,8 +35,9 @@ FLOORS = {
     "compat": 7,
     "__main__": 8,
 }
-# `systems` puts the pipelines together, on the same floor; the public face stands above floor 5.
-BESIDE = {("systems", "pipeline")}
+# `systems` puts the pipelines together, on the same floor; checks raise errors; the public face stands above
+# floor 5.
+BESIDE = {("systems", "pipeline"), ("checks", "errors")}
 FACE = {"_interrupt", "errors", "models", "pipeline", "solvers", "systems"}
 LONGEST, LONGEST_FUNCTION = 450, 60
 

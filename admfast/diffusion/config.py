@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from admfast import checks
 from admfast.diffusion.parameterisation import LossType, MeanType, VarType, member
 from admfast.diffusion.process import GaussianDiffusion
 from admfast.diffusion.respacing import Respacing, space_timesteps
@@ -55,9 +56,7 @@ class DiffusionConfig:
     loss_type: LossType | str | None = None
 
     def __post_init__(self) -> None:
-        for switch in _SWITCHES:
-            if not isinstance(getattr(self, switch), bool):
-                raise invalid(switch, getattr(self, switch), "True or False")
+        checks.switches(self, *_SWITCHES)
         beta_schedule(self.noise_schedule, self.steps)
         if isinstance(self.respacing, Iterable) and not isinstance(self.respacing, str):
             object.__setattr__(self, "respacing", tuple(self.respacing))

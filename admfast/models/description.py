@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from admfast.checks import one_of, switches, whole
 from admfast.errors import InvalidArgument, invalid, nearest
 from admfast.models.config import NetConfig, config_from_dict
-from admfast.models.fields import switch, whole
 
 FORMAT = "admfast-1"
 NOISE_SCHEDULES = ("linear", "cosine")
@@ -49,12 +49,10 @@ class DiffusionSettings:
     use_kl: bool = False
 
     def __post_init__(self) -> None:
-        if self.noise_schedule not in NOISE_SCHEDULES:
-            raise invalid("noise_schedule", self.noise_schedule, " or ".join(NOISE_SCHEDULES))
-        object.__setattr__(self, "steps", whole("steps", self.steps))
-        for entry in dataclasses.fields(self):
-            if entry.name not in ("noise_schedule", "steps"):
-                switch(entry.name, getattr(self, entry.name))
+        one_of("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
+        object.__setattr__(self, "steps", whole("steps", self.steps, 1))
+        names = [entry.name for entry in dataclasses.fields(self)]
+        switches(self, *(name for name in names if name not in ("noise_schedule", "steps")))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""

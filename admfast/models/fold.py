@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast import host
+from admfast.checks import switches, whole
 from admfast.errors import invalid
 from admfast.ops.layout import channels_last
 
@@ -58,12 +59,9 @@ class FoldOptions:
     memory: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("channels_last", "two_sources", "residual", "qkv_rows", "subpixel", "embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise invalid(name, getattr(self, name), "True or False")
-        memory = self.memory
-        if memory is not None and (type(memory) is not int or memory < 0):
-            raise invalid("memory", memory, "bytes, 0 or more, or None")
+        switches(self, "channels_last", "two_sources", "residual", "qkv_rows", "subpixel", "embeddings")
+        if self.memory is not None:
+            whole("memory", self.memory, 0)
         if self.conv is not None and not isinstance(self.conv, str):
             raise invalid("conv", self.conv, "the name of an implementation, or None")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from admfast import checks
 from admfast.errors import invalid
-from admfast.ops.checks import check_number
 from admfast.ops.dispatch import Implementation, OpTable
 
 Average = tuple[Sequence[Tensor], float | Tensor]  # the averaged weights and the share kept of them
@@ -173,17 +173,15 @@ def _check_numbers(
     """Refuse, by name, numbers out of range; reads none that is on the device."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise invalid("betas", betas, "two numbers")
-    check_number("eps", eps)
-    check_number("weight_decay", weight_decay)
+    checks.real("eps", eps, least=0)
+    checks.real("weight_decay", weight_decay, least=0)
     if not isinstance(lr, Tensor):
-        check_number("lr", lr)
+        checks.real("lr", lr, least=0)
     for i, beta in enumerate(betas):
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1:
-            raise invalid(f"betas[{i}]", beta, "0 or more and below 1")
+        checks.real(f"betas[{i}]", beta, least=0, below=1)
     for i, (_, decay) in enumerate(emas):
-        number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
-        if not isinstance(decay, Tensor) and not (number and 0 <= decay <= 1):
-            raise invalid(f"decay of emas[{i}]", decay, "0 to 1")
+        if not isinstance(decay, Tensor):
+            checks.real(f"decay of emas[{i}]", decay, least=0, most=1)
     decays = {f"decay of emas[{i}]": decay for i, (_, decay) in enumerate(emas)}
     _check_one_element(lr=lr, **decays)
 

@@ -17,8 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from admfast import checks
 from admfast.errors import invalid
-from admfast.ops.checks import check_floating, check_number
 from admfast.ops.dispatch import Implementation, OpTable
 
 
@@ -61,15 +61,11 @@ def dynamic_threshold(
     Accumulates nothing; float16 and bfloat16 compute in float32 and round once. Differentiable, s included,
     by autograd; where values are tied the gradient of s goes to one of them.
     """
-    check_floating("x0", x0)
+    checks.floating("x0", x0)
     if x0.dim() < 2:
         raise invalid("x0.shape", tuple(x0.shape), "[N, ...] with two dimensions or more")
-    for name, value in (("percentile", percentile), ("limit", limit)):
-        check_number(name, value)
-    if percentile > 1:
-        raise invalid("percentile", percentile, "0 to 1")
-    if not limit:
-        raise invalid("limit", limit, "above 0, and finite")
+    checks.real("percentile", percentile, least=0, most=1)
+    checks.real("limit", limit, above=0)
     return TABLE.choose(impl, x0, percentile, limit).forward(x0, percentile, limit)
 
 
