@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from admfast.cli.options import options_of
 from admfast.cli.sample_options import (
@@ -40,16 +39,17 @@ from admfast.cli.sample_options import (
     Verbose,
     Weights,
 )
-from admfast.cli.tables import table
-from admfast.engine.asking import INVERSE
 from admfast.engine.numerics import peak_memory
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_writable
 from admfast.files.npz import Samples
 from admfast.files.sets import read_set
-from admfast.pipeline import Pipeline
+from admfast.files.tables import table
 from admfast.runs.sampling import SampleRun
-from admfast.systems import load
+from admfast.sampling.load import load
+from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.request import SampleRequest
+from admfast.solvers import solver_of
 
 # What one call makes at most: a slip such as 0-99999999999 is an error, not a full memory.
 MANY = 10_000_000
@@ -102,14 +102,14 @@ def run_sample(
         upsampler_options=options_of("--set-upsampler", set_upsampler, also=["low_res_size"]),
         **options_of("--set", set_),
     )
-    given: dict[str, Any] = {"steps": steps, "eta": eta, "respacing": respacing}
-    given |= {"guidance": guidance, "upsampler_steps": upsampler_steps}
-    given["guidance_interval"] = parse_interval(guidance_interval)
-    settings = {"solver": solver, **{key: value for key, value in given.items() if value is not None}}
     images = None if low_res is None else read_low_res(low_res)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
+    request = SampleRequest(
+        wanted, keys, steps=steps, solver=solver, eta=eta, respacing=respacing, guidance=guidance,
+        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps, batch_size=batch,
+    )  # fmt: skip
     small = None if images is None else images.images
-    run = SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates, low_res=small)
+    run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=small)
     _run(run, list(pipe.policy.parts().items()) if verbose else [])
 
 
@@ -117,8 +117,8 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
     """Refuse what needs no model to be refused."""
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
-    if solver == INVERSE:
-        allowed = "in Python alone: pipe.sample(x_start=images, solver='ddim-inverse', output='float')"
+    if (chosen := solver_of(solver)).begins == "image":
+        allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen}', output='float')"
         raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
     if compile_cache is not None:
         check_writable(compile_cache)
@@ -226,25 +226,29 @@ def plan_images(
 
 def _resolved(pipe: Pipeline, run: SampleRun) -> list[tuple[str, str]]:
     """What will be done, as a table."""
-    settings, side = run.settings, pipe.config.image_size
-    steps = f"{settings.get('steps', pipe.steps)} steps"
-    if "respacing" in settings:
-        steps = f"respacing {settings['respacing']}"
-    eta = f", eta {settings['eta']:g}" if "eta" in settings else ""
+    request, side = run.request, pipe.config.image_size
+    size = request.batch_size or pipe.images_at_a_time
+    steps = f"{request.steps or pipe.steps} steps"
+    if request.respacing is not None:
+        steps = f"respacing {request.respacing}"
+    scale = pipe.guidance if request.guidance is None else request.guidance
     rows = [
         ("system", pipe.name),
-        ("images", f"{len(run.seeds)} of {side}x{side}, {run.batch_size or pipe.images_at_a_time} at a time"),
+        (
+            "images",
+            f"{len(run.seeds)} of {side}x{side}, {size} at a time",
+        ),
         ("seeds", _in_short(run.seeds)),
         ("classes", "none" if run.classes is None else _in_short(run.classes)),
-        ("solver", f"{settings['solver']}, {steps}{eta}"),
-        ("guidance", "none" if pipe.classifier is None else f"{settings.get('guidance', pipe.guidance):g}"),
+        ("solver", f"{request.solver}, {steps}"),
+        ("guidance", "none" if pipe.classifier is None else f"{scale:g}"),
         ("device", str(pipe.device)),
         ("precision", pipe.precision),
         ("out", str(run.out.resolve())),
     ]
     if pipe.upsampler is not None:
         side = pipe.upsampler.config.image_size
-        steps = f"{settings.get('upsampler_steps', pipe.upsampler.steps)} steps"
+        steps = f"{request.upsampler_steps or pipe.upsampler.steps} steps"
         rows.insert(6, ("upsampler", f"to {side}x{side}, {steps}"))
     return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,18 +28,17 @@ from admfast.cli.sample_options import (
     UpsamplerFile,
     Weights,
 )
-from admfast.cli.tables import table
-from admfast.engine.images import from_uint8
 from admfast.engine.options import PLAIN
-from admfast.engine.verify import Deviation, Verification
-from admfast.errors import OutputError, Unavailable
-from admfast.files.atomic import atomic_path, check_writable
-from admfast.pipeline import Pipeline
-from admfast.runs.verify import verify
-from admfast.systems import load
+from admfast.errors import OutputError
+from admfast.files.atomic import check_writable
+from admfast.files.levels import from_uint8
+from admfast.files.tables import table
+from admfast.sampling.load import load
+from admfast.sampling.pipeline import Pipeline
+from admfast.verify.compare import STEPS, verify
+from admfast.verify.report import draw, plotting, report
 
 PAST_BUDGET = 1
-SHOWN_LAYERS = 5
 Seeds = Annotated[
     str | None,
     typer.Option(
@@ -71,7 +69,7 @@ def run_verify(
     low_res: LowRes = None,
     classes: Classes = None,
     seeds: Seeds = None,
-    steps: Steps = 25,
+    steps: Steps = STEPS,
     solver: Solver = "ddim",
     guidance: Guidance = None,
     upsampler_steps: UpsamplerSteps = None,
@@ -120,7 +118,7 @@ def _check_places(plot: Path | None, overwrite: bool, cache: Path | None) -> Non
         check_writable(cache)
     if plot is None:
         return
-    _plotting()
+    plotting()
     check_writable(plot)
     if plot.exists() and not overwrite:
         raise OutputError(f"plot={str(plot)!r}: is there already; give another file, or --overwrite")
@@ -145,56 +143,3 @@ def _resolved(
         count = steps if upsampler_steps is None else upsampler_steps
         rows.insert(2, ("upsampler", f"{pipe.upsampler.name}, {count} steps"))
     return rows + list(pipe.policy.parts().items())
-
-
-def report(found: Verification) -> str:
-    """The tables and the verdict."""
-    steps = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}", _bar(d)) for d in found.steps]
-    layers = sorted(found.layers, key=lambda d: -d.error / d.allowed)[:SHOWN_LAYERS]
-    worst = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}") for d in layers]
-    psnr = "no difference" if math.isinf(found.psnr) else f"{found.psnr:.1f} dB"
-    images = [
-        ("PSNR", psnr, f"{found.budget.psnr:.0f} dB or more"),
-        ("8-bit values that differ", f"{100 * found.differing:.3f} %", ""),
-        ("largest difference", f"{found.largest} of 255", ""),
-    ]
-    failures = found.failures
-    verdict = "past the budget: " + "; ".join(failures) if failures else "within the budget"
-    return "\n\n".join(
-        [
-            table(steps, ("images against the reference", "relative error", "allowed", "1e-8 to 1, log")),
-            table(worst, (f"worst of {len(found.layers)} layers", "relative error", "allowed")),
-            table(images, ("images at the end", "", "budget")),
-            verdict,
-        ]
-    )
-
-
-def _bar(deviation: Deviation) -> str:
-    """The error on a logarithmic scale from 1e-8 to 1, a mark every factor of 10^(1/4)."""
-    if not math.isfinite(deviation.error):
-        return "not finite"
-    marks = 0 if deviation.error <= 1e-8 else round(4 * (math.log10(deviation.error) + 8))
-    return "#" * min(marks, 32)
-
-
-def _plotting() -> Any:
-    """matplotlib's figures, without a display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Unavailable("plot: matplotlib is not installed (pip install 'admfast[bench]')") from None
-    return Figure
-
-
-def draw(found: Verification, path: Path, title: str) -> None:
-    """The error of every step and what is allowed, as a PNG file."""
-    figure = _plotting()(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(title=f"Fast path against the float32 reference ({title})")
-    axes.semilogy(range(1, len(found.steps) + 1), [d.error for d in found.steps], marker=".", label="x")
-    axes.axhline(found.budget.step, color="tab:red", label="allowed")
-    axes.set(xlabel="step", ylabel="relative error")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

@@ -72,7 +72,7 @@ class GaussianDiffusion:
         return -coef2 / coef1, 1.0 / coef1
 
     def log_variance_coefficients(self, i: int) -> tuple[float, float]:
-        """Return (l0, l1) with log sigma^2 = l0 + l1 v of p(x_{t-1} | x_t) at step i; v are the variance channels."""
+        """Return (l0, l1) with log sigma^2 = l0 + l1 v at step i, v the variance channels."""
         s = self.schedule
         low, high = float(s.posterior_log_variance_clipped[i]), math.log(s.betas[i])
         if self.var_type is VarType.LEARNED:

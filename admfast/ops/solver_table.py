@@ -7,6 +7,9 @@ import functools
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from admfast.errors import InvalidArgument, invalid
 from admfast.ops.sampler_step import PackedTable, Row, pack
 
@@ -37,6 +40,16 @@ class SolverTable:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @functools.cached_property
+    def timesteps(self) -> Tensor:
+        """What network and guidance see of t: [2, rows], float64."""
+        return torch.tensor([(row.t_net, row.t_clf) for row in self.rows], dtype=torch.float64).T
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What network and guidance see of t, for the images x: [2, rows, N] on its device."""
+        dtype = torch.int64 if self.integer_t else torch.float32
+        return self.timesteps.to(dtype).to(x.device)[:, :, None].expand(2, len(self), len(x))
 
     @functools.cached_property
     def packed(self) -> PackedTable:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from admfast.checks import real
 from admfast.diffusion import GaussianDiffusion
-from admfast.errors import invalid
 from admfast.ops.sampler_step import Row
 from admfast.ops.solver_table import SolverTable
 from admfast.solvers.solver import Solver, clip_of
@@ -13,10 +13,7 @@ from admfast.solvers.solver import Solver, clip_of
 
 def ddim(*, eta: float = 0.0) -> Solver:
     """Return DDIM. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1. Raises: InvalidArgument."""
-    eta = real_number("eta", eta)
-    if not 0 <= eta <= 1:
-        raise invalid("eta", eta, "0 to 1")
-    return Solver("ddim", _ddim_table, {"eta": eta}, respacing="ddim{steps}")
+    return Solver("ddim", _ddim_table, {"eta": real("eta", eta, least=0, most=1)}, respacing="ddim{steps}")
 
 
 def ddim_inverse() -> Solver:

@@ -45,7 +45,7 @@ class Solver:
 
 
 def clip_of(process: GaussianDiffusion, clip: bool, network_mean: bool) -> Clip:
-    """Return how a clipped row limits x_0; with `network_mean` the update follows the network, not that x_0."""
+    """Return how a row limits x_0; with `network_mean` the update follows the network, not that x_0."""
     if not clip:
         return Clip.NONE
     return Clip.REPORTED if network_mean and process.mean_type is MeanType.PREVIOUS_X else Clip.USED

@@ -22,7 +22,7 @@ from admfast.models.preset_types import ModelPreset, SystemPreset
 from admfast.models.presets import SYSTEMS
 from admfast.ops.dispatch import using
 from admfast.ops.noise import as_seeds
-from admfast.systems import process_of
+from admfast.sampling.load import process_of
 from bench.sampling.weights import network
 
 

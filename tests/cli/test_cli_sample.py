@@ -14,11 +14,11 @@ import torch
 from admfast.checkpoints import write_weights
 from admfast.cli.main import main
 from admfast.cli.sample import MANY, parse_numbers, plan_images
+from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
 from admfast.files.images import read_image
 from admfast.files.npz import read_samples
 from admfast.models.description import Description, DiffusionSettings
-from admfast.pipeline import Pipeline
 from tests.small import classifier, unet, upsampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,8 +111,8 @@ def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_pat
 @pytest.mark.parametrize(
     "options, solver, steps",
     [
-        (["--solver", "ddim", "--eta", "0.5"], "ddim, 2 steps, eta 0.5", 2),
-        (["--respacing", "ddim4", "--solver", "ddim"], "ddim, respacing ddim4", 4),
+        (["--solver", "ddim", "--eta", "0.5"], "ddim:eta=0.5, 2 steps", 2),
+        (["--respacing", "ddim4", "--solver", "ddim"], "ddim:eta=0.0, respacing ddim4", 4),
         (["--respacing", "1,2"], "ddpm, respacing 1,2", 3),
     ],
 )
@@ -174,12 +174,12 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--per-class", "0"], "per-class=0: 1 or more"),
         (["--per-class", "99999999999"], "per-class=99999999999: at most 10,000,000 images in all"),
         (["--per-class", "2", "--seeds", "0-2"], "seeds='3 seeds': one for each of the 8 images, or none"),
-        (["--solver", "ddim-inverse"], "--solver='ddim-inverse': in Python alone: pipe.sample(x_start="),
+        (["--solver", "ddim-inverse"], "--solver='ddim-inverse': in Python only: pipe.sample(x_start="),
         (["--low-res", "small.npz"], "--low-res: path='small.npz': no such file"),
         (["--preset", "64x64"], "--preset='64x64': no such model; nearest: 64x64_diffusion"),
         (["--set", "device=cpu"], "--set='device': no such option of a file"),
         (["--set-classifier", "num_heads=2"], "classifier_options={'num_heads': 2}: there is no classifier"),
-        (["--steps", "0"], "--steps=0: a whole number from 1 to 100"),
+        (["--steps", "0"], "--steps=0: "),
         (["--steps", "two"], "admfast sample: Invalid value for '--steps': "),
         (["--solver", "ddin"], "solver='ddin': nearest: ddim"),
         (["--respacing", "dim25"], "respacing='dim25'"),
@@ -304,18 +304,15 @@ def test_nan_in_the_weights_names_the_layer(weights, tmp_path, capsys):
 
 def test_ctrl_c_leaves_what_is_finished(sample, tmp_path, monkeypatch):
     calls = []
-    own = Pipeline.sample
+    own = PreparedStep.advance
 
-    def interrupted(self, classes, seeds, callback=None, **options):
-        def counting(progress):
-            callback(progress)
-            calls.append(None)
-            if len(calls) == 5:
-                raise KeyboardInterrupt
+    def interrupted(step, i):
+        own(step, i)
+        calls.append(None)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
 
-        return own(self, classes, seeds, callback=counting, **options)
-
-    monkeypatch.setattr(Pipeline, "sample", interrupted)
+    monkeypatch.setattr(PreparedStep, "advance", interrupted)
     status, stdout, stderr = sample("--seeds", "0-5", "--batch", "2")
     assert status == 130 and "Traceback" not in stderr
     assert stderr.splitlines()[-1] == "admfast: interrupted"

