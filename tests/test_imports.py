@@ -59,14 +59,13 @@ sys.exit(bool(failed))
 STATEMENTS = [
     "import admfast",
     "import admfast.solvers.ddim_rows, admfast.solvers.ddpm_rows",
-    "import admfast.sampling.load, admfast.sampling.pipeline",
+    "import admfast.sampling.load, admfast.sampling.guides",
     "from admfast.solvers import ddim",
-    "import admfast.sampling.guides",
 ]
 
 
 def test_values_stay_values_in_every_order_of_imports():
-    assert len(list(itertools.permutations(STATEMENTS))) == 120
+    assert len(list(itertools.permutations(STATEMENTS))) == 24
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", ORDERS.format(statements=STATEMENTS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

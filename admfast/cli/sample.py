@@ -106,7 +106,8 @@ def run_sample(
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
     request = SampleRequest(
         wanted, keys, steps=steps, solver=solver, eta=eta, respacing=respacing, guidance=guidance,
-        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps, batch_size=batch,
+        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps,
+        batch_size=batch,
     )  # fmt: skip
     small = None if images is None else images.images
     run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=small)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from admfast import checks
-from admfast.errors import invalid
 from admfast.sampling.predict import Prediction
 
 Interval = Sequence[float]  # (lowest, highest)
@@ -40,7 +39,7 @@ class Guide:
         checks.switch("sees_prediction", self.sees_prediction)
         checks.real("scale", self.scale)
         if self.interval is not None:
-            object.__setattr__(self, "interval", checked_interval("interval", self.interval))
+            object.__setattr__(self, "interval", checks.interval("interval", self.interval))
 
     def __call__(self, x_t: Tensor, t: Tensor, prediction: Prediction | None = None) -> Tensor:
         """Return the scaled gradient. Raises: InvalidArgument for what is no tensor like x_t."""
@@ -69,14 +68,3 @@ def by_prediction(
     Several such guides share one graph: each must keep it (retain_graph=True) for the next.
     """
     return Guide(function, sees_prediction=True, interval=interval)
-
-
-def checked_interval(name: str, value: object) -> Interval:
-    """Return two timesteps, the lowest first."""
-    values = checks.items(value)
-    if len(values) != 2:
-        raise invalid(name, value, "two timesteps, (lowest, highest)")
-    low, high = (checks.real(name, item) for item in values)
-    if low > high:
-        raise invalid(name, value, "the lowest first")
-    return low, high

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -23,7 +22,7 @@ from admfast.models import NetConfig, UNetConfig
 from admfast.models.fold import check_ordinary
 from admfast.sampling.functions import conditioned
 from admfast.sampling.loop import run
-from admfast.sampling.plan import check_low_res, plan
+from admfast.sampling.plan import check_low_res, images_at_a_time, plan
 from admfast.sampling.predict import Prediction, Predictor
 from admfast.sampling.request import SampleRequest
 
@@ -106,7 +105,7 @@ class Pipeline:
             parts.append(f"upsampler to {self.upsampler.config.image_size} pixels")
         return f"Pipeline({self.name!r}: {', '.join(parts)}; {self.precision} on {self.device})"
 
-    @property
+    @functools.cached_property
     def config(self) -> UNetConfig:
         """The network's configuration."""
         return self.net.config  # type: ignore[return-value]
@@ -121,7 +120,7 @@ class Pipeline:
         """What the networks compute in: "bfloat16, classifier float32"."""
         return str(self.policy)
 
-    @property
+    @functools.cached_property
     def num_classes(self) -> int | None:
         """Classes that can be asked for, by condition or by guidance only; None if there are none."""
         if self.config.num_classes is not None:
@@ -209,7 +208,7 @@ class Pipeline:
         """The diffusion process, with all its steps or respaced."""
         return self.diffusion.build(respacing)
 
-    @property
+    @functools.cached_property
     def spatial(self) -> tuple[int, ...]:
         """The sides of the images that the network was trained for."""
         return (self.config.image_size,) * self.config.dims
@@ -217,29 +216,7 @@ class Pipeline:
     @property
     def images_at_a_time(self) -> int:
         """How many images `sample` makes at a time where nothing is asked for."""
-        return self.images_at_a_time_of(self.spatial)
-
-    def images_at_a_time_of(self, sides: tuple[int, ...]) -> int:
-        """Return how many images of these sides fit beside the released models.
-
-        (Beside them on an 80 GB GPU; in 16 GB of memory on a CPU.)
-        """
-        largest = math.prod(sides)
-        if self.upsampler is not None:
-            largest = max(largest, math.prod(self.upsampler.spatial))
-        return max(1, (2**21 if self.device.type == "cuda" else 2**16) // largest)
-
-    def enlarged(self, sides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-        """Return by which factor base images are brought down first, and the sides that come out."""
-        trained = self.low_res_size
-        if trained is None:
-            return 1, self.spatial
-        factor = max(min(sides) // trained, 1)
-        # A side that the factor doesn't divide would lose its last columns.
-        if any(side % trained or side % factor for side in sides):
-            allowed = f"sides that are multiples of {trained} pixels, and of {factor}"
-            raise invalid("low_res", tuple(sides), allowed if factor > 1 else allowed.partition(",")[0])
-        return factor, tuple(side // factor * self.config.image_size // trained for side in sides)
+        return images_at_a_time(self, self.spatial)
 
     def _check_parts(self) -> None:
         """Networks that are put together must have the same images and classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
 from admfast.engine.engine import Engine
-from admfast.engine.numerics import own_numerics
 from admfast.engine.step import Batch
 from admfast.errors import Unavailable, invalid
 from admfast.files.levels import from_uint8, to_uint8
@@ -102,7 +102,7 @@ def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     this machine lacks.
     """
     _check_implementations(request.impl)
-    with own_numerics(pipeline.device):
+    with torch.inference_mode(False):  # whose tensors could not serve autograd
         base = _base(request, pipeline)
         up = pipeline.upsampler
         if up is not None:
@@ -114,12 +114,10 @@ def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
 
 def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
     """Return the plan of the pipeline's own network."""
-    solver, diffusion, device = request.solver, pipeline.diffusion, pipeline.device
+    solver, device = request.solver, next(pipeline.net.parameters()).device
     assert isinstance(solver, Solver)
-    respacing = request.respacing
-    if respacing is None:
-        respacing = _respacing("steps", request.steps or pipeline.steps, solver, diffusion)
-    process, whole = _rows(diffusion, respacing, solver, request.clip)  # type: ignore[arg-type]
+    steps = None if request.respacing is not None else request.steps or pipeline.steps
+    process, whole = _rows("steps", pipeline, solver, request.clip, steps, request.respacing)
     table = whole if request.t_start is None else _from_the_middle(whole, process, request.t_start)
     skipped, kept = len(whole) - len(table), process.schedule.timestep_map
     seeds, labels, shape = _images(request, pipeline)
@@ -149,7 +147,7 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
         impl=request.impl,
         callback=request.callback,
         every=request.every,
-        batch_size=request.batch_size or pipeline.images_at_a_time_of(shape[2:]),
+        batch_size=request.batch_size or images_at_a_time(pipeline, shape[2:]),
         output=request.output,
         noise=noise,
         x_start=x_start,
@@ -165,17 +163,17 @@ def _enlarging(request: SampleRequest, name: str, up: Pipeline, base: Plan) -> P
     if solver.begins == "image":
         raise invalid("solver", str(solver), f"not for {name}: an upsampler follows; load it without")
     steps = request.upsampler_steps or up.steps
-    respacing = _respacing("upsampler_steps", steps, solver, up.diffusion)
-    process, table = _rows(up.diffusion, respacing, solver, request.clip)
-    shrink, spatial = up.enlarged(base.shape[2:])
+    process, table = _rows("upsampler_steps", up, solver, request.clip, steps, None)
+    shrink, spatial = _enlarged(up, base.shape[2:])
+    device = next(up.net.parameters()).device
     return Plan(
         engine=up.engine,
         predictor=up.predictor,
         process=process,
         table=table,
         shape=(base.shape[0], up.config.in_channels, *spatial),
-        seeds=base.seeds.to(up.device),
-        labels=None if base.labels is None else base.labels.to(up.device),
+        seeds=base.seeds.to(device),
+        labels=None if base.labels is None else base.labels.to(device),
         guided=(False,) * len(table),
         first_stream=Stream.UPSAMPLER_X_T,
         stream=Stream.UPSAMPLER_STEPS,
@@ -187,19 +185,21 @@ def _enlarging(request: SampleRequest, name: str, up: Pipeline, base: Plan) -> P
     )
 
 
-def _respacing(name: str, steps: int, solver: Solver, diffusion: DiffusionConfig) -> str:
-    """Return the solver's respacing for a number of steps, which must not be more than the process has."""
-    if steps > diffusion.steps:
-        raise invalid(name, steps, f"a whole number from 1 to {diffusion.steps}")
-    return solver.respaced(steps)
+def _rows(
+    name: str, pipeline: Pipeline, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
+) -> tuple[GaussianDiffusion, SolverTable]:
+    """Return a respaced process and the solver's rows of it; `name` is what the user calls `steps`."""
+    if steps is not None and steps > pipeline.diffusion.steps:
+        raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
+    return _kept_rows(pipeline.diffusion, solver, clip, steps, respacing)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)
-def _rows(
-    diffusion: DiffusionConfig, respacing: Respacing, solver: Solver, clip: bool
+def _kept_rows(
+    diffusion: DiffusionConfig, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
-    """Return a respaced process and the solver's rows of it, which are the same at every call."""
-    process = diffusion.build(respacing)
+    """Make the rows, which are the same at every call: schedules and tables in float64 take milliseconds."""
+    process = diffusion.build(respacing if steps is None else solver.respaced(steps))
     return process, solver.table(process, clip)
 
 
@@ -257,6 +257,31 @@ def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int) -> Non
     if len(found) != config.dims + 2 or found[:2] != (count, config.in_channels):
         sides = ", ".join("dhw"[3 - config.dims :])
         raise invalid("low_res.shape", found, f"({count}, {config.in_channels}, {sides})")
+
+
+def _enlarged(up: Pipeline, sides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Return by which factor base images are brought down for an upsampler, and the sides that come out."""
+    trained = up.low_res_size
+    if trained is None:
+        return 1, up.spatial
+    factor = max(min(sides) // trained, 1)
+    # A side that the factor doesn't divide would lose its last columns.
+    if any(side % trained or side % factor for side in sides):
+        allowed = f"sides that are multiples of {trained} pixels, and of {factor}"
+        raise invalid("low_res", tuple(sides), allowed if factor > 1 else allowed.partition(",")[0])
+    return factor, tuple(side // factor * up.config.image_size // trained for side in sides)
+
+
+def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
+    """Return how many images of these sides fit beside the released models.
+
+    (Beside them on an 80 GB GPU; in 16 GB of memory on a CPU.)
+    """
+    largest = math.prod(sides)
+    if pipeline.upsampler is not None:
+        largest = max(largest, math.prod(pipeline.upsampler.spatial))
+    on_gpu = next(pipeline.net.parameters()).is_cuda
+    return max(1, (2**21 if on_gpu else 2**16) // largest)
 
 
 def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:

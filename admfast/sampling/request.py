@@ -15,9 +15,9 @@ from admfast import checks
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import invalid, nearest
-from admfast.sampling.guides import Guide, Interval, checked_interval
+from admfast.sampling.guides import Guide, Interval
 from admfast.sampling.loop import Callback
-from admfast.solvers import Solver, solver_of
+from admfast.solvers import Solver, from_text, solver_of
 
 LARGEST_SEED = 2**64 - 1
 LARGEST = torch.finfo(torch.float32).max
@@ -118,7 +118,10 @@ class SampleRequest:
 
     def _check_steps(self) -> None:
         """Check the solver, its steps, and where they begin."""
-        solver = solver_of(self.solver, **({} if self.eta is None else {"eta": self.eta}))
+        if isinstance(self.solver, str) and self.eta is None:
+            solver = from_text(self.solver)
+        else:
+            solver = solver_of(self.solver, **({} if self.eta is None else {"eta": self.eta}))
         self._put("solver", solver)
         self._put("eta", None)
         checks.switch("clip", self.clip)
@@ -151,7 +154,7 @@ class SampleRequest:
         if self.guidance and self.guidance_fn is not None:
             raise invalid("guidance", self.guidance, "not together with guidance_fn")
         if self.guidance_interval is not None:
-            self._put("guidance_interval", checked_interval("guidance_interval", self.guidance_interval))
+            self._put("guidance_interval", checks.interval("guidance_interval", self.guidance_interval))
         self._put("guides", tuple(checks.items(self.guides)))
         by_classifier = [] if self.guidance is None else [self.guidance]
         for guide in self.guides:

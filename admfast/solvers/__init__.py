@@ -40,15 +40,15 @@ def solver_of(value: Solver | str, **options: Any) -> Solver:
     Raises: InvalidArgument for an unknown solver or option, or a value that the solver refuses.
     """
     if isinstance(value, str):
-        value = _read(value)
+        value = from_text(value)
     if not isinstance(value, Solver):
         raise invalid("solver", value, f"a Solver, or one of: {', '.join(listed())}")
     return _made(value.name, {**value.options, **options}) if options else value
 
 
 @functools.lru_cache
-def _read(text: str) -> Solver:
-    """Return the solver of a text such as "ddim:eta=0.5"."""
+def from_text(text: str) -> Solver:
+    """Return the solver of a text such as "ddim:eta=0.5", which is read once."""
     name, _, given = (part.strip() for part in text.partition(":"))
     if name not in SOLVERS:
         raise invalid("solver", text, f"{nearest(name, SOLVERS)} (solvers: {', '.join(listed())})")
@@ -72,4 +72,14 @@ def _made(name: str, options: dict[str, Any]) -> Solver:
     return SOLVERS[name](**options)
 
 
-__all__ = ["SOLVERS", "Solver", "ddim", "ddim_inverse", "ddpm", "listed", "options_of", "solver_of"]
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "ddim",
+    "ddim_inverse",
+    "ddpm",
+    "from_text",
+    "listed",
+    "options_of",
+    "solver_of",
+]
