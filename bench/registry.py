@@ -242,7 +242,6 @@ PREDICTED_GAINS: dict[tuple[str, str, int], dict[str, float]] = {
         "residual in the convolution": 0.006,
         "qkv rows": 0.0,
         "embeddings at once": 0.003,
-        "sub-pixel": 0.02,
     },
     ("cpu", "digits32", 4): {
         "channels-last": 0.2,
@@ -255,7 +254,6 @@ PREDICTED_GAINS: dict[tuple[str, str, int], dict[str, float]] = {
         "residual in the convolution": 0.02,
         "qkv rows": 0.0,
         "embeddings at once": 0.03,
-        "sub-pixel": 0.01,
     },
     ("cuda", "imagenet256", 8): {
         "channels-last": 0.08,
@@ -270,7 +268,6 @@ PREDICTED_GAINS: dict[tuple[str, str, int], dict[str, float]] = {
         "embeddings at once": 0.001,
         "graph": 0.0,
         "two branches": 0.004,
-        "sub-pixel": 0.008,
     },
     ("cuda", "imagenet64", 1): {
         "channels-last": 0.0,
@@ -285,6 +282,5 @@ PREDICTED_GAINS: dict[tuple[str, str, int], dict[str, float]] = {
         "embeddings at once": 0.03,
         "graph": 0.35,
         "two branches": 0.035,
-        "sub-pixel": 0.0,
     },
 }

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from admfast.errors import first_line
+
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
 
@@ -43,7 +45,7 @@ def capture(step: PreparedStep) -> None:
             first = first_of(error, outer)
             if isinstance(first, torch.cuda.OutOfMemoryError):
                 raise first from None
-            step.refused = (str(first).strip().splitlines() or [type(first).__name__])[0]
+            step.refused = first_line(first)
             LOG.warning("rows are launched one by one: no CUDA graph of the step (%s)", step.refused)
         finally:
             # Where the end of a capture raises, torch leaves its stream the current one.

@@ -16,14 +16,13 @@ from admfast.engine.compiled import compile_step
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
-from admfast.models.fold import FOLDING, FoldableNet, shared_out
+from admfast.models.fold import FOLDING, FoldableNet
 
 
 class Engine:
     """A network and its classifier as steps are made of them; several threads may use it at once.
 
-    net, classifier: frozen. policy: what they compute in. options: what is prepared. beside: the engine of
-    an upsampler that shares the memory for derived weights.
+    net, classifier: frozen. policy: what they compute in. options: what is prepared.
     """
 
     def __init__(
@@ -32,32 +31,18 @@ class Engine:
         classifier: FoldableNet | None = None,
         policy: Policy = FP32,
         options: EngineOptions | None = None,
-        beside: Engine | None = None,
     ):
-        self.net, self.classifier, self.policy, self.beside = net, classifier, policy, beside
+        self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
         self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
         self.lock = threading.RLock()  # held by whoever folds the networks or runs steps
-        self._memory: dict[FoldableNet, int] = {}
-        fold = self.options.fold
-        if fold is not None:
-            others = [] if beside is None or beside.options.fold is None else [beside]
-            networks = [net for engine in (self, *others) for net in engine._networks()]
-            shares = dict(zip(networks, shared_out(fold.budget, networks), strict=True))
-            for engine in (self, *others):
-                engine._share(shares)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles begin without prepared steps."""
-        return Engine, (self.net, self.classifier, self.policy, self.options, self.beside)
+        return Engine, (self.net, self.classifier, self.policy, self.options)
 
     def _networks(self) -> list[FoldableNet]:
         return [net for net in (self.net, self.classifier) if net is not None]
-
-    def _share(self, shares: dict[FoldableNet, int]) -> None:
-        """Take these bytes for derived weights, or what there was to take before where that is less."""
-        for net in self._networks():
-            self._memory[net] = min(shares[net], self._memory.get(net, shares[net]))
 
     @property
     def device(self) -> torch.device:
@@ -73,23 +58,19 @@ class Engine:
             for net, dtype in ((self.net, policy.torso), (self.classifier, policy.classifier)):
                 if net is None:
                     continue
-                if fold is None:
-                    # Another pipeline may have folded the network, in a precision of its own.
-                    if net.fold_options is not None:
-                        net.unfold()
-                    continue
+                if fold is None and net.fold_options is None and not self.options.prepared:
+                    continue  # nothing depends on what the network looks like
                 own = next(net.parameters()).dtype
-                # A policy rounds float32; a network of float64 stays one.
-                kind = own if own == torch.float64 else dtype
-                net.ensure_folded(fold, kind, self._memory.get(net))
-            if self._steps:
-                self._drop_outdated()
+                # A policy rounds float32; a network of float64 stays one. Without options of its own: another
+                # pipeline may have folded the network.
+                net.ensure_folded(fold, own if own == torch.float64 else dtype)
+            self._drop_outdated()
 
     def _drop_outdated(self) -> None:
-        """Drop the kept steps of networks that have another form by now."""
-        forms = tuple(net.form() for net in self._networks())
+        """Drop the kept steps of networks that have changed since."""
+        generations = generations_of(self._networks())
         for key, step in list(self._steps.items()):
-            if step.forms != forms[: len(step.forms)]:
+            if step.generations != generations[: len(step.generations)]:
                 del self._steps[key]
 
     def unchanged(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -88,8 +88,7 @@ class Pipeline:
             if net is not None:
                 net.requires_grad_(False).eval()
         parts: tuple[Any, Any] = (self.net, self.classifier)
-        beside = None if self.upsampler is None else self.upsampler.engine
-        engine = Engine(*parts, self.policy, self.options, beside)
+        engine = Engine(*parts, self.policy, self.options)
         engine.ready()
         object.__setattr__(self, "engine", engine)
         object.__setattr__(self, "predictor", Predictor(self.diffusion))

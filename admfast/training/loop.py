@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.checks import real, whole
-from admfast.errors import CheckpointError, NonFiniteError
+from admfast.errors import CheckpointError, NonFiniteError, first_line
 from admfast.files.atomic import atomic_open, output_error
 from admfast.training.optimiser import AdamWEma
 
@@ -168,7 +168,7 @@ def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: AdamWEma) -> 
         OSError,
         pickle.UnpicklingError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: not a state of this training: {reason}") from error
 
 

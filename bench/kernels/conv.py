@@ -55,7 +55,7 @@ def _providers(shape: ConvShape, batch: int, dtype: str, settings: Settings, com
     ours = [
         entry.name
         for entry in TABLES["conv"].implementations
-        if entry.name != "reference" and not (entry.available() or entry.supports(conv._direction, x))
+        if entry.name != "reference" and not (entry.available() or entry.supports(conv.directions[0], x))
     ]
     return ["eager", "eager channels-first", *(["torch.compile"] if compiled else []), *ours]
 

@@ -29,7 +29,6 @@ NO_FOLD = FoldOptions(
     two_sources=False,
     residual=False,
     qkv_rows=False,
-    subpixel=False,
     embeddings=False,
 )
 
@@ -61,10 +60,7 @@ class Form:
 
 
 def added(cuda: bool) -> list[Form]:
-    """From the plain operations to the whole engine and beyond, one part more in each form.
-
-    The last two are not in the engine's defaults.
-    """
+    """From the plain operations to the whole engine, one part more in each form."""
     both = f"{NO_NORM},{NO_ATTENTION}"
     prepared = replace(PLAIN, prepared=True)
     forms = [
@@ -91,8 +87,7 @@ def added(cuda: bool) -> list[Form]:
         forms.append(Form("graph", options))
         options = replace(options, branches=True)
         forms.append(Form("two branches", options))
-    whole = replace(options, graph=True, branches=True)  # without meaning on a CPU
-    return [*forms, Form("sub-pixel", _with(whole, subpixel=True))]
+    return forms
 
 
 def without(cuda: bool) -> list[Form]:

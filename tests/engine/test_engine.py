@@ -18,7 +18,7 @@ from admfast.models.fold import FoldOptions
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan
 from admfast.sampling.request import SampleRequest
-from tests.small import PROCESS, cascade, classifier, pipeline, randn, unet, upsampler
+from tests.small import PROCESS, classifier, pipeline, randn, unet
 
 LABELS, SEEDS = [0, 3, 1], [3, 5, 7]
 
@@ -85,8 +85,6 @@ def test_copies_and_pickles_sample_the_same():
     wanted = images(pipe)
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         assert torch.equal(images(other), wanted) and other.engine.net is other.net
-    both = copy.deepcopy(cascade())
-    assert both.engine.beside is both.upsampler.engine
 
 
 # Other networks and settings
@@ -240,49 +238,6 @@ def test_a_step_folded_anew_by_another_pipeline_is_dropped(precision):
     net.unfold()
     images(other)  # folds it, in the same precision perhaps, so that nothing is left to do
     assert torch.equal(images(pipe), wanted) and kept(pipe) is not step
-
-
-# One budget
-
-
-def spared(net) -> set[str]:
-    return {
-        name
-        for name, module in net.named_modules()
-        if hasattr(module, "fold_weights") and module._folded.parts[0]._source.spare_memory
-    }
-
-
-def winograd_bytes(net) -> int:
-    """What its Winograd forms take, in the directions that run."""
-    kept_ones = [name for _, name in net.winograd_sizes() if name not in spared(net)]
-    return sum(size for size, name in net.winograd_sizes() if name in kept_ones)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_the_networks_of_a_cascade_share_one_budget(share):
-    def nets(pipe):
-        return [pipe.net, pipe.classifier, pipe.upsampler.net]
-
-    whole = [sum(size for size, _ in net.winograd_sizes()) for net in nets(cascade())]
-    memory = int(share * sum(whole))
-    options = EngineOptions(fold=FoldOptions(memory=memory))
-    up = Pipeline("up", upsampler(2), PROCESS, steps=3, low_res_size=8, options=options)
-    pipe = pipeline(upsampler=up, options=options)
-    images(pipe, steps=1)
-    used = [winograd_bytes(net) for net in nets(pipe)]
-    assert sum(used) <= memory and (share < 1 or used == whole)
-    assert share in (0, 1) or sum(used) > 0.5 * memory
-    wanted = images(cascade(), steps=1)
-    assert (images(pipe, steps=1) - wanted).abs().max() < 1e-3
-
-
-def test_a_classifier_s_forms_count_in_both_directions():
-    from admfast.models.fold import WINOGRAD_BYTES
-
-    for net, directions in ((unet(), 1), (classifier(), 2)):
-        weights = sum(m.weight.numel() for m in net.modules() if hasattr(m, "fold_weights"))
-        assert sum(size for size, _ in net.winograd_sizes()) == WINOGRAD_BYTES * directions * weights
 
 
 def test_pipelines_that_share_a_network_keep_its_form():

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast.errors import InvalidArgument
 from admfast.models.fold import FoldOptions
+from admfast.models.fold.net import WINOGRAD_BYTES
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_winograd import amplification
 from admfast.ops.dispatch import watch
-from admfast.ops.subpixel import SubpixelConv
 from tests.ops.tolerance import assert_within
 from tests.small import classifier, randn, unet, upsampler
 
@@ -43,7 +43,6 @@ OFF = {
     "two_sources": False,
     "residual": False,
     "qkv_rows": False,
-    "subpixel": True,
     "embeddings": False,
     "conv": "reference",
 }
@@ -104,7 +103,6 @@ def test_each_option_can_be_switched_alone(name, option):
         ({"memory": -1}, "memory=-1"),
         ({"memory": True}, "memory=True"),
         ({"channels_last": "no"}, "channels_last='no': True or False"),
-        ({"subpixel": 1}, "subpixel=1: True or False"),
     ],
 )
 def test_an_option_of_the_wrong_kind_is_named(given, message):
@@ -120,29 +118,19 @@ class Runs:
     two_sources: int = 0  # concatenations that are not written
     residual: int = 0  # convolutions that add the skip themselves
     qkv_rows: int = 0  # qkv products that come out in the new order
-    subpixel: int = 0
     embeddings: int = 0  # blocks that don't project the embedding themselves
     conv: int = 0  # convolutions by the implementation "reference"
 
 
 def what_runs(net, monkeypatch) -> Runs:
     found, blocks = Runs(), [m for m in net.modules() if hasattr(m, "emb_layers")]
-    real, doubled = FoldedConv.__call__, SubpixelConv.__call__
+    real = FoldedConv.__call__
 
-    def convolve(self, x, residual=None):
-        if not isinstance(self, _Second):
-            found.residual += residual is not None
-            found.channels_last += x.dim() == 4 and x.movedim(1, -1).is_contiguous()
-        return real(self, x, residual)
+    def convolve(self, x, residual=None, x2=None):
+        found.residual += residual is not None
+        found.channels_last += x.dim() == 4 and x.movedim(1, -1).is_contiguous()
+        return real(self, x, residual, x2)
 
-    def double(self, x):
-        found.subpixel += 1
-        return doubled(self, x)
-
-    for module in net.modules():
-        # The second source of a convolution adds to the first's result, whatever becomes of the skip.
-        for part in module._folded.parts[1:] if getattr(module, "_folded", None) else []:
-            part.__class__ = _Second
     layers = [
         m.emb_layers[1].register_forward_hook(lambda *_: setattr(found, "embeddings", found.embeddings - 1))
         for m in blocks
@@ -150,17 +138,12 @@ def what_runs(net, monkeypatch) -> Runs:
     found.embeddings = len(blocks)
     with monkeypatch.context() as patched, watch() as choices:
         patched.setattr(FoldedConv, "__call__", convolve)
-        patched.setattr(SubpixelConv, "__call__", double)
         found.two_sources = 1 + len(net.output_blocks) - operations(net).count("cat")
     for hook in layers:
         hook.remove()
     found.qkv_rows = sum(m.qkv.reordered for m in net.modules() if hasattr(m, "qkv"))
     found.conv = sum(choice.op == "conv" and choice.name == "reference" for choice in choices)
     return found
-
-
-class _Second(FoldedConv):
-    """A part of a convolution that is not its first."""
 
 
 @pytest.mark.parametrize("option", OFF)
@@ -172,9 +155,8 @@ def test_each_switch_changes_what_runs_and_nothing_else(option, monkeypatch):
     net.fold(dataclasses.replace(FoldOptions(conv="library"), **{option: OFF[option]}))
     after = what_runs(net, monkeypatch)
     changed = {name for name, count in vars(after).items() if count != getattr(before, name)}
-    # Sub-pixel convolutions stand in for others, whose counts they change.
-    assert option in changed and changed <= {option} | ({"channels_last"} if option == "subpixel" else set())
-    on, off = (after, before) if option in ("subpixel", "conv") else (before, after)
+    assert changed == {option}
+    on, off = (after, before) if option == "conv" else (before, after)
     assert getattr(on, option) > getattr(off, option)
     # Attention puts out its channels together in any case.
     assert getattr(off, option) == 0 or option == "channels_last"
@@ -225,7 +207,7 @@ def test_rows_of_legacy_qkv_are_permuted_bit_for_bit():
     assert not block.qkv.reordered
     net.fold(FoldOptions(conv="library"))
     assert block.qkv.reordered and torch.equal(block(x), own)
-    (form,) = block.qkv.folded.parts[0].forms()
+    (form,) = block.qkv.folded.forms()
     assert torch.equal(form, block.qkv.weight[block.qkv.rows])
 
 
@@ -246,8 +228,8 @@ def test_half_precision_leaves_parameters_embeddings_and_the_last_layer():
     net.fold(dtype=torch.bfloat16)
     assert net.torso_dtype == torch.bfloat16
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    assert net.out[2].folded.parts[0].dtype == torch.float32
-    assert net.input_blocks[0][0].folded.parts[0].dtype == torch.bfloat16
+    assert net.out[2].folded.dtype == torch.float32
+    assert net.input_blocks[0][0].folded.dtype == torch.bfloat16
     rounded = made("unet").convert_torso(torch.bfloat16)
     half, published = call(net)[0], call(rounded)[0]
     # The published recipe rounds the same weights; what is left is the order of sums in bfloat16.
@@ -316,11 +298,9 @@ def test_weights_loaded_into_a_network_that_trains_unfold_it():
 
 def memory_of(net) -> list[int]:
     """Where all that was derived lies."""
-    convolutions = [module for module in net.modules() if getattr(module, "_folded", None)]
-    parts = [part for module in convolutions for part in module._folded.parts]
-    return [form.data_ptr() for part in parts for form in part.forms()] + [
-        t.data_ptr() for t in net._projections
-    ]
+    found = [module.folded for module in net.modules() if hasattr(type(module), "folded")]
+    forms = [form for folded in found for form in folded.forms()]
+    return [form.data_ptr() for form in (*forms, net._projections.weight, net._projections.bias)]
 
 
 @pytest.mark.parametrize("change", ["in place", "load_state_dict", "assign", "data", "data replaced"])
@@ -368,18 +348,24 @@ def test_moving_and_converting_drop_what_was_derived():
     assert not net.convert_torso(torch.float16).is_folded and net.torso_dtype == torch.float16
 
 
-def test_the_smallest_convolutions_get_what_memory_there_is():
+@pytest.mark.parametrize("share", [0.0, 0.99, 1.0])
+def test_winograd_forms_are_made_where_all_of_a_network_s_fit(share):
     net = made("unet")
-    sizes = {name: m.weight.numel() for name, m in net.named_modules() if hasattr(m, "fold_weights")}
-    for memory in (0, 16 * 100_000, None):
-        net.fold(FoldOptions(memory=memory))
-        spared = {name for name in sizes if net.get_submodule(name)._folded.parts[0]._source.spare_memory}
-        if memory is None:
-            assert not spared
-            continue
-        kept = sorted(sizes[name] for name in sizes if name not in spared)
-        assert sum(kept) * 16 <= memory
-        assert all(sizes[name] >= max(kept, default=0) for name in spared)
+    net.fold(FoldOptions(memory=int(share * net.winograd_bytes)))
+    with watch() as choices:
+        call(net)
+    assert any(choice.name == "winograd" for choice in choices) == (share == 1.0)
+
+
+def test_a_classifier_s_forms_count_in_both_directions():
+    for net, directions in ((unet(), 1), (classifier(), 2)):
+        weights = sum(m.weight.numel() for m in net.modules() if hasattr(m, "fold_weights"))
+        assert net.winograd_bytes == WINOGRAD_BYTES * directions * weights
+
+
+def test_what_was_derived_is_counted():
+    net = made("unet")
+    net.fold()
     before = net.fold_bytes
     call(net)
     assert net.fold_bytes > before
