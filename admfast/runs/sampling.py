@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from admfast.checkpoints.describe import forward_work
 from admfast.errors import AdmfastError, invalid
 from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
@@ -21,7 +20,7 @@ from admfast.files.npz import write_streamed
 from admfast.runs.folder import RunFolder, make_folder
 from admfast.sampling.loop import Progress, run
 from admfast.sampling.pipeline import Pipeline
-from admfast.sampling.plan import plan
+from admfast.sampling.plan import images_of, plan
 from admfast.sampling.request import SampleRequest
 
 GRID_LIMIT, GRID_COLUMNS = 400, 20  # images that a grid shows at most, in all and of a class side by side
@@ -33,7 +32,7 @@ class SampleRun:
     """One call of `admfast sample`: which images, with which settings, into which folder.
 
     Attributes:
-        pipe: the pipeline. request: which images, with seeds; its classes, if any, are one for each.
+        pipe: the pipeline. request: for the images; `seeds` and `classes` are those of every image.
         out: folder; made where it is missing. It must not hold samples already, unless `overwrite`: then they
             stay until the new set is complete and takes their place; a run that ends before leaves what it
             has finished in OUT/unfinished.
@@ -51,6 +50,7 @@ class SampleRun:
     low_res: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
+        self.seeds, self.classes, _ = images_of(self.request, self.pipe)
         self.finished = 0
         self._shown: list[NDArray[np.uint8]] = []  # what the grid shows; the others are on the disk alone
         self._folder = RunFolder(self.out, self.overwrite)
@@ -58,23 +58,8 @@ class SampleRun:
         if config.dims != 2 or config.in_channels not in PNG_CHANNELS:
             given = f"{config.dims}-D images of {config.in_channels} channels"
             raise invalid("pipe", given, "PNG files are 2-D, of 1, 3 or 4 channels; see Pipeline.sample")
-        if self.classes is not None and len(self.classes) != len(self.seeds):
-            allowed = f"one for each of the {len(self.seeds)} seeds, or None"
-            raise invalid("classes", f"{len(self.classes)} classes", allowed)
         if self.intermediates < 0:
             raise invalid("intermediates", self.intermediates, "0 for none, or every so many steps")
-
-    @property
-    def seeds(self) -> Sequence[int]:
-        """The seed of every image."""
-        assert isinstance(self.request.seeds, tuple)
-        return self.request.seeds
-
-    @property
-    def classes(self) -> Sequence[int] | None:
-        """The class of every image, or None."""
-        assert self.request.classes is None or isinstance(self.request.classes, tuple)
-        return self.request.classes
 
     @property
     def kept(self) -> Path:
@@ -151,17 +136,11 @@ class SampleRun:
         return self._folder.place / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
 
     def _shares(self, steps: dict[str, int]) -> dict[str, float]:
-        """The part of an image's work that one step of the base model and one of the upsampler is."""
+        """Return the part of an image's work, in pixels, that one step of each stage is."""
         up = self.pipe.upsampler
-        if up is None:
-            return {"base": 1 / steps["base"]}
-        base, enlarging = forward_work(self.pipe.config).flops, forward_work(up.config).flops
-        scale = self.pipe.guidance if self.request.guidance is None else self.request.guidance
-        if self.pipe.classifier is not None and scale:
-            # A gradient with respect to the image alone costs one more forward pass.
-            base += 2 * forward_work(self.pipe.classifier.config).flops  # type: ignore[arg-type]
-        total = steps["base"] * base + steps["upsampler"] * enlarging
-        return {"base": base / total, "upsampler": enlarging / total}
+        pixels = {"base": math.prod(self.pipe.spatial), "upsampler": math.prod(up.spatial) if up else 0}
+        total = sum(count * pixels[stage] for stage, count in steps.items())
+        return {stage: pixels[stage] / total for stage in steps}
 
     def _finish(self) -> list[Path]:
         """Write the grid and the npz of the finished images; each of them even if the other fails."""

@@ -120,7 +120,7 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
     process, whole = _rows("steps", pipeline, solver, request.clip, steps, request.respacing)
     table = whole if request.t_start is None else _from_the_middle(whole, process, request.t_start)
     skipped, kept = len(whole) - len(table), process.schedule.timestep_map
-    seeds, labels, shape = _images(request, pipeline)
+    seeds, labels, shape = images_of(request, pipeline)
     _check_shapes(request, shape, len(whole), pipeline)
 
     def on_device(value: Tensor | None) -> Tensor | None:
@@ -214,10 +214,10 @@ def _from_the_middle(whole: SolverTable, process: GaussianDiffusion, t_start: in
     return whole.from_step(max(below))
 
 
-def _images(
+def images_of(
     request: SampleRequest, pipeline: Pipeline
 ) -> tuple[Sequence[int], list[int] | None, tuple[int, ...]]:
-    """Return seeds, class labels and shape of the images."""
+    """Return the seeds, the class labels (None without classes) and the shape of the images asked for."""
     classes, seeds, known = request.classes, request.seeds, pipeline.num_classes
     assert classes is None or isinstance(classes, tuple)
     assert seeds is None or isinstance(seeds, tuple)

@@ -100,6 +100,10 @@ class Verification:
     differing: float = 0.0
     largest: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):
+            raise invalid("budget", self.budget, "a Budget, or None")
+
     @property
     def failures(self) -> list[str]:
         """What is past the budget, in words; empty where all holds."""

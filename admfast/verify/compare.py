@@ -37,7 +37,12 @@ PREPARATIONS = ("prepared", "fold", "graph", "branches", "compile")
 
 
 def verify(
-    pipe: Pipeline, reference: Pipeline, *, budget: Budget | None = None, **settings: Any
+    pipe: Pipeline,
+    reference: Pipeline,
+    request: SampleRequest | None = None,
+    *,
+    budget: Budget | None = None,
+    **settings: Any,
 ) -> Verification:
     """Compare `pipe` with `reference`: every layer at three of the steps, x after every step, and the images.
 
@@ -45,13 +50,12 @@ def verify(
         pipe: the pipeline as it is used.
         reference: another pipeline of the same model on the same device, with networks of its own, in float32
             and with `engine=PLAIN`; it runs on the reference implementations.
+        request: for the images, as `request_for` makes it; None makes it of `settings`.
         budget: what is allowed; None is that of the pipeline's precision.
-        settings: of the images, as of `Pipeline.sample`. Not given, the solver is "ddim", steps is 25,
-            upsampler_steps as steps, and seeds are 0, 1, ... for the classes or `low_res` given, else 0..3.
-            Step counts are refused at which rounding alone would exceed the budget: the first rows' x_0 has
-            many times the rounding of the network's output (`amplified`), which few steps put into the
-            images. In bfloat16 DDPM needs 4 on the linear schedule and 25 on the cosine one; DDIM runs with
-            any.
+
+    Step counts are refused at which rounding alone would exceed the budget: the first rows' x_0 has many
+    times the rounding of the network's output (`amplified`), which few steps put into the images. In bfloat16
+    DDPM needs 4 on the linear schedule and 25 on the cosine one; DDIM runs with any.
 
     Returns:
         What was found; `failures` is empty where all of it is within the budget.
@@ -59,8 +63,8 @@ def verify(
     Raises: InvalidArgument as `Pipeline.sample`, for a reference that isn't one, and for too few steps.
     """
     _check_pipelines(pipe, reference)
-    verification = Verification(_budget(pipe, budget))
-    request = _request(pipe, settings)
+    verification = Verification(budget_of(pipe.policy) if budget is None else budget)
+    request = request_for(pipe, **settings) if request is None else request
     base = plan(request, pipe)
     stages = [(base, pipe, reference)]
     if base.enlarging is not None:
@@ -80,8 +84,12 @@ def verify(
     return verification
 
 
-def _request(pipe: Pipeline, settings: dict[str, Any]) -> SampleRequest:
-    """Return the request for the images that are compared, all in one batch."""
+def request_for(pipe: Pipeline, **settings: Any) -> SampleRequest:
+    """Return the request for the images that are compared: settings as of `Pipeline.sample`, in one batch.
+
+    Not given, the solver is "ddim", steps is 25, upsampler_steps is steps, and seeds are 0, 1, ... for the
+    classes or `low_res` given, else 0..3. Raises: InvalidArgument.
+    """
     solver = solver_of(settings.get("solver", "ddim"))
     if solver.begins == "image":
         raise invalid("solver", str(solver), f"one that samples: {', '.join(listed('noise'))}")
@@ -95,13 +103,6 @@ def _request(pipe: Pipeline, settings: dict[str, Any]) -> SampleRequest:
     up = steps if pipe.upsampler is not None and given.upsampler_steps is None else given.upsampler_steps
     count = len(list(seeds))  # type: ignore[arg-type]
     return replace(given, steps=steps, seeds=seeds, upsampler_steps=up, output="float", batch_size=count)
-
-
-def _budget(pipe: Pipeline, budget: Budget | None) -> Budget:
-    """The budget asked for, or that of the pipeline's precision."""
-    if budget is not None and not isinstance(budget, Budget):
-        raise invalid("budget", budget, "a Budget, or None")
-    return budget or budget_of(pipe.policy)
 
 
 def _check_pipelines(pipe: Pipeline, reference: Pipeline) -> None:

@@ -1,13 +1,9 @@
-"""The report of a verification: tables and the verdict, and a plot."""
+"""The report of a verification: tables and the verdict."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
-from admfast.errors import Unavailable
-from admfast.files.atomic import atomic_path
 from admfast.files.tables import table
 from admfast.verify.budget import Deviation, Verification
 
@@ -43,25 +39,3 @@ def _bar(deviation: Deviation) -> str:
         return "not finite"
     marks = 0 if deviation.error <= 1e-8 else round(4 * (math.log10(deviation.error) + 8))
     return "#" * min(marks, 32)
-
-
-def plotting() -> Any:
-    """Return matplotlib's figures, which need no display. Raises: Unavailable."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Unavailable("plot: matplotlib is not installed (pip install 'admfast[bench]')") from None
-    return Figure
-
-
-def draw(found: Verification, path: Path, title: str) -> None:
-    """Draw the error of every step and what is allowed into a PNG file."""
-    figure = plotting()(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(title=f"Fast path against the float32 reference ({title})")
-    axes.semilogy(range(1, len(found.steps) + 1), [d.error for d in found.steps], marker=".", label="x")
-    axes.axhline(found.budget.step, color="tab:red", label="allowed")
-    axes.set(xlabel="step", ylabel="relative error")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)

@@ -12,10 +12,10 @@ import torch
 from admfast.errors import InvalidArgument
 from admfast.sampling import guides
 from admfast.sampling.loop import run
-from admfast.sampling.plan import plan
+from admfast.sampling.plan import images_of, plan
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import ddim
-from tests.small import cascade, pipeline, randn
+from tests.small import cascade, pipeline, randn, unet
 
 REQUESTS = [
     SampleRequest(),
@@ -87,3 +87,19 @@ def test_a_plan_is_cut_into_parts():
 def test_a_request_is_what_sample_runs():
     pipe = pipeline()
     assert torch.equal(run(plan(SampleRequest(1, [2, 3], steps=2), pipe)), pipe.sample(1, [2, 3], steps=2))
+
+
+@pytest.mark.parametrize(
+    "classes, seeds, planned",
+    [
+        (None, None, ([0], [0])),
+        (None, [6, 2**63], ([6, 2**63], [2, 2**63 % 4])),
+        ([3, 1], None, ([0, 1], [3, 1])),
+        ([3, 1], [5, 6, 7], ([5, 6, 7], [3, 1, 3])),
+    ],
+)
+def test_classes_and_seeds_of_every_image(classes, seeds, planned):
+    keys, labels, shape = images_of(SampleRequest(classes, seeds), pipeline())
+    assert (list(keys), labels) == planned and shape == (len(keys), 1, 8, 8)
+    plain = pipeline(net=unet(num_classes=None), classifier=None, guidance=0.0)
+    assert images_of(SampleRequest(seeds=seeds), plain)[1] is None

@@ -249,7 +249,7 @@ def test_images_where_not_all_is_said(given, seeds, labels, monkeypatch):
         (dict(seeds=[]), r"seeds=\[\]: at least one"),
         (dict(seeds=-1), "seeds=-1: a whole number from 0"),
         (dict(classes=4), "classes=4: a whole number from 0 to 3"),
-        (dict(budget=3), "budget=3: a Budget, or None"),
+        (dict(budget=3), "budget=3"),
         (dict(steps=2.5), "steps=2.5"),
         (dict(upsampler_steps=3), "upsampler_steps=3: small has no upsampler"),
         (dict(low_res=3), "low_res='int': a tensor of floats"),
