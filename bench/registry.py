@@ -29,11 +29,6 @@ BATCHES = {"cuda": (8, 1, 32), "cpu": (1, 4)}
 L2_BYTES = 40e6
 
 SAMPLER_SIDES = (64, 128, 256, 512)
-# The networks whose parameters the optimiser's step is measured on.
-OPTIMISED = {
-    "cuda": ("64x64_diffusion", "256x256_diffusion"),
-    "cpu": ("digits32_diffusion", "64x64_classifier"),
-}
 GRAPH_NODES = (500, 1000)
 
 

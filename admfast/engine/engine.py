@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -136,6 +137,7 @@ class Engine:
         with self.lock:
             self._steps.clear()
         if self.device.type == "cuda":
+            gc.collect()  # a step whose graph was refused refers to itself, as does an error that was caught
             torch.cuda.empty_cache()
 
 

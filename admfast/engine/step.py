@@ -161,10 +161,13 @@ class PreparedStep:
         if guided and self.side is not None:
             here = torch.cuda.current_stream(x.device)
             self.side.wait_stream(here)
-            with torch.cuda.stream(self.side):
-                gradient = self._gradient(x, t_clf, row)
-            out = self._output(x, t_net, row)
-            here.wait_stream(self.side)
+            try:
+                with torch.cuda.stream(self.side):
+                    gradient = self._gradient(x, t_clf, row)
+                out = self._output(x, t_net, row)
+            finally:
+                # A capture in which a branch is left unjoined, as by a lack of memory, could not end.
+                here.wait_stream(self.side)
         else:
             gradient = self._gradient(x, t_clf, row) if guided else None
             out = self._output(x, t_net, row)

@@ -34,15 +34,15 @@ class FoldableConv(nn.Module):
 
     def fold_weights(self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False) -> None:
         """Derive the folded form, or renew it in place."""
-        split = self.split if options.two_sources else 0
-        rows = self.rows if options.qkv_rows else None
+        split = self.split if options.has("two_sources") else 0
+        rows = self.rows if options.has("qkv_rows") else None
         geometry = self.stride, self.padding
         settings = ConvOptions(*geometry, dtype, options.conv, split, rows, spare_memory)  # type: ignore[arg-type]
         if self._folded is not None and self._folded.options == settings:
             self._folded.refold(self.weight, self.bias)
         else:
             self._folded = FoldedConv(self.weight, self.bias, **vars(settings))
-        self._adds_residual = options.residual
+        self._adds_residual = options.has("residual")
 
     @property
     def derived_bytes(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from admfast.errors import first_line
 from admfast.ops import native
@@ -183,11 +182,13 @@ def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
     shape = (*rows.shape[:-1], direction.out_channels)
     rows = rows.reshape(-1, direction.in_channels)
     weight = direction.form("matmul")
-    if residual is not None:
+    if residual is not None and x.device.type == "cpu":
+        # On a GPU addmm adds a bias for nothing, but copies a matrix that it is to add.
         y = torch.addmm(residual.movedim(1, -1).reshape(-1, shape[-1]), rows, weight)
         y = y if bias is None else y + bias
     else:
         y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        y = y if residual is None else y + residual.movedim(1, -1).reshape(-1, shape[-1])
     return y.reshape(shape).movedim(-1, 1)
 
 
@@ -262,8 +263,7 @@ def packed_missing() -> str | None:
     It convolves once: the ops are internal to torch and may go or change.
     """
     try:
-        # Outside the transforms of the call that asks first: under one, the packed weights can't be made.
-        with temporarily_clear_interpreter_stack(), deriving():
+        with deriving():
             x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3)
             direction = Direction(weight, ConvOptions((1, 1), (1, 1), x.dtype), by_packed)
             key = ("packed", *x.shape)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 T = TypeVar("T")
 
@@ -29,11 +30,12 @@ def constant(function: Callable[..., T]) -> Callable[..., T]:
 
 @contextlib.contextmanager
 def deriving() -> Iterator[None]:
-    """Leave inference mode and record nothing.
+    """Leave inference mode and the transforms of torch.func, and record nothing.
 
-    What is made in inference mode could neither be written to nor serve a gradient later.
+    What is made in inference mode could neither be written to nor serve a gradient later; what is made under
+    a transform would be a tensor of its level, which ends with it.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.command import bench_main, run_as_program
-from bench.kernels import attention, conv, norm, optimiser, sampler, threshold
+from bench.kernels import attention, conv, norm, sampler
 from bench.kernels.providers import with_reasons
 from bench.kernels.report import plot, render
 from bench.runner import Groups
@@ -13,13 +13,11 @@ from bench.runner import Groups
 GROUPS: Groups = {
     name: (share, with_reasons(cases))
     for name, share, cases in (
-        ("sampler", 0.1, sampler.cases),
+        ("sampler", 0.15, sampler.cases),
         ("norm", 0.25, norm.forward_cases),
         ("norm-gradient", 0.2, norm.gradient_cases),
         ("attention", 0.15, attention.cases),
-        ("conv", 0.2, conv.cases),
-        ("optimiser", 0.05, optimiser.cases),
-        ("threshold", 0.05, threshold.cases),
+        ("conv", 0.25, conv.cases),
     )
 }
 

@@ -16,11 +16,9 @@ TITLES = {
     "conv": "Convolution with frozen weights and a bias",
     "conv_grad": "Convolution with frozen weights, gradient in the input",
     "sampler_step": "One guided sampler update, noise included",
-    "adamw_ema_step": "One AdamW step with one average of the weights",
-    "dynamic_threshold": "Dynamic thresholding at the 99.5th percentile",
 }
 OTHERS = (
-    "copy", "eager", "eager channels-first", "torch.compile", "torch.optim", "apex", "liger", "reference",
+    "copy", "eager", "eager channels-first", "torch.compile", "apex", "liger", "reference",
 )  # fmt: skip
 LIBRARIES = ("attention", "attention_grad")  # every provider is a library's: the ratio is to the best of them
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from admfast.engine.options import PLAIN, EngineOptions
-from admfast.models.fold import FoldOptions
+from admfast.models.fold import PARTS, FoldOptions
 from bench.case import Case, Settings
 from bench.registry import PREDICTED_GAINS
 from bench.results import Row
@@ -23,14 +23,13 @@ WHOLE = "whole engine"
 BOUT_SECONDS = {"cuda": 3.0, "cpu": 30.0}
 # Everything that the reference operations do in the published code's way.
 NO_NORM, NO_ATTENTION = "group_norm_silu=reference", "attention=reference"
-NO_FOLD = FoldOptions(
-    conv="library",
-    channels_last=True,
-    two_sources=False,
-    residual=False,
-    qkv_rows=False,
-    embeddings=False,
-)
+NO_FOLD = FoldOptions(conv="library", _without=PARTS - {"channels_last"})
+FOLDS = {
+    "two_sources": "two sources",
+    "residual": "residual in the convolution",
+    "qkv_rows": "qkv rows",
+    "embeddings": "embeddings at once",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,10 @@ class Form:
 
 
 def added(cuda: bool) -> list[Form]:
-    """From the plain operations to the whole engine, one part more in each form."""
+    """From the plain operations to the whole engine and beyond, one part more in each form.
+
+    What ends it is the engine's defaults.
+    """
     both = f"{NO_NORM},{NO_ATTENTION}"
     prepared = replace(PLAIN, prepared=True)
     forms = [
@@ -72,14 +74,10 @@ def added(cuda: bool) -> list[Form]:
         Form("folded convolutions", replace(prepared, fold=NO_FOLD)),
     ]
     fold = NO_FOLD
-    for name, change in (
-        ("fastest convolution", {"conv": None}),
-        ("two sources", {"two_sources": True}),
-        ("residual in the convolution", {"residual": True}),
-        ("qkv rows", {"qkv_rows": True}),
-        ("embeddings at once", {"embeddings": True}),
-    ):
-        fold = replace(fold, **change)
+    fold = replace(fold, conv=None)
+    forms.append(Form("fastest convolution", replace(prepared, fold=fold)))
+    for part, name in FOLDS.items():
+        fold = replace(fold, _without=fold._without - {part})
         forms.append(Form(name, replace(prepared, fold=fold)))
     options = forms[-1].options
     if cuda:
@@ -94,17 +92,14 @@ def without(cuda: bool) -> list[Form]:
     """The whole engine less one part."""
     whole = EngineOptions()
     forms = [
-        Form("channels-last", _with(whole, channels_last=False), channels_last=False),
+        Form("channels-last", _with(whole, _without=frozenset({"channels_last"})), channels_last=False),
         Form("fused norm", whole, NO_NORM),
         Form("fused attention", whole, NO_ATTENTION),
         Form("fused update", whole, "sampler_step=reference"),
         Form("prepared step", replace(whole, prepared=False, graph=False, branches=False)),
         Form("folded convolutions", replace(whole, fold=None)),
         Form("fastest convolution", _with(whole, conv="library")),
-        Form("two sources", _with(whole, two_sources=False)),
-        Form("residual in the convolution", _with(whole, residual=False)),
-        Form("qkv rows", _with(whole, qkv_rows=False)),
-        Form("embeddings at once", _with(whole, embeddings=False)),
+        *(Form(name, _with(whole, _without=frozenset({part}))) for part, name in FOLDS.items()),
     ]
     if cuda:
         forms.append(Form("graph", replace(whole, graph=False, branches=False)))

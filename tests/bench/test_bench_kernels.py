@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from admfast.errors import Unavailable
-from admfast.ops import TABLES, Implementation, adamw_ema_step_ref_, conv_ref, group_norm_silu_ref, native
+from admfast.ops import TABLES, Implementation, conv_ref, group_norm_silu_ref, native
 from bench.case import Case, Settings
 from bench.command import UNFINISHED
-from bench.kernels import conv, norm, optimiser, providers, sampler, threshold
+from bench.kernels import conv, norm, providers, sampler
 from bench.kernels.__main__ import GROUPS, main
 from bench.kernels.report import lines_of, ours_of, plot, ratio, render
 from bench.registry import NormShape
@@ -34,8 +34,6 @@ def rows_of(cases, *providers):
         (norm.forward_cases, {"cpp"}, {"eager"}),
         (norm.gradient_cases, {"cpp"}, {"eager"}),
         (sampler.cases, {"cpp"}, {"eager"}),
-        (optimiser.cases, {"fused", "foreach"}, {"eager", "torch.optim"}),
-        (threshold.cases, {"select"}, {"eager"}),
     ],
 )
 def test_ours_and_the_others_agree_and_are_timed(cases, own, others):
@@ -90,22 +88,6 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
     rows = {row["shape"]["variant"]: row for row in rows_of(norm.forward_cases, "wrong")}
     assert rows["plain"]["status"] == "ok"
     assert rows["adaptive"]["status"] == "wrong" and "ms" not in rows["adaptive"]
-
-
-def test_a_wrong_step_is_not_timed(monkeypatch):
-    def without_decay(*lists, weight_decay, **options):
-        adamw_ema_step_ref_(*lists, weight_decay=0.0, **options)
-
-    table = TABLES["adamw_ema_step"]
-    monkeypatch.setattr(table, "implementations", [Implementation("wrong", without_decay)])
-    (row,) = rows_of(optimiser.cases, "wrong")
-    assert row["status"] == "wrong" and "ms" not in row
-
-
-def test_what_torch_s_quantile_does_not_take_is_said(monkeypatch):
-    monkeypatch.setattr(threshold, "QUANTILE_LIMIT", 12287)
-    (row,) = rows_of(threshold.cases, "eager")
-    assert row["status"] == "none" and row["reason"] == "torch.quantile takes 12287 elements, there are 12288"
 
 
 def test_an_implementation_that_is_for_another_device_or_for_tests_is_left_out():
@@ -183,13 +165,13 @@ def test_the_row_is_the_published_update_s():
 
 
 def test_the_program_writes_rows_and_table_and_goes_on(tmp_path, capsys):
-    flags = ["--device", "cpu", "--quick", "--only", "norm,optimiser,threshold", "--out", str(tmp_path)]
+    flags = ["--device", "cpu", "--quick", "--only", "norm", "--out", str(tmp_path)]
     assert main([*flags, "--budget", "1e-9"]) == UNFINISHED
     assert main(flags) == 0
     rows = read_rows(tmp_path / "kernels.jsonl")
     assert rows and all(row["revision"] and row["device"] for row in rows)
     text = (tmp_path / "kernels.md").read_text()
-    assert all(word in text for word in ("GroupNorm + SiLU", "share of copy", "AdamW", "thresholding"))
+    assert all(word in text for word in ("GroupNorm + SiLU", "share of copy"))
     assert main(["--only", "nothing"]) == 2 and "sampler" in capsys.readouterr().err
     assert sum(share for share, _ in GROUPS.values()) == pytest.approx(1)
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.errors import InvalidArgument
-from admfast.models.fold import FoldOptions
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan
 from admfast.sampling.request import SampleRequest
-from tests.small import PROCESS, classifier, pipeline, randn, unet
+from tests.small import PROCESS, cascade, classifier, pipeline, randn, unet
 
 LABELS, SEEDS = [0, 3, 1], [3, 5, 7]
 
@@ -81,10 +80,10 @@ def test_a_step_in_use_is_nobody_else_s():
 
 
 def test_copies_and_pickles_sample_the_same():
-    pipe = pipeline()
-    wanted = images(pipe)
-    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
-        assert torch.equal(images(other), wanted) and other.engine.net is other.net
+    for pipe in (pipeline(), cascade()):
+        wanted = images(pipe)
+        for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+            assert torch.equal(images(other), wanted) and other.engine.net is other.net
 
 
 # Other networks and settings
@@ -240,11 +239,13 @@ def test_a_step_folded_anew_by_another_pipeline_is_dropped(precision):
     assert torch.equal(images(pipe), wanted) and kept(pipe) is not step
 
 
+# One network in several pipelines
+
+
 def test_pipelines_that_share_a_network_keep_its_form():
     net, guide = unet(), classifier(1)
-    options = EngineOptions(fold=FoldOptions(memory=2_000_000))
-    guided = pipeline(net=net, classifier=guide, options=options)
-    alone = pipeline(net=net, classifier=None, guidance=0.0, options=options)
+    guided = pipeline(net=net, classifier=guide)
+    alone = pipeline(net=net, classifier=None, guidance=0.0)
     images(guided), images(alone)
     generation = net.fold_generation
     for pipe in (guided, alone, guided):

@@ -122,7 +122,7 @@ def test_a_form_that_no_longer_is_its_parameter_s_is_found(digits):
     assert not verify(pipe, digits, **SHORT).failures, "and every form has been derived"
     pipe.net.middle_block[0].out_layers[3].weight.data.mul_(1.01)  # behind the fold's back
     with torch.no_grad():
-        pipe.net._projections[0].mul_(1.01)
+        pipe.net._projections.weight.mul_(1.01)
     wrong = verify(pipe, digits, **SHORT)
     assert not any(not d.holds for d in wrong.layers if "middle_block.0.out_layers.3" in d.name)
     assert any(not d.holds for d in wrong.steps)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from admfast import host
 from admfast.errors import invalid
 from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
@@ -76,7 +77,7 @@ class FoldableNet(nn.Module):
         return [(name, m) for name, m in self.named_modules() if hasattr(type(m), "fold_weights")]
 
     def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> None:
-        """Derive what `options` names, with the torso's convolutions in `dtype`.
+        """Derive the forms that run, with the torso's convolutions in `dtype`.
 
         Parameters must be frozen. Folding again renews the values in the same memory where options and dtype
         stay, so that captured graphs hold.
@@ -91,11 +92,11 @@ class FoldableNet(nn.Module):
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
             self.fold_options, self.fold_dtype = options, dtype
-            spare_memory = self.winograd_bytes > options.budget
+            spared = self._spared()
             for name, module in self._convolutions():
                 kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
-                module.fold_weights(options, kind, spare_memory)
-            if options.embeddings:
+                module.fold_weights(options, kind, name in spared)
+            if options.has("embeddings"):
                 layers = [block.emb_layers[1] for block in self._projecting()]
                 if self._projections is None or not self._projections.refold(layers):
                     self._projections = Projections(layers)
@@ -104,11 +105,21 @@ class FoldableNet(nn.Module):
             if device.type == "cuda":
                 self._fold_done = torch.cuda.current_stream(device).record_event()
 
-    @property
-    def winograd_bytes(self) -> int:
-        """Return the bytes of all Winograd forms in the directions that run."""
-        weights = sum(module.weight.numel() for _, module in self._convolutions())
-        return WINOGRAD_BYTES * self.directions * weights
+    def _spared(self) -> set[str]:
+        """Name the convolutions that must do without a Winograd form.
+
+        The forms of a network take at most a sixth of the memory that the process may use, so that those of a
+        guided cascade, three networks, leave half of it free. The smallest convolutions come first: they run
+        at the highest resolutions.
+        """
+        size = WINOGRAD_BYTES * self.directions
+        sizes = sorted((size * module.weight.numel(), name) for name, module in self._convolutions())
+        left, spared = host.memory() // 6, set()
+        for size, name in sizes:
+            left -= size
+            if left < 0:
+                spared.add(name)
+        return spared
 
     @property
     def fold_bytes(self) -> int:
@@ -206,7 +217,7 @@ class FoldableNet(nn.Module):
     def entering(self, x: Tensor) -> Tensor:
         """Images as the torso takes them: its dtype, channels together where that is folded."""
         x = x.to(self.torso_dtype)
-        if self.is_folded and self.fold_options is not None and self.fold_options.channels_last:
+        if self.is_folded and self.fold_options is not None and self.fold_options.has("channels_last"):
             x = channels_last(x) if x.dim() > 3 else x
         return x
 
