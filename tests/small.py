@@ -119,7 +119,7 @@ def run_table(
     **options: Any,
 ) -> SamplerState:
     """Run a table by functions, from x: model(x, t), guidance(x, t) at every row, denoised_fn(x_0)."""
-    seeds = torch.zeros(len(x), dtype=torch.int64) if seeds is None else seeds
+    seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device) if seeds is None else seeds
     batch = Batch(table=table, shape=tuple(x.shape), seeds=seeds, guided=(False,) * len(table), **options)
     guides = [] if guidance is None else [(Guide(guidance), [True] * len(table))]
     watch = SimpleNamespace(callback=callback, every=every, first=0, stage="base")
