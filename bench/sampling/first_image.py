@@ -12,7 +12,7 @@ import torch
 
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
-from admfast.pipeline import Pipeline
+from admfast.sampling.pipeline import Pipeline
 from bench.sampling.subject import TINY, Inputs, Subject, subjects
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.loop import Progress
 from admfast.ops.noise import Stream, as_seeds, normal
-from admfast.systems import load
+from admfast.sampling.load import load
+from admfast.sampling.loop import Progress
 from tests.parity.golden import NETWORK_GRADIENT_LIMIT
 from tests.small import randn
 

@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import POLICIES
-from admfast.engine.step import Batch, StepKey
-from admfast.ops.noise import Stream, as_seeds
-from admfast.pipeline import Pipeline
-from admfast.solvers import make_table
+from admfast.engine.step import Batch
+from admfast.ops.noise import as_seeds
+from admfast.sampling.pipeline import Pipeline
+from admfast.solvers import ddpm
 from tests.small import PROCESS, pipeline, randn
 
 pytestmark = [
@@ -61,8 +61,8 @@ SETTINGS = {
 def test_a_replayed_step_is_the_eager_one(name, branches):
     pipe = made(options=EngineOptions(branches=branches))
     got, again = images(pipe, **SETTINGS[name]), images(pipe, **SETTINGS[name])
-    assert all(step.refused is None for step in pipe._engine._steps.values())
-    assert all(run.__name__ == "replay" for s in pipe._engine._steps.values() for run in s.run.values())
+    assert all(step.refused is None for step in pipe.engine._steps.values())
+    assert all(run.__name__ == "replay" for s in pipe.engine._steps.values() for run in s.run.values())
     assert near(got, again)
     assert near(got, images(made(options=EAGER), **SETTINGS[name]))
     assert near(got.cpu(), images(pipeline(), **SETTINGS[name]), 1e-3)
@@ -73,28 +73,33 @@ def test_other_precisions_are_captured_too(precision):
     pipe = made(policy=POLICIES[precision])
     got, wanted = images(pipe), images(made(policy=FP32))
     assert 0 < float((got - wanted).abs().mean()) < 0.1
-    assert all(step.refused is None for step in pipe._engine._steps.values())
+    assert all(step.refused is None for step in pipe.engine._steps.values())
 
 
 def filled(pipe: Pipeline, steps: int = 8):
-    table = make_table("ddpm", PROCESS.build(str(steps)))
-    x = randn(4, 1, 8, 8).cuda()
-    batch = Batch(x, as_seeds(SEEDS).cuda(), torch.tensor(LABELS).cuda(), scale=2.0)
-    key = StepKey.of(table, batch, [True] * steps, True, Stream.STEPS)
-    step = pipe._engine.step(key)
-    step.fill(table, batch)
+    table = ddpm().table(PROCESS.build(str(steps)))
+    batch = Batch(
+        table=table,
+        shape=(4, 1, 8, 8),
+        seeds=as_seeds(SEEDS).cuda(),
+        labels=torch.tensor(LABELS).cuda(),
+        scale=2.0,
+        guided=(True,) * steps,
+    )
+    step = pipe.engine.step(batch)
+    step.fill(batch, randn(4, 1, 8, 8).cuda())
     return step, table
 
 
 def test_a_replay_allocates_copies_and_waits_for_nothing():
     step, _ = filled(made())
-    step.advance(0, True)
+    step.advance(0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         with record_function("three rows"):
             for i in (1, 2, 3):
-                step.advance(i, True)
+                step.advance(i)
         torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     names = [event.name for event in seen.events()]
@@ -163,7 +168,7 @@ def test_what_cannot_be_captured_runs_row_by_row_and_says_why(monkeypatch, caplo
         got = images(pipe)
     assert torch.cuda.current_stream() == stream
     assert any("no CUDA graph of the step" in record.getMessage() for record in caplog.records)
-    assert all(step.refused for step in pipe._engine._steps.values())
+    assert all(step.refused for step in pipe.engine._steps.values())
     monkeypatch.undo()
     assert near(got, images(made(options=EAGER)))
 
@@ -172,7 +177,7 @@ def test_several_steps_are_kept_apart():
     pipe = made()
     four, two = images(pipe), images(pipe, classes=LABELS[:2], seeds=SEEDS[:2])
     assert near(two, four[:2]) and near(images(pipe), four)
-    assert len(pipe._engine._steps) == 2
+    assert len(pipe.engine._steps) == 2
 
 
 def test_an_engine_runs_a_compiled_step():
@@ -182,12 +187,12 @@ def test_an_engine_runs_a_compiled_step():
 
 def test_no_row_of_a_trajectory_waits_for_the_device():
     step, table = filled(made(options=EngineOptions(rows_at_a_time=3)))
-    step.advance(0, True)
+    step.advance(0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for i in range(1, len(table)):
-            step.advance(i, True)
+            step.advance(i)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(step.state.x).all() and int(step.counters[0]) == len(table)
@@ -231,7 +236,7 @@ def test_calls_on_two_streams_do_not_meet_in_the_buffers():
             torch.cuda._sleep(20_000_000)
             found.append(images(pipe, **given))
         if i == 4:
-            pipe._engine.release()
+            pipe.engine.release()
     torch.cuda.synchronize()
     assert all(near(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -273,5 +278,5 @@ def test_a_device_that_is_not_the_current_one():
     pipe.classifier.to("cuda:1")
     got = images(pipe)
     assert got.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-    assert all(step.refused is None for step in pipe._engine._steps.values())
+    assert all(step.refused is None for step in pipe.engine._steps.values())
     assert near(got.cpu(), first.cpu())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ import torch
 from admfast.diffusion import GaussianDiffusion
 from admfast.engine.engine import Engine
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.images import to_uint8
-from admfast.engine.loop import Progress, run_rows, run_table
 from admfast.engine.options import EngineOptions
-from admfast.engine.step import Batch, StepKey
-from admfast.ops.noise import Stream
-from admfast.solvers import SolverTable, make_table
+from admfast.engine.step import Batch
+from admfast.files.levels import to_uint8
+from admfast.ops.solver_table import SolverTable
+from admfast.sampling.loop import Progress, run_rows
+from admfast.solvers import ddim, ddim_inverse, ddpm
 from tests.ops.tolerance import DEVICES
 from tests.parity import analytic, golden
 from tests.parity.nets import load_golden_net
+from tests.small import run_table
 
 OPTIONS = {
     "folded": EngineOptions(),
@@ -37,8 +39,8 @@ def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
     """The table of a case's sampler."""
     clip = case["clip_denoised"]
     if case["sampler"] == "ddim":
-        return make_table("ddim", diffusion, eta=case["eta"], clip=clip)
-    return make_table({"p": "ddpm", "ddim_reverse": "ddim-inverse"}[case["sampler"]], diffusion, clip=clip)
+        return ddim(eta=case["eta"]).table(diffusion, clip)
+    return {"p": ddpm, "ddim_reverse": ddim_inverse}[case["sampler"]]().table(diffusion, clip)
 
 
 def network(case: dict, nets: Path, arrays: dict, diffusion: GaussianDiffusion):
@@ -151,11 +153,18 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
     table = solver_table(case, analytic.build_diffusion(case["diffusion"]))
     start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
     noise = arrays.get("noises", torch.zeros(len(table), *start.shape, device=device))
-    seeds = torch.zeros(len(start), dtype=torch.int64, device=device)
-    batch = Batch(start, seeds, arrays.get("y"), arrays.get("low_res"), noise, scale)
-    guided = [classifier is not None] * len(table)
-    step = engine.step(StepKey.of(table, batch, guided, net.config.num_classes is not None, Stream.STEPS))
-    step.fill(table, batch)
+    batch = Batch(
+        table=table,
+        shape=tuple(start.shape),
+        seeds=torch.zeros(len(start), dtype=torch.int64, device=device),
+        labels=arrays.get("y"),
+        low_res=arrays.get("low_res"),
+        step_noise=noise,
+        scale=scale,
+        guided=(classifier is not None,) * len(table),
+    )
+    step = engine.step(batch)
+    step.fill(batch, start)
     samples: list[torch.Tensor] = []
     x0s: list[torch.Tensor] = []
 
@@ -163,5 +172,6 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
         samples.append(progress.x.clone())
         x0s.append(progress.x0.clone())
 
-    state = run_rows(table, step, guided=guided, callback=keep)
+    watch = SimpleNamespace(callback=keep, every=1, first=0, stage="base")
+    state = run_rows(table, step, watch)
     compare(case, arrays, table, samples, x0s, state.x)
