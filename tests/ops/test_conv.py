@@ -139,8 +139,8 @@ def test_the_reference_is_the_sum(case):
         y = y if weights["bias"] is None else y + weights["bias"].to(dtype).view(-1, *(1,) * dims)
         return y + tensors["residual"].to(dtype) if "residual" in tensors else y
 
-    # A detour through float32 doesn't shrink with eps; the order in which sums round does. Two orders differ by
-    # as much as a sum of so many rounded terms.
+    # A detour through float32 doesn't shrink with eps; the order in which sums round does. Two orders differ
+    # by as much as a sum of so many rounded terms.
     terms = weights["weight"][0].numel()
     assert_same_formula(
         lambda dtype: FoldedConv(**moved(weights, dtype), **geometry, impl="reference")(
