@@ -34,7 +34,7 @@ from admfast.engine.images import from_uint8
 from admfast.engine.options import PLAIN
 from admfast.engine.verify import Deviation, Verification
 from admfast.errors import OutputError, Unavailable
-from admfast.files.atomic import atomic_path, check_writable
+from admfast.files.atomic import atomic_path, check_folder, check_writable
 from admfast.pipeline import Pipeline
 from admfast.runs.verify import verify
 from admfast.systems import load
@@ -117,7 +117,7 @@ def run_verify(
 def _check_places(plot: Path | None, overwrite: bool, cache: Path | None) -> None:
     """Refuse a file that could not be written, before the work whose result goes there."""
     if cache is not None:
-        check_writable(cache)
+        check_folder(cache)
     if plot is None:
         return
     _plotting()

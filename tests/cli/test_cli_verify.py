@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import typer
 
 from admfast.checkpoints import write_weights
@@ -113,7 +112,7 @@ def test_the_options_are_those_of_sample():
         (["--classes", "4"], "--classes=4: a whole number from 0 to 3"),
         (["--upsampler-steps", "3"], "--upsampler-steps=3: faces has no upsampler"),
         (["--low-res", "absent.npz"], "--low-res: "),
-        (["--compile-cache", "c.bin"], "--compile-cache='c.bin': only together with compile=True"),
+        (["--compile-cache", "c"], "--compile-cache='c': only together with compile=True"),
         (["--set-upsampler", "num_heads=2"], "upsampler_options={'num_heads': 2}: there is no upsampler"),
     ],
 )
@@ -127,7 +126,7 @@ def test_wrong_flags_are_one_line(verify, flags, message):
     [
         ("--plot", "no/plot.png", "no/plot.png: not written: the folder no does not exist"),
         ("--plot", ".", ".: not written: it is a folder, not a file"),
-        ("--compile-cache", "no/c.bin", "no/c.bin: not written: the folder no does not exist"),
+        ("--compile-cache", "no/c", "no/c: not written: the folder no does not exist"),
     ],
 )
 def test_places_that_cant_be_written_are_said_first(verify, nothing_loads, monkeypatch, flag, place, reason):
@@ -159,10 +158,3 @@ def test_without_matplotlib_a_plot_is_refused_first(verify, nothing_loads, monke
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, _, err = verify("--plot", "plot.png")
     assert status == 2 and err.startswith("admfast: plot: matplotlib is not installed")
-
-
-def test_compiled_steps_are_kept_for_the_next_process(verify, weights, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda body, **_: body)
-    kept = []
-    monkeypatch.setattr("admfast.engine.compiled.save_artefacts", kept.append)
-    assert verify("--compile", "--compile-cache", "c.bin")[0] == 0 and kept == [Path("c.bin")]
