@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 
 from admfast.checkpoints import write_weights
 from admfast.cli import verify as command
-from admfast.cli.main import app, main
+from admfast.cli.commands import app
+from admfast.cli.main import main
 from admfast.cli.verify import PAST_BUDGET
 from admfast.engine.verify import BUDGETS, Budget
 from admfast.models.description import Description, DiffusionSettings
@@ -92,8 +92,7 @@ def test_an_upsampler_gets_its_images(verify, weights, count):
 
 
 def test_the_options_are_those_of_sample():
-    commands = typer.main.get_command(app).commands
-    given = {name: {o.name: o for o in commands[name].params} for name in ("sample", "verify")}
+    given = {name: {o.name: o for o in app.get_command(None, name).params} for name in ("sample", "verify")}
     own = {"seeds", "steps", "upsampler_steps", "overwrite"}
     for name in set(given["verify"]) & set(given["sample"]) - own:
         assert given["verify"][name].help == given["sample"][name].help, name
