@@ -2,28 +2,57 @@
 
 pipe = admfast.load("digits32")
 images = pipe.sample(classes=range(10), seeds=range(10), steps=50)   # uint8 [10, 32, 32, 1]
+
+Names and rooms (`admfast.models`) are imported when they are first asked for: torch takes seconds.
 """
 
-from admfast import _interrupt  # isort: skip  (before the rest, which takes seconds)
-from admfast import solvers
-from admfast.errors import AdmfastError
-from admfast.models import Classifier, UNet, Upsampler
-from admfast.sampling import guides
-from admfast.sampling.load import load
-from admfast.sampling.pipeline import Pipeline
-from admfast.solvers import SOLVERS
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from admfast import solvers as solvers
+    from admfast.errors import AdmfastError as AdmfastError
+    from admfast.models import Classifier as Classifier
+    from admfast.models import UNet as UNet
+    from admfast.models import Upsampler as Upsampler
+    from admfast.sampling import guides as guides
+    from admfast.sampling.load import load as load
+    from admfast.sampling.pipeline import Pipeline as Pipeline
+    from admfast.solvers import SOLVERS as SOLVERS
 
 __version__ = "0.1.0"
-_interrupt.end()
-__all__ = [
-    "SOLVERS",
-    "AdmfastError",
-    "Classifier",
-    "Pipeline",
-    "UNet",
-    "Upsampler",
-    "__version__",
-    "guides",
-    "load",
-    "solvers",
-]
+# The file that each name of the public face lies in.
+_HOMES = {
+    "AdmfastError": "errors",
+    "Classifier": "models",
+    "Pipeline": "sampling.pipeline",
+    "SOLVERS": "solvers",
+    "UNet": "models",
+    "Upsampler": "models",
+    "load": "sampling.load",
+}
+# Modules of the public face that lie deeper than their name says.
+_MODULES = {"guides": "sampling.guides"}
+__all__ = ["__version__", "solvers", *sorted(_HOMES), *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the public face, or a room, at its first use (PEP 562)."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        whole = f"{__name__}.{_MODULES.get(name, name)}"
+        try:
+            return importlib.import_module(whole)
+        except ModuleNotFoundError as error:
+            if error.name != whole:
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

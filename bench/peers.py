@@ -1,7 +1,7 @@
 """`python -m bench.peers`: one preset's step beside every peer, compiled ones too; run it again for the next.
 
 A run takes the first preset and batch that has no rows yet, since compiling its peers may take all the time
-there is. What was compiled is kept in `peers.cache` beside the rows, as one file.
+there is. What was compiled is kept in the folder `peers.cache` beside the rows.
 
 Exit status: 0 when every preset has its rows, 3 when some are left, else as every bench.
 """
@@ -9,11 +9,11 @@ Exit status: 0 when every preset has its rows, 3 when some are left, else as eve
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from admfast.engine.compiled import load_artefacts, save_artefacts
 from bench.case import Settings
 from bench.ceilings import matmul
 from bench.command import UNFINISHED, Own, bench_main, run_as_program
@@ -29,14 +29,11 @@ SHARES = {"matmul": 0.02, "steps": 0.98}
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, measure one preset and batch, write rows and table; returns the exit status."""
     waiting: list[str] = []
-    cache: list[Path] = []
 
     def groups(arguments: argparse.Namespace, settings: Settings) -> Groups:
         arguments.peers = arguments.peers or ",".join(PEERS)
         folder = Path(arguments.out)
-        cache.append(folder / CACHE)
-        if cache[0].is_file():
-            load_artefacts(cache[0])
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder / CACHE).resolve())
         every = choose(arguments, settings)
         left = unmeasured(every, ResultFile(folder / "peers.jsonl"), settings)
         waiting.extend(f"{subject.name}, batch {batch}" for subject, batch in left.pairs[1:])
@@ -46,11 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     names: Groups = {name: (share, lambda settings: ()) for name, share in SHARES.items()}
     summary = "Measure one preset's guided step beside every peer; run it again for the next preset."
-    try:
-        status = bench_main("peers", summary, names, render, argv, own=Own(add_flags, groups))
-    finally:
-        if cache:
-            save_artefacts(cache[0])
+    status = bench_main("peers", summary, names, render, argv, own=Own(add_flags, groups))
     if status == 0 and waiting:
         print(f"run it again for: {'; '.join(waiting)}")
         return UNFINISHED

@@ -14,7 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # A file imports lower floors and its own room. What stands beside the rooms is a room of its own.
 FLOORS = {
-    "_interrupt": 0,
     "checks": 0,
     "errors": 0,
     "host": 0,
@@ -37,7 +36,7 @@ FLOORS = {
 }
 # Checks raise errors; the public face stands above floor 5.
 BESIDE = {("checks", "errors")}
-FACE = {"_interrupt", "errors", "models", "sampling", "solvers"}
+FACE = {"errors", "models", "sampling", "solvers"}
 LONGEST, LONGEST_FUNCTION = 450, 60
 
 
@@ -207,10 +206,14 @@ def run(code: str, cwd: Path = ROOT, flags: tuple[str, ...] = ()) -> subprocess.
 
 # What torch alone loads is loaded first; -X importtime writes every import to stderr, in order.
 COST = """
-import sys, time, torch
+import sys, time
+import admfast
+assert not {"torch", "numpy"} & set(sys.modules), "the face is lazy"
+import torch
 before, start = set(sys.modules), time.process_time()
 print("import admfast begins", file=sys.stderr)
-import admfast
+for name in admfast.__all__:
+    getattr(admfast, name)
 spent = time.process_time() - start
 assert not torch.cuda.is_initialized()
 print(spent, *sorted(set(sys.modules) - before))
@@ -230,8 +233,57 @@ def test_importing_is_cheap_and_loads_nothing_heavy():
     # Each line: "import time: self | cumulative | name", the name indented by depth.
     lines = done.stderr[done.stderr.index("import admfast begins") :].splitlines()[1:]
     names = {line.split("|")[2].strip() for line in lines if line.startswith("import time:")}
-    assert "admfast.sampling.pipeline" in names
+    assert "admfast.models.unet" in names
     assert not {name for name in names if name.split(".")[0] in ("triton", "xformers")}
+
+
+def test_the_help_needs_no_torch():
+    code = "import sys, time\nfrom admfast.cli.main import main\nassert main(['--help']) == 0\n"
+    code += "print(time.process_time(), *sys.modules, file=sys.stderr)"
+    done = run(code)
+    assert done.returncode == 0 and "verify" in done.stdout, done.stderr[-2000:]
+    spent, *loaded = done.stderr.split()
+    assert float(spent) < 0.3, "seconds of processor time, Python's start included"
+    assert not {"torch", "numpy", "PIL"} & set(loaded)
+
+
+# Each order of imports in a process of its own, which prints what each file's name stands for in its room.
+ORDERS = """
+import importlib, os, pkgutil, random, sys
+import torch  # takes seconds
+import admfast
+rooms = [m for m in pkgutil.iter_modules(admfast.__path__) if not m.name.startswith("_")]
+files = [(m.name, f.name) for m in rooms if m.ispkg
+         for f in pkgutil.iter_modules([os.path.join(admfast.__path__[0], m.name)])]
+asked = [*admfast.__all__, *(m.name for m in rooms), *(f"{room}.{name}" for room, name in files)]
+orders = [asked, asked[::-1], *(random.Random(seed).sample(asked, len(asked)) for seed in range(4))]
+for order in orders:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    try:
+        for name in order:
+            if name in admfast.__all__:
+                getattr(admfast, name)
+            else:
+                importlib.import_module("admfast." + name)
+        kinds = [(name, type(getattr(admfast, name)).__name__) for name in sorted(asked) if "." not in name]
+        kinds += [(room, name, type(getattr(getattr(admfast, room), name)).__name__) for room, name in files]
+        print(kinds, flush=True)
+    except BaseException as error:
+        print(repr(error), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_name_is_the_same_in_every_order_of_imports():
+    done = run(ORDERS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = done.stdout.splitlines()
+    assert len(found) == 6 and len(set(found)) == 1, found
+    kinds = {kind[:-1]: kind[-1] for kind in ast.literal_eval(found[0])}
+    assert kinds["load",] == "function" and kinds["models",] == "module"
 
 
 def test_the_kernels_are_not_importable_by_their_folder_s_name(tmp_path):
@@ -252,6 +304,14 @@ def test_the_public_face():
 
     assert len(set(admfast.__all__)) == len(admfast.__all__)
     assert all(getattr(admfast, name) is not None for name in admfast.__all__)
+    # What a type checker sees.
+    seen = imports((ROOT / "admfast" / "__init__.py").read_text())
+    named = {name.rpartition(".")[2] for name, _, _ in seen if name.startswith("admfast.")}
+    assert named == set(admfast.__all__) - {"__version__"}
+    assert set(admfast.__all__) <= set(dir(admfast))
+    for name in ("nothing", "_nothing"):
+        with pytest.raises(AttributeError, match=f"'admfast'.*{name}"):
+            getattr(admfast, name)
     assert (ROOT / "admfast" / "py.typed").exists()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert admfast.__version__ == project["version"]

@@ -49,10 +49,8 @@ def test_the_python_blocks_run(monkeypatch):
 
 @pytest.mark.parametrize("line", re.findall(r"^admfast (?:sample|inspect|fetch|models).*$", README, re.M))
 def test_the_options_of_the_commands_exist(line):
-    import typer
+    from admfast.cli.commands import app
 
-    from admfast.cli.main import app
-
-    command = typer.main.get_command(app).commands[line.split()[1]]
+    command = app.get_command(None, line.split()[1])
     known = {option for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"(?<=\s)--[\w-]+", line.partition("#")[0])) <= known

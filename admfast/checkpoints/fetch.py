@@ -137,7 +137,7 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         raise output_error(part, error) from error
     with file:
         try:
-            lock(file.fileno(), wait=False)
+            lock(file.fileno())
         except OSError:
             raise OutputError(f"{part}: another fetch is writing it") from None
         try:

@@ -41,7 +41,7 @@ from admfast.cli.sample_options import (
 )
 from admfast.engine.numerics import peak_memory
 from admfast.errors import AdmfastError, InvalidArgument, invalid
-from admfast.files.atomic import check_writable
+from admfast.files.atomic import check_folder
 from admfast.files.npz import Samples
 from admfast.files.sets import read_set
 from admfast.files.tables import table
@@ -114,7 +114,7 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
         allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen}', output='float')"
         raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
     if compile_cache is not None:
-        check_writable(compile_cache)
+        check_folder(compile_cache)
 
 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:

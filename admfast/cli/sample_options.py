@@ -71,8 +71,8 @@ Compile = Annotated[
 CompileCache = Annotated[
     Path | None,
     typer.Option(
-        help="With --compile: a file that keeps what was compiled for the next process, and gains what is "
-        "new (default: none)."
+        help="With --compile: a folder in which torch keeps what it compiles, for the next process "
+        "(default: torch's own)."
     ),
 ]
 Verbose = Annotated[

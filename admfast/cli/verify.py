@@ -28,7 +28,7 @@ from admfast.cli.sample_options import (
     Weights,
 )
 from admfast.engine.options import PLAIN
-from admfast.files.atomic import check_writable
+from admfast.files.atomic import check_folder
 from admfast.files.levels import from_uint8
 from admfast.files.tables import table
 from admfast.sampling.load import load
@@ -76,7 +76,7 @@ def run_verify(
 ) -> int:
     """Sample the same seeds on the fast path and on the float32 reference; exit 1 past the budget."""
     if compile_cache is not None:
-        check_writable(compile_cache)
+        check_folder(compile_cache)
     numbers = {"classes": classes, "seeds": seeds}
     settings: dict[str, Any] = {n: parse_numbers(n, text) for n, text in numbers.items() if text is not None}
     settings |= dict(steps=steps, solver=solver, guidance=guidance, upsampler_steps=upsampler_steps)

@@ -1,205 +1,160 @@
-"""torch.compile around a prepared step, and its artefacts on disk so that a second process starts warm."""
+"""torch.compile around a prepared step: compiled, compared with the eager step, kept for the next process."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
+import math
 import os
-import struct
+import threading
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
+from torch import Tensor
 
-from admfast.errors import AdmfastError, InvalidArgument, OutputError
-from admfast.files.atomic import atomic_open, check_writable, lock
+from admfast.errors import Unavailable
+from admfast.files.atomic import check_folder
+from admfast.ops.sampler_step import Clip, Row, pack
 
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
 
 LOG = logging.getLogger("admfast")
-INDEX = "index.json"
-Keys = set[tuple[str, str]]
-# What torch gave this process, save by save, with the keys that were new in each: of what it gives at a later
-# save, which names all, only what is new since the one before survives being loaded (torch 2.13).
-_SAVES: list[tuple[bytes, Keys]] = []
-# What zipfile and json raise for bytes that no archive of ours has.
-_NO_ARCHIVE = (
-    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError,
-    KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError,
-)  # fmt: skip
+# The environment, through which torch is told where it keeps what it compiles, is the process's.
+_COMPILING = threading.RLock()
+# What a layer's output is off by, relative, as root mean square: half an epsilon in half precision and with
+# TF32 factors, which a GPU's float32 may have; in float32 the sums' own rounding counts.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+TF32_ROUNDING, FLOAT32_ROUNDING = 2.0**-11, 2e-5
 
 
 def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -> None:
     """Compile the bodies of a step as one graph each; they are compiled when they first run, here.
 
     The step must not be filled yet. Our own ops stay as they are; the gradient is traced with the networks.
-    cache: a file of artefacts: what it holds is not compiled again, what it lacks is added to it.
+    cache: a folder, made where it is missing, in which torch keeps what it compiles and finds it again. It
+    serves the same torch, Triton and GPU; None: where torch keeps it anyway.
 
-    Raises: OutputError before anything is compiled, where the file could not be written.
+    Raises:
+        OutputError: before anything is compiled, where nothing could be written into the folder.
+        Unavailable: where a compiled row differs from the eager one by more than rounding.
     """
-    device = step.state.x.device
+    kind = step.state.x.device.type
     if cache is not None:
-        check_writable(cache)
-        if Path(cache).exists():
-            load_artefacts(cache)
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    for guided, body in list(step.run.items()):
-        began = time.monotonic()
-        # What layers derive at their first call is there before they are traced.
-        step.counters.zero_()
-        with torch.no_grad():
-            body()
-        LOG.warning("compiling the %s step of %s ...", "guided" if guided else "plain", step.key.shape)
-        step.run[guided] = _traced(torch.compile(body, fullgraph=True, mode=mode))
-        step.counters.zero_()
-        with torch.no_grad():
-            step.run[guided]()
-        LOG.warning("compiled in %.0f s", time.monotonic() - began)
-    if cache is not None:
-        try:
-            save_artefacts(cache)
-        except OutputError as error:  # what was compiled serves this process all the same
-            LOG.warning("compile_cache: %s", error)
+        check_folder(cache)
+    with _kept_in(cache):
+        for guided, body in list(step.run.items()):
+            began = time.monotonic()
+            x = _fill(step, guided)
+            # What layers derive at their first call is there before they are traced.
+            eager = _row(step, body, x)
+            noise = torch.randn(x.shape, generator=_generator(x.device, 1), device=x.device)
+            rounded = _row(step, body, x + _rounding(step) * x * noise)
+            LOG.warning("compiling the %s step of %s ...", "guided" if guided else "plain", step.key.shape)
+            compiled = compiled_body(body, kind)
+            _check(step, _row(step, compiled, x), eager, rounded)
+            step.run[guided] = compiled
+            LOG.warning("compiled in %.0f s", time.monotonic() - began)
 
 
-def _traced(body: Callable[[], None]) -> Callable[[], None]:
+def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:
+    """Return a body that torch compiles, for a kind of device, when it first runs."""
+    options: dict[str, object] = {}
+    if kind == "cuda":
+        import torch._inductor as inductor
+
+        options = inductor.list_mode_options("max-autotune-no-cudagraphs")
+        # torch 2.11's Triton template of a 3x3 convolution can give wrong numbers with 8 warps.
+        options |= {"max_autotune_conv_backends": "ATEN"}
+    traced = torch.compile(body, fullgraph=True, options=options)  # type: ignore[arg-type]
+
     @functools.wraps(body)
     def run() -> None:
         # The guidance gradient is taken inside; without this torch.autograd.grad breaks the graph.
         with torch._dynamo.config.patch(trace_autograd_ops=True):  # type: ignore[attr-defined]
-            body()
+            traced()
 
     return run
 
 
-@dataclass
-class _Kept:
-    """What a file holds: what processes saved, by digest, and the (kind, key) of the artefacts in each."""
-
-    saved: dict[str, bytes] = field(default_factory=dict)
-    keys: dict[str, Keys] = field(default_factory=dict)
-
-    def add(self, data: bytes, keys: Keys) -> bool:
-        """Take in what a process has; False where all of it is here. What it covers entirely is dropped."""
-        if keys <= set().union(*self.keys.values()):
-            return False
-        for digest in [digest for digest, held in self.keys.items() if held <= keys]:
-            del self.saved[digest], self.keys[digest]
-        digest = hashlib.sha256(data).hexdigest()
-        self.saved[digest], self.keys[digest] = data, keys
-        return True
-
-
-class _Unreadable(AdmfastError):
-    """A file of artefacts that is of no use here; the message says why."""
-
-
-def save_artefacts(path: str | PathLike[str]) -> int:
-    """Add what this process compiled to a file for `load_artefacts`; returns the bytes added, 0 for nothing.
-
-    What other processes have added stays. A file that can't be read is replaced. The artefacts serve the
-    same torch, Triton and GPU. Raises: OutputError.
-    """
-    artefacts = torch.compiler.save_cache_artifacts()
-    if artefacts is None:
-        return 0
-    data, info = artefacts
-    keys = {(kind, key) for kind, names in info.artifacts.items() for key in names}
-    if keys := keys - set().union(*(held for _, held in _SAVES)):
-        _SAVES.append((data, keys))
-    with _alone(Path(path).parent):
-        try:
-            kept = _read(Path(path)) if Path(path).is_file() else _Kept()
-        except _Unreadable:
-            kept = _Kept()
-        added = [len(data) for data, keys in _SAVES if kept.add(data, keys)]
-        if added:
-            _write(Path(path), kept)
-    return sum(added)
-
-
-def load_artefacts(path: str | PathLike[str]) -> bool:
-    """Take what other processes compiled; only from files that you trust, as they hold code.
-
-    Returns whether it could be used: a damaged file, or one of another torch, is passed over with a warning.
-
-    Raises: InvalidArgument for a file that isn't there.
-    """
-    if not Path(path).is_file():
-        raise InvalidArgument(f"path={str(path)!r}: no such file")
-    try:
-        kept = _read(Path(path))
-        for data in kept.saved.values():
-            if _quietly(torch.compiler.load_cache_artifacts, data) is None:
-                raise _Unreadable("torch can't read it")
-    except _Unreadable as error:
-        LOG.warning("compile_cache: %s is not used: %s; it will be written anew", path, error)
-        return False
-    return True
-
-
-def _read(path: Path) -> _Kept:
-    """What a file holds. Raises _Unreadable."""
-    kept = _Kept()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            index = json.loads(archive.read(INDEX))
-            if index["torch"] != torch.__version__:
-                raise _Unreadable(f"it is of torch {index['torch']}, this is {torch.__version__}")
-            for digest, keys in index["keys"].items():
-                kept.saved[digest] = archive.read(digest)
-                kept.keys[digest] = {(kind, key) for kind, key in keys}
-    except _NO_ARCHIVE as error:
-        raise _Unreadable("it is damaged, or not a file of compiled steps") from error
-    except OSError as error:
-        raise _Unreadable(error.strerror or str(error)) from error
-    return kept
-
-
-def _write(path: Path, kept: _Kept) -> None:
-    """A zip: its checksums tell a damaged file before torch gets to unpickle it."""
-    index = {
-        "torch": torch.__version__,
-        "keys": {digest: sorted(keys) for digest, keys in kept.keys.items()},
-    }
-    with atomic_open(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(INDEX, json.dumps(index))
-        for digest, data in kept.saved.items():
-            archive.writestr(digest, data)
-
-
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from adding to a file of this folder between our reading and writing it."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # the write that follows says what is wrong with the folder
-        yield
-        return
-    try:
-        # Some network file systems have no locks: two that save at once may then lose one's addition.
-        with contextlib.suppress(OSError):
-            lock(descriptor, wait=True)
-        yield
-    finally:
-        os.close(descriptor)
+def _kept_in(folder: str | PathLike[str] | None) -> Iterator[None]:
+    """Let torch and Triton keep what they compile within the block in a folder; None: where they would."""
+    with _COMPILING:
+        if folder is None:
+            yield
+            return
+        path = Path(folder).resolve()
+        places = {"TORCHINDUCTOR_CACHE_DIR": str(path), "TRITON_CACHE_DIR": str(path / "triton")}
+        with mock.patch.dict(os.environ, places):
+            yield
 
 
-def _quietly(load: Callable[[bytes], object], data: bytes) -> object:
-    """Load without torch's own log of what it can't read, a traceback."""
-    log = logging.getLogger("torch.compiler._cache")
-    before, log.disabled = log.disabled, True
-    try:
-        return load(data)
-    finally:
-        log.disabled = before
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _fill(step: PreparedStep, guided: bool) -> Tensor:
+    """Fill a step with a row whose x_0 is the network's output, and x after it the gradient; return its x."""
+    device = step.state.x.device
+    generator = _generator(device, 0)
+    packed = pack([Row(0.0, 0.0, k_out=1.0, k_mean=float(guided), clip=Clip.NONE)], device)
+    step.packed.host[:1] = packed.host
+    step.packed.device[:1] = packed.device
+    step.scale.fill_(1.0)
+    step.timesteps.fill_(500)
+    if step.low_res is not None:
+        step.low_res.normal_(generator=generator)
+    for name, column in (("net", 0), ("classifier", 1)):
+        if name in step.tables:
+            labels = step.labels if name == "net" and step.key.classes else None
+            step.tables[name].fill(step.timesteps[column, :1], labels)
+    return torch.randn(step.state.x.shape, generator=generator, device=device)
+
+
+def _row(step: PreparedStep, run: Callable[[], None], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the row on x; return the network's output and the guidance gradient."""
+    step.state.x.copy_(x)
+    step.counters.zero_()
+    with torch.no_grad():
+        run()
+    return step.state.x0.clone(), step.state.x.clone()
+
+
+def _rounding(step: PreparedStep) -> float:
+    """Return the relative rounding of a layer, of the network that rounds most."""
+    exact = TF32_ROUNDING if step.state.x.device.type == "cuda" else FLOAT32_ROUNDING
+    dtypes = [net.torso_dtype for net in (step.net, step.classifier) if net is not None]
+    return max(ROUNDING.get(dtype, exact) for dtype in dtypes)
+
+
+def _check(
+    step: PreparedStep,
+    compiled: tuple[Tensor, Tensor],
+    eager: tuple[Tensor, Tensor],
+    rounded: tuple[Tensor, Tensor],
+) -> None:
+    """Refuse a compiled row that is further from the eager one than rounding takes it.
+
+    rounded: the eager row on an x with the rounding of one layer. As many independent ones as there are
+    layers add up to the square root of their number times as much, on both sides, and in a gradient twice.
+    """
+    parts = (("network's output", step.net, 2), ("guidance gradient", step.classifier, 4))
+    for i, (name, net, times) in enumerate(parts):
+        if net is None or not eager[i].isfinite().all():  # sampling names the layer of what isn't finite
+            continue
+        layers = sum(isinstance(getattr(module, "weight", None), Tensor) for module in net.modules())
+        difference = float((compiled[i] - eager[i]).norm())
+        allowed = math.sqrt(times * layers) * float((rounded[i] - eager[i]).norm())
+        if not difference <= allowed:
+            size = float(eager[i].norm()) or 1.0
+            raise Unavailable(
+                f"compile=True: the compiled step is wrong: its {name} is {difference / size:.2g} of its size"
+                f" off the eager step's, where rounding makes {allowed / size:.2g} at most; leave compile out"
+            )

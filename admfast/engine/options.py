@@ -22,8 +22,8 @@ class EngineOptions:
         graph: on CUDA, capture the step and replay it.
         branches: on CUDA, the classifier's gradient beside the network on a stream of its own.
         compile: torch.compile around the step.
-        compile_cache: file for what was compiled: read first, and given what is compiled anew. It holds
-            code: take it only from where you trust.
+        compile_cache: folder in which torch keeps what it compiles, for other processes; None: where it does
+            anyway (`TORCHINDUCTOR_CACHE_DIR`). It holds code: take it only from where you trust.
         kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
             table), and how much memory beside the networks' they may hold; the latest is always kept. Of
             threads that sample at the same time each has a step of its own.
@@ -44,7 +44,7 @@ class EngineOptions:
         if self.fold is not None and not isinstance(self.fold, FoldOptions):
             raise invalid("fold", self.fold, "FoldOptions, or None for nothing")
         if self.compile_cache is not None and not isinstance(self.compile_cache, str | PathLike):
-            raise invalid("compile_cache", self.compile_cache, "the path of a file, or None")
+            raise invalid("compile_cache", self.compile_cache, "the path of a folder, or None")
         whole("rows_at_a_time", self.rows_at_a_time, 1)
         whole("kept_steps", self.kept_steps, 1)
         whole("kept_bytes", self.kept_bytes, 0)

@@ -123,16 +123,25 @@ def check_writable(path: str | PathLike[str]) -> None:
         pass
 
 
-def lock(descriptor: int, *, wait: bool) -> None:
+def check_folder(path: str | PathLike[str]) -> None:
+    """Make the folder `path` if it is missing; raise OutputError where no file could be written into it."""
+    try:
+        Path(path).mkdir(exist_ok=True)
+    except OSError as error:
+        raise output_error(path, error) from error
+    check_writable(Path(path) / "file")
+
+
+def lock(descriptor: int) -> None:
     """Keep other processes that ask for it from a file or folder until it is closed; does nothing on Windows.
 
-    Raises OSError where somebody else has it and `wait` is False, or where the file system has none.
+    Raises OSError where somebody else has it, or where the file system has none.
     """
     try:
         import fcntl
     except ImportError:
         return
-    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class _RecordingFile(io.FileIO):

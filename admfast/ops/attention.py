@@ -17,12 +17,6 @@ from admfast.ops.attention_kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.transforms import in_vmap, record
 
-# What was measured to be the fastest: (architecture, dtype, head dim) -> ((largest S, implementation), ...),
-# S rising, as in ("sm_90", torch.bfloat16, 64): ((256, "sdpa"), (4096, "sdpa-cudnn")). To fill it, time every
-# implementation that is available on that GPU with the kernel bench, forward and backward, and enter for each
-# head dim the fastest up to each S; calls that no entry covers go by the order of the table below.
-MEASURED: dict[tuple[str, torch.dtype, int], tuple[tuple[int, str], ...]] = {}
-
 
 def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, Tensor, Tensor]:
     """View [N, S, 3*h*d] as q, k, v of [N, h, S, d] each, without a copy.
@@ -232,17 +226,6 @@ def _one_kernel_supports(
     return reason or reason_of(*split_qkv(qkv, num_heads, legacy_order))
 
 
-def preferred(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
-    """The implementation that `MEASURED` names for a call; None where nothing was measured."""
-    if torch.compiler.is_compiling() or not MEASURED:
-        return None
-    arch = qkv.device.type
-    if arch == "cuda":
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(qkv.device))
-    rows = MEASURED.get((arch, qkv.dtype, qkv.shape[-1] // (3 * num_heads)), ())
-    return next((name for largest, name in rows if qkv.shape[1] <= largest), None)
-
-
 def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: str | None = None) -> Tensor:
     """Compute `softmax(q k^T / sqrt(d)) v` for every head of every sample.
 
@@ -288,7 +271,7 @@ def _by_backend(name: str, kernel: Kernel) -> Implementation:
     )
 
 
-# After "sdpa", which chooses among them, the single kernels come into play by name or by `MEASURED` alone.
+# After "sdpa", which chooses among them, the single kernels come into play by name only.
 TABLE = OpTable(
     "attention",
     [
@@ -310,5 +293,4 @@ TABLE = OpTable(
         _by_backend("efficient", kernels.EFFICIENT),
         Implementation("reference", attention_ref),
     ],
-    prefer=preferred,
 )

@@ -61,8 +61,8 @@ def load(
             the classifier in fp32 (as published), bf16 on a CPU with AMX, else fp32. Norms, softmax,
             embeddings, the last layer and the update are in float32 in all of them.
         compile: torch.compile the step; the first image of a shape then waits for minutes.
-        compile_cache: with it, a file of what was compiled, which is read and gains what is new, so that
-            another process starts warm. It holds code: take it only from where you trust.
+        compile_cache: with it, the folder in which torch keeps what it compiles, so that another process
+            starts warm. It holds code: take it only from where you trust.
         keep_master: keep the float32 parameters beside what a half precision derives from them; without,
             the parameters themselves are rounded, and memory is saved.
         engine: how steps are prepared (`EngineOptions`); None is the default.

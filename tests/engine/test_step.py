@@ -379,7 +379,7 @@ def test_an_interval_guides_there_alone():
         ({"kept_steps": 0}, "kept_steps=0"),
         ({"fold": 3}, "fold=3: FoldOptions, or None for nothing"),
         ({"fold": True}, "fold=True: FoldOptions, or None for nothing"),
-        ({"compile": True, "compile_cache": 3}, "compile_cache=3: the path of a file, or None"),
+        ({"compile": True, "compile_cache": 3}, "compile_cache=3: the path of a folder, or None"),
     ],
 )
 def test_options_that_are_not_are_named(given, message):

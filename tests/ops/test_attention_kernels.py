@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import types
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from admfast.errors import Unavailable
-from admfast.ops import TABLES, Implementation, attention, attention_ref
+from admfast.ops import TABLES, attention, attention_ref
 from admfast.ops import attention_kernels as kernels
 from tests.ops.cover import all_pairs, case_id
 from tests.ops.tolerance import assert_same_formula, assert_within, unmodified
@@ -303,40 +302,6 @@ def test_what_is_not_here_says_why(monkeypatch):
         assert torch.autograd.gradgradcheck(lambda value: attention(value, 2, impl="sdpa"), qkv)
         with pytest.raises(Unavailable, match="torch has no fused attention for this call"):
             attention(qkv, 2, impl="sdpa-flash")
-
-
-# Which one runs
-
-
-def test_what_was_measured_goes_before_the_order_of_the_table(monkeypatch):
-    chosen: list[str] = []
-
-    def watched(entry: Implementation) -> Implementation:
-        return dataclasses.replace(entry, forward=lambda *_, **__: chosen.append(entry.name))
-
-    monkeypatch.setattr(TABLE, "implementations", [watched(entry) for entry in TABLE.implementations])
-    monkeypatch.delenv("ADMFAST_IMPL", raising=False)
-    rows = {
-        ("cpu", torch.float32, 8): ((64, "reference"), (256, "sdpa-flash"), (1024, "sdpa-cudnn")),
-        ("cpu", torch.float64, 8): ((64, "reference"),),
-    }
-    monkeypatch.setattr(module, "MEASURED", rows)
-    for s, dtype, d in ((64, torch.float32, 8), (65, torch.float32, 8), (257, torch.float32, 8)):
-        attention(torch.zeros(1, s, 3 * 2 * d, dtype=dtype), 2)
-    attention(torch.zeros(1, 2000, 48), 2)
-    attention(torch.zeros(1, 8, 96), 2)
-    attention(torch.zeros(1, 65, 48, dtype=torch.float64), 2)
-    attention(torch.zeros(1, 64, 48), 2, impl="sdpa")
-    # What can't run here, and what no row covers, goes by the order of the table.
-    assert chosen == ["reference", "sdpa-flash", "sdpa", "sdpa", "sdpa", "sdpa", "sdpa"]
-
-
-def test_every_measured_name_is_an_implementation():
-    for (arch, dtype, d), rows in module.MEASURED.items():
-        assert arch == "cpu" or arch.startswith("sm_")
-        assert dtype.is_floating_point and d > 0
-        assert [s for s, _ in rows] == sorted({s for s, _ in rows})
-        assert {name for _, name in rows} <= set(TABLE.names())
 
 
 # CUDA

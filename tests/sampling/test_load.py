@@ -259,11 +259,9 @@ def test_unknown_systems_are_named_with_the_nearest(name, near):
 
 def fetch_options() -> set[str]:
     """The options that `admfast fetch` really takes."""
-    import typer
+    from admfast.cli.commands import app
 
-    from admfast.cli.main import app
-
-    command = typer.main.get_command(app).commands["fetch"]  # type: ignore[attr-defined]
+    command = app.get_command(None, "fetch")
     return {option for parameter in command.params for option in parameter.opts}
 
 

@@ -1,0 +1,113 @@
+"""The commands: `admfast COMMAND ...`; every user error is one line and exit status 2."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.core
+
+from admfast.cli.main import INTERRUPTED
+from admfast.errors import AdmfastError
+
+NAMES = ("sample", "inspect", "models", "fetch", "info", "verify")
+USER_ERROR = 2
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# What typer raises for bad usage. Newer versions carry their own copy of click, older ones import it; the
+# common base is reached through a class that both export.
+UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands, each `run_NAME` in `admfast/cli/NAME.py`, imported when it is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(NAMES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a command; None where there is none of the name."""
+        if cmd_name in NAMES and cmd_name not in self.commands:
+            function = getattr(importlib.import_module(f"admfast.cli.{cmd_name}"), f"run_{cmd_name}")
+            one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            one.command(cmd_name)(function)
+            self.add_command(typer.main.get_command(one))
+        return self.commands.get(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write every command with the first line of its docstring, read without importing it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _summary(name)) for name in NAMES])
+
+
+def _summary(name: str) -> str:
+    """Return the first line of the docstring of a command."""
+    tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+    [function] = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == f"run_{name}"]
+    return (ast.get_docstring(function) or "").partition("\n")[0]
+
+
+app = Commands(
+    name="admfast",
+    help="ADM diffusion models: sample, verify, inspect, fetch.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def run(args: list[str]) -> int:
+    """Run a command; return its exit status."""
+    try:
+        result = app.main(args=args, prog_name="admfast", standalone_mode=False)
+        print(end="", flush=True)
+    except UsageProblem as error:
+        context = getattr(error, "ctx", None)
+        if error.format_message().startswith("Usage:"):  # type: ignore[attr-defined]
+            print(error.format_message())  # type: ignore[attr-defined]
+            return USER_ERROR
+        outside = context is None or context.parent is None
+        where = "admfast" if outside else f"admfast {context.info_name}"  # type: ignore[union-attr]
+        print(f"{where}: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+        return USER_ERROR
+    except AdmfastError as error:
+        print(f"admfast: {_by_flag(str(error), args)}", file=sys.stderr)
+        return USER_ERROR
+    except typer.Abort:
+        return INTERRUPTED
+    except (BrokenPipeError, SystemExit) as gone:
+        if isinstance(gone, SystemExit) and not isinstance(gone.__context__, BrokenPipeError):
+            raise
+        # The reader has gone (as with `| head`), which typer turns into an exit: nothing is wrong. Keep
+        # Python from saying so when it flushes at the end.
+        _drop_output()
+        return 0
+    except OSError as error:
+        # Everything else that is written goes through `files`, which raises OutputError.
+        if error.errno not in OUTPUT_ERRORS:
+            raise
+        from admfast.files.atomic import output_error
+
+        print(f"admfast: {output_error('standard output', error)}", file=sys.stderr)
+        _drop_output()
+        return USER_ERROR
+    return result if isinstance(result, int) else 0
+
+
+def _by_flag(message: str, args: Sequence[str]) -> str:
+    """An error of the form `name=value: ...` under the name of the command's option: `--name=value: ...`."""
+    name, separator, _ = message.partition("=")
+    flag = "--" + name.replace("_", "-")
+    parameters = getattr(app.get_command(None, args[0]) if args else None, "params", [])
+    known = any(flag in parameter.opts for parameter in parameters)
+    return "--" + message.replace(name, name.replace("_", "-"), 1) if separator and known else message
+
+
+def _drop_output() -> None:
+    """Keep Python from failing again on what is left for a standard output that takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
