@@ -255,7 +255,8 @@ import admfast
 rooms = [m for m in pkgutil.iter_modules(admfast.__path__) if not m.name.startswith("_")]
 files = [(m.name, f.name) for m in rooms if m.ispkg
          for f in pkgutil.iter_modules([os.path.join(admfast.__path__[0], m.name)])]
-asked = [*admfast.__all__, *(m.name for m in rooms), *(f"{room}.{name}" for room, name in files)]
+values = admfast.__all__
+asked = [*values, *("admfast." + m.name for m in rooms), *(f"admfast.{room}.{name}" for room, name in files)]
 orders = [asked, asked[::-1], *(random.Random(seed).sample(asked, len(asked)) for seed in range(4))]
 for order in orders:
     if child := os.fork():
@@ -263,11 +264,9 @@ for order in orders:
         continue
     try:
         for name in order:
-            if name in admfast.__all__:
-                getattr(admfast, name)
-            else:
-                importlib.import_module("admfast." + name)
-        kinds = [(name, type(getattr(admfast, name)).__name__) for name in sorted(asked) if "." not in name]
+            importlib.import_module(name) if "." in name else getattr(admfast, name)
+        names = sorted({*values, *(m.name for m in rooms)})
+        kinds = [(name, type(getattr(admfast, name)).__name__) for name in names]
         kinds += [(room, name, type(getattr(getattr(admfast, room), name)).__name__) for room, name in files]
         print(kinds, flush=True)
     except BaseException as error:
