@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.models.fold import FoldOptions
-from bench.case import Case, Settings
-from bench.registry import PREDICTED_GAINS
+from bench.measure import Case, Settings, short
 from bench.results import Row
-from bench.sampling.bout import Bout
+from bench.sampling.compare import Comparison
 from bench.sampling.contender import Contender, Entry
 from bench.sampling.ours import Ours
 from bench.sampling.subject import Inputs, Subject
 
 WHOLE = "whole engine"
-BOUT_SECONDS = {"cuda": 3.0, "cpu": 30.0}
+ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 30.0}
 # Everything that the reference operations do in the published code's way.
 NO_NORM, NO_ATTENTION = "group_norm_silu=reference", "attention=reference"
 NO_FOLD = FoldOptions(
@@ -127,51 +127,28 @@ def cases(
     settings: Settings, pairs: Sequence[tuple[Subject, int]], precision: str, compiled: bool = False
 ) -> Iterator[Case]:
     """A row for every form of every (preset, batch)."""
-    kind = settings.device.type
-    # First those whose gains somebody predicted.
-    for subject, batch in sorted(
-        pairs, key=lambda pair: (kind, pair[0].name, pair[1]) not in PREDICTED_GAINS
-    ):
+    ladder = added(settings.cuda)
+    if compiled:
+        ladder.append(Form("compiled", replace(EngineOptions(), compile=True)))
+    lists = {"ablation_added": ladder, "ablation_without": without(settings.cuda)}
+    for subject, batch in pairs:
         whole = _kept(Form(WHOLE).entry(precision))
-        ladder = added(settings.cuda)
-        if compiled:
-            ladder.append(Form("compiled", replace(EngineOptions(), compile=True)))
-        lists = {"ablation_added": ladder, "ablation_without": without(settings.cuda)}
-        for list_name, forms in lists.items():
+        for kind, forms in lists.items():
             for form in forms:
-                entries = [whole, form.entry(precision)]
-                bout = Bout(list_name, subject, batch, entries, BOUT_SECONDS[kind])
-                yield _case(bout, form, list_name, predicted(kind, subject.name, batch, form.name))
-
-
-def predicted(kind: str, system: str, batch: int, form: str) -> float | None:
-    """The part of the plain step's time that a form was predicted to save; None where nobody did."""
-    return PREDICTED_GAINS.get((kind, system, batch), {}).get(form)
+                entry = form.entry(precision)
+                budget = ROUNDS_SECONDS[settings.device.type]
+                one = Comparison(kind, subject, batch, [whole, entry], budget)
+                yield replace(one.case(entry), measure=partial(_measure, one, entry), together=None)
 
 
 def _kept(entry: Entry) -> Entry:
-    """An entry whose contender is made once, and serves one bout after another."""
-    made: list[Contender] = []
-
-    def make(subject: Subject, inputs: Inputs) -> Contender:
-        if not made:
-            made.append(entry.make(subject, inputs))
-        return made[0]
-
-    return replace(entry, make=make)
+    """An entry whose contender is made once, and serves one comparison after another."""
+    return replace(entry, make=lru_cache(maxsize=1)(entry.make))
 
 
-def _case(bout: Bout, form: Form, list_name: str, expected: float | None) -> Case:
-    """The form's case of a bout, with its ratio to the whole engine."""
-    case = next(case for case in bout.cases() if case.provider == form.name)
-
-    def measure(settings: Settings) -> Row:
-        row = dict(case.measure(settings))
-        whole = bout.found[WHOLE, case.dtype]
-        assert not isinstance(whole, Exception)
-        ratio: float = 1 / row.pop("faster_than")[f"{WHOLE} {case.dtype}"]
-        row |= {"ratio": float(f"{ratio:.5g}"), "whole_ms": whole["ms"]}
-        bout.found.clear()
-        return row | ({} if expected is None else {"predicted": expected})
-
-    return replace(case, measure=measure)
+def _measure(one: Comparison, entry: Entry, settings: Settings) -> Row:
+    """The form's row, with its ratio to the whole engine."""
+    row = dict(one.row_of(entry, settings))
+    whole = one.row_of(one.entries[0], settings)
+    ratio = 1 / row.pop("faster_than")[f"{WHOLE} {entry.dtype}"]
+    return row | {"ratio": short(ratio), "whole_ms": whole["ms"]}

@@ -50,7 +50,7 @@ class Ours(Contender):
 
     def prepare(self) -> None:
         self.policy = policy(self.dtype, self.device)
-        nets = [_laid_out(net, self.channels_last) for net in self.subject.networks(self.device)]
+        nets = [laid_out(net, self.channels_last) for net in self.subject.networks(self.device)]
         self.engine = Engine(nets[0], nets[1], self.policy, self.options)  # type: ignore[arg-type]
         self.engine.ready()
         self.table = make_table("ddpm", self.subject.process(self.subject.steps))
@@ -108,6 +108,10 @@ class Ours(Contender):
         with torch.no_grad(), own_numerics(self.device, tf32), chosen:
             yield
 
+    def name_parts(self) -> None:
+        for table in getattr(self.runner, "tables", {}).values():
+            table.fill = torch.profiler.record_function("embedding")(table.fill)
+
     def note(self) -> Row:
         parts = [f"{op} {'+'.join(names)}" for op, names in self.implementations.items()]
         row: Row = {"implementation": ", ".join(parts)}
@@ -115,7 +119,7 @@ class Ours(Contender):
         return row | ({"refused": refused} if refused else {})
 
 
-def _laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
+def laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
     """The network as `admfast.load` gives it, or as a file does."""
     if net is not None and channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -128,4 +132,4 @@ def entry(precision: str, options: EngineOptions | None = None, name: str = "adm
     def make(subject: Subject, inputs: Inputs) -> Contender:
         return Ours(subject, inputs, name=name, precision=precision, options=options)
 
-    return Entry(name, precision, make)
+    return Entry(name, precision, make, compiles=options is not None and options.compile)
