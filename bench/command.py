@@ -31,7 +31,7 @@ UNFINISHED = 3
 
 @dataclass(frozen=True)
 class Bench:
-    """One bench, `python -m bench.NAME`.
+    """One bench, `python -m PACKAGE.NAME`.
 
     names: of its groups. groups: (arguments, settings) to name: (share of the budget, cases); it is called
     in the worker, imports what it measures, and raises ValueError for values that are not allowed. flags:
@@ -43,6 +43,7 @@ class Bench:
     names: Sequence[str]
     groups: Callable[[argparse.Namespace, Any], Any]
     flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    package: str = "bench"
 
 
 def bench_main(bench: Bench, argv: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def watch(bench: Bench, arguments: argparse.Namespace, argv: Sequence[str]) -> i
     """Let workers measure until all is there or the budget is over; return the exit status."""
     for sign in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore interrupts
         signal.signal(sign, signal.default_int_handler)
-    command = [sys.executable, "-m", f"bench.{bench.name}", *argv]
+    command = [sys.executable, "-m", f"{bench.package}.{bench.name}", *argv]
     end, path = time.monotonic() + arguments.budget, Path(arguments.out) / f"{bench.name}.jsonl"
     budget = arguments.budget
     try:
