@@ -174,7 +174,7 @@ def test_the_published_code_is_driven_as_its_script_does(form: published.Form, t
     with published_stub(tmp_path / "checkout") as path:
         entry = published.entry(form, path, CPU)
         (row,) = [measure_case(c, SETTINGS) for c in Comparison("guided_step", TINY, 2, [entry]).cases()]
-    assert row["status"] == "ok" and row["provider"] == form.name, row
+    assert row["status"] == "ok" and entry.name == form.name, row
     assert row["rel_err"] < 1e-4
 
 
@@ -249,11 +249,14 @@ def test_the_ladder_ends_at_the_engine_s_defaults() -> None:
 
 def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
     chosen = [c for c in ablation.cases(SETTINGS, [(TINY, 1)], "fp32") if c.provider in ("plain", "qkv rows")]
-    rows = [measure_case(case, SETTINGS) | {"device": "a CPU"} for case in chosen]
+    given = [{"kind": c.kind, "provider": c.provider, "dtype": c.dtype, "shape": c.shape} for c in chosen]
+    rows = [
+        row | measure_case(c, SETTINGS) | {"device": "a CPU"} for c, row in zip(chosen, given, strict=True)
+    ]
     assert [row["kind"] for row in rows] == ["ablation_added", "ablation_added", "ablation_without"]
     for row in rows:
         assert row["status"] == "ok" and row["whole_ms"] > 0 and row["ratio"] > 0, row
-    text = render(rows)
+    text = render("sampling", rows)
     assert "What each part adds" in text and "plain" in text and "less one part" in text
 
 
@@ -284,10 +287,10 @@ def test_the_program_writes_rows_and_goes_on(tmp_path, capsys, monkeypatch: pyte
     assert [row["provider"] for row in rows] == ["admfast", published.EAGER.name]
     assert all(row["revision"] and row["device"] and row["date"] for row in rows)
     text = (tmp_path / "o" / "sampling.md").read_text()
-    assert "x published" in text and "of product" in text
+    assert "x published" in text and "of ceiling" in text
     capsys.readouterr()
     assert main(flags) == 0  # nothing left: not even the checkout is looked at
-    assert "0 rows in" in capsys.readouterr().out
+    assert "steps: 0 rows, 2 from before" in capsys.readouterr().out
 
 
 def test_peers_without_names_are_all_peers() -> None:
