@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
-STAGES ?= build,tests,ceilings,kernels,sampling,profile,training,peers
-BUDGET ?= 540
+STAGES ?=
+MINUTES ?= 10
+BUDGET ?=
 OUT ?= out/gpu
 
 .PHONY: demo test test-full lint gpu clean
@@ -27,7 +28,7 @@ lint: $(READY)
 
 # Needs a python whose torch has CUDA; installs nothing and needs no network.
 gpu:
-	STAGES=$(STAGES) BUDGET=$(BUDGET) OUT=$(OUT) $(GPU_PYTHON) -m bench.gpu
+	STAGES=$(STAGES) MINUTES=$(MINUTES) BUDGET=$(BUDGET) OUT=$(OUT) $(GPU_PYTHON) -m bench.gpu
 
 # The versions are those that were tested; torch is pinned so that the same build comes everywhere.
 $(READY): constraints.txt pyproject.toml $(SOURCES)

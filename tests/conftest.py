@@ -7,12 +7,27 @@ same: the interpreter runs only where it is named.
 
 import collections
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def float32_products_are_exact() -> Iterator[None]:
+    """Round no factor of a float32 product to TF32, as torch's convolutions on a GPU do unless told.
+
+    A test about TF32 sets itself what it is about; what the process had comes back after each test.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

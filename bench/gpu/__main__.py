@@ -23,6 +23,8 @@ from bench.gpu.runner import UNFINISHED, exit_status, run_stages
 from bench.gpu.stages import STAGES, Plan, choose
 from bench.results import markdown_table
 
+ENDING = 40.0  # seconds that a step which was stopped, and this program, may take to end
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run the stages, print the table; returns the exit status."""
@@ -33,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         stages = choose(arguments.stages)
-        budget = float(arguments.budget)
-        if budget <= 0:
-            raise ValueError(f"budget={budget:g}: must be above 0 seconds")
+        budget = seconds(arguments.budget, arguments.minutes)
     except ValueError as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
@@ -50,13 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status(entries)
 
 
+def seconds(budget: str | None, minutes: str) -> float:
+    """The seconds to share among the stages; raises ValueError for what is no positive number."""
+    name, text, unit = ("budget", budget, 1) if budget else ("minutes", minutes, 60)
+    value = float(text) * unit
+    if not value > 0:
+        raise ValueError(f"{name}={text}: must be above 0")
+    return value if budget else max(value - ENDING, value / 2)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
     names = ",".join(stage.name for stage in STAGES)
     environ = os.environ.get
     parser.add_argument("--stages", default=environ("STAGES"), help=f"some of {names} (STAGES; default: all)")
     parser.add_argument(
-        "--budget", default=environ("BUDGET") or "540", help="seconds for all (BUDGET; default: 540)"
+        "--minutes",
+        default=environ("MINUTES") or "10",
+        help=f"minutes for all, the last {ENDING:g} s of them to end in (MINUTES; default: 10)",
+    )
+    parser.add_argument(
+        "--budget", default=environ("BUDGET"), help="seconds for all, in place of minutes (BUDGET)"
     )
     parser.add_argument("--out", default=environ("OUT") or "out/gpu", help="folder (OUT; default: out/gpu)")
     parser.add_argument("--allow-cpu", action="store_true", help="run the stages on a CPU, to try them out")

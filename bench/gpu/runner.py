@@ -16,49 +16,83 @@ from bench.gpu.process import run_step
 from bench.gpu.stages import Plan, Stage
 from bench.results import environment
 
-SOURCES = ("admfast", "kernels", "csrc", "bench", "tests")
 SUFFIXES = frozenset({".py", ".cpp", ".cu", ".h", ".cuh"})
 PYTEST_NO_TESTS = 5
+STATUSES = ("failed", "stopped", "unfinished", "no tests", "passed")
+DONE = ("no tests", "passed")
 UNFINISHED = 3
 
 
-def fingerprint(root: Path) -> str:
-    """Twelve hexadecimal digits of all that is built, tested or measured: a result is of one source."""
+def fingerprint(root: Path, folders: Sequence[str]) -> str:
+    """Twelve hexadecimal digits of the sources in these folders: a result is of one source."""
     digest = hashlib.sha256()
     files = [root / "setup.py", root / "pyproject.toml"]
-    for folder in SOURCES:
+    for folder in folders:
         files += [path for path in (root / folder).rglob("*") if path.suffix in SUFFIXES]
     for path in sorted(path for path in files if path.is_file()):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def run_stage(stage: Stage, plan: Plan, seconds: float, log: Path) -> dict[str, Any]:
+def run_stage(
+    stage: Stage,
+    plan: Plan,
+    seconds: float,
+    log: Path,
+    before: Sequence[Mapping[str, Any]] = (),
+    keep: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> dict[str, Any]:
     """Run a stage inside its share and return its entry: `status`, `seconds`, `note` and its steps.
 
-    The status is the worst of its steps': failed, stopped, unfinished, "no tests" found at all, passed.
+    The status is the worst of its steps': failed, stopped, unfinished, "no tests" found at all, passed. What
+    passed `before` isn't run again, what was run before and didn't pass comes last. A step gets half of the
+    time that is left, the last one all: one that hangs leaves time for those after it.
+
+    Args:
+        before: what became of the same stage's steps, of the same sources, in an earlier run.
+        keep: called with the entry as far as it is after every step.
     """
     reason = stage.missing(plan)
     if reason:
         return {"status": "not there yet", "seconds": 0.0, "note": reason}
     end = time.monotonic() + seconds
-    done: list[dict[str, Any]] = []
-    for step in stage.steps(plan, seconds):
-        entry = {"step": step.name} | run_step(step, plan, end - time.monotonic(), log)
-        entry["status"] = _status(entry["exit"], entry["last"], step.tests)
-        done.append(entry)
-    order = ("failed", "stopped", "unfinished", "no tests", "passed")
-    worst = min(done, key=lambda entry: order.index(entry["status"]))
-    out = {
-        "status": worst["status"],
-        "seconds": round(sum(entry["seconds"] for entry in done), 1),
-        "note": _note(worst, done),
-        "steps": done,
-    }
+    earlier = {entry["step"]: dict(entry) for entry in before}
+    steps = stage.steps(plan, seconds)
+    order = [step.name for step in steps]
+    done = [earlier[name] for name in order if earlier.get(name, {}).get("status") in DONE]
+    waiting = [step for step in steps if step.name not in {entry["step"] for entry in done}]
+    waiting.sort(key=lambda step: step.name in earlier)
+    unseen = [
+        {"step": s.name, "status": "stopped", "seconds": 0.0, "last": "no time was left"} for s in waiting
+    ]
+    for number, step in enumerate(waiting, 1):
+        left = end - time.monotonic()
+        limit = left if number == len(waiting) else left / 2
+        if limit > 0:
+            entry = {"step": step.name} | run_step(step, plan, limit, log)
+            entry["status"] = _status(entry["exit"], entry["last"], step.tests)
+            unseen.pop(0)
+            done.append(entry)
+            keep(_entry(order, done + unseen))
+    out = _entry(order, done + unseen)
     return out | stage.record(plan) if out["status"] == "passed" else out
 
 
-def _note(worst: dict[str, Any], done: list[dict[str, Any]]) -> str:
+def _entry(order: Sequence[str], steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A stage's entry from its steps'."""
+    steps = sorted(steps, key=lambda entry: order.index(entry["step"]))
+    if not steps:
+        return {"status": "no tests", "seconds": 0.0, "note": "nothing to run", "steps": []}
+    worst = min(steps, key=lambda entry: STATUSES.index(entry["status"]))
+    return {
+        "status": worst["status"],
+        "seconds": round(sum(entry["seconds"] for entry in steps), 1),
+        "note": _note(worst, steps),
+        "steps": steps,
+    }
+
+
+def _note(worst: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
     """What the step that decided said last; where all went well, what every step did."""
     if worst["status"] == "stopped":
         return f"{worst['step']}: stopped after {worst['seconds']:.0f} s"
@@ -75,11 +109,9 @@ def _status(code: int | None, last: str, tests: bool) -> str:
     return {0: "passed", UNFINISHED: "unfinished"}.get(code, "failed")
 
 
-def finished(stage: Stage, plan: Plan, entry: dict[str, Any] | None, source: str) -> bool:
-    """Whether an earlier run's entry still speaks for these sources on this machine."""
-    if entry is None or entry["status"] not in ("passed", "no tests") or entry.get("source") != source:
-        return False
-    return stage.standing(plan, entry)
+def finished(stage: Stage, plan: Plan, entry: dict[str, Any]) -> bool:
+    """Whether an earlier run's entry of the same sources ({} for none) ends a stage on this machine."""
+    return entry.get("status") in DONE and stage.standing(plan, entry)
 
 
 def run_stages(
@@ -94,28 +126,50 @@ def run_stages(
     path, log = plan.out / "gpu.json", plan.out / "gpu.log"
     state = _read_state(path)
     state |= environment(torch.device(plan.device)) | {"date": _now()}
-    entries, source = state.setdefault("stages", {}), fingerprint(plan.root)
-    waiting = [
-        s for s in stages if not finished(s, plan, entries.get(s.name), source) and not s.missing(plan)
-    ]
+    entries = state.setdefault("stages", {})
+    sources = {stage.name: fingerprint(plan.root, stage.sources) for stage in stages}
+
+    def old(stage: Stage) -> dict[str, Any]:
+        """The entry of an earlier run, as far as it is of the same sources."""
+        entry = entries.get(stage.name) or {}
+        return entry if entry.get("source") == sources[stage.name] else {}
+
+    waiting = [s for s in stages if not finished(s, plan, old(s)) and not s.missing(plan)]
     end = time.monotonic() + budget
     for stage in stages:
-        if finished(stage, plan, entries.get(stage.name), source):
-            say(f"{stage.name}: {entries[stage.name]['status']} before, skipped")
+        before = old(stage)
+        if finished(stage, plan, before):
+            say(f"{stage.name}: {before['status']} before, skipped")
             continue
         share = 0.0
         if stage in waiting:
-            share = (end - time.monotonic()) * stage.weight / sum(s.weight for s in waiting)
+            share = _share(stage, end - time.monotonic(), sum(s.weight for s in waiting if not s.whole))
             waiting.remove(stage)
             say(f"{stage.name}: up to {share:.0f} s")
-        entry = run_stage(stage, plan, share, log) if share > 0 or stage.missing(plan) else _no_time()
-        entries[stage.name] = entry | {"source": source, "date": _now()}
-        _write_state(path, state)
+
+        def keep(entry: dict[str, Any], name: str = stage.name) -> None:
+            entries[name] = entry | {"source": sources[name], "date": _now()}
+            _write_state(path, state)
+
+        # A stage that was finished, on another machine, begins anew.
+        steps = [] if before.get("status") in DONE else before.get("steps", [])
+        if share > 0 or stage.missing(plan):
+            entry = run_stage(stage, plan, share, log, steps, keep)
+        else:
+            entry = _no_time() | ({"steps": steps} if steps else {})
+        keep(entry)
         for step in entry.get("steps", []):
-            if step["status"] == "failed":
+            if step["status"] == "failed" and step not in steps:
                 say(_tail(log, step["log_end"]))
         say(f"{stage.name}: {entry['status']} after {entry['seconds']:.0f} s")
     return {stage.name: entries[stage.name] for stage in stages}
+
+
+def _share(stage: Stage, left: float, weights: float) -> float:
+    """The seconds that a stage may take of those that are left."""
+    if stage.whole:
+        return left
+    return min(left, max(left * stage.weight / weights, stage.least))
 
 
 def _no_time() -> dict[str, Any]:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
-# The benches after the ceilings, with what they are told beside device, folder and budget.
-BENCHES: dict[str, tuple[str, ...]] = {
-    "kernels": (),
-    "sampling": ("--ablate",),
-    "profile": (),
-    "training": (),
-    "peers": (),
-}
+PRODUCT = ("admfast", "kernels", "csrc", "bench")
+# What compiles many kernels or has hundreds of cases runs in several processes, which share the GPU; the
+# longest last.
+WORKERS = 4
+PARALLEL = (
+    "tests/parity/",
+    "tests/ops/test_attention.py",
+    "tests/ops/test_conv.py",
+    "tests/ops/test_sampler_step.py",
+    "tests/ops/test_group_norm.py",
+    "tests/kernels/test_group_norm_gpu.py",
+)
+# How a test file says that it has tests for a GPU; those of this module, in tests/bench, only speak of it.
+FOR_A_GPU = re.compile(r"mark\.gpu|\bDEVICES\b|\bON_A_GPU\b|\brunnable\(")
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,9 @@ class Stage:
     """A stage: its weight in the shares of time, why it can't run ("" when it can), and its steps.
 
     `steps` is told the seconds of the stage's share, so that a bench can end by itself before it is stopped.
-    `record` adds to the entry of a stage that passed; `standing` says whether a finished entry still holds
-    on this machine.
+    `least` seconds are given however small the share is, as long as they are left; `whole` is given all that
+    is left. `sources` are the folders that a result depends on. `record` adds to the entry of a stage that
+    passed; `standing` says whether a finished entry still holds on this machine.
     """
 
     name: str
@@ -56,13 +67,20 @@ class Stage:
     missing: Callable[[Plan], str] = lambda plan: ""
     record: Callable[[Plan], dict[str, Any]] = lambda plan: {}
     standing: Callable[[Plan, dict[str, Any]], bool] = lambda plan, entry: True
+    least: float = 0.0
+    whole: bool = False
+    sources: tuple[str, ...] = PRODUCT
 
 
 def build_steps(plan: Plan, seconds: float) -> list[Step]:
     """Install this checkout in place, from what is there: no network, no dependencies."""
     pip = (sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation")
     mode = os.environ.get("ADMFAST_BUILD") or ("cuda" if plan.device == "cuda" else "auto")
-    return [Step(f"ADMFAST_BUILD={mode}", (*pip, "-e", "."), {"ADMFAST_BUILD": mode})]
+    environment = {"ADMFAST_BUILD": mode}
+    if plan.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        # The architecture of this device only: each other one costs as much time again.
+        environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
+    return [Step(f"ADMFAST_BUILD={mode}", (*pip, "-e", "."), environment)]
 
 
 def build_info(plan: Plan) -> dict[str, Any]:
@@ -81,57 +99,110 @@ def build_stands(plan: Plan, entry: dict[str, Any]) -> bool:
     return "build_info" in entry and build_info(plan).get("build_info") == entry["build_info"]
 
 
-def test_steps(plan: Plan, seconds: float) -> list[Step]:
-    """What attention runs on, the kernels checked, the tests that need a GPU, parity where golden data lies.
-
-    The tests come last: they take the longest, and what the time ends must not be the short reports. The
-    small kernels run by themselves first: what is wrong without a sanitizer is not its finding, and what
-    Triton compiled is then kept.
-    """
-    pytest = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
-    golden = plan.root / plan.golden
-    found = {"ADMFAST_GOLDEN": str(golden)} if golden.is_dir() else {}
+def smoke_steps(plan: Plan, seconds: float) -> list[Step]:
+    """Every op once: which implementation runs, what attention runs on, each kernel beside its reference."""
     python = (sys.executable, "-m")
-    steps = [Step("attention", (*python, "bench.gpu.chosen", "--device", plan.device))]
-    small = ("tests.tools.small_kernels", "--device", plan.device)
-    steps.append(Step("small kernels", (*python, *small)))
-    for tool in ("memcheck", "racecheck"):
-        steps.append(Step(tool, (*python, "bench.gpu.sanitizer", tool, *small)))
-    steps.append(Step("pytest -m gpu", (*pytest, "-m", "gpu"), found, tests=True))
-    if found and (plan.root / "tests" / "parity").is_dir():
-        parity = (*pytest, "-m", "not gpu and not slow", "tests/parity")
-        steps.append(Step("parity", parity, found, tests=True))
-    return steps
+    return [
+        Step("info", (*python, "admfast", "info")),
+        Step("attention", (*python, "bench.gpu.chosen", "--device", plan.device)),
+        Step("small kernels", (*python, *small_kernels(plan))),
+    ]
 
 
-def bench_stage(name: str, weight: float, *more: str) -> Stage:
-    """A bench of this folder: `python -m bench.<name> --device D --out DIR --budget SECONDS`, and `more`."""
+def sanitizer_steps(plan: Plan, seconds: float) -> list[Step]:
+    """The small kernels under both tools of compute-sanitizer."""
+    module = (sys.executable, "-m", "bench.gpu.sanitizer")
+    return [Step(tool, (*module, tool, *small_kernels(plan))) for tool in ("memcheck", "racecheck")]
+
+
+def small_kernels(plan: Plan) -> tuple[str, ...]:
+    """The module that launches every kernel on small shapes, and its flags."""
+    return ("tests.tools.small_kernels", "--device", plan.device)
+
+
+def parity_steps(plan: Plan, seconds: float) -> list[Step]:
+    """Networks, classifiers and trajectories on the device, beside the numbers of the published code."""
+    return [pytest_step(plan, path) for path in gpu_test_files(plan) if path.startswith("tests/parity/")]
+
+
+def test_steps(plan: Plan, seconds: float) -> list[Step]:
+    """The tests that need a GPU, a step for each file, those that take longest last."""
+    return [pytest_step(plan, path) for path in gpu_test_files(plan) if not path.startswith("tests/parity/")]
+
+
+def gpu_test_files(plan: Plan) -> list[str]:
+    """The test files that may hold tests for a GPU, as paths from the root, those that take longest last."""
+    found = []
+    for path in sorted((plan.root / "tests").rglob("test_*.py")):
+        name = path.relative_to(plan.root).as_posix()
+        if not name.startswith("tests/bench/") and FOR_A_GPU.search(path.read_text(encoding="utf-8")):
+            found.append(name)
+    return sorted(found, key=lambda name: (rank(name), name))
+
+
+def rank(name: str) -> int:
+    """0 for a file of few tests, then the place in PARALLEL."""
+    return next((i for i, start in enumerate(PARALLEL, 1) if name.startswith(start)), 0)
+
+
+def pytest_step(plan: Plan, path: str) -> Step:
+    """The GPU tests of one file, in several processes where it has many and xdist is installed."""
+    command = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
+    if rank(path) and importlib.util.find_spec("xdist"):
+        command += ("-n", str(WORKERS))
+    golden = plan.root / plan.golden
+    environment = {"ADMFAST_GOLDEN": str(golden)} if golden.is_dir() else {}
+    return Step(path.removeprefix("tests/"), (*command, "-m", "gpu", path), environment, tests=True)
+
+
+def bench_stage(name: str, weight: float, *more: str, module: str = "", least: float = 0.0) -> Stage:
+    """A bench of this folder: `python -m bench.<module> --device D --out DIR --budget SECONDS`, and `more`.
+
+    module: the stage's name where nothing is said.
+    """
+    module = module or name
 
     def steps(plan: Plan, seconds: float) -> list[Step]:
         own = f"{max(seconds - 10, seconds / 2):.0f}"  # ten seconds to end by itself and write its table
         flags = ("--device", plan.device, "--out", str(plan.out), "--budget", own, *more)
-        return [Step(f"bench.{name}", (sys.executable, "-m", f"bench.{name}", *flags))]
+        return [Step(f"bench.{name}", (sys.executable, "-m", f"bench.{module}", *flags))]
 
     def missing(plan: Plan) -> str:
         folder = plan.root / "bench"
-        there = (folder / f"{name}.py").exists() or (folder / name / "__main__.py").exists()
-        return "" if there else f"no bench/{name}.py"
+        there = (folder / f"{module}.py").exists() or (folder / module / "__main__.py").exists()
+        return "" if there else f"no bench/{module}.py"
 
-    return Stage(name, weight, steps, missing)
+    return Stage(name, weight, steps, missing, least=least)
 
 
+def no_folder(name: str) -> Callable[[Plan], str]:
+    """What a stage misses without the folder `name`."""
+    return lambda plan: "" if (plan.root / name).is_dir() else f"no {name}"
+
+
+# In the order of what is most worth knowing where time is short.
 STAGES: tuple[Stage, ...] = (
     Stage(
         "build",
-        0.20,
+        1.0,
         build_steps,
         missing=lambda plan: "" if (plan.root / "setup.py").exists() else "no setup.py",
         record=build_info,
         standing=build_stands,
+        whole=True,
+        sources=("csrc",),
     ),
-    Stage("tests", 0.45, test_steps),
-    bench_stage("ceilings", 0.30),
-    *(bench_stage(name, 0.20, *more) for name, more in BENCHES.items()),
+    Stage("smoke", 1.0, smoke_steps, no_folder("tests/tools"), least=120, sources=(*PRODUCT, "tests")),
+    Stage("parity", 1.0, parity_steps, no_folder("tests/parity"), least=120, sources=(*PRODUCT, "tests")),
+    bench_stage("sampling", 2.0, "--only", "matmul,steps", least=180),
+    bench_stage("kernels", 1.0, least=90),
+    Stage("sanitizers", 1.0, sanitizer_steps, no_folder("tests/tools"), sources=(*PRODUCT, "tests")),
+    Stage("tests", 3.0, test_steps, no_folder("tests"), sources=(*PRODUCT, "tests")),
+    bench_stage("ceilings", 1.0),
+    bench_stage("profile", 1.0),
+    bench_stage("ablation", 1.0, "--ablate", "--only", "start,ablation", module="sampling"),
+    bench_stage("training", 1.0),
+    bench_stage("peers", 1.0),
 )
 
 

@@ -1,10 +1,10 @@
 """The stages of `bench.gpu`: shares, stops, resuming and the exit status, tried with small fake stages."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,25 +216,116 @@ def test_the_folder_stays_small(plan: Plan) -> None:
     assert sorted(p.name for p in plan.out.iterdir()) == ["gpu.json", "gpu.log"]
 
 
-KERNELS = ["attention", "small kernels", "memcheck", "racecheck"]
+def test_a_step_that_passed_is_not_run_again_and_one_that_did_not_comes_last(
+    plan: Plan, tmp_path: Path
+) -> None:
+    order, flag = tmp_path / "order", tmp_path / "flag"
+    mark = f"open({str(order)!r}, 'a')"
+    bad = f"import os, sys; {mark}.write('b'); sys.exit(0 if os.path.exists({str(flag)!r}) else 1)"
+    texts = {"bad": bad, "good": f"{mark}.write('g')", "new": f"{mark}.write('n')"}
+
+    def stage(*names: str) -> Stage:
+        return Stage("s", 1.0, lambda plan, seconds: [Step(name, script(texts[name])) for name in names])
+
+    assert run_stages(plan, [stage("bad", "good")], 30, say=quiet)["s"]["status"] == "failed"
+    flag.touch()
+    entry = run_stages(plan, [stage("bad", "good", "new")], 30, say=quiet)["s"]
+    assert entry["status"] == "passed" and order.read_text() == "bgnb"
+    assert [step["step"] for step in entry["steps"]] == ["bad", "good", "new"]
 
 
-def test_golden_data_adds_the_parity_tests(plan: Plan) -> None:
-    assert [s.name for s in stages.test_steps(plan, 10)] == [*KERNELS, "pytest -m gpu"]
-    (plan.root / ".golden").mkdir()
-    (plan.root / "tests" / "parity").mkdir(parents=True)
-    steps = stages.test_steps(plan, 10)
-    assert [s.name for s in steps] == [*KERNELS, "pytest -m gpu", "parity"], (
-        "what takes the longest comes last"
+def test_a_step_that_hangs_leaves_time_for_those_after_it(plan: Plan) -> None:
+    steps = [Step("hangs", script("import time; time.sleep(60)")), Step("after", script("print('ran')"))]
+    stages = [Stage("s", 1.0, lambda plan, seconds: steps)]
+    entry = run_stages(plan, stages, 4.0, say=quiet)["s"]
+    assert [step["status"] for step in entry["steps"]] == ["stopped", "passed"]
+    assert entry["status"] == "stopped"
+
+
+def test_every_step_is_written_before_the_next_begins(plan: Plan) -> None:
+    path = plan.out / "gpu.json"
+    text = (
+        f"import json; print([s['status'] for s in json.load(open({str(path)!r}))['stages']['s']['steps']])"
     )
-    assert [s.tests for s in steps] == [False, False, False, False, True, True]
-    assert all(s.environment["ADMFAST_GOLDEN"] == str(plan.root / ".golden") for s in steps if s.tests)
+    entry = run_stages(plan, [fake("s", "", text)], 30, say=quiet)["s"]
+    assert entry["steps"][1]["last"] == "['passed', 'stopped']"
+
+
+def test_a_stage_that_is_not_begun_keeps_what_its_steps_came_to(plan: Plan, tmp_path: Path) -> None:
+    mark, count = counted(tmp_path)
+    stage = fake("one", mark, "import sys; sys.exit(3)")
+    for budget in (20.0, -1.0, 20.0):
+        run_stages(plan, [stage], budget, say=quiet)
+    assert count() == 1
+
+
+def test_the_build_has_all_the_time_and_a_stage_at_least_what_it_needs(plan: Plan) -> None:
+    given: dict[str, float] = {}
+
+    def stage(name: str, **more: object) -> Stage:
+        def steps(plan: Plan, seconds: float) -> list[Step]:
+            given[name] = seconds
+            return [Step("s", script(""))]
+
+        return Stage(name, 1.0, steps, **more)  # type: ignore[arg-type]
+
+    stages = [stage("whole", whole=True), stage("least", least=60.0), stage("a"), stage("b")]
+    run_stages(plan, stages, 100.0, say=quiet)
+    assert given["whole"] == pytest.approx(100, abs=2) and given["least"] == pytest.approx(60, abs=2)
+    assert 40 < given["a"] < 52 and given["b"] > 90
+
+
+def test_a_stage_depends_on_its_own_sources_only(plan: Plan, tmp_path: Path) -> None:
+    mark, count = counted(tmp_path)
+    stage = fake("one", mark)
+    run_stages(plan, [stage], 20, say=quiet)
+    (plan.root / "tests").mkdir()
+    (plan.root / "tests" / "x.py").write_text("a = 1")
+    run_stages(plan, [stage], 20, say=quiet)
+    assert count() == 1
+    run_stages(plan, [replace(stage, sources=("bench", "tests"))], 20, say=quiet)
+    assert count() == 2
+
+
+def test_each_file_with_tests_for_a_gpu_is_a_step_and_the_long_ones_come_last(plan: Plan) -> None:
+    whole = Plan(plan.out, "cpu")
+    names = [step.name for step in stages.test_steps(whole, 10)]
+    assert {"engine/test_step_gpu.py", "ops/test_conv.py", "ops/test_sampler_step.py"} < set(names)
+    assert "ops/test_tolerance.py" not in names and "bench/test_bench_gpu.py" not in names
+    assert names[-1] == "kernels/test_group_norm_gpu.py"
+    parity = [step.name for step in stages.parity_steps(whole, 10)]
+    assert parity == ["parity/test_networks.py", "parity/test_trajectories.py"]
+    assert not set(parity) & set(names)
+    assert all((stages.ROOT / path).exists() for path in stages.PARALLEL)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_takes_long_runs_in_several_processes(
+    plan: Plan, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: installed or None)
+    steps = {step.name: step for step in stages.test_steps(Plan(plan.out, "cpu"), 10)}
+    assert ("-n" in steps["ops/test_conv.py"].command) == installed
+    assert "-n" not in steps["engine/test_step_gpu.py"].command
+    assert all(step.tests for step in steps.values())
+
+
+def test_golden_data_is_told_to_the_tests(plan: Plan) -> None:
+    (plan.root / "tests" / "parity").mkdir(parents=True)
+    (plan.root / "tests" / "parity" / "test_x.py").write_text("# mark.gpu")
+    (step,) = stages.parity_steps(plan, 10)
+    assert "ADMFAST_GOLDEN" not in step.environment
+    (plan.root / ".golden").mkdir()
+    (step,) = stages.parity_steps(plan, 10)
+    assert step.environment["ADMFAST_GOLDEN"] == str(plan.root / ".golden")
 
 
 def test_the_small_kernels_run_by_themselves_and_under_both_tools(plan: Plan) -> None:
-    (_, alone, *under, _) = stages.test_steps(plan, 10)
+    *_, alone = stages.smoke_steps(plan, 10)
     module = ("-m", "tests.tools.small_kernels", "--device", "cpu")
     assert alone.command[1:] == module
+    under = stages.sanitizer_steps(plan, 10)
+    assert [step.name for step in under] == ["memcheck", "racecheck"]
     for step in under:
         assert step.command[1:] == ("-m", "bench.gpu.sanitizer", step.name, *module[1:])
 
@@ -258,9 +349,15 @@ def test_the_build_takes_nothing_from_a_network(plan: Plan, monkeypatch: pytest.
 
 def test_a_build_for_a_gpu_must_have_its_cuda_part(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADMFAST_BUILD", raising=False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     modes = [stages.build_steps(Plan(plan.out, device), 10)[0] for device in ("cuda", "cpu")]
-    assert [step.environment["ADMFAST_BUILD"] for step in modes] == ["cuda", "auto"]
+    assert [step.environment for step in modes] == [
+        {"ADMFAST_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0"},
+        {"ADMFAST_BUILD": "auto"},
+    ]
     monkeypatch.setenv("ADMFAST_BUILD", "cpu")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
     assert stages.build_steps(Plan(plan.out, "cuda"), 10)[0].environment == {"ADMFAST_BUILD": "cpu"}
 
 
@@ -274,7 +371,11 @@ def test_without_cuda_one_line_and_status_2(
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("flags", [["--stages", "build,fly"], ["--budget", "0"], ["--budget", "soon"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--stages", "build,fly"], ["--budget", "0"], ["--budget", "soon"], ["--minutes", "-1"]],
+    ids=" ".join,
+)
 def test_a_wrong_flag_is_one_line_and_status_2(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,8 +384,16 @@ def test_a_wrong_flag_is_one_line_and_status_2(
 
 
 def test_variables_stand_for_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    for name, value in {"STAGES": "peers", "BUDGET": "30", "OUT": str(tmp_path / "o")}.items():
+    out, given = tmp_path / "o", []
+    for name, value in {"STAGES": "peers", "MINUTES": "5", "BUDGET": "", "OUT": str(out)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(program, "STAGES", (fake("peers", "print('x')"),))
-    arguments = program._parser().parse_args([])
-    assert (arguments.stages, arguments.budget, arguments.out) == ("peers", "30", os.environ["OUT"])
+
+    def run(plan: Plan, chosen: list[Stage], budget: float, say: object) -> dict:
+        given.append((plan.out, [stage.name for stage in chosen], budget))
+        return {}
+
+    monkeypatch.setattr(program, "run_stages", run)
+    assert program.main(["--allow-cpu"]) == 0
+    monkeypatch.setenv("BUDGET", "30")  # seconds go before minutes
+    assert program.main(["--allow-cpu"]) == 0
+    assert given == [(out, ["peers"], 300 - program.ENDING), (out, ["peers"], 30.0)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import POLICIES
@@ -40,6 +42,7 @@ def images(pipe: Pipeline, **settings) -> Tensor:
 
 
 def near(got: Tensor, wanted: Tensor, limit: float = 1e-4) -> bool:
+    """Not the same bits: cuDNN may choose an algorithm that adds in any order."""
     return float((got - wanted).abs().max()) <= limit * float(wanted.abs().max())
 
 
@@ -60,7 +63,7 @@ def test_a_replayed_step_is_the_eager_one(name, branches):
     got, again = images(pipe, **SETTINGS[name]), images(pipe, **SETTINGS[name])
     assert all(step.refused is None for step in pipe._engine._steps.values())
     assert all(run.__name__ == "replay" for s in pipe._engine._steps.values() for run in s.run.values())
-    assert torch.equal(got, again)
+    assert near(got, again)
     assert near(got, images(made(options=EAGER), **SETTINGS[name]))
     assert near(got.cpu(), images(pipeline(), **SETTINGS[name]), 1e-3)
 
@@ -89,15 +92,19 @@ def test_a_replay_allocates_copies_and_waits_for_nothing():
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        for i in (1, 2, 3):
-            step.advance(i, True)
+        with record_function("three rows"):
+            for i in (1, 2, 3):
+                step.advance(i, True)
         torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     names = [event.name for event in seen.events()]
+    rows, *_ = (e for e in seen.events() if e.name == "three rows" and e.device_type == DeviceType.CPU)
+    start, end = rows.time_range.start, rows.time_range.end
     launches = [name for name in names if "GraphLaunch" in name]
     assert len(launches) == 3, sorted(set(names))
-    waits = [name for name in names if "Synchronize" in name]
-    assert len(waits) <= 1, waits  # the test's own
+    # The test waits after the rows, and the profiler before it stops.
+    waits = [e.name for e in seen.events() if "Synchronize" in e.name and start <= e.time_range.start <= end]
+    assert not waits
     moved = [name for name in names if "Memcpy" in name and ("HtoD" in name or "DtoH" in name)]
     allocated = [name for name in names if name.startswith(("cudaMalloc", "cudaFree"))]
     assert not moved and not allocated
@@ -107,26 +114,29 @@ def test_a_user_s_other_stream_and_thread_may_work_meanwhile():
     wanted = images(made())
     stop = threading.Event()
 
-    def busy() -> None:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+    def busy() -> int:
+        done = 0
+        with torch.cuda.stream(torch.cuda.Stream()):
             while not stop.is_set():
-                a = torch.randn(256, 256, device="cuda")
+                # No random numbers: a capture has the default generator for itself.
+                a = torch.full((256, 256), 1 / 256, device="cuda")
                 (a @ a).sum()
+                done += 1
+        return done
 
-    worker = threading.Thread(target=busy)
-    worker.start()
-    try:
-        pipe = made()
-        got = images(pipe)
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            on_side = images(pipe)
-        side.synchronize()
-    finally:
-        stop.set()
-        worker.join()
-    assert torch.equal(got, wanted) and torch.equal(on_side, wanted)
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(busy)
+        try:
+            pipe = made()
+            got = images(pipe)
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                on_side = images(pipe)
+            side.synchronize()
+        finally:
+            stop.set()
+    assert worker.result() > 0
+    assert near(got, wanted) and near(on_side, wanted)
 
 
 def test_changed_weights_reach_a_captured_graph():
@@ -161,7 +171,7 @@ def test_what_cannot_be_captured_runs_row_by_row_and_says_why(monkeypatch, caplo
 def test_several_steps_are_kept_apart():
     pipe = made()
     four, two = images(pipe), images(pipe, classes=LABELS[:2], seeds=SEEDS[:2])
-    assert near(two, four[:2]) and torch.equal(images(pipe), four)
+    assert near(two, four[:2]) and near(images(pipe), four)
     assert len(pipe._engine._steps) == 2
 
 
@@ -227,21 +237,19 @@ def test_calls_on_two_streams_do_not_meet_in_the_buffers():
 
 
 def test_threads_on_streams_of_their_own_get_the_images_of_one_after_another():
-    pipe, found = made(), {}
+    pipe = made()
     settings = [{"seeds": [4 * i + k for k in range(4)], "steps": 8} for i in range(3)]
     wanted = [images(pipe, **given) for given in settings]
 
-    def work(i: int) -> None:
+    def work(given: dict) -> Tensor:
         with torch.cuda.stream(torch.cuda.Stream()):
-            found[i] = images(pipe, **settings[i])
+            found = images(pipe, **given)
             torch.cuda.current_stream().synchronize()
+        return found
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert sorted(found) == [0, 1, 2] and all(near(found[i], wanted[i]) for i in found)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(work, settings))
+    assert all(near(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("move", ["assigned", "a part converted"])

@@ -78,23 +78,37 @@ def run_on_meta(config: NetConfig) -> None:
 
 def launches(norm: dict[str, Any], batch: int, dtype: torch.dtype) -> list[Call]:
     """The kernel launches of the forward and the backward of a normalisation."""
+    with torch.device("meta"):
+        x, x2 = (
+            torch.empty(batch, *norm["spatial"], c, dtype=dtype).movedim(-1, 1) if c else None
+            for c in (norm["c1"], norm["c2"])
+        )
+        channels = norm["c1"] + norm["c2"]
+        weight = torch.empty(channels, dtype=dtype)
+        scale = shift = None
+        if norm["modulated"]:
+            scale, shift = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1)
+    modes = (norm["silu"], norm["resample"])
+    return planned(x, x2, (weight, weight, scale, shift), 32, modes, norm["resample"] is not None)
+
+
+def planned(
+    x: Tensor,
+    x2: Tensor | None,
+    affine: tuple[Tensor | None, ...],
+    groups: int,
+    modes: tuple[bool, str | None],
+    skip: bool,
+) -> list[Call]:
+    """The launches of a forward and its backward on tensors of the meta device.
+
+    affine: weight, bias, scale, shift. modes: SiLU, resampling. skip: whether the resampled x is given too.
+    """
     calls: list[Call] = []
     real, norm_launch.run = norm_launch.run, lambda planned, device: calls.extend(planned)
     try:
-        with torch.device("meta"):
-            x, x2 = (
-                torch.empty(batch, *norm["spatial"], c, dtype=dtype).movedim(-1, 1) if c else None
-                for c in (norm["c1"], norm["c2"])
-            )
-            channels = norm["c1"] + norm["c2"]
-            weight = torch.empty(channels, dtype=dtype)
-            scale = shift = None
-            if norm["modulated"]:
-                scale, shift = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1)
-        affine, skip = (weight, weight, scale, shift), norm["resample"] is not None
-        modes = (norm["silu"], norm["resample"])
         forward = group_norm.group_norm_silu_fwd
-        y, resampled, mean, rstd = forward(x, x2, *affine, 32, 1e-5, *modes, skip)
+        y, resampled, mean, rstd = forward(x, x2, *affine, groups, 1e-5, *modes, skip)
         dskip = resampled if skip else None
         group_norm_bwd.group_norm_silu_bwd(y, dskip, x, x2, *affine, mean, rstd, *modes, True)
     finally:

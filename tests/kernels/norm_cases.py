@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,50 +72,56 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call_of(case: dict[str, Any], device: str = DEVICE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a case on `device`, and its other arguments."""
+    """The tensors of a case, drawn on `device` ("meta" for sizes only), and its other arguments."""
     shape = case["shape"]
     n, c1, c2, groups, spatial = SHAPES[shape] if isinstance(shape, str) else shape
     dtype = DTYPES[case["dtype"]] if isinstance(case["dtype"], str) else case["dtype"]
-    generator = torch.Generator().manual_seed(0)
+    randn = drawing(device, seed=0)
 
     def source(channels: int, deviation: float) -> Tensor:
-        values = deviation * torch.randn((n, channels, *spatial), generator=generator) + case["mean"]
-        return laid_out(values.to(device, dtype), "channels_last")
+        values = deviation * randn(n, channels, *spatial) + case["mean"]
+        return laid_out(values.to(dtype), "channels_last")
 
     tensors = {"x": source(c1, 1)}
     if c2:
         tensors["x2"] = source(c2, 2)
     weights = torch.float32 if case["weights"] == "fp32" else dtype
-    weight, bias = torch.randn((2, c1 + c2), generator=generator)
-    tensors |= {"weight": (1 + weight).to(device, weights), "bias": bias.to(device, weights)}
+    weight, bias = randn(2, c1 + c2)
+    tensors |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
     if case["modulated"]:
-        scale, shift = torch.randn((n, 2 * (c1 + c2)), generator=generator).to(device, dtype).chunk(2, dim=1)
+        scale, shift = randn(n, 2 * (c1 + c2)).to(dtype).chunk(2, dim=1)
         tensors |= {"scale": scale, "shift": shift}
     options = dict(groups=groups, silu=case["silu"], resample=case["resample"], with_skip=case["with_skip"])
     return tensors, options
+
+
+def drawing(device: str | torch.device, seed: int) -> Callable[..., Tensor]:
+    """A function that draws standard normal float32 values of a shape on `device`."""
+    kind = torch.device(device).type
+    generator = None if kind == "meta" else torch.Generator(kind).manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device)
 
 
 def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.double() for name, t in tensors.items()}
 
 
-def results(
-    function: Any,
-    tensors: dict[str, Tensor],
-    options: dict[str, Any],
-    images: tuple[int, list[int]] | None = None,
-) -> dict[str, Tensor]:
-    """Every output, and the gradient in every tensor of the outputs' product with fixed noise.
+def noises(tensors: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """The gradients that `results` gives the outputs: noise in the dtype of x, drawn where x is."""
+    meta = {name: t.detach().to("meta") for name, t in tensors.items()}
+    outputs = group_norm_silu_ref(**meta, **options)
+    randn, x = drawing(tensors["x"].device, seed=1), tensors["x"]
+    return [randn(*y.shape).to(x.dtype) for y in (outputs if options["with_skip"] else (outputs,))]
 
-    images: (count, which) where `tensors` are those images of a larger batch, so that they get their noise.
-    """
+
+def results(
+    function: Any, tensors: dict[str, Tensor], options: dict[str, Any], noise: list[Tensor]
+) -> dict[str, Tensor]:
+    """Every output, and the gradient in every tensor of the outputs' product with `noise`."""
     leaves = {name: t.detach().requires_grad_(True) for name, t in tensors.items()}
     outputs = function(**leaves, **options)
     outputs = outputs if options["with_skip"] else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    count, which = images or (len(tensors["x"]), list(range(len(tensors["x"]))))
-    noises = [torch.randn((count, *y.shape[1:]), generator=generator)[which] for y in outputs]
-    given = [noise.to(tensors["x"].dtype).to(y) for noise, y in zip(noises, outputs, strict=True)]
+    given = [z.to(y) for z, y in zip(noise, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, list(leaves.values()), given)
     found = {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
     return found | {name: y.detach() for name, y in zip(("y", "skip"), outputs, strict=False)}
@@ -123,10 +130,11 @@ def results(
 def check(case: dict[str, Any], impl: str = "triton") -> None:
     """Assert that values and gradients of a case are within the house's tolerance."""
     tensors, options = call_of(case)
+    noise = noises(tensors, options)
     with unmodified(**tensors):
-        got = results(lambda **k: group_norm_silu(**k, impl=impl), tensors, options)
+        got = results(lambda **k: group_norm_silu(**k, impl=impl), tensors, options, noise)
     assert_channels_last(case, got)
-    judge(got, tensors, options)
+    judge(got, tensors, options, noise)
 
 
 def check_ends(case: dict[str, Any], impl: str = "triton") -> None:
@@ -135,14 +143,14 @@ def check_ends(case: dict[str, Any], impl: str = "triton") -> None:
     What is summed over the images (dweight, dbias) isn't.
     """
     tensors, options = call_of(case)
+    noise = noises(tensors, options)
     with unmodified(**tensors):
-        got = results(lambda **k: group_norm_silu(**k, impl=impl), tensors, options)
+        got = results(lambda **k: group_norm_silu(**k, impl=impl), tensors, options, noise)
     assert_channels_last(case, got)
-    count = len(tensors["x"])
-    ends = [0, count - 1]
+    ends = [0, len(tensors["x"]) - 1]
     some = {name: t if name in ("weight", "bias") else t[ends] for name, t in tensors.items()}
     mine = {name: value[ends] for name, value in got.items() if name not in ("dweight", "dbias")}
-    judge(mine, some, options, (count, ends))
+    judge(mine, some, options, [z[ends] for z in noise])
 
 
 def assert_channels_last(case: dict[str, Any], got: dict[str, Tensor]) -> None:
@@ -156,11 +164,11 @@ def judge(
     got: dict[str, Tensor],
     tensors: dict[str, Tensor],
     options: dict[str, Any],
-    images: tuple[int, list[int]] | None = None,
+    noise: list[Tensor],
 ) -> None:
-    """Compare `got` with the reference, on the device of `tensors`."""
-    reference = results(group_norm_silu_ref, tensors, options, images)
-    truth = results(group_norm_silu_ref, wide(tensors), options, images)
+    """Compare `got`, of gradients `noise`, with the reference, on the device of `tensors`."""
+    reference = results(group_norm_silu_ref, tensors, options, noise)
+    truth = results(group_norm_silu_ref, wide(tensors), options, noise)
     positions = tensors["x"][0, 0].numel()
     lengths = dict(dscale=positions, dshift=positions)
     lengths |= dict(dweight=len(tensors["x"]) * positions, dbias=len(tensors["x"]) * positions)

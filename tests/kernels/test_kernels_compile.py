@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,20 @@ KERNELS = {
 SHARED_MEMORY = 48 << 10  # what a program has without asking for more
 
 
+def compiling(*module: str, seconds: int) -> list[dict[str, Any]]:
+    """What a module prints, a line of JSON a row, in a process whose kernels aren't interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_tests_on_a_gpu_are_few_kernels_and_numbers():
+    (cost,) = compiling("tests.kernels.norm_gpu_cases", seconds=300)
+    assert 0 < cost["kernels"] <= 150 and 0 < cost["drawn"] <= 1e9, cost
+
+
 @pytest.mark.parametrize(
     ("flags", "most", "seconds"),
     [
@@ -34,14 +49,8 @@ SHARED_MEMORY = 48 << 10  # what a program has without asking for more
     ],
 )
 def test_kernels_compile_and_spill_nothing(flags, most, seconds, record_property):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.kernels.compile_kernels", *flags]
     start = time.monotonic()
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * seconds
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = compiling("tests.kernels.compile_kernels", *flags, seconds=2 * seconds)
     spilled = [row for row in rows if row["stack"] or row["local"]]
     assert not spilled, spilled
     assert {row["kernel"] for row in rows} == KERNELS and 0 < len(rows) <= most

@@ -17,6 +17,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.step import Batch, StepKey
 from admfast.ops.noise import Stream
 from admfast.solvers import SolverTable, make_table
+from tests.ops.tolerance import DEVICES
 from tests.parity import analytic, golden
 from tests.parity.nets import load_golden_net
 
@@ -25,6 +26,11 @@ OPTIONS = {
     "unfolded": EngineOptions(fold=None),
     "two rows at a time": EngineOptions(rows_at_a_time=2),
 }
+
+
+def frozen(folder: Path, arrays: dict[str, torch.Tensor]):
+    """The network of a folder on the device of the arrays, its weights without gradients."""
+    return load_golden_net(folder).requires_grad_(False).to(arrays["samples"].device)
 
 
 def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
@@ -36,11 +42,11 @@ def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
 
 
 def network(case: dict, nets: Path, arrays: dict, diffusion: GaussianDiffusion):
-    """The case's model(x, t)."""
+    """The case's model(x, t), where its arrays are."""
     extra = {name: arrays[name] for name in ("y", "low_res") if name in arrays}
     if case["net"] is None:
         return partial(analytic.analytic_model(diffusion), y=arrays.get("y"))
-    net = load_golden_net(nets / case["net"]).requires_grad_(False)
+    net = frozen(nets / case["net"], arrays)
     return lambda x, t: net(x, t, **extra)
 
 
@@ -50,8 +56,14 @@ def guidance_of(case: dict, nets: Path, arrays: dict):
         return None
     if case["classifier"] is None:
         return partial(analytic.guidance, y=arrays.get("y"), scale=case["cond_scale"])
-    classifier = load_golden_net(nets / case["classifier"]).requires_grad_(False)
+    classifier = frozen(nets / case["classifier"], arrays)
     return classifier_guidance(classifier, arrays["y"], case["cond_scale"])
+
+
+def load(path: Path, device: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """A case, and its arrays on the device."""
+    arrays = golden.load_tensors(path)
+    return golden.load_json(path), {name: value.to(device) for name, value in arrays.items()}
 
 
 def compare(
@@ -72,8 +84,9 @@ def compare(
 
 @pytest.mark.parametrize("impl", ["reference", None], ids=["reference", "default"])
 @pytest.mark.parametrize("path", golden.cases("sampling", "trajectories"))
-def test_trajectory(path: Path, impl: str | None) -> None:
-    case, arrays = golden.load_json(path), golden.load_tensors(path)
+@pytest.mark.parametrize("device", DEVICES)
+def test_trajectory(path: Path, impl: str | None, device: str) -> None:
+    case, arrays = load(path, device)
     nets = path.parents[1] / "nets"
     diffusion = analytic.build_diffusion(case["diffusion"])
     model, guide = network(case, nets, arrays, diffusion), guidance_of(case, nets, arrays)
@@ -93,7 +106,7 @@ def test_trajectory(path: Path, impl: str | None) -> None:
 
     start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
     table = solver_table(case, diffusion)
-    noise = arrays.get("noises", torch.zeros(len(table), *start.shape))
+    noise = arrays.get("noises", torch.zeros(len(table), *start.shape, device=device))
     state = run_table(
         table,
         watched_model,
@@ -124,20 +137,21 @@ def of_networks() -> list:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("path", of_networks())
-def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions) -> None:
-    case, arrays = golden.load_json(path), golden.load_tensors(path)
+@pytest.mark.parametrize("device", DEVICES)
+def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, device: str) -> None:
+    case, arrays = load(path, device)
     nets = path.parents[1] / "nets"
-    net = load_golden_net(nets / case["net"]).requires_grad_(False)
+    net = frozen(nets / case["net"], arrays)
     classifier, scale = None, case["cond_scale"] or 0.0
     if case["classifier"] is not None:
-        classifier = load_golden_net(nets / case["classifier"]).requires_grad_(False)
+        classifier = frozen(nets / case["classifier"], arrays)
     engine = Engine(net, classifier, options=options)
     engine.ready()
     assert net.is_folded == (options.fold is not None)
     table = solver_table(case, analytic.build_diffusion(case["diffusion"]))
     start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
-    noise = arrays.get("noises", torch.zeros(len(table), *start.shape))
-    seeds = torch.zeros(len(start), dtype=torch.int64)
+    noise = arrays.get("noises", torch.zeros(len(table), *start.shape, device=device))
+    seeds = torch.zeros(len(start), dtype=torch.int64, device=device)
     batch = Batch(start, seeds, arrays.get("y"), arrays.get("low_res"), noise, scale)
     guided = [classifier is not None] * len(table)
     step = engine.step(StepKey.of(table, batch, guided, net.config.num_classes is not None, Stream.STEPS))

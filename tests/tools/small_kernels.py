@@ -22,7 +22,7 @@ if __name__ == "__main__" and "cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 from admfast.ops import as_seeds, group_norm_silu, normal, normal_ref, pack, sampler_step
-from tests.kernels.norm_cases import assert_channels_last, call_of, judge, module, results
+from tests.kernels.norm_cases import assert_channels_last, call_of, judge, module, noises, results
 from tests.ops.cover import laid_out
 from tests.ops.test_sampler_step_gpu import ROWS, check, inputs, on, placed, state_of
 from tests.ops.tolerance import HALF_AND_SINGLE, bits
@@ -58,11 +58,12 @@ def norms(device: str) -> Iterator[str]:
         # One read; two passes, as if nothing fitted, with several tiles a program.
         for limits in ({}, {"SHARE": 0, "RESIDENT": 2}):
             tensors, options = call_of(case, "cpu")
+            noise = noises(tensors, options)
             there = {name: t.to(device) for name, t in tensors.items()}
             with mock.patch.multiple(launch, INTERPRETED=False, run=run, **limits):
-                got = results(lambda **k: group_norm_silu(**k, impl="triton"), there, options)
+                got = results(lambda **k: group_norm_silu(**k, impl="triton"), there, options, noise)
             assert_channels_last(case, got)
-            judge({name: value.cpu() for name, value in got.items()}, tensors, options)
+            judge({name: value.cpu() for name, value in got.items()}, tensors, options, noise)
     yield from launched
 
 

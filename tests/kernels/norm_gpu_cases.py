@@ -1,0 +1,115 @@
+"""`python -m tests.kernels.norm_gpu_cases`: the cases of `group_norm_silu` on a GPU, and what they cost.
+
+Each different kernel takes Triton a third of a second to compile: any two options meet in some case, not all.
+Planned on the meta device, the program prints one line of JSON: how many different kernels the cases compile
+and how many numbers they draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.kernels import norm_cases
+from tests.ops.cover import all_pairs
+from tests.ops.tolerance import HALF_AND_SINGLE
+
+# (channels of x, channels of x2, spatial): every path of the launch table, straddling groups among them.
+REAL: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "192 64x64": (192, 0, (64, 64)),
+    "384+192 64x64": (384, 192, (64, 64)),
+    "256 128x128": (256, 0, (128, 128)),
+    "512 64x64": (512, 0, (64, 64)),
+    "576+384 32x32": (576, 384, (32, 32)),
+    "512 32x32": (512, 0, (32, 32)),
+    "768+576 16x16": (768, 576, (16, 16)),
+    "1024+1024 8x8": (1024, 1024, (8, 8)),
+    "768 64": (768, 0, (64,)),
+}
+ODD: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "34+30 33x17": (34, 30, (33, 17)),
+    "96 7x9x5": (96, 0, (7, 9, 5)),
+}
+LARGE = {"256 256x256": (256, 0, (256, 256))}
+SHAPES = REAL | ODD | LARGE
+PLAIN = dict(modulated=False, silu=True, resample=None, with_skip=False, weights="same", mean=0)
+MODES: dict[str, dict[str, Any]] = {
+    "modulated": PLAIN | dict(modulated=True, weights="fp32"),
+    "no silu, mean 100": PLAIN | dict(silu=False, mean=100),
+    "up": PLAIN | dict(resample="up", with_skip=True),
+    "down": PLAIN | dict(resample="down", with_skip=True, mean=100),
+}
+PATHS = ("one read", "two passes")
+PAIRS = all_pairs(shape=list(REAL | ODD), mode=list(MODES), dtype=list(HALF_AND_SINGLE), path=list(PATHS))
+# Real batches, in the dtype that the engine computes in, by the launch that is chosen.
+BATCHES = [
+    dict(shape=name, mode="modulated", dtype="bf16", batch=batch)
+    for name, (c1, c2, spatial) in (REAL | LARGE).items()
+    for batch in (1, 32 if (c1 + c2) * math.prod(spatial) <= 1 << 20 else 8 if name in REAL else 4)
+]
+
+
+def shaped(shape: tuple[int, int, tuple[int, ...]], batch: int, groups: int = 32) -> tuple[Any, ...]:
+    """A shape as `norm_cases` has it."""
+    c1, c2, spatial = shape
+    return (batch, c1, c2, groups, spatial)
+
+
+def case_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A case of `norm_cases` from a row of PAIRS or BATCHES."""
+    shape = shaped(SHAPES[row["shape"]], row.get("batch", 2))
+    return MODES[row["mode"]] | dict(shape=shape, dtype=HALF_AND_SINGLE[row["dtype"]])
+
+
+@contextlib.contextmanager
+def forced(path: str | None) -> Iterator[None]:
+    """Launch by `path` whatever the shape, in the blocks that a GPU gets; as chosen for None."""
+    launch = norm_cases.module("norm_launch")
+    # One read as if no share were too large or too crumbly; two passes as if none fitted.
+    limits = {"one read": {"SHARE": 1 << 30, "SECTOR": 0}, "two passes": {"SHARE": 0}}
+    with mock.patch.multiple(launch, **limits[path]) if path else contextlib.nullcontext():
+        yield
+
+
+def main() -> None:
+    """Plan every case and print what they cost."""
+    from tests.kernels.compile_kernels import planned, source
+
+    kernels, drawn = set(), 0
+    drawing = norm_cases.drawing
+
+    def counting(device: str | torch.device, seed: int) -> Any:
+        draw = drawing(device, seed)
+
+        def count(*shape: int) -> Tensor:
+            nonlocal drawn
+            drawn += math.prod(shape)
+            return draw(*shape)
+
+        return count
+
+    with mock.patch.object(norm_cases, "drawing", counting):
+        for row in PAIRS + BATCHES:
+            tensors, options = norm_cases.call_of(case_of(row), "meta")
+            norm_cases.noises(tensors, options)
+            affine = tuple(tensors.get(name) for name in ("weight", "bias", "scale", "shift"))
+            modes = (options["silu"], options["resample"])
+            with forced(row.get("path")):
+                calls = planned(
+                    tensors["x"], tensors.get("x2"), affine, options["groups"], modes, options["with_skip"]
+                )
+            for call in calls:
+                dtypes = tuple(v.dtype for v in call.arguments.values() if isinstance(v, Tensor))
+                kernels.add((source(call)[1], dtypes))
+    print(json.dumps({"cases": len(PAIRS + BATCHES), "kernels": len(kernels), "drawn": drawn}))
+
+
+if __name__ == "__main__":
+    main()
