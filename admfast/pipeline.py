@@ -107,8 +107,7 @@ class Pipeline:
             if net is not None:
                 net.requires_grad_(False).eval()
         parts: tuple[Any, Any] = (self.net, self.classifier)
-        beside = None if self.upsampler is None else self.upsampler._engine
-        engine = Engine(*parts, self.policy, self.options, beside)
+        engine = Engine(*parts, self.policy, self.options)
         engine.ready()
         self._engine, self._predictor = engine, Predictor(self.diffusion)
 

@@ -13,10 +13,8 @@ from admfast.ops import (
     Row,
     SamplerState,
     Stream,
-    adamw_ema_step_,
     as_seeds,
     attention,
-    dynamic_threshold,
     group_norm_silu,
     normal,
     pack,
@@ -39,12 +37,7 @@ def examples(device: str) -> Iterator[Example]:
             yield "attention", label, partial(_attention, device, dtype, gradient)
             yield "conv", label, partial(_conv, device, dtype, gradient)
         yield "sampler_step", f"{words} output", partial(_sampler, device, dtype)
-    image = torch.zeros(1, 3, 4, 4, device=device)
-    yield "dynamic_threshold", f"{device} float32", partial(dynamic_threshold, image)
     yield "normal", device, partial(normal, as_seeds([0]).to(device), (3, 4, 4), 0, Stream.X_T)
-    for overflow in (False, True):
-        label = f"{device} float32" + (" with found_inf" if overflow else "")
-        yield "adamw_ema_step", label, partial(_adamw, device, overflow)
 
 
 def _norm(device: str, dtype: torch.dtype, gradient: bool) -> None:
@@ -75,12 +68,3 @@ def _sampler(device: str, dtype: torch.dtype) -> None:
     rows = [Row(0.0, 0.0, k_x=1.0, k_out=-1.0, a=0.5, b=0.5)]
     x = torch.zeros(1, 3, 4, 4, device=device)
     sampler_step(SamplerState.start(x, rows), x.to(dtype), pack(rows, device), 0)
-
-
-def _adamw(device: str, overflow: bool) -> None:
-    """One weight with one average."""
-    lists = [[torch.zeros(4, device=device)] for _ in range(5)]
-    step = torch.zeros((), device=device)
-    p, g, m, v, ema = lists
-    found_inf = torch.zeros((), device=device) if overflow else None
-    adamw_ema_step_(p, g, m, v, [(ema, 0.9)], step, 0.1, found_inf=found_inf)

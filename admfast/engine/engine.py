@@ -16,14 +16,13 @@ from admfast.engine.compiled import compile_step
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
 from admfast.engine.step import PreparedStep, StepKey, check_generations, generations_of
-from admfast.models.fold import FOLDING, FoldableNet, shared_out
+from admfast.models.fold import FOLDING, FoldableNet
 
 
 class Engine:
     """A network and its classifier as steps are made of them; several threads may use it at once.
 
-    net, classifier: frozen. policy: what they compute in. options: what is prepared. beside: the engine of
-    an upsampler that shares the memory for derived weights.
+    net, classifier: frozen. policy: what they compute in. options: what is prepared.
     """
 
     def __init__(
@@ -32,32 +31,18 @@ class Engine:
         classifier: FoldableNet | None = None,
         policy: Policy = FP32,
         options: EngineOptions | None = None,
-        beside: Engine | None = None,
     ):
-        self.net, self.classifier, self.policy, self.beside = net, classifier, policy, beside
+        self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
         self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
         self._lock = threading.RLock()
-        self._memory: dict[FoldableNet, int] = {}
-        fold = self.options.fold
-        if fold is not None:
-            others = [] if beside is None or beside.options.fold is None else [beside]
-            networks = [net for engine in (self, *others) for net in engine._networks()]
-            shares = dict(zip(networks, shared_out(fold.budget, networks), strict=True))
-            for engine in (self, *others):
-                engine._share(shares)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles begin without prepared steps."""
-        return Engine, (self.net, self.classifier, self.policy, self.options, self.beside)
+        return Engine, (self.net, self.classifier, self.policy, self.options)
 
     def _networks(self) -> list[FoldableNet]:
         return [net for net in (self.net, self.classifier) if net is not None]
-
-    def _share(self, shares: dict[FoldableNet, int]) -> None:
-        """Take these bytes for derived weights, or what there was to take before where that is less."""
-        for net in self._networks():
-            self._memory[net] = min(shares[net], self._memory.get(net, shares[net]))
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +66,7 @@ class Engine:
                 own = next(net.parameters()).dtype
                 # A policy rounds float32; a network of float64 stays one.
                 kind = own if own == torch.float64 else dtype
-                net.ensure_folded(fold, kind, self._memory.get(net))
+                net.ensure_folded(fold, kind)
             if self._steps:
                 self._drop_outdated()
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from admfast.models.fold import FoldOptions
 from admfast.ops.conv import FoldedConv
-from admfast.ops.resample import nearest_up
-from admfast.ops.subpixel import SubpixelConv
 from admfast.ops.transforms import in_autocast
 
 
@@ -22,7 +20,6 @@ class _Folded:
         self.parts, self.key, self.residual, self.reordered = parts, key, residual, False
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.subpixel: SubpixelConv | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None, x2: Tensor | None) -> Tensor:
         if len(self.parts) == 1 and x2 is not None:
@@ -42,11 +39,10 @@ class FoldableConv(nn.Module):
     forward without it takes the weights in the dtype of x.
 
     split: channels of the first source where it is always given two, else 0. rows: the order in which the
-    folded form puts out its channels, None for their own. doubles: it is given images to be doubled first.
+    folded form puts out its channels, None for their own.
     """
 
     split: int = 0
-    doubles: bool = False
     rows: list[int] | None = None
     weight: Tensor
     bias: Tensor | None
@@ -54,8 +50,8 @@ class FoldableConv(nn.Module):
 
     def fold_weights(self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False) -> None:
         """Derive the folded form, or renew it in place."""
-        split = self.split if options.two_sources else 0
-        rows = self.rows if options.qkv_rows else None
+        split = self.split if options.has("two_sources") else 0
+        rows = self.rows if options.has("qkv_rows") else None
         key = (options, dtype)
         parts = _parts(self.weight.detach(), None if self.bias is None else self.bias.detach(), split, rows)
         if self._folded is not None and self._folded.key == key:
@@ -64,28 +60,14 @@ class FoldableConv(nn.Module):
         else:
             given: dict[str, Any] = dict(stride=self.stride, padding=self.padding, spare_memory=spare_memory)
             forms = [FoldedConv(*part, **given, dtype=dtype, impl=options.conv) for part in parts]
-            self._folded = _Folded(forms, key, options.residual)
-        if self.doubles and options.subpixel and self.weight.dim() == 4:
-            self._fold_subpixel(options, dtype)
+            self._folded = _Folded(forms, key, options.has("residual"))
         self._folded.weight, self._folded.bias = self.weight, self.bias
         self._folded.reordered = rows is not None
 
     @property
     def derived_bytes(self) -> int:
         """Bytes of what was derived so far."""
-        found = self._folded
-        if found is None:
-            return 0
-        subpixel = 0 if found.subpixel is None else found.subpixel.nbytes
-        return subpixel + sum(form.nbytes for form in found.parts)
-
-    def _fold_subpixel(self, options: FoldOptions, dtype: torch.dtype) -> None:
-        assert self._folded is not None
-        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        if self._folded.subpixel is not None:
-            self._folded.subpixel.refold(weight, bias)
-        else:
-            self._folded.subpixel = SubpixelConv(weight, bias, dtype=dtype, impl=options.conv)
+        return 0 if self._folded is None else sum(form.nbytes for form in self._folded.parts)
 
     def unfold(self) -> None:
         """Drop the folded form."""
@@ -102,17 +84,6 @@ class FoldableConv(nn.Module):
             return None
         # Under torch.func.functional_call other tensors stand here.
         return found if found.weight is self.weight and found.bias is self.bias else None
-
-    def doubled(self, x: Tensor) -> Tensor:
-        """The convolution of `nearest_up(x)`."""
-        subpixel = self.subpixel
-        return self(nearest_up(x)) if subpixel is None else subpixel(x)
-
-    @property
-    def subpixel(self) -> SubpixelConv | None:
-        """The form that doubles and convolves in one, where it may be used."""
-        folded = self.folded
-        return None if folded is None else folded.subpixel
 
     def forward(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
         folded = self.folded

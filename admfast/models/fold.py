@@ -26,51 +26,35 @@ from admfast.ops.layout import channels_last
 FOLDING = threading.RLock()
 WINOGRAD_BYTES = 16  # a weight, in each direction that runs
 TORSO = ("input_blocks", "middle_block", "output_blocks")
+PARTS = frozenset({"channels_last", "two_sources", "residual", "qkv_rows", "embeddings"})
 
 
 @dataclass(frozen=True)
 class FoldOptions:
-    """What is derived; each of it can be switched off alone.
+    """How a network folds.
 
     Attributes:
         conv: implementation of the convolutions by name (see `admfast info`), None for the fastest.
-        channels_last: images run with their channels together.
-        two_sources: the 1x1 skip of a concatenation adds up the products of its two sources, which are never
-            written side by side.
-        residual: a convolution adds the skip to its own result.
-        qkv_rows: rows of legacy qkv weights in the new order (the same bits).
-        subpixel: a 3x3 convolution after nearest doubling as four 2x2 convolutions before it.
-        embeddings: the embedding's projections to all blocks in one product.
-        memory: bytes that derived weights may take beyond the weights themselves, of all networks of a
-            pipeline together and given to the smallest convolutions first, which run at the highest
-            resolutions; None: a third of the memory that the process may use. On a CPU it decides which
-            convolutions go by Winograd's algorithm. Counted is what sampling derives: a diffusion model whose
-            `predict` is differentiated holds as much again.
     """
 
     conv: str | None = None
-    channels_last: bool = True
-    two_sources: bool = True
-    residual: bool = True
-    qkv_rows: bool = True
-    subpixel: bool = False
-    embeddings: bool = True
-    memory: int | None = None
+    # What the ablation bench leaves out, of PARTS:
+    #   channels_last: images run with their channels together
+    #   two_sources: the 1x1 skip of a concatenation adds up the products of its two sources, which are never
+    #     written side by side
+    #   residual: a convolution adds the skip to its own result
+    #   qkv_rows: rows of legacy qkv weights in the new order (the same bits)
+    #   embeddings: the embedding's projections to all blocks in one product
+    _without: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        for name in ("channels_last", "two_sources", "residual", "qkv_rows", "subpixel", "embeddings"):
-            if not isinstance(getattr(self, name), bool):
-                raise invalid(name, getattr(self, name), "True or False")
-        memory = self.memory
-        if memory is not None and (type(memory) is not int or memory < 0):
-            raise invalid("memory", memory, "bytes, 0 or more, or None")
         if self.conv is not None and not isinstance(self.conv, str):
             raise invalid("conv", self.conv, "the name of an implementation, or None")
+        assert self._without <= PARTS, self._without
 
-    @property
-    def budget(self) -> int:
-        """`memory` in bytes."""
-        return host.memory() // 3 if self.memory is None else self.memory
+    def has(self, part: str) -> bool:
+        """Return whether a part of PARTS is derived."""
+        return part not in self._without
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,6 @@ class FoldableNet(nn.Module):
     fold_generation: int = 0  # one more whenever what a step reads lies in new memory, or is no longer there
     _fold_key: tuple[Any, ...] = ()
     _fold_places: tuple[object, ...] = ()
-    _fold_memory: int | None = None  # bytes that were its share of a pipeline's budget
     _fold_by_layer: bool = False
     _fold_done: torch.cuda.Event | None = None
     _projections: tuple[Tensor, Tensor] | None = None
@@ -114,7 +97,7 @@ class FoldableNet(nn.Module):
         return [(name, m) for name, m in self.named_modules() if hasattr(type(m), "fold_weights")]
 
     def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> None:
-        """Derive what `options` names, with the torso's convolutions in `dtype`.
+        """Derive the forms that run, with the torso's convolutions in `dtype`.
 
         Parameters must be frozen. Folding again renews the values in the same memory where options and dtype
         stay, so that captured graphs hold.
@@ -130,11 +113,11 @@ class FoldableNet(nn.Module):
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
             self.fold_options, self.fold_dtype = options, dtype
-            spare = self._to_be_spared(self._budget(options))
+            spare = self._spared()
             for name, module in self._convolutions():
                 kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
                 module.fold_weights(options, kind, name in spare)
-            if options.embeddings:
+            if options.has("embeddings"):
                 self._fold_projections()
             before, self._fold_places = self._fold_places, self._places()
             self.fold_generation += self._fold_places != before
@@ -148,22 +131,21 @@ class FoldableNet(nn.Module):
         tensors = (*self.parameters(), *(self._projections or ()))
         return [t.data_ptr() for t in tensors], [module._folded for _, module in self._convolutions()]
 
-    def _to_be_spared(self, memory: int) -> set[str]:
-        """The convolutions for whose Winograd form there is no memory."""
-        spared = set()
-        for size, name in self.winograd_sizes():
-            memory -= size
-            if memory < 0:
+    def _spared(self) -> set[str]:
+        """Name the convolutions that must do without a Winograd form.
+
+        The forms of a network take at most a sixth of the memory that the process may use, so that those of a
+        guided cascade, three networks, leave half of it free. The smallest convolutions come first: they run
+        at the highest resolutions.
+        """
+        size = WINOGRAD_BYTES * self.directions
+        sizes = sorted((size * module.weight.numel(), name) for name, module in self._convolutions())
+        left, spared = host.memory() // 6, set()
+        for size, name in sizes:
+            left -= size
+            if left < 0:
                 spared.add(name)
         return spared
-
-    def _budget(self, options: FoldOptions) -> int:
-        return options.budget if self._fold_memory is None else self._fold_memory
-
-    def winograd_sizes(self) -> list[tuple[int, str]]:
-        """Bytes of every convolution's Winograd form in the directions that run, with its name, rising."""
-        size = WINOGRAD_BYTES * self.directions
-        return sorted((size * module.weight.numel(), name) for name, module in self._convolutions())
 
     @property
     def fold_bytes(self) -> int:
@@ -178,24 +160,16 @@ class FoldableNet(nn.Module):
         elif self.fold_options is not None:
             self.fold(self.fold_options, self.fold_dtype)
 
-    def ensure_folded(self, options: FoldOptions, dtype: torch.dtype, memory: int | None = None) -> None:
+    def ensure_folded(self, options: FoldOptions, dtype: torch.dtype) -> None:
         """Fold where that isn't done, or where parameters were moved, replaced or written to since.
 
-        A network with trainable parameters is left unfolded. memory: the network's share of a pipeline's
-        budget; of pipelines that share the network, the smallest counts.
+        A network with trainable parameters is left unfolded.
         """
         with FOLDING:
             if self._trainable():
                 self.unfold()
                 return
-            if (options, dtype) != (self.fold_options, self.fold_dtype):
-                self.unfold()
-                self._fold_memory = memory
-            elif memory is not None and memory < (shared := self._budget(options)):
-                if self._to_be_spared(memory) != self._to_be_spared(shared):
-                    self.unfold()
-                self._fold_memory = memory
-            if self.fold_options is None or self._fold_key != self._key():
+            if (options, dtype) != (self.fold_options, self.fold_dtype) or self._fold_key != self._key():
                 self.fold(options, dtype)
             if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
                 # The streams of other threads must not read what this one has yet to write.
@@ -208,7 +182,7 @@ class FoldableNet(nn.Module):
                 self.fold_generation += 1
             for _, module in self._convolutions():
                 module.unfold()
-            self.fold_options, self.fold_dtype, self._fold_memory, self._fold_done = None, None, None, None
+            self.fold_options, self.fold_dtype, self._fold_done = None, None, None
             self._projections, self._projected_from = None, ()
             self._fold_key, self._fold_places = (), ()
 
@@ -281,7 +255,7 @@ class FoldableNet(nn.Module):
     def entering(self, x: Tensor) -> Tensor:
         """Images as the torso takes them: its dtype, channels together where that is folded."""
         x = x.to(self.torso_dtype)
-        if self.is_folded and self.fold_options is not None and self.fold_options.channels_last:
+        if self.is_folded and self.fold_options is not None and self.fold_options.has("channels_last"):
             x = channels_last(x) if x.dim() > 3 else x
         return x
 
@@ -312,18 +286,6 @@ def check_ordinary(name: str, net: nn.Module) -> None:
     """Refuse parameters made in inference mode: no gradient can pass them, and their changes go unseen."""
     if any(parameter.is_inference() for parameter in net.parameters()):
         raise invalid(name, "made in inference mode", "build it outside of torch.inference_mode()")
-
-
-def shared_out(budget: int, networks: Sequence[FoldableNet]) -> list[int]:
-    """The bytes of one budget that go to each of several networks, to the smallest convolutions first."""
-    sizes = sorted((size, i) for i, net in enumerate(networks) for size, _ in net.winograd_sizes())
-    shares = [0] * len(networks)
-    for size, i in sizes:
-        budget -= size
-        if budget < 0:
-            break
-        shares[i] += size
-    return shares
 
 
 @contextlib.contextmanager

@@ -65,10 +65,10 @@ class Upsample(nn.Module):
         self.use_conv = use_conv
         if use_conv:
             self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1)
-            self.conv.doubles = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv.doubled(x) if self.use_conv else nearest_up(x)  # type: ignore[operator]
+        x = nearest_up(x)
+        return self.conv(x) if self.use_conv else x
 
 
 class Downsample(nn.Module):
@@ -125,7 +125,6 @@ class ResBlock(nn.Module):
             nn.Dropout(p=dropout),
             zeroed(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
-        self.in_layers[2].doubles = up  # type: ignore[assignment]
         self.projection = slice(0)  # columns of this block among the projections of all; the network sets it
         if out_channels == channels:
             self.skip_connection: nn.Module = nn.Identity()
@@ -141,8 +140,6 @@ class ResBlock(nn.Module):
         norm, conv = self.in_layers[0], self.in_layers[2]
         if self.resample is None:
             h = conv(norm(x, silu=True, x2=x2))
-        elif conv.subpixel is not None and x2 is None:
-            h, x = conv.doubled(norm(x, silu=True)), nearest_up(x)  # type: ignore[operator]
         else:
             h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
             h, x2 = conv(h), None

@@ -1,6 +1,5 @@
 """Floor 1: the fused operators, one file each: public function, reference, autograd, implementations."""
 
-from admfast.ops.adamw import adamw_ema_step_, adamw_ema_step_ref_
 from admfast.ops.attention import attention, attention_ref
 from admfast.ops.conv import FoldedConv, conv_ref
 from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
@@ -15,7 +14,6 @@ from admfast.ops.sampler_step import (
     sampler_step,
     sampler_step_ref,
 )
-from admfast.ops.threshold import dynamic_threshold, dynamic_threshold_ref
 
 __all__ = [
     "TABLES",
@@ -27,14 +25,10 @@ __all__ = [
     "Row",
     "SamplerState",
     "Stream",
-    "adamw_ema_step_",
-    "adamw_ema_step_ref_",
     "as_seeds",
     "attention",
     "attention_ref",
     "conv_ref",
-    "dynamic_threshold",
-    "dynamic_threshold_ref",
     "group_norm_silu",
     "group_norm_silu_ref",
     "normal",

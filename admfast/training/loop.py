@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from admfast.errors import CheckpointError, NonFiniteError, invalid
 from admfast.files.atomic import atomic_open, output_error
-from admfast.training.optimiser import AdamWEma
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def train(
     except OSError as error:
         raise output_error(out / "state.pt", error) from None
     ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimiser = AdamWEma(net.parameters(), ema.parameters(), config.weight_decay)
+    optimiser = _adamw(net, config.weight_decay)
     state_path = out / "state.pt"
     step = 0
     if state_path.exists():
@@ -124,7 +124,7 @@ def train(
         torch.manual_seed(config.seed * 1_000_003 + step)
         terms = loss(stream.next())
         try:
-            _update(net, optimiser, terms["loss"].mean(), config, step)
+            _update(net, ema, optimiser, terms["loss"].mean(), config, step)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; the last saved state is {state_path}") from None
         step += 1
@@ -144,7 +144,23 @@ def train(
     return ema
 
 
-def _update(net: nn.Module, optimiser: AdamWEma, total: Tensor, config: TrainConfig, step: int) -> None:
+def _adamw(net: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """Return torch's fused AdamW for the parameters of `net`."""
+    optimiser = torch.optim.AdamW(net.parameters(), weight_decay=weight_decay, fused=True)
+    params = list(net.parameters())
+    # torch's fused step doesn't say that it wrote: forms and graphs of the old weights would go unnoticed.
+    optimiser.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(params))
+    return optimiser
+
+
+def _update(
+    net: nn.Module,
+    ema: nn.Module,
+    optimiser: torch.optim.AdamW,
+    total: Tensor,
+    config: TrainConfig,
+    step: int,
+) -> None:
     """Step the optimiser and the average; nothing changes where loss or gradient is not finite."""
     if not torch.isfinite(total):
         raise NonFiniteError(f"the loss of step {step} is {total.item()}")
@@ -153,10 +169,14 @@ def _update(net: nn.Module, optimiser: AdamWEma, total: Tensor, config: TrainCon
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     if not torch.isfinite(norm):
         raise NonFiniteError(f"the gradient of step {step} has norm {norm.item()}")
-    optimiser.step(config.rate(step), min(config.ema_decay, (1 + step) / (10 + step)))
+    for group in optimiser.param_groups:
+        group["lr"] = config.rate(step)
+    optimiser.step()
+    average = get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))
+    average(list(ema.parameters()), list(net.parameters()), None)  # type: ignore[arg-type]
 
 
-def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: AdamWEma) -> int:
+def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: torch.optim.AdamW) -> int:
     """Load a saved state in place and return the number of steps that it has behind it."""
     try:
         state = torch.load(path, weights_only=True)

@@ -11,27 +11,24 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 from admfast.engine.options import PLAIN, EngineOptions
-from admfast.models.fold import FoldOptions
+from admfast.models.fold import PARTS, FoldOptions
 from bench.measure import Case, Settings, short
 from bench.results import Row
 from bench.sampling.compare import Comparison
-from bench.sampling.contender import Contender, Entry
+from bench.sampling.contender import Entry
 from bench.sampling.ours import Ours
-from bench.sampling.subject import Inputs, Subject
+from bench.sampling.subject import Subject
 
 WHOLE = "whole engine"
 ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 30.0}
 # Everything that the reference operations do in the published code's way.
 NO_NORM, NO_ATTENTION = "group_norm_silu=reference", "attention=reference"
-NO_FOLD = FoldOptions(
-    conv="library",
-    channels_last=True,
-    two_sources=False,
-    residual=False,
-    qkv_rows=False,
-    subpixel=False,
-    embeddings=False,
-)
+FOLDS = {
+    "two_sources": "two sources",
+    "residual": "residual in the convolution",
+    "qkv_rows": "qkv rows",
+    "embeddings": "embeddings at once",
+}
 
 
 @dataclass(frozen=True)
@@ -45,82 +42,64 @@ class Form:
 
     def entry(self, precision: str) -> Entry:
         """The form as a contender."""
-
-        def make(subject: Subject, inputs: Inputs) -> Contender:
-            return Ours(
-                subject,
-                inputs,
-                name=self.name,
-                precision=precision,
-                options=self.options,
-                setting=self.setting,
-                channels_last=self.channels_last,
-            )
-
-        return Entry(self.name, precision, make)
+        make = partial(
+            Ours,
+            name=self.name,
+            precision=precision,
+            options=self.options,
+            setting=self.setting,
+            channels_last=self.channels_last,
+        )
+        return Entry(self.name, precision, make, compiles=self.options.compile)
 
 
 def added(cuda: bool) -> list[Form]:
-    """From the plain operations to the whole engine and beyond, one part more in each form.
-
-    The last two are not in the engine's defaults.
-    """
+    """From the plain operations to the engine's defaults, one part more in each form."""
     both = f"{NO_NORM},{NO_ATTENTION}"
-    prepared = replace(PLAIN, prepared=True)
     forms = [
         Form("plain", PLAIN, both, channels_last=False),
         Form("channels-last", PLAIN, both),
         Form("fused norm", PLAIN, NO_ATTENTION),
         Form("fused attention", PLAIN),
-        Form("prepared step", prepared),
-        Form("folded convolutions", replace(prepared, fold=NO_FOLD)),
     ]
-    fold = NO_FOLD
-    for name, change in (
-        ("fastest convolution", {"conv": None}),
-        ("two sources", {"two_sources": True}),
-        ("residual in the convolution", {"residual": True}),
-        ("qkv rows", {"qkv_rows": True}),
-        ("embeddings at once", {"embeddings": True}),
-    ):
-        fold = replace(fold, **change)
-        forms.append(Form(name, replace(prepared, fold=fold)))
-    options = forms[-1].options
+
+    def then(name: str, **changes: object) -> None:
+        forms.append(Form(name, replace(forms[-1].options, **changes)))  # type: ignore[arg-type]
+
+    missing = PARTS - {"channels_last"}
+    then("prepared step", prepared=True)
+    then("folded convolutions", fold=FoldOptions(conv="library", _without=missing))
+    then("fastest convolution", fold=FoldOptions(_without=missing))
+    for part, name in FOLDS.items():
+        missing -= {part}
+        then(name, fold=FoldOptions(_without=missing))
     if cuda:
-        options = replace(options, graph=True)
-        forms.append(Form("graph", options))
-        options = replace(options, branches=True)
-        forms.append(Form("two branches", options))
-    whole = replace(options, graph=True, branches=True)  # without meaning on a CPU
-    return [*forms, Form("sub-pixel", _with(whole, subpixel=True))]
+        then("graph", graph=True)
+        then("two branches", branches=True)
+    return forms
 
 
 def without(cuda: bool) -> list[Form]:
     """The whole engine less one part."""
     whole = EngineOptions()
+
+    def less(part: str) -> EngineOptions:
+        return replace(whole, fold=FoldOptions(_without=frozenset({part})))
+
     forms = [
-        Form("channels-last", _with(whole, channels_last=False), channels_last=False),
+        Form("channels-last", less("channels_last"), channels_last=False),
         Form("fused norm", whole, NO_NORM),
         Form("fused attention", whole, NO_ATTENTION),
         Form("fused update", whole, "sampler_step=reference"),
         Form("prepared step", replace(whole, prepared=False, graph=False, branches=False)),
         Form("folded convolutions", replace(whole, fold=None)),
-        Form("fastest convolution", _with(whole, conv="library")),
-        Form("two sources", _with(whole, two_sources=False)),
-        Form("residual in the convolution", _with(whole, residual=False)),
-        Form("qkv rows", _with(whole, qkv_rows=False)),
-        Form("embeddings at once", _with(whole, embeddings=False)),
+        Form("fastest convolution", replace(whole, fold=FoldOptions(conv="library"))),
+        *(Form(name, less(part)) for part, name in FOLDS.items()),
     ]
     if cuda:
         forms.append(Form("graph", replace(whole, graph=False, branches=False)))
         forms.append(Form("two branches", replace(whole, branches=False)))
     return forms
-
-
-def _with(options: EngineOptions, **changes: object) -> EngineOptions:
-    """The options with another fold."""
-    assert options.fold is not None
-    return replace(options, fold=replace(options.fold, **changes))  # type: ignore[arg-type]
 
 
 def cases(
@@ -132,18 +111,14 @@ def cases(
         ladder.append(Form("compiled", replace(EngineOptions(), compile=True)))
     lists = {"ablation_added": ladder, "ablation_without": without(settings.cuda)}
     for subject, batch in pairs:
-        whole = _kept(Form(WHOLE).entry(precision))
+        whole = Form(WHOLE).entry(precision)
+        whole = replace(whole, make=lru_cache(maxsize=1)(whole.make))  # made once for all forms
         for kind, forms in lists.items():
             for form in forms:
                 entry = form.entry(precision)
                 budget = ROUNDS_SECONDS[settings.device.type]
                 one = Comparison(kind, subject, batch, [whole, entry], budget)
                 yield replace(one.case(entry), measure=partial(_measure, one, entry), together=None)
-
-
-def _kept(entry: Entry) -> Entry:
-    """An entry whose contender is made once, and serves one comparison after another."""
-    return replace(entry, make=lru_cache(maxsize=1)(entry.make))
 
 
 def _measure(one: Comparison, entry: Entry, settings: Settings) -> Row:

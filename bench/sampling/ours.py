@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -129,7 +130,5 @@ def laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
 def entry(precision: str, options: EngineOptions | None = None, name: str = "admfast") -> Entry:
     """Our step in a precision."""
 
-    def make(subject: Subject, inputs: Inputs) -> Contender:
-        return Ours(subject, inputs, name=name, precision=precision, options=options)
-
+    make = functools.partial(Ours, name=name, precision=precision, options=options)
     return Entry(name, precision, make, compiles=options is not None and options.compile)

@@ -14,9 +14,8 @@ from torch import Tensor
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.errors import InvalidArgument
-from admfast.models.fold import FoldOptions
 from admfast.pipeline import Pipeline
-from tests.small import PROCESS, cascade, classifier, pipeline, randn, unet, upsampler
+from tests.small import PROCESS, cascade, classifier, pipeline, randn, unet
 
 LABELS, SEEDS = [0, 3, 1], [3, 5, 7]
 
@@ -78,12 +77,10 @@ def test_a_step_in_use_is_nobody_else_s():
 
 
 def test_copies_and_pickles_sample_the_same():
-    pipe = pipeline()
-    wanted = images(pipe)
-    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
-        assert torch.equal(images(other), wanted) and other._engine.net is other.net
-    both = copy.deepcopy(cascade())
-    assert both._engine.beside is both.upsampler._engine
+    for pipe in (pipeline(), cascade()):
+        wanted = images(pipe)
+        for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+            assert torch.equal(images(other), wanted) and other._engine.net is other.net
 
 
 # Other networks and settings
@@ -239,54 +236,13 @@ def test_a_step_folded_anew_by_another_pipeline_is_dropped(precision):
     assert torch.equal(images(pipe), wanted) and kept(pipe) is not step
 
 
-# One budget
-
-
-def spared(net) -> set[str]:
-    return {
-        name
-        for name, module in net.named_modules()
-        if hasattr(module, "fold_weights") and module._folded.parts[0]._source.spare_memory
-    }
-
-
-def winograd_bytes(net) -> int:
-    """What its Winograd forms take, in the directions that run."""
-    kept_ones = [name for _, name in net.winograd_sizes() if name not in spared(net)]
-    return sum(size for size, name in net.winograd_sizes() if name in kept_ones)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_the_networks_of_a_cascade_share_one_budget(share):
-    def nets(pipe):
-        return [pipe.net, pipe.classifier, pipe.upsampler.net]
-
-    whole = [sum(size for size, _ in net.winograd_sizes()) for net in nets(cascade())]
-    memory = int(share * sum(whole))
-    options = EngineOptions(fold=FoldOptions(memory=memory))
-    up = Pipeline("up", upsampler(2), PROCESS, steps=3, low_res_size=8, options=options)
-    pipe = pipeline(upsampler=up, options=options)
-    images(pipe, steps=1)
-    used = [winograd_bytes(net) for net in nets(pipe)]
-    assert sum(used) <= memory and (share < 1 or used == whole)
-    assert share in (0, 1) or sum(used) > 0.5 * memory
-    wanted = images(cascade(), steps=1)
-    assert (images(pipe, steps=1) - wanted).abs().max() < 1e-3
-
-
-def test_a_classifier_s_forms_count_in_both_directions():
-    from admfast.models.fold import WINOGRAD_BYTES
-
-    for net, directions in ((unet(), 1), (classifier(), 2)):
-        weights = sum(m.weight.numel() for m in net.modules() if hasattr(m, "fold_weights"))
-        assert sum(size for size, _ in net.winograd_sizes()) == WINOGRAD_BYTES * directions * weights
+# One network in several pipelines
 
 
 def test_pipelines_that_share_a_network_keep_its_form():
     net, guide = unet(), classifier(1)
-    options = EngineOptions(fold=FoldOptions(memory=2_000_000))
-    guided = pipeline(net=net, classifier=guide, options=options)
-    alone = pipeline(net=net, classifier=None, guidance=0.0, options=options)
+    guided = pipeline(net=net, classifier=guide)
+    alone = pipeline(net=net, classifier=None, guidance=0.0)
     images(guided), images(alone)
     generation = net.fold_generation
     for pipe in (guided, alone, guided):

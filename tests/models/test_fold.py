@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from admfast import host
 from admfast.errors import InvalidArgument
-from admfast.models.fold import FoldOptions
+from admfast.models.fold import PARTS, WINOGRAD_BYTES, FoldOptions
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_winograd import amplification
 from admfast.ops.dispatch import watch
-from admfast.ops.subpixel import SubpixelConv
 from tests.ops.tolerance import assert_within
 from tests.small import classifier, randn, unet, upsampler
 
@@ -38,15 +38,9 @@ NETS = {
     "classifier spatial": lambda seed=0: classifier(seed, pool="spatial"),
     "classifier spatial_v2": lambda seed=0: classifier(seed, pool="spatial_v2"),
 }
-OFF = {
-    "channels_last": False,
-    "two_sources": False,
-    "residual": False,
-    "qkv_rows": False,
-    "subpixel": True,
-    "embeddings": False,
-    "conv": "reference",
-}
+WHOLE = FoldOptions(conv="library")
+OTHERS = {part: dataclasses.replace(WHOLE, _without=frozenset({part})) for part in sorted(PARTS)}
+OTHERS["conv"] = FoldOptions(conv="reference")
 
 
 def made(name: str):
@@ -88,56 +82,41 @@ def test_a_folded_network_is_the_same_function(name, conv):
     assert all(torch.equal(a, b) for a, b in zip(call(net), plain, strict=True))
 
 
-@pytest.mark.parametrize("option", OFF)
+@pytest.mark.parametrize("option", OTHERS)
 @pytest.mark.parametrize("name", ["unet resampled by blocks", "unet additive, resampled by convolutions"])
-def test_each_option_can_be_switched_alone(name, option):
+def test_each_part_can_be_left_out(name, option):
     net = made(name)
     plain, truth = call(net), call(made(name).double(), torch.float64)
-    net.fold(dataclasses.replace(FoldOptions(conv="library"), **{option: OFF[option]}))
+    net.fold(OTHERS[option])
     assert_same(net, plain, truth, "library")
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"conv": 3}, "conv=3: the name of an implementation, or None"),
-        ({"memory": -1}, "memory=-1: bytes, 0 or more, or None"),
-        ({"memory": True}, "memory=True: bytes, 0 or more, or None"),
-        ({"channels_last": "no"}, "channels_last='no': True or False"),
-        ({"subpixel": 1}, "subpixel=1: True or False"),
-    ],
-)
-def test_an_option_of_the_wrong_kind_is_named(given, message):
-    with pytest.raises(InvalidArgument, match=message):
-        FoldOptions(**given)
+def test_an_option_of_the_wrong_kind_is_named():
+    with pytest.raises(InvalidArgument, match="^conv=3"):
+        FoldOptions(conv=3)
 
 
 @dataclasses.dataclass
 class Runs:
-    """What runs in a forward: of every switch, how often the path that it stands for is taken."""
+    """What runs in a forward: how often the path of every option is taken."""
 
     channels_last: int = 0  # convolutions of images with their channels together
     two_sources: int = 0  # concatenations that are not written
     residual: int = 0  # convolutions that add the skip themselves
     qkv_rows: int = 0  # qkv products that come out in the new order
-    subpixel: int = 0
     embeddings: int = 0  # blocks that don't project the embedding themselves
     conv: int = 0  # convolutions by the implementation "reference"
 
 
 def what_runs(net, monkeypatch) -> Runs:
     found, blocks = Runs(), [m for m in net.modules() if hasattr(m, "emb_layers")]
-    real, doubled = FoldedConv.__call__, SubpixelConv.__call__
+    real = FoldedConv.__call__
 
     def convolve(self, x, residual=None):
         if not isinstance(self, _Second):
             found.residual += residual is not None
             found.channels_last += x.dim() == 4 and x.movedim(1, -1).is_contiguous()
         return real(self, x, residual)
-
-    def double(self, x):
-        found.subpixel += 1
-        return doubled(self, x)
 
     for module in net.modules():
         # The second source of a convolution adds to the first's result, whatever becomes of the skip.
@@ -150,7 +129,6 @@ def what_runs(net, monkeypatch) -> Runs:
     found.embeddings = len(blocks)
     with monkeypatch.context() as patched, watch() as choices:
         patched.setattr(FoldedConv, "__call__", convolve)
-        patched.setattr(SubpixelConv, "__call__", double)
         found.two_sources = 1 + len(net.output_blocks) - operations(net).count("cat")
     for hook in layers:
         hook.remove()
@@ -163,18 +141,17 @@ class _Second(FoldedConv):
     """A part of a convolution that is not its first."""
 
 
-@pytest.mark.parametrize("option", OFF)
-def test_each_switch_changes_what_runs_and_nothing_else(option, monkeypatch):
+@pytest.mark.parametrize("option", OTHERS)
+def test_each_option_changes_what_runs_and_nothing_else(option, monkeypatch):
     # With one channel both layouts are the same.
     net = unet(resblock_updown=True, in_channels=3, out_channels=6).requires_grad_(False)
     net.fold(FoldOptions(conv="library"))
     before = what_runs(net, monkeypatch)
-    net.fold(dataclasses.replace(FoldOptions(conv="library"), **{option: OFF[option]}))
+    net.fold(OTHERS[option])
     after = what_runs(net, monkeypatch)
     changed = {name for name, count in vars(after).items() if count != getattr(before, name)}
-    # Sub-pixel convolutions stand in for others, whose counts they change.
-    assert option in changed and changed <= {option} | ({"channels_last"} if option == "subpixel" else set())
-    on, off = (after, before) if option in ("subpixel", "conv") else (before, after)
+    assert changed == {option}
+    on, off = (after, before) if option == "conv" else (before, after)
     assert getattr(on, option) > getattr(off, option)
     # Attention puts out its channels together in any case.
     assert getattr(off, option) == 0 or option == "channels_last"
@@ -220,7 +197,7 @@ def test_rows_of_legacy_qkv_are_permuted_bit_for_bit():
     net = made("unet")
     block = net.middle_block[1]
     x = randn(N, 64, 4, 4).contiguous(memory_format=torch.channels_last)
-    net.fold(FoldOptions(conv="library", qkv_rows=False))
+    net.fold(OTHERS["qkv_rows"])
     own = block(x)
     assert not block.qkv.reordered
     net.fold(FoldOptions(conv="library"))
@@ -368,18 +345,28 @@ def test_moving_and_converting_drop_what_was_derived():
     assert not net.convert_torso(torch.float16).is_folded and net.torso_dtype == torch.float16
 
 
-def test_the_smallest_convolutions_get_what_memory_there_is():
+@pytest.mark.parametrize("name, directions", [("unet", 1), ("classifier attention", 2)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_the_smallest_convolutions_get_what_memory_there_is(name, directions, share, monkeypatch):
+    """Winograd forms take at most a sixth of the memory that the process may use."""
+    net = made(name)
+    sizes = {
+        name: WINOGRAD_BYTES * directions * m.weight.numel()
+        for name, m in net.named_modules()
+        if hasattr(m, "fold_weights")
+    }
+    allowed = int(share * sum(sizes.values()))
+    monkeypatch.setattr(host, "memory", lambda: 6 * allowed)
+    net.fold()
+    spared = {name for name in sizes if net.get_submodule(name)._folded.parts[0]._source.spare_memory}
+    kept = [sizes[name] for name in sizes.keys() - spared]
+    assert sum(kept) <= allowed and (sum(kept) > 0.5 * allowed or share == 0)
+    assert all(sizes[name] >= max(kept, default=0) for name in spared) and bool(spared) == (share < 1)
+
+
+def test_what_is_derived_is_counted_as_it_is_made():
     net = made("unet")
-    sizes = {name: m.weight.numel() for name, m in net.named_modules() if hasattr(m, "fold_weights")}
-    for memory in (0, 16 * 100_000, None):
-        net.fold(FoldOptions(memory=memory))
-        spared = {name for name in sizes if net.get_submodule(name)._folded.parts[0]._source.spare_memory}
-        if memory is None:
-            assert not spared
-            continue
-        kept = sorted(sizes[name] for name in sizes if name not in spared)
-        assert sum(kept) * 16 <= memory
-        assert all(sizes[name] >= max(kept, default=0) for name in spared)
+    net.fold()
     before = net.fold_bytes
     call(net)
     assert net.fold_bytes > before

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast.errors import CheckpointError, InvalidArgument, NonFiniteError, OutputError
+from admfast.models.fold import FoldOptions
 from admfast.training.loop import Batch, TrainConfig, train
 from tests.small import unet
 
@@ -164,6 +165,20 @@ def test_the_average_is_frozen_and_follows_the_weights(tmp_path):
     torch.testing.assert_close(ema.scale.double(), average, rtol=0, atol=12 * 2**-24)
     assert not ema.training and not ema.scale.requires_grad and ema is not training.net
     assert training.net.training
+
+
+def test_a_folded_network_that_was_trained_is_folded_anew(tmp_path):
+    net = unet().requires_grad_(False)
+    net.fold()
+    net.requires_grad_(True)
+    Training(net).run(tmp_path, CONFIG.with_steps(1))
+    net.eval().requires_grad_(False)
+    wanted = unet(1)
+    wanted.load_state_dict(net.state_dict())
+    wanted.requires_grad_(False).fold()
+    net.ensure_folded(FoldOptions(), torch.float32)
+    given = torch.ones(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 1])
+    assert net.is_folded and torch.equal(net(*given), wanted(*given))
 
 
 def test_the_first_step_moves_every_weight_by_the_rate(tmp_path):
