@@ -39,6 +39,11 @@ def invalid(name: str, value: object, allowed: str) -> InvalidArgument:
     return InvalidArgument(f"{name}={value!r}: {allowed}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or the name of its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(value: str, names: Iterable[str], count: int = 3) -> str:
     """Return `nearest: a, b` with the names closest to `value`, or `one of: ...` where none is close."""
     known = list(names)

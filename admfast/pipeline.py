@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from admfast import checks
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
-from admfast.diffusion.respacing import whole_number
-from admfast.engine.arguments import LARGEST_SEED, check_low_res, float_images, whole_numbers
+from admfast.engine.arguments import LARGEST_SEED, check_low_res
 from admfast.engine.asking import (
     Asked,
     Output,
@@ -269,7 +269,7 @@ class Pipeline:
     ) -> Prediction:
         """`predict`, in the pipeline's own precision."""
         self._engine.ready()
-        x_t = float_images("x_t", x_t)
+        x_t = checks.images("x_t", x_t)
         check_low_res(self.config, low_res, len(x_t))
         labels, known = None, self.config.num_classes
         if known is None and classes is not None:
@@ -278,7 +278,7 @@ class Pipeline:
             if classes is None:
                 raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
             if not isinstance(classes, Tensor) or classes.device.type == "cpu":
-                classes = torch.tensor(whole_numbers("classes", classes, 0, known - 1))
+                classes = torch.tensor(checks.whole_numbers("classes", classes, 0, known - 1))
             labels = classes.to(x_t.device)
             if labels.shape != x_t.shape[:1]:
                 raise invalid("classes", tuple(labels.shape), f"one class for each of the {len(x_t)} images")
@@ -337,7 +337,7 @@ class Pipeline:
         if asked.batch_size is None:
             size = self._images_at_a_time(request.shape)
         else:
-            size = whole_number("batch_size", asked.batch_size, 1)
+            size = checks.whole("batch_size", asked.batch_size, 1)
         up, enlarging = self.upsampler, None
         if up is not None:
             if asked.solver == "ddim-inverse":
@@ -390,16 +390,18 @@ class Pipeline:
         config, classes, seeds = self.config, asked.classes, asked.seeds
         noise, x_start, step_noise, low_res = asked.noise, asked.x_start, asked.step_noise, asked.low_res
         given = {"noise": noise, "x_start": x_start, "low_res": low_res}
-        like = [float_images(name, value) for name, value in given.items() if value is not None]
+        like = [checks.images(name, value) for name, value in given.items() if value is not None]
         known = self.num_classes
         if known is None and classes is not None:
             raise invalid("classes", "given", f"{self.name} has no classes")
-        wanted = None if classes is None or known is None else whole_numbers("classes", classes, 0, known - 1)
+        wanted = None
+        if classes is not None and known is not None:
+            wanted = checks.whole_numbers("classes", classes, 0, known - 1)
         if wanted == []:
             raise invalid("classes", [], "at least one class")
         if seeds is None:
             seeds = range(len(like[0]) if like else len(wanted) if wanted else 1)
-        keys = whole_numbers("seeds", seeds, 0, LARGEST_SEED)
+        keys = checks.whole_numbers("seeds", seeds, 0, LARGEST_SEED)
         if not keys:
             raise invalid("seeds", [], "at least one seed")
         images = noise if noise is not None else x_start
@@ -409,7 +411,7 @@ class Pipeline:
         wanted_shapes = {"noise": shape, "x_start": shape, "step_noise": (rows, *shape)}
         for name, value in (("noise", noise), ("x_start", x_start), ("step_noise", step_noise)):
             if value is not None:
-                float_images(name, value, wanted_shapes[name])
+                checks.images(name, value, wanted_shapes[name])
         check_low_res(config, low_res, len(keys))
         labels = None
         if known is not None:

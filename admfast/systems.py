@@ -15,15 +15,14 @@ from torch import nn
 
 from admfast.checkpoints import ModelInfo, Unanswered, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
+from admfast.checks import whole
 from admfast.diffusion import DiffusionConfig
-from admfast.diffusion.respacing import whole_number
 from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
 from admfast.models import Classifier, UNet, Upsampler
-from admfast.models.description import DiffusionSettings
-from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset, system
+from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset, system
 from admfast.pipeline import Pipeline
 
 Network = UNet | Classifier
@@ -169,7 +168,7 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     """A pipeline of files; what they leave open is asked for all at once."""
     low_res_size = parts[2].options.pop("low_res_size", None)
     if low_res_size is not None:
-        low_res_size = whole_number("low_res_size", low_res_size, 1)
+        low_res_size = whole("low_res_size", low_res_size, 1)
     for part in parts[1:]:
         argument = f"{part.argument}_options"
         if part.path is None and part.options:
@@ -192,8 +191,8 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     guide, up = loaded.get("classifier"), loaded.get("upsampler")
     upsampler = None
     if up is not None:
-        if low_res_size is None and up[1].preset in MODELS:
-            low_res_size = MODELS[str(up[1].preset)].low_res_size
+        if low_res_size is None and up[1].preset is not None:
+            low_res_size = up[1].preset.low_res_size
         name, process = Path(up[1].path).stem, _process_of_file(up[1])
         net_of_it, steps = form.diffusion(up[0]), min(250, process.steps)
         upsampler = Pipeline(
@@ -228,7 +227,7 @@ def _process_of_file(info: ModelInfo) -> DiffusionConfig:
         raise CheckpointError(
             f"{info.path}: nothing says its process; give noise_schedule (linear or cosine)"
         )
-    return process_of(info.diffusion)
+    return info.diffusion
 
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
@@ -237,11 +236,6 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name not in OPTION_NAMES:
             raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")
-
-
-def process_of(settings: DiffusionSettings) -> DiffusionConfig:
-    """The process that a model's settings describe."""
-    return DiffusionConfig(**settings.to_dict())
 
 
 def _load_system(
@@ -281,10 +275,9 @@ def _load_system(
 
 
 def _process(model: ModelPreset) -> DiffusionConfig:
-    settings = model.diffusion
-    if settings is None:
+    if model.diffusion is None:
         raise CheckpointError(f"{model.name}: nothing says its process")
-    return process_of(settings)
+    return model.diffusion
 
 
 def _find(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:

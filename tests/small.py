@@ -49,6 +49,20 @@ CLASSIFIER: dict[str, Any] = {
     "pool": "attention",
 }
 
+# Of the released models' make: three channels, legacy attention, blocks that resample.
+_RELEASED = {
+    "image_size": 16,
+    "in_channels": 3,
+    "num_heads": 1,
+    "num_head_channels": 32,
+    "resblock_updown": True,
+}
+SMALL_UNET = UNetConfig(**{**UNET, **_RELEASED, "out_channels": 6, "num_classes": 10})
+SMALL_UPSAMPLER = UpsamplerConfig(**{**UPSAMPLER, "attention_resolutions": (), "num_classes": None})
+_LEVELS = {"num_res_blocks": 2, "attention_resolutions": (1, 2), "channel_mult": (1, 2, 2)}
+SMALL_CLASSIFIER = ClassifierConfig(**{**CLASSIFIER, **_RELEASED, **_LEVELS, "out_channels": 10})
+SMALL_NETS = (SMALL_UNET, SMALL_UPSAMPLER, SMALL_CLASSIFIER)
+
 
 def with_weights(config: NetConfig, seed: int = 0) -> Any:
     """The network of `config` in evaluation mode, its weights drawn from `seed`, none of them zero."""

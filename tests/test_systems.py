@@ -10,18 +10,19 @@ import torch
 
 import admfast
 from admfast.checkpoints import describe, write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import own_numerics
 from admfast.engine.precision import POLICIES, policy
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, Unavailable
 from admfast.models import NetConfig, UNetConfig
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.models.preset_types import ModelPreset, SystemPreset
-from admfast.systems import load, process_of
+from admfast.systems import load
 from tests.small import SIDE, classifier, randn, unet, upsampler
 
 ANSWERS = {"kind": "upsampler", "num_heads": 2, "use_new_attention_order": False, "image_size": 2 * SIDE}
 ANSWERS |= {"noise_schedule": "linear"}
-SETTINGS = DiffusionSettings(noise_schedule="linear", steps=100, learn_sigma=True)
+SETTINGS = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
 
 
 def write(path: Path, net: torch.nn.Module, described: bool = True) -> Path:
@@ -52,7 +53,7 @@ def test_a_described_file_is_a_pipeline(tmp_path, ending):
     assert isinstance(pipe, admfast.Pipeline) and isinstance(pipe.net, admfast.UNet)
     assert (pipe.name, pipe.steps, pipe.guidance) == ("faces", 100, 0.0)
     assert (pipe.classifier, pipe.upsampler) == (None, None)
-    assert pipe.config == net.config and pipe.diffusion == process_of(SETTINGS)
+    assert pipe.config == net.config and pipe.diffusion == SETTINGS
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in pipe.net.state_dict().items())
     assert pipe.sample(seeds=[0, 1], steps=2).shape == (2, SIDE, SIDE, 1)
 
@@ -184,7 +185,7 @@ def test_inputs_made_in_inference_mode_can_be_guided(model, guide):
 def test_a_file_can_be_said_to_be_a_released_model(tmp_path, small_system):
     path = write(tmp_path / "mine.pt", unet(), described=False)
     pipe = load(path, preset="small_diffusion", device="cpu")
-    assert pipe.config == unet().config and pipe.diffusion == process_of(SETTINGS)
+    assert pipe.config == unet().config and pipe.diffusion == SETTINGS
     up = write(tmp_path / "up.pt", upsampler(), described=False)
     pipe = load(path, preset="small_diffusion", upsampler=up, upsampler_options=ANSWERS, device="cpu")
     assert pipe.upsampler.low_res_size is None
@@ -307,7 +308,7 @@ def small_system(monkeypatch) -> str:
             name=name,
             file=f"{name}.pt",
             network=network,
-            settings=settings,
+            process=settings,
             url="https://example.org/",
             **more,
         )

@@ -10,8 +10,8 @@ from admfast.checkpoints.differences import (
     shapes_of,
 )
 from admfast.checkpoints.fetch import Fetched, fetch
-from admfast.checkpoints.infer import Identity, Unanswered, identify
-from admfast.checkpoints.loading import ModelInfo, identify_weights, load_network
+from admfast.checkpoints.infer import ModelInfo, Unanswered, identify
+from admfast.checkpoints.loading import identify_weights, load_network
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.writing import write_weights
 
@@ -19,7 +19,6 @@ __all__ = [
     "Differences",
     "Fetched",
     "ForwardWork",
-    "Identity",
     "ModelInfo",
     "Unanswered",
     "Weights",

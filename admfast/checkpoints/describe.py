@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from admfast.checkpoints.differences import nearest_preset, shapes_of
-from admfast.checkpoints.infer import Unanswered
-from admfast.checkpoints.loading import ModelInfo, check_fit, identify_weights, values_by_dtype
+from admfast.checkpoints.infer import ModelInfo, Unanswered
+from admfast.checkpoints.loading import check_fit, identify_weights, values_by_dtype
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.structure import summary
 from admfast.models import NetConfig, UNetConfig, UpsamplerConfig, build
-from admfast.models.presets import MODELS
+from admfast.models.presets import MODELS, ModelPreset
 from admfast.ops.dispatch import ENVIRONMENT
 
 Row = tuple[str, str]
@@ -90,16 +91,16 @@ def describe(
     weights = read_weights(path)
     rows = [("file", f"{weights.path}, {os.path.getsize(path):,} bytes")]
     try:
-        identity, info = identify_weights(weights, preset=preset, options=options)
+        info = identify_weights(weights, preset=preset, options=options)
     except Unanswered as question:
         rows += [("network", summary(question.structure)), *_sizes(weights)]
         rows.append(("open", str(question).removeprefix(f"{weights.path}: ")))
     else:
-        check_fit(weights, identity)
+        check_fit(weights, info)
         rows += _identity_rows(info, check_values)
-        rows += _config_rows(identity.config, info)
+        rows += _config_rows(info.config, info)
         rows += _sizes(weights)
-        rows += _work_rows(identity.config, batch, dtype)
+        rows += _work_rows(info.config, batch, dtype)
     if check_values:
         rows.append(("values", non_finite(weights.tensors)))
     return rows
@@ -122,10 +123,11 @@ def non_finite(tensors: Mapping[str, Tensor]) -> str:
 
 def _identity_rows(info: ModelInfo, read: bool) -> list[Row]:
     """Whose keys and shapes it has, and how that is known; `read`: the file may be read whole."""
+    names = [model.name for model in info.candidates]
     if info.preset is not None and info.preset in info.candidates:
-        model = f"has the keys and shapes of {info.preset}{_as_published(info, read)}"
+        model = f"has the keys and shapes of {info.preset.name}{_as_published(info.preset, info.path, read)}"
     elif info.candidates:
-        model = f"has the keys and shapes of {', '.join(info.candidates)}, which differ in dropout alone"
+        model = f"has the keys and shapes of {', '.join(names)}, which differ in dropout alone"
     else:
         shipped = [model.name for model in MODELS.values() if model.shipped_path == info.path.resolve()]
         model = f"{shipped[0]}, as shipped" if shipped else "none of the released models"
@@ -135,19 +137,19 @@ def _identity_rows(info: ModelInfo, read: bool) -> list[Row]:
     return rows
 
 
-def _as_published(info: ModelInfo, read: bool) -> str:
+def _as_published(known: ModelPreset, path: Path, read: bool) -> str:
     """Whether the file itself is the published one, as far as its size and hash are known."""
-    known, size = MODELS[str(info.preset)], info.path.stat().st_size
+    size = path.stat().st_size
     if known.size is None:
         return "; size and hash of the published file are not known"
-    if info.path.suffix != ".pt":
+    if path.suffix != ".pt":
         return "; in another format than the published file"
     if size != known.size:
         return f"; its size differs from the published file: {size:,}, not {known.size:,} bytes"
     name, wanted = ("sha256", known.sha256) if known.sha256 else ("md5", known.md5)
     if not read or wanted is None:
         return "; its size is that of the published file"
-    with open(info.path, "rb") as file:
+    with open(path, "rb") as file:
         found = hashlib.file_digest(file, name).hexdigest()
     if found == wanted:
         return f"; it is the published file, by size and {name}"

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from admfast.checkpoints.differences import (
@@ -23,19 +24,22 @@ from admfast.checkpoints.differences import (
     network_shapes,
 )
 from admfast.checkpoints.structure import Structure, read_structure, summary
+from admfast.diffusion import NOISE_SCHEDULES, DiffusionConfig
+from admfast.diffusion.config import SETTINGS, checked_setting
+from admfast.diffusion.config import SWITCHES as PROCESS_SWITCHES
 from admfast.errors import CheckpointError, invalid, nearest
 from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, config_from_dict
 from admfast.models.config import SWITCHES, checked_field
-from admfast.models.description import NOISE_SCHEDULES, Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
 
 _KINDS: dict[str, type[NetConfig]] = {
     kind.kind: kind for kind in (UNetConfig, UpsamplerConfig, ClassifierConfig)
 }
-_DIFFUSION_NAMES = {entry.name for entry in dataclasses.fields(DiffusionSettings)}
+_DIFFUSION_NAMES = set(SETTINGS)
 _NETWORK_NAMES = {entry.name for kind in _KINDS.values() for entry in dataclasses.fields(kind)}
 OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})  # what can be said of a file
-SWITCH_NAMES = {*SWITCHES, *(_DIFFUSION_NAMES - {"noise_schedule", "steps"})}
+SWITCH_NAMES = {*SWITCHES, *PROCESS_SWITCHES}
 
 
 class Unanswered(CheckpointError):
@@ -47,10 +51,11 @@ class Unanswered(CheckpointError):
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a weights file is.
+class ModelInfo:
+    """What a weights file is, and how that is known.
 
     Attributes:
+        path: the weights file.
         config: the network's configuration.
         diffusion: its process; None where nothing says it.
         preset: the released model that it is by name; None where shapes fit several, or none.
@@ -58,15 +63,22 @@ class Identity:
         source: where the configuration comes from, in words.
         assumed: what was assumed because nothing says it, such as "dropout=0.0".
         training: facts that the file carries about its training.
+        parameters: number of parameters.
+        fingerprint: of keys and shapes.
+        dtypes: values on disk by dtype, such as {"float32": 295904454}; {} where only shapes are known.
     """
 
+    path: Path
     config: NetConfig
-    diffusion: DiffusionSettings | None
+    diffusion: DiffusionConfig | None
     preset: ModelPreset | None
     candidates: tuple[ModelPreset, ...]
     source: str
-    assumed: tuple[str, ...] = ()
-    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    assumed: tuple[str, ...]
+    training: Mapping[str, Any]
+    parameters: int
+    fingerprint: str
+    dtypes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def identify(
@@ -78,13 +90,13 @@ def identify(
     preset_name: str | None = None,
     carried: Description | None = None,
     process: bool = False,
-) -> Identity:
+) -> ModelInfo:
     """Find the configuration of the weights with these keys and shapes.
 
     Args:
         shapes: of the file's tensors.
         file: path of the file; a released file's own name tells apart models of equal shapes.
-        options: fields of the configuration or of `DiffusionSettings` that win over every other source.
+        options: fields of the configuration or of `DiffusionConfig` that win over every other source.
         config: the configuration, if the caller knows it.
         preset_name: released model that the file is said to be.
         carried: the description that came with the file.
@@ -99,6 +111,7 @@ def identify(
     network_options, diffusion_options = _split(options or {})
     candidates = presets_with_fingerprint(fingerprint(shapes))
     known: ModelPreset | None = None
+    assumed: list[str] = []
     training: Mapping[str, Any] = {}
     sure = True
     if config is not None and preset_name is not None:
@@ -120,17 +133,30 @@ def identify(
         sure = known is not None or "dropout" in network_options
         source = "its keys and shapes, which are those of " + _any_of([model.name for model in candidates])
     else:
-        return _from_structure(shapes, file, network_options, diffusion_options, process)
+        config, assumed = _from_structure(shapes, file, network_options, diffusion_options, process)
+        diffusion, source = None, "its keys and shapes, and the options given"
     config = _with_options(config, network_options)
     diffusion = _settings(diffusion, diffusion_options, config)
-    assumed = _of_the_preset(config, diffusion, options or {}) if known or not sure else []
+    if known or not sure:
+        assumed += _of_the_preset(config, diffusion, options or {})
     # Released models of equal shapes differ in dropout alone.
     assumed += [] if sure else [f"dropout={config.dropout} (matters in training only)"]
-    return Identity(config, diffusion, known, candidates, source, tuple(assumed), training)
+    return ModelInfo(
+        Path(file),
+        config,
+        diffusion,
+        known,
+        candidates,
+        source,
+        tuple(assumed),
+        training,
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        fingerprint=fingerprint(shapes),
+    )
 
 
 def _of_the_preset(
-    config: NetConfig, diffusion: DiffusionSettings | None, options: Mapping[str, Any]
+    config: NetConfig, diffusion: DiffusionConfig | None, options: Mapping[str, Any]
 ) -> list[str]:
     """What a released model says and keys and shapes can't: the layout of the heads, the process."""
     by = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
@@ -149,7 +175,7 @@ def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if value is None and name != "num_classes":
             continue
         if name in _DIFFUSION_NAMES:
-            diffusion[name] = getattr(DiffusionSettings(**{name: value}), name)
+            diffusion[name] = checked_setting(name, value)
         else:
             network[name] = checked_field(name, value)
     if "kind" in network and network["kind"] not in _KINDS:
@@ -166,14 +192,14 @@ def _with_options(config: NetConfig, options: Mapping[str, Any]) -> NetConfig:
 
 
 def _settings(
-    known: DiffusionSettings | None, options: Mapping[str, Any], config: NetConfig
-) -> DiffusionSettings | None:
+    known: DiffusionConfig | None, options: Mapping[str, Any], config: NetConfig
+) -> DiffusionConfig | None:
     """The process with options applied; with a schedule among them they are enough to make one for a UNet."""
     learned = isinstance(config, UNetConfig) and config.learn_sigma
     settings = known
     if options:
-        settings = dataclasses.replace(known or DiffusionSettings(learn_sigma=learned), **options)
-    if settings is not None and isinstance(config, UNetConfig) and settings.learn_sigma != learned:
+        settings = dataclasses.replace(known or DiffusionConfig(learn_sigma=learned), **options)
+    if settings is not None and isinstance(config, UNetConfig) and settings.types[1].learned != learned:
         channels = f"{config.out_channels} channels out for {config.in_channels}-channel images"
         raise invalid("learn_sigma", settings.learn_sigma, f"{learned} for a network with {channels}")
     return settings if known is not None or "noise_schedule" in options else None
@@ -181,8 +207,8 @@ def _settings(
 
 def _from_structure(
     shapes: Shapes, file: str, options: dict[str, Any], diffusion_options: dict[str, Any], process: bool
-) -> Identity:
-    """Read the configuration off the shapes and complete it by `options`, or ask."""
+) -> tuple[NetConfig, list[str]]:
+    """Read the configuration off the shapes and complete it by `options`, or ask; and what it assumes."""
     try:
         structure = read_structure(shapes)
     except CheckpointError as error:
@@ -192,7 +218,6 @@ def _from_structure(
     kind = _kind(structure, options, questions)
     layout = _layout(structure, options, questions)
     fields = {**structure.fields, **structure.of_layout(layout)}
-    assumed = _assumed(kind, options)
     _ask_heads(structure, kind, options, questions)
     if "image_size" not in fields and "image_size" not in options:
         questions.append("image_size (side of the training images in pixels)")
@@ -202,9 +227,7 @@ def _from_structure(
     if questions:
         raise Unanswered(_question(file, structure, questions, nearest_preset(shapes)), structure)
     fields |= {"kind": kind, "in_channels": structure.kinds[kind]}
-    config = config_from_dict({**fields, **options})
-    diffusion = _settings(None, diffusion_options, config)
-    return Identity(config, diffusion, None, (), "its keys and shapes, and the options given", assumed)
+    return config_from_dict({**fields, **options}), _assumed(kind, options)
 
 
 def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:
@@ -292,7 +315,7 @@ def _ask_heads(structure: Structure, kind: str, options: Mapping[str, Any], ques
         questions.append("use_new_attention_order (True or False)")
 
 
-def _assumed(kind: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+def _assumed(kind: str, options: Mapping[str, Any]) -> list[str]:
     """What is taken for granted where no option says otherwise."""
     assumed = []
     if "dropout" not in options:
@@ -300,7 +323,7 @@ def _assumed(kind: str, options: Mapping[str, Any]) -> tuple[str, ...]:
     if kind == "classifier" and "use_new_attention_order" not in options:
         # The published constructor has no flag for it.
         assumed.append("use_new_attention_order=False (as in every published classifier)")
-    return tuple(assumed)
+    return assumed
 
 
 def _question(

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from admfast.checkpoints.differences import compare, fingerprint, nearest_preset, network_shapes, shapes_of
-from admfast.checkpoints.infer import Identity, identify
+from admfast.checkpoints.differences import compare, nearest_preset, network_shapes, shapes_of
+from admfast.checkpoints.infer import ModelInfo, identify
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.errors import CheckpointError
 from admfast.models import NetConfig, build
-from admfast.models.description import DiffusionSettings
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What was loaded, and how that is known.
-
-    Attributes:
-        path: the weights file.
-        config, diffusion: the network and its process (None: nothing says it).
-        preset: name of the released model, where it is known which one.
-        candidates: names of all released models with these keys and shapes.
-        source: where the configuration comes from, in words.
-        assumed: what was assumed because nothing says it.
-        training: facts that the file carries about its training.
-        dtypes: values on disk by dtype, such as {"float32": 295904454}.
-        parameters: number of parameters.
-        fingerprint: of keys and shapes.
-    """
-
-    path: Path
-    config: NetConfig
-    diffusion: DiffusionSettings | None
-    preset: str | None
-    candidates: tuple[str, ...]
-    source: str
-    assumed: tuple[str, ...]
-    training: Mapping[str, Any]
-    dtypes: Mapping[str, int]
-    parameters: int
-    fingerprint: str
 
 
 def load_network(
@@ -75,7 +43,7 @@ def load_network(
         device: where the parameters end up.
         checksums: see `read_weights`.
         process: the process must be known too; where nothing says it, it is asked for with the rest.
-        options: fields of the configuration or of `DiffusionSettings` that win over every other source, such
+        options: fields of the configuration or of `DiffusionConfig` that win over every other source, such
             as `num_heads=4`.
 
     Returns:
@@ -87,10 +55,10 @@ def load_network(
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
     """
     weights = read_weights(path, checksums=checksums)
-    identity, info = identify_weights(weights, config=config, preset=preset, options=options, process=process)
-    check_fit(weights, identity)
+    info = identify_weights(weights, config=config, preset=preset, options=options, process=process)
+    check_fit(weights, info)
     with torch.device("meta"):
-        net = build(identity.config)
+        net = build(info.config)
     tensors = weights.tensors
     for key in list(tensors):
         # One at a time, so that a widened file never lies in memory twice.
@@ -106,11 +74,10 @@ def identify_weights(
     preset: str | None = None,
     options: Mapping[str, Any] | None = None,
     process: bool = False,
-) -> tuple[Identity, ModelInfo]:
+) -> ModelInfo:
     """Find out what a file's weights are, without building the network. Raises as `load_network`."""
-    shapes = shapes_of(weights.tensors)
-    identity = identify(
-        shapes,
+    info = identify(
+        shapes_of(weights.tensors),
         file=str(weights.path),
         options=options,
         config=config,
@@ -118,19 +85,7 @@ def identify_weights(
         carried=weights.description,
         process=process,
     )
-    return identity, ModelInfo(
-        path=weights.path,
-        config=identity.config,
-        diffusion=identity.diffusion,
-        preset=identity.preset.name if identity.preset else None,
-        candidates=tuple(model.name for model in identity.candidates),
-        source=identity.source,
-        assumed=identity.assumed,
-        training=identity.training,
-        dtypes=values_by_dtype(weights.tensors),
-        parameters=sum(value.numel() for value in weights.tensors.values()),
-        fingerprint=fingerprint(shapes),
-    )
+    return dataclasses.replace(info, dtypes=values_by_dtype(weights.tensors))
 
 
 def values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -141,15 +96,15 @@ def values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(counted.most_common())
 
 
-def check_fit(weights: Weights, identity: Identity) -> None:
+def check_fit(weights: Weights, info: ModelInfo) -> None:
     """Refuse weights that aren't exactly those that the configuration needs, or aren't floating-point."""
     shapes = shapes_of(weights.tensors)
-    differences = compare(shapes, network_shapes(identity.config))
+    differences = compare(shapes, network_shapes(info.config))
     if differences:
-        text = f"{weights.path}: does not fit {identity.source}: {differences.summary()}"
+        text = f"{weights.path}: does not fit {info.source}: {differences.summary()}"
         near = nearest_preset(shapes)
-        if identity.candidates:
-            text += f"; it fits {' or '.join(model.name for model in identity.candidates)}"
+        if info.candidates:
+            text += f"; it fits {' or '.join(model.name for model in info.candidates)}"
         elif near is not None:
             text += f"; nearest released model: {near[0].name} ({near[1].summary(1)})"
         raise CheckpointError(text)

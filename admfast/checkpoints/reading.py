@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from admfast.errors import CheckpointError, InvalidArgument
+from admfast.errors import CheckpointError, InvalidArgument, first_line
 from admfast.models.description import Description, description_from_json
 
 METADATA_KEY = "admfast"  # of the copy of the description in a safetensors header
@@ -121,7 +121,7 @@ def _read_pickled(path: Path, checksums: bool) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_refusal(path, zipped)}") from error
     except Exception as error:  # torch raises many kinds for damaged files; all of them mean one thing here
-        text = (str(error).splitlines() or [type(error).__name__])[0].split(". This is")[0][:200]
+        text = first_line(error).split(". This is")[0][:200]
         if "legacy .tar format" in str(error):
             text = (
                 "in the tar format of torch before 0.1.10, which is not read; save it anew with a later torch"
@@ -252,7 +252,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         tensors = load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged: {(str(error).splitlines() or [''])[0]}") from error
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
     metadata = header.get("__metadata__")

@@ -59,11 +59,8 @@ class CoefficientTables:
         dtype = torch.float64 if wide else torch.float32
         table = self._tables.get((t.device, dtype))
         if table is None:
-            # Rounded on the host, since not every device has float64. Inference mode is left because a table
-            # made under it could not serve autograd later.
-            with torch.inference_mode(False):
-                table = torch.tensor(self._host, dtype=dtype).to(t.device)
-            self._tables[t.device, dtype] = table
+            # Rounded on the host, since not every device has float64.
+            table = self._tables[t.device, dtype] = _uploaded(self._host, t.device, dtype)
         return Coefficients(table, self._rows, t, tensors[0].shape)
 
     def model_t(self, t: Tensor) -> Tensor:
@@ -71,9 +68,7 @@ class CoefficientTables:
         self._check(t, t.shape[:1])
         table = self._model_t.get(t.device)
         if table is None:
-            with torch.inference_mode(False):
-                table = torch.tensor(self._model_timesteps).to(t.device)
-            self._model_t[t.device] = table
+            table = self._model_t[t.device] = _uploaded(self._model_timesteps, t.device)
         return table.index_select(0, t)
 
     def _check(self, t: Tensor, shape: torch.Size) -> None:
@@ -86,6 +81,12 @@ class CoefficientTables:
         low, high = int(t.min()), int(t.max())
         if low < 0 or high >= steps:
             raise invalid("t", low if low < 0 else high, f"steps from 0 to {steps - 1}")
+
+
+def _uploaded(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    # Outside of inference mode: a table made in it could not serve autograd later.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype).to(device)
 
 
 def _coefficients(schedule: Schedule) -> dict[str, FloatArray]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from admfast import checks
 from admfast.diffusion.parameterisation import LossType, MeanType, VarType, member
 from admfast.diffusion.process import GaussianDiffusion
 from admfast.diffusion.respacing import Respacing, space_timesteps
-from admfast.diffusion.schedule import beta_schedule, make_schedule
+from admfast.diffusion.schedule import NOISE_SCHEDULES, beta_schedule, make_schedule
 from admfast.errors import invalid, nearest
 
-_SWITCHES = (
+SWITCHES = (
     "learn_sigma",
     "sigma_small",
     "predict_xstart",
@@ -21,12 +23,21 @@ _SWITCHES = (
     "rescale_learned_sigmas",
     "use_kl",
 )
+# What is said of a weights file; the other fields are for processes of one's own.
+SETTINGS = ("noise_schedule", "steps", *SWITCHES)
 _PUBLISHED_NAMES = {"diffusion_steps": "steps", "timestep_respacing": "respacing"}
+
+
+def checked_setting(name: str, value: object) -> object:
+    """Return one of `SETTINGS` in one form, whatever the others are; InvalidArgument for a wrong value."""
+    if name == "noise_schedule":
+        return checks.one_of(name, value, NOISE_SCHEDULES)
+    return checks.whole(name, value, 1) if name == "steps" else checks.switch(name, value)
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """A diffusion process and its training objective.
+    """A diffusion process and its training objective, as it travels with weights (`to_dict`, `from_flags`).
 
     Source: `create_gaussian_diffusion` of the published code.
 
@@ -55,9 +66,8 @@ class DiffusionConfig:
     loss_type: LossType | str | None = None
 
     def __post_init__(self) -> None:
-        for switch in _SWITCHES:
-            if not isinstance(getattr(self, switch), bool):
-                raise invalid(switch, getattr(self, switch), "True or False")
+        for name in SETTINGS:
+            object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
         beta_schedule(self.noise_schedule, self.steps)
         if isinstance(self.respacing, Iterable) and not isinstance(self.respacing, str):
             object.__setattr__(self, "respacing", tuple(self.respacing))
@@ -94,6 +104,16 @@ class DiffusionConfig:
             # The published code takes every empty respacing for "keep all".
             settings[name] = "" if flag == "timestep_respacing" and not value else value
         return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON: `SETTINGS`, and others where they aren't the default."""
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        fields = {name: getattr(self, name) for name in defaults}
+        return {
+            name: value.name if isinstance(value, enum.Enum) else value
+            for name, value in fields.items()
+            if name in SETTINGS or value != defaults[name]
+        }
 
     @property
     def types(self) -> tuple[MeanType, VarType, LossType]:

@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 
+from admfast.checks import whole
 from admfast.errors import InvalidArgument, invalid, nearest
 
 Respacing = str | int | Iterable[int]
@@ -17,24 +18,6 @@ _FORMS = (
     "a count such as '250', counts per section such as '10,10,10', 'ddimN', a list of timesteps, "
     "or '' for all"
 )
-
-
-def whole_number(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return `value` as an int in low..high (both included), or raise.
-
-    Accepts Python and NumPy integers, not booleans and not floats.
-    Raises: InvalidArgument naming the argument, its value and the range.
-    """
-    allowed = f"a whole number, at least {low}" if high is None else f"a whole number from {low} to {high}"
-    if isinstance(value, bool):
-        raise invalid(name, value, allowed)
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise invalid(name, value, allowed) from None
-    if number < low or (high is not None and number > high):
-        raise invalid(name, value, allowed)
-    return number
 
 
 def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = False) -> list[int]:
@@ -60,7 +43,7 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
     Returns a list of distinct ints; empty only for counts that are all 0.
     Raises: InvalidArgument naming the value and what is allowed. Not differentiable (no tensors).
     """
-    total = whole_number("num_timesteps", num_timesteps, 1)
+    total = whole("num_timesteps", num_timesteps, 1)
     if isinstance(spec, str):
         if published and not (_DDIM.fullmatch(spec) or _COUNTS.fullmatch(spec)):
             raise _unknown(spec)
@@ -70,7 +53,7 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
         if published:
             return _sections(total, [operator.index(count) for count in items], published)
         return _explicit(total, items)
-    return _sections(total, [whole_number("respacing", spec, 0, total)], published)
+    return _sections(total, [whole("respacing", spec, 0, total)], published)
 
 
 def _from_text(total: int, spec: str, published: bool) -> list[int]:
@@ -132,7 +115,7 @@ def _sections(total: int, counts: Sequence[int], published: bool) -> list[int]:
 
 
 def _explicit(total: int, steps: Sequence[int]) -> list[int]:
-    kept = sorted(whole_number("respacing timestep", step, 0, total - 1) for step in steps)
+    kept = sorted(whole("respacing timestep", step, 0, total - 1) for step in steps)
     if not kept:
         raise invalid("respacing", list(steps), f"at least one timestep from 0 to {total - 1}")
     for step, following in zip(kept, kept[1:], strict=False):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from admfast.diffusion.respacing import Respacing, space_timesteps, whole_number
-from admfast.errors import invalid, nearest
+from admfast.checks import one_of, whole
+from admfast.diffusion.respacing import Respacing, space_timesteps
+from admfast.errors import invalid
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -32,9 +33,8 @@ def beta_schedule(name: str, steps: int) -> FloatArray:
     name: "linear" or "cosine". steps: at least 1; at least 20 for "linear", whose last beta is 20 / steps.
     Raises: InvalidArgument.
     """
-    if name not in NOISE_SCHEDULES:
-        raise invalid("noise_schedule", name, nearest(str(name), NOISE_SCHEDULES))
-    steps = whole_number("steps", steps, 1)
+    one_of("noise_schedule", name, NOISE_SCHEDULES)
+    steps = whole("steps", steps, 1)
     if name == "linear":
         if steps < 20:
             raise invalid("steps", steps, "a linear schedule takes at least 20, its last beta is 20 / steps")
@@ -92,7 +92,7 @@ class Schedule:
         if outside.any():
             step = int(np.argmax(outside))
             raise invalid(f"betas[{step}]", float(betas[step]), "greater than 0, at most 1")
-        steps = whole_number("original_steps", self.original_steps, len(betas))
+        steps = whole("original_steps", self.original_steps, len(betas))
         kept = np.array(self.timestep_map)
         if kept.shape != betas.shape or kept.dtype.kind not in "iu":
             raise invalid(

@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from admfast import checks
 from admfast.diffusion import DiffusionConfig, Respacing
-from admfast.diffusion.respacing import whole_number
-from admfast.engine.arguments import check_functions, check_implementations, real_number
+from admfast.engine.arguments import check_implementations
 from admfast.engine.guidance import GuidanceFn
 from admfast.engine.loop import Callback
 from admfast.engine.sampler import Plan
 from admfast.errors import invalid
-from admfast.solvers import SOLVERS, check_solver, make_table, respacing_of
+from admfast.solvers import check_solver, make_table, respacing_of
 
 Output = Literal["uint8", "float"]
 INVERSE = "ddim-inverse"
@@ -53,28 +53,24 @@ class Asked:
 
 def check_asked(asked: Asked) -> None:
     """Refuse what is wrong whatever the model is."""
-    check_functions(guidance_fn=asked.guidance_fn, denoised_fn=asked.denoised_fn, callback=asked.callback)
-    if asked.output not in ("uint8", "float"):
-        raise invalid("output", asked.output, "'uint8' or 'float'")
-    whole_number("every", asked.every, 1)
+    checks.functions(guidance_fn=asked.guidance_fn, denoised_fn=asked.denoised_fn, callback=asked.callback)
+    checks.one_of("output", asked.output, ("uint8", "float"))
+    checks.whole("every", asked.every, 1)
     check_implementations(asked.impl)
 
 
 def make_plan(diffusion: DiffusionConfig, default: int, asked: Asked, name: str = "steps") -> Plan:
     """Return the rows that run on a process; `name` is what the user calls `steps`, `default` how many."""
     steps, respacing, solver = asked.steps, asked.respacing, asked.solver
-    if not isinstance(solver, str):
-        raise invalid("solver", solver, f"one of: {', '.join(SOLVERS)}")
     check_solver(solver)
-    if not isinstance(asked.clip, bool):
-        raise invalid("clip", asked.clip, "True or False")
+    checks.switch("clip", asked.clip)
     if respacing is None:
-        steps = whole_number(name, default if steps is None else steps, 1, diffusion.steps)
+        steps = checks.whole(name, default if steps is None else steps, 1, diffusion.steps)
         respacing = respacing_of(solver, steps)
     elif steps is not None:
         raise invalid(name, steps, "not together with respacing")
     process = diffusion.build(respacing)
-    options = {} if asked.eta is None else {"eta": real_number("eta", asked.eta)}
+    options = {} if asked.eta is None else {"eta": checks.real("eta", asked.eta)}
     table = make_table(solver, process, clip=asked.clip, **options)
     plan = Plan(
         process,
@@ -94,7 +90,7 @@ def _from_the_middle(plan: Plan, diffusion: DiffusionConfig, asked: Asked) -> Pl
         raise invalid("x_start, t_start", (x_start is not None, t_start), "give both or neither")
     if t_start is None:
         return plan
-    t_start = whole_number("t_start", t_start, 0, diffusion.steps - 1)
+    t_start = checks.whole("t_start", t_start, 0, diffusion.steps - 1)
     kept = plan.process.schedule.timestep_map
     below = [row.index for row in plan.table.rows if kept[row.index] <= t_start]
     if not below:
@@ -113,7 +109,7 @@ def guided_rows(plan: Plan, asked: Asked) -> list[bool] | None:
     values = list(interval) if isinstance(interval, Iterable) and not isinstance(interval, str) else []
     if len(values) != 2:
         raise invalid("guidance_interval", interval, "two timesteps, (lowest, highest)")
-    low, high = (real_number("guidance_interval", value) for value in values)
+    low, high = (checks.real("guidance_interval", value) for value in values)
     if low > high:
         raise invalid("guidance_interval", interval, "the lowest first")
     kept = plan.process.schedule.timestep_map
@@ -133,7 +129,7 @@ def check_inverse(asked: Asked) -> None:
 
 def guidance_scale(name: str, default: float, classifier: nn.Module | None, asked: Asked) -> float:
     """The scale of the classifier's gradient; 0 where it is not used."""
-    scale = None if asked.guidance is None else real_number("guidance", asked.guidance)
+    scale = None if asked.guidance is None else checks.real("guidance", asked.guidance)
     if asked.guidance_fn is not None:
         if scale:
             raise invalid("guidance", asked.guidance, "not together with guidance_fn")

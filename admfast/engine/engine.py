@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -58,23 +59,19 @@ class Engine:
             for net, dtype in ((self.net, policy.torso), (self.classifier, policy.classifier)):
                 if net is None:
                     continue
-                if fold is None:
-                    # Another pipeline may have folded the network, in a precision of its own.
-                    if net.fold_options is not None:
-                        net.unfold()
-                    continue
+                if fold is None and net.fold_options is None and not self.options.prepared:
+                    continue  # nothing depends on what the network looks like
                 own = next(net.parameters()).dtype
-                # A policy rounds float32; a network of float64 stays one.
-                kind = own if own == torch.float64 else dtype
-                net.ensure_folded(fold, kind)
-            if self._steps:
-                self._drop_outdated()
+                # A policy rounds float32; a network of float64 stays one. Without options of its own: another
+                # pipeline may have folded the network.
+                net.ensure_folded(fold, own if own == torch.float64 else dtype)
+            self._drop_outdated()
 
     def _drop_outdated(self) -> None:
-        """Drop the kept steps of networks that have another form by now."""
-        forms = tuple(net.form() for net in self._networks())
+        """Drop the kept steps of networks that have changed since."""
+        generations = generations_of(self._networks())
         for key, step in list(self._steps.items()):
-            if step.forms != forms[: len(step.forms)]:
+            if step.generations != generations[: len(step.generations)]:
                 del self._steps[key]
 
     def unchanged(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -140,6 +137,7 @@ class Engine:
         with self._lock:
             self._steps.clear()
         if self.device.type == "cuda":
+            gc.collect()  # a step whose graph was refused refers to itself, as does an error that was caught
             torch.cuda.empty_cache()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from admfast.engine.arguments import float_images
+from admfast import checks
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import NonFiniteError, invalid
 from admfast.ops.noise import Stream
@@ -135,7 +135,7 @@ class FunctionStep:
         if self.guidance is not None and guided:
             # Detached: a function that makes its x a leaf must not make the state one.
             gradient = self.guidance(x.detach(), self.t_clf[i])
-            float_images("guidance(x, t)", gradient, tuple(x.shape))
+            checks.images("guidance(x, t)", gradient, tuple(x.shape))
         if self.denoised_fn is not None:
             out = apply_denoised_fn(self.denoised_fn, self.rows[i], x, out)
         noise = None if self.step_noise is None else self.step_noise[i]
@@ -204,5 +204,5 @@ def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tens
     channels = x.shape[1]
     out = out.to(x.dtype)
     x0 = denoised_fn(row.k_x * x + row.k_out * out[:, :channels])
-    float_images("denoised_fn(x_0)", x0, tuple(x.shape))
+    checks.images("denoised_fn(x_0)", x0, tuple(x.shape))
     return torch.cat([x0, out[:, channels:]], dim=1)

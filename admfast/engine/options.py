@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 
-from admfast.diffusion.respacing import whole_number
+from admfast.checks import switches, whole
 from admfast.errors import invalid
 from admfast.models.fold import FoldOptions
 
@@ -40,16 +40,14 @@ class EngineOptions:
     kept_bytes: int = 8 << 30
 
     def __post_init__(self) -> None:
-        for name in ("prepared", "graph", "branches", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise invalid(name, getattr(self, name), "True or False")
+        switches(self, "prepared", "graph", "branches", "compile")
         if self.fold is not None and not isinstance(self.fold, FoldOptions):
             raise invalid("fold", self.fold, "FoldOptions, or None for nothing")
         if self.compile_cache is not None and not isinstance(self.compile_cache, str | PathLike):
             raise invalid("compile_cache", self.compile_cache, "the path of a file, or None")
-        whole_number("rows_at_a_time", self.rows_at_a_time, 1)
-        whole_number("kept_steps", self.kept_steps, 1)
-        whole_number("kept_bytes", self.kept_bytes, 0)
+        whole("rows_at_a_time", self.rows_at_a_time, 1)
+        whole("kept_steps", self.kept_steps, 1)
+        whole("kept_bytes", self.kept_bytes, 0)
         if self.compile_cache is not None and not self.compile:
             raise invalid("compile_cache", str(self.compile_cache), "only together with compile=True")
 

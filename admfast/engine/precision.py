@@ -52,14 +52,14 @@ POLICIES = {
     "bf16": Policy("bf16", torch.bfloat16, torch.bfloat16),
     "fp16": Policy("fp16", torch.float16, torch.float16),
 }
-# Some of the released models overflow float16, and the published classifier runs in float32.
-AUTO_CUDA = Policy("auto", torch.bfloat16, torch.float32)
+# Some of the released models overflow float16. The classifier's gradient is scaled before its backward pass.
+AUTO_CUDA = Policy("auto", torch.bfloat16, torch.bfloat16)
 
 
 def policy(name: str, device: torch.device) -> Policy:
     """Return the policy called `name` for a device; "auto" is the device's own.
 
-    "auto" is bfloat16 with a float32 classifier on CUDA, bfloat16 on a CPU with AMX, else float32: without
+    "auto" is bfloat16 on CUDA and on a CPU with AMX, else float32: without
     AMX a CPU's bfloat16 products are half as fast as its float32 ones (measured: `bench/README.md`). The
     choice on CUDA, and that on a CPU with AMX, follow from the range of the formats and the peak rates that
     vendors state; neither has been measured here, in speed or in the quality of the images.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from admfast.diffusion import DiffusionConfig, MeanType, VarType
 from admfast.errors import invalid
+from admfast.ops.transforms import deriving
 from admfast.solvers.table import log_variance_coefficients
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -91,8 +92,7 @@ class Predictor:
         """The columns at float t: [N, 3], without a transfer once the table is on the device."""
         key = (t.device, t.dtype)
         if key not in self._tables:
-            # Left because a table made under inference mode could not serve autograd later.
-            with torch.inference_mode(False):
+            with deriving():
                 self._tables[key] = self._columns.to(device=t.device, dtype=t.dtype)
         table = self._tables[key]
         low = t.floor().long().clamp(0, len(table) - 1)

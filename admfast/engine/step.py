@@ -98,8 +98,7 @@ class PreparedStep:
             check_frozen(classifier)
         self.net, self.classifier, self.key = net, classifier if key.guided else None, key
         networks = [part for part in (net, self.classifier) if part is not None]
-        self.forms = tuple(part.form() for part in networks)
-        self._networks, self._generations = networks, generations_of(networks)
+        self._networks, self.generations = networks, generations_of(networks)
         self._make_buffers(device)
         parts = {"net": self.net, "classifier": self.classifier}
         self.tables = {
@@ -152,10 +151,13 @@ class PreparedStep:
         if guided and self.side is not None:
             here = torch.cuda.current_stream(x.device)
             self.side.wait_stream(here)
-            with torch.cuda.stream(self.side):
-                gradient = self._gradient(x, t_clf, row)
-            out = self._output(x, t_net, row)
-            here.wait_stream(self.side)
+            try:
+                with torch.cuda.stream(self.side):
+                    gradient = self._gradient(x, t_clf, row)
+                out = self._output(x, t_net, row)
+            finally:
+                # A capture in which a branch is left unjoined, as by a lack of memory, could not end.
+                here.wait_stream(self.side)
         else:
             gradient = self._gradient(x, t_clf, row) if guided else None
             out = self._output(x, t_net, row)
@@ -243,7 +245,7 @@ class PreparedStep:
 
     def advance(self, i: int, guided: bool) -> None:
         """Run row i; rows come in order, from 0."""
-        check_generations(self._networks, self._generations)
+        check_generations(self._networks, self.generations)
         chunk = min([table.rows for table in self.tables.values()], default=0)
         if chunk and i % chunk == 0:
             self.first_row.fill_(i)
@@ -285,7 +287,7 @@ class EmbeddingTable:
 
 
 def generations_of(networks: Sequence[FoldableNet]) -> list[int]:
-    """Which of their forms networks have."""
+    """Return a number for each network that rises when a step made of it can't be used any more."""
     return [net.fold_generation for net in networks]
 
 

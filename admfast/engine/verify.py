@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.engine.arguments import real_number
+from admfast.checks import real
 from admfast.engine.images import to_uint8
 from admfast.engine.numerics import own_numerics
 from admfast.engine.precision import Policy
@@ -35,11 +35,10 @@ class Budget:
     output: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("layer", "step", "psnr", "output"):
-            real_number(name, getattr(self, name))
         for name in ("layer", "step"):
-            if getattr(self, name) <= 0:
-                raise invalid(name, getattr(self, name), "more than 0")
+            real(name, getattr(self, name), above=0)
+        for name in ("psnr", "output"):
+            real(name, getattr(self, name))
 
 
 # A layer rounds its weights, a partial sum of two sources and its output once: three independent relative

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from admfast.errors import invalid
+from admfast.errors import first_line, invalid
 from admfast.files.atomic import atomic_open
 
 UInt8 = NDArray[np.uint8]
@@ -74,7 +74,7 @@ def read_image(path: str | PathLike[str]) -> UInt8:
     except UnidentifiedImageError:
         raise invalid("path", name, "not an image in a format that Pillow reads") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise invalid("path", name, f"not readable as an image: {_first_line(error)}") from error
+        raise invalid("path", name, f"not readable as an image: {first_line(error)}") from error
     return array[:, :, None] if array.ndim == 2 else array
 
 
@@ -188,8 +188,3 @@ def _to_pillow(image: UInt8, argument: str) -> Image.Image:
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(image))
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an exception's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from admfast.errors import InvalidArgument, invalid
+from admfast.errors import InvalidArgument, first_line, invalid
 from admfast.files.atomic import atomic_open
 
 
@@ -189,7 +189,7 @@ def _naming(path: str | PathLike[str]) -> Iterator[None]:
 
 def _reason(path: str | PathLike[str], error: BaseException) -> str:
     """Why an npz can't be read."""
-    text = (str(error).splitlines() or [""])[0]
+    text = first_line(error)
     with contextlib.suppress(OSError), open(path, "rb") as file:
         magic = file.read(4)
         if not magic:
@@ -198,7 +198,7 @@ def _reason(path: str | PathLike[str], error: BaseException) -> str:
             return "holds pickled objects, which are not read"
         if magic[:2] != b"PK":
             return "not an npz archive"
-        return f"truncated or damaged: {text or type(error).__name__}"
+        return f"truncated or damaged: {text}"
     return getattr(error, "strerror", None) or text
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from admfast import checks
 from admfast.errors import invalid, nearest
-from admfast.models import fields
 
 Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 POOLS: tuple[Pool, ...] = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -35,24 +35,34 @@ SWITCHES = (
 def checked_field(name: str, value: Any) -> Any:
     """Return the value of a configuration's field in one form; InvalidArgument for a wrong type or range."""
     if name in _WHOLE:
-        return fields.whole(name, value)
+        return checks.whole(name, value, 1)
     if name in _WHOLE_OR_NOT:
-        return fields.whole(name, value, special=-1)
+        return checks.whole(name, value, 1, special=-1)
     if name in SWITCHES:
-        return fields.switch(name, value)
+        return checks.switch(name, value)
     if name == "num_classes":
-        return None if value is None else fields.whole(name, value)
+        return None if value is None else checks.whole(name, value, 1)
     if name == "attention_resolutions":
-        return fields.factors(name, value)
+        return tuple(checks.whole_numbers(name, value, 1))
     if name == "channel_mult":
-        return fields.multipliers(name, value)
+        return _multipliers(name, value)
     if name == "dropout":
-        return fields.probability(name, value)
+        return checks.real(name, value, least=0, below=1)
     if name == "dims" and (type(value) is not int or value not in (1, 2, 3)):
         raise invalid(name, value, "1, 2 or 3")
-    if name == "pool" and value not in POOLS:
-        raise invalid(name, value, nearest(str(value), POOLS))
+    if name == "pool":
+        return checks.one_of(name, value, POOLS)
     return value
+
+
+def _multipliers(name: str, value: object) -> tuple[Any, ...]:
+    """Return numbers above 0, one a level; a single one counts as a sequence of one."""
+    found = checks.items(value)
+    for item in found:
+        checks.real(name, item, above=0)
+    if not found:
+        raise invalid(name, value, "one multiplier above 0 a level, at least one")
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,27 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admfast.models.fold import FoldOptions
+from admfast.models.fold.options import FoldOptions
 from admfast.ops.conv import FoldedConv
+from admfast.ops.conv_forms import ConvOptions
 from admfast.ops.transforms import in_autocast
-
-
-class _Folded:
-    """What a convolution was folded to, and the parameters that this was made from."""
-
-    def __init__(self, parts: list[FoldedConv], key: tuple[Any, ...], residual: bool):
-        self.parts, self.key, self.residual, self.reordered = parts, key, residual, False
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    def __call__(self, x: Tensor, residual: Tensor | None, x2: Tensor | None) -> Tensor:
-        if len(self.parts) == 1 and x2 is not None:
-            x, x2 = torch.cat([x, x2], dim=1), None
-        inside = residual if self.residual else None
-        y = self.parts[0](x, inside)
-        if x2 is not None:
-            y = self.parts[1](x2, y)
-        return y if inside is residual else residual + y  # type: ignore[operator]
 
 
 class FoldableConv(nn.Module):
@@ -46,35 +29,32 @@ class FoldableConv(nn.Module):
     rows: list[int] | None = None
     weight: Tensor
     bias: Tensor | None
-    _folded: _Folded | None = None
+    _folded: FoldedConv | None = None
+    _adds_residual: bool = True
 
     def fold_weights(self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False) -> None:
         """Derive the folded form, or renew it in place."""
         split = self.split if options.has("two_sources") else 0
         rows = self.rows if options.has("qkv_rows") else None
-        key = (options, dtype)
-        parts = _parts(self.weight.detach(), None if self.bias is None else self.bias.detach(), split, rows)
-        if self._folded is not None and self._folded.key == key:
-            for form, part in zip(self._folded.parts, parts, strict=True):
-                form.refold(*part)
+        geometry = self.stride, self.padding
+        settings = ConvOptions(*geometry, dtype, options.conv, split, rows, spare_memory)  # type: ignore[arg-type]
+        if self._folded is not None and self._folded.options == settings:
+            self._folded.refold(self.weight, self.bias)
         else:
-            given: dict[str, Any] = dict(stride=self.stride, padding=self.padding, spare_memory=spare_memory)
-            forms = [FoldedConv(*part, **given, dtype=dtype, impl=options.conv) for part in parts]
-            self._folded = _Folded(forms, key, options.has("residual"))
-        self._folded.weight, self._folded.bias = self.weight, self.bias
-        self._folded.reordered = rows is not None
+            self._folded = FoldedConv(self.weight, self.bias, **vars(settings))
+        self._adds_residual = options.has("residual")
 
     @property
     def derived_bytes(self) -> int:
         """Bytes of what was derived so far."""
-        return 0 if self._folded is None else sum(form.nbytes for form in self._folded.parts)
+        return 0 if self._folded is None else self._folded.nbytes
 
     def unfold(self) -> None:
         """Drop the folded form."""
         self._folded = None
 
     @property
-    def folded(self) -> _Folded | None:
+    def folded(self) -> FoldedConv | None:
         """The folded form where it may be used."""
         found = self._folded
         if found is None or self.training or self.weight.requires_grad:
@@ -88,7 +68,9 @@ class FoldableConv(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
         folded = self.folded
         if folded is not None:
-            return folded(x, residual, x2)
+            if residual is None or self._adds_residual:
+                return folded(x, residual, x2)
+            return residual + folded(x, None, x2)
         if x2 is not None:
             x = torch.cat([x, x2], dim=1)
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -102,17 +84,6 @@ class FoldableConv(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_folded"}
-
-
-def _parts(
-    weight: Tensor, bias: Tensor | None, split: int, rows: list[int] | None
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias for each source, with the output channels in the order of `rows`."""
-    if rows is not None:
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    if not split:
-        return [(weight, bias)]
-    return [(weight[:, :split], bias), (weight[:, split:], None)]
 
 
 class Conv1d(FoldableConv, nn.Conv1d):
@@ -134,7 +105,7 @@ class PointwiseConv1d(Conv1d):
     def reordered(self) -> bool:
         """Whether the channels come out in the order of `rows`."""
         folded = self.folded
-        return folded is not None and folded.reordered
+        return folded is not None and folded.options.rows is not None
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.transpose(1, 2), weight.squeeze(-1), bias).transpose(1, 2)

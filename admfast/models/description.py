@@ -2,63 +2,23 @@
 
     {"format": "admfast-1", "network": {"kind": "unet", ...}, "diffusion": {...} or null, "training": {...}}
 
-`network` is `NetConfig.to_dict()`, `diffusion` a `DiffusionSettings` (null where it is not known, as for a
-classifier), `training` whatever its author wanted to record.
+`network` is `NetConfig.to_dict()`, `diffusion` is `DiffusionConfig.to_dict()` (null where it is not known, as
+for a classifier), `training` is whatever its author wanted to record.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import InvalidArgument, invalid, nearest
 from admfast.models.config import NetConfig, config_from_dict
-from admfast.models.fields import switch, whole
 
 FORMAT = "admfast-1"
-NOISE_SCHEDULES = ("linear", "cosine")
 _PARTS = ("format", "network", "diffusion", "training")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionSettings:
-    """The diffusion process that a network was trained for, in the names of the published flags.
-
-    Plain fields: `DiffusionConfig(**settings.to_dict())` is the process itself.
-
-    Attributes:
-        noise_schedule: "linear" or "cosine".
-        steps: length of the original process (published flag `diffusion_steps`).
-        learn_sigma: the network puts out variance channels.
-        sigma_small: without them, the fixed variance is the posterior's (else beta).
-        predict_xstart: the network predicts x_0 (else the noise).
-        rescale_timesteps: the network sees t * 1000 / steps.
-        rescale_learned_sigmas, use_kl: which loss it was trained with.
-    """
-
-    noise_schedule: str = "linear"
-    steps: int = 1000
-    learn_sigma: bool = False
-    sigma_small: bool = False
-    predict_xstart: bool = False
-    rescale_timesteps: bool = False
-    rescale_learned_sigmas: bool = False
-    use_kl: bool = False
-
-    def __post_init__(self) -> None:
-        if self.noise_schedule not in NOISE_SCHEDULES:
-            raise invalid("noise_schedule", self.noise_schedule, " or ".join(NOISE_SCHEDULES))
-        object.__setattr__(self, "steps", whole("steps", self.steps))
-        for entry in dataclasses.fields(self):
-            if entry.name not in ("noise_schedule", "steps"):
-                switch(entry.name, getattr(self, entry.name))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -66,7 +26,7 @@ class Description:
     """A network, the process it was trained for (None: not known) and free facts about its training."""
 
     network: NetConfig
-    diffusion: DiffusionSettings | None = None
+    diffusion: DiffusionConfig | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -100,18 +60,9 @@ def description_from_json(text: str, source: str) -> Description:
     try:
         network = config_from_dict(document["network"])
         settings = document.get("diffusion")
-        diffusion = None if settings is None else settings_from_dict(settings)
+        if not isinstance(settings, dict | None):
+            raise invalid("diffusion", settings, "settings by name, or null")
+        diffusion = None if settings is None else DiffusionConfig.from_flags(**settings)
         return Description(network, diffusion, dict(document.get("training") or {}))
     except (InvalidArgument, TypeError, ValueError) as error:
         raise InvalidArgument(f"{source}: {error}") from None
-
-
-def settings_from_dict(fields: Mapping[str, Any]) -> DiffusionSettings:
-    """Build `DiffusionSettings`; raises InvalidArgument for an unknown field, with the nearest names."""
-    known = [entry.name for entry in dataclasses.fields(DiffusionSettings)]
-    if not isinstance(fields, Mapping):
-        raise invalid("diffusion", fields, "settings by name, or null")
-    for name in fields:
-        if name not in known:
-            raise invalid("diffusion", name, f"no such setting; {nearest(name, known)}")
-    return DiffusionSettings(**fields)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError
 from admfast.models.config import NetConfig, UNetConfig
-from admfast.models.description import Description, DiffusionSettings, description_from_json
+from admfast.models.description import Description, description_from_json
 
 RELEASE = "openai/guided-diffusion, released July 2021"
 DIGITS_FOLDER = Path(__file__).resolve().parent.parent / "data" / "digits32"
@@ -21,7 +22,7 @@ class ModelPreset:
     Attributes:
         name, file: "64x64_diffusion" and "64x64_diffusion.pt".
         network: its configuration; None for a shipped file, whose JSON is read when `config` is asked for.
-        settings: its diffusion process; None for classifiers (they follow the model that they guide).
+        process: its diffusion process; None for classifiers (they follow the model that they guide).
         use_fp16: whether the published recipe runs the torso in half precision.
         low_res_size: side in pixels of the image that an upsampler was trained to enlarge.
         parameters: number of parameters (None for a shipped file).
@@ -34,7 +35,7 @@ class ModelPreset:
     name: str
     file: str
     network: NetConfig | None = None
-    settings: DiffusionSettings | None = None
+    process: DiffusionConfig | None = None
     use_fp16: bool = False
     low_res_size: int | None = None
     parameters: int | None = None
@@ -59,7 +60,7 @@ class ModelPreset:
     def description(self) -> Description:
         """Configuration, process, training facts; CheckpointError if a shipped file's JSON is missing."""
         if self.network is not None:
-            return Description(self.network, self.settings)
+            return Description(self.network, self.process)
         path = (DIGITS_FOLDER / self.file).with_suffix(".json")
         try:
             text = path.read_text(encoding="utf-8")
@@ -73,7 +74,7 @@ class ModelPreset:
         return self.description.network
 
     @property
-    def diffusion(self) -> DiffusionSettings | None:
+    def diffusion(self) -> DiffusionConfig | None:
         """The diffusion process, None for a classifier; raises as `description`."""
         return self.description.diffusion
 

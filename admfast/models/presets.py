@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import invalid, nearest
 from admfast.models.config import (
     ClassifierConfig,
@@ -20,7 +21,6 @@ from admfast.models.config import (
     unet_config_from_flags,
     upsampler_config_from_flags,
 )
-from admfast.models.description import DiffusionSettings
 from admfast.models.preset_types import Metric, ModelPreset, SystemPreset
 
 RELEASE_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
@@ -34,8 +34,8 @@ _COMMON: dict[str, Any] = {
     "use_scale_shift_norm": True,
     "resblock_updown": True,
 }
-_LINEAR = DiffusionSettings(noise_schedule="linear", steps=1000, learn_sigma=True)
-_COSINE = DiffusionSettings(noise_schedule="cosine", steps=1000, learn_sigma=True)
+_LINEAR = DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True)
+_COSINE = DiffusionConfig(noise_schedule="cosine", steps=1000, learn_sigma=True)
 
 
 def _unet(image_size: int, channels: int, class_cond: bool, **flags: Any) -> UNetConfig:
@@ -61,7 +61,7 @@ def _classifier(image_size: int, depth: int = 2) -> ClassifierConfig:
 def _released(name: str, network: NetConfig, parameters: int, fingerprint: str, **more: Any) -> ModelPreset:
     """A row of the table below."""
     if not isinstance(network, ClassifierConfig):
-        more = {"settings": _LINEAR, "use_fp16": True, **more}
+        more = {"process": _LINEAR, "use_fp16": True, **more}
     return ModelPreset(
         name=name,
         file=f"{name}.pt",
@@ -91,7 +91,7 @@ _MODELS = (
         ),
         295_904_454,
         "cdbf32c1675c84fb6da4f769818eb4980bc71961a09ee1fd72653565ec04d974",
-        settings=_COSINE,
+        process=_COSINE,
     ),
     _released(
         "128x128_diffusion",

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from admfast import checks
 from admfast.errors import Unavailable, invalid
 from admfast.ops import attention_kernels as kernels
 from admfast.ops.attention_kernels import Kernel
-from admfast.ops.checks import check_floating, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.transforms import in_vmap, record
 
@@ -268,10 +268,10 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     (`attention_bwd_bwd_ref`). Under torch.compile and torch.func.vmap fused implementations have the first
     derivative alone.
     """
-    check_floating("qkv", qkv)
+    checks.floating("qkv", qkv)
     if qkv.dim() != 3 or not qkv.shape[-1]:
         raise invalid("qkv.shape", tuple(qkv.shape), "[N, S, 3*h*d] with channels")
-    check_whole("num_heads", num_heads, 1)
+    checks.whole("num_heads", num_heads, 1)
     if qkv.shape[-1] % (3 * num_heads):
         raise invalid("num_heads", num_heads, f"3*num_heads must divide the {qkv.shape[-1]} channels of qkv")
     entry = TABLE.choose(impl, qkv, num_heads, legacy_order=legacy_order)

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from admfast.errors import first_line
+from admfast.ops.transforms import deriving
+
 ATEN = torch.ops.aten
 
 
@@ -206,11 +209,11 @@ def xformers_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 def _xformers_trial(device: int, dtype: torch.dtype, d: int) -> str | None:
     """Attend once, forward and backward, on the real device: the package can be there without its kernels."""
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with deriving():
             tiny = torch.ones(1, 1, 8, d, device=f"cuda:{device}", dtype=dtype)
             out, lse = _xformers_forward(tiny, tiny, tiny)
             gradients = _xformers_backward(torch.ones_like(out), tiny, tiny, tiny, out, lse)
             right = all(bool(torch.isfinite(t).all()) for t in (out, *gradients)) and torch.equal(out, tiny)
     except Exception as error:  # whatever a foreign package raises is the reason
-        return f"its trial failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        return f"its trial failed: {first_line(error)}"
     return None if right else "its trial gave wrong numbers"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 from admfast.errors import invalid
 from admfast.ops import conv_forms as forms
 from admfast.ops import native
-from admfast.ops.conv_forms import CONVOLUTIONS, Direction, Source
+from admfast.ops.conv_forms import CONVOLUTIONS, ConvOptions, Direction
 from admfast.ops.conv_grad import ConvFn
 from admfast.ops.dispatch import Implementation, OpTable, setting, watched
 from admfast.ops.layout import channels_last, is_channels_last
-from admfast.ops.transforms import in_autocast, record, recorded
+from admfast.ops.transforms import constant, deriving, in_autocast, record, recorded
 
 
 def conv_ref(
@@ -36,7 +36,7 @@ def conv_ref(
 
 
 class FoldedConv:
-    """`y = conv(x, weight) + bias (+ residual)` with frozen weights, and what was derived from them.
+    """`y = conv([x, x2], weight) + bias (+ residual)` with frozen weights, and what was derived from them.
 
     The convolution is torch's (a cross-correlation, zeros around x). What an implementation needs of the
     weights is derived when it first runs, in each of the two directions (the gradient's is a convolution of
@@ -49,10 +49,14 @@ class FoldedConv:
     Args:
         weight: [C_out, C_in, *kernel], one to three spatial dimensions, any floating dtype, on the device of
             the inputs to come. It is kept, not copied: after a change of its values call `refold`.
+            `conv.weight` and `conv.bias` are the tensors given.
         bias: [C_out] or None.
         stride, padding: for every spatial dimension, or one number for all.
         dtype: of inputs, outputs and products; None: that of `weight`.
         impl: name of an implementation (see `admfast info`); None chooses by shape.
+        split: input channels of the first of two sources, whose products are added up without ever being
+            written side by side; 0: there is one source, and a second one is appended to it.
+        rows: the order in which the output channels come; None: their own.
         spare_memory: don't choose what derives more than the weights take themselves (`winograd`: four times
             as much, in each direction that runs).
 
@@ -69,6 +73,8 @@ class FoldedConv:
         padding: int | tuple[int, ...] = 0,
         dtype: torch.dtype | None = None,
         impl: str | None = None,
+        split: int = 0,
+        rows: Sequence[int] | None = None,
         spare_memory: bool = False,
     ):
         if weight.dim() - 2 not in CONVOLUTIONS or not weight.dtype.is_floating_point or not weight.numel():
@@ -82,45 +88,55 @@ class FoldedConv:
         dims = weight.dim() - 2
         geometry = (_each(stride, dims, "stride", 1), _each(padding, dims, "padding", 0))
         _check_bias(weight, bias)
-        self._source = Source(weight)
-        self._direction = Direction(self._source, *geometry, self.dtype, impl, _run)
-        self._source.spare_memory = spare_memory
+        self.weight, self.bias = weight, bias
+        self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory)
+        columns = [slice(split), slice(split, None)] if split else [slice(None)]
+        self.directions = [Direction(weight, self.options, _run, part) for part in columns]  # one a source
         self._bias = None
         if bias is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._bias = bias.to(weight.device, self.dtype, copy=True)
+            with deriving():
+                self._bias = self._ordered(bias).to(weight.device, self.dtype, copy=True)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _ordered(self, bias: Tensor) -> Tensor:
+        return bias if self.options.rows is None else bias[self.options.rows]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
         """Convolve `x` [N, C_in, *spatial] and add `residual` [N, C_out, *out], of the same dtype and device.
 
-        Returns [N, C_out, *out], channels-last where `x` is; autocast changes nothing. Raises InvalidArgument
-        for what doesn't fit, Unavailable for an implementation asked for by name that can't serve the call.
+        x2: the second source, [N, C_in2, *spatial]. Returns [N, C_out, *out], channels-last where `x` is;
+        autocast changes nothing. Raises InvalidArgument for what doesn't fit, Unavailable for an
+        implementation asked for by name that can't serve the call.
         """
         if in_autocast(x.device):  # in which torch would compute in another dtype
             with torch.autocast(x.device.type, enabled=False):
-                return self(x, residual)
-        y = _run(self._direction, x, self._bias, residual)
-        return channels_last(y) if is_channels_last(x) else y.contiguous()
+                return self(x, residual, x2)
+        if len(self.directions) == 1:
+            x = x if x2 is None else torch.cat([x, x2], dim=1)
+            return _like(x, self.directions[0], self._bias, residual)
+        if x2 is None:
+            raise invalid("x2", None, "the second source")
+        first, second = self.directions
+        return _like(x2, second, None, _like(x, first, self._bias, residual))
 
     def refold(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take other values: everything that was derived is written anew, into the same memory.
 
         Raises InvalidArgument where a shape, or the presence of the bias, is another one.
         """
-        old = self._source.weight
+        old = self.weight
         if weight.shape != old.shape or weight.device != old.device:
             now, before = (f"{tuple(t.shape)} on {t.device}" for t in (weight, old))
             raise invalid("weight", now, f"must stay {before}")
-        if (bias is None) != (self._bias is None):
+        if (bias is None) != (self.bias is None):
             given = None if bias is None else tuple(bias.shape)
             raise invalid("bias", given, "must be None exactly where it was before")
         _check_bias(weight, bias)
-        self._source.weight = weight.detach()
+        self.weight, self.bias = weight, bias
         if bias is not None and self._bias is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._bias.copy_(bias)
-        for direction in self._directions():
-            direction.refold()
+            with deriving():
+                self._bias.copy_(self._ordered(bias))
+        for direction in self._all_directions():
+            direction.refold(weight)
 
     @property
     def nbytes(self) -> int:
@@ -129,24 +145,21 @@ class FoldedConv:
 
     def forms(self) -> list[Tensor]:
         """What was derived from the weights so far."""
-        return [form for direction in self._directions() for form in direction.forms.values()]
+        return [form for direction in self._all_directions() for form in direction.forms.values()]
+
+    def _all_directions(self) -> list[Direction]:
+        return [direction for forward in self.directions for direction in forward.both()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold weights and bias alone, and derive anew what they need."""
-        d = self._direction
-        make = functools.partial(
-            FoldedConv,
-            stride=d.stride,
-            padding=d.padding,
-            dtype=self.dtype,
-            impl=d.impl,
-            spare_memory=self._source.spare_memory,
-        )
-        return make, (self._source.weight, self._bias)
+        bias = None if self.bias is None else self.bias.detach()
+        return functools.partial(FoldedConv, **vars(self.options)), (self.weight.detach(), bias)
 
-    def _directions(self) -> list[Direction]:
-        other = self._direction.other
-        return [self._direction] if other is None else [self._direction, other]
+
+def _like(x: Tensor, direction: Direction, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The convolution of one source, in the memory layout of `x`."""
+    y = _run(direction, x, bias, residual)
+    return channels_last(y) if is_channels_last(x) else y.contiguous()
 
 
 def _each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
@@ -159,7 +172,7 @@ def _each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tup
 
 def _check(direction: Direction, x: Tensor, residual: Tensor | None) -> None:
     """Refuse, by name, what no implementation could compute."""
-    weight = direction.source.weight
+    weight = direction.source
     if x.dim() != weight.dim() or x.shape[1] != direction.in_channels:
         dims = len(direction.kernel)
         allowed = f"[N, {direction.in_channels}, *spatial] with {dims} spatial dimensions"
@@ -211,14 +224,17 @@ def preferred(direction: Direction, x: Tensor) -> str:
     pay for it. A call of `packed` takes 0.1 ms, whatever it computes. A
     1x1 convolution as a matrix product takes as long as the library's, within 10 %, and works with any batch
     size on the same weights. In bfloat16 without AMX packed weights gain at batch 1 alone.
+
+    On a GPU torch gives cuDNN a one-dimensional channels-last input as a transposed copy, which a matrix
+    product does without.
     """
-    if x.device.type != "cpu":
-        return "library"
     if forms.matmul_supports(direction, x) is None:
         return "matmul"
+    if x.device.type != "cpu":
+        return "library"
     if x.dtype != torch.float32 or len(direction.kernel) != 2:
         return "library"
-    if direction.source.spare_memory or forms.winograd_supports(direction, x) is not None:
+    if direction.options.spare_memory or forms.winograd_supports(direction, x) is not None:
         return "packed"
     n, _, height, width = x.shape
     tiles = n * -(-height // 4) * -(-width // 4)
@@ -229,12 +245,10 @@ def preferred(direction: Direction, x: Tensor) -> str:
     return "winograd" if pays and _wide_loops() else "packed"
 
 
+@constant
 def _wide_loops() -> bool:
     """Whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
-
-
-_wide_loops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:

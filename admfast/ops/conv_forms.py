@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from admfast.errors import first_line
 from admfast.ops import native
 from admfast.ops.conv_winograd import transform
 from admfast.ops.layout import channels_last
-from admfast.ops.transforms import compiled_transform, in_vmap
+from admfast.ops.transforms import compiled_transform, constant, deriving, in_vmap
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -26,36 +27,43 @@ SIZES = 2  # inputs for which a form is kept at a time: a batch, and a last one 
 Run = Callable[["Direction", Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-class Source:
-    """The weights [C_out, C_in, *kernel] themselves: what they are derived from, and nothing more."""
+@dataclass(frozen=True)
+class ConvOptions:
+    """How a convolution is computed; see `FoldedConv`. stride, padding: one number for each dimension."""
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight.detach()
-        self.spare_memory = False
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dtype: torch.dtype
+    impl: str | None = None
+    split: int = 0
+    rows: Sequence[int] | None = None
+    spare_memory: bool = False
 
 
 class Direction:
     """A convolution x -> y; or its transpose dy -> dx, a convolution too where the stride is one.
 
     What is derived from the weights is made when it is first asked for and kept in `forms`.
+
+    weight: [C_out, C_in, *kernel], kept and not copied. columns: the input channels that it takes. other: the
+    direction of which this is the transpose, with the same weight and columns.
     """
 
     def __init__(
         self,
-        source: Source,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dtype: torch.dtype,
-        impl: str | None,
+        weight: Tensor,
+        options: ConvOptions,
         run: Run,
+        columns: slice = slice(None),
         other: Direction | None = None,
     ):
-        self.source, self.is_transpose = source, other is not None
-        self.out_channels, self.in_channels, *kernel = source.weight.shape
+        self.source, self.options, self.columns = weight.detach(), options, columns
+        self.out_channels, self.in_channels, *kernel = self.source[:, columns].shape
         if other is not None:
             self.in_channels, self.out_channels = self.out_channels, self.in_channels
-        self.kernel, self.stride, self.padding = tuple(kernel), stride, padding
-        self.dtype, self.impl, self.run, self.other = dtype, impl, run, other
+        self.kernel, self.stride, self.padding = tuple(kernel), options.stride, options.padding
+        self.dtype, self.impl, self.run, self.other = options.dtype, options.impl, run, other
+        self.is_transpose = other is not None
         self.forms: dict[tuple[Any, ...], Tensor] = {}
         self.plans: dict[tuple[Any, ...], Any] = {}
         # A trace holds this text in the place of the object.
@@ -64,15 +72,22 @@ class Direction:
 
     def weight(self) -> Tensor:
         """The weights of this direction; the transpose's are flipped in space, their channels exchanged."""
-        weight = self.source.weight
+        weight = self.source[:, self.columns]
+        if self.options.rows is not None:
+            weight = weight[self.options.rows]
         return weight.flip(*range(2, weight.dim())).transpose(0, 1) if self.is_transpose else weight
 
     def transposed(self) -> Direction:
         """The other direction."""
         if self.other is None:
             padding = tuple(k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True))
-            self.other = Direction(self.source, self.stride, padding, self.dtype, self.impl, self.run, self)
+            options = replace(self.options, padding=padding)
+            self.other = Direction(self.source, options, self.run, self.columns, self)
         return self.other
+
+    def both(self) -> list[Direction]:
+        """This direction, and the other one where it was asked for."""
+        return [self] if self.other is None else [self, self.other]
 
     def out_shape(self, x: Tensor) -> list[int]:
         """[N, C_out, *spatial] of the convolution of `x`."""
@@ -96,15 +111,15 @@ class Direction:
         if len(same) >= SIZES:
             del self.forms[same[0]]
 
-    def refold(self) -> None:
-        """Write what the present weights give into the forms that there are."""
-        with torch.inference_mode(False), torch.no_grad():
+    def refold(self, weight: Tensor) -> None:
+        """Take these weights, and write what they give into the forms that there are."""
+        self.source = weight.detach()
+        with deriving():
             for key, form in self.forms.items():
                 form.copy_(self._derived(key))
 
     def _derived(self, key: tuple[Any, ...]) -> Tensor:
-        # What is made in inference mode could not be used in a graph later on.
-        with torch.inference_mode(False), torch.no_grad():
+        with deriving():
             return _DERIVED[key[0]](self, *key[1:])
 
 
@@ -112,16 +127,13 @@ BY_KEY: weakref.WeakValueDictionary[str, Direction] = weakref.WeakValueDictionar
 _count = itertools.count()
 
 
+@constant
 def _make_in_a_trace(key: str, name: str) -> bool:
     """Make a form now, while its direction is being traced."""
     direction = BY_KEY[key]
     if (name,) not in direction.forms:
         direction.forms[(name,)] = direction._derived((name,))
     return True
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo.
-_make_in_a_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # What each implementation derives
@@ -170,11 +182,13 @@ def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
     shape = (*rows.shape[:-1], direction.out_channels)
     rows = rows.reshape(-1, direction.in_channels)
     weight = direction.form("matmul")
-    if residual is not None:
+    if residual is not None and x.device.type == "cpu":
+        # On a GPU addmm adds a bias for nothing, but copies a matrix that it is to add.
         y = torch.addmm(residual.movedim(1, -1).reshape(-1, shape[-1]), rows, weight)
         y = y if bias is None else y + bias
     else:
         y = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        y = y if residual is None else y + residual.movedim(1, -1).reshape(-1, shape[-1])
     return y.reshape(shape).movedim(-1, 1)
 
 
@@ -241,22 +255,17 @@ def transformed() -> str | None:
     return None
 
 
-def packed_missing() -> str | None:
-    """None where torch has oneDNN's packed convolution and it computes what it should, else why not."""
-    return _packed_trial()
-
-
-packed_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant
 @functools.cache
-def _packed_trial() -> str | None:
-    """Convolve once: the ops are internal to torch and may go or change."""
+def packed_missing() -> str | None:
+    """None where torch has oneDNN's packed convolution and it computes what it should, else why not.
+
+    It convolves once: the ops are internal to torch and may go or change.
+    """
     try:
-        # Outside the transforms of the call that asks first: under one, the packed weights can't be made.
-        with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+        with deriving():
             x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3)
-            direction = Direction(Source(weight), (1, 1), (1, 1), x.dtype, None, by_packed)
+            direction = Direction(weight, ConvOptions((1, 1), (1, 1), x.dtype), by_packed)
             key = ("packed", *x.shape)
             direction.forms[key] = direction._derived(key)  # itself: a trace may be what asks first
             right = all(
@@ -264,5 +273,5 @@ def _packed_trial() -> str | None:
                 for r in (None, torch.ones(1, 2, 3, 3))
             )
     except Exception as error:  # whatever torch raises is the reason
-        return f"its trial failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}"
+        return f"its trial failed: {first_line(error)}"
     return None if right else "its trial gave wrong numbers"

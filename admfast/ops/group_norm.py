@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from admfast import checks
 from admfast.errors import invalid
 from admfast.ops import group_norm_triton, native
-from admfast.ops.checks import check_floating, check_number, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
@@ -127,12 +127,12 @@ def _check(
     x2: Tensor | None,
 ) -> None:
     """Refuse, by name, what no implementation could compute."""
-    check_floating("x", x)
+    checks.floating("x", x)
     for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("x2", x2)):
         if tensor is not None or name in ("weight", "bias"):
-            check_floating(name, tensor, x.device)
-    check_whole("groups", groups, 1)
-    check_number("eps", eps)
+            checks.floating(name, tensor, x.device)
+    checks.whole("groups", groups, 1)
+    checks.real("eps", eps, least=0)
     if not 3 <= x.dim() <= 5:
         raise invalid("x.shape", tuple(x.shape), "[N, C, *spatial] with one to three spatial dimensions")
     channels = x.shape[1]

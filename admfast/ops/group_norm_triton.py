@@ -20,36 +20,25 @@ from torch import Tensor
 from admfast._source_tree import kernels
 from admfast.ops.group_norm_grad import NormOptions
 from admfast.ops.layout import empty_channels_last, is_channels_last
-from admfast.ops.transforms import in_transform
+from admfast.ops.transforms import constant, in_transform
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@constant
 @functools.cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton's interpreter was asked for; as Triton reads it, without importing it."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def interpreted() -> bool:
-    return _interpreted()
-
-
+@constant
+@functools.cache
 def reason_missing() -> str | None:
     """None where the kernels can run on some device, else why not."""
-    return _reason_missing()
-
-
-# As in native.py: a trace takes the answers and doesn't follow the calls.
-interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]
-reason_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _reason_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not _interpreted():
+    if not interpreted():
         if not torch.cuda.is_available():
             return "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
         if torch.cuda.get_device_capability() < (8, 0):

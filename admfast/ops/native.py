@@ -13,27 +13,20 @@ import torch
 
 from admfast.errors import Unavailable, invalid
 from admfast.ops.layout import empty_channels_last, is_channels_last
+from admfast.ops.transforms import constant
 
 ISA = "ADMFAST_CPU_ISA"
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 
 
+@constant
+@functools.cache
 def reason_missing() -> str | None:
-    """None where the extension loads, else why it doesn't.
+    """Load the extension: None where it loads, else why it doesn't.
 
     Raises InvalidArgument or Unavailable for an instruction set asked for that isn't known or isn't here.
     """
-    return _load()
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo and with it Triton: a trace takes
-# the answer instead of following the import.
-reason_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _load() -> str | None:
     asked = os.environ.get(ISA)
     if asked and asked not in ISAS:
         raise invalid(ISA, asked, f"one of {', '.join(ISAS)}; not set, the widest that runs here")
@@ -53,6 +46,7 @@ def instruction_set() -> str:
     return torch.ops.admfast.cpu_instruction_set()
 
 
+@constant
 def reason_missing_cuda() -> str | None:
     """None where the extension loads, was built with CUDA and finds a device, else why not."""
     reason = reason_missing()
@@ -61,9 +55,6 @@ def reason_missing_cuda() -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("admfast::sampler_step_", "CUDA"):
         return f"not built: {build_info().get('reason') or 'the extension has no CUDA part'}"
     return None if torch.cuda.is_available() else "no CUDA device"
-
-
-reason_missing_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def ops() -> Any:

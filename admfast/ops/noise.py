@@ -25,9 +25,9 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from admfast import checks
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.checks import check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -125,7 +125,7 @@ def normal(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int, impl: s
     if not isinstance(shape, (tuple, list)):
         raise invalid("shape", shape, "a tuple of sizes")
     for i, size in enumerate(shape):
-        check_whole(f"shape[{i}]", size, 0)
+        checks.whole(f"shape[{i}]", size, 0)
     check_counter("row", row, seeds.device)
     check_counter("stream", stream, seeds.device)
     return TABLE.choose(impl, seeds, shape, row, stream).forward(seeds, shape, row, stream)
@@ -183,9 +183,7 @@ def check_counter(name: str, value: object, device: torch.device) -> None:
             given = (tuple(value.shape), value.dtype, str(value.device))
             raise invalid(name, given, f"a whole number, or one int32 or int64 on {device}")
         return
-    check_whole(name, value, 0)
-    if value > MASK32:  # type: ignore[operator]
-        raise invalid(name, value, "0 to 2^32 - 1")
+    checks.whole(name, value, 0, MASK32)
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from admfast import checks
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.checks import check_floating, check_whole
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.noise import Stream, check_counter, normal_ref
 
@@ -251,7 +251,7 @@ def sampler_step(
     _check_inputs(state.x, used, out, out2, grad, seeds, noise)
     if noise_row is not None:
         check_counter("noise_row", noise_row, state.x.device)
-    check_whole("stream", stream, 0)
+    checks.whole("stream", stream, 0)
     check_counter("stream", stream, state.x.device)
     options: dict[str, Any] = dict(
         out2=out2, grad=grad, seeds=seeds, noise=noise, noise_row=noise_row, stream=int(stream)
@@ -347,7 +347,7 @@ def _check_inputs(
     """Refuse, by name, inputs that don't fit x or the row; reads nothing back from a device."""
     for name, given in (("out", out), ("out2", out2), ("grad", grad), ("noise", noise)):
         if name == "out" or given is not None:
-            check_floating(name, given, x.device)
+            checks.floating(name, given, x.device)
     if seeds is not None and not isinstance(seeds, Tensor):
         raise invalid("seeds", seeds, "an int64 tensor (see as_seeds)")
     n, channels, *spatial = x.shape

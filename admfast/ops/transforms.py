@@ -1,20 +1,48 @@
-"""Which transforms are at work on a call: forward mode, vmap, torch.func under torch.compile."""
+"""What is at work around a call: transforms and traces, what a trace takes for constant, inference mode."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+T = TypeVar("T")
 
 
+def constant(function: Callable[..., T]) -> Callable[..., T]:
+    """Let a trace call the function once and take its answer, instead of following it.
+
+    It does what torch.compiler.assume_constant_result does, which would import Dynamo and with it Triton.
+    """
+
+    @functools.wraps(function)
+    def answer(*arguments: Any) -> T:  # a function of its own: Dynamo doesn't ask a functools.cache
+        return function(*arguments)
+
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return answer
+
+
+@contextlib.contextmanager
+def deriving() -> Iterator[None]:
+    """Leave inference mode and the transforms of torch.func, and record nothing.
+
+    What is made in inference mode could neither be written to nor serve a gradient later; what is made under
+    a transform would be a tensor of its level, which ends with it.
+    """
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@constant  # a trace is itself guarded by the stack of transforms
 def in_transform() -> bool:
     """Whether a transform of torch.func is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# A trace takes the answer it finds here, and is itself guarded by the stack of transforms.
-in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_vmap() -> bool:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admfast.engine.arguments import LARGEST_SEED, whole_numbers
+from admfast import checks
+from admfast.engine.arguments import LARGEST_SEED
 from admfast.engine.asking import INVERSE
 from admfast.engine.loop import Progress
 from admfast.engine.options import PLAIN
@@ -159,11 +160,11 @@ def _given(pipe: Pipeline, classes: Any, seeds: Any, low_res: Any) -> dict[str, 
     """Classes and seeds as lists, so that both pipelines can go through them."""
     labels = None
     if classes is not None:
-        labels = whole_numbers("classes", classes, 0, (pipe.num_classes or LARGEST_SEED) - 1)
+        labels = checks.whole_numbers("classes", classes, 0, (pipe.num_classes or LARGEST_SEED) - 1)
     if seeds is None:
         like = low_res if isinstance(low_res, Tensor) and low_res.dim() else labels
         seeds = range(IMAGES if like is None else len(like))
-    return {"classes": labels, "seeds": whole_numbers("seeds", seeds, 0, LARGEST_SEED)}
+    return {"classes": labels, "seeds": checks.whole_numbers("seeds", seeds, 0, LARGEST_SEED)}
 
 
 def _check_steps(stage: str, pipe: Pipeline, steps: int, solver: str, budget: Budget) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from admfast.checks import one_of
 from admfast.diffusion import GaussianDiffusion
 from admfast.errors import invalid, nearest
 from admfast.solvers.ddim import ddim, ddim_inverse
@@ -22,8 +23,7 @@ RESPACING = {"ddpm": "{steps}", "ddim": "ddim{steps}", "ddim-inverse": "ddim{ste
 
 def check_solver(name: str) -> None:
     """Raise InvalidArgument for a solver that isn't known, with the nearest names."""
-    if name not in SOLVERS:
-        raise invalid("solver", name, nearest(name, SOLVERS))
+    one_of("solver", name, SOLVERS)
 
 
 def make_table(solver: str, diffusion: GaussianDiffusion, **options: Any) -> SolverTable:

@@ -27,7 +27,7 @@ from admfast.models import (
     unet_config_from_flags,
     upsampler_config_from_flags,
 )
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.training.loop import Batch, TrainConfig, train
 
 LEVELS = 16  # the digits' grey levels run from 0 to 16
@@ -181,16 +181,14 @@ def batches(diffusion: GaussianDiffusion, config: TrainConfig, generator: torch.
 def export(network: str, ema: nn.Module, config: TrainConfig, step: int, path: Path) -> None:
     """Write averaged weights as float16 safetensors with the description that `admfast.load` reads."""
     recipe = RECIPES[network]
-    known = {field.name for field in dataclasses.fields(DiffusionSettings)}
-    process = {name: value for name, value in dataclasses.asdict(DIFFUSION).items() if name in known}
     facts = {
         "data": "load_digits of scikit-learn (1797 images), enlarged to 32x32 by enlarge()",
         "command": f"python -m admfast.training.digits {network} --out DIR",
         "steps": step,
         **{name: value for name, value in dataclasses.asdict(config).items() if name != "steps"},
     }
-    settings = None if network == "classifier" else DiffusionSettings(**process)
-    write_weights(path, ema.state_dict(), Description(recipe.net, settings, facts), torch.float16)
+    process = None if network == "classifier" else DIFFUSION
+    write_weights(path, ema.state_dict(), Description(recipe.net, process, facts), torch.float16)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

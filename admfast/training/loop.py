@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import pickle
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from admfast.errors import CheckpointError, NonFiniteError, invalid
+from admfast.checks import real, whole
+from admfast.errors import CheckpointError, NonFiniteError, first_line
 from admfast.files.atomic import atomic_open, output_error
 
 
@@ -48,17 +48,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise invalid(name, getattr(self, name), "1 or more")
-        if not 0 < self.lr < math.inf:
-            raise invalid("lr", self.lr, "greater than 0, finite")
+            whole(name, getattr(self, name), 1)
+        real("lr", self.lr, above=0)
         for name in ("weight_decay", "warmup", "save_seconds"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise invalid(name, getattr(self, name), "0 or more, finite")
-        if not 0 <= self.ema_decay < 1:
-            raise invalid("ema_decay", self.ema_decay, "0 or more and below 1")
-        if not 0 <= self.cooldown <= 1:
-            raise invalid("cooldown", self.cooldown, "0 to 1")
+            real(name, getattr(self, name), least=0)
+        real("ema_decay", self.ema_decay, least=0, below=1)
+        real("cooldown", self.cooldown, least=0, most=1)
 
     def with_steps(self, steps: int) -> TrainConfig:
         """The same with another number of steps."""
@@ -193,7 +188,7 @@ def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: torch.optim.A
         OSError,
         pickle.UnpicklingError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(f"{path}: not a state of this training: {reason}") from error
 
 

@@ -234,7 +234,7 @@ def _ours(shape: ConvShape, batch: int, dtype: str, settings: Settings) -> list[
     return [
         entry.name
         for entry in TABLES["conv"].implementations
-        if entry.name != "reference" and not (entry.available() or entry.supports(conv._direction, x))
+        if entry.name != "reference" and not (entry.available() or entry.supports(conv.directions[0], x))
     ]
 
 

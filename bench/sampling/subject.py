@@ -17,12 +17,10 @@ from admfast.diffusion import DiffusionConfig, GaussianDiffusion
 from admfast.engine.guidance import log_probability_gradient
 from admfast.models import build
 from admfast.models.config import ClassifierConfig, UNetConfig, UpsamplerConfig
-from admfast.models.description import DiffusionSettings
 from admfast.models.preset_types import ModelPreset, SystemPreset
 from admfast.models.presets import SYSTEMS
 from admfast.ops.dispatch import using
 from admfast.ops.noise import as_seeds
-from admfast.systems import process_of
 from bench.sampling.weights import network
 
 
@@ -36,7 +34,7 @@ class Subject:
 
     name: str
     net: UNetConfig
-    settings: DiffusionSettings
+    settings: DiffusionConfig
     classifier: ClassifierConfig | None = None
     guidance: float = 0.0
     steps: int = 250
@@ -46,7 +44,7 @@ class Subject:
     @property
     def diffusion(self) -> DiffusionConfig:
         """The process with all its steps."""
-        return process_of(self.settings)
+        return self.settings
 
     def process(self, steps: int) -> GaussianDiffusion:
         """The process respaced to so many steps."""
@@ -109,7 +107,7 @@ TINY = Subject(
         use_scale_shift_norm=True,
         resblock_updown=True,
     ),
-    DiffusionSettings(noise_schedule="linear", steps=1000, learn_sigma=True),
+    DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True),
     ClassifierConfig(
         image_size=16,
         model_channels=32,

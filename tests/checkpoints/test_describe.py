@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from admfast.checkpoints import describe, fingerprint, forward_work, network_shapes, write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError
 from admfast.models import ClassifierConfig, build
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.models.preset_types import ModelPreset
 from admfast.models.presets import MODELS, preset
-from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, state_of
+from tests.small import SMALL_NETS, SMALL_UNET, SMALL_UPSAMPLER
+from tests.tools.random_checkpoint import random_state
 
 # GFLOP of a forward pass, batch 1, 2 for a multiply-add, counted on the published code with torch's counter.
 PUBLISHED_GFLOP = {
@@ -49,23 +51,23 @@ def test_work_is_the_published_work(name):
 
 
 def test_work_follows_batch_and_precision():
-    one, four = forward_work(UNET), forward_work(UNET, batch=4)
+    one, four = forward_work(SMALL_UNET), forward_work(SMALL_UNET, batch=4)
     assert four.flops == 4 * one.flops
-    assert four.weight_bytes == one.weight_bytes == 4 * sum(p.numel() for p in build(UNET).parameters())
+    assert four.weight_bytes == one.weight_bytes == 4 * sum(p.numel() for p in build(SMALL_UNET).parameters())
     assert 3.5 * one.activation_bytes < four.activation_bytes <= 4 * one.activation_bytes
-    half = forward_work(UNET, dtype=torch.bfloat16)
+    half = forward_work(SMALL_UNET, dtype=torch.bfloat16)
     assert half.flops == one.flops
     convolutions = sum(
         m.weight.numel() + m.bias.numel()
         for part in ("input_blocks", "middle_block", "output_blocks")
-        for m in getattr(build(UNET), part).modules()
+        for m in getattr(build(SMALL_UNET), part).modules()
         if isinstance(m, torch.nn.Conv1d | torch.nn.Conv2d)
     )
     assert half.weight_bytes == one.weight_bytes - 2 * convolutions
     assert half.activation_bytes < one.activation_bytes
 
 
-@pytest.mark.parametrize("config", [UNET, UPSAMPLER, CLASSIFIER], ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", SMALL_NETS, ids=lambda config: config.kind)
 def test_memory_holds_what_must_be_alive_together(config):
     """At least the skips of a UNet, or the largest activation with its input; at most ten times that."""
     largest = 4 * 16 * 16 * max(config.widths())
@@ -77,7 +79,7 @@ def test_memory_is_what_a_real_pass_allocates():
     """The same count on tensors with memory: shapes decide, not the device."""
     from admfast.checkpoints.describe import _LiveBytes, _reference_ops
 
-    net = build(UNET)
+    net = build(SMALL_UNET)
     inputs = {
         "x": torch.zeros(2, 3, 16, 16),
         "timesteps": torch.zeros(2),
@@ -86,27 +88,27 @@ def test_memory_is_what_a_real_pass_allocates():
     live = _LiveBytes(net, inputs)
     with _reference_ops(), torch.no_grad(), live:
         out = net(**inputs)
-    assert live.peak == pytest.approx(forward_work(UNET, batch=2).activation_bytes, rel=0.05)
+    assert live.peak == pytest.approx(forward_work(SMALL_UNET, batch=2).activation_bytes, rel=0.05)
     assert live._now == out.untyped_storage().nbytes(), "all but the output has been freed"
 
 
 def test_the_count_runs_on_the_references_and_puts_the_environment_back(monkeypatch):
-    expected = forward_work(UNET)
+    expected = forward_work(SMALL_UNET)
     monkeypatch.setenv("ADMFAST_IMPL", "attention=none_of_that_name")  # would raise, were it asked for
-    assert forward_work(UNET) == expected
+    assert forward_work(SMALL_UNET) == expected
     assert os.environ["ADMFAST_IMPL"] == "attention=none_of_that_name"
     monkeypatch.delenv("ADMFAST_IMPL")
-    forward_work(UNET)
+    forward_work(SMALL_UNET)
     assert "ADMFAST_IMPL" not in os.environ
 
 
 def test_report_on_a_described_file(tmp_path):
-    state = state_of(UNET)
+    state = random_state(SMALL_UNET)
     state["out.2.bias"][:2] = float("nan")
     state["out.0.weight"][0] = float("inf")
     path = tmp_path / "x.safetensors"
     write_weights(
-        path, state, Description(UNET, DiffusionSettings(learn_sigma=True), {"steps": 9}), torch.float16
+        path, state, Description(SMALL_UNET, DiffusionConfig(learn_sigma=True), {"steps": 9}), torch.float16
     )
     rows = describe(path, batch=3)
     report = dict(rows)
@@ -123,9 +125,9 @@ def test_report_on_a_described_file(tmp_path):
     assert report["parameters"] == f"{count:,} in {len(state)} tensors"
     assert report["on disk"] == f"{count:,} float16"
     assert report["values"] == "2 NaN and 1 infinite in 2 tensors, the first out.0.weight"
-    gflop = forward_work(UNET).flops / 1e9
+    gflop = forward_work(SMALL_UNET).flops / 1e9
     assert report["work"].startswith(f"{gflop:,.1f} GFLOP an image")
-    work = forward_work(UNET, 3)
+    work = forward_work(SMALL_UNET, 3)
     total = (work.weight_bytes + work.activation_bytes) / 2**20
     assert report["memory"].startswith(f"{total:.1f} MiB at batch 3, torso float32: weights ")
     assert "nearest" not in report and "open" not in report
@@ -133,13 +135,15 @@ def test_report_on_a_described_file(tmp_path):
 
 def test_a_shipped_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("admfast.models.preset_types.DIGITS_FOLDER", tmp_path.resolve())
-    write_weights(tmp_path / "upsampler.safetensors", state_of(UPSAMPLER), Description(UPSAMPLER))
+    write_weights(
+        tmp_path / "upsampler.safetensors", random_state(SMALL_UPSAMPLER), Description(SMALL_UPSAMPLER)
+    )
     report = dict(describe(tmp_path / "upsampler.safetensors"))
     assert report["model"] == "digits32_upsampler, as shipped" and report["network"] == "upsampler"
 
 
 def test_report_on_a_file_that_leaves_options_open(tmp_path):
-    write_weights(tmp_path / "x.pt", state_of(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
     report = dict(describe(tmp_path / "x.pt"))
     assert report["network"] == "a unet with 32 base channels x (1,2)"
     assert "give num_heads or num_head_channels (a divisor of 64)" in report["open"]
@@ -186,15 +190,15 @@ def test_report_on_released_shapes(tmp_path):
 
 def test_a_file_is_called_the_published_one_by_its_hash_alone(tmp_path, monkeypatch):
     path = tmp_path / "known.pt"
-    torch.save(state_of(UNET), path)
+    torch.save(random_state(SMALL_UNET), path)
     data = path.read_bytes()
     known = ModelPreset(
         name="known",
         file="known.pt",
-        network=UNET,
-        settings=DiffusionSettings(learn_sigma=True),
+        network=SMALL_UNET,
+        process=DiffusionConfig(learn_sigma=True),
         url="https://example.org/",
-        fingerprint=fingerprint(network_shapes(UNET)),
+        fingerprint=fingerprint(network_shapes(SMALL_UNET)),
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
     )
@@ -213,7 +217,7 @@ def test_a_file_is_called_the_published_one_by_its_hash_alone(tmp_path, monkeypa
 
 
 def test_a_preset_that_does_not_fit_is_refused(tmp_path):
-    torch.save(state_of(UNET), tmp_path / "x.pt")
+    torch.save(random_state(SMALL_UNET), tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="x.pt: does not fit preset 64x64_diffusion: .* keys missing"):
         describe(tmp_path / "x.pt", preset="64x64_diffusion")
 

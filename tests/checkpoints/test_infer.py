@@ -11,11 +11,12 @@ import pytest
 
 from admfast.checkpoints import Unanswered, compare, fingerprint, identify, nearest_preset, network_shapes
 from admfast.checkpoints.structure import read_structure
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument
-from admfast.models import ClassifierConfig, UNetConfig
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig
+from admfast.models.description import Description
 from admfast.models.presets import preset
-from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, random_config
+from tests.small import SMALL_CLASSIFIER, SMALL_NETS, SMALL_UNET, SMALL_UPSAMPLER
 
 HEADS = {"num_head_channels": 32, "use_new_attention_order": False}
 
@@ -57,7 +58,7 @@ def test_any_network_is_recognised(seed):
 def test_a_multiplier_that_rounds_down_still_gives_the_width():
     assert int(480 / 352 * 352) == 479
     config = dataclasses.replace(
-        UNET, model_channels=352, channel_mult=(1, math.nextafter(480 / 352, math.inf))
+        SMALL_UNET, model_channels=352, channel_mult=(1, math.nextafter(480 / 352, math.inf))
     )
     found = identify(network_shapes(config), file="x", options={"image_size": 16, **HEADS}).config
     assert found.widths() == (352, 480) and found == config
@@ -83,7 +84,7 @@ def test_the_random_networks_reach_every_option():
 
 def test_the_question_lists_what_is_open_and_what_is_allowed():
     with pytest.raises(Unanswered) as caught:
-        identify(network_shapes(UNET), file="runs/a.pt")
+        identify(network_shapes(SMALL_UNET), file="runs/a.pt")
     text = str(caught.value)
     assert text.startswith("runs/a.pt: these are the weights of a unet with 32 base channels x (1,2)")
     assert "num_heads or num_head_channels (a divisor of 64)" in text
@@ -107,7 +108,7 @@ def test_the_question_lists_what_is_open_and_what_is_allowed():
     ids=str,
 )
 def test_an_option_that_is_given_is_not_asked_for(options, asked):
-    shapes = network_shapes(UNET)
+    shapes = network_shapes(SMALL_UNET)
     if not asked:
         assert identify(shapes, file="x", options=options).config.image_size == 16
         return
@@ -118,22 +119,22 @@ def test_an_option_that_is_given_is_not_asked_for(options, asked):
 
 
 def test_channels_that_fit_two_kinds_are_asked_about():
-    shapes = network_shapes(UPSAMPLER)  # 2 channels in (1 and its low-resolution copy), 2 out
+    shapes = network_shapes(SMALL_UPSAMPLER)  # 2 channels in (1 and its low-resolution copy), 2 out
     options = {"image_size": 16, "num_heads": 2, "use_new_attention_order": False}
     with pytest.raises(Unanswered, match=r"kind \(unet or upsampler\)"):
         identify(shapes, file="x", options=options)
     as_upsampler = identify(shapes, file="x", options={**options, "kind": "upsampler"}).config
-    assert as_upsampler == UPSAMPLER
+    assert as_upsampler == SMALL_UPSAMPLER
     as_unet = identify(shapes, file="x", options={**options, "kind": "unet"}).config
     assert isinstance(as_unet, UNetConfig) and as_unet.kind == "unet" and as_unet.in_channels == 2
     # 6 in and 3 out can only be an upsampler without learned variance.
-    only = dataclasses.replace(UPSAMPLER, in_channels=3, out_channels=3)
+    only = dataclasses.replace(SMALL_UPSAMPLER, in_channels=3, out_channels=3)
     assert identify(network_shapes(only), file="x", options=options).config == only
 
 
 def test_an_attention_pool_shows_the_image_size():
-    found = identify(network_shapes(CLASSIFIER), file="x", options={"num_head_channels": 32})
-    assert found.config == CLASSIFIER
+    found = identify(network_shapes(SMALL_CLASSIFIER), file="x", options={"num_head_channels": 32})
+    assert found.config == SMALL_CLASSIFIER
     assert found.assumed == (
         "dropout=0.0 (matters in training only)",
         "use_new_attention_order=False (as in every published classifier)",
@@ -142,7 +143,7 @@ def test_an_attention_pool_shows_the_image_size():
 
 def test_a_classifier_of_equal_blocks_can_be_read_in_several_ways():
     equal = dataclasses.replace(
-        CLASSIFIER, channel_mult=(1, 1, 1), attention_resolutions=(), num_res_blocks=3
+        SMALL_CLASSIFIER, channel_mult=(1, 1, 1), attention_resolutions=(), num_res_blocks=3
     )
     shapes = network_shapes(equal)  # 12 input blocks: 1x11, 2x5, 3x3, 4x2 or 6x1
     options = {"num_head_channels": 32}
@@ -155,27 +156,29 @@ def test_a_classifier_of_equal_blocks_can_be_read_in_several_ways():
 
 
 def test_what_the_file_carries_answers_and_options_win():
-    carried = Description(UNET, DiffusionSettings(steps=100, learn_sigma=True), {"seed": 3})
-    given = identify(network_shapes(UNET), file="x", config=UNET, options={"noise_schedule": "cosine"})
-    assert given.diffusion == DiffusionSettings(noise_schedule="cosine", learn_sigma=True)
-    found = identify(network_shapes(UNET), file="x", carried=carried)
-    assert (found.config, found.diffusion, found.training) == (UNET, carried.diffusion, {"seed": 3})
+    carried = Description(SMALL_UNET, DiffusionConfig(steps=100, learn_sigma=True), {"seed": 3})
+    given = identify(
+        network_shapes(SMALL_UNET), file="x", config=SMALL_UNET, options={"noise_schedule": "cosine"}
+    )
+    assert given.diffusion == DiffusionConfig(noise_schedule="cosine", learn_sigma=True)
+    found = identify(network_shapes(SMALL_UNET), file="x", carried=carried)
+    assert (found.config, found.diffusion, found.training) == (SMALL_UNET, carried.diffusion, {"seed": 3})
     assert found.preset is None and found.candidates == () and found.assumed == ()
     changed = identify(
-        network_shapes(UNET),
+        network_shapes(SMALL_UNET),
         file="x",
         carried=carried,
         options={"num_heads": 4, "num_head_channels": -1, "steps": 50},
     )
-    assert changed.config == dataclasses.replace(UNET, num_heads=4, num_head_channels=-1)
+    assert changed.config == dataclasses.replace(SMALL_UNET, num_heads=4, num_head_channels=-1)
     assert changed.diffusion == dataclasses.replace(carried.diffusion, steps=50)
 
 
 def test_the_process_of_unknown_weights_is_unknown_unless_given():
     options = {"image_size": 16, **HEADS}
-    assert identify(network_shapes(UNET), file="x", options=options).diffusion is None
-    found = identify(network_shapes(UNET), file="x", options={**options, "noise_schedule": "cosine"})
-    assert found.diffusion == DiffusionSettings(noise_schedule="cosine", learn_sigma=True)
+    assert identify(network_shapes(SMALL_UNET), file="x", options=options).diffusion is None
+    found = identify(network_shapes(SMALL_UNET), file="x", options={**options, "noise_schedule": "cosine"})
+    assert found.diffusion == DiffusionConfig(noise_schedule="cosine", learn_sigma=True)
 
 
 @pytest.mark.parametrize(
@@ -186,23 +189,23 @@ def test_the_process_of_unknown_weights_is_unknown_unless_given():
         ({"options": {"kind": "gan"}}, "kind='gan'"),
         ({"options": {"kind": "classifier", "image_size": 16, **HEADS}}, "those of a unet"),
         ({"options": {"num_heads": 3, "image_size": 16}}, "num_heads=3: must divide"),
-        ({"options": {"num_heads": "four", "image_size": 16}}, "num_heads='four': an integer of 1 or more"),
+        ({"options": {"num_heads": "four", "image_size": 16}}, "num_heads='four': a whole number"),
         (
             {"options": {**HEADS, "image_size": 16, "learn_sigma": False}},
             "learn_sigma=False: True for a network",
         ),
-        ({"config": UNET, "options": {"learn_sigma": False}}, "learn_sigma=False: True for a network"),
-        ({"carried": Description(UNET, DiffusionSettings())}, "learn_sigma=False: True for a network"),
+        ({"config": SMALL_UNET, "options": {"learn_sigma": False}}, "learn_sigma=False: True for a network"),
+        ({"carried": Description(SMALL_UNET, DiffusionConfig())}, "learn_sigma=False: True for a network"),
         ({"options": {"channel_mult": 5, **HEADS}}, "channel_mult': (5,)}: the weights have"),
-        ({"options": {"attention_resolutions": "x"}}, "attention_resolutions='x': downsampling factors"),
-        ({"options": {"num_head_channels": "x"}}, "num_head_channels='x': an integer of 1 or more"),
+        ({"options": {"attention_resolutions": "x"}}, "attention_resolutions='x'"),
+        ({"options": {"num_head_channels": "x"}}, "num_head_channels='x': a whole number"),
         ({"options": {"use_new_attention_order": "no"}}, "use_new_attention_order='no': True or False"),
-        ({"options": {"dropout": "abc"}}, "dropout='abc': a number"),
+        ({"options": {"dropout": "abc"}}, "dropout='abc'"),
         ({"options": {"learn_sigma": 1}}, "learn_sigma=1: True or False"),
-        ({"options": {"steps": "many"}}, "steps='many': an integer of 1 or more"),
+        ({"options": {"steps": "many"}}, "steps='many': a whole number"),
         ({"preset_name": "64x64"}, "nearest: 64x64_diffusion"),
-        ({"preset_name": "64x64_diffusion", "config": UNET}, "not both"),
-        ({"carried": Description(UNET), "options": {"kind": "upsampler"}}, "those of a unet"),
+        ({"preset_name": "64x64_diffusion", "config": SMALL_UNET}, "not both"),
+        ({"carried": Description(SMALL_UNET), "options": {"kind": "upsampler"}}, "those of a unet"),
     ],
     ids=str,
 )
@@ -211,7 +214,7 @@ def test_wrong_answers_are_refused_by_name(arguments, said):
     if "num_heads" in options:
         options["use_new_attention_order"] = True
     with pytest.raises(InvalidArgument, match=re.escape(said) if "[" not in said else said):
-        identify(network_shapes(UNET), file="x", **arguments)
+        identify(network_shapes(SMALL_UNET), file="x", **arguments)
 
 
 @pytest.mark.parametrize("folder", ["", "models/", "C:\\models\\"])
@@ -240,7 +243,7 @@ def test_a_fine_tuned_model_is_told_what_it_is_nearest_to():
     ) in str(caught.value)
     answers = {"image_size": 512, "use_new_attention_order": False, "num_head_channels": 64}
     assert identify(shapes, file="x.pt", options={**answers, "num_heads": 4}).config == tuned
-    assert nearest_preset(network_shapes(UNET)) is None
+    assert nearest_preset(network_shapes(SMALL_UNET)) is None
 
 
 @pytest.mark.parametrize(
@@ -277,15 +280,15 @@ def test_a_fine_tuned_model_is_told_what_it_is_nearest_to():
 )
 def test_what_is_no_adm_network_is_said_to_be_none(change, said):
     with pytest.raises(CheckpointError, match=said) as caught:
-        identify(change(network_shapes(UNET)), file="x.pt")
+        identify(change(network_shapes(SMALL_UNET)), file="x.pt")
     assert str(caught.value).startswith("x.pt: ") and "\n" not in str(caught.value)
     assert not isinstance(caught.value, Unanswered)
 
 
 def test_differences_are_counted_and_listed():
     has, needs = (
-        network_shapes(UNET),
-        network_shapes(dataclasses.replace(UNET, num_classes=7, num_res_blocks=2)),
+        network_shapes(SMALL_UNET),
+        network_shapes(dataclasses.replace(SMALL_UNET, num_classes=7, num_res_blocks=2)),
     )
     differences = compare(has, needs)
     assert set(differences.missing) == set(needs) - set(has) != set()
@@ -299,14 +302,14 @@ def test_differences_are_counted_and_listed():
 
 
 def test_a_fingerprint_follows_keys_and_shapes_only():
-    shapes = network_shapes(UNET)
+    shapes = network_shapes(SMALL_UNET)
     assert fingerprint(dict(reversed(shapes.items()))) == fingerprint(shapes)
     key = next(iter(shapes))
     assert fingerprint({**shapes, key: (1, 2)}) != fingerprint(shapes)
     assert fingerprint({k: v for k, v in shapes.items() if k != key}) != fingerprint(shapes)
 
 
-@pytest.mark.parametrize("config", [UNET, UPSAMPLER, CLASSIFIER], ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", SMALL_NETS, ids=lambda config: config.kind)
 def test_no_damage_to_the_shapes_gets_past_the_error(config):
     """Keys lost and shapes spoiled at random: an answer or a clear refusal, never another exception."""
     rng = random.Random(0)
@@ -327,3 +330,49 @@ def test_no_damage_to_the_shapes_gets_past_the_error(config):
             assert "\n" not in str(error)
             refused += 1
     assert refused == 300
+
+
+def random_config(seed: int) -> NetConfig:
+    """Some configuration of any kind, every option drawn; widths of 32 to 192."""
+    rng = random.Random(seed)
+    kind = rng.choice(["unet", "upsampler", "classifier"])
+    levels = rng.randint(1, 4)
+    base = rng.choice([32, 64, 96])
+    widths = [32 * rng.randint(1, 2) for _ in range(levels)]
+    channels = rng.choice([1, 2, 3, 4])
+    shared = {
+        "image_size": 32,
+        "in_channels": channels,
+        "model_channels": base,
+        "num_res_blocks": rng.randint(1, 3),
+        "attention_resolutions": tuple(2**i for i in range(levels) if rng.random() < 0.4),
+        "channel_mult": tuple(_multiplier(width, base) for width in widths),
+        "conv_resample": rng.random() < 0.7,
+        "dropout": rng.choice([0.0, 0.1]),
+        "num_heads": rng.choice([1, 2, 4]),
+        "num_head_channels": rng.choice([-1, 16, 32]),
+        "use_scale_shift_norm": rng.random() < 0.5,
+        "resblock_updown": rng.random() < 0.5,
+        "use_new_attention_order": rng.random() < 0.5,
+    }
+    if kind == "classifier":
+        pool = rng.choice(["adaptive", "attention", "spatial", "spatial_v2"])
+        dims = rng.choice([1, 2, 3]) if pool.startswith("spatial") else 2
+        if pool == "attention" and shared["num_head_channels"] == -1:
+            shared["num_head_channels"] = 32
+        return ClassifierConfig(**shared, dims=dims, pool=pool, out_channels=rng.choice([2, 10, 1000]))
+    cls = UNetConfig if kind == "unet" else UpsamplerConfig
+    return cls(
+        **shared,
+        dims=rng.choice([1, 2, 2, 3]),
+        num_classes=rng.choice([None, 10]),
+        out_channels=channels * rng.choice([1, 2]),
+    )
+
+
+def _multiplier(width: int, base: int) -> float:
+    """A multiplier that gives the width, in the way a person would write it where that is exact."""
+    multiplier = width / base
+    if int(multiplier * base) != width:
+        multiplier += 1e-9
+    return int(multiplier) if multiplier.is_integer() else multiplier

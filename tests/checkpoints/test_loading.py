@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from admfast.checkpoints import fingerprint, load_network, network_shapes, write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError, InvalidArgument
 from admfast.models import Classifier, UNet, Upsampler, build
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.models.presets import preset
-from tests.checkpoints.small import CLASSIFIER, UNET, UPSAMPLER, state_of
+from tests.small import SMALL_CLASSIFIER, SMALL_UNET, SMALL_UPSAMPLER
+from tests.tools.random_checkpoint import random_state
 
-SETTINGS = DiffusionSettings(learn_sigma=True, noise_schedule="cosine")
+SETTINGS = DiffusionConfig(learn_sigma=True, noise_schedule="cosine")
 ANSWERS = {"image_size": 16, "num_head_channels": 32, "use_new_attention_order": False}
 
 
@@ -43,10 +45,12 @@ def run(net, config):
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 @pytest.mark.parametrize(
-    ("config", "kind"), [(UNET, UNet), (UPSAMPLER, Upsampler), (CLASSIFIER, Classifier)], ids=["u", "up", "c"]
+    ("config", "kind"),
+    [(SMALL_UNET, UNet), (SMALL_UPSAMPLER, Upsampler), (SMALL_CLASSIFIER, Classifier)],
+    ids=["u", "up", "c"],
 )
 def test_a_loaded_network_computes_what_its_weights_say(tmp_path, config, kind, ending):
-    state = state_of(config)
+    state = random_state(config)
     path = tmp_path / f"x.{ending}"
     write_weights(path, state, Description(config, SETTINGS, {"steps": 5}))
     net, info = load_network(path)
@@ -65,14 +69,14 @@ def test_a_loaded_network_computes_what_its_weights_say(tmp_path, config, kind, 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_half_precision_files_are_widened_unless_asked_otherwise(tmp_path, stored, ending):
-    state = state_of(UNET)
+    state = random_state(SMALL_UNET)
     path = tmp_path / f"x.{ending}"
-    write_weights(path, state, Description(UNET), dtype=stored)
+    write_weights(path, state, Description(SMALL_UNET), dtype=stored)
     rounded = {key: value.to(stored).float() for key, value in state.items()}
     net, info = load_network(path)
-    assert torch.equal(run(net, UNET), reference_output(UNET, rounded))
+    assert torch.equal(run(net, SMALL_UNET), reference_output(SMALL_UNET, rounded))
     assert info.dtypes == {str(stored).removeprefix("torch."): info.parameters}
-    assert info.fingerprint == fingerprint(network_shapes(UNET))
+    assert info.fingerprint == fingerprint(network_shapes(SMALL_UNET))
     for asked, expected in ((None, stored), (torch.float64, torch.float64), (stored, stored)):
         net, _ = load_network(path, dtype=asked)
         assert {p.dtype for p in net.parameters()} == {expected}
@@ -80,7 +84,7 @@ def test_half_precision_files_are_widened_unless_asked_otherwise(tmp_path, store
 
 def test_a_float32_file_is_not_copied(tmp_path):
     """The parameters of the network are the file's pages."""
-    write_weights(tmp_path / "x.pt", state_of(UNET), Description(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET), Description(SMALL_UNET))
     net, _ = load_network(tmp_path / "x.pt")
     with open("/proc/self/maps") as maps:
         spans = [line.split()[0].split("-") for line in maps if str(tmp_path / "x.pt") in line]
@@ -91,35 +95,35 @@ def test_a_float32_file_is_not_copied(tmp_path):
 
 
 def test_training_a_loaded_network_leaves_the_file_alone(tmp_path):
-    write_weights(tmp_path / "x.pt", state_of(UNET), Description(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET), Description(SMALL_UNET))
     before = (tmp_path / "x.pt").read_bytes()
     net, _ = load_network(tmp_path / "x.pt")
     net(torch.randn(1, 3, 16, 16), torch.tensor([1]), torch.tensor([1])).square().mean().backward()
     torch.optim.SGD(net.parameters(), lr=0.1).step()
-    assert not torch.equal(net.state_dict()["out.2.bias"], state_of(UNET)["out.2.bias"])
+    assert not torch.equal(net.state_dict()["out.2.bias"], random_state(SMALL_UNET)["out.2.bias"])
     assert (tmp_path / "x.pt").read_bytes() == before
 
 
 def test_the_configuration_from_every_source(tmp_path):
-    write_weights(tmp_path / "bare.pt", state_of(UNET))
+    write_weights(tmp_path / "bare.pt", random_state(SMALL_UNET))
     path = tmp_path / "bare.pt"
     with pytest.raises(CheckpointError, match="give num_heads or num_head_channels"):
         load_network(path)
     by_options, info = load_network(path, **ANSWERS, noise_schedule="cosine")
-    assert info.config == UNET and info.diffusion == SETTINGS
+    assert info.config == SMALL_UNET and info.diffusion == SETTINGS
     assert info.assumed == ("dropout=0.0 (matters in training only)",)
-    by_config, info = load_network(path, config=UNET)
+    by_config, info = load_network(path, config=SMALL_UNET)
     assert info.source == "the configuration given" and info.diffusion is None
-    assert torch.equal(run(by_options, UNET), run(by_config, UNET))
+    assert torch.equal(run(by_options, SMALL_UNET), run(by_config, SMALL_UNET))
     # Another number of heads is another network with the same weights.
-    other, info = load_network(path, config=UNET, num_head_channels=16)
+    other, info = load_network(path, config=SMALL_UNET, num_head_channels=16)
     assert info.config.num_head_channels == 16
-    assert not torch.equal(run(other, UNET), run(by_config, UNET))
+    assert not torch.equal(run(other, SMALL_UNET), run(by_config, SMALL_UNET))
 
 
 def test_weights_that_do_not_fit_say_how_and_whose_they_are(tmp_path):
     path = tmp_path / "x.pt"
-    write_weights(path, state_of(UNET))
+    write_weights(path, random_state(SMALL_UNET))
     with pytest.raises(CheckpointError) as caught:
         load_network(path, preset="64x64_diffusion")
     text = str(caught.value)
@@ -129,9 +133,9 @@ def test_weights_that_do_not_fit_say_how_and_whose_they_are(tmp_path):
         and "with another shape (time_embed.0.weight [128, 32], not [768, 192]" in text
     )
     with pytest.raises(CheckpointError, match=r"label_emb.weight \[10, 128\], not \[3, 128\]"):
-        load_network(path, config=UNET, num_classes=3)
+        load_network(path, config=SMALL_UNET, num_classes=3)
     with pytest.raises(CheckpointError, match="1 key unexpected .label_emb.weight .10, 128"):
-        load_network(path, config=dataclasses.replace(UNET, num_classes=None))
+        load_network(path, config=dataclasses.replace(SMALL_UNET, num_classes=None))
     with pytest.raises(InvalidArgument, match="nearest: num_heads"):
         load_network(path, num_headz=3)
 
@@ -145,27 +149,27 @@ def test_a_wrong_preset_is_told_the_right_one(tmp_path):
     with pytest.raises(CheckpointError, match="preset 128x128_classifier: .*; it fits 64x64_classifier"):
         load_network(tmp_path / "x.pt", preset="128x128_classifier")
     net, info = load_network(tmp_path / "x.pt")
-    assert info.preset == "64x64_classifier" and info.parameters == 65_438_568
+    assert info.preset.name == "64x64_classifier" and info.parameters == 65_438_568
     assert net.config == preset("64x64_classifier").config
 
 
 def test_weights_must_be_numbers_with_a_point(tmp_path):
-    state = state_of(UNET)
+    state = random_state(SMALL_UNET)
     state["out.2.bias"] = state["out.2.bias"].long()
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="out.2.bias is torch.int64"):
-        load_network(tmp_path / "x.pt", config=UNET)
+        load_network(tmp_path / "x.pt", config=SMALL_UNET)
 
 
 def test_nan_is_loaded(tmp_path):
-    state = state_of(UNET)
+    state = random_state(SMALL_UNET)
     state["out.2.bias"][0] = float("nan")
-    write_weights(tmp_path / "x.pt", state, Description(UNET))
+    write_weights(tmp_path / "x.pt", state, Description(SMALL_UNET))
     net, _ = load_network(tmp_path / "x.pt")
     assert net.out[2].bias.isnan().sum() == 1
 
 
 def test_device(tmp_path):
-    write_weights(tmp_path / "x.pt", state_of(UNET), Description(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET), Description(SMALL_UNET))
     net, _ = load_network(tmp_path / "x.pt", device="meta")
     assert {p.device.type for p in net.parameters()} == {"meta"}

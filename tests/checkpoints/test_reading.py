@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from admfast.checkpoints import read_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError
-from admfast.models.description import Description, DiffusionSettings
-from tests.checkpoints.small import UNET
+from admfast.models.description import Description
+from tests.small import SMALL_UNET
 
 STATE = {"b.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1.5, float("nan")])}
 
@@ -123,8 +124,8 @@ def test_bare_pickles_are_named_in_one_line(tmp_path, recwarn, held, said, proto
 
 
 def test_the_description_beside_the_file_wins_over_the_header(tmp_path):
-    beside = Description(UNET, DiffusionSettings(steps=10))
-    header = Description(UNET, DiffusionSettings(steps=20))
+    beside = Description(SMALL_UNET, DiffusionConfig(steps=100))
+    header = Description(SMALL_UNET, DiffusionConfig(steps=200))
     save_file(STATE, tmp_path / "x.safetensors", metadata={"admfast": header.to_json()})
     assert read_weights(tmp_path / "x.safetensors").description == header
     (tmp_path / "x.json").write_text(beside.to_json())

@@ -16,12 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from admfast.checkpoints import read_weights, write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import InvalidArgument, OutputError
-from admfast.models.description import Description, DiffusionSettings
-from tests.checkpoints.small import CLASSIFIER, UNET, state_of
+from admfast.models.description import Description
+from tests.small import SMALL_CLASSIFIER, SMALL_UNET
+from tests.tools.random_checkpoint import random_state
 
-STATE = state_of(UNET)
-DESCRIPTION = Description(UNET, DiffusionSettings(learn_sigma=True), {"steps": 16000, "data": "digits"})
+STATE = random_state(SMALL_UNET)
+DESCRIPTION = Description(SMALL_UNET, DiffusionConfig(learn_sigma=True), {"steps": 16000, "data": "digits"})
 ENDINGS = ["pt", "pth", "safetensors"]
 
 
@@ -88,7 +90,7 @@ def test_views_and_shared_tensors_are_written_as_they_are_seen(tmp_path, ending)
         ("x.bin", {}, "a name that ends in .pt, .pth, .safetensors"),
         ("x.pt", {"dtype": torch.float64}, "float32, float16 or bfloat16"),
         ("x.pt", {"dtype": torch.int8}, "float32, float16 or bfloat16"),
-        ("x.pt", {"description": Description(CLASSIFIER)}, "the weights differ: .* keys missing"),
+        ("x.pt", {"description": Description(SMALL_CLASSIFIER)}, "the weights differ: .* keys missing"),
     ],
 )
 def test_refusals(tmp_path, name, arguments, said):
@@ -99,7 +101,7 @@ def test_refusals(tmp_path, name, arguments, said):
 
 def test_training_facts_that_json_cant_hold(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
-        write_weights(tmp_path / "x.pt", STATE, Description(UNET, None, {"rate": torch.zeros(1)}))
+        write_weights(tmp_path / "x.pt", STATE, Description(SMALL_UNET, None, {"rate": torch.zeros(1)}))
     assert names(tmp_path) == []
 
 
@@ -114,7 +116,7 @@ def test_a_folder_that_cant_be_written(tmp_path, ending):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_full_disk_leaves_the_old_weights_and_description(tmp_path, ending):
-    other = Description(UNET, None, {"old": True})
+    other = Description(SMALL_UNET, None, {"old": True})
     write_weights(tmp_path / f"x.{ending}", {k: v + 1 for k, v in STATE.items()}, other)
     before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
     program = f"""

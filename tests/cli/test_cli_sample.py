@@ -14,15 +14,16 @@ import torch
 from admfast.checkpoints import write_weights
 from admfast.cli.main import main
 from admfast.cli.sample import MANY, parse_numbers, plan_images
+from admfast.diffusion import DiffusionConfig
 from admfast.errors import InvalidArgument
 from admfast.files.images import read_image
 from admfast.files.npz import read_samples
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from admfast.pipeline import Pipeline
 from tests.small import classifier, unet, upsampler
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = DiffusionSettings(noise_schedule="linear", steps=100, learn_sigma=True)
+SETTINGS = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
 
 
 def write(path: Path, net: torch.nn.Module) -> Path:

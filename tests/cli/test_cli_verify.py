@@ -15,11 +15,12 @@ from admfast.checkpoints import write_weights
 from admfast.cli import verify as command
 from admfast.cli.main import app, main
 from admfast.cli.verify import PAST_BUDGET
+from admfast.diffusion import DiffusionConfig
 from admfast.engine.verify import BUDGETS, Budget
-from admfast.models.description import Description, DiffusionSettings
+from admfast.models.description import Description
 from tests.small import classifier, unet, upsampler
 
-SETTINGS = DiffusionSettings(noise_schedule="linear", steps=1000, learn_sigma=True)
+SETTINGS = DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True)
 
 
 @pytest.fixture(scope="module")

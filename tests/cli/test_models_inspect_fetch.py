@@ -18,7 +18,8 @@ from admfast.cli.tables import table
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, OutputError
 from admfast.models.description import Description
 from admfast.models.presets import MODELS, SYSTEMS, preset
-from tests.checkpoints.small import UNET, state_of
+from tests.small import SMALL_UNET
+from tests.tools.random_checkpoint import random_state
 
 fetch_module = importlib.import_module("admfast.cli.fetch")
 
@@ -139,7 +140,7 @@ def test_an_option_that_no_file_has_or_that_says_nothing(text, said):
 
 
 def test_inspect_prints_the_report(tmp_path, capsys):
-    write_weights(tmp_path / "x.pt", state_of(UNET), Description(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET), Description(SMALL_UNET))
     run_inspect(tmp_path / "x.pt", batch=2, dtype="bfloat16")
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["network"] == "unet" and rows["values"] == "all finite"
@@ -147,7 +148,7 @@ def test_inspect_prints_the_report(tmp_path, capsys):
 
 
 def test_inspect_takes_options(tmp_path, capsys):
-    write_weights(tmp_path / "x.pt", state_of(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
     run_inspect(tmp_path / "x.pt", values=False)
     assert "give num_heads or num_head_channels" in capsys.readouterr().out
     options = ["num_heads=2", "use_new_attention_order=True", "image_size=32"]
@@ -166,7 +167,7 @@ def test_inspect_takes_options(tmp_path, capsys):
     ids=str,
 )
 def test_inspect_refuses(tmp_path, arguments, said):
-    write_weights(tmp_path / "x.pt", state_of(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
     with pytest.raises(InvalidArgument, match=said):
         run_inspect(tmp_path / "x.pt", **arguments)
 
@@ -239,7 +240,7 @@ def test_wanted_models_are_unique():
 def test_typer_takes_the_signatures(app, tmp_path):
     runner = CliRunner()
     assert runner.invoke(app, ["models", "imagenet64"]).exit_code == 0
-    write_weights(tmp_path / "x.pt", state_of(UNET))
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
     arguments = ["--set", "num_heads=2", "--set", "use_new_attention_order=true", "--set", "image_size=16"]
     done = runner.invoke(app, ["inspect", str(tmp_path / "x.pt"), *arguments, "--no-values"])
     assert done.exit_code == 0 and "2 heads" in done.output
@@ -252,8 +253,8 @@ def test_typer_takes_the_signatures(app, tmp_path):
 
 def test_a_file_beside_the_weights_answers_the_question(tmp_path, capsys):
     """The JSON can be written by hand: that is one of the answers that the question names."""
-    write_weights(tmp_path / "x.pt", state_of(UNET))
-    document = {"format": "admfast-1", "network": UNET.to_dict()}
+    write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
+    document = {"format": "admfast-1", "network": SMALL_UNET.to_dict()}
     (tmp_path / "x.json").write_text(json.dumps(document))
     run_inspect(tmp_path / "x.pt", values=False)
     assert "known from  the description that the file carries" in capsys.readouterr().out

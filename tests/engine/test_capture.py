@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +20,8 @@ DEVICE = torch.device("cuda:1")
 class Stream:
     """A stream that notes what waits for what."""
 
-    def __init__(self, device: torch.device = DEVICE):
-        self.device, self.waited = device, []
+    def __init__(self, device: torch.device = DEVICE, priority: int = 0):
+        self.device, self.priority, self.waited = device, priority, []
 
     def wait_stream(self, other: object) -> None:
         self.waited.append(other)
@@ -51,6 +53,15 @@ class Cuda:
         }
         for name, value in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        self.cleared: list[bool] = []
+        self.ended: list[tuple] = []
+        self.trivial = 0
+        for name, value in {
+            "_cuda_clearCublasWorkspaces": lambda: self.cleared.append(self.capturing is not None),
+            "_cuda_endAllocateToPool": lambda device, pool: self.ended.append(("end", device, pool)),
+            "_cuda_releasePool": lambda device, pool: self.ended.append(("release", device, pool)),
+        }.items():
+            monkeypatch.setattr(torch._C, name, value, raising=False)
 
     def current_stream(self, device: torch.device | None = None) -> Stream:
         self.asked.append(device)
@@ -63,12 +74,20 @@ class Cuda:
         self.current = before
 
     @contextlib.contextmanager
-    def graph(self, graph, pool, capture_error_mode, stream=None):
-        assert stream is not None and stream.device == DEVICE and capture_error_mode == "thread_local"
+    def graph(self, graph, capture_error_mode, pool=None, stream=None):
+        assert capture_error_mode == "thread_local"
+        if pool is None:  # the small capture that gives the generator back
+            self.trivial += 1
+            yield
+            return
+        assert stream is not None and stream.device == DEVICE
         before, self.capturing, self.current = self.current, stream, stream
         try:
             yield
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):  # which ends a capture, but does not break it
+                self.current = before
+                raise
             # As torch's own does, which then leaves its stream current.
             raise RuntimeError("CUDA error: operation failed due to a capture that was not joined")  # noqa: B904
         finally:
@@ -123,7 +142,48 @@ def test_a_lack_of_memory_in_a_capture_is_one(cuda):
     step = prepared(failing(cuda, torch.cuda.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         capture(step)
-    assert cuda.current is cuda.home and step.refused is None
+    assert cuda.current is cuda.home and step.refused is None and not cuda.ended
+
+
+def test_a_capture_that_can_not_end_gives_back_its_pool_and_the_generator(cuda, monkeypatch):
+    step = prepared(failing(cuda, RuntimeError("not permitted")))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device=None: zeros(size))
+    for version, ended in (("2.11.0", True), ("2.13.0", False)):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        cuda.ended.clear()
+        capture(step)
+        assert cuda.ended == ([("end", 1, (0, 1)), ("release", 1, (0, 1))] if ended else [])
+    assert cuda.trivial == 1
+
+
+def test_an_error_in_a_capture_leaves_nothing_of_the_attempt_behind(cuda):
+    class Activation:
+        pass
+
+    alive: list[weakref.ref] = []
+
+    def body() -> None:
+        if cuda.capturing is not None:
+            activation = Activation()
+            alive.append(weakref.ref(activation))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    gc.disable()
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+            capture(prepared(body))
+        del caught
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_capture_runs_without_python_s_collector_and_between_clean_workspaces(cuda):
+    seen = []
+    capture(prepared(lambda: seen.append((cuda.capturing is not None, gc.isenabled()))))
+    assert seen == [(False, True)] * 2 * WARM_UPS + [(True, False)] * 2 and gc.isenabled()
+    assert cuda.cleared == [False, False]
 
 
 def test_a_lack_of_memory_before_the_capture_is_not_its_own(cuda):
@@ -154,6 +214,22 @@ def test_branches_fork_from_the_current_stream_of_their_device(monkeypatch):
     step.body(True)
     assert cuda.asked == [step.state.x.device]
     assert step.side.waited == [cuda.home] and cuda.home.waited == [step.side]
+
+
+@pytest.mark.parametrize("part", ["_output", "_gradient"])
+def test_branches_join_when_one_fails(monkeypatch, part):
+    step, table, batch = step_of()
+    step.fill(table, batch)
+    cuda = Cuda(monkeypatch)
+    step.side = Stream()
+
+    def fails(*arguments: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step, part, fails)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        step.body(True)
+    assert cuda.home.waited == [step.side]
 
 
 def test_buffers_pass_from_stream_to_stream(monkeypatch):

@@ -203,7 +203,7 @@ def test_an_upsampler_predicts_with_its_low_resolution_image():
         ({"classes": torch.tensor([0.0, 1.0])}, "classes=0.0: a whole number from 0 to 3"),
         ({"classes": "01"}, "classes='01': a whole number from 0 to 3"),
         ({"x_t": X.numpy()}, "x_t='ndarray': a tensor of floats"),
-        ({"x_t": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "x_t='torch.uint8': a tensor of floats"),
+        ({"x_t": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "x_t.dtype=torch.uint8"),
         ({"x_t": randn(2, 3, 8, 8)}, r"x.shape=\(2, 3, 8, 8\): \[N, 1, ...\]"),
         ({"low_res": randn(2, 1, 4, 4)}, "low_res='given': upsamplers need it and no other network takes it"),
     ],

@@ -112,16 +112,11 @@ def what_runs(net, monkeypatch) -> Runs:
     found, blocks = Runs(), [m for m in net.modules() if hasattr(m, "emb_layers")]
     real = FoldedConv.__call__
 
-    def convolve(self, x, residual=None):
-        if not isinstance(self, _Second):
-            found.residual += residual is not None
-            found.channels_last += x.dim() == 4 and x.movedim(1, -1).is_contiguous()
-        return real(self, x, residual)
+    def convolve(self, x, residual=None, x2=None):
+        found.residual += residual is not None
+        found.channels_last += x.dim() == 4 and x.movedim(1, -1).is_contiguous()
+        return real(self, x, residual, x2)
 
-    for module in net.modules():
-        # The second source of a convolution adds to the first's result, whatever becomes of the skip.
-        for part in module._folded.parts[1:] if getattr(module, "_folded", None) else []:
-            part.__class__ = _Second
     layers = [
         m.emb_layers[1].register_forward_hook(lambda *_: setattr(found, "embeddings", found.embeddings - 1))
         for m in blocks
@@ -135,10 +130,6 @@ def what_runs(net, monkeypatch) -> Runs:
     found.qkv_rows = sum(m.qkv.reordered for m in net.modules() if hasattr(m, "qkv"))
     found.conv = sum(choice.op == "conv" and choice.name == "reference" for choice in choices)
     return found
-
-
-class _Second(FoldedConv):
-    """A part of a convolution that is not its first."""
 
 
 @pytest.mark.parametrize("option", OTHERS)
@@ -202,7 +193,7 @@ def test_rows_of_legacy_qkv_are_permuted_bit_for_bit():
     assert not block.qkv.reordered
     net.fold(FoldOptions(conv="library"))
     assert block.qkv.reordered and torch.equal(block(x), own)
-    (form,) = block.qkv.folded.parts[0].forms()
+    (form,) = block.qkv.folded.forms()
     assert torch.equal(form, block.qkv.weight[block.qkv.rows])
 
 
@@ -223,8 +214,8 @@ def test_half_precision_leaves_parameters_embeddings_and_the_last_layer():
     net.fold(dtype=torch.bfloat16)
     assert net.torso_dtype == torch.bfloat16
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    assert net.out[2].folded.parts[0].dtype == torch.float32
-    assert net.input_blocks[0][0].folded.parts[0].dtype == torch.bfloat16
+    assert net.out[2].folded.dtype == torch.float32
+    assert net.input_blocks[0][0].folded.dtype == torch.bfloat16
     rounded = made("unet").convert_torso(torch.bfloat16)
     half, published = call(net)[0], call(rounded)[0]
     # The published recipe rounds the same weights; what is left is the order of sums in bfloat16.
@@ -293,11 +284,9 @@ def test_weights_loaded_into_a_network_that_trains_unfold_it():
 
 def memory_of(net) -> list[int]:
     """Where all that was derived lies."""
-    convolutions = [module for module in net.modules() if getattr(module, "_folded", None)]
-    parts = [part for module in convolutions for part in module._folded.parts]
-    return [form.data_ptr() for part in parts for form in part.forms()] + [
-        t.data_ptr() for t in net._projections
-    ]
+    found = [module.folded for module in net.modules() if hasattr(type(module), "folded")]
+    forms = [form for folded in found for form in folded.forms()]
+    return [form.data_ptr() for form in (*forms, net._projections.weight, net._projections.bias)]
 
 
 @pytest.mark.parametrize("change", ["in place", "load_state_dict", "assign", "data", "data replaced"])
@@ -358,7 +347,7 @@ def test_the_smallest_convolutions_get_what_memory_there_is(name, directions, sh
     allowed = int(share * sum(sizes.values()))
     monkeypatch.setattr(host, "memory", lambda: 6 * allowed)
     net.fold()
-    spared = {name for name in sizes if net.get_submodule(name)._folded.parts[0]._source.spare_memory}
+    spared = {name for name in sizes if net.get_submodule(name).folded.options.spare_memory}
     kept = [sizes[name] for name in sizes.keys() - spared]
     assert sum(kept) <= allowed and (sum(kept) > 0.5 * allowed or share == 0)
     assert all(sizes[name] >= max(kept, default=0) for name in spared) and bool(spared) == (share < 1)

@@ -115,7 +115,7 @@ def folded(impl: str | None, weights: dict[str, Any], tensors: dict[str, Any], g
     """The convolution by `impl`, or None where it can't serve the call: then it must say so."""
     conv = FoldedConv(**weights, **geometry, impl=impl)
     entry = TABLE.named(impl or "reference")
-    if entry.available() or entry.supports(conv._direction, tensors["x"]):
+    if entry.available() or entry.supports(conv.directions[0], tensors["x"]):
         with pytest.raises(Unavailable, match=f"^impl='{impl}'"):
             conv(**tensors)
         return None

@@ -116,7 +116,7 @@ def test_a_gradient_that_nobody_wants_is_not_made(monkeypatch):
     conv = folded("winograd", *weights())
     residual = images(1, 40, 8, 8).requires_grad_(True)
     y = conv(images(1, 20, 8, 8), residual)
-    monkeypatch.setattr(type(conv._direction), "transposed", None)  # it would be called
+    monkeypatch.setattr(type(conv.directions[0]), "transposed", None)  # it would be called
     assert torch.equal(torch.autograd.grad(y, residual, torch.ones_like(y))[0], torch.ones_like(y))
 
 
@@ -193,10 +193,10 @@ def test_a_1x1_convolution_can_be_traced():
 
 def test_a_trace_knows_its_convolution_by_a_name():
     conv = folded("winograd", *weights())
-    key = conv._direction.key
-    assert direction_of(key) is conv._direction
-    assert direction_of(key + "t") is conv._direction.transposed()
-    assert direction_of(conv._direction.transposed().key + "t") is conv._direction
+    key = conv.directions[0].key
+    assert direction_of(key) is conv.directions[0]
+    assert direction_of(key + "t") is conv.directions[0].transposed()
+    assert direction_of(conv.directions[0].transposed().key + "t") is conv.directions[0]
     with pytest.raises(RuntimeError, match="the convolution -1 that was traced is gone"):
         direction_of("-1")
 
@@ -212,7 +212,7 @@ def test_the_raw_ops_pass_opcheck(channels_last):
     u = torch.ops.admfast.winograd_weights(weight.double(), transform())
     for given in ((None, None), (bias, residual)):
         torch.library.opcheck(torch.ops.admfast.conv3x3_winograd.default, (x, u, *given, 40))
-        torch.library.opcheck(torch.ops.admfast.folded_conv.default, (x, *given, conv._direction.key))
+        torch.library.opcheck(torch.ops.admfast.folded_conv.default, (x, *given, conv.directions[0].key))
 
 
 @needs_cpp
@@ -250,14 +250,15 @@ def test_folding_anew_writes_the_same_buffers(impl):
     conv = FoldedConv(torch.randn(40, 20, size, size), torch.randn(40), **options)
     x = images(2, 20, 8, 8).requires_grad_(True)
     torch.autograd.grad(conv(x).sum(), x)
-    held = {id(d): dict(d.forms) for d in conv._directions()}
+    directions = [d for forward in conv.directions for d in forward.both()]
+    held = {id(d): dict(d.forms) for d in directions}
     # A packed form has no address of its own.
     addresses = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
     weight, bias = torch.randn(40, 20, size, size), torch.randn(40)
     bias_address, nbytes = conv._bias.data_ptr(), conv.nbytes
     conv.refold(weight, bias)
-    assert {id(d): dict(d.forms) for d in conv._directions()}.keys() == held.keys()
-    for d in conv._directions():
+    assert [id(d) for forward in conv.directions for d in forward.both()] == list(held)
+    for d in directions:
         assert all(form is held[id(d)][key] for key, form in d.forms.items())
     after = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
     assert after == addresses and conv._bias.data_ptr() == bias_address and conv.nbytes == nbytes
@@ -320,7 +321,7 @@ def test_copies_and_pickles_hold_the_weights_alone():
         weight_before = weight.clone()
         other.refold(*weights())
         assert torch.equal(conv(x), y) and torch.equal(weight, weight_before)
-        assert other._direction.key != conv._direction.key
+        assert other.directions[0].key != conv.directions[0].key
 
 
 def test_half_precision_of_float32_weights():
@@ -354,10 +355,10 @@ def test_the_cpu_runs_what_was_measured_to_be_fastest(c_in, c_out, side, batch, 
     conv = FoldedConv(torch.ones(c_out, c_in, kernel, kernel), padding=kernel // 2)
     if name == "winograd" and (WITHOUT_C or native.ops().cpu_instruction_set() == "generic"):
         name = "packed"
-    assert preferred(conv._direction, torch.empty(batch, c_in, side, side)) == name
-    assert preferred(conv._direction, torch.empty(batch, c_in, side, side, device="meta")) == "library"
+    assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side)) == name
+    assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side, device="meta")) == "library"
     half = "matmul" if kernel == 1 else "library"
-    assert preferred(conv._direction, torch.empty(batch, c_in, side, side, dtype=torch.bfloat16)) == half
+    assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side, dtype=torch.bfloat16)) == half
 
 
 def test_it_is_chosen_once_a_shape(monkeypatch):

@@ -9,8 +9,8 @@ import torch
 
 from admfast.checkpoints import Unanswered, fingerprint, identify, network_shapes
 from admfast.checkpoints.structure import read_structure
+from admfast.diffusion import DiffusionConfig
 from admfast.models import ClassifierConfig, build
-from admfast.models.description import DiffusionSettings
 from admfast.models.presets import preset, presets_with_fingerprint
 from tests.parity.golden import cases, load_json
 from tests.parity.nets import config_of
@@ -76,7 +76,7 @@ def test_the_process(path):
         assert found is None
         return
     fields = {ours: entry["all_arguments"][theirs] for theirs, ours in PROCESS.items()}
-    assert found == DiffusionSettings(learn_sigma=entry["all_arguments"]["learn_sigma"], **fields)
+    assert found == DiffusionConfig(learn_sigma=entry["all_arguments"]["learn_sigma"], **fields)
 
 
 @every_model

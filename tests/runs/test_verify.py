@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -23,13 +24,22 @@ from admfast.engine.verify import (
     relative_error,
 )
 from admfast.errors import InvalidArgument
-from admfast.models import ClassifierConfig, UNetConfig
 from admfast.ops.sampler_step import Clip
 from admfast.pipeline import Pipeline
 from admfast.runs.verify import verify
 from admfast.solvers import make_table, respacing_of
 from admfast.systems import load
-from tests.small import PROCESS, classifier, pipeline, randn, unet, upsampler, with_weights
+from tests.small import (
+    PROCESS,
+    SMALL_CLASSIFIER,
+    SMALL_UNET,
+    classifier,
+    pipeline,
+    randn,
+    unet,
+    upsampler,
+    with_weights,
+)
 
 PRECISIONS = ["fp32", "bf16", "fp16"]  # what a CPU has; more on a GPU
 SHORT = {"steps": 3, "seeds": [5]}
@@ -43,37 +53,9 @@ def digits():
 @pytest.fixture(scope="module")
 def middling():
     """Pipelines of networks of the released ones' make: legacy attention, resampling blocks, 3 channels."""
-    net = with_weights(
-        UNetConfig(
-            image_size=32,
-            in_channels=3,
-            model_channels=96,
-            out_channels=6,
-            num_res_blocks=1,
-            attention_resolutions=(2,),
-            channel_mult=(1, 2),
-            num_head_channels=32,
-            use_scale_shift_norm=True,
-            resblock_updown=True,
-            num_classes=10,
-        )
-    )
-    guide = with_weights(
-        ClassifierConfig(
-            image_size=32,
-            in_channels=3,
-            model_channels=64,
-            out_channels=10,
-            num_res_blocks=1,
-            attention_resolutions=(2,),
-            channel_mult=(1, 2),
-            num_head_channels=32,
-            use_scale_shift_norm=True,
-            resblock_updown=True,
-            pool="attention",
-        ),
-        1,
-    )
+    net = with_weights(dataclasses.replace(SMALL_UNET, image_size=32, model_channels=96))
+    levels = {"num_res_blocks": 1, "attention_resolutions": (2,), "channel_mult": (1, 2)}
+    guide = with_weights(dataclasses.replace(SMALL_CLASSIFIER, image_size=32, model_channels=64, **levels), 1)
     return lambda **settings: pipeline(net=copy.deepcopy(net), classifier=copy.deepcopy(guide), **settings)
 
 

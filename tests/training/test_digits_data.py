@@ -171,7 +171,8 @@ def test_the_command_trains_and_writes_what_load_reads(tmp_path, capsys):
 
 def test_mistakes_of_the_command_are_one_line_and_status_2(tmp_path, capsys):
     assert main(["classifier", "--out", str(tmp_path), "--steps", "0"]) == 2
-    assert capsys.readouterr().err == "admfast: steps=0: 1 or more\n"
+    said = capsys.readouterr().err
+    assert said.startswith("admfast: steps=0: ") and said.count("\n") == 1
     (tmp_path / "file").write_text("")
     assert main(["classifier", "--out", str(tmp_path / "file"), "--steps", "1"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Inference forms that layers derive from their own parameters: what is derived, and when it is renewed.
+"""Networks that derive faster forms of their own parameters, and notice when these have changed.
 
 A folded network has the parameters, the state dict and the code of the published one. Its convolutions keep
 beside their weights a form that runs faster, and the projections of the embedding lie side by side. Nothing
@@ -11,72 +11,52 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast import host
 from admfast.errors import invalid
+from admfast.models.fold.options import FoldOptions
+from admfast.models.fold.projections import Projected, Projections
 from admfast.ops.layout import channels_last
+from admfast.ops.transforms import deriving
 
 # Pipelines on several threads may share a network.
 FOLDING = threading.RLock()
 WINOGRAD_BYTES = 16  # a weight, in each direction that runs
 TORSO = ("input_blocks", "middle_block", "output_blocks")
-PARTS = frozenset({"channels_last", "two_sources", "residual", "qkv_rows", "embeddings"})
 
 
-@dataclass(frozen=True)
-class FoldOptions:
-    """How a network folds.
+class _State(NamedTuple):
+    """What a network looks like; changes made through `.data` in the same memory are not seen.
 
-    Attributes:
-        conv: implementation of the convolutions by name (see `admfast info`), None for the fastest.
+    places: where the parameters lie, of which kind they are, and the convolutions' forms. versions: how often
+    torch saw them written to. modes: which modules train. trained: which parameters do.
     """
 
-    conv: str | None = None
-    # What the ablation bench leaves out, of PARTS:
-    #   channels_last: images run with their channels together
-    #   two_sources: the 1x1 skip of a concatenation adds up the products of its two sources, which are never
-    #     written side by side
-    #   residual: a convolution adds the skip to its own result
-    #   qkv_rows: rows of legacy qkv weights in the new order (the same bits)
-    #   embeddings: the embedding's projections to all blocks in one product
-    _without: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.conv is not None and not isinstance(self.conv, str):
-            raise invalid("conv", self.conv, "the name of an implementation, or None")
-        assert self._without <= PARTS, self._without
-
-    def has(self, part: str) -> bool:
-        """Return whether a part of PARTS is derived."""
-        return part not in self._without
-
-
-@dataclass(frozen=True)
-class Projected:
-    """The projections of an embedding to all residual blocks side by side: values [N, total]."""
-
-    values: Tensor
+    places: list[object]
+    versions: list[int]
+    modes: list[bool]
+    trained: list[bool]
 
 
 class FoldableNet(nn.Module):
-    """A network that folds: what `UNet` and `Classifier` have in common of it."""
+    """A network that folds: what `UNet` and `Classifier` have in common of it.
+
+    `fold_generation` answers whether anything changed that a prepared step depends on: it rises whenever what
+    a step reads lies in other memory, is no longer there, or is used in another way.
+    """
 
     directions: int = 1  # in which its convolutions run when images are sampled
     fold_options: FoldOptions | None = None
     fold_dtype: torch.dtype | None = None
-    fold_generation: int = 0  # one more whenever what a step reads lies in new memory, or is no longer there
-    _fold_key: tuple[Any, ...] = ()
-    _fold_places: tuple[object, ...] = ()
+    fold_generation: int = 0
+    _fold_state: _State | None = None
     _fold_by_layer: bool = False
     _fold_done: torch.cuda.Event | None = None
-    _projections: tuple[Tensor, Tensor] | None = None
-    _projected_from: tuple[tuple[Any, Tensor, Tensor], ...] = ()  # layers, their weights and biases
+    _projections: Projections | None = None
     projected_width: int  # columns of all projections together
 
     def _lay_out_projections(self) -> None:
@@ -89,11 +69,11 @@ class FoldableNet(nn.Module):
         self.projected_width = total
 
     def _projecting(self) -> list[Any]:
-        """The residual blocks, in order."""
+        """Return the residual blocks, in order."""
         return [module for module in self.modules() if hasattr(module, "emb_layers")]
 
     def _convolutions(self) -> list[tuple[str, Any]]:
-        """The convolutions that fold, with their names."""
+        """Return the convolutions that fold, with their names."""
         return [(name, m) for name, m in self.named_modules() if hasattr(type(m), "fold_weights")]
 
     def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> None:
@@ -105,31 +85,25 @@ class FoldableNet(nn.Module):
         Raises: InvalidArgument where parameters require gradients, or were made in inference mode.
         """
         options, dtype = options or FoldOptions(), dtype or self._parameter_dtype()
-        if self._trainable():
+        if any(parameter.requires_grad for parameter in self.parameters()):
             raise invalid("parameters", "trainable", "freeze them first (requires_grad_(False))")
         check_ordinary("parameters", self)
-        # What is derived in inference mode could not be written to later.
-        with FOLDING, torch.inference_mode(False), torch.no_grad():
+        with FOLDING, deriving():
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
             self.fold_options, self.fold_dtype = options, dtype
-            spare = self._spared()
+            spared = self._spared()
             for name, module in self._convolutions():
                 kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
-                module.fold_weights(options, kind, name in spare)
+                module.fold_weights(options, kind, name in spared)
             if options.has("embeddings"):
-                self._fold_projections()
-            before, self._fold_places = self._fold_places, self._places()
-            self.fold_generation += self._fold_places != before
-            self._fold_key = self._key()
+                layers = [block.emb_layers[1] for block in self._projecting()]
+                if self._projections is None or not self._projections.refold(layers):
+                    self._projections = Projections(layers)
+            self._settle(self._look())
             device = next(self.parameters()).device
             if device.type == "cuda":
                 self._fold_done = torch.cuda.current_stream(device).record_event()
-
-    def _places(self) -> tuple[object, ...]:
-        """Where everything lies that a step reads: tensors by address, derived forms by what holds them."""
-        tensors = (*self.parameters(), *(self._projections or ()))
-        return [t.data_ptr() for t in tensors], [module._folded for _, module in self._convolutions()]
 
     def _spared(self) -> set[str]:
         """Name the convolutions that must do without a Winograd form.
@@ -149,28 +123,36 @@ class FoldableNet(nn.Module):
 
     @property
     def fold_bytes(self) -> int:
-        """Bytes of what was derived so far; convolutions derive what they need when they first run."""
+        """Return the bytes derived so far; convolutions derive what they need when they first run."""
         found = sum(module.derived_bytes for _, module in self._convolutions())
-        return found + sum(t.nbytes for t in self._projections or ())
+        return found + (0 if self._projections is None else self._projections.nbytes)
 
     def refold(self) -> None:
         """Renew what was derived, in place; needed by hand after a change of `.data` alone."""
-        if self._trainable():
+        if any(parameter.requires_grad for parameter in self.parameters()):
             self.unfold()
         elif self.fold_options is not None:
             self.fold(self.fold_options, self.fold_dtype)
 
-    def ensure_folded(self, options: FoldOptions, dtype: torch.dtype) -> None:
+    def ensure_folded(self, options: FoldOptions | None, dtype: torch.dtype) -> None:
         """Fold where that isn't done, or where parameters were moved, replaced or written to since.
 
-        A network with trainable parameters is left unfolded.
+        A network with trainable parameters is left unfolded, as is every network where `options` is None.
         """
         with FOLDING:
-            if self._trainable():
-                self.unfold()
-                return
-            if (options, dtype) != (self.fold_options, self.fold_dtype) or self._fold_key != self._key():
+            state = self._look()
+            known = self._fold_state
+            if options is None or True in state.trained:
+                if self.fold_options is not None:
+                    self.unfold()
+                    state = self._look()
+                self._settle(state)
+            elif (options, dtype) != (self.fold_options, self.fold_dtype) or known is None:
                 self.fold(options, dtype)
+            elif (state.places, state.versions) != (known.places, known.versions):
+                self.fold(options, dtype)
+            else:
+                self._settle(state)
             if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
                 # The streams of other threads must not read what this one has yet to write.
                 torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
@@ -183,44 +165,31 @@ class FoldableNet(nn.Module):
             for _, module in self._convolutions():
                 module.unfold()
             self.fold_options, self.fold_dtype, self._fold_done = None, None, None
-            self._projections, self._projected_from = None, ()
-            self._fold_key, self._fold_places = (), ()
+            self._projections, self._fold_state = None, None
 
-    def _walked(self) -> list[nn.Module]:
-        """All modules. `modules()` hands each through those around it, which is felt at every call."""
-        found: list[nn.Module] = [self]
-        for module in found:  # which grows meanwhile
-            found.extend(child for child in module._modules.values() if child is not None)
-        return found
+    def _look(self) -> _State:
+        """Look the network over; felt at every call, and `modules()` would pass each through many hands."""
+        modules: list[nn.Module] = [self]
+        places: list[object] = []
+        for module in modules:  # which grows meanwhile
+            modules.extend(child for child in module._modules.values() if child is not None)
+            # A part of the network that was moved alone, or put in another's place, has lost its form.
+            places.append(module.__dict__.get("_folded"))
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        places += [(id(p), p.data_ptr(), p.dtype, p.device) for p in parameters]
+        return _State(
+            places,
+            [p._version for p in parameters],
+            [module.training for module in modules],
+            [p.requires_grad for p in parameters],
+        )
 
-    def _trainable(self) -> bool:
-        return any(parameter.requires_grad for parameter in _parameters_of(self._walked()))
-
-    def form(self) -> tuple[object, ...]:
-        """What a step depends on beside its key: under another form it must be made anew."""
-        modules = self._walked()
-        modes = tuple(module.training for module in modules)
-        trained = tuple(parameter.requires_grad for parameter in _parameters_of(modules))
-        return self.fold_generation, self.projects, modes, trained
-
-    def _key(self) -> tuple[Any, ...]:
-        """What tells that parameters are the same and unwritten, but for writes through `.data`."""
-        modules = self._walked()
-        parameters = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in _parameters_of(modules))
-        # A part of the network that was moved alone, or put in another's place, has lost its form.
-        return parameters, tuple(m._folded for m in modules if hasattr(type(m), "fold_weights"))
-
-    def _fold_projections(self) -> None:
-        layers = [block.emb_layers[1] for block in self._projecting()]
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        bias = torch.cat([layer.bias.detach() for layer in layers])
-        kept = self._projections
-        if kept is not None and all(_alike(*pair) for pair in zip(kept, (weight, bias), strict=True)):
-            kept[0].copy_(weight)
-            kept[1].copy_(bias)
-        else:
-            self._projections = weight, bias
-        self._projected_from = tuple((layer, layer.weight, layer.bias) for layer in layers)
+    def _settle(self, state: _State) -> None:
+        """Take this for the present state, and count it where a step made before can't be used any more."""
+        before = self._fold_state
+        if before is None or (before.places, *before[2:]) != (state.places, *state[2:]):
+            self.fold_generation += 1
+        self._fold_state = state
 
     def _parameter_dtype(self) -> torch.dtype:
         return next(self.input_blocks.parameters()).dtype  # type: ignore[union-attr]
@@ -238,19 +207,12 @@ class FoldableNet(nn.Module):
     @property
     def projects(self) -> bool:
         """Whether the embedding is projected to all blocks at once."""
-        if self._projections is None or self._fold_by_layer or not self.is_folded:
-            return False
-        # As convolutions do: not for parameters that train, nor under torch.func.functional_call.
-        return all(
-            layer.weight is weight and layer.bias is bias and not (weight.requires_grad or bias.requires_grad)
-            for layer, weight, bias in self._projected_from
-        )
+        found = self._projections
+        return found is not None and not self._fold_by_layer and self.is_folded and found.usable
 
     def projected(self, emb: Tensor) -> Tensor | Projected:
         """The embedding [N, E] as the blocks take it: projected to all of them where that is folded."""
-        if self._projections is None or not self.projects:
-            return emb
-        return Projected(F.linear(F.silu(emb), *self._projections))
+        return self._projections(emb) if self._projections is not None and self.projects else emb
 
     def entering(self, x: Tensor) -> Tensor:
         """Images as the torso takes them: its dtype, channels together where that is folded."""
@@ -272,14 +234,6 @@ class FoldableNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith(("fold_", "_fold_", "_project"))}
-
-
-def _parameters_of(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
-    return (p for module in modules for p in module._parameters.values() if p is not None)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def check_ordinary(name: str, net: nn.Module) -> None:

@@ -1,0 +1,127 @@
+"""Checks of single arguments: each returns the value in one form, or raises InvalidArgument by name.
+
+Values from a command line or a JSON file can have any type, and nothing is guessed from them: a word such as
+"no" is no switch (it would count as True), True is no number, and no single tensor is read from its device.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from admfast.errors import invalid, nearest
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def whole(
+    name: str, value: object, least: int, most: int | None = None, *, special: int | None = None
+) -> int:
+    """Return a whole number in least..most, or `special`, as an int. Accepts NumPy's integers, no tensor."""
+    number = _index(value)
+    if number is not None and (number == special or least <= number and (most is None or number <= most)):
+        return number
+    span = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise invalid(name, value, f"a whole number {span}" + ("" if special is None else f", or {special}"))
+
+
+def _index(value: object) -> int | None:
+    if isinstance(value, (float, bool, str, Tensor)) or value is None:
+        return None
+    if isinstance(value, int):  # Dynamo follows operator.index of an IntEnum for ever.
+        return int(value)
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def whole_numbers(name: str, value: object, least: int, most: int | None = None) -> list[int]:
+    """Return one whole number, or several (any iterable, array or tensor), as a list, each in least..most."""
+    return [whole(name, _plain(item), least, most) for item in items(_plain(value))]
+
+
+def _plain(value: object) -> object:
+    """Return an array or a tensor as Python numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def items(value: object) -> list[object]:
+    """Return an iterable as a list, anything else (and text) as a list of one."""
+    return [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+
+
+def real(
+    name: str,
+    value: object,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Return a finite number as a float, in a range whose ends belong to it (least, most) or not."""
+    if isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool) and math.isfinite(value):
+        number = float(value)
+        low = (least is None or number >= least) and (above is None or number > above)
+        if low and (most is None or number <= most) and (below is None or number < below):
+            return number
+    ends = {"of at least": least, "above": above, "at most": most, "below": below}
+    given = " and ".join(f"{word} {end:g}" for word, end in ends.items() if end is not None)
+    raise invalid(name, value, f"a finite number {given}".rstrip())
+
+
+def switch(name: str, value: object) -> bool:
+    """Return True or False."""
+    if not isinstance(value, bool):
+        raise invalid(name, value, "True or False")
+    return value
+
+
+def switches(record: object, *names: str) -> None:
+    """Raise InvalidArgument unless each of these attributes of `record` is True or False."""
+    for name in names:
+        switch(name, getattr(record, name))
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> str:
+    """Return one of the known names."""
+    names = list(known)
+    if not isinstance(value, str) or value not in names:
+        raise invalid(name, value, nearest(str(value), names))
+    return value
+
+
+def functions(**values: object) -> None:
+    """Raise InvalidArgument unless each value is None or can be called."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise invalid(name, value, "a function, or None")
+
+
+def floating(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """Return a dense tensor of 16 to 64 bit floats, on `device` if given."""
+    if not isinstance(value, Tensor):
+        raise invalid(name, type(value).__name__, "a tensor of floats")
+    if value.dtype not in FLOATING:
+        raise invalid(f"{name}.dtype", value.dtype, "a floating dtype: float16, bfloat16, float32 or float64")
+    if value.layout is not torch.strided:
+        raise invalid(f"{name}.layout", value.layout, "torch.strided")
+    if device is not None and value.device != device:
+        raise invalid(f"{name}.device", str(value.device), f"{device}, where the other tensors are")
+    return value
+
+
+def images(name: str, value: object, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Return a tensor of floats that isn't empty; `shape` is the one it must have, None for any."""
+    tensor = floating(name, value)
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise invalid(f"{name}.shape", tuple(tensor.shape), f"{shape}")
+    if 0 in tensor.shape:
+        raise invalid(f"{name}.shape", tuple(tensor.shape), "at least one image, and no side empty")
+    return tensor

@@ -1,0 +1,24 @@
+"""What networks derive from their own parameters for speed: which of it, and when it is renewed."""
+
+from admfast.models.fold.net import (
+    FOLDING,
+    TORSO,
+    WINOGRAD_BYTES,
+    FoldableNet,
+    check_ordinary,
+    projecting_by_layer,
+)
+from admfast.models.fold.options import PARTS, FoldOptions
+from admfast.models.fold.projections import Projected
+
+__all__ = [
+    "FOLDING",
+    "PARTS",
+    "TORSO",
+    "WINOGRAD_BYTES",
+    "FoldOptions",
+    "FoldableNet",
+    "Projected",
+    "check_ordinary",
+    "projecting_by_layer",
+]

@@ -1,0 +1,65 @@
+"""The projections of an embedding to all residual blocks of a network, as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The projections of an embedding to all residual blocks side by side: values [N, total]."""
+
+    values: Tensor
+
+
+class Projections:
+    """Linear layers after one SiLU, their weights and biases side by side; parameters must be frozen."""
+
+    def __init__(self, layers: Sequence[nn.Linear]):
+        self.weight, self.bias = _joined(layers)
+        self._made_from = _parameters(layers)
+
+    def refold(self, layers: Sequence[nn.Linear]) -> bool:
+        """Write the layers' present values into the same memory; False where they don't fit into it."""
+        weight, bias = _joined(layers)
+        if not (_alike(self.weight, weight) and _alike(self.bias, bias)):
+            return False
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        self._made_from = _parameters(layers)
+        return True
+
+    @property
+    def usable(self) -> bool:
+        """As convolutions do: not for parameters that train, nor under torch.func.functional_call."""
+        return all(
+            layer.weight is weight and layer.bias is bias and not (weight.requires_grad or bias.requires_grad)
+            for layer, weight, bias in self._made_from
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that they hold."""
+        return self.weight.nbytes + self.bias.nbytes
+
+    def __call__(self, emb: Tensor) -> Projected:
+        """Project an embedding [N, E] by every layer."""
+        return Projected(F.linear(F.silu(emb), self.weight, self.bias))
+
+
+def _joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    weights = torch.cat([layer.weight.detach() for layer in layers])
+    return weights, torch.cat([layer.bias.detach() for layer in layers])
+
+
+def _parameters(layers: Sequence[nn.Linear]) -> list[tuple[nn.Linear, Tensor, Tensor]]:
+    return [(layer, layer.weight, layer.bias) for layer in layers]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)

@@ -1,0 +1,84 @@
+"""The checks of single arguments: what they accept, in which form, and what they refuse by name."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from admfast import checks
+from admfast.errors import InvalidArgument
+
+IMAGES = torch.zeros(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "found, expected",
+    [
+        (checks.whole("n", np.int16(3), 1), 3),
+        (checks.whole("n", 3, 1, 3), 3),
+        (checks.whole("n", -1, 1, special=-1), -1),
+        (checks.whole_numbers("n", torch.tensor([0, 2]), 0, 2), [0, 2]),
+        (checks.whole_numbers("n", [torch.tensor(1), np.int64(2)], 0), [1, 2]),
+        (checks.whole_numbers("n", range(2), 0), [0, 1]),
+        (checks.whole_numbers("n", 5, 0), [5]),
+        (checks.items("12"), ["12"]),
+        (checks.real("x", 0, least=0, most=0), 0.0),
+        (checks.real("x", Fraction(1, 2), above=0, below=1), 0.5),
+        (checks.real("x", np.float32(0.5)), 0.5),
+        (checks.switch("s", False), False),
+        (checks.one_of("kind", "b", "abc"), "b"),
+    ],
+)
+def test_a_value_comes_back_in_one_form(found, expected):
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("value", [0, 4, 2.0, True, None, "2", torch.tensor(2), [2], -1])
+def test_what_is_no_whole_number_in_range_is_refused(value):
+    with pytest.raises(InvalidArgument, match="^n="):
+        checks.whole("n", value, 1, 3)
+
+
+@pytest.mark.parametrize(
+    "value, ends",
+    [
+        (0, {"above": 0}),
+        (-1, {"least": 0}),
+        (1, {"below": 1}),
+        (1.5, {"most": 1}),
+        (float("nan"), {}),
+        (float("inf"), {}),
+        (True, {}),
+        ("1", {}),
+        (None, {}),
+        (torch.tensor(1.0), {}),
+    ],
+)
+def test_what_is_no_number_in_range_is_refused(value, ends):
+    with pytest.raises(InvalidArgument, match="^x="):
+        checks.real("x", value, **ends)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: checks.switch("given", 1),
+        lambda: checks.one_of("given", "d", "abc"),
+        lambda: checks.one_of("given", np.array(["a"]), "abc"),
+        lambda: checks.functions(other=None, given=3),
+        lambda: checks.floating("given", IMAGES.long()),
+        lambda: checks.floating("given", IMAGES.to_sparse()),
+        lambda: checks.floating("given", IMAGES.numpy()),
+        lambda: checks.floating("given", IMAGES, torch.device("meta")),
+        lambda: checks.images("given", IMAGES, (2, 3, 4, 5)),
+        lambda: checks.images("given", IMAGES[:0]),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(call):
+    with pytest.raises(InvalidArgument, match=r"^given[.=]"):
+        call()
+
+
+def test_a_tensor_is_handed_on_as_it_is():
+    assert checks.images("x", IMAGES, (2, 3, 4, 4)) is IMAGES is checks.floating("x", IMAGES, IMAGES.device)
