@@ -25,7 +25,8 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "fp8": torch.float8_e4m3fn,
 }
-ROW_SECONDS = 60.0  # what a row may take, its compilation included
+ROW_SECONDS = 60.0  # what the calls of a row may take
+CASE_SECONDS = 2 * ROW_SECONDS  # and all of it, inputs, comparison and compilation included
 CALLS = 6  # of a row at least: the compared, the one that finds the size of a sample, the timed
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class Case:
     shape: Mapping[str, Any]
     measure: Measure
     note: Row = field(default_factory=dict)
-    limit: float = ROW_SECONDS
+    limit: float = CASE_SECONDS
     together: Any = None
 
 

@@ -32,7 +32,7 @@ TITLES = {
     "profile": "Where a step's time goes: ms (share of the profiled step)",
 }
 # Whom the others are held against: "x eager" says how many times faster than eager a row is.
-BASELINES = ("copy", "eager", "eager channels-first", "torch.compile")
+BASELINES: tuple[str, ...] = ("copy", "eager", "eager channels-first", "torch.compile")
 BASELINES += ("published", "published, channels-last", "published, compiled", "diffusers")
 # What the ceiling of a kind is: products and attention of a product, traffic of a copy, a step of a product.
 TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}

@@ -142,7 +142,8 @@ def ceiling(rows: Iterable[Row], kind: str, dtype: str | None = None) -> float |
 
 def _cpu_fields() -> dict[str, str]:
     """The first processor's fields of /proc/cpuinfo; {} where there is no such file."""
-    path, fields = Path("/proc/cpuinfo"), {}
+    fields: dict[str, str] = {}
+    path = Path("/proc/cpuinfo")
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
