@@ -5,12 +5,25 @@ images = pipe.sample(classes=range(10), seeds=range(10), steps=50)   # uint8 [10
 """
 
 from admfast import _interrupt  # isort: skip  (before the rest, which takes seconds)
+from admfast import solvers
 from admfast.errors import AdmfastError
 from admfast.models import Classifier, UNet, Upsampler
-from admfast.pipeline import Pipeline
+from admfast.sampling import guides
+from admfast.sampling.load import load
+from admfast.sampling.pipeline import Pipeline
 from admfast.solvers import SOLVERS
-from admfast.systems import load
 
 __version__ = "0.1.0"
 _interrupt.end()
-__all__ = ["SOLVERS", "AdmfastError", "Classifier", "Pipeline", "UNet", "Upsampler", "__version__", "load"]
+__all__ = [
+    "SOLVERS",
+    "AdmfastError",
+    "Classifier",
+    "Pipeline",
+    "UNet",
+    "Upsampler",
+    "__version__",
+    "guides",
+    "load",
+    "solvers",
+]

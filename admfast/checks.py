@@ -76,6 +76,17 @@ def real(
     raise invalid(name, value, f"a finite number {given}".rstrip())
 
 
+def interval(name: str, value: object) -> tuple[float, float]:
+    """Return two finite numbers, the lowest first."""
+    ends = items(value)
+    if len(ends) != 2:
+        raise invalid(name, value, "two numbers, (lowest, highest)")
+    low, high = (real(name, end) for end in ends)
+    if low > high:
+        raise invalid(name, value, "the lowest first")
+    return low, high
+
+
 def switch(name: str, value: object) -> bool:
     """Return True or False."""
     if not isinstance(value, bool):

@@ -3,12 +3,13 @@
     python examples/dps.py --out restored.png
 
 hides the middle of handwritten digits and lets the shipped model fill it in. Any differentiable `measure`
-serves: `pipe.predict` is differentiated through, with the parameters frozen.
+serves: the guide differentiates the network's prediction, with the parameters frozen.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,9 +17,31 @@ import torch
 from torch import Tensor
 
 import admfast
+from admfast import guides
+from admfast.diffusion import GaussianDiffusion
 from admfast.files.images import write_grid
-from admfast.ops.noise import Stream, as_seeds, normal
-from admfast.pipeline import Pipeline
+from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.predict import Prediction
+from admfast.solvers import ddim
+
+
+def dps_guide(
+    process: GaussianDiffusion, measure: Callable[[Tensor], Tensor], y: Tensor, step_size: float
+) -> guides.Guide:
+    """Return the guide that moves x by -step_size d/dx_t ||y - measure(x_0(x_t))|| at the steps of `process`.
+
+    A step of DDIM moves x by beta / sqrt(1 - beta) times its guidance, which this guide undoes: DPS says how
+    far to go, not how likely an image is.
+    """
+    s = process.schedule
+    undone = {float(s.model_t(i)): math.sqrt(1 - s.betas[i]) / s.betas[i] for i in range(s.num_timesteps)}
+
+    def gradient(x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        residual = (y - measure(prediction.x0)).flatten(1).norm(dim=1)
+        (slope,) = torch.autograd.grad(residual.sum(), x_t)
+        return -step_size * undone[float(t[0])] * slope
+
+    return guides.by_prediction(gradient)
 
 
 def dps_sample(
@@ -32,24 +55,18 @@ def dps_sample(
 ) -> Tensor:
     """Sample x with measure(x) near y: float32 [N, C, H, W], one image a seed.
 
-    Algorithm 1 of the paper: a DDPM step from the limited x_0, then a step of length `step_size` down the
-    gradient in x_t of ||y - measure(x_0(x_t))||, for every image by itself.
+    Algorithm 1 of the paper. Its step from the limited x_0 with that variance is DDIM's with eta 1.
     """
-    process, config = pipe.process(str(steps)), pipe.config
-    keys = as_seeds(list(seeds)).to(pipe.device)
-    shape = (config.in_channels, *(config.image_size,) * config.dims)
-    x = normal(keys, shape, 0, Stream.X_T)
-    for row, i in enumerate(reversed(range(process.num_timesteps))):
-        t = torch.full((len(keys),), i, device=x.device)
-        x_t = x.detach().requires_grad_(True)
-        x0 = pipe.predict(x_t, float(process.schedule.timestep_map[i]), classes).x0
-        residual = (y - measure(x0)).flatten(1).norm(dim=1)
-        (gradient,) = torch.autograd.grad(residual.sum(), x_t)
-        with torch.no_grad():
-            posterior = process.q_posterior(x0.clamp(-1, 1), x_t, t)
-            z = normal(keys, shape, row, Stream.STEPS)
-            x = posterior.mean + posterior.variance.sqrt() * z - step_size * gradient
-    return x
+    guide = dps_guide(pipe.process(str(steps)), measure, y, step_size)
+    return pipe.sample(
+        classes,
+        seeds,
+        solver=ddim(eta=1.0),
+        respacing=str(steps),
+        guides=guide,
+        batch_size=len(seeds),
+        output="float",
+    )
 
 
 def main() -> None:

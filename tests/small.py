@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from admfast.diffusion import DiffusionConfig
+from admfast.engine.step import Batch
 from admfast.models import (
     Classifier,
     ClassifierConfig,
@@ -18,7 +20,12 @@ from admfast.models import (
     UpsamplerConfig,
     build,
 )
-from admfast.pipeline import Pipeline
+from admfast.ops.sampler_step import SamplerState
+from admfast.ops.solver_table import SolverTable
+from admfast.sampling.functions import FunctionStep
+from admfast.sampling.guides import Guide
+from admfast.sampling.loop import run_rows
+from admfast.sampling.pipeline import Pipeline
 from tests.tools.random_checkpoint import random_state
 
 SIDE, CLASSES = 8, 4
@@ -97,6 +104,26 @@ def cascade(low_res_size: int | None = SIDE, seed: int = 0, **parts: Any) -> Pip
     """The small pipeline with an upsampler of 3 steps behind it."""
     up = Pipeline("small-up", upsampler(seed + 2), PROCESS, steps=3, low_res_size=low_res_size)
     return pipeline(seed, upsampler=up, **parts)
+
+
+def run_table(
+    table: SolverTable,
+    model: Any,
+    x: Tensor,
+    *,
+    guidance: Any = None,
+    denoised_fn: Any = None,
+    callback: Any = None,
+    every: int = 1,
+    seeds: Tensor | None = None,
+    **options: Any,
+) -> SamplerState:
+    """Run a table by functions, from x: model(x, t), guidance(x, t) at every row, denoised_fn(x_0)."""
+    seeds = torch.zeros(len(x), dtype=torch.int64) if seeds is None else seeds
+    batch = Batch(table=table, shape=tuple(x.shape), seeds=seeds, guided=(False,) * len(table), **options)
+    guides = [] if guidance is None else [(Guide(guidance), [True] * len(table))]
+    watch = SimpleNamespace(callback=callback, every=every, first=0, stage="base")
+    return run_rows(table, FunctionStep(batch, model, x, guides, denoised_fn), watch)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,25 +20,24 @@ FLOORS = {
     "host": 0,
     "_source_tree": 0,
     "ops": 1,
-    "files": 1,
     "diffusion": 1,
+    "files": 1,
     "models": 2,
     "checkpoints": 3,
     "solvers": 3,
     "engine": 4,
-    "pipeline": 5,
-    "systems": 5,
+    "sampling": 5,
     "runs": 6,
+    "verify": 6,
     "training": 6,
     "evaluation": 6,
     "cli": 7,
     "compat": 7,
     "__main__": 8,
 }
-# `systems` puts the pipelines together, on the same floor; checks raise errors; the public face stands above
-# floor 5.
-BESIDE = {("systems", "pipeline"), ("checks", "errors")}
-FACE = {"_interrupt", "errors", "models", "pipeline", "solvers", "systems"}
+# Checks raise errors; the public face stands above floor 5.
+BESIDE = {("checks", "errors")}
+FACE = {"_interrupt", "errors", "models", "sampling", "solvers"}
 LONGEST, LONGEST_FUNCTION = 450, 60
 
 
@@ -113,10 +112,10 @@ def test_a_file_imports_lower_floors_and_its_own_room(path):
 def test_the_rule_sees_what_is_against_it():
     seen = {
         ("ops", "from admfast.models import UNet"): "floor 2 from floor 1",
-        ("ops", "def f():\n    from admfast.engine.loop import run_table"): "floor 4 from floor 1",
-        ("diffusion", "import admfast.ops.native"): "floor 1 from floor 1",
+        ("ops", "def f():\n    from admfast.engine.step import Batch"): "floor 4 from floor 1",
+        ("engine", "from admfast.sampling.loop import run"): "floor 5 from floor 4",
+        ("diffusion", "import admfast.ops.noise"): "floor 1 from floor 1",
         ("runs", "from admfast.training.loop import train"): "floor 6 from floor 6",
-        ("pipeline", "from admfast.systems import load"): "floor 5 from floor 5",
         ("engine", "from admfast import load"): "the public face, from below it",
         ("models", "from ..ops import attention"): "imports are absolute",
         ("models", "def f():\n    from admfast.kernels import group_norm"): "from ops alone",
@@ -131,11 +130,16 @@ def test_the_rule_sees_what_is_against_it():
     allowed = [
         ("ops", "from admfast.ops import native\ndef f():\n    from admfast import _C"),
         ("ops", "def f():\n    import admfast.kernels.group_norm"),
-        ("systems", "from admfast.pipeline import Pipeline"),
-        ("cli", "from admfast import __version__\nfrom admfast.cli.tables import table"),
+        ("sampling", "from admfast.sampling.pipeline import Pipeline"),
+        ("cli", "from admfast import __version__\nfrom admfast.files.tables import table"),
         ("models", "import torch\nfrom admfast.errors import invalid\nfrom admfast.ops import attention"),
     ]
     assert not any(breaches(room, source) for room, source in allowed)
+
+
+def test_the_engine_knows_rows_not_solvers():
+    for path in modules(ROOT / "admfast" / "engine"):
+        assert not [name for name, _, _ in imports(path.read_text()) if name.startswith("admfast.solvers")]
 
 
 @pytest.mark.parametrize("path", modules(ROOT / "kernels"), ids=lambda path: path.name)
@@ -218,7 +222,7 @@ def test_importing_is_cheap_and_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr[-2000:]
     spent, *added = done.stdout.split()
     assert float(spent) < 2, "seconds of processor time beyond torch"
-    assert "admfast.pipeline" in added and not {"admfast.kernels", "admfast._C"} & set(added)
+    assert "admfast.sampling.pipeline" in added and not {"admfast.kernels", "admfast._C"} & set(added)
     # Pillow's core comes with the room that writes files and costs some 30 ms; its formats must not.
     packages = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert packages <= {"admfast", "safetensors", "numpy", "PIL", "torch"}
@@ -226,7 +230,7 @@ def test_importing_is_cheap_and_loads_nothing_heavy():
     # Each line: "import time: self | cumulative | name", the name indented by depth.
     lines = done.stderr[done.stderr.index("import admfast begins") :].splitlines()[1:]
     names = {line.split("|")[2].strip() for line in lines if line.startswith("import time:")}
-    assert "admfast.pipeline" in names
+    assert "admfast.sampling.pipeline" in names
     assert not {name for name in names if name.split(".")[0] in ("triton", "xformers")}
 
 

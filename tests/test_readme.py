@@ -32,7 +32,7 @@ def test_the_python_blocks_run(monkeypatch):
     load = admfast.load
 
     def stand_in(name, weights):
-        assert (name, weights) == ("imagenet256", "models/") and name in admfast.systems.SYSTEMS
+        assert (name, weights) == ("imagenet256", "models/") and name in admfast.models.presets.SYSTEMS
         pipe = load("digits32", device="cpu")
         monkeypatch.setattr(
             type(pipe),

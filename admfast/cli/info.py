@@ -11,8 +11,8 @@ import torch
 
 from admfast import __version__
 from admfast.cli.examples import examples
-from admfast.cli.tables import table
 from admfast.errors import AdmfastError
+from admfast.files.tables import table
 from admfast.ops import TABLES, watch
 from admfast.ops.native import build_info, instruction_set, reason_missing
 

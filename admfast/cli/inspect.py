@@ -10,8 +10,8 @@ import typer
 
 from admfast.checkpoints import describe
 from admfast.cli.options import options_of
-from admfast.cli.tables import table
 from admfast.errors import invalid, nearest
+from admfast.files.tables import table
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from admfast.cli.tables import table
 from admfast.errors import CheckpointError, invalid, nearest
+from admfast.files.tables import table
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
 
 

@@ -47,3 +47,15 @@ def _value(text: str) -> Any:
     if "," in text:
         return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
     return text
+
+
+def parts_of(
+    set_: Iterable[str] | None,
+    set_classifier: Iterable[str] | None,
+    set_upsampler: Iterable[str] | None,
+    **given: Any,
+) -> dict[str, Any]:
+    """Return the arguments of `load` that say which files, what they don't show, and where they run."""
+    given["classifier_options"] = options_of("--set-classifier", set_classifier)
+    given["upsampler_options"] = options_of("--set-upsampler", set_upsampler, also=["low_res_size"])
+    return {**given, **options_of("--set", set_)}

@@ -7,9 +7,8 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from admfast.cli.options import options_of
+from admfast.cli.options import parts_of
 from admfast.cli.sample_options import (
     Batch,
     Classes,
@@ -40,16 +39,18 @@ from admfast.cli.sample_options import (
     Verbose,
     Weights,
 )
-from admfast.cli.tables import table
-from admfast.engine.asking import INVERSE
 from admfast.engine.numerics import peak_memory
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_writable
 from admfast.files.npz import Samples
 from admfast.files.sets import read_set
-from admfast.pipeline import Pipeline
+from admfast.files.tables import table
 from admfast.runs.sampling import SampleRun
-from admfast.systems import load
+from admfast.sampling.load import load
+from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.plan import images_of
+from admfast.sampling.request import SampleRequest
+from admfast.solvers import solver_of
 
 # What one call makes at most: a slip such as 0-99999999999 is an error, not a full memory.
 MANY = 10_000_000
@@ -88,28 +89,20 @@ def run_sample(
     """Sample images: PNG files, one labelled grid and the published npz."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     _check_early(batch, solver, compile_cache)
-    pipe = load(
-        name,
-        weights,
-        classifier=classifier,
-        upsampler=upsampler,
-        preset=preset,
-        device=device,
-        precision=precision,
-        compile=compile,
-        compile_cache=compile_cache,
-        classifier_options=options_of("--set-classifier", set_classifier),
-        upsampler_options=options_of("--set-upsampler", set_upsampler, also=["low_res_size"]),
-        **options_of("--set", set_),
-    )
-    given: dict[str, Any] = {"steps": steps, "eta": eta, "respacing": respacing}
-    given |= {"guidance": guidance, "upsampler_steps": upsampler_steps}
-    given["guidance_interval"] = parse_interval(guidance_interval)
-    settings = {"solver": solver, **{key: value for key, value in given.items() if value is not None}}
+    parts = parts_of(
+        set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
+        preset=preset, device=device,
+    )  # fmt: skip
+    pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
     images = None if low_res is None else read_low_res(low_res)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
+    request = SampleRequest(
+        wanted, keys, steps=steps, solver=solver, eta=eta, respacing=respacing, guidance=guidance,
+        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps,
+        batch_size=batch,
+    )  # fmt: skip
     small = None if images is None else images.images
-    run = SampleRun(pipe, wanted, keys, out, settings, batch, overwrite, intermediates, low_res=small)
+    run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=small)
     _run(run, list(pipe.policy.parts().items()) if verbose else [])
 
 
@@ -117,8 +110,8 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
     """Refuse what needs no model to be refused."""
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
-    if solver == INVERSE:
-        allowed = "in Python alone: pipe.sample(x_start=images, solver='ddim-inverse', output='float')"
+    if (chosen := solver_of(solver)).begins == "image":
+        allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen}', output='float')"
         raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
     if compile_cache is not None:
         check_writable(compile_cache)
@@ -127,7 +120,8 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
     """Say what will be done, do it, and say where it is; nothing is said or made before all is checked."""
     run.check()
-    print(table([*_resolved(run.pipe, run), *more]), flush=True)
+    out = ("out", str(run.out.resolve()))
+    print(table([*resolved(run.pipe, run.request), out, *more]), flush=True)
     started = time.time()
     count = len(run.seeds)
     try:
@@ -153,15 +147,15 @@ def read_low_res(path: Path) -> Samples:
 
 def _wanted(
     pipe: Pipeline, classes: str | None, per_class: int | None, seeds: str | None, small: Samples | None
-) -> tuple[list[int] | None, list[int]]:
-    """Classes and seeds of every image; images to enlarge say how many, and bring classes if they can."""
+) -> tuple[list[int] | None, list[int] | None]:
+    """Return classes and seeds; images to enlarge say how many, and bring classes if they can."""
     labels = None if classes is None else parse_numbers("classes", classes)
     keys = None if seeds is None else parse_numbers("seeds", seeds)
     if small is not None and keys is None and per_class is None:
         keys = list(range(len(small.images)))
         if labels is None and small.labels is not None and pipe.num_classes is not None:
             labels = small.labels.tolist()
-    return plan_images(labels, per_class, keys, pipe.num_classes)
+    return (labels, keys) if per_class is None else of_each_class(labels, per_class, keys, pipe.num_classes)
 
 
 def parse_numbers(name: str, text: str) -> list[int]:
@@ -190,63 +184,43 @@ def parse_interval(text: str | None) -> tuple[float, ...] | None:
         raise invalid("guidance-interval", text, "two timesteps, LOWEST,HIGHEST such as 200,800") from None
 
 
-def plan_images(
-    classes: list[int] | None, per_class: int | None, seeds: list[int] | None, num_classes: int | None
-) -> tuple[list[int] | None, list[int]]:
-    """Return the class (None without classes) and the seed of every image.
-
-    With `per_class` the images of a class stand together. Without it there is one image a seed, the classes
-    taking turns; without seeds one image a class.
-    """
+def of_each_class(
+    classes: list[int] | None, count: int, seeds: list[int] | None, num_classes: int | None
+) -> tuple[list[int], list[int] | None]:
+    """Return the class of every image, those of a class together, and the seeds, one for each or none."""
     if num_classes is None:
-        if classes is not None or per_class is not None:
-            raise invalid("classes", classes, "this model has no classes; --seeds says how many images")
-        return None, [0] if seeds is None else seeds
-    for label in classes or ():
-        if label >= num_classes:
-            raise invalid("classes", label, f"0 to {num_classes - 1}")
-    if per_class is None:
-        if seeds is None:
-            seeds = list(range(len(classes))) if classes else [0]
-        if classes is None:
-            return [seed % num_classes for seed in seeds], seeds
-        return [classes[i % len(classes)] for i in range(len(seeds))], seeds
-    if per_class < 1:
-        raise invalid("per-class", per_class, "1 or more")
+        raise invalid("per-class", count, "this model has no classes; --seeds says how many images")
+    if count < 1:
+        raise invalid("per-class", count, "1 or more")
     asked = range(num_classes) if classes is None else classes
-    if per_class * len(asked) > MANY:
-        raise invalid("per-class", per_class, f"at most {MANY:,} images in all")
-    labels = [label for label in asked for _ in range(per_class)]
-    if seeds is None:
-        seeds = list(range(len(labels)))
-    if len(seeds) != len(labels):
+    if count * len(asked) > MANY:
+        raise invalid("per-class", count, f"at most {MANY:,} images in all")
+    labels = [label for label in asked for _ in range(count)]
+    if seeds is not None and len(seeds) != len(labels):
         raise invalid("seeds", f"{len(seeds)} seeds", f"one for each of the {len(labels)} images, or none")
     return labels, seeds
 
 
-def _resolved(pipe: Pipeline, run: SampleRun) -> list[tuple[str, str]]:
-    """What will be done, as a table."""
-    settings, side = run.settings, pipe.config.image_size
-    steps = f"{settings.get('steps', pipe.steps)} steps"
-    if "respacing" in settings:
-        steps = f"respacing {settings['respacing']}"
-    eta = f", eta {settings['eta']:g}" if "eta" in settings else ""
+def resolved(pipe: Pipeline, request: SampleRequest) -> list[tuple[str, str]]:
+    """Return what will be done, as rows of a table."""
+    (seeds, classes, _), side = images_of(request, pipe), pipe.config.image_size
+    size = request.batch_size or pipe.images_at_a_time
+    steps = f"{request.steps or pipe.steps} steps"
+    if request.respacing is not None:
+        steps = f"respacing {request.respacing}"
     rows = [
         ("system", pipe.name),
-        ("images", f"{len(run.seeds)} of {side}x{side}, {run.batch_size or pipe.images_at_a_time} at a time"),
-        ("seeds", _in_short(run.seeds)),
-        ("classes", "none" if run.classes is None else _in_short(run.classes)),
-        ("solver", f"{settings['solver']}, {steps}{eta}"),
-        ("guidance", "none" if pipe.classifier is None else f"{settings.get('guidance', pipe.guidance):g}"),
-        ("device", str(pipe.device)),
-        ("precision", pipe.precision),
-        ("out", str(run.out.resolve())),
+        ("images", f"{len(seeds)} of {side}x{side}, {size} at a time"),
+        ("seeds", _in_short(seeds)),
+        ("classes", "none" if classes is None else _in_short(classes)),
+        ("solver", f"{request.solver}, {steps}"),
     ]
-    if pipe.upsampler is not None:
-        side = pipe.upsampler.config.image_size
-        steps = f"{settings.get('upsampler_steps', pipe.upsampler.steps)} steps"
-        rows.insert(6, ("upsampler", f"to {side}x{side}, {steps}"))
-    return rows
+    if (up := pipe.upsampler) is not None:
+        side = up.config.image_size
+        rows.append(("upsampler", f"to {side}x{side}, {request.upsampler_steps or up.steps} steps"))
+    scale = pipe.guidance if request.guidance is None else request.guidance
+    rows.append(("guidance", "none" if pipe.classifier is None else f"{scale:g}"))
+    return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]
 
 
 def _in_short(numbers: Sequence[int]) -> str:

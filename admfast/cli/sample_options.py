@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from admfast.engine.asking import INVERSE
-from admfast.solvers import SOLVERS
+from admfast.solvers import listed
 
 Name = Annotated[str, typer.Argument(help="A system (see `admfast models`) or a weights file.")]
 Weights = Annotated[Path | None, typer.Option(help="Folder with the released files (default: none).")]
@@ -39,9 +38,12 @@ Seeds = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Network evaluations an image (default: the system's).")]
 Solver = Annotated[
-    str, typer.Option(help=f"One of {', '.join(name for name in SOLVERS if name != INVERSE)}.")
+    str,
+    typer.Option(help=f"A solver, with options where not these: {'; '.join(listed('noise'))}."),
 ]
-Eta = Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1 (default: 0).")]
+Eta = Annotated[
+    float | None, typer.Option(help="Short for a solver's option, as in ddim:eta=0.5 (default: its own).")
+]
 Respaced = Annotated[
     str | None,
     typer.Option(

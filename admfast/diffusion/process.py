@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from admfast.diffusion.coefficients import Coefficients, CoefficientTables
@@ -58,6 +60,30 @@ class GaussianDiffusion:
     def num_timesteps(self) -> int:
         """S, the number of steps."""
         return self.schedule.num_timesteps
+
+    def x0_coefficients(self, i: int) -> tuple[float, float]:
+        """Return (k_x, k_out) with x_0 = k_x x_t + k_out out at step i, by what the network predicts."""
+        s = self.schedule
+        if self.mean_type is MeanType.EPSILON:
+            return float(s.sqrt_recip_alphas_cumprod[i]), -float(s.sqrt_recipm1_alphas_cumprod[i])
+        if self.mean_type is MeanType.START_X:
+            return 0.0, 1.0
+        coef1, coef2 = float(s.posterior_mean_coef1[i]), float(s.posterior_mean_coef2[i])
+        return -coef2 / coef1, 1.0 / coef1
+
+    def log_variance_coefficients(self, i: int) -> tuple[float, float]:
+        """Return (l0, l1) with log sigma^2 = l0 + l1 v at step i, v the variance channels."""
+        s = self.schedule
+        low, high = float(s.posterior_log_variance_clipped[i]), math.log(s.betas[i])
+        if self.var_type is VarType.LEARNED:
+            return 0.0, 1.0
+        if self.var_type is VarType.LEARNED_RANGE:
+            return (low + high) / 2, (high - low) / 2
+        if self.var_type is VarType.FIXED_SMALL:
+            with np.errstate(divide="ignore"):
+                return float(np.log(s.posterior_variance[i])), 0.0
+        first = s.posterior_variance[1] if s.num_timesteps > 1 else s.betas[0]
+        return math.log(first if i == 0 else s.betas[i]), 0.0
 
     def model_t(self, t: Tensor) -> Tensor:
         """Return the timesteps that the network and a classifier see: [N] int64, float32 if rescaled.

@@ -16,7 +16,7 @@ from admfast.engine.capture import capture
 from admfast.engine.compiled import compile_step
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
-from admfast.engine.step import PreparedStep, StepKey, check_generations, generations_of
+from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
 from admfast.models.fold import FOLDING, FoldableNet
 
 
@@ -36,7 +36,7 @@ class Engine:
         self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
         self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held by whoever folds the networks or runs steps
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles begin without prepared steps."""
@@ -55,7 +55,7 @@ class Engine:
         New values go into the same memory; what can't is made anew, and kept steps of it are dropped.
         """
         fold, policy = self.options.fold, self.policy
-        with self._lock, FOLDING:
+        with self.lock, FOLDING:
             for net, dtype in ((self.net, policy.torso), (self.classifier, policy.classifier)):
                 if net is None:
                     continue
@@ -86,28 +86,28 @@ class Engine:
         return checked
 
     @contextlib.contextmanager
-    def using(self, key: StepKey, impl: str | None = None) -> Iterator[PreparedStep]:
-        """The prepared step for a key, within the block nobody else's; made where no kept one is free.
+    def using(self, batch: Batch) -> Iterator[PreparedStep]:
+        """Give the prepared step for a batch, within the block nobody else's; made where no kept one is free.
 
-        To be entered after `ready`.
+        To be entered after `ready`, with the lock held where several threads use the engine.
         """
-        with self._lock:
-            step = self._steps.pop((key, impl), None)
-            if step is None:
-                self._make_room(self.options.kept_steps - 1)
-                # One at a time: what layers derive at their first call lies where every graph reads it.
-                step = self._made(key, impl)
+        key = StepKey.of(batch, self.net.config.num_classes is not None), batch.impl  # type: ignore[union-attr]
+        step = self._steps.pop(key, None)
+        if step is None:
+            self._make_room(self.options.kept_steps - 1)
+            step = self._made(*key)
         try:
             yield step
         finally:
-            with self._lock:
-                self._steps.pop((key, impl), None)
-                self._steps[key, impl] = step
-                self._make_room(self.options.kept_steps)
+            step.leave()
+            # A callback that sampled with the same engine has left another step of this key.
+            self._steps.pop(key, None)
+            self._steps[key] = step
+            self._make_room(self.options.kept_steps)
 
-    def step(self, key: StepKey, impl: str | None = None) -> PreparedStep:
-        """The prepared step for a key, for a caller who is the engine's only one."""
-        with self.using(key, impl) as step:
+    def step(self, batch: Batch) -> PreparedStep:
+        """Return the prepared step for a batch, for a caller who is the engine's only one."""
+        with self.using(batch) as step:
             return step
 
     def _make_room(self, count: int) -> None:
@@ -134,7 +134,7 @@ class Engine:
 
     def release(self) -> None:
         """Drop all prepared steps and their memory."""
-        with self._lock:
+        with self.lock:
             self._steps.clear()
         if self.device.type == "cuda":
             gc.collect()  # a step whose graph was refused refers to itself, as does an error that was caught

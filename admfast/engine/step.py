@@ -1,10 +1,10 @@
 """One guided step as a prepared unit: networks, gradient, update and noise on buffers that stay in place.
 
-A step is made once for a batch size and a kind of table, filled with a table and a batch, and then run row by
-row. Its body reads the number of the row from the device, takes that row's timesteps, embeddings and
-coefficients, and adds one to the number: the same body serves every row, so that a captured graph of it can
-be replayed. Between rows the host does what a row needs rarely: it makes the embeddings of the next
-`rows_at_a_time` rows, and copies recorded noise.
+A step is made once for a batch size and a kind of table, filled with a batch, and then run row by row. Its
+body reads the number of the row from the device, takes that row's timesteps, embeddings and coefficients, and
+adds one to the number: the same body serves every row, so that a captured graph of it can be replayed.
+Between rows the host does what a row needs rarely: it makes the embeddings of the next `rows_at_a_time` rows,
+and copies recorded noise.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from admfast.engine.guidance import check_frozen, log_probability_gradient
 from admfast.engine.options import EngineOptions
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
-from admfast.ops.sampler_step import COLUMNS, HISTORY, PackedTable, SamplerState, pack, update_for
-from admfast.solvers import SolverTable
+from admfast.ops.noise import Stream
+from admfast.ops.sampler_step import COLUMNS, HISTORY, PackedTable, SamplerState, update_for
+from admfast.ops.solver_table import SolverTable
 
 EMBEDDING_BYTES = 200 << 20  # what the projected embeddings of one network may take at a time
 ROWS = 1000  # tables of any length up to this share a step
@@ -49,41 +50,49 @@ class StepKey:
     rows: int = ROWS
 
     @classmethod
-    def of(
-        cls, table: SolverTable, batch: Batch, guided: Sequence[bool], classes: bool, stream: int
-    ) -> StepKey:
-        """The key of the step that runs this table, its rows guided or not, on this batch."""
-        rows = table.rows
+    def of(cls, batch: Batch, classes: bool) -> StepKey:
+        """Return the key of the step that runs this batch; `classes`: the network takes labels."""
+        rows = batch.table.rows
         return cls(
-            tuple(batch.x.shape),
-            any(guided),
-            not all(guided),
+            batch.shape,
+            any(batch.guided),
+            not all(batch.guided),
             classes and batch.labels is not None,
             None if batch.low_res is None else tuple(batch.low_res.shape),
             saved=any(row.save or row.a_s for row in rows),
             history=any(row.push for row in rows),
             recorded=batch.step_noise is not None,
-            integer_t=table.integer_t,
-            stream=int(stream),
+            integer_t=batch.table.integer_t,
+            stream=int(batch.stream),
             rows=-(-len(rows) // ROWS) * ROWS,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a step is filled with; tensors on the step's device, as in `Request` and `Plan`."""
+    """Rows, and the images that go through them; tensors on the network's device.
 
-    x: Tensor
+    table: the rows. shape: (N, C, *spatial). seeds: [N] int64. labels: [N] int64, or None. low_res: condition
+    of an upsampler, or None. step_noise: [rows, N, C, *spatial] instead of the seeds' noise, or None. scale:
+    of the classifier's gradient. guided: for every row whether the classifier guides it. noise_row: counter
+    of the first row's noise. stream: of the noise. impl: implementation of the update, by name.
+    """
+
+    table: SolverTable
+    shape: tuple[int, ...]
     seeds: Tensor
     labels: Tensor | None = None
     low_res: Tensor | None = None
     step_noise: Tensor | None = None
     scale: float = 0.0
+    guided: tuple[bool, ...]
     noise_row: int = 0
+    stream: int = Stream.STEPS
+    impl: str | None = None
 
 
 class PreparedStep:
-    """The step for a `StepKey`: `fill` it with a table and a batch, then `advance` row by row."""
+    """The step for a `StepKey`: `fill` it with a batch, then `advance` row by row."""
 
     def __init__(
         self,
@@ -141,6 +150,7 @@ class PreparedStep:
         host = _no_rows(key.rows)
         self.packed = PackedTable(host, host.to(device, torch.float32))
         self.step_noise: Tensor | None = None
+        self.guided: tuple[bool, ...] = ()
 
     def body(self, guided: bool) -> None:
         """Run the row that the counter names and go on to the next; nothing is read back."""
@@ -192,21 +202,21 @@ class PreparedStep:
         g = log_probability_gradient(self.classifier, x, t, self.labels[:, None], projected)
         return g * self.scale
 
-    def fill(self, table: SolverTable, batch: Batch) -> None:
-        """Take a table and a batch into the buffers; the next row is the first."""
+    def fill(self, batch: Batch, x: Tensor) -> None:
+        """Take a batch, which begins at `x`, into the buffers; the next row is the first."""
         device = self.state.x.device
         if device.type == "cuda":
             self._enter(torch.cuda.current_stream(device))
         # Recorded, a copy of what requires a gradient would make the buffer require one ever after.
         with torch.no_grad():
-            self._fill(table, batch)
+            self._fill(batch, x)
 
-    def _fill(self, table: SolverTable, batch: Batch) -> None:
-        packed = pack(table.rows, device=self.state.x.device)
+    def _fill(self, batch: Batch, x: Tensor) -> None:
+        table, count = batch.table, len(batch.table)
         self.packed.host.copy_(_no_rows(self.key.rows))
-        self.packed.host[: len(table)] = packed.host
+        self.packed.host[:count] = table.packed.host
         self.packed.device.copy_(self.packed.host)
-        self.state.x.copy_(batch.x)
+        self.state.x.copy_(x)
         for buffer in (self.state.x0, self.state.saved, self.state.history):
             if buffer is not None:
                 buffer.zero_()
@@ -215,8 +225,8 @@ class PreparedStep:
             if own is not None and given is not None:
                 own.copy_(given)
         self.scale.fill_(batch.scale)
-        rows = torch.tensor([(row.t_net, row.t_clf) for row in table.rows], dtype=torch.float64)
-        self.timesteps[:, : len(table)] = rows.T.to(self.timesteps.dtype).to(self.timesteps.device)
+        self.guided = batch.guided
+        self.timesteps[:, :count] = table.timesteps.to(self.timesteps.dtype).to(self.timesteps.device)
         self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32))
         self.step_noise = None if batch.step_noise is None else batch.step_noise.detach()
 
@@ -243,7 +253,7 @@ class PreparedStep:
         found += [self.timesteps, self.packed.device]
         return [buffer for buffer in found if buffer is not None]
 
-    def advance(self, i: int, guided: bool) -> None:
+    def advance(self, i: int) -> None:
         """Run row i; rows come in order, from 0."""
         check_generations(self._networks, self.generations)
         chunk = min([table.rows for table in self.tables.values()], default=0)
@@ -255,7 +265,7 @@ class PreparedStep:
                     self.tables[name].fill(self.timesteps[column, i : i + chunk], labels)
         if self.noise is not None and self.step_noise is not None:
             self.noise.copy_(self.step_noise[i])
-        self.run[guided]()
+        self.run[self.guided[i]]()
 
     @property
     def nbytes(self) -> int:

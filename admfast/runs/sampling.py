@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from admfast.checkpoints.describe import forward_work
-from admfast.engine.images import from_uint8, to_uint8
-from admfast.engine.loop import Progress
 from admfast.errors import AdmfastError, invalid
 from admfast.files.images import read_image, write_grid, write_png
+from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
-from admfast.pipeline import Pipeline
 from admfast.runs.folder import RunFolder, make_folder
+from admfast.sampling.loop import Progress, run
+from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.plan import images_of, plan
+from admfast.sampling.request import SampleRequest
 
 GRID_LIMIT, GRID_COLUMNS = 400, 20  # images that a grid shows at most, in all and of a class side by side
 PNG_CHANNELS = (1, 3, 4)
@@ -32,29 +32,25 @@ class SampleRun:
     """One call of `admfast sample`: which images, with which settings, into which folder.
 
     Attributes:
-        pipe: the pipeline. classes, seeds: as of `Pipeline.sample`, one entry an image.
+        pipe: the pipeline. request: for the images; `seeds` and `classes` are those of every image.
         out: folder; made where it is missing. It must not hold samples already, unless `overwrite`: then they
             stay until the new set is complete and takes their place; a run that ends before leaves what it
             has finished in OUT/unfinished.
-        settings: keyword arguments of `Pipeline.sample`.
-        batch_size: images at a time; None chooses.
         intermediates: keep x_0 of every so many steps as PNG files too; 0 for none.
         class_names: names for the grid's rows.
         low_res: uint8 [N, h, w, C], the images that a pipeline which is an upsampler enlarges.
     """
 
     pipe: Pipeline
-    classes: Sequence[int] | None
-    seeds: Sequence[int]
+    request: SampleRequest
     out: Path
-    settings: dict[str, Any] = field(default_factory=dict)
-    batch_size: int | None = None
     overwrite: bool = False
     intermediates: int = 0
     class_names: Sequence[str] | None = None
     low_res: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
+        self.seeds, self.classes, _ = images_of(self.request, self.pipe)
         self.finished = 0
         self._shown: list[NDArray[np.uint8]] = []  # what the grid shows; the others are on the disk alone
         self._folder = RunFolder(self.out, self.overwrite)
@@ -62,13 +58,8 @@ class SampleRun:
         if config.dims != 2 or config.in_channels not in PNG_CHANNELS:
             given = f"{config.dims}-D images of {config.in_channels} channels"
             raise invalid("pipe", given, "PNG files are 2-D, of 1, 3 or 4 channels; see Pipeline.sample")
-        if self.classes is not None and len(self.classes) != len(self.seeds):
-            allowed = f"one for each of the {len(self.seeds)} seeds, or None"
-            raise invalid("classes", f"{len(self.classes)} classes", allowed)
         if self.intermediates < 0:
             raise invalid("intermediates", self.intermediates, "0 for none, or every so many steps")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise invalid("batch_size", self.batch_size, "1 or more")
 
     @property
     def kept(self) -> Path:
@@ -77,14 +68,14 @@ class SampleRun:
 
     def check(self) -> dict[str, int]:
         """Check settings and folder before anything is made; the number of steps of an image, by stage."""
-        settings = dict(self.settings)
+        request = self.request
         if self.low_res is not None:
             n, height, width, channels = self.low_res.shape
             # Its values don't matter here: no copy of all of them in float.
-            settings["low_res"] = torch.zeros(1, 1, 1, 1).expand(n, channels, height, width)
-        steps = self.pipe.check(self.classes, self.seeds, **settings)
+            request = replace(request, low_res=torch.zeros(1, 1, 1, 1).expand(n, channels, height, width))
+        base = plan(request, self.pipe)
         self._folder.check()
-        return steps
+        return base.steps
 
     def run(self) -> list[Path]:
         """Sample and write; returns the grid's and the npz's path.
@@ -94,7 +85,7 @@ class SampleRun:
         """
         shares = self._shares(self.check())
         self._folder.open()
-        size = self.batch_size or self.pipe.images_at_a_time
+        size = self.request.batch_size or self.pipe.images_at_a_time
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         # Not shown before the first step, so that what is refused until then is one line.
         bar = tqdm(total=len(self.seeds), unit="image", bar_format=shown, delay=math.inf)
@@ -114,8 +105,7 @@ class SampleRun:
 
     def _batch(self, first: int, size: int, shares: dict[str, float], bar: tqdm) -> None:
         """Sample and write images first..first+size-1."""
-        seeds = list(self.seeds[first : first + size])
-        classes = None if self.classes is None else list(self.classes[first : first + size])
+        images = slice(first, first + size)
 
         def progressed(progress: Progress) -> None:
             bar.delay = 0
@@ -126,11 +116,15 @@ class SampleRun:
             if self.intermediates and progress.done % self.intermediates == 0:
                 self._write_intermediate(first + progress.first, progress)
 
-        settings = {**self.settings, "callback": progressed, "batch_size": size}
-        if self.low_res is not None:
-            settings["low_res"] = from_uint8(torch.from_numpy(self.low_res[first : first + size]))
-        images = self.pipe.sample(classes, seeds, **settings)
-        for i, image in enumerate(images.numpy(), first):
+        request = replace(
+            self.request,
+            seeds=self.seeds[images],
+            classes=None if self.classes is None else self.classes[images],
+            low_res=None if self.low_res is None else from_uint8(torch.from_numpy(self.low_res[images])),
+            callback=progressed,
+            batch_size=size,
+        )
+        for i, image in enumerate(run(plan(request, self.pipe)).numpy(), first):
             write_png(self._png(i), image)
             if i < GRID_LIMIT:
                 self._shown.append(image)
@@ -142,16 +136,11 @@ class SampleRun:
         return self._folder.place / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
 
     def _shares(self, steps: dict[str, int]) -> dict[str, float]:
-        """The part of an image's work that one step of the base model and one of the upsampler is."""
+        """Return the part of an image's work, in pixels, that one step of each stage is."""
         up = self.pipe.upsampler
-        if up is None:
-            return {"base": 1 / steps["base"]}
-        base, enlarging = forward_work(self.pipe.config).flops, forward_work(up.config).flops
-        if self.pipe.classifier is not None and self.settings.get("guidance", self.pipe.guidance):
-            # A gradient with respect to the image alone costs one more forward pass.
-            base += 2 * forward_work(self.pipe.classifier.config).flops  # type: ignore[arg-type]
-        total = steps["base"] * base + steps["upsampler"] * enlarging
-        return {"base": base / total, "upsampler": enlarging / total}
+        pixels = {"base": math.prod(self.pipe.spatial), "upsampler": math.prod(up.spatial) if up else 0}
+        total = sum(count * pixels[stage] for stage, count in steps.items())
+        return {stage: pixels[stage] / total for stage in steps}
 
     def _finish(self) -> list[Path]:
         """Write the grid and the npz of the finished images; each of them even if the other fails."""

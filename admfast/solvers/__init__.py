@@ -1,58 +1,85 @@
-"""Floor 3: solvers as tables. A new solver is a pure function from a process to a `SolverTable`."""
+"""Floor 3: solvers. Each is made by a function of its name: `ddim(eta=0.5)`, or by a text: "ddim:eta=0.5".
+
+A file of a solver is called `<name>_rows.py`, so that no module has the name of a value.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
-from admfast.checks import one_of
-from admfast.diffusion import GaussianDiffusion
 from admfast.errors import invalid, nearest
-from admfast.solvers.ddim import ddim, ddim_inverse
-from admfast.solvers.ddpm import ddpm
-from admfast.solvers.table import SolverTable
+from admfast.solvers.ddim_rows import ddim, ddim_inverse
+from admfast.solvers.ddpm_rows import ddpm
+from admfast.solvers.solver import Solver
 
-SOLVERS: dict[str, Callable[..., SolverTable]] = {
+SOLVERS: dict[str, Callable[..., Solver]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "ddim-inverse": ddim_inverse,
 }
-# The published respacing strings of a number of steps: DDIM keeps an integer stride from step 0.
-RESPACING = {"ddpm": "{steps}", "ddim": "ddim{steps}", "ddim-inverse": "ddim{steps}"}
 
 
-def check_solver(name: str) -> None:
-    """Raise InvalidArgument for a solver that isn't known, with the nearest names."""
-    one_of("solver", name, SOLVERS)
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options of a solver with their defaults."""
+    return {p.name: p.default for p in inspect.signature(SOLVERS[name]).parameters.values()}
 
 
-def make_table(solver: str, diffusion: GaussianDiffusion, **options: Any) -> SolverTable:
-    """Return the table of `solver` on the (respaced) process; `options` are that solver's own.
+def listed(begins: str | None = None) -> list[str]:
+    """Return every solver (that begins so) as a text that says all its options: "ddim:eta=0.0"."""
+    solvers = [make() for make in SOLVERS.values()]
+    return [str(solver) for solver in solvers if begins in (None, solver.begins)]
 
-    Raises: InvalidArgument for an unknown solver, option or value.
+
+def solver_of(value: Solver | str, **options: Any) -> Solver:
+    """Return a solver as a value; text is a name, or a name with options. `options` replace the value's.
+
+    Raises: InvalidArgument for an unknown solver or option, or a value that the solver refuses.
     """
-    check_solver(solver)
-    function = SOLVERS[solver]
-    known = function.__kwdefaults__ or {}
-    for name, value in options.items():
-        if name not in known:
-            raise invalid(name, value, f"the solver {solver} has no such option; {nearest(name, known)}")
-    return function(diffusion, **options)
+    if isinstance(value, str):
+        value = from_text(value)
+    if not isinstance(value, Solver):
+        raise invalid("solver", value, f"a Solver, or one of: {', '.join(listed())}")
+    return _made(value.name, {**value.options, **options}) if options else value
 
 
-def respacing_of(solver: str, steps: int) -> str:
-    """The respacing string with which `solver` is published for a number of steps."""
-    check_solver(solver)
-    return RESPACING[solver].format(steps=steps)
+@functools.lru_cache
+def from_text(text: str) -> Solver:
+    """Return the solver of a text such as "ddim:eta=0.5", which is read once."""
+    name, _, given = (part.strip() for part in text.partition(":"))
+    if name not in SOLVERS:
+        raise invalid("solver", text, f"{nearest(name, SOLVERS)} (solvers: {', '.join(listed())})")
+    options: dict[str, Any] = {}
+    for part in filter(None, given.split(",")):
+        option, separator, value = (word.strip() for word in part.partition("="))
+        if not separator:
+            raise invalid("solver", text, f"options as NAME=VALUE, such as {listed()[1]}")
+        try:
+            options[option] = json.loads(value)
+        except ValueError:
+            options[option] = value
+    return _made(name, options)
+
+
+def _made(name: str, options: dict[str, Any]) -> Solver:
+    known = options_of(name)
+    for option, value in options.items():
+        if option not in known:
+            raise invalid(option, value, f"the solver {name} has no such option; {nearest(option, known)}")
+    return SOLVERS[name](**options)
 
 
 __all__ = [
     "SOLVERS",
-    "SolverTable",
-    "check_solver",
+    "Solver",
     "ddim",
     "ddim_inverse",
     "ddpm",
-    "make_table",
-    "respacing_of",
+    "from_text",
+    "listed",
+    "options_of",
+    "solver_of",
 ]

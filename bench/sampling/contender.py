@@ -14,13 +14,15 @@ from torch import Tensor
 
 from admfast.diffusion import GaussianDiffusion
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.loop import FunctionStep
 from admfast.engine.numerics import own_numerics
-from admfast.engine.sampler import conditioned
-from admfast.engine.verify import BUDGETS
+from admfast.engine.step import Batch
 from admfast.ops.dispatch import using
 from admfast.ops.noise import Stream, normal
-from admfast.solvers import SolverTable, make_table
+from admfast.ops.solver_table import SolverTable
+from admfast.sampling.functions import FunctionStep, conditioned
+from admfast.sampling.guides import Guide
+from admfast.solvers import ddpm
+from admfast.verify.budget import BUDGETS
 from bench.measure import Sample, checked, sample
 from bench.results import Row
 from bench.sampling.subject import Inputs, Subject
@@ -134,7 +136,7 @@ def trial_of(subject: Subject, batch: int, device: torch.device) -> Trial:
 def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     """The trial for a batch; the first and the last image go through the reference."""
     process = subject.process(TRIAL_STEPS)
-    whole = make_table("ddpm", process)
+    whole = ddpm().table(process)
     table = SolverTable(whole.solver, whole.rows[-1 - TRIAL_INDEX :][:1], integer_t=whole.integer_t)
     row_number = TRIAL_STEPS - 1 - TRIAL_INDEX
     noise = normal(inputs.seeds, inputs.x.shape[1:], row_number, Stream.STEPS)
@@ -142,13 +144,17 @@ def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     few, device = inputs.part(list(ends)), inputs.x.device
     net, classifier = subject.networks(device)
     model = conditioned(net, few.labels, few.low_res)
+    shape = tuple(few.x.shape)
+    batch = Batch(
+        table=table, shape=shape, seeds=few.seeds, step_noise=noise[None, list(ends)], guided=(False,)
+    )
 
     def run(scale: float) -> tuple[Tensor, Tensor]:
-        guidance = None
+        guides = []
         if classifier is not None and few.labels is not None:
-            guidance = classifier_guidance(classifier, few.labels, scale)
-        step = FunctionStep(table, model, few.x, guidance=guidance, step_noise=noise[None, list(ends)])
-        step.advance(0, guidance is not None)
+            guides.append((Guide(classifier_guidance(classifier, few.labels, scale)), (True,)))
+        step = FunctionStep(batch, model, few.x, guides)
+        step.advance(0)
         return step.state.x.clone(), step.state.x0.clone()
 
     with own_numerics(device), using("reference"), torch.no_grad():

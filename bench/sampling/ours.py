@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from admfast.engine.engine import Engine
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.loop import FunctionStep
 from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
-from admfast.engine.sampler import conditioned
-from admfast.engine.step import Batch, PreparedStep, StepKey
+from admfast.engine.step import Batch, PreparedStep
 from admfast.ops.dispatch import using, watch
-from admfast.ops.noise import Stream
-from admfast.solvers import SolverTable, make_table
+from admfast.ops.solver_table import SolverTable
+from admfast.sampling.functions import FunctionStep, conditioned
+from admfast.sampling.guides import Guide
+from admfast.solvers import ddpm
 from bench.results import Row
 from bench.sampling.contender import Contender, Entry, Trial
 from bench.sampling.subject import Inputs, Subject
@@ -54,7 +54,7 @@ class Ours(Contender):
         nets = [laid_out(net, self.channels_last) for net in self.subject.networks(self.device)]
         self.engine = Engine(nets[0], nets[1], self.policy, self.options)  # type: ignore[arg-type]
         self.engine.ready()
-        self.table = make_table("ddpm", self.subject.process(self.subject.steps))
+        self.table = ddpm().table(self.subject.process(self.subject.steps))
         self.guided = nets[1] is not None and self.inputs.labels is not None
         with self._watching():
             self.begin()
@@ -75,32 +75,37 @@ class Ours(Contender):
         """What runs the rows of a table, before its first."""
         inputs = self.inputs
         net, classifier = self.engine.net, self.engine.classifier
-        if self.options.prepared:
-            batch = Batch(x, inputs.seeds, inputs.labels, inputs.low_res, scale=scale, noise_row=noise_row)
-            conditional = self.subject.net.num_classes is not None
-            flags = [self.guided] * len(table)
-            step = self.engine.step(StepKey.of(table, batch, flags, conditional, Stream.STEPS))
-            step.fill(table, batch)
-            return step
-        guidance = None
-        if self.guided and classifier is not None and inputs.labels is not None:
-            guidance = classifier_guidance(classifier, inputs.labels, scale)
-        model = conditioned(net, inputs.labels, inputs.low_res)
-        return FunctionStep(
-            table, model, x, guidance=guidance, seeds=inputs.seeds, noise_row=noise_row, stream=Stream.STEPS
+        flags = (self.guided,) * len(table)
+        batch = Batch(
+            table=table,
+            shape=tuple(x.shape),
+            seeds=inputs.seeds,
+            labels=inputs.labels,
+            low_res=inputs.low_res,
+            scale=scale,
+            guided=flags,
+            noise_row=noise_row,
         )
+        if self.options.prepared:
+            step = self.engine.step(batch)
+            step.fill(batch, x)
+            return step
+        guides = []
+        if self.guided and classifier is not None and inputs.labels is not None:
+            guides.append((Guide(classifier_guidance(classifier, inputs.labels, scale)), flags))
+        return FunctionStep(batch, conditioned(net, inputs.labels, inputs.low_res), x, guides)
 
     def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
         runner = self._runner(trial.table, trial.scale, trial.noise_row, self.inputs.x)
         with self._watching():
-            runner.advance(0, self.guided)
+            runner.advance(0)
         return runner.state.x.clone(), runner.state.x0.clone()
 
     def begin(self) -> None:
         self.runner = self._runner(self.table, self.subject.guidance, 0, self.inputs.x)
 
     def step(self, i: int) -> None:
-        self.runner.advance(i, self.guided)
+        self.runner.advance(i)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ import torch
 
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
-from admfast.pipeline import Pipeline
+from admfast.sampling.pipeline import Pipeline
 from bench.measure import Case, Settings
 from bench.results import Row
 from bench.sampling.ours import laid_out

@@ -32,26 +32,30 @@ class EncoderUNetModel(Classifier):
 SCRIPT_UTIL = """
 import torch
 from admfast.diffusion import DiffusionConfig
-from admfast.engine.loop import FunctionStep
-from admfast.solvers import SolverTable, make_table
+from admfast.sampling.functions import FunctionStep
+from admfast.engine.step import Batch
+from admfast.ops.solver_table import SolverTable
+from admfast.sampling.guides import Guide
+from admfast.solvers import ddpm
 
 
 class SpacedDiffusion:
     def __init__(self, timestep_respacing="", **settings):
-        table = make_table("ddpm", DiffusionConfig(**settings).build(timestep_respacing))
+        table = ddpm().table(DiffusionConfig(**settings).build(timestep_respacing))
         self.rows = {row.index: SolverTable("ddpm", (row,), integer_t=table.integer_t) for row in table.rows}
 
     def p_sample(self, model, x, t, cond_fn=None, model_kwargs=None):
         given = model_kwargs or {}
-        guidance = None if cond_fn is None else lambda x, t: cond_fn(x, t, **given)
-        step = FunctionStep(
-            self.rows[int(t[0])],
-            lambda x, t: model(x, t, **given),
-            x,
-            guidance=guidance,
+        guides = [] if cond_fn is None else [(Guide(lambda x, t: cond_fn(x, t, **given)), [True])]
+        batch = Batch(
+            table=self.rows[int(t[0])],
+            shape=tuple(x.shape),
+            seeds=torch.zeros(len(x), dtype=torch.int64),
             step_noise=torch.randn_like(x)[None],
+            guided=(False,),
         )
-        step.advance(0, True)
+        step = FunctionStep(batch, lambda x, t: model(x, t, **given), x, guides)
+        step.advance(0)
         return {"sample": step.state.x, "pred_xstart": step.state.x0}
 
 

@@ -14,8 +14,8 @@ from admfast.cli.fetch import run_fetch, wanted_models
 from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
 from admfast.cli.options import options_of
-from admfast.cli.tables import table
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, OutputError
+from admfast.files.tables import table
 from admfast.models.description import Description
 from admfast.models.presets import MODELS, SYSTEMS, preset
 from tests.small import SMALL_UNET

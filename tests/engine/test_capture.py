@@ -207,8 +207,7 @@ def test_cudnn_searches_while_a_step_is_captured(cuda, monkeypatch, deterministi
 
 
 def test_branches_fork_from_the_current_stream_of_their_device(monkeypatch):
-    step, table, batch = step_of()
-    step.fill(table, batch)
+    step, _, _ = step_of()
     cuda = Cuda(monkeypatch)
     step.side = Stream()
     step.body(True)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.loop import Progress
 from admfast.ops.noise import Stream, as_seeds, normal
-from admfast.systems import load
-from tests.parity.golden import NETWORK_GRADIENT_LIMIT
+from admfast.sampling.load import load
+from admfast.sampling.loop import Progress
 from tests.small import randn
 
 pytestmark = [
@@ -83,16 +82,15 @@ def test_predict_is_differentiable():
         pipe.predict(x_t, 500, [3, 7]).x0.square().sum().backward()
         gradients.append(x_t.grad.cpu())
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert error < NETWORK_GRADIENT_LIMIT
+    # The last bits of a few dozen layers, forward and back; the backward pass runs under the defaults of
+    # torch, whose convolutions may round to TF32.
+    assert error < 20 * 2.0**-10
 
 
-@pytest.mark.parametrize("process", ["highest", "high"])
-def test_the_process_s_settings_are_given_back(process):
+def test_the_process_s_settings_are_given_back():
     def settings():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
-    torch.set_float32_matmul_precision(process)
-    torch.backends.cudnn.allow_tf32 = process == "high"
     before, seen = settings(), []
     for precision in ("tf32", "fp32"):
         pipe = load("digits32", device="cuda", precision=precision)

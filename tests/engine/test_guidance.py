@@ -7,7 +7,7 @@ import torch
 
 from admfast.engine.guidance import classifier_guidance
 from admfast.errors import InvalidArgument
-from admfast.systems import load
+from admfast.sampling.load import load
 from tests.parity.golden import NETWORK_GRADIENT_LIMIT, compare
 from tests.small import classifier, randn
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from admfast.diffusion import DiffusionConfig
-from admfast.engine.images import from_uint8
-from admfast.pipeline import Pipeline
+from admfast.files.levels import from_uint8
+from admfast.sampling.pipeline import Pipeline
 from tests.parity import golden
 from tests.parity.nets import load_golden_net
 

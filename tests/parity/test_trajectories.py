@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,15 +12,15 @@ import torch
 from admfast.diffusion import GaussianDiffusion
 from admfast.engine.engine import Engine
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.images import to_uint8
-from admfast.engine.loop import Progress, run_rows, run_table
 from admfast.engine.options import EngineOptions
-from admfast.engine.step import Batch, StepKey
-from admfast.ops.noise import Stream
-from admfast.solvers import SolverTable, make_table
-from tests.ops.tolerance import DEVICES
+from admfast.engine.step import Batch
+from admfast.files.levels import to_uint8
+from admfast.ops.solver_table import SolverTable
+from admfast.sampling.loop import Progress, run_rows
+from admfast.solvers import ddim, ddim_inverse, ddpm
 from tests.parity import analytic, golden
 from tests.parity.nets import load_golden_net
+from tests.small import run_table
 
 OPTIONS = {
     "folded": EngineOptions(),
@@ -28,25 +29,20 @@ OPTIONS = {
 }
 
 
-def frozen(folder: Path, arrays: dict[str, torch.Tensor]):
-    """The network of a folder on the device of the arrays, its weights without gradients."""
-    return load_golden_net(folder).requires_grad_(False).to(arrays["samples"].device)
-
-
 def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
     """The table of a case's sampler."""
     clip = case["clip_denoised"]
     if case["sampler"] == "ddim":
-        return make_table("ddim", diffusion, eta=case["eta"], clip=clip)
-    return make_table({"p": "ddpm", "ddim_reverse": "ddim-inverse"}[case["sampler"]], diffusion, clip=clip)
+        return ddim(eta=case["eta"]).table(diffusion, clip)
+    return {"p": ddpm, "ddim_reverse": ddim_inverse}[case["sampler"]]().table(diffusion, clip)
 
 
 def network(case: dict, nets: Path, arrays: dict, diffusion: GaussianDiffusion):
-    """The case's model(x, t), where its arrays are."""
+    """The case's model(x, t)."""
     extra = {name: arrays[name] for name in ("y", "low_res") if name in arrays}
     if case["net"] is None:
         return partial(analytic.analytic_model(diffusion), y=arrays.get("y"))
-    net = frozen(nets / case["net"], arrays)
+    net = load_golden_net(nets / case["net"]).requires_grad_(False)
     return lambda x, t: net(x, t, **extra)
 
 
@@ -56,14 +52,8 @@ def guidance_of(case: dict, nets: Path, arrays: dict):
         return None
     if case["classifier"] is None:
         return partial(analytic.guidance, y=arrays.get("y"), scale=case["cond_scale"])
-    classifier = frozen(nets / case["classifier"], arrays)
+    classifier = load_golden_net(nets / case["classifier"]).requires_grad_(False)
     return classifier_guidance(classifier, arrays["y"], case["cond_scale"])
-
-
-def load(path: Path, device: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """A case, and its arrays on the device."""
-    arrays = golden.load_tensors(path)
-    return golden.load_json(path), {name: value.to(device) for name, value in arrays.items()}
 
 
 def compare(
@@ -84,9 +74,8 @@ def compare(
 
 @pytest.mark.parametrize("impl", ["reference", None], ids=["reference", "default"])
 @pytest.mark.parametrize("path", golden.cases("sampling", "trajectories"))
-@pytest.mark.parametrize("device", DEVICES)
-def test_trajectory(path: Path, impl: str | None, device: str) -> None:
-    case, arrays = load(path, device)
+def test_trajectory(path: Path, impl: str | None) -> None:
+    case, arrays = golden.load_json(path), golden.load_tensors(path)
     nets = path.parents[1] / "nets"
     diffusion = analytic.build_diffusion(case["diffusion"])
     model, guide = network(case, nets, arrays, diffusion), guidance_of(case, nets, arrays)
@@ -106,7 +95,7 @@ def test_trajectory(path: Path, impl: str | None, device: str) -> None:
 
     start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
     table = solver_table(case, diffusion)
-    noise = arrays.get("noises", torch.zeros(len(table), *start.shape, device=device))
+    noise = arrays.get("noises", torch.zeros(len(table), *start.shape))
     state = run_table(
         table,
         watched_model,
@@ -137,25 +126,32 @@ def of_networks() -> list:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("path", of_networks())
-@pytest.mark.parametrize("device", DEVICES)
-def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, device: str) -> None:
-    case, arrays = load(path, device)
+def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions) -> None:
+    case, arrays = golden.load_json(path), golden.load_tensors(path)
     nets = path.parents[1] / "nets"
-    net = frozen(nets / case["net"], arrays)
+    net = load_golden_net(nets / case["net"]).requires_grad_(False)
     classifier, scale = None, case["cond_scale"] or 0.0
     if case["classifier"] is not None:
-        classifier = frozen(nets / case["classifier"], arrays)
+        classifier = load_golden_net(nets / case["classifier"]).requires_grad_(False)
     engine = Engine(net, classifier, options=options)
     engine.ready()
     assert net.is_folded == (options.fold is not None)
     table = solver_table(case, analytic.build_diffusion(case["diffusion"]))
     start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
-    noise = arrays.get("noises", torch.zeros(len(table), *start.shape, device=device))
-    seeds = torch.zeros(len(start), dtype=torch.int64, device=device)
-    batch = Batch(start, seeds, arrays.get("y"), arrays.get("low_res"), noise, scale)
-    guided = [classifier is not None] * len(table)
-    step = engine.step(StepKey.of(table, batch, guided, net.config.num_classes is not None, Stream.STEPS))
-    step.fill(table, batch)
+    noise = arrays.get("noises", torch.zeros(len(table), *start.shape))
+    seeds = torch.zeros(len(start), dtype=torch.int64)
+    batch = Batch(
+        table=table,
+        shape=tuple(start.shape),
+        seeds=seeds,
+        labels=arrays.get("y"),
+        low_res=arrays.get("low_res"),
+        step_noise=noise,
+        scale=scale,
+        guided=(classifier is not None,) * len(table),
+    )
+    step = engine.step(batch)
+    step.fill(batch, start)
     samples: list[torch.Tensor] = []
     x0s: list[torch.Tensor] = []
 
@@ -163,5 +159,6 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
         samples.append(progress.x.clone())
         x0s.append(progress.x0.clone())
 
-    state = run_rows(table, step, guided=guided, callback=keep)
+    watch = SimpleNamespace(callback=keep, every=1, first=0, stage="base")
+    state = run_rows(table, step, watch)
     compare(case, arrays, table, samples, x0s, state.x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -14,16 +15,8 @@ from torch import Tensor
 from admfast.diffusion import GaussianDiffusion, MeanType, Schedule, VarType, make_schedule
 from admfast.errors import InvalidArgument
 from admfast.ops import Clip, Row, SamplerState, pack, sampler_step
-from admfast.solvers import (
-    SOLVERS,
-    SolverTable,
-    check_solver,
-    ddim,
-    ddim_inverse,
-    ddpm,
-    make_table,
-    respacing_of,
-)
+from admfast.ops.solver_table import SolverTable
+from admfast.solvers import SOLVERS, Solver, ddim, ddim_inverse, ddpm, listed, options_of, solver_of
 from tests.ops.tolerance import assert_same_formula
 from tests.parity.golden import SCHEDULE_LIMIT, compare
 
@@ -43,6 +36,11 @@ def schedule(request) -> Schedule:
 
 def process(schedule: Schedule, mean: MeanType | str = "EPSILON", var: VarType | str = "FIXED_SMALL"):
     return GaussianDiffusion(schedule, mean, var)
+
+
+def table_of(solver: str, diffusion: GaussianDiffusion, clip: bool = True, **options: float) -> SolverTable:
+    """The table of a solver with these options."""
+    return solver_of(solver, **options).table(diffusion, clip)
 
 
 def given(seed: int, scale: float = 1.0) -> Tensor:
@@ -71,7 +69,7 @@ def run(
 @pytest.mark.parametrize("mean", list(MeanType), ids=lambda m: m.name)
 def test_a_ddpm_row_is_the_published_step(schedule, mean, var, clip):
     diffusion = process(schedule, mean, var)
-    table = ddpm(diffusion, clip=clip)
+    table = table_of("ddpm", diffusion, clip=clip)
     for i in (0, 1, schedule.num_timesteps // 2, schedule.num_timesteps - 1):
         (row,) = (row for row in table.rows if row.index == i)
         x, g, z = given(1, 1.3), given(3, 0.5), given(4)
@@ -95,7 +93,7 @@ def test_a_ddpm_row_is_the_published_step(schedule, mean, var, clip):
 @pytest.mark.parametrize("mean", list(MeanType), ids=lambda m: m.name)
 def test_a_ddim_row_is_the_published_guided_step(schedule, mean, clip, eta):
     diffusion = process(schedule, mean, "LEARNED_RANGE")
-    table = ddim(diffusion, eta=eta, clip=clip)
+    table = table_of("ddim", diffusion, eta=eta, clip=clip)
     bars, before = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     for i in (0, 1, schedule.num_timesteps // 2, schedule.num_timesteps - 1):
         (row,) = (row for row in table.rows if row.index == i)
@@ -125,9 +123,9 @@ def test_rows_run_from_the_last_step_to_the_first_and_say_what_the_network_sees(
     diffusion = process(schedule)
     steps = list(range(schedule.num_timesteps))
     for table, order in (
-        (ddpm(diffusion), steps[::-1]),
-        (ddim(diffusion), steps[::-1]),
-        (ddim_inverse(diffusion), steps),
+        (table_of("ddpm", diffusion), steps[::-1]),
+        (table_of("ddim", diffusion), steps[::-1]),
+        (table_of("ddim-inverse", diffusion), steps),
     ):
         assert [row.index for row in table.rows] == order and len(table) == len(steps)
         assert [row.t_net for row in table.rows] == [schedule.model_t(i) for i in order]
@@ -141,19 +139,25 @@ def test_what_is_limited(schedule, mean):
     diffusion = process(schedule, mean)
     follows_network = mean is MeanType.PREVIOUS_X
     for solver in SOLVERS:
-        clips = {row.clip for row in make_table(solver, diffusion).rows}
+        clips = {row.clip for row in table_of(solver, diffusion).rows}
         assert clips == {Clip.REPORTED if follows_network and solver == "ddpm" else Clip.USED}
-        assert {row.clip for row in make_table(solver, diffusion, clip=False).rows} == {Clip.NONE}
+        assert {row.clip for row in table_of(solver, diffusion, clip=False).rows} == {Clip.NONE}
 
 
 def test_noise_stops_at_the_last_row_and_guidance_does_not(schedule):
-    table = ddpm(process(schedule, var="LEARNED_RANGE"))
+    table = table_of("ddpm", process(schedule, var="LEARNED_RANGE"))
     assert [row.k_z for row in table.rows] == [1.0] * (len(table) - 1) + [0.0]
     assert all(row.k_mean == 1 and row.k_post == row.k_pre == 0 for row in table.rows)
-    table = ddim(process(schedule), eta=1.0)
+    table = table_of("ddim", process(schedule), eta=1.0)
     assert table.rows[-1].k_z == 0 and all(row.k_z > 0 for row in table.rows[:-1])
     assert all(row.k_mean == row.k_pre == 0 and row.k_post > 0 for row in table.rows)
-    assert all(row.k_z == 0 for row in (*ddim(process(schedule)).rows, *ddim_inverse(process(schedule)).rows))
+    assert all(
+        row.k_z == 0
+        for row in (
+            *table_of("ddim", process(schedule)).rows,
+            *table_of("ddim-inverse", process(schedule)).rows,
+        )
+    )
 
 
 def columns(table: SolverTable, *names: str) -> np.ndarray:
@@ -168,22 +172,29 @@ def test_ddpm_coefficients_are_those_of_the_posterior(schedule):
     prev, beta = np.append(1, bar[:-1]), schedule.betas
     of_x = np.sqrt(1 - beta) * (1 - prev) / (1 - bar)
     of_x0 = np.sqrt(prev) * beta / (1 - bar)
-    compare(columns(ddpm(process(schedule)), "a", "b"), np.stack([of_x, of_x0]), SCHEDULE_LIMIT, "a, b")
+    compare(
+        columns(table_of("ddpm", process(schedule)), "a", "b"),
+        np.stack([of_x, of_x0]),
+        SCHEDULE_LIMIT,
+        "a, b",
+    )
     variance = (1 - prev) / (1 - bar) * beta
-    small, large = (columns(ddpm(process(schedule, var=v)), "l0")[0] for v in ("FIXED_SMALL", "FIXED_LARGE"))
+    small, large = (
+        columns(table_of("ddpm", process(schedule, var=v)), "l0")[0] for v in ("FIXED_SMALL", "FIXED_LARGE")
+    )
     assert small[0] == -math.inf, "the posterior at t = 0 has no width"
     compare(small[1:], np.log(variance[1:]), SCHEDULE_LIMIT, "small")
     compare(large, np.log(np.append(variance[1], beta[1:])), SCHEDULE_LIMIT, "large")
-    l0, l1 = columns(ddpm(process(schedule, var="LEARNED_RANGE")), "l0", "l1")
+    l0, l1 = columns(table_of("ddpm", process(schedule, var="LEARNED_RANGE")), "l0", "l1")
     compare(l0 - l1, np.log(np.append(variance[1], variance[1:])), SCHEDULE_LIMIT, "v = -1")
     compare(l0 + l1, np.log(beta), SCHEDULE_LIMIT, "v = 1")
-    learned = columns(ddpm(process(schedule, var="LEARNED")), "l0", "l1")
+    learned = columns(table_of("ddpm", process(schedule, var="LEARNED")), "l0", "l1")
     assert (learned == [[0], [1]]).all()
 
 
 def test_ddim_with_eta_1_is_ddpm(schedule):
     # Song et al. 2020, section 4.1: then the mean, too, is the posterior's.
-    stochastic, ancestral = ddim(process(schedule), eta=1.0), ddpm(process(schedule))
+    stochastic, ancestral = table_of("ddim", process(schedule), eta=1.0), table_of("ddpm", process(schedule))
     compare(columns(stochastic, "a", "b"), columns(ancestral, "a", "b"), SCHEDULE_LIMIT, "a, b")
     variance = columns(stochastic, "k_z")[0] ** 2
     compare(variance, schedule.posterior_variance, SCHEDULE_LIMIT, "variance")
@@ -191,7 +202,7 @@ def test_ddim_with_eta_1_is_ddpm(schedule):
 
 
 def test_ddim_with_half_eta_has_half_the_deviation(schedule):
-    half, one = (columns(ddim(process(schedule), eta=eta), "k_z")[0] for eta in (0.5, 1.0))
+    half, one = (columns(table_of("ddim", process(schedule), eta=eta), "k_z")[0] for eta in (0.5, 1.0))
     compare(2 * half, one, SCHEDULE_LIMIT, "sigma")
 
 
@@ -199,10 +210,10 @@ def test_steps_of_unit_normal_data_keep_it_unit_normal(schedule):
     # x_0 ~ N(0, 1) makes every x_t ~ N(0, 1), with E[x_0 | x_t] = sqrt(ab) x_t. A DDIM step is then the turn
     # by the difference of the angles with cos = sqrt(ab); a DDPM step with variance beta is exact.
     bar, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    a, b = columns(ddim(process(schedule)), "a", "b")
+    a, b = columns(table_of("ddim", process(schedule)), "a", "b")
     angles = np.arccos(np.sqrt(bar)) - np.arccos(np.sqrt(prev))
     compare(a + b * np.sqrt(bar), np.cos(angles), SCHEDULE_LIMIT, "ddim")
-    a, b, l0 = columns(ddpm(process(schedule, var="FIXED_LARGE")), "a", "b", "l0")
+    a, b, l0 = columns(table_of("ddpm", process(schedule, var="FIXED_LARGE")), "a", "b", "l0")
     compare(a + b * np.sqrt(bar), np.sqrt(1 - schedule.betas), SCHEDULE_LIMIT, "ddpm mean")
     variance = (a + b * np.sqrt(bar)) ** 2 + np.exp(l0)
     compare(variance[1:], np.ones(len(bar) - 1), SCHEDULE_LIMIT, "ddpm variance")
@@ -232,7 +243,7 @@ def point_mass(schedule: Schedule, mean: MeanType) -> Callable[[Tensor, Row], Te
 @pytest.mark.parametrize("mean", list(MeanType), ids=lambda m: m.name)
 def test_ddim_is_exact_on_one_point(schedule, mean, clip):
     # Every x_t on the way is sqrt(ab) POINT + sqrt(1 - ab) eps, with the eps of the start.
-    table = ddim(process(schedule, mean), clip=clip)
+    table = table_of("ddim", process(schedule, mean), clip=clip)
     x_t, bar = given(9).double(), float(schedule.alphas_cumprod[-1])
     eps = (x_t - math.sqrt(bar) * POINT) / math.sqrt(1 - bar)
     terms = float(x_t.abs().max() / POINT.abs().max()) / math.sqrt(bar)
@@ -245,7 +256,7 @@ def test_ddim_is_exact_on_one_point(schedule, mean, clip):
 
 
 def test_ddpm_ends_in_the_point_with_any_noise(schedule):
-    table = ddpm(process(schedule))
+    table = table_of("ddpm", process(schedule))
     noise = [given(20 + i) for i in range(len(table))]
     model = point_mass(schedule, MeanType.EPSILON)
     compare(run(table.rows, model, given(9).double(), noise.__getitem__)[-1][0], POINT, SCHEDULE_LIMIT, "x_0")
@@ -254,7 +265,7 @@ def test_ddpm_ends_in_the_point_with_any_noise(schedule):
 def test_ddim_inverse_goes_back_the_way_ddim_came(schedule):
     # DDIM to the lowest noise level (its last row drops the noise, which nothing can undo), then back up.
     diffusion, model, x_t = process(schedule), point_mass(schedule, MeanType.EPSILON), given(9).double()
-    down, up = ddim(diffusion).rows, ddim_inverse(diffusion).rows
+    down, up = table_of("ddim", diffusion).rows, table_of("ddim-inverse", diffusion).rows
     lowest = run(down[:-1], model, x_t)[-1][0]
     compare(run(up[:-1], model, lowest)[-1][0], x_t, SCHEDULE_LIMIT, "x_T")
     # The row after that ends where no signal is left: in eps.
@@ -279,7 +290,7 @@ def test_ddim_follows_the_flow_of_a_gaussian_to_first_order():
         bar = schedule.alphas_cumprod[-1]
         x = torch.linspace(-3, 3, 13, dtype=torch.float64).view(1, 1, 13)
         truth = m + (x - math.sqrt(bar) * m) * s / math.sqrt(bar * s**2 + 1 - bar)
-        got = run(ddim(process(schedule), clip=False).rows, model, x)[-1][0]
+        got = run(table_of("ddim", process(schedule), clip=False).rows, model, x)[-1][0]
         errors.append(float((got - truth).abs().max()))
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
     # First order within the next term of the error, which itself halves from one pair to the next.
@@ -288,7 +299,7 @@ def test_ddim_follows_the_flow_of_a_gaussian_to_first_order():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_from_step(schedule, solver):
-    table = make_table(solver, process(schedule))
+    table = table_of(solver, process(schedule))
     middle = schedule.num_timesteps // 2
     rest = table.from_step(middle)
     assert rest.rows[0].index == middle and rest.rows == table.rows[-len(rest) :]
@@ -305,9 +316,9 @@ def test_no_signal_at_the_end_is_refused(solver):
     schedule = make_schedule("linear", 20)
     assert schedule.alphas_cumprod[-1] == 0
     with pytest.raises(InvalidArgument, match=rf"^{solver}: row \d+ \(step 19\) .*alpha_bar is 0"):
-        make_table(solver, process(schedule))
+        table_of(solver, process(schedule))
     # Where the network predicts x_0 itself, the ancestral step needs no division.
-    assert len(ddpm(process(schedule, "START_X"))) == 20
+    assert len(table_of("ddpm", process(schedule, "START_X"))) == 20
 
 
 def test_a_row_that_is_not_finite_is_refused_but_for_a_variance_of_zero():
@@ -325,36 +336,58 @@ def test_one_step_is_a_table():
     schedule = make_schedule("cosine", 1000, [500])
     for solver in SOLVERS:
         for var in VarType:
-            (row,) = make_table(solver, process(schedule, var=var)).rows
+            (row,) = table_of(solver, process(schedule, var=var)).rows
             assert row.k_z == 0 and row.index == 0
             if solver != "ddim-inverse":
                 assert (row.a, row.b) == (0, 1), "the only step ends in x_0"
 
 
-def test_names_are_known_or_the_nearest_are_said(schedule):
-    diffusion = process(schedule)
-    assert make_table("ddim", diffusion, eta=0.3, clip=False) == ddim(diffusion, eta=0.3, clip=False)
-    for name in SOLVERS:
-        check_solver(name)
-    for call in (lambda n: make_table(n, diffusion), check_solver, lambda n: respacing_of(n, 10)):
-        with pytest.raises(InvalidArgument, match="^solver='dimm': .*ddim"):
-            call("dimm")
-    with pytest.raises(InvalidArgument, match="^etta=1: the solver ddim has no such option; nearest: eta"):
-        make_table("ddim", diffusion, etta=1)
-    for solver in ("ddpm", "ddim-inverse"):
-        with pytest.raises(InvalidArgument, match=f"^eta=0: the solver {solver} has no such option"):
-            make_table(solver, diffusion, eta=0)
+def test_a_solver_is_a_value_and_a_text():
+    assert (
+        ddim(eta=0.5) == solver_of("ddim:eta=0.5") == solver_of("ddim", eta=0.5) == solver_of(ddim(eta=0.5))
+    )
+    assert str(ddim(eta=0.5)) == "ddim:eta=0.5" and hash(ddim(eta=0.5)) == hash(solver_of("ddim:eta=0.5"))
+    assert ddim() != ddim(eta=0.5) != ddpm() and ddim() == solver_of(" ddim : eta = 0 ")
+    for name, make in SOLVERS.items():
+        assert (
+            isinstance(make(), Solver)
+            and make().name == name
+            and set(make().options) == set(options_of(name))
+        )
+        assert solver_of(str(make())) == make() == pickle.loads(pickle.dumps(make()))
+    assert [make().begins for make in (ddpm, ddim, ddim_inverse)] == ["noise", "noise", "image"]
+
+
+def test_every_solver_is_listed_with_its_options():
+    assert listed() == ["ddpm", "ddim:eta=0.0", "ddim-inverse"] and listed("image") == ["ddim-inverse"]
+    with pytest.raises(InvalidArgument, match="^solver='dimm': .*ddim:eta="):
+        solver_of("dimm")
+
+
+@pytest.mark.parametrize(
+    "given, argument",
+    [
+        (("ddim", {"etta": 1}), "etta=1"),
+        (("ddim:etta=1", {}), "etta=1"),
+        (("ddpm", {"eta": 0}), "eta=0"),
+        (("ddim-inverse:eta=0", {}), "eta=0"),
+        (("ddim:eta", {}), "solver='ddim:eta'"),
+        (("ddim:eta=much", {}), "eta='much'"),
+        (("", {}), "solver=''"),
+        ((3, {}), "solver=3"),
+    ],
+)
+def test_wrong_solvers_and_options_are_named(given, argument):
+    with pytest.raises(InvalidArgument, match=f"^{argument}: "):
+        solver_of(given[0], **given[1])
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.01, math.nan])
-def test_eta_has_a_range(schedule, eta):
-    with pytest.raises(InvalidArgument, match="^eta=.*0 to 1"):
-        ddim(process(schedule), eta=eta)
+def test_eta_has_a_range(eta):
+    with pytest.raises(InvalidArgument, match="^eta="):
+        ddim(eta=eta)
 
 
 def test_published_respacing():
-    assert {solver: respacing_of(solver, 25) for solver in SOLVERS} == {
-        "ddpm": "25",
-        "ddim": "ddim25",
-        "ddim-inverse": "ddim25",
-    }
+    wanted = {"ddpm": "25", "ddim": "ddim25", "ddim-inverse": "ddim25"}
+    assert {name: make().respaced(25) for name, make in SOLVERS.items()} == wanted

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,30 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admfast import checks
-from admfast.engine.arguments import LARGEST_SEED
-from admfast.engine.asking import INVERSE
-from admfast.engine.loop import Progress
 from admfast.engine.options import PLAIN
-from admfast.engine.sampler import conditioned
-from admfast.engine.verify import (
+from admfast.errors import invalid
+from admfast.models import UNet, Upsampler
+from admfast.ops import dispatch
+from admfast.sampling.functions import conditioned
+from admfast.sampling.loop import Progress, run
+from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.plan import Plan, plan
+from admfast.sampling.request import SampleRequest
+from admfast.solvers import Solver, listed, solver_of
+from admfast.verify.budget import (
     Budget,
     Deviation,
     Verification,
     amplified,
     budget_of,
     compare_images,
-    compare_layers,
     relative_error,
 )
-from admfast.errors import invalid
-from admfast.models import UNet, Upsampler
-from admfast.ops import dispatch
-from admfast.pipeline import Pipeline
-from admfast.solvers import SOLVERS, make_table, respacing_of
+from admfast.verify.layers import compare_layers
 
-SAMPLERS = [name for name in SOLVERS if name != INVERSE]
-IMAGES = 4  # where nothing says how many
+IMAGES, STEPS = 4, 25  # where nothing says how many
 # What the engine may do to a step; a reference does none of it.
 PREPARATIONS = ("prepared", "fold", "graph", "branches", "compile")
 
@@ -42,15 +39,10 @@ PREPARATIONS = ("prepared", "fold", "graph", "branches", "compile")
 def verify(
     pipe: Pipeline,
     reference: Pipeline,
+    request: SampleRequest | None = None,
     *,
-    classes: int | Iterable[int] | None = None,
-    seeds: int | Iterable[int] | None = None,
-    steps: int = 25,
-    solver: str = "ddim",
-    guidance: float | None = None,
-    upsampler_steps: int | None = None,
-    low_res: Tensor | None = None,
     budget: Budget | None = None,
+    **settings: Any,
 ) -> Verification:
     """Compare `pipe` with `reference`: every layer at three of the steps, x after every step, and the images.
 
@@ -58,14 +50,12 @@ def verify(
         pipe: the pipeline as it is used.
         reference: another pipeline of the same model on the same device, with networks of its own, in float32
             and with `engine=PLAIN`; it runs on the reference implementations.
-        classes, solver, guidance, low_res: of the images, as of `Pipeline.sample`.
-        seeds: as of `Pipeline.sample`; None is 0, 1, ... for the classes or `low_res` given, else 0..3.
-        steps: network evaluations. Too few are refused: the first rows' x_0 has many times the rounding of
-            the network's output (`amplified`), which few steps put into the images, so that correct code
-            would be past the budget. In bfloat16 DDPM needs 4 on the linear schedule and 25 on the cosine
-            one; DDIM runs with any.
-        upsampler_steps: of the upsampler in a cascade; None is as many as `steps`.
+        request: for the images, as `request_for` makes it; None makes it of `settings`.
         budget: what is allowed; None is that of the pipeline's precision.
+
+    Step counts are refused at which rounding alone would exceed the budget: the first rows' x_0 has many
+    times the rounding of the network's output (`amplified`), which few steps put into the images. In bfloat16
+    DDPM needs 4 on the linear schedule and 25 on the cosine one; DDIM runs with any.
 
     Returns:
         What was found; `failures` is empty where all of it is within the budget.
@@ -73,38 +63,46 @@ def verify(
     Raises: InvalidArgument as `Pipeline.sample`, for a reference that isn't one, and for too few steps.
     """
     _check_pipelines(pipe, reference)
-    verification = Verification(_budget(pipe, budget))
-    if solver not in SAMPLERS:
-        raise invalid("solver", solver, f"one that samples: {', '.join(SAMPLERS)}")
-    given = _given(pipe, classes, seeds, low_res)
-    given |= dict(steps=steps, solver=solver, guidance=guidance, low_res=low_res, output="float")
-    if pipe.upsampler is not None or upsampler_steps is not None:
-        given["upsampler_steps"] = steps if upsampler_steps is None else upsampler_steps
-    given["batch_size"] = len(given["seeds"])
-    rows = pipe.check(**given)
-    stages: dict[str, tuple[Pipeline, Pipeline]] = {"base": (pipe, reference)}
-    if pipe.upsampler is not None and reference.upsampler is not None:
-        stages["upsampler"] = (pipe.upsampler, reference.upsampler)
-    for stage, (part, _) in stages.items():
-        _check_steps(stage, part, rows[stage], solver, verification.budget)
-    wanted, found = _Watched(len(given["seeds"])), _Watched(len(given["seeds"]))
+    verification = Verification(budget_of(pipe.policy) if budget is None else budget)
+    request = request_for(pipe, **settings) if request is None else request
+    base = plan(request, pipe)
+    stages = [(base, pipe, reference)]
+    if base.enlarging is not None:
+        assert pipe.upsampler is not None and reference.upsampler is not None
+        stages.append((base.enlarging, pipe.upsampler, reference.upsampler))
+    for stage, part, _ in stages:
+        _check_steps(stage, part, request, verification.budget)
+    wanted, found = _Watched(base.shape[0]), _Watched(base.shape[0])
     with dispatch.using("reference"):
-        exact = reference.sample(callback=wanted, **given)
-    got = pipe.sample(callback=found, **given)
+        exact = run(plan(replace(request, callback=wanted), reference))
+    got = run(plan(replace(request, callback=found), pipe))
     verification.steps = _steps(found, wanted, verification.budget)
     compare_images(verification, got, exact)
-    for stage, (part, plain) in stages.items():
-        seen = [wanted.rows[stage, done] for done in range(1, rows[stage] + 1)]
-        prefix = "" if stage == "base" else f"{stage} "
-        verification.layers += _layers(part, plain, seen, given, verification.budget, prefix)
+    for stage, part, plain in stages:
+        seen = [wanted.rows[stage.stage, done] for done in range(1, len(stage.table) + 1)]
+        verification.layers += _layers(stage, part, plain, seen, verification.budget)
     return verification
 
 
-def _budget(pipe: Pipeline, budget: Budget | None) -> Budget:
-    """The budget asked for, or that of the pipeline's precision."""
-    if budget is not None and not isinstance(budget, Budget):
-        raise invalid("budget", budget, "a Budget, or None")
-    return budget or budget_of(pipe.policy)
+def request_for(pipe: Pipeline, **settings: Any) -> SampleRequest:
+    """Return the request for the images that are compared: settings as of `Pipeline.sample`, in one batch.
+
+    Not given, the solver is "ddim", steps is 25, upsampler_steps is steps, and seeds are 0, 1, ... for the
+    classes or `low_res` given, else 0..3. Raises: InvalidArgument.
+    """
+    solver = solver_of(settings.get("solver", "ddim"))
+    if solver.begins == "image":
+        raise invalid("solver", str(solver), f"one that samples: {', '.join(listed('noise'))}")
+    given = SampleRequest.of(**{**settings, "solver": solver})
+    steps, seeds = given.steps, given.seeds
+    if given.respacing is None and steps is None:
+        steps = STEPS
+    like = given.low_res if given.low_res is not None else given.classes
+    if seeds is None:
+        seeds = range(IMAGES if like is None else len(like))  # type: ignore[arg-type]
+    up = steps if pipe.upsampler is not None and given.upsampler_steps is None else given.upsampler_steps
+    count = len(list(seeds))  # type: ignore[arg-type]
+    return replace(given, steps=steps, seeds=seeds, upsampler_steps=up, output="float", batch_size=count)
 
 
 def _check_pipelines(pipe: Pipeline, reference: Pipeline) -> None:
@@ -156,29 +154,20 @@ def _check_plain(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
             raise invalid(f"{argument}.{part}", kinds, "parameters in float32")
 
 
-def _given(pipe: Pipeline, classes: Any, seeds: Any, low_res: Any) -> dict[str, Any]:
-    """Classes and seeds as lists, so that both pipelines can go through them."""
-    labels = None
-    if classes is not None:
-        labels = checks.whole_numbers("classes", classes, 0, (pipe.num_classes or LARGEST_SEED) - 1)
-    if seeds is None:
-        like = low_res if isinstance(low_res, Tensor) and low_res.dim() else labels
-        seeds = range(IMAGES if like is None else len(like))
-    return {"classes": labels, "seeds": checks.whole_numbers("seeds", seeds, 0, LARGEST_SEED)}
-
-
-def _check_steps(stage: str, pipe: Pipeline, steps: int, solver: str, budget: Budget) -> None:
-    """Refuse so few steps that what rounding alone moves x by is past the budget."""
+def _check_steps(stage: Plan, pipe: Pipeline, request: SampleRequest, budget: Budget) -> None:
+    """Reject step counts at which rounding error alone would exceed the budget."""
+    if amplified(stage.table, budget.output) <= budget.step:
+        return
+    solver, steps = request.solver, len(stage.table)
+    assert isinstance(solver, Solver)
 
     def holds(count: int) -> bool:
-        table = make_table(solver, pipe.diffusion.build(respacing_of(solver, count)))
+        table = solver.table(pipe.diffusion.build(solver.respaced(count)))
         return amplified(table, budget.output) <= budget.step
 
-    if holds(steps):
-        return
-    name = "steps" if stage == "base" else "upsampler_steps"
     more = (n for n in (*range(2, 26), 50, 100, 250, 500, 1000) if steps < n <= pipe.diffusion.steps)
     enough = next((n for n in more if holds(n)), None)
+    name = "steps" if stage.stage == "base" else "upsampler_steps"
     why = "with so few, x_0 of the first rows amplifies rounding past what the budget allows"
     allowed = f"no number of steps of {solver}" if enough is None else f"{enough} or more for {solver}"
     raise invalid(name, steps, f"{allowed} in this precision: {why}")
@@ -222,18 +211,11 @@ def _steps(found: _Watched, wanted: _Watched, budget: Budget) -> list[Deviation]
 
 
 def _layers(
-    pipe: Pipeline,
-    reference: Pipeline,
-    seen: list[_Seen],
-    given: dict[str, Any],
-    budget: Budget,
-    prefix: str,
+    stage: Plan, pipe: Pipeline, reference: Pipeline, seen: list[_Seen], budget: Budget
 ) -> list[Deviation]:
     """The layers of network and classifier at what three of the steps begin from, the worst of each."""
-    count, tf32 = len(given["seeds"]), pipe.policy.tf32
-    classes = given["classes"] or [seed % (pipe.num_classes or 1) for seed in given["seeds"]]
-    labels = torch.tensor([classes[i % len(classes)] for i in range(count)], device=pipe.device)
-    low_res = given["low_res"]
+    prefix = "" if stage.stage == "base" else f"{stage.stage} "
+    low_res = stage.low_res
     worst: dict[str, Deviation] = {}
     for i in sorted({0, len(seen) // 2, max(len(seen) - 2, 0)}):
         x, t = seen[i].x.to(pipe.device), seen[min(i + 1, len(seen) - 1)].t
@@ -244,15 +226,15 @@ def _layers(
             fast, exact = getattr(pipe, name), getattr(reference, name)
             if fast is None or exact is None:
                 continue
-            ts = torch.full((count,), t, device=pipe.device)
-            call = partial(_forward, x=x, t=ts, labels=labels, low_res=low_res)
-            for found in compare_layers(fast, exact, call, budget, prefix + name, tf32):
+            ts = torch.full((len(x),), t, device=pipe.device)
+            call = partial(_forward, x=x, t=ts, labels=stage.labels, low_res=low_res)
+            for found in compare_layers(fast, exact, call, budget, prefix + name, pipe.policy.tf32):
                 if found.name not in worst or found.error > worst[found.name].error:
                     worst[found.name] = found
     return list(worst.values())
 
 
-def _forward(net: nn.Module, x: Tensor, t: Tensor, labels: Tensor, low_res: Tensor | None) -> Tensor:
+def _forward(net: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None, low_res: Tensor | None) -> Tensor:
     if not isinstance(net, UNet):
         return net(x, t)
     return conditioned(net, labels, low_res if isinstance(net, Upsampler) else None)(x, t)

@@ -23,7 +23,7 @@ from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
 from admfast.models import Classifier, UNet, Upsampler
 from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset, system
-from admfast.pipeline import Pipeline
+from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
 ENDINGS = (".pt", ".safetensors")

@@ -9,26 +9,29 @@ import math
 import pytest
 import torch
 
-from admfast.cli.verify import report
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES, Policy
-from admfast.engine.verify import (
+from admfast.errors import InvalidArgument
+from admfast.ops.sampler_step import Clip
+from admfast.sampling import loop
+from admfast.sampling.load import load
+from admfast.sampling.loop import run
+from admfast.sampling.pipeline import Pipeline
+from admfast.solvers import ddim, ddpm
+from admfast.verify import compare
+from admfast.verify.budget import (
     BUDGETS,
     Budget,
     Deviation,
     Verification,
-    _of_tf32,
     amplified,
     compare_images,
     relative_error,
 )
-from admfast.errors import InvalidArgument
-from admfast.ops.sampler_step import Clip
-from admfast.pipeline import Pipeline
-from admfast.runs.verify import verify
-from admfast.solvers import make_table, respacing_of
-from admfast.systems import load
+from admfast.verify.compare import verify
+from admfast.verify.layers import values_of_tf32
+from admfast.verify.report import report
 from tests.small import (
     PROCESS,
     SMALL_CLASSIFIER,
@@ -119,7 +122,7 @@ def test_a_form_that_no_longer_is_its_parameter_s_is_found(digits):
     assert not verify(pipe, digits, **SHORT).failures, "and every form has been derived"
     pipe.net.middle_block[0].out_layers[3].weight.data.mul_(1.01)  # behind the fold's back
     with torch.no_grad():
-        pipe.net._projections[0].mul_(1.01)
+        pipe.net._projections.weight.mul_(1.01)
     wrong = verify(pipe, digits, **SHORT)
     assert not any(not d.holds for d in wrong.layers if "middle_block.0.out_layers.3" in d.name)
     assert any(not d.holds for d in wrong.steps)
@@ -205,8 +208,7 @@ def test_networks_are_the_reference_s_own():
 
 
 def test_the_reference_of_a_cascade_is_one_in_both_halves():
-    plain, folded = cascade(options=PLAIN), cascade()
-    plain.upsampler = folded.upsampler
+    plain = dataclasses.replace(cascade(options=PLAIN), upsampler=cascade().upsampler)
     with pytest.raises(InvalidArgument, match="reference.upsampler='small-up': with engine=PLAIN"):
         verify(cascade(), plain, **SHORT)
     with pytest.raises(InvalidArgument, match="reference.upsampler=None: as of small"):
@@ -225,12 +227,19 @@ def test_seeds_and_classes_as_of_sample():
     pipe, plain = pipeline(), pipeline(options=PLAIN)
     one, several = (verify(pipe, plain, seeds=s, classes=3, steps=2) for s in (5, iter([5])))
     assert one == several and not one.failures
+
+
+@pytest.mark.parametrize(
+    "given, seeds, labels",
+    [({}, [0, 1, 2, 3], [0, 1, 2, 3]), ({"classes": [1, 2]}, [0, 1], [1, 2]), ({"seeds": [9]}, [9], [1])],
+)
+def test_images_where_not_all_is_said(given, seeds, labels, monkeypatch):
     seen = []
-    own = pipe.sample
-    pipe.sample = lambda **given: seen.append((given["classes"], given["seeds"])) or own(**given)
-    verify(pipe, plain, steps=2)
-    verify(pipe, plain, steps=2, classes=[1, 2])
-    assert seen == [(None, [0, 1, 2, 3]), ([1, 2], [0, 1])]
+    monkeypatch.setattr(compare, "run", lambda plan: seen.append(plan) or run(plan))
+    verify(pipeline(), pipeline(options=PLAIN), steps=2, **given)
+    assert [(plan.seeds.tolist(), plan.labels.tolist(), plan.batch_size) for plan in seen] == [
+        (seeds, labels, len(seeds))
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -240,11 +249,11 @@ def test_seeds_and_classes_as_of_sample():
         (dict(seeds=[]), r"seeds=\[\]: at least one"),
         (dict(seeds=-1), "seeds=-1: a whole number from 0"),
         (dict(classes=4), "classes=4: a whole number from 0 to 3"),
-        (dict(budget=3), "budget=3: a Budget, or None"),
+        (dict(budget=3), "budget=3"),
         (dict(steps=2.5), "steps=2.5"),
         (dict(upsampler_steps=3), "upsampler_steps=3: small has no upsampler"),
         (dict(low_res=3), "low_res='int': a tensor of floats"),
-        (dict(solver="ddim-inverse"), "solver='ddim-inverse': one that samples: ddpm, ddim"),
+        (dict(solver="ddim-inverse"), "solver='ddim-inverse'"),
     ],
 )
 def test_wrong_arguments_are_named(settings, words):
@@ -268,14 +277,14 @@ def test_what_is_no_pipeline_or_has_no_budget_is_named():
 def test_batches_that_were_halved_are_compared_whole(monkeypatch):
     pipe, plain = pipeline(), pipeline(options=PLAIN)
     wanted = verify(pipe, plain, steps=2)
-    own = pipe._batch
+    own = loop.sample_batch
 
-    def small(job, part, first):
-        if part.shape[0] > 3:
+    def small(plan):
+        if plan.shape[0] > 3:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return own(job, part, first)
+        return own(plan)
 
-    monkeypatch.setattr(pipe, "_batch", small)
+    monkeypatch.setattr(loop, "sample_batch", small)
     found = verify(pipe, plain, steps=2)
     assert [d.name for d in found.steps] == [d.name for d in wanted.steps] and not found.failures
 
@@ -305,12 +314,12 @@ def test_the_upsampler_s_steps_are_looked_at_too():
 
 
 def test_what_a_row_makes_of_rounding():
-    table = make_table("ddpm", PROCESS.build(respacing_of("ddpm", 2)))
+    table = ddpm().table(PROCESS.build("2"))
     first = table.rows[0]
     assert first.clip == Clip.USED and amplified(table, 1e-3) == pytest.approx(-first.k_out * first.b * 1e-3)
     assert amplified(table, 1e4) == max(abs(row.b) for row in table.rows), "limited x_0 differ by 1 at most"
     # With few steps DDIM begins where x_0 amplifies less; many steps take little of it.
-    few, many = (make_table("ddim", PROCESS.build(respacing_of("ddim", n))) for n in (2, 100))
+    few, many = (ddim().table(PROCESS.build(f"ddim{n}")) for n in (2, 100))
     assert amplified(many, 1e-3) < amplified(few, 1e-3) < 0.05 * amplified(table, 1e-3)
 
 
@@ -350,6 +359,6 @@ def test_values_of_tf32_have_ten_bits():
     one = 1 + 2.0**-10
     x = torch.tensor([1.0, one, 1 + 2.0**-11, one + 2.0**-11, -(1 + 2.0**-11) - 2.0**-20, 0.0])
     wanted = [1.0, one, 1.0, 1 + 2.0**-9, -one, 0.0]
-    assert _of_tf32(x).tolist() == wanted
+    assert values_of_tf32(x).tolist() == wanted
     y = randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert (_of_tf32(y) / y - 1).abs().max() <= 2.0**-11
+    assert (values_of_tf32(y) / y - 1).abs().max() <= 2.0**-11

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from admfast.engine.images import from_uint8, to_uint8
+from admfast.files.levels import from_uint8, to_uint8
 from tests.small import randn
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 
+from admfast.checks import real
 from admfast.diffusion import GaussianDiffusion
-from admfast.errors import invalid
 from admfast.ops.sampler_step import Row
-from admfast.solvers.table import SolverTable, clip_of, x0_coefficients
+from admfast.ops.solver_table import SolverTable
+from admfast.solvers.solver import Solver, clip_of
 
 
-def ddim(diffusion: GaussianDiffusion, *, eta: float = 0.0, clip: bool = True) -> SolverTable:
+def ddim(*, eta: float = 0.0) -> Solver:
+    """Return DDIM. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1. Raises: InvalidArgument."""
+    return Solver("ddim", _ddim_table, {"eta": real("eta", eta, least=0, most=1)}, respacing="ddim{steps}")
+
+
+def ddim_inverse() -> Solver:
+    """Return the inverse of the deterministic DDIM, which takes clean images apart into their noise."""
+    return Solver("ddim-inverse", _inverse_table, begins="image", respacing="ddim{steps}")
+
+
+def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> SolverTable:
     """Return the table of x_prev = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma z, t = S-1..0.
 
     ab is alpha_bar, eps is derived again from the limited x_0, and
@@ -18,22 +29,19 @@ def ddim(diffusion: GaussianDiffusion, *, eta: float = 0.0, clip: bool = True) -
     algorithm 2) adds (1 - ab) / sqrt(ab) g to x_0 after the limit. Source: Song et al. 2020, eq. 12 and 16;
     `ddim_sample` of the published code.
 
-    diffusion: the respaced process. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1.
-    clip: limit x_0 to [-1, 1]. Raises: InvalidArgument.
+    process: respaced. clip: limit x_0 to [-1, 1].
     """
-    if not 0 <= eta <= 1:
-        raise invalid("eta", eta, "0 to 1")
-    s = diffusion.schedule
+    s = process.schedule
     rows = []
     for i in reversed(range(s.num_timesteps)):
         bar, bar_prev = float(s.alphas_cumprod[i]), float(s.alphas_cumprod_prev[i])
         sigma = eta * math.sqrt((1 - bar_prev) / (1 - bar)) * math.sqrt(1 - bar / bar_prev)
         toward = math.sqrt(max(1 - bar_prev - sigma**2, 0.0))
-        rows.append(_row(diffusion, i, bar_prev, toward, sigma if i else 0.0, clip))
+        rows.append(_row(process, i, bar_prev, toward, sigma if i else 0.0, clip))
     return SolverTable("ddim", tuple(rows), integer_t=not s.rescale_timesteps)
 
 
-def ddim_inverse(diffusion: GaussianDiffusion, *, clip: bool = True) -> SolverTable:
+def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
     """Return the table that runs the deterministic DDIM backwards, from an image to its noise, t = 0..S-1.
 
     x_next = sqrt(ab_next) x_0 + sqrt(1 - ab_next) eps; the last row ends at ab_next = 0, in eps alone. The
@@ -41,20 +49,20 @@ def ddim_inverse(diffusion: GaussianDiffusion, *, clip: bool = True) -> SolverTa
     published step has no guidance; rows that run with one add it as those of `ddim` do.
     Source: `ddim_reverse_sample` of the published code.
 
-    diffusion: the respaced process. clip: limit x_0 to [-1, 1]. Raises: InvalidArgument.
+    process: respaced. clip: limit x_0 to [-1, 1].
     """
-    s = diffusion.schedule
+    s = process.schedule
     rows = []
     for i in range(s.num_timesteps):
         bar_next = float(s.alphas_cumprod_next[i])
-        rows.append(_row(diffusion, i, bar_next, math.sqrt(1 - bar_next), 0.0, clip))
+        rows.append(_row(process, i, bar_next, math.sqrt(1 - bar_next), 0.0, clip))
     return SolverTable("ddim-inverse", tuple(rows), integer_t=not s.rescale_timesteps)
 
 
-def _row(diffusion: GaussianDiffusion, i: int, bar_to: float, toward: float, sigma: float, clip: bool) -> Row:
+def _row(process: GaussianDiffusion, i: int, bar_to: float, toward: float, sigma: float, clip: bool) -> Row:
     """x_next = sqrt(bar_to) x0 + toward * eps + sigma z, with eps = (x / sqrt(ab) - x0) / sqrt(1/ab - 1)."""
-    s = diffusion.schedule
-    k_x, k_out = x0_coefficients(diffusion, i)
+    s = process.schedule
+    k_x, k_out = process.x0_coefficients(i)
     recip, recipm1 = float(s.sqrt_recip_alphas_cumprod[i]), float(s.sqrt_recipm1_alphas_cumprod[i])
     seen = float(s.model_t(i))
     return Row(
@@ -66,6 +74,6 @@ def _row(diffusion: GaussianDiffusion, i: int, bar_to: float, toward: float, sig
         a=toward * recip / recipm1,
         b=math.sqrt(bar_to) - toward / recipm1,
         k_z=sigma,
-        clip=clip_of(diffusion, clip, network_mean=False),
+        clip=clip_of(process, clip, network_mean=False),
         index=i,
     )

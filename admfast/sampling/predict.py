@@ -12,7 +12,6 @@ from torch import Tensor
 from admfast.diffusion import DiffusionConfig, MeanType, VarType
 from admfast.errors import invalid
 from admfast.ops.transforms import deriving
-from admfast.solvers.table import log_variance_coefficients
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,18 +51,29 @@ class Predictor:
             raise invalid("t.shape", tuple(t.shape), f"a number, or [{len(x_t)}]")
         if t.device.type == "cpu" and not bool(((t >= 0) & (t <= steps - 1)).all()):
             raise invalid("t", t.tolist(), f"0 to {steps - 1}")
-        p = self._between(model, x_t, t) if t.is_floating_point() else self._whole(model, x_t, t)
+        return self.read(model(x_t, self._seen(t, x_t)), x_t, t)
+
+    def read(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """Return what the network's output at (x_t, t) says; t: [N], of the original process."""
+        p = self._between(out, x_t, t) if t.is_floating_point() else self._whole(out, x_t, t)
         return Prediction(*(value.to(x_t.dtype) for value in (p.eps, p.x0, p.log_var)))
+
+    def _seen(self, t: Tensor, x_t: Tensor) -> Tensor:
+        """Return what the network sees of t."""
+        if not t.is_floating_point():
+            return self.process.model_t(t)
+        s, t = self.process.schedule, t.to(_wide(x_t))
+        return t * (1000 / s.original_steps) if s.rescale_timesteps else t
 
     def _log_variance(self, i: int) -> tuple[float, float]:
         """(l0, l1) of log_var = l0 + l1 v at step i, finite where a sampler's variance is 0."""
         if self.process.var_type is VarType.FIXED_SMALL:
             return float(self.process.schedule.posterior_log_variance_clipped[i]), 0.0
-        return log_variance_coefficients(self.process, i)
+        return self.process.log_variance_coefficients(i)
 
-    def _whole(self, model: Model, x_t: Tensor, t: Tensor) -> Prediction:
+    def _whole(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """At integer t."""
-        out = model(x_t, self.process.model_t(t)).to(x_t.dtype)
+        out = out.to(x_t.dtype)
         p = self.process.p_mean_variance(out, x_t, t, clip_denoised=False)
         mean_part, _ = self.process.split_output(out, x_t)
         if self.process.mean_type is MeanType.EPSILON:
@@ -71,15 +81,13 @@ class Predictor:
         eps = self.process.predict_eps_from_xstart(x_t, t, p.pred_xstart)
         return Prediction(eps, p.pred_xstart, p.log_variance)
 
-    def _between(self, model: Model, x_t: Tensor, t: Tensor) -> Prediction:
+    def _between(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """At float t, whole or not."""
-        s = self.process.schedule
         if self.process.mean_type is MeanType.PREVIOUS_X:
             raise invalid("t", "float", "whole timesteps, for a network that predicts the previous x")
         wide = _wide(x_t)
         t = t.to(wide)
-        seen = t * (1000 / s.original_steps) if s.rescale_timesteps else t
-        out, v = self.process.split_output(model(x_t, seen).to(wide), x_t)
+        out, v = self.process.split_output(out.to(wide), x_t)
         shape = (-1,) + (1,) * (x_t.dim() - 1)
         log_snr, l0, l1 = (column.view(shape) for column in self._interpolated(t).unbind(1))
         signal, noise = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()

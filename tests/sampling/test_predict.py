@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from admfast.diffusion import DiffusionConfig, MeanType, VarType
-from admfast.engine.predict import Predictor
 from admfast.errors import InvalidArgument
-from admfast.pipeline import Pipeline
+from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.predict import Predictor
 from tests.small import CLASSES, PROCESS, classifier, pipeline, randn, unet, upsampler
 
 SHAPE = (4, 2, 3, 3)

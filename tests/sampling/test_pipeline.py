@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.images import from_uint8, to_uint8
-from admfast.engine.loop import Progress
+from admfast.files.levels import from_uint8, to_uint8
 from admfast.ops.noise import Stream, as_seeds, normal
-from admfast.pipeline import Pipeline
+from admfast.sampling.loop import Progress
+from admfast.sampling.pipeline import Pipeline
 from tests.small import CLASSES, PROCESS, cascade, classifier, pipeline, randn, unet, upsampler
 
 SEEDS = [3, 0, 2**63 + 5, 11, 7, 2**64 - 1, 8, 100]

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.sampler_step import Row
-from admfast.solvers.table import SolverTable, clip_of, log_variance_coefficients, x0_coefficients
+from admfast.ops.solver_table import SolverTable
+from admfast.solvers.solver import Solver, clip_of
 
 
-def ddpm(diffusion: GaussianDiffusion, *, clip: bool = True) -> SolverTable:
+def ddpm() -> Solver:
+    """Return ancestral sampling."""
+    return Solver("ddpm", _table)
+
+
+def _table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
     """Return the table of x_{t-1} = mean(x_t, x_0) + sigma^2 g + sigma z, for t = S-1..0.
 
     mean is that of q(x_{t-1} | x_t, x_0); sigma is the network's or the fixed one; at t = 0 no noise is added
     and the guidance stays. Guidance: "Diffusion Models Beat GANs", algorithm 1 (on the mean, x_0 untouched).
     Source: Ho et al. 2020, algorithm 2; `p_sample` of the published code.
 
-    diffusion: the respaced process. clip: limit x_0 to [-1, 1]. Raises: InvalidArgument.
+    process: respaced. clip: limit x_0 to [-1, 1].
     """
-    s = diffusion.schedule
+    s = process.schedule
     rows = []
     for i in reversed(range(s.num_timesteps)):
-        k_x, k_out = x0_coefficients(diffusion, i)
-        l0, l1 = log_variance_coefficients(diffusion, i)
+        k_x, k_out = process.x0_coefficients(i)
+        l0, l1 = process.log_variance_coefficients(i)
         seen = float(s.model_t(i))
         rows.append(
             Row(
@@ -34,7 +40,7 @@ def ddpm(diffusion: GaussianDiffusion, *, clip: bool = True) -> SolverTable:
                 b=float(s.posterior_mean_coef1[i]),
                 k_mean=1.0,
                 k_z=1.0 if i else 0.0,
-                clip=clip_of(diffusion, clip, network_mean=True),
+                clip=clip_of(process, clip, network_mean=True),
                 index=i,
             )
         )

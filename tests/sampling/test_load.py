@@ -14,10 +14,10 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import own_numerics
 from admfast.engine.precision import POLICIES, policy
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, Unavailable
-from admfast.models import NetConfig, UNetConfig
+from admfast.models import NetConfig, UNetConfig, presets
 from admfast.models.description import Description
 from admfast.models.preset_types import ModelPreset, SystemPreset
-from admfast.systems import load
+from admfast.sampling.load import load
 from tests.small import SIDE, classifier, randn, unet, upsampler
 
 ANSWERS = {"kind": "upsampler", "num_heads": 2, "use_new_attention_order": False, "image_size": 2 * SIDE}
@@ -323,9 +323,9 @@ def small_system(monkeypatch) -> str:
         steps=7,
         upsampler_steps=3,
     )
-    monkeypatch.setitem(admfast.systems.SYSTEMS, system.name, system)
+    monkeypatch.setitem(presets.SYSTEMS, system.name, system)
     for model in system.models:
-        monkeypatch.setitem(admfast.models.presets.MODELS, model.name, model)
+        monkeypatch.setitem(presets.MODELS, model.name, model)
     return system.name
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from admfast.engine.diagnose import first_nonfinite
 from admfast.engine.guidance import classifier_guidance
 from admfast.engine.options import PLAIN, EngineOptions
-from admfast.engine.sampler import conditioned
 from admfast.errors import NonFiniteError
+from admfast.sampling.diagnose import first_nonfinite
+from admfast.sampling.functions import conditioned
 from tests.small import classifier, pipeline, randn, unet
 
 X, T, LABELS = randn(2, 1, 8, 8), torch.tensor([500, 500]), torch.tensor([0, 1])

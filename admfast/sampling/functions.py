@@ -1,0 +1,138 @@
+"""Rows run by calls of the networks and of a user's functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from admfast import checks
+from admfast.engine.guidance import classifier_guidance
+from admfast.engine.step import Batch
+from admfast.errors import invalid
+from admfast.ops.sampler_step import Clip, Row, SamplerState, pack, sampler_step
+from admfast.sampling.guides import Guide
+from admfast.sampling.predict import Model, Prediction
+
+if TYPE_CHECKING:
+    from admfast.sampling.plan import Plan
+
+LOG = logging.getLogger("admfast")
+Guided = Sequence[tuple[Guide, Sequence[bool]]]
+
+
+class FunctionStep:
+    """A row by functions: `advance` runs row i of a batch.
+
+    batch: the rows and images; its labels and scale are not used. model: model(x, t) -> the network's output
+    [N, C or 2C, *spatial]; t is [N], int64 or float32. x: what the first row begins from, float32 (float64
+    runs the reference). guides: each with the rows at which it applies. denoised_fn: maps x_0 before it is
+    limited. read: read(out, x_t, i) -> `Prediction` at row i, for guides that see it.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        model: Model,
+        x: Tensor,
+        guides: Guided = (),
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        read: Callable[[Tensor, Tensor, int], Prediction] | None = None,
+    ):
+        table, noise = batch.table, batch.step_noise
+        if noise is not None and noise.shape != (len(table), *x.shape):
+            raise invalid("step_noise.shape", tuple(noise.shape), f"{(len(table), *tuple(x.shape))}")
+        rows = table.rows if denoised_fn is None else tuple(_given_x0(row) for row in table.rows)
+        self.batch, self.model, self.guides = batch, model, guides
+        self.denoised_fn, self.read = denoised_fn, read
+        self.state = SamplerState.start(x, rows)
+        self.packed = pack(rows, device=x.device, dtype=x.dtype)
+        self.t_net, self.t_clf = table.seen(x)
+
+    def advance(self, i: int) -> None:
+        """Run row i; rows come in order, from 0."""
+        batch, x = self.batch, self.state.x
+        out, gradient = self.evaluated(x, i)
+        if self.denoised_fn is not None:
+            out = apply_denoised_fn(self.denoised_fn, batch.table.rows[i], x, out)
+        sampler_step(
+            self.state,
+            out,
+            self.packed,
+            i,
+            grad=gradient,
+            seeds=batch.seeds,
+            noise=None if batch.step_noise is None else batch.step_noise[i],
+            noise_row=batch.noise_row + i,
+            stream=batch.stream,
+            impl=batch.impl,
+        )
+
+    def evaluated(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
+        """Return the network's output at x and the sum of the guides: one evaluation, whoever sees it."""
+        guides = [guide for guide, rows in self.guides if rows[i]]
+        seeing = any(guide.sees_prediction for guide in guides)
+        prediction = None
+        with torch.set_grad_enabled(seeing):
+            x_t = x.detach().requires_grad_(True) if seeing else x
+            out = self.model(x_t, self.t_net[i])
+            if seeing:
+                assert self.read is not None
+                prediction = self.read(out, x_t, i)
+        gradient = None
+        for guide in guides:
+            with torch.set_grad_enabled(guide.sees_prediction):
+                g = guide(x_t, self.t_clf[i], prediction).detach()
+            gradient = g if gradient is None else gradient + g
+        return out.detach(), gradient
+
+
+def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -> Model:
+    """Return model(x, t) of a network with its conditions; labels go to class-conditional networks only."""
+    extra: dict[str, Tensor] = {}
+    if labels is not None and net.config.num_classes is not None:  # type: ignore[union-attr]
+        extra["y"] = labels
+    if low_res is not None:
+        extra["low_res"] = low_res
+    return lambda x, t: net(x, t, **extra)
+
+
+def function_step(plan: Plan, x: Tensor) -> FunctionStep:
+    """Return the step that runs a plan by functions, from `x`."""
+    named = {"guides": plan.guides, "denoised_fn": plan.denoised_fn}
+    for name in (name for name, value in named.items() if value):
+        LOG.info("rows run one by one, not by a prepared step: %s is of Python functions", name)
+    engine, guides = plan.engine, list(plan.guides)
+    if plan.scale:
+        assert engine.classifier is not None and plan.labels is not None
+        own = classifier_guidance(engine.classifier, plan.labels, plan.scale)
+        guides.append((Guide(own), plan.guided))
+    model = engine.unchanged(conditioned(engine.net, plan.labels, plan.low_res))
+    kept, rows = plan.process.schedule.timestep_map, plan.table.rows
+
+    def read(out: Tensor, x_t: Tensor, i: int) -> Prediction:
+        t = torch.full((len(x_t),), int(kept[rows[i].index]), device=x_t.device)
+        return plan.predictor.read(out, x_t, t)
+
+    return FunctionStep(plan, model, x, guides, plan.denoised_fn, read)
+
+
+def _given_x0(row: Row) -> Row:
+    """Return the row for an `out` whose mean part is x_0 itself."""
+    if row.clip == Clip.REPORTED:
+        allowed = "not for a network that predicts the previous x: its update ignores x_0"
+        raise invalid("denoised_fn", "given", allowed)
+    return dataclasses.replace(row, k_x=0.0, k_out=1.0)
+
+
+def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tensor, out: Tensor) -> Tensor:
+    """Replace the mean part of `out` by denoised_fn(x_0)."""
+    channels = x.shape[1]
+    out = out.to(x.dtype)
+    x0 = denoised_fn(row.k_x * x + row.k_out * out[:, :channels])
+    checks.images("denoised_fn(x_0)", x0, tuple(x.shape))
+    return torch.cat([x0, out[:, channels:]], dim=1)

@@ -1,0 +1,240 @@
+"""What a user holds: `admfast.load(...)` gives a `Pipeline`, which samples and predicts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from admfast import checks
+from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
+from admfast.engine.engine import Engine
+from admfast.engine.numerics import own_numerics
+from admfast.engine.options import EngineOptions
+from admfast.engine.precision import FP32, Policy
+from admfast.errors import invalid
+from admfast.models import NetConfig, UNetConfig
+from admfast.models.fold import check_ordinary
+from admfast.sampling.functions import conditioned
+from admfast.sampling.loop import run
+from admfast.sampling.plan import check_low_res, images_at_a_time, plan
+from admfast.sampling.predict import Prediction, Predictor
+from admfast.sampling.request import SampleRequest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _by_settings(
+    _record: Callable[P, SampleRequest],
+) -> Callable[[Callable[[Pipeline, SampleRequest], R]], Callable[Concatenate[Pipeline, P], R]]:
+    """Give a method of a request the request's settings as arguments, for readers and type checkers."""
+
+    def of(method: Callable[[Pipeline, SampleRequest], R]) -> Callable[Concatenate[Pipeline, P], R]:
+        @functools.wraps(method)
+        def with_settings(self: Pipeline, *images: P.args, **settings: P.kwargs) -> R:
+            return method(self, SampleRequest.of(*images, **settings))
+
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        signature = inspect.signature(SampleRequest)
+        signature = signature.replace(parameters=[own, *signature.parameters.values()])
+        with_settings.__signature__ = signature.replace(return_annotation=Tensor)  # type: ignore[attr-defined]
+        return with_settings
+
+    return of
+
+
+@dataclass(frozen=True, repr=False)
+class Pipeline:
+    """Networks with their process, ready to sample; made by `admfast.load`.
+
+    Several threads may use one (their calls run one after another), and callbacks too. It does not change:
+    `dataclasses.replace(pipe, net=other)` returns one with another part, checked as at the beginning.
+
+    Attributes:
+        name: of the system or file.
+        net: a `UNet` or `Upsampler`, frozen.
+        diffusion: the process it was trained for.
+        classifier: a `Classifier` for guidance, frozen, or None.
+        guidance, steps: what `sample` uses where nothing is asked for.
+        low_res_size: side of the images that an upsampler was trained to enlarge.
+        upsampler: a pipeline that enlarges what this one samples, or None.
+        policy: what the networks compute in; their parameters stay as they are.
+        options: how steps are prepared.
+        engine, predictor: what samples and predicts, made of the parts.
+    """
+
+    name: str
+    net: nn.Module
+    diffusion: DiffusionConfig
+    classifier: nn.Module | None = None
+    guidance: float = 0.0
+    steps: int = 250
+    low_res_size: int | None = None
+    upsampler: Pipeline | None = None
+    policy: Policy = FP32
+    options: EngineOptions = field(default_factory=EngineOptions)
+    engine: Engine = field(init=False, compare=False)
+    predictor: Predictor = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._check_parts()
+        for net in (self.net, self.classifier):
+            if net is not None:
+                net.requires_grad_(False).eval()
+        parts: tuple[Any, Any] = (self.net, self.classifier)
+        engine = Engine(*parts, self.policy, self.options)
+        engine.ready()
+        object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "predictor", Predictor(self.diffusion))
+
+    def __repr__(self) -> str:
+        """One line: the parts, not their layers."""
+        config, parts = self.config, [f"{self.config.kind} of {self.config.image_size} pixels"]
+        if config.num_classes is not None:
+            parts.append(f"{config.num_classes} classes")
+        if self.classifier is not None:
+            parts.append(f"classifier, guidance {self.guidance:g}")
+        if self.upsampler is not None:
+            parts.append(f"upsampler to {self.upsampler.config.image_size} pixels")
+        return f"Pipeline({self.name!r}: {', '.join(parts)}; {self.precision} on {self.device})"
+
+    @functools.cached_property
+    def config(self) -> UNetConfig:
+        """The network's configuration."""
+        return self.net.config  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    @property
+    def precision(self) -> str:
+        """What the networks compute in: "bfloat16, classifier float32"."""
+        return str(self.policy)
+
+    @functools.cached_property
+    def num_classes(self) -> int | None:
+        """Classes that can be asked for, by condition or by guidance only; None if there are none."""
+        if self.config.num_classes is not None:
+            return self.config.num_classes
+        return None if self.classifier is None else self.classifier.config.out_channels  # type: ignore[union-attr, return-value]
+
+    @_by_settings(SampleRequest)
+    def sample(self, request: SampleRequest) -> Tensor:
+        """Sample images: image i has seed `seeds[i]` and class `classes[i % len(classes)]`.
+
+        An image depends on its seed, class and these settings only, not on the batch or the order it is in.
+
+        Args: the fields of `SampleRequest`, which describes them; classes and seeds also by position.
+
+        Returns:
+            uint8 [N, H, W, C] on the CPU, or float32 [N, C, H, W] on the device: in [-1, 1] but for what
+            guidance or `clip=False` takes beyond, as uint8 limits it and float doesn't.
+
+        Raises:
+            InvalidArgument: for any value that is not allowed.
+            NonFiniteError: naming the first layer that produced NaN or infinity.
+
+        Not differentiable; see `predict`. Inference mode and autocast around the call change nothing.
+        """
+        return run(plan(request, self))
+
+    @_by_settings(SampleRequest)
+    def check(self, request: SampleRequest) -> dict[str, int]:
+        """Check arguments of `sample` without sampling: the number of steps, by stage ("base", "upsampler").
+
+        Raises: InvalidArgument as `sample` would, Unavailable for an implementation that this machine lacks.
+        """
+        return plan(request, self).steps
+
+    def predict(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        classes: Tensor | Sequence[int] | None = None,
+        low_res: Tensor | None = None,
+    ) -> Prediction:
+        """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
+
+        The differentiable door: gradients flow from the three fields to x_t (and low_res), any number of
+        times in reverse mode; in forward mode with ADMFAST_IMPL=reference alone, under vmap once.
+        Autocast around the call changes nothing; the backward pass runs under the caller's own TF32 settings.
+
+        Args:
+            x_t: [N, C, H, W], float32.
+            t: timestep of the original process, 0..length-1: a number, or [N]; fractions interpolate the
+                log-SNR linearly.
+            classes: [N] class indices of a class-conditional network.
+            low_res: [N, C, h, w] for an upsampler.
+
+        Returns:
+            eps, x0, log_var like x_t; log_var is that of p(x_{t-1} | x_t) of the process with all its steps.
+
+        Raises:
+            InvalidArgument: for any value that is not allowed (what lies on a GPU is checked by shape alone).
+        """
+        with self.engine.lock, own_numerics(self.device, self.policy.tf32):
+            x_t = checks.images("x_t", x_t)
+            check_low_res(self, None if low_res is None else checks.images("low_res", low_res), len(x_t))
+            labels = self._labels(classes, x_t)
+            self.engine.ready()
+            return self.predictor(conditioned(self.net, labels, low_res), x_t, t)
+
+    def _labels(self, classes: Tensor | Sequence[int] | None, x_t: Tensor) -> Tensor | None:
+        """Return the class of every image as the network takes it, or None for a network without classes."""
+        known = self.config.num_classes
+        if known is None:
+            if classes is not None:
+                raise invalid("classes", "given", f"{self.name} is not class-conditional")
+            return None
+        if classes is None:
+            raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
+        if not isinstance(classes, Tensor) or classes.device.type == "cpu":
+            classes = torch.tensor(checks.whole_numbers("classes", classes, 0, known - 1))
+        labels = classes.to(x_t.device)
+        if labels.shape != x_t.shape[:1]:
+            raise invalid("classes", tuple(labels.shape), f"one class for each of the {len(x_t)} images")
+        return labels
+
+    def process(self, respacing: Respacing | None = None) -> GaussianDiffusion:
+        """The diffusion process, with all its steps or respaced."""
+        return self.diffusion.build(respacing)
+
+    @functools.cached_property
+    def spatial(self) -> tuple[int, ...]:
+        """The sides of the images that the network was trained for."""
+        return (self.config.image_size,) * self.config.dims
+
+    @property
+    def images_at_a_time(self) -> int:
+        """How many images `sample` makes at a time where nothing is asked for."""
+        return images_at_a_time(self, self.spatial)
+
+    def _check_parts(self) -> None:
+        """Networks that are put together must have the same images and classes."""
+        config, up = self.config, self.upsampler
+        check_ordinary("net", self.net)
+        if self.classifier is not None:
+            check_ordinary("classifier", self.classifier)
+        if self.diffusion.types[1].learned != config.learn_sigma:
+            allowed = f"a process with{'' if config.learn_sigma else 'out'} learned variance, as the network"
+            raise invalid("diffusion", self.diffusion.types[1].name, allowed)
+        others = {"classifier": self.classifier, "upsampler": None if up is None else up.net}
+        for name, net in others.items():
+            if net is None:
+                continue
+            other: NetConfig = net.config  # type: ignore[assignment]
+            if (other.in_channels, other.dims) != (config.in_channels, config.dims):
+                given = f"{other.in_channels} channels, {other.dims}-D"
+                raise invalid(name, given, f"as the network: {config.in_channels} channels, {config.dims}-D")
+            # A classifier also serves a network without classes; an upsampler with classes must get them.
+            count = other.num_classes if isinstance(other, UNetConfig) else other.out_channels
+            if count is not None and self.num_classes != count:
+                raise invalid(name, f"{count} classes", f"as the network: {self.num_classes or 'no'} classes")

@@ -1,0 +1,330 @@
+"""From a request to a plan: the one place that knows both what is asked for and the model."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
+from admfast.engine.engine import Engine
+from admfast.engine.step import Batch
+from admfast.errors import Unavailable, invalid
+from admfast.files.levels import from_uint8, to_uint8
+from admfast.models import UpsamplerConfig
+from admfast.ops import dispatch
+from admfast.ops.noise import Stream, as_seeds
+from admfast.ops.solver_table import SolverTable
+from admfast.sampling.guides import Guide, Interval
+from admfast.sampling.loop import Callback
+from admfast.sampling.predict import Predictor
+from admfast.sampling.request import SampleRequest
+from admfast.solvers import Solver
+
+if TYPE_CHECKING:
+    from admfast.sampling.pipeline import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Batch):
+    """What runs: a `Batch` (rows and images on the device) with what the loop needs beside it.
+
+    engine, process, predictor: of the model; the process is respaced. noise, x_start: what the images begin
+    from, or None. guides: those but the classifier, each with the rows at which it applies. denoised_fn: the
+    user's own. first_stream: noise of x_T. callback, every, batch_size, output: as of the request. first:
+    number of the first image among all. stage: "base" or "upsampler". enlarging: the plan of the upsampler
+    that follows, or None. shrink: by how much the images before an upsampler are brought down first.
+    """
+
+    engine: Engine
+    process: GaussianDiffusion
+    predictor: Predictor
+    noise: Tensor | None = None
+    x_start: Tensor | None = None
+    guides: tuple[tuple[Guide, tuple[bool, ...]], ...] = ()
+    denoised_fn: Callable[[Tensor], Tensor] | None = None
+    first_stream: Stream = Stream.X_T
+    callback: Callback | None = None
+    every: int = 1
+    batch_size: int = 1
+    output: str = "uint8"
+    first: int = 0
+    stage: str = "base"
+    enlarging: Plan | None = None
+    shrink: int = 1
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """The number of rows that run, by stage."""
+        return {self.stage: len(self.table)} | ({} if self.enlarging is None else self.enlarging.steps)
+
+    def part(self, first: int, size: int) -> Plan:
+        """Return the plan of images first..first+size-1."""
+        if first == 0 and size >= self.shape[0]:
+            return self
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[first : first + size]
+
+        seeds = self.seeds[first : first + size]
+        return replace(
+            self,
+            shape=(len(seeds), *self.shape[1:]),
+            seeds=seeds,
+            labels=cut(self.labels),
+            low_res=cut(self.low_res),
+            noise=cut(self.noise),
+            x_start=cut(self.x_start),
+            step_noise=None if self.step_noise is None else self.step_noise[:, first : first + size],
+            first=self.first + first,
+            enlarging=None if self.enlarging is None else self.enlarging.part(first, size),
+        )
+
+    def of(self, x: Tensor) -> Plan:
+        """Return the plan of an upsampler for base images, which pass through uint8 as published.
+
+        Where they are larger than what it was trained to enlarge, it gets the means of their blocks.
+        """
+        low_res = from_uint8(to_uint8(x)).to(self.seeds.device)
+        return replace(self, low_res=low_res if self.shrink == 1 else F.avg_pool2d(low_res, self.shrink))
+
+
+def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
+    """Return what runs for a request on a pipeline; everything that needs the model is checked here.
+
+    Raises: InvalidArgument for a value that this model does not allow, Unavailable for an implementation that
+    this machine lacks.
+    """
+    _check_implementations(request.impl)
+    with torch.inference_mode(False):  # whose tensors could not serve autograd
+        base = _base(request, pipeline)
+        up = pipeline.upsampler
+        if up is not None:
+            return replace(base, enlarging=_enlarging(request, pipeline.name, up, base))
+    if request.upsampler_steps is not None:
+        raise invalid("upsampler_steps", request.upsampler_steps, f"{pipeline.name} has no upsampler")
+    return base
+
+
+def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
+    """Return the plan of the pipeline's own network."""
+    solver, device = request.solver, next(pipeline.net.parameters()).device
+    assert isinstance(solver, Solver)
+    steps = None if request.respacing is not None else request.steps or pipeline.steps
+    process, whole = _rows("steps", pipeline, solver, request.clip, steps, request.respacing)
+    table = whole if request.t_start is None else _from_the_middle(whole, process, request.t_start)
+    skipped, kept = len(whole) - len(table), process.schedule.timestep_map
+    seeds, labels, shape = images_of(request, pipeline)
+    _check_shapes(request, shape, len(whole), pipeline)
+
+    def on_device(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device, torch.float32)
+
+    noise, x_start, step_noise = map(on_device, (request.noise, request.x_start, request.step_noise))
+    if solver.begins == "image" and x_start is not None:
+        noise, x_start = x_start, None
+    timesteps = [int(kept[row.index]) for row in table.rows]
+    scale, interval = _by_classifier(request, pipeline)
+    return Plan(
+        engine=pipeline.engine,
+        predictor=pipeline.predictor,
+        process=process,
+        table=table,
+        shape=shape,
+        seeds=as_seeds(seeds).to(device),
+        labels=None if labels is None else torch.tensor(labels).to(device),
+        scale=scale,
+        guided=_rows_within(interval, timesteps) if scale else (False,) * len(table),
+        guides=tuple((guide, _rows_within(guide.interval, timesteps)) for guide in _by_functions(request)),
+        denoised_fn=request.denoised_fn,
+        noise_row=skipped,
+        impl=request.impl,
+        callback=request.callback,
+        every=request.every,
+        batch_size=request.batch_size or images_at_a_time(pipeline, shape[2:]),
+        output=request.output,
+        noise=noise,
+        x_start=x_start,
+        step_noise=None if step_noise is None else step_noise[skipped:],
+        low_res=on_device(request.low_res),
+    )
+
+
+def _enlarging(request: SampleRequest, name: str, up: Pipeline, base: Plan) -> Plan:
+    """Return the plan of the upsampler behind a base plan; its low-resolution images come with those."""
+    solver = request.solver
+    assert isinstance(solver, Solver)
+    if solver.begins == "image":
+        raise invalid("solver", str(solver), f"not for {name}: an upsampler follows; load it without")
+    steps = request.upsampler_steps or up.steps
+    process, table = _rows("upsampler_steps", up, solver, request.clip, steps, None)
+    shrink, spatial = _enlarged(up, base.shape[2:])
+    device = next(up.net.parameters()).device
+    return Plan(
+        engine=up.engine,
+        predictor=up.predictor,
+        process=process,
+        table=table,
+        shape=(base.shape[0], up.config.in_channels, *spatial),
+        seeds=base.seeds.to(device),
+        labels=None if base.labels is None else base.labels.to(device),
+        guided=(False,) * len(table),
+        first_stream=Stream.UPSAMPLER_X_T,
+        stream=Stream.UPSAMPLER_STEPS,
+        impl=request.impl,
+        callback=request.callback,
+        every=request.every,
+        stage="upsampler",
+        shrink=shrink,
+    )
+
+
+def _rows(
+    name: str, pipeline: Pipeline, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
+) -> tuple[GaussianDiffusion, SolverTable]:
+    """Return a respaced process and the solver's rows of it; `name` is what the user calls `steps`."""
+    if steps is not None and steps > pipeline.diffusion.steps:
+        raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
+    return _kept_rows(pipeline.diffusion, solver, clip, steps, respacing)  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_rows(
+    diffusion: DiffusionConfig, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
+) -> tuple[GaussianDiffusion, SolverTable]:
+    """Make the rows, which are the same at every call: schedules and tables in float64 take milliseconds."""
+    process = diffusion.build(respacing if steps is None else solver.respaced(steps))
+    return process, solver.table(process, clip)
+
+
+def _from_the_middle(whole: SolverTable, process: GaussianDiffusion, t_start: int) -> SolverTable:
+    """Return the rows from the nearest step at or below `t_start` on."""
+    kept, last = process.schedule.timestep_map, process.schedule.original_steps - 1
+    if t_start > last:
+        raise invalid("t_start", t_start, f"a whole number from 0 to {last}")
+    below = [row.index for row in whole.rows if kept[row.index] <= t_start]
+    if not below:
+        raise invalid("t_start", t_start, f"{kept[0]} or more, the first step of this respacing")
+    return whole.from_step(max(below))
+
+
+def images_of(
+    request: SampleRequest, pipeline: Pipeline
+) -> tuple[Sequence[int], list[int] | None, tuple[int, ...]]:
+    """Return the seeds, the class labels (None without classes) and the shape of the images asked for."""
+    classes, seeds, known = request.classes, request.seeds, pipeline.num_classes
+    assert classes is None or isinstance(classes, tuple)
+    assert seeds is None or isinstance(seeds, tuple)
+    if known is None and classes is not None:
+        raise invalid("classes", "given", f"{pipeline.name} has no classes")
+    if classes is not None and known is not None and max(classes) >= known:
+        raise invalid("classes", max(classes), f"a whole number from 0 to {known - 1}")
+    like = [v for v in (request.noise, request.x_start, request.low_res, classes) if v is not None]
+    keys = seeds if seeds is not None else range(len(like[0]) if like else 1)
+    labels = None
+    if known is not None:
+        wanted = classes or [key % known for key in keys]
+        labels = [wanted[i % len(wanted)] for i in range(len(keys))]
+    images = request.noise if request.noise is not None else request.x_start
+    spatial = pipeline.spatial if images is None else tuple(images.shape[2:])
+    return keys, labels, (len(keys), pipeline.config.in_channels, *spatial)
+
+
+def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pipeline: Pipeline) -> None:
+    """Refuse tensors that are not like the images."""
+    for name, allowed in (("noise", shape), ("x_start", shape), ("step_noise", (rows, *shape))):
+        value = getattr(request, name)
+        if value is not None and tuple(value.shape) != allowed:
+            raise invalid(f"{name}.shape", tuple(value.shape), f"{allowed}")
+    check_low_res(pipeline, request.low_res, shape[0])
+
+
+def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int) -> None:
+    """Refuse low-resolution images for any network but an upsampler, which needs one for each image."""
+    config = pipeline.config
+    if isinstance(config, UpsamplerConfig) != (low_res is not None):
+        given = None if low_res is None else "given"
+        raise invalid("low_res", given, "upsamplers need it and no other network takes it")
+    if low_res is None:
+        return
+    found = tuple(low_res.shape)
+    if len(found) != config.dims + 2 or found[:2] != (count, config.in_channels):
+        sides = ", ".join("dhw"[3 - config.dims :])
+        raise invalid("low_res.shape", found, f"({count}, {config.in_channels}, {sides})")
+
+
+def _enlarged(up: Pipeline, sides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Return by which factor base images are brought down for an upsampler, and the sides that come out."""
+    trained = up.low_res_size
+    if trained is None:
+        return 1, up.spatial
+    factor = max(min(sides) // trained, 1)
+    # A side that the factor doesn't divide would lose its last columns.
+    if any(side % trained or side % factor for side in sides):
+        allowed = f"sides that are multiples of {trained} pixels, and of {factor}"
+        raise invalid("low_res", tuple(sides), allowed if factor > 1 else allowed.partition(",")[0])
+    return factor, tuple(side // factor * up.config.image_size // trained for side in sides)
+
+
+def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
+    """Return how many images of these sides fit beside the released models.
+
+    (Beside them on an 80 GB GPU; in 16 GB of memory on a CPU.)
+    """
+    largest = math.prod(sides)
+    if pipeline.upsampler is not None:
+        largest = max(largest, math.prod(pipeline.upsampler.spatial))
+    on_gpu = next(pipeline.net.parameters()).is_cuda
+    return max(1, (2**21 if on_gpu else 2**16) // largest)
+
+
+def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:
+    """Return the scale of the classifier's gradient, 0 where it is not used, and the interval of guidance."""
+    scale, interval = request.guidance, request.guidance_interval
+    if scale is None:
+        assert isinstance(request.solver, Solver)
+        others = request.guidance_fn is not None or request.guides
+        scale = 0.0 if others or request.solver.begins == "image" else pipeline.guidance
+    for guide in request.guides:
+        if guide.function is None:
+            scale, interval = guide.scale, guide.interval
+    if scale and pipeline.classifier is None:
+        raise invalid("guidance", scale, f"{pipeline.name} has no classifier; 0 is none")
+    if request.guidance_interval is not None and not scale and request.guidance_fn is None:
+        raise invalid("guidance_interval", interval, "without guidance there is nothing to limit")
+    return scale, interval
+
+
+def _by_functions(request: SampleRequest) -> list[Guide]:
+    """Return the guides but the classifier."""
+    guides = [guide for guide in request.guides if guide.function is not None]
+    if request.guidance_fn is not None:
+        guides.append(Guide(request.guidance_fn, interval=request.guidance_interval))
+    return guides
+
+
+def _rows_within(interval: Interval | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
+    """Return for every row whether its timestep of the original process lies in an interval."""
+    if interval is None:
+        return (True,) * len(timesteps)
+    return tuple(interval[0] <= t <= interval[1] for t in timesteps)
+
+
+def _check_implementations(impl: str | None) -> None:
+    """Refuse an implementation that isn't known, or that this machine lacks, before anything runs."""
+    value = dispatch.setting()
+    for op, table in dispatch.TABLES.items():
+        name = dispatch.named_by_environment(op, value)
+        reason = name is not None and table.named(name, dispatch.ENVIRONMENT, value).available()
+        if reason:
+            raise Unavailable(f"{dispatch.ENVIRONMENT}={value!r}: {op} can't run on it here: {reason}")
+    for op in ("normal", "sampler_step"):
+        reason = impl and dispatch.TABLES[op].named(impl).available()
+        if reason:
+            raise Unavailable(f"impl={impl!r}: {op} can't run on it here: {reason}")

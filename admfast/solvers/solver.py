@@ -1,0 +1,51 @@
+"""A solver as a value: its name, its options, and the table that it makes of a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from admfast.diffusion import GaussianDiffusion, MeanType
+from admfast.ops.sampler_step import Clip
+from admfast.ops.solver_table import SolverTable
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to take images from noise to data, or back.
+
+    Attributes:
+        name: its name in `SOLVERS`.
+        rows_of: rows_of(process, clip=..., **options) -> `SolverTable`, a pure function. The process is
+            respaced already; clip limits x_0 to [-1, 1].
+        options: its own options, by name.
+        begins: "noise", or "image" for one that takes clean images apart.
+        respacing: the published respacing of a number of steps.
+    """
+
+    name: str
+    rows_of: Callable[..., SolverTable] = field(compare=False, repr=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    begins: Literal["noise", "image"] = "noise"
+    respacing: str = "{steps}"
+
+    def __str__(self) -> str:
+        """Write the text that `solver_of` reads: "ddim:eta=0.5"."""
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.name}:{options}" if options else self.name
+
+    def table(self, process: GaussianDiffusion, clip: bool = True) -> SolverTable:
+        """Return the rows of a (respaced) process; `clip` limits x_0 to [-1, 1] at every row."""
+        return self.rows_of(process, clip=clip, **self.options)
+
+    def respaced(self, steps: int) -> str:
+        """Return the respacing with which the solver is published for a number of steps."""
+        return self.respacing.format(steps=steps)
+
+
+def clip_of(process: GaussianDiffusion, clip: bool, network_mean: bool) -> Clip:
+    """Return how a row limits x_0; with `network_mean` the update follows the network, not that x_0."""
+    if not clip:
+        return Clip.NONE
+    return Clip.REPORTED if network_mean and process.mean_type is MeanType.PREVIOUS_X else Clip.USED

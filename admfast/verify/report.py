@@ -1,0 +1,41 @@
+"""The report of a verification: tables and the verdict."""
+
+from __future__ import annotations
+
+import math
+
+from admfast.files.tables import table
+from admfast.verify.budget import Deviation, Verification
+
+SHOWN_LAYERS = 5
+
+
+def report(found: Verification) -> str:
+    """Return the tables and the verdict as text."""
+    steps = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}", _bar(d)) for d in found.steps]
+    layers = sorted(found.layers, key=lambda d: -d.error / d.allowed)[:SHOWN_LAYERS]
+    worst = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}") for d in layers]
+    psnr = "no difference" if math.isinf(found.psnr) else f"{found.psnr:.1f} dB"
+    images = [
+        ("PSNR", psnr, f"{found.budget.psnr:.0f} dB or more"),
+        ("8-bit values that differ", f"{100 * found.differing:.3f} %", ""),
+        ("largest difference", f"{found.largest} of 255", ""),
+    ]
+    failures = found.failures
+    verdict = "past the budget: " + "; ".join(failures) if failures else "within the budget"
+    return "\n\n".join(
+        [
+            table(steps, ("images against the reference", "relative error", "allowed", "1e-8 to 1, log")),
+            table(worst, (f"worst of {len(found.layers)} layers", "relative error", "allowed")),
+            table(images, ("images at the end", "", "budget")),
+            verdict,
+        ]
+    )
+
+
+def _bar(deviation: Deviation) -> str:
+    """Draw the error on a logarithmic scale from 1e-8 to 1, a mark every factor of 10^(1/4)."""
+    if not math.isfinite(deviation.error):
+        return "not finite"
+    marks = 0 if deviation.error <= 1e-8 else round(4 * (math.log10(deviation.error) + 8))
+    return "#" * min(marks, 32)

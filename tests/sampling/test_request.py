@@ -1,0 +1,105 @@
+"""`SampleRequest`: it checks itself, keeps one form of every setting, and goes through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from admfast.errors import InvalidArgument
+from admfast.sampling import guides
+from admfast.sampling.loop import run
+from admfast.sampling.plan import images_of, plan
+from admfast.sampling.request import SampleRequest
+from admfast.solvers import ddim
+from tests.small import cascade, pipeline, randn, unet
+
+REQUESTS = [
+    SampleRequest(),
+    SampleRequest(3, range(5), steps=7, solver=ddim(eta=0.5), guidance=2.0, batch_size=2),
+    SampleRequest([1, 2], [2**64 - 1], respacing="ddim25", clip=False, output="float", impl="reference"),
+    SampleRequest(respacing=[0, 10, 20], guidance_interval=(200, 800), upsampler_steps=4, every=3),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=str)
+def test_through_json_and_back(request_):
+    text = request_.to_json()
+    assert SampleRequest.from_json(text) == request_ and set(json.loads(text)) <= set(vars(request_))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"noise": randn(1, 1, 8, 8)},
+        {"denoised_fn": torch.tanh},
+        {"callback": print},
+        {"guidance_fn": torch.add},
+        {"guides": guides.by_classifier(2.0)},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_json_does_not_hold_is_named(given):
+    with pytest.raises(InvalidArgument, match=f"^{next(iter(given))}="):
+        SampleRequest(**given).to_json()
+
+
+@pytest.mark.parametrize("text, argument", [('{"stepz": 3}', "stepz=3"), ('{"steps": 0}', "steps=0")])
+def test_wrong_json_is_named(text, argument):
+    with pytest.raises(InvalidArgument, match=f"^{argument}: "):
+        SampleRequest.from_json(text)
+
+
+def test_every_setting_has_one_form():
+    request = SampleRequest(np.array([1, 2]), iter([3, 4]), solver="ddim", eta=0.5, respacing=np.int64(4))
+    assert (request.classes, request.seeds, request.respacing) == ((1, 2), (3, 4), 4)
+    assert request.solver == ddim(eta=0.5) and request.eta is None
+    assert dataclasses.replace(request, steps=3, respacing=None).seeds == (3, 4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.steps = 3
+
+
+def test_a_plan_is_cut_into_parts():
+    pipe = cascade()
+    request = SampleRequest(
+        [0, 1, 2], [5, 6, 7], noise=randn(3, 1, 8, 8), step_noise=randn(4, 3, 1, 8, 8), output="float"
+    )
+    whole = plan(request, pipe)
+    part = whole.part(1, 5)
+    assert whole.part(0, 3) is whole and whole.steps == part.steps == {"base": 4, "upsampler": 3}
+    assert (part.shape, part.seeds.tolist(), part.labels.tolist(), part.first) == (
+        (2, 1, 8, 8),
+        [6, 7],
+        [1, 2],
+        1,
+    )
+    assert torch.equal(part.noise, request.noise[1:]) and torch.equal(
+        part.step_noise, request.step_noise[:, 1:]
+    )
+    assert part.enlarging.seeds.tolist() == [6, 7] and part.enlarging.first == 1
+    # The batch's rounding in sums of another order; the noise is the same.
+    assert (run(part) - run(whole)[1:]).abs().max() < 1e-4
+
+
+def test_a_request_is_what_sample_runs():
+    pipe = pipeline()
+    assert torch.equal(run(plan(SampleRequest(1, [2, 3], steps=2), pipe)), pipe.sample(1, [2, 3], steps=2))
+
+
+@pytest.mark.parametrize(
+    "classes, seeds, planned",
+    [
+        (None, None, ([0], [0])),
+        (None, [6, 2**63], ([6, 2**63], [2, 2**63 % 4])),
+        ([3, 1], None, ([0, 1], [3, 1])),
+        ([3, 1], [5, 6, 7], ([5, 6, 7], [3, 1, 3])),
+    ],
+)
+def test_classes_and_seeds_of_every_image(classes, seeds, planned):
+    keys, labels, shape = images_of(SampleRequest(classes, seeds), pipeline())
+    assert (list(keys), labels) == planned and shape == (len(keys), 1, 8, 8)
+    plain = pipeline(net=unet(num_classes=None), classifier=None, guidance=0.0)
+    assert images_of(SampleRequest(seeds=seeds), plain)[1] is None
