@@ -1,11 +1,16 @@
-"""The tables of every bench's rows: a section a kind, a line a row, columns that nobody fills left out."""
+"""The tables of every bench's rows: a section a kind, a line a row, columns that nobody fills left out.
+
+`python -m bench.report FOLDER` writes the tables of all rows in a folder again.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from bench.results import CEILINGS, Row, ceiling, markdown_table
+from bench.results import CEILINGS, Row, ceiling, markdown_table, read_rows
 
 TITLES = {
     "matmul": "Matrix products",
@@ -197,3 +202,15 @@ def render(name: str, rows: Sequence[Row]) -> str:
             title = ", ".join(str(value) for value in (*row["shape"].values(), row["provider"], row["dtype"]))
             parts += [f"## {title}", markdown_table(("operation", "ms a step", "calls a step"), listed)]
     return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write NAME.md beside every NAME.jsonl of the folders that are named."""
+    for folder in sys.argv[1:] if argv is None else argv:
+        for path in Path(folder).glob("*.jsonl"):
+            path.with_suffix(".md").write_text(render(path.stem, read_rows(path)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

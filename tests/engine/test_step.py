@@ -398,7 +398,7 @@ def test_options_that_are_not_are_named(given, message):
 def test_policies_say_what_every_part_computes_in():
     from admfast.engine.precision import policy
 
-    assert policy("auto", torch.device("cuda")).parts()["classifier"] == "float32"
+    assert policy("auto", torch.device("cuda")).parts()["classifier"] == "bfloat16"
     assert POLICIES["fp16"].parts()["torso"] == "float16" and str(POLICIES["tf32"]) == "tf32"
     with pytest.raises(Unavailable, match="precision='tf32': only on a CUDA device"):
         policy("tf32", torch.device("cpu"))
