@@ -1,128 +1,149 @@
-"""The command line that every bench shares: device, folder, budget, groups; rows and a table at the end.
+"""The command line of every bench, and the process that watches over it.
+
+A bench measures in a worker process, which names each case as it begins. Where a case outlasts its limit the
+worker is killed, whatever C code it is in, the case becomes a row "too slow", and another worker goes on from
+the rows on the disk. An interrupt or SIGTERM ends a bench at once; what was measured stays.
 
 Exit status: 0 when every row asked for is there, 3 when the budget ended first (run again to go on), 2 for a
-wrong argument, 1 when the device was lost.
+wrong argument, 1 when the worker or the device was lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import select
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from bench.case import Settings
-from bench.results import ResultFile, Row, device_name
-from bench.runner import Groups, run, select
+from bench.report import render
+from bench.results import ResultFile, Row
 
 UNFINISHED = 3
 
 
 @dataclass(frozen=True)
-class Own:
-    """What one bench has beside the flags of all: its own flags, and the groups that they come to.
+class Bench:
+    """One bench, `python -m PACKAGE.NAME`.
 
-    `groups` raises ValueError for values that are not allowed.
+    names: of its groups. groups: (arguments, settings) to name: (share of the budget, cases); it is called
+    in the worker, imports what it measures, and raises ValueError for values that are not allowed. flags:
+    adds those that no other bench has.
     """
 
-    flags: Callable[[argparse.ArgumentParser], None]
-    groups: Callable[[argparse.Namespace, Settings], Groups]
+    name: str
+    summary: str
+    names: Sequence[str]
+    groups: Callable[[argparse.Namespace, Any], Any]
+    flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    package: str = "bench"
 
 
-def bench_main(
-    name: str,
-    summary: str,
-    groups: Groups,
-    render: Callable[[Sequence[Row]], str],
-    argv: Sequence[str] | None,
-    after: Callable[[Sequence[Row], Path], None] | None = None,
-    own: Own | None = None,
-) -> int:
-    """Parse the command line of `python -m bench.NAME`, measure, write NAME.jsonl and NAME.md.
+def bench_main(bench: Bench, argv: Sequence[str] | None = None) -> int:
+    """Measure as the command line says; write NAME.jsonl and NAME.md; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser_of(bench).parse_args(argv)
+    if arguments.inside is not None:
+        from bench.runner import measure_all
 
-    `after` is called with all rows and the folder at the end, for what a bench makes beside its table. With
-    `own` flags the groups follow from them, and `groups` only lists their names. Returns the exit status.
-    """
-    parser = _parser(name, summary, groups)
-    if own is not None:
-        own.flags(parser)
-    arguments = parser.parse_args(argv)
-    try:
-        settings = _settings(arguments)
-        chosen = select(arguments.only, groups if own is None else own.groups(arguments, settings))
-    except ValueError as error:
-        print(f"bench.{name}: {error}", file=sys.stderr)
-        return 2
-    torch.manual_seed(0)
-    folder = Path(arguments.out)
-    results = ResultFile(folder / f"{name}.jsonl")
-    print(f"{device_name(settings.device)}: {','.join(chosen)} in {arguments.budget:g} s, to {folder}")
-    left, status = 0, 0
-    try:
-        for report in run(settings, results, arguments.budget, chosen, say=_say):
-            left += report.left
-    except KeyboardInterrupt:
-        print("stopped")
-        status = UNFINISHED
-    except RuntimeError as error:
-        print(f"bench.{name}: the device is lost: {error}", file=sys.stderr)
-        status = 1
-    (folder / f"{name}.md").write_text(render(results.rows), encoding="utf-8")
-    if after is not None:
-        after(results.rows, folder)
-    bad = [row for row in results.rows if row["status"] in ("wrong", "error")]
-    for row in bad:
-        _say(f"{row['status']}: {row['key']}: {row['reason']}")
-    status = status or (UNFINISHED if left else 0)
-    print(f"{len(results.rows)} rows, {left} left, {len(bad)} wrong or in error")
+        status = measure_all(bench, arguments)
+    else:
+        status = watch(bench, arguments, argv)
+    if status != 2 and (arguments.inside or -1) < 0:
+        folder = Path(arguments.out)
+        rows = ResultFile(folder / f"{bench.name}.jsonl").rows
+        (folder / f"{bench.name}.md").write_text(render(bench.name, rows), encoding="utf-8")
+        bad = [row for row in rows if row["status"] in ("wrong", "error", "too slow")]
+        for row in bad:
+            print(f"{row['status']}: {row['key']}: {row['reason']}")
+        print(f"{len(rows)} rows, {len(bad)} wrong, too slow or in error, in {folder}")
     return status
 
 
-def run_as_program(main: Callable[[], int]) -> None:
-    """Exit with the status of `main`; a stop from outside is an exception, so that the table is written."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+def watch(bench: Bench, arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Let workers measure until all is there or the budget is over; return the exit status."""
+    for sign in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore interrupts
+        signal.signal(sign, signal.default_int_handler)
+    command = [sys.executable, "-m", f"{bench.package}.{bench.name}", *argv]
+    end, path = time.monotonic() + arguments.budget, Path(arguments.out) / f"{bench.name}.jsonl"
+    budget = arguments.budget
+    try:
+        while True:
+            status, row = run_worker([*command, "--budget", f"{budget:g}"])
+            if row is None:
+                return status
+            ResultFile(path).append(row)
+            print(f"{row['status']}: {row['key']}", flush=True)
+            if row["status"] == "error":
+                return 1
+            budget = max(end - time.monotonic(), 1e-3)
+    except KeyboardInterrupt:
+        print("stopped")
+        return UNFINISHED
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def run_worker(command: Sequence[str]) -> tuple[int, Row | None]:
+    """Run one worker to its end or to a case's limit; return its exit status, and the row that ended it."""
+    read, write = os.pipe()
+    process = subprocess.Popen([*command, "--inside", str(write)], pass_fds=(write,), process_group=0)
+    os.close(write)
+    try:
+        row, late = follow(read)
+        if row is not None and late:
+            return UNFINISHED, row | {"status": "too slow", "reason": f"stopped after {row['limit']:.0f} s"}
+        status = process.wait()
+        if row is not None and status < 0:
+            return 1, row | {"status": "error", "reason": f"the process ended by signal {-status}"}
+        return status, None
+    finally:
+        os.close(read)
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # with it, the compile workers that it started
+        except ProcessLookupError:
+            pass
+        process.wait()
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r}: cpu or cuda")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': torch finds no CUDA device")
-    if arguments.budget <= 0:
-        raise ValueError(f"budget={arguments.budget}: must be above 0 seconds")
-    seconds = 0.02 if arguments.quick else 0.06 if device.type == "cuda" else 0.3
-    return Settings(device, seconds, arguments.quick, arguments.again)
+def follow(read: int) -> tuple[Row | None, bool]:
+    """Follow a worker's cases; return the one in progress at the end, and whether it outlasted its limit."""
+    row: Row | None = None
+    end, rest = 0.0, b""
+    while True:
+        patience = None if row is None else max(0.0, end - time.monotonic())
+        ready, _, _ = select.select([read], [], [], patience)
+        if not ready:
+            return row, True
+        chunk = os.read(read, 1 << 16)
+        if not chunk:
+            return row, False
+        *lines, rest = (rest + chunk).split(b"\n")
+        if lines:
+            row = json.loads(lines[-1]) or None
+            end = time.monotonic() + (row["limit"] if row else 0.0)
 
 
-def _parser(name: str, summary: str, groups: Groups) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=summary)
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument(
-        "--out",
-        default=f"out/{name}",
-        help=f"folder for {name}.jsonl and {name}.md (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget", type=float, default=540.0, help="seconds for all groups (default: %(default)s)"
-    )
-    parser.add_argument("--only", metavar="GROUP,...", help=f"some of {','.join(groups)} (default: all)")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few small rows a group, to try the machinery out"
-    )
-    parser.add_argument(
+def parser_of(bench: Bench) -> argparse.ArgumentParser:
+    """The flags of a bench."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{bench.name}", description=bench.summary)
+    add = parser.add_argument
+    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--out", default=f"out/{bench.name}", help="folder for rows and table (default: %(default)s)")
+    add("--budget", type=float, default=540.0, help="seconds for all groups (default: %(default)s)")
+    add("--only", metavar="GROUP,...", help=f"some of {','.join(bench.names)} (default: all)")
+    add("--quick", action="store_true", help="a few small rows a group, to try the machinery out")
+    add(
         "--again",
         action="store_true",
         help="measure rows that waited for a CPU over 5 %% of their time once more; the calmer one stays",
     )
+    # The pipe on which a worker names its cases; without a number, measure here and unwatched.
+    add("--inside", type=int, nargs="?", const=-1, help=argparse.SUPPRESS)
+    bench.flags(parser)
     return parser

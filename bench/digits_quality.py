@@ -23,7 +23,7 @@ from sklearn.svm import SVC
 import admfast
 from admfast.models.presets import SYSTEMS
 from admfast.training.digits import CLASSES, LEVELS, block_means, load_digits
-from bench.results import Conditions, environment
+from bench.results import conditions, environment
 
 Array = npt.NDArray[np.float64]
 
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
         "samples": args.count,
         "first_seed": args.seed,
         **environment(pipe.device),
-        "date": Conditions(pipe.device).now()["date"],
+        "date": conditions(pipe.device)["date"],
         "weights": weight_hashes(args.model, args.classifier),
     }
     rows = {"two halves of the real digits": halves(real, classes)}

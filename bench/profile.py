@@ -1,54 +1,175 @@
-"""`python -m bench.profile`: where the time of a guided step goes, by class of operation and by operation.
+"""`python -m bench.profile`: where the time of a step goes, by class of operation and by operation.
 
-By torch's profiler, over steps of `bench.sampling`'s presets on random weights: ours, and the published
-code's where a checkout of it is named. Classes and gaps are those of `bench.trace`.
+By torch's profiler, over the steps of `bench.sampling`: ours, and the published code's where a checkout of it
+is named.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
-from bench.case import Case, Settings
-from bench.ceilings.report import conditions
-from bench.command import Own, bench_main, run_as_program
-from bench.results import Row, markdown_table
-from bench.runner import Groups
-from bench.sampling.bout import TOGETHER
-from bench.sampling.choice import Choice, add_flags, choose
-from bench.sampling.contender import Contender, Entry
+from bench.command import Bench, bench_main
+from bench.measure import Case, Settings
+from bench.results import Row
+from bench.sampling.contender import TOGETHER, Contender, Entry
+from bench.sampling.flags import add_flags
 from bench.sampling.subject import Inputs, Subject
-from bench.trace import CLASSES, Trace, traced
+
+# The first pattern that a name matches. A convolution of cuDNN's is built on a matrix product and has "gemm"
+# in its name too, and so has attention: products come after them.
+PATTERNS = {
+    "update": r"sampler_step|philox|noise_kernel|^update$",
+    "embedding": r"^embedding$|index_select|gather_row|aten::(embedding|cos|sin)\b",
+    "norm": r"group_?norm|RowwiseMoments|ComputeFusedParams",
+    "attention": r"attention|flash|fmha|einsum|softmax|bmm|aten::matmul",
+    "convolution": r"conv(?!ert)|fprop|dgrad|wgrad|implicit_gemm|winograd|im2col|nchwToNhwc|nhwcToNchw",
+    "product": r"addmm|aten::(mm|linear)\b|gemm|gemv|cublas|cutlass|nvjet|splitK|MmBackward",
+}
+OTHER = "elementwise and copies"
+GAPS = "gaps"
+CLASSES = ("convolution", "norm", "attention", "product", "embedding", "update", OTHER, GAPS)
+LAUNCH = re.compile(r"^(cuda|cu)(Launch|GraphLaunch|Memcpy|Memset)")
+WHOLE = "all steps"
 
 # Steps that are profiled: as many as fit into the seconds, and a whole chunk of embeddings where they come
 # near.
 SECONDS = 1.0
 LARGEST_TRACE = 25
-LISTED = 12  # operations in the table of each step
+NAMED = 48  # operations that a row names
 
 
-def cases(settings: Settings, chosen: Choice) -> Iterator[Case]:
-    """A row for every step and who runs it; no trial, as nothing is compared."""
-    for bout in chosen.bouts(settings):
-        for entry in bout.entries:
-            shape = {"system": bout.subject.name, "batch": bout.batch, "step": bout.kind}
-            yield Case("profile", entry.dtype, entry.name, shape, _measure(entry, bout.subject, bout.batch))
+def classify(name: str) -> str:
+    """The class of an operation or kernel by its name."""
+    found = (kind for kind, pattern in PATTERNS.items() if re.search(pattern, name, re.IGNORECASE))
+    return next(found, OTHER)
 
 
-def _measure(entry: Entry, subject: Subject, batch: int) -> Callable[[Settings], Row]:
-    def measure(settings: Settings) -> Row:
-        contender = entry.make(subject, Inputs.of(subject, batch, settings.device))
-        with contender.running():
-            contender.ready()
-        plain = contender.take(1)
-        steps = steps_for(plain.ms, subject.steps, settings.quick)
-        plain = contender.take(steps)
-        trace = profiled(contender, steps)
-        return row_of(trace, steps) | {"ms": round(plain.ms, 4)} | contender.note()
+@dataclass
+class Trace:
+    """A profiled stretch of steps; all numbers are of one step.
 
-    return measure
+    wall_ms: on the clock, profiler included. ms: time by class, `gaps` being what none of them fills: Python
+    and the framework on a CPU, an idle device on a GPU. Where kernels overlap, their classes' times add up to
+    more than the time they fill. names: time and calls by the name of the operation or kernel. launches: what
+    the host launched; kernels: what ran on the device.
+    """
+
+    wall_ms: float
+    ms: dict[str, float]
+    names: dict[str, tuple[float, float]] = field(default_factory=dict)
+    launches: float = 0.0
+    kernels: float = 0.0
+
+    @classmethod
+    def of(
+        cls, wall_us: float, timed: Iterable[tuple[str, str, float]], filled_us: float, steps: int
+    ) -> Trace:
+        """Add up (class, name, microseconds) of so many steps; the gaps are what isn't filled."""
+        by_class: dict[str, float] = defaultdict(float)
+        by_name: dict[str, list[float]] = defaultdict(list)
+        for kind, name, us in timed:
+            by_class[kind] += us
+            by_name[name].append(us)
+        by_class[GAPS] = max(0.0, wall_us - filled_us)
+        unit = 1e3 * steps
+        names = {name: (sum(times) / unit, len(times) / steps) for name, times in by_name.items()}
+        return cls(wall_us / unit, {name: time / unit for name, time in by_class.items()}, names)
+
+    def row(self) -> Row:
+        """The fields of a profile's row; what takes longest by name."""
+        names = sorted(self.names.items(), key=lambda item: -item[1][0])[:NAMED]
+        row: Row = {
+            "profiled_ms": round(self.wall_ms, 4),
+            "class_ms": {name: round(self.ms.get(name, 0.0), 4) for name in CLASSES},
+            "shares": {name: round(self.ms.get(name, 0.0) / self.wall_ms, 4) for name in CLASSES},
+            "operations": [[name[:120], round(ms, 4), round(calls, 2)] for name, (ms, calls) in names],
+        }
+        return row | ({"launches": self.launches, "kernels": self.kernels} if self.kernels else {})
+
+
+def traced(contender: Contender, steps: int) -> Trace:
+    """Profile a contender's first steps; it must have run before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = contender.device.type == "cuda"
+    with contender.running():
+        contender.begin()
+        contender.name_parts()
+        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as profiler:
+            with torch.profiler.record_function(WHOLE):
+                for i in range(steps):
+                    contender.step(i)
+                if cuda:
+                    torch.cuda.synchronize(contender.device)
+    events = profiler.events()
+    assert events is not None
+    return of_device(events, steps) if cuda else of_host(events, steps)
+
+
+def of_host(events: Iterable[Any], steps: int) -> Trace:
+    """The trace of steps on a CPU: each operation's own time, in the class of the outermost that has one.
+
+    A copy inside a convolution thus counts as convolution.
+    """
+    events = [event for event in events if _on_host(event)]
+    wall = sum(event.time_range.elapsed_us() for event in events if event.name == WHOLE)
+    inside = [event for event in events if event.name != WHOLE and WHOLE in _names_above(event)]
+    timed = [(_class_of(event), event.name, event.self_cpu_time_total) for event in inside]
+    return Trace.of(wall, timed, sum(us for _, _, us in timed), steps)
+
+
+def of_device(events: Iterable[Any], steps: int) -> Trace:
+    """The trace of steps on a GPU: kernels and copies by name; gaps are when none of them runs."""
+    host = [event for event in events if _on_host(event)]
+    wall = sum(event.time_range.elapsed_us() for event in host if event.name == WHOLE)
+    ran = [
+        event
+        for event in events
+        if not (_on_host(event) or event.name == WHOLE or getattr(event, "is_user_annotation", False))
+    ]
+    spans = [(event.time_range.start, event.time_range.end) for event in ran]
+    timed = [(classify(e.name), e.name, end - start) for e, (start, end) in zip(ran, spans, strict=True)]
+    trace = Trace.of(wall, timed, covered(spans), steps)
+    trace.launches = sum(bool(LAUNCH.match(event.name)) for event in host) / steps
+    trace.kernels = len(spans) / steps
+    return trace
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _on_host(event: Any) -> bool:
+    return event.device_type == torch.autograd.DeviceType.CPU
+
+
+def _names_above(event: Any) -> list[str]:
+    """The names of an operation and all that enclose it, innermost first."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return names
+
+
+def _class_of(event: Any) -> str:
+    """The class of the outermost enclosing operation that has one, the operation itself included."""
+    kinds = [classify(name) for name in _names_above(event)]
+    return next((kind for kind in reversed(kinds) if kind != OTHER), OTHER)
 
 
 def steps_for(ms: float, longest: int, quick: bool) -> int:
@@ -57,96 +178,35 @@ def steps_for(ms: float, longest: int, quick: bool) -> int:
     return min(TOGETHER if count > TOGETHER / 3 else count, longest)
 
 
-def profiled(contender: Contender, steps: int) -> Trace:
-    """The trace of a contender's first steps; the making of embeddings is a class of its own."""
-
-    def some() -> None:
-        for i in range(steps):
-            contender.step(i)
-
+def _profile(entry: Entry, subject: Subject, batch: int, settings: Settings) -> Row:
+    """The row of a step; no trial, as nothing is compared."""
+    contender = entry.make(subject, Inputs.of(subject, batch, settings.device))
     with contender.running():
-        contender.begin()
-        for table in getattr(getattr(contender, "runner", None), "tables", {}).values():
-            table.fill = _named("embedding", table.fill)
-        return traced(some, contender.device, steps)
+        contender.ready()
+    steps = steps_for(contender.take(1).ms, subject.steps, settings.quick)
+    plain = contender.take(steps)
+    row = traced(contender, steps).row()
+    return row | {"steps": steps, "ms": round(plain.ms, 4)} | contender.note()
 
 
-def _named(name: str, fn: Callable[..., None]) -> Callable[..., None]:
-    def run(*arguments: object) -> None:
-        with torch.profiler.record_function(name):
-            fn(*arguments)
+def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
+    """One group: a row for every step and who runs it."""
+    from bench.sampling.choice import choose
 
-    return run
+    chosen = choose(arguments, settings)
 
+    def cases(settings: Settings) -> Iterator[Case]:
+        for one in chosen.comparisons(settings):
+            for entry in one.entries:
+                shape = {"system": one.subject.name, "batch": one.batch, "step": one.kind}
+                measure = partial(_profile, entry, one.subject, one.batch)
+                yield Case("profile", entry.dtype, entry.name, shape, measure, limit=one.case(entry).limit)
 
-def row_of(trace: Trace, steps: int) -> Row:
-    """The fields of a trace; what takes longest by name."""
-    names = sorted(trace.names.items(), key=lambda item: -item[1][0])[: 4 * LISTED]
-    row: Row = {
-        "profiled_ms": round(trace.wall_ms, 4),
-        "steps": steps,
-        "class_ms": {name: round(trace.ms.get(name, 0.0), 4) for name in CLASSES},
-        "shares": {name: round(share, 4) for name, share in trace.shares().items()},
-        "operations": [[name[:120], round(ms, 4), round(calls, 2)] for name, (ms, calls) in names],
-    }
-    return row | ({"launches": trace.launches, "kernels": trace.kernels} if trace.kernels else {})
+    return {"profile": (1.0, cases)}
 
 
-def render(rows: Sequence[Row]) -> str:
-    """Markdown for all rows of one file, a section per device where there are several."""
-    parts = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        mine = [row for row in rows if row["device"] == device]
-        parts += [f"# Where a step's time goes: {device}", conditions(mine), classes_table(mine)]
-        for row in mine:
-            if row["status"] == "ok":
-                parts += [f"## {title(row)}", operations_table(row)]
-    return "\n\n".join(parts) + "\n"
-
-
-def title(row: Row) -> str:
-    """Preset, batch, who and precision in words."""
-    shape = row["shape"]
-    guided = "guided" if shape["step"] == "guided_step" else "without guidance"
-    return f"{shape['system']}, batch {shape['batch']}, {guided}, {row['provider']}, {row['dtype']}"
-
-
-def classes_table(rows: Sequence[Row]) -> str:
-    """Milliseconds a step and their share of the profiled step, by class."""
-    header = ["step", "ms", "ms profiled", *CLASSES]
-    header += ["launches", "kernels"] if any("kernels" in row for row in rows) else []
-    lines = []
-    for row in rows:
-        line: list[object] = [title(row)]
-        if row["status"] == "ok":
-            line += [row["ms"], row["profiled_ms"]]
-            line += [f"{row['class_ms'][name]:.3g} ({row['shares'][name]:.0%})" for name in CLASSES]
-            line += [row.get(name) for name in header[3 + len(CLASSES) :]]
-        else:
-            line += [row["status"], str(row.get("reason", ""))[:120], *[None] * (len(header) - 3)]
-        lines.append(line)
-    return markdown_table(header, lines)
-
-
-def operations_table(row: Row) -> str:
-    """The operations that take longest, with their calls a step."""
-    return markdown_table(
-        ("operation", "ms a step", "calls a step"),
-        [(f"`{name}`", ms, calls) for name, ms, calls in row["operations"][:LISTED]],
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, profile, write rows and tables; returns the exit status."""
-
-    def groups(arguments: argparse.Namespace, settings: Settings) -> Groups:
-        chosen = choose(arguments, settings)
-        return {"profile": (1.0, lambda s: cases(s, chosen))}
-
-    names: Groups = {"profile": (1.0, lambda settings: ())}
-    summary = "Profile the guided step: classes of operations, gaps, operations."
-    return bench_main("profile", summary, names, render, argv, own=Own(add_flags, groups))
-
+SUMMARY = "Profile the guided step: classes of operations, gaps, operations."
+main = partial(bench_main, Bench("profile", SUMMARY, ("profile",), groups, add_flags))
 
 if __name__ == "__main__":
-    run_as_program(main)
+    sys.exit(main())

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import dataclasses
+import functools
 import gc
+import itertools
+import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from bench.case import Case, Settings, Unavailable, WrongResult, first_line
-from bench.results import Conditions, ResultFile, Row, environment, row_key
-
-Cases = Callable[[Settings], Iterable[Case]]
+from bench.command import UNFINISHED, Bench
+from bench.measure import Case, Settings, first_line
+from bench.results import FINAL, ResultFile, Row, conditions, disturbed, environment, row_key
 
 # name: (share of the budget, its cases)
-Groups = Mapping[str, tuple[float, Cases]]
+Groups = Mapping[str, tuple[float, Callable[[Settings], Iterable[Case]]]]
+
+# By the name of an error's class: the package's own `Unavailable` and the bench's are one to a row.
+STATUS = {
+    "Unavailable": "none",
+    "WrongResult": "wrong",
+    "TooSlow": "too slow",
+    "OutOfMemoryError": "oom",
+    "MemoryError": "oom",
+}
+LOST = ("CUDA error: an illegal", "device-side assert", "unspecified launch failure")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -26,16 +46,57 @@ class GroupReport:
     measured: int
     found: int
     left: int
-    seconds: float
 
 
-def select(only: str | None, groups: Groups) -> dict[str, tuple[float, Cases]]:
+def measure_all(bench: Bench, arguments: argparse.Namespace) -> int:
+    """Measure the groups that the arguments name, and return the exit status.
+
+    As a worker, `--inside FD`, name each case on that pipe and end with the process that watches.
+    """
+    watched = arguments.inside >= 0
+    if watched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def begin(row: Row) -> None:
+        if watched:
+            os.write(arguments.inside, json.dumps(row).encode() + b"\n")
+
+    try:
+        settings = settings_of(arguments)
+        groups = select(arguments.only, bench.groups(arguments, settings))
+    except ValueError as error:
+        print(f"bench.{bench.name}: {error}", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    results = ResultFile(Path(arguments.out) / f"{bench.name}.jsonl")
+    try:
+        reports = list(run(settings, results, arguments.budget, groups, begin))
+    except RuntimeError as error:
+        print(f"bench.{bench.name}: the device is lost: {error}", file=sys.stderr)
+        return 1
+    return UNFINISHED if any(report.left for report in reports) else 0
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Device and effort from the arguments; raises ValueError for what is not allowed."""
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r}: cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch finds no CUDA device")
+    if arguments.budget <= 0:
+        raise ValueError(f"budget={arguments.budget}: must be above 0 seconds")
+    seconds = 0.02 if arguments.quick else 0.06 if device.type == "cuda" else 0.3
+    return Settings(device, seconds, arguments.quick, arguments.again)
+
+
+def select(only: str | None, groups: Groups) -> Groups:
     """The groups named in a comma-separated text, all for None; raises ValueError on an unknown name."""
     if only is None:
-        return dict(groups)
+        return groups
     names = [name.strip() for name in only.split(",") if name.strip()]
-    unknown = [name for name in names if name not in groups]
-    if unknown or not names:
+    if not names or set(names) - set(groups):
         raise ValueError(f"only={only!r}: the groups are {', '.join(groups)}")
     return {name: group for name, group in groups.items() if name in names}
 
@@ -45,79 +106,90 @@ def run(
     results: ResultFile,
     budget: float,
     groups: Groups,
-    say: Callable[[str], None] = print,
+    begin: Callable[[Row], None] = lambda row: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[GroupReport]:
     """Measure every case that has no final row yet, and report group by group.
 
     Args:
         settings: device and effort.
-        results: the file rows go to; cases it already holds are skipped.
+        results: the file rows go to; cases it already holds are skipped. Of cases that are measured together
+            all are measured again where one is missing, so that their ratios are of one run.
         budget: seconds for all groups together. A row that has begun is finished.
-        groups: name to (share, cases).
-        say: prints one line a group.
+        groups: name to (share, cases). What a group leaves over goes to the next.
+        begin: is given the beginning of each case's row and its limit, and {} at its end.
         clock: the present time in seconds.
     """
-    end = clock() + budget
-    weights = {name: weight for name, (weight, _) in groups.items()}
-    fixed, conditions = environment(settings.device), Conditions(settings.device)
-    for name, (weight, cases) in groups.items():
-        begin = clock()
-        deadline = begin + (end - begin) * weight / sum(weights.values())
-        del weights[name]
-        measured = found = left = 0
-        for case in cases(settings):
-            key = row_key(case.kind, case.dtype, case.provider, case.shape, fixed["device"])
-            again = settings.again and results.disturbed(key)
-            if results.done(key) and not again:
-                found += 1
-            elif clock() >= deadline and not case.measured():
-                left += 1
-            else:
-                row = {"key": key, "group": name} | measure_case(case, settings) | fixed | conditions.now()
-                if not again or row.get("waited", 1.0) < results.by_key[key]["waited"]:
+    end, shares = clock() + budget, {name: share for name, (share, _) in groups.items()}
+    fixed = environment(settings.device)
+    for name, (share, cases) in groups.items():
+        deadline = clock() + (end - clock()) * share / sum(shares.values())
+        del shares[name]
+        counts = {"measured": 0, "found": 0, "left": 0}
+        announce = functools.partial(_announce, begin, name, fixed, settings.device)
+        for _, unit in itertools.groupby(cases(settings), lambda case: case.together or case):
+            rows = [(case, _beginning(case, name, fixed)) for case in unit]
+            olds = [results.by_key.get(row["key"], {"status": ""}) for _, row in rows]
+            if all(o["status"] in FINAL and not (settings.again and disturbed(o)) for o in olds):
+                counts["found"] += len(rows)
+                continue
+            if clock() >= deadline:
+                counts["left"] += len(rows)
+                continue
+            # Of those measured together one that can't be had is not tried again with the others.
+            hopeless = [
+                case.together and o["status"] in FINAL - {"ok"}
+                for (case, _), o in zip(rows, olds, strict=True)
+            ]
+            for (case, _), out in zip(rows, hopeless, strict=True):
+                if out:
+                    case.together.leave_out(case)
+                    counts["found"] += 1
+            for (case, row), old, out in zip(rows, olds, hopeless, strict=True):
+                if out:
+                    continue
+                announce(case)
+                row |= measure_case(case, dataclasses.replace(settings, begin=announce))
+                begin({})
+                row |= fixed | conditions(settings.device)
+                if old["status"] != "ok" or not settings.again or row.get("waited", 1.0) < old["waited"]:
                     results.append(row)
-                measured += 1
-        report = GroupReport(name, measured, found, left, clock() - begin)
-        rest = f", {left} left for the next run" if left else ""
-        say(f"{name}: {measured} rows in {report.seconds:.0f} s, {found} from before{rest}")
-        yield report
+                counts["measured"] += 1
+        rest = f", {counts['left']} left for the next run" if counts["left"] else ""
+        print(f"{name}: {counts['measured']} rows, {counts['found']} from before{rest}", flush=True)
+        yield GroupReport(name, **counts)
+
+
+def _beginning(case: Case, group: str, fixed: Row) -> Row:
+    """What a case's row says before it is measured."""
+    key = row_key(case.kind, case.dtype, case.provider, case.shape, fixed["device"], fixed["torch"])
+    row: Row = {"key": key, "group": group, "kind": case.kind, "dtype": case.dtype}
+    return row | {"provider": case.provider, "shape": dict(case.shape)} | case.note
+
+
+def _announce(
+    begin: Callable[[Row], object], group: str, fixed: Row, device: torch.device, case: Case
+) -> None:
+    begin(_beginning(case, group, fixed) | {"limit": case.limit} | fixed | conditions(device))
 
 
 def measure_case(case: Case, settings: Settings) -> Row:
-    """The row of one case; whatever goes wrong in it becomes the row's status and reason.
+    """Return the fields of one case's row; whatever goes wrong in it becomes the row's status and reason.
 
     Raises:
         RuntimeError: the device itself is lost (an illegal access, say): every later row would be false.
     """
-    row: Row = {"kind": case.kind, "dtype": case.dtype, "provider": case.provider, "shape": dict(case.shape)}
-    row |= case.note
+    row: Row
     try:
-        row |= {"status": "ok"} | case.measure(settings)
-    except Unavailable as error:
-        row |= {"status": "none", "reason": str(error)}
-    except WrongResult as error:
-        row |= {"status": "wrong", "reason": str(error)}
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        row |= {"status": "oom", "reason": first_line(error)}
+        row = {"status": "ok"} | case.measure(settings)
     except Exception as error:  # a row must never cost the rows after it
-        if _device_lost(error):
+        if any(sign in str(error) for sign in LOST):
             raise
         full = "can't allocate memory" in str(error)  # how torch's CPU allocator says it
-        row |= {
-            "status": "oom" if full else "error",
-            "reason": f"{type(error).__name__}: {first_line(error)}",
-        }
-    if row["status"] != "ok":
-        gc.collect()  # a traceback keeps the tensors of its frames alive
+        status = "oom" if full else STATUS.get(type(error).__name__, "error")
+        kind = f"{type(error).__name__}: " if status == "error" else ""
+        row = {"status": status, "reason": kind + first_line(error)}
+    gc.collect()  # a traceback keeps the tensors of its frames alive
     if settings.cuda:
         torch.cuda.empty_cache()
     return row
-
-
-def _device_lost(error: Exception) -> bool:
-    text = str(error)
-    return any(
-        sign in text
-        for sign in ("CUDA error: an illegal", "device-side assert", "unspecified launch failure")
-    )

@@ -52,9 +52,6 @@ def run_stage(
         before: what became of the same stage's steps, of the same sources, in an earlier run.
         keep: called with the entry as far as it is after every step.
     """
-    reason = stage.missing(plan)
-    if reason:
-        return {"status": "not there yet", "seconds": 0.0, "note": reason}
     end = time.monotonic() + seconds
     earlier = {entry["step"]: dict(entry) for entry in before}
     steps = stage.steps(plan, seconds)
@@ -134,18 +131,16 @@ def run_stages(
         entry = entries.get(stage.name) or {}
         return entry if entry.get("source") == sources[stage.name] else {}
 
-    waiting = [s for s in stages if not finished(s, plan, old(s)) and not s.missing(plan)]
+    waiting = [s for s in stages if not finished(s, plan, old(s))]
     end = time.monotonic() + budget
     for stage in stages:
         before = old(stage)
         if finished(stage, plan, before):
             say(f"{stage.name}: {before['status']} before, skipped")
             continue
-        share = 0.0
-        if stage in waiting:
-            share = _share(stage, end - time.monotonic(), sum(s.weight for s in waiting if not s.whole))
-            waiting.remove(stage)
-            say(f"{stage.name}: up to {share:.0f} s")
+        share = _share(stage, end - time.monotonic(), sum(s.weight for s in waiting if not s.whole))
+        waiting.remove(stage)
+        say(f"{stage.name}: up to {share:.0f} s")
 
         def keep(entry: dict[str, Any], name: str = stage.name) -> None:
             entries[name] = entry | {"source": sources[name], "date": _now()}
@@ -153,7 +148,7 @@ def run_stages(
 
         # A stage that was finished, on another machine, begins anew.
         steps = [] if before.get("status") in DONE else before.get("steps", [])
-        if share > 0 or stage.missing(plan):
+        if share > 0:
             entry = run_stage(stage, plan, share, log, steps, keep)
         else:
             entry = _no_time() | ({"steps": steps} if steps else {})

@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its weight in the shares of time, why it can't run ("" when it can), and its steps.
+    """A stage: its weight in the shares of time, and its steps.
 
     `steps` is told the seconds of the stage's share, so that a bench can end by itself before it is stopped.
     `least` seconds are given however small the share is, as long as they are left; `whole` is given all that
@@ -64,7 +64,6 @@ class Stage:
     name: str
     weight: float
     steps: Callable[[Plan, float], list[Step]]
-    missing: Callable[[Plan], str] = lambda plan: ""
     record: Callable[[Plan], dict[str, Any]] = lambda plan: {}
     standing: Callable[[Plan, dict[str, Any]], bool] = lambda plan, entry: True
     least: float = 0.0
@@ -100,11 +99,10 @@ def build_stands(plan: Plan, entry: dict[str, Any]) -> bool:
 
 
 def smoke_steps(plan: Plan, seconds: float) -> list[Step]:
-    """Every op once: which implementation runs, what attention runs on, each kernel beside its reference."""
+    """Every op once: which implementation runs and why not another, each kernel beside its reference."""
     python = (sys.executable, "-m")
     return [
         Step("info", (*python, "admfast", "info")),
-        Step("attention", (*python, "bench.gpu.chosen", "--device", plan.device)),
         Step("small kernels", (*python, *small_kernels(plan))),
     ]
 
@@ -156,28 +154,17 @@ def pytest_step(plan: Plan, path: str) -> Step:
 
 
 def bench_stage(name: str, weight: float, *more: str, module: str = "", least: float = 0.0) -> Stage:
-    """A bench of this folder: `python -m bench.<module> --device D --out DIR --budget SECONDS`, and `more`.
+    """A bench: `python -m bench.<module> --device D --out DIR --budget SECONDS`, and `more`.
 
-    module: the stage's name where nothing is said.
+    module: the stage's name by default.
     """
-    module = module or name
 
     def steps(plan: Plan, seconds: float) -> list[Step]:
         own = f"{max(seconds - 10, seconds / 2):.0f}"  # ten seconds to end by itself and write its table
         flags = ("--device", plan.device, "--out", str(plan.out), "--budget", own, *more)
-        return [Step(f"bench.{name}", (sys.executable, "-m", f"bench.{module}", *flags))]
+        return [Step(f"bench.{name}", (sys.executable, "-m", f"bench.{module or name}", *flags))]
 
-    def missing(plan: Plan) -> str:
-        folder = plan.root / "bench"
-        there = (folder / f"{module}.py").exists() or (folder / module / "__main__.py").exists()
-        return "" if there else f"no bench/{module}.py"
-
-    return Stage(name, weight, steps, missing, least=least)
-
-
-def no_folder(name: str) -> Callable[[Plan], str]:
-    """What a stage misses without the folder `name`."""
-    return lambda plan: "" if (plan.root / name).is_dir() else f"no {name}"
+    return Stage(name, weight, steps, least=least)
 
 
 # In the order of what is most worth knowing where time is short.
@@ -186,23 +173,21 @@ STAGES: tuple[Stage, ...] = (
         "build",
         1.0,
         build_steps,
-        missing=lambda plan: "" if (plan.root / "setup.py").exists() else "no setup.py",
         record=build_info,
         standing=build_stands,
         whole=True,
         sources=("csrc",),
     ),
-    Stage("smoke", 1.0, smoke_steps, no_folder("tests/tools"), least=120, sources=(*PRODUCT, "tests")),
-    Stage("parity", 1.0, parity_steps, no_folder("tests/parity"), least=120, sources=(*PRODUCT, "tests")),
+    Stage("smoke", 1.0, smoke_steps, least=120, sources=(*PRODUCT, "tests")),
+    Stage("parity", 1.0, parity_steps, least=120, sources=(*PRODUCT, "tests")),
     bench_stage("sampling", 2.0, "--only", "matmul,steps", least=180),
     bench_stage("kernels", 1.0, least=90),
-    Stage("sanitizers", 1.0, sanitizer_steps, no_folder("tests/tools"), sources=(*PRODUCT, "tests")),
-    Stage("tests", 3.0, test_steps, no_folder("tests"), sources=(*PRODUCT, "tests")),
+    Stage("sanitizers", 1.0, sanitizer_steps, sources=(*PRODUCT, "tests")),
+    Stage("tests", 3.0, test_steps, sources=(*PRODUCT, "tests")),
     bench_stage("ceilings", 1.0),
     bench_stage("profile", 1.0),
     bench_stage("ablation", 1.0, "--ablate", "--only", "start,ablation", module="sampling"),
-    bench_stage("training", 1.0),
-    bench_stage("peers", 1.0),
+    bench_stage("peers", 1.0, "--peers", "--only", "matmul,steps", module="sampling"),
 )
 
 

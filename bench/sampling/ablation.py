@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.models.fold import PARTS, FoldOptions
-from bench.case import Case, Settings
-from bench.registry import PREDICTED_GAINS
+from bench.measure import Case, Settings, short
 from bench.results import Row
-from bench.sampling.bout import Bout
-from bench.sampling.contender import Contender, Entry
+from bench.sampling.compare import Comparison
+from bench.sampling.contender import Entry
 from bench.sampling.ours import Ours
-from bench.sampling.subject import Inputs, Subject
+from bench.sampling.subject import Subject
 
 WHOLE = "whole engine"
-BOUT_SECONDS = {"cuda": 3.0, "cpu": 30.0}
+ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 30.0}
 # Everything that the reference operations do in the published code's way.
 NO_NORM, NO_ATTENTION = "group_norm_silu=reference", "attention=reference"
-NO_FOLD = FoldOptions(conv="library", _without=PARTS - {"channels_last"})
 FOLDS = {
     "two_sources": "two sources",
     "residual": "residual in the convolution",
@@ -43,63 +42,59 @@ class Form:
 
     def entry(self, precision: str) -> Entry:
         """The form as a contender."""
-
-        def make(subject: Subject, inputs: Inputs) -> Contender:
-            return Ours(
-                subject,
-                inputs,
-                name=self.name,
-                precision=precision,
-                options=self.options,
-                setting=self.setting,
-                channels_last=self.channels_last,
-            )
-
-        return Entry(self.name, precision, make)
+        make = partial(
+            Ours,
+            name=self.name,
+            precision=precision,
+            options=self.options,
+            setting=self.setting,
+            channels_last=self.channels_last,
+        )
+        return Entry(self.name, precision, make, compiles=self.options.compile)
 
 
 def added(cuda: bool) -> list[Form]:
-    """From the plain operations to the whole engine and beyond, one part more in each form.
-
-    What ends it is the engine's defaults.
-    """
+    """From the plain operations to the engine's defaults, one part more in each form."""
     both = f"{NO_NORM},{NO_ATTENTION}"
-    prepared = replace(PLAIN, prepared=True)
     forms = [
         Form("plain", PLAIN, both, channels_last=False),
         Form("channels-last", PLAIN, both),
         Form("fused norm", PLAIN, NO_ATTENTION),
         Form("fused attention", PLAIN),
-        Form("prepared step", prepared),
-        Form("folded convolutions", replace(prepared, fold=NO_FOLD)),
     ]
-    fold = NO_FOLD
-    fold = replace(fold, conv=None)
-    forms.append(Form("fastest convolution", replace(prepared, fold=fold)))
+
+    def then(name: str, **changes: object) -> None:
+        forms.append(Form(name, replace(forms[-1].options, **changes)))  # type: ignore[arg-type]
+
+    missing = PARTS - {"channels_last"}
+    then("prepared step", prepared=True)
+    then("folded convolutions", fold=FoldOptions(conv="library", _without=missing))
+    then("fastest convolution", fold=FoldOptions(_without=missing))
     for part, name in FOLDS.items():
-        fold = replace(fold, _without=fold._without - {part})
-        forms.append(Form(name, replace(prepared, fold=fold)))
-    options = forms[-1].options
+        missing -= {part}
+        then(name, fold=FoldOptions(_without=missing))
     if cuda:
-        options = replace(options, graph=True)
-        forms.append(Form("graph", options))
-        options = replace(options, branches=True)
-        forms.append(Form("two branches", options))
+        then("graph", graph=True)
+        then("two branches", branches=True)
     return forms
 
 
 def without(cuda: bool) -> list[Form]:
     """The whole engine less one part."""
     whole = EngineOptions()
+
+    def less(part: str) -> EngineOptions:
+        return replace(whole, fold=FoldOptions(_without=frozenset({part})))
+
     forms = [
-        Form("channels-last", _with(whole, _without=frozenset({"channels_last"})), channels_last=False),
+        Form("channels-last", less("channels_last"), channels_last=False),
         Form("fused norm", whole, NO_NORM),
         Form("fused attention", whole, NO_ATTENTION),
         Form("fused update", whole, "sampler_step=reference"),
         Form("prepared step", replace(whole, prepared=False, graph=False, branches=False)),
         Form("folded convolutions", replace(whole, fold=None)),
-        Form("fastest convolution", _with(whole, conv="library")),
-        *(Form(name, _with(whole, _without=frozenset({part}))) for part, name in FOLDS.items()),
+        Form("fastest convolution", replace(whole, fold=FoldOptions(conv="library"))),
+        *(Form(name, less(part)) for part, name in FOLDS.items()),
     ]
     if cuda:
         forms.append(Form("graph", replace(whole, graph=False, branches=False)))
@@ -107,61 +102,28 @@ def without(cuda: bool) -> list[Form]:
     return forms
 
 
-def _with(options: EngineOptions, **changes: object) -> EngineOptions:
-    """The options with another fold."""
-    assert options.fold is not None
-    return replace(options, fold=replace(options.fold, **changes))  # type: ignore[arg-type]
-
-
 def cases(
     settings: Settings, pairs: Sequence[tuple[Subject, int]], precision: str, compiled: bool = False
 ) -> Iterator[Case]:
     """A row for every form of every (preset, batch)."""
-    kind = settings.device.type
-    # First those whose gains somebody predicted.
-    for subject, batch in sorted(
-        pairs, key=lambda pair: (kind, pair[0].name, pair[1]) not in PREDICTED_GAINS
-    ):
-        whole = _kept(Form(WHOLE).entry(precision))
-        ladder = added(settings.cuda)
-        if compiled:
-            ladder.append(Form("compiled", replace(EngineOptions(), compile=True)))
-        lists = {"ablation_added": ladder, "ablation_without": without(settings.cuda)}
-        for list_name, forms in lists.items():
+    ladder = added(settings.cuda)
+    if compiled:
+        ladder.append(Form("compiled", replace(EngineOptions(), compile=True)))
+    lists = {"ablation_added": ladder, "ablation_without": without(settings.cuda)}
+    for subject, batch in pairs:
+        whole = Form(WHOLE).entry(precision)
+        whole = replace(whole, make=lru_cache(maxsize=1)(whole.make))  # made once for all forms
+        for kind, forms in lists.items():
             for form in forms:
-                entries = [whole, form.entry(precision)]
-                bout = Bout(list_name, subject, batch, entries, BOUT_SECONDS[kind])
-                yield _case(bout, form, list_name, predicted(kind, subject.name, batch, form.name))
+                entry = form.entry(precision)
+                budget = ROUNDS_SECONDS[settings.device.type]
+                one = Comparison(kind, subject, batch, [whole, entry], budget)
+                yield replace(one.case(entry), measure=partial(_measure, one, entry), together=None)
 
 
-def predicted(kind: str, system: str, batch: int, form: str) -> float | None:
-    """The part of the plain step's time that a form was predicted to save; None where nobody did."""
-    return PREDICTED_GAINS.get((kind, system, batch), {}).get(form)
-
-
-def _kept(entry: Entry) -> Entry:
-    """An entry whose contender is made once, and serves one bout after another."""
-    made: list[Contender] = []
-
-    def make(subject: Subject, inputs: Inputs) -> Contender:
-        if not made:
-            made.append(entry.make(subject, inputs))
-        return made[0]
-
-    return replace(entry, make=make)
-
-
-def _case(bout: Bout, form: Form, list_name: str, expected: float | None) -> Case:
-    """The form's case of a bout, with its ratio to the whole engine."""
-    case = next(case for case in bout.cases() if case.provider == form.name)
-
-    def measure(settings: Settings) -> Row:
-        row = dict(case.measure(settings))
-        whole = bout.found[WHOLE, case.dtype]
-        assert not isinstance(whole, Exception)
-        ratio: float = 1 / row.pop("faster_than")[f"{WHOLE} {case.dtype}"]
-        row |= {"ratio": float(f"{ratio:.5g}"), "whole_ms": whole["ms"]}
-        bout.found.clear()
-        return row | ({} if expected is None else {"predicted": expected})
-
-    return replace(case, measure=measure)
+def _measure(one: Comparison, entry: Entry, settings: Settings) -> Row:
+    """The form's row, with its ratio to the whole engine."""
+    row = dict(one.row_of(entry, settings))
+    whole = one.row_of(one.entries[0], settings)
+    ratio = 1 / row.pop("faster_than")[f"{WHOLE} {entry.dtype}"]
+    return row | {"ratio": short(ratio), "whole_ms": whole["ms"]}

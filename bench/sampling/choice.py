@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.errors import AdmfastError
-from bench.case import Case, Settings
+from bench.measure import Case, Settings
 from bench.sampling import diffusers_unet, ours, published
-from bench.sampling.bout import Bout
+from bench.sampling.compare import Comparison
 from bench.sampling.contender import Entry
+from bench.sampling.flags import PEERS
 from bench.sampling.subject import TINY, Subject, subjects
 
 # By device: presets, batches, precisions; `--all` adds the other presets, on a CPU at batch 1.
@@ -25,28 +24,29 @@ SYSTEMS = {"cuda": ("imagenet256", "imagenet64"), "cpu": ("digits32", "imagenet6
 BATCHES = {"cuda": (8, 1), "cpu": (1, 4)}
 ALL_BATCHES = {"cuda": (8, 1, 32), "cpu": (1,)}
 PRECISIONS = {"cuda": ("auto", "bf16", "fp16"), "cpu": ("fp32", "bf16")}
-BOUT_SECONDS = {"cuda": 20.0, "cpu": 150.0}
-PEERS = (*published.FORMS, "diffusers")
-PUBLISHED_PATH = "GUIDED_DIFFUSION"
-PUBLISHED_FOLDER = Path(".guided-diffusion")
+ROUNDS_SECONDS = {"cuda": 20.0, "cpu": 150.0}
 
 
 @dataclass(frozen=True)
 class Choice:
     """What is measured: (preset, batch) in order, our precisions, peers by name.
 
-    path: of the published code, "" for none. compiled: ours compiled is measured too.
+    path: of the published code, "" for none.
     """
 
     pairs: tuple[tuple[Subject, int], ...]
     precisions: tuple[str, ...]
     peers: tuple[str, ...]
     path: str
-    compiled: bool = False
 
-    def bouts(self, settings: Settings) -> Iterator[Bout]:
-        """The comparisons: guided steps, and steps without guidance where that is all a peer has."""
-        budget = BOUT_SECONDS[settings.device.type]
+    @property
+    def compiled(self) -> bool:
+        """Whether our step is measured compiled too."""
+        return "compiled" in self.peers
+
+    def comparisons(self, settings: Settings) -> Iterator[Comparison]:
+        """Guided steps, and steps without guidance where that is all a peer has."""
+        budget = ROUNDS_SECONDS[settings.device.type]
         for subject, batch in self.pairs:
             also = f"also {', '.join(subject.also)}" if subject.also else ""
             mine = [ours.entry(name) for name in self.precisions]
@@ -55,17 +55,17 @@ class Choice:
             theirs = self._published(settings.device)
             other = [diffusers_unet.entry(settings.device)] if "diffusers" in self.peers else []
             if subject.classifier is None:
-                yield Bout("step", subject, batch, _noted(mine + theirs + other, also), budget)
+                yield Comparison("step", subject, batch, _noted(mine + theirs + other, also), budget)
                 continue
-            yield Bout("guided_step", subject, batch, _noted(mine + theirs, also), budget)
+            yield Comparison("guided_step", subject, batch, _noted(mine + theirs, also), budget)
             if other:
                 few = mine[:1] + theirs[:1] + other
-                yield Bout("step", subject.alone(), batch, _noted(few, also), budget)
+                yield Comparison("step", subject.alone(), batch, _noted(few, also), budget)
 
     def cases(self, settings: Settings) -> Iterator[Case]:
         """The rows of all comparisons."""
-        for bout in self.bouts(settings):
-            yield from bout.cases()
+        for one in self.comparisons(settings):
+            yield from one.cases()
 
     def _published(self, device: torch.device) -> list[Entry]:
         forms = [form for name, form in published.FORMS.items() if name in self.peers]
@@ -73,57 +73,23 @@ class Choice:
 
 
 def _noted(entries: Sequence[Entry], also: str) -> list[Entry]:
-    note = {"also": also} if also else {}
-    return [replace(entry, note=note) for entry in entries]
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that `choose` reads."""
-    parser.add_argument(
-        "--systems", metavar="NAME,...", help=f"presets, of {','.join(subjects())} (default: by device)"
-    )
-    parser.add_argument(
-        "--batches", metavar="N,...", help="images at a time (default: 1,8 on a GPU, 1,4 on a CPU)"
-    )
-    parser.add_argument("--precisions", metavar="NAME,...", help="of our steps (default: by device)")
-    parser.add_argument(
-        "--all", action="store_true", help="every preset; batches 1,8,32 on a GPU, also batch 1 on a CPU"
-    )
-    parser.add_argument(
-        "--guided-diffusion",
-        metavar="PATH",
-        default=published_path(),
-        help="a checkout of the published code, to compare with "
-        f"(default: {PUBLISHED_PATH}, or {PUBLISHED_FOLDER} where it exists)",
-    )
-    parser.add_argument(
-        "--peers",
-        metavar="NAME,...",
-        help=f"of {','.join(PEERS)} (default: those that are there, but compiled)",
-    )
-
-
-def published_path() -> str:
-    """Where the published code is, as far as nobody says it: "" for nowhere."""
-    return os.environ.get(PUBLISHED_PATH) or (str(PUBLISHED_FOLDER) if PUBLISHED_FOLDER.is_dir() else "")
+    return [replace(entry, note={"also": also}) for entry in entries] if also else list(entries)
 
 
 def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
     """What a run measures; raises ValueError for a name or number that is not allowed."""
-    kind = settings.device.type
+    kind, known = settings.device.type, subjects()
     batches = _numbers(arguments.batches) or BATCHES[kind]
-    known = subjects()
+    names = _names("systems", arguments.systems, known) or SYSTEMS[kind]
     if settings.quick:
         pairs = [(TINY, 2)]
     elif arguments.systems:
-        names = _names("systems", arguments.systems, known)
         every = ALL_BATCHES[kind] if arguments.all and not arguments.batches else batches
         pairs = [(known[name], batch) for name in names for batch in every]
     else:
-        pairs = [(known[name], batch) for name in SYSTEMS[kind] for batch in batches]
-        if arguments.all:
-            more = [(subject, batch) for subject in known.values() for batch in ALL_BATCHES[kind]]
-            pairs += [pair for pair in more if pair not in pairs]
+        pairs = [(known[name], batch) for name in names for batch in batches]
+        more = [(subject, batch) for subject in known.values() for batch in ALL_BATCHES[kind]]
+        pairs += [pair for pair in more if pair not in pairs] if arguments.all else []
     precisions = tuple(_texts(arguments.precisions)) or PRECISIONS[kind]
     for name in precisions:
         try:
@@ -131,12 +97,12 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
         except AdmfastError as error:
             raise ValueError(str(error)) from None
     path = arguments.guided_diffusion
-    peers = _names("peers", arguments.peers, PEERS) if arguments.peers else present(path)
-    return Choice(tuple(pairs), precisions, tuple(peers), path, "compiled" in peers)
+    peers = _names("peers", arguments.peers, PEERS) or present(path)
+    return Choice(tuple(pairs), precisions, tuple(peers), path)
 
 
 def present(path: str) -> list[str]:
-    """The peers that are there and need no minutes of compilation."""
+    """The peers that are installed and need no minutes of compilation."""
     found = ["eager", "channels-last"] if path else []
     return found + (["diffusers"] if importlib.util.find_spec("diffusers") else [])
 
@@ -145,11 +111,11 @@ def _texts(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def _names(flag: str, text: str, known: Sequence[str] | dict[str, Subject]) -> list[str]:
+def _names(flag: str, text: str | None, known: Iterable[str]) -> list[str]:
     names = _texts(text)
     for name in names:
         if name not in known:
-            raise ValueError(f"{flag}={text!r}: no {name}; there are {', '.join(known)}")
+            raise ValueError(f"{flag}={text!r}: no {name}; the names are {', '.join(known)}")
     return names
 
 

@@ -23,14 +23,15 @@ from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm
 from admfast.verify.budget import BUDGETS
-from bench.case import checked
+from bench.measure import Sample, checked, sample
 from bench.results import Row
 from bench.sampling.subject import Inputs, Subject
-from bench.timing import Spell, spell
 
 # Of ten steps the one before the last: x after it is the x_0 found there, with noise and guidance of the same
 # order, so that an error of the network isn't hidden behind an x_t that is handed through.
 TRIAL_STEPS, TRIAL_INDEX = 10, 1
+# Steps whose embeddings the engine makes at a time: a sample that comes near holds a whole number of them.
+TOGETHER = 25
 GUIDANCE_SIZE = 0.3  # root mean square of what the trial's guidance moves x by
 
 
@@ -72,19 +73,28 @@ class Contender(abc.ABC):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The settings of the process under which everything of it runs."""
-        with torch.no_grad():
-            yield
+        """Run what is inside as everything of it runs; by default cuDNN searches its algorithms."""
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def note(self) -> Row:
         """What its row says of how it ran."""
         return {}
 
-    def take(self, count: int) -> Spell:
+    def name_parts(self) -> None:
+        """Name the parts that a profiler can't tell apart, after `begin`; by default none."""
+        return None
+
+    def take(self, count: int) -> Sample:
         """The time of the first `count` steps."""
         with self.running():
             self.begin()
-            return spell(self.step, count, self.device)
+            return sample(self.step, count)
 
 
 @dataclass(frozen=True)
@@ -156,11 +166,12 @@ def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     return Trial(process, table, TRIAL_INDEX, inputs, noise, scale, ends, x_next, x0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """A contender that is not there yet: what its row is called, and how it is made."""
+    """A contender before it is made: what its row is called, how it is made, whether that takes minutes."""
 
     name: str
     dtype: str
     make: Callable[[Subject, Inputs], Contender]
     note: Mapping[str, Any] = field(default_factory=dict)
+    compiles: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.models.config import NetConfig, UNetConfig, UpsamplerConfig
-from bench.case import Unavailable, first_line
+from bench.measure import Unavailable, first_line
 from bench.sampling.contender import Contender, Entry, Trial
 from bench.sampling.published import precision
 from bench.sampling.subject import Inputs, Subject
@@ -195,16 +194,6 @@ class Diffusers(Contender):
 
     def step(self, i: int) -> None:
         self.x = self._sample(self.scheduler, self.x, i).prev_sample
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            torch.backends.cudnn.benchmark = before
 
 
 def entry(device: torch.device) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -50,7 +51,7 @@ class Ours(Contender):
 
     def prepare(self) -> None:
         self.policy = policy(self.dtype, self.device)
-        nets = [_laid_out(net, self.channels_last) for net in self.subject.networks(self.device)]
+        nets = [laid_out(net, self.channels_last) for net in self.subject.networks(self.device)]
         self.engine = Engine(nets[0], nets[1], self.policy, self.options)  # type: ignore[arg-type]
         self.engine.ready()
         self.table = ddpm().table(self.subject.process(self.subject.steps))
@@ -113,6 +114,10 @@ class Ours(Contender):
         with torch.no_grad(), own_numerics(self.device, tf32), chosen:
             yield
 
+    def name_parts(self) -> None:
+        for table in getattr(self.runner, "tables", {}).values():
+            table.fill = torch.profiler.record_function("embedding")(table.fill)
+
     def note(self) -> Row:
         parts = [f"{op} {'+'.join(names)}" for op, names in self.implementations.items()]
         row: Row = {"implementation": ", ".join(parts)}
@@ -120,7 +125,7 @@ class Ours(Contender):
         return row | ({"refused": refused} if refused else {})
 
 
-def _laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
+def laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
     """The network as `admfast.load` gives it, or as a file does."""
     if net is not None and channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -130,7 +135,5 @@ def _laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
 def entry(precision: str, options: EngineOptions | None = None, name: str = "admfast") -> Entry:
     """Our step in a precision."""
 
-    def make(subject: Subject, inputs: Inputs) -> Contender:
-        return Ours(subject, inputs, name=name, precision=precision, options=options)
-
-    return Entry(name, precision, make)
+    make = functools.partial(Ours, name=name, precision=precision, options=options)
+    return Entry(name, precision, make, compiles=options is not None and options.compile)

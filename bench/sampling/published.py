@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.models.config import NetConfig, UpsamplerConfig
-from bench.case import Unavailable, first_line
+from bench.measure import Unavailable, first_line
 from bench.results import Row
 from bench.sampling.contender import Contender, Entry, Trial
 from bench.sampling.subject import Inputs, Subject
@@ -169,16 +167,6 @@ class Published(Contender):
             torch.compiler.cudagraph_mark_step_begin()
         self.x = self._sample(self.diffusion, self.x, self.subject.steps - 1 - i)["sample"]
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            torch.backends.cudnn.benchmark = before
-
     def note(self) -> Row:
         if not self.half:
             return {}
@@ -202,4 +190,5 @@ def precision(device: torch.device) -> str:
 
 def entry(form: Form, path: str, device: torch.device) -> Entry:
     """The published step in a form."""
-    return Entry(form.name, precision(device), lambda subject, inputs: Published(subject, inputs, form, path))
+    make = functools.partial(Published, form=form, path=path)
+    return Entry(form.name, precision(device), make, compiles=form.compiled)

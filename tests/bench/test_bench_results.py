@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from bench.results import (
-    Conditions,
     ResultFile,
     Row,
     ceiling,
+    conditions,
+    disturbed,
     environment,
     markdown_table,
     read_rows,
+    read_smi,
     row_key,
     slug,
 )
@@ -31,16 +33,14 @@ def test_rows_are_on_the_disk_one_by_one(tmp_path: Path) -> None:
     assert file.path.read_text().count("\n") == 2
 
 
-def test_a_final_row_is_done_and_an_error_is_tried_again(tmp_path: Path) -> None:
-    path = tmp_path / "r.jsonl"
-    file = ResultFile(path)
-    for key, status in (("a", "ok"), ("b", "none"), ("c", "oom"), ("d", "wrong"), ("e", "error")):
-        file.append(row(key, status=status))
-    again = ResultFile(path)
-    assert [again.done(k) for k in "abcdef"] == [True, True, True, True, False, False]
-    again.append(row("e", status="ok"))
-    assert again.done("e")
-    assert [r["status"] for r in read_rows(path) if r["key"] == "e"] == ["ok"]
+def test_the_last_row_of_a_key_counts(tmp_path: Path) -> None:
+    file = ResultFile(tmp_path / "r.jsonl")
+    file.append(row("a", status="error"))
+    file.append(row("b", waited=0.2))
+    file.append(row("a", status="ok"))
+    again = ResultFile(file.path)
+    assert [(r["key"], r["status"]) for r in again.rows] == [("a", "ok"), ("b", "ok")]
+    assert [disturbed(r) for r in again.rows] == [False, True]
 
 
 def test_a_half_written_line_costs_only_itself(tmp_path: Path) -> None:
@@ -49,17 +49,17 @@ def test_a_half_written_line_costs_only_itself(tmp_path: Path) -> None:
     with path.open("a") as out:
         out.write('{"key": "b", "kind": "mat')
     file = ResultFile(path)
-    assert file.done("a") and not file.done("b")
+    assert set(file.by_key) == {"a"}
     file.append(row("c"))
     assert [r["key"] for r in read_rows(path)] == ["a", "c"]
     assert json.loads(path.read_text().splitlines()[-1])["key"] == "c"
 
 
 def test_key_tells_apart_what_must_be_measured_apart() -> None:
-    base = ("conv3x3", "bf16", "F.conv2d", {"batch": 1, "cin": 2}, "gpu")
+    base = ("conv3x3", "bf16", "F.conv2d", {"batch": 1, "cin": 2}, "gpu", "2")
     key = row_key(*base)
-    assert key == row_key("conv3x3", "bf16", "F.conv2d", {"cin": 2, "batch": 1}, "gpu")
-    for place, other in enumerate(("conv1x1", "fp16", "torch.mm", {"batch": 8, "cin": 2}, "cpu")):
+    assert key == row_key("conv3x3", "bf16", "F.conv2d", {"cin": 2, "batch": 1}, "gpu", "2")
+    for place, other in enumerate(("conv1x1", "fp16", "torch.mm", {"batch": 8, "cin": 2}, "cpu", "3")):
         changed = [*base[:place], other, *base[place + 1 :]]
         assert row_key(*changed) != key  # type: ignore[arg-type]
 
@@ -74,23 +74,17 @@ def test_ceiling_takes_the_best_product_and_the_largest_copy(tmp_path: Path) -> 
     file.append(row("f", kind="copy", dtype="fp32", gbps=300.0, bytes=10**9))
     file.append(row("g", kind="graph_node", dtype="fp32", us_per_node=2.0))
     file.append(row("h", kind="graph_node", dtype="fp32", us_per_node=1.5))
-    assert ceiling(file.path, "matmul", "bf16") == 7.0
-    assert ceiling(tmp_path, "matmul") == 9.0
-    assert ceiling(file.path, "copy") == 300.0  # the small copy stayed in a cache
-    assert ceiling(file.path, "graph_node") == 1.5
-    assert ceiling(file.path, "matmul", "tf32") is None
-    assert ceiling(tmp_path / "absent.jsonl", "matmul") is None
+    rows = read_rows(file.path)
+    assert ceiling(rows, "matmul", "bf16") == 7.0
+    assert ceiling(rows, "matmul") == 9.0
+    assert ceiling(rows, "copy") == 300.0  # the small copy stayed in a cache
+    assert ceiling(rows, "graph_node") == 1.5
+    assert ceiling(rows, "matmul", "tf32") is None
+    assert ceiling(read_rows(tmp_path / "absent.jsonl"), "matmul") is None
     with pytest.raises(ValueError, match="kind='speed'"):
-        ceiling(file.path, "speed")
-
-
-def test_ceiling_does_not_mix_devices(tmp_path: Path) -> None:
-    file = ResultFile(tmp_path / "ceilings.jsonl")
-    file.append(row("a", tflops=5.0, device="one"))
-    file.append(row("b", tflops=7.0, device="two"))
-    with pytest.raises(ValueError, match="several devices"):
-        ceiling(file.path, "matmul", "bf16")
-    assert ceiling(file.path, "matmul", "bf16", device="one") == 5.0
+        ceiling(rows, "speed")
+    with pytest.raises(ValueError, match="rows:"):
+        ceiling([*rows, row("i", tflops=7.0, device="two")], "matmul", "bf16")
 
 
 def test_table() -> None:
@@ -115,11 +109,11 @@ def test_environment_names_what_a_number_depends_on(monkeypatch: pytest.MonkeyPa
 
 
 def test_power_is_read_from_nvidia_smi_and_what_it_lacks_is_left_out() -> None:
-    assert Conditions.parse("312.4, 1980, 2619, 41\n") == {
+    assert read_smi("312.4, 1980, 2619, 41\n") == {
         "power_w": 312.4,
         "sm_mhz": 1980.0,
         "mem_mhz": 2619.0,
         "celsius": 41.0,
     }
-    assert Conditions.parse("[N/A], 1980, 2619, 41") == {"sm_mhz": 1980.0, "mem_mhz": 2619.0, "celsius": 41.0}
-    assert {"date", "load"} == set(Conditions(torch.device("cpu")).now())
+    assert read_smi("[N/A], 1980, 2619, 41") == {"sm_mhz": 1980.0, "mem_mhz": 2619.0, "celsius": 41.0}
+    assert {"date", "load"} == set(conditions(torch.device("cpu")))

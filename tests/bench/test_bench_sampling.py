@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 
@@ -10,24 +11,25 @@ import torch
 
 from admfast.engine.options import EngineOptions
 from admfast.models.presets import SYSTEMS
-from bench.case import Settings, Unavailable, WrongResult
 from bench.command import UNFINISHED
+from bench.measure import Settings, Unavailable, WrongResult
+from bench.report import render
 from bench.results import ResultFile, read_rows
 from bench.runner import measure_case, run
-from bench.sampling import ablation, contender, diffusers_unet, first_image, ours, published, startup
+from bench.sampling import ablation, contender, diffusers_unet, ours, published, start
 from bench.sampling.__main__ import main
-from bench.sampling.bout import Bout, paired_ratio
-from bench.sampling.choice import PUBLISHED_PATH, Choice
+from bench.sampling.choice import Choice, choose
+from bench.sampling.compare import Comparison, paired_ratio
 from bench.sampling.contender import Contender, Entry, make_trial
-from bench.sampling.report import ladder, render
+from bench.sampling.flags import PEERS, PUBLISHED_PATH, add_flags
 from bench.sampling.subject import TINY, Inputs, step_flop, subjects
 from bench.sampling.weights import network, random_state, shared_state
 from tests.bench.published_stub import published_stub
-from tests.bench.test_bench_registry import TOTALS
+from tests.bench.test_bench_shapes import TOTALS
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, seconds=0.001, quick=True)
-QUICK = ["--device", "cpu", "--quick", "--precisions", "fp32", "--peers", "eager"]
+QUICK = ["--device", "cpu", "--quick", "--precisions", "fp32", "--peers", "eager", "--inside"]
 
 
 def test_every_preset_s_step_is_there_once() -> None:
@@ -109,7 +111,7 @@ class Unguided(ours.Ours):
 @pytest.mark.parametrize("kind", [Bent, NoNoise, Unguided])
 def test_a_wrong_contender_is_reported_and_not_timed(kind: type[Contender]) -> None:
     entries = [ours.entry("fp32"), Entry("wrong", "fp32", kind)]
-    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 1, entries).cases()]
+    rows = [measure_case(case, SETTINGS) for case in Comparison("guided_step", TINY, 1, entries).cases()]
     assert [row["status"] for row in rows] == ["ok", "wrong"], rows
     assert "relative error" in rows[1]["reason"] and "ms" not in rows[1]
     assert rows[0]["faster_than"] == {}
@@ -117,7 +119,7 @@ def test_a_wrong_contender_is_reported_and_not_timed(kind: type[Contender]) -> N
 
 def test_rows_say_all_that_is_to_be_reported() -> None:
     entries = [ours.entry("fp32"), ours.entry("bf16")]
-    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 2, entries).cases()]
+    rows = [measure_case(case, SETTINGS) for case in Comparison("guided_step", TINY, 2, entries).cases()]
     for row in rows:
         assert row["status"] == "ok", row
         assert row["ms_q20"] <= row["ms"] <= row["ms_q80"] and len(row["rounds_ms"]) == row["samples"]
@@ -139,7 +141,7 @@ class Fails(ours.Ours):
 
 def test_one_that_fails_costs_only_its_own_row() -> None:
     entries = [Entry("broken", "fp32", Fails), ours.entry("fp32")]
-    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 1, entries).cases()]
+    rows = [measure_case(case, SETTINGS) for case in Comparison("guided_step", TINY, 1, entries).cases()]
     assert [row["status"] for row in rows] == ["oom", "ok"]
 
 
@@ -157,13 +159,13 @@ def test_what_was_measured_together_is_written_whatever_the_time(tmp_path) -> No
     groups = {
         "steps": (
             1.0,
-            lambda s: [c for kind in "xy" for c in Bout(kind, TINY, 1, entries).cases()],
+            lambda s: [c for kind in "xy" for c in Comparison(kind, TINY, 1, entries).cases()],
         )
     }
     results = ResultFile(tmp_path / "r.jsonl")
-    (report,) = run(SETTINGS, results, 50.0, groups, say=lambda _: None, clock=lambda: now[0])
+    (report,) = run(SETTINGS, results, 50.0, groups, clock=lambda: now[0])
     assert (report.measured, report.left) == (2, 2) and made == ["a", "b"]
-    (report,) = run(SETTINGS, results, 1000.0, groups, say=lambda _: None, clock=lambda: now[0])
+    (report,) = run(SETTINGS, results, 1000.0, groups, clock=lambda: now[0])
     assert (report.found, report.measured, report.left) == (2, 2, 0)
 
 
@@ -171,15 +173,15 @@ def test_what_was_measured_together_is_written_whatever_the_time(tmp_path) -> No
 def test_the_published_code_is_driven_as_its_script_does(form: published.Form, tmp_path) -> None:
     with published_stub(tmp_path / "checkout") as path:
         entry = published.entry(form, path, CPU)
-        (row,) = [measure_case(c, SETTINGS) for c in Bout("guided_step", TINY, 2, [entry]).cases()]
-    assert row["status"] == "ok" and row["provider"] == form.name, row
+        (row,) = [measure_case(c, SETTINGS) for c in Comparison("guided_step", TINY, 2, [entry]).cases()]
+    assert row["status"] == "ok" and entry.name == form.name, row
     assert row["rel_err"] < 1e-4
 
 
 def test_a_checkout_that_is_none_says_so(tmp_path) -> None:
     for path, words in (("", "--guided-diffusion"), (str(tmp_path), "no guided_diffusion/unet.py")):
         entry = published.entry(published.EAGER, path, CPU)
-        (case,) = Bout("guided_step", TINY, 1, [entry]).cases()
+        (case,) = Comparison("guided_step", TINY, 1, [entry]).cases()
         row = measure_case(case, SETTINGS)
         assert row["status"] == "none" and words in row["reason"]
 
@@ -198,7 +200,7 @@ def test_the_real_published_code_agrees() -> None:
     if not path:
         pytest.skip(f"{PUBLISHED_PATH} names no checkout of the published code")
     entries = [published.entry(form, path, CPU) for form in (published.EAGER, published.CHANNELS_LAST)]
-    rows = [measure_case(case, SETTINGS) for case in Bout("guided_step", TINY, 2, entries).cases()]
+    rows = [measure_case(case, SETTINGS) for case in Comparison("guided_step", TINY, 2, entries).cases()]
     assert [row["status"] for row in rows] == ["ok", "ok"], rows
     assert all(row["rel_err"] < 1e-5 for row in rows)
 
@@ -219,7 +221,7 @@ def test_what_diffusers_can_not_express_is_said() -> None:
     for name in ("imagenet128", "imagenet512"):
         assert diffusers_unet.not_expressed(subjects()[name].net)
     entry = diffusers_unet.entry(CPU)
-    (case,) = Bout("guided_step", TINY, 1, [entry]).cases()
+    (case,) = Comparison("guided_step", TINY, 1, [entry]).cases()
     assert measure_case(case, SETTINGS)["status"] == "none"
 
 
@@ -228,7 +230,7 @@ def test_diffusers_agrees(legacy: bool) -> None:
     pytest.importorskip("diffusers", reason="a peer that need not be installed")
     net = dataclasses.replace(TINY.net, use_new_attention_order=not legacy)
     subject = dataclasses.replace(TINY, net=net).alone()
-    (case,) = Bout("step", subject, 2, [diffusers_unet.entry(CPU)]).cases()
+    (case,) = Comparison("step", subject, 2, [diffusers_unet.entry(CPU)]).cases()
     row = measure_case(case, SETTINGS)
     assert row["status"] == "ok" and row["rel_err"] < 1e-4, row
 
@@ -245,39 +247,25 @@ def test_the_ladder_ends_at_the_engine_s_defaults() -> None:
         assert len({form.name for form in ablation.without(cuda)}) == len(ablation.without(cuda))
 
 
-def test_predictions_are_of_forms_that_there_are() -> None:
-    for (kind, system, _), gains in ablation.PREDICTED_GAINS.items():
-        assert system in subjects()
-        assert set(gains) == {form.name for form in ablation.added(kind == "cuda")[1:]}
-
-
 def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
     chosen = [c for c in ablation.cases(SETTINGS, [(TINY, 1)], "fp32") if c.provider in ("plain", "qkv rows")]
-    rows = [measure_case(case, SETTINGS) | {"device": "a CPU"} for case in chosen]
+    given = [{"kind": c.kind, "provider": c.provider, "dtype": c.dtype, "shape": c.shape} for c in chosen]
+    rows = [
+        row | measure_case(c, SETTINGS) | {"device": "a CPU"} for c, row in zip(chosen, given, strict=True)
+    ]
     assert [row["kind"] for row in rows] == ["ablation_added", "ablation_added", "ablation_without"]
     for row in rows:
         assert row["status"] == "ok" and row["whole_ms"] > 0 and row["ratio"] > 0, row
-    text = render(rows)
+    text = render("sampling", rows)
     assert "What each part adds" in text and "plain" in text and "less one part" in text
 
 
-def test_a_ladder_s_gains_add_up() -> None:
-    rows = [
-        {"status": "ok", "provider": name, "ratio": ratio, "whole_ms": whole}
-        for name, ratio, whole in (("plain", 2.0, 10.0), ("a", 1.5, 11.0), ("b", 1.0, 9.0))
-    ]
-    steps = ladder(rows)
-    assert [ms for _, ms, _ in steps] == [20.0, 15.0, 10.0]
-    assert [gain for _, _, gain in steps] == [None, 0.25, 0.25]
-    assert ladder([{"status": "oom"}]) == []
-
-
 def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    assert first_image.main(["--steps", "2"]) == 0
+    assert start.main(["--steps", "2"]) == 0
     times = json.loads(capsys.readouterr().out)
     assert set(times) == {"import_s", "weights_s", "prepare_s", "first_s", "second_s"}
-    monkeypatch.setattr(startup, "first_image", lambda flags, environment: times)
-    (case,) = startup.cases(SETTINGS, [(TINY, 4), (TINY, 2)], "fp32")
+    monkeypatch.setattr(start, "first_image", lambda flags, environment: times)
+    (case,) = start.cases(SETTINGS, [(TINY, 4), (TINY, 2)], "fp32")
     assert case.shape["batch"] == 2
     row = measure_case(case, SETTINGS)
     assert row["cold_s"] == pytest.approx(times["import_s"] + times["prepare_s"] + times["first_s"], abs=2e-3)
@@ -285,11 +273,11 @@ def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> N
 
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="nothing"):
-        startup.first_image(["--system", "nothing"], {})
+        start.first_image(["--system", "nothing"], {})
 
 
 def test_the_program_writes_rows_and_goes_on(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "cases", lambda *arguments: ())
+    monkeypatch.setattr(start, "cases", lambda *arguments: ())
     flags = [*QUICK, "--only", "steps,matmul", "--out", str(tmp_path / "o")]
     with published_stub(tmp_path / "checkout") as path:
         flags += ["--guided-diffusion", path]
@@ -299,33 +287,53 @@ def test_the_program_writes_rows_and_goes_on(tmp_path, capsys, monkeypatch: pyte
     assert [row["provider"] for row in rows] == ["admfast", published.EAGER.name]
     assert all(row["revision"] and row["device"] and row["date"] for row in rows)
     text = (tmp_path / "o" / "sampling.md").read_text()
-    assert "x published" in text and "of product" in text
+    assert "x published" in text and "of ceiling" in text
     capsys.readouterr()
     assert main(flags) == 0  # nothing left: not even the checkout is looked at
-    assert "0 rows in" in capsys.readouterr().out
+    assert "steps: 0 rows, 2 from before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--systems", "cifar"],
-        ["--batches", "0"],
-        ["--batches", "a"],
-        ["--peers", "x"],
-        ["--precisions", "fp8"],
-    ],
-)
-def test_a_wrong_flag_is_one_line(flags: list[str], tmp_path, capsys) -> None:
-    assert main(["--device", "cpu", "--out", str(tmp_path), *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and flags[1] in error
+def test_peers_without_names_are_all_peers() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    for flags, peers in ((["--peers"], PEERS), (["--peers", "eager,compiled"], ("eager", "compiled"))):
+        chosen = choose(parser.parse_args([*flags, "--systems", "digits32", "--batches", "1"]), SETTINGS)
+        assert chosen.peers == peers and chosen.compiled
+        cases = [case for one in chosen.comparisons(SETTINGS) for case in one.cases()]
+        # Compiling takes minutes: those that compile may take longer.
+        limits = {"compiled" in case.provider: case.limit for case in cases}
+        assert limits[True] > limits[False]
+
+
+def test_a_contender_that_can_t_be_had_is_left_out() -> None:
+    entries = [ours.entry("fp32"), Entry("broken", "fp32", Fails)]
+    one = Comparison("guided_step", TINY, 1, entries)
+    first, broken = one.cases()
+    one.leave_out(broken)
+    row = measure_case(first, SETTINGS)
+    assert row["status"] == "ok" and row["faster_than"] == {}
+    assert list(one.found) == entries[:1]
+
+
+def test_each_contender_is_announced_before_it_is_made() -> None:
+    said: list[str] = []
+
+    class Tells(ours.Ours):
+        def prepare(self) -> None:
+            said.append("made")
+            super().prepare()
+
+    settings = dataclasses.replace(SETTINGS, begin=lambda case: said.append(case.provider))
+    entries = [Entry(name, "fp32", lambda s, i, name=name: Tells(s, i, name=name)) for name in "ab"]
+    measure_case(Comparison("guided_step", TINY, 1, entries).cases()[0], settings)
+    assert said == ["a", "made", "b", "made"]
 
 
 def test_unguided_steps_go_beside_diffusers_guided_ones_without() -> None:
     known = subjects()
     pairs = ((known["imagenet64"], 1), (known["lsun-bedroom"], 1))
     choice = Choice(pairs, ("fp32",), ("eager", "diffusers"), "somewhere")
-    found = [(b.kind, b.subject.name, [e.name for e in b.entries]) for b in choice.bouts(SETTINGS)]
+    found = [(b.kind, b.subject.name, [e.name for e in b.entries]) for b in choice.comparisons(SETTINGS)]
     assert found == [
         ("guided_step", "imagenet64", ["admfast", "published"]),
         ("step", "imagenet64", ["admfast", "published", "diffusers"]),

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench.gpu import chosen, sanitizer
+from bench.gpu import sanitizer
 
 AGREE = "48 launches of 24 kernels agree with the reference"
 CLEAN = "========= COMPUTE-SANITIZER\n" + AGREE + "\n========= ERROR SUMMARY: 0 errors\n"
@@ -81,11 +80,3 @@ def test_it_is_found_in_a_toolkit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert sanitizer.program() == str(tmp_path / "bin" / "compute-sanitizer")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, xformers may be chosen")
-def test_the_reason_against_xformers_is_the_last_line(capsys):
-    assert chosen.main(["--device", "cpu"]) == 0
-    *calls, last = capsys.readouterr().out.splitlines()
-    assert len(calls) == 4 and calls[0] == "cpu float32: sdpa (xformers: no CUDA device)"
-    assert last == "xformers chosen in 0 of 4 calls: no CUDA device"

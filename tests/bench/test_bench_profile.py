@@ -7,11 +7,24 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench import profile
-from bench.profile import main, operations_table, steps_for
+from bench.measure import Sample, in_turns, sample
+from bench.profile import (
+    CLASSES,
+    GAPS,
+    OTHER,
+    WHOLE,
+    classify,
+    covered,
+    main,
+    of_device,
+    of_host,
+    steps_for,
+    traced,
+)
 from bench.results import read_rows
-from bench.timing import Spell, in_turns, spell
-from bench.trace import CLASSES, GAPS, OTHER, WHOLE, classify, covered, of_device, of_host, traced
+from bench.sampling import ours
+from bench.sampling.contender import TOGETHER
+from bench.sampling.subject import TINY, Inputs
 
 CPU = torch.device("cpu")
 
@@ -95,7 +108,7 @@ def test_the_host_s_time_goes_to_the_outermost_class_and_the_rest_is_gaps() -> N
     outside = Event("aten::zeros", 3000, 9000, own=6000)
     trace = of_host([whole, conv, copy, other, outside], steps=2)
     assert trace.ms == {"convolution": 0.4, OTHER: 0.2, GAPS: 0.4}
-    assert trace.wall_ms == 1.0 and sum(trace.shares().values()) == pytest.approx(1)
+    assert trace.wall_ms == 1.0 and sum(trace.row()["shares"].values()) == pytest.approx(1)
     assert trace.names["aten::copy_"] == (0.25, 0.5)
 
 
@@ -115,14 +128,12 @@ def test_the_device_s_gaps_are_when_nothing_runs() -> None:
 
 
 def test_a_real_trace_on_the_cpu() -> None:
-    x, weight = torch.randn(1, 8, 16, 16), torch.randn(8, 8, 3, 3)
-
-    def step() -> None:
-        torch.nn.functional.silu(torch.nn.functional.conv2d(x, weight, padding=1))
-
-    step()
-    trace = traced(step, CPU, 1)
-    assert trace.ms["convolution"] > 0 and trace.ms[OTHER] > 0
+    one = ours.entry("fp32").make(TINY, Inputs.of(TINY, 1, CPU))
+    with one.running():
+        one.ready()
+    trace = traced(one, 2)
+    for name in ("convolution", "norm", "attention", "embedding", "update", OTHER):
+        assert trace.ms[name] > 0, name
     assert sum(trace.ms.values()) == pytest.approx(trace.wall_ms, rel=0.01)
     assert set(trace.ms) <= set(CLASSES)
 
@@ -139,21 +150,21 @@ def test_the_program_profiles_each_step(tmp_path) -> None:
         "--guided-diffusion",
         "",
     ]
-    assert main([*flags, "--out", str(tmp_path)]) == 0
+    assert main([*flags, "--inside", "--out", str(tmp_path)]) == 0
     mine, missing = read_rows(tmp_path / "profile.jsonl")
     assert missing["status"] == "none"
     assert set(mine["class_ms"]) == set(CLASSES) == set(mine["shares"])
     for name in ("convolution", "norm", "attention", "embedding", "update"):
         assert mine["class_ms"][name] > 0, name
     assert sum(mine["shares"].values()) == pytest.approx(1, abs=0.01)
-    assert "| operation |" in operations_table(mine)
-    assert "elementwise and copies" in (tmp_path / "profile.md").read_text()
+    text = (tmp_path / "profile.md").read_text()
+    assert "| operation |" in text and "elementwise and copies" in text
 
 
 def test_how_many_steps_are_profiled() -> None:
     assert steps_for(5000.0, 250, False) == 1
     assert steps_for(200.0, 250, False) == 5
-    assert steps_for(2.0, 250, False) == profile.TOGETHER
+    assert steps_for(2.0, 250, False) == TOGETHER
     assert steps_for(2.0, 10, False) == 10 and steps_for(2.0, 250, True) == 2
 
 
@@ -161,9 +172,9 @@ def test_samples_are_taken_in_turns() -> None:
     order: list[str] = []
 
     def taker(name: str, ms: float):
-        def take(count: int) -> Spell:
+        def take(count: int) -> Sample:
             order.append(f"{name}{count}")
-            return Spell(ms, ms, 0.0)
+            return Sample(ms, ms, 0.0)
 
         return take
 
@@ -171,14 +182,14 @@ def test_samples_are_taken_in_turns() -> None:
     # One of each to find the size, which is a's first sample; 25 quick steps belong together; every second
     # round goes backwards.
     assert order == ["a1", "b1", "b25", "b25", "a1", "a1", "b25"]
-    assert [len(spells) for spells in found.values()] == [3, 3]
+    assert [len(samples) for samples in found.values()] == [3, 3]
     order.clear()
     assert [len(s) for s in in_turns({"a": taker("a", 1)}, 1.0, 9, longest=40, budget=-1).values()] == [1]
     assert order == ["a1", "a40"]
 
 
-def test_a_spell_is_per_step() -> None:
+def test_a_sample_is_per_step() -> None:
     seen: list[int] = []
-    found = spell(seen.append, 5, CPU)
+    found = sample(seen.append, 5)
     assert seen == [0, 1, 2, 3, 4]
     assert 0 < found.host_ms <= found.ms < 100

@@ -1,0 +1,27 @@
+"""`python -m bench.kernels`: measure every op of the package beside eager PyTorch and torch.compile."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from typing import Any
+
+from bench.command import Bench, bench_main
+
+NAMES = ("sampler", "norm", "norm-gradient", "attention", "conv")
+
+
+def groups(arguments: argparse.Namespace, settings: Any) -> Any:
+    """The groups in the order they run, with their part of the budget."""
+    from bench.ops import attention, norm, products, update
+
+    cases = (update.kernels, norm.kernels, norm.gradient_kernels, attention.kernels, products.conv_kernels)
+    return dict(zip(NAMES, zip((0.1, 0.25, 0.2, 0.2, 0.25), cases, strict=True), strict=True))
+
+
+BENCH = Bench("kernels", "Measure every op beside eager PyTorch and torch.compile.", NAMES, groups)
+main = functools.partial(bench_main, BENCH)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""What a measurement is: a case, the comparison it must pass, and the one timer of all benches.
+
+A GPU is timed by Triton's `do_bench`, a CPU by `torch.utils.benchmark`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils import benchmark
+
+from bench.results import Row
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+ROW_SECONDS = 60.0  # what the calls of a row may take
+CASE_SECONDS = 2 * ROW_SECONDS  # and all of it, inputs, comparison and compilation included
+CALLS = 6  # of a row at least: the compared, the one that finds the size of a sample, the timed
+
+T = TypeVar("T")
+
+
+class Unavailable(Exception):
+    """This device or this torch can't do it; the message is the row's reason."""
+
+
+class WrongResult(Exception):
+    """The output is not what the reference computes; the message is the row's reason."""
+
+
+class TooSlow(Exception):
+    """The row would take longer than it may; the message is the row's reason."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    seconds: of one row's samples. quick: only try the machinery. again: measure disturbed rows once more.
+    begin: is told which case begins, so that one that hangs can be stopped.
+    """
+
+    device: torch.device
+    seconds: float = 0.06
+    quick: bool = False
+    again: bool = False
+    begin: Callable[[Case], None] = lambda case: None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the device is a CUDA GPU."""
+        return self.device.type == "cuda"
+
+    def some(self, by_device: Mapping[str, Sequence[T]], few: int = 1) -> Sequence[T]:
+        """The device's values, the first few of them where the machinery is only tried."""
+        return by_device[self.device.type][: few if self.quick else None]
+
+
+Measure = Callable[[Settings], Row]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be: its name, and the function that builds inputs, compares, times and returns fields.
+
+    limit: seconds after which it is stopped and its row says "too slow". together: shared by cases that are
+    measured in one go; it has `leave_out(case)`, for a row that can't be had.
+    """
+
+    kind: str
+    dtype: str
+    provider: str
+    shape: Mapping[str, Any]
+    measure: Measure
+    note: Row = field(default_factory=dict)
+    limit: float = CASE_SECONDS
+    together: Any = None
+
+
+def timed(
+    fn: Callable[[], Any],
+    settings: Settings,
+    *,
+    check: Callable[[Any], float] | None = None,
+    flop: float | None = None,
+    nbytes: float | None = None,
+    small: tuple[Callable[[], object], float] | None = None,
+    gradient: bool = False,
+) -> Row:
+    """Compare and time `fn`; return the row's fields.
+
+    Args:
+        fn: the call. It runs in inference mode unless it takes a `gradient`.
+        settings: device and seconds.
+        check: the relative error of what `fn` returns; raises WrongResult.
+        flop, nbytes: operations and bytes of one call, for the rates.
+        small: the same on a part of the input, and how many parts there are: tried before the whole.
+
+    Raises:
+        TooSlow: the calls of this row would take longer than `ROW_SECONDS`.
+    """
+    with contextlib.nullcontext() if gradient else torch.inference_mode():
+        if small is not None:
+            # Twice, as the first call of a library may begin it.
+            refuse_slow(small[1] * min(seconds_of(small[0]) for _ in range(2)))
+        out = fn()
+        error = None if check is None else check(out)
+        del out
+        once = seconds_of(fn)  # not the first call, which may compile or search
+        refuse_slow(once)
+        peak = peak_mb(fn, settings.device)
+        queued, begin = queue_seconds(), time.perf_counter()
+        timing = (_cuda_times if settings.cuda else _cpu_times)(fn, settings.seconds, once)
+        waited = max(0.0, queue_seconds() - queued) / (time.perf_counter() - begin)
+    row: Row = quantiles(timing) | {"samples": len(timing), "waited": round(waited, 3)}
+    if flop is not None:
+        row |= {"flop": int(flop), "tflops": short(flop / row["ms"] / 1e9)}
+    if nbytes is not None:
+        row |= {"bytes": int(nbytes), "gbps": short(nbytes / row["ms"] / 1e6)}
+    if peak is not None:
+        row["peak_mb"] = short(peak)
+    return row if error is None else row | {"rel_err": float(f"{error:.2e}")}
+
+
+def refuse_slow(seconds: float) -> None:
+    """Raise TooSlow where calls of so many seconds would make a row too long."""
+    if CALLS * seconds > ROW_SECONDS:
+        raise TooSlow(f"about {seconds:.0f} s a call; a row may take {ROW_SECONDS:.0f} s")
+
+
+def seconds_of(fn: Callable[[], object]) -> float:
+    """The seconds of one call, on the clock."""
+    begin = time.perf_counter()
+    fn()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def short(value: float) -> float:
+    """Round to five digits, as rows hold numbers."""
+    return float(f"{value:.5g}")
+
+
+def quantiles(times_ms: Sequence[float]) -> Row:
+    """Median, 20 % and 80 % quantile of times in milliseconds; raises ValueError on an empty sequence."""
+    if not times_ms:
+        raise ValueError("times_ms is empty: nothing was timed")
+    times = torch.tensor(list(times_ms), dtype=torch.float64)
+    found = torch.quantile(times, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    return {name: short(ms) for name, ms in zip(("ms", "ms_q20", "ms_q80"), found, strict=True)}
+
+
+def checked(out: torch.Tensor, ref64: torch.Tensor, limit: float) -> float:
+    """|out - ref| / |ref| in float64; raises WrongResult where it exceeds `limit` or is not a number."""
+    out, ref64 = out.detach(), ref64.detach().double().cpu()
+    error = float((out.double().cpu() - ref64).norm() / ref64.norm())
+    if not error <= limit:
+        raise WrongResult(f"relative error {error:.2e} exceeds {limit:.2e}")
+    return error
+
+
+def product_limit(
+    dtype: str, length: int, out_dtype: torch.dtype | None = None, *, fast: bool = False
+) -> float:
+    """Largest relative error a sum of `length` products may have: output rounding plus accumulation.
+
+    The reference is computed from the very same rounded operands, so theirs does not count, except in tf32,
+    which drops each operand to 10 bits inside. Accumulators are float32, their errors grow like a random
+    walk. Tensor cores keep 13 bits of an fp8 sum; with fast accumulation every 32 products are added to such
+    a sum.
+    """
+    rounding = torch.finfo(out_dtype or DTYPES[dtype]).eps
+    if dtype == "tf32":
+        rounding += 2 * 2.0**-10
+    if dtype == "fp8":
+        rounding += (length / 32 if fast else 128 / 32) * 2.0**-13
+    return rounding + torch.finfo(torch.float32).eps * length**0.5
+
+
+@contextlib.contextmanager
+def numerics(dtype: str) -> Iterator[None]:
+    """Let float32 products run in tf32 (dtype "tf32") or full float32 (any other), and cuDNN search.
+
+    cuDNN tries its algorithms once per shape and keeps the fastest. What was set before is restored.
+    """
+    cudnn, tf32 = torch.backends.cudnn, dtype == "tf32"
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    cudnn.allow_tf32, cudnn.benchmark = tf32, True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, cudnn.benchmark = before[1:]
+
+
+def first_line(error: BaseException) -> str:
+    """First non-empty line of an exception's message, at most 300 characters; its type where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def unavailable(reason: str) -> Measure:
+    """Return a case's `measure` that only says why nothing is measured."""
+
+    def refuse(settings: Settings) -> Row:
+        raise Unavailable(reason)
+
+    return refuse
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by torch.compile; Dynamo's count of recompilations, which gives up at nine, is reset."""
+    torch._dynamo.reset()
+    return torch.compile(fn, fullgraph=True, dynamic=False)
+
+
+def _cuda_times(fn: Callable[[], object], seconds: float, once: float) -> list[float]:
+    """Milliseconds by the device's events, its L2 cache overwritten before each sample."""
+    from triton.testing import do_bench  # type: ignore[import-untyped]
+
+    # do_bench takes int(rep / estimate) samples and its estimate includes the flush: leave it room for three.
+    rep = 1e3 * max(seconds, 4 * once)
+    return [float(t) for t in do_bench(fn, warmup=rep / 4, rep=rep, return_mode="all")]
+
+
+def _cpu_times(fn: Callable[[], object], seconds: float, once: float) -> list[float]:
+    """Milliseconds on the clock, with torch's number of threads; at least three samples."""
+    timer = benchmark.Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
+    times: list[float] = []
+    # blocked_autorange stops as soon as min_run_time has passed, be it after a single slow sample.
+    while len(times) < 3:
+        times += timer.blocked_autorange(min_run_time=max(seconds, 2.5 * once)).times
+    return [t * 1e3 for t in times]
+
+
+def queue_seconds() -> float:
+    """Seconds this process's threads were so far ready but without a CPU; 0 where the system can't say.
+
+    What else runs on a machine shows here and hardly in a quantile: two threads that meet after each
+    operation wait a scheduler's slice, milliseconds, for whichever was put aside.
+    """
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(path.read_text().split()[1])
+        except (OSError, IndexError, ValueError):
+            continue  # a thread that ended meanwhile
+    return total / 1e9
+
+
+def peak_mb(fn: Callable[[], object], device: torch.device) -> float | None:
+    """Most device memory (1e6 bytes) allocated during a call of `fn`, inputs included; None on a CPU.
+
+    `fn` has run before: the first call may search for an algorithm and borrow workspace for it.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e6
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Steps that ran one after another: milliseconds a step, on the clock and until the host had issued it.
+
+    waited: the part of the time that the process's threads were ready but had no CPU. cpu_ms: CPU time of all
+    threads; with one thread on a busy machine it says more than the clock.
+    """
+
+    ms: float
+    host_ms: float
+    waited: float
+    cpu_ms: float = 0.0
+
+
+def sample(step: Callable[[int], object], count: int) -> Sample:
+    """Run step(0) .. step(count - 1) and time them together, as a loop runs them.
+
+    From an idle device to an idle device: where the host is the slower one, its time is what counts. No cache
+    is flushed, as none is between the steps of a sampling loop.
+    """
+
+    def synchronise() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    synchronise()
+    queued, used, begin = queue_seconds(), time.process_time(), time.perf_counter()
+    for i in range(count):
+        step(i)
+    issued = time.perf_counter()
+    synchronise()
+    seconds = time.perf_counter() - begin
+    used = time.process_time() - used
+    waited = max(0.0, queue_seconds() - queued) / seconds
+    unit = 1e3 / count
+    return Sample(unit * seconds, unit * (issued - begin), waited, unit * used)
+
+
+def in_turns(
+    takers: Mapping[T, Callable[[int], Sample]],
+    seconds: float,
+    rounds: int,
+    *,
+    together: int = 1,
+    longest: int = 1000,
+    budget: float = math.inf,
+) -> dict[T, list[Sample]]:
+    """Take samples of several in turns, so that what a machine does meanwhile meets all of them alike.
+
+    Args:
+        takers: taker(count) runs so many steps and says what they took. Each has run once before.
+        seconds: a sample lasts about so long, or one step; the step that finds the size is then the first.
+        rounds: samples of each; every second round goes backwards through them.
+        together: steps that share work done once for so many; a sample that comes near is a multiple of it.
+        longest: steps of a sample at most.
+        budget: seconds after which no further round begins.
+    """
+    end = time.monotonic() + budget
+    ones = {name: taker(1) for name, taker in takers.items()}
+    counts = {}
+    for name, one in ones.items():
+        count = math.ceil(1e3 * seconds / one.ms)
+        if count > together / 3:
+            count = math.ceil(count / together) * together
+        counts[name] = min(count, longest)
+    samples: dict[T, list[Sample]] = {name: [] for name in takers}
+    for i in range(rounds):
+        if i and time.monotonic() > end:
+            break
+        for name in list(takers)[:: -1 if i % 2 else 1]:
+            known = i == 0 and counts[name] == 1
+            samples[name].append(ones[name] if known else takers[name](counts[name]))
+    return samples

@@ -1,0 +1,168 @@
+"""Attention at ADM's token counts and head widths: torch's backends and xformers, and `attention`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.measure import (
+    DTYPES,
+    Case,
+    Settings,
+    Unavailable,
+    checked,
+    first_line,
+    product_limit,
+    timed,
+    unavailable,
+)
+from bench.results import Row
+from bench.shapes import ATTENTION_SHAPES, BATCHES, AttentionShape
+
+BACKENDS = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+CUDA_ONLY = ("sdpa cudnn", "sdpa efficient")
+PRECISIONS = {"cuda": ("fp16", "bf16"), "cpu": ("bf16", "fp32")}
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _limit(dtype: str, tokens: int) -> float:
+    """Scores of a few units, weights and output are each rounded to the dtype by some backend."""
+    return 3 * torch.finfo(DTYPES[dtype]).eps + product_limit(dtype, tokens)
+
+
+def _grid(settings: Settings) -> list[tuple[int, AttentionShape, str, int, str]]:
+    """(rank, shape, models, batch, dtype): each size once."""
+    sizes: dict[tuple[int, int, int], list[AttentionShape]] = {}
+    for shape in ATTENTION_SHAPES[2:3] if settings.quick else ATTENTION_SHAPES:
+        sizes.setdefault((shape.tokens, shape.heads, shape.head_dim), []).append(shape)
+    return [
+        (b + d, same[0], ", ".join(s.model for s in same), batch, dtype)
+        for b, batch in enumerate(settings.some(BATCHES))
+        for d, dtype in enumerate(settings.some(PRECISIONS))
+        for same in sizes.values()
+    ]
+
+
+def _fields(shape: AttentionShape, batch: int) -> dict[str, int]:
+    return {"batch": batch, "tokens": shape.tokens, "heads": shape.heads, "head_dim": shape.head_dim}
+
+
+def ceilings(settings: Settings) -> Iterator[Case]:
+    """Every backend at every shape; where it refuses, its own words are the row's reason."""
+    xformers = _xformers()
+    backends: dict[str, Attention] = {name: partial(_sdpa, kind) for name, kind in BACKENDS.items()}
+    missing = {} if settings.cuda else dict.fromkeys(CUDA_ONLY, "needs cuda")
+    if isinstance(xformers, str):
+        missing["xformers"] = xformers
+    else:
+        backends["xformers"] = xformers
+    for _, shape, models, batch, dtype in sorted(_grid(settings), key=lambda row: row[0]):
+        for name, attention in backends.items():
+            if name not in missing:
+                measure = partial(_ceiling, shape, batch, dtype, attention)
+                yield Case("attention", dtype, name, _fields(shape, batch), measure, {"models": models})
+    for name, reason in missing.items():
+        yield Case("attention", "any", name, {}, unavailable(reason))
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _xformers() -> Attention | str:
+    """xformers' attention on [N, heads, S, d], or why it is missing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"xformers: {first_line(error)}"
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def _ceiling(shape: AttentionShape, batch: int, dtype: str, attention: Attention, settings: Settings) -> Row:
+    # As a channels-last network holds them: one [N, S, 3, heads, d] projection, q, k and v strided views
+    # of it.
+    size = (batch, shape.tokens, 3, shape.heads, shape.head_dim)
+    packed = torch.randn(size, device=settings.device, dtype=DTYPES[dtype])
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))  # [N, heads, S, d]
+    try:
+        with warnings.catch_warnings(record=True) as said, torch.inference_mode():
+            warnings.simplefilter("always")
+            attention(q, k, v)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reasons = [
+            first_line(error),
+            *(first_line(w.message) for w in said if isinstance(w.message, Warning)),
+        ]
+        raise Unavailable("; ".join(dict.fromkeys(reasons))[:500]) from error
+    ref = _sdpa(SDPBackend.MATH, q.float(), k.float(), v.float())
+    return timed(
+        lambda: attention(q, k, v),
+        settings,
+        check=lambda out: checked(out, ref, _limit(dtype, shape.tokens)),
+        flop=batch * shape.flop,
+        nbytes=4 * q.nbytes,
+    )
+
+
+def kernels(settings: Settings) -> Iterator[Case]:
+    """Every implementation on the qkv product at every shape, values and the gradient in qkv."""
+    from bench.ops.providers import ours
+
+    names = [*ours("attention", settings.device), "reference"]
+    for _, shape, models, batch, dtype in _grid(settings):
+        for name in names:
+            for kind in ("attention", "attention_grad"):
+                measure = partial(_attention, shape, batch, dtype, name, kind == "attention_grad")
+                yield Case(kind, dtype, name, _fields(shape, batch), measure, {"models": models})
+
+
+def _attention(
+    shape: AttentionShape, batch: int, dtype: str, impl: str, gradient: bool, settings: Settings
+) -> Row:
+    from admfast.ops import attention, attention_ref
+
+    width, limit = 3 * shape.heads * shape.head_dim, _limit(dtype, shape.tokens)
+    qkv = torch.randn(batch, shape.tokens, width, device=settings.device).to(DTYPES[dtype])
+    wide = qkv[:1].float().requires_grad_(True)
+    ref = attention_ref(wide, shape.heads)
+    if not gradient:
+        return timed(
+            lambda: attention(qkv, shape.heads, impl=impl),
+            settings,
+            check=lambda out: checked(out[:1], ref, limit),
+            flop=batch * shape.flop,
+        )
+    leaf = qkv.requires_grad_(True)
+    out = attention(leaf, shape.heads, impl=impl)
+    dy = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(ref, wide, dy[:1].float())
+    return timed(
+        lambda: torch.autograd.grad(out, leaf, dy, retain_graph=True)[0],
+        settings,
+        # The gradient goes through three more products.
+        check=lambda dqkv: checked(dqkv[:1], expected, 4 * limit),
+        flop=2.5 * batch * shape.flop,
+        gradient=True,
+    )

@@ -1,0 +1,85 @@
+"""Copies inside device memory, and what one node of a CUDA graph costs when it does nearly nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.measure import Case, Settings, WrongResult, short, timed, unavailable
+from bench.results import Row
+from bench.shapes import COPY_BYTES, GRAPH_NODES, MIB
+
+REPEATS = 20  # copies of a graph
+ELEMENTS = 128  # of each dependent addition
+
+
+def captured(fn: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `repeats` calls of `fn`, captured after a warm-up on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            fn()
+    return graph
+
+
+def same(out: Tensor, wanted: Tensor) -> float:
+    """0 where every element is equal, else WrongResult."""
+    if not torch.equal(out, wanted):
+        raise WrongResult(f"{int((out != wanted).sum())} of {out.numel()} elements differ")
+    return 0.0
+
+
+def copies(settings: Settings) -> Iterator[Case]:
+    """A copy of every size from flushed caches, and on a GPU the small ones again from a warm L2."""
+    sizes = (MIB,) if settings.quick else COPY_BYTES[settings.device.type]
+    for size in sizes:
+        yield Case("copy", "fp32", "copy_", {"mib": size // MIB}, partial(_copy, size, 1))
+    if settings.cuda:
+        for size in (s for s in sizes if s <= 16 * MIB):
+            name = f"copy_ {REPEATS} times in a graph"
+            yield Case("copy_warm", "fp32", name, {"mib": size // MIB}, partial(_copy, size, REPEATS))
+
+
+def _copy(size: int, repeats: int, settings: Settings) -> Row:
+    source = torch.randn(size // 4, device=settings.device)
+    target = torch.full_like(source, float("nan"))
+    run: Callable[[], object] = partial(target.copy_, source)
+    if repeats > 1:
+        run = captured(run, repeats).replay
+        target.fill_(float("nan"))
+    row = timed(run, settings, check=lambda _: same(target, source), nbytes=2 * size * repeats)
+    del row["rel_err"]
+    return row
+
+
+def graphs(settings: Settings) -> Iterator[Case]:
+    """A chain of dependent small additions: replayed from a graph, and for comparison issued by the host."""
+    for nodes in GRAPH_NODES[: 1 if settings.quick else None]:
+        sizes = {"nodes": nodes, "elements": ELEMENTS}
+        graph = partial(_chain, nodes, True) if settings.cuda else unavailable("needs cuda")
+        yield Case("graph_node", "fp32", "add_ in a CUDA graph", sizes, graph)
+        yield Case("launch", "fp32", "add_ issued by the host", sizes, partial(_chain, nodes, False))
+
+
+def _chain(nodes: int, replayed: bool, settings: Settings) -> Row:
+    x = torch.zeros(ELEMENTS, device=settings.device)
+
+    def run() -> None:
+        for _ in range(nodes):
+            x.add_(1.0)
+
+    if replayed:
+        run = captured(lambda: x.add_(1.0), nodes).replay
+        x.zero_()
+    row = timed(run, settings, check=lambda _: same(x, torch.full_like(x, nodes)))
+    del row["rel_err"]
+    return row | {"us_per_node": short(row["ms"] * 1e3 / nodes)}

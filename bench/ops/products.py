@@ -1,0 +1,277 @@
+"""Matrix products and convolutions: what the library reaches, and `FoldedConv` beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import (
+    DTYPES,
+    Case,
+    Measure,
+    Settings,
+    checked,
+    compiled,
+    first_line,
+    numerics,
+    product_limit,
+    timed,
+    unavailable,
+)
+from bench.results import Row
+from bench.shapes import BATCHES, CPU_FLOP_LIMIT, MATMUL_SIZES, ConvShape, distinct_convs
+
+LAYOUTS = {"channels_last": torch.channels_last, "channels_first": torch.contiguous_format}
+PRECISIONS = {"cuda": ("fp16", "bf16", "tf32", "fp32"), "cpu": ("fp32", "bf16", "fp16")}
+KERNEL_PRECISIONS = {"cuda": ("fp16", "bf16", "tf32", "fp32"), "cpu": ("fp32", "bf16")}
+# Settings are ranked by the places of batch, layout and precision in their lists; a rank above this is left
+# out.
+FARTHEST = {"cuda": 4, "cpu": 2}
+CHECKED_ROWS = 8  # a float64 product of all rows would take longer than the measurement
+TRIED_ROWS = 16  # of the product that is tried before the whole one
+COMPILED_ON_CPU = 6  # shapes: a compilation takes seconds there
+PATCH = 8  # outputs along the sides of two opposite corners that are compared
+
+
+def dtype_missing(dtype: str, settings: Settings) -> str:
+    """Why products in `dtype` can't be measured on this device; "" where they can."""
+    if dtype == "tf32":
+        if not settings.cuda:
+            return "tf32 is a mode of CUDA tensor cores"
+        if torch.cuda.get_device_capability(settings.device) < (8, 0):
+            return "tf32 needs compute capability 8.0"
+    if dtype == "fp8":
+        small = torch.ones(32, 32, device=settings.device).to(DTYPES["fp8"])
+        try:
+            fp8_product(small, small.t())
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            return f"torch._scaled_mm: {first_line(error)}"
+    return ""
+
+
+def fp8_product(a: Tensor, b: Tensor, fast: bool = False) -> Tensor:
+    """a @ b of two e4m3 matrices (b column-major) with unit scales, in bfloat16."""
+    one = torch.ones((), device=a.device)
+    return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+def _product(m: int, k: int, n: int, dtype: str, fast: bool, nbytes: float | None, settings: Settings) -> Row:
+    """[m, k] @ [k, n]; tried on a few of the m rows first, since fp8 may run on a scalar path for minutes."""
+    a = torch.randn(m, k, device=settings.device).to(DTYPES[dtype])
+    b = (torch.randn(n, k, device=settings.device) / k**0.5).to(DTYPES[dtype]).t()
+    product = partial(fp8_product, fast=fast) if dtype == "fp8" else torch.mm
+
+    def check(out: Tensor) -> float:
+        rows = torch.linspace(0, m - 1, CHECKED_ROWS).long().to(a.device)
+        # Gathering is not implemented for fp8: float32 holds its values exactly.
+        ref = a.float()[rows].double().cpu() @ b.double().cpu()
+        return checked(out.float()[rows], ref, product_limit(dtype, k, out.dtype, fast=fast))
+
+    small = (lambda: product(a[:TRIED_ROWS], b), m / TRIED_ROWS)
+    row = timed(lambda: product(a, b), settings, check=check, flop=2 * m * k * n, nbytes=nbytes, small=small)
+    return row | {"implementation": "cuBLAS" if settings.cuda else "oneDNN or MKL"}
+
+
+def _in(dtype: str, measure: Measure) -> Measure:
+    """The same with float32 products in tf32 or not, as the dtype says."""
+
+    def run(settings: Settings) -> Row:
+        with numerics(dtype):
+            return measure(settings)
+
+    return run
+
+
+def matmul_ceilings(settings: Settings) -> Iterator[Case]:
+    """Square products of every precision and size; a precision that is missing is one row that says why."""
+    for dtype in ("bf16", "fp16", "fp32", "tf32", "fp8"):
+        reason = dtype_missing(dtype, settings)
+        if reason:
+            yield Case("matmul", dtype, "torch", {}, unavailable(reason))
+            continue
+        for n in (256,) if settings.quick else MATMUL_SIZES[settings.device.type]:
+            name = "_scaled_mm" if dtype == "fp8" else "torch.mm"
+            measure = _in(dtype, partial(_product, n, n, n, dtype, False, None))
+            yield Case("matmul", dtype, name, {"n": n}, measure)
+            if dtype == "fp8" and settings.cuda:
+                name += ", fast accumulation"
+                yield Case("matmul", dtype, name, {"n": n}, partial(_product, n, n, n, dtype, True, None))
+
+
+def conv_ceilings(settings: Settings) -> Iterator[Case]:
+    """`F.conv2d` without bias, the likeliest setting first: half precision, channels-last, first batch."""
+    yield from _fp8_ceilings(settings)
+    shapes = distinct_convs()
+    batches, precisions = settings.some(BATCHES), settings.some(PRECISIONS, 2)
+    if settings.quick:
+        shapes = [pair for pair in shapes if pair[0].flop < 2e9][:2]
+    missing = {dtype: dtype_missing(dtype, settings) for dtype in precisions}
+    for dtype, reason in missing.items():
+        if reason:
+            yield Case("conv3x3", dtype, "F.conv2d", {}, unavailable(reason))
+    grid = [
+        (b + f + d, shape, models, batch, layout, dtype)
+        for b, batch in enumerate(batches)
+        for f, layout in enumerate(LAYOUTS)
+        for d, dtype in enumerate(precisions)
+        for shape, models in shapes
+        if b + f + d <= FARTHEST[settings.device.type] and not missing[dtype]
+        if settings.cuda or shape.flop * batch <= CPU_FLOP_LIMIT
+    ]
+    for _, shape, models, batch, layout, dtype in sorted(grid, key=lambda row: row[0]):
+        yield _ceiling(shape, models, batch, layout, dtype, "F.conv2d")
+        if shape.kernel == 1 and layout == "channels_last":
+            yield _ceiling(shape, models, batch, layout, dtype, "torch.mm")
+
+
+def _fp8_ceilings(settings: Settings) -> Iterator[Case]:
+    """fp8: a 1x1 convolution over channels-last pixels is a matrix product; 3x3 is what the library says."""
+    small = torch.ones(1, 32, 8, 8, device=settings.device).to(DTYPES["fp8"])
+    weight = torch.ones(32, 32, 3, 3, device=settings.device).to(DTYPES["fp8"])
+    # A torch that can would need a reference for an output type not known today: named, not timed unchecked.
+    reason = "this torch has an fp8 F.conv2d, which is not measured here"
+    try:
+        F.conv2d(small, weight, padding=1)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = f"F.conv2d: {first_line(error)}"
+    yield Case("conv3x3", "fp8", "F.conv2d", {}, unavailable(reason))
+    reason = dtype_missing("fp8", settings)
+    if reason:
+        yield Case("conv1x1", "fp8", "_scaled_mm", {}, unavailable(reason))
+        return
+    ones, batch = [pair for pair in distinct_convs() if pair[0].kernel == 1], BATCHES[settings.device.type][0]
+    for shape, models in ones[: 1 if settings.quick else None]:
+        if settings.cuda or shape.flop * batch <= CPU_FLOP_LIMIT:
+            yield _ceiling(shape, models, batch, "channels_last", "fp8", "_scaled_mm")
+
+
+def _ceiling(shape: ConvShape, models: str, batch: int, layout: str, dtype: str, provider: str) -> Case:
+    kernel, cin, cout, side = shape.size
+    size, written = DTYPES[dtype].itemsize, 2 if dtype == "fp8" else DTYPES[dtype].itemsize
+    # Input, weight and output once each; an fp8 product writes bfloat16.
+    nbytes = (batch * cin * side**2 + cin * cout * kernel**2) * size + batch * cout * side**2 * written
+    measure = partial(_library_conv, shape, batch, layout, dtype, nbytes)
+    if provider != "F.conv2d":
+        measure = partial(_product, batch * side**2, cin, cout, dtype, False, nbytes)
+    sizes = {"batch": batch, "cin": cin, "cout": cout, "side": side, "layout": layout}
+    return Case(f"conv{kernel}x{kernel}", dtype, provider, sizes, _in(dtype, measure), {"models": models})
+
+
+def tensors(
+    shape: ConvShape, batch: int, dtype: str, layout: torch.memory_format, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and bias of order one, so that the output is too."""
+    kernel, cin, cout, side = shape.size
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight, bias = (
+        torch.randn(size, generator=generator, device=device)
+        for size in ((batch, cin, side, side), (cout, cin, kernel, kernel), (cout,))
+    )
+    weight = (weight / (cin * kernel**2) ** 0.5).to(DTYPES[dtype]).contiguous(memory_format=layout)
+    return x.to(DTYPES[dtype]).contiguous(memory_format=layout), weight, bias.to(DTYPES[dtype])
+
+
+def _library_conv(
+    shape: ConvShape, batch: int, layout: str, dtype: str, nbytes: float, settings: Settings
+) -> Row:
+    x, weight, _ = tensors(shape, batch, dtype, LAYOUTS[layout], settings.device)
+    row = timed(
+        lambda: F.conv2d(x, weight, padding=shape.kernel // 2),
+        settings,
+        check=lambda out: compare(out, x, weight, None, product_limit(dtype, weight[0].numel())),
+        flop=batch * shape.flop,
+        nbytes=nbytes,
+    )
+    cudnn = f"cuDNN {torch.backends.cudnn.version()}, benchmark on"
+    return row | {"implementation": cudnn if settings.cuda else "oneDNN"}
+
+
+def compare(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, limit: float) -> float:
+    """Compare two corners of the first and the last image with the sum in float64."""
+    ends, border = [0, len(x) - 1], weight.shape[-1] // 2
+    wide, offset = (None if t is None else t.detach().double().cpu() for t in (weight, bias))
+    errors = []
+    for corner in (slice(None, PATCH + border), slice(-PATCH - border, None)):
+        patch = x.detach()[ends][:, :, corner, corner].double().cpu()
+        inside = slice(None, PATCH) if corner.start is None else slice(-PATCH, None)
+        ref = F.conv2d(patch, wide, offset, padding=border)[:, :, inside, inside]
+        errors.append(checked(out[ends][:, :, inside, inside], ref, limit))
+    return max(errors)
+
+
+def conv_kernels(settings: Settings) -> Iterator[Case]:
+    """Every shape and provider, values and the gradient in x; the likeliest precision and batch first."""
+    shapes = [pair for pair in distinct_convs() if not settings.quick or pair[0].side == 16]
+    batches = settings.some(BATCHES)
+    for dtype in settings.some(KERNEL_PRECISIONS):
+        for batch in batches:
+            for index, (shape, models) in enumerate(shapes):
+                if not settings.cuda and shape.flop * batch > CPU_FLOP_LIMIT:
+                    continue
+                sizes = {"batch": batch, "kernel": shape.kernel, "cin": shape.cin, "cout": shape.cout}
+                sizes["side"] = shape.side
+                names = ["eager", "eager channels-first", *_ours(shape, batch, dtype, settings)]
+                if settings.cuda or (index < COMPILED_ON_CPU and batch == batches[0]):
+                    names.insert(2, "torch.compile")
+                for name in names:
+                    for kind in ("conv", "conv_grad"):
+                        measure = partial(_conv, shape, batch, dtype, name, kind == "conv_grad")
+                        yield Case(kind, dtype, name, sizes, _in(dtype, measure), {"models": models})
+
+
+def _ours(shape: ConvShape, batch: int, dtype: str, settings: Settings) -> list[str]:
+    """Our implementations that serve the shape on this machine."""
+    from admfast.ops import TABLES, FoldedConv
+
+    weight = torch.empty(shape.cout, shape.cin, shape.kernel, shape.kernel, device="meta")
+    conv = FoldedConv(weight, padding=shape.kernel // 2, dtype=DTYPES[dtype])
+    # Support is asked of a tensor that is where the real one will be, but holds nothing.
+    x = torch.empty(batch, shape.cin, 0, 0, device=settings.device, dtype=DTYPES[dtype])
+    return [
+        entry.name
+        for entry in TABLES["conv"].implementations
+        if entry.name != "reference" and not (entry.available() or entry.supports(conv.directions[0], x))
+    ]
+
+
+def _provider(name: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The function called `name`."""
+    padding = weight.shape[-1] // 2
+    if name in ("eager", "eager channels-first", "torch.compile"):
+
+        def eager(x: Tensor) -> Tensor:
+            return F.conv2d(x, weight, bias, padding=padding)
+
+        return compiled(eager) if name == "torch.compile" else eager
+    from admfast.ops import FoldedConv
+
+    return FoldedConv(weight, bias, padding=padding, dtype=dtype, impl=name)
+
+
+def _conv(shape: ConvShape, batch: int, dtype: str, provider: str, gradient: bool, settings: Settings) -> Row:
+    from admfast.ops.conv_winograd import amplification
+
+    layout = torch.contiguous_format if provider == "eager channels-first" else torch.channels_last
+    x, weight, bias = tensors(shape, batch, dtype, layout, settings.device)
+    run = _provider(provider, weight, bias, DTYPES[dtype])
+    growth = amplification()[1] if provider == "winograd" else 1.0
+    limit = growth * product_limit(dtype, (shape.cout if gradient else shape.cin) * shape.kernel**2)
+    flop = batch * shape.flop
+    if not gradient:
+        check = partial(compare, x=x, weight=weight, bias=bias, limit=limit)
+        return timed(lambda: run(x), settings, check=check, flop=flop)
+    leaf = x.requires_grad_(True)
+    y = run(leaf)
+    dy = torch.randn_like(y).contiguous(memory_format=layout)
+    turned = weight.flip(2, 3).transpose(0, 1)
+    return timed(
+        lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0],
+        settings,
+        check=lambda dx: compare(dx, dy, turned, None, limit),
+        flop=flop,
+        gradient=True,
+    )

@@ -1,0 +1,216 @@
+"""The tables of every bench's rows: a section a kind, a line a row, columns that nobody fills left out.
+
+`python -m bench.report FOLDER` writes the tables of all rows in a folder again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.results import CEILINGS, Row, ceiling, markdown_table, read_rows
+
+TITLES = {
+    "matmul": "Matrix products",
+    "copy": "Copies",
+    "copy_warm": "Copies, L2 warm",
+    "conv3x3": "3x3 convolutions",
+    "conv1x1": "1x1 convolutions",
+    "groupnorm_silu": "GroupNorm + SiLU (two reads and one write counted)",
+    "attention": "Attention",
+    "sampler": "Published sampler update",
+    "graph_node": "Nodes of a CUDA graph",
+    "launch": "Launches by the host",
+    "group_norm_silu": "GroupNorm + SiLU (+ adaptive, + resampling), forward",
+    "group_norm_silu_grad": "GroupNorm + SiLU, gradient in the input with frozen parameters",
+    "attention_grad": "Attention, gradient",
+    "conv": "Convolution with frozen weights and a bias",
+    "conv_grad": "Convolution with frozen weights, gradient in the input",
+    "sampler_step": "One guided sampler update, noise included",
+    "guided_step": "A guided step: network, classifier gradient, update",
+    "step": "A step without guidance: network, update",
+    "start": "Seconds until the first image of a fresh process; making weights is not counted",
+    "ablation_added": "What each part adds, one after another",
+    "ablation_without": "The whole engine less one part",
+    "profile": "Where a step's time goes: ms (share of the profiled step)",
+}
+# Whom the others are held against: "x eager" says how many times faster than eager a row is.
+BASELINES: tuple[str, ...] = ("copy", "eager", "eager channels-first", "torch.compile")
+BASELINES += ("published", "published, channels-last", "published, compiled", "diffusers")
+# What the ceiling of a kind is: products and attention of a product, traffic of a copy, a step of a product.
+TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
+TOP |= {"step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
+PRODUCT = {"auto": "bf16"}  # what the torso of a policy multiplies in
+UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "us_per_node": "us a node"}
+LISTED = 12  # operations of each profiled step
+
+Value = Callable[[Row, Sequence[Row]], Any]
+
+
+def of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
+    """A row's rate over its ceiling in the same file; for a step the product's of the same precision."""
+    top = TOP.get(row["kind"])
+    rate = row.get("gbps" if top == "copy" else "tflops")
+    dtype = PRODUCT.get(row["dtype"], row["dtype"]) if top == "matmul" else None
+    best = top and ceiling(rows, top, dtype)
+    return f"{rate / best:.0%}" if rate and best else None
+
+
+def faster_than(row: Row, other: str, rows: Iterable[Row]) -> float | None:
+    """How many times faster a row is than a baseline: by rounds where it says so, else by the medians."""
+    for name, ratio in row.get("faster_than", {}).items():
+        if name.rpartition(" ")[0] == other:
+            return ratio
+    if row["provider"] == other or "rounds_ms" in row or "ms" not in row:
+        return None
+    same = ("kind", "dtype", "shape", "device")
+    for one in rows:
+        if one["provider"] == other and all(one[name] == row[name] for name in same) and "ms" in one:
+            return one["ms"] / row["ms"]
+    return None
+
+
+def with_ladder(rows: Sequence[Row]) -> list[Row]:
+    """The added forms with what each `saves` of the first one's time, for every preset, batch and precision.
+
+    Milliseconds are the ratio to the whole engine, taken in turns, times the whole engine's median of all.
+    """
+    ladders: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "ablation_added" and row["status"] == "ok":
+            ladders.setdefault((*row["shape"].values(), row["dtype"]), []).append(row)
+    found = {}
+    for ladder in ladders.values():
+        middle = sorted(row["whole_ms"] for row in ladder)[len(ladder) // 2]
+        before = None
+        for row in ladder:
+            saves = None if before is None else (before - row["ratio"]) / ladder[0]["ratio"]
+            found[id(row)] = row | {"ms": row["ratio"] * middle, "saves": saves}
+            before = row["ratio"]
+    return [found.get(id(row), row) for row in rows]
+
+
+def field(name: str, form: str = "{}") -> Value:
+    """A field of the row as it stands, or in a form."""
+
+    def value(row: Row, rows: Sequence[Row]) -> Any:
+        got = row.get(name)
+        return got if got is None or form == "{}" else form.format(got)
+
+    return value
+
+
+COLUMNS: dict[str, Value] = {
+    "ms": field("ms"),
+    "20-80 %": lambda row, rows: f"{row['ms_q20']:.3g}-{row['ms_q80']:.3g}" if "ms_q20" in row else None,
+    "images/s": field("images_per_s"),
+    **{unit: field(name) for name, unit in UNITS.items()},
+    "of ceiling": of_ceiling,
+    **{f"x {name}": lambda row, rows, name=name: faster_than(row, name, rows) for name in BASELINES},  # type: ignore[misc]
+    "host ms": field("host_ms"),
+    "CPU ms": field("cpu_ms"),
+    "launches": field("launches"),
+    "kernels": field("kernels"),
+    "peak MB": field("peak_mb"),
+    "saves": field("saves", "{:+.1%}"),
+    "whole engine ms": field("whole_ms"),
+    "of its time": field("ratio", "{:.1%}"),
+    "empty caches": field("cold_s"),
+    "kept caches": field("kept_s"),
+    "imports": field("import_s"),
+    "preparing": field("prepare_s"),
+    "first image": field("first_s"),
+    "second image": field("warm_s"),
+    "ms profiled": field("profiled_ms"),
+    "error": field("rel_err", "{:.1e}"),
+    "waited": field("waited"),
+    "operations": lambda row, rows: row.get("operations") if row["kind"] != "profile" else None,
+    "output layout": field("output_layout"),
+    "runs on": field("implementation"),
+    "models": lambda row, rows: row.get("models") or row.get("also"),
+    "reason": lambda row, rows: str(row["reason"])[:120] if row.get("reason") else None,
+}
+
+
+def section(rows: Sequence[Row], every: Sequence[Row]) -> str:
+    """The table of the rows of one kind, of one device."""
+    sizes = list(dict.fromkeys(name for row in rows for name in row["shape"]))
+    classes = list(dict.fromkeys(name for row in rows for name in row.get("class_ms", ())))
+    header = [*sizes, "dtype", "provider", "status", *classes, *COLUMNS]
+    lines = []
+    for row in rows:
+        line = [row["shape"].get(name) for name in sizes] + [row["dtype"], row["provider"]]
+        line.append(None if row["status"] == "ok" else row["status"])
+        for name in classes:
+            ms, share = (row.get(part, {}).get(name) for part in ("class_ms", "shares"))
+            line.append(None if ms is None else f"{ms:.3g} ({share:.0%})")
+        lines.append(line + [value(row, every) for value in COLUMNS.values()])
+    filled = [i for i in range(len(header)) if any(line[i] not in (None, "") for line in lines)]
+    return markdown_table([header[i] for i in filled], [[line[i] for i in filled] for line in lines])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The ceiling of every kind and dtype, as `bench.results.ceiling` returns it."""
+    lines: list[Sequence[object]] = []
+    for kind, (column, pick) in CEILINGS.items():
+        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["kind"] == kind):
+            value = ceiling(rows, kind, dtype)
+            same = (row for row in rows if row["kind"] == kind and row["dtype"] == dtype)
+            reason = next((str(row["reason"])[:120] for row in same if row.get("reason")), "no row")
+            told = ("none", reason) if value is None else (f"{value:.4g} {UNITS[column]}", pick)
+            lines.append((kind, dtype, *told))
+    return markdown_table(("kind", "dtype", "ceiling", "which"), lines)
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """Versions, revision, dates, load and waiting of these rows, in one paragraph."""
+
+    def several(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)) or "-"
+
+    def span(name: str, values: Iterable[Any], unit: str = "") -> str:
+        found = sorted(value for value in values if value is not None)
+        return f"{name} {found[0]} to {found[-1]}{unit}. " if found else ""
+
+    changed = " with uncommitted changes" if any(row.get("dirty") for row in rows) else ""
+    text = f"torch {several('torch')}, triton {several('triton')}, CUDA {several('cuda')}, "
+    text += f"Python {several('python')}; revision {several('revision')}{changed}. "
+    text += span("Taken", [row.get("date") for row in rows])
+    text += span("Load average (1 min)", [row["load"][0] for row in rows if row.get("load")])
+    text += span("Just after a row", [row.get("power_w") for row in rows], " W")
+    text += span("Clock", [row.get("sm_mhz") for row in rows], " MHz")
+    waits = [row["waited"] for row in rows if row.get("threads") and row.get("waited") is not None]
+    if waits:
+        text += f"{several('isa')}. {sum(w > 0.05 for w in waits)} of {len(waits)} rows waited for a CPU "
+        text += "over 5 % of their time."
+    return text.strip()
+
+
+def render(name: str, rows: Sequence[Row]) -> str:
+    """Markdown for all rows of one bench's file; a part for each device where there are several."""
+    parts = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = with_ladder([row for row in rows if row["device"] == device])
+        parts += [f"# {name.capitalize()}: {device}", conditions(mine)]
+        parts += [summary(mine)] if name == "ceilings" else []
+        for kind in sorted({row["kind"] for row in mine}, key=lambda k: [*TITLES, k].index(k)):
+            parts += [f"## {TITLES.get(kind, kind)}", section([r for r in mine if r["kind"] == kind], mine)]
+        for row in (row for row in mine if row["kind"] == "profile" and row["status"] == "ok"):
+            listed = [(f"`{op}`", ms, calls) for op, ms, calls in row["operations"][:LISTED]]
+            title = ", ".join(str(value) for value in (*row["shape"].values(), row["provider"], row["dtype"]))
+            parts += [f"## {title}", markdown_table(("operation", "ms a step", "calls a step"), listed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write NAME.md beside every NAME.jsonl of the folders that are named."""
+    for folder in sys.argv[1:] if argv is None else argv:
+        for path in Path(folder).glob("*.jsonl"):
+            path.with_suffix(".md").write_text(render(path.stem, read_rows(path)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

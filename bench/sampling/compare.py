@@ -1,0 +1,165 @@
+"""Contenders on one batch: each passes its trial, then their steps are timed in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.measure import Case, Sample, Settings, first_line, in_turns, quantiles, short
+from bench.profile import traced
+from bench.results import Row
+from bench.sampling.contender import TOGETHER, Contender, Entry, Trial, trial_of
+from bench.sampling.subject import Subject, step_flop
+from bench.sampling.weights import shared_state
+
+# Seconds of one sample, and the samples of each contender.
+SAMPLE_SECONDS = {"cuda": 0.1, "cpu": 0.4}
+ROUNDS = 9
+TRACED_STEPS = 5
+# Seconds that a contender may take until it has passed its trial, and all of them for the rounds.
+PATIENCE, COMPILING = 300.0, 3600.0
+
+
+@dataclass(eq=False)
+class Comparison:
+    """Contenders on the same weights and the same batch, measured in one go when the first is asked for.
+
+    budget: seconds after which no further round begins; a round takes a sample of each.
+    """
+
+    kind: str
+    subject: Subject
+    batch: int
+    entries: Sequence[Entry]
+    budget: float = 60.0
+    found: dict[Entry, Row | Exception] = field(default_factory=dict)
+    left_out: set[tuple[str, str]] = field(default_factory=set)
+
+    def cases(self) -> list[Case]:
+        """A case for each contender."""
+        return [self.case(entry) for entry in self.entries]
+
+    def case(self, entry: Entry) -> Case:
+        """The case of one of them."""
+        shape = {"system": self.subject.name, "batch": self.batch}
+        limit = self.budget + (COMPILING if entry.compiles else PATIENCE)
+        measure = partial(self.row_of, entry)
+        return Case(
+            self.kind, entry.dtype, entry.name, shape, measure, dict(entry.note), limit, together=self
+        )
+
+    def leave_out(self, case: Case) -> None:
+        """Measure the others without the contender of a case."""
+        self.left_out.add((case.provider, case.dtype))
+
+    def row_of(self, entry: Entry, settings: Settings) -> Row:
+        """The row of one of them, after all were measured; raises what went wrong with it."""
+        if not self.found:
+            try:
+                self._measure(settings)
+            except Exception as error:  # the trial itself: no contender's row can be had
+                self.found = dict.fromkeys(self.entries, error.with_traceback(None))
+        found = self.found[entry]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _measure(self, settings: Settings) -> None:
+        """Find a row for each contender, or what went wrong with it."""
+        trial = trial_of(self.subject, self.batch, settings.device)
+        ready: dict[Entry, Contender] = {}
+        rows: dict[Entry, Row] = {}
+        for entry in self.entries:
+            if (entry.name, entry.dtype) in self.left_out:
+                continue
+            settings.begin(self.case(entry))
+            try:
+                ready[entry], rows[entry] = self._prepared(entry, trial)
+            except Exception as error:
+                # Without its frames, which hold the contender's memory.
+                self.found[entry] = error.with_traceback(None)
+            _tidy(settings)
+        samples = in_turns(
+            {entry: contender.take for entry, contender in ready.items()},
+            0.005 if settings.quick else SAMPLE_SECONDS[settings.device.type],
+            2 if settings.quick else ROUNDS,
+            together=TOGETHER,
+            longest=self.subject.steps,
+            budget=self.budget,
+        )
+        for entry, contender in ready.items():
+            rows[entry] |= self.times_of(samples[entry])
+            if settings.cuda:
+                host = quantiles([sample.host_ms for sample in samples[entry]])["ms"]
+                rows[entry] |= {"host_ms": host} | _launches(contender)
+            else:
+                rows[entry]["cpu_ms"] = quantiles([sample.cpu_ms for sample in samples[entry]])["ms"]
+        for entry, row in rows.items():
+            others = {f"{o.name} {o.dtype}": paired_ratio(rows[o], row) for o in rows if o != entry}
+            row["faster_than"] = others
+        self.found |= rows
+        ready.clear()
+        _tidy(settings)
+
+    def _prepared(self, entry: Entry, trial: Trial) -> tuple[Contender, Row]:
+        """A contender that has passed its trial, and the row that this begins."""
+        contender = entry.make(self.subject, trial.inputs)
+        cuda = trial.inputs.x.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        with contender.running():
+            contender.ready()
+            error = trial.check(contender.outcome(trial), entry.dtype)
+        row: Row = {"rel_err": float(f"{error:.2e}"), "steps": self.subject.steps} | contender.note()
+        if cuda:
+            torch.cuda.synchronize()
+            # What it allocated itself, and the float32 weights that all share.
+            own = torch.cuda.max_memory_allocated() - before
+            row["peak_mb"] = round((own + self._shared_bytes(trial.inputs.x.device)) / 1e6, 1)
+        return contender, row
+
+    def _shared_bytes(self, device: torch.device) -> int:
+        configs = [config for config in (self.subject.net, self.subject.classifier) if config is not None]
+        states = (shared_state(config, seed, device) for seed, config in enumerate(configs))
+        return sum(value.nbytes for state in states for value in state.values())
+
+    def times_of(self, samples: Sequence[Sample]) -> Row:
+        """The fields that follow from the samples: the median sample's time a step, and what it comes to."""
+        row = quantiles([sample.ms for sample in samples])
+        flop = step_flop(self.subject) * self.batch
+        return row | {
+            "samples": len(samples),
+            "rounds_ms": [short(sample.ms) for sample in samples],
+            "waited": round(sum(sample.waited for sample in samples) / len(samples), 3),
+            "flop": flop,
+            "tflops": short(flop / row["ms"] / 1e9),
+            "images_per_s": short(1e3 * self.batch / (row["ms"] * self.subject.steps)),
+        }
+
+
+def paired_ratio(slower: Row, faster: Row) -> float:
+    """Median over the rounds of the ratio of two contenders' times."""
+    pairs = zip(slower["rounds_ms"], faster["rounds_ms"], strict=True)
+    return quantiles([a / b for a, b in pairs])["ms"]
+
+
+def _launches(contender: Contender) -> Row:
+    """What the host launches for a step, and how many kernels run."""
+    try:
+        trace: Any = traced(contender, TRACED_STEPS)
+    except RuntimeError as error:  # a host may refuse to be profiled
+        return {"trace": first_line(error)}
+    return {"launches": round(trace.launches, 1), "kernels": round(trace.kernels, 1)}
+
+
+def _tidy(settings: Settings) -> None:
+    gc.collect()
+    if settings.cuda:
+        torch.cuda.empty_cache()

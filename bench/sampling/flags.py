@@ -1,0 +1,40 @@
+"""The flags of the benches that run guided steps."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+PUBLISHED_PATH = "GUIDED_DIFFUSION"
+PUBLISHED_FOLDER = Path(".guided-diffusion")
+PEERS = ("eager", "channels-last", "compiled", "diffusers")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add presets, batches, precisions and peers; `choice.choose` reads them."""
+    add = parser.add_argument
+    add("--systems", metavar="NAME,...", help="presets (default: by device)")
+    add("--batches", metavar="N,...", help="images at a time (default: 8,1 on a GPU, 1,4 on a CPU)")
+    add("--precisions", metavar="NAME,...", help="of our steps (default: by device)")
+    add("--all", action="store_true", help="every preset; batches 8,1,32 on a GPU, also batch 1 on a CPU")
+    add(
+        "--guided-diffusion",
+        metavar="PATH",
+        default=published_path(),
+        help="a checkout of the published code, to compare with "
+        f"(default: {PUBLISHED_PATH}, or {PUBLISHED_FOLDER} where it exists)",
+    )
+    add(
+        "--peers",
+        metavar="NAME,...",
+        nargs="?",
+        const=",".join(PEERS),
+        help=f"of {','.join(PEERS)}; without names all, which takes minutes to compile "
+        "(default: those that are there, but compiled)",
+    )
+
+
+def published_path() -> str:
+    """Where the published code is unless a flag names it: "" for nowhere."""
+    return os.environ.get(PUBLISHED_PATH) or (str(PUBLISHED_FOLDER) if PUBLISHED_FOLDER.is_dir() else "")
