@@ -32,6 +32,8 @@ _COMPILING = threading.RLock()
 # TF32 factors, which a GPU's float32 may have; in float32 the sums' own rounding counts.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TF32_ROUNDING, FLOAT32_ROUNDING = 2.0**-11, 2e-5
+# The first torch seen to trace a gradient in an input made inside the graph; 2.11 refuses.
+TRACES_GRADIENTS = "2.13"
 
 
 def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -> None:
@@ -43,9 +45,13 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
 
     Raises:
         OutputError: before anything is compiled, where nothing could be written into the folder.
-        Unavailable: where a compiled row differs from the eager one by more than rounding.
+        Unavailable: where a compiled row differs from the eager one by more than rounding, and for a guided
+            step where torch can't trace its gradient.
     """
     kind = step.state.x.device.type
+    if step.key.guided and torch.__version__ < TRACES_GRADIENTS:
+        reason = f"a guided step needs torch {TRACES_GRADIENTS} or later, this is {torch.__version__}"
+        raise Unavailable(f"compile=True: {reason}; without compile it runs as a CUDA graph")
     if cache is not None:
         check_folder(cache)
     with _kept_in(cache):

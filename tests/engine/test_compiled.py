@@ -165,3 +165,12 @@ def test_a_cache_that_cant_be_written_is_said_before_compiling(monkeypatch, tmp_
 def test_a_cache_without_compile_is_refused():
     with pytest.raises(InvalidArgument, match="^compile_cache='x'"):
         EngineOptions(compile_cache="x")
+
+
+def test_a_guided_step_is_refused_where_torch_cannot_trace_its_gradient(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
+    monkeypatch.setattr(torch, "compile", lambda body, **_: body)
+    with pytest.raises(Unavailable, match="compile=True"):
+        pipeline(options=COMPILED).sample(classes=[0], seeds=[0], steps=1)
+    plain = pipeline(options=COMPILED).sample(classes=[0], seeds=[0], steps=1, guidance=0.0)
+    assert torch.equal(plain, pipeline().sample(classes=[0], seeds=[0], steps=1, guidance=0.0))
