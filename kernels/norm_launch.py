@@ -90,13 +90,14 @@ class Merge:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a launch depends on: images, positions an image, channels, groups, bytes an element."""
+    """What a launch depends on: images, positions an image, channels, groups, bytes an element, sources."""
 
     n: int
     p: int
     c: int
     groups: int
     itemsize: int
+    sources: int = 1
 
     @property
     def depth(self) -> int:
@@ -197,9 +198,13 @@ def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     block_c = min(64, pow2(shape.c))
     block_p, unroll = 2048 // block_c, 2 if backward else 4
     blocks = -(-shape.c // block_c)
-    # Four programs a multiprocessor; the merge holds all chunks of its channels at once.
+    # A multiprocessor holds three programs of the statistics of one source (72 registers a thread), two of
+    # two sources or of the gradient's sums (93 to 124). One wave, or two, and never a few programs more, which
+    # would run alone at the end. The merge holds all chunks of its channels at once.
+    held = 3 if shape.sources == 1 and not backward else 2
+    programs = 4 // held * held * MULTIPROCESSORS
     most = min(128, max(8192 // pow2(shape.depth), 1))
-    wanted = min(-(-4 * MULTIPROCESSORS // (shape.n * blocks)), most)
+    wanted = min(max(programs // (shape.n * blocks), 1), most)
     trip = block_p * unroll
     chunk = -(-shape.p // (wanted * trip)) * trip
     return TwoPass(block_p, block_c, unroll, chunk, warps=8, apply_p=block_p, apply_warps=4)

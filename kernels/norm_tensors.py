@@ -82,7 +82,8 @@ class Geometry:
         )
 
     def shape(self, groups: int, x: Tensor) -> Shape:
-        return Shape(self.n, math.prod(self.spatial), self.c1 + self.c2, groups, x.element_size())
+        sources = 2 if self.c2 else 1
+        return Shape(self.n, math.prod(self.spatial), self.c1 + self.c2, groups, x.element_size(), sources)
 
 
 def geometry(x: Tensor, x2: Tensor | None, resample: str | None) -> Geometry:

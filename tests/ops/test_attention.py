@@ -18,7 +18,6 @@ from tests.ops.tolerance import (
     HALF_AND_SINGLE,
     assert_same_formula,
     assert_within,
-    bits,
     unmodified,
 )
 
@@ -134,6 +133,8 @@ def test_the_reference_is_the_formula(case):
         lambda dtype: attention(qkv.to(dtype), heads, legacy_order=legacy, impl="reference"),
         lambda dtype: formula(qkv.to(dtype), heads, legacy),
         case["shape"],
+        "parameter gradient",  # sums of as many terms as there are positions, each in its own order
+        qkv.shape[1],
     )
 
 
@@ -156,7 +157,8 @@ def test_values_and_gradient_are_within_tolerance(case, impl, device):
 
     with unmodified(qkv=there, dy=dy):
         out, gradient = run(attention, there, impl=impl)
-    reference, reference_gradient = run(attention_ref, qkv)
+    # Each device rounds the sums in its own order: what that costs is measured there.
+    reference, reference_gradient = run(attention_ref, there)
     truth, true_gradient = run(attention_ref, qkv.double())
     assert out.dtype == gradient.dtype == qkv.dtype
     assert_within(out, reference, truth, "out")
@@ -183,8 +185,12 @@ def test_the_two_orders_are_one_permutation_of_the_rows(shape, impl):
         assert old.shape == (n, heads, s, d) and torch.equal(old, new)
         assert old.untyped_storage().data_ptr() == legacy.untyped_storage().data_ptr(), "a view, not a copy"
     if not refused(impl, legacy, heads):
+        # torch's kernels may add up rows of other strides in another order.
         old = attention(legacy, heads, legacy_order=True, impl=impl)
-        assert torch.equal(bits(old), bits(attention(legacy[..., order], heads, impl=impl)))
+        reference = attention_ref(legacy, heads, legacy_order=True)
+        truth = attention_ref(legacy.double(), heads, legacy_order=True)
+        for got in (old, attention(legacy[..., order], heads, impl=impl)):
+            assert_within(got, reference, truth, shape)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -143,7 +143,8 @@ def test_values_are_within_tolerance(case, impl, device):
     with unmodified(**there):
         y = group_norm_silu(**there, **options, impl=impl)
     assert y.dtype == tensors["x"].dtype and y.device.type == device
-    reference = group_norm_silu_ref(**tensors, **options)
+    # Each device rounds the sums in its own order: what that costs is measured there.
+    reference = group_norm_silu_ref(**there, **options).cpu()
     assert_within(y.cpu(), reference, group_norm_silu_ref(**moved(tensors, torch.float64), **options), impl)
 
 
@@ -167,7 +168,7 @@ def test_gradients_are_within_tolerance(case, impl, device):
     dy = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(tensors["x"].dtype)
     with unmodified(dy=dy, **there):
         got = gradients(lambda **k: group_norm_silu(**k, impl=impl), there, options, dy)
-    reference = gradients(group_norm_silu_ref, tensors, options, dy)
+    reference = moved(gradients(group_norm_silu_ref, there, options, dy), "cpu")
     truth = gradients(group_norm_silu_ref, wide, options, dy)
     positions = tensors["x"][0, 0].numel()
     lengths = dict(weight=len(tensors["x"]) * positions, bias=len(tensors["x"]) * positions)
