@@ -199,8 +199,8 @@ def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     block_p, unroll = 2048 // block_c, 2 if backward else 4
     blocks = -(-shape.c // block_c)
     # A multiprocessor holds three programs of the statistics of one source (72 registers a thread), two of
-    # two sources or of the gradient's sums (93 to 124). One wave, or two, and never a few programs more, which
-    # would run alone at the end. The merge holds all chunks of its channels at once.
+    # two sources or of the gradient's sums (93 to 124). One wave, or two, and never a few programs more,
+    # which would run alone at the end. The merge holds all chunks of its channels at once.
     held = 3 if shape.sources == 1 and not backward else 2
     programs = 4 // held * held * MULTIPROCESSORS
     most = min(128, max(8192 // pow2(shape.depth), 1))
