@@ -55,10 +55,6 @@ class Subject:
         second = None if self.classifier is None else network(self.classifier, 1, device)
         return network(self.net, 0, device), second
 
-    def alone(self) -> Subject:
-        """The same without its classifier."""
-        return dataclasses.replace(self, classifier=None, guidance=0.0)
-
 
 @functools.cache
 def subjects() -> dict[str, Subject]:
