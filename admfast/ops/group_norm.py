@@ -163,22 +163,12 @@ def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
     """The op over the raw pair called `raw`; where that can't resample, it is done after it."""
 
     def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        groups: int,
-        eps: float,
-        *,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        silu: bool,
-        resample: Resample,
-        x2: Tensor | None,
-        with_skip: bool,
+        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_skip: bool, **call: Any
     ) -> Any:
+        resample, silu, x2 = call["resample"], call["silu"], call["x2"]
         inside = resample if resamples else None
         options = NormOptions(groups, eps, silu, inside, with_skip and inside is not None)
-        tensors = (x, x2, weight, bias, scale, shift)
+        tensors = (x, x2, weight, bias, call["scale"], call["shift"])
         if recorded(*tensors):
             y, skip, *_ = record(GroupNormSiluFn, *tensors, raw, options)
         else:
