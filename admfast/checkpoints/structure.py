@@ -45,10 +45,7 @@ class Structure:
         }
         if self.pool_side is not None:
             shown["image_size"] = self.pool_side * 2 ** (levels - 1)
-        if levels == 1 or not self.blocks[count + 1].residual:
-            shown["resblock_updown"] = False
-        else:
-            shown["resblock_updown"] = True
+        shown["resblock_updown"] = levels > 1 and self.blocks[count + 1].residual
         return shown
 
 
