@@ -14,8 +14,14 @@ from pathlib import Path
 import pytest
 
 from admfast.errors import AdmfastError, OutputError
-from admfast.files import atomic_open, atomic_path, output_error, write_bytes, write_text
-from admfast.files.atomic import check_writable
+from admfast.files.atomic import (
+    atomic_open,
+    atomic_path,
+    check_writable,
+    output_error,
+    write_bytes,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -146,7 +152,9 @@ def test_a_full_disk(tmp_path, writer):
         import numpy as np
         from pathlib import Path
         from admfast.errors import OutputError
-        from admfast.files import *
+        from admfast.files.atomic import *
+        from admfast.files.images import *
+        from admfast.files.npz import *
         target = Path("target")
         try:
             {writer}

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from admfast.errors import InvalidArgument, OutputError
-from admfast.files import iter_array, read_arrays, read_samples, write_arrays, write_samples, write_streamed
+from admfast.files.npz import (
+    iter_array,
+    read_arrays,
+    read_samples,
+    write_arrays,
+    write_samples,
+    write_streamed,
+)
 from tests.parity.golden import cases, load_json
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 3)).astype(np.uint8)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from admfast.errors import InvalidArgument
-from admfast.files import read_set, write_png, write_samples
+from admfast.files.images import write_png
+from admfast.files.npz import write_samples
+from admfast.files.sets import read_set
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3)).astype(np.uint8)
 
