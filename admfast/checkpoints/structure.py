@@ -143,10 +143,8 @@ def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
 
 def _scale_shift(shapes: Shapes) -> bool:
     """Whether the embedding is projected to twice the channels: scale and shift."""
-    width, projected = (
-        shapes.get("input_blocks.1.0.in_layers.2.weight"),
-        shapes.get("input_blocks.1.0.emb_layers.1.weight"),
-    )
+    names = ("in_layers.2.weight", "emb_layers.1.weight")
+    width, projected = (shapes.get(f"input_blocks.1.0.{name}") for name in names)
     if not width or not projected or projected[0] not in (width[0], 2 * width[0]):
         raise CheckpointError(
             "not an ADM network: input_blocks.1.0 is not a residual block with an embedding"
