@@ -138,7 +138,7 @@ def test_a_folder_that_vanishes_while_writing(tmp_path):
 WRITERS = {
     "bytes": "write_bytes(target, b'x' * 300_000)",
     "path": "with atomic_path(target) as t: t.write_bytes(b'x' * 300_000)",
-    "savez": "write_samples(target, np.zeros((10, 100, 100, 3), np.uint8))",
+    "savez": "write_streamed(target, (10, 100, 100, 3), np.zeros((10, 100, 100, 3), np.uint8))",
     "png": "write_png(target, np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8))",
     "small writes": "with atomic_open(target) as f: [f.write(b'x' * 1000) for _ in range(300)]",
 }
