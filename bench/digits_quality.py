@@ -23,7 +23,7 @@ from sklearn.svm import SVC
 import admfast
 from admfast.models.presets import SYSTEMS
 from admfast.training.digits import CLASSES, LEVELS, block_means, load_digits
-from bench.results import conditions, environment
+from bench.results import conditions, environment, markdown_table
 
 Array = npt.NDArray[np.float64]
 
@@ -105,11 +105,8 @@ def copied(samples: Array, real: Array) -> float:
     return float((distances(samples, real).min(1) < np.percentile(own.min(1), 1)).mean())
 
 
-def measure(
-    samples: Array, classes: npt.NDArray[np.int64], real: Array, judge: SVC, seed: int = 0
-) -> Quality:
-    """All measures of samples [N, 64] that were asked to be of `classes` [N]."""
-    some = real[np.random.default_rng(seed).permutation(len(real))[: len(samples)]]
+def measure(samples: Array, classes: npt.NDArray[np.int64], real: Array, judge: SVC, some: Array) -> Quality:
+    """All measures of samples [N, 64] that were asked to be of `classes` [N]; `some`: as many of `real`."""
     return Quality(
         accuracy=float((judge.predict(samples) == classes).mean()),
         frechet=frechet_distance(samples, real),
@@ -127,16 +124,7 @@ def halves(real: Array, labels: npt.NDArray[np.int64], rounds: int = 10) -> Qual
         order = np.random.default_rng(seed).permutation(len(real))
         a, b = order[: len(real) // 2], order[len(real) // 2 :]
         judge = SVC(gamma=0.001).fit(real[b], labels[b])
-        found.append(
-            Quality(
-                float((judge.predict(real[a]) == labels[a]).mean()),
-                frechet_distance(real[a], real[b]),
-                nearest_neighbour_accuracy(real[a], real[b][: len(a)]),
-                coverage(real[a], real[b]),
-                coverage(real[b], real[a]),
-                copied(real[a], real[b]),
-            )
-        )
+        found.append(measure(real[a], labels[a], real[b], judge, real[b][: len(a)]))
     return Quality(*(float(np.mean([getattr(q, name) for q in found])) for name in asdict(found[0])))
 
 
@@ -159,16 +147,13 @@ def sample(
 
 def table(rows: dict[str, Quality]) -> str:
     """The results in Markdown."""
+    header = ("samples", "class right", "Frechet distance", "1-NN accuracy", "precision", "recall")
+    forms = ("{:.1%}", "{:.1f}", "{:.3f}", "{:.3f}", "{:.3f}", "{:.1%}")
     lines = [
-        "| samples | class right | Frechet distance | 1-NN accuracy | precision | recall | near copies |",
-        "|---|---|---|---|---|---|---|",
+        (name, *(form.format(value) for form, value in zip(forms, asdict(q).values(), strict=True)))
+        for name, q in rows.items()
     ]
-    for name, q in rows.items():
-        lines.append(
-            f"| {name} | {q.accuracy:.1%} | {q.frechet:.1f} | {q.nearest_neighbour:.3f} | {q.precision:.3f} "
-            f"| {q.recall:.3f} | {q.copies:.1%} |"
-        )
-    return "\n".join(lines)
+    return markdown_table((*header, "near copies"), lines)
 
 
 def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
@@ -199,6 +184,7 @@ def run(args: argparse.Namespace) -> None:
     digits, labels = load_digits()
     real, classes = digits.flatten(1).double().numpy(), labels.numpy()
     judge = SVC(gamma=0.001).fit(real, classes)
+    some = real[np.random.default_rng(0).permutation(len(real))[: args.count]]
     # Read first: what is measured for half an hour must be what the hashes and the revision say.
     document = {
         "samples": args.count,
@@ -213,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
             continue
         started = time.time()
         samples, asked = sample(pipe, setting, args.count, args.seed)
-        rows[setting.name] = measure(samples, asked, real, judge)
+        rows[setting.name] = measure(samples, asked, real, judge, some)
         spent = time.time() - started
         print(f"{setting.name}: {args.count} samples in {spent:.0f} s", file=sys.stderr, flush=True)
     print(table(rows))

@@ -38,7 +38,7 @@ TITLES = {
 }
 # Whom the others are held against: "x eager" says how many times faster than eager a row is.
 BASELINES: tuple[str, ...] = ("copy", "eager", "eager channels-first", "torch.compile")
-BASELINES += ("published", "published, channels-last", "published, compiled", "diffusers")
+BASELINES += ("published", "published, channels-last", "published, compiled")
 # What the ceiling of a kind is: products and attention of a product, traffic of a copy, a step of a product.
 TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
 TOP |= {"step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}

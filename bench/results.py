@@ -165,11 +165,6 @@ def device_name(device: torch.device) -> str:
     return f"{name} ({model}{torch.get_num_threads()} of {len(os.sched_getaffinity(0))} CPUs)"
 
 
-def slug(name: str) -> str:
-    """Return the name of a device's folder under `results/`: "Intel(R) Xeon(R)" becomes "intel-xeon"."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
-
-
 @functools.cache
 def git_state() -> tuple[str, bool | None]:
     """Return (revision, dirty) of this checkout.

@@ -136,18 +136,15 @@ def run(
             if clock() >= deadline:
                 counts["left"] += len(rows)
                 continue
-            # Of those measured together one that can't be had is not tried again with the others.
-            hopeless = [
-                case.together and o["status"] in FINAL - {"ok"}
-                for (case, _), o in zip(rows, olds, strict=True)
-            ]
-            for (case, _), out in zip(rows, hopeless, strict=True):
-                if out:
+            waiting = []
+            for (case, row), old in zip(rows, olds, strict=True):
+                # Of those measured together one that can't be had is not tried again with the others.
+                if case.together and old["status"] in FINAL - {"ok"}:
                     case.together.leave_out(case)
                     counts["found"] += 1
-            for (case, row), old, out in zip(rows, olds, hopeless, strict=True):
-                if out:
-                    continue
+                else:
+                    waiting.append((case, row, old))
+            for case, row, old in waiting:
                 announce(case)
                 row |= measure_case(case, dataclasses.replace(settings, begin=announce))
                 begin({})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,7 +23,7 @@ from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.structure import summary
 from admfast.models import NetConfig, UNetConfig, UpsamplerConfig, build
 from admfast.models.presets import MODELS, ModelPreset
-from admfast.ops.dispatch import ENVIRONMENT
+from admfast.ops.dispatch import using
 
 Row = tuple[str, str]
 
@@ -60,7 +59,8 @@ def forward_work(config: NetConfig, batch: int = 1, dtype: torch.dtype = torch.f
         inputs = _inputs(config, batch)
     counter = FlopCounterMode(display=False)
     live = _LiveBytes(net, inputs)
-    with _reference_ops(), torch.no_grad(), counter, live:
+    # A fused kernel has no meta form and hides its work from the counter.
+    with using("reference"), torch.no_grad(), counter, live:
         net(**inputs)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     return ForwardWork(counter.get_total_flops(), weights, live.peak)
@@ -234,20 +234,6 @@ def _inputs(config: NetConfig, batch: int) -> dict[str, Tensor]:
     if isinstance(config, UpsamplerConfig):
         inputs["low_res"] = torch.empty(batch, config.in_channels, *(max(side // 4, 1) for side in sides))
     return inputs
-
-
-@contextlib.contextmanager
-def _reference_ops() -> Iterator[None]:
-    """Run every op on its reference: a fused kernel has no meta form and hides its work from the counter."""
-    before = os.environ.get(ENVIRONMENT)
-    os.environ[ENVIRONMENT] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ENVIRONMENT]
-        else:
-            os.environ[ENVIRONMENT] = before
 
 
 class _LiveBytes(TorchDispatchMode):

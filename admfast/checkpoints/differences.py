@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,17 +35,16 @@ class Differences:
 
     def summary(self, count: int = 3) -> str:
         """One line: how many keys of each sort, and the first `count` of each with their shapes."""
-        parts = []
-        if self.missing:
-            parts.append(_listed("missing", (f"{k} {_text(s)}" for k, s in self.missing.items()), count))
-        if self.unexpected:
-            parts.append(
-                _listed("unexpected", (f"{k} {_text(s)}" for k, s in self.unexpected.items()), count)
-            )
-        if self.misshapen:
-            lines = (f"{k} {_text(has)}, not {_text(needs)}" for k, (has, needs) in self.misshapen.items())
-            parts.append(_listed("with another shape", lines, count))
-        return "; ".join(parts) or "no differences"
+        misshapen = self.misshapen.items()
+        sorts = {
+            "missing": [f"{key} {list(shape)}" for key, shape in self.missing.items()],
+            "unexpected": [f"{key} {list(shape)}" for key, shape in self.unexpected.items()],
+            "with another shape": [
+                f"{key} {list(has)}, not {list(needs)}" for key, (has, needs) in misshapen
+            ],
+        }
+        found = [_listed(sort, lines, count) for sort, lines in sorts.items() if lines]
+        return "; ".join(found) or "no differences"
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -74,7 +73,7 @@ def fingerprint(shapes: Shapes) -> str:
     Neither the order of the keys nor their dtype enters, so that a half-precision copy, or one in the sorted
     order of a safetensors file, has the fingerprint of the original.
     """
-    lines = sorted(f"{key} {_text(shape)}" for key, shape in shapes.items())
+    lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -110,12 +109,7 @@ def _with_time_embed(shape: Shape | None) -> list[str]:
     return [model.name for model in released if model.config.model_channels == shape[-1]]
 
 
-def _listed(sort: str, lines: Iterable[str], count: int) -> str:
+def _listed(sort: str, lines: list[str], count: int) -> str:
     """`5 keys SORT (a, b, c, ...)`."""
-    lines = list(lines)
     more = ", ..." if len(lines) > count else ""
     return f"{len(lines)} {'key' if len(lines) == 1 else 'keys'} {sort} ({', '.join(lines[:count])}{more})"
-
-
-def _text(shape: Shape) -> str:
-    return str(list(shape))

@@ -45,14 +45,6 @@ class Fetched:
     checked: tuple[str, ...]
 
 
-@dataclass
-class _Offer:
-    """What the server says of the whole file: bytes and MD5, as far as it says them."""
-
-    size: int | None = None
-    md5: str | None = None
-
-
 class _Broken(Exception):
     """The connection ended before the file did."""
 
@@ -103,12 +95,11 @@ def fetch(
         raise OutputError(f"{target}: is there already; overwrite it only if asked to")
     part = target.with_name(target.name + ".part")
     with _locked(part) as file:
-        offer = _Offer(size=model.size, md5=model.md5)
-        bar = tqdm(desc=model.file, unit="B", unit_scale=True, disable=None if progress else True)
-        with bar:
-            _receive(url, file, part, offer, timeout, retries, wait, bar)
+        with tqdm(desc=model.file, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+            transfer = _Transfer(url, file, part, timeout, bar, model.size, model.md5)
+            transfer.receive(retries, wait)
         size = file.seek(0, os.SEEK_END)
-        checked = _check(url, part, size, model, offer)
+        checked = _check(transfer, size, model)
         try:
             os.fsync(file.fileno())
             os.replace(part, target)
@@ -148,186 +139,180 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
                     _discard(part)
 
 
-def _receive(
-    url: str,
-    file: BinaryIO,
-    part: Path,
-    offer: _Offer,
-    timeout: float,
-    retries: int,
-    wait: float,
-    bar: tqdm[object],
-) -> None:
-    """Receive the rest of the file, taking a broken connection up again."""
-    for attempt in range(retries + 1):
+@dataclass
+class _Transfer:
+    """A download: from where, to which file, and the size and MD5 of the whole as far as they are known."""
+
+    url: str
+    file: BinaryIO
+    part: Path
+    timeout: float
+    bar: tqdm[object]
+    size: int | None
+    md5: str | None
+
+    def receive(self, retries: int, wait: float) -> None:
+        """Receive the rest of the file, taking a broken connection up again."""
+        for attempt in range(retries + 1):
+            try:
+                return self._receive_once()
+            except _Broken as broken:
+                if attempt == retries:
+                    have = self.file.seek(0, os.SEEK_END)
+                    kept = (
+                        f"{have:,}{f' of {self.size:,}' if self.size else ''} bytes are kept in {self.part}"
+                    )
+                    raise CheckpointError(
+                        f"{self.url}: {broken}; {kept}: fetch again to go on from there"
+                    ) from None
+                time.sleep(wait * 2**attempt)
+
+    def _receive_once(self) -> None:
+        """One request: append what comes to the file, or begin it anew where the server can't go on."""
+        have = self.file.seek(0, os.SEEK_END)
+        response = self._open(have)
+        if response is None:  # the file is complete, or longer than the server's
+            if self.size is not None and have > self.size:
+                self._truncate()
+                return self._receive_once()
+            return
+        with response:
+            if response.status != 206:
+                self._truncate()
+                have = 0
+            self._note_offer(response, have)
+            _write_etag(self.part, response.headers.get("ETag") or "")
+            self.bar.total, self.bar.n = self.size, have
+            self.bar.refresh()
+            self._check_room(have)
+            while data := self._read(response):
+                try:
+                    self.file.write(data)
+                    self.file.flush()
+                except OSError as error:
+                    raise output_error(self.part, error) from error
+                have += len(data)
+                self.bar.update(len(data))
+        if self.size is not None and have < self.size:
+            raise _Broken("the connection ended early")
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        """One read of the socket: `read` would throw what came away if the rest of its chunk does not."""
         try:
-            return _receive_once(url, file, part, offer, timeout, bar)
-        except _Broken as broken:
-            if attempt == retries:
-                have = file.seek(0, os.SEEK_END)
-                of = f" of {offer.size:,}" if offer.size else ""
-                raise CheckpointError(
-                    f"{url}: {broken}; {have:,}{of} bytes are kept in {part}: fetch again to go on from there"
-                ) from None
-            time.sleep(wait * 2**attempt)
+            return response.read1(_CHUNK)
+        except TimeoutError:
+            raise _Broken(f"no byte came for {self.timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _Broken(f"the connection broke ({type(error).__name__})") from None
+
+    def _open(self, have: int) -> http.client.HTTPResponse | None:
+        """Ask for the file from byte `have` on; None where the server says that nothing is left."""
+        headers = {"User-Agent": "admfast", "Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+            if etag := _read_etag(self.part):
+                headers["If-Range"] = etag
+        url = self.url
+        try:
+            return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                self._refused(error, have)
+            return None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, TimeoutError):
+                raise _Broken(f"no answer within {self.timeout:g} s") from None
+            raise CheckpointError(f"{url}: not reached: {error.reason}") from None
+        except TimeoutError:
+            raise _Broken(f"no answer within {self.timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _Broken(f"the connection broke ({type(error).__name__})") from None
+        except ValueError as error:
+            raise InvalidArgument(f"{url}: not a URL: {error}") from None
+
+    def _refused(self, error: urllib.error.HTTPError, have: int) -> None:
+        """Return where the server has nothing more; raises what any other answer means."""
+        if error.code == 416 and have:
+            whole = error.headers.get("Content-Range", "").rpartition("/")[2]
+            return self._agree(int(whole) if whole.isdigit() else None)
+        said = f"the server answered {error.code} {error.reason}"
+        if error.code >= 500 or error.code == 429:
+            raise _Broken(said) from None
+        if error.code == 404:
+            said = "the server has no such file (404)"
+        raise CheckpointError(f"{self.url}: {said}") from None
+
+    def _note_offer(self, response: http.client.HTTPResponse, have: int) -> None:
+        """Read size and MD5 of the whole file off the answer; refuse one that can't be the published file."""
+        headers: Message = response.headers
+        whole = headers.get("Content-Length", "")
+        if response.status == 206:
+            span, _, whole = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+            if span.partition("-")[0] != str(have):
+                sent = span or "no range"
+                raise CheckpointError(f"{self.url}: asked for byte {have:,} on, the server sent {sent}")
+        self._agree(int(whole) if whole.isdigit() else None)
+        # Content-MD5 of a partial answer is that of the part; the other name is the release server's, of the
+        # whole.
+        of_all = headers.get("Content-MD5") if response.status == 200 else None
+        with contextlib.suppress(ValueError):
+            digest = base64.b64decode(headers.get("x-ms-blob-content-md5") or of_all or "", validate=True)
+            if len(digest) == 16:
+                self.md5 = self.md5 or digest.hex()
+
+    def _agree(self, size: int | None) -> None:
+        """Take the server's size for the file's, unless another one is known."""
+        if size is not None and self.size is not None and size != self.size:
+            raise CheckpointError(f"{self.url}: the server's file has {size:,} bytes, {self.size:,} are due")
+        self.size = self.size if size is None else size
+
+    def _check_room(self, have: int) -> None:
+        """Refuse a download that can't fit, before its first byte."""
+        missing, free = (self.size or 0) - have, shutil.disk_usage(self.part.parent).free
+        if missing > free:
+            rest = f"{missing:,} bytes are still to come, the disk has {free:,}"
+            raise OutputError(f"{self.part}: not written: {rest}")
+
+    def _truncate(self) -> None:
+        """Begin the partial file anew."""
+        try:
+            self.file.truncate(0)
+        except OSError as error:
+            raise output_error(self.part, error) from error
 
 
-def _receive_once(
-    url: str, file: BinaryIO, part: Path, offer: _Offer, timeout: float, bar: tqdm[object]
-) -> None:
-    """One request: append what comes to the file, or begin it anew where the server can't go on."""
-    have = file.seek(0, os.SEEK_END)
-    response = _open(url, have, _read_etag(part), timeout, offer)
-    if response is None:  # the file is complete, or longer than the server's
-        if offer.size is not None and have > offer.size:
-            _truncate(file, part)
-            return _receive_once(url, file, part, offer, timeout, bar)
-        return
-    with response:
-        if response.status != 206:
-            _truncate(file, part)
-            have = 0
-        _note_offer(url, response, have, offer)
-        _write_etag(part, response.headers.get("ETag") or "")
-        bar.total, bar.n = offer.size, have
-        bar.refresh()
-        _check_room(part, offer, have)
-        while True:
-            try:
-                # One read of the socket: `read` would throw what came away if the rest of its chunk does not.
-                data = response.read1(_CHUNK)
-            except TimeoutError:
-                raise _Broken(f"no byte came for {timeout:g} s") from None
-            except (OSError, http.client.HTTPException) as error:
-                raise _Broken(f"the connection broke ({type(error).__name__})") from None
-            if not data:
-                break
-            try:
-                file.write(data)
-                file.flush()
-            except OSError as error:
-                raise output_error(part, error) from error
-            have += len(data)
-            bar.update(len(data))
-    if offer.size is not None and have < offer.size:
-        raise _Broken("the connection ended early")
-
-
-def _open(url: str, have: int, etag: str, timeout: float, offer: _Offer) -> http.client.HTTPResponse | None:
-    """Ask for the file from byte `have` on; None where the server says that nothing is left."""
-    headers = {"User-Agent": "admfast", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if etag:
-            headers["If-Range"] = etag
-    try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 416 and have:
-                whole = error.headers.get("Content-Range", "").rpartition("/")[2]
-                _agree(url, int(whole) if whole.isdigit() else None, offer)
-                return None
-            if error.code >= 500 or error.code == 429:
-                raise _Broken(f"the server answered {error.code} {error.reason}") from None
-            if error.code == 404:
-                raise CheckpointError(f"{url}: the server has no such file (404)") from None
-            raise CheckpointError(f"{url}: the server answered {error.code} {error.reason}") from None
-    except TimeoutError:
-        raise _Broken(f"no answer within {timeout:g} s") from None
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, TimeoutError):
-            raise _Broken(f"no answer within {timeout:g} s") from None
-        raise CheckpointError(f"{url}: not reached: {error.reason}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"the connection broke ({type(error).__name__})") from None
-    except ValueError as error:
-        raise InvalidArgument(f"{url}: not a URL: {error}") from None
-
-
-def _note_offer(url: str, response: http.client.HTTPResponse, have: int, offer: _Offer) -> None:
-    """Read size and MD5 of the whole file off the answer; refuse one that can't be the published file."""
-    headers: Message = response.headers
-    size: int | None = None
-    if response.status == 206:
-        span, _, whole = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-        if span.partition("-")[0] != str(have):
-            raise CheckpointError(f"{url}: asked for byte {have:,} on, the server sent {span or 'no range'}")
-        size = int(whole) if whole.isdigit() else None
-    elif headers.get("Content-Length", "").isdigit():
-        size = int(headers["Content-Length"])
-    _agree(url, size, offer)
-    # Content-MD5 of a partial answer is that of the part; the other name is the release server's, of the
-    # whole.
-    encoded = headers.get("x-ms-blob-content-md5") or (
-        headers.get("Content-MD5") if response.status == 200 else None
-    )
-    with contextlib.suppress(ValueError):
-        digest = base64.b64decode(encoded or "", validate=True)
-        if len(digest) == 16:
-            offer.md5 = offer.md5 or digest.hex()
-
-
-def _agree(url: str, size: int | None, offer: _Offer) -> None:
-    """Take the server's size for the file's, unless another one is known."""
-    if size is not None and offer.size is not None and size != offer.size:
-        raise CheckpointError(f"{url}: the server's file has {size:,} bytes, {offer.size:,} are due")
-    offer.size = offer.size if size is None else size
-
-
-def _check_room(part: Path, offer: _Offer, have: int) -> None:
-    """Refuse a download that can't fit, before its first byte."""
-    missing = (offer.size or 0) - have
-    free = shutil.disk_usage(part.parent).free
-    if missing > free:
-        raise OutputError(f"{part}: not written: {missing:,} bytes are still to come, the disk has {free:,}")
-
-
-def _check(url: str, part: Path, size: int, model: ModelPreset, offer: _Offer) -> tuple[str, ...]:
+def _check(transfer: _Transfer, size: int, model: ModelPreset) -> tuple[str, ...]:
     """Compare the file that arrived with what is known of it; discard it if it differs."""
-    by = []
-    if offer.size is not None:
-        by.append("size" if model.size is not None else "the server's own length")
-        if size != offer.size:
-            _discard(part)
-            raise CheckpointError(f"{url}: {size:,} bytes arrived, {offer.size:,} were due; discarded")
-    for name, wanted in (("sha256", model.sha256), ("md5", offer.md5)):
-        # Nothing is gained by the weaker hash where the stronger one has been compared.
-        if wanted is None or "sha256" in by:
-            continue
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, name).hexdigest()
-        if found != wanted:
-            _discard(part)
-            raise CheckpointError(
-                f"{url}: not the published file: its {name} is {found}, not {wanted}; discarded, fetch again"
-            )
-        by.append(name)
+    part, by = transfer.part, []
     try:
+        if transfer.size is not None:
+            by.append("size" if model.size is not None else "the server's own length")
+            if size != transfer.size:
+                raise CheckpointError(f"{size:,} bytes arrived, {transfer.size:,} were due")
+        # Nothing is gained by the weaker hash where the stronger one has been compared.
+        name, wanted = ("sha256", model.sha256) if model.sha256 else ("md5", transfer.md5)
+        if wanted is not None:
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, name).hexdigest()
+            if found != wanted:
+                raise CheckpointError(f"not the published file: its {name} is {found}, not {wanted}")
+            by.append(name)
         shapes = shapes_of(read_weights(part).tensors)
+        if zipfile.is_zipfile(part):  # the older format of torch.save has none
+            by.append("zip checksums")
+        if fingerprint(shapes) != model.fingerprint:
+            differs = compare(shapes, network_shapes(model.config)).summary(1)
+            raise CheckpointError(f"not {model.name}: {differs}")
     except CheckpointError as error:
         _discard(part)
-        raise CheckpointError(f"{url}: {str(error).removeprefix(f'{part}: ')}; discarded") from None
-    if zipfile.is_zipfile(part):  # the older format of torch.save has none
-        by.append("zip checksums")
-    if fingerprint(shapes) != model.fingerprint:
-        differs = compare(shapes, network_shapes(model.config)).summary(1)
-        _discard(part)
-        raise CheckpointError(f"{url}: not {model.name}: {differs}; discarded")
+        said = str(error).removeprefix(f"{part}: ")
+        raise CheckpointError(f"{transfer.url}: {said}; discarded") from None
     return (*by, "keys and shapes")
 
 
 def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
     _etag_file(part).unlink(missing_ok=True)
-
-
-def _truncate(file: BinaryIO, part: Path) -> None:
-    """Begin the partial file anew."""
-    try:
-        file.truncate(0)
-    except OSError as error:
-        raise output_error(part, error) from error
 
 
 def _etag_file(part: Path) -> Path:

@@ -28,16 +28,13 @@ from admfast.diffusion import NOISE_SCHEDULES, DiffusionConfig
 from admfast.diffusion.config import SETTINGS, checked_setting
 from admfast.diffusion.config import SWITCHES as PROCESS_SWITCHES
 from admfast.errors import CheckpointError, invalid, nearest
-from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, config_from_dict
-from admfast.models.config import SWITCHES, checked_field
+from admfast.models import NetConfig, UNetConfig, config_from_dict
+from admfast.models.config import CONFIG_KINDS, SWITCHES, checked_field
 from admfast.models.description import Description
 from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
 
-_KINDS: dict[str, type[NetConfig]] = {
-    kind.kind: kind for kind in (UNetConfig, UpsamplerConfig, ClassifierConfig)
-}
 _DIFFUSION_NAMES = set(SETTINGS)
-_NETWORK_NAMES = {entry.name for kind in _KINDS.values() for entry in dataclasses.fields(kind)}
+_NETWORK_NAMES = {entry.name for kind in CONFIG_KINDS.values() for entry in dataclasses.fields(kind)}
 OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})  # what can be said of a file
 SWITCH_NAMES = {*SWITCHES, *PROCESS_SWITCHES}
 
@@ -178,8 +175,8 @@ def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             diffusion[name] = checked_setting(name, value)
         else:
             network[name] = checked_field(name, value)
-    if "kind" in network and network["kind"] not in _KINDS:
-        raise invalid("kind", network["kind"], nearest(str(network["kind"]), _KINDS))
+    if "kind" in network and network["kind"] not in CONFIG_KINDS:
+        raise invalid("kind", network["kind"], nearest(str(network["kind"]), CONFIG_KINDS))
     return network, diffusion
 
 
@@ -235,13 +232,8 @@ def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:
     closest: Differences | None = None
     for kind, channels in structure.kinds.items():
         for layout in structure.layouts:
-            fields = {
-                **structure.fields,
-                **structure.of_layout(layout),
-                "kind": kind,
-                "in_channels": channels,
-            }
-            fields |= {"num_head_channels": math.gcd(*structure.attended)}
+            fields = {**structure.fields, **structure.of_layout(layout), "kind": kind}
+            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attended)}
             fields.setdefault("image_size", 2 ** (layout[0] - 1))
             found = compare(shapes, network_shapes(config_from_dict(fields)))
             if not found:
@@ -283,11 +275,8 @@ def _layout(structure: Structure, options: Mapping[str, Any], questions: list[st
         in (None, structure.of_layout(layout).get("image_size", options.get("image_size")))
     ]
     if not fitting:
-        given = {
-            name: options[name]
-            for name in ("num_res_blocks", "channel_mult", "image_size")
-            if name in options
-        }
+        names = ("num_res_blocks", "channel_mult", "image_size")
+        given = {name: options[name] for name in names if name in options}
         allowed = [_layout_text(structure, layout) for layout in structure.layouts]
         raise invalid("options", given, f"the weights have {' or '.join(allowed)}")
     if len(fitting) > 1:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import pickle
 import pickletools
 import re
 import stat
-import struct
 import warnings
 import zipfile
 import zlib
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -122,12 +120,7 @@ def _read_pickled(path: Path, checksums: bool) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: {_refusal(path, zipped)}") from error
     except Exception as error:  # torch raises many kinds for damaged files; all of them mean one thing here
         text = first_line(error).split(". This is")[0][:200]
-        if "legacy .tar format" in str(error):
-            text = (
-                "in the tar format of torch before 0.1.10, which is not read; save it anew with a later torch"
-            )
-        held = None if zipped else _plain_pickle(path)
-        raise CheckpointError(f"{path}: {held or f'damaged, or no file of torch.save: {text}'}") from error
+        raise CheckpointError(f"{path}: damaged, or no file of torch.save: {text}") from error
     return _plain(path, loaded)
 
 
@@ -157,46 +150,21 @@ def _check_archive(path: Path, checksums: bool) -> None:
 
 def _refusal(path: Path, zipped: bool) -> str:
     """Why torch refused to unpickle: the first global that isn't a tensor's, found without importing it."""
-    names: list[str] = []
     try:
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
+        with contextlib.ExitStack() as stack:
+            file: IO[bytes] = stack.enter_context(open(path, "rb"))
+            if zipped:
+                archive = stack.enter_context(zipfile.ZipFile(file))
                 inner = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                with archive.open(inner) as file:
-                    names = _globals(file)
-        else:
-            with open(path, "rb") as file:
-                names = _globals(file)
+                file = stack.enter_context(archive.open(inner))
+            names = _globals(file)
     except (ValueError, OSError, zipfile.BadZipFile):
         names = []
-    foreign = [name for name in names if not _OF_TENSORS.fullmatch(name)]
-    if foreign:
-        return (
-            f"refused: unpickling it would call {foreign[0]}; a weights file holds tensors and nothing else "
-            "(nothing was run)"
-        )
-    return _plain_pickle(path) or "damaged, or no file of torch.save: its pickle can't be read"
-
-
-class _Data(pickle.Unpickler):
-    """Unpickles numbers, texts and containers; whatever would import anything is an error."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _plain_pickle(path: Path) -> str | None:
-    """What a file that holds a bare pickle of plain data is; None for any other."""
-    try:
-        with open(path, "rb") as file:
-            held = _Data(file).load()
-            if file.read(1):  # the older format of torch.save begins with a pickle of its own
-                return None
-    except Exception:  # unpickling what is no pickle raises anything
-        return None
-    if isinstance(held, Mapping):
-        return f"not a state dict: a plain pickle of a dict with the keys {_quoted(list(held)) or 'none'}"
-    return f"not a state dict: a plain pickle of {type(held).__name__}"
+    foreign = next((name for name in names if not _OF_TENSORS.fullmatch(name)), None)
+    if foreign is None:
+        return "damaged, or no file of torch.save: its pickle can't be read"
+    why = "a weights file holds tensors and nothing else (nothing was run)"
+    return f"refused: unpickling it would call {foreign}; {why}"
 
 
 def _globals(file: IO[bytes]) -> list[str]:
@@ -248,39 +216,17 @@ def _quoted(names: list[Any]) -> str:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """The tensors, and the copy of the description in the header."""
-    header = _safetensors_header(path)
     try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
         tensors = load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{path}: truncated, damaged or not safetensors: {first_line(error)}"
+        ) from error
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors")
-    metadata = header.get("__metadata__")
-    return tensors, metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header, after checking that the file is as long as it says."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        first = file.read(8)
-        if len(first) < 8:
-            raise CheckpointError(f"{path}: truncated: {size} bytes can't hold a safetensors header")
-        (length,) = struct.unpack("<Q", first)
-        if length > size - 8:
-            where = f"the header would end at byte {8 + length:,} of {size:,}"
-            raise CheckpointError(f"{path}: truncated, or not safetensors: {where}")
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-            raise CheckpointError(
-                f"{path}: not safetensors: its header is not the JSON it should be"
-            ) from None
-    needed = 8 + length + max(ends, default=0)
-    if needed > size:
-        raise CheckpointError(f"{path}: truncated: {needed:,} bytes by its header, {size:,} are there")
-    return header
+    return tensors, metadata.get(METADATA_KEY)
 
 
 def _description(path: Path, header: str | None) -> Description | None:

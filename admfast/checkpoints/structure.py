@@ -45,10 +45,7 @@ class Structure:
         }
         if self.pool_side is not None:
             shown["image_size"] = self.pool_side * 2 ** (levels - 1)
-        if levels == 1 or not self.blocks[count + 1].residual:
-            shown["resblock_updown"] = False
-        else:
-            shown["resblock_updown"] = True
+        shown["resblock_updown"] = levels > 1 and self.blocks[count + 1].residual
         return shown
 
 
@@ -146,10 +143,8 @@ def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
 
 def _scale_shift(shapes: Shapes) -> bool:
     """Whether the embedding is projected to twice the channels: scale and shift."""
-    width, projected = (
-        shapes.get("input_blocks.1.0.in_layers.2.weight"),
-        shapes.get("input_blocks.1.0.emb_layers.1.weight"),
-    )
+    names = ("in_layers.2.weight", "emb_layers.1.weight")
+    width, projected = (shapes.get(f"input_blocks.1.0.{name}") for name in names)
     if not width or not projected or projected[0] not in (width[0], 2 * width[0]):
         raise CheckpointError(
             "not an ADM network: input_blocks.1.0 is not a residual block with an embedding"

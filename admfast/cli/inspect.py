@@ -10,6 +10,7 @@ import typer
 
 from admfast.checkpoints import describe
 from admfast.cli.options import options_of
+from admfast.cli.sample_options import Preset
 from admfast.errors import invalid, nearest
 from admfast.files.tables import table
 
@@ -18,10 +19,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 def run_inspect(
     path: Annotated[Path, typer.Argument(help="Weights file: .pt, .pth or .safetensors.")],
-    preset: Annotated[
-        str | None,
-        typer.Option(help="Released model that the file is (default: found out from the file)."),
-    ] = None,
+    preset: Preset = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(

@@ -7,26 +7,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from admfast.cli import sample_options as option
 from admfast.cli.options import parts_of
 from admfast.cli.sample import parse_numbers, read_low_res, resolved
-from admfast.cli.sample_options import (
-    Classes,
-    ClassifierFile,
-    Compile,
-    CompileCache,
-    Device,
-    Guidance,
-    LowRes,
-    Name,
-    Precision,
-    Preset,
-    Set,
-    SetClassifier,
-    SetUpsampler,
-    Solver,
-    UpsamplerFile,
-    Weights,
-)
 from admfast.engine.options import PLAIN
 from admfast.files.atomic import check_folder
 from admfast.files.levels import from_uint8
@@ -54,25 +37,25 @@ UpsamplerSteps = Annotated[
 
 
 def run_verify(
-    name: Name,
-    weights: Weights = None,
-    classifier: ClassifierFile = None,
-    upsampler: UpsamplerFile = None,
-    preset: Preset = None,
-    low_res: LowRes = None,
-    classes: Classes = None,
+    name: option.Name,
+    weights: option.Weights = None,
+    classifier: option.ClassifierFile = None,
+    upsampler: option.UpsamplerFile = None,
+    preset: option.Preset = None,
+    low_res: option.LowRes = None,
+    classes: option.Classes = None,
     seeds: Seeds = None,
     steps: Steps = STEPS,
-    solver: Solver = "ddim",
-    guidance: Guidance = None,
+    solver: option.Solver = "ddim",
+    guidance: option.Guidance = None,
     upsampler_steps: UpsamplerSteps = None,
-    precision: Precision = "auto",
-    device: Device = None,
-    compile: Compile = False,
-    compile_cache: CompileCache = None,
-    set_: Set = None,
-    set_classifier: SetClassifier = None,
-    set_upsampler: SetUpsampler = None,
+    precision: option.Precision = "auto",
+    device: option.Device = None,
+    compile: option.Compile = False,
+    compile_cache: option.CompileCache = None,
+    set_: option.Set = None,
+    set_classifier: option.SetClassifier = None,
+    set_upsampler: option.SetUpsampler = None,
 ) -> int:
     """Sample the same seeds on the fast path and on the float32 reference; exit 1 past the budget."""
     if compile_cache is not None:

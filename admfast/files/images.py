@@ -22,17 +22,9 @@ _LABEL_LENGTH = 28  # characters of a label that are shown
 _BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
 
 # Pillow's mode of an image file -> the mode it is read in. 16-bit and float modes are refused.
-_READ_AS = {
-    "1": "L",
-    "L": "L",
-    "LA": "RGBA",
-    "P": "RGB",
-    "PA": "RGBA",
-    "RGB": "RGB",
-    "RGBA": "RGBA",
-    "CMYK": "RGB",
-    "YCbCr": "RGB",
-}
+_READ_AS = dict.fromkeys(("1", "L"), "L")
+_READ_AS |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
+_READ_AS |= dict.fromkeys(("LA", "PA", "RGBA"), "RGBA")
 
 
 def write_png(path: str | PathLike[str], image: UInt8) -> None:

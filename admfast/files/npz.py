@@ -9,7 +9,7 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import IO, Any
@@ -29,37 +29,16 @@ class Samples:
     labels: NDArray[np.int64] | None = None
 
 
-def write_samples(
-    path: str | PathLike[str], images: NDArray[np.uint8], labels: ArrayLike | None = None
-) -> None:
-    """Write the published archive, whole or not at all.
-
-    Args:
-        path: file name, kept as it is (`np.savez` alone would append .npz).
-        images: uint8 [N, H, W, C].
-        labels: [N] integers, stored as int64; None writes no `arr_1`.
-
-    Raises:
-        InvalidArgument: for another dtype or shape.
-        OutputError: if the file can't be written.
-    """
-    images = _checked_images(np.asarray(images), "images")
-    arrays: dict[str, ArrayLike] = {"arr_0": images}
-    if labels is not None:
-        arrays["arr_1"] = _checked_labels(np.asarray(labels), len(images), "labels")
-    write_arrays(path, arrays)
-
-
 def write_streamed(
     path: str | PathLike[str],
     shape: tuple[int, ...],
     images: Iterable[NDArray[np.uint8]],
     labels: ArrayLike | None = None,
 ) -> None:
-    """Write the same archive from images that come one by one, holding one of them at a time in memory.
+    """Write the published archive, whole or not at all, holding one image at a time in memory.
 
     Args:
-        path: file name, kept as it is.
+        path: file name, kept as it is (`np.savez` would append .npz).
         shape: (N, H, W, C) of all of them.
         images: N arrays uint8 [H, W, C].
         labels: [N] integers, stored as int64; None writes no `arr_1`.
@@ -85,12 +64,6 @@ def write_streamed(
         if labels is not None:
             with archive.open("arr_1.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, np.asarray(labels), allow_pickle=False)
-
-
-def write_arrays(path: str | PathLike[str], arrays: Mapping[str, ArrayLike]) -> None:
-    """Write named arrays as an uncompressed npz, whole or not at all. Raises OutputError."""
-    with atomic_open(path) as file:
-        np.savez(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 def read_samples(path: str | PathLike[str]) -> Samples:

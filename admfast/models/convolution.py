@@ -44,11 +44,6 @@ class FoldableConv(nn.Module):
             self._folded = FoldedConv(self.weight, self.bias, **vars(settings))
         self._adds_residual = options.has("residual")
 
-    @property
-    def derived_bytes(self) -> int:
-        """Bytes of what was derived so far."""
-        return 0 if self._folded is None else self._folded.nbytes
-
     def unfold(self) -> None:
         """Drop the folded form."""
         self._folded = None

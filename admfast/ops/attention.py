@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -212,20 +212,6 @@ def _flash(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor
     return _by_kernel(kernel, qkv, num_heads, legacy_order=legacy_order)
 
 
-def _one_kernel_supports(
-    reason_of: Callable[..., str | None],
-    qkv: Tensor,
-    num_heads: int,
-    *,
-    legacy_order: bool = False,
-) -> str | None:
-    """Reasons against a single kernel; `reason_of(q, k, v)` gives its own."""
-    reason = _sdpa_supports(qkv, num_heads)
-    if reason is None and in_vmap():
-        reason = "not under torch.func.vmap"
-    return reason or reason_of(*split_qkv(qkv, num_heads, legacy_order))
-
-
 def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: str | None = None) -> Tensor:
     """Compute `softmax(q k^T / sqrt(d)) v` for every head of every sample.
 
@@ -261,36 +247,40 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     return entry.forward(qkv, num_heads, legacy_order=legacy_order)
 
 
-def _by_backend(name: str, kernel: Kernel) -> Implementation:
-    """The entry of a kernel of PyTorch's that runs on CUDA alone."""
-    return Implementation(
-        f"sdpa-{name}",
-        functools.partial(_by_kernel, kernel),
-        available=kernels.no_cuda,
-        supports=functools.partial(_one_kernel_supports, functools.partial(kernels.torch_reason, name)),
-    )
+def _one_kernel(
+    name: str,
+    forward: Callable[..., Tensor],
+    available: Callable[[], str | None],
+    reason_of: Callable[..., str | None],
+) -> Implementation:
+    """The entry of a single kernel; `reason_of(q, k, v)` gives its own reasons against a call."""
+
+    def supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
+        reason = _sdpa_supports(qkv, num_heads)
+        if reason is None and in_vmap():
+            reason = "not under torch.func.vmap"
+        return reason or reason_of(*split_qkv(qkv, num_heads, legacy_order))
+
+    return Implementation(name, forward, available, supports)
 
 
+def _of_torch(
+    name: str, forward: Callable[..., Tensor], available: Callable[[], str | None] = kernels.no_cuda
+) -> Implementation:
+    """The entry of a kernel of PyTorch's."""
+    return _one_kernel(f"sdpa-{name}", forward, available, partial(kernels.torch_reason, name))
+
+
+_xformers = partial(_by_kernel, kernels.XFORMERS)
 # After "sdpa", which chooses among them, the single kernels come into play by name only.
 TABLE = OpTable(
     "attention",
     [
-        Implementation(
-            "xformers",
-            functools.partial(_by_kernel, kernels.XFORMERS),
-            available=kernels.xformers_missing,
-            supports=functools.partial(_one_kernel_supports, kernels.xformers_reason),
-        ),
+        _one_kernel("xformers", _xformers, kernels.xformers_missing, kernels.xformers_reason),
         Implementation("sdpa", _sdpa, supports=_sdpa_supports),
-        Implementation(
-            "sdpa-flash",
-            _flash,
-            supports=functools.partial(
-                _one_kernel_supports, functools.partial(kernels.torch_reason, "flash")
-            ),
-        ),
-        _by_backend("cudnn", kernels.CUDNN),
-        _by_backend("efficient", kernels.EFFICIENT),
+        _of_torch("flash", _flash, available=lambda: None),
+        _of_torch("cudnn", partial(_by_kernel, kernels.CUDNN)),
+        _of_torch("efficient", partial(_by_kernel, kernels.EFFICIENT)),
         Implementation("reference", attention_ref),
     ],
 )

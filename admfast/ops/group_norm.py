@@ -109,24 +109,15 @@ def group_norm_silu(
     Accumulates in float32 (float64 for float64 input). Differentiable in x, x2, weight, bias, scale, shift,
     twice; in forward mode with `reference` alone.
     """
-    _check(x, weight, bias, groups, eps, scale, shift, resample, x2)
     options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, resample=resample, x2=x2)
+    _check(x, weight, bias, groups, eps, options)
     entry = TABLE.choose(impl, x, weight, bias, groups, eps, **options)
     return entry.forward(x, weight, bias, groups, eps, **options, with_skip=with_skip)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    resample: Resample,
-    x2: Tensor | None,
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, options: dict[str, Any]) -> None:
     """Refuse, by name, what no implementation could compute."""
+    scale, shift, x2, resample = (options[name] for name in ("scale", "shift", "x2", "resample"))
     checks.floating("x", x)
     for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("x2", x2)):
         if tensor is not None or name in ("weight", "bias"):
@@ -163,22 +154,12 @@ def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
     """The op over the raw pair called `raw`; where that can't resample, it is done after it."""
 
     def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        groups: int,
-        eps: float,
-        *,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        silu: bool,
-        resample: Resample,
-        x2: Tensor | None,
-        with_skip: bool,
+        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_skip: bool, **call: Any
     ) -> Any:
+        resample, silu, x2 = call["resample"], call["silu"], call["x2"]
         inside = resample if resamples else None
         options = NormOptions(groups, eps, silu, inside, with_skip and inside is not None)
-        tensors = (x, x2, weight, bias, scale, shift)
+        tensors = (x, x2, weight, bias, call["scale"], call["shift"])
         if recorded(*tensors):
             y, skip, *_ = record(GroupNormSiluFn, *tensors, raw, options)
         else:

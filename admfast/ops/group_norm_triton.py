@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from admfast._source_tree import kernels
-from admfast.ops.group_norm_grad import NormOptions
 from admfast.ops.layout import empty_channels_last, is_channels_last
 from admfast.ops.transforms import constant, in_transform
 
@@ -77,19 +76,12 @@ def _traced(x: Tensor) -> bool:
     )
 
 
-def forward(
-    x: Tensor,
-    x2: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    options: NormOptions,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The raw forward, see `RawNorm`."""
+    *tensors, options = rest
     call: Any = torch.ops.admfast_triton.group_norm_silu_fwd if _traced(x) else _launchers()[0]
     groups, eps, silu = options.groups, options.eps, options.silu
-    return call(x, x2, weight, bias, scale, shift, groups, eps, silu, options.resample, options.skip)
+    return call(x, *tensors, groups, eps, silu, options.resample, options.skip)
 
 
 def backward(
@@ -142,19 +134,8 @@ def _bwd(*arguments: Any) -> tuple[Tensor, ...]:
     return dx, dx.new_empty(0) if dx2 is None else dx2, s1, s2
 
 
-def _fwd_fake(
-    x: Tensor,
-    x2: Tensor | None,
-    _weight: Tensor,
-    _bias: Tensor,
-    _scale: Tensor | None,
-    _shift: Tensor | None,
-    groups: int,
-    _eps: float,
-    _silu: bool,
-    resample: str | None,
-    skip: bool,
-) -> tuple[Tensor, ...]:
+def _fwd_fake(x: Tensor, x2: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    groups, _eps, _silu, resample, skip = rest[-5:]
     kept = x.dim() - min(x.dim() - 2, 2)
     shape = [x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1]), *x.shape[2:kept]]
     for size in x.shape[kept:]:

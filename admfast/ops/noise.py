@@ -34,30 +34,19 @@ PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 MASK32 = 0xFFFFFFFF
 
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(map(float.fromhex, text.split()))
+
+
 # ln(1 + f) = f * P(f) on [sqrt(1/2) - 1, sqrt(2) - 1], lowest power first.
-LOG_COEFFICIENTS = tuple(
-    map(
-        float.fromhex,
-        (
-            "0x1.000000p+0",
-            "-0x1.fffff2p-2",
-            "0x1.555780p-2",
-            "-0x1.0007b8p-2",
-            "0x1.98bf94p-3",
-            "-0x1.52d0e0p-3",
-            "0x1.31821cp-3",
-            "-0x1.28981ap-3",
-            "0x1.6efe58p-4",
-        ),
-    )
+LOG_COEFFICIENTS = _floats(
+    "0x1.000000p+0 -0x1.fffff2p-2 0x1.555780p-2 -0x1.0007b8p-2 0x1.98bf94p-3 -0x1.52d0e0p-3 "
+    "0x1.31821cp-3 -0x1.28981ap-3 0x1.6efe58p-4"
 )
 # sin(pi/2 f) = f * P(f^2) and cos(pi/2 f) = P(f^2) on [-1/2, 1/2].
-SIN_COEFFICIENTS = tuple(
-    map(float.fromhex, ("0x1.921fb6p+0", "-0x1.4abbbap-1", "0x1.465ec6p-4", "-0x1.2d9bb8p-8"))
-)
-COS_COEFFICIENTS = tuple(
-    map(float.fromhex, ("0x1.000000p+0", "-0x1.3bd392p+0", "0x1.03af5cp-2", "-0x1.4e5ed6p-6"))
-)
+SIN_COEFFICIENTS = _floats("0x1.921fb6p+0 -0x1.4abbbap-1 0x1.465ec6p-4 -0x1.2d9bb8p-8")
+COS_COEFFICIENTS = _floats("0x1.000000p+0 -0x1.3bd392p+0 0x1.03af5cp-2 -0x1.4e5ed6p-6")
 # ln 2 in two parts: the product of the first with an exponent is exact in float32.
 LN2_HIGH = float.fromhex("0x1.62e4p-1")
 LN2_LOW = float.fromhex("0x1.7f7d1cp-20")

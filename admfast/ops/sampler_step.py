@@ -248,7 +248,7 @@ def sampler_step(
     """
     used = _check_row(state, table, row)
     _check_state(state, used)
-    _check_inputs(state.x, used, out, out2, grad, seeds, noise)
+    _check_inputs(state.x, used, out, out2=out2, grad=grad, seeds=seeds, noise=noise)
     if noise_row is not None:
         check_counter("noise_row", noise_row, state.x.device)
     checks.whole("stream", stream, 0)
@@ -335,16 +335,9 @@ def _check_apart(buffers: dict[str, Tensor]) -> None:
             raise invalid(f"state.{other}", f"memory of state.{name}", "memory of its own")
 
 
-def _check_inputs(
-    x: Tensor,
-    used: frozenset[str],
-    out: Tensor,
-    out2: Tensor | None,
-    grad: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-) -> None:
+def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tensor | None) -> None:
     """Refuse, by name, inputs that don't fit x or the row; reads nothing back from a device."""
+    out2, grad, seeds, noise = (options[name] for name in ("out2", "grad", "seeds", "noise"))
     for name, given in (("out", out), ("out2", out2), ("grad", grad), ("noise", noise)):
         if name == "out" or given is not None:
             checks.floating(name, given, x.device)

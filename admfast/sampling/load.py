@@ -122,16 +122,14 @@ class _Form:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return net
 
-    def diffusion(self, net: Network) -> nn.Module:
-        return self.network(net, self.policy.torso)
+    def pipeline(self, name: str, net: Network, process: DiffusionConfig, **more: Any) -> Pipeline:
+        """The pipeline of a network."""
+        held = self.network(net, self.policy.torso)
+        return Pipeline(name, held, process, policy=self.policy, options=self.options, **more)
 
-    def classifier(self, net: Network) -> nn.Module:
-        return self.network(net, self.policy.classifier)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Arguments of a `Pipeline`."""
-        return dict(policy=self.policy, options=self.options)
+    def guide(self, net: Network | None) -> nn.Module | None:
+        """The classifier, if any."""
+        return None if net is None else self.network(net, self.policy.classifier)
 
 
 @dataclass
@@ -188,26 +186,18 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     if questions:
         raise CheckpointError("; and ".join(questions))
     net, info = loaded["name"]
-    guide, up = loaded.get("classifier"), loaded.get("upsampler")
+    (guide, _), (up, of_up) = (loaded.get(name, (None, None)) for name in ("classifier", "upsampler"))
     upsampler = None
-    if up is not None:
-        if low_res_size is None and up[1].preset is not None:
-            low_res_size = up[1].preset.low_res_size
-        name, process = Path(up[1].path).stem, _process_of_file(up[1])
-        net_of_it, steps = form.diffusion(up[0]), min(250, process.steps)
-        upsampler = Pipeline(
-            name, net_of_it, process, steps=steps, low_res_size=low_res_size, **form.settings
-        )
-    process = _process_of_file(info)
-    return Pipeline(
-        Path(info.path).stem,
-        form.diffusion(net),
-        process,
-        None if guide is None else form.classifier(guide[0]),
-        guidance=1.0 if guide is not None else 0.0,
-        steps=min(250, process.steps),
-        upsampler=upsampler,
-        **form.settings,
+    if up is not None and of_up is not None:
+        if low_res_size is None and of_up.preset is not None:
+            low_res_size = of_up.preset.low_res_size
+        process = _process(of_up.path, of_up.diffusion)
+        steps = min(250, process.steps)
+        upsampler = form.pipeline(of_up.path.stem, up, process, steps=steps, low_res_size=low_res_size)
+    process = _process(info.path, info.diffusion)
+    run = {"guidance": 1.0 if guide is not None else 0.0, "steps": min(250, process.steps)}
+    return form.pipeline(
+        info.path.stem, net, process, classifier=form.guide(guide), upsampler=upsampler, **run
     )
 
 
@@ -222,12 +212,10 @@ def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
     return net, info  # type: ignore[return-value]
 
 
-def _process_of_file(info: ModelInfo) -> DiffusionConfig:
-    if info.diffusion is None:
-        raise CheckpointError(
-            f"{info.path}: nothing says its process; give noise_schedule (linear or cosine)"
-        )
-    return info.diffusion
+def _process(source: Path | str, process: DiffusionConfig | None) -> DiffusionConfig:
+    if process is None:
+        raise CheckpointError(f"{source}: nothing says its process; give noise_schedule (linear or cosine)")
+    return process
 
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
@@ -246,38 +234,25 @@ def _load_system(
         raise invalid("weights", str(weights), f"not for {chosen.name}, which ships with the package")
     paths = {model.name: _find(chosen, model, weights) for model in chosen.models}
 
-    def network(model: ModelPreset) -> nn.Module:
+    def network(model: ModelPreset) -> Network:
         preset_name = None if model.shipped else model.name
         net, _ = load_network(paths[model.name], preset=preset_name, device=device)
         assert isinstance(net, Network)
-        return form.classifier(net) if model is chosen.classifier else form.diffusion(net)
+        return net
 
     upsampler = None
-    if chosen.upsampler is not None:
-        upsampler = Pipeline(
-            chosen.upsampler.name,
-            network(chosen.upsampler),
-            _process(chosen.upsampler),
-            steps=chosen.upsampler_steps,
-            low_res_size=chosen.upsampler.low_res_size,
-            **form.settings,
-        )
-    return Pipeline(
+    if (up := chosen.upsampler) is not None:
+        process, run = _process(up.name, up.diffusion), {"steps": chosen.upsampler_steps}
+        upsampler = form.pipeline(up.name, network(up), process, low_res_size=up.low_res_size, **run)
+    return form.pipeline(
         chosen.name,
         network(chosen.diffusion),
-        _process(chosen.diffusion),
-        None if chosen.classifier is None else network(chosen.classifier),
+        _process(chosen.diffusion.name, chosen.diffusion.diffusion),
+        classifier=None if chosen.classifier is None else form.guide(network(chosen.classifier)),
         guidance=chosen.guidance,
         steps=chosen.steps,
         upsampler=upsampler,
-        **form.settings,
     )
-
-
-def _process(model: ModelPreset) -> DiffusionConfig:
-    if model.diffusion is None:
-        raise CheckpointError(f"{model.name}: nothing says its process")
-    return model.diffusion
 
 
 def _find(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:

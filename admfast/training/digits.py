@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,59 +106,49 @@ def classification_loss(net: nn.Module, diffusion: GaussianDiffusion, batch: Bat
     return {"loss": F.cross_entropy(logits, batch.labels, reduction="none"), "accuracy": right}
 
 
+_UNET: dict[str, Any] = dict(
+    in_channels=1,
+    num_channels=32,
+    num_res_blocks=1,
+    num_head_channels=32,
+    learn_sigma=True,
+    class_cond=True,
+    num_classes=CLASSES,
+    use_scale_shift_norm=True,
+    resblock_updown=True,
+    use_new_attention_order=True,
+)
+_DIFFUSION = unet_config_from_flags(
+    image_size=32, channel_mult=(1, 1, 3), attention_resolutions="8", dropout=0.1, **_UNET
+)
+_UPSAMPLER = upsampler_config_from_flags(
+    large_size=32, small_size=8, channel_mult=(1, 1), attention_resolutions="", **_UNET
+)
+_CLASSIFIER = classifier_config_from_flags(
+    image_size=32,
+    in_channels=1,
+    num_classes=CLASSES,
+    classifier_width=32,
+    classifier_depth=1,
+    classifier_attention_resolutions="8",
+    channel_mult=(1, 1, 2),
+    num_head_channels=32,
+    dropout=0.1,
+)
+
 RECIPES: dict[str, Recipe] = {
     "diffusion": Recipe(
-        unet_config_from_flags(
-            image_size=32,
-            in_channels=1,
-            num_channels=32,
-            num_res_blocks=1,
-            channel_mult=(1, 1, 3),
-            attention_resolutions="8",
-            num_head_channels=32,
-            learn_sigma=True,
-            class_cond=True,
-            num_classes=CLASSES,
-            use_scale_shift_norm=True,
-            resblock_updown=True,
-            use_new_attention_order=True,
-            dropout=0.1,
-        ),
+        _DIFFUSION,
         TrainConfig(steps=8000, batch_size=32, lr=6e-4, ema_decay=0.9995, seed=0),
         denoising_loss,
     ),
     "classifier": Recipe(
-        classifier_config_from_flags(
-            image_size=32,
-            in_channels=1,
-            num_classes=CLASSES,
-            classifier_width=32,
-            classifier_depth=1,
-            classifier_attention_resolutions="8",
-            channel_mult=(1, 1, 2),
-            num_head_channels=32,
-            dropout=0.1,
-        ),
+        _CLASSIFIER,
         TrainConfig(steps=2000, batch_size=64, lr=6e-4, weight_decay=0.05, ema_decay=0.995, seed=1),
         classification_loss,
     ),
     "upsampler": Recipe(
-        upsampler_config_from_flags(
-            large_size=32,
-            small_size=8,
-            in_channels=1,
-            num_channels=32,
-            num_res_blocks=1,
-            channel_mult=(1, 1),
-            attention_resolutions="",
-            num_head_channels=32,
-            learn_sigma=True,
-            class_cond=True,
-            num_classes=CLASSES,
-            use_scale_shift_norm=True,
-            resblock_updown=True,
-            use_new_attention_order=True,
-        ),
+        _UPSAMPLER,
         TrainConfig(steps=2500, batch_size=32, lr=8e-4, ema_decay=0.998, seed=2),
         upsampling_loss,
     ),

@@ -151,7 +151,8 @@ def run_stages(
         if share > 0:
             entry = run_stage(stage, plan, share, log, steps, keep)
         else:
-            entry = _no_time() | ({"steps": steps} if steps else {})
+            entry = {"status": "stopped", "seconds": 0.0, "note": "no time was left"}
+            entry |= {"steps": steps} if steps else {}
         keep(entry)
         for step in entry.get("steps", []):
             if step["status"] == "failed" and step not in steps:
@@ -165,10 +166,6 @@ def _share(stage: Stage, left: float, weights: float) -> float:
     if stage.whole:
         return left
     return min(left, max(left * stage.weight / weights, stage.least))
-
-
-def _no_time() -> dict[str, Any]:
-    return {"status": "stopped", "seconds": 0.0, "note": "no time was left"}
 
 
 def _now() -> str:

@@ -169,15 +169,7 @@ def bench_stage(name: str, weight: float, *more: str, module: str = "", least: f
 
 # In the order of what is most worth knowing where time is short.
 STAGES: tuple[Stage, ...] = (
-    Stage(
-        "build",
-        1.0,
-        build_steps,
-        record=build_info,
-        standing=build_stands,
-        whole=True,
-        sources=("csrc",),
-    ),
+    Stage("build", 1.0, build_steps, record=build_info, standing=build_stands, whole=True, sources=("csrc",)),
     Stage("smoke", 1.0, smoke_steps, least=120, sources=(*PRODUCT, "tests")),
     Stage("parity", 1.0, parity_steps, least=120, sources=(*PRODUCT, "tests")),
     bench_stage("sampling", 2.0, "--only", "matmul,steps", least=180),

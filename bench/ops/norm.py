@@ -64,11 +64,7 @@ def _ceiling(shape: NormShape, batch: int, layout: str, dtype: str, provider: st
 def kernels(settings: Settings) -> Iterator[Case]:
     """Values: plain, adaptive, resampled and from two sources."""
     batches, precisions = settings.some(BATCHES), settings.some(PRECISIONS)
-    for batch in batches:
-        for dtype in precisions:
-            for shape in _shapes(settings):
-                for variant in ("plain", "adaptive"):
-                    yield from _cases("group_norm_silu", shape, batch, dtype, variant, settings)
+    yield from _all_cases("group_norm_silu", settings)
     for shape in _shapes(settings)[:4]:
         for variant in ("up", "down", "two sources"):
             yield from _cases("group_norm_silu", shape, batches[0], precisions[0], variant, settings)
@@ -76,11 +72,15 @@ def kernels(settings: Settings) -> Iterator[Case]:
 
 def gradient_kernels(settings: Settings) -> Iterator[Case]:
     """The gradient in x with frozen parameters, which guidance takes at every step."""
+    yield from _all_cases("group_norm_silu_grad", settings)
+
+
+def _all_cases(kind: str, settings: Settings) -> Iterator[Case]:
     for batch in settings.some(BATCHES):
         for dtype in settings.some(PRECISIONS):
             for shape in _shapes(settings):
                 for variant in ("plain", "adaptive"):
-                    yield from _cases("group_norm_silu_grad", shape, batch, dtype, variant, settings)
+                    yield from _cases(kind, shape, batch, dtype, variant, settings)
 
 
 def _cases(

@@ -160,22 +160,11 @@ def kernels(settings: Settings) -> Iterator[Case]:
 
 def guided_row(step: int = STEP) -> SolverRow:
     """The update of the published sampler at a step of its table, as one row."""
-    from admfast.ops import Row as SolverRow
+    from admfast.diffusion import DiffusionConfig
+    from admfast.solvers import ddpm
 
-    c = coefficients(step, tables())
-    half = (c["max_log"] - c["min_log"]) / 2
-    return SolverRow(
-        t_net=0.0,
-        t_clf=0.0,
-        k_x=c["x_from_x"],
-        k_out=-c["x_from_eps"],
-        l0=c["min_log"] + half,
-        l1=half,
-        a=c["mean_x"],
-        b=c["mean_x0"],
-        k_mean=1.0,
-        k_z=1.0,
-    )
+    process = DiffusionConfig(learn_sigma=True).build(f"ddim{STEPS}")  # every fourth step, as in `tables`
+    return ddpm().table(process).rows[STEPS - 1 - step]
 
 
 def _update(batch: int, side: int, dtype: str, provider: str, settings: Settings) -> Row:

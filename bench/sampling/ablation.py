@@ -42,14 +42,7 @@ class Form:
 
     def entry(self, precision: str) -> Entry:
         """The form as a contender."""
-        make = partial(
-            Ours,
-            name=self.name,
-            precision=precision,
-            options=self.options,
-            setting=self.setting,
-            channels_last=self.channels_last,
-        )
+        make = partial(Ours, precision=precision, **vars(self))
         return Entry(self.name, precision, make, compiles=self.options.compile)
 
 

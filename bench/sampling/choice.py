@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.errors import AdmfastError
 from bench.measure import Case, Settings
-from bench.sampling import diffusers_unet, ours, published
+from bench.sampling import ours, published
 from bench.sampling.compare import Comparison
 from bench.sampling.contender import Entry
 from bench.sampling.flags import PEERS
@@ -45,7 +44,7 @@ class Choice:
         return "compiled" in self.peers
 
     def comparisons(self, settings: Settings) -> Iterator[Comparison]:
-        """Guided steps, and steps without guidance where that is all a peer has."""
+        """The steps of every pair, guided where the preset is."""
         budget = ROUNDS_SECONDS[settings.device.type]
         for subject, batch in self.pairs:
             also = f"also {', '.join(subject.also)}" if subject.also else ""
@@ -53,14 +52,8 @@ class Choice:
             if self.compiled:
                 mine.append(ours.entry(mine[0].dtype, EngineOptions(compile=True), "admfast, compiled"))
             theirs = self._published(settings.device)
-            other = [diffusers_unet.entry(settings.device)] if "diffusers" in self.peers else []
-            if subject.classifier is None:
-                yield Comparison("step", subject, batch, _noted(mine + theirs + other, also), budget)
-                continue
-            yield Comparison("guided_step", subject, batch, _noted(mine + theirs, also), budget)
-            if other:
-                few = mine[:1] + theirs[:1] + other
-                yield Comparison("step", subject.alone(), batch, _noted(few, also), budget)
+            kind = "step" if subject.classifier is None else "guided_step"
+            yield Comparison(kind, subject, batch, _noted(mine + theirs, also), budget)
 
     def cases(self, settings: Settings) -> Iterator[Case]:
         """The rows of all comparisons."""
@@ -97,14 +90,9 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
         except AdmfastError as error:
             raise ValueError(str(error)) from None
     path = arguments.guided_diffusion
-    peers = _names("peers", arguments.peers, PEERS) or present(path)
+    # Those that are there and need no minutes of compilation.
+    peers = _names("peers", arguments.peers, PEERS) or (["eager", "channels-last"] if path else [])
     return Choice(tuple(pairs), precisions, tuple(peers), path)
-
-
-def present(path: str) -> list[str]:
-    """The peers that are installed and need no minutes of compilation."""
-    found = ["eager", "channels-last"] if path else []
-    return found + (["diffusers"] if importlib.util.find_spec("diffusers") else [])
 
 
 def _texts(text: str | None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PUBLISHED_PATH = "GUIDED_DIFFUSION"
 PUBLISHED_FOLDER = Path(".guided-diffusion")
-PEERS = ("eager", "channels-last", "compiled", "diffusers")
+PEERS = ("eager", "channels-last", "compiled")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast.checkpoints.describe import forward_work
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion
-from admfast.engine.guidance import log_probability_gradient
 from admfast.models import build
 from admfast.models.config import ClassifierConfig, UNetConfig, UpsamplerConfig
 from admfast.models.preset_types import ModelPreset, SystemPreset
@@ -55,10 +52,6 @@ class Subject:
         second = None if self.classifier is None else network(self.classifier, 1, device)
         return network(self.net, 0, device), second
 
-    def alone(self) -> Subject:
-        """The same without its classifier."""
-        return dataclasses.replace(self, classifier=None, guidance=0.0)
-
 
 @functools.cache
 def subjects() -> dict[str, Subject]:
@@ -93,33 +86,21 @@ def _subject(name: str, model: ModelPreset, steps: int, **more: Any) -> Subject:
 
 
 # Seconds of work even without its convolutions: to try the machinery out.
+_TINY: dict[str, Any] = dict(
+    image_size=16,
+    model_channels=32,
+    num_res_blocks=1,
+    attention_resolutions=(2,),
+    channel_mult=(1, 2),
+    num_head_channels=32,
+    use_scale_shift_norm=True,
+    resblock_updown=True,
+)
 TINY = Subject(
     "tiny",
-    UNetConfig(
-        image_size=16,
-        model_channels=32,
-        out_channels=6,
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        channel_mult=(1, 2),
-        num_classes=5,
-        num_head_channels=32,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-    ),
+    UNetConfig(**_TINY, out_channels=6, num_classes=5),
     DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True),
-    ClassifierConfig(
-        image_size=16,
-        model_channels=32,
-        out_channels=5,
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        channel_mult=(1, 2),
-        num_head_channels=32,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
-        pool="attention",
-    ),
+    ClassifierConfig(**_TINY, out_channels=5, pool="attention"),
     guidance=2.0,
     steps=50,
 )
@@ -173,30 +154,12 @@ def step_flop(subject: Subject) -> int:
 
 def _guidance_flop(config: ClassifierConfig) -> int:
     """Operations of the guidance gradient for one image, counted on tensors without memory."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
     with torch.device("meta"):
         net = build(config).requires_grad_(False)
-        x = torch.empty(1, config.in_channels, config.image_size, config.image_size)
-        t, index = torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64)
-    counter = _Operations()
-    with using("reference"), counter:
-        log_probability_gradient(net, x, t, index)
-    return counter.total
-
-
-class _Operations(TorchDispatchMode):
-    """Adds up the operations of whatever runs; torch's own counter can't follow torch.autograd.grad."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from torch.utils.flop_counter import flop_registry  # imports triton
-
-        self.formulas, self.total = flop_registry, 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula: Callable[..., int] | None = self.formulas.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
+        x = torch.empty(1, config.in_channels, config.image_size, config.image_size, requires_grad=True)
+        t = torch.zeros(1)
+    with using("reference"), FlopCounterMode(display=False) as counter:
+        net(x, t).sum().backward()  # the counter can't follow torch.autograd.grad
+    return counter.get_total_flops()

@@ -17,7 +17,6 @@ from bench.results import (
     read_rows,
     read_smi,
     row_key,
-    slug,
 )
 
 
@@ -92,12 +91,6 @@ def test_table() -> None:
     assert text.splitlines() == ["| a | b |", "|---|---|", "| - | 1234 |", "| x\\|y z | 0.0123 |"]
     with pytest.raises(ValueError, match="1 cells under 2 columns"):
         markdown_table(("a", "b"), [("x",)])
-
-
-def test_slug() -> None:
-    assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    name = "Intel(R) Xeon(R) Processor (model 207, 1 of 2 CPUs)"
-    assert slug(name) == "intel-xeon-processor-model-207-1-of-2-cpus"
 
 
 def test_environment_names_what_a_number_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:

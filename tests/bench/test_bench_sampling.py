@@ -16,13 +16,13 @@ from bench.measure import Settings, Unavailable, WrongResult
 from bench.report import render
 from bench.results import ResultFile, read_rows
 from bench.runner import measure_case, run
-from bench.sampling import ablation, contender, diffusers_unet, ours, published, start
+from bench.sampling import ablation, contender, ours, published, start
 from bench.sampling.__main__ import main
 from bench.sampling.choice import Choice, choose
 from bench.sampling.compare import Comparison, paired_ratio
 from bench.sampling.contender import Contender, Entry, make_trial
 from bench.sampling.flags import PEERS, PUBLISHED_PATH, add_flags
-from bench.sampling.subject import TINY, Inputs, step_flop, subjects
+from bench.sampling.subject import TINY, Inputs, Subject, step_flop, subjects
 from bench.sampling.weights import network, random_state, shared_state
 from tests.bench.published_stub import published_stub
 from tests.bench.test_bench_shapes import TOTALS
@@ -30,6 +30,10 @@ from tests.bench.test_bench_shapes import TOTALS
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, seconds=0.001, quick=True)
 QUICK = ["--device", "cpu", "--quick", "--precisions", "fp32", "--peers", "eager", "--inside"]
+
+
+def alone(subject: Subject) -> Subject:
+    return dataclasses.replace(subject, classifier=None, guidance=0.0)
 
 
 def test_every_preset_s_step_is_there_once() -> None:
@@ -42,7 +46,7 @@ def test_every_preset_s_step_is_there_once() -> None:
 
 
 def test_operations_are_those_of_the_published_networks() -> None:
-    step, forward = step_flop(subjects()["imagenet64"]), step_flop(subjects()["imagenet64"].alone())
+    step, forward = step_flop(subjects()["imagenet64"]), step_flop(alone(subjects()["imagenet64"]))
     assert forward / 1e9 == pytest.approx(TOTALS["unet64"], abs=0.001)
     # Forward and the gradient in x; published 81.050, with the queries of the pool that nobody reads.
     assert (step - forward) / 1e9 == pytest.approx(81.050, rel=2e-3)
@@ -61,7 +65,7 @@ def test_weights_are_shared_and_none_is_zero() -> None:
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
-    subject = TINY if guided else TINY.alone()
+    subject = TINY if guided else alone(TINY)
     trial = make_trial(subject, Inputs.of(subject, 3, CPU))
     assert trial.ends == (0, 2) and (trial.scale > 0) == guided
     # What is compared depends on the network, and isn't all cut off.
@@ -205,36 +209,6 @@ def test_the_real_published_code_agrees() -> None:
     assert all(row["rel_err"] < 1e-5 for row in rows)
 
 
-@pytest.mark.parametrize("name", ["imagenet64", "imagenet256", "lsun-bedroom", "imagenet512-up", "digits32"])
-def test_diffusers_gets_every_weight_once(name: str) -> None:
-    config = subjects()[name].net
-    assert diffusers_unet.not_expressed(config) == ""
-    from admfast.checkpoints import network_shapes
-
-    with torch.device("meta"):
-        state = {key: torch.empty(tuple(shape)) for key, shape in network_shapes(config).items()}
-    got = diffusers_unet.converted(config, state)
-    assert sum(v.numel() for v in got.values()) == sum(v.numel() for v in state.values())
-
-
-def test_what_diffusers_can_not_express_is_said() -> None:
-    for name in ("imagenet128", "imagenet512"):
-        assert diffusers_unet.not_expressed(subjects()[name].net)
-    entry = diffusers_unet.entry(CPU)
-    (case,) = Comparison("guided_step", TINY, 1, [entry]).cases()
-    assert measure_case(case, SETTINGS)["status"] == "none"
-
-
-@pytest.mark.parametrize("legacy", [True, False])
-def test_diffusers_agrees(legacy: bool) -> None:
-    pytest.importorskip("diffusers", reason="a peer that need not be installed")
-    net = dataclasses.replace(TINY.net, use_new_attention_order=not legacy)
-    subject = dataclasses.replace(TINY, net=net).alone()
-    (case,) = Comparison("step", subject, 2, [diffusers_unet.entry(CPU)]).cases()
-    row = measure_case(case, SETTINGS)
-    assert row["status"] == "ok" and row["rel_err"] < 1e-4, row
-
-
 def test_the_ladder_ends_at_the_engine_s_defaults() -> None:
     for cuda in (True, False):
         forms = ablation.added(cuda)
@@ -329,15 +303,14 @@ def test_each_contender_is_announced_before_it_is_made() -> None:
     assert said == ["a", "made", "b", "made"]
 
 
-def test_unguided_steps_go_beside_diffusers_guided_ones_without() -> None:
+def test_a_step_is_guided_where_its_preset_is() -> None:
     known = subjects()
     pairs = ((known["imagenet64"], 1), (known["lsun-bedroom"], 1))
-    choice = Choice(pairs, ("fp32",), ("eager", "diffusers"), "somewhere")
+    choice = Choice(pairs, ("fp32",), ("eager",), "somewhere")
     found = [(b.kind, b.subject.name, [e.name for e in b.entries]) for b in choice.comparisons(SETTINGS)]
     assert found == [
         ("guided_step", "imagenet64", ["admfast", "published"]),
-        ("step", "imagenet64", ["admfast", "published", "diffusers"]),
-        ("step", "lsun-bedroom", ["admfast", "published", "diffusers"]),
+        ("step", "lsun-bedroom", ["admfast", "published"]),
     ]
     notes = {case.shape["system"]: case.note for case in choice.cases(SETTINGS)}
     assert notes["imagenet64"] == {} and "lsun-cat" in notes["lsun-bedroom"]["also"]

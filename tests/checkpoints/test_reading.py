@@ -109,14 +109,14 @@ def test_only_regular_files_are_opened(tmp_path):
 @pytest.mark.parametrize(
     "held, said",
     [
-        ({"a": 1}, "not a state dict: a plain pickle of a dict with the keys 'a'"),
-        ([1, 2], "not a state dict: a plain pickle of list"),
+        ({"a": 1}, "no file of torch.save"),
+        ([1, 2], "no file of torch.save"),
         (RunsCode("false"), "refused: unpickling it would call posix.system"),
     ],
     ids=["dict", "list", "code"],
 )
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_bare_pickles_are_named_in_one_line(tmp_path, recwarn, held, said, protocol):
+def test_bare_pickles_are_refused_in_one_line(tmp_path, recwarn, held, said, protocol):
     (tmp_path / "x.pt").write_bytes(pickle.dumps(held, protocol=protocol))
     with pytest.raises(CheckpointError, match=said):
         read_weights(tmp_path / "x.pt")
@@ -243,13 +243,10 @@ def make_damaged(folder):
         ("pointer.pt", "a Git LFS pointer"),
         ("other.pt", "a zip archive without data.pkl"),
         ("program.pt", "a TorchScript program"),
-        ("ancient.pt", "tar format"),
-        ("short.safetensors", "5 bytes can't hold"),
-        ("header.safetensors", r"truncated, or not safetensors: the header would end at byte [\d,]+ of 60"),
-        ("cut.safetensors", r"truncated: [\d,]+ bytes by its header, [\d,]+ are there"),
-        ("json.safetensors", "its header is not the JSON it should be"),
+        ("ancient.pt", "no file of torch.save"),
+        *((f"{name}.safetensors", "not safetensors") for name in ("short", "header", "cut", "json")),
         ("none.safetensors", "holds no tensors"),
-        ("dtype.safetensors", "damaged"),
+        ("dtype.safetensors", "not safetensors"),
         ("really.safetensors", "not safetensors"),
         ("", "a folder, not a weights file .holds "),
         ("whole.py", "no such file; nearest there: whole.pt"),

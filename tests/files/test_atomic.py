@@ -14,8 +14,14 @@ from pathlib import Path
 import pytest
 
 from admfast.errors import AdmfastError, OutputError
-from admfast.files import atomic_open, atomic_path, output_error, write_bytes, write_text
-from admfast.files.atomic import check_writable
+from admfast.files.atomic import (
+    atomic_open,
+    atomic_path,
+    check_writable,
+    output_error,
+    write_bytes,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -132,7 +138,7 @@ def test_a_folder_that_vanishes_while_writing(tmp_path):
 WRITERS = {
     "bytes": "write_bytes(target, b'x' * 300_000)",
     "path": "with atomic_path(target) as t: t.write_bytes(b'x' * 300_000)",
-    "savez": "write_samples(target, np.zeros((10, 100, 100, 3), np.uint8))",
+    "savez": "write_streamed(target, (10, 100, 100, 3), np.zeros((10, 100, 100, 3), np.uint8))",
     "png": "write_png(target, np.random.default_rng(0).integers(0, 256, (400, 400, 3)).astype(np.uint8))",
     "small writes": "with atomic_open(target) as f: [f.write(b'x' * 1000) for _ in range(300)]",
 }
@@ -146,7 +152,9 @@ def test_a_full_disk(tmp_path, writer):
         import numpy as np
         from pathlib import Path
         from admfast.errors import OutputError
-        from admfast.files import *
+        from admfast.files.atomic import *
+        from admfast.files.images import *
+        from admfast.files.npz import *
         target = Path("target")
         try:
             {writer}

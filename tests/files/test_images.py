@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from admfast.errors import InvalidArgument, OutputError
-from admfast.files import labelled_grid, read_image, write_grid, write_png
+from admfast.files.images import labelled_grid, read_image, write_grid, write_png
 
 RNG = np.random.default_rng(0)
 

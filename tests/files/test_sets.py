@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from admfast.errors import InvalidArgument
-from admfast.files import read_set, write_png, write_samples
+from admfast.files.images import write_png
+from admfast.files.npz import write_streamed
+from admfast.files.sets import read_set
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3)).astype(np.uint8)
 
 
 def test_the_same_images_from_every_place(tmp_path):
-    write_samples(tmp_path / "a.npz", IMAGES, [2, 1, 0])
+    write_streamed(tmp_path / "a.npz", IMAGES.shape, IMAGES, [2, 1, 0])
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "notes.txt").write_text("no image")

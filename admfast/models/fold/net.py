@@ -121,12 +121,6 @@ class FoldableNet(nn.Module):
                 spared.add(name)
         return spared
 
-    @property
-    def fold_bytes(self) -> int:
-        """Return the bytes derived so far; convolutions derive what they need when they first run."""
-        found = sum(module.derived_bytes for _, module in self._convolutions())
-        return found + (0 if self._projections is None else self._projections.nbytes)
-
     def refold(self) -> None:
         """Renew what was derived, in place; needed by hand after a change of `.data` alone."""
         if any(parameter.requires_grad for parameter in self.parameters()):

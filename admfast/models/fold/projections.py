@@ -42,11 +42,6 @@ class Projections:
             for layer, weight, bias in self._made_from
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes that they hold."""
-        return self.weight.nbytes + self.bias.nbytes
-
     def __call__(self, emb: Tensor) -> Projected:
         """Project an embedding [N, E] by every layer."""
         return Projected(F.linear(F.silu(emb), self.weight, self.bias))
