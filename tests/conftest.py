@@ -15,6 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from admfast.engine.precision import POLICIES, Policy, policy  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def float32_products_are_exact() -> Iterator[None]:
@@ -28,6 +30,14 @@ def float32_products_are_exact() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(before[0])
     torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def default_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Policy:
+    """Run the test as on a CPU without AMX and as on one with it, whose default precisions these are."""
+    monkeypatch.setattr("admfast.engine.precision.has_amx", lambda: request.param == "bf16")
+    assert policy("auto", torch.device("cpu")) is POLICIES[request.param]
+    return POLICIES[request.param]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

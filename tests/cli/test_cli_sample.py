@@ -23,6 +23,7 @@ from admfast.models.description import Description
 from tests.small import classifier, unet, upsampler
 
 ROOT = Path(__file__).resolve().parents[2]
+both_defaults = pytest.mark.usefixtures("default_precision")
 SETTINGS = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
 
 
@@ -77,7 +78,7 @@ def table_of(stdout: str) -> dict[str, str]:
     return rows
 
 
-def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_path):
+def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_path, default_precision):
     guide = str(weights / "guide.safetensors")
     status, stdout, _ = sample("--classes", "1-2", "--per-class", "2", "--classifier", guide, "--batch", "3")
     out = tmp_path / "out"
@@ -90,7 +91,7 @@ def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_pat
         "solver": "ddpm, 2 steps",
         "guidance": "1",
         "device": "cpu",
-        "precision": "float32",
+        "precision": str(default_precision),
         "out": str(out),
     }
     assert pngs(out) == [
@@ -109,6 +110,7 @@ def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_pat
     assert last[1:] == [str(out / name) for name in ("images", "grid.png", "samples_4x8x8x1.npz")]
 
 
+@both_defaults
 @pytest.mark.parametrize(
     "options, solver, steps",
     [
@@ -123,6 +125,7 @@ def test_solvers_and_respacings(sample, tmp_path, options, solver, steps):
     assert len(list((tmp_path / "out" / "intermediates").iterdir())) == steps
 
 
+@both_defaults
 def test_a_model_without_classes(sample, tmp_path):
     status, stdout, _ = sample("--seeds", "3-5,9", model="free.safetensors")
     assert status == 0 and table_of(stdout)["classes"] == "none"
@@ -141,6 +144,7 @@ def test_half_precision_and_options_of_a_file(sample):
     assert status == 0 and table_of(stdout)["precision"] == "bfloat16"
 
 
+@both_defaults
 def test_the_same_command_gives_the_same_images(sample, tmp_path):
     found = []
     for name, batch in (("a", "1"), ("b", "4")):
@@ -219,6 +223,7 @@ def test_wrong_environments_are_found_before_anything_is_made(sample, tmp_path, 
     assert stdout == "" and not list(tmp_path.iterdir())
 
 
+@both_defaults
 def test_an_upsampler_enlarges_images_that_are_given(sample, weights, tmp_path, capsys):
     assert sample("--seeds", "0-2")[0] == 0
     given = tmp_path / "out"
@@ -237,6 +242,7 @@ def test_an_upsampler_enlarges_images_that_are_given(sample, weights, tmp_path, 
     assert_one_line(status, stderr.splitlines()[-1] + "\n", "low_res.shape=(1, 1, 8, 8): (2, 1, h, w)")
 
 
+@both_defaults
 def test_a_cascade_of_files(sample, weights, tmp_path):
     up = str(weights / "up.safetensors")
     status, stdout, stderr = sample(
@@ -247,6 +253,7 @@ def test_a_cascade_of_files(sample, weights, tmp_path):
     assert read_samples(tmp_path / "out" / "samples_1x16x16x1.npz").images.shape == (1, 16, 16, 1)
 
 
+@both_defaults
 def test_options_of_a_classifier_s_file(sample, weights, tmp_path):
     write_weights(tmp_path / "bare.pt", classifier(1).state_dict())
     bare = str(tmp_path / "bare.pt")
@@ -290,6 +297,7 @@ def test_an_output_folder_below_a_file(sample, tmp_path):
     assert_one_line(status, stderr, f"admfast: {out}/images: not written: {out} is not a folder")
 
 
+@both_defaults
 def test_nan_in_the_weights_names_the_layer(weights, tmp_path, capsys):
     net = unet()
     net.middle_block[0].in_layers[2].weight.data[0, 0, 0, 0] = float("nan")

@@ -75,7 +75,7 @@ def test_a_classifier_with_anything_to_train_is_refused(name):
 
 def test_float16_does_not_lose_small_gradients(monkeypatch):
     """The digits' classifier is sure of a finished image: most of its gradient is below 6e-8."""
-    pipe = load("digits32", device="cpu")
+    pipe = load("digits32", device="cpu", precision="fp32")
     x = pipe.sample([3, 7], [0, 1], steps=4, solver="ddim", output="float")
     t, labels = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 7])
     exact = classifier_guidance(pipe.classifier, labels, 1.0)(x, t)

@@ -22,6 +22,7 @@ from tests.small import SIDE, classifier, randn, unet, upsampler
 
 ANSWERS = {"kind": "upsampler", "num_heads": 2, "use_new_attention_order": False, "image_size": 2 * SIDE}
 ANSWERS |= {"noise_schedule": "linear"}
+both_defaults = pytest.mark.usefixtures("default_precision")
 SETTINGS = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
 
 
@@ -46,6 +47,7 @@ def guide(tmp_path) -> Path:
 # By file
 
 
+@both_defaults
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 def test_a_described_file_is_a_pipeline(tmp_path, ending):
     net = unet()
@@ -58,6 +60,7 @@ def test_a_described_file_is_a_pipeline(tmp_path, ending):
     assert pipe.sample(seeds=[0, 1], steps=2).shape == (2, SIDE, SIDE, 1)
 
 
+@both_defaults
 def test_a_classifier_is_given_beside_it(model, guide):
     pipe = load(model, classifier=guide, device="cpu")
     assert isinstance(pipe.classifier, admfast.Classifier) and pipe.guidance == 1.0
@@ -84,6 +87,7 @@ def test_options_say_what_a_bare_file_does_not(tmp_path):
             load(name, device="cpu", precison="fp16")
 
 
+@both_defaults
 def test_everything_open_is_asked_for_at_once(tmp_path):
     model = write(tmp_path / "bare.pt", unet(), described=False)
     guide = write(tmp_path / "guide.pt", classifier(), described=False)
@@ -159,6 +163,7 @@ def test_loading_leaves_the_process_s_settings(model):
         assert settings() == before
 
 
+@both_defaults
 def test_what_is_loaded_in_inference_mode_works_outside(model, guide):
     wanted = load(model, classifier=guide, device="cpu").sample([1], [2], steps=2)
     with torch.inference_mode():
@@ -171,6 +176,7 @@ def test_what_is_loaded_in_inference_mode_works_outside(model, guide):
     assert x.grad.abs().sum() > 0
 
 
+@both_defaults
 def test_inputs_made_in_inference_mode_can_be_guided(model, guide):
     pipe = load(model, classifier=guide, device="cpu")
     with torch.inference_mode():
@@ -193,6 +199,7 @@ def test_a_file_can_be_said_to_be_a_released_model(tmp_path, small_system):
         load(path, preset="small", device="cpu")
 
 
+@both_defaults
 def test_autocast_around_the_call_changes_nothing(model, guide):
     pipe = load(model, classifier=guide, device="cpu")
     wanted = pipe.sample([1], [2], steps=2, output="float")
@@ -200,6 +207,7 @@ def test_autocast_around_the_call_changes_nothing(model, guide):
         assert torch.equal(pipe.sample([1], [2], steps=2, output="float"), wanted)
 
 
+@both_defaults
 def test_an_upsampler_s_file_is_a_pipeline(tmp_path):
     pipe = load(write(tmp_path / "up.safetensors", upsampler()), device="cpu")
     assert isinstance(pipe.net, admfast.Upsampler)
@@ -327,6 +335,7 @@ def small_system(monkeypatch) -> str:
     return system.name
 
 
+@both_defaults
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])
 def test_a_system_is_loaded_whole(small_system, tmp_path, ending):
     for name, net in (("diffusion", unet()), ("classifier", classifier(1)), ("upsampler", upsampler(2))):

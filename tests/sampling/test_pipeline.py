@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.guidance import classifier_guidance
+from admfast.engine.precision import POLICIES
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.ops.noise import Stream, as_seeds, normal
 from admfast.sampling.loop import Progress
 from admfast.sampling.pipeline import Pipeline
+from admfast.verify.budget import budget_of
 from tests.small import CLASSES, PROCESS, cascade, classifier, pipeline, randn, unet, upsampler
 
 SEEDS = [3, 0, 2**63 + 5, 11, 7, 2**64 - 1, 8, 100]
@@ -68,14 +70,27 @@ def test_noise_is_a_function_of_the_seed_alone(size, solver, eta):
     assert len({tuple(image.flatten().tolist()) for image in whole}) == 8
 
 
-def test_x_t_is_the_noise_of_its_stream_in_any_batch():
-    pipe = pipeline()
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_x_t_is_the_noise_of_its_stream_in_any_batch(precision):
+    pipe = pipeline(policy=POLICIES[precision])
     calls = watch(pipe.net)
     expected = normal(as_seeds(SEEDS), SHAPE, 0, Stream.X_T)
     for size in (1, 3, 8):
         calls.clear()
         pipe.sample(0, SEEDS, steps=1, batch_size=size)
         assert torch.equal(torch.cat([call["x"] for call in calls]), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_images_in_half_precision_are_the_same_up_to_its_rounding(precision):
+    pipe = pipeline(policy=POLICIES[precision])
+    classes, options = [i % CLASSES for i in range(8)], {"output": "float"}
+    whole = pipe.sample(classes, SEEDS, batch_size=8, **options)
+    for size in (1, 3):
+        error = pipe.sample(classes, SEEDS, batch_size=size, **options) - whole
+        norms = error.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
+        assert norms.max() <= budget_of(pipe.policy).step
+    assert len({tuple(image.flatten().tolist()) for image in whole}) == 8
 
 
 def test_images_are_the_same_in_any_batch_and_order():
