@@ -3,6 +3,9 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test files run in as many processes, a thread each: torch's threads would wait for each other, busily.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
 STAGES ?=
@@ -16,10 +19,10 @@ demo: $(READY)
 	$(BIN)/admfast sample digits32 --classes 0-9 --per-class 8 --steps 50 --guidance 2 --out out/demo --overwrite
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-full: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

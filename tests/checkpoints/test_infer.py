@@ -105,7 +105,7 @@ def test_the_question_lists_what_is_open_and_what_is_allowed():
         (HEADS, {"image_size", "noise_schedule"}),
         ({"noise_schedule": "linear", **HEADS}, {"image_size"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),  # the same in every process
 )
 def test_an_option_that_is_given_is_not_asked_for(options, asked):
     shapes = network_shapes(SMALL_UNET)
