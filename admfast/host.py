@@ -37,10 +37,8 @@ def _quota(mount: Path, own: Path) -> float:
     """Processors' worth of time; infinite without a limit. Read once: it is asked for at every call."""
     found = [math.inf]
     for folder in _groups("cpu", mount, own):
-        for share in (
-            _numbers(folder / "cpu.max"),
-            _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us"),
-        ):
+        first = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+        for share in (_numbers(folder / "cpu.max"), first):
             # "max 100000", or a quota of -1, is no limit.
             if len(share) == 2 and min(share) > 0:
                 found.append(share[0] / share[1])

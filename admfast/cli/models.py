@@ -66,12 +66,8 @@ def _system_rows(system: SystemPreset) -> list[tuple[str, str]]:
         ("diffusion", f"{system.diffusion.file}, {system.steps} steps"),
     ]
     if system.classifier is not None:
-        rows.append(
-            (
-                "classifier",
-                f"{system.classifier.file}, guidance scale {system.guidance:g} unless asked otherwise",
-            )
-        )
+        scale = f"guidance scale {system.guidance:g} unless asked otherwise"
+        rows.append(("classifier", f"{system.classifier.file}, {scale}"))
     if system.upsampler is not None:
         steps = f"{system.upsampler_steps} steps, from {system.upsampler.low_res_size} pixels"
         rows.append(("upsampler", f"{system.upsampler.file}, {steps}"))

@@ -1,6 +1,6 @@
 """The published archive of samples: `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` int64 [N].
 
-Reading never unpickles. Archives of statistics (`mu`, `sigma`, ...) are read by the names of their arrays.
+Reading never unpickles.
 """
 
 from __future__ import annotations
@@ -82,27 +82,14 @@ def read_samples(path: str | PathLike[str]) -> Samples:
     return Samples(images, labels)
 
 
-def read_arrays(path: str | PathLike[str], names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """Read the arrays called `names` (None: all of them) from an npz.
-
-    Raises:
-        InvalidArgument: in one line, for a file that is missing, truncated, no npz, or lacks one of `names`.
-    """
-    with _reading(path) as archive:
-        wanted = archive.files if names is None else list(names)
-        for name in wanted:
-            if name not in archive.files:
-                raise invalid("path", str(path), f"has no array {name} (has {_listed(archive.files)})")
-        return {name: archive[name] for name in wanted}
-
-
 def iter_array(path: str | PathLike[str], batch_size: int, name: str = "arr_0") -> Iterator[NDArray[Any]]:
     """Yield an array of an npz in batches along its first axis, holding one batch at a time in memory.
 
     An array in Fortran order has no contiguous batches and is read whole first. The last may be shorter.
 
     Raises:
-        InvalidArgument: as `read_arrays`, on the first step, or where the file ends early.
+        InvalidArgument: in one line, on the first step, for a file that is missing, is no npz, lacks the
+            array, or ends early.
     """
     if batch_size < 1:
         raise invalid("batch_size", batch_size, "1 or more")

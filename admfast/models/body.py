@@ -54,9 +54,8 @@ def middle_block(config: NetConfig) -> TimestepEmbedSequential:
 def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) -> None:
     """Refuse, by name, images that aren't [N, channels, *spatial] and timesteps that aren't [N]."""
     if x.dim() != config.dims + 2 or x.shape[1] != channels:
-        raise invalid(
-            "x.shape", tuple(x.shape), f"[N, {channels}, ...] with {config.dims} spatial dimensions"
-        )
+        allowed = f"[N, {channels}, ...] with {config.dims} spatial dimensions"
+        raise invalid("x.shape", tuple(x.shape), allowed)
     if timesteps.shape != x.shape[:1]:
         raise invalid("timesteps.shape", tuple(timesteps.shape), f"one for each image, ({x.shape[0]},)")
 

@@ -115,12 +115,9 @@ class NetConfig:
         for mult in self.channel_mult:
             width = int(mult * self.model_channels)
             if width < 1 or width % GROUPS:
-                raise invalid(
-                    "channel_mult",
-                    self.channel_mult,
-                    f"every level's width must be a multiple of {GROUPS}; "
-                    f"{mult} * {self.model_channels} gives {width}",
-                )
+                given = f"{mult} * {self.model_channels} gives {width}"
+                allowed = f"every level's width must be a multiple of {GROUPS}; {given}"
+                raise invalid("channel_mult", self.channel_mult, allowed)
         for width, attended in zip(self.widths(), self.levels_with_attention(), strict=True):
             if attended:
                 self._check_heads(width)
@@ -169,11 +166,8 @@ class UNetConfig(NetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            raise invalid(
-                "out_channels",
-                self.out_channels,
-                f"{self.in_channels} or, with learned variance, {2 * self.in_channels}",
-            )
+            allowed = f"{self.in_channels} or, with learned variance, {2 * self.in_channels}"
+            raise invalid("out_channels", self.out_channels, allowed)
 
     @property
     def learn_sigma(self) -> bool:
@@ -235,11 +229,8 @@ def parse_channel_mult(text: str | Sequence[float], image_size: int) -> tuple[fl
         return tuple(text)
     if not text.strip():
         if image_size not in DEFAULT_CHANNEL_MULT:
-            raise invalid(
-                "channel_mult",
-                text,
-                f"no default for image size {image_size} (there is one for {sorted(DEFAULT_CHANNEL_MULT)})",
-            )
+            known = f"there is one for {sorted(DEFAULT_CHANNEL_MULT)}"
+            raise invalid("channel_mult", text, f"no default for image size {image_size} ({known})")
         return DEFAULT_CHANNEL_MULT[image_size]
     try:
         values = tuple(float(part) for part in text.split(","))

@@ -62,8 +62,8 @@ def _flash_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tenso
     )
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    return ATEN._scaled_dot_product_efficient_attention(q, k, v, None, True)
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, kept: bool = True) -> tuple[Tensor, ...]:
+    return ATEN._scaled_dot_product_efficient_attention(q, k, v, None, kept)
 
 
 def _efficient_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tensor) -> Any:
@@ -87,17 +87,15 @@ def _cudnn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *saved: Tenso
     )
 
 
-def _efficient_infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ATEN._scaled_dot_product_efficient_attention(q, k, v, None, False)[0]
-
-
 def _cudnn_infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
 
 
 FLASH_CPU = Kernel(_cpu_forward, _cpu_backward, lambda q, k, v: _cpu_forward(q, k, v)[0])
 FLASH = Kernel(_flash_forward, _flash_backward, lambda q, k, v: _flash_forward(q, k, v)[0])
-EFFICIENT = Kernel(_efficient_forward, _efficient_backward, _efficient_infer)
+EFFICIENT = Kernel(
+    _efficient_forward, _efficient_backward, lambda q, k, v: _efficient_forward(q, k, v, False)[0]
+)
 CUDNN = Kernel(_cudnn_forward, _cudnn_backward, _cudnn_infer)
 
 

@@ -138,11 +138,6 @@ class FoldedConv:
         for direction in self._all_directions():
             direction.refold(weight)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the derived forms hold."""
-        return sum(form.nbytes for form in self.forms())
-
     def forms(self) -> list[Tensor]:
         """What was derived from the weights so far."""
         return [form for direction in self._all_directions() for form in direction.forms.values()]

@@ -32,14 +32,13 @@ class Implementation:
 
     `available()` and `supports(*args, **kwargs)` return None, or the reason against in a few words; so does
     `unasked()`, which is heeded only where the implementation was not asked for by name.
-    `forward` takes the op's own arguments; `backward` is None where autograd of `forward` serves.
+    `forward` takes the op's own arguments.
     """
 
     name: str
     forward: Callable[..., Any]
     available: Callable[[], str | None] = _always
     supports: Callable[..., str | None] = _always
-    backward: Callable[..., Any] | None = None
     unasked: Callable[[], str | None] = _always
 
 
@@ -81,11 +80,8 @@ class OpTable:
         value = name if value is None else value
         if not isinstance(name, str):
             raise invalid(asked_by, name, f"the name of an implementation: {', '.join(self.names())}")
-        raise invalid(
-            asked_by,
-            value,
-            f"no implementation of {self.op} is called {name!r}; {nearest(name, self.names())}",
-        )
+        near = nearest(name, self.names())
+        raise invalid(asked_by, value, f"no implementation of {self.op} is called {name!r}; {near}")
 
     def choose(self, impl: str | None, *args: Any, **kwargs: Any) -> Implementation:
         """Return the implementation that serves this call.

@@ -129,9 +129,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
     channels = x.shape[1]
     if x2 is not None:
         if x2.dim() != x.dim() or x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]:
-            raise invalid(
-                "x2.shape", tuple(x2.shape), f"must equal x's {tuple(x.shape)} but for the channels"
-            )
+            allowed = f"must equal x's {tuple(x.shape)} but for the channels"
+            raise invalid("x2.shape", tuple(x2.shape), allowed)
         if x2.dtype != x.dtype:
             raise invalid("x2.dtype", x2.dtype, f"must equal x's {x.dtype}")
         channels += x2.shape[1]

@@ -348,9 +348,8 @@ def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tenso
     if tuple(out.shape) not in allowed:
         raise invalid("out.shape", tuple(out.shape), " or ".join(map(str, allowed)))
     if out2 is not None and (out2.shape, out2.dtype) != (out.shape, out.dtype):
-        raise invalid(
-            "out2", (tuple(out2.shape), out2.dtype), f"{tuple(out.shape)} and {out.dtype}, like out"
-        )
+        like = f"{tuple(out.shape)} and {out.dtype}, like out"
+        raise invalid("out2", (tuple(out2.shape), out2.dtype), like)
     for name, value in (("grad", grad), ("noise", noise)):
         if value is not None and value.shape != x.shape:
             raise invalid(f"{name}.shape", tuple(value.shape), f"{tuple(x.shape)}")

@@ -193,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     recipe = RECIPES[args.network]
     try:
-        config = recipe.training if args.steps is None else recipe.training.with_steps(args.steps)
+        more = {} if args.steps is None else {"steps": args.steps}
+        config = dataclasses.replace(recipe.training, **more)
         diffusion = DIFFUSION.build()
         torch.manual_seed(config.seed)
         net = build(recipe.net).train()

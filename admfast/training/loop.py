@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import itertools
 import json
 import pickle
 import time
@@ -18,6 +18,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from admfast.checks import real, whole
 from admfast.errors import CheckpointError, NonFiniteError, first_line
 from admfast.files.atomic import atomic_open, output_error
+
+# What a file that is no state of this training raises when it is loaded.
+_NO_STATE = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,6 @@ class TrainConfig:
             real(name, getattr(self, name), least=0)
         real("ema_decay", self.ema_decay, least=0, below=1)
         real("cooldown", self.cooldown, least=0, most=1)
-
-    def with_steps(self, steps: int) -> TrainConfig:
-        """The same with another number of steps."""
-        return dataclasses.replace(self, steps=steps)
 
     def rate(self, step: int) -> float:
         """Learning rate of step number `step` (from 0)."""
@@ -111,13 +110,14 @@ def train(
     step = 0
     if state_path.exists():
         step = _resume(state_path, net, ema, optimiser)
-    stream = _Stream(batches, config.seed, step)
+    # Those of the steps that are done are drawn again, so that the others are what they would have been.
+    stream = itertools.islice(batches(torch.Generator().manual_seed(config.seed)), step, None)
     started, saved, first = time.time(), time.time(), step
     sums: dict[str, list[float]] = {}
     while step < config.steps:
         # Dropout draws from the global generator: seeding it by step makes a resumed run exact.
         torch.manual_seed(config.seed * 1_000_003 + step)
-        terms = loss(stream.next())
+        terms = loss(next(stream))
         try:
             _update(net, ema, optimiser, terms["loss"].mean(), config, step)
         except NonFiniteError as error:
@@ -179,17 +179,8 @@ def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: torch.optim.A
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         return int(state["step"])
-    except (
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-    ) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{path}: not a state of this training: {reason}") from error
+    except _NO_STATE as error:
+        raise CheckpointError(f"{path}: not a state of this training: {first_line(error)}") from error
 
 
 def _log(path: Path, row: dict[str, float]) -> None:
@@ -200,16 +191,3 @@ def _log(path: Path, row: dict[str, float]) -> None:
             log.write(json.dumps(row) + "\n")
     except OSError as error:
         raise output_error(path, error) from error
-
-
-class _Stream:
-    """The batches from number `start` on, the same as if all before had been taken."""
-
-    def __init__(self, batches: Callable[[torch.Generator], Iterator[Batch]], seed: int, start: int):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.iterator = batches(self.generator)
-        for _ in range(start):
-            next(self.iterator)
-
-    def next(self) -> Batch:
-        return next(self.iterator)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-
-import torch
 
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
@@ -14,7 +12,6 @@ from admfast.errors import AdmfastError
 from bench.measure import Case, Settings
 from bench.sampling import ours, published
 from bench.sampling.compare import Comparison
-from bench.sampling.contender import Entry
 from bench.sampling.flags import PEERS
 from bench.sampling.subject import TINY, Subject, subjects
 
@@ -47,26 +44,22 @@ class Choice:
         """The steps of every pair, guided where the preset is."""
         budget = ROUNDS_SECONDS[settings.device.type]
         for subject, batch in self.pairs:
-            also = f"also {', '.join(subject.also)}" if subject.also else ""
-            mine = [ours.entry(name) for name in self.precisions]
+            entries = [ours.entry(name) for name in self.precisions]
             if self.compiled:
-                mine.append(ours.entry(mine[0].dtype, EngineOptions(compile=True), "admfast, compiled"))
-            theirs = self._published(settings.device)
+                options = EngineOptions(compile=True)
+                entries.append(ours.entry(self.precisions[0], options, "admfast, compiled"))
+            forms = [form for name, form in published.FORMS.items() if name in self.peers]
+            entries += [published.entry(form, self.path, settings.device) for form in forms]
+            if subject.also:
+                note = {"also": f"also {', '.join(subject.also)}"}
+                entries = [replace(entry, note=note) for entry in entries]
             kind = "step" if subject.classifier is None else "guided_step"
-            yield Comparison(kind, subject, batch, _noted(mine + theirs, also), budget)
+            yield Comparison(kind, subject, batch, entries, budget)
 
     def cases(self, settings: Settings) -> Iterator[Case]:
         """The rows of all comparisons."""
         for one in self.comparisons(settings):
             yield from one.cases()
-
-    def _published(self, device: torch.device) -> list[Entry]:
-        forms = [form for name, form in published.FORMS.items() if name in self.peers]
-        return [published.entry(form, self.path, device) for form in forms]
-
-
-def _noted(entries: Sequence[Entry], also: str) -> list[Entry]:
-    return [replace(entry, note={"also": also}) for entry in entries] if also else list(entries)
 
 
 def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:

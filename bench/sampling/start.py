@@ -79,7 +79,7 @@ def pipeline(subject: Subject, device: torch.device, precision: str, compile: bo
     return Pipeline(
         subject.name,
         net,
-        subject.diffusion,
+        subject.settings,
         classifier,
         guidance=subject.guidance,
         steps=subject.steps,

@@ -38,14 +38,9 @@ class Subject:
     low_res_size: int | None = None
     also: tuple[str, ...] = ()
 
-    @property
-    def diffusion(self) -> DiffusionConfig:
-        """The process with all its steps."""
-        return self.settings
-
     def process(self, steps: int) -> GaussianDiffusion:
         """The process respaced to so many steps."""
-        return self.diffusion.build(str(steps))
+        return self.settings.build(str(steps))
 
     def networks(self, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
         """Network and classifier on their random weights."""

@@ -8,7 +8,6 @@ import pytest
 from admfast.errors import InvalidArgument, OutputError
 from admfast.files.npz import (
     iter_array,
-    read_arrays,
     read_samples,
     write_streamed,
 )
@@ -120,14 +119,6 @@ def test_damage_is_said_in_one_line(tmp_path, name, said):
         read_samples(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_statistics_by_name(tmp_path):
-    damaged(tmp_path)
-    assert list(read_arrays(tmp_path / "named.npz")) == ["mu", "sigma"]
-    assert read_arrays(tmp_path / "named.npz", ["sigma"])["sigma"].shape == (3, 3)
-    with pytest.raises(InvalidArgument, match="no array mu_s .has mu, sigma."):
-        read_arrays(tmp_path / "named.npz", ["mu", "mu_s"])
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast import host
 from admfast.errors import InvalidArgument
-from admfast.models.fold import PARTS, WINOGRAD_BYTES, FoldOptions
+from admfast.models.fold import PARTS, FoldOptions
+from admfast.models.fold.net import WINOGRAD_BYTES
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_winograd import amplification
 from admfast.ops.dispatch import watch

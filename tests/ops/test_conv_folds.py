@@ -30,6 +30,10 @@ WITHOUT_C = native.reason_missing()
 needs_cpp = pytest.mark.skipif(WITHOUT_C is not None, reason=f"compiled ops: {WITHOUT_C}")
 
 
+def derived_bytes(conv):
+    return sum(form.nbytes for form in conv.forms())
+
+
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch):
     torch.manual_seed(0)
@@ -255,13 +259,13 @@ def test_folding_anew_writes_the_same_buffers(impl):
     # A packed form has no address of its own.
     addresses = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
     weight, bias = torch.randn(40, 20, size, size), torch.randn(40)
-    bias_address, nbytes = conv._bias.data_ptr(), conv.nbytes
+    bias_address, nbytes = conv._bias.data_ptr(), derived_bytes(conv)
     conv.refold(weight, bias)
     assert [id(d) for forward in conv.directions for d in forward.both()] == list(held)
     for d in directions:
         assert all(form is held[id(d)][key] for key, form in d.forms.items())
     after = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
-    assert after == addresses and conv._bias.data_ptr() == bias_address and conv.nbytes == nbytes
+    assert after == addresses and conv._bias.data_ptr() == bias_address and derived_bytes(conv) == nbytes
     fresh = FoldedConv(weight, bias, **options)
     assert torch.equal(conv(x), fresh(x))
     assert torch.equal(torch.autograd.grad(conv(x).sum(), x)[0], torch.autograd.grad(fresh(x).sum(), x)[0])
@@ -273,15 +277,15 @@ def test_what_is_held_is_what_was_needed():
     sizes = {"library": weight.nbytes, "winograd": 4 * weight.nbytes, "packed": weight.nbytes, "reference": 0}
     for impl, nbytes in sizes.items():
         conv = folded(impl, weight, bias)
-        assert conv.nbytes == 0
+        assert derived_bytes(conv) == 0
         conv(x), conv(x)
-        assert conv.nbytes == nbytes
+        assert derived_bytes(conv) == nbytes
         leaf = x.clone().requires_grad_(True)
         conv(leaf).sum().backward()
-        assert conv.nbytes == nbytes * (2 if impl in ("winograd", "packed") else 1)
+        assert derived_bytes(conv) == nbytes * (2 if impl in ("winograd", "packed") else 1)
     packed = folded("packed", weight, bias)
     packed(x), packed(images(2, 32, 16, 16))
-    assert packed.nbytes == 2 * weight.nbytes, "packed for each shape of the input"
+    assert derived_bytes(packed) == 2 * weight.nbytes, "packed for each shape of the input"
 
 
 def test_other_shapes_can_t_be_folded():
@@ -317,7 +321,7 @@ def test_copies_and_pickles_hold_the_weights_alone():
     conv, x = FoldedConv(weight, bias, padding=1, dtype=torch.bfloat16), images(1, 20, 8, 8).bfloat16()
     y = conv(x)
     for other in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
-        assert other.nbytes == 0 and torch.equal(other(x), y)
+        assert derived_bytes(other) == 0 and torch.equal(other(x), y)
         weight_before = weight.clone()
         other.refold(*weights())
         assert torch.equal(conv(x), y) and torch.equal(weight, weight_before)

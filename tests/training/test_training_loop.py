@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_a_run_that_is_done_stays_done(tmp_path):
 def test_more_steps_go_on_from_where_it_ended(tmp_path):
     Training(Elementwise()).run(tmp_path)
     longer = Training(Elementwise())
-    longer.run(tmp_path, CONFIG.with_steps(15))
+    longer.run(tmp_path, dataclasses.replace(CONFIG, steps=15))
     assert len(longer.calls) == 3
 
 
@@ -171,7 +172,7 @@ def test_a_folded_network_that_was_trained_is_folded_anew(tmp_path):
     net = unet().requires_grad_(False)
     net.fold()
     net.requires_grad_(True)
-    Training(net).run(tmp_path, CONFIG.with_steps(1))
+    Training(net).run(tmp_path, dataclasses.replace(CONFIG, steps=1))
     net.eval().requires_grad_(False)
     wanted = unet(1)
     wanted.load_state_dict(net.state_dict())

@@ -3,7 +3,6 @@
 from admfast.models.fold.net import (
     FOLDING,
     TORSO,
-    WINOGRAD_BYTES,
     FoldableNet,
     check_ordinary,
     projecting_by_layer,
@@ -15,7 +14,6 @@ __all__ = [
     "FOLDING",
     "PARTS",
     "TORSO",
-    "WINOGRAD_BYTES",
     "FoldOptions",
     "FoldableNet",
     "Projected",
