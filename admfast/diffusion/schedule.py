@@ -174,26 +174,9 @@ class Schedule:
         at = np.asarray(index, dtype=np.float64)
         if not ((at >= 0) & (at <= self.num_timesteps - 1)).all():
             raise invalid("index", index, f"from 0 to {self.num_timesteps - 1}")
-        return np.asarray(np.interp(at, np.arange(self.num_timesteps), self._log_snr_grid()))
-
-    def index_of_log_snr(self, log_snr: npt.ArrayLike) -> FloatArray:
-        """Return the fractional index at which `Schedule.log_snr` has this value; float64, same shape.
-
-        log_snr: any shape, within the values of the last and the first step (a relative 1e-9 is forgiven).
-        Where the steps are a subset, interpolate on the original schedule instead: its grid is finer.
-        Raises: InvalidArgument.
-        """
-        grid = self._log_snr_grid()
-        wanted = np.asarray(log_snr, dtype=np.float64)
-        slack = 1e-9 * np.maximum(1.0, np.abs(wanted))
-        if not ((wanted >= grid[-1] - slack) & (wanted <= grid[0] + slack)).all():
-            raise invalid("log_snr", log_snr, f"from {grid[-1]:.6g} to {grid[0]:.6g}")
-        indices = np.arange(self.num_timesteps, dtype=np.float64)
-        return np.asarray(np.interp(wanted, grid[::-1], indices[::-1]))
-
-    def _log_snr_grid(self) -> FloatArray:
         with np.errstate(divide="ignore"):
-            return np.log(self.alphas_cumprod) - self.log_one_minus_alphas_cumprod
+            grid = np.log(self.alphas_cumprod) - self.log_one_minus_alphas_cumprod
+        return np.asarray(np.interp(at, np.arange(self.num_timesteps), grid))
 
 
 def _derived(betas: FloatArray) -> dict[str, npt.NDArray[np.generic]]:

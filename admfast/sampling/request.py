@@ -14,7 +14,7 @@ from torch import Tensor
 from admfast import checks
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
-from admfast.errors import invalid, nearest
+from admfast.errors import first_line, invalid, nearest
 from admfast.sampling.guides import Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.solvers import Solver, from_text, solver_of
@@ -183,7 +183,13 @@ class SampleRequest:
     @classmethod
     def from_json(cls, text: str) -> SampleRequest:
         """Return the request of `to_json`. Raises: InvalidArgument for a wrong name or value."""
-        return cls.of(**json.loads(text))
+        try:
+            settings = json.loads(text)
+        except ValueError as error:
+            raise invalid("text", text[:80], f"a request as JSON ({first_line(error)})") from None
+        if not isinstance(settings, dict):
+            raise invalid("text", text[:80], "a JSON object of settings")
+        return cls.of(**settings)
 
     @classmethod
     def of(cls, *images: Any, **settings: Any) -> SampleRequest:

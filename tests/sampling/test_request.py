@@ -47,7 +47,10 @@ def test_what_json_does_not_hold_is_named(given):
         SampleRequest(**given).to_json()
 
 
-@pytest.mark.parametrize("text, argument", [('{"stepz": 3}', "stepz=3"), ('{"steps": 0}', "steps=0")])
+@pytest.mark.parametrize(
+    "text, argument",
+    [('{"stepz": 3}', "stepz=3"), ('{"steps": 0}', "steps=0"), ("{", "text='{'"), ("[3]", r"text='\[3\]'")],
+)
 def test_wrong_json_is_named(text, argument):
     with pytest.raises(InvalidArgument, match=f"^{argument}: "):
         SampleRequest.from_json(text)
