@@ -32,6 +32,7 @@ _COMPILING = threading.RLock()
 # TF32 factors, which a GPU's float32 may have; in float32 the sums' own rounding counts.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TF32_ROUNDING, FLOAT32_ROUNDING = 2.0**-11, 2e-5
+STEPS = 10_000  # compiled steps that a process may make
 # The first torch seen to trace a gradient in an input made inside the graph; 2.11 refuses.
 TRACES_GRADIENTS = "2.13"
 
@@ -82,8 +83,14 @@ def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:
 
     @functools.wraps(body)
     def run() -> None:
-        # The guidance gradient is taken inside; without this torch.autograd.grad breaks the graph.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):  # type: ignore[attr-defined]
+        # The guidance gradient is taken inside; without the first torch.autograd.grad breaks the graph. Every
+        # step of a process is another compilation of this code, of which torch allows eight.
+        settings = {
+            "trace_autograd_ops": True,
+            "recompile_limit": STEPS,
+            "accumulated_recompile_limit": STEPS,
+        }
+        with torch._dynamo.config.patch(settings):  # type: ignore[attr-defined]
             traced()
 
     return run

@@ -174,3 +174,11 @@ def test_a_guided_step_is_refused_where_torch_cannot_trace_its_gradient(monkeypa
         pipeline(options=COMPILED).sample(classes=[0], seeds=[0], steps=1)
     plain = pipeline(options=COMPILED).sample(classes=[0], seeds=[0], steps=1, guidance=0.0)
     assert torch.equal(plain, pipeline().sample(classes=[0], seeds=[0], steps=1, guidance=0.0))
+
+
+def test_a_process_may_compile_any_number_of_steps(traced):
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        for steps in (1, 2):
+            for classes in ([0], [0, 1]):
+                pipe = pipeline(options=COMPILED)
+                assert len(pipe.sample(classes=classes, seeds=classes, steps=steps)) == len(classes)
