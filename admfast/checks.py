@@ -1,11 +1,12 @@
 """Checks of single arguments: each returns the value in one form, or raises InvalidArgument by name.
 
 Values from a command line or a JSON file can have any type, and nothing is guessed from them: a word such as
-"no" is no switch (it would count as True), True is no number, and no single tensor is read from its device.
+"no" is no switch (it would count as True), and True is no number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import operator
@@ -22,7 +23,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def whole(
     name: str, value: object, least: int, most: int | None = None, *, special: int | None = None
 ) -> int:
-    """Return a whole number in least..most, or `special`, as an int. Accepts NumPy's integers, no tensor."""
+    """Return a whole number in least..most, or `special`, as an int. NumPy's and 0-d tensors count."""
     number = _index(value)
     if number is not None and (number == special or least <= number and (most is None or number <= most)):
         return number
@@ -31,7 +32,9 @@ def whole(
 
 
 def _index(value: object) -> int | None:
-    if isinstance(value, (float, bool, str, Tensor)) or value is None:
+    if isinstance(value, (float, bool, str)) or value is None:
+        return None
+    if isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool):
         return None
     if isinstance(value, int):  # Dynamo follows operator.index of an IntEnum for ever.
         return int(value)
@@ -43,10 +46,10 @@ def _index(value: object) -> int | None:
 
 def whole_numbers(name: str, value: object, least: int, most: int | None = None) -> list[int]:
     """Return one whole number, or several (any iterable, array or tensor), as a list, each in least..most."""
-    return [whole(name, _plain(item), least, most) for item in items(_plain(value))]
+    return [whole(name, plain(item), least, most) for item in items(plain(value))]
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Return an array or a tensor as Python numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
@@ -66,8 +69,11 @@ def real(
     below: float | None = None,
 ) -> float:
     """Return a finite number as a float, in a range whose ends belong to it (least, most) or not."""
-    if isinstance(value, (float, int, numbers.Real)) and not isinstance(value, bool) and math.isfinite(value):
-        number = float(value)
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number that no float holds
+            number = float(value)
+    if math.isfinite(number):
         low = (least is None or number >= least) and (above is None or number > above)
         if low and (most is None or number <= most) and (below is None or number < below):
             return number

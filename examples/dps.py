@@ -37,7 +37,8 @@ def dps_guide(
     undone = {float(s.model_t(i)): math.sqrt(1 - s.betas[i]) / s.betas[i] for i in range(s.num_timesteps)}
 
     def gradient(x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        residual = (y - measure(prediction.x0)).flatten(1).norm(dim=1)
+        mine = y[prediction.first : prediction.first + len(x_t)]
+        residual = (mine - measure(prediction.x0)).flatten(1).norm(dim=1)
         (slope,) = torch.autograd.grad(residual.sum(), x_t)
         return -step_size * undone[float(t[0])] * slope
 
@@ -64,7 +65,6 @@ def dps_sample(
         solver=ddim(eta=1.0),
         respacing=str(steps),
         guides=guide,
-        batch_size=len(seeds),
         output="float",
     )
 

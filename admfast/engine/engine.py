@@ -36,7 +36,9 @@ class Engine:
         self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
         self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
-        self.lock = threading.RLock()  # held by whoever folds the networks or runs steps
+        # Held while networks are folded and steps are made or handed out; never while rows run, in which a
+        # user's function may use another engine, or wait for a thread that uses this one.
+        self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles begin without prepared steps."""
@@ -89,21 +91,23 @@ class Engine:
     def using(self, batch: Batch) -> Iterator[PreparedStep]:
         """Give the prepared step for a batch, within the block nobody else's; made where no kept one is free.
 
-        To be entered after `ready`, with the lock held where several threads use the engine.
+        To be entered after `ready`.
         """
         key = StepKey.of(batch, self.net.config.num_classes is not None), batch.impl  # type: ignore[union-attr]
-        step = self._steps.pop(key, None)
-        if step is None:
-            self._make_room(self.options.kept_steps - 1)
-            step = self._made(*key)
+        with self.lock:
+            step = self._steps.pop(key, None)
+            if step is None:
+                self._make_room(self.options.kept_steps - 1)
+                step = self._made(*key)
         try:
             yield step
         finally:
             step.leave()
-            # A callback that sampled with the same engine has left another step of this key.
-            self._steps.pop(key, None)
-            self._steps[key] = step
-            self._make_room(self.options.kept_steps)
+            with self.lock:
+                # Another thread, or a callback, that used the engine meanwhile has left a step of this key.
+                self._steps.pop(key, None)
+                self._steps[key] = step
+                self._make_room(self.options.kept_steps)
 
     def step(self, batch: Batch) -> PreparedStep:
         """Return the prepared step for a batch, for a caller who is the engine's only one."""

@@ -127,6 +127,8 @@ def check_folder(path: str | PathLike[str]) -> None:
     """Make the folder `path` if it is missing; raise OutputError where no file could be written into it."""
     try:
         Path(path).mkdir(exist_ok=True)
+    except FileExistsError:
+        raise OutputError(f"{path}: not written: it is a file, not a folder") from None
     except OSError as error:
         raise output_error(path, error) from error
     check_writable(Path(path) / "file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from admfast.ops.transforms import compiled_transform, constant, deriving, in_vm
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+DERIVING = threading.RLock()  # threads that share a network may need a new form at the same time
 SIZES = 2  # inputs for which a form is kept at a time: a batch, and a last one of fewer images
 
 # run(direction, x, bias, residual) -> y, whichever implementation the direction's shapes ask for
@@ -100,10 +102,13 @@ class Direction:
         if torch.compiler.is_compiling():
             # A trace that made the form would make it at every call; what lies there it takes as an input.
             _make_in_a_trace(self.key, name)
-        elif key not in self.forms:
-            self._forget(name)
-            self.forms[key] = self._derived(key)
-        return self.forms[key]
+            return self.forms[key]
+        found = self.forms.get(key)
+        if found is None:
+            with DERIVING:
+                self._forget(name)
+                found = self.forms[key] = self._derived(key)
+        return found
 
     def _forget(self, name: str) -> None:
         """Drop the oldest form of a kind of which there are as many as are kept."""
@@ -114,7 +119,7 @@ class Direction:
     def refold(self, weight: Tensor) -> None:
         """Take these weights, and write what they give into the forms that there are."""
         self.source = weight.detach()
-        with deriving():
+        with DERIVING, deriving():
             for key, form in self.forms.items():
                 form.copy_(self._derived(key))
 

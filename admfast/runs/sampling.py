@@ -51,6 +51,9 @@ class SampleRun:
 
     def __post_init__(self) -> None:
         self.seeds, self.classes, _ = images_of(self.request, self.pipe)
+        if self.request.output != "uint8" or self.request.callback is not None:
+            given = f"output={self.request.output!r}, callback={self.request.callback!r}"
+            raise invalid("request", given, "output='uint8' and no callback: a run writes files")
         self.finished = 0
         self._shown: list[NDArray[np.uint8]] = []  # what the grid shows; the others are on the disk alone
         self._folder = RunFolder(self.out, self.overwrite)
@@ -116,8 +119,14 @@ class SampleRun:
             if self.intermediates and progress.done % self.intermediates == 0:
                 self._write_intermediate(first + progress.first, progress)
 
+        given = {name: getattr(self.request, name) for name in ("noise", "x_start", "step_noise")}
+        if given["step_noise"] is not None:  # [steps, N, ...]
+            given["step_noise"] = given["step_noise"][:, images]
+        for name in ("noise", "x_start"):
+            given[name] = None if given[name] is None else given[name][images]
         request = replace(
             self.request,
+            **given,
             seeds=self.seeds[images],
             classes=None if self.classes is None else self.classes[images],
             low_res=None if self.low_res is None else from_uint8(torch.from_numpy(self.low_res[images])),

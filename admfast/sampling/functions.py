@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from admfast import checks
 from admfast.engine.guidance import classifier_guidance
@@ -75,20 +76,42 @@ class FunctionStep:
     def evaluated(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
         """Return the network's output at x and the sum of the guides: one evaluation, whoever sees it."""
         guides = [guide for guide, rows in self.guides if rows[i]]
-        seeing = any(guide.sees_prediction for guide in guides)
-        prediction = None
-        with torch.set_grad_enabled(seeing):
-            x_t = x.detach().requires_grad_(True) if seeing else x
-            out = self.model(x_t, self.t_net[i])
-            if seeing:
-                assert self.read is not None
-                prediction = self.read(out, x_t, i)
+        seeing = sum(guide.sees_prediction for guide in guides)
+        with torch.set_grad_enabled(seeing > 0):
+            x_net = x.detach().clone().requires_grad_(True) if seeing else x
+            out = self.model(x_net, self.t_net[i])
+        kept = out.detach().clone() if seeing else out.detach()  # a guide may work in place
         gradient = None
         for guide in guides:
+            x_t, prediction = x, None
             with torch.set_grad_enabled(guide.sees_prediction):
+                if guide.sees_prediction:
+                    assert self.read is not None
+                    x_t, own = (x_net, out) if seeing == 1 else _branch(x, x_net, out)
+                    prediction = self.read(own, x_t, i)
                 g = guide(x_t, self.t_clf[i], prediction).detach()
             gradient = g if gradient is None else gradient + g
-        return out.detach(), gradient
+        return kept, gradient
+
+
+class _Branch(torch.autograd.Function):
+    """The network's output for one of several guides; its gradient passes the network that all share."""
+
+    @staticmethod
+    def forward(ctx: Any, x_t: Tensor, shared: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.x_net, ctx.out = shared
+        return ctx.out.detach().clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.autograd.grad(ctx.out, ctx.x_net, dout, retain_graph=True)[0], None
+
+
+def _branch(x: Tensor, x_net: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a leaf at x and the network's output as it depends on that leaf."""
+    x_t = x.detach().clone().requires_grad_(True)
+    return x_t, _Branch.apply(x_t, (x_net, out))
 
 
 def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -> Model:
@@ -116,7 +139,7 @@ def function_step(plan: Plan, x: Tensor) -> FunctionStep:
 
     def read(out: Tensor, x_t: Tensor, i: int) -> Prediction:
         t = torch.full((len(x_t),), int(kept[rows[i].index]), device=x_t.device)
-        return plan.predictor.read(out, x_t, t)
+        return dataclasses.replace(plan.predictor.read(out, x_t, t), first=plan.first)
 
     return FunctionStep(plan, model, x, guides, plan.denoised_fn, read)
 

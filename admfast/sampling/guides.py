@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from admfast import checks
+from admfast.errors import invalid
 from admfast.sampling.predict import Prediction
 
 Interval = Sequence[float]  # (lowest, highest)
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class Guide:
         interval: (lowest, highest) timestep of the original process at which the guide applies; None is
             everywhere.
 
-    A function gets t as a classifier would, [N], and only the images of its batch. It may work in place.
+    A function gets t as a classifier would, [N], and only the images of its batch: `prediction.first` is the
+    number of the first among all images asked for. It may work in place. In a cascade guides act on the base
+    model's steps.
     """
 
     function: Callable[..., Tensor] | None = None
@@ -37,13 +42,17 @@ class Guide:
     def __post_init__(self) -> None:
         checks.functions(function=self.function)
         checks.switch("sees_prediction", self.sees_prediction)
-        checks.real("scale", self.scale)
+        scale = checks.real("scale", self.scale, least=-LARGEST, most=LARGEST)
+        object.__setattr__(self, "scale", scale)
+        if self.function is None and self.sees_prediction:
+            raise invalid("function", None, "a function of (x_t, t, prediction)")
         if self.interval is not None:
             object.__setattr__(self, "interval", checks.interval("interval", self.interval))
 
     def __call__(self, x_t: Tensor, t: Tensor, prediction: Prediction | None = None) -> Tensor:
         """Return the scaled gradient. Raises: InvalidArgument for what is no tensor like x_t."""
-        assert self.function is not None, "the classifier's gradient is the step's own"
+        if self.function is None:
+            raise invalid("function", None, "one to call: the classifier's gradient is the sampler's own")
         # A function that keeps its x, or works in place, must not hold the sampler's.
         given = (x_t, t.clone(), prediction) if self.sees_prediction else (x_t.detach().clone(), t.clone())
         gradient = checks.images("guidance(x, t)", self.function(*given), tuple(x_t.shape))
@@ -65,6 +74,7 @@ def by_prediction(
 ) -> Guide:
     """Return a guide of function(x_t, t, prediction), which may differentiate the prediction in x_t.
 
-    Several such guides share one graph: each must keep it (retain_graph=True) for the next.
+    However many there are, the network runs once a step; each guide has a graph of its own. Beside others it
+    can't take second derivatives through the network.
     """
     return Guide(function, sees_prediction=True, interval=interval)

@@ -71,7 +71,7 @@ def run(plan: Plan) -> Tensor:
     Raises: NonFiniteError naming the first layer that produced NaN or infinity.
     """
     images, first, size = [], 0, plan.batch_size
-    with plan.engine.lock, own_numerics(plan.engine.device, plan.engine.policy.tf32):
+    with own_numerics(plan.engine.device, plan.engine.policy.tf32):
         while first < plan.shape[0]:
             part = plan.part(first, size)
             try:
@@ -95,8 +95,7 @@ def _pixels(plan: Plan) -> Tensor:
     """Sample one batch by the base model and by what enlarges its images."""
     x = sample_batch(plan)
     if plan.enlarging is not None:
-        with plan.enlarging.engine.lock:
-            x = sample_batch(plan.enlarging.of(x))
+        x = sample_batch(plan.enlarging.of(x))
     return to_uint8(x).cpu() if plan.output == "uint8" else x
 
 

@@ -180,7 +180,7 @@ class Pipeline:
         Raises:
             InvalidArgument: for any value that is not allowed (what lies on a GPU is checked by shape alone).
         """
-        with self.engine.lock, own_numerics(self.device, self.policy.tf32):
+        with own_numerics(self.device, self.policy.tf32):
             x_t = checks.images("x_t", x_t)
             check_low_res(self, None if low_res is None else checks.images("low_res", low_res), len(x_t))
             labels = self._labels(classes, x_t)

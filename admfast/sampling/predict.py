@@ -18,11 +18,15 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Prediction:
-    """eps, x0 (not limited) and log_var (of p(x_{t-1} | x_t)), all like x_t and differentiable in it."""
+    """eps, x0 (not limited) and log_var (of p(x_{t-1} | x_t)), all like x_t and differentiable in it.
+
+    first: while images are sampled, the number of the first of these among all that were asked for.
+    """
 
     eps: Tensor
     x0: Tensor
     log_var: Tensor
+    first: int = 0
 
 
 class Predictor:
@@ -56,7 +60,8 @@ class Predictor:
     def read(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Return what the network's output at (x_t, t) says; t: [N], of the original process."""
         p = self._between(out, x_t, t) if t.is_floating_point() else self._whole(out, x_t, t)
-        return Prediction(*(value.to(x_t.dtype) for value in (p.eps, p.x0, p.log_var)))
+        eps, x0, log_var = (value.to(x_t.dtype) for value in (p.eps, p.x0, p.log_var))
+        return Prediction(eps, x0, log_var)
 
     def _seen(self, t: Tensor, x_t: Tensor) -> Tensor:
         """Return what the network sees of t."""

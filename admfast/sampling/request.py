@@ -8,19 +8,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from admfast import checks
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import first_line, invalid, nearest
-from admfast.sampling.guides import Guide, Interval
+from admfast.sampling.guides import LARGEST, Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.solvers import Solver, from_text, solver_of
 
 LARGEST_SEED = 2**64 - 1
-LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class SampleRequest:
         self._check_steps()
         self._check_guidance()
         checks.functions(denoised_fn=self.denoised_fn, callback=self.callback)
-        checks.whole("every", self.every, 1)
+        self._put("every", checks.whole("every", self.every, 1))
         checks.one_of("output", self.output, ("uint8", "float"))
         if not isinstance(self.impl, str | None):
             raise invalid("impl", self.impl, "the name of an implementation, or None")
@@ -131,7 +129,7 @@ class SampleRequest:
         if self.respacing is not None and self.steps is not None:
             raise invalid("steps", self.steps, "not together with respacing")
         if self.respacing is not None and not isinstance(self.respacing, str):
-            several = isinstance(self.respacing, Iterable)
+            several = isinstance(checks.plain(self.respacing), Iterable)
             kept = checks.whole_numbers("respacing", self.respacing, 0)
             self._put("respacing", tuple(kept) if several else kept[0])
         if self.t_start is not None:
@@ -162,6 +160,9 @@ class SampleRequest:
                 raise invalid("guides", guide, "a Guide, or several (see admfast.sampling.guides)")
             if guide.function is None:
                 by_classifier.append(guide.scale)
+        if self.guidance_interval is not None and any(guide.function is None for guide in self.guides):
+            allowed = "not together with a classifier's guide, which has an interval of its own"
+            raise invalid("guidance_interval", self.guidance_interval, allowed)
         if len(by_classifier) > 1:
             raise invalid("guides", by_classifier, "one scale of the classifier's gradient, said once")
 
@@ -173,6 +174,8 @@ class SampleRequest:
         given = {name: value for name, value in vars(self).items() if value is not None}
         guides = given.pop("guides")
         given["solver"] = str(self.solver)
+        if from_text(given["solver"]) != self.solver:
+            raise invalid("solver", given["solver"], "one of `admfast.solvers.SOLVERS`, in JSON")
         if guides:
             raise invalid("guides", guides, "none, in JSON")
         for name, value in given.items():
@@ -185,14 +188,14 @@ class SampleRequest:
         """Return the request of `to_json`. Raises: InvalidArgument for a wrong name or value."""
         try:
             settings = json.loads(text)
-        except ValueError as error:
-            raise invalid("text", text[:80], f"a request as JSON ({first_line(error)})") from None
+        except (ValueError, TypeError) as error:
+            raise invalid("text", str(text)[:80], f"a request as JSON ({first_line(error)})") from None
         if not isinstance(settings, dict):
             raise invalid("text", text[:80], "a JSON object of settings")
         return cls.of(**settings)
 
     @classmethod
-    def of(cls, *images: Any, **settings: Any) -> SampleRequest:
+    def of(cls, /, *images: Any, **settings: Any) -> SampleRequest:
         """Return a request of these settings, given as to `sample`. Raises: InvalidArgument for a name."""
         known = [entry.name for entry in dataclasses.fields(cls)]
         for name, value in settings.items():

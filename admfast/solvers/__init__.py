@@ -5,9 +5,11 @@ A file of a solver is called `<name>_rows.py`, so that no module has the name of
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -53,22 +55,31 @@ def from_text(text: str) -> Solver:
     if name not in SOLVERS:
         raise invalid("solver", text, f"{nearest(name, SOLVERS)} (solvers: {', '.join(listed())})")
     options: dict[str, Any] = {}
-    for part in filter(None, given.split(",")):
+    # A comma within a value, as of a list, has no NAME= after it.
+    for part in filter(None, re.split(r",(?=\s*\w+\s*=)", given)):
         option, separator, value = (word.strip() for word in part.partition("="))
-        if not separator:
-            raise invalid("solver", text, f"options as NAME=VALUE, such as {listed()[1]}")
-        try:
-            options[option] = json.loads(value)
-        except ValueError:
-            options[option] = value
+        if not separator or option in options:
+            raise invalid("solver", text, f"options as NAME=VALUE, each once, such as {listed()[1]}")
+        options[option] = _read(value)
     return _made(name, options)
+
+
+def _read(value: str) -> Any:
+    """Return the value of an option, written as in JSON or as in Python; a word is a text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError):
+            pass
+    return value
 
 
 def _made(name: str, options: dict[str, Any]) -> Solver:
     known = options_of(name)
     for option, value in options.items():
         if option not in known:
-            raise invalid(option, value, f"the solver {name} has no such option; {nearest(option, known)}")
+            has = nearest(option, known) if known else "it has none"
+            raise invalid(option, value, f"the solver {name} has no such option; {has}")
     return SOLVERS[name](**options)
 
 

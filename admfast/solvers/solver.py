@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from admfast.diffusion import GaussianDiffusion, MeanType
@@ -25,14 +27,21 @@ class Solver:
     """
 
     name: str
-    rows_of: Callable[..., SolverTable] = field(compare=False, repr=False)
+    rows_of: Callable[..., SolverTable] = field(repr=False)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     begins: Literal["noise", "image"] = "noise"
     respacing: str = "{steps}"
 
+    def __post_init__(self) -> None:
+        # A value that is kept, as by `from_text`, must not change under those who share it.
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Solver, (self.name, self.rows_of, dict(self.options), self.begins, self.respacing)
+
     def __str__(self) -> str:
         """Write the text that `solver_of` reads: "ddim:eta=0.5"."""
-        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        options = ",".join(f"{name}={json.dumps(value)}" for name, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
     def table(self, process: GaussianDiffusion, clip: bool = True) -> SolverTable:

@@ -64,7 +64,9 @@ def verify(
     """
     _check_pipelines(pipe, reference)
     verification = Verification(budget_of(pipe.policy) if budget is None else budget)
-    request = request_for(pipe, **settings) if request is None else request
+    request = replace(request_for(pipe, **settings) if request is None else request, output="float")
+    if request.callback is not None:
+        raise invalid("request", "with a callback", "one without: verify has its own")
     base = plan(request, pipe)
     stages = [(base, pipe, reference)]
     if base.enlarging is not None:

@@ -81,6 +81,15 @@ def test_an_image_is_its_seed_s(dps, pipe):
     assert (both[1:] - alone).norm() <= budget_of(pipe.policy).step * alone.norm()
 
 
+def test_measurements_stay_with_their_images_in_any_batch(dps, monkeypatch):
+    pipe = load("digits32", device="cpu", precision="fp32")
+    y = torch.stack([torch.full((1, 32, 32), value) for value in (-0.9, 0.9)])
+    given = (torch.tanh, y, [5, 6], [3, 8], STEPS)
+    whole = dps.dps_sample(pipe, *given)
+    monkeypatch.setattr("admfast.sampling.plan.images_at_a_time", lambda *_: 1)
+    compare(dps.dps_sample(pipe, *given), whole, NETWORK_SAMPLES_LIMIT, "x")
+
+
 def test_the_script_draws_its_picture(dps, tmp_path, monkeypatch, capsys):
     out = tmp_path / "restored.png"
     monkeypatch.setattr("sys.argv", ["dps.py", "--out", str(out), "--steps", "2"])

@@ -391,3 +391,17 @@ def test_nan_in_a_later_batch_leaves_the_finished_images(tmp_path):
 def test_wrong_settings_are_named(tmp_path, changes, message):
     with pytest.raises(InvalidArgument, match=message):
         run_of(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name, value", [("output", "float"), ("callback", print)])
+def test_a_run_refuses_what_it_can_not_do(tmp_path, name, value):
+    with pytest.raises(InvalidArgument, match=f"^request=.*{name}"):
+        run_of(tmp_path / "out", **{name: value})
+
+
+@pytest.mark.parametrize("name", ["noise", "step_noise"])
+def test_given_noise_is_shared_out_to_the_batches(tmp_path, name):
+    noise = torch.randn(*([3] if name == "step_noise" else []), 5, 1, 8, 8)
+    run_of(tmp_path / "out", **{name: noise}).run()
+    wanted = pipeline().sample(CLASSES, SEEDS, steps=3, **{name: noise})
+    assert np.abs(images_of(tmp_path / "out").astype(int) - wanted.numpy().astype(int)).max() <= 1

@@ -99,6 +99,58 @@ def test_guides_add_up():
     assert (with_classifier - images(guides=one)).abs().max() > 0.01
 
 
+def by_backward(x_t: Tensor, t: Tensor, prediction) -> Tensor:
+    (-(prediction.x0 - TARGET).square().sum()).backward()
+    return x_t.grad
+
+
+def without_keeping(x_t: Tensor, t: Tensor, prediction) -> Tensor:
+    return torch.autograd.grad(-(prediction.x0 - TARGET).square().sum(), x_t)[0]
+
+
+@pytest.mark.parametrize("function", [by_backward, without_keeping])
+def test_guides_add_up_however_they_differentiate(function):
+    one = guides.by_prediction(function)
+    twice = guides.Guide(towards_target, sees_prediction=True, scale=2.0)
+    assert_same(images(guides=[one, one]), images(guides=twice))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["x_t", "eps", "x0", "log_var"])
+def test_a_guide_may_work_in_place(name, count):
+    def spoiling(x_t: Tensor, t: Tensor, prediction) -> Tensor:
+        with torch.no_grad():
+            (x_t if name == "x_t" else getattr(prediction, name)).mul_(0)
+        return torch.zeros_like(x_t)
+
+    none = guides.by_prediction(lambda x_t, t, prediction: torch.zeros_like(x_t))
+    assert torch.equal(images(guides=[guides.by_prediction(spoiling)] * count), images(guides=none))
+
+
+def test_a_guide_is_told_which_images_it_gets():
+    seen = []
+
+    def noting(x_t: Tensor, t: Tensor, prediction) -> Tensor:
+        seen.append((prediction.first, len(x_t)))
+        return torch.zeros_like(x_t)
+
+    images(classes=[0], seeds=range(5), batch_size=2, steps=1, guides=guides.by_prediction(noting))
+    assert seen == [(0, 2), (2, 2), (4, 1)]
+
+
+@pytest.mark.parametrize("scale", [1e300, float("nan"), "2"])
+def test_a_scale_is_a_number_of_float32(scale):
+    with pytest.raises(InvalidArgument, match="^scale="):
+        guides.by_classifier(scale)
+
+
+def test_what_is_no_guide_is_refused():
+    with pytest.raises(InvalidArgument, match="^function="):
+        guides.Guide(None, sees_prediction=True)
+    with pytest.raises(InvalidArgument, match="^guidance_interval="):
+        images(guides=guides.by_classifier(2.0), guidance_interval=(0, 1))
+
+
 def test_each_guide_has_its_interval():
     seen: dict[str, list[int]] = {"high": [], "low": []}
 

@@ -49,7 +49,14 @@ def test_what_json_does_not_hold_is_named(given):
 
 @pytest.mark.parametrize(
     "text, argument",
-    [('{"stepz": 3}', "stepz=3"), ('{"steps": 0}', "steps=0"), ("{", "text='{'"), ("[3]", r"text='\[3\]'")],
+    [
+        ('{"stepz": 3}', "stepz=3"),
+        ('{"steps": 0}', "steps=0"),
+        ("{", "text='{'"),
+        ("[3]", r"text='\[3\]'"),
+        ('{"cls": 1}', "cls=1"),
+        (None, "text='None'"),
+    ],
 )
 def test_wrong_json_is_named(text, argument):
     with pytest.raises(InvalidArgument, match=f"^{argument}: "):
@@ -106,3 +113,15 @@ def test_classes_and_seeds_of_every_image(classes, seeds, planned):
     assert (list(keys), labels) == planned and shape == (len(keys), 1, 8, 8)
     plain = pipeline(net=unet(num_classes=None), classifier=None, guidance=0.0)
     assert images_of(SampleRequest(seeds=seeds), plain)[1] is None
+
+
+@pytest.mark.parametrize("three", [torch.tensor(3), np.array(3), np.int64(3)])
+@pytest.mark.parametrize("name", ["steps", "upsampler_steps", "batch_size", "every", "respacing"])
+def test_one_number_is_one_whatever_holds_it(name, three):
+    found = getattr(SampleRequest(**{name: three}), name)
+    assert found == 3 and type(found) is int
+
+
+def test_a_whole_number_that_no_float_holds_is_named():
+    with pytest.raises(InvalidArgument, match="^guidance="):
+        SampleRequest(guidance=10**400)

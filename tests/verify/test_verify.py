@@ -18,6 +18,7 @@ from admfast.sampling import loop
 from admfast.sampling.load import load
 from admfast.sampling.loop import run
 from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.request import SampleRequest
 from admfast.solvers import ddim, ddpm
 from admfast.verify import compare
 from admfast.verify.budget import (
@@ -362,3 +363,10 @@ def test_values_of_tf32_have_ten_bits():
     assert values_of_tf32(x).tolist() == wanted
     y = randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     assert (values_of_tf32(y) / y - 1).abs().max() <= 2.0**-11
+
+
+def test_a_request_of_one_s_own_is_judged_as_floats():
+    plain = pipeline(options=PLAIN)
+    assert not verify(pipeline(), plain, SampleRequest([1], [0], steps=3)).failures
+    with pytest.raises(InvalidArgument, match="^request="):
+        verify(pipeline(), plain, SampleRequest([1], [0], steps=3, callback=print))
