@@ -74,7 +74,7 @@ def test_values(case):
 @pytest.mark.parametrize("channels", [6, 65])
 @pytest.mark.parametrize("positions", [2048, 2047, 2049, 4099])
 def test_every_element_and_none_beyond_the_end(positions, channels):
-    whole = torch.full((positions * channels + 4096,), float("nan"), device=DEVICE)
+    whole = torch.full((positions * channels + 4096,), 7.0, device=DEVICE)
     y = whole[: positions * channels].view(1, positions, 1, channels).movedim(-1, 1)
     before, bias, residual = draw(*y.shape), draw(channels), draw(*y.shape)
     y.copy_(before)
@@ -82,7 +82,7 @@ def test_every_element_and_none_beyond_the_end(positions, channels):
     with unmodified(bias=bias, residual=residual):
         assert kernel(y, bias, residual) is y
     assert torch.equal(y, before + bias.view(-1, 1, 1) + residual)
-    assert whole[positions * channels :].isnan().all()
+    assert (whole[positions * channels :] == 7).all()
 
 
 @pytest.mark.parametrize("leaves", [("x",), ("residual",), ("x", "residual")], ids=str)
@@ -111,6 +111,14 @@ def test_gradients_of_two_orders(leaves, has_bias, taken):
     plain, truth = (derivatives(reference, dtype) for dtype in (torch.float32, torch.float64))
     for i, (mine, theirs, true) in enumerate(zip(got, plain, truth, strict=True)):
         assert_within(mine, theirs, true, f"{i}", "input gradient" if i else "output")
+
+
+def test_torch_is_told_of_the_write():
+    y = draw(1, 6, 3, 3).requires_grad_(True) * 2
+    kept = y.square()  # its gradient would read y
+    conv_epilogue.add(y, draw(6), None)
+    with pytest.raises(RuntimeError, match="inplace"):
+        kept.sum().backward()
 
 
 def test_an_output_without_gradient_is_no_part_of_a_graph(taken):
