@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.errors import first_line
-from admfast.ops import native
+from admfast.ops import conv_epilogue, native
 from admfast.ops.conv_winograd import transform
-from admfast.ops.layout import channels_last
+from admfast.ops.layout import channels_last, is_channels_last
 from admfast.ops.transforms import compiled_transform, constant, deriving, in_vmap
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -175,9 +175,20 @@ _DERIVED: dict[str, Callable[..., Tensor]] = {
 
 
 def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """torch's own convolution with channels-last weights; differentiable by torch."""
+    """torch's own convolution with channels-last weights; differentiable by torch.
+
+    On a GPU a kernel of ours adds bias and residual, where it serves: torch takes one pass for each.
+    """
     convolution = CONVOLUTIONS[len(direction.kernel)]
-    y = convolution(x, direction.form("library"), bias, direction.stride, direction.padding)
+    geometry = (direction.stride, direction.padding)
+    weight = direction.form("library")
+    if conv_epilogue.serves(x.device.type, x, bias, residual):
+        y = convolution(x, weight, None, *geometry)
+        if is_channels_last(y):  # as cuDNN's is with such weights
+            return conv_epilogue.add(y, bias, residual)
+        y = y if bias is None else y + bias.view(-1, *(1,) * len(direction.kernel))
+    else:
+        y = convolution(x, weight, bias, *geometry)
     return y if residual is None else y + residual
 
 

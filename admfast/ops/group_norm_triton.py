@@ -19,7 +19,7 @@ from torch import Tensor
 
 from admfast._source_tree import kernels
 from admfast.ops.layout import empty_channels_last, is_channels_last
-from admfast.ops.transforms import constant, in_transform
+from admfast.ops.transforms import constant, traced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -66,20 +66,10 @@ def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
     return None
 
 
-def _traced(x: Tensor) -> bool:
-    """Whether something looks on that must see an op: a compiler, a transform, a mode, a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or in_transform()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, torch.nn.Parameter)
-    )
-
-
 def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The raw forward, see `RawNorm`."""
     *tensors, options = rest
-    call: Any = torch.ops.admfast_triton.group_norm_silu_fwd if _traced(x) else _launchers()[0]
+    call: Any = torch.ops.admfast_triton.group_norm_silu_fwd if traced(x) else _launchers()[0]
     groups, eps, silu = options.groups, options.eps, options.silu
     return call(x, *tensors, groups, eps, silu, options.resample, options.skip)
 
@@ -89,7 +79,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The raw backward, see `RawNorm`."""
     *tensors, options, sums = rest
-    if _traced(x):
+    if traced(x):
         modes = (options.silu, options.resample, sums)
         op = torch.ops.admfast_triton.group_norm_silu_bwd
         dx, dx2, s1, s2 = op(dy, dskip, x, x2, *tensors, *modes)

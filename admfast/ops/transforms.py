@@ -53,6 +53,17 @@ def in_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether something looks on that must see an op: a trace, a transform, a mode, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or in_transform()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
 def recorded(*tensors: Tensor | None) -> bool:
     """Whether a derivative or a trace of a call with these tensors is being made."""
     if torch.compiler.is_compiling() or in_transform():

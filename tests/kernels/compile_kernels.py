@@ -3,12 +3,15 @@
 A process of its own, as Triton's decorators decide at import whether kernels are compiled or interpreted.
 The shapes are those of the released networks, run on the meta device. Prints one line of JSON a kernel: name,
 key, registers, bytes of stack (spilled registers lie there), shared memory, the bytes of a thread's widest
-load and store and how wide the launch's channels allow them to be, seconds.
+and least load and store and how wide the launch's channels allow them to be, seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import itertools
 import json
 import os
 import re
@@ -18,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -28,10 +32,11 @@ from triton.compiler import ASTSource
 import admfast.models.layers as layers
 from admfast._source_tree import kernels
 from admfast.models import ClassifierConfig, NetConfig, UpsamplerConfig, build
+from admfast.models.convolution import FoldableConv
 from admfast.models.presets import MODELS
 
 kernels()
-from admfast.kernels import group_norm, group_norm_bwd, norm_launch  # noqa: E402
+from admfast.kernels import conv_epilogue, group_norm, group_norm_bwd, norm_launch  # noqa: E402
 from admfast.kernels.norm_launch import Call  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -52,14 +57,34 @@ def norms() -> list[dict[str, Any]]:
         found[str(call)] = call
         return real(x, *arguments, **options, impl="reference")
 
-    layers.group_norm_silu = recorded
-    try:
-        for preset in MODELS.values():
-            if preset.network is not None and preset.file.endswith(".pt"):
-                run_on_meta(preset.network)
-    finally:
-        layers.group_norm_silu = real
+    with mock.patch.object(layers, "group_norm_silu", recorded):
+        run_the_released()
     return list(found.values())
+
+
+def epilogues() -> list[tuple[tuple[int, ...], bool, bool]]:
+    """Every different sum after a convolution of the released networks: [1, C, *spatial], bias, residual."""
+    found: dict[tuple[tuple[int, ...], bool, bool], None] = {}
+    real = FoldableConv.forward
+
+    def recorded(self: Any, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
+        y = real(self, x, residual, x2)
+        if y.dim() > 3:  # a product of matrices adds for itself
+            found[(tuple(y.shape), self.bias is not None, residual is not None)] = None
+            if x2 is not None:  # of two sources the second is added to the first
+                found[(tuple(y.shape), False, True)] = None
+        return y
+
+    with mock.patch.object(FoldableConv, "forward", recorded):
+        run_the_released()
+    return list(found)
+
+
+def run_the_released() -> None:
+    """One forward without values of every released network."""
+    for preset in MODELS.values():
+        if preset.network is not None and preset.file.endswith(".pt"):
+            run_on_meta(preset.network)
 
 
 def run_on_meta(config: NetConfig) -> None:
@@ -104,16 +129,30 @@ def planned(
 
     affine: weight, bias, scale, shift. modes: SiLU, resampling. skip: whether the resampled x is given too.
     """
-    calls: list[Call] = []
-    real, norm_launch.run = norm_launch.run, lambda planned, device: calls.extend(planned)
-    try:
+    with listing() as calls:
         forward = group_norm.group_norm_silu_fwd
         y, resampled, mean, rstd = forward(x, x2, *affine, groups, 1e-5, *modes, skip)
         dskip = resampled if skip else None
         group_norm_bwd.group_norm_silu_bwd(y, dskip, x, x2, *affine, mean, rstd, *modes, True)
-    finally:
-        norm_launch.run = real
     return calls
+
+
+def added(epilogue: tuple[tuple[int, ...], bool, bool], batch: int, dtype: torch.dtype) -> list[Call]:
+    """The launch after a convolution."""
+    (_, channels, *spatial), has_bias, has_residual = epilogue
+    with torch.device("meta"), listing() as calls:
+        y, residual = (torch.empty(batch, *spatial, channels, dtype=dtype).movedim(-1, 1) for _ in range(2))
+        bias = torch.empty(channels, dtype=dtype) if has_bias else None
+        conv_epilogue.conv_epilogue_fwd(y, bias, residual if has_residual else None)
+    return calls
+
+
+@contextlib.contextmanager
+def listing() -> Iterator[list[Call]]:
+    """Collect launches in place of running them."""
+    calls: list[Call] = []
+    with mock.patch.object(norm_launch, "run", lambda planned, device: calls.extend(planned)):
+        yield calls
 
 
 def source(call: Call) -> tuple[ASTSource, tuple]:
@@ -125,22 +164,28 @@ def source(call: Call) -> tuple[ASTSource, tuple]:
         if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        signature[name] = f"*{DTYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+        signature[name] = f"*{DTYPES[value.dtype]}" if isinstance(value, Tensor) else width(value)
         if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
     key = (call.kernel.__name__, tuple(constants.items()), tuple(attributes), tuple(call.options.items()))
+    key = (*key, *(name for name, kind in signature.items() if kind == "i64"))
     return ASTSource(call.kernel, signature, constants, attributes), key
+
+
+def width(value: int) -> str:
+    """The type that Triton takes a whole number for."""
+    return "i32" if value < 1 << 31 else "i64"
 
 
 def distinct(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple, dict[torch.dtype, tuple]]]:
     """(key, {dtype: (source, options, bytes allowed)}) of every different kernel that the networks launch."""
     found: dict[tuple, dict[torch.dtype, tuple]] = {}
-    for norm in norms():
-        for batch in BATCHES:
-            for dtype in dtypes:
-                for call in launches(norm, batch, dtype):
-                    src, key = source(call)
-                    found.setdefault(key, {}).setdefault(dtype, (src, call.options, allowed(call, dtype)))
+    of = [functools.partial(launches, norm) for norm in norms()]
+    of += [functools.partial(added, epilogue) for epilogue in epilogues()]
+    for calls, batch, dtype in itertools.product(of, BATCHES, dtypes):
+        for call in calls(batch, dtype):
+            src, key = source(call)
+            found.setdefault(key, {}).setdefault(dtype, (src, call.options, allowed(call, dtype)))
     yield from sorted(found.items(), key=lambda item: repr(item[0]))
 
 
@@ -157,14 +202,16 @@ def compiled(src: ASTSource, options: dict[str, int], architecture: int) -> dict
     assert seen, usage
     registers, stack, shared, local = map(int, seen.groups())
     found = dict(architecture=architecture, registers=registers, stack=stack, local=local, shared=shared)
-    found |= {name: widest(kernel.asm["ptx"], name) for name in ("ld", "st")}
+    for name in ("ld", "st"):
+        bytes_at_once = accesses(kernel.asm["ptx"], name)
+        found |= {name: max(bytes_at_once, default=0), f"least_{name}": min(bytes_at_once, default=0)}
     return found | dict(seconds=round(time.perf_counter() - start, 2))
 
 
-def widest(ptx: str, access: str) -> int:
-    """Bytes of the widest access of global memory that a thread makes at once: "ld" or "st"."""
+def accesses(ptx: str, access: str) -> list[int]:
+    """Bytes that a thread moves at once, of every access of global memory: "ld" or "st"."""
     found = re.findall(rf"\b{access}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
-    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+    return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
 def allowed(call: Call, dtype: torch.dtype) -> int:

@@ -23,6 +23,7 @@ KERNELS = {
     "_group_norm_silu_sums_kernel",
     "_group_norm_silu_merge_bwd_kernel",
     "_group_norm_silu_apply_bwd_kernel",
+    "_conv_epilogue_fwd_kernel",
 }
 SHARED_MEMORY = 48 << 10  # what a program has without asking for more
 
@@ -62,6 +63,9 @@ def test_kernels_compile_and_spill_nothing(flags, most, seconds, record_property
     assert [row for row in large if row["ld"] != row["allowed"]] == []
     writing = [row for row in large if row["kernel"].endswith(("fwd_kernel", "bwd_kernel"))]
     assert [row for row in writing if row["st"] != row["allowed"]] == []
+    # The bias, too, where the channels allow it.
+    added = [row for row in rows if "epilogue" in row["kernel"] and "('MULTIPLE', 16)" in row["key"]]
+    assert added and {row["least_ld"] for row in added} == {row["least_st"] for row in added} == {16}
     worst = max(rows, key=lambda row: row["registers"])
     record_property("compiled", f"{len(rows)}, most registers {worst['registers']} in {worst['kernel']}")
     assert time.monotonic() - start < seconds

@@ -16,16 +16,17 @@ pytest.importorskip("triton")
 def test_no_triton_kernel_is_left_out():
     names = {
         name
-        for file in ("group_norm", "group_norm_bwd")
+        for file in ("group_norm", "group_norm_bwd", "conv_epilogue")
         for name in vars(module(file))
         if name.endswith("_kernel")
     }
-    assert len(names) == 8 and set(small_kernels.norms(DEVICE)) == names
+    ran = {*small_kernels.norms(DEVICE), *small_kernels.epilogues(DEVICE)}
+    assert len(names) == 9 and ran == names
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason=f"{native.reason_missing()}")
 def test_the_update_runs_in_every_layout_and_type(capsys):
-    with mock.patch.object(small_kernels, "norms", lambda device: []):
+    with mock.patch.multiple(small_kernels, norms=lambda device: [], epilogues=lambda device: []):
         assert small_kernels.main(["--device", DEVICE]) == 0
     assert capsys.readouterr().out == "16 launches of 16 kernels agree with the reference\n"
 

@@ -25,7 +25,7 @@ from admfast.ops import as_seeds, group_norm_silu, normal, normal_ref, pack, sam
 from tests.kernels.norm_cases import assert_channels_last, call_of, judge, module, noises, results
 from tests.ops.cover import laid_out
 from tests.ops.test_sampler_step_gpu import ROWS, check, inputs, on, placed, state_of
-from tests.ops.tolerance import HALF_AND_SINGLE, bits
+from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, bits
 
 PLAIN = dict(modulated=True, silu=True, resample=None, with_skip=False, weights="fp32", mean=0)
 # Two trips and three chunks of positions; a group with channels of both sources; odd rows dropped and kept.
@@ -43,6 +43,32 @@ SAMPLERS = (
     ((2, 1, 4, 10), "channels_last", True),
     ((2, 3, 5, 7), "sliced", True),
 )
+
+
+# (shape, bias, residual): blocks filled and unfilled, a bias read as a whole and in crumbs
+EPILOGUES = (
+    ((2, 16, 16, 8), True, True),
+    ((1, 65, 7, 5), True, True),
+    ((3, 6, 19, 23), True, False),
+    ((1, 3, 2, 5, 3), False, True),
+)
+
+
+def epilogues(device: str) -> Iterator[str]:
+    """What is added after a convolution; yields the name of the kernel."""
+    epilogue = module("conv_epilogue")
+    for (shape, has_bias, has_residual), dtype in itertools.product(EPILOGUES, HALF_AND_SINGLE.values()):
+        if device == "cpu" and dtype == torch.bfloat16:
+            continue  # the interpreter cuts it off where a GPU rounds
+        y, residual = (laid_out(torch.randn(shape).to(dtype), "channels_last") for _ in range(2))
+        bias = torch.randn(shape[1]).to(dtype)
+        given = (bias if has_bias else None, residual if has_residual else None)
+        there = (None if t is None else t.to(device) for t in given)
+        got = epilogue.conv_epilogue_fwd(y.to(device, copy=True), *there).cpu()
+        parts = [y, bias.view(-1, *(1,) * (y.dim() - 2)) if has_bias else None, given[1]]
+        truth, reference = (sum(t.to(d) for t in parts if t is not None) for d in (torch.float64, dtype))
+        assert_within(got, reference, truth, f"conv_epilogue {shape} {dtype}")
+        yield "_conv_epilogue_fwd_kernel"
 
 
 def norms(device: str) -> Iterator[str]:
@@ -91,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.tools.small_kernels", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
     device = parser.parse_args(argv).device
-    ran = [*norms(device), *samplers(device)]
+    ran = [*norms(device), *epilogues(device), *samplers(device)]
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{len(ran)} launches of {len(set(ran))} kernels agree with the reference")

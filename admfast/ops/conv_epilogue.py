@@ -1,0 +1,69 @@
+"""The bias and the residual of a convolution on a GPU, added by one Triton kernel in place of torch's two."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast._source_tree import kernels
+from admfast.ops import group_norm_triton as triton
+from admfast.ops.layout import is_channels_last
+from admfast.ops.transforms import record, traced
+
+
+def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether the kernel may add up what follows the convolution of `x`, which is on that kind of device.
+
+    What looks on (a compiler, a transform, a mode) or differentiates forward must see torch's operations.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        device == "cuda"
+        and not (bias is None and residual is None)
+        and x.dim() in (4, 5)
+        and x.dtype in triton.DTYPES
+        and (residual is None or is_channels_last(residual))
+        and not traced(x, residual)
+        and torch.autograd.forward_ad._current_level < 0
+        and triton.reason_missing() is None
+        and not triton.interpreted()
+    )
+
+
+def add(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Compute `y + bias + residual` into `y`, an output of a convolution that nobody else holds.
+
+    Differentiable in y and residual any number of times, never in bias.
+    """
+    if torch.is_grad_enabled() and (y.requires_grad or (residual is not None and residual.requires_grad)):
+        result: Tensor = record(ConvEpilogueFn, y, bias, residual)
+        return result
+    return _launcher()(y, bias, residual)
+
+
+class ConvEpilogueFn(torch.autograd.Function):
+    """`y + bias + residual` in place; no convolution's gradient looks at its output."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        ctx.mark_dirty(y)
+        return _launcher()(y, bias, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
+        return dy, None, dy if ctx.needs_input_grad[2] else None
+
+
+@functools.cache
+def _launcher() -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+    """The raw launcher; importing it imports triton."""
+    kernels()
+    module = importlib.import_module("admfast.kernels.conv_epilogue")
+    launcher: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] = module.conv_epilogue_fwd
+    return launcher
