@@ -1,7 +1,7 @@
 """Checks of single arguments: each returns the value in one form, or raises InvalidArgument by name.
 
 Values from a command line or a JSON file can have any type, and nothing is guessed from them: a word such as
-"no" is no switch (it would count as True), and True is no number.
+"no" is no switch (it would count as True), True is no number, and no single tensor is read from its device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def whole(
     name: str, value: object, least: int, most: int | None = None, *, special: int | None = None
 ) -> int:
-    """Return a whole number in least..most, or `special`, as an int. NumPy's and 0-d tensors count."""
+    """Return a whole number in least..most, or `special`, as an int. Accepts NumPy's integers, no tensor."""
     number = _index(value)
     if number is not None and (number == special or least <= number and (most is None or number <= most)):
         return number
@@ -32,9 +32,7 @@ def whole(
 
 
 def _index(value: object) -> int | None:
-    if isinstance(value, (float, bool, str)) or value is None:
-        return None
-    if isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool):
+    if isinstance(value, (float, bool, str, Tensor)) or value is None:
         return None
     if isinstance(value, int):  # Dynamo follows operator.index of an IntEnum for ever.
         return int(value)

@@ -34,9 +34,7 @@ def test_a_value_comes_back_in_one_form(found, expected):
     assert found == expected and type(found) is type(expected)
 
 
-@pytest.mark.parametrize(
-    "value", [0, 4, 2.0, True, None, "2", torch.tensor([2]), torch.tensor(2.0), torch.tensor(True), [2], -1]
-)
+@pytest.mark.parametrize("value", [0, 4, 2.0, True, None, "2", torch.tensor(2), [2], -1])
 def test_what_is_no_whole_number_in_range_is_refused(value):
     with pytest.raises(InvalidArgument, match="^n="):
         checks.whole("n", value, 1, 3)

@@ -92,7 +92,7 @@ class SampleRequest:
         self._check_steps()
         self._check_guidance()
         checks.functions(denoised_fn=self.denoised_fn, callback=self.callback)
-        self._put("every", checks.whole("every", self.every, 1))
+        self._put_whole("every", 1)
         checks.one_of("output", self.output, ("uint8", "float"))
         if not isinstance(self.impl, str | None):
             raise invalid("impl", self.impl, "the name of an implementation, or None")
@@ -100,6 +100,10 @@ class SampleRequest:
     def _put(self, name: str, value: object) -> None:
         """Keep a setting in the one form that later readers expect."""
         object.__setattr__(self, name, value)
+
+    def _put_whole(self, name: str, least: int) -> None:
+        """Keep a whole number as an int; a tensor or an array without axes holds one as well."""
+        self._put(name, checks.whole(name, checks.plain(getattr(self, name)), least))
 
     def _check_images(self) -> None:
         """Check which images are asked for, and the tensors that come with them."""
@@ -112,7 +116,7 @@ class SampleRequest:
             if getattr(self, name) is not None:
                 checks.images(name, getattr(self, name))
         if self.batch_size is not None:
-            self._put("batch_size", checks.whole("batch_size", self.batch_size, 1))
+            self._put_whole("batch_size", 1)
 
     def _check_steps(self) -> None:
         """Check the solver, its steps, and where they begin."""
@@ -125,7 +129,7 @@ class SampleRequest:
         checks.switch("clip", self.clip)
         for name in ("steps", "upsampler_steps"):
             if getattr(self, name) is not None:
-                self._put(name, checks.whole(name, getattr(self, name), 1))
+                self._put_whole(name, 1)
         if self.respacing is not None and self.steps is not None:
             raise invalid("steps", self.steps, "not together with respacing")
         if self.respacing is not None and not isinstance(self.respacing, str):
@@ -133,7 +137,7 @@ class SampleRequest:
             kept = checks.whole_numbers("respacing", self.respacing, 0)
             self._put("respacing", tuple(kept) if several else kept[0])
         if self.t_start is not None:
-            self._put("t_start", checks.whole("t_start", self.t_start, 0))
+            self._put_whole("t_start", 0)
         if solver.begins == "noise":
             if (self.x_start is None) != (self.t_start is None):
                 raise invalid("x_start, t_start", (self.x_start is not None, self.t_start), "both or neither")

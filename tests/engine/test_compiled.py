@@ -151,7 +151,7 @@ def test_torch_keeps_what_it_compiles_in_the_folder_and_nothing_else_there(monke
     assert places == [[str(tmp_path / "here"), str(tmp_path / "here" / "triton")], ["mine", None]]
 
 
-@pytest.mark.parametrize("place, reason", [("no/c", "does not exist"), ("file", "File exists")])
+@pytest.mark.parametrize("place, reason", [("no/c", "does not exist"), ("file", "it is a file")])
 def test_a_cache_that_cant_be_written_is_said_before_compiling(monkeypatch, tmp_path, place, reason):
     (tmp_path / "file").write_text("")
     compiled = []
