@@ -33,13 +33,13 @@ def record(built: str, reason: str | None) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; without the arguments of a command that failed."""
+    """Return what an error says, in one line; without the arguments of a command that failed."""
     lines = re.sub(r"\['(\S+)', .*\]", r"\1 ...", str(error).strip()).splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def nvcc_says(*arguments: str) -> str:
-    """What nvcc prints; raises OSError or CalledProcessError where it can't be run."""
+    """Return what nvcc prints; raises OSError or CalledProcessError where it can't be run."""
     command = [os.environ.get("ADMFAST_NVCC", "nvcc"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
     return done.stdout + done.stderr

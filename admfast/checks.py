@@ -6,11 +6,14 @@ Values from a command line or a JSON file can have any type, and nothing is gues
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import json
 import math
 import numbers
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +58,16 @@ def plain(value: object) -> object:
 def items(value: object) -> list[object]:
     """Return an iterable as a list, anything else (and text) as a list of one."""
     return [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+
+
+def literal(text: str) -> Any:
+    """Return the value of a text, written as in JSON or Python (4, true, None, [1, 2]); else the text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            pass
+    return text
 
 
 def real(

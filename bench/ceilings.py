@@ -13,7 +13,7 @@ NAMES = ("graph", "copy", "sampler", "matmul", "attention", "conv", "norm")
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """The groups in the order they run, with their part of the budget.
+    """Return the groups in the order they run, with their part of the budget.
 
     What a group leaves over goes to those after it, so the quick ones come first; compiled norms come last,
     because a compilation is the least predictable.

@@ -130,7 +130,7 @@ def follow(read: int) -> tuple[Row | None, bool]:
 
 
 def parser_of(bench: Bench) -> argparse.ArgumentParser:
-    """The flags of a bench."""
+    """Return the flags of a bench."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{bench.name}", description=bench.summary)
     add = parser.add_argument
     add("--device", help="cpu or cuda (default: cuda where there is one)")

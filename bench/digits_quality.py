@@ -1,4 +1,4 @@
-"""How good the shipped digits are: class accuracy, Frechet distance, neighbours, precision and recall.
+"""Measure the shipped digits: class accuracy, Frechet distance, neighbours, precision and recall.
 
 `python -m bench.digits_quality` samples the digits32 system and compares the samples with the 1,797 real
 digits in the space of 64 pixels: images are brought to 8x8 by block means, on the digits' scale of 0 to 16.
@@ -79,7 +79,7 @@ def distances(a: Array, b: Array) -> Array:
 
 
 def nearest_neighbour_accuracy(a: Array, b: Array) -> float:
-    """How often the nearest other point tells from which set a point is; 0.5 is indistinguishable."""
+    """Return the accuracy of telling a point's set by its nearest neighbour; 0.5 is indistinguishable."""
     points = np.concatenate([a, b])
     labels = np.repeat([0, 1], [len(a), len(b)])
     d = distances(points, points)

@@ -13,7 +13,7 @@ NAMES = ("sampler", "norm", "norm-gradient", "attention", "conv")
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """The groups in the order they run, with their part of the budget."""
+    """Return the groups in the order they run, with their part of the budget."""
     from bench.ops import attention, norm, products, update
 
     cases = (update.kernels, norm.kernels, norm.gradient_kernels, attention.kernels, products.conv_kernels)

@@ -1,4 +1,4 @@
-"""What a measurement is: a case, the comparison it must pass, and the one timer of all benches.
+"""Measure a case: compare its output with a reference, then time it by the one timer of all benches.
 
 A GPU is timed by Triton's `do_bench`, a CPU by `torch.utils.benchmark`.
 """
@@ -46,7 +46,7 @@ class TooSlow(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a measurement.
 
     seconds: of one row's samples. quick: only try the machinery. again: measure disturbed rows once more.
     begin: is told which case begins, so that one that hangs can be stopped.
@@ -60,11 +60,11 @@ class Settings:
 
     @property
     def cuda(self) -> bool:
-        """Whether the device is a CUDA GPU."""
+        """Tell whether the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
     def some(self, by_device: Mapping[str, Sequence[T]], few: int = 1) -> Sequence[T]:
-        """The device's values, the first few of them where the machinery is only tried."""
+        """Return the device's values, the first few of them where the machinery is only tried."""
         return by_device[self.device.type][: few if self.quick else None]
 
 
@@ -141,7 +141,7 @@ def refuse_slow(seconds: float) -> None:
 
 
 def seconds_of(fn: Callable[[], object]) -> float:
-    """The seconds of one call, on the clock."""
+    """Return the seconds of one call, on the clock."""
     begin = time.perf_counter()
     fn()
     if torch.cuda.is_initialized():
@@ -223,7 +223,7 @@ def unavailable(reason: str) -> Measure:
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function by torch.compile; Dynamo's count of recompilations, which gives up at nine, is reset."""
+    """Compile a function by torch.compile; reset Dynamo's count of recompilations, which gives up at nine."""
     torch._dynamo.reset()
     return torch.compile(fn, fullgraph=True, dynamic=False)
 

@@ -85,7 +85,7 @@ class Trace:
         return cls(wall_us / unit, {name: time / unit for name, time in by_class.items()}, names)
 
     def row(self) -> Row:
-        """The fields of a profile's row; what takes longest by name."""
+        """Return the fields of a profile's row; what takes longest by name."""
         names = sorted(self.names.items(), key=lambda item: -item[1][0])[:NAMED]
         row: Row = {
             "profiled_ms": round(self.wall_ms, 4),
@@ -158,7 +158,7 @@ def _on_host(event: Any) -> bool:
 
 
 def _names_above(event: Any) -> list[str]:
-    """The names of an operation and all that enclose it, innermost first."""
+    """Return the names of an operation and all that enclose it, innermost first."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -173,13 +173,13 @@ def _class_of(event: Any) -> str:
 
 
 def steps_for(ms: float, longest: int, quick: bool) -> int:
-    """How many steps of so many milliseconds are profiled."""
+    """Return how many steps of so many milliseconds are profiled."""
     count = 2 if quick else max(1, min(LARGEST_TRACE, round(1e3 * SECONDS / ms)))
     return min(TOGETHER if count > TOGETHER / 3 else count, longest)
 
 
 def _profile(entry: Entry, subject: Subject, batch: int, settings: Settings) -> Row:
-    """The row of a step; no trial, as nothing is compared."""
+    """Return the row of a step; no trial, as nothing is compared."""
     contender = entry.make(subject, Inputs.of(subject, batch, settings.device))
     with contender.running():
         contender.ready()

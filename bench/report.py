@@ -50,7 +50,7 @@ Value = Callable[[Row, Sequence[Row]], Any]
 
 
 def of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
-    """A row's rate over its ceiling in the same file; for a step the product's of the same precision."""
+    """Return a row's rate over its ceiling in the same file; for a step, the matrix product's."""
     top = TOP.get(row["kind"])
     rate = row.get("gbps" if top == "copy" else "tflops")
     dtype = PRODUCT.get(row["dtype"], row["dtype"]) if top == "matmul" else None
@@ -59,7 +59,7 @@ def of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
 
 
 def faster_than(row: Row, other: str, rows: Iterable[Row]) -> float | None:
-    """How many times faster a row is than a baseline: by rounds where it says so, else by the medians."""
+    """Return a baseline's time over a row's: by rounds where the row has that, else by the medians."""
     for name, ratio in row.get("faster_than", {}).items():
         if name.rpartition(" ")[0] == other:
             return ratio
@@ -73,7 +73,7 @@ def faster_than(row: Row, other: str, rows: Iterable[Row]) -> float | None:
 
 
 def with_ladder(rows: Sequence[Row]) -> list[Row]:
-    """The added forms with what each `saves` of the first one's time, for every preset, batch and precision.
+    """Return the added forms with what each `saves` of the first one's time, by preset, batch and precision.
 
     Milliseconds are the ratio to the whole engine, taken in turns, times the whole engine's median of all.
     """
@@ -93,7 +93,7 @@ def with_ladder(rows: Sequence[Row]) -> list[Row]:
 
 
 def field(name: str, form: str = "{}") -> Value:
-    """A field of the row as it stands, or in a form."""
+    """Return a field of the row as it stands, or in a form."""
 
     def value(row: Row, rows: Sequence[Row]) -> Any:
         got = row.get(name)
@@ -135,7 +135,7 @@ COLUMNS: dict[str, Value] = {
 
 
 def section(rows: Sequence[Row], every: Sequence[Row]) -> str:
-    """The table of the rows of one kind, of one device."""
+    """Return the table of the rows of one kind, of one device."""
     sizes = list(dict.fromkeys(name for row in rows for name in row["shape"]))
     classes = list(dict.fromkeys(name for row in rows for name in row.get("class_ms", ())))
     header = [*sizes, "dtype", "provider", "status", *classes, *COLUMNS]
@@ -152,7 +152,7 @@ def section(rows: Sequence[Row], every: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The ceiling of every kind and dtype, as `bench.results.ceiling` returns it."""
+    """Return the ceiling of every kind and dtype, as `bench.results.ceiling` returns it."""
     lines: list[Sequence[object]] = []
     for kind, (column, pick) in CEILINGS.items():
         for dtype in dict.fromkeys(row["dtype"] for row in rows if row["kind"] == kind):

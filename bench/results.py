@@ -141,7 +141,7 @@ def ceiling(rows: Iterable[Row], kind: str, dtype: str | None = None) -> float |
 
 
 def _cpu_fields() -> dict[str, str]:
-    """The first processor's fields of /proc/cpuinfo; {} where there is no such file."""
+    """Return the first processor's fields of /proc/cpuinfo; {} where there is no such file."""
     fields: dict[str, str] = {}
     path = Path("/proc/cpuinfo")
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -184,7 +184,7 @@ def git_state() -> tuple[str, bool | None]:
 
 
 def _output(*command: str) -> str | None:
-    """What a short command prints; None where it fails."""
+    """Return what a short command prints; None where it fails."""
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

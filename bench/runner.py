@@ -40,7 +40,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What became of one group: rows measured now, found from before, and left because its share was over."""
+    """The outcome of one group: rows measured now, found from before, and left because its share was over."""
 
     name: str
     measured: int
@@ -158,7 +158,7 @@ def run(
 
 
 def _beginning(case: Case, group: str, fixed: Row) -> Row:
-    """What a case's row says before it is measured."""
+    """Return what a case's row says before it is measured."""
     key = row_key(case.kind, case.dtype, case.provider, case.shape, fixed["device"], fixed["torch"])
     row: Row = {"key": key, "group": group, "kind": case.kind, "dtype": case.dtype}
     return row | {"provider": case.provider, "shape": dict(case.shape)} | case.note

@@ -1,4 +1,4 @@
-"""What follows a convolution's products, in one pass over its output: the bias and the residual are added."""
+"""Add bias and residual to a convolution's output, in place and in one pass."""
 
 import triton
 import triton.language as tl

@@ -57,7 +57,7 @@ def _channel_sums(
 
 @triton.jit
 def _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE: tl.constexpr):
-    """What dx takes off: rstd A, and rstd^2 B, the factor of x - mean."""
+    """Return what dx takes off: rstd A, and rstd^2 B, the factor of x - mean."""
     mean_s1 = over_group(w * s1, lane, D, SINGLE) / (P * D)
     mean_s2 = over_group(w * s2, lane, D, SINGLE) / (P * D)
     return rstd * mean_s1, rstd * rstd * mean_s2

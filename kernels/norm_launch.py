@@ -1,4 +1,4 @@
-"""How a call of `group_norm_silu` is cut into programs: a table by shape, no search at run time.
+"""Cut a call of `group_norm_silu` into programs, by a table of shapes; nothing is searched at run time.
 
 A chosen launch is a pure function of the shape, so that a call can be captured in a graph and is bit for bit
 the same every time. Triton's interpreter pays for programs and loop trips, not for elements: it gets larger
@@ -60,7 +60,7 @@ class TwoPass:
         return -(-positions // self.chunk)
 
     def spans(self, others: int, positions: int) -> dict[str, int]:
-        """How many positions a program of the elementwise pass takes, and how many such programs there are.
+        """Return the positions that a program of the elementwise pass takes, and the number of programs.
 
         What it does once for its channels is 1.5 times the instructions of a tile, which would cost more than
         memory does: where `others` programs for every span fill the multiprocessors, it takes up to 8 tiles.
@@ -90,7 +90,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a launch depends on: images, positions an image, channels, groups, bytes an element, sources."""
+    """The sizes that decide a launch: images, positions, channels, groups, bytes an element, sources."""
 
     n: int
     p: int
@@ -117,7 +117,7 @@ class Call:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told.
+        """Return what the compiler is told.
 
         Registers a thread are always limited: left alone, the compiler aims at an occupancy and spills some.
         128 let two programs of 8 warps share a multiprocessor, or four of 4; what holds more, or can do with
@@ -130,7 +130,7 @@ class Call:
 
 
 def single(groups: int, depth: int) -> bool:
-    """Whether a program has one group, too wide for the square of channels that adding up several takes."""
+    """Tell whether a program has one group, too wide for the square of channels that several groups take."""
     return groups == 1 and depth > 64
 
 

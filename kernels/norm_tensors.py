@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of each position lie together and the whole is dense."""
+    """Tell whether the channels of each position lie together and the whole is dense."""
     return x.movedim(1, -1).is_contiguous()
 
 
@@ -48,12 +48,12 @@ class Geometry:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to launch for."""
+        """Tell whether there is nothing to launch for."""
         return self.n * (self.c1 + self.c2) * math.prod(self.spatial) == 0
 
     @property
     def dims(self) -> int:
-        """How many dimensions are resampled."""
+        """Return how many dimensions are resampled."""
         return min(len(self.spatial), 2)
 
     @property

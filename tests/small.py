@@ -26,6 +26,7 @@ from admfast.sampling.functions import FunctionStep
 from admfast.sampling.guides import Guide
 from admfast.sampling.loop import run_rows
 from admfast.sampling.pipeline import Pipeline
+from tests.parity.golden import NETWORK_SAMPLES_LIMIT
 from tests.tools.random_checkpoint import random_state
 
 SIDE, CLASSES = 8, 4
@@ -129,3 +130,8 @@ def run_table(
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal values drawn from `seed`."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    """Assert that float images differ as trajectories from the published code's may: by rounding."""
+    assert (found - wanted).abs().max() <= NETWORK_SAMPLES_LIMIT * max(1.0, float(wanted.abs().max()))

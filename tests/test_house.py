@@ -68,7 +68,7 @@ def imports(source: str) -> list[tuple[str, int, bool]]:
 
 
 def breaches(room: str, source: str) -> list[str]:
-    """What in a file of `room` is against the rule, with its line."""
+    """Return what in a file of `room` is against the rule, with its line."""
     wrong = []
     for name, line, inside in imports(source):
         parts = name.split(".")

@@ -138,7 +138,7 @@ def _identity_rows(info: ModelInfo, read: bool) -> list[Row]:
 
 
 def _as_published(known: ModelPreset, path: Path, read: bool) -> str:
-    """Whether the file itself is the published one, as far as its size and hash are known."""
+    """Tell whether the file itself is the published one, as far as its size and hash are known."""
     size = path.stat().st_size
     if known.size is None:
         return "; size and hash of the published file are not known"

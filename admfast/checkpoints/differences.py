@@ -1,4 +1,4 @@
-"""How a weights file's keys and shapes differ from a network's, and which released model they fit."""
+"""Compare a weights file's keys and shapes with a network's and with the released models'."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Differences:
 
     @property
     def count(self) -> int:
-        """How many keys differ."""
+        """Count the keys that differ."""
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     def summary(self, count: int = 3) -> str:

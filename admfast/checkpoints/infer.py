@@ -49,7 +49,7 @@ class Unanswered(CheckpointError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a weights file is, and how that is known.
+    """The identity of a weights file, and the source of each part of it.
 
     Attributes:
         path: the weights file.
@@ -155,7 +155,7 @@ def identify(
 def _of_the_preset(
     config: NetConfig, diffusion: DiffusionConfig | None, options: Mapping[str, Any]
 ) -> list[str]:
-    """What a released model says and keys and shapes can't: the layout of the heads, the process."""
+    """Return what a released model says and keys and shapes can't: the layout of the heads, the process."""
     by = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
     said = {by: getattr(config, by), "use_new_attention_order": config.use_new_attention_order}
     if diffusion is not None:
@@ -305,7 +305,7 @@ def _ask_heads(structure: Structure, kind: str, options: Mapping[str, Any], ques
 
 
 def _assumed(kind: str, options: Mapping[str, Any]) -> list[str]:
-    """What is taken for granted where no option says otherwise."""
+    """Return what is taken for granted where no option says otherwise."""
     assumed = []
     if "dropout" not in options:
         assumed.append("dropout=0.0 (matters in training only)")

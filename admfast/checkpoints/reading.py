@@ -149,7 +149,7 @@ def _check_archive(path: Path, checksums: bool) -> None:
 
 
 def _refusal(path: Path, zipped: bool) -> str:
-    """Why torch refused to unpickle: the first global that isn't a tensor's, found without importing it."""
+    """Name the first global that isn't a tensor's, for which torch refused to unpickle; imports nothing."""
     try:
         with contextlib.ExitStack() as stack:
             file: IO[bytes] = stack.enter_context(open(path, "rb"))

@@ -142,7 +142,7 @@ def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
 
 
 def _scale_shift(shapes: Shapes) -> bool:
-    """Whether the embedding is projected to twice the channels: scale and shift."""
+    """Tell whether the embedding is projected to twice the channels: scale and shift."""
     names = ("in_layers.2.weight", "emb_layers.1.weight")
     width, projected = (shapes.get(f"input_blocks.1.0.{name}") for name in names)
     if not width or not projected or projected[0] not in (width[0], 2 * width[0]):
@@ -191,7 +191,7 @@ def _layouts(blocks: list[_Block]) -> tuple[tuple[int, int], ...]:
 
 
 def _consistent(blocks: list[_Block], levels: int, count: int) -> bool:
-    """Whether the blocks fall into levels of equal blocks, separated by blocks that only halve."""
+    """Tell whether the blocks fall into levels of equal blocks, separated by blocks that only halve."""
     if count < 1 or levels * (count + 1) != len(blocks):
         return False
     for level in range(levels):

@@ -86,7 +86,7 @@ def _cuda() -> str:
 
 
 def _build() -> str:
-    """What was built, and why not more."""
+    """Return what was built, and why not more."""
     built = build_info()
     if not built:
         return "no record of a build (run from a source tree that was not installed?)"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
+from admfast.checks import literal
 from admfast.errors import invalid, nearest
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-_LITERALS = {"True": True, "False": False, "None": None}
 
 
 def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] = ()) -> dict[str, Any]:
@@ -37,16 +36,11 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] = ())
 
 
 def _value(text: str) -> Any:
-    """What a word stands for: JSON (4, true, [1, 2]), True, False, None, a,b,c or else the word itself."""
-    if text in _LITERALS:
-        return _LITERALS[text]
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    if "," in text:
+    """Return the value of a text: a `literal`, or for words with commas a tuple of them."""
+    found = literal(text)
+    if isinstance(found, str) and found == text and "," in text:
         return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
-    return text
+    return found
 
 
 def parts_of(

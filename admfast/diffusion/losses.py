@@ -63,7 +63,7 @@ def training_losses(
 
 
 def _target(diffusion: GaussianDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """What the mean channels should be."""
+    """Return what the mean channels should be."""
     if diffusion.mean_type is MeanType.EPSILON:
         return noise
     if diffusion.mean_type is MeanType.START_X:

@@ -26,7 +26,7 @@ class VarType(enum.Enum):
 
     @property
     def learned(self) -> bool:
-        """Whether the network's output has twice the channels of x."""
+        """Tell whether the network's output has twice the channels of x."""
         return self in (VarType.LEARNED, VarType.LEARNED_RANGE)
 
 
@@ -40,7 +40,7 @@ class LossType(enum.Enum):
 
     @property
     def variational(self) -> bool:
-        """Whether the loss is the variational term alone."""
+        """Tell whether the loss is the variational term alone."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 

@@ -53,7 +53,8 @@ def capture(step: PreparedStep) -> None:
         except RuntimeError as error:
             first = first_of(error, outer)
             try:
-                if isinstance(first, torch.cuda.OutOfMemoryError):
+                # An interrupt is no refusal either.
+                if isinstance(first, torch.cuda.OutOfMemoryError) or not isinstance(first, Exception):
                     raise first from None
                 step.refused = first_line(first)
             finally:

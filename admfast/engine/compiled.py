@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -105,8 +104,15 @@ def _kept_in(folder: str | PathLike[str] | None) -> Iterator[None]:
             return
         path = Path(folder).resolve()
         places = {"TORCHINDUCTOR_CACHE_DIR": str(path), "TRITON_CACHE_DIR": str(path / "triton")}
-        with mock.patch.dict(os.environ, places):
+        before = {name: os.environ.get(name) for name in places}
+        os.environ.update(places)
+        try:
             yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _generator(device: torch.device, seed: int) -> torch.Generator:

@@ -146,7 +146,7 @@ class Engine:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that a device, or the host, has no memory left."""
+    """Tell whether an error says that a device, or the host, has no memory left."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(
         error
     )

@@ -1,4 +1,4 @@
-"""How the engine runs a step; each part of it can be switched off alone."""
+"""Settings of the engine; each of its optimisations can be switched off alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from admfast.models.fold import FoldOptions
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What is prepared for a step.
+    """Settings that say how steps are prepared.
 
     Attributes:
         prepared: run rows on static buffers with the embeddings of many rows made at once; without, every

@@ -30,7 +30,7 @@ class Policy:
     tf32: bool = False
 
     def parts(self) -> dict[str, str]:
-        """What each part computes in, in words."""
+        """Return what each part computes in, in words."""
         float32 = "float32 products of TF32 factors" if self.tf32 else "float32"
         words = {torch.float32: float32}
         torso, classifier = (
@@ -78,5 +78,5 @@ def policy(name: str, device: torch.device) -> Policy:
 
 
 def has_amx() -> bool:
-    """Whether this CPU multiplies tiles of bfloat16."""
+    """Tell whether this CPU multiplies tiles of bfloat16."""
     return bool(torch.cpu._is_amx_tile_supported())

@@ -30,7 +30,7 @@ ROWS = 1000  # tables of any length up to this share a step
 
 @dataclass(frozen=True)
 class StepKey:
-    """What a prepared step is made for; another value of any of it needs another step.
+    """Cache key of a prepared step: a change in any field requires a new step.
 
     shape: (N, C, *spatial). guided, plain: there are rows with guidance, and rows without. classes: labels
     are given to the network. low_res: shape of an upsampler's condition. saved, history: buffers that the

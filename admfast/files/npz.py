@@ -148,7 +148,7 @@ def _naming(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def _reason(path: str | PathLike[str], error: BaseException) -> str:
-    """Why an npz can't be read."""
+    """Say why an npz can't be read."""
     text = first_line(error)
     with contextlib.suppress(OSError), open(path, "rb") as file:
         magic = file.read(4)

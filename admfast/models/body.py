@@ -97,7 +97,7 @@ def attention_block(config: NetConfig, channels: int, up_path: bool = False) -> 
 
 
 def _down_block(config: NetConfig, channels: int) -> nn.Module:
-    """What halves the resolution after a level of the down path."""
+    """Return what halves the resolution after a level of the down path."""
     if config.resblock_updown:
         return res_block(config, channels, channels, down=True)
     return Downsample(channels, config.conv_resample, dims=config.dims)

@@ -171,7 +171,7 @@ class UNetConfig(NetConfig):
 
     @property
     def learn_sigma(self) -> bool:
-        """Whether the second half of the output is the variance channels."""
+        """Tell whether the second half of the output is the variance channels."""
         return self.out_channels == 2 * self.in_channels
 
 

@@ -98,7 +98,7 @@ class PointwiseConv1d(Conv1d):
 
     @property
     def reordered(self) -> bool:
-        """Whether the channels come out in the order of `rows`."""
+        """Tell whether the channels come out in the order of `rows`."""
         folded = self.folded
         return folded is not None and folded.options.rows is not None
 

@@ -1,4 +1,4 @@
-"""What a weights file holds, as the JSON document that travels with it.
+"""Describe a weights file by the JSON document that travels with it.
 
     {"format": "admfast-1", "network": {"kind": "unet", ...}, "diffusion": {...} or null, "training": {...}}
 

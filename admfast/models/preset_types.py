@@ -48,12 +48,12 @@ class ModelPreset:
 
     @property
     def shipped(self) -> bool:
-        """Whether the file comes with the package."""
+        """Tell whether the file comes with the package."""
         return self.url is None
 
     @property
     def shipped_path(self) -> Path | None:
-        """Where a shipped file lies; None for a released one."""
+        """Return where a shipped file lies; None for a released one."""
         return DIGITS_FOLDER / self.file if self.shipped else None
 
     @cached_property

@@ -160,7 +160,7 @@ def _published(
 def _system(
     name: str, summary: str, metric: Metric | None, base: str, classifier: str = "", **more: Any
 ) -> SystemPreset:
-    """A row of the table below, its models by name."""
+    """Return a row of the table below, its models by name."""
     if "upsampler" in more:
         more["upsampler"] = MODELS[more["upsampler"]]
     guide = MODELS[classifier] if classifier else None

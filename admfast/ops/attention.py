@@ -171,7 +171,7 @@ def _no_forward_mode() -> Unavailable:
 
 
 def _by_function(qkv: Tensor) -> bool:
-    """Whether a call goes through `AttentionFn`: in eager mode, where a gradient may be asked for.
+    """Tell whether a call goes through `AttentionFn`: in eager mode, where a gradient may be asked for.
 
     torch.compile and torch.func.vmap get the library's op with the library's own first derivative instead:
     neither has a second one to lose (compiled graphs can't be differentiated twice), and a compiled
@@ -253,7 +253,7 @@ def _one_kernel(
     available: Callable[[], str | None],
     reason_of: Callable[..., str | None],
 ) -> Implementation:
-    """The entry of a single kernel; `reason_of(q, k, v)` gives its own reasons against a call."""
+    """Return the entry of a single kernel; `reason_of(q, k, v)` gives its own reasons against a call."""
 
     def supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
         reason = _sdpa_supports(qkv, num_heads)
@@ -267,7 +267,7 @@ def _one_kernel(
 def _of_torch(
     name: str, forward: Callable[..., Tensor], available: Callable[[], str | None] = kernels.no_cuda
 ) -> Implementation:
-    """The entry of a kernel of PyTorch's."""
+    """Return the entry of a kernel of PyTorch's."""
     return _one_kernel(f"sdpa-{name}", forward, available, partial(kernels.torch_reason, name))
 
 

@@ -115,7 +115,7 @@ def torch_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
 
 
 def torch_reason(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why PyTorch's kernel "flash", "efficient" or "cudnn" can't serve a call; None where it can."""
+    """Say why PyTorch's kernel "flash", "efficient" or "cudnn" can't serve a call; None where it can."""
     if q.device.type == "cpu":
         if backend != "flash":
             return "not on a CPU"
@@ -170,14 +170,14 @@ XFORMERS = Kernel(_xformers_forward, _xformers_backward, _xformers_infer)
 
 
 def xformers_missing() -> str | None:
-    """Why xformers can't run in this process at all; None where it may. Imports nothing."""
+    """Say why xformers can't run in this process at all; None where it may. Imports nothing."""
     if torch.compiler.is_compiling():
         return "torch.compile traces scaled_dot_product_attention instead"
     return no_cuda() or _xformers_not_installed()
 
 
 def no_cuda() -> str | None:
-    """Why no CUDA kernel can run in this process; None where they may."""
+    """Say why no CUDA kernel can run in this process; None where they may."""
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
@@ -187,7 +187,7 @@ def _xformers_not_installed() -> str | None:
 
 
 def xformers_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why xformers can't serve a call; None where it can."""
+    """Say why xformers can't serve a call; None where it can."""
     n, h, s, d = q.shape
     if q.device.type != "cuda":
         return f"not on {q.device.type}"

@@ -139,7 +139,7 @@ class FoldedConv:
             direction.refold(weight)
 
     def forms(self) -> list[Tensor]:
-        """What was derived from the weights so far."""
+        """Return what was derived from the weights so far."""
         return [form for direction in self._all_directions() for form in direction.forms.values()]
 
     def _all_directions(self) -> list[Direction]:
@@ -152,7 +152,7 @@ class FoldedConv:
 
 
 def _like(x: Tensor, direction: Direction, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """The convolution of one source, in the memory layout of `x`."""
+    """Return the convolution of one source, in the memory layout of `x`."""
     y = _run(direction, x, bias, residual)
     return channels_last(y) if is_channels_last(x) else y.contiguous()
 
@@ -242,7 +242,7 @@ def preferred(direction: Direction, x: Tensor) -> str:
 
 @constant
 def _wide_loops() -> bool:
-    """Whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
+    """Tell whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
 
 

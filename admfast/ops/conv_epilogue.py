@@ -1,4 +1,4 @@
-"""The bias and the residual of a convolution on a GPU, added by one Triton kernel in place of torch's two."""
+"""Add a convolution's bias and residual by one Triton kernel on a GPU, where torch takes two."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from torch import Tensor
 from admfast._source_tree import kernels
 from admfast.ops import group_norm_triton as triton
 from admfast.ops.layout import is_channels_last
-from admfast.ops.transforms import record, traced
+from admfast.ops.transforms import record, recorded, traced
 
 
 def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether the kernel may add up what follows the convolution of `x`, which is on that kind of device.
+    """Tell whether the kernel may follow the convolution of `x`, which is on that kind of device.
 
     What looks on (a compiler, a transform, a mode) or differentiates forward must see torch's operations.
     """
-    if torch.compiler.is_compiling():
-        return False
     return (
-        device == "cuda"
+        not traced(x, residual)
+        and device == "cuda"
         and not (bias is None and residual is None)
         and x.dim() in (4, 5)
         and x.dtype in triton.DTYPES
         and (residual is None or is_channels_last(residual))
-        and not traced(x, residual)
         and torch.autograd.forward_ad._current_level < 0
         and triton.reason_missing() is None
         and not triton.interpreted()
@@ -41,7 +39,7 @@ def add(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
 
     Differentiable in y and residual any number of times, never in bias.
     """
-    if torch.is_grad_enabled() and (y.requires_grad or (residual is not None and residual.requires_grad)):
+    if recorded(y, residual):
         result: Tensor = record(ConvEpilogueFn, y, bias, residual)
         return result
     return _launcher()(y, bias, residual)
@@ -62,7 +60,7 @@ class ConvEpilogueFn(torch.autograd.Function):
 
 @functools.cache
 def _launcher() -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
-    """The raw launcher; importing it imports triton."""
+    """Return the raw launcher; importing it imports triton."""
     kernels()
     module = importlib.import_module("admfast.kernels.conv_epilogue")
     launcher: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] = module.conv_epilogue_fwd

@@ -31,7 +31,7 @@ Run = Callable[["Direction", Tensor, Tensor | None, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class ConvOptions:
-    """How a convolution is computed; see `FoldedConv`. stride, padding: one number for each dimension."""
+    """Keep the settings of a `FoldedConv`. stride, padding: one number for each dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -97,7 +97,7 @@ class Direction:
         return [x.shape[0], self.out_channels, *((size + 2 * p - k) // s + 1 for size, k, s, p in sizes)]
 
     def form(self, name: str, *size: int) -> Tensor:
-        """What the implementation `name` derives from the weights, for inputs of `size` if that matters."""
+        """Return the form of the weights that `name` runs on, for inputs of `size` if that matters."""
         key = (name, *size)
         if torch.compiler.is_compiling():
             # A trace that made the form would make it at every call; what lies there it takes as an input.
@@ -106,8 +106,11 @@ class Direction:
         found = self.forms.get(key)
         if found is None:
             with DERIVING:
-                self._forget(name)
-                found = self.forms[key] = self._derived(key)
+                # A form that another thread has just made may lie in a captured graph: it must stay.
+                found = self.forms.get(key)
+                if found is None:
+                    self._forget(name)
+                    found = self.forms[key] = self._derived(key)
         return found
 
     def _forget(self, name: str) -> None:
@@ -209,7 +212,7 @@ def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
 
 
 def matmul_supports(direction: Direction, x: Tensor) -> str | None:
-    """Why a matrix product is not the convolution; None where it is."""
+    """Say why a matrix product is not the convolution; None where it is."""
     if set(direction.kernel) | set(direction.stride) != {1} or set(direction.padding) != {0}:
         return "not a 1x1 convolution of stride 1 without padding"
     return None
@@ -222,7 +225,7 @@ def by_winograd(direction: Direction, x: Tensor, bias: Tensor | None, residual: 
 
 
 def winograd_supports(direction: Direction, x: Tensor) -> str | None:
-    """Why Winograd's convolution can't serve a call; None where it can."""
+    """Say why Winograd's convolution can't serve a call; None where it can."""
     if (direction.kernel, direction.stride, direction.padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
     return _for_float32_on_the_cpu(x)
@@ -241,7 +244,7 @@ def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
 
 
 def packed_supports(direction: Direction, x: Tensor) -> str | None:
-    """Why oneDNN's packed convolution can't serve a call; None where it can."""
+    """Say why oneDNN's packed convolution can't serve a call; None where it can."""
     if len(direction.kernel) != 2:
         return "not a convolution in two dimensions"
     if set(direction.stride) != {1} or any(
@@ -261,7 +264,7 @@ def _for_float32_on_the_cpu(x: Tensor) -> str | None:
 
 
 def transformed() -> str | None:
-    """Which transform is at work that only torch's own operations know; None where there is none."""
+    """Say which transform is at work that only torch's own operations know; None where there is none."""
     if torch.compiler.is_compiling():
         return compiled_transform()
     if torch.autograd.forward_ad._current_level >= 0:

@@ -58,7 +58,7 @@ def direction_of(key: str) -> Direction:
 
 
 def other_key(key: str) -> str:
-    """What a trace calls the other direction."""
+    """Return what a trace calls the other direction."""
     return key.removesuffix("t") if key.endswith("t") else key + "t"
 
 

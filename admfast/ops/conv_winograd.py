@@ -61,7 +61,7 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
 
 
 def amplification() -> tuple[float, float]:
-    """How many times a direct sum's error may be that of the worst output, and of all outputs in rms."""
+    """Return the factor on a direct sum's error: at the worst output, and in rms over all."""
     output, inputs, weights = matrices()
     terms = [
         sum(b * b for b in row) * sum(g * g for g in taps) for row, taps in zip(inputs, weights, strict=True)

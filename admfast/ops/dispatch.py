@@ -146,7 +146,7 @@ def watch() -> Iterator[list[Choice]]:
 
 
 def watched() -> bool:
-    """Whether choices are being collected: one that is kept from call to call is then made anew."""
+    """Tell whether choices are being collected: one that is kept from call to call is then made anew."""
     return bool(_watchers)
 
 
@@ -156,7 +156,7 @@ def _tell(choice: Choice) -> None:
 
 
 def setting() -> str:
-    """What ADMFAST_IMPL says, or `using` in its place."""
+    """Return what ADMFAST_IMPL says, or `using` in its place."""
     return os.environ.get(ENVIRONMENT, "") if _setting is None else _setting
 
 

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @constant
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton's interpreter was asked for; as Triton reads it, without importing it."""
+    """Tell whether Triton's interpreter was asked for; as Triton reads it, without importing it."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -49,7 +49,7 @@ def reason_missing() -> str | None:
 
 
 def reason_unasked() -> str | None:
-    """Why it is not to be chosen where nobody named it."""
+    """Say why it is not to be chosen where nobody named it."""
     return "triton's interpreter is for tests" if interpreted() else None
 
 

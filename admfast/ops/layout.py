@@ -13,7 +13,7 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """Whether the channels of [N, C, *spatial] lie beside each other and the whole without gaps."""
+    """Tell whether the channels of [N, C, *spatial] lie beside each other and the whole without gaps."""
     memory_format = _FORMATS.get(t.dim())
     # torch.func.vmap knows this question for contiguous tensors alone.
     if memory_format is None or (not torch.compiler.is_compiling() and in_transform()):

@@ -65,7 +65,7 @@ def ops() -> Any:
 
 
 def build_info() -> dict[str, Any]:
-    """What the build wanted, what it built and why not more; {} where nothing was recorded."""
+    """Return what the build wanted, what it built and why not more; {} where nothing was recorded."""
     return json.loads(BUILD_INFO.read_text()) if BUILD_INFO.exists() else {}
 
 
@@ -107,7 +107,7 @@ def _register_fakes() -> None:
 
 
 def _empty_dense(shape: list[int], like: torch.Tensor) -> torch.Tensor:
-    """What group_norm_silu allocates: channels-last where `like` is, else contiguous."""
+    """Return what group_norm_silu allocates: channels-last where `like` is, else contiguous."""
     if like.is_contiguous() or not is_channels_last(like):
         return like.new_empty(shape)
     return empty_channels_last(shape, like)

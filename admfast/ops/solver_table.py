@@ -43,17 +43,17 @@ class SolverTable:
 
     @functools.cached_property
     def timesteps(self) -> Tensor:
-        """What network and guidance see of t: [2, rows], float64."""
+        """Return what network and guidance see of t: [2, rows], float64."""
         return torch.tensor([(row.t_net, row.t_clf) for row in self.rows], dtype=torch.float64).T
 
     def seen(self, x: Tensor) -> Tensor:
-        """What network and guidance see of t, for the images x: [2, rows, N] on its device."""
+        """Return what network and guidance see of t, for the images x: [2, rows, N] on its device."""
         dtype = torch.int64 if self.integer_t else torch.float32
         return self.timesteps.to(dtype).to(x.device)[:, :, None].expand(2, len(self), len(x))
 
     @functools.cached_property
     def packed(self) -> PackedTable:
-        """The rows as the update reads them, on the host."""
+        """Return the rows as the update reads them, on the host."""
         return pack(self.rows)
 
     def from_step(self, index: int) -> SolverTable:

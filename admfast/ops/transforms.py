@@ -1,4 +1,4 @@
-"""What is at work around a call: transforms and traces, what a trace takes for constant, inference mode."""
+"""Ask what surrounds a call: transforms, traces, autocast, inference mode."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def deriving() -> Iterator[None]:
 
 @constant  # a trace is itself guarded by the stack of transforms
 def in_transform() -> bool:
-    """Whether a transform of torch.func is at work."""
+    """Tell whether a transform of torch.func is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def in_vmap() -> bool:
-    """Whether torch.func.vmap is at work; a trace, which can't ask, is told no."""
+    """Tell whether torch.func.vmap is at work; a trace, which can't ask, is told no."""
     if torch.compiler.is_compiling():
         return False
     levels = torch._C._functorch.get_interpreter_stack() or []
@@ -54,7 +54,7 @@ def in_vmap() -> bool:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether something looks on that must see an op: a trace, a transform, a mode, a tensor subclass."""
+    """Tell whether something must see every op: a trace, a transform, a mode or a tensor subclass."""
     return (
         torch.compiler.is_compiling()
         or in_transform()
@@ -65,14 +65,14 @@ def traced(*tensors: Tensor | None) -> bool:
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    """Whether a derivative or a trace of a call with these tensors is being made."""
+    """Tell whether a derivative or a trace of a call with these tensors is being made."""
     if torch.compiler.is_compiling() or in_transform():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def in_autocast(device: torch.device) -> bool:
-    """Whether torch.autocast is at work on that kind of device; there is none on others than these."""
+    """Tell whether torch.autocast is at work on that kind of device; there is none on others than these."""
     return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 
@@ -88,19 +88,19 @@ def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def nobody_differentiates() -> bool:
-    """Whether a backward that is running needs no graph of itself, and no transform looks on."""
+    """Tell whether a backward that is running needs no graph of itself, and no transform looks on."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform())
 
 
 def compiled_transform() -> str | None:
-    """Why a Function over a raw op can't serve a trace: torch.func.grad in it would get zeros, silently."""
+    """Refuse a Function over a raw op to a trace of torch.func.grad, which would silently get zeros."""
     if torch.compiler.is_compiling() and in_transform():
         return "torch.compile is tracing a transform of torch.func, which takes torch's own operations alone"
     return None
 
 
 def transformed(*tensors: Tensor | None) -> str | None:
-    """Which transform of one of the tensors only torch's own operations know; None where there is none."""
+    """Name the transform of a tensor that only torch's own operations know; None where there is none."""
     if torch.compiler.is_compiling():
         return compiled_transform()
     forward_mode = torch.autograd.forward_ad._current_level >= 0

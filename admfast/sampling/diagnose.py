@@ -1,4 +1,4 @@
-"""Where NaN or infinity first comes from."""
+"""Find the first layer that produces NaN or infinity."""
 
 from __future__ import annotations
 

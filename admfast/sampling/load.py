@@ -108,7 +108,7 @@ def load(
 
 @dataclass(frozen=True)
 class _Form:
-    """How networks run: in what, by which preparation, and whether their float32 parameters are kept."""
+    """Settings of how networks run: precision, preparation, and whether float32 parameters are kept."""
 
     policy: Policy
     options: EngineOptions
@@ -123,12 +123,12 @@ class _Form:
         return net
 
     def pipeline(self, name: str, net: Network, process: DiffusionConfig, **more: Any) -> Pipeline:
-        """The pipeline of a network."""
+        """Return the pipeline of a network."""
         held = self.network(net, self.policy.torso)
         return Pipeline(name, held, process, policy=self.policy, options=self.options, **more)
 
     def guide(self, net: Network | None) -> nn.Module | None:
-        """The classifier, if any."""
+        """Return the classifier, if any."""
         return None if net is None else self.network(net, self.policy.classifier)
 
 
@@ -256,7 +256,7 @@ def _load_system(
 
 
 def _find(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:
-    """Where a model's file is; raises CheckpointError that says how to get it."""
+    """Return where a model's file is; raises CheckpointError that says how to get it."""
     if model.shipped_path is not None:
         return model.shipped_path
     if weights is None:

@@ -1,4 +1,4 @@
-"""The way of images through the rows of a solver, from the noise to the pixels."""
+"""Take images through the rows of a solver, from the noise to the pixels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOG = logging.getLogger("admfast")
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback sees after a row: tensors are live buffers, to be copied if kept.
+    """The argument of a callback, made after a row: tensors are live buffers, to be copied if kept.
 
     done, total: rows run and rows in all. index: the step's index in the schedule. t: what the network saw.
     x: [N, C, H, W] after the row. x0: the reported x_0. first: number of the batch's first image among all.
@@ -57,7 +57,7 @@ class Diverged(NonFiniteError):
 
 
 class Step(Protocol):
-    """What runs rows: `advance(i)` runs row i on `state`, rows coming in order from 0."""
+    """Something that runs rows: `advance(i)` runs row i on `state`, rows coming in order from 0."""
 
     state: SamplerState
 

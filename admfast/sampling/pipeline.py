@@ -1,4 +1,4 @@
-"""What a user holds: `admfast.load(...)` gives a `Pipeline`, which samples and predicts."""
+"""Hold a model's networks: `admfast.load(...)` gives a `Pipeline`, which samples and predicts."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Return where the network is."""
         return next(self.net.parameters()).device
 
     @property
     def precision(self) -> str:
-        """What the networks compute in: "bfloat16, classifier float32"."""
+        """Return what the networks compute in: "bfloat16, classifier float32"."""
         return str(self.policy)
 
     @functools.cached_property
@@ -214,7 +214,7 @@ class Pipeline:
 
     @property
     def images_at_a_time(self) -> int:
-        """How many images `sample` makes at a time where nothing is asked for."""
+        """Return the default batch size of `sample`."""
         return images_at_a_time(self, self.spatial)
 
     def _check_parts(self) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Batch):
-    """What runs: a `Batch` (rows and images on the device) with what the loop needs beside it.
+    """A request ready to run: a `Batch` (rows and images on the device) and what the loop needs.
 
     engine, process, predictor: of the model; the process is respaced. noise, x_start: what the images begin
     from, or None. guides: those but the classifier, each with the rows at which it applies. denoised_fn: the
@@ -61,7 +61,7 @@ class Plan(Batch):
 
     @property
     def steps(self) -> dict[str, int]:
-        """The number of rows that run, by stage."""
+        """Return the number of rows that run, by stage."""
         return {self.stage: len(self.table)} | ({} if self.enlarging is None else self.enlarging.steps)
 
     def part(self, first: int, size: int) -> Plan:

@@ -1,4 +1,4 @@
-"""What a network says of one noisy image: noise, clean image, variance. Differentiable."""
+"""Read noise, clean image and variance off a network's output, differentiably."""
 
 from __future__ import annotations
 

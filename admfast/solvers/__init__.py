@@ -5,14 +5,13 @@ A file of a solver is called `<name>_rows.py`, so that no module has the name of
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+from admfast.checks import literal
 from admfast.errors import invalid, nearest
 from admfast.solvers.ddim_rows import ddim, ddim_inverse
 from admfast.solvers.ddpm_rows import ddpm
@@ -60,18 +59,8 @@ def from_text(text: str) -> Solver:
         option, separator, value = (word.strip() for word in part.partition("="))
         if not separator or option in options:
             raise invalid("solver", text, f"options as NAME=VALUE, each once, such as {listed()[1]}")
-        options[option] = _read(value)
+        options[option] = literal(value)
     return _made(name, options)
-
-
-def _read(value: str) -> Any:
-    """Return the value of an option, written as in JSON or as in Python; a word is a text."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(value)
-        except (ValueError, SyntaxError):
-            pass
-    return value
 
 
 def _made(name: str, options: dict[str, Any]) -> Solver:

@@ -25,7 +25,7 @@ _NO_STATE = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, p
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a network is trained.
+    """Settings of a training run.
 
     Attributes:
         steps: optimiser steps.

@@ -1,4 +1,4 @@
-"""What a precision may cost, and what was found: errors of layers and steps, and of the images."""
+"""Budgets of the precisions, and the errors that were found in layers, steps and images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from admfast.ops.solver_table import SolverTable
 
 @dataclass(frozen=True)
 class Budget:
-    """What a precision may cost.
+    """The errors that a precision may cost.
 
     layer: largest relative error (norm of the difference over the norm) of one layer's output for the same
     input. step: the same of x after any step. psnr: of the images [-1, 1], in dB, at the least. output: the
@@ -60,7 +60,7 @@ def budget_of(policy: Policy) -> Budget:
 
 
 def amplified(table: SolverTable, output: float) -> float:
-    """How far one row of a table may move x where the network's output is off by `output`, both relative.
+    """Return how far a row may move x where the network's output is off by `output`, both relative.
 
     max over rows of |b| min(|k_out| output, 1): x_0 = k_x x + k_out out has 1 / sqrt(alpha_bar) times the
     rounding of the output, 157 times at t = 999 of the linear schedule. Many steps take next to nothing of
@@ -87,7 +87,7 @@ class Deviation:
 
 @dataclass
 class Verification:
-    """What was compared: `layers` and `steps` as relative errors, then the images.
+    """The result of a comparison: relative errors of `layers` and `steps`, then the images.
 
     psnr: in dB, infinite where nothing differs. differing: share of 8-bit values that differ. largest: by how
     many levels at most.
@@ -106,7 +106,7 @@ class Verification:
 
     @property
     def failures(self) -> list[str]:
-        """What is past the budget, in words; empty where all holds."""
+        """Return what is past the budget, in words; empty where all holds."""
         worst = [max(group, key=_excess) for group in (self.layers, self.steps) if group]
         found = [
             f"{d.name}: relative error {d.error:.2e}, allowed {d.allowed:.2e}" for d in worst if not d.holds

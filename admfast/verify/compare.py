@@ -203,7 +203,7 @@ class _Seen:
 
 
 def _steps(found: _Watched, wanted: _Watched, budget: Budget) -> list[Deviation]:
-    """How far x was off after every row."""
+    """Return the error of x after every row."""
     deviations = []
     for (stage, done), seen in wanted.rows.items():
         prefix = "" if stage == "base" else f"{stage}: "

@@ -79,7 +79,7 @@ def _inputs(
 
 
 def _outcome(layer: nn.Module, x: Any, options: dict[str, Any]) -> Tensor:
-    """What a layer puts out, in its own order where its folded form has another."""
+    """Return what a layer puts out, in its own order where its folded form has another."""
     y = layer(x, **options)
     y, rows = y[0] if isinstance(y, tuple) else y, getattr(layer, "rows", None)
     if rows is None or not getattr(layer, "reordered", False):

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def seconds(budget: str | None, minutes: str) -> float:
-    """The seconds to share among the stages; raises ValueError for what is no positive number."""
+    """Return the seconds to share among the stages; raises ValueError for what is no positive number."""
     name, text, unit = ("budget", budget, 1) if budget else ("minutes", minutes, 60)
     value = float(text) * unit
     if not value > 0:

@@ -76,7 +76,7 @@ def run_stage(
 
 
 def _entry(order: Sequence[str], steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A stage's entry from its steps'."""
+    """Return a stage's entry from its steps'."""
     steps = sorted(steps, key=lambda entry: order.index(entry["step"]))
     if not steps:
         return {"status": "no tests", "seconds": 0.0, "note": "nothing to run", "steps": []}
@@ -90,7 +90,7 @@ def _entry(order: Sequence[str], steps: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def _note(worst: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
-    """What the step that decided said last; where all went well, what every step did."""
+    """Return what the step that decided said last; where all went well, what every step did."""
     if worst["status"] == "stopped":
         return f"{worst['step']}: stopped after {worst['seconds']:.0f} s"
     return worst["last"] if worst["status"] != "passed" else "; ".join(entry["last"] for entry in done)
@@ -107,7 +107,7 @@ def _status(code: int | None, last: str, tests: bool) -> str:
 
 
 def finished(stage: Stage, plan: Plan, entry: dict[str, Any]) -> bool:
-    """Whether an earlier run's entry of the same sources ({} for none) ends a stage on this machine."""
+    """Tell whether an earlier run's entry of the same sources ({} for none) ends a stage on this machine."""
     return entry.get("status") in DONE and stage.standing(plan, entry)
 
 
@@ -127,7 +127,7 @@ def run_stages(
     sources = {stage.name: fingerprint(plan.root, stage.sources) for stage in stages}
 
     def old(stage: Stage) -> dict[str, Any]:
-        """The entry of an earlier run, as far as it is of the same sources."""
+        """Return the entry of an earlier run, as far as it is of the same sources."""
         entry = entries.get(stage.name) or {}
         return entry if entry.get("source") == sources[stage.name] else {}
 
@@ -162,7 +162,7 @@ def run_stages(
 
 
 def _share(stage: Stage, left: float, weights: float) -> float:
-    """The seconds that a stage may take of those that are left."""
+    """Return the seconds that a stage may take of those that are left."""
     if stage.whole:
         return left
     return min(left, max(left * stage.weight / weights, stage.least))

@@ -30,14 +30,14 @@ NOTHING_FOUND = re.compile(r"^=+ (ERROR|RACECHECK) SUMMARY: 0 ", re.M)
 
 
 def program() -> str | None:
-    """Where compute-sanitizer is, on PATH or in a toolkit; None where it isn't."""
+    """Return where compute-sanitizer is, on PATH or in a toolkit; None where it isn't."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     folders = [str(Path(home) / folder) for home in homes if home for folder in ("bin", "compute-sanitizer")]
     return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *folders]))
 
 
 def verdict(code: int, output: str) -> tuple[bool, str]:
-    """Whether a run may pass, and why in a few words."""
+    """Tell whether a run may pass, and why in a few words."""
     said = [line.strip("= \n") for line in output.splitlines() if line.startswith("====")]
     refused = next((line for line in said for sign in REFUSALS if sign in line), None)
     found = FINDINGS.search(output)

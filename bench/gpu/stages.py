@@ -33,7 +33,7 @@ FOR_A_GPU = re.compile(r"mark\.gpu|\bDEVICES\b|\bON_A_GPU\b|\brunnable\(")
 
 @dataclass(frozen=True)
 class Plan:
-    """What the stages are told: where the sources are, where results go, and on which device they run."""
+    """Settings of all stages: folder of the sources, folder of the results, device."""
 
     out: Path
     device: str = "cuda"
@@ -83,7 +83,7 @@ def build_steps(plan: Plan, seconds: float) -> list[Step]:
 
 
 def build_info(plan: Plan) -> dict[str, Any]:
-    """What the build wrote about itself; and a note, as with `auto` one that fell back passes too."""
+    """Return what the build wrote about itself; and a note, as with `auto` one that fell back passes too."""
     path = plan.root / "admfast" / "_build_info.json"
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def build_info(plan: Plan) -> dict[str, Any]:
 
 
 def build_stands(plan: Plan, entry: dict[str, Any]) -> bool:
-    """Whether the build an entry speaks of is here: results may have been carried to a bare machine."""
+    """Tell whether the build an entry speaks of is here: results may have been carried to a bare machine."""
     return "build_info" in entry and build_info(plan).get("build_info") == entry["build_info"]
 
 
@@ -108,13 +108,13 @@ def smoke_steps(plan: Plan, seconds: float) -> list[Step]:
 
 
 def sanitizer_steps(plan: Plan, seconds: float) -> list[Step]:
-    """The small kernels under both tools of compute-sanitizer."""
+    """Return the small kernels under both tools of compute-sanitizer."""
     module = (sys.executable, "-m", "bench.gpu.sanitizer")
     return [Step(tool, (*module, tool, *small_kernels(plan))) for tool in ("memcheck", "racecheck")]
 
 
 def small_kernels(plan: Plan) -> tuple[str, ...]:
-    """The module that launches every kernel on small shapes, and its flags."""
+    """Return the module that launches every kernel on small shapes, and its flags."""
     return ("tests.tools.small_kernels", "--device", plan.device)
 
 
@@ -129,7 +129,7 @@ def test_steps(plan: Plan, seconds: float) -> list[Step]:
 
 
 def gpu_test_files(plan: Plan) -> list[str]:
-    """The test files that may hold tests for a GPU, as paths from the root, those that take longest last."""
+    """List the test files that may hold tests for a GPU, as paths from the root, the longest last."""
     found = []
     for path in sorted((plan.root / "tests").rglob("test_*.py")):
         name = path.relative_to(plan.root).as_posix()
@@ -144,7 +144,7 @@ def rank(name: str) -> int:
 
 
 def pytest_step(plan: Plan, path: str) -> Step:
-    """The GPU tests of one file, in several processes where it has many and xdist is installed."""
+    """Return the GPU tests of one file, in several processes where it has many and xdist is installed."""
     command = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
     if rank(path) and importlib.util.find_spec("xdist"):
         command += ("-n", str(WORKERS))
@@ -154,7 +154,7 @@ def pytest_step(plan: Plan, path: str) -> Step:
 
 
 def bench_stage(name: str, weight: float, *more: str, module: str = "", least: float = 0.0) -> Stage:
-    """A bench: `python -m bench.<module> --device D --out DIR --budget SECONDS`, and `more`.
+    """Return a bench: `python -m bench.<module> --device D --out DIR --budget SECONDS`, and `more`.
 
     module: the stage's name by default.
     """

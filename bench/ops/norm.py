@@ -130,7 +130,7 @@ def inputs(
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
-    """The operations of the published network, one by one; in float64 they are the reference."""
+    """Return the operations of the published network, one by one; in float64 they are the reference."""
     resample = options.get("resample")
     source = torch.cat([x, options["x2"]], 1) if "x2" in options else x
     y = F.group_norm(source, GROUPS, weight, bias, EPS)
@@ -145,7 +145,7 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
 
 
 def provider_of(name: str) -> Callable[..., Any]:
-    """The function called `name`."""
+    """Return the function called `name`."""
     if name in ("eager", "torch.compile"):
         return eager if name == "eager" else compiled(eager)
     from admfast.ops import group_norm_silu
@@ -156,7 +156,7 @@ def provider_of(name: str) -> Callable[..., Any]:
 
 
 def _wide(x: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any]) -> tuple[Any, ...]:
-    """The first and the last image and all arguments, in float64."""
+    """Return the first and the last image and all arguments, in float64."""
     ends = [0, len(x) - 1]
     wide = {k: v[ends].double() if isinstance(v, Tensor) else v for k, v in options.items()}
     return x.detach()[ends].double(), weight.double(), bias.double(), wide

@@ -38,7 +38,7 @@ PATCH = 8  # outputs along the sides of two opposite corners that are compared
 
 
 def dtype_missing(dtype: str, settings: Settings) -> str:
-    """Why products in `dtype` can't be measured on this device; "" where they can."""
+    """Say why products in `dtype` can't be measured on this device; "" where they can."""
     if dtype == "tf32":
         if not settings.cuda:
             return "tf32 is a mode of CUDA tensor cores"
@@ -77,7 +77,7 @@ def _product(m: int, k: int, n: int, dtype: str, fast: bool, nbytes: float | Non
 
 
 def _in(dtype: str, measure: Measure) -> Measure:
-    """The same with float32 products in tf32 or not, as the dtype says."""
+    """Return the same with float32 products in tf32 or not, as the dtype says."""
 
     def run(settings: Settings) -> Row:
         with numerics(dtype):
@@ -239,7 +239,7 @@ def _ours(shape: ConvShape, batch: int, dtype: str, settings: Settings) -> list[
 
 
 def _provider(name: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The function called `name`."""
+    """Return the function called `name`."""
     padding = weight.shape[-1] // 2
     if name in ("eager", "eager channels-first", "torch.compile"):
 

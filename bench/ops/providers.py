@@ -12,7 +12,7 @@ ELSEWHERE = {"cuda": {"reference", "cpp"}, "cpu": {"reference", "cuda", "triton"
 
 
 def ours(op: str, device: torch.device) -> list[str]:
-    """The implementations of an op that a device has, less the reference."""
+    """Return the implementations of an op that a device has, less the reference."""
     from admfast.ops import TABLES
 
     return [

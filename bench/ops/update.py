@@ -81,12 +81,12 @@ def published_update(
 
 
 def coefficients(step: int, table: dict[str, np.ndarray]) -> dict[str, float]:
-    """The table's row of a step, and 0 in place of 1 for the noise of the last one."""
+    """Return the table's row of a step, and 0 in place of 1 for the noise of the last one."""
     return {name: float(values[step]) for name, values in table.items()} | {"noise": float(step != 0)}
 
 
 def formula(x: Tensor, out: Tensor, gradient: Tensor, noise: Tensor, c: dict[str, float]) -> Tensor:
-    """The same update in the precision of x, for given noise and the coefficients of its step."""
+    """Return the same update in the precision of x, for given noise and the coefficients of its step."""
     eps, v = out.to(x.dtype).chunk(2, dim=1)
     fraction = (v + 1) / 2
     log_variance = fraction * c["max_log"] + (1 - fraction) * c["min_log"]

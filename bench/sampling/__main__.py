@@ -22,7 +22,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """The groups of a run with their part of the budget; the ablation only where it is asked for."""
+    """Return the groups of a run with their part of the budget; the ablation only where it is asked for."""
     from bench.ops import products
     from bench.sampling import ablation, start
     from bench.sampling.choice import choose

@@ -1,4 +1,4 @@
-"""What each optimisation of our step gives: added one after another, and switched off alone.
+"""Measure each optimisation of our step: added one after another, and switched off alone.
 
 Every form is timed in turns with the whole engine, on the same weights and batch, so that the ratio of the
 two holds whatever the machine does in the meantime.
@@ -115,7 +115,7 @@ def cases(
 
 
 def _measure(one: Comparison, entry: Entry, settings: Settings) -> Row:
-    """The form's row, with its ratio to the whole engine."""
+    """Return the form's row, with its ratio to the whole engine."""
     row = dict(one.row_of(entry, settings))
     whole = one.row_of(one.entries[0], settings)
     ratio = 1 / row.pop("faster_than")[f"{WHOLE} {entry.dtype}"]

@@ -1,4 +1,4 @@
-"""Which presets, batches, precisions and peers a run measures, from its flags and its device."""
+"""Choose the presets, batches, precisions and peers of a run, from its flags and its device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROUNDS_SECONDS = {"cuda": 20.0, "cpu": 150.0}
 
 @dataclass(frozen=True)
 class Choice:
-    """What is measured: (preset, batch) in order, our precisions, peers by name.
+    """The choice of a run: (preset, batch) in order, our precisions, peers by name.
 
     path: of the published code, "" for none.
     """
@@ -37,11 +37,11 @@ class Choice:
 
     @property
     def compiled(self) -> bool:
-        """Whether our step is measured compiled too."""
+        """Tell whether our step is measured compiled too."""
         return "compiled" in self.peers
 
     def comparisons(self, settings: Settings) -> Iterator[Comparison]:
-        """The steps of every pair, guided where the preset is."""
+        """Return the steps of every pair, guided where the preset is."""
         budget = ROUNDS_SECONDS[settings.device.type]
         for subject, batch in self.pairs:
             entries = [ours.entry(name) for name in self.precisions]
@@ -63,7 +63,7 @@ class Choice:
 
 
 def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
-    """What a run measures; raises ValueError for a name or number that is not allowed."""
+    """Return what a run measures; raises ValueError for a name or number that is not allowed."""
     kind, known = settings.device.type, subjects()
     batches = _numbers(arguments.batches) or BATCHES[kind]
     names = _names("systems", arguments.systems, known) or SYSTEMS[kind]

@@ -45,7 +45,7 @@ class Comparison:
         return [self.case(entry) for entry in self.entries]
 
     def case(self, entry: Entry) -> Case:
-        """The case of one of them."""
+        """Return the case of one of them."""
         shape = {"system": self.subject.name, "batch": self.batch}
         limit = self.budget + (COMPILING if entry.compiles else PATIENCE)
         measure = partial(self.row_of, entry)
@@ -58,7 +58,7 @@ class Comparison:
         self.left_out.add((case.provider, case.dtype))
 
     def row_of(self, entry: Entry, settings: Settings) -> Row:
-        """The row of one of them, after all were measured; raises what went wrong with it."""
+        """Return the row of one of them, after all were measured; raises what went wrong with it."""
         if not self.found:
             try:
                 self._measure(settings)
@@ -151,7 +151,7 @@ def paired_ratio(slower: Row, faster: Row) -> float:
 
 
 def _launches(contender: Contender) -> Row:
-    """What the host launches for a step, and how many kernels run."""
+    """Return what the host launches for a step, and how many kernels run."""
     try:
         trace: Any = traced(contender, TRACED_STEPS)
     except RuntimeError as error:  # a host may refuse to be profiled

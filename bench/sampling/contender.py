@@ -1,4 +1,4 @@
-"""What takes part in a comparison: something that runs one guided step, and the trial that it must pass."""
+"""Contenders of a comparison: each runs one guided step, after a trial that it must pass."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Contender(abc.ABC):
             torch.backends.cudnn.benchmark = before
 
     def note(self) -> Row:
-        """What its row says of how it ran."""
+        """Return what its row says of how it ran."""
         return {}
 
     def name_parts(self) -> None:

@@ -36,5 +36,5 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def published_path() -> str:
-    """Where the published code is unless a flag names it: "" for nowhere."""
+    """Return where the published code is unless a flag names it: "" for nowhere."""
     return os.environ.get(PUBLISHED_PATH) or (str(PUBLISHED_FOLDER) if PUBLISHED_FOLDER.is_dir() else "")

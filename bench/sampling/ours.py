@@ -72,7 +72,7 @@ class Ours(Contender):
     def _runner(
         self, table: SolverTable, scale: float, noise_row: int, x: Tensor
     ) -> PreparedStep | FunctionStep:
-        """What runs the rows of a table, before its first."""
+        """Return what runs the rows of a table, before its first."""
         inputs = self.inputs
         net, classifier = self.engine.net, self.engine.classifier
         flags = (self.guided,) * len(table)

@@ -40,7 +40,7 @@ INDUCTOR = {
 
 @dataclass(frozen=True)
 class Form:
-    """How the published networks run.
+    """A form in which the published networks run.
 
     frozen: as they come, their parameters require gradients, attention is computed twice for a gradient, and
     the classifier stays in float32. Frozen, none of that, and images lie channels-last.

@@ -1,4 +1,4 @@
-"""How long a fresh process takes to its first image: with empty caches, with kept ones, and once it runs.
+"""Time a fresh process to its first image: with empty caches, with kept ones, and once it runs.
 
 `python -m bench.sampling.start` is one such process; it prints one JSON line.
 """

@@ -1,4 +1,4 @@
-"""What is measured: the networks of a preset with the work of a step, and the images a step works on."""
+"""Subjects of a comparison: a preset's networks, the work of a step, and the images it works on."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_reasons_are_shown(capsys, monkeypatch):
 
 
 def choices(capsys) -> dict[str, str]:
-    """What the third table says of every example call."""
+    """Return what the third table says of every example call."""
     assert main(["info"]) == 0
     return rows(capsys.readouterr().out.split("\n\n")[2])
 

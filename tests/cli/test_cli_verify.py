@@ -49,7 +49,7 @@ def verify(weights, capsys, monkeypatch):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    """What is refused must be refused before any work."""
+    """Return what is refused must be refused before any work."""
     monkeypatch.setattr(command, "load", lambda *_, **__: pytest.fail("the model must not be loaded"))
 
 

@@ -37,7 +37,7 @@ def built(family: str, isas: Sequence[str], driver: str, how: str, folder: Path)
 
 
 def said_by(driver: Path, **environment: str) -> dict[str, str]:
-    """What a driver prints, a word for each name, with these environment variables."""
+    """Return what a driver prints, a word for each name, with these environment variables."""
     done = subprocess.run([driver], capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(line.split() for line in done.stdout.splitlines())

@@ -96,7 +96,7 @@ class Cuda:
 
 
 def prepared(body) -> SimpleNamespace:
-    """What `capture` takes of a step."""
+    """Return what `capture` takes of a step."""
     state = SimpleNamespace(x=SimpleNamespace(device=DEVICE))
     return SimpleNamespace(state=state, run={True: body, False: body}, counters=torch.zeros(2), refused=None)
 
@@ -118,7 +118,7 @@ def test_warm_up_and_captures_run_on_one_stream_of_the_step_s_device(cuda):
     assert cuda.replays == 2
 
 
-def failing(cuda, error: Exception):
+def failing(cuda, error: BaseException):
     """A body that raises in the capture alone."""
 
     def body() -> None:
@@ -184,6 +184,13 @@ def test_a_capture_runs_without_python_s_collector_and_between_clean_workspaces(
     capture(prepared(lambda: seen.append((cuda.capturing is not None, gc.isenabled()))))
     assert seen == [(False, True)] * 2 * WARM_UPS + [(True, False)] * 2 and gc.isenabled()
     assert cuda.cleared == [False, False]
+
+
+def test_an_interrupt_in_a_capture_is_no_refusal(cuda):
+    step = prepared(failing(cuda, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        capture(step)
+    assert cuda.current is cuda.home and step.refused is None
 
 
 def test_a_lack_of_memory_before_the_capture_is_not_its_own(cuda):

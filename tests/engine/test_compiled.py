@@ -23,7 +23,7 @@ COMPILED = EngineOptions(compile=True)
 
 @pytest.fixture
 def traced(monkeypatch):
-    """What is traced runs as it was traced: the compiler's own backend is for the slow test."""
+    """Return what is traced runs as it was traced: the compiler's own backend is for the slow test."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda body, **_: real(body, backend="aot_eager", fullgraph=True))
 

@@ -126,7 +126,7 @@ def batch_of(table: SolverTable, guided: bool = True, **changes) -> Batch:
 
 
 def pointers(step: PreparedStep) -> dict[str, int]:
-    """Where everything lies that a body reads or writes."""
+    """Return where everything lies that a body reads or writes."""
     found = {
         f"{where}.{name}": t
         for where in ("state", "packed")

@@ -77,7 +77,7 @@ def test_an_image_is_its_seed_s(dps, pipe):
     alone = dps.dps_sample(pipe, torch.tanh, y[:1], [6], [8], 4)
     assert (both[0] - both[1]).abs().max() > 0.1
     if pipe.policy is FP32:
-        assert (both[1:] - alone).abs().max() < 1e-4
+        compare(both[1:], alone, NETWORK_SAMPLES_LIMIT, "x")
     assert (both[1:] - alone).norm() <= budget_of(pipe.policy).step * alone.norm()
 
 

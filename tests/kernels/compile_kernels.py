@@ -156,7 +156,7 @@ def listing() -> Iterator[list[Call]]:
 
 
 def source(call: Call) -> tuple[ASTSource, tuple]:
-    """What Triton would compile for a launch, and its key: kernel and constants, but not the dtype."""
+    """Return what Triton would compile for a launch, and its key: kernel and constants, but not the dtype."""
     signature, constants, attributes = {}, {}, {}
     for parameter in call.kernel.params:
         value, name = call.arguments[parameter.name], parameter.name

@@ -29,7 +29,7 @@ SHARED_MEMORY = 48 << 10  # what a program has without asking for more
 
 
 def compiling(*module: str, seconds: int) -> list[dict[str, Any]]:
-    """What a module prints, a line of JSON a row, in a process whose kernels aren't interpreted."""
+    """Return what a module prints, a line of JSON a row, in a process whose kernels aren't interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", *module]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)

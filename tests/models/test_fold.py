@@ -100,7 +100,7 @@ def test_an_option_of_the_wrong_kind_is_named():
 
 @dataclasses.dataclass
 class Runs:
-    """What runs in a forward: how often the path of every option is taken."""
+    """Counts how often a forward takes the path of every option."""
 
     channels_last: int = 0  # convolutions of images with their channels together
     two_sources: int = 0  # concatenations that are not written
@@ -285,7 +285,7 @@ def test_weights_loaded_into_a_network_that_trains_unfold_it():
 
 
 def memory_of(net) -> list[int]:
-    """Where all that was derived lies."""
+    """Return where all that was derived lies."""
     found = [module.folded for module in net.modules() if hasattr(type(module), "folded")]
     forms = [form for folded in found for form in folded.forms()]
     return [form.data_ptr() for form in (*forms, net._projections.weight, net._projections.bias)]

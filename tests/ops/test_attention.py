@@ -54,7 +54,7 @@ def seeded():
 
 
 def channel(kind: int, head: int, j: int, heads: int, d: int, legacy: bool) -> int:
-    """Where row j of q, k or v (kind 0, 1, 2) of a head stands in the qkv product."""
+    """Return where row j of q, k or v (kind 0, 1, 2) of a head stands in the qkv product."""
     return (head * 3 + kind) * d + j if legacy else (kind * heads + head) * d + j
 
 
@@ -114,7 +114,7 @@ def largest_gradient_term(qkv: Tensor, heads: int, legacy: bool, dy: Tensor, gra
 
 
 def refused(impl: str, qkv: Tensor, heads: int, legacy: bool = False) -> bool:
-    """Whether `impl` can't serve the call, in which case naming it must raise, with the reason."""
+    """Tell whether `impl` can't serve the call, in which case naming it must raise, with the reason."""
     entry = TABLE.named(impl)
     reason = entry.available() or entry.supports(qkv, heads, legacy_order=legacy)
     if reason:
@@ -133,7 +133,7 @@ def test_the_reference_is_the_formula(case):
         lambda dtype: attention(qkv.to(dtype), heads, legacy_order=legacy, impl="reference"),
         lambda dtype: formula(qkv.to(dtype), heads, legacy),
         case["shape"],
-        "parameter gradient",  # sums of as many terms as there are positions, each in its own order
+        "sum",  # of as many terms as there are positions, each in its own order
         qkv.shape[1],
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -71,7 +73,7 @@ def seeded(monkeypatch):
 
 @pytest.fixture
 def poisoned():
-    """What is allocated without being filled is NaN."""
+    """Return what is allocated without being filled is NaN."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -148,7 +150,7 @@ def test_the_reference_is_the_sum(case):
         ),
         formula,
         case["shape"],
-        "parameter gradient",
+        "sum",
         terms,
     )
 
@@ -328,3 +330,23 @@ def test_wrong_arguments_are_named(name, changes):
     with pytest.raises(InvalidArgument) as caught:
         FoldedConv(**arguments)(x, residual)
     assert str(caught.value).startswith(name), caught.value
+
+
+def test_threads_that_need_a_form_at_once_get_one():
+    conv = FoldedConv(torch.randn(4, 3, 3, 3), padding=1)
+    direction, both = conv.directions[0], threading.Barrier(2, timeout=30)
+
+    class Forms(dict):
+        looks = threading.local()
+
+        def get(self, key):
+            found, seen = super().get(key), getattr(self.looks, "seen", False)
+            self.looks.seen = True
+            if not seen:
+                both.wait()  # both have looked before either makes it
+            return found
+
+    direction.forms = Forms()
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(direction.form, ["library"] * 2)
+    assert first is second

@@ -93,7 +93,7 @@ def moved(tensors: dict[str, Tensor], *to: Any) -> dict[str, Tensor]:
 
 
 def refused(impl: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> bool:
-    """Whether `impl` can't serve the call, in which case naming it must raise, with the reason."""
+    """Tell whether `impl` can't serve the call, in which case naming it must raise, with the reason."""
     entry = TABLE.named(impl)
     call = {**tensors, **options}
     arguments = [call.pop(name) for name in ("x", "weight", "bias", "groups")] + [call.pop("eps", 1e-5)]

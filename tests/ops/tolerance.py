@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-# kind: (factor of max r, factor of u) in the bound on max e; for a parameter's gradient the second is
-# sqrt(reduction length), since so many rounded terms are summed.
-_LIMITS = {"output": (2.0, 2.0), "input gradient": (3.0, 4.0), "parameter gradient": (2.0, None)}
+# kind: (factor of max r, factor of u) in the bound on max e; for a sum, as a parameter's gradient is, the
+# second is sqrt(reduction length), since so many rounded terms are added.
+_LIMITS = {"output": (2.0, 2.0), "input gradient": (3.0, 4.0), "sum": (2.0, None)}
+_LIMITS["parameter gradient"] = _LIMITS["sum"]
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 HALF_AND_SINGLE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

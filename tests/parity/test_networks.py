@@ -46,7 +46,7 @@ def named(device: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Way:
-    """Where a case is computed and by what; a call moves a network or a dict of tensors there."""
+    """A device and an implementation for a case; a call moves a network or a dict of tensors there."""
 
     device: str
     impl: str

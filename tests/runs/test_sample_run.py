@@ -404,4 +404,5 @@ def test_given_noise_is_shared_out_to_the_batches(tmp_path, name):
     noise = torch.randn(*([3] if name == "step_noise" else []), 5, 1, 8, 8)
     run_of(tmp_path / "out", **{name: noise}).run()
     wanted = pipeline().sample(CLASSES, SEEDS, steps=3, **{name: noise})
+    # Batches of another size round differently, which takes a value over the edge of a level now and then.
     assert np.abs(images_of(tmp_path / "out").astype(int) - wanted.numpy().astype(int)).max() <= 1

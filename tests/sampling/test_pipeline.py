@@ -17,7 +17,7 @@ from admfast.ops.noise import Stream, as_seeds, normal
 from admfast.sampling.loop import Progress
 from admfast.sampling.pipeline import Pipeline
 from admfast.verify.budget import budget_of
-from tests.small import CLASSES, PROCESS, cascade, classifier, pipeline, randn, unet, upsampler
+from tests.small import CLASSES, PROCESS, assert_close, cascade, classifier, pipeline, randn, unet, upsampler
 
 SEEDS = [3, 0, 2**63 + 5, 11, 7, 2**64 - 1, 8, 100]
 SHAPE = (1, 8, 8)
@@ -32,7 +32,7 @@ def silent() -> Pipeline:
 
 
 def watch(net: nn.Module) -> list[dict[str, Any]]:
-    """What every call of a network is given from now on: x, t and the conditions."""
+    """Return what every call of a network is given from now on: x, t and the conditions."""
     calls: list[dict[str, Any]] = []
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -48,11 +48,6 @@ def assert_same_images(found: Tensor, wanted: Tensor) -> None:
     assert found.dtype == wanted.dtype == torch.uint8 and found.shape == wanted.shape
     levels = (found.int() - wanted.int()).abs()
     assert levels.max() <= 1 and (levels > 0).float().mean() < 1e-3
-
-
-def assert_close(found: Tensor, wanted: Tensor) -> None:
-    """Float images: network rounding of 1e-5, the published code's own on trajectories (golden README)."""
-    assert (found - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max()))
 
 
 # A seed is an image

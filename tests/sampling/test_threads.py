@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from tests.small import pipeline
+from tests.small import assert_close, pipeline
 
 GIVEN = {"classes": [1, 2], "seeds": [3, 4], "steps": 3, "output": "float"}
 PATIENCE = 60.0  # seconds for what takes one
@@ -61,4 +61,4 @@ def test_several_threads_get_the_images_that_one_gets():
         found = list(threads.map(lambda n: pipe.sample([1], range(n), steps=3, output="float"), sizes))
     # Threads may run other algorithms of the same convolution: packed for another shape, say.
     for got, exact in zip(found, wanted, strict=True):
-        assert (got - exact).abs().max() <= 1e-4 * max(1.0, float(exact.abs().max()))
+        assert_close(got, exact)

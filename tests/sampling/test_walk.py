@@ -1,4 +1,4 @@
-"""How far one call of `sample` goes: few records, few files, and each file of a check from one place."""
+"""Follow one call of `sample`: few records, few files, and each file of a check from one place."""
 
 from __future__ import annotations
 

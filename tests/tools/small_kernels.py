@@ -55,7 +55,7 @@ EPILOGUES = (
 
 
 def epilogues(device: str) -> Iterator[str]:
-    """What is added after a convolution; yields the name of the kernel."""
+    """Return what is added after a convolution; yields the name of the kernel."""
     epilogue = module("conv_epilogue")
     for (shape, has_bias, has_residual), dtype in itertools.product(EPILOGUES, HALF_AND_SINGLE.values()):
         if device == "cpu" and dtype == torch.bfloat16:

@@ -28,7 +28,7 @@ BELOW = ("models/", "ops/", "engine/guidance.py")
 
 @dataclass
 class Trace:
-    """What a call entered: `stays` are (file, the file that called it) in order of entry, each pair once.
+    """A trace of a call: `stays` are (file, the file that called it) in order of entry, each pair once.
 
     records: the classes of dataclasses that were made. left_out: files that were entered below networks and
     ops only.

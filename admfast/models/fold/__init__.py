@@ -1,4 +1,4 @@
-"""What networks derive from their own parameters for speed: which of it, and when it is renewed."""
+"""Derive faster forms of a network's parameters, and renew them when these change."""
 
 from admfast.models.fold.net import (
     FOLDING,

@@ -30,7 +30,7 @@ TORSO = ("input_blocks", "middle_block", "output_blocks")
 
 
 class _State(NamedTuple):
-    """What a network looks like; changes made through `.data` in the same memory are not seen.
+    """A snapshot that tells whether a network changed; changes through `.data` in place are not seen.
 
     places: where the parameters lie, of which kind they are, and the convolutions' forms. versions: how often
     torch saw them written to. modes: which modules train. trained: which parameters do.
@@ -43,7 +43,7 @@ class _State(NamedTuple):
 
 
 class FoldableNet(nn.Module):
-    """A network that folds: what `UNet` and `Classifier` have in common of it.
+    """A network that folds, the base of `UNet` and `Classifier`.
 
     `fold_generation` answers whether anything changed that a prepared step depends on: it rises whenever what
     a step reads lies in other memory, is no longer there, or is used in another way.
@@ -190,7 +190,7 @@ class FoldableNet(nn.Module):
 
     @property
     def is_folded(self) -> bool:
-        """Whether forwards run on what was derived: told by the first convolution."""
+        """Tell whether forwards run on what was derived: told by the first convolution."""
         return self.fold_options is not None and self.input_blocks[0][0].folded is not None  # type: ignore[index, union-attr]
 
     @property
@@ -200,7 +200,7 @@ class FoldableNet(nn.Module):
 
     @property
     def projects(self) -> bool:
-        """Whether the embedding is projected to all blocks at once."""
+        """Tell whether the embedding is projected to all blocks at once."""
         found = self._projections
         return found is not None and not self._fold_by_layer and self.is_folded and found.usable
 

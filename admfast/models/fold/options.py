@@ -1,4 +1,4 @@
-"""How a network folds."""
+"""Choose what a network derives from its parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = frozenset({"channels_last", "two_sources", "residual", "qkv_rows", "embe
 
 @dataclass(frozen=True)
 class FoldOptions:
-    """How a network folds.
+    """Choose what a network derives from its parameters.
 
     Attributes:
         conv: implementation of the convolutions by name (see `admfast info`), None for the fastest.

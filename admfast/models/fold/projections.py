@@ -36,7 +36,7 @@ class Projections:
 
     @property
     def usable(self) -> bool:
-        """As convolutions do: not for parameters that train, nor under torch.func.functional_call."""
+        """Tell whether the joined weights may serve: no layer trains, and functional_call replaces none."""
         return all(
             layer.weight is weight and layer.bias is bias and not (weight.requires_grad or bias.requires_grad)
             for layer, weight, bias in self._made_from
