@@ -10,7 +10,6 @@ READY := $(VENV)/.ready
 SOURCES := $(wildcard csrc/*) setup.py
 STAGES ?=
 MINUTES ?= 10
-BUDGET ?=
 OUT ?= out/gpu
 
 .PHONY: demo test test-full lint gpu clean
@@ -31,7 +30,7 @@ lint: $(READY)
 
 # Needs a python whose torch has CUDA; installs nothing and needs no network.
 gpu:
-	STAGES=$(STAGES) MINUTES=$(MINUTES) BUDGET=$(BUDGET) OUT=$(OUT) $(GPU_PYTHON) -m bench.gpu
+	$(GPU_PYTHON) -m bench.gpu --stages "$(STAGES)" --minutes $(MINUTES) --out "$(OUT)"
 
 # The versions are those that were tested; torch is pinned so that the same build comes everywhere.
 $(READY): constraints.txt pyproject.toml $(SOURCES)

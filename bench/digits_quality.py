@@ -12,12 +12,14 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.metrics import euclidean_distances
+from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
 import admfast
@@ -38,9 +40,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return f"{self.solver} {self.steps}, " + (
-            f"guidance {self.guidance:g}" if self.guidance else "unguided"
-        )
+        guided = f"guidance {self.guidance:g}" if self.guidance else "unguided"
+        return f"{self.solver} {self.steps}, {guided}"
 
 
 SETTINGS = tuple(
@@ -73,18 +74,17 @@ def frechet_distance(a: Array, b: Array) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * overlap)
 
 
-def distances(a: Array, b: Array) -> Array:
-    """Euclidean distances [len(a), len(b)]."""
-    return np.sqrt(np.clip((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0, None))
+def neighbours(points: Array, among: Array, k: int) -> Array:
+    """Return the Euclidean distances [N, k] to the k nearest of other points, by distance."""
+    same = points is among
+    found = NearestNeighbors(n_neighbors=k + same, algorithm="brute").fit(among).kneighbors(points)[0]
+    return found[:, same:]  # nearest to itself is a point
 
 
 def nearest_neighbour_accuracy(a: Array, b: Array) -> float:
     """Return the accuracy of telling a point's set by its nearest neighbour; 0.5 is indistinguishable."""
-    points = np.concatenate([a, b])
-    labels = np.repeat([0, 1], [len(a), len(b)])
-    d = distances(points, points)
-    np.fill_diagonal(d, np.inf)
-    return float((labels[d.argmin(1)] == labels).mean())
+    right = [neighbours(own, own, 1) < neighbours(own, other, 1) for own, other in ((a, b), (b, a))]
+    return float(np.concatenate(right).mean())
 
 
 def coverage(points: Array, manifold: Array, k: int = 3) -> float:
@@ -92,17 +92,13 @@ def coverage(points: Array, manifold: Array, k: int = 3) -> float:
 
     Source: Kynkaanniemi et al. 2019. Samples against real digits give precision, the other way round recall.
     """
-    own = distances(manifold, manifold)
-    np.fill_diagonal(own, np.inf)
-    radii = np.sort(own, axis=1)[:, k - 1]
-    return float((distances(points, manifold) <= radii).any(axis=1).mean())
+    radii = neighbours(manifold, manifold, k)[:, k - 1]
+    return float((euclidean_distances(points, manifold) <= radii).any(axis=1).mean())
 
 
 def copied(samples: Array, real: Array) -> float:
     """Share of samples nearer to a real digit than real digits are to each other (their 1st percentile)."""
-    own = distances(real, real)
-    np.fill_diagonal(own, np.inf)
-    return float((distances(samples, real).min(1) < np.percentile(own.min(1), 1)).mean())
+    return float((neighbours(samples, real, 1) < np.percentile(neighbours(real, real, 1), 1)).mean())
 
 
 def measure(samples: Array, classes: npt.NDArray[np.int64], real: Array, judge: SVC, some: Array) -> Quality:
@@ -147,22 +143,16 @@ def sample(
 
 def table(rows: dict[str, Quality]) -> str:
     """The results in Markdown."""
-    header = ("samples", "class right", "Frechet distance", "1-NN accuracy", "precision", "recall")
-    forms = ("{:.1%}", "{:.1f}", "{:.3f}", "{:.3f}", "{:.3f}", "{:.1%}")
-    lines = [
-        (name, *(form.format(value) for form, value in zip(forms, asdict(q).values(), strict=True)))
-        for name, q in rows.items()
-    ]
-    return markdown_table((*header, "near copies"), lines)
+    names = [entry.name.replace("_", " ") for entry in fields(Quality)]
+    return markdown_table(("samples", *names), [(name, *asdict(q).values()) for name, q in rows.items()])
 
 
 def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
     """SHA-256 of every weights file that is measured, by its name."""
-    if model in SYSTEMS:
-        paths = [part.shipped_path for part in SYSTEMS[model].models]
-    else:
-        paths = [Path(path) for path in (model, classifier) if path is not None]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path is not None}
+    ships = model in SYSTEMS
+    paths = [part.shipped_path for part in SYSTEMS[model].models] if ships else [model, classifier]
+    found = [Path(path) for path in paths if path is not None]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -8,20 +8,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
 from typing import Any
 
 from admfast.checks import literal
 from admfast.errors import invalid, nearest
-from admfast.solvers.ddim_rows import ddim, ddim_inverse
-from admfast.solvers.ddpm_rows import ddpm
-from admfast.solvers.solver import Solver
-
-SOLVERS: dict[str, Callable[..., Solver]] = {
-    "ddpm": ddpm,
-    "ddim": ddim,
-    "ddim-inverse": ddim_inverse,
-}
+from admfast.solvers.ddim_rows import ddim as ddim
+from admfast.solvers.ddim_rows import ddim_inverse as ddim_inverse
+from admfast.solvers.ddpm_rows import ddpm as ddpm
+from admfast.solvers.solver import SOLVERS, Solver
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -58,7 +52,7 @@ def from_text(text: str) -> Solver:
     for part in filter(None, re.split(r",(?=\s*\w+\s*=)", given)):
         option, separator, value = (word.strip() for word in part.partition("="))
         if not separator or option in options:
-            raise invalid("solver", text, f"options as NAME=VALUE, each once, such as {listed()[1]}")
+            raise invalid("solver", text, f"options as NAME=VALUE, each once, such as {ddim()}")
         options[option] = literal(value)
     return _made(name, options)
 
@@ -70,16 +64,3 @@ def _made(name: str, options: dict[str, Any]) -> Solver:
             has = nearest(option, known) if known else "it has none"
             raise invalid(option, value, f"the solver {name} has no such option; {has}")
     return SOLVERS[name](**options)
-
-
-__all__ = [
-    "SOLVERS",
-    "Solver",
-    "ddim",
-    "ddim_inverse",
-    "ddpm",
-    "from_text",
-    "listed",
-    "options_of",
-    "solver_of",
-]

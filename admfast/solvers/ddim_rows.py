@@ -8,14 +8,16 @@ from admfast.checks import real
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.sampler_step import Row
 from admfast.ops.solver_table import SolverTable
-from admfast.solvers.solver import Solver, clip_of
+from admfast.solvers.solver import Solver, clip_of, registered
 
 
+@registered
 def ddim(*, eta: float = 0.0) -> Solver:
     """Return DDIM. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1. Raises: InvalidArgument."""
     return Solver("ddim", _ddim_table, {"eta": real("eta", eta, least=0, most=1)}, respacing="ddim{steps}")
 
 
+@registered
 def ddim_inverse() -> Solver:
     """Return the inverse of the deterministic DDIM, which takes clean images apart into their noise."""
     return Solver("ddim-inverse", _inverse_table, begins="image", respacing="ddim{steps}")

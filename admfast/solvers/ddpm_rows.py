@@ -5,9 +5,10 @@ from __future__ import annotations
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.sampler_step import Row
 from admfast.ops.solver_table import SolverTable
-from admfast.solvers.solver import Solver, clip_of
+from admfast.solvers.solver import Solver, clip_of, registered
 
 
+@registered
 def ddpm() -> Solver:
     """Return ancestral sampling."""
     return Solver("ddpm", _table)

@@ -6,11 +6,20 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from admfast.diffusion import GaussianDiffusion, MeanType
 from admfast.ops.sampler_step import Clip
 from admfast.ops.solver_table import SolverTable
+
+SOLVERS: dict[str, Callable[..., Solver]] = {}
+Make = TypeVar("Make", bound="Callable[..., Solver]")
+
+
+def registered(make: Make) -> Make:
+    """Enter the function that makes a solver into `SOLVERS`, under its name with dashes."""
+    SOLVERS[make.__name__.replace("_", "-")] = make
+    return make
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Runs stages one after another within a budget, keeps what became of each, and goes on where one ended."""
+"""Run steps one after another within a budget, keep the outcome of each, and go on where a run ended."""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
+import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,15 +16,61 @@ from typing import Any
 
 import torch
 
-from bench.gpu.process import run_step
-from bench.gpu.stages import Plan, Stage
+from bench.command import UNFINISHED
+from bench.gpu.stages import Plan, Step
 from bench.results import environment
+
+Entry = dict[str, Any]
 
 SUFFIXES = frozenset({".py", ".cpp", ".cu", ".h", ".cuh"})
 PYTEST_NO_TESTS = 5
-STATUSES = ("failed", "stopped", "unfinished", "no tests", "passed")
 DONE = ("no tests", "passed")
-UNFINISHED = 3
+LOG_LIMIT = 4 << 20  # bytes a step may add to the log, so that a loop that prints can't make it too big
+SAY = functools.partial(print, flush=True)
+BENCH_ENDING = 10.0  # seconds in which a bench writes its table
+
+
+def run_steps(
+    plan: Plan, steps: Sequence[Step], budget: float, say: Callable[[str], None] = SAY
+) -> dict[str, Entry]:
+    """Run steps within `budget` seconds, those that an earlier run tried after the new ones.
+
+    An entry holds `status` (passed, failed, stopped, unfinished, or "no tests" found at all), `seconds`,
+    `note` (the last line that the step printed), and of what sources and when.
+
+    Returns:
+        The entry of every step by its name, in their order; all entries stand in `gpu.json` too, which is
+            written after every step.
+    """
+    plan.out.mkdir(parents=True, exist_ok=True)
+    path, log = plan.out / "gpu.json", plan.out / "gpu.log"
+    state = _read_state(path)
+    state |= environment(torch.device(plan.device)) | {"date": _now()}
+    entries = state.setdefault("steps", {})
+    sources = {step.name: fingerprint(plan.root, step.sources) for step in steps}
+    waiting = []
+    for step in steps:
+        old = entries.get(step.name, {})
+        if old.get("source") == sources[step.name] and old["status"] in DONE and old["wrote"] == step.wrote():
+            say(f"{step.name}: {old['status']} before, skipped")
+        else:
+            waiting.append(step)
+            entries.setdefault(step.name, {"status": "stopped", "seconds": 0.0, "note": "no time was left"})
+    waiting.sort(key=lambda step: "source" in entries[step.name] and not step.first)
+    end = time.monotonic() + budget
+    for step in waiting:
+        limit = min(step.limit, end - time.monotonic())
+        if limit <= 0:
+            continue
+        say(f"{step.name}: up to {limit:.0f} s")
+        entry, tail = run_step(step, plan, limit, log)
+        entries[step.name] = entry | {"source": sources[step.name], "date": _now(), "wrote": step.wrote()}
+        _write_state(path, state)
+        if entry["status"] == "failed":
+            say(tail)
+        say(f"{step.name}: {entry['status']} after {entry['seconds']:.0f} s")
+    _write_state(path, state)
+    return {step.name: entries[step.name] for step in steps}
 
 
 def fingerprint(root: Path, folders: Sequence[str]) -> str:
@@ -34,138 +84,79 @@ def fingerprint(root: Path, folders: Sequence[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-def run_stage(
-    stage: Stage,
-    plan: Plan,
-    seconds: float,
-    log: Path,
-    before: Sequence[Mapping[str, Any]] = (),
-    keep: Callable[[dict[str, Any]], None] = lambda entry: None,
-) -> dict[str, Any]:
-    """Run a stage inside its share and return its entry: `status`, `seconds`, `note` and its steps.
-
-    The status is the worst of its steps': failed, stopped, unfinished, "no tests" found at all, passed. What
-    passed `before` isn't run again, what was run before and didn't pass comes last. A step gets half of the
-    time that is left, the last one all: one that hangs leaves time for those after it.
-
-    Args:
-        before: what became of the same stage's steps, of the same sources, in an earlier run.
-        keep: called with the entry as far as it is after every step.
-    """
-    end = time.monotonic() + seconds
-    earlier = {entry["step"]: dict(entry) for entry in before}
-    steps = stage.steps(plan, seconds)
-    order = [step.name for step in steps]
-    done = [earlier[name] for name in order if earlier.get(name, {}).get("status") in DONE]
-    waiting = [step for step in steps if step.name not in {entry["step"] for entry in done}]
-    waiting.sort(key=lambda step: step.name in earlier)
-    unseen = [
-        {"step": s.name, "status": "stopped", "seconds": 0.0, "last": "no time was left"} for s in waiting
-    ]
-    for number, step in enumerate(waiting, 1):
-        left = end - time.monotonic()
-        limit = left if number == len(waiting) else left / 2
-        if limit > 0:
-            entry = {"step": step.name} | run_step(step, plan, limit, log)
-            entry["status"] = _status(entry["exit"], entry["last"], step.tests)
-            unseen.pop(0)
-            done.append(entry)
-            keep(_entry(order, done + unseen))
-    out = _entry(order, done + unseen)
-    return out | stage.record(plan) if out["status"] == "passed" else out
-
-
-def _entry(order: Sequence[str], steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a stage's entry from its steps'."""
-    steps = sorted(steps, key=lambda entry: order.index(entry["step"]))
-    if not steps:
-        return {"status": "no tests", "seconds": 0.0, "note": "nothing to run", "steps": []}
-    worst = min(steps, key=lambda entry: STATUSES.index(entry["status"]))
-    return {
-        "status": worst["status"],
-        "seconds": round(sum(entry["seconds"] for entry in steps), 1),
-        "note": _note(worst, steps),
-        "steps": steps,
+def run_step(step: Step, plan: Plan, seconds: float, log: Path) -> tuple[Entry, str]:
+    """Run one step for at most `seconds`, its output appended to `log`; return its entry and last lines."""
+    begin = time.monotonic()
+    command = list(step.command)
+    if step.bench:
+        command += ["--budget", f"{max(seconds - BENCH_ENDING, seconds / 2):.0f}"]
+    with log.open("ab") as file:
+        file.write(f"\n$ {' '.join(command)}\n".encode())
+        file.flush()
+        start = file.tell()
+        process = subprocess.Popen(
+            command,
+            cwd=plan.root,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict(step.environment),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        code: int | None = None
+        try:
+            code = process.wait(timeout=max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            pass  # stopped, below
+        finally:
+            _end(process)
+    lines = _trim(log, start) or [""]
+    last = lines[-1].strip()[:160]
+    entry = {
+        "status": _status(code, last, step.tests),
+        "seconds": round(time.monotonic() - begin, 1),
+        "note": last,
     }
+    return entry, "\n".join("  | " + line for line in lines[-30:])
 
 
-def _note(worst: dict[str, Any], done: Sequence[dict[str, Any]]) -> str:
-    """Return what the step that decided said last; where all went well, what every step did."""
-    if worst["status"] == "stopped":
-        return f"{worst['step']}: stopped after {worst['seconds']:.0f} s"
-    return worst["last"] if worst["status"] != "passed" else "; ".join(entry["last"] for entry in done)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a step and whatever it started: an interrupt first, so that it can write what it has."""
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, sign)
+            try:
+                process.wait(timeout=6.0)
+            except subprocess.TimeoutExpired:
+                continue
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # compile workers outlive their parent
+    except ProcessLookupError:
+        pass
+
+
+def _trim(log: Path, start: int) -> list[str]:
+    """Cut what was added since `start` to LOG_LIMIT bytes, in its middle; return its last lines with text."""
+    with log.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size - start > LOG_LIMIT:
+            file.seek(size - LOG_LIMIT // 2)
+            tail = file.read()
+            file.seek(start + LOG_LIMIT // 2)
+            file.truncate()
+            file.write(b"\n... shortened ...\n" + tail)
+            size = file.tell()
+        file.seek(max(start, size - 65536))
+        return [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
 
 
 def _status(code: int | None, last: str, tests: bool) -> str:
     if code is None:
         return "stopped"
-    if tests:
-        # pytest also exits 0 when every test was skipped, as GPU tests are on a machine they don't recognise.
-        ran = code != PYTEST_NO_TESTS and not (code == 0 and " passed" not in last)
-        return ("passed" if code == 0 else "failed") if ran else "no tests"
-    return {0: "passed", UNFINISHED: "unfinished"}.get(code, "failed")
-
-
-def finished(stage: Stage, plan: Plan, entry: dict[str, Any]) -> bool:
-    """Tell whether an earlier run's entry of the same sources ({} for none) ends a stage on this machine."""
-    return entry.get("status") in DONE and stage.standing(plan, entry)
-
-
-def run_stages(
-    plan: Plan, stages: Sequence[Stage], budget: float, say: Callable[[str], None] = print
-) -> dict[str, dict[str, Any]]:
-    """Run stages in order within `budget` seconds; time that one leaves over goes to those after it.
-
-    Returns:
-        Each stage's entry by name, as it also stands in `gpu.json`.
-    """
-    plan.out.mkdir(parents=True, exist_ok=True)
-    path, log = plan.out / "gpu.json", plan.out / "gpu.log"
-    state = _read_state(path)
-    state |= environment(torch.device(plan.device)) | {"date": _now()}
-    entries = state.setdefault("stages", {})
-    sources = {stage.name: fingerprint(plan.root, stage.sources) for stage in stages}
-
-    def old(stage: Stage) -> dict[str, Any]:
-        """Return the entry of an earlier run, as far as it is of the same sources."""
-        entry = entries.get(stage.name) or {}
-        return entry if entry.get("source") == sources[stage.name] else {}
-
-    waiting = [s for s in stages if not finished(s, plan, old(s))]
-    end = time.monotonic() + budget
-    for stage in stages:
-        before = old(stage)
-        if finished(stage, plan, before):
-            say(f"{stage.name}: {before['status']} before, skipped")
-            continue
-        share = _share(stage, end - time.monotonic(), sum(s.weight for s in waiting if not s.whole))
-        waiting.remove(stage)
-        say(f"{stage.name}: up to {share:.0f} s")
-
-        def keep(entry: dict[str, Any], name: str = stage.name) -> None:
-            entries[name] = entry | {"source": sources[name], "date": _now()}
-            _write_state(path, state)
-
-        # A stage that was finished, on another machine, begins anew.
-        steps = [] if before.get("status") in DONE else before.get("steps", [])
-        if share > 0:
-            entry = run_stage(stage, plan, share, log, steps, keep)
-        else:
-            entry = {"status": "stopped", "seconds": 0.0, "note": "no time was left"}
-            entry |= {"steps": steps} if steps else {}
-        keep(entry)
-        for step in entry.get("steps", []):
-            if step["status"] == "failed" and step not in steps:
-                say(_tail(log, step["log_end"]))
-        say(f"{stage.name}: {entry['status']} after {entry['seconds']:.0f} s")
-    return {stage.name: entries[stage.name] for stage in stages}
-
-
-def _share(stage: Stage, left: float, weights: float) -> float:
-    """Return the seconds that a stage may take of those that are left."""
-    if stage.whole:
-        return left
-    return min(left, max(left * stage.weight / weights, stage.least))
+    # pytest also exits 0 when every test was skipped, as GPU tests are on a machine they don't recognise.
+    if tests and (code == PYTEST_NO_TESTS or (code == 0 and " passed" not in last)):
+        return "no tests"
+    return {0: "passed", UNFINISHED: "failed" if tests else "unfinished"}.get(code, "failed")
 
 
 def _now() -> str:
@@ -187,17 +178,7 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _tail(log: Path, end: int, lines: int = 30) -> str:
-    """The last lines before byte `end`, where a step's output ends."""
-    with log.open("rb") as file:
-        start = file.seek(max(0, end - 16384))
-        text = file.read(end - start).decode(errors="replace")
-    return "\n".join("  | " + line for line in text.splitlines()[-lines:])
-
-
 def exit_status(entries: Mapping[str, Mapping[str, Any]]) -> int:
-    """1 when a stage failed, 3 when one ran out of time, else 0."""
+    """1 when a step failed, 3 when one ran out of time, else 0."""
     states = {entry["status"] for entry in entries.values()}
-    if "failed" in states:
-        return 1
-    return UNFINISHED if states & {"stopped", "unfinished"} else 0
+    return 1 if "failed" in states else UNFINISHED if states & {"stopped", "unfinished"} else 0

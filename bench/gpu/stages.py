@@ -1,16 +1,14 @@
-"""The stages of `bench.gpu`: what each runs, what it needs, and when it is finished."""
+"""The stages of `bench.gpu`: the steps of each, in the order of what is most worth knowing."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,45 +31,44 @@ FOR_A_GPU = re.compile(r"mark\.gpu|\bDEVICES\b|\bON_A_GPU\b|\brunnable\(")
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of all stages: folder of the sources, folder of the results, device."""
+    """Settings of all steps: folder of the results, device, folder of the sources."""
 
     out: Path
     device: str = "cuda"
     root: Path = ROOT
-    golden: Path = Path(".golden")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process of a stage; `tests` says that it is pytest, which may find nothing to run."""
+    """One process.
 
-    name: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    tests: bool = False
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: its weight in the shares of time, and its steps.
-
-    `steps` is told the seconds of the stage's share, so that a bench can end by itself before it is stopped.
-    `least` seconds are given however small the share is, as long as they are left; `whole` is given all that
-    is left. `sources` are the folders that a result depends on. `record` adds to the entry of a stage that
-    passed; `standing` says whether a finished entry still holds on this machine.
+    Attributes:
+        limit: seconds after which it is stopped.
+        tests: whether it is pytest, which may find nothing to run.
+        bench: whether it is told how many seconds it may take, to end by itself before it is stopped.
+        first: whether it comes before new steps where it did not pass before.
+        sources: the folders that its result depends on.
+        writes: a file that it leaves behind. A step that passed holds while the file is as it left it:
+            results may have been carried to a bare machine.
     """
 
     name: str
-    weight: float
-    steps: Callable[[Plan, float], list[Step]]
-    record: Callable[[Plan], dict[str, Any]] = lambda plan: {}
-    standing: Callable[[Plan, dict[str, Any]], bool] = lambda plan, entry: True
-    least: float = 0.0
-    whole: bool = False
-    sources: tuple[str, ...] = PRODUCT
+    command: tuple[str, ...]
+    limit: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tests: bool = False
+    bench: bool = False
+    first: bool = False
+    sources: tuple[str, ...] = (*PRODUCT, "tests")
+    writes: Path | None = None
+
+    def wrote(self) -> str | None:
+        """Return the text of the file that it leaves behind."""
+        there = self.writes if self.writes and self.writes.exists() else None
+        return there and there.read_text(encoding="utf-8")
 
 
-def build_steps(plan: Plan, seconds: float) -> list[Step]:
+def build_steps(plan: Plan) -> list[Step]:
     """Install this checkout in place, from what is there: no network, no dependencies."""
     pip = (sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation")
     mode = os.environ.get("ADMFAST_BUILD") or ("cuda" if plan.device == "cuda" else "auto")
@@ -79,38 +76,24 @@ def build_steps(plan: Plan, seconds: float) -> list[Step]:
     if plan.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # The architecture of this device only: each other one costs as much time again.
         environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    return [Step(f"ADMFAST_BUILD={mode}", (*pip, "-e", "."), environment)]
+    more = {"first": True, "sources": ("csrc",), "writes": plan.root / "admfast" / "_build_info.json"}
+    return [Step("build", (*pip, "-e", "."), 600.0, environment, **more)]  # type: ignore[arg-type]
 
 
-def build_info(plan: Plan) -> dict[str, Any]:
-    """Return what the build wrote about itself; and a note, as with `auto` one that fell back passes too."""
-    path = plan.root / "admfast" / "_build_info.json"
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    note = ", ".join(f"{name} {info[name]}" for name in ("built", "wanted", "reason") if info.get(name))
-    return {"build_info": info, "note": note}
-
-
-def build_stands(plan: Plan, entry: dict[str, Any]) -> bool:
-    """Tell whether the build an entry speaks of is here: results may have been carried to a bare machine."""
-    return "build_info" in entry and build_info(plan).get("build_info") == entry["build_info"]
-
-
-def smoke_steps(plan: Plan, seconds: float) -> list[Step]:
+def smoke_steps(plan: Plan) -> list[Step]:
     """Every op once: which implementation runs and why not another, each kernel beside its reference."""
     python = (sys.executable, "-m")
     return [
-        Step("info", (*python, "admfast", "info")),
-        Step("small kernels", (*python, *small_kernels(plan))),
+        Step("smoke: info", (*python, "admfast", "info"), 120.0),
+        Step("smoke: small kernels", (*python, *small_kernels(plan)), 120.0),
     ]
 
 
-def sanitizer_steps(plan: Plan, seconds: float) -> list[Step]:
+def sanitizer_steps(plan: Plan) -> list[Step]:
     """Return the small kernels under both tools of compute-sanitizer."""
     module = (sys.executable, "-m", "bench.gpu.sanitizer")
-    return [Step(tool, (*module, tool, *small_kernels(plan))) for tool in ("memcheck", "racecheck")]
+    tools = ("memcheck", "racecheck")
+    return [Step(f"sanitizers: {tool}", (*module, tool, *small_kernels(plan)), 120.0) for tool in tools]
 
 
 def small_kernels(plan: Plan) -> tuple[str, ...]:
@@ -118,12 +101,12 @@ def small_kernels(plan: Plan) -> tuple[str, ...]:
     return ("tests.tools.small_kernels", "--device", plan.device)
 
 
-def parity_steps(plan: Plan, seconds: float) -> list[Step]:
+def parity_steps(plan: Plan) -> list[Step]:
     """Networks, classifiers and trajectories on the device, beside the numbers of the published code."""
     return [pytest_step(plan, path) for path in gpu_test_files(plan) if path.startswith("tests/parity/")]
 
 
-def test_steps(plan: Plan, seconds: float) -> list[Step]:
+def test_steps(plan: Plan) -> list[Step]:
     """The tests that need a GPU, a step for each file, those that take longest last."""
     return [pytest_step(plan, path) for path in gpu_test_files(plan) if not path.startswith("tests/parity/")]
 
@@ -148,46 +131,43 @@ def pytest_step(plan: Plan, path: str) -> Step:
     command = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
     if rank(path) and importlib.util.find_spec("xdist"):
         command += ("-n", str(WORKERS))
-    golden = plan.root / plan.golden
+    golden = plan.root / ".golden"
     environment = {"ADMFAST_GOLDEN": str(golden)} if golden.is_dir() else {}
-    return Step(path.removeprefix("tests/"), (*command, "-m", "gpu", path), environment, tests=True)
+    return Step(path, (*command, "-m", "gpu", path), 240.0, environment, tests=True)
 
 
-def bench_stage(name: str, weight: float, *more: str, module: str = "", least: float = 0.0) -> Stage:
-    """Return a bench: `python -m bench.<module> --device D --out DIR --budget SECONDS`, and `more`.
+def bench_steps(name: str, limit: float, *more: str, module: str = "") -> Callable[[Plan], list[Step]]:
+    """Return the step of `python -m bench.<module>` with `more` flags; the module is `name` by default."""
 
-    module: the stage's name by default.
+    def steps(plan: Plan) -> list[Step]:
+        flags = ("--device", plan.device, "--out", str(plan.out), *more)
+        command = (sys.executable, "-m", f"bench.{module or name}", *flags)
+        return [Step(name, command, limit, bench=True, sources=PRODUCT)]
+
+    return steps
+
+
+STAGES: dict[str, Callable[[Plan], list[Step]]] = {
+    "build": build_steps,
+    "smoke": smoke_steps,
+    "parity": parity_steps,
+    "sampling": bench_steps("sampling", 240.0, "--only", "matmul,steps"),
+    "kernels": bench_steps("kernels", 150.0),
+    "sanitizers": sanitizer_steps,
+    "tests": test_steps,
+    "ceilings": bench_steps("ceilings", 150.0),
+    "profile": bench_steps("profile", 150.0),
+    "ablation": bench_steps("ablation", 240.0, "--ablate", "--only", "start,ablation", module="sampling"),
+    "peers": bench_steps("peers", 600.0, "--peers", "--only", "matmul,steps", module="sampling"),
+}
+
+
+def choose(names: str | None, plan: Plan) -> list[Step]:
+    """Return the steps of the stages in a comma-separated text, in their order; all for None or "".
+
+    Raises: ValueError for a name that is no stage's.
     """
-
-    def steps(plan: Plan, seconds: float) -> list[Step]:
-        own = f"{max(seconds - 10, seconds / 2):.0f}"  # ten seconds to end by itself and write its table
-        flags = ("--device", plan.device, "--out", str(plan.out), "--budget", own, *more)
-        return [Step(f"bench.{name}", (sys.executable, "-m", f"bench.{module or name}", *flags))]
-
-    return Stage(name, weight, steps, least=least)
-
-
-# In the order of what is most worth knowing where time is short.
-STAGES: tuple[Stage, ...] = (
-    Stage("build", 1.0, build_steps, record=build_info, standing=build_stands, whole=True, sources=("csrc",)),
-    Stage("smoke", 1.0, smoke_steps, least=120, sources=(*PRODUCT, "tests")),
-    Stage("parity", 1.0, parity_steps, least=120, sources=(*PRODUCT, "tests")),
-    bench_stage("sampling", 2.0, "--only", "matmul,steps", least=180),
-    bench_stage("kernels", 1.0, least=90),
-    Stage("sanitizers", 1.0, sanitizer_steps, sources=(*PRODUCT, "tests")),
-    Stage("tests", 3.0, test_steps, sources=(*PRODUCT, "tests")),
-    bench_stage("ceilings", 1.0),
-    bench_stage("profile", 1.0),
-    bench_stage("ablation", 1.0, "--ablate", "--only", "start,ablation", module="sampling"),
-    bench_stage("peers", 1.0, "--peers", "--only", "matmul,steps", module="sampling"),
-)
-
-
-def choose(names: str | None, stages: tuple[Stage, ...] = STAGES) -> list[Stage]:
-    """The stages named in a comma-separated text, in their order; all for None or ""; else ValueError."""
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
-    unknown = sorted(set(wanted) - {stage.name for stage in stages})
-    if unknown:
-        known = ", ".join(stage.name for stage in stages)
-        raise ValueError(f"stages={names!r}: no stage {', '.join(unknown)}; there are {known}")
-    return [stage for stage in stages if not wanted or stage.name in wanted]
+    if unknown := sorted(set(wanted) - set(STAGES)):
+        raise ValueError(f"stages={names!r}: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    return [step for name, steps in STAGES.items() if not wanted or name in wanted for step in steps(plan)]

@@ -1,9 +1,9 @@
-"""Attention at ADM's token counts and head widths: torch's backends and xformers, and `attention`."""
+"""Attention at ADM's token counts and head widths: torch's backends, and our implementations."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -34,8 +34,6 @@ BACKENDS = {
 CUDA_ONLY = ("sdpa cudnn", "sdpa efficient")
 PRECISIONS = {"cuda": ("fp16", "bf16"), "cpu": ("bf16", "fp32")}
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 def _limit(dtype: str, tokens: int) -> float:
     """Scores of a few units, weights and output are each rounded to the dtype by some backend."""
@@ -61,20 +59,14 @@ def _fields(shape: AttentionShape, batch: int) -> dict[str, int]:
 
 def ceilings(settings: Settings) -> Iterator[Case]:
     """Every backend at every shape; where it refuses, its own words are the row's reason."""
-    xformers = _xformers()
-    backends: dict[str, Attention] = {name: partial(_sdpa, kind) for name, kind in BACKENDS.items()}
-    missing = {} if settings.cuda else dict.fromkeys(CUDA_ONLY, "needs cuda")
-    if isinstance(xformers, str):
-        missing["xformers"] = xformers
-    else:
-        backends["xformers"] = xformers
+    missing = () if settings.cuda else CUDA_ONLY
     for _, shape, models, batch, dtype in sorted(_grid(settings), key=lambda row: row[0]):
-        for name, attention in backends.items():
+        for name in BACKENDS:
             if name not in missing:
-                measure = partial(_ceiling, shape, batch, dtype, attention)
+                measure = partial(_ceiling, shape, batch, dtype, BACKENDS[name])
                 yield Case("attention", dtype, name, _fields(shape, batch), measure, {"models": models})
-    for name, reason in missing.items():
-        yield Case("attention", "any", name, {}, unavailable(reason))
+    for name in missing:
+        yield Case("attention", "any", name, {}, unavailable("needs cuda"))
 
 
 def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -82,23 +74,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def _xformers() -> Attention | str:
-    """xformers' attention on [N, heads, S, d], or why it is missing."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"xformers: {first_line(error)}"
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return out.transpose(1, 2)
-
-    return attention
-
-
-def _ceiling(shape: AttentionShape, batch: int, dtype: str, attention: Attention, settings: Settings) -> Row:
+def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend, settings: Settings) -> Row:
     # As a channels-last network holds them: one [N, S, 3, heads, d] projection, q, k and v strided views
     # of it.
     size = (batch, shape.tokens, 3, shape.heads, shape.head_dim)
@@ -107,7 +83,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, attention: Attention
     try:
         with warnings.catch_warnings(record=True) as said, torch.inference_mode():
             warnings.simplefilter("always")
-            attention(q, k, v)
+            _sdpa(backend, q, k, v)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -118,7 +94,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, attention: Attention
         raise Unavailable("; ".join(dict.fromkeys(reasons))[:500]) from error
     ref = _sdpa(SDPBackend.MATH, q.float(), k.float(), v.float())
     return timed(
-        lambda: attention(q, k, v),
+        lambda: _sdpa(backend, q, k, v),
         settings,
         check=lambda out: checked(out, ref, _limit(dtype, shape.tokens)),
         flop=batch * shape.flop,

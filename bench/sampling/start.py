@@ -55,9 +55,8 @@ def _measure(shape: Mapping[str, object], precision: str, more: Sequence[str], s
     # Without making weights, which a user reads from a file.
     seconds = [round(t["import_s"] + t["prepare_s"] + t["first_s"], 3) for t in (cold, kept)]
     row = {"ms": round(1e3 * seconds[0], 1), "cold_s": seconds[0], "kept_s": seconds[1]}
-    return (
-        row | {"warm_s": kept["second_s"]} | {key: kept[key] for key in ("import_s", "prepare_s", "first_s")}
-    )
+    row["warm_s"] = kept["second_s"]
+    return row | {key: kept[key] for key in ("import_s", "prepare_s", "first_s")}
 
 
 def first_image(flags: Sequence[str], environment: Mapping[str, str]) -> dict[str, float]:

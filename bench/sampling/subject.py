@@ -122,18 +122,14 @@ class Inputs:
             labels = (torch.arange(batch) * 7 % classes).to(device)
         if isinstance(config, UpsamplerConfig):
             side = subject.low_res_size or config.image_size // 4
-            low_res = (torch.rand(batch, config.in_channels, side, side, generator=generator) * 2 - 1).to(
-                device
-            )
+            levels = torch.rand(batch, config.in_channels, side, side, generator=generator)
+            low_res = (levels * 2 - 1).to(device)
         return cls(x.to(device), as_seeds(range(batch)).to(device), labels, low_res)
 
     def part(self, images: list[int]) -> Inputs:
         """Some of the images."""
-
-        def take(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[images]
-
-        return Inputs(self.x[images], self.seeds[images], take(self.labels), take(self.low_res))
+        whole = (self.x, self.seeds, self.labels, self.low_res)
+        return Inputs(*(None if t is None else t[images] for t in whole))  # type: ignore[arg-type]
 
 
 @functools.cache
