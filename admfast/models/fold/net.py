@@ -209,11 +209,19 @@ class FoldableNet(nn.Module):
         return self._projections(emb) if self._projections is not None and self.projects else emb
 
     def entering(self, x: Tensor) -> Tensor:
-        """Images as the torso takes them: its dtype, channels together where that is folded."""
+        """Return images as the torso takes them: in its dtype, with their channels together.
+
+        Convolutions hand that layout on whatever the layout of their weights. A training step of the digits
+        model takes 640 ms with it and 700 without (batch 32, one thread, EPYC), under autocast 448 and 521.
+        """
         x = x.to(self.torso_dtype)
-        if self.is_folded and self.fold_options is not None and self.fold_options.has("channels_last"):
-            x = channels_last(x) if x.dim() > 3 else x
-        return x
+        options = self.fold_options if self.is_folded else None
+        together = x.dim() == 4 if options is None else x.dim() > 3 and options.has("channels_last")
+        if not together:
+            return x
+        x = channels_last(x)
+        # Strides of a single channel don't say which layout it has, and torch then takes the other one.
+        return x if x.shape[1] > 1 else x[:, 0].unsqueeze(-1).movedim(-1, 1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Moving or converting the network leaves what was derived behind.
