@@ -197,7 +197,7 @@ class Pipeline:
         if classes is None:
             raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
         if not isinstance(classes, Tensor) or classes.device.type == "cpu":
-            classes = torch.tensor(checks.whole_numbers("classes", classes, 0, known - 1))
+            classes = torch.tensor(checks.whole_numbers("classes", classes, 0, known - 1), device="cpu")
         labels = classes.to(x_t.device)
         if labels.shape != x_t.shape[:1]:
             raise invalid("classes", tuple(labels.shape), f"one class for each of the {len(x_t)} images")

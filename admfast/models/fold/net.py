@@ -241,6 +241,10 @@ class FoldableNet(nn.Module):
         Convolutions hand that layout on whatever the layout of their weights. A training step of the digits
         model takes 640 ms with it and 700 without (batch 32, one thread, EPYC), under autocast 448 and 521.
         """
+        if (
+            not x.is_floating_point()
+        ):  # the output, which gets the dtype of x, would lose all but whole numbers
+            raise invalid("x.dtype", x.dtype, "a floating dtype")
         x = x.to(self.torso_dtype)
         options = self.fold_options if self.is_folded else None
         together = x.dim() == 4 if options is None else x.dim() > 3 and options.has("channels_last")
