@@ -140,6 +140,9 @@ class FoldableNet(nn.Module):
         A network with trainable parameters is left unfolded, as is every network where `options` is None.
         """
         with FOLDING:
+            if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
+                # This stream must not read what that of another thread has yet to write.
+                torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
             state = self._look()
             known = self._fold_state
             if options is None or True in state.trained:
@@ -153,9 +156,6 @@ class FoldableNet(nn.Module):
                 self.fold(options, dtype)
             else:
                 self._settle(state)
-            if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
-                # The streams of other threads must not read what this one has yet to write.
-                torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
 
     def unfold(self) -> None:
         """Drop what was derived."""
