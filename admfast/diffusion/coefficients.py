@@ -86,7 +86,7 @@ class CoefficientTables:
 def _uploaded(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     # Outside of inference mode: a table made in it could not serve autograd later.
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype).to(device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _coefficients(schedule: Schedule) -> dict[str, FloatArray]:

@@ -51,14 +51,16 @@ class Engine:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def ready(self) -> None:
+    def ready(self, guided: bool = True) -> None:
         """Fold the networks where that is wanted and not done, or where their parameters have changed.
 
+        guided: the classifier too; without, it is left as it is.
         New values go into the same memory; what can't is made anew, and kept steps of it are dropped.
         """
         fold, policy = self.options.fold, self.policy
         with self.lock, FOLDING:
-            for net, dtype in ((self.net, policy.torso), (self.classifier, policy.classifier)):
+            classifier = self.classifier if guided else None
+            for net, dtype in ((self.net, policy.torso), (classifier, policy.classifier)):
                 if net is None:
                     continue
                 if fold is None and net.fold_options is None and not self.options.prepared:

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from admfast.ops.transforms import in_autocast
 
 @contextlib.contextmanager
 def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
-    """Run a block outside inference mode and autocast, with TF32 products on CUDA as `tf32` says.
+    """Run a block outside inference mode and autocast, with rounded factors of float32 products as said.
+
+    On CUDA factors are rounded to TF32 where `tf32` says so; on a CPU never, to TF32 or to bfloat16.
 
     Tensors made in inference mode could not serve autograd (guidance, `predict`) ever after; autocast would
-    change a pipeline's precision behind its back. The TF32 settings belong to the whole process: another
-    thread that computes on CUDA at the same time sees them, and of pipelines that differ in them the one
+    change a pipeline's precision behind its back. These settings belong to the whole process: another
+    thread that computes at the same time sees them, and of pipelines that differ in them the one
     that came last decides. On a CPU torch's threads stay as they are, but for those that the process has no
     processor for.
     """
@@ -35,6 +37,7 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
                 stack.enter_context(torch.cuda.device(device))
             stack.enter_context(_TF32.held_at(tf32))
         else:
+            stack.enter_context(_ON_CPU.held_at(False))
             stack.enter_context(_no_idle_threads())
         yield
 
@@ -58,13 +61,16 @@ def _no_idle_threads() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-class _Tf32:
-    """What float32 matrix products and convolutions on CUDA may be rounded to: one setting for a process.
+class _Rounding:
+    """What factors of float32 products and convolutions may be rounded to: one setting for a process.
+
+    backends: torch's, whose setting it is. older: hold what `torch.set_float32_matmul_precision` set, too.
 
     The first to hold it notes what it was, and the last restores that, in whatever order they leave.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backends: Callable[[], tuple[Any, ...]], older: bool):
+        self.backends, self.has_older = backends, older
         self.lock, self.holders = threading.Lock(), dict[object, bool]()
         self.older: tuple[str, bool] | None = None
         self.newer: list[str] = []
@@ -89,7 +95,9 @@ class _Tf32:
                     self._restore()
 
     def _note(self) -> None:
-        self.newer = [backend.fp32_precision for backend in _backends()]
+        self.newer = [backend.fp32_precision for backend in self.backends()]
+        if not self.has_older:
+            return
         try:
             self.older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         except RuntimeError:  # the process uses the newer settings alone, and torch refuses to mix the two
@@ -97,7 +105,7 @@ class _Tf32:
 
     def _set(self, allowed: bool) -> None:
         if self.older is None:
-            for backend in _backends():
+            for backend in self.backends():
                 backend.fp32_precision = "tf32" if allowed else "ieee"
         else:
             torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -107,16 +115,21 @@ class _Tf32:
         if self.older is not None:
             torch.set_float32_matmul_precision(self.older[0])
             torch.backends.cudnn.allow_tf32 = self.older[1]
-        for backend, value in zip(_backends(), self.newer, strict=True):
+        for backend, value in zip(self.backends(), self.newer, strict=True):
             backend.fp32_precision = value
 
 
-_TF32 = _Tf32()
-
-
-def _backends() -> tuple[Any, ...]:
+def _cuda_backends() -> tuple[Any, ...]:
     cudnn: Any = torch.backends.cudnn
     return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+
+
+def _cpu_backends() -> tuple[Any, ...]:
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.matmul, mkldnn.conv
+
+
+_TF32, _ON_CPU = _Rounding(_cuda_backends, older=True), _Rounding(_cpu_backends, older=False)
 
 
 def peak_memory(device: torch.device) -> int:

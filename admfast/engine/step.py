@@ -227,7 +227,7 @@ class PreparedStep:
         self.scale.fill_(batch.scale)
         self.guided = batch.guided
         self.timesteps[:, :count] = table.timesteps.to(self.timesteps.dtype).to(self.timesteps.device)
-        self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32))
+        self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32, device="cpu"))
         self.step_noise = None if batch.step_noise is None else batch.step_noise.detach()
 
     def _enter(self, stream: torch.cuda.Stream) -> None:
@@ -310,6 +310,6 @@ def check_generations(networks: Sequence[FoldableNet], generations: Sequence[int
 
 def _no_rows(count: int) -> Tensor:
     """A packed table whose rows make everything 0: [count, columns] float64."""
-    table = torch.zeros(count, len(COLUMNS), dtype=torch.float64)
+    table = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device="cpu")
     table[:, COLUMNS.index("push_slot")] = -1
     return table

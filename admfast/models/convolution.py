@@ -69,7 +69,11 @@ class FoldableConv(nn.Module):
         if x2 is not None:
             x = torch.cat([x, x2], dim=1)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = self._conv_forward(x, self.weight.to(x.dtype), bias)  # type: ignore[operator]
+        weight = self.weight
+        if weight.requires_grad and weight.dim() > 3 and weight.is_contiguous():
+            # The library's gradient lies as the images do; that of a view lies as the weight does.
+            weight = weight.flatten(1).unflatten(1, weight.shape[1:])
+        y = self._conv_forward(x, weight.to(x.dtype), bias)  # type: ignore[operator]
         return y if residual is None else residual + y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -283,13 +283,14 @@ def packed_missing() -> str | None:
     """
     try:
         with deriving():
-            x, weight = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 3, 3)
+            x = torch.ones(1, 2, 3, 3, dtype=torch.float32, device="cpu")
+            weight = x.new_ones(2, 2, 3, 3)
             direction = Direction(weight, ConvOptions((1, 1), (1, 1), x.dtype), by_packed)
             key = ("packed", *x.shape)
             direction.forms[key] = direction._derived(key)  # itself: a trace may be what asks first
             right = all(
                 torch.equal(by_packed(direction, x, None, r), by_library(direction, x, None, r))
-                for r in (None, torch.ones(1, 2, 3, 3))
+                for r in (None, torch.ones_like(x))
             )
     except Exception as error:  # whatever torch raises is the reason
         return f"its trial failed: {first_line(error)}"

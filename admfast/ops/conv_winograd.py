@@ -79,7 +79,7 @@ def winograd_weights_ref(weight: Tensor) -> Tensor:
     c_out, c_in = weight.shape[:2]
     g = transform()
     both = torch.kron(g, g)  # [36, 9]
-    u = torch.zeros(-(-c_out // PANEL), both.shape[0], c_in, PANEL)
+    u = torch.zeros(-(-c_out // PANEL), both.shape[0], c_in, PANEL, dtype=torch.float32, device="cpu")
     for panel, taps in zip(u, weight.split(PANEL), strict=True):
         values = taps.double().reshape(-1, c_in, both.shape[1]) @ both.t()  # [32, C_in, 36]
         panel[..., : len(taps)] = values.permute(2, 1, 0)
@@ -88,4 +88,5 @@ def winograd_weights_ref(weight: Tensor) -> Tensor:
 
 def transform() -> Tensor:
     """G [6, 3] in float64."""
-    return torch.tensor([[float(g) for g in row] for row in matrices()[2]], dtype=torch.float64)
+    rows = [[float(g) for g in row] for row in matrices()[2]]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")

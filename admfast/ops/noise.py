@@ -159,7 +159,8 @@ def as_seeds(seeds: object, count: int | None = None) -> Tensor:
             raise invalid("seeds", seed, "0 to 2^64 - 1")
     if count is not None and len(values) != count:
         raise invalid("seeds", len(values), f"one seed for each of the {count} images")
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in values], dtype=torch.int64)
+    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in values]
+    return torch.tensor(signed, dtype=torch.int64, device="cpu")
 
 
 def check_counter(name: str, value: object, device: torch.device) -> None:

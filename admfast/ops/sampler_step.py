@@ -96,7 +96,7 @@ class PackedTable:
     @functools.cached_property
     def used(self) -> tuple[frozenset[str], ...]:
         """For every row the columns that it uses: those that aren't 0, and push_slot where it pushes."""
-        absent = torch.zeros(len(COLUMNS), dtype=torch.float64)
+        absent = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
         absent[COLUMNS.index("push_slot")] = -1
         return tuple(
             frozenset(name for name, there in zip(COLUMNS, row, strict=True) if there)
@@ -108,7 +108,7 @@ def pack(
     rows: Sequence[Row], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PackedTable:
     """Turn rows into the table that the update reads; the only upload of a solver's coefficients."""
-    table = torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64)
+    table = torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64, device="cpu")
     pushed = 0
     for i, row in enumerate(rows):
         values = dataclasses.asdict(row)
@@ -121,7 +121,8 @@ def pack(
                 values[f"d{(pushed - age) % HISTORY}"] = coefficient
         values["push_slot"] = pushed % HISTORY if row.push else -1
         pushed += row.push
-        table[i] = torch.tensor([float(values.get(name, 0.0)) for name in COLUMNS], dtype=torch.float64)
+        row_values = [float(values.get(name, 0.0)) for name in COLUMNS]
+        table[i] = torch.tensor(row_values, dtype=torch.float64, device="cpu")
     return PackedTable(table, table.to(device=device, dtype=dtype))
 
 

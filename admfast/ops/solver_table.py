@@ -44,7 +44,9 @@ class SolverTable:
     @functools.cached_property
     def timesteps(self) -> Tensor:
         """Return what network and guidance see of t: [2, rows], float64."""
-        return torch.tensor([(row.t_net, row.t_clf) for row in self.rows], dtype=torch.float64).T
+        return torch.tensor(
+            [(row.t_net, row.t_clf) for row in self.rows], dtype=torch.float64, device="cpu"
+        ).T
 
     def seen(self, x: Tensor) -> Tensor:
         """Return what network and guidance see of t, for the images x: [2, rows, N] on its device."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 T = TypeVar("T")
 
@@ -30,12 +31,18 @@ def constant(function: Callable[..., T]) -> Callable[..., T]:
 
 @contextlib.contextmanager
 def deriving() -> Iterator[None]:
-    """Leave inference mode and the transforms of torch.func, and record nothing.
+    """Leave inference mode, dispatch modes and the transforms of torch.func, and record nothing.
 
     What is made in inference mode could neither be written to nor serve a gradient later; what is made under
-    a transform would be a tensor of its level, which ends with it.
+    a transform would be a tensor of its level, which ends with it; and under a mode without values, as
+    torch's FakeTensorMode, it would have none.
     """
-    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.no_grad():
+    with (
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         yield
 
 

@@ -75,7 +75,9 @@ class SampleRun:
         if self.low_res is not None:
             n, height, width, channels = self.low_res.shape
             # Its values don't matter here: no copy of all of them in float.
-            request = replace(request, low_res=torch.zeros(1, 1, 1, 1).expand(n, channels, height, width))
+            request = replace(
+                request, low_res=torch.zeros(1, 1, 1, 1, device="cpu").expand(n, channels, height, width)
+            )
         base = plan(request, self.pipe)
         self._folder.check()
         return base.steps

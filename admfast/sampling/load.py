@@ -115,11 +115,9 @@ class _Form:
     keep_master: bool = True
 
     def network(self, net: Network, dtype: torch.dtype) -> nn.Module:
-        """The network as pipelines hold it, images channels-last: how convolutions and norms run fastest."""
+        """Return the network as pipelines hold it: its parameters rounded where no master is kept."""
         if not self.keep_master and dtype != torch.float32:
             net.convert_torso(dtype)
-        if net.config.dims == 2:
-            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return net
 
     def pipeline(self, name: str, net: Network, process: DiffusionConfig, **more: Any) -> Pipeline:

@@ -184,7 +184,7 @@ class Pipeline:
             x_t = checks.images("x_t", x_t)
             check_low_res(self, None if low_res is None else checks.images("low_res", low_res), len(x_t))
             labels = self._labels(classes, x_t)
-            self.engine.ready()
+            self.engine.ready(guided=False)
             return self.predictor(conditioned(self.net, labels, low_res), x_t, t)
 
     def _labels(self, classes: Tensor | Sequence[int] | None, x_t: Tensor) -> Tensor | None:
@@ -197,11 +197,26 @@ class Pipeline:
         if classes is None:
             raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
         if not isinstance(classes, Tensor) or classes.device.type == "cpu":
-            classes = torch.tensor(checks.whole_numbers("classes", classes, 0, known - 1))
+            classes = torch.tensor(checks.whole_numbers("classes", classes, 0, known - 1), device="cpu")
         labels = classes.to(x_t.device)
         if labels.shape != x_t.shape[:1]:
             raise invalid("classes", tuple(labels.shape), f"one class for each of the {len(x_t)} images")
         return labels
+
+    def refresh(self) -> None:
+        """Renew everything that was derived from the networks' parameters, an upsampler's too.
+
+        Needed only after a change that nothing shows. `sample` and `predict` notice parameters that were
+        replaced or moved, every write that torch counts, and others (through `.data` or NumPy) by comparing
+        values: parameters of up to 4096 elements whole, larger ones in one element at least for every output
+        and every input channel. `pipe.net(x, t)` called directly compares no values. A call that you compiled
+        with torch.compile, or captured in a CUDA graph, notices nothing when it runs again.
+        """
+        for net in (self.net, self.classifier):
+            if net is not None:
+                net.refold()  # type: ignore[operator]
+        if self.upsampler is not None:
+            self.upsampler.refresh()
 
     def process(self, respacing: Respacing | None = None) -> GaussianDiffusion:
         """The diffusion process, with all its steps or respaced."""

@@ -138,7 +138,7 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
         table=table,
         shape=shape,
         seeds=as_seeds(seeds).to(device),
-        labels=None if labels is None else torch.tensor(labels).to(device),
+        labels=None if labels is None else torch.tensor(labels, device=device),
         scale=scale,
         guided=_rows_within(interval, timesteps) if scale else (False,) * len(table),
         guides=tuple((guide, _rows_within(guide.interval, timesteps)) for guide in _by_functions(request)),

@@ -40,7 +40,7 @@ class Predictor:
         self.process = config.build("")
         s = self.process.schedule
         rows = [(float(s.log_snr(i)), *self._log_variance(i)) for i in range(s.num_timesteps)]
-        self._columns = torch.tensor(rows, dtype=torch.float64)  # [S, 3]: log-SNR, l0, l1
+        self._columns = torch.tensor(rows, dtype=torch.float64, device="cpu")  # [S, 3]: log-SNR, l0, l1
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, model: Model, x_t: Tensor, t: Tensor | float) -> Prediction:

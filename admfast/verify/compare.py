@@ -186,9 +186,9 @@ class _Watched:
         self._count = count
 
     def __call__(self, progress: Progress) -> None:
-        shape = (self._count, *progress.x.shape[1:])
+        host = progress.x.new_empty((self._count, *progress.x.shape[1:]), device="cpu")
         key = (progress.stage, progress.done)
-        seen = self.rows.setdefault(key, _Seen(torch.empty(shape), progress.t, torch.empty(shape)))
+        seen = self.rows.setdefault(key, _Seen(host, progress.t, torch.empty_like(host)))
         part = slice(progress.first, progress.first + len(progress.x))
         seen.x[part], seen.x0[part] = progress.x, progress.x0
 

@@ -84,9 +84,7 @@ def _outcome(layer: nn.Module, x: Any, options: dict[str, Any]) -> Tensor:
     y, rows = y[0] if isinstance(y, tuple) else y, getattr(layer, "rows", None)
     if rows is None or not getattr(layer, "reordered", False):
         return y
-    back = torch.empty(len(rows), dtype=torch.int64)
-    back[torch.tensor(rows)] = torch.arange(len(rows))
-    return y[:, back.to(y.device)]
+    return y[:, torch.tensor(rows, device=y.device).argsort()]
 
 
 def _wide(value: Any) -> Any:

@@ -38,7 +38,6 @@ class Form:
     name: str
     options: EngineOptions = field(default_factory=EngineOptions)
     setting: str = ""
-    channels_last: bool = True
 
     def entry(self, precision: str) -> Entry:
         """The form as a contender."""
@@ -50,8 +49,7 @@ def added(cuda: bool) -> list[Form]:
     """From the plain operations to the engine's defaults, one part more in each form."""
     both = f"{NO_NORM},{NO_ATTENTION}"
     forms = [
-        Form("plain", PLAIN, both, channels_last=False),
-        Form("channels-last", PLAIN, both),
+        Form("plain", PLAIN, both),
         Form("fused norm", PLAIN, NO_ATTENTION),
         Form("fused attention", PLAIN),
     ]
@@ -80,7 +78,7 @@ def without(cuda: bool) -> list[Form]:
         return replace(whole, fold=FoldOptions(_without=frozenset({part})))
 
     forms = [
-        Form("channels-last", less("channels_last"), channels_last=False),
+        Form("channels-last", less("channels_last")),
         Form("fused norm", whole, NO_NORM),
         Form("fused attention", whole, NO_ATTENTION),
         Form("fused update", whole, "sampler_step=reference"),

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from admfast.engine.engine import Engine
 from admfast.engine.guidance import classifier_guidance
@@ -29,7 +29,7 @@ class Ours(Contender):
     """A step of the engine.
 
     precision: name of a policy. options: of the engine. setting: which implementations run, as in
-    ADMFAST_IMPL; "" leaves the choice. channels_last: parameters lie as `admfast.load` lays them.
+    ADMFAST_IMPL; "" leaves the choice.
     """
 
     def __init__(
@@ -41,17 +41,15 @@ class Ours(Contender):
         precision: str = "fp32",
         options: EngineOptions | None = None,
         setting: str = "",
-        channels_last: bool = True,
     ):
         super().__init__(subject, inputs)
         self.name, self.dtype, self.setting = name, precision, setting
         self.options = options or EngineOptions()
-        self.channels_last = channels_last
         self.implementations: dict[str, list[str]] = {}
 
     def prepare(self) -> None:
         self.policy = policy(self.dtype, self.device)
-        nets = [laid_out(net, self.channels_last) for net in self.subject.networks(self.device)]
+        nets = self.subject.networks(self.device)
         self.engine = Engine(nets[0], nets[1], self.policy, self.options)  # type: ignore[arg-type]
         self.engine.ready()
         self.table = ddpm().table(self.subject.process(self.subject.steps))
@@ -123,13 +121,6 @@ class Ours(Contender):
         row: Row = {"implementation": ", ".join(parts)}
         refused = getattr(self.runner, "refused", None)
         return row | ({"refused": refused} if refused else {})
-
-
-def laid_out(net: nn.Module | None, channels_last: bool) -> nn.Module | None:
-    """The network as `admfast.load` gives it, or as a file does."""
-    if net is not None and channels_last:
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return net
 
 
 def entry(precision: str, options: EngineOptions | None = None, name: str = "admfast") -> Entry:

@@ -23,7 +23,6 @@ from admfast.engine.precision import policy
 from admfast.sampling.pipeline import Pipeline
 from bench.measure import Case, Settings
 from bench.results import Row
-from bench.sampling.ours import laid_out
 from bench.sampling.subject import TINY, Inputs, Subject, subjects
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +72,8 @@ def first_image(flags: Sequence[str], environment: Mapping[str, str]) -> dict[st
 
 
 def pipeline(subject: Subject, device: torch.device, precision: str, compile: bool) -> Pipeline:
-    """The preset's pipeline on random weights, laid out as `admfast.load` does."""
-    net, classifier = (laid_out(part, True) for part in subject.networks(device))
+    """The preset's pipeline on random weights."""
+    net, classifier = subject.networks(device)
     return Pipeline(
         subject.name,
         net,

@@ -92,8 +92,8 @@ class Bent(ours.Ours):
 
     def prepare(self) -> None:
         super().prepare()
-        with torch.no_grad():
-            self.engine.net.middle_block[0].in_layers[2].weight.mul_(1.1)  # type: ignore[index, union-attr]
+        layer = self.engine.net.middle_block[0].in_layers[2]  # type: ignore[index, union-attr]
+        layer.weight.data = 1.1 * layer.weight  # all contenders share the memory of the old ones
         self.engine.ready()
 
 

@@ -19,7 +19,7 @@ from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_winograd import amplification
 from admfast.ops.dispatch import watch
 from tests.ops.tolerance import assert_within
-from tests.small import classifier, randn, unet, upsampler
+from tests.small import assert_close, classifier, randn, unet, upsampler
 
 N = 6
 Y = torch.tensor([1, 3, 0, 2, 2, 1])
@@ -291,39 +291,101 @@ def memory_of(net) -> list[int]:
     return [form.data_ptr() for form in (*forms, net._projections.weight, net._projections.bias)]
 
 
-@pytest.mark.parametrize("change", ["in place", "load_state_dict", "assign", "data", "data replaced"])
-def test_changed_parameters_are_taken_up_in_the_same_memory(change):
+def scale(net, way: str, factor: float = 1.25) -> None:
+    """Scale all parameters, in one of the ways in which programs write to them."""
+    parameters = list(net.parameters())
+    state = {key: factor * value for key, value in net.state_dict().items()}
+    if way == "load_state_dict":
+        net.load_state_dict(state)
+    elif way == "assign":
+        net.load_state_dict(state, assign=True)
+        net.requires_grad_(False)
+    elif way == "data replaced":
+        for p in parameters:
+            p.data = factor * p.data  # new memory, written before it is the parameter's
+    elif way == "set_":
+        with torch.no_grad():
+            for p in parameters:
+                p.set_(factor * p)
+    elif way == "a vector":
+        torch.nn.utils.vector_to_parameters(
+            factor * torch.nn.utils.parameters_to_vector(parameters), parameters
+        )
+    elif way == "numpy":
+        for p in parameters:
+            p.detach().numpy()[...] *= factor
+    elif way == "foreach on data":
+        torch._foreach_mul_([p.data for p in parameters], factor)
+    elif way == "inference mode":
+        with torch.inference_mode():
+            for p in parameters:
+                p.mul_(factor)
+    else:
+        for p in parameters:
+            (p.data if way == "data" else p.detach()).mul_(factor)
+
+
+MOVING = ("assign", "data replaced", "set_", "a vector")
+WRITES = (*MOVING, "load_state_dict", "data", "detach", "numpy", "foreach on data", "inference mode")
+
+
+@pytest.mark.parametrize("way", WRITES)
+def test_changed_parameters_are_taken_up_in_the_same_memory(way):
     net, wanted = made("unet"), made("unet")
     options = FoldOptions(conv="library")
     net.ensure_folded(options, torch.float32)
     call(net)  # what is derived is made where it is first used
     before, generation = memory_of(net), net.fold_generation
     assert len(before) > 20
-    state = {key: 1.25 * value for key, value in net.state_dict().items()}
-    wanted.load_state_dict(state)
-    if change == "data replaced":
-        for parameter in net.parameters():
-            parameter.data = 1.25 * parameter.data  # new memory, written before it is the parameter's
-    elif change == "in place":
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.mul_(1.25)
-    elif change == "data":
-        for parameter in net.parameters():
-            parameter.data.mul_(1.25)
-        net.ensure_folded(options, torch.float32)  # can't see it
-        assert (call(net)[0] - call(wanted)[0]).abs().max() > 1e-3
-        net.refold()
-    else:
-        net.load_state_dict(state, assign=change == "assign")
-        net.requires_grad_(False)
+    scale(wanted, "load_state_dict")
+    scale(net, way)
     net.ensure_folded(options, torch.float32)
     assert memory_of(net) == before
     # Graphs also read parameters that nothing is derived from: norms, the embedding's layers.
-    moved = change in ("assign", "data replaced")
-    assert (net.fold_generation != generation) == moved
+    assert (net.fold_generation != generation) == (way in MOVING)
     wanted.fold(options)
     assert all(torch.equal(a, b) for a, b in zip(call(net), call(wanted), strict=True))
+
+
+@pytest.mark.parametrize("way", [*MOVING, "load_state_dict", "detach", "inference mode"])
+def test_a_call_takes_up_the_writes_that_torch_counts(way):
+    net, wanted = made("unet"), made("unet")
+    for each in (net, wanted):
+        each.ensure_folded(WHOLE, torch.float32)
+    call(net)
+    scale(wanted, "load_state_dict")
+    scale(net, way)
+    assert all(torch.equal(a, b) for a, b in zip(call(net), call(wanted), strict=True))
+
+
+def test_writes_to_the_layer_that_trains_leave_the_others_folded():
+    net = made("unet")
+    net.ensure_folded(WHOLE, torch.float32)
+    x, layer = randn(N, 1, 8, 8), net.middle_block[0].out_layers[3]
+    folded = net(x, T, Y)
+    layer.weight.requires_grad_(True)
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
+        trained = net(x, T, Y)
+        assert net.is_folded and not torch.equal(trained, folded)
+        layer.weight.requires_grad_(False)
+        assert_close(net(x, T, Y), trained)  # its form is of the new weight
+        net.middle_block[0].in_layers[2].weight.requires_grad_(True)
+        layer.weight.mul_(0.0)
+        net(x, T, Y)
+    assert not net.is_folded  # a frozen one was written to, and forms can't be renewed while others train
+
+
+def test_a_buffer_that_moves_is_a_change():
+    net = made("unet")
+    net.middle_block.register_buffer("note", torch.zeros(2))
+    net.ensure_folded(WHOLE, torch.float32)
+    generation = net.fold_generation
+    net.ensure_folded(WHOLE, torch.float32)
+    assert net.fold_generation == generation
+    net.middle_block.note = torch.zeros(2)
+    net.ensure_folded(WHOLE, torch.float32)
+    assert net.fold_generation > generation
 
 
 def test_moving_and_converting_drop_what_was_derived():

@@ -20,6 +20,7 @@ from admfast import host
 from admfast.errors import invalid
 from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
+from admfast.models.fold.values import Values
 from admfast.ops.layout import channels_last
 from admfast.ops.transforms import deriving
 
@@ -30,10 +31,10 @@ TORSO = ("input_blocks", "middle_block", "output_blocks")
 
 
 class _State(NamedTuple):
-    """A snapshot that tells whether a network changed; changes through `.data` in place are not seen.
+    """A snapshot that tells whether a network changed, but for writes that torch doesn't count (`Values`).
 
-    places: where the parameters lie, of which kind they are, and the convolutions' forms. versions: how often
-    torch saw them written to. modes: which modules train. trained: which parameters do.
+    places: where parameters and buffers lie, of which kind they are, and the convolutions' forms. versions:
+    how often torch saw the parameters written to. modes: which modules train. trained: which parameters do.
     """
 
     places: list[object]
@@ -54,6 +55,7 @@ class FoldableNet(nn.Module):
     fold_dtype: torch.dtype | None = None
     fold_generation: int = 0
     _fold_state: _State | None = None
+    _fold_values: Values | None = None
     _fold_by_layer: bool = False
     _fold_done: torch.cuda.Event | None = None
     _projections: Projections | None = None
@@ -92,6 +94,8 @@ class FoldableNet(nn.Module):
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
             self.fold_options, self.fold_dtype = options, dtype
+            # Before anything is derived: what is written meanwhile is a change.
+            self._fold_values = Values(self.parameters())
             spared = self._spared()
             for name, module in self._convolutions():
                 kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
@@ -122,7 +126,7 @@ class FoldableNet(nn.Module):
         return spared
 
     def refold(self) -> None:
-        """Renew what was derived, in place; needed by hand after a change of `.data` alone."""
+        """Renew what was derived, in place, whether or not a change can be seen; see `Pipeline.refresh`."""
         if any(parameter.requires_grad for parameter in self.parameters()):
             self.unfold()
         elif self.fold_options is not None:
@@ -131,9 +135,14 @@ class FoldableNet(nn.Module):
     def ensure_folded(self, options: FoldOptions | None, dtype: torch.dtype) -> None:
         """Fold where that isn't done, or where parameters were moved, replaced or written to since.
 
+        Writes that torch doesn't count are found by comparing values (see `Values`), but not while a CUDA
+        graph is captured or torch.compile traces, which allow no reading.
         A network with trainable parameters is left unfolded, as is every network where `options` is None.
         """
         with FOLDING:
+            if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
+                # This stream must not read what that of another thread has yet to write.
+                torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
             state = self._look()
             known = self._fold_state
             if options is None or True in state.trained:
@@ -143,13 +152,10 @@ class FoldableNet(nn.Module):
                 self._settle(state)
             elif (options, dtype) != (self.fold_options, self.fold_dtype) or known is None:
                 self.fold(options, dtype)
-            elif (state.places, state.versions) != (known.places, known.versions):
+            elif (state.places, state.versions) != (known.places, known.versions) or not self._holds():
                 self.fold(options, dtype)
             else:
                 self._settle(state)
-            if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
-                # The streams of other threads must not read what this one has yet to write.
-                torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
 
     def unfold(self) -> None:
         """Drop what was derived."""
@@ -159,24 +165,45 @@ class FoldableNet(nn.Module):
             for _, module in self._convolutions():
                 module.unfold()
             self.fold_options, self.fold_dtype, self._fold_done = None, None, None
-            self._projections, self._fold_state = None, None
+            self._projections, self._fold_state, self._fold_values = None, None, None
+
+    def _holds(self) -> bool:
+        """Tell whether the parameters hold the values that were folded, where these may be read."""
+        return self._fold_values is None or not _reads() or self._fold_values.hold()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network, whose forms are renewed first where torch counted a write to its parameters."""
+        values = self._fold_values
+        if values is not None and not torch.compiler.is_compiling() and values.written() and _reads():
+            with FOLDING:
+                # Nothing runs on forms of those that train; and another thread may have been here.
+                if self._fold_values is values and values.written(frozen=True):
+                    self.refold()
+        return super().__call__(*args, **kwargs)
 
     def _look(self) -> _State:
         """Look the network over; felt at every call, and `modules()` would pass each through many hands."""
         modules: list[nn.Module] = [self]
+        tensors: list[Tensor] = []
+        buffers: list[Tensor] = []
         places: list[object] = []
+        modes: list[bool] = []
         for module in modules:  # which grows meanwhile
-            modules.extend(child for child in module._modules.values() if child is not None)
+            held = module.__dict__
+            for child in held["_modules"].values():
+                if child is not None:
+                    modules.append(child)
+            for parameter in held["_parameters"].values():
+                if parameter is not None:
+                    tensors.append(parameter)
+            if held["_buffers"]:
+                buffers.extend(buffer for buffer in held["_buffers"].values() if buffer is not None)
             # A part of the network that was moved alone, or put in another's place, has lost its form.
-            places.append(module.__dict__.get("_folded"))
-        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-        places += [(id(p), p.data_ptr(), p.dtype, p.device) for p in parameters]
-        return _State(
-            places,
-            [p._version for p in parameters],
-            [module.training for module in modules],
-            [p.requires_grad for p in parameters],
-        )
+            places.append(held.get("_folded"))
+            modes.append(held["training"])
+        places += [(id(t), t.data_ptr(), t.dtype, t.device) for t in tensors + buffers]
+        versions = [t._version for t in tensors]
+        return _State(places, versions, modes, [t.requires_grad for t in tensors])
 
     def _settle(self, state: _State) -> None:
         """Take this for the present state, and count it where a step made before can't be used any more."""
@@ -209,11 +236,23 @@ class FoldableNet(nn.Module):
         return self._projections(emb) if self._projections is not None and self.projects else emb
 
     def entering(self, x: Tensor) -> Tensor:
-        """Images as the torso takes them: its dtype, channels together where that is folded."""
+        """Return images as the torso takes them: in its dtype, with their channels together.
+
+        Convolutions hand that layout on whatever the layout of their weights. A training step of the digits
+        model takes 640 ms with it and 700 without (batch 32, one thread, EPYC), under autocast 448 and 521.
+        """
+        if (
+            not x.is_floating_point()
+        ):  # the output, which gets the dtype of x, would lose all but whole numbers
+            raise invalid("x.dtype", x.dtype, "a floating dtype")
         x = x.to(self.torso_dtype)
-        if self.is_folded and self.fold_options is not None and self.fold_options.has("channels_last"):
-            x = channels_last(x) if x.dim() > 3 else x
-        return x
+        options = self.fold_options if self.is_folded else None
+        together = x.dim() == 4 if options is None else x.dim() > 3 and options.has("channels_last")
+        if not together:
+            return x
+        x = channels_last(x)
+        # Strides of a single channel don't say which layout it has, and torch then takes the other one.
+        return x if x.shape[1] > 1 else x[:, 0].unsqueeze(-1).movedim(-1, 1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Moving or converting the network leaves what was derived behind.
@@ -234,6 +273,13 @@ def check_ordinary(name: str, net: nn.Module) -> None:
     """Refuse parameters made in inference mode: no gradient can pass them, and their changes go unseen."""
     if any(parameter.is_inference() for parameter in net.parameters()):
         raise invalid(name, "made in inference mode", "build it outside of torch.inference_mode()")
+
+
+def _reads() -> bool:
+    """Tell whether values may be read now: neither a trace nor the capture of a CUDA graph allows it."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 @contextlib.contextmanager
