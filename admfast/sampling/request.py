@@ -12,6 +12,7 @@ from torch import Tensor
 
 from admfast import checks
 from admfast.diffusion import Respacing
+from admfast.diffusion.respacing import in_one_form
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import first_line, invalid, nearest
 from admfast.sampling.guides import LARGEST, Guide, Interval
@@ -102,8 +103,8 @@ class SampleRequest:
         object.__setattr__(self, name, value)
 
     def _put_whole(self, name: str, least: int) -> None:
-        """Keep a whole number as an int; a tensor or an array without axes holds one as well."""
-        self._put(name, checks.whole(name, checks.plain(getattr(self, name)), least))
+        """Keep a whole number as an int."""
+        self._put(name, checks.whole(name, getattr(self, name), least))
 
     def _check_images(self) -> None:
         """Check which images are asked for, and the tensors that come with them."""
@@ -132,10 +133,8 @@ class SampleRequest:
                 self._put_whole(name, 1)
         if self.respacing is not None and self.steps is not None:
             raise invalid("steps", self.steps, "not together with respacing")
-        if self.respacing is not None and not isinstance(self.respacing, str):
-            several = isinstance(checks.plain(self.respacing), Iterable)
-            kept = checks.whole_numbers("respacing", self.respacing, 0)
-            self._put("respacing", tuple(kept) if several else kept[0])
+        if self.respacing is not None:
+            self._put("respacing", in_one_form(self.respacing))
         if self.t_start is not None:
             self._put_whole("t_start", 0)
         if solver.begins == "noise":
