@@ -65,6 +65,13 @@ def whole_numbers(name: str, value: object, least: int, most: int | None = None)
     return [whole(name, item, least, most) for item in items(plain(value))]
 
 
+def whole_or_several(name: str, value: object, least: int, most: int | None = None) -> int | tuple[int, ...]:
+    """Return one whole number as an int, several (as of `whole_numbers`) as a tuple."""
+    given = plain(value)
+    found = whole_numbers(name, given, least, most)
+    return tuple(found) if isinstance(given, Iterable) else found[0]
+
+
 def plain(value: object) -> object:
     """Return an array or a tensor as Python numbers, read from its device at once."""
     return value.tolist() if hasattr(value, "tolist") and not getattr(value, "is_meta", False) else value

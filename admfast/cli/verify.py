@@ -15,6 +15,7 @@ from admfast.files.atomic import check_folder
 from admfast.files.levels import from_uint8
 from admfast.files.tables import table
 from admfast.sampling.load import load
+from admfast.sampling.plan import plan
 from admfast.verify.compare import STEPS, request_for, verify
 from admfast.verify.report import report
 
@@ -72,7 +73,7 @@ def run_verify(
     pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
     request = request_for(pipe, **settings)
     reference = load(name, precision="fp32", engine=PLAIN, **parts)
-    print(table([*resolved(pipe, request), *pipe.policy.parts().items()]), flush=True)
+    print(table([*resolved(pipe, request, plan(request, pipe)), *pipe.policy.parts().items()]), flush=True)
     found = verify(pipe, reference, request)
     print("\n" + report(found))
     return PAST_BUDGET if found.failures else 0

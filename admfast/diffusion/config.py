@@ -10,7 +10,7 @@ from typing import Any
 from admfast import checks
 from admfast.diffusion.parameterisation import LossType, MeanType, VarType, member
 from admfast.diffusion.process import GaussianDiffusion
-from admfast.diffusion.respacing import Respacing, in_one_form, space_timesteps
+from admfast.diffusion.respacing import Respacing, space_timesteps
 from admfast.diffusion.schedule import NOISE_SCHEDULES, beta_schedule, make_schedule
 from admfast.errors import invalid, nearest
 
@@ -68,8 +68,9 @@ class DiffusionConfig:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
         beta_schedule(self.noise_schedule, self.steps)
-        if self.respacing is not None:
-            object.__setattr__(self, "respacing", in_one_form(self.respacing))
+        if self.respacing is not None and not isinstance(self.respacing, str):
+            kept = checks.whole_or_several("respacing", self.respacing, 0)
+            object.__setattr__(self, "respacing", kept)
         if self.respacing is not None and not space_timesteps(self.steps, self.respacing):
             raise invalid("respacing", self.respacing, "at least one step")
         self._direct("mean_type", MeanType, "predict_xstart")

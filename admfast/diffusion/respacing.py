@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 
-from admfast.checks import plain, whole, whole_numbers
+from admfast.checks import plain, whole
 from admfast.errors import InvalidArgument, invalid, nearest
 
 Respacing = str | int | Iterable[int]
@@ -18,19 +18,6 @@ _FORMS = (
     "a count such as '250', counts per section such as '10,10,10', 'ddimN', a list of timesteps, "
     "or '' for all"
 )
-
-
-def in_one_form(spec: Respacing) -> str | int | tuple[int, ...]:
-    """Return a respacing as a text, one whole number or a tuple of them, whatever holds it.
-
-    Raises: InvalidArgument for what is none of these.
-    """
-    spec = plain(spec)  # type: ignore[assignment]
-    if isinstance(spec, str):
-        return spec
-    if isinstance(spec, Iterable):
-        return tuple(whole_numbers("respacing", spec, 0))
-    return whole("respacing", spec, 0)
 
 
 def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = False) -> list[int]:

@@ -169,6 +169,12 @@ class UNetConfig(NetConfig):
             allowed = f"{self.in_channels} or, with learned variance, {2 * self.in_channels}"
             raise invalid("out_channels", self.out_channels, allowed)
 
+    def side_units(self) -> tuple[int, ...]:
+        """Return for each side of an image the number that must divide it, as levels halve it."""
+        # Of a volume only the inner two sides are halved from level to level.
+        factor = 2 ** (len(self.channel_mult) - 1)
+        return (1, factor, factor) if self.dims == 3 else (factor,) * self.dims
+
     @property
     def learn_sigma(self) -> bool:
         """Tell whether the second half of the output is the variance channels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -198,9 +198,7 @@ class Pipeline:
         if classes is None:
             raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
         if not isinstance(classes, Tensor) or classes.device.type == "cpu":
-            given = checks.plain(classes)
-            classes = torch.tensor(checks.whole_numbers("classes", given, 0, known - 1))
-            classes = classes if isinstance(given, Iterable) else classes[0]
+            classes = torch.tensor(checks.whole_or_several("classes", classes, 0, known - 1))
         labels = classes.to(x_t.device)
         if labels.dim() == 0:
             labels = labels.expand(len(x_t))

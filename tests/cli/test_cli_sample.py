@@ -111,6 +111,15 @@ def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_pat
 
 
 @both_defaults
+@pytest.mark.parametrize("size, sides", [("8x12", (8, 12)), ("16", (16, 16)), ("4X8", (4, 8))])
+def test_images_of_another_size(sample, tmp_path, size, sides):
+    status, stdout, stderr = sample("--size", size)
+    assert status == 0, stderr
+    assert table_of(stdout)["images"].startswith(f"1 of {sides[0]}x{sides[1]}, ")
+    assert read_image(tmp_path / "out" / "images" / "000000_class0_seed0.png").shape == (*sides, 1)
+
+
+@both_defaults
 @pytest.mark.parametrize(
     "options, solver, steps",
     [
@@ -185,6 +194,10 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--set", "device=cpu"], "--set='device': no such option of a file"),
         (["--set-classifier", "num_heads=2"], "classifier_options={'num_heads': 2}: there is no classifier"),
         (["--steps", "0"], "--steps=0: "),
+        (["--size", "8x"], "size='8x': "),
+        (["--size", "0x8"], "--size=0: "),
+        (["--size", "8x13"], "--size=(8, 13): "),
+        (["--size", "8x13"], "nearest: 8x12"),
         (["--steps", "two"], "admfast sample: Invalid value for '--steps': "),
         (["--solver", "ddin"], "solver='ddin': nearest: ddim"),
         (["--respacing", "dim25"], "respacing='dim25'"),

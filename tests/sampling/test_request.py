@@ -23,7 +23,10 @@ REQUESTS = [
     SampleRequest(),
     SampleRequest(3, range(5), steps=7, solver=ddim(eta=0.5), guidance=2.0, batch_size=2),
     SampleRequest([1, 2], [2**64 - 1], respacing="ddim25", clip=False, output="float", impl="reference"),
-    SampleRequest(respacing=[0, 10, 20], guidance_interval=(200, 800), upsampler_steps=4, every=3),
+    SampleRequest(size=64, seeds=3),
+    SampleRequest(
+        respacing=[0, 10, 20], size=(64, 96), guidance_interval=(200, 800), upsampler_steps=4, every=3
+    ),
 ]
 
 
@@ -137,6 +140,8 @@ def test_a_fraction_is_one_whatever_holds_it(half):
 @pytest.mark.parametrize(
     "make, given, plain",
     [
+        (SampleRequest, {"size": torch.tensor([64, 96])}, {"size": (64, 96)}),
+        (SampleRequest, {"size": np.int64(64)}, {"size": 64}),
         (SampleRequest, {"respacing": torch.tensor([10, 20])}, {"respacing": (10, 20)}),
         (SampleRequest, {"classes": torch.tensor(1), "seeds": [np.array(2)]}, {"classes": 1, "seeds": 2}),
         (DiffusionConfig, {"steps": torch.tensor(100)}, {"steps": 100}),
