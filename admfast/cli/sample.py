@@ -13,6 +13,7 @@ from admfast.cli.options import parts_of
 from admfast.engine.numerics import peak_memory
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_folder
+from admfast.files.images import MODES
 from admfast.files.npz import Samples
 from admfast.files.sets import read_set
 from admfast.files.tables import table
@@ -66,7 +67,7 @@ def run_sample(
         preset=preset, device=device,
     )  # fmt: skip
     pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
-    images = None if low_res is None else read_low_res(low_res)
+    images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
     request = SampleRequest(
         wanted, keys, size=parse_size(size), steps=steps, solver=solver, eta=eta, respacing=respacing,
@@ -108,10 +109,10 @@ def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
         print(path.resolve())
 
 
-def read_low_res(path: Path) -> Samples:
-    """The images to enlarge; raises InvalidArgument by the name of the option."""
+def read_low_res(path: Path, channels: int = 3) -> Samples:
+    """Read the images to enlarge, for a network of so many channels; InvalidArgument names the option."""
     try:
-        return read_set(path)
+        return read_set(path, channels if channels in MODES else None)
     except InvalidArgument as error:
         raise InvalidArgument(f"--low-res: {error}") from None
 

@@ -64,13 +64,14 @@ def run_verify(
     numbers = {"classes": classes, "seeds": seeds}
     settings: dict[str, Any] = {n: parse_numbers(n, text) for n, text in numbers.items() if text is not None}
     settings |= dict(steps=steps, solver=solver, guidance=guidance, upsampler_steps=upsampler_steps)
-    if low_res is not None:
-        settings["low_res"] = from_uint8(torch.from_numpy(read_low_res(low_res).images))
     parts = parts_of(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
         preset=preset, device=device,
     )  # fmt: skip
     pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
+    if low_res is not None:
+        images = read_low_res(low_res, pipe.config.in_channels).images
+        settings["low_res"] = from_uint8(torch.from_numpy(images))
     request = request_for(pipe, **settings)
     reference = load(name, precision="fp32", engine=PLAIN, **parts)
     print(table([*resolved(pipe, request, plan(request, pipe)), *pipe.policy.parts().items()]), flush=True)

@@ -17,7 +17,7 @@ from admfast.cli.sample import MANY, of_each_class, parse_numbers
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
-from admfast.files.images import read_image
+from admfast.files.images import read_image, write_png
 from admfast.files.npz import read_samples
 from admfast.models.description import Description
 from tests.small import classifier, unet, upsampler
@@ -253,6 +253,19 @@ def test_an_upsampler_enlarges_images_that_are_given(sample, weights, tmp_path, 
     one = str(given / "images" / "000000_class0_seed0.png")
     status, _, stderr = sample("--low-res", one, "--seeds", "0-1", model="up.safetensors")
     assert_one_line(status, stderr.splitlines()[-1] + "\n", "low_res.shape=(1, 1, 8, 8): (2, 1, h, w)")
+
+
+@both_defaults
+def test_an_upsampler_enlarges_colour_images_in_grey(sample, tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    levels = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
+    write_png(folder / "a.png", levels)
+    write_png(folder / "b.png", levels[..., :1])
+    options = ["--low-res", str(folder), "--set", "low_res_size=8"]
+    status, _, stderr = sample(*options, model="up.safetensors")
+    assert status == 0, stderr
+    assert read_samples(tmp_path / "out" / "samples_2x16x24x1.npz").images.shape == (2, 16, 24, 1)
 
 
 @both_defaults
