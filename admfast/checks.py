@@ -1,7 +1,8 @@
 """Checks of single arguments: each returns the value in one form, or raises InvalidArgument by name.
 
 Values from a command line or a JSON file can have any type, and nothing is guessed from them: a word such as
-"no" is no switch (it would count as True), True is no number, and no single tensor is read from its device.
+"no" is no switch (it would count as True), and True is no number. A tensor or an array without axes is the
+number that it holds, which is read from its device once; ops, which are called at every step, read none.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +26,27 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def whole(
-    name: str, value: object, least: int, most: int | None = None, *, special: int | None = None
+    name: str,
+    value: object,
+    least: int,
+    most: int | None = None,
+    *,
+    special: int | None = None,
+    tensors: bool = True,
 ) -> int:
-    """Return a whole number in least..most, or `special`, as an int. Accepts NumPy's integers, no tensor."""
-    number = _index(value)
+    """Return a whole number in least..most, or `special`, as an int; `tensors`: also one held by a tensor."""
+    number = _index(_held(value, tensors))
     if number is not None and (number == special or least <= number and (most is None or number <= most)):
         return number
     span = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise invalid(name, value, f"a whole number {span}" + ("" if special is None else f", or {special}"))
+
+
+def _held(value: object, tensors: bool) -> object:
+    """Return the number in a tensor or an array without axes; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.item() if tensors and value.dim() == 0 and not value.is_meta else value
+    return value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
 
 
 def _index(value: object) -> int | None:
@@ -47,17 +62,25 @@ def _index(value: object) -> int | None:
 
 def whole_numbers(name: str, value: object, least: int, most: int | None = None) -> list[int]:
     """Return one whole number, or several (any iterable, array or tensor), as a list, each in least..most."""
-    return [whole(name, plain(item), least, most) for item in items(plain(value))]
+    return [whole(name, item, least, most) for item in items(plain(value))]
+
+
+def whole_or_several(name: str, value: object, least: int, most: int | None = None) -> int | tuple[int, ...]:
+    """Return one whole number as an int, several (as of `whole_numbers`) as a tuple."""
+    given = plain(value)
+    found = whole_numbers(name, given, least, most)
+    return tuple(found) if isinstance(given, Iterable) else found[0]
 
 
 def plain(value: object) -> object:
-    """Return an array or a tensor as Python numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """Return an array or a tensor as Python numbers, read from its device at once."""
+    return value.tolist() if hasattr(value, "tolist") and not getattr(value, "is_meta", False) else value
 
 
 def items(value: object) -> list[object]:
     """Return an iterable as a list, anything else (and text) as a list of one."""
-    return [value] if isinstance(value, str) or not isinstance(value, Iterable) else list(value)
+    several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) != 0
+    return list(value) if several else [value]  # type: ignore[call-overload]
 
 
 def literal(text: str) -> Any:
@@ -78,12 +101,13 @@ def real(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
+    tensors: bool = True,
 ) -> float:
     """Return a finite number as a float, in a range whose ends belong to it (least, most) or not."""
-    number = math.nan
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    number, held = math.nan, _held(value, tensors)
+    if isinstance(held, numbers.Real) and not isinstance(held, bool):
         with contextlib.suppress(OverflowError):  # a whole number that no float holds
-            number = float(value)
+            number = float(held)
     if math.isfinite(number):
         low = (least is None or number >= least) and (above is None or number > above)
         if low and (most is None or number <= most) and (below is None or number < below):
@@ -95,7 +119,7 @@ def real(
 
 def interval(name: str, value: object) -> tuple[float, float]:
     """Return two finite numbers, the lowest first."""
-    ends = items(value)
+    ends = items(plain(value))
     if len(ends) != 2:
         raise invalid(name, value, "two numbers, (lowest, highest)")
     low, high = (real(name, end) for end in ends)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from admfast.checkpoints import write_weights
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.step import Batch
 from admfast.models import (
@@ -20,6 +22,7 @@ from admfast.models import (
     UpsamplerConfig,
     build,
 )
+from admfast.models.description import Description
 from admfast.ops.sampler_step import SamplerState
 from admfast.ops.solver_table import SolverTable
 from admfast.sampling.functions import FunctionStep
@@ -105,6 +108,14 @@ def cascade(low_res_size: int | None = SIDE, seed: int = 0, **parts: Any) -> Pip
     """The small pipeline with an upsampler of 3 steps behind it."""
     up = Pipeline("small-up", upsampler(seed + 2), PROCESS, steps=3, low_res_size=low_res_size)
     return pipeline(seed, upsampler=up, **parts)
+
+
+def write(path: Path, net: torch.nn.Module) -> Path:
+    """Write a network with its description; a diffusion model's process has 100 steps."""
+    settings = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
+    process = None if net.config.kind == "classifier" else settings
+    write_weights(path, net.state_dict(), Description(net.config, process))
+    return path
 
 
 def run_table(

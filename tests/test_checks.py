@@ -10,6 +10,7 @@ from admfast import checks
 from admfast.errors import InvalidArgument
 
 IMAGES = torch.zeros(2, 3, 4, 4)
+META = torch.tensor(2, device="meta")
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,8 @@ IMAGES = torch.zeros(2, 3, 4, 4)
     [
         (checks.whole("n", np.int16(3), 1), 3),
         (checks.whole("n", 3, 1, 3), 3),
+        (checks.whole("n", torch.tensor(3), 1, 3), 3),
+        (checks.whole("n", np.array(3), 1, 3), 3),
         (checks.whole("n", -1, 1, special=-1), -1),
         (checks.whole_numbers("n", torch.tensor([0, 2]), 0, 2), [0, 2]),
         (checks.whole_numbers("n", [torch.tensor(1), np.int64(2)], 0), [1, 2]),
@@ -26,6 +29,10 @@ IMAGES = torch.zeros(2, 3, 4, 4)
         (checks.real("x", 0, least=0, most=0), 0.0),
         (checks.real("x", Fraction(1, 2), above=0, below=1), 0.5),
         (checks.real("x", np.float32(0.5)), 0.5),
+        (checks.real("x", np.array(0.5)), 0.5),
+        (checks.real("x", torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)), 0.5),
+        (checks.interval("x", torch.tensor([200, 800])), (200.0, 800.0)),
+        (checks.interval("x", (torch.tensor(0.5), 1)), (0.5, 1.0)),
         (checks.switch("s", False), False),
         (checks.one_of("kind", "b", "abc"), "b"),
     ],
@@ -34,7 +41,24 @@ def test_a_value_comes_back_in_one_form(found, expected):
     assert found == expected and type(found) is type(expected)
 
 
-@pytest.mark.parametrize("value", [0, 4, 2.0, True, None, "2", torch.tensor(2), [2], -1])
+@pytest.mark.parametrize(
+    "value",
+    [
+        0,
+        4,
+        2.0,
+        True,
+        None,
+        "2",
+        torch.tensor([2]),
+        torch.tensor(2.0),
+        torch.tensor(True),
+        np.bool_(1),
+        META,
+        [2],
+        -1,
+    ],
+)
 def test_what_is_no_whole_number_in_range_is_refused(value):
     with pytest.raises(InvalidArgument, match="^n="):
         checks.whole("n", value, 1, 3)
@@ -52,7 +76,11 @@ def test_what_is_no_whole_number_in_range_is_refused(value):
         (True, {}),
         ("1", {}),
         (None, {}),
-        (torch.tensor(1.0), {}),
+        (torch.tensor(True), {}),
+        (torch.tensor([1.0]), {}),
+        (torch.tensor(1j), {}),
+        (np.array(True), {}),
+        (META, {}),
     ],
 )
 def test_what_is_no_number_in_range_is_refused(value, ends):
@@ -78,6 +106,13 @@ def test_what_is_no_number_in_range_is_refused(value, ends):
 def test_what_is_of_another_kind_is_refused(call):
     with pytest.raises(InvalidArgument, match=r"^given[.=]"):
         call()
+
+
+@pytest.mark.parametrize("check", [checks.whole, checks.real])
+def test_where_no_tensor_may_be_read_one_is_refused(check):
+    with pytest.raises(InvalidArgument, match="^n="):
+        check("n", torch.tensor(2), least=1, tensors=False)
+    assert check("n", np.int64(2), least=1, tensors=False) == 2
 
 
 def test_a_tensor_is_handed_on_as_it_is():

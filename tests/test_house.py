@@ -17,6 +17,7 @@ FLOORS = {
     "checks": 0,
     "errors": 0,
     "host": 0,
+    "interrupts": 0,
     "_source_tree": 0,
     "ops": 1,
     "diffusion": 1,

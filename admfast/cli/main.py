@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
-INTERRUPTED = 130
+from admfast.interrupts import like_ctrl_c
+
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    try:
-        from admfast.cli.commands import run
+    """Run a command; return its exit status: 0, 2 for what the user can mend, 128 + the signal that ended it.
 
-        status = run(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    SIGTERM and SIGHUP end a command as Ctrl-C does: what is finished stays.
+    """
+    with like_ctrl_c() as came:
+        try:
+            from admfast.cli.commands import run
+
+            status = run(list(sys.argv[1:] if argv is None else argv))
+        except KeyboardInterrupt:
+            status = INTERRUPTED
     if status == INTERRUPTED:  # some versions of typer raise at Ctrl-C, others return this
-        print("admfast: interrupted", file=sys.stderr)
+        for number in came:
+            status = 128 + number
+        by = f" by {signal.Signals(came[0]).name}" if came else ""
+        print(f"admfast: interrupted{by}", file=sys.stderr)
     return status
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
 from admfast.checks import literal
 from admfast.errors import invalid, nearest
+from admfast.sampling.load import LOW_RES_SIZE
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -51,5 +52,5 @@ def parts_of(
 ) -> dict[str, Any]:
     """Return the arguments of `load` that say which files, what they don't show, and where they run."""
     given["classifier_options"] = options_of("--set-classifier", set_classifier)
-    given["upsampler_options"] = options_of("--set-upsampler", set_upsampler, also=["low_res_size"])
-    return {**given, **options_of("--set", set_)}
+    given["upsampler_options"] = options_of("--set-upsampler", set_upsampler, also=[LOW_RES_SIZE])
+    return {**given, **options_of("--set", set_, also=[LOW_RES_SIZE])}

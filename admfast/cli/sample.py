@@ -13,13 +13,14 @@ from admfast.cli.options import parts_of
 from admfast.engine.numerics import peak_memory
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_folder
+from admfast.files.images import MODES
 from admfast.files.npz import Samples
 from admfast.files.sets import read_set
 from admfast.files.tables import table
 from admfast.runs.sampling import SampleRun
 from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
-from admfast.sampling.plan import images_of
+from admfast.sampling.plan import Plan, images_of
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import solver_of
 
@@ -37,6 +38,7 @@ def run_sample(
     classes: option.Classes = None,
     per_class: option.PerClass = None,
     seeds: option.Seeds = None,
+    size: option.Size = None,
     steps: option.Steps = None,
     solver: option.Solver = "ddpm",
     eta: option.Eta = None,
@@ -65,12 +67,12 @@ def run_sample(
         preset=preset, device=device,
     )  # fmt: skip
     pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
-    images = None if low_res is None else read_low_res(low_res)
+    images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
     request = SampleRequest(
-        wanted, keys, steps=steps, solver=solver, eta=eta, respacing=respacing, guidance=guidance,
-        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps,
-        batch_size=batch,
+        wanted, keys, size=parse_size(size), steps=steps, solver=solver, eta=eta, respacing=respacing,
+        guidance=guidance, guidance_interval=parse_interval(guidance_interval),
+        upsampler_steps=upsampler_steps, batch_size=batch,
     )  # fmt: skip
     small = None if images is None else images.images
     run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=small)
@@ -90,9 +92,8 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
     """Say what will be done, do it, and say where it is; nothing is said or made before all is checked."""
-    run.check()
-    out = ("out", str(run.out.resolve()))
-    print(table([*resolved(run.pipe, run.request), out, *more]), flush=True)
+    rows = resolved(run.pipe, run.request, run.check())
+    print(table([*rows, ("out", str(run.out.resolve())), *more]), flush=True)
     started = time.time()
     count = len(run.seeds)
     try:
@@ -108,10 +109,10 @@ def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
         print(path.resolve())
 
 
-def read_low_res(path: Path) -> Samples:
-    """The images to enlarge; raises InvalidArgument by the name of the option."""
+def read_low_res(path: Path, channels: int = 3) -> Samples:
+    """Read the images to enlarge, for a network of so many channels; InvalidArgument names the option."""
     try:
-        return read_set(path)
+        return read_set(path, channels if channels in MODES else None)
     except InvalidArgument as error:
         raise InvalidArgument(f"--low-res: {error}") from None
 
@@ -155,6 +156,16 @@ def parse_interval(text: str | None) -> tuple[float, ...] | None:
         raise invalid("guidance-interval", text, "two timesteps, LOWEST,HIGHEST such as 200,800") from None
 
 
+def parse_size(text: str | None) -> int | tuple[int, ...] | None:
+    """Read "64x96" or "64"; raises InvalidArgument."""
+    if text is None:
+        return None
+    sides = [part.strip() for part in text.lower().split("x")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
+        raise invalid("size", text, "HEIGHTxWIDTH in pixels such as 64x96, or one number for both")
+    return int(sides[0]) if len(sides) == 1 else tuple(map(int, sides))
+
+
 def of_each_class(
     classes: list[int] | None, count: int, seeds: list[int] | None, num_classes: int | None
 ) -> tuple[list[int], list[int] | None]:
@@ -172,23 +183,22 @@ def of_each_class(
     return labels, seeds
 
 
-def resolved(pipe: Pipeline, request: SampleRequest) -> list[tuple[str, str]]:
+def resolved(pipe: Pipeline, request: SampleRequest, planned: Plan) -> list[tuple[str, str]]:
     """Return what will be done, as rows of a table."""
-    (seeds, classes, _), side = images_of(request, pipe), pipe.config.image_size
-    size = request.batch_size or pipe.images_at_a_time
+    seeds, classes, _ = images_of(request, pipe)
+    sides = {stage: "x".join(map(str, of_stage)) for stage, of_stage in planned.sides.items()}
     steps = f"{request.steps or pipe.steps} steps"
     if request.respacing is not None:
         steps = f"respacing {request.respacing}"
     rows = [
         ("system", pipe.name),
-        ("images", f"{len(seeds)} of {side}x{side}, {size} at a time"),
+        ("images", f"{len(seeds)} of {sides['base']}, {planned.batch_size} at a time"),
         ("seeds", _in_short(seeds)),
         ("classes", "none" if classes is None else _in_short(classes)),
         ("solver", f"{request.solver}, {steps}"),
     ]
     if (up := pipe.upsampler) is not None:
-        side = up.config.image_size
-        rows.append(("upsampler", f"to {side}x{side}, {request.upsampler_steps or up.steps} steps"))
+        rows.append(("upsampler", f"to {sides['upsampler']}, {request.upsampler_steps or up.steps} steps"))
     scale = pipe.guidance if request.guidance is None else request.guidance
     rows.append(("guidance", "none" if pipe.classifier is None else f"{scale:g}"))
     return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]

@@ -36,6 +36,13 @@ PerClass = Annotated[int | None, typer.Option(help="Images of each class (defaul
 Seeds = Annotated[
     str | None, typer.Option(help="Seeds, 0-15 or 3,5: one image each (default: 0, 1, 2, ...).")
 ]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HxW",
+        help="Pixels of an image, as 64x96 or 64; of a cascade the base model's (default: the model's).",
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="Network evaluations an image (default: the system's).")]
 Solver = Annotated[
     str,

@@ -15,6 +15,7 @@ from admfast.files.atomic import check_folder
 from admfast.files.levels import from_uint8
 from admfast.files.tables import table
 from admfast.sampling.load import load
+from admfast.sampling.plan import plan
 from admfast.verify.compare import STEPS, request_for, verify
 from admfast.verify.report import report
 
@@ -63,16 +64,17 @@ def run_verify(
     numbers = {"classes": classes, "seeds": seeds}
     settings: dict[str, Any] = {n: parse_numbers(n, text) for n, text in numbers.items() if text is not None}
     settings |= dict(steps=steps, solver=solver, guidance=guidance, upsampler_steps=upsampler_steps)
-    if low_res is not None:
-        settings["low_res"] = from_uint8(torch.from_numpy(read_low_res(low_res).images))
     parts = parts_of(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
         preset=preset, device=device,
     )  # fmt: skip
     pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
+    if low_res is not None:
+        images = read_low_res(low_res, pipe.config.in_channels).images
+        settings["low_res"] = from_uint8(torch.from_numpy(images))
     request = request_for(pipe, **settings)
     reference = load(name, precision="fp32", engine=PLAIN, **parts)
-    print(table([*resolved(pipe, request), *pipe.policy.parts().items()]), flush=True)
+    print(table([*resolved(pipe, request, plan(request, pipe)), *pipe.policy.parts().items()]), flush=True)
     found = verify(pipe, reference, request)
     print("\n" + report(found))
     return PAST_BUDGET if found.failures else 0

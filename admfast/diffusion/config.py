@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +68,9 @@ class DiffusionConfig:
         for name in SETTINGS:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
         beta_schedule(self.noise_schedule, self.steps)
-        if isinstance(self.respacing, Iterable) and not isinstance(self.respacing, str):
-            object.__setattr__(self, "respacing", tuple(self.respacing))
+        if self.respacing is not None and not isinstance(self.respacing, str):
+            kept = checks.whole_or_several("respacing", self.respacing, 0)
+            object.__setattr__(self, "respacing", kept)
         if self.respacing is not None and not space_timesteps(self.steps, self.respacing):
             raise invalid("respacing", self.respacing, "at least one step")
         self._direct("mean_type", MeanType, "predict_xstart")

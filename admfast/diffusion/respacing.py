@@ -6,7 +6,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 
-from admfast.checks import whole
+from admfast.checks import plain, whole
 from admfast.errors import InvalidArgument, invalid, nearest
 
 Respacing = str | int | Iterable[int]
@@ -44,6 +44,7 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
     Raises: InvalidArgument naming the value and what is allowed. Not differentiable (no tensors).
     """
     total = whole("num_timesteps", num_timesteps, 1)
+    spec = plain(spec)  # type: ignore[assignment]
     if isinstance(spec, str):
         if published and not (_DDIM.fullmatch(spec) or _COUNTS.fullmatch(spec)):
             raise _unknown(spec)

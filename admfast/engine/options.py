@@ -45,9 +45,8 @@ class EngineOptions:
             raise invalid("fold", self.fold, "FoldOptions, or None for nothing")
         if self.compile_cache is not None and not isinstance(self.compile_cache, str | PathLike):
             raise invalid("compile_cache", self.compile_cache, "the path of a folder, or None")
-        whole("rows_at_a_time", self.rows_at_a_time, 1)
-        whole("kept_steps", self.kept_steps, 1)
-        whole("kept_bytes", self.kept_bytes, 0)
+        for name, least in (("rows_at_a_time", 1), ("kept_steps", 1), ("kept_bytes", 0)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
         if self.compile_cache is not None and not self.compile:
             raise invalid("compile_cache", str(self.compile_cache), "only together with compile=True")
 

@@ -8,7 +8,7 @@ from os import PathLike
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from admfast.errors import first_line, invalid
 from admfast.files.atomic import atomic_open
@@ -21,6 +21,7 @@ _FONT_SIZE = 14  # pixels; fits beside a tile of 64
 _LABEL_LENGTH = 28  # characters of a label that are shown
 _BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
 
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, of so many channels
 # Pillow's mode of an image file -> the mode it is read in. 16-bit and float modes are refused.
 _READ_AS = dict.fromkeys(("1", "L"), "L")
 _READ_AS |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
@@ -43,13 +44,17 @@ def write_png(path: str | PathLike[str], image: UInt8) -> None:
         picture.save(file, format="PNG")
 
 
-def read_image(path: str | PathLike[str]) -> UInt8:
-    """Read an image file as uint8 [H, W, C] with C = 1, 3 or 4, as the file has it.
+def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
+    """Read an image file as uint8 [H, W, C] with C = 1, 3 or 4.
 
-    Palettes become RGB (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey.
+    channels: converted to so many: 1 is grey (ITU-R 601 luma), 3 RGB, 4 RGB and alpha. As in the published
+    loader alpha is dropped, not blended, and grey is repeated. None: as the file has it; palettes become RGB
+    (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey.
 
     Raises:
-        InvalidArgument: for a file that is missing, damaged, no image, or has more than 8 bits a channel.
+        InvalidArgument: for a file that is missing, damaged, no image, has more than 8 bits a channel (which
+            Pillow would clip), or says in its EXIF data that it is to be turned (which the published loader
+            does not).
     """
     name = str(path)
     try:
@@ -59,7 +64,13 @@ def read_image(path: str | PathLike[str]) -> UInt8:
                 raise invalid(
                     "path", name, f"an image of 8 bits a channel; this one has Pillow's mode {mode}"
                 )
+            if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
+                allowed = (
+                    f"an image that lies as it is shown; its EXIF orientation is {turned}: save it upright"
+                )
+                raise invalid("path", name, allowed)
             wanted = "RGBA" if mode == "P" and "transparency" in picture.info else _READ_AS[mode]
+            wanted = wanted if channels is None else MODES[channels]
             array = np.asarray(picture.convert(wanted))
     except FileNotFoundError:
         raise invalid("path", name, "no such file") from None

@@ -14,23 +14,37 @@ from admfast.files.npz import Samples, read_samples
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
-def read_set(path: str | PathLike[str]) -> Samples:
+def read_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
     """Read images as uint8 [N, H, W, C]: an npz with its classes, or image files in the order of their names.
+
+    Of a folder all image files are read, those in folders below it too, as the published loader does; hidden
+    files are not. channels: what image files are converted to, see `read_image`; an archive must have them.
 
     Raises:
         InvalidArgument: in one line, for a path without images, or images that differ in size or channels.
     """
     place = Path(path)
     if place.suffix == ".npz":
-        return read_samples(place)
-    files = [place]
-    if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix.lower() in ENDINGS)
-        if not files:
-            raise invalid("path", str(path), f"a folder with image files ({', '.join(ENDINGS)}), or an npz")
-    images = [read_image(file) for file in files]
+        samples = read_samples(place)
+        if channels not in (None, samples.images.shape[3]):
+            given = f"arr_0 of {samples.images.shape[3]} channels"
+            raise invalid("path", str(path), f"images of {channels} channels; this has {given}")
+        return samples
+    files = _image_files(place) if place.is_dir() else [place]
+    images = [read_image(file, channels) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
-            first = f"{files[0].name} has {images[0].shape}"
+            first = f"{files[0]} has {images[0].shape}"
             raise invalid("path", str(file), f"images of one size; this has {image.shape}, {first}")
     return Samples(np.stack(images))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Return the image files below a folder in the order of their names."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.is_dir()]
+    found = [
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise invalid("path", str(folder), f"a folder with image files ({', '.join(ENDINGS)}), or an npz")
+    return sorted(found)

@@ -48,8 +48,8 @@ def checked_field(name: str, value: Any) -> Any:
         return _multipliers(name, value)
     if name == "dropout":
         return checks.real(name, value, least=0, below=1)
-    if name == "dims" and (type(value) is not int or value not in (1, 2, 3)):
-        raise invalid(name, value, "1, 2 or 3")
+    if name == "dims":
+        return checks.whole(name, value, 1, 3)
     if name == "pool":
         return checks.one_of(name, value, POOLS)
     return value
@@ -57,7 +57,7 @@ def checked_field(name: str, value: Any) -> Any:
 
 def _multipliers(name: str, value: object) -> tuple[Any, ...]:
     """Return numbers above 0, one a level; a single one counts as a sequence of one."""
-    found = checks.items(value)
+    found = [checks.plain(item) for item in checks.items(checks.plain(value))]
     for item in found:
         checks.real(name, item, above=0)
     if not found:
@@ -168,6 +168,12 @@ class UNetConfig(NetConfig):
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             allowed = f"{self.in_channels} or, with learned variance, {2 * self.in_channels}"
             raise invalid("out_channels", self.out_channels, allowed)
+
+    def side_units(self) -> tuple[int, ...]:
+        """Return for each side of an image the number that must divide it, as levels halve it."""
+        # Of a volume only the inner two sides are halved from level to level.
+        factor = 2 ** (len(self.channel_mult) - 1)
+        return (1, factor, factor) if self.dims == 3 else (factor,) * self.dims
 
     @property
     def learn_sigma(self) -> bool:

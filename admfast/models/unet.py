@@ -68,10 +68,9 @@ class UNet(FoldableNet):
         """
         config = self.config
         check_input(config, config.in_channels * self.input_copies, x, timesteps)
-        factor = 2 ** (len(config.channel_mult) - 1)
-        # Of a volume only the inner two sides are halved from level to level.
-        if any(side % factor for side in x.shape[2 + (config.dims == 3) :]):
-            raise invalid("x.shape", tuple(x.shape), f"sides that {factor} divides")
+        units = config.side_units()
+        if any(side % unit for side, unit in zip(x.shape[2:], units, strict=True)):
+            raise invalid("x.shape", tuple(x.shape), f"sides that {units[-1]} divides")
         emb = self.embedded(timesteps, y) if projected is None else Projected(projected)
         h = self.entering(x)
         skips = []

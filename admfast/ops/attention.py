@@ -240,7 +240,7 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     checks.floating("qkv", qkv)
     if qkv.dim() != 3 or not qkv.shape[-1]:
         raise invalid("qkv.shape", tuple(qkv.shape), "[N, S, 3*h*d] with channels")
-    checks.whole("num_heads", num_heads, 1)
+    checks.whole("num_heads", num_heads, 1, tensors=False)
     if qkv.shape[-1] % (3 * num_heads):
         raise invalid("num_heads", num_heads, f"3*num_heads must divide the {qkv.shape[-1]} channels of qkv")
     entry = TABLE.choose(impl, qkv, num_heads, legacy_order=legacy_order)

@@ -122,8 +122,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
     for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("x2", x2)):
         if tensor is not None or name in ("weight", "bias"):
             checks.floating(name, tensor, x.device)
-    checks.whole("groups", groups, 1)
-    checks.real("eps", eps, least=0)
+    checks.whole("groups", groups, 1, tensors=False)
+    checks.real("eps", eps, least=0, tensors=False)
     if not 3 <= x.dim() <= 5:
         raise invalid("x.shape", tuple(x.shape), "[N, C, *spatial] with one to three spatial dimensions")
     channels = x.shape[1]

@@ -252,7 +252,7 @@ def sampler_step(
     _check_inputs(state.x, used, out, out2=out2, grad=grad, seeds=seeds, noise=noise)
     if noise_row is not None:
         check_counter("noise_row", noise_row, state.x.device)
-    checks.whole("stream", stream, 0)
+    checks.whole("stream", stream, 0, tensors=False)
     check_counter("stream", stream, state.x.device)
     options: dict[str, Any] = dict(
         out2=out2, grad=grad, seeds=seeds, noise=noise, noise_row=noise_row, stream=int(stream)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from admfast.errors import OutputError
 from admfast.files.atomic import output_error, write_bytes
+from admfast.interrupts import held_back
 
 # The names that a run gives its files, by folder; nothing else is ever removed or replaced.
 OWN = {
@@ -53,10 +50,10 @@ class RunFolder:
         (self.place / ".writable").unlink()
 
     def publish(self) -> None:
-        """Put the finished set in the place of the older one. Not stopped halfway by Ctrl-C."""
+        """Put the finished set in the place of the older one. Not stopped halfway by a signal."""
         if self.place == self.out:
             return
-        with _uninterrupted():
+        with held_back():
             new = set()
             for path in samples_in(self.place):
                 target = self.out / path.relative_to(self.place)
@@ -105,23 +102,3 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(folder, error) from None
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done."""
-    if threading.current_thread() is not threading.main_thread():  # only there do signals arrive
-        yield
-        return
-    came: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if came:
-            raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from admfast.files.npz import write_streamed
 from admfast.runs.folder import RunFolder, make_folder
 from admfast.sampling.loop import Progress, run
 from admfast.sampling.pipeline import Pipeline
-from admfast.sampling.plan import images_of, plan
+from admfast.sampling.plan import Plan, images_of, plan
 from admfast.sampling.request import SampleRequest
 
 GRID_LIMIT, GRID_COLUMNS = 400, 20  # images that a grid shows at most, in all and of a class side by side
@@ -69,8 +69,8 @@ class SampleRun:
         """The folder that holds the images finished so far."""
         return self._folder.place
 
-    def check(self) -> dict[str, int]:
-        """Check settings and folder before anything is made; the number of steps of an image, by stage."""
+    def check(self) -> Plan:
+        """Check settings and folder before anything is made; return the plan of all images."""
         request = self.request
         if self.low_res is not None:
             n, height, width, channels = self.low_res.shape
@@ -78,9 +78,9 @@ class SampleRun:
             request = replace(
                 request, low_res=torch.zeros(1, 1, 1, 1, device="cpu").expand(n, channels, height, width)
             )
-        base = plan(request, self.pipe)
+        planned = plan(request, self.pipe)
         self._folder.check()
-        return base.steps
+        return planned
 
     def run(self) -> list[Path]:
         """Sample and write; returns the grid's and the npz's path.
@@ -88,9 +88,10 @@ class SampleRun:
         Whatever ends the run early (Ctrl-C, NaN in a later batch, a full disk) leaves the images that are
         finished, with their grid and npz as far as these can be written, in `kept`.
         """
-        shares = self._shares(self.check())
+        planned = self.check()
+        shares, size = self._shares(planned), planned.batch_size
+        del planned  # what it holds of all images on the device
         self._folder.open()
-        size = self.request.batch_size or self.pipe.images_at_a_time
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         # Not shown before the first step, so that what is refused until then is one line.
         bar = tqdm(total=len(self.seeds), unit="image", bar_format=shown, delay=math.inf)
@@ -146,12 +147,11 @@ class SampleRun:
         label = "" if self.classes is None else f"_class{self.classes[i]}"
         return self._folder.place / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
 
-    def _shares(self, steps: dict[str, int]) -> dict[str, float]:
+    def _shares(self, planned: Plan) -> dict[str, float]:
         """Return the part of an image's work, in pixels, that one step of each stage is."""
-        up = self.pipe.upsampler
-        pixels = {"base": math.prod(self.pipe.spatial), "upsampler": math.prod(up.spatial) if up else 0}
-        total = sum(count * pixels[stage] for stage, count in steps.items())
-        return {stage: pixels[stage] / total for stage in steps}
+        pixels = {stage: math.prod(sides) for stage, sides in planned.sides.items()}
+        total = sum(count * pixels[stage] for stage, count in planned.steps.items())
+        return {stage: count / total for stage, count in pixels.items()}
 
     def _finish(self) -> list[Path]:
         """Write the grid and the npz of the finished images; each of them even if the other fails."""

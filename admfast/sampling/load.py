@@ -21,12 +21,13 @@ from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
-from admfast.models import Classifier, UNet, Upsampler
+from admfast.models import Classifier, UNet, Upsampler, UpsamplerConfig
 from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset, system
 from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
 ENDINGS = (".pt", ".safetensors")
+LOW_RES_SIZE = "low_res_size"  # an option of an upsampler, not of its network
 
 
 def load(
@@ -66,9 +67,10 @@ def load(
         keep_master: keep the float32 parameters beside what a half precision derives from them; without,
             the parameters themselves are rounded, and memory is saved.
         engine: how steps are prepared (`EngineOptions`); None is the default.
-        options: for a file, what can't be told from it (num_heads, noise_schedule, image_size, ...).
-        classifier_options, upsampler_options: the same for these files; of an upsampler also `low_res_size`,
-            the side of the images that it was trained to enlarge: larger ones are brought down to it.
+        options: for a file, what can't be told from it (num_heads, noise_schedule, image_size, ...); of an
+            upsampler also `low_res_size`, the side of the images that it was trained to enlarge.
+        classifier_options, upsampler_options: the same for these files; behind a model, an upsampler gets
+            images that are larger than its `low_res_size` brought down to it.
 
     Returns:
         A `Pipeline` whose networks are frozen.
@@ -162,9 +164,7 @@ def _engine_options(
 
 def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeline:
     """A pipeline of files; what they leave open is asked for all at once."""
-    low_res_size = parts[2].options.pop("low_res_size", None)
-    if low_res_size is not None:
-        low_res_size = whole("low_res_size", low_res_size, 1)
+    trained = {part.argument: part.options.pop(LOW_RES_SIZE, None) for part in parts}
     for part in parts[1:]:
         argument = f"{part.argument}_options"
         if part.path is None and part.options:
@@ -187,16 +187,30 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     (guide, _), (up, of_up) = (loaded.get(name, (None, None)) for name in ("classifier", "upsampler"))
     upsampler = None
     if up is not None and of_up is not None:
-        if low_res_size is None and of_up.preset is not None:
-            low_res_size = of_up.preset.low_res_size
         process = _process(of_up.path, of_up.diffusion)
-        steps = min(250, process.steps)
-        upsampler = form.pipeline(of_up.path.stem, up, process, steps=steps, low_res_size=low_res_size)
+        run = {"steps": min(250, process.steps), LOW_RES_SIZE: _low_res_size(of_up, trained["upsampler"])}
+        upsampler = form.pipeline(of_up.path.stem, up, process, **run)
     process = _process(info.path, info.diffusion)
-    run = {"guidance": 1.0 if guide is not None else 0.0, "steps": min(250, process.steps)}
+    run = {"steps": min(250, process.steps), LOW_RES_SIZE: _low_res_size(info, trained["name"])}
+    guidance = 1.0 if guide is not None else 0.0
     return form.pipeline(
-        info.path.stem, net, process, classifier=form.guide(guide), upsampler=upsampler, **run
+        info.path.stem,
+        net,
+        process,
+        classifier=form.guide(guide),
+        guidance=guidance,
+        upsampler=upsampler,
+        **run,
     )
+
+
+def _low_res_size(info: ModelInfo, given: Any) -> int | None:
+    """Return the side of the images that an upsampler was trained to enlarge, where that is known."""
+    if given is None:
+        return None if info.preset is None else info.preset.low_res_size
+    if not isinstance(info.config, UpsamplerConfig):
+        raise invalid(LOW_RES_SIZE, given, f"for an upsampler; {info.path} holds a {info.config.kind}")
+    return whole(LOW_RES_SIZE, given, 1)
 
 
 def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
@@ -218,9 +232,9 @@ def _process(source: Path | str, process: DiffusionConfig | None) -> DiffusionCo
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
     """Refuse a keyword that is neither an argument of `load` nor an option of a file."""
-    known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES]
+    known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
     for name, value in options.items():
-        if name not in OPTION_NAMES:
+        if name not in known:
             raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")
 
 

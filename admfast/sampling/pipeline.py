@@ -21,6 +21,7 @@ from admfast.errors import invalid
 from admfast.models import NetConfig, UNetConfig
 from admfast.models.fold import check_ordinary
 from admfast.sampling.functions import conditioned
+from admfast.sampling.guides import LARGEST
 from admfast.sampling.loop import run
 from admfast.sampling.plan import check_low_res, images_at_a_time, plan
 from admfast.sampling.predict import Prediction, Predictor
@@ -157,8 +158,8 @@ class Pipeline:
     def predict(
         self,
         x_t: Tensor,
-        t: Tensor | float,
-        classes: Tensor | Sequence[int] | None = None,
+        t: Tensor | float | Sequence[float],
+        classes: Tensor | Sequence[int] | int | None = None,
         low_res: Tensor | None = None,
     ) -> Prediction:
         """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
@@ -169,9 +170,9 @@ class Pipeline:
 
         Args:
             x_t: [N, C, H, W], float32.
-            t: timestep of the original process, 0..length-1: a number, or [N]; fractions interpolate the
-                log-SNR linearly.
-            classes: [N] class indices of a class-conditional network.
+            t: timestep of the original process, 0..length-1: a number (or [1]) for all images, or [N];
+                fractions interpolate the log-SNR linearly.
+            classes: class indices of a class-conditional network: one number for all images, or [N].
             low_res: [N, C, h, w] for an upsampler.
 
         Returns:
@@ -187,7 +188,7 @@ class Pipeline:
             self.engine.ready(guided=False)
             return self.predictor(conditioned(self.net, labels, low_res), x_t, t)
 
-    def _labels(self, classes: Tensor | Sequence[int] | None, x_t: Tensor) -> Tensor | None:
+    def _labels(self, classes: Tensor | Sequence[int] | int | None, x_t: Tensor) -> Tensor | None:
         """Return the class of every image as the network takes it, or None for a network without classes."""
         known = self.config.num_classes
         if known is None:
@@ -197,8 +198,10 @@ class Pipeline:
         if classes is None:
             raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
         if not isinstance(classes, Tensor) or classes.device.type == "cpu":
-            classes = torch.tensor(checks.whole_numbers("classes", classes, 0, known - 1), device="cpu")
+            classes = torch.tensor(checks.whole_or_several("classes", classes, 0, known - 1), device="cpu")
         labels = classes.to(x_t.device)
+        if labels.dim() == 0:
+            labels = labels.expand(len(x_t))
         if labels.shape != x_t.shape[:1]:
             raise invalid("classes", tuple(labels.shape), f"one class for each of the {len(x_t)} images")
         return labels
@@ -233,8 +236,16 @@ class Pipeline:
         return images_at_a_time(self, self.spatial)
 
     def _check_parts(self) -> None:
-        """Networks that are put together must have the same images and classes."""
+        """Networks that are put together must have the same images and classes; numbers get one form."""
         config, up = self.config, self.upsampler
+        numbers = {
+            "guidance": checks.real("guidance", self.guidance, least=-LARGEST, most=LARGEST),
+            "steps": checks.whole("steps", self.steps, 1),
+        }
+        if self.low_res_size is not None:
+            numbers["low_res_size"] = checks.whole("low_res_size", self.low_res_size, 1)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
         check_ordinary("net", self.net)
         if self.classifier is not None:
             check_ordinary("classifier", self.classifier)

@@ -25,6 +25,7 @@ from admfast.sampling.guides import Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
 from admfast.sampling.request import SampleRequest
+from admfast.sampling.sides import asked_sides, check_classifier_sides, enlarged_base
 from admfast.solvers import Solver
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class Plan(Batch):
     def steps(self) -> dict[str, int]:
         """Return the number of rows that run, by stage."""
         return {self.stage: len(self.table)} | ({} if self.enlarging is None else self.enlarging.steps)
+
+    @property
+    def sides(self) -> dict[str, tuple[int, ...]]:
+        """Return the sides of the images, by stage."""
+        return {self.stage: self.shape[2:]} | ({} if self.enlarging is None else self.enlarging.sides)
 
     def part(self, first: int, size: int) -> Plan:
         """Return the plan of images first..first+size-1."""
@@ -106,7 +112,7 @@ def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
         base = _base(request, pipeline)
         up = pipeline.upsampler
         if up is not None:
-            return replace(base, enlarging=_enlarging(request, pipeline.name, up, base))
+            return replace(base, enlarging=_enlarging(request, pipeline, up, base))
     if request.upsampler_steps is not None:
         raise invalid("upsampler_steps", request.upsampler_steps, f"{pipeline.name} has no upsampler")
     return base
@@ -131,6 +137,8 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
         noise, x_start = x_start, None
     timesteps = [int(kept[row.index]) for row in table.rows]
     scale, interval = _by_classifier(request, pipeline)
+    if scale:
+        check_classifier_sides(request, pipeline)
     return Plan(
         engine=pipeline.engine,
         predictor=pipeline.predictor,
@@ -156,15 +164,17 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
     )
 
 
-def _enlarging(request: SampleRequest, name: str, up: Pipeline, base: Plan) -> Plan:
+def _enlarging(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: Plan) -> Plan:
     """Return the plan of the upsampler behind a base plan; its low-resolution images come with those."""
     solver = request.solver
     assert isinstance(solver, Solver)
     if solver.begins == "image":
-        raise invalid("solver", str(solver), f"not for {name}: an upsampler follows; load it without")
+        raise invalid(
+            "solver", str(solver), f"not for {pipeline.name}: an upsampler follows; load it without"
+        )
     steps = request.upsampler_steps or up.steps
     process, table = _rows("upsampler_steps", up, solver, request.clip, steps, None)
-    shrink, spatial = _enlarged(up, base.shape[2:])
+    shrink, spatial = enlarged_base(up, pipeline, base.shape[2:])
     device = next(up.net.parameters()).device
     return Plan(
         engine=up.engine,
@@ -231,9 +241,7 @@ def images_of(
     if known is not None:
         wanted = classes or [key % known for key in keys]
         labels = [wanted[i % len(wanted)] for i in range(len(keys))]
-    images = request.noise if request.noise is not None else request.x_start
-    spatial = pipeline.spatial if images is None else tuple(images.shape[2:])
-    return keys, labels, (len(keys), pipeline.config.in_channels, *spatial)
+    return keys, labels, (len(keys), pipeline.config.in_channels, *asked_sides(request, pipeline))
 
 
 def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pipeline: Pipeline) -> None:
@@ -259,19 +267,6 @@ def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int) -> Non
         raise invalid("low_res.shape", found, f"({count}, {config.in_channels}, {sides})")
 
 
-def _enlarged(up: Pipeline, sides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """Return by which factor base images are brought down for an upsampler, and the sides that come out."""
-    trained = up.low_res_size
-    if trained is None:
-        return 1, up.spatial
-    factor = max(min(sides) // trained, 1)
-    # A side that the factor doesn't divide would lose its last columns.
-    if any(side % trained or side % factor for side in sides):
-        allowed = f"sides that are multiples of {trained} pixels, and of {factor}"
-        raise invalid("low_res", tuple(sides), allowed if factor > 1 else allowed.partition(",")[0])
-    return factor, tuple(side // factor * up.config.image_size // trained for side in sides)
-
-
 def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
     """Return how many images of these sides fit beside the released models.
 
@@ -279,7 +274,7 @@ def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
     """
     largest = math.prod(sides)
     if pipeline.upsampler is not None:
-        largest = max(largest, math.prod(pipeline.upsampler.spatial))
+        largest = max(largest, math.prod(enlarged_base(pipeline.upsampler, pipeline, sides)[1]))
     on_gpu = next(pipeline.net.parameters()).is_cuda
     return max(1, (2**21 if on_gpu else 2**16) // largest)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from admfast import checks
 from admfast.diffusion import DiffusionConfig, MeanType, VarType
 from admfast.errors import invalid
 from admfast.ops.transforms import deriving
@@ -43,19 +43,28 @@ class Predictor:
         self._columns = torch.tensor(rows, dtype=torch.float64, device="cpu")  # [S, 3]: log-SNR, l0, l1
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def __call__(self, model: Model, x_t: Tensor, t: Tensor | float) -> Prediction:
+    def __call__(self, model: Model, x_t: Tensor, t: Tensor | float | Sequence[float]) -> Prediction:
         """Call model(x_t, t) and read its output; see `Pipeline.predict`."""
-        steps = self.process.num_timesteps
-        if not isinstance(t, Tensor):
-            if not isinstance(t, numbers.Real) or not 0 <= t <= steps - 1:
-                raise invalid("t", t, f"0 to {steps - 1}")
-            dtype = torch.int64 if float(t).is_integer() else _wide(x_t)
-            t = torch.full((len(x_t),), float(t), dtype=dtype, device=x_t.device)
-        if t.shape != x_t.shape[:1]:
-            raise invalid("t.shape", tuple(t.shape), f"a number, or [{len(x_t)}]")
-        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= steps - 1)).all()):
-            raise invalid("t", t.tolist(), f"0 to {steps - 1}")
+        t = self._timesteps(t, x_t)
         return self.read(model(x_t, self._seen(t, x_t)), x_t, t)
+
+    def _timesteps(self, t: Tensor | float | Sequence[float], x_t: Tensor) -> Tensor:
+        """Return the timestep of every image, [N]: int64 where whole numbers are given, else float."""
+        last = self.process.num_timesteps - 1
+        if not isinstance(t, Tensor) or (t.dim() == 0 and t.is_floating_point() and not t.requires_grad):
+            # A number, a list or an array: 500.0 is the whole timestep 500.
+            given = [checks.real("t", item, least=0, most=last) for item in checks.items(checks.plain(t))]
+            dtype = torch.int64 if all(item.is_integer() for item in given) else _wide(x_t)
+            if len(given) == 1:
+                return torch.full((len(x_t),), given[0], dtype=dtype, device=x_t.device)
+            t = torch.tensor(given, dtype=dtype)
+        elif t.dtype == torch.bool or t.is_complex():
+            raise invalid("t.dtype", t.dtype, "whole numbers or floats")
+        elif t.device.type == "cpu" and not bool(((t >= 0) & (t <= last)).all()):
+            raise invalid("t", t.tolist(), f"0 to {last}")
+        if tuple(t.shape) not in ((), (1,), (len(x_t),)):
+            raise invalid("t.shape", tuple(t.shape), f"a number, [1] or [{len(x_t)}]")
+        return (t if t.is_floating_point() else t.long()).to(x_t.device).expand(len(x_t))
 
     def read(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Return what the network's output at (x_t, t) says; t: [N], of the original process."""

@@ -44,6 +44,9 @@ class SampleRequest:
         clip: limit x_0 to [-1, 1] at every step.
         respacing: which timesteps to use instead of `steps`: a published string or a list of steps.
         upsampler_steps: of the upsampler in a cascade; None is the system's own.
+        size: (H, W) of the images that the network makes (the base model's of a cascade), or one number for
+            all sides; None is that of `noise`, `x_start` or the model, and of an upsampler each side of
+            `low_res` times image_size / low_res_size. 2^(levels - 1) must divide every side.
         low_res: [N, C, h, w] float in [-1, 1] for a pipeline that is an upsampler itself.
         noise: [N, C, H, W] used as x_T instead of the seeds' noise.
         step_noise: [steps, N, C, H, W] used in the steps instead of the seeds' noise.
@@ -74,6 +77,7 @@ class SampleRequest:
     clip: bool = True
     respacing: Respacing | None = None
     upsampler_steps: int | None = None
+    size: int | Iterable[int] | None = None
     low_res: Tensor | None = None
     noise: Tensor | None = None
     step_noise: Tensor | None = None
@@ -102,8 +106,8 @@ class SampleRequest:
         object.__setattr__(self, name, value)
 
     def _put_whole(self, name: str, least: int) -> None:
-        """Keep a whole number as an int; a tensor or an array without axes holds one as well."""
-        self._put(name, checks.whole(name, checks.plain(getattr(self, name)), least))
+        """Keep a whole number as an int."""
+        self._put(name, checks.whole(name, getattr(self, name), least))
 
     def _check_images(self) -> None:
         """Check which images are asked for, and the tensors that come with them."""
@@ -112,6 +116,8 @@ class SampleRequest:
                 self._put(name, tuple(checks.whole_numbers(name, getattr(self, name), 0, most)))
                 if not getattr(self, name):
                     raise invalid(name, [], "at least one")
+        if self.size is not None:
+            self._put("size", checks.whole_or_several("size", self.size, 1))
         for name in ("noise", "x_start", "step_noise", "low_res"):
             if getattr(self, name) is not None:
                 checks.images(name, getattr(self, name))
@@ -133,9 +139,7 @@ class SampleRequest:
         if self.respacing is not None and self.steps is not None:
             raise invalid("steps", self.steps, "not together with respacing")
         if self.respacing is not None and not isinstance(self.respacing, str):
-            several = isinstance(checks.plain(self.respacing), Iterable)
-            kept = checks.whole_numbers("respacing", self.respacing, 0)
-            self._put("respacing", tuple(kept) if several else kept[0])
+            self._put("respacing", checks.whole_or_several("respacing", self.respacing, 0))
         if self.t_start is not None:
             self._put_whole("t_start", 0)
         if solver.begins == "noise":

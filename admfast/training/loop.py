@@ -50,13 +50,14 @@ class TrainConfig:
     save_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            whole(name, getattr(self, name), 1)
-        real("lr", self.lr, above=0)
+        checked: dict[str, float] = {n: whole(n, getattr(self, n), 1) for n in ("steps", "batch_size")}
+        checked["lr"] = real("lr", self.lr, above=0)
         for name in ("weight_decay", "warmup", "save_seconds"):
-            real(name, getattr(self, name), least=0)
-        real("ema_decay", self.ema_decay, least=0, below=1)
-        real("cooldown", self.cooldown, least=0, most=1)
+            checked[name] = real(name, getattr(self, name), least=0)
+        checked["ema_decay"] = real("ema_decay", self.ema_decay, least=0, below=1)
+        checked["cooldown"] = real("cooldown", self.cooldown, least=0, most=1)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def rate(self, step: int) -> float:
         """Learning rate of step number `step` (from 0)."""

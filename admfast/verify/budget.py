@@ -30,10 +30,8 @@ class Budget:
     output: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("layer", "step"):
-            real(name, getattr(self, name), above=0)
-        for name in ("psnr", "output"):
-            real(name, getattr(self, name))
+        for name, above in (("layer", 0), ("step", 0), ("psnr", None), ("output", None)):
+            object.__setattr__(self, name, real(name, getattr(self, name), above=above))
 
 
 # A layer rounds its weights, a partial sum of two sources and its output once: three independent relative

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from admfast.checkpoints import write_weights
 from admfast.cli.main import main
 from admfast.cli.sample import MANY, of_each_class, parse_numbers
-from admfast.diffusion import DiffusionConfig
 from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
-from admfast.files.images import read_image
+from admfast.files.images import read_image, write_png
 from admfast.files.npz import read_samples
-from admfast.models.description import Description
-from tests.small import classifier, unet, upsampler
+from tests.small import classifier, unet, write
 
-ROOT = Path(__file__).resolve().parents[2]
 both_defaults = pytest.mark.usefixtures("default_precision")
-SETTINGS = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
-
-
-def write(path: Path, net: torch.nn.Module) -> Path:
-    process = None if net.config.kind == "classifier" else SETTINGS
-    write_weights(path, net.state_dict(), Description(net.config, process))
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A folder with a class-conditional model, a classifier, and a model without classes."""
-    folder = tmp_path_factory.mktemp("weights")
-    write(folder / "faces.safetensors", unet())
-    write(folder / "guide.safetensors", classifier(1))
-    write(folder / "free.safetensors", unet(num_classes=None))
-    write(folder / "up.safetensors", upsampler())
-    return folder
 
 
 @pytest.fixture
@@ -108,6 +83,15 @@ def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_pat
     last = stdout.splitlines()[-4:]
     assert last[0].startswith("4 images in ") and last[0].endswith(" GB")
     assert last[1:] == [str(out / name) for name in ("images", "grid.png", "samples_4x8x8x1.npz")]
+
+
+@both_defaults
+@pytest.mark.parametrize("size, sides", [("8x12", (8, 12)), ("16", (16, 16)), ("4X8", (4, 8))])
+def test_images_of_another_size(sample, tmp_path, size, sides):
+    status, stdout, stderr = sample("--size", size)
+    assert status == 0, stderr
+    assert table_of(stdout)["images"].startswith(f"1 of {sides[0]}x{sides[1]}, ")
+    assert read_image(tmp_path / "out" / "images" / "000000_class0_seed0.png").shape == (*sides, 1)
 
 
 @both_defaults
@@ -185,6 +169,10 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--set", "device=cpu"], "--set='device': no such option of a file"),
         (["--set-classifier", "num_heads=2"], "classifier_options={'num_heads': 2}: there is no classifier"),
         (["--steps", "0"], "--steps=0: "),
+        (["--size", "8x"], "size='8x': "),
+        (["--size", "0x8"], "--size=0: "),
+        (["--size", "8x13"], "--size=(8, 13): "),
+        (["--size", "8x13"], "nearest: 8x12"),
         (["--steps", "two"], "admfast sample: Invalid value for '--steps': "),
         (["--solver", "ddin"], "solver='ddin': nearest: ddim"),
         (["--respacing", "dim25"], "respacing='dim25'"),
@@ -240,6 +228,19 @@ def test_an_upsampler_enlarges_images_that_are_given(sample, weights, tmp_path, 
     one = str(given / "images" / "000000_class0_seed0.png")
     status, _, stderr = sample("--low-res", one, "--seeds", "0-1", model="up.safetensors")
     assert_one_line(status, stderr.splitlines()[-1] + "\n", "low_res.shape=(1, 1, 8, 8): (2, 1, h, w)")
+
+
+@both_defaults
+def test_an_upsampler_enlarges_colour_images_in_grey(sample, tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    levels = np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)
+    write_png(folder / "a.png", levels)
+    write_png(folder / "b.png", levels[..., :1])
+    options = ["--low-res", str(folder), "--set", "low_res_size=8"]
+    status, _, stderr = sample(*options, model="up.safetensors")
+    assert status == 0, stderr
+    assert read_samples(tmp_path / "out" / "samples_2x16x24x1.npz").images.shape == (2, 16, 24, 1)
 
 
 @both_defaults
@@ -330,62 +331,6 @@ def test_ctrl_c_leaves_what_is_finished(sample, tmp_path, monkeypatch):
     samples = read_samples(out / "samples_4x8x8x1.npz")
     assert samples.labels.tolist() == [0, 1, 2, 3] and len(pngs(out)) == 4
     assert read_image(out / "grid.png").shape[2] == 3
-
-
-LIMITED = """
-import resource, sys
-from admfast.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-raise SystemExit(main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.parametrize(
-    "limit, file, images", [(20, "images/000000_class0_seed0.png", 0), (400, "samples_", 2)]
-)
-def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
-    """A file that may not grow fails as a disk that is full does, and needs no special disk."""
-    out = tmp_path / "out"
-    command = [
-        "sample",
-        str(weights / "faces.safetensors"),
-        "--steps",
-        "1",
-        "--seeds",
-        "0-1",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *command, "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"admfast: {out}/{file}")
-    assert last.endswith("not written: the file would exceed the largest size allowed here")
-    kept = [line for line in done.stdout.splitlines() if "kept in" in line]
-    assert kept == ([f"{images} of 2 images are finished and kept in {out}"] if images else [])
-    assert len(pngs(out)) == images and not list(out.glob("**/*.tmp"))
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_standard_output_is_one_line():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "admfast", "models"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=300,
-        )
-    assert_one_line(done.returncode, done.stderr, "admfast: standard output: not written: the disk is full")
 
 
 # Which images

@@ -124,7 +124,7 @@ def test_images_are_written_batch_by_batch(tmp_path):
 
 def test_without_a_batch_size_the_pipeline_s_is_taken(tmp_path, monkeypatch):
     pipe, held, run = pipeline(), [], sampling.run
-    monkeypatch.setattr(type(pipe), "images_at_a_time", 3)
+    monkeypatch.setattr("admfast.sampling.plan.images_at_a_time", lambda *_: 3)
     monkeypatch.setattr(sampling, "run", lambda plan: (held.append(plan.shape[0]), run(plan))[1])
     run_of(tmp_path, pipe=pipe, batch_size=None).run()
     assert held == [3, 2]
@@ -197,11 +197,19 @@ def test_nine_ninths_are_not_more_than_the_whole(tmp_path, capsys):
     assert "-00:00" not in capsys.readouterr().err
 
 
-def test_a_step_counts_by_its_pixels(tmp_path):
-    run = run_of(tmp_path, pipe=cascade(), steps=5)
+@pytest.mark.parametrize("size", [None, (8, 16)])
+def test_a_step_counts_by_its_pixels(tmp_path, size):
+    run = run_of(tmp_path, pipe=cascade(classifier=None, guidance=0.0), steps=5, size=size)
     shares = run._shares(run.check())
     assert shares["upsampler"] == pytest.approx(4 * shares["base"])
     assert 5 * shares["base"] + 3 * shares["upsampler"] == pytest.approx(1)
+
+
+def test_images_of_another_size(tmp_path):
+    _, npz = run_of(tmp_path, size=(8, 16), guidance=0).run()
+    assert npz.name == "samples_5x8x16x1.npz" and images_of(tmp_path).shape == (5, 8, 16, 1)
+    with pytest.raises(OutputError, match="^out="):
+        run_of(tmp_path, size=(16, 8), guidance=0).run()
 
 
 # What was there before

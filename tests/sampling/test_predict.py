@@ -118,6 +118,32 @@ def test_the_network_sees_t_as_it_is_or_rescaled():
     assert [t.dtype.is_floating_point for t in seen] == [False, False, True, False, False]
 
 
+ONE_FOR_ALL = [torch.tensor(500), torch.tensor([500]), torch.tensor(500.0), torch.tensor([500] * 2).int()]
+ONE_FOR_ALL += [[500], (500.0, 500), np.array(500), np.array([500.0, 500.0]), [torch.tensor(500)] * 2]
+
+
+@pytest.mark.parametrize("t", ONE_FOR_ALL, ids=lambda t: f"{type(t).__name__} {t}")
+def test_one_timestep_serves_all_images_whatever_holds_it(t):
+    pipe, x = pipeline(), randn(2, 1, 8, 8)
+    found, wanted = pipe.predict(x, t, torch.tensor(3)), pipe.predict(x, 500, [3, 3])
+    assert torch.equal(found.x0, wanted.x0) and torch.equal(found.log_var, wanted.log_var)
+
+
+@pytest.mark.parametrize(
+    "t", [[3, 800], np.array([3, 800]), torch.tensor([3, 800], dtype=torch.int16)], ids=str
+)
+def test_each_image_has_its_timestep(t):
+    pipe, x = pipeline(), randn(2, 1, 8, 8)
+    assert torch.equal(pipe.predict(x, t, [0, 1]).x0, pipe.predict(x, torch.tensor([3, 800]), [0, 1]).x0)
+
+
+def test_fractions_and_a_gradient_in_t():
+    pipe, x, t = pipeline(), randn(2, 1, 8, 8), torch.tensor(500.5, requires_grad=True)
+    found = pipe.predict(x, t, 1).x0
+    assert torch.equal(found, pipe.predict(x, 500.5, [1, 1]).x0)
+    assert torch.autograd.grad(found.sum(), t)[0].abs() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("t", [500, 500.5])
 def test_the_fields_are_like_x(dtype, t):
@@ -186,15 +212,19 @@ def test_an_upsampler_predicts_with_its_low_resolution_image():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"t": -1}, "t=-1: 0 to 999"),
-        ({"t": 999.5}, "t=999.5: 0 to 999"),
-        ({"t": float("nan")}, "t=nan: 0 to 999"),
-        ({"t": "7"}, "t='7': 0 to 999"),
-        ({"t": None}, "t=None: 0 to 999"),
+        ({"t": -1}, "t=-1: "),
+        ({"t": 999.5}, "t=999.5: "),
+        ({"t": float("nan")}, "t=nan: "),
+        ({"t": "7"}, "t='7': "),
+        ({"t": None}, "t=None: "),
         ({"t": torch.tensor([3, 1000])}, r"t=\[3, 1000\]: 0 to 999"),
         ({"t": torch.tensor([3.0, float("nan")])}, r"t=\[3.0, nan\]: 0 to 999"),
-        ({"t": torch.tensor([3])}, r"t.shape=\(1,\): a number, or \[2\]"),
-        ({"t": torch.tensor(3)}, r"t.shape=\(\): a number, or \[2\]"),
+        ({"t": torch.tensor([3] * 3)}, r"t.shape=\(3,\): a number, \[1\] or \[2\]"),
+        ({"t": [3, 4, 5]}, r"t.shape=\(3,\): "),
+        ({"t": [[3, 4]]}, r"t=\[3, 4\]: "),
+        ({"t": torch.tensor(1000)}, "t=1000: "),
+        ({"t": torch.tensor(True)}, "t.dtype=torch.bool: "),
+        ({"t": [True, False]}, "t=True: "),
         ({"classes": None}, "classes=None: this network needs one of 0 to 3 for each image"),
         ({"classes": [0, CLASSES]}, "classes=4: a whole number from 0 to 3"),
         ({"classes": [0, -1]}, "classes=-1: a whole number from 0 to 3"),

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from admfast.diffusion import DiffusionConfig
+from admfast.engine.options import EngineOptions
 from admfast.errors import InvalidArgument
 from admfast.sampling import guides
 from admfast.sampling.loop import run
@@ -21,7 +23,10 @@ REQUESTS = [
     SampleRequest(),
     SampleRequest(3, range(5), steps=7, solver=ddim(eta=0.5), guidance=2.0, batch_size=2),
     SampleRequest([1, 2], [2**64 - 1], respacing="ddim25", clip=False, output="float", impl="reference"),
-    SampleRequest(respacing=[0, 10, 20], guidance_interval=(200, 800), upsampler_steps=4, every=3),
+    SampleRequest(size=64, seeds=3),
+    SampleRequest(
+        respacing=[0, 10, 20], size=(64, 96), guidance_interval=(200, 800), upsampler_steps=4, every=3
+    ),
 ]
 
 
@@ -120,6 +125,41 @@ def test_classes_and_seeds_of_every_image(classes, seeds, planned):
 def test_one_number_is_one_whatever_holds_it(name, three):
     found = getattr(SampleRequest(**{name: three}), name)
     assert found == 3 and type(found) is int
+
+
+@pytest.mark.parametrize("half", [torch.tensor(0.5), np.array(0.5), np.float32(0.5)])
+def test_a_fraction_is_one_whatever_holds_it(half):
+    given = {"guidance": half, "solver": "ddim", "eta": half, "guidance_interval": (half, 800)}
+    wanted = SampleRequest(guidance=0.5, solver=ddim(eta=0.5), guidance_interval=(0.5, 800))
+    assert SampleRequest(**given) == wanted and SampleRequest(**given).to_json() == wanted.to_json()
+    assert ddim(eta=half) == ddim(eta=0.5) and guides.by_classifier(half) == guides.by_classifier(0.5)
+    pipe = dataclasses.replace(pipeline(), guidance=half, steps=torch.tensor(4))
+    assert repr(pipe.guidance) == "0.5" and pipe.check() == {"base": 4}
+
+
+@pytest.mark.parametrize(
+    "make, given, plain",
+    [
+        (SampleRequest, {"size": torch.tensor([64, 96])}, {"size": (64, 96)}),
+        (SampleRequest, {"size": np.int64(64)}, {"size": 64}),
+        (SampleRequest, {"respacing": torch.tensor([10, 20])}, {"respacing": (10, 20)}),
+        (SampleRequest, {"classes": torch.tensor(1), "seeds": [np.array(2)]}, {"classes": 1, "seeds": 2}),
+        (DiffusionConfig, {"steps": torch.tensor(100)}, {"steps": 100}),
+        (DiffusionConfig, {"respacing": torch.tensor(4)}, {"respacing": 4}),
+        (DiffusionConfig, {"respacing": np.array([0, 4])}, {"respacing": (0, 4)}),
+        (EngineOptions, {"rows_at_a_time": torch.tensor(5)}, {"rows_at_a_time": 5}),
+    ],
+)
+def test_records_keep_plain_numbers(make, given, plain):
+    found = make(**given)
+    assert found == make(**plain) and repr(found) == repr(make(**plain))
+
+
+def test_a_network_s_configuration_keeps_plain_numbers():
+    plain = unet().config
+    whole = {name: torch.tensor(getattr(plain, name)) for name in ("image_size", "model_channels", "dims")}
+    given = whole | {"channel_mult": torch.tensor(plain.channel_mult), "dropout": np.array(0.0)}
+    assert repr(dataclasses.replace(plain, **given)) == repr(plain)
 
 
 def test_a_whole_number_that_no_float_holds_is_named():

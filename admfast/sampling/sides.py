@@ -1,0 +1,103 @@
+"""The sides of images: those asked for, those a network can take, those an upsampler makes of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from admfast.errors import invalid
+from admfast.models import ClassifierConfig, UpsamplerConfig
+from admfast.sampling.request import SampleRequest
+
+if TYPE_CHECKING:
+    from admfast.sampling.pipeline import Pipeline
+
+Sides = tuple[int, ...]
+
+
+def asked_sides(request: SampleRequest, pipeline: Pipeline) -> Sides:
+    """Return the sides of the images that the pipeline's own network makes for a request.
+
+    Raises: InvalidArgument for sides that the network can't take, with the nearest that it can.
+    """
+    name, value, sides = _given(request, pipeline)
+    config = pipeline.config
+    if len(sides) != config.dims:
+        raise invalid(name, value, f"{config.dims} sides of an image")
+    _check_divisible(name, value, sides, config.side_units())
+    return sides
+
+
+def _given(request: SampleRequest, pipeline: Pipeline) -> tuple[str, object, Sides]:
+    """Return the argument that says the sides, its value, and the sides."""
+    config, size, low_res = pipeline.config, request.size, request.low_res
+    if size is not None:
+        return "size", size, (size,) * config.dims if isinstance(size, int) else tuple(size)
+    for name in ("noise", "x_start"):
+        if (images := getattr(request, name)) is not None:
+            shape = tuple(images.shape)
+            return f"{name}.shape", shape, shape[2:]
+    if low_res is not None and low_res.dim() == config.dims + 2 and isinstance(config, UpsamplerConfig):
+        return "low_res.shape", tuple(low_res.shape), _enlarged(pipeline, tuple(low_res.shape))
+    return "image_size", config.image_size, pipeline.spatial
+
+
+def _enlarged(up: Pipeline, shape: Sides) -> Sides:
+    """Return what an upsampler makes of images [N, C, *sides]: each side times image_size / low_res_size."""
+    trained, side, sides = up.low_res_size, up.config.image_size, shape[2:]
+    if trained is None:
+        if len(set(sides)) > 1:
+            allowed = "square images: nothing says by how much this upsampler enlarges; give low_res_size"
+            raise invalid("low_res.shape", shape, f"{allowed} when it is loaded, or size")
+        return up.spatial
+    units = [_smallest(unit, trained, side) for unit in up.config.side_units()]
+    _check_divisible("low_res.shape", shape, sides, units)
+    return tuple(own * side // trained for own in sides)
+
+
+def enlarged_base(up: Pipeline, base: Pipeline, sides: Sides) -> tuple[int, Sides]:
+    """Return by which factor base images are brought down for an upsampler, and the sides that come out.
+
+    Without a `low_res_size` the upsampler enlarges what the base network was trained for.
+    """
+    trained = up.low_res_size or base.config.image_size
+    factor = max(min(sides) // trained, 1)
+    units = [factor * _smallest(unit, trained, up.config.image_size) for unit in up.config.side_units()]
+    # A side that the factor doesn't divide would lose its last columns.
+    if min(sides) < trained or any(side % unit for side, unit in zip(sides, units, strict=True)):
+        divided = "" if max(units) == 1 else f" that {_listed(units)} divides"
+        raise invalid("low_res", sides, f"sides of {trained} pixels or more{divided}, for the upsampler")
+    return factor, tuple(side // factor * up.config.image_size // trained for side in sides)
+
+
+def check_classifier_sides(request: SampleRequest, pipeline: Pipeline) -> None:
+    """Refuse images of a size at which the pipeline's classifier has no gradient."""
+    assert pipeline.classifier is not None
+    config: ClassifierConfig = pipeline.classifier.config  # type: ignore[assignment]
+    name, value, sides = _given(request, pipeline)
+    own = (config.image_size,) * config.dims
+    if config.pool == "attention" and sides != own:
+        needed = "x".join(map(str, own))
+        allowed = f"{needed}, which the classifier's attention pool needs; guidance=0 is without it"
+        raise invalid(name, value, allowed)
+    if min(sides[config.dims == 3 :]) < config.pool_ds():
+        raise invalid(name, value, f"sides of {config.pool_ds()} or more, which the classifier halves")
+
+
+def _smallest(unit: int, trained: int, side: int) -> int:
+    """Return the smallest low-resolution side that side / trained makes a whole multiple of `unit`."""
+    return trained * unit // math.gcd(side, trained * unit)
+
+
+def _check_divisible(name: str, value: object, sides: Sides, units: Sequence[int]) -> None:
+    """Refuse sides that aren't multiples of these units."""
+    pairs = list(zip(sides, units, strict=True))
+    if any(side % unit for side, unit in pairs):
+        near = "x".join(str(max(1, round(side / unit)) * unit) for side, unit in pairs)
+        raise invalid(name, value, f"sides that {_listed(units)} divides; nearest: {near}")
+
+
+def _listed(sides: Sequence[int]) -> str:
+    """Return sides as "64x96", or one number where all are equal."""
+    return str(sides[0]) if len(set(sides)) == 1 else "x".join(map(str, sides))

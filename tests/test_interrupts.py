@@ -1,0 +1,75 @@
+"""SIGTERM and SIGHUP end a block as Ctrl-C does; what is held back ends it afterwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from admfast.interrupts import held_back, like_ctrl_c
+
+ROOT = Path(__file__).resolve().parents[1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+TWICE = """
+import time
+from admfast.interrupts import like_ctrl_c
+with like_ctrl_c() as came:
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("first", *came, flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda number: number.name)
+def test_the_first_raises_and_the_second_ends_the_process(number):
+    command = [sys.executable, "-c", TWICE]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == f"first {int(number)}\n"
+        process.send_signal(number)
+        assert process.wait(30) == -number
+
+
+def test_handlers_come_back_and_those_of_others_stay():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with like_ctrl_c() as came:
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    assert [signal.getsignal(number) for number in SIGNALS] == before and came == []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with like_ctrl_c():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[2])
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_what_is_held_back_comes_after_the_block(number):
+    done = False
+    with pytest.raises(KeyboardInterrupt), like_ctrl_c(), held_back():
+        os.kill(os.getpid(), number)
+        done = True
+    assert done
+
+
+def test_other_threads_get_no_signals_and_set_no_handlers():
+    found = []
+
+    def run() -> None:
+        with like_ctrl_c() as came, held_back():
+            found.append(came)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [[]]
