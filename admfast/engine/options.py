@@ -27,6 +27,8 @@ class EngineOptions:
         kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
             table), and how much memory beside the networks' they may hold; the latest is always kept. Of
             threads that sample at the same time each has a step of its own.
+        threads: on a CPU, threads that a prepared step computes on; None: by the size of its work, or as
+            OMP_NUM_THREADS or `torch.set_num_threads` says (see `admfast.engine.threads`).
     """
 
     prepared: bool = True
@@ -38,6 +40,7 @@ class EngineOptions:
     compile_cache: str | PathLike[str] | None = None
     kept_steps: int = 4
     kept_bytes: int = 8 << 30
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         switches(self, "prepared", "graph", "branches", "compile")
@@ -48,6 +51,8 @@ class EngineOptions:
         whole("rows_at_a_time", self.rows_at_a_time, 1)
         whole("kept_steps", self.kept_steps, 1)
         whole("kept_bytes", self.kept_bytes, 0)
+        if self.threads is not None:
+            whole("threads", self.threads, 1)
         if self.compile_cache is not None and not self.compile:
             raise invalid("compile_cache", str(self.compile_cache), "only together with compile=True")
 
