@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.command import UNFINISHED
 from bench.gpu.process import run_step
 from bench.gpu.stages import Plan, Stage
 from bench.results import environment
@@ -20,7 +21,6 @@ SUFFIXES = frozenset({".py", ".cpp", ".cu", ".h", ".cuh"})
 PYTEST_NO_TESTS = 5
 STATUSES = ("failed", "stopped", "unfinished", "no tests", "passed")
 DONE = ("no tests", "passed")
-UNFINISHED = 3
 
 
 def fingerprint(root: Path, folders: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, attention: Attention
     try:
         with warnings.catch_warnings(record=True) as said, torch.inference_mode():
             warnings.simplefilter("always")
-            attention(q, k, v)
+            attention(q[:1], k[:1], v[:1])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -120,6 +120,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, attention: Attention
     return timed(
         lambda: attention(q, k, v),
         settings,
+        small=(lambda: attention(q[:1], k[:1], v[:1]), batch),
         check=lambda out: checked(out, ref, _limit(dtype, shape.tokens)),
         flop=batch * shape.flop,
         nbytes=4 * q.nbytes,
@@ -151,6 +152,7 @@ def _attention(
         return timed(
             lambda: attention(qkv, shape.heads, impl=impl),
             settings,
+            small=(lambda: attention(qkv[:1], shape.heads, impl=impl), batch),
             check=lambda out: checked(out[:1], ref, limit),
             flop=batch * shape.flop,
         )

@@ -1,6 +1,7 @@
 """The stages of `bench.gpu`: shares, stops, resuming and the exit status, tried with small fake stages."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.command import interrupt_by_signals
 from bench.gpu import __main__ as program
 from bench.gpu import process, runner, stages
 from bench.gpu.process import run_step
@@ -386,3 +388,19 @@ def test_variables_stand_for_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("BUDGET", "30")  # seconds go before minutes
     assert program.main(["--allow-cpu"]) == 0
     assert given == [(out, ["peers"], 300 - program.ENDING), (out, ["peers"], 30.0)]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_told_by_the_exit_status(sign: signal.Signals, monkeypatch, tmp_path: Path) -> None:
+    def run(*given: object, **more: object) -> dict:
+        signal.raise_signal(sign)
+        return {}
+
+    monkeypatch.setattr(program, "run_stages", run)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        interrupt_by_signals()
+        assert program.main(["--allow-cpu", "--out", str(tmp_path)]) == 128 + sign
+    finally:
+        for one, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(one, handler)
