@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+TOPOLOGY = Path("/sys/devices/system/cpu")
+# Of the standard, of GNU's OpenMP and of LLVM's, which is Intel's too.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
 def memory(mount: Path = CGROUPS, own: Path = OWN) -> int:
@@ -28,8 +31,41 @@ def cpus(mount: Path = CGROUPS, own: Path = OWN) -> int:
 
     A part of a processor counts as a whole one. mount, own: see `memory`.
     """
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(there, _quota(mount, own))))
+    return max(1, math.ceil(min(len(processors()), _quota(mount, own))))
+
+
+def cores(topology: Path = TOPOLOGY) -> int:
+    """Cores of the processors that this process may run on; several processors may share a core.
+
+    topology: where the system describes each processor. One that it doesn't describe is a core of its own.
+    """
+    return len({_siblings(topology, processor) or str(processor) for processor in processors()})
+
+
+@functools.cache
+def _siblings(topology: Path, processor: int) -> str:
+    """The processors of the core that a processor is part of, as the system writes them; "" if it doesn't."""
+    try:
+        return (topology / f"cpu{processor}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return ""
+
+
+def processors() -> set[int]:
+    """Return the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def wait_passively(environment: MutableMapping[str, str]) -> None:
+    """Have OpenMP's threads sleep, not spin, while they wait for each other; a user's own choice stays.
+
+    On a machine that others use as well, a thread that spins holds the processor which the one that it waits
+    for needs. Read when OpenMP is loaded, which `import torch` does: to be called before, or for a child.
+    """
+    if not any(name in environment for name in PASSIVE):
+        environment.update(PASSIVE)
 
 
 @functools.cache

@@ -1,16 +1,19 @@
 """The command line of every bench, and the process that watches over it.
 
-A bench measures in a worker process, which names each case as it begins. Where a case outlasts its limit the
-worker is killed, whatever C code it is in, the case becomes a row "too slow", and another worker goes on from
-the rows on the disk. An interrupt or SIGTERM ends a bench at once; what was measured stays.
+A bench measures in a worker process, which names each case as it begins. Where a case outlasts its limit or
+the budget the worker is killed, whatever C code it is in, the case becomes a row "too slow", and another
+worker goes on from the rows on the disk. An interrupt or SIGTERM ends a bench at once; what was measured
+stays.
 
 Exit status: 0 when every row asked for is there, 3 when the budget ended first (run again to go on), 2 for a
-wrong argument, 1 when the worker or the device was lost.
+wrong argument, 1 when the worker or the device was lost, 130 and 143 after an interrupt and SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import select
@@ -18,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ from bench.report import render
 from bench.results import ResultFile, Row
 
 UNFINISHED = 3
+# Seconds that a case has however little of the budget is left, and that a worker may take beside its cases.
+LEAST, STARTING = 10.0, 60.0
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -69,41 +75,52 @@ def bench_main(bench: Bench, argv: Sequence[str] | None = None) -> int:
 
 def watch(bench: Bench, arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Let workers measure until all is there or the budget is over; return the exit status."""
-    for sign in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore interrupts
-        signal.signal(sign, signal.default_int_handler)
+    interrupt_by_signals()
     command = [sys.executable, "-m", f"{bench.package}.{bench.name}", *argv]
     end, path = time.monotonic() + arguments.budget, Path(arguments.out) / f"{bench.name}.jsonl"
     budget = arguments.budget
     try:
         while True:
-            status, row = run_worker([*command, "--budget", f"{budget:g}"])
+            status, row = run_worker([*command, "--budget", f"{budget:g}"], end + STARTING)
             if row is None:
                 return status
             ResultFile(path).append(row)
             print(f"{row['status']}: {row['key']}", flush=True)
             if row["status"] == "error":
                 return 1
-            budget = max(end - time.monotonic(), 1e-3)
-    except KeyboardInterrupt:
+            budget = end - time.monotonic()
+            if budget <= 0:
+                return UNFINISHED
+    except KeyboardInterrupt as interrupt:
         print("stopped")
-        return UNFINISHED
+        return status_of(interrupt)
 
 
-def run_worker(command: Sequence[str]) -> tuple[int, Row | None]:
-    """Run one worker to its end or to a case's limit; return its exit status, and the row that ended it."""
-    read, write = os.pipe()
-    process = subprocess.Popen([*command, "--inside", str(write)], pass_fds=(write,), process_group=0)
-    os.close(write)
+def interrupt_by_signals() -> None:
+    """Let SIGINT and SIGTERM raise a KeyboardInterrupt that knows which it was."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    for sign in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore interrupts
+        signal.signal(sign, interrupt)
+
+
+def status_of(interrupt: KeyboardInterrupt) -> int:
+    """Return a shell's exit status of what a signal ended."""
+    return 128 + (interrupt.args or (signal.SIGINT,))[0]
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], *pipes: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process whose threads wait passively; at the end of the block kill it and all it started."""
+    from admfast.host import wait_passively  # needs nothing but Python
+
+    wait_passively(environment := dict(os.environ))
+    process = subprocess.Popen(command, pass_fds=pipes, process_group=0, env=environment)
     try:
-        row, late = follow(read)
-        if row is not None and late:
-            return UNFINISHED, row | {"status": "too slow", "reason": f"stopped after {row['limit']:.0f} s"}
-        status = process.wait()
-        if row is not None and status < 0:
-            return 1, row | {"status": "error", "reason": f"the process ended by signal {-status}"}
-        return status, None
+        yield process
     finally:
-        os.close(read)
         try:
             os.killpg(process.pid, signal.SIGKILL)  # with it, the compile workers that it started
         except ProcessLookupError:
@@ -111,13 +128,52 @@ def run_worker(command: Sequence[str]) -> tuple[int, Row | None]:
         process.wait()
 
 
-def follow(read: int) -> tuple[Row | None, bool]:
-    """Follow a worker's cases; return the one in progress at the end, and whether it outlasted its limit."""
+def supervise(command: Sequence[str], seconds: float) -> int:
+    """Run a command to its end, or for so many seconds, or until a signal; return the exit status."""
+    interrupt_by_signals()
+    try:
+        with started(command) as process:
+            return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return UNFINISHED
+    except KeyboardInterrupt as interrupt:
+        return status_of(interrupt)
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it ends, whatever ends that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run_worker(command: Sequence[str], end: float) -> tuple[int, Row | None]:
+    """Run one worker to its end or to a case's limit; return its exit status, and the row that ended it.
+
+    end: when it is stopped even between cases, by `time.monotonic`.
+    """
+    read, write = os.pipe()
+    with open(read, "rb", buffering=0), started([*command, "--inside", str(write)], write) as process:
+        os.close(write)
+        row, late = follow(read, end)
+        if late and row is None:
+            return UNFINISHED, None
+        if row is not None and late:
+            return UNFINISHED, row | {"status": "too slow", "reason": f"stopped after {row['limit']:.0f} s"}
+        status = process.wait()
+        if row is not None and status < 0:
+            return 1, row | {"status": "error", "reason": f"the process ended by signal {-status}"}
+        return status, None
+
+
+def follow(read: int, last: float) -> tuple[Row | None, bool]:
+    """Follow a worker's cases; return the one in progress at the end, and whether it outlasted its limit.
+
+    last: when the end comes even between cases.
+    """
     row: Row | None = None
-    end, rest = 0.0, b""
+    end, rest = last, b""
     while True:
-        patience = None if row is None else max(0.0, end - time.monotonic())
-        ready, _, _ = select.select([read], [], [], patience)
+        ready, _, _ = select.select([read], [], [], max(0.0, end - time.monotonic()))
         if not ready:
             return row, True
         chunk = os.read(read, 1 << 16)
@@ -126,7 +182,7 @@ def follow(read: int) -> tuple[Row | None, bool]:
         *lines, rest = (rest + chunk).split(b"\n")
         if lines:
             row = json.loads(lines[-1]) or None
-            end = time.monotonic() + (row["limit"] if row else 0.0)
+            end = time.monotonic() + row["limit"] if row else last
 
 
 def parser_of(bench: Bench) -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
 `python -m bench.digits_quality` samples the digits32 system and compares the samples with the 1,797 real
 digits in the space of 64 pixels: images are brought to 8x8 by block means, on the digits' scale of 0 to 16.
+It measures in a process that can be stopped at any time; what was measured stays. Exit status as of the
+other benches (`bench.command`).
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +28,10 @@ from sklearn.svm import SVC
 import admfast
 from admfast.models.presets import SYSTEMS
 from admfast.training.digits import CLASSES, LEVELS, block_means, load_digits
+from bench.command import STARTING, UNFINISHED, end_with_parent, supervise
 from bench.results import conditions, environment, markdown_table
 
+BATCH = 50
 Array = npt.NDArray[np.float64]
 
 
@@ -135,7 +140,7 @@ def sample(
         solver=setting.solver,
         steps=setting.steps,
         guidance=setting.guidance,
-        batch_size=50,
+        batch_size=BATCH,
     )
     levels = images.movedim(-1, 1).float() * (LEVELS / 255)
     return block_means(levels).flatten(1).double().numpy(), classes
@@ -164,11 +169,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
     parser.add_argument("--only", default="", help="settings to run: a part of their names (default: all)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the rows (default: none)")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all (default: %(default)g)")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the process that measures
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Sample, measure, print a table and write the rows, with what they were taken with."""
+def predicted(pipe: admfast.Pipeline, setting: Setting, count: int) -> float:
+    """Return the seconds that `count` samples may take, by a step of one batch."""
+    some, seconds = min(BATCH, count), math.inf
+    for _ in range(2):  # the first prepares
+        began = time.monotonic()
+        sample(pipe, replace(setting, steps=1), some, 0)
+        seconds = min(seconds, time.monotonic() - began)
+    return seconds * setting.steps * count / some
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample, measure, print a table and write the rows, with what they were taken with, as they come."""
+    end = time.monotonic() + args.budget
     torch.manual_seed(0)
     pipe = admfast.load(args.model, classifier=args.classifier)
     digits, labels = load_digits()
@@ -183,30 +201,47 @@ def run(args: argparse.Namespace) -> None:
         "date": conditions(pipe.device)["date"],
         "weights": weight_hashes(args.model, args.classifier),
     }
-    rows = {"two halves of the real digits": halves(real, classes)}
+    rows, slow = {"two halves of the real digits": halves(real, classes)}, {}
+
+    def write() -> None:
+        if args.out is not None:
+            document["rows"] = {name: asdict(quality) for name, quality in rows.items()} | slow
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+    write()
     for setting in SETTINGS:
         if args.only not in setting.name or (setting.guidance and pipe.classifier is None):
+            continue
+        seconds, left = predicted(pipe, setting, args.count), end - time.monotonic()
+        if seconds > left:
+            slow[setting.name] = f"too slow: about {seconds:.0f} s, {max(0.0, left):.0f} s are left"
+            print(f"{setting.name}: {slow[setting.name]}", file=sys.stderr, flush=True)
+            write()
             continue
         started = time.time()
         samples, asked = sample(pipe, setting, args.count, args.seed)
         rows[setting.name] = measure(samples, asked, real, judge, some)
         spent = time.time() - started
         print(f"{setting.name}: {args.count} samples in {spent:.0f} s", file=sys.stderr, flush=True)
+        write()
     print(table(rows))
-    if args.out is not None:
-        document["rows"] = {name: asdict(quality) for name, quality in rows.items()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+    return UNFINISHED if slow else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as the command line says; a user's error is one line and exit status 2."""
+    args = arguments(argv)
+    if not args.inside:
+        given = sys.argv[1:] if argv is None else argv
+        command = [sys.executable, "-m", "bench.digits_quality", *given, "--inside"]
+        return supervise(command, args.budget + STARTING)
+    end_with_parent()
     try:
-        run(arguments(argv))
+        return run(args)
     except admfast.AdmfastError as error:
         print(f"digits_quality: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ A GPU is timed by Triton's `do_bench`, a CPU by `torch.utils.benchmark`.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +32,8 @@ ROW_SECONDS = 60.0  # what the calls of a row may take
 CASE_SECONDS = 2 * ROW_SECONDS  # and all of it, inputs, comparison and compilation included
 CALLS = 6  # of a row at least: the compared, the one that finds the size of a sample, the timed
 
+ROOT = Path(__file__).resolve().parents[1]
+
 T = TypeVar("T")
 
 
@@ -49,7 +54,7 @@ class Settings:
     """Settings of a measurement.
 
     seconds: of one row's samples. quick: only try the machinery. again: measure disturbed rows once more.
-    begin: is told which case begins, so that one that hangs can be stopped.
+    begin: is told which case begins, so that one that hangs can be stopped. limit: seconds that it has.
     """
 
     device: torch.device
@@ -57,6 +62,7 @@ class Settings:
     quick: bool = False
     again: bool = False
     begin: Callable[[Case], None] = lambda case: None
+    limit: float = CASE_SECONDS
 
     @property
     def cuda(self) -> bool:
@@ -109,17 +115,17 @@ def timed(
         small: the same on a part of the input, and how many parts there are: tried before the whole.
 
     Raises:
-        TooSlow: the calls of this row would take longer than `ROW_SECONDS`.
+        TooSlow: the calls of this row would take longer than `ROW_SECONDS`, or half of what is left for it.
     """
     with contextlib.nullcontext() if gradient else torch.inference_mode():
         if small is not None:
             # Twice, as the first call of a library may begin it.
-            refuse_slow(small[1] * min(seconds_of(small[0]) for _ in range(2)))
+            refuse_slow(small[1] * min(seconds_of(small[0]) for _ in range(2)), settings.limit)
         out = fn()
         error = None if check is None else check(out)
         del out
         once = seconds_of(fn)  # not the first call, which may compile or search
-        refuse_slow(once)
+        refuse_slow(once, settings.limit)
         peak = peak_mb(fn, settings.device)
         queued, begin = queue_seconds(), time.perf_counter()
         timing = (_cuda_times if settings.cuda else _cpu_times)(fn, settings.seconds, once)
@@ -134,10 +140,20 @@ def timed(
     return row if error is None else row | {"rel_err": float(f"{error:.2e}")}
 
 
-def refuse_slow(seconds: float) -> None:
-    """Raise TooSlow where calls of so many seconds would make a row too long."""
-    if CALLS * seconds > ROW_SECONDS:
-        raise TooSlow(f"about {seconds:.0f} s a call; a row may take {ROW_SECONDS:.0f} s")
+def refuse_slow(seconds: float, limit: float) -> None:
+    """Raise TooSlow where calls of so many seconds would make a row too long for the limit of its case."""
+    allowed = min(ROW_SECONDS, limit / 2)
+    if CALLS * seconds > allowed:
+        raise TooSlow(f"about {seconds:.3g} s a call; a row's calls may take {allowed:.0f} s")
+
+
+def refuse_work(flop: float, dtype: str, settings: Settings) -> None:
+    """Raise TooSlow where `CALLS` times so many operations outlast the case's limit even as one product."""
+    n = 512
+    a = torch.ones(n, n, device=settings.device, dtype=DTYPES.get(dtype, torch.float32))
+    seconds = min(seconds_of(lambda: a @ a) for _ in range(3)) * flop / (2 * n**3)
+    if CALLS * seconds > settings.limit:
+        raise TooSlow(f"about {seconds:.3g} s a call; all may take {settings.limit:.0f} s")
 
 
 def seconds_of(fn: Callable[[], object]) -> float:
@@ -260,6 +276,19 @@ def queue_seconds() -> float:
         except (OSError, IndexError, ValueError):
             continue  # a thread that ended meanwhile
     return total / 1e9
+
+
+def in_a_process(code: str, environment: Mapping[str, str]) -> Any:
+    """Run Python code in a fresh process, and return the JSON in the last line that it prints.
+
+    Raises: RuntimeError with what it said last, where it fails.
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    if done.returncode or not lines:
+        raise RuntimeError(f"the process ended with {done.returncode}: {lines[-1] if lines else 'silent'}")
+    return json.loads(lines[-1])
 
 
 def peak_mb(fn: Callable[[], object], device: torch.device) -> float | None:

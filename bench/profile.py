@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from bench.command import Bench, bench_main
-from bench.measure import Case, Settings
+from bench.measure import Case, Settings, refuse_work
 from bench.results import Row
 from bench.sampling.contender import TOGETHER, Contender, Entry
 from bench.sampling.flags import add_flags
-from bench.sampling.subject import Inputs, Subject
+from bench.sampling.subject import Inputs, Subject, step_flop
 
 # The first pattern that a name matches. A convolution of cuDNN's is built on a matrix product and has "gemm"
 # in its name too, and so has attention: products come after them.
@@ -180,6 +180,7 @@ def steps_for(ms: float, longest: int, quick: bool) -> int:
 
 def _profile(entry: Entry, subject: Subject, batch: int, settings: Settings) -> Row:
     """Return the row of a step; no trial, as nothing is compared."""
+    refuse_work(step_flop(subject) * batch, entry.dtype, settings)
     contender = entry.make(subject, Inputs.of(subject, batch, settings.device))
     with contender.running():
         contender.ready()

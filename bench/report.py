@@ -31,6 +31,7 @@ TITLES = {
     "sampler_step": "One guided sampler update, noise included",
     "guided_step": "A guided step: network, classifier gradient, update",
     "step": "A step without guidance: network, update",
+    "threads": "A guided step by its number of threads, beside so many busy processes",
     "start": "Seconds until the first image of a fresh process; making weights is not counted",
     "ablation_added": "What each part adds, one after another",
     "ablation_without": "The whole engine less one part",
@@ -104,6 +105,7 @@ def field(name: str, form: str = "{}") -> Value:
 
 COLUMNS: dict[str, Value] = {
     "ms": field("ms"),
+    "best ms": field("best_ms"),
     "20-80 %": lambda row, rows: f"{row['ms_q20']:.3g}-{row['ms_q80']:.3g}" if "ms_q20" in row else None,
     "images/s": field("images_per_s"),
     **{unit: field(name) for name, unit in UNITS.items()},

@@ -6,7 +6,7 @@ A row is one measurement, or one thing that could not be measured and why. Its `
 - `none`: this machine or this torch has no such thing; `reason` says so;
 - `oom`: it did not fit into memory;
 - `wrong`: its output failed the comparison, so it was not timed;
-- `too slow`: it would have taken longer than a row may;
+- `too slow`: it would have taken longer than `limit`, its seconds; tried again where a run has more for it;
 - `error`: anything else, with the message; such a row is tried again by the next run.
 
 Torch is imported only where it is asked: the process that watches a bench does without it.
@@ -92,6 +92,11 @@ class ResultFile:
             file.flush()
             os.fsync(file.fileno())
         self.by_key[row["key"]] = row
+
+
+def final(row: Row, limit: float) -> bool:
+    """Tell whether a row is not measured again, by a run that has so many seconds for it."""
+    return row["status"] in FINAL and not (row["status"] == "too slow" and row.get("limit", limit) < limit)
 
 
 def disturbed(row: Row, limit: float = 0.05) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
-import functools
 import gc
 import itertools
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from bench.command import UNFINISHED, Bench
+from bench.command import LEAST, UNFINISHED, Bench, end_with_parent
 from bench.measure import Case, Settings, first_line
-from bench.results import FINAL, ResultFile, Row, conditions, disturbed, environment, row_key
+from bench.results import ResultFile, Row, conditions, disturbed, environment, final, row_key
 
 # name: (share of the budget, its cases)
 Groups = Mapping[str, tuple[float, Callable[[Settings], Iterable[Case]]]]
@@ -35,7 +32,6 @@ STATUS = {
     "MemoryError": "oom",
 }
 LOST = ("CUDA error: an illegal", "device-side assert", "unspecified launch failure")
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,8 @@ def measure_all(bench: Bench, arguments: argparse.Namespace) -> int:
     As a worker, `--inside FD`, name each case on that pipe and end with the process that watches.
     """
     watched = arguments.inside >= 0
-    if watched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if watched:
+        end_with_parent()
 
     def begin(row: Row) -> None:
         if watched:
@@ -115,22 +111,35 @@ def run(
         settings: device and effort.
         results: the file rows go to; cases it already holds are skipped. Of cases that are measured together
             all are measured again where one is missing, so that their ratios are of one run.
-        budget: seconds for all groups together. A row that has begun is finished.
+        budget: seconds for all groups together. A row that has begun has what is left of them.
         groups: name to (share, cases). What a group leaves over goes to the next.
-        begin: is given the beginning of each case's row and its limit, and {} at its end.
+        begin: is given the beginning of each case's row and its limit, what it may take of the budget that is
+            left, and {} at its end.
         clock: the present time in seconds.
     """
     end, shares = clock() + budget, {name: share for name, (share, _) in groups.items()}
     fixed = environment(settings.device)
+
+    def limit(case: Case) -> float:
+        return min(case.limit, max(LEAST, end - clock()))
+
     for name, (share, cases) in groups.items():
         deadline = clock() + (end - clock()) * share / sum(shares.values())
         del shares[name]
         counts = {"measured": 0, "found": 0, "left": 0}
-        announce = functools.partial(_announce, begin, name, fixed, settings.device)
+
+        def announce(case: Case, name: str = name) -> None:
+            begin(
+                _beginning(case, name, fixed) | {"limit": limit(case)} | fixed | conditions(settings.device)
+            )
+
         for _, unit in itertools.groupby(cases(settings), lambda case: case.together or case):
             rows = [(case, _beginning(case, name, fixed)) for case in unit]
             olds = [results.by_key.get(row["key"], {"status": ""}) for _, row in rows]
-            if all(o["status"] in FINAL and not (settings.again and disturbed(o)) for o in olds):
+            if all(
+                final(old, case.limit) and not (settings.again and disturbed(old))
+                for (case, _), old in zip(rows, olds, strict=True)
+            ):
                 counts["found"] += len(rows)
                 continue
             if clock() >= deadline:
@@ -139,14 +148,14 @@ def run(
             waiting = []
             for (case, row), old in zip(rows, olds, strict=True):
                 # Of those measured together one that can't be had is not tried again with the others.
-                if case.together and old["status"] in FINAL - {"ok"}:
+                if case.together and old["status"] != "ok" and final(old, case.limit):
                     case.together.leave_out(case)
                     counts["found"] += 1
                 else:
                     waiting.append((case, row, old))
             for case, row, old in waiting:
                 announce(case)
-                row |= measure_case(case, dataclasses.replace(settings, begin=announce))
+                row |= measure_case(case, dataclasses.replace(settings, begin=announce, limit=limit(case)))
                 begin({})
                 row |= fixed | conditions(settings.device)
                 if old["status"] != "ok" or not settings.again or row.get("waited", 1.0) < old["waited"]:
@@ -162,12 +171,6 @@ def _beginning(case: Case, group: str, fixed: Row) -> Row:
     key = row_key(case.kind, case.dtype, case.provider, case.shape, fixed["device"], fixed["torch"])
     row: Row = {"key": key, "group": group, "kind": case.kind, "dtype": case.dtype}
     return row | {"provider": case.provider, "shape": dict(case.shape)} | case.note
-
-
-def _announce(
-    begin: Callable[[Row], object], group: str, fixed: Row, device: torch.device, case: Case
-) -> None:
-    begin(_beginning(case, group, fixed) | {"limit": case.limit} | fixed | conditions(device))
 
 
 def measure_case(case: Case, settings: Settings) -> Row:
@@ -186,6 +189,8 @@ def measure_case(case: Case, settings: Settings) -> Row:
         status = "oom" if full else STATUS.get(type(error).__name__, "error")
         kind = f"{type(error).__name__}: " if status == "error" else ""
         row = {"status": status, "reason": kind + first_line(error)}
+        if status == "too slow":
+            row["limit"] = settings.limit
     gc.collect()  # a traceback keeps the tensors of its frames alive
     if settings.cuda:
         torch.cuda.empty_cache()

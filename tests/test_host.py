@@ -65,3 +65,23 @@ def test_processors_are_those_of_the_mask_within_the_quota(groups, own, files, w
 
 def test_a_machine_without_control_groups_is_whole(tmp_path):
     assert host.memory(tmp_path, tmp_path / "missing") == WHOLE and host.cpus(tmp_path, tmp_path / "x") >= 1
+
+
+def test_processors_that_share_a_core_are_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 7}, raising=False)
+    assert host.cores(tmp_path / "nothing") == 4
+    for processor, siblings in {0: "0,4", 1: "1,5", 4: "0,4"}.items():
+        folder = tmp_path / f"cpu{processor}/topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{siblings}\n")
+    assert host.cores(tmp_path) == 3
+
+
+@pytest.mark.parametrize("name", host.PASSIVE)
+def test_waiting_is_passive_where_the_user_says_nothing(name):
+    environment = {"HOME": "/"}
+    host.wait_passively(environment)
+    assert environment == {"HOME": "/", **host.PASSIVE}
+    environment = {name: "1"}
+    host.wait_passively(environment)
+    assert environment == {name: "1"}

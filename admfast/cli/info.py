@@ -11,8 +11,10 @@ import torch
 
 from admfast import __version__
 from admfast.cli.examples import examples
+from admfast.engine.numerics import CHOSEN_BY
 from admfast.errors import AdmfastError
 from admfast.files.tables import table
+from admfast.host import PASSIVE
 from admfast.ops import TABLES, watch
 from admfast.ops.native import build_info, instruction_set, reason_missing
 
@@ -30,7 +32,7 @@ def run_info() -> None:
         ("compiled ops", _build()),
         ("CPU loops", instruction_set() if reason_missing() is None else "none"),
     ]
-    for name in ("ADMFAST_IMPL", "ADMFAST_CPU_ISA", "ADMFAST_BUILD", "ADMFAST_MIRROR"):
+    for name in ("ADMFAST_IMPL", "ADMFAST_CPU_ISA", "ADMFAST_BUILD", "ADMFAST_MIRROR", *CHOSEN_BY, *PASSIVE):
         rows.append((name, os.environ.get(name, "not set")))
     print(table(rows))
     print()

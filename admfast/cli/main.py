@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with like_ctrl_c() as came:
         try:
+            from admfast.host import wait_passively
+
+            if "torch" not in sys.modules:  # which alone reads it, when it is loaded
+                wait_passively(os.environ)
             from admfast.cli.commands import run
 
             status = run(list(sys.argv[1:] if argv is None else argv))

@@ -11,6 +11,7 @@ from pathlib import Path
 from admfast.cli import sample_options as option
 from admfast.cli.options import parts_of
 from admfast.engine.numerics import peak_memory
+from admfast.engine.options import EngineOptions
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_folder
 from admfast.files.images import MODES
@@ -49,6 +50,7 @@ def run_sample(
     batch: option.Batch = None,
     precision: option.Precision = "auto",
     device: option.Device = None,
+    threads: option.Threads = None,
     compile: option.Compile = False,
     compile_cache: option.CompileCache = None,
     verbose: option.Verbose = False,
@@ -62,11 +64,14 @@ def run_sample(
     """Sample images: PNG files, one labelled grid and the published npz."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     _check_early(batch, solver, compile_cache)
+    engine = EngineOptions(threads=threads)
     parts = parts_of(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
         preset=preset, device=device,
     )  # fmt: skip
-    pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
+    pipe = load(
+        name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **parts
+    )
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
     request = SampleRequest(

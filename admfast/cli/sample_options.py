@@ -98,6 +98,10 @@ Precision = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU where there is one).")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="On a CPU, threads of a step (default: by its size, or as OMP_NUM_THREADS says)."),
+]
 Out = Annotated[Path, typer.Option(help="Folder for images/, grid.png and the npz.")]
 Overwrite = Annotated[
     bool,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from admfast.engine.capture import capture
 from admfast.engine.compiled import compile_step
+from admfast.engine.numerics import on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
@@ -127,7 +128,9 @@ class Engine:
         before = self._reserved()
         made = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
         if self.options.compile:
-            compile_step(made, self.options.compile_cache)
+            # What is compiled holds for one number of threads.
+            with on_threads(made.threads) if made.threads else contextlib.nullcontext():
+                compile_step(made, self.options.compile_cache)
         if self.options.graph and self.device.type == "cuda":
             capture(made)
         # A graph keeps the memory of everything between its first and its last operation.

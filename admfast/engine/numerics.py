@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import os
 import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from admfast import host
 from admfast.ops.transforms import in_autocast
+
+CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextlib.contextmanager
@@ -25,7 +31,7 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
     change a pipeline's precision behind its back. These settings belong to the whole process: another
     thread that computes at the same time sees them, and of pipelines that differ in them the one
     that came last decides. On a CPU torch's threads stay as they are, but for those that the process has no
-    processor for.
+    processor for (a step has a number of its own: `admfast.engine.threads`).
     """
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -38,27 +44,57 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
             stack.enter_context(_TF32.held_at(tf32))
         else:
             stack.enter_context(_ON_CPU.held_at(False))
-            stack.enter_context(_no_idle_threads())
+            # torch begins with a thread a core, whatever quota of processor time a container has: those that
+            # have none wait in turns for each other, busily. Fewer than allowed are somebody's choice.
+            before = torch.get_num_threads()
+            if before > 1:
+                stack.enter_context(on_threads(min(before, host.cpus())))
         yield
+
+
+def users_threads() -> int | None:
+    """Return the number of threads that the user chose, None where nobody did.
+
+    By OMP_NUM_THREADS or MKL_NUM_THREADS, or by giving `torch.set_num_threads` another number than torch
+    begins with.
+    """
+    now, chosen = torch.get_num_threads(), any(map(os.environ.get, CHOSEN_BY))
+    # Torch begins with a thread a core or processor; of these as many are left as a quota allows.
+    if now == 1 or chosen or now not in (host.cpus(), len(host.processors()), host.cores()):
+        return now
+    return None
 
 
 @contextlib.contextmanager
-def _no_idle_threads() -> Iterator[None]:
-    """Compute on no more threads than there are processors for, and give the setting back.
+def on_threads(count: int) -> Iterator[None]:
+    """Compute on so many threads within the block, and give the setting back; other threads keep theirs.
 
-    torch begins with one for each core that the process may run on, which a container's quota of processor
-    time doesn't change: threads that have none wait in turns for each other, busily, and everything takes
-    many times as long. Fewer threads than processors are somebody's choice.
+    Where torch runs on another library than OpenMP, the setting is the process's (`torch.set_num_threads`).
     """
-    before = torch.get_num_threads()
-    limited = before > 1 and before > (allowed := host.cpus())
-    if limited:
-        torch.set_num_threads(allowed)
+    before = torch.get_num_threads()  # also begins torch's own setting, which would else override ours
+    if count == before:
+        yield
+        return
+    openmp, mkl = _setters()
+    openmp(count)
+    products = mkl(count)
     try:
         yield
     finally:
-        if limited:
-            torch.set_num_threads(before)
+        openmp(before)
+        mkl(products)
+
+
+@functools.cache
+def _setters() -> tuple[Callable[[int], Any], Callable[[int], int]]:
+    """Return the functions that set the calling thread's number for OpenMP, and for MKL, which returns it.
+
+    They are taken from the libraries that torch itself is linked with: a process may hold several OpenMPs.
+    """
+    found = sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    library = ctypes.CDLL(str(found[0])) if found else None
+    openmp = getattr(library, "omp_set_num_threads", torch.set_num_threads)
+    return openmp, getattr(library, "MKL_Set_Num_Threads_Local", lambda count: 0)
 
 
 class _Rounding:

@@ -27,6 +27,8 @@ class EngineOptions:
         kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
             table), and how much memory beside the networks' they may hold; the latest is always kept. Of
             threads that sample at the same time each has a step of its own.
+        threads: on a CPU, threads that a prepared step computes on; None: by the size of its work, or as
+            OMP_NUM_THREADS or `torch.set_num_threads` says (see `admfast.engine.threads`).
     """
 
     prepared: bool = True
@@ -38,6 +40,7 @@ class EngineOptions:
     compile_cache: str | PathLike[str] | None = None
     kept_steps: int = 4
     kept_bytes: int = 8 << 30
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         switches(self, "prepared", "graph", "branches", "compile")
@@ -47,6 +50,8 @@ class EngineOptions:
             raise invalid("compile_cache", self.compile_cache, "the path of a folder, or None")
         for name, least in (("rows_at_a_time", 1), ("kept_steps", 1), ("kept_bytes", 0)):
             object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        if self.threads is not None:
+            object.__setattr__(self, "threads", whole("threads", self.threads, 1))
         if self.compile_cache is not None and not self.compile:
             raise invalid("compile_cache", str(self.compile_cache), "only together with compile=True")
 

@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from admfast import host
 from admfast.engine.guidance import check_frozen, log_probability_gradient
+from admfast.engine.numerics import on_threads, users_threads
 from admfast.engine.options import EngineOptions
+from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
 from admfast.ops.noise import Stream
@@ -109,6 +113,10 @@ class PreparedStep:
         networks = [part for part in (net, self.classifier) if part is not None]
         self._networks, self.generations = networks, generations_of(networks)
         self._make_buffers(device)
+        config: Any = net.config
+        self.own_threads = threads_for(convolution(config, key.shape), host.cpus())
+        self.asked_threads = options.threads
+        self.threads = self._threads()
         parts = {"net": self.net, "classifier": self.classifier}
         self.tables = {
             name: EmbeddingTable(part, key.shape[0], options.rows_at_a_time, device)
@@ -127,6 +135,12 @@ class PreparedStep:
         self._left: torch.cuda.Event | None = None
         self.refused: str | None = None  # why the step isn't captured, where that was wanted
         self.held = self.nbytes  # bytes that it keeps from other uses, beside the networks'
+
+    def _threads(self) -> int | None:
+        """Return the threads that a row computes on; None on a GPU."""
+        if self.state.x.device.type != "cpu":
+            return None
+        return self.asked_threads or users_threads() or min(self.own_threads, torch.get_num_threads())
 
     def _make_buffers(self, device: torch.device) -> None:
         """Everything that a row reads or writes, but for the networks."""
@@ -213,6 +227,7 @@ class PreparedStep:
 
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, count = batch.table, len(batch.table)
+        self.threads = self._threads()  # the user may have set another number
         self.packed.host.copy_(_no_rows(self.key.rows))
         self.packed.host[:count] = table.packed.host
         self.packed.device.copy_(self.packed.host)
@@ -255,6 +270,13 @@ class PreparedStep:
 
     def advance(self, i: int) -> None:
         """Run row i; rows come in order, from 0."""
+        if self.threads is None:
+            self._advance(i)
+        else:
+            with on_threads(self.threads):
+                self._advance(i)
+
+    def _advance(self, i: int) -> None:
         check_generations(self._networks, self.generations)
         chunk = min([table.rows for table in self.tables.values()], default=0)
         if chunk and i % chunk == 0:

@@ -57,7 +57,8 @@ def load(
             sampled, for a model that is given by path.
         preset: for a file, the released model that it is ("256x256_diffusion").
         device: "cpu", "cuda", "cuda:1", ...; None takes the GPU where there is one. A CPU computes on torch's
-            threads (`torch.set_num_threads`), but on no more than the process has processors for.
+            threads (`torch.set_num_threads`), but on no more than the process has processors for, and a step
+            on fewer where it is small (`admfast.engine.threads`).
         precision: of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16". "auto" is bf16 on a GPU with
             the classifier in fp32 (as published), bf16 on a CPU with AMX, else fp32. Norms, softmax,
             embeddings, the last layer and the update are in float32 in all of them.

@@ -5,20 +5,20 @@ The outcome of each is written to `gpu.json` as it ends; a second run into the s
 and goes on with the rest. The Python it is run with is the one it tests: nothing is downloaded.
 
 Exit status: 0 when nothing failed, 3 when nothing failed but something ran out of time (run it again), 1 when
-something failed, 2 without a CUDA device or for a wrong argument.
+something failed, 2 without a CUDA device or for a wrong argument, 130 and 143 after an interrupt and SIGTERM.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from bench.gpu.runner import UNFINISHED, exit_status, run_steps
+from bench.command import interrupt_by_signals, status_of
+from bench.gpu.runner import exit_status, run_steps
 from bench.gpu.stages import STAGES, Plan, choose
 from bench.results import markdown_table
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         entries = run_steps(plan, steps, max(seconds - ENDING, seconds / 2))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"bench.gpu: stopped; what was reached is in {plan.out}", file=sys.stderr)
-        return UNFINISHED
+        return status_of(interrupt)
     rows = [(name, e["status"], f"{e['seconds']:.0f} s", e["note"]) for name, e in entries.items()]
     print("\n" + markdown_table(("step", "status", "time", "note"), rows) + f"\nresults and log: {plan.out}")
     return exit_status(entries)
@@ -62,7 +62,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    # A shell that starts a job in the background has it ignore interrupts, and its children inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_by_signals()
     sys.exit(main())

@@ -83,7 +83,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
     try:
         with warnings.catch_warnings(record=True) as said, torch.inference_mode():
             warnings.simplefilter("always")
-            _sdpa(backend, q, k, v)
+            _sdpa(backend, q[:1], k[:1], v[:1])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -96,6 +96,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
     return timed(
         lambda: _sdpa(backend, q, k, v),
         settings,
+        small=(lambda: _sdpa(backend, q[:1], k[:1], v[:1]), batch),
         check=lambda out: checked(out, ref, _limit(dtype, shape.tokens)),
         flop=batch * shape.flop,
         nbytes=4 * q.nbytes,
@@ -127,6 +128,7 @@ def _attention(
         return timed(
             lambda: attention(qkv, shape.heads, impl=impl),
             settings,
+            small=(lambda: attention(qkv[:1], shape.heads, impl=impl), batch),
             check=lambda out: checked(out[:1], ref, limit),
             flop=batch * shape.flop,
         )

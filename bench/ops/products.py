@@ -19,6 +19,8 @@ from bench.measure import (
     first_line,
     numerics,
     product_limit,
+    refuse_slow,
+    seconds_of,
     timed,
     unavailable,
 )
@@ -179,9 +181,11 @@ def _library_conv(
     shape: ConvShape, batch: int, layout: str, dtype: str, nbytes: float, settings: Settings
 ) -> Row:
     x, weight, _ = tensors(shape, batch, dtype, LAYOUTS[layout], settings.device)
+    part = x[:1, :, :PATCH, :PATCH]
     row = timed(
         lambda: F.conv2d(x, weight, padding=shape.kernel // 2),
         settings,
+        small=(lambda: F.conv2d(part, weight, padding=shape.kernel // 2), x.numel() / part.numel()),
         check=lambda out: compare(out, x, weight, None, product_limit(dtype, weight[0].numel())),
         flop=batch * shape.flop,
         nbytes=nbytes,
@@ -261,9 +265,14 @@ def _conv(shape: ConvShape, batch: int, dtype: str, provider: str, gradient: boo
     growth = amplification()[1] if provider == "winograd" else 1.0
     limit = growth * product_limit(dtype, (shape.cout if gradient else shape.cin) * shape.kernel**2)
     flop = batch * shape.flop
+    part = x[:1, :, :PATCH, :PATCH]
+    # What compiles would do so for the part too.
+    small = None if provider == "torch.compile" else (lambda: run(part), x.numel() / part.numel())
     if not gradient:
         check = partial(compare, x=x, weight=weight, bias=bias, limit=limit)
-        return timed(lambda: run(x), settings, check=check, flop=flop)
+        return timed(lambda: run(x), settings, check=check, flop=flop, small=small)
+    if small:
+        refuse_slow(small[1] * seconds_of(small[0]), settings.limit)
     leaf = x.requires_grad_(True)
     y = run(leaf)
     dy = torch.randn_like(y).contiguous(memory_format=layout)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Case, Sample, Settings, first_line, in_turns, quantiles, short
+from bench.measure import Case, Sample, Settings, first_line, in_turns, quantiles, refuse_work, short
 from bench.profile import traced
 from bench.results import Row
 from bench.sampling.contender import TOGETHER, Contender, Entry, Trial, trial_of
@@ -71,6 +71,8 @@ class Comparison:
 
     def _measure(self, settings: Settings) -> None:
         """Find a row for each contender, or what went wrong with it."""
+        flop = step_flop(self.subject) * self.batch
+        refuse_work(flop * len({0, self.batch - 1}) / self.batch, "fp32", settings)
         trial = trial_of(self.subject, self.batch, settings.device)
         ready: dict[Entry, Contender] = {}
         rows: dict[Entry, Row] = {}
@@ -79,6 +81,7 @@ class Comparison:
                 continue
             settings.begin(self.case(entry))
             try:
+                refuse_work(flop, entry.dtype, settings)
                 ready[entry], rows[entry] = self._prepared(entry, trial)
             except Exception as error:
                 # Without its frames, which hold the contender's memory.
@@ -90,7 +93,7 @@ class Comparison:
             2 if settings.quick else ROUNDS,
             together=TOGETHER,
             longest=self.subject.steps,
-            budget=self.budget,
+            budget=min(self.budget, settings.limit / 2),
         )
         for entry, contender in ready.items():
             rows[entry] |= self.times_of(samples[entry])

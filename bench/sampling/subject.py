@@ -101,6 +101,11 @@ TINY = Subject(
 )
 
 
+def named(name: str) -> Subject:
+    """Return a subject by its name."""
+    return TINY if name == TINY.name else subjects()[name]
+
+
 @dataclass(frozen=True)
 class Inputs:
     """A batch before its first step, on the device: x [N, C, H, W] float32, seeds and labels [N] int64."""

@@ -1,6 +1,7 @@
 """The steps of `bench.gpu`: limits, stops, resuming and the exit status, tried with small scripts."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.command import interrupt_by_signals
 from bench.gpu import __main__ as program
 from bench.gpu import runner, stages
 from bench.gpu.runner import exit_status, run_step, run_steps
@@ -329,3 +331,19 @@ def test_the_flags_choose_stages_time_and_folder(monkeypatch: pytest.MonkeyPatch
 def test_every_stage_has_steps_of_different_names(plan: Plan) -> None:
     names = [step.name for step in choose(None, Plan(plan.out, "cpu"))]
     assert len(names) == len(set(names)) > len(STAGES)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_told_by_the_exit_status(sign: signal.Signals, monkeypatch, tmp_path: Path) -> None:
+    def run(*given: object, **more: object) -> dict:
+        signal.raise_signal(sign)
+        return {}
+
+    monkeypatch.setattr(program, "run_steps", run)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        interrupt_by_signals()
+        assert program.main(["--allow-cpu", "--out", str(tmp_path)]) == 128 + sign
+    finally:
+        for one, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(one, handler)

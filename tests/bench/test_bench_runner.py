@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,9 +16,9 @@ import pytest
 import torch
 
 from bench import ceilings, command, measure, profile
-from bench.command import UNFINISHED
+from bench.command import LEAST, UNFINISHED
 from bench.measure import Case, Settings, TooSlow, Unavailable, WrongResult
-from bench.results import ResultFile, Row, read_rows
+from bench.results import ResultFile, Row, final, read_rows
 from bench.runner import measure_case, run, select
 from bench.sampling.__main__ import main as sampling
 
@@ -180,6 +181,33 @@ def test_a_case_that_hangs_in_c_becomes_a_row_and_the_rest_is_measured(tmp_path:
     assert "too slow" in (tmp_path / "hanging.md").read_text()
 
 
+def test_a_case_ends_with_the_budget_and_is_tried_again(tmp_path: Path) -> None:
+    flags = ["--limit", "3600", "--budget", "6"]
+    ran = subprocess.run(hanging(tmp_path, *flags), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == UNFINISHED, ran.stderr
+    rows = {row["provider"]: row for row in read_rows(tmp_path / "hanging.jsonl")}
+    assert {name: row["status"] for name, row in rows.items()} == {"first": "ok", "hangs": "too slow"}
+    assert final(rows["first"], 3600.0) and not final(rows["hangs"], 3600.0)
+
+
+def test_a_worker_ends_with_the_budget_between_cases_too() -> None:
+    silent = [sys.executable, "-c", "import ctypes; ctypes.PyDLL(None).pause()"]
+    assert command.run_worker(silent, time.monotonic() + 1.0) == (UNFINISHED, None)
+
+
+def test_what_was_too_slow_is_tried_again_with_more_time(tmp_path: Path) -> None:
+    limits: list[float] = []
+
+    def measured(settings: Settings) -> Row:
+        limits.append(settings.limit)
+        raise TooSlow("an hour a call")
+
+    groups = {"a": (1.0, lambda settings: [Case("k", "fp32", "p", {}, measured, limit=100.0)])}
+    for budget in (1.0, 40.0, 300.0, 300.0):
+        list(run(CPU, ResultFile(tmp_path / "r.jsonl"), budget, groups, clock=lambda: 0.0))
+    assert limits == [LEAST, 40.0, 100.0]
+
+
 def test_a_worker_that_crashes_is_told_by_the_exit_status(tmp_path: Path) -> None:
     ran = subprocess.run(hanging(tmp_path, "--crash"), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1
@@ -198,7 +226,7 @@ def test_a_bench_ends_at_once_whatever_runs_in_it(sign: signal.Signals, tmp_path
             time.sleep(0.1)
         time.sleep(0.5)
         process.send_signal(sign)
-        assert process.wait(timeout=10) == UNFINISHED
+        assert process.wait(timeout=10) == 128 + sign
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -220,6 +248,15 @@ def test_a_call_that_would_take_too_long_is_not_made(monkeypatch: pytest.MonkeyP
     assert "whole" in calls
     with pytest.raises(TooSlow):
         measure.timed(lambda: time.sleep(0.2), CPU)
+    monkeypatch.undo()
+    with pytest.raises(TooSlow):
+        measure.timed(lambda: time.sleep(0.02), dataclasses.replace(CPU, limit=0.2))
+
+
+def test_work_is_refused_by_the_time_of_a_product() -> None:
+    measure.refuse_work(1e6, "fp32", CPU)
+    with pytest.raises(TooSlow):
+        measure.refuse_work(1e18, "bf16", CPU)
 
 
 def test_an_exhausted_budget_is_told_by_the_exit_status(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -235,10 +236,10 @@ def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
 
 
 def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    assert start.main(["--steps", "2"]) == 0
+    start.tell(time.time(), "tiny", batch=1, steps=2, precision="auto")
     times = json.loads(capsys.readouterr().out)
     assert set(times) == {"import_s", "weights_s", "prepare_s", "first_s", "second_s"}
-    monkeypatch.setattr(start, "first_image", lambda flags, environment: times)
+    monkeypatch.setattr(start, "first_image", lambda given, environment: times)
     (case,) = start.cases(SETTINGS, [(TINY, 4), (TINY, 2)], "fp32")
     assert case.shape["batch"] == 2
     row = measure_case(case, SETTINGS)
@@ -247,7 +248,7 @@ def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> N
 
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="nothing"):
-        start.first_image(["--system", "nothing"], {})
+        start.first_image({"system": "nothing", "batch": 1, "steps": 1, "precision": "auto"}, {})
 
 
 def test_the_program_writes_rows_and_goes_on(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

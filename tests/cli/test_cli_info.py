@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import admfast
+from admfast import host
 from admfast.cli import info
 from admfast.cli.main import main
 from admfast.errors import AdmfastError
@@ -216,3 +217,18 @@ def test_a_reader_that_has_gone_is_no_error(buffered):
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=["nothing", "active"])
+def test_the_command_line_waits_passively_where_the_user_says_nothing(given):
+    """As libgomp itself says it when torch loads it."""
+    environment = {name: value for name, value in os.environ.items() if name not in host.PASSIVE}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE", **given}
+    command = [sys.executable, "-m", "admfast", "info"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    said = re.findall(r"(OMP_WAIT_POLICY|GOMP_SPINCOUNT) = '(.*)'", ran.stderr)
+    if not said:
+        pytest.skip("another OpenMP than GNU's")
+    passive = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+    assert dict(said).items() >= (passive if not given else given).items()
+    assert given == {} or dict(said)["GOMP_SPINCOUNT"] != "0"
