@@ -7,7 +7,13 @@ that line and exits with status 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Mapping
+
+LONGEST_TEXT, LONGEST_VALUE = 302, 80  # characters of a value in a message; a path may be long
+_BRIEF = reprlib.Repr()  # writes no more of nested containers than a message could show
+for _limit in ("dict", "list", "tuple", "set", "frozenset", "other", "string", "long"):
+    setattr(_BRIEF, f"max{_limit}", LONGEST_VALUE)
 
 
 class AdmfastError(Exception):
@@ -36,7 +42,19 @@ class Unavailable(AdmfastError, RuntimeError):
 
 def invalid(name: str, value: object, allowed: str) -> InvalidArgument:
     """Return the error `NAME=VALUE: ALLOWED` for an argument with a value that is not allowed."""
-    return InvalidArgument(f"{name}={value!r}: {allowed}")
+    return InvalidArgument(f"{name}={shown(value)}: {allowed}")
+
+
+def shown(value: object) -> str:
+    """Return a value as error lines show it: in one line, text of at most 300 characters, else of 80."""
+    if isinstance(value, str):
+        text, most = repr(value), LONGEST_TEXT
+    else:
+        # Containers are not written out before they are cut: a state dict takes seconds.
+        text, most = " ".join(_BRIEF.repr(value).split()), LONGEST_VALUE
+        if isinstance(value, Mapping | list | tuple | set) and len(value) > LONGEST_VALUE:
+            text = f"<{type(value).__name__} of {len(value):,}>"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def first_line(error: BaseException) -> str:

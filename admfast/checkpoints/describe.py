@@ -79,7 +79,7 @@ def describe(
 
     Args:
         path: .pt, .pth or .safetensors.
-        preset, options: as for `load_network`.
+        preset, options: as for `load_network`, `entry` among the options.
         batch: images, for the memory.
         dtype: of the torso, for the memory.
         check_values: read every value to count NaN and infinities.
@@ -88,8 +88,11 @@ def describe(
         CheckpointError, InvalidArgument: as `load_network`; options that the weights leave open are a row of
             the report, not an error.
     """
-    weights = read_weights(path)
-    rows = [("file", f"{weights.path}, {os.path.getsize(path):,} bytes")]
+    options = dict(options or {})
+    weights = read_weights(path, values=check_values, entry=options.pop("entry", None))
+    rows = [("file", f"{weights.path}, {os.path.getsize(weights.path):,} bytes")]
+    rows += [("entry", weights.entry)] if weights.entry else []
+    rows += [("beside", note) for note in weights.notes]
     try:
         info = identify_weights(weights, preset=preset, options=options)
     except Unanswered as question:

@@ -35,7 +35,7 @@ from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
 
 _DIFFUSION_NAMES = set(SETTINGS)
 _NETWORK_NAMES = {entry.name for kind in CONFIG_KINDS.values() for entry in dataclasses.fields(kind)}
-OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind"})  # what can be said of a file
+OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind", "entry"})  # what can be said of a file
 SWITCH_NAMES = {*SWITCHES, *PROCESS_SWITCHES}
 
 

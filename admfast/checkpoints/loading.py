@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Mapping
-from os import PathLike
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from admfast.checkpoints.differences import compare, nearest_preset, network_shapes, shapes_of
 from admfast.checkpoints.infer import ModelInfo, identify
-from admfast.checkpoints.reading import Weights, read_weights
+from admfast.checkpoints.reading import Source, Weights, read_weights
 from admfast.errors import CheckpointError
 from admfast.models import NetConfig, build
 
+LOG = logging.getLogger("admfast")
+
 
 def load_network(
-    path: str | PathLike[str],
+    source: Source,
     *,
     config: NetConfig | None = None,
     preset: str | None = None,
@@ -27,21 +29,23 @@ def load_network(
     device: str | torch.device = "cpu",
     checksums: bool = True,
     process: bool = False,
+    entry: str | None = None,
     **options: Any,
 ) -> tuple[nn.Module, ModelInfo]:
-    """Build the network of a weights file and give it the file's weights, every one of them.
+    """Build the network of weights and give it these weights, every one of them.
 
-    The network is built without memory and takes the file's tensors as they are mapped: of a float32 file on
-    the CPU no copy is made at all. NaN and infinities are loaded as they are.
+    The network is built without memory and takes the tensors that were read: they never lie in memory twice,
+    and neither the file nor a state dict given by the caller is looked at again. NaN and infinities are
+    loaded as they are. What a file holds beside the network is named in a line of the log "admfast".
 
     Args:
-        path: .pt, .pth or .safetensors.
+        source: a path, an open file, a state dict or a module; see `read_weights`.
         config: the configuration; None finds it (see `infer`).
         preset: name of the released model that the file is.
         dtype: of the parameters; a float16 file is widened to float32 unless asked otherwise. None keeps the
             dtypes of the file. (The published half-precision recipe is `convert_torso` on a float32 network.)
         device: where the parameters end up.
-        checksums: see `read_weights`.
+        checksums, entry: see `read_weights`.
         process: the process must be known too; where nothing says it, it is asked for with the rest.
         options: fields of the configuration or of `DiffusionConfig` that win over every other source, such
             as `num_heads=4`.
@@ -54,17 +58,38 @@ def load_network(
             configuration.
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
     """
-    weights = read_weights(path, checksums=checksums)
+    weights = read_weights(source, checksums=checksums, entry=entry)
     info = identify_weights(weights, config=config, preset=preset, options=options, process=process)
     check_fit(weights, info)
+    for note in weights.notes:
+        LOG.warning("%s: %s", weights.path, note)
     with torch.device("meta"):
         net = build(info.config)
     tensors = weights.tensors
+    shared = _overlapping(tensors)
     for key in list(tensors):
         # One at a time, so that a widened file never lies in memory twice.
-        tensors[key] = tensors[key].to(dtype=dtype or tensors[key].dtype)
+        value = tensors[key]
+        copy = key in shared or not weights.ours
+        tensors[key] = value.to(device, dtype or value.dtype, copy=copy).contiguous()
     net.load_state_dict(tensors, strict=True, assign=True)
     return net.to(device).eval(), info
+
+
+def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The keys of tensors that share memory with an earlier one: training would change both."""
+    spans = []
+    for key, value in tensors.items():
+        first = int(value.storage_offset()) * value.element_size()
+        last = sum((int(size) - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
+        spans.append((value.untyped_storage()._cdata, first, first + last * value.element_size(), key))
+    found, storage, end = set(), None, -1
+    for of, first, last, key in sorted(spans):
+        if of == storage and first <= end:
+            found.add(key)
+        end = max(end, last) if of == storage else last
+        storage = of
+    return found
 
 
 def identify_weights(

@@ -1,96 +1,154 @@
-"""Read `.pt`, `.pth` and `.safetensors` files to a state dict on the CPU; nothing in them is run."""
+"""Read weights to a state dict on the CPU, from a file, by its content, or from memory; nothing is run."""
 
 from __future__ import annotations
 
 import contextlib
-import pickle
-import pickletools
+import os
 import re
 import stat
-import warnings
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from admfast.errors import CheckpointError, InvalidArgument, first_line
-from admfast.models.description import Description, description_from_json
+from admfast.checkpoints.choosing import Chosen, choose
+from admfast.checkpoints.containers import open_container, read_tensors
+from admfast.errors import CheckpointError, InvalidArgument, invalid
+from admfast.files.paths import user_path
+from admfast.models import NetConfig
+from admfast.models.description import Description, description_from_json, is_foreign
 
 METADATA_KEY = "admfast"  # of the copy of the description in a safetensors header
 ENDINGS = (".pt", ".pth", ".safetensors")
 
-# Globals that a state dict is made of; any other is what a refused file is refused for.
-_OF_TENSORS = re.compile(
-    r"collections\.OrderedDict|torch\.\w*Storage|torch\.storage\.\w+|torch\.(Size|device|Tensor|[a-z]+\d+\w*)"
-    r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter"
-)
+# Projections over positions; relatives of these networks keep them as 2-D convolutions or as linear layers.
+_PROJECTION = re.compile(r"(.*\.)?(qkv|proj_out|qkv_proj|c_proj)\.weight")
+
+Source = str | PathLike[str] | Mapping[str, Any] | nn.Module | BinaryIO
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict on the CPU, in the order of the file, and the description that came with it, if any."""
+    """A network's state dict, in the order of the file, and the description that came with it, if any.
+
+    path: the file, or a word for weights in memory. entry: where in the file they lay, "" for its own keys.
+    notes: what was left out, one line each. ours: nobody else holds these tensors.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     description: Description | None
+    entry: str = ""
+    notes: tuple[str, ...] = ()
+    ours: bool = True
 
 
-def read_weights(path: str | PathLike[str], *, checksums: bool = True) -> Weights:
-    """Read a weights file.
+def read_weights(
+    source: Source, *, checksums: bool = True, values: bool = True, entry: str | None = None
+) -> Weights:
+    """Read weights.
 
-    Tensors of a zip-format .pt or a .safetensors are mapped from the file, not copied: pages are read when
-    they are used, so the file must not be rewritten in place meanwhile. The description is that of the
-    `.json` beside the file, or the copy in a safetensors header.
+    Of a file that holds more than a state dict, the one network's is taken, the average over training before
+    the weights that are trained. Keys lose their prefix, 1x1 projections have the published shape. The
+    description is that of the `.json` beside the file, or the copy in a safetensors header.
 
     Args:
-        path: .pt, .pth or .safetensors.
-        checksums: compare every member of a zip-format .pt with its CRC-32, which mapping it would pass over:
-            1.5 s for 2.2 GB. False is for files that were saved without (torch's `set_crc32_options`).
+        source: a path, whatever its ending (.pt, .pth, .safetensors, ...); a file open for reading bytes; a
+            state dict or a module, whose tensors are not copied.
+        checksums: compare everything that is read of a zip-format .pt with its CRC-32. False is for files
+            that were saved without (torch's `set_crc32_options`).
+        values: False compares checksums, but gives tensors without memory, on the meta device.
+        entry: the state dict to take, such as "ema" or "model", where a file holds several.
 
     Raises:
+        InvalidArgument: for a URL, or what is neither path nor weights.
         CheckpointError: in one line, for a file that is missing, empty, truncated, damaged, would run code
-            when unpickled (naming what it would run), or isn't a plain mapping of names to tensors.
+            when unpickled (naming what it would run), or has no state dict, or several of equal right.
     """
-    path = Path(path)
+    if isinstance(source, str | PathLike):
+        return _read_file(user_path("weights", source), checksums, values, entry)
+    if isinstance(source, nn.Module | Mapping):
+        path, config = Path("state_dict"), None
+        if isinstance(source, nn.Module):
+            path, config = Path(type(source).__name__), getattr(source, "config", None)
+            source = source.state_dict()
+        with _said_of(path):
+            chosen = choose(source, entry)
+        tensors = {key: value.detach() for key, value in chosen.tensors.items()}
+        carried = Description(config) if isinstance(config, NetConfig) else None
+        return _weights(path, tensors, carried, chosen, (), ours=False)
+    if not (hasattr(source, "read") and hasattr(source, "seek")):
+        raise invalid("weights", source, "a path, a file open for reading bytes, a state dict or a module")
+    name = getattr(source, "name", None)
+    path = Path(name if isinstance(name, str) else type(source).__name__)
+    return _read_open(path, source, checksums, values, entry)
+
+
+def _read_file(path: Path, checksums: bool, values: bool, entry: str | None) -> Weights:
     _check_there(path)
-    if path.suffix == ".safetensors":
-        tensors, header = _read_safetensors(path)
-    else:
-        tensors, header = _read_pickled(path, checksums), None
-    return Weights(path, tensors, _description(path, header))
+    with open(path, "rb") as file:
+        return _read_open(path, file, checksums, values, entry, beside=path.with_suffix(".json"))
+
+
+def _read_open(
+    path: Path, file: BinaryIO, checksums: bool, values: bool, entry: str | None, beside: Path | None = None
+) -> Weights:
+    """Read an open file; `beside` is where its description would be."""
+    with _said_of(path):
+        container = open_container(file, checksums)
+        chosen = choose(container.content, entry)
+        tensors = read_tensors(container, chosen.tensors, values)
+    description, notes = _description(path, beside, container.header.get(METADATA_KEY))
+    return _weights(path, tensors, description, chosen, notes)
+
+
+def _weights(
+    path: Path,
+    tensors: dict[str, Tensor],
+    description: Description | None,
+    chosen: Chosen,
+    notes: tuple[str, ...],
+    ours: bool = True,
+) -> Weights:
+    """Put together what was read."""
+    for key, value in tensors.items():
+        if _PROJECTION.fullmatch(key) and value.dim() != 3 and all(side == 1 for side in value.shape[2:]):
+            tensors[key] = value.reshape(*value.shape[:2], 1)
+    said = (chosen.note,) if chosen.note else ()
+    return Weights(path, tensors, description, chosen.entry, (*said, *notes), ours)
+
+
+@contextlib.contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    """Say what is wrong with weights under their name."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
 
 
 def _check_there(path: Path) -> None:
-    """Refuse what isn't a file with something in it."""
+    """Refuse what isn't a file that can be read."""
     if path.is_dir():
         held = sorted(entry.name for entry in path.iterdir() if entry.suffix in ENDINGS)
         raise CheckpointError(f"{path}: a folder, not a weights file (holds {', '.join(held[:8]) or 'none'})")
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for its writer
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise CheckpointError(f"{path}: not a regular file")
-        size = found.st_size
-        with open(path, "rb") as file:
-            head = file.read(64)
+        with open(path, "rb"):
+            pass
     except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
         raise CheckpointError(f"{path}: no such file{_near_names(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    if size == 0:
-        raise CheckpointError(f"{path}: the file is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: a Git LFS pointer, not the file it points to")
-    if head.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path}: a web page, not a weights file (a download that failed?)")
 
 
 def _near_names(path: Path) -> str:
@@ -104,144 +162,25 @@ def _near_names(path: Path) -> str:
     return f"; {path.parent} holds {', '.join(held[:8]) or 'no weights files'}"
 
 
-def _read_pickled(path: Path, checksums: bool) -> dict[str, Tensor]:
-    """The state dict of a file that torch.save wrote."""
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:
-        _check_archive(path, checksums)
-    try:
-        with warnings.catch_warnings():
-            # Said of what is refused, or read, by us in a line of our own.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            # Only the zip format can be mapped; older files are read whole.
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_refusal(path, zipped)}") from error
-    except Exception as error:  # torch raises many kinds for damaged files; all of them mean one thing here
-        text = first_line(error).split(". This is")[0][:200]
-        raise CheckpointError(f"{path}: damaged, or no file of torch.save: {text}") from error
-    return _plain(path, loaded)
-
-
-def _check_archive(path: Path, checksums: bool) -> None:
-    """Refuse a zip that ends early, holds a program, or has a member that isn't what was written."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path}: truncated: the zip central directory at its end is missing ({size:,} bytes are there)"
-        ) from None
-    with archive:
-        names = archive.namelist()
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise CheckpointError(f"{path}: a TorchScript program, not a state dict")
-        if not any(name.endswith("/data.pkl") for name in names):
-            raise CheckpointError(f"{path}: a zip archive without data.pkl: not a file of torch.save")
-        for name in names if checksums else ():
-            try:
-                with archive.open(name) as member:
-                    while member.read(1 << 20):
-                        pass
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
-                raise CheckpointError(f"{path}: damaged: {name} fails its checksum") from None
-
-
-def _refusal(path: Path, zipped: bool) -> str:
-    """Name the first global that isn't a tensor's, for which torch refused to unpickle; imports nothing."""
-    try:
-        with contextlib.ExitStack() as stack:
-            file: IO[bytes] = stack.enter_context(open(path, "rb"))
-            if zipped:
-                archive = stack.enter_context(zipfile.ZipFile(file))
-                inner = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                file = stack.enter_context(archive.open(inner))
-            names = _globals(file)
-    except (ValueError, OSError, zipfile.BadZipFile):
-        names = []
-    foreign = next((name for name in names if not _OF_TENSORS.fullmatch(name)), None)
-    if foreign is None:
-        return "damaged, or no file of torch.save: its pickle can't be read"
-    why = "a weights file holds tensors and nothing else (nothing was run)"
-    return f"refused: unpickling it would call {foreign}; {why}"
-
-
-def _globals(file: IO[bytes]) -> list[str]:
-    """`module.name` of everything that the pickles of a file import, in order, without importing it."""
-    found: list[str] = []
-    # An old-format file is several pickles in a row, then raw data: what parses before the data counts.
-    for _ in range(5):
-        strings: list[str] = []
+def _description(
+    path: Path, beside: Path | None, header: str | None
+) -> tuple[Description | None, tuple[str, ...]]:
+    """The `.json` beside the file, if it is ours, else the header's copy; and what was passed over."""
+    notes: tuple[str, ...] = ()
+    if beside is not None and beside.is_file():
         try:
-            for opcode, argument, _position in pickletools.genops(file):
-                if opcode.name in ("GLOBAL", "INST"):
-                    found.append(str(argument).replace(" ", ".", 1))
-                elif opcode.name == "STACK_GLOBAL":
-                    found.append(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-        except (ValueError, EOFError, IndexError, UnicodeDecodeError):
-            return found
-    return found
-
-
-def _plain(path: Path, loaded: Any) -> dict[str, Tensor]:
-    """Refuse whatever isn't a mapping of names to dense tensors, and say what it is instead."""
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(loaded).__name__}, not a state dict")
-    if not loaded:
-        raise CheckpointError(f"{path}: an empty state dict")
-    if {"state", "param_groups"} <= set(loaded):
-        raise CheckpointError(f"{path}: the state of an optimiser, not of a network")
-    others = [
-        key for key, value in loaded.items() if not isinstance(key, str) or not isinstance(value, Tensor)
-    ]
-    if not others:
-        return dict(loaded)
-    inside = [str(key) for key in others if _is_state(loaded[key])]
-    hint = f"; {_quoted(inside)} in it would be: save that alone" if inside else ""
-    verb = "is" if len(others) == 1 else "are"
-    raise CheckpointError(f"{path}: not a plain state dict: {_quoted(others)} {verb} no tensor{hint}")
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
-
-
-def _quoted(names: list[Any]) -> str:
-    shown = ", ".join(repr(name) for name in names[:4])
-    return shown + (", ..." if len(names) > 4 else "")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors, and the copy of the description in the header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path, device="cpu")
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: truncated, damaged or not safetensors: {first_line(error)}"
-        ) from error
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors")
-    return tensors, metadata.get(METADATA_KEY)
-
-
-def _description(path: Path, header: str | None) -> Description | None:
-    """The `.json` beside the file; without one, the header's copy."""
-    beside = path.with_suffix(".json")
-    if beside.is_file():
-        try:
-            text = beside.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = beside.read_bytes().decode("utf-8", errors="replace")
+        except OSError as error:
             raise CheckpointError(f"{beside}: not readable: {error}") from None
-        source = str(beside)
-    elif header is not None:
-        text, source = header, f"{path} (header)"
-    else:
-        return None
+        if not is_foreign(text):
+            return _described(text, str(beside)), ()
+        notes = (f"passed over {beside.name} beside it: not a description of ours",)
+    if header is None:
+        return None, notes
+    return _described(header, f"{path} (header)"), notes
+
+
+def _described(text: str, source: str) -> Description:
     try:
         return description_from_json(text, source)
     except InvalidArgument as error:

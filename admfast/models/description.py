@@ -9,6 +9,7 @@ for a classifier), `training` is whatever its author wanted to record.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,11 @@ class Description:
             "training": dict(self.training),
         }
         return json.dumps(document, indent=1) + "\n"
+
+
+def is_foreign(text: str) -> bool:
+    """Tell whether a text is another program's: it begins as no description does, whole or damaged."""
+    return re.search(r'"format"\s*:\s*"admfast-|"network"\s*:\s*\{\s*"kind"', text) is None
 
 
 def description_from_json(text: str, source: str) -> Description:

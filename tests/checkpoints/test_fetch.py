@@ -280,12 +280,12 @@ def test_hashes_are_compared(get, published, tmp_path):
 @pytest.mark.parametrize(
     "data, said",
     [
-        (b"not a zip" * 1000, "damaged, or no file of torch.save"),
+        (b"not a zip" * 1000, "text, not a weights file"),
         (DATA[:-100], "truncated"),
         (DATA.replace(struct.pack("<f", 7.0), struct.pack("<f", 9.0), 1), "damaged: .* fails its checksum"),
         (saved({"w": torch.zeros(3)}), f"not {NAME}: .* keys missing .*1 key unexpected"),
     ],
-    ids=["no file of torch.save", "cut", "a flipped value", "another model"],
+    ids=["text", "cut", "a flipped value", "another model"],
 )
 def test_what_is_not_the_model_is_discarded(get, server, tmp_path, data, said):
     server.data = data

@@ -1,0 +1,189 @@
+"""Find the network's state dict in what a file holds: behind prefixes, in wrappers, beside other things.
+
+Everything that a file holds by name is laid flat ("ema" holding "out.2.bias" gives "ema.out.2.bias"), so that
+a wrapper's dict and a prefix of the keys are one thing: an entry.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from admfast.checkpoints.pickles import Record, StoredTensor, entries_of
+
+ROOTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
+LEAVES = ("weight", "bias", "positional_embedding")
+# A key of every network here; the second finds those whose first is missing, so that they can be told so.
+_ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
+_AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)")
+_CURRENT = re.compile(r"(^|[._])online")
+_DEEPEST = 16
+HOW = "entry=NAME, an option of load, or --set entry=NAME on the command line"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The state dict that was taken of a file: places or tensors by key.
+
+    entry: where it lies, "" for the file's own. average: it is the average over training, taken before
+    others. left: what else there is by name.
+    """
+
+    tensors: dict[str, Any]
+    entry: str = ""
+    average: bool = False
+    left: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """One line on what was taken and what was left; empty where everything was taken."""
+        if not self.left:
+            return ""
+        taken = f"took {self.entry}" if self.entry else "took the network's tensors"
+        average = " (the average of the weights over training)" if self.average else ""
+        more = f", ... {len(self.left)} in all" if len(self.left) > 6 else ""
+        how = "; entry= names another" if self.entry else ""
+        return f"{taken}{average}, left {', '.join(self.left[:6])}{more}{how}"
+
+
+def choose(content: Any, entry: str | None = None) -> Chosen:
+    """Return the state dict that a network is loaded from.
+
+    The one network in it; the average over training before the weights that are trained; what `entry` names.
+
+    Raises:
+        ValueError: where there is no state dict, none of that name, or several of equal right.
+    """
+    top = entries_of(content)
+    if top is None:
+        kind = content.name if isinstance(content, Record) else type(content).__name__
+        kind = "tensor" if is_tensor(content) else kind
+        raise ValueError(f"holds a {kind}, not a state dict")
+    if not top:
+        raise ValueError("an empty state dict")
+    found = dict(_flat(top))
+    networks = [network for network in _networks(found) if network.tensors]
+    if networks:
+        return _with_left(_one_of(networks, entry), found)
+    if any(_is_optimiser(held) for held in (top, *map(entries_of, top.values()))):
+        raise ValueError(f"the state of an optimiser, not of a network; no entry of it is one ({HOW})")
+    return _plain(found, entry)
+
+
+def _flat(node: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Every leaf by its dotted name; a tensor without a name of text is no tensor of a state dict."""
+    for key, value in node.items():
+        inner = entries_of(value) if len(path) < _DEEPEST else None
+        name = (*path, str(key))
+        if inner:
+            yield from _flat(inner, name)
+        else:
+            yield ".".join(name), value if isinstance(key, str) else None
+
+
+def is_tensor(value: Any) -> bool:
+    """Tell whether a leaf is a tensor, or the place of one."""
+    return isinstance(value, Tensor | StoredTensor)
+
+
+def _networks(found: Mapping[str, Any]) -> list[Chosen]:
+    """Every network in it, by the prefixes of the keys that all networks have."""
+    prefixes = {
+        name.removesuffix(anchor): None
+        for anchor in _ANCHORS
+        for name in found
+        if name == anchor or name.endswith(f".{anchor}")
+    }
+    networks: list[Chosen] = []
+    for prefix in prefixes:
+        names = {name: name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+        keys = {
+            key: found[name] for name, key in names.items() if _of_a_network(key) and is_tensor(found[name])
+        }
+        average = bool(_AVERAGE.search(prefix.lower()) and not _CURRENT.search(prefix.lower()))
+        network = Chosen(keys, prefix.rstrip("."), average)
+        if not any(_same(network, other) for other in networks):
+            networks.append(network)
+        networks += _average_without_dots(network, prefix, found)
+    return networks
+
+
+def _of_a_network(key: str) -> bool:
+    """Tell whether a key is like a network's, not like schedules, counters and other models' layers."""
+    return key.split(".", 1)[0] in ROOTS and key.rsplit(".", 1)[-1] in LEAVES
+
+
+def _average_without_dots(network: Chosen, prefix: str, found: Mapping[str, Any]) -> list[Chosen]:
+    """The average that some trainers keep under names without dots: model_ema.diffusion_modelout2bias."""
+    inner = prefix.partition(".")[2]
+    under = {key: f"model_ema.{(inner + key).replace('.', '')}" for key in network.tensors}
+    if not all(is_tensor(found.get(name)) for name in under.values()):
+        return []
+    return [Chosen({key: found[name] for key, name in under.items()}, "model_ema", True)]
+
+
+def _same(one: Chosen, other: Chosen) -> bool:
+    """Tell whether two entries are one state dict under two names."""
+    if one.tensors.keys() != other.tensors.keys():
+        return False
+    pairs = ((value, other.tensors[key]) for key, value in one.tensors.items())
+    return all(a is b or (isinstance(a, StoredTensor) and a == b) for a, b in pairs)
+
+
+def _one_of(networks: list[Chosen], entry: str | None) -> Chosen:
+    """The network that is asked for, or the only average, or the only network."""
+    names = ", ".join(network.entry or "(the file's own keys)" for network in networks)
+    if entry is not None:
+        exact = [network for network in networks if network.entry == entry]
+        under = [n for n in networks if n.entry.startswith(f"{entry}.") or entry in n.entry.split(".")]
+        networks = exact or under
+        if not networks:
+            raise ValueError(f"has no entry {entry!r} with a network's weights; there are: {names}")
+    averages = [network for network in networks if network.average]
+    if len(averages or networks) > 1:
+        raise ValueError(f"holds the weights of several networks: {names}; give one of these as {HOW}")
+    return (averages or networks)[0]
+
+
+def _with_left(network: Chosen, found: Mapping[str, Any]) -> Chosen:
+    """Add what is left: the names of everything else, cut where they part from the entry."""
+    prefix = f"{network.entry}." if network.entry else ""
+    taken = {id(value) for value in network.tensors.values()}
+    left: dict[str, None] = {}
+    for name, value in found.items():
+        if id(value) in taken:
+            continue
+        if name.startswith(prefix):
+            key = name.removeprefix(prefix)
+            inside = key.split(".", 1)[0] in ROOTS  # a counter in a layer: named whole
+            left[prefix + (key if inside else key.split(".", 1)[0])] = None
+            continue
+        parts, own = name.split("."), prefix.split(".")
+        shared = next(i for i in range(len(parts)) if i >= len(own) or parts[i] != own[i])
+        left[".".join(parts[: shared + 1])] = None
+    return Chosen(network.tensors, network.entry, network.average, tuple(left))
+
+
+def _is_optimiser(held: Mapping[Any, Any] | None) -> bool:
+    return held is not None and {"state", "param_groups"} <= held.keys()
+
+
+def _plain(found: Mapping[str, Any], entry: str | None) -> Chosen:
+    """The state dict of something else than a network, for a message that says what it isn't."""
+    tensors = {name: value for name, value in found.items() if is_tensor(value)}
+    if entry is not None:
+        prefix = f"{entry}."
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if not tensors:
+        where = f" under {entry!r}" if entry is not None else ""
+        raise ValueError(f"holds no tensors by name{where} ({_quoted(list(found))}): not a state dict")
+    return Chosen(tensors, entry or "", left=tuple(name for name in found if not is_tensor(found[name])))
+
+
+def _quoted(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown + (", ..." if len(names) > 4 else "")

@@ -1,0 +1,265 @@
+"""The formats of weights files: what is in one, as places of tensors, and the bytes of a storage on demand.
+
+A file is read, never mapped: what was loaded doesn't change when the file is saved over.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+import zipfile
+import zlib
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+from admfast.checkpoints.contents import HEAD, MAX_HEADER, kind_of
+from admfast.checkpoints.pickles import RunsCode, Storage, StoredTensor, read_pickle
+
+_CHUNK = 1 << 24
+_MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what torch.save wrote before it wrote zip archives
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class Container(Protocol):
+    """An open weights file.
+
+    content: dicts and lists of `StoredTensor` and other values. header: the texts beside it, by name.
+    """
+
+    content: Any
+    header: dict[str, str]
+
+    def read(self, storage: Storage, into: memoryview | None) -> None:
+        """Fill `into` with a storage's bytes, comparing them with their checksum; None only compares.
+
+        Raises: ValueError where they are not as they were written.
+        """
+
+
+def open_container(file: BinaryIO, checksums: bool = True) -> Container:
+    """Return the container that a file's content shows it to be, whatever its name.
+
+    Raises: ValueError, saying what is wrong with the file, or what else it is.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    kind = kind_of(file.read(HEAD), size)
+    if kind == "zip":
+        return _Zip(file, size, checksums)
+    return _Safetensors(file, size) if kind == "safetensors" else _Pickles(file, size)
+
+
+def _unpickled(file: BinaryIO | io.BytesIO) -> tuple[Any, dict[str, Storage]]:
+    """`read_pickle`, everything that can go wrong as one kind of error."""
+    try:
+        return read_pickle(file)
+    except RunsCode as call:
+        why = "a weights file holds tensors and nothing else (nothing was run)"
+        raise ValueError(f"refused: unpickling it would call {call}; {why}") from None
+    except Exception as error:  # a damaged pickle fails in any of the look-ups; all of them mean one thing
+        detail = f"its pickle can't be read ({type(error).__name__})"
+        raise ValueError(f"damaged, or no file of torch.save: {detail}") from error
+
+
+class _Zip:
+    """What torch.save writes: a zip archive of a pickle and one member a storage."""
+
+    def __init__(self, file: BinaryIO, size: int, checksums: bool):
+        self._file, self._checksums = file, checksums
+        self.header: dict[str, str] = {}
+        try:
+            self._archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile:
+            text = f"the zip central directory at its end is missing ({size:,} bytes are there)"
+            raise ValueError(f"truncated: {text}") from None
+        names = self._archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise ValueError("a TorchScript program, not a state dict")
+        main = next((name for name in names if name.endswith("/data.pkl")), None)
+        if main is None:
+            raise ValueError(f"a zip archive without data.pkl: not a file of torch.save{_held(names)}")
+        self._folder = main.removesuffix("data.pkl")
+        order = f"{self._folder}byteorder"
+        if order in names and self._member(order) != b"little":
+            raise ValueError("saved on a machine of the other byte order; save it anew on one like this")
+        self.content, _ = _unpickled(io.BytesIO(self._member(main)))
+
+    def read(self, storage: Storage, into: memoryview | None) -> None:
+        name = f"{self._folder}data/{storage.key}"
+        try:
+            held = self._archive.getinfo(name).file_size
+        except KeyError:
+            raise ValueError(f"damaged: {name} is missing") from None
+        if held != storage.nbytes:
+            raise ValueError(f"damaged: {name} has {held:,} bytes, not {storage.nbytes:,}")
+        self._fill(name, into)
+
+    def _member(self, name: str) -> bytes:
+        whole = bytearray(self._archive.getinfo(name).file_size)
+        self._fill(name, memoryview(whole))
+        return bytes(whole)
+
+    def _fill(self, name: str, into: memoryview | None) -> None:
+        info = self._archive.getinfo(name)
+        try:
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # packed by another program
+                with self._archive.open(info) as member:
+                    _fill(member, into, info.file_size)
+                    fits = not member.read(1)  # its checksum is compared at its end
+            else:
+                found = _fill(self._at_start(info), into, info.file_size)
+                fits = found == info.CRC or not self._checksums
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, struct.error):
+            fits = False
+        if not fits:
+            raise ValueError(f"damaged: {name} fails its checksum")
+
+    def _at_start(self, info: zipfile.ZipInfo) -> BinaryIO:
+        """The file, at the first byte of a member that is stored as it is."""
+        self._file.seek(info.header_offset)
+        head = self._file.read(30)
+        name, extra = struct.unpack("<HH", head[26:])
+        if head[:4] != b"PK\x03\x04":
+            raise EOFError
+        self._file.seek(name + extra, io.SEEK_CUR)
+        return self._file
+
+
+class _Pickles:
+    """What torch.save wrote before version 1.6: pickles in a row, then the storages."""
+
+    header: dict[str, str] = {}
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file = file
+        self._starts: dict[str, int] = {}
+        file.seek(0)
+        magic, _ = _unpickled(file)
+        if magic != _MAGIC_NUMBER:
+            raise ValueError("a bare pickle, no file of torch.save")
+        protocol, _ = _unpickled(file)
+        machine, _ = _unpickled(file)
+        if protocol != _PROTOCOL or not isinstance(machine, dict) or not machine.get("little_endian"):
+            raise ValueError("no file of torch.save that is still read: save it anew on a machine like this")
+        self.content, storages = _unpickled(file)
+        keys, _ = _unpickled(file)
+        for key in keys:
+            storage = storages.get(str(key))
+            count = file.read(8)
+            if storage is None or len(count) < 8 or struct.unpack("<q", count)[0] != storage.count:
+                raise ValueError("damaged, or no file of torch.save: its storages are not its pickle's")
+            self._starts[storage.key] = file.tell()
+            if file.seek(storage.nbytes, io.SEEK_CUR) > size:
+                raise ValueError(f"truncated, or no file of torch.save: it ends in storage {key}")
+
+    def read(self, storage: Storage, into: memoryview | None) -> None:
+        if storage.key not in self._starts:
+            raise ValueError(f"damaged: storage {storage.key} is missing")
+        self._file.seek(self._starts[storage.key])
+        _fill(self._file, into, storage.nbytes)
+
+
+class _Safetensors:
+    """A JSON header, then the tensors one after the other."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file = file
+        self._starts: dict[str, int] = {}
+        file.seek(0)
+        try:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if not 2 <= length <= min(size - 8, MAX_HEADER):
+                raise ValueError(f"the header would end at byte {length + 8:,} of {size:,}")
+            listed = json.loads(file.read(length))
+            self.header = listed.pop("__metadata__", None) or {}
+            self.content = {name: self._tensor(name, entry) for name, entry in listed.items()}
+            spans = sorted(entry["data_offsets"] for entry in listed.values())
+            ends = [0, *(end for _, end in spans)]
+            if [begin for begin, _ in spans] != ends[:-1] or ends[-1] != size - 8 - length:
+                raise ValueError(f"its tensors take {ends[-1]:,} bytes, {size - 8 - length:,} are there")
+            self._first = 8 + length
+        except (KeyError, TypeError, AttributeError, ValueError, struct.error) as error:
+            detail = str(error) if type(error) is ValueError else "its header can't be read"
+            raise ValueError(f"truncated, damaged or not safetensors: {detail}") from error
+        if not self.content:
+            raise ValueError("holds no tensors")
+
+    def _tensor(self, name: str, entry: dict[str, Any]) -> StoredTensor:
+        dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if dtype is None or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+            raise ValueError(f"{name} has dtype {entry['dtype']}")
+        count = math.prod(shape)
+        if end - begin != count * dtype.itemsize:
+            raise ValueError(f"{name} has {end - begin:,} bytes for {count:,} values")
+        self._starts[name] = begin
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        return StoredTensor(Storage(name, dtype, count), dtype, 0, shape, tuple(strides))
+
+    def read(self, storage: Storage, into: memoryview | None) -> None:
+        self._file.seek(self._first + self._starts[storage.key])
+        _fill(self._file, into, storage.nbytes)
+
+
+def _fill(file: Any, into: memoryview | None, count: int) -> int:
+    """Read `count` bytes from the file's position, into memory if there is any; return their CRC-32."""
+    checksum = position = 0
+    spare = memoryview(bytearray(min(count, _CHUNK))) if into is None else None
+    while position < count:
+        most = min(count - position, _CHUNK)
+        part = spare[:most] if spare is not None else into[position : position + most]  # type: ignore[index]
+        got = file.readinto(part)
+        if not got:
+            raise ValueError("truncated while it was read")
+        checksum = zlib.crc32(part[:got], checksum)
+        position += got
+    return checksum
+
+
+def _held(names: list[str]) -> str:
+    """`: it holds a, b`, of an archive with something else in it."""
+    inside = [name for name in names if not name.endswith("/")]
+    if inside and all(name.endswith(".npy") for name in inside):
+        return ", but an npz of NumPy arrays"
+    return f" (it holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''})"
+
+
+def read_tensors(
+    container: Container, wanted: dict[str, StoredTensor], values: bool = True
+) -> dict[str, Tensor]:
+    """Read the tensors at these places, each storage once; without `values`, on the meta device.
+
+    Tensors that share a storage in the file share one here.
+    """
+    storages: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, place in wanted.items():
+        storage = place.storage
+        if storage.key not in storages:
+            held = torch.empty(storage.nbytes if values else 0, dtype=torch.uint8)
+            container.read(storage, memoryview(held.numpy().data) if values else None)
+            storages[storage.key] = held
+        if not values:
+            tensors[key] = torch.empty_strided(place.shape, place.stride, dtype=place.dtype, device="meta")
+            continue
+        held = storages[storage.key]
+        held = held[: held.numel() // place.dtype.itemsize * place.dtype.itemsize].view(place.dtype)
+        tensors[key] = held.as_strided(place.shape, place.stride, place.offset)
+    return tensors

@@ -1,0 +1,277 @@
+"""Read a pickle as data: nothing in it is imported, called or run.
+
+The opcodes build dicts, lists, numbers and text; tensors become their places in the file (`StoredTensor`),
+and everything else that a pickle would make by a call becomes an inert `Record` of the call.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import torch
+
+# No weights file calls these. They would do no harm here; whoever made such a file means harm elsewhere.
+_RUNS_CODE = re.compile(
+    r"(os|posix|nt)\.(?!stat_result|terminal_size|_Environ)\w+"
+    r"|(subprocess|shutil|socket|runpy|importlib|pty|ctypes|code|commands|webbrowser|pip|pickle|_pickle)(\.\w+)+"
+    r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint)"
+    r"|torch\.(hub|jit)\.\S+|torch\.load"
+)
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "UntypedStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+_ARGUMENTS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+    "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+)
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_EMPTY: dict[str, Any] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_WITHOUT_EFFECT = frozenset(("PROTO", "FRAME", "STOP", "READONLY_BUFFER"))
+
+
+class RunsCode(Exception):
+    """A pickle would call something that runs programs; the message is its name."""
+
+
+@dataclass(frozen=True)
+class Global:
+    """The name `module.name` of something that a pickle would import."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Record:
+    """What a pickle would make by calling something that isn't known here: arguments, state, items."""
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of values in the file, by its key."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        """Return its length in bytes."""
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's place in a storage; offset and stride in values of its dtype."""
+
+    storage: Storage
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        whole = all(type(n) is int and n >= 0 for n in (self.offset, *self.shape, *self.stride))
+        if not whole or len(self.shape) != len(self.stride):
+            raise ValueError("a tensor of impossible shape")
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        if all(self.shape) and (self.offset + last + 1) * self.dtype.itemsize > self.storage.nbytes:
+            raise ValueError("a tensor that ends behind its storage")
+
+
+def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
+    """Return what the pickle at the file's position says, and every storage that it names; read past it.
+
+    Raises:
+        RunsCode: if it would call what runs programs.
+        ValueError: (or what look-ups raise) for what isn't a pickle, or a damaged one.
+    """
+    machine = _Machine()
+    for opcode, argument, _ in pickletools.genops(file):
+        machine.step(opcode.name, argument)
+    return machine.stack.pop(), machine.storages
+
+
+class _Machine:
+    """The stack machine that pickles are written for, without the opcodes' power to import and call."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.storages: dict[str, Storage] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Do one opcode."""
+        if name in _ARGUMENTS:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            self.stack.append(_EMPTY[name]())
+        elif name not in _WITHOUT_EFFECT and not self._moved(name, argument) and not self._filled(name):
+            self._made(name, argument)
+
+    def _moved(self, name: str, argument: Any) -> bool:
+        """Do an opcode that moves what is there."""
+        stack, memo = self.stack, self.memo
+        if name == "MARK":
+            self.marks.append(len(stack))
+        elif name == "POP":
+            _ = self.marks.pop() if self.marks and self.marks[-1] == len(stack) else stack.pop()
+        elif name == "POP_MARK":
+            self._marked()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        else:
+            return False
+        return True
+
+    def _filled(self, name: str) -> bool:
+        """Do an opcode that puts values into what is there."""
+        if name in ("SETITEM", "APPEND"):
+            values = self._last(2 if name == "SETITEM" else 1)
+        elif name in ("SETITEMS", "APPENDS", "ADDITEMS"):
+            values = self._marked()
+        elif name == "BUILD":
+            state = self.stack.pop()
+            if isinstance(self.stack[-1], Record):
+                self.stack[-1].state = state
+            return True
+        else:
+            return False
+        target = self.stack[-1]
+        if name.startswith("SETITEM"):
+            held = target.items if isinstance(target, Record) else target
+            held.update(_pairs(values))
+        elif not isinstance(target, Record):
+            (target.update if name == "ADDITEMS" else target.extend)(values)
+        return True
+
+    def _made(self, name: str, argument: Any) -> None:
+        """Do an opcode that makes one thing of others."""
+        stack = self.stack
+        if name == "TUPLE":
+            made: Any = tuple(self._marked())
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            made = tuple(self._last(int(name[-1])))
+        elif name == "LIST":
+            made = self._marked()
+        elif name == "DICT":
+            made = dict(_pairs(self._marked()))
+        elif name == "FROZENSET":
+            made = frozenset(self._marked())
+        elif name == "GLOBAL":
+            made = Global(str(argument).replace(" ", ".", 1))
+        elif name == "STACK_GLOBAL":
+            made = Global(".".join(map(str, self._last(2))))
+        elif name in ("REDUCE", "NEWOBJ"):
+            made = _called(*self._last(2))
+        elif name == "NEWOBJ_EX":
+            made = _called(*self._last(3)[:2])
+        elif name == "INST":
+            made = _called(Global(str(argument).replace(" ", ".", 1)), tuple(self._marked()))
+        elif name == "OBJ":
+            function, *arguments = self._marked()
+            made = _called(function, tuple(arguments))
+        elif name == "BINPERSID":
+            made = _storage(stack.pop())
+            self.storages[made.key] = made
+        else:
+            raise ValueError(f"opcode {name}")
+        stack.append(made)
+
+    def _last(self, count: int) -> list[Any]:
+        values = self.stack[len(self.stack) - count :]
+        if len(values) != count:
+            raise ValueError("an empty stack")
+        del self.stack[len(self.stack) - count :]
+        return values
+
+    def _marked(self) -> list[Any]:
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+
+def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _called(function: Any, arguments: Any) -> Any:
+    """Return a dict or a tensor's place for what a state dict is made of, else a record of the call."""
+    name = function.name if isinstance(function, Global | Record) else type(function).__name__
+    if not isinstance(arguments, tuple):
+        raise ValueError("a call without arguments")
+    if _RUNS_CODE.fullmatch(name):
+        raise RunsCode(name)
+    if name == "collections.OrderedDict":
+        return dict(*arguments[:1])
+    if name == "torch.Size":
+        return tuple(arguments[0])
+    if name == "torch._tensor._rebuild_from_type_v2":
+        return _called(arguments[0], arguments[2])
+    if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+        return arguments[0]
+    if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
+        storage, offset, shape, stride, *more = arguments
+        if len(more) < 3 or not more[2]:  # else conjugated or negated values
+            return StoredTensor(storage, storage.dtype, offset, tuple(shape), tuple(stride))
+    if name == "torch._utils._rebuild_tensor_v3":
+        storage, offset, shape, stride, _, _, dtype, *more = arguments
+        known = getattr(torch, dtype.name.removeprefix("torch."), None)
+        if isinstance(known, torch.dtype) and not any(more):
+            return StoredTensor(storage, known, offset, tuple(shape), tuple(stride))
+    return Record(name, arguments)
+
+
+def _storage(identity: Any) -> Storage:
+    """Return the storage that a persistent identity of torch.save names."""
+    kind, of, key, _location, count, *view = identity
+    dtype = _STORAGES.get(of.name.rpartition(".")[2])
+    if kind != "storage" or dtype is None or type(count) is not int or count < 0 or any(view):
+        raise ValueError(f"a storage of an unknown kind, {of.name}")
+    return Storage(str(key), dtype, count)
+
+
+def entries_of(value: Any) -> Mapping[Any, Any] | None:
+    """Return what a dict, or the record of an object, holds by name; None where it holds nothing so.
+
+    A pickled module gives its parameters, buffers and submodules.
+    """
+    if isinstance(value, Mapping):
+        return value
+    if not isinstance(value, Record):
+        return None
+    state = value.state if isinstance(value.state, dict) else {}
+    if {"_parameters", "_modules"} <= state.keys():
+        parts = (state.get(name) for name in ("_parameters", "_buffers", "_modules"))
+        return {name: held for part in parts for name, held in (entries_of(part) or {}).items()}
+    return {**state, **value.items} or None

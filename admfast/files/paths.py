@@ -1,0 +1,32 @@
+"""Read a path that a user gave: "~" is the home folder, and a URL is no path."""
+
+from __future__ import annotations
+
+import os
+import re
+from os import PathLike
+from pathlib import Path
+
+from admfast.errors import invalid
+
+# pathlib makes one slash of two, and a drive's letter is no scheme.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}[^/]")
+
+
+def user_path(name: str, value: str | PathLike[str]) -> Path:
+    """Return a user's path with "~" and "~user" expanded.
+
+    Raises:
+        InvalidArgument: by the argument's name, for a URL, an unknown home folder, or no path at all.
+    """
+    text = os.fspath(value) if isinstance(value, str | PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise invalid(name, value, "the path of a file or folder")
+    if _URL.match(text) and not os.path.lexists(text):
+        raise invalid(
+            name, text, "a URL, not a path: download the file first (admfast fetch gets the released ones)"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise invalid(name, text, "a path that begins with ~, whose home folder is not known") from None
