@@ -173,12 +173,13 @@ class FoldableNet(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network, whose forms are renewed first where torch counted a write to its parameters."""
-        values = self._fold_values
-        if values is not None and not torch.compiler.is_compiling() and values.written() and _reads():
-            with FOLDING:
-                # Nothing runs on forms of those that train; and another thread may have been here.
-                if self._fold_values is values and values.written(frozen=True):
-                    self.refold()
+        if not torch.compiler.is_compiling():  # first: a trace would be guarded by what it reads
+            values = self._fold_values
+            if values is not None and values.written() and _reads():
+                with FOLDING:
+                    # Nothing runs on forms of those that train; and another thread may have been here.
+                    if self._fold_values is values and values.written(frozen=True):
+                        self.refold()
         return super().__call__(*args, **kwargs)
 
     def _look(self) -> _State:
