@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from admfast import host
 from admfast.engine.capture import capture
 from admfast.engine.compiled import compile_step
-from admfast.engine.numerics import on_threads
+from admfast.engine.numerics import chosen_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
+from admfast.engine.threads import convolution, threads_for
 from admfast.models.fold import FOLDING, FoldableNet
 
 
@@ -80,13 +82,17 @@ class Engine:
                 del self._steps[key]
 
     def unchanged(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """The function, refused once a network is folded otherwise than now."""
+        """Return the function on a step's threads; refused once a network is folded otherwise than now."""
         networks = self._networks()
         generations = generations_of(networks)
 
         def checked(x: Tensor, t: Tensor) -> Tensor:
             check_generations(networks, generations)
-            return model(x, t)
+            if x.device.type != "cpu":
+                return model(x, t)
+            own = threads_for(convolution(self.net.config, x.shape), host.cpus())  # type: ignore[arg-type]
+            with on_threads(chosen_threads(self.options.threads, own)):
+                return model(x, t)
 
         return checked
 

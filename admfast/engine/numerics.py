@@ -52,17 +52,19 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
         yield
 
 
-def users_threads() -> int | None:
-    """Return the number of threads that the user chose, None where nobody did.
+def chosen_threads(asked: int | None, own: int) -> int:
+    """Return the threads of a step: the number asked for, else the process's user's, else its own.
 
-    By OMP_NUM_THREADS or MKL_NUM_THREADS, or by giving `torch.set_num_threads` another number than torch
-    begins with.
+    A user chooses by OMP_NUM_THREADS or MKL_NUM_THREADS, or by giving `torch.set_num_threads` another number
+    than torch begins with.
     """
+    if asked is not None:
+        return asked
     now, chosen = torch.get_num_threads(), any(map(os.environ.get, CHOSEN_BY))
     # Torch begins with a thread a core or processor; of these as many are left as a quota allows.
     if now == 1 or chosen or now not in (host.cpus(), len(host.processors()), host.cores()):
         return now
-    return None
+    return min(own, now)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ class EngineOptions:
         kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
             table), and how much memory beside the networks' they may hold; the latest is always kept. Of
             threads that sample at the same time each has a step of its own.
-        threads: on a CPU, threads that a prepared step computes on; None: by the size of its work, or as
+        threads: on a CPU, threads that a step computes on; None: by the size of its work, or as
             OMP_NUM_THREADS or `torch.set_num_threads` says (see `admfast.engine.threads`).
     """
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from admfast import host
 from admfast.engine.guidance import check_frozen, log_probability_gradient
-from admfast.engine.numerics import on_threads, users_threads
+from admfast.engine.numerics import chosen_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
@@ -140,7 +140,7 @@ class PreparedStep:
         """Return the threads that a row computes on; None on a GPU."""
         if self.state.x.device.type != "cpu":
             return None
-        return self.asked_threads or users_threads() or min(self.own_threads, torch.get_num_threads())
+        return chosen_threads(self.asked_threads, self.own_threads)
 
     def _make_buffers(self, device: torch.device) -> None:
         """Everything that a row reads or writes, but for the networks."""

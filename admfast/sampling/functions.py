@@ -133,7 +133,7 @@ def function_step(plan: Plan, x: Tensor) -> FunctionStep:
     if plan.scale:
         assert engine.classifier is not None and plan.labels is not None
         own = classifier_guidance(engine.classifier, plan.labels, plan.scale)
-        guides.append((Guide(own), plan.guided))
+        guides.append((Guide(engine.unchanged(own)), plan.guided))
     model = engine.unchanged(conditioned(engine.net, plan.labels, plan.low_res))
     kept, rows = plan.process.schedule.timestep_map, plan.table.rows
 

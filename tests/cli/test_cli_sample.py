@@ -138,6 +138,18 @@ def test_the_same_command_gives_the_same_images(sample, tmp_path):
     assert np.abs(found[0] - found[1]).max() <= 1
 
 
+def test_threads_of_a_step(sample, monkeypatch):
+    seen, advance = [], PreparedStep.advance
+
+    def watched(step: PreparedStep, i: int) -> None:
+        seen.append(step.threads)
+        advance(step, i)
+
+    monkeypatch.setattr(PreparedStep, "advance", watched)
+    assert sample("--seeds", "0", "--threads", "3", "--device", "cpu")[0] == 0
+    assert set(seen) == {3}
+
+
 # Mistakes
 
 
@@ -181,6 +193,7 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--guidance", "2"], "guidance=2.0: faces has no classifier; 0 is none"),
         (["--upsampler-steps", "3"], "--upsampler-steps=3: faces has no upsampler"),
         (["--batch", "0"], "batch=0: 1 or more"),
+        (["--threads", "0"], "threads=0: "),
         (["--intermediates", "-1"], "intermediates=-1: 0 for none, or every so many steps"),
         (["--precision", "fp8"], "precision='fp8': nearest: "),
         (["--device", "tpu"], "device='tpu': cpu, cuda, or cuda:N"),

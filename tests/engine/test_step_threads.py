@@ -11,7 +11,7 @@ import torch
 
 import admfast
 from admfast import host
-from admfast.engine.numerics import CHOSEN_BY, on_threads, users_threads
+from admfast.engine.numerics import CHOSEN_BY, chosen_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.threads import convolution, threads_for
 from admfast.errors import InvalidArgument
@@ -75,22 +75,22 @@ def test_more_work_never_has_fewer_threads(processors):
 
 @pytest.mark.parametrize("name", CHOSEN_BY)
 def test_the_environment_decides(name, monkeypatch):
-    assert users_threads() is None
+    assert chosen_threads(None, 1) == 1
     monkeypatch.setenv(name, "2")
-    assert users_threads() == 2
+    assert (chosen_threads(None, 1), chosen_threads(1, 2)) == (2, 1)
 
 
 @pytest.mark.parametrize("asked", [1, 3])
 def test_a_number_that_is_not_torchs_own_decides(asked):
     torch.set_num_threads(asked)
-    assert users_threads() == asked
+    assert [chosen_threads(None, own) for own in (1, 2)] == [asked] * 2
 
 
 def test_a_quota_is_nobodys_choice(monkeypatch):
     monkeypatch.setattr(host, "processors", lambda: set(range(64)))
-    assert users_threads() is None
-    torch.set_num_threads(64)
-    assert users_threads() is None
+    for threads in (2, 64):
+        torch.set_num_threads(threads)
+        assert chosen_threads(None, 1) == 1
 
 
 def mkl() -> int | None:
@@ -115,11 +115,13 @@ def test_only_the_calling_thread_computes_on_another_number():
     assert seen == [(1, before[1] and 1), *[before] * 5]
 
 
+@pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("asked", [None, 2])
-def test_a_row_runs_on_the_steps_threads_and_a_callback_on_the_users(asked):
-    pipe = pipeline(options=EngineOptions(threads=asked, fold=None))
+def test_a_row_runs_on_the_steps_threads_and_a_callback_on_the_users(asked, prepared):
+    pipe = pipeline(options=EngineOptions(threads=asked, fold=None, prepared=prepared))
     inside, between = [], []
-    pipe.net.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
+    for net in (pipe.net, pipe.classifier):
+        net.register_forward_hook(lambda *_: inside.append(torch.get_num_threads()))
     for given in (2, 1):
         torch.set_num_threads(given)
         pipe.sample(seeds=[1], steps=2, callback=lambda _: between.append(torch.get_num_threads()))
