@@ -233,6 +233,8 @@ def test_wrong_sizes_and_heads_are_refused_by_name():
         AttentionPool2d(3, 64, 16, 5)(randn(1, 64, 4, 4))
     with pytest.raises(InvalidArgument, match="num_heads_channels=24: must divide the 64 channels"):
         AttentionPool2d(3, 64, 24, 5)
+    with pytest.raises(InvalidArgument, match="num_heads=5: must divide the 64 channels"):
+        AttentionBlock(64, 5)
 
 
 def test_an_attention_pool_puts_out_the_embedding_s_width_unless_told():
@@ -241,8 +243,6 @@ def test_an_attention_pool_puts_out_the_embedding_s_width_unless_told():
     told = randomised(AttentionPool2d(3, 64, 16, 64))
     assert torch.equal(pool(x), told(x)) and pool(x).shape == (2, 64)
     assert torch.equal(randomised(AttentionPool2d(3, 64, 16, output_dim=None))(x), told(x))
-    with pytest.raises(InvalidArgument, match="num_heads=5: must divide the 64 channels"):
-        AttentionBlock(64, 5)
 
 
 def test_a_sequence_gives_the_second_source_to_its_first_block_alone():
