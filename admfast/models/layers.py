@@ -199,11 +199,13 @@ class AttentionBlock(nn.Module):
 class AttentionPool2d(nn.Module):
     """Attend from the mean token over all positions and project (the pool of CLIP, Radford et al. 2021).
 
-    [N, C, H, W] with H*W + 1 equal to the columns of the position table -> [N, output_dim], of the embedding's
-    width where it is None. New qkv order.
+    [N, C, H, W] with H*W + 1 equal to the columns of the position table -> [N, output_dim]; None is the
+    embedding's width. New qkv order.
     """
 
-    def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None):
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ):
         super().__init__()
         if embed_dim % num_heads_channels:
             raise invalid("num_heads_channels", num_heads_channels, f"must divide the {embed_dim} channels")
