@@ -65,5 +65,5 @@ def first_line(error: BaseException) -> str:
 def nearest(value: str, names: Iterable[str], count: int = 3) -> str:
     """Return `nearest: a, b` with the names closest to `value`, or `one of: ...` where none is close."""
     known = list(names)
-    close = difflib.get_close_matches(value, known, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(value[:LONGEST_VALUE], known, n=count, cutoff=0.5)
     return "nearest: " + ", ".join(close) if close else "one of: " + ", ".join(known)

@@ -105,10 +105,8 @@ def _networks(found: Mapping[str, Any]) -> list[Chosen]:
             key: found[name] for name, key in names.items() if _of_a_network(key) and is_tensor(found[name])
         }
         average = bool(_AVERAGE.search(prefix.lower()) and not _CURRENT.search(prefix.lower()))
-        network = Chosen(keys, prefix.rstrip("."), average)
-        if not any(_same(network, other) for other in networks):
-            networks.append(network)
-        networks += _average_without_dots(network, prefix, found)
+        networks.append(Chosen(keys, prefix.rstrip("."), average))
+        networks += _averages_without_dots(networks[-1], found)
     return networks
 
 
@@ -117,13 +115,17 @@ def _of_a_network(key: str) -> bool:
     return key.split(".", 1)[0] in ROOTS and key.rsplit(".", 1)[-1] in LEAVES
 
 
-def _average_without_dots(network: Chosen, prefix: str, found: Mapping[str, Any]) -> list[Chosen]:
+def _averages_without_dots(network: Chosen, found: Mapping[str, Any]) -> list[Chosen]:
     """The average that some trainers keep under names without dots: model_ema.diffusion_modelout2bias."""
-    inner = prefix.partition(".")[2]
-    under = {key: f"model_ema.{(inner + key).replace('.', '')}" for key in network.tensors}
-    if not all(is_tensor(found.get(name)) for name in under.values()):
-        return []
-    return [Chosen({key: found[name] for key, name in under.items()}, "model_ema", True)]
+    path = network.entry.split(".") if network.entry else []
+    averages = []
+    for at in range(len(path)):
+        entry = ".".join([*path[:at], "model_ema"])
+        under = {key: "".join([*path[at + 1 :], key]).replace(".", "") for key in network.tensors}
+        if under and all(is_tensor(found.get(f"{entry}.{name}")) for name in under.values()):
+            tensors = {key: found[f"{entry}.{name}"] for key, name in under.items()}
+            averages.append(Chosen(tensors, entry, True))
+    return averages
 
 
 def _same(one: Chosen, other: Chosen) -> bool:
@@ -139,14 +141,14 @@ def _one_of(networks: list[Chosen], entry: str | None) -> Chosen:
     names = ", ".join(network.entry or "(the file's own keys)" for network in networks)
     if entry is not None:
         exact = [network for network in networks if network.entry == entry]
-        under = [n for n in networks if n.entry.startswith(f"{entry}.") or entry in n.entry.split(".")]
+        under = [network for network in networks if f".{entry}." in f".{network.entry}."]
         networks = exact or under
         if not networks:
             raise ValueError(f"has no entry {entry!r} with a network's weights; there are: {names}")
-    averages = [network for network in networks if network.average]
-    if len(averages or networks) > 1:
+    first, *others = [network for network in networks if network.average] or networks
+    if not all(_same(first, other) for other in others):
         raise ValueError(f"holds the weights of several networks: {names}; give one of these as {HOW}")
-    return (averages or networks)[0]
+    return first
 
 
 def _with_left(network: Chosen, found: Mapping[str, Any]) -> Chosen:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from admfast.checkpoints import flags
 from admfast.checkpoints.differences import (
     Differences,
     Shapes,
@@ -93,7 +94,8 @@ def identify(
     Args:
         shapes: of the file's tensors.
         file: path of the file; a released file's own name tells apart models of equal shapes.
-        options: fields of the configuration or of `DiffusionConfig` that win over every other source.
+        options: fields of the configuration or of `DiffusionConfig` that win over every other source; the
+            published flags of the same meaning too (see `flags`).
         config: the configuration, if the caller knows it.
         preset_name: released model that the file is said to be.
         carried: the description that came with the file.
@@ -105,7 +107,8 @@ def identify(
         Unanswered: if they leave options open that nothing answers: one line with these options, their
             allowed values, and the nearest released model with its answers.
     """
-    network_options, diffusion_options = _split(options or {})
+    options, claims = flags.translated(options or {})
+    network_options, diffusion_options = _split(options)
     candidates = presets_with_fingerprint(fingerprint(shapes))
     known: ModelPreset | None = None
     assumed: list[str] = []
@@ -133,9 +136,10 @@ def identify(
         config, assumed = _from_structure(shapes, file, network_options, diffusion_options, process)
         diffusion, source = None, "its keys and shapes, and the options given"
     config = _with_options(config, network_options)
+    flags.check(config, claims)
     diffusion = _settings(diffusion, diffusion_options, config)
     if known or not sure:
-        assumed += _of_the_preset(config, diffusion, options or {})
+        assumed += _of_the_preset(config, diffusion, options)
     # Released models of equal shapes differ in dropout alone.
     assumed += [] if sure else [f"dropout={config.dropout} (matters in training only)"]
     return ModelInfo(

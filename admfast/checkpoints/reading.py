@@ -81,7 +81,7 @@ def read_weights(
         tensors = {key: value.detach() for key, value in chosen.tensors.items()}
         carried = Description(config) if isinstance(config, NetConfig) else None
         return _weights(path, tensors, carried, chosen, (), ours=False)
-    if not (hasattr(source, "read") and hasattr(source, "seek")):
+    if not (hasattr(source, "read") and hasattr(source, "seek") and isinstance(source.read(0), bytes)):
         raise invalid("weights", source, "a path, a file open for reading bytes, a state dict or a module")
     name = getattr(source, "name", None)
     path = Path(name if isinstance(name, str) else type(source).__name__)

@@ -159,15 +159,10 @@ def _unet(shapes: Shapes, stem_channels: int, fields: dict[str, Any]) -> dict[st
         raise CheckpointError("not an ADM UNet: out.2.weight, the last convolution, is missing")
     label = shapes.get("label_emb.weight")
     fields |= {"out_channels": head[0], "num_classes": label[0] if label else None}
-    kinds = {}
-    if head[0] in (stem_channels, 2 * stem_channels):
-        kinds["unet"] = stem_channels
+    kinds = {"unet": stem_channels}
+    # A UNet whose input holds a condition beside the image can have the same channels.
     if stem_channels % 2 == 0 and head[0] in (stem_channels // 2, stem_channels):
         kinds["upsampler"] = stem_channels // 2
-    if not kinds:
-        raise CheckpointError(
-            f"not an ADM UNet: {stem_channels} channels in, {head[0]} out fit neither a UNet nor an upsampler"
-        )
     return kinds
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from admfast.checkpoints import flags
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
 from admfast.checks import literal
 from admfast.errors import invalid, nearest
@@ -25,9 +26,9 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] = ())
         if not separator or not name:
             raise invalid(flag, text, "NAME=VALUE, such as num_heads=4")
         known = [*OPTION_NAMES, *also]
-        if name not in known:
+        if name not in known and name not in flags.NAMES:
             raise invalid(flag, name, f"no such option of a file; {nearest(name, known)}")
-        if name in SWITCH_NAMES:
+        if name in SWITCH_NAMES or name in flags.SWITCHES:
             if value.lower() not in _WORDS:
                 raise invalid(flag, text, "True or False (or yes, no, 1, 0)")
             options[name] = _WORDS[value.lower()]

@@ -10,7 +10,7 @@ from pathlib import Path
 from admfast.errors import invalid
 
 # pathlib makes one slash of two, and a drive's letter is no scheme.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}[^/]")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
 
 
 def user_path(name: str, value: str | PathLike[str]) -> Path:

@@ -158,16 +158,18 @@ class NetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetConfig):
-    """A diffusion UNet; `num_classes` is None for an unconditional one."""
+    """A UNet; `num_classes` is None for an unconditional one."""
 
     num_classes: int | None = None
     kind: ClassVar[str] = "unet"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            allowed = f"{self.in_channels} or, with learned variance, {2 * self.in_channels}"
-            raise invalid("out_channels", self.out_channels, allowed)
+    @property
+    def of_images(self) -> bool:
+        """Tell whether the output is like the input, or twice that with learned variance, as to be sampled.
+
+        Networks that get conditions beside the image in their input channels have fewer channels out.
+        """
+        return self.out_channels in (self.in_channels, 2 * self.in_channels)
 
     def side_units(self) -> tuple[int, ...]:
         """Return for each side of an image the number that must divide it, as levels halve it."""
@@ -186,6 +188,12 @@ class UpsamplerConfig(UNetConfig):
     """A UNet that sees, after x, a low-resolution image enlarged to its size; `in_channels` are x's alone."""
 
     kind: ClassVar[str] = "upsampler"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.of_images:
+            allowed = f"{self.in_channels} or, with learned variance, {2 * self.in_channels}"
+            raise invalid("out_channels", self.out_channels, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)

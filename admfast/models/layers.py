@@ -199,17 +199,20 @@ class AttentionBlock(nn.Module):
 class AttentionPool2d(nn.Module):
     """Attend from the mean token over all positions and project (the pool of CLIP, Radford et al. 2021).
 
-    [N, C, H, W] with H*W + 1 equal to the columns of the position table -> [N, output_dim]. New qkv order.
+    [N, C, H, W] with H*W + 1 equal to the columns of the position table -> [N, output_dim]; None is the
+    embedding's width. New qkv order.
     """
 
-    def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int):
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ):
         super().__init__()
         if embed_dim % num_heads_channels:
             raise invalid("num_heads_channels", num_heads_channels, f"must divide the {embed_dim} channels")
         self.num_heads = embed_dim // num_heads_channels
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
         self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
-        self.c_proj = nn.Conv1d(embed_dim, output_dim, 1)
+        self.c_proj = nn.Conv1d(embed_dim, embed_dim if output_dim is None else output_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)  # [N, S, C]

@@ -214,9 +214,11 @@ SYSTEMS: dict[str, SystemPreset] = {system.name: system for system in _SYSTEMS}
 
 def preset(name: str) -> ModelPreset:
     """Return the model called `name` ("64x64_diffusion" or "64x64_diffusion.pt"); raises InvalidArgument."""
-    found = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
+    found = None
+    if isinstance(name, str):
+        found = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
     if found is None:
-        raise invalid("preset", name, f"no such model; {nearest(name, MODELS)}")
+        raise invalid("preset", name, f"no such model; {nearest(str(name), MODELS)}")
     return found
 
 

@@ -13,29 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from admfast.checkpoints import ModelInfo, Unanswered, load_network
+from admfast.checkpoints import ModelInfo, Unanswered, flags, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
+from admfast.checkpoints.reading import ENDINGS, Source
 from admfast.checks import whole
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
+from admfast.files.paths import user_path
 from admfast.models import Classifier, UNet, Upsampler, UpsamplerConfig
 from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset, system
 from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
-ENDINGS = (".pt", ".safetensors")
 LOW_RES_SIZE = "low_res_size"  # an option of an upsampler, not of its network
 
 
 def load(
-    name: str | PathLike[str],
+    name: Source,
     weights: str | PathLike[str] | None = None,
     *,
-    classifier: str | PathLike[str] | None = None,
-    upsampler: str | PathLike[str] | None = None,
+    classifier: Source | None = None,
+    upsampler: Source | None = None,
     preset: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
@@ -50,11 +51,12 @@ def load(
     """Load a system by name, or a model by its weights file, ready to sample.
 
     Args:
-        name: a system (`admfast models` lists them: "imagenet256", "digits32", ...), or the path of a
-            diffusion model's weights file.
+        name: a system (`admfast models` lists them: "imagenet256", "digits32", ...), or a diffusion model's
+            weights: the path of a file, a file open for reading bytes, a state dict, or a module. Weights in
+            memory are copied.
         weights: folder that holds the released files; not for systems that ship.
-        classifier, upsampler: weights files of a classifier, and of an upsampler that enlarges what is
-            sampled, for a model that is given by path.
+        classifier, upsampler: weights of a classifier, and of an upsampler that enlarges what is sampled, in
+            any of these forms, for a model that is no system.
         preset: for a file, the released model that it is ("256x256_diffusion").
         device: "cpu", "cuda", "cuda:1", ...; None takes the GPU where there is one. A CPU computes on torch's
             threads (`torch.set_num_threads`), but on no more than the process has processors for, and a step
@@ -68,8 +70,10 @@ def load(
         keep_master: keep the float32 parameters beside what a half precision derives from them; without,
             the parameters themselves are rounded, and memory is saved.
         engine: how steps are prepared (`EngineOptions`); None is the default.
-        options: for a file, what can't be told from it (num_heads, noise_schedule, image_size, ...); of an
-            upsampler also `low_res_size`, the side of the images that it was trained to enlarge.
+        options: for weights, what they don't show (num_heads, noise_schedule, image_size, ...), and `entry`,
+            the state dict to take ("ema", "model") of a file that holds several; the average over training is
+            taken first. Of an upsampler also `low_res_size`, the side of the images that it was trained to
+            enlarge.
         classifier_options, upsampler_options: the same for these files; behind a model, an upsampler gets
             images that are larger than its `low_res_size` brought down to it.
 
@@ -80,30 +84,36 @@ def load(
         InvalidArgument: for an unknown system, device, precision or option.
         CheckpointError: for a file that is missing, damaged, unsafe or of another network.
     """
-    if not isinstance(name, str | PathLike) or not str(name):
-        raise invalid("name", name, "a system (such as 'digits32') or the path of a weights file")
+    in_memory = isinstance(name, Mapping | nn.Module) or hasattr(name, "read")
+    if not in_memory and not (isinstance(name, str | PathLike) and str(name)):
+        allowed = "a system (such as 'digits32') or the path of a weights file, or weights in memory"
+        raise invalid("name", name, allowed)
     _check_option_names(options)
+    flags.refuse_elsewhere(options)
+    of_classifier = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
+    classifier_options = {**(classifier_options or {}), **of_classifier}
     on = _device(device)
     form = _Form(policy(precision, on), _engine_options(engine, compile, compile_cache), keep_master)
     given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
     given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
     with own_numerics(on):
-        if str(name) in SYSTEMS:
+        if not in_memory and str(name) in SYSTEMS:
             for argument, value in given.items():
                 if value:
                     given_as = str(value) if isinstance(value, PathLike) else value
                     raise invalid(argument, given_as, f"not for a system: {name} says it")
             return _load_system(system(str(name)), weights, on, form)
-        path = Path(name)
-        if not os.path.exists(path) and path.suffix not in ENDINGS:
-            raise invalid("name", str(name), f"neither a system nor a file; {nearest(str(name), SYSTEMS)}")
+        if not in_memory:
+            name = user_path("name", name)  # type: ignore[arg-type]
+            if not os.path.lexists(name) and name.suffix not in ENDINGS:
+                near = nearest(str(name), SYSTEMS)
+                raise invalid("name", str(name), f"neither a system nor a file; {near}")
         if weights is not None:
-            raise invalid(
-                "weights", str(weights), f"for a system, as the folder of its files; {path} is a file"
-            )
+            allowed = f"for a system, as the folder of its files; {_named(name)} is a file"
+            raise invalid("weights", _named(weights), allowed)
         parts = [
-            _Part("name", path, {**options, "preset": preset}),
-            _Part("classifier", classifier, {**(classifier_options or {})}),
+            _Part("name", name, {**options, "preset": preset}),
+            _Part("classifier", classifier, classifier_options),
             _Part("upsampler", upsampler, {**(upsampler_options or {})}),
         ]
         return _load_files(parts, on, form)
@@ -135,11 +145,16 @@ class _Form:
 
 @dataclass
 class _Part:
-    """A weights file and what is said of it, by the argument that named it."""
+    """Weights and what is said of them, by the argument that named them."""
 
     argument: str
-    path: str | PathLike[str] | None
+    source: Source | None
     options: dict[str, Any]
+
+
+def _named(source: Source) -> object:
+    """What an error calls weights: a path as text, anything in memory by its type."""
+    return str(source) if isinstance(source, str | PathLike) else type(source).__name__
 
 
 # What a question about a file says of where its answers go.
@@ -168,15 +183,15 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     trained = {part.argument: part.options.pop(LOW_RES_SIZE, None) for part in parts}
     for part in parts[1:]:
         argument = f"{part.argument}_options"
-        if part.path is None and part.options:
+        if part.source is None and part.options:
             raise invalid(argument, part.options, f"there is no {part.argument}")
         for name in part.options:
-            if name not in OPTION_NAMES:
+            if name not in OPTION_NAMES and name not in flags.NAMES:
                 raise invalid(argument, name, f"no such option of a file; {nearest(str(name), OPTION_NAMES)}")
     loaded: dict[str, tuple[Network, ModelInfo]] = {}
     questions = []
     for part in parts:
-        if part.path is None:
+        if part.source is None:
             continue
         try:
             loaded[part.argument] = _load_part(part, device)
@@ -216,12 +231,15 @@ def _low_res_size(info: ModelInfo, given: Any) -> int | None:
 
 def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
     """The network of one file, which must be of the kind that its argument names."""
-    assert part.path is not None
+    assert part.source is not None
+    source = part.source
+    if isinstance(source, str | PathLike):
+        source = user_path(part.argument, source)
     process = part.argument != "classifier"
-    net, info = load_network(part.path, device=device, process=process, **part.options)
+    net, info = load_network(source, device=device, process=process, **part.options)
     kind, wanted = _KIND[part.argument]
     if not isinstance(net, kind):
-        raise invalid(part.argument, str(part.path), f"{wanted}; this file holds a {info.config.kind}")
+        raise invalid(part.argument, _named(source), f"{wanted}; this file holds a {info.config.kind}")
     return net, info  # type: ignore[return-value]
 
 
@@ -235,7 +253,7 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
     """Refuse a keyword that is neither an argument of `load` nor an option of a file."""
     known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
     for name, value in options.items():
-        if name not in known:
+        if name not in (*OPTION_NAMES, LOW_RES_SIZE) and name not in flags.NAMES:
             raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")
 
 
@@ -244,7 +262,7 @@ def _load_system(
 ) -> Pipeline:
     """Load every model of a system; all files are looked for before the first is read."""
     if weights is not None and all(model.shipped for model in chosen.models):
-        raise invalid("weights", str(weights), f"not for {chosen.name}, which ships with the package")
+        raise invalid("weights", _named(weights), f"not for {chosen.name}, which ships with the package")
     paths = {model.name: _find(chosen, model, weights) for model in chosen.models}
 
     def network(model: ModelPreset) -> Network:
@@ -277,10 +295,10 @@ def _find(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str]
         raise invalid(
             "weights", None, f"the folder that holds {files} (admfast fetch {chosen.name} --out models)"
         )
-    folder = Path(weights)
+    folder = user_path("weights", weights)
     if not folder.is_dir():
         raise invalid("weights", str(weights), f"not a folder (admfast fetch {chosen.name} --out {folder})")
-    for ending in ENDINGS:
+    for ending in (".pt", ".safetensors"):
         path = (folder / model.file).with_suffix(ending)
         if path.exists():
             return path
@@ -296,7 +314,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise invalid("device", device, "cpu, cuda, or cuda:N") from None
     if chosen.type not in ("cpu", "cuda"):
         raise invalid("device", device, "cpu, cuda, or cuda:N")

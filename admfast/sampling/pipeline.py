@@ -23,7 +23,7 @@ from admfast.models.fold import check_ordinary
 from admfast.sampling.functions import conditioned
 from admfast.sampling.guides import LARGEST
 from admfast.sampling.loop import run
-from admfast.sampling.plan import check_low_res, images_at_a_time, plan
+from admfast.sampling.plan import check_low_res, check_of_images, images_at_a_time, plan
 from admfast.sampling.predict import Prediction, Predictor
 from admfast.sampling.request import SampleRequest
 
@@ -182,6 +182,7 @@ class Pipeline:
             InvalidArgument: for any value that is not allowed (what lies on a GPU is checked by shape alone).
         """
         with own_numerics(self.device, self.policy.tf32):
+            check_of_images(self)
             x_t = checks.images("x_t", x_t)
             check_low_res(self, None if low_res is None else checks.images("low_res", low_res), len(x_t))
             labels = self._labels(classes, x_t)

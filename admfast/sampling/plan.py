@@ -120,6 +120,7 @@ def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
 
 def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
     """Return the plan of the pipeline's own network."""
+    check_of_images(pipeline)
     solver, device = request.solver, next(pipeline.net.parameters()).device
     assert isinstance(solver, Solver)
     steps = None if request.respacing is not None else request.steps or pipeline.steps
@@ -251,6 +252,14 @@ def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pip
         if value is not None and tuple(value.shape) != allowed:
             raise invalid(f"{name}.shape", tuple(value.shape), f"{allowed}")
     check_low_res(pipeline, request.low_res, shape[0])
+
+
+def check_of_images(pipeline: Pipeline) -> None:
+    """Refuse to sample a network whose output isn't an image like its input."""
+    config = pipeline.config
+    if not config.of_images:
+        allowed = "an output like the input, or twice that; this network can be run, as pipe.net(x, t)"
+        raise invalid("net", f"{config.in_channels} channels in, {config.out_channels} out", allowed)
 
 
 def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int) -> None:

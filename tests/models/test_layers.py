@@ -237,6 +237,14 @@ def test_wrong_sizes_and_heads_are_refused_by_name():
         AttentionBlock(64, 5)
 
 
+def test_an_attention_pool_puts_out_the_embedding_s_width_unless_told():
+    pool = randomised(AttentionPool2d(3, 64, 16))
+    x = randn(2, 64, 3, 3, dtype=torch.float64)
+    told = randomised(AttentionPool2d(3, 64, 16, 64))
+    assert torch.equal(pool(x), told(x)) and pool(x).shape == (2, 64)
+    assert torch.equal(randomised(AttentionPool2d(3, 64, 16, output_dim=None))(x), told(x))
+
+
 def test_a_sequence_gives_the_second_source_to_its_first_block_alone():
     first, second = ResBlock(64, 8, 0.0, out_channels=32), ResBlock(32, 8, 0.0)
     sequence = randomised(TimestepEmbedSequential(first, AttentionBlock(32, 2), second))

@@ -52,13 +52,20 @@ FLAGS = {"image_size": 64, "num_channels": 64, "num_res_blocks": 2}
         ({"use_new_attention_order": "no"}, "use_new_attention_order='no': True or False"),
         ({"resblock_updown": 1}, "resblock_updown=1: True or False"),
         ({"use_checkpoint": None}, "use_checkpoint=None: True or False"),
-        ({"out_channels": 3}, "out_channels=3: 1 or, with learned variance, 2"),
     ],
 )
 def test_what_is_not_allowed_is_named_with_what_is(changes, message):
     with pytest.raises(InvalidArgument, match=message) as caught:
         UNetConfig(**{**UNET, **changes})
     assert "\n" not in str(caught.value)
+
+
+def test_an_upsampler_puts_out_images_and_a_unet_anything():
+    with pytest.raises(InvalidArgument, match="out_channels=3: 1 or, with learned variance, 2"):
+        UpsamplerConfig(**{**UNET, "out_channels": 3})
+    wider = UNetConfig(**{**UNET, "in_channels": 4, "out_channels": 2})
+    assert not wider.of_images and not wider.learn_sigma
+    assert all(UNetConfig(**{**UNET, "out_channels": count}).of_images for count in (1, 2))
 
 
 def test_one_factor_or_multiplier_needs_no_sequence():

@@ -58,6 +58,12 @@ def cases(*parts: str, pattern: str = "*.json") -> list[Any]:
     return [pytest.param(path, id=path.relative_to(folder).with_suffix("").as_posix()) for path in found]
 
 
+def networks(*parts: str) -> list[Any]:
+    """The cases of a folder that are networks, by any name: those whose `config.json` names a constructor."""
+    found = cases(*parts, pattern="*/config.json")
+    return [case for case in found if case.values[0] is None or "ctor" in load_json(case.values[0])]
+
+
 def load_json(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -58,15 +59,27 @@ def procedural_state(entries: dict[str, list[int]], seed: int) -> dict[str, torc
     return state
 
 
+def procedural_entries(folder: Path) -> dict[str, dict]:
+    """What is listed of every tensor of a procedural case: shape, SHA-256, first values."""
+    listed = json.loads((folder / "state_dict_procedural.json").read_text())
+    return listed.get("tensors", listed)
+
+
 def golden_state(folder: Path) -> dict[str, torch.Tensor]:
     """The state dict of a golden case, stored or procedural."""
     stored = folder / "state_dict.safetensors"
     if stored.exists():
         return load_file(stored)
     config = json.loads((folder / "config.json").read_text())
-    listed = json.loads((folder / "state_dict_procedural.json").read_text())
-    entries = listed.get("tensors", listed)
-    return procedural_state({key: entry["shape"] for key, entry in entries.items()}, config["seed"])
+    shapes = {key: entry["shape"] for key, entry in procedural_entries(folder).items()}
+    return procedural_state(shapes, config["seed"])
+
+
+def conditions(net: nn.Module, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The stored conditions that a network takes: labels if it has classes, a low-resolution image."""
+    taken = ["y"] if net.config.num_classes is not None else []
+    taken += ["low_res"] if net.config.kind == "upsampler" else []
+    return {name: arrays[name] for name in taken}
 
 
 def load_golden_net(folder: Path) -> nn.Module:

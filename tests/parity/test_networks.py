@@ -16,7 +16,7 @@ from admfast.ops import TABLES
 from admfast.ops.dispatch import ENVIRONMENT
 from tests.ops.tolerance import DEVICES
 from tests.parity import golden
-from tests.parity.nets import config_of, load_golden_net, procedural_state
+from tests.parity.nets import conditions, config_of, load_golden_net, procedural_entries, procedural_state
 
 OUT, GRAD = golden.NETWORK_OUTPUT_LIMIT, golden.NETWORK_GRADIENT_LIMIT
 
@@ -78,31 +78,21 @@ def way(request, monkeypatch):
     return found
 
 
-def conditions(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The case's labels and low-resolution image, the latter with a gradient."""
-    extra = {}
-    if "y" in arrays:
-        extra["y"] = arrays["y"]
-    if "low_res" in arrays:
-        extra["low_res"] = arrays["low_res"].requires_grad_(True)
-    return extra
-
-
 def compare_parameter_gradients(net: torch.nn.Module, arrays: dict[str, torch.Tensor]) -> None:
     parameters = dict(net.named_parameters())
-    named = [name for name in arrays if name.startswith("grad_param:")]
-    assert named, "the case stores no parameter gradient"
-    for name in named:
+    for name in [name for name in arrays if name.startswith("grad_param:")]:
         golden.compare(parameters[name.removeprefix("grad_param:")].grad, arrays[name], GRAD, name)
 
 
-@pytest.mark.parametrize("path", golden.cases("unet", pattern="u*/config.json"))
+@pytest.mark.parametrize("path", golden.networks("unet"))
 def test_unet(path: Path, way) -> None:
     arrays = way(golden.load_tensors(path.with_name("io.npz")))
     config = golden.load_json(path)
     net = way(load_golden_net(path.parent))
     assert sum(p.numel() for p in net.parameters()) == config["num_params"]
-    extra = conditions(arrays)
+    extra = conditions(net, arrays)
+    if "low_res" in extra:
+        extra["low_res"].requires_grad_(True)
     x = arrays["x"].requires_grad_(True)
     probes: dict[str, torch.Tensor] = {}
     for name in arrays:
@@ -124,7 +114,7 @@ def test_unet(path: Path, way) -> None:
     compare_parameter_gradients(net, arrays)
 
 
-@pytest.mark.parametrize("path", golden.cases("classifier", pattern="c*/config.json"))
+@pytest.mark.parametrize("path", golden.networks("classifier"))
 def test_classifier(path: Path, way) -> None:
     arrays = way(golden.load_tensors(path.with_name("io.npz")))
     net = way(load_golden_net(path.parent))
@@ -141,10 +131,10 @@ def test_classifier(path: Path, way) -> None:
     compare_parameter_gradients(net, arrays)
 
 
-@pytest.mark.parametrize("path", golden.cases(pattern="*/*/state_dict_procedural.json"))
+@pytest.mark.parametrize("path", golden.cases(pattern="**/state_dict_procedural.json"))
 def test_procedural_weights(path: Path) -> None:
     """The weights that the other tests make by rule are the published ones, bit for bit and in order."""
-    config, listed = golden.load_json(path.with_name("config.json")), golden.load_json(path)
+    config, listed = golden.load_json(path.with_name("config.json")), procedural_entries(path.parent)
     state = procedural_state({key: entry["shape"] for key, entry in listed.items()}, config["seed"])
     for key, entry in listed.items():
         assert hashlib.sha256(state[key].numpy().tobytes()).hexdigest() == entry["sha256"], key

@@ -38,7 +38,7 @@ def _calls(case: dict, golden: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     """Our value of every array of a points file, by its name."""
     diffusion = build_diffusion(case["diffusion"])
     model = analytic_model(diffusion)
-    x_start, noise, t, y, x_t = (golden[name] for name in INPUTS)
+    x_start, noise, t, y, x_t = (golden.get(name) for name in INPUTS)
     q = diffusion.q_mean_variance(x_start, t)
     noised = diffusion.q_sample(x_start, t, noise)
     posterior = diffusion.q_posterior(x_start, x_t, t)
@@ -75,7 +75,7 @@ def _calls(case: dict, golden: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return ours
 
 
-@pytest.mark.parametrize("path", cases("sampling", "points", pattern="point*.json"))
+@pytest.mark.parametrize("path", cases("sampling", "points"))
 def test_point(path: Path):
     golden, case = load_tensors(path), load_json(path)
     ours = _calls(case, golden)

@@ -41,18 +41,19 @@ def test_script(path: Path) -> None:
     extra = {}
     if "base_images_uint8" in arrays:
         extra["low_res"] = from_uint8(cycled(arrays["base_images_uint8"], count))
-        classes = cycled(arrays["base_labels"], count)
-    else:
-        classes = arrays["draw_labels"].flatten()
+    classes = None
+    if pipe.num_classes is not None:
+        classes = arrays["draw_labels"].flatten() if "draw_labels" in arrays else None
+        classes = cycled(arrays["base_labels"], count) if classes is None else classes
     # The published upsampling script ignores its flag for DDIM.
-    ddim = flags["use_ddim"] and case["script"] != "super_res_sample"
+    ddim = flags.get("use_ddim") and case["script"] != "super_res_sample"
     images = pipe.sample(
-        classes.tolist(),
+        None if classes is None else classes.tolist(),
         range(count),
         solver="ddim" if ddim else "ddpm",
         respacing=settings["respacing"],
         guidance=flags.get("classifier_scale", 0.0),
-        clip=flags["clip_denoised"],
+        clip=flags.get("clip_denoised", True),
         noise=arrays["draw_x_T"].flatten(0, 1),
         step_noise=arrays["draw_noises"].movedim(1, 0).flatten(1, 2),
         batch_size=3,

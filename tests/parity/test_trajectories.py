@@ -20,7 +20,7 @@ from admfast.sampling.loop import Progress, run_rows
 from admfast.solvers import ddim, ddim_inverse, ddpm
 from tests.ops.tolerance import DEVICES
 from tests.parity import analytic, golden
-from tests.parity.nets import load_golden_net
+from tests.parity.nets import conditions, load_golden_net
 from tests.small import run_table
 
 OPTIONS = {
@@ -39,24 +39,24 @@ def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
     """The table of a case's sampler."""
     clip = case["clip_denoised"]
     if case["sampler"] == "ddim":
-        return ddim(eta=case["eta"]).table(diffusion, clip)
+        return ddim(eta=case.get("eta", 0.0)).table(diffusion, clip)
     return {"p": ddpm, "ddim_reverse": ddim_inverse}[case["sampler"]]().table(diffusion, clip)
 
 
 def network(case: dict, nets: Path, arrays: dict, diffusion: GaussianDiffusion):
     """The case's model(x, t), where its arrays are."""
-    extra = {name: arrays[name] for name in ("y", "low_res") if name in arrays}
-    if case["net"] is None:
+    if case.get("net") is None:
         return partial(analytic.analytic_model(diffusion), y=arrays.get("y"))
     net = frozen(nets / case["net"], arrays)
+    extra = conditions(net, arrays)
     return lambda x, t: net(x, t, **extra)
 
 
 def guidance_of(case: dict, nets: Path, arrays: dict):
     """The case's guidance(x, t), or None."""
-    if case["cond_scale"] is None:
+    if case.get("cond_scale") is None:
         return None
-    if case["classifier"] is None:
+    if case.get("classifier") is None:
         return partial(analytic.guidance, y=arrays.get("y"), scale=case["cond_scale"])
     classifier = frozen(nets / case["classifier"], arrays)
     return classifier_guidance(classifier, arrays["y"], case["cond_scale"])
@@ -72,7 +72,7 @@ def compare(
     case: dict, arrays: dict, table: SolverTable, samples: list, x0s: list, final: torch.Tensor
 ) -> None:
     """Hold what a run gave to the case's limits."""
-    analytic_net = case["net"] is None
+    analytic_net = case.get("net") is None
     limit = golden.ANALYTIC_SAMPLES_LIMIT if analytic_net else golden.NETWORK_SAMPLES_LIMIT
     x0_limit = golden.ANALYTIC_XSTART_LIMIT if analytic_net else golden.NETWORK_XSTART_LIMIT
     golden.compare([row.index for row in table.rows], arrays["t_index"], 0, "t_index")
@@ -114,7 +114,7 @@ def test_trajectory(path: Path, impl: str | None, device: str) -> None:
         watched_model,
         start,
         guidance=watched_guidance if guide else None,
-        denoised_fn=analytic.denoised_fn(case["denoised_fn"]),
+        denoised_fn=analytic.denoised_fn(case.get("denoised_fn")),
         step_noise=noise,
         callback=keep,
         impl=impl,
@@ -132,7 +132,7 @@ def of_networks() -> list:
         if parameter.values[0] is None:
             return [parameter]
         case = golden.load_json(parameter.values[0])
-        if case["net"] is not None and case["denoised_fn"] is None:
+        if case.get("net") is not None and case.get("denoised_fn") is None:
             chosen.append(parameter)
     return chosen
 
@@ -144,8 +144,8 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
     case, arrays = load(path, device)
     nets = path.parents[1] / "nets"
     net = frozen(nets / case["net"], arrays)
-    classifier, scale = None, case["cond_scale"] or 0.0
-    if case["classifier"] is not None:
+    classifier, scale = None, case.get("cond_scale") or 0.0
+    if case.get("classifier") is not None:
         classifier = frozen(nets / case["classifier"], arrays)
     engine = Engine(net, classifier, options=options)
     engine.ready()
@@ -157,8 +157,8 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
         table=table,
         shape=tuple(start.shape),
         seeds=torch.zeros(len(start), dtype=torch.int64, device=device),
-        labels=arrays.get("y"),
-        low_res=arrays.get("low_res"),
+        labels=arrays.get("y") if classifier is not None else conditions(net, arrays).get("y"),
+        low_res=conditions(net, arrays).get("low_res"),
         step_noise=noise,
         scale=scale,
         guided=(classifier is not None,) * len(table),

@@ -1,0 +1,129 @@
+"""What the flags of the published scripts mean here, where they are given of a weights file.
+
+Flags that keep their name and meaning (num_heads, noise_schedule, learn_sigma, ...) are in no table.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from admfast.checks import switch, whole_numbers
+from admfast.errors import invalid
+from admfast.models import NetConfig, UNetConfig
+from admfast.models.config import parse_attention_resolutions, parse_channel_mult
+
+LOG = logging.getLogger("admfast")
+
+# The option that means the same.
+RENAMED = {
+    "num_channels": "model_channels",
+    "diffusion_steps": "steps",
+    "large_size": "image_size",
+    "classifier_width": "model_channels",
+    "classifier_depth": "num_res_blocks",
+    "classifier_attention_resolutions": "attention_resolutions",
+    "classifier_use_scale_shift_norm": "use_scale_shift_norm",
+    "classifier_resblock_updown": "resblock_updown",
+    "classifier_pool": "pool",
+}
+# Nothing about the file: how it was computed with, and what asks for it here.
+COMPUTED = {name: 'precision="fp16" (--precision fp16)' for name in ("use_fp16", "classifier_use_fp16")}
+# Said elsewhere.
+ELSEWHERE = {
+    "model_path": "the first argument of load (the command's first word)",
+    "classifier_path": "classifier= of load (--classifier)",
+    "base_samples": "low_res= of sample (--low-res)",
+    "small_size": "low_res_size in upsampler_options (--set-upsampler low_res_size=...)",
+    "timestep_respacing": "respacing= of sample (--respacing)",
+    "use_ddim": 'solver="ddim" of sample (--solver ddim)',
+    "classifier_scale": "guidance= of sample (--guidance)",
+    "clip_denoised": "clip= of sample",
+    "num_samples": "seeds= of sample, one an image (--seeds)",
+    "batch_size": "batch_size= of sample (--batch)",
+    **dict.fromkeys(
+        (
+            "data_dir", "val_data_dir", "schedule_sampler", "lr", "weight_decay", "lr_anneal_steps",
+            "anneal_lr", "microbatch", "ema_rate", "log_interval", "eval_interval", "save_interval",
+            "resume_checkpoint", "fp16_scale_growth", "noised", "iterations",
+        ),
+        "a flag of training, which says nothing about a file",
+    ),
+}  # fmt: skip
+NAMES = {*RENAMED, *COMPUTED, *ELSEWHERE, "class_cond"}
+SWITCHES = {
+    "class_cond", "use_ddim", "clip_denoised", "anneal_lr", "noised", *COMPUTED,
+    "classifier_use_scale_shift_norm", "classifier_resblock_updown",
+}  # fmt: skip
+
+
+def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return options under their names here, and what the file's shapes must agree with (see `check`).
+
+    Raises:
+        InvalidArgument: for a flag whose meaning lies elsewhere, naming where, or that is given twice.
+    """
+    found: dict[str, Any] = {}
+    claims: dict[str, Any] = {}
+    refuse_elsewhere(options)
+    for flag, value in options.items():
+        name = RENAMED.get(flag, flag)
+        if name in found or name in claims:
+            raise invalid(flag, value, f"the same as {name}, which is given too")
+        if flag in COMPUTED:
+            LOG.warning(
+                "%s says how to compute, nothing about the file: %s asks for it", flag, COMPUTED[flag]
+            )
+        elif name == "class_cond":
+            claims[name] = switch(name, value)
+        elif name == "attention_resolutions" and value is not None:
+            # Read here, where every wrong value is refused; checked against the network when that is known.
+            if isinstance(value, str):
+                parse_attention_resolutions(value, 1)
+            claims[name] = value if isinstance(value, str) else tuple(whole_numbers(name, value, 1))
+        elif name == "channel_mult" and isinstance(value, str):
+            if value.strip():
+                found[name] = parse_channel_mult(value, 0)
+            else:  # the published default of the image size
+                claims[name] = value
+        else:
+            found[name] = value
+    return found, claims
+
+
+def refuse_elsewhere(options: Mapping[str, Any]) -> None:
+    """Refuse flags whose meaning lies elsewhere, naming where."""
+    for flag, value in options.items():
+        if flag in ELSEWHERE:
+            raise invalid(flag, value, f"here {ELSEWHERE[flag]}")
+
+
+def check(config: NetConfig, claims: Mapping[str, Any]) -> None:
+    """Refuse what was said of a network whose configuration shows otherwise.
+
+    Attention resolutions are image sides ("32,16,8", as published) or downsampling factors: whichever agrees.
+    """
+    if "class_cond" in claims and isinstance(config, UNetConfig):
+        conditional = config.num_classes is not None
+        if claims["class_cond"] != conditional:
+            has = f"has classes (num_classes={config.num_classes})" if conditional else "has no classes"
+            raise invalid("class_cond", claims["class_cond"], f"the network {has}")
+    if "channel_mult" in claims:
+        default = parse_channel_mult(claims["channel_mult"], config.image_size)
+        if tuple(int(mult * config.model_channels) for mult in default) != config.widths():
+            raise invalid("channel_mult", claims["channel_mult"], f"the network has {config.channel_mult}")
+    if "attention_resolutions" in claims:
+        _check_attention(config, claims["attention_resolutions"])
+
+
+def _check_attention(config: NetConfig, given: Any) -> None:
+    levels = {2**level for level in range(len(config.channel_mult))}
+    attended = levels & set(config.attention_resolutions)
+    as_sides = levels & set(parse_attention_resolutions(given, config.image_size))
+    as_factors = None if isinstance(given, str) else levels & set(given)
+    if attended not in (as_sides, as_factors):
+        sides = ", ".join(str(config.image_size // factor) for factor in sorted(attended)) or "none"
+        factors = ", ".join(map(str, sorted(attended))) or "none"
+        allowed = f"the network has attention at sides {sides}, downsampling factors {factors}"
+        raise invalid("attention_resolutions", given, allowed)

@@ -1,0 +1,118 @@
+"""Published flags, given of a weights file: understood and checked, or told their name here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from admfast.checkpoints import flags, identify, load_network, network_shapes
+from admfast.cli.options import options_of
+from admfast.diffusion import DiffusionConfig
+from admfast.errors import CheckpointError, InvalidArgument
+from admfast.models import classifier_config_from_flags, unet_config_from_flags, upsampler_config_from_flags
+from tests.small import SMALL_UNET
+from tests.tools.random_checkpoint import random_state
+
+SHAPES = network_shapes(SMALL_UNET)
+ANSWERS = {"image_size": 16, "num_head_channels": 32, "use_new_attention_order": False}
+# As pasted from the published README and its defaults, for small widths.
+MODEL = (
+    "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 64 "
+    "--learn_sigma True --noise_schedule cosine --num_channels 32 --num_head_channels 32 --num_heads 4 "
+    "--num_res_blocks 1 --resblock_updown True --use_new_attention_order True --use_fp16 True "
+    "--use_scale_shift_norm True --num_heads_upsample -1 --dropout 0.1 --use_checkpoint False --use_kl False "
+    "--predict_xstart False --rescale_timesteps False --rescale_learned_sigmas False"
+)
+
+
+def pasted(line):
+    """The options of a command line of flags, as --set reads them."""
+    words = line.replace("--", "").split()
+    return options_of("--set", [f"{a}={b}" for a, b in zip(words[::2], words[1::2], strict=True)])
+
+
+def published(line, make, *without):
+    options = {name: value for name, value in pasted(line).items() if name not in without}
+    return make(**options)
+
+
+PROCESS = (
+    "diffusion_steps", "noise_schedule", "use_kl", "predict_xstart", "rescale_timesteps",
+    "rescale_learned_sigmas", "use_fp16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("multipliers", ["", " --channel_mult 1,2,2"], ids=["default", "given"])
+def test_a_pasted_line_of_flags_is_understood(multipliers):
+    line = MODEL + multipliers
+    config = published(line, unet_config_from_flags, *PROCESS)
+    # Image sides of 64 pixels; on few levels some of them are never reached, as published.
+    assert config.attention_resolutions == (2, 4, 8)
+    info = identify(network_shapes(config), file="x", options=pasted(line))
+    levels = {2**level for level in range(len(config.channel_mult))}
+    reached = tuple(factor for factor in config.attention_resolutions if factor in levels)
+    assert info.config == dataclasses.replace(config, attention_resolutions=reached)
+    assert info.diffusion == DiffusionConfig(noise_schedule="cosine", learn_sigma=True)
+
+
+def test_flags_of_an_upsampler_and_of_a_classifier():
+    line = MODEL.replace("--image_size 64", "--large_size 64")
+    config = published(f"{line} --small_size 16", upsampler_config_from_flags, *PROCESS)
+    found = identify(network_shapes(config), file="x", options={**pasted(line), "kind": "upsampler"}).config
+    assert found == config
+    line = "--image_size 64 --classifier_width 64 --classifier_depth 1 --classifier_pool attention"
+    line += " --classifier_attention_resolutions 32,16,8 --classifier_use_scale_shift_norm True"
+    line += " --classifier_resblock_updown True"
+    config = published(line, classifier_config_from_flags)
+    options = {**pasted(line), "classifier_use_fp16": False, "num_head_channels": 64}
+    config = dataclasses.replace(config, num_head_channels=64)
+    assert identify(network_shapes(config), file="x", options=options).config == config
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"class_cond": False}, "class_cond=False.*num_classes=10"),
+        ({"class_cond": "yes"}, "class_cond='yes'"),
+        ({"attention_resolutions": "16"}, "attention_resolutions='16'.*sides 8.*factors 2"),
+        ({"attention_resolutions": (4,)}, "attention_resolutions="),
+        ({"attention_resolutions": ""}, "attention_resolutions="),
+        ({"channel_mult": "1,x"}, "channel_mult="),
+        ({"channel_mult": ""}, "channel_mult=''"),  # there is no default for 16 pixels
+        ({"learn_sigma": False}, "learn_sigma=False"),
+        ({"num_channels": 32, "model_channels": 32}, "model_channels.*num_channels|same as model_channels"),
+        ({"diffusion_steps": 10, "steps": 10}, "the same as steps"),
+    ],
+    ids=str,
+)
+def test_what_the_shapes_deny_is_refused(options, named):
+    with pytest.raises(InvalidArgument, match=named):
+        identify(SHAPES, file="x", options={**ANSWERS, **options})
+
+
+def test_a_width_that_the_weights_have_not_is_refused():
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_network(random_state(SMALL_UNET), **ANSWERS, num_channels=64)
+
+
+@pytest.mark.parametrize("given", ["8", "32,8", (8,), [2], 2, (2, 64)], ids=str)
+def test_attention_is_given_in_pixels_or_in_factors(given):
+    found = identify(SHAPES, file="x", options={**ANSWERS, "attention_resolutions": given}).config
+    assert found == SMALL_UNET
+
+
+@pytest.mark.parametrize("flag", sorted(flags.ELSEWHERE))
+def test_what_is_said_elsewhere_is_told_where(flag):
+    (text,) = (flags.ELSEWHERE[flag],)
+    with pytest.raises(InvalidArgument, match=f"^{flag}=") as caught:
+        identify(SHAPES, file="x", options={**ANSWERS, flag: 1})
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_table_names_options_that_there_are():
+    from admfast.checkpoints.infer import OPTION_NAMES
+
+    assert set(flags.RENAMED.values()) <= set(OPTION_NAMES)
+    assert not flags.NAMES & set(OPTION_NAMES)
+    assert flags.SWITCHES <= flags.NAMES
