@@ -20,6 +20,7 @@ from admfast import host
 from admfast.errors import invalid
 from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
+from admfast.models.hooks import Survey, parts, survey
 from admfast.ops.layout import channels_last
 from admfast.ops.transforms import deriving
 
@@ -55,6 +56,9 @@ class FoldableNet(nn.Module):
     fold_generation: int = 0
     _fold_state: _State | None = None
     _fold_by_layer: bool = False
+    _fold_survey: Survey | None = None
+    _fold_convolutions: tuple[Any, ...] = ()  # of the torso
+    _kinds: tuple[type, ...] = ()  # classes of all modules as built
     _fold_done: torch.cuda.Event | None = None
     _projections: Projections | None = None
     projected_width: int  # columns of all projections together
@@ -67,6 +71,7 @@ class FoldableNet(nn.Module):
             block.projection = slice(total, total + width)
             total += width
         self.projected_width = total
+        self._kinds = tuple(map(type, [self, *parts(self)]))
 
     def _projecting(self) -> list[Any]:
         """Return the residual blocks, in order."""
@@ -94,16 +99,23 @@ class FoldableNet(nn.Module):
             self.fold_options, self.fold_dtype = options, dtype
             spared = self._spared()
             for name, module in self._convolutions():
-                kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
+                kind = dtype if _in_torso(name) else module.weight.dtype
                 module.fold_weights(options, kind, name in spared)
             if options.has("embeddings"):
-                layers = [block.emb_layers[1] for block in self._projecting()]
-                if self._projections is None or not self._projections.refold(layers):
-                    self._projections = Projections(layers)
+                self._project_together()
+            self._fold_convolutions = tuple(m for name, m in self._convolutions() if _in_torso(name))
             self._settle(self._look())
             device = next(self.parameters()).device
             if device.type == "cuda":
                 self._fold_done = torch.cuda.current_stream(device).record_event()
+
+    def _project_together(self) -> None:
+        """Lay the projections of all blocks side by side, if all are the linear layers that they were."""
+        layers: list[Any] = [getattr(block.emb_layers, "1", None) for block in self._projecting()]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            self._projections = None
+        elif self._projections is None or not self._projections.refold(layers):
+            self._projections = Projections(layers)
 
     def _spared(self) -> set[str]:
         """Name the convolutions that must do without a Winograd form.
@@ -134,7 +146,9 @@ class FoldableNet(nn.Module):
         A network with trainable parameters is left unfolded, as is every network where `options` is None.
         """
         with FOLDING:
-            state = self._look()
+            found = survey(self)
+            self._notice(found)
+            state = self._look(found.modules)
             known = self._fold_state
             if options is None or True in state.trained:
                 if self.fold_options is not None:
@@ -159,16 +173,13 @@ class FoldableNet(nn.Module):
             for _, module in self._convolutions():
                 module.unfold()
             self.fold_options, self.fold_dtype, self._fold_done = None, None, None
-            self._projections, self._fold_state = None, None
+            self._projections, self._fold_state, self._fold_convolutions = None, None, ()
 
-    def _look(self) -> _State:
-        """Look the network over; felt at every call, and `modules()` would pass each through many hands."""
-        modules: list[nn.Module] = [self]
-        places: list[object] = []
-        for module in modules:  # which grows meanwhile
-            modules.extend(child for child in module._modules.values() if child is not None)
-            # A part of the network that was moved alone, or put in another's place, has lost its form.
-            places.append(module.__dict__.get("_folded"))
+    def _look(self, modules: Sequence[nn.Module] | None = None) -> _State:
+        """Look the network over, all of whose modules may be given."""
+        modules = [self, *parts(self)] if modules is None else modules
+        # A part of the network that was moved alone, or put in another's place, has lost its form.
+        places: list[object] = [module.__dict__.get("_folded") for module in modules]
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
         places += [(id(p), p.data_ptr(), p.dtype, p.device) for p in parameters]
         return _State(
@@ -178,6 +189,23 @@ class FoldableNet(nn.Module):
             [p.requires_grad for p in parameters],
         )
 
+    def _notice(self, found: Survey) -> None:
+        """Take note of hooks and of modules put in by others; steps made before such a change are over."""
+        if found != self._fold_survey:
+            self.fold_generation += 1
+        self._fold_survey = found
+
+    @property
+    def hooked(self) -> bool:
+        """Tell whether, when it was last made ready, a hook watched the network or some module in it."""
+        return self._fold_survey is not None and self._fold_survey.hooked
+
+    @property
+    def altered(self) -> bool:
+        """Tell whether, when it was last made ready, it had hooks, or modules that it wasn't built with."""
+        found = self._fold_survey
+        return found is not None and (found.hooked or found.kinds != self._kinds)
+
     def _settle(self, state: _State) -> None:
         """Take this for the present state, and count it where a step made before can't be used any more."""
         before = self._fold_state
@@ -186,12 +214,24 @@ class FoldableNet(nn.Module):
         self._fold_state = state
 
     def _parameter_dtype(self) -> torch.dtype:
-        return next(self.input_blocks.parameters()).dtype  # type: ignore[union-attr]
+        found = next(self.input_blocks.parameters(), None)  # type: ignore[union-attr]
+        if found is None:  # in a replica of DataParallel they are attributes
+            weights = (getattr(module, "weight", None) for module in self.input_blocks.modules())  # type: ignore[union-attr]
+            found = next(weight for weight in weights if isinstance(weight, Tensor))
+        return found.dtype
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy that shares no module with this network, nor what was derived from this one's parameters."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.fold_options, replica._projections, replica._fold_convolutions = None, None, ()
+        return replica
 
     @property
     def is_folded(self) -> bool:
-        """Tell whether forwards run on what was derived: told by the first convolution."""
-        return self.fold_options is not None and self.input_blocks[0][0].folded is not None  # type: ignore[index, union-attr]
+        """Tell whether forwards run on what was derived: most often the first convolution knows."""
+        return self.fold_options is not None and any(
+            module.folded is not None for module in self._fold_convolutions
+        )
 
     @property
     def torso_dtype(self) -> torch.dtype:
@@ -228,6 +268,10 @@ class FoldableNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith(("fold_", "_fold_", "_project"))}
+
+
+def _in_torso(name: str) -> bool:
+    return name.partition(".")[0] in TORSO
 
 
 def check_ordinary(name: str, net: nn.Module) -> None:
