@@ -22,6 +22,7 @@ from admfast.checkpoints.loading import check_fit, identify_weights, values_by_d
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.structure import summary
 from admfast.models import NetConfig, UNetConfig, UpsamplerConfig, build
+from admfast.models.hooks import staying_fused
 from admfast.models.presets import MODELS, ModelPreset
 from admfast.ops.dispatch import using
 
@@ -60,7 +61,8 @@ def forward_work(config: NetConfig, batch: int = 1, dtype: torch.dtype = torch.f
     counter = FlopCounterMode(display=False)
     live = _LiveBytes(net, inputs)
     # A fused kernel has no meta form and hides its work from the counter.
-    with using("reference"), torch.no_grad(), counter, live:
+    # The counter hooks every module, for which the network would run part by part.
+    with using("reference"), torch.no_grad(), staying_fused(), counter, live:
         net(**inputs)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     return ForwardWork(counter.get_total_flops(), weights, live.peak)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from admfast.engine.precision import FP32, Policy
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
 from admfast.engine.threads import convolution, threads_for
 from admfast.models.fold import FOLDING, FoldableNet
+
+LOG = logging.getLogger("admfast")
 
 
 class Engine:
@@ -133,12 +136,19 @@ class Engine:
     def _made(self, key: StepKey, impl: str | None) -> PreparedStep:
         before = self._reserved()
         made = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
-        if self.options.compile:
-            # What is compiled holds for one number of threads.
-            with on_threads(made.threads) if made.threads else contextlib.nullcontext():
-                compile_step(made, self.options.compile_cache)
-        if self.options.graph and self.device.type == "cuda":
-            capture(made)
+        graph = self.options.graph and self.device.type == "cuda"
+        if any(net.hooked for net in self._networks()):
+            # What runs as a whole would call a hook once, when it is made, and never again.
+            if self.options.compile or graph:
+                made.refused = "a hook watches a network"
+                LOG.warning("rows are launched one by one, not compiled or captured: %s", made.refused)
+        else:
+            if self.options.compile:
+                # What is compiled holds for one number of threads.
+                with on_threads(made.threads) if made.threads else contextlib.nullcontext():
+                    compile_step(made, self.options.compile_cache)
+            if graph:
+                capture(made)
         # A graph keeps the memory of everything between its first and its last operation.
         made.held = max(made.nbytes, self._reserved() - before)
         made.leave()

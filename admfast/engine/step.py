@@ -121,7 +121,7 @@ class PreparedStep:
         self.tables = {
             name: EmbeddingTable(part, key.shape[0], options.rows_at_a_time, device)
             for name, part in parts.items()
-            if part is not None and part.projects
+            if part is not None and part.projects and not part.altered
         }
         self.update = update_for(self.state, self.packed, impl)
         self.side: torch.cuda.Stream | None = None
@@ -326,7 +326,7 @@ def generations_of(networks: Sequence[FoldableNet]) -> list[int]:
 def check_generations(networks: Sequence[FoldableNet], generations: Sequence[int]) -> None:
     """Refuse to go on with networks that were folded anew between two rows, which would mix two forms."""
     if generations_of(networks) != generations:
-        allowed = "a network that pipelines of several precisions share serves one of them at a time"
+        allowed = "of one precision while it samples, and with the hooks that it had when it began"
         raise invalid("net", "folded anew while it samples", allowed)
 
 

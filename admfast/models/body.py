@@ -60,9 +60,9 @@ def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) 
         raise invalid("timesteps.shape", tuple(timesteps.shape), f"one for each image, ({x.shape[0]},)")
 
 
-def dtype_of(blocks: nn.Module) -> torch.dtype:
-    """The dtype in which `blocks` compute: that of their first parameter."""
-    return next(blocks.parameters()).dtype
+def dtype_of(blocks: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype in which `blocks` compute: that of their first parameter; `otherwise`: without any."""
+    return next((parameter.dtype for parameter in blocks.parameters()), otherwise)
 
 
 def convert_convolutions(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from admfast.models.body import (
 from admfast.models.config import ClassifierConfig
 from admfast.models.convolution import conv_nd
 from admfast.models.fold import FoldableNet, Projected
-from admfast.models.layers import AttentionPool2d, Norm, timestep_embedding, zeroed
+from admfast.models.layers import AttentionPool2d, Head, Norm, call_block, timestep_embedding, zeroed
 
 HIDDEN = 2048  # width of the hidden layer of the spatial pools
 
@@ -50,26 +50,23 @@ class Classifier(FoldableNet):
         config = self.config
         check_input(config, config.in_channels, x, timesteps)
         emb = self.embedded(timesteps) if projected is None else Projected(projected)
-        spatial, wide = config.pool.startswith("spatial"), dtype_of(self.out)
+        spatial, wide = config.pool.startswith("spatial"), dtype_of(self.out, x.dtype)
         means = []
         h = self.entering(x)
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = call_block(block, h, emb)
             if spatial:
                 means.append(h.to(wide).flatten(2).mean(dim=2))
-        h = self.middle_block(h, emb).to(wide)
+        h = call_block(self.middle_block, h, emb).to(wide)
         if spatial:
             means.append(h.flatten(2).mean(dim=2))
-            return self.out(torch.cat(means, dim=1)).to(x.dtype)
-        h = self.out[0](h, silu=True)
-        for layer in list(self.out)[2:]:
-            h = layer(h)
-        return h.to(x.dtype)
+            h = torch.cat(means, dim=1)
+        return self.out(h).to(x.dtype)
 
     def embedded(self, timesteps: Tensor) -> Tensor | Projected:
         """The embedding of timesteps [N] as the blocks take it."""
         emb = timestep_embedding(timesteps, self.config.model_channels)
-        return self.projected(self.time_embed(emb.to(dtype_of(self.time_embed))))
+        return self.projected(self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype))))
 
     def convert_torso(self, dtype: torch.dtype) -> Self:
         """Run the input and middle blocks in `dtype`, in place (the published half-precision recipe)."""
@@ -87,7 +84,7 @@ class _NormOfFeatures(Norm):
 def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequential:
     """The pool and what follows it, with the published positions of the parameters."""
     if config.pool == "adaptive":
-        return nn.Sequential(
+        return Head(
             Norm(channels),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d((1, 1)),
@@ -96,7 +93,7 @@ def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequ
         )
     if config.pool == "attention":
         side = config.image_size // config.pool_ds()
-        return nn.Sequential(
+        return Head(
             Norm(channels),
             nn.SiLU(),
             AttentionPool2d(side, channels, config.num_head_channels, config.out_channels),

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from admfast.models.fold.options import FoldOptions
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_forms import ConvOptions
-from admfast.ops.transforms import in_autocast
+from admfast.ops.transforms import in_autocast, in_jit_trace
+
+# What else than its parameters decides what a convolution computes.
+GEOMETRY = frozenset({"stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"})
 
 
 class FoldableConv(nn.Module):
@@ -22,7 +25,7 @@ class FoldableConv(nn.Module):
     forward without it takes the weights in the dtype of x.
 
     split: channels of the first source where it is always given two, else 0. rows: the order in which the
-    folded form puts out its channels, None for their own.
+    folded form puts out its channels, None for their own; only a forward `any_order` runs on such a form.
     """
 
     split: int = 0
@@ -33,7 +36,9 @@ class FoldableConv(nn.Module):
     _adds_residual: bool = True
 
     def fold_weights(self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False) -> None:
-        """Derive the folded form, or renew it in place."""
+        """Derive the folded form, or renew it in place; none where no form knows what the module computes."""
+        if not self._plain():
+            return self.unfold()
         split = self.split if options.has("two_sources") else 0
         rows = self.rows if options.has("qkv_rows") else None
         geometry = self.stride, self.padding
@@ -44,6 +49,16 @@ class FoldableConv(nn.Module):
             self._folded = FoldedConv(self.weight, self.bias, **vars(settings))
         self._adds_residual = options.has("residual")
 
+    def _plain(self) -> bool:
+        """Tell whether this is a convolution of zeros around x, with neither dilation nor groups."""
+        others = set(self.dilation) | {self.groups}  # type: ignore[arg-type]
+        return others == {1} and self.padding_mode == "zeros" and "_conv_forward" not in self.__dict__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in GEOMETRY and self._folded is not None:
+            self.unfold()
+        super().__setattr__(name, value)
+
     def unfold(self) -> None:
         """Drop the folded form."""
         self._folded = None
@@ -52,17 +67,21 @@ class FoldableConv(nn.Module):
     def folded(self) -> FoldedConv | None:
         """The folded form where it may be used."""
         found = self._folded
-        if found is None or self.training or self.weight.requires_grad:
+        if found is None or self.training:
             return None
-        # Under autocast dtypes are torch's business, layer by layer.
-        if in_autocast(self.weight.device):
-            return None
+        weight = self.weight
         # Under torch.func.functional_call other tensors stand here.
-        return found if found.weight is self.weight and found.bias is self.bias else None
+        if weight is not found.weight or weight.requires_grad or self.bias is not found.bias:
+            return None
+        # Under autocast dtypes are torch's business, layer by layer; in a program of torch.jit.trace the form
+        # would be a constant.
+        return None if in_autocast(weight.device) or in_jit_trace() else found
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None, any_order: bool = False
+    ) -> Tensor:
         folded = self.folded
-        if folded is not None:
+        if folded is not None and self._serves(folded.options, x2, any_order):
             if residual is None or self._adds_residual:
                 return folded(x, residual, x2)
             return residual + folded(x, None, x2)
@@ -75,6 +94,10 @@ class FoldableConv(nn.Module):
             weight = weight.flatten(1).unflatten(1, weight.shape[1:])
         y = self._conv_forward(x, weight.to(x.dtype), bias)  # type: ignore[operator]
         return y if residual is None else residual + y
+
+    def _serves(self, options: ConvOptions, x2: Tensor | None, any_order: bool) -> bool:
+        """Tell whether the folded form takes as many sources as are given, in an order that may come out."""
+        return (x2 is not None or not options.split) and (any_order or options.rows is None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What moves or converts a module keeps its parameters' identity.

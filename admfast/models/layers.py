@@ -15,6 +15,7 @@ from admfast.errors import invalid
 from admfast.models.config import GROUPS
 from admfast.models.convolution import PointwiseConv1d, conv_nd
 from admfast.models.fold import Projected
+from admfast.models.hooks import FusedBlock, watched
 from admfast.ops.attention import attention
 from admfast.ops.group_norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
@@ -57,6 +58,29 @@ class Norm(nn.GroupNorm):
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **options)
 
 
+class TimestepBlock(nn.Module):
+    """A module that is given the embedding beside the images: `forward(x, emb)`."""
+
+
+class Head(FusedBlock, nn.Sequential):
+    """A sequence in which a norm and SiLU at its beginning run as one."""
+
+    def __init__(self, *layers: Any):
+        super().__init__(*layers)
+        # A slice of it need not begin so.
+        if [type(layer) for layer in self][:2] == [Norm, nn.SiLU]:
+            self._built()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.as_published():
+            return super().forward(x)
+        norm, _, *rest = self._modules.values()
+        x = norm(x, silu=True)  # type: ignore[misc]
+        for layer in rest:
+            x = layer(x)  # type: ignore[misc]
+        return x
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, followed by a 3x3 convolution where `use_conv`."""
 
@@ -79,20 +103,34 @@ class Downsample(nn.Module):
         self.use_conv = use_conv
         stride = (1, 2, 2) if dims == 3 else 2
         if use_conv:
-            self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
+            self.op: nn.Module = conv_nd(
+                dims, channels, out_channels or channels, 3, stride=stride, padding=1
+            )
         elif out_channels not in (None, channels):
             raise invalid("out_channels", out_channels, f"averaging keeps the {channels} channels")
+        else:
+            self.op = Halving()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(x) if self.use_conv else avg_pool_down(x)
+        return self.op(x)
 
 
-class ResBlock(nn.Module):
+class Halving(nn.Module):
+    """`avg_pool_down` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return avg_pool_down(x)
+
+
+class ResBlock(FusedBlock, TimestepBlock):
     """`x_skip + conv(act(GN(conv(act(GN(x))), emb)))`, with optional resampling (Dhariwal & Nichol 2021).
 
     With `use_scale_shift_norm` the projected embedding gives scale (first half) and shift (second half) of
     the second norm, else it is added before it. `up`/`down` resample after the first norm and SiLU, and on
     the skip. A second source `x2` stands for the concatenation `[x, x2]`.
+
+    Norm, SiLU and resampling run as one operation, and the last convolution adds the skip; where a hook
+    watches a part, or another module stands in its place, all parts run one by one.
     """
 
     def __init__(
@@ -116,6 +154,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             Norm(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
+        self.h_upd, self.x_upd = _resamplers(channels, dims, self.resample)
         self.emb_layers = nn.Sequential(
             nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
         )
@@ -132,12 +171,17 @@ class ResBlock(nn.Module):
             self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
         else:
             self.skip_connection = conv_nd(dims, channels, out_channels, 1)
+        self._built()
 
     def forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
         return _maybe_checkpoint(self.use_checkpoint, self._forward, x, emb, x2)
 
     def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None) -> Tensor:
-        norm, conv = self.in_layers[0], self.in_layers[2]
+        if self.as_published():
+            return self._one_by_one(x if x2 is None else torch.cat([x, x2], dim=1), emb)
+        modules: Any = self._modules  # at every step: an attribute of a module costs 0.5 us, an item 1.5
+        norm, _, conv = modules["in_layers"]._modules.values()
+        out_norm, _, dropout, out_conv = modules["out_layers"]._modules.values()
         if self.resample is None:
             h = conv(norm(x, silu=True, x2=x2))
         else:
@@ -146,11 +190,33 @@ class ResBlock(nn.Module):
         projected = self._projected(emb)  # [N, C] or [N, 2C]
         if self.use_scale_shift_norm:
             scale, shift = projected.chunk(2, dim=1)
-            h = self.out_layers[0](h, silu=True, scale=scale, shift=shift)
+            h = out_norm(h, silu=True, scale=scale, shift=shift)
         else:
-            h = h + projected.to(h.dtype)[(...,) + (None,) * (h.dim() - 2)]
-            h = self.out_layers[0](h, silu=True)
-        return self.out_layers[3](self.out_layers[2](h), self._skip(x, x2))
+            h = h + _over_positions(projected, h)
+            h = out_norm(h, silu=True)
+        return out_conv(dropout(h), self._skip(x, x2))
+
+    def _one_by_one(self, x: Tensor, emb: Tensor | Projected) -> Tensor:
+        """The block with every part called by itself, on what it is given in the published block."""
+        h = x
+        if self.resample is None:
+            h = self.in_layers(h)
+        else:
+            *before, conv = self.in_layers
+            for layer in before:
+                h = layer(h)
+            h, x = conv(self.h_upd(h)), self.x_upd(x)
+        projected = self._projected(emb if isinstance(emb, Tensor) else emb.plain())
+        projected = _over_positions(projected, h)
+        if self.use_scale_shift_norm:
+            norm, *after = self.out_layers
+            scale, shift = projected.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+            for layer in after:
+                h = layer(h)
+        else:
+            h = self.out_layers(h + projected)
+        return self.skip_connection(x) + h
 
     def _projected(self, emb: Tensor | Projected) -> Tensor:
         if isinstance(emb, Projected):
@@ -158,13 +224,48 @@ class ResBlock(nn.Module):
         return self.emb_layers(emb)
 
     def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
-        if isinstance(self.skip_connection, nn.Identity):
+        connection = self._modules["skip_connection"]
+        if isinstance(connection, nn.Identity):
             return x if x2 is None else torch.cat([x, x2], dim=1)
-        return self.skip_connection(x, x2=x2)
+        return connection(x, x2=x2)  # type: ignore[misc]
 
 
-class AttentionBlock(nn.Module):
-    """`x + proj_out(attention(qkv(GN(x))))` over all positions (Ho et al. 2020), tokens channels-last."""
+def _resamplers(channels: int, dims: int, resample: str | None) -> tuple[nn.Module, nn.Module]:
+    """The resampling of a block's branch and of its skip, as modules of their own."""
+    if resample is None:
+        same = nn.Identity()  # one under two names, as published
+        return same, same
+    kind = Upsample if resample == "up" else Downsample
+    return kind(channels, False, dims), kind(channels, False, dims)
+
+
+def _over_positions(values: Tensor, h: Tensor) -> Tensor:
+    """[N, C] for every position of `h`, in its dtype."""
+    return values.to(h.dtype)[(...,) + (None,) * (h.dim() - 2)]
+
+
+class Attention(nn.Module):
+    """`ops.attention` between the products of a block: [N, 3C, S] -> [N, C, S], rows of qkv as published."""
+
+    def __init__(self, num_heads: int, legacy_order: bool):
+        super().__init__()
+        self.num_heads, self.legacy_order = num_heads, legacy_order
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        tokens = qkv.transpose(1, 2)
+        # A user's own product may put out its positions together.
+        return self.of_tokens(tokens if tokens.stride(-1) == 1 else tokens.contiguous()).transpose(1, 2)
+
+    def of_tokens(self, qkv: Tensor, reordered: bool = False) -> Tensor:
+        """[N, S, 3C] -> [N, S, C]; `reordered`: legacy rows come in the new order."""
+        return attention(qkv, self.num_heads, legacy_order=self.legacy_order and not reordered)
+
+
+class AttentionBlock(FusedBlock):
+    """`x + proj_out(attention(qkv(GN(x))))` over all positions (Ho et al. 2020), tokens channels-last.
+
+    Where a hook watches a part, or another module stands in its place, all parts run one by one.
+    """
 
     def __init__(
         self,
@@ -176,27 +277,32 @@ class AttentionBlock(nn.Module):
         super().__init__()
         if channels % num_heads:
             raise invalid("num_heads", num_heads, f"must divide the {channels} channels")
-        self.num_heads = num_heads
-        self.legacy_order = not use_new_attention_order
         self.use_checkpoint = use_checkpoint
         self.norm = Norm(channels)
         self.qkv = PointwiseConv1d(channels, 3 * channels, 1)
-        if self.legacy_order:
+        self.attention = Attention(num_heads, legacy_order=not use_new_attention_order)
+        if self.attention.legacy_order:
             # [h, 3, d] -> [3, h, d]
             rows = torch.arange(3 * channels, device="cpu").view(num_heads, 3, -1)
             self.qkv.rows = rows.transpose(0, 1).flatten().tolist()
         self.proj_out = zeroed(PointwiseConv1d(channels, channels, 1))
+        self._built()
 
     def forward(self, x: Tensor) -> Tensor:
         return _maybe_checkpoint(self.use_checkpoint, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x).flatten(2)).transpose(1, 2)  # [N, S, 3C]
-        h = attention(qkv, self.num_heads, legacy_order=self.legacy_order and not self.qkv.reordered)
-        return self.proj_out(h.transpose(1, 2), x.flatten(2)).reshape(x.shape)
+        if self.as_published():
+            flat = x.flatten(2)
+            return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).reshape(x.shape)
+        modules: Any = self._modules  # see `ResBlock`
+        norm, product, attending, proj_out = modules.values()
+        qkv = product(norm(x).flatten(2), any_order=True).transpose(1, 2)  # [N, S, 3C]
+        h = attending.of_tokens(qkv, product.reordered)
+        return proj_out(h.transpose(1, 2), x.flatten(2)).reshape(x.shape)
 
 
-class AttentionPool2d(nn.Module):
+class AttentionPool2d(FusedBlock):
     """Attend from the mean token over all positions and project (the pool of CLIP, Radford et al. 2021).
 
     [N, C, H, W] with H*W + 1 equal to the columns of the position table -> [N, output_dim]; None is the
@@ -209,10 +315,11 @@ class AttentionPool2d(nn.Module):
         super().__init__()
         if embed_dim % num_heads_channels:
             raise invalid("num_heads_channels", num_heads_channels, f"must divide the {embed_dim} channels")
-        self.num_heads = embed_dim // num_heads_channels
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
         self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
         self.c_proj = nn.Conv1d(embed_dim, embed_dim if output_dim is None else output_dim, 1)
+        self.attention = Attention(embed_dim // num_heads_channels, legacy_order=False)
+        self._built()
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)  # [N, S, C]
@@ -222,24 +329,37 @@ class AttentionPool2d(nn.Module):
                 "x.shape", tuple(x.shape), f"the attention pool was built for {table.shape[0] - 1} positions"
             )
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + table
+        if self.as_published():
+            return self.c_proj(self.attention(self.qkv_proj(tokens.transpose(1, 2))))[:, :, 0]
         qkv = F.linear(tokens, self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias)
-        pooled = attention(qkv, self.num_heads)[:, 0]
+        pooled = self.attention.of_tokens(qkv)[:, 0]
         return F.linear(pooled, self.c_proj.weight.squeeze(-1), self.c_proj.bias)
 
 
-class TimestepEmbedSequential(nn.Sequential):
-    """A sequence whose residual blocks also get the embedding, and its first module the second source."""
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """A sequence whose `TimestepBlock`s also get the embedding, and its first block the second source."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None
     ) -> Tensor:
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb, x2)
-                x2 = None
+        for layer in self._modules.values():
+            if isinstance(layer, TimestepBlock):
+                x = call_block(layer, x, emb, x2)
             else:
-                x = layer(x)
+                x = layer(x if x2 is None else torch.cat([x, x2], dim=1))  # type: ignore[misc]
+            x2 = None
         return x
+
+
+def call_block(block: nn.Module, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
+    """Call a block of ours in the way it is fastest in; one that is watched, or another's, as published."""
+    if type(block) in _OURS and not watched(block):
+        return block(x, emb, x2)
+    x = x if x2 is None else torch.cat([x, x2], dim=1)
+    return block(x, emb if isinstance(emb, Tensor) else emb.plain())
+
+
+_OURS = (ResBlock, TimestepEmbedSequential)
 
 
 def _maybe_checkpoint(use_checkpoint: bool, forward: Callable[..., Tensor], *args: Any) -> Tensor:

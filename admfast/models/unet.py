@@ -21,7 +21,15 @@ from admfast.models.body import (
 from admfast.models.config import UNetConfig
 from admfast.models.convolution import conv_nd
 from admfast.models.fold import FoldableNet, Projected
-from admfast.models.layers import Norm, TimestepEmbedSequential, Upsample, timestep_embedding, zeroed
+from admfast.models.layers import (
+    Head,
+    Norm,
+    TimestepEmbedSequential,
+    Upsample,
+    call_block,
+    timestep_embedding,
+    zeroed,
+)
 
 
 class UNet(FoldableNet):
@@ -43,7 +51,7 @@ class UNet(FoldableNet):
         self.middle_block = middle_block(config)
         self.output_blocks = _up_path(config, skip_channels)
         first = config.widths()[0]
-        self.out = nn.Sequential(
+        self.out = Head(
             Norm(first), nn.SiLU(), zeroed(conv_nd(config.dims, first, config.out_channels, 3, padding=1))
         )
         self._lay_out_projections()
@@ -75,13 +83,12 @@ class UNet(FoldableNet):
         h = self.entering(x)
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb)
+            h = call_block(block, h, emb)
             skips.append(h)
-        h = self.middle_block(h, emb)
+        h = call_block(self.middle_block, h, emb)
         for block in self.output_blocks:
-            h = block(h, emb, skips.pop())
-        h = h.to(dtype_of(self.out))
-        return self.out[2](self.out[0](h, silu=True)).to(x.dtype)
+            h = call_block(block, h, emb, skips.pop())
+        return self.out(h.to(dtype_of(self.out, x.dtype))).to(x.dtype)
 
     def embedded(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | Projected:
         """The embedding of timesteps and classes [N] as the blocks take it."""
@@ -92,7 +99,7 @@ class UNet(FoldableNet):
         if y is not None:
             self._check_labels(y, timesteps)
         emb = timestep_embedding(timesteps, config.model_channels)
-        emb = self.time_embed(emb.to(dtype_of(self.time_embed)))
+        emb = self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype)))
         return self.projected(emb if y is None else emb + self._embedded(y))
 
     def _check_labels(self, y: object, timesteps: Tensor) -> None:

@@ -15,7 +15,7 @@ from admfast.errors import Unavailable, invalid
 from admfast.ops import attention_kernels as kernels
 from admfast.ops.attention_kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.transforms import in_vmap, record
+from admfast.ops.transforms import in_jit_trace, in_vmap, record
 
 
 def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,11 +173,11 @@ def _no_forward_mode() -> Unavailable:
 def _by_function(qkv: Tensor) -> bool:
     """Tell whether a call goes through `AttentionFn`: in eager mode, where a gradient may be asked for.
 
-    torch.compile and torch.func.vmap get the library's op with the library's own first derivative instead:
-    neither has a second one to lose (compiled graphs can't be differentiated twice), and a compiled
-    torch.func.grad of a Function around a raw op gives zeros, silently.
+    torch.compile, torch.jit.trace and torch.func.vmap get the library's op with the library's own first
+    derivative instead: none of them has a second one to lose (compiled graphs can't be differentiated twice),
+    and a compiled torch.func.grad of a Function around a raw op gives zeros, silently.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_jit_trace():
         return False
     if torch.autograd.forward_ad._current_level < 0 and not (torch.is_grad_enabled() and qkv.requires_grad):
         return False

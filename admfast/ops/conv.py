@@ -16,7 +16,7 @@ from admfast.ops.conv_forms import CONVOLUTIONS, ConvOptions, Direction
 from admfast.ops.conv_grad import ConvFn
 from admfast.ops.dispatch import Implementation, OpTable, setting, watched
 from admfast.ops.layout import channels_last, is_channels_last
-from admfast.ops.transforms import constant, deriving, in_autocast, record, recorded
+from admfast.ops.transforms import constant, deriving, in_autocast, observed, record, recorded
 
 
 def conv_ref(
@@ -220,12 +220,14 @@ def preferred(direction: Direction, x: Tensor) -> str:
     1x1 convolution as a matrix product takes as long as the library's, within 10 %, and works with any batch
     size on the same weights. In bfloat16 without AMX packed weights gain at batch 1 alone.
 
+    What counts or traces torch's operations gets these.
+
     On a GPU torch gives cuDNN a one-dimensional channels-last input as a transposed copy, which a matrix
     product does without.
     """
     if forms.matmul_supports(direction, x) is None:
         return "matmul"
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or observed():
         return "library"
     if x.dtype != torch.float32 or len(direction.kernel) != 2:
         return "library"
@@ -249,7 +251,7 @@ def _wide_loops() -> bool:
 def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:
     """The implementation for a call, which is checked and looked up once for each kind of input."""
     # Transforms, traces and who watches are not of the input's kind.
-    if torch.compiler.is_compiling() or forms.transformed() or watched():
+    if torch.compiler.is_compiling() or forms.transformed() or watched() or observed():
         _check(direction, x, residual)
         return TABLE.choose(direction.impl, direction, x)
     added = None if residual is None else (residual.shape, residual.dtype, residual.device)

@@ -60,6 +60,21 @@ def in_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
+def in_jit_trace() -> bool:
+    """Tell whether torch.jit.trace writes down what runs."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def observed() -> bool:
+    """Tell whether torch.jit.trace or a dispatch mode (a counter, fake tensors) looks on in eager mode.
+
+    They know torch's own operations alone: ours would be counted as nothing, or missing where a trace is run.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def traced(*tensors: Tensor | None) -> bool:
     """Tell whether something must see every op: a trace, a transform, a mode or a tensor subclass."""
     return (
@@ -110,6 +125,8 @@ def transformed(*tensors: Tensor | None) -> str | None:
     """Name the transform of a tensor that only torch's own operations know; None where there is none."""
     if torch.compiler.is_compiling():
         return compiled_transform()
+    if torch._C._is_tracing():
+        return "torch.jit.trace writes down torch's own operations alone"
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     if not forward_mode and not in_transform():
         return None

@@ -15,6 +15,7 @@ from admfast import host
 from admfast.errors import InvalidArgument
 from admfast.models.fold import PARTS, FoldOptions
 from admfast.models.fold.net import WINOGRAD_BYTES
+from admfast.models.hooks import staying_fused
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_winograd import amplification
 from admfast.ops.dispatch import watch
@@ -124,7 +125,7 @@ def what_runs(net, monkeypatch) -> Runs:
         for m in blocks
     ]
     found.embeddings = len(blocks)
-    with monkeypatch.context() as patched, watch() as choices:
+    with monkeypatch.context() as patched, watch() as choices, staying_fused():
         patched.setattr(FoldedConv, "__call__", convolve)
         found.two_sources = 1 + len(net.output_blocks) - operations(net).count("cat")
     for hook in layers:
@@ -182,7 +183,8 @@ def test_no_concatenation_is_written_and_one_product_projects_the_embedding():
     assert before.count("cat") == 1 + len(net.output_blocks) and len(single) == len(layers)
     net.fold(FoldOptions(conv="library"))
     single.clear()
-    assert operations(net).count("cat") == 1 and not single  # cos and sin
+    with staying_fused():
+        assert operations(net).count("cat") == 1 and not single  # cos and sin
     assert net.projected_width == sum(layer.out_features for layer in layers)
 
 

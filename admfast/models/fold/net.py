@@ -21,6 +21,7 @@ from admfast.errors import invalid
 from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
 from admfast.models.fold.values import Values
+from admfast.models.hooks import Survey, parts, survey
 from admfast.ops.layout import channels_last
 from admfast.ops.transforms import deriving
 
@@ -57,6 +58,9 @@ class FoldableNet(nn.Module):
     _fold_state: _State | None = None
     _fold_values: Values | None = None
     _fold_by_layer: bool = False
+    _fold_survey: Survey | None = None
+    _fold_convolutions: tuple[Any, ...] = ()  # of the torso
+    _kinds: tuple[type, ...] = ()  # classes of all modules as built
     _fold_done: torch.cuda.Event | None = None
     _projections: Projections | None = None
     projected_width: int  # columns of all projections together
@@ -69,6 +73,7 @@ class FoldableNet(nn.Module):
             block.projection = slice(total, total + width)
             total += width
         self.projected_width = total
+        self._kinds = tuple(map(type, [self, *parts(self)]))
 
     def _projecting(self) -> list[Any]:
         """Return the residual blocks, in order."""
@@ -98,16 +103,23 @@ class FoldableNet(nn.Module):
             self._fold_values = Values(self.parameters())
             spared = self._spared()
             for name, module in self._convolutions():
-                kind = dtype if name.partition(".")[0] in TORSO else module.weight.dtype
+                kind = dtype if _in_torso(name) else module.weight.dtype
                 module.fold_weights(options, kind, name in spared)
             if options.has("embeddings"):
-                layers = [block.emb_layers[1] for block in self._projecting()]
-                if self._projections is None or not self._projections.refold(layers):
-                    self._projections = Projections(layers)
+                self._project_together()
+            self._fold_convolutions = tuple(m for name, m in self._convolutions() if _in_torso(name))
             self._settle(self._look())
             device = next(self.parameters()).device
             if device.type == "cuda":
                 self._fold_done = torch.cuda.current_stream(device).record_event()
+
+    def _project_together(self) -> None:
+        """Lay the projections of all blocks side by side, if all are the linear layers that they were."""
+        layers: list[Any] = [getattr(block.emb_layers, "1", None) for block in self._projecting()]
+        if any(type(layer) is not nn.Linear for layer in layers):
+            self._projections = None
+        elif self._projections is None or not self._projections.refold(layers):
+            self._projections = Projections(layers)
 
     def _spared(self) -> set[str]:
         """Name the convolutions that must do without a Winograd form.
@@ -143,7 +155,9 @@ class FoldableNet(nn.Module):
             if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
                 # This stream must not read what that of another thread has yet to write.
                 torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
-            state = self._look()
+            found = survey(self)
+            self._notice(found)
+            state = self._look(found.modules)
             known = self._fold_state
             if options is None or True in state.trained:
                 if self.fold_options is not None:
@@ -166,6 +180,7 @@ class FoldableNet(nn.Module):
                 module.unfold()
             self.fold_options, self.fold_dtype, self._fold_done = None, None, None
             self._projections, self._fold_state, self._fold_values = None, None, None
+            self._fold_convolutions = ()
 
     def _holds(self) -> bool:
         """Tell whether the parameters hold the values that were folded, where these may be read."""
@@ -182,18 +197,14 @@ class FoldableNet(nn.Module):
                         self.refold()
         return super().__call__(*args, **kwargs)
 
-    def _look(self) -> _State:
-        """Look the network over; felt at every call, and `modules()` would pass each through many hands."""
-        modules: list[nn.Module] = [self]
-        tensors: list[Tensor] = []
-        buffers: list[Tensor] = []
+    def _look(self, modules: Sequence[nn.Module] | None = None) -> _State:
+        """Look the network over, all of whose modules may be given; felt at every call."""
         places: list[object] = []
         modes: list[bool] = []
-        for module in modules:  # which grows meanwhile
+        tensors: list[Tensor] = []
+        buffers: list[Tensor] = []
+        for module in [self, *parts(self)] if modules is None else modules:
             held = module.__dict__
-            for child in held["_modules"].values():
-                if child is not None:
-                    modules.append(child)
             for parameter in held["_parameters"].values():
                 if parameter is not None:
                     tensors.append(parameter)
@@ -206,6 +217,23 @@ class FoldableNet(nn.Module):
         versions = [t._version for t in tensors]
         return _State(places, versions, modes, [t.requires_grad for t in tensors])
 
+    def _notice(self, found: Survey) -> None:
+        """Take note of hooks and of modules put in by others; steps made before such a change are over."""
+        if found != self._fold_survey:
+            self.fold_generation += 1
+        self._fold_survey = found
+
+    @property
+    def hooked(self) -> bool:
+        """Tell whether, when it was last made ready, a hook watched the network or some module in it."""
+        return self._fold_survey is not None and self._fold_survey.hooked
+
+    @property
+    def altered(self) -> bool:
+        """Tell whether, when it was last made ready, it had hooks, or modules that it wasn't built with."""
+        found = self._fold_survey
+        return found is not None and (found.hooked or found.kinds != self._kinds)
+
     def _settle(self, state: _State) -> None:
         """Take this for the present state, and count it where a step made before can't be used any more."""
         before = self._fold_state
@@ -214,12 +242,24 @@ class FoldableNet(nn.Module):
         self._fold_state = state
 
     def _parameter_dtype(self) -> torch.dtype:
-        return next(self.input_blocks.parameters()).dtype  # type: ignore[union-attr]
+        found = next(self.input_blocks.parameters(), None)  # type: ignore[union-attr]
+        if found is None:  # in a replica of DataParallel they are attributes
+            weights = (getattr(module, "weight", None) for module in self.input_blocks.modules())  # type: ignore[union-attr]
+            found = next(weight for weight in weights if isinstance(weight, Tensor))
+        return found.dtype
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy that shares no module with this network, nor what was derived from this one's parameters."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.fold_options, replica._projections, replica._fold_convolutions = None, None, ()
+        return replica
 
     @property
     def is_folded(self) -> bool:
-        """Tell whether forwards run on what was derived: told by the first convolution."""
-        return self.fold_options is not None and self.input_blocks[0][0].folded is not None  # type: ignore[index, union-attr]
+        """Tell whether forwards run on what was derived: most often the first convolution knows."""
+        return self.fold_options is not None and any(
+            module.folded is not None for module in self._fold_convolutions
+        )
 
     @property
     def torso_dtype(self) -> torch.dtype:
@@ -268,6 +308,10 @@ class FoldableNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith(("fold_", "_fold_", "_project"))}
+
+
+def _in_torso(name: str) -> bool:
+    return name.partition(".")[0] in TORSO
 
 
 def check_ordinary(name: str, net: nn.Module) -> None:

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Projected:
-    """The projections of an embedding to all residual blocks side by side: values [N, total]."""
+    """The projections of an embedding to all residual blocks side by side: values [N, total].
+
+    emb: the embedding [N, E] itself, where it is known.
+    """
 
     values: Tensor
+    emb: Tensor | None = None
+
+    def plain(self) -> Tensor | Projected:
+        """The embedding as the published blocks take it, or this where it isn't known."""
+        return self if self.emb is None else self.emb
 
 
 class Projections:
@@ -44,7 +52,7 @@ class Projections:
 
     def __call__(self, emb: Tensor) -> Projected:
         """Project an embedding [N, E] by every layer."""
-        return Projected(F.linear(F.silu(emb), self.weight, self.bias))
+        return Projected(F.linear(F.silu(emb), self.weight, self.bias), emb)
 
 
 def _joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
