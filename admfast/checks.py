@@ -46,7 +46,8 @@ def _held(value: object, tensors: bool) -> object:
     """Return the number in a tensor or an array without axes; anything else as it is."""
     if isinstance(value, Tensor):
         return value.item() if tensors and value.dim() == 0 and not value.is_meta else value
-    return value.item() if isinstance(value, np.ndarray | np.generic) and value.ndim == 0 else value
+    # A tuple of types: a trace knows no union of these.
+    return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value
 
 
 def _index(value: object) -> int | None:
