@@ -66,6 +66,7 @@ def choose(content: Any, entry: str | None = None) -> Chosen:
     if not top:
         raise ValueError("an empty state dict")
     found = dict(_flat(top))
+    entry = None if entry is None else str(entry)  # a command line reads 0.9999 as a number
     networks = [network for network in _networks(found) if network.tensors]
     if networks:
         return _with_left(_one_of(networks, entry), found)

@@ -160,7 +160,7 @@ class _Pickles:
             raise ValueError("no file of torch.save that is still read: save it anew on a machine like this")
         self.content, storages = _unpickled(file)
         keys, _ = _unpickled(file)
-        for key in keys:
+        for key in keys if isinstance(keys, list) else ():
             storage = storages.get(str(key))
             count = file.read(8)
             if storage is None or len(count) < 8 or struct.unpack("<q", count)[0] != storage.count:

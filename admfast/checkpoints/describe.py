@@ -21,6 +21,7 @@ from admfast.checkpoints.infer import ModelInfo, Unanswered
 from admfast.checkpoints.loading import check_fit, identify_weights, values_by_dtype
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.structure import summary
+from admfast.files.paths import user_path
 from admfast.models import NetConfig, UNetConfig, UpsamplerConfig, build
 from admfast.models.hooks import staying_fused
 from admfast.models.presets import MODELS, ModelPreset
@@ -91,6 +92,7 @@ def describe(
             the report, not an error.
     """
     options = dict(options or {})
+    path = user_path("path", path)
     weights = read_weights(path, values=check_values, entry=options.pop("entry", None))
     rows = [("file", f"{weights.path}, {os.path.getsize(weights.path):,} bytes")]
     rows += [("entry", weights.entry)] if weights.entry else []

@@ -29,6 +29,7 @@ from admfast.checkpoints.differences import compare, fingerprint, network_shapes
 from admfast.checkpoints.reading import read_weights
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
 from admfast.files.atomic import lock, output_error, write_text
+from admfast.files.paths import user_path
 from admfast.models.presets import ModelPreset, preset
 
 MIRROR = "ADMFAST_MIRROR"  # environment variable: base URL that takes the place of the published one
@@ -90,7 +91,7 @@ def fetch(
     if model.shipped:
         raise invalid("name", name, f"nothing to fetch: it ships with the package ({model.shipped_path})")
     url = _address(model, base_url)
-    target = Path(folder) / model.file
+    target = user_path("folder", folder) / model.file
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: is there already; overwrite it only if asked to")
     part = target.with_name(target.name + ".part")

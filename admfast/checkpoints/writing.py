@@ -24,6 +24,7 @@ from admfast.checkpoints.differences import compare, network_shapes, shapes_of
 from admfast.checkpoints.reading import ENDINGS, METADATA_KEY
 from admfast.errors import OutputError, invalid
 from admfast.files.atomic import atomic_open, atomic_path, output_error
+from admfast.files.paths import user_path
 from admfast.models.description import Description
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +49,7 @@ def write_weights(
         InvalidArgument: for another ending or dtype, or a description that doesn't fit the weights.
         OutputError: if a file can't be written; nothing that was there has been changed.
     """
-    path = Path(path)
+    path = user_path("path", path)
     if path.suffix not in ENDINGS:
         raise invalid("path", str(path), f"a name that ends in {', '.join(ENDINGS)}")
     if dtype is not None and dtype not in DTYPES:

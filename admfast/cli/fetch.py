@@ -9,6 +9,7 @@ import typer
 
 from admfast.checkpoints import fetch
 from admfast.errors import OutputError, invalid, nearest
+from admfast.files.paths import user_path
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset
 
 
@@ -33,7 +34,7 @@ def run_fetch(
     ] = 3,
 ) -> None:
     """Download released weights, going on after a break, and check them where sizes or hashes are known."""
-    wanted = wanted_models(names)
+    wanted, out = wanted_models(names), user_path("out", out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

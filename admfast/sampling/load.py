@@ -174,7 +174,7 @@ def _engine_options(
     if engine is not None and not isinstance(engine, EngineOptions):
         raise invalid("engine", engine, "EngineOptions, or None")
     options = engine or EngineOptions()
-    cache = options.compile_cache if cache is None else cache
+    cache = options.compile_cache if cache is None else user_path("compile_cache", cache)
     return replace(options, compile=compile or options.compile, compile_cache=cache)
 
 

@@ -116,6 +116,8 @@ def test_entry_names_another(tmp_path, caplog):
     path = saved(tmp_path, {"model": RAW, "ema": GOOD, "best": {"module": RAW}, "opt": OPTIMISER})
     assert_taken(read_weights(path, entry="model"), RAW)
     assert_taken(read_weights(path, entry="best"), RAW)
+    assert_taken(read_weights(saved(tmp_path, {"ema": {"0.5": RAW, "0.9": GOOD}}), entry=0.9))
+    path = saved(tmp_path, {"model": RAW, "ema": GOOD, "best": {"module": RAW}, "opt": OPTIMISER})
     with pytest.raises(CheckpointError, match="'teacher'.*model, ema, best.module"):
         read_weights(path, entry="teacher")
     with caplog.at_level(logging.WARNING, "admfast"):
