@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from admfast.cli.main import INTERRUPTED
+from admfast.cli.published import translated
 from admfast.errors import AdmfastError
 
 NAMES = ("sample", "inspect", "models", "fetch", "info", "verify")
@@ -64,6 +65,7 @@ app = Commands(
 def run(args: list[str]) -> int:
     """Run a command; return its exit status."""
     try:
+        args = translated(args) if args[:1] == ["sample"] else args
         result = app.main(args=args, prog_name="admfast", standalone_mode=False)
         print(end="", flush=True)
     except UsageProblem as error:
