@@ -22,6 +22,7 @@ from torch import Tensor
 
 from admfast.errors import invalid, nearest
 
+ARRAYS = (np.ndarray, np.generic)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,10 +45,11 @@ def whole(
 
 def _held(value: object, tensors: bool) -> object:
     """Return the number in a tensor or an array without axes; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
     if isinstance(value, Tensor):
         return value.item() if tensors and value.dim() == 0 and not value.is_meta else value
-    # A tuple of types: a trace knows no union of these.
-    return value.item() if isinstance(value, (np.ndarray, np.generic)) and value.ndim == 0 else value
+    return value.item() if isinstance(value, ARRAYS) and value.ndim == 0 else value
 
 
 def _index(value: object) -> int | None:

@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from admfast.cli.main import INTERRUPTED
+from admfast.cli.published import translated
 from admfast.errors import AdmfastError
 
 NAMES = ("sample", "inspect", "models", "fetch", "info", "verify")
@@ -64,6 +65,7 @@ app = Commands(
 def run(args: list[str]) -> int:
     """Run a command; return its exit status."""
     try:
+        args = translated(args) if args[:1] == ["sample"] else args
         result = app.main(args=args, prog_name="admfast", standalone_mode=False)
         print(end="", flush=True)
     except UsageProblem as error:
@@ -85,7 +87,7 @@ def run(args: list[str]) -> int:
             raise
         # The reader has gone (as with `| head`), which typer turns into an exit: nothing is wrong. Keep
         # Python from saying so when it flushes at the end.
-        _drop_output()
+        drop_output()
         return 0
     except OSError as error:
         # Everything else that is written goes through `files`, which raises OutputError.
@@ -94,7 +96,7 @@ def run(args: list[str]) -> int:
         from admfast.files.atomic import output_error
 
         print(f"admfast: {output_error('standard output', error)}", file=sys.stderr)
-        _drop_output()
+        drop_output()
         return USER_ERROR
     return result if isinstance(result, int) else 0
 
@@ -108,6 +110,9 @@ def _by_flag(message: str, args: Sequence[str]) -> str:
     return "--" + message.replace(name, name.replace("_", "-"), 1) if separator and known else message
 
 
-def _drop_output() -> None:
-    """Keep Python from failing again on what is left for a standard output that takes no more."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def drop_output() -> None:
+    """Send what is left for an output that takes no more to the null device; errors too, where joined."""
+    null, out = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    if os.path.sameopenfile(out, sys.stderr.fileno()):
+        os.dup2(null, sys.stderr.fileno())
+    os.dup2(null, out)

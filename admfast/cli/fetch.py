@@ -9,6 +9,7 @@ import typer
 
 from admfast.checkpoints import fetch
 from admfast.errors import OutputError, invalid, nearest
+from admfast.files.atomic import make_folder
 from admfast.files.paths import user_path
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset
 
@@ -35,10 +36,7 @@ def run_fetch(
 ) -> None:
     """Download released weights, going on after a break, and check them where sizes or hashes are known."""
     wanted, out = wanted_models(names), user_path("out", out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out}: not made: {error.strerror}") from error
+    make_folder(out)
     for model in wanted:
         path = out / model.file
         if path.exists() and not overwrite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     SIGTERM and SIGHUP end a command as Ctrl-C does: what is finished stays.
     """
+    _ready_streams()
     with like_ctrl_c() as came:
         try:
             from admfast.host import wait_passively
@@ -34,6 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         by = f" by {signal.Signals(came[0]).name}" if came else ""
         print(f"admfast: interrupted{by}", file=sys.stderr)
     return status
+
+
+def _ready_streams() -> None:
+    """Let standard output and error take every text: what their encoding lacks (in a path) is escaped.
+
+    One that is closed becomes the null device, so that no file gets its descriptor.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

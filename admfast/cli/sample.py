@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from admfast.cli import sample_options as option
+from admfast.cli.commands import drop_output
 from admfast.cli.options import parts_of
 from admfast.engine.numerics import peak_memory
 from admfast.engine.options import EngineOptions
@@ -98,20 +99,28 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
     """Say what will be done, do it, and say where it is; nothing is said or made before all is checked."""
     rows = resolved(run.pipe, run.request, run.check())
-    print(table([*rows, ("out", str(run.out.resolve())), *more]), flush=True)
+    _say(table([*rows, ("out", str(run.out.resolve())), *more]))
     started = time.time()
     count = len(run.seeds)
     try:
         written = run.run()
     except (AdmfastError, KeyboardInterrupt):
         if run.finished:
-            print(f"{run.finished} of {count} images are finished and kept in {run.kept.resolve()}")
+            _say(f"{run.finished} of {count} images are finished and kept in {run.kept.resolve()}")
         raise
     spent = time.time() - started
     peak = f"peak memory {peak_memory(run.pipe.device) / 1e9:.1f} GB"
-    print(f"{count} images in {spent:.1f} s ({count / spent:.2f} images/s), {peak}")
+    _say(f"{count} images in {spent:.1f} s ({count / spent:.2f} images/s), {peak}")
     for path in (run.out / "images", *written):
-        print(path.resolve())
+        _say(str(path.resolve()))
+
+
+def _say(text: str) -> None:
+    """Print a text; images are made whether or not somebody reads on (as `| head` does not)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
 
 
 def read_low_res(path: Path, channels: int = 3) -> Samples:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from admfast.errors import Unavailable
+from admfast.errors import Unavailable, first_line
 from admfast.files.atomic import check_folder
 from admfast.ops.sampler_step import Clip, Row, pack
 
@@ -45,9 +45,11 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
 
     Raises:
         OutputError: before anything is compiled, where nothing could be written into the folder.
-        Unavailable: where a compiled row differs from the eager one by more than rounding, and for a guided
-            step where torch can't trace its gradient.
+        Unavailable: where torch fails to compile, or a compiled row differs from the eager one by more than
+            rounding, and for a guided step where torch can't trace its gradient.
     """
+    from torch._dynamo.exc import BackendCompilerFailed
+
     kind = step.state.x.device.type
     if step.key.guided and torch.__version__ < TRACES_GRADIENTS:
         reason = f"a guided step needs torch {TRACES_GRADIENTS} or later, this is {torch.__version__}"
@@ -64,9 +66,28 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
             rounded = _row(step, body, x + _rounding(step) * x * noise)
             LOG.warning("compiling the %s step of %s ...", "guided" if guided else "plain", step.key.shape)
             compiled = compiled_body(body, kind)
-            _check(step, _row(step, compiled, x), eager, rounded)
+            try:
+                found = _row(step, compiled, x)
+            except BackendCompilerFailed as error:
+                cause = error.inner_exception
+                reason = f"torch fails by {type(cause).__name__} ({first_line(cause)}); leave compile out"
+                raise Unavailable(f"compile=True: {reason}") from error
+            _check(step, found, eager, rounded)
             step.run[guided] = compiled
             LOG.warning("compiled in %.0f s", time.monotonic() - began)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise Unavailable where torch.compile lacks the C++ compiler with which it makes code for a CPU."""
+    if device.type != "cpu":
+        return  # Triton's own compiler makes the code
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (RuntimeError, OSError) as error:
+        reason = f"torch.compile needs a C++ compiler on a CPU ({first_line(error)})"
+        raise Unavailable(f"compile=True: {reason}; install g++ or clang++, or leave compile out") from error
 
 
 def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from admfast import host
 from admfast.engine.capture import capture
-from admfast.engine.compiled import compile_step
+from admfast.engine.compiled import check_compiler, compile_step
 from admfast.engine.numerics import chosen_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
@@ -41,6 +41,8 @@ class Engine:
     ):
         self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
+        if self.options.compile:
+            check_compiler(self.device)
         self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
         # Held while networks are folded and steps are made or handed out; never while rows run, in which a
         # user's function may use another engine, or wait for a thread that uses this one.

@@ -39,9 +39,17 @@ def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
         reason = f"the folder {folder} does not exist" if not folder.is_dir() else "a temporary file vanished"
     elif error.errno == errno.ENOTDIR:
         reason = f"{folder} is not a folder"
+    elif error.errno == errno.EEXIST and (link := _dangling(path)) is not None:
+        reason = f"{link} is a link to {os.readlink(link)}, which does not exist"
     else:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"{path}: not written: {reason}")
+
+
+def _dangling(path: str | PathLike[str]) -> Path | None:
+    """Return the link without a target among a path and the folders above it, if any."""
+    places = (Path(path), *Path(path).parents)
+    return next((place for place in places if place.is_symlink() and not place.exists()), None)
 
 
 @contextlib.contextmanager
@@ -127,11 +135,21 @@ def check_folder(path: str | PathLike[str]) -> None:
     """Make the folder `path` if it is missing; raise OutputError where no file could be written into it."""
     try:
         Path(path).mkdir(exist_ok=True)
-    except FileExistsError:
+    except FileExistsError as error:
+        if _dangling(path) is not None:
+            raise output_error(path, error) from None
         raise OutputError(f"{path}: not written: it is a file, not a folder") from None
     except OSError as error:
         raise output_error(path, error) from error
     check_writable(Path(path) / "file")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from None
 
 
 def lock(descriptor: int) -> None:

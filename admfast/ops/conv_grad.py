@@ -14,6 +14,7 @@ from torch import Tensor
 
 from admfast.ops.conv_forms import BY_KEY, Direction
 from admfast.ops.layout import channels_last, empty_channels_last
+from admfast.ops.native import free_namespace
 
 
 class ConvFn(torch.autograd.Function):
@@ -29,7 +30,7 @@ class ConvFn(torch.autograd.Function):
         x: Tensor, bias: Tensor | None, residual: Tensor | None, direction: Direction | str
     ) -> Tensor:
         if isinstance(direction, str):
-            return torch.ops.admfast.folded_conv(x, bias, residual, direction)
+            return _folded_conv(x, bias, residual, direction)
         return direction.run(direction, x, bias, residual)
 
     @staticmethod
@@ -74,7 +75,9 @@ def _shape(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) ->
 
 # One op for both directions of every convolution: a trace sees neither the derived weights nor which
 # implementation runs, both of which may change from call to call.
-_LIBRARY = torch.library.Library("admfast", "FRAGMENT")
+_NAMESPACE = free_namespace("admfast", "folded_conv")
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _LIBRARY.define("folded_conv(Tensor x, Tensor? bias, Tensor? residual, str key) -> Tensor")
 _LIBRARY.impl("folded_conv", _run, "CPU")
-torch.library.register_fake("admfast::folded_conv", _shape, lib=_LIBRARY)
+torch.library.register_fake(f"{_NAMESPACE}::folded_conv", _shape, lib=_LIBRARY)
+_folded_conv = getattr(torch.ops, _NAMESPACE).folded_conv

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from admfast._source_tree import kernels
 from admfast.ops.layout import empty_channels_last, is_channels_last
+from admfast.ops.native import free_namespace
 from admfast.ops.transforms import constant, traced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -69,7 +70,7 @@ def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
 def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The raw forward, see `RawNorm`."""
     *tensors, options = rest
-    call: Any = torch.ops.admfast_triton.group_norm_silu_fwd if traced(x) else _launchers()[0]
+    call: Any = _OPS[0].group_norm_silu_fwd if traced(x) else _launchers()[0]
     groups, eps, silu = options.groups, options.eps, options.silu
     return call(x, *tensors, groups, eps, silu, options.resample, options.skip)
 
@@ -81,7 +82,7 @@ def backward(
     *tensors, options, sums = rest
     if traced(x):
         modes = (options.silu, options.resample, sums)
-        op = torch.ops.admfast_triton.group_norm_silu_bwd
+        op = _OPS[0].group_norm_silu_bwd
         dx, dx2, s1, s2 = op(dy, dskip, x, x2, *tensors, *modes)
         return dx, None if x2 is None else dx2, s1, s2
     return _launchers()[1](dy, dskip, x, x2, *tensors, options.silu, options.resample, sums)
@@ -97,12 +98,15 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 _LIBRARY: list[torch.library.Library] = []  # an op lives as long as its library
+_OPS: list[Any] = []  # the namespace that it defines
 
 
 def _register() -> None:
     """Register the raw ops: what they return is told to tracers, what they do is the launchers' affair."""
-    library = torch.library.Library("admfast_triton", "DEF")
+    namespace = free_namespace("admfast_triton", "group_norm_silu_fwd")
+    library = torch.library.Library(namespace, "DEF")
     _LIBRARY.append(library)
+    _OPS.append(getattr(torch.ops, namespace))
     affine = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift"
     library.define(
         f"group_norm_silu_fwd(Tensor x, Tensor? x2, {affine}, int groups, float eps, bool silu, "
@@ -115,8 +119,8 @@ def _register() -> None:
     key = "CompositeExplicitAutograd"
     library.impl("group_norm_silu_fwd", lambda *arguments: _launchers()[0](*arguments), key)
     library.impl("group_norm_silu_bwd", _bwd, key)
-    torch.library.register_fake("admfast_triton::group_norm_silu_fwd", _fwd_fake, lib=library)
-    torch.library.register_fake("admfast_triton::group_norm_silu_bwd", _bwd_fake, lib=library)
+    torch.library.register_fake(f"{namespace}::group_norm_silu_fwd", _fwd_fake, lib=library)
+    torch.library.register_fake(f"{namespace}::group_norm_silu_bwd", _bwd_fake, lib=library)
 
 
 def _bwd(*arguments: Any) -> tuple[Tensor, ...]:

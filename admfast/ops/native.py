@@ -17,6 +17,7 @@ from admfast.ops.transforms import constant
 
 ISA = "ADMFAST_CPU_ISA"
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
+TOLD = "fakes_are_registered"  # kept where the ops are, which a second import finds
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 
 
@@ -64,13 +65,29 @@ def ops() -> Any:
     return torch.ops.admfast
 
 
+def free_namespace(name: str, op: str) -> str:
+    """Return `name`, or where an earlier import of the package has defined `op` there, a name of its own.
+
+    Ops are the process's and outlive modules that are taken out of `sys.modules`. Those of an earlier import
+    stay with the networks that were made by it.
+    """
+    number, found = 1, name
+    while hasattr(getattr(torch.ops, found), op):
+        number += 1
+        found = f"{name}_{number}"
+    return found
+
+
 def build_info() -> dict[str, Any]:
     """Return what the build wanted, what it built and why not more; {} where nothing was recorded."""
     return json.loads(BUILD_INFO.read_text()) if BUILD_INFO.exists() else {}
 
 
 def _register_fakes() -> None:
-    """Tell tracers what each op returns; sampler_step_ writes in place and returns nothing."""
+    """Tell tracers, once a process, what ops return; sampler_step_ writes in place and returns nothing."""
+    if hasattr(torch.ops.admfast, TOLD):
+        return
+    setattr(torch.ops.admfast, TOLD, True)
 
     @torch.library.register_fake("admfast::normal")
     def _(seeds: torch.Tensor, count: int, row: int, stream: int) -> torch.Tensor:

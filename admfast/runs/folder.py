@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from admfast.errors import OutputError
-from admfast.files.atomic import output_error, write_bytes
+from admfast.files.atomic import make_folder, output_error, write_bytes
 from admfast.interrupts import held_back
 
 # The names that a run gives its files, by folder; nothing else is ever removed or replaced.
@@ -94,11 +94,3 @@ def samples_in(out: Path) -> list[Path]:
         if folder.is_dir():
             found += [path for path in sorted(folder.iterdir()) if own.fullmatch(path.name)]
     return found
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(folder, error) from None

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from admfast.errors import AdmfastError, invalid
+from admfast.files.atomic import make_folder
 from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
-from admfast.runs.folder import RunFolder, make_folder
+from admfast.runs.folder import RunFolder
 from admfast.sampling.loop import Progress, run
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, images_of, plan

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from admfast.cli.main import main
 from admfast.files.images import read_image
 from admfast.files.npz import read_samples
 
@@ -97,3 +101,131 @@ def test_a_full_standard_output_is_one_line():
             timeout=300,
         )
     assert done.returncode == 2 and done.stderr == "admfast: standard output: not written: the disk is full\n"
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Give `main` an output and an error stream of an encoding; what was written is read as one text."""
+
+    def given(encoding: str) -> list[io.TextIOWrapper]:
+        made = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+        monkeypatch.setattr(sys, "stdout", made[0])
+        monkeypatch.setattr(sys, "stderr", made[1])
+        return made
+
+    return given
+
+
+def written(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    return stream.buffer.getvalue().decode(stream.encoding)
+
+
+@pytest.mark.parametrize("encoding, name", [("cp1252", "вывод"), ("ascii", "é"), ("utf-8", "bad\udcff")])
+def test_paths_that_a_stream_can_not_hold_are_escaped(weights, tmp_path, streams, encoding, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    known = name.isprintable()  # the library that reads safetensors takes UTF-8 names only
+    model = shutil.copy(weights / "faces.safetensors", folder if known else tmp_path)
+    out, escaped = folder / "out", name.encode("ascii", "backslashreplace").decode()
+    sampling = ["sample", model, "--steps", "1", "--device", "cpu", "--out", str(out)]
+    for command, status in (
+        (sampling, 0),
+        (sampling, 2),  # there are samples now
+        (["inspect", model if known else str(folder / "gone.pt"), "--no-values"], 0 if known else 2),
+        (["verify", model, "--steps", "1", "--low-res", str(folder / "gone.png")], 2),
+        (["fetch", "64x64_diffusion", "--out", str(out / "grid.png")], 2),
+        (["models", name], 2),
+    ):
+        stdout, stderr = streams(encoding)
+        assert main(command) == status
+        said = written(stdout) + written(stderr)
+        assert escaped in said or (encoding == "utf-8" and "udcff" in said), (command, said)
+    assert len(pngs(out)) == 1
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_stop_nothing(weights, tmp_path, closed):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "admfast", "sample", str(weights / "faces.safetensors")]
+    line = shlex.join([*command, "--steps", "1", "--device", "cpu", "--out", str(out)])
+    done = subprocess.run(["sh", "-c", f"{line} {closed}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert len(pngs(out)) == 1 and read_image(out / "grid.png").shape[2] == 3
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_reader_that_goes_stops_nothing(weights, tmp_path, joined):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "admfast", "sample", str(weights / "faces.safetensors")]
+    with subprocess.Popen(
+        [*command, "--steps", "1", "--device", "cpu", "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if joined else subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        assert joined or "Traceback" not in process.stderr.read()
+        assert process.wait(120) == 0
+    assert len(pngs(out)) == 1
+
+
+def test_compile_without_a_compiler_is_one_line(weights, tmp_path, monkeypatch, capsys):
+    def missing() -> str:
+        raise RuntimeError("none found")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    command = ["sample", str(weights / "faces.safetensors"), "--device", "cpu", "--compile"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("admfast: --compile=True: ") and said.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_to_nothing_are_named(weights, tmp_path, capsys):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    model = str(weights / "faces.safetensors")
+    for command in (
+        ["sample", model, "--steps", "1", "--device", "cpu", "--out", str(link)],
+        ["sample", model, "--compile", "--compile-cache", str(link)],
+        ["sample", model, "--device", "cpu", "--low-res", str(link)],
+        ["fetch", "64x64_diffusion", "--out", str(link)],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert str(link) in said and said.count("\n") == 1
+        assert "--low-res" in command or str(tmp_path / "gone") in said
+
+
+@pytest.mark.parametrize("setting", ["NO_COLOR=1", "COLUMNS=20", "COLUMNS=1", "TERM=dumb", "FORCE_COLOR=1"])
+def test_tables_and_help_are_plain_text_in_any_terminal(setting, monkeypatch, capsys):
+    monkeypatch.setenv(*setting.split("="))
+    for command, status in ((["models"], 0), (["sample", "--help"], 0), (["sample", "--stepz"], 2)):
+        assert main(command) == status
+        said = capsys.readouterr()
+        assert "\x1b" not in said.out + said.err
+
+
+TWICE = """
+import sys, torch, admfast
+found = []
+for _ in range(2):
+    from admfast.ops import group_norm_triton
+    assert group_norm_triton.reason_missing() is None
+    pipe = admfast.load("digits32", precision="fp32")
+    found.append((pipe, pipe.sample(seeds=0, steps=1)))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "admfast"]:
+        del sys.modules[name]
+    import admfast
+assert found[0][0].__class__ is not found[1][0].__class__
+assert torch.equal(found[0][1], found[1][1])
+assert torch.equal(found[0][0].sample(seeds=0, steps=1), found[1][1])
+"""
+
+
+def test_a_process_may_import_the_package_anew():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-500:]

@@ -225,7 +225,7 @@ def test_fetch_refuses_before_it_begins(fetched, tmp_path, names, said):
 
 def test_fetch_into_what_is_no_folder(fetched, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="not made"):
+    with pytest.raises(OutputError, match="not written"):
         run_fetch(["lsun_cat"], out=tmp_path / "file" / "below")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from admfast.engine.compiled import compiled_body
 from admfast.engine.options import EngineOptions
@@ -160,6 +161,29 @@ def test_a_cache_that_cant_be_written_is_said_before_compiling(monkeypatch, tmp_
     with pytest.raises(OutputError, match=f"{place}: not written: .*{reason}"):
         pipeline(options=options).sample(classes=[0], seeds=[0], steps=1)
     assert not compiled
+
+
+def test_without_a_compiler_nothing_begins(monkeypatch):
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    with pytest.raises(Unavailable, match=r"^compile=True: .*C\+\+ compiler"):
+        pipeline(options=COMPILED)
+    assert pipeline().options.compile is False
+
+
+def test_what_torch_fails_to_compile_is_one_line(monkeypatch):
+    def compiler(body, **_):
+        def failing() -> None:
+            raise InductorError(CppCompileError(["g++", "-O3"], "no such header"), None)
+
+        return failing
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    with pytest.raises(Unavailable, match="^compile=True: .*CppCompileError") as caught:
+        pipeline(options=COMPILED).sample(classes=[0], seeds=[0], steps=1)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
 
 
 def test_a_cache_without_compile_is_refused():

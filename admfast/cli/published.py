@@ -1,0 +1,89 @@
+"""The flags of the published sampling scripts, as `admfast sample` understands them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from admfast.errors import invalid
+
+# The option of the same meaning; "" is the model itself, the command's argument.
+_RENAMED = {
+    "--model_path": "",
+    "--classifier_path": "--classifier",
+    "--classifier_scale": "--guidance",
+    "--timestep_respacing": "--respacing",
+    "--batch_size": "--batch",
+    "--base_samples": "--low-res",
+}
+# What a switch says, by its value.
+_SWITCHES: dict[str, dict[bool, list[str] | str]] = {
+    "--use_ddim": {True: ["--solver", "ddim"], False: []},
+    "--clip_denoised": {True: [], False: "in Python only: pipe.sample(clip=False)"},
+    "--use_fp16": {True: ["--precision", "fp16"], False: ["--precision", "fp32"]},
+    "--classifier_use_fp16": dict.fromkeys(
+        (True, False), "give --precision, for network and classifier; auto is what fits the device"
+    ),
+}
+# What `--set` says of a weights file, under the name that it has there.
+_OF_A_FILE = {
+    f"--{name}": name
+    for name in (
+        "image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample",
+        "num_head_channels", "attention_resolutions", "channel_mult", "dropout", "class_cond",
+        "use_checkpoint", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order",
+        "learn_sigma", "diffusion_steps", "noise_schedule", "use_kl", "predict_xstart",
+        "rescale_timesteps", "rescale_learned_sigmas",
+    )
+} | {"--large_size": "image_size", "--small_size": "low_res_size"}  # fmt: skip
+_OF_A_CLASSIFIER = {
+    "--classifier_width": "model_channels",
+    "--classifier_depth": "num_res_blocks",
+    "--classifier_attention_resolutions": "attention_resolutions",
+    "--classifier_use_scale_shift_norm": "use_scale_shift_norm",
+    "--classifier_resblock_updown": "resblock_updown",
+    "--classifier_pool": "pool",
+}
+FLAGS = {*_RENAMED, *_SWITCHES, *_OF_A_FILE, *_OF_A_CLASSIFIER, "--num_samples"}
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+def translated(args: Sequence[str]) -> list[str]:
+    """Return a command's words with the published flags replaced by the options that mean the same.
+
+    Raises: InvalidArgument for a flag without a value, or whose value has no option.
+    """
+    found: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        flag, separator, value = word.partition("=")
+        if flag not in FLAGS:
+            found.append(word)
+            continue
+        if not separator:
+            if not rest:
+                raise invalid(flag, None, "a value")
+            value = rest.pop(0)
+        found += _one(flag, value)
+    return found
+
+
+def _one(flag: str, value: str) -> list[str]:
+    """Return the words that say what a published flag says."""
+    if flag in _RENAMED:
+        return [_RENAMED[flag], value] if _RENAMED[flag] else [value]
+    if flag in _OF_A_FILE:
+        return ["--set", f"{_OF_A_FILE[flag]}={value}"]
+    if flag in _OF_A_CLASSIFIER:
+        return ["--set-classifier", f"{_OF_A_CLASSIFIER[flag]}={value}"]
+    if flag == "--num_samples":
+        if not re.fullmatch(r"0*[1-9][0-9]{0,18}", value):
+            raise invalid(flag, value, "1 or more; --seeds says which")
+        return ["--seeds", f"0-{int(value) - 1}"]
+    if value.lower() not in (*_TRUE, *_FALSE):
+        raise invalid(flag, value, "True or False")
+    said = _SWITCHES[flag][value.lower() in _TRUE]
+    if isinstance(said, str):
+        raise invalid(flag, value, said)
+    return said
