@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import collections
+import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import struct
@@ -272,7 +275,7 @@ def make_damaged(folder):
         ("pointer.pt", "a Git LFS pointer"),
         ("other.pt", "a zip archive without data.pkl"),
         ("program.pt", "a TorchScript program"),
-        ("ancient.pt", "no file of torch.save"),
+        ("ancient.pt", "a tar archive"),
         *((f"{name}.safetensors", "not safetensors") for name in ("header", "cut", "json")),
         ("short.safetensors", "no file of torch.save or safetensors"),
         ("none.safetensors", "holds no tensors"),
@@ -312,3 +315,39 @@ def test_any_cut_of_a_file_is_refused(tmp_path):
             path.write_bytes(data[:length])
             with pytest.raises(CheckpointError):
                 read_weights(path)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'\xef\xbb\xbf<?xml version="1.0"?><Error><Code>BlobNotFound</Code></Error>', "web page"),
+        ("<html><title>404</title></html>".encode("utf-16"), "web page"),
+        ("<!DOCTYPE html><p>Seite nicht gefunden: fehlt f\u00fcr immer".encode(), "web page"),
+        (b'{"error": "Repository not found"}', "JSON"),
+        (b"404: Not Found", "text.*404"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "Git LFS"),
+        (gzip.compress(b"weights"), "gzip"),
+        (bz2.compress(b"weights"), "bzip2"),
+        (lzma.compress(b"weights"), "xz"),
+        (bytes(4096), "zeros"),
+        (b"PK\x05\x06" + bytes(18), "empty zip"),
+        (b"\x93NUMPY" + bytes(100), "NumPy"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("ending", ["pt", "safetensors", "ckpt"])
+def test_what_is_no_weights_file_is_called_what_it_is(tmp_path, content, said, ending):
+    path = tmp_path / f"x.{ending}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"x.{ending}: .*{said}") as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250 + len(str(path))
+
+
+def test_a_file_is_read_by_its_content_whatever_its_ending(tmp_path):
+    torch.save(STATE, tmp_path / "a.safetensors")
+    save_file(STATE, tmp_path / "b.pt")
+    torch.save(STATE, tmp_path / "c.ckpt", _use_new_zipfile_serialization=False)
+    for name in ("a.safetensors", "b.pt", "c.ckpt"):
+        found = read_weights(tmp_path / name).tensors
+        assert_equal({key: found[key] for key in STATE}, STATE)
