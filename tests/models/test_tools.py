@@ -165,7 +165,10 @@ def test_functional_call_pickles_and_copies():
 def test_a_replica_has_tensors_of_its_own_and_no_folded_form(monkeypatch):
     """What torch.nn.DataParallel makes for each GPU: its tensors are attributes, not parameters."""
     module = importlib.import_module("torch.nn.parallel.replicate")
-    twice = lambda tensors, devices, _=False: [[2 * t for t in tensors]] * len(devices)  # noqa: E731
+
+    def twice(tensors, devices, detach=False):
+        return [[2 * t for t in tensors]] * len(devices)
+
     monkeypatch.setattr(module, "_broadcast_coalesced_reshape", twice)
     net = made()
     (replica,) = module.replicate(net, [0], detach=True)
