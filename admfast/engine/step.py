@@ -310,7 +310,7 @@ class EmbeddingTable:
         t = timesteps[:, None].expand(rows, self.count).flatten()
         y = () if labels is None else (labels.repeat(rows),)
         with torch.no_grad():
-            values = self.net.embedded(t, *y).values  # type: ignore[operator]
+            values = self.net.projections(self.net.embedded(t, *y))  # type: ignore[operator]
         self.values[:rows] = values.view(rows, self.count, -1)
 
     def at(self, row: Tensor) -> Tensor:

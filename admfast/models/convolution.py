@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from admfast.models.fold.options import FoldOptions
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_forms import ConvOptions
-from admfast.ops.transforms import in_autocast, in_jit_trace
+from admfast.ops.transforms import in_autocast, in_program
 
 # What else than its parameters decides what a convolution computes.
 GEOMETRY = frozenset({"stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"})
@@ -73,9 +73,9 @@ class FoldableConv(nn.Module):
         # Under torch.func.functional_call other tensors stand here.
         if weight is not found.weight or weight.requires_grad or self.bias is not found.bias:
             return None
-        # Under autocast dtypes are torch's business, layer by layer; in a program of torch.jit.trace the form
-        # would be a constant.
-        return None if in_autocast(weight.device) or in_jit_trace() else found
+        # Under autocast dtypes are torch's business, layer by layer; in a traced program, which has weights of
+        # its own, the form would be a constant.
+        return None if in_autocast(weight.device) or in_program() else found
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None, any_order: bool = False

@@ -19,7 +19,7 @@ from admfast.models.hooks import FusedBlock, watched
 from admfast.ops.attention import attention
 from admfast.ops.group_norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
-from admfast.ops.transforms import in_transform
+from admfast.ops.transforms import in_transform, observed
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -254,10 +254,13 @@ class Attention(nn.Module):
     def forward(self, qkv: Tensor) -> Tensor:
         tokens = qkv.transpose(1, 2)
         # A user's own product may put out its positions together.
-        return self.of_tokens(tokens if tokens.stride(-1) == 1 else tokens.contiguous()).transpose(1, 2)
+        tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+        # torch's FLOP counter knows the two products, and not every one of torch's kernels.
+        impl = "reference" if observed() else None
+        return attention(tokens, self.num_heads, legacy_order=self.legacy_order, impl=impl).transpose(1, 2)
 
     def of_tokens(self, qkv: Tensor, reordered: bool = False) -> Tensor:
-        """[N, S, 3C] -> [N, S, C]; `reordered`: legacy rows come in the new order."""
+        """[N, S, 3C] -> [N, S, C] without the module's hooks; `reordered`: legacy rows in the new order."""
         return attention(qkv, self.num_heads, legacy_order=self.legacy_order and not reordered)
 
 

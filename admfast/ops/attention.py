@@ -15,7 +15,7 @@ from admfast.errors import Unavailable, invalid
 from admfast.ops import attention_kernels as kernels
 from admfast.ops.attention_kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.transforms import in_jit_trace, in_vmap, record
+from admfast.ops.transforms import in_program, in_vmap, record
 
 
 def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +177,7 @@ def _by_function(qkv: Tensor) -> bool:
     derivative instead: none of them has a second one to lose (compiled graphs can't be differentiated twice),
     and a compiled torch.func.grad of a Function around a raw op gives zeros, silently.
     """
-    if torch.compiler.is_compiling() or in_jit_trace():
+    if torch.compiler.is_compiling() or in_program():
         return False
     if torch.autograd.forward_ad._current_level < 0 and not (torch.is_grad_enabled() and qkv.requires_grad):
         return False

@@ -60,9 +60,11 @@ def in_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
-def in_jit_trace() -> bool:
-    """Tell whether torch.jit.trace writes down what runs."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+def in_program() -> bool:
+    """Tell whether torch.jit.trace or torch.export writes a program that may run where this package isn't."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._is_tracing()
 
 
 def observed() -> bool:
@@ -123,10 +125,10 @@ def compiled_transform() -> str | None:
 
 def transformed(*tensors: Tensor | None) -> str | None:
     """Name the transform of a tensor that only torch's own operations know; None where there is none."""
+    if in_program():
+        return "a traced program is made of torch's own operations"
     if torch.compiler.is_compiling():
         return compiled_transform()
-    if torch._C._is_tracing():
-        return "torch.jit.trace writes down torch's own operations alone"
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     if not forward_mode and not in_transform():
         return None

@@ -21,7 +21,7 @@ from admfast.errors import invalid
 from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
 from admfast.models.fold.values import Values
-from admfast.models.hooks import Survey, parts, survey
+from admfast.models.hooks import Survey, hooked, parts, survey
 from admfast.ops.layout import channels_last
 from admfast.ops.transforms import deriving
 
@@ -274,7 +274,16 @@ class FoldableNet(nn.Module):
 
     def projected(self, emb: Tensor) -> Tensor | Projected:
         """The embedding [N, E] as the blocks take it: projected to all of them where that is folded."""
-        return self._projections(emb) if self._projections is not None and self.projects else emb
+        if self._projections is None or hooked(()) or not self.projects:  # hooks on every module there is
+            return emb
+        return self._projections(emb)
+
+    def projections(self, emb: Tensor | Projected) -> Tensor:
+        """Return the projections [N, projected_width] of what `embedded` gave; the network `projects`."""
+        if isinstance(emb, Tensor):  # a hook that came while images are sampled
+            assert self._projections is not None
+            emb = self._projections(emb)
+        return emb.values
 
     def entering(self, x: Tensor) -> Tensor:
         """Return images as the torso takes them: in its dtype, with their channels together.
