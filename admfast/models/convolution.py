@@ -73,7 +73,7 @@ class FoldableConv(nn.Module):
         # Under torch.func.functional_call other tensors stand here.
         if weight is not found.weight or weight.requires_grad or self.bias is not found.bias:
             return None
-        # Under autocast dtypes are torch's business, layer by layer; in a traced program, which has weights of
+        # Under autocast dtypes are torch's business, layer by layer; in a traced program, whose weights are
         # its own, the form would be a constant.
         return None if in_autocast(weight.device) or in_program() else found
 
