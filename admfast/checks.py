@@ -36,7 +36,7 @@ def whole(
     tensors: bool = True,
 ) -> int:
     """Return a whole number in least..most, or `special`, as an int; `tensors`: also one held by a tensor."""
-    number = _index(_held(value, tensors))
+    number = _index(value if isinstance(value, int) else _held(value, tensors))
     if number is not None and (number == special or least <= number and (most is None or number <= most)):
         return number
     span = f"of at least {least}" if most is None else f"from {least} to {most}"
@@ -45,8 +45,6 @@ def whole(
 
 def _held(value: object, tensors: bool) -> object:
     """Return the number in a tensor or an array without axes; anything else as it is."""
-    if isinstance(value, (int, float)):
-        return value
     if isinstance(value, Tensor):
         return value.item() if tensors and value.dim() == 0 and not value.is_meta else value
     return value.item() if isinstance(value, ARRAYS) and value.ndim == 0 else value
@@ -107,7 +105,8 @@ def real(
     tensors: bool = True,
 ) -> float:
     """Return a finite number as a float, in a range whose ends belong to it (least, most) or not."""
-    number, held = math.nan, _held(value, tensors)
+    number = math.nan
+    held = value if isinstance(value, (int, float)) else _held(value, tensors)
     if isinstance(held, numbers.Real) and not isinstance(held, bool):
         with contextlib.suppress(OverflowError):  # a whole number that no float holds
             number = float(held)
