@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -10,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from admfast.errors import first_line, invalid
+from admfast.errors import InvalidArgument, first_line, invalid
 from admfast.files.atomic import atomic_open
 
 UInt8 = NDArray[np.uint8]
@@ -25,6 +28,12 @@ _BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
 _READ_AS = dict.fromkeys(("1", "L"), "L")
 _READ_AS |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
 _READ_AS |= dict.fromkeys(("LA", "PA", "RGBA"), "RGBA")
+
+# What Pillow raises for damaged files; its readers let the errors of their parts through.
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 
 def write_png(path: str | PathLike[str], image: UInt8) -> None:
@@ -43,17 +52,22 @@ def write_png(path: str | PathLike[str], image: UInt8) -> None:
         picture.save(file, format="PNG")
 
 
-def read_image(path: str | PathLike[str]) -> UInt8:
+def read_image(path: str | PathLike[str], content: bytes | None = None) -> UInt8:
     """Read an image file as uint8 [H, W, C] with C = 1, 3 or 4, as the file has it.
 
-    Palettes become RGB (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey.
+    Palettes become RGB (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey. Of
+    several pictures in a file the first is read.
+
+    Args:
+        path: file name.
+        content: what the file holds, where that is known already; `path` then only names it in errors.
 
     Raises:
         InvalidArgument: for a file that is missing, damaged, no image, or has more than 8 bits a channel.
     """
     name = str(path)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if content is None else io.BytesIO(content)) as picture:
             mode = picture.mode
             if mode not in _READ_AS:
                 raise invalid(
@@ -65,7 +79,9 @@ def read_image(path: str | PathLike[str]) -> UInt8:
         raise invalid("path", name, "no such file") from None
     except UnidentifiedImageError:
         raise invalid("path", name, "not an image in a format that Pillow reads") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except InvalidArgument:
+        raise
+    except _DAMAGED as error:
         raise invalid("path", name, f"not readable as an image: {first_line(error)}") from error
     return array[:, :, None] if array.ndim == 2 else array
 

@@ -1,7 +1,6 @@
 """The handwritten digits as 32x32 training images, and the three networks that ship trained on them.
 
-`python -m admfast.training.digits {diffusion,classifier,upsampler} --out DIR` trains one of them. The data
-are the 1,797 digits of scikit-learn's `load_digits` (8x8 pixels, levels 0..16; UCI, Alpaydin & Kaynak 1998).
+`python -m admfast.training.digits {diffusion,classifier,upsampler} --out DIR` trains one of them.
 """
 
 from __future__ import annotations
@@ -29,49 +28,10 @@ from admfast.models import (
     upsampler_config_from_flags,
 )
 from admfast.models.description import Description
+from admfast.training.digit_images import CLASSES, LEVELS, block_means, enlarge, load_digits
 from admfast.training.loop import Batch, TrainConfig, train
 
-LEVELS = 16  # the digits' grey levels run from 0 to 16
-CLASSES = 10
 DIFFUSION = DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True)
-
-
-def enlarge(digits: Tensor, rounds: int = 20) -> Tensor:
-    """Enlarge 8x8 digits to smooth 32x32 images whose 4x4 block means give the digits back.
-
-    u = up(d), then `rounds` times u = clip(u + up(d - area_mean(u)), 0, 16), with up = bicubic by four.
-
-    Args:
-        digits: [N, 1, 8, 8], levels 0..16.
-
-    Returns:
-        [N, 1, 32, 32] in 0..16, float32.
-    """
-    digits = digits.float()
-    images = _bicubic(digits)
-    for _ in range(rounds):
-        images = (images + _bicubic(digits - block_means(images))).clamp(0, LEVELS)
-    return images
-
-
-def block_means(images: Tensor) -> Tensor:
-    """Means over 4x4 blocks: [N, 1, 32, 32] -> [N, 1, 8, 8]."""
-    return F.avg_pool2d(images, 4)
-
-
-def _bicubic(digits: Tensor) -> Tensor:
-    """[N, 1, 8, 8] -> [N, 1, 32, 32] with the cubic of Pillow (a = -1/2), which `antialias` selects."""
-    return F.interpolate(digits, scale_factor=4, mode="bicubic", align_corners=False, antialias=True)
-
-
-def load_digits() -> tuple[Tensor, Tensor]:
-    """Return the digits [1797, 1, 8, 8] (float32, levels 0..16) and their classes [1797] (int64)."""
-    try:
-        from sklearn.datasets import load_digits as sklearn_digits
-    except ImportError as error:
-        raise AdmfastError("the digits come with scikit-learn: install the extra 'admfast[demo]'") from error
-    data = sklearn_digits()
-    return torch.from_numpy(data.images).float()[:, None], torch.from_numpy(data.target).long()
 
 
 def to_model_range(levels: Tensor) -> Tensor:

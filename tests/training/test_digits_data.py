@@ -12,18 +12,9 @@ import admfast
 from admfast.checkpoints import load_network
 from admfast.errors import AdmfastError, InvalidArgument
 from admfast.models import build
-from admfast.training import digits
-from admfast.training.digits import (
-    DIFFUSION,
-    RECIPES,
-    batches,
-    block_means,
-    enlarge,
-    export,
-    load_digits,
-    main,
-    to_model_range,
-)
+from admfast.training import digit_images
+from admfast.training.digit_images import block_means, enlarge, load_digits
+from admfast.training.digits import DIFFUSION, RECIPES, batches, export, main, to_model_range
 from admfast.training.loop import TrainConfig
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -184,4 +175,4 @@ def test_mistakes_of_the_command_are_one_line_and_status_2(tmp_path, capsys):
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(AdmfastError, match=r"install the extra 'admfast\[demo\]'"):
-        digits.load_digits()
+        digit_images.load_digits()
