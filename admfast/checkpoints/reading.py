@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from admfast.checkpoints.snapshots import is_run, read_run
 from admfast.errors import CheckpointError, InvalidArgument, first_line
 from admfast.models.description import Description, description_from_json
 
@@ -52,7 +53,8 @@ def read_weights(path: str | PathLike[str], *, checksums: bool = True) -> Weight
     `.json` beside the file, or the copy in a safetensors header.
 
     Args:
-        path: .pt, .pth or .safetensors.
+        path: .pt, .pth or .safetensors; or the folder of a training run, of which it reads the first average
+            in the newest snapshot that is whole.
         checksums: compare every member of a zip-format .pt with its CRC-32, which mapping it would pass over:
             1.5 s for 2.2 GB. False is for files that were saved without (torch's `set_crc32_options`).
 
@@ -61,6 +63,8 @@ def read_weights(path: str | PathLike[str], *, checksums: bool = True) -> Weight
             when unpickled (naming what it would run), or isn't a plain mapping of names to tensors.
     """
     path = Path(path)
+    if is_run(path):
+        return Weights(path, *read_run(path))
     _check_there(path)
     if path.suffix == ".safetensors":
         tensors, header = _read_safetensors(path)

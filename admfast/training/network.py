@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.checkpoints import ModelInfo, load_network
+from admfast.checkpoints import Weights, compare, read_weights, shapes_of
 from admfast.engine.precision import POLICIES, policy
-from admfast.errors import Unavailable, invalid
+from admfast.errors import CheckpointError, Unavailable, invalid
 from admfast.models import NetConfig, UNetConfig, build
 from admfast.models.fold import FoldableNet
 from admfast.models.layers import AttentionBlock, ResBlock
@@ -25,8 +25,8 @@ def build_network(recipe: Recipe, start: str | PathLike[str] | None = None) -> n
     """Return the network of a recipe in training mode, its weights a function of the recipe's seed.
 
     start: weights file to begin from (any that `admfast.load` reads, a run's folder too). Its network must be
-        the recipe's but for dropout and the number of classes: what has a row for each class begins anew where
-        the number differs. With a null class more than the file has classes, only that row does.
+        the recipe's but for dropout and the number of classes: where that differs, what has a row for each
+        class begins anew. With a null class more than the file has classes, only that row does.
     Raises: CheckpointError, InvalidArgument.
     """
     with torch.random.fork_rng(devices=[]):
@@ -34,43 +34,36 @@ def build_network(recipe: Recipe, start: str | PathLike[str] | None = None) -> n
         torch.manual_seed(recipe.seed % 2**63)
         net = build(recipe.network)
     if start is not None:
-        given, info = load_network(start)
-        net.load_state_dict(_fitted(net.state_dict(), given.state_dict(), recipe, info), strict=True)
+        net.load_state_dict(_fitted(net.state_dict(), read_weights(start), recipe))
     freeze(net, recipe.freeze)
     set_checkpointing(net, recipe.checkpointing)
     return net.train()
 
 
-def network_of(start: str | PathLike[str], **options: Any) -> ModelInfo:
-    """Return what a weights file is; options as for `load_network`. Raises CheckpointError."""
-    return load_network(start, **options)[1]
-
-
-def _fitted(fresh: State, given: State, recipe: Recipe, info: ModelInfo) -> State:
+def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
     """Return the weights of a file for the network of a recipe, whose classes may be others."""
-    old, new = info.config, recipe.network
-    if _without_classes(old) != _without_classes(new):
-        raise invalid("from", str(info.path), f"a network like the recipe's; {_difference(old, new)}")
-    if classes_of(old) == classes_of(new):
-        return given
-    known = classes_of(old) or 0
-    null_row = recipe.drop_classes > 0 and classes_of(new) == known + 1
-    state = dict(given)
-    for key in fresh:
-        if key not in given:
-            state[key] = fresh[key]  # the classes of a network that had none
-        elif given[key].shape != fresh[key].shape:
-            state[key] = fresh[key].clone()
-            if null_row:
-                state[key][:known] = given[key]
-    return {key: state[key] for key in fresh}
-
-
-def classes_of(network: NetConfig) -> int | None:
-    """Return the number of classes that a network knows, a null class included; None without."""
-    if isinstance(network, UNetConfig):
-        return network.num_classes
-    return network.out_channels
+    given = {key: value.float() for key, value in weights.tensors.items()}
+    known = weights.description
+    if known is not None and (difference := _difference(known.network, recipe.network)):
+        raise invalid("from", str(weights.path), f"a network like the recipe's; {difference}")
+    if recipe.kind == "classifier":
+        of_classes = [key for key in fresh if key.startswith("out.")]
+    else:
+        of_classes = [key for key in fresh if key.startswith("label_emb.")]
+    # A network that had no classes gets fresh ones; anything else that is missing is an error.
+    state = {key: given.get(key, fresh[key] if key == "label_emb.weight" else None) for key in fresh}
+    for key in of_classes:
+        old, new = given.get(key), fresh[key]
+        if old is None or old.shape == new.shape or old.shape[1:] != new.shape[1:]:
+            continue
+        state[key] = new.clone()
+        if recipe.drop_classes and len(new) == len(old) + 1:  # a null class behind the file's
+            state[key][: len(old)] = old  # type: ignore[index]
+    shapes = shapes_of({key: value for key, value in state.items() if value is not None})
+    unknown = {key: tuple(given[key].shape) for key in given if key not in fresh and key != "label_emb.weight"}
+    if differences := compare({**shapes, **unknown}, shapes_of(fresh)):
+        raise CheckpointError(f"{weights.path}: does not fit the recipe's network: {differences.summary()}")
+    return {key: value for key, value in state.items() if value is not None}
 
 
 def _without_classes(network: NetConfig) -> dict[str, Any]:
