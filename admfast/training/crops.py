@@ -1,7 +1,8 @@
 """The published preprocessing: halve by box filter, bring the shorter side to size by bicubic filter, cut.
 
 Source: `center_crop_arr` and `random_crop_arr` of the published image_datasets.py; all levels are equal.
-Rounding is part of it: Pillow filters along rows, rounds to 8 bits, then along columns.
+Rounding is part of it: Pillow filters along rows, rounds to 8 bits, then along columns (tall images the other
+way round from version 13 on, so that their levels depend on Pillow's version).
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def _halved(picture: Image.Image, shorter: int) -> Image.Image:
     """The picture halved by box filter as long as its shorter side stays at least `shorter`."""
     while min(picture.size) >= 2 * shorter:
         width, height = picture.size
-        if width % 2 or height % 2:
+        # From version 13 on Pillow filters along the columns of tall images first, which rounds otherwise.
+        if width % 2 or height % 2 or height > 2 * width:
             picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
         else:
             picture = _half(picture)

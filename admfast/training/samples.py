@@ -13,6 +13,7 @@ and the place of a run is one number.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import warnings
@@ -221,7 +222,9 @@ class _Maker(Dataset[_Part]):
     """The samples as what a `DataLoader` asks for whole batches."""
 
     def __init__(self, samples: Samples) -> None:
-        self._samples = samples
+        # What is broken is the caller's to tell: a copy finds it out by itself.
+        self._samples = copy.copy(samples)
+        self._samples.broken = dict(samples.broken)
 
     def __getitems__(self, ks: Sequence[int]) -> _Part:
         try:
