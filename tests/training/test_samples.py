@@ -83,7 +83,7 @@ def test_every_place_of_an_epoch_is_as_likely():
 
 
 def test_lengths_places_and_flips_are_as_likely():
-    """Cut 4x4 from 5x5 after bringing it to 4 (one place) or leaving it at 5 (four places), and mirror half."""
+    """Cut 4x4 from 5x5 brought to 4 (one place) or left at 5 (four places), and mirror every second one."""
     image = np.arange(25, dtype=np.uint8).reshape(1, 5, 5, 1) * 10
     samples = Samples(ArraySource(image, None, "array", "array"), SEED, 4, channels=1, random_crop=True)
     count = 4000
