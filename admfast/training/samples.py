@@ -30,7 +30,7 @@ from admfast import checks
 from admfast.errors import AdmfastError, first_line, invalid
 from admfast.files.images import UInt8
 from admfast.ops.noise import MASK32, philox4x32_10
-from admfast.training.crops import center_crop, random_crop, with_channels
+from admfast.training.crops import Picture, center_crop, random_crop, with_channels
 from admfast.training.images import BrokenImage, Source
 
 
@@ -134,15 +134,15 @@ class Samples:
             if index not in self.broken:
                 yield index
 
-    def _cut(self, image: UInt8, k: int) -> UInt8:
+    def _cut(self, image: Picture, k: int) -> UInt8:
         """The crop and flip of an image that is sample `k`."""
         *crop, flip = self._words(0, k, DataStream.CROP)
         if self.random_crop:
             words = iter(crop)
-            image = random_crop(image, self.size, lambda count: next(words) * count >> 32)
+            cut = random_crop(image, self.size, lambda count: next(words) * count >> 32)
         else:
-            image = center_crop(image, self.size)
-        return image[:, ::-1] if self.random_flip and flip < 2**31 else image
+            cut = center_crop(image, self.size)
+        return cut[:, ::-1] if self.random_flip and flip < 2**31 else cut
 
     def _words(self, element: int, row: int, stream: DataStream) -> tuple[int, ...]:
         key = (self.seed & MASK32, self.seed >> 32)

@@ -80,6 +80,19 @@ def test_channels():
     grey, colour = noise(5, 6, 1), noise(5, 6, 3)
     assert with_channels(grey, 1) is grey and with_channels(colour, 3) is colour
     assert np.array_equal(with_channels(grey, 3), np.concatenate([grey] * 3, axis=2))
-    luminance = np.asarray(Image.fromarray(colour).convert("L"))[:, :, None]
+    luminance = Image.fromarray(colour).convert("L")
     assert np.array_equal(with_channels(colour, 1), luminance)
-    assert np.array_equal(with_channels(with_channels(grey, 3), 1), grey)
+    assert np.array_equal(with_channels(with_channels(grey, 3), 1), grey[:, :, 0])
+    picture = Image.fromarray(colour)
+    assert with_channels(picture, 3) is picture
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_cut_like_their_pixels(channels):
+    image = noise(70, 90, channels)
+    picture = Image.fromarray(image.squeeze(2) if channels == 1 else image)
+    for size in (8, 70, 90):
+        assert np.array_equal(center_crop(picture, size), center_crop(image, size))
+        assert np.array_equal(shared_part(picture, size, True), shared_part(image, size, True))
+        crops = [random_crop(x, size, lambda count: count // 2) for x in (picture, image)]
+        assert np.array_equal(*crops)

@@ -53,6 +53,10 @@ def put(request, tmp_path) -> Callable[..., Path]:
     return lambda files: request.param(tmp_path / "data", files)
 
 
+def pixels(source: Source, index: int) -> np.ndarray:
+    return np.atleast_3d(np.asarray(source.decode(index)))
+
+
 def names(source: Source) -> list[str]:
     return [source.name(i) for i in range(len(source))]
 
@@ -71,13 +75,13 @@ def test_folder_and_zip_have_the_same_images_and_pickles_have_them_too(tmp_path)
     assert (folder.labels, folder.class_names) == (packed.labels, packed.class_names)
     for source in (folder, packed, pickle.loads(pickle.dumps(folder)), pickle.loads(pickle.dumps(packed))):
         for i in range(len(NAMES)):
-            assert np.array_equal(source.decode(i), COLOURS + i)
+            assert np.array_equal(pixels(source, i), COLOURS + i)
 
 
 def test_a_name_that_is_no_text_is_found(tmp_path):
     place = in_folder(tmp_path, {})
     (place / os.fsdecode(b"\xff\xfe.png")).write_bytes(PNG)
-    assert np.array_equal(open_source(place).decode(0), COLOURS)
+    assert np.array_equal(pixels(open_source(place), 0), COLOURS)
 
 
 def test_links_are_followed_but_not_in_a_circle(tmp_path):
@@ -179,7 +183,7 @@ def test_npz(tmp_path, channels):
     write_streamed(tmp_path / "x.npz", images.shape, images, [2, 0, 2, 1, 0])
     source = open_source(tmp_path / "x.npz")
     assert (source.labels, source.class_names) == ((2, 0, 2, 1, 0), ("0", "1", "2"))
-    assert all(np.array_equal(source.decode(i), images[i, ..., :3]) for i in range(5))
+    assert all(np.array_equal(pixels(source, i), images[i, ..., :3]) for i in range(5))
     check_classes(source, 3)
     write_streamed(tmp_path / "y.npz", images.shape, images)
     assert open_source(tmp_path / "y.npz").labels is None
@@ -243,7 +247,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_has_the_published_pixels(tmp_path, kind):
-    image = open_source(in_folder(tmp_path, {"x.png": KINDS[kind]})).decode(0)
+    image = pixels(open_source(in_folder(tmp_path, {"x.png": KINDS[kind]})), 0)
     assert image.dtype == np.uint8 and image.shape[2] in (1, 3)
     wanted = as_published(KINDS[kind])
     assert wanted.shape == (30, 40, 3) and np.array_equal(np.broadcast_to(image, wanted.shape), wanted)
@@ -268,7 +272,7 @@ def test_broken_files_are_named(put, kind):
     with pytest.raises(BrokenImage, match="bad.png") as caught:
         source.decode(1)
     assert "\n" not in str(caught.value)
-    assert np.array_equal(source.decode(0), COLOURS)
+    assert np.array_equal(pixels(source, 0), COLOURS)
 
 
 def test_a_damaged_part_of_a_zip_is_a_broken_image(tmp_path):
