@@ -28,7 +28,7 @@ from admfast import checks, host
 from admfast.errors import AdmfastError
 from admfast.files.atomic import atomic_open, check_folder
 from admfast.files.images import UInt8
-from admfast.training.crops import shared_part, with_channels
+from admfast.training.crops import reuse_memory, shared_part, with_channels
 from admfast.training.images import BrokenImage, Source
 from admfast.training.samples import Samples
 
@@ -155,6 +155,7 @@ def _parts(samples: Samples, threads: int) -> Iterator[UInt8 | BrokenImage]:
             return error
         return shared_part(image, samples.size, samples.random_crop)
 
+    reuse_memory()
     with ThreadPoolExecutor(threads) as pool:
         indices, some = range(len(samples.source)), threads * _AHEAD
         for first in indices[::some]:

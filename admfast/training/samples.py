@@ -30,7 +30,7 @@ from admfast import checks
 from admfast.errors import AdmfastError, first_line, invalid
 from admfast.files.images import UInt8
 from admfast.ops.noise import MASK32, philox4x32_10
-from admfast.training.crops import Picture, center_crop, random_crop, with_channels
+from admfast.training.crops import Picture, center_crop, random_crop, reuse_memory, with_channels
 from admfast.training.images import BrokenImage, Source
 
 
@@ -185,13 +185,17 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
         of memory).
     """
     checks.whole("workers", workers, 0)
-    parts: Iterable[_Part] = map(_Maker(samples).__getitems__, ks)
-    if workers:
+    parts: Iterable[_Part]
+    if workers == 0:
+        reuse_memory()
+        parts = map(_Maker(samples).__getitems__, ks)
+    else:
         parts = DataLoader(
             _Maker(samples),
             batch_sampler=ks,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_begin,
             generator=torch.Generator(),  # else the global one is drawn from
         )
     try:
@@ -234,6 +238,10 @@ class _Maker(Dataset[_Part]):
             return _Part(None, self._samples.broken, error)
         classes = None if labels[0] is None else torch.tensor(labels)
         return _Part(ImageBatch(tuple(ks), torch.stack(images), classes), self._samples.broken, None)
+
+
+def _begin(worker: int) -> None:
+    reuse_memory()
 
 
 def _as_it_is(part: Any) -> Any:
