@@ -52,8 +52,14 @@ def write_png(path: str | PathLike[str], image: UInt8) -> None:
         picture.save(file, format="PNG")
 
 
-def read_image(path: str | PathLike[str], content: bytes | None = None) -> UInt8:
-    """Read an image file as uint8 [H, W, C] with C = 1, 3 or 4, as the file has it.
+def read_image(path: str | PathLike[str]) -> UInt8:
+    """Return the content of an image file as uint8 [H, W, C], C = 1, 3 or 4. Arguments: see `open_image`."""
+    array = np.asarray(open_image(path))
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def open_image(path: str | PathLike[str], content: bytes | None = None) -> Image.Image:
+    """Return the decoded picture of an image file: grey ("L"), "RGB" or "RGBA", as the file has it.
 
     Palettes become RGB (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey. Of
     several pictures in a file the first is read.
@@ -74,16 +80,16 @@ def read_image(path: str | PathLike[str], content: bytes | None = None) -> UInt8
                     "path", name, f"an image of 8 bits a channel; this one has Pillow's mode {mode}"
                 )
             wanted = "RGBA" if mode == "P" and "transparency" in picture.info else _READ_AS[mode]
-            array = np.asarray(picture.convert(wanted))
+            picture.load()  # which closes the file
+            return picture if mode == wanted else picture.convert(wanted)
+    except InvalidArgument:
+        raise
     except FileNotFoundError:
         raise invalid("path", name, "no such file") from None
     except UnidentifiedImageError:
         raise invalid("path", name, "not an image in a format that Pillow reads") from None
-    except InvalidArgument:
-        raise
     except _DAMAGED as error:
         raise invalid("path", name, f"not readable as an image: {first_line(error)}") from error
-    return array[:, :, None] if array.ndim == 2 else array
 
 
 def labelled_grid(

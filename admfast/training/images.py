@@ -18,12 +18,14 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from admfast.checks import one_of
 from admfast.errors import AdmfastError, InvalidArgument, invalid
-from admfast.files.images import UInt8, read_image
+from admfast.files.images import UInt8, open_image
 from admfast.files.npz import read_samples
 from admfast.files.sets import ENDINGS
+from admfast.training.crops import Picture
 
 SUFFIXES = (*ENDINGS, ".gif")
 CLASS_RULES = ("auto", "folders", "prefixes", "none")
@@ -54,8 +56,10 @@ class Source(Protocol):
     def identity(self) -> str:
         """Return a text that is another one when images are added, removed or changed."""
 
-    def decode(self, index: int) -> UInt8:
-        """Return one image [H, W, C], C = 1 or 3. Raises BrokenImage where it can't be decoded."""
+    def decode(self, index: int) -> Picture:
+        """Return one image, uint8 [H, W, C] with C = 1 or 3, or Pillow's picture of it (np.asarray of which
+        has no axis C where it is grey). Raises BrokenImage where it can't be decoded.
+        """
 
 
 def open_source(data: str | PathLike[str], classes: str = "auto") -> Source:
@@ -130,7 +134,7 @@ class FolderSource:
             found.update(self._paths[index] + f"|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
         return f"folder {self._place.resolve()} {found.hexdigest()}"
 
-    def decode(self, index: int) -> UInt8:
+    def decode(self, index: int) -> Image.Image:
         path = self._path(index)
         try:
             content = path.read_bytes()
@@ -169,7 +173,7 @@ class ZipSource:
     def identity(self) -> str:
         return _file_identity(self._place)
 
-    def decode(self, index: int) -> UInt8:
+    def decode(self, index: int) -> Image.Image:
         name = self.name(index)
         try:
             content = self._archive().read(self._names[index])
@@ -281,18 +285,18 @@ def _classified(
     return tuple(found[name] for name in names), tuple(found)
 
 
-def _decoded(name: str, content: bytes) -> UInt8:
-    """An image file's pixels [H, W, C], C = 1 or 3: as published without alpha, EXIF's rotation ignored."""
+def _decoded(name: str, content: bytes) -> Image.Image:
+    """An image file's picture, grey or RGB: as published without alpha, EXIF's rotation ignored."""
     if not content:
         raise BrokenImage(f"{name}: the file is empty")
     try:
-        image = read_image(name, content)[:, :, :3]
+        picture = open_image(name, content)
     except InvalidArgument as error:
         raise BrokenImage(str(error)) from error
-    sides = image.shape[:2]
-    if max(sides) > LONGEST_STRIP * min(sides):
-        raise BrokenImage(f"{name}: {sides[1]}x{sides[0]} pixels, a strip longer than 1:{LONGEST_STRIP}")
-    return image
+    if max(picture.size) > LONGEST_STRIP * min(picture.size):
+        sides = f"{picture.width}x{picture.height} pixels"
+        raise BrokenImage(f"{name}: {sides}, a strip longer than 1:{LONGEST_STRIP}")
+    return picture.convert("RGB") if picture.mode == "RGBA" else picture
 
 
 def _file_identity(place: Path) -> str:

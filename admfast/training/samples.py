@@ -13,6 +13,7 @@ and the place of a run is one number.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import warnings
@@ -29,7 +30,7 @@ from admfast import checks
 from admfast.errors import AdmfastError, first_line, invalid
 from admfast.files.images import UInt8
 from admfast.ops.noise import MASK32, philox4x32_10
-from admfast.training.crops import center_crop, random_crop, with_channels
+from admfast.training.crops import Picture, center_crop, random_crop, reuse_memory, with_channels
 from admfast.training.images import BrokenImage, Source
 
 
@@ -133,15 +134,15 @@ class Samples:
             if index not in self.broken:
                 yield index
 
-    def _cut(self, image: UInt8, k: int) -> UInt8:
+    def _cut(self, image: Picture, k: int) -> UInt8:
         """The crop and flip of an image that is sample `k`."""
         *crop, flip = self._words(0, k, DataStream.CROP)
         if self.random_crop:
             words = iter(crop)
-            image = random_crop(image, self.size, lambda count: next(words) * count >> 32)
+            cut = random_crop(image, self.size, lambda count: next(words) * count >> 32)
         else:
-            image = center_crop(image, self.size)
-        return image[:, ::-1] if self.random_flip and flip < 2**31 else image
+            cut = center_crop(image, self.size)
+        return cut[:, ::-1] if self.random_flip and flip < 2**31 else cut
 
     def _words(self, element: int, row: int, stream: DataStream) -> tuple[int, ...]:
         key = (self.seed & MASK32, self.seed >> 32)
@@ -184,13 +185,17 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
         of memory).
     """
     checks.whole("workers", workers, 0)
-    parts: Iterable[_Part] = map(_Maker(samples).__getitems__, ks)
-    if workers:
+    parts: Iterable[_Part]
+    if workers == 0:
+        reuse_memory()
+        parts = map(_Maker(samples).__getitems__, ks)
+    else:
         parts = DataLoader(
             _Maker(samples),
             batch_sampler=ks,  # type: ignore[arg-type]
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_begin,
             generator=torch.Generator(),  # else the global one is drawn from
         )
     try:
@@ -221,7 +226,9 @@ class _Maker(Dataset[_Part]):
     """The samples as what a `DataLoader` asks for whole batches."""
 
     def __init__(self, samples: Samples) -> None:
-        self._samples = samples
+        # What is broken is the caller's to tell: a copy finds it out by itself.
+        self._samples = copy.copy(samples)
+        self._samples.broken = dict(samples.broken)
 
     def __getitems__(self, ks: Sequence[int]) -> _Part:
         try:
@@ -231,6 +238,10 @@ class _Maker(Dataset[_Part]):
             return _Part(None, self._samples.broken, error)
         classes = None if labels[0] is None else torch.tensor(labels)
         return _Part(ImageBatch(tuple(ks), torch.stack(images), classes), self._samples.broken, None)
+
+
+def _begin(worker: int) -> None:
+    reuse_memory()
 
 
 def _as_it_is(part: Any) -> Any:

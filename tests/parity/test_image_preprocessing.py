@@ -18,7 +18,7 @@ FOLDER = cases("training", pattern="images/config.json")
 
 
 def recorded(drawn: np.ndarray, least: int):
-    """The three recorded draws in turn, each counted from the least that it could be, as `draw` returns it."""
+    """The three recorded draws in turn, each counted from its least value, as `draw` returns it."""
     values = iter([int(drawn[0]) - least, int(drawn[1]), int(drawn[2])])
 
     def draw(count: int) -> int:
