@@ -61,6 +61,7 @@ def _command(kind: str) -> Callable[..., None]:
         grid_every: option.GridEvery = 1000,
         keep: option.Keep = 3,
         workers: option.Workers = 0,
+        cache: option.Cache = None,
         device: option.Device = None,
         dry_run: option.DryRun = False,
     ) -> None:
@@ -73,8 +74,9 @@ def _command(kind: str) -> Callable[..., None]:
         options |= {name: value for name, value in given.items() if value is not None}
         wanted = resolved(kind, preset, from_, options)
         habits = Habits(
-            save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers
-        )
+            save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
+            cache=cache,
+        )  # fmt: skip
         place = _data(preset, data)
         with processes(device) as world:
             if dry_run:
@@ -86,7 +88,11 @@ def _command(kind: str) -> Callable[..., None]:
     return run
 
 
-_ARTICLES = {"diffusion": "a diffusion model", "classifier": "a noisy classifier", "upsampler": "an upsampler"}
+_ARTICLES = {
+    "diffusion": "a diffusion model",
+    "classifier": "a noisy classifier",
+    "upsampler": "an upsampler",
+}
 for _kind in KINDS:
     commands.command(_kind)(_command(_kind))
 
@@ -143,7 +149,15 @@ def _train(
 ) -> None:
     source = open_source(data, labels)
     if world.first:
-        print(table([*_rows(wanted, world), ("data", f"{data}, {len(source)} images"), ("out", str(out.resolve()))]))
+        print(
+            table(
+                [
+                    *_rows(wanted, world),
+                    ("data", f"{data}, {len(source)} images"),
+                    ("out", str(out.resolve())),
+                ]
+            )
+        )
     outcome = train(wanted, source, out, habits, world, start, say=_say)
     if world.first:
         print(f"{outcome.step} of {wanted.steps} steps are done; what they gave is in")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Preset = Annotated[str, typer.Option(help="Whose network and settings are the defaults (see --help above).")]
+Preset = Annotated[str, typer.Option(help="Whose network and settings are the defaults.")]
 Data = Annotated[
     str | None,
     typer.Option(help="Images: a folder, a zip, an npz, or digits (default: digits for digits32)."),
@@ -37,15 +37,16 @@ Precision = Annotated[
 Checkpointing = Annotated[
     str | None,
     typer.Option(
-        help="Blocks that the backward pass computes again to save memory: none, attention, all, or k for every "
-        "k-th (default: none)."
+        help="Blocks that the backward pass computes again, to save memory: none, attention, all, or k for "
+        "every k-th (default: none)."
     ),
 ]
 From = Annotated[
     str | None,
     typer.Option(
         "--from",
-        help="Weights file or run to begin from; its network and process replace the preset's (default: none).",
+        help="Weights file or run to begin from; its network and process replace the preset's "
+        "(default: none).",
     ),
 ]
 Set = Annotated[
@@ -53,8 +54,8 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Any other setting of the recipe, the network or the process, such as num_classes=5, dropout=0.1, "
-        "ema=0.999,0.9999 or diffusion_steps=4000; repeat it for more (default: none).",
+        help="Any other setting of the recipe, the network or the process, such as num_classes=5, "
+        "dropout=0.1, ema=0.999,0.9999 or diffusion_steps=4000; repeat it for more (default: none).",
     ),
 ]
 SaveEvery = Annotated[int, typer.Option(help="Steps between two snapshots.")]
@@ -64,7 +65,12 @@ Keep = Annotated[int, typer.Option(help="Snapshots that are kept.")]
 Workers = Annotated[
     int, typer.Option(help="Processes that decode images, for each of the run's; 0 for none of their own.")
 ]
+Cache = Annotated[
+    str | None,
+    typer.Option(help="Where decoded images are kept: memory, or a folder (default: nowhere)."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run/--no-dry-run", help="Make two steps, say what the run would take, write none.")
+    bool,
+    typer.Option("--dry-run/--no-dry-run", help="Make two steps, say what the run would take, write none."),
 ]

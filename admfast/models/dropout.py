@@ -37,8 +37,8 @@ class MaskKey:
 class Dropout(nn.Dropout):
     """As `nn.Dropout`; within `keyed_dropout` the mask is drawn from the key, else from torch's generator.
 
-    The key lies in the module, not in the thread: a backward pass that recomputes a block draws its mask again,
-    on a GPU from a thread of its own.
+    The key lies in the module, not in the thread: a backward pass that recomputes a block draws its mask
+    again, on a GPU from a thread of its own.
     """
 
     key: MaskKey | None = None

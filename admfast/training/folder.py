@@ -165,4 +165,3 @@ def append_log(run: Path, row: Mapping[str, float | int]) -> None:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise output_error(path, error) from error
-

@@ -12,10 +12,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Self
 
@@ -24,6 +24,7 @@ from admfast.checkpoints.snapshots import AVERAGES, FOLDER, write_snapshot
 from admfast.engine.numerics import own_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError
 from admfast.training import folder
+from admfast.training.cache import cached
 from admfast.training.distributed import World
 from admfast.training.folder import Say
 from admfast.training.images import Source, check_classes
@@ -40,7 +41,8 @@ class Habits:
     """How often a run writes what, and with how many workers: nothing here changes its result.
 
     save_every, log_every, grid_every: steps; 0 makes no grids. keep: snapshots that stay. workers: processes
-    that make samples, for each process of the run; 0 makes them in the process itself.
+    that make samples, for each process of the run; 0 makes them in the process itself. cache: where decoded
+    images are kept: "memory", a folder, or None for nowhere.
     """
 
     save_every: int = 1000
@@ -48,9 +50,16 @@ class Habits:
     grid_every: int = 0
     keep: int = 3
     workers: int = 0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("save_every", 1), ("log_every", 1), ("grid_every", 0), ("keep", 1), ("workers", 0)):
+        for name, least in (
+            ("save_every", 1),
+            ("log_every", 1),
+            ("grid_every", 0),
+            ("keep", 1),
+            ("workers", 0),
+        ):
             checks.whole(name, getattr(self, name), least)
 
 
@@ -85,13 +94,16 @@ class Signals:
         self.came = number
 
 
-def samples_of(recipe: Recipe, source: Source) -> Samples:
+def samples_of(recipe: Recipe, source: Source, cache: str | None = None) -> Samples:
     """Return the samples of a run. Raises InvalidArgument where the classes aren't the network's."""
     check_classes(source, recipe.classes)
     network = recipe.network
-    return Samples(
+    samples = Samples(
         source, recipe.seed, network.image_size, network.in_channels, recipe.random_crop, recipe.random_flip
     )
+    if cache is None:
+        return samples
+    return cached(samples, None if cache == "memory" else cache)
 
 
 def numbers(recipe: Recipe, world: World, step: int) -> Iterator[range]:
@@ -119,7 +131,7 @@ def train(
     """
     run, habits, world = Path(out), habits or Habits(), world or World()
     say = say if world.first else _silent
-    samples = samples_of(recipe, source)
+    samples = samples_of(recipe, source, habits.cache)
     recipe = resolved_precision(recipe, world.device)
     with folder.held(run, world), _numerics(recipe, world), Signals() as signals:
         recipe = folder.begin(run, recipe, folder.surroundings(world, source), world, say)
@@ -176,7 +188,9 @@ class _Run:
         try:
             self.learner.check(batch)
         except NonFiniteError as error:
-            kept = f"the newest snapshot is that of step {self.saved}" if self.saved else "nothing was saved yet"
+            kept = (
+                f"the newest snapshot is that of step {self.saved}" if self.saved else "nothing was saved yet"
+            )
             raise NonFiniteError(f"{error}; {kept}") from None
 
     def _log(self) -> None:
@@ -210,10 +224,12 @@ class Trial:
     run_seconds: float
 
 
-def dry_run(recipe: Recipe, source: Source, habits: Habits | None = None, world: World | None = None) -> Trial:
+def dry_run(
+    recipe: Recipe, source: Source, habits: Habits | None = None, world: World | None = None
+) -> Trial:
     """Make two steps, write nothing. Raises as `train`."""
     habits, world = habits or Habits(), world or World()
-    samples = samples_of(recipe, source)
+    samples = samples_of(recipe, source, habits.cache)
     recipe = resolved_precision(recipe, world.device)
     taken: list[float] = []
     with _numerics(recipe, world):

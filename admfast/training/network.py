@@ -1,4 +1,4 @@
-"""The network of a run: fresh or from a weights file, with classes of its own, frozen and recomputed in part."""
+"""The network of a run: fresh or from a weights file, frozen in part, and in which precision it computes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
         if recipe.drop_classes and len(new) == len(old) + 1:  # a null class behind the file's
             state[key][: len(old)] = old  # type: ignore[index]
     shapes = shapes_of({key: value for key, value in state.items() if value is not None})
-    unknown = {key: tuple(given[key].shape) for key in given if key not in fresh and key != "label_emb.weight"}
+    unknown = {
+        key: tuple(given[key].shape) for key in given if key not in fresh and key != "label_emb.weight"
+    }
     if differences := compare({**shapes, **unknown}, shapes_of(fresh)):
         raise CheckpointError(f"{weights.path}: does not fit the recipe's network: {differences.summary()}")
     return {key: value for key, value in state.items() if value is not None}

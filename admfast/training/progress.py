@@ -26,7 +26,7 @@ Row = dict[str, float | int]
 
 
 class Progress:
-    """Gathers reports on the device, and makes of them a row of means over all processes when it is asked for."""
+    """Gathers reports on the device, and makes a row of means over all processes when it is asked for one."""
 
     def __init__(self, learner: Learner) -> None:
         self._learner, self._reports = learner, list[Report]()

@@ -97,6 +97,8 @@ class Recipe:
             raise invalid("network", self.network.kind, f"a network for the kind {self.kind!r}")
         if self.microbatch is not None and self.microbatch > self.batch_size:
             raise invalid("microbatch", self.microbatch, f"at most batch_size={self.batch_size}")
+        if self.steps * self.batch_size > 2**32:
+            raise invalid("steps", self.steps, f"at most 2^32 images in all, batch_size={self.batch_size}")
         if not self.ema and not self.ema_power:
             raise invalid("ema", self.ema, "at least one average (0 keeps the weights themselves)")
         self._check_kind()
@@ -120,7 +122,7 @@ class Recipe:
         elif self.process.types[1].learned != (self.network.out_channels == 2 * self.network.in_channels):
             given = f"{self.network.out_channels} channels out of {self.network.in_channels}"
             raise invalid("learn_sigma", self.process.types[1].learned, f"as the network has it: {given}")
-        if self.drop_classes and (self.classes is None or self.classes < 1):
+        if self.drop_classes and not self.classes:
             raise invalid("drop_classes", self.drop_classes, "for a network with two classes or more")
 
     @property
@@ -187,7 +189,6 @@ _WHOLE = {"steps": 1, "batch_size": 1, "warmup": 0, "max_skipped": 0}
 _SHARES = {"cooldown": 1.0, "drop_classes": 1.0}
 _SWITCHES = ("published_sum", "anneal", "ema_warmup", "noised", "random_crop", "random_flip")
 _ONE_OF = {"kind": tuple(KINDS), "sampler": SAMPLERS, "precision": PRECISIONS}
-SWITCHES = _SWITCHES
 
 
 def _checked(name: str, value: Any) -> Any:

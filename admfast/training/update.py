@@ -102,7 +102,7 @@ class Learner:
         # The fused step looks at these: where a gradient isn't finite it leaves everything as it is.
         self.optimiser.grad_scale, self.optimiser.found_inf = None, 1 - finite  # type: ignore[attr-defined]
         self.optimiser.step()
-        # torch's fused step doesn't say that it wrote: forms and graphs of the old weights would go unnoticed.
+        # torch's fused step doesn't say that it wrote: what was derived from the old weights would stay.
         torch.autograd.graph.increment_version(self.trained)
         self.averages.update(self.step, finite)
         self.skipped += 1 - finite
