@@ -80,7 +80,7 @@ def load(
     if not isinstance(name, str | PathLike) or not str(name):
         raise invalid("name", name, "a system (such as 'digits32') or the path of a weights file")
     _check_option_names(options)
-    on = _device(device)
+    on = chosen_device(device)
     form = _Form(policy(precision, on), _engine_options(engine, compile, compile_cache), keep_master)
     given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
     given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
@@ -277,8 +277,8 @@ def _find(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str]
     )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best there is."""
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    """Return the device asked for, or the best there is. Raises InvalidArgument, Unavailable."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

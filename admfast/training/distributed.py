@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from admfast.errors import AdmfastError, first_line, invalid
+from admfast.sampling.load import chosen_device
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,11 @@ def processes(device: str | None = None) -> Iterator[World]:
     """Join the processes that torchrun began, if any, and leave them at the end.
 
     device: "cpu", "cuda" or "cuda:N"; None takes the GPU of this process (LOCAL_RANK) where there is one.
-    Raises: AdmfastError where the others can't be reached; InvalidArgument.
+    Raises: AdmfastError where the others can't be reached; InvalidArgument; Unavailable without such a GPU.
     """
     size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     local = _number("LOCAL_RANK", 0)
-    gpu = torch.cuda.is_available()
-    chosen = torch.device(device or ("cuda" if gpu else "cpu"))
+    chosen = chosen_device(device)
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", local if size > 1 else torch.cuda.current_device())
     if size == 1:

@@ -25,7 +25,18 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def command(out: Path, steps: int, *more: str) -> list[str]:
-    return ["train", "diffusion", "--out", str(out), "--steps", str(steps), "--save-every", "2", *SMALL, *more]
+    return [
+        "train",
+        "diffusion",
+        "--out",
+        str(out),
+        "--steps",
+        str(steps),
+        "--save-every",
+        "2",
+        *SMALL,
+        *more,
+    ]
 
 
 def under_torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
@@ -151,9 +162,7 @@ def workers_of(launcher: int) -> list[int]:
 def test_a_job_whose_worker_is_killed_goes_on_by_itself(tmp_path):
     subprocess.run(under_torchrun(2, command(tmp_path / "whole", 12)), env=ENVIRONMENT, cwd=ROOT, check=True)
     run = tmp_path / "killed"
-    job = subprocess.Popen(
-        under_torchrun(2, command(run, 12), "--max-restarts=2"), env=ENVIRONMENT, cwd=ROOT
-    )
+    job = subprocess.Popen(under_torchrun(2, command(run, 12), "--max-restarts=2"), env=ENVIRONMENT, cwd=ROOT)
     wait_for(job, run, 5)
     os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
     died, behind = time.monotonic(), steps_of(run)
