@@ -102,13 +102,25 @@ def processes(device: str | None = None) -> Iterator[World]:
     # Numbers of the host go by gloo in both.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise AdmfastError(f"the {size} processes don't find each other: {first_line(error)}") from error
     try:
         yield World(rank, size, chosen)
     finally:
         dist.destroy_process_group()
+
+
+def _store(size: int) -> dist.Store:
+    """Return where the processes find each other, with a place of its own for every restart of torchrun.
+
+    On one node torchrun keeps its store when it begins workers again: they would call those that died. With
+    several nodes it makes a new one, and the nodes may have counted other numbers of restarts.
+    """
+    store, _, _ = next(iter(dist.rendezvous("env://")))
+    if _number("LOCAL_WORLD_SIZE", 0) != size:
+        return store
+    return dist.PrefixStore(f"restart-{_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _number(name: str, default: int) -> int:
