@@ -20,7 +20,7 @@ from admfast.files.images import UInt8
 Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's "L" or "RGB": no copy is made
 
 SMALLEST, LARGEST = 0.8, 1.0  # shares of the shorter side that a random crop keeps, as published
-_BLOCKS = 4
+_BLOCKS = 4  # pictures that are alive at once while one is read and halved
 _BAND = 2**16  # pixels that are halved at once: 256 KiB of colours
 
 

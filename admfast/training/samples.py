@@ -35,7 +35,7 @@ from admfast.training.images import BrokenImage, Source
 
 
 class DataStream(IntEnum):
-    """Philox streams of the data; those of noise and timesteps are smaller."""
+    """Philox streams of the data: of 5 and up, which training has, those from 64 to 127."""
 
     ORDER = 64
     CROP = 65

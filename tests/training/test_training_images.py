@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import pickle
 import zipfile
@@ -19,7 +20,7 @@ from admfast.training.images import BrokenImage, Source, check_classes, open_sou
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (9, 12, 3)).astype(np.uint8)
-NAMES = ["a/2/x.png", "a/B.JPG", "a/b.webp", "b/1_2.gif", "b/z.jpeg"]
+NAMES = ["a/2/x.png", "a/B.JPG", "a/b.webp", "a-b/y.png", "b/1_2.gif", "b/z.jpeg"]  # "-" is before "/"
 HIDDEN = ["._b.png", ".hidden/a.png", "a/.DS_Store", "a/notes.txt", "__MACOSX/a/b.png", "b/Thumbs.db"]
 
 
@@ -76,6 +77,24 @@ def test_folder_and_zip_have_the_same_images_and_pickles_have_them_too(tmp_path)
     for source in (folder, packed, pickle.loads(pickle.dumps(folder)), pickle.loads(pickle.dumps(packed))):
         for i in range(len(NAMES)):
             assert np.array_equal(pixels(source, i), COLOURS + i)
+
+
+def test_processes_read_one_zip_at_once(tmp_path):
+    """A child has its parent's open file, and with it one position in it."""
+    files = {f"{i}.png": encoded(Image.fromarray(COLOURS + i)) for i in range(20)}
+    source = open_source(in_zip(tmp_path / "d", files))
+
+    def read() -> None:
+        for i in list(range(20)) * 20:
+            assert np.array_equal(pixels(source, i), COLOURS + int(Path(source.name(i)).stem))
+
+    children = [multiprocessing.get_context("fork").Process(target=read) for _ in range(3)]
+    for child in children:
+        child.start()
+    read()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
 
 
 def test_a_name_that_is_no_text_is_found(tmp_path):
