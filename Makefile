@@ -11,8 +11,9 @@ SOURCES := $(wildcard csrc/*) setup.py
 STAGES ?=
 MINUTES ?= 10
 OUT ?= out/gpu
+DIGITS ?= out/digits32
 
-.PHONY: demo test test-full lint gpu clean
+.PHONY: demo test test-full train-digits lint gpu clean
 
 demo: $(READY)
 	$(BIN)/admfast sample digits32 --classes 0-9 --per-class 8 --steps 50 --guidance 2 --out out/demo --overwrite
@@ -27,6 +28,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The three networks that ship, from nothing: hours. Interrupted, it goes on where it was.
+train-digits: $(READY)
+	for kind in diffusion classifier upsampler; do \
+	  $(BIN)/admfast train $$kind --preset digits32 --out $(DIGITS)/$$kind --save-every 200 && \
+	  $(BIN)/admfast train export $(DIGITS)/$$kind --out $(DIGITS)/$$kind.safetensors --dtype float16 || exit 1; \
+	done
 
 # Needs a python whose torch has CUDA; installs nothing and needs no network.
 gpu:

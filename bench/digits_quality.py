@@ -27,7 +27,7 @@ from sklearn.svm import SVC
 
 import admfast
 from admfast.models.presets import SYSTEMS
-from admfast.training.digits import CLASSES, LEVELS, block_means, load_digits
+from admfast.training.digit_images import CLASSES, LEVELS, block_means, load_digits
 from bench.command import STARTING, UNFINISHED, end_with_parent, supervise
 from bench.results import conditions, environment, markdown_table
 

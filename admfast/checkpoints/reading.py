@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from admfast.checkpoints.choosing import Chosen, choose
 from admfast.checkpoints.containers import open_container, read_tensors
+from admfast.checkpoints.snapshots import is_run, read_run
 from admfast.errors import CheckpointError, InvalidArgument, invalid
 from admfast.files.paths import user_path
 from admfast.models import NetConfig
@@ -57,8 +58,9 @@ def read_weights(
     description is that of the `.json` beside the file, or the copy in a safetensors header.
 
     Args:
-        source: a path, whatever its ending (.pt, .pth, .safetensors, ...); a file open for reading bytes; a
-            state dict or a module, whose tensors are not copied.
+        source: a path, whatever its ending (.pt, .pth, .safetensors, ...); the folder of a training run, of
+            which it reads the first average in the newest snapshot that is whole; a file open for reading
+            bytes; a state dict or a module, whose tensors are not copied.
         checksums: compare everything that is read of a zip-format .pt with its CRC-32. False is for files
             that were saved without (torch's `set_crc32_options`).
         values: False compares checksums, but gives tensors without memory, on the meta device.
@@ -89,6 +91,8 @@ def read_weights(
 
 
 def _read_file(path: Path, checksums: bool, values: bool, entry: str | None) -> Weights:
+    if is_run(path):
+        return Weights(path, *read_run(path))
     _check_there(path)
     with open(path, "rb") as file:
         return _read_open(path, file, checksums, values, entry, beside=path.with_suffix(".json"))

@@ -18,7 +18,7 @@ from admfast.cli.main import INTERRUPTED
 from admfast.cli.published import translated
 from admfast.errors import AdmfastError
 
-NAMES = ("sample", "inspect", "models", "fetch", "info", "verify")
+NAMES = ("sample", "train", "inspect", "models", "fetch", "info", "verify")
 USER_ERROR = 2
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What typer raises for bad usage. Newer versions carry their own copy of click, older ones import it; the
@@ -27,7 +27,10 @@ UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands, each `run_NAME` in `admfast/cli/NAME.py`, imported when it is called."""
+    """The commands, imported when they are called: each `run_NAME` in `admfast/cli/NAME.py`.
+
+    A file that has commands of its own holds them in `commands`, a typer app.
+    """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(NAMES)
@@ -35,10 +38,13 @@ class Commands(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a command; None where there is none of the name."""
         if cmd_name in NAMES and cmd_name not in self.commands:
-            function = getattr(importlib.import_module(f"admfast.cli.{cmd_name}"), f"run_{cmd_name}")
+            module = importlib.import_module(f"admfast.cli.{cmd_name}")
             one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-            one.command(cmd_name)(function)
-            self.add_command(typer.main.get_command(one))
+            if hasattr(module, "commands"):
+                one = module.commands
+            else:
+                one.command(cmd_name)(getattr(module, f"run_{cmd_name}"))
+            self.add_command(typer.main.get_command(one), cmd_name)
         return self.commands.get(cmd_name)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -56,7 +62,7 @@ def _summary(name: str) -> str:
 
 app = Commands(
     name="admfast",
-    help="ADM diffusion models: sample, verify, inspect, fetch.",
+    help="ADM diffusion models: sample, train, verify, inspect, fetch.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -105,7 +111,9 @@ def _by_flag(message: str, args: Sequence[str]) -> str:
     """An error of the form `name=value: ...` under the name of the command's option: `--name=value: ...`."""
     name, separator, _ = message.partition("=")
     flag = "--" + name.replace("_", "-")
-    parameters = getattr(app.get_command(None, args[0]) if args else None, "params", [])
+    command = app.get_command(None, args[0]) if args else None
+    command = getattr(command, "commands", {}).get(args[1] if len(args) > 1 else "", command)
+    parameters = getattr(command, "params", [])
     known = any(flag in parameter.opts for parameter in parameters)
     return "--" + message.replace(name, name.replace("_", "-"), 1) if separator and known else message
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
@@ -10,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from admfast.errors import first_line, invalid
+from admfast.errors import InvalidArgument, first_line, invalid
 from admfast.files.atomic import atomic_open
 
 UInt8 = NDArray[np.uint8]
@@ -26,6 +29,12 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, of so many channels
 _READ_AS = dict.fromkeys(("1", "L"), "L")
 _READ_AS |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
 _READ_AS |= dict.fromkeys(("LA", "PA", "RGBA"), "RGBA")
+
+# What Pillow raises for damaged files; its readers let the errors of their parts through.
+_DAMAGED = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 
 
 def write_png(path: str | PathLike[str], image: UInt8) -> None:
@@ -45,40 +54,56 @@ def write_png(path: str | PathLike[str], image: UInt8) -> None:
 
 
 def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
-    """Read an image file as uint8 [H, W, C] with C = 1, 3 or 4.
+    """Return the content of an image file as uint8 [H, W, C] with C = 1, 3 or 4.
 
     channels: converted to so many: 1 is grey (ITU-R 601 luma), 3 RGB, 4 RGB and alpha. As in the published
-    loader alpha is dropped, not blended, and grey is repeated. None: as the file has it; palettes become RGB
-    (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey.
+    loader alpha is dropped, not blended, and grey is repeated. None: as `open_image` gives it.
 
     Raises:
-        InvalidArgument: for a file that is missing, damaged, no image, has more than 8 bits a channel (which
-            Pillow would clip), or says in its EXIF data that it is to be turned (which the published loader
-            does not).
+        InvalidArgument: as `open_image`, and for a file that says in its EXIF data that it is to be turned
+            (which the published loader does not).
+    """
+    picture = open_image(path)
+    if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
+        allowed = f"an image that lies as it is shown; its EXIF orientation is {turned}: save it upright"
+        raise invalid("path", str(path), allowed)
+    array = np.asarray(picture if channels is None else picture.convert(MODES[channels]))
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def open_image(path: str | PathLike[str], content: bytes | None = None) -> Image.Image:
+    """Return the decoded picture of an image file: grey ("L"), "RGB" or "RGBA", as the file has it.
+
+    Palettes become RGB (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey. Of
+    several pictures in a file the first is read.
+
+    Args:
+        path: file name.
+        content: what the file holds, where that is known already; `path` then only names it in errors.
+
+    Raises:
+        InvalidArgument: for a file that is missing, damaged, no image, or has more than 8 bits a channel
+            (which Pillow would clip).
     """
     name = str(path)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path if content is None else io.BytesIO(content)) as picture:
             mode = picture.mode
             if mode not in _READ_AS:
                 raise invalid(
                     "path", name, f"an image of 8 bits a channel; this one has Pillow's mode {mode}"
                 )
-            if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
-                allowed = (
-                    f"an image that lies as it is shown; its EXIF orientation is {turned}: save it upright"
-                )
-                raise invalid("path", name, allowed)
             wanted = "RGBA" if mode == "P" and "transparency" in picture.info else _READ_AS[mode]
-            wanted = wanted if channels is None else MODES[channels]
-            array = np.asarray(picture.convert(wanted))
+            picture.load()  # which closes the file
+            return picture if mode == wanted else picture.convert(wanted)
+    except InvalidArgument:
+        raise
     except FileNotFoundError:
         raise invalid("path", name, "no such file") from None
     except UnidentifiedImageError:
         raise invalid("path", name, "not an image in a format that Pillow reads") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except _DAMAGED as error:
         raise invalid("path", name, f"not readable as an image: {first_line(error)}") from error
-    return array[:, :, None] if array.ndim == 2 else array
 
 
 def labelled_grid(

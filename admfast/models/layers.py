@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from admfast.errors import invalid
 from admfast.models.config import GROUPS
 from admfast.models.convolution import PointwiseConv1d, conv_nd
+from admfast.models.dropout import Dropout
 from admfast.models.fold import Projected
 from admfast.models.hooks import FusedBlock, watched
 from admfast.ops.attention import attention
@@ -161,7 +162,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         self.out_layers = nn.Sequential(
             Norm(out_channels),
             nn.SiLU(),
-            nn.Dropout(p=dropout),
+            Dropout(p=dropout),
             zeroed(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
         self.projection = slice(0)  # columns of this block among the projections of all; the network sets it

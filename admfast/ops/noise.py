@@ -21,6 +21,7 @@ import math
 import operator
 from collections.abc import Callable
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from admfast import checks
 from admfast.errors import invalid
 from admfast.ops import native
 from admfast.ops.dispatch import Implementation, OpTable
+
+Word = TypeVar("Word", int, Tensor)
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -62,13 +65,11 @@ class Stream(IntEnum):
     AUGMENTATION = 4
 
 
-def philox4x32_10(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, ...]:
     """Return the four output words of Philox4x32 with ten rounds.
 
-    Words are int64 tensors in 0..2^32-1 that broadcast against each other. Checked against the known-answer
-    vectors published with the generator.
+    Words are in 0..2^32-1: int64 tensors that broadcast against each other, or Python's whole numbers (for
+    few words a hundredth of the time). Checked against the known-answer vectors published with the generator.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

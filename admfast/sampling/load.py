@@ -92,7 +92,7 @@ def load(
     flags.refuse_elsewhere(options)
     of_classifier = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
     classifier_options = {**(classifier_options or {}), **of_classifier}
-    on = _device(device)
+    on = chosen_device(device)
     form = _Form(policy(precision, on), _engine_options(engine, compile, compile_cache), keep_master)
     given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
     given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
@@ -308,8 +308,8 @@ def _find(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str]
     )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best there is."""
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    """Return the device asked for, or the best there is. Raises InvalidArgument, Unavailable."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,194 +1,259 @@
-"""A plain training loop: AdamW, warm-up and linear cool-down, one EMA, exact resume."""
+"""A training run: a folder, snapshots, logs, grids, and the signals that end it; read from top to bottom.
+
+    images of step s     samples s * B .. s * B + B - 1 of the run, a part of them for every process
+    position of a run    the number of steps behind it: samples and draws follow from the seed and it
+
+So a run that was killed and goes on from its newest snapshot makes the steps that it would have made.
+"""
 
 from __future__ import annotations
 
-import copy
-import itertools
-import json
-import pickle
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from types import FrameType
+from typing import Self
 
-import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from admfast import checks
+from admfast.checkpoints.snapshots import AVERAGES, FOLDER, write_snapshot
+from admfast.engine.numerics import own_numerics, peak_memory
+from admfast.errors import AdmfastError, NonFiniteError
+from admfast.training import folder
+from admfast.training.cache import cached
+from admfast.training.distributed import World
+from admfast.training.folder import Say
+from admfast.training.images import Source, check_classes
+from admfast.training.loss import Batch, batch_of
+from admfast.training.network import build_network, resolved_precision
+from admfast.training.progress import Board, Progress, in_words, write_samples
+from admfast.training.recipe import Recipe
+from admfast.training.samples import ImageBatch, Samples, loader
+from admfast.training.update import Learner
 
-from admfast.checks import real, whole
-from admfast.errors import CheckpointError, NonFiniteError, first_line
-from admfast.files.atomic import atomic_open, output_error
 
-# What a file that is no state of this training raises when it is loaded.
-_NO_STATE = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError)
+@dataclass(frozen=True, kw_only=True)
+class Habits:
+    """How often a run writes what, and with how many workers: nothing here changes its result.
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: images a step.
-        lr: learning rate after `warmup` steps; falls linearly to zero over the last `cooldown` of all steps.
-        weight_decay: of AdamW.
-        ema_decay: share of the average kept at every step.
-        warmup: steps over which the rate rises from zero.
-        cooldown: share of the steps, 0..1.
-        seed: of the weights, the order of the data, timesteps and noise.
-        save_seconds: time between two saved states.
+    save_every, log_every, grid_every: steps; 0 makes no grids. keep: snapshots that stay. workers: processes
+    that make samples, for each process of the run; 0 makes them in the process itself. cache: where decoded
+    images are kept: "memory", a folder, or None for nowhere.
     """
 
-    steps: int
-    batch_size: int
-    lr: float
-    weight_decay: float = 0.0
-    ema_decay: float = 0.999
-    warmup: int = 200
-    cooldown: float = 0.3
-    seed: int = 0
-    save_seconds: float = 120.0
+    save_every: int = 1000
+    log_every: int = 100
+    grid_every: int = 0
+    keep: int = 3
+    workers: int = 0
+    cache: str | None = None
 
     def __post_init__(self) -> None:
-        checked: dict[str, float] = {n: whole(n, getattr(self, n), 1) for n in ("steps", "batch_size")}
-        checked["lr"] = real("lr", self.lr, above=0)
-        for name in ("weight_decay", "warmup", "save_seconds"):
-            checked[name] = real(name, getattr(self, name), least=0)
-        checked["ema_decay"] = real("ema_decay", self.ema_decay, least=0, below=1)
-        checked["cooldown"] = real("cooldown", self.cooldown, least=0, most=1)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def rate(self, step: int) -> float:
-        """Learning rate of step number `step` (from 0)."""
-        warm = min(1.0, (step + 1) / max(self.warmup, 1))
-        left = (self.steps - step) / max(self.cooldown * self.steps, 1)
-        return self.lr * warm * min(1.0, left)
+        for name, least in (
+            ("save_every", 1),
+            ("log_every", 1),
+            ("grid_every", 0),
+            ("keep", 1),
+            ("workers", 0),
+        ):
+            checks.whole(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Images [N, C, H, W] in -1..1, classes [N], timesteps [N] and noise like the images."""
+class Outcome:
+    """How a run ended: steps behind it, and the number of the signal that ended it early, if one did."""
 
-    images: Tensor
-    labels: Tensor
-    t: Tensor
-    noise: Tensor
+    step: int
+    signal: int | None = None
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT within a block, for the loop to save and end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.came = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # only there do signals arrive
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = number
+
+
+def samples_of(recipe: Recipe, source: Source, cache: str | None = None) -> Samples:
+    """Return the samples of a run. Raises InvalidArgument where the classes aren't the network's."""
+    check_classes(source, recipe.classes)
+    network = recipe.network
+    samples = Samples(
+        source, recipe.seed, network.image_size, network.in_channels, recipe.random_crop, recipe.random_flip
+    )
+    if cache is None:
+        return samples
+    return cached(samples, None if cache == "memory" else cache)
+
+
+def numbers(recipe: Recipe, world: World, step: int) -> Iterator[range]:
+    """Yield the numbers of this process's samples, step by step from `step` to the run's last."""
+    share = world.share(recipe.batch_size)
+    for first in range(step * recipe.batch_size, recipe.steps * recipe.batch_size, recipe.batch_size):
+        yield range(first + share.start, first + share.stop)
 
 
 def train(
-    net: nn.Module,
-    loss: Callable[[Batch], dict[str, Tensor]],
-    batches: Callable[[torch.Generator], Iterator[Batch]],
-    config: TrainConfig,
-    out: Path,
-) -> nn.Module:
-    """Train `net` in place, resuming from `out/state.pt`; return a copy with the averaged weights.
+    recipe: Recipe,
+    source: Source,
+    out: str | PathLike[str],
+    habits: Habits | None = None,
+    world: World | None = None,
+    start: str | PathLike[str] | None = None,
+    say: Say = print,
+) -> Outcome:
+    """Train in the folder `out` up to the recipe's last step, from its newest snapshot if there is one.
 
-    The state holds everything that the next step depends on, so that a run that was killed and resumed ends
-    with the weights of one that was not. `out/log.jsonl` gets a row every 100 steps: means over those of them
-    that this run made.
-
-    Args:
-        net: in training mode, with the weights to begin from; a state that is there replaces them.
-        loss: maps a batch to terms of [N] or [] each; the mean of "loss" is minimised, all are logged.
-        batches: maps a generator to endless batches, drawn from it alone.
-        config: see `TrainConfig`.
-        out: folder for `state.pt` and `log.jsonl`; made where it is missing.
-
-    Raises:
-        NonFiniteError: for a loss or gradient that is NaN or infinite, before it touches the weights.
-        CheckpointError: for a state that can't be read or is another network's.
-        OutputError: if something can't be written.
+    start: weights file to begin from, where the run has no snapshot yet. say: is told what goes on.
+    Raises: InvalidArgument for a recipe that isn't the folder's; CheckpointError where no snapshot is whole;
+    OutputError where something can't be written (the snapshots before are there still); NonFiniteError where
+    too many steps in a row had no finite gradient; BrokenImage where too many images are broken.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(out / "state.pt", error) from None
-    ema = copy.deepcopy(net).requires_grad_(False).eval()
-    optimiser = _adamw(net, config.weight_decay)
-    state_path = out / "state.pt"
-    step = 0
-    if state_path.exists():
-        step = _resume(state_path, net, ema, optimiser)
-    # Those of the steps that are done are drawn again, so that the others are what they would have been.
-    stream = itertools.islice(batches(torch.Generator().manual_seed(config.seed)), step, None)
-    started, saved, first = time.time(), time.time(), step
-    sums: dict[str, list[float]] = {}
-    while step < config.steps:
-        # Dropout draws from the global generator: seeding it by step makes a resumed run exact.
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        terms = loss(next(stream))
+    run, habits, world = Path(out), habits or Habits(), world or World()
+    say = say if world.first else _silent
+    samples = samples_of(recipe, source, habits.cache)
+    recipe = resolved_precision(recipe, world.device)
+    with folder.held(run, world), _numerics(recipe, world), Signals() as signals:
+        recipe = folder.begin(run, recipe, folder.surroundings(world, source), world, say)
+        state = folder.resume(run, world, say)
+        net = build_network(recipe, start if state is None else None).to(world.device)
+        learner = Learner(recipe, net, world)
+        if state is not None:
+            learner.load_state_dict(state)
+            say(f"goes on after step {learner.step}")
+            del state
+        return _Run(run, learner, samples, habits, signals, say).steps()
+
+
+class _Run:
+    """The steps of a run, and what is written between them."""
+
+    def __init__(
+        self, run: Path, learner: Learner, samples: Samples, habits: Habits, signals: Signals, say: Say
+    ) -> None:
+        self.run, self.learner, self.samples = run, learner, samples
+        self.habits, self.signals, self.say = habits, signals, say
+        self.progress, self.saved = Progress(learner), learner.step
+        self.writes = learner.world.first
+        self.board = Board(run) if self.writes else None
+        if self.writes:
+            folder.cut_log(run, learner.step)
+
+    def steps(self) -> Outcome:
+        """Make the steps that are left."""
+        learner, recipe, world = self.learner, self.learner.recipe, self.learner.world
+        signal_number = 0
+        for images in loader(self.samples, numbers(recipe, world, learner.step), self.habits.workers):
+            batch = batch_of(recipe, learner.sampler, images.ks, images.images, images.labels, world.device)
+            self.progress.add(learner.update(batch))
+            last = learner.step == recipe.steps
+            signal_number = world.most(self.signals.came)
+            due = last or signal_number or learner.step % self.habits.save_every == 0
+            logs = due or learner.step % self.habits.log_every == 0
+            if logs or world.device.type == "cpu":
+                self._check(batch)
+            if logs:
+                self._log()
+            if due:
+                self._save()
+            if self.habits.grid_every and (last or learner.step % self.habits.grid_every == 0):
+                self._grid()
+            if signal_number:
+                break
+        if self.board is not None:
+            self.board.close()
+        return Outcome(learner.step, signal_number or None)
+
+    def _check(self, batch: Batch) -> None:
         try:
-            _update(net, ema, optimiser, terms["loss"].mean(), config, step)
+            self.learner.check(batch)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; the last saved state is {state_path}") from None
-        step += 1
-        for name, value in terms.items():
-            sums.setdefault(name, []).append(value.detach().mean().item())
-        if step % 100 == 0:
-            rate = (step - first) * config.batch_size / (time.time() - started)
-            row = {"step": step, "images_per_second": round(rate, 1)}
-            row |= {name: round(sum(values) / len(values), 6) for name, values in sums.items()}
-            sums.clear()
-            _log(out / "log.jsonl", row)
-        if time.time() - saved > config.save_seconds or step == config.steps:
-            state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimiser": optimiser.state_dict()}
-            with atomic_open(state_path) as file:
-                torch.save({**state, "step": step}, file)
-            saved = time.time()
-    return ema
+            kept = (
+                f"the newest snapshot is that of step {self.saved}" if self.saved else "nothing was saved yet"
+            )
+            raise NonFiniteError(f"{error}; {kept}") from None
+
+    def _log(self) -> None:
+        row = self.progress.row()
+        if row is not None and self.writes and self.board is not None:
+            folder.append_log(self.run, row)
+            self.board.add(row)
+            self.say(in_words(row, self.learner.recipe.steps))
+
+    def _save(self) -> None:
+        learner = self.learner
+        if self.writes and learner.step > self.saved:
+            write_snapshot(self.run, learner.step, learner.state_dict(), self.habits.keep, FOLDER)
+            powers = {name: learner.averages.weights(name) for name in learner.averages.powers}
+            if powers:
+                write_snapshot(self.run, learner.step, powers, None, AVERAGES)
+        self.saved = learner.step
+
+    def _grid(self) -> None:
+        if self.writes and self.learner.recipe.kind != "classifier":
+            path = self.run / "grids" / f"{self.learner.step:08d}.png"
+            write_samples(path, self.learner, self.samples)
 
 
-def _adamw(net: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """Return torch's fused AdamW for the parameters of `net`."""
-    optimiser = torch.optim.AdamW(net.parameters(), weight_decay=weight_decay, fused=True)
-    params = list(net.parameters())
-    # torch's fused step doesn't say that it wrote: forms and graphs of the old weights would go unnoticed.
-    optimiser.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(params))
-    return optimiser
+@dataclass(frozen=True)
+class Trial:
+    """What two steps took: seconds of the second one, bytes at the peak, and seconds for the whole run."""
+
+    step_seconds: float
+    memory: int
+    run_seconds: float
 
 
-def _update(
-    net: nn.Module,
-    ema: nn.Module,
-    optimiser: torch.optim.AdamW,
-    total: Tensor,
-    config: TrainConfig,
-    step: int,
-) -> None:
-    """Step the optimiser and the average; nothing changes where loss or gradient is not finite."""
-    if not torch.isfinite(total):
-        raise NonFiniteError(f"the loss of step {step} is {total.item()}")
-    optimiser.zero_grad()
-    total.backward()
-    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    if not torch.isfinite(norm):
-        raise NonFiniteError(f"the gradient of step {step} has norm {norm.item()}")
-    for group in optimiser.param_groups:
-        group["lr"] = config.rate(step)
-    optimiser.step()
-    average = get_ema_multi_avg_fn(min(config.ema_decay, (1 + step) / (10 + step)))
-    average(list(ema.parameters()), list(net.parameters()), None)  # type: ignore[arg-type]
+def dry_run(
+    recipe: Recipe, source: Source, habits: Habits | None = None, world: World | None = None
+) -> Trial:
+    """Make two steps, write nothing. Raises as `train`."""
+    habits, world = habits or Habits(), world or World()
+    samples = samples_of(recipe, source, habits.cache)
+    recipe = resolved_precision(recipe, world.device)
+    taken: list[float] = []
+    with _numerics(recipe, world):
+        learner = Learner(recipe, build_network(recipe).to(world.device), world)
+        ahead = iter(loader(samples, numbers(recipe, world, 0), habits.workers))
+        for _ in range(2):
+            started = time.perf_counter()
+            images: ImageBatch | None = next(ahead, None)
+            if images is None:
+                break
+            batch = batch_of(recipe, learner.sampler, images.ks, images.images, images.labels, world.device)
+            report = learner.update(batch)
+            if not bool(report.grad_norm.isfinite()):
+                learner.check(batch)
+            taken.append(time.perf_counter() - started)
+    if not taken:
+        raise AdmfastError("there is no step to try")
+    return Trial(taken[-1], peak_memory(world.device), taken[-1] * recipe.steps)
 
 
-def _resume(path: Path, net: nn.Module, ema: nn.Module, optimiser: torch.optim.AdamW) -> int:
-    """Load a saved state in place and return the number of steps that it has behind it."""
-    try:
-        state = torch.load(path, weights_only=True)
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
-        optimiser.load_state_dict(state["optimiser"])
-        return int(state["step"])
-    except _NO_STATE as error:
-        raise CheckpointError(f"{path}: not a state of this training: {first_line(error)}") from error
+def _numerics(recipe: Recipe, world: World) -> AbstractContextManager[None]:
+    """Hold torch's settings at those of the run."""
+    return own_numerics(world.device, tf32=recipe.precision == "tf32")
 
 
-def _log(path: Path, row: dict[str, float]) -> None:
-    """Print a row and append it to the log."""
-    print(row, flush=True)
-    try:
-        with open(path, "a") as log:
-            log.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise output_error(path, error) from error
+def _silent(text: str) -> None:
+    """Say nothing: another process speaks."""

@@ -54,6 +54,7 @@ class FoldableNet(nn.Module):
     directions: int = 1  # in which its convolutions run when images are sampled
     fold_options: FoldOptions | None = None
     fold_dtype: torch.dtype | None = None
+    training_dtype: torch.dtype | None = None  # of the torso while it isn't folded; None: its parameters'
     fold_generation: int = 0
     _fold_state: _State | None = None
     _fold_values: Values | None = None
@@ -264,7 +265,9 @@ class FoldableNet(nn.Module):
     @property
     def torso_dtype(self) -> torch.dtype:
         """The dtype in which the input, middle and output blocks run."""
-        return self.fold_dtype if self.is_folded and self.fold_dtype is not None else self._parameter_dtype()
+        if self.is_folded and self.fold_dtype is not None:
+            return self.fold_dtype
+        return self.training_dtype or self._parameter_dtype()
 
     @property
     def projects(self) -> bool:

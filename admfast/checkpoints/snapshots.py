@@ -1,0 +1,171 @@
+"""The files of a training run that outlive it: `run.json` and the snapshots of its state.
+
+    RUN/run.json                      description of the network, with the run's recipe and surroundings
+    RUN/snapshots/state-00001000.pt   all that step 1000 depends on (torch.save)
+    RUN/snapshots/state-00001000.pt.sha256
+    RUN/averages/average-00001000.pt  power-function averages, kept for the average of any width
+
+A snapshot counts once its checksum is there, which is written last. One that is not what was written is
+passed over, by name, for the one before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from admfast.errors import CheckpointError, InvalidArgument, first_line
+from admfast.files.atomic import atomic_open, output_error, write_text
+from admfast.models.description import Description, description_from_json
+
+RUN_FILE, FOLDER, AVERAGES = "run.json", "snapshots", "averages"
+_NAME = re.compile(r"(?:state|average)-(\d{8,})\.pt")
+_NOT_LOADED = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state on disk: steps behind it, and its file."""
+
+    step: int
+    path: Path
+
+    @property
+    def checksum(self) -> Path:
+        """The file with its checksum, as `sha256sum -c` reads it."""
+        return self.path.with_name(f"{self.path.name}.sha256")
+
+    def read(self) -> dict[str, Any]:
+        """Return the state, on the CPU. Raises CheckpointError where it isn't what was written."""
+        try:
+            wanted = self.checksum.read_text(encoding="utf-8").split()[0]
+            with open(self.path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != wanted:
+                raise CheckpointError(f"{self.path}: damaged: it isn't what was written (SHA-256)")
+            return torch.load(self.path, map_location="cpu", weights_only=True)
+        except (*_NOT_LOADED, IndexError) as error:
+            raise CheckpointError(f"{self.path}: not readable: {first_line(error)}") from error
+
+
+def write_snapshot(
+    run: Path, step: int, state: dict[str, Any], keep: int | None, folder: str = FOLDER
+) -> Snapshot:
+    """Write a state after `step` steps whole or not at all, then remove all but the newest `keep`.
+
+    keep: None removes none. folder: of the run. Raises OutputError; the older ones are there still.
+    """
+    place = run / folder
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(place, error) from None
+    kind = "state" if folder == FOLDER else "average"
+    snapshot = Snapshot(step, place / f"{kind}-{step:08d}.pt")
+    with atomic_open(snapshot.path) as file:
+        hashed = _Hashed(file)
+        torch.save(state, hashed)  # type: ignore[arg-type]
+    write_text(snapshot.checksum, f"{hashed.digest.hexdigest()}  {snapshot.path.name}\n")
+    for old in snapshots(run, folder)[keep:] if keep is not None else ():
+        for path in (old.checksum, old.path):
+            path.unlink(missing_ok=True)
+    return snapshot
+
+
+class _Hashed:
+    """A file that is only written to, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def snapshots(run: Path, folder: str = FOLDER) -> list[Snapshot]:
+    """Return the finished snapshots of a run, newest first."""
+    place = run / folder
+    if not place.is_dir():
+        return []
+    found = [Snapshot(int(m[1]), path) for path in place.iterdir() if (m := _NAME.fullmatch(path.name))]
+    return sorted((s for s in found if s.checksum.is_file()), key=lambda s: s.step, reverse=True)
+
+
+def newest_state(
+    run: Path, say: Callable[[str], None] = lambda text: None, step: int | None = None
+) -> tuple[Snapshot, dict[str, Any]] | None:
+    """Return the newest snapshot that is whole, and its state; None where there is none.
+
+    say: is told of each that is not. step: only this one.
+    Raises CheckpointError where there are snapshots and none of them is whole.
+    """
+    found = [s for s in snapshots(run) if step is None or s.step == step]
+    for snapshot in found:
+        try:
+            return snapshot, snapshot.read()
+        except CheckpointError as error:
+            say(f"{error}; the one before it is taken")
+            last = error
+    if found:
+        raise CheckpointError(f"{run / FOLDER}: no snapshot is whole; the oldest: {last}")
+    return None
+
+
+def sweep(run: Path) -> None:
+    """Remove what processes that were killed left behind: temporary files, and states without a checksum.
+
+    Only for the process that holds the run's folder.
+    """
+    for folder in (FOLDER, AVERAGES):
+        finished = {s.path.name for s in snapshots(run, folder)}
+        for path in (run / folder).glob("*") if (run / folder).is_dir() else ():
+            temporary = path.name.startswith((".state-", ".average-")) and path.suffix == ".tmp"
+            if temporary or (_NAME.fullmatch(path.name) and path.name not in finished):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def is_run(path: str | PathLike[str]) -> bool:
+    """Tell whether a path is the folder of a training run."""
+    return (Path(path) / RUN_FILE).is_file()
+
+
+def read_run(path: str | PathLike[str], average: str | None = None) -> tuple[dict[str, Tensor], Description]:
+    """Return an average of a run's newest whole snapshot as a state dict, and what the network is.
+
+    average: its name ("0.9999"); None takes the first. Raises CheckpointError, InvalidArgument.
+    """
+    run = Path(path)
+    try:
+        text = (run / RUN_FILE).read_text(encoding="utf-8")
+        description = description_from_json(text, str(run / RUN_FILE))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{run / RUN_FILE}: not readable: {first_line(error)}") from error
+    except InvalidArgument as error:
+        raise CheckpointError(str(error)) from None
+    found = newest_state(run)
+    if found is None:
+        raise CheckpointError(f"{run}: a training run that has saved no snapshot yet")
+    snapshot, state = found
+    averages = state["averages"]
+    name = next(iter(averages)) if average is None else average
+    if name not in averages:
+        raise InvalidArgument(f"ema={name!r}: one of the run's averages: {', '.join(averages)}")
+    facts = {**description.training, "step": snapshot.step, "average": name}
+    # The names in the order of the network's own, with what is no parameter.
+    tensors = {key: averages[name].get(key, value) for key, value in state["net"].items()}
+    return tensors, Description(description.network, description.diffusion, facts)

@@ -1,0 +1,192 @@
+"""`admfast train KIND`: train a network; `admfast train export`: write it as a weights file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from admfast import checks
+from admfast.checkpoints import load_network
+from admfast.cli import train_options as option
+from admfast.cli.options import options_of
+from admfast.errors import invalid
+from admfast.files.tables import table
+from admfast.models import NetConfig
+from admfast.training.distributed import World, processes
+from admfast.training.export import export
+from admfast.training.images import open_source
+from admfast.training.loop import Habits, dry_run, train
+from admfast.training.recipe import KINDS, Recipe
+from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+RECIPE_NAMES = [field.name for field in dataclasses.fields(Recipe)]
+# As a shell counts a command that a signal ended.
+SIGNALLED = 128
+
+commands = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
+)
+
+
+@commands.callback()
+def run_train() -> None:
+    """Train a diffusion model, classifier or upsampler, or write what was trained."""
+
+
+def _command(kind: str) -> Callable[..., None]:
+    """Return the command that trains a network of a kind."""
+
+    def run(
+        out: option.Out,
+        preset: option.Preset = DIGITS,
+        data: option.Data = None,
+        labels: option.Labels = "auto",
+        steps: option.Steps = None,
+        batch_size: option.BatchSize = None,
+        microbatch: option.Microbatch = None,
+        lr: option.Rate = None,
+        seed: option.Seed = None,
+        precision: option.Precision = None,
+        checkpointing: option.Checkpointing = None,
+        from_: option.From = None,
+        set_: option.Set = None,
+        save_every: option.SaveEvery = 1000,
+        log_every: option.LogEvery = 100,
+        grid_every: option.GridEvery = 1000,
+        keep: option.Keep = 3,
+        workers: option.Workers = 0,
+        cache: option.Cache = None,
+        device: option.Device = None,
+        dry_run: option.DryRun = False,
+    ) -> None:
+        options = options_of("--set", set_, also=[*RECIPE_NAMES, "diffusion_steps"])
+        given = {
+            "steps": steps, "batch_size": batch_size, "microbatch": microbatch, "lr": lr, "seed": seed,
+            "precision": precision,
+            "checkpointing": None if checkpointing is None else checks.literal(checkpointing),
+        }  # fmt: skip
+        options |= {name: value for name, value in given.items() if value is not None}
+        wanted = resolved(kind, preset, from_, options)
+        habits = Habits(
+            save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
+            cache=cache,
+        )  # fmt: skip
+        place = _data(preset, data)
+        with processes(device) as world:
+            if dry_run:
+                _try(wanted, place, labels, habits, world)
+            else:
+                _train(wanted, place, labels, out, habits, world, from_)
+
+    run.__doc__ = f"Train {_ARTICLES[kind]}. Presets: {', '.join(PRESETS[kind])}."
+    return run
+
+
+_ARTICLES = {
+    "diffusion": "a diffusion model",
+    "classifier": "a noisy classifier",
+    "upsampler": "an upsampler",
+}
+for _kind in KINDS:
+    commands.command(_kind)(_command(_kind))
+
+
+@commands.command("export")
+def run_export(
+    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    out: Annotated[Path, typer.Option(help="Weights file: .safetensors, or .pt as published.")],
+    ema: Annotated[
+        str | None, typer.Option(help="Which average, by its rate (default: the run's first).")
+    ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(help="Instead, the relative width of an average put together from ema_power's."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Write the averaged weights of a run as a weights file."""
+    checks.one_of("dtype", dtype, DTYPES)
+    description = export(run, out, ema, width, DTYPES[dtype])
+    print(table([(name, str(description.training[name])) for name in ("step", "average")]))
+    print(out.resolve())
+
+
+def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
+    """Return the recipe that a command asks for. Raises InvalidArgument, CheckpointError."""
+    base = recipe(kind, preset)
+    if start is not None:
+        parts = split_options(kind, options)
+        own = {name: value for name, value in parts["network"].items() if name not in _OWN}
+        info = load_network(start, **own, **parts["process"])[1]
+        network: NetConfig = dataclasses.replace(info.config, use_checkpoint=False)
+        if not isinstance(network, KINDS[kind]):
+            raise invalid("from", start, f"a network for the kind {kind!r}; it holds a {network.kind}")
+        low_res_size = base.low_res_size if info.preset is None else info.preset.low_res_size
+        base = dataclasses.replace(
+            base, network=network, process=info.diffusion or base.process, low_res_size=low_res_size
+        )
+    return changed(base, options)
+
+
+# What a run chooses itself, whatever the file that it begins from has.
+_OWN = ("dropout", "num_classes")
+
+
+def _data(preset: str, data: str | None) -> str:
+    if data is None and preset != DIGITS:
+        raise invalid("data", None, "the images: a folder, a zip, an npz, or digits")
+    return data or "digits"
+
+
+def _train(
+    wanted: Recipe, data: str, labels: str, out: Path, habits: Habits, world: World, start: str | None
+) -> None:
+    source = open_source(data, labels)
+    if world.first:
+        print(
+            table(
+                [
+                    *_rows(wanted, world),
+                    ("data", f"{data}, {len(source)} images"),
+                    ("out", str(out.resolve())),
+                ]
+            )
+        )
+    outcome = train(wanted, source, out, habits, world, start, say=_say)
+    if world.first:
+        print(f"{outcome.step} of {wanted.steps} steps are done; what they gave is in")
+        print(out.resolve())
+    if outcome.signal is not None:
+        raise typer.Exit(SIGNALLED + outcome.signal)
+
+
+def _try(wanted: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:
+    trial = dry_run(wanted, open_source(data, labels), habits, world)
+    if world.first:
+        hours = trial.run_seconds / 3600
+        rows = [
+            ("step", f"{trial.step_seconds:.3f} s"),
+            ("images a second", f"{wanted.batch_size / trial.step_seconds:.1f}"),
+            ("peak memory", f"{trial.memory / 1e9:.2f} GB, of one process"),
+            ("whole run", f"{hours:.2f} hours for {wanted.steps} steps"),
+        ]
+        print(table([*_rows(wanted, world), *rows]))
+
+
+def _rows(wanted: Recipe, world: World) -> list[tuple[str, str]]:
+    """The resolved recipe as rows of a table: one a field, network and process by what they are."""
+    rows = []
+    for name, value in wanted.to_dict().items():
+        text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        rows.append((name, text))
+    return [*rows, ("processes", f"{world.size}, on {world.device}")]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

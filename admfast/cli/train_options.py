@@ -1,0 +1,76 @@
+"""The options of `admfast train`, with their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Preset = Annotated[str, typer.Option(help="Whose network and settings are the defaults.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Images: a folder, a zip, an npz, or digits (default: digits for digits32)."),
+]
+Labels = Annotated[
+    str,
+    typer.Option(help="Where the classes of a folder or zip come from: auto, folders, prefixes or none."),
+]
+Out = Annotated[Path, typer.Option(help="Folder of the run; one that is there goes on.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the whole run (default: the preset's).")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images a step, over all processes (default: the preset's).")
+]
+Microbatch = Annotated[
+    int | None, typer.Option(help="Images that a process computes at once (default: its whole share).")
+]
+Rate = Annotated[
+    float | None, typer.Option("--lr", help="Learning rate at its highest (default: the preset's).")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Of the weights and all that is drawn (default: the preset's).")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="Of the torso: fp32, tf32, bf16, fp16, or auto, the device's own (default: auto)."),
+]
+Checkpointing = Annotated[
+    str | None,
+    typer.Option(
+        help="Blocks that the backward pass computes again, to save memory: none, attention, all, or k for "
+        "every k-th (default: none)."
+    ),
+]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Weights file or run to begin from; its network and process replace the preset's "
+        "(default: none).",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other setting of the recipe, the network or the process, such as num_classes=5, "
+        "dropout=0.1, ema=0.999,0.9999 or diffusion_steps=4000; repeat it for more (default: none).",
+    ),
+]
+SaveEvery = Annotated[int, typer.Option(help="Steps between two snapshots.")]
+LogEvery = Annotated[int, typer.Option(help="Steps between two rows of the log.")]
+GridEvery = Annotated[int, typer.Option(help="Steps between two grids of samples; 0 for none.")]
+Keep = Annotated[int, typer.Option(help="Snapshots that are kept.")]
+Workers = Annotated[
+    int, typer.Option(help="Processes that decode images, for each of the run's; 0 for none of their own.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(help="Where decoded images are kept: memory, or a folder (default: nowhere)."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run/--no-dry-run", help="Make two steps, say what the run would take, write none."),
+]

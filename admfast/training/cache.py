@@ -1,0 +1,168 @@
+"""A cache of decoded images: of each image the part that all its crops share, in memory or in one file.
+
+The file holds the parts one after the other (uint8, [H, W, C]), an npz with where they begin, their sides and
+what is wrong with broken images, and at its end the npz's length and a mark. It is written whole or not at
+all, and its name is a digest of all that its content depends on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import struct
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from admfast import checks, host
+from admfast.errors import AdmfastError
+from admfast.files.atomic import atomic_open, check_folder
+from admfast.files.images import UInt8
+from admfast.training.crops import reuse_memory, shared_part, with_channels
+from admfast.training.images import BrokenImage, Source
+from admfast.training.samples import Samples
+
+_MARK = b"admimgs1"
+_END = struct.Struct("<Q8s")  # length of the npz before it, mark
+_AHEAD = 16  # images a thread that are decoded ahead of the one that is written
+
+
+def cached(
+    samples: Samples, folder: str | PathLike[str] | None = None, threads: int | None = None
+) -> Samples:
+    """Return the same samples, made without decoding a file: each image is decoded once, here.
+
+    Centre crops are kept as they are. For random crops an image is kept after the halvings that each crop
+    begins with, at most 2.5 times `size` on its shorter side.
+
+    Args:
+        folder: where the cache is kept as a file, or found from an earlier call with the same images and
+            settings, and mapped into memory; made where it is missing. None keeps it in memory, which worker
+            processes share.
+        threads: that decode; None takes the processors that this process may use.
+
+    Raises:
+        BrokenImage: where more images are broken than `samples` allows.
+        AdmfastError: for a cache file that is damaged, or more than half of the memory.
+        OutputError: if the file can't be written.
+    """
+    threads = host.cpus() if threads is None else checks.whole("threads", threads, 1)
+    if folder is None:
+        memory = io.BytesIO()
+        _write(memory, samples, threads, limit=host.memory() // 2)
+        source = CachedSource(samples.source, np.frombuffer(memory.getbuffer(), np.uint8))
+    else:
+        place = Path(folder) / f"{_digest(samples)}.images"
+        if not place.exists():
+            check_folder(folder)
+            with atomic_open(place) as file:
+                _write(file, samples, threads)
+        source = CachedSource(samples.source, place)
+    result = copy.copy(samples)
+    result.source = source
+    return result
+
+
+class CachedSource:
+    """A source whose decoded images are in memory (an array) or in a file (its path)."""
+
+    def __init__(self, source: Source, place: Path | NDArray[np.uint8]) -> None:
+        self._source, self._place = source, place
+        self.labels, self.class_names = source.labels, source.class_names
+        self._open()
+
+    def __getstate__(self) -> dict[str, Any]:
+        opened = ("_data", "_starts", "_shapes", "_broken")  # a mapped file would be sent as its content
+        return {name: value for name, value in vars(self).items() if name not in opened}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def identity(self) -> str:
+        return self._source.identity()
+
+    def decode(self, index: int) -> UInt8:
+        if str(index) in self._broken:
+            raise BrokenImage(self._broken[str(index)])
+        start, shape = int(self._starts[index]), self._shapes[index]
+        return self._data[start : start + int(shape.prod())].reshape(shape)
+
+    def _open(self) -> None:
+        data = self._place
+        try:
+            if isinstance(data, Path):
+                data = np.memmap(data, np.uint8, mode="r")
+            length, mark = _END.unpack(data[-_END.size :].tobytes())
+            if mark != _MARK:
+                raise ValueError("it has another mark at its end")
+            index = io.BytesIO(data[-_END.size - length : -_END.size].tobytes())
+            with np.load(index, allow_pickle=False) as tables:
+                self._starts, self._shapes = tables["starts"], tables["shapes"]
+                self._broken: dict[str, str] = json.loads(str(tables["broken"]))
+        except (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile) as error:
+            raise AdmfastError(f"{self._place}: damaged, remove it: {error}") from error
+        self._data = np.asarray(data)  # slices of a memmap cost several times those of an array
+
+
+def _write(file: BinaryIO, samples: Samples, threads: int, limit: int | None = None) -> None:
+    """Write the cache of all images; `limit` is the most bytes that it may have."""
+    starts, shapes, broken = [], [], {}
+    start = 0
+    found = copy.copy(samples)
+    found.broken = dict(samples.broken)
+    parts = tqdm(_parts(samples, threads), "decoding", len(samples.source), unit=" images", disable=None)
+    for index, part in enumerate(parts):
+        if isinstance(part, BrokenImage):
+            broken[index] = str(part)
+            found.add_broken({index: str(part)})
+            part = np.empty((0, 0, samples.channels), np.uint8)
+        if limit is not None and start + part.nbytes > limit:
+            wanted = f"the decoded images would take more than {limit / 1e9:.1f} GB, half of the memory"
+            raise AdmfastError(f"{wanted}: keep them in a folder")
+        file.write(np.ascontiguousarray(part).data)
+        starts.append(start)
+        shapes.append(part.shape)
+        start += part.nbytes
+    tables = io.BytesIO()
+    np.savez(tables, starts=np.array(starts), shapes=np.array(shapes), broken=np.array(json.dumps(broken)))
+    file.write(tables.getvalue() + _END.pack(len(tables.getvalue()), _MARK))
+
+
+def _parts(samples: Samples, threads: int) -> Iterator[UInt8 | BrokenImage]:
+    """The shared part of every image in order, or why there is none. Pillow leaves the threads free."""
+
+    def part(index: int) -> UInt8 | BrokenImage:
+        try:
+            image = with_channels(samples.source.decode(index), samples.channels)
+        except BrokenImage as error:
+            return error
+        return shared_part(image, samples.size, samples.random_crop)
+
+    reuse_memory()
+    with ThreadPoolExecutor(threads) as pool:
+        indices, some = range(len(samples.source)), threads * _AHEAD
+        for first in indices[::some]:
+            yield from pool.map(part, indices[first : first + some])
+
+
+def _digest(samples: Samples) -> str:
+    """A name for what the cache of these samples holds."""
+    settings = (samples.source.identity(), samples.size, samples.channels, samples.random_crop)
+    return hashlib.sha256(repr((_MARK, PIL.__version__, *settings)).encode()).hexdigest()[:32]

@@ -1,0 +1,64 @@
+"""The handwritten digits as images of 32x32: 1,797 digits of scikit-learn's `load_digits`.
+
+They have 8x8 pixels in levels of 0..16 (UCI, Alpaydin & Kaynak 1998).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from admfast.errors import AdmfastError
+from admfast.training.images import ArraySource
+
+LEVELS = 16  # the digits' grey levels run from 0 to 16
+CLASSES = 10
+
+
+def digits_source() -> ArraySource:
+    """Return the enlarged digits as grey images of 32x32, levels rounded to 0..255, classes 0..9."""
+    digits, labels = load_digits()
+    levels = (enlarge(digits) * (255 / LEVELS)).round().to(torch.uint8)
+    return ArraySource(levels.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy(), "digits", "digits")
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """Return the digits [1797, 1, 8, 8] (float32, levels 0..16) and their classes [1797] (int64).
+
+    Raises AdmfastError without scikit-learn, which holds them.
+    """
+    try:
+        from sklearn.datasets import load_digits as sklearn_digits
+    except ImportError as error:
+        raise AdmfastError("the digits come with scikit-learn: install the extra 'admfast[demo]'") from error
+    data = sklearn_digits()
+    return torch.from_numpy(data.images).float()[:, None], torch.from_numpy(data.target).long()
+
+
+def enlarge(digits: Tensor, rounds: int = 20) -> Tensor:
+    """Enlarge 8x8 digits to smooth 32x32 images whose 4x4 block means give the digits back.
+
+    u = up(d), then `rounds` times u = clip(u + up(d - area_mean(u)), 0, 16), with up = bicubic by four.
+
+    Args:
+        digits: [N, 1, 8, 8], levels 0..16.
+
+    Returns:
+        [N, 1, 32, 32] in 0..16, float32.
+    """
+    digits = digits.float()
+    images = _bicubic(digits)
+    for _ in range(rounds):
+        images = (images + _bicubic(digits - block_means(images))).clamp(0, LEVELS)
+    return images
+
+
+def block_means(images: Tensor) -> Tensor:
+    """Return the means over 4x4 blocks: [N, 1, 32, 32] -> [N, 1, 8, 8]."""
+    return F.avg_pool2d(images, 4)
+
+
+def _bicubic(digits: Tensor) -> Tensor:
+    """[N, 1, 8, 8] -> [N, 1, 32, 32] with the cubic of Pillow (a = -1/2), which `antialias` selects."""
+    return F.interpolate(digits, scale_factor=4, mode="bicubic", align_corners=False, antialias=True)

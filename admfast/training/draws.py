@@ -1,0 +1,46 @@
+"""What is drawn for the k-th sample of a run besides its image: a function of the run's seed and k alone.
+
+The generator is that of `admfast.ops.noise`: the key is the run's seed, the row is k, and every purpose has a
+stream of its own (`TrainStream`). The data have the streams from 64 (`DataStream`); dropout has one for every
+layer, from 1024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from admfast.ops.noise import MASK32, as_seeds, normal, philox4x32_10
+
+
+class TrainStream(IntEnum):
+    """Philox streams of training, by purpose."""
+
+    TIMESTEP = 5
+    NOISE = 6
+    LOW_RES_STRENGTH = 7  # how much noise the small image of an upsampler gets
+    LOW_RES_NOISE = 8
+    CLASS = 9  # whether the class is dropped
+    DROPOUT = 1024  # of the first layer; the next one has 1025
+
+
+def uniforms(seed: int, ks: Sequence[int], stream: TrainStream) -> Tensor:
+    """Return a number in [0, 1) for every sample, float64 [N]: (word 0 * 2^21 + word 1 div 2^11) / 2^53."""
+    key = (seed & MASK32, seed >> 32)
+    words = [philox4x32_10((0, 0, k, int(stream)), key) for k in ks]
+    return torch.tensor([((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words], dtype=torch.float64)
+
+
+def normals(
+    seed: int,
+    ks: Sequence[int],
+    shape: tuple[int, ...],
+    stream: TrainStream,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return standard normal noise for every sample, float32 [N, *shape], equal on every device."""
+    key = as_seeds([seed]).to(device)
+    return torch.cat([normal(key, shape, k, int(stream)) for k in ks])

@@ -1,0 +1,63 @@
+"""The network that a run has trained, as a weights file."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from admfast.checkpoints import write_weights
+from admfast.checkpoints.snapshots import AVERAGES, read_run, snapshots
+from admfast.errors import CheckpointError, invalid
+from admfast.models.description import Description
+from admfast.training.ema import combined, reconstruction
+from admfast.training.folder import read_run_file, recipe_of
+
+
+def export(
+    run: str | PathLike[str],
+    path: str | PathLike[str],
+    average: str | None = None,
+    width: float | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> Description:
+    """Write an average of a run's weights, with the description that `admfast.load` reads.
+
+    Args:
+        run: the folder. path: .safetensors, or .pt as published.
+        average: name of one in the newest snapshot ("0.9999"); None takes the first.
+        width: instead, the relative width of a power-function average that is put together from the stored
+            ones; for runs with ema_power.
+        dtype: see `write_weights`.
+
+    Returns: the description. Raises: CheckpointError, InvalidArgument, OutputError.
+    """
+    if width is None:
+        state, description = read_run(run, average)
+    else:
+        if average is not None:
+            raise invalid("width", width, "an average by name, or a width, not both")
+        state, description = _reconstructed(Path(run), width)
+    write_weights(path, state, description, dtype)
+    return description
+
+
+def _reconstructed(run: Path, width: float) -> tuple[dict[str, torch.Tensor], Description]:
+    """Return the power-function average of a width at the run's last stored step."""
+    description = read_run_file(run)
+    recipe = recipe_of(description)
+    if not recipe.ema_power:
+        raise invalid("width", width, "for a run with ema_power, which stores what it is made of")
+    stored = snapshots(run, AVERAGES)
+    if not stored:
+        raise CheckpointError(f"{run / AVERAGES}: holds no stored averages yet")
+    profiles, states = [], []
+    for snapshot in stored:
+        for name, state in snapshot.read().items():
+            profiles.append((snapshot.step, float(name.removeprefix("power-"))))
+            states.append(state)
+    last = stored[0].step
+    factors = reconstruction(profiles, (last, width))
+    facts = {**description.training, "step": last, "average": f"power-{width:g}, put together"}
+    return combined(states, factors), Description(description.network, description.diffusion, facts)

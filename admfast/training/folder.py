@@ -1,0 +1,167 @@
+"""The folder of a run: who may write to it, what it says of the run, its log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
+from admfast.errors import AdmfastError, CheckpointError, OutputError, invalid
+from admfast.files.atomic import lock, output_error, write_text
+from admfast.models.description import Description, description_from_json
+from admfast.training.distributed import World
+from admfast.training.images import Source
+from admfast.training.recipe import Recipe, recipe_from_dict
+
+LOG, LOCK = "log.jsonl", ".lock"
+# What a run may change when it goes on: none of it changes the samples and draws of the steps to come.
+MAY_CHANGE = ("steps", "microbatch", "checkpointing", "max_skipped")
+
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def held(run: Path, world: World) -> Iterator[None]:
+    """Make the folder and keep other runs from it within the block.
+
+    Raises: OutputError where it can't be written, or another process trains there.
+    """
+    if not world.first:
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise output_error(run / LOCK, error) from None
+    try:
+        try:
+            lock(descriptor)
+        except BlockingIOError:
+            raise OutputError(f"out={str(run)!r}: another process is training in this folder") from None
+        except OSError as error:
+            raise output_error(run / LOCK, error) from None
+        sweep(run)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def surroundings(world: World, source: Source) -> dict[str, Any]:
+    """Return what a run depends on beside its recipe."""
+    return {
+        "data": source.identity(),
+        "images": len(source),
+        "classes": list(source.class_names),
+        "processes": world.size,
+        "device": str(world.device.type),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+    }
+
+
+def begin(run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say: Say) -> Recipe:
+    """Write what the run is; for one that was begun, check that this is it, and go on as it was.
+
+    Returns the recipe with the precision that the run began with. The number of torch's threads, which orders
+    its sums, is set to the run's where as many processes go on on the same kind of device.
+    Raises: InvalidArgument for a recipe that differs in what a run can't change; OutputError.
+    """
+    path = run / RUN_FILE
+    old = read_run_file(run) if path.exists() else None
+    if old is not None:
+        before, facts = recipe_of(old), old.training.get("surroundings", {})
+        if recipe.precision == "auto" or before.precision == recipe.precision:
+            recipe = replace(recipe, precision=before.precision)
+        _compare(before, recipe, run, say)
+        for name, value in found.items():
+            if name in facts and facts[name] != value and name != "threads":
+                say(f"{name} differs: {value} now, {facts[name]} when the run began; it goes on")
+        same = all(facts.get(name) == found[name] for name in ("processes", "device"))
+        if same and isinstance(threads := facts.get("threads"), int) and threads != found["threads"]:
+            torch.set_num_threads(threads)
+            say(f"threads: {threads}, as when the run began (not {found['threads']})")
+        found = facts
+    if world.first:
+        process = None if recipe.kind == "classifier" else recipe.process
+        text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(found)})
+        write_text(path, text.to_json())
+    return recipe
+
+
+def read_run_file(run: Path) -> Description:
+    """Return what `run.json` says. Raises CheckpointError."""
+    path = run / RUN_FILE
+    try:
+        return description_from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable: {error}") from None
+
+
+def recipe_of(description: Description) -> Recipe:
+    """Return the recipe that a run's description holds. Raises InvalidArgument."""
+    values = description.training.get("recipe")
+    if not isinstance(values, Mapping):
+        raise invalid("run", "no recipe", "the folder of a run of `admfast train`")
+    return recipe_from_dict(values)
+
+
+def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
+    """Refuse another run's recipe; say what a run may change."""
+    a, b = before.to_dict(), now.to_dict()
+    for name in (name for name in a if a[name] != b[name]):
+        old, new = a[name], b[name]
+        if isinstance(old, dict):
+            inner = [key for key in old if old[key] != new.get(key)] or [key for key in new if key not in old]
+            name, old, new = inner[0], old.get(inner[0]), new.get(inner[0])
+        if name not in MAY_CHANGE:
+            raise invalid(name, new, f"{run} was begun with {old!r}; give another folder for another run")
+        say(f"{name} was {old}, is {new} now")
+
+
+def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:
+    """Return the state of the newest whole snapshot, the same for every process; None where there is none."""
+    found = newest_state(run, say) if world.first else None
+    step = world.most(found[0].step if found is not None else -1)
+    if step < 0:
+        return None
+    if found is None:
+        found = newest_state(run, step=step)
+    if found is None:
+        raise AdmfastError(f"{run}: process {world.rank} doesn't see step {step}: is the folder shared?")
+    return found[1]
+
+
+def cut_log(run: Path, step: int) -> None:
+    """Remove the rows of steps after `step`, which will come again, and one that was not finished."""
+    path = run / LOG
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", 0) <= step:
+            kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def append_log(run: Path, row: Mapping[str, float | int]) -> None:
+    """Add a row to the log. Raises OutputError."""
+    path = run / LOG
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise output_error(path, error) from error

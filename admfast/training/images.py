@@ -1,0 +1,311 @@
+"""Sources of training images: a folder of image files, a zip of them, an npz archive, the digits.
+
+A source knows its images by index, in an order that depends on their names alone, and decodes them one at a
+time; it holds no state that a worker process or a resumed run would have to restore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from admfast.checks import one_of
+from admfast.errors import AdmfastError, InvalidArgument, invalid
+from admfast.files.images import UInt8, open_image
+from admfast.files.npz import read_samples
+from admfast.files.sets import ENDINGS
+from admfast.training.crops import Picture
+
+SUFFIXES = (*ENDINGS, ".gif")
+CLASS_RULES = ("auto", "folders", "prefixes", "none")
+# Longer side over shorter: brought to 512 px, a strip of 1 x 1000 pixels has 2^28 of them before it is cut.
+LONGEST_STRIP = 1000
+
+
+class BrokenImage(AdmfastError):
+    """One image of a set can't be used; the message names it and says why."""
+
+
+class Source(Protocol):
+    """Images that are found by index, with a class each or without classes."""
+
+    @property
+    def labels(self) -> tuple[int, ...] | None:
+        """Class of every image, 0..len(class_names) - 1; None without classes."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of every class; empty without classes."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Return what an error or a log calls this image."""
+
+    def identity(self) -> str:
+        """Return a text that is another one when images are added, removed or changed."""
+
+    def decode(self, index: int) -> Picture:
+        """Return one image, uint8 [H, W, C] with C = 1 or 3, or Pillow's picture of it (np.asarray of which
+        has no axis C where it is grey). Raises BrokenImage where it can't be decoded.
+        """
+
+
+def open_source(data: str | PathLike[str], classes: str = "auto") -> Source:
+    """Return the source of a folder, a .zip, a .npz, or of the word "digits".
+
+    Args:
+        data: path, or "digits".
+        classes: of a folder or zip: "folders" (the folder of the first level that an image lies in),
+            "prefixes" (the file name before its first underscore, as published), "none", or "auto": folders
+            if all images lie in some, else prefixes if all file names have one, else none. An npz has its
+            `arr_1`.
+
+    Raises:
+        InvalidArgument: for a place without images, or images without such classes.
+        AdmfastError: for a place that can't be read.
+    """
+    one_of("classes", classes, CLASS_RULES)
+    place = Path(data)
+    if str(data) == "digits":
+        from admfast.training.digit_images import digits_source
+
+        return digits_source()
+    if place.is_dir():
+        return FolderSource(place, classes)
+    if not place.exists():
+        raise invalid("data", str(data), 'no such folder or file (or the word "digits")')
+    if place.suffix.lower() == ".npz":
+        return npz_source(place)
+    if zipfile.is_zipfile(place):
+        return ZipSource(place, classes)
+    raise invalid("data", str(data), "a folder with images, a zip of images, or an npz")
+
+
+def check_classes(source: Source, classes: int | None) -> None:
+    """Raise InvalidArgument unless the images' classes are those of a network with `classes` of them.
+
+    classes: None for a network without classes, which takes any source.
+    """
+    if classes is None:
+        return
+    if source.labels is None:
+        raise invalid("data", f"{len(source)} images without classes", f"the network has {classes} classes")
+    if len(source.class_names) != classes:
+        names = ", ".join(source.class_names[:3]) + (", ..." if len(source.class_names) > 3 else "")
+        given = f"{len(source.class_names)} classes ({names})"
+        raise invalid("data", given, f"as many classes as the network, which has {classes}")
+
+
+class FolderSource:
+    """Image files in a folder and the folders in it, without hidden ones, in the published order of names."""
+
+    def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
+        self._place = Path(place)
+        paths = list(_walk(self._place))
+        self.labels, self.class_names = _classified(paths, classes, self._place)
+        # One array of bytes: worker processes share its pages, which a list's reference counts would copy.
+        self._paths = np.array([os.fsencode("/".join(path)) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        return str(self._path(index))
+
+    def identity(self) -> str:
+        found = hashlib.sha256()
+        for index in range(len(self)):
+            try:
+                facts = self._path(index).stat()
+            except OSError as error:
+                raise _unreadable(self.name(index), error) from error
+            found.update(self._paths[index] + f"|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
+        return f"folder {self._place.resolve()} {found.hexdigest()}"
+
+    def decode(self, index: int) -> Image.Image:
+        path = self._path(index)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            # The disk's fault, not the image's: skipping it would make another run of this one.
+            raise _unreadable(str(path), error) from error
+        return _decoded(str(path), content)
+
+    def _path(self, index: int) -> Path:
+        return self._place / os.fsdecode(self._paths[index])
+
+
+class ZipSource:
+    """Image files in a zip, as `FolderSource` finds them in a folder."""
+
+    def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
+        self._place = Path(place)
+        self._local = threading.local()
+        names = [name for name in self._archive().namelist() if _is_image(tuple(name.split("/")))]
+        self._names = sorted(names, key=lambda name: name.split("/"))
+        paths = [tuple(name.split("/")) for name in self._names]
+        self.labels, self.class_names = _classified(paths, classes, self._place)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _local=threading.local())
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return f"{self._place}/{self._names[index]}"
+
+    def identity(self) -> str:
+        return _file_identity(self._place)
+
+    def decode(self, index: int) -> Image.Image:
+        name = self.name(index)
+        try:
+            content = self._archive().read(self._names[index])
+        except OSError as error:
+            raise _unreadable(name, error) from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            # RuntimeError is an encrypted file, NotImplementedError an unknown compression.
+            raise BrokenImage(f"{name}: not readable from the zip: {error}") from error
+        return _decoded(name, content)
+
+    def _archive(self) -> zipfile.ZipFile:
+        """The open archive of this thread and process: a child's reads would move its parent's position."""
+        if getattr(self._local, "process", None) != os.getpid():
+            try:
+                self._local.archive = zipfile.ZipFile(self._place)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise _unreadable(str(self._place), error) from error
+            self._local.process = os.getpid()
+        return self._local.archive
+
+
+class ArraySource:
+    """Images in memory, uint8 [N, H, W, C] with C = 1, 3 or 4 (the last of 4 is dropped)."""
+
+    def __init__(
+        self, images: UInt8, labels: Sequence[int] | NDArray[np.int64] | None, name: str, identity: str
+    ) -> None:
+        if images.ndim != 4 or 0 in images.shape or images.shape[3] not in (1, 3, 4):
+            raise invalid(
+                "data", f"{name}: {images.shape}", "images [N, H, W, C], C of 1, 3 or 4, none empty"
+            )
+        self._images, self._name, self._identity = images[..., :3], name, identity
+        self.labels = None if labels is None else tuple(map(int, labels))
+        if self.labels is not None and (len(self.labels) != len(images) or min(self.labels) < 0):
+            raise invalid("data", f"{name}: labels", "one class of 0 or more for each image")
+        classes = 0 if self.labels is None else max(self.labels) + 1
+        self.class_names = tuple(map(str, range(classes)))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return f"{self._name}[{index}]"
+
+    def identity(self) -> str:
+        return self._identity
+
+    def decode(self, index: int) -> UInt8:
+        return self._images[index]
+
+
+def npz_source(place: str | PathLike[str]) -> ArraySource:
+    """Return the images of a published archive, `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` [N].
+
+    Raises InvalidArgument for a file that is no such archive, or without images.
+    """
+    held = read_samples(place)
+    return ArraySource(held.images, held.labels, str(place), _file_identity(Path(place)))
+
+
+def _walk(
+    folder: Path, parts: tuple[str, ...] = (), above: tuple[Path, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every image as its parts, folders and files of one level in the order of names."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(str(folder), error) from error
+    above = (*above, folder.resolve())
+    for entry in entries:
+        path = (*parts, entry.name)
+        if entry.is_dir() and not _is_hidden(entry.name):
+            if Path(entry.path).resolve() in above:
+                raise invalid("data", entry.path, "a link to a folder that it lies in")
+            yield from _walk(Path(entry.path), path, above)
+        # A pipe would be read without an end. A link to nothing is an error when it is read.
+        elif _is_image((entry.name,)) and (entry.is_file() or entry.is_symlink()):
+            yield path
+
+
+def _is_image(path: tuple[str, ...]) -> bool:
+    """Whether that is an image's name, neither hidden nor in a hidden folder."""
+    return path[-1].lower().endswith(SUFFIXES) and not any(map(_is_hidden, path))
+
+
+def _is_hidden(name: str) -> bool:
+    # Zips made on a Mac hold its files' attributes in a folder of this name, under the images' own names.
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _classified(
+    paths: Sequence[tuple[str, ...]], rule: str, place: Path
+) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """Label of every image and name of every class, classes in the order of their names."""
+    if not paths:
+        raise invalid("data", str(place), f"holds no images ({', '.join(SUFFIXES)})")
+    outside = next((path for path in paths if len(path) == 1), None)
+    without = next((path for path in paths if "_" not in path[-1]), None)
+    if rule == "folders" and outside is not None:
+        raise invalid("classes", rule, f"{outside[0]} lies in no folder of {place}")
+    if rule == "prefixes" and without is not None:
+        raise invalid("classes", rule, f"{'/'.join(without)} has no underscore in its name")
+    if rule == "auto":
+        rule = "folders" if outside is None else "prefixes" if without is None else "none"
+    if rule == "none":
+        return None, ()
+    names = [path[0] if rule == "folders" else path[-1].split("_")[0] for path in paths]
+    found = {name: label for label, name in enumerate(sorted(set(names)))}
+    return tuple(found[name] for name in names), tuple(found)
+
+
+def _decoded(name: str, content: bytes) -> Image.Image:
+    """An image file's picture, grey or RGB: as published without alpha, EXIF's rotation ignored."""
+    if not content:
+        raise BrokenImage(f"{name}: the file is empty")
+    try:
+        picture = open_image(name, content)
+    except InvalidArgument as error:
+        raise BrokenImage(str(error)) from error
+    if max(picture.size) > LONGEST_STRIP * min(picture.size):
+        sides = f"{picture.width}x{picture.height} pixels"
+        raise BrokenImage(f"{name}: {sides}, a strip longer than 1:{LONGEST_STRIP}")
+    return picture.convert("RGB") if picture.mode == "RGBA" else picture
+
+
+def _file_identity(place: Path) -> str:
+    try:
+        facts = place.stat()
+    except OSError as error:
+        raise _unreadable(str(place), error) from error
+    return f"file {place.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+
+
+def _unreadable(name: str, error: Exception) -> AdmfastError:
+    return AdmfastError(f"{name}: not readable: {getattr(error, 'strerror', None) or error}")

@@ -1,0 +1,132 @@
+"""A training batch from samples and draws, and the loss of the three kinds of network on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.diffusion import GaussianDiffusion, training_losses
+from admfast.errors import invalid
+from admfast.models import UNetConfig
+from admfast.training.draws import TrainStream, normals, uniforms
+from admfast.training.recipe import Recipe
+from admfast.training.timesteps import UniformSampler
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples with all that is drawn for them.
+
+    Attributes:
+        ks: number of every sample in the run.
+        images: float32 [N, C, H, W] in -1..1.
+        t: timesteps, int64 [N]. noise: like the images.
+        weights: factors of the losses, float32 [N]; ones where timesteps are drawn evenly.
+        labels: classes, int64 [N]; None without.
+        low_res: small images [N, C, h, w] of an upsampler; None for the others.
+    """
+
+    ks: tuple[int, ...]
+    images: Tensor
+    t: Tensor
+    noise: Tensor
+    weights: Tensor
+    labels: Tensor | None = None
+    low_res: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ks)
+
+    def split(self, size: int) -> list[Batch]:
+        """Return the batch in parts of `size` samples, the last one of what is left."""
+        parts = []
+        for first in range(0, len(self), size):
+            part = slice(first, first + size)
+            parts.append(
+                Batch(self.ks[part], *(None if v is None else v[part] for v in self._values()))  # type: ignore[arg-type]
+            )
+        return parts
+
+    def _values(self) -> tuple[Tensor | None, ...]:
+        return self.images, self.t, self.noise, self.weights, self.labels, self.low_res
+
+
+def batch_of(
+    recipe: Recipe,
+    sampler: UniformSampler,
+    ks: Sequence[int],
+    images: Tensor,
+    labels: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Return the batch of samples `ks`: their images with timesteps, noise and all else that is drawn.
+
+    recipe: what the run is. sampler: of the timesteps.
+    images: uint8 [N, C, H, W]. labels: int64 [N]; needed where the network has classes.
+    Raises: InvalidArgument where labels are missing.
+    """
+    seed, ks = recipe.seed, tuple(ks)
+    x = images.to(device).float() / 127.5 - 1
+    t, weights = sampler.choose(uniforms(seed, ks, TrainStream.TIMESTEP))
+    if recipe.kind == "classifier" and not recipe.noised:
+        t = torch.zeros_like(t)
+    noise = normals(seed, ks, tuple(x.shape[1:]), TrainStream.NOISE, device)
+    classes = None if recipe.classes is None else _labels(recipe, ks, labels).to(device)
+    low_res = None if recipe.low_res_size is None else _small(recipe, recipe.low_res_size, ks, x)
+    return Batch(ks, _together(x), t.to(device), _together(noise), weights.to(device), classes, low_res)
+
+
+def _together(x: Tensor) -> Tensor:
+    """Images with the channels of a pixel side by side, as convolutions and norms run fastest."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _labels(recipe: Recipe, ks: Sequence[int], labels: Tensor | None) -> Tensor:
+    """Classes, some of them replaced by the null class, the network's last."""
+    if labels is None:
+        raise invalid("labels", None, "classes of the images: the network has classes")
+    if not recipe.drop_classes:
+        return labels
+    assert isinstance(recipe.network, UNetConfig) and recipe.network.num_classes is not None
+    dropped = uniforms(recipe.seed, ks, TrainStream.CLASS) < recipe.drop_classes
+    return torch.where(dropped, recipe.network.num_classes - 1, labels)
+
+
+def _small(recipe: Recipe, side: int, ks: Sequence[int], x: Tensor) -> Tensor:
+    """The small images that an upsampler enlarges: means over blocks, as published, with noise if wanted."""
+    small = F.interpolate(x, (side,) * (x.dim() - 2), mode="area")
+    if not recipe.noise_augmentation:
+        return small
+    strength = uniforms(recipe.seed, ks, TrainStream.LOW_RES_STRENGTH) * recipe.noise_augmentation
+    noise = normals(recipe.seed, ks, tuple(small.shape[1:]), TrainStream.LOW_RES_NOISE, x.device)
+    return small + strength.to(x.device).float().view(-1, *(1,) * (x.dim() - 1)) * noise
+
+
+def loss(net: nn.Module, recipe: Recipe, process: GaussianDiffusion, batch: Batch) -> dict[str, Tensor]:
+    """Return the loss of every sample and its parts, [N] each, not yet multiplied by `batch.weights`.
+
+    diffusion, upsampler: `training_losses` of the process. classifier: cross-entropy of the class of the
+    noised image (of the image itself where the recipe says noised=False), and whether the right class is the
+    first ("acc@1") or among the first five ("acc@5") of the answers.
+    Source: the published `image_train`, `super_res_train` and `classifier_train`.
+
+    process: `recipe.process.build()`. Differentiable in the network's parameters.
+    """
+    if recipe.kind != "classifier":
+        given = {"y": batch.labels, "low_res": batch.low_res}
+        condition = {name: value for name, value in given.items() if value is not None}
+        return training_losses(process, net, batch.images, batch.t, batch.noise, condition)
+    x = process.q_sample(batch.images, batch.t, batch.noise) if recipe.noised else batch.images
+    logits = net(x, process.model_t(batch.t)).float()
+    if batch.labels is None:
+        raise invalid("labels", None, "classes of the images: a classifier learns them")
+    best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+    return {
+        "loss": F.cross_entropy(logits, batch.labels, reduction="none"),
+        "acc@1": best[:, 0].float(),
+        "acc@5": best.any(dim=1).float(),
+    }

@@ -1,0 +1,136 @@
+"""The network of a run: fresh or from a weights file, frozen in part, and in which precision it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admfast.checkpoints import Weights, compare, read_weights, shapes_of
+from admfast.engine.precision import POLICIES, policy
+from admfast.errors import CheckpointError, Unavailable, invalid
+from admfast.models import NetConfig, UNetConfig, build
+from admfast.models.fold import FoldableNet
+from admfast.models.layers import AttentionBlock, ResBlock
+from admfast.training.recipe import Recipe
+
+State = dict[str, Tensor]
+
+
+def build_network(recipe: Recipe, start: str | PathLike[str] | None = None) -> nn.Module:
+    """Return the network of a recipe in training mode, its weights a function of the recipe's seed.
+
+    start: weights file to begin from (any that `admfast.load` reads, a run's folder too). Its network must be
+        the recipe's but for dropout and the number of classes: where that differs, what has a row for each
+        class begins anew. With a null class more than the file has classes, only that row does.
+    Raises: CheckpointError, InvalidArgument.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # torch's seeds end at 2^63; those above give the network of another seed.
+        torch.manual_seed(recipe.seed % 2**63)
+        net = build(recipe.network)
+    if start is not None:
+        net.load_state_dict(_fitted(net.state_dict(), read_weights(start), recipe))
+    freeze(net, recipe.freeze)
+    set_checkpointing(net, recipe.checkpointing)
+    return net.train()
+
+
+def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
+    """Return the weights of a file for the network of a recipe, whose classes may be others."""
+    given = {key: value.float() for key, value in weights.tensors.items()}
+    known = weights.description
+    if known is not None and (difference := _difference(known.network, recipe.network)):
+        raise invalid("from", str(weights.path), f"a network like the recipe's; {difference}")
+    if recipe.kind == "classifier":
+        of_classes = [key for key in fresh if key.startswith("out.")]
+    else:
+        of_classes = [key for key in fresh if key.startswith("label_emb.")]
+    # A network that had no classes gets fresh ones; anything else that is missing is an error.
+    state = {key: given.get(key, fresh[key] if key == "label_emb.weight" else None) for key in fresh}
+    for key in of_classes:
+        old, new = given.get(key), fresh[key]
+        if old is None or old.shape == new.shape or old.shape[1:] != new.shape[1:]:
+            continue
+        state[key] = new.clone()
+        if recipe.drop_classes and len(new) == len(old) + 1:  # a null class behind the file's
+            state[key][: len(old)] = old  # type: ignore[index]
+    shapes = shapes_of({key: value for key, value in state.items() if value is not None})
+    unknown = {
+        key: tuple(given[key].shape) for key in given if key not in fresh and key != "label_emb.weight"
+    }
+    if differences := compare({**shapes, **unknown}, shapes_of(fresh)):
+        raise CheckpointError(f"{weights.path}: does not fit the recipe's network: {differences.summary()}")
+    return {key: value for key, value in state.items() if value is not None}
+
+
+def _without_classes(network: NetConfig) -> dict[str, Any]:
+    """Return what must be equal in two networks for one to begin as the other."""
+    fields = network.to_dict()
+    names = ["dropout", "use_checkpoint", "num_classes"]
+    if not isinstance(network, UNetConfig):
+        names.append("out_channels")
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _difference(old: NetConfig, new: NetConfig) -> str:
+    a, b = _without_classes(old), _without_classes(new)
+    differing = [name for name in a | b if a.get(name) != b.get(name)]
+    return ", ".join(f"{name} is {a.get(name)} there, {b.get(name)} here" for name in differing)
+
+
+def freeze(net: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Let parameters whose names fit a pattern need no gradient. Raises InvalidArgument where none fits."""
+    for pattern in patterns:
+        found = [p for name, p in net.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise invalid("freeze", pattern, "a pattern that fits parameters, such as input_blocks.*")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise invalid("freeze", patterns, "at least one parameter must be left to train")
+
+
+def set_checkpointing(net: nn.Module, which: str | int) -> None:
+    """Choose the blocks that the backward pass computes again instead of keeping what is inside them.
+
+    which: "none", "attention", "all", or k for every k-th block in the order of the network.
+    """
+    blocks = [module for module in net.modules() if isinstance(module, ResBlock | AttentionBlock)]
+    for number, block in enumerate(blocks):
+        if isinstance(which, int):
+            block.use_checkpoint = number % which == which - 1
+        else:
+            attention = which == "attention" and isinstance(block, AttentionBlock)
+            block.use_checkpoint = which == "all" or attention
+
+
+def resolved_precision(recipe: Recipe, device: torch.device) -> Recipe:
+    """Return the recipe with "auto" replaced by what it means on the device.
+
+    Stored with the run, so that it goes on as it began wherever that is. Raises Unavailable.
+    """
+    if recipe.precision != "auto":
+        policy(recipe.precision, device)
+        return recipe
+    torso = policy("auto", device).torso
+    name = next(name for name, known in POLICIES.items() if known.torso == torso and not known.tf32)
+    return dataclasses.replace(recipe, precision=name)
+
+
+def set_precision(net: nn.Module, precision: str) -> None:
+    """Let the torso of a network compute in a precision, with parameters and gradients in float32.
+
+    Each weight is rounded where it is used, and its gradient is added up in float32. Norms and softmax
+    accumulate in float32, embeddings and the last layer compute in it.
+    Raises: Unavailable for a network of another make.
+    """
+    dtype = POLICIES[precision].torso
+    if isinstance(net, FoldableNet):
+        net.training_dtype = None if dtype == torch.float32 else dtype
+    elif dtype != torch.float32:
+        raise Unavailable(f"precision={precision!r}: only for the networks of this package")

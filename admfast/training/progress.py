@@ -1,0 +1,164 @@
+"""What a run shows of itself: rows of means, and grids of samples from the average."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from admfast.engine.numerics import peak_memory
+from admfast.engine.precision import policy
+from admfast.files.atomic import output_error
+from admfast.files.images import write_grid
+from admfast.models import UNetConfig, build
+from admfast.sampling.pipeline import Pipeline
+from admfast.training.recipe import Recipe
+from admfast.training.samples import Samples
+from admfast.training.update import Learner, Report
+
+QUARTERS = 4
+GRID_IMAGES, GRID_STEPS = 16, 50
+Row = dict[str, float | int]
+
+
+class Progress:
+    """Gathers reports on the device, and makes a row of means over all processes when it is asked for one."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner, self._reports = learner, list[Report]()
+        self._started, self._first = time.perf_counter(), learner.step
+
+    def add(self, report: Report) -> None:
+        """Take note of a step; reads nothing from the device."""
+        self._reports.append(report)
+
+    def row(self) -> Row | None:
+        """Return the means since the last row, None where no step was made since; reads from the device.
+
+        loss and its parts, as the mean over samples before weighting; loss_q1 to loss_q4, that of the samples
+        in each quarter of the timesteps; norms of the gradient (mean) and of the parameters; learning rate;
+        steps that were skipped so far; images a second, peak memory in bytes, and the seconds that are left.
+        """
+        learner, recipe = self._learner, self._learner.recipe
+        steps = len(self._reports)
+        if not steps:
+            return None
+        row: Row = {"step": learner.step, "images": learner.step * recipe.batch_size, **self._means()}
+        row["grad_norm"] = float(torch.stack([report.grad_norm for report in self._reports]).mean())
+        row["param_norm"] = float(learner.parameter_norm())
+        row["lr"] = self._reports[-1].rate
+        if learner.log2_scale is not None:
+            row["loss_scale"] = float(learner.log2_scale.exp2())
+        row["skipped"] = int(learner.skipped)
+        now = time.perf_counter()
+        per_step = (now - self._started) / steps
+        row["images_per_second"] = recipe.batch_size / per_step
+        row["memory"] = peak_memory(learner.world.device)
+        row["seconds_left"] = per_step * max(recipe.steps - learner.step, 0)
+        self._reports.clear()
+        self._started = now
+        return row
+
+    def _means(self) -> dict[str, float]:
+        """Return the mean of every term, and of the loss by quarter of the timesteps, over all processes."""
+        values = {
+            name: torch.cat([report.terms[name].double() for report in self._reports])
+            for name in self._reports[0].terms
+        }
+        t = torch.cat([report.t for report in self._reports])
+        everywhere = torch.ones_like(values["loss"])
+        pairs = {name: (value, everywhere) for name, value in values.items()}
+        if self._learner.recipe.noised:
+            quarter = t * QUARTERS // self._learner.process.num_timesteps
+            for number in range(QUARTERS):
+                inside = (quarter == number).double()
+                # Not by a product: a loss that is NaN belongs to its own quarter only.
+                pairs[f"loss_q{number + 1}"] = (values["loss"].where(inside > 0, 0.0), inside)
+        sums = torch.stack([torch.stack([value.sum(), count.sum()]) for value, count in pairs.values()])
+        found = self._learner.world.total(sums).tolist()
+        return {name: total / count for name, (total, count) in zip(pairs, found, strict=True) if count}
+
+
+def in_words(row: Row, steps: int) -> str:
+    """Return a row as one line for people."""
+    terms = [name for name in ("loss", "mse", "vb", "acc@1") if name in row]
+    shown = ", ".join(f"{name} {row[name]:.4f}" for name in terms)
+    minutes, seconds = divmod(round(row["seconds_left"]), 60)
+    left = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+    return f"step {row['step']} of {steps}: {shown}, {row['images_per_second']:.1f} images/s, {left}"
+
+
+class Board:
+    """TensorBoard's log of a run, where tensorboard is installed; else nothing."""
+
+    def __init__(self, run: Path) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        try:
+            self._writer = SummaryWriter(str(run / "tensorboard"))
+        except OSError as error:
+            raise output_error(run / "tensorboard", error) from error
+
+    @property
+    def there(self) -> bool:
+        """Tell whether it writes."""
+        return self._writer is not None
+
+    def add(self, row: Row) -> None:
+        """Write a row's numbers."""
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def write_samples(path: Path, learner: Learner, samples: Samples) -> None:
+    """Sample from the first average with fixed seeds and write the images as a grid.
+
+    Raises: OutputError.
+    """
+    recipe = learner.recipe
+    network = recipe.network
+    assert isinstance(network, UNetConfig)
+    with torch.device("meta"):
+        net = build(network)
+    weights = learner.averages.weights()
+    state = {key: weights.get(key, value) for key, value in learner.net.state_dict().items()}
+    net.load_state_dict({key: value.detach().clone() for key, value in state.items()}, assign=True)
+    net.eval().requires_grad_(False)
+    device = learner.world.device
+    pipe = Pipeline(
+        "average", net, recipe.process, policy=policy(recipe.precision, device),
+        low_res_size=recipe.low_res_size,
+    )  # fmt: skip
+    count = GRID_IMAGES
+    classes = None if recipe.classes is None else [i % recipe.classes for i in range(count)]
+    low_res = None if recipe.low_res_size is None else _small_images(recipe, samples, count).to(device)
+    if low_res is not None and classes is not None:
+        labels = [samples.at(k)[1] for k in range(count)]
+        classes = [0 if label is None else label for label in labels]
+    steps = min(GRID_STEPS, learner.process.num_timesteps)
+    images = pipe.sample(classes=classes, seeds=range(count), steps=steps, low_res=low_res)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(path, error) from None
+    write_grid(path, images.cpu().numpy(), classes)
+
+
+def _small_images(recipe: Recipe, samples: Samples, count: int) -> Tensor:
+    """The first samples of the run as an upsampler takes them."""
+    x = torch.stack([samples.at(k)[0] for k in range(count)]).float() / 127.5 - 1
+    return F.interpolate(x, (recipe.low_res_size,) * 2, mode="area")  # type: ignore[arg-type]

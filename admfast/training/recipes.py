@@ -1,0 +1,136 @@
+"""Presets of training: how the released networks and the shipped digits networks were trained.
+
+Networks and processes are those of `admfast.models.presets`. Batch, learning rate and steps of the released
+ones: tables 11 to 14 of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and Nichol 2021); what
+these leave open (annealing, crops, weight decay) is the default of the published training programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from admfast import checks
+from admfast.diffusion import DiffusionConfig
+from admfast.diffusion.config import SETTINGS
+from admfast.errors import invalid, nearest
+from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig
+from admfast.models.presets import preset as model_preset
+from admfast.training.recipe import KINDS, Recipe
+
+_NOISE_OF_CLASSIFIERS = DiffusionConfig(noise_schedule="linear", steps=1000)
+
+# Kind -> name of the preset -> name of the network and what differs from the kind's common settings.
+_PUBLISHED: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "diffusion": {
+        "imagenet64": ("64x64_diffusion", {"steps": 540_000, "batch_size": 2048, "lr": 3e-4}),
+        "imagenet128": ("128x128_diffusion", {"steps": 4_360_000}),
+        "imagenet256": ("256x256_diffusion", {"steps": 1_980_000}),
+        "imagenet512": ("512x512_diffusion", {"steps": 1_940_000}),
+        "lsun-bedroom": ("lsun_bedroom", {"steps": 500_000}),
+        "lsun-cat": ("lsun_cat", {"steps": 200_000}),
+        "lsun-horse": ("lsun_horse", {"steps": 250_000}),
+    },
+    "upsampler": {
+        "imagenet256": ("64_256_upsampler", {"steps": 500_000}),
+        "imagenet512": ("128_512_upsampler", {"steps": 1_050_000}),
+    },
+    "classifier": {
+        "imagenet64": ("64x64_classifier", {"batch_size": 1024, "lr": 6e-4, "process": "cosine"}),
+        "imagenet128": ("128x128_classifier", {}),
+        "imagenet256": ("256x256_classifier", {"steps": 500_000}),
+        "imagenet512": ("512x512_classifier", {"steps": 500_000}),
+    },
+}
+_COMMON: dict[str, dict[str, Any]] = {
+    "diffusion": {"batch_size": 256, "lr": 1e-4},
+    "upsampler": {"batch_size": 256, "lr": 1e-4},
+    # Its program crops at random and lets the rate fall over the run.
+    "classifier": {"steps": 300_000, "batch_size": 256, "lr": 3e-4, "weight_decay": 0.05, "anneal": True,
+                   "random_crop": True},
+}  # fmt: skip
+# Digits are no digits any more when they are mirrored.
+_DIGITS: dict[str, Any] = {
+    "warmup": 200, "cooldown": 0.3, "clip": 1.0, "ema_warmup": True, "random_flip": False,
+}  # fmt: skip
+_OF_DIGITS: dict[str, dict[str, Any]] = {
+    "diffusion": {"steps": 8000, "batch_size": 32, "lr": 6e-4, "ema": (0.9995,), "seed": 0},
+    "classifier": {"steps": 2000, "batch_size": 64, "lr": 6e-4, "weight_decay": 0.05, "ema": (0.995,),
+                   "seed": 1},
+    "upsampler": {"steps": 2500, "batch_size": 32, "lr": 8e-4, "ema": (0.998,), "seed": 2},
+}  # fmt: skip
+DIGITS = "digits32"
+PRESETS = {kind: (*_PUBLISHED[kind], DIGITS) for kind in KINDS}
+
+
+def recipe(kind: str, preset: str = DIGITS, **changes: Any) -> Recipe:
+    """Return the recipe of a preset (`PRESETS` lists them by kind), changed.
+
+    changes: fields of `Recipe`, of its network and of its process. `num_classes` is also the classes of a
+    classifier. With `drop_classes` the network gets one class more than asked for, the null class.
+    Raises: InvalidArgument.
+    """
+    checks.one_of("kind", kind, KINDS)
+    checks.one_of("preset", preset, PRESETS[kind])
+    if preset == DIGITS:
+        described = model_preset(f"{DIGITS}_{kind}").description
+        settings: dict[str, Any] = {**_DIGITS, **_OF_DIGITS[kind]}
+        network, process = described.network, described.diffusion
+        low_res_size = model_preset(f"{DIGITS}_{kind}").low_res_size
+    else:
+        name, own = _PUBLISHED[kind][preset]
+        settings = {**_COMMON[kind], **own}
+        released = model_preset(name)
+        network, process, low_res_size = released.config, released.diffusion, released.low_res_size
+    schedule = settings.pop("process", None)
+    process = process or dataclasses.replace(_NOISE_OF_CLASSIFIERS, noise_schedule=schedule or "linear")
+    settings |= {"kind": kind, "network": network, "process": process, "low_res_size": low_res_size}
+    return changed(Recipe(**settings), changes)
+
+
+def changed(base: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with other settings, given as for `recipe`. Raises InvalidArgument."""
+    parts = split_options(base.kind, changes)
+    network = _with_classes(base.network, dict(parts["network"]))
+    if parts["recipe"].get("drop_classes", base.drop_classes) and not base.drop_classes:
+        network = _with_null_class(network)
+    process = DiffusionConfig.from_flags(**{**base.process.to_dict(), **parts["process"]})
+    return dataclasses.replace(base, network=network, process=process, **parts["recipe"])
+
+
+def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return options by what they belong to: "recipe", "network", "process". Raises InvalidArgument."""
+    names = {
+        "recipe": {field.name for field in dataclasses.fields(Recipe)} - {"kind", "network", "process"},
+        "network": {field.name for field in dataclasses.fields(KINDS[kind])} | {"num_classes"},
+        "process": set(SETTINGS),
+    }
+    parts: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for name, value in options.items():
+        # "steps" are the run's: those of the process are the published diffusion_steps.
+        if name == "diffusion_steps":
+            parts["process"]["steps"] = value
+            continue
+        part = next((part for part, known in names.items() if name in known), None)
+        if part is None:
+            known = sorted(set().union(*names.values()))
+            raise invalid("set", name, f"no such setting of a {kind} run; {nearest(name, known)}")
+        parts[part][name] = value
+    return parts
+
+
+def _with_classes(network: NetConfig, options: dict[str, Any]) -> NetConfig:
+    """Return a network with other fields; a classifier's classes are its output."""
+    if isinstance(network, ClassifierConfig) and "num_classes" in options:
+        options["out_channels"] = options.pop("num_classes")
+    if isinstance(network, UNetConfig) and "in_channels" in options:
+        options.setdefault("out_channels", options["in_channels"] * (2 if network.learn_sigma else 1))
+    return dataclasses.replace(network, **options)
+
+
+def _with_null_class(network: NetConfig) -> NetConfig:
+    """Return a network with one class more."""
+    if not isinstance(network, UNetConfig | UpsamplerConfig) or network.num_classes is None:
+        raise invalid("drop_classes", "given", "for a network with classes")
+    return dataclasses.replace(network, num_classes=network.num_classes + 1)

@@ -1,0 +1,106 @@
+"""Which timestep a sample is trained at: drawn evenly, or more often where the loss is large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast import checks
+from admfast.errors import invalid
+from admfast.training.recipe import SAMPLERS
+
+
+class UniformSampler:
+    """Every timestep is equally likely; it has no state."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = checks.whole("steps", steps, 1)
+
+    learns = False
+
+    def weights(self) -> Tensor:
+        """Return the probability of each timestep up to a factor, float64 [steps]."""
+        return torch.ones(self.steps, dtype=torch.float64)
+
+    def choose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Return timesteps for numbers in [0, 1), and the factors that keep the mean loss unbiased.
+
+        uniform: float64 [N]. t = floor(u * steps); the factors are 1.
+        Returns int64 [N] and float32 [N].
+        """
+        t = (uniform * self.steps).long().clamp(max=self.steps - 1)
+        return t, torch.ones(len(t))
+
+    def learn(self, t: Tensor, losses: Tensor) -> None:
+        """Take note of the losses of a step, [N] each, in the order of their samples."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what the next step depends on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state."""
+
+
+class LossSecondMomentSampler(UniformSampler):
+    """p(t) proportional to sqrt(E[L_t^2]) over the last losses at t, mixed with a uniform share.
+
+    Uniform until every timestep has its whole history. Source: Nichol and Dhariwal 2021, eq. 18;
+    `LossSecondMomentResampler` of the published code.
+
+    history: losses kept for each timestep. uniform_share: least probability, over all timesteps together.
+    """
+
+    learns = True
+
+    def __init__(self, steps: int, history: int = 10, uniform_share: float = 0.001) -> None:
+        super().__init__(steps)
+        self.uniform_share = uniform_share
+        self.losses = torch.zeros(steps, checks.whole("history", history, 1), dtype=torch.float64)
+        self.counts = torch.zeros(steps, dtype=torch.int64)
+
+    @property
+    def warmed_up(self) -> bool:
+        """Tell whether every timestep has its whole history."""
+        return bool((self.counts == self.losses.shape[1]).all())
+
+    def weights(self) -> Tensor:
+        if not self.warmed_up:
+            return super().weights()
+        weights = self.losses.square().mean(dim=1).sqrt()
+        return weights / weights.sum() * (1 - self.uniform_share) + self.uniform_share / self.steps
+
+    def choose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """As for the uniform sampler: t is the first whose cumulated probability is above u."""
+        p = self.weights()
+        p = p / p.sum()
+        t = torch.searchsorted(p.cumsum(0), uniform, right=True).clamp(max=self.steps - 1)
+        return t, (1 / (self.steps * p[t])).float()
+
+    def learn(self, t: Tensor, losses: Tensor) -> None:
+        for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
+            if not abs(loss) < float("inf"):  # of a step that is skipped
+                continue
+            count = int(self.counts[step])
+            if count == self.losses.shape[1]:
+                self.losses[step, :-1] = self.losses[step, 1:].clone()
+                self.losses[step, -1] = loss
+            else:
+                self.losses[step, count] = loss
+                self.counts[step] = count + 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["losses"].shape != self.losses.shape:
+            raise invalid("sampler", tuple(state["losses"].shape), f"a history of {tuple(self.losses.shape)}")
+        self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
+
+
+def timestep_sampler(name: str, steps: int) -> UniformSampler:
+    """Return the sampler called "uniform" or "loss-second-moment" for a process of `steps` steps."""
+    checks.one_of("sampler", name, SAMPLERS)
+    return UniformSampler(steps) if name == "uniform" else LossSecondMomentSampler(steps)

@@ -1,0 +1,59 @@
+"""Train a small class-conditional model on a folder of images with a loop of one's own.
+
+    python examples/train_on_a_folder.py FOLDER model.safetensors --steps 2000
+    admfast sample model.safetensors --classes 0-3 --per-class 4 --out out/
+
+Each folder in FOLDER is a class. A step is `learner.update(batch)`; any loop may call it. `admfast train`
+adds the folder of a run: snapshots, exact resume, logs, grids, several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from admfast.checkpoints import write_weights
+from admfast.models.description import Description
+from admfast.training.images import open_source
+from admfast.training.loop import samples_of
+from admfast.training.loss import batch_of
+from admfast.training.network import build_network
+from admfast.training.recipes import recipe
+from admfast.training.samples import loader
+from admfast.training.update import Learner
+
+
+def train(folder: Path, out: Path, steps: int, batch_size: int, device: str) -> list[float]:
+    """Train for some steps and write the averaged weights; return the mean loss of every step."""
+    source = open_source(folder)
+    settings = recipe(
+        "diffusion", steps=steps, batch_size=batch_size, num_classes=len(source.class_names), in_channels=3,
+        random_flip=True, warmup=min(200, steps), ema=0.999, precision="fp32",
+    )  # fmt: skip
+    learner = Learner(settings, build_network(settings).to(device))
+    # Sample k has its image, crop, flip, timestep, noise and dropout from the seed and k.
+    numbers = (range(step * batch_size, (step + 1) * batch_size) for step in range(steps))
+    losses = []
+    for images in loader(samples_of(settings, source), numbers):
+        batch = batch_of(settings, learner.sampler, images.ks, images.images, images.labels, device)
+        report = learner.update(batch)
+        losses.append(float(report.terms["loss"].mean()))
+        if learner.step % 100 == 0:
+            print(f"step {learner.step}: loss {sum(losses[-100:]) / 100:.4f}", flush=True)
+    description = Description(settings.network, settings.process, {"recipe": settings.to_dict()})
+    write_weights(out, learner.averages.weights(), description)
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+    train(given.folder, given.out, given.steps, given.batch_size, given.device)
+    print(given.out.resolve())

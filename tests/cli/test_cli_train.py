@@ -1,0 +1,121 @@
+"""`admfast train`: what the command line asks for, refuses and prints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import admfast
+from admfast.checkpoints import load_network
+from admfast.cli.main import main
+from admfast.cli.train import resolved
+from admfast.errors import CheckpointError, InvalidArgument
+from admfast.training.recipes import PRESETS, recipe
+
+QUICK = ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--grid-every", "0"]
+
+
+@pytest.mark.parametrize("kind", PRESETS)
+def test_each_kind_trains_and_is_exported(tmp_path, capsys, kind):
+    run, file = tmp_path / "run", tmp_path / "out.safetensors"
+    assert main(["train", kind, "--out", str(run), *QUICK]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == str(run.resolve()) and any(line.startswith("step 2 of 2") for line in said)
+    assert any(line.startswith("lr ") for line in said), "the resolved recipe comes first"
+    assert main(["train", "export", str(run), "--out", str(file), "--dtype", "float16"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(file.resolve())
+    net, info = load_network(file)
+    assert info.config == recipe(kind).network and info.training["step"] == 2
+    if kind == "classifier":
+        with pytest.raises(InvalidArgument, match="a classifier"):
+            admfast.load(run, device="cpu")
+
+
+def test_options_reach_the_recipe(tmp_path):
+    run = tmp_path / "run"
+    options = [
+        "--seed",
+        "3",
+        "--lr",
+        "0.5",
+        "--checkpointing",
+        "2",
+        "--microbatch",
+        "1",
+        "--precision",
+        "bf16",
+    ]
+    options += [
+        "--set",
+        "ema=0.5,0.25",
+        "--set",
+        "dropout=0",
+        "--set",
+        "diffusion_steps=20",
+        "--set",
+        "clip=None",
+    ]
+    assert main(["train", "diffusion", "--out", str(run), *QUICK, *options]) == 0
+    found = json.loads((run / "run.json").read_text())["training"]["recipe"]
+    assert (found["seed"], found["lr"], found["checkpointing"], found["microbatch"]) == (3, 0.5, 2, 1)
+    assert (found["precision"], found["ema"], found["clip"]) == ("bf16", [0.5, 0.25], None)
+    assert found["network"]["dropout"] == 0 and found["process"]["steps"] == 20
+
+
+def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    out = ["--out", str(tmp_path / "run")]
+    for arguments, named in {
+        ("--steps", "0"): "--steps",
+        ("--preset", "imagenet65"): "--preset",
+        ("--preset", "imagenet64"): "--data",
+        ("--data", str(tmp_path / "empty")): "--data",
+        ("--data", str(tmp_path / "nothing")): "--data",
+        ("--set", "learning_rate=1"): "learning_rate",
+        ("--set", "num_classes=9"): "--data",
+        ("--save-every", "0"): "--save-every",
+        ("--from", str(tmp_path / "nothing.pt")): "nothing.pt",
+        ("--checkpointing", "some"): "--checkpointing",
+        ("--device", "tpu"): "--device",
+    }.items():
+        assert main(["train", "diffusion", *out, *arguments]) == 2, arguments
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and named in said, said
+    assert main(["train", "export", str(tmp_path / "empty"), "--out", str(tmp_path / "a.pt")]) == 2
+    assert "empty" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_the_run_takes(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "diffusion", "--out", str(run), *QUICK, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("peak memory", "whole run", "images a second"))
+    assert not run.exists()
+
+
+def test_a_run_begins_from_a_file(tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", "diffusion", "--out", str(first), *QUICK, "--set", "num_res_blocks=2"]) == 0
+    found = resolved("diffusion", "digits32", str(first), {"dropout": 0.0})
+    assert (found.network.num_res_blocks, found.network.dropout) == (2, 0.0)
+    options = ["--from", str(first), "--set", "freeze=input_blocks.*", "--set", "warmup=0"]
+    assert main(["train", "diffusion", "--out", str(second), *QUICK, *options]) == 0
+    old, new = (load_network(run)[0].state_dict() for run in (first, second))
+    changed = {key.split(".")[0] for key in old if not torch.equal(old[key], new[key])}
+    assert "output_blocks" in changed and "input_blocks" not in changed
+    with pytest.raises(InvalidArgument, match="from"):
+        resolved("classifier", "digits32", str(first), {})
+    with pytest.raises(CheckpointError):
+        resolved("diffusion", "digits32", str(tmp_path), {})
+
+
+def test_the_help_lists_kinds_and_presets(capsys):
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(kind in said for kind in (*PRESETS, "export"))
+    assert main(["train", "diffusion", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in (*PRESETS["diffusion"], "--dry-run", "--from"))

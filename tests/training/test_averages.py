@@ -1,0 +1,102 @@
+"""Averages of the weights: rates, power functions, and widths put together afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from admfast.errors import InvalidArgument
+from admfast.training.ema import Averages, combined, gamma_of, reconstruction
+
+STEPS = 200
+
+
+def moving() -> tuple[nn.ParameterList, list[Tensor]]:
+    """A parameter in float64 and the values that it takes."""
+    generator = torch.Generator().manual_seed(0)
+    walk = torch.randn(STEPS, 8, generator=generator, dtype=torch.float64).cumsum(0)
+    return nn.ParameterList([torch.zeros(8, dtype=torch.float64)]), list(walk)
+
+
+def averaged(
+    averages: Averages, net: nn.ParameterList, walk: list[Tensor], keep: tuple[int, ...] = ()
+) -> dict:
+    kept = {}
+    for step, value in enumerate(walk):
+        net[0].data.copy_(value)
+        averages.update(step)
+        if step + 1 in keep:
+            kept[step + 1] = {n: {"0": averages.weights(n)["0"].clone()} for n in averages.names}
+    return kept
+
+
+def power_average(walk: list[Tensor], width: float) -> Tensor:
+    """The definition: shares of ((i/n)^(g+1) - ((i-1)/n)^(g+1)) add up as the recursion does."""
+    i = torch.arange(1, len(walk) + 1, dtype=torch.float64) / len(walk)
+    cumulated = i ** (gamma_of(width) + 1)
+    shares = torch.diff(cumulated, prepend=torch.zeros(1, dtype=torch.float64))
+    # The recursion keeps 1 - (1 - 1/n)^(g+1) of step n, which is this share of the whole.
+    return (shares[:, None] * torch.stack(walk)).sum(0)
+
+
+def test_rates_and_warm_up():
+    net, walk = moving()
+    averages, warm = Averages(net, [0.5, 0.9]), Averages(net, [0.9], warmup=True)
+    assert averages.names == ("0.5", "0.9")
+    for step, value in enumerate(walk[:20]):
+        before, before_warm = averages.weights("0.9")["0"].clone(), warm.weights()["0"].clone()
+        net[0].data.copy_(value)
+        averages.update(step)
+        warm.update(step)
+        torch.testing.assert_close(averages.weights("0.9")["0"], 0.9 * before + 0.1 * value)
+        kept = min(0.9, (1 + step) / (10 + step))
+        torch.testing.assert_close(warm.weights()["0"], kept * before_warm + (1 - kept) * value)
+    with pytest.raises(InvalidArgument, match="ema"):
+        averages.weights("0.7")
+
+
+def test_a_step_that_was_skipped_changes_no_average():
+    net, walk = moving()
+    averages = Averages(net, [0.5], [0.1])
+    averaged(averages, net, walk[:3])
+    before = {name: averages.weights(name)["0"].clone() for name in averages.names}
+    net[0].data.add_(1)
+    averages.update(3, torch.tensor(0.0))
+    assert all(torch.equal(averages.weights(name)["0"], before[name]) for name in before)
+    averages.update(3, torch.tensor(1.0))
+    assert not any(torch.equal(averages.weights(name)["0"], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
+def test_power_functions_have_their_width(width):
+    gamma = gamma_of(width)
+    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(width**2)
+    net, walk = moving()
+    averages = Averages(net, [], [width])
+    averaged(averages, net, walk)
+    torch.testing.assert_close(averages.weights()["0"], power_average(walk, width))
+
+
+@pytest.mark.parametrize("width", [0.06, 0.1, 0.2])
+def test_any_width_is_put_together_from_two(width):
+    net, walk = moving()
+    averages = Averages(net, [], [0.05, 0.1])
+    kept = averaged(averages, net, walk, keep=tuple(range(10, STEPS + 1, 10)))
+    profiles = [(n, float(name[6:])) for n, states in kept.items() for name in states]
+    states = [state for states in kept.values() for state in states.values()]
+    found = combined(states, reconstruction(profiles, (STEPS, width)))["0"]
+    truth, nearest = power_average(walk, width), kept[STEPS]["power-0.1"]["0"]
+    error = (found - truth).norm()
+    assert error < 0.05 * truth.norm()
+    if width != 0.1:
+        assert error < 0.5 * (nearest - truth).norm(), "no better than an average that was stored"
+
+
+def test_widths_that_are_none():
+    for width in (0.0, 0.29, float("nan")):
+        with pytest.raises(InvalidArgument, match="width"):
+            gamma_of(width)
+    with pytest.raises(InvalidArgument, match="stored"):
+        reconstruction([], (10, 0.1))
+    assert gamma_of(0.28867) == pytest.approx(0, abs=1e-3)

@@ -1,0 +1,173 @@
+"""Runs of several processes under torchrun, and runs that are killed from outside."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from admfast.cli.main import main
+from admfast.training.distributed import World
+from admfast.training.loop import numbers
+from tests.training.small_runs import last_state, same, small_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--batch-size", "4", "--log-every", "1", "--grid-every", "0", "--set", "channel_mult=1"]
+SMALL += ["--set", "attention_resolutions=2", "--set", "warmup=0"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(out: Path, steps: int, *more: str) -> list[str]:
+    return [
+        "train",
+        "diffusion",
+        "--out",
+        str(out),
+        "--steps",
+        str(steps),
+        "--save-every",
+        "2",
+        *SMALL,
+        *more,
+    ]
+
+
+def under_torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*run, *more, "-m", "admfast", *arguments]
+
+
+def steps_of(run: Path) -> int:
+    """Rows of the log so far."""
+    log = run / "log.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def wait_for(process: subprocess.Popen, run: Path, steps: int) -> None:
+    """Return once a run has made some steps; it must not end before."""
+    deadline = time.monotonic() + 240
+    while steps_of(run) < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As many threads as the processes that are compared with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_equal_to_rounding(a: dict, b: dict) -> None:
+    """Compare parameters that have a gradient.
+
+    A bias before a norm whose groups are single channels cancels; its gradient is rounding, 1e-11, which Adam
+    scales up to steps of the learning rate.
+    """
+    moments = [state["exp_avg_sq"].mean().sqrt() for state in a["optimiser"]["state"].values()]
+    assert max(moments) > 1e-4
+    for (key, value), moment in zip(a["net"].items(), moments, strict=True):
+        if moment > 1e-9:
+            # Sums in another order: some units of float32 a step, which Adam hands on.
+            torch.testing.assert_close(b["net"][key], value, rtol=1e-3, atol=2e-6, msg=key)
+
+
+def test_processes_share_the_samples_of_every_step():
+    recipe = small_recipe(batch_size=8, steps=3)
+    whole = [list(ks) for ks in numbers(recipe, World(), 1)]
+    assert whole == [list(range(8, 16)), list(range(16, 24))]
+    for size in (2, 4):
+        parts = [list(numbers(recipe, World(rank, size), 1)) for rank in range(size)]
+        assert [[k for ks in step for k in ks] for step in zip(*parts, strict=True)] == whole
+
+
+def test_two_processes_are_one(tmp_path):
+    assert main(command(tmp_path / "one", 4)) == 0
+    done = subprocess.run(
+        under_torchrun(2, command(tmp_path / "two", 4, "--microbatch", "1")),
+        env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 4 of 4") == 1, "one process speaks"
+    assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
+
+
+def test_a_kill_and_a_sigterm_from_outside(tmp_path):
+    assert main(command(tmp_path / "whole", 8)) == 0
+    run = tmp_path / "killed"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        before = steps_of(run)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "admfast", *command(run, 8)], env=ENVIRONMENT, cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(process, run, max(3, before + 1))
+        process.send_signal(number)
+        assert process.wait(120) == (143 if number == signal.SIGTERM else -number)
+    assert main(command(run, 8)) == 0
+    same(last_state(run), last_state(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    steps, run = 60, tmp_path / "killed"
+    assert main(command(tmp_path / "whole", steps)) == 0
+    moments, kills = random.Random(0), 0
+    while kills < 20:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "admfast", *command(run, steps)], env=ENVIRONMENT, cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        # From the imports to a few steps after the newest snapshot.
+        if kills % 4:
+            wait_for(process, run, min(steps_of(run) + 1, steps - 1))
+        time.sleep(moments.random())
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert main(command(run, steps)) == 0
+    same(last_state(run), last_state(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path):
+    assert main(command(tmp_path / "one", 20)) == 0
+    subprocess.run(under_torchrun(2, command(tmp_path / "two", 20)), env=ENVIRONMENT, cwd=ROOT, check=True)
+    assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
+
+
+def workers_of(launcher: int) -> list[int]:
+    """The processes that torchrun began."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if f"PPid:\t{launcher}\n" in (folder / "status").read_text():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds the workers in /proc")
+def test_a_job_whose_worker_is_killed_goes_on_by_itself(tmp_path):
+    subprocess.run(under_torchrun(2, command(tmp_path / "whole", 12)), env=ENVIRONMENT, cwd=ROOT, check=True)
+    run = tmp_path / "killed"
+    job = subprocess.Popen(under_torchrun(2, command(run, 12), "--max-restarts=2"), env=ENVIRONMENT, cwd=ROOT)
+    wait_for(job, run, 5)
+    os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
+    died, behind = time.monotonic(), steps_of(run)
+    while steps_of(run) <= behind and job.poll() is None:
+        time.sleep(0.1)
+    assert time.monotonic() - died < 60
+    assert job.wait(300) == 0
+    same(last_state(run), last_state(tmp_path / "whole"))

@@ -1,0 +1,294 @@
+"""Runs: resume, signals, what is written, and what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import admfast
+from admfast.checkpoints import load_network
+from admfast.checkpoints.snapshots import read_run, snapshots
+from admfast.errors import CheckpointError, InvalidArgument, NonFiniteError, OutputError
+from admfast.training import loop
+from admfast.training.export import export
+from admfast.training.images import ArraySource
+from admfast.training.loop import Habits, Outcome, dry_run, train
+from tests.training.small_runs import OFTEN, last_state, same, small_recipe, source
+
+
+class Killed(BaseException):
+    """What no code expects."""
+
+
+def killed_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the process end after the update of a step, before anything of it is written."""
+    update = loop.Learner.update
+
+    def and_die(self, batch):
+        report = update(self, batch)
+        if self.step == step:
+            raise Killed
+        return report
+
+    monkeypatch.setattr(loop.Learner, "update", and_die)
+
+
+def rows(run: Path) -> list[dict]:
+    """The log without what time and memory decide."""
+    found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if k not in ("images_per_second", "memory", "seconds_left")}
+        for row in found
+    ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums of products are ordered by the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Resume
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "classifier", "upsampler"])
+def test_a_run_that_was_killed_twice_is_one_that_was_not(tmp_path, monkeypatch, kind):
+    side = 16 if kind == "upsampler" else 8
+    recipe, data = small_recipe(kind, steps=7, ema_power=(0.05,)), source(side=side)
+    assert train(recipe, data, tmp_path / "whole", OFTEN) == Outcome(7)
+    for step in (4, 6):  # a row of the log behind the snapshot, in two epochs
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            killed_after(patched, step)
+            train(recipe, data, tmp_path / "killed", OFTEN)
+        torch.manual_seed(step)
+    train(recipe, data, tmp_path / "killed", OFTEN)
+    same(last_state(tmp_path / "killed"), last_state(tmp_path / "whole"))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("more", [{"workers": 2}, {"cache": "memory"}, {"log_every": 3}])
+def test_habits_change_no_bit(tmp_path, more):
+    recipe = small_recipe()
+    train(recipe, source(), tmp_path / "a", OFTEN)
+    train(recipe, source(), tmp_path / "b", dataclasses.replace(OFTEN, **more))
+    same(last_state(tmp_path / "b"), last_state(tmp_path / "a"))
+
+
+def test_a_run_that_is_done_stays_done_and_more_steps_go_on(tmp_path):
+    recipe, said = small_recipe(steps=2), list[str]()
+    train(recipe, source(), tmp_path, OFTEN)
+    before = last_state(tmp_path)
+    assert train(recipe, source(), tmp_path, OFTEN, say=said.append) == Outcome(2)
+    same(last_state(tmp_path), before)
+    longer = dataclasses.replace(recipe, steps=4, microbatch=2)
+    assert train(longer, source(), tmp_path, OFTEN, say=said.append) == Outcome(4)
+    assert any("steps" in text for text in said) and any("microbatch" in text for text in said)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 1.0}, {"batch_size": 2}, {"precision": "bf16"}])
+def test_another_recipe_needs_another_folder(tmp_path, change):
+    train(small_recipe(steps=1), source(), tmp_path, OFTEN)
+    with pytest.raises(InvalidArgument, match=f"^{next(iter(change))}="):
+        train(small_recipe(steps=1, **change), source(), tmp_path, OFTEN)
+    network = dataclasses.replace(small_recipe().network, num_res_blocks=2)
+    with pytest.raises(InvalidArgument, match="^num_res_blocks="):
+        train(small_recipe(steps=1, network=network), source(), tmp_path, OFTEN)
+
+
+def test_other_data_is_said(tmp_path):
+    said: list[str] = []
+    train(small_recipe(steps=1), source(), tmp_path, OFTEN)
+    other = ArraySource(np.zeros((12, 8, 8, 1), np.uint8), [0, 1, 2, 3] * 3, "other", "other")
+    train(small_recipe(steps=2), other, tmp_path, OFTEN, say=said.append)
+    assert any(text.startswith("data differs") for text in said)
+
+
+# Snapshots
+
+
+def test_a_broken_newest_snapshot_is_named_and_the_one_before_it_taken(tmp_path):
+    recipe, said = small_recipe(), list[str]()
+    train(recipe, source(), tmp_path, OFTEN)
+    wanted = last_state(tmp_path)
+    newest, before, _ = snapshots(tmp_path)
+    content = newest.path.read_bytes()
+    middle = len(content) // 2  # of a tensor's values, which load as well as any
+    for broken in (content[:-10], content[:middle] + b"xyz" + content[middle + 3 :], b""):
+        newest.path.write_bytes(broken)
+        said.clear()
+        train(recipe, source(), tmp_path, OFTEN, say=said.append)
+        assert any(str(newest.path) in text for text in said) and "goes on after step 4" in said
+        same(last_state(tmp_path), wanted)
+    for snapshot in snapshots(tmp_path):
+        snapshot.path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no snapshot is whole"):
+        train(recipe, source(), tmp_path, OFTEN)
+
+
+def test_the_newest_snapshots_are_kept_and_leftovers_swept(tmp_path):
+    habits = Habits(save_every=1, log_every=1, keep=2)
+    train(small_recipe(steps=3), source(), tmp_path, habits)
+    assert [s.step for s in snapshots(tmp_path)] == [3, 2]
+    folder = tmp_path / "snapshots"
+    (folder / ".state-00000009.pt.1-ab.tmp").write_bytes(b"half")
+    (folder / "state-00000009.pt").write_bytes(b"whole, but killed before its checksum")
+    (folder / "notes.txt").write_text("a user's own")
+    train(small_recipe(steps=3), source(), tmp_path, habits)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"state-0000000{i}.pt{end}" for i in (2, 3) for end in ("", ".sha256")} | {"notes.txt"}
+
+
+def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path):
+    """A limit on the size of files stands for the disk's end."""
+    recipe = small_recipe()
+    train(dataclasses.replace(recipe, steps=2), source(), tmp_path, OFTEN)
+    size = snapshots(tmp_path)[0].path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        with pytest.raises(OutputError, match="state-00000004.pt: not written"):
+            train(recipe, source(), tmp_path, OFTEN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [s.step for s in snapshots(tmp_path)] == [2]
+    assert not list((tmp_path / "snapshots").glob(".*"))
+    train(recipe, source(), tmp_path, OFTEN)
+    assert [s.step for s in snapshots(tmp_path)] == [6, 4, 2]
+
+
+# Signals and other processes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends(tmp_path, monkeypatch, number):
+    recipe = small_recipe(steps=7)
+    train(recipe, source(), tmp_path / "whole", OFTEN)
+    update = loop.Learner.update
+
+    def and_signal(self, batch):
+        if self.step == 2:
+            os.kill(os.getpid(), number)
+        return update(self, batch)
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Learner, "update", and_signal)
+        assert train(recipe, source(), tmp_path / "told", Habits(save_every=100)) == Outcome(3, number)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    assert [s.step for s in snapshots(tmp_path / "told")] == [3]
+    train(recipe, source(), tmp_path / "told", OFTEN)
+    same(last_state(tmp_path / "told"), last_state(tmp_path / "whole"))
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with loop.folder.held(tmp_path, loop.World()):
+        with pytest.raises(OutputError, match="another process is training"):
+            train(small_recipe(), source(), tmp_path, OFTEN)
+    train(small_recipe(steps=1), source(), tmp_path, OFTEN)
+
+
+def test_folders_that_cannot_be_made_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match=str(place)):
+            train(small_recipe(), source(), place, OFTEN)
+
+
+# What a run is made of
+
+
+def test_classes_are_checked_against_the_network(tmp_path):
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    for labels in (None, [0, 0, 0, 0], [0, 1, 2, 4]):
+        with pytest.raises(InvalidArgument, match="data"):
+            train(small_recipe(), ArraySource(images, labels, "x", "x"), tmp_path / "run", OFTEN)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_are_never_finite_stop_the_run(tmp_path, monkeypatch):
+    recipe = small_recipe(max_skipped=1)
+    update = loop.Learner.update
+
+    def poison(self, batch):
+        if self.step == 3:
+            with torch.no_grad():
+                self.net.out[2].weight.fill_(float("inf"))
+        return update(self, batch)
+
+    monkeypatch.setattr(loop.Learner, "update", poison)
+    with pytest.raises(NonFiniteError, match=r"2 steps in a row.*snapshot is that of step 4"):
+        train(recipe, source(), tmp_path, OFTEN)
+
+
+def test_the_log_has_losses_norms_and_rates(tmp_path):
+    train(small_recipe(), source(), tmp_path, Habits(log_every=4, save_every=100))
+    found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found] == [4, 6]
+    wanted = {"step", "images", "loss", "mse", "vb", "grad_norm", "param_norm", "lr", "skipped"}
+    assert wanted | {"images_per_second", "memory", "seconds_left"} <= set(found[0])
+    quarters = [found[0][f"loss_q{i}"] for i in range(1, 5) if f"loss_q{i}" in found[0]]
+    assert quarters and min(quarters) <= found[0]["loss"] <= max(quarters)
+    assert found[1]["images"] == 24 and found[1]["seconds_left"] == 0
+
+
+def test_grids_are_sampled_from_the_average(tmp_path):
+    train(small_recipe(steps=2), source(), tmp_path / "a", Habits(grid_every=1))
+    first, second = (tmp_path / "a" / "grids" / f"0000000{i}.png" for i in (1, 2))
+    assert first.read_bytes() != second.read_bytes()
+    train(small_recipe("upsampler", steps=1), source(side=16), tmp_path / "b", Habits(grid_every=1))
+    assert (tmp_path / "b" / "grids" / "00000001.png").exists()
+    train(small_recipe("classifier", steps=1), source(), tmp_path / "c", Habits(grid_every=1))
+    assert not (tmp_path / "c" / "grids").exists()
+
+
+def test_a_run_is_loaded_exported_and_begun_from(tmp_path):
+    run = tmp_path / "run"
+    train(small_recipe(steps=2, ema_power=(0.05, 0.1)), source(), run, Habits(save_every=1))
+    averages = last_state(run)["averages"]
+    pipe = admfast.load(run, device="cpu")
+    same(dict(pipe.net.state_dict()), averages["0.9"])
+    assert pipe.sample(classes=[1], seeds=[0], steps=2).shape == (1, 8, 8, 1)
+    for name, options in {"a.safetensors": {}, "b.pt": {"average": "0.99"}, "c.pt": {"width": 0.1}}.items():
+        export(run, tmp_path / name, **options)
+        net, info = load_network(tmp_path / name)
+        assert info.config == small_recipe().network and info.training["step"] == 2
+        average = {"a.safetensors": "0.9", "b.pt": "0.99", "c.pt": "power-0.1"}[name]
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, averages[average][key], rtol=0, atol=1e-5 if "c" in name else 0)
+    with pytest.raises(InvalidArgument, match="ema"):
+        read_run(run, "0.5")
+    train(small_recipe(steps=1, lr=1e-12), source(), tmp_path / "next", OFTEN, start=run)
+    begun = last_state(tmp_path / "next")["net"]
+    torch.testing.assert_close(begun["out.2.weight"], averages["0.9"]["out.2.weight"], rtol=0, atol=1e-9)
+
+
+def test_a_run_without_a_snapshot_is_said(tmp_path):
+    with pytest.raises(Killed), pytest.MonkeyPatch.context() as patched:
+        killed_after(patched, 1)
+        train(small_recipe(), source(), tmp_path, OFTEN)
+    with pytest.raises(CheckpointError, match="no snapshot"):
+        admfast.load(tmp_path, device="cpu")
+
+
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trial = dry_run(small_recipe(steps=100), source())
+    assert trial.run_seconds == 100 * trial.step_seconds > 0 and trial.memory > 1e6
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["save_every", "log_every", "keep"])
+def test_habits_that_are_not_allowed(name):
+    with pytest.raises(InvalidArgument, match=name):
+        Habits(**{name: 0})
