@@ -3,7 +3,7 @@
     python examples/train_on_a_folder.py FOLDER model.safetensors --steps 2000
     admfast sample model.safetensors --classes 0-3 --per-class 4 --out out/
 
-Each folder in FOLDER is a class. A step is `learner.update(batch)`; any loop may call it. `admfast train`
+Each folder in FOLDER is a class. A step is `learner.update(batch)`: any loop may call it. `admfast train`
 adds the folder of a run: snapshots, exact resume, logs, grids, several processes.
 """
 

@@ -14,6 +14,7 @@ from admfast import checks
 from admfast.checkpoints import load_network
 from admfast.cli import train_options as option
 from admfast.cli.options import options_of
+from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
 from admfast.files.tables import table
 from admfast.models import NetConfig
@@ -128,9 +129,12 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
         if not isinstance(network, KINDS[kind]):
             raise invalid("from", start, f"a network for the kind {kind!r}; it holds a {network.kind}")
         low_res_size = base.low_res_size if info.preset is None else info.preset.low_res_size
+        # A network that has a null class keeps it.
+        dropping = dict(info.training.get("recipe", {})).get("drop_classes", 0.0)
         base = dataclasses.replace(
-            base, network=network, process=info.diffusion or base.process, low_res_size=low_res_size
-        )
+            base, network=network, process=info.diffusion or base.process, low_res_size=low_res_size,
+            drop_classes=dropping,
+        )  # fmt: skip
     return changed(base, options)
 
 
@@ -160,7 +164,8 @@ def _train(
         )
     outcome = train(wanted, source, out, habits, world, start, say=_say)
     if world.first:
-        print(f"{outcome.step} of {wanted.steps} steps are done; what they gave is in")
+        peak = peak_memory(world.device) / 1e9
+        print(f"{outcome.step} of {wanted.steps} steps are done; peak memory {peak:.2f} GB")
         print(out.resolve())
     if outcome.signal is not None:
         raise typer.Exit(SIGNALLED + outcome.signal)

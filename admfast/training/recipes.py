@@ -67,8 +67,9 @@ PRESETS = {kind: (*_PUBLISHED[kind], DIGITS) for kind in KINDS}
 def recipe(kind: str, preset: str = DIGITS, **changes: Any) -> Recipe:
     """Return the recipe of a preset (`PRESETS` lists them by kind), changed.
 
-    changes: fields of `Recipe`, of its network and of its process. `num_classes` is also the classes of a
-    classifier. With `drop_classes` the network gets one class more than asked for, the null class.
+    changes: fields of `Recipe`, of its network and of its process; `diffusion_steps` are the process's.
+    `num_classes` are the images' classes, a classifier's too. With `drop_classes` the network gets one more,
+    the null class.
     Raises: InvalidArgument.
     """
     checks.one_of("kind", kind, KINDS)
@@ -93,7 +94,8 @@ def changed(base: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Return a recipe with other settings, given as for `recipe`. Raises InvalidArgument."""
     parts = split_options(base.kind, changes)
     network = _with_classes(base.network, dict(parts["network"]))
-    if parts["recipe"].get("drop_classes", base.drop_classes) and not base.drop_classes:
+    dropping = parts["recipe"].get("drop_classes", base.drop_classes)
+    if dropping and ("num_classes" in changes or not base.drop_classes):
         network = _with_null_class(network)
     process = DiffusionConfig.from_flags(**{**base.process.to_dict(), **parts["process"]})
     return dataclasses.replace(base, network=network, process=process, **parts["recipe"])

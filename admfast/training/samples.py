@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,6 +243,9 @@ class _Maker(Dataset[_Part]):
 
 def _begin(worker: int) -> None:
     reuse_memory()
+    # Schedulers and Ctrl-C tell all processes to end; the run saves first, and then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(part: Any) -> Any:

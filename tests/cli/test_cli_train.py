@@ -106,6 +106,10 @@ def test_a_run_begins_from_a_file(tmp_path, capsys):
     old, new = (load_network(run)[0].state_dict() for run in (first, second))
     changed = {key.split(".")[0] for key in old if not torch.equal(old[key], new[key])}
     assert "output_blocks" in changed and "input_blocks" not in changed
+    null = ["--set", "drop_classes=0.5", "--from", str(first)]
+    assert main(["train", "diffusion", "--out", str(tmp_path / "null"), *QUICK, *null]) == 0
+    again = resolved("diffusion", "digits32", str(tmp_path / "null"), {})
+    assert (again.network.num_classes, again.classes, again.drop_classes) == (11, 10, 0.5)
     with pytest.raises(InvalidArgument, match="from"):
         resolved("classifier", "digits32", str(first), {})
     with pytest.raises(CheckpointError):

@@ -39,6 +39,7 @@ def test_changes_reach_recipe_network_and_process():
     with_null = recipe("diffusion", num_classes=3, drop_classes=0.1)
     assert (with_null.classes, with_null.network.num_classes) == (3, 4)
     assert changed(with_null, {"lr": 1.0}).network.num_classes == 4
+    assert changed(with_null, {"num_classes": 7}).classes == 7
     grey = recipe("diffusion", "imagenet64", in_channels=1)
     assert (grey.network.in_channels, grey.network.out_channels) == (1, 2)
     with pytest.raises(InvalidArgument, match="batch_size"):

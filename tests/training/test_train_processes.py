@@ -102,16 +102,17 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_a_kill_and_a_sigterm_from_outside(tmp_path):
+    """SIGTERM comes to the workers too, as from a scheduler."""
     assert main(command(tmp_path / "whole", 8)) == 0
     run = tmp_path / "killed"
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = steps_of(run)
         process = subprocess.Popen(
-            [sys.executable, "-m", "admfast", *command(run, 8)], env=ENVIRONMENT, cwd=ROOT,
-            stdout=subprocess.DEVNULL,
+            [sys.executable, "-m", "admfast", *command(run, 8, "--workers", "1")], env=ENVIRONMENT, cwd=ROOT,
+            stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         wait_for(process, run, max(3, before + 1))
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         assert process.wait(120) == (143 if number == signal.SIGTERM else -number)
     assert main(command(run, 8)) == 0
     same(last_state(run), last_state(tmp_path / "whole"))
