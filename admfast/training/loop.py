@@ -8,16 +8,18 @@ So a run that was killed and goes on from its newest snapshot makes the steps th
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import FrameType
 from typing import Self
+
+import torch
 
 from admfast import checks
 from admfast.checkpoints.snapshots import AVERAGES, FOLDER, write_snapshot
@@ -155,7 +157,7 @@ class _Run:
         self.habits, self.signals, self.say = habits, signals, say
         self.progress, self.saved = Progress(learner), learner.step
         self.writes = learner.world.first
-        self.board = Board(run) if self.writes else None
+        self.board = Board(run, learner.step) if self.writes else None
         if self.writes:
             folder.cut_log(run, learner.step)
 
@@ -250,9 +252,15 @@ def dry_run(
     return Trial(taken[-1], peak_memory(world.device), taken[-1] * recipe.steps)
 
 
-def _numerics(recipe: Recipe, world: World) -> AbstractContextManager[None]:
-    """Hold torch's settings at those of the run."""
-    return own_numerics(world.device, tf32=recipe.precision == "tf32")
+@contextlib.contextmanager
+def _numerics(recipe: Recipe, world: World) -> Iterator[None]:
+    """Hold torch's settings at those of the run, the number of threads too, and give them back."""
+    threads = torch.get_num_threads()
+    try:
+        with own_numerics(world.device, tf32=recipe.precision == "tf32"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _silent(text: str) -> None:

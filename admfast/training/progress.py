@@ -93,23 +93,21 @@ def in_words(row: Row, steps: int) -> str:
 
 
 class Board:
-    """TensorBoard's log of a run, where tensorboard is installed; else nothing."""
+    """TensorBoard's log of a run, where tensorboard is installed; else nothing.
 
-    def __init__(self, run: Path) -> None:
+    step: steps behind the run; rows of later ones, from before it was killed, are hidden.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
         self._writer: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
         try:
-            self._writer = SummaryWriter(str(run / "tensorboard"))
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         except OSError as error:
             raise output_error(run / "tensorboard", error) from error
-
-    @property
-    def there(self) -> bool:
-        """Tell whether it writes."""
-        return self._writer is not None
 
     def add(self, row: Row) -> None:
         """Write a row's numbers."""

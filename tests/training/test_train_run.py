@@ -7,7 +7,9 @@ import json
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +114,16 @@ def test_other_data_is_said(tmp_path):
     other = ArraySource(np.zeros((12, 8, 8, 1), np.uint8), [0, 1, 2, 3] * 3, "other", "other")
     train(small_recipe(steps=2), other, tmp_path, OFTEN, say=said.append)
     assert any(text.startswith("data differs") for text in said)
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path):
+    recipe, said = small_recipe(steps=4), list[str]()
+    train(recipe, source(), tmp_path / "whole", OFTEN)
+    train(dataclasses.replace(recipe, steps=2), source(), tmp_path / "run", OFTEN)
+    torch.set_num_threads(2)
+    train(recipe, source(), tmp_path / "run", OFTEN, say=said.append)
+    assert torch.get_num_threads() == 2 and any(text.startswith("threads: 1") for text in said)
+    same(last_state(tmp_path / "run"), last_state(tmp_path / "whole"))
 
 
 # Snapshots
@@ -240,6 +252,25 @@ def test_the_log_has_losses_norms_and_rates(tmp_path):
     quarters = [found[0][f"loss_q{i}"] for i in range(1, 5) if f"loss_q{i}" in found[0]]
     assert quarters and min(quarters) <= found[0]["loss"] <= max(quarters)
     assert found[1]["images"] == 24 and found[1]["seconds_left"] == 0
+
+
+def test_tensorboard_gets_the_rows_where_it_is_installed(tmp_path, monkeypatch):
+    written: list[tuple] = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def close(self):
+            written.append(("closed",))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    train(small_recipe(steps=2), source(), tmp_path, OFTEN)
+    assert written[0] == (str(tmp_path / "tensorboard"), 1) and written[-1] == ("closed",)
+    assert {("loss", 1), ("loss", 2), ("grad_norm", 2), ("lr", 1)} <= set(written)
 
 
 def test_grids_are_sampled_from_the_average(tmp_path):
