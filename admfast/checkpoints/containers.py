@@ -253,7 +253,7 @@ def read_tensors(
     for key, place in wanted.items():
         storage = place.storage
         if storage.key not in storages:
-            held = torch.empty(storage.nbytes if values else 0, dtype=torch.uint8)
+            held = torch.empty(storage.nbytes if values else 0, dtype=torch.uint8, device="cpu")
             container.read(storage, memoryview(held.numpy().data) if values else None)
             storages[storage.key] = held
         if not values:

@@ -30,7 +30,7 @@ class MaskKey:
         shape = tuple(x.shape[1:])
         z = torch.cat([normal(key, shape, k, self.stream) for k in self.ks])
         # The device's float64 quantile, not a table: p is any number.
-        quantile = float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
+        quantile = float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64, device="cpu")))
         return z >= quantile
 
 

@@ -57,7 +57,7 @@ class Predictor:
             dtype = torch.int64 if all(item.is_integer() for item in given) else _wide(x_t)
             if len(given) == 1:
                 return torch.full((len(x_t),), given[0], dtype=dtype, device=x_t.device)
-            t = torch.tensor(given, dtype=dtype)
+            t = torch.tensor(given, dtype=dtype, device="cpu")
         elif t.dtype == torch.bool or t.is_complex():
             raise invalid("t.dtype", t.dtype, "whole numbers or floats")
         elif t.device.type == "cpu" and not bool(((t >= 0) & (t <= last)).all()):

@@ -70,7 +70,7 @@ class World:
         """Return the largest of the processes' numbers; through the host, so that no GPU waits."""
         if self.size == 1:
             return number
-        value = torch.tensor(number)
+        value = torch.tensor(number, device="cpu")
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 

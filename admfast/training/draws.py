@@ -31,7 +31,8 @@ def uniforms(seed: int, ks: Sequence[int], stream: TrainStream) -> Tensor:
     """Return a number in [0, 1) for every sample, float64 [N]: (word 0 * 2^21 + word 1 div 2^11) / 2^53."""
     key = (seed & MASK32, seed >> 32)
     words = [philox4x32_10((0, 0, k, int(stream)), key) for k in ks]
-    return torch.tensor([((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words], dtype=torch.float64)
+    found = [((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words]
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 def normals(

@@ -152,8 +152,8 @@ class Samples:
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """Return the order of `count` images in an epoch, a permutation [count] int64 (see the file's head)."""
-    image = torch.arange(count)
-    zero = torch.zeros(1, dtype=torch.int64)
+    image = torch.arange(count, device="cpu")
+    zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     counter = (image & MASK32, image >> 32, zero + epoch, zero + int(DataStream.ORDER))
     r0, r1, _, _ = philox4x32_10(counter, (zero + (seed & MASK32), zero + (seed >> 32)))
     return ((r0 << 31) | (r1 >> 1)).argsort(stable=True)
@@ -237,7 +237,7 @@ class _Maker(Dataset[_Part]):
         # Sent as a value: an exception that crosses the processes becomes many lines of another type.
         except AdmfastError as error:
             return _Part(None, self._samples.broken, error)
-        classes = None if labels[0] is None else torch.tensor(labels)
+        classes = None if labels[0] is None else torch.tensor(labels, device="cpu")
         return _Part(ImageBatch(tuple(ks), torch.stack(images), classes), self._samples.broken, None)
 
 

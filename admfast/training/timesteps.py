@@ -58,8 +58,10 @@ class LossSecondMomentSampler(UniformSampler):
     def __init__(self, steps: int, history: int = 10, uniform_share: float = 0.001) -> None:
         super().__init__(steps)
         self.uniform_share = uniform_share
-        self.losses = torch.zeros(steps, checks.whole("history", history, 1), dtype=torch.float64)
-        self.counts = torch.zeros(steps, dtype=torch.int64)
+        self.losses = torch.zeros(
+            steps, checks.whole("history", history, 1), dtype=torch.float64, device="cpu"
+        )
+        self.counts = torch.zeros(steps, dtype=torch.int64, device="cpu")
 
     @property
     def warmed_up(self) -> bool:

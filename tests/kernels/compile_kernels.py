@@ -67,8 +67,10 @@ def epilogues() -> list[tuple[tuple[int, ...], bool, bool]]:
     found: dict[tuple[tuple[int, ...], bool, bool], None] = {}
     real = FoldableConv.forward
 
-    def recorded(self: Any, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
-        y = real(self, x, residual, x2)
+    def recorded(
+        self: Any, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        y = real(self, x, residual, x2, **more)
         if y.dim() > 3:  # a product of matrices adds for itself
             found[(tuple(y.shape), self.bias is not None, residual is not None)] = None
             if x2 is not None:  # of two sources the second is added to the first
