@@ -19,8 +19,11 @@ ROOTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_bloc
 LEAVES = ("weight", "bias", "positional_embedding")
 # A key of every network here; the second finds those whose first is missing, so that they can be told so.
 _ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
-_AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)")
-_CURRENT = re.compile(r"(^|[._])online")
+_AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)([._\d]|$)")
+# ema_pytorch's name for what is trained, and words that deny the average.
+_CURRENT = re.compile(r"(^|[._])(online|non?|not|without)([._]|$)")
+# Values beside weights that say nothing of what a layer computes: counters of profilers and trainers.
+_COUNTERS = ("total_ops", "total_params", "num_batches_tracked", "n_averaged")
 _DEEPEST = 16
 HOW = "entry=NAME, an option of load, or --set entry=NAME on the command line"
 
@@ -69,21 +72,34 @@ def choose(content: Any, entry: str | None = None) -> Chosen:
     entry = None if entry is None else str(entry)  # a command line reads 0.9999 as a number
     networks = [network for network in _networks(found) if network.tensors]
     if networks:
-        return _with_left(_one_of(networks, entry), found)
+        network = _one_of(networks, entry)
+        _refuse_other_forms(network, found)
+        return _with_left(network, found)
     if any(_is_optimiser(held) for held in (top, *map(entries_of, top.values()))):
         raise ValueError(f"the state of an optimiser, not of a network; no entry of it is one ({HOW})")
     return _plain(found, entry)
 
 
-def _flat(node: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Every leaf by its dotted name; a tensor without a name of text is no tensor of a state dict."""
+def _flat(
+    node: Mapping[Any, Any], path: tuple[str, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Every leaf by its dotted name; a tensor without a name of text is no tensor of a state dict.
+
+    Of what is met again, as the parts of a trainer hold each other, only its own tensors come once more: a
+    state dict may have two names.
+    """
+    seen = set() if seen is None else seen
     for key, value in node.items():
         inner = entries_of(value) if len(path) < _DEEPEST else None
         name = (*path, str(key))
-        if inner:
-            yield from _flat(inner, name)
-        else:
+        if not inner:
             yield ".".join(name), value if isinstance(key, str) else None
+        elif id(value) not in seen:
+            seen.add(id(value))
+            yield from _flat(inner, name, seen)
+        else:
+            own = ((part, held) for part, held in inner.items() if is_tensor(held))
+            yield from ((".".join((*name, str(part))), held) for part, held in own)
 
 
 def is_tensor(value: Any) -> bool:
@@ -127,6 +143,21 @@ def _averages_without_dots(network: Chosen, found: Mapping[str, Any]) -> list[Ch
             tensors = {key: found[f"{entry}.{name}"] for key, name in under.items()}
             averages.append(Chosen(tensors, entry, True))
     return averages
+
+
+def _refuse_other_forms(network: Chosen, found: Mapping[str, Any]) -> None:
+    """Refuse a part of the network in a form that isn't its weights: leaving it out is another network."""
+    prefix = f"{network.entry}." if network.entry else ""
+    for name, value in found.items():
+        key = name.removeprefix(prefix)
+        if value is None or not (is_tensor(value) or key.rsplit(".", 1)[-1] in LEAVES):
+            continue
+        inside = name.startswith(prefix) and key.split(".", 1)[0] in ROOTS
+        if inside and key not in network.tensors and key.rsplit(".", 1)[-1] not in _COUNTERS:
+            raise ValueError(
+                f"holds {name}, which is no weight or bias as a tensor (pruned, parametrised or of NumPy?); "
+                "save the network's plain state dict"
+            )
 
 
 def _same(one: Chosen, other: Chosen) -> bool:

@@ -82,7 +82,7 @@ class _Zip:
     """What torch.save writes: a zip archive of a pickle and one member a storage."""
 
     def __init__(self, file: BinaryIO, size: int, checksums: bool):
-        self._file, self._checksums = file, checksums
+        self._file, self._size, self._checksums = file, size, checksums
         self.header: dict[str, str] = {}
         try:
             self._archive = zipfile.ZipFile(file)
@@ -112,7 +112,10 @@ class _Zip:
         self._fill(name, into)
 
     def _member(self, name: str) -> bytes:
-        whole = bytearray(self._archive.getinfo(name).file_size)
+        claimed = self._archive.getinfo(name)
+        if claimed.compress_type == zipfile.ZIP_STORED and claimed.file_size > self._size:
+            raise ValueError(f"damaged: {name} would have {claimed.file_size:,} bytes")
+        whole = bytearray(claimed.file_size)
         self._fill(name, memoryview(whole))
         return bytes(whole)
 
@@ -189,13 +192,15 @@ class _Safetensors:
                 raise ValueError(f"the header would end at byte {length + 8:,} of {size:,}")
             listed = json.loads(file.read(length))
             self.header = listed.pop("__metadata__", None) or {}
+            if not all(isinstance(text, str) for text in self.header.values()):
+                raise ValueError("its metadata are no texts")
             self.content = {name: self._tensor(name, entry) for name, entry in listed.items()}
             spans = sorted(entry["data_offsets"] for entry in listed.values())
             ends = [0, *(end for _, end in spans)]
             if [begin for begin, _ in spans] != ends[:-1] or ends[-1] != size - 8 - length:
                 raise ValueError(f"its tensors take {ends[-1]:,} bytes, {size - 8 - length:,} are there")
             self._first = 8 + length
-        except (KeyError, TypeError, AttributeError, ValueError, struct.error) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError, struct.error) as error:
             detail = str(error) if type(error) is ValueError else "its header can't be read"
             raise ValueError(f"truncated, damaged or not safetensors: {detail}") from error
         if not self.content:

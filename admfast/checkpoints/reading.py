@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor, nn
 
 from admfast.checkpoints.choosing import Chosen, choose
@@ -80,9 +81,15 @@ def read_weights(
             source = source.state_dict()
         with _said_of(path):
             chosen = choose(source, entry)
+            for key, value in chosen.tensors.items():
+                if value.is_meta or value.layout != torch.strided:
+                    kind = "on the meta device" if value.is_meta else str(value.layout)
+                    raise ValueError(f"{key} is {kind}: weights are dense and hold values")
         tensors = {key: value.detach() for key, value in chosen.tensors.items()}
         carried = Description(config) if isinstance(config, NetConfig) else None
         return _weights(path, tensors, carried, chosen, (), ours=False)
+    if getattr(source, "closed", False):
+        raise invalid("weights", source, "an open file; this one is closed")
     if not (hasattr(source, "read") and hasattr(source, "seek") and isinstance(source.read(0), bytes)):
         raise invalid("weights", source, "a path, a file open for reading bytes, a state dict or a module")
     name = getattr(source, "name", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import json
 import logging
 import pathlib
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from admfast.checkpoints import describe, load_network, read_weights
-from admfast.errors import CheckpointError
+from admfast.errors import CheckpointError, InvalidArgument
 from admfast.models import build
 from tests.small import SMALL_UNET
 from tests.tools.random_checkpoint import random_state
@@ -272,3 +273,76 @@ def test_projections_of_another_rank_have_the_same_numbers(tmp_path, form):
     }
     with pytest.raises(CheckpointError, match="with another shape"):
         load_network(saved(tmp_path, wide), **ANSWERS)
+
+
+@pytest.mark.parametrize(
+    "name", ["non_ema", "state_dict_without_ema", "swapped_model", "no_ema", "model_not_averaged"]
+)
+def test_a_name_that_denies_the_average_is_none(tmp_path, name):
+    with pytest.raises(CheckpointError, match="entry="):
+        read_weights(saved(tmp_path, {"model": RAW, name: GOOD}))
+    weights = read_weights(saved(tmp_path, {name: RAW, "ema0.9999": GOOD}))
+    assert_taken(weights)
+    assert weights.entry == "ema0.9999"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {
+            "label_emb.weight_orig": GOOD["label_emb.weight"],
+            "label_emb.weight_mask": GOOD["label_emb.weight"],
+        },
+        {"label_emb.parametrizations.weight.original": GOOD["label_emb.weight"]},
+        {"label_emb.weight": GOOD["label_emb.weight"].numpy()},
+    ],
+    ids=["pruned", "parametrised", "numpy"],
+)
+def test_a_layer_in_another_form_is_not_left_out(tmp_path, form):
+    state = {key: value for key, value in GOOD.items() if key != "label_emb.weight"} | form
+    for source in (saved(tmp_path, state), state):
+        with pytest.raises(CheckpointError, match="label_emb"):
+            read_weights(source)
+
+
+def test_objects_that_hold_each_other_are_met_once(tmp_path):
+    parts = [Unknown() for _ in range(12)]
+    for part in parts:
+        part.__dict__.update({f"part{i}": other for i, other in enumerate(parts)})
+    weights = read_weights(saved(tmp_path, {"state_dict": GOOD, "trainer": parts[0]}))
+    assert_taken(weights)
+    assert weights.entry == "state_dict"
+    shared = {"a": 1}
+    for _ in range(14):
+        shared = {name: shared for name in ("a", "b", "c", "d")}
+    assert_taken(read_weights(saved(tmp_path, {"state_dict": GOOD, "settings": shared})))
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse"])
+def test_tensors_without_values_or_dense_memory_are_named(kind):
+    odd = GOOD["out.2.bias"].to("meta") if kind == "meta" else GOOD["out.2.bias"].to_sparse()
+    with pytest.raises(CheckpointError, match="out.2.bias"):
+        read_weights(GOOD | {"out.2.bias": odd})
+
+
+def test_a_closed_file_is_named(tmp_path):
+    with open(saved(tmp_path, GOOD), "rb") as file:
+        pass
+    with pytest.raises(InvalidArgument, match="^weights="):
+        read_weights(file)
+
+
+@pytest.mark.parametrize("metadata", [["a"], "hello", {"admfast": 3}])
+def test_metadata_of_another_kind_are_no_safetensors(tmp_path, metadata):
+    save_file(GOOD, tmp_path / "x.safetensors")
+    data = (tmp_path / "x.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8 : 8 + size])).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    with pytest.raises(CheckpointError, match="x.safetensors"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+def test_a_path_that_the_system_does_not_take_is_named():
+    with pytest.raises(InvalidArgument, match="^weights="):
+        read_weights("x" * 5000 + ".pt")
