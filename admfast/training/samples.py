@@ -16,7 +16,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,8 +246,17 @@ class _Maker(Dataset[_Part]):
 def _begin(worker: int) -> None:
     reuse_memory()
     # Schedulers and Ctrl-C tell all processes to end; the run saves first, and then ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to all ends the workers too early
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent(parent: int) -> None:
+    """End this worker at a SIGTERM of its parent; pass over those of others."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(part: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import random
 import signal
@@ -16,7 +18,8 @@ import torch
 from admfast.cli.main import main
 from admfast.training.distributed import World
 from admfast.training.loop import numbers
-from tests.training.small_runs import last_state, same, small_recipe
+from admfast.training.samples import Samples, loader
+from tests.training.small_runs import last_state, same, small_recipe, source
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--batch-size", "4", "--log-every", "1", "--grid-every", "0", "--set", "channel_mult=1"]
@@ -103,19 +106,34 @@ def test_two_processes_are_one(tmp_path):
 
 def test_a_kill_and_a_sigterm_from_outside(tmp_path):
     """SIGTERM comes to the workers too, as from a scheduler."""
-    assert main(command(tmp_path / "whole", 8)) == 0
+    steps = 40  # far more than are made before a signal comes
+    assert main(command(tmp_path / "whole", steps)) == 0
     run = tmp_path / "killed"
     for number in (signal.SIGKILL, signal.SIGTERM):
         before = steps_of(run)
         process = subprocess.Popen(
-            [sys.executable, "-m", "admfast", *command(run, 8, "--workers", "1")], env=ENVIRONMENT, cwd=ROOT,
-            stdout=subprocess.DEVNULL, start_new_session=True,
+            [sys.executable, "-m", "admfast", *command(run, steps, "--workers", "1")],
+            env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         wait_for(process, run, max(3, before + 1))
         os.killpg(process.pid, number)
         assert process.wait(120) == (143 if number == signal.SIGTERM else -number)
-    assert main(command(run, 8)) == 0
+    assert main(command(run, steps)) == 0
     same(last_state(run), last_state(tmp_path / "whole"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS doesn't say who sent a signal")
+def test_a_worker_of_the_data_ends_for_its_parent_alone():
+    """A SIGTERM to all processes of a job is the run's to answer, which still needs its workers."""
+    ahead = loader(Samples(source(), 0, 8, 1), ([k] for k in itertools.count()), workers=1)
+    next(ahead)
+    [worker] = multiprocessing.active_children()
+    subprocess.run(["/bin/sh", "-c", f"kill -TERM {worker.pid}; kill -INT {worker.pid}"], check=True)
+    assert [next(ahead).ks for _ in range(8)] == [(k,) for k in range(1, 9)]
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+    ahead.close()
 
 
 @pytest.mark.slow
