@@ -98,7 +98,11 @@ def read_weights(
 
 
 def _read_file(path: Path, checksums: bool, values: bool, entry: str | None) -> Weights:
-    if is_run(path):
+    try:
+        run = is_run(path)
+    except OSError as error:
+        raise invalid("weights", str(path), f"a path that the system takes ({error.strerror})") from None
+    if run:
         return Weights(path, *read_run(path))
     _check_there(path)
     with open(path, "rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from os import PathLike
@@ -23,11 +22,6 @@ def user_path(name: str, value: str | PathLike[str]) -> Path:
     text = os.fspath(value) if isinstance(value, str | PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise invalid(name, value, "the path of a file or folder")
-    try:
-        os.lstat(text)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise invalid(name, text, f"a path that the system takes ({error.strerror})") from None
     if _URL.match(text) and not os.path.lexists(text):
         raise invalid(
             name, text, "a URL, not a path: download the file first (admfast fetch gets the released ones)"
