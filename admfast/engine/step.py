@@ -9,6 +9,7 @@ and copies recorded noise.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,6 +25,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
+from admfast.models.hooks import surveyed
 from admfast.ops.noise import Stream
 from admfast.ops.sampler_step import COLUMNS, HISTORY, PackedTable, SamplerState, update_for
 from admfast.ops.solver_table import SolverTable
@@ -270,11 +272,12 @@ class PreparedStep:
 
     def advance(self, i: int) -> None:
         """Run row i; rows come in order, from 0."""
-        if self.threads is None:
+        made = {net.fold_hooks_made for net in self._networks}
+        with (
+            surveyed(None if None in made else min(made)),  # type: ignore[type-var]
+            contextlib.nullcontext() if self.threads is None else on_threads(self.threads),
+        ):
             self._advance(i)
-        else:
-            with on_threads(self.threads):
-                self._advance(i)
 
     def _advance(self, i: int) -> None:
         check_generations(self._networks, self.generations)

@@ -39,6 +39,20 @@ def test_a_hook_is_called_at_every_row_until_it_is_removed(layer, options):
         assert torch.equal(images(pipe), wanted) and not seen
 
 
+@pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
+@pytest.mark.parametrize("layer", ["input_blocks.1.0.in_layers.0", "middle_block.1.qkv"])  # rows run them
+def test_a_hook_that_a_callback_puts_in_is_called_from_the_next_row_on(layer, options):
+    pipe, seen = pipeline(options=options), []
+
+    def callback(progress):
+        if progress.done == 2:
+            pipe.net.get_submodule(layer).register_forward_hook(lambda _m, _x, out: seen.append(len(out)))
+
+    wanted = images(pipe)
+    assert_close(images(pipe, callback=callback), wanted)
+    assert seen == [len(SEEDS)] * 2
+
+
 def test_a_hook_is_called_by_predict():
     pipe, seen = pipeline(), []
     given = randn(2, 1, 8, 8), 500, [1, 2]

@@ -21,7 +21,7 @@ from admfast.errors import invalid
 from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
 from admfast.models.fold.values import Values
-from admfast.models.hooks import Survey, hooked, parts, survey
+from admfast.models.hooks import Survey, hooked, hooks_made, parts, spared, survey
 from admfast.ops.layout import channels_last
 from admfast.ops.transforms import deriving
 
@@ -60,6 +60,7 @@ class FoldableNet(nn.Module):
     _fold_values: Values | None = None
     _fold_by_layer: bool = False
     _fold_survey: Survey | None = None
+    fold_hooks_made: int | None = None  # by torch, when it was last found as built; None where it wasn't
     _fold_convolutions: tuple[Any, ...] = ()  # of the torso
     _kinds: tuple[type, ...] = ()  # classes of all modules as built
     _fold_done: torch.cuda.Event | None = None
@@ -156,8 +157,10 @@ class FoldableNet(nn.Module):
             if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
                 # This stream must not read what that of another thread has yet to write.
                 torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
+            made = hooks_made()
             found = survey(self)
             self._notice(found)
+            self.fold_hooks_made = None if self.altered else made
             state = self._look(found.modules)
             known = self._fold_state
             if options is None or True in state.trained:
@@ -188,8 +191,11 @@ class FoldableNet(nn.Module):
         return self._fold_values is None or not _reads() or self._fold_values.hold()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network, whose forms are renewed first where torch counted a write to its parameters."""
-        if not torch.compiler.is_compiling():  # first: a trace would be guarded by what it reads
+        """Call the network, whose forms are renewed first where torch counted a write to its parameters.
+
+        The rows of a prepared step do without: `ensure_folded` has looked before the first.
+        """
+        if not torch.compiler.is_compiling() and not spared():  # a trace would be guarded by what it reads
             values = self._fold_values
             if values is not None and values.written() and _reads():
                 with FOLDING:
