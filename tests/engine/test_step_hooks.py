@@ -41,16 +41,22 @@ def test_a_hook_is_called_at_every_row_until_it_is_removed(layer, options):
 
 @pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
 @pytest.mark.parametrize("layer", ["input_blocks.1.0.in_layers.0", "middle_block.1.qkv"])  # rows run them
-def test_a_hook_that_a_callback_puts_in_is_called_from_the_next_row_on(layer, options):
+def test_a_hook_that_a_callback_puts_in_sees_the_layer_from_the_next_row_on(layer, options):
     pipe, seen = pipeline(options=options), []
+    module = pipe.net.get_submodule(layer)
 
-    def callback(progress):
-        if progress.done == 2:
-            pipe.net.get_submodule(layer).register_forward_hook(lambda _m, _x, out: seen.append(len(out)))
+    def watch(_module, _inputs, out):
+        seen.append(out.clone())
 
-    wanted = images(pipe)
-    assert_close(images(pipe, callback=callback), wanted)
-    assert seen == [len(SEEDS)] * 2
+    handle = module.register_forward_hook(watch)
+    images(pipe)
+    handle.remove()
+    wanted = seen[2:]
+    seen.clear()
+    images(pipe, callback=lambda progress: progress.done == 2 and module.register_forward_hook(watch))
+    assert len(seen) == len(wanted) == 2
+    for found, published in zip(seen, wanted, strict=True):
+        assert_close(found, published)
 
 
 def test_a_hook_is_called_by_predict():
