@@ -39,6 +39,20 @@ struct WinogradProduct {
   int64_t lines;
 };
 
+// Weights [C_out, C_in, 3, 3] and their strides in elements; the matrix G [6, 3].
+struct WinogradWeights {
+  const float* from;
+  int64_t C_out, C_in, out_step, in_step, row_step, column_step;
+  const double* g;
+};
+
+// The products of a block that make the gradient of the weights between a chunk of input channels and a panel of
+// output channels: m[p][c][o] = the sum over tiles of v[p][tile][c] e[p][tile][o], m [36][16][32].
+struct WinogradGradient {
+  const float *v, *e;
+  int64_t tiles, v_point, e_point;
+};
+
 struct WinogradLoops {
   const char* name;
   int64_t rows;  // of a product, at most
@@ -47,6 +61,13 @@ struct WinogradLoops {
   void (*product)(const WinogradProduct& product);
   // y = A^T M A + bias (+ residual) of tiles [begin, end) of a block.
   void (*output)(const WinogradImages& images, const WinogradBlock& block, int64_t begin, int64_t end, const float* m);
+  // U = G g G^T, rounded once, of pairs [begin, end) of a panel and an input channel, counted panel by panel.
+  void (*weights)(const WinogradWeights& weights, int64_t begin, int64_t end, float* u);
+  // E = A dy A^T of tiles [begin, end) of a block, where dy lies at images.x: E [36][panels][tiles][32].
+  void (*gradient_input)(const WinogradImages& images, const WinogradBlock& block, int64_t begin, int64_t end, float* e);
+  void (*gradient_product)(const WinogradGradient& products, float* m);
+  // dg += G^T M G, or = for the first block; dg [9][16][32].
+  void (*gradient_output)(const float* m, bool first, float* dg);
 };
 
 extern const WinogradLoops winograd_generic;

@@ -16,4 +16,5 @@
 #define ADMFAST_LOOPS_NAME "avx2"
 #include "vector.h"
 #include "conv_winograd_loops.h"
+#include "conv_winograd_grad_loops.h"
 #endif

@@ -12,3 +12,4 @@
 #define ADMFAST_LOOPS_NAME "generic"
 #include "vector.h"
 #include "conv_winograd_loops.h"
+#include "conv_winograd_grad_loops.h"

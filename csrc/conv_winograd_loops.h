@@ -1,4 +1,4 @@
-// The loops themselves, compiled once an instruction set (see vector.h for how to include it).
+// The loops of the convolution itself, compiled once an instruction set (see vector.h for how to include it).
 
 namespace admfast {
 namespace ADMFAST_ISA {
@@ -196,8 +196,5 @@ void output(const WinogradImages& images, const WinogradBlock& block, int64_t be
 
 }  // namespace
 }  // namespace ADMFAST_ISA
-
-const WinogradLoops ADMFAST_LOOPS = {ADMFAST_LOOPS_NAME, ADMFAST_ISA::kRows, ADMFAST_ISA::input,
-                                     ADMFAST_ISA::product<>, ADMFAST_ISA::output};
 
 }  // namespace admfast

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from admfast.models.fold.options import FoldOptions
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_forms import ConvOptions
+from admfast.ops.conv_train import conv
 from admfast.ops.transforms import in_autocast, in_program
 
 # What else than its parameters decides what a convolution computes.
@@ -88,11 +89,10 @@ class FoldableConv(nn.Module):
         if x2 is not None:
             x = torch.cat([x, x2], dim=1)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        weight = self.weight
-        if weight.requires_grad and weight.dim() > 3 and weight.is_contiguous():
-            # The library's gradient lies as the images do; that of a view lies as the weight does.
-            weight = weight.flatten(1).unflatten(1, weight.shape[1:])
-        y = self._conv_forward(x, weight.to(x.dtype), bias)  # type: ignore[operator]
+        weight = self.weight.to(x.dtype)
+        if weight.requires_grad and weight.dim() > 3 and self._plain():
+            return conv(x, weight, bias, residual, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
+        y = self._conv_forward(x, weight, bias)  # type: ignore[operator]
         return y if residual is None else residual + y
 
     def _serves(self, options: ConvOptions, x2: Tensor | None, any_order: bool) -> bool:

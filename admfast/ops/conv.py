@@ -239,11 +239,11 @@ def preferred(direction: Direction, x: Tensor) -> str:
     read = tiles >= 8 or weights <= (2**18 if tiles >= 4 else 2**12)
     channels = direction.in_channels >= 8 or direction.out_channels <= 64
     pays = read and channels and n * height * width >= 8 * tiles
-    return "winograd" if pays and _wide_loops() else "packed"
+    return "winograd" if pays and wide_loops() else "packed"
 
 
 @constant
-def _wide_loops() -> bool:
+def wide_loops() -> bool:
     """Tell whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
 

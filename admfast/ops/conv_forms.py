@@ -72,11 +72,14 @@ class Direction:
         self.key = str(next(_count))
         BY_KEY[self.key] = self
 
+    def source_part(self) -> Tensor:
+        """Return the weights of these columns in the order of the rows, the same for both directions."""
+        weight = self.source[:, self.columns]
+        return weight if self.options.rows is None else weight[self.options.rows]
+
     def weight(self) -> Tensor:
         """The weights of this direction; the transpose's are flipped in space, their channels exchanged."""
-        weight = self.source[:, self.columns]
-        if self.options.rows is not None:
-            weight = weight[self.options.rows]
+        weight = self.source_part()
         return weight.flip(*range(2, weight.dim())).transpose(0, 1) if self.is_transpose else weight
 
     def transposed(self) -> Direction:
@@ -157,7 +160,7 @@ def _matmul_form(direction: Direction) -> Tensor:
 
 
 def _winograd_form(direction: Direction) -> Tensor:
-    return native.ops().winograd_weights(direction.weight().double().contiguous(), transform())
+    return native.ops().winograd_weights(direction.source_part().float(), transform(), direction.is_transpose)
 
 
 def _packed_form(direction: Direction, *size: int) -> Tensor:
@@ -228,7 +231,7 @@ def winograd_supports(direction: Direction, x: Tensor) -> str | None:
     """Say why Winograd's convolution can't serve a call; None where it can."""
     if (direction.kernel, direction.stride, direction.padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
-    return _for_float32_on_the_cpu(x)
+    return for_float32_on_the_cpu(x)
 
 
 def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -251,10 +254,10 @@ def packed_supports(direction: Direction, x: Tensor) -> str | None:
         p > k - 1 for k, p in zip(direction.kernel, direction.padding, strict=True)
     ):
         return "its gradient is not a convolution"
-    return _for_float32_on_the_cpu(x)
+    return for_float32_on_the_cpu(x)
 
 
-def _for_float32_on_the_cpu(x: Tensor) -> str | None:
+def for_float32_on_the_cpu(x: Tensor) -> str | None:
     """Reasons against the implementations that torch doesn't differentiate."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"

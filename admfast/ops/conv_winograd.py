@@ -16,12 +16,16 @@ in one dimension and by k_j k_j' in two, and so does the squared error where bot
 0, +-3/4, +-3/2, infinity it is 8.8 and 5.1. Measured with 768 channels and one running sum a product: rms
 errors of 5.5e-6 and 2.6e-6 for outputs of order one. Points in thirds or eighths gain 7 % at most, and lose
 more than that where an image has a large mean.
+
+The weights' gradient is the same algorithm, transposed: dg = G^T ((A dy A^T) * (B^T d B)) G, summed over the
+tiles. Its factors are 7.2 and 5.1.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import torch
@@ -63,10 +67,25 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
 def amplification() -> tuple[float, float]:
     """Return the factor on a direct sum's error: at the worst output, and in rms over all."""
     output, inputs, weights = matrices()
-    terms = [
-        sum(b * b for b in row) * sum(g * g for g in taps) for row, taps in zip(inputs, weights, strict=True)
-    ]
-    growth = [sum(a * a * t for a, t in zip(row, terms, strict=True)) / WEIGHTS for row in output]
+    terms = [_energy(row) * _energy(taps) / WEIGHTS for row, taps in zip(inputs, weights, strict=True)]
+    return _growth(output, terms)
+
+
+def gradient_amplification() -> tuple[float, float]:
+    """Return the same for the weights' gradient G^T ((A dy) * (B^T d)): sums of four outputs a tile."""
+    output, inputs, weights = matrices()
+    powers = zip(*output, strict=True)
+    terms = [_energy(row) * _energy(column) / OUTPUTS for row, column in zip(inputs, powers, strict=True)]
+    return _growth([list(taps) for taps in zip(*weights, strict=True)], terms)
+
+
+def _energy(row: Iterable[Fraction]) -> Fraction:
+    return sum((value * value for value in row), Fraction(0))
+
+
+def _growth(rows: Matrix, terms: Sequence[Fraction]) -> tuple[float, float]:
+    """The largest and the mean of sum_i A_ji^2 terms_i over the rows j."""
+    growth = [sum(a * a * t for a, t in zip(row, terms, strict=True)) for row in rows]
     return float(max(growth)), float(sum(growth) / len(growth))
 
 

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "conv_winograd.h"
@@ -85,6 +86,71 @@ void convolve(const WinogradLoops& loops, const Case& k, const WinogradImages& i
   }
 }
 
+// The gradient of the weights, [C_out][C_in][9], for a gradient dy that lies as y does.
+std::vector<float> gradient(const WinogradLoops& loops, const Case& k, const WinogradImages& x, const WinogradImages& dy) {
+  const int64_t panels = (k.C_out + 31) / 32, chunks = (k.C_in + 15) / 16;
+  const int64_t all = k.N * ((k.H + 3) / 4) * ((k.W + 3) / 4);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> dg(static_cast<size_t>(panels * chunks * 9 * 512), nan);
+  for (int64_t first = 0; first < all; first += k.tiles) {
+    const int64_t tiles = all - first < k.tiles ? all - first : k.tiles;
+    const WinogradBlock b{first, tiles, tiles, 1, chunks, chunks * tiles * 16, panels * tiles * 32};
+    std::vector<float> v(static_cast<size_t>(36 * b.v_point), nan), e(static_cast<size_t>(36 * b.m_point), nan);
+    std::vector<float> m(36 * 512, nan);
+    loops.input(x, b, 0, tiles, v.data());
+    for (int64_t t = 0; t < tiles; ++t) loops.gradient_input(dy, b, t, t + 1, e.data());
+    for (int64_t i = 0; i < panels * chunks; ++i) {
+      loops.gradient_product({v.data() + i % chunks * tiles * 16, e.data() + i / chunks * tiles * 32, tiles, b.v_point,
+                              b.m_point}, m.data());
+      loops.gradient_output(m.data(), first == 0, dg.data() + i * 9 * 512);
+    }
+  }
+  std::vector<float> dw;
+  for (int64_t o = 0; o < k.C_out; ++o)
+    for (int64_t c = 0; c < k.C_in; ++c)
+      for (int64_t t = 0; t < 9; ++t)
+        dw.push_back(dg[static_cast<size_t>((((o / 32 * chunks + c / 16) * 9 + t) * 16 + c % 16) * 32 + o % 32)]);
+  return dw;
+}
+
+double expected_gradient(const Case& k, const float* x, const float* dy, int64_t o, int64_t c, int64_t t) {
+  double sum = 0;
+  for (int64_t n = 0; n < k.N; ++n)
+    for (int64_t h = 0; h < k.H; ++h)
+      for (int64_t w = 0; w < k.W; ++w) {
+        const int64_t row = h + t / 3 - 1, column = w + t % 3 - 1;
+        if (row < 0 || row >= k.H || column < 0 || column >= k.W) continue;
+        sum += static_cast<double>(x[((n * k.H + row) * k.W + column) * k.C_in + c]) *
+               static_cast<double>(dy[((n * k.H + h) * k.W + w) * k.C_out + o]);
+      }
+  return sum;
+}
+
+void compare(double found, double truth, double& worst) {
+  const double error = std::fabs(found - truth);
+  if (!(error <= worst)) worst = error;  // NaN too
+}
+
+// The transformed weights and their transpose's, made of the weights where they lie.
+void weights_of(const WinogradLoops& loops, const Case& k, const std::vector<float>& weight, double& worst) {
+  for (const bool transposed : {false, true}) {
+    Case other = k;
+    std::vector<float> flipped = weight;
+    WinogradWeights w{weight.data(), k.C_out, k.C_in, k.C_in * 9, 9, 3, 1, kWeights[0]};
+    if (transposed) {
+      std::swap(other.C_in, other.C_out);
+      for (int64_t o = 0; o < k.C_out; ++o)
+        for (int64_t i = 0; i < k.C_in * 9; ++i)
+          flipped[static_cast<size_t>((i / 9 * k.C_out + o) * 9 + 8 - i % 9)] = weight[static_cast<size_t>(o * k.C_in * 9 + i)];
+      w = {weight.data() + 8, k.C_in, k.C_out, 9, k.C_in * 9, -3, -1, kWeights[0]};
+    }
+    const std::vector<float> u = transformed(other, flipped);
+    std::vector<float> made(u.size(), std::numeric_limits<float>::quiet_NaN());
+    loops.weights(w, 0, static_cast<int64_t>(u.size()) / 36 / 32, made.data());
+    for (size_t i = 0; i < u.size(); ++i) compare(static_cast<double>(made[i]), static_cast<double>(u[i]), worst);
+  }
+}
+
 void with_loops(const WinogradLoops& loops) {
   double worst = 0;
   for (const Case& k : kCases) {
@@ -100,8 +166,16 @@ void with_loops(const WinogradLoops& loops) {
       const int64_t at = static_cast<int64_t>(i), o = at % k.C_out, position = at / k.C_out;
       const double truth =
           expected(k, images, weight, position / (k.H * k.W), position / k.W % k.H, position % k.W, o);
-      const double error = std::fabs(static_cast<double>(y[i]) - truth);
-      if (!(error <= worst)) worst = error;  // NaN too
+      compare(static_cast<double>(y[i]), truth, worst);
+    }
+    weights_of(loops, k, weight, worst);
+    const std::vector<float> dy = numbers.some(k.N * k.H * k.W * k.C_out), more(static_cast<size_t>(k.C_out), 0.0f);
+    const WinogradImages of_dy{k.H, k.W, k.C_out, k.C_in, dy.data(), more.data(), nullptr, nullptr, nullptr};
+    const std::vector<float> dw = gradient(loops, k, images, of_dy);
+    for (size_t i = 0; i < dw.size(); ++i) {
+      const int64_t at = static_cast<int64_t>(i), pair = at / 9;
+      compare(static_cast<double>(dw[i]), expected_gradient(k, x.data(), dy.data(), pair / k.C_in, pair % k.C_in, at % 9),
+              worst);
     }
   }
   std::printf("%s %.3e\n", loops.name, worst);

@@ -213,7 +213,7 @@ def test_the_raw_ops_pass_opcheck(channels_last):
     x, residual = torch.randn(2, 20, 9, 7), torch.randn(2, 40, 9, 7)
     if channels_last:
         x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
-    u = torch.ops.admfast.winograd_weights(weight.double(), transform())
+    u = torch.ops.admfast.winograd_weights(weight, transform(), False)
     for given in ((None, None), (bias, residual)):
         torch.library.opcheck(torch.ops.admfast.conv3x3_winograd.default, (x, u, *given, 40))
         torch.library.opcheck(torch.ops.admfast.folded_conv.default, (x, *given, conv.directions[0].key))

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from admfast.ops import conv_winograd, native
-from admfast.ops.conv_winograd import amplification, matrices, transform, winograd_weights_ref
+from admfast.ops.conv_winograd import (
+    amplification,
+    gradient_amplification,
+    matrices,
+    transform,
+    winograd_weights_ref,
+)
+from tests.ops.cover import laid_out
 
 needs_cpp = pytest.mark.skipif(native.reason_missing() is not None, reason=f"{native.reason_missing()}")
 
@@ -62,11 +69,37 @@ def test_the_growth_is_that_of_random_terms():
     assert float(growth.mean()) == pytest.approx(average, rel=0.05)
 
 
+def test_the_transposed_products_make_the_weights_gradient_exactly():
+    output, inputs, weights = matrices()
+    d = [Fraction(n, 7) for n in (3, -1, 4, 1, -5, 9)]
+    dy = [Fraction(n, 5) for n in (2, -6, 5, 3)]
+    points = applied(list(zip(*output, strict=True)), dy)
+    products = [a * b for a, b in zip(points, applied(inputs, d), strict=True)]
+    wanted = [sum(dy[j] * d[j + k] for j in range(4)) for k in range(3)]
+    assert applied(list(zip(*weights, strict=True)), products) == wanted
+
+
+def test_the_growth_of_the_gradient_is_that_of_random_terms():
+    generator = torch.Generator().manual_seed(0)
+    output, inputs, weights = (torch.tensor([[float(v) for v in row] for row in m]) for m in matrices())
+    d, dy = torch.randn(6, 20000, generator=generator), torch.randn(4, 20000, generator=generator)
+    terms = (output.t() @ dy) * (inputs @ d)
+    growth = (weights.t().square() @ terms.square()).mean(1) / 4
+    worst, average = gradient_amplification()
+    assert float(growth.max()) == pytest.approx(worst, rel=0.05)
+    assert float(growth.mean()) == pytest.approx(average, rel=0.05)
+
+
 @needs_cpp
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(1, 1), (32, 3), (33, 16), (6, 40), (96, 70)], ids=str)
-def test_the_compiled_weights_are_the_reference_s(shape):
+def test_the_compiled_weights_are_the_reference_s(shape, layout, transposed):
     weight = torch.randn(*shape, 3, 3, generator=torch.Generator().manual_seed(0))
-    u = torch.ops.admfast.winograd_weights(weight.double(), transform())
+    given = laid_out(weight, layout)
+    u = torch.ops.admfast.winograd_weights(given, transform(), transposed)
+    weight = weight.flip(2, 3).transpose(0, 1) if transposed else weight
+    shape = weight.shape[:2]
     reference = winograd_weights_ref(weight)
     assert u.shape == reference.shape == (-(-shape[0] // 32), 36, shape[1], 32)
     # Both round float64 once: they differ where it lies that close to the middle of two floats.
@@ -74,20 +107,23 @@ def test_the_compiled_weights_are_the_reference_s(shape):
     assert float((u != reference).float().mean()) < 1e-3
     full = shape[0] % 32
     assert full == 0 or not u[-1, :, :, full:].any(), "the last panel is filled up with zeros"
-    torch.library.opcheck(torch.ops.admfast.winograd_weights.default, (weight.double(), transform()))
+    torch.library.opcheck(torch.ops.admfast.winograd_weights.default, (given, transform(), transposed))
 
 
 @needs_cpp
 @pytest.mark.parametrize(
-    ("weight", "name"),
+    ("changes", "name"),
     [
-        (torch.ones(2, 2, 3, 3), "weight must be"),
-        (torch.ones(2, 2, 3, 2, dtype=torch.float64), "weight must be"),
-        (torch.ones(2, 3, 3, dtype=torch.float64), "weight must be"),
-        (torch.ones(3, 3, 2, 2, dtype=torch.float64).permute(3, 2, 0, 1), "weight must be"),
+        (dict(weight=torch.ones(2, 2, 3, 3, dtype=torch.float64)), "weight is Double"),
+        (dict(weight=torch.ones(2, 2, 3, 2)), "weight must be"),
+        (dict(weight=torch.ones(2, 3, 3)), "weight must be"),
+        (dict(weight=torch.ones(0, 2, 3, 3)), "weight must be"),
+        (dict(transform=torch.ones(6, 3)), "transform must be"),
+        (dict(transform=torch.ones(3, 6).double()), "transform must be"),
     ],
-    ids=["float32", "3x2", "3-D", "strided"],
+    ids=str,
 )
-def test_the_compiled_weights_refuse_what_does_not_fit(weight, name):
+def test_the_compiled_weights_refuse_what_does_not_fit(changes, name):
+    call = dict(weight=torch.ones(2, 2, 3, 3), transform=transform(), transposed=False)
     with pytest.raises(RuntimeError, match=f"^winograd_weights: {name}"):
-        torch.ops.admfast.winograd_weights(weight, transform())
+        torch.ops.admfast.winograd_weights(**(call | changes))

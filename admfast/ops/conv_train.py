@@ -1,0 +1,199 @@
+"""Convolution with trainable weights and an added residual, differentiable in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.errors import invalid
+from admfast.ops import native
+from admfast.ops.conv import conv_ref, wide_loops
+from admfast.ops.conv_forms import CONVOLUTIONS, for_float32_on_the_cpu
+from admfast.ops.conv_winograd import transform
+from admfast.ops.dispatch import Implementation, OpTable
+from admfast.ops.layout import is_channels_last
+from admfast.ops.transforms import (
+    in_autocast,
+    in_transform,
+    nobody_differentiates,
+    observed,
+    record,
+    recorded,
+)
+
+# With fewer channels on either side, or fewer products, the transforms have nothing to pay for them.
+FEWEST_CHANNELS, FEWEST_PRODUCTS = 16, 2**19
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    impl: str | None = None,
+) -> Tensor:
+    """Compute `residual + conv(x, weight) + bias`, torch's convolution (a cross-correlation, zeros around x).
+
+    Differentiable any number of times in x, weight, bias and residual. Accumulates in float32 at least. In
+    float32 on a CPU channels-last 3x3 convolutions, their input gradient and their weights' gradient run by
+    Winograd's algorithm (`admfast.ops.conv_winograd` says what that does to rounding), whose weights are
+    transformed anew at every call. Which implementation runs depends on shapes and machine alone, not on
+    whether a gradient is recorded.
+
+    Args:
+        x: [N, C_in, *spatial], one to three spatial dimensions, floating.
+        weight: [C_out, C_in, *kernel], dtype and device of `x`.
+        bias: [C_out] or None.
+        residual: [N, C_out, *out] or None, dtype and device of `x`.
+        stride, padding: for every spatial dimension, or one number for all.
+        impl: name of an implementation (see `admfast info`); None chooses by shape.
+
+    Returns: [N, C_out, *out], dtype of `x`; images come channels-last where `x` is.
+
+    Raises: InvalidArgument for an unknown `impl` and channels that don't fit, Unavailable for one that can't
+        serve the call.
+    """
+    if weight.dim() != x.dim() or x.dim() - 2 not in CONVOLUTIONS or weight.shape[1] != x.shape[1]:
+        allowed = f"[C_out, {x.shape[1] if x.dim() > 1 else 'C_in'}, *kernel], for x {tuple(x.shape)}"
+        raise invalid("weight.shape", tuple(weight.shape), allowed)
+    dims = x.dim() - 2
+    geometry = tuple((n,) * dims if isinstance(n, int) else tuple(n) for n in (stride, padding))
+    return TABLE.choose(impl, x, weight, *geometry).forward(x, weight, bias, residual, *geometry)
+
+
+class WinogradFn(torch.autograd.Function):
+    """The 3x3 convolution by Winograd's algorithm; a gradient that is itself recorded is torch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        return _winograd(x, weight, bias, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias, for_residual = ctx.needs_input_grad
+        dx = dw = db = None
+        if not nobody_differentiates():
+            wanted = [for_x, for_weight, for_bias]
+            dx, dw, db = _library_gradients(dy, x, weight, wanted)
+        else:
+            if for_x:
+                dx = native.ops().conv3x3_winograd_once(dy, weight, transform(), None, None, True)
+            if for_weight:
+                dw = native.ops().conv3x3_winograd_weight_grad(x, dy)
+            if for_bias:
+                db = dy.sum((0, 2, 3))
+        return dx, dw, db, dy if for_residual else None
+
+
+def _library_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    ones = (1, 1)
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]], ones, ones, ones, False, (0, 0), 1, wanted
+    )
+
+
+def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return native.ops().conv3x3_winograd_once(x, weight, transform(), bias, residual, False)
+
+
+def by_winograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_geometry: tuple[int, ...]
+) -> Tensor:
+    """Winograd's F(4x4, 3x3) in C++, with weights that are transformed at the call (csrc/README.md)."""
+    if recorded(x, weight, bias, residual):
+        return record(WinogradFn, x, weight, bias, residual)
+    return _winograd(x, weight, bias, residual)
+
+
+def winograd_supports(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> str | None:
+    """Say why Winograd's convolution can't serve a call; None where it can."""
+    if (tuple(weight.shape[2:]), stride, padding) != ((3, 3), (1, 1), (1, 1)):
+        return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
+    if not is_channels_last(x):
+        return "x is not channels-last"
+    if in_transform() or torch.compiler.is_compiling():
+        return "not under torch.func and torch.compile"
+    return for_float32_on_the_cpu(x)
+
+
+def by_library(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    """torch's own convolution."""
+    if weight.requires_grad and weight.dim() > 3 and weight.is_contiguous():
+        # The library's gradient lies as the images do; that of a view lies as the weight does.
+        weight = weight.flatten(1).unflatten(1, weight.shape[1:])
+    y = CONVOLUTIONS[x.dim() - 2](x, weight, bias, stride, padding)
+    return y if residual is None else residual + y
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+) -> Tensor:
+    return conv_ref(x, weight, bias, residual, stride=stride, padding=padding)
+
+
+def preferred(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> str:
+    """Return the implementation that was measured to be the fastest for a call.
+
+    Milliseconds on two threads of an EPYC with AVX-512, float32, channels-last, library / Winograd with the
+    weights' transform:
+
+        channels, side, batch       forward    input gradient  weights' gradient
+         128 ->  128, 64, 4        21 / 8.0        21 / 8.1         25 / 8.5
+         256 ->  256, 32, 4        22 / 8.9        22 / 8.3         24 / 10.5
+         384 ->  384, 16, 4        12 / 6.1        13 / 5.9         14 / 5.4
+         512 ->  512,  8, 4       7.4 / 4.0       7.3 / 4.2        7.6 / 3.7
+        1024 ->  512,  8, 4        14 / 8.0        14 / 7.9         36 / 6.9
+          32 ->   32, 32, 32      2.9 / 1.6       3.0 / 1.5        3.2 / 1.4
+          64 ->   64, 16, 32      2.6 / 1.2       2.7 / 1.2        3.1 / 1.1
+         128 ->  128,  8, 32      2.6 / 1.5       2.6 / 1.4        3.1 / 1.7
+           3 ->  128, 64, 4       0.7 / 0.6       3.0 / 2.7        0.7 / 1.6
+         128 ->    6, 64, 4       3.1 / 2.7       1.2 / 1.1        3.1 / 2.7
+           1 ->   32, 32, 32      0.4 / 0.8       3.2 / 2.8        0.4 / 1.3
+         512 ->  512,  8, 1       4.5 / 2.5       4.3 / 2.3         14 / 1.9
+          64 ->   64,  8, 4      0.28 / 0.21     0.32 / 0.21      0.34 / 0.21
+          32 ->   32,  8, 4      0.16 / 0.19     0.17 / 0.19      0.19 / 0.15
+          16 ->   64, 16, 4      0.23 / 0.25     0.25 / 0.34      0.27 / 0.21
+          64 ->   64,  5, 8      0.28 / 0.31     0.34 / 0.30      0.35 / 0.27
+    """
+    if observed() or in_autocast(x.device) or not wide_loops():
+        return "library"
+    if winograd_supports(x, weight, stride, padding) is not None:
+        return "library"
+    n, _, height, width = x.shape
+    c_out, c_in = weight.shape[:2]
+    filled = n * height * width >= 8 * n * -(-height // 4) * -(-width // 4)
+    pays = min(c_in, c_out) >= FEWEST_CHANNELS and n * height * width * c_in * c_out >= FEWEST_PRODUCTS
+    return "winograd" if filled and pays else "library"
+
+
+TABLE = OpTable(
+    "conv_train",
+    [
+        Implementation("library", by_library),
+        Implementation("winograd", by_winograd, native.reason_missing, winograd_supports),
+        Implementation("reference", _reference),
+    ],
+    prefer=preferred,
+)

@@ -1,0 +1,306 @@
+"""The convolution with trainable weights: every implementation against float64, and which one serves what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from admfast.errors import InvalidArgument, Unavailable
+from admfast.ops import TABLES, conv, native, watch
+from admfast.ops.conv_winograd import amplification, gradient_amplification, transform
+from tests.ops.cover import all_pairs, case_id, laid_out
+from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, unmodified
+
+TABLE = TABLES["conv_train"]
+WITHOUT_C = native.reason_missing()
+needs_cpp = pytest.mark.skipif(WITHOUT_C is not None, reason=f"{WITHOUT_C}")
+# name: (batch, C_in, C_out, spatial, kernel, stride, padding)
+SHAPES: dict[str, tuple] = {
+    "odd": (1, 19, 37, (9, 7), 3, 1, 1),
+    "stem": (2, 3, 40, (8, 12), 3, 1, 1),
+    "head": (1, 40, 6, (12, 8), 3, 1, 1),
+    "adm": (1, 192, 192, (32, 32), 3, 1, 1),
+    "adm-low": (4, 96, 128, (8, 8), 3, 1, 1),  # 16 tiles: the weights of one panel at a time
+    "parts": (3, 17, 33, (57, 66), 3, 1, 1),  # 765 tiles: parts that are summed by themselves
+    "blocks": (2, 320, 192, (21, 46), 3, 1, 1),  # 144 tiles, and sums too large for parts
+    "one pixel": (3, 33, 32, (1, 1), 3, 1, 1),
+    "two rows": (2, 16, 65, (2, 5), 3, 1, 1),
+    "1x1": (2, 24, 72, (5, 6), 1, 1, 0),
+    "stride 2": (2, 16, 24, (9, 8), 3, 2, 1),
+    "1d": (2, 10, 14, (11,), 3, 1, 1),
+    "3d": (1, 6, 5, (3, 6, 4), 3, (1, 2, 2), 1),
+}
+GROWTH = {"winograd": (amplification(), gradient_amplification())}
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.delenv("ADMFAST_IMPL", raising=False)
+
+
+@pytest.fixture
+def poisoned():
+    """What is allocated without being filled is NaN."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def call_of(
+    name: str, mean: float, layout: str, residual: bool
+) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+    """The tensors, the geometry and a gradient dy of a call; outputs without a mean are of order one."""
+    n, c_in, c_out, spatial, kernel, stride, padding = SHAPES[name]
+    weight = torch.randn(c_out, c_in, *(kernel,) * len(spatial))
+    tensors = {
+        "x": laid_out(torch.randn(n, c_in, *spatial) + mean, layout),
+        "weight": weight / weight[0].numel() ** 0.5,
+        "bias": torch.randn(c_out),
+    }
+    geometry = dict(stride=stride, padding=padding)
+    dy = torch.randn_like(conv(**tensors, **geometry, impl="reference"))
+    if residual:
+        tensors["residual"] = torch.randn_like(dy)
+    return tensors, geometry, dy
+
+
+def results(
+    tensors: dict[str, Tensor], geometry: dict, dy: Tensor, dtype: torch.dtype, impl: str
+) -> dict[str, Tensor]:
+    """The output and the gradient of sum(y dy) in every tensor."""
+    leaves = {name: t.detach().to(dtype).requires_grad_(True) for name, t in tensors.items()}
+    y = conv(**leaves, **geometry, impl=impl)
+    found = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype))
+    return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
+
+
+def unserved(impl: str, tensors: dict[str, Tensor], geometry: dict) -> bool:
+    """Tell whether `impl` can't serve a call, after seeing that it says so."""
+    x, weight = tensors["x"], tensors["weight"]
+    stride, padding = ((n,) * (x.dim() - 2) if isinstance(n, int) else n for n in geometry.values())
+    entry = TABLE.named(impl)
+    if not (entry.available() or entry.supports(x, weight, stride, padding)):
+        return False
+    with pytest.raises(Unavailable, match=f"^impl='{impl}'"):
+        conv(**tensors, **geometry, impl=impl)
+    return True
+
+
+CASES = all_pairs(
+    shape=list(SHAPES),
+    dtype=list(HALF_AND_SINGLE),
+    mean=[0, 100],
+    layout=["contiguous", "channels_last", "sliced"],
+    residual=[False, True],
+)
+# Winograd's own: every shape that it serves, in the dtype that it serves.
+CASES += [
+    dict(shape=name, dtype="fp32", mean=mean, layout="channels_last", residual=True)
+    for name, (*_, spatial, kernel, stride, _) in SHAPES.items()
+    if (len(spatial), kernel, stride) == (2, 3, 1)
+    for mean in (0, 100)
+]
+
+
+@pytest.mark.parametrize("impl", TABLE.names())
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_values_and_gradients_are_within_tolerance(case, impl, poisoned):
+    name, dtype, mean, layout, residual = case.values()
+    dtype = HALF_AND_SINGLE[dtype]
+    tensors, geometry, dy = call_of(name, mean, layout, residual)
+    tensors, dy = {k: t.to(dtype) for k, t in tensors.items()}, dy.to(dtype)
+    if unserved(impl, tensors, geometry):
+        return
+    truth = results(tensors, geometry, dy, torch.float64, "reference")
+    reference = results(tensors, geometry, dy, dtype, "library" if impl == "library" else "reference")
+    with unmodified(dy=dy, **tensors):
+        got = results(tensors, geometry, dy, dtype, impl)
+    if layout != "sliced" and got["y"].dim() == 4:
+        assert (got["y"].movedim(1, -1) if layout == "channels_last" else got["y"]).is_contiguous()
+    assert got["weight"].stride() == tensors["weight"].stride() or impl == "reference"
+    forward, backward = GROWTH.get(impl, ((1, 1), (1, 1)))
+    for name in truth:
+        kind, growth, reduction = "output", forward, 1
+        if name in ("weight", "bias"):
+            kind, growth, reduction = "parameter gradient", backward, dy[:, 0].numel()
+        elif name != "y":
+            kind = "input gradient"
+        growth = growth if name in ("y", "x", "weight") else (1, 1)
+        assert_within(got[name], reference[name], truth[name], name, kind, reduction, growth=growth)
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ["adm", "adm-low", "parts", "blocks"])
+def test_the_number_of_threads_changes_no_bit_of_output_and_weights_gradient(name):
+    tensors, geometry, dy = call_of(name, 0, "channels_last", True)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(tensors, geometry, dy, torch.float32, "winograd"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(found[0][key], other[key]) for key in ("y", "x", "weight", "residual"))
+
+
+@needs_cpp
+@pytest.mark.parametrize("wanted", [["x"], ["weight"], ["bias"], ["residual"], ["x", "bias"]], ids="+".join)
+def test_only_the_gradients_that_are_asked_for_are_made(wanted):
+    tensors, geometry, dy = call_of("odd", 0, "channels_last", True)
+    all_of_them = results(tensors, geometry, dy, torch.float32, "winograd")
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
+    y = conv(**leaves, **geometry, impl="winograd")
+    y.backward(dy)
+    for name, leaf in leaves.items():
+        assert leaf.grad is None if name not in wanted else torch.equal(leaf.grad, all_of_them[name])
+
+
+@needs_cpp
+def test_second_derivatives_are_torch_s():
+    tensors, geometry, _ = call_of("odd", 0, "channels_last", False)
+
+    def second(impl: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_(True) for t in tensors.values()]
+        y = conv(*leaves, **geometry, impl=impl)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    triples = zip(
+        second("winograd", torch.float32),
+        second("library", torch.float32),
+        second("reference", torch.float64),
+        strict=True,
+    )
+    for name, (got, reference, truth) in zip(tensors, triples, strict=True):
+        terms = tensors["x"][0].numel() + tensors["weight"].numel()
+        assert_within(got, reference, truth, name, "sum", terms, growth=amplification())
+
+
+@needs_cpp
+def test_a_checkpointed_call_gives_the_same_bits():
+    tensors, geometry, dy = call_of("adm-low", 0, "channels_last", True)
+    plain = results(tensors, geometry, dy, torch.float32, "winograd")
+    leaves = {name: t.detach().requires_grad_(True) for name, t in tensors.items()}
+    y = checkpoint(lambda *given: conv(*given, **geometry), *leaves.values(), use_reentrant=True)
+    y.backward(dy)
+    assert torch.equal(y, plain["y"])
+    assert all(torch.equal(leaf.grad, plain[name]) for name, leaf in leaves.items())
+
+
+def chosen(*args: Any, **kwargs: Any) -> str:
+    with watch() as seen:
+        conv(*args, **kwargs)
+    return next(choice.name for choice in seen if choice.op == "conv_train")
+
+
+@needs_cpp
+def test_what_only_knows_torch_s_operations_gets_them():
+    weight = torch.randn(32, 32, 3, 3, requires_grad=True)
+    x = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last)
+    if native.ops().cpu_instruction_set() == "generic":
+        pytest.skip("without vectors torch's own convolution is the faster one")
+    assert chosen(x, weight, padding=1) == "winograd"
+    with torch.no_grad():
+        assert chosen(x, weight, padding=1) == "winograd"
+    assert chosen(x.contiguous(), weight, padding=1) == "library"
+    assert chosen(x.bfloat16(), weight.bfloat16(), padding=1) == "library"
+    assert chosen(x, weight, padding=0) == "library"
+    assert (
+        chosen(x[:, :3].contiguous(memory_format=torch.channels_last), weight[:, :3], padding=1) == "library"
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert chosen(x, weight, padding=1) == "library"
+        assert conv(x, weight, padding=1).dtype == torch.bfloat16
+    with FlopCounterMode(display=False) as counter:
+        assert chosen(x, weight, padding=1) == "library"
+    assert counter.get_total_flops() == 2 * 4 * 16 * 16 * 32 * 32 * 9
+
+
+@needs_cpp
+def test_transforms_and_compilation_give_the_library_s_numbers():
+    weight = torch.randn(32, 32, 3, 3)
+    x = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last)
+    library = conv(x, weight, padding=1, impl="library")
+    compiled = torch.compile(lambda x, w: conv(x, w, padding=1), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), library)
+    per_image = torch.func.vmap(lambda image: conv(image[None], weight, padding=1)[0])(x)
+    torch.testing.assert_close(per_image, library)
+    gradient = torch.func.grad(lambda w: conv(x, w, padding=1).sum())(weight)
+    leaf = weight.requires_grad_(True)
+    conv(x, leaf, padding=1, impl="library").sum().backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (dict(weight=torch.ones(4, 5, 3, 3)), "weight.shape"),
+        (dict(weight=torch.ones(4, 6, 3)), "weight.shape"),
+        (dict(x=torch.ones(6, 3)), "weight.shape"),
+        (dict(impl="fastest"), "impl"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_by_name(changes, name):
+    call: dict[str, Any] = dict(x=torch.ones(1, 6, 4, 4), weight=torch.ones(4, 6, 3, 3))
+    with pytest.raises(InvalidArgument, match=f"^{name}="):
+        conv(**(call | changes))
+
+
+@needs_cpp
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_raw_ops_pass_opcheck(transposed):
+    tensors, _, dy = call_of("odd", 0, "channels_last", True)
+    x, weight, bias, residual = tensors.values()
+    call = (x, weight, transform(), bias, residual, False)
+    if transposed:
+        call = (dy, weight, transform(), None, None, True)
+    torch.library.opcheck(torch.ops.admfast.conv3x3_winograd_once.default, call)
+    torch.library.opcheck(torch.ops.admfast.conv3x3_winograd_weight_grad.default, (x, dy))
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("x", "dy", "message"),
+    [
+        (torch.ones(1, 4, 4), torch.ones(1, 6, 4, 4), "x must be"),
+        (torch.ones(1, 4, 4, 4).double(), torch.ones(1, 6, 4, 4), "x is Double"),
+        (torch.ones(1, 4, 4, 4), torch.ones(1, 6, 4, 4).half(), "dy is Half"),
+        (torch.ones(1, 4, 4, 4), torch.ones(1, 6, 4, 5), "dy must be"),
+        (torch.ones(1, 4, 4, 4), torch.ones(2, 6, 4, 4), "dy must be"),
+    ],
+    ids=str,
+)
+def test_the_raw_gradient_refuses_what_does_not_fit(x, dy, message):
+    with pytest.raises(RuntimeError, match=f"^conv3x3_winograd_weight_grad: {message}"):
+        torch.ops.admfast.conv3x3_winograd_weight_grad(x, dy)
+
+
+@needs_cpp
+def test_the_raw_convolution_refuses_channels_that_do_not_fit():
+    weight = torch.ones(6, 4, 3, 3)
+    for transposed, channels in ((False, 6), (True, 4)):
+        with pytest.raises(RuntimeError, match="^conv3x3_winograd_once: x has"):
+            torch.ops.admfast.conv3x3_winograd_once(
+                torch.ones(1, channels, 4, 4), weight, transform(), None, None, transposed
+            )
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(0, 4, 4, 4), (2, 4, 0, 4)], ids=str)
+def test_no_images_give_no_gradient(shape):
+    x, dy = torch.ones(shape), torch.ones(shape[0], 6, *shape[2:])
+    dw = torch.ops.admfast.conv3x3_winograd_weight_grad(x, dy)
+    assert dw.shape == (6, 4, 3, 3) and not dw.any()
