@@ -31,6 +31,7 @@ TITLES = {
     "sampler_step": "One guided sampler update, noise included",
     "guided_step": "A guided step: network, classifier gradient, update",
     "step": "A step without guidance: network, update",
+    "train_step": "A training step: loss, gradients, AdamW, an average of the weights",
     "threads": "A guided step by its number of threads, beside so many busy processes",
     "start": "Seconds until the first image of a fresh process; making weights is not counted",
     "ablation_added": "What each part adds, one after another",
@@ -42,7 +43,7 @@ BASELINES: tuple[str, ...] = ("copy", "eager", "eager channels-first", "torch.co
 BASELINES += ("published", "published, channels-last", "published, compiled")
 # What the ceiling of a kind is: products and attention of a product, traffic of a copy, a step of a product.
 TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
-TOP |= {"step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
+TOP |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
 PRODUCT = {"auto": "bf16"}  # what the torso of a policy multiplies in
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "us_per_node": "us a node"}
 LISTED = 12  # operations of each profiled step

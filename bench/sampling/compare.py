@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from bench.measure import Case, Sample, Settings, first_line, in_turns, quantiles, refuse_work, short
 from bench.profile import traced
 from bench.results import Row
-from bench.sampling.contender import TOGETHER, Contender, Entry, Trial, trial_of
+from bench.sampling.contender import TOGETHER, Contender, Entry, sampling_trial
 from bench.sampling.subject import Subject, step_flop
 from bench.sampling.weights import shared_state
 
@@ -29,7 +29,8 @@ PATIENCE, COMPILING = 300.0, 3600.0
 class Comparison:
     """Contenders on the same weights and the same batch, measured in one go when the first is asked for.
 
-    budget: seconds after which no further round begins; a round takes a sample of each.
+    budget: seconds after which no further round begins; a round takes a sample of each. trial_of: makes what
+    each must pass. passes: operations of a step over those of a step that samples.
     """
 
     kind: str
@@ -37,8 +38,15 @@ class Comparison:
     batch: int
     entries: Sequence[Entry]
     budget: float = 60.0
+    trial_of: Callable[[Subject, int, torch.device], Any] = sampling_trial
+    passes: int = 1
     found: dict[Entry, Row | Exception] = field(default_factory=dict)
     left_out: set[tuple[str, str]] = field(default_factory=set)
+
+    @property
+    def flop(self) -> int:
+        """Operations of a step."""
+        return step_flop(self.subject) * self.batch * self.passes
 
     def cases(self) -> list[Case]:
         """A case for each contender."""
@@ -71,9 +79,9 @@ class Comparison:
 
     def _measure(self, settings: Settings) -> None:
         """Find a row for each contender, or what went wrong with it."""
-        flop = step_flop(self.subject) * self.batch
+        flop = self.flop
         refuse_work(flop * len({0, self.batch - 1}) / self.batch, "fp32", settings)
-        trial = trial_of(self.subject, self.batch, settings.device)
+        trial = self.trial_of(self.subject, self.batch, settings.device)
         ready: dict[Entry, Contender] = {}
         rows: dict[Entry, Row] = {}
         for entry in self.entries:
@@ -109,7 +117,7 @@ class Comparison:
         ready.clear()
         _tidy(settings)
 
-    def _prepared(self, entry: Entry, trial: Trial) -> tuple[Contender, Row]:
+    def _prepared(self, entry: Entry, trial: Any) -> tuple[Contender, Row]:
         """A contender that has passed its trial, and the row that this begins."""
         contender = entry.make(self.subject, trial.inputs)
         cuda = trial.inputs.x.device.type == "cuda"
@@ -136,7 +144,7 @@ class Comparison:
     def times_of(self, samples: Sequence[Sample]) -> Row:
         """The fields that follow from the samples: the median sample's time a step, and what it comes to."""
         row = quantiles([sample.ms for sample in samples])
-        flop = step_flop(self.subject) * self.batch
+        flop = self.flop
         return row | {
             "samples": len(samples),
             "rounds_ms": [short(sample.ms) for sample in samples],

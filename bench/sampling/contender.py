@@ -128,7 +128,7 @@ class Trial:
 
 
 @functools.lru_cache(maxsize=1)
-def trial_of(subject: Subject, batch: int, device: torch.device) -> Trial:
+def sampling_trial(subject: Subject, batch: int, device: torch.device) -> Trial:
     """The trial of a preset's batch, kept until another is asked for."""
     return make_trial(subject, Inputs.of(subject, batch, device))
 

@@ -22,7 +22,7 @@ from bench.sampling.subject import Inputs, Subject
 from bench.sampling.weights import shared_state
 
 PACKAGE = "guided_diffusion"
-PARTS = ("unet", "script_util", "respace")
+PARTS = ("unet", "script_util", "respace", "fp16_util", "nn")
 # A power of two: without it the gradient of a classifier in float16 underflows.
 LOSS_SCALE = 2.0**10
 # Those of PyTorch's own study of fast diffusion on a GPU (pytorch-labs, "diffusion-fast"); convolutions stay
@@ -113,7 +113,7 @@ class Published(Contender):
         net.eval()
         if self.form.frozen:
             net.to(memory_format=torch.channels_last)
-            _without_checkpoints(net)
+            without_checkpoints(net)
         if not self.form.compiled:
             return net
         import torch._inductor as inductor
@@ -173,7 +173,7 @@ class Published(Contender):
         return {"implementation": f"classifier {'fp16' if self.form.frozen else 'fp32'}"}
 
 
-def _without_checkpoints(net: nn.Module) -> None:
+def without_checkpoints(net: nn.Module) -> None:
     """Let attention keep what its gradient needs instead of computing it twice.
 
     Its checkpoint function refuses frozen parameters, and torch.compile.
