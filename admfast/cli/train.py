@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +82,7 @@ def _command(kind: str) -> Callable[..., None]:
             cache=cache,
         )  # fmt: skip
         place = _data(preset, data)
-        with processes(device) as world:
+        with processes(device) as world, _plain_warnings():
             if dry_run:
                 _try(wanted, place, labels, habits, world)
             else:
@@ -191,6 +194,18 @@ def _rows(wanted: Recipe, world: World) -> list[tuple[str, str]]:
         text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         rows.append((name, text))
     return [*rows, ("processes", f"{world.size}, on {world.device}")]
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning (an image that was skipped) as one line, without the place in the code it comes from."""
+
+    def show(message: Warning | str, *_: Any) -> None:
+        print(f"admfast: {message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _say(text: str) -> None:

@@ -69,12 +69,14 @@ def surroundings(world: World, source: Source) -> dict[str, Any]:
     }
 
 
-def begin(run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say: Say) -> Recipe:
-    """Write what the run is; for one that was begun, check that this is it, and go on as it was.
+def agreed(
+    run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say: Say
+) -> tuple[Recipe, Mapping[str, Any]]:
+    """Check that this is the run that was begun in the folder, if one was; writes nothing.
 
-    Returns the recipe with the precision that the run began with. The number of torch's threads, which orders
+    Returns the recipe with the precision that the run began with, and what it was begun on. The number of torch's threads, which orders
     its sums, is set to the run's where as many processes go on on the same kind of device.
-    Raises: InvalidArgument for a recipe that differs in what a run can't change; OutputError.
+    Raises: InvalidArgument for a recipe that differs in what a run can't change; CheckpointError.
     """
     path = run / RUN_FILE
     old = read_run_file(run) if path.exists() else None
@@ -91,11 +93,14 @@ def begin(run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say
             torch.set_num_threads(threads)
             say(f"threads: {threads}, as when the run began (not {found['threads']})")
         found = facts
-    if world.first:
-        process = None if recipe.kind == "classifier" else recipe.process
-        text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(found)})
-        write_text(path, text.to_json())
-    return recipe
+    return recipe, found
+
+
+def write_run_file(run: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write what the run is and what it was begun on. Raises OutputError."""
+    process = None if recipe.kind == "classifier" else recipe.process
+    text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(facts)})
+    write_text(run / RUN_FILE, text.to_json())
 
 
 def read_run_file(run: Path) -> Description:

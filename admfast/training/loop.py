@@ -136,7 +136,7 @@ def train(
     samples = samples_of(recipe, source, habits.cache)
     recipe = resolved_precision(recipe, world.device)
     with folder.held(run, world), _numerics(recipe, world), Signals() as signals:
-        recipe = folder.begin(run, recipe, folder.surroundings(world, source), world, say)
+        recipe, facts = folder.agreed(run, recipe, folder.surroundings(world, source), world, say)
         state = folder.resume(run, world, say)
         net = build_network(recipe, start if state is None else None).to(world.device)
         learner = Learner(recipe, net, world)
@@ -144,6 +144,9 @@ def train(
             learner.load_state_dict(state)
             say(f"goes on after step {learner.step}")
             del state
+        # A recipe that no network can be made of has begun no run.
+        if world.first:
+            folder.write_run_file(run, recipe, facts)
         return _Run(run, learner, samples, habits, signals, say).steps()
 
 

@@ -98,7 +98,7 @@ def test_processes_share_the_samples_of_every_step():
         assert [[k for ks in step for k in ks] for step in zip(*parts, strict=True)] == whole
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one_and_one_goes_on_alone(tmp_path, capfd):
     assert main(command(tmp_path / "one", 4)) == 0
     done = subprocess.run(
         under_torchrun(2, command(tmp_path / "two", 4, "--microbatch", "1")),
@@ -106,6 +106,11 @@ def test_two_processes_are_one(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("step 4 of 4") == 1, "one process speaks"
+    assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
+    capfd.readouterr()
+    assert main(command(tmp_path / "two", 6)) == 0
+    assert "processes differs: 1 now, 2 when the run began" in capfd.readouterr().out
+    assert main(command(tmp_path / "one", 6)) == 0
     assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
 
 
