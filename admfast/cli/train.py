@@ -204,7 +204,7 @@ def _plain_warnings() -> Iterator[None]:
         print(f"admfast: {message}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield
 
 

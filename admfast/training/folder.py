@@ -74,8 +74,9 @@ def agreed(
 ) -> tuple[Recipe, Mapping[str, Any]]:
     """Check that this is the run that was begun in the folder, if one was; writes nothing.
 
-    Returns the recipe with the precision that the run began with, and what it was begun on. The number of torch's threads, which orders
-    its sums, is set to the run's where as many processes go on on the same kind of device.
+    Returns the recipe with the precision that the run began with, and what it was begun on. The number of
+    torch's threads, which orders its sums, is set to the run's where as many processes go on on the same kind
+    of device.
     Raises: InvalidArgument for a recipe that differs in what a run can't change; CheckpointError.
     """
     path = run / RUN_FILE

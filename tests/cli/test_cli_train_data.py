@@ -1,4 +1,4 @@
-"""`admfast train` on data, disks and folders with faults: one line, status 2, and nothing that was saved lost."""
+"""`admfast train` on data, disks and folders with faults: one line, status 2, nothing saved is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m tests.training.recorded_run FOLDER train ...`: the command, which keeps every batch of a process."""
+"""`python -m tests.training.recorded_run FOLDER train ...`: the command, with every batch kept."""
 
 from __future__ import annotations
 
