@@ -19,12 +19,14 @@ from admfast.cli import train_options as option
 from admfast.cli.options import options_of
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
+from admfast.files.images import write_png
 from admfast.files.tables import table
 from admfast.models import NetConfig
 from admfast.training.distributed import World, processes
 from admfast.training.export import export
 from admfast.training.images import open_source
 from admfast.training.loop import Habits, dry_run, train
+from admfast.training.picture import run_picture
 from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
 
@@ -104,7 +106,9 @@ for _kind in KINDS:
 @commands.command("export")
 def run_export(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
-    out: Annotated[Path, typer.Option(help="Weights file: .safetensors, or .pt as published.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Weights file: .safetensors, or .pt as published (default: none).")
+    ] = None,
     ema: Annotated[
         str | None, typer.Option(help="Which average, by its rate (default: the run's first).")
     ] = None,
@@ -113,12 +117,21 @@ def run_export(
         typer.Option(help="Instead, the relative width of an average put together from ema_power's."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG of the run's losses and grids (default: none).")
+    ] = None,
 ) -> None:
-    """Write the averaged weights of a run as a weights file."""
+    """Write the averaged weights of a run as a weights file, a picture of the run, or both."""
     checks.one_of("dtype", dtype, DTYPES)
-    description = export(run, out, ema, width, DTYPES[dtype])
-    print(table([(name, str(description.training[name])) for name in ("step", "average")]))
-    print(out.resolve())
+    if out is None and picture is None:
+        raise invalid("out", None, "a weights file to write, or --picture")
+    if picture is not None:
+        write_png(picture, run_picture(run))
+        print(picture.resolve())
+    if out is not None:
+        description = export(run, out, ema, width, DTYPES[dtype])
+        print(table([(name, str(description.training[name])) for name in ("step", "average")]))
+        print(out.resolve())
 
 
 def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:

@@ -216,7 +216,7 @@ class _Run:
 
     def _grid(self) -> None:
         if self.writes and self.learner.recipe.kind != "classifier":
-            path = self.run / "grids" / f"{self.learner.step:08d}.png"
+            path = self.run / folder.GRIDS / f"{self.learner.step:08d}.png"
             write_samples(path, self.learner, self.samples)
 
 
