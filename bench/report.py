@@ -33,6 +33,9 @@ TITLES = {
     "step": "A step without guidance: network, update",
     "train_step": "A training step: loss, gradients, AdamW, an average of the weights",
     "threads": "A guided step by its number of threads, beside so many busy processes",
+    "training_jpeg": "Training images from JPEG files",
+    "training_png": "Training images from PNG files",
+    "training_cache": "Training images from the decoded cache",
     "start": "Seconds until the first image of a fresh process; making weights is not counted",
     "ablation_added": "What each part adds, one after another",
     "ablation_without": "The whole engine less one part",
@@ -109,6 +112,8 @@ COLUMNS: dict[str, Value] = {
     "best ms": field("best_ms"),
     "20-80 %": lambda row, rows: f"{row['ms_q20']:.3g}-{row['ms_q80']:.3g}" if "ms_q20" in row else None,
     "images/s": field("images_per_s"),
+    "images/s and core": field("images_per_core_s"),
+    "cores for an H100": field("cores_for_h100"),
     **{unit: field(name) for name, unit in UNITS.items()},
     "of ceiling": of_ceiling,
     **{f"x {name}": lambda row, rows, name=name: faster_than(row, name, rows) for name in BASELINES},  # type: ignore[misc]

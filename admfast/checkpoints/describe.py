@@ -58,9 +58,9 @@ def forward_work(config: NetConfig, batch: int = 1, dtype: torch.dtype = torch.f
     with torch.device("meta"):
         net = build(config)
         net.convert_torso(dtype)  # type: ignore[operator]
-        inputs = _inputs(config, batch)
+        inputs = network_inputs(config, batch)
     counter = FlopCounterMode(display=False)
-    live = _LiveBytes(net, inputs)
+    live = LiveBytes(net, inputs)
     # A fused kernel has no meta form and hides its work from the counter.
     # The counter hooks every module, for which the network would run part by part.
     with using("reference"), torch.no_grad(), staying_fused(), counter, live:
@@ -232,8 +232,8 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _inputs(config: NetConfig, batch: int) -> dict[str, Tensor]:
-    """Arguments of the network's forward, on the current device."""
+def network_inputs(config: NetConfig, batch: int) -> dict[str, Tensor]:
+    """Return empty arguments of the network's forward, on the current device."""
     sides = [config.image_size] * config.dims
     inputs = {"x": torch.empty(batch, config.in_channels, *sides), "timesteps": torch.empty(batch)}
     if isinstance(config, UNetConfig) and config.num_classes is not None:
@@ -243,15 +243,20 @@ def _inputs(config: NetConfig, batch: int) -> dict[str, Tensor]:
     return inputs
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Follows which storages are alive, by their finalisers, and keeps the largest sum of their bytes."""
+class LiveBytes(TorchDispatchMode):
+    """Follows which storages are alive, by their finalisers.
+
+    Those of the network's parameters and of the inputs aren't counted.
+
+    Attributes: now: sum of their bytes. peak: its largest value so far.
+    """
 
     def __init__(self, net: nn.Module, inputs: Mapping[str, Tensor]):
         super().__init__()
         given = [*net.parameters(), *inputs.values()]
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
         self._alive: dict[int, int] = {}
-        self._now = 0
+        self.now = 0
         self.peak = 0
 
     def __torch_dispatch__(
@@ -268,9 +273,9 @@ class _LiveBytes(TorchDispatchMode):
         if key in self._given or key in self._alive:
             return
         self._alive[key] = storage.nbytes()
-        self._now += storage.nbytes()
-        self.peak = max(self.peak, self._now)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._remove, key)
 
     def _remove(self, key: int) -> None:
-        self._now -= self._alive.pop(key)
+        self.now -= self._alive.pop(key)

@@ -1,4 +1,4 @@
-"""`admfast inspect FILE`: what a weights file is."""
+"""`admfast inspect FILE`: what a weights file is; with `--train`, the memory that training it takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import typer
 
 from admfast.checkpoints import describe
+from admfast.cli import train_options as option
 from admfast.cli.options import options_of
 from admfast.cli.sample_options import Preset
 from admfast.errors import invalid, nearest
@@ -18,7 +19,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 
 def run_inspect(
-    path: Annotated[Path, typer.Argument(help="Weights file: .pt, .pth or .safetensors.")],
+    path: Annotated[
+        Path, typer.Argument(help="Weights file (.pt, .pth, .safetensors); with --train also a preset.")
+    ],
     preset: Preset = None,
     set_: Annotated[
         list[str] | None,
@@ -26,7 +29,7 @@ def run_inspect(
             "--set",
             metavar="NAME=VALUE",
             help="Option of the network or its diffusion that the file doesn't show, such as num_heads=4; "
-            "repeat it for more (default: none).",
+            "with --train any setting of `admfast train`; repeat it for more (default: none).",
         ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size in images, for the memory (default: 1).")] = 1,
@@ -39,8 +42,26 @@ def run_inspect(
             "--values/--no-values", help="Read every value to count NaN and infinities (default: do)."
         ),
     ] = True,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Say the memory of a training step instead.")
+    ] = False,
+    batch_size: option.BatchSize = None,
+    microbatch: option.Microbatch = None,
+    precision: option.Precision = None,
+    checkpointing: option.Checkpointing = None,
 ) -> None:
     """Say what a weights file is: network, released model, size, work and memory of a forward pass."""
+    given = {
+        "batch_size": batch_size, "microbatch": microbatch, "precision": precision,
+        "checkpointing": checkpointing,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if train:
+        from admfast.cli.train_memory import print_memory
+
+        return print_memory(path, set_, given)
+    for name, value in given.items():
+        raise invalid(name, value, "only with --train")
     if dtype not in _DTYPES:
         raise invalid("dtype", dtype, nearest(dtype, _DTYPES))
     if batch < 1:

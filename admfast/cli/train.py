@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +19,14 @@ from admfast.cli import train_options as option
 from admfast.cli.options import options_of
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
+from admfast.files.images import write_png
 from admfast.files.tables import table
 from admfast.models import NetConfig
 from admfast.training.distributed import World, processes
 from admfast.training.export import export
 from admfast.training.images import open_source
 from admfast.training.loop import Habits, dry_run, train
+from admfast.training.picture import run_picture
 from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
 
@@ -79,7 +84,7 @@ def _command(kind: str) -> Callable[..., None]:
             cache=cache,
         )  # fmt: skip
         place = _data(preset, data)
-        with processes(device) as world:
+        with processes(device) as world, _plain_warnings():
             if dry_run:
                 _try(wanted, place, labels, habits, world)
             else:
@@ -101,7 +106,9 @@ for _kind in KINDS:
 @commands.command("export")
 def run_export(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
-    out: Annotated[Path, typer.Option(help="Weights file: .safetensors, or .pt as published.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Weights file: .safetensors, or .pt as published (default: none).")
+    ] = None,
     ema: Annotated[
         str | None, typer.Option(help="Which average, by its rate (default: the run's first).")
     ] = None,
@@ -110,12 +117,21 @@ def run_export(
         typer.Option(help="Instead, the relative width of an average put together from ema_power's."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG of the run's losses and grids (default: none).")
+    ] = None,
 ) -> None:
-    """Write the averaged weights of a run as a weights file."""
+    """Write the averaged weights of a run as a weights file, a picture of the run, or both."""
     checks.one_of("dtype", dtype, DTYPES)
-    description = export(run, out, ema, width, DTYPES[dtype])
-    print(table([(name, str(description.training[name])) for name in ("step", "average")]))
-    print(out.resolve())
+    if out is None and picture is None:
+        raise invalid("out", None, "a weights file to write, or --picture")
+    if picture is not None:
+        write_png(picture, run_picture(run))
+        print(picture.resolve())
+    if out is not None:
+        description = export(run, out, ema, width, DTYPES[dtype])
+        print(table([(name, str(description.training[name])) for name in ("step", "average")]))
+        print(out.resolve())
 
 
 def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
@@ -191,6 +207,18 @@ def _rows(wanted: Recipe, world: World) -> list[tuple[str, str]]:
         text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         rows.append((name, text))
     return [*rows, ("processes", f"{world.size}, on {world.device}")]
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning (an image that was skipped) as one line, without the place in the code it comes from."""
+
+    def show(message: Warning | str, *_: Any) -> None:
+        print(f"admfast: {message}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _say(text: str) -> None:

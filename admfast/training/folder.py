@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
-from admfast.errors import AdmfastError, CheckpointError, OutputError, invalid
+from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
 from admfast.files.atomic import lock, output_error, write_text
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
 from admfast.training.images import Source
 from admfast.training.recipe import Recipe, recipe_from_dict
 
-LOG, LOCK = "log.jsonl", ".lock"
+LOG, LOCK, GRIDS = "log.jsonl", ".lock", "grids"
 # What a run may change when it goes on: none of it changes the samples and draws of the steps to come.
 MAY_CHANGE = ("steps", "microbatch", "checkpointing", "max_skipped")
 
@@ -69,12 +69,15 @@ def surroundings(world: World, source: Source) -> dict[str, Any]:
     }
 
 
-def begin(run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say: Say) -> Recipe:
-    """Write what the run is; for one that was begun, check that this is it, and go on as it was.
+def agreed(
+    run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say: Say
+) -> tuple[Recipe, Mapping[str, Any]]:
+    """Check that this is the run that was begun in the folder, if one was; writes nothing.
 
-    Returns the recipe with the precision that the run began with. The number of torch's threads, which orders
-    its sums, is set to the run's where as many processes go on on the same kind of device.
-    Raises: InvalidArgument for a recipe that differs in what a run can't change; OutputError.
+    Returns the recipe with the precision that the run began with, and what it was begun on. The number of
+    torch's threads, which orders its sums, is set to the run's where as many processes go on on the same kind
+    of device.
+    Raises: InvalidArgument for a recipe that differs in what a run can't change; CheckpointError.
     """
     path = run / RUN_FILE
     old = read_run_file(run) if path.exists() else None
@@ -91,11 +94,14 @@ def begin(run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say
             torch.set_num_threads(threads)
             say(f"threads: {threads}, as when the run began (not {found['threads']})")
         found = facts
-    if world.first:
-        process = None if recipe.kind == "classifier" else recipe.process
-        text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(found)})
-        write_text(path, text.to_json())
-    return recipe
+    return recipe, found
+
+
+def write_run_file(run: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write what the run is and what it was begun on. Raises OutputError."""
+    process = None if recipe.kind == "classifier" else recipe.process
+    text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(facts)})
+    write_text(run / RUN_FILE, text.to_json())
 
 
 def read_run_file(run: Path) -> Description:
@@ -143,18 +149,23 @@ def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:
 
 def cut_log(run: Path, step: int) -> None:
     """Remove the rows of steps after `step`, which will come again, and one that was not finished."""
-    path = run / LOG
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    if (run / LOG).exists():
+        kept = [row for row in read_log(run) if row.get("step", 0) <= step]
+        write_text(run / LOG, "".join(f"{json.dumps(row)}\n" for row in kept))
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Return the rows of the log, without what was not finished. Raises CheckpointError."""
+    rows = []
+    try:
+        lines = (run / LOG).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{run / LOG}: not readable: {first_line(error)}") from None
+    for line in lines:
+        with contextlib.suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("step", 0) <= step:
-            kept.append(line)
-    write_text(path, "".join(f"{line}\n" for line in kept))
+            rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
 def append_log(run: Path, row: Mapping[str, float | int]) -> None:

@@ -31,6 +31,7 @@ SUFFIXES = (*ENDINGS, ".gif")
 CLASS_RULES = ("auto", "folders", "prefixes", "none")
 # Longer side over shorter: brought to 512 px, a strip of 1 x 1000 pixels has 2^28 of them before it is cut.
 LONGEST_STRIP = 1000
+MOST_CLASSES = 2**20  # each has a name and a row of the network
 
 
 class BrokenImage(AdmfastError):
@@ -207,8 +208,13 @@ class ArraySource:
             )
         self._images, self._name, self._identity = images[..., :3], name, identity
         self.labels = None if labels is None else tuple(map(int, labels))
-        if self.labels is not None and (len(self.labels) != len(images) or min(self.labels) < 0):
-            raise invalid("data", f"{name}: labels", "one class of 0 or more for each image")
+        if self.labels is not None and len(self.labels) != len(images):
+            raise invalid(
+                "data", f"{name}: {len(self.labels)} labels", f"one for each of {len(images)} images"
+            )
+        for label in () if self.labels is None else (min(self.labels), max(self.labels)):
+            if not 0 <= label < MOST_CLASSES:
+                raise invalid("data", f"{name}: class {label}", f"classes of 0 to {MOST_CLASSES - 1}")
         classes = 0 if self.labels is None else max(self.labels) + 1
         self.class_names = tuple(map(str, range(classes)))
 

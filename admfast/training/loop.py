@@ -36,6 +36,7 @@ from admfast.training.progress import Board, Progress, in_words, write_samples
 from admfast.training.recipe import Recipe
 from admfast.training.samples import ImageBatch, Samples, loader
 from admfast.training.update import Learner
+from admfast.training.validation import split, validation_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,13 @@ class Signals:
         self.came = number
 
 
-def samples_of(recipe: Recipe, source: Source, cache: str | None = None) -> Samples:
-    """Return the samples of a run. Raises InvalidArgument where the classes aren't the network's."""
+def samples_of(recipe: Recipe, source: Source, cache: str | None = None, held_out: bool = False) -> Samples:
+    """Return the samples of a run, or of the images that it keeps out of its training.
+
+    Raises: InvalidArgument where the classes aren't the network's, or too many images are kept out.
+    """
     check_classes(source, recipe.classes)
+    source = split(source, recipe.seed, recipe.validation)[held_out]
     network = recipe.network
     samples = Samples(
         source, recipe.seed, network.image_size, network.in_channels, recipe.random_crop, recipe.random_flip
@@ -134,9 +139,10 @@ def train(
     run, habits, world = Path(out), habits or Habits(), world or World()
     say = say if world.first else _silent
     samples = samples_of(recipe, source, habits.cache)
+    validation = samples_of(recipe, source, habits.cache, held_out=True) if recipe.validation else None
     recipe = resolved_precision(recipe, world.device)
     with folder.held(run, world), _numerics(recipe, world), Signals() as signals:
-        recipe = folder.begin(run, recipe, folder.surroundings(world, source), world, say)
+        recipe, facts = folder.agreed(run, recipe, folder.surroundings(world, source), world, say)
         state = folder.resume(run, world, say)
         net = build_network(recipe, start if state is None else None).to(world.device)
         learner = Learner(recipe, net, world)
@@ -144,16 +150,26 @@ def train(
             learner.load_state_dict(state)
             say(f"goes on after step {learner.step}")
             del state
-        return _Run(run, learner, samples, habits, signals, say).steps()
+        # A recipe that no network can be made of has begun no run.
+        if world.first:
+            folder.write_run_file(run, recipe, facts)
+        return _Run(run, learner, samples, validation, habits, signals, say).steps()
 
 
 class _Run:
     """The steps of a run, and what is written between them."""
 
     def __init__(
-        self, run: Path, learner: Learner, samples: Samples, habits: Habits, signals: Signals, say: Say
+        self,
+        run: Path,
+        learner: Learner,
+        samples: Samples,
+        validation: Samples | None,
+        habits: Habits,
+        signals: Signals,
+        say: Say,
     ) -> None:
-        self.run, self.learner, self.samples = run, learner, samples
+        self.run, self.learner, self.samples, self.validation = run, learner, samples, validation
         self.habits, self.signals, self.say = habits, signals, say
         self.progress, self.saved = Progress(learner), learner.step
         self.writes = learner.world.first
@@ -175,7 +191,7 @@ class _Run:
             if logs or world.device.type == "cpu":
                 self._check(batch)
             if logs:
-                self._log()
+                self._log(saves=bool(due))
             if due:
                 self._save()
             if self.habits.grid_every and (last or learner.step % self.habits.grid_every == 0):
@@ -195,9 +211,11 @@ class _Run:
             )
             raise NonFiniteError(f"{error}; {kept}") from None
 
-    def _log(self) -> None:
+    def _log(self, saves: bool) -> None:
         row = self.progress.row()
         if row is not None and self.writes and self.board is not None:
+            if saves and self.validation is not None:
+                row |= validation_losses(self.learner, self.validation)
             folder.append_log(self.run, row)
             self.board.add(row)
             self.say(in_words(row, self.learner.recipe.steps))
@@ -213,7 +231,7 @@ class _Run:
 
     def _grid(self) -> None:
         if self.writes and self.learner.recipe.kind != "classifier":
-            path = self.run / "grids" / f"{self.learner.step:08d}.png"
+            path = self.run / folder.GRIDS / f"{self.learner.step:08d}.png"
             write_samples(path, self.learner, self.samples)
 
 

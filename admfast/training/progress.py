@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from admfast.engine.numerics import peak_memory
 from admfast.engine.precision import policy
@@ -122,23 +122,26 @@ class Board:
             self._writer.close()
 
 
+def average_net(learner: Learner) -> nn.Module:
+    """Return the network with the first average of a run as its weights, a copy, to be evaluated."""
+    with torch.device("meta"):
+        net = build(learner.recipe.network)
+    weights = learner.averages.weights()
+    state = {key: weights.get(key, value) for key, value in learner.net.state_dict().items()}
+    net.load_state_dict({key: value.detach().clone() for key, value in state.items()}, assign=True)
+    return net.eval().requires_grad_(False)
+
+
 def write_samples(path: Path, learner: Learner, samples: Samples) -> None:
     """Sample from the first average with fixed seeds and write the images as a grid.
 
     Raises: OutputError.
     """
     recipe = learner.recipe
-    network = recipe.network
-    assert isinstance(network, UNetConfig)
-    with torch.device("meta"):
-        net = build(network)
-    weights = learner.averages.weights()
-    state = {key: weights.get(key, value) for key, value in learner.net.state_dict().items()}
-    net.load_state_dict({key: value.detach().clone() for key, value in state.items()}, assign=True)
-    net.eval().requires_grad_(False)
+    assert isinstance(recipe.network, UNetConfig)
     device = learner.world.device
     pipe = Pipeline(
-        "average", net, recipe.process, policy=policy(recipe.precision, device),
+        "average", average_net(learner), recipe.process, policy=policy(recipe.precision, device),
         low_res_size=recipe.low_res_size,
     )  # fmt: skip
     count = GRID_IMAGES

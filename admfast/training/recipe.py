@@ -51,6 +51,7 @@ class Recipe:
         low_res_size: side of the images that an upsampler enlarges.
         noise_augmentation: largest standard deviation of noise added to these, drawn for each image.
         random_crop, random_flip: of the images.
+        validation: images that are kept out of training; their loss is logged at every snapshot.
         freeze: patterns (as of file names) of the parameters that stay as they are.
         checkpointing: blocks that are computed again in the backward pass instead of kept: "none",
             "attention", "all", or k for every k-th.
@@ -83,6 +84,7 @@ class Recipe:
     noise_augmentation: float = 0.0
     random_crop: bool = False
     random_flip: bool = True
+    validation: int = 0
     freeze: tuple[str, ...] = ()
     checkpointing: str | int = "none"
     max_skipped: int = 20
@@ -185,7 +187,7 @@ def recipe_from_json(text: str) -> Recipe:
     return recipe_from_dict(values)
 
 
-_WHOLE = {"steps": 1, "batch_size": 1, "warmup": 0, "max_skipped": 0}
+_WHOLE = {"steps": 1, "batch_size": 1, "warmup": 0, "max_skipped": 0, "validation": 0}
 _SHARES = {"cooldown": 1.0, "drop_classes": 1.0}
 _SWITCHES = ("published_sum", "anneal", "ema_warmup", "noised", "random_crop", "random_flip")
 _ONE_OF = {"kind": tuple(KINDS), "sampler": SAMPLERS, "precision": PRECISIONS}

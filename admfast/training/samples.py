@@ -43,6 +43,7 @@ class DataStream(IntEnum):
     ORDER = 64
     CROP = 65
     REPLACEMENT = 66
+    HELD_OUT = 67
 
 
 class Samples:
@@ -154,9 +155,14 @@ class Samples:
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """Return the order of `count` images in an epoch, a permutation [count] int64 (see the file's head)."""
+    return permutation(count, seed, epoch, DataStream.ORDER)
+
+
+def permutation(count: int, seed: int, row: int, stream: DataStream) -> Tensor:
+    """Return the images [count] int64 by ascending key of the counters (image, 0, row, stream)."""
     image = torch.arange(count, device="cpu")
     zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-    counter = (image & MASK32, image >> 32, zero + epoch, zero + int(DataStream.ORDER))
+    counter = (image & MASK32, image >> 32, zero + row, zero + int(stream))
     r0, r1, _, _ = philox4x32_10(counter, (zero + (seed & MASK32), zero + (seed >> 32)))
     return ((r0 << 31) | (r1 >> 1)).argsort(stable=True)
 

@@ -77,7 +77,7 @@ def test_memory_holds_what_must_be_alive_together(config):
 
 def test_memory_is_what_a_real_pass_allocates():
     """The same count on tensors with memory: shapes decide, not the device."""
-    from admfast.checkpoints.describe import _LiveBytes
+    from admfast.checkpoints.describe import LiveBytes
     from admfast.ops.dispatch import using
 
     net = build(SMALL_UNET)
@@ -86,11 +86,11 @@ def test_memory_is_what_a_real_pass_allocates():
         "timesteps": torch.zeros(2),
         "y": torch.zeros(2, dtype=torch.long),
     }
-    live = _LiveBytes(net, inputs)
+    live = LiveBytes(net, inputs)
     with using("reference"), torch.no_grad(), live:
         out = net(**inputs)
     assert live.peak == pytest.approx(forward_work(SMALL_UNET, batch=2).activation_bytes, rel=0.05)
-    assert live._now == out.untyped_storage().nbytes(), "all but the output has been freed"
+    assert live.now == out.untyped_storage().nbytes(), "all but the output has been freed"
 
 
 def test_the_count_runs_on_the_references_and_puts_the_environment_back(monkeypatch):

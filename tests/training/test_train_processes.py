@@ -10,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from admfast.cli.main import main
+from admfast.training.digit_images import digits_source
 from admfast.training.distributed import World
 from admfast.training.loop import numbers
 from admfast.training.samples import Samples, loader
+from tests.training.recorded_run import file_of
 from tests.training.small_runs import last_state, same, small_recipe, source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +47,9 @@ def command(out: Path, steps: int, *more: str) -> list[str]:
     ]
 
 
-def under_torchrun(processes: int, arguments: list[str], *more: str) -> list[str]:
+def under_torchrun(processes: int, arguments: list[str], *more: str, module: str = "admfast") -> list[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*run, *more, "-m", "admfast", *arguments]
+    return [*run, *more, "-m", module, *arguments]
 
 
 def steps_of(run: Path) -> int:
@@ -93,7 +98,7 @@ def test_processes_share_the_samples_of_every_step():
         assert [[k for ks in step for k in ks] for step in zip(*parts, strict=True)] == whole
 
 
-def test_two_processes_are_one(tmp_path):
+def test_two_processes_are_one_and_one_goes_on_alone(tmp_path, capfd):
     assert main(command(tmp_path / "one", 4)) == 0
     done = subprocess.run(
         under_torchrun(2, command(tmp_path / "two", 4, "--microbatch", "1")),
@@ -101,6 +106,11 @@ def test_two_processes_are_one(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("step 4 of 4") == 1, "one process speaks"
+    assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
+    capfd.readouterr()
+    assert main(command(tmp_path / "two", 6)) == 0
+    assert "processes differs: 1 now, 2 when the run began" in capfd.readouterr().out
+    assert main(command(tmp_path / "one", 6)) == 0
     assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
 
 
@@ -136,31 +146,62 @@ def test_a_worker_of_the_data_ends_for_its_parent_alone():
     ahead.close()
 
 
+def few_digits(path: Path, count: int) -> Path:
+    """The first digits as an npz: epochs of a few steps."""
+    source = digits_source()
+    np.savez(path, np.stack([source.decode(i) for i in range(count)]), np.array(source.labels[:count]))
+    return path
+
+
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
-    steps, run = 60, tmp_path / "killed"
-    assert main(command(tmp_path / "whole", steps)) == 0
-    moments, kills = random.Random(0), 0
-    while kills < 20:
+    """Four at the start, two in the first of six epochs, the others at any step after it."""
+    steps, epoch, run = 60, 10, tmp_path / "killed"
+    data = ["--data", str(few_digits(tmp_path / "digits.npz", 4 * epoch)), "--set", "ema_power=0.1"]
+    assert main(command(tmp_path / "whole", steps, *data)) == 0
+    moments, found = random.Random(0), []
+    early = moments.sample(range(1, epoch - 2), 2)
+    late = moments.sample(range(epoch, steps - 3), 14)
+    moments_to_kill = sorted([0, 0, *early, *late])
+    moments_to_kill[10:10] = [0, 0]
+    for target in moments_to_kill:
         process = subprocess.Popen(
-            [sys.executable, "-m", "admfast", *command(run, steps)], env=ENVIRONMENT, cwd=ROOT,
+            [sys.executable, "-m", "admfast", *command(run, steps, *data)], env=ENVIRONMENT, cwd=ROOT,
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        # From the imports to a few steps after the newest snapshot.
-        if kills % 4:
-            wait_for(process, run, min(steps_of(run) + 1, steps - 1))
-        time.sleep(moments.random())
+        if target:
+            wait_for(process, run, target)
+        # From the imports to the first step, or in and between a step and its snapshot.
+        time.sleep(moments.random() * (0.1 if target else 4))
         process.kill()
-        kills += process.wait() == -signal.SIGKILL
-    assert main(command(run, steps)) == 0
+        assert process.wait() == -signal.SIGKILL
+        found.append((target, steps_of(run)))
+    print("killed after (step drawn, rows of the log):", found)
+    assert sum(0 < rows < epoch for _, rows in found) >= 2
+    assert main(command(run, steps, *data)) == 0
     same(last_state(run), last_state(tmp_path / "whole"))
 
 
 @pytest.mark.slow
 def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path):
-    assert main(command(tmp_path / "one", 20)) == 0
-    subprocess.run(under_torchrun(2, command(tmp_path / "two", 20)), env=ENVIRONMENT, cwd=ROOT, check=True)
-    assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
+    batches = {}
+    for count in (1, 2):
+        (run := tmp_path / str(count)).mkdir()
+        arguments = [str(run), *command(run, 20)]
+        started = under_torchrun(count, arguments, module="tests.training.recorded_run")
+        subprocess.run(started, env=ENVIRONMENT, cwd=ROOT, check=True)
+        parts = [torch.load(file_of(run, rank)) for rank in range(count)]
+        batches[count] = [joined(step) for step in zip(*parts, strict=True)]
+    assert len(batches[1]) == 20
+    same(batches[2], batches[1])
+    assert_equal_to_rounding(last_state(tmp_path / "1"), last_state(tmp_path / "2"))
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The batch of a step, put together from the processes' parts."""
+    ks = tuple(k for part in parts for k in part["ks"])
+    tensors = [name for name, value in parts[0].items() if isinstance(value, torch.Tensor)]
+    return {"ks": ks, **{name: torch.cat([part[name] for part in parts]) for name in tensors}}
 
 
 def workers_of(launcher: int) -> list[int]:
@@ -181,7 +222,7 @@ def workers_of(launcher: int) -> list[int]:
 def test_a_job_whose_worker_is_killed_goes_on_by_itself(tmp_path):
     subprocess.run(under_torchrun(2, command(tmp_path / "whole", 12)), env=ENVIRONMENT, cwd=ROOT, check=True)
     run = tmp_path / "killed"
-    job = subprocess.Popen(under_torchrun(2, command(run, 12), "--max-restarts=2"), env=ENVIRONMENT, cwd=ROOT)
+    job = subprocess.Popen(under_torchrun(2, command(run, 12), "--max-restarts=1"), env=ENVIRONMENT, cwd=ROOT)
     wait_for(job, run, 5)
     os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
     died, behind = time.monotonic(), steps_of(run)

@@ -1,0 +1,71 @@
+"""`admfast inspect PRESET_OR_FILE --train`: the memory of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from admfast import checks
+from admfast.checkpoints import load_network
+from admfast.cli.options import options_of
+from admfast.cli.train import RECIPE_NAMES, resolved
+from admfast.errors import invalid, nearest
+from admfast.files.tables import table
+from admfast.sampling.load import chosen_device
+from admfast.training.memory import step_memory
+from admfast.training.network import resolved_precision
+from admfast.training.recipe import KINDS, Recipe
+from admfast.training.recipes import DIGITS, PRESETS
+
+
+def print_memory(path: Path, set_: Iterable[str] | None, given: Mapping[str, Any]) -> None:
+    """Print the memory of a step for the networks of a preset, or the one of a file.
+
+    given: settings of the recipe that have a flag of their own. Raises: InvalidArgument, CheckpointError.
+    """
+    options = {**options_of("--set", set_, also=[*RECIPE_NAMES, "diffusion_steps"]), **given}
+    if "checkpointing" in given:
+        options["checkpointing"] = checks.literal(given["checkpointing"])
+    recipes = _of_file(path, options) if path.exists() else _of_preset(str(path), options)
+    for number, recipe in enumerate(recipes):
+        print("\n" * bool(number) + table(_rows(resolved_precision(recipe, chosen_device(None)))))
+
+
+def _of_file(path: Path, options: dict[str, Any]) -> list[Recipe]:
+    """The recipe that trains a file's network on, with the digits' settings where none are given."""
+    network = load_network(path)[1].config
+    kind = next(kind for kind, config in KINDS.items() if type(network) is config)
+    return [resolved(kind, DIGITS, str(path), options)]
+
+
+def _of_preset(name: str, options: dict[str, Any]) -> list[Recipe]:
+    """The recipes of every kind that has a preset of the name."""
+    kinds = [kind for kind in KINDS if name in PRESETS[kind]]
+    if not kinds:
+        known = list(dict.fromkeys(preset for kind in KINDS for preset in PRESETS[kind]))
+        raise invalid("path", name, f"a file, or a preset of `admfast train`; {nearest(name, known)}")
+    return [resolved(kind, name, None, options) for kind in kinds]
+
+
+def _rows(recipe: Recipe) -> list[tuple[str, str]]:
+    found = step_memory(recipe)
+    at_once = recipe.microbatch or recipe.batch_size
+    images = f"batch {recipe.batch_size}, {at_once} at once, {recipe.network.image_size} px"
+    settings = f"{images}, {recipe.precision}, checkpointing {recipe.checkpointing}"
+    names = {
+        "parameters": found.parameters,
+        "gradients": found.gradients,
+        "moments of AdamW": found.moments,
+        "averages": found.averages,
+        "kept for the backward pass": found.kept,
+    }
+    return [
+        (recipe.kind, settings),
+        *((name, _in_words(size)) for name, size in names.items()),
+        ("peak of a step", f"{_in_words(found.peak)} in one process, and what libraries take themselves"),
+    ]
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,84 @@
+"""Images that a run keeps out of its training, and the loss of the average on them.
+
+    which images          the first N in an order that is drawn as an epoch's, in the stream HELD_OUT
+    draws of image i of N  those of sample 2^32 - N + i, which training comes to last
+
+So the loss is that of the same images, timesteps and noise at every snapshot, whatever came between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from admfast.errors import invalid
+from admfast.training.crops import Picture
+from admfast.training.images import Source
+from admfast.training.loss import batch_of, loss
+from admfast.training.network import set_precision
+from admfast.training.progress import average_net
+from admfast.training.samples import DataStream, Samples, permutation
+from admfast.training.timesteps import UniformSampler
+from admfast.training.update import Learner
+
+
+class Part:
+    """Some images of a source, by their indices."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, tuple(indices)
+        labels = source.labels
+        self.labels = None if labels is None else tuple(labels[index] for index in self._indices)
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
+
+    def identity(self) -> str:
+        which = hashlib.sha256(repr(self._indices).encode()).hexdigest()
+        return f"{self._source.identity()} part {which}"
+
+    def decode(self, index: int) -> Picture:
+        return self._source.decode(self._indices[index])
+
+
+def split(source: Source, seed: int, count: int) -> tuple[Source, Source]:
+    """Return the images to train on, in their order, and `count` others.
+
+    Raises: InvalidArgument where none would be left to train on.
+    """
+    if not count:
+        return source, Part(source, ())
+    if count >= len(source):
+        raise invalid("validation", count, f"fewer than the {len(source)} images")
+    order = permutation(len(source), seed, 0, DataStream.HELD_OUT).tolist()
+    return Part(source, sorted(order[count:])), Part(source, order[:count])
+
+
+@torch.no_grad()
+def validation_losses(learner: Learner, samples: Samples) -> dict[str, float]:
+    """Return the mean loss of the first average on all samples, and the means of its parts.
+
+    samples: of the images that were kept out. Named validation_loss and so on; dropout is off, timesteps are
+    drawn evenly. Reads from the device.
+    """
+    recipe, device = learner.recipe, learner.world.device
+    sampler, count = UniformSampler(learner.process.num_timesteps), len(samples.source)
+    net = average_net(learner)
+    set_precision(net, recipe.precision)
+    size = recipe.microbatch or recipe.batch_size
+    sums: dict[str, float] = {}
+    for first in range(0, count, size):
+        numbers = range(first, min(first + size, count))
+        images, labels = zip(*map(samples.at, numbers), strict=True)
+        given = None if labels[0] is None else torch.tensor(labels, device="cpu")
+        ks = [2**32 - count + number for number in numbers]
+        batch = batch_of(recipe, sampler, ks, torch.stack(images), given, device)
+        for name, values in loss(net, recipe, learner.process, batch).items():
+            sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+    return {f"validation_{name}": total / count for name, total in sums.items()}

@@ -1,0 +1,37 @@
+"""`python -m tests.training.recorded_run FOLDER train ...`: the command, with every batch kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from admfast.cli.main import main
+from admfast.training import loop
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    """Where the batches of a process are kept."""
+    return folder / f"batches-{rank}.pt"
+
+
+def record(arguments: list[str]) -> int:
+    """Run the command; write what its steps were given."""
+    batches, make = list[dict[str, Any]](), loop.batch_of
+
+    def kept(*given: Any) -> Any:
+        batches.append(dataclasses.asdict(batch := make(*given)))
+        return batch
+
+    loop.batch_of = kept
+    status = main(arguments[1:])
+    torch.save(batches, file_of(Path(arguments[0]), int(os.environ.get("RANK", "0"))))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(record(sys.argv[1:]))

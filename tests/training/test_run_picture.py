@@ -1,0 +1,92 @@
+"""The picture of a run: where its lines lie, which grids it shows, and what it can't draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ImageColor
+
+from admfast.cli.main import main
+from admfast.errors import CheckpointError
+from admfast.files.images import read_image, write_png
+from admfast.training import picture
+from admfast.training.picture import run_picture
+
+
+def written(run: Path, rows: list[dict]) -> Path:
+    """A folder with the log of a run."""
+    run.mkdir(exist_ok=True)
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def coloured(image: np.ndarray, colour: str) -> np.ndarray:
+    """Rows and columns of the chart that have a colour, below the legend."""
+    found = np.argwhere((image == ImageColor.getrgb(colour)).all(axis=2))
+    return found[found[:, 0] >= picture.TOP]
+
+
+def test_losses_lie_on_a_log_axis(tmp_path):
+    """Quarter 1 falls from 1 to 0.01 as a straight line of the logarithm; quarter 3 stays in the middle."""
+    steps = range(0, 101, 10)
+    rows = [{"step": s, "loss": 9.0, "loss_q1": 10 ** (-s / 50), "loss_q3": 0.1} for s in steps]
+    image = run_picture(written(tmp_path, rows))
+    assert image.shape == (picture.HEIGHT, picture.WIDTH, 3) and image.dtype == np.uint8
+    falling, flat = (coloured(image, picture.COLOURS[quarter]) for quarter in (0, 2))
+    left, right = picture.LEFT, picture.WIDTH - picture.RIGHT
+    middle = (picture.TOP + picture.HEIGHT - picture.BOTTOM) / 2
+    line = flat[flat[:, 1] < right - 20]  # without the dot at its end
+    assert np.abs(line[:, 0] - middle).max() <= 3 and line[:, 1].min() <= left + 10
+    for share in (0.25, 0.75):  # a line's width, and 0.05 of two decades of margin above and below
+        x = round(left + share * (right - left))
+        y = falling[falling[:, 1] == x][:, 0].mean()
+        height = (picture.HEIGHT - picture.BOTTOM - picture.TOP) * 2 / 2.1
+        assert y == pytest.approx(middle + (share - 0.5) * height, abs=3)
+    assert not len(coloured(image, picture.COLOURS[1]))
+
+
+def test_without_quarters_the_loss_is_drawn(tmp_path):
+    image = run_picture(written(tmp_path, [{"step": 5, "loss": 0.3}]))
+    assert len(coloured(image, picture.COLOURS[0])) > 50 and not len(coloured(image, picture.COLOURS[1]))
+
+
+@pytest.mark.parametrize("count, shown", [(0, []), (1, [0]), (2, [0, 1]), (5, [0, 2, 4]), (8, [0, 4, 7])])
+def test_grids_from_the_first_to_the_last(tmp_path, count, shown):
+    written(tmp_path, [{"step": 100, "loss_q1": 0.5}, {"step": 200, "loss_q1": 0.2}])
+    (tmp_path / "grids").mkdir()
+    for number in range(count):
+        levels = np.full((40, 30, 1), 60 + 20 * number, np.uint8)
+        write_png(tmp_path / "grids" / f"{100 * number:08d}.png", levels)
+    row = run_picture(tmp_path)[picture.HEIGHT // 2, picture.WIDTH :, 0]
+    levels = [level for level, before in zip(row, [255, *row], strict=False) if level not in (before, 255)]
+    assert levels == [60 + 20 * number for number in shown]
+
+
+def test_a_row_that_was_not_finished_and_losses_that_are_none_are_left_out(tmp_path):
+    rows = [{"step": 10, "loss_q1": 0.1}, {"step": 20, "loss_q1": 0.0}, {"step": 30, "loss_q1": 0.1}]
+    whole = run_picture(written(tmp_path / "whole", [rows[0], rows[2]]))
+    run = written(tmp_path / "run", [*rows[:2], {"step": 25, "loss_q1": float("nan")}, rows[2]])
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"step": 40, "loss_q')
+    assert np.array_equal(run_picture(run), whole)
+
+
+@pytest.mark.parametrize("rows", [None, [], [{"step": 1}], [{"step": 1, "loss": float("nan")}]], ids=str)
+def test_what_has_no_loss_is_said(tmp_path, rows):
+    if rows is not None:
+        written(tmp_path, rows)
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        run_picture(tmp_path)
+
+
+def test_the_command_writes_it_without_weights(tmp_path, capsys):
+    run = written(tmp_path / "run", [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
+    file = tmp_path / "run.png"
+    assert main(["train", "export", str(run), "--picture", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(file.resolve())]
+    assert np.array_equal(read_image(file, 3), run_picture(run))
+    assert main(["train", "export", str(run)]) == 2
+    assert capsys.readouterr().err.startswith("admfast: --out=")
