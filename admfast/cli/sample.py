@@ -17,6 +17,7 @@ from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_folder
 from admfast.files.images import MODES
 from admfast.files.npz import Samples
+from admfast.files.paths import user_path
 from admfast.files.sets import read_set
 from admfast.files.tables import table
 from admfast.runs.sampling import SampleRun
@@ -93,7 +94,7 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
         allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen}', output='float')"
         raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
     if compile_cache is not None:
-        check_folder(compile_cache)
+        check_folder(user_path("compile_cache", compile_cache))
 
 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:

@@ -39,8 +39,11 @@ def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
         reason = f"the folder {folder} does not exist" if not folder.is_dir() else "a temporary file vanished"
     elif error.errno == errno.ENOTDIR:
         reason = f"{folder} is not a folder"
-    elif error.errno == errno.EEXIST and (link := _dangling(path)) is not None:
-        reason = f"{link} is a link to {os.readlink(link)}, which does not exist"
+    elif error.errno == errno.EEXIST:
+        link = _dangling(path)
+        reason = "it is a file, not a folder"
+        if link is not None:
+            reason = f"{link} is a link to {os.readlink(link)}, which does not exist"
     else:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"{path}: not written: {reason}")
@@ -135,13 +138,16 @@ def check_folder(path: str | PathLike[str]) -> None:
     """Make the folder `path` if it is missing; raise OutputError where no file could be written into it."""
     try:
         Path(path).mkdir(exist_ok=True)
-    except FileExistsError as error:
-        if _dangling(path) is not None:
-            raise output_error(path, error) from None
-        raise OutputError(f"{path}: not written: it is a file, not a folder") from None
     except OSError as error:
         raise output_error(path, error) from error
     check_writable(Path(path) / "file")
+
+
+def check_place(folder: Path) -> None:
+    """Raise OutputError where a file lies in the place of a folder, or of one above it; makes nothing."""
+    found = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
+    if found is not None and not found.is_dir():
+        raise output_error(found, FileExistsError(errno.EEXIST, "")) from None
 
 
 def make_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from admfast import checks
+from admfast.checkpoints import flags
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import first_line, invalid, nearest
@@ -212,6 +213,7 @@ class SampleRequest:
         known = [entry.name for entry in dataclasses.fields(cls)]
         for name, value in settings.items():
             if name not in known:
+                flags.refuse_elsewhere({name: value})
                 raise invalid(name, value, f"sample has no such argument; {nearest(name, known)}")
         return cls(*images, **settings)
 
