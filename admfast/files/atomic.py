@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from admfast.errors import OutputError
+from admfast.interrupts import making
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -136,6 +137,7 @@ def check_writable(path: str | PathLike[str]) -> None:
 
 def check_folder(path: str | PathLike[str]) -> None:
     """Make the folder `path` if it is missing; raise OutputError where no file could be written into it."""
+    making()
     try:
         Path(path).mkdir(exist_ok=True)
     except OSError as error:
@@ -152,6 +154,7 @@ def check_place(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it. Raises OutputError."""
+    making()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -192,6 +195,7 @@ def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
         raise OutputError(
             f"{path}: not written: it is a {'folder' if target.is_dir() else 'device'}, not a file"
         )
+    making()
     temporary = target.with_name(f".{target.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
