@@ -131,16 +131,17 @@ def interval(name: str, value: object) -> tuple[float, float]:
 
 
 def switch(name: str, value: object) -> bool:
-    """Return True or False."""
-    if not isinstance(value, bool):
+    """Return True or False; one held by a tensor or an array without axes as a bool."""
+    held = _held(value, True)
+    if not isinstance(held, bool):
         raise invalid(name, value, "True or False")
-    return value
+    return held
 
 
 def switches(record: object, *names: str) -> None:
-    """Raise InvalidArgument unless each of these attributes of `record` is True or False."""
+    """Keep each of these attributes of a frozen `record` as a bool; InvalidArgument for any other value."""
     for name in names:
-        switch(name, getattr(record, name))
+        object.__setattr__(record, name, switch(name, getattr(record, name)))
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> str:
@@ -179,3 +180,15 @@ def images(name: str, value: object, shape: tuple[int, ...] | None = None) -> Te
     if 0 in tensor.shape:
         raise invalid(f"{name}.shape", tuple(tensor.shape), "at least one image, and no side empty")
     return tensor
+
+
+def in_range(name: str, value: Tensor) -> Tensor:
+    """Return images of floats in [-1, 1], or around it as samples can be; refuse levels of 0..255.
+
+    Levels are told by having no value below 0 and one above 2: past the whole width of [-1, 1].
+    """
+    low, high = (float(end) for end in torch.aminmax(value.detach()))
+    if low >= 0 and high > 2:
+        found = f"values from {low:g} to {high:g}"
+        raise invalid(name, found, "floats in [-1, 1]; of levels 0..255 take images / 127.5 - 1")
+    return value

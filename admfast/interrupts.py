@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,29 +12,54 @@ from types import FrameType
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+_made = threading.Event()  # something that an end at once would leave half done
+
+
 @contextlib.contextmanager
-def like_ctrl_c() -> Iterator[list[int]]:
+def like_ctrl_c(process: bool = False) -> Iterator[list[int]]:
     """Raise KeyboardInterrupt in the block at the first SIGTERM or SIGHUP; the next ends the process at once.
 
     Yields a list of the signal that came, if any. A signal that is ignored (as by nohup) or has a handler is
     left alone.
+    process: the block is all that the process is for. Until it says `making`, the first signal ends it at
+        once, Ctrl-C too: an exception that is raised within an import may be lost in a callback there, or
+        be written out by one, and there is nothing yet that would have to be finished.
     """
     came: list[int] = []
-    ours = [number for number in _in_this_thread() if signal.getsignal(number) == signal.SIG_DFL]
+    before = {number: signal.getsignal(number) for number in _in_this_thread()}
+    usual = {signal.SIG_DFL, signal.default_int_handler} if process else {signal.SIG_DFL}
+    ours = {number: handler for number, handler in before.items() if handler in usual}
 
     def end(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        for one in ours:
-            signal.signal(one, signal.SIG_DFL)
+        if process and not _made.is_set():
+            with contextlib.suppress(OSError):  # of an output that is closed
+                os.write(2, f"admfast: {interrupted_by(number)}\n".encode())
+            os._exit(128 + number)
+        if number != signal.SIGINT:
+            came.append(number)
+        for one, handler in ours.items():
+            signal.signal(one, handler)
         raise KeyboardInterrupt
 
+    if process:
+        _made.clear()
     for number in ours:
         signal.signal(number, end)
     try:
         yield came
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def making() -> None:
+    """Say that files or folders are about to be made: from now on a signal lets the block finish."""
+    _made.set()
+
+
+def interrupted_by(number: int) -> str:
+    """Return what is said of a process that a signal ended."""
+    return "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
 
 
 @contextlib.contextmanager

@@ -34,6 +34,9 @@ META = torch.tensor(2, device="meta")
         (checks.interval("x", torch.tensor([200, 800])), (200.0, 800.0)),
         (checks.interval("x", (torch.tensor(0.5), 1)), (0.5, 1.0)),
         (checks.switch("s", False), False),
+        (checks.switch("s", np.bool_(True)), True),
+        (checks.switch("s", np.array(False)), False),
+        (checks.switch("s", torch.tensor(True)), True),
         (checks.one_of("kind", "b", "abc"), "b"),
     ],
 )
@@ -91,7 +94,11 @@ def test_what_is_no_number_in_range_is_refused(value, ends):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: checks.switch("given", 1),
+        *(lambda value=value: checks.switch("given", value) for value in (1, "no", None, np.int8(1), META)),
+        *(
+            lambda value=value: checks.switch("given", value)
+            for value in (torch.tensor([True]), torch.ones(()))
+        ),
         lambda: checks.one_of("given", "d", "abc"),
         lambda: checks.one_of("given", np.array(["a"]), "abc"),
         lambda: checks.functions(other=None, given=3),
@@ -117,3 +124,16 @@ def test_where_no_tensor_may_be_read_one_is_refused(check):
 
 def test_a_tensor_is_handed_on_as_it_is():
     assert checks.images("x", IMAGES, (2, 3, 4, 4)) is IMAGES is checks.floating("x", IMAGES, IMAGES.device)
+
+
+@pytest.mark.parametrize("low, high", [(0, 255), (0, 2.5), (3, 200), (0, 65535)])
+def test_levels_are_no_images_of_floats(low, high):
+    levels = torch.tensor([low, high, low], dtype=torch.float32).view(1, 1, 1, 3)
+    with pytest.raises(InvalidArgument, match=f"^x=.*{low} to {high:g}.*-1, 1"):
+        checks.in_range("x", levels)
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 1), (0, 2), (-140, 140), (float("nan"), 255)])
+def test_images_and_what_guidance_takes_beyond_are_taken(low, high):
+    images = torch.tensor([low, high]).view(1, 1, 1, 2)
+    assert checks.in_range("x", images) is images

@@ -39,11 +39,51 @@ def test_the_first_raises_and_the_second_ends_the_process(number):
         assert process.wait(30) == -number
 
 
+LOST = """
+import sys, time
+from admfast.interrupts import like_ctrl_c, making
+
+class Part:
+    def __del__(self):  # where Python passes an exception over, as in callbacks of an import
+        print("ready", flush=True)
+        time.sleep(60)
+
+with like_ctrl_c(process=True):
+    try:
+        if sys.argv[1] == "made":
+            making()
+            print("ready", flush=True)
+            time.sleep(60)
+        Part()
+        print("went on", flush=True)
+    except KeyboardInterrupt:
+        print("raised", flush=True)
+"""
+
+
+@pytest.mark.parametrize("made", ["nothing", "made"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_process_that_has_made_nothing_ends_at_once(number, made):
+    command = [sys.executable, "-c", LOST, made]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    if made == "made":
+        assert (process.returncode, out, err) == (0, "raised\n", "")
+    else:
+        said = "interrupted" if number == signal.SIGINT else number.name
+        assert (process.returncode, out) == (128 + number, "")
+        assert err.startswith("admfast: ") and said in err and err.count("\n") == 1
+
+
 def test_handlers_come_back_and_those_of_others_stay():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with like_ctrl_c() as came:
-        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
-    assert [signal.getsignal(number) for number in SIGNALS] == before and came == []
+    for process in (False, True):
+        with like_ctrl_c(process) as came:
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert [signal.getsignal(number) for number in SIGNALS] == before and came == []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with like_ctrl_c():

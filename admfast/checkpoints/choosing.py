@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from admfast.checkpoints.pickles import Record, StoredTensor, entries_of
+from admfast.checkpoints.pickles import Record, StoredTensor, entries_of, other_form
 
 ROOTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
 LEAVES = ("weight", "bias", "positional_embedding")
 # A key of every network here; the second finds those whose first is missing, so that they can be told so.
 _ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)([._\d]|$)")
-# ema_pytorch's name for what is trained, and words that deny the average.
-_CURRENT = re.compile(r"(^|[._])(online|non?|not|without)([._]|$)")
+# ema_pytorch's name for what is trained, torch_ema's for what is set aside, and words that deny the average.
+_CURRENT = re.compile(r"(^|[._])(online|collected|non?|not|without)([._]|$)")
 # Values beside weights that say nothing of what a layer computes: counters of profilers and trainers.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked", "n_averaged")
 _DEEPEST = 16
@@ -33,13 +33,14 @@ class Chosen:
     """The state dict that was taken of a file: places or tensors by key.
 
     entry: where it lies, "" for the file's own. average: it is the average over training, taken before
-    others. left: what else there is by name.
+    others. left: what else there is by name. why: why an average among it was left.
     """
 
     tensors: dict[str, Any]
     entry: str = ""
     average: bool = False
     left: tuple[str, ...] = ()
+    why: str = ""
 
     @property
     def note(self) -> str:
@@ -50,7 +51,8 @@ class Chosen:
         average = " (the average of the weights over training)" if self.average else ""
         more = f", ... {len(self.left)} in all" if len(self.left) > 6 else ""
         how = "; entry= names another" if self.entry else ""
-        return f"{taken}{average}, left {', '.join(self.left[:6])}{more}{how}"
+        why = f" ({self.why})" if self.why else ""
+        return f"{taken}{average}, left {', '.join(self.left[:6])}{more}{why}{how}"
 
 
 def choose(content: Any, entry: str | None = None) -> Chosen:
@@ -72,9 +74,10 @@ def choose(content: Any, entry: str | None = None) -> Chosen:
     entry = None if entry is None else str(entry)  # a command line reads 0.9999 as a number
     networks = [network for network in _networks(found) if network.tensors]
     if networks:
-        network = _one_of(networks, entry)
+        listed, why = _listed_averages(networks, found)
+        network = _one_of(networks + listed, entry, why)
         _refuse_other_forms(network, found)
-        return _with_left(network, found)
+        return _with_left(network, found, "" if network.average else why)
     if any(_is_optimiser(held) for held in (top, *map(entries_of, top.values()))):
         raise ValueError(f"the state of an optimiser, not of a network; no entry of it is one ({HOW})")
     return _plain(found, entry)
@@ -121,10 +124,14 @@ def _networks(found: Mapping[str, Any]) -> list[Chosen]:
         keys = {
             key: found[name] for name, key in names.items() if _of_a_network(key) and is_tensor(found[name])
         }
-        average = bool(_AVERAGE.search(prefix.lower()) and not _CURRENT.search(prefix.lower()))
-        networks.append(Chosen(keys, prefix.rstrip("."), average))
+        networks.append(Chosen(keys, prefix.rstrip("."), _says_average(prefix)))
         networks += _averages_without_dots(networks[-1], found)
     return networks
+
+
+def _says_average(name: str) -> bool:
+    """Tell whether a name says that what it names is an average over training."""
+    return bool(_AVERAGE.search(name.lower()) and not _CURRENT.search(name.lower()))
 
 
 def _of_a_network(key: str) -> bool:
@@ -145,19 +152,55 @@ def _averages_without_dots(network: Chosen, found: Mapping[str, Any]) -> list[Ch
     return averages
 
 
+def _listed_averages(networks: list[Chosen], found: Mapping[str, Any]) -> tuple[list[Chosen], str]:
+    """The averages that some trainers keep as a list, in the order of the parameters, and why others aren't.
+
+    The keys are those of a network in the same file with as many tensors, of these shapes.
+    """
+    averages, why = [], ""
+    for name, value in found.items():
+        several = isinstance(value, list | tuple) and value and all(map(is_tensor, value))
+        if not several or not _says_average(name):
+            continue
+        shapes = [tuple(one.shape) for one in value]
+        of = [[tuple(one.shape) for one in network.tensors.values()] for network in networks]
+        if shapes in of:
+            keys = networks[of.index(shapes)].tensors
+            averages.append(Chosen(dict(zip(keys, value, strict=True)), name, True))
+        elif len(shapes) != len(of[0]):
+            why = f"{name} holds {len(shapes)} tensors, not {len(of[0])} as the network"
+        else:
+            rows = zip(networks[0].tensors, of[0], shapes, strict=True)
+            key, needs, has = next(row for row in rows if row[1] != row[2])
+            why = f"{name} has {list(has)} in the place of {key}, not {list(needs)}"
+    return averages, why
+
+
 def _refuse_other_forms(network: Chosen, found: Mapping[str, Any]) -> None:
     """Refuse a part of the network in a form that isn't its weights: leaving it out is another network."""
     prefix = f"{network.entry}." if network.entry else ""
+    own = (name for name in found if name.startswith(prefix))
+    inside = {name: found[name] for name in own if name.removeprefix(prefix).split(".", 1)[0] in ROOTS}
+    _refuse_odd_tensors(inside | network.tensors)
     for name, value in found.items():
         key = name.removeprefix(prefix)
         if value is None or not (is_tensor(value) or key.rsplit(".", 1)[-1] in LEAVES):
             continue
-        inside = name.startswith(prefix) and key.split(".", 1)[0] in ROOTS
-        if inside and key not in network.tensors and key.rsplit(".", 1)[-1] not in _COUNTERS:
+        if name in inside and key not in network.tensors and key.rsplit(".", 1)[-1] not in _COUNTERS:
             raise ValueError(
                 f"holds {name}, which is no weight or bias as a tensor (pruned, parametrised or of NumPy?); "
                 "save the network's plain state dict"
             )
+
+
+def _refuse_odd_tensors(found: Mapping[str, Any]) -> None:
+    """Refuse tensors that aren't dense memory holding their values, calling them what they are."""
+    for name, value in found.items():
+        for part in value if isinstance(value, list | tuple) else (value,):  # a packed layer is a tuple
+            form = other_form(part)
+            if form is not None:
+                wanted = "dequantized ones" if form == "quantized" else "dense ones that hold values"
+                raise ValueError(f"holds {form} tensors ({name}); save {wanted}")
 
 
 def _same(one: Chosen, other: Chosen) -> bool:
@@ -168,7 +211,7 @@ def _same(one: Chosen, other: Chosen) -> bool:
     return all(a is b or (isinstance(a, StoredTensor) and a == b) for a, b in pairs)
 
 
-def _one_of(networks: list[Chosen], entry: str | None) -> Chosen:
+def _one_of(networks: list[Chosen], entry: str | None, why: str) -> Chosen:
     """The network that is asked for, or the only average, or the only network."""
     names = ", ".join(network.entry or "(the file's own keys)" for network in networks)
     if entry is not None:
@@ -176,20 +219,21 @@ def _one_of(networks: list[Chosen], entry: str | None) -> Chosen:
         under = [network for network in networks if f".{entry}." in f".{network.entry}."]
         networks = exact or under
         if not networks:
-            raise ValueError(f"has no entry {entry!r} with a network's weights; there are: {names}")
+            wrong = f" ({why})" if why else ""
+            raise ValueError(f"has no entry {entry!r} with a network's weights{wrong}; there are: {names}")
     first, *others = [network for network in networks if network.average] or networks
     if not all(_same(first, other) for other in others):
         raise ValueError(f"holds the weights of several networks: {names}; give one of these as {HOW}")
     return first
 
 
-def _with_left(network: Chosen, found: Mapping[str, Any]) -> Chosen:
-    """Add what is left: the names of everything else, cut where they part from the entry."""
+def _with_left(network: Chosen, found: Mapping[str, Any], why: str) -> Chosen:
+    """Add what is left, and why: the names of everything else, cut where they part from the entry."""
     prefix = f"{network.entry}." if network.entry else ""
     taken = {id(value) for value in network.tensors.values()}
     left: dict[str, None] = {}
     for name, value in found.items():
-        if id(value) in taken:
+        if id(value) in taken or name == network.entry:
             continue
         if name.startswith(prefix):
             key = name.removeprefix(prefix)
@@ -199,7 +243,7 @@ def _with_left(network: Chosen, found: Mapping[str, Any]) -> Chosen:
         parts, own = name.split("."), prefix.split(".")
         shared = next(i for i in range(len(parts)) if i >= len(own) or parts[i] != own[i])
         left[".".join(parts[: shared + 1])] = None
-    return Chosen(network.tensors, network.entry, network.average, tuple(left))
+    return Chosen(network.tensors, network.entry, network.average, tuple(left), why)
 
 
 def _is_optimiser(held: Mapping[Any, Any] | None) -> bool:
@@ -211,7 +255,9 @@ def _plain(found: Mapping[str, Any], entry: str | None) -> Chosen:
     tensors = {name: value for name, value in found.items() if is_tensor(value)}
     if entry is not None:
         prefix = f"{entry}."
+        found = {name: value for name, value in found.items() if name.startswith(prefix)}
         tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    _refuse_odd_tensors(found)
     if not tensors:
         where = f" under {entry!r}" if entry is not None else ""
         raise ValueError(f"holds no tensors by name{where} ({_quoted(list(found))}): not a state dict")

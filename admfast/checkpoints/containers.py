@@ -11,6 +11,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from typing import Any, BinaryIO, Protocol
 
 import torch
@@ -21,6 +22,8 @@ from admfast.checkpoints.pickles import RunsCode, Storage, StoredTensor, read_pi
 
 _CHUNK = 1 << 24
 _MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what torch.save wrote before it wrote zip archives
+# How much longer than its packed form a member can be; stored ones are as long.
+_MOST_PACKED = {zipfile.ZIP_DEFLATED: 1032, zipfile.ZIP_BZIP2: 1 << 20, zipfile.ZIP_LZMA: 1 << 14}
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -46,8 +49,11 @@ class Container(Protocol):
     content: Any
     header: dict[str, str]
 
+    def check(self, storage: Storage) -> None:
+        """Raise ValueError where the file doesn't hold a storage in the length that its pickle claims."""
+
     def read(self, storage: Storage, into: memoryview | None) -> None:
-        """Fill `into` with a storage's bytes, comparing them with their checksum; None only compares.
+        """Fill `into` with a checked storage's bytes, comparing their checksum; None only compares.
 
         Raises: ValueError where they are not as they were written.
         """
@@ -96,28 +102,41 @@ class _Zip:
         if main is None:
             raise ValueError(f"a zip archive without data.pkl: not a file of torch.save{_held(names)}")
         self._folder = main.removesuffix("data.pkl")
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"damaged: it holds {twice} more than once")
         order = f"{self._folder}byteorder"
         if order in names and self._member(order) != b"little":
             raise ValueError("saved on a machine of the other byte order; save it anew on one like this")
         self.content, _ = _unpickled(io.BytesIO(self._member(main)))
 
-    def read(self, storage: Storage, into: memoryview | None) -> None:
-        name = f"{self._folder}data/{storage.key}"
+    def check(self, storage: Storage) -> None:
+        name = self._name(storage)
         try:
-            held = self._archive.getinfo(name).file_size
+            held = self._length(name)
         except KeyError:
             raise ValueError(f"damaged: {name} is missing") from None
         if held != storage.nbytes:
             raise ValueError(f"damaged: {name} has {held:,} bytes, not {storage.nbytes:,}")
-        self._fill(name, into)
+
+    def read(self, storage: Storage, into: memoryview | None) -> None:
+        self._fill(self._name(storage), into)
+
+    def _name(self, storage: Storage) -> str:
+        return f"{self._folder}data/{storage.key}"
+
+    def _length(self, name: str) -> int:
+        """The length of a member, which the file can hold."""
+        claimed = self._archive.getinfo(name)
+        most = self._size * _MOST_PACKED.get(claimed.compress_type, 1)
+        if claimed.compress_size > self._size or claimed.file_size > most:
+            raise ValueError(f"damaged: {name} would have {claimed.file_size:,} bytes")
+        return claimed.file_size
 
     def _member(self, name: str) -> bytes:
-        claimed = self._archive.getinfo(name)
-        if claimed.compress_type == zipfile.ZIP_STORED and claimed.file_size > self._size:
-            raise ValueError(f"damaged: {name} would have {claimed.file_size:,} bytes")
-        whole = bytearray(claimed.file_size)
-        self._fill(name, memoryview(whole))
-        return bytes(whole)
+        whole = _memory(self._length(name))
+        self._fill(name, memoryview(whole.numpy().data))
+        return whole.numpy().tobytes()
 
     def _fill(self, name: str, into: memoryview | None) -> None:
         info = self._archive.getinfo(name)
@@ -169,12 +188,15 @@ class _Pickles:
             if storage is None or len(count) < 8 or struct.unpack("<q", count)[0] != storage.count:
                 raise ValueError("damaged, or no file of torch.save: its storages are not its pickle's")
             self._starts[storage.key] = file.tell()
-            if file.seek(storage.nbytes, io.SEEK_CUR) > size:
+            if storage.nbytes > size - file.tell():
                 raise ValueError(f"truncated, or no file of torch.save: it ends in storage {key}")
+            file.seek(storage.nbytes, io.SEEK_CUR)
 
-    def read(self, storage: Storage, into: memoryview | None) -> None:
+    def check(self, storage: Storage) -> None:
         if storage.key not in self._starts:
             raise ValueError(f"damaged: storage {storage.key} is missing")
+
+    def read(self, storage: Storage, into: memoryview | None) -> None:
         self._file.seek(self._starts[storage.key])
         _fill(self._file, into, storage.nbytes)
 
@@ -218,6 +240,9 @@ class _Safetensors:
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         return StoredTensor(Storage(name, dtype, count), dtype, 0, shape, tuple(strides))
 
+    def check(self, storage: Storage) -> None:
+        """The header's spans were compared with the file already."""
+
     def read(self, storage: Storage, into: memoryview | None) -> None:
         self._file.seek(self._first + self._starts[storage.key])
         _fill(self._file, into, storage.nbytes)
@@ -236,6 +261,14 @@ def _fill(file: Any, into: memoryview | None, count: int) -> int:
         checksum = zlib.crc32(part[:got], checksum)
         position += got
     return checksum
+
+
+def _memory(count: int) -> Tensor:
+    """Bytes that hold nothing yet."""
+    try:
+        return torch.empty(count, dtype=torch.uint8, device="cpu")
+    except RuntimeError:
+        raise ValueError(f"{count:,} bytes of it do not fit into memory") from None
 
 
 def _held(names: list[str]) -> str:
@@ -258,7 +291,8 @@ def read_tensors(
     for key, place in wanted.items():
         storage = place.storage
         if storage.key not in storages:
-            held = torch.empty(storage.nbytes if values else 0, dtype=torch.uint8, device="cpu")
+            container.check(storage)
+            held = _memory(storage.nbytes if values else 0)
             container.read(storage, memoryview(held.numpy().data) if values else None)
             storages[storage.key] = held
         if not values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 
 from admfast.errors import shown
@@ -25,6 +26,8 @@ _MAGIC = {
     b"\xff\xd8\xff": "a JPEG image, not a weights file",
     b"%PDF": "a PDF document, not a weights file",
 }
+# How protocols 0 and 1 of pickle begin: a number (as torch.save's magic one), a dict or list, or a name.
+_EARLY_PICKLE = re.compile(rb"L\d+L\n\.|\([dl]p\d+\n|[}\]]q\0|c[\w.]+\n\w+\n(p\d+\n|q|\()")
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -51,6 +54,8 @@ def kind_of(head: bytes, size: int) -> str:
         raise ValueError("a tar archive: unpack it first, or save the weights anew with torch.save")
     if not head.strip(b"\0"):
         raise ValueError("damaged: it begins with zeros (a download that was not finished?)")
+    if _EARLY_PICKLE.match(head):
+        return "pickle"
     text = _as_text(head)
     if text is not None:
         raise ValueError(_words_for_text(text, size))

@@ -103,7 +103,7 @@ def describe(
         rows += [("network", summary(question.structure)), *_sizes(weights)]
         rows.append(("open", str(question).removeprefix(f"{weights.path}: ")))
     else:
-        check_fit(weights, info)
+        check_fit(weights, info, options)
         rows += _identity_rows(info, check_values)
         rows += _config_rows(info.config, info)
         rows += _sizes(weights)

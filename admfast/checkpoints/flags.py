@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from admfast.checks import switch, whole_numbers
-from admfast.errors import invalid
+from admfast.errors import invalid, shown
 from admfast.models import NetConfig, UNetConfig
 from admfast.models.config import parse_attention_resolutions, parse_channel_mult
 
@@ -69,8 +69,10 @@ def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     refuse_elsewhere(options)
     for flag, value in options.items():
         name = RENAMED.get(flag, flag)
-        if name in found or name in claims:
-            raise invalid(flag, value, f"the same as {name}, which is given too")
+        twice = [other for other in options if other != flag and RENAMED.get(other, other) == name]
+        if twice:
+            one, other = sorted((flag, *twice), key=lambda given: given == name)[:2]
+            raise invalid(one, options[one], f"the same as {other}={shown(options[other])}; give one of them")
         if flag in COMPUTED:
             LOG.warning(
                 "%s says how to compute, nothing about the file: %s asks for it", flag, COMPUTED[flag]

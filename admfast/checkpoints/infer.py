@@ -28,7 +28,7 @@ from admfast.checkpoints.structure import Structure, read_structure, summary
 from admfast.diffusion import NOISE_SCHEDULES, DiffusionConfig
 from admfast.diffusion.config import SETTINGS, checked_setting
 from admfast.diffusion.config import SWITCHES as PROCESS_SWITCHES
-from admfast.errors import CheckpointError, invalid, nearest
+from admfast.errors import CheckpointError, invalid, nearest, shown
 from admfast.models import NetConfig, UNetConfig, config_from_dict
 from admfast.models.config import CONFIG_KINDS, SWITCHES, checked_field
 from admfast.models.description import Description
@@ -229,6 +229,26 @@ def _from_structure(
         raise Unanswered(_question(file, structure, questions, nearest_preset(shapes)), structure)
     fields |= {"kind": kind, "in_channels": structure.kinds[kind]}
     return config_from_dict({**fields, **options}), _assumed(kind, options)
+
+
+def contradicted(shapes: Shapes, options: Mapping[str, Any]) -> str:
+    """Return the options that the shapes contradict, `num_channels=64 (it has 32)`; "" where none is told."""
+    try:
+        structure = read_structure(shapes)
+    except CheckpointError:
+        return ""
+    shapes_show = dict(structure.fields)
+    if len(structure.layouts) == 1:
+        shapes_show |= structure.of_layout(structure.layouts[0])
+    wrong = []
+    for given, value in options.items():
+        name = flags.RENAMED.get(given, given)
+        # Attention is told by sides or by factors (see `flags.check`), and text was read before.
+        if name in shapes_show and name != "attention_resolutions" and not isinstance(value, str):
+            has = shapes_show[name]
+            if value is not None and checked_field(name, value) != has:
+                wrong.append(f"{given}={shown(value)} (it has {shown(has)})")
+    return ", ".join(wrong)
 
 
 def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:

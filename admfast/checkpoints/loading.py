@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.checkpoints.differences import compare, nearest_preset, network_shapes, shapes_of
-from admfast.checkpoints.infer import ModelInfo, identify
+from admfast.checkpoints.infer import ModelInfo, contradicted, identify
 from admfast.checkpoints.reading import Source, Weights, read_weights
 from admfast.errors import CheckpointError
 from admfast.models import NetConfig, build
@@ -60,7 +60,7 @@ def load_network(
     """
     weights = read_weights(source, checksums=checksums, entry=entry)
     info = identify_weights(weights, config=config, preset=preset, options=options, process=process)
-    check_fit(weights, info)
+    check_fit(weights, info, options)
     for note in weights.notes:
         LOG.warning("%s: %s", weights.path, note)
     with torch.device("meta"):
@@ -121,12 +121,16 @@ def values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return dict(counted.most_common())
 
 
-def check_fit(weights: Weights, info: ModelInfo) -> None:
-    """Refuse weights that aren't exactly those that the configuration needs, or aren't floating-point."""
+def check_fit(weights: Weights, info: ModelInfo, options: Mapping[str, Any]) -> None:
+    """Refuse weights that aren't exactly those that the configuration needs, or aren't floating-point.
+
+    options: what the caller said of them; one that the shapes contradict is named.
+    """
     shapes = shapes_of(weights.tensors)
     differences = compare(shapes, network_shapes(info.config))
     if differences:
-        text = f"{weights.path}: does not fit {info.source}: {differences.summary()}"
+        said = contradicted(shapes, options)
+        text = f"{weights.path}: does not fit {said or info.source}: {differences.summary()}"
         near = nearest_preset(shapes)
         if info.candidates:
             text += f"; it fits {' or '.join(model.name for model in info.candidates)}"

@@ -6,6 +6,7 @@ and everything else that a pickle would make by a call becomes an inert `Record`
 
 from __future__ import annotations
 
+import math
 import pickletools
 import re
 from collections.abc import Mapping
@@ -35,7 +36,28 @@ _STORAGES = {
     "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
+    "QInt8Storage": torch.qint8,
+    "QUInt8Storage": torch.quint8,
+    "QInt32Storage": torch.qint32,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
 }
+# How a tensor is rebuilt that isn't dense memory holding its values, and what it is called.
+_OTHER_FORMS = {
+    "torch._utils._rebuild_qtensor": "quantized",
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_nested_tensor": "nested",
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta",
+    "torch._utils._rebuild_device_tensor_from_numpy": "device",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": "device",
+    "torch._utils._rebuild_wrapper_subclass": "wrapped",
+    "torch._utils._rebuild_tensor_v2": "conjugated",
+    "torch._utils._rebuild_tensor_v3": "conjugated",
+}
+# The identity of a storage as protocol 0 writes it: the text of a tuple.
+_IDENTITY = re.compile(r"\('storage', <class '([\w.]+)'>, '([^']*)', '[^']*', (\d{1,19})(?:, None)?\)")
+# Of a tensor whose values repeat in memory (`expand`): more than that is no weight.
+_LARGEST_REPEATED = 2**31
 _ARGUMENTS = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
@@ -91,12 +113,15 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        whole = all(type(n) is int and n >= 0 for n in (self.offset, *self.shape, *self.stride))
+        whole = all(type(n) is int and 0 <= n < 2**62 for n in (self.offset, *self.shape, *self.stride))
         if not whole or len(self.shape) != len(self.stride):
             raise ValueError("a tensor of impossible shape")
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         if all(self.shape) and (self.offset + last + 1) * self.dtype.itemsize > self.storage.nbytes:
             raise ValueError("a tensor that ends behind its storage")
+        nbytes = math.prod(self.shape) * self.dtype.itemsize
+        if nbytes > max(self.storage.nbytes, _LARGEST_REPEATED):
+            raise ValueError(f"a tensor of {nbytes:,} bytes in a storage of {self.storage.nbytes:,}")
 
 
 def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
@@ -200,9 +225,10 @@ class _Machine:
         elif name == "OBJ":
             function, *arguments = self._marked()
             made = _called(function, tuple(arguments))
-        elif name == "BINPERSID":
-            made = _storage(stack.pop())
-            self.storages[made.key] = made
+        elif name in ("PERSID", "BINPERSID"):
+            made = _storage(_identity(argument) if name == "PERSID" else stack.pop())
+            if self.storages.setdefault(made.key, made).nbytes != made.nbytes:
+                raise ValueError(f"two lengths of the storage {made.key}")
         else:
             raise ValueError(f"opcode {name}")
         stack.append(made)
@@ -250,6 +276,22 @@ def _called(function: Any, arguments: Any) -> Any:
         if isinstance(known, torch.dtype) and not any(more):
             return StoredTensor(storage, known, offset, tuple(shape), tuple(stride))
     return Record(name, arguments)
+
+
+def other_form(value: Any) -> str | None:
+    """Return what a tensor is called that isn't dense memory holding its values; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        layout = None if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
+        return "quantized" if value.is_quantized else "meta" if value.is_meta else layout
+    return _OTHER_FORMS.get(value.name) if isinstance(value, Record) else None
+
+
+def _identity(text: str) -> tuple[Any, ...]:
+    """Read the identity of a storage from its text."""
+    found = _IDENTITY.fullmatch(text)
+    if found is None:
+        raise ValueError("an identity that is no storage's")
+    return "storage", Global(found[1]), found[2], None, int(found[3])
 
 
 def _storage(identity: Any) -> Storage:

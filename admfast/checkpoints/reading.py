@@ -13,7 +13,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor, nn
 
 from admfast.checkpoints.choosing import Chosen, choose
@@ -81,10 +80,6 @@ def read_weights(
             source = source.state_dict()
         with _said_of(path):
             chosen = choose(source, entry)
-            for key, value in chosen.tensors.items():
-                if value.is_meta or value.layout != torch.strided:
-                    kind = "on the meta device" if value.is_meta else str(value.layout)
-                    raise ValueError(f"{key} is {kind}: weights are dense and hold values")
         tensors = {key: value.detach() for key, value in chosen.tensors.items()}
         carried = Description(config) if isinstance(config, NetConfig) else None
         return _weights(path, tensors, carried, chosen, (), ours=False)

@@ -6,6 +6,7 @@ import ast
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import typer.core
 
 from admfast.cli.main import INTERRUPTED
 from admfast.cli.published import translated
-from admfast.errors import AdmfastError
+from admfast.errors import AdmfastError, InvalidArgument, invalid
 
 NAMES = ("sample", "train", "inspect", "models", "fetch", "info", "verify")
 USER_ERROR = 2
@@ -79,6 +80,9 @@ def run(args: list[str]) -> int:
         if error.format_message().startswith("Usage:"):  # type: ignore[attr-defined]
             print(error.format_message())  # type: ignore[attr-defined]
             return USER_ERROR
+        if (wrong := _wrong_number(error, args)) is not None:
+            print(f"admfast: {wrong}", file=sys.stderr)
+            return USER_ERROR
         outside = context is None or context.parent is None
         where = "admfast" if outside else f"admfast {context.info_name}"  # type: ignore[union-attr]
         print(f"{where}: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
@@ -105,6 +109,20 @@ def run(args: list[str]) -> int:
         drop_output()
         return USER_ERROR
     return result if isinstance(result, int) else 0
+
+
+def _wrong_number(error: Exception, args: Sequence[str]) -> InvalidArgument | None:
+    """Return `--name=value: allowed` for an option that is no number: typer's text lacks the value."""
+    if not isinstance(error, typer.BadParameter):
+        return None
+    text = error.format_message()  # which every version of typer writes in words of its own
+    allowed = "a whole number" if "integer" in text else "a number"
+    for flag in getattr(error.param, "opts", ()) if re.search("integer|number|float", text) else ():
+        for at, word in reversed(list(enumerate(args))):  # the last one counts
+            name, separator, value = word.partition("=")
+            if name == flag and (separator or at + 1 < len(args)):
+                return invalid(flag, value if separator else args[at + 1], allowed)
+    return None
 
 
 def _by_flag(message: str, args: Sequence[str]) -> str:

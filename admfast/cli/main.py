@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from admfast.interrupts import like_ctrl_c
+from admfast.interrupts import interrupted_by, like_ctrl_c
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -16,10 +16,11 @@ INTERRUPTED = 128 + signal.SIGINT
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 0, 2 for what the user can mend, 128 + the signal that ended it.
 
-    SIGTERM and SIGHUP end a command as Ctrl-C does: what is finished stays.
+    SIGTERM and SIGHUP end a command as Ctrl-C does: what is finished stays. Where the process is the command
+    (`argv` is None) they end it at once as long as it has made nothing.
     """
     _ready_streams()
-    with like_ctrl_c() as came:
+    with like_ctrl_c(process=argv is None) as came:
         try:
             from admfast.host import wait_passively
 
@@ -31,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             status = INTERRUPTED
     if status == INTERRUPTED:  # some versions of typer raise at Ctrl-C, others return this
-        for number in came:
-            status = 128 + number
-        by = f" by {signal.Signals(came[0]).name}" if came else ""
-        print(f"admfast: interrupted{by}", file=sys.stderr)
+        number = came[0] if came else signal.SIGINT
+        status = 128 + number
+        print(f"admfast: {interrupted_by(number)}", file=sys.stderr)
     return status
 
 

@@ -14,10 +14,11 @@ from admfast.sampling.load import LOW_RES_SIZE
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] = ()) -> dict[str, Any]:
+def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] | None = ()) -> dict[str, Any]:
     """Read every `NAME=VALUE` that was given with `flag`.
 
-    also: names that are allowed beside the options of networks and processes.
+    also: names that are allowed beside the options of networks and processes; None lets every name pass, for
+        who reads them to judge.
     Raises: InvalidArgument without `=`, for an unknown name, or a switch that is neither yes nor no.
     """
     options: dict[str, Any] = {}
@@ -25,8 +26,8 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] = ())
         name, separator, value = (part.strip() for part in text.partition("="))
         if not separator or not name:
             raise invalid(flag, text, "NAME=VALUE, such as num_heads=4")
-        known = [*OPTION_NAMES, *also]
-        if name not in known and name not in flags.NAMES:
+        known = [*OPTION_NAMES, *(also or ())]
+        if also is not None and name not in known and name not in flags.NAMES:
             raise invalid(flag, name, f"no such option of a file; {nearest(name, known)}")
         if name in SWITCH_NAMES or name in flags.SWITCHES:
             if value.lower() not in _WORDS:

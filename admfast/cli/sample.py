@@ -17,6 +17,7 @@ from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_folder
 from admfast.files.images import MODES
 from admfast.files.npz import Samples
+from admfast.files.paths import user_path
 from admfast.files.sets import read_set
 from admfast.files.tables import table
 from admfast.runs.sampling import SampleRun
@@ -76,7 +77,7 @@ def run_sample(
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
     wanted, keys = _wanted(pipe, classes, per_class, seeds, images)
     request = SampleRequest(
-        wanted, keys, size=parse_size(size), steps=steps, solver=solver, eta=eta, respacing=respacing,
+        wanted, keys, size=size, steps=steps, solver=solver, eta=eta, respacing=respacing,
         guidance=guidance, guidance_interval=parse_interval(guidance_interval),
         upsampler_steps=upsampler_steps, batch_size=batch,
     )  # fmt: skip
@@ -93,7 +94,7 @@ def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> 
         allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen}', output='float')"
         raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
     if compile_cache is not None:
-        check_folder(compile_cache)
+        check_folder(user_path("compile_cache", compile_cache))
 
 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
@@ -168,16 +169,6 @@ def parse_interval(text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise invalid("guidance-interval", text, "two timesteps, LOWEST,HIGHEST such as 200,800") from None
-
-
-def parse_size(text: str | None) -> int | tuple[int, ...] | None:
-    """Read "64x96" or "64"; raises InvalidArgument."""
-    if text is None:
-        return None
-    sides = [part.strip() for part in text.lower().split("x")]
-    if not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
-        raise invalid("size", text, "HEIGHTxWIDTH in pixels such as 64x96, or one number for both")
-    return int(sides[0]) if len(sides) == 1 else tuple(map(int, sides))
 
 
 def of_each_class(

@@ -19,7 +19,9 @@ from admfast.cli import train_options as option
 from admfast.cli.options import options_of
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
+from admfast.files.atomic import check_place
 from admfast.files.images import write_png
+from admfast.files.paths import user_path
 from admfast.files.tables import table
 from admfast.models import NetConfig
 from admfast.training.distributed import World, processes
@@ -31,7 +33,6 @@ from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-RECIPE_NAMES = [field.name for field in dataclasses.fields(Recipe)]
 # As a shell counts a command that a signal ended.
 SIGNALLED = 128
 
@@ -71,7 +72,7 @@ def _command(kind: str) -> Callable[..., None]:
         device: option.Device = None,
         dry_run: option.DryRun = False,
     ) -> None:
-        options = options_of("--set", set_, also=[*RECIPE_NAMES, "diffusion_steps"])
+        options = options_of("--set", set_, also=None)
         given = {
             "steps": steps, "batch_size": batch_size, "microbatch": microbatch, "lr": lr, "seed": seed,
             "precision": precision,
@@ -81,9 +82,9 @@ def _command(kind: str) -> Callable[..., None]:
         wanted = resolved(kind, preset, from_, options)
         habits = Habits(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
-            cache=cache,
+            cache=None if cache is None else str(user_path("cache", cache)),
         )  # fmt: skip
-        place = _data(preset, data)
+        out, place = user_path("out", out), _data(preset, data)
         with processes(device) as world, _plain_warnings():
             if dry_run:
                 _try(wanted, place, labels, habits, world)
@@ -126,9 +127,11 @@ def run_export(
     if out is None and picture is None:
         raise invalid("out", None, "a weights file to write, or --picture")
     if picture is not None:
+        picture = user_path("picture", picture)
         write_png(picture, run_picture(run))
         print(picture.resolve())
     if out is not None:
+        out = user_path("out", out)
         description = export(run, out, ema, width, DTYPES[dtype])
         print(table([(name, str(description.training[name])) for name in ("step", "average")]))
         print(out.resolve())
@@ -168,6 +171,7 @@ def _train(
     wanted: Recipe, data: str, labels: str, out: Path, habits: Habits, world: World, start: str | None
 ) -> None:
     source = open_source(data, labels)
+    check_place(out)
     if world.first:
         print(
             table(

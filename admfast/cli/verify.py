@@ -10,9 +10,10 @@ import typer
 from admfast.cli import sample_options as option
 from admfast.cli.options import parts_of
 from admfast.cli.sample import parse_numbers, read_low_res, resolved
-from admfast.engine.options import PLAIN
+from admfast.engine.options import PLAIN, EngineOptions
 from admfast.files.atomic import check_folder
 from admfast.files.levels import from_uint8
+from admfast.files.paths import user_path
 from admfast.files.tables import table
 from admfast.sampling.load import load
 from admfast.sampling.plan import plan
@@ -46,12 +47,14 @@ def run_verify(
     low_res: option.LowRes = None,
     classes: option.Classes = None,
     seeds: Seeds = None,
+    size: option.Size = None,
     steps: Steps = STEPS,
     solver: option.Solver = "ddim",
     guidance: option.Guidance = None,
     upsampler_steps: UpsamplerSteps = None,
     precision: option.Precision = "auto",
     device: option.Device = None,
+    threads: option.Threads = None,
     compile: option.Compile = False,
     compile_cache: option.CompileCache = None,
     set_: option.Set = None,
@@ -60,15 +63,20 @@ def run_verify(
 ) -> int:
     """Sample the same seeds on the fast path and on the float32 reference; exit 1 past the budget."""
     if compile_cache is not None:
-        check_folder(compile_cache)
+        check_folder(user_path("compile_cache", compile_cache))
     numbers = {"classes": classes, "seeds": seeds}
     settings: dict[str, Any] = {n: parse_numbers(n, text) for n, text in numbers.items() if text is not None}
-    settings |= dict(steps=steps, solver=solver, guidance=guidance, upsampler_steps=upsampler_steps)
+    settings |= dict(
+        steps=steps, solver=solver, guidance=guidance, upsampler_steps=upsampler_steps, size=size
+    )  # fmt: skip
     parts = parts_of(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
         preset=preset, device=device,
     )  # fmt: skip
-    pipe = load(name, precision=precision, compile=compile, compile_cache=compile_cache, **parts)
+    engine = EngineOptions(threads=threads)
+    pipe = load(
+        name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **parts
+    )
     if low_res is not None:
         images = read_low_res(low_res, pipe.config.in_channels).images
         settings["low_res"] = from_uint8(torch.from_numpy(images))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.errors import invalid
+from admfast.models.hooks import hooked
 
 GuidanceFn = Callable[[Tensor, Tensor], Tensor]
 # The log-probabilities are scaled by this before the backward pass, and the gradient is divided by it in
@@ -27,9 +28,17 @@ def log_probability_gradient(
     extra = {} if projected is None else {"projected": projected}
     with torch.enable_grad():
         x_in = x.detach().requires_grad_(True)
-        log_probability = torch.log_softmax(classifier(x_in, t, **extra).float(), dim=-1)
+        log_probability = torch.log_softmax(classifier(followed(x_in), t, **extra).float(), dim=-1)
         (g,) = torch.autograd.grad(log_probability.gather(1, index).sum() * LOSS_SCALE, x_in)
     return g.to(torch.promote_types(g.dtype, torch.float32)) / LOSS_SCALE
+
+
+def followed(x: Tensor) -> Tensor:
+    """Return what a network is called with: where hooks watch all modules, a view of a leaf.
+
+    torch's FLOP counter can't follow `torch.autograd.grad` to the leaf itself. (The published code fails so.)
+    """
+    return x.view_as(x) if x.requires_grad and x.is_leaf and hooked(()) else x
 
 
 def check_frozen(classifier: nn.Module) -> None:

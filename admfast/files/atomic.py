@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from admfast.errors import OutputError
+from admfast.interrupts import making
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -39,8 +40,11 @@ def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
         reason = f"the folder {folder} does not exist" if not folder.is_dir() else "a temporary file vanished"
     elif error.errno == errno.ENOTDIR:
         reason = f"{folder} is not a folder"
-    elif error.errno == errno.EEXIST and (link := _dangling(path)) is not None:
-        reason = f"{link} is a link to {os.readlink(link)}, which does not exist"
+    elif error.errno == errno.EEXIST:
+        link = _dangling(path)
+        reason = "it is a file, not a folder"
+        if link is not None:
+            reason = f"{link} is a link to {os.readlink(link)}, which does not exist"
     else:
         reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
     return OutputError(f"{path}: not written: {reason}")
@@ -133,19 +137,24 @@ def check_writable(path: str | PathLike[str]) -> None:
 
 def check_folder(path: str | PathLike[str]) -> None:
     """Make the folder `path` if it is missing; raise OutputError where no file could be written into it."""
+    making()
     try:
         Path(path).mkdir(exist_ok=True)
-    except FileExistsError as error:
-        if _dangling(path) is not None:
-            raise output_error(path, error) from None
-        raise OutputError(f"{path}: not written: it is a file, not a folder") from None
     except OSError as error:
         raise output_error(path, error) from error
     check_writable(Path(path) / "file")
 
 
+def check_place(folder: Path) -> None:
+    """Raise OutputError where a file lies in the place of a folder, or of one above it; makes nothing."""
+    found = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
+    if found is not None and not found.is_dir():
+        raise output_error(found, FileExistsError(errno.EEXIST, "")) from None
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it. Raises OutputError."""
+    making()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,6 +195,7 @@ def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
         raise OutputError(
             f"{path}: not written: it is a {'folder' if target.is_dir() else 'device'}, not a file"
         )
+    making()
     temporary = target.with_name(f".{target.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)

@@ -10,8 +10,9 @@ import numpy as np
 from admfast.errors import invalid
 from admfast.files.images import read_image
 from admfast.files.npz import Samples, read_samples
+from admfast.files.paths import user_path
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")  # as published, and two more
 
 
 def read_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
@@ -23,7 +24,7 @@ def read_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
     Raises:
         InvalidArgument: in one line, for a path without images, or images that differ in size or channels.
     """
-    place = Path(path)
+    place = user_path("path", path)
     if place.suffix == ".npz":
         samples = read_samples(place)
         if channels not in (None, samples.images.shape[3]):

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from admfast.errors import OutputError
-from admfast.files.atomic import make_folder, output_error, write_bytes
+from admfast.files.atomic import check_place, make_folder, output_error, write_bytes
 from admfast.interrupts import held_back
 
 # The names that a run gives its files, by folder; nothing else is ever removed or replaced.
@@ -34,7 +34,8 @@ class RunFolder:
         self._old: list[Path] = []
 
     def check(self) -> None:
-        """Raise OutputError for a folder that holds samples already, unless they may be replaced."""
+        """Raise OutputError for a file, and for a folder of samples that may not be replaced."""
+        check_place(self.out)
         self._old = samples_in(self.out)
         if self._old and not self._overwrite:
             held = f"holds {len(self._old)} files of samples already"

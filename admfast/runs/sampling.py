@@ -18,6 +18,7 @@ from admfast.files.atomic import make_folder
 from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
+from admfast.files.paths import user_path
 from admfast.runs.folder import RunFolder
 from admfast.sampling.loop import Progress, run
 from admfast.sampling.pipeline import Pipeline
@@ -51,6 +52,7 @@ class SampleRun:
     low_res: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
+        self.out = user_path("out", self.out)
         self.seeds, self.classes, _ = images_of(self.request, self.pipe)
         if self.request.output != "uint8" or self.request.callback is not None:
             given = f"output={self.request.output!r}, callback={self.request.callback!r}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from admfast import checks
-from admfast.engine.guidance import classifier_guidance
+from admfast.engine.guidance import classifier_guidance, followed
 from admfast.engine.step import Batch
 from admfast.errors import invalid
 from admfast.ops.sampler_step import Clip, Row, SamplerState, pack, sampler_step
@@ -121,7 +121,7 @@ def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -
         extra["y"] = labels
     if low_res is not None:
         extra["low_res"] = low_res
-    return lambda x, t: net(x, t, **extra)
+    return lambda x, t: net(followed(x), t, **extra)
 
 
 def function_step(plan: Plan, x: Tensor) -> FunctionStep:

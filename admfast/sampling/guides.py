@@ -41,7 +41,7 @@ class Guide:
 
     def __post_init__(self) -> None:
         checks.functions(function=self.function)
-        checks.switch("sees_prediction", self.sees_prediction)
+        checks.switches(self, "sees_prediction")
         scale = checks.real("scale", self.scale, least=-LARGEST, most=LARGEST)
         object.__setattr__(self, "scale", scale)
         if self.function is None and self.sees_prediction:

@@ -16,7 +16,7 @@ from torch import nn
 from admfast.checkpoints import ModelInfo, Unanswered, flags, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.checkpoints.reading import ENDINGS, Source
-from admfast.checks import whole
+from admfast.checks import switch, whole
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
@@ -93,7 +93,8 @@ def load(
     of_classifier = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
     classifier_options = {**(classifier_options or {}), **of_classifier}
     on = chosen_device(device)
-    form = _Form(policy(precision, on), _engine_options(engine, compile, compile_cache), keep_master)
+    prepared = _engine_options(engine, switch("compile", compile), compile_cache)
+    form = _Form(policy(precision, on), prepared, switch("keep_master", keep_master))
     given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
     given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
     with own_numerics(on):

@@ -172,7 +172,7 @@ class Pipeline:
             x_t: [N, C, H, W], float32.
             t: timestep of the original process, 0..length-1: a number (or [1]) for all images, or [N];
                 fractions interpolate the log-SNR linearly.
-            classes: class indices of a class-conditional network: one number for all images, or [N].
+            classes: class indices of a class-conditional network: a number (or [1]) for all images, or [N].
             low_res: [N, C, h, w] for an upsampler.
 
         Returns:
@@ -201,10 +201,12 @@ class Pipeline:
         if not isinstance(classes, Tensor) or classes.device.type == "cpu":
             classes = torch.tensor(checks.whole_or_several("classes", classes, 0, known - 1), device="cpu")
         labels = classes.to(x_t.device)
-        if labels.dim() == 0:
+        if labels.numel() == 1 and labels.dim() < 2:
             labels = labels.expand(len(x_t))
         if labels.shape != x_t.shape[:1]:
-            raise invalid("classes", tuple(labels.shape), f"one class for each of the {len(x_t)} images")
+            raise invalid(
+                "classes", tuple(labels.shape), f"one class, or one for each of the {len(x_t)} images"
+            )
         return labels
 
     def refresh(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from admfast import checks
+from admfast.checkpoints import flags
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import first_line, invalid, nearest
@@ -44,9 +46,9 @@ class SampleRequest:
         clip: limit x_0 to [-1, 1] at every step.
         respacing: which timesteps to use instead of `steps`: a published string or a list of steps.
         upsampler_steps: of the upsampler in a cascade; None is the system's own.
-        size: (H, W) of the images that the network makes (the base model's of a cascade), or one number for
-            all sides; None is that of `noise`, `x_start` or the model, and of an upsampler each side of
-            `low_res` times image_size / low_res_size. 2^(levels - 1) must divide every side.
+        size: (H, W) or "HxW" of the images that the network makes (the base model's of a cascade), or one
+            number for all sides; None is that of `noise`, `x_start` or the model, and of an upsampler each
+            side of `low_res` times image_size / low_res_size. 2^(levels - 1) must divide every side.
         low_res: [N, C, h, w] float in [-1, 1] for a pipeline that is an upsampler itself.
         noise: [N, C, H, W] used as x_T instead of the seeds' noise.
         step_noise: [steps, N, C, H, W] used in the steps instead of the seeds' noise.
@@ -77,7 +79,7 @@ class SampleRequest:
     clip: bool = True
     respacing: Respacing | None = None
     upsampler_steps: int | None = None
-    size: int | Iterable[int] | None = None
+    size: int | Iterable[int] | str | None = None
     low_res: Tensor | None = None
     noise: Tensor | None = None
     step_noise: Tensor | None = None
@@ -117,10 +119,13 @@ class SampleRequest:
                 if not getattr(self, name):
                     raise invalid(name, [], "at least one")
         if self.size is not None:
-            self._put("size", checks.whole_or_several("size", self.size, 1))
+            size = _sides_of(self.size) if isinstance(self.size, str) else self.size
+            self._put("size", checks.whole_or_several("size", size, 1))
         for name in ("noise", "x_start", "step_noise", "low_res"):
             if getattr(self, name) is not None:
-                checks.images(name, getattr(self, name))
+                images = checks.images(name, getattr(self, name))
+                if name in ("x_start", "low_res"):
+                    checks.in_range(name, images)
         if self.batch_size is not None:
             self._put_whole("batch_size", 1)
 
@@ -132,7 +137,7 @@ class SampleRequest:
             solver = solver_of(self.solver, **({} if self.eta is None else {"eta": self.eta}))
         self._put("solver", solver)
         self._put("eta", None)
-        checks.switch("clip", self.clip)
+        checks.switches(self, "clip")
         for name in ("steps", "upsampler_steps"):
             if getattr(self, name) is not None:
                 self._put_whole(name, 1)
@@ -208,5 +213,14 @@ class SampleRequest:
         known = [entry.name for entry in dataclasses.fields(cls)]
         for name, value in settings.items():
             if name not in known:
+                flags.refuse_elsewhere({name: value})
                 raise invalid(name, value, f"sample has no such argument; {nearest(name, known)}")
         return cls(*images, **settings)
+
+
+def _sides_of(text: str) -> int | tuple[int, ...]:
+    """Read "64x96" or "64"; raises InvalidArgument."""
+    sides = [part.strip() for part in text.lower().split("x")]
+    if not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):
+        raise invalid("size", text, "HEIGHTxWIDTH in pixels such as 64x96, or one number for all sides")
+    return int(sides[0]) if len(sides) == 1 else tuple(map(int, sides))

@@ -33,6 +33,7 @@ def _given(request: SampleRequest, pipeline: Pipeline) -> tuple[str, object, Sid
     """Return the argument that says the sides, its value, and the sides."""
     config, size, low_res = pipeline.config, request.size, request.low_res
     if size is not None:
+        assert not isinstance(size, str)  # a request keeps numbers
         return "size", size, (size,) * config.dims if isinstance(size, int) else tuple(size)
     for name in ("noise", "x_start"):
         if (images := getattr(request, name)) is not None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from admfast.checkpoints import write_weights
-from admfast.checkpoints.snapshots import AVERAGES, read_run, snapshots
+from admfast.checkpoints.snapshots import AVERAGES, RUN_FILE, is_run, read_run, snapshots
 from admfast.errors import CheckpointError, invalid
+from admfast.files.paths import user_path
 from admfast.models.description import Description
 from admfast.training.ema import combined, reconstruction
 from admfast.training.folder import read_run_file, recipe_of
@@ -33,12 +34,16 @@ def export(
 
     Returns: the description. Raises: CheckpointError, InvalidArgument, OutputError.
     """
+    place = user_path("run", run)
+    if not is_run(place):
+        found = "a file" if place.is_file() else "a folder without it" if place.is_dir() else "not there"
+        raise invalid("run", str(place), f"the folder of a run, which holds {RUN_FILE}; this is {found}")
     if width is None:
-        state, description = read_run(run, average)
+        state, description = read_run(place, average)
     else:
         if average is not None:
             raise invalid("width", width, "an average by name, or a width, not both")
-        state, description = _reconstructed(Path(run), width)
+        state, description = _reconstructed(place, width)
     write_weights(path, state, description, dtype)
     return description
 

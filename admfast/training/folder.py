@@ -15,7 +15,7 @@ import torch
 
 from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
-from admfast.files.atomic import lock, output_error, write_text
+from admfast.files.atomic import lock, make_folder, output_error, write_text
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
 from admfast.training.images import Source
@@ -37,8 +37,8 @@ def held(run: Path, world: World) -> Iterator[None]:
     if not world.first:
         yield
         return
+    make_folder(run)
     try:
-        run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
         raise output_error(run / LOCK, error) from None

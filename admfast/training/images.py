@@ -24,10 +24,10 @@ from admfast.checks import one_of
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.images import UInt8, open_image
 from admfast.files.npz import read_samples
+from admfast.files.paths import user_path
 from admfast.files.sets import ENDINGS
 from admfast.training.crops import Picture
 
-SUFFIXES = (*ENDINGS, ".gif")
 CLASS_RULES = ("auto", "folders", "prefixes", "none")
 # Longer side over shorter: brought to 512 px, a strip of 1 x 1000 pixels has 2^28 of them before it is cut.
 LONGEST_STRIP = 1000
@@ -78,7 +78,7 @@ def open_source(data: str | PathLike[str], classes: str = "auto") -> Source:
         AdmfastError: for a place that can't be read.
     """
     one_of("classes", classes, CLASS_RULES)
-    place = Path(data)
+    place = user_path("data", data)
     if str(data) == "digits":
         from admfast.training.digit_images import digits_source
 
@@ -262,7 +262,7 @@ def _walk(
 
 def _is_image(path: tuple[str, ...]) -> bool:
     """Whether that is an image's name, neither hidden nor in a hidden folder."""
-    return path[-1].lower().endswith(SUFFIXES) and not any(map(_is_hidden, path))
+    return path[-1].lower().endswith(ENDINGS) and not any(map(_is_hidden, path))
 
 
 def _is_hidden(name: str) -> bool:
@@ -275,7 +275,7 @@ def _classified(
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
     """Label of every image and name of every class, classes in the order of their names."""
     if not paths:
-        raise invalid("data", str(place), f"holds no images ({', '.join(SUFFIXES)})")
+        raise invalid("data", str(place), f"holds no images ({', '.join(ENDINGS)})")
     outside = next((path for path in paths if len(path) == 1), None)
     without = next((path for path in paths if "_" not in path[-1]), None)
     if rule == "folders" and outside is not None:

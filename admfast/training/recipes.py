@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from admfast import checks
+from admfast.checkpoints.flags import RENAMED
 from admfast.diffusion import DiffusionConfig
 from admfast.diffusion.config import SETTINGS
 from admfast.errors import invalid, nearest
@@ -59,6 +60,16 @@ _OF_DIGITS: dict[str, dict[str, Any]] = {
     "classifier": {"steps": 2000, "batch_size": 64, "lr": 6e-4, "weight_decay": 0.05, "ema": (0.995,),
                    "seed": 1},
     "upsampler": {"steps": 2500, "batch_size": 32, "lr": 8e-4, "ema": (0.998,), "seed": 2},
+}  # fmt: skip
+# What the published programs call a setting, and what it is called here.
+_PUBLISHED_NAMES = {
+    **{flag: name for flag, name in RENAMED.items() if name != "steps"},
+    "classifier_attention_resolutions": "attention_resolutions, as downsampling factors",
+    "classifier_use_fp16": "precision=fp16", "use_fp16": "precision=fp16", "class_cond": "num_classes",
+    "small_size": "low_res_size", "anneal_lr": "anneal", "lr_anneal_steps": "steps, with anneal",
+    "iterations": "steps", "ema_rate": "ema", "schedule_sampler": "sampler",
+    "data_dir": "--data", "resume_checkpoint": "--from", "save_interval": "--save-every",
+    "log_interval": "--log-every",
 }  # fmt: skip
 DIGITS = "digits32"
 PRESETS = {kind: (*_PUBLISHED[kind], DIGITS) for kind in KINDS}
@@ -116,8 +127,10 @@ def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, 
             continue
         part = next((part for part, known in names.items() if name in known), None)
         if part is None:
-            known = sorted(set().union(*names.values()))
-            raise invalid("set", name, f"no such setting of a {kind} run; {nearest(name, known)}")
+            near = nearest(name, sorted(set().union(*names.values())))
+            if name in _PUBLISHED_NAMES:
+                near = f"here {_PUBLISHED_NAMES[name]}"
+            raise invalid(name, value, f"no such setting of a {kind} run; {near}")
         parts[part][name] = value
     return parts
 

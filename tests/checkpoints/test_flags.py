@@ -116,3 +116,29 @@ def test_the_table_names_options_that_there_are():
     assert set(flags.RENAMED.values()) <= set(OPTION_NAMES)
     assert not flags.NAMES & set(OPTION_NAMES)
     assert flags.SWITCHES <= flags.NAMES
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_setting_that_is_given_twice_is_named_with_both_names(reverse):
+    given = [("num_channels", 64), ("model_channels", 32)]
+    options = dict(reversed(given) if reverse else given)
+    with pytest.raises(InvalidArgument, match="^num_channels=64: .*model_channels=32"):
+        identify(SHAPES, file="x", options={**options, **ANSWERS})
+    options = {"classifier_width": 1, "num_channels": 2}
+    with pytest.raises(InvalidArgument, match="^classifier_width=1: .*num_channels=2"):
+        identify(SHAPES, file="x", options=options)
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"num_channels": 64}, r"num_channels=64 \(it has 32\)"),
+        ({"channel_mult": (1, 3)}, r"channel_mult=\(1, 3\) \(it has \(1, 2\)\)"),
+        ({"use_scale_shift_norm": False, "num_classes": 9}, "use_scale_shift_norm=False.*num_classes=9"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_the_shapes_contradict_is_named(options, named):
+    with pytest.raises(CheckpointError, match=named) as caught:
+        load_network(random_state(SMALL_UNET), **ANSWERS, **options)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600

@@ -47,6 +47,24 @@ def test_a_signal_leaves_what_is_finished(weights, tmp_path, number):
     assert read_image(out / "grid.png").shape[2] == 3 and not list(out.glob("**/*.tmp"))
 
 
+@pytest.mark.parametrize("delay", [0.05, 0.2, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9], ids=str)
+def test_a_signal_while_the_libraries_are_loaded_ends_the_process(weights, tmp_path, delay):
+    """Before Python runs a line of ours the signal ends it by itself, which a shell calls 143 too."""
+    command = [sys.executable, "-m", "admfast", "sample", str(weights / "faces.safetensors"), "--seeds"]
+    with subprocess.Popen(
+        [*command, "0-99999", "--device", "cpu", "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    said = {-signal.SIGTERM: "", 128 + signal.SIGTERM: "admfast: interrupted by SIGTERM\n"}
+    assert stderr == said[process.returncode]
+
+
 LIMITED = """
 import resource, sys
 from admfast.cli.main import main

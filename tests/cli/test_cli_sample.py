@@ -185,7 +185,12 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--size", "0x8"], "--size=0: "),
         (["--size", "8x13"], "--size=(8, 13): "),
         (["--size", "8x13"], "nearest: 8x12"),
-        (["--steps", "two"], "admfast sample: Invalid value for '--steps': "),
+        (["--steps", "two"], "admfast: --steps='two': "),
+        (["--steps=1.5"], "admfast: --steps='1.5': "),
+        (["--guidance", "high"], "admfast: --guidance='high': "),
+        (["--set", "model_channels=64"], "faces.safetensors: does not fit model_channels=64 (it has 32): "),
+        (["--num_channels", "64"], "faces.safetensors: does not fit num_channels=64 (it has 32): "),
+        (["--low-res", "http://a.b/c.png"], "a URL"),
         (["--solver", "ddin"], "solver='ddin': nearest: ddim"),
         (["--respacing", "dim25"], "respacing='dim25'"),
         (["--respacing", "dim25"], "nearest: ddim25"),
@@ -209,6 +214,21 @@ def test_mistakes_are_one_line_and_status_2(sample, tmp_path, options, message):
     status, stdout, stderr = sample(*options)
     assert_one_line(status, stderr, message)
     assert stdout == "" and not list(tmp_path.iterdir()), "nothing is said or made before all is checked"
+
+
+def test_the_home_folder_is_meant_by_its_sign(sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sample("--seeds", "0", "--out", "~/small")[0] == 0
+    status, stdout, stderr = sample("--low-res", "~/small/images", "--out", "~/large", model="up.safetensors")
+    assert status == 0, stderr
+    assert table_of(stdout)["out"] == str(tmp_path / "large") and len(pngs(tmp_path / "large")) == 1
+    (tmp_path / "file").write_text("")
+    for out in ("~/file", "~/file/out"):
+        status, stdout, stderr = sample("--out", out)
+        assert_one_line(status, stderr, f"admfast: {tmp_path}/file: not written: it is a file")
+        assert stdout == ""
+    status, stdout, stderr = sample("--compile", "--compile-cache", "~/file")
+    assert_one_line(status, stderr, f"admfast: {tmp_path}/file: not written: it is a file")
 
 
 def test_classes_of_a_model_without_are_refused(sample):
@@ -306,9 +326,8 @@ def test_samples_that_are_there_need_overwrite(sample, tmp_path):
 
 def test_an_output_folder_below_a_file(sample, tmp_path):
     (tmp_path / "file").write_text("")
-    out = str(tmp_path / "file" / "below")
-    status, _, stderr = sample("--out", out)
-    assert_one_line(status, stderr, f"admfast: {out}/images: not written: {out} is not a folder")
+    status, _, stderr = sample("--out", str(tmp_path / "file" / "below"))
+    assert_one_line(status, stderr, f"admfast: {tmp_path}/file: not written: it is a file")
 
 
 @both_defaults

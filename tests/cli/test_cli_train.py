@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,7 @@ def test_options_reach_the_recipe(tmp_path):
 
 def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
     out = ["--out", str(tmp_path / "run")]
     for arguments, named in {
         ("--steps", "0"): "--steps",
@@ -79,13 +81,36 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         ("--from", str(tmp_path / "nothing.pt")): "nothing.pt",
         ("--checkpointing", "some"): "--checkpointing",
         ("--device", "tpu"): "--device",
+        ("--steps", "ten"): "--steps='ten'",
+        ("--set", "depth=3"): "depth=3: no such setting of a diffusion run",
+        (
+            "--set",
+            "num_channels=64",
+        ): "num_channels=64: no such setting of a diffusion run; here model_",
+        ("--out", str(tmp_path / "file")): "file: not written: it is a file",
+        ("--out", str(tmp_path / "file/run")): "file: not written: it is a file",
     }.items():
         assert main(["train", "diffusion", *out, *arguments]) == 2, arguments
-        said = capsys.readouterr().err
+        printed, said = capsys.readouterr()
         assert said.count("\n") == 1 and named in said, said
-    assert main(["train", "export", str(tmp_path / "empty"), "--out", str(tmp_path / "a.pt")]) == 2
-    assert "empty" in capsys.readouterr().err
+        assert printed == "" or "num_classes=9" in arguments
+    for place in ("empty", "file", "nothing"):
+        run = str(tmp_path / place)
+        assert main(["train", "export", run, "--out", str(tmp_path / "a.pt")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"admfast: run={run!r}: ") and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images = np.zeros((4, 32, 32, 1), np.uint8)
+    np.savez(tmp_path / "data.npz", images, np.arange(4))
+    options = ["--data", "~/data.npz", "--cache", "~/cache", "--set", "num_classes=4"]
+    assert main(["train", "diffusion", "--out", "~/run", *QUICK, *options]) == 0, capsys.readouterr().err
+    assert (tmp_path / "run/run.json").exists() and list((tmp_path / "cache").iterdir())
+    assert main(["train", "export", "~/run", "--out", "~/weights.pt"]) == 0
+    assert (tmp_path / "weights.pt").exists()
 
 
 def test_a_dry_run_says_what_the_run_takes(tmp_path, capsys):

@@ -79,6 +79,17 @@ def test_a_model_with_all_that_goes_with_it(verify):
     assert layers_in(out) > layers_in(alone)
 
 
+def test_images_of_another_size_on_threads_that_are_asked_for(verify, monkeypatch):
+    engines, load = [], command.load
+    monkeypatch.setattr(command, "load", lambda *a, **k: engines.append(k["engine"]) or load(*a, **k))
+    status, out, err = verify("--size", "8x12", "--threads", "1", "--guidance", "0", "--seeds", "0-1")
+    assert status == 0, out + err
+    assert "2 of 8x12" in out and [engine.threads for engine in engines] == [1, None]
+    for option, value in (("--size", "8x13"), ("--threads", "0")):
+        status, out, err = verify(option, value, "--guidance", "0")
+        assert status == 2 and out == "" and err.startswith(f"admfast: {option}=") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_upsampler_gets_its_images(verify, weights, count):
     small = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
@@ -96,7 +107,9 @@ def test_the_options_are_those_of_sample():
     own = {"seeds", "steps", "upsampler_steps"}
     for name in set(given["verify"]) & set(given["sample"]) - own:
         assert given["verify"][name].help == given["sample"][name].help, name
-    assert {"classes", "low_res", "upsampler", "set_upsampler", "compile_cache"} <= set(given["verify"])
+    assert {"classes", "size", "threads", "low_res", "upsampler", "set_upsampler", "compile_cache"} <= set(
+        given["verify"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,17 @@ def test_the_same_images_from_every_place(tmp_path):
     assert np.array_equal(read_set(folder / "1.png").images, IMAGES[1:2])
 
 
+def test_gif_images_are_read_as_the_published_loader_reads_them(tmp_path):
+    """Of a moving one the first picture, as RGB of its palette."""
+    picture = Image.fromarray(IMAGES[0])
+    picture.save(tmp_path / "a.gif", save_all=True, append_images=[picture.rotate(180)])
+    picture.quantize(8).save(tmp_path / "b.GIF", transparency=0)
+    picture.save(tmp_path / "c.png")
+    found = read_set(tmp_path, 3).images
+    for image, name in zip(found, ("a.gif", "b.GIF", "c.png"), strict=True):
+        assert np.array_equal(image, np.asarray(Image.open(tmp_path / name).convert("RGB")))
+
+
 def test_what_is_no_set_is_named(tmp_path):
     with pytest.raises(InvalidArgument, match="a folder with image files"):
         read_set(tmp_path)

@@ -206,6 +206,14 @@ def test_an_upsampler_predicts_with_its_low_resolution_image():
     assert torch.autograd.grad(found.x0.sum(), low_res)[0].abs().max() > 0
 
 
+@pytest.mark.parametrize("one", [[1], (1,), np.array([1]), torch.tensor([1]), torch.tensor(1), 1], ids=repr)
+def test_one_class_serves_the_batch(one):
+    pipe, x = pipeline(), randn(3, 1, 8, 8)
+    assert torch.equal(pipe.predict(x, 5, one).eps, pipe.predict(x, 5, [1, 1, 1]).eps)
+    images = pipe.sample(one, noise=x, steps=2)
+    assert torch.equal(images, pipe.sample([1, 1, 1], noise=x, steps=2)) and len(images) == 3
+
+
 # Errors
 
 
@@ -228,7 +236,8 @@ def test_an_upsampler_predicts_with_its_low_resolution_image():
         ({"classes": None}, "classes=None: this network needs one of 0 to 3 for each image"),
         ({"classes": [0, CLASSES]}, "classes=4: a whole number from 0 to 3"),
         ({"classes": [0, -1]}, "classes=-1: a whole number from 0 to 3"),
-        ({"classes": [0]}, r"classes=\(1,\): one class for each of the 2 images"),
+        ({"classes": [0, 1, 0]}, r"classes=\(3,\): .*2 images"),
+        ({"classes": [[0]]}, r"classes=\[0\]: "),
         ({"classes": [0, 0.5]}, "classes=0.5: a whole number from 0 to 3"),
         ({"classes": torch.tensor([0.0, 1.0])}, "classes=0.0: a whole number from 0 to 3"),
         ({"classes": "01"}, "classes='01': a whole number from 0 to 3"),

@@ -142,6 +142,15 @@ def test_a_fraction_is_one_whatever_holds_it(half):
     [
         (SampleRequest, {"size": torch.tensor([64, 96])}, {"size": (64, 96)}),
         (SampleRequest, {"size": np.int64(64)}, {"size": 64}),
+        (SampleRequest, {"size": "36x48"}, {"size": (36, 48)}),
+        (SampleRequest, {"size": " 8 X 12"}, {"size": (8, 12)}),
+        (SampleRequest, {"size": "64"}, {"size": 64}),
+        (SampleRequest, {"clip": np.bool_(False)}, {"clip": False}),
+        (SampleRequest, {"clip": torch.tensor(True)}, {"clip": True}),
+        (DiffusionConfig, {"use_kl": np.bool_(True)}, {"use_kl": True}),
+        (EngineOptions, {"graph": np.array(False)}, {"graph": False}),
+        (guides.Guide, {"function": torch.add, "sees_prediction": torch.tensor(True)},
+         {"function": torch.add, "sees_prediction": True}),
         (SampleRequest, {"respacing": torch.tensor([10, 20])}, {"respacing": (10, 20)}),
         (SampleRequest, {"classes": torch.tensor(1), "seeds": [np.array(2)]}, {"classes": 1, "seeds": 2}),
         (DiffusionConfig, {"steps": torch.tensor(100)}, {"steps": 100}),
@@ -149,7 +158,7 @@ def test_a_fraction_is_one_whatever_holds_it(half):
         (DiffusionConfig, {"respacing": np.array([0, 4])}, {"respacing": (0, 4)}),
         (EngineOptions, {"rows_at_a_time": torch.tensor(5)}, {"rows_at_a_time": 5}),
     ],
-)
+)  # fmt: skip
 def test_records_keep_plain_numbers(make, given, plain):
     found = make(**given)
     assert found == make(**plain) and repr(found) == repr(make(**plain))
@@ -165,3 +174,20 @@ def test_a_network_s_configuration_keeps_plain_numbers():
 def test_a_whole_number_that_no_float_holds_is_named():
     with pytest.raises(InvalidArgument, match="^guidance="):
         SampleRequest(guidance=10**400)
+
+
+@pytest.mark.parametrize("size", ["", "x", "8x", "8,12", "-8", "8.0x8"])
+def test_a_text_that_is_no_size_is_named(size):
+    with pytest.raises(InvalidArgument, match="^size="):
+        SampleRequest(size=size)
+
+
+@pytest.mark.parametrize("name", ["x_start", "low_res"])
+def test_levels_of_0_to_255_are_no_images_of_floats(name):
+    """float(uint8): three steps of 255 in 0..255, and the same in [-1, 1]."""
+    levels = torch.arange(0, 256, 85.0).view(1, 1, 2, 2)
+    more = {"t_start": 5} if name == "x_start" else {}
+    with pytest.raises(InvalidArgument, match=f"^{name}=.*0 to 255"):
+        SampleRequest(**{name: levels}, **more)
+    images = levels / 127.5 - 1
+    assert getattr(SampleRequest(**{name: images}, **more), name) is images

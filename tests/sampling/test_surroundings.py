@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import admfast
+from admfast.engine.options import EngineOptions
 from admfast.errors import InvalidArgument
+from admfast.sampling.guides import Guide
 from admfast.sampling.pipeline import Pipeline
-from tests.small import pipeline, randn
+from tests.small import classifier, pipeline, randn, unet
 
 X, T, Y = randn(2, 1, 8, 8), torch.tensor([500, 20]), torch.tensor([3, 1])
 # Rooms whose tensors lie where the work is done or on the host, whatever torch's default device is.
@@ -178,3 +181,33 @@ def test_tensors_that_are_made_name_their_device(room):
         and not {"device", None} & {keyword.arg for keyword in node.keywords}
     ]
     assert nameless == []
+
+
+def counted(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def posterior(x_t, t, prediction):
+    return torch.autograd.grad(prediction.x0.square().sum(), x_t)[0]
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_torch_s_counter_counts_guided_sampling(prepared):
+    """Every step is one forward of the network, and one of the classifier with its gradient in x."""
+    pipe = pipeline(options=EngineOptions(prepared=prepared))
+    x, t, labels = randn(2, 1, 8, 8), torch.tensor([5, 5]), torch.tensor([1, 2])
+    net, guide = unet().requires_grad_(False), classifier(1).requires_grad_(False)
+    forward = counted(lambda: net(x, t, labels))
+
+    def gradient(network, *more):
+        x_in = x.clone().requires_grad_(True)
+        torch.autograd.grad(network(x_in * 1, t, *more)[:, :1].sum(), x_in)  # torch follows no leaf
+
+    pipe.sample([1, 2], steps=3)  # what was prepared before counts too
+    assert counted(lambda: pipe.sample([1, 2], steps=3, guidance=0)) == 3 * forward
+    guided = counted(lambda: pipe.sample([1, 2], steps=3))
+    assert guided == 3 * (forward + counted(lambda: gradient(guide)))
+    seen = counted(lambda: pipe.sample([1, 2], steps=3, guides=Guide(posterior, sees_prediction=True)))
+    assert seen == 3 * counted(lambda: gradient(net, labels))
