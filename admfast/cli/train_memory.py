@@ -9,7 +9,7 @@ from typing import Any
 from admfast import checks
 from admfast.checkpoints import load_network
 from admfast.cli.options import options_of
-from admfast.cli.train import RECIPE_NAMES, resolved
+from admfast.cli.train import resolved
 from admfast.errors import invalid, nearest
 from admfast.files.tables import table
 from admfast.sampling.load import chosen_device
@@ -24,7 +24,7 @@ def print_memory(path: Path, set_: Iterable[str] | None, given: Mapping[str, Any
 
     given: settings of the recipe that have a flag of their own. Raises: InvalidArgument, CheckpointError.
     """
-    options = {**options_of("--set", set_, also=[*RECIPE_NAMES, "diffusion_steps"]), **given}
+    options = {**options_of("--set", set_, also=None), **given}
     if "checkpointing" in given:
         options["checkpointing"] = checks.literal(given["checkpointing"])
     recipes = _of_file(path, options) if path.exists() else _of_preset(str(path), options)

@@ -37,8 +37,8 @@ Precision = Annotated[
 Checkpointing = Annotated[
     str | None,
     typer.Option(
-        help="Blocks that the backward pass computes again, to save memory: none, attention, all, or k for "
-        "every k-th (default: none)."
+        help="What the backward pass computes again, to save memory: none, norms, the blocks of attention, "
+        "all blocks, or k for every k-th block (default: none)."
     ),
 ]
 From = Annotated[

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from admfast.errors import invalid
 from admfast.models.config import GROUPS
@@ -17,12 +17,14 @@ from admfast.models.convolution import PointwiseConv1d, conv_nd
 from admfast.models.dropout import Dropout
 from admfast.models.fold import Projected
 from admfast.models.hooks import FusedBlock, watched
+from admfast.models.recompute import made_again, maybe_checkpoint
 from admfast.ops.attention import attention
 from admfast.ops.group_norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
-from admfast.ops.transforms import in_transform, observed
+from admfast.ops.transforms import observed
 
 Net = TypeVar("Net", bound=nn.Module)
+_NOTHING = contextlib.nullcontext()
 
 
 def zeroed(module: Net) -> Net:
@@ -150,6 +152,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         super().__init__()
         out_channels = out_channels or channels
         self.use_checkpoint = use_checkpoint
+        self.recomputes_norms = False  # in the backward pass, instead of keeping what they give
         self.use_scale_shift_norm = use_scale_shift_norm
         self.resample = "up" if up else "down" if down else None
         self.in_layers = nn.Sequential(
@@ -175,7 +178,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         self._built()
 
     def forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
-        return _maybe_checkpoint(self.use_checkpoint, self._forward, x, emb, x2)
+        return maybe_checkpoint(self.use_checkpoint, self._forward, x, emb, x2)
 
     def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None) -> Tensor:
         if self.as_published():
@@ -183,19 +186,25 @@ class ResBlock(FusedBlock, TimestepBlock):
         modules: Any = self._modules  # at every step: an attribute of a module costs 0.5 us, an item 1.5
         norm, _, conv = modules["in_layers"]._modules.values()
         out_norm, _, dropout, out_conv = modules["out_layers"]._modules.values()
+        again = self.recomputes_norms
         if self.resample is None:
-            h = conv(norm(x, silu=True, x2=x2))
+            h = norm(x, silu=True, x2=x2)
+            with made_again(h, partial(norm, x, silu=True, x2=x2)) if again else _NOTHING:
+                h = conv(h)
         else:
             h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
             h, x2 = conv(h), None
         projected = self._projected(emb)  # [N, C] or [N, 2C]
         if self.use_scale_shift_norm:
             scale, shift = projected.chunk(2, dim=1)
-            h = out_norm(h, silu=True, scale=scale, shift=shift)
+            adaptive = {"scale": scale, "shift": shift}
         else:
-            h = h + _over_positions(projected, h)
-            h = out_norm(h, silu=True)
-        return out_conv(dropout(h), self._skip(x, x2))
+            h, adaptive = h + _over_positions(projected, h), {}
+        normed = out_norm(h, silu=True, **adaptive)
+        dropped = dropout(normed)
+        again = again and dropped is normed
+        with made_again(normed, partial(out_norm, h, silu=True, **adaptive)) if again else _NOTHING:
+            return out_conv(dropped, self._skip(x, x2))
 
     def _one_by_one(self, x: Tensor, emb: Tensor | Projected) -> Tensor:
         """The block with every part called by itself, on what it is given in the published block."""
@@ -293,7 +302,7 @@ class AttentionBlock(FusedBlock):
         self._built()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _maybe_checkpoint(self.use_checkpoint, self._forward, x)
+        return maybe_checkpoint(self.use_checkpoint, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.as_published():
@@ -364,16 +373,3 @@ def call_block(block: nn.Module, x: Tensor, emb: Tensor | Projected, x2: Tensor 
 
 
 _OURS = (ResBlock, TimestepEmbedSequential)
-
-
-def _maybe_checkpoint(use_checkpoint: bool, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Run `forward`, recomputing it in the backward pass where asked for and a gradient is being recorded.
-
-    The non-reentrant form follows the graph, not the arguments, so that frozen parameters, double backward
-    and inputs that need no gradient all work. `torch.func` can't recompute: under it everything is stored.
-    """
-    if not use_checkpoint or not torch.is_grad_enabled():
-        return forward(*args)
-    if in_transform():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False)

@@ -96,12 +96,14 @@ def freeze(net: nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def set_checkpointing(net: nn.Module, which: str | int) -> None:
-    """Choose the blocks that the backward pass computes again instead of keeping what is inside them.
+    """Choose what the backward pass computes again instead of keeping it.
 
-    which: "none", "attention", "all", or k for every k-th block in the order of the network.
+    which: "none"; "norms", which residual blocks apply before their convolutions; the inside of the blocks of
+        "attention", of "all", or k for every k-th block in the order of the network.
     """
     blocks = [module for module in net.modules() if isinstance(module, ResBlock | AttentionBlock)]
     for number, block in enumerate(blocks):
+        block.recomputes_norms = which == "norms"  # type: ignore[assignment]
         if isinstance(which, int):
             block.use_checkpoint = number % which == which - 1
         else:

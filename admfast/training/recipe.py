@@ -21,7 +21,7 @@ KINDS: dict[str, type[NetConfig]] = {
 }
 SAMPLERS = ("uniform", "loss-second-moment")
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-CHECKPOINTING = ("none", "attention", "all")
+CHECKPOINTING = ("none", "norms", "attention", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class Recipe:
         random_crop, random_flip: of the images.
         validation: images that are kept out of training; their loss is logged at every snapshot.
         freeze: patterns (as of file names) of the parameters that stay as they are.
-        checkpointing: blocks that are computed again in the backward pass instead of kept: "none",
-            "attention", "all", or k for every k-th.
+        checkpointing: what is computed again in the backward pass instead of kept: "none", the "norms" before
+            convolutions, the inside of the blocks of "attention", of "all", or k for every k-th.
         max_skipped: steps in a row whose gradient may not be finite before the run stops.
     Raises: InvalidArgument.
     """

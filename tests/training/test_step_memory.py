@@ -14,6 +14,7 @@ import torch
 from admfast.checkpoints.describe import LiveBytes
 from admfast.cli.main import main
 from admfast.models import UNetConfig
+from admfast.models.layers import ResBlock
 from admfast.training.loss import batch_of
 from admfast.training.memory import step_memory
 from admfast.training.network import build_network  # noqa: F401
@@ -147,3 +148,20 @@ def test_mistakes_are_one_line(capsys, arguments, named):
     assert main(["inspect", *arguments]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and named in said
+
+
+def test_norms_that_are_made_again_are_not_kept():
+    plain, again = (
+        wide(checkpointing=which, network=UNetConfig(**{**WIDE, "dropout": 0.0}))
+        for which in ("none", "norms")
+    )
+    blocks = [module for module in build_network(plain).modules() if isinstance(module, ResBlock)]
+    # What a block that resamples gives its first convolution stays.
+    saved = 0
+    sides = [64] * 2 + [32] * 3 + [16] * 8 + [32] * 4 + [64] * 4  # of what each block puts out
+    for block, side in zip(blocks, sides, strict=True):
+        channels = block.out_layers[0].num_channels + (
+            block.in_layers[0].num_channels if block.resample is None else 0
+        )
+        saved += 4 * plain.batch_size * channels * side**2
+    assert step_memory(plain).kept - step_memory(again).kept == saved

@@ -16,7 +16,7 @@ from admfast.training.network import build_network, set_checkpointing
 from admfast.training.recipe import KINDS
 from admfast.training.update import Learner
 from tests.ops.tolerance import assert_same_formula, assert_within
-from tests.training.small_runs import batch, learner_of, same, small_recipe
+from tests.training.small_runs import NETWORKS, batch, learner_of, same, small_recipe
 
 
 def gradients(kind: str, dtype: torch.dtype = torch.float32, **changes) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def gradients(kind: str, dtype: torch.dtype = torch.float32, **changes) -> dict[
     return {name: p.grad for name, p in learner.net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "attention", "all", 2])
+@pytest.mark.parametrize("checkpointing", ["none", "norms", "attention", "all", 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_the_reference_s_in_float64(kind, checkpointing, monkeypatch):
     found = gradients(kind, checkpointing=checkpointing, microbatch=4)
@@ -49,9 +49,11 @@ def test_gradients_equal_the_reference_s_in_float64(kind, checkpointing, monkeyp
 
 
 def test_checkpointing_changes_no_bit():
-    plain = gradients("diffusion")
-    for which in ("attention", "all", 3):
-        same(gradients("diffusion", checkpointing=which), plain)
+    for dropout in (0.0, 0.3):
+        network = dataclasses.replace(NETWORKS["diffusion"], dropout=dropout)
+        plain = gradients("diffusion", network=network)
+        for which in ("norms", "attention", "all", 3):
+            same(gradients("diffusion", network=network, checkpointing=which), plain)
 
 
 def test_checkpointing_chooses_blocks():

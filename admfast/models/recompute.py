@@ -1,0 +1,52 @@
+"""Compute parts of a network again in the backward pass instead of keeping what they give."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from admfast.ops.transforms import in_transform
+
+
+def maybe_checkpoint(use_checkpoint: bool, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Run `forward`, recomputing it in the backward pass where asked for and a gradient is being recorded.
+
+    The non-reentrant form follows the graph, not the arguments, so that frozen parameters, double backward
+    and inputs that need no gradient all work. `torch.func` can't recompute: under it everything is stored.
+    """
+    if not use_checkpoint or not torch.is_grad_enabled():
+        return forward(*args)
+    if in_transform():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False)
+
+
+def made_again(made: Tensor, again: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """Let what runs within the block keep no `made` for its backward pass, which calls `again` for it.
+
+    again: makes the same bits. Under torch.func and torch.compile `made` is kept.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
+        return contextlib.nullcontext()
+    own = _place(made)  # not the tensor, which the graph would hold through this function
+
+    def pack(kept: Tensor) -> Tensor | None:
+        return None if _place(kept) == own else kept
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        if kept is not None:
+            return kept
+        with torch.no_grad():
+            return again()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _place(t: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that are views of the same elements; tensors without memory too."""
+    return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()
