@@ -1,4 +1,4 @@
-"""What ends a process early: Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and can be held back."""
+"""End a process early: Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and can be held back."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Global:
 
 @dataclass(eq=False)
 class Record:
-    """What a pickle would make by calling something that isn't known here: arguments, state, items."""
+    """Record of an object that a pickle would make by calling unknown code: arguments, state, items."""
 
     name: str
     arguments: tuple[Any, ...] = ()

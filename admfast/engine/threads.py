@@ -1,4 +1,4 @@
-"""How many threads a step computes on, on a CPU.
+"""Choose the number of threads of a step on a CPU.
 
 torch's threads (OpenMP) wait busily for each other at the end of every operation. With another process on
 one of the processors, the thread that shares it arrives a scheduler's slice late, milliseconds, and the

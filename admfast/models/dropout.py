@@ -16,7 +16,7 @@ from admfast.ops.noise import as_seeds, normal
 
 @dataclass(frozen=True)
 class MaskKey:
-    """What fixes the masks of one layer: the run's seed, the number of every sample, the layer's stream."""
+    """Key of one layer's masks: the run's seed, the number of every sample, the layer's stream."""
 
     seed: int
     ks: tuple[int, ...]

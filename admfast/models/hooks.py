@@ -66,7 +66,7 @@ class FusedBlock(nn.Module):
 
 
 class Survey(NamedTuple):
-    """What a prepared step of a network depends on beside its parameters.
+    """Record of what a prepared step depends on beside the parameters of its network.
 
     hooked: Python must run at every evaluation. modules, kinds: the network and all below, and their classes.
     """

@@ -48,5 +48,5 @@ def made_again(made: Tensor, again: Callable[[], Tensor]) -> contextlib.Abstract
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:
-    """What two tensors have in common that are views of the same elements; tensors without memory too."""
+    """Return what tells views of other elements apart, for tensors without memory too."""
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()

@@ -1,4 +1,4 @@
-"""What is drawn for the k-th sample of a run besides its image: a function of the run's seed and k alone.
+"""Draw what the k-th sample of a run has besides its image: a function of the run's seed and k alone.
 
 The generator is that of `admfast.ops.noise`: the key is the run's seed, the row is k, and every purpose has a
 stream of its own (`TrainStream`). The data have the streams from 64 (`DataStream`); dropout has one for every

@@ -41,7 +41,7 @@ from admfast.training.validation import split, validation_losses
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
-    """How often a run writes what, and with how many workers: nothing here changes its result.
+    """Habits of a run: how often it writes what, and with how many workers. They change no result.
 
     save_every, log_every, grid_every: steps; 0 makes no grids. keep: snapshots that stay. workers: processes
     that make samples, for each process of the run; 0 makes them in the process itself. cache: where decoded
@@ -68,7 +68,7 @@ class Habits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: steps behind it, and the number of the signal that ended it early, if one did."""
+    """End of a run: the steps behind it, and the number of the signal that ended it early, if one did."""
 
     step: int
     signal: int | None = None
@@ -237,7 +237,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """What two steps took: seconds of the second one, bytes at the peak, and seconds for the whole run."""
+    """Cost of two steps: seconds of the second one, bytes at the peak, and seconds for the whole run."""
 
     step_seconds: float
     memory: int

@@ -1,4 +1,4 @@
-"""What a run shows of itself: rows of means, and grids of samples from the average."""
+"""Report on a run: rows of means, and grids of samples from the average."""
 
 from __future__ import annotations
 

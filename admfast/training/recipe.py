@@ -1,4 +1,4 @@
-"""What a training run is: kind, network, process and every hyper-parameter that can change its result."""
+"""Recipe of a training run: kind, network, process and every hyper-parameter that can change its result."""
 
 from __future__ import annotations
 

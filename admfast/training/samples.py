@@ -224,7 +224,7 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
 
 @dataclass
 class _Part:
-    """What a worker sends: a batch or why there is none, and what it knows to be broken."""
+    """Message of a worker: a batch or why there is none, and what it knows to be broken."""
 
     batch: ImageBatch | None
     broken: dict[int, str]

@@ -1,4 +1,4 @@
-"""Which timestep a sample is trained at: drawn evenly, or more often where the loss is large."""
+"""Draw the timesteps of training: evenly, or more often where the loss is large."""
 
 from __future__ import annotations
 

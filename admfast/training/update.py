@@ -38,7 +38,7 @@ Loss = Callable[[nn.Module, Recipe, GaussianDiffusion, Batch], dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Report:
-    """What a step did, on the device: nothing has been read from it.
+    """Report of a step, on the device: nothing has been read from it.
 
     Attributes:
         terms: loss and its parts of every sample of this process, [N] each, before weighting.

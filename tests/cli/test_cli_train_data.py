@@ -81,7 +81,7 @@ REFUSED: dict[str, Put] = {
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
-    """What standard error got: the lines about skipped images, and the others."""
+    """Return the lines of standard error about skipped images, and the others."""
     lines = capsys.readouterr().err.splitlines()
     skipped = [line for line in lines if line.startswith("admfast: skipped a broken image: ")]
     return skipped, [line for line in lines if line not in skipped]

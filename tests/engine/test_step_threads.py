@@ -94,7 +94,7 @@ def test_a_quota_is_nobodys_choice(monkeypatch):
 
 
 def mkl() -> int | None:
-    """How many threads MKL would use; None for a torch without it."""
+    """Return MKL's number of threads; None for a torch without it."""
     found = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
     return None if found is None else int(found[1])
 

@@ -50,7 +50,7 @@ def call(net: nn.Module, x: Tensor | None = None) -> Tensor:
 
 
 def by_itself(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a layer gives for `x`, by torch's own functions; None for a module that holds others."""
+    """Return a layer's output for `x` by torch's own functions; None for a module that holds others."""
     kernel = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, 32, module.weight, module.bias, 1e-5)

@@ -46,7 +46,7 @@ def seeded(monkeypatch):
 
 @pytest.fixture
 def poisoned():
-    """What is allocated without being filled is NaN."""
+    """Fill what is allocated with NaN."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

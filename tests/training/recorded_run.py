@@ -15,7 +15,7 @@ from admfast.training import loop
 
 
 def file_of(folder: Path, rank: int) -> Path:
-    """Where the batches of a process are kept."""
+    """Return the file of the batches of a process."""
     return folder / f"batches-{rank}.pt"
 
 

@@ -87,5 +87,5 @@ def same(a: Any, b: Any, where: str = "state") -> None:
 
 
 def last_state(run: Path) -> dict[str, Any]:
-    """What the newest snapshot of a run holds."""
+    """Return the state in the newest snapshot of a run."""
     return snapshots(run)[0].read()

@@ -29,7 +29,7 @@ def rows(run: Path) -> list[dict]:
 
 
 def validations(run: Path) -> dict[int, dict[str, float]]:
-    """What the log says of validation, by step."""
+    """Return the rows of validation in the log, by step."""
     found = {row["step"]: {k: v for k, v in row.items() if k.startswith("validation")} for row in rows(run)}
     return {step: values for step, values in found.items() if values}
 
