@@ -48,6 +48,17 @@ def test_gradients_equal_the_reference_s_in_float64(kind, checkpointing, monkeyp
         assert_within(value, reference[name], truth[name], name, "parameter gradient", **limits)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_through_the_triton_kernels_equal_the_reference_s_in_float64(kind, monkeypatch):
+    monkeypatch.setenv("ADMFAST_IMPL", "group_norm_silu=triton")
+    found = gradients(kind)
+    monkeypatch.setenv("ADMFAST_IMPL", "reference")
+    reference, truth = gradients(kind), gradients(kind, torch.float64)
+    for name, value in found.items():
+        limits = dict(reduction=6 * 256, growth=amplification())
+        assert_within(value, reference[name], truth[name], name, "parameter gradient", **limits)
+
+
 def test_checkpointing_changes_no_bit():
     for dropout in (0.0, 0.3):
         network = dataclasses.replace(NETWORKS["diffusion"], dropout=dropout)
