@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from admfast.diffusion import DiffusionConfig
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Largest |error| / largest |expected| allowed, from the table in the folder's README.
@@ -105,3 +107,16 @@ def compare(actual: Any, expected: Any, limit: float, name: str) -> float:
 
 def _array(value: Any) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def process_of(settings: dict[str, Any]) -> DiffusionConfig:
+    """Return the process that a case's "diffusion" describes."""
+    return DiffusionConfig(
+        noise_schedule=settings["schedule"],
+        steps=settings["steps"],
+        rescale_timesteps=settings["rescale"],
+        respacing=settings.get("respacing", ""),
+        mean_type=settings["mean"],
+        var_type=settings["var"],
+        loss_type=settings["loss"],
+    )

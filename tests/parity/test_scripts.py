@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from admfast.diffusion import DiffusionConfig
 from admfast.files.levels import from_uint8
 from admfast.sampling.pipeline import Pipeline
 from tests.parity import golden
@@ -26,14 +25,7 @@ def test_script(path: Path) -> None:
     pipe = Pipeline(
         case["name"],
         load_golden_net(nets / case["net"]),
-        DiffusionConfig(
-            noise_schedule=settings["schedule"],
-            steps=settings["steps"],
-            rescale_timesteps=settings["rescale"],
-            mean_type=settings["mean"],
-            var_type=settings["var"],
-            loss_type=settings["loss"],
-        ),
+        golden.process_of(settings),
         classifier=load_golden_net(nets / case["clf"]) if case.get("clf") else None,
     )
     batches, size = arrays["draw_x_T"].shape[:2]

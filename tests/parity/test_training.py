@@ -27,6 +27,7 @@ from tests.parity.golden import (
     load_json,
     load_npz,
     load_tensors,
+    process_of,
 )
 from tests.small import CLASSIFIER, UNET
 
@@ -53,18 +54,6 @@ class Tiny(nn.Module):
         e = self.lin(f) if y is None else self.lin(f) + self.emb(y)
         h = F.silu(self.conv1(x) + e[..., None, None])
         return self.head(h.mean(dim=(2, 3))) if hasattr(self, "head") else self.conv2(h)
-
-
-def process_of(settings: dict[str, Any]) -> DiffusionConfig:
-    return DiffusionConfig(
-        noise_schedule=settings["schedule"],
-        steps=settings["steps"],
-        rescale_timesteps=settings["rescale"],
-        respacing=settings["respacing"],
-        mean_type=settings["mean"],
-        var_type=settings["var"],
-        loss_type=settings["loss"],
-    )
 
 
 def network_with(**fields: Any) -> UNetConfig:

@@ -66,15 +66,6 @@ def wait_for(process: subprocess.Popen, run: Path, steps: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As many threads as the processes that are compared with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_equal_to_rounding(a: dict, b: dict) -> None:
     """Compare parameters that have a gradient.
 

@@ -52,15 +52,6 @@ def rows(run: Path) -> list[dict]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums of products are ordered by the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Resume
 
 
