@@ -202,7 +202,7 @@ class Published(Trainer):
         self.name = "published, channels-last" if autocast else "published"
 
     def prepare(self) -> None:
-        code = published.modules(self.path)
+        code = published.modules(self.path, published.PARTS + published.TRAINING)
         arguments = {key: value for key, value in self.subject.net.to_dict().items() if key != "kind"}
         kind = code.unet.UNetModel if self.subject.low_res_size is None else code.unet.SuperResModel
         net = kind(**arguments, use_fp16=self.half)

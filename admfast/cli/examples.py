@@ -15,6 +15,7 @@ from admfast.ops import (
     Stream,
     as_seeds,
     attention,
+    conv,
     group_norm_silu,
     normal,
     pack,
@@ -36,6 +37,7 @@ def examples(device: str) -> Iterator[Example]:
             yield "group_norm_silu", label, partial(_norm, device, dtype, gradient)
             yield "attention", label, partial(_attention, device, dtype, gradient)
             yield "conv", label, partial(_conv, device, dtype, gradient)
+            yield "conv_train", label, partial(_conv_train, device, dtype, gradient)
         yield "sampler_step", f"{words} output", partial(_sampler, device, dtype)
     yield "normal", device, partial(normal, as_seeds([0]).to(device), (3, 4, 4), 0, Stream.X_T)
 
@@ -58,9 +60,17 @@ def _attention(device: str, dtype: torch.dtype, gradient: bool) -> None:
 def _conv(device: str, dtype: torch.dtype, gradient: bool) -> None:
     """A 3x3 convolution of a small network; its gradient is a convolution of its own."""
     x = torch.zeros(2, 64, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    conv = FoldedConv(torch.zeros(64, 64, 3, 3, device=device, dtype=dtype), padding=1)
+    folded = FoldedConv(torch.zeros(64, 64, 3, 3, device=device, dtype=dtype), padding=1)
     with torch.set_grad_enabled(gradient):
-        conv(x.requires_grad_(gradient))
+        folded(x.requires_grad_(gradient))
+
+
+def _conv_train(device: str, dtype: torch.dtype, gradient: bool) -> None:
+    """The same with weights that are trained."""
+    x = torch.zeros(2, 64, 8, 8, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.zeros(64, 64, 3, 3, device=device, dtype=dtype, requires_grad=gradient)
+    with torch.set_grad_enabled(gradient):
+        conv(x, weight, padding=1)
 
 
 def _sampler(device: str, dtype: torch.dtype) -> None:

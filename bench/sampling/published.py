@@ -22,7 +22,8 @@ from bench.sampling.subject import Inputs, Subject
 from bench.sampling.weights import shared_state
 
 PACKAGE = "guided_diffusion"
-PARTS = ("unet", "script_util", "respace", "fp16_util", "nn")
+PARTS = ("unet", "script_util", "respace")
+TRAINING = ("fp16_util", "nn")
 # A power of two: without it the gradient of a classifier in float16 underflows.
 LOSS_SCALE = 2.0**10
 # Those of PyTorch's own study of fast diffusion on a GPU (pytorch-labs, "diffusion-fast"); convolutions stay
@@ -58,8 +59,8 @@ FORMS = {"eager": EAGER, "channels-last": CHANNELS_LAST, "compiled": COMPILED}
 
 
 @functools.cache
-def modules(path: str) -> SimpleNamespace:
-    """The published package's modules, from the folder that holds it; raises Unavailable without them."""
+def modules(path: str, parts: tuple[str, ...] = PARTS) -> SimpleNamespace:
+    """The published package's modules of these names, from the folder that holds it; else Unavailable."""
     if not path:
         raise Unavailable("no published code: name its checkout by --guided-diffusion")
     folder = Path(path).resolve()
@@ -67,7 +68,7 @@ def modules(path: str) -> SimpleNamespace:
         raise Unavailable(f"{folder}: no {PACKAGE}/unet.py there")
     sys.path.insert(0, str(folder))
     try:
-        found = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in PARTS}
+        found = {name: importlib.import_module(f"{PACKAGE}.{name}") for name in parts}
     except ImportError as error:
         raise Unavailable(f"{folder}: {first_line(error)}") from error
     finally:

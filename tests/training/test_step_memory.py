@@ -95,13 +95,14 @@ def test_what_saves_memory_does():
 # The libraries take 200 MB for themselves at the first step, whatever the network.
 MEASURE = """
 import resource, sys
+from admfast.engine.numerics import peak_memory
 from tests.training.small_runs import learner_of, small_recipe
 from tests.training.test_step_memory import *
 torch.set_num_threads(1)
 steps(learner_of(small_recipe()))
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 steps(Learner(recipe := wide(**json.loads(sys.argv[1])), build_network(recipe)))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(peak_memory(torch.device("cpu")) - before)
 """
 
 
