@@ -188,7 +188,7 @@ def in_range(name: str, value: Tensor) -> Tensor:
     Levels are told by having no value below 0 and one above 2: past the whole width of [-1, 1].
     """
     low, high = (float(end) for end in torch.aminmax(value.detach()))
-    if low >= 0 and high > 2:
+    if low >= 0 and 2 < high < math.inf:
         found = f"values from {low:g} to {high:g}"
         raise invalid(name, found, "floats in [-1, 1]; of levels 0..255 take images / 127.5 - 1")
     return value

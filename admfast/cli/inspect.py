@@ -57,6 +57,11 @@ def run_inspect(
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     if train:
+        others = {"preset": (preset, None), "batch": (batch, 1), "dtype": (dtype, "float32")}
+        others["values"] = (values, True)
+        for name, (value, default) in others.items():
+            if value != default:
+                raise invalid(name, value, "not with --train; --batch-size and --precision are the step's")
         from admfast.cli.train_memory import print_memory
 
         return print_memory(path, set_, given)

@@ -53,6 +53,8 @@ class FoldableConv(nn.Module):
     def _plain(self) -> bool:
         """Tell whether this is a convolution of zeros around x, with neither dilation nor groups."""
         others = set(self.dilation) | {self.groups}  # type: ignore[arg-type]
+        if isinstance(self.padding, str):
+            return False
         return others == {1} and self.padding_mode == "zeros" and "_conv_forward" not in self.__dict__
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -59,6 +60,12 @@ class Norm(nn.GroupNorm):
     def forward(self, x: Tensor, *, silu: bool = False, **options: Any) -> Tensor:  # type: ignore[override]
         """`group_norm_silu` with this layer's parameters; `options` are the op's other keyword arguments."""
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **options)
+
+    def again(self, x: Tensor, **options: Any) -> Callable[[], Tensor]:
+        """Return what makes this call's result once more, whatever stands in the module's place by then."""
+        given: Any = (x.detach(), self.weight.detach(), self.bias.detach(), self.num_groups, self.eps)
+        kept: Any = {name: v.detach() if isinstance(v, Tensor) else v for name, v in options.items()}
+        return partial(group_norm_silu, *given, **kept)
 
 
 class TimestepBlock(nn.Module):
@@ -136,6 +143,8 @@ class ResBlock(FusedBlock, TimestepBlock):
     watches a part, or another module stands in its place, all parts run one by one.
     """
 
+    recomputes_norms = False  # in the backward pass, instead of keeping what they give
+
     def __init__(
         self,
         channels: int,
@@ -152,7 +161,6 @@ class ResBlock(FusedBlock, TimestepBlock):
         super().__init__()
         out_channels = out_channels or channels
         self.use_checkpoint = use_checkpoint
-        self.recomputes_norms = False  # in the backward pass, instead of keeping what they give
         self.use_scale_shift_norm = use_scale_shift_norm
         self.resample = "up" if up else "down" if down else None
         self.in_layers = nn.Sequential(
@@ -178,7 +186,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         self._built()
 
     def forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
-        return maybe_checkpoint(self.use_checkpoint, self._forward, x, emb, x2)
+        return maybe_checkpoint(self.use_checkpoint, self, self._forward, x, emb, x2)
 
     def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None) -> Tensor:
         if self.as_published():
@@ -189,7 +197,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         again = self.recomputes_norms
         if self.resample is None:
             h = norm(x, silu=True, x2=x2)
-            with made_again(h, partial(norm, x, silu=True, x2=x2)) if again else _NOTHING:
+            with made_again(h, norm.again(x, silu=True, x2=x2)) if again else _NOTHING:
                 h = conv(h)
         else:
             h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
@@ -203,7 +211,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         normed = out_norm(h, silu=True, **adaptive)
         dropped = dropout(normed)
         again = again and dropped is normed
-        with made_again(normed, partial(out_norm, h, silu=True, **adaptive)) if again else _NOTHING:
+        with made_again(normed, out_norm.again(h, silu=True, **adaptive)) if again else _NOTHING:
             return out_conv(dropped, self._skip(x, x2))
 
     def _one_by_one(self, x: Tensor, emb: Tensor | Projected) -> Tensor:
@@ -302,7 +310,7 @@ class AttentionBlock(FusedBlock):
         self._built()
 
     def forward(self, x: Tensor) -> Tensor:
-        return maybe_checkpoint(self.use_checkpoint, self._forward, x)
+        return maybe_checkpoint(self.use_checkpoint, self, self._forward, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.as_published():

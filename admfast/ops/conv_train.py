@@ -80,7 +80,7 @@ class WinogradFn(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, for_residual = ctx.needs_input_grad
         dx = dw = db = None
-        if not nobody_differentiates():
+        if not nobody_differentiates() or observed():
             wanted = [for_x, for_weight, for_bias]
             dx, dw, db = _library_gradients(dy, x, weight, wanted)
         else:

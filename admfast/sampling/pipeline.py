@@ -185,6 +185,8 @@ class Pipeline:
             check_of_images(self)
             x_t = checks.images("x_t", x_t)
             check_low_res(self, None if low_res is None else checks.images("low_res", low_res), len(x_t))
+            if low_res is not None and low_res.device.type == "cpu":
+                checks.in_range("low_res", low_res)
             labels = self._labels(classes, x_t)
             self.engine.ready(guided=False)
             return self.predictor(conditioned(self.net, labels, low_res), x_t, t)

@@ -124,7 +124,7 @@ class SampleRequest:
         for name in ("noise", "x_start", "step_noise", "low_res"):
             if getattr(self, name) is not None:
                 images = checks.images(name, getattr(self, name))
-                if name in ("x_start", "low_res"):
+                if name == "low_res" or (name == "x_start" and self.clip):
                     checks.in_range(name, images)
         if self.batch_size is not None:
             self._put_whole("batch_size", 1)

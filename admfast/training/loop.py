@@ -83,7 +83,7 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only there do signals arrive
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -191,13 +191,13 @@ class _Run:
             if logs or world.device.type == "cpu":
                 self._check(batch)
             if logs:
-                self._log(saves=bool(due))
+                self._log(validates=bool(due) and not signal_number)
             if due:
                 self._save()
+            if signal_number:
+                break  # whoever sent it may not wait for a validation or a grid
             if self.habits.grid_every and (last or learner.step % self.habits.grid_every == 0):
                 self._grid()
-            if signal_number:
-                break
         if self.board is not None:
             self.board.close()
         return Outcome(learner.step, signal_number or None)
@@ -211,10 +211,10 @@ class _Run:
             )
             raise NonFiniteError(f"{error}; {kept}") from None
 
-    def _log(self, saves: bool) -> None:
+    def _log(self, validates: bool) -> None:
         row = self.progress.row()
         if row is not None and self.writes and self.board is not None:
-            if saves and self.validation is not None:
+            if validates and self.validation is not None:
                 row |= validation_losses(self.learner, self.validation)
             folder.append_log(self.run, row)
             self.board.add(row)

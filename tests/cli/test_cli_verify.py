@@ -142,3 +142,9 @@ def test_a_place_that_cannot_be_written_is_said_first(verify, nothing_loads):
 def test_a_system_says_its_own_parts(capsys):
     assert main(["verify", "digits32", "--upsampler", "x.pt"]) == 2
     assert capsys.readouterr().err == "admfast: --upsampler='x.pt': not for a system: digits32 says it\n"
+
+
+def test_a_classifier_that_is_not_used_is_not_compared(capsys):
+    options = ["--size", "36x48", "--guidance", "0", "--classes", "1", "--steps", "4"]
+    assert main(["verify", "digits32", *options]) == 0
+    assert "classifier." not in capsys.readouterr().out

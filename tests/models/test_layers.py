@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast.errors import InvalidArgument
 from admfast.models import layers
+from admfast.models.convolution import Conv2d
 from admfast.models.layers import (
     AttentionBlock,
     AttentionPool2d,
@@ -280,3 +281,10 @@ def test_fresh_convolutions_that_end_a_branch_are_zero():
     assert not layers.zeroed(torch.nn.Conv2d(2, 2, 1)).weight.any()
     block = ResBlock(32, 8, 0.0)
     assert not block.out_layers[3].weight.any() and block.in_layers[2].weight.any()
+
+
+@pytest.mark.parametrize(("padding", "side"), [("same", 8), ("valid", 6)])
+def test_a_trainable_convolution_takes_torch_s_words_for_padding(padding, side):
+    conv, x = Conv2d(16, 16, 3, padding=padding), randn(2, 16, 8, 8)
+    assert conv(x).shape == (2, 16, side, side)
+    assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=padding))

@@ -229,6 +229,16 @@ def test_what_only_knows_torch_s_operations_gets_them():
 
 
 @needs_cpp
+def test_a_counter_round_the_backward_pass_counts_it():
+    weight = torch.randn(32, 32, 3, 3, requires_grad=True)
+    x = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last).requires_grad_(True)
+    total = conv(x, weight, padding=1, impl="winograd").sum()
+    with FlopCounterMode(display=False) as counter:
+        total.backward()
+    assert counter.get_total_flops() == 2 * 2 * 4 * 16 * 16 * 32 * 32 * 9
+
+
+@needs_cpp
 def test_transforms_and_compilation_give_the_library_s_numbers():
     weight = torch.randn(32, 32, 3, 3)
     x = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last)

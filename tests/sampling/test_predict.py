@@ -268,6 +268,8 @@ def test_what_does_not_fit_the_network_is_named():
         up.predict(randn(2, 1, 16, 16), 5, [0, 1])
     with pytest.raises(InvalidArgument, match=r"low_res.shape=\(1, 1, 8, 8\): \(2, 1, h, w\)"):
         up.predict(randn(2, 1, 16, 16), 5, [0, 1], low_res=x[:1])
+    with pytest.raises(InvalidArgument, match="^low_res="):
+        up.predict(randn(2, 1, 16, 16), 5, [0, 1], low_res=torch.linspace(0, 255, 128).view(2, 1, 8, 8))
     predict, network = predictor(MeanType.PREVIOUS_X, VarType.LEARNED)
     with pytest.raises(InvalidArgument, match="t='float': whole timesteps"):
         predict(network, X, 3.5)

@@ -191,3 +191,5 @@ def test_levels_of_0_to_255_are_no_images_of_floats(name):
         SampleRequest(**{name: levels}, **more)
     images = levels / 127.5 - 1
     assert getattr(SampleRequest(**{name: images}, **more), name) is images
+    if name == "x_start":  # without clipping x may be any quantity
+        assert SampleRequest(x_start=levels, clip=False, **more).x_start is levels

@@ -173,7 +173,7 @@ def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path):
 # Signals and other processes
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_ends(tmp_path, monkeypatch, number):
     recipe = small_recipe(steps=7)
     train(recipe, source(), tmp_path / "whole", OFTEN)
@@ -192,6 +192,22 @@ def test_a_signal_saves_and_ends(tmp_path, monkeypatch, number):
     assert [s.step for s in snapshots(tmp_path / "told")] == [3]
     train(recipe, source(), tmp_path / "told", OFTEN)
     same(last_state(tmp_path / "told"), last_state(tmp_path / "whole"))
+
+
+def test_a_signal_is_not_kept_waiting_by_validation_or_a_grid(tmp_path, monkeypatch):
+    recipe, update = small_recipe(steps=7, validation=3), loop.Learner.update
+
+    def and_signal(self, batch):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, batch)
+
+    monkeypatch.setattr(loop.Learner, "update", and_signal)
+    habits = Habits(save_every=1, log_every=1, grid_every=1)
+    assert train(recipe, source(), tmp_path, habits) == Outcome(3, signal.SIGTERM)
+    assert ["validation_loss" in row for row in rows(tmp_path)] == [True, True, False]
+    assert len(list((tmp_path / "grids").iterdir())) == 2
+    assert snapshots(tmp_path)[0].step == 3
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from admfast.errors import CheckpointError, NonFiniteError
+from admfast.models import build
 from admfast.ops.conv_winograd import amplification
 from admfast.training.distributed import World
 from admfast.training.loss import loss
@@ -65,6 +67,39 @@ def test_checkpointing_changes_no_bit():
         plain = gradients("diffusion", network=network)
         for which in ("norms", "attention", "all", 3):
             same(gradients("diffusion", network=network, checkpointing=which), plain)
+
+
+def other_parameters(net):
+    return {name: 1.3 * p.detach() for name, p in net.named_parameters()}
+
+
+def through_others(net, given: dict[str, Tensor]) -> list[Tensor]:
+    x, t = torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8), torch.tensor([3, 500])
+    leaves = {name: value.clone().requires_grad_(True) for name, value in given.items()}
+    out = functional_call(net, leaves, (x, t), {"y": torch.tensor([0, 1])})
+    return list(torch.autograd.grad(out.square().mean(), list(leaves.values())))
+
+
+def test_norms_are_made_again_with_the_parameters_of_their_forward_pass():
+    net = learner_of(small_recipe(network=dataclasses.replace(NETWORKS["diffusion"], dropout=0.0))).net
+    given = other_parameters(net)
+    plain = through_others(net, given)
+    set_checkpointing(net, "norms")
+    same(through_others(net, given), plain)
+
+
+@pytest.mark.parametrize("which", ["attention", "all"])
+def test_blocks_whose_parameters_were_replaced_are_not_computed_again(which):
+    net = learner_of(small_recipe()).net
+    set_checkpointing(net, which)
+    with pytest.raises(RuntimeError, match="checkpointing"):
+        through_others(net, other_parameters(net))
+
+
+def test_a_block_of_an_older_pickle_runs():
+    """It lacks what blocks have got since, which must then be the class's."""
+    net = build(NETWORKS["diffusion"])
+    assert all("recomputes_norms" not in vars(block) for block in net.modules())
 
 
 def test_checkpointing_chooses_blocks():
