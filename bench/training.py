@@ -35,20 +35,18 @@ from bench.command import Bench, bench_main
 from bench.measure import Case, Settings, checked, in_a_process
 from bench.results import Row
 from bench.sampling import published
+from bench.sampling.choice import names_in, precisions_in
 from bench.sampling.compare import Comparison
 from bench.sampling.contender import Contender, Entry
-from bench.sampling.flags import published_path
+from bench.sampling.flags import add_published
 from bench.sampling.subject import TINY, Inputs, Subject, subjects
 from bench.sampling.weights import shared_state
 
 LR, EMA = 1e-4, 0.9999
 PASSES = 3  # operations of a step over those of a forward pass: the gradients in x and in the weights
-SHARES = {"matmul": 0.1, "steps": 0.9}
 ROUNDS_SECONDS = {"cuda": 30.0, "cpu": 150.0}
-# By device: subjects, batch, our precisions; of the subject "adm64" the released 64 px network is the larger
-# brother.
-SYSTEMS = {"cuda": ("adm64", "imagenet64"), "cpu": ("adm64", "digits32")}
-BATCHES = {"cuda": 32, "cpu": 4}
+# By device: the systems that are measured, and the images of a step; others get 4.
+BATCHES = {"cuda": {"adm64": 32, "imagenet64": 32}, "cpu": {"adm64": 4, "digits32": 32}}
 PRECISIONS = {"cuda": ("bf16", "fp16"), "cpu": ("fp32", "bf16")}
 ADM64 = Subject(
     "adm64",
@@ -66,15 +64,16 @@ ADM64 = Subject(
     ),
     DiffusionConfig(noise_schedule="cosine", steps=1000, learn_sigma=True),
 )
-LAYOUT = torch.channels_last
+
+
+def known() -> dict[str, Subject]:
+    """Return the subjects by name."""
+    return {ADM64.name: ADM64, TINY.name: TINY} | subjects()
 
 
 def named(name: str) -> Subject:
-    """Return a subject whose step has no second network; raises ValueError for an unknown name."""
-    known = {ADM64.name: ADM64, TINY.name: TINY} | subjects()
-    if name not in known:
-        raise ValueError(f"systems={name!r}: the names are {', '.join(known)}")
-    return dataclasses.replace(known[name], classifier=None, guidance=0.0, steps=1)
+    """Return a subject without a second network."""
+    return dataclasses.replace(known()[name], classifier=None, guidance=0.0, steps=1)
 
 
 def recipe_of(subject: Subject, batch: int, precision: str = "fp32") -> Recipe:
@@ -132,6 +131,7 @@ class Trainer(Contender):
     """A contender that trains: `update` makes a step and returns its mean loss."""
 
     net: nn.Module
+    path = ""  # of the published code, for those who need it
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -161,7 +161,7 @@ class Trainer(Contender):
         if self.device.type != "cpu":
             return {}
         given = {"system": self.subject.name, "batch": self.batch, "name": self.name, "dtype": self.dtype}
-        code = f"from bench.training import tell_peak; tell_peak(path={published_path()!r}, **{given!r})"
+        code = f"from bench.training import tell_peak; tell_peak(path={self.path!r}, **{given!r})"
         return {"peak_mb": in_a_process(code, os.environ)}
 
 
@@ -209,9 +209,9 @@ class Published(Trainer):
         net.load_state_dict(shared_state(self.subject.net, 0, self.device))
         self.net = net.to(self.device).train()
         given = batch_for(self.subject, self.batch, self.device)
-        layout = LAYOUT if self.autocast else torch.contiguous_format
+        layout = torch.channels_last if self.autocast else torch.contiguous_format
         if self.autocast:
-            self.net.to(memory_format=LAYOUT)
+            self.net.to(memory_format=torch.channels_last)
             published.without_checkpoints(self.net)
         self.images, self.noise = (t.contiguous(memory_format=layout) for t in (given.images, given.noise))
         self.t, self.conditions = given.t, {"y": given.labels, "low_res": given.low_res}
@@ -278,15 +278,10 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this bench."""
     add = parser.add_argument
     add("--systems", metavar="NAME,...", help="presets, or adm64: 64 px, 128 channels (default: by device)")
-    add("--batch", metavar="N", type=int, help="images of a step (default: 4 on a CPU, 32 on a GPU)")
+    add("--batch", metavar="N", type=int, help="images of a step (default: by system and device)")
     add("--precisions", metavar="NAME,...", help="of our steps (default: by device)")
     add("--compiled", action="store_true", help="also our networks by torch.compile, which takes minutes")
-    add(
-        "--guided-diffusion",
-        metavar="PATH",
-        default=published_path(),
-        help="a checkout of the published code",
-    )
+    add_published(parser)
 
 
 def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
@@ -294,29 +289,24 @@ def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
     from bench.ops import products
 
     kind = settings.device.type
-    systems = arguments.systems.split(",") if arguments.systems else SYSTEMS[kind]
-    precisions = tuple(arguments.precisions.split(",")) if arguments.precisions else PRECISIONS[kind]
-    if unknown := set(precisions) - set(BUDGETS):
-        raise ValueError(
-            f"precisions={arguments.precisions!r}: no {unknown}; the names are {', '.join(BUDGETS)}"
-        )
+    batches = {TINY.name: 2} if settings.quick else BATCHES[kind]
+    systems = names_in("systems", arguments.systems, known()) or batches
+    precisions = precisions_in(arguments.precisions, settings) or PRECISIONS[kind]
     contenders = entries(precisions, arguments.guided_diffusion, settings.device, arguments.compiled)
 
     def steps(settings: Settings) -> Iterator[Case]:
-        for name in [TINY.name] if settings.quick else systems:
-            batch = (
-                2 if settings.quick else arguments.batch or BATCHES[kind] * (8 if name == "digits32" else 1)
-            )
+        for name in systems:
+            batch = arguments.batch or batches.get(name, 4)
             budget = ROUNDS_SECONDS[kind]
             one = Comparison("train_step", named(name), batch, contenders, budget, trial_of, PASSES)
             yield from one.cases()
 
-    return dict(
-        zip(SHARES, zip(SHARES.values(), (products.matmul_ceilings, steps), strict=True), strict=True)
-    )
+    return {"matmul": (0.1, products.matmul_ceilings), "steps": (0.9, steps)}
 
 
-BENCH = Bench("training", "Measure a training step beside the published one.", tuple(SHARES), groups, flags)
+BENCH = Bench(
+    "training", "Measure a training step beside the published one.", ("matmul", "steps"), groups, flags
+)
 main = functools.partial(bench_main, BENCH)
 
 if __name__ == "__main__":

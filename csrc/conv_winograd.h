@@ -39,11 +39,10 @@ struct WinogradProduct {
   int64_t lines;
 };
 
-// Weights [C_out, C_in, 3, 3] and their strides in elements; the matrix G [6, 3].
+// Weights [C_out, C_in, 3, 3] and their strides in elements.
 struct WinogradWeights {
   const float* from;
   int64_t C_out, C_in, out_step, in_step, row_step, column_step;
-  const double* g;
 };
 
 // The products of a block that make the gradient of the weights between a chunk of input channels and a panel of

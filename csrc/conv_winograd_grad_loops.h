@@ -6,6 +6,12 @@ namespace {
 
 constexpr int64_t kTaps = 3;
 
+// G: at a point p the powers of p over the product of its distances from the other finite points.
+constexpr double kToA = 1 / (2.0 * kA2 * (kA2 - kB2)), kToB = 1 / (2.0 * kB2 * (kB2 - kA2));
+constexpr double kWeights[kPatch][kTaps] = {{1 / (double{kA2} * kB2), 0, 0},     {kToA, kA* kToA, kA2* kToA},
+                                            {kToA, -kA * kToA, kA2* kToA},       {kToB, kB* kToB, kB2* kToB},
+                                            {kToB, -kB * kToB, kB2* kToB}, {0, 0, 1}};
+
 // A product of the gradient keeps kGradRows input channels by kAcross vectors of sums in registers. Both divide 16.
 constexpr int64_t kGradRows = ADMFAST_LEVEL >= 512 ? 8 : 4;
 
@@ -22,10 +28,10 @@ void weights(const WinogradWeights& w, int64_t begin, int64_t end, float* u) {
     for (int64_t p = 0; p < kPatch; ++p)
       for (int64_t t = 0; t < kTaps; ++t)
         for (int64_t lane = 0; lane < kPanel; ++lane)
-          half[p][t][lane] = w.g[p * kTaps] * taps[t][lane] + w.g[p * kTaps + 1] * taps[kTaps + t][lane] +
-                             w.g[p * kTaps + 2] * taps[2 * kTaps + t][lane];
+          half[p][t][lane] = kWeights[p][0] * taps[t][lane] + kWeights[p][1] * taps[kTaps + t][lane] +
+                             kWeights[p][2] * taps[2 * kTaps + t][lane];
     for (int64_t p = 0; p < kPoints; ++p) {
-      const double* row = w.g + p % kPatch * kTaps;
+      const double* row = kWeights[p % kPatch];
       const Lanes* values = half[p / kPatch];
       float* out = u + ((i / w.C_in * kPoints + p) * w.C_in + c) * kPanel;
       for (int64_t lane = 0; lane < kPanel; ++lane)
@@ -47,26 +53,14 @@ ADMFAST_INLINE void outputs_to_points(const V* d, V* out) {
   out[5] = d[3];
 }
 
-// The points of a tile's outputs at V::kWidth channels from `c`; first the columns, then the rows.
+// The points of a tile's outputs at V::kWidth channels from `c`.
 template <typename V>
 ADMFAST_INLINE void gradient_tile(const float* const* outputs, int64_t c, float* e, int64_t e_point) {
-  V half[kPatch * kTile];
-#pragma GCC unroll 4
-  for (int64_t j = 0; j < kTile; ++j) {
-    V column[kTile], points[kPatch];
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kTile; ++i) column[i] = V::load(outputs[i * kTile + j] + c);
-    outputs_to_points(column, points);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kPatch; ++i) half[i * kTile + j] = points[i];
-  }
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kPatch; ++i) {
-    V points[kPatch];
-    outputs_to_points(half + i * kTile, points);
-#pragma GCC unroll 6
-    for (int64_t j = 0; j < kPatch; ++j) points[j].store(e + (i * kPatch + j) * e_point);
-  }
+  both_ways<V, kTile, kPatch>([&](int64_t i, int64_t j) ADMFAST_INLINED { return V::load(outputs[i * kTile + j] + c); },
+                              outputs_to_points<V>,
+                              [&](int64_t i, int64_t j, V value) ADMFAST_INLINED {
+                                value.store(e + (i * kPatch + j) * e_point);
+                              });
 }
 
 void gradient_input(const WinogradImages& images, const WinogradBlock& block, int64_t begin, int64_t end, float* e) {
@@ -121,7 +115,7 @@ void gradient_product(const WinogradGradient& p, float* m) {
 // Six values to three, the rows of G^T: +p and -p share the even and the odd powers.
 template <typename V>
 ADMFAST_INLINE void to_taps(const V* m, V* out) {
-  constexpr float zero = 1 / (kA2 * kB2), a = 1 / (2 * kA2 * (kA2 - kB2)), b = 1 / (2 * kB2 * (kB2 - kA2));
+  constexpr float zero = kWeights[0][0], a = kWeights[1][0], b = kWeights[3][0];
   const V even_a = m[1] + m[2], odd_a = m[1] - m[2];
   const V even_b = m[3] + m[4], odd_b = m[3] - m[4];
   out[0] = fma(V::set(zero), m[0], fma(V::set(a), even_a, V::set(b) * even_b));
@@ -131,28 +125,14 @@ ADMFAST_INLINE void to_taps(const V* m, V* out) {
 
 void gradient_output(const float* m, bool first, float* dg) {
   constexpr int64_t pairs = kChunk * kPanel;
-  for (int64_t at = 0; at < pairs; at += Vector::kWidth) {
-    Vector half[kTaps * kPatch];
-#pragma GCC unroll 6
-    for (int64_t j = 0; j < kPatch; ++j) {
-      Vector column[kPatch], taps[kTaps];
-#pragma GCC unroll 6
-      for (int64_t i = 0; i < kPatch; ++i) column[i] = Vector::load(m + (i * kPatch + j) * pairs + at);
-      to_taps(column, taps);
-#pragma GCC unroll 3
-      for (int64_t i = 0; i < kTaps; ++i) half[i * kPatch + j] = taps[i];
-    }
-#pragma GCC unroll 3
-    for (int64_t i = 0; i < kTaps; ++i) {
-      Vector taps[kTaps];
-      to_taps(half + i * kPatch, taps);
-#pragma GCC unroll 3
-      for (int64_t j = 0; j < kTaps; ++j) {
-        float* sum = dg + (i * kTaps + j) * pairs + at;
-        (first ? taps[j] : Vector::load(sum) + taps[j]).store(sum);
-      }
-    }
-  }
+  for (int64_t at = 0; at < pairs; at += Vector::kWidth)
+    both_ways<Vector, kPatch, kTaps>(
+        [&](int64_t i, int64_t j) ADMFAST_INLINED { return Vector::load(m + (i * kPatch + j) * pairs + at); },
+        to_taps<Vector>,
+        [&](int64_t i, int64_t j, Vector value) ADMFAST_INLINED {
+          float* sum = dg + (i * kTaps + j) * pairs + at;
+          (first ? value : Vector::load(sum) + value).store(sum);
+        });
 }
 
 }  // namespace

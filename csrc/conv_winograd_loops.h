@@ -58,26 +58,41 @@ ADMFAST_INLINE Place place_of(int64_t tile, const WinogradImages& images) {
   return {tile / (across * down), tile / across % down * kTile, tile % across * kTile};
 }
 
-// The patch of a tile at V::kWidth channels from `c`; first the columns, then the rows.
+// A transform of kFrom values to kTo, of the columns of a square and then of its rows. `load(i, j)` gives what stands in
+// row i and column j, `store(i, j, value)` takes it; rows from `rows` on are not wanted.
+template <typename V, int64_t kFrom, int64_t kTo, typename Load, typename Transform, typename Store>
+ADMFAST_INLINE void both_ways(Load load, Transform transform, Store store, int64_t rows = kTo) {
+  V half[kTo * kFrom];
+#pragma GCC unroll 6
+  for (int64_t j = 0; j < kFrom; ++j) {
+    V column[kFrom], made[kTo];
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kFrom; ++i) column[i] = load(i, j);
+    transform(column, made);
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kTo; ++i) half[i * kFrom + j] = made[i];
+  }
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < kTo; ++i) {
+    if (i >= rows) return;
+    V made[kTo];
+    transform(half + i * kFrom, made);
+#pragma GCC unroll 6
+    for (int64_t j = 0; j < kTo; ++j) store(i, j, made[j]);
+  }
+}
+
+// What `both_ways` is given: without the word the compiler calls those that stand in a loop of 36.
+#define ADMFAST_INLINED __attribute__((always_inline))
+
+// The patch of a tile at V::kWidth channels from `c`.
 template <typename V>
 ADMFAST_INLINE void input_tile(const float* const* patch, int64_t c, float* v, int64_t v_point) {
-  V half[kPoints];
-#pragma GCC unroll 6
-  for (int64_t j = 0; j < kPatch; ++j) {
-    V column[kPatch], points[kPatch];
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kPatch; ++i) column[i] = V::load(patch[i * kPatch + j] + c);
-    to_points(column, points);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kPatch; ++i) half[i * kPatch + j] = points[i];
-  }
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < kPatch; ++i) {
-    V points[kPatch];
-    to_points(half + i * kPatch, points);
-#pragma GCC unroll 6
-    for (int64_t j = 0; j < kPatch; ++j) points[j].store(v + (i * kPatch + j) * v_point);
-  }
+  both_ways<V, kPatch, kPatch>([&](int64_t i, int64_t j) ADMFAST_INLINED { return V::load(patch[i * kPatch + j] + c); },
+                               to_points<V>,
+                               [&](int64_t i, int64_t j, V value) ADMFAST_INLINED {
+                                 value.store(v + (i * kPatch + j) * v_point);
+                               });
 }
 
 void input(const WinogradImages& images, const WinogradBlock& block, int64_t begin, int64_t end, float* v) {
@@ -147,34 +162,19 @@ void product(const WinogradProduct& p) {
   product_of<kCount>(p);
 }
 
-// The outputs of a tile at V::kWidth channels; first the columns, then the rows. Those of `rows` and `columns` lie
-// inside the image.
+// The outputs of a tile at V::kWidth channels. Those of `rows` and `columns` lie inside the image.
 template <typename V>
 ADMFAST_INLINE void output_tile(const float* m, int64_t m_point, V bias, const float* residual, float* y, int64_t y_row,
                                 int64_t y_column, int64_t rows, int64_t columns) {
-  V half[kTile * kPatch];
-#pragma GCC unroll 6
-  for (int64_t j = 0; j < kPatch; ++j) {
-    V column[kPatch], out[kTile];
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < kPatch; ++i) column[i] = V::load(m + (i * kPatch + j) * m_point);
-    from_points(column, out);
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kTile; ++i) half[i * kPatch + j] = out[i];
-  }
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < kTile; ++i) {
-    if (i >= rows) return;
-    V out[kTile];
-    from_points(half + i * kPatch, out);
-#pragma GCC unroll 4
-    for (int64_t j = 0; j < kTile; ++j) {
-      if (j >= columns) break;
-      const int64_t at = i * y_row + j * y_column;
-      const V value = out[j] + bias;
-      (residual ? value + V::load(residual + at) : value).store(y + at);
-    }
-  }
+  both_ways<V, kPatch, kTile>([&](int64_t i, int64_t j) ADMFAST_INLINED { return V::load(m + (i * kPatch + j) * m_point); },
+                              from_points<V>,
+                              [&](int64_t i, int64_t j, V value) ADMFAST_INLINED {
+                                if (j >= columns) return;
+                                const int64_t at = i * y_row + j * y_column;
+                                const V sum = value + bias;
+                                (residual ? sum + V::load(residual + at) : sum).store(y + at);
+                              },
+                              rows);
 }
 
 void output(const WinogradImages& images, const WinogradBlock& block, int64_t begin, int64_t end, const float* m) {

@@ -171,17 +171,12 @@ Tensor winograd(const Tensor& x, const Tensor& u, const OptionalTensor& bias, co
 }
 
 // The weights of the convolution, or with `transposed` those of its transpose: flipped, their channels exchanged.
-WinogradWeights described(const char* op, const Tensor& weight, const Tensor& transform, bool transposed) {
+WinogradWeights described(const char* op, const Tensor& weight, bool transposed) {
   check_floats(op, {{"weight", &weight}});
   TORCH_CHECK(weight.dim() == 4 && weight.size(2) == kTaps && weight.size(3) == kTaps && weight.numel() > 0, op,
               ": weight must be [C_out, C_in, 3, 3], it is ", weight.sizes());
-  TORCH_CHECK(transform.scalar_type() == at::kDouble && transform.is_cpu() && transform.is_contiguous() &&
-                  transform.sizes() == at::IntArrayRef({kWinogradPatch, kTaps}),
-              op, ": transform must be contiguous float64 [6, 3] on the CPU, it is ", transform.scalar_type(), " ",
-              transform.sizes());
-  WinogradWeights w{weight.const_data_ptr<float>(), weight.size(0),   weight.size(1),
-                    weight.stride(0),               weight.stride(1), weight.stride(2),
-                    weight.stride(3),               transform.const_data_ptr<double>()};
+  WinogradWeights w{weight.const_data_ptr<float>(), weight.size(0),   weight.size(1),  weight.stride(0),
+                    weight.stride(1),               weight.stride(2), weight.stride(3)};
   if (transposed) {
     w.from += (kTaps - 1) * (w.row_step + w.column_step);
     w.row_step = -w.row_step, w.column_step = -w.column_step;
@@ -190,18 +185,18 @@ WinogradWeights described(const char* op, const Tensor& weight, const Tensor& tr
   return w;
 }
 
-Tensor weights(const Tensor& weight, const Tensor& transform, bool transposed) {
-  const WinogradWeights w = described("winograd_weights", weight, transform, transposed);
+Tensor weights(const Tensor& weight, bool transposed) {
+  const WinogradWeights w = described("winograd_weights", weight, transposed);
   Tensor u = at::empty({divided_up(w.C_out, kWinogradPanel), kWinogradPoints, w.C_in, kWinogradPanel}, weight.options());
   transform_weights(w, u.data_ptr<float>());
   return u;
 }
 
 // By weights that change from call to call.
-Tensor winograd_once(const Tensor& x, const Tensor& weight, const Tensor& transform, const OptionalTensor& bias,
+Tensor winograd_once(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& residual, bool transposed) {
   const char* op = "conv3x3_winograd_once";
-  const WinogradWeights w = described(op, weight, transform, transposed);
+  const WinogradWeights w = described(op, weight, transposed);
   check(x, bias, residual, w.C_out);
   TORCH_CHECK(x.size(1) == w.C_in, op, ": x has ", x.size(1), " channels, the weights take ", w.C_in);
   return convolved(x, nullptr, &w, bias, residual, w.C_out);
@@ -223,9 +218,9 @@ float* winograd_memory(int64_t floats) {
 TORCH_LIBRARY_FRAGMENT(admfast, m) {
   m.def("conv3x3_winograd(Tensor x, Tensor u, Tensor? bias, Tensor? residual, int channels) -> Tensor");
   m.def(
-      "conv3x3_winograd_once(Tensor x, Tensor weight, Tensor transform, Tensor? bias, Tensor? residual, bool transposed) "
+      "conv3x3_winograd_once(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool transposed) "
       "-> Tensor");
-  m.def("winograd_weights(Tensor weight, Tensor transform, bool transposed) -> Tensor");
+  m.def("winograd_weights(Tensor weight, bool transposed) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(admfast, CPU, m) {

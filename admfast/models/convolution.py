@@ -94,7 +94,7 @@ class FoldableConv(nn.Module):
             geometry = {"stride": self.stride, "padding": self.padding}
             if x2 is None:
                 return conv(x, weight, bias, residual, **geometry)  # type: ignore[arg-type]
-            # The sources side by side would be kept for the gradient: 7 % of a 64 px step's activations.
+            # Side by side the sources would be kept for the gradient: 77 MB of a 64 px step's peak, batch 4.
             first, second = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
             return conv(x2, second, None, conv(x, first, bias, residual, **geometry), **geometry)  # type: ignore[arg-type]
         if x2 is not None:

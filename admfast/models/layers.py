@@ -186,7 +186,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         self._built()
 
     def forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
-        return maybe_checkpoint(self.use_checkpoint, self, self._forward, x, emb, x2)
+        return maybe_checkpoint(self, x, emb, x2)
 
     def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None) -> Tensor:
         if self.as_published():
@@ -310,7 +310,7 @@ class AttentionBlock(FusedBlock):
         self._built()
 
     def forward(self, x: Tensor) -> Tensor:
-        return maybe_checkpoint(self.use_checkpoint, self, self._forward, x)
+        return maybe_checkpoint(self, x)
 
     def _forward(self, x: Tensor) -> Tensor:
         if self.as_published():

@@ -7,38 +7,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from admfast.ops.transforms import in_transform
 
 
-def maybe_checkpoint(
-    use_checkpoint: bool, block: nn.Module, forward: Callable[..., Tensor], *args: Any
-) -> Tensor:
-    """Run `forward` of `block`, again in the backward pass where asked for and a gradient is recorded.
+def maybe_checkpoint(block: Any, *args: Any) -> Tensor:
+    """Run `block._forward`, again in the backward pass where its `use_checkpoint` says so.
 
     The non-reentrant form follows the graph, not the arguments, so that frozen parameters, double backward
     and inputs that need no gradient all work. `torch.func` can't recompute: under it everything is stored.
     Raises RuntimeError in the backward pass where the block's parameters were replaced since.
     """
-    if not use_checkpoint or not torch.is_grad_enabled():
-        return forward(*args)
-    if in_transform():
-        return forward(*args)
+    if not block.use_checkpoint or not torch.is_grad_enabled() or in_transform():
+        return block._forward(*args)
     if torch.compiler.is_compiling():
-        return checkpoint(forward, *args, use_reentrant=False)
+        return checkpoint(block._forward, *args, use_reentrant=False)
     places = [_place(parameter) for parameter in block.parameters()]
 
-    def same(*given: Any) -> Tensor:
+    def forward(*given: Any) -> Tensor:
         if [_place(parameter) for parameter in block.parameters()] != places:
             raise RuntimeError(
                 "checkpointing: the parameters that the forward pass used were replaced before the backward "
                 "pass (torch.func.functional_call does so); use checkpointing 'none' or 'norms'"
             )
-        return forward(*given)
+        return block._forward(*given)
 
-    return checkpoint(same, *args, use_reentrant=False)
+    return checkpoint(forward, *args, use_reentrant=False)
 
 
 def made_again(made: Tensor, again: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:

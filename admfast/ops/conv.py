@@ -86,7 +86,7 @@ class FoldedConv:
         if impl is not None:
             TABLE.named(impl)
         dims = weight.dim() - 2
-        geometry = (_each(stride, dims, "stride", 1), _each(padding, dims, "padding", 0))
+        geometry = (each(stride, dims, "stride", 1), each(padding, dims, "padding", 0))
         _check_bias(weight, bias)
         self.weight, self.bias = weight, bias
         self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory)
@@ -157,7 +157,7 @@ def _like(x: Tensor, direction: Direction, bias: Tensor | None, residual: Tensor
     return channels_last(y) if is_channels_last(x) else y.contiguous()
 
 
-def _each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
+def each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
     """One number for each spatial dimension."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,) * dims
     if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from admfast.errors import first_line
 from admfast.ops import conv_epilogue, native
-from admfast.ops.conv_winograd import transform
 from admfast.ops.layout import channels_last, is_channels_last
 from admfast.ops.transforms import compiled_transform, constant, deriving, in_vmap
 
@@ -160,7 +159,7 @@ def _matmul_form(direction: Direction) -> Tensor:
 
 
 def _winograd_form(direction: Direction) -> Tensor:
-    return native.ops().winograd_weights(direction.source_part().float(), transform(), direction.is_transpose)
+    return native.ops().winograd_weights(direction.source_part().float(), direction.is_transpose)
 
 
 def _packed_form(direction: Direction, *size: int) -> Tensor:
@@ -229,9 +228,16 @@ def by_winograd(direction: Direction, x: Tensor, bias: Tensor | None, residual: 
 
 def winograd_supports(direction: Direction, x: Tensor) -> str | None:
     """Say why Winograd's convolution can't serve a call; None where it can."""
-    if (direction.kernel, direction.stride, direction.padding) != ((3, 3), (1, 1), (1, 1)):
+    return winograd_fits(direction.kernel, direction.stride, direction.padding, x)
+
+
+def winograd_fits(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], x: Tensor
+) -> str | None:
+    """Say why Winograd's algorithm isn't that of a convolution of `x`; None where it is."""
+    if (kernel, stride, padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
-    return for_float32_on_the_cpu(x)
+    return _for_float32_on_the_cpu(x)
 
 
 def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -254,10 +260,10 @@ def packed_supports(direction: Direction, x: Tensor) -> str | None:
         p > k - 1 for k, p in zip(direction.kernel, direction.padding, strict=True)
     ):
         return "its gradient is not a convolution"
-    return for_float32_on_the_cpu(x)
+    return _for_float32_on_the_cpu(x)
 
 
-def for_float32_on_the_cpu(x: Tensor) -> str | None:
+def _for_float32_on_the_cpu(x: Tensor) -> str | None:
     """Reasons against the implementations that torch doesn't differentiate."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"

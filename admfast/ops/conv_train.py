@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.conv import conv_ref, wide_loops
-from admfast.ops.conv_forms import CONVOLUTIONS, for_float32_on_the_cpu
-from admfast.ops.conv_winograd import transform
+from admfast.ops.conv import conv_ref, each, wide_loops
+from admfast.ops.conv_forms import CONVOLUTIONS, winograd_fits
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.layout import is_channels_last
 from admfast.ops.transforms import (
@@ -34,8 +32,8 @@ def conv(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
     impl: str | None = None,
 ) -> Tensor:
     """Compute `residual + conv(x, weight) + bias`, torch's convolution (a cross-correlation, zeros around x).
@@ -63,8 +61,8 @@ def conv(
         allowed = f"[C_out, {x.shape[1] if x.dim() > 1 else 'C_in'}, *kernel], for x {tuple(x.shape)}"
         raise invalid("weight.shape", tuple(weight.shape), allowed)
     dims = x.dim() - 2
-    geometry = tuple((n,) * dims if isinstance(n, int) else tuple(n) for n in (stride, padding))
-    return TABLE.choose(impl, x, weight, *geometry).forward(x, weight, bias, residual, *geometry)
+    geometry = {"stride": each(stride, dims, "stride", 1), "padding": each(padding, dims, "padding", 0)}
+    return TABLE.choose(impl, x, weight, **geometry).forward(x, weight, bias, residual, **geometry)
 
 
 class WinogradFn(torch.autograd.Function):
@@ -73,7 +71,7 @@ class WinogradFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        return _winograd(x, weight, bias, residual)
+        return native.ops().conv3x3_winograd_once(x, weight, bias, residual, False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -85,7 +83,7 @@ class WinogradFn(torch.autograd.Function):
             dx, dw, db = _library_gradients(dy, x, weight, wanted)
         else:
             if for_x:
-                dx = native.ops().conv3x3_winograd_once(dy, weight, transform(), None, None, True)
+                dx = native.ops().conv3x3_winograd_once(dy, weight, None, None, True)
             if for_weight:
                 dw = native.ops().conv3x3_winograd_weight_grad(x, dy)
             if for_bias:
@@ -100,60 +98,36 @@ def _library_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
     )
 
 
-def _winograd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return native.ops().conv3x3_winograd_once(x, weight, transform(), bias, residual, False)
-
-
 def by_winograd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *_geometry: tuple[int, ...]
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **_geometry: tuple[int, ...]
 ) -> Tensor:
     """Winograd's F(4x4, 3x3) in C++, with weights that are transformed at the call (csrc/README.md)."""
     if recorded(x, weight, bias, residual):
         return record(WinogradFn, x, weight, bias, residual)
-    return _winograd(x, weight, bias, residual)
+    return native.ops().conv3x3_winograd_once(x, weight, bias, residual, False)
 
 
-def winograd_supports(
-    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
-) -> str | None:
+def winograd_supports(x: Tensor, weight: Tensor, **geometry: tuple[int, ...]) -> str | None:
     """Say why Winograd's convolution can't serve a call; None where it can."""
-    if (tuple(weight.shape[2:]), stride, padding) != ((3, 3), (1, 1), (1, 1)):
-        return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
     if not is_channels_last(x):
         return "x is not channels-last"
     if in_transform() or torch.compiler.is_compiling():
         return "not under torch.func and torch.compile"
-    return for_float32_on_the_cpu(x)
+    return winograd_fits(tuple(weight.shape[2:]), x=x, **geometry)
 
 
 def by_library(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **geometry: tuple[int, ...]
 ) -> Tensor:
     """torch's own convolution."""
     if weight.requires_grad and weight.dim() > 3 and weight.is_contiguous():
         # The library's gradient lies as the images do; that of a view lies as the weight does.
         weight = weight.flatten(1).unflatten(1, weight.shape[1:])
-    y = CONVOLUTIONS[x.dim() - 2](x, weight, bias, stride, padding)
+    y = CONVOLUTIONS[x.dim() - 2](x, weight, bias, **geometry)
     return y if residual is None else residual + y
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-) -> Tensor:
-    return conv_ref(x, weight, bias, residual, stride=stride, padding=padding)
-
-
-def preferred(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> str:
+def preferred(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
     """Return the implementation that was measured to be the fastest for a call.
 
     Milliseconds on two threads of an EPYC with AVX-512, float32, channels-last, library / Winograd with the
@@ -177,9 +151,7 @@ def preferred(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple
           16 ->   64, 16, 4      0.23 / 0.25     0.25 / 0.34      0.27 / 0.21
           64 ->   64,  5, 8      0.28 / 0.31     0.34 / 0.30      0.35 / 0.27
     """
-    if observed() or in_autocast(x.device) or not wide_loops():
-        return "library"
-    if winograd_supports(x, weight, stride, padding) is not None:
+    if x.dim() != 4 or observed() or in_autocast(x.device) or not wide_loops():
         return "library"
     n, _, height, width = x.shape
     c_out, c_in = weight.shape[:2]
@@ -193,7 +165,7 @@ TABLE = OpTable(
     [
         Implementation("library", by_library),
         Implementation("winograd", by_winograd, native.reason_missing, winograd_supports),
-        Implementation("reference", _reference),
+        Implementation("reference", conv_ref),
     ],
     prefer=preferred,
 )

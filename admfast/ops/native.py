@@ -119,7 +119,7 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("admfast::conv3x3_winograd_once")
     def _(
-        x: torch.Tensor, weight: torch.Tensor, _t: Any, _bias: Any, _residual: Any, transposed: bool
+        x: torch.Tensor, weight: torch.Tensor, _bias: Any, _residual: Any, transposed: bool
     ) -> torch.Tensor:
         n, _, height, width = x.shape
         return empty_channels_last((n, weight.shape[1 if transposed else 0], height, width), x)
@@ -129,7 +129,7 @@ def _register_fakes() -> None:
         return x.new_empty((dy.shape[1], x.shape[1], 3, 3))
 
     @torch.library.register_fake("admfast::winograd_weights")
-    def _(weight: torch.Tensor, _transform: Any, transposed: bool) -> torch.Tensor:
+    def _(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
         c_in, c_out = weight.shape[:2] if transposed else reversed(weight.shape[:2])
         return weight.new_empty((-(-c_out // 32), 36, c_in, 32), dtype=torch.float32)
 

@@ -66,7 +66,7 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
     """Return what a run measures; raises ValueError for a name or number that is not allowed."""
     kind, known = settings.device.type, subjects()
     batches = _numbers(arguments.batches) or BATCHES[kind]
-    names = _names("systems", arguments.systems, known) or SYSTEMS[kind]
+    names = names_in("systems", arguments.systems, known) or SYSTEMS[kind]
     if settings.quick:
         pairs = [(TINY, 2)]
     elif arguments.systems:
@@ -76,24 +76,32 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
         pairs = [(known[name], batch) for name in names for batch in batches]
         more = [(subject, batch) for subject in known.values() for batch in ALL_BATCHES[kind]]
         pairs += [pair for pair in more if pair not in pairs] if arguments.all else []
-    precisions = tuple(_texts(arguments.precisions)) or PRECISIONS[kind]
-    for name in precisions:
+    precisions = precisions_in(arguments.precisions, settings) or PRECISIONS[kind]
+    path = arguments.guided_diffusion
+    # Those that are there and need no minutes of compilation.
+    peers = names_in("peers", arguments.peers, PEERS) or (["eager", "channels-last"] if path else [])
+    return Choice(tuple(pairs), precisions, tuple(peers), path)
+
+
+def precisions_in(text: str | None, settings: Settings) -> tuple[str, ...]:
+    """Return the precisions of a flag; raises ValueError for one that the device hasn't."""
+    names = tuple(texts_in(text))
+    for name in names:
         try:
             policy(name, settings.device)
         except AdmfastError as error:
             raise ValueError(str(error)) from None
-    path = arguments.guided_diffusion
-    # Those that are there and need no minutes of compilation.
-    peers = _names("peers", arguments.peers, PEERS) or (["eager", "channels-last"] if path else [])
-    return Choice(tuple(pairs), precisions, tuple(peers), path)
+    return names
 
 
-def _texts(text: str | None) -> list[str]:
+def texts_in(text: str | None) -> list[str]:
+    """Return the parts of a list with commas."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def _names(flag: str, text: str | None, known: Iterable[str]) -> list[str]:
-    names = _texts(text)
+def names_in(flag: str, text: str | None, known: Iterable[str]) -> list[str]:
+    """Return the names of a flag; raises ValueError for one that isn't known."""
+    names = texts_in(text)
     for name in names:
         if name not in known:
             raise ValueError(f"{flag}={text!r}: no {name}; the names are {', '.join(known)}")
@@ -101,7 +109,7 @@ def _names(flag: str, text: str | None, known: Iterable[str]) -> list[str]:
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:
-    numbers = _texts(text)
+    numbers = texts_in(text)
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise ValueError(f"batches={text!r}: whole numbers from 1 on, with commas")
     return tuple(map(int, numbers))

@@ -18,13 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--batches", metavar="N,...", help="images at a time (default: 8,1 on a GPU, 1,4 on a CPU)")
     add("--precisions", metavar="NAME,...", help="of our steps (default: by device)")
     add("--all", action="store_true", help="every preset; batches 8,1,32 on a GPU, also batch 1 on a CPU")
-    add(
-        "--guided-diffusion",
-        metavar="PATH",
-        default=published_path(),
-        help="a checkout of the published code, to compare with "
-        f"(default: {PUBLISHED_PATH}, or {PUBLISHED_FOLDER} where it exists)",
-    )
+    add_published(parser)
     add(
         "--peers",
         metavar="NAME,...",
@@ -32,6 +26,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         const=",".join(PEERS),
         help=f"of {','.join(PEERS)}; without names all, which takes minutes to compile "
         "(default: those that are there, but compiled)",
+    )
+
+
+def add_published(parser: argparse.ArgumentParser) -> None:
+    """Add the place of the published code."""
+    parser.add_argument(
+        "--guided-diffusion",
+        metavar="PATH",
+        default=published_path(),
+        help="a checkout of the published code, to compare with "
+        f"(default: {PUBLISHED_PATH}, or {PUBLISHED_FOLDER} where it exists)",
     )
 
 

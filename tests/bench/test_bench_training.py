@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def test_the_gradient_is_that_of_the_reference_in_float64() -> None:
     x = learner.process.q_sample(given.images.double(), given.t, given.noise.double())
     assert x.dtype == torch.float64
     doubles = {name: getattr(given, name).double() for name in ("images", "noise")}
-    terms = learner.loss(net, learner.recipe, learner.process, training.dataclasses.replace(given, **doubles))
+    terms = learner.loss(net, learner.recipe, learner.process, dataclasses.replace(given, **doubles))
     terms["loss"].mean().backward()
     truth = torch.cat([parameter.grad.reshape(-1) for parameter in net.parameters()])
     loss, gradient = trial.outcome

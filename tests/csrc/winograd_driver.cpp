@@ -136,13 +136,13 @@ void weights_of(const WinogradLoops& loops, const Case& k, const std::vector<flo
   for (const bool transposed : {false, true}) {
     Case other = k;
     std::vector<float> flipped = weight;
-    WinogradWeights w{weight.data(), k.C_out, k.C_in, k.C_in * 9, 9, 3, 1, kWeights[0]};
+    WinogradWeights w{weight.data(), k.C_out, k.C_in, k.C_in * 9, 9, 3, 1};
     if (transposed) {
       std::swap(other.C_in, other.C_out);
       for (int64_t o = 0; o < k.C_out; ++o)
         for (int64_t i = 0; i < k.C_in * 9; ++i)
           flipped[static_cast<size_t>((i / 9 * k.C_out + o) * 9 + 8 - i % 9)] = weight[static_cast<size_t>(o * k.C_in * 9 + i)];
-      w = {weight.data() + 8, k.C_in, k.C_out, 9, k.C_in * 9, -3, -1, kWeights[0]};
+      w = {weight.data() + 8, k.C_in, k.C_out, 9, k.C_in * 9, -3, -1};
     }
     const std::vector<float> u = transformed(other, flipped);
     std::vector<float> made(u.size(), std::numeric_limits<float>::quiet_NaN());

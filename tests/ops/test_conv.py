@@ -18,6 +18,7 @@ from admfast.ops.conv_winograd import amplification
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import DEVICES, HALF_AND_SINGLE, assert_same_formula, assert_within, unmodified
 
+pytestmark = pytest.mark.usefixtures("seeded")
 TABLE = TABLES["conv"]
 IMPLEMENTATIONS = TABLE.names()
 # name: (batch, C_in, C_out, spatial, kernel, stride, padding)
@@ -63,24 +64,6 @@ GROWTH = {"winograd": amplification()}
 # These run channels-last, where the library sums all products one after the other and has three times the
 # error of its channels-first convolution, which sums 16 at a time: the reference, too, is taken there.
 CHANNELS_LAST = ("packed", "library", "matmul")
-
-
-@pytest.fixture(autouse=True)
-def seeded(monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.delenv("ADMFAST_IMPL", raising=False)
-
-
-@pytest.fixture
-def poisoned():
-    """Return what is allocated without being filled is NaN."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def call_of(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ from admfast.ops import TABLES, FoldedConv, conv_ref, native, watch
 from admfast.ops.conv import preferred
 from admfast.ops.conv_forms import packed_missing
 from admfast.ops.conv_grad import direction_of
-from admfast.ops.conv_winograd import amplification, transform
+from admfast.ops.conv_winograd import amplification
 from admfast.ops.dispatch import using
 from tests.ops.tolerance import assert_within
 
@@ -213,7 +213,7 @@ def test_the_raw_ops_pass_opcheck(channels_last):
     x, residual = torch.randn(2, 20, 9, 7), torch.randn(2, 40, 9, 7)
     if channels_last:
         x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
-    u = torch.ops.admfast.winograd_weights(weight, transform(), False)
+    u = torch.ops.admfast.winograd_weights(weight, False)
     for given in ((None, None), (bias, residual)):
         torch.library.opcheck(torch.ops.admfast.conv3x3_winograd.default, (x, u, *given, 40))
         torch.library.opcheck(torch.ops.admfast.folded_conv.default, (x, *given, conv.directions[0].key))

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, conv, native, watch
-from admfast.ops.conv_winograd import amplification, gradient_amplification, transform
+from admfast.ops.conv_winograd import amplification, gradient_amplification
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, unmodified
 
+pytestmark = pytest.mark.usefixtures("seeded")
 TABLE = TABLES["conv_train"]
 WITHOUT_C = native.reason_missing()
 needs_cpp = pytest.mark.skipif(WITHOUT_C is not None, reason=f"{WITHOUT_C}")
@@ -36,24 +37,6 @@ SHAPES: dict[str, tuple] = {
     "3d": (1, 6, 5, (3, 6, 4), 3, (1, 2, 2), 1),
 }
 GROWTH = {"winograd": (amplification(), gradient_amplification())}
-
-
-@pytest.fixture(autouse=True)
-def seeded(monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.delenv("ADMFAST_IMPL", raising=False)
-
-
-@pytest.fixture
-def poisoned():
-    """Fill what is allocated with NaN."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def call_of(
@@ -87,9 +70,10 @@ def results(
 def unserved(impl: str, tensors: dict[str, Tensor], geometry: dict) -> bool:
     """Tell whether `impl` can't serve a call, after seeing that it says so."""
     x, weight = tensors["x"], tensors["weight"]
-    stride, padding = ((n,) * (x.dim() - 2) if isinstance(n, int) else n for n in geometry.values())
+    dims = x.dim() - 2
+    of_each = {name: (n,) * dims if isinstance(n, int) else n for name, n in geometry.items()}
     entry = TABLE.named(impl)
-    if not (entry.available() or entry.supports(x, weight, stride, padding)):
+    if not (entry.available() or entry.supports(x, weight, **of_each)):
         return False
     with pytest.raises(Unavailable, match=f"^impl='{impl}'"):
         conv(**tensors, **geometry, impl=impl)
@@ -274,9 +258,9 @@ def test_what_does_not_fit_is_refused_by_name(changes, name):
 def test_the_raw_ops_pass_opcheck(transposed):
     tensors, _, dy = call_of("odd", 0, "channels_last", True)
     x, weight, bias, residual = tensors.values()
-    call = (x, weight, transform(), bias, residual, False)
+    call = (x, weight, bias, residual, False)
     if transposed:
-        call = (dy, weight, transform(), None, None, True)
+        call = (dy, weight, None, None, True)
     torch.library.opcheck(torch.ops.admfast.conv3x3_winograd_once.default, call)
     torch.library.opcheck(torch.ops.admfast.conv3x3_winograd_weight_grad.default, (x, dy))
 
@@ -304,7 +288,7 @@ def test_the_raw_convolution_refuses_channels_that_do_not_fit():
     for transposed, channels in ((False, 6), (True, 4)):
         with pytest.raises(RuntimeError, match="^conv3x3_winograd_once: x has"):
             torch.ops.admfast.conv3x3_winograd_once(
-                torch.ones(1, channels, 4, 4), weight, transform(), None, None, transposed
+                torch.ones(1, channels, 4, 4), weight, None, None, transposed
             )
 
 

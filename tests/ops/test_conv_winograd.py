@@ -12,7 +12,6 @@ from admfast.ops.conv_winograd import (
     amplification,
     gradient_amplification,
     matrices,
-    transform,
     winograd_weights_ref,
 )
 from tests.ops.cover import laid_out
@@ -97,7 +96,7 @@ def test_the_growth_of_the_gradient_is_that_of_random_terms():
 def test_the_compiled_weights_are_the_reference_s(shape, layout, transposed):
     weight = torch.randn(*shape, 3, 3, generator=torch.Generator().manual_seed(0))
     given = laid_out(weight, layout)
-    u = torch.ops.admfast.winograd_weights(given, transform(), transposed)
+    u = torch.ops.admfast.winograd_weights(given, transposed)
     weight = weight.flip(2, 3).transpose(0, 1) if transposed else weight
     shape = weight.shape[:2]
     reference = winograd_weights_ref(weight)
@@ -107,7 +106,7 @@ def test_the_compiled_weights_are_the_reference_s(shape, layout, transposed):
     assert float((u != reference).float().mean()) < 1e-3
     full = shape[0] % 32
     assert full == 0 or not u[-1, :, :, full:].any(), "the last panel is filled up with zeros"
-    torch.library.opcheck(torch.ops.admfast.winograd_weights.default, (given, transform(), transposed))
+    torch.library.opcheck(torch.ops.admfast.winograd_weights.default, (given, transposed))
 
 
 @needs_cpp
@@ -118,12 +117,10 @@ def test_the_compiled_weights_are_the_reference_s(shape, layout, transposed):
         (dict(weight=torch.ones(2, 2, 3, 2)), "weight must be"),
         (dict(weight=torch.ones(2, 3, 3)), "weight must be"),
         (dict(weight=torch.ones(0, 2, 3, 3)), "weight must be"),
-        (dict(transform=torch.ones(6, 3)), "transform must be"),
-        (dict(transform=torch.ones(3, 6).double()), "transform must be"),
     ],
     ids=str,
 )
 def test_the_compiled_weights_refuse_what_does_not_fit(changes, name):
-    call = dict(weight=torch.ones(2, 2, 3, 3), transform=transform(), transposed=False)
+    call = dict(weight=torch.ones(2, 2, 3, 3), transposed=False)
     with pytest.raises(RuntimeError, match=f"^winograd_weights: {name}"):
         torch.ops.admfast.winograd_weights(**(call | changes))

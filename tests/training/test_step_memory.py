@@ -17,7 +17,7 @@ from admfast.models import UNetConfig
 from admfast.models.layers import ResBlock
 from admfast.training.loss import batch_of
 from admfast.training.memory import step_memory
-from admfast.training.network import build_network  # noqa: F401
+from admfast.training.network import build_network
 from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import recipe as preset
 from admfast.training.update import Learner
