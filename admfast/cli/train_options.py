@@ -69,6 +69,13 @@ Cache = Annotated[
     str | None,
     typer.Option(help="Where decoded images are kept: memory, or a folder (default: nowhere)."),
 ]
+AsyncSave = Annotated[
+    bool | None,
+    typer.Option(
+        "--async-save/--no-async-save",
+        help="Write snapshots beside the next steps, from a copy in the host's memory (default: on a GPU).",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
 DryRun = Annotated[
     bool,
