@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from admfast import accelerate as accelerate
     from admfast import solvers as solvers
     from admfast.errors import AdmfastError as AdmfastError
     from admfast.models import Classifier as Classifier
@@ -35,7 +36,7 @@ _HOMES = {
 }
 # Modules of the public face that lie deeper than their name says.
 _MODULES = {"guides": "sampling.guides"}
-__all__ = ["__version__", "solvers", *sorted(_HOMES), *_MODULES]
+__all__ = ["__version__", "accelerate", "solvers", *sorted(_HOMES), *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

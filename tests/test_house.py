@@ -27,6 +27,7 @@ FLOORS = {
     "solvers": 3,
     "engine": 4,
     "sampling": 5,
+    "accelerate": 6,
     "runs": 6,
     "verify": 6,
     "training": 6,
@@ -37,7 +38,7 @@ FLOORS = {
 }
 # Checks raise errors; the public face stands above floor 5.
 BESIDE = {("checks", "errors")}
-FACE = {"errors", "models", "sampling", "solvers"}
+FACE = {"accelerate", "errors", "models", "sampling", "solvers"}
 LONGEST, LONGEST_FUNCTION = 450, 60
 
 

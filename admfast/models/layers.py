@@ -282,6 +282,11 @@ class Attention(nn.Module):
         return attention(qkv, self.num_heads, legacy_order=self.legacy_order and not reordered)
 
 
+def legacy_rows(count: int, num_heads: int) -> list[int]:
+    """Return the order that makes rows of legacy qkv weights, [h, 3, d], those of the new one, [3, h, d]."""
+    return torch.arange(count, device="cpu").view(num_heads, 3, -1).transpose(0, 1).flatten().tolist()
+
+
 class AttentionBlock(FusedBlock):
     """`x + proj_out(attention(qkv(GN(x))))` over all positions (Ho et al. 2020), tokens channels-last.
 
@@ -303,9 +308,7 @@ class AttentionBlock(FusedBlock):
         self.qkv = PointwiseConv1d(channels, 3 * channels, 1)
         self.attention = Attention(num_heads, legacy_order=not use_new_attention_order)
         if self.attention.legacy_order:
-            # [h, 3, d] -> [3, h, d]
-            rows = torch.arange(3 * channels, device="cpu").view(num_heads, 3, -1)
-            self.qkv.rows = rows.transpose(0, 1).flatten().tolist()
+            self.qkv.rows = legacy_rows(3 * channels, num_heads)
         self.proj_out = zeroed(PointwiseConv1d(channels, channels, 1))
         self._built()
 
@@ -360,11 +363,13 @@ class AttentionPool2d(FusedBlock):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence whose `TimestepBlock`s also get the embedding, and its first block the second source."""
 
+    takers: tuple[type, ...] = (TimestepBlock,)  # classes of the layers that get the embedding
+
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None
     ) -> Tensor:
         for layer in self._modules.values():
-            if isinstance(layer, TimestepBlock):
+            if isinstance(layer, self.takers):
                 x = call_block(layer, x, emb, x2)
             else:
                 x = layer(x if x2 is None else torch.cat([x, x2], dim=1))  # type: ignore[misc]
@@ -374,10 +379,10 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 def call_block(block: nn.Module, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
     """Call a block of ours in the way it is fastest in; one that is watched, or another's, as published."""
-    if type(block) in _OURS and not watched(block):
+    if type(block).forward in _OURS and not watched(block):
         return block(x, emb, x2)
     x = x if x2 is None else torch.cat([x, x2], dim=1)
     return block(x, emb if isinstance(emb, Tensor) else emb.plain())
 
 
-_OURS = (ResBlock, TimestepEmbedSequential)
+_OURS = (ResBlock.forward, TimestepEmbedSequential.forward)

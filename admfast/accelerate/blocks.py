@@ -1,0 +1,216 @@
+"""Recognise the published blocks among a network's modules, and convert them.
+
+A block is recognised by what it consists of, and by its results: a copy with random parameters must give the
+same before and after the conversion. So a block that somebody changed, however slightly, stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admfast.accelerate.classes import convert, own_class
+from admfast.models import convolution, layers
+from admfast.ops.transforms import deriving
+
+RES_BLOCK = ("in_layers", "h_upd", "x_upd", "emb_layers", "out_layers", "skip_connection")
+ATTENTION_BLOCK = ("norm", "qkv", "attention", "proj_out")
+CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: convolution.Conv1d, nn.Conv2d: convolution.Conv2d, nn.Conv3d: convolution.Conv3d
+}  # fmt: skip
+# Rounding leaves far more than half the digits of a result, another formula hardly one.
+SAME = torch.finfo(torch.float32).eps ** 0.5
+
+Conversion = Callable[[Any], None]
+
+
+def children_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's children."""
+    return tuple(module._modules)
+
+
+def conversion_of(block: nn.Module) -> Conversion | str:
+    """Return what converts a block of a known make with all its parts, or why there is no such thing."""
+    candidates = _candidates(block)
+    if not candidates:
+        return f"{own_class(block).__name__} isn't a published block"
+    found = next((conversion for conversion in candidates if agrees(block, conversion)), None)
+    return found or f"{own_class(block).__name__} gives other results than the published block"
+
+
+def make_of(block: nn.Module) -> tuple[Any, ...]:
+    """Return what blocks have in common that differ in sizes alone."""
+    parts = tuple(own_class(part) for part in block.modules())
+    settings = tuple(item for item in vars(block).items() if isinstance(item[1], bool | str | float))
+    return parts, settings
+
+
+def _candidates(block: Any) -> list[Conversion]:
+    names = set(children_of(block))
+    if names == set(RES_BLOCK) and _is_res_block(block):
+        return [_convert_res_block]
+    if names == set(ATTENTION_BLOCK) and _is_attention_block(block):
+        return [partial(_convert_attention_block, legacy_order=legacy) for legacy in (True, False)]
+    if names in ({"conv"}, {"op"}) and getattr(block, "use_conv", None) is True:
+        (conv,) = block._modules.values()
+        kind = layers.Upsample if names == {"conv"} else layers.Downsample
+        return [partial(_convert_resampling, kind=kind)] if _is_conv(conv) else []
+    return []
+
+
+def _is_conv(module: Any) -> bool:
+    return type(module) in CONVOLUTIONS
+
+
+def _is_norm(module: Any) -> bool:
+    return isinstance(module, nn.GroupNorm) and module.affine
+
+
+def _is_res_block(block: Any) -> bool:
+    inside, outside, projection = (
+        tuple(block._modules[n] or ()) for n in ("in_layers", "out_layers", "emb_layers")
+    )
+    return (
+        [len(inside), len(outside), len(projection)] == [3, 4, 2]
+        and _is_norm(inside[0])
+        and _is_norm(outside[0])
+        and _is_conv(inside[2])
+        and _is_conv(outside[3])
+        and isinstance(outside[2], nn.Dropout)
+        and isinstance(projection[1], nn.Linear)
+        and (isinstance(block.skip_connection, nn.Identity) or _is_conv(block.skip_connection))
+        and isinstance(getattr(block, "use_scale_shift_norm", None), bool)
+        and isinstance(getattr(block, "use_checkpoint", None), bool)
+    )
+
+
+def _convert_res_block(block: Any) -> None:
+    resample = None
+    if not isinstance(block.h_upd, nn.Identity):
+        resample = "down" if hasattr(block.h_upd, "op") else "up"
+    for norm in (block.in_layers[0], block.out_layers[0]):
+        convert(norm, layers.Norm)
+    for conv in (block.in_layers[2], block.out_layers[3], block.skip_connection):
+        convert_conv(conv)
+    convert(
+        block, layers.ResBlock, resample=resample, projection=slice(0), recomputes_norms=False, _kinds=None
+    )
+    block._built()
+
+
+def _is_attention_block(block: Any) -> bool:
+    products = (block.qkv, block.proj_out)
+    return (
+        _is_norm(block.norm)
+        and all(type(product) is nn.Conv1d and product.kernel_size == (1,) for product in products)
+        and isinstance(_heads(block), int)
+        and isinstance(getattr(block, "use_checkpoint", None), bool)
+    )
+
+
+def _heads(block: Any) -> Any:
+    return getattr(block.attention, "n_heads", getattr(block, "num_heads", None))
+
+
+def _convert_attention_block(block: Any, legacy_order: bool) -> None:
+    heads = _heads(block)
+    rows = layers.legacy_rows(block.qkv.out_channels, heads) if legacy_order else None
+    convert(block.norm, layers.Norm)
+    convert(block.qkv, convolution.PointwiseConv1d, rows=rows)
+    convert(block.proj_out, convolution.PointwiseConv1d)
+    convert(block.attention, layers.Attention, num_heads=heads, legacy_order=legacy_order)
+    convert(block, layers.AttentionBlock, _kinds=None)
+    block._built()
+
+
+def _convert_resampling(block: Any, kind: type[nn.Module]) -> None:
+    (conv,) = block._modules.values()
+    convert_conv(conv)
+    convert(block, kind)
+
+
+def convert_conv(conv: nn.Module) -> None:
+    """Convert a convolution of torch's own class; leave any other module as it is."""
+    if _is_conv(conv):
+        convert(conv, CONVOLUTIONS[type(conv)])
+
+
+def convert_head(head: nn.Sequential) -> None:
+    """Convert the last layers where they are a norm, SiLU and something else."""
+    if len(head) > 2 and type(head) is nn.Sequential and _is_norm(head[0]):
+        trial = bare_copy(head[:2])
+        if isinstance(trial, nn.Sequential) and _is_silu(trial[1]):
+            convert(head[0], layers.Norm)
+            for layer in head:
+                convert_conv(layer)
+            convert(head, layers.Head, _kinds=None)
+            head._built()  # type: ignore[operator]
+
+
+def _is_silu(module: nn.Module) -> bool:
+    x = torch.linspace(-8, 8, 65)
+    with deriving():
+        return close(module(x), nn.functional.silu(x))
+
+
+# Trials on copies
+
+
+def agrees(block: nn.Module, conversion: Conversion) -> bool:
+    """Tell whether a copy of a block gives the same before and after a conversion; draws no random number."""
+    with deriving():
+        trial = bare_copy(block)
+        given = _inputs(trial)
+        try:
+            wanted = trial(*given)
+        except Exception:  # whatever it raises: it takes other inputs than the published block
+            return False
+        conversion(trial)
+        return close(trial(*given), wanted)
+
+
+def close(found: Any, wanted: Any) -> bool:
+    """Tell whether two results are the same to rounding."""
+    if not isinstance(wanted, Tensor) or not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).abs().max() <= SAME * wanted.abs().max())
+
+
+def bare_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in float32 and evaluation mode, without hooks; parameters are random: zeros hide much."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    with deriving():
+        bare = copy.deepcopy(module, memo).float().eval()
+        for name, parameter in bare.named_parameters():
+            values = random(*parameter.shape, seed=len(name)).to(parameter.device)
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4.0
+            parameter.requires_grad_(False).copy_(values / fan_in**0.5)
+    return bare
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    """Return fixed normal numbers; torch's own generators stay where they are."""
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32
+    )
+
+
+def _inputs(block: Any) -> list[Tensor]:
+    """Return images, and an embedding where a block takes one."""
+    device = next(block.parameters()).device
+    if set(children_of(block)) == set(RES_BLOCK):
+        conv, width = block.in_layers[2], block.emb_layers[1].in_features
+        x = random(2, conv.in_channels, *(8,) * (conv.weight.dim() - 2), seed=1)
+        return [x.to(device), random(2, width, seed=2).to(device)]
+    channels = next(p for p in block.parameters() if p.dim() > 1).shape[1]
+    dims = 2 if hasattr(block, "qkv") else next(p for p in block.parameters() if p.dim() > 1).dim() - 2
+    return [random(2, channels, *(8,) * dims, seed=1).to(device)]

@@ -1,0 +1,97 @@
+"""Find the networks in what a program has, convert them, and say what runs on what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from admfast.accelerate.classes import Converted, own_class
+from admfast.accelerate.nets import PARTS, AcceleratedNet, convert_network, is_network
+from admfast.accelerate.walks import Walk
+from admfast.engine.precision import POLICIES
+from admfast.errors import invalid, nearest
+from admfast.models.fold import FoldableNet
+
+Model = TypeVar("Model")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def accelerate(model: Model, precision: str | None = None) -> Model:
+    """Convert the ADM networks in a model in place, and return the model.
+
+    Every module stays the object that it is, with its name, parameters, hooks and mode; its class becomes a
+    subclass of its own. Outputs are fresh, contiguous, and of the dtype that they had. Parameters may be
+    trained, loaded and moved as before; a write to `parameter.data` is seen where it reaches one of the
+    values that are compared at every call (all of small parameters, some of every row and column of large
+    ones). No random number is drawn.
+
+    Args:
+        model: a network as published (`UNetModel`, `SuperResModel`, `EncoderUNetModel`) from whatever copy of
+            the code, or what holds some: a wrapper, a denoiser, a pipeline.
+        precision: what the torso computes in, "fp32", "bf16" or "fp16"; None: as its parameters are.
+
+    Raises: InvalidArgument where there is no such network, with what there is.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise invalid("precision", precision, nearest(str(precision), [*PRECISIONS]))
+    found = list(_networks(model))
+    if not found:
+        raise invalid(
+            "model", type(model).__name__, f"a network with the parts {', '.join(PARTS)}, {_held(model)}"
+        )
+    for net in found:
+        policy = None if precision is None else POLICIES[precision]
+        if isinstance(net, AcceleratedNet):
+            net.policy = policy
+        else:
+            convert_network(net, policy)
+    return model
+
+
+def report(model: Any) -> str:
+    """Say what of a model runs on what, and of the rest why not; one line for each fact."""
+    lines = []
+    for net in _networks(model):
+        if not isinstance(net, AcceleratedNet):
+            lines.append(f"{type(net).__name__}: as it is, not accelerated")
+            continue
+        if isinstance(net.walk, Walk):
+            lines.append(
+                f"{own_class(net).__name__}: whole, {net.walk.method} is the published {net.walk.kind}'s"
+            )
+        else:
+            lines.append(f"{own_class(net).__name__}: block by block; {net.walk}")
+        counts = Counter(
+            own_class(m).__name__ for m in net.modules() if isinstance(m, Converted) and m is not net
+        )
+        lines += [f"  {count} {name}" for name, count in sorted(counts.items())]
+        lines.append(f"  folded: {'yes' if net.is_folded else 'not now'}, computes in {net.torso_dtype}")
+        lines += [f"  {name}: as it is; {reason}" for name, reason in net.left.items()]
+    return "\n".join(lines)
+
+
+def _networks(model: Any) -> Iterator[Any]:
+    """Yield the networks in a model, or in what its attributes hold."""
+    roots = [model] if isinstance(model, nn.Module) else list(getattr(model, "__dict__", {}).values())
+    seen: set[int] = set()
+    for root in roots:
+        for module in root.modules() if isinstance(root, nn.Module) else ():
+            if is_network(module) and id(module) not in seen and _foreign(module):
+                seen.add(id(module))
+                yield module
+
+
+def _foreign(module: nn.Module) -> bool:
+    return isinstance(module, AcceleratedNet) or not isinstance(module, FoldableNet)
+
+
+def _held(model: Any) -> str:
+    """Say what a model holds instead of a network."""
+    if isinstance(model, FoldableNet):
+        return "of another code: this one is admfast's own and needs nothing"
+    if isinstance(model, nn.Module):
+        return f"not one of {', '.join(sorted(model._modules)[:6]) or 'no parts'}"
+    return "or an object that holds one"

@@ -1,0 +1,192 @@
+"""Recognise the published way through a network's blocks, whatever method it lies in.
+
+A method counts as the published walk if it uses no name but those that the walk needs, and gives the same on
+a network of small functions: so one that somebody extended runs as it is, block by block.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.accelerate.blocks import close, random
+from admfast.accelerate.classes import own_class
+from admfast.models.layers import timestep_embedding
+from admfast.ops.transforms import deriving
+
+_COMMON = (
+    *("th", "torch", "nn", "F", "shape", "type", "dtype", "append", "cat"),
+    *("time_embed", "timestep_embedding", "model_channels", "input_blocks", "middle_block", "out"),
+)
+NAMES = {
+    "unet": {*_COMMON, "num_classes", "label_emb", "output_blocks", "pop"},
+    "upsampler": {"th", "torch", "nn", "F", "functional", "shape", "interpolate", "cat", "super", "forward"},
+    "classifier": {*_COMMON, "pool", "startswith", "mean"},
+}
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A method that is a published walk.
+
+    kind: of NAMES. method: its name. names: of its arguments. takes_more: by any other name.
+    """
+
+    kind: str
+    method: str
+    names: tuple[str, ...]
+    takes_more: bool
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by their published names. Raises TypeError as the method would."""
+        found = dict(zip(self.names, args, strict=False)) | kwargs
+        unknown = [] if self.takes_more else [name for name in kwargs if name not in self.names]
+        twice = [name for name in kwargs if name in self.names[: len(args)]]
+        missing = [name for name in self.names[:2] if name not in found]
+        if len(args) > len(self.names) or unknown or twice or missing:
+            named = ", ".join(unknown + twice + missing) or f"{len(args)} by position"
+            raise TypeError(f"{self.method}() takes {', '.join(self.names)}: wrong is {named}")
+        published = ("x", "timesteps", "low_res" if self.kind == "upsampler" else "y")
+        return {"y": None, **kwargs, **{a: found.get(b) for a, b in zip(published, self.names, strict=False)}}
+
+
+def walk_of(net: nn.Module) -> Walk | str:
+    """Return the published walk of a network, or why its own must run."""
+    cls = own_class(net)
+    kinds = ["unet", "upsampler"] if hasattr(net, "output_blocks") else ["classifier"]
+    reasons = []
+    for method in sorted({name for part in cls.__mro__ if part is not nn.Module for name in vars(part)}):
+        function = inspect.unwrap(getattr(cls, method))
+        if not method.startswith("forward") or not inspect.isfunction(function):
+            continue
+        for kind in kinds:
+            reason = _difference(cls, function, kind)
+            if reason is None:
+                _, *names = function.__code__.co_varnames[: _counts(function.__code__)[0]]
+                return Walk(
+                    kind, method, tuple(names), bool(function.__code__.co_flags & inspect.CO_VARKEYWORDS)
+                )
+            reasons.append(f"{method} {reason}")
+    return min(reasons, key=len, default="there is no method forward")
+
+
+def _counts(code: CodeType) -> tuple[int, int]:
+    """Return how many arguments a function has by name, and how many with those for all the rest."""
+    named = code.co_argcount + code.co_kwonlyargcount
+    rest = [code.co_flags & flag for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS)]
+    return named, named + sum(map(bool, rest))
+
+
+def _difference(cls: type, function: Any, kind: str) -> str | None:
+    """Say what tells a method from the published walk of a kind; None where nothing does."""
+    code: CodeType = function.__code__
+    own = 3 if kind == "classifier" else 4  # self, x, timesteps, y or low_res
+    named, whole = _counts(code)
+    if named < own:
+        return "takes other arguments than the published one"
+    others = set(code.co_names) - NAMES[kind] | set(code.co_varnames[own:whole]) & _read(code)
+    if kind == "upsampler":  # hands what it doesn't know on
+        others -= set(code.co_varnames[named:whole])
+        above: Any = next((part for part in cls.__mro__[1:] if "forward" in vars(part)), nn.Module)
+        reason = _difference(above, inspect.unwrap(above.forward), "unet")
+        if reason is not None:
+            return f"calls one that {reason}"
+    if others:
+        return f"uses {', '.join(sorted(others)[:3])}, which the published one doesn't"
+    with deriving():
+        for labelled in (False, True) if kind == "unet" else (False,):
+            stub = _stub(cls, labelled)
+            given = [random(2, 2, 4, 4, seed=1), torch.tensor([3.0, 700.0])]
+            given += [torch.tensor([1, 0])] if labelled else []
+            given += [random(2, 2, 2, 2, seed=9)] if kind == "upsampler" else []
+            try:
+                found = function(stub, *given)
+            except Exception as error:  # it may do anything with such a network
+                return f"isn't the published one: {type(error).__name__} on a small network"
+            if not close(found, _REFERENCES[kind](stub, *given)):
+                return "isn't the published one: other results on a small network"
+    return None
+
+
+def _read(code: CodeType) -> set[str]:
+    """Return the local variables that a function reads."""
+    read: set[str] = set()
+    for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_FAST"):
+            read |= set(step.argval) if isinstance(step.argval, tuple) else {step.argval}
+    return read
+
+
+class _Function:
+    """A block of a small network: images and embedding to images of two channels."""
+
+    def __init__(self, seed: int):
+        self.weights = random(3, seed=seed).tolist()
+
+    def __call__(self, h: Tensor, emb: Tensor | None = None) -> Tensor:
+        a, b, c = self.weights
+        h = (a * h[:, :2] + b * h[:, -2:]).sin()
+        return h if emb is None else h + c * emb[:, :2, None, None]
+
+
+def _stub(cls: type, labelled: bool) -> Any:
+    """Return an instance of a class, never initialised, whose blocks are small functions."""
+    stub: Any = cls.__new__(cls)  # type: ignore[call-overload]
+    nn.Module.__init__(stub)
+    project, table = random(8, 4, seed=20), random(2, 4, seed=21)
+    vars(stub).update(
+        model_channels=8, num_classes=2 if labelled else None, pool="adaptive", dtype=torch.float32,
+        time_embed=lambda e: e @ project, label_emb=lambda y: table[y],
+        input_blocks=[_Function(i) for i in range(3)], middle_block=_Function(5),
+        output_blocks=[_Function(i) for i in range(6, 9)], out=_Function(10),
+    )  # fmt: skip
+    return stub
+
+
+# The walks in plain PyTorch
+
+
+def unet_walk_ref(net: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    """Reference of a UNet's walk: blocks, skips by concatenation, last layers."""
+    emb = net.time_embed(timestep_embedding(timesteps, net.model_channels))
+    if y is not None:
+        emb = emb + net.label_emb(y)
+    h, skips = x, []
+    for block in net.input_blocks:
+        h = block(h, emb)
+        skips.append(h)
+    h = net.middle_block(h, emb)
+    for block in net.output_blocks:
+        h = block(torch.cat([h, skips.pop()], dim=1), emb)
+    return net.out(h)
+
+
+def upsampler_walk_ref(net: Any, x: Tensor, timesteps: Tensor, low_res: Tensor) -> Tensor:
+    """Reference of an upsampler's walk: that of a UNet with the enlarged image appended to x."""
+    return unet_walk_ref(
+        net, torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], 1), timesteps
+    )
+
+
+def classifier_walk_ref(net: Any, x: Tensor, timesteps: Tensor) -> Tensor:
+    """Reference of a classifier's walk, with a pool that looks at the middle block's output alone."""
+    emb = net.time_embed(timestep_embedding(timesteps, net.model_channels))
+    h = x
+    for block in net.input_blocks:
+        h = block(h, emb)
+    return net.out(net.middle_block(h, emb))
+
+
+_REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "unet": unet_walk_ref,
+    "upsampler": upsampler_walk_ref,
+    "classifier": classifier_walk_ref,
+}

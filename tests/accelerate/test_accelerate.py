@@ -1,0 +1,315 @@
+"""`admfast.accelerate`: other programs' networks give what they gave, by whatever is done with them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import admfast
+import admfast.accelerate
+from admfast.accelerate.nets import AcceleratedNet
+from admfast.accelerate.walks import Walk
+from admfast.errors import InvalidArgument
+from tests.accelerate import client
+from tests.accelerate.client import filled
+from tests.small import assert_close, randn
+
+T = torch.tensor([3, 700])
+Y = torch.tensor([1, 4])
+WHOLE = {
+    "unet": (lambda: client.UNetModel(), {}),
+    "new order, additive, resampled by convolutions": (
+        lambda: client.UNetModel(legacy=False, resample_blocks=False, scale_shift=False),
+        {},
+    ),
+    "classes": (lambda: client.UNetModel(num_classes=5), {"y": Y}),
+    "upsampler": (lambda: client.SuperResModel(), {"low_res": randn(2, 3, 4, 4, seed=7)}),
+    "upsampler with classes": (
+        lambda: client.SuperResModel(num_classes=5),
+        {"low_res": randn(2, 3, 4, 4, seed=7), "y": Y},
+    ),
+    "classifier": (lambda: client.EncoderUNetModel(), {}),
+    "unused arguments": (lambda: client.WithUnusedArguments(), {"ref_img": 1, "more": 2}),
+}
+BY_BLOCKS = {
+    "pool of all blocks": (lambda: client.EncoderUNetModel(pool="spatial"), {}),
+    "another walk": (lambda: client.WithAnotherWalk(), {}),
+    "used argument": (lambda: client.WithUsedArgument(), {"gt": randn(2, 3, 16, 16, seed=8)}),
+    "other blocks": (lambda: client.WithOtherBlocks(), {}),
+}
+CLIENTS = WHOLE | BY_BLOCKS
+
+
+def x() -> Tensor:
+    return randn(2, 3, 16, 16)
+
+
+def pair(name: str = "unet") -> tuple[nn.Module, nn.Module, dict]:
+    """A program's network, the same converted, and what it is called with beside x and t."""
+    make, given = CLIENTS[name]
+    net = filled(make())
+    return net, admfast.accelerate(copy.deepcopy(net)), given
+
+
+def gradients(net: nn.Module, given: dict) -> dict[str, Tensor]:
+    images = x().requires_grad_(True)
+    out = net(images, T, **given)
+    (out * randn(*out.shape, seed=2)).sum().backward()
+    return {"x": images.grad, **{name: p.grad for name, p in net.named_parameters() if p.grad is not None}}
+
+
+# The same function
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_outputs_and_all_gradients_are_the_programs_own(name):
+    net, fast, given = pair(name)
+    assert isinstance(fast.walk, Walk) == (name in WHOLE)
+    with torch.no_grad():
+        wanted, found = net(x(), T, **given), fast(x(), T, **given)
+    assert fast.is_folded
+    assert_close(found, wanted)
+    assert (found.dtype, found.stride()) == (wanted.dtype, wanted.stride())
+    wanted, found = gradients(net, given), gradients(fast, given)
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        assert_close(value, wanted[key])
+
+
+def test_what_is_no_published_block_stays_and_is_named():
+    _, fast, _ = pair("other blocks")
+    assert list(fast.left) == ["middle_block.0"]
+    assert (
+        type(fast.middle_block[0]) is client.OtherBlock
+        and type(fast.middle_block) is client.TimestepEmbedSequential
+    )
+    assert isinstance(fast.middle_block[2], admfast.models.layers.ResBlock)
+    assert "middle_block.0" in admfast.accelerate.report(fast)
+
+
+@pytest.mark.parametrize(
+    "timesteps", [torch.tensor([3.5]), torch.tensor([700], dtype=torch.int32), T.double()]
+)
+def test_timesteps_of_all_sorts(timesteps):
+    net, fast, _ = pair()
+    with torch.no_grad():
+        assert_close(fast(x(), timesteps), net(x(), timesteps))
+
+
+def test_wrong_calls_fail_as_the_programs_own():
+    for name, error, args, kwargs in (
+        ("unet", AssertionError, (x(), T, Y), {}),
+        ("classes", AssertionError, (x(), T), {}),
+        ("unet", TypeError, (x(), T), {"gt": 1}),
+        ("unet", TypeError, (x(),), {}),
+        ("unet", TypeError, (x(), T), {"x": x()}),
+    ):
+        for net in pair(name)[:2]:
+            with pytest.raises(error):
+                net(*args, **kwargs)
+
+
+# The same object
+
+
+def test_modules_keep_identity_names_parameters_classes_and_mode():
+    net = filled(client.UNetModel()).train()
+    before = dict(net.named_modules())
+    parameters, classes, state = (
+        dict(net.named_parameters()),
+        [type(m) for m in net.modules()],
+        net.state_dict(),
+    )
+    generator = torch.get_rng_state()
+    assert admfast.accelerate(net) is net
+    assert torch.equal(torch.get_rng_state(), generator)
+    after = dict(net.named_modules())
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    assert all(a is b for a, b in zip(net.parameters(), parameters.values(), strict=True))
+    assert all(isinstance(m, kind) for m, kind in zip(net.modules(), classes, strict=True))
+    assert all(m.training for m in net.modules()) and not net.eval().middle_block[0].training
+    assert list(net.state_dict()) == list(state)
+    assert isinstance(net, client.UNetModel) and isinstance(net, AcceleratedNet)
+
+
+def test_hooks_see_what_they_saw():
+    seen: dict[str, list] = {"net": [], "fast": []}
+    net, fast, _ = pair()
+    for name, one in (("net", net), ("fast", fast)):
+        for block in (one.output_blocks[1], one.middle_block[1].qkv, one.input_blocks[3][0].in_layers[0]):
+            block.register_forward_hook(lambda m, args, out, name=name: seen[name].append((args[0], out)))
+        with torch.no_grad():
+            one(x(), T)
+    assert len(seen["fast"]) == len(seen["net"]) == 3
+    for found, wanted in zip(seen["fast"], seen["net"], strict=True):
+        for a, b in zip(found, wanted, strict=True):
+            assert_close(a, b)
+
+
+def test_outputs_are_fresh_and_inputs_are_left_alone():
+    _, fast, _ = pair()
+    images = x()
+    with torch.no_grad():
+        first = fast(images, T)
+        kept = first.clone()
+        second = fast(0.5 * images, T)
+    assert torch.equal(first, kept) and first.data_ptr() != second.data_ptr()
+    assert torch.equal(images, x())
+    assert first.view(2, -1).shape[1] == 6 * 16 * 16
+    noise = [torch.randn(2, 6, 16, 16, generator=torch.Generator().manual_seed(0))]
+    torch.manual_seed(0)
+    assert torch.equal(torch.randn_like(first), noise[0])
+
+
+def test_copies_and_pickles():
+    net, fast, _ = pair()
+    with torch.no_grad():
+        wanted = fast(x(), T)
+        twin, shallow = copy.deepcopy(fast), copy.copy(fast)
+        assert isinstance(twin, AcceleratedNet) and isinstance(shallow, AcceleratedNet)
+        twin.out[2].bias.add_(1.0)
+        assert torch.equal(fast(x(), T), wanted) and not torch.equal(twin(x(), T), wanted)
+        file = io.BytesIO()
+        torch.save(fast, file)
+        assert b"admfast" not in file.getvalue()
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert type(loaded) is client.UNetModel and vars(loaded).keys() == vars(net).keys()
+        assert torch.equal(loaded(x(), T), net(x(), T))
+        assert type(pickle.loads(pickle.dumps(fast.middle_block[0]))) is client.ResBlock
+
+
+def test_replicas_of_data_parallel_run():
+    net, fast, _ = pair()
+    with torch.no_grad():
+        fast(x(), T)
+        replica = fast._replicate_for_data_parallel()
+        for name, module in fast.named_modules():
+            if name and "." not in name:
+                setattr(replica, name, module)
+        assert_close(replica(x(), T), net(x(), T))
+
+
+# Whatever is done with it
+
+
+def half(net):
+    net.input_blocks.apply(
+        lambda m: setattr(m.weight, "data", m.weight.data.half()) if isinstance(m, nn.Conv2d) else None
+    )
+
+
+CHANGES = {
+    "load_state_dict": lambda net: net.load_state_dict(filled(client.UNetModel(), seed=1).state_dict()),
+    "in place": lambda net: [p.mul_(1.5) for p in net.parameters()],
+    "data": lambda net: [p.data.copy_(1.5 * p) for p in net.parameters()],
+    "another parameter": lambda net: setattr(net.out[2], "weight", nn.Parameter(2 * net.out[2].weight)),
+    "another layer": lambda net: setattr(net.middle_block, "2", filled(client.OtherBlock(64, 128, 64))),
+    "freeze": lambda net: net.requires_grad_(False),
+    "double and back": lambda net: net.double().float(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["unet", "another walk"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen_at_the_next_call(change, name):
+    net, fast, _ = pair(name)
+    with torch.no_grad():
+        before = fast(x(), T)
+        for one in (net, fast):
+            CHANGES[change](one)
+        found = fast(x(), T)
+        assert_close(found, net(x(), T))
+        assert torch.equal(found, before) == (change in ("freeze", "double and back"))
+
+
+def test_the_gradient_in_x_alone_makes_none_of_the_weights():
+    """As posterior sampling asks for it, by weights that nobody froze."""
+    net, fast, _ = pair()
+    for one in (net, fast):
+        images = x().requires_grad_(True)
+        loss = fast(images, T).square().sum() if one is fast else net(images, T).square().sum()
+        one.found = torch.autograd.grad(loss, images)[0]
+        assert all(p.grad is None for p in one.parameters())
+    assert_close(fast.found, net.found)
+
+
+def test_training_steps_are_the_programs_own():
+    net, fast, _ = pair()
+    for one in (net.train(), fast.train()):
+        optimiser = torch.optim.AdamW(one.parameters(), lr=1e-3)
+        for _ in range(2):
+            optimiser.zero_grad()
+            gradients(one, {})
+            optimiser.step()
+    with torch.no_grad():
+        assert_close(fast.eval()(x(), T), net.eval()(x(), T))
+
+
+def test_a_transform_may_come_first():
+    net, fast, _ = pair()
+    with torch.no_grad():
+        wanted, found = (
+            torch.func.vjp(lambda v, n=one: n(v, T), x())[1](randn(2, 6, 16, 16))[0] for one in (net, fast)
+        )
+        assert_close(found, wanted)
+        assert_close(fast(x(), T), net(x(), T))
+
+
+def test_autocast_and_half_precision_give_the_programs_dtypes():
+    net, fast, _ = pair()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted, found = net(x(), T), fast(x(), T)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    with torch.no_grad():
+        exact = net(x(), T)
+        assert (found - exact).abs().max() <= 2 * (wanted - exact).abs().max()
+        rounded = admfast.accelerate(fast, precision="bf16")(x(), T)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+    assert (rounded - exact).abs().max() <= 2 * (wanted - exact).abs().max()
+
+
+# Where networks are found
+
+
+def test_networks_are_found_where_they_lie():
+    net = filled(client.UNetModel())
+    for held in (client.Wrapper(net), SimpleNamespace(unet=net), nn.DataParallel(net)):
+        assert admfast.accelerate(held) is held
+        assert isinstance(net, AcceleratedNet)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), SimpleNamespace(a=1), None, 3])
+def test_what_holds_no_network_is_refused(model):
+    with pytest.raises(InvalidArgument, match="^model="):
+        admfast.accelerate(model)
+
+
+def test_an_unknown_precision_is_refused():
+    net = client.UNetModel()
+    with pytest.raises(InvalidArgument, match="^precision='half'"):
+        admfast.accelerate(net, precision="half")
+    assert type(net) is client.UNetModel
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import admfast.accelerate",
+        "import admfast",
+        "from admfast import accelerate",
+        "from admfast.accelerate import report",
+    ],
+)
+def test_the_module_is_the_function_however_it_is_imported(statement):
+    code = f"{statement}\nimport admfast\nassert callable(admfast.accelerate), admfast.accelerate.report"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
