@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from admfast.checkpoints import flags
 from admfast.checkpoints.differences import (
     Differences,
+    Shape,
     Shapes,
     compare,
     fingerprint,
@@ -28,7 +29,7 @@ from admfast.checkpoints.structure import Structure, read_structure, summary
 from admfast.diffusion import NOISE_SCHEDULES, DiffusionConfig
 from admfast.diffusion.config import SETTINGS, checked_setting
 from admfast.diffusion.config import SWITCHES as PROCESS_SWITCHES
-from admfast.errors import CheckpointError, invalid, nearest, shown
+from admfast.errors import CheckpointError, InvalidArgument, invalid, nearest, shown
 from admfast.models import NetConfig, UNetConfig, config_from_dict
 from admfast.models.config import CONFIG_KINDS, SWITCHES, checked_field
 from admfast.models.description import Description
@@ -254,22 +255,36 @@ def contradicted(shapes: Shapes, options: Mapping[str, Any]) -> str:
 def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:
     """Refuse weights of which something is missing, whatever is open: no option adds a key."""
     closest: Differences | None = None
-    for kind, channels in structure.kinds.items():
-        for layout in structure.layouts:
-            fields = {**structure.fields, **structure.of_layout(layout), "kind": kind}
-            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attended)}
-            fields.setdefault("image_size", 2 ** (layout[0] - 1))
-            found = compare(shapes, network_shapes(config_from_dict(fields)))
-            if not found:
-                return
-            if closest is None or found.count < closest.count:
-                closest = found
+    for needs in _readings(structure):
+        found = compare(shapes, needs)
+        if not found:
+            return
+        if closest is None or found.count < closest.count:
+            closest = found
     if closest is not None:
         blocks = _any_of(sorted({_block(key) for key in closest.missing}), " and ")
         lacks = f" without {blocks}" if blocks else ""
         raise CheckpointError(
             f"{file}: {summary(structure)}, but not a whole one{lacks}: {closest.summary()}"
         )
+
+
+def in_published_order(shapes: Shapes) -> bool:
+    """Tell whether the keys are those of an ADM network, whole, in the order of its parameters."""
+    try:
+        return any(list(shapes) == list(needs) for needs in _readings(read_structure(shapes)))
+    except (CheckpointError, InvalidArgument):  # no ADM network, or one of widths that none can have
+        return False
+
+
+def _readings(structure: Structure) -> Iterator[dict[str, Shape]]:
+    """Yield keys and shapes, in the published order, of each network that a structure may be."""
+    for kind, channels in structure.kinds.items():
+        for layout in structure.layouts:
+            fields = {**structure.fields, **structure.of_layout(layout), "kind": kind}
+            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attended)}
+            fields.setdefault("image_size", 2 ** (layout[0] - 1))
+            yield network_shapes(config_from_dict(fields))
 
 
 def _block(key: str) -> str:
