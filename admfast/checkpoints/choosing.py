@@ -26,6 +26,13 @@ _AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)([._\d]|$)")
 _CURRENT = re.compile(r"(^|[._])(online|collected|non?|not|without)([._]|$)")
 # Values beside weights that say nothing of what a layer computes: counters of profilers and trainers.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked", "n_averaged")
+# What to save instead of tensors of another form (`other_form`).
+_WANTED = {
+    "quantized": "dequantized ones",
+    "negated": "those that resolve_neg() gives",
+    "conjugated": "real ones",
+    "device": "those that cpu() gives",
+}
 _DEEPEST = 16
 HOW = "entry=NAME, an option of load, or --set entry=NAME on the command line"
 
@@ -232,7 +239,7 @@ def _refuse_odd_tensors(found: Mapping[str, Any]) -> None:
         for part in value if isinstance(value, list | tuple) else (value,):  # a packed layer is a tuple
             form = other_form(part)
             if form is not None:
-                wanted = "dequantized ones" if form == "quantized" else "dense ones that hold values"
+                wanted = _WANTED.get(form, "dense ones that hold values")
                 raise ValueError(f"holds {form} tensors ({name}); save {wanted}")
 
 
