@@ -150,6 +150,18 @@ def test_tensors_of_another_form_are_called_what_they_are(tmp_path, form, zipped
     assert read_weights(saved(tmp_path, content, **how) if zipped is not None else content).entry == "model"
 
 
+class OfADevice:
+    """Pickles as torch does a tensor of a device whose memory it doesn't write."""
+
+    def __reduce__(self):
+        arguments = (torch.ones(6), torch.float32, "xla:0", False)
+        return torch._utils._rebuild_device_tensor_from_cpu_tensor, arguments
+
+
+def test_a_tensor_of_a_device_is_told_what_brings_it_here(tmp_path):
+    refused(saved(tmp_path, GOOD | {"out.2.bias": OfADevice()}), r"device tensors \(out.2.bias\).*cpu\(\)")
+
+
 def test_a_dtype_of_another_torch_is_named(tmp_path):
     path = saved(tmp_path, {"model": dict(STATE, **{"a.scale": torch.ones(3).to(torch.float8_e4m3fn)})})
     changed_archive(path, lambda _, content: content.replace(b"float8_e4m3fn", b"float8_e9m9fn"))
