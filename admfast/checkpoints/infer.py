@@ -139,8 +139,7 @@ def identify(
         with _contradictions_first(shapes, said):
             config, assumed = _from_structure(shapes, file, network_options, diffusion_options, process, said)
         diffusion, source = None, "its keys and shapes, and the options given"
-    with _contradictions_first(shapes, said):
-        config = _with_options(config, network_options, said)
+    config = _with_options(config, network_options, shapes, said)
     flags.check(config, claims)
     diffusion = _settings(diffusion, diffusion_options, config)
     if known or not sure:
@@ -195,13 +194,16 @@ def _split(options: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[dict[st
     return network, diffusion
 
 
-def _with_options(config: NetConfig, options: Mapping[str, Any], said: Mapping[str, Any]) -> NetConfig:
+def _with_options(
+    config: NetConfig, options: Mapping[str, Any], shapes: Shapes, said: Mapping[str, Any]
+) -> NetConfig:
     """`config` with some fields replaced; another kind is refused: its fields would mean something else."""
     fields = dict(options)
     if fields.pop("kind", config.kind) != config.kind:
         raise invalid("kind", options["kind"], f"the weights are those of a {config.kind}")
     _check_fields(config.kind, fields, said)
-    return config_from_dict({**config.to_dict(), **fields}) if fields else config
+    with _contradictions_first(shapes, said):
+        return config_from_dict({**config.to_dict(), **fields}) if fields else config
 
 
 def _check_fields(kind: str, options: Mapping[str, Any], said: Mapping[str, Any]) -> None:
