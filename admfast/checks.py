@@ -185,10 +185,20 @@ def images(name: str, value: object, shape: tuple[int, ...] | None = None) -> Te
 def in_range(name: str, value: Tensor) -> Tensor:
     """Return images of floats in [-1, 1], or around it as samples can be; refuse levels of 0..255.
 
-    Levels are told by having no value below 0 and one above 2: past the whole width of [-1, 1].
+    Levels are told by having no value below 0 and one above 2, past the whole width of [-1, 1], among those
+    that are finite: one NaN would make both ends NaN.
     """
-    low, high = (float(end) for end in torch.aminmax(value.detach()))
-    if low >= 0 and 2 < high < math.inf:
+    values = value.detach()
+    low, high = _ends(values)
+    if not math.isfinite(high - low):
+        finite = values[torch.isfinite(values)]
+        low, high = _ends(finite) if finite.numel() else (0.0, 0.0)
+    if low >= 0 and high > 2:
         found = f"values from {low:g} to {high:g}"
         raise invalid(name, found, "floats in [-1, 1]; of levels 0..255 take images / 127.5 - 1")
     return value
+
+
+def _ends(values: Tensor) -> tuple[float, float]:
+    low, high = torch.aminmax(values)
+    return float(low), float(high)

@@ -1,5 +1,6 @@
 """The checks of single arguments: what they accept, in which form, and what they refuse by name."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -126,14 +127,19 @@ def test_a_tensor_is_handed_on_as_it_is():
     assert checks.images("x", IMAGES, (2, 3, 4, 4)) is IMAGES is checks.floating("x", IMAGES, IMAGES.device)
 
 
+NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("spoiled", [[], *([value] for value in NOT_FINITE), NOT_FINITE], ids=str)
 @pytest.mark.parametrize("low, high", [(0, 255), (0, 2.5), (3, 200), (0, 65535)])
-def test_levels_are_no_images_of_floats(low, high):
-    levels = torch.tensor([low, high, low], dtype=torch.float32).view(1, 1, 1, 3)
+def test_levels_are_no_images_of_floats_whatever_else_is_not_finite(low, high, spoiled):
+    levels = torch.tensor([low, high, low, *spoiled], dtype=torch.float32).view(1, 1, 1, -1)
     with pytest.raises(InvalidArgument, match=f"^x=.*{low} to {high:g}.*-1, 1"):
         checks.in_range("x", levels)
 
 
-@pytest.mark.parametrize("low, high", [(-1, 1), (0, 1), (0, 2), (-140, 140), (float("nan"), 255)])
-def test_images_and_what_guidance_takes_beyond_are_taken(low, high):
-    images = torch.tensor([low, high]).view(1, 1, 1, 2)
+@pytest.mark.parametrize("spoiled", [[], *([value] for value in NOT_FINITE)], ids=str)
+@pytest.mark.parametrize("values", [(-1, 1), (0, 1), (0, 2), (-140, 140), ()], ids=str)
+def test_images_and_what_guidance_takes_beyond_are_taken(values, spoiled):
+    images = torch.tensor([*values, *spoiled] or [0.0]).view(1, 1, 1, -1)
     assert checks.in_range("x", images) is images

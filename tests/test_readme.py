@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands, its commands have these options, its table has every op."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import admfast
+from admfast.ops import TABLES
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -54,3 +55,9 @@ def test_the_options_of_the_commands_exist(line):
     command = app.get_command(None, line.split()[1])
     known = {option for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"(?<=\s)--[\w-]+", line.partition("#")[0])) <= known
+
+
+@pytest.mark.parametrize("op", TABLES)
+def test_the_table_of_ops_names_every_implementation(op):
+    (row,) = (line for line in README.splitlines() if re.match(rf"\| [^|]*`{op}`", line))
+    assert {name for name in TABLES[op].names() if name != "reference"} <= set(re.findall(r"`([\w-]+)`", row))

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from admfast.checkpoints.differences import shapes_of
+from admfast.checkpoints.infer import in_published_order
 from admfast.checkpoints.pickles import Record, StoredTensor, entries_of, other_form
 
 ROOTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
@@ -24,6 +26,13 @@ _AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)([._\d]|$)")
 _CURRENT = re.compile(r"(^|[._])(online|collected|non?|not|without)([._]|$)")
 # Values beside weights that say nothing of what a layer computes: counters of profilers and trainers.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked", "n_averaged")
+# What to save instead of tensors of another form (`other_form`).
+_WANTED = {
+    "quantized": "dequantized ones",
+    "negated": "those that resolve_neg() gives",
+    "conjugated": "real ones",
+    "device": "those that cpu() gives",
+}
 _DEEPEST = 16
 HOW = "entry=NAME, an option of load, or --set entry=NAME on the command line"
 
@@ -77,7 +86,8 @@ def choose(content: Any, entry: str | None = None) -> Chosen:
         listed, why = _listed_averages(networks, found)
         network = _one_of(networks + listed, entry, why)
         _refuse_other_forms(network, found)
-        return _with_left(network, found, "" if network.average else why)
+        return _with_left(network, found, "" if network.average else "; ".join(why.values()))
+    _refuse_lists_alone(found, entry)
     if any(_is_optimiser(held) for held in (top, *map(entries_of, top.values()))):
         raise ValueError(f"the state of an optimiser, not of a network; no entry of it is one ({HOW})")
     return _plain(found, entry)
@@ -152,28 +162,58 @@ def _averages_without_dots(network: Chosen, found: Mapping[str, Any]) -> list[Ch
     return averages
 
 
-def _listed_averages(networks: list[Chosen], found: Mapping[str, Any]) -> tuple[list[Chosen], str]:
-    """The averages that some trainers keep as a list, in the order of the parameters, and why others aren't.
+def _is_listed_average(name: str, value: Any) -> bool:
+    """Tell whether a value is an average of parameters without their names; lists of numbers are none."""
+    several = isinstance(value, list | tuple) and all(map(is_tensor, value))
+    return several and _says_average(name) and any(len(one.shape) > 1 for one in value)
 
-    The keys are those of a network in the same file with as many tensors, of these shapes.
+
+def _listed_averages(networks: list[Chosen], found: Mapping[str, Any]) -> tuple[list[Chosen], dict[str, str]]:
+    """The averages that some trainers keep as a list, and by name why others aren't.
+
+    score_sde and torch_ema list `module.parameters()`. The keys are those of a network in the same file with
+    as many tensors, of these shapes, whose keys are in the order of its parameters, as `state_dict()` writes
+    them. In any other order two parameters of one shape could be exchanged unnoticed.
     """
-    averages, why = [], ""
-    for name, value in found.items():
-        several = isinstance(value, list | tuple) and value and all(map(is_tensor, value))
-        if not several or not _says_average(name):
-            continue
+    averages: list[Chosen] = []
+    why: dict[str, str] = {}
+    lists = {name: value for name, value in found.items() if _is_listed_average(name, value)}
+    if not lists:  # the order of a network's parameters takes building it
+        return averages, why
+    ordered = [network for network in networks if in_published_order(shapes_of(network.tensors))]
+    for name, value in lists.items():
         shapes = [tuple(one.shape) for one in value]
-        of = [[tuple(one.shape) for one in network.tensors.values()] for network in networks]
+        of = [list(shapes_of(network.tensors).values()) for network in ordered]
         if shapes in of:
-            keys = networks[of.index(shapes)].tensors
+            keys = ordered[of.index(shapes)].tensors
             averages.append(Chosen(dict(zip(keys, value, strict=True)), name, True))
+        elif not ordered:
+            where = networks[0].entry or "the network"
+            why[name] = f"{name} has no names, and the keys of {where} are not in the order of parameters"
         elif len(shapes) != len(of[0]):
-            why = f"{name} holds {len(shapes)} tensors, not {len(of[0])} as the network"
+            why[name] = f"{name} holds {len(shapes)} tensors, not {len(of[0])} as the network"
         else:
-            rows = zip(networks[0].tensors, of[0], shapes, strict=True)
+            rows = zip(ordered[0].tensors, of[0], shapes, strict=True)
             key, needs, has = next(row for row in rows if row[1] != row[2])
-            why = f"{name} has {list(has)} in the place of {key}, not {list(needs)}"
+            why[name] = f"{name} has {list(has)} in the place of {key}, not {list(needs)}"
     return averages, why
+
+
+def _refuse_lists_alone(found: Mapping[str, Any], entry: str | None) -> None:
+    """Refuse an average without names where the file holds no network to name its tensors."""
+    if entry is None and any(is_tensor(value) and len(value.shape) for value in found.values()):
+        return  # another model's tensors, of which more can be said
+    for name, value in found.items():
+        if _is_listed_average(name, value) and _names(entry, name):
+            raise ValueError(
+                f"holds an average as a list of {len(value)} tensors without names ({name}), and no network "
+                "to name them; save the network's state dict"
+            )
+
+
+def _names(entry: str | None, name: str) -> bool:
+    """Tell whether an entry asked for names this one, or a part of its path; None names all."""
+    return entry is None or f".{entry}." in f".{name}."
 
 
 def _refuse_other_forms(network: Chosen, found: Mapping[str, Any]) -> None:
@@ -199,7 +239,7 @@ def _refuse_odd_tensors(found: Mapping[str, Any]) -> None:
         for part in value if isinstance(value, list | tuple) else (value,):  # a packed layer is a tuple
             form = other_form(part)
             if form is not None:
-                wanted = "dequantized ones" if form == "quantized" else "dense ones that hold values"
+                wanted = _WANTED.get(form, "dense ones that hold values")
                 raise ValueError(f"holds {form} tensors ({name}); save {wanted}")
 
 
@@ -211,15 +251,16 @@ def _same(one: Chosen, other: Chosen) -> bool:
     return all(a is b or (isinstance(a, StoredTensor) and a == b) for a, b in pairs)
 
 
-def _one_of(networks: list[Chosen], entry: str | None, why: str) -> Chosen:
+def _one_of(networks: list[Chosen], entry: str | None, why: Mapping[str, str]) -> Chosen:
     """The network that is asked for, or the only average, or the only network."""
     names = ", ".join(network.entry or "(the file's own keys)" for network in networks)
     if entry is not None:
         exact = [network for network in networks if network.entry == entry]
-        under = [network for network in networks if f".{entry}." in f".{network.entry}."]
+        under = [network for network in networks if _names(entry, network.entry)]
         networks = exact or under
         if not networks:
-            wrong = f" ({why})" if why else ""
+            reasons = "; ".join(why[name] for name in why if _names(entry, name))
+            wrong = f" ({reasons})" if reasons else ""
             raise ValueError(f"has no entry {entry!r} with a network's weights{wrong}; there are: {names}")
     first, *others = [network for network in networks if network.average] or networks
     if not all(_same(first, other) for other in others):

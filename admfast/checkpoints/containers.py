@@ -17,8 +17,9 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor
 
-from admfast.checkpoints.contents import HEAD, MAX_HEADER, kind_of
+from admfast.checkpoints.contents import HEAD, MAX_HEADER, kind_of, words_for_text
 from admfast.checkpoints.pickles import RunsCode, Storage, StoredTensor, read_pickle
+from admfast.errors import first_line
 
 _CHUNK = 1 << 24
 _MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what torch.save wrote before it wrote zip archives
@@ -72,16 +73,17 @@ def open_container(file: BinaryIO, checksums: bool = True) -> Container:
     return _Safetensors(file, size) if kind == "safetensors" else _Pickles(file, size)
 
 
-def _unpickled(file: BinaryIO | io.BytesIO) -> tuple[Any, dict[str, Storage]]:
-    """`read_pickle`, everything that can go wrong as one kind of error."""
+def _unpickled(file: BinaryIO | io.BytesIO, otherwise: str | None = None) -> tuple[Any, dict[str, Storage]]:
+    """`read_pickle`, everything that can go wrong as one kind of error; otherwise: what else it is."""
     try:
         return read_pickle(file)
     except RunsCode as call:
         why = "a weights file holds tensors and nothing else (nothing was run)"
         raise ValueError(f"refused: unpickling it would call {call}; {why}") from None
     except Exception as error:  # a damaged pickle fails in any of the look-ups; all of them mean one thing
-        detail = f"its pickle can't be read ({type(error).__name__})"
-        raise ValueError(f"damaged, or no file of torch.save: {detail}") from error
+        detail = first_line(error) if type(error) is ValueError else type(error).__name__
+        damaged = f"damaged, or no file of torch.save: its pickle can't be read ({detail})"
+        raise ValueError(otherwise or damaged) from error
 
 
 class _Zip:
@@ -173,9 +175,11 @@ class _Pickles:
         self._file = file
         self._starts: dict[str, int] = {}
         file.seek(0)
-        magic, _ = _unpickled(file)
+        text = words_for_text(file.read(HEAD), size)  # a text can begin as a pickle of protocol 0 does
+        file.seek(0)
+        magic, _ = _unpickled(file, text)
         if magic != _MAGIC_NUMBER:
-            raise ValueError("a bare pickle, no file of torch.save")
+            raise ValueError("a bare pickle, no file of torch.save: save the state dict with that")
         protocol, _ = _unpickled(file)
         machine, _ = _unpickled(file)
         if protocol != _PROTOCOL or not isinstance(machine, dict) or not machine.get("little_endian"):

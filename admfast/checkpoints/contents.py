@@ -56,9 +56,9 @@ def kind_of(head: bytes, size: int) -> str:
         raise ValueError("damaged: it begins with zeros (a download that was not finished?)")
     if _EARLY_PICKLE.match(head):
         return "pickle"
-    text = _as_text(head)
+    text = words_for_text(head, size)
     if text is not None:
-        raise ValueError(_words_for_text(text, size))
+        raise ValueError(text)
     length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
     if head[8:9] == b"{" and length <= MAX_HEADER or 2 <= length <= size - 8 and head[:1] != b"\x80":
         return "safetensors"
@@ -79,8 +79,11 @@ def _as_text(head: bytes) -> str | None:
     return None
 
 
-def _words_for_text(text: str, size: int) -> str:
-    """Return what a text is: a page, an answer in JSON, or a line."""
+def words_for_text(head: bytes, size: int) -> str | None:
+    """Return what a text is: a page, an answer in JSON, or a line; None for what isn't text."""
+    text = _as_text(head)
+    if text is None:
+        return None
     if text.startswith("version https://git-lfs"):
         return _MAGIC[b"version https://git-lfs"]
     first = shown(text.splitlines()[0])

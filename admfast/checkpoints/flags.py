@@ -58,37 +58,45 @@ SWITCHES = {
 }  # fmt: skip
 
 
-def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def name_of(flag: str) -> str:
+    """Return what an option is called here."""
+    return RENAMED.get(flag, flag)
+
+
+def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
     """Return options under their names here, and what the file's shapes must agree with (see `check`).
+
+    The second is (flag, value) by the name here.
 
     Raises:
         InvalidArgument: for a flag whose meaning lies elsewhere, naming where, or that is given twice.
     """
     found: dict[str, Any] = {}
-    claims: dict[str, Any] = {}
+    claims: dict[str, tuple[str, Any]] = {}
     refuse_elsewhere(options)
     for flag, value in options.items():
-        name = RENAMED.get(flag, flag)
-        twice = [other for other in options if other != flag and RENAMED.get(other, other) == name]
+        name = name_of(flag)
+        twice = [other for other in options if other != flag and name_of(other) == name]
         if twice:
             one, other = sorted((flag, *twice), key=lambda given: given == name)[:2]
             raise invalid(one, options[one], f"the same as {other}={shown(options[other])}; give one of them")
         if flag in COMPUTED:
+            switch(flag, value)
             LOG.warning(
                 "%s says how to compute, nothing about the file: %s asks for it", flag, COMPUTED[flag]
             )
         elif name == "class_cond":
-            claims[name] = switch(name, value)
+            claims[name] = flag, switch(flag, value)
         elif name == "attention_resolutions" and value is not None:
             # Read here, where every wrong value is refused; checked against the network when that is known.
             if isinstance(value, str):
-                parse_attention_resolutions(value, 1)
-            claims[name] = value if isinstance(value, str) else tuple(whole_numbers(name, value, 1))
+                parse_attention_resolutions(value, 1, flag)
+            claims[name] = flag, value if isinstance(value, str) else tuple(whole_numbers(flag, value, 1))
         elif name == "channel_mult" and isinstance(value, str):
             if value.strip():
                 found[name] = parse_channel_mult(value, 0)
             else:  # the published default of the image size
-                claims[name] = value
+                claims[name] = flag, value
         else:
             found[name] = value
     return found, claims
@@ -101,31 +109,33 @@ def refuse_elsewhere(options: Mapping[str, Any]) -> None:
             raise invalid(flag, value, f"here {ELSEWHERE[flag]}")
 
 
-def check(config: NetConfig, claims: Mapping[str, Any]) -> None:
+def check(config: NetConfig, claims: Mapping[str, tuple[str, Any]]) -> None:
     """Refuse what was said of a network whose configuration shows otherwise.
 
     Attention resolutions are image sides ("32,16,8", as published) or downsampling factors: whichever agrees.
     """
     if "class_cond" in claims and isinstance(config, UNetConfig):
+        flag, given = claims["class_cond"]
         conditional = config.num_classes is not None
-        if claims["class_cond"] != conditional:
+        if given != conditional:
             has = f"has classes (num_classes={config.num_classes})" if conditional else "has no classes"
-            raise invalid("class_cond", claims["class_cond"], f"the network {has}")
+            raise invalid(flag, given, f"the network {has}")
     if "channel_mult" in claims:
-        default = parse_channel_mult(claims["channel_mult"], config.image_size)
+        flag, given = claims["channel_mult"]
+        default = parse_channel_mult(given, config.image_size)
         if tuple(int(mult * config.model_channels) for mult in default) != config.widths():
-            raise invalid("channel_mult", claims["channel_mult"], f"the network has {config.channel_mult}")
+            raise invalid(flag, given, f"the network has {config.channel_mult}")
     if "attention_resolutions" in claims:
-        _check_attention(config, claims["attention_resolutions"])
+        _check_attention(config, *claims["attention_resolutions"])
 
 
-def _check_attention(config: NetConfig, given: Any) -> None:
+def _check_attention(config: NetConfig, flag: str, given: Any) -> None:
     levels = {2**level for level in range(len(config.channel_mult))}
     attended = levels & set(config.attention_resolutions)
-    as_sides = levels & set(parse_attention_resolutions(given, config.image_size))
+    as_sides = levels & set(parse_attention_resolutions(given, config.image_size, flag))
     as_factors = None if isinstance(given, str) else levels & set(given)
     if attended not in (as_sides, as_factors):
         sides = ", ".join(str(config.image_size // factor) for factor in sorted(attended)) or "none"
         factors = ", ".join(map(str, sorted(attended))) or "none"
         allowed = f"the network has attention at sides {sides}, downsampling factors {factors}"
-        raise invalid("attention_resolutions", given, allowed)
+        raise invalid(flag, given, allowed)

@@ -8,9 +8,10 @@ asked for in one error that lists the options and their allowed values.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from admfast.checkpoints import flags
 from admfast.checkpoints.differences import (
     Differences,
+    Shape,
     Shapes,
     compare,
     fingerprint,
@@ -28,9 +30,9 @@ from admfast.checkpoints.structure import Structure, read_structure, summary
 from admfast.diffusion import NOISE_SCHEDULES, DiffusionConfig
 from admfast.diffusion.config import SETTINGS, checked_setting
 from admfast.diffusion.config import SWITCHES as PROCESS_SWITCHES
-from admfast.errors import CheckpointError, invalid, nearest, shown
+from admfast.errors import CheckpointError, InvalidArgument, invalid, nearest, shown
 from admfast.models import NetConfig, UNetConfig, config_from_dict
-from admfast.models.config import CONFIG_KINDS, SWITCHES, checked_field
+from admfast.models.config import CONFIG_KINDS, SWITCHES, checked_field, parse_channel_mult
 from admfast.models.description import Description
 from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
 
@@ -107,8 +109,9 @@ def identify(
         Unanswered: if they leave options open that nothing answers: one line with these options, their
             allowed values, and the nearest released model with its answers.
     """
-    options, claims = flags.translated(options or {})
-    network_options, diffusion_options = _split(options)
+    said = options or {}
+    options, claims = flags.translated(said)
+    network_options, diffusion_options = _split(options, said)
     candidates = presets_with_fingerprint(fingerprint(shapes))
     known: ModelPreset | None = None
     assumed: list[str] = []
@@ -133,9 +136,10 @@ def identify(
         sure = known is not None or "dropout" in network_options
         source = "its keys and shapes, which are those of " + _any_of([model.name for model in candidates])
     else:
-        config, assumed = _from_structure(shapes, file, network_options, diffusion_options, process)
+        with _contradictions_first(shapes, said):
+            config, assumed = _from_structure(shapes, file, network_options, diffusion_options, process, said)
         diffusion, source = None, "its keys and shapes, and the options given"
-    config = _with_options(config, network_options)
+    config = _with_options(config, network_options, shapes, said)
     flags.check(config, claims)
     diffusion = _settings(diffusion, diffusion_options, config)
     if known or not sure:
@@ -167,7 +171,12 @@ def _of_the_preset(
     return [f"{name}={value}" for name, value in said.items() if name not in options]
 
 
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _given(said: Mapping[str, Any], name: str) -> tuple[str, Any]:
+    """Return the flag that says an option, and its value."""
+    return next((flag, value) for flag, value in said.items() if flags.name_of(flag) == name)
+
+
+def _split(options: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the network (and `kind`), options of the diffusion process, each checked by itself."""
     network, diffusion = {}, {}
     for name, value in options.items():
@@ -175,21 +184,34 @@ def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             raise invalid("option", name, nearest(name, OPTION_NAMES))
         if value is None and name != "num_classes":
             continue
+        flag, _ = _given(said, name)
         if name in _DIFFUSION_NAMES:
-            diffusion[name] = checked_setting(name, value)
+            diffusion[name] = checked_setting(name, value, flag)
         else:
-            network[name] = checked_field(name, value)
+            network[name] = checked_field(name, value, flag)
     if "kind" in network and network["kind"] not in CONFIG_KINDS:
         raise invalid("kind", network["kind"], nearest(str(network["kind"]), CONFIG_KINDS))
     return network, diffusion
 
 
-def _with_options(config: NetConfig, options: Mapping[str, Any]) -> NetConfig:
+def _with_options(
+    config: NetConfig, options: Mapping[str, Any], shapes: Shapes, said: Mapping[str, Any]
+) -> NetConfig:
     """`config` with some fields replaced; another kind is refused: its fields would mean something else."""
     fields = dict(options)
     if fields.pop("kind", config.kind) != config.kind:
         raise invalid("kind", options["kind"], f"the weights are those of a {config.kind}")
-    return config_from_dict({**config.to_dict(), **fields}) if fields else config
+    _check_fields(config.kind, fields, said)
+    with _contradictions_first(shapes, said):
+        return config_from_dict({**config.to_dict(), **fields}) if fields else config
+
+
+def _check_fields(kind: str, options: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """Refuse what only networks of another kind have."""
+    known = {field.name for field in dataclasses.fields(CONFIG_KINDS[kind])}
+    for name in options:
+        if name not in known and name != "kind":
+            raise invalid(*_given(said, name), f"not for weights of a {kind}")
 
 
 def _settings(
@@ -207,7 +229,12 @@ def _settings(
 
 
 def _from_structure(
-    shapes: Shapes, file: str, options: dict[str, Any], diffusion_options: dict[str, Any], process: bool
+    shapes: Shapes,
+    file: str,
+    options: dict[str, Any],
+    diffusion_options: dict[str, Any],
+    process: bool,
+    said: Mapping[str, Any],
 ) -> tuple[NetConfig, list[str]]:
     """Read the configuration off the shapes and complete it by `options`, or ask; and what it assumes."""
     try:
@@ -217,7 +244,8 @@ def _from_structure(
     questions: list[str] = []
     check_whole(shapes, structure, file)
     kind = _kind(structure, options, questions)
-    layout = _layout(structure, options, questions)
+    _check_fields(kind, options, said)
+    layout = _layout(structure, options, questions, said)
     fields = {**structure.fields, **structure.of_layout(layout)}
     _ask_heads(structure, kind, options, questions)
     if "image_size" not in fields and "image_size" not in options:
@@ -231,45 +259,79 @@ def _from_structure(
     return config_from_dict({**fields, **options}), _assumed(kind, options)
 
 
-def contradicted(shapes: Shapes, options: Mapping[str, Any]) -> str:
-    """Return the options that the shapes contradict, `num_channels=64 (it has 32)`; "" where none is told."""
+def contradicted(shapes: Shapes, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by flag what shapes show in place of what was said: {"num_channels": 32}."""
     try:
         structure = read_structure(shapes)
     except CheckpointError:
-        return ""
+        return {}
     shapes_show = dict(structure.fields)
+    kind = said.get("kind", next(iter(structure.kinds)))
+    if kind in structure.kinds and (len(structure.kinds) == 1 or "kind" in said):
+        shapes_show["in_channels"] = structure.kinds[kind]
     if len(structure.layouts) == 1:
         shapes_show |= structure.of_layout(structure.layouts[0])
-    wrong = []
-    for given, value in options.items():
-        name = flags.RENAMED.get(given, given)
-        # Attention is told by sides or by factors (see `flags.check`), and text was read before.
-        if name in shapes_show and name != "attention_resolutions" and not isinstance(value, str):
-            has = shapes_show[name]
-            if value is not None and checked_field(name, value) != has:
-                wrong.append(f"{given}={shown(value)} (it has {shown(has)})")
-    return ", ".join(wrong)
+    if shapes_show.get("resblock_updown"):
+        shapes_show.pop("conv_resample")  # has no effect
+    wrong = {}
+    for flag, value in said.items():
+        name = flags.name_of(flag)
+        # Attention is told by sides or by factors (see `flags.check`).
+        if name not in shapes_show or name == "attention_resolutions" or value is None:
+            continue
+        if name == "channel_mult" and isinstance(value, str):
+            if not value.strip():
+                continue
+            value = parse_channel_mult(value, 0)
+        if checked_field(name, value, flag) != shapes_show[name]:
+            wrong[flag] = shapes_show[name]
+    return wrong
+
+
+@contextlib.contextmanager
+def _contradictions_first(shapes: Shapes, said: Mapping[str, Any]) -> Iterator[None]:
+    """Where no network can be made of what was said, name what the shapes contradict, before what follows."""
+    try:
+        yield
+    except InvalidArgument as error:
+        for flag, has in contradicted(shapes, said).items():
+            raise invalid(flag, said[flag], f"the weights have {shown(has)}") from error
+        raise
 
 
 def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:
     """Refuse weights of which something is missing, whatever is open: no option adds a key."""
     closest: Differences | None = None
-    for kind, channels in structure.kinds.items():
-        for layout in structure.layouts:
-            fields = {**structure.fields, **structure.of_layout(layout), "kind": kind}
-            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attended)}
-            fields.setdefault("image_size", 2 ** (layout[0] - 1))
-            found = compare(shapes, network_shapes(config_from_dict(fields)))
-            if not found:
-                return
-            if closest is None or found.count < closest.count:
-                closest = found
+    for needs in _readings(structure):
+        found = compare(shapes, needs)
+        if not found:
+            return
+        if closest is None or found.count < closest.count:
+            closest = found
     if closest is not None:
         blocks = _any_of(sorted({_block(key) for key in closest.missing}), " and ")
         lacks = f" without {blocks}" if blocks else ""
         raise CheckpointError(
             f"{file}: {summary(structure)}, but not a whole one{lacks}: {closest.summary()}"
         )
+
+
+def in_published_order(shapes: Shapes) -> bool:
+    """Tell whether the keys are those of an ADM network, whole, in the order of its parameters."""
+    try:
+        return any(list(shapes) == list(needs) for needs in _readings(read_structure(shapes)))
+    except (CheckpointError, InvalidArgument):  # no ADM network, or one of widths that none can have
+        return False
+
+
+def _readings(structure: Structure) -> Iterator[dict[str, Shape]]:
+    """Yield keys and shapes, in the published order, of each network that a structure may be."""
+    for kind, channels in structure.kinds.items():
+        for layout in structure.layouts:
+            fields = {**structure.fields, **structure.of_layout(layout), "kind": kind}
+            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attended)}
+            fields.setdefault("image_size", 2 ** (layout[0] - 1))
+            yield network_shapes(config_from_dict(fields))
 
 
 def _block(key: str) -> str:
@@ -288,30 +350,33 @@ def _kind(structure: Structure, options: Mapping[str, Any], questions: list[str]
     return asked or next(iter(structure.kinds))
 
 
-def _layout(structure: Structure, options: Mapping[str, Any], questions: list[str]) -> tuple[int, int]:
+def _layout(
+    structure: Structure, options: Mapping[str, Any], questions: list[str], said: Mapping[str, Any]
+) -> tuple[int, int]:
     """Levels and residual blocks a level, asked for where a classifier's blocks allow several readings."""
-    fitting = [
-        layout
-        for layout in structure.layouts
-        if options.get("num_res_blocks", layout[1]) == layout[1]
-        and len(options.get("channel_mult", range(layout[0]))) == layout[0]
-        and options.get("image_size")
-        in (None, structure.of_layout(layout).get("image_size", options.get("image_size")))
-    ]
-    if not fitting:
-        names = ("num_res_blocks", "channel_mult", "image_size")
-        given = {name: options[name] for name in names if name in options}
-        allowed = [_layout_text(structure, layout) for layout in structure.layouts]
-        raise invalid("options", given, f"the weights have {' or '.join(allowed)}")
+    fitting = list(structure.layouts)
+    for name in ("num_res_blocks", "channel_mult", "image_size"):
+        if name in options:
+            fitting = [layout for layout in fitting if _agrees(structure, layout, name, options[name])]
+        if not fitting:
+            allowed = [_layout_text(structure, layout) for layout in structure.layouts]
+            raise invalid(*_given(said, name), f"the weights have {' or '.join(allowed)}")
     if len(fitting) > 1:
         questions.append(f"num_res_blocks ({_any_of([str(count) for _, count in fitting])})")
     return fitting[0]
 
 
+def _agrees(structure: Structure, layout: tuple[int, int], name: str, value: Any) -> bool:
+    """Tell whether an option is that of a layout; of the multipliers their number is compared."""
+    if name == "channel_mult":
+        return len(value) == layout[0]
+    return structure.of_layout(layout).get(name, value) == value
+
+
 def _layout_text(structure: Structure, layout: tuple[int, int]) -> str:
     shown = structure.of_layout(layout)
     size = f", image_size {shown['image_size']}" if "image_size" in shown else ""
-    return f"num_res_blocks {layout[1]} on {layout[0]} levels{size}"
+    return f"num_res_blocks {layout[1]} on {layout[0]} level{'s' if layout[0] > 1 else ''}{size}"
 
 
 def _ask_heads(structure: Structure, kind: str, options: Mapping[str, Any], questions: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from admfast.checkpoints.differences import compare, nearest_preset, network_shapes, shapes_of
 from admfast.checkpoints.infer import ModelInfo, contradicted, identify
 from admfast.checkpoints.reading import Source, Weights, read_weights
-from admfast.errors import CheckpointError
+from admfast.errors import CheckpointError, shown
 from admfast.models import NetConfig, build
 
 LOG = logging.getLogger("admfast")
@@ -129,7 +129,8 @@ def check_fit(weights: Weights, info: ModelInfo, options: Mapping[str, Any]) -> 
     shapes = shapes_of(weights.tensors)
     differences = compare(shapes, network_shapes(info.config))
     if differences:
-        said = contradicted(shapes, options)
+        wrong = contradicted(shapes, options).items()
+        said = ", ".join(f"{flag}={shown(options[flag])} (it has {shown(has)})" for flag, has in wrong)
         text = f"{weights.path}: does not fit {said or info.source}: {differences.summary()}"
         near = nearest_preset(shapes)
         if info.candidates:

@@ -51,9 +51,14 @@ _OTHER_FORMS = {
     "torch._utils._rebuild_device_tensor_from_numpy": "device",
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "device",
     "torch._utils._rebuild_wrapper_subclass": "wrapped",
-    "torch._utils._rebuild_tensor_v2": "conjugated",
-    "torch._utils._rebuild_tensor_v3": "conjugated",
 }
+# The calls that rebuild a dense tensor, and the place of marks among their arguments, such as {"conj": True}.
+_MARKS_AT = {
+    "torch._utils._rebuild_tensor": 4,
+    "torch._utils._rebuild_tensor_v2": 6,
+    "torch._utils._rebuild_tensor_v3": 7,
+}
+_MARKED = {"conj": "conjugated", "neg": "negated"}
 # The identity of a storage as protocol 0 writes it: the text of a tuple.
 _IDENTITY = re.compile(r"\('storage', <class '([\w.]+)'>, '([^']*)', '[^']*', (\d{1,19})(?:, None)?\)")
 # Of a tensor whose values repeat in memory (`expand`): more than that is no weight.
@@ -266,16 +271,26 @@ def _called(function: Any, arguments: Any) -> Any:
         return _called(arguments[0], arguments[2])
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return arguments[0]
-    if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-        storage, offset, shape, stride, *more = arguments
-        if len(more) < 3 or not more[2]:  # else conjugated or negated values
-            return StoredTensor(storage, storage.dtype, offset, tuple(shape), tuple(stride))
-    if name == "torch._utils._rebuild_tensor_v3":
-        storage, offset, shape, stride, _, _, dtype, *more = arguments
-        known = getattr(torch, dtype.name.removeprefix("torch."), None)
-        if isinstance(known, torch.dtype) and not any(more):
-            return StoredTensor(storage, known, offset, tuple(shape), tuple(stride))
+    if name in _MARKS_AT:
+        storage, offset, shape, stride, *_ = arguments
+        dtype = _dtype(name, arguments)
+        if isinstance(storage, Storage) and dtype is not None and not _marks(name, arguments):
+            return StoredTensor(storage, dtype, offset, tuple(shape), tuple(stride))
     return Record(name, arguments)
+
+
+def _dtype(name: str, arguments: tuple[Any, ...]) -> torch.dtype | None:
+    """Return the dtype of a tensor that is rebuilt: its storage's, or the one named if known."""
+    if not name.endswith("v3"):
+        return getattr(arguments[0], "dtype", None)
+    known = getattr(torch, arguments[6].name.removeprefix("torch."), None)
+    return known if isinstance(known, torch.dtype) else None
+
+
+def _marks(name: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Return what the values of a rebuilt tensor are besides those of its memory."""
+    held = [entries_of(more) or {} for more in arguments[_MARKS_AT[name] :]]
+    return [_MARKED.get(mark, str(mark)) for marks in held for mark, set_ in marks.items() if set_]
 
 
 def other_form(value: Any) -> str | None:
@@ -283,7 +298,12 @@ def other_form(value: Any) -> str | None:
     if isinstance(value, torch.Tensor):
         layout = None if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
         return "quantized" if value.is_quantized else "meta" if value.is_meta else layout
-    return _OTHER_FORMS.get(value.name) if isinstance(value, Record) else None
+    if not isinstance(value, Record) or value.name not in _MARKS_AT:
+        return _OTHER_FORMS.get(value.name) if isinstance(value, Record) else None
+    marks = " and ".join(_marks(value.name, value.arguments))
+    if marks or not isinstance(value.arguments[0], Storage):
+        return marks or "separately pickled"
+    return f"{value.arguments[6].name}"  # a dtype that this torch doesn't have
 
 
 def _identity(text: str) -> tuple[Any, ...]:

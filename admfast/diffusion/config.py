@@ -27,11 +27,15 @@ SETTINGS = ("noise_schedule", "steps", *SWITCHES)
 _PUBLISHED_NAMES = {"diffusion_steps": "steps", "timestep_respacing": "respacing"}
 
 
-def checked_setting(name: str, value: object) -> object:
-    """Return one of `SETTINGS` in one form, whatever the others are; InvalidArgument for a wrong value."""
-    if name == "noise_schedule":
+def checked_setting(setting: str, value: object, name: str | None = None) -> object:
+    """Return one of `SETTINGS` in one form, whatever the others are; InvalidArgument for a wrong value.
+
+    name: what an error calls the setting, where a flag of another name gave it.
+    """
+    name = name or setting
+    if setting == "noise_schedule":
         return checks.one_of(name, value, NOISE_SCHEDULES)
-    return checks.whole(name, value, 1) if name == "steps" else checks.switch(name, value)
+    return checks.whole(name, value, 1) if setting == "steps" else checks.switch(name, value)
 
 
 @dataclass(frozen=True)

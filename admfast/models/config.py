@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -32,25 +33,29 @@ SWITCHES = (
 )  # fmt: skip
 
 
-def checked_field(name: str, value: Any) -> Any:
-    """Return the value of a configuration's field in one form; InvalidArgument for a wrong type or range."""
-    if name in _WHOLE:
+def checked_field(field: str, value: Any, name: str | None = None) -> Any:
+    """Return the value of a configuration's field in one form; InvalidArgument for a wrong type or range.
+
+    name: what an error calls the field, where a flag of another name gave it.
+    """
+    name = name or field
+    if field in _WHOLE:
         return checks.whole(name, value, 1)
-    if name in _WHOLE_OR_NOT:
+    if field in _WHOLE_OR_NOT:
         return checks.whole(name, value, 1, special=-1)
-    if name in SWITCHES:
+    if field in SWITCHES:
         return checks.switch(name, value)
-    if name == "num_classes":
+    if field == "num_classes":
         return None if value is None else checks.whole(name, value, 1)
-    if name == "attention_resolutions":
+    if field == "attention_resolutions":
         return tuple(checks.whole_numbers(name, value, 1))
-    if name == "channel_mult":
+    if field == "channel_mult":
         return _multipliers(name, value)
-    if name == "dropout":
+    if field == "dropout":
         return checks.real(name, value, least=0, below=1)
-    if name == "dims":
+    if field == "dims":
         return checks.whole(name, value, 1, 3)
-    if name == "pool":
+    if field == "pool":
         return checks.one_of(name, value, POOLS)
     return value
 
@@ -249,22 +254,27 @@ def parse_channel_mult(text: str | Sequence[float], image_size: int) -> tuple[fl
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise invalid("channel_mult", text, "numbers separated by commas, such as 0.5,1,2") from None
+        values = ()
+    if not values or not all(0 < value < math.inf for value in values):
+        raise invalid("channel_mult", text, "numbers above 0 separated by commas, such as 0.5,1,2")
     return tuple(int(value) if value.is_integer() else value for value in values)
 
 
-def parse_attention_resolutions(text: str | Sequence[int], image_size: int) -> tuple[int, ...]:
-    """Turn image sides ("32,16,8") into downsampling factors of `image_size`, as the published flags do."""
+def parse_attention_resolutions(
+    text: str | Sequence[int], image_size: int, name: str = "attention_resolutions"
+) -> tuple[int, ...]:
+    """Turn image sides ("32,16,8") into downsampling factors of `image_size`, as the published flags do.
+
+    name: of the flag, for errors.
+    """
     try:
         sides = (
             [int(part) for part in text.split(",") if part.strip()] if isinstance(text, str) else list(text)
         )
     except ValueError:
-        raise invalid(
-            "attention_resolutions", text, "image sides separated by commas, such as 32,16,8"
-        ) from None
+        raise invalid(name, text, "image sides separated by commas, such as 32,16,8") from None
     if any(side < 1 for side in sides):
-        raise invalid("attention_resolutions", text, "image sides of 1 or more")
+        raise invalid(name, text, "image sides of 1 or more")
     return tuple(image_size // side for side in sides)
 
 
@@ -334,7 +344,9 @@ def classifier_config_from_flags(
         model_channels=classifier_width,
         out_channels=num_classes,
         num_res_blocks=classifier_depth,
-        attention_resolutions=parse_attention_resolutions(classifier_attention_resolutions, image_size),
+        attention_resolutions=parse_attention_resolutions(
+            classifier_attention_resolutions, image_size, "classifier_attention_resolutions"
+        ),
         channel_mult=parse_channel_mult(channel_mult, image_size),
         num_head_channels=num_head_channels,
         use_scale_shift_norm=classifier_use_scale_shift_norm,

@@ -32,7 +32,10 @@ def conv_ref(
     wide = torch.promote_types(x.dtype, torch.float32)
     convolution = CONVOLUTIONS[weight.dim() - 2]
     y = convolution(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding)
-    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
+    if residual is not None:
+        check_residual(residual, y.shape)
+        y = y + residual.to(wide)
+    return y.to(x.dtype)
 
 
 class FoldedConv:
@@ -87,7 +90,7 @@ class FoldedConv:
             TABLE.named(impl)
         dims = weight.dim() - 2
         geometry = (each(stride, dims, "stride", 1), each(padding, dims, "padding", 0))
-        _check_bias(weight, bias)
+        check_bias(weight, bias)
         self.weight, self.bias = weight, bias
         self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory)
         columns = [slice(split), slice(split, None)] if split else [slice(None)]
@@ -133,7 +136,7 @@ class FoldedConv:
         if (bias is None) != (self.bias is None):
             given = None if bias is None else tuple(bias.shape)
             raise invalid("bias", given, "must be None exactly where it was before")
-        _check_bias(weight, bias)
+        check_bias(weight, bias)
         self.weight, self.bias = weight, bias
         if bias is not None and self._bias is not None:
             with deriving():
@@ -177,11 +180,18 @@ def _check(direction: Direction, x: Tensor, residual: Tensor | None) -> None:
     shape = direction.out_shape(x)
     if min(shape[2:]) < 1:
         raise invalid("x.shape", tuple(x.shape), f"a kernel of {direction.kernel} does not fit into it")
-    if residual is not None and list(residual.shape) != shape:
+    if residual is not None:
+        check_residual(residual, tuple(shape))
+
+
+def check_residual(residual: Tensor, shape: Sequence[int]) -> None:
+    """Refuse a residual that isn't of the output's shape: one that broadcasts would be added unnoticed."""
+    if residual.shape != shape:
         raise invalid("residual.shape", tuple(residual.shape), f"must be {tuple(shape)}")
 
 
-def _check_bias(weight: Tensor, bias: Tensor | None) -> None:
+def check_bias(weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse a bias that isn't one number for each output channel."""
     if bias is not None and bias.shape != weight.shape[:1]:
         raise invalid("bias.shape", tuple(bias.shape), f"must be {tuple(weight.shape[:1])}")
 
@@ -240,6 +250,7 @@ def preferred(direction: Direction, x: Tensor) -> str:
 
 
 @constant
+@functools.cache
 def wide_loops() -> bool:
     """Tell whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.conv import FoldedConv, conv_ref, each, wide_loops
+from admfast.ops.conv import FoldedConv, check_bias, check_residual, conv_ref, each, wide_loops
 from admfast.ops.conv_forms import CONVOLUTIONS, Direction, winograd_fits
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.layout import is_channels_last
@@ -55,15 +55,31 @@ def conv(
 
     Returns: [N, C_out, *out], dtype of `x`; images come channels-last where `x` is.
 
-    Raises: InvalidArgument for an unknown `impl` and channels that don't fit, Unavailable for one that can't
-        serve the call.
+    Raises: InvalidArgument for an unknown `impl`, and for shapes, devices and (but under autocast) dtypes
+        that don't fit; Unavailable for an `impl` that can't serve the call.
     """
     if weight.dim() != x.dim() or x.dim() - 2 not in CONVOLUTIONS or weight.shape[1] != x.shape[1]:
         allowed = f"[C_out, {x.shape[1] if x.dim() > 1 else 'C_in'}, *kernel], for x {tuple(x.shape)}"
         raise invalid("weight.shape", tuple(weight.shape), allowed)
+    _check_alike(x, weight, bias, residual)
+    check_bias(weight, bias)
     dims = x.dim() - 2
     geometry = {"stride": each(stride, dims, "stride", 1), "padding": each(padding, dims, "padding", 0)}
     return TABLE.choose(impl, x, weight, **geometry).forward(x, weight, bias, residual, **geometry)
+
+
+def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    """Refuse, by name, tensors of another dtype or device than x; autocast brings all to one dtype."""
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise invalid("x.dtype", dtype, "a floating dtype")
+    for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if t is None:
+            continue
+        if t.dtype != dtype and not in_autocast(device):
+            raise invalid(f"{name}.dtype", t.dtype, f"must be {dtype}, the dtype of x")
+        if t.device != device:
+            raise invalid(f"{name}.device", str(t.device), f"must be {device}, where x is")
 
 
 class WinogradFn(torch.autograd.Function):
@@ -120,6 +136,8 @@ def by_winograd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **_geometry: tuple[int, ...]
 ) -> Tensor:
     """Winograd's F(4x4, 3x3) in C++, with weights that are transformed at the call (csrc/README.md)."""
+    if residual is not None:
+        check_residual(residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
     if recorded(x, weight, bias, residual):
         return record(WinogradFn, x, _viewed(weight), _viewed(bias), residual)
     return native.ops().conv3x3_winograd_once(x, weight, bias, residual, False)
@@ -205,7 +223,10 @@ def by_library(
         # The library's gradient lies as the images do; that of a view lies as the weight does.
         weight = weight.flatten(1).unflatten(1, weight.shape[1:])
     y = CONVOLUTIONS[x.dim() - 2](x, weight, bias, **geometry)
-    return y if residual is None else residual + y
+    if residual is None:
+        return y
+    check_residual(residual, y.shape)
+    return residual + y
 
 
 def preferred(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
@@ -232,13 +253,15 @@ def preferred(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
           16 ->   64, 16, 4      0.23 / 0.25     0.25 / 0.34      0.27 / 0.21
           64 ->   64,  5, 8      0.28 / 0.31     0.34 / 0.30      0.35 / 0.27
     """
-    if x.dim() != 4 or observed() or in_autocast(x.device) or not wide_loops():
+    if x.dim() != 4 or observed():
         return "library"
     n, _, height, width = x.shape
     c_out, c_in = weight.shape[:2]
     filled = n * height * width >= 8 * n * -(-height // 4) * -(-width // 4)
     pays = min(c_in, c_out) >= FEWEST_CHANNELS and n * height * width * c_in * c_out >= FEWEST_PRODUCTS
-    return "winograd" if filled and pays else "library"
+    if not (filled and pays) or in_autocast(x.device) or not wide_loops():
+        return "library"
+    return "winograd"
 
 
 TABLE = OpTable(

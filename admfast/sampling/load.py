@@ -90,19 +90,21 @@ def load(
         raise invalid("name", name, allowed)
     _check_option_names(options)
     flags.refuse_elsewhere(options)
+    more: dict[str, Any] = {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
+    for argument, value in more.items():
+        if not isinstance(value, Mapping | None):
+            raise invalid(argument, value, "options by name, or None")
+    more |= {"classifier": classifier, "upsampler": upsampler, "preset": preset}
+    said = {**{argument: value for argument, value in more.items() if value not in (None, {})}, **options}
     of_classifier = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
-    classifier_options = {**(classifier_options or {}), **of_classifier}
     on = chosen_device(device)
     prepared = _engine_options(engine, switch("compile", compile), compile_cache)
     form = _Form(policy(precision, on), prepared, switch("keep_master", keep_master))
-    given = {"classifier": classifier, "upsampler": upsampler, "preset": preset, **options}
-    given |= {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
     with own_numerics(on):
         if not in_memory and str(name) in SYSTEMS:
-            for argument, value in given.items():
-                if value:
-                    given_as = str(value) if isinstance(value, PathLike) else value
-                    raise invalid(argument, given_as, f"not for a system: {name} says it")
+            for argument, value in said.items():
+                given_as = str(value) if isinstance(value, PathLike) else value
+                raise invalid(argument, given_as, f"not for a system: {name} says it")
             return _load_system(system(str(name)), weights, on, form)
         if not in_memory:
             name = user_path("name", name)  # type: ignore[arg-type]
@@ -112,9 +114,11 @@ def load(
         if weights is not None:
             allowed = f"for a system, as the folder of its files; {_named(name)} is a file"
             raise invalid("weights", _named(weights), allowed)
+        for flag, value in of_classifier.items() if classifier is None else ():
+            raise invalid(flag, value, "there is no classifier")
         parts = [
             _Part("name", name, {**options, "preset": preset}),
-            _Part("classifier", classifier, classifier_options),
+            _Part("classifier", classifier, {**(classifier_options or {}), **of_classifier}),
             _Part("upsampler", upsampler, {**(upsampler_options or {})}),
         ]
         return _load_files(parts, on, form)

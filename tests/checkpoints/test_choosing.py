@@ -346,39 +346,3 @@ def test_metadata_of_another_kind_are_no_safetensors(tmp_path, metadata):
 def test_a_path_that_the_system_does_not_take_is_named():
     with pytest.raises(InvalidArgument, match="^weights="):
         read_weights("x" * 5000 + ".pt")
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_an_average_kept_as_a_list_is_taken_in_the_order_of_the_parameters(tmp_path, legacy):
-    """As score_sde and torch_ema save it, beside the network and counters of it."""
-    counted = prefixed("module.", RAW) | {"module.out.2.total_ops": torch.zeros(1)}
-    average = {"decay": 0.999, "num_updates": 5, "shadow_params": list(GOOD.values())}
-    aside = average | {"collected_params": list(RAW.values())}
-    for ema in (average, aside):
-        path = saved(tmp_path, {"optimizer": OPTIMISER, "model": counted, "ema": ema, "step": 7}, legacy)
-        for entry in (None, "ema"):
-            weights = read_weights(path, entry=entry)
-            assert_taken(weights)
-            assert weights.entry == "ema.shadow_params"
-            (note,) = weights.notes
-            assert "average" in note and "model" in note and "ema.decay" in note
-        assert_taken(read_weights(path, entry="model"), RAW)
-    net, _ = load_network(path, **ANSWERS)
-    assert torch.equal(net.state_dict()["out.2.bias"], GOOD["out.2.bias"])
-
-
-@pytest.mark.parametrize("wrong", ["one too few", "another shape"])
-def test_an_average_kept_as_a_list_that_does_not_fit_is_left_and_why_is_said(tmp_path, wrong):
-    values = list(GOOD.values())
-    if wrong == "one too few":
-        said = [str(len(values) - 1), str(len(values))]
-        values = values[:-1]
-    else:
-        values[3], said = torch.ones(5), ["[5]", str(list(values[3].shape)), list(GOOD)[3]]
-    path = saved(tmp_path, {"model": RAW, "ema": {"shadow_params": values, "decay": 0.9}})
-    weights = read_weights(path)
-    assert_taken(weights, RAW)
-    (note,) = weights.notes
-    assert "ema.shadow_params" in note and all(part in note for part in said)
-    with pytest.raises(CheckpointError, match="ema.shadow_params"):
-        read_weights(path, entry="ema")

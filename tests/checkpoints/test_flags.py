@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from admfast.checkpoints import flags, identify, load_network, network_shapes
+from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.cli.options import options_of
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError, InvalidArgument
-from admfast.models import classifier_config_from_flags, unet_config_from_flags, upsampler_config_from_flags
+from admfast.models import (
+    ClassifierConfig,
+    classifier_config_from_flags,
+    unet_config_from_flags,
+    upsampler_config_from_flags,
+)
 from tests.small import SMALL_UNET
 from tests.tools.random_checkpoint import random_state
 
@@ -75,6 +82,7 @@ def test_flags_of_an_upsampler_and_of_a_classifier():
     [
         ({"class_cond": False}, "class_cond=False.*num_classes=10"),
         ({"class_cond": "yes"}, "class_cond='yes'"),
+        ({"use_fp16": "maybe"}, "^use_fp16='maybe'"),
         ({"attention_resolutions": "16"}, "attention_resolutions='16'.*sides 8.*factors 2"),
         ({"attention_resolutions": (4,)}, "attention_resolutions="),
         ({"attention_resolutions": ""}, "attention_resolutions="),
@@ -111,8 +119,6 @@ def test_what_is_said_elsewhere_is_told_where(flag):
 
 
 def test_the_table_names_options_that_there_are():
-    from admfast.checkpoints.infer import OPTION_NAMES
-
     assert set(flags.RENAMED.values()) <= set(OPTION_NAMES)
     assert not flags.NAMES & set(OPTION_NAMES)
     assert flags.SWITCHES <= flags.NAMES
@@ -134,6 +140,9 @@ def test_a_setting_that_is_given_twice_is_named_with_both_names(reverse):
     [
         ({"num_channels": 64}, r"num_channels=64 \(it has 32\)"),
         ({"channel_mult": (1, 3)}, r"channel_mult=\(1, 3\) \(it has \(1, 2\)\)"),
+        ({"channel_mult": "1,3"}, r"channel_mult='1,3' \(it has \(1, 2\)\)"),
+        ({"channel_mult": np.array([1, 3])}, r"channel_mult=.*\(it has \(1, 2\)\)"),
+        ({"in_channels": 4}, r"in_channels=4 \(it has 3\)"),
         ({"use_scale_shift_norm": False, "num_classes": 9}, "use_scale_shift_norm=False.*num_classes=9"),
     ],
     ids=str,
@@ -142,3 +151,80 @@ def test_a_setting_that_the_shapes_contradict_is_named(options, named):
     with pytest.raises(CheckpointError, match=named) as caught:
         load_network(random_state(SMALL_UNET), **ANSWERS, **options)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+# Values that no option can have; attention is given as text or as numbers.
+IMPOSSIBLE = {"attention_resolutions": "16;8", "noise_schedule": "line", "pool": "max", "kind": "gan"}
+
+
+@pytest.mark.parametrize(
+    "flag", sorted({*flags.RENAMED, *OPTION_NAMES, *flags.SWITCHES} - {*flags.ELSEWHERE, "entry"})
+)
+def test_a_value_that_no_option_has_is_refused_under_the_name_that_gave_it(flag):
+    value = IMPOSSIBLE.get(flags.RENAMED.get(flag, flag), "x")
+    with pytest.raises(InvalidArgument, match=f"^{flag}={value!r}: ") as caught:
+        identify(SHAPES, file="x", options={flag: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1,x", "1,nan", "1,inf", "0,1", "-1,2", "1,,2", "1;2", "x"])
+def test_a_text_that_is_no_multipliers_is_shown_whole(text):
+    with pytest.raises(InvalidArgument, match=f"^channel_mult='{text}': "):
+        identify(SHAPES, file="x", options={**ANSWERS, "channel_mult": text})
+
+
+@pytest.mark.parametrize(
+    "flag, value, has",
+    [
+        ("num_res_blocks", 3, 1),
+        ("classifier_depth", 3, 1),
+        ("channel_mult", "1,2,4", (1, 2)),
+        ("channel_mult", (1,), (1, 2)),
+        ("num_channels", 48, 32),
+        ("classifier_width", 31, 32),
+    ],
+)
+def test_a_setting_of_which_no_network_can_be_made_is_named_beside_what_the_weights_have(flag, value, has):
+    for more in ({}, {"conv_resample": False}):  # which has no effect here, and is not to blame
+        with pytest.raises(InvalidArgument) as caught:
+            identify(SHAPES, file="x", options={**ANSWERS, **more, flag: value})
+        assert str(caught.value).startswith(f"{flag}={value!r}: ") and str(caught.value).endswith(f" {has}")
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"classifier_depth": 5}, "^classifier_depth=5: .*7 on 1 level,.*3 on 2 levels.*1 on 4 levels"),
+        ({"channel_mult": "1,1,1"}, "^channel_mult='1,1,1': .*on 4 levels"),
+        (
+            {"num_res_blocks": 3, "channel_mult": (1, 1, 1, 1)},
+            "^channel_mult=\\(1, 1, 1, 1\\): .*3 on 2 levels",
+        ),
+        ({"num_res_blocks": 3, "large_size": 24}, "^large_size=24: .*image_size 8"),
+    ],
+    ids=str,
+)
+def test_the_option_that_no_reading_of_the_blocks_allows_is_named(options, named):
+    """Eight equal blocks are 1, 2 or 4 levels."""
+    config = ClassifierConfig(
+        image_size=32,
+        model_channels=32,
+        out_channels=4,
+        num_res_blocks=1,
+        attention_resolutions=(),
+        channel_mult=(1, 1, 1, 1),
+        num_head_channels=32,
+        resblock_updown=True,
+        pool="attention",
+    )
+    with pytest.raises(InvalidArgument, match=named) as caught:
+        identify(network_shapes(config), file="x", options={"num_head_channels": 32, **options})
+    assert "{" not in str(caught.value)
+
+
+def test_an_option_of_another_kind_is_refused_by_name():
+    for options in ({"pool": "spatial"}, {"classifier_pool": "spatial"}):
+        (flag,) = options
+        for how in ({"options": {**ANSWERS, **options}}, {"options": options, "config": SMALL_UNET}):
+            with pytest.raises(InvalidArgument, match=f"^{flag}='spatial': .*unet"):
+                identify(SHAPES, file="x", **how)

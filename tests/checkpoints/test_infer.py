@@ -211,7 +211,7 @@ def test_the_process_of_unknown_weights_is_unknown_unless_given():
         ),
         ({"config": SMALL_UNET, "options": {"learn_sigma": False}}, "learn_sigma=False: True for a network"),
         ({"carried": Description(SMALL_UNET, DiffusionConfig())}, "learn_sigma=False: True for a network"),
-        ({"options": {"channel_mult": 5, **HEADS}}, "channel_mult': (5,)}: the weights have"),
+        ({"options": {"channel_mult": 5, **HEADS}}, "channel_mult=5: "),
         ({"options": {"attention_resolutions": "x"}}, "attention_resolutions='x'"),
         ({"options": {"num_head_channels": "x"}}, "num_head_channels='x': a whole number"),
         ({"options": {"use_new_attention_order": "no"}}, "use_new_attention_order='no': True or False"),

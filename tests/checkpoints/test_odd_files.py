@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,13 +65,46 @@ def test_early_protocols_of_pickle_are_read(tmp_path, protocol, zipped):
     refused(saved(tmp_path, {"x": Runs(), **STATE}, pickle_protocol=protocol), "would call")
 
 
-@pytest.mark.parametrize("protocol", [0, 1])
-@pytest.mark.parametrize("held", [{"a": 1}, [1, 2]], ids=["dict", "list"])
-def test_bare_pickles_of_early_protocols_are_called_pickles(tmp_path, held, protocol):
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "held",
+    [{"a": 1}, [1, 2], STATE, collections.OrderedDict(STATE), torch.nn.Linear(2, 3), {"a": np.ones(2)}],
+    ids=["dict", "list", "state dict", "ordered", "module", "numpy"],
+)
+def test_bare_pickles_are_called_pickles(tmp_path, held, protocol):
     (tmp_path / "x.pt").write_bytes(pickle.dumps(held, protocol))
     refused(tmp_path / "x.pt", "a bare pickle")
     (tmp_path / "x.pt").write_bytes(pickle.dumps(Runs(), protocol))
     refused(tmp_path / "x.pt", "would call")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "config\nmodel\nquality: 3\n",
+        "config\nmodel\n(see below)\n",
+        "config\nmodel\np1\n",
+        "config: 3\n",
+        "(dp0\nabc",
+    ],
+)
+def test_a_text_that_begins_as_a_pickle_may_is_called_a_text(tmp_path, text):
+    (tmp_path / "x.pt").write_text(text)
+    refused(tmp_path / "x.pt", f"text, .*{re.escape(repr(text.splitlines()[0]))}")
+
+
+def test_a_pickle_that_is_text_too_is_no_text(tmp_path):
+    (tmp_path / "x.pt").write_text("cos\nsystem\n(S'false'\ntR.")
+    refused(tmp_path / "x.pt", "would call os.system")
+
+
+def test_what_is_wrong_in_a_pickle_is_said(tmp_path):
+    def changes(name, content):
+        return content.replace(b"FloatStorage", b"FloatStirage")
+
+    path = saved(tmp_path, STATE)
+    changed_archive(path, changes)
+    refused(path, "pickle.*FloatStirage")
 
 
 def odd(form):
@@ -85,6 +121,8 @@ def odd(form):
         "sparse": values.to_sparse,
         "csr": values.to_sparse_csr,
         "meta": lambda: values.to("meta"),
+        "negated": lambda: torch.complex(values, values).conj().imag,
+        "conjugated": lambda: torch.complex(values, values).conj(),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that sparse csr and quantization may change
@@ -92,18 +130,42 @@ def odd(form):
 
 
 @pytest.mark.parametrize("zipped", [True, False, None], ids=["zip", "legacy", "memory"])
-@pytest.mark.parametrize("form", ["quantized", "quint8", "per channel", "packed", "sparse", "csr", "meta"])
+@pytest.mark.parametrize(
+    "form",
+    ["quantized", "quint8", "per channel", "packed", "sparse", "csr", "meta", "negated", "conjugated"],
+)
 def test_tensors_of_another_form_are_called_what_they_are(tmp_path, form, zipped):
     kind = {"csr": "sparse", "per channel": "quantized", "packed": "quantized", "quint8": "quantized"}
     for key, state in (("out.2.bias", GOOD), ("a.weight", STATE)):
         content = dict(state) | {key: odd(form)}
         how = {"_use_new_zipfile_serialization": zipped}
         source = content if zipped is None else saved(tmp_path, content, **how)
+        if zipped is None and form in ("negated", "conjugated"):
+            assert torch.equal(read_weights(source).tensors[key], content[key])  # torch reads them itself
+            continue
         with pytest.raises(CheckpointError, match=f"{kind.get(form, form)}.*{key}"):
             read_weights(source)
     # Beside the network it is in nobody's way.
     content = {"model": GOOD, "other": odd(form)}
     assert read_weights(saved(tmp_path, content, **how) if zipped is not None else content).entry == "model"
+
+
+class OfADevice:
+    """Pickles as torch does a tensor of a device whose memory it doesn't write."""
+
+    def __reduce__(self):
+        arguments = (torch.ones(6), torch.float32, "xla:0", False)
+        return torch._utils._rebuild_device_tensor_from_cpu_tensor, arguments
+
+
+def test_a_tensor_of_a_device_is_told_what_brings_it_here(tmp_path):
+    refused(saved(tmp_path, GOOD | {"out.2.bias": OfADevice()}), r"device tensors \(out.2.bias\).*cpu\(\)")
+
+
+def test_a_dtype_of_another_torch_is_named(tmp_path):
+    path = saved(tmp_path, {"model": dict(STATE, **{"a.scale": torch.ones(3).to(torch.float8_e4m3fn)})})
+    changed_archive(path, lambda _, content: content.replace(b"float8_e4m3fn", b"float8_e9m9fn"))
+    refused(path, "torch.float8_e9m9fn.*a.scale", entry="model")
 
 
 def changed_archive(path, changes, again=()):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -237,20 +238,67 @@ def test_transforms_and_compilation_give_the_library_s_numbers():
     torch.testing.assert_close(gradient, leaf.grad)
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        (dict(weight=torch.ones(4, 5, 3, 3)), "weight.shape"),
-        (dict(weight=torch.ones(4, 6, 3)), "weight.shape"),
-        (dict(x=torch.ones(6, 3)), "weight.shape"),
-        (dict(impl="fastest"), "impl"),
-    ],
-    ids=str,
-)
-def test_what_does_not_fit_is_refused_by_name(changes, name):
-    call: dict[str, Any] = dict(x=torch.ones(1, 6, 4, 4), weight=torch.ones(4, 6, 3, 3))
-    with pytest.raises(InvalidArgument, match=f"^{name}="):
+WRONG = {
+    "channels": (dict(weight=torch.ones(4, 5, 3, 3)), "weight.shape"),
+    "dimensions": (dict(weight=torch.ones(4, 6, 3)), "weight.shape"),
+    "no image": (dict(x=torch.ones(6, 3)), "weight.shape"),
+    "whole numbers": (dict(x=torch.ones(1, 6, 4, 4).long()), "x.dtype"),
+    "another bias": (dict(bias=torch.ones(1)), "bias.shape"),
+    **{
+        f"{kind}, {name}": (dict([(name, torch.ones(shape).to(to))]), f"{name}.{kind}")
+        for name, shape in {"weight": (4, 6, 3, 3), "bias": (4,), "residual": (1, 4, 4, 4)}.items()
+        for kind, to in {"dtype": torch.float64, "device": "meta"}.items()
+    },
+    **{
+        f"residual {list(shape)}": (dict(residual=torch.ones(shape)), "residual.shape")
+        for shape in [(), (4,), (4, 4), (1, 1, 4, 4), (1, 4, 1, 1), (3, 4, 4, 4), (1, 1, 4, 4, 4)]
+    },
+}
+
+
+@pytest.mark.parametrize("impl", [*TABLE.names(), None])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit_is_refused_by_name(wrong, impl):
+    changes, name = WRONG[wrong]
+    if impl == "winograd" and WITHOUT_C is not None:
+        pytest.skip(WITHOUT_C)
+    x = torch.ones(1, 6, 4, 4).to(memory_format=torch.channels_last)
+    call: dict[str, Any] = dict(x=x, weight=torch.ones(4, 6, 3, 3), padding=1, impl=impl)
+    with pytest.raises(InvalidArgument, match=f"^{name}=") as caught:
         conv(**(call | changes))
+    assert "\n" not in str(caught.value)
+    if "device" in name:  # torch makes no fake tensor of a meta tensor
+        return
+    with FakeTensorMode() as mode, pytest.raises(InvalidArgument, match=f"^{name}="):
+        given = (call | changes).items()
+        conv(**{key: mode.from_tensor(t) if isinstance(t, Tensor) else t for key, t in given})
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(InvalidArgument, match="^impl="):
+        conv(torch.ones(1, 6, 4, 4), torch.ones(4, 6, 3, 3), impl="fastest")
+
+
+def test_a_residual_is_measured_against_the_output():
+    x, weight = torch.ones(2, 6, 8, 8), torch.ones(6, 6, 3, 3)
+    right = torch.ones(2, 6, 4, 4)
+    assert torch.equal(
+        conv(x, weight, None, right, stride=2, padding=1), 1 + conv(x, weight, stride=2, padding=1)
+    )
+    with pytest.raises(InvalidArgument, match=r"^residual.shape=\(2, 6, 8, 8\): .*\(2, 6, 4, 4\)"):
+        conv(x, weight, None, x, stride=2, padding=1)
+    compiled = torch.compile(lambda x, w, r: conv(x, w, None, r, padding=1), backend="eager")
+    with pytest.raises(InvalidArgument, match="^residual.shape="):
+        compiled(x, weight, right[:, :, :1, :1])
+
+
+def test_autocast_brings_tensors_to_one_dtype():
+    x, weight = torch.randn(1, 6, 4, 4), torch.randn(4, 6, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = conv(x.bfloat16(), weight, padding=1)
+        assert torch.equal(mixed, conv(x, weight, padding=1)) and mixed.dtype == torch.bfloat16
+        with pytest.raises(InvalidArgument, match="^residual.shape="):
+            conv(x.bfloat16(), weight, None, torch.ones(1, 4, 1, 1), padding=1)
 
 
 @needs_cpp

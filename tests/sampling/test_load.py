@@ -120,6 +120,13 @@ def test_everything_open_is_asked_for_at_once(tmp_path):
     assert pipe.sample([1], [2], steps=1, upsampler_steps=1).shape == (1, 2 * SIDE, 2 * SIDE, 1)
 
 
+@pytest.mark.parametrize("name", ["imagenet64", "x.pt"])
+@pytest.mark.parametrize("part", ["classifier_options", "upsampler_options"])
+def test_options_are_given_by_name(part, name):
+    with pytest.raises(InvalidArgument, match=f"^{part}=3: "):
+        load(name, device="cpu", **{part: 3})
+
+
 @pytest.mark.parametrize("part", ["classifier_options", "upsampler_options"])
 def test_answers_without_their_file_are_refused(model, part):
     with pytest.raises(InvalidArgument, match=f"{part}=.*: there is no {part.removesuffix('_options')}"):
@@ -297,7 +304,11 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(tmp_path):
     assert set(re.findall(r"--\w+", text)) <= fetch_options()
 
 
-@pytest.mark.parametrize("given", [{"classifier": "x.pt"}, {"num_heads": 2}])
+@pytest.mark.parametrize(
+    "given",
+    [{"classifier": "x.pt"}, {"num_heads": 2}, {"learn_sigma": False}, {"classifier_depth": 2}],
+    ids=str,
+)
 def test_a_system_says_everything_itself(given, tmp_path):
     (name,) = given
     with pytest.raises(InvalidArgument, match=f"^{name}=.*: not for a system: imagenet64 says it"):
