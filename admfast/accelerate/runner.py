@@ -1,0 +1,164 @@
+"""Run a program as it stands with its networks accelerated: `python -m admfast.accelerate PROGRAM ARGS...`
+
+Classes that build the parts of an ADM network are watched as they are defined, in whatever file; an instance
+is converted at its first call, when the program has loaded, moved and prepared it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import contextlib
+import functools
+import runpy
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from admfast.accelerate.blocks import SAME
+from admfast.accelerate.door import PRECISIONS, accelerate, report
+from admfast.errors import AdmfastError
+
+BUILDS = {"input_blocks", "middle_block"}
+
+
+@dataclass
+class Seen:
+    """Record of a network: what became of it, its calls and the seconds in them, how far a check was off."""
+
+    said: str = ""
+    calls: int = 0
+    seconds: float = 0.0
+    difference: float | None = None
+
+
+@dataclass
+class Watch:
+    """Converts networks at their first calls, and keeps count.
+
+    check: compare each network's first call with the program's own.
+    """
+
+    precision: str | None = None
+    check: bool = False
+    seen: dict[int, Seen] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)  # the networks, so that no identity comes twice
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the classes that are defined within the block."""
+        build = builtins.__build_class__
+
+        @functools.wraps(build)
+        def and_look(*args: Any, **kwargs: Any) -> Any:
+            made: Any = build(*args, **kwargs)
+            names = getattr(getattr(vars(made).get("__init__"), "__code__", None), "co_names", ())
+            if BUILDS <= set(names) and not made.__module__.startswith("admfast."):
+                made.__call__ = self._watched(made.__call__)
+            return made
+
+        builtins.__build_class__ = and_look
+        try:
+            yield
+        finally:
+            builtins.__build_class__ = build
+
+    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def called(net: Any, *args: Any, **kwargs: Any) -> Any:
+            seen = self.seen.get(id(net))
+            if seen is None:
+                return self._first(net, call, args, kwargs)
+            # A converted network comes by here too, on its way through its own class.
+            started = time.perf_counter()
+            try:
+                return call(net, *args, **kwargs)
+            finally:
+                seen.calls += 1
+                seen.seconds += time.perf_counter() - started
+
+        return called
+
+    def _first(
+        self, net: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        seen = self.seen[id(net)] = Seen()
+        self.kept.append(net)
+        wanted = None
+        if self.check:
+            devices = range(torch.cuda.device_count())
+            with torch.random.fork_rng(devices), torch.no_grad():
+                wanted = call(net, *args, **kwargs)
+        try:
+            accelerate(net, self.precision)
+            seen.said = report(net).partition("\n")[0]
+        except AdmfastError as error:
+            seen.said = f"{type(net).__name__}: as it is; {error}"
+        out = net(*args, **kwargs)
+        if isinstance(wanted, torch.Tensor):
+            seen.difference = float((out.detach() - wanted).abs().max() / wanted.abs().max())
+        return out
+
+    def said(self) -> list[str]:
+        """Return what became of the networks, a line for each."""
+        lines = []
+        for seen in self.seen.values():
+            each = 1e3 * seen.seconds / max(seen.calls, 1)
+            line = f"{seen.said}; {seen.calls} calls, {seen.seconds:.2f} s on the host, {each:.1f} ms each"
+            if seen.difference is not None:
+                line += f"; the first is off the program's own by {seen.difference:.1e} of its largest value"
+            lines.append(line)
+        return lines or ["no network of the ADM family was called"]
+
+    def differs(self) -> bool:
+        """Tell whether a check found more than rounding."""
+        found = [seen.difference for seen in self.seen.values() if seen.difference is not None]
+        return any(not difference <= SAME for difference in found)  # NaN differs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: the program's, or 1 where a check found a difference."""
+    arguments = _parser().parse_args(argv)
+    watch = Watch(arguments.precision, arguments.check)
+    program = arguments.program
+    if not arguments.module and not Path(program).is_file():
+        print(f"program={program!r}: a Python file, or -m and a module's name", file=sys.stderr)
+        return 2
+    sys.argv = [program, *arguments.arguments]
+    sys.path[0] = "" if arguments.module else str(Path(program).resolve().parent)
+    status: Any = 0
+    try:
+        with watch.watching():
+            if arguments.module:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+    finally:
+        for line in watch.said():
+            print(f"admfast.accelerate: {line}", file=sys.stderr)
+    if status is None or status == 0:
+        return 1 if watch.differs() else 0
+    if isinstance(status, int):
+        return status
+    print(status, file=sys.stderr)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m admfast.accelerate",
+        description="Run a program as it stands, with its ADM networks accelerated at their first calls.",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the torso (default: its parameters')")
+    parser.add_argument("--check", action="store_true", help="compare first calls with the program's own")
+    parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module's name")
+    parser.add_argument("program", metavar="PROGRAM", help="a Python file")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS...", help="the program's own")
+    return parser

@@ -1,0 +1,81 @@
+"""`python -m admfast.accelerate PROGRAM`: a program as it stands, with its own output and exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from admfast.accelerate.runner import Seen, Watch
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys
+import torch
+from tests.accelerate.client import UNetModel, filled
+
+class Mine(UNetModel):
+    pass
+
+net, other = filled(Mine()), filled(UNetModel(legacy=False))
+torch.manual_seed(0)
+x = torch.randn(1, 3, 16, 16)
+with torch.no_grad():
+    for _ in range(3):
+        x = x - 0.1 * net(x, torch.tensor([500]))[:, :3] + 0.01 * torch.randn_like(x)
+    x = other(x, torch.tensor([3]))
+print(__name__, sys.argv[1:], " ".join(f"{v:.3f}" for v in x.flatten()[:4].tolist()))
+sys.exit(int(sys.argv[1]) if sys.argv[1:] else None)
+"""
+
+
+def run(*command: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("program") / "sampling.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+def test_a_program_prints_what_it_prints_and_ends_as_it_ends(program):
+    alone = run(str(program), "3", "--check")
+    found = run("-m", "admfast.accelerate", str(program), "3", "--check")  # its own option, not the runner's
+    assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (3, alone.stdout)
+    lines = [line for line in found.stderr.splitlines() if line.startswith("admfast.accelerate: ")]
+    assert len(lines) == 2 and all("whole" in line for line in lines)
+    assert "3 calls" in lines[0] and "1 calls" in lines[1]
+
+
+def test_a_module_may_be_the_program_and_first_calls_be_compared(program):
+    found = run("-m", "admfast.accelerate", "--check", "-m", "sampling", folder=program.parent)
+    assert found.returncode == 0 and found.stdout.startswith("__main__ []"), found.stderr
+    assert found.stderr.count("e-0") == 2  # both are off by rounding
+
+
+@pytest.mark.parametrize(("difference", "differs"), [(1e-6, False), (1e-2, True), (float("nan"), True)])
+def test_a_difference_beyond_rounding_is_told(difference, differs):
+    watch = Watch(seen={1: Seen(difference=1e-7), 2: Seen(difference=difference)})
+    assert watch.differs() == differs
+
+
+def test_what_cannot_run_is_named(tmp_path):
+    for command, named in (
+        (["nowhere.py"], "nowhere.py"),
+        ([], "PROGRAM"),
+        (["--precision", "half", "a.py"], "precision"),
+    ):
+        found = run("-m", "admfast.accelerate", *command, folder=tmp_path)
+        assert found.returncode == 2 and named in found.stderr and "Traceback" not in found.stderr
+    (tmp_path / "plain.py").write_text("print('no network')")
+    assert "no network" in run("-m", "admfast.accelerate", "plain.py", folder=tmp_path).stderr
