@@ -122,8 +122,9 @@ def recipe_of(description: Description) -> Recipe:
 
 
 def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
-    """Refuse another run's recipe; say what a run may change."""
+    """Refuse another run's recipe, then say what has changed of the settings that a run may change."""
     a, b = before.to_dict(), now.to_dict()
+    changes = list[str]()
     for name in (name for name in a if a[name] != b[name]):
         old, new = a[name], b[name]
         if isinstance(old, dict):
@@ -131,7 +132,9 @@ def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
             name, old, new = inner[0], old.get(inner[0]), new.get(inner[0])
         if name not in MAY_CHANGE:
             raise invalid(name, new, f"{run} was begun with {old!r}; give another folder for another run")
-        say(f"{name} was {old}, is {new} now")
+        changes.append(f"{name} was {old}, is {new} now")
+    for change in changes:
+        say(change)
 
 
 def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:
