@@ -23,6 +23,7 @@ from admfast.files.atomic import check_place
 from admfast.files.images import write_png
 from admfast.files.paths import user_path
 from admfast.files.tables import table
+from admfast.interrupts import SIGNALLED
 from admfast.models import NetConfig
 from admfast.training.distributed import World, processes
 from admfast.training.export import export
@@ -33,8 +34,6 @@ from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# As a shell counts a command that a signal ended.
-SIGNALLED = 128
 
 commands = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True

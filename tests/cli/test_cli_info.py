@@ -51,7 +51,7 @@ def test_ctrl_c_while_the_command_starts_is_one_line(command, module):
             started.send_signal(signal.SIGINT)
             break
     rest = [line for line in started.stderr if not line.startswith("import time:")]
-    assert (started.wait(60), rest) == (130, ["admfast: interrupted\n"])
+    assert (started.wait(60), rest) == (130, ["admfast: interrupted by SIGINT\n"])
 
 
 def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
@@ -181,7 +181,7 @@ def test_bad_usage_is_one_line_and_status_2(argv, message, capsys):
     "error, status, line",
     [
         (AdmfastError("weights=1: not that"), 2, "admfast: weights=1: not that"),
-        (KeyboardInterrupt(), 130, "admfast: interrupted"),
+        (KeyboardInterrupt(), 130, "admfast: interrupted by SIGINT"),
     ],
 )
 def test_errors_of_a_command(monkeypatch, capsys, error, status, line):

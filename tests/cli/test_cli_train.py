@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ import torch
 
 import admfast
 from admfast.checkpoints import load_network
+from admfast.checkpoints.snapshots import snapshots
 from admfast.cli.main import main
 from admfast.cli.train import resolved
 from admfast.errors import CheckpointError, InvalidArgument
+from admfast.interrupts import ENDING
+from admfast.training import loop
 from admfast.training.recipes import PRESETS, recipe
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--grid-every", "0"]
@@ -111,6 +116,39 @@ def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run/run.json").exists() and list((tmp_path / "cache").iterdir())
     assert main(["train", "export", "~/run", "--out", "~/weights.pt"]) == 0
     assert (tmp_path / "weights.pt").exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("number", ENDING)
+def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, times):
+    """The first lets the step at hand be saved; a second one ends the run where it is."""
+    update = loop.Learner.update
+
+    def and_signal(self, batch):
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+        return update(self, batch)
+
+    monkeypatch.setattr(loop.Learner, "update", and_signal)
+    before = [signal.getsignal(one) for one in ENDING]
+    assert main(["train", "diffusion", "--out", str(tmp_path), *QUICK]) == 128 + number
+    assert capsys.readouterr().err == f"admfast: interrupted by {number.name}\n"
+    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [1] * (times == 1)
+    assert [signal.getsignal(one) for one in ENDING] == before
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch, number):
+    """As SIGHUP is for a command behind nohup."""
+    update = loop.Learner.update
+    monkeypatch.setattr(
+        loop.Learner, "update", lambda *given: (os.kill(os.getpid(), number), update(*given))[1]
+    )
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert main(["train", "diffusion", "--out", str(tmp_path), *QUICK]) == 0
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_dry_run_says_what_the_run_takes(tmp_path, capsys):
