@@ -169,6 +169,15 @@ def test_every_option_says_its_default(command, capsys):
         (["samble"], "admfast: No such command 'samble'."),
         (["info", "extra"], "admfast info: "),
         (["info", "--verbose"], "admfast info: No such option: --verbose"),
+        (["sample"], "admfast sample: Missing argument"),
+        (["sample", "digits32", "--steps"], "admfast sample: Option '--steps'"),
+        (["train", "diffusions"], "admfast train: No such command 'diffusions'."),
+        (["train", "--verbose"], "admfast train: No such option: --verbose"),
+        (["train", "diffusion"], "admfast train diffusion: Missing option '--out'"),
+        (["train", "classifier", "--steps"], "admfast train classifier: Option '--steps'"),
+        (["train", "upsampler", "--step", "1"], "admfast train upsampler: No such option: --step"),
+        (["train", "export"], "admfast train export: Missing argument 'run'"),
+        (["train", "export", "a", "b"], "admfast train export: "),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(argv, message, capsys):
