@@ -8,14 +8,17 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from admfast.checkpoints.reading import A_RUN, near_names
 from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
 from admfast.files.atomic import lock, make_folder, output_error, write_text
+from admfast.files.paths import user_path
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
 from admfast.training.images import Source
@@ -102,6 +105,18 @@ def write_run_file(run: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     process = None if recipe.kind == "classifier" else recipe.process
     text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(facts)})
     write_text(run / RUN_FILE, text.to_json())
+
+
+def run_folder(run: str | PathLike[str]) -> Path:
+    """Return the path of a run's folder. Raises InvalidArgument, which says what lies there instead."""
+    place = user_path("run", run)
+    if os.path.isfile(place / RUN_FILE):
+        return place
+    if os.path.isdir(place):
+        found = f"this folder has no {RUN_FILE}"
+    else:
+        found = "this is a file" if os.path.exists(place) else f"nothing is there{near_names(place)}"
+    raise invalid("run", str(place), f"{A_RUN}; {found}")
 
 
 def read_run_file(run: Path) -> Description:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from admfast.errors import CheckpointError
 from admfast.files.images import UInt8, open_image
-from admfast.training.folder import GRIDS, read_log
+from admfast.training.folder import GRIDS, read_log, run_folder
 from admfast.training.progress import QUARTERS
 
 WIDTH, HEIGHT, FONT, GRIDS_SHOWN = 1000, 640, 24, 3
@@ -27,16 +27,18 @@ def run_picture(run: str | PathLike[str]) -> UInt8:
     Of the grids the first, the last and one between them. A run without quarters (a classifier without noise)
     shows its loss.
     Returns: uint8 [H, W, 3].
-    Raises: CheckpointError for a folder without a log, or without a loss above 0 in it.
+    Raises: InvalidArgument for what is no run's folder; CheckpointError for one without a log, or without a
+    loss above 0 in it.
     """
-    rows, lines = read_log(Path(run)), dict[str, Line]()
+    folder = run_folder(run)
+    rows, lines = read_log(folder), dict[str, Line]()
     names = [f"loss_q{number + 1}" for number in range(QUARTERS)]
     for name in names if any(name in row for row in rows for name in names) else ["loss"]:
         found = [(row["step"], row[name]) for row in rows if name in row]
         lines[name] = [(step, loss) for step, loss in found if 0 < loss < math.inf]
     if not any(lines.values()):
-        raise CheckpointError(f"{run}: its log holds no loss yet")
-    parts = [_chart(lines), *_grids(Path(run) / GRIDS)]
+        raise CheckpointError(f"{folder}: its log holds no loss yet")
+    parts = [_chart(lines), *_grids(folder / GRIDS)]
     picture = Image.new("RGB", (sum(part.width for part in parts), HEIGHT), PAPER)
     left = 0
     for part in parts:

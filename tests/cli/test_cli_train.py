@@ -99,12 +99,23 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         printed, said = capsys.readouterr()
         assert said.count("\n") == 1 and named in said, said
         assert printed == "" or "num_classes=9" in arguments
-    for place in ("empty", "file", "nothing"):
-        run = str(tmp_path / place)
-        assert main(["train", "export", run, "--out", str(tmp_path / "a.pt")]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(f"admfast: run={run!r}: ") and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_run_is_said_with_what_a_run_is(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits/run.json").write_text("{}")
+    places = {"empty": "folder", "file": "file", "digit": "nearest there: digits", "no/run": "no folder"}
+    places["x" * 300] = "nothing"
+    for wanted in (["--out", str(tmp_path / "a.pt")], ["--picture", str(tmp_path / "a.png")]):
+        for place, found in places.items():
+            run = str(tmp_path / place)
+            assert main(["train", "export", run, *wanted]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith("admfast: run='") and said.count("\n") == 1
+            assert "run.json" in said and found in said.partition(";")[2]
 
 
 def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from admfast.training.picture import run_picture
 def written(run: Path, rows: list[dict]) -> Path:
     """A folder with the log of a run."""
     run.mkdir(exist_ok=True)
+    (run / "run.json").write_text("{}")
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -76,8 +77,9 @@ def test_a_row_that_was_not_finished_and_losses_that_are_none_are_left_out(tmp_p
 
 @pytest.mark.parametrize("rows", [None, [], [{"step": 1}], [{"step": 1, "loss": float("nan")}]], ids=str)
 def test_what_has_no_loss_is_said(tmp_path, rows):
-    if rows is not None:
-        written(tmp_path, rows)
+    written(tmp_path, rows or [])
+    if rows is None:
+        (tmp_path / "log.jsonl").unlink()
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         run_picture(tmp_path)
 
