@@ -16,7 +16,10 @@ Labels = Annotated[
     str,
     typer.Option(help="Where the classes of a folder or zip come from: auto, folders, prefixes or none."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the run; one that is there goes on.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the run; one that is there goes on (no default; --dry-run needs none)."),
+]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the whole run (default: the preset's).")]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images a step, over all processes (default: the preset's).")

@@ -107,7 +107,7 @@ def load(
         if not in_memory:
             name = user_path("name", name)  # type: ignore[arg-type]
             if not os.path.lexists(name) and name.suffix not in ENDINGS:
-                path = f"as a path a weights file, or {A_RUN}{near_names(name)}"
+                path = f"a path is that of a weights file or {A_RUN}{near_names(name)}"
                 raise invalid(
                     "name", str(name), f"neither a system nor a file; {nearest(str(name), SYSTEMS)}; {path}"
                 )

@@ -162,12 +162,39 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch, number):
         signal.signal(number, before)
 
 
-def test_a_dry_run_says_what_the_run_takes(tmp_path, capsys):
-    run = tmp_path / "run"
-    assert main(["train", "diffusion", "--out", str(run), *QUICK, "--dry-run"]) == 0
+@pytest.mark.parametrize("more", [[], ["--out", "run"], ["--cache", "cache"]], ids=["", "out", "cache"])
+def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "diffusion", *QUICK, "--dry-run", *more]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("peak memory", "whole run", "images a second"))
-    assert not run.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_with_a_mistake_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "diffusion", "--out", "run", *QUICK]) == 0
+    weights, picture = ["--out", "a.pt"], ["--picture", "a.png"]
+    before = sorted(tmp_path.rglob("*"))
+    for mistake, named in (
+        (["--out", "a.txt", *picture], "--out='a.txt'"),
+        (["--out", "none/a.pt", *picture], "none/a.pt"),
+        ([*weights, "--picture", "a.jpg"], "--picture='a.jpg'"),
+        (["--picture", "a"], "--picture='a'"),
+        ([*weights, "--picture", "none/a.png"], "none/a.png"),
+        ([*weights, *picture, "--ema", "0.5"], "--ema='0.5'"),
+        ([*weights, *picture, "--width", "0.1"], "--width=0.1"),
+        ([*weights, *picture, "--dtype", "float8"], "--dtype='float8'"),
+        ([*picture, "--ema", "0.9995"], "--ema='0.9995'"),
+        ([*picture, "--width", "0.1"], "--width=0.1"),
+    ):
+        capsys.readouterr()
+        assert main(["train", "export", "run", *mistake]) == 2, mistake
+        printed, said = capsys.readouterr()
+        assert printed == "" and said.startswith(f"admfast: {named}: ") and said.count("\n") == 1, said
+        assert sorted(tmp_path.rglob("*")) == before
+    assert main(["train", "export", "run", *weights, *picture]) == 0
+    assert len(list(tmp_path.rglob("*"))) == len(before) + 3  # weights, their description, the picture
 
 
 def test_a_run_begins_from_a_file(tmp_path, capsys):
