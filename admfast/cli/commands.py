@@ -110,7 +110,7 @@ def run(args: list[str]) -> int:
 
 
 def _called(args: Sequence[str]) -> tuple[str, Any]:
-    """Return the innermost command that the words begin with, under its whole name (`admfast train export`)."""
+    """Return the innermost command that the words begin with, behind its whole name."""
     name, command = "admfast", app
     for word in args:
         inner = command.get_command(None, word) if isinstance(command, typer.core.TyperGroup) else None

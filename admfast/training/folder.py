@@ -17,7 +17,7 @@ import torch
 from admfast.checkpoints.reading import A_RUN, near_names
 from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
-from admfast.files.atomic import lock, make_folder, output_error, write_text
+from admfast.files.atomic import folder_if_used, lock, output_error, write_text
 from admfast.files.paths import user_path
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
@@ -35,26 +35,43 @@ Say = Callable[[str], None]
 def held(run: Path, world: World) -> Iterator[None]:
     """Make the folder and keep other runs from it within the block.
 
+    A block that ends without a `run.json` has begun no run: it leaves no folder and no lock that it made.
     Raises: OutputError where it can't be written, or another process trains there.
     """
     if not world.first:
         yield
         return
-    make_folder(run)
+    with folder_if_used(run), _locked(run):
+        sweep(run)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold the lock of a folder within the block. Raises OutputError."""
+    path = run / LOCK
+    made = not os.path.lexists(path)
     try:
-        descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
-        raise output_error(run / LOCK, error) from None
+        raise output_error(path, error) from None
     try:
         try:
             lock(descriptor)
+            # A process that was refused may have removed it since it was opened: it would keep nobody out.
+            used = os.fstat(descriptor).st_nlink == 0
         except BlockingIOError:
-            raise OutputError(f"out={str(run)!r}: another process is training in this folder") from None
+            used = True
         except OSError as error:
-            raise output_error(run / LOCK, error) from None
-        sweep(run)
+            raise output_error(path, error) from None
+        if used:
+            made = False
+            raise OutputError(f"out={str(run)!r}: another process is training in this folder")
         yield
     finally:
+        if made and not os.path.lexists(run / RUN_FILE):
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                path.unlink()
         os.close(descriptor)
 
 
