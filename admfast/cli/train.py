@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from admfast import checks
@@ -18,7 +17,8 @@ from admfast.checkpoints import load_network
 from admfast.checkpoints.reading import ENDINGS
 from admfast.cli import train_options as option
 from admfast.cli.commands import UsageProblem
-from admfast.cli.options import options_of
+from admfast.cli.options import DTYPES, options_of
+from admfast.cli.sample_options import Device
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
 from admfast.files.atomic import check_place, check_writable
@@ -34,8 +34,6 @@ from admfast.training.loop import Habits, dry_run, train
 from admfast.training.picture import run_picture
 from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 commands = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
@@ -70,7 +68,7 @@ def _command(kind: str) -> Callable[..., None]:
         keep: option.Keep = 3,
         workers: option.Workers = 0,
         cache: option.Cache = None,
-        device: option.Device = None,
+        device: Device = None,
         dry_run: option.DryRun = False,
     ) -> None:
         if out is None and not dry_run:

@@ -72,7 +72,6 @@ Cache = Annotated[
     str | None,
     typer.Option(help="Where decoded images are kept: memory, or a folder (default: nowhere)."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run/--no-dry-run", help="Make two steps, say what the run would take, write none."),
