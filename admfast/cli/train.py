@@ -113,15 +113,18 @@ def run_export(
         Path | None, typer.Option(help="Weights file: .safetensors, or .pt as published (default: none).")
     ] = None,
     ema: Annotated[
-        str | None, typer.Option(help="Which average, by its rate (default: the run's first).")
+        str | None, typer.Option(help="Which average, by its rate such as 0.9999 (default: the run's first).")
     ] = None,
     width: Annotated[
         float | None,
-        typer.Option(help="Instead, the relative width of an average put together from ema_power's."),
+        typer.Option(
+            help="Instead, width of an average that is put together from those of ema_power, as a share of "
+            "the run (default: none)."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
     picture: Annotated[
-        Path | None, typer.Option(help="PNG of the run's losses and grids (default: none).")
+        Path | None, typer.Option(help="PNG file for the run's losses and samples (default: none).")
     ] = None,
 ) -> None:
     """Write a run's averaged weights, its picture, or both."""

@@ -154,9 +154,12 @@ def test_help_and_no_command(capsys):
     assert captured.out.startswith("Usage: admfast") and captured.err == ""
 
 
-@pytest.mark.parametrize("command", ["sample", "inspect", "models", "fetch", "info"])
+TRAIN = [f"train {name}" for name in ("diffusion", "classifier", "upsampler", "export")]
+
+
+@pytest.mark.parametrize("command", ["sample", "inspect", "models", "fetch", "info", "verify", *TRAIN])
 def test_every_option_says_its_default(command, capsys):
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("Options:")[1])[1:]
     assert options[-1].startswith("--help")
     for option in options[:-1]:
