@@ -20,6 +20,7 @@ WIDTH, HEIGHT, FONT, GRIDS_SHOWN = 1000, 680, 22, 3
 LEFT, RIGHT, TOP, BOTTOM = 96, 24, 96, 80  # margins of the chart
 HEADINGS = (26, 64)  # middles of the two lines above chart and grids
 INK, LINES, PAPER = "#222222", "#dddddd", "#ffffff"
+TENTHS = [number / 10 for number in range(10, 100)]
 COLOURS = ("#4aa8dc", "#2b6cb0", "#7a4a9e", "#c0395b")  # of the quarters, from little noise to much
 Line = list[tuple[float, float]]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -114,10 +115,14 @@ def _legend(pen: ImageDraw.ImageDraw, font: Font, steps: int) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times the powers of ten between two exponents; of many the powers only."""
-    factors = (1, 2, 5) if high - low < 2.5 else (1,)
-    ticks = [f * 10.0**power for power in range(math.floor(low), math.ceil(high)) for f in factors]
-    return [tick for tick in ticks if low <= math.log10(tick) <= high]
+    """Return the roundest numbers between two exponents of which there are three; else tenths of powers."""
+    powers, ticks = range(math.floor(low), math.ceil(high)), list[float]()
+    for factors in ((1,), (1, 2, 5), range(1, 10), TENTHS[::5], TENTHS):
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def _ticks(last: float) -> range:

@@ -75,6 +75,15 @@ def drawn(monkeypatch) -> Drawn:
     return found
 
 
+def lies_apart(drawn: Drawn) -> None:
+    """Assert that every text lies on its image, and none over another."""
+    for number, (image, text, (left, top, right, bottom)) in enumerate(drawn):
+        assert left >= 0 and top >= 0 and right <= image.width and bottom <= image.height, text
+        for _, other, box in (one for one in drawn[:number] if one[0] is image):
+            apart = right < box[0] or box[2] < left or bottom < box[1] or box[3] < top
+            assert apart, f"{text!r} is drawn over {other!r}"
+
+
 QUARTERLY = [
     {"step": s, "loss": 1.0, **{f"loss_q{q}": 4.0**-q for q in range(1, 5)}} for s in (1000, 123_456_789)
 ]
@@ -105,11 +114,19 @@ def test_axes_and_lines_say_what_they_are(tmp_path, drawn, loss, recipe, steps):
     quarters = [[t for t in range(steps) if t * 4 // steps == number] for number in range(4)]
     assert all(f"{quarter[0]}-{quarter[-1]}" in chart for quarter in quarters)
     assert (of_grid, step) == ("samples at", "step 123,456,789")
-    for number, (image, text, (left, top, right, bottom)) in enumerate(drawn):
-        assert left >= 0 and top >= 0 and right <= image.width and bottom <= image.height, text
-        for _, other, box in (one for one in drawn[:number] if one[0] is image):
-            apart = right < box[0] or box[2] < left or bottom < box[1] or box[3] < top
-            assert apart, f"{text!r} is drawn over {other!r}"
+    lies_apart(drawn)
+
+
+@pytest.mark.parametrize(
+    "losses", [(1, 1), (0.6, 0.9), (3e-4, 3.2e-4), (0.9, 1.2), (1, 9), (1e-5, 3)], ids=str
+)
+def test_numbers_beside_the_loss_for_every_range(tmp_path, drawn, losses):
+    run_picture(written(tmp_path, [{"step": 10 + i, "loss": loss} for i, loss in enumerate(losses)]))
+    beside = [
+        text for _, text, (_, _, right, bottom) in drawn if right < picture.LEFT and bottom > picture.TOP
+    ]
+    assert len(beside) >= 3
+    lies_apart(drawn)
 
 
 @pytest.mark.parametrize("count, shown", [(0, []), (1, [0]), (2, [0, 1]), (5, [0, 2, 4]), (8, [0, 4, 7])])
