@@ -47,7 +47,9 @@ def test_the_python_blocks_run(monkeypatch):
     exec(released, {"admfast": admfast})
 
 
-@pytest.mark.parametrize("line", re.findall(r"^admfast (?:sample|train|inspect|fetch|models).*$", README, re.M))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^admfast (?:sample|train|inspect|fetch|models).*$", README, re.M)
+)
 def test_the_options_of_the_commands_exist(line):
     from admfast.cli.commands import app
 
