@@ -16,13 +16,15 @@ import hashlib
 import pickle
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from admfast.errors import CheckpointError, InvalidArgument, first_line
 from admfast.files.atomic import atomic_open, output_error, write_text
@@ -80,6 +82,62 @@ def write_snapshot(
         for path in (old.checksum, old.path):
             path.unlink(missing_ok=True)
     return snapshot
+
+
+class SnapshotWriter:
+    """Writes the snapshots of a run, one at a time; a context, whose end waits for the last one.
+
+    run: its folder. keep: see `write_snapshot`. beside: a thread writes a copy of the state in the host's
+    memory while the caller goes on; else `write` returns when the snapshot is there.
+
+    Attributes:
+        saved: steps behind the newest snapshot that is known to be there.
+    """
+
+    def __init__(self, run: Path, keep: int, saved: int, beside: bool) -> None:
+        self.saved = saved
+        self._run, self._keep = run, keep
+        self._pool = ThreadPoolExecutor(1) if beside else None
+        self._pending: Future[int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.finish()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown()
+
+    def write(self, step: int, state: dict[str, Any], averages: dict[str, Any]) -> None:
+        """Write a state after `step` steps, and the power-function averages where there are any.
+
+        Raises OutputError, also for the snapshot before it, where a thread wrote that one.
+        """
+        self.finish()
+        if self._pool is None:
+            self.saved = self._write(step, state, averages)
+            return
+        state, averages = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), (state, averages))
+        self._pending = self._pool.submit(self._write, step, state, averages)
+
+    def check(self) -> None:
+        """Take note of a snapshot that is written; doesn't wait. Raises OutputError where it couldn't be."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the snapshot that is being written. Raises OutputError where it couldn't be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.saved = pending.result()
+
+    def _write(self, step: int, state: dict[str, Any], averages: dict[str, Any]) -> int:
+        write_snapshot(self._run, step, state, self._keep, FOLDER)
+        if averages:
+            write_snapshot(self._run, step, averages, None, AVERAGES)
+        return step
 
 
 class _Hashed:

@@ -68,6 +68,7 @@ def _command(kind: str) -> Callable[..., None]:
         keep: option.Keep = 3,
         workers: option.Workers = 0,
         cache: option.Cache = None,
+        async_save: option.AsyncSave = None,
         device: Device = None,
         dry_run: option.DryRun = False,
     ) -> None:
@@ -83,7 +84,7 @@ def _command(kind: str) -> Callable[..., None]:
         wanted = resolved(kind, preset, from_, options)
         habits = Habits(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
-            cache=None if cache is None else str(user_path("cache", cache)),
+            cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
         place = _data(preset, data)
         run_folder = None if out is None else user_path("out", out)

@@ -78,6 +78,13 @@ Cache = Annotated[
     str | None,
     typer.Option(help="Where decoded images are kept: memory, or a folder (default: nowhere)."),
 ]
+AsyncSave = Annotated[
+    bool | None,
+    typer.Option(
+        "--async-save/--no-async-save",
+        help="Write snapshots beside the next steps, from a copy in the host's memory (default: on a GPU).",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from admfast.models.fold.options import FoldOptions
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_forms import ConvOptions
-from admfast.ops.conv_train import conv
-from admfast.ops.transforms import in_autocast, in_program
+from admfast.ops.conv_train import conv, folded_conv
+from admfast.ops.transforms import in_autocast, in_forward_mode, in_program, outer_grad_enabled, traced
 
 # What else than its parameters decides what a convolution computes.
 GEOMETRY = frozenset({"stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"})
@@ -22,8 +22,8 @@ class FoldableConv(nn.Module):
     """Mixin of a convolution: `conv(x, residual, x2)` is `residual + conv([x, x2])`.
 
     Parameters are named and shaped as in any convolution. `fold_weights` derives from them what the forward
-    then runs on, as long as they are frozen, the same tensors, and the module is not in training mode. The
-    forward without it takes the weights in the dtype of x.
+    then runs on, as long as they are the same tensors and the module is not in training mode. The forward
+    without it takes the weights in the dtype of x.
 
     split: channels of the first source where it is always given two, else 0. rows: the order in which the
     folded form puts out its channels, None for their own; only a forward `any_order` runs on such a form.
@@ -74,20 +74,34 @@ class FoldableConv(nn.Module):
             return None
         weight = self.weight
         # Under torch.func.functional_call other tensors stand here.
-        if weight is not found.weight or weight.requires_grad or self.bias is not found.bias:
+        if weight is not found.weight or self.bias is not found.bias:
             return None
         # Under autocast dtypes are torch's business, layer by layer; in a traced program, whose weights are
-        # its own, the form would be a constant.
-        return None if in_autocast(weight.device) or in_program() else found
+        # its own, the form would be a constant; and transforms differentiate torch's own operations.
+        if (
+            in_autocast(weight.device)
+            or in_program()
+            or (self._recorded() and (traced() or in_forward_mode()))
+        ):
+            return None
+        return found
+
+    def _recorded(self) -> bool:
+        """Tell whether somebody may ask for the parameters' gradients later."""
+        trainable = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        return trainable and outer_grad_enabled()
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None, any_order: bool = False
     ) -> Tensor:
         folded = self.folded
         if folded is not None and self._serves(folded.options, x2, any_order):
-            if residual is None or self._adds_residual:
-                return folded(x, residual, x2)
-            return residual + folded(x, None, x2)
+            inside = residual if self._adds_residual else None
+            if self._recorded():
+                y = folded_conv(folded, x, self.weight, self.bias, inside, x2)
+            else:
+                y = folded(x, inside, x2)
+            return y if inside is residual else residual + y  # type: ignore[operator]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.weight.to(x.dtype)
         if weight.requires_grad and weight.dim() > 3 and self._plain():

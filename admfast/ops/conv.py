@@ -111,12 +111,15 @@ class FoldedConv:
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, residual, x2)
         if len(self.directions) == 1:
-            x = x if x2 is None else torch.cat([x, x2], dim=1)
-            return _like(x, self.directions[0], self._bias, residual)
+            return self.of_source(0, x if x2 is None else torch.cat([x, x2], dim=1), residual)
         if x2 is None:
             raise invalid("x2", None, "the second source")
-        first, second = self.directions
-        return _like(x2, second, None, _like(x, first, self._bias, residual))
+        return self.of_source(1, x2, self.of_source(0, x, residual))
+
+    def of_source(self, number: int, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the convolution of one source, with the bias where it is the first, in the layout of `x`."""
+        y = _run(self.directions[number], x, None if number else self._bias, residual)
+        return channels_last(y) if is_channels_last(x) else y.contiguous()
 
     def refold(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take other values: everything that was derived is written anew, into the same memory.
@@ -149,12 +152,6 @@ class FoldedConv:
         """Copies and pickles hold weights and bias alone, and derive anew what they need."""
         bias = None if self.bias is None else self.bias.detach()
         return functools.partial(FoldedConv, **vars(self.options)), (self.weight.detach(), bias)
-
-
-def _like(x: Tensor, direction: Direction, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Return the convolution of one source, in the memory layout of `x`."""
-    y = _run(direction, x, bias, residual)
-    return channels_last(y) if is_channels_last(x) else y.contiguous()
 
 
 def each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:

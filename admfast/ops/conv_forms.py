@@ -17,7 +17,7 @@ from torch import Tensor
 from admfast.errors import first_line
 from admfast.ops import conv_epilogue, native
 from admfast.ops.layout import channels_last, is_channels_last
-from admfast.ops.transforms import compiled_transform, constant, deriving, in_vmap
+from admfast.ops.transforms import compiled_transform, constant, deriving, in_forward_mode, in_vmap
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -276,7 +276,7 @@ def transformed() -> str | None:
     """Say which transform is at work that only torch's own operations know; None where there is none."""
     if torch.compiler.is_compiling():
         return compiled_transform()
-    if torch.autograd.forward_ad._current_level >= 0:
+    if in_forward_mode():
         return "a forward-mode derivative is being taken, which is torch's own convolution's alone"
     if in_vmap():
         return "not under torch.func.vmap"

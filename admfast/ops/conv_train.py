@@ -9,12 +9,13 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.conv import conv_ref, each, wide_loops
-from admfast.ops.conv_forms import CONVOLUTIONS, winograd_fits
+from admfast.ops.conv import FoldedConv, conv_ref, each, wide_loops
+from admfast.ops.conv_forms import CONVOLUTIONS, Direction, winograd_fits
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.layout import is_channels_last
 from admfast.ops.transforms import (
     in_autocast,
+    in_forward_mode,
     in_transform,
     nobody_differentiates,
     observed,
@@ -76,26 +77,43 @@ class WinogradFn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias, for_residual = ctx.needs_input_grad
-        dx = dw = db = None
-        if not nobody_differentiates() or observed():
-            wanted = [for_x, for_weight, for_bias]
-            dx, dw, db = _library_gradients(dy, x, weight, wanted)
-        else:
-            if for_x:
-                dx = native.ops().conv3x3_winograd_once(dy, weight, None, None, True)
-            if for_weight:
-                dw = native.ops().conv3x3_winograd_weight_grad(x, dy)
-            if for_bias:
-                db = dy.sum((0, 2, 3))
-        return dx, dw, db, dy if for_residual else None
+        by_winograd = nobody_differentiates() and not observed()
+        dx, dw, db = _gradients(dy, x, weight, _wanted(ctx), by_winograd, stride=(1, 1), padding=(1, 1))
+        return dx, dw, db, dy if ctx.needs_input_grad[3] else None
 
 
-def _library_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
-    ones = (1, 1)
+def _gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], by_winograd: bool, **geometry: tuple[int, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight and bias that are wanted, by Winograd's algorithm or torch's own."""
+    if by_winograd:
+        ops = native.ops()
+        return (
+            ops.conv3x3_winograd_once(dy, weight, None, None, True) if wanted[0] else None,
+            ops.conv3x3_winograd_weight_grad(x, dy) if wanted[1] else None,
+            dy.sum((0, 2, 3)) if wanted[2] else None,
+        )
+    dims = x.dim() - 2
     return torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], ones, ones, ones, False, (0, 0), 1, wanted
+        dy, x, weight, weight.shape[:1], *geometry.values(), (1,) * dims, False, (0,) * dims, 1, wanted
     )
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    """Tell whose gradient the backward pass of a Function needs, of its first inputs x, weight and bias.
+
+    `needs_input_grad` is true of trainable parameters even under `autograd.grad(loss, x)`. What the engine
+    will run it knows of every node but a leaf's, so `_viewed` puts one before each parameter.
+    """
+    wanted = list(ctx.needs_input_grad[:3])
+    for i in (1, 2):
+        if wanted[i]:
+            wanted[i] = torch._C._will_engine_execute_node(ctx.next_functions[i][0])  # type: ignore[attr-defined]
+    return wanted
+
+
+def _viewed(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.view_as(parameter)
 
 
 def by_winograd(
@@ -103,16 +121,79 @@ def by_winograd(
 ) -> Tensor:
     """Winograd's F(4x4, 3x3) in C++, with weights that are transformed at the call (csrc/README.md)."""
     if recorded(x, weight, bias, residual):
-        return record(WinogradFn, x, weight, bias, residual)
+        return record(WinogradFn, x, _viewed(weight), _viewed(bias), residual)
     return native.ops().conv3x3_winograd_once(x, weight, bias, residual, False)
+
+
+def folded_conv(
+    conv: FoldedConv,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    x2: Tensor | None = None,
+) -> Tensor:
+    """Compute `conv(x, residual, x2)`, differentiable in the weight and bias that it was folded from.
+
+    weight, bias: `conv.weight` and `conv.bias`, or views of them. The input's gradient runs on the folded
+    form too, as long as it isn't differentiated itself; the weights' is made where the backward pass has a
+    use for it: not in `torch.autograd.grad(loss, x)`. Outside of torch.func and torch.compile.
+    """
+    weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)  # see `_wanted`
+    if len(conv.directions) == 1:
+        x = x if x2 is None else torch.cat([x, x2], dim=1)
+        return record(FoldedFn, x, weight, bias, residual, conv, 0)
+    if x2 is None:
+        raise invalid("x2", None, "the second source")
+    split = conv.options.split
+    y = record(FoldedFn, x, weight[:, :split], bias, residual, conv, 0)
+    return record(FoldedFn, x2, weight[:, split:], None, y, conv, 1)
+
+
+class FoldedFn(torch.autograd.Function):
+    """One source of a folded convolution; `weight`: the trainable weights' columns for it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        conv: FoldedConv,
+        source: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.direction = conv.directions[source]
+        return conv.of_source(source, x, residual)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        direction: Direction = ctx.direction
+        wanted, dx = _wanted(ctx), None
+        final = nobody_differentiates() and not observed()
+        if wanted[0] and final and set(direction.stride) == {1}:
+            other = direction.transposed()
+            dx = other.run(other, dy, None, None)
+            wanted[0] = False
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if any(wanted):
+            rows = direction.options.rows
+            plain = dy if rows is None else dy[:, torch.tensor(rows, device=dy.device).argsort()]
+            geometry = {"stride": direction.stride, "padding": direction.padding}
+            by_winograd = final and TABLE.choose(None, x, weight, **geometry).name == "winograd"
+            grads = _gradients(plain, x, weight.to(x.dtype), wanted, by_winograd, **geometry)
+        _, dw, db = grads
+        return dx if dx is not None else grads[0], dw, db, dy if ctx.needs_input_grad[3] else None, None, None
 
 
 def winograd_supports(x: Tensor, weight: Tensor, **geometry: tuple[int, ...]) -> str | None:
     """Say why Winograd's convolution can't serve a call; None where it can."""
     if not is_channels_last(x):
         return "x is not channels-last"
-    if in_transform() or torch.compiler.is_compiling():
-        return "not under torch.func and torch.compile"
+    if in_transform() or torch.compiler.is_compiling() or in_forward_mode():
+        return "not under torch.func and torch.compile, nor for forward-mode derivatives"
     return winograd_fits(tuple(weight.shape[2:]), x=x, **geometry)
 
 

@@ -52,6 +52,20 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def outer_grad_enabled() -> bool:
+    """Tell whether gradients are recorded; under transforms of torch.func, whether they are outside of all.
+
+    A transform turns recording on for its own inputs; what requires a gradient outside of it gets one only
+    where recording was on before.
+    """
+    if not in_transform() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    for level in torch._C._functorch.get_interpreter_stack() or []:
+        if level.key() == torch._C._functorch.TransformType.Grad:
+            return torch._C._functorch.CGradInterpreterPtr(level).prevGradMode()
+    return torch.is_grad_enabled()
+
+
 def in_vmap() -> bool:
     """Tell whether torch.func.vmap is at work; a trace, which can't ask, is told no."""
     if torch.compiler.is_compiling():
@@ -65,6 +79,11 @@ def in_program() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch._C._is_tracing()
+
+
+def in_forward_mode() -> bool:
+    """Tell whether a forward-mode derivative is being taken."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def observed() -> bool:
@@ -129,7 +148,7 @@ def transformed(*tensors: Tensor | None) -> str | None:
         return "a traced program is made of torch's own operations"
     if torch.compiler.is_compiling():
         return compiled_transform()
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    forward_mode = in_forward_mode()
     if not forward_mode and not in_transform():
         return None
     for t in tensors:

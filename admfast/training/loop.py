@@ -22,7 +22,7 @@ from typing import Self
 import torch
 
 from admfast import checks
-from admfast.checkpoints.snapshots import AVERAGES, FOLDER, write_snapshot
+from admfast.checkpoints.snapshots import SnapshotWriter
 from admfast.engine.numerics import own_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError
 from admfast.interrupts import ENDING
@@ -46,7 +46,8 @@ class Habits:
 
     save_every, log_every, grid_every: steps; 0 makes no grids. keep: snapshots that stay. workers: processes
     that make samples, for each process of the run; 0 makes them in the process itself. cache: where decoded
-    images are kept: "memory", a folder, or None for nowhere.
+    images are kept: "memory", a folder, or None for nowhere. async_save: write snapshots beside the steps
+    that follow, from a copy of the state in the host's memory; None does so for a GPU.
     """
 
     save_every: int = 1000
@@ -55,6 +56,7 @@ class Habits:
     keep: int = 3
     workers: int = 0
     cache: str | None = None
+    async_save: bool | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -178,19 +180,26 @@ class _Run:
     ) -> None:
         self.run, self.learner, self.samples, self.validation = run, learner, samples, validation
         self.habits, self.signals, self.say = habits, signals, say
-        self.progress, self.saved = Progress(learner), learner.step
-        self.writes = learner.world.first
+        self.progress, self.writes = Progress(learner), learner.world.first
+        on_gpu = learner.world.device.type == "cuda"
+        beside = on_gpu if habits.async_save is None else habits.async_save
+        self.saves = SnapshotWriter(run, habits.keep, learner.step, beside)
         self.board = Board(run, learner.step) if self.writes else None
         if self.writes:
             folder.cut_log(run, learner.step)
 
     def steps(self) -> Outcome:
         """Make the steps that are left."""
+        with self.saves:
+            return self._steps()
+
+    def _steps(self) -> Outcome:
         learner, recipe, world = self.learner, self.learner.recipe, self.learner.world
         signal_number = 0
         for images in loader(self.samples, numbers(recipe, world, learner.step), self.habits.workers):
             batch = batch_of(recipe, learner.sampler, images.ks, images.images, images.labels, world.device)
             self.progress.add(learner.update(batch))
+            self.saves.check()
             last = learner.step == recipe.steps
             signal_number = world.most(self.signals.came)
             due = last or signal_number or learner.step % self.habits.save_every == 0
@@ -213,9 +222,8 @@ class _Run:
         try:
             self.learner.check(batch)
         except NonFiniteError as error:
-            kept = (
-                f"the newest snapshot is that of step {self.saved}" if self.saved else "nothing was saved yet"
-            )
+            saved = self.saves.saved
+            kept = f"the newest snapshot is that of step {saved}" if saved else "nothing was saved yet"
             raise NonFiniteError(f"{error}; {kept}") from None
 
     def _log(self, validates: bool) -> None:
@@ -229,12 +237,11 @@ class _Run:
 
     def _save(self) -> None:
         learner = self.learner
-        if self.writes and learner.step > self.saved:
-            write_snapshot(self.run, learner.step, learner.state_dict(), self.habits.keep, FOLDER)
+        if self.writes:
             powers = {name: learner.averages.weights(name) for name in learner.averages.powers}
-            if powers:
-                write_snapshot(self.run, learner.step, powers, None, AVERAGES)
-        self.saved = learner.step
+            self.saves.write(learner.step, learner.state_dict(), powers)
+        else:
+            self.saves.saved = learner.step
 
     def _grid(self) -> None:
         if self.writes and self.learner.recipe.kind != "classifier":

@@ -20,7 +20,7 @@ from admfast.ops.conv import FoldedConv
 from admfast.ops.conv_winograd import amplification
 from admfast.ops.dispatch import watch
 from tests.ops.tolerance import assert_within
-from tests.small import assert_close, classifier, randn, unet, upsampler
+from tests.small import classifier, randn, unet, upsampler
 
 N = 6
 Y = torch.tensor([1, 3, 0, 2, 2, 1])
@@ -229,16 +229,6 @@ def test_half_precision_leaves_parameters_embeddings_and_the_last_layer():
 # When it is used
 
 
-def test_trainable_parameters_are_refused_and_never_folded_away():
-    net = unet()
-    with pytest.raises(InvalidArgument, match="parameters='trainable': freeze them first"):
-        net.fold()
-    net.requires_grad_(False).fold()
-    net.middle_block[0].out_layers[3].weight.requires_grad_(True)
-    net(randn(N, 1, 8, 8), T, Y).sum().backward()
-    assert net.middle_block[0].out_layers[3].weight.grad is not None
-
-
 def test_training_mode_and_functional_call_take_the_parameters():
     net = made("unet")
     other = {key: value * 1.5 for key, value in net.named_parameters()}
@@ -277,13 +267,6 @@ def test_projections_follow_their_layers(change):
         layer.weight.requires_grad_(True)
         net(x, T, Y).sum().backward()
         assert layer.weight.grad is not None and not net.projects
-
-
-def test_weights_loaded_into_a_network_that_trains_unfold_it():
-    net = made("unet")
-    net.fold()
-    net.requires_grad_(True).load_state_dict(made("unet").state_dict())
-    assert not net.is_folded
 
 
 def memory_of(net) -> list[int]:
@@ -358,24 +341,6 @@ def test_a_call_takes_up_the_writes_that_torch_counts(way):
     scale(wanted, "load_state_dict")
     scale(net, way)
     assert all(torch.equal(a, b) for a, b in zip(call(net), call(wanted), strict=True))
-
-
-def test_writes_to_the_layer_that_trains_leave_the_others_folded():
-    net = made("unet")
-    net.ensure_folded(WHOLE, torch.float32)
-    x, layer = randn(N, 1, 8, 8), net.middle_block[0].out_layers[3]
-    folded = net(x, T, Y)
-    layer.weight.requires_grad_(True)
-    with torch.no_grad():
-        layer.weight.mul_(1.5)
-        trained = net(x, T, Y)
-        assert net.is_folded and not torch.equal(trained, folded)
-        layer.weight.requires_grad_(False)
-        assert_close(net(x, T, Y), trained)  # its form is of the new weight
-        net.middle_block[0].in_layers[2].weight.requires_grad_(True)
-        layer.weight.mul_(0.0)
-        net(x, T, Y)
-    assert not net.is_folded  # a frozen one was written to, and forms can't be renewed while others train
 
 
 def test_a_buffer_that_moves_is_a_change():

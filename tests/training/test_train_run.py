@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +77,32 @@ def test_habits_change_no_bit(tmp_path, more):
     train(recipe, source(), tmp_path / "a", OFTEN)
     train(recipe, source(), tmp_path / "b", dataclasses.replace(OFTEN, **more))
     same(last_state(tmp_path / "b"), last_state(tmp_path / "a"))
+
+
+def test_snapshots_written_beside_training_hold_the_state_of_their_step(tmp_path, monkeypatch):
+    """Each is written only when the step after it is made."""
+    recipe, habits = small_recipe(steps=4, ema_power=(0.05,)), Habits(save_every=1, keep=9)
+    train(recipe, source(), tmp_path / "a", habits)
+    made, update, save = [threading.Event() for _ in range(4)], loop.Learner.update, torch.save
+
+    def and_tell(self, batch):
+        report = update(self, batch)
+        made[self.step - 1].set()
+        return report
+
+    def wait_and_save(state, file):
+        if state.get("step", 4) < 4:
+            assert made[state["step"]].wait(30)
+        save(state, file)
+
+    monkeypatch.setattr(loop.Learner, "update", and_tell)
+    monkeypatch.setattr(torch, "save", wait_and_save)
+    train(recipe, source(), tmp_path / "b", dataclasses.replace(habits, async_save=True))
+    for place in ("snapshots", "averages"):
+        pairs = [snapshots(tmp_path / run, place) for run in ("a", "b")]
+        assert [[s.step for s in found] for found in pairs] == [[4, 3, 2, 1]] * 2
+        for a, b in zip(*pairs, strict=True):
+            same(b.read(), a.read())
 
 
 def test_a_run_that_is_done_stays_done_and_more_steps_go_on(tmp_path):
@@ -154,7 +181,8 @@ def test_the_newest_snapshots_are_kept_and_leftovers_swept(tmp_path):
     assert names == {f"state-0000000{i}.pt{end}" for i in (2, 3) for end in ("", ".sha256")} | {"notes.txt"}
 
 
-def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path):
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path, beside):
     """A limit on the size of files stands for the disk's end."""
     recipe = small_recipe()
     train(dataclasses.replace(recipe, steps=2), source(), tmp_path, OFTEN)
@@ -163,7 +191,7 @@ def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
     try:
         with pytest.raises(OutputError, match="state-00000004.pt: not written"):
-            train(recipe, source(), tmp_path, OFTEN)
+            train(recipe, source(), tmp_path, dataclasses.replace(OFTEN, async_save=beside))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [s.step for s in snapshots(tmp_path)] == [2]

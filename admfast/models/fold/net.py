@@ -2,8 +2,8 @@
 
 A folded network has the parameters, the state dict and the code of the published one. Its convolutions keep
 beside their weights a form that runs faster, and the projections of the embedding lie side by side. Nothing
-of it is saved; nothing of it is used in training mode, by parameters that require gradients, or by others
-than those it was derived from (`torch.func.functional_call`).
+of it is saved; nothing of it is used in training mode, or by other parameters than those it was derived from
+(`torch.func.functional_call`). Trainable parameters get their gradients where these are asked for.
 """
 
 from __future__ import annotations
@@ -88,14 +88,12 @@ class FoldableNet(nn.Module):
     def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> None:
         """Derive the forms that run, with the torso's convolutions in `dtype`.
 
-        Parameters must be frozen. Folding again renews the values in the same memory where options and dtype
-        stay, so that captured graphs hold.
+        Folding again renews the values in the same memory where options and dtype stay, so that captured
+        graphs hold.
 
-        Raises: InvalidArgument where parameters require gradients, or were made in inference mode.
+        Raises: InvalidArgument where parameters were made in inference mode.
         """
         options, dtype = options or FoldOptions(), dtype or self._parameter_dtype()
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            raise invalid("parameters", "trainable", "freeze them first (requires_grad_(False))")
         check_ordinary("parameters", self)
         with FOLDING, deriving():
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
@@ -141,9 +139,7 @@ class FoldableNet(nn.Module):
 
     def refold(self) -> None:
         """Renew what was derived, in place, whether or not a change can be seen; see `Pipeline.refresh`."""
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            self.unfold()
-        elif self.fold_options is not None:
+        if self.fold_options is not None:
             self.fold(self.fold_options, self.fold_dtype)
 
     def ensure_folded(self, options: FoldOptions | None, dtype: torch.dtype) -> None:
@@ -151,7 +147,7 @@ class FoldableNet(nn.Module):
 
         Writes that torch doesn't count are found by comparing values (see `Values`), but not while a CUDA
         graph is captured or torch.compile traces, which allow no reading.
-        A network with trainable parameters is left unfolded, as is every network where `options` is None.
+        A network is left unfolded where `options` is None.
         """
         with FOLDING:
             if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
@@ -163,7 +159,7 @@ class FoldableNet(nn.Module):
             self.fold_hooks_made = None if self.altered else made
             state = self._look(found.modules)
             known = self._fold_state
-            if options is None or True in state.trained:
+            if options is None:
                 if self.fold_options is not None:
                     self.unfold()
                     state = self._look()
@@ -193,15 +189,18 @@ class FoldableNet(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network, whose forms are renewed first where torch counted a write to its parameters.
 
-        The rows of a prepared step do without: `ensure_folded` has looked before the first.
+        While it trains they are dropped instead: each step would derive them anew, and use none. The rows of
+        a prepared step do without: `ensure_folded` has looked before the first.
         """
         if not torch.compiler.is_compiling() and not spared():  # a trace would be guarded by what it reads
             values = self._fold_values
             if values is not None and values.written() and _reads():
                 with FOLDING:
-                    # Nothing runs on forms of those that train; and another thread may have been here.
-                    if self._fold_values is values and values.written(frozen=True):
-                        self.refold()
+                    if self._fold_values is values and values.written():  # another thread may have been here
+                        if self.training:
+                            self.unfold()
+                        else:
+                            self.refold()
         return super().__call__(*args, **kwargs)
 
     def _look(self, modules: Sequence[nn.Module] | None = None) -> _State:

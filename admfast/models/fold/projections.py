@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from admfast.ops.transforms import outer_grad_enabled
+
 
 @dataclass(frozen=True)
 class Projected:
@@ -26,7 +28,7 @@ class Projected:
 
 
 class Projections:
-    """Linear layers after one SiLU, their weights and biases side by side; parameters must be frozen."""
+    """Linear layers after one SiLU, their weights and biases side by side."""
 
     def __init__(self, layers: Sequence[nn.Linear]):
         self.weight, self.bias = _joined(layers)
@@ -44,9 +46,12 @@ class Projections:
 
     @property
     def usable(self) -> bool:
-        """Tell whether the joined weights may serve: no layer trains, and functional_call replaces none."""
+        """Tell whether the joined weights may serve: none is replaced by another or may get a gradient."""
+        records = outer_grad_enabled()
         return all(
-            layer.weight is weight and layer.bias is bias and not (weight.requires_grad or bias.requires_grad)
+            layer.weight is weight
+            and layer.bias is bias
+            and not (records and (weight.requires_grad or bias.requires_grad))
             for layer, weight, bias in self._made_from
         )
 
