@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALLED = 128  # plus the signal's number: the exit status of a process that a signal ended
 
 
 _made = threading.Event()  # something that an end at once would leave half done
@@ -34,7 +35,7 @@ def like_ctrl_c(process: bool = False) -> Iterator[list[int]]:
         if process and not _made.is_set():
             with contextlib.suppress(OSError):  # of an output that is closed
                 os.write(2, f"admfast: {interrupted_by(number)}\n".encode())
-            os._exit(128 + number)
+            os._exit(SIGNALLED + number)
         if number != signal.SIGINT:
             came.append(number)
         for one, handler in ours.items():
@@ -59,7 +60,7 @@ def making() -> None:
 
 def interrupted_by(number: int) -> str:
     """Return what is said of a process that a signal ended."""
-    return "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
+    return f"interrupted by {signal.Signals(number).name}"
 
 
 @contextlib.contextmanager

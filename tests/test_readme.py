@@ -48,11 +48,15 @@ def test_the_python_blocks_run(monkeypatch):
     exec(released, {"admfast": admfast})
 
 
-@pytest.mark.parametrize("line", re.findall(r"^admfast (?:sample|inspect|fetch|models).*$", README, re.M))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^admfast (?:sample|train|inspect|fetch|models).*$", README, re.M)
+)
 def test_the_options_of_the_commands_exist(line):
     from admfast.cli.commands import app
 
-    command = app.get_command(None, line.split()[1])
+    name, *words = line.split()[1:]
+    command = app.get_command(None, name)
+    command = getattr(command, "commands", {}).get(words[0] if words else "", command)
     known = {option for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"(?<=\s)--[\w-]+", line.partition("#")[0])) <= known
 

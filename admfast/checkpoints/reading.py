@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from admfast.checkpoints.choosing import Chosen, choose
 from admfast.checkpoints.containers import open_container, read_tensors
-from admfast.checkpoints.snapshots import is_run, read_run
+from admfast.checkpoints.snapshots import RUN_FILE, is_run, read_run
 from admfast.errors import CheckpointError, InvalidArgument, invalid
 from admfast.files.paths import user_path
 from admfast.models import NetConfig
@@ -25,6 +25,7 @@ from admfast.models.description import Description, description_from_json, is_fo
 
 METADATA_KEY = "admfast"  # of the copy of the description in a safetensors header
 ENDINGS = (".pt", ".pth", ".safetensors")
+A_RUN = f"the folder of a training run (`admfast train --out FOLDER` makes it; it holds {RUN_FILE})"
 
 # Projections over positions; relatives of these networks keep them as 2-D convolutions or as linear layers.
 _PROJECTION = re.compile(r"(.*\.)?(qkv|proj_out|qkv_proj|c_proj)\.weight")
@@ -146,8 +147,8 @@ def _said_of(path: Path) -> Iterator[None]:
 def _check_there(path: Path) -> None:
     """Refuse what isn't a file that can be read."""
     if path.is_dir():
-        held = sorted(entry.name for entry in path.iterdir() if entry.suffix in ENDINGS)
-        raise CheckpointError(f"{path}: a folder, not a weights file (holds {', '.join(held[:8]) or 'none'})")
+        held = ", ".join(_held(path)[:8]) or "none"
+        raise CheckpointError(f"{path}: a folder, not a weights file (holds {held}), and not {A_RUN}")
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise CheckpointError(f"{path}: not a regular file")
@@ -156,20 +157,30 @@ def _check_there(path: Path) -> None:
     except FileNotFoundError:
         if path.is_symlink():
             raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
-        raise CheckpointError(f"{path}: no such file{_near_names(path)}") from None
+        raise CheckpointError(f"{path}: no such file{near_names(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
 
 
-def _near_names(path: Path) -> str:
-    """`; nearest there: a, b`, or what weights the folder holds, or that there is no such folder."""
-    if not path.parent.is_dir():
-        return f"; there is no folder {path.parent}"
-    held = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix in ENDINGS)
+def near_names(path: Path) -> str:
+    """Return what lies beside a path that isn't there: `; nearest there: a, b`, `; FOLDER holds a, b`, ..."""
+    folder = path.parent
+    try:
+        held = _held(folder)
+    except FileNotFoundError:
+        return f"; there is no folder {folder}"
+    except OSError as error:
+        return f"; {folder}: {error.strerror}"
     near = get_close_matches(path.name, held, n=3, cutoff=0.5)
     if near:
         return f"; nearest there: {', '.join(near)}"
-    return f"; {path.parent} holds {', '.join(held[:8]) or 'no weights files'}"
+    return f"; {folder} holds {', '.join(held[:8]) or 'no weights files and no training runs'}"
+
+
+def _held(folder: Path) -> list[str]:
+    """Return the names of the weights files and training runs in a folder."""
+    names = sorted(os.listdir(folder))
+    return [name for name in names if name.endswith(ENDINGS) or os.path.isfile(folder / name / RUN_FILE)]
 
 
 def _description(

@@ -49,9 +49,7 @@ def write_weights(
         InvalidArgument: for another ending or dtype, or a description that doesn't fit the weights.
         OutputError: if a file can't be written; nothing that was there has been changed.
     """
-    path = user_path("path", path)
-    if path.suffix not in ENDINGS:
-        raise invalid("path", str(path), f"a name that ends in {', '.join(ENDINGS)}")
+    path = user_path("path", path, ENDINGS)
     if dtype is not None and dtype not in DTYPES:
         raise invalid("dtype", dtype, "float32, float16 or bfloat16")
     if description is not None:

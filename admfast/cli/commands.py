@@ -76,16 +76,14 @@ def run(args: list[str]) -> int:
         result = app.main(args=args, prog_name="admfast", standalone_mode=False)
         print(end="", flush=True)
     except UsageProblem as error:
-        context = getattr(error, "ctx", None)
         if error.format_message().startswith("Usage:"):  # type: ignore[attr-defined]
             print(error.format_message())  # type: ignore[attr-defined]
             return USER_ERROR
         if (wrong := _wrong_number(error, args)) is not None:
             print(f"admfast: {wrong}", file=sys.stderr)
             return USER_ERROR
-        outside = context is None or context.parent is None
-        where = "admfast" if outside else f"admfast {context.info_name}"  # type: ignore[union-attr]
-        print(f"{where}: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+        name, _ = _called(args)
+        print(f"{name}: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
         return USER_ERROR
     except AdmfastError as error:
         print(f"admfast: {_by_flag(str(error), args)}", file=sys.stderr)
@@ -111,6 +109,17 @@ def run(args: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _called(args: Sequence[str]) -> tuple[str, Any]:
+    """Return the innermost command that the words begin with, behind its whole name."""
+    name, command = "admfast", app
+    for word in args:
+        inner = command.get_command(None, word) if isinstance(command, typer.core.TyperGroup) else None
+        if inner is None:
+            break
+        name, command = f"{name} {word}", inner
+    return name, command
+
+
 def _wrong_number(error: Exception, args: Sequence[str]) -> InvalidArgument | None:
     """Return `--name=value: allowed` for an option that is no number: typer's text lacks the value."""
     if not isinstance(error, typer.BadParameter):
@@ -129,10 +138,8 @@ def _by_flag(message: str, args: Sequence[str]) -> str:
     """An error of the form `name=value: ...` under the name of the command's option: `--name=value: ...`."""
     name, separator, _ = message.partition("=")
     flag = "--" + name.replace("_", "-")
-    command = app.get_command(None, args[0]) if args else None
-    command = getattr(command, "commands", {}).get(args[1] if len(args) > 1 else "", command)
-    parameters = getattr(command, "params", [])
-    known = any(flag in parameter.opts for parameter in parameters)
+    _, command = _called(args)
+    known = any(flag in parameter.opts for parameter in command.params)
     return "--" + message.replace(name, name.replace("_", "-"), 1) if separator and known else message
 
 

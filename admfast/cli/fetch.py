@@ -9,7 +9,7 @@ import typer
 
 from admfast.checkpoints import fetch
 from admfast.errors import OutputError, invalid, nearest
-from admfast.files.atomic import make_folder
+from admfast.files.atomic import folder_if_used
 from admfast.files.paths import user_path
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset
 
@@ -36,17 +36,17 @@ def run_fetch(
 ) -> None:
     """Download released weights, going on after a break, and check them where sizes or hashes are known."""
     wanted, out = wanted_models(names), user_path("out", out)
-    make_folder(out)
-    for model in wanted:
-        path = out / model.file
-        if path.exists() and not overwrite:
-            _accept(path, model)
-            continue
-        done = fetch(
-            model.name, out, base_url=base_url, overwrite=overwrite, timeout=timeout, retries=retries
-        )
-        by = ", ".join(done.checked) or "nothing: no size or hash is known"
-        print(f"{done.path.resolve()}: {done.size:,} bytes, checked by {by}")
+    with folder_if_used(out):
+        for model in wanted:
+            path = out / model.file
+            if path.exists() and not overwrite:
+                _accept(path, model)
+                continue
+            done = fetch(
+                model.name, out, base_url=base_url, overwrite=overwrite, timeout=timeout, retries=retries
+            )
+            by = ", ".join(done.checked) or "nothing: no size or hash is known"
+            print(f"{done.path.resolve()}: {done.size:,} bytes, checked by {by}")
 
 
 def wanted_models(names: list[str]) -> list[ModelPreset]:

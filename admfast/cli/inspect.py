@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
+from admfast import checks
 from admfast.checkpoints import describe
 from admfast.cli import train_options as option
-from admfast.cli.options import options_of
+from admfast.cli.options import DTYPES, options_of
 from admfast.cli.sample_options import Preset
-from admfast.errors import invalid, nearest
+from admfast.errors import invalid
 from admfast.files.tables import table
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def run_inspect(
@@ -67,12 +65,11 @@ def run_inspect(
         return print_memory(path, set_, given)
     for name, value in given.items():
         raise invalid(name, value, "only with --train")
-    if dtype not in _DTYPES:
-        raise invalid("dtype", dtype, nearest(dtype, _DTYPES))
+    checks.one_of("dtype", dtype, DTYPES)
     if batch < 1:
         raise invalid("batch", batch, "1 image or more")
     options = options_of("--set", set_)
     rows = describe(
-        path, preset=preset, batch=batch, dtype=_DTYPES[dtype], check_values=values, options=options
+        path, preset=preset, batch=batch, dtype=DTYPES[dtype], check_values=values, options=options
     )
     print(table(rows))

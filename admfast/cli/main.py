@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from admfast.interrupts import interrupted_by, like_ctrl_c
+from admfast.interrupts import ENDING, SIGNALLED, interrupted_by, like_ctrl_c
 
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = SIGNALLED + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = run(list(sys.argv[1:] if argv is None else argv))
         except KeyboardInterrupt:
             status = INTERRUPTED
-    if status == INTERRUPTED:  # some versions of typer raise at Ctrl-C, others return this
-        number = came[0] if came else signal.SIGINT
-        status = 128 + number
-        print(f"admfast: {interrupted_by(number)}", file=sys.stderr)
+    if status == INTERRUPTED and came:  # some versions of typer raise at Ctrl-C, others return this
+        status = SIGNALLED + came[0]
+    if status - SIGNALLED in ENDING:  # a training run answers signals itself, and returns the status
+        print(f"admfast: {interrupted_by(status - SIGNALLED)}", file=sys.stderr)
     return status
 
 

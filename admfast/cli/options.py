@@ -1,9 +1,11 @@
-"""What `--set NAME=VALUE` says of a weights file."""
+"""What several commands take: `--set NAME=VALUE` of a weights file, and dtypes by name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from admfast.checkpoints import flags
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
@@ -11,6 +13,7 @@ from admfast.checks import literal
 from admfast.errors import invalid, nearest
 from admfast.sampling.load import LOW_RES_SIZE
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 

@@ -10,19 +10,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from admfast import checks
 from admfast.checkpoints import load_network
+from admfast.checkpoints.reading import ENDINGS
 from admfast.cli import train_options as option
-from admfast.cli.options import options_of
+from admfast.cli.commands import UsageProblem
+from admfast.cli.options import DTYPES, options_of
+from admfast.cli.sample_options import Device
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
-from admfast.files.atomic import check_place
+from admfast.files.atomic import check_place, check_writable
 from admfast.files.images import write_png
 from admfast.files.paths import user_path
 from admfast.files.tables import table
+from admfast.interrupts import SIGNALLED
 from admfast.models import NetConfig
 from admfast.training.distributed import World, processes
 from admfast.training.export import export
@@ -31,10 +34,6 @@ from admfast.training.loop import Habits, dry_run, train
 from admfast.training.picture import run_picture
 from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# As a shell counts a command that a signal ended.
-SIGNALLED = 128
 
 commands = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
@@ -50,7 +49,7 @@ def _command(kind: str) -> Callable[..., None]:
     """Return the command that trains a network of a kind."""
 
     def run(
-        out: option.Out,
+        out: option.Out = None,
         preset: option.Preset = DIGITS,
         data: option.Data = None,
         labels: option.Labels = "auto",
@@ -70,9 +69,11 @@ def _command(kind: str) -> Callable[..., None]:
         workers: option.Workers = 0,
         cache: option.Cache = None,
         async_save: option.AsyncSave = None,
-        device: option.Device = None,
+        device: Device = None,
         dry_run: option.DryRun = False,
     ) -> None:
+        if out is None and not dry_run:
+            raise UsageProblem("Missing option '--out', the folder of the run; only --dry-run needs none.")
         options = options_of("--set", set_, also=None)
         given = {
             "steps": steps, "batch_size": batch_size, "microbatch": microbatch, "lr": lr, "seed": seed,
@@ -85,12 +86,13 @@ def _command(kind: str) -> Callable[..., None]:
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
-        out, place = user_path("out", out), _data(preset, data)
+        place = _data(preset, data)
+        run_folder = None if out is None else user_path("out", out)
         with processes(device) as world, _plain_warnings():
-            if dry_run:
-                _try(wanted, place, labels, habits, world)
+            if run_folder is None or dry_run:
+                _try(wanted, place, labels, dataclasses.replace(habits, cache=None), world)
             else:
-                _train(wanted, place, labels, out, habits, world, from_)
+                _train(wanted, place, labels, run_folder, habits, world, from_)
 
     run.__doc__ = f"Train {_ARTICLES[kind]}. Presets: {', '.join(PRESETS[kind])}."
     return run
@@ -112,30 +114,43 @@ def run_export(
         Path | None, typer.Option(help="Weights file: .safetensors, or .pt as published (default: none).")
     ] = None,
     ema: Annotated[
-        str | None, typer.Option(help="Which average, by its rate (default: the run's first).")
+        str | None, typer.Option(help="Which average, by its rate such as 0.9999 (default: the run's first).")
     ] = None,
     width: Annotated[
         float | None,
-        typer.Option(help="Instead, the relative width of an average put together from ema_power's."),
+        typer.Option(
+            help="Instead, width of an average that is put together from those of ema_power, as a share of "
+            "the run (default: none)."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
     picture: Annotated[
-        Path | None, typer.Option(help="PNG of the run's losses and grids (default: none).")
+        Path | None, typer.Option(help="PNG file for the run's losses and samples (default: none).")
     ] = None,
 ) -> None:
-    """Write the averaged weights of a run as a weights file, a picture of the run, or both."""
+    """Write a run's averaged weights, its picture, or both."""
     checks.one_of("dtype", dtype, DTYPES)
-    if out is None and picture is None:
-        raise invalid("out", None, "a weights file to write, or --picture")
+    if out is None:
+        if picture is None:
+            raise invalid("out", None, "a weights file to write, or --picture")
+        for name, value in (("ema", ema), ("width", width)):
+            if value is not None:
+                raise invalid(name, value, "only with --out, the weights file")
+    else:
+        out = user_path("out", out, ENDINGS)
+    drawn = None
     if picture is not None:
-        picture = user_path("picture", picture)
-        write_png(picture, run_picture(run))
-        print(picture.resolve())
+        picture = user_path("picture", picture, [".png"])
+        drawn = run_picture(run)
+        check_writable(picture)
+    # `export` checks all that it is given before it writes: a mistake in either file leaves neither.
     if out is not None:
-        out = user_path("out", out)
         description = export(run, out, ema, width, DTYPES[dtype])
         print(table([(name, str(description.training[name])) for name in ("step", "average")]))
         print(out.resolve())
+    if picture is not None and drawn is not None:
+        write_png(picture, drawn)
+        print(picture.resolve())
 
 
 def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
@@ -193,6 +208,7 @@ def _train(
 
 
 def _try(wanted: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:
+    """Make two steps and print what the run would take."""
     trial = dry_run(wanted, open_source(data, labels), habits, world)
     if world.first:
         hours = trial.run_seconds / 3600

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Preset = Annotated[str, typer.Option(help="Whose network and settings are the defaults.")]
+Preset = Annotated[str, typer.Option(help="Model whose network and settings are the defaults.")]
 Data = Annotated[
     str | None,
     typer.Option(help="Images: a folder, a zip, an npz, or digits (default: digits for digits32)."),
@@ -16,7 +16,10 @@ Labels = Annotated[
     str,
     typer.Option(help="Where the classes of a folder or zip come from: auto, folders, prefixes or none."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder of the run; one that is there goes on.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the run; a run that is in it goes on (no default; --dry-run needs none)."),
+]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the whole run (default: the preset's).")]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images a step, over all processes (default: the preset's).")
@@ -28,17 +31,20 @@ Rate = Annotated[
     float | None, typer.Option("--lr", help="Learning rate at its highest (default: the preset's).")
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Of the weights and all that is drawn (default: the preset's).")
+    int | None, typer.Option(help="Seed of the first weights and of every draw (default: the preset's).")
 ]
 Precision = Annotated[
     str | None,
-    typer.Option(help="Of the torso: fp32, tf32, bf16, fp16, or auto, the device's own (default: auto)."),
+    typer.Option(
+        help="Precision of the network's torso: fp32, tf32, bf16 or fp16; auto chooses by the device "
+        "(default: auto)."
+    ),
 ]
 Checkpointing = Annotated[
     str | None,
     typer.Option(
-        help="What the backward pass computes again, to save memory: none, norms, the blocks of attention, "
-        "all blocks, or k for every k-th block (default: none)."
+        help="What the backward pass computes again, to save memory: none, norms, attention (its blocks), "
+        "all (blocks), or a number k for every k-th block (default: none)."
     ),
 ]
 From = Annotated[
@@ -61,9 +67,12 @@ Set = Annotated[
 SaveEvery = Annotated[int, typer.Option(help="Steps between two snapshots.")]
 LogEvery = Annotated[int, typer.Option(help="Steps between two rows of the log.")]
 GridEvery = Annotated[int, typer.Option(help="Steps between two grids of samples; 0 for none.")]
-Keep = Annotated[int, typer.Option(help="Snapshots that are kept.")]
+Keep = Annotated[int, typer.Option(help="Newest snapshots that are kept.")]
 Workers = Annotated[
-    int, typer.Option(help="Processes that decode images, for each of the run's; 0 for none of their own.")
+    int,
+    typer.Option(
+        help="Processes that decode images, for each process of the run; 0 decodes in the run itself."
+    ),
 ]
 Cache = Annotated[
     str | None,
@@ -76,8 +85,9 @@ AsyncSave = Annotated[
         help="Write snapshots beside the next steps, from a copy in the host's memory (default: on a GPU).",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run/--no-dry-run", help="Make two steps, say what the run would take, write none."),
+    typer.Option(
+        "--dry-run/--no-dry-run", help="Make two steps, print what the run would take, write nothing."
+    ),
 ]

@@ -161,6 +161,22 @@ def make_folder(folder: Path) -> None:
         raise output_error(folder, error) from None
 
 
+@contextlib.contextmanager
+def folder_if_used(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it for a block; after it, remove those made here that are empty.
+
+    Raises OutputError.
+    """
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        make_folder(folder)
+        yield
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):  # it isn't empty, or could not be made
+                place.rmdir()
+
+
 def lock(descriptor: int) -> None:
     """Keep other processes that ask for it from a file or folder until it is closed; does nothing on Windows.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from admfast.errors import invalid
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
 
 
-def user_path(name: str, value: str | PathLike[str]) -> Path:
+def user_path(name: str, value: str | PathLike[str], endings: Collection[str] = ()) -> Path:
     """Return a user's path with "~" and "~user" expanded.
 
+    endings: of which its name must have one; none allows every name.
     Raises:
-        InvalidArgument: by the argument's name, for a URL, an unknown home folder, or no path at all.
+        InvalidArgument: by the argument's name, for a URL, an unknown home folder, another ending, or no path
+            at all.
     """
     text = os.fspath(value) if isinstance(value, str | PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
@@ -26,6 +29,8 @@ def user_path(name: str, value: str | PathLike[str]) -> Path:
         raise invalid(
             name, text, "a URL, not a path: download the file first (admfast fetch gets the released ones)"
         )
+    if endings and Path(text).suffix not in endings:
+        raise invalid(name, text, f"a name that ends in {', '.join(endings)}")
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -15,7 +15,7 @@ from torch import nn
 
 from admfast.checkpoints import ModelInfo, Unanswered, flags, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
-from admfast.checkpoints.reading import ENDINGS, Source
+from admfast.checkpoints.reading import A_RUN, ENDINGS, Source, near_names
 from admfast.checks import switch, whole
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import own_numerics
@@ -109,8 +109,10 @@ def load(
         if not in_memory:
             name = user_path("name", name)  # type: ignore[arg-type]
             if not os.path.lexists(name) and name.suffix not in ENDINGS:
-                near = nearest(str(name), SYSTEMS)
-                raise invalid("name", str(name), f"neither a system nor a file; {near}")
+                path = f"a path is that of a weights file or {A_RUN}{near_names(name)}"
+                raise invalid(
+                    "name", str(name), f"neither a system nor a file; {nearest(str(name), SYSTEMS)}; {path}"
+                )
         if weights is not None:
             allowed = f"for a system, as the folder of its files; {_named(name)} is a file"
             raise invalid("weights", _named(weights), allowed)

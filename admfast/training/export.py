@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from admfast.checkpoints import write_weights
-from admfast.checkpoints.snapshots import AVERAGES, RUN_FILE, is_run, read_run, snapshots
+from admfast.checkpoints.snapshots import AVERAGES, read_run, snapshots
 from admfast.errors import CheckpointError, invalid
-from admfast.files.paths import user_path
 from admfast.models.description import Description
 from admfast.training.ema import combined, reconstruction
-from admfast.training.folder import read_run_file, recipe_of
+from admfast.training.folder import read_run_file, recipe_of, run_folder
 
 
 def export(
@@ -34,10 +33,7 @@ def export(
 
     Returns: the description. Raises: CheckpointError, InvalidArgument, OutputError.
     """
-    place = user_path("run", run)
-    if not is_run(place):
-        found = "a file" if place.is_file() else "a folder without it" if place.is_dir() else "not there"
-        raise invalid("run", str(place), f"the folder of a run, which holds {RUN_FILE}; this is {found}")
+    place = run_folder(run)
     if width is None:
         state, description = read_run(place, average)
     else:

@@ -8,14 +8,17 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from admfast.checkpoints.reading import A_RUN, near_names
 from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
-from admfast.files.atomic import lock, make_folder, output_error, write_text
+from admfast.files.atomic import folder_if_used, lock, output_error, write_text
+from admfast.files.paths import user_path
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
 from admfast.training.images import Source
@@ -32,26 +35,43 @@ Say = Callable[[str], None]
 def held(run: Path, world: World) -> Iterator[None]:
     """Make the folder and keep other runs from it within the block.
 
+    A block that ends without a `run.json` has begun no run: it leaves no folder and no lock that it made.
     Raises: OutputError where it can't be written, or another process trains there.
     """
     if not world.first:
         yield
         return
-    make_folder(run)
+    with folder_if_used(run), _locked(run):
+        sweep(run)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold the lock of a folder within the block. Raises OutputError."""
+    path = run / LOCK
+    made = not os.path.lexists(path)
     try:
-        descriptor = os.open(run / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError as error:
-        raise output_error(run / LOCK, error) from None
+        raise output_error(path, error) from None
     try:
         try:
             lock(descriptor)
+            # A process that was refused may have removed it since it was opened: it would keep nobody out.
+            used = os.fstat(descriptor).st_nlink == 0
         except BlockingIOError:
-            raise OutputError(f"out={str(run)!r}: another process is training in this folder") from None
+            used = True
         except OSError as error:
-            raise output_error(run / LOCK, error) from None
-        sweep(run)
+            raise output_error(path, error) from None
+        if used:
+            made = False
+            raise OutputError(f"out={str(run)!r}: another process is training in this folder")
         yield
     finally:
+        if made and not os.path.lexists(run / RUN_FILE):
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                path.unlink()
         os.close(descriptor)
 
 
@@ -104,6 +124,18 @@ def write_run_file(run: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     write_text(run / RUN_FILE, text.to_json())
 
 
+def run_folder(run: str | PathLike[str]) -> Path:
+    """Return the path of a run's folder. Raises InvalidArgument, which says what lies there instead."""
+    place = user_path("run", run)
+    if os.path.isfile(place / RUN_FILE):
+        return place
+    if os.path.isdir(place):
+        found = f"this folder has no {RUN_FILE}"
+    else:
+        found = "this is a file" if os.path.exists(place) else f"nothing is there{near_names(place)}"
+    raise invalid("run", str(place), f"{A_RUN}; {found}")
+
+
 def read_run_file(run: Path) -> Description:
     """Return what `run.json` says. Raises CheckpointError."""
     path = run / RUN_FILE
@@ -122,8 +154,9 @@ def recipe_of(description: Description) -> Recipe:
 
 
 def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
-    """Refuse another run's recipe; say what a run may change."""
+    """Refuse another run's recipe, then say what has changed of the settings that a run may change."""
     a, b = before.to_dict(), now.to_dict()
+    changes = list[str]()
     for name in (name for name in a if a[name] != b[name]):
         old, new = a[name], b[name]
         if isinstance(old, dict):
@@ -131,7 +164,9 @@ def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
             name, old, new = inner[0], old.get(inner[0]), new.get(inner[0])
         if name not in MAY_CHANGE:
             raise invalid(name, new, f"{run} was begun with {old!r}; give another folder for another run")
-        say(f"{name} was {old}, is {new} now")
+        changes.append(f"{name} was {old}, is {new} now")
+    for change in changes:
+        say(change)
 
 
 def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:

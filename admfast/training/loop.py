@@ -25,6 +25,7 @@ from admfast import checks
 from admfast.checkpoints.snapshots import SnapshotWriter
 from admfast.engine.numerics import own_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError
+from admfast.interrupts import ENDING
 from admfast.training import folder
 from admfast.training.cache import cached
 from admfast.training.distributed import World
@@ -77,7 +78,10 @@ class Outcome:
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT within a block, for the loop to save and end; a second one ends at once."""
+    """Notes SIGINT, SIGTERM and SIGHUP within a block, for the loop to save and end.
+
+    A second one is answered as before the block. One that is ignored (as by nohup) stays ignored.
+    """
 
     def __init__(self) -> None:
         self.came = 0
@@ -85,17 +89,20 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # only there do signals arrive
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                self._before[number] = signal.signal(number, self._note)
+            for number in ENDING:
+                # None stands for a handler that was not set from Python, which could not be put back.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        while self._before:
+            signal.signal(*self._before.popitem())  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.came:
-            raise KeyboardInterrupt
+            self.__exit__()
+            signal.raise_signal(number)
         self.came = number
 
 

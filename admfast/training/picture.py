@@ -9,34 +9,42 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from admfast.diffusion.parameterisation import MeanType
 from admfast.errors import CheckpointError
 from admfast.files.images import UInt8, open_image
-from admfast.training.folder import GRIDS, read_log
+from admfast.training.folder import GRIDS, read_log, read_run_file, recipe_of, run_folder
 from admfast.training.progress import QUARTERS
+from admfast.training.recipe import Recipe
 
-WIDTH, HEIGHT, FONT, GRIDS_SHOWN = 1000, 640, 24, 3
-LEFT, RIGHT, TOP, BOTTOM = 96, 24, 56, 80  # margins of the chart
+WIDTH, HEIGHT, FONT, GRIDS_SHOWN = 1000, 680, 22, 3
+LEFT, RIGHT, TOP, BOTTOM = 96, 24, 96, 80  # margins of the chart
+HEADINGS = (26, 64)  # middles of the two lines above chart and grids
 INK, LINES, PAPER = "#222222", "#dddddd", "#ffffff"
+TENTHS = [number / 10 for number in range(10, 100)]
 COLOURS = ("#4aa8dc", "#2b6cb0", "#7a4a9e", "#c0395b")  # of the quarters, from little noise to much
 Line = list[tuple[float, float]]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def run_picture(run: str | PathLike[str]) -> UInt8:
-    """Return the picture of a run: loss by quarter of the timesteps on a log axis, beside it the grids.
+    """Return the picture of a run: its loss over the steps on a log axis, beside it grids of samples.
 
-    Of the grids the first, the last and one between them. A run without quarters (a classifier without noise)
-    shows its loss.
+    The loss has a line for each quarter of the timesteps; a classifier that is shown no noise has one line.
+    Of the grids the first, the last and one between them.
     Returns: uint8 [H, W, 3].
-    Raises: CheckpointError for a folder without a log, or without a loss above 0 in it.
+    Raises: InvalidArgument for what is no run's folder; CheckpointError for one without a log, or without a
+    loss above 0 in it.
     """
-    rows, lines = read_log(Path(run)), dict[str, Line]()
+    folder = run_folder(run)
+    rows, lines = read_log(folder), dict[str, Line]()
     names = [f"loss_q{number + 1}" for number in range(QUARTERS)]
     for name in names if any(name in row for row in rows for name in names) else ["loss"]:
         found = [(row["step"], row[name]) for row in rows if name in row]
         lines[name] = [(step, loss) for step, loss in found if 0 < loss < math.inf]
     if not any(lines.values()):
-        raise CheckpointError(f"{run}: its log holds no loss yet")
-    parts = [_chart(lines), *_grids(Path(run) / GRIDS)]
+        raise CheckpointError(f"{folder}: its log holds no loss yet")
+    recipe = recipe_of(read_run_file(folder))
+    parts = [_chart(lines, recipe), *_grids(folder / GRIDS)]
     picture = Image.new("RGB", (sum(part.width for part in parts), HEIGHT), PAPER)
     left = 0
     for part in parts:
@@ -45,8 +53,8 @@ def run_picture(run: str | PathLike[str]) -> UInt8:
     return np.asarray(picture)
 
 
-def _chart(lines: dict[str, Line]) -> Image.Image:
-    """Draw the lines with their axes and what each of them is."""
+def _chart(lines: dict[str, Line], recipe: Recipe) -> Image.Image:
+    """Draw the lines, and say what they and the axes are."""
     chart = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(FONT)
     points = [point for line in lines.values() for point in line]
@@ -66,26 +74,55 @@ def _chart(lines: dict[str, Line]) -> Image.Image:
         x, _ = at(step, 1)
         pen.line([(x, TOP), (x, HEIGHT - BOTTOM)], LINES)
         pen.text((x, HEIGHT - BOTTOM + 10), f"{step:,}", INK, font, "mt" if step < 0.97 * last else "rt")
-    pen.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12), "steps", INK, font, "mb")
-    title = "loss by quarter of t, least noise first" if len(lines) > 1 else "loss"
-    pen.text((LEFT, TOP / 2), title, INK, font, "lm")
-    x = LEFT + font.getlength(title) + 30
-    for (name, line), colour in zip(lines.items(), COLOURS, strict=False):
+    steps = f"training steps, of {recipe.batch_size:,} images each"
+    pen.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12), steps, INK, font, "mb")
+    pen.text((LEFT, HEADINGS[0]), f"loss, log scale: {_loss_in_words(recipe)}", INK, font, "lm")
+    for line, colour in zip(lines.values(), COLOURS, strict=False):
         pen.line([at(*point) for point in line], colour, 4, "curve")
         for x_last, y_last in (at(*point) for point in line[-1:]):
             pen.ellipse([x_last - 6, y_last - 6, x_last + 6, y_last + 6], colour)
-        if len(lines) > 1:
-            pen.rectangle([x, TOP / 2 - 8, x + 16, TOP / 2 + 8], colour)
-            pen.text((x + 24, TOP / 2), name[-1], INK, font, "lm")
-        x += 70
+    if len(lines) > 1:
+        _legend(pen, font, recipe.process.steps)
     return chart
 
 
+def _loss_in_words(recipe: Recipe) -> str:
+    """Return what the loss of a run is, with its unit where it has one."""
+    if recipe.kind == "classifier":
+        return "cross-entropy of the class, in nats"
+    mean, variance, loss = recipe.process.types
+    if loss.variational:
+        return "variational bound, in bits per dimension"
+    of = {
+        MeanType.EPSILON: "noise (1 = its variance)",
+        MeanType.START_X: "image in [-1, 1]",
+        MeanType.PREVIOUS_X: "previous image",
+    }
+    return f"mean squared error of the {of[mean]}{', plus variance term' if variance.learned else ''}"
+
+
+def _legend(pen: ImageDraw.ImageDraw, font: Font, steps: int) -> None:
+    """Write the timesteps of each line beside its colour."""
+    x, y = float(LEFT), HEADINGS[1]
+    bounds = [-(-number * steps // QUARTERS) for number in range(QUARTERS + 1)]
+    for number, colour in enumerate(COLOURS):
+        pen.rectangle([x, y - 8, x + 16, y + 8], colour)
+        text = f"{bounds[number]}-{bounds[number + 1] - 1}"
+        text = f"timesteps {text} (least noise)" if number == 0 else text
+        text = f"{text} (most noise)" if number == QUARTERS - 1 else text
+        pen.text((x + 24, y), text, INK, font, "lm")
+        x += 24 + font.getlength(text) + 28
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times the powers of ten between two exponents; of many the powers only."""
-    factors = (1, 2, 5) if high - low < 2.5 else (1,)
-    ticks = [f * 10.0**power for power in range(math.floor(low), math.ceil(high)) for f in factors]
-    return [tick for tick in ticks if low <= math.log10(tick) <= high]
+    """Return the roundest numbers between two exponents of which there are three; else tenths of powers."""
+    powers, ticks = range(math.floor(low), math.ceil(high)), list[float]()
+    for factors in ((1,), (1, 2, 5), range(1, 10), TENTHS[::5], TENTHS):
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low <= math.log10(tick) <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks
 
 
 def _ticks(last: float) -> range:
@@ -96,7 +133,7 @@ def _ticks(last: float) -> range:
 
 
 def _grids(folder: Path) -> list[Image.Image]:
-    """Return some grids of the run, each under its step, brought to the chart's height."""
+    """Return some grids of samples, each under its step, brought to the chart's height."""
     paths = sorted(folder.glob("*.png"))
     count = min(GRIDS_SHOWN, len(paths))
     chosen = [paths[round(i * (len(paths) - 1) / max(count - 1, 1))] for i in range(count)]
@@ -104,9 +141,11 @@ def _grids(folder: Path) -> list[Image.Image]:
     for path in chosen:
         grid = open_image(path).convert("RGB")
         grid = grid.resize((round(grid.width * space / grid.height), space), Image.Resampling.LANCZOS)
-        part = Image.new("RGB", (grid.width + 16, HEIGHT), PAPER)
+        font, headings = ImageFont.load_default(FONT), ("samples at", f"step {int(path.stem):,}")
+        width = max(grid.width, *(math.ceil(font.getlength(text)) for text in headings))
+        part = Image.new("RGB", (width + 16, HEIGHT), PAPER)
         part.paste(grid, (0, TOP))
-        pen, font = ImageDraw.Draw(part), ImageFont.load_default(FONT)
-        pen.text((0, TOP / 2), f"step {int(path.stem):,}", INK, font, "lm")
+        for y, text in zip(HEADINGS, headings, strict=True):
+            ImageDraw.Draw(part).text((0, y), text, INK, font, "lm")
         found.append(part)
     return found

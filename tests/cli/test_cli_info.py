@@ -51,7 +51,7 @@ def test_ctrl_c_while_the_command_starts_is_one_line(command, module):
             started.send_signal(signal.SIGINT)
             break
     rest = [line for line in started.stderr if not line.startswith("import time:")]
-    assert (started.wait(60), rest) == (130, ["admfast: interrupted\n"])
+    assert (started.wait(60), rest) == (130, ["admfast: interrupted by SIGINT\n"])
 
 
 def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
@@ -154,9 +154,12 @@ def test_help_and_no_command(capsys):
     assert captured.out.startswith("Usage: admfast") and captured.err == ""
 
 
-@pytest.mark.parametrize("command", ["sample", "inspect", "models", "fetch", "info"])
+TRAIN = [f"train {name}" for name in ("diffusion", "classifier", "upsampler", "export")]
+
+
+@pytest.mark.parametrize("command", ["sample", "inspect", "models", "fetch", "info", "verify", *TRAIN])
 def test_every_option_says_its_default(command, capsys):
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     options = re.split(r"\n  (?=--)", capsys.readouterr().out.split("Options:")[1])[1:]
     assert options[-1].startswith("--help")
     for option in options[:-1]:
@@ -169,6 +172,15 @@ def test_every_option_says_its_default(command, capsys):
         (["samble"], "admfast: No such command 'samble'."),
         (["info", "extra"], "admfast info: "),
         (["info", "--verbose"], "admfast info: No such option: --verbose"),
+        (["sample"], "admfast sample: Missing argument"),
+        (["sample", "digits32", "--steps"], "admfast sample: Option '--steps'"),
+        (["train", "diffusions"], "admfast train: No such command 'diffusions'."),
+        (["train", "--verbose"], "admfast train: No such option: --verbose"),
+        (["train", "diffusion"], "admfast train diffusion: Missing option '--out'"),
+        (["train", "classifier", "--steps"], "admfast train classifier: Option '--steps'"),
+        (["train", "upsampler", "--step", "1"], "admfast train upsampler: No such option: --step"),
+        (["train", "export"], "admfast train export: Missing argument 'run'"),
+        (["train", "export", "a", "b"], "admfast train export: "),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(argv, message, capsys):
@@ -181,7 +193,7 @@ def test_bad_usage_is_one_line_and_status_2(argv, message, capsys):
     "error, status, line",
     [
         (AdmfastError("weights=1: not that"), 2, "admfast: weights=1: not that"),
-        (KeyboardInterrupt(), 130, "admfast: interrupted"),
+        (KeyboardInterrupt(), 130, "admfast: interrupted by SIGINT"),
     ],
 )
 def test_errors_of_a_command(monkeypatch, capsys, error, status, line):

@@ -357,7 +357,7 @@ def test_ctrl_c_leaves_what_is_finished(sample, tmp_path, monkeypatch):
     monkeypatch.setattr(PreparedStep, "advance", interrupted)
     status, stdout, stderr = sample("--seeds", "0-5", "--batch", "2")
     assert status == 130 and "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "admfast: interrupted"
+    assert stderr.splitlines()[-1] == "admfast: interrupted by SIGINT"
     out = tmp_path / "out"
     assert stdout.splitlines()[-1] == f"4 of 6 images are finished and kept in {out}"
     samples = read_samples(out / "samples_4x8x8x1.npz")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ import torch
 
 import admfast
 from admfast.checkpoints import load_network
+from admfast.checkpoints.snapshots import snapshots
 from admfast.cli.main import main
 from admfast.cli.train import resolved
 from admfast.errors import CheckpointError, InvalidArgument
+from admfast.interrupts import ENDING
+from admfast.training import loop
 from admfast.training.recipes import PRESETS, recipe
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--grid-every", "0"]
@@ -94,12 +99,23 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         printed, said = capsys.readouterr()
         assert said.count("\n") == 1 and named in said, said
         assert printed == "" or "num_classes=9" in arguments
-    for place in ("empty", "file", "nothing"):
-        run = str(tmp_path / place)
-        assert main(["train", "export", run, "--out", str(tmp_path / "a.pt")]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(f"admfast: run={run!r}: ") and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_run_is_said_with_what_a_run_is(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits/run.json").write_text("{}")
+    places = {"empty": "folder", "file": "file", "digit": "nearest there: digits", "no/run": "no folder"}
+    places["x" * 300] = "nothing"
+    for wanted in (["--out", str(tmp_path / "a.pt")], ["--picture", str(tmp_path / "a.png")]):
+        for place, found in places.items():
+            run = str(tmp_path / place)
+            assert main(["train", "export", run, *wanted]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith("admfast: run='") and said.count("\n") == 1
+            assert "run.json" in said and found in said.partition(";")[2]
 
 
 def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):
@@ -113,12 +129,72 @@ def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "weights.pt").exists()
 
 
-def test_a_dry_run_says_what_the_run_takes(tmp_path, capsys):
-    run = tmp_path / "run"
-    assert main(["train", "diffusion", "--out", str(run), *QUICK, "--dry-run"]) == 0
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("number", ENDING)
+def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, times):
+    """The first lets the step at hand be saved; a second one ends the run where it is."""
+    update = loop.Learner.update
+
+    def and_signal(self, batch):
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+        return update(self, batch)
+
+    monkeypatch.setattr(loop.Learner, "update", and_signal)
+    before = [signal.getsignal(one) for one in ENDING]
+    assert main(["train", "diffusion", "--out", str(tmp_path), *QUICK]) == 128 + number
+    assert capsys.readouterr().err == f"admfast: interrupted by {number.name}\n"
+    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [1] * (times == 1)
+    assert [signal.getsignal(one) for one in ENDING] == before
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch, number):
+    """As SIGHUP is for a command behind nohup."""
+    update = loop.Learner.update
+    monkeypatch.setattr(
+        loop.Learner, "update", lambda *given: (os.kill(os.getpid(), number), update(*given))[1]
+    )
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert main(["train", "diffusion", "--out", str(tmp_path), *QUICK]) == 0
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("more", [[], ["--out", "run"], ["--cache", "cache"]], ids=["", "out", "cache"])
+def test_a_dry_run_says_what_the_run_takes_and_writes_nothing(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "diffusion", *QUICK, "--dry-run", *more]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("peak memory", "whole run", "images a second"))
-    assert not run.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_with_a_mistake_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "diffusion", "--out", "run", *QUICK]) == 0
+    weights, picture = ["--out", "a.pt"], ["--picture", "a.png"]
+    before = sorted(tmp_path.rglob("*"))
+    for mistake, named in (
+        (["--out", "a.txt", *picture], "--out='a.txt'"),
+        (["--out", "none/a.pt", *picture], "none/a.pt"),
+        ([*weights, "--picture", "a.jpg"], "--picture='a.jpg'"),
+        (["--picture", "a"], "--picture='a'"),
+        ([*weights, "--picture", "none/a.png"], "none/a.png"),
+        ([*weights, *picture, "--ema", "0.5"], "--ema='0.5'"),
+        ([*weights, *picture, "--width", "0.1"], "--width=0.1"),
+        ([*weights, *picture, "--dtype", "float8"], "--dtype='float8'"),
+        ([*picture, "--ema", "0.9995"], "--ema='0.9995'"),
+        ([*picture, "--width", "0.1"], "--width=0.1"),
+    ):
+        capsys.readouterr()
+        assert main(["train", "export", "run", *mistake]) == 2, mistake
+        printed, said = capsys.readouterr()
+        assert printed == "" and said.startswith(f"admfast: {named}: ") and said.count("\n") == 1, said
+        assert sorted(tmp_path.rglob("*")) == before
+    assert main(["train", "export", "run", *weights, *picture]) == 0
+    assert len(list(tmp_path.rglob("*"))) == len(before) + 3  # weights, their description, the picture
 
 
 def test_a_run_begins_from_a_file(tmp_path, capsys):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from admfast.checkpoints.snapshots import snapshots
 from admfast.cli.main import main
+from admfast.errors import InvalidArgument, OutputError
 from admfast.training.distributed import World
 from admfast.training.folder import LOCK, held
 
@@ -134,12 +135,41 @@ def test_another_network_leaves_the_run_as_it_is(tmp_path, capsys, setting):
     assert contents(tmp_path / "run") == before
 
 
-def test_a_recipe_that_makes_no_network_begins_no_run(tmp_path, capsys):
-    run = tmp_path / "run"
+@pytest.mark.parametrize(
+    "there", [[], ["runs"], ["runs", "runs/run"], ["runs", "runs/run", "runs/run/notes"]]
+)
+def test_a_recipe_that_makes_no_network_leaves_nothing(tmp_path, capsys, there):
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    run = tmp_path / "runs/run"
     for mistake in (["--set", "freeze=nothing.*"], ["--from", str(run)]):
         assert train(run, *mistake) == 2
         assert len(lines_of(capsys)[1]) == 1
+        assert sorted(tmp_path.rglob("*")) == [tmp_path / folder for folder in there]
     assert train(run, "--set", "freeze=time_embed.*") == 0
+
+
+def test_a_run_that_is_refused_keeps_what_others_put_beside_it(tmp_path, monkeypatch):
+    run = tmp_path / "runs/run"
+
+    def meanwhile(*given: object) -> None:
+        (tmp_path / "runs/other").mkdir()
+        raise InvalidArgument("refused")
+
+    monkeypatch.setattr("admfast.training.loop.build_network", meanwhile)
+    assert train(run) == 2
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs", tmp_path / "runs/other"]
+
+
+def test_a_lock_without_a_name_keeps_nobody_out_and_a_lock_of_a_run_stays(tmp_path, monkeypatch):
+    """A refused run may remove its lock after another process has opened it."""
+    locking = "admfast.training.folder.lock"
+    monkeypatch.setattr(locking, lambda descriptor: (tmp_path / LOCK).unlink())
+    with pytest.raises(OutputError, match="another process"), held(tmp_path, World()):
+        pass
+    monkeypatch.undo()
+    assert train(tmp_path) == 0 and (tmp_path / LOCK).exists()
+    assert train(tmp_path, "--seed", "5") == 2 and (tmp_path / LOCK).exists()
 
 
 def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, capsys):

@@ -229,6 +229,16 @@ def test_fetch_into_what_is_no_folder(fetched, tmp_path):
         run_fetch(["lsun_cat"], out=tmp_path / "file" / "below")
 
 
+def test_a_fetch_that_fails_leaves_no_folder(monkeypatch, tmp_path):
+    def refused(*given, **options):
+        raise OutputError("the server is gone")
+
+    monkeypatch.setattr(fetch_module, "fetch", refused)
+    with pytest.raises(OutputError):
+        run_fetch(["lsun_cat"], out=tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
 def test_wanted_models_are_unique():
     assert wanted_models(["imagenet64", "imagenet256-up"]) == [
         preset("64x64_diffusion"),

@@ -18,6 +18,7 @@ from admfast.files.atomic import (
     atomic_open,
     atomic_path,
     check_writable,
+    folder_if_used,
     output_error,
     write_bytes,
     write_text,
@@ -108,6 +109,23 @@ def test_a_place_is_tried_without_a_trace(tmp_path):
     ):
         with pytest.raises(OutputError, match=reason):
             check_writable(tmp_path / place)
+
+
+@pytest.mark.parametrize("there", [[], ["a"], ["a", "a/b"]], ids=["none", "a", "b"])
+def test_a_folder_goes_with_a_block_that_puts_nothing_into_it(tmp_path, there):
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    before, place = sorted(tmp_path.rglob("*")), tmp_path / "a/b"
+    with contextlib.suppress(ZeroDivisionError), folder_if_used(place):
+        assert place.is_dir()
+        raise ZeroDivisionError
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(OutputError), folder_if_used(place / ("x" * 300)):
+        pass
+    assert sorted(tmp_path.rglob("*")) == before
+    with folder_if_used(place):
+        (place / "file").write_text("")
+    assert (place / "file").exists()
 
 
 def test_a_device_is_not_replaced():

@@ -254,6 +254,18 @@ def test_files_that_are_not_there_are_named(model, tmp_path):
         load(model, "models", device="cpu")
 
 
+@pytest.mark.parametrize(
+    "name, found", [("runs/none", "no folder runs"), ("out/digit", "there: digits"), ("out", "holds digits")]
+)
+def test_what_is_no_run_is_said_with_what_a_run_is(tmp_path, monkeypatch, name, found):
+    (tmp_path / "out/digits").mkdir(parents=True)
+    (tmp_path / "out/digits/run.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((InvalidArgument, CheckpointError)) as caught:
+        load(name, device="cpu")
+    assert found in one_line(caught) and "run.json" in one_line(caught)
+
+
 # By name
 
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
 from admfast.cli.main import main
 from admfast.errors import CheckpointError
 from admfast.files.images import read_image, write_png
 from admfast.training import picture
+from admfast.training.folder import write_run_file
 from admfast.training.picture import run_picture
+from admfast.training.recipe import Recipe
+from tests.small import PROCESS
+from tests.training.small_runs import small_recipe
 
 
-def written(run: Path, rows: list[dict]) -> Path:
+def written(run: Path, rows: list[dict], recipe: Recipe | None = None) -> Path:
     """A folder with the log of a run."""
     run.mkdir(exist_ok=True)
+    write_run_file(run, recipe or small_recipe(), {})
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -53,6 +59,76 @@ def test_without_quarters_the_loss_is_drawn(tmp_path):
     assert len(coloured(image, picture.COLOURS[0])) > 50 and not len(coloured(image, picture.COLOURS[1]))
 
 
+Drawn = list[tuple[Image.Image, str, tuple[float, ...]]]
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> Drawn:
+    """Every text that is drawn: the image, the text, its box."""
+    found, draw = Drawn(), ImageDraw.ImageDraw.text
+
+    def noted(pen, xy, text, fill, font, anchor):
+        found.append((pen._image, text, pen.textbbox(xy, text, font, anchor)))
+        draw(pen, xy, text, fill, font, anchor)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    return found
+
+
+def lies_apart(drawn: Drawn) -> None:
+    """Assert that every text lies on its image, and none over another."""
+    for number, (image, text, (left, top, right, bottom)) in enumerate(drawn):
+        assert left >= 0 and top >= 0 and right <= image.width and bottom <= image.height, text
+        for _, other, box in (one for one in drawn[:number] if one[0] is image):
+            apart = right < box[0] or box[2] < left or bottom < box[1] or box[3] < top
+            assert apart, f"{text!r} is drawn over {other!r}"
+
+
+QUARTERLY = [
+    {"step": s, "loss": 1.0, **{f"loss_q{q}": 4.0**-q for q in range(1, 5)}} for s in (1000, 123_456_789)
+]
+FIXED = {"network": replace(small_recipe().network, out_channels=1)}
+LOSSES = {
+    "noise": ("noise", small_recipe(**FIXED, process=replace(PROCESS, learn_sigma=False))),
+    "noise and variance": ("plus variance term", small_recipe()),
+    "image": (
+        "image in [-1, 1]",
+        small_recipe(**FIXED, process=replace(PROCESS, learn_sigma=False, predict_xstart=True)),
+    ),
+    "bound": ("bits per dimension", small_recipe(process=replace(PROCESS, use_kl=True))),
+    "upsampler": ("plus variance term", small_recipe("upsampler")),
+    "classifier": ("nats", small_recipe("classifier")),
+}
+
+
+@pytest.mark.parametrize("steps", [1000, 31])
+@pytest.mark.parametrize("loss, recipe", LOSSES.values(), ids=LOSSES)
+def test_axes_and_lines_say_what_they_are(tmp_path, drawn, loss, recipe, steps):
+    recipe = replace(recipe, batch_size=4096, process=replace(recipe.process, steps=steps))
+    (tmp_path / "grids").mkdir()
+    write_png(tmp_path / "grids/123456789.png", np.zeros((40, 8, 1), np.uint8))
+    run_picture(written(tmp_path, QUARTERLY, recipe))
+    *texts, of_grid, step = (text for _, text, _ in drawn)
+    chart = " ".join(texts)
+    assert all(word in chart for word in (loss, "log scale", "training steps", "4,096 images", "most noise"))
+    quarters = [[t for t in range(steps) if t * 4 // steps == number] for number in range(4)]
+    assert all(f"{quarter[0]}-{quarter[-1]}" in chart for quarter in quarters)
+    assert (of_grid, step) == ("samples at", "step 123,456,789")
+    lies_apart(drawn)
+
+
+@pytest.mark.parametrize(
+    "losses", [(1, 1), (0.6, 0.9), (3e-4, 3.2e-4), (0.9, 1.2), (1, 9), (1e-5, 3)], ids=str
+)
+def test_numbers_beside_the_loss_for_every_range(tmp_path, drawn, losses):
+    run_picture(written(tmp_path, [{"step": 10 + i, "loss": loss} for i, loss in enumerate(losses)]))
+    beside = [
+        text for _, text, (_, _, right, bottom) in drawn if right < picture.LEFT and bottom > picture.TOP
+    ]
+    assert len(beside) >= 3
+    lies_apart(drawn)
+
+
 @pytest.mark.parametrize("count, shown", [(0, []), (1, [0]), (2, [0, 1]), (5, [0, 2, 4]), (8, [0, 4, 7])])
 def test_grids_from_the_first_to_the_last(tmp_path, count, shown):
     written(tmp_path, [{"step": 100, "loss_q1": 0.5}, {"step": 200, "loss_q1": 0.2}])
@@ -76,8 +152,9 @@ def test_a_row_that_was_not_finished_and_losses_that_are_none_are_left_out(tmp_p
 
 @pytest.mark.parametrize("rows", [None, [], [{"step": 1}], [{"step": 1, "loss": float("nan")}]], ids=str)
 def test_what_has_no_loss_is_said(tmp_path, rows):
-    if rows is not None:
-        written(tmp_path, rows)
+    written(tmp_path, rows or [])
+    if rows is None:
+        (tmp_path / "log.jsonl").unlink()
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         run_picture(tmp_path)
 

@@ -118,12 +118,14 @@ def test_a_run_that_is_done_stays_done_and_more_steps_go_on(tmp_path):
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 1.0}, {"batch_size": 2}, {"precision": "bf16"}])
 def test_another_recipe_needs_another_folder(tmp_path, change):
+    said: list[str] = []
     train(small_recipe(steps=1), source(), tmp_path, OFTEN)
     with pytest.raises(InvalidArgument, match=f"^{next(iter(change))}="):
-        train(small_recipe(steps=1, **change), source(), tmp_path, OFTEN)
+        train(small_recipe(steps=2, **change), source(), tmp_path, OFTEN, say=said.append)
     network = dataclasses.replace(small_recipe().network, num_res_blocks=2)
     with pytest.raises(InvalidArgument, match="^num_res_blocks="):
-        train(small_recipe(steps=1, network=network), source(), tmp_path, OFTEN)
+        train(small_recipe(steps=2, network=network), source(), tmp_path, OFTEN, say=said.append)
+    assert said == []
 
 
 def test_other_data_is_said(tmp_path):
