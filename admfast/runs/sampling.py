@@ -19,6 +19,7 @@ from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
 from admfast.files.paths import user_path
+from admfast.interrupts import held_back
 from admfast.runs.folder import RunFolder
 from admfast.sampling.loop import Progress, run
 from admfast.sampling.pipeline import Pipeline
@@ -140,10 +141,11 @@ class SampleRun:
             batch_size=size,
         )
         for i, image in enumerate(run(plan(request, self.pipe)).numpy(), first):
-            write_png(self._png(i), image)
-            if i < GRID_LIMIT:
-                self._shown.append(image)
-            self.finished = i + 1
+            with held_back():  # or a file would be there that isn't counted
+                write_png(self._png(i), image)
+                if i < GRID_LIMIT:
+                    self._shown.append(image)
+                self.finished = i + 1
 
     def _png(self, i: int) -> Path:
         """The file of image i."""
