@@ -72,8 +72,10 @@ def known() -> dict[str, Subject]:
 
 
 def named(name: str) -> Subject:
-    """Return a subject without a second network."""
-    return dataclasses.replace(known()[name], classifier=None, guidance=0.0, steps=1)
+    """Return a subject without a second network, and without dropout, whose masks are not the published."""
+    subject = known()[name]
+    net = dataclasses.replace(subject.net, dropout=0.0)
+    return dataclasses.replace(subject, net=net, classifier=None, guidance=0.0, steps=1)
 
 
 def recipe_of(subject: Subject, batch: int, precision: str = "fp32") -> Recipe:
