@@ -22,6 +22,7 @@ test: $(READY) lint
 	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-full: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/accelerate/requirements.txt
 	$(PYTEST) $(PYTEST_FLAGS)
 
 lint: $(READY)

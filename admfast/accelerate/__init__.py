@@ -1,6 +1,7 @@
 """Make the network of any guided-diffusion program faster, in place: `admfast.accelerate(model)`.
 
-The module itself is the function. `accelerate.report(model)` says what runs on what.
+The module itself is the function. `accelerate.report(model)` says what runs on what; `accelerate.denoiser`
+gives our own pipelines to other libraries.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from admfast.accelerate.denoisers import denoiser
 from admfast.accelerate.door import accelerate, report
 
-__all__ = ["accelerate", "report"]
+__all__ = ["accelerate", "denoiser", "report"]
 
 
 class _Door(ModuleType):

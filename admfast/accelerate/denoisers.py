@@ -1,0 +1,123 @@
+"""Give a pipeline to other libraries as a denoiser of theirs: their algorithms then run on our networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from admfast.errors import Unavailable, first_line, invalid, nearest
+from admfast.sampling.pipeline import Pipeline
+
+
+class Levels:
+    """The noise levels of a process: finds the timestep at which signal and noise have a given ratio.
+
+    rounded: to one of the process's own steps, the first whose noise is as large (`up`) or the nearest.
+    """
+
+    def __init__(self, pipe: Pipeline, rounded: bool, up: bool):
+        schedule = pipe.diffusion.build("").schedule
+        log_snr = schedule.log_snr(np.arange(schedule.num_timesteps))
+        self._noisiness = torch.from_numpy(-log_snr)  # float64 [S], rising
+        self._rounded, self._up = rounded, up
+
+    def timestep(self, signal: Tensor, noise: Tensor) -> Tensor:
+        """Return t [N] for signal and noise scales [N]: int64 where it is rounded, else float64."""
+        ratio = (noise.double() / signal.double()).cpu()
+        wanted, table = 2 * ratio.log(), self._noisiness
+        if self._rounded and not self._up:
+            level, steps = ratio.square() / (1 + ratio.square()), torch.sigmoid(table).sqrt()
+            return (steps[:, None] - level.sqrt()[None]).abs().argmin(0).to(signal.device)
+        after = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
+        if self._rounded:
+            return torch.where(wanted <= table[0], 0, after).to(signal.device)
+        share = (wanted - table[after - 1]) / (table[after] - table[after - 1])
+        return (after - 1 + share.clamp(0, 1)).to(signal.device)
+
+
+def denoiser(pipe: Pipeline, library: str, rounded: bool = False) -> Any:
+    """Return a pipeline as a denoiser of deepinv or azula, which their samplers and restorers take.
+
+    "deepinv": a `deepinv.models.Denoiser`, `forward(x, sigma, y=None)` with x in [0, 1] and its noise sigma.
+    "azula": an `azula.denoise.Denoiser`, `forward(x_t, t, label=None)` with azula's VP schedule; its variance
+    is sigma^2 / (alpha^2 + sigma^2), for images of variance one. Both are differentiable in x, and give its
+    dtype. A level between two timesteps is taken as it is, by linear interpolation of the log-SNR; levels
+    beyond the process's are its first or last.
+
+    Args:
+        pipe: of a diffusion model (an upsampler needs more than a noisy image).
+        library: "deepinv" or "azula".
+        rounded: take one of the process's timesteps, as the libraries' own denoisers do.
+
+    Raises: InvalidArgument; Unavailable where the library can't be imported.
+    """
+    if not isinstance(pipe, Pipeline) or pipe.low_res_size is not None or pipe.config.kind != "unet":
+        raise invalid("pipe", pipe, "a Pipeline of a diffusion model")
+    if library not in _MAKERS:
+        raise invalid("library", library, nearest(str(library), _MAKERS))
+    try:
+        return _MAKERS[library](pipe, rounded)
+    except ImportError as error:
+        raise Unavailable(f"library={library!r}: it can't be imported: {first_line(error)}") from error
+
+
+def _clean(pipe: Pipeline, x_t: Tensor, t: Tensor, signal: Tensor, noise: Tensor, classes: Any) -> Tensor:
+    """Return x0 of x_t [N, C, H, W], whose signal and noise scales are [N]."""
+    eps = pipe.predict(x_t.float(), t if t.dtype == torch.int64 else t.float(), classes).eps.to(x_t.dtype)
+    return (x_t - noise.to(x_t.dtype)[:, None, None, None] * eps) / signal.to(x_t.dtype)[:, None, None, None]
+
+
+def _for_deepinv(pipe: Pipeline, rounded: bool) -> nn.Module:
+    from deepinv.models import Denoiser
+
+    levels = Levels(pipe, rounded, up=False)
+
+    class PipelineDenoiser(Denoiser):
+        """A pipeline of admfast; images in [0, 1]."""
+
+        def __init__(self) -> None:
+            super().__init__(device=pipe.device)
+            self.net = pipe.net
+
+        def forward(self, x: Tensor, sigma: Any, y: Any = None, **_: Any) -> Tensor:
+            sigma = self._handle_sigma(sigma, batch_size=len(x), device=x.device, dtype=x.dtype)
+            signal = torch.rsqrt(1 + 4 * sigma**2)  # of images in [-1, 1], whose noise is twice as large
+            noise = 2 * sigma * signal
+            x_t = signal[:, None, None, None] * (2 * x - 1)
+            x0 = _clean(pipe, x_t, levels.timestep(signal, noise), signal, noise, y)
+            return (x0.clamp(-1, 1) + 1) / 2
+
+    return PipelineDenoiser()
+
+
+def _for_azula(pipe: Pipeline, rounded: bool) -> nn.Module:
+    from azula.denoise import Denoiser, GaussianPosterior
+    from azula.noise import VPSchedule
+
+    levels = Levels(pipe, rounded, up=True)
+
+    class PipelineDenoiser(Denoiser):
+        """A pipeline of admfast; images in [-1, 1]."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = pipe.net
+            self.schedule = VPSchedule(alpha_min=1e-2, sigma_min=1e-2)
+
+        def forward(self, x_t: Tensor, t: Tensor, label: Any = None, **_: Any) -> Any:
+            signal, noise = (value.to(x_t).expand(len(x_t)) for value in self.schedule(t))
+            # The process's own images have variance one.
+            scale = torch.rsqrt(signal**2 + noise**2)
+            signal, noise = scale * signal, scale * noise
+            t = levels.timestep(signal, noise)
+            mean = _clean(pipe, scale[:, None, None, None] * x_t, t, signal, noise, label)
+            return GaussianPosterior(mean=mean, var=(noise**2)[:, None, None, None])
+
+    return PipelineDenoiser()
+
+
+_MAKERS: dict[str, Callable[[Pipeline, bool], nn.Module]] = {"azula": _for_azula, "deepinv": _for_deepinv}

@@ -1,0 +1,175 @@
+"""azula and deepinv: their networks accelerated and their algorithms on our pipelines give the same."""
+
+from __future__ import annotations
+
+import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import admfast
+from admfast.accelerate.walks import Walk
+from admfast.errors import InvalidArgument
+from tests.accelerate.client import filled
+from tests.small import assert_close, randn
+
+MISSING = "pip install --no-deps -r tests/accelerate/requirements.txt"
+
+
+class _StandIn(ModuleType):
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return (".png",) if name == "IMG_EXTENSIONS" else type(name, (), {})
+
+
+class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds an empty torchvision: the real one can't be imported beside a CPU build of torch."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torchvision":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        return _StandIn(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    for name in ("azula", "deepinv"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} isn't installed: {MISSING}")
+    finder = _Torchvision()
+    sys.meta_path.insert(0, finder)
+    try:
+        import azula.guidance
+        import azula.plugins.adm
+        import deepinv
+    finally:
+        sys.meta_path.remove(finder)
+    yield SimpleNamespace(azula=azula, adm=azula.plugins.adm, deepinv=deepinv)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+
+
+def pooled(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 4)
+
+
+def azula_denoiser(adm) -> torch.nn.Module:
+    from azula.plugins.adm._src.unet import UNetModel
+
+    net = UNetModel(
+        image_size=32, in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1,
+        attention_resolutions=(2,), channel_mult=(1, 2), num_heads=2, use_scale_shift_norm=True,
+        resblock_updown=True,
+    )  # fmt: skip
+    return adm.AblatedDenoiser(filled(net), learn_var=True).eval()
+
+
+def restored(azula, denoiser, y: Tensor, x: Tensor, **more: Any) -> Tensor:
+    """Their DPS, from t = 0.7 on: chains from t = 1 on random weights multiply rounding by 1e5."""
+    sampler = azula.guidance.DPSSampler(denoiser, y=y, A=pooled, zeta=1.0, start=0.7, steps=10, silent=True)
+    torch.manual_seed(0)
+    return sampler(x, **more)
+
+
+def test_azulas_posterior_sampling_on_its_own_network(libraries):
+    theirs = azula_denoiser(libraries.adm)
+    ours = admfast.accelerate(copy.deepcopy(theirs))
+    assert isinstance(ours.backbone.walk, Walk) and any(p.requires_grad for p in ours.parameters())
+    x, y = randn(1, 3, 32, 32), randn(1, 3, 8, 8, seed=1)
+    with torch.no_grad():
+        assert_close(ours(x, torch.tensor(0.5)).mean, theirs(x, torch.tensor(0.5)).mean)
+    assert_close(restored(libraries.azula, ours, y, x), restored(libraries.azula, theirs, y, x))
+
+
+def test_azulas_posterior_sampling_on_our_pipeline(libraries):
+    from azula.plugins.adm._src.unet import UNetModel
+
+    pipe = admfast.load("digits32", device="cpu")
+    options = {key: value for key, value in pipe.config.to_dict().items() if key != "kind"}
+    net = UNetModel(**options)
+    net.load_state_dict(pipe.net.state_dict())
+    theirs = libraries.adm.AblatedDenoiser(
+        net.eval(), learn_var=True, discrete_schedule=pipe.diffusion.noise_schedule
+    )
+    ours = admfast.accelerate.denoiser(pipe, "azula", rounded=True)
+    between = admfast.accelerate.denoiser(pipe, "azula")
+    x, label = randn(1, 1, 32, 32), torch.tensor([3])
+    y = pooled(pipe.sample(classes=[3], seeds=[0], output="float"))
+    with torch.no_grad():
+        for t in torch.tensor([0.01, 0.3, 0.5]):
+            wanted, found, near = (d(x, t, label=label).mean for d in (theirs, ours, between))
+            assert_close(found, wanted)
+            assert (near - wanted).abs().max() < 0.05 * wanted.abs().max()  # half a timestep away at most
+    found, wanted = (restored(libraries.azula, d, y, x, label=label) for d in (ours, theirs))
+    assert_close(found, wanted)
+
+
+def test_deepinvs_diffunet(libraries):
+    net = libraries.deepinv.models.DiffUNet(in_channels=3, out_channels=6, large_model=False, pretrained=None)
+    net = filled(net)
+    with torch.no_grad():  # a small noise, so that no pixel is at an end of the range
+        net.out[2].weight *= 0.01
+        net.out[2].bias *= 0.01
+    fast = admfast.accelerate(copy.deepcopy(net))
+    assert isinstance(fast.walk, Walk) and fast.walk.method == "forward_diffusion"
+    x, sigma = 0.5 + 0.2 * randn(1, 3, 32, 32).tanh(), torch.tensor(0.1)
+    with torch.no_grad():
+        wanted, found = (
+            torch.func.vjp(lambda v, n=n: n(v, sigma), x) for n in (net, fast)
+        )  # as PiGDM begins
+        assert_close(found[0], wanted[0])
+        assert_close(found[1](x)[0], wanted[1](x)[0])
+        t = torch.tensor([500])
+        assert_close(fast(x, t, type_t="timestep"), net(x, t, type_t="timestep"))
+    posterior = libraries.deepinv.sampling.DPSDataFidelity
+    physics = libraries.deepinv.physics.Downsampling(img_size=(3, 32, 32), factor=4, filter=None)
+    y = physics.A(x) + 0.1  # before x: its gradient is asked for by making x itself require one
+    grads = [posterior(denoiser=n).grad(x, y, physics, sigma=sigma) for n in (net, fast)]
+    assert_close(grads[1], grads[0])
+
+
+def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
+    pipe = admfast.load("digits32", device="cpu")
+    schedule = pipe.diffusion.build("").schedule
+    kept = torch.tensor(schedule.alphas_cumprod).float()
+    label = torch.tensor([3, 4])
+    theirs = libraries.deepinv.models.DiffUNet
+    stub = SimpleNamespace(
+        sqrt_1m_alphas_cumprod=(1 - kept).sqrt(), sqrt_alphas_cumprod=kept.sqrt(),
+        _handle_sigma=theirs._handle_sigma, find_nearest=lambda *a: theirs.find_nearest(None, *a),
+        forward_diffusion=lambda x, t, y: pipe.net(x, t, y)[:, :1],
+    )  # fmt: skip
+    ours = admfast.accelerate.denoiser(pipe, "deepinv", rounded=True)
+    assert isinstance(ours, libraries.deepinv.models.Denoiser)
+    x = randn(2, 1, 32, 32).sigmoid()
+    for sigma in (0.02, torch.tensor([0.1, 0.5])):
+        with torch.no_grad():
+            wanted, found = theirs.forward_denoise(stub, x, sigma, label), ours(x, sigma, label)
+        # They divide by the signal of the rounded timestep, we by that of the noise level given.
+        assert (found - wanted).abs().max() < 0.01
+    x = x.double().requires_grad_(True)
+    assert torch.autograd.grad(ours(x, 0.1, label).sum(), x)[0].dtype == torch.float64
+
+
+def test_what_is_no_denoiser_is_refused():
+    pipe = admfast.load("digits32", device="cpu")
+    for arguments, named in (((pipe, "diffuser"), "library"), ((pipe.net, "azula"), "pipe")):
+        with pytest.raises(InvalidArgument, match=f"^{named}="):
+            admfast.accelerate.denoiser(*arguments)
