@@ -32,6 +32,7 @@ TITLES = {
     "guided_step": "A guided step: network, classifier gradient, update",
     "step": "A step without guidance: network, update",
     "train_step": "A training step: loss, gradients, AdamW, an average of the weights",
+    "program": "Cores of other programs, by their own network and by the accelerated one",
     "threads": "A guided step by its number of threads, beside so many busy processes",
     "training_jpeg": "Training images from JPEG files",
     "training_png": "Training images from PNG files",
@@ -43,7 +44,7 @@ TITLES = {
 }
 # Whom the others are held against: "x eager" says how many times faster than eager a row is.
 BASELINES: tuple[str, ...] = ("copy", "eager", "eager channels-first", "torch.compile")
-BASELINES += ("published", "published, channels-last", "published, compiled")
+BASELINES += ("published", "published, channels-last", "published, compiled", "program")
 # What the ceiling of a kind is: products and attention of a product, traffic of a copy, a step of a product.
 TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
 TOP |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
