@@ -16,12 +16,40 @@ from torch import Tensor, nn
 
 from admfast.accelerate.classes import convert, own_class
 from admfast.models import convolution, layers
+from admfast.ops.conv import FoldedConv
 from admfast.ops.transforms import deriving
 
 RES_BLOCK = ("in_layers", "h_upd", "x_upd", "emb_layers", "out_layers", "skip_connection")
 ATTENTION_BLOCK = ("norm", "qkv", "attention", "proj_out")
+
+
+class _Watchful(convolution.FoldableConv):
+    """A convolution that may be called without its network, which would have renewed its form."""
+
+    @property
+    def folded(self) -> FoldedConv | None:
+        found = super().folded
+        return found if found is None or torch.compiler.is_compiling() or found.holds else None
+
+
+class _Conv1d(_Watchful, convolution.Conv1d):
+    pass
+
+
+class _Conv2d(_Watchful, convolution.Conv2d):
+    pass
+
+
+class _Conv3d(_Watchful, convolution.Conv3d):
+    pass
+
+
+class _PointwiseConv1d(_Watchful, convolution.PointwiseConv1d):
+    pass
+
+
 CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: convolution.Conv1d, nn.Conv2d: convolution.Conv2d, nn.Conv3d: convolution.Conv3d
+    nn.Conv1d: _Conv1d, nn.Conv2d: _Conv2d, nn.Conv3d: _Conv3d
 }  # fmt: skip
 # Rounding leaves far more than half the digits of a result, another formula hardly one.
 SAME = torch.finfo(torch.float32).eps ** 0.5
@@ -121,8 +149,8 @@ def _convert_attention_block(block: Any, legacy_order: bool) -> None:
     heads = _heads(block)
     rows = layers.legacy_rows(block.qkv.out_channels, heads) if legacy_order else None
     convert(block.norm, layers.Norm)
-    convert(block.qkv, convolution.PointwiseConv1d, rows=rows)
-    convert(block.proj_out, convolution.PointwiseConv1d)
+    convert(block.qkv, _PointwiseConv1d, rows=rows)
+    convert(block.proj_out, _PointwiseConv1d)
     convert(block.attention, layers.Attention, num_heads=heads, legacy_order=legacy_order)
     convert(block, layers.AttentionBlock, _kinds=None)
     block._built()

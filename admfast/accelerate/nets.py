@@ -47,6 +47,8 @@ class AcceleratedNet(FoldableNet):
         parameter = next(self.parameters(), None)  # none in a replica of DataParallel
         if parameter is None or self.training or torch.compiler.is_compiling() or in_program():
             return
+        if any(part.is_inference() for part in self.parameters()):
+            return  # nobody could tell whether they were written to
         if not in_autocast(parameter.device):
             self.ensure_folded(FOLD, self._parameter_dtype() if self.policy is None else self.policy.torso)
 
@@ -134,14 +136,15 @@ def convert_network(net: Any, policy: Policy | None) -> None:
 
 
 def _sequences(net: Any) -> list[nn.Module]:
-    """Return the blocks of a network from its first on, each a sequence of layers."""
-    return [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
+    """Return the blocks of a network, each a sequence of layers; once where it is used twice."""
+    found = [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
+    return list(dict.fromkeys(found))
 
 
 def _plan(net: Any) -> tuple[list[tuple[nn.Module, Conversion]], dict[str, str]]:
     """Return the layers that can be converted and how, and of the others with parameters why not."""
     names = {id(module): name for name, module in net.named_modules()}
-    layers_ = [layer for sequence in _sequences(net) for layer in sequence.children()]
+    layers_ = list(dict.fromkeys(layer for block in _sequences(net) for layer in block.children()))
     stem = [*net.input_blocks[0].children()]
     layers_ = [layer for layer in layers_ if layer not in stem and [*layer.parameters()]]
     found: dict[Any, Conversion | str] = {}

@@ -91,7 +91,7 @@ class FoldedConv:
         dims = weight.dim() - 2
         geometry = (each(stride, dims, "stride", 1), each(padding, dims, "padding", 0))
         check_bias(weight, bias)
-        self.weight, self.bias = weight, bias
+        self._take(weight, bias)
         self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory)
         columns = [slice(split), slice(split, None)] if split else [slice(None)]
         self.directions = [Direction(weight, self.options, _run, part) for part in columns]  # one a source
@@ -137,12 +137,26 @@ class FoldedConv:
             given = None if bias is None else tuple(bias.shape)
             raise invalid("bias", given, "must be None exactly where it was before")
         check_bias(weight, bias)
-        self.weight, self.bias = weight, bias
+        self._take(weight, bias)
         if bias is not None and self._bias is not None:
             with deriving():
                 self._bias.copy_(self._ordered(bias))
         for direction in self._all_directions():
             direction.refold(weight)
+
+    def _take(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._written = self._writes()
+
+    def _writes(self) -> int:
+        """Return how often weight and bias were written to as far as torch counts."""
+        given = [t for t in (self.weight, self.bias) if t is not None]
+        return 0 if self.weight.is_inference() else sum(t._version for t in given)
+
+    @property
+    def holds(self) -> bool:
+        """Tell whether torch counted no write to weight and bias since they were folded."""
+        return self._writes() == self._written
 
     def forms(self) -> list[Tensor]:
         """Return what was derived from the weights so far."""

@@ -299,3 +299,9 @@ def filled(net, seed=0):
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
     return net.eval()
+
+
+class WithBlockUsedTwice(UNetModel):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.middle_block[2] = self.middle_block[0]

@@ -38,6 +38,7 @@ WHOLE = {
         {"low_res": randn(2, 3, 4, 4, seed=7), "y": Y},
     ),
     "classifier": (lambda: client.EncoderUNetModel(), {}),
+    "a block used twice": (lambda: client.WithBlockUsedTwice(), {}),
     "unused arguments": (lambda: client.WithUnusedArguments(), {"ref_img": 1, "more": 2}),
 }
 BY_BLOCKS = {
@@ -263,6 +264,39 @@ def test_a_transform_may_come_first():
         )
         assert_close(found, wanted)
         assert_close(fast(x(), T), net(x(), T))
+
+
+def test_blocks_that_are_called_by_hand_see_changes():
+    net, fast, _ = pair()
+    emb, h = randn(2, 128), randn(2, 64, 8, 8)
+    with torch.no_grad():
+        fast(x(), T)
+        for one in (net, fast):
+            for parameter in one.middle_block.parameters():
+                parameter.mul_(1.5)
+        assert_close(fast.middle_block(h, emb), net.middle_block(h, emb))
+
+
+def test_networks_made_in_inference_mode_run():
+    with torch.inference_mode():
+        net, fast, _ = pair()
+        assert_close(fast(x(), T), net(x(), T))
+
+
+def test_parametrized_and_low_rank_layers():
+    net = filled(client.UNetModel())
+    after = admfast.accelerate(copy.deepcopy(net))
+    for one in (net, after):
+        with torch.no_grad():
+            one(x(), T)
+        torch.nn.utils.parametrizations.weight_norm(one.middle_block[0].in_layers[2])
+    before = admfast.accelerate(copy.deepcopy(net))
+    assert "middle_block.0" in before.left
+    with torch.no_grad():
+        for one in (net, after, before):
+            one.middle_block[0].in_layers[2].parametrizations.weight.original0.mul_(1.5)
+        for fast in (after, before):
+            assert_close(fast(x(), T), net(x(), T))
 
 
 def test_autocast_and_half_precision_give_the_programs_dtypes():
