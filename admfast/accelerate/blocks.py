@@ -1,7 +1,8 @@
 """Recognise the published blocks among a network's modules, and convert them.
 
-A block is recognised by what it consists of, and by its results: a copy with random parameters must give the
-same before and after the conversion. So a block that somebody changed, however slightly, stays as it is.
+A block is recognised by what it consists of, by the names and numbers in its code, and by its results: a copy
+with random parameters must give the same before and after the conversion. What fails any of these stays as it
+is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.accelerate.classes import convert, own_class
+from admfast.accelerate.codes import ACTIVATION, BLOCKS, NORM, foreign
 from admfast.models import convolution, layers
 from admfast.ops.conv import FoldedConv
 from admfast.ops.transforms import deriving
@@ -28,8 +30,9 @@ class _Watchful(convolution.FoldableConv):
 
     @property
     def folded(self) -> FoldedConv | None:
-        found = super().folded
-        return found if found is None or torch.compiler.is_compiling() or found.holds else None
+        # A compiled program would not see that weights were written to.
+        found = None if torch.compiler.is_compiling() else super().folded
+        return found if found is None or found.holds else None
 
 
 class _Conv1d(_Watchful, convolution.Conv1d):
@@ -51,7 +54,7 @@ class _PointwiseConv1d(_Watchful, convolution.PointwiseConv1d):
 CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: _Conv1d, nn.Conv2d: _Conv2d, nn.Conv3d: _Conv3d
 }  # fmt: skip
-# Rounding leaves far more than half the digits of a result, another formula hardly one.
+# Rounding leaves far more than half the digits of a result.
 SAME = torch.finfo(torch.float32).eps ** 0.5
 
 Conversion = Callable[[Any], None]
@@ -64,18 +67,34 @@ def children_of(module: nn.Module) -> tuple[str, ...]:
 
 def conversion_of(block: nn.Module) -> Conversion | str:
     """Return what converts a block of a known make with all its parts, or why there is no such thing."""
-    candidates = _candidates(block)
-    if not candidates:
-        return f"{own_class(block).__name__} isn't a published block"
-    found = next((conversion for conversion in candidates if agrees(block, conversion)), None)
-    return found or f"{own_class(block).__name__} gives other results than the published block"
+    name = own_class(block).__name__
+    if _patched(block):
+        return f"{name}: somebody gave it another forward"
+    try:
+        candidates = _candidates(block)
+        if not candidates:
+            return f"{name} isn't a published block"
+        if reason := foreign(own_class(block), BLOCKS):
+            return f"{name}: {reason}"
+        found = next((conversion for conversion in candidates if agrees(block, conversion)), None)
+    except Exception as error:  # a block of others may be anything
+        return f"{name}: a copy of it can't be tried ({type(error).__name__})"
+    return found or f"{name} gives other results than the published block"
 
 
 def make_of(block: nn.Module) -> tuple[Any, ...]:
     """Return what blocks have in common that differ in sizes alone."""
     parts = tuple(own_class(part) for part in block.modules())
-    settings = tuple(item for item in vars(block).items() if isinstance(item[1], bool | str | float))
-    return parts, settings
+    own = vars(block).items()
+    settings = tuple(item for item in own if isinstance(item[1], bool | str | float))
+    norms = tuple((part.num_groups, part.eps) for part in block.modules() if isinstance(part, nn.GroupNorm))
+    # With one head both orders of q, k and v are the same.
+    heads = _heads(block) if "attention" in block._modules else None
+    return parts, settings, norms, heads, _patched(block)
+
+
+def _patched(block: nn.Module) -> bool:
+    return any({"forward", "_forward"} & vars(part).keys() for part in block.modules())
 
 
 def _candidates(block: Any) -> list[Conversion]:
@@ -96,7 +115,26 @@ def _is_conv(module: Any) -> bool:
 
 
 def _is_norm(module: Any) -> bool:
-    return isinstance(module, nn.GroupNorm) and module.affine
+    """Tell whether a module is a group norm with weight and bias, whatever it does about dtypes."""
+    if not isinstance(module, nn.GroupNorm) or module.weight is None or module.bias is None:
+        return False
+    if foreign(own_class(module), NORM):
+        return False
+    with deriving():
+        norm: Any = bare_copy(module)
+        x = 0.01 * random(2, module.num_channels, 3, 3, seed=1).to(norm.weight.device)  # so that eps matters
+        wanted = nn.functional.group_norm(x, module.num_groups, norm.weight, norm.bias, module.eps)
+        return close(norm(x.clone()), wanted)
+
+
+def _is_silu(module: Any) -> bool:
+    if type(module) is nn.SiLU:
+        return True
+    if foreign(own_class(module), ACTIVATION):
+        return False
+    x = torch.linspace(-8, 8, 65, device="cpu")
+    with deriving():
+        return close(module(x.clone()), nn.functional.silu(x))
 
 
 def _is_res_block(block: Any) -> bool:
@@ -109,9 +147,11 @@ def _is_res_block(block: Any) -> bool:
         and _is_norm(outside[0])
         and _is_conv(inside[2])
         and _is_conv(outside[3])
-        and isinstance(outside[2], nn.Dropout)
+        and all(map(_is_silu, (inside[1], outside[1], projection[0])))
+        and type(outside[2]) is nn.Dropout
         and isinstance(projection[1], nn.Linear)
-        and (isinstance(block.skip_connection, nn.Identity) or _is_conv(block.skip_connection))
+        and projection[1].bias is not None
+        and (type(block.skip_connection) is nn.Identity or _is_conv(block.skip_connection))
         and isinstance(getattr(block, "use_scale_shift_norm", None), bool)
         and isinstance(getattr(block, "use_checkpoint", None), bool)
     )
@@ -168,38 +208,66 @@ def convert_conv(conv: nn.Module) -> None:
         convert(conv, CONVOLUTIONS[type(conv)])
 
 
-def convert_head(head: nn.Sequential) -> None:
+def convert_head(head: nn.Module) -> None:
     """Convert the last layers where they are a norm, SiLU and something else."""
-    if len(head) > 2 and type(head) is nn.Sequential and _is_norm(head[0]):
-        trial = bare_copy(head[:2])
-        if isinstance(trial, nn.Sequential) and _is_silu(trial[1]):
-            convert(head[0], layers.Norm)
-            for layer in head:
-                convert_conv(layer)
-            convert(head, layers.Head, _kinds=None)
-            head._built()  # type: ignore[operator]
+    if type(head) is nn.Sequential and len(head) > 2 and _is_norm(head[0]) and _is_silu(head[1]):
+        convert(head[0], layers.Norm)
+        for layer in head:
+            convert_conv(layer)
+        convert(head, layers.Head, _kinds=None)
+        head._built()  # type: ignore[operator]
 
 
-def _is_silu(module: nn.Module) -> bool:
-    x = torch.linspace(-8, 8, 65)
-    with deriving():
-        return close(module(x), nn.functional.silu(x))
+def passes_on(sequence: nn.Module) -> bool:
+    """Tell whether a sequence only hands the embedding to those of its layers that take it."""
+    cls = own_class(sequence)
+    if not isinstance(sequence, nn.Sequential) or cls is nn.Sequential or foreign(cls, BLOCKS):
+        return False
+    if "forward" in vars(sequence):
+        return False
+
+    class Taker(*takers_of(cls)):  # type: ignore[misc]
+        def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+            return x + 2 * emb
+
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * x
+
+    trial: Any = cls.__new__(cls)  # type: ignore[call-overload]
+    nn.Module.__init__(trial)
+    for i, kind in enumerate((Taker, Other, Taker)):
+        layer: Any = kind.__new__(kind)
+        nn.Module.__init__(layer)
+        trial.add_module(str(i), layer)
+    x, emb = random(2, seed=1), random(2, seed=2)
+    try:
+        return close(trial(x.clone(), emb.clone()), 3 * (x + 2 * emb) + 2 * emb)
+    except Exception:  # it wants another kind of layers
+        return False
+
+
+def takers_of(cls: type) -> tuple[type, ...]:
+    """Return the classes, beside torch's, that a class of sequences derives from."""
+    bases = [part for part in cls.__mro__[1:] if part not in nn.Sequential.__mro__]
+    return tuple(bases) or (nn.Module,)
 
 
 # Trials on copies
 
 
 def agrees(block: nn.Module, conversion: Conversion) -> bool:
-    """Tell whether a copy of a block gives the same before and after a conversion; draws no random number."""
-    with deriving():
+    """Tell whether a copy of a block gives the same before and after a conversion."""
+    with deriving(), torch.random.fork_rng(_generators()):
         trial = bare_copy(block)
-        given = _inputs(trial)
-        try:
-            wanted = trial(*given)
-        except Exception:  # whatever it raises: it takes other inputs than the published block
-            return False
+        given = [[scale * t for t in _inputs(trial)] for scale in (1.0, 0.01)]
+        wanted = [trial(*(t.clone() for t in tensors)) for tensors in given]
         conversion(trial)
-        return close(trial(*given), wanted)
+        return all(close(trial(*tensors), w) for tensors, w in zip(given, wanted, strict=True))
+
+
+def _generators() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
 def close(found: Any, wanted: Any) -> bool:

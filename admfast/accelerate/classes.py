@@ -18,7 +18,9 @@ class Converted:
     """Mixin of a module whose class was exchanged."""
 
     original_class: ClassVar[type]
-    _added: tuple[str, ...] = ()  # attributes that the conversion gave it
+    # What the conversion did to its attributes: the names it added, and the values it took away.
+    _added: tuple[str, ...] = ()
+    _before: ClassVar[dict[str, Any]] = {}
 
     def __copy__(self) -> Any:
         twin = type(self).__new__(type(self))
@@ -34,7 +36,7 @@ class Converted:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state: Any = super().__getstate__()
-        state = {name: value for name, value in state.items() if name not in (*self._added, "_added")}
+        state = _as_it_was(state)
         # Not by `__newobj__`: pickle insists that it is given the object's present class.
         return copyreg._reconstructor, (self.original_class, object, None), state  # type: ignore[attr-defined]
 
@@ -42,7 +44,24 @@ class Converted:
 def convert(module: nn.Module, ours: type[nn.Module], **attributes: Any) -> None:
     """Exchange a module's class for one that is `ours` first and its own second; give it attributes."""
     module.__class__ = _joined(ours, type(module))  # type: ignore[arg-type]
-    vars(module).update(attributes, _added=tuple(attributes))
+    own = vars(module)
+    before = {name: own[name] for name in attributes if name in own}
+    added = tuple(name for name in attributes if name not in own)
+    own.update(attributes, _added=added, _before=before)
+
+
+def restore(module: Converted) -> None:
+    """Give a converted module its own class and attributes back."""
+    state = _as_it_was(module.__getstate__())  # type: ignore[attr-defined, arg-type]
+    module.__class__ = module.original_class
+    vars(module).clear()
+    vars(module).update(state)
+
+
+def _as_it_was(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a module's attributes without what a conversion changed."""
+    gone = {*state.get("_added", ()), "_added", "_before"}
+    return {name: v for name, v in state.items() if name not in gone} | state.get("_before", {})
 
 
 @functools.cache

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from admfast.accelerate.classes import Converted, own_class
-from admfast.accelerate.nets import PARTS, AcceleratedNet, convert_network, is_network
+from admfast.accelerate.nets import PARTS, AcceleratedNet, check_policy, convert_network, is_network
 from admfast.accelerate.walks import Walk
 from admfast.engine.precision import POLICIES
 from admfast.errors import invalid, nearest
 from admfast.models.fold import FoldableNet
+from admfast.models.fold.net import FOLDING
 
 Model = TypeVar("Model")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -42,12 +43,14 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
         raise invalid(
             "model", type(model).__name__, f"a network with the parts {', '.join(PARTS)}, {_held(model)}"
         )
-    for net in found:
-        policy = None if precision is None else POLICIES[precision]
-        if isinstance(net, AcceleratedNet):
-            net.policy = policy
-        else:
-            convert_network(net, policy)
+    policy = None if precision is None else POLICIES[precision]
+    with FOLDING:  # two threads may have the same network
+        for net in found:
+            if isinstance(net, AcceleratedNet):
+                check_policy(policy, net.accelerated_walk)
+                net.accelerated_policy = policy
+            else:
+                convert_network(net, policy)
     return model
 
 
@@ -58,18 +61,17 @@ def report(model: Any) -> str:
         if not isinstance(net, AcceleratedNet):
             lines.append(f"{type(net).__name__}: as it is, not accelerated")
             continue
-        if isinstance(net.walk, Walk):
-            lines.append(
-                f"{own_class(net).__name__}: whole, {net.walk.method} is the published {net.walk.kind}'s"
-            )
+        walk, name = net.accelerated_walk, own_class(net).__name__
+        if isinstance(walk, Walk):
+            lines.append(f"{name}: whole, {walk.method} is the published {walk.kind}'s")
         else:
-            lines.append(f"{own_class(net).__name__}: block by block; {net.walk}")
+            lines.append(f"{name}: block by block; {walk}")
         counts = Counter(
             own_class(m).__name__ for m in net.modules() if isinstance(m, Converted) and m is not net
         )
         lines += [f"  {count} {name}" for name, count in sorted(counts.items())]
         lines.append(f"  folded: {'yes' if net.is_folded else 'not now'}, computes in {net.torso_dtype}")
-        lines += [f"  {name}: as it is; {reason}" for name, reason in net.left.items()]
+        lines += [f"  {name}: as it is; {reason}" for name, reason in net.accelerated_left.items()]
     return "\n".join(lines)
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from admfast.accelerate import blocks
 from admfast.accelerate.blocks import Conversion
-from admfast.accelerate.classes import convert
+from admfast.accelerate.classes import Converted, convert, restore
+from admfast.accelerate.codes import methods_of
 from admfast.accelerate.walks import Walk, walk_of
 from admfast.engine.precision import Policy
-from admfast.models import layers
+from admfast.errors import invalid
+from admfast.models import convolution, layers
 from admfast.models.body import dtype_of
 from admfast.models.fold import FoldableNet, FoldOptions, Projected
 from admfast.models.layers import call_block, timestep_embedding
@@ -27,16 +29,22 @@ PARTS = ("time_embed", "input_blocks", "middle_block", "out")
 class AcceleratedNet(FoldableNet):
     """A network that was converted in place. Its walk is the client's, block by block, or ours.
 
-    policy: what its torso computes in; None: what its parameters are.
+    accelerated_policy: what its torso computes in; None: what its parameters are. accelerated_walk: the
+    published walk, or why its own runs. accelerated_left: modules that run as they are, and why.
+    accelerated_code: the methods that ours stand for; who exchanges one gets the network as it was.
     """
 
     directions = 2  # many clients want the gradient in x
-    policy: Policy | None = None
-    walk: Walk | str  # or why there is none
-    left: dict[str, str]  # modules that run as they are, and why
+    accelerated_policy: Policy | None = None
+    accelerated_walk: Walk | str
+    accelerated_left: dict[str, str]
+    accelerated_code: list[tuple[type, str, Any]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(self.walk, Walk):
+        if any(vars(part).get(name) is not method for part, name, method in self.accelerated_code):
+            restore_network(self)
+            return self(*args, **kwargs)
+        if not isinstance(self.accelerated_walk, Walk):
             self._fold_now()
         out = super().__call__(*args, **kwargs)
         # Whoever draws noise like it, or views it, counts on the layout that the published network gives.
@@ -44,22 +52,27 @@ class AcceleratedNet(FoldableNet):
 
     def _fold_now(self) -> None:
         """Fold for this call, where forms may be used in it."""
-        parameter = next(self.parameters(), None)  # none in a replica of DataParallel
-        if parameter is None or self.training or torch.compiler.is_compiling() or in_program():
+        if self.training or torch.compiler.is_compiling() or in_program():
             return
-        if any(part.is_inference() for part in self.parameters()):
-            return  # nobody could tell whether they were written to
-        if not in_autocast(parameter.device):
-            self.ensure_folded(FOLD, self._parameter_dtype() if self.policy is None else self.policy.torso)
+        parameters = list(self.parameters())
+        # A replica of DataParallel has none, torch.func.functional_call puts plain tensors in their place,
+        # and of those made in inference mode nobody could tell whether they were written to.
+        if not parameters or in_autocast(parameters[0].device):
+            return
+        if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
+            return
+        own = self._parameter_dtype()
+        policy = self.accelerated_policy
+        self.ensure_folded(FOLD, own if policy is None else policy.torso)
 
     def walked(self, *args: Any, **kwargs: Any) -> Tensor:
         """Take the published walk through our blocks; arguments as of the client's method."""
-        assert isinstance(self.walk, Walk)
-        given = self.walk.given(args, kwargs)
+        assert isinstance(self.accelerated_walk, Walk)
+        given = self.accelerated_walk.given(args, kwargs)
         self._fold_now()
         x, timesteps, y = given["x"], given["timesteps"], given["y"]
         images = x
-        if self.walk.kind == "upsampler":
+        if self.accelerated_walk.kind == "upsampler":
             low_res = F.interpolate(given["low_res"], x.shape[2:], mode="bilinear")
             images = torch.cat([x, low_res], dim=1)
         emb = self._embedded(timesteps, y, len(x))
@@ -69,7 +82,7 @@ class AcceleratedNet(FoldableNet):
             h = call_block(block, h, emb)
             skips.append(h)
         h = call_block(self.middle_block, h, emb)  # type: ignore[arg-type]
-        if self.walk.kind != "classifier":
+        if self.accelerated_walk.kind != "classifier":
             for block in self.output_blocks:  # type: ignore[union-attr]
                 h = call_block(block, h, emb, skips.pop())
         return self.out(h.to(images.dtype)).contiguous()  # type: ignore[operator]
@@ -79,8 +92,12 @@ class AcceleratedNet(FoldableNet):
         emb = timestep_embedding(timesteps, self.model_channels)  # type: ignore[arg-type]
         emb = self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype)))  # type: ignore[operator, arg-type]
         classes = getattr(self, "num_classes", None)
-        assert (y is not None) == (classes is not None), "y must be given exactly where the model has classes"
+        walk: Any = self.accelerated_walk
+        if (y is not None) != (classes is not None) and (walk.strict or classes is None):
+            raise AssertionError("y must be given if and only if the model is class-conditional")
         if y is not None:
+            if walk.strict and y.shape[:1] != (count,):
+                raise AssertionError(f"y.shape={tuple(y.shape)}: one for each of the {count} images")
             emb = emb + self.label_emb(y)  # type: ignore[operator]
         return self.projected(emb.expand(count, -1) if len(emb) == 1 else emb)
 
@@ -101,20 +118,27 @@ FOLD = FoldOptions()
 
 
 def is_network(module: nn.Module) -> bool:
-    """Tell whether a module has the parts of an ADM network."""
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in PARTS)
+    """Tell whether a module has the parts of an ADM network, itself: wrappers hand on what others have."""
+    return all(module._modules.get(name) is not None for name in PARTS)
 
 
 def convert_network(net: Any, policy: Policy | None) -> None:
-    """Convert a network in place; nothing of it changes where that can't be done."""
+    """Convert a network in place; nothing of it changes where that can't be done.
+
+    Raises: InvalidArgument.
+    """
+    if any(parameter.is_meta for parameter in net.parameters()):
+        raise invalid("model", type(net).__name__, "a network with memory, not on the meta device")
     walk = walk_of(net)
     if isinstance(walk, Walk) and walk.kind == "classifier" and net.pool not in ("adaptive", "attention"):
         walk = f"pool={net.pool!r} looks at every block"
     plan, left = _plan(net)
     known = {id(module) for module, _ in plan}
-    sequences = [module for module in _sequences(net) if _passes_on(module, known)]
+    sequences = [module for module in _sequences(net) if _is_known(module, known)]
     if isinstance(walk, Walk) and (left or len(sequences) < len(_sequences(net))):
         walk = f"some blocks run as they are: {', '.join([*left][:3])}"
+    check_policy(policy, walk)
+    code = methods_of(net)
     for block, conversion in plan:
         conversion(block)
     stem = net.input_blocks[0]
@@ -123,16 +147,32 @@ def convert_network(net: Any, policy: Policy | None) -> None:
     for module in sequences:
         enters = module is stem and isinstance(walk, str)
         # Somebody may put a layer of his own in later.
-        others = [part for part in type(module).__mro__[1:] if part not in nn.Sequential.__mro__]
-        takers = (layers.TimestepBlock, *others)
+        takers = (layers.TimestepBlock, *blocks.takers_of(type(module)))
         convert(module, Entrance if enters else layers.TimestepEmbedSequential, takers=takers)
     blocks.convert_head(net.out)
     ours = _walking(walk.method) if isinstance(walk, Walk) else AcceleratedNet
-    convert(net, ours, walk=walk, left=left, policy=policy, projected_width=0, _kinds=())
+    convert(
+        net, ours, accelerated_walk=walk, accelerated_left=left, accelerated_policy=policy,
+        accelerated_code=code, projected_width=0, _kinds=(),
+    )  # fmt: skip
     if isinstance(walk, Walk):
         if walk.kind != "classifier":
             _split_skips(net)
         net._lay_out_projections()
+
+
+def restore_network(net: Any) -> None:
+    """Make a network again what it was before its conversion."""
+    net.unfold()
+    for module in list(net.modules()):
+        if isinstance(module, Converted):
+            restore(module)
+
+
+def check_policy(policy: Policy | None, walk: Walk | str) -> None:
+    """Refuse another dtype for a network whose own code takes the images from block to block."""
+    if policy is not None and policy.torso != torch.float32 and isinstance(walk, str):
+        raise invalid("precision", policy.name, f"None or fp32: the network runs block by block; {walk}")
 
 
 def _sequences(net: Any) -> list[nn.Module]:
@@ -163,26 +203,36 @@ def _plan(net: Any) -> tuple[list[tuple[nn.Module, Conversion]], dict[str, str]]
     return plan, left
 
 
-def _passes_on(sequence: nn.Module, known: set[int]) -> bool:
-    """Tell whether a sequence hands the embedding to its residual blocks alone, and knows all its layers."""
-    if not isinstance(sequence, nn.Sequential) or type(sequence) is nn.Sequential:
-        return False
-    if set(type(sequence).forward.__code__.co_names) - {"isinstance", "TimestepBlock"}:
-        return False
-    return all(
+def _is_known(sequence: nn.Module, known: set[int]) -> bool:
+    """Tell whether a sequence hands on as published, and all its layers are known."""
+    return blocks.passes_on(sequence) and all(
         id(layer) in known or type(layer) in blocks.CONVOLUTIONS or not [*layer.parameters()]
-        for layer in sequence
+        for layer in sequence.children()
     )
 
 
 def _split_skips(net: Any) -> None:
-    """Tell the 1x1 skips of the output blocks how many of their channels come from below."""
-    channels = net.middle_block[-1].out_layers[3].out_channels
+    """Tell the skips of the output blocks how many of their channels come from below, where that is clear."""
+    outputs = [_channels(block, None) for block in net.input_blocks]
+    channels = _channels(net.middle_block, outputs[-1])
     for block in net.output_blocks:
-        skip = block[0].skip_connection
-        if not isinstance(skip, nn.Identity):
-            vars(skip).update(split=channels, _added=("split",))
-        channels = block[0].out_layers[3].out_channels
+        skip, beside = getattr(block[0], "skip_connection", None), outputs.pop()
+        if isinstance(skip, convolution.FoldableConv) and channels is not None and beside is not None:
+            if channels + beside == skip.in_channels:  # type: ignore[operator]
+                vars(skip).update(split=channels, _added=("split",))
+        channels = _channels(block, channels)
+
+
+def _channels(block: Any, before: int | None) -> int | None:
+    """Return how many channels a block puts out."""
+    for layer in block.children():
+        conv = layer
+        if isinstance(layer, layers.ResBlock):
+            conv = layer.out_layers[3]
+        elif isinstance(layer, layers.Upsample | layers.Downsample):
+            conv = next(layer.children(), None)
+        before = getattr(conv, "out_channels", before)
+    return before
 
 
 @functools.cache

@@ -10,18 +10,23 @@ import argparse
 import builtins
 import contextlib
 import functools
+import os
 import runpy
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from admfast.accelerate.blocks import SAME
 from admfast.accelerate.door import PRECISIONS, accelerate, report
+from admfast.accelerate.nets import AcceleratedNet
 from admfast.errors import AdmfastError
 
 BUILDS = {"input_blocks", "middle_block"}
@@ -46,8 +51,9 @@ class Watch:
 
     precision: str | None = None
     check: bool = False
-    seen: dict[int, Seen] = field(default_factory=dict)
-    kept: list[Any] = field(default_factory=list)  # the networks, so that no identity comes twice
+    seen: list[Seen] = field(default_factory=list)
+    _known: weakref.WeakKeyDictionary[Any, Seen] = field(default_factory=weakref.WeakKeyDictionary)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -57,7 +63,8 @@ class Watch:
         @functools.wraps(build)
         def and_look(*args: Any, **kwargs: Any) -> Any:
             made: Any = build(*args, **kwargs)
-            names = getattr(getattr(vars(made).get("__init__"), "__code__", None), "co_names", ())
+            init = vars(made).get("__init__") if isinstance(made, type) else None
+            names = getattr(getattr(init, "__code__", None), "co_names", ())
             if BUILDS <= set(names) and not made.__module__.startswith("admfast."):
                 made.__call__ = self._watched(made.__call__)
             return made
@@ -71,9 +78,18 @@ class Watch:
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def called(net: Any, *args: Any, **kwargs: Any) -> Any:
-            seen = self.seen.get(id(net))
+            seen = self._known.get(net)
+            if torch.compiler.is_compiling() or (seen is None and self._passes(net)):
+                return call(net, *args, **kwargs)
             if seen is None:
-                return self._first(net, call, args, kwargs)
+                wanted = None
+                with self._lock:  # another thread may be converting it
+                    if net not in self._known:
+                        wanted = self._convert(net, call, args, kwargs)
+                out = net(*args, **kwargs)
+                if wanted is not None:
+                    self._known[net].difference = _off(out, wanted)
+                return out
             # A converted network comes by here too, on its way through its own class.
             started = time.perf_counter()
             try:
@@ -84,13 +100,16 @@ class Watch:
 
         return called
 
-    def _first(
+    def _passes(self, net: Any) -> bool:
+        """Tell whether a network is none to convert now: a replica of one, or one that is being traced."""
+        return isinstance(net, AcceleratedNet) or torch._C._is_tracing()
+
+    def _convert(
         self, net: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        seen = self.seen[id(net)] = Seen()
-        self.kept.append(net)
-        wanted = None
-        if self.check:
+        """Convert a network; return what it gives before, where that is checked."""
+        seen, wanted = Seen(), None
+        if self.check and not net.training:  # in training mode dropout draws other masks
             devices = range(torch.cuda.device_count())
             with torch.random.fork_rng(devices), torch.no_grad():
                 wanted = call(net, *args, **kwargs)
@@ -99,15 +118,14 @@ class Watch:
             seen.said = report(net).partition("\n")[0]
         except AdmfastError as error:
             seen.said = f"{type(net).__name__}: as it is; {error}"
-        out = net(*args, **kwargs)
-        if isinstance(wanted, torch.Tensor):
-            seen.difference = float((out.detach() - wanted).abs().max() / wanted.abs().max())
-        return out
+        self.seen.append(seen)
+        self._known[net] = seen
+        return wanted
 
     def said(self) -> list[str]:
         """Return what became of the networks, a line for each."""
         lines = []
-        for seen in self.seen.values():
+        for seen in self.seen:
             each = 1e3 * seen.seconds / max(seen.calls, 1)
             line = f"{seen.said}; {seen.calls} calls, {seen.seconds:.2f} s on the host, {each:.1f} ms each"
             if seen.difference is not None:
@@ -117,27 +135,29 @@ class Watch:
 
     def differs(self) -> bool:
         """Tell whether a check found more than rounding."""
-        found = [seen.difference for seen in self.seen.values() if seen.difference is not None]
+        found = [seen.difference for seen in self.seen if seen.difference is not None]
         return any(not difference <= SAME for difference in found)  # NaN differs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: the program's, or 1 where a check found a difference."""
-    arguments = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    own = _own(given)
+    arguments = _parser().parse_args(given[:own])
     watch = Watch(arguments.precision, arguments.check)
     program = arguments.program
     if not arguments.module and not Path(program).is_file():
         print(f"program={program!r}: a Python file, or -m and a module's name", file=sys.stderr)
         return 2
-    sys.argv = [program, *arguments.arguments]
-    sys.path[0] = "" if arguments.module else str(Path(program).resolve().parent)
+    sys.argv = [program, *given[own:]]
+    sys.path[0] = os.getcwd() if arguments.module else str(Path(program).resolve().parent)
     status: Any = 0
     try:
         with watch.watching():
             if arguments.module:
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
             else:
-                runpy.run_path(program, run_name="__main__")
+                _run_file(program)
     except SystemExit as end:
         status = end.code
     finally:
@@ -151,14 +171,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
+def _run_file(program: str) -> None:
+    """Run a file as `python FILE` does; runpy would make `sys.argv[0]` and `__file__` the same."""
+    path = os.path.abspath(program)
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    module.__file__ = path
+    exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
+
+
+def _off(found: Any, wanted: Any) -> float | None:
+    """Return the largest difference over the largest value; None of results that are no tensors."""
+    if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
+        return None
+    difference = (found.detach() - wanted).abs().max()
+    return float(difference / wanted.abs().max()) if difference else 0.0
+
+
+def _own(given: Sequence[str]) -> int:
+    """Return how many arguments are the runner's: up to the program. All that follows is the program's."""
+    at = 0
+    while at < len(given) and given[at].startswith("-"):
+        at += 2 if given[at] == "--precision" else 1
+    return min(at + 1, len(given))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m admfast.accelerate",
+        usage="%(prog)s [-h] [--precision {fp32,bf16,fp16}] [--check] [-m] PROGRAM ARGS...",
         description="Run a program as it stands, with its ADM networks accelerated at their first calls.",
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="of the torso (default: its parameters')")
     parser.add_argument("--check", action="store_true", help="compare first calls with the program's own")
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module's name")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGS...", help="the program's own")
     return parser

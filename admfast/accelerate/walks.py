@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from admfast.accelerate.blocks import close, random
 from admfast.accelerate.classes import own_class
+from admfast.accelerate.codes import foreign_function
 from admfast.models.layers import timestep_embedding
 from admfast.ops.transforms import deriving
 
@@ -31,19 +32,22 @@ NAMES = {
     "upsampler": {"th", "torch", "nn", "F", "functional", "shape", "interpolate", "cat", "super", "forward"},
     "classifier": {*_COMMON, "pool", "startswith", "mean"},
 }
+NUMBERS = {-1, 0, 1, 2, 3}
 
 
 @dataclass(frozen=True)
 class Walk:
     """A method that is a published walk.
 
-    kind: of NAMES. method: its name. names: of its arguments. takes_more: by any other name.
+    kind: of NAMES. method: its name. names: of its arguments. takes_more: whether it takes arguments of other
+    names too. strict: whether it insists on a label for each image of a network with classes.
     """
 
     kind: str
     method: str
     names: tuple[str, ...]
     takes_more: bool
+    strict: bool
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by their published names. Raises TypeError as the method would."""
@@ -64,16 +68,16 @@ def walk_of(net: nn.Module) -> Walk | str:
     kinds = ["unet", "upsampler"] if hasattr(net, "output_blocks") else ["classifier"]
     reasons = []
     for method in sorted({name for part in cls.__mro__ if part is not nn.Module for name in vars(part)}):
-        function = inspect.unwrap(getattr(cls, method))
-        if not method.startswith("forward") or not inspect.isfunction(function):
+        function = getattr(cls, method)
+        if not method.startswith("forward") or method in vars(net):
             continue
         for kind in kinds:
             reason = _difference(cls, function, kind)
             if reason is None:
-                _, *names = function.__code__.co_varnames[: _counts(function.__code__)[0]]
-                return Walk(
-                    kind, method, tuple(names), bool(function.__code__.co_flags & inspect.CO_VARKEYWORDS)
-                )
+                code = function.__code__
+                _, *names = code.co_varnames[: _counts(code)[0]]
+                more = bool(code.co_flags & inspect.CO_VARKEYWORDS)
+                return Walk(kind, method, tuple(names), more, _strict(cls, function, kind))
             reasons.append(f"{method} {reason}")
     return min(reasons, key=len, default="there is no method forward")
 
@@ -87,33 +91,46 @@ def _counts(code: CodeType) -> tuple[int, int]:
 
 def _difference(cls: type, function: Any, kind: str) -> str | None:
     """Say what tells a method from the published walk of a kind; None where nothing does."""
+    reason = foreign_function(function, NAMES[kind], NUMBERS)
+    if reason is not None:
+        return reason
     code: CodeType = function.__code__
     own = 3 if kind == "classifier" else 4  # self, x, timesteps, y or low_res
     named, whole = _counts(code)
     if named < own:
         return "takes other arguments than the published one"
-    others = set(code.co_names) - NAMES[kind] | set(code.co_varnames[own:whole]) & _read(code)
+    others = set(code.co_varnames[own:whole]) & _read(code)
     if kind == "upsampler":  # hands what it doesn't know on
         others -= set(code.co_varnames[named:whole])
         above: Any = next((part for part in cls.__mro__[1:] if "forward" in vars(part)), nn.Module)
-        reason = _difference(above, inspect.unwrap(above.forward), "unet")
+        reason = _difference(above, above.forward, "unet")
         if reason is not None:
             return f"calls one that {reason}"
     if others:
         return f"uses {', '.join(sorted(others)[:3])}, which the published one doesn't"
     with deriving():
         for labelled in (False, True) if kind == "unet" else (False,):
-            stub = _stub(cls, labelled)
             given = [random(2, 2, 4, 4, seed=1), torch.tensor([3.0, 700.0])]
             given += [torch.tensor([1, 0])] if labelled else []
             given += [random(2, 2, 2, 2, seed=9)] if kind == "upsampler" else []
             try:
-                found = function(stub, *given)
+                stub = _stub(cls, labelled)
+                found = function(stub, *(t.clone() for t in given))
             except Exception as error:  # it may do anything with such a network
                 return f"isn't the published one: {type(error).__name__} on a small network"
             if not close(found, _REFERENCES[kind](stub, *given)):
                 return "isn't the published one: other results on a small network"
     return None
+
+
+def _strict(cls: type, function: Any, kind: str) -> bool:
+    """Tell whether a walk refuses a network with classes a call without labels."""
+    x, t, low_res = random(2, 2, 4, 4, seed=1), torch.tensor([3.0, 700.0]), random(2, 2, 2, 2, seed=9)
+    try:
+        function(_stub(cls, True), x, t, *([low_res] if kind == "upsampler" else []))
+    except Exception:  # whatever the walk raises
+        return True
+    return False
 
 
 def _read(code: CodeType) -> set[str]:

@@ -188,7 +188,7 @@ class ResBlock(FusedBlock, TimestepBlock):
     def forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
         return maybe_checkpoint(self, x, emb, x2)
 
-    def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
         if self.as_published():
             return self._one_by_one(x if x2 is None else torch.cat([x, x2], dim=1), emb)
         modules: Any = self._modules  # at every step: an attribute of a module costs 0.5 us, an item 1.5

@@ -65,6 +65,7 @@ class Direction:
         self.kernel, self.stride, self.padding = tuple(kernel), options.stride, options.padding
         self.dtype, self.impl, self.run, self.other = options.dtype, options.impl, run, other
         self.is_transpose = other is not None
+        self.renewals = 0
         self.forms: dict[tuple[Any, ...], Tensor] = {}
         self.plans: dict[tuple[Any, ...], Any] = {}
         # A trace holds this text in the place of the object.
@@ -92,6 +93,10 @@ class Direction:
     def both(self) -> list[Direction]:
         """This direction, and the other one where it was asked for."""
         return [self] if self.other is None else [self, self.other]
+
+    def state(self) -> tuple[int, int]:
+        """Return what tells whether the weights are those of before: renewals, and writes as torch counts."""
+        return self.renewals, 0 if self.source.is_inference() else self.source._version
 
     def out_shape(self, x: Tensor) -> list[int]:
         """[N, C_out, *spatial] of the convolution of `x`."""
@@ -124,6 +129,7 @@ class Direction:
     def refold(self, weight: Tensor) -> None:
         """Take these weights, and write what they give into the forms that there are."""
         self.source = weight.detach()
+        self.renewals += 1
         with DERIVING, deriving():
             for key, form in self.forms.items():
                 form.copy_(self._derived(key))

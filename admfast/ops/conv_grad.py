@@ -36,6 +36,7 @@ class ConvFn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, _, _, ctx.direction = inputs
+        ctx.state = None if isinstance(ctx.direction, str) else ctx.direction.state()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -44,6 +45,11 @@ class ConvFn(torch.autograd.Function):
             if isinstance(ctx.direction, str):
                 dx = ConvFn.apply(dy, None, None, other_key(ctx.direction))
             else:
+                if ctx.direction.state() != ctx.state:
+                    raise RuntimeError(
+                        "folded convolution: its weights were written to, or replaced, between the forward "
+                        "and the backward pass"
+                    )
                 other = ctx.direction.transposed()
                 dx = other.run(other, dy, None, None)
         return dx, None, dy if ctx.needs_input_grad[2] else None, None

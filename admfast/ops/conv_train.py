@@ -183,6 +183,7 @@ class FoldedFn(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.direction = conv.directions[source]
+        ctx.renewals = ctx.direction.renewals
         return conv.of_source(source, x, residual)
 
     @staticmethod
@@ -191,7 +192,9 @@ class FoldedFn(torch.autograd.Function):
         direction: Direction = ctx.direction
         wanted, dx = _wanted(ctx), None
         final = nobody_differentiates() and not observed()
-        if wanted[0] and final and set(direction.stride) == {1}:
+        # Renewed from other weights the form would give their gradient, not that of those saved here.
+        current = direction.renewals == ctx.renewals
+        if wanted[0] and final and current and set(direction.stride) == {1}:
             other = direction.transposed()
             dx = other.run(other, dy, None, None)
             wanted[0] = False

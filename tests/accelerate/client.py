@@ -305,3 +305,19 @@ class WithBlockUsedTwice(UNetModel):
     def __init__(self, **options):
         super().__init__(**options)
         self.middle_block[2] = self.middle_block[0]
+
+
+class WithOptionalLabels(UNetModel):
+    def forward(self, x, timesteps, y=None):
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        hs = []
+        h = x
+        for module in self.input_blocks:
+            h = module(h, emb)
+            hs.append(h)
+        h = self.middle_block(h, emb)
+        for module in self.output_blocks:
+            h = module(torch.cat([h, hs.pop()], dim=1), emb)
+        return self.out(h)

@@ -74,7 +74,7 @@ def gradients(net: nn.Module, given: dict) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CLIENTS)
 def test_outputs_and_all_gradients_are_the_programs_own(name):
     net, fast, given = pair(name)
-    assert isinstance(fast.walk, Walk) == (name in WHOLE)
+    assert isinstance(fast.accelerated_walk, Walk) == (name in WHOLE)
     with torch.no_grad():
         wanted, found = net(x(), T, **given), fast(x(), T, **given)
     assert fast.is_folded
@@ -88,7 +88,7 @@ def test_outputs_and_all_gradients_are_the_programs_own(name):
 
 def test_what_is_no_published_block_stays_and_is_named():
     _, fast, _ = pair("other blocks")
-    assert list(fast.left) == ["middle_block.0"]
+    assert list(fast.accelerated_left) == ["middle_block.0"]
     assert (
         type(fast.middle_block[0]) is client.OtherBlock
         and type(fast.middle_block) is client.TimestepEmbedSequential
@@ -117,6 +117,27 @@ def test_wrong_calls_fail_as_the_programs_own():
         for net in pair(name)[:2]:
             with pytest.raises(error):
                 net(*args, **kwargs)
+
+
+def test_labels_may_be_left_out_where_the_program_lets_them():
+    net = filled(client.WithOptionalLabels(num_classes=5))
+    fast = admfast.accelerate(copy.deepcopy(net))
+    assert isinstance(fast.accelerated_walk, Walk)
+    with torch.no_grad():
+        for given in ({}, {"y": Y}):
+            assert_close(fast(x(), T, **given), net(x(), T, **given))
+
+
+def test_compiled_networks_see_changes():
+    net, fast, _ = pair()
+    compiled = torch.compile(fast, backend="eager")
+    with torch.no_grad():
+        fast(x(), T)
+        compiled(x(), T)
+        for one in (net, fast):
+            for parameter in one.parameters():
+                parameter.mul_(1.5)
+        assert_close(compiled(x(), T), net(x(), T))
 
 
 # The same object
@@ -291,7 +312,7 @@ def test_parametrized_and_low_rank_layers():
             one(x(), T)
         torch.nn.utils.parametrizations.weight_norm(one.middle_block[0].in_layers[2])
     before = admfast.accelerate(copy.deepcopy(net))
-    assert "middle_block.0" in before.left
+    assert "middle_block.0" in before.accelerated_left
     with torch.no_grad():
         for one in (net, after, before):
             one.middle_block[0].in_layers[2].parametrizations.weight.original0.mul_(1.5)

@@ -91,7 +91,9 @@ def restored(azula, denoiser, y: Tensor, x: Tensor, **more: Any) -> Tensor:
 def test_azulas_posterior_sampling_on_its_own_network(libraries):
     theirs = azula_denoiser(libraries.adm)
     ours = admfast.accelerate(copy.deepcopy(theirs))
-    assert isinstance(ours.backbone.walk, Walk) and any(p.requires_grad for p in ours.parameters())
+    assert isinstance(ours.backbone.accelerated_walk, Walk) and any(
+        p.requires_grad for p in ours.parameters()
+    )
     x, y = randn(1, 3, 32, 32), randn(1, 3, 8, 8, seed=1)
     with torch.no_grad():
         assert_close(ours(x, torch.tensor(0.5)).mean, theirs(x, torch.tensor(0.5)).mean)
@@ -128,7 +130,7 @@ def test_deepinvs_diffunet(libraries):
         net.out[2].weight *= 0.01
         net.out[2].bias *= 0.01
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert isinstance(fast.walk, Walk) and fast.walk.method == "forward_diffusion"
+    assert isinstance(fast.accelerated_walk, Walk) and fast.accelerated_walk.method == "forward_diffusion"
     x, sigma = 0.5 + 0.2 * randn(1, 3, 32, 32).tanh(), torch.tensor(0.1)
     with torch.no_grad():
         wanted, found = (

@@ -57,6 +57,13 @@ def test_a_program_prints_what_it_prints_and_ends_as_it_ends(program):
     assert "3 calls" in lines[0] and "1 calls" in lines[1]
 
 
+def test_all_arguments_behind_the_program_are_its_own(tmp_path):
+    (tmp_path / "says.py").write_text("import sys; print(sys.argv, __file__)")
+    for arguments in (["--", "-b"], ["-m", "x"], ["--check"]):
+        alone = run("says.py", *arguments, folder=tmp_path)
+        assert run("-m", "admfast.accelerate", "says.py", *arguments, folder=tmp_path).stdout == alone.stdout
+
+
 def test_a_module_may_be_the_program_and_first_calls_be_compared(program):
     found = run("-m", "admfast.accelerate", "--check", "-m", "sampling", folder=program.parent)
     assert found.returncode == 0 and found.stdout.startswith("__main__ []"), found.stderr
@@ -65,7 +72,7 @@ def test_a_module_may_be_the_program_and_first_calls_be_compared(program):
 
 @pytest.mark.parametrize(("difference", "differs"), [(1e-6, False), (1e-2, True), (float("nan"), True)])
 def test_a_difference_beyond_rounding_is_told(difference, differs):
-    watch = Watch(seen={1: Seen(difference=1e-7), 2: Seen(difference=difference)})
+    watch = Watch(seen=[Seen(difference=1e-7), Seen(difference=difference)])
     assert watch.differs() == differs
 
 

@@ -146,3 +146,26 @@ def test_a_network_that_trains_drops_its_forms():
         net.out[2].bias.add_(1.0)
     net(x, T, **more)
     assert net.fold_options is None
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_forms_renewed_before_the_backward_pass_are_not_used_in_it(trainable):
+    """Trainable weights are saved with the forward pass, and give its gradient; frozen ones raise."""
+    net = unet().requires_grad_(True)
+    plain, fast = copy.deepcopy(net), folded(net).requires_grad_(trainable)
+    grads = []
+    for one in (plain, fast):
+        x, more = given(one, torch.float32)
+        loss = one(x, T, **more).square().sum()
+        with torch.no_grad():
+            for parameter in list(one.parameters()):
+                parameter.data = 2 * parameter.data
+            if one is fast:
+                one.ensure_folded(FoldOptions(), torch.float32)
+            one(x, T, **more)
+        if one is fast and not trainable:
+            with pytest.raises(RuntimeError, match="between the forward and the backward"):
+                torch.autograd.grad(loss, x)
+            return
+        grads.append(torch.autograd.grad(loss, x)[0])
+    assert_close(grads[1], grads[0])

@@ -23,7 +23,7 @@ from admfast.models.fold.projections import Projected, Projections
 from admfast.models.fold.values import Values
 from admfast.models.hooks import Survey, hooked, hooks_made, parts, spared, survey
 from admfast.ops.layout import channels_last
-from admfast.ops.transforms import deriving
+from admfast.ops.transforms import deriving, in_program
 
 # Pipelines on several threads may share a network.
 FOLDING = threading.RLock()
@@ -116,7 +116,7 @@ class FoldableNet(nn.Module):
     def _project_together(self) -> None:
         """Lay the projections of all blocks side by side, if all are the linear layers that they were."""
         layers: list[Any] = [getattr(block.emb_layers, "1", None) for block in self._projecting()]
-        if any(type(layer) is not nn.Linear for layer in layers):
+        if not layers or any(type(layer) is not nn.Linear or layer.bias is None for layer in layers):
             self._projections = None
         elif self._projections is None or not self._projections.refold(layers):
             self._projections = Projections(layers)
@@ -192,7 +192,8 @@ class FoldableNet(nn.Module):
         While it trains they are dropped instead: each step would derive them anew, and use none. The rows of
         a prepared step do without: `ensure_folded` has looked before the first.
         """
-        if not torch.compiler.is_compiling() and not spared():  # a trace would be guarded by what it reads
+        # A trace would be guarded by what it reads, or hold what is derived in it.
+        if not (torch.compiler.is_compiling() or in_program() or spared()):
             values = self._fold_values
             if values is not None and values.written() and _reads():
                 with FOLDING:
