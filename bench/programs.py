@@ -19,7 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -185,11 +185,14 @@ class _StandIn(ModuleType):
         return type(name, (), {})
 
 
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds an empty module for what isn't installed, or can't be imported beside a CPU build of torch."""
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds empty modules for packages that aren't installed, or don't work beside a CPU build of torch."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self._packages = packages
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        known = name.partition(".")[0] in STOOD_IN
+        known = name.partition(".")[0] in self._packages
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
 
     def create_module(self, spec: Any) -> ModuleType:
@@ -205,11 +208,11 @@ def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> Non
 
     import admfast.accelerate
 
-    sys.meta_path.append(_StandIns())
+    sys.meta_path.append(StandIns(STOOD_IN))
     chosen = PROGRAMS[program]
     sys.path.insert(0, str(Path(folder) / program / chosen.root))
     torch.set_num_threads(threads)
-    cuda, to = torch.Tensor.cuda, torch.Tensor.to
+    to = torch.Tensor.to
     if not torch.cuda.is_available():  # some write the device down
         torch.Tensor.cuda = lambda t, *_, **__: t  # type: ignore[assignment, method-assign]
         torch.Tensor.to = lambda t, *a, **k: to(t, *("cpu" if v == "cuda" else v for v in a), **k)  # type: ignore[assignment, method-assign]
@@ -243,21 +246,18 @@ def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> Non
             }
         )
     )
-    torch.Tensor.cuda, torch.Tensor.to = cuda, to  # type: ignore[method-assign]
 
 
 def fill(net: Any) -> None:
     """Give all parameters random values: the last layers begin at zero, and would hide everything."""
     import torch
 
+    from bench.sampling.weights import drawn
+
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            norm = parameter.dim() == 1
-            scale = 0.1 if norm else parameter[0].numel() ** -0.5
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-            if norm and name.endswith("weight"):
-                parameter.add_(1.0)
+            parameter.copy_(drawn(name, parameter.shape, generator))
     net.eval()
 
 

@@ -35,34 +35,20 @@ class _Watchful(convolution.FoldableConv):
         return found if found is None or found.holds else None
 
 
-class _Conv1d(_Watchful, convolution.Conv1d):
-    pass
-
-
-class _Conv2d(_Watchful, convolution.Conv2d):
-    pass
-
-
-class _Conv3d(_Watchful, convolution.Conv3d):
-    pass
-
-
-class _PointwiseConv1d(_Watchful, convolution.PointwiseConv1d):
-    pass
+def _watchful(ours: type[convolution.FoldableConv]) -> type[nn.Module]:
+    return type(ours.__name__, (_Watchful, ours), {})
 
 
 CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: _Conv1d, nn.Conv2d: _Conv2d, nn.Conv3d: _Conv3d
-}  # fmt: skip
+    nn.Conv1d: _watchful(convolution.Conv1d),
+    nn.Conv2d: _watchful(convolution.Conv2d),
+    nn.Conv3d: _watchful(convolution.Conv3d),
+}
+POINTWISE = _watchful(convolution.PointwiseConv1d)
 # Rounding leaves far more than half the digits of a result.
 SAME = torch.finfo(torch.float32).eps ** 0.5
 
 Conversion = Callable[[Any], None]
-
-
-def children_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's children."""
-    return tuple(module._modules)
 
 
 def conversion_of(block: nn.Module) -> Conversion | str:
@@ -98,7 +84,7 @@ def _patched(block: nn.Module) -> bool:
 
 
 def _candidates(block: Any) -> list[Conversion]:
-    names = set(children_of(block))
+    names = set(block._modules)
     if names == set(RES_BLOCK) and _is_res_block(block):
         return [_convert_res_block]
     if names == set(ATTENTION_BLOCK) and _is_attention_block(block):
@@ -165,9 +151,7 @@ def _convert_res_block(block: Any) -> None:
         convert(norm, layers.Norm)
     for conv in (block.in_layers[2], block.out_layers[3], block.skip_connection):
         convert_conv(conv)
-    convert(
-        block, layers.ResBlock, resample=resample, projection=slice(0), recomputes_norms=False, _kinds=None
-    )
+    convert(block, layers.ResBlock, resample=resample, projection=slice(0), _kinds=None)
     block._built()
 
 
@@ -189,8 +173,8 @@ def _convert_attention_block(block: Any, legacy_order: bool) -> None:
     heads = _heads(block)
     rows = layers.legacy_rows(block.qkv.out_channels, heads) if legacy_order else None
     convert(block.norm, layers.Norm)
-    convert(block.qkv, _PointwiseConv1d, rows=rows)
-    convert(block.proj_out, _PointwiseConv1d)
+    convert(block.qkv, POINTWISE, rows=rows)
+    convert(block.proj_out, POINTWISE)
     convert(block.attention, layers.Attention, num_heads=heads, legacy_order=legacy_order)
     convert(block, layers.AttentionBlock, _kinds=None)
     block._built()
@@ -303,10 +287,10 @@ def random(*shape: int, seed: int) -> Tensor:
 def _inputs(block: Any) -> list[Tensor]:
     """Return images, and an embedding where a block takes one."""
     device = next(block.parameters()).device
-    if set(children_of(block)) == set(RES_BLOCK):
+    if set(block._modules) == set(RES_BLOCK):
         conv, width = block.in_layers[2], block.emb_layers[1].in_features
         x = random(2, conv.in_channels, *(8,) * (conv.weight.dim() - 2), seed=1)
         return [x.to(device), random(2, width, seed=2).to(device)]
-    channels = next(p for p in block.parameters() if p.dim() > 1).shape[1]
-    dims = 2 if hasattr(block, "qkv") else next(p for p in block.parameters() if p.dim() > 1).dim() - 2
-    return [random(2, channels, *(8,) * dims, seed=1).to(device)]
+    weight = next(p for p in block.parameters() if p.dim() > 1)
+    dims = 2 if "qkv" in block._modules else weight.dim() - 2
+    return [random(2, weight.shape[1], *(8,) * dims, seed=1).to(device)]

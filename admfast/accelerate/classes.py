@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -20,7 +22,7 @@ class Converted:
     original_class: ClassVar[type]
     # What the conversion did to its attributes: the names it added, and the values it took away.
     _added: tuple[str, ...] = ()
-    _before: ClassVar[dict[str, Any]] = {}
+    _before: Mapping[str, Any] = MappingProxyType({})
 
     def __copy__(self) -> Any:
         twin = type(self).__new__(type(self))
@@ -61,7 +63,7 @@ def restore(module: Converted) -> None:
 def _as_it_was(state: dict[str, Any]) -> dict[str, Any]:
     """Return a module's attributes without what a conversion changed."""
     gone = {*state.get("_added", ()), "_added", "_before"}
-    return {name: v for name, v in state.items() if name not in gone} | state.get("_before", {})
+    return {name: v for name, v in state.items() if name not in gone} | dict(state.get("_before", {}))
 
 
 @functools.cache

@@ -19,7 +19,9 @@ from admfast.errors import invalid
 from admfast.models import convolution, layers
 from admfast.models.body import dtype_of
 from admfast.models.fold import FoldableNet, FoldOptions, Projected
-from admfast.models.layers import call_block, timestep_embedding
+from admfast.models.hooks import parts
+from admfast.models.layers import timestep_embedding
+from admfast.models.unet import through_blocks
 from admfast.ops.layout import channels_last
 from admfast.ops.transforms import in_autocast, in_program
 
@@ -54,7 +56,9 @@ class AcceleratedNet(FoldableNet):
         """Fold for this call, where forms may be used in it."""
         if self.training or torch.compiler.is_compiling() or in_program():
             return
-        parameters = list(self.parameters())
+        # `parameters()` takes five times as long.
+        held = (module._parameters.values() for module in (self, *parts(self)))
+        parameters = [p for values in held for p in values if p is not None]
         # A replica of DataParallel has none, torch.func.functional_call puts plain tensors in their place,
         # and of those made in inference mode nobody could tell whether they were written to.
         if not parameters or in_autocast(parameters[0].device):
@@ -76,15 +80,7 @@ class AcceleratedNet(FoldableNet):
             low_res = F.interpolate(given["low_res"], x.shape[2:], mode="bilinear")
             images = torch.cat([x, low_res], dim=1)
         emb = self._embedded(timesteps, y, len(x))
-        h = self.entering(images)
-        skips = []
-        for block in self.input_blocks:  # type: ignore[union-attr]
-            h = call_block(block, h, emb)
-            skips.append(h)
-        h = call_block(self.middle_block, h, emb)  # type: ignore[arg-type]
-        if self.accelerated_walk.kind != "classifier":
-            for block in self.output_blocks:  # type: ignore[union-attr]
-                h = call_block(block, h, emb, skips.pop())
+        h = through_blocks(self, self.entering(images), emb)
         return self.out(h.to(images.dtype)).contiguous()  # type: ignore[operator]
 
     def _embedded(self, timesteps: Tensor, y: Tensor | None, count: int) -> Tensor | Projected:

@@ -10,6 +10,7 @@ import dis
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -171,8 +172,8 @@ def _stub(cls: type, labelled: bool) -> Any:
 # The walks in plain PyTorch
 
 
-def unet_walk_ref(net: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-    """Reference of a UNet's walk: blocks, skips by concatenation, last layers."""
+def walk_ref(net: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None, up: bool = True) -> Tensor:
+    """Reference of a walk: blocks, skips by concatenation, last layers; a classifier has no way `up`."""
     emb = net.time_embed(timestep_embedding(timesteps, net.model_channels))
     if y is not None:
         emb = emb + net.label_emb(y)
@@ -181,29 +182,19 @@ def unet_walk_ref(net: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = Non
         h = block(h, emb)
         skips.append(h)
     h = net.middle_block(h, emb)
-    for block in net.output_blocks:
+    for block in net.output_blocks if up else ():
         h = block(torch.cat([h, skips.pop()], dim=1), emb)
     return net.out(h)
 
 
 def upsampler_walk_ref(net: Any, x: Tensor, timesteps: Tensor, low_res: Tensor) -> Tensor:
     """Reference of an upsampler's walk: that of a UNet with the enlarged image appended to x."""
-    return unet_walk_ref(
-        net, torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], 1), timesteps
-    )
-
-
-def classifier_walk_ref(net: Any, x: Tensor, timesteps: Tensor) -> Tensor:
-    """Reference of a classifier's walk, with a pool that looks at the middle block's output alone."""
-    emb = net.time_embed(timestep_embedding(timesteps, net.model_channels))
-    h = x
-    for block in net.input_blocks:
-        h = block(h, emb)
-    return net.out(net.middle_block(h, emb))
+    enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear")
+    return walk_ref(net, torch.cat([x, enlarged], dim=1), timesteps)
 
 
 _REFERENCES: dict[str, Callable[..., Tensor]] = {
-    "unet": unet_walk_ref,
+    "unet": walk_ref,
     "upsampler": upsampler_walk_ref,
-    "classifier": classifier_walk_ref,
+    "classifier": partial(walk_ref, up=False),
 }

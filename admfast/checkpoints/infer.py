@@ -290,7 +290,7 @@ def contradicted(shapes: Shapes, said: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _contradictions_first(shapes: Shapes, said: Mapping[str, Any]) -> Iterator[None]:
-    """Where no network can be made of what was said, name what the shapes contradict, before what follows."""
+    """Name first what the shapes contradict, where no network can be made of the options within the block."""
     try:
         yield
     except InvalidArgument as error:

@@ -1,4 +1,4 @@
-"""What several commands take: `--set NAME=VALUE` of a weights file, and dtypes by name."""
+"""Read what several commands take: `--set NAME=VALUE` of a weights file, and dtypes by name."""
 
 from __future__ import annotations
 

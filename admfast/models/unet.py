@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,14 +80,7 @@ class UNet(FoldableNet):
         if any(side % unit for side, unit in zip(x.shape[2:], units, strict=True)):
             raise invalid("x.shape", tuple(x.shape), f"sides that {units[-1]} divides")
         emb = self.embedded(timesteps, y) if projected is None else Projected(projected)
-        h = self.entering(x)
-        skips = []
-        for block in self.input_blocks:
-            h = call_block(block, h, emb)
-            skips.append(h)
-        h = call_block(self.middle_block, h, emb)
-        for block in self.output_blocks:
-            h = call_block(block, h, emb, skips.pop())
+        h = through_blocks(self, self.entering(x), emb)
         return self.out(h.to(dtype_of(self.out, x.dtype))).to(x.dtype)
 
     def embedded(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | Projected:
@@ -125,6 +118,19 @@ class UNet(FoldableNet):
         """
         convert_convolutions((self.input_blocks, self.middle_block, self.output_blocks), dtype)
         return self
+
+
+def through_blocks(net: Any, h: Tensor, emb: Tensor | Projected) -> Tensor:
+    """Take images through the input and middle blocks, and the output blocks where the network has any."""
+    outputs, skips = getattr(net, "output_blocks", ()), []
+    for block in net.input_blocks:
+        h = call_block(block, h, emb)
+        if outputs:
+            skips.append(h)
+    h = call_block(net.middle_block, h, emb)
+    for block in outputs:
+        h = call_block(block, h, emb, skips.pop())
+    return h
 
 
 def _up_path(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:

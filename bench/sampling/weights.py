@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +21,19 @@ def random_state(config: NetConfig, seed: int = 0, device: torch.device | str = 
     implementation would agree with every other. The same values on the same kind of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    state = {}
-    for key, shape in network_shapes(config).items():
-        z = torch.randn(tuple(shape), generator=generator, device=device)
-        if key.endswith(".bias"):
-            z *= 0.1
-        elif len(shape) == 1:
-            z = 1 + 0.1 * z
-        elif not key.endswith(("label_emb.weight", "positional_embedding")):
-            z /= math.sqrt(math.prod(shape[1:]))
-        state[key] = z
-    return state
+    return {key: drawn(key, shape, generator) for key, shape in network_shapes(config).items()}
+
+
+def drawn(key: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw one tensor of `random_state`, by its name and shape."""
+    z = torch.randn(tuple(shape), generator=generator, device=generator.device)
+    if key.endswith(".bias"):
+        return z * 0.1
+    if len(shape) == 1:
+        return 1 + 0.1 * z
+    if not key.endswith(("label_emb.weight", "positional_embedding")):
+        z /= math.sqrt(math.prod(shape[1:]))
+    return z
 
 
 @functools.lru_cache(maxsize=2)

@@ -129,7 +129,7 @@ class AttentionBlock(nn.Module):
 
 
 class Parts(nn.Module):
-    """What a UNet and a classifier share: a level of 32 channels and one of 64 with attention."""
+    """Hold what a UNet and a classifier share: a level of 32 channels and one of 64 with attention."""
 
     def __init__(self, in_channels=3, legacy=True, dropout=0.0, resample_blocks=True, scale_shift=True):
         super().__init__()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,36 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import admfast
+from admfast.accelerate.denoisers import Levels
 from admfast.accelerate.walks import Walk
 from admfast.errors import InvalidArgument
+from bench.programs import StandIns
 from tests.accelerate.client import filled
 from tests.small import assert_close, randn
 
 MISSING = "pip install --no-deps -r tests/accelerate/requirements.txt"
-
-
-class _StandIn(ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return (".png",) if name == "IMG_EXTENSIONS" else type(name, (), {})
-
-
-class _Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds an empty torchvision: the real one can't be imported beside a CPU build of torch."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        return _StandIn(spec.name)
-
-    def exec_module(self, module):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +29,7 @@ def libraries():
     for name in ("azula", "deepinv"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} isn't installed: {MISSING}")
-    finder = _Torchvision()
+    finder = StandIns(["torchvision"])  # can't be imported beside a CPU build of torch
     sys.meta_path.insert(0, finder)
     try:
         import azula.guidance
@@ -111,14 +87,11 @@ def test_azulas_posterior_sampling_on_our_pipeline(libraries):
         net.eval(), learn_var=True, discrete_schedule=pipe.diffusion.noise_schedule
     )
     ours = admfast.accelerate.denoiser(pipe, "azula", rounded=True)
-    between = admfast.accelerate.denoiser(pipe, "azula")
     x, label = randn(1, 1, 32, 32), torch.tensor([3])
     y = pooled(pipe.sample(classes=[3], seeds=[0], output="float"))
     with torch.no_grad():
         for t in torch.tensor([0.01, 0.3, 0.5]):
-            wanted, found, near = (d(x, t, label=label).mean for d in (theirs, ours, between))
-            assert_close(found, wanted)
-            assert (near - wanted).abs().max() < 0.05 * wanted.abs().max()  # half a timestep away at most
+            assert_close(ours(x, t, label=label).mean, theirs(x, t, label=label).mean)
     found, wanted = (restored(libraries.azula, d, y, x, label=label) for d in (ours, theirs))
     assert_close(found, wanted)
 
@@ -161,13 +134,31 @@ def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
     ours = admfast.accelerate.denoiser(pipe, "deepinv", rounded=True)
     assert isinstance(ours, libraries.deepinv.models.Denoiser)
     x = randn(2, 1, 32, 32).sigmoid()
-    for sigma in (0.02, torch.tensor([0.1, 0.5])):
+    # Between timesteps they divide by the rounded timestep's signal, we by that of the level itself.
+    for steps in ([100, 100], [300, 600]):
+        sigma = ((1 - kept) / kept).sqrt()[steps] / 2
         with torch.no_grad():
-            wanted, found = theirs.forward_denoise(stub, x, sigma, label), ours(x, sigma, label)
-        # They divide by the signal of the rounded timestep, we by that of the noise level given.
-        assert (found - wanted).abs().max() < 0.01
+            assert_close(ours(x, sigma, label), theirs.forward_denoise(stub, x, sigma, label))
     x = x.double().requires_grad_(True)
     assert torch.autograd.grad(ours(x, 0.1, label).sum(), x)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_levels_of_timesteps_are_found(up):
+    pipe = admfast.load("digits32", device="cpu")
+    kept = torch.tensor(pipe.diffusion.build("").schedule.alphas_cumprod)
+    steps = torch.tensor([0, 1, 500, 998, 999])
+    signal, noise = kept[steps].sqrt(), (1 - kept[steps]).sqrt()
+    torch.testing.assert_close(Levels(pipe, rounded=False, up=up).timestep(signal, noise), steps.double())
+    levels = Levels(pipe, rounded=False, up=up)
+    torch.testing.assert_close(levels.timestep(signal, noise), steps.double())
+    between = steps[1:4] + 0.5
+    ratio = torch.tensor(-pipe.diffusion.build("").schedule.log_snr(between.numpy()) / 2).exp()
+    torch.testing.assert_close(levels.timestep(torch.ones(3), ratio), between.double())
+    rounded = Levels(pipe, rounded=True, up=up)
+    assert rounded.timestep(signal, noise * (1 + 1e-9)).tolist() == [*(steps[:4] + up).tolist(), 999]
+    beyond = torch.tensor([1.0, 1e-9]).double()
+    assert levels.timestep(beyond, beyond.flip(0)).tolist() == [0, 999]
 
 
 def test_what_is_no_denoiser_is_refused():
