@@ -7,6 +7,7 @@ later. A formula made of published names and small numbers alone has no room for
 from __future__ import annotations
 
 import inspect
+from collections.abc import Set
 from types import CodeType
 from typing import Any
 
@@ -53,11 +54,16 @@ def foreign(cls: type, names: set[str]) -> str | None:
     return None
 
 
-def foreign_function(function: Any, names: set[str], numbers: set[Any] = NUMBERS) -> str | None:
-    """Say what a method does beyond the published one; None where nothing is seen."""
+def foreign_function(
+    function: Any, names: set[str], numbers: set[Any] = NUMBERS, around: Set[str] = frozenset()
+) -> str | None:
+    """Say what a function does beyond the published one; None where nothing is seen.
+
+    around: variables of another function that it may use.
+    """
     if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
         return "is decorated"
-    if set(function.__code__.co_freevars) - {"__class__"}:
+    if set(function.__code__.co_freevars) - {"__class__"} - around:
         return "uses variables of another function"
     used, constants = _used(function.__code__)
     if used - names:

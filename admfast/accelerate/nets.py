@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,20 +41,20 @@ class AcceleratedNet(FoldableNet):
     directions = 2  # many clients want the gradient in x
     accelerated_policy: Policy | None = None
     accelerated_walk: Walk | str
-    accelerated_left: dict[str, str]
-    accelerated_code: list[tuple[type, str, Any]]
+    accelerated_left: Mapping[str, str] = MappingProxyType({})
+    accelerated_code: Sequence[tuple[type, str, Any]] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(vars(part).get(name) is not method for part, name, method in self.accelerated_code):
             restore_network(self)
             return self(*args, **kwargs)
         if not isinstance(self.accelerated_walk, Walk):
-            self._fold_now()
+            self.fold_now()
         out = super().__call__(*args, **kwargs)
         # Whoever draws noise like it, or views it, counts on the layout that the published network gives.
         return out.contiguous() if isinstance(out, Tensor) else out
 
-    def _fold_now(self) -> None:
+    def fold_now(self) -> None:
         """Fold for this call, where forms may be used in it."""
         if self.training or torch.compiler.is_compiling() or in_program():
             return
@@ -73,17 +75,17 @@ class AcceleratedNet(FoldableNet):
         """Take the published walk through our blocks; arguments as of the client's method."""
         assert isinstance(self.accelerated_walk, Walk)
         given = self.accelerated_walk.given(args, kwargs)
-        self._fold_now()
+        self.fold_now()
         x, timesteps, y = given["x"], given["timesteps"], given["y"]
         images = x
         if self.accelerated_walk.kind == "upsampler":
             low_res = F.interpolate(given["low_res"], x.shape[2:], mode="bilinear")
             images = torch.cat([x, low_res], dim=1)
-        emb = self._embedded(timesteps, y, len(x))
+        emb = self._embedding(timesteps, y, len(x))
         h = through_blocks(self, self.entering(images), emb)
         return self.out(h.to(images.dtype)).contiguous()  # type: ignore[operator]
 
-    def _embedded(self, timesteps: Tensor, y: Tensor | None, count: int) -> Tensor | Projected:
+    def _embedding(self, timesteps: Tensor, y: Tensor | None, count: int) -> Tensor | Projected:
         """Return the embedding of timesteps and classes as the blocks take it; one timestep may serve all."""
         emb = timestep_embedding(timesteps, self.model_channels)  # type: ignore[arg-type]
         emb = self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype)))  # type: ignore[operator, arg-type]

@@ -25,11 +25,13 @@ from typing import Any
 import torch
 
 from admfast.accelerate.blocks import SAME
+from admfast.accelerate.classes import Converted
 from admfast.accelerate.door import PRECISIONS, accelerate, report
 from admfast.accelerate.nets import AcceleratedNet
 from admfast.errors import AdmfastError
 
 BUILDS = {"input_blocks", "middle_block"}
+PACKAGES = Path(__file__).resolve().parents[1] / "compat"
 
 
 @dataclass
@@ -65,8 +67,10 @@ class Watch:
             made: Any = build(*args, **kwargs)
             init = vars(made).get("__init__") if isinstance(made, type) else None
             names = getattr(getattr(init, "__code__", None), "co_names", ())
-            if BUILDS <= set(names) and not made.__module__.startswith("admfast."):
-                made.__call__ = self._watched(made.__call__)
+            ours = isinstance(made, type) and made.__module__.startswith("admfast.")
+            if issubclass(made, AcceleratedNet) if ours else BUILDS <= set(names):
+                if not hasattr(made.__call__, "watched"):  # a subclass has its parent's
+                    made.__call__ = self._watched(made.__call__)
             return made
 
         builtins.__build_class__ = and_look
@@ -98,11 +102,13 @@ class Watch:
                 seen.calls += 1
                 seen.seconds += time.perf_counter() - started
 
+        called.watched = True  # type: ignore[attr-defined]
         return called
 
     def _passes(self, net: Any) -> bool:
-        """Tell whether a network is none to convert now: a replica of one, or one that is being traced."""
-        return isinstance(net, AcceleratedNet) or torch._C._is_tracing()
+        """Tell whether a network is none to convert now: converted, a replica, or being traced."""
+        replica = getattr(net, "_is_replica", False)
+        return isinstance(net, Converted) or replica or torch._C._is_tracing()
 
     def _convert(
         self, net: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     sys.argv = [program, *given[own:]]
     sys.path[0] = os.getcwd() if arguments.module else str(Path(program).resolve().parent)
+    if arguments.package:
+        sys.path.insert(0, str(PACKAGES / "front"))
+        sys.path.append(str(PACKAGES / "stand_ins"))
     status: Any = 0
     try:
         with watch.watching():
@@ -198,11 +207,14 @@ def _own(given: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m admfast.accelerate",
-        usage="%(prog)s [-h] [--precision {fp32,bf16,fp16}] [--check] [-m] PROGRAM ARGS...",
+        usage="%(prog)s [-h] [--precision {fp32,bf16,fp16}] [--check] [--package] [-m] PROGRAM ARGS...",
         description="Run a program as it stands, with its ADM networks accelerated at their first calls.",
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="of the torso (default: its parameters')")
     parser.add_argument("--check", action="store_true", help="compare first calls with the program's own")
+    parser.add_argument(
+        "--package", action="store_true", help="let the program import admfast's own guided_diffusion"
+    )
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module's name")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file")
     return parser

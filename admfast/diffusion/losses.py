@@ -44,7 +44,7 @@ def training_losses(
     steps = diffusion.num_timesteps
     x_t = diffusion.q_sample(x_start, t, noise)
     output = model(x_t, diffusion.model_t(t), **dict(model_kwargs or {}))
-    if diffusion.loss_type.variational:
+    if diffusion.loss_type.is_vb():
         vb = vb_terms_bpd(diffusion, output, x_start, x_t, t, clip_denoised=False).output
         return {"loss": vb * steps if diffusion.loss_type is LossType.RESCALED_KL else vb}
 

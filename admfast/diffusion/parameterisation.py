@@ -38,8 +38,7 @@ class LossType(enum.Enum):
     KL = "KL"  # the variational term in bits
     RESCALED_KL = "RESCALED_KL"  # the same times S: an estimate of the whole bound
 
-    @property
-    def variational(self) -> bool:
+    def is_vb(self) -> bool:
         """Tell whether the loss is the variational term alone."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,14 +74,21 @@ class StepKey:
         )
 
 
+class RowNoise(Protocol):
+    """The noise of rows: a tensor [rows, N, C, *spatial], or what gives that of a row when it comes."""
+
+    def __getitem__(self, row: int) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Rows, and the images that go through them; tensors on the network's device.
 
     table: the rows. shape: (N, C, *spatial). seeds: [N] int64. labels: [N] int64, or None. low_res: condition
-    of an upsampler, or None. step_noise: [rows, N, C, *spatial] instead of the seeds' noise, or None. scale:
-    of the classifier's gradient. guided: for every row whether the classifier guides it. noise_row: counter
-    of the first row's noise. stream: of the noise. impl: implementation of the update, by name.
+    of an upsampler, or None. step_noise: that of row i at [i], [N, C, *spatial], instead of the seeds'; or
+    None. scale: of the classifier's gradient. guided: for every row whether the classifier guides it.
+    noise_row: counter of the first row's noise. stream: of the noise. impl: implementation of the update, by
+    name.
     """
 
     table: SolverTable
@@ -89,7 +96,7 @@ class Batch:
     seeds: Tensor
     labels: Tensor | None = None
     low_res: Tensor | None = None
-    step_noise: Tensor | None = None
+    step_noise: RowNoise | None = None
     scale: float = 0.0
     guided: tuple[bool, ...]
     noise_row: int = 0
@@ -165,7 +172,7 @@ class PreparedStep:
         self.timesteps = torch.zeros((2, key.rows), dtype=dtype, device=device)
         host = _no_rows(key.rows)
         self.packed = PackedTable(host, host.to(device, torch.float32))
-        self.step_noise: Tensor | None = None
+        self.step_noise: RowNoise | None = None
         self.guided: tuple[bool, ...] = ()
 
     def body(self, guided: bool) -> None:
@@ -245,7 +252,7 @@ class PreparedStep:
         self.guided = batch.guided
         self.timesteps[:, :count] = table.timesteps.to(self.timesteps.dtype).to(self.timesteps.device)
         self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32, device="cpu"))
-        self.step_noise = None if batch.step_noise is None else batch.step_noise.detach()
+        self.step_noise = batch.step_noise
 
     def _enter(self, stream: torch.cuda.Stream) -> None:
         """Let this stream have the buffers once the last one to use them has done with them."""
@@ -289,7 +296,7 @@ class PreparedStep:
                     labels = self.labels if name == "net" and self.key.classes else None
                     self.tables[name].fill(self.timesteps[column, i : i + chunk], labels)
         if self.noise is not None and self.step_noise is not None:
-            self.noise.copy_(self.step_noise[i])
+            self.noise.copy_(self.step_noise[i].detach())
         self.run[self.guided[i]]()
 
     @property

@@ -93,7 +93,12 @@ def res_block(
 def attention_block(config: NetConfig, channels: int, up_path: bool = False) -> AttentionBlock:
     """An attention block with the options of `config`."""
     heads = config.heads(channels, up_path)
-    return AttentionBlock(channels, heads, config.use_new_attention_order, config.use_checkpoint)
+    return AttentionBlock(
+        channels,
+        heads,
+        use_new_attention_order=config.use_new_attention_order,
+        use_checkpoint=config.use_checkpoint,
+    )
 
 
 def _down_block(config: NetConfig, channels: int) -> nn.Module:

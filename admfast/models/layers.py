@@ -297,6 +297,7 @@ class AttentionBlock(FusedBlock):
         self,
         channels: int,
         num_heads: int,
+        *,
         use_new_attention_order: bool = False,
         use_checkpoint: bool = False,
     ):

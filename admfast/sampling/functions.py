@@ -45,7 +45,7 @@ class FunctionStep:
         read: Callable[[Tensor, Tensor, int], Prediction] | None = None,
     ):
         table, noise = batch.table, batch.step_noise
-        if noise is not None and noise.shape != (len(table), *x.shape):
+        if isinstance(noise, Tensor) and noise.shape != (len(table), *x.shape):
             raise invalid("step_noise.shape", tuple(noise.shape), f"{(len(table), *tuple(x.shape))}")
         rows = table.rows if denoised_fn is None else tuple(_given_x0(row) for row in table.rows)
         self.batch, self.model, self.guides = batch, model, guides

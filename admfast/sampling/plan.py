@@ -46,6 +46,7 @@ class Plan(Batch):
     engine: Engine
     process: GaussianDiffusion
     predictor: Predictor
+    step_noise: Tensor | None = None
     noise: Tensor | None = None
     x_start: Tensor | None = None
     guides: tuple[tuple[Guide, tuple[bool, ...]], ...] = ()

@@ -91,7 +91,7 @@ def _loss_in_words(recipe: Recipe) -> str:
     if recipe.kind == "classifier":
         return "cross-entropy of the class, in nats"
     mean, variance, loss = recipe.process.types
-    if loss.variational:
+    if loss.is_vb():
         return "variational bound, in bits per dimension"
     of = {
         MeanType.EPSILON: "noise (1 = its variance)",

@@ -271,7 +271,7 @@ def test_types_are_members_or_their_names():
         VarType.LEARNED,
         LossType.RESCALED_KL,
     )
-    assert d.loss_type.variational and not LossType.RESCALED_MSE.variational
+    assert d.loss_type.is_vb() and not LossType.RESCALED_MSE.is_vb()
 
 
 def test_an_empty_batch_is_an_empty_result():

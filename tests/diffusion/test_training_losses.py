@@ -65,7 +65,7 @@ def test_parts_and_scales(loss):
     assert len(network.calls) == 1 and kwargs == {"y": 3}
     assert torch.equal(x_t, d.q_sample(x_start, STEPS, noise)) and torch.equal(t, d.model_t(STEPS))
     vb = vb_terms_bpd(d, network(x_t, t), x_start, x_t, STEPS, clip_denoised=False).output
-    if loss.variational:
+    if loss.is_vb():
         assert set(terms) == {"loss"}
         torch.testing.assert_close(terms["loss"], vb * (25 if loss is LossType.RESCALED_KL else 1))
         return

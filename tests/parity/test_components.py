@@ -75,7 +75,9 @@ def test_attention_blocks(path: Path) -> None:
     for i, kwargs in enumerate(golden.load_json(path)["attn"]):
         channels = kwargs["channels"]
         heads = kwargs.get("num_heads") or channels // kwargs["num_head_channels"]
-        block = AttentionBlock(channels, heads, kwargs.get("use_new_attention_order", False))
+        block = AttentionBlock(
+            channels, heads, use_new_attention_order=kwargs.get("use_new_attention_order", False)
+        )
         with_state(block, arrays, f"attn{i}_state:")
         golden.compare(block(arrays[f"attn{i}_in"]), arrays[f"attn{i}_out"], LIMIT, f"attn{i}_out")
 

@@ -1,0 +1,1 @@
+"""The published names, for the front of the path; see `admfast.compat`."""

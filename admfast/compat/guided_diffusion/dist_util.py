@@ -1,0 +1,67 @@
+"""Processes and files, under the names of the published `dist_util.py`: torchrun's processes, no MPI."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from admfast.errors import CheckpointError, first_line
+from admfast.files.paths import user_path
+
+__all__ = ["dev", "load_state_dict", "setup_dist", "sync_params"]
+
+
+def setup_dist() -> None:
+    """Begin the process group: of torchrun's processes, or of this one only. Once is enough.
+
+    Programs gather, wait and ask for their rank whether or not there are others.
+    """
+    if dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available()
+    backend = "nccl" if cuda else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group(backend, init_method="env://")
+        return
+    # A file, as no other process needs to find this one: a port may be taken, or forbidden.
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            backend, store=dist.FileStore(str(Path(folder) / "store"), 1), rank=0, world_size=1
+        )
+
+
+def dev() -> torch.device:
+    """Return the device of this process."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_state_dict(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Return what a file of torch.save holds: tensors, numbers, text and containers of them.
+
+    kwargs: of `torch.load`; nothing that a file says is run. Raises: CheckpointError.
+    """
+    place = user_path("path", path)
+    try:
+        return torch.load(place, **{**kwargs, "weights_only": True})
+    except FileNotFoundError:
+        raise CheckpointError(f"{place}: no such file") from None
+    except Exception as error:  # a damaged file fails in any of the look-ups
+        raise CheckpointError(f"{place}: {first_line(error)}") from error
+
+
+def sync_params(params: Iterable[Tensor]) -> None:
+    """Give every process the values of the first."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for parameter in params:
+        with torch.no_grad():
+            dist.broadcast(parameter, 0)

@@ -1,0 +1,115 @@
+"""Images for training, under the names of the published `image_datasets.py`."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from admfast.errors import invalid
+from admfast.training.crops import center_crop, random_crop
+
+__all__ = ["ImageDataset", "center_crop_arr", "load_data", "random_crop_arr"]
+_ENDINGS = (".jpg", ".jpeg", ".png", ".gif")
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield batches for ever: images, float32 [N, 3, H, W] in [-1, 1], and {"y": classes int64 [N]} or {}.
+
+    data_dir: looked through with its subfolders. class_cond: an image's class is its file name up to the
+    first "_". deterministic: in the order of the names. Raises: InvalidArgument without a folder or images.
+    """
+    if not data_dir or not os.path.isdir(data_dir):
+        raise invalid("data_dir", data_dir, "a folder of images")
+    files = _list_image_files_recursively(data_dir)
+    classes = None
+    if class_cond:
+        names = [Path(path).name.split("_")[0] for path in files]
+        number = {name: i for i, name in enumerate(sorted(set(names)))}
+        classes = [number[name] for name in names]
+    joined = dist.is_initialized()
+    dataset = ImageDataset(
+        image_size, files, classes, dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1,
+        random_crop, random_flip,
+    )  # fmt: skip
+    if len(dataset) < batch_size:
+        raise invalid("batch_size", batch_size, f"at most the {len(dataset)} images of a process")
+    loader = DataLoader(dataset, batch_size, shuffle=not deterministic, num_workers=1, drop_last=True)
+    while True:
+        yield from loader
+
+
+def _list_image_files_recursively(data_dir: str) -> list[str]:
+    """Return the paths of the images in a folder and its subfolders, by name."""
+    found = []
+    for entry in sorted(os.listdir(data_dir)):
+        path = os.path.join(data_dir, entry)
+        if os.path.splitext(entry)[1].lower() in _ENDINGS and not os.path.isdir(path):
+            found.append(path)
+        elif os.path.isdir(path):
+            found += _list_image_files_recursively(path)
+    return found
+
+
+class ImageDataset(Dataset[tuple[Any, dict[str, Any]]]):
+    """The images of this process, cropped to squares: (float32 [3, H, W] in [-1, 1], {"y": class} or {})."""
+
+    def __init__(
+        self,
+        resolution: int,
+        image_paths: Sequence[str],
+        classes: Sequence[int] | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = True,
+    ) -> None:
+        self.resolution = resolution
+        self.local_images = image_paths[shard::num_shards]
+        self.local_classes = None if classes is None else classes[shard::num_shards]
+        self.random_crop, self.random_flip = random_crop, random_flip
+
+    def __len__(self) -> int:
+        return len(self.local_images)
+
+    def __getitem__(self, idx: int) -> tuple[Any, dict[str, Any]]:
+        with Image.open(self.local_images[idx]) as file:
+            image = file.convert("RGB")
+        crop = random_crop_arr if self.random_crop else center_crop_arr
+        pixels = crop(image, self.resolution)
+        if self.random_flip and random.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        scaled = pixels.astype(np.float32) / 127.5 - 1
+        labels = {}
+        if self.local_classes is not None:
+            labels["y"] = np.array(self.local_classes[idx], dtype=np.int64)
+        return np.transpose(scaled, [2, 0, 1]), labels
+
+
+def center_crop_arr(pil_image: Image.Image, image_size: int) -> npt.NDArray[np.uint8]:
+    """Return the middle square, uint8 [size, size, 3]; see `admfast.training.crops.center_crop`."""
+    return center_crop(pil_image, image_size)
+
+
+def random_crop_arr(
+    pil_image: Image.Image, image_size: int, min_crop_frac: float = 0.8, max_crop_frac: float = 1.0
+) -> npt.NDArray[np.uint8]:
+    """Return a square drawn by Python's generator; see `admfast.training.crops.random_crop`."""
+    return random_crop(pil_image, image_size, random.randrange, min_crop_frac, max_crop_frac)

@@ -1,0 +1,284 @@
+"""The log of a program, under the names of the published `logger.py`: text, tables, CSV, JSON lines.
+
+`configure` opens a folder: the one named, OPENAI_LOGDIR, or a dated one among the temporary files. Formats
+are those of OPENAI_LOG_FORMAT ("stdout,log,csv"), of other processes than the first those of
+OPENAI_LOG_FORMAT_MPI ("log"). Without it, text and tables go to the standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from admfast.errors import invalid, nearest
+
+DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+_WIDEST = 30
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+class HumanOutputFormat:
+    """Text and tables, to a file."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a table of names and numbers, by name."""
+        if not kvs:
+            return
+        rows = sorted((_cut(key), _cut(_shown(value))) for key, value in kvs.items())
+        rows.sort(key=lambda row: row[0].lower())
+        left, right = (max(len(row[i]) for row in rows) for i in range(2))
+        rule = "-" * (left + right + 7)
+        lines = [rule, *(f"| {key:{left}} | {value:{right}} |" for key, value in rows), rule]
+        self.file.write("\n".join(lines) + "\n")
+        self.file.flush()
+
+    def writeseq(self, seq: Sequence[str]) -> None:
+        """Write words as a line."""
+        self.file.write(" ".join(seq) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not sys.stdout:
+            self.file.close()
+
+
+class JSONOutputFormat:
+    """A line of JSON for every table."""
+
+    def __init__(self, filename: str) -> None:
+        self.file = open(filename, "w")  # noqa: SIM115
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a table."""
+        self.file.write(json.dumps({k: _plain(kvs[k]) for k in sorted(kvs)}) + "\n")
+        self.file.flush()
+
+    def writeseq(self, seq: Sequence[str]) -> None:
+        """Write no text."""
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class CSVOutputFormat:
+    """A row for every table; a name that is new gets a column, empty in the rows before."""
+
+    def __init__(self, filename: str) -> None:
+        self.file = open(filename, "w+", newline="")  # noqa: SIM115
+        self.keys: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a table as a row."""
+        new = sorted(kvs.keys() - set(self.keys))
+        self.rows.append({key: _plain(value) for key, value in kvs.items()})
+        later = csv.DictWriter(self.file, self.keys + new)
+        if new:
+            self.keys += new
+            self.file.seek(0)
+            self.file.truncate()
+            later.writeheader()
+            later.writerows(self.rows)
+        else:
+            later.writerow(self.rows[-1])
+        self.file.flush()
+
+    def writeseq(self, seq: Sequence[str]) -> None:
+        """Write no text."""
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
+    """Return the output of a name: "stdout", "log", "csv" or "json"; files lie in `ev_dir`."""
+    os.makedirs(ev_dir, exist_ok=True)
+    if format == "stdout":
+        return HumanOutputFormat(sys.stdout)
+    if format == "log":
+        return HumanOutputFormat(open(os.path.join(ev_dir, f"log{log_suffix}.txt"), "w"))  # noqa: SIM115
+    if format == "json":
+        return JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json"))
+    if format == "csv":
+        return CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv"))
+    raise invalid("OPENAI_LOG_FORMAT", format, nearest(format, ["stdout", "log", "csv", "json"]))
+
+
+class Logger:
+    """Numbers of this iteration, and where they go.
+
+    dir: the folder, or None. output_formats: see `make_output_format`.
+    """
+
+    DEFAULT: Logger
+    CURRENT: Logger
+
+    def __init__(self, dir: str | None, output_formats: Sequence[Any], comm: None = None) -> None:
+        if comm is not None:
+            raise invalid("comm", comm, "None: there is no MPI")
+        self.dir, self.output_formats, self.level = dir, list(output_formats), INFO
+        self.name2val: dict[str, Any] = {}
+        self.name2cnt: dict[str, int] = {}
+
+    def logkv(self, key: str, val: Any) -> None:
+        """Set a number of this iteration."""
+        self.name2val[key] = val
+
+    def logkv_mean(self, key: str, val: Any) -> None:
+        """Take a number into its mean over this iteration."""
+        count = self.name2cnt.get(key, 0)
+        before = self.name2val.get(key, 0.0)
+        self.name2val[key] = before * count / (count + 1) + val / (count + 1)
+        self.name2cnt[key] = count + 1
+
+    def dumpkvs(self) -> dict[str, Any]:
+        """Write this iteration's numbers, return them, and begin the next."""
+        numbers = dict(self.name2val)
+        for output in self.output_formats:
+            output.writekvs(numbers)
+        self.name2val.clear()
+        self.name2cnt.clear()
+        return numbers
+
+    def log(self, *args: Any, level: int = INFO) -> None:
+        """Write words as a line, if the logger's level lets them through."""
+        if self.level <= level:
+            for output in self.output_formats:
+                output.writeseq([str(arg) for arg in args])
+
+    def close(self) -> None:
+        """Close the files."""
+        for output in self.output_formats:
+            output.close()
+
+
+Logger.DEFAULT = Logger.CURRENT = Logger(None, [HumanOutputFormat(sys.stdout)])
+
+
+def configure(
+    dir: str | None = None,
+    format_strs: Sequence[str] | None = None,
+    comm: None = None,
+    log_suffix: str = "",
+) -> None:
+    """Open a folder and make it the one that is logged to."""
+    if dir is None:
+        dated = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
+        dir = os.getenv("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), dated)
+    dir = os.path.expanduser(dir)
+    os.makedirs(dir, exist_ok=True)
+    rank = next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), 0)
+    if rank:
+        log_suffix += f"-rank{rank:03}"
+    if format_strs is None:
+        variable, usual = ("_MPI", "log") if rank else ("", "stdout,log,csv")
+        format_strs = os.getenv(f"OPENAI_LOG_FORMAT{variable}", usual).split(",")
+    outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
+    Logger.CURRENT = Logger(dir, outputs, comm)
+    if outputs:
+        log(f"Logging to {dir}")
+
+
+def reset() -> None:
+    """Close the current folder; log to the standard output again."""
+    if Logger.CURRENT is not Logger.DEFAULT:
+        Logger.CURRENT.close()
+        Logger.CURRENT = Logger.DEFAULT
+
+
+@contextlib.contextmanager
+def scoped_configure(
+    dir: str | None = None, format_strs: Sequence[str] | None = None, comm: None = None
+) -> Iterator[None]:
+    """Log to another folder within the block."""
+    before = Logger.CURRENT
+    configure(dir, format_strs, comm)
+    try:
+        yield
+    finally:
+        Logger.CURRENT.close()
+        Logger.CURRENT = before
+
+
+def logkv(key: str, val: Any) -> None:
+    """Set a number of this iteration."""
+    Logger.CURRENT.logkv(key, val)
+
+
+def logkv_mean(key: str, val: Any) -> None:
+    """Take a number into its mean over this iteration."""
+    Logger.CURRENT.logkv_mean(key, val)
+
+
+def logkvs(d: Mapping[str, Any]) -> None:
+    """Set several numbers of this iteration."""
+    for key, value in d.items():
+        logkv(key, value)
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Write this iteration's numbers, return them, and begin the next."""
+    return Logger.CURRENT.dumpkvs()
+
+
+def getkvs() -> dict[str, Any]:
+    """Return this iteration's numbers."""
+    return Logger.CURRENT.name2val
+
+
+def log(*args: Any, level: int = INFO) -> None:
+    """Write words as a line."""
+    Logger.CURRENT.log(*args, level=level)
+
+
+def debug(*args: Any) -> None:
+    """Write a line of level DEBUG."""
+    log(*args, level=DEBUG)
+
+
+def info(*args: Any) -> None:
+    """Write a line of level INFO."""
+    log(*args, level=INFO)
+
+
+def warn(*args: Any) -> None:
+    """Write a line of level WARN."""
+    log(*args, level=WARN)
+
+
+def error(*args: Any) -> None:
+    """Write a line of level ERROR."""
+    log(*args, level=ERROR)
+
+
+def set_level(level: int) -> None:
+    """Let only lines of this level and above through."""
+    Logger.CURRENT.level = level
+
+
+def get_dir() -> str | None:
+    """Return the folder that is logged to; None before `configure`."""
+    return Logger.CURRENT.dir
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy or torch as Python's."""
+    return float(value) if hasattr(value, "dtype") else value
+
+
+def _shown(value: Any) -> str:
+    return f"{float(value):<8.3g}" if hasattr(value, "__float__") else str(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."

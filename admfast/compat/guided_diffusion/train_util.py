@@ -1,0 +1,226 @@
+"""The training loop under the names of the published `train_util.py`: its files, its order, its arithmetic.
+
+`admfast train` does more: it resumes exactly, checks, and is faster. This loop serves programs that have one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from admfast.compat.guided_diffusion import dist_util, logger
+from admfast.compat.guided_diffusion.fp16_util import MixedPrecisionTrainer
+from admfast.compat.guided_diffusion.nn import update_ema
+from admfast.compat.guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from admfast.files.atomic import atomic_open
+
+INITIAL_LOG_LOSS_SCALE = 20.0
+
+
+class TrainLoop:
+    """Train a network on batches: gradients of microbatches, AdamW, averages, files.
+
+    model, diffusion: of this package, or like it. data: yields (images [N, C, H, W], {name: [N] tensor}).
+    microbatch: images at a time; -1 for the batch. The microbatches' mean gradients are summed. ema_rate: a
+    number, or several as text with commas. resume_checkpoint: a modelNNNNNN.pt; averages and optimiser are
+    read from beside it where they are there. lr_anneal_steps: the rate falls to 0 over these steps, which end
+    the run; 0 goes on for ever.
+
+    Files modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt go to `logger.get_dir()` every `save_interval`
+    steps, from the first on, and at the end; each is written whole or not at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        diffusion: Any,
+        data: Iterator[Any],
+        batch_size: int,
+        microbatch: int,
+        lr: float,
+        ema_rate: float | str,
+        log_interval: int,
+        save_interval: int,
+        resume_checkpoint: str,
+        use_fp16: bool = False,
+        fp16_scale_growth: float = 1e-3,
+        schedule_sampler: ScheduleSampler | None = None,
+        weight_decay: float = 0.0,
+        lr_anneal_steps: int = 0,
+    ) -> None:
+        self.model, self.diffusion, self.data = model, diffusion, data
+        self.batch_size = batch_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr, self.weight_decay, self.lr_anneal_steps = lr, weight_decay, lr_anneal_steps
+        rates = [ema_rate] if isinstance(ema_rate, float) else str(ema_rate).split(",")
+        self.ema_rate = [float(rate) for rate in rates]
+        self.log_interval, self.save_interval = log_interval, save_interval
+        self.resume_checkpoint = resume_checkpoint
+        self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.step, self.resume_step = 0, 0
+        self.global_batch = batch_size * _processes()
+
+        self._load_and_sync_parameters()
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth
+        )
+        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
+        if self.resume_step:
+            self._load_optimizer_state()
+        self.ddp_model, self.use_ddp = model, _processes() > 1
+        if self.use_ddp:
+            ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
+            self.ddp_model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    def _load_and_sync_parameters(self) -> None:
+        path = find_resume_checkpoint() or self.resume_checkpoint
+        if path:
+            self.resume_step = parse_resume_step_from_filename(path)
+            logger.log(f"loading model from checkpoint: {path}...")
+            self.model.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
+        dist_util.sync_params(self.model.parameters())
+
+    def _load_ema_parameters(self, rate: float) -> list[Tensor]:
+        path = find_ema_checkpoint(find_resume_checkpoint() or self.resume_checkpoint, self.resume_step, rate)
+        if not self.resume_step or path is None:
+            return copy.deepcopy(self.mp_trainer.master_params)
+        logger.log(f"loading EMA from checkpoint: {path}...")
+        state = dist_util.load_state_dict(path, map_location=dist_util.dev())
+        return self.mp_trainer.state_dict_to_master_params(state)
+
+    def _load_optimizer_state(self) -> None:
+        beside = Path(find_resume_checkpoint() or self.resume_checkpoint).parent
+        path = beside / f"opt{self.resume_step:06}.pt"
+        if path.exists():
+            logger.log(f"loading optimizer state from checkpoint: {path}")
+            self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
+
+    def run_loop(self) -> None:
+        """Train, to the end of the annealing or for ever."""
+        while not self.lr_anneal_steps or self.step + self.resume_step < self.lr_anneal_steps:
+            batch, cond = next(self.data)
+            self.run_step(batch, cond)
+            if self.step % self.log_interval == 0:
+                logger.dumpkvs()
+            if self.step % self.save_interval == 0:
+                self.save()
+                # The published way to end a run that has no end.
+                if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
+                    return
+            self.step += 1
+        if (self.step - 1) % self.save_interval != 0:
+            self.save()
+
+    def run_step(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
+        """Make one step on a batch."""
+        self.forward_backward(batch, cond)
+        if self.mp_trainer.optimize(self.opt):
+            for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+                update_ema(params, self.mp_trainer.master_params, rate=rate)
+        self._anneal_lr()
+        self.log_step()
+
+    def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
+        """Add up the gradients of a batch."""
+        self.mp_trainer.zero_grad()
+        for first in range(0, len(batch), self.microbatch):
+            part = slice(first, first + self.microbatch)
+            images = batch[part].to(dist_util.dev())
+            kwargs = {name: value[part].to(dist_util.dev()) for name, value in cond.items()}
+            t, weights = self.schedule_sampler.sample(len(images), dist_util.dev())
+            more = first + self.microbatch < len(batch)
+            losses_of = partial(
+                self.diffusion.training_losses, self.ddp_model, images, t, model_kwargs=kwargs
+            )
+            with self.ddp_model.no_sync() if self.use_ddp and more else contextlib.nullcontext():  # type: ignore[operator]
+                losses = losses_of()
+            if isinstance(self.schedule_sampler, LossAwareSampler):
+                self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
+            log_loss_dict(self.diffusion, t, {name: value * weights for name, value in losses.items()})
+            self.mp_trainer.backward((losses["loss"] * weights).mean())
+
+    def _anneal_lr(self) -> None:
+        if self.lr_anneal_steps:
+            done = (self.step + self.resume_step) / self.lr_anneal_steps
+            for group in self.opt.param_groups:
+                group["lr"] = self.lr * (1 - done)
+
+    def log_step(self) -> None:
+        """Log the steps and samples behind it."""
+        step = self.step + self.resume_step
+        logger.logkv("step", step)
+        logger.logkv("samples", (step + 1) * self.global_batch)
+
+    def save(self) -> None:
+        """Write the network, its averages and the optimiser's state."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            folder, step = Path(get_blob_logdir() or "."), self.step + self.resume_step
+            states = {f"model{step:06d}.pt": self.mp_trainer.master_params}
+            for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+                states[f"ema_{rate}_{step:06d}.pt"] = params
+            for name, params in states.items():
+                logger.log(f"saving {name}...")
+                _save(folder / name, _bare(self.mp_trainer.master_params_to_state_dict(params)))
+            _save(folder / f"opt{step:06d}.pt", self.opt.state_dict())
+        if _processes() > 1:
+            dist.barrier()
+
+
+def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _save(path: Path, state: Any) -> None:
+    with atomic_open(path) as file:
+        torch.save(state, file)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """Return the step in a name modelNNNNNN.pt, 0 in any other."""
+    found = re.fullmatch(r"(\d+)(\..*)?", filename.rpartition("model")[2]) if "model" in filename else None
+    return int(found[1]) if found else 0
+
+
+def get_blob_logdir() -> str | None:
+    """Return the folder that files go to."""
+    return logger.get_dir()
+
+
+def find_resume_checkpoint() -> str | None:
+    """Return None: a run begins where it is told to; to be replaced by who knows better."""
+    return None
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float) -> str | None:
+    """Return the file of an average beside a checkpoint, or None."""
+    if not main_checkpoint:
+        return None
+    path = Path(main_checkpoint).parent / f"ema_{rate}_{step:06d}.pt"
+    return str(path) if path.exists() else None
+
+
+def log_loss_dict(diffusion: Any, ts: Tensor, losses: dict[str, Tensor]) -> None:
+    """Log the means of losses [N], whole and by quarter of the process that their steps lie in."""
+    for key, values in losses.items():
+        logger.logkv_mean(key, values.mean().item())
+        for step, loss in zip(ts.tolist(), values.tolist(), strict=True):
+            logger.logkv_mean(f"{key}_q{int(4 * step / diffusion.num_timesteps)}", loss)

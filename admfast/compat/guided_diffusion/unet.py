@@ -1,0 +1,237 @@
+"""Networks and blocks under the names of the published `unet.py`.
+
+The networks take the published arguments, draw the published initial weights and keep the published
+attributes; they run on admfast's blocks, which derive faster forms of their weights at a call that needs no
+gradient of a weight. Blocks have admfast's own constructors where a name isn't described here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from admfast.accelerate.nets import AcceleratedNet
+from admfast.accelerate.walks import Walk
+from admfast.engine.engine import Engine
+from admfast.engine.precision import Policy
+from admfast.models import (
+    Classifier,
+    ClassifierConfig,
+    NetConfig,
+    UNet,
+    UNetConfig,
+    Upsampler,
+    UpsamplerConfig,
+)
+from admfast.models.config import Pool
+from admfast.models.layers import (
+    AttentionBlock,
+    AttentionPool2d,
+    Downsample,
+    ResBlock,
+    TimestepBlock,
+    TimestepEmbedSequential,
+    Upsample,
+)
+
+__all__ = [
+    "AttentionBlock",
+    "AttentionPool2d",
+    "Downsample",
+    "EncoderUNetModel",
+    "ResBlock",
+    "SuperResModel",
+    "TimestepBlock",
+    "TimestepEmbedSequential",
+    "UNetModel",
+    "Upsample",
+]
+
+_KEPT = (
+    "image_size", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions", "dropout",
+    "channel_mult", "conv_resample", "use_checkpoint", "num_heads", "num_head_channels",
+)  # fmt: skip
+
+
+class _Published(AcceleratedNet):
+    """What the published networks have in common: attributes, conversions, the engine of their loops."""
+
+    config: Any
+    _fold_engine: Engine | None = None
+
+    def _keep(self, config: NetConfig, use_fp16: bool) -> None:
+        """Set the attributes that the published constructor sets."""
+        for name in _KEPT:
+            setattr(self, name, getattr(config, name))
+        self.num_heads_upsample = config.heads_upsample()
+        self.dtype = torch.float16 if use_fp16 else torch.float32
+        self._feature_size = _feature_size(config)
+
+    def convert_to_fp16(self) -> None:
+        """Run the torso's convolutions in float16: they are rounded once, in place."""
+        self.convert_torso(torch.float16)  # type: ignore[operator]
+
+    def convert_to_fp32(self) -> None:
+        """Run the torso's convolutions in float32 again, with the rounded weights."""
+        self.convert_torso(torch.float32)  # type: ignore[operator]
+
+    def engine_with(self, classifier: _Published | None) -> Engine:
+        """Return the engine of this network and a classifier; that of the last call is kept."""
+        policy = Policy("as called", _torso(self), _torso(classifier or self))
+        found = self._fold_engine
+        if found is None or found.classifier is not classifier or found.policy != policy:
+            found = self._fold_engine = Engine(self, classifier, policy)
+        return found
+
+
+def _torso(net: _Published) -> torch.dtype:
+    """Return the dtype that a network's torso computes in when it is called."""
+    policy = net.accelerated_policy
+    return net._parameter_dtype() if policy is None else policy.torso
+
+
+class UNetModel(_Published, UNet):
+    """The published UNet; arguments, attributes and initial weights are its own.
+
+    attention_resolutions: downsampling factors. use_fp16: only says what `dtype` is; `convert_to_fp16`
+    converts. Raises: InvalidArgument.
+    """
+
+    accelerated_walk = Walk("unet", "forward", ("x", "timesteps", "y"), takes_more=False, strict=True)
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        config = (UpsamplerConfig if isinstance(self, Upsampler) else UNetConfig)(
+            image_size=image_size, in_channels=in_channels, model_channels=model_channels,
+            out_channels=out_channels, num_res_blocks=num_res_blocks,
+            attention_resolutions=tuple(attention_resolutions), dropout=dropout,
+            channel_mult=tuple(channel_mult), conv_resample=conv_resample, dims=dims,
+            num_classes=num_classes, use_checkpoint=use_checkpoint, num_heads=num_heads,
+            num_head_channels=num_head_channels, num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm, resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+        )  # fmt: skip
+        super().__init__(config)
+        self._keep(config, use_fp16)
+        self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
+        self.in_channels = in_channels * self.input_copies
+        self.num_classes = num_classes
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, projected: Tensor | None = None
+    ) -> Tensor:
+        """Return the output at `x` [N, C, *spatial], contiguous, differentiable.
+
+        timesteps: [N], or [1] for all. y: [N] classes, given if and only if there are any (AssertionError).
+        projected: see `UNet.forward`; for the loops' prepared step.
+        """
+        if projected is not None:
+            return super().forward(x, timesteps, y, projected)
+        return self.walked(x, timesteps, y=y)
+
+
+class SuperResModel(UNetModel, Upsampler):
+    """The published upsampler: a UNet that sees `low_res`, enlarged bilinearly, beside x."""
+
+    accelerated_walk = Walk("upsampler", "forward", ("x", "timesteps", "low_res"), True, strict=True)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        low_res: Tensor | None = None,
+        y: Tensor | None = None,
+        projected: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output at `x`; low_res: [N, C, h, w] in the range of x. Otherwise as `UNetModel`."""
+        if projected is not None:
+            return Upsampler.forward(self, x, timesteps, y, low_res, projected)
+        return self.walked(x, timesteps, low_res, y=y)
+
+
+class EncoderUNetModel(_Published, Classifier):
+    """The published noisy classifier; arguments, attributes and initial weights are its own.
+
+    pool: "adaptive", "attention", "spatial" or "spatial_v2". Raises: InvalidArgument.
+    """
+
+    accelerated_walk = Walk("classifier", "forward", ("x", "timesteps"), takes_more=False, strict=False)
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: Pool = "adaptive",
+    ) -> None:
+        config = ClassifierConfig(
+            image_size=image_size, in_channels=in_channels, model_channels=model_channels,
+            out_channels=out_channels, num_res_blocks=num_res_blocks,
+            attention_resolutions=tuple(attention_resolutions), dropout=dropout,
+            channel_mult=tuple(channel_mult), conv_resample=conv_resample, dims=dims,
+            use_checkpoint=use_checkpoint, num_heads=num_heads, num_head_channels=num_head_channels,
+            num_heads_upsample=num_heads_upsample, use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, pool=pool,
+        )  # fmt: skip
+        super().__init__(config)
+        self._keep(config, use_fp16)
+        self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
+        self.in_channels, self.pool = in_channels, pool
+
+    def forward(self, x: Tensor, timesteps: Tensor, projected: Tensor | None = None) -> Tensor:
+        """Return logits [N, out_channels] at `x` [N, C, H, W]; timesteps: [N], or [1] for all."""
+        if projected is None and not self.pool.startswith("spatial"):
+            return self.walked(x, timesteps)
+        if projected is None:
+            self.fold_now()
+        return super().forward(x, timesteps.expand(len(x)), projected)
+
+
+def _feature_size(config: NetConfig) -> int:
+    """Return the channels that all blocks put out together, as published."""
+    widths, blocks = config.widths(), config.num_res_blocks
+    size = widths[0] + sum(blocks * width for width in widths) + sum(widths[:-1]) + widths[-1]
+    return size if isinstance(config, ClassifierConfig) else size + sum((blocks + 1) * w for w in widths)
+
+
+def is_network(value: Any) -> bool:
+    """Tell whether a value is one of these networks, in evaluation mode."""
+    return isinstance(value, nn.Module) and isinstance(value, _Published) and not value.training
