@@ -3,17 +3,17 @@
 Written from the behaviour of diffusers 0.42, which isn't needed here. Modules by name, for the block `i` of
 level `l` (0 is the highest resolution, `u` the same level counted from the lowest):
 
-    time_embed.0, time_embed.2          time_embedding.linear_1, time_embedding.linear_2
-    label_emb                           class_embedding
-    input_blocks.0.0                    conv_in
-    input_blocks.K.0, input_blocks.K.1  down_blocks.l.resnets.i, down_blocks.l.attentions.i
-    the last input block of a level     down_blocks.l.downsamplers.0
-    middle_block.0, .1, .2              mid_block.resnets.0, mid_block.attentions.0, mid_block.resnets.1
-    output_blocks.K.0, .1, the last     up_blocks.u.resnets.i, up_blocks.u.attentions.i, up_blocks.u.upsamplers.0
-    out.0, out.2                        conv_norm_out, conv_out
+    time_embed.0, .2                 time_embedding.linear_1, .linear_2
+    label_emb                        class_embedding
+    input_blocks.0.0                 conv_in
+    input_blocks.K.0, .1             down_blocks.l: resnets.i, attentions.i
+    last input block of a level      down_blocks.l: downsamplers.0
+    middle_block.0, .1, .2           mid_block: resnets.0, attentions.0, resnets.1
+    output_blocks.K.0, .1, last one  up_blocks.u: resnets.i, attentions.i, upsamplers.0
+    out.0, .2                        conv_norm_out, conv_out
 
-Rows of qkv, [3, h, d] or legacy [h, 3, d], become three linear layers to_q, to_k and to_v, [h, d] each; legacy
-rows are permuted first. Nothing is computed: every value is one of the file's.
+Rows of qkv, [3, h, d] or legacy [h, 3, d], become three linear layers to_q, to_k and to_v, [h, d] each;
+legacy rows are permuted first. Nothing is computed: every value is one of the file's.
 """
 
 from __future__ import annotations
@@ -53,12 +53,11 @@ _WHOLE = {
 }
 
 
-def check_held(config: NetConfig, process: DiffusionConfig, scheduler: str = "ddim") -> None:
-    """Refuse, by the name of the field, what `UNet2DModel` and the scheduler can't hold exactly.
+def check_network(config: NetConfig) -> None:
+    """Refuse, by the name of the field, a network that `UNet2DModel` can't hold exactly.
 
     Raises: InvalidArgument.
     """
-    one_of("scheduler", scheduler, SCHEDULERS)
     if type(config) is not UNetConfig:
         raise invalid("kind", config.kind, "diffusers' UNet2DModel holds a unet")
     if config.dims != 2:
@@ -73,6 +72,14 @@ def check_held(config: NetConfig, process: DiffusionConfig, scheduler: str = "dd
         allowed = "True, or resblock_updown: diffusers resamples by convolutions or in residual blocks"
         raise invalid("conv_resample", False, allowed)
     _head_dim(config)
+
+
+def check_process(process: DiffusionConfig, scheduler: str = "ddim") -> None:
+    """Refuse, by the name of the setting, a process that diffusers' scheduler can't hold.
+
+    Raises: InvalidArgument.
+    """
+    one_of("scheduler", scheduler, SCHEDULERS)
     mean, variance, _ = process.types
     if mean is MeanType.PREVIOUS_X:
         raise invalid("mean_type", mean.name, "EPSILON or START_X: diffusers predicts the noise or x_0")
@@ -80,7 +87,9 @@ def check_held(config: NetConfig, process: DiffusionConfig, scheduler: str = "dd
         allowed = "LEARNED_RANGE or fixed for diffusers' DDPMScheduler, or the scheduler ddim, which has none"
         raise invalid("var_type", variance.name, allowed)
     if process.rescale_timesteps and process.steps != 1000:
-        allowed = f"False, or 1000 steps: diffusers hands the network whole timesteps, 0 to {process.steps - 1}"
+        allowed = (
+            f"False, or 1000 steps: diffusers hands the network whole timesteps, 0 to {process.steps - 1}"
+        )
         raise invalid("rescale_timesteps", True, allowed)
 
 
@@ -88,7 +97,7 @@ def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
     """Return the configuration of the `UNet2DModel` that computes the same, ready for JSON.
 
     scheduler: "ddim", whose network puts out the mean channels only, or "ddpm", the variance channels too.
-    Raises: InvalidArgument, where the heads can't be held (`check_held` refuses everything else).
+    Raises: InvalidArgument, where the heads can't be held (`check_network` refuses the rest).
     """
     attended = config.levels_with_attention()
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
@@ -127,9 +136,7 @@ def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
 
 def _head_dim(config: UNetConfig) -> int | None:
     """Return the channels of a head, which are the same everywhere; None for one head everywhere."""
-    widths = [
-        width for width, on in zip(config.widths(), config.levels_with_attention(), strict=True) if on
-    ]
+    widths = [width for width, on in zip(config.widths(), config.levels_with_attention(), strict=True) if on]
     blocks = {(width, config.heads(width, up)) for width in widths for up in (False, True)}
     blocks.add((config.widths()[-1], config.heads(config.widths()[-1])))
     sizes = {width // heads for width, heads in blocks}
@@ -147,13 +154,12 @@ def _listed(numbers: set[int]) -> str:
     return ", ".join(map(str, sorted(numbers)))
 
 
-def unet_state(
-    state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim"
-) -> dict[str, Tensor]:
+def unet_state(state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim") -> dict[str, Tensor]:
     """Return the weights of a UNet under the names and in the shapes of `UNet2DModel`.
 
-    state: the published state dict of a network of `config`, which `check_held` has accepted. scheduler: as in
-    `unet_config`; "ddim" leaves the rows of the variance channels out. The tensors may be views.
+    state: the published state dict of a network of `config`, which `check_network` has accepted.
+    scheduler: as in `unet_config`; "ddim" leaves the rows of the variance channels out.
+    Returns tensors that may be views.
     """
     found: dict[str, Tensor] = {}
     for ours, theirs in _modules(config):
@@ -223,8 +229,8 @@ def _attentions(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
 def scheduler_config(process: DiffusionConfig, scheduler: str = "ddim") -> dict[str, Any]:
     """Return the configuration of diffusers' scheduler for a process, ready for JSON.
 
-    Its N steps are 0, k, 2k, ... with k = steps // N ("leading"): those of `respacing="ddimN"` where N divides
-    the steps. The last step ends at alpha_bar 1; x_0 is limited to [-1, 1].
+    Its N steps are 0, k, 2k, ... with k = steps // N ("leading"): those of `respacing="ddimN"` where N
+    divides the steps. The last step ends at alpha_bar 1; x_0 is limited to [-1, 1].
 
     scheduler: "ddim" or "ddpm", which also has the variance.
     """
