@@ -46,7 +46,7 @@ def inputs(config: UNetConfig, dtype: torch.dtype = torch.float64):
 
 
 def assert_same_output(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Assert that outputs differ as the published networks' may: by their float32 limit, scaled to the dtype."""
+    """Assert that outputs differ as published networks may: the float32 limit, scaled to the dtype."""
     assert found.dtype == wanted.dtype
     limit = NETWORK_OUTPUT_LIMIT * torch.finfo(wanted.dtype).eps / torch.finfo(torch.float32).eps
     assert (found - wanted).abs().max() <= limit * wanted.abs().max()
