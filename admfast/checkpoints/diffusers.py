@@ -214,15 +214,16 @@ def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
 
 
 def _attentions(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
-    """Yield the names of attention blocks, ours and theirs, with their heads."""
+    """Yield the names of attention blocks, ours and theirs, with their heads: as many up as down."""
     count, widths, attended = config.num_res_blocks, config.widths(), config.levels_with_attention()
     for level in (level for level, attention in enumerate(attended) if attention):
         for i in range(count):
             place = f"input_blocks.{1 + level * (count + 1) + i}.1"
             yield place, f"down_blocks.{level}.attentions.{i}", config.heads(widths[level])
-        up, heads = len(widths) - 1 - level, config.heads(widths[level], up_path=True)
+        up = len(widths) - 1 - level
         for i in range(count + 1):
-            yield f"output_blocks.{up * (count + 1) + i}.1", f"up_blocks.{up}.attentions.{i}", heads
+            place = f"output_blocks.{up * (count + 1) + i}.1"
+            yield place, f"up_blocks.{up}.attentions.{i}", config.heads(widths[level])
     yield "middle_block.1", "mid_block.attentions.0", config.heads(widths[-1])
 
 

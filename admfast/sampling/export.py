@@ -101,7 +101,7 @@ def export(
         raise invalid("scheduler", scheduler, "only for the form diffusers")
     if dtype is not None and dtype not in DTYPES:
         raise invalid("dtype", dtype, "float32, float16 or bfloat16, or None")
-    net, info, notes = _loaded(source, weights, preset, options, to, dtype)
+    net, info, notes = _loaded(source, weights, preset, options, dtype)
     if to == "diffusers":
         return _to_diffusers(net, info, out, scheduler, notes)
     description = Description(info.config, info.diffusion, info.training)
@@ -133,7 +133,6 @@ def _loaded(
     weights: str | PathLike[str] | None,
     preset: str | None,
     options: Mapping[str, Any],
-    to: str,
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, ModelInfo, tuple[str, ...]]:
     """Return the network on the CPU, what is known of it, and what of a system is left behind."""
@@ -147,7 +146,7 @@ def _loaded(
     else:
         source = no_system("source", source, weights)
     try:
-        net, info = load_network(source, preset=preset, dtype=dtype, process=to == "diffusers", **options)
+        net, info = load_network(source, preset=preset, dtype=dtype, **options)
     except Unanswered as question:
         raise CheckpointError(f"{question} [options of export, or --set on the command line]") from None
     return net, info, notes
