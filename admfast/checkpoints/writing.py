@@ -23,9 +23,15 @@ from torch import Tensor
 from admfast.checkpoints.differences import compare, network_shapes, shapes_of
 from admfast.checkpoints.reading import ENDINGS, METADATA_KEY
 from admfast.errors import OutputError, invalid
-from admfast.files.atomic import atomic_open, atomic_path, folder_if_used, output_error
+from admfast.files.atomic import (
+    atomic_folder,
+    atomic_open,
+    atomic_path,
+    make_folder,
+    output_error,
+    write_text,
+)
 from admfast.files.paths import user_path
-from admfast.interrupts import held_back
 from admfast.models.description import Description
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -76,24 +82,22 @@ def write_weights(
 
 
 def write_folder(folder: Path, files: Mapping[str, str | Mapping[str, Tensor]]) -> None:
-    """Write texts and safetensors files into a folder, all of them or none; the first gets its name last.
+    """Write texts and safetensors files into a folder, all of them or none.
 
-    folder: made where it isn't there; other files in it are left alone. files: each by its path in it, a text
-    or a state dict (names to tensors, on any device).
+    folder: see `atomic_folder`. files: each by its path in the folder, a text or a state dict (names to
+    tensors, on any device, which keep their dtypes).
     Raises: OutputError.
     """
-    with contextlib.ExitStack() as stack:
+    with atomic_folder(folder) as place:
         for name, content in files.items():
-            path = folder / name
-            stack.enter_context(folder_if_used(path.parent))
+            path = place / name
+            make_folder(path.parent)
             if isinstance(content, str):
-                stack.enter_context(atomic_open(path)).write(content.encode())
-            else:
-                temporary = stack.enter_context(atomic_path(path))
-                tensors = {key: _on_disk(value, None) for key, value in content.items()}
+                write_text(path, content)
+                continue
+            tensors = {key: _on_disk(value, None) for key, value in content.items()}
+            with atomic_path(path) as temporary:
                 _save_safetensors(path, temporary, tensors, {"format": "pt"})
-        with held_back():
-            stack.close()
 
 
 def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import admfast
 from admfast.checkpoints import diffusers as ours
-from admfast.checkpoints import write_weights
+from admfast.checkpoints import network_shapes, write_weights
 from admfast.diffusion import DiffusionConfig
 from admfast.models.description import Description
+from admfast.models.presets import MODELS
 from admfast.sampling.pipeline import Pipeline
 from tests.checkpoints.exported import HELD, assert_same_output, held, inputs
 from tests.small import assert_close, with_weights
@@ -52,6 +53,18 @@ def test_their_network_gives_our_output(library, name, dtype):
     x, t, classes = inputs(config, dtype)
     with torch.no_grad():
         assert_same_output(theirs(x, t, class_labels=classes).sample, net(x, t, classes))
+
+
+@pytest.mark.parametrize("name", ["64x64_diffusion", "256x256_diffusion", "256x256_diffusion_uncond"])
+def test_released_networks_fit_at_full_size(library, name):
+    config = MODELS[name].config
+    with torch.device("meta"):
+        theirs = library.UNet2DModel.from_config(ours.unet_config(config))
+        state = {key: torch.empty(shape) for key, shape in network_shapes(config).items()}
+    found = ours.unet_state(state, config)
+    assert {key: value.shape for key, value in found.items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
 
 
 def theirs_and_ours(library, pipe: Pipeline, folder: Path, steps: int) -> tuple[Tensor, Tensor]:

@@ -154,8 +154,15 @@ def test_what_is_there_stays_unless_overwritten(source, tmp_path):
     admfast.export(source, tmp_path / "d", to="diffusers", scheduler="ddpm", overwrite=True)
     assert "DDPM" in (tmp_path / "d/model_index.json").read_text()
     assert (tmp_path / "d/notes.txt").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
+
+
+def test_an_empty_folder_is_filled(source, tmp_path, monkeypatch):
+    for name in ("empty", "here"):
+        (tmp_path / name).mkdir()
     admfast.export(source, tmp_path / "empty", to="diffusers")
+    monkeypatch.chdir(tmp_path / "here")
+    admfast.export(source, ".", to="diffusers")
+    assert files(tmp_path / "empty") == files(tmp_path / "here") == FOLDER
 
 
 @pytest.mark.parametrize(
@@ -207,7 +214,7 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, to):
         try:
             admfast.export({str(source)!r}, "a/x" if {to!r} == "diffusers" else "x.pt", to={to!r})
         except admfast.AdmfastError as error:
-            print(type(error).__name__)
+            print(f"{{type(error).__name__}} {{error}}")
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
@@ -215,5 +222,6 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, to):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )  # fmt: skip
-    assert done.stdout == "OutputError\n", done.stderr
+    named = "a/x/unet/diffusion_pytorch_model.safetensors" if to == "diffusers" else "x.pt"
+    assert done.stdout.startswith(f"OutputError {named}: ") and done.stdout.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
