@@ -1,4 +1,7 @@
-"""The README's Python runs as it stands, its commands and those of docs/export.md have these options."""
+"""The README's Python runs as it stands, its commands have these options, its table has every op.
+
+So have the commands of docs/export.md.
+"""
 
 from __future__ import annotations
 
