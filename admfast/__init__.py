@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from admfast.models import UNet as UNet
     from admfast.models import Upsampler as Upsampler
     from admfast.sampling import guides as guides
+    from admfast.sampling.export import export as export
     from admfast.sampling.load import load as load
     from admfast.sampling.pipeline import Pipeline as Pipeline
     from admfast.solvers import SOLVERS as SOLVERS
@@ -32,6 +33,7 @@ _HOMES = {
     "SOLVERS": "solvers",
     "UNet": "models",
     "Upsampler": "models",
+    "export": "sampling.export",
     "load": "sampling.load",
 }
 # Modules of the public face that lie deeper than their name says.

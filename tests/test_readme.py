@@ -1,4 +1,7 @@
-"""The README's Python runs as it stands, its commands have these options, its table has every op."""
+"""The README's Python runs as it stands, its commands have these options, its table has every op.
+
+So have the commands of docs/export.md.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import torch
 import admfast
 from admfast.ops import TABLES
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXPORT = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -49,7 +54,8 @@ def test_the_python_blocks_run(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", re.findall(r"^admfast (?:sample|train|inspect|fetch|models).*$", README, re.M)
+    "line",
+    re.findall(r"^admfast (?:sample|train|export|inspect|fetch|models).*$", README + EXPORT, re.M),
 )
 def test_the_options_of_the_commands_exist(line):
     from admfast.cli.commands import app

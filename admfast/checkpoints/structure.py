@@ -107,7 +107,10 @@ def _base_width(shapes: Shapes) -> int:
                 f"not a plain state dict: every key begins with {prefix!r}; save it without"
             )
     if "time_embedding.linear_1.weight" in shapes:
-        raise CheckpointError("not in the published format: these are the keys of a diffusers UNet2DModel")
+        raise CheckpointError(
+            "not in the published format: these are the keys of a diffusers UNet2DModel, "
+            "which admfast export writes and nothing here reads"
+        )
     first = ", ".join(list(shapes)[:3])
     raise CheckpointError(f"not an ADM network: no time_embed.0.weight [4M, M] among its keys ({first}, ...)")
 

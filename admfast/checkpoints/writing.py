@@ -1,4 +1,4 @@
-"""Write weights: safetensors with a description, or the published plain state dict.
+"""Write weights: safetensors with a description, the published plain state dict, or files of a folder.
 
 The description (network, diffusion process, training facts) goes into a `.json` of the same name beside
 either format, where it can be read and mended by hand; a safetensors header also holds a copy, for a file
@@ -23,7 +23,14 @@ from torch import Tensor
 from admfast.checkpoints.differences import compare, network_shapes, shapes_of
 from admfast.checkpoints.reading import ENDINGS, METADATA_KEY
 from admfast.errors import OutputError, invalid
-from admfast.files.atomic import atomic_open, atomic_path, output_error
+from admfast.files.atomic import (
+    atomic_folder,
+    atomic_open,
+    atomic_path,
+    make_folder,
+    output_error,
+    write_text,
+)
 from admfast.files.paths import user_path
 from admfast.models.description import Description
 
@@ -69,9 +76,28 @@ def write_weights(
         if text is not None:
             stack.enter_context(atomic_open(path.with_suffix(".json"))).write(text.encode())
         if path.suffix == ".safetensors":
-            _save_safetensors(path, temporary, tensors, text)
+            _save_safetensors(path, temporary, tensors, {METADATA_KEY: text} if text is not None else None)
         else:
             torch.save(tensors, file)
+
+
+def write_folder(folder: Path, files: Mapping[str, str | Mapping[str, Tensor]]) -> None:
+    """Write texts and safetensors files into a folder, all of them or none.
+
+    folder: see `atomic_folder`. files: each by its path in the folder, a text or a state dict (names to
+    tensors, on any device, which keep their dtypes).
+    Raises: OutputError.
+    """
+    with atomic_folder(folder) as place:
+        for name, content in files.items():
+            path = place / name
+            make_folder(path.parent)
+            if isinstance(content, str):
+                write_text(path, content)
+                continue
+            tensors = {key: _on_disk(value, None) for key, value in content.items()}
+            with atomic_path(path) as temporary:
+                _save_safetensors(path, temporary, tensors, {"format": "pt"})
 
 
 def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -81,10 +107,12 @@ def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     return value if whole else value.clone()
 
 
-def _save_safetensors(path: Path, temporary: Path, tensors: dict[str, Tensor], text: str | None) -> None:
+def _save_safetensors(
+    path: Path, temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
+) -> None:
     """Save under the temporary name; a failed write is a SafetensorError with the system's number in it."""
     try:
-        save_file(tensors, temporary, metadata={METADATA_KEY: text} if text is not None else None)
+        save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number:

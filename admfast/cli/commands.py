@@ -19,7 +19,7 @@ from admfast.cli.main import INTERRUPTED
 from admfast.cli.published import translated
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 
-NAMES = ("sample", "train", "inspect", "models", "fetch", "info", "verify")
+NAMES = ("sample", "train", "export", "inspect", "models", "fetch", "info", "verify")
 USER_ERROR = 2
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # What typer raises for bad usage. Newer versions carry their own copy of click, older ones import it; the
@@ -63,7 +63,7 @@ def _summary(name: str) -> str:
 
 app = Commands(
     name="admfast",
-    help="ADM diffusion models: sample, train, verify, inspect, fetch.",
+    help="ADM diffusion models: sample, train, export, verify, inspect, fetch.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

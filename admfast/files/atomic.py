@@ -1,7 +1,8 @@
 """Write a file whole or not at all: a temporary name in the same folder, fsync, rename.
 
 A write that fails raises `OutputError` in one line with the path and the reason, removes its temporary file
-and leaves whatever was at the path as it was. A process that is killed can leave a file `.NAME.*.tmp` behind.
+and leaves whatever was at the path as it was. A process that is killed can leave a file or a folder
+`.NAME.*.tmp` behind.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import io
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from os import PathLike
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from admfast.errors import OutputError
-from admfast.interrupts import making
+from admfast.interrupts import held_back, making
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -113,6 +115,42 @@ def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
         except OSError as error:
             raise output_error(path, error) from error
         _rename(temporary, path)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic_path`, for the files of a folder: yields a new one beside `path`, for the block to fill.
+
+    Where `path` is missing or empty it takes all files at once. Else they take their places one by one when
+    all are written, and other files are left alone.
+
+    Raises:
+        OutputError: if they can't all be written; `path` is as it was.
+    """
+    with folder_if_used(path.parent):
+        temporary = _temporary(path)
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            raise output_error(path, error) from error
+        try:
+            yield temporary
+            with held_back():
+                _move(temporary, path)
+        except OutputError as error:
+            raise OutputError(str(error).replace(str(temporary), str(path))) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    """Give the files of a finished folder their places in another."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return _rename(temporary, folder)
+    for file in (file for file in temporary.rglob("*") if file.is_file()):
+        place = folder / file.relative_to(temporary)
+        make_folder(place.parent)
+        _rename(file, place)
 
 
 def write_bytes(path: str | PathLike[str], data: bytes) -> None:
@@ -212,7 +250,7 @@ def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
             f"{path}: not written: it is a {'folder' if target.is_dir() else 'device'}, not a file"
         )
     making()
-    temporary = target.with_name(f".{target.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(target)
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     except OSError as error:
@@ -224,8 +262,13 @@ def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
             temporary.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> Path:
+    """Return a name beside `path` that nothing else has."""
+    return path.parent / f".{path.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
 def _rename(temporary: Path, path: str | PathLike[str]) -> None:
-    """Give the finished file its name, and make the name last."""
+    """Give the finished file or folder its name, and make the name last."""
     try:
         # Through a link, the file it points to is replaced, not the link.
         os.replace(temporary, os.path.realpath(path))

@@ -52,6 +52,11 @@ class ModelPreset:
         return self.url is None
 
     @property
+    def released_name(self) -> str | None:
+        """Return its name where it is a released file; None for a shipped one, whose JSON says what it is."""
+        return None if self.shipped else self.name
+
+    @property
     def shipped_path(self) -> Path | None:
         """Return where a shipped file lies; None for a released one."""
         return DIGITS_FOLDER / self.file if self.shipped else None

@@ -24,7 +24,7 @@ from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
 from admfast.files.paths import user_path
 from admfast.models import Classifier, UNet, Upsampler, UpsamplerConfig
-from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset, system
+from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset
 from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
@@ -84,10 +84,7 @@ def load(
         InvalidArgument: for an unknown system, device, precision or option.
         CheckpointError: for a file that is missing, damaged, unsafe or of another network.
     """
-    in_memory = isinstance(name, Mapping | nn.Module) or hasattr(name, "read")
-    if not in_memory and not (isinstance(name, str | PathLike) and str(name)):
-        allowed = "a system (such as 'digits32') or the path of a weights file, or weights in memory"
-        raise invalid("name", name, allowed)
+    chosen = named_system("name", name)
     _check_option_names(options)
     flags.refuse_elsewhere(options)
     more: dict[str, Any] = {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
@@ -101,21 +98,10 @@ def load(
     prepared = _engine_options(engine, switch("compile", compile), compile_cache)
     form = _Form(policy(precision, on), prepared, switch("keep_master", keep_master))
     with own_numerics(on):
-        if not in_memory and str(name) in SYSTEMS:
-            for argument, value in said.items():
-                given_as = str(value) if isinstance(value, PathLike) else value
-                raise invalid(argument, given_as, f"not for a system: {name} says it")
-            return _load_system(system(str(name)), weights, on, form)
-        if not in_memory:
-            name = user_path("name", name)  # type: ignore[arg-type]
-            if not os.path.lexists(name) and name.suffix not in ENDINGS:
-                path = f"a path is that of a weights file or {A_RUN}{near_names(name)}"
-                raise invalid(
-                    "name", str(name), f"neither a system nor a file; {nearest(str(name), SYSTEMS)}; {path}"
-                )
-        if weights is not None:
-            allowed = f"for a system, as the folder of its files; {_named(name)} is a file"
-            raise invalid("weights", _named(weights), allowed)
+        if chosen is not None:
+            refuse_said(chosen, said)
+            return _load_system(chosen, weights, on, form)
+        name = no_system("name", name, weights)
         for flag, value in of_classifier.items() if classifier is None else ():
             raise invalid(flag, value, "there is no classifier")
         parts = [
@@ -124,6 +110,38 @@ def load(
             _Part("upsampler", upsampler, {**(upsampler_options or {})}),
         ]
         return _load_files(parts, on, form)
+
+
+def named_system(argument: str, source: Source) -> SystemPreset | None:
+    """Return the system that a source names; None for a path or weights in memory. Raises InvalidArgument."""
+    if isinstance(source, Mapping | nn.Module) or hasattr(source, "read"):
+        return None
+    if not (isinstance(source, str | PathLike) and str(source)):
+        allowed = "a system (such as 'digits32') or the path of a weights file, or weights in memory"
+        raise invalid(argument, source, allowed)
+    return SYSTEMS.get(str(source))
+
+
+def refuse_said(chosen: SystemPreset, said: Mapping[str, Any]) -> None:
+    """Refuse what a user says of a system, which says it itself."""
+    for argument, value in said.items():
+        given_as = str(value) if isinstance(value, PathLike) else value
+        raise invalid(argument, given_as, f"not for a system: {chosen.name} says it")
+
+
+def no_system(argument: str, source: Source, weights: str | PathLike[str] | None) -> Source:
+    """Return a source that is no system, a path as one; refuse a name of nothing, and `weights` beside it."""
+    if isinstance(source, str | PathLike):
+        source = user_path(argument, source)
+        if not os.path.lexists(source) and source.suffix not in ENDINGS:
+            path = f"a path is that of a weights file or {A_RUN}{near_names(source)}"
+            raise invalid(
+                argument, str(source), f"neither a system nor a file; {nearest(str(source), SYSTEMS)}; {path}"
+            )
+    if weights is not None:
+        allowed = f"for a system, as the folder of its files; {_named(source)} is a file"
+        raise invalid("weights", _named(weights), allowed)
+    return source
 
 
 @dataclass(frozen=True)
@@ -210,10 +228,10 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     (guide, _), (up, of_up) = (loaded.get(name, (None, None)) for name in ("classifier", "upsampler"))
     upsampler = None
     if up is not None and of_up is not None:
-        process = _process(of_up.path, of_up.diffusion)
+        process = process_of(of_up.path, of_up.diffusion)
         run = {"steps": min(250, process.steps), LOW_RES_SIZE: _low_res_size(of_up, trained["upsampler"])}
         upsampler = form.pipeline(of_up.path.stem, up, process, **run)
-    process = _process(info.path, info.diffusion)
+    process = process_of(info.path, info.diffusion)
     run = {"steps": min(250, process.steps), LOW_RES_SIZE: _low_res_size(info, trained["name"])}
     guidance = 1.0 if guide is not None else 0.0
     return form.pipeline(
@@ -250,7 +268,8 @@ def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
     return net, info  # type: ignore[return-value]
 
 
-def _process(source: Path | str, process: DiffusionConfig | None) -> DiffusionConfig:
+def process_of(source: Path | str, process: DiffusionConfig | None) -> DiffusionConfig:
+    """Return the process of a file; raises CheckpointError where nothing says it."""
     if process is None:
         raise CheckpointError(f"{source}: nothing says its process; give noise_schedule (linear or cosine)")
     return process
@@ -268,24 +287,21 @@ def _load_system(
     chosen: SystemPreset, weights: str | PathLike[str] | None, device: torch.device, form: _Form
 ) -> Pipeline:
     """Load every model of a system; all files are looked for before the first is read."""
-    if weights is not None and all(model.shipped for model in chosen.models):
-        raise invalid("weights", _named(weights), f"not for {chosen.name}, which ships with the package")
-    paths = {model.name: _find(chosen, model, weights) for model in chosen.models}
+    paths = {model.name: file_of(chosen, model, weights) for model in chosen.models}
 
     def network(model: ModelPreset) -> Network:
-        preset_name = None if model.shipped else model.name
-        net, _ = load_network(paths[model.name], preset=preset_name, device=device)
+        net, _ = load_network(paths[model.name], preset=model.released_name, device=device)
         assert isinstance(net, Network)
         return net
 
     upsampler = None
     if (up := chosen.upsampler) is not None:
-        process, run = _process(up.name, up.diffusion), {"steps": chosen.upsampler_steps}
+        process, run = process_of(up.name, up.diffusion), {"steps": chosen.upsampler_steps}
         upsampler = form.pipeline(up.name, network(up), process, low_res_size=up.low_res_size, **run)
     return form.pipeline(
         chosen.name,
         network(chosen.diffusion),
-        _process(chosen.diffusion.name, chosen.diffusion.diffusion),
+        process_of(chosen.diffusion.name, chosen.diffusion.diffusion),
         classifier=None if chosen.classifier is None else form.guide(network(chosen.classifier)),
         guidance=chosen.guidance,
         steps=chosen.steps,
@@ -293,8 +309,10 @@ def _load_system(
     )
 
 
-def _find(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:
-    """Return where a model's file is; raises CheckpointError that says how to get it."""
+def file_of(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:
+    """Return where a model's file is; raises CheckpointError that says how to get it, or InvalidArgument."""
+    if weights is not None and all(part.shipped for part in chosen.models):
+        raise invalid("weights", _named(weights), f"not for {chosen.name}, which ships with the package")
     if model.shipped_path is not None:
         return model.shipped_path
     if weights is None:

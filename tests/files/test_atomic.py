@@ -15,6 +15,7 @@ import pytest
 
 from admfast.errors import AdmfastError, OutputError
 from admfast.files.atomic import (
+    atomic_folder,
     atomic_open,
     atomic_path,
     check_writable,
@@ -126,6 +127,50 @@ def test_a_folder_goes_with_a_block_that_puts_nothing_into_it(tmp_path, there):
     with folder_if_used(place):
         (place / "file").write_text("")
     assert (place / "file").exists()
+
+
+@pytest.mark.parametrize("there", [None, [], ["old", "mine"]], ids=["missing", "empty", "filled"])
+def test_the_files_of_a_folder_come_all_at_the_end(tmp_path, there):
+    folder = tmp_path / "a/b"
+    for name in there or ():
+        (folder / "in").mkdir(parents=True, exist_ok=True)
+        (folder / "in" / name).write_text("before")
+    if there is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+
+    def fill(temporary: Path) -> None:
+        (temporary / "in").mkdir()
+        for name in ("old", "new"):
+            (temporary / "in" / name).write_text("after")
+
+    with contextlib.suppress(ZeroDivisionError), atomic_folder(folder) as temporary:
+        fill(temporary)
+        raise ZeroDivisionError
+    assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before
+    with atomic_folder(folder) as temporary:
+        fill(temporary)
+        assert not (folder / "in" / "new").exists()
+    found = {path.name: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    assert found == {**({"mine": "before"} if there else {}), "old": "after", "new": "after"}
+    assert names(tmp_path / "a") == ["b"]
+
+
+def test_a_killed_process_leaves_a_folder_as_it_was(tmp_path):
+    program = """
+        import os, pathlib, signal
+        from admfast.files.atomic import atomic_folder
+        with atomic_folder(pathlib.Path("x")) as place:
+            (place / "file").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    [left] = names(tmp_path)
+    assert left.startswith(".x.") and left.endswith(".tmp")
 
 
 def test_a_device_is_not_replaced():

@@ -1,0 +1,273 @@
+"""A UNet as a `UNet2DModel` of the library diffusers, with the configuration of its scheduler beside it.
+
+Written from the behaviour of diffusers 0.42, which isn't needed here. Modules by name, for the block `i` of
+level `l` (0 is the highest resolution, `u` the same level counted from the lowest):
+
+    time_embed.0, .2                 time_embedding.linear_1, .linear_2
+    label_emb                        class_embedding
+    input_blocks.0.0                 conv_in
+    input_blocks.K.0, .1             down_blocks.l: resnets.i, attentions.i
+    last input block of a level      down_blocks.l: downsamplers.0
+    middle_block.0, .1, .2           mid_block: resnets.0, attentions.0, resnets.1
+    output_blocks.K.0, .1, last one  up_blocks.u: resnets.i, attentions.i, upsamplers.0
+    out.0, .2                        conv_norm_out, conv_out
+
+Rows of qkv, [3, h, d] or legacy [h, 3, d], become three linear layers to_q, to_k and to_v, [h, d] each;
+legacy rows are permuted first. Nothing is computed: every value is one of the file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from admfast.checks import one_of
+from admfast.diffusion import DiffusionConfig
+from admfast.diffusion.parameterisation import MeanType, VarType
+from admfast.diffusion.schedule import beta_schedule
+from admfast.errors import invalid
+from admfast.models.config import GROUPS, NetConfig, UNetConfig
+from admfast.models.layers import legacy_rows
+
+VERSION = "0.42.1"  # of the library whose behaviour this follows
+# Scheduler and pipeline that are written, by the name that a user gives.
+SCHEDULERS = {"ddim": ("DDIMScheduler", "DDIMPipeline"), "ddpm": ("DDPMScheduler", "DDPMPipeline")}
+
+_RESIDUAL = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_WHOLE = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+
+def check_network(config: NetConfig) -> None:
+    """Refuse, by the name of the field, a network that `UNet2DModel` can't hold exactly.
+
+    Raises: InvalidArgument.
+    """
+    if type(config) is not UNetConfig:
+        raise invalid("kind", config.kind, "diffusers' UNet2DModel holds a unet")
+    if config.dims != 2:
+        raise invalid("dims", config.dims, "2: diffusers' UNet2DModel has two")
+    if not config.of_images:
+        allowed = f"{config.in_channels} or, with learned variance, {2 * config.in_channels}"
+        raise invalid("out_channels", config.out_channels, f"{allowed}, as diffusers' pipelines take them")
+    if config.widths()[0] != config.model_channels:
+        allowed = f"a first level of model_channels={config.model_channels} channels: diffusers' timestep"
+        raise invalid("channel_mult", config.channel_mult, f"{allowed} embedding has the width of that level")
+    if len(config.channel_mult) > 1 and not (config.resblock_updown or config.conv_resample):
+        allowed = "True, or resblock_updown: diffusers resamples by convolutions or in residual blocks"
+        raise invalid("conv_resample", False, allowed)
+    _head_dim(config)
+
+
+def check_process(process: DiffusionConfig, scheduler: str = "ddim") -> None:
+    """Refuse, by the name of the setting, a process that diffusers' scheduler can't hold.
+
+    Raises: InvalidArgument.
+    """
+    one_of("scheduler", scheduler, SCHEDULERS)
+    mean, variance, _ = process.types
+    if mean is MeanType.PREVIOUS_X:
+        raise invalid("mean_type", mean.name, "EPSILON or START_X: diffusers predicts the noise or x_0")
+    if variance is VarType.LEARNED and scheduler == "ddpm":
+        allowed = "LEARNED_RANGE or fixed for diffusers' DDPMScheduler, or the scheduler ddim, which has none"
+        raise invalid("var_type", variance.name, allowed)
+    if process.rescale_timesteps and process.steps != 1000:
+        allowed = (
+            f"False, or 1000 steps: diffusers hands the network whole timesteps, 0 to {process.steps - 1}"
+        )
+        raise invalid("rescale_timesteps", True, allowed)
+
+
+def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
+    """Return the configuration of the `UNet2DModel` that computes the same, ready for JSON.
+
+    scheduler: "ddim", whose network puts out the mean channels only, or "ddpm", the variance channels too.
+    Raises: InvalidArgument, where the heads can't be held (`check_network` refuses the rest).
+    """
+    attended = config.levels_with_attention()
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+    if not config.resblock_updown:
+        plain = ("DownBlock2D", "UpBlock2D")
+    resampled = "resnet" if config.resblock_updown else "conv"
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        "sample_size": config.image_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels if scheduler == "ddim" else config.out_channels,
+        "center_input_sample": False,
+        "time_embedding_type": "positional",
+        "freq_shift": 0,
+        "flip_sin_to_cos": True,
+        "down_block_types": ["AttnDownBlock2D" if attention else plain[0] for attention in attended],
+        "up_block_types": ["AttnUpBlock2D" if attention else plain[1] for attention in reversed(attended)],
+        "block_out_channels": list(config.widths()),
+        "layers_per_block": config.num_res_blocks,
+        "downsample_padding": 1,
+        "downsample_type": resampled,
+        "upsample_type": resampled,
+        "dropout": config.dropout,
+        "act_fn": "silu",
+        "attention_head_dim": _head_dim(config),
+        "norm_num_groups": GROUPS,
+        # Without it the middle block's attention has no norm where scale and shift are on.
+        "attn_norm_num_groups": GROUPS,
+        "norm_eps": 1e-5,
+        "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
+        "class_embed_type": None,
+        "num_class_embeds": config.num_classes,
+    }
+
+
+def _head_dim(config: UNetConfig) -> int | None:
+    """Return the channels of a head, which are the same everywhere; None for one head everywhere."""
+    widths = [width for width, on in zip(config.widths(), config.levels_with_attention(), strict=True) if on]
+    blocks = {(width, config.heads(width, up)) for width in widths for up in (False, True)}
+    blocks.add((config.widths()[-1], config.heads(config.widths()[-1])))
+    sizes = {width // heads for width, heads in blocks}
+    if len(sizes) == 1:
+        return sizes.pop()
+    if all(heads == 1 for _, heads in blocks):
+        return None
+    allowed = "heads of one number of channels everywhere (num_head_channels), or one head, in diffusers"
+    down = {width // config.heads(width) for width, _ in blocks}
+    name = "num_heads" if len(down) > 1 else "num_heads_upsample"
+    raise invalid(name, getattr(config, name), f"{allowed}; here they have {_listed(sizes)}")
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def unet_state(state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim") -> dict[str, Tensor]:
+    """Return the weights of a UNet under the names and in the shapes of `UNet2DModel`.
+
+    state: the published state dict of a network of `config`, which `check_network` has accepted.
+    scheduler: as in `unet_config`; "ddim" leaves the rows of the variance channels out.
+    Returns tensors that may be views.
+    """
+    found: dict[str, Tensor] = {}
+    for ours, theirs in _modules(config):
+        for part in ("weight", "bias"):
+            if f"{ours}.{part}" in state:
+                found[f"{theirs}.{part}"] = state[f"{ours}.{part}"]
+    for ours, theirs, heads in _attentions(config):
+        for part in ("weight", "bias"):
+            rows = state[f"{ours}.qkv.{part}"]
+            if not config.use_new_attention_order:
+                rows = rows[legacy_rows(len(rows), heads)]
+            for name, third in zip("qkv", rows.reshape(len(rows), -1).chunk(3), strict=True):
+                found[f"{theirs}.to_{name}.{part}"] = third if part == "weight" else third.flatten()
+        found[f"{theirs}.to_out.0.weight"] = state[f"{ours}.proj_out.weight"].squeeze(-1)
+        found[f"{theirs}.to_out.0.bias"] = state[f"{ours}.proj_out.bias"]
+    assert len(found) == len(state) + 4 * sum(key.endswith(".qkv.bias") for key in state)
+    if scheduler == "ddim":
+        for part in ("weight", "bias"):
+            found[f"conv_out.{part}"] = found[f"conv_out.{part}"][: config.in_channels]
+    return found
+
+
+def _modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Yield the names of every module with a weight that stays as it is: ours, theirs."""
+    yield from _WHOLE.items()
+    for ours, theirs in _blocks(config):
+        for inner, name in _RESIDUAL.items():
+            yield f"{ours}.{inner}", f"{theirs}.{name}"
+        yield f"{ours}.op", f"{theirs}.conv"  # of a block that only halves,
+        yield f"{ours}.conv", f"{theirs}.conv"  # or only doubles the sides
+    for ours, theirs, _ in _attentions(config):
+        yield f"{ours}.norm", f"{theirs}.group_norm"
+
+
+def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Yield the names of residual blocks and of blocks that resample: ours, theirs."""
+    count, levels, attended = config.num_res_blocks, len(config.channel_mult), config.levels_with_attention()
+    for level in range(levels):
+        first = 1 + level * (count + 1)
+        for i in range(count):
+            yield f"input_blocks.{first + i}.0", f"down_blocks.{level}.resnets.{i}"
+        if level + 1 < levels:
+            yield f"input_blocks.{first + count}.0", f"down_blocks.{level}.downsamplers.0"
+    for ours, i in ((0, 0), (2, 1)):
+        yield f"middle_block.{ours}", f"mid_block.resnets.{i}"
+    for up, attention in enumerate(reversed(attended)):
+        first = up * (count + 1)
+        for i in range(count + 1):
+            yield f"output_blocks.{first + i}.0", f"up_blocks.{up}.resnets.{i}"
+        if up + 1 < levels:
+            yield f"output_blocks.{first + count}.{1 + attention}", f"up_blocks.{up}.upsamplers.0"
+
+
+def _attentions(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
+    """Yield the names of attention blocks, ours and theirs, with their heads: as many up as down."""
+    count, widths, attended = config.num_res_blocks, config.widths(), config.levels_with_attention()
+    for level in (level for level, attention in enumerate(attended) if attention):
+        for i in range(count):
+            place = f"input_blocks.{1 + level * (count + 1) + i}.1"
+            yield place, f"down_blocks.{level}.attentions.{i}", config.heads(widths[level])
+        up = len(widths) - 1 - level
+        for i in range(count + 1):
+            place = f"output_blocks.{up * (count + 1) + i}.1"
+            yield place, f"up_blocks.{up}.attentions.{i}", config.heads(widths[level])
+    yield "middle_block.1", "mid_block.attentions.0", config.heads(widths[-1])
+
+
+def scheduler_config(process: DiffusionConfig, scheduler: str = "ddim") -> dict[str, Any]:
+    """Return the configuration of diffusers' scheduler for a process, ready for JSON.
+
+    Its N steps are 0, k, 2k, ... with k = steps // N ("leading"): those of `respacing="ddimN"` where N
+    divides the steps. The last step ends at alpha_bar 1; x_0 is limited to [-1, 1].
+
+    scheduler: "ddim" or "ddpm", which also has the variance.
+    """
+    betas: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}
+    if process.noise_schedule == "linear":
+        first, last = beta_schedule("linear", process.steps)[[0, -1]].tolist()
+        betas = {"beta_schedule": "linear", "beta_start": first, "beta_end": last}
+    mean, variance, _ = process.types
+    of_variance = {
+        VarType.LEARNED_RANGE: "learned_range",
+        VarType.FIXED_LARGE: "fixed_large",
+        VarType.FIXED_SMALL: "fixed_small",
+    }
+    own = {"set_alpha_to_one": True} if scheduler == "ddim" else {"variance_type": of_variance[variance]}
+    return {
+        "_class_name": SCHEDULERS[scheduler][0],
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": process.steps,
+        **betas,
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "prediction_type": "sample" if mean is MeanType.START_X else "epsilon",
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+        **own,
+    }
+
+
+def model_index(scheduler: str = "ddim") -> dict[str, Any]:
+    """Return the document that names a pipeline and its parts, ready for JSON."""
+    part, pipeline = SCHEDULERS[scheduler]
+    return {
+        "_class_name": pipeline,
+        "_diffusers_version": VERSION,
+        "scheduler": ["diffusers", part],
+        "unet": ["diffusers", "UNet2DModel"],
+    }

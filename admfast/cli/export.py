@@ -1,0 +1,57 @@
+"""`admfast export SOURCE --to FORM --out PLACE`: a network in the form of another program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from admfast import checks
+from admfast.cli.options import DTYPES, options_of
+from admfast.cli.sample_options import Preset, Set, Weights
+from admfast.files.tables import table
+from admfast.sampling.export import export
+
+
+def run_export(
+    source: Annotated[
+        str, typer.Argument(help="A system (its diffusion model), a weights file, or a run's folder.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="diffusers: a folder for DDIMPipeline.from_pretrained; safetensors: a file with its "
+            "description; published: the .pt and the flags of the published scripts."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder (diffusers), or the .safetensors or .pt file.")],
+    weights: Weights = None,
+    preset: Preset = None,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="With diffusers: ddim, without the variance channels, or ddpm, with them (DDPMPipeline)."
+        ),
+    ] = "ddim",
+    dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
+    set_: Set = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there (default: refuse).")
+    ] = False,
+) -> None:
+    """Write a network for another program: diffusers, the published code, or safetensors."""
+    checks.one_of("dtype", dtype, DTYPES)
+    done = export(
+        source, out, to=to, weights=weights, preset=preset, scheduler=scheduler, dtype=DTYPES[dtype],
+        overwrite=overwrite, **options_of("--set", set_),
+    )  # fmt: skip
+    rows = [(name, str(value)) for name, value in done.description.network.to_dict().items()]
+    process = done.description.diffusion
+    rows += [] if process is None else [(name, str(value)) for name, value in process.to_dict().items()]
+    print(table(rows))
+    for note in done.notes:
+        print(note)
+    if done.flags is not None:
+        print(done.flags)
+    print(done.path.resolve())

@@ -1,0 +1,220 @@
+"""A network in the form of another program: diffusers' folder, safetensors, the published `.pt`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from admfast.checkpoints import ModelInfo, Unanswered, diffusers, load_network, write_weights
+from admfast.checkpoints.published_flags import published_flags
+from admfast.checkpoints.reading import Source
+from admfast.checkpoints.writing import DTYPES, write_folder
+from admfast.checks import one_of, switch
+from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
+from admfast.files.atomic import atomic_open, check_place, check_writable
+from admfast.files.paths import user_path
+from admfast.models.description import Description
+from admfast.sampling.load import file_of, named_system, no_system, process_of, refuse_said
+
+# Forms of output, and the endings of their file; diffusers takes a folder.
+FORMS: dict[str, tuple[str, ...]] = {
+    "diffusers": (),
+    "safetensors": (".safetensors",),
+    "published": (".pt", ".pth"),
+}
+FOLDER_FILES = (
+    "model_index.json",
+    "admfast.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file or folder.
+        description: the network and its process, as they are recorded beside the weights.
+        notes: what the other program must be told, or doesn't get, one line each.
+        flags: of the published scripts, for a `.pt` that they can load; else None.
+    """
+
+    path: Path
+    description: Description
+    notes: tuple[str, ...] = ()
+    flags: str | None = None
+
+
+def export(
+    source: Source,
+    out: str | PathLike[str],
+    *,
+    to: str,
+    weights: str | PathLike[str] | None = None,
+    preset: str | None = None,
+    scheduler: str = "ddim",
+    dtype: torch.dtype | None = torch.float32,
+    overwrite: bool = False,
+    **options: Any,
+) -> Exported:
+    """Write a network in the form of another program, whole or not at all; its values stay as they are.
+
+    "diffusers" is a folder that `DDIMPipeline.from_pretrained(out)` reads: model_index.json, unet/,
+    scheduler/, and admfast.json, which says what it was made of. qkv rows [3, h, d], or legacy [h, 3, d],
+    become to_q, to_k and to_v, [h, d] each (`checkpoints.diffusers` states all names). With N steps, N a
+    divisor of the process's steps, and `use_clipped_model_output=True` its images are those of
+    `solver="ddim"`, `respacing="ddimN"` and the same noise, up to rounding. diffusers needn't be installed.
+    "safetensors" is the file that `admfast.load` reads, with its description in a `.json` beside it.
+    "published" is the plain state dict that the published code loads, `.pt`, with the description, and the
+    flags that build its network in a `.flags` beside it where the published scripts can.
+
+    Args:
+        source: what `admfast.load` takes; of a system its diffusion model.
+        out: a folder for diffusers, else a file with the form's ending.
+        to: "diffusers", "safetensors" or "published".
+        weights, preset, options: as for `admfast.load`.
+        scheduler: of a diffusers folder. "ddim" leaves the variance channels out, which diffusers' DDIM can't
+            take; "ddpm" keeps them, for `DDPMPipeline`.
+        dtype: on disk: float32, float16 or bfloat16; None keeps that of the source.
+        overwrite: replace files that are there.
+
+    Raises:
+        InvalidArgument: by name, for a wrong argument, and for a field of the network or its process that the
+            other program can't hold. Nothing is written then.
+        CheckpointError: as `admfast.load`.
+        OutputError: if something is there already, or can't be written.
+    """
+    out = _place(out, one_of("to", to, FORMS), switch("overwrite", overwrite))
+    if one_of("scheduler", scheduler, diffusers.SCHEDULERS) != "ddim" and to != "diffusers":
+        raise invalid("scheduler", scheduler, "only for the form diffusers")
+    if dtype is not None and dtype not in DTYPES:
+        raise invalid("dtype", dtype, "float32, float16 or bfloat16, or None")
+    net, info, notes = _loaded(source, weights, preset, options, dtype)
+    if to == "diffusers":
+        return _to_diffusers(net, info, out, scheduler, notes)
+    description = Description(info.config, info.diffusion, info.training)
+    if to == "safetensors":
+        write_weights(out, net.state_dict(), description, dtype)
+        return Exported(out, description, notes)
+    return _to_published(net, info, out, description, dtype, notes)
+
+
+def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
+    """Return where to write; refuse what is there, what can't be written, and a name of another form."""
+    path = user_path("out", out, FORMS[to])
+    if to == "diffusers":
+        if path.suffix in (ending for endings in FORMS.values() for ending in endings):
+            raise invalid("out", str(path), "a folder for the form diffusers, not a weights file")
+        check_place(path)
+        taken = [path] if path.is_dir() and any(path.iterdir()) else []
+    else:
+        check_writable(path)
+        beside = (".json", ".flags") if to == "published" else (".json",)
+        taken = [place for place in (path, *map(path.with_suffix, beside)) if os.path.lexists(place)]
+    if taken and not overwrite:
+        raise OutputError(f"out={str(taken[0])!r}: is there already; give another place, or --overwrite")
+    return path
+
+
+def _loaded(
+    source: Source,
+    weights: str | PathLike[str] | None,
+    preset: str | None,
+    options: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> tuple[nn.Module, ModelInfo, tuple[str, ...]]:
+    """Return the network on the CPU, what is known of it, and what of a system is left behind."""
+    chosen, notes = named_system("source", source), tuple[str, ...]()
+    if chosen is not None:
+        refuse_said(chosen, {**({} if preset is None else {"preset": preset}), **options})
+        model = chosen.diffusion
+        source, preset = file_of(chosen, model, weights), model.released_name
+        others = ", ".join(part.name for part in chosen.models if part is not model)
+        notes = (f"the diffusion model of {chosen.name}, without {others}",) if others else ()
+    else:
+        source = no_system("source", source, weights)
+    try:
+        net, info = load_network(source, preset=preset, dtype=dtype, **options)
+    except Unanswered as question:
+        raise CheckpointError(f"{question} [options of export, or --set on the command line]") from None
+    return net, info, notes
+
+
+def _to_diffusers(
+    net: nn.Module, info: ModelInfo, folder: Path, scheduler: str, notes: tuple[str, ...]
+) -> Exported:
+    """Write a folder that diffusers reads."""
+    diffusers.check_network(info.config)
+    config: Any = info.config
+    process = process_of(info.path, info.diffusion)
+    diffusers.check_process(process, scheduler)
+    dropped = scheduler == "ddim" and config.learn_sigma
+    if dropped:
+        notes += (
+            f"out.2 keeps {config.in_channels} of {config.out_channels} rows: DDIM doesn't use the variance",
+        )
+    pipeline = diffusers.SCHEDULERS[scheduler][1]
+    call = "num_inference_steps=50"
+    if scheduler == "ddim":
+        call += ", use_clipped_model_output=True"
+    if config.num_classes is None:
+        notes += (f"{pipeline}.from_pretrained({str(folder)!r})({call})",)
+    else:
+        notes += (
+            f"{pipeline} passes no class: call pipe.unet(x, t, class_labels=...) and pipe.scheduler.step",
+        )
+        if scheduler == "ddim":
+            notes += ("give scheduler.step use_clipped_model_output=True, as the published DDIM does",)
+    record = {"exported": {"to": "diffusers", "scheduler": scheduler, "variance_dropped": dropped}}
+    description = Description(config, process, {**info.training, **record})
+    contents = (
+        _json(diffusers.model_index(scheduler)),
+        description.to_json(),
+        _json(diffusers.scheduler_config(process, scheduler)),
+        _json(diffusers.unet_config(config, scheduler)),
+        diffusers.unet_state(net.state_dict(), config, scheduler),
+    )
+    write_folder(folder, dict(zip(FOLDER_FILES, contents, strict=True)))
+    return Exported(folder, description, notes)
+
+
+def _json(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _to_published(
+    net: nn.Module,
+    info: ModelInfo,
+    path: Path,
+    description: Description,
+    dtype: torch.dtype | None,
+    notes: tuple[str, ...],
+) -> Exported:
+    """Write the published state dict, and beside it the flags that build its network."""
+    low_res_size = None if info.preset is None else info.preset.low_res_size
+    flags = None
+    try:
+        found = published_flags(info.config, info.diffusion, low_res_size)
+        flags = " ".join(f"--{name} {value}" for name, value in found.items() if value != "")
+    except InvalidArgument as unsaid:
+        notes += (f"no flags of the published scripts build this network: {unsaid}",)
+    with contextlib.ExitStack() as stack:
+        beside = path.with_suffix(".flags")
+        if flags is not None:
+            stack.enter_context(atomic_open(beside)).write(f"{flags}\n".encode())
+        write_weights(path, net.state_dict(), description, dtype)
+        if flags is None:
+            beside.unlink(missing_ok=True)  # of an older file
+    return Exported(path, description, notes, flags)
