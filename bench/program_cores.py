@@ -1,0 +1,300 @@
+"""The cores of other programs: what makes a program's network, and what it does with that network.
+
+Nothing of a program is copied here: its modules are imported from its checkout, which must be on the path.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+STEPS = 6
+OPTIONS = {
+    "num_channels": 64, "num_res_blocks": 1, "channel_mult": "1,2,3", "attention_resolutions": "16",
+    "num_heads": 4, "num_head_channels": -1, "num_heads_upsample": -1, "use_scale_shift_norm": True,
+    "resblock_updown": True, "use_new_attention_order": False, "use_fp16": False, "use_checkpoint": False,
+    "dropout": 0.0, "learn_sigma": True, "class_cond": False,
+}  # fmt: skip
+SIZE = 64
+
+Core = Callable[[Any, Any], Any]  # (network, x [1, 3, SIZE, SIZE]) to a result
+
+
+OWN, OURS = "guided_diffusion", "admfast.compat.guided_diffusion"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A checkout.
+
+    roots: folders from which it imports, from the folder of checkouts. parts: what makes its network, and its
+    core by the network. packaged: names of parts that also run on admfast's own package.
+    """
+
+    roots: tuple[str, ...]
+    parts: dict[str, Callable[..., tuple[Any, Core]]]
+    packaged: tuple[str, ...] = ()
+
+
+def published_network(package: str = OWN, **changes: Any) -> Any:
+    """Return the network that `create_model` of a package makes, by default of the program's own copy."""
+    create = importlib.import_module(f"{package}.script_util").create_model
+    return create(**{"image_size": SIZE, **OPTIONS, **changes})
+
+
+def process(package: str = OWN, **changes: Any) -> Any:
+    """Return the diffusion of a package, with as many steps as are run."""
+    create = importlib.import_module(f"{package}.script_util").create_gaussian_diffusion
+    return create(learn_sigma=True, **{"timestep_respacing": str(STEPS), **changes})
+
+
+def ddpm(package: str = OWN) -> tuple[Any, Core]:
+    """The published loop."""
+    diffusion = process(package)
+    net = published_network(package)
+    return net, lambda net, x: diffusion.p_sample_loop(net, x.shape, noise=x, device="cpu")
+
+
+def guided(package: str = OWN) -> tuple[Any, Core]:
+    """The published loop, guided by a classifier as in the published script."""
+    import torch
+    import torch.nn.functional as F
+
+    import admfast.accelerate
+
+    diffusion, y = process(package), {"y": torch.tensor([7])}
+    util = importlib.import_module(f"{package}.script_util")
+    flags = {**util.classifier_defaults(), "image_size": SIZE, "classifier_width": 64, "classifier_depth": 1}
+    args = SimpleNamespace(classifier_scale=1.0, class_cond=False)
+
+    def core(net: Any, x: Any) -> Any:
+        fast = isinstance(net, admfast.accelerate.nets.AcceleratedNet)
+        classifier = classifiers[fast]
+
+        def cond_fn(x: Any, t: Any, y: Any = None) -> Any:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_(True)
+                logits = classifier(leaf, t)
+                chosen = F.log_softmax(logits, dim=-1)[range(len(logits)), y.view(-1)]
+                return torch.autograd.grad(chosen.sum(), leaf)[0] * args.classifier_scale
+
+        def model_fn(x: Any, t: Any, y: Any = None) -> Any:
+            return net(x, t, y if args.class_cond else None)
+
+        run = diffusion.p_sample_loop
+        return run(model_fn, x.shape, noise=x, cond_fn=cond_fn, model_kwargs=dict(y), device="cpu")
+
+    own = util.create_classifier(**flags)
+    fill(own)
+    classifiers = {False: own, True: admfast.accelerate(copy.deepcopy(own))}
+    return published_network(package), core
+
+
+def training(package: str = OWN) -> tuple[Any, Core]:
+    """A published training loss, and its gradient in every parameter."""
+    import torch
+
+    diffusion = process(package)
+
+    def core(net: Any, x: Any) -> Any:
+        net.train()
+        loss = diffusion.training_losses(net, x, torch.tensor([2]), noise=torch.ones_like(x))["loss"].mean()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+    return published_network(package), core
+
+
+def ilvr() -> tuple[Any, Core]:
+    """ILVR: low frequencies of a reference image, by the program's own loop."""
+    import torch
+
+    resizer, diffusion = importlib.import_module("resizer").Resizer, process()
+    shape = (1, 3, SIZE, SIZE)
+    small = (1, 3, SIZE // 4, SIZE // 4)
+    resizers = resizer(shape, 1 / 4), resizer(small, 4)
+    reference = {"ref_img": torch.linspace(-1, 1, 3 * SIZE * SIZE).view(shape)}
+
+    def core(net: Any, x: Any) -> Any:
+        return diffusion.p_sample_loop(
+            net, x.shape, noise=x, device="cpu", model_kwargs=reference, resizers=resizers, range_t=0
+        )
+
+    return published_network(), core
+
+
+def dps(conditioning: str) -> tuple[Any, Core]:
+    """DPS or MCG: super-resolution by the gradient in x, through trainable weights."""
+    modules = ("unet", "gaussian_diffusion", "condition_methods", "measurements")
+    code = SimpleNamespace(**{n: importlib.import_module(f"guided_diffusion.{n}") for n in modules})
+    net = code.unet.create_model(image_size=SIZE, **OPTIONS)
+    sampler = code.gaussian_diffusion.create_sampler(
+        "ddpm", 1000, "linear", "epsilon", "learned_range", False, True, False, str(STEPS)
+    )
+    shape = (1, 3, SIZE, SIZE)
+    operator = code.measurements.get_operator(
+        "super_resolution", in_shape=shape, scale_factor=4, device="cpu"
+    )
+    noiser = code.measurements.get_noise("gaussian", sigma=0.0)
+    method = code.condition_methods.get_conditioning_method(conditioning, operator, noiser, scale=0.3)
+
+    def core(net: Any, x: Any) -> Any:
+        y = operator.forward(0.5 * x.detach().flip(-1))
+        run = sampler.p_sample_loop
+        return run(net, x.detach().clone(), y, method.conditioning, record=False, save_root="")
+
+    return net, core
+
+
+def ddrm() -> tuple[Any, Core]:
+    """DDRM: super-resolution, float timesteps."""
+    import torch
+
+    steps = importlib.import_module("functions.denoising").efficient_generalized_steps
+    kind = importlib.import_module("functions.svd_replacement").SuperResolution
+    betas, times = torch.linspace(1e-4, 0.02, 1000), list(range(0, 1000, 1000 // STEPS))
+
+    def core(net: Any, x: Any) -> Any:
+        operator = kind(3, SIZE, 4, "cpu")
+        y = operator.H(0.5 * x.flip(-1))
+        return steps(x, times, net, betas, operator, y, 0.05, 1.0, 0.85, 1.0)[0][-1]
+
+    return published_network(), core
+
+
+def dpm_solver() -> tuple[Any, Core]:
+    """DPM-Solver++: earlier outputs are kept, timesteps are fractions."""
+    import torch
+
+    code = importlib.import_module("dpm_solver.sampler")
+    unet = importlib.import_module("models.guided_diffusion.unet").UNetModel
+    net = unet(
+        image_size=SIZE, in_channels=3, model_channels=64, out_channels=6, num_res_blocks=1,
+        attention_resolutions=(4,), channel_mult=(1, 2, 3), num_heads=4, use_scale_shift_norm=True,
+        resblock_updown=True,
+    )  # fmt: skip
+    schedule = code.NoiseScheduleVP("discrete", betas=torch.linspace(1e-4, 0.02, 1000))
+
+    def core(net: Any, x: Any) -> Any:
+        model = code.model_wrapper(lambda v, t: net(v, t)[:, :3], schedule, guidance_type="uncond")
+        solver = code.DPM_Solver(model, schedule, algorithm_type="dpmsolver++")
+        with torch.no_grad():
+            return solver.sample(x, steps=STEPS, order=2, method="multistep")
+
+    return net, core
+
+
+def k_diffusion() -> tuple[Any, Core]:
+    """DPM-Solver++(2M) of k-diffusion, around the published network."""
+    root = next(path for path in map(Path, sys.path) if (path / "k_diffusion").is_dir())
+    package = sys.modules["k_diffusion"] = ModuleType("k_diffusion")  # its __init__ wants much more
+    package.__path__ = [str(root / "k_diffusion")]
+    external = importlib.import_module("k_diffusion.external")
+    sampling = importlib.import_module("k_diffusion.sampling")
+    diffusion = process(timestep_respacing="")
+
+    def core(net: Any, x: Any) -> Any:
+        import torch
+
+        denoiser = external.OpenAIDenoiser(net, diffusion)
+        with torch.no_grad():
+            sigmas = denoiser.get_sigmas(STEPS)
+            return sampling.sample_dpmpp_2m(denoiser, x * sigmas[0], sigmas, disable=True)
+
+    return published_network(), core
+
+
+def diffpir() -> tuple[Any, Core]:
+    """The denoising step of DiffPIR, by DDPM and by DDIM in turns."""
+    import torch
+
+    model_fn = importlib.import_module("utils.utils_model").model_fn
+    diffusion = process()
+    bars = torch.tensor(diffusion.alphas_cumprod)
+
+    def core(net: Any, x: Any) -> Any:
+        for i in reversed(range(STEPS)):
+            with torch.no_grad():
+                x = model_fn(
+                    x, 0, net, vec_t=torch.tensor([i]), model_out_type="pred_x_prev", diffusion=diffusion,
+                    ddim_sample=bool(i % 2), alphas_cumprod=bars,
+                )  # fmt: skip
+        return x
+
+    return published_network(), core
+
+
+def ddnm() -> tuple[Any, Core]:
+    """DDNM's colourisation at 256 pixels, whose network reads a configuration at every call."""
+    import torch.nn.functional as F
+
+    class Settings(SimpleNamespace):
+        def __getattr__(self, name: str) -> None:  # what isn't set is None there
+            if name.startswith("__"):
+                raise AttributeError(name)
+
+        def get(self, name: str, default: Any) -> Any:
+            return vars(self).get(name, default)
+
+    jumps = {"t_T": STEPS, "n_sample": 1, "jump_length": 10, "jump_n_sample": 1}
+    conf = Settings(
+        name="any", diffusion_steps=1000, use_value_logger=False, schedule_jump_params=jumps,
+        inpa_inj_sched_prev=True, inpa_inj_sched_prev_cumnoise=False, print_estimated_vars=False,
+    )  # fmt: skip
+    diffusion = process(conf=conf)
+    net = published_network(image_size=256, num_channels=32, conf=conf)
+
+    def core(net: Any, x: Any) -> Any:
+        big = F.interpolate(x, size=(256, 256), mode="bicubic")
+        task = {"gt": big.flip(-1).clamp(-1, 1), "scale": 4, "resize_y": False, "deg": "colorization"}
+        task |= {"save_path": "out", "sigma_y": 0.0, "y": None}
+        here = os.getcwd()
+        with tempfile.TemporaryDirectory() as place:  # it writes pictures of what it does
+            os.chdir(place)
+            try:
+                run = diffusion.p_sample_loop_progressive
+                return run(net, big.shape, noise=big, model_kwargs=task, device="cpu", conf=conf)["sample"]
+            finally:
+                os.chdir(here)
+
+    return net, core
+
+
+def fill(net: Any) -> None:
+    """Give all parameters random values: the last layers begin at zero, and would hide everything."""
+    import torch
+
+    from bench.sampling.weights import drawn
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(drawn(name, parameter.shape, generator))
+    net.eval()
+
+
+PROGRAMS = {
+    "guided-diffusion": Program(
+        ("guided-diffusion",),
+        {"p_sample_loop": ddpm, "classifier guidance": guided, "training_losses": training},
+        packaged=("p_sample_loop", "classifier guidance", "training_losses"),
+    ),
+    "ilvr_adm": Program(("ilvr_adm",), {"ILVR": ilvr}),
+    "diffusion-posterior-sampling": Program(
+        ("diffusion-posterior-sampling",),
+        {"DPS": functools.partial(dps, "ps"), "MCG": functools.partial(dps, "mcg")},
+    ),
+    "ddrm": Program(("ddrm",), {"DDRM": ddrm}),
+    "DDNM": Program(("DDNM/hq_demo",), {"DDNM": ddnm}),
+    "DiffPIR": Program(("DiffPIR",), {"DiffPIR": diffpir}),
+    "dpm-solver": Program(("dpm-solver/examples/ddpm_and_guided-diffusion",), {"DPM-Solver++": dpm_solver}),
+    "k-diffusion": Program(("k-diffusion", "guided-diffusion"), {"DPM-Solver++ (2M)": k_diffusion}),
+}
