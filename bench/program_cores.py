@@ -8,15 +8,21 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import importlib.abc
+import importlib.machinery
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+STOOD_IN = (
+    "blobfile", "cv2", "hdf5storage", "matplotlib", "motionblur", "mpi4py", "requests", "scipy", "skimage",
+    "torchdiffeq", "torchsde", "torchvision", "yaml",
+)  # fmt: skip
 STEPS = 6
 OPTIONS = {
     "num_channels": 64, "num_res_blocks": 1, "channel_mult": "1,2,3", "attention_resolutions": "16",
@@ -298,3 +304,87 @@ PROGRAMS = {
     "dpm-solver": Program(("dpm-solver/examples/ddpm_and_guided-diffusion",), {"DPM-Solver++": dpm_solver}),
     "k-diffusion": Program(("k-diffusion", "guided-diffusion"), {"DPM-Solver++ (2M)": k_diffusion}),
 }
+
+
+# A process that runs cores
+
+
+class _StandIn(ModuleType):
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds empty modules for packages that aren't installed, or don't work beside a CPU build of torch."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self._packages = packages
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        known = name.partition(".")[0] in self._packages
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
+
+    def create_module(self, spec: Any) -> ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def _without_cuda() -> None:
+    """Let calls that write "cuda" down mean the CPU."""
+    import torch
+
+    to, ones = torch.Tensor.to, torch.ones
+
+    def here(value: Any) -> Any:
+        return "cpu" if value == "cuda" else value
+
+    torch.Tensor.cuda = lambda t, *_, **__: t  # type: ignore[assignment, method-assign]
+    torch.Tensor.to = lambda t, *a, **k: to(t, *map(here, a), **k)  # type: ignore[assignment, method-assign]
+    torch.ones = lambda *a, device=None, **k: ones(*a, device=here(device), **k)  # type: ignore[assignment]
+
+
+def ready(folder: str, program: str, part: str) -> tuple[Any, Core]:
+    """Let this process import from a program's checkout; return a network and core of it."""
+    import torch
+
+    sys.meta_path.append(StandIns(STOOD_IN))
+    sys.path[:0] = [str(Path(folder) / root) for root in PROGRAMS[program].roots]
+    if not torch.cuda.is_available():
+        _without_cuda()
+    net, core = PROGRAMS[program].parts[part]()
+    fill(net)
+    return net, core
+
+
+def images() -> Any:
+    """Return what the cores begin from, [1, 3, SIZE, SIZE]."""
+    import torch
+
+    return torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def result_of(net: Any, core: Core, x: Any) -> Any:
+    """Return what a core gives from images, its random numbers drawn from one seed."""
+    import torch
+
+    torch.manual_seed(0)
+    return core(net, x).detach()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m bench.program_cores FOLDER PROGRAM PART OUT`: save what a core gives, as it stands."""
+    import torch
+
+    folder, program, part, out = sys.argv[1:] if argv is None else argv
+    torch.save(result_of(*ready(folder, program, part), images()), out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

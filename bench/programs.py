@@ -10,72 +10,24 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import importlib
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from bench.command import Bench, bench_main
-from bench.program_cores import OURS, PROGRAMS, SIZE, fill
+from bench.program_cores import OURS, PROGRAMS, images, ready, result_of
 
 PROGRAMS_PATH = "ADMFAST_PROGRAMS"
-STOOD_IN = (
-    "blobfile", "cv2", "hdf5storage", "matplotlib", "motionblur", "mpi4py", "requests", "scipy", "skimage",
-    "torchdiffeq", "torchsde", "torchvision", "yaml",
-)  # fmt: skip
 ROUNDS = 5
 # A millionth more of each pixel moves a result as rounding does; an error may be ten times that.
 NUDGE, ALLOWED = 1e-6, 10
 
 # In the process of one program
-
-
-class _StandIn(ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds empty modules for packages that aren't installed, or don't work beside a CPU build of torch."""
-
-    def __init__(self, packages: Sequence[str]) -> None:
-        self._packages = packages
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        known = name.partition(".")[0] in self._packages
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if known else None
-
-    def create_module(self, spec: Any) -> ModuleType:
-        return _StandIn(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-def _without_cuda() -> None:
-    """Let calls that write "cuda" down mean the CPU."""
-    import torch
-
-    to, ones = torch.Tensor.to, torch.ones
-
-    def here(value: Any) -> Any:
-        return "cpu" if value == "cuda" else value
-
-    torch.Tensor.cuda = lambda t, *_, **__: t  # type: ignore[assignment, method-assign]
-    torch.Tensor.to = lambda t, *a, **k: to(t, *map(here, a), **k)  # type: ignore[assignment, method-assign]
-    torch.ones = lambda *a, device=None, **k: ones(*a, device=here(device), **k)  # type: ignore[assignment]
 
 
 def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> None:
@@ -84,27 +36,20 @@ def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> Non
 
     import admfast.accelerate
 
-    sys.meta_path.append(StandIns(STOOD_IN))
-    chosen = PROGRAMS[program]
-    sys.path[:0] = [str(Path(folder) / root) for root in chosen.roots]
     torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
-        _without_cuda()
-    net, core = chosen.parts[part]()
-    fill(net)
+    chosen = PROGRAMS[program]
+    net, core = ready(folder, program, part)
     ways = {"program": (net, core), "accelerated": (admfast.accelerate(copy.deepcopy(net)), core)}
     if part in chosen.packaged:
         ways["package"] = chosen.parts[part](OURS)
         ways["package"][0].load_state_dict(net.state_dict())
         ways["package"][0].eval()
-    x = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    x = images()
 
-    def run(way: str, images: Any) -> tuple[Any, float]:
-        network, core = ways[way]
-        torch.manual_seed(0)
+    def run(way: str, x: Any) -> tuple[Any, float]:
         began = time.perf_counter()
-        result = core(network, images)
-        return result.detach(), time.perf_counter() - began
+        result = result_of(*ways[way], x)
+        return result, time.perf_counter() - began
 
     wanted, _ = run("program", x)
     largest = float(wanted.abs().max())

@@ -17,7 +17,7 @@ import admfast
 from admfast.accelerate.denoisers import Levels
 from admfast.accelerate.walks import Walk
 from admfast.errors import InvalidArgument
-from bench.programs import StandIns
+from bench.program_cores import StandIns
 from tests.accelerate.client import filled
 from tests.small import assert_close, randn
 
