@@ -10,6 +10,7 @@ import argparse
 import builtins
 import contextlib
 import functools
+import inspect
 import os
 import runpy
 import sys
@@ -24,12 +25,10 @@ from typing import Any
 
 import torch
 
-from admfast.accelerate.blocks import SAME
 from admfast.accelerate.door import PRECISIONS, accelerate, report
-from admfast.accelerate.nets import AcceleratedNet
+from admfast.accelerate.nets import MAKES, AcceleratedNet
+from admfast.accelerate.trials import SAME
 from admfast.errors import AdmfastError
-
-BUILDS = {"input_blocks", "middle_block"}
 
 
 @dataclass
@@ -63,9 +62,9 @@ class Watch:
         @functools.wraps(build)
         def and_look(*args: Any, **kwargs: Any) -> Any:
             made: Any = build(*args, **kwargs)
-            init = vars(made).get("__init__") if isinstance(made, type) else None
+            init = inspect.unwrap(vars(made).get("__init__")) if isinstance(made, type) else None
             names = getattr(getattr(init, "__code__", None), "co_names", ())
-            if BUILDS <= set(names) and not made.__module__.startswith("admfast."):
+            if any(make.builds <= set(names) for make in MAKES) and not made.__module__.startswith("admfast."):
                 made.__call__ = self._watched(made.__call__)
             return made
 

@@ -1,0 +1,141 @@
+"""The make of diffusers' `UNet2DModel`: recognise its residual blocks, and convert them.
+
+Its other convolutions and norms of torch's own classes are converted where they stand; what holds them, the
+attention and the way through the blocks run as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.accelerate.classes import convert, own_class
+from admfast.accelerate.codes import LIBRARIES, NUMBERS, foreign
+from admfast.accelerate.makes import Make
+from admfast.accelerate.pieces import convert_conv, convert_norm, is_conv, is_silu
+from admfast.accelerate.trials import Conversion, random
+from admfast.models.layers import ResidualBlock
+
+NAMES = LIBRARIES | {
+    *("len", "get", "deprecate", "training", "shape", "contiguous", "chunk", "output_scale_factor"),
+    *("norm1", "conv1", "norm2", "conv2", "dropout", "nonlinearity", "conv_shortcut"),
+    *("time_emb_proj", "time_embedding_norm", "skip_time_act", "upsample", "downsample"),
+}
+RESAMPLING_NAMES = NAMES | {
+    *("channels", "norm", "permute", "use_conv", "use_conv_transpose", "conv", "name", "Conv2d_0", "padding"),
+    *("interpolate", "dtype", "bfloat16", "float32", "is_torch_version", "to", "max", "zip", "numel", "pow"),
+    "pad",
+}
+FEWEST = {64, 31}  # images, and bits of their number of values, that torch once failed on in channels-last
+PARTS = {"norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity"}
+
+
+class DiffusersResBlock(ResidualBlock):
+    """diffusers' `ResnetBlock2D`: `(x_skip + branch(x, emb)) / output_scale_factor`.
+
+    Where a hook watches a part, another module stands in its place, or it is called in another way than a
+    network does, the program's own forward runs.
+    """
+
+    output_scale_factor: float
+    skip_time_act: bool
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if temb is None or args or kwargs or self.as_published():
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        modules: Any = self._modules
+        norm, conv, out_norm = modules["norm1"], modules["conv1"], modules["norm2"]
+        y = self._fused(input_tensor, temb, None, norm, conv, out_norm, modules["dropout"], modules["conv2"])
+        return y if self.output_scale_factor == 1 else y / self.output_scale_factor
+
+    def _projected(self, emb: Tensor) -> Tensor:
+        return self._modules["time_emb_proj"](emb if self.skip_time_act else F.silu(emb))  # type: ignore[misc]
+
+    def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
+        shortcut: Any = self._modules.get("conv_shortcut")
+        return x if shortcut is None else shortcut(x)
+
+
+def _is_norm(module: Any) -> bool:
+    """Tell whether a module is a group norm of torch's own class, with weight and bias."""
+    return type(module) is nn.GroupNorm and module.affine
+
+
+def _resampling(block: Any) -> nn.Module | None:
+    """Return what resamples in a block, if anything does."""
+    return getattr(block, "upsample", None) or getattr(block, "downsample", None)
+
+
+def _candidates(block: Any) -> list[Conversion]:
+    shortcut = block._modules.get("conv_shortcut")
+    parts = {name for name, part in block._modules.items() if part is not None}
+    resampling = _resampling(block)
+    known = (
+        parts - {"conv_shortcut", "upsample", "downsample"} == PARTS
+        and all(_is_norm(norm) for norm in (block.norm1, block.norm2))
+        and all(is_conv(conv) for conv in (block.conv1, block.conv2))
+        and (shortcut is None or is_conv(shortcut))
+        and type(block.dropout) is nn.Dropout
+        and is_silu(block.nonlinearity)
+        and isinstance(block.time_emb_proj, nn.Linear)
+        and block.time_embedding_norm in ("default", "scale_shift")
+        and isinstance(block.skip_time_act, bool)
+        and (resampling is None or _is_resampling(resampling))
+    )
+    return [_convert_block] if known else []
+
+
+def _is_resampling(module: Any) -> bool:
+    """Tell whether a module may be resampling by two without a convolution; the trial shows whether it is."""
+    if not isinstance(module, nn.Module) or [*module.parameters()]:
+        return False
+    return foreign(own_class(module), RESAMPLING_NAMES, NUMBERS | FEWEST) is None
+
+
+def _convert_block(block: Any) -> None:
+    resample = "up" if getattr(block, "upsample", None) else "down" if _resampling(block) else None
+    for norm in (block.norm1, block.norm2):
+        convert_norm(norm)
+    for conv in (block.conv1, block.conv2, block._modules.get("conv_shortcut")):
+        convert_conv(conv)
+    scale_shift = block.time_embedding_norm == "scale_shift"
+    convert(block, DiffusersResBlock, resample=resample, use_scale_shift_norm=scale_shift, _kinds=None)
+    block._built()
+
+
+def _inputs(block: Any) -> list[Tensor]:
+    """Return images and an embedding."""
+    device = block.conv1.weight.device
+    x = random(2, block.norm1.num_channels, 8, 8, seed=1)
+    return [x.to(device), random(2, block.time_emb_proj.in_features, seed=2).to(device)]
+
+
+def _layers(net: Any) -> list[nn.Module]:
+    """Return the residual blocks, wherever they are."""
+    return [module for module in net.modules() if {"conv1", "conv2"} <= module._modules.keys()]
+
+
+def _convert_ends(net: Any, enters: bool) -> None:
+    """Convert what lies in no residual block: both ends, what resamples, the norms of the attention."""
+    inside = {id(part) for block in _layers(net) for part in block.modules()}
+    for module in [module for module in net.modules() if id(module) not in inside]:
+        if _is_norm(module):
+            convert_norm(module)
+        else:
+            convert_conv(module, enters and module is net.conv_in)
+
+
+DIFFUSERS = Make(
+    name="diffusers",
+    parts=("conv_in", "time_embedding", "down_blocks", "up_blocks", "conv_out"),
+    builds=frozenset({"conv_in", "down_blocks", "up_blocks", "conv_out"}),
+    torso=("down_blocks", "mid_block", "up_blocks"),
+    candidates=_candidates,
+    names=NAMES,
+    inputs=_inputs,
+    layers=_layers,
+    ends=_convert_ends,
+    numbers=NUMBERS | FEWEST,
+)
