@@ -51,9 +51,7 @@ def foreign(cls: type, names: set[str], numbers: set[Any] = NUMBERS) -> str | No
         if "__call__" in vars(part) or "__getattr__" in vars(part):
             return "has a __call__ or __getattr__ of its own"
         for name in ("forward", "_forward"):
-            if name in vars(part) and (
-                reason := foreign_function(vars(part)[name], names, numbers)
-            ):
+            if name in vars(part) and (reason := foreign_function(vars(part)[name], names, numbers)):
                 return f"{name} {reason}"
     return None
 

@@ -62,7 +62,9 @@ class EdmConv(Watchful):
         folded = self.folded
         if folded is None or folded.dtype == x.dtype:
             return super().forward(x, residual, any_order=any_order)
-        y = self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = self._conv_forward(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
         return y if residual is None else residual + y
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,10 +121,12 @@ class EdmBlock(ResidualBlock):
 
 def _is_conv(module: Any) -> bool:
     """Tell whether a module is EDM's convolution, or its resampling without one, by the known filter."""
-    if not {"weight", "bias"} == module._parameters.keys() or foreign(own_class(module), CONV_NAMES):
+    if not hasattr(module, "weight") or "resample_filter" not in module._buffers:
+        return False
+    if module._modules or foreign(own_class(module), CONV_NAMES):
         return False
     up, down = getattr(module, "up", None), getattr(module, "down", None)
-    if not (isinstance(up, bool) and isinstance(down, bool)) or "resample_filter" not in module._buffers:
+    if not (isinstance(up, bool) and isinstance(down, bool)):
         return False
     if getattr(module, "fused_resample", False) and (up or down):
         return False
@@ -206,7 +210,7 @@ EDM = Make(
     builds=frozenset({"map_noise", "map_layer0", "enc", "dec"}),
     torso=("enc", "dec"),
     candidates=_candidates,
-    names=BLOCK_NAMES,
+    difference=lambda block: foreign(own_class(block), BLOCK_NAMES),
     inputs=_inputs,
     layers=_layers,
     ends=_convert_ends,

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from admfast.accelerate.classes import own_class
-from admfast.accelerate.codes import NUMBERS, foreign
 from admfast.accelerate.trials import Conversion, Inputs, agrees
 
 
@@ -25,7 +24,7 @@ class Make:
 
     name: of the make. parts: of a network of it. builds: names that the constructor of its class uses. torso:
     where its blocks lie. candidates: what may convert a block, nothing where it isn't one of the make's.
-    names, numbers: that the code of its blocks uses. inputs: what a block is tried on. layers: the blocks of a
+    difference: what the code of a block uses beyond the known. inputs: what a block is tried on. layers: the blocks of a
     network. ends: converts what else there is, once the blocks are converted; told whether the network's own
     forward runs. refusal: why a network stays as it is as a whole.
     """
@@ -35,11 +34,10 @@ class Make:
     builds: frozenset[str]
     torso: tuple[str, ...]
     candidates: Callable[[Any], list[Conversion]]
-    names: set[str]
+    difference: Callable[[Any], str | None]
     inputs: Inputs
     layers: Callable[[Any], list[nn.Module]]
     ends: Callable[[Any, bool], None]
-    numbers: set[Any] = frozenset(NUMBERS)  # type: ignore[assignment]
     refusal: Callable[[Any], str | None] = lambda net: None
 
     def owns(self, module: nn.Module) -> bool:
@@ -55,7 +53,7 @@ class Make:
             candidates = self.candidates(block)
             if not candidates:
                 return f"{name} isn't a block of the {self.name} make"
-            if reason := foreign(own_class(block), self.names, self.numbers):
+            if reason := self.difference(block):
                 return f"{name}: {reason}"
             found = next((c for c in candidates if agrees(block, c, self.inputs)), None)
         except Exception as error:  # a block of others may be anything
@@ -111,4 +109,3 @@ def _values(buffer: torch.Tensor) -> Any:
 
 def _patched(block: nn.Module) -> bool:
     return any({"forward", "_forward"} & vars(part).keys() for part in block.modules())
-

@@ -179,8 +179,7 @@ def _walk(net: Any, known: set[int], left: dict[str, str]) -> Walk | str:
 def _is_known(sequence: nn.Module, known: set[int]) -> bool:
     """Tell whether a sequence hands on as published, and all its layers are known."""
     return blocks.passes_on(sequence) and all(
-        id(layer) in known or is_conv(layer) or not [*layer.parameters()]
-        for layer in sequence.children()
+        id(layer) in known or is_conv(layer) or not [*layer.parameters()] for layer in sequence.children()
     )
 
 

@@ -64,7 +64,9 @@ class Watch:
             made: Any = build(*args, **kwargs)
             init = inspect.unwrap(vars(made).get("__init__")) if isinstance(made, type) else None
             names = getattr(getattr(init, "__code__", None), "co_names", ())
-            if any(make.builds <= set(names) for make in MAKES) and not made.__module__.startswith("admfast."):
+            if any(make.builds <= set(names) for make in MAKES) and not made.__module__.startswith(
+                "admfast."
+            ):
                 made.__call__ = self._watched(made.__call__)
             return made
 

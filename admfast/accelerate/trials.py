@@ -18,7 +18,6 @@ Conversion = Callable[[Any], None]
 Inputs = Callable[[Any], list[Tensor]]
 
 
-
 def agrees(block: nn.Module, conversion: Conversion, inputs: Inputs) -> bool:
     """Tell whether a copy of a block gives the same before and after a conversion."""
     with deriving(), torch.random.fork_rng(_generators()):
