@@ -85,8 +85,8 @@ class DiffusersResBlock(ResidualBlock):
 class DiffusersAttention(FusedBlock):
     """diffusers' `Attention` of positions among themselves, by its processor of torch's fused attention.
 
-    `(x + to_out(attention(to_q(GN(x)), to_k(GN(x)), to_v(GN(x))))) / rescale_output_factor`. Where it is given
-    more than x, or another processor since, the program's own forward runs.
+    `(x + to_out(attention(to_q(h), to_k(h), to_v(h)))) / rescale_output_factor`, h = GN(x). Where it is given
+    more than x, or has another processor by now, the program's own forward runs.
     """
 
     heads: int

@@ -38,11 +38,9 @@ TAPS = 2  # of the filter whose resampling is the published one
 
 
 class EdmConv(Watchful):
-    """EDM's convolution: zeros around x, which is resampled by two before where `up` or `down`.
+    """EDM's convolution: zeros around x, which is resampled by two before where `up` or `down`."""
 
-    It computes in the dtype of x, whatever that of its weights is.
-    """
-
+    any_dtype = True
     stride = dilation = (1, 1)
     groups = 1
     padding_mode = "zeros"
@@ -85,6 +83,7 @@ class EdmBlock(ResidualBlock):
 
     dropout: float
     skip_scale: float
+    scales: bool  # a trace can't ask it of a NumPy scalar
     num_heads: int
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class EdmBlock(ResidualBlock):
         return self._scaled(self._attended(x)) if self.num_heads else x
 
     def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.skip_scale == 1 else x * self.skip_scale
+        return x * self.skip_scale if self.scales else x
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -165,7 +164,10 @@ def _convert_block(block: Any) -> None:
     if block.num_heads:
         rows = torch.arange(len(block.qkv.weight), device="cpu").view(block.num_heads, -1, 3)
         _convert_conv(block.qkv, rows=rows.permute(2, 0, 1).flatten().tolist())
-    convert(block, EdmBlock, resample=resample, use_scale_shift_norm=block.adaptive_scale, _kinds=None)
+    convert(
+        block, EdmBlock, resample=resample, use_scale_shift_norm=block.adaptive_scale,
+        scales=bool(block.skip_scale != 1), _kinds=None,
+    )  # fmt: skip
     block._built()
 
 

@@ -24,9 +24,9 @@ class Make:
 
     name: of the make. parts: of a network of it. builds: names that the constructor of its class uses. torso:
     where its blocks lie. candidates: what may convert a block, nothing where it isn't one of the make's.
-    difference: what the code of a block uses beyond the known. inputs: what a block is tried on. layers: the blocks of a
-    network. ends: converts what else there is, once the blocks are converted; told whether the network's own
-    forward runs. refusal: why a network stays as it is as a whole.
+    difference: what the code of a block uses beyond the known. inputs: what a block is tried on. layers: the
+    blocks of a network. ends: converts what else there is, once the blocks are converted; told whether the
+    network's own forward runs. refusal: why a network stays as it is as a whole.
     """
 
     name: str

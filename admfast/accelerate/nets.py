@@ -47,7 +47,8 @@ class AcceleratedNet(FoldableNet):
     accelerated_code: list[tuple[type, str, Any]]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(vars(part).get(name) is not method for part, name, method in self.accelerated_code):
+        # Not by vars(), which Dynamo can't ask every class for.
+        if any(part.__dict__.get(name) is not method for part, name, method in self.accelerated_code):
             restore_network(self)
             return self(*args, **kwargs)
         if not isinstance(self.accelerated_walk, Walk):

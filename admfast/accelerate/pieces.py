@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,12 @@ from admfast.ops.transforms import deriving
 
 
 class Watchful(convolution.FoldableConv):
-    """A convolution that may be called without its network, which would have renewed its form."""
+    """A convolution that may be called without its network, which would have renewed its form.
+
+    any_dtype: it computes in the dtype of x, whatever that of its weights is.
+    """
+
+    any_dtype: ClassVar[bool] = False
 
     @property
     def folded(self) -> FoldedConv | None:
@@ -44,7 +49,7 @@ class _Entrance(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         folded: FoldedConv | None = self.folded  # type: ignore[assignment]
-        x = x if folded is None else x.to(folded.dtype)
+        x = x if folded is None or self.any_dtype else x.to(folded.dtype)
         return super().forward(channels_together(x) if x.dim() == 4 else x)  # type: ignore[misc]
 
 
@@ -106,4 +111,4 @@ def convert_conv(conv: nn.Module, enters: bool = False) -> None:
     """
     if is_conv(conv):
         ours = CONVOLUTIONS[type(conv)]
-        convert(conv, entrance(ours) if enters else ours)
+        convert(conv, entrance(ours) if enters else ours)  # type: ignore[arg-type]

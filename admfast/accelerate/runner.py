@@ -62,7 +62,8 @@ class Watch:
         @functools.wraps(build)
         def and_look(*args: Any, **kwargs: Any) -> Any:
             made: Any = build(*args, **kwargs)
-            init = inspect.unwrap(vars(made).get("__init__")) if isinstance(made, type) else None
+            init: Any = vars(made).get("__init__") if isinstance(made, type) else None
+            init = init and inspect.unwrap(init)
             names = getattr(getattr(init, "__code__", None), "co_names", ())
             if any(make.builds <= set(names) for make in MAKES) and not made.__module__.startswith(
                 "admfast."

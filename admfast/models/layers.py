@@ -137,7 +137,7 @@ class ResidualBlock(FusedBlock):
 
     Norm, SiLU and resampling run as one operation, and the last convolution adds the skip.
 
-    resample: by what the branch and the skip are resampled after the first norm and SiLU. use_scale_shift_norm:
+    resample: how the branch and the skip are resampled after the first norm and SiLU. use_scale_shift_norm:
     the projected embedding gives scale (first half) and shift (second half) of the second norm, else it is
     added before it.
     """

@@ -255,7 +255,7 @@ class FoldableNet(nn.Module):
     def _parameter_dtype(self) -> torch.dtype:
         blocks = self._modules[self.torso[0]]
         assert blocks is not None
-        found = next(blocks.parameters(), None)
+        found: Tensor | None = next(blocks.parameters(), None)
         if found is None:  # in a replica of DataParallel they are attributes
             weights = (getattr(module, "weight", None) for module in blocks.modules())
             found = next(weight for weight in weights if isinstance(weight, Tensor))
