@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from admfast.accelerate.classes import convert, own_class
 from admfast.accelerate.codes import BLOCKS, foreign
 from admfast.accelerate.makes import Make
-from admfast.accelerate.pieces import POINTWISE, convert_conv, convert_norm, is_conv, is_norm, is_silu
+from admfast.accelerate.pieces import (
+    POINTWISE,
+    convert_conv,
+    convert_norm,
+    entrance,
+    is_conv,
+    is_norm,
+    is_silu,
+)
 from admfast.accelerate.trials import Conversion, close, random
 from admfast.models import layers
 
@@ -107,8 +115,9 @@ def _layers(net: Any) -> list[nn.Module]:
 
 
 def _convert_ends(net: Any, enters: bool) -> None:
+    """Convert the layers before the first block and behind the last."""
     for layer in net.input_blocks[0].children():
-        convert_conv(layer, enters)
+        convert_conv(layer, entrance if enters else None)
     _convert_head(net.out)
 
 

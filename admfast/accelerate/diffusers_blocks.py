@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from admfast.accelerate.classes import convert, own_class
 from admfast.accelerate.codes import LIBRARIES, NUMBERS, foreign, foreign_function
 from admfast.accelerate.makes import Make
-from admfast.accelerate.pieces import convert_conv, convert_norm, is_conv, is_silu
+from admfast.accelerate.pieces import convert_conv, convert_norm, entrance, exit_of, is_conv, is_silu
 from admfast.accelerate.trials import Conversion, random
 from admfast.models.hooks import FusedBlock
 from admfast.models.layers import ResidualBlock
@@ -208,14 +208,16 @@ def _layers(net: Any) -> list[nn.Module]:
     return [module for module in net.modules() if any(names <= module._modules.keys() for names in named)]
 
 
-def _convert_ends(net: Any, enters: bool) -> None:
+def _convert_ends(net: Any, _enters: bool) -> None:
     """Convert what lies in none of these: both ends, and what resamples."""
     inside = {id(part) for block in _layers(net) for part in block.modules()}
+    convert_conv(net.conv_in, entrance)
+    convert_conv(net.conv_out, exit_of)
     for module in [module for module in net.modules() if id(module) not in inside]:
         if _is_norm(module):
             convert_norm(module)
         else:
-            convert_conv(module, enters and module is net.conv_in)
+            convert_conv(module)
 
 
 DIFFUSERS = Make(

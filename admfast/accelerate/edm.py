@@ -190,13 +190,13 @@ def _layers(net: Any) -> list[nn.Module]:
     return [block for blocks in (net.enc, net.dec) for block in blocks.children() if [*block.children()]]
 
 
-def _convert_ends(net: Any, enters: bool) -> None:
+def _convert_ends(net: Any, _enters: bool) -> None:
     """Convert the first and last layers, those of EDM's own make that lie in no block."""
     first = next(iter(net.enc.children()))
     single = [layer for layers in (net.enc, net.dec, net) for layer in layers.children()]
     for layer in single:
         if "resample_filter" in layer._buffers and _is_conv(layer):
-            _convert_conv(layer, entrance(EdmConv) if enters and layer is first else EdmConv)
+            _convert_conv(layer, entrance(EdmConv) if layer is first else EdmConv)
         elif "num_groups" in vars(layer) and is_norm(layer):
             convert_norm(layer)
 

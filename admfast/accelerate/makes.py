@@ -90,10 +90,13 @@ def _likeness(part: Any) -> tuple[Any, ...]:
     given = tuple((name, p is None) for name, p in part._parameters.items())
     buffers = tuple((n, None if b is None else _values(b)) for n, b in part._buffers.items())
     groups = getattr(part, "num_groups", None)
+    weight = part._parameters.get("weight")
+    # A norm of one channel a group takes away whatever is added to a channel, and hides it.
+    alone = None if groups is None or weight is None else len(weight) == groups
     # With one head several orders of q, k and v are the same.
     heads = [getattr(part, name, None) for name in ("n_heads", "num_heads")]
     one = tuple(count == 1 if isinstance(count, int) else None for count in heads)
-    return own_class(part), own, given, buffers, groups, one
+    return own_class(part), own, given, buffers, groups, alone, one
 
 
 def _setting(value: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from admfast.accelerate import blocks
 from admfast.accelerate.blocks import PUBLISHED
@@ -55,7 +54,7 @@ class AcceleratedNet(FoldableNet):
             self._fold_now()
         out = super().__call__(*args, **kwargs)
         # Whoever draws noise like it, or views it, counts on the layout that the program's network gives.
-        return out.contiguous() if isinstance(out, Tensor) else tree_map_only(Tensor, Tensor.contiguous, out)
+        return out.contiguous() if isinstance(out, Tensor) else out
 
     def _fold_now(self) -> None:
         """Fold for this call, where forms may be used in it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,13 @@ class _Entrance(nn.Module):
         return super().forward(channels_together(x) if x.dim() == 4 else x)  # type: ignore[misc]
 
 
+class _Exit(nn.Module):
+    """Mixin of a network's last convolution, whose images leave it as the program's own network gives them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()  # type: ignore[misc]
+
+
 @functools.cache
 def entrance(ours: type[nn.Module]) -> type[nn.Module]:
     """Return the class of convolutions of a class of ours through which images enter a network.
@@ -60,6 +68,12 @@ def entrance(ours: type[nn.Module]) -> type[nn.Module]:
     Each block is spared a conversion then: `torch.cat` and the blocks hand the layout on.
     """
     return type(ours.__name__, (_Entrance, ours), {})
+
+
+@functools.cache
+def exit_of(ours: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of convolutions of a class of ours through which images leave a network."""
+    return type(ours.__name__, (_Exit, ours), {})
 
 
 class Norm(nn.Module):
@@ -104,11 +118,11 @@ def convert_norm(norm: nn.Module) -> None:
     convert(norm, layers.Norm if isinstance(norm, nn.GroupNorm) else Norm)
 
 
-def convert_conv(conv: nn.Module, enters: bool = False) -> None:
+def convert_conv(conv: nn.Module, kind: Callable[[Any], type[nn.Module]] | None = None) -> None:
     """Convert a convolution of torch's own class; leave any other module as it is.
 
-    enters: images enter the network through it.
+    kind: `entrance` or `exit_of`, where images enter or leave the network through it.
     """
     if is_conv(conv):
         ours = CONVOLUTIONS[type(conv)]
-        convert(conv, entrance(ours) if enters else ours)  # type: ignore[arg-type]
+        convert(conv, ours if kind is None else kind(ours))
