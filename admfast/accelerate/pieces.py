@@ -55,7 +55,7 @@ class _Entrance(nn.Module):
 
 
 class _Exit(nn.Module):
-    """Mixin of a network's last convolution, whose images leave it as the program's own network gives them."""
+    """Mixin of a network's last convolution, where images leave it as the program's own gives them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).contiguous()  # type: ignore[misc]

@@ -42,8 +42,8 @@ class Kernel:
 # PyTorch's kernels. The order of the arguments of the backward is that of torch's own derivative formulas.
 
 
-# Vectors hold 16 numbers: over 1024 positions torch's kernel takes 1.5 times as long for heads of 8 as for heads
-# of 16, forward and backward; over 64 as long. Zeros add nothing to a product.
+# Vectors hold 16 numbers: over 1024 positions torch's kernel takes 1.5 times as long for heads of 8 as for
+# heads of 16, forward and backward; over 64 as long. Zeros add nothing to a product.
 WIDTH, FEWEST_POSITIONS = 16, 128
 
 

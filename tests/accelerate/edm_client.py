@@ -1,4 +1,4 @@
-"""A program's own network of EDM's make, written from the formulas: one block that resamples in its convolutions.
+"""A program's own network of EDM's make, written from the formulas: its convolutions resample.
 
 Plain modules, without a line of admfast's: what it computes is what the converted network is held to.
 """
@@ -51,8 +51,8 @@ class Conv2d(nn.Module):
 
 class UNetBlock(nn.Module):
     def __init__(
-        self, in_channels, out_channels, emb, heads=0, up=False, down=False, adaptive=True, scale=1, taps=(1, 1),
-        project=False, dropout=0.0, eps=1e-5,
+        self, in_channels, out_channels, emb, heads=0, up=False, down=False, adaptive=True, scale=1,
+        taps=(1, 1), project=False, dropout=0.0, eps=1e-5,
     ):  # fmt: skip
         super().__init__()
         self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, heads
