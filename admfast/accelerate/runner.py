@@ -182,11 +182,17 @@ def _run_file(program: str) -> None:
 
 
 def _off(found: Any, wanted: Any) -> float | None:
-    """Return the largest difference over the largest value; None of results that are no tensors."""
+    """Return the largest difference over the largest value; None of results that are no images."""
+    found, wanted = _images(found), _images(wanted)
     if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
         return None
     difference = (found.detach() - wanted).abs().max()
     return float(difference / wanted.abs().max()) if difference else 0.0
+
+
+def _images(out: Any) -> Any:
+    """Return the images in what a network gives: diffusers' are the first of a tuple, or a `sample`."""
+    return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
 
 
 def _own(given: Sequence[str]) -> int:
