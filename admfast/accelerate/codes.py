@@ -1,4 +1,4 @@
-"""Read a class's code for what the published code doesn't use: other names, other numbers, decorators.
+"""Read a class's code for what its make's published code doesn't use: other names, numbers, decorators.
 
 Results on small inputs can't show everything: what depends on sizes, on training, on attributes that change
 later. A formula made of published names and small numbers alone has no room for these.
