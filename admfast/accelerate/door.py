@@ -31,8 +31,8 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
 
     Args:
         model: a network as published (`UNetModel`, `SuperResModel`, `EncoderUNetModel`) from whatever copy of
-            the code, one of EDM's make or diffusers' `UNet2DModel`, or what holds some: a wrapper, a denoiser, a
-            pipeline.
+            the code, one of EDM's make or diffusers' `UNet2DModel`, or what holds some: a wrapper, a
+            denoiser, a pipeline.
         precision: what the torso computes in, "fp32", "bf16" or "fp16"; None: as its parameters are.
 
     Raises: InvalidArgument where there is no such network, with what there is, or none that can be converted.

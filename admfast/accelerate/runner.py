@@ -1,7 +1,7 @@
 """Run a program as it stands with its networks accelerated: `python -m admfast.accelerate PROGRAM ARGS...`
 
-Classes that build the parts of a network of a known make are watched as they are defined, in whatever file; an instance
-is converted at its first call, when the program has loaded, moved and prepared it.
+Classes that build the parts of a network of a known make are watched as they are defined, in whatever file;
+an instance is converted at its first call, when the program has loaded, moved and prepared it.
 """
 
 from __future__ import annotations

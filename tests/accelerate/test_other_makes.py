@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import admfast
+from admfast.accelerate.makes import likeness
 from admfast.accelerate.nets import AcceleratedNet
 from admfast.errors import InvalidArgument
 from admfast.models.layers import ResidualBlock
@@ -320,6 +321,32 @@ def test_another_filter_of_two_taps_is_seen():
     assert {"enc.8_down", "dec.16_up"} == set(fast.accelerated_left)
     with torch.no_grad():
         assert_close(call(fast, x()), call(net, x()))
+
+
+def test_blocks_that_differ_in_more_than_sizes_are_not_alike():
+    first = edm_client.UNetBlock(32, 32, 64, down=True)
+    assert likeness(first) == likeness(edm_client.UNetBlock(32, 32, 48, down=True))
+    other = edm_client.UNetBlock(32, 32, 64, down=True)
+    other.conv0.resample_filter.mul_(2)
+    for block in (
+        other,
+        edm_client.UNetBlock(32, 32, 64, up=True),
+        edm_client.UNetBlock(32, 32, 64, scale=2.0),
+    ):
+        assert likeness(first) != likeness(block)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_images_stay_channels_last_from_block_to_block(name):
+    _, fast = pair(name)
+    seen = []
+    for block in blocks(fast):
+        block.register_forward_pre_hook(
+            lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    with torch.no_grad():
+        call(fast, x())
+    assert len(seen) == len(blocks(fast)) and all(seen)
 
 
 def test_another_dtype_of_the_torso_is_refused():
