@@ -1,4 +1,4 @@
-"""Read a class's code for what the published code doesn't use: other names, other numbers, decorators.
+"""Read a class's code for what its make's published code doesn't use: other names, numbers, decorators.
 
 Results on small inputs can't show everything: what depends on sizes, on training, on attributes that change
 later. A formula made of published names and small numbers alone has no room for these.
@@ -33,15 +33,18 @@ BLOCKS = LIBRARIES | {
     *("contiguous", "chunk", "split", "einsum", "bmm", "matmul", "softmax", "sqrt", "prod"),
     "scaled_dot_product_attention",
 }
-NORM = {"super", "forward", "float", "type", "dtype", "to"}
+NORM = LIBRARIES | {
+    *("super", "forward", "float", "type", "dtype", "to"),
+    *("group_norm", "num_groups", "weight", "bias", "eps"),
+}
 ACTIVATION = LIBRARIES | {"sigmoid", "silu"}
 NUMBERS = {-2, -1, 0, 1, 2, 3, 4, -0.5, 0.5, -0.25, 0.25}
 
 
-def foreign(cls: type, names: set[str]) -> str | None:
+def foreign(cls: type, names: set[str], numbers: set[Any] = NUMBERS) -> str | None:
     """Say what a module's class does beyond the published one; None where nothing is seen.
 
-    names: of attributes and functions that the published class uses.
+    names: of attributes and functions that the published class uses. numbers: that it may contain.
     """
     for part in cls.__mro__:
         if part is object or part.__module__.partition(".")[0] == "torch":
@@ -49,7 +52,7 @@ def foreign(cls: type, names: set[str]) -> str | None:
         if "__call__" in vars(part) or "__getattr__" in vars(part):
             return "has a __call__ or __getattr__ of its own"
         for name in ("forward", "_forward"):
-            if name in vars(part) and (reason := foreign_function(vars(part)[name], names)):
+            if name in vars(part) and (reason := foreign_function(vars(part)[name], names, numbers)):
                 return f"{name} {reason}"
     return None
 

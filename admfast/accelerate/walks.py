@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admfast.accelerate.blocks import close, random
 from admfast.accelerate.classes import own_class
 from admfast.accelerate.codes import foreign_function
+from admfast.accelerate.trials import close, random
 from admfast.models.layers import timestep_embedding
 from admfast.ops.transforms import deriving
 

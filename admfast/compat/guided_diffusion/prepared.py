@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from admfast.accelerate.blocks import close, random
 from admfast.accelerate.codes import LIBRARIES, foreign_function
+from admfast.accelerate.trials import close, random
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel, is_network
 from admfast.engine.guidance import log_probability_gradient
 from admfast.engine.numerics import own_numerics
