@@ -92,7 +92,6 @@ class DiffusersAttention(FusedBlock):
     heads: int
     processor: Any
     known_call: Any  # the processor's code at the conversion
-    residual_connection: bool
     rescale_output_factor: float
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,7 +105,7 @@ class DiffusersAttention(FusedBlock):
         qkv = torch.cat([modules[name](tokens) for name in ("to_q", "to_k", "to_v")], dim=-1)
         product, dropout = modules["to_out"]._modules.values()
         y = dropout(product(attention(qkv, self.heads))).transpose(1, 2).reshape(x.shape)
-        y = y + x if self.residual_connection else y
+        y = y + x
         return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
 
 
@@ -136,7 +135,7 @@ def _is_attention(block: Any) -> bool:
         and len({product.weight.shape for product in products}) == 1
         and len(block.to_out) == 2
         and type(block.to_out[1]) is nn.Dropout
-        and isinstance(block.residual_connection, bool)
+        and block.residual_connection is True
     )
 
 

@@ -52,7 +52,7 @@ class Make:
         try:
             candidates = self.candidates(block)
             if not candidates:
-                return f"{name} isn't a block of the {self.name} make"
+                return f"{name} has other parts or settings than blocks of the {self.name} make"
             if reason := self.difference(block):
                 return f"{name}: {reason}"
             found = next((c for c in candidates if agrees(block, c, self.inputs)), None)
