@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from admfast.accelerate.classes import convert, own_class
-from admfast.accelerate.codes import BLOCKS, foreign
+from admfast.accelerate.codes import ACTIVATION, BLOCKS, NORM, foreign
 from admfast.accelerate.makes import Make
 from admfast.accelerate.pieces import (
     POINTWISE,
@@ -19,7 +19,7 @@ from admfast.accelerate.pieces import (
     is_norm,
     is_silu,
 )
-from admfast.accelerate.trials import Conversion, close, random
+from admfast.accelerate.trials import SIZES, Conversion, close, random, random_images
 from admfast.models import layers
 
 RES_BLOCK = ("in_layers", "h_upd", "x_upd", "emb_layers", "out_layers", "skip_connection")
@@ -139,6 +139,19 @@ def passes_on(sequence: nn.Module) -> bool:
     if "forward" in vars(sequence):
         return False
 
+    try:
+        return all(_hands_on(cls, takes, count) for takes in _ORDERS for count, _ in SIZES)
+    except Exception:  # it wants another kind of layers
+        return False
+
+
+# Layers of a sequence: those that take the embedding, and others.
+_ORDERS = ((True, False, True), (True,), (False, True), (True, True, False, True))
+
+
+def _hands_on(cls: Any, takes: tuple[bool, ...], count: int) -> bool:
+    """Tell whether a sequence of simple layers gives what it should."""
+
     class Taker(*takers_of(cls)):  # type: ignore[misc]
         def forward(self, x: Tensor, emb: Tensor) -> Tensor:
             return x + 2 * emb
@@ -147,17 +160,17 @@ def passes_on(sequence: nn.Module) -> bool:
         def forward(self, x: Tensor) -> Tensor:
             return 3 * x
 
-    trial: Any = cls.__new__(cls)  # type: ignore[call-overload]
+    trial = cls.__new__(cls)
     nn.Module.__init__(trial)
-    for i, kind in enumerate((Taker, Other, Taker)):
+    x, emb = random(count, 4, seed=1), random(count, 4, seed=2)
+    wanted = x
+    for i, taking in enumerate(takes):
+        kind = Taker if taking else Other
         layer: Any = kind.__new__(kind)
         nn.Module.__init__(layer)
         trial.add_module(str(i), layer)
-    x, emb = random(2, seed=1), random(2, seed=2)
-    try:
-        return close(trial(x.clone(), emb.clone()), 3 * (x + 2 * emb) + 2 * emb)
-    except Exception:  # it wants another kind of layers
-        return False
+        wanted = wanted + 2 * emb if taking else 3 * wanted
+    return close(trial(x.clone(), emb.clone()), wanted)
 
 
 def takers_of(cls: type) -> tuple[type, ...]:
@@ -166,16 +179,24 @@ def takers_of(cls: type) -> tuple[type, ...]:
     return tuple(bases) or (nn.Module,)
 
 
-def _inputs(block: Any) -> list[Tensor]:
+def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
     """Return images, and an embedding where a block takes one."""
     device = next(block.parameters()).device
     if set(block._modules) == set(RES_BLOCK):
         conv, width = block.in_layers[2], block.emb_layers[1].in_features
-        x = random(2, conv.in_channels, *(8,) * (conv.weight.dim() - 2), seed=1)
-        return [x.to(device), random(2, width, seed=2).to(device)]
+        x = random_images(count, conv.in_channels, conv.weight.dim() - 2, side)
+        return [x.to(device), random(count, width, seed=2).to(device)]
     weight = next(p for p in block.parameters() if p.dim() > 1)
     dims = 2 if "qkv" in block._modules else weight.dim() - 2
-    return [random(2, weight.shape[1], *(8,) * dims, seed=1).to(device)]
+    return [random_images(count, weight.shape[1], dims, side).to(device)]
+
+
+def _difference(block: nn.Module) -> str | None:
+    """Say what the code of a block, or of a part of it, does beyond the published."""
+    for part in block.modules():
+        if reason := foreign(own_class(part), BLOCKS | NORM | ACTIVATION):
+            return reason if part is block else f"its {own_class(part).__name__} {reason}"
+    return None
 
 
 PUBLISHED = Make(
@@ -184,7 +205,7 @@ PUBLISHED = Make(
     builds=frozenset({"input_blocks", "middle_block"}),
     torso=("input_blocks", "middle_block", "output_blocks"),
     candidates=_candidates,
-    difference=lambda block: foreign(own_class(block), BLOCKS),
+    difference=_difference,
     inputs=_inputs,
     layers=_layers,
     ends=_convert_ends,

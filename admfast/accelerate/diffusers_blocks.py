@@ -16,7 +16,7 @@ from admfast.accelerate.classes import convert, own_class
 from admfast.accelerate.codes import LIBRARIES, NUMBERS, foreign, foreign_function
 from admfast.accelerate.makes import Make
 from admfast.accelerate.pieces import convert_conv, convert_norm, entrance, exit_of, is_conv, is_silu
-from admfast.accelerate.trials import Conversion, random
+from admfast.accelerate.trials import Conversion, random, random_images
 from admfast.models.hooks import FusedBlock
 from admfast.models.layers import ResidualBlock
 from admfast.ops.attention import attention
@@ -192,13 +192,13 @@ def _difference(block: Any) -> str | None:
     return foreign(own_class(block), ATTENTION_NAMES) or reason
 
 
-def _inputs(block: Any) -> list[Tensor]:
+def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
     """Return images, and an embedding where a block takes one."""
     if "to_q" in block._modules:
-        return [random(2, block.to_q.in_features, 8, 8, seed=1).to(block.to_q.weight.device)]
+        return [random_images(count, block.to_q.in_features, 2, side).to(block.to_q.weight.device)]
     device = block.conv1.weight.device
-    x = random(2, block.norm1.num_channels, 8, 8, seed=1)
-    return [x.to(device), random(2, block.time_emb_proj.in_features, seed=2).to(device)]
+    x = random_images(count, block.norm1.num_channels, 2, side)
+    return [x.to(device), random(count, block.time_emb_proj.in_features, seed=2).to(device)]
 
 
 def _layers(net: Any) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from admfast.accelerate.classes import convert, own_class
 from admfast.accelerate.codes import LIBRARIES, foreign
 from admfast.accelerate.makes import Make
 from admfast.accelerate.pieces import Watchful, convert_norm, entrance, is_norm
-from admfast.accelerate.trials import Conversion, random
+from admfast.accelerate.trials import Conversion, random, random_images
 from admfast.models.layers import ResidualBlock
 from admfast.ops.attention import attention
 from admfast.ops.resample import avg_pool_down, nearest_up
@@ -178,11 +178,11 @@ def _convert_conv(conv: Any, ours: type[nn.Module] = EdmConv, **attributes: Any)
         convert(conv, ours, padding=tuple(side // 2 for side in sides), **attributes)
 
 
-def _inputs(block: Any) -> list[Tensor]:
+def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
     """Return images and an embedding."""
     device = block.norm0.weight.device
-    x = random(2, len(block.norm0.weight), 8, 8, seed=1)
-    return [x.to(device), random(2, block.affine.weight.shape[1], seed=2).to(device)]
+    x = random_images(count, len(block.norm0.weight), 2, side)
+    return [x.to(device), random(count, block.affine.weight.shape[1], seed=2).to(device)]
 
 
 def _layers(net: Any) -> list[nn.Module]:

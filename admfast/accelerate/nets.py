@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from admfast.accelerate import blocks
 from admfast.accelerate.blocks import PUBLISHED
 from admfast.accelerate.classes import Converted, convert, restore
-from admfast.accelerate.codes import methods_of
+from admfast.accelerate.codes import Code, code_of
 from admfast.accelerate.diffusers_blocks import DIFFUSERS
 from admfast.accelerate.edm import EDM
 from admfast.accelerate.makes import Make
@@ -38,18 +38,18 @@ class AcceleratedNet(FoldableNet):
 
     accelerated_policy: what its torso computes in; None: what its parameters are. accelerated_walk: the
     published walk, or why its own runs. accelerated_left: modules that run as they are, and why.
-    accelerated_code: the methods that ours stand for; who exchanges one gets the network as it was.
+    accelerated_code: what ours stands for, and where it is held; who exchanges any of it gets the network as
+    it was.
     """
 
     directions = 2  # many clients want the gradient in x
     accelerated_policy: Policy | None = None
     accelerated_walk: Walk | str
     accelerated_left: Mapping[str, str] = MappingProxyType({})
-    accelerated_code: Sequence[tuple[type, str, Any]] = ()
+    accelerated_code = Code()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Not by vars(), which Dynamo can't ask every class for.
-        if any(part.__dict__.get(name) is not method for part, name, method in self.accelerated_code):
+        if not (torch.compiler.is_compiling() or self.accelerated_code.holds()):
             restore_network(self)
             return self(*args, **kwargs)
         if not isinstance(self.accelerated_walk, Walk):
@@ -134,7 +134,7 @@ def convert_network(net: Any, policy: Policy | None) -> None:
     if make is PUBLISHED:
         walk = _walk(net, known, left)
     check_policy(policy, walk)
-    code = methods_of(net)
+    code = code_of(net)
     sequences = [m for m in blocks.sequences(net) if _is_known(m, known)] if make is PUBLISHED else []
     for block, conversion in plan:
         conversion(block)

@@ -15,14 +15,17 @@ from admfast.ops.transforms import deriving
 SAME = torch.finfo(torch.float32).eps ** 0.5
 
 Conversion = Callable[[Any], None]
-Inputs = Callable[[Any], list[Tensor]]
+Inputs = Callable[[Any, int, int], list[Tensor]]  # of a block: tensors for so many images of such a side
+# Images and sides: what depends on their number or size by numbers as small as codes.NUMBERS shows on one.
+SIZES = ((2, 8), (1, 4), (3, 4), (4, 2), (5, 2))
 
 
 def agrees(block: nn.Module, conversion: Conversion, inputs: Inputs) -> bool:
     """Tell whether a copy of a block gives the same before and after a conversion."""
     with deriving(), torch.random.fork_rng(_generators()):
         trial = bare_copy(block)
-        given = [[scale * t for t in inputs(trial)] for scale in (1.0, 0.01)]
+        given = [inputs(trial, *size) for size in SIZES]
+        given.append([0.01 * t for t in given[0]])
         wanted = [trial(*(t.clone() for t in tensors)) for tensors in given]
         conversion(trial)
         return all(close(trial(*tensors), w) for tensors, w in zip(given, wanted, strict=True))
@@ -53,6 +56,11 @@ def bare_copy(module: nn.Module) -> nn.Module:
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 4.0
             parameter.requires_grad_(False).copy_(values / fan_in**0.5)
     return bare
+
+
+def random_images(count: int, channels: int, dims: int, side: int) -> Tensor:
+    """Return fixed normal numbers [count, channels, ...], the last side twice as long as the others."""
+    return random(count, channels, *(side,) * (dims - 1), 2 * side, seed=1)
 
 
 def random(*shape: int, seed: int) -> Tensor:
