@@ -98,7 +98,7 @@ class AcceleratedNet(FoldableNet):
         if (y is not None) != (classes is not None) and (walk.strict or classes is None):
             raise AssertionError("y must be given if and only if the model is class-conditional")
         if y is not None:
-            if walk.strict and y.shape[:1] != (count,):
+            if walk.strict and (y.shape[:1] != (count,) or (y.dim() > 1 and not y.is_floating_point())):
                 raise AssertionError(f"y.shape={tuple(y.shape)}: one for each of the {count} images")
             emb = emb + self.label_emb(y)  # type: ignore[operator]
         return self.projected(emb.expand(count, -1) if len(emb) == 1 else emb)

@@ -160,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = [program, *given[own:]]
     sys.path[0] = os.getcwd() if arguments.module else str(Path(program).resolve().parent)
     if arguments.package:
+        _say_what_is_hidden()
         sys.path.insert(0, str(PACKAGES / "front"))
         sys.path.append(str(PACKAGES / "stand_ins"))
     status: Any = 0
@@ -180,6 +181,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     print(status, file=sys.stderr)
     return 1
+
+
+def _say_what_is_hidden() -> None:
+    """Name a copy of the package that the program would have found: it may have been changed."""
+    for folder in map(Path, sys.path):
+        if (folder / "guided_diffusion").is_dir():
+            print(f"admfast.accelerate: not used: {folder / 'guided_diffusion'}", file=sys.stderr)
+            return
 
 
 def _run_file(program: str) -> None:
