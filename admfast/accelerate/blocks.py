@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -134,11 +135,16 @@ def _convert_head(head: nn.Module) -> None:
 def passes_on(sequence: nn.Module) -> bool:
     """Tell whether a sequence only hands the embedding to those of its layers that take it."""
     cls = own_class(sequence)
-    if not isinstance(sequence, nn.Sequential) or cls is nn.Sequential or foreign(cls, BLOCKS):
+    if not isinstance(sequence, nn.Sequential) or cls is nn.Sequential or "forward" in vars(sequence):
         return False
-    if "forward" in vars(sequence):
-        return False
+    return _passes_on(cls, cls.forward)
 
+
+@functools.lru_cache(maxsize=16)
+def _passes_on(cls: Any, forward: Any) -> bool:
+    """Tell it of a class, by what its `forward` is now."""
+    if foreign(cls, BLOCKS):
+        return False
     try:
         return all(_hands_on(cls, takes, count) for takes in _ORDERS for count, _ in SIZES)
     except Exception:  # it wants another kind of layers

@@ -17,7 +17,7 @@ SAME = torch.finfo(torch.float32).eps ** 0.5
 Conversion = Callable[[Any], None]
 Inputs = Callable[[Any, int, int], list[Tensor]]  # of a block: tensors for so many images of such a side
 # Images and sides: what depends on their number or size by numbers as small as codes.NUMBERS shows on one.
-SIZES = ((2, 8), (1, 4), (3, 4), (4, 2), (5, 2))
+SIZES = ((2, 4), (1, 4), (3, 2), (4, 2), (5, 2))
 
 
 def agrees(block: nn.Module, conversion: Conversion, inputs: Inputs) -> bool:
