@@ -134,7 +134,7 @@ def _convert_head(head: nn.Module) -> None:
 
 def passes_on(sequence: nn.Module) -> bool:
     """Tell whether a sequence only hands the embedding to those of its layers that take it."""
-    cls = own_class(sequence)
+    cls: Any = own_class(sequence)
     if not isinstance(sequence, nn.Sequential) or cls is nn.Sequential or "forward" in vars(sequence):
         return False
     return _passes_on(cls, cls.forward)
@@ -142,7 +142,7 @@ def passes_on(sequence: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _passes_on(cls: Any, forward: Any) -> bool:
-    """Tell it of a class, by what its `forward` is now."""
+    """Answer `passes_on` for a class with this method; the answer is kept."""
     if foreign(cls, BLOCKS):
         return False
     try:
