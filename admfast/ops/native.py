@@ -35,7 +35,7 @@ def reason_missing() -> str | None:
         importlib.import_module("admfast._C")
     except ImportError as error:
         built = build_info()
-        return f"not built: {built['reason']}" if built.get("reason") else f"not loaded: {error}"
+        return f"not built: {built['reason']}" if built.get("built") == "none" else f"not loaded: {error}"
     if asked and instruction_set() != asked:
         raise Unavailable(f"{ISA}={asked!r}: this machine can't run it")
     _register_fakes()
