@@ -42,6 +42,7 @@ TRAIN += " --device cpu --save-every 1 --keep 1 --grid-every 0"
 EVERYWHERE = ["info", f"inspect {SHIPPED}", SAMPLE]
 FILES = [
     TRAIN,
+    TRAIN.replace("--steps 2", "--steps 3"),  # goes on with the run
     "train export OUT/run --out OUT/trained.pt",
     "export digits32 --out OUT/net.safetensors --to safetensors",
 ]
