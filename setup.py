@@ -166,7 +166,7 @@ def extensions() -> tuple[list, dict]:
             self.extensions = []
 
         def record(self, built: str, why: str | None) -> None:
-            record(self.place, built, why, torch.__version__)
+            record(self.place, built, why, None if built == "none" else torch.__version__)
 
         def copy_extensions_to_source(self) -> None:
             if self.extensions:
