@@ -31,11 +31,14 @@ def reason_missing() -> str | None:
     asked = os.environ.get(ISA)
     if asked and asked not in ISAS:
         raise invalid(ISA, asked, f"one of {', '.join(ISAS)}; not set, the widest that runs here")
+    built = build_info()
+    # Of another version it may load, and lay out tensors otherwise.
+    if (other := built.get("torch")) and other.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"not loaded: built for torch {other}, this is {torch.__version__}"
     try:
         importlib.import_module("admfast._C")
     except ImportError as error:
-        built = build_info()
-        return f"not built: {built['reason']}" if built.get("reason") else f"not loaded: {error}"
+        return f"not built: {built['reason']}" if built.get("built") == "none" else f"not loaded: {error}"
     if asked and instruction_set() != asked:
         raise Unavailable(f"{ISA}={asked!r}: this machine can't run it")
     _register_fakes()
