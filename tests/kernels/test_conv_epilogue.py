@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from admfast.ops import FoldedConv, conv_epilogue, conv_ref, group_norm_triton
+from admfast.ops import FoldedConv, conv_epilogue, conv_ref, launchers
 from tests.kernels.norm_cases import DEVICE, DTYPES, module
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import assert_within, unmodified
@@ -160,8 +160,8 @@ VOLUME = laid_out(torch.ones(2, 6, 3, 5, 7), "channels_last")
 @pytest.fixture
 def present(monkeypatch):
     """As where there is a GPU."""
-    monkeypatch.setattr(group_norm_triton, "reason_missing", lambda: None)
-    monkeypatch.setattr(group_norm_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(launchers, "reason_missing", lambda: None)
+    monkeypatch.setattr(launchers, "interpreted", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_who_looks_on_sees_operations_of_torch(present, monkeypatch):
 
 @pytest.mark.parametrize("name", ["reason_missing", "interpreted"])
 def test_without_a_gpu_for_triton_it_is_torch_that_adds(name, present, monkeypatch):
-    monkeypatch.setattr(group_norm_triton, name, lambda: "missing")
+    monkeypatch.setattr(launchers, name, lambda: "missing")
     assert not conv_epilogue.serves("cuda", X, BIAS, RESIDUAL)
 
 

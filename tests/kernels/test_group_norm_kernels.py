@@ -9,7 +9,7 @@ import torch
 
 from admfast.errors import Unavailable
 from admfast.ops import TABLES, group_norm_silu
-from admfast.ops.group_norm_grad import RAW, NormOptions
+from admfast.ops.norm.grad import RAW, NormOptions
 from tests.kernels.norm_cases import DEVICE, DTYPES, SHAPES, call_of, check, force, module, poison
 from tests.ops.cover import all_pairs, case_id
 

@@ -12,7 +12,7 @@ import torch
 
 from admfast.errors import Unavailable
 from admfast.ops import TABLES, group_norm_silu, group_norm_silu_ref, native
-from admfast.ops.group_norm_grad import (
+from admfast.ops.norm.grad import (
     RAW,
     GroupNormSiluFn,
     NormOptions,

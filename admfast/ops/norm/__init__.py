@@ -15,9 +15,10 @@ from torch import Tensor
 
 from admfast import checks
 from admfast.errors import invalid
-from admfast.ops import group_norm_triton, native
+from admfast.ops import launchers, native
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
+from admfast.ops.norm import triton
+from admfast.ops.norm.grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
 from admfast.ops.transforms import record, recorded, transformed
 
@@ -201,11 +202,11 @@ def _cpp_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
 
 def _triton_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
     reason = _transformed(x, *arguments, **options)
-    return reason or group_norm_triton.reason_unsupported(x, options.get("x2"))
+    return reason or triton.reason_unsupported(x, options.get("x2"))
 
 
 RAW["cpp"] = RawNorm("cpp", _cpp_forward, _cpp_backward)
-RAW["triton"] = RawNorm("triton", group_norm_triton.forward, group_norm_triton.backward)
+RAW["triton"] = RawNorm("triton", triton.forward, triton.backward)
 
 TABLE = OpTable(
     "group_norm_silu",
@@ -213,9 +214,9 @@ TABLE = OpTable(
         Implementation(
             "triton",
             _over_raw("triton", True),
-            group_norm_triton.reason_missing,
+            triton.reason_missing,
             _triton_supports,
-            unasked=group_norm_triton.reason_unasked,
+            unasked=launchers.reason_unasked,
         ),
         Implementation("cpp", _over_raw("cpp", False), native.reason_missing, _cpp_supports),
         Implementation("reference", group_norm_silu_ref),
