@@ -1,8 +1,7 @@
 """Floor 1: the fused operators, one file each: public function, reference, autograd, implementations."""
 
 from admfast.ops.attention import attention, attention_ref
-from admfast.ops.conv import FoldedConv, conv_ref
-from admfast.ops.conv_train import conv
+from admfast.ops.conv import FoldedConv, conv, conv_ref
 from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
 from admfast.ops.noise import Stream, as_seeds, normal, normal_ref
 from admfast.ops.norm import group_norm_silu, group_norm_silu_ref

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, FoldedConv, conv_ref
-from admfast.ops.conv_winograd import amplification
+from admfast.ops.conv.winograd import amplification
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import DEVICES, HALF_AND_SINGLE, assert_same_formula, assert_within, unmodified
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, FoldedConv, conv_ref, native, watch
-from admfast.ops.conv import preferred
-from admfast.ops.conv_forms import packed_missing
-from admfast.ops.conv_grad import direction_of
-from admfast.ops.conv_winograd import amplification
+from admfast.ops.conv.folded import preferred
+from admfast.ops.conv.forms import packed_missing
+from admfast.ops.conv.grad import direction_of
+from admfast.ops.conv.winograd import amplification
 from admfast.ops.dispatch import using
 from tests.ops.tolerance import assert_within
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, conv, native, watch
-from admfast.ops.conv_winograd import amplification, gradient_amplification
+from admfast.ops.conv.winograd import amplification, gradient_amplification
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, unmodified
 

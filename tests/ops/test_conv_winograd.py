@@ -7,8 +7,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from admfast.ops import conv_winograd, native
-from admfast.ops.conv_winograd import (
+from admfast.ops import native
+from admfast.ops.conv import winograd
+from admfast.ops.conv.winograd import (
     amplification,
     gradient_amplification,
     matrices,
@@ -39,7 +40,7 @@ def test_the_transforms_of_images_are_exact_in_float32():
 
 def grown(monkeypatch, *points):
     with monkeypatch.context() as patched:
-        patched.setattr(conv_winograd, "POINTS", tuple(Fraction(p) for p in points))
+        patched.setattr(winograd, "POINTS", tuple(Fraction(p) for p in points))
         matrices.cache_clear()
         found = amplification()
     matrices.cache_clear()

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.errors import first_line
-from admfast.ops import conv_epilogue, native
+from admfast.ops import native
+from admfast.ops.conv import epilogue
 from admfast.ops.layout import channels_last, is_channels_last
 from admfast.ops.transforms import compiled_transform, constant, deriving, in_forward_mode, in_vmap
 
@@ -193,10 +194,10 @@ def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: T
     convolution = CONVOLUTIONS[len(direction.kernel)]
     geometry = (direction.stride, direction.padding)
     weight = direction.form("library")
-    if conv_epilogue.serves(x.device.type, x, bias, residual):
+    if epilogue.serves(x.device.type, x, bias, residual):
         y = convolution(x, weight, None, *geometry)
         if is_channels_last(y):  # as cuDNN's is with such weights
-            return conv_epilogue.add(y, bias, residual)
+            return epilogue.add(y, bias, residual)
         y = y if bias is None else y + bias.view(-1, *(1,) * len(direction.kernel))
     else:
         y = convolution(x, weight, bias, *geometry)

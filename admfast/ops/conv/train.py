@@ -9,8 +9,8 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.conv import FoldedConv, check_bias, check_residual, conv_ref, each, wide_loops
-from admfast.ops.conv_forms import CONVOLUTIONS, Direction, winograd_fits
+from admfast.ops.conv.folded import FoldedConv, check_bias, check_residual, conv_ref, each, wide_loops
+from admfast.ops.conv.forms import CONVOLUTIONS, Direction, winograd_fits
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.layout import is_channels_last
 from admfast.ops.transforms import (
@@ -41,7 +41,7 @@ def conv(
 
     Differentiable any number of times in x, weight, bias and residual. Accumulates in float32 at least. In
     float32 on a CPU channels-last 3x3 convolutions, their input gradient and their weights' gradient run by
-    Winograd's algorithm (`admfast.ops.conv_winograd` says what that does to rounding), whose weights are
+    Winograd's algorithm (`admfast.ops.conv.winograd` says what that does to rounding), whose weights are
     transformed anew at every call. Which implementation runs depends on shapes and machine alone, not on
     whether a gradient is recorded.
 
