@@ -11,7 +11,7 @@ import torch
 
 from admfast.errors import InvalidArgument
 from admfast.ops import Stream, as_seeds, native, normal_ref
-from admfast.ops.noise import (
+from admfast.ops.update.noise import (
     COS_COEFFICIENTS,
     LN2_HIGH,
     LN2_LOW,

@@ -31,7 +31,7 @@ from admfast import checks
 from admfast.errors import invalid
 from admfast.ops import native
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.noise import Stream, check_counter, normal_ref
+from admfast.ops.update.noise import Stream, check_counter, normal_ref
 
 HISTORY = 3
 
@@ -232,8 +232,8 @@ def sampler_step(
             after the update (`row.add_(1)`); the reference has to read it back.
         out2: output of a second network, like `out`.
         grad: guidance gradient [N, C, *spatial] without loss scale; None is no guidance.
-        seeds: [N] int64 (see `as_seeds`): noise is made here (contract of `admfast.ops.noise`); not needed by
-            a row without noise.
+        seeds: [N] int64 (see `as_seeds`): noise is made here (contract of `admfast.ops.update.noise`); not
+            needed by a row without noise.
         noise: [N, C, *spatial] used instead of made.
         noise_row: row counter of the noise where it isn't `row`.
         stream: stream of the noise.
