@@ -17,7 +17,7 @@ from admfast import checks
 from admfast.errors import invalid
 from admfast.ops import launchers, native
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.norm import triton
+from admfast.ops.norm import cpp, triton
 from admfast.ops.norm.grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
 from admfast.ops.transforms import record, recorded, transformed
@@ -174,30 +174,12 @@ def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
     return forward
 
 
-def _cpp_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, options = arguments
-    y, mean, rstd = native.ops().group_norm_silu_fwd(*tensors, options.groups, options.eps, options.silu)
-    return y, y.new_empty(0), mean, rstd
-
-
-def _cpp_backward(
-    dy: Tensor, _dskip: None, x: Tensor, x2: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    *tensors, options, _sums = rest
-    dx, dx2, s1, s2 = native.ops().group_norm_silu_bwd(dy, x, x2, *tensors, options.silu)
-    return dx, None if x2 is None else dx2, s1, s2
-
-
 def _transformed(*arguments: Any, **options: Any) -> str | None:
     return transformed(*(t for t in (*arguments, *options.values()) if isinstance(t, Tensor)))
 
 
 def _cpp_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}, this runs on the CPU"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {x.dtype}; float32 or bfloat16"
-    return _transformed(x, *arguments, **options)
+    return cpp.reason_unsupported(x) or _transformed(x, *arguments, **options)
 
 
 def _triton_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
@@ -205,7 +187,7 @@ def _triton_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
     return reason or triton.reason_unsupported(x, options.get("x2"))
 
 
-RAW["cpp"] = RawNorm("cpp", _cpp_forward, _cpp_backward)
+RAW["cpp"] = RawNorm("cpp", cpp.forward, cpp.backward)
 RAW["triton"] = RawNorm("triton", triton.forward, triton.backward)
 
 TABLE = OpTable(

@@ -395,6 +395,11 @@ def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Ten
         torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
 
 
+@native.fake("sampler_step_")
+def _fake(*_args: Any) -> None:
+    """It writes in place and returns nothing."""
+
+
 def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:
     """A counter as the compiled op takes it: what it reads when it runs, and what it adds to that."""
     return (value, 0) if isinstance(value, Tensor) else (None, operator.index(value))
