@@ -1,4 +1,4 @@
-"""Floor 1: the fused operators, one room each: public function, reference, autograd, implementations."""
+"""Floor 1: the fused operators, a room each: public function, reference, autograd, implementations, cases."""
 
 from admfast.ops.attention import attention, attention_ref
 from admfast.ops.conv import FoldedConv, conv, conv_ref
@@ -18,7 +18,11 @@ from admfast.ops.update import (
     sampler_step_ref,
 )
 
+# The folders here; `admfast info`, tests, sanitizers and benches call the ops with what their `cases.py` say.
+ROOMS = ("attention", "conv", "norm", "update")
+
 __all__ = [
+    "ROOMS",
     "TABLES",
     "Clip",
     "FoldedConv",

@@ -206,20 +206,6 @@ def test_a_trace_knows_its_convolution_by_a_name():
 
 
 @needs_cpp
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_raw_ops_pass_opcheck(channels_last):
-    weight, bias = weights()
-    conv = folded("winograd", weight, bias)
-    x, residual = torch.randn(2, 20, 9, 7), torch.randn(2, 40, 9, 7)
-    if channels_last:
-        x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
-    u = torch.ops.admfast.winograd_weights(weight, False)
-    for given in ((None, None), (bias, residual)):
-        torch.library.opcheck(torch.ops.admfast.conv3x3_winograd.default, (x, u, *given, 40))
-        torch.library.opcheck(torch.ops.admfast.folded_conv.default, (x, *given, conv.directions[0].key))
-
-
-@needs_cpp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -107,7 +107,6 @@ def test_the_compiled_weights_are_the_reference_s(shape, layout, transposed):
     assert float((u != reference).float().mean()) < 1e-3
     full = shape[0] % 32
     assert full == 0 or not u[-1, :, :, full:].any(), "the last panel is filled up with zeros"
-    torch.library.opcheck(torch.ops.admfast.winograd_weights.default, (given, transposed))
 
 
 @needs_cpp
