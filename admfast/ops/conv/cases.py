@@ -32,7 +32,7 @@ EPILOGUES: tuple[Case, ...] = (
 # shapes (three and one for the classifiers) as "channels in > channels out @ side * how often". Stride 1,
 # padding (kernel - 1) / 2, square input. The query-key-value projections of attention are 1x1 convolutions
 # over side * side tokens and are listed as such.
-NETWORKS = """
+_NETWORKS = """
 unet64 219.356 3x3 192>192@64*10 384>384@32*9 384>384@64*2 384>192@64*3 576>576@16*9 576>576@32*2
   1x1 384>1152@32*7 576>1728@16*7
 unet128 613.856 3x3 256>256@128*9 512>256@128*3 256>256@64*9 512>512@64*2 512>512@32*6 768>768@32*2
@@ -56,23 +56,31 @@ clf512 225.534 3x3 64>64@512*4 128>128@256*3 128>128@128*6
 """
 
 
-def _real() -> dict[str, Case]:
-    found: dict[str, Case] = {}
-    model, kernel = "", 3
-    for word in NETWORKS.split():
+def _shapes() -> list[tuple[str, int, int, int, int, float]]:
+    found, model, total, kernel = [], "", 0.0, 3
+    for word in _NETWORKS.split():
         if word in ("3x3", "1x1"):
             kernel = int(word[0])
         elif "@" in word:
-            sizes, side = word.partition("*")[0].split("@")
-            c_in, c_out = map(int, sizes.split(">"))
-            case = dict(c_in=c_in, c_out=c_out, spatial=(int(side), int(side)), kernel=kernel, bias=True)
-            found[f"{model} {kernel}x{kernel} {sizes}@{side}"] = case
+            *sizes, count = map(int, word.translate(str.maketrans(">@*", "   ")).split())
+            c_in, c_out, side = sizes
+            operations = 2 * c_in * c_out * kernel**2 * side**2
+            found.append((model, kernel, c_in, c_out, side, round(count * operations / total / 1e7, 2)))
         elif word[0].isalpha():
             model = word
+        else:
+            total = float(word)
     return found
 
 
-REAL = _real()
+# (model, kernel, channels in, channels out, side, share of the model's operations in percent)
+SHAPES = _shapes()
+REAL: dict[str, Case] = {
+    f"{model} {k}x{k} {c_in}>{c_out}@{side}": dict(
+        c_in=c_in, c_out=c_out, spatial=(side, side), kernel=k, bias=True
+    )
+    for model, k, c_in, c_out, side, _ in SHAPES
+}
 
 
 def arguments(
