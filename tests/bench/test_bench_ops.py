@@ -257,7 +257,7 @@ def test_attention_is_measured_forward_and_backward() -> None:
 def test_an_op_without_a_bench_of_its_own_is_measured_by_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(others, "MEASURED", others.MEASURED - {"attention"})
     rows = rows_of(others.kernels, "copy", "eager", "sdpa")
-    assert {row["kind"] for row in rows} == {"attention", "attention_grad"}
+    assert {row["kind"] for row in rows} >= {"attention", "attention_grad"}
     assert {row["provider"] for row in rows} == {"copy", "eager", "sdpa"}
     assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows), rows
     wrong_first(monkeypatch, "attention", lambda qkv, num_heads, **_: qkv[..., : qkv.shape[-1] // 3])
