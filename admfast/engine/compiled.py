@@ -19,7 +19,7 @@ from torch import Tensor
 
 from admfast.errors import Unavailable, first_line
 from admfast.files.atomic import check_folder
-from admfast.ops.sampler_step import Clip, Row, pack
+from admfast.ops.update import Clip, Row, pack
 
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep

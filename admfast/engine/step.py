@@ -26,9 +26,7 @@ from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
 from admfast.models.hooks import surveyed
-from admfast.ops.noise import Stream
-from admfast.ops.sampler_step import COLUMNS, HISTORY, PackedTable, SamplerState, update_for
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, update_for
 
 EMBEDDING_BYTES = 200 << 20  # what the projected embeddings of one network may take at a time
 ROWS = 1000  # tables of any length up to this share a step

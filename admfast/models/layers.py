@@ -20,7 +20,7 @@ from admfast.models.fold import Projected
 from admfast.models.hooks import FusedBlock, watched
 from admfast.models.recompute import made_again, maybe_checkpoint
 from admfast.ops.attention import attention
-from admfast.ops.group_norm import group_norm_silu
+from admfast.ops.norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
 from admfast.ops.transforms import observed
 

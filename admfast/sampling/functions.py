@@ -15,7 +15,7 @@ from admfast import checks
 from admfast.engine.guidance import classifier_guidance, followed
 from admfast.engine.step import Batch
 from admfast.errors import invalid
-from admfast.ops.sampler_step import Clip, Row, SamplerState, pack, sampler_step
+from admfast.ops.update import Clip, Row, SamplerState, pack, sampler_step
 from admfast.sampling.guides import Guide
 from admfast.sampling.predict import Model, Prediction
 

@@ -14,9 +14,7 @@ from admfast.engine.engine import out_of_memory
 from admfast.engine.numerics import own_numerics
 from admfast.errors import NonFiniteError
 from admfast.files.levels import to_uint8
-from admfast.ops.noise import normal
-from admfast.ops.sampler_step import Row, SamplerState
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import Row, SamplerState, SolverTable, normal
 from admfast.sampling.diagnose import first_nonfinite
 from admfast.sampling.functions import apply_denoised_fn, function_step
 

@@ -17,7 +17,7 @@ from admfast.models.config import ClassifierConfig, UNetConfig, UpsamplerConfig
 from admfast.models.preset_types import ModelPreset, SystemPreset
 from admfast.models.presets import SYSTEMS
 from admfast.ops.dispatch import using
-from admfast.ops.noise import as_seeds
+from admfast.ops.update import as_seeds
 from bench.sampling.weights import network
 
 

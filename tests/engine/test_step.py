@@ -17,8 +17,7 @@ from admfast.engine.precision import POLICIES
 from admfast.engine.step import ROWS, Batch, PreparedStep, StepKey
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.models.fold import FoldOptions
-from admfast.ops.noise import as_seeds
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable, as_seeds
 from admfast.sampling import loop
 from admfast.sampling.functions import conditioned
 from admfast.sampling.loop import run_rows

@@ -18,7 +18,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.engine.step import Batch
 from admfast.errors import Unavailable
-from admfast.ops.noise import as_seeds
+from admfast.ops.update import as_seeds
 from admfast.sampling.pipeline import Pipeline
 from admfast.solvers import ddpm
 from tests.small import PROCESS, pipeline, randn

@@ -249,22 +249,6 @@ def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
     return list((names | changes).values())
 
 
-@needs_native
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(out2=None, grad=None, seeds=None, noise=randn(*SHAPE)),
-        dict(saved=None, history=None, out=randn(*SHAPE), out2=None, row=torch.tensor([0]),
-             table=pack([Row(0, 0, k_x=1)]).device),
-        dict(row=None, row_at=1, noise_row=None, noise_at=2**32 - 1),
-    ],
-    ids=["all", "noise", "least", "numbers"],
-)  # fmt: skip
-def test_the_raw_op_passes_opcheck(changes):
-    torch.library.opcheck(torch.ops.admfast.sampler_step_.default, raw_arguments(filled()[0], **changes))
-
-
 WIDE = pack(FULL).device.double()
 BAD_SLOT = pack(FULL).device.clone()
 BAD_SLOT[1, -1] = 3

@@ -227,7 +227,7 @@ def test_a_counter_that_is_not_one_number_on_the_device_is_refused(row, message)
         sampler_step(state, table=pack(ROWS, "cuda"), row=row, impl="cuda", **there)
 
 
-def test_the_raw_op_passes_opcheck_and_refuses_by_its_name():
+def test_the_raw_op_refuses_by_its_name():
     state, table = on(state_of((2, 3, 4, 4))), pack(ROWS, "cuda")
     there = {name: value.cuda() for name, value in inputs((2, 3, 4, 4)).items()}
     one = torch.ones(1, dtype=torch.int64, device="cuda")
@@ -236,8 +236,6 @@ def test_the_raw_op_passes_opcheck_and_refuses_by_its_name():
         there["seeds"], None, table.device, one, one, 0, 0, 1,
     ]  # fmt: skip
     op = torch.ops.admfast.sampler_step_
-    torch.library.opcheck(op.default, arguments)
-    torch.library.opcheck(torch.ops.admfast.normal.default, (there["seeds"], 7, 3, 1))
     for place in (4, 6, 7, 9, 10):
         wrong = list(arguments)
         wrong[place] = arguments[place].cpu()

@@ -7,8 +7,7 @@ import torch
 
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import InvalidArgument, NonFiniteError
-from admfast.ops.noise import Stream, as_seeds, normal
-from admfast.ops.sampler_step import Clip
+from admfast.ops.update import Clip, Stream, as_seeds, normal
 from admfast.sampling import loop
 from admfast.sampling.loop import Diverged, Progress
 from admfast.solvers import solver_of

@@ -13,7 +13,7 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES, Policy
 from admfast.errors import InvalidArgument
-from admfast.ops.sampler_step import Clip
+from admfast.ops.update import Clip
 from admfast.sampling import loop
 from admfast.sampling.load import load
 from admfast.sampling.loop import run

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from admfast import checks
 from admfast.errors import Unavailable, invalid
-from admfast.ops import attention_kernels as kernels
-from admfast.ops.attention_kernels import Kernel
+from admfast.ops.attention import kernels
+from admfast.ops.attention.kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.transforms import in_autocast, in_program, in_vmap, record, traced
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from admfast.errors import invalid
-from admfast.ops import conv_forms as forms
 from admfast.ops import native
-from admfast.ops.conv_forms import CONVOLUTIONS, ConvOptions, Direction
-from admfast.ops.conv_grad import ConvFn
+from admfast.ops.conv import forms
+from admfast.ops.conv.forms import CONVOLUTIONS, ConvOptions, Direction
+from admfast.ops.conv.grad import ConvFn
 from admfast.ops.dispatch import Implementation, OpTable, setting, watched
 from admfast.ops.layout import channels_last, is_channels_last
 from admfast.ops.transforms import constant, deriving, in_autocast, observed, record, recorded
