@@ -22,6 +22,7 @@ from admfast.engine.precision import FP32, Policy
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
 from admfast.engine.threads import convolution, threads_for
 from admfast.models.fold import FOLDING, FoldableNet
+from admfast.ops.dispatch import setting
 
 LOG = logging.getLogger("admfast")
 
@@ -43,7 +44,8 @@ class Engine:
         self.options = options or EngineOptions()
         if self.options.compile:
             check_compiler(self.device)
-        self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
+        # By kind, and by who names implementations: `impl`, and what ADMFAST_IMPL says.
+        self._steps: OrderedDict[tuple[StepKey, tuple[str | None, str]], PreparedStep] = OrderedDict()
         # Held while networks are folded and steps are made or handed out; never while rows run, in which a
         # user's function may use another engine, or wait for a thread that uses this one.
         self.lock = threading.RLock()
@@ -107,12 +109,13 @@ class Engine:
 
         To be entered after `ready`.
         """
-        key = StepKey.of(batch, self.net.config.num_classes is not None), batch.impl  # type: ignore[union-attr]
+        kind = StepKey.of(batch, self.net.config.num_classes is not None)  # type: ignore[union-attr]
+        key = kind, (batch.impl, setting())
         with self.lock:
             step = self._steps.pop(key, None)
             if step is None:
                 self._make_room(self.options.kept_steps - 1)
-                step = self._made(*key)
+                step = self._made(kind, batch.impl)
         try:
             yield step
         finally:
