@@ -101,14 +101,14 @@ class OpTable:
             if reason:
                 raise Unavailable(f"{asked_by}={value!r}: {self.op} can't run on it here: {reason}")
             if watched():
-                _tell(Choice(self.op, entry.name, asked_by))
+                tell(Choice(self.op, entry.name, asked_by))
             return entry
         reasons: dict[str, str] = {}
         for entry in self._in_order(self.prefer(*args, **kwargs)):
             reason = entry.available() or entry.unasked() or entry.supports(*args, **kwargs)
             if reason is None:
                 if watched():
-                    _tell(Choice(self.op, entry.name, passed_over=reasons))
+                    tell(Choice(self.op, entry.name, passed_over=reasons))
                 return entry
             reasons[entry.name] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -157,12 +157,13 @@ def watch() -> Iterator[list[Choice]]:
 
 
 def watched() -> bool:
-    """Tell whether choices are being collected: one that is kept from call to call is then made anew."""
+    """Tell whether choices are being collected."""
     # A trace that looked at the watchers would be guarded by them, and made again while somebody watches.
     return not torch.compiler.is_compiling() and bool(_watchers)
 
 
-def _tell(choice: Choice) -> None:
+def tell(choice: Choice) -> None:
+    """Tell those who watch this thread of a choice; one that is kept from call to call is told at each."""
     own = threading.get_ident()
     for watcher in tuple(_watchers):  # another thread may begin or end meanwhile
         if watcher.thread == own:
