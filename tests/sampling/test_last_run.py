@@ -17,8 +17,11 @@ from admfast.models.layers import Attention, Norm
 from admfast.ops import dispatch
 from admfast.ops.dispatch import ENVIRONMENT
 from admfast.sampling.guides import Guide
-from admfast.sampling.last_run import RunReport, StageReport
+from admfast.sampling.last_run import RunReport, StageReport, report_of
+from admfast.sampling.loop import Notes
 from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.plan import plan
+from admfast.sampling.request import SampleRequest
 from tests.small import cascade, pipeline
 
 GIVEN: dict[str, Any] = {"classes": [1, 2], "seeds": [3, 4]}
@@ -203,6 +206,18 @@ def test_callbacks_are_told_from_rows():
     seconds = report.stages[0].seconds
     assert seconds.callbacks >= 4 * 0.02
     assert seconds.rows + seconds.callbacks <= report.seconds
+
+
+def test_the_first_row_is_that_of_the_first_batch():
+    pipe = pipeline()
+    planned = plan(SampleRequest(**GIVEN), pipe)
+    step, notes = pipe.engine.step(planned), Notes()
+    for rows, first in ((5.0, 2.0), (7.0, 4.0)):
+        spent = {"folding": 0.5, "preparing": 0.25, "rows": rows, "first_row": first, "callbacks": 0.0}
+        notes.add(planned, step, [], spent)
+    (stage,) = report_of(notes, pipe).stages
+    assert (stage.seconds.rows, stage.seconds.first_row, stage.seconds.folding) == (12.0, 2.0, 1.0)
+    assert stage.later_row == pytest.approx(10 / 7) and stage.images == 4
 
 
 def test_a_single_row_has_no_later_one():
