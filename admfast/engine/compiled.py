@@ -74,6 +74,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
                 raise Unavailable(f"compile=True: {reason}") from error
             _check(step, found, eager, rounded)
             step.run[guided] = compiled
+            step.compiled = True
             LOG.warning("compiled in %.0f s", time.monotonic() - began)
 
 

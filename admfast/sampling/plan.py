@@ -61,6 +61,12 @@ class Plan(Batch):
     shrink: int = 1
 
     @property
+    def functions(self) -> list[str]:
+        """Name what is of Python functions, for which no step can be prepared."""
+        named = {"guides": self.guides, "denoised_fn": self.denoised_fn}
+        return [name for name, value in named.items() if value]
+
+    @property
     def steps(self) -> dict[str, int]:
         """Return the number of rows that run, by stage."""
         return {self.stage: len(self.table)} | ({} if self.enlarging is None else self.enlarging.steps)

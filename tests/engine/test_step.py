@@ -311,11 +311,11 @@ def test_python_functions_run_row_by_row_and_it_is_said(caplog):
 def test_batches_that_do_not_fit_are_halved(error, monkeypatch, caplog):
     real, sizes = loop.sample_batch, []
 
-    def limited(plan):
+    def limited(plan, notes):
         sizes.append(plan.shape[0])
         if plan.shape[0] > 2:
             raise error
-        return real(plan)
+        return real(plan, notes)
 
     pipe = pipeline()
     wanted = images(pipe, seeds=range(7), batch_size=2)
