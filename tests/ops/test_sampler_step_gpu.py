@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from admfast.ops import Clip, PackedTable, Row, SamplerState, as_seeds, normal, normal_ref, pack, sampler_step
+from admfast.ops import PackedTable, Row, SamplerState, as_seeds, normal, normal_ref, pack, sampler_step
+from admfast.ops.update.cases import FULL as ROWS
 from tests.ops.cover import laid_out
 from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, bits
 
@@ -17,14 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 NAN = float("nan")
-# A DDPM row after one that saves and pushes; every coefficient is in use.
-ROWS = [
-    Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
-    Row(
-        0, 0, k_x=0.9, k_out=-0.4, k_pre=0.1, k_post=0.2, l0=-1, l1=0.5, a=0.3, a_s=0.1, b=0.6, c1=0.2,
-        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, push=True,
-    ),
-]  # fmt: skip
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
