@@ -150,7 +150,7 @@ def test_an_additive_embedding_cancels_where_every_group_is_one_channel():
 @pytest.mark.parametrize("new_order", [True, False], ids=["new", "legacy"])
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_attention_block_is_softmax_over_positions(new_order, heads):
-    block = randomised(AttentionBlock(64, heads, new_order))
+    block = randomised(AttentionBlock(64, heads, use_new_attention_order=new_order))
     x = randn(2, 64, 3, 2, dtype=torch.float64)
     norm = F.group_norm(x, 32, block.norm.weight, block.norm.bias, 1e-5).flatten(2)
     qkv = block.qkv(norm)  # [N, 192, S]
@@ -165,7 +165,8 @@ def test_attention_block_is_softmax_over_positions(new_order, heads):
 
 
 def test_legacy_rows_permuted_are_the_new_order():
-    legacy, new = randomised(AttentionBlock(64, 4, False)), AttentionBlock(64, 4, True).double()
+    legacy = randomised(AttentionBlock(64, 4))
+    new = AttentionBlock(64, 4, use_new_attention_order=True).double()
     state = legacy.state_dict()
     for name in ("qkv.weight", "qkv.bias"):
         state[name] = state[name].unflatten(0, (4, 3, 16)).transpose(0, 1).flatten(0, 2)
@@ -194,7 +195,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("new_order", [True, False], ids=["new-order", "legacy-order"])
 @pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_attention_copies_nothing_between_the_norm_and_the_sum(layout, new_order, dims, monkeypatch):
-    block = AttentionBlock(64, 2, new_order).requires_grad_(False)
+    block = AttentionBlock(64, 2, use_new_attention_order=new_order).requires_grad_(False)
     # The norm's implementations have copies of their own.
     monkeypatch.setattr(layers, "group_norm_silu", lambda x, *_args, **_options: x)
     x = randn(2, 64, *[4] * dims)
