@@ -13,7 +13,7 @@ MINUTES ?= 10
 OUT ?= out/gpu
 DIGITS ?= out/digits32
 
-.PHONY: demo test test-full train-digits lint gpu clean
+.PHONY: demo test test-full train-digits lint docs gpu clean
 
 demo: $(READY)
 	$(BIN)/admfast sample digits32 --classes 0-9 --per-class 8 --steps 50 --guidance 2 --out out/demo --overwrite
@@ -30,6 +30,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests build the site too. It stops at a broken link; the variable silences an advertisement.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The three networks that ship, from nothing: hours. Interrupted, it goes on where it was.
 train-digits: $(READY)
 	for kind in diffusion classifier upsampler; do \
@@ -45,7 +49,7 @@ gpu:
 $(READY): constraints.txt pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy "setuptools>=80" wheel ninja
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[demo,dev,docs]"
 	touch $(READY)
 
 clean:
