@@ -31,11 +31,8 @@ class Block:
     @property
     def needs(self) -> set[str]:
         """Return the libraries that it needs."""
-        return {
-            name
-            for name in LIBRARIES
-            if re.search(rf"\b{name}\.|(import|from) {name}\b|\"{name}\"\)", self.text)
-        }
+        used = r"\b{0}\.|(import|from) {0}\b|denoiser\(\w+, \"{0}\"\)"
+        return {name for name in LIBRARIES if re.search(used.format(name), self.text)}
 
     def commands(self) -> list[str]:
         """Return the commands of a shell block, a line each, without comments."""

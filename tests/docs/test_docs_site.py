@@ -88,8 +88,10 @@ def documented(site: Path) -> set[str]:
 
 def public(module: Any) -> Iterator[tuple[str, Any]]:
     """Yield the names that a module offers, with their values."""
-    values = vars(module).items()
-    own = [name for name, value in values if getattr(value, "__module__", None) == module.__name__]
+    home = module.__name__
+    homes = {name: getattr(value, "__module__", None) or "" for name, value in vars(module).items()}
+    # A package without a list offers what its files hold.
+    own = [name for name, place in homes.items() if place == home or place.startswith(f"{home}.")]
     for name in getattr(module, "__all__", own):
         if not name.startswith("_"):
             yield name, getattr(module, name)
