@@ -11,9 +11,14 @@ SOURCES := $(wildcard csrc/*) setup.py
 STAGES ?=
 MINUTES ?= 10
 OUT ?= out/gpu
+# The oldest torch that pyproject.toml allows, with its triton, in an environment of its own.
+OLDEST ?= .venv-oldest
+OLDEST_PAIR := "torch==2.11.*" "triton==3.6.*; platform_system == 'Linux'"
+SMOKE := tests/test_imports.py tests/test_elsewhere.py tests/ops tests/models tests/solvers tests/engine \
+  tests/sampling tests/parity tests/training/test_train_run.py tests/cli/test_cli_sample.py
 DIGITS ?= out/digits32
 
-.PHONY: demo test test-full train-digits lint docs gpu clean
+.PHONY: demo test test-full test-oldest train-digits lint docs sdist wheel gpu clean
 
 demo: $(READY)
 	$(BIN)/admfast sample digits32 --classes 0-9 --per-class 8 --steps 50 --guidance 2 --out out/demo --overwrite
@@ -24,6 +29,19 @@ test: $(READY) lint
 test-full: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/accelerate/requirements.txt
 	$(PYTEST) $(PYTEST_FLAGS)
+
+# A smoke test. It downloads another torch, and runs in an unpacked sdist: the compiled ops of a checkout are
+# those of one torch.
+test-oldest: sdist
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	rm -rf build/oldest && mkdir -p build/oldest
+	tar -xzf dist/admfast-*.tar.gz -C build/oldest --strip-components 1
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  $(OLDEST_PAIR) numpy "setuptools>=80" wheel ninja
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  -e "build/oldest[demo,dev]" $(OLDEST_PAIR)
+	cd build/oldest && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(abspath $(OLDEST))/bin/python -m pytest \
+	  -n $(WORKERS) --dist loadfile -m "not slow" $(SMOKE) $(PYTEST_FLAGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -41,6 +59,16 @@ train-digits: $(READY)
 	  $(BIN)/admfast train export $(DIGITS)/$$kind --out $(DIGITS)/$$kind.safetensors --dtype float16 || exit 1; \
 	done
 
+# Both into dist/. The wheel is made of the sdist, which shows that it is whole; it is for this Python, this
+# torch and this kind of machine, or for any where nothing could be compiled (ADMFAST_BUILD=none).
+sdist: $(READY)
+	rm -rf dist/admfast-* admfast.egg-info
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+
+wheel: sdist
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist dist/admfast-*.tar.gz
+
 # Needs a python whose torch has CUDA; installs nothing and needs no network.
 gpu:
 	$(GPU_PYTHON) -m bench.gpu --stages "$(STAGES)" --minutes $(MINUTES) --out "$(OUT)"
@@ -53,4 +81,4 @@ $(READY): constraints.txt pyproject.toml $(SOURCES)
 	touch $(READY)
 
 clean:
-	rm -rf build admfast/*.so admfast/_build_info.json $(VENV)
+	rm -rf build dist admfast/*.so admfast/_build_info.json $(VENV)

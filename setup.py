@@ -1,7 +1,8 @@
-"""Build of the compiled ops; all metadata is in pyproject.toml.
+"""Build the compiled ops; all metadata is in pyproject.toml.
 
 ADMFAST_BUILD=auto (default) builds what this machine can and records why not more; cuda, cpu and none ask for
-exactly that, and a failure is a failure. TORCH_CUDA_ARCH_LIST replaces the architectures.
+exactly that, and a failure is a failure. TORCH_CUDA_ARCH_LIST replaces the architectures. Where nothing is
+compiled, a wheel is one for every machine.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-INFO = ROOT / "admfast" / "_build_info.json"
 MODES = ("auto", "cuda", "cpu", "none")
 # Code for what is there, and PTX of the newest for what comes.
 ARCHITECTURES = ("8.0", "9.0", "10.0")
@@ -27,9 +28,12 @@ if mode not in MODES:
     sys.exit(f"ADMFAST_BUILD={mode!r}: one of {', '.join(MODES)}")
 
 
-def record(built: str, reason: str | None) -> None:
-    """Keep what was wanted, what was built and why not more, for `admfast info`."""
-    INFO.write_text(json.dumps({"wanted": mode, "built": built, "reason": reason}, indent=1) + "\n")
+def record(place: str | Path, built: str, reason: str | None, torch: str | None = None) -> None:
+    """Keep what was wanted, what was built, why not more and for which torch, in the package at `place`."""
+    path = Path(place) / "admfast" / "_build_info.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"wanted": mode, "built": built, "reason": reason, "torch": torch}
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def first_line(error: BaseException) -> str:
@@ -102,32 +106,47 @@ def extension(cuda: bool):
     )
 
 
+def nothing(reason: str) -> tuple[list, dict]:
+    """Return no extension module, and the build command that records why."""
+
+    class Build(build_py):
+        def run(self) -> None:
+            super().run()
+            record(ROOT if self.editable_mode else self.build_lib, "none", reason)
+
+    return [], {"build_py": Build}
+
+
 def extensions() -> tuple[list, dict]:
-    """The extension modules and the build command, or nothing with the reason recorded."""
+    """Return the extension modules and the build command."""
     if mode == "none":
-        record("none", "ADMFAST_BUILD=none")
-        return [], {}
+        return nothing("ADMFAST_BUILD=none")
+    if mode == "auto" and sys.platform == "win32":
+        return nothing("the C++ needs gcc or clang, which build no extension of torch on Windows")
     try:
         reason = prepare_cuda() if mode in ("auto", "cuda") else "ADMFAST_BUILD=cpu"
+        import torch
         from torch.utils.cpp_extension import BuildExtension
     except ImportError as error:
         if mode != "auto":
             raise
-        record("none", f"torch is not there at build time: {error}")
-        return [], {}
+        return nothing(f"torch is not there at build time: {error}")
     if mode == "cuda" and reason is not None:
         sys.exit(f"ADMFAST_BUILD='cuda': {reason}")
     if mode == "auto" and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")):
-        record("none", "no C++ compiler was found")
-        return [], {}
+        return nothing("no C++ compiler was found")
 
     class Build(BuildExtension):
         """Builds; in mode auto a failure leaves the CPU part or no compiled ops, and its reason."""
 
+        def run(self) -> None:
+            self.place = ROOT if self.inplace else self.build_lib  # setuptools builds elsewhere, then copies
+            super().run()
+
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-                record("cpu" if reason else "cuda", reason if mode == "auto" else None)
+                self.record("cpu" if reason else "cuda", reason if mode == "auto" else None)
             except Exception as error:  # torch's ninja path raises RuntimeError, distutils its own
                 if mode != "auto":
                     raise
@@ -138,13 +157,16 @@ def extensions() -> tuple[list, dict]:
             failed = f"the build failed: {first_line(error)}"
             if reason is None:
                 command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", self.build_lib]
-                command += ["--build-temp", self.build_temp, *(["--inplace"] if self.inplace else [])]
+                command += ["--build-temp", self.build_temp]
                 environment = os.environ | {"ADMFAST_BUILD": "cpu"}
                 if not subprocess.run(command, cwd=ROOT, env=environment).returncode:
-                    record("cpu", f"the CUDA part: {failed}")
+                    self.record("cpu", f"the CUDA part: {failed}")
                     return
-            record("none", failed)
+            self.record("none", failed)
             self.extensions = []
+
+        def record(self, built: str, why: str | None) -> None:
+            record(self.place, built, why, None if built == "none" else torch.__version__)
 
         def copy_extensions_to_source(self) -> None:
             if self.extensions:

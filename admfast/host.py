@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import math
 import os
+import re
+import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
+STATUS = Path("/proc/self/status")
 # Of the standard, of GNU's OpenMP and of LLVM's, which is Intel's too.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
@@ -19,11 +24,39 @@ def memory(mount: Path = CGROUPS, own: Path = OWN) -> int:
 
     mount, own: where control groups (version 1 or 2) are mounted, and the file that names the process's own.
     """
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    found = [_physical_memory()]
     for folder in _groups("memory", mount, own):
         # "max" in version 2 and a number near 2^63 in version 1 are no limit.
         found += _numbers(folder / "memory.max") + _numbers(folder / "memory.limit_in_bytes")
     return min(found)
+
+
+def peak_memory(status: Path = STATUS) -> int:
+    """Most bytes of the host's memory that this process held so far.
+
+    status: where Linux says it. Its `ru_maxrss` begins with that of the process that started this one.
+    """
+    with contextlib.suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")):
+            return int(found[1]) * 1024
+    if sys.platform == "win32":
+        counters = (ctypes.c_uint64 * 9)(72)  # PROCESS_MEMORY_COUNTERS, which begins with its length
+        this_process = ctypes.c_void_p(-1)
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(this_process, counters, ctypes.sizeof(counters))
+        return counters[1]
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _physical_memory() -> int:
+    """Return the bytes of the machine's memory."""
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, which begins with its length
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(status)
+        return status[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cpus(mount: Path = CGROUPS, own: Path = OWN) -> int:

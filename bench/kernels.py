@@ -9,15 +9,16 @@ from typing import Any
 
 from bench.command import Bench, bench_main
 
-NAMES = ("sampler", "norm", "norm-gradient", "attention", "conv")
+NAMES = ("sampler", "norm", "norm-gradient", "attention", "conv", "others")
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     """Return the groups in the order they run, with their part of the budget."""
-    from bench.ops import attention, norm, products, update
+    from bench.ops import attention, norm, others, products, update
 
-    cases = (update.kernels, norm.kernels, norm.gradient_kernels, attention.kernels, products.conv_kernels)
-    return dict(zip(NAMES, zip((0.1, 0.25, 0.2, 0.2, 0.25), cases, strict=True), strict=True))
+    cases = (update.kernels, norm.kernels, norm.gradient_kernels, attention.kernels)
+    cases += (products.conv_kernels, others.kernels)
+    return dict(zip(NAMES, zip((0.1, 0.25, 0.2, 0.2, 0.25, 0.1), cases, strict=True), strict=True))
 
 
 BENCH = Bench("kernels", "Measure every op beside eager PyTorch and torch.compile.", NAMES, groups)

@@ -1,13 +1,15 @@
 """The shapes every bench measures: the expensive convolutions, norms and attentions of the ADM models.
 
-A bench names its shapes here and nowhere else, so that two benches that speak of "the 256 px model's
-first convolution" mean the same one. The numbers were counted on the published networks; a multiply-add
-is two operations (FLOP).
+They are those of the ops' `cases.py`, so that two who speak of "the 256 px model's first convolution" mean
+the same one. The numbers were counted on the published networks; a multiply-add is two operations (FLOP).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 GROUPS = 32  # every GroupNorm of ADM
 
@@ -29,52 +31,7 @@ L2_BYTES = 40e6
 # One call at the two CPUs' rate of these machines is then a third of a second: a row in two to three seconds.
 CPU_FLOP_LIMIT = 50e9
 
-SAMPLER_SIDES = (64, 128, 256, 512)
 GRAPH_NODES = (500, 1000)
-
-# Per model its forward operations for one image (1e9), its six most expensive 3x3 and two most expensive 1x1
-# shapes (three and one for the classifiers) as "channels in > channels out @ side * how often". Stride 1,
-# padding (kernel - 1) / 2, square input. The query-key-value projections of attention are 1x1 convolutions
-# over side * side tokens and are listed as such.
-CONVS = """
-unet64 219.356 3x3 192>192@64*10 384>384@32*9 384>384@64*2 384>192@64*3 576>576@16*9 576>576@32*2
-  1x1 384>1152@32*7 576>1728@16*7
-unet128 613.856 3x3 256>256@128*9 512>256@128*3 256>256@64*9 512>512@64*2 512>512@32*6 768>768@32*2
-  1x1 512>256@128*3 512>1536@32*5
-unet256 2239.666 3x3 256>256@256*9 512>256@256*3 256>256@128*9 512>512@64*8 512>512@128*2 1024>512@64*2
-  1x1 512>256@256*3 1024>512@64*2
-unet512 3964.670 3x3 256>256@256*8 256>256@512*2 128>128@512*7 512>256@256*2 256>128@512*2 384>128@512*1
-  1x1 512>256@256*2 256>128@512*2
-up64_256 1263.285 3x3 192>192@256*9 384>192@256*3 192>192@128*9 384>384@64*8 384>384@128*2 768>384@64*2
-  1x1 384>192@256*3 768>384@64*2
-up128_512 5009.570 3x3 192>192@512*9 384>192@512*3 192>192@256*9 384>384@128*8 384>384@256*2 768>384@128*2
-  1x1 384>192@512*3 768>384@128*2
-clf64 38.158 3x3 128>128@64*8 256>256@32*7 384>384@16*7
-1x1 256>768@32*4
-clf128 42.081 3x3 128>128@128*4 128>128@64*6 256>256@32*3
-1x1 256>768@32*2
-clf256 146.697 3x3 128>128@256*4 128>128@128*6 256>256@64*3
-1x1 256>768@32*2
-clf512 225.534 3x3 64>64@512*4 128>128@256*3 128>128@128*6
-1x1 64>128@256*1
-"""
-
-# GroupNorm + SiLU in 32 groups before a convolution: "model channels @ side".
-NORMS = """
-unet64 192@64   unet256 256@256  unet256 512@256   unet512 128@512  unet128 256@128   unet64 384@32
-unet64 576@16   unet64 768@8     unet64 576@64     unet256 512@64   unet256 1024@16   unet512 384@512
-up64_256 192@256   up128_512 192@512   clf256 128@256   clf512 64@512
-"""
-
-# Self-attention, "model tokens x heads x channels a head". Heads of 64 channels, except the 128 px model and
-# the 64->256 upsampler, which fix four heads instead. 32 channels a head belongs to no released model; it is
-# the width small models are trained with.
-ATTENTIONS = """
-unet256 1024x8x64   unet256 256x16x64   unet256 64x16x64   unet64 1024x6x64   unet64 256x9x64  unet64 64x12x64
-unet128 1024x4x128  unet128 256x4x192   unet128 64x4x256   up64_256 1024x4x96 up64_256 256x4x192
-up64_256 64x4x192   up128_512 1024x12x64   clf64 1024x4x64  clf64 256x6x64   clf64 64x8x64
-small 256x4x32   small 64x4x32
-"""
 
 
 @dataclass(frozen=True)
@@ -123,30 +80,37 @@ class AttentionShape:
         return 4 * self.heads * self.tokens**2 * self.head_dim
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.translate(str.maketrans(">@*x", "    ")).split()]
+def real(op: str) -> Mapping[str, dict[str, Any]]:
+    """The calls of an op in the ADM models; imported here, as whoever watches a bench has no torch."""
+    from admfast.ops.cases import all_cases
+
+    return next(cases.real for cases in all_cases() if cases.op == op)
 
 
-def _convs(table: str) -> list[ConvShape]:
-    shapes, model, total = [], "", 0.0
-    for line in table.strip().splitlines():
-        words = line.split()
-        if len(words[0]) > len("3x3"):
-            model, total, words = words[0], 1e9 * float(words[1]), words[2:]
-        for word in words[1:]:
-            *size, count = _numbers(word)
-            shape = ConvShape(model, int(words[0][0]), *size, share=0.0)
-            share = round(100 * count * shape.flop / total, 2)
-            shapes.append(ConvShape(model, *shape.size, share=share))
-    return shapes
+@functools.cache
+def conv_shapes() -> tuple[ConvShape, ...]:
+    """The dearest convolutions of every model."""
+    from admfast.ops.conv.cases import SHAPES
+
+    return tuple(ConvShape(*shape) for shape in SHAPES)
 
 
-CONV_SHAPES = tuple(_convs(CONVS))
-NORM_SHAPES = tuple(NormShape(m, *_numbers(size)) for m, size in zip(*[iter(NORMS.split())] * 2, strict=True))
-ATTENTION_SHAPES = tuple(
-    AttentionShape(model, *_numbers(size))
-    for model, size in zip(*[iter(ATTENTIONS.split())] * 2, strict=True)
-)
+@functools.cache
+def norm_shapes() -> tuple[NormShape, ...]:
+    """The dearest GroupNorm + SiLU before a convolution."""
+    calls = real("group_norm_silu").items()
+    return tuple(NormShape(name.split()[0], call["c1"], call["spatial"][0]) for name, call in calls)
+
+
+@functools.cache
+def attention_shapes() -> tuple[AttentionShape, ...]:
+    """The attentions of every model."""
+    return tuple(AttentionShape(name.split()[0], **call) for name, call in real("attention").items())
+
+
+def sampler_sides() -> list[int]:
+    """The sides of the images that are sampled."""
+    return [call["spatial"][0] for call in real("sampler_step").values()]
 
 
 def distinct_convs() -> list[tuple[ConvShape, str]]:
@@ -155,6 +119,6 @@ def distinct_convs() -> list[tuple[ConvShape, str]]:
     "Dearest" is the largest share of any model's operations, so that each model's own bottleneck comes early.
     """
     by_size: dict[tuple[int, int, int, int], list[ConvShape]] = {}
-    for shape in sorted(CONV_SHAPES, key=lambda shape: -shape.share):
+    for shape in sorted(conv_shapes(), key=lambda shape: -shape.share):
         by_size.setdefault(shape.size, []).append(shape)
     return [(same[0], ", ".join(f"{s.model} {s.share:g} %" for s in same)) for same in by_size.values()]

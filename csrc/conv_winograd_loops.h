@@ -17,7 +17,7 @@ constexpr int64_t kRows = ADMFAST_LEVEL >= 512 ? 14 : 6;
 constexpr int64_t kSum = 4;
 
 // The points are 0, +-a, +-b and infinity: of all such pairs in quarters those of the least error (see
-// admfast/ops/conv_winograd.py). Every coefficient below is exact in float32.
+// admfast/ops/conv/winograd.py). Every coefficient below is exact in float32.
 constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 
 // Not std::min: no function of the standard library may be compiled for this instruction set.

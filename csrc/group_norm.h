@@ -1,4 +1,4 @@
-// Loops of GroupNorm + SiLU on the CPU; the formulas are in admfast/ops/group_norm_grad.py.
+// Loops of GroupNorm + SiLU on the CPU; the formulas are in admfast/ops/norm/grad.py.
 // A source is seen as rows of `lanes` elements: channels-last, a row is a position and a lane a channel;
 // channels-first, a channel's positions are one row. Nothing here knows of torch or of groups.
 #pragma once

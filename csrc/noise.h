@@ -1,4 +1,4 @@
-// Philox4x32-10 and Box-Muller, operation for operation as in admfast/ops/noise.py (bit-equal).
+// Philox4x32-10 and Box-Muller, operation for operation as in admfast/ops/update/noise.py (bit-equal).
 #pragma once
 
 #include "host_device.h"

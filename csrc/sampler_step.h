@@ -1,4 +1,4 @@
-// One update of a solver over the whole state; the formula is in admfast/ops/sampler_step.py.
+// One update of a solver over the whole state; the formula is in admfast/ops/update/step.py.
 // Plain structs of pointers and sizes: no torch header, so that any backend can take them.
 #pragma once
 
@@ -8,7 +8,7 @@ namespace admfast {
 
 enum class Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// Columns of the packed table, in the order of COLUMNS in admfast/ops/sampler_step.py.
+// Columns of the packed table, in the order of COLUMNS in admfast/ops/update/step.py.
 struct SamplerRow {
   float k_x, k_out, k_pre, k_post, l0, l1, a, a_s, b, d[3], k_mean, k_z, mix, clip, save, push_slot;
 };

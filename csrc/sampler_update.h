@@ -1,4 +1,4 @@
-// The update of one element, for C++ and CUDA; the formula is in admfast/ops/sampler_step.py.
+// The update of one element, for C++ and CUDA; the formula is in admfast/ops/update/step.py.
 #pragma once
 
 #include "host_device.h"

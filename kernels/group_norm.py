@@ -279,7 +279,7 @@ def group_norm_silu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `act(GN([x, x2]) (1 + scale) + shift)`, resampled.
 
-    The formula is in `admfast/ops/group_norm.py`.
+    The formula is in `admfast/ops/norm/__init__.py`.
 
     Args: x [N, C1, *spatial] and x2 [N, C2, *spatial], float32, float16 or bfloat16, dense and
     channels-last; weight, bias [C]; scale, shift [N, C]; `skip`: give the resampled input as well.

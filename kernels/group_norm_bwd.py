@@ -260,7 +260,7 @@ def group_norm_silu_bwd(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Compute the gradient in [x, x2] of `group_norm_silu_fwd`, and S1, S2.
 
-    The formula is in `admfast/ops/group_norm_grad.py`.
+    The formula is in `admfast/ops/norm/grad.py`.
 
     Args: dy and dskip [N, C, *resampled], any layout (copied where it isn't channels-last); mean [2, N, G]
     and rstd [N, G] as the forward gave them; the others as there. `sums`: give S1 and S2.

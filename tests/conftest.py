@@ -7,6 +7,7 @@ same: the interpreter runs only where it is named.
 
 import collections
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from admfast.engine.precision import POLICIES, Policy, policy  # noqa: E402
+from tests.tools import elsewhere  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,24 @@ def default_precision(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     monkeypatch.setattr("admfast.engine.precision.has_amx", lambda: request.param == "bf16")
     assert policy("auto", torch.device("cpu")) is POLICIES[request.param]
     return POLICIES[request.param]
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process Windows' rules for files, locks and memory."""
+    for name in elsewhere.UNIX_MODULES:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "msvcrt", elsewhere.MSVCRT)
+    for place, name, value in elsewhere.windows_rules():
+        monkeypatch.setattr(place, name, value, raising=False)
+
+
+@pytest.fixture(params=["own", "windows"])
+def system(request: pytest.FixtureRequest) -> str:
+    """Run the test by the rules of this machine, and by those of Windows."""
+    if request.param != "own":
+        request.getfixturevalue(request.param)
+    return request.param
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -23,8 +23,7 @@ from admfast.models import (
     build,
 )
 from admfast.models.description import Description
-from admfast.ops.sampler_step import SamplerState
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SamplerState, SolverTable
 from admfast.sampling.functions import FunctionStep
 from admfast.sampling.guides import Guide
 from admfast.sampling.loop import run_rows

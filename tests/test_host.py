@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from admfast import host
+from tests.tools import elsewhere
 
 
 @pytest.fixture
@@ -65,6 +66,18 @@ def test_processors_are_those_of_the_mask_within_the_quota(groups, own, files, w
 
 def test_a_machine_without_control_groups_is_whole(tmp_path):
     assert host.memory(tmp_path, tmp_path / "missing") == WHOLE and host.cpus(tmp_path, tmp_path / "x") >= 1
+
+
+def test_memory_is_what_windows_says(windows, tmp_path):
+    assert host.memory(tmp_path, tmp_path / "missing") == elsewhere.MEMORY
+    assert host.peak_memory(tmp_path / "missing") == elsewhere.PEAK
+
+
+def test_the_peak_is_what_linux_says_else_what_the_process_used(tmp_path):
+    status = tmp_path / "status"
+    status.write_text("VmPeak:\t  99 kB\nVmHWM:\t  12 kB\n")
+    assert host.peak_memory(status) == 12 * 1024
+    assert 2**20 < host.peak_memory(tmp_path / "missing") < WHOLE
 
 
 def test_processors_that_share_a_core_are_one(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Make the network of any guided-diffusion program faster, in place: `admfast.accelerate(model)`.
+"""Make the networks of other programs faster, in place: `admfast.accelerate(model)`.
 
 The module itself is the function. `accelerate.report(model)` says what runs on what; `accelerate.denoiser`
 gives our own pipelines to other libraries.

@@ -1,13 +1,15 @@
-"""Read a class's code for what the published code doesn't use: other names, other numbers, decorators.
+"""Read code for what its make's published code doesn't use: other names and numbers, decorators, branches.
 
-Results on small inputs can't show everything: what depends on sizes, on training, on attributes that change
-later. A formula made of published names and small numbers alone has no room for these.
+Results on small inputs can't show everything: what depends on large sizes, on training, on attributes that
+change later. Published names and small numbers leave little room for these; trials of several sizes see what
+is left.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from types import CodeType
 from typing import Any
 
@@ -33,23 +35,38 @@ BLOCKS = LIBRARIES | {
     *("contiguous", "chunk", "split", "einsum", "bmm", "matmul", "softmax", "sqrt", "prod"),
     "scaled_dot_product_attention",
 }
-NORM = {"super", "forward", "float", "type", "dtype", "to"}
+NORM = LIBRARIES | {
+    *("super", "forward", "float", "type", "dtype", "to"),
+    *("group_norm", "num_groups", "weight", "bias", "eps"),
+}
 ACTIVATION = LIBRARIES | {"sigmoid", "silu"}
+EMBEDDING = LIBRARIES | {
+    *("exp", "log", "arange", "float32", "float", "to", "device", "cat", "cos", "sin", "zeros_like", "dtype"),
+    *("concatenate", "pad", "pow", "shape", "view"),
+}
+SWITCHES = {"class_cond"}
+_CHANGES = (
+    *("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "STORE_GLOBAL", "STORE_DEREF", "STORE_NAME", "DELETE_"),
+    *("UNARY_", "COMPARE_OP", "CONTAINS_OP", "FOR_ITER", "GET_ITER", "YIELD", "SEND", "IMPORT", "MAKE_F"),
+)
 NUMBERS = {-2, -1, 0, 1, 2, 3, 4, -0.5, 0.5, -0.25, 0.25}
 
 
-def foreign(cls: type, names: set[str]) -> str | None:
+def foreign(cls: type, names: set[str], numbers: set[Any] = NUMBERS) -> str | None:
     """Say what a module's class does beyond the published one; None where nothing is seen.
 
-    names: of attributes and functions that the published class uses.
+    names: of attributes and functions that the published class uses. numbers: that it may contain.
     """
     for part in cls.__mro__:
         if part is object or part.__module__.partition(".")[0] == "torch":
             continue
         if "__call__" in vars(part) or "__getattr__" in vars(part):
             return "has a __call__ or __getattr__ of its own"
+        computed = [name for name, value in vars(part).items() if isinstance(value, property)]
+        if names & set(computed):
+            return f"computes {', '.join(sorted(names & set(computed)))} at each use"
         for name in ("forward", "_forward"):
-            if name in vars(part) and (reason := foreign_function(vars(part)[name], names)):
+            if name in vars(part) and (reason := foreign_function(vars(part)[name], names, numbers)):
                 return f"{name} {reason}"
     return None
 
@@ -92,9 +109,59 @@ def _used(code: CodeType) -> tuple[set[str], set[Any]]:
     return names, constants
 
 
-def methods_of(net: nn.Module) -> list[tuple[type, str, Any]]:
-    """Return the methods that the modules of a network run by, as their classes hold them now."""
+class Code:
+    """What a network runs by: methods, functions and modules, each with where it is held."""
+
+    def __init__(self, entries: Iterable[tuple[Mapping[str, Any], str, Any]] = ()) -> None:
+        self.entries = tuple(entries)
+
+    def holds(self) -> bool:
+        """Tell whether all of it still stands in its place."""
+        return all(held.get(name) is value for held, name, value in self.entries)
+
+    def __deepcopy__(self, memo: Any) -> Code:
+        return self
+
+
+def code_of(net: nn.Module) -> Code:
+    """Return what the modules of a network run by: methods, and the functions and modules that these name."""
     classes = dict.fromkeys(part for module in net.modules() for part in type(module).__mro__)
     own = [part for part in classes if part is not object and part.__module__.partition(".")[0] != "torch"]
-    names = ("forward", "_forward")
-    return [(part, name, vars(part)[name]) for part in own for name in names if name in vars(part)]
+    methods = [
+        (part.__dict__, name, method)
+        for part in own
+        for name, method in vars(part).items()
+        if name.startswith(("forward", "_forward"))
+    ]
+    named: dict[tuple[int, str], tuple[Mapping[str, Any], str, Any]] = {}
+    for _, _, method in methods:
+        around = getattr(method, "__globals__", {})
+        for name in getattr(getattr(method, "__code__", None), "co_names", ()):
+            value = around.get(name)
+            if inspect.isroutine(value) or inspect.ismodule(value) or inspect.isclass(value):
+                named[id(around), name] = (around, name, value)
+    return Code([*methods, *named.values()])
+
+
+def branches(function: Any) -> str | None:
+    """Say how a function branches, compares, or writes to what it is given; None where it runs straight on.
+
+    Tests for None, and of a name in `SWITCHES`, are no branches.
+    """
+    before = ""
+    for step in dis.get_instructions(function):
+        if step.opname in ("TO_BOOL", "CACHE", "EXTENDED_ARG", "NOP"):
+            continue
+        jump = "JUMP" in step.opname and not step.opname.startswith("JUMP_FORWARD")
+        if jump and not ("NONE" in step.opname or before in SWITCHES or before == "WITH_EXCEPT_START"):
+            return "branches"
+        if step.opname.startswith(_CHANGES) or (step.opname == "BINARY_OP" and step.argrepr.endswith("=")):
+            return f"changes or compares something ({step.opname})"
+        before = str(step.argval) if step.opname.startswith("LOAD_") else step.opname
+    return None
+
+
+def compares(function: Any) -> bool:
+    """Tell whether a function compares anything by more than equality."""
+    steps = dis.get_instructions(function)
+    return any(step.opname == "COMPARE_OP" and "==" not in step.argrepr for step in steps)

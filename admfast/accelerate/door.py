@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from admfast.accelerate.classes import Converted, own_class
-from admfast.accelerate.nets import PARTS, AcceleratedNet, check_policy, convert_network, is_network
+from admfast.accelerate.nets import MAKES, AcceleratedNet, check_policy, convert_network, make_of, refusal
 from admfast.accelerate.walks import Walk
 from admfast.engine.precision import POLICIES
 from admfast.errors import invalid, nearest
@@ -31,21 +31,25 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
 
     Args:
         model: a network as published (`UNetModel`, `SuperResModel`, `EncoderUNetModel`) from whatever copy of
-            the code, or what holds some: a wrapper, a denoiser, a pipeline.
+            the code, one of EDM's make or diffusers' `UNet2DModel`, or what holds some: a wrapper, a
+            denoiser, a pipeline.
         precision: what the torso computes in, "fp32", "bf16" or "fp16"; None: as its parameters are.
 
-    Raises: InvalidArgument where there is no such network, with what there is.
+    Raises: InvalidArgument where there is no such network, with what there is, or none that can be converted.
     """
     if precision is not None and precision not in PRECISIONS:
         raise invalid("precision", precision, nearest(str(precision), [*PRECISIONS]))
     found = list(_networks(model))
     if not found:
-        raise invalid(
-            "model", type(model).__name__, f"a network with the parts {', '.join(PARTS)}, {_held(model)}"
-        )
+        parts = " or ".join(f"{', '.join(make.parts)} ({make.name})" for make in MAKES)
+        raise invalid("model", type(model).__name__, f"a network with the parts {parts}, {_held(model)}")
+    refused = {net: reason for net in found if (reason := _refusal(net))}
+    if len(refused) == len(found):
+        net, reason = next(iter(refused.items()))
+        raise invalid("model", type(net).__name__, f"a network of which some is known: {reason}")
     policy = None if precision is None else POLICIES[precision]
     with FOLDING:  # two threads may have the same network
-        for net in found:
+        for net in [net for net in found if net not in refused]:
             if isinstance(net, AcceleratedNet):
                 check_policy(policy, net.accelerated_walk)
                 net.accelerated_policy = policy
@@ -59,7 +63,7 @@ def report(model: Any) -> str:
     lines = []
     for net in _networks(model):
         if not isinstance(net, AcceleratedNet):
-            lines.append(f"{type(net).__name__}: as it is, not accelerated")
+            lines.append(f"{type(net).__name__}: as it is; {_refusal(net) or 'not accelerated'}")
             continue
         walk, name = net.accelerated_walk, own_class(net).__name__
         if isinstance(walk, Walk):
@@ -81,9 +85,13 @@ def _networks(model: Any) -> Iterator[Any]:
     seen: set[int] = set()
     for root in roots:
         for module in root.modules() if isinstance(root, nn.Module) else ():
-            if is_network(module) and id(module) not in seen and _foreign(module):
+            if make_of(module) and id(module) not in seen and _foreign(module):
                 seen.add(id(module))
                 yield module
+
+
+def _refusal(net: Any) -> str | None:
+    return None if isinstance(net, AcceleratedNet) else refusal(net)
 
 
 def _foreign(module: nn.Module) -> bool:

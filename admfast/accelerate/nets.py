@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast.accelerate import blocks
-from admfast.accelerate.blocks import Conversion
+from admfast.accelerate.blocks import PUBLISHED
 from admfast.accelerate.classes import Converted, convert, restore
-from admfast.accelerate.codes import methods_of
+from admfast.accelerate.codes import Code, code_of
+from admfast.accelerate.diffusers_blocks import DIFFUSERS
+from admfast.accelerate.edm import EDM
+from admfast.accelerate.makes import Make
+from admfast.accelerate.pieces import is_conv
 from admfast.accelerate.walks import Walk, walk_of
 from admfast.engine.precision import Policy
 from admfast.errors import invalid
@@ -24,10 +28,9 @@ from admfast.models.fold import FoldableNet, FoldOptions, Projected
 from admfast.models.hooks import parts
 from admfast.models.layers import timestep_embedding
 from admfast.models.unet import through_blocks
-from admfast.ops.layout import channels_last
 from admfast.ops.transforms import in_autocast, in_program
 
-PARTS = ("time_embed", "input_blocks", "middle_block", "out")
+MAKES = (PUBLISHED, EDM, DIFFUSERS)
 
 
 class AcceleratedNet(FoldableNet):
@@ -35,23 +38,24 @@ class AcceleratedNet(FoldableNet):
 
     accelerated_policy: what its torso computes in; None: what its parameters are. accelerated_walk: the
     published walk, or why its own runs. accelerated_left: modules that run as they are, and why.
-    accelerated_code: the methods that ours stand for; who exchanges one gets the network as it was.
+    accelerated_code: what ours stands for, and where it is held; who exchanges any of it gets the network as
+    it was.
     """
 
     directions = 2  # many clients want the gradient in x
     accelerated_policy: Policy | None = None
     accelerated_walk: Walk | str
     accelerated_left: Mapping[str, str] = MappingProxyType({})
-    accelerated_code: Sequence[tuple[type, str, Any]] = ()
+    accelerated_code = Code()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(vars(part).get(name) is not method for part, name, method in self.accelerated_code):
+        if not (torch.compiler.is_compiling() or self.accelerated_code.holds()):
             restore_network(self)
             return self(*args, **kwargs)
         if not isinstance(self.accelerated_walk, Walk):
             self.fold_now()
         out = super().__call__(*args, **kwargs)
-        # Whoever draws noise like it, or views it, counts on the layout that the published network gives.
+        # Whoever draws noise like it, or views it, counts on the layout that the program's network gives.
         return out.contiguous() if isinstance(out, Tensor) else out
 
     def fold_now(self) -> None:
@@ -94,64 +98,55 @@ class AcceleratedNet(FoldableNet):
         if (y is not None) != (classes is not None) and (walk.strict or classes is None):
             raise AssertionError("y must be given if and only if the model is class-conditional")
         if y is not None:
-            if walk.strict and y.shape[:1] != (count,):
+            if walk.strict and (y.shape[:1] != (count,) or (y.dim() > 1 and not y.is_floating_point())):
                 raise AssertionError(f"y.shape={tuple(y.shape)}: one for each of the {count} images")
             emb = emb + self.label_emb(y)  # type: ignore[operator]
         return self.projected(emb.expand(count, -1) if len(emb) == 1 else emb)
 
 
-class Entrance(layers.TimestepEmbedSequential):
-    """The first block of a network that runs block by block: images enter with their channels together."""
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None
-    ) -> Tensor:
-        folded = getattr(self[0], "folded", None)
-        if folded is not None:
-            x = channels_last(x.to(folded.dtype))
-        return super().forward(x, emb, x2)
-
-
 FOLD = FoldOptions()
 
 
-def is_network(module: nn.Module) -> bool:
-    """Tell whether a module has the parts of an ADM network, itself: wrappers hand on what others have."""
-    return all(module._modules.get(name) is not None for name in PARTS)
+def make_of(module: nn.Module) -> Make | None:
+    """Return the make of which a module is a network; None where it is none."""
+    return next((make for make in MAKES if make.owns(module)), None)
+
+
+def refusal(net: nn.Module) -> str | None:
+    """Say why a network stays as it is; None where it can be converted."""
+    if any(parameter.is_meta for parameter in net.parameters()):
+        return "its parameters are on the meta device, without memory"
+    make = make_of(net)
+    assert make is not None
+    return make.refusal(net)
 
 
 def convert_network(net: Any, policy: Policy | None) -> None:
-    """Convert a network in place; nothing of it changes where that can't be done.
+    """Convert a network without a `refusal` in place; nothing of it changes where that can't be done.
 
     Raises: InvalidArgument.
     """
-    if any(parameter.is_meta for parameter in net.parameters()):
-        raise invalid("model", type(net).__name__, "a network with memory, not on the meta device")
-    walk = walk_of(net)
-    if isinstance(walk, Walk) and walk.kind == "classifier" and net.pool not in ("adaptive", "attention"):
-        walk = f"pool={net.pool!r} looks at every block"
-    plan, left = _plan(net)
+    make = make_of(net)
+    assert make is not None
+    plan, left = make.plan(net)
     known = {id(module) for module, _ in plan}
-    sequences = [module for module in _sequences(net) if _is_known(module, known)]
-    if isinstance(walk, Walk) and (left or len(sequences) < len(_sequences(net))):
-        walk = f"some blocks run as they are: {', '.join([*left][:3])}"
+    walk: Walk | str = f"its own forward runs, as any of the {make.name} make"
+    if make is PUBLISHED:
+        walk = _walk(net, known, left)
     check_policy(policy, walk)
-    code = methods_of(net)
+    code = code_of(net)
+    sequences = [m for m in blocks.sequences(net) if _is_known(m, known)] if make is PUBLISHED else []
     for block, conversion in plan:
         conversion(block)
-    stem = net.input_blocks[0]
-    for layer in stem.children():
-        blocks.convert_conv(layer)
+    make.ends(net, isinstance(walk, str))
     for module in sequences:
-        enters = module is stem and isinstance(walk, str)
         # Somebody may put a layer of his own in later.
         takers = (layers.TimestepBlock, *blocks.takers_of(type(module)))
-        convert(module, Entrance if enters else layers.TimestepEmbedSequential, takers=takers)
-    blocks.convert_head(net.out)
+        convert(module, layers.TimestepEmbedSequential, takers=takers)
     ours = _walking(walk.method) if isinstance(walk, Walk) else AcceleratedNet
     convert(
         net, ours, accelerated_walk=walk, accelerated_left=left, accelerated_policy=policy,
-        accelerated_code=code, projected_width=0, _kinds=(),
+        accelerated_code=code, torso=make.torso, projected_width=0, _kinds=(),
     )  # fmt: skip
     if isinstance(walk, Walk):
         if walk.kind != "classifier":
@@ -173,39 +168,20 @@ def check_policy(policy: Policy | None, walk: Walk | str) -> None:
         raise invalid("precision", policy.name, f"None or fp32: the network runs block by block; {walk}")
 
 
-def _sequences(net: Any) -> list[nn.Module]:
-    """Return the blocks of a network, each a sequence of layers; once where it is used twice."""
-    found = [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
-    return list(dict.fromkeys(found))
-
-
-def _plan(net: Any) -> tuple[list[tuple[nn.Module, Conversion]], dict[str, str]]:
-    """Return the layers that can be converted and how, and of the others with parameters why not."""
-    names = {id(module): name for name, module in net.named_modules()}
-    layers_ = list(dict.fromkeys(layer for block in _sequences(net) for layer in block.children()))
-    stem = [*net.input_blocks[0].children()]
-    layers_ = [layer for layer in layers_ if layer not in stem and [*layer.parameters()]]
-    found: dict[Any, Conversion | str] = {}
-    # The smallest of each make stands for all.
-    for layer in sorted(layers_, key=lambda layer: sum(p.numel() for p in layer.parameters())):
-        make = blocks.make_of(layer)
-        if make not in found:
-            found[make] = blocks.conversion_of(layer)
-    plan, left = [], {}
-    for layer in layers_:
-        conversion = found[blocks.make_of(layer)]
-        if isinstance(conversion, str):
-            left[names[id(layer)]] = conversion
-        else:
-            plan.append((layer, conversion))
-    return plan, left
+def _walk(net: Any, known: set[int], left: dict[str, str]) -> Walk | str:
+    """Return the published walk of a network whose blocks are all `known`, or why its own forward runs."""
+    walk = walk_of(net)
+    if isinstance(walk, Walk) and walk.kind == "classifier" and net.pool not in ("adaptive", "attention"):
+        walk = f"pool={net.pool!r} looks at every block"
+    if isinstance(walk, Walk) and (left or not all(_is_known(m, known) for m in blocks.sequences(net))):
+        walk = f"some blocks run as they are: {', '.join([*left][:3])}"
+    return walk
 
 
 def _is_known(sequence: nn.Module, known: set[int]) -> bool:
     """Tell whether a sequence hands on as published, and all its layers are known."""
     return blocks.passes_on(sequence) and all(
-        id(layer) in known or type(layer) in blocks.CONVOLUTIONS or not [*layer.parameters()]
-        for layer in sequence.children()
+        id(layer) in known or is_conv(layer) or not [*layer.parameters()] for layer in sequence.children()
     )
 
 

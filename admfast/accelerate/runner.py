@@ -1,7 +1,7 @@
 """Run a program as it stands with its networks accelerated: `python -m admfast.accelerate PROGRAM ARGS...`
 
-Classes that build the parts of an ADM network are watched as they are defined, in whatever file; an instance
-is converted at its first call, when the program has loaded, moved and prepared it.
+Classes that build the parts of a network of a known make are watched as they are defined, in whatever file;
+an instance is converted at its first call, when the program has loaded, moved and prepared it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import builtins
 import contextlib
 import functools
+import inspect
 import os
 import runpy
 import sys
@@ -24,13 +25,12 @@ from typing import Any
 
 import torch
 
-from admfast.accelerate.blocks import SAME
 from admfast.accelerate.classes import Converted
 from admfast.accelerate.door import PRECISIONS, accelerate, report
-from admfast.accelerate.nets import AcceleratedNet
+from admfast.accelerate.nets import MAKES, AcceleratedNet
+from admfast.accelerate.trials import SAME
 from admfast.errors import AdmfastError
 
-BUILDS = {"input_blocks", "middle_block"}
 PACKAGES = Path(__file__).resolve().parents[1] / "compat"
 
 
@@ -65,10 +65,12 @@ class Watch:
         @functools.wraps(build)
         def and_look(*args: Any, **kwargs: Any) -> Any:
             made: Any = build(*args, **kwargs)
-            init = vars(made).get("__init__") if isinstance(made, type) else None
+            init: Any = vars(made).get("__init__") if isinstance(made, type) else None
+            init = init and inspect.unwrap(init)
             names = getattr(getattr(init, "__code__", None), "co_names", ())
             ours = isinstance(made, type) and made.__module__.startswith("admfast.")
-            if issubclass(made, AcceleratedNet) if ours else BUILDS <= set(names):
+            built = any(make.builds <= set(names) for make in MAKES)
+            if issubclass(made, AcceleratedNet) if ours else built:
                 if not hasattr(made.__call__, "watched"):  # a subclass has its parent's
                     made.__call__ = self._watched(made.__call__)
             return made
@@ -158,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = [program, *given[own:]]
     sys.path[0] = os.getcwd() if arguments.module else str(Path(program).resolve().parent)
     if arguments.package:
+        _say_what_is_hidden()
         sys.path.insert(0, str(PACKAGES / "front"))
         sys.path.append(str(PACKAGES / "stand_ins"))
     status: Any = 0
@@ -180,6 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
+def _say_what_is_hidden() -> None:
+    """Name a copy of the package that the program would have found: it may have been changed."""
+    for folder in map(Path, sys.path):
+        if (folder / "guided_diffusion").is_dir():
+            print(f"admfast.accelerate: not used: {folder / 'guided_diffusion'}", file=sys.stderr)
+            return
+
+
 def _run_file(program: str) -> None:
     """Run a file as `python FILE` does; runpy would make `sys.argv[0]` and `__file__` the same."""
     path = os.path.abspath(program)
@@ -189,11 +200,17 @@ def _run_file(program: str) -> None:
 
 
 def _off(found: Any, wanted: Any) -> float | None:
-    """Return the largest difference over the largest value; None of results that are no tensors."""
+    """Return the largest difference over the largest value; None of results that are no images."""
+    found, wanted = _images(found), _images(wanted)
     if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
         return None
     difference = (found.detach() - wanted).abs().max()
     return float(difference / wanted.abs().max()) if difference else 0.0
+
+
+def _images(out: Any) -> Any:
+    """Return the images in what a network gives: diffusers' are the first of a tuple, or a `sample`."""
+    return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
 
 
 def _own(given: Sequence[str]) -> int:

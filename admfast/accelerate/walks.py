@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import CodeType
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admfast.accelerate.blocks import close, random
 from admfast.accelerate.classes import own_class
-from admfast.accelerate.codes import foreign_function
+from admfast.accelerate.codes import EMBEDDING, compares, foreign_function
+from admfast.accelerate.trials import close, random
 from admfast.models.layers import timestep_embedding
 from admfast.ops.transforms import deriving
 
@@ -73,12 +73,12 @@ def walk_of(net: nn.Module) -> Walk | str:
         if not method.startswith("forward") or method in vars(net):
             continue
         for kind in kinds:
-            reason = _difference(cls, function, kind)
+            reason = _difference(net, cls, function, kind)
             if reason is None:
                 code = function.__code__
                 _, *names = code.co_varnames[: _counts(code)[0]]
                 more = bool(code.co_flags & inspect.CO_VARKEYWORDS)
-                return Walk(kind, method, tuple(names), more, _strict(cls, function, kind))
+                return Walk(kind, method, tuple(names), more, _strict(net, function, kind))
             reasons.append(f"{method} {reason}")
     return min(reasons, key=len, default="there is no method forward")
 
@@ -90,11 +90,13 @@ def _counts(code: CodeType) -> tuple[int, int]:
     return named, named + sum(map(bool, rest))
 
 
-def _difference(cls: type, function: Any, kind: str) -> str | None:
-    """Say what tells a method from the published walk of a kind; None where nothing does."""
+def _difference(net: Any, cls: type, function: Any, kind: str) -> str | None:
+    """Say what tells a method of a class from the published walk of a kind; None where nothing does."""
     reason = foreign_function(function, NAMES[kind], NUMBERS)
     if reason is not None:
         return reason
+    if compares(function):
+        return "compares what the published one doesn't"
     code: CodeType = function.__code__
     own = 3 if kind == "classifier" else 4  # self, x, timesteps, y or low_res
     named, whole = _counts(code)
@@ -104,31 +106,65 @@ def _difference(cls: type, function: Any, kind: str) -> str | None:
     if kind == "upsampler":  # hands what it doesn't know on
         others -= set(code.co_varnames[named:whole])
         above: Any = next((part for part in cls.__mro__[1:] if "forward" in vars(part)), nn.Module)
-        reason = _difference(above, above.forward, "unet")
+        reason = _difference(net, above, above.forward, "unet")
         if reason is not None:
             return f"calls one that {reason}"
     if others:
         return f"uses {', '.join(sorted(others)[:3])}, which the published one doesn't"
+    embedding = function.__globals__.get("timestep_embedding")
+    if inspect.isfunction(embedding) and (reason := foreign_function(embedding, EMBEDDING, NUMBERS)):
+        return f"calls a timestep_embedding that {reason}"
     with deriving():
-        for labelled in (False, True) if kind == "unet" else (False,):
-            given = [random(2, 2, 4, 4, seed=1), torch.tensor([3.0, 700.0])]
-            given += [torch.tensor([1, 0])] if labelled else []
-            given += [random(2, 2, 2, 2, seed=9)] if kind == "upsampler" else []
+        for given, labels in _trials(net, kind):
             try:
-                stub = _stub(cls, labelled)
-                found = function(stub, *(t.clone() for t in given))
+                stub = _stub(net)
+                found = function(stub, *(t.clone() for t in given), **labels)
             except Exception as error:  # it may do anything with such a network
                 return f"isn't the published one: {type(error).__name__} on a small network"
-            if not close(found, _REFERENCES[kind](stub, *given)):
+            if not close(found, _REFERENCES[kind](stub, *given, **labels)):
                 return "isn't the published one: other results on a small network"
     return None
 
 
-def _strict(cls: type, function: Any, kind: str) -> bool:
+# Timesteps of the trials, one an image, and the sides of these.
+_TIMES = (
+    ((3.0, 700.0), (4, 4)),
+    ((0.0,), (4, 6)),
+    ((0.25, 999.5, 1.0), (6, 4)),
+    ((0, 1, 2, 500, 999), (4, 4)),
+)
+
+
+def _trials(net: Any, kind: str) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
+    """Yield arguments of a walk: images as the network takes them, timesteps, labels where it has classes.
+
+    An upsampler's labels come by name.
+    """
+    stem = next((p for p in net.input_blocks[0].parameters() if p.dim() > 2), None)
+    channels = 2 if stem is None else stem.shape[1]
+    channels = max(channels // 2, 1) if kind == "upsampler" else channels
+    classes = getattr(net, "num_classes", None)
+    for times, sides in _TIMES:
+        count = len(times)
+        given = [random(count, channels, *sides, seed=1), torch.tensor(times, device="cpu")]
+        labels = []
+        if isinstance(classes, int) and kind != "classifier":
+            labels = [torch.arange(count, device="cpu").flip(0) * (classes - 1) // max(count - 1, 1)]
+        if kind == "upsampler":
+            low_res = random(count, channels, 2, 2, seed=9)
+            yield [*given, low_res], {"y": labels[0]} if labels else {}
+        else:
+            yield [*given, *labels], {}
+
+
+def _strict(net: Any, function: Any, kind: str) -> bool:
     """Tell whether a walk refuses a network with classes a call without labels."""
-    x, t, low_res = random(2, 2, 4, 4, seed=1), torch.tensor([3.0, 700.0]), random(2, 2, 2, 2, seed=9)
+    *_, ((x, t, *more), _) = _trials(net, kind)
+    stub = _stub(net)
+    if stub.num_classes is None:
+        stub.num_classes = 2
     try:
-        function(_stub(cls, True), x, t, *([low_res] if kind == "upsampler" else []))
+        function(stub, x, t, *(more if kind == "upsampler" else []))
     except Exception:  # whatever the walk raises
         return True
     return False
@@ -144,27 +180,38 @@ def _read(code: CodeType) -> set[str]:
 
 
 class _Function:
-    """A block of a small network: images and embedding to images of two channels."""
+    """A block of a small network: images and embedding to images of a few channels."""
 
-    def __init__(self, seed: int):
-        self.weights = random(3, seed=seed).tolist()
+    def __init__(self, seed: int, channels: int = 2):
+        self.weights, self.channels = random(3, seed=seed).tolist(), channels
 
     def __call__(self, h: Tensor, emb: Tensor | None = None) -> Tensor:
         a, b, c = self.weights
-        h = (a * h[:, :2] + b * h[:, -2:]).sin()
-        return h if emb is None else h + c * emb[:, :2, None, None]
+        h = (a * h[:, :1] + b * h[:, -1:]).sin()
+        h = torch.cat([(i + 1) * h for i in range(self.channels)], dim=1)
+        return h if emb is None else h + c * emb[:, : self.channels, None, None]
 
 
-def _stub(cls: type, labelled: bool) -> Any:
-    """Return an instance of a class, never initialised, whose blocks are small functions."""
-    stub: Any = cls.__new__(cls)  # type: ignore[call-overload]
+def _stub(net: Any) -> Any:
+    """Return an instance of a network's class, never initialised, whose blocks are small functions.
+
+    Its settings are the network's; its output has more channels than any image.
+    """
+    cls: Any = own_class(net)
+    stub: Any = cls.__new__(cls)
     nn.Module.__init__(stub)
-    project, table = random(8, 4, seed=20), random(2, 4, seed=21)
+    settings = {
+        name: value for name, value in vars(net).items() if isinstance(value, bool | int | float | str)
+    }
+    classes = getattr(net, "num_classes", None)
+    width = getattr(net, "model_channels", 8)
+    project, table = random(width, 4, seed=20), random(classes or 2, 4, seed=21)
+    vars(stub).update(settings)
     vars(stub).update(
-        model_channels=8, num_classes=2 if labelled else None, pool="adaptive", dtype=torch.float32,
+        model_channels=width, num_classes=classes, dtype=torch.float32,
         time_embed=lambda e: e @ project, label_emb=lambda y: table[y],
         input_blocks=[_Function(i) for i in range(3)], middle_block=_Function(5),
-        output_blocks=[_Function(i) for i in range(6, 9)], out=_Function(10),
+        output_blocks=[_Function(i) for i in range(6, 9)], out=_Function(10, channels=9),
     )  # fmt: skip
     return stub
 
@@ -187,10 +234,12 @@ def walk_ref(net: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None, up
     return net.out(h)
 
 
-def upsampler_walk_ref(net: Any, x: Tensor, timesteps: Tensor, low_res: Tensor) -> Tensor:
+def upsampler_walk_ref(
+    net: Any, x: Tensor, timesteps: Tensor, low_res: Tensor, y: Tensor | None = None
+) -> Tensor:
     """Reference of an upsampler's walk: that of a UNet with the enlarged image appended to x."""
     enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear")
-    return walk_ref(net, torch.cat([x, enlarged], dim=1), timesteps)
+    return walk_ref(net, torch.cat([x, enlarged], dim=1), timesteps, y)
 
 
 _REFERENCES: dict[str, Callable[..., Tensor]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,7 @@ from admfast.checkpoints.loading import check_fit, identify_weights, values_by_d
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.structure import summary
 from admfast.files.paths import user_path
-from admfast.models import NetConfig, UNetConfig, UpsamplerConfig, build
+from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, build
 from admfast.models.hooks import staying_fused
 from admfast.models.presets import MODELS, ModelPreset
 from admfast.ops.dispatch import using
@@ -46,8 +46,15 @@ class ForwardWork:
     activation_bytes: int
 
 
-def forward_work(config: NetConfig, batch: int = 1, dtype: torch.dtype = torch.float32) -> ForwardWork:
-    """Count the work of a forward pass at the training image size, on tensors without memory.
+def forward_work(
+    config: NetConfig,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    sides: Sequence[int] | None = None,
+) -> ForwardWork:
+    """Count the work of a forward pass on images of these sides, on tensors without memory.
+
+    sides: None for those that the network was trained for.
 
     The network runs eagerly on the reference implementations, its torso in `dtype`; fused implementations
     need less memory, an allocator's fragments and a library's workspaces need more.
@@ -58,7 +65,7 @@ def forward_work(config: NetConfig, batch: int = 1, dtype: torch.dtype = torch.f
     with torch.device("meta"):
         net = build(config)
         net.convert_torso(dtype)  # type: ignore[operator]
-        inputs = network_inputs(config, batch)
+        inputs = network_inputs(config, batch, sides)
     counter = FlopCounterMode(display=False)
     live = LiveBytes(net, inputs)
     # A fused kernel has no meta form and hides its work from the counter.
@@ -67,6 +74,21 @@ def forward_work(config: NetConfig, batch: int = 1, dtype: torch.dtype = torch.f
         net(**inputs)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     return ForwardWork(counter.get_total_flops(), weights, live.peak)
+
+
+def guidance_flops(config: ClassifierConfig, sides: Sequence[int] | None = None) -> int:
+    """Count the operations of the guidance gradient of one image, on tensors without memory.
+
+    The classifier's forward and its gradient in x, nothing computed twice. sides: as for `forward_work`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
+    with torch.device("meta"):
+        net = build(config).requires_grad_(False)
+        x, t = network_inputs(config, 1, sides).values()
+    with using("reference"), FlopCounterMode(display=False) as counter:
+        net(x.requires_grad_(True), t).sum().backward()  # the counter can't follow torch.autograd.grad
+    return counter.get_total_flops()
 
 
 def describe(
@@ -232,9 +254,9 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def network_inputs(config: NetConfig, batch: int) -> dict[str, Tensor]:
-    """Return empty arguments of the network's forward, on the current device."""
-    sides = [config.image_size] * config.dims
+def network_inputs(config: NetConfig, batch: int, sides: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """Return empty arguments of the network's forward, on the current device; sides: None as trained."""
+    sides = [config.image_size] * config.dims if sides is None else sides
     inputs = {"x": torch.empty(batch, config.in_channels, *sides), "timesteps": torch.empty(batch)}
     if isinstance(config, UNetConfig) and config.num_classes is not None:
         inputs["y"] = torch.empty(batch, dtype=torch.long)

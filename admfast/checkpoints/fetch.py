@@ -28,7 +28,7 @@ from tqdm import tqdm
 from admfast.checkpoints.differences import compare, fingerprint, network_shapes, shapes_of
 from admfast.checkpoints.reading import read_weights
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
-from admfast.files.atomic import lock, output_error, write_text
+from admfast.files.atomic import let_go, lock, output_error, write_text
 from admfast.files.paths import user_path
 from admfast.models.presets import ModelPreset, preset
 
@@ -100,9 +100,10 @@ def fetch(
             transfer = _Transfer(url, file, part, timeout, bar, model.size, model.md5)
             transfer.receive(retries, wait)
         size = file.seek(0, os.SEEK_END)
-        checked = _check(transfer, size, model)
         try:
             os.fsync(file.fileno())
+            let_go(file)  # also for the check, which Windows lets read no byte that is locked
+            checked = _check(transfer, size, model)
             os.replace(part, target)
         except OSError as error:
             raise output_error(target, error) from error
@@ -127,17 +128,24 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         file = open(part, "ab")  # noqa: SIM115
     except OSError as error:
         raise output_error(part, error) from error
-    with file:
+    with file, contextlib.ExitStack() as last:
+        last.callback(_end, file, part)
         try:
             lock(file.fileno())
-        except OSError:
+        except BlockingIOError:
+            last.pop_all()  # the part is the other's
             raise OutputError(f"{part}: another fetch is writing it") from None
-        try:
-            yield file
-        finally:
-            with contextlib.suppress(OSError):
-                if part.stat().st_size == 0:
-                    _discard(part)
+        except OSError as error:
+            raise output_error(part, error) from None
+        yield file
+
+
+def _end(file: BinaryIO, part: Path) -> None:
+    """Discard a partial file into which nothing came."""
+    let_go(file)
+    with contextlib.suppress(OSError):
+        if part.stat().st_size == 0:
+            _discard(part)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from admfast.ops.native import build_info, instruction_set, reason_missing
 
 def run_info() -> None:
     """Print versions, devices, the build, every op with its implementations, and which of them run."""
+    why_not = reason_missing()
     rows = [
         ("admfast", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -30,7 +31,7 @@ def run_info() -> None:
         ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("CUDA", _cuda()),
         ("compiled ops", _build()),
-        ("CPU loops", instruction_set() if reason_missing() is None else "none"),
+        ("CPU loops", f"none: {why_not}" if why_not else instruction_set()),
     ]
     for name in ("ADMFAST_IMPL", "ADMFAST_CPU_ISA", "ADMFAST_BUILD", "ADMFAST_MIRROR", *CHOSEN_BY, *PASSIVE):
         rows.append((name, os.environ.get(name, "not set")))

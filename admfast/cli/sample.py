@@ -24,6 +24,7 @@ from admfast.runs.sampling import SampleRun
 from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, images_of
+from admfast.sampling.profile import profile_text
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import solver_of
 
@@ -56,6 +57,7 @@ def run_sample(
     compile: option.Compile = False,
     compile_cache: option.CompileCache = None,
     verbose: option.Verbose = False,
+    profile: option.Profile = False,
     out: option.Out = Path("out"),
     overwrite: option.Overwrite = False,
     intermediates: option.Intermediates = 0,
@@ -84,6 +86,8 @@ def run_sample(
     small = None if images is None else images.images
     run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=small)
     _run(run, list(pipe.policy.parts().items()) if verbose else [])
+    if profile:
+        _profile(pipe)
 
 
 def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> None:
@@ -114,6 +118,13 @@ def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
     _say(f"{count} images in {spent:.1f} s ({count / spent:.2f} images/s), {peak}")
     for path in (run.out / "images", *written):
         _say(str(path.resolve()))
+
+
+def _profile(pipe: Pipeline) -> None:
+    """Say how the run went, beside what the machine can do."""
+    report = pipe.last_run
+    assert report is not None  # a run has at least one image
+    _say(f"\n{report}\n\n{profile_text(report, pipe)}")
 
 
 def _say(text: str) -> None:

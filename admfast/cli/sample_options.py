@@ -86,6 +86,14 @@ Verbose = Annotated[
     bool,
     typer.Option("--verbose", help="Say what every part computes in, and how steps run (default: don't)."),
 ]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile",
+        help="Say afterwards how the steps ran, where the seconds went, the share of the machine's rate "
+        "(a product measured then) and what would help (default: don't).",
+    ),
+]
 UpsamplerSteps = Annotated[
     int | None, typer.Option(help="Evaluations of the upsampler (default: the system's).")
 ]

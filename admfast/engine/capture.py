@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from admfast.errors import first_line
+from admfast.ops.dispatch import watch
 
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
@@ -38,10 +39,11 @@ def capture(step: PreparedStep) -> None:
         here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device, priority=PRIORITY)
         side.wait_stream(here)
         with torch.cuda.stream(side):
-            for body in step.run.values():
+            for guided, body in step.run.items():
                 for _ in range(WARM_UPS):
                     step.counters.zero_()
-                    body()
+                    with watch() as step.choices[guided]:  # a replay chooses nothing
+                        body()
         here.wait_stream(side)
         torch.cuda.synchronize(device)
         # A workspace made while warming up lies outside the graphs' pool, where whoever clears it leaves
@@ -50,6 +52,7 @@ def capture(step: PreparedStep) -> None:
         try:
             with _uncollected():
                 step.run.update(_captured(step.run, side, here))
+            step.captured = True
         except RuntimeError as error:
             first = first_of(error, outer)
             try:

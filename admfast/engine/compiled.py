@@ -19,7 +19,7 @@ from torch import Tensor
 
 from admfast.errors import Unavailable, first_line
 from admfast.files.atomic import check_folder
-from admfast.ops.sampler_step import Clip, Row, pack
+from admfast.ops.update import Clip, Row, pack
 
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
@@ -74,6 +74,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
                 raise Unavailable(f"compile=True: {reason}") from error
             _check(step, found, eager, rounded)
             step.run[guided] = compiled
+            step.compiled = True
             LOG.warning("compiled in %.0f s", time.monotonic() - began)
 
 

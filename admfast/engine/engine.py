@@ -7,7 +7,7 @@ import gc
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from admfast.engine.precision import FP32, Policy
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
 from admfast.engine.threads import convolution, threads_for
 from admfast.models.fold import FOLDING, FoldableNet
+from admfast.models.hooks import FusedBlock
+from admfast.ops.dispatch import setting
 
 LOG = logging.getLogger("admfast")
 
@@ -43,7 +45,9 @@ class Engine:
         self.options = options or EngineOptions()
         if self.options.compile:
             check_compiler(self.device)
-        self._steps: OrderedDict[tuple[StepKey, str | None], PreparedStep] = OrderedDict()
+        # By kind, and by who names implementations: `impl`, and what ADMFAST_IMPL says.
+        self._steps: OrderedDict[tuple[StepKey, tuple[str | None, str]], PreparedStep] = OrderedDict()
+        self.last_run: Any = None  # what the sampling loop notes of the run that ended last, kept for it here
         # Held while networks are folded and steps are made or handed out; never while rows run, in which a
         # user's function may use another engine, or wait for a thread that uses this one.
         self.lock = threading.RLock()
@@ -95,11 +99,43 @@ class Engine:
             check_generations(networks, generations)
             if x.device.type != "cpu":
                 return model(x, t)
-            own = threads_for(convolution(self.net.config, x.shape), host.cpus())  # type: ignore[arg-type]
-            with on_threads(chosen_threads(self.options.threads, own)):
+            with on_threads(self._threads(x.shape)):
                 return model(x, t)
 
         return checked
+
+    def _threads(self, shape: Sequence[int]) -> int:
+        """Return the threads that functions compute a row of images (N, C, *spatial) on, on a CPU."""
+        own = threads_for(convolution(self.net.config, shape), host.cpus())  # type: ignore[arg-type]
+        return chosen_threads(self.options.threads, own)
+
+    def describe(self, step: PreparedStep | None, shape: Sequence[int], guided: bool) -> dict[str, Any]:
+        """Return how a batch ran by a prepared step, or by functions (None), and why not otherwise.
+
+        shape: (N, C, *spatial) of the images. guided: the classifier took part. What is returned keeps
+        neither step nor network alive.
+        """
+        options, on_cpu = self.options, self.device.type == "cpu"
+        networks = {"net": self.net, "classifier": self.classifier if guided else None}
+        uncaptured: str | None = f"the device is {self.device.type}"
+        if not on_cpu:
+            uncaptured = _why_not(step, "captured", "EngineOptions(graph=False)")
+        if step is not None:
+            threads = step.threads
+        else:
+            threads = self._threads(shape) if on_cpu else None
+        return {
+            "uncaptured": uncaptured,
+            "uncompiled": _why_not(step, "compiled") if options.compile else "not asked for",
+            # Without prepared steps `ready` need not have looked the networks over.
+            "by_parts": tuple(
+                name
+                for name, net in networks.items()
+                if net is not None and (net.altered or not options.prepared) and _runs_by_parts(net)
+            ),
+            "folded": self.net.is_folded,
+            "threads": threads,
+        }
 
     @contextlib.contextmanager
     def using(self, batch: Batch) -> Iterator[PreparedStep]:
@@ -107,12 +143,13 @@ class Engine:
 
         To be entered after `ready`.
         """
-        key = StepKey.of(batch, self.net.config.num_classes is not None), batch.impl  # type: ignore[union-attr]
+        kind = StepKey.of(batch, self.net.config.num_classes is not None)  # type: ignore[union-attr]
+        key = kind, (batch.impl, setting())
         with self.lock:
             step = self._steps.pop(key, None)
             if step is None:
                 self._make_room(self.options.kept_steps - 1)
-                step = self._made(*key)
+                step = self._made(kind, batch.impl)
         try:
             yield step
         finally:
@@ -166,6 +203,18 @@ class Engine:
         if self.device.type == "cuda":
             gc.collect()  # a step whose graph was refused refers to itself, as does an error that was caught
             torch.cuda.empty_cache()
+
+
+def _why_not(step: PreparedStep | None, done: str, otherwise: str | None = None) -> str | None:
+    """Say why a step was not captured or compiled; None where it was."""
+    if step is None:
+        return "no step was prepared"
+    return None if getattr(step, done) else step.refused or otherwise
+
+
+def _runs_by_parts(net: FoldableNet) -> bool:
+    """Tell whether some block runs its parts one by one."""
+    return any(isinstance(module, FusedBlock) and module.as_published() for module in net.modules())
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -6,9 +6,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import re
-import resource
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,13 +169,7 @@ _TF32, _ON_CPU = _Rounding(_cuda_backends, older=True), _Rounding(_cpu_backends,
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process held so far: tensors on a GPU, or of the host's memory."""
+    """Return the most bytes that this process held so far: of tensors on a GPU, or of the host's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux's ru_maxrss begins with that of the process that started this one.
-    if (status := Path("/proc/self/status")).exists():
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
-        if found:
-            return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host.peak_memory()

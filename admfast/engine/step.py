@@ -26,9 +26,8 @@ from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
 from admfast.models.hooks import surveyed
-from admfast.ops.noise import Stream
-from admfast.ops.sampler_step import COLUMNS, HISTORY, PackedTable, SamplerState, update_for
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.dispatch import Choice, watch
+from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, update_for
 
 EMBEDDING_BYTES = 200 << 20  # what the projected embeddings of one network may take at a time
 ROWS = 1000  # tables of any length up to this share a step
@@ -132,7 +131,9 @@ class PreparedStep:
             for name, part in parts.items()
             if part is not None and part.projects and not part.altered
         }
-        self.update = update_for(self.state, self.packed, impl)
+        with watch() as self._once:  # the choice that holds for all rows
+            self.update = update_for(self.state, self.packed, impl)
+        self.choices: dict[bool, list[Choice]] = {}  # those of a row, by whether it is guided
         self.side: torch.cuda.Stream | None = None
         # A traced body has one stream.
         if device.type == "cuda" and options.branches and not options.compile and self.classifier is not None:
@@ -142,6 +143,7 @@ class PreparedStep:
         self.run: dict[bool, Callable[[], None]] = {kind: partial(self.body, kind) for kind in kinds}
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._left: torch.cuda.Event | None = None
+        self.compiled = self.captured = False
         self.refused: str | None = None  # why the step isn't captured, where that was wanted
         self.held = self.nbytes  # bytes that it keeps from other uses, beside the networks'
 
@@ -297,7 +299,20 @@ class PreparedStep:
                     self.tables[name].fill(self.timesteps[column, i : i + chunk], labels)
         if self.noise is not None and self.step_noise is not None:
             self.noise.copy_(self.step_noise[i].detach())
-        self.run[self.guided[i]]()
+        guided = self.guided[i]
+        if guided in self.choices:
+            self.run[guided]()
+            return
+        with watch() as seen:  # once for each kind of row
+            self.run[guided]()
+        self.choices[guided] = seen
+
+    def chosen(self) -> list[Choice]:
+        """Return the implementations that a row took, of the kind of row that took most.
+
+        What torch compiles is not among them.
+        """
+        return [*self._once, *max(self.choices.values(), key=len, default=())]
 
     @property
     def nbytes(self) -> int:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -33,6 +35,7 @@ _REASONS = {
 }
 # What a writer that was handed a path can only have met on that path.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_LOCKED_BYTE = 2**31 - 2  # the last but one that `msvcrt.locking` can lock
 
 
 def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
@@ -108,10 +111,11 @@ def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
                 raise
             raise output_error(path, error) from error
         try:
+            # Windows syncs no file that is open for reading only.
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
             # Some writers (safetensors) create the file anew, readable by its owner alone.
             temporary.chmod(mode)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
         except OSError as error:
             raise output_error(path, error) from error
         _rename(temporary, path)
@@ -146,6 +150,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _move(temporary: Path, folder: Path) -> None:
     """Give the files of a finished folder their places in another."""
     if not folder.is_dir() or not any(folder.iterdir()):
+        if sys.platform == "win32" and folder.is_dir():  # whose place no rename takes there
+            with contextlib.suppress(OSError):  # which the rename then meets, and names
+                folder.rmdir()
         return _rename(temporary, folder)
     for file in (file for file in temporary.rglob("*") if file.is_file()):
         place = folder / file.relative_to(temporary)
@@ -169,8 +176,8 @@ def check_writable(path: str | PathLike[str]) -> None:
 
     For before long work, whose result goes there.
     """
-    with _replacing(path):
-        pass
+    with _replacing(path) as (descriptor, _):
+        os.close(descriptor)
 
 
 def check_folder(path: str | PathLike[str]) -> None:
@@ -216,15 +223,37 @@ def folder_if_used(folder: Path) -> Iterator[None]:
 
 
 def lock(descriptor: int) -> None:
-    """Keep other processes that ask for it from a file or folder until it is closed; does nothing on Windows.
+    """Keep other processes that ask for it from a file until it is closed.
 
-    Raises OSError where somebody else has it, or where the file system has none.
+    Raises BlockingIOError where somebody else has it, another OSError where it can't be locked.
     """
     try:
         import fcntl
     except ImportError:
-        return
+        return _lock_a_byte(descriptor)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def let_go(file: BinaryIO) -> None:
+    """Close a file, and with it give up its lock, on Windows, which moves and removes none that is open."""
+    if sys.platform == "win32":
+        file.close()
+
+
+def _lock_a_byte(descriptor: int) -> None:
+    """Lock a file as Windows does: one byte, far behind the content of most: nobody else may read it."""
+    try:
+        msvcrt = importlib.import_module("msvcrt")
+    except ImportError:
+        raise OSError(errno.ENOLCK, "this Python can't lock files") from None
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    try:
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(errno.EAGAIN, "another process has locked it") from error
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)
 
 
 class _RecordingFile(io.FileIO):

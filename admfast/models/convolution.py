@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast.models.fold.options import FoldOptions
-from admfast.ops.conv import FoldedConv
-from admfast.ops.conv_forms import ConvOptions
-from admfast.ops.conv_train import conv, folded_conv
+from admfast.ops.conv import ConvOptions, FoldedConv, conv, folded_conv
 from admfast.ops.transforms import in_autocast, in_forward_mode, in_program, outer_grad_enabled, traced
 
 # What else than its parameters decides what a convolution computes.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.errors import invalid
-from admfast.ops.noise import as_seeds, normal
+from admfast.ops.update import as_seeds, normal
 
 
 @dataclass(frozen=True)

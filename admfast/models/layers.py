@@ -20,7 +20,7 @@ from admfast.models.fold import Projected
 from admfast.models.hooks import FusedBlock, watched
 from admfast.models.recompute import made_again, maybe_checkpoint
 from admfast.ops.attention import attention
-from admfast.ops.group_norm import group_norm_silu
+from admfast.ops.norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
 from admfast.ops.transforms import observed
 
@@ -132,18 +132,62 @@ class Halving(nn.Module):
         return avg_pool_down(x)
 
 
-class ResBlock(FusedBlock, TimestepBlock):
+class ResidualBlock(FusedBlock):
+    """A block that computes `x_skip + conv(act(GN(conv(act(GN(x))), emb)))` by fused parts.
+
+    Norm, SiLU and resampling run as one operation, and the last convolution adds the skip.
+
+    resample: how the branch and the skip are resampled after the first norm and SiLU. use_scale_shift_norm:
+    the projected embedding gives scale (first half) and shift (second half) of the second norm, else it is
+    added before it.
+    """
+
+    resample: str | None = None
+    use_scale_shift_norm: bool
+    recomputes_norms = False  # in the backward pass, instead of keeping what they give
+
+    def _fused(
+        self, x: Tensor, emb: Any, x2: Tensor | None,
+        norm: Any, conv: Any, out_norm: Any, dropout: Any, out_conv: Any,
+    ) -> Tensor:  # fmt: skip
+        again = self.recomputes_norms
+        if self.resample is None:
+            h = norm(x, silu=True, x2=x2)
+            with made_again(h, norm.again(x, silu=True, x2=x2)) if again else _NOTHING:
+                h = conv(h)
+        else:
+            h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
+            h, x2 = conv(h), None
+        projected = self._projected(emb)  # [N, C] or [N, 2C]
+        if self.use_scale_shift_norm:
+            scale, shift = projected.chunk(2, dim=1)
+            adaptive = {"scale": scale, "shift": shift}
+        else:
+            h, adaptive = h + _over_positions(projected, h), {}
+        normed = out_norm(h, silu=True, **adaptive)
+        dropped = dropout(normed)
+        again = again and dropped is normed
+        with made_again(normed, out_norm.again(h, silu=True, **adaptive)) if again else _NOTHING:
+            return out_conv(dropped, self._skip(x, x2))
+
+    def _projected(self, emb: Any) -> Tensor:
+        """Return the block's own projection of the embedding."""
+        raise NotImplementedError
+
+    def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
+        """Return what the branch is added to; both sources are resampled."""
+        raise NotImplementedError
+
+
+class ResBlock(ResidualBlock, TimestepBlock):
     """`x_skip + conv(act(GN(conv(act(GN(x))), emb)))`, with optional resampling (Dhariwal & Nichol 2021).
 
     With `use_scale_shift_norm` the projected embedding gives scale (first half) and shift (second half) of
     the second norm, else it is added before it. `up`/`down` resample after the first norm and SiLU, and on
     the skip. A second source `x2` stands for the concatenation `[x, x2]`.
 
-    Norm, SiLU and resampling run as one operation, and the last convolution adds the skip; where a hook
-    watches a part, or another module stands in its place, all parts run one by one.
+    Where a hook watches a part, or another module stands in its place, all parts run one by one.
     """
-
-    recomputes_norms = False  # in the backward pass, instead of keeping what they give
 
     def __init__(
         self,
@@ -194,25 +238,7 @@ class ResBlock(FusedBlock, TimestepBlock):
         modules: Any = self._modules  # at every step: an attribute of a module costs 0.5 us, an item 1.5
         norm, _, conv = modules["in_layers"]._modules.values()
         out_norm, _, dropout, out_conv = modules["out_layers"]._modules.values()
-        again = self.recomputes_norms
-        if self.resample is None:
-            h = norm(x, silu=True, x2=x2)
-            with made_again(h, norm.again(x, silu=True, x2=x2)) if again else _NOTHING:
-                h = conv(h)
-        else:
-            h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
-            h, x2 = conv(h), None
-        projected = self._projected(emb)  # [N, C] or [N, 2C]
-        if self.use_scale_shift_norm:
-            scale, shift = projected.chunk(2, dim=1)
-            adaptive = {"scale": scale, "shift": shift}
-        else:
-            h, adaptive = h + _over_positions(projected, h), {}
-        normed = out_norm(h, silu=True, **adaptive)
-        dropped = dropout(normed)
-        again = again and dropped is normed
-        with made_again(normed, out_norm.again(h, silu=True, **adaptive)) if again else _NOTHING:
-            return out_conv(dropped, self._skip(x, x2))
+        return self._fused(x, emb, x2, norm, conv, out_norm, dropout, out_conv)
 
     def _one_by_one(self, x: Tensor, emb: Tensor | Projected) -> Tensor:
         """The block with every part called by itself, on what it is given in the published block."""

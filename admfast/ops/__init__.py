@@ -1,22 +1,28 @@
-"""Floor 1: the fused operators, one file each: public function, reference, autograd, implementations."""
+"""Floor 1: the fused operators, a room each: public function, reference, autograd, implementations, cases."""
 
 from admfast.ops.attention import attention, attention_ref
-from admfast.ops.conv import FoldedConv, conv_ref
-from admfast.ops.conv_train import conv
+from admfast.ops.conv import FoldedConv, conv, conv_ref
 from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
-from admfast.ops.group_norm import group_norm_silu, group_norm_silu_ref
-from admfast.ops.noise import Stream, as_seeds, normal, normal_ref
-from admfast.ops.sampler_step import (
+from admfast.ops.norm import group_norm_silu, group_norm_silu_ref
+from admfast.ops.update import (
     Clip,
     PackedTable,
     Row,
     SamplerState,
+    Stream,
+    as_seeds,
+    normal,
+    normal_ref,
     pack,
     sampler_step,
     sampler_step_ref,
 )
 
+# The folders here; `admfast info`, tests, sanitizers and benches call the ops with what their `cases.py` say.
+ROOMS = ("attention", "conv", "norm", "update")
+
 __all__ = [
+    "ROOMS",
     "TABLES",
     "Clip",
     "FoldedConv",

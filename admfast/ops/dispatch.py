@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from admfast.errors import Unavailable, invalid, nearest
 
@@ -98,15 +101,15 @@ class OpTable:
             reason = entry.available() or entry.supports(*args, **kwargs)
             if reason:
                 raise Unavailable(f"{asked_by}={value!r}: {self.op} can't run on it here: {reason}")
-            if _watchers:
-                _tell(Choice(self.op, entry.name, asked_by))
+            if watched():
+                tell(Choice(self.op, entry.name, asked_by))
             return entry
         reasons: dict[str, str] = {}
         for entry in self._in_order(self.prefer(*args, **kwargs)):
             reason = entry.available() or entry.unasked() or entry.supports(*args, **kwargs)
             if reason is None:
-                if _watchers:
-                    _tell(Choice(self.op, entry.name, passed_over=reasons))
+                if watched():
+                    tell(Choice(self.op, entry.name, passed_over=reasons))
                 return entry
             reasons[entry.name] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -132,28 +135,40 @@ def using(setting: str) -> Iterator[None]:
 
 _setting: str | None = None
 TABLES: dict[str, OpTable] = {}
-_watchers: list[list[Choice]] = []
+_watchers: list[_Watcher] = []
+
+
+@dataclass(eq=False)
+class _Watcher:
+    """A thread that collects its own choices."""
+
+    thread: int
+    seen: list[Choice]
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[list[Choice]]:
-    """Collect the choices that are made within the block."""
-    seen: list[Choice] = []
-    _watchers.append(seen)
+    """Collect the choices that this thread makes within the block; what torch.compile traces is not seen."""
+    watcher = _Watcher(threading.get_ident(), [])
+    _watchers.append(watcher)
     try:
-        yield seen
+        yield watcher.seen
     finally:
-        _watchers.remove(seen)
+        _watchers.remove(watcher)
 
 
 def watched() -> bool:
-    """Tell whether choices are being collected: one that is kept from call to call is then made anew."""
-    return bool(_watchers)
+    """Tell whether choices are being collected."""
+    # A trace that looked at the watchers would be guarded by them, and made again while somebody watches.
+    return not torch.compiler.is_compiling() and bool(_watchers)
 
 
-def _tell(choice: Choice) -> None:
-    for seen in _watchers:
-        seen.append(choice)
+def tell(choice: Choice) -> None:
+    """Tell those who watch this thread of a choice; one that is kept from call to call is told at each."""
+    own = threading.get_ident()
+    for watcher in tuple(_watchers):  # another thread may begin or end meanwhile
+        if watcher.thread == own:
+            watcher.seen.append(choice)
 
 
 def setting() -> str:

@@ -26,6 +26,13 @@ def channels_last(t: Tensor) -> Tensor:
     return t if is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def channels_together(t: Tensor) -> Tensor:
+    """Images [N, C, H, W] in channels-last memory and with strides that say so."""
+    t = channels_last(t)
+    # Strides of a single channel don't say which layout it has, and torch then takes the other one.
+    return t if t.shape[1] > 1 else t[:, 0].unsqueeze(-1).movedim(-1, 1)
+
+
 def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised [N, C, *spatial] of the dtype and device of `like`, channels beside each other."""
     return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)

@@ -6,19 +6,21 @@ import functools
 import importlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from admfast.errors import Unavailable, invalid
-from admfast.ops.layout import empty_channels_last, is_channels_last
 from admfast.ops.transforms import constant
 
 ISA = "ADMFAST_CPU_ISA"
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
 TOLD = "fakes_are_registered"  # kept where the ops are, which a second import finds
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
+Fake = TypeVar("Fake", bound=Callable[..., Any])
+_FAKES: dict[str, Callable[..., Any]] = {}
 
 
 @constant
@@ -31,11 +33,14 @@ def reason_missing() -> str | None:
     asked = os.environ.get(ISA)
     if asked and asked not in ISAS:
         raise invalid(ISA, asked, f"one of {', '.join(ISAS)}; not set, the widest that runs here")
+    built = build_info()
+    # Of another version it may load, and lay out tensors otherwise.
+    if (other := built.get("torch")) and other.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"not loaded: built for torch {other}, this is {torch.__version__}"
     try:
         importlib.import_module("admfast._C")
     except ImportError as error:
-        built = build_info()
-        return f"not built: {built['reason']}" if built.get("reason") else f"not loaded: {error}"
+        return f"not built: {built['reason']}" if built.get("built") == "none" else f"not loaded: {error}"
     if asked and instruction_set() != asked:
         raise Unavailable(f"{ISA}={asked!r}: this machine can't run it")
     _register_fakes()
@@ -83,59 +88,23 @@ def build_info() -> dict[str, Any]:
     return json.loads(BUILD_INFO.read_text()) if BUILD_INFO.exists() else {}
 
 
+def fake(op: str) -> Callable[[Fake], Fake]:
+    """Decorate a function of a compiled op's arguments that tells tracers what the op returns.
+
+    It stands beside the code that calls the op; it is registered when the extension is loaded.
+    """
+
+    def keep(function: Fake) -> Fake:
+        _FAKES[op] = function
+        return function
+
+    return keep
+
+
 def _register_fakes() -> None:
-    """Tell tracers, once a process, what ops return; sampler_step_ writes in place and returns nothing."""
+    """Tell tracers, once a process, what the ops return."""
     if hasattr(torch.ops.admfast, TOLD):
         return
     setattr(torch.ops.admfast, TOLD, True)
-
-    @torch.library.register_fake("admfast::normal")
-    def _(seeds: torch.Tensor, count: int, row: int, stream: int) -> torch.Tensor:
-        return seeds.new_empty((seeds.shape[0], count), dtype=torch.float32)
-
-    @torch.library.register_fake("admfast::sampler_step_")
-    def _(*_args: Any) -> None:
-        return None
-
-    @torch.library.register_fake("admfast::group_norm_silu_fwd")
-    def _(
-        x: torch.Tensor, x2: Any, weight: Any, bias: Any, scale: Any, shift: Any, groups: int, *_args: Any
-    ) -> tuple[torch.Tensor, ...]:
-        channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-        y = _empty_dense([x.shape[0], channels, *x.shape[2:]], x)
-        mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float64) for _ in range(2))
-        return y, mean, rstd
-
-    @torch.library.register_fake("admfast::group_norm_silu_bwd")
-    def _(dy: torch.Tensor, x: torch.Tensor, x2: Any, *_args: Any) -> tuple[torch.Tensor, ...]:
-        dx2 = x.new_empty(0) if x2 is None else _empty_dense(list(x2.shape), x)
-        s1, s2 = (x.new_empty(dy.shape[:2], dtype=torch.float32) for _ in range(2))
-        return _empty_dense(list(x.shape), x), dx2, s1, s2
-
-    @torch.library.register_fake("admfast::conv3x3_winograd")
-    def _(x: torch.Tensor, _u: Any, _bias: Any, _residual: Any, channels: int) -> torch.Tensor:
-        n, _, height, width = x.shape
-        return empty_channels_last((n, channels, height, width), x)
-
-    @torch.library.register_fake("admfast::conv3x3_winograd_once")
-    def _(
-        x: torch.Tensor, weight: torch.Tensor, _bias: Any, _residual: Any, transposed: bool
-    ) -> torch.Tensor:
-        n, _, height, width = x.shape
-        return empty_channels_last((n, weight.shape[1 if transposed else 0], height, width), x)
-
-    @torch.library.register_fake("admfast::conv3x3_winograd_weight_grad")
-    def _(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        return x.new_empty((dy.shape[1], x.shape[1], 3, 3))
-
-    @torch.library.register_fake("admfast::winograd_weights")
-    def _(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-        c_in, c_out = weight.shape[:2] if transposed else reversed(weight.shape[:2])
-        return weight.new_empty((-(-c_out // 32), 36, c_in, 32), dtype=torch.float32)
-
-
-def _empty_dense(shape: list[int], like: torch.Tensor) -> torch.Tensor:
-    """Return what group_norm_silu allocates: channels-last where `like` is, else contiguous."""
-    if like.is_contiguous() or not is_channels_last(like):
-        return like.new_empty(shape)
-    return empty_channels_last(shape, like)
+    for op, function in _FAKES.items():
+        torch.library.register_fake(f"admfast::{op}")(function)

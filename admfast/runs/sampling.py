@@ -21,7 +21,7 @@ from admfast.files.npz import write_streamed
 from admfast.files.paths import user_path
 from admfast.interrupts import held_back
 from admfast.runs.folder import RunFolder
-from admfast.sampling.loop import Progress, run
+from admfast.sampling.loop import Notes, Progress, run
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, images_of, plan
 from admfast.sampling.request import SampleRequest
@@ -59,6 +59,7 @@ class SampleRun:
             given = f"output={self.request.output!r}, callback={self.request.callback!r}"
             raise invalid("request", given, "output='uint8' and no callback: a run writes files")
         self.finished = 0
+        self._notes = Notes()  # of all batches
         self._shown: list[NDArray[np.uint8]] = []  # what the grid shows; the others are on the disk alone
         self._folder = RunFolder(self.out, self.overwrite)
         config = self.pipe.config
@@ -140,7 +141,7 @@ class SampleRun:
             callback=progressed,
             batch_size=size,
         )
-        for i, image in enumerate(run(plan(request, self.pipe)).numpy(), first):
+        for i, image in enumerate(run(plan(request, self.pipe), self._notes).numpy(), first):
             with held_back():  # or a file would be there that isn't counted
                 write_png(self._png(i), image)
                 if i < GRID_LIMIT:

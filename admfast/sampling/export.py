@@ -31,9 +31,10 @@ FORMS: dict[str, tuple[str, ...]] = {
     "safetensors": (".safetensors",),
     "published": (".pt", ".pth"),
 }
+RECORD = "admfast.json"  # what a folder was made of
 FOLDER_FILES = (
     "model_index.json",
-    "admfast.json",
+    RECORD,
     "scheduler/scheduler_config.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
@@ -119,6 +120,8 @@ def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
             raise invalid("out", str(path), "a folder for the form diffusers, not a weights file")
         check_place(path)
         taken = [path] if path.is_dir() and any(path.iterdir()) else []
+        if taken and overwrite and not (path / RECORD).is_file():
+            raise OutputError(f"out={str(path)!r}: holds no export (no {RECORD}) to be replaced")
     else:
         check_writable(path)
         beside = (".json", ".flags") if to == "published" else (".json",)

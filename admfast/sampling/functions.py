@@ -15,7 +15,8 @@ from admfast import checks
 from admfast.engine.guidance import classifier_guidance, followed
 from admfast.engine.step import Batch
 from admfast.errors import invalid
-from admfast.ops.sampler_step import Clip, Row, SamplerState, pack, sampler_step
+from admfast.ops.dispatch import Choice, watch
+from admfast.ops.update import Clip, Row, SamplerState, pack, sampler_step
 from admfast.sampling.guides import Guide
 from admfast.sampling.predict import Model, Prediction
 
@@ -53,9 +54,24 @@ class FunctionStep:
         self.state = SamplerState.start(x, rows)
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
         self.t_net, self.t_clf = table.seen(x)
+        self.kinds = [tuple(rows[i] for _, rows in guides) for i in range(len(table))]
+        self.choices: dict[tuple[bool, ...], list[Choice]] = {}  # those of a row, by the guides that apply
 
     def advance(self, i: int) -> None:
         """Run row i; rows come in order, from 0."""
+        kind = self.kinds[i]
+        if kind in self.choices:
+            self._advance(i)
+            return
+        with watch() as seen:
+            self._advance(i)
+        self.choices[kind] = seen
+
+    def chosen(self) -> list[Choice]:
+        """Return the implementations that a row took, of the kind of row that took most."""
+        return max(self.choices.values(), key=len, default=[])
+
+    def _advance(self, i: int) -> None:
         batch, x = self.batch, self.state.x
         out, gradient = self.evaluated(x, i)
         if self.denoised_fn is not None:
@@ -126,8 +142,7 @@ def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -
 
 def function_step(plan: Plan, x: Tensor) -> FunctionStep:
     """Return the step that runs a plan by functions, from `x`."""
-    named = {"guides": plan.guides, "denoised_fn": plan.denoised_fn}
-    for name in (name for name, value in named.items() if value):
+    for name in plan.functions:
         LOG.info("rows run one by one, not by a prepared step: %s is of Python functions", name)
     engine, guides = plan.engine, list(plan.guides)
     if plan.scale:

@@ -22,6 +22,7 @@ from admfast.models import NetConfig, UNetConfig
 from admfast.models.fold import check_ordinary
 from admfast.sampling.functions import conditioned
 from admfast.sampling.guides import LARGEST
+from admfast.sampling.last_run import RunReport, report_of
 from admfast.sampling.loop import run
 from admfast.sampling.plan import check_low_res, check_of_images, images_at_a_time, plan
 from admfast.sampling.predict import Prediction, Predictor
@@ -210,6 +211,16 @@ class Pipeline:
                 "classes", tuple(labels.shape), f"one class, or one for each of the {len(x_t)} images"
             )
         return labels
+
+    @property
+    def last_run(self) -> RunReport | None:
+        """Return how the last call of `sample` ran, of several threads' the one that ended last; None before.
+
+        `print(pipe.last_run)` says what was prepared, or why not, which implementation each op took, and
+        where the seconds went. A call that raised an error leaves it as it was.
+        """
+        notes = self.engine.last_run
+        return None if notes is None else report_of(notes, self)
 
     def refresh(self) -> None:
         """Renew everything that was derived from the networks' parameters, an upsampler's too.

@@ -19,8 +19,7 @@ from admfast.errors import Unavailable, invalid
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.models import UpsamplerConfig
 from admfast.ops import dispatch
-from admfast.ops.noise import Stream, as_seeds
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable, Stream, as_seeds
 from admfast.sampling.guides import Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
@@ -60,6 +59,12 @@ class Plan(Batch):
     stage: str = "base"
     enlarging: Plan | None = None
     shrink: int = 1
+
+    @property
+    def functions(self) -> list[str]:
+        """Name what is of Python functions, for which no step can be prepared."""
+        named = {"guides": self.guides, "denoised_fn": self.denoised_fn}
+        return [name for name, value in named.items() if value]
 
     @property
     def steps(self) -> dict[str, int]:

@@ -6,8 +6,7 @@ import math
 
 from admfast.checks import real
 from admfast.diffusion import GaussianDiffusion
-from admfast.ops.sampler_step import Row
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import Row, SolverTable
 from admfast.solvers.solver import Solver, clip_of, registered
 
 

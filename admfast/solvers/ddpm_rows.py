@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from admfast.diffusion import GaussianDiffusion
-from admfast.ops.sampler_step import Row
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import Row, SolverTable
 from admfast.solvers.solver import Solver, clip_of, registered
 
 

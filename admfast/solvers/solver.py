@@ -9,8 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from admfast.diffusion import GaussianDiffusion, MeanType
-from admfast.ops.sampler_step import Clip
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import Clip, SolverTable
 
 SOLVERS: dict[str, Callable[..., Solver]] = {}
 Make = TypeVar("Make", bound="Callable[..., Solver]")

@@ -1,8 +1,8 @@
 """Draw what the k-th sample of a run has besides its image: a function of the run's seed and k alone.
 
-The generator is that of `admfast.ops.noise`: the key is the run's seed, the row is k, and every purpose has a
-stream of its own (`TrainStream`). The data have the streams from 64 (`DataStream`); dropout has one for every
-layer, from 1024.
+The generator is that of `admfast.ops.update.noise`: the key is the run's seed, the row is k, and every
+purpose has a stream of its own (`TrainStream`). The data have the streams from 64 (`DataStream`); dropout has
+one for every layer, from 1024.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from admfast.ops.noise import MASK32, as_seeds, normal, philox4x32_10
+from admfast.ops.update import MASK32, as_seeds, normal, philox4x32_10
 
 
 class TrainStream(IntEnum):

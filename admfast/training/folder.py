@@ -17,7 +17,7 @@ import torch
 from admfast.checkpoints.reading import A_RUN, near_names
 from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
-from admfast.files.atomic import folder_if_used, lock, output_error, write_text
+from admfast.files.atomic import folder_if_used, let_go, lock, output_error, write_text
 from admfast.files.paths import user_path
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
@@ -52,27 +52,28 @@ def _locked(run: Path) -> Iterator[None]:
     path = run / LOCK
     made = not os.path.lexists(path)
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        file = open(path, "ab")  # noqa: SIM115
     except OSError as error:
         raise output_error(path, error) from None
-    try:
+    with file:
         try:
-            lock(descriptor)
-            # A process that was refused may have removed it since it was opened: it would keep nobody out.
-            used = os.fstat(descriptor).st_nlink == 0
-        except BlockingIOError:
-            used = True
-        except OSError as error:
-            raise output_error(path, error) from None
-        if used:
-            made = False
-            raise OutputError(f"out={str(run)!r}: another process is training in this folder")
-        yield
-    finally:
-        if made and not os.path.lexists(run / RUN_FILE):
-            with contextlib.suppress(OSError):  # Windows removes no file that is open
-                path.unlink()
-        os.close(descriptor)
+            try:
+                lock(file.fileno())
+                # A process that was refused may have removed it since: it would keep nobody out.
+                used = os.fstat(file.fileno()).st_nlink == 0
+            except BlockingIOError:
+                used = True
+            except OSError as error:
+                raise output_error(path, error) from None
+            if used:
+                made = False
+                raise OutputError(f"out={str(run)!r}: another process is training in this folder")
+            yield
+        finally:
+            let_go(file)
+            if made and not os.path.lexists(run / RUN_FILE):
+                with contextlib.suppress(OSError):  # on Windows another process may have opened it
+                    path.unlink()
 
 
 def surroundings(world: World, source: Source) -> dict[str, Any]:

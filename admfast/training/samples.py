@@ -1,7 +1,7 @@
 """The k-th sample of a training run: its image, crop and flip are a function of the run's seed and k alone.
 
 Samples are counted through the whole run. Epoch e is the samples e*N .. e*N + N-1 and has every one of the N
-images once, in an order of its own. All draws are words of Philox (`admfast.ops.noise`) under the seed:
+images once, in an order of its own. All draws are words of Philox (`ops/update/noise.py`) under the seed:
 
     order of epoch e    counter (image, 0, e, ORDER): images by ascending 63-bit key from words 0 and 1
     crop and flip of k  counter (0, 0, k, CROP): words for length, top, left and flip
@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from admfast import checks
 from admfast.errors import AdmfastError, first_line, invalid
 from admfast.files.images import UInt8
-from admfast.ops.noise import MASK32, philox4x32_10
+from admfast.ops.update import MASK32, philox4x32_10
 from admfast.training.crops import Picture, center_crop, random_crop, reuse_memory, with_channels
 from admfast.training.images import BrokenImage, Source
 

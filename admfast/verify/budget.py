@@ -11,8 +11,7 @@ from admfast.checks import real
 from admfast.engine.precision import Policy
 from admfast.errors import invalid
 from admfast.files.levels import to_uint8
-from admfast.ops.sampler_step import Clip
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import Clip, SolverTable
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from bench.measure import (
     unavailable,
 )
 from bench.results import Row
-from bench.shapes import ATTENTION_SHAPES, BATCHES, AttentionShape
+from bench.shapes import BATCHES, AttentionShape, attention_shapes
 
 BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -43,7 +43,7 @@ def _limit(dtype: str, tokens: int) -> float:
 def _grid(settings: Settings) -> list[tuple[int, AttentionShape, str, int, str]]:
     """(rank, shape, models, batch, dtype): each size once."""
     sizes: dict[tuple[int, int, int], list[AttentionShape]] = {}
-    for shape in ATTENTION_SHAPES[2:3] if settings.quick else ATTENTION_SHAPES:
+    for shape in attention_shapes()[2:3] if settings.quick else attention_shapes():
         sizes.setdefault((shape.tokens, shape.heads, shape.head_dim), []).append(shape)
     return [
         (b + d, same[0], ", ".join(s.model for s in same), batch, dtype)

@@ -14,17 +14,17 @@ from bench.measure import DTYPES, Case, Settings, checked, compiled, product_lim
 from bench.ops.products import LAYOUTS
 from bench.ops.providers import copied, ours
 from bench.results import Row
-from bench.shapes import BATCHES, GROUPS, L2_BYTES, NORM_SHAPES, NormShape
+from bench.shapes import BATCHES, GROUPS, L2_BYTES, NormShape, norm_shapes
 
 EPS = 1e-5
 PRECISIONS = {"cuda": ("fp16", "bf16"), "cpu": ("bf16", "fp32")}
-LAST_COMPILED_ON_CPU = NORM_SHAPES[9]  # a compilation takes seconds there
+COMPILED_ON_CPU = 10  # shapes: a compilation takes seconds there
 
 
 def _shapes(settings: Settings) -> tuple[NormShape, ...]:
     if settings.quick:
-        return NORM_SHAPES[7:8]
-    return NORM_SHAPES if settings.cuda else tuple(s for s in NORM_SHAPES if s.side <= 128)
+        return norm_shapes()[7:8]
+    return norm_shapes() if settings.cuda else tuple(s for s in norm_shapes() if s.side <= 128)
 
 
 def ceilings(settings: Settings) -> Iterator[Case]:
@@ -88,7 +88,7 @@ def _cases(
 ) -> Iterator[Case]:
     sizes = {"batch": batch, "channels": shape.channels, "side": shape.side, "variant": variant}
     providers = ["copy", "eager", *ours("group_norm_silu", settings.device)]
-    early = NORM_SHAPES.index(shape) <= NORM_SHAPES.index(LAST_COMPILED_ON_CPU) and batch == 1
+    early = norm_shapes().index(shape) < COMPILED_ON_CPU and batch == 1
     if variant in ("plain", "adaptive") and (settings.cuda or early):
         providers.insert(2, "torch.compile")
     measure = _forward if kind == "group_norm_silu" else _gradient

@@ -257,7 +257,7 @@ def _provider(name: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Ca
 
 
 def _conv(shape: ConvShape, batch: int, dtype: str, provider: str, gradient: bool, settings: Settings) -> Row:
-    from admfast.ops.conv_winograd import amplification
+    from admfast.ops.conv.winograd import amplification
 
     layout = torch.contiguous_format if provider == "eager channels-first" else torch.channels_last
     x, weight, bias = tensors(shape, batch, dtype, layout, settings.device)

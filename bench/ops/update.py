@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.measure import DTYPES, Case, Settings, checked, compiled, timed
 from bench.ops.providers import copied, ours
 from bench.results import Row
-from bench.shapes import BATCHES, SAMPLER_SIDES
+from bench.shapes import BATCHES, sampler_sides
 
 if TYPE_CHECKING:
     from admfast.ops import Row as SolverRow
@@ -135,7 +135,7 @@ def count_traffic(fn: Callable[[], object]) -> tuple[int, int]:
 def ceilings(settings: Settings) -> Iterator[Case]:
     """One guided, learned-range DDPM update at every image size and batch size."""
     for batch in settings.some(BATCHES):
-        for side in SAMPLER_SIDES[: 1 if settings.quick else None]:
+        for side in sampler_sides()[: 1 if settings.quick else None]:
             shape = {"batch": batch, "side": side}
             yield Case("sampler", "fp32", "eager", shape, partial(_update, batch, side, "fp32", "counted"))
 
@@ -146,7 +146,7 @@ def kernels(settings: Settings) -> Iterator[Case]:
     `dtype` is the network's output's: float32 lies channels-first, at 64 and 256 px also half precision,
     channels-last, as a network in that precision leaves it. The state is float32.
     """
-    sides = SAMPLER_SIDES[: 1 if settings.quick else None]
+    sides = sampler_sides()[: 1 if settings.quick else None]
     sizes = [(batch, side) for batch in settings.some(BATCHES) for side in sides]
     if not settings.cuda and not settings.quick:
         sizes.append((8, 256))

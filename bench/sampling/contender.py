@@ -17,8 +17,7 @@ from admfast.engine.guidance import classifier_guidance
 from admfast.engine.numerics import own_numerics
 from admfast.engine.step import Batch
 from admfast.ops.dispatch import using
-from admfast.ops.noise import Stream, normal
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable, Stream, normal
 from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm

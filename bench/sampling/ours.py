@@ -16,7 +16,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.engine.step import Batch, PreparedStep
 from admfast.ops.dispatch import using, watch
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable
 from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.checkpoints.describe import forward_work
+from admfast.checkpoints.describe import forward_work, guidance_flops
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion
-from admfast.models import build
 from admfast.models.config import ClassifierConfig, UNetConfig, UpsamplerConfig
 from admfast.models.preset_types import ModelPreset, SystemPreset
 from admfast.models.presets import SYSTEMS
-from admfast.ops.dispatch import using
-from admfast.ops.noise import as_seeds
+from admfast.ops.update import as_seeds
 from bench.sampling.weights import network
 
 
@@ -145,17 +143,4 @@ def step_flop(subject: Subject) -> int:
     alone, nothing computed twice. What an implementation saves by a smarter way is not subtracted.
     """
     total = forward_work(subject.net).flops
-    return total if subject.classifier is None else total + _guidance_flop(subject.classifier)
-
-
-def _guidance_flop(config: ClassifierConfig) -> int:
-    """Operations of the guidance gradient for one image, counted on tensors without memory."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton
-
-    with torch.device("meta"):
-        net = build(config).requires_grad_(False)
-        x = torch.empty(1, config.in_channels, config.image_size, config.image_size, requires_grad=True)
-        t = torch.zeros(1)
-    with using("reference"), FlopCounterMode(display=False) as counter:
-        net(x, t).sum().backward()  # the counter can't follow torch.autograd.grad
-    return counter.get_total_flops()
+    return total if subject.classifier is None else total + guidance_flops(subject.classifier)

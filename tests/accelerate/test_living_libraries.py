@@ -1,10 +1,12 @@
-"""azula and deepinv: their networks accelerated and their algorithms on our pipelines give the same."""
+"""azula, deepinv, diffusers: their networks accelerated and algorithms on our pipelines give the same."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,22 +26,43 @@ from tests.small import assert_close, randn
 MISSING = "pip install --no-deps -r tests/accelerate/requirements.txt"
 
 
-@pytest.fixture(scope="module")
-def libraries():
-    for name in ("azula", "deepinv"):
+@contextlib.contextmanager
+def importing(*names: str) -> Iterator[None]:
+    """Stand in for torchvision, which no CPU build of torch can import; skip where a library is missing."""
+    for name in names:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} isn't installed: {MISSING}")
-    finder = StandIns(["torchvision"])  # can't be imported beside a CPU build of torch
+    finder = StandIns(["torchvision"])
     sys.meta_path.insert(0, finder)
     try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def without_stand_ins() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def libraries():
+    with importing("azula", "deepinv"):
         import azula.guidance
         import azula.plugins.adm
         import deepinv
-    finally:
-        sys.meta_path.remove(finder)
     yield SimpleNamespace(azula=azula, adm=azula.plugins.adm, deepinv=deepinv)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
+    without_stand_ins()
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    with importing("diffusers"):
+        import diffusers
+
+        assert diffusers.UNet2DModel and diffusers.DDIMPipeline  # which it imports when they are asked for
+    yield diffusers
+    without_stand_ins()
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -118,6 +141,131 @@ def test_deepinvs_diffunet(libraries):
     y = physics.A(x) + 0.1  # before x: its gradient is asked for by making x itself require one
     grads = [posterior(denoiser=n).grad(x, y, physics, sigma=sigma) for n in (net, fast)]
     assert_close(grads[1], grads[0])
+
+
+SMALL = {"img_resolution": 16, "model_channels": 32, "channel_mult": (1, 2), "attn_resolutions": (8,)}
+EDMS = {
+    "ADMUNet": (lambda models: models.ADMUNet(num_blocks=1, pretrained=None, **SMALL), {}),
+    "ADMUNet with classes": (
+        lambda models: models.ADMUNet(num_blocks=1, pretrained=None, label_dim=4, **SMALL),
+        {"class_labels": torch.eye(4)[:2]},
+    ),
+    "DDPM++": (
+        lambda models: models.NCSNpp(model_type="ddpm", num_blocks=1, pretrained=None, **SMALL),
+        {"augment_labels": torch.ones(2, 9)},
+    ),
+}
+
+
+def gradients(net: torch.nn.Module, call: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_(True)
+    call(net, x).sin().sum().backward()
+    return {"x": x.grad, **{name: p.grad for name, p in net.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("name", EDMS)
+def test_deepinvs_networks_of_edms_make(name, libraries):
+    make, given = EDMS[name]
+    net = filled(make(libraries.deepinv.models))
+    held = SimpleNamespace(denoiser=torch.nn.ModuleList([copy.deepcopy(net)]))
+    (fast,) = admfast.accelerate(held).denoiser
+    assert not fast.accelerated_left
+    x, sigma = randn(2, 3, 16, 16), torch.tensor([0.3, 2.0])
+    with torch.no_grad():
+        wanted, found = (
+            torch.func.vjp(lambda v, n=n: n(v, sigma, **given), x) for n in (net, fast)
+        )  # as PiGDM begins
+        assert_close(found[0], wanted[0])
+        assert_close(found[1](x)[0], wanted[1](x)[0])
+    wanted, found = (gradients(n, lambda n, x: n(x, sigma, **given), x) for n in (net, fast))
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        assert_close(value, wanted[key])
+
+
+def test_deepinvs_ncsnpp_stays_as_it_is(libraries):
+    net = libraries.deepinv.models.NCSNpp(num_blocks=1, pretrained=None, **SMALL)
+    classes = [type(module) for module in net.modules()]
+    with pytest.raises(InvalidArgument, match="^model="):
+        admfast.accelerate(net)
+    assert [type(module) for module in net.modules()] == classes
+    assert "NCSNpp: as it is" in admfast.accelerate.report(net)
+
+
+LEVELS = {
+    "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+DIFFUSERS = {
+    "by default": {},
+    "as ADM": {
+        "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet",
+        "attention_head_dim": 32,
+    },
+    "other options": {
+        "norm_num_groups": 16, "norm_eps": 1e-6, "mid_block_scale_factor": 2**0.5, "attention_head_dim": None,
+        "downsample_padding": 0, "num_class_embeds": 4, "dropout": 0.1, "center_input_sample": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers_unet(name, diffusers):
+    net = filled(diffusers.UNet2DModel(**LEVELS, **DIFFUSERS[name]))
+    fast = admfast.accelerate(copy.deepcopy(net))
+    assert not fast.accelerated_left
+    labels = {"class_labels": torch.tensor([1, 3])} if "num_class_embeds" in DIFFUSERS[name] else {}
+    x = randn(2, 3, 16, 16)
+    with torch.no_grad():
+        wanted, found = (n(x, 500, **labels).sample for n in (net, fast))
+        assert_close(found, wanted)
+        assert found.stride() == wanted.stride()
+        (found,) = fast(x, torch.tensor([500, 500]), return_dict=False, **labels)
+        assert_close(found, wanted)
+    wanted, found = (gradients(n, lambda n, x: n(x, 500, **labels).sample, x) for n in (net, fast))
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        assert_close(value, wanted[key])
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_diffusers_pipelines(name, diffusers):
+    net = filled(diffusers.UNet2DModel(**LEVELS))
+    with torch.no_grad():  # a small noise: random weights else multiply rounding step by step
+        net.conv_out.weight *= 0.01
+    scheduler = getattr(diffusers, f"{name}Scheduler")(num_train_timesteps=100)
+    images = []
+    for unet in (net, copy.deepcopy(net)):
+        pipe = getattr(diffusers, f"{name}Pipeline")(unet, scheduler)
+        if unet is not net:
+            admfast.accelerate(pipe)
+            assert pipe.unet is unet and not unet.accelerated_left
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(torch.tensor(pipe(generator=generator, num_inference_steps=5, output_type="np").images))
+    assert_close(images[1], images[0])
+
+
+def test_diffusers_blocks_that_are_others_stay_and_are_named(diffusers):
+    from diffusers.models.attention_processor import AttnProcessor
+
+    firs = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+    net = filled(diffusers.UNet2DModel(**{**LEVELS, **firs}))
+    net.mid_block.attentions[0].set_processor(AttnProcessor())
+    fast = admfast.accelerate(copy.deepcopy(net))
+    resampling = {n for n, m in net.named_modules() if getattr(m, "up", None) or getattr(m, "down", None)}
+    assert set(fast.accelerated_left) == resampling | {"mid_block.attentions.0"} and len(resampling) == 2
+    assert "AttnProcessor" in fast.accelerated_left["mid_block.attentions.0"]
+    x = randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert_close(fast(x, 500).sample, net(x, 500).sample)
+    net = filled(diffusers.UNet2DModel(**LEVELS, act_fn="gelu"))
+    fast = admfast.accelerate(copy.deepcopy(net))
+    assert {name for name, m in net.named_modules() if type(m).__name__ == "ResnetBlock2D"} == set(
+        fast.accelerated_left
+    )
+    with torch.no_grad():
+        assert_close(fast(x, 500).sample, net(x, 500).sample)
 
 
 def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):

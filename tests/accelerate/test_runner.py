@@ -76,6 +76,32 @@ def test_a_difference_beyond_rounding_is_told(difference, differs):
     assert watch.differs() == differs
 
 
+OF_OTHER_MAKES = """
+import torch
+from tests.accelerate import diffusers_client, edm_client
+from tests.accelerate.client import filled
+
+class Mine(edm_client.UNet):
+    pass
+
+x, t = torch.ones(1, 3, 16, 16), torch.tensor([0.5])
+with torch.no_grad():
+    images = [filled(Mine())(x, t), filled(diffusers_client.UNet2DModel())(x, t).sample]
+    images.append(filled(edm_client.UNet(taps=(1, 3, 3, 1)))(x, t))
+print(" ".join(f"{v:.3f}" for image in images for v in image.flatten()[:2].tolist()))
+"""
+
+
+def test_networks_of_other_makes_are_found(tmp_path):
+    (tmp_path / "sampling.py").write_text(OF_OTHER_MAKES)
+    alone = run("sampling.py", folder=tmp_path)
+    found = run("-m", "admfast.accelerate", "--check", "sampling.py", folder=tmp_path)
+    assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (0, alone.stdout)
+    first, second, third = found.stderr.splitlines()
+    assert "EDM" in first and "diffusers" in second and "as it is" in third
+    assert "e-0" in first and "e-0" in second
+
+
 def test_what_cannot_run_is_named(tmp_path):
     for command, named in (
         (["nowhere.py"], "nowhere.py"),

@@ -34,7 +34,7 @@ import torch
 from admfast.diffusion import DiffusionConfig
 from admfast.sampling.functions import FunctionStep
 from admfast.engine.step import Batch
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm
 

@@ -14,7 +14,7 @@ import torch
 from admfast.ops import TABLES, Implementation, conv_ref, group_norm_silu_ref, native
 from bench import measure
 from bench.measure import Case, Settings, WrongResult, checked, numerics, quantiles, timed
-from bench.ops import attention, memory, norm, products, providers, update
+from bench.ops import attention, memory, norm, others, products, providers, update
 from bench.results import Row
 from bench.runner import measure_case
 
@@ -252,6 +252,16 @@ def test_attention_is_measured_forward_and_backward() -> None:
     assert {row["kind"] for row in rows} == {"attention", "attention_grad"}
     assert all(row["status"] in ("ok", "none") for row in rows), rows
     assert {row["status"] for row in rows if row["provider"] == "reference"} == {"ok"}
+
+
+def test_an_op_without_a_bench_of_its_own_is_measured_by_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(others, "MEASURED", others.MEASURED - {"attention"})
+    rows = rows_of(others.kernels, "copy", "eager", "sdpa")
+    assert {row["kind"] for row in rows} >= {"attention", "attention_grad"}
+    assert {row["provider"] for row in rows} == {"copy", "eager", "sdpa"}
+    assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows), rows
+    wrong_first(monkeypatch, "attention", lambda qkv, num_heads, **_: qkv[..., : qkv.shape[-1] // 3])
+    assert {row["status"] for row in rows_of(others.kernels, "wrong")} == {"wrong"}
 
 
 def wrong_first(monkeypatch: pytest.MonkeyPatch, op: str, forward: Callable[..., object]) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from bench import shapes
-from bench.shapes import ATTENTION_SHAPES, CONV_SHAPES, NORM_SHAPES, distinct_convs
+from bench.shapes import attention_shapes, conv_shapes, distinct_convs, norm_shapes
 
 # Forward operations of the whole networks, 1e9 a picture; shares are parts of these.
 TOTALS = {
@@ -21,46 +21,46 @@ TOTALS = {
 
 
 def test_shares_are_parts_of_the_model() -> None:
-    first = CONV_SHAPES[0]
+    first = conv_shapes()[0]
     assert (first.model, *first.size) == ("unet64", 3, 192, 192, 64)
     assert first.flop == 2 * 192 * 192 * 3 * 3 * 64 * 64
-    for shape in CONV_SHAPES:
+    for shape in conv_shapes():
         percent = shape.flop / TOTALS[shape.model] / 1e7  # of one of them
         count = round(shape.share / percent)
         assert count >= 1 and shape.share == pytest.approx(count * percent, abs=0.0051), shape
 
 
 def test_every_model_is_there_with_its_dearest_shapes_first() -> None:
-    assert {s.model for s in CONV_SHAPES} == set(TOTALS)
+    assert {s.model for s in conv_shapes()} == set(TOTALS)
     for model in TOTALS:
-        threes = [s.share for s in CONV_SHAPES if s.model == model and s.kernel == 3]
+        threes = [s.share for s in conv_shapes() if s.model == model and s.kernel == 3]
         assert threes == sorted(threes, reverse=True)
         # Several hundred smaller shapes make up the rest: what is measured must be most of the work.
-        assert sum(s.share for s in CONV_SHAPES if s.model == model) > 55
+        assert sum(s.share for s in conv_shapes() if s.model == model) > 55
 
 
 def test_no_shape_is_listed_twice_for_a_model() -> None:
-    seen = [(s.model, *s.size) for s in CONV_SHAPES]
+    seen = [(s.model, *s.size) for s in conv_shapes()]
     assert len(seen) == len(set(seen))
 
 
 def test_distinct_convs_merge_models_and_begin_with_the_largest_share() -> None:
     pairs = distinct_convs()
-    assert len({shape.size for shape, _ in pairs}) == len(pairs) == len({s.size for s in CONV_SHAPES})
+    assert len({shape.size for shape, _ in pairs}) == len(pairs) == len({s.size for s in conv_shapes()})
     assert [shape.share for shape, _ in pairs] == sorted((shape.share for shape, _ in pairs), reverse=True)
     shared = dict((shape.size, text) for shape, text in pairs)[(3, 256, 256, 256)]
     assert shared == "unet256 31.07 %, unet512 15.6 %"
 
 
 def test_norms_divide_into_groups_and_precede_a_listed_or_smaller_convolution() -> None:
-    for shape in NORM_SHAPES:
+    for shape in norm_shapes():
         assert shape.channels % shapes.GROUPS == 0
         assert shape.model in TOTALS
-    assert len(set(NORM_SHAPES)) == len(NORM_SHAPES)
+    assert len(set(norm_shapes())) == len(norm_shapes())
 
 
 @pytest.mark.parametrize(
-    "shape", ATTENTION_SHAPES, ids=lambda s: f"{s.model}-{s.tokens}-{s.heads}x{s.head_dim}"
+    "shape", attention_shapes(), ids=lambda s: f"{s.model}-{s.tokens}-{s.heads}x{s.head_dim}"
 )
 def test_attention_widths(shape: shapes.AttentionShape) -> None:
     assert shape.tokens in (64, 256, 1024)
@@ -72,7 +72,7 @@ def test_attention_widths(shape: shapes.AttentionShape) -> None:
     # A level's projection from C to 3C channels is among some models' 1x1 shapes: the widths must agree.
     listed = {
         s.cin
-        for s in CONV_SHAPES
+        for s in conv_shapes()
         if s.model == shape.model and s.cout == 3 * s.cin and s.side**2 == shape.tokens
     }
     assert listed in (set(), {shape.heads * shape.head_dim})

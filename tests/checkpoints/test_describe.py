@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from admfast.checkpoints import describe, fingerprint, forward_work, network_shapes, write_weights
+from admfast.checkpoints.describe import guidance_flops
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError
 from admfast.models import ClassifierConfig, build
 from admfast.models.description import Description
 from admfast.models.preset_types import ModelPreset
 from admfast.models.presets import MODELS, preset
-from tests.small import SMALL_NETS, SMALL_UNET, SMALL_UPSAMPLER
+from tests.small import CLASSIFIER, SMALL_NETS, SMALL_UNET, SMALL_UPSAMPLER
 from tests.tools.random_checkpoint import random_state
 
 # GFLOP of a forward pass, batch 1, 2 for a multiply-add, counted on the published code with torch's counter.
@@ -48,6 +49,20 @@ def test_work_is_the_published_work(name):
         gflop += 2 * config.widths()[-1] * 1000 * 64 / 1e9
     assert gflop == pytest.approx(PUBLISHED_GFLOP[name], rel=1e-3)
     assert gflop == pytest.approx(PUBLISHED_GFLOP[name], abs=0.002), "and to the last published digit"
+
+
+@pytest.mark.parametrize("sides", [None, (16, 16), (16, 32)])
+def test_the_gradient_of_a_convolution_is_as_much_work_as_itself(sides):
+    """That of a product of two images, q and k, is twice as much; the embedding has none in x."""
+    config = ClassifierConfig(**{**CLASSIFIER, "pool": "adaptive", "attention_resolutions": ()})
+    net = build(config)
+    embedding = [*net.time_embed, *(m.emb_layers[1] for m in net.modules() if hasattr(m, "emb_layers"))]
+    linear = sum(2 * m.weight.numel() for m in embedding if isinstance(m, torch.nn.Linear))
+    height, width = sides or (config.image_size, config.image_size)
+    # The middle block attends at half the sides: q k^T and its product with v.
+    attention = 2 * 2 * (height * width // 4) ** 2 * config.widths()[-1]
+    forward = forward_work(config, sides=sides).flops
+    assert guidance_flops(config, sides) == 2 * forward - linear + attention
 
 
 def test_work_follows_batch_and_precision():

@@ -156,7 +156,7 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_fetches_a_file(get, server, tmp_path):
+def test_fetches_a_file(get, server, tmp_path, system):
     done = get()
     assert done.path == tmp_path / f"{NAME}.pt" and done.path.read_bytes() == DATA
     assert done.url == f"{server.url}/{NAME}.pt" and done.size == len(DATA)
@@ -209,7 +209,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(get, server, tmp_path, b
     assert names(tmp_path) == [f"{NAME}.pt"]
 
 
-def test_a_later_fetch_goes_on_from_the_part(get, server, tmp_path):
+def test_a_later_fetch_goes_on_from_the_part(get, server, tmp_path, system):
     server.plan = ["cut"] * 3
     with pytest.raises(
         CheckpointError, match=f"ended early; .* of {len(DATA):,} bytes are kept in .*part: fetch again"
@@ -265,7 +265,7 @@ def test_a_wrong_range_is_not_spliced_in(get, server, tmp_path):
         get()
 
 
-def test_hashes_are_compared(get, published, tmp_path):
+def test_hashes_are_compared(get, published, tmp_path, system):
     published(size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest(), md5="0" * 32)
     assert get().checked == ("size", "sha256", *CONTENT)
     published(md5=hashlib.md5(DATA).hexdigest())
@@ -287,7 +287,7 @@ def test_hashes_are_compared(get, published, tmp_path):
     ],
     ids=["text", "cut", "a flipped value", "another model"],
 )
-def test_what_is_not_the_model_is_discarded(get, server, tmp_path, data, said):
+def test_what_is_not_the_model_is_discarded(get, server, tmp_path, data, said, system):
     server.data = data
     with pytest.raises(CheckpointError, match=f"{said}.*; discarded") as caught:
         get()
@@ -339,7 +339,7 @@ def test_the_servers_own_hash_is_compared(get, server, header, tmp_path):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_server_that_fails(get, server, tmp_path, plan, said):
+def test_a_server_that_fails(get, server, tmp_path, plan, said, system):
     server.plan = list(plan)
     with pytest.raises(CheckpointError, match=said) as caught:
         get(retries=1, timeout=0.3)
@@ -409,10 +409,18 @@ def test_a_disk_that_fills_keeps_the_part(server, tmp_path):
     assert server.requests[-1]["Range"] == f"bytes={len(part)}-"
 
 
-def test_two_fetches_of_one_file_do_not_mix(get, tmp_path):
+def test_two_fetches_of_one_file_do_not_mix(get, tmp_path, system):
     with fetching._locked(tmp_path / f"{NAME}.pt.part") as file:
         file.write(b"x")
         file.flush()
         with pytest.raises(OutputError, match="another fetch is writing it"):
             get()
     assert (tmp_path / f"{NAME}.pt.part").read_bytes() == b"x"
+
+
+def test_a_part_that_nobody_can_lock_is_not_called_another_fetch_s(get, tmp_path, monkeypatch):
+    for name in ("fcntl", "msvcrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(OutputError, match=f"{NAME}.pt.part: not written") as caught:
+        get()
+    assert "another fetch" not in str(caught.value) and names(tmp_path) == []

@@ -230,8 +230,8 @@ TWICE = """
 import sys, torch, admfast
 found = []
 for _ in range(2):
-    from admfast.ops import group_norm_triton
-    assert group_norm_triton.reason_missing() is None
+    from admfast.ops.norm import triton
+    assert triton.reason_missing() is None
     pipe = admfast.load("digits32", precision="fp32")
     found.append((pipe, pipe.sample(seeds=0, steps=1)))
     for name in [name for name in sys.modules if name.partition(".")[0] == "admfast"]:

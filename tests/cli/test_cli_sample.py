@@ -150,6 +150,19 @@ def test_threads_of_a_step(sample, monkeypatch):
     assert set(seen) == {3}
 
 
+def test_a_profile_says_how_the_whole_run_went(sample, weights):
+    guide = str(weights / "guide.safetensors")
+    status, stdout, _ = sample("--seeds", "0-2", "--classifier", guide, "--batch", "2", "--profile")
+    assert status == 0
+    lines = stdout.splitlines()
+    assert any(line.startswith("images") and "3 of 8x8, 2 at a time" in line for line in lines)
+    assert all(any(line.startswith(f"op {op}") for line in lines) for op in ("conv", "attention", "normal"))
+    (share,) = (line.split()[-2] for line in lines if line.split()[:1] == ["share"])
+    assert 0 < float(share) < 1000
+    assert any("batches of 2" in line for line in lines), "small images: the calls dominate"
+    assert "share" not in sample("--seeds", "0", "--overwrite")[1]
+
+
 # Mistakes
 
 

@@ -64,7 +64,8 @@ def test_the_package_hides_a_copy_beside_the_program(tmp_path):
     (tmp_path / "guided_diffusion").mkdir()
     (tmp_path / "guided_diffusion" / "__init__.py").write_text("raise SystemExit('the copy')")
     (tmp_path / "says.py").write_text("import guided_diffusion; print(guided_diffusion.__doc__.split()[0])")
-    assert run(tmp_path, "-m", "admfast.accelerate", "--package", "says.py").stdout == "The\n"
+    found = run(tmp_path, "-m", "admfast.accelerate", "--package", "says.py")
+    assert found.stdout == "The\n" and str(tmp_path / "guided_diffusion") in found.stderr
     assert "the copy" in run(tmp_path, "-m", "admfast.accelerate", "says.py").stderr
 
 

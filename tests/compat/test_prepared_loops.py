@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -148,15 +149,42 @@ def models(net, args):
     yield lambda x, t, y=None, scale=2: net(x, t, y) * scale
     yield types.SimpleNamespace(net=net)
     yield net.forward
+    yield lambda x, t, y=None, low_res=None: net(x, t, y)
+    yield lambda x, t, y=None: net(x, t, y) if t else net(x, t, y)
+    yield published_model(net, type("Counting", (), {"class_cond": property(lambda self: True)})())
+    yield functools.partial(published_model(net, args))
+
+    def doubled(x, t, y=None):
+        out = net(x, t, y)
+        out += out
+        return out
+
+    def moved(x, t, y=None):
+        x -= x
+        return net(x, t, y)
+
+    def turned(x, t, y=None):
+        out = net(x, t, y)
+        out[:] = -out
+        return out
+
+    def counted(x, t, y=None):
+        args.calls = t
+        return net(x, t, y)
+
+    yield from (doubled, moved, turned, counted)
 
 
 def test_a_function_that_does_more_than_hand_on_is_no_network(nets):
     args, labelled = types.SimpleNamespace(class_cond=True), nets.labelled
-    assert network_of(published_model(nets.labelled, args)) is nets.labelled
-    assert network_of(lambda x, t, y=None: labelled(x, t, y=y)) is nets.labelled
-    assert network_of(published_model(nets.plain, types.SimpleNamespace(class_cond=False))) is nets.plain
+    assert network_of(published_model(nets.labelled, args), {"y": Y}) is nets.labelled
+    assert network_of(lambda x, t, y=None: labelled(x, t, y=y), {"y": Y}) is nets.labelled
+    assert (
+        network_of(published_model(nets.plain, types.SimpleNamespace(class_cond=False)), {"y": Y})
+        is nets.plain
+    )
     for i, model in enumerate(models(nets.labelled, args)):
-        assert network_of(model) is None, i
+        assert network_of(model, {"y": Y}) is None, i
 
 
 def guides(classifier, args):
@@ -200,13 +228,81 @@ def guides(classifier, args):
             chosen = F.log_softmax(classifier(x_in, t), dim=-1)[range(len(x)), y.view(-1)]
             return torch.autograd.grad(chosen.sum(), x_in)[0] * args.classifier_scale * (t[0] < 500)
 
-    yield from (other_sign, logits_alone, over_classes, at_some_times)
+    def some_classes(x, t, y=None):
+        g = published(x, t, y)
+        return g * (y != 1)[:, None, None, None]
+
+    def more_each_time(x, t, y=None):
+        g = published(x, t, y)
+        args.classifier_scale -= 1
+        return g
+
+    published = published_guide(classifier, args)
+    yield from (other_sign, logits_alone, over_classes, at_some_times, some_classes, more_each_time)
+    yield published_guide(classifier, type("Odd", (), {"classifier_scale": property(lambda self: 2.5)})())
+
+
+def changes():
+    """What programs may exchange of a process, and what a call of each then does."""
+
+    def own(name):
+        def change(diffusion):
+            setattr(diffusion, name, getattr(diffusion, name))
+
+        return change
+
+    def written(name):
+        def change(diffusion):
+            getattr(diffusion, name)[-1] = 1
+
+        return change
+
+    methods = ("p_sample", "condition_mean", "p_mean_variance", "_wrap_model", "_predict_xstart_from_eps")
+    yield from ((name, own(name)) for name in methods)
+    yield from ((name, written(name)) for name in ("betas", "posterior_mean_coef1", "timestep_map"))
+    yield "num_timesteps", lambda diffusion: setattr(diffusion, "num_timesteps", 3)
+    yield (
+        "model_var_type",
+        lambda diffusion: setattr(diffusion, "model_var_type", gd.ModelVarType.FIXED_SMALL),
+    )
+
+
+@pytest.mark.parametrize(("name", "change"), [*changes()], ids=[name for name, _ in changes()])
+def test_a_process_that_was_changed_is_not_prepared(nets, name, change):
+    diffusion, kwargs = process(), {"model_kwargs": {"y": Y}}
+    assert diffusion.as_built()
+    change(diffusion)
+    assert prepared_loop(diffusion, "p_sample", nets.labelled, SHAPE, **kwargs) is None
+    if name in ("p_sample", "condition_mean", "p_mean_variance", "_wrap_model"):
+        diffusion.p_sample_loop(nets.labelled, SHAPE, **kwargs)  # its loop calls what stands there
+    else:
+        with pytest.raises(NotImplementedError, match=name):
+            diffusion.p_sample_loop(nets.labelled, SHAPE, **kwargs)
+
+
+def test_a_subclass_whose_formulas_would_not_be_called_is_told():
+    base = type(process())
+
+    class Other(base):
+        def q_sample(self, x_start, t, noise=None):
+            return x_start
+
+    other = Other(
+        use_timesteps=[0, 500, 999], betas=gd.get_named_beta_schedule("linear", 1000),
+        model_mean_type=gd.ModelMeanType.EPSILON, model_var_type=gd.ModelVarType.LEARNED_RANGE,
+        loss_type=gd.LossType.MSE,
+    )  # fmt: skip
+    x, t = torch.ones(SHAPE), torch.tensor([0, 1])
+    assert torch.equal(other.q_sample(x, t), x)
+    for call in (other.training_losses, lambda net, x, t: other.calc_bpd_loop(net, x)):
+        with pytest.raises(NotImplementedError, match="q_sample"):
+            call(lambda x, t: torch.cat([x, x], dim=1), x, t)
 
 
 def test_only_the_published_guidance_is_known(nets):
     args = types.SimpleNamespace(classifier_scale=2.5)
-    classifier, scale = guide_of(published_guide(nets.classifier, args))
+    classifier, scale = guide_of(published_guide(nets.classifier, args), {"y": Y})
     assert classifier is nets.classifier and scale == 2.5
     for i, guide in enumerate(guides(nets.classifier, args)):
-        assert guide_of(guide) is None, i
-    assert guide_of(None) is None and guide_of(print) is None
+        assert guide_of(guide, {"y": Y}) is None, i
+    assert guide_of(None, {"y": Y}) is None and guide_of(print, {"y": Y}) is None

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from admfast.ops.sampler_step import PackedTable, SamplerState
+from admfast.ops.update import PackedTable, SamplerState
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")

@@ -11,7 +11,7 @@ from tests.csrc.loops import HERE_ONLY, built, said_by
 pytestmark = HERE_ONLY
 ISAS = ("generic", "avx2", "avx512")
 # Sums of up to 1170 products of numbers below one reach 50, where rounding errors, grown by the transforms
-# (admfast/ops/conv_winograd.py), come to 9 * 2 * 50 eps; a wrong coefficient or place is off by 0.01 at
+# (admfast/ops/conv/winograd.py), come to 9 * 2 * 50 eps; a wrong coefficient or place is off by 0.01 at
 # least.
 LIMIT = 1e-4
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from admfast.engine.capture import WARM_UPS, capture
+from admfast.ops import TABLES
 from tests.engine.test_step import step_of
 
 DEVICE = torch.device("cuda:1")
@@ -98,7 +99,8 @@ class Cuda:
 def prepared(body) -> SimpleNamespace:
     """Return what `capture` takes of a step."""
     state = SimpleNamespace(x=SimpleNamespace(device=DEVICE))
-    return SimpleNamespace(state=state, run={True: body, False: body}, counters=torch.zeros(2), refused=None)
+    run = {True: body, False: body}
+    return SimpleNamespace(state=state, run=run, counters=torch.zeros(2), refused=None, choices={})
 
 
 @pytest.fixture
@@ -116,6 +118,13 @@ def test_warm_up_and_captures_run_on_one_stream_of_the_step_s_device(cuda):
     for replay in step.run.values():
         replay()
     assert cuda.replays == 2
+
+
+def test_what_a_row_takes_is_seen_before_the_capture(cuda):
+    step = prepared(lambda: TABLES["normal"].choose("reference"))
+    capture(step)
+    names = {guided: [choice.name for choice in choices] for guided, choices in step.choices.items()}
+    assert step.captured and names == {True: ["reference"], False: ["reference"]}
 
 
 def failing(cuda, error: BaseException):

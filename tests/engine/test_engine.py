@@ -14,6 +14,8 @@ from torch import Tensor
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.errors import InvalidArgument
+from admfast.ops import dispatch
+from admfast.ops.update import sampler_step_ref
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan
 from admfast.sampling.request import SampleRequest
@@ -87,6 +89,15 @@ def test_copies_and_pickles_sample_the_same():
 
 
 # Other networks and settings
+
+
+def test_a_step_is_of_the_implementations_that_the_environment_names():
+    pipe = pipeline()
+    with dispatch.using("sampler_step=reference"):
+        images(pipe)
+        named = kept(pipe)
+    assert named.update is sampler_step_ref
+    assert torch.equal(images(pipe), images(pipeline())) and len(pipe.engine._steps) == 2
 
 
 @pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])

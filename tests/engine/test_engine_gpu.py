@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from admfast.engine.guidance import classifier_guidance
-from admfast.ops.noise import Stream, as_seeds, normal
+from admfast.ops.update import Stream, as_seeds, normal
 from admfast.sampling.load import load
 from admfast.sampling.loop import Progress
 from tests.parity.golden import NETWORK_GRADIENT_LIMIT

@@ -17,8 +17,7 @@ from admfast.engine.precision import POLICIES
 from admfast.engine.step import ROWS, Batch, PreparedStep, StepKey
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.models.fold import FoldOptions
-from admfast.ops.noise import as_seeds
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable, as_seeds
 from admfast.sampling import loop
 from admfast.sampling.functions import conditioned
 from admfast.sampling.loop import run_rows
@@ -312,11 +311,11 @@ def test_python_functions_run_row_by_row_and_it_is_said(caplog):
 def test_batches_that_do_not_fit_are_halved(error, monkeypatch, caplog):
     real, sizes = loop.sample_batch, []
 
-    def limited(plan):
+    def limited(plan, notes):
         sizes.append(plan.shape[0])
         if plan.shape[0] > 2:
             raise error
-        return real(plan)
+        return real(plan, notes)
 
     pipe = pipeline()
     wanted = images(pipe, seeds=range(7), batch_size=2)

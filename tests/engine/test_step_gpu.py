@@ -18,7 +18,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.engine.step import Batch
 from admfast.errors import Unavailable
-from admfast.ops.noise import as_seeds
+from admfast.ops.update import as_seeds
 from admfast.sampling.pipeline import Pipeline
 from admfast.solvers import ddpm
 from tests.small import PROCESS, pipeline, randn
@@ -68,6 +68,18 @@ def test_a_replayed_step_is_the_eager_one(name, branches):
     assert near(got, again)
     assert near(got, images(made(options=EAGER), **SETTINGS[name]))
     assert near(got.cpu(), images(pipeline(), **SETTINGS[name]), 1e-3)
+
+
+def test_the_report_says_what_was_captured_and_why_not():
+    pipe, eager = made(), made(options=EAGER)
+    images(pipe)
+    images(eager)
+    (captured,), (launched,) = pipe.last_run.stages, eager.last_run.stages
+    assert captured.uncaptured is None and "graph" in launched.uncaptured
+    assert captured.implementations() == launched.implementations()
+    pipe.net.register_forward_hook(lambda *_: None)
+    images(pipe)
+    assert "hook" in pipe.last_run.stages[0].uncaptured
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])

@@ -10,7 +10,7 @@ import torch
 
 from admfast.engine.precision import FP32
 from admfast.files.images import read_image
-from admfast.ops.noise import Stream, as_seeds, normal
+from admfast.ops.update import Stream, as_seeds, normal
 from admfast.sampling.load import load
 from admfast.verify.budget import budget_of
 from tests.parity.golden import NETWORK_SAMPLES_LIMIT, compare

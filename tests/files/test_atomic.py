@@ -98,7 +98,7 @@ def test_a_place_that_cant_be_written(tmp_path, manager, place, reason):
     assert names(tmp_path) == ["file"]
 
 
-def test_a_place_is_tried_without_a_trace(tmp_path):
+def test_a_place_is_tried_without_a_trace(tmp_path, system):
     (tmp_path / "old").write_text("old")
     check_writable(tmp_path / "old")
     check_writable(tmp_path / "new")
@@ -130,7 +130,7 @@ def test_a_folder_goes_with_a_block_that_puts_nothing_into_it(tmp_path, there):
 
 
 @pytest.mark.parametrize("there", [None, [], ["old", "mine"]], ids=["missing", "empty", "filled"])
-def test_the_files_of_a_folder_come_all_at_the_end(tmp_path, there):
+def test_the_files_of_a_folder_come_all_at_the_end(tmp_path, there, system):
     folder = tmp_path / "a/b"
     for name in there or ():
         (folder / "in").mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import dataclasses
+import importlib
 import itertools
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import tempfile
@@ -29,15 +31,22 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import admfast.models.layers as layers
 from admfast._source_tree import kernels
 from admfast.models import ClassifierConfig, NetConfig, UpsamplerConfig, build
-from admfast.models.convolution import FoldableConv
 from admfast.models.presets import MODELS
+from admfast.ops import Implementation, OpTable
+from admfast.ops.cases import Case, OpCases, all_cases
+from tests.kernels.values import drawing
 
-kernels()
-from admfast.kernels import conv_epilogue, group_norm, group_norm_bwd, norm_launch  # noqa: E402
+package = kernels()
+from admfast.kernels import norm_launch  # noqa: E402
 from admfast.kernels.norm_launch import Call  # noqa: E402
+
+MODULES = [
+    importlib.import_module(f"admfast.kernels.{file.name}") for file in pkgutil.iter_modules(package.__path__)
+]
+LAUNCHERS = {name: value for module in MODULES for name, value in vars(module).items() if callable(value)}
+EVERY = [cases for cases in all_cases() if "triton" in cases.raw]
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -45,41 +54,25 @@ ARCHITECTURES = (80, 90, 100)
 BATCHES = (1, 8, 32)
 
 
-def norms() -> list[dict[str, Any]]:
-    """Every different normalisation of the released networks: channels, sizes, options."""
-    found: dict[str, dict[str, Any]] = {}
-    real = layers.group_norm_silu
+def real_cases() -> dict[str, list[Case]]:
+    """Every different case of an op's kernels in the released networks, found where they call the ops."""
+    found: dict[str, dict[str, Case]] = {cases.op: {} for cases in EVERY}
+    choose = OpTable.choose
 
-    def recorded(x: Tensor, *arguments: Any, **options: Any) -> Any:
-        c2 = 0 if options.get("x2") is None else options["x2"].shape[1]
-        call = dict(c1=x.shape[1], c2=c2, spatial=tuple(x.shape[2:]), modulated="scale" in options)
-        call |= dict(silu=options.get("silu", True), resample=options.get("resample"))
-        found[str(call)] = call
-        return real(x, *arguments, **options, impl="reference")
+    def recorded(table: OpTable, *arguments: Any, **options: Any) -> Implementation:
+        entry = choose(table, *arguments, **options)
 
-    with mock.patch.object(layers, "group_norm_silu", recorded):
+        def forward(*call: Any, **more: Any) -> Any:
+            for cases in EVERY:
+                if table.op == (cases.within or cases.op):
+                    found[cases.op] |= {str(case): case for case in cases.case_of(*call, **more)}
+            return entry.forward(*call, **more)
+
+        return dataclasses.replace(entry, forward=forward)
+
+    with mock.patch.object(OpTable, "choose", recorded):
         run_the_released()
-    return list(found.values())
-
-
-def epilogues() -> list[tuple[tuple[int, ...], bool, bool]]:
-    """Every different sum after a convolution of the released networks: [1, C, *spatial], bias, residual."""
-    found: dict[tuple[tuple[int, ...], bool, bool], None] = {}
-    real = FoldableConv.forward
-
-    def recorded(
-        self: Any, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None, **more: Any
-    ) -> Tensor:
-        y = real(self, x, residual, x2, **more)
-        if y.dim() > 3:  # a product of matrices adds for itself
-            found[(tuple(y.shape), self.bias is not None, residual is not None)] = None
-            if x2 is not None:  # of two sources the second is added to the first
-                found[(tuple(y.shape), False, True)] = None
-        return y
-
-    with mock.patch.object(FoldableConv, "forward", recorded):
-        run_the_released()
-    return list(found)
+    return {op: list(cases.values()) for op, cases in found.items()}
 
 
 def run_the_released() -> None:
@@ -103,49 +96,10 @@ def run_on_meta(config: NetConfig) -> None:
             network(x, t, label if config.num_classes else None)
 
 
-def launches(norm: dict[str, Any], batch: int, dtype: torch.dtype) -> list[Call]:
-    """The kernel launches of the forward and the backward of a normalisation."""
-    with torch.device("meta"):
-        x, x2 = (
-            torch.empty(batch, *norm["spatial"], c, dtype=dtype).movedim(-1, 1) if c else None
-            for c in (norm["c1"], norm["c2"])
-        )
-        channels = norm["c1"] + norm["c2"]
-        weight = torch.empty(channels, dtype=dtype)
-        scale = shift = None
-        if norm["modulated"]:
-            scale, shift = torch.empty(batch, 2 * channels, dtype=dtype).chunk(2, dim=1)
-    modes = (norm["silu"], norm["resample"])
-    return planned(x, x2, (weight, weight, scale, shift), 32, modes, norm["resample"] is not None)
-
-
-def planned(
-    x: Tensor,
-    x2: Tensor | None,
-    affine: tuple[Tensor | None, ...],
-    groups: int,
-    modes: tuple[bool, str | None],
-    skip: bool,
-) -> list[Call]:
-    """The launches of a forward and its backward on tensors of the meta device.
-
-    affine: weight, bias, scale, shift. modes: SiLU, resampling. skip: whether the resampled x is given too.
-    """
+def launches(cases: OpCases, arguments: dict[str, Any]) -> list[Call]:
+    """The launches of an op's kernels, forward and backward, on tensors of the meta device."""
     with listing() as calls:
-        forward = group_norm.group_norm_silu_fwd
-        y, resampled, mean, rstd = forward(x, x2, *affine, groups, 1e-5, *modes, skip)
-        dskip = resampled if skip else None
-        group_norm_bwd.group_norm_silu_bwd(y, dskip, x, x2, *affine, mean, rstd, *modes, True)
-    return calls
-
-
-def added(epilogue: tuple[tuple[int, ...], bool, bool], batch: int, dtype: torch.dtype) -> list[Call]:
-    """The launch after a convolution."""
-    (_, channels, *spatial), has_bias, has_residual = epilogue
-    with torch.device("meta"), listing() as calls:
-        y, residual = (torch.empty(batch, *spatial, channels, dtype=dtype).movedim(-1, 1) for _ in range(2))
-        bias = torch.empty(channels, dtype=dtype) if has_bias else None
-        conv_epilogue.conv_epilogue_fwd(y, bias, residual if has_residual else None)
+        cases.raw["triton"](lambda name, *given: LAUNCHERS[name](*given), **arguments)
     return calls
 
 
@@ -182,12 +136,13 @@ def width(value: int) -> str:
 def distinct(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple, dict[torch.dtype, tuple]]]:
     """(key, {dtype: (source, options, bytes allowed)}) of every different kernel that the networks launch."""
     found: dict[tuple, dict[torch.dtype, tuple]] = {}
-    of = [functools.partial(launches, norm) for norm in norms()]
-    of += [functools.partial(added, epilogue) for epilogue in epilogues()]
-    for calls, batch, dtype in itertools.product(of, BATCHES, dtypes):
-        for call in calls(batch, dtype):
-            src, key = source(call)
-            found.setdefault(key, {}).setdefault(dtype, (src, call.options, allowed(call, dtype)))
+    real = real_cases()
+    for cases in EVERY:
+        assert real[cases.op], f"no released network needs the kernels of {cases.op}"
+        for case, batch, dtype in itertools.product(real[cases.op], BATCHES, dtypes):
+            for call in launches(cases, cases.arguments(empty, dtype, n=batch, **case)):
+                src, key = source(call)
+                found.setdefault(key, {}).setdefault(dtype, (src, call.options, allowed(call, dtype)))
     yield from sorted(found.items(), key=lambda item: repr(item[0]))
 
 
@@ -219,6 +174,9 @@ def accesses(ptx: str, access: str) -> list[int]:
 def allowed(call: Call, dtype: torch.dtype) -> int:
     """Bytes that a thread may move at once: 16, or the channels that a program's share is a multiple of."""
     return min(16, call.arguments.get("ALIGN", 16) * dtype.itemsize)
+
+
+empty = drawing("meta", seed=0)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +11,10 @@ from torch import Tensor
 
 from admfast._source_tree import kernels
 from admfast.ops import group_norm_silu, group_norm_silu_ref
-from tests.ops.cover import laid_out
-from tests.ops.tolerance import assert_within, unmodified
+from admfast.ops.cases import all_cases
+from admfast.ops.norm.cases import SHAPES
+from tests.kernels.values import drawing, judge, noises, results
+from tests.ops.tolerance import unmodified
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 if torch.cuda.is_available():
@@ -21,19 +22,8 @@ if torch.cuda.is_available():
         torch.bfloat16
     )  # the interpreter cuts bfloat16 off where a GPU rounds: judged there alone
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# name: (batch, channels of x, channels of x2, groups, spatial)
-SHAPES: dict[str, tuple[int, int, int, int, tuple[int, ...]]] = {
-    "odd": (1, 24, 0, 8, (5, 7)),
-    "one group": (2, 6, 0, 1, (4, 5)),
-    "a group a channel": (3, 6, 0, 6, (3, 4)),
-    "straddling": (2, 5, 7, 3, (3, 6)),  # 4 channels a group: one holds the last of x and 3 of x2
-    "wide straddling": (1, 24, 12, 2, (6, 6)),
-    "1d": (2, 12, 0, 4, (33,)),
-    "1d straddling": (1, 4, 6, 2, (6,)),
-    "3d": (1, 8, 0, 2, (3, 5, 4)),
-    "3d odd": (2, 3, 5, 4, (2, 7, 3)),
-    "one position": (2, 8, 0, 2, (2, 2)),
-}
+SIZES = ("n", "c1", "c2", "groups", "spatial")
+(CALLS,) = (cases for cases in all_cases() if cases.op == "group_norm_silu")
 
 
 def module(name: str) -> Any:
@@ -72,69 +62,30 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call_of(case: dict[str, Any], device: str = DEVICE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a case, drawn on `device` ("meta" for sizes only), and its other arguments."""
-    shape = case["shape"]
-    n, c1, c2, groups, spatial = SHAPES[shape] if isinstance(shape, str) else shape
-    dtype = DTYPES[case["dtype"]] if isinstance(case["dtype"], str) else case["dtype"]
-    randn = drawing(device, seed=0)
+    """The tensors of a case, drawn on `device` ("meta" for sizes only), and its other arguments.
 
-    def source(channels: int, deviation: float) -> Tensor:
-        values = deviation * randn(n, channels, *spatial) + case["mean"]
-        return laid_out(values.to(dtype), "channels_last")
-
-    tensors = {"x": source(c1, 1)}
-    if c2:
-        tensors["x2"] = source(c2, 2)
-    weights = torch.float32 if case["weights"] == "fp32" else dtype
-    weight, bias = randn(2, c1 + c2)
-    tensors |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
-    if case["modulated"]:
-        scale, shift = randn(n, 2 * (c1 + c2)).to(dtype).chunk(2, dim=1)
-        tensors |= {"scale": scale, "shift": shift}
-    options = dict(groups=groups, silu=case["silu"], resample=case["resample"], with_skip=case["with_skip"])
-    return tensors, options
-
-
-def drawing(device: str | torch.device, seed: int) -> Callable[..., Tensor]:
-    """A function that draws standard normal float32 values of a shape on `device`."""
-    kind = torch.device(device).type
-    generator = None if kind == "meta" else torch.Generator(kind).manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=generator, device=device)
-
-
-def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.double() for name, t in tensors.items()}
-
-
-def noises(tensors: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
-    """The gradients that `results` gives the outputs: noise in the dtype of x, drawn where x is."""
-    meta = {name: t.detach().to("meta") for name, t in tensors.items()}
-    outputs = group_norm_silu_ref(**meta, **options)
-    randn, x = drawing(tensors["x"].device, seed=1), tensors["x"]
-    return [randn(*y.shape).to(x.dtype) for y in (outputs if options["with_skip"] else (outputs,))]
-
-
-def results(
-    function: Any, tensors: dict[str, Tensor], options: dict[str, Any], noise: list[Tensor]
-) -> dict[str, Tensor]:
-    """Every output, and the gradient in every tensor of the outputs' product with `noise`."""
-    leaves = {name: t.detach().requires_grad_(True) for name, t in tensors.items()}
-    outputs = function(**leaves, **options)
-    outputs = outputs if options["with_skip"] else (outputs,)
-    given = [z.to(y) for z, y in zip(noise, outputs, strict=True)]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), given)
-    found = {f"d{name}": g for name, g in zip(leaves, grads, strict=True)}
-    return found | {name: y.detach() for name, y in zip(("y", "skip"), outputs, strict=False)}
+    shape: a name of the room's SHAPES, or (batch, channels of x, channels of x2, groups, spatial).
+    """
+    case = dict(case)
+    shape, dtype, weights = (case.pop(name) for name in ("shape", "dtype", "weights"))
+    sizes = SHAPES[shape] if isinstance(shape, str) else dict(zip(SIZES, shape, strict=True))
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    case = {name: value for name, value in case.items() if name != "path"} | sizes
+    made = CALLS.arguments(
+        drawing(device, seed=0), dtype, **case, weights=torch.float32 if weights == "fp32" else None
+    )
+    tensors = {name: made.pop(name) for name in CALLS.differentiable if name in made}
+    return tensors, made
 
 
 def check(case: dict[str, Any], impl: str = "triton") -> None:
     """Assert that values and gradients of a case are within the house's tolerance."""
     tensors, options = call_of(case)
-    noise = noises(tensors, options)
+    noise = noises(group_norm_silu_ref, tensors, options)
     with unmodified(**tensors):
         got = results(lambda **k: group_norm_silu(**k, impl=impl), tensors, options, noise)
     assert_channels_last(case, got)
-    judge(got, tensors, options, noise)
+    judge(got, group_norm_silu_ref, tensors, options, noise)
 
 
 def check_ends(case: dict[str, Any], impl: str = "triton") -> None:
@@ -143,14 +94,14 @@ def check_ends(case: dict[str, Any], impl: str = "triton") -> None:
     What is summed over the images (dweight, dbias) isn't.
     """
     tensors, options = call_of(case)
-    noise = noises(tensors, options)
+    noise = noises(group_norm_silu_ref, tensors, options)
     with unmodified(**tensors):
         got = results(lambda **k: group_norm_silu(**k, impl=impl), tensors, options, noise)
     assert_channels_last(case, got)
     ends = [0, len(tensors["x"]) - 1]
     some = {name: t if name in ("weight", "bias") else t[ends] for name, t in tensors.items()}
     mine = {name: value[ends] for name, value in got.items() if name not in ("dweight", "dbias")}
-    judge(mine, some, options, [z[ends] for z in noise])
+    judge(mine, group_norm_silu_ref, some, options, [z[ends] for z in noise])
 
 
 def assert_channels_last(case: dict[str, Any], got: dict[str, Tensor]) -> None:
@@ -158,20 +109,3 @@ def assert_channels_last(case: dict[str, Any], got: dict[str, Tensor]) -> None:
     for name, value in got.items():
         if value.dim() > 2 and (case["resample"] or not case["with_skip"]):
             assert value.movedim(1, -1).is_contiguous(), f"{name}: {value.stride()}"
-
-
-def judge(
-    got: dict[str, Tensor],
-    tensors: dict[str, Tensor],
-    options: dict[str, Any],
-    noise: list[Tensor],
-) -> None:
-    """Compare `got`, of gradients `noise`, with the reference, on the device of `tensors`."""
-    reference = results(group_norm_silu_ref, tensors, options, noise)
-    truth = results(group_norm_silu_ref, wide(tensors), options, noise)
-    positions = tensors["x"][0, 0].numel()
-    lengths = dict(dscale=positions, dshift=positions)
-    lengths |= dict(dweight=len(tensors["x"]) * positions, dbias=len(tensors["x"]) * positions)
-    for name, value in got.items():
-        kind = "parameter gradient" if name in lengths else "input gradient" if name[0] == "d" else "output"
-        assert_within(value, reference[name], truth[name], name, kind, lengths.get(name, 1))

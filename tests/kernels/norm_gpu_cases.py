@@ -17,7 +17,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tests.kernels import norm_cases
+from admfast.ops import group_norm_silu_ref
+from tests.kernels import norm_cases, values
 from tests.ops.cover import all_pairs
 from tests.ops.tolerance import HALF_AND_SINGLE
 
@@ -80,7 +81,7 @@ def forced(path: str | None) -> Iterator[None]:
 
 def main() -> None:
     """Plan every case and print what they cost."""
-    from tests.kernels.compile_kernels import planned, source
+    from tests.kernels.compile_kernels import launches, source
 
     kernels, drawn = set(), 0
     drawing = norm_cases.drawing
@@ -95,16 +96,15 @@ def main() -> None:
 
         return count
 
-    with mock.patch.object(norm_cases, "drawing", counting):
+    with (
+        mock.patch.object(norm_cases, "drawing", counting),
+        mock.patch.object(values, "drawing", counting),
+    ):
         for row in PAIRS + BATCHES:
             tensors, options = norm_cases.call_of(case_of(row), "meta")
-            norm_cases.noises(tensors, options)
-            affine = tuple(tensors.get(name) for name in ("weight", "bias", "scale", "shift"))
-            modes = (options["silu"], options["resample"])
+            values.noises(group_norm_silu_ref, tensors, options)
             with forced(row.get("path")):
-                calls = planned(
-                    tensors["x"], tensors.get("x2"), affine, options["groups"], modes, options["with_skip"]
-                )
+                calls = launches(norm_cases.CALLS, tensors | options)
             for call in calls:
                 dtypes = tuple(v.dtype for v in call.arguments.values() if isinstance(v, Tensor))
                 kernels.add((source(call)[1], dtypes))

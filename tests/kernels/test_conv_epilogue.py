@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from admfast.ops import FoldedConv, conv_epilogue, conv_ref, group_norm_triton
+from admfast.ops import FoldedConv, conv_ref, launchers
+from admfast.ops.conv import epilogue, forms
 from tests.kernels.norm_cases import DEVICE, DTYPES, module
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import assert_within, unmodified
@@ -47,7 +48,7 @@ def taken(monkeypatch):
         run(planned, device)
 
     monkeypatch.setattr(launch, "run", counting)
-    monkeypatch.setattr(conv_epilogue, "serves", lambda *arguments: True)
+    monkeypatch.setattr(epilogue, "serves", lambda *arguments: True)
     return calls
 
 
@@ -116,7 +117,7 @@ def test_gradients_of_two_orders(leaves, has_bias, taken):
 def test_torch_is_told_of_the_write():
     y = draw(1, 6, 3, 3).requires_grad_(True) * 2
     kept = y.square()  # its gradient would read y
-    conv_epilogue.add(y, draw(6), None)
+    epilogue.add(y, draw(6), None)
     with pytest.raises(RuntimeError, match="inplace"):
         kept.sum().backward()
 
@@ -135,7 +136,7 @@ def test_what_lies_otherwise_is_added_to_by_torch(taken, monkeypatch):
     x, residual, weight, bias = draw(2, 4, 5, 7), draw(2, 6, 5, 7), draw(6, 4, 3, 3), draw(6)
     dense = {2: lambda *arguments: F.conv2d(*arguments).contiguous()}
     conv = FoldedConv(weight, bias, padding=1, impl="library")
-    with mock.patch.dict("admfast.ops.conv_forms.CONVOLUTIONS", dense):
+    with mock.patch.dict(forms.CONVOLUTIONS, dense):
         y = conv(x, residual)
     wide = [t.double() for t in (x, weight, bias, residual)]
     assert_within(y, conv_ref(x, weight, bias, residual), conv_ref(*wide), "contiguous")
@@ -160,8 +161,8 @@ VOLUME = laid_out(torch.ones(2, 6, 3, 5, 7), "channels_last")
 @pytest.fixture
 def present(monkeypatch):
     """As where there is a GPU."""
-    monkeypatch.setattr(group_norm_triton, "reason_missing", lambda: None)
-    monkeypatch.setattr(group_norm_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(launchers, "reason_missing", lambda: None)
+    monkeypatch.setattr(launchers, "interpreted", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +184,12 @@ def present(monkeypatch):
     ids=lambda value: None,
 )
 def test_which_calls_take_the_kernel(arguments, expected, present):
-    assert conv_epilogue.serves(*arguments) is expected
+    assert epilogue.serves(*arguments) is expected
 
 
 def test_who_looks_on_sees_operations_of_torch(present, monkeypatch):
     def asked(x: Tensor = X, residual: Tensor | None = RESIDUAL) -> bool:
-        return conv_epilogue.serves("cuda", x, BIAS, residual)
+        return epilogue.serves("cuda", x, BIAS, residual)
 
     seen = {}
 
@@ -223,8 +224,8 @@ def test_who_looks_on_sees_operations_of_torch(present, monkeypatch):
 
 @pytest.mark.parametrize("name", ["reason_missing", "interpreted"])
 def test_without_a_gpu_for_triton_it_is_torch_that_adds(name, present, monkeypatch):
-    monkeypatch.setattr(group_norm_triton, name, lambda: "missing")
-    assert not conv_epilogue.serves("cuda", X, BIAS, RESIDUAL)
+    monkeypatch.setattr(launchers, name, lambda: "missing")
+    assert not epilogue.serves("cuda", X, BIAS, RESIDUAL)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from admfast.ops import TABLES, group_norm_silu, group_norm_silu_ref
-from tests.kernels.norm_cases import call_of, check, check_ends, noises, poison, results, wide
+from tests.kernels.norm_cases import call_of, check, check_ends, poison
 from tests.kernels.norm_gpu_cases import BATCHES, MODES, PAIRS, PLAIN, case_of, forced, shaped
+from tests.kernels.values import noises, results, wide
 from tests.ops.cover import case_id
 from tests.ops.tolerance import assert_within
 
@@ -53,7 +54,7 @@ def test_the_same_bits_every_time():
     for path in (torch.float16, torch.float32):
         tensors, options = call(path, batch=8)
         options |= dict(with_skip=False)
-        noise = noises(tensors, options)
+        noise = noises(group_norm_silu_ref, tensors, options)
         first, *others = (
             results(lambda **k: group_norm_silu(**k, impl="triton"), tensors, options, noise)
             for _ in range(5)

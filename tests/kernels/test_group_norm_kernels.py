@@ -9,7 +9,7 @@ import torch
 
 from admfast.errors import Unavailable
 from admfast.ops import TABLES, group_norm_silu
-from admfast.ops.group_norm_grad import RAW, NormOptions
+from admfast.ops.norm.grad import RAW, NormOptions
 from tests.kernels.norm_cases import DEVICE, DTYPES, SHAPES, call_of, check, force, module, poison
 from tests.ops.cover import all_pairs, case_id
 
@@ -147,21 +147,6 @@ def test_what_float32_leaves_out_of_a_mean_is_not_lost(path, monkeypatch):
     truth = group_norm_silu(x.double(), one.double(), zero.double(), 2, silu=False, impl="reference")
     unit = torch.finfo(torch.float32).eps * float(truth.abs().max())
     assert float((y - truth).abs().max()) <= (6 / 2 + 40 / 4) * unit
-
-
-def test_registered_ops():
-    tensors, _ = call_of(SMALL | dict(shape="straddling"))
-    arguments = [tensors.get(name) for name in ("x", "x2", "weight", "bias", "scale", "shift")]
-    group_norm_silu(**tensors, groups=3, impl="triton")
-    ops = torch.ops.admfast_triton
-    # Not test_autograd_registration: the raw ops have no autograd of their own, GroupNormSiluFn has it.
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    for resample, skip in ((None, False), ("up", True), ("down", False)):
-        forward = (*arguments, 3, 1e-5, True, resample, skip)
-        torch.library.opcheck(ops.group_norm_silu_fwd, forward, test_utils=checks)
-        y, _, mean, rstd = ops.group_norm_silu_fwd(*forward)
-        backward = (torch.ones_like(y), None, *arguments, mean, rstd, True, resample, not skip)
-        torch.library.opcheck(ops.group_norm_silu_bwd, backward, test_utils=checks)
 
 
 def test_what_is_refused_and_why(monkeypatch):

@@ -17,7 +17,7 @@ from admfast.models.fold import PARTS, FoldOptions
 from admfast.models.fold.net import WINOGRAD_BYTES
 from admfast.models.hooks import staying_fused
 from admfast.ops.conv import FoldedConv
-from admfast.ops.conv_winograd import amplification
+from admfast.ops.conv.winograd import amplification
 from admfast.ops.dispatch import watch
 from tests.ops.tolerance import assert_within
 from tests.small import classifier, randn, unet, upsampler

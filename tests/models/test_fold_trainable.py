@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from admfast.models.fold import FoldOptions
-from admfast.ops.conv_winograd import amplification
+from admfast.ops.conv.winograd import amplification
 from tests.models.test_fold import NETS, N, T, Y
 from tests.ops.tolerance import assert_within
 from tests.small import assert_close, randn, unet

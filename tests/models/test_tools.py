@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.models.fold import FoldOptions
-from admfast.ops.conv_winograd import amplification
+from admfast.ops.conv.winograd import amplification
 from tests.ops.tolerance import assert_within
 from tests.small import SMALL_CLASSIFIER, SMALL_UNET, randn, with_weights
 

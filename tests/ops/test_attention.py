@@ -35,6 +35,7 @@ SHAPES = {
     "d128": (2, 64, 2, 128),
     "d192": (1, 100, 1, 192),
     "d256": (3, 1, 2, 256),
+    "narrow": (2, 130, 3, 8),  # which are widened on the CPU
 }
 LAYOUTS = ["contiguous", "rows", "expanded", "turned"]
 CASES = all_pairs(

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from admfast.errors import Unavailable
 from admfast.ops import TABLES, attention, attention_ref
-from admfast.ops import attention_kernels as kernels
+from admfast.ops.attention import kernels
 from tests.ops.cover import all_pairs, case_id
 from tests.ops.tolerance import assert_same_formula, assert_within, unmodified
 

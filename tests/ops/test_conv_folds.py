@@ -16,10 +16,10 @@ from torch import Tensor
 
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, FoldedConv, conv_ref, native, watch
-from admfast.ops.conv import preferred
-from admfast.ops.conv_forms import packed_missing
-from admfast.ops.conv_grad import direction_of
-from admfast.ops.conv_winograd import amplification
+from admfast.ops.conv.folded import preferred
+from admfast.ops.conv.forms import packed_missing
+from admfast.ops.conv.grad import direction_of
+from admfast.ops.conv.winograd import amplification
 from admfast.ops.dispatch import using
 from tests.ops.tolerance import assert_within
 
@@ -203,20 +203,6 @@ def test_a_trace_knows_its_convolution_by_a_name():
     assert direction_of(conv.directions[0].transposed().key + "t") is conv.directions[0]
     with pytest.raises(RuntimeError, match="the convolution -1 that was traced is gone"):
         direction_of("-1")
-
-
-@needs_cpp
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_raw_ops_pass_opcheck(channels_last):
-    weight, bias = weights()
-    conv = folded("winograd", weight, bias)
-    x, residual = torch.randn(2, 20, 9, 7), torch.randn(2, 40, 9, 7)
-    if channels_last:
-        x, residual = (t.to(memory_format=torch.channels_last) for t in (x, residual))
-    u = torch.ops.admfast.winograd_weights(weight, False)
-    for given in ((None, None), (bias, residual)):
-        torch.library.opcheck(torch.ops.admfast.conv3x3_winograd.default, (x, u, *given, 40))
-        torch.library.opcheck(torch.ops.admfast.folded_conv.default, (x, *given, conv.directions[0].key))
 
 
 @needs_cpp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, conv, native, watch
-from admfast.ops.conv_winograd import amplification, gradient_amplification
+from admfast.ops.cases import all_cases
+from admfast.ops.conv.winograd import amplification, gradient_amplification
 from tests.ops.cover import all_pairs, case_id, laid_out
 from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, unmodified
 
 pytestmark = pytest.mark.usefixtures("seeded")
+CALLS = next(cases for cases in all_cases() if cases.op == "conv_train")
 TABLE = TABLES["conv_train"]
 WITHOUT_C = native.reason_missing()
 needs_cpp = pytest.mark.skipif(WITHOUT_C is not None, reason=f"{WITHOUT_C}")
@@ -238,40 +241,14 @@ def test_transforms_and_compilation_give_the_library_s_numbers():
     torch.testing.assert_close(gradient, leaf.grad)
 
 
-WRONG = {
-    "channels": (dict(weight=torch.ones(4, 5, 3, 3)), "weight.shape"),
-    "dimensions": (dict(weight=torch.ones(4, 6, 3)), "weight.shape"),
-    "no image": (dict(x=torch.ones(6, 3)), "weight.shape"),
-    "whole numbers": (dict(x=torch.ones(1, 6, 4, 4).long()), "x.dtype"),
-    "another bias": (dict(bias=torch.ones(1)), "bias.shape"),
-    **{
-        f"{kind}, {name}": (dict([(name, torch.ones(shape).to(to))]), f"{name}.{kind}")
-        for name, shape in {"weight": (4, 6, 3, 3), "bias": (4,), "residual": (1, 4, 4, 4)}.items()
-        for kind, to in {"dtype": torch.float64, "device": "meta"}.items()
-    },
-    **{
-        f"residual {list(shape)}": (dict(residual=torch.ones(shape)), "residual.shape")
-        for shape in [(), (4,), (4, 4), (1, 1, 4, 4), (1, 4, 1, 1), (3, 4, 4, 4), (1, 1, 4, 4, 4)]
-    },
-}
+WRONG = [case for case in CALLS.wrong() if not case[1].endswith(".device")]
 
 
-@pytest.mark.parametrize("impl", [*TABLE.names(), None])
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_does_not_fit_is_refused_by_name(wrong, impl):
-    changes, name = WRONG[wrong]
-    if impl == "winograd" and WITHOUT_C is not None:
-        pytest.skip(WITHOUT_C)
-    x = torch.ones(1, 6, 4, 4).to(memory_format=torch.channels_last)
-    call: dict[str, Any] = dict(x=x, weight=torch.ones(4, 6, 3, 3), padding=1, impl=impl)
-    with pytest.raises(InvalidArgument, match=f"^{name}=") as caught:
-        conv(**(call | changes))
-    assert "\n" not in str(caught.value)
-    if "device" in name:  # torch makes no fake tensor of a meta tensor
-        return
-    with FakeTensorMode() as mode, pytest.raises(InvalidArgument, match=f"^{name}="):
-        given = (call | changes).items()
-        conv(**{key: mode.from_tensor(t) if isinstance(t, Tensor) else t for key, t in given})
+@pytest.mark.parametrize(("changes", "name"), WRONG, ids=[f"{i}-{name}" for i, (_, name) in enumerate(WRONG)])
+def test_what_does_not_fit_is_refused_by_name_without_values(changes, name):
+    call = CALLS.arguments(torch.ones, torch.float32) | changes
+    with FakeTensorMode() as mode, pytest.raises(InvalidArgument, match=f"^{re.escape(name)}[=.]"):
+        conv(**{key: mode.from_tensor(t) if isinstance(t, Tensor) else t for key, t in call.items()})
 
 
 def test_an_unknown_implementation_is_refused():
@@ -299,18 +276,6 @@ def test_autocast_brings_tensors_to_one_dtype():
         assert torch.equal(mixed, conv(x, weight, padding=1)) and mixed.dtype == torch.bfloat16
         with pytest.raises(InvalidArgument, match="^residual.shape="):
             conv(x.bfloat16(), weight, None, torch.ones(1, 4, 1, 1), padding=1)
-
-
-@needs_cpp
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_raw_ops_pass_opcheck(transposed):
-    tensors, _, dy = call_of("odd", 0, "channels_last", True)
-    x, weight, bias, residual = tensors.values()
-    call = (x, weight, bias, residual, False)
-    if transposed:
-        call = (dy, weight, None, None, True)
-    torch.library.opcheck(torch.ops.admfast.conv3x3_winograd_once.default, call)
-    torch.library.opcheck(torch.ops.admfast.conv3x3_winograd_weight_grad.default, (x, dy))
 
 
 @needs_cpp

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -157,6 +159,22 @@ def test_choices_can_be_watched(table, monkeypatch):
             dispatch.Choice("toy", "reference", ENVIRONMENT),
         ]
     )
+
+
+def test_who_watches_sees_its_own_thread_alone(table):
+    def elsewhere():
+        with dispatch.watch() as other:
+            run(table, 11)
+        return other
+
+    with ThreadPoolExecutor(1) as threads, dispatch.watch() as seen:
+        other = threads.submit(elsewhere).result()
+        with dispatch.watch() as inner:
+            pass
+        run(table, 1)
+    assert [choice.name for choice in other] == ["reference"] and inner == []
+    assert [choice.name for choice in seen] == ["small"], "an inner watcher takes itself out, not another"
+    assert not dispatch.watched()
 
 
 @pytest.mark.parametrize("op", TABLES)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from admfast import ops
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import TABLES, Clip, Row, SamplerState, as_seeds, native, pack
+from admfast.ops import TABLES, Row, SamplerState, as_seeds, native, pack
+from admfast.ops.update.cases import FULL
 from tests.ops.anywhere import runnable, sampler_step
 from tests.ops.tolerance import bits, unmodified
 
@@ -18,14 +19,6 @@ IMPLEMENTATIONS = runnable("sampler_step")
 ON_THE_CPU = [None, "cpp", "reference"]
 needs_native = pytest.mark.skipif(native.reason_missing() is not None, reason="no compiled ops")
 SHAPE = (2, 3, 4, 5)
-# Everything at once: variance, guidance in all three places, noise, saved point, history and push.
-FULL = [
-    Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
-    Row(
-        0, 0, k_x=0.9, k_out=-0.4, k_pre=0.1, k_post=0.2, l0=-1, l1=0.5, a=0.3, a_s=0.1, b=0.6, c1=0.2,
-        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, push=True,
-    ),
-]  # fmt: skip
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -247,22 +240,6 @@ def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
     )  # fmt: skip
     assert not changes.keys() - names.keys()
     return list((names | changes).values())
-
-
-@needs_native
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(out2=None, grad=None, seeds=None, noise=randn(*SHAPE)),
-        dict(saved=None, history=None, out=randn(*SHAPE), out2=None, row=torch.tensor([0]),
-             table=pack([Row(0, 0, k_x=1)]).device),
-        dict(row=None, row_at=1, noise_row=None, noise_at=2**32 - 1),
-    ],
-    ids=["all", "noise", "least", "numbers"],
-)  # fmt: skip
-def test_the_raw_op_passes_opcheck(changes):
-    torch.library.opcheck(torch.ops.admfast.sampler_step_.default, raw_arguments(filled()[0], **changes))
 
 
 WIDE = pack(FULL).device.double()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from admfast.ops import Clip, PackedTable, Row, SamplerState, as_seeds, normal, normal_ref, pack, sampler_step
+from admfast.ops import PackedTable, Row, SamplerState, as_seeds, normal, normal_ref, pack, sampler_step
+from admfast.ops.update.cases import FULL as ROWS
 from tests.ops.cover import laid_out
 from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, bits
 
@@ -17,14 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 NAN = float("nan")
-# A DDPM row after one that saves and pushes; every coefficient is in use.
-ROWS = [
-    Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
-    Row(
-        0, 0, k_x=0.9, k_out=-0.4, k_pre=0.1, k_post=0.2, l0=-1, l1=0.5, a=0.3, a_s=0.1, b=0.6, c1=0.2,
-        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, push=True,
-    ),
-]  # fmt: skip
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -227,7 +220,7 @@ def test_a_counter_that_is_not_one_number_on_the_device_is_refused(row, message)
         sampler_step(state, table=pack(ROWS, "cuda"), row=row, impl="cuda", **there)
 
 
-def test_the_raw_op_passes_opcheck_and_refuses_by_its_name():
+def test_the_raw_op_refuses_by_its_name():
     state, table = on(state_of((2, 3, 4, 4))), pack(ROWS, "cuda")
     there = {name: value.cuda() for name, value in inputs((2, 3, 4, 4)).items()}
     one = torch.ones(1, dtype=torch.int64, device="cuda")
@@ -236,8 +229,6 @@ def test_the_raw_op_passes_opcheck_and_refuses_by_its_name():
         there["seeds"], None, table.device, one, one, 0, 0, 1,
     ]  # fmt: skip
     op = torch.ops.admfast.sampler_step_
-    torch.library.opcheck(op.default, arguments)
-    torch.library.opcheck(torch.ops.admfast.normal.default, (there["seeds"], 7, 3, 1))
     for place in (4, 6, 7, 9, 10):
         wrong = list(arguments)
         wrong[place] = arguments[place].cpu()

@@ -16,6 +16,7 @@ _LIMITS = {"output": (2.0, 2.0), "input gradient": (3.0, 4.0), "sum": (2.0, None
 _LIMITS["parameter gradient"] = _LIMITS["sum"]
 
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 HALF_AND_SINGLE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,7 +121,7 @@ def bits(t: Tensor) -> Tensor:
     """The bit patterns, so that NaN equals itself and 0 differs from -0."""
     if not t.dtype.is_floating_point:
         return t
-    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+    return t.contiguous().view(_BITS[t.element_size()])
 
 
 def _rms(values: Tensor) -> float:

@@ -15,7 +15,7 @@ from admfast.engine.guidance import classifier_guidance
 from admfast.engine.options import EngineOptions
 from admfast.engine.step import Batch
 from admfast.files.levels import to_uint8
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable
 from admfast.sampling.loop import Progress, run_rows
 from admfast.solvers import ddim, ddim_inverse, ddpm
 from tests.ops.tolerance import DEVICES

@@ -125,7 +125,9 @@ def test_images_are_written_batch_by_batch(tmp_path):
 def test_without_a_batch_size_the_pipeline_s_is_taken(tmp_path, monkeypatch):
     pipe, held, run = pipeline(), [], sampling.run
     monkeypatch.setattr("admfast.sampling.plan.images_at_a_time", lambda *_: 3)
-    monkeypatch.setattr(sampling, "run", lambda plan: (held.append(plan.shape[0]), run(plan))[1])
+    monkeypatch.setattr(
+        sampling, "run", lambda plan, *notes: (held.append(plan.shape[0]), run(plan, *notes))[1]
+    )
     run_of(tmp_path, pipe=pipe, batch_size=None).run()
     assert held == [3, 2]
 

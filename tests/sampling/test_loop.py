@@ -7,8 +7,7 @@ import torch
 
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import InvalidArgument, NonFiniteError
-from admfast.ops.noise import Stream, as_seeds, normal
-from admfast.ops.sampler_step import Clip
+from admfast.ops.update import Clip, Stream, as_seeds, normal
 from admfast.sampling import loop
 from admfast.sampling.loop import Diverged, Progress
 from admfast.solvers import solver_of
@@ -218,9 +217,9 @@ def test_running_again_finds_the_row(monkeypatch):
     """As on a GPU, where only the first and the last row are looked at."""
     pipe, real = pipeline(classifier=None, guidance=0.0), loop.run_rows
 
-    def careless(rows, step, plan=None, careful=False):
+    def careless(rows, step, plan=None, careful=False, **noted):
         try:
-            return real(rows, step, plan, careful)
+            return real(rows, step, plan, careful, **noted)
         except Diverged as error:
             if not careful:
                 error.x = None

@@ -13,7 +13,7 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.guidance import classifier_guidance
 from admfast.engine.precision import POLICIES
 from admfast.files.levels import from_uint8, to_uint8
-from admfast.ops.noise import Stream, as_seeds, normal
+from admfast.ops.update import Stream, as_seeds, normal
 from admfast.sampling.loop import Progress
 from admfast.sampling.pipeline import Pipeline
 from admfast.verify.budget import budget_of

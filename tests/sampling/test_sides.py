@@ -7,7 +7,7 @@ import torch
 
 from admfast.errors import InvalidArgument
 from admfast.models.presets import MODELS
-from admfast.ops.noise import as_seeds, normal
+from admfast.ops.update import as_seeds, normal
 from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan

@@ -21,7 +21,7 @@ def test_a_call_is_carried_by_three_records_through_ten_files(settings):
     assert len(found.files) <= 10, found.files
     assert {"sampling/loop.py", "engine/step.py"} <= set(
         found.files
-    ) and "ops/sampler_step.py" in found.left_out
+    ) and "ops/update/step.py" in found.left_out
 
 
 def test_the_check_of_a_request_enters_each_file_from_one_place():

@@ -15,7 +15,7 @@ from torch import Tensor
 from admfast.diffusion import GaussianDiffusion, MeanType, Schedule, VarType, make_schedule
 from admfast.errors import InvalidArgument
 from admfast.ops import Clip, Row, SamplerState, pack, sampler_step
-from admfast.ops.solver_table import SolverTable
+from admfast.ops.update import SolverTable
 from admfast.solvers import SOLVERS, Solver, ddim, ddim_inverse, ddpm, listed, options_of, solver_of
 from tests.ops.tolerance import assert_same_formula
 from tests.parity.golden import SCHEDULE_LIMIT, compare

@@ -8,7 +8,7 @@ from torch import nn
 
 from admfast.errors import InvalidArgument
 from admfast.models.dropout import Dropout, keyed_dropout
-from admfast.ops.noise import as_seeds, normal
+from admfast.ops.update import as_seeds, normal
 from admfast.training.draws import TrainStream, normals, uniforms
 from admfast.training.samples import DataStream
 from admfast.training.timesteps import UniformSampler

@@ -240,11 +240,25 @@ def test_a_signal_is_not_kept_waiting_by_validation_or_a_grid(tmp_path, monkeypa
     assert snapshots(tmp_path)[0].step == 3
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_a_folder_in_use_is_refused(tmp_path, system):
     with loop.folder.held(tmp_path, loop.World()):
         with pytest.raises(OutputError, match="another process is training"):
             train(small_recipe(), source(), tmp_path, OFTEN)
     train(small_recipe(steps=1), source(), tmp_path, OFTEN)
+
+
+def test_a_run_that_never_began_leaves_no_folder(tmp_path, system):
+    with pytest.raises(ZeroDivisionError), loop.folder.held(tmp_path / "run", loop.World()):
+        raise ZeroDivisionError
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_nobody_can_lock_is_named(tmp_path, monkeypatch):
+    for name in ("fcntl", "msvcrt"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(OutputError, match=str(tmp_path / "run")):
+        train(small_recipe(), source(), tmp_path / "run", OFTEN)
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_that_cannot_be_made_are_named(tmp_path):

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from admfast.errors import CheckpointError, NonFiniteError
 from admfast.models import build
-from admfast.ops.conv_winograd import amplification
+from admfast.ops.conv.winograd import amplification
 from admfast.training.distributed import World
 from admfast.training.loss import loss
 from admfast.training.network import build_network, set_checkpointing

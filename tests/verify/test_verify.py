@@ -13,7 +13,7 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES, Policy
 from admfast.errors import InvalidArgument
-from admfast.ops.sampler_step import Clip
+from admfast.ops.update import Clip
 from admfast.sampling import loop
 from admfast.sampling.load import load
 from admfast.sampling.loop import run
@@ -280,10 +280,10 @@ def test_batches_that_were_halved_are_compared_whole(monkeypatch):
     wanted = verify(pipe, plain, steps=2)
     own = loop.sample_batch
 
-    def small(plan):
+    def small(plan, notes):
         if plan.shape[0] > 3:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        return own(plan)
+        return own(plan, notes)
 
     monkeypatch.setattr(loop, "sample_batch", small)
     found = verify(pipe, plain, steps=2)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from admfast.compat.guided_diffusion.as_built import Array, AsBuilt, as_defined
+from admfast.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from admfast.compat.guided_diffusion.prepared import prepared_loop
 from admfast.diffusion import GaussianDiffusion as Process
 from admfast.diffusion import (
@@ -37,19 +39,14 @@ __all__ = [
     "LossType",
     "ModelMeanType",
     "ModelVarType",
+    "discretized_gaussian_log_likelihood",
     "get_named_beta_schedule",
     "mean_flat",
+    "normal_kl",
 ]
 
 Model = Callable[..., Tensor]
 Kwargs = Mapping[str, Any] | None
-Array = npt.NDArray[np.float64]
-ARRAYS = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "alphas_cumprod_next", "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
-    "posterior_mean_coef1", "posterior_mean_coef2",
-)  # fmt: skip
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
@@ -57,16 +54,17 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return beta_schedule(schedule_name, num_diffusion_timesteps)
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(AsBuilt):
     """A diffusion process, its losses and its sampling loops.
 
     betas: [S], in (0, 1]. model_mean_type, model_var_type, loss_type: members of the enumerations.
     rescale_timesteps: the network sees float timesteps in 0..1000.
 
     Attributes: num_timesteps, the arguments, and the float64 arrays [S] of `Schedule` by their published
-    names (betas, alphas_cumprod, posterior_variance, ...). Arrays are read as copies and can't be replaced:
-    the formulas would not see it.
-    Raises: InvalidArgument.
+    names (betas, alphas_cumprod, posterior_variance, ...). None of them may be changed: the formulas, which
+    are admfast's, would not see it. Nor would they call a formula that a subclass changes, such as `q_sample`
+    within `training_losses`; whole steps and loops may be overridden.
+    Raises: InvalidArgument; NotImplementedError where something was changed that would not be seen.
     """
 
     def __init__(
@@ -81,8 +79,8 @@ class GaussianDiffusion:
         self.model_mean_type, self.model_var_type = model_mean_type, model_var_type
         self.loss_type, self.rescale_timesteps = loss_type, rescale_timesteps
         self._schedule = self._respaced(Schedule.from_betas(betas, rescale_timesteps=rescale_timesteps))
-        self._process = Process(self._schedule, model_mean_type, model_var_type, loss_type)
         self.num_timesteps = self._schedule.num_timesteps
+        self._take(Process(self._schedule, model_mean_type, model_var_type, loss_type))
 
     def _respaced(self, schedule: Schedule) -> Schedule:
         return schedule
@@ -119,7 +117,10 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Return mean, variance, log_variance and pred_xstart of p(x_{t-1} | x_t), each of x's shape."""
         out = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        return dict(vars(self._process.p_mean_variance(out, x, t, clip_denoised, denoised_fn)))
+        process = self._formulas(
+            "_predict_xstart_from_eps", "_predict_xstart_from_xprev", "q_posterior_mean_variance"
+        )
+        return dict(vars(process.p_mean_variance(out, x, t, clip_denoised, denoised_fn)))
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         return self._process.predict_xstart_from_eps(x_t, t, eps)
@@ -152,7 +153,10 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Return p_mean_var with the noise eps - sqrt(1 - alpha_bar) * cond_fn(x, t, **model_kwargs)."""
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        p = self._process.condition_score(PMeanVariance(**p_mean_var), gradient, x, t)
+        process = self._formulas(
+            "_predict_eps_from_xstart", "_predict_xstart_from_eps", "q_posterior_mean_variance"
+        )
+        p = process.condition_score(PMeanVariance(**p_mean_var), gradient, x, t)
         return dict(vars(p))
 
     # Steps
@@ -313,13 +317,17 @@ class GaussianDiffusion:
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the loss of each sample, [N], and its parts; see `admfast.diffusion.training_losses`."""
-        return training_losses(self._process, _bare(model), x_start, t, noise, model_kwargs)
+        process = self._formulas("q_sample", "_vb_terms_bpd", *_BENEATH)
+        return training_losses(process, _bare(model), x_start, t, noise, model_kwargs)
 
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None
     ) -> dict[str, Tensor]:
         """Return total_bpd and prior_bpd, [N], and vb, xstart_mse and mse, [N, S] from t = S-1 on."""
-        found = bits_per_dimension(self._process, _bare(model), x_start, clip_denoised, model_kwargs)
+        process = self._formulas(
+            "q_sample", "_vb_terms_bpd", "_prior_bpd", "_predict_eps_from_xstart", *_BENEATH
+        )
+        found = bits_per_dimension(process, _bare(model), x_start, clip_denoised, model_kwargs)
         return dict(vars(found))
 
     def _vb_terms_bpd(
@@ -331,20 +339,17 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         model_kwargs: Kwargs = None,
     ) -> dict[str, Tensor]:
-        out = _bare(model)(x_t, self._process.model_t(t), **(model_kwargs or {}))
-        return dict(vars(vb_terms_bpd(self._process, out, x_start, x_t, t, clip_denoised)))
+        process = self._formulas(*_BENEATH)
+        out = _bare(model)(x_t, process.model_t(t), **(model_kwargs or {}))
+        return dict(vars(vb_terms_bpd(process, out, x_start, x_t, t, clip_denoised)))
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
-        return prior_bpd(self._process, x_start)
+        return prior_bpd(self._formulas("q_mean_variance"), x_start)
 
 
-def _array(name: str) -> property:
-    """Return the property that reads an array of the schedule."""
-    return property(lambda self: np.array(getattr(self._schedule, name)), doc=f"{name}, float64 [S], a copy.")
-
-
-for _name in ARRAYS:
-    setattr(GaussianDiffusion, _name, _array(_name))
+# What the variational terms would call.
+_BENEATH = ("p_mean_variance", "q_posterior_mean_variance", "_scale_timesteps")
+as_defined(GaussianDiffusion)
 
 
 class WrappedModel:

@@ -111,7 +111,7 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
         return JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json"))
     if format == "csv":
         return CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv"))
-    raise invalid("OPENAI_LOG_FORMAT", format, nearest(format, ["stdout", "log", "csv", "json"]))
+    raise invalid("format", format, nearest(format, ["stdout", "log", "csv", "json"]))
 
 
 class Logger:

@@ -2,23 +2,24 @@
 
 What the loop is given must be a network of this package in evaluation mode, called directly or by a function
 that only hands its arguments on, and for guidance a function that computes the published gradient of one
-classifier. Such functions are known by the names that they use and by what they give with stand-ins for the
-networks.
+classifier. Such functions run straight on, write to nothing, use known names, and give what they should with
+stand-ins for the networks. The process must be as it was built.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from admfast.accelerate.blocks import close, random
-from admfast.accelerate.codes import LIBRARIES, foreign_function
+from admfast.accelerate.codes import LIBRARIES, SWITCHES, branches, foreign_function
+from admfast.accelerate.trials import close, random
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel, is_network
 from admfast.engine.guidance import log_probability_gradient
 from admfast.engine.numerics import own_numerics
@@ -30,12 +31,11 @@ if TYPE_CHECKING:
     from admfast.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion
 
 Function = Callable[..., Tensor]
-HANDS_ON = {"class_cond"}
+Arguments = dict[str, Any]
 GUIDES = LIBRARIES | {
     *("classifier_scale", "enable_grad", "detach", "requires_grad_", "log_softmax", "range", "len", "view"),
     *("autograd", "grad", "sum"),
 }
-INSTANCE = ("p_mean_variance", "p_sample", "ddim_sample", "condition_mean", "condition_score")
 
 
 def prepared_loop(
@@ -46,17 +46,18 @@ def prepared_loop(
     Other arguments: of the loop. x_T and the noise of every row are drawn from torch's generator as the
     published loop draws them.
     """
-    published = type(diffusion).__module__.rpartition(".")[0] == __package__
-    if not published or set(INSTANCE) & vars(diffusion).keys():
+    if not isinstance(shape, tuple | list) or not diffusion.as_built():
         return None
     loop = getattr(diffusion, f"{step}_loop_progressive")
     bound = inspect.signature(loop).bind(model, shape, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     eta, extra = given.get("eta", 0.0), dict(given["model_kwargs"] or {})
-    net = network_of(model)
-    guide = (None, 0.0) if given["cond_fn"] is None else guide_of(given["cond_fn"])
-    if net is None or guide is None or given["denoised_fn"] is not None or not 0 <= eta <= 1:
+    net = network_of(model, extra)
+    guide = (None, 0.0) if given["cond_fn"] is None else guide_of(given["cond_fn"], extra)
+    if net is None or guide is None or given["denoised_fn"] is not None:
+        return None
+    if not isinstance(eta, int | float) or not 0 <= eta <= 1:
         return None
     if not _fits(net, guide[0], extra, shape, given["noise"]):
         return None
@@ -123,9 +124,13 @@ def _fits(
         return False
     if torch.is_inference_mode_enabled() or torch.get_default_dtype() != torch.float32:
         return False
-    if noise is not None and (noise.dtype != torch.float32 or tuple(noise.shape) != tuple(shape)):
-        return False
+    if noise is not None:
+        plain = noise.dtype == torch.float32 and noise.is_contiguous() and type(noise) is Tensor
+        if not plain or tuple(noise.shape) != tuple(shape):
+            return False
     labelled = y is None or (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (shape[0],))
+    if labelled and y is not None and bool((y < 0).any()):  # counts from the end where it indexes
+        return False
     enlarged = low_res is None or (isinstance(low_res, Tensor) and low_res.dtype == torch.float32)
     images = len(shape) == config.dims + 2 and shape[1] == config.in_channels and config.of_images
     tensors = [t for t in (noise, y, low_res) if isinstance(t, Tensor)]
@@ -133,55 +138,63 @@ def _fits(
     return labelled and enlarged and images and here
 
 
-def network_of(model: Any) -> UNetModel | None:
-    """Return the network that a loop's model is, or that it only hands its arguments on to; else None."""
+def network_of(model: Any, extra: Arguments) -> UNetModel | None:
+    """Return the network that a loop's model is, or that it only hands its arguments on to; else None.
+
+    extra: the keyword arguments that the loop gives it.
+    """
     if isinstance(model, UNetModel):
         return model if is_network(model) else None
-    net = _one_of(model, UNetModel)
-    if net is None or foreign_function(model, HANDS_ON | _named(model), set(), _named(model)) is not None:
+    net = _only_one(model, UNetModel, {"x", "t", "y"})
+    if net is None or foreign_function(model, _named(model), set(), _named(model)) is not None:
         return None
-    x, t, y = (torch.zeros(1) for _ in range(3))
+    x, t, out = (random(2, seed=i) for i in range(3))
+    named = {name: random(2, seed=7) for name in extra}
     calls: list[tuple[Any, ...]] = []
 
     def stand_in(*args: Any, **kwargs: Any) -> Tensor:
         calls.append((*args, *kwargs.values()))
-        return x_out
+        return out
 
-    x_out, labels = torch.zeros(1), y if net.num_classes is not None else None
     try:
-        out = _with(model, net, stand_in)(x, t, y=y)
+        found = _with(model, net, stand_in)(x, t, **named)
     except Exception:  # of a function that expects more of a network
         return None
-    wanted = (x, t) if labels is None else (x, t, labels)
-    handed = len(calls) == 1 and len([v for v in calls[0] if v is not None]) == len(wanted)
-    same = handed and all(a is b for a, b in zip(calls[0], wanted, strict=False))
-    return net if out is x_out and same else None
+    wanted = (x, t) if net.num_classes is None else (x, t, named.get("y"))
+    given = tuple(value for value in calls[0] if value is not None) if len(calls) == 1 else ()
+    same = len(given) == len(wanted) and all(a is b for a, b in zip(given, wanted, strict=True))
+    return net if found is out and same else None
 
 
-def guide_of(cond_fn: Any) -> tuple[EncoderUNetModel, float] | None:
+def guide_of(cond_fn: Any, extra: Arguments) -> tuple[EncoderUNetModel, float] | None:
     """Return the classifier and scale of a published guidance function, or None for any other function.
 
-    It gives scale * d/dx sum_n log_softmax(classifier(x, t))[n, y_n].
+    It gives scale * d/dx sum_n log_softmax(classifier(x, t))[n, y_n]. extra: the keyword arguments that the
+    loop gives it.
     """
-    classifier = _one_of(cond_fn, EncoderUNetModel)
-    if classifier is None:
+    classifier = _only_one(cond_fn, EncoderUNetModel, {"x", "t", "y"})
+    if classifier is None or set(extra) != {"y"}:
         return None
     if foreign_function(cond_fn, GUIDES | _named(cond_fn), {0, 1, -1}, _named(cond_fn)) is not None:
         return None
-    said = (getattr(value, "classifier_scale", None) for value in _held(cond_fn).values())
+    said = [inspect.getattr_static(value, "classifier_scale", None) for value in _held(cond_fn).values()]
     scale = next((float(value) for value in said if _is_number(value)), 1.0)
     weights = random(8, 3, seed=1)
 
     def stand_in(x: Tensor, t: Tensor) -> Tensor:
         return (x.flatten(1) @ weights + t[:, None]).tanh()
 
-    x, t, y = random(2, 2, 2, 2, seed=2), torch.tensor([0.1, 0.2]), torch.tensor([2, 0])
-    wanted = scale * log_probability_gradient(stand_in, x, t, y[:, None])  # type: ignore[arg-type]
-    try:
-        found = _with(cond_fn, classifier, stand_in)(x.clone(), t, y=y)
-    except Exception:  # of a function that expects more of a classifier
-        return None
-    return (classifier, scale) if close(found, wanted) else None
+    for count in (1, 2, 3):
+        x, t = random(count, 2, 2, 2, seed=2), torch.arange(count, device="cpu") * 0.4
+        y = torch.arange(count, device="cpu").flip(0)
+        wanted = scale * log_probability_gradient(stand_in, x, t, y[:, None])  # type: ignore[arg-type]
+        try:
+            found = _with(cond_fn, classifier, stand_in)(x.clone(), t, y=y)
+        except Exception:  # of a function that expects more of a classifier
+            return None
+        if not close(found, wanted):
+            return None
+    return classifier, scale
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -190,23 +203,37 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _held(function: Any) -> dict[str, Any]:
     """Return the values of the variables that a function takes from around it, by name."""
-    if not isinstance(function, FunctionType):
+    try:
+        found = inspect.getclosurevars(function)
+    except (TypeError, ValueError):  # no function, or a variable that has no value yet
         return {}
-    found = inspect.getclosurevars(function)
     return {**found.globals, **found.nonlocals}
 
 
 def _named(function: Any) -> set[str]:
-    """Return the names of networks and parsed arguments that a function takes from around it."""
-    return {
-        name
-        for name, value in _held(function).items()
-        if isinstance(value, nn.Module) or hasattr(value, "classifier_scale") or hasattr(value, "class_cond")
-    }
+    """Return the names of networks, parsed arguments and switches that a function takes from around it."""
+    held = _held(function).items()
+    plain = {name for name, value in held if _switches(value) or isinstance(value, nn.Module)}
+    return plain | (SWITCHES if any(_switches(value) for _, value in held) else set())
 
 
-def _one_of(function: Any, kind: type[nn.Module]) -> Any:
-    """Return the only network that a function takes from around it, if it is of a kind."""
+def _switches(value: Any) -> bool:
+    """Tell whether a value holds parsed arguments, as plain attributes."""
+    said = [inspect.getattr_static(value, name, None) for name in (*SWITCHES, "classifier_scale")]
+    return any(isinstance(value, bool | int | float) for value in said)
+
+
+def _only_one(function: Any, kind: type[nn.Module], arguments: set[str]) -> Any:
+    """Return the only network that a simple function takes from around it, if it is of a kind.
+
+    arguments: names of those that it may take.
+    """
+    if not isinstance(function, FunctionType) or branches(function) is not None:
+        return None
+    code = function.__code__
+    starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    if starred or not set(inspect.signature(function).parameters) <= arguments:
+        return None
     nets = [value for value in _held(function).values() if isinstance(value, nn.Module)]
     return nets[0] if len(nets) == 1 and isinstance(nets[0], kind) and is_network(nets[0]) else None
 
@@ -222,15 +249,30 @@ def _with(function: FunctionType, net: nn.Module, stand_in: Any) -> Function:
     return made
 
 
+_FROZEN: dict[int, tuple[int, list[nn.Parameter]]] = {}  # how many loops froze a classifier, and what of it
+_FREEZING = threading.Lock()
+
+
 @contextlib.contextmanager
 def _frozen(classifier: nn.Module | None) -> Iterator[None]:
     """Freeze a classifier within the block: gradients of its parameters would be computed and dropped."""
-    trained: Iterable[nn.Parameter] = [] if classifier is None else classifier.parameters()
-    trained = [parameter for parameter in trained if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    if classifier is None:
+        yield
+        return
+    key = id(classifier)
+    with _FREEZING:  # loops on several threads may share it: the last one gives its gradients back
+        loops, trained = _FROZEN.get(key, (0, []))
+        trained = trained or [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+        _FROZEN[key] = (loops + 1, trained)
+        for parameter in trained:
+            parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        with _FREEZING:
+            loops, trained = _FROZEN.pop(key)
+            if loops > 1:
+                _FROZEN[key] = (loops - 1, trained)
+            else:
+                for parameter in trained:
+                    parameter.requires_grad_(True)

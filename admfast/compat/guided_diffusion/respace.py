@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from admfast import diffusion
+from admfast.compat.guided_diffusion.as_built import as_defined
 from admfast.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion, WrappedModel
 from admfast.diffusion import Schedule
 
@@ -37,11 +38,13 @@ class SpacedDiffusion(GaussianDiffusion):
     def __init__(self, use_timesteps: Iterable[int], **kwargs: Any) -> None:
         self.use_timesteps = set(use_timesteps)
         super().__init__(**kwargs)
-        self.timestep_map: list[int] = self._schedule.timestep_map.tolist()
-        self.original_num_steps = self._schedule.original_steps
 
     def _respaced(self, schedule: Schedule) -> Schedule:
-        return schedule.respaced(sorted(step for step in self.use_timesteps if step < schedule.num_timesteps))
+        kept = sorted(step for step in self.use_timesteps if step < schedule.num_timesteps)
+        self.original_num_steps, self.timestep_map = schedule.num_timesteps, kept
+        return schedule.respaced(kept)
+
+    # As of the base, for the model or function that sees the original timesteps.
 
     def p_mean_variance(self, model: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
@@ -60,3 +63,7 @@ class SpacedDiffusion(GaussianDiffusion):
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
         return t  # the wrapped model does it
+
+
+as_defined(SpacedDiffusion)
+_WrappedModel = WrappedModel

@@ -175,7 +175,7 @@ def create_classifier(
         model_channels=classifier_width,
         out_channels=1000,
         num_res_blocks=classifier_depth,
-        attention_resolutions=parse_attention_resolutions(
+        attention_resolutions=_factors(
             classifier_attention_resolutions, image_size, "classifier_attention_resolutions"
         ),
         channel_mult=parse_channel_mult("", image_size),
@@ -251,10 +251,15 @@ def _common(flags: Mapping[str, Any], image_size: int) -> dict[str, Any]:
         "in_channels": 3,
         "model_channels": flags["num_channels"],
         "out_channels": 6 if flags["learn_sigma"] else 3,
-        "attention_resolutions": parse_attention_resolutions(flags["attention_resolutions"], image_size),
+        "attention_resolutions": _factors(flags["attention_resolutions"], image_size),
         "num_classes": NUM_CLASSES if flags["class_cond"] else None,
         **{name: flags[name] for name in kept if name in flags},
     }
+
+
+def _factors(sides: str, image_size: int, name: str = "attention_resolutions") -> tuple[int, ...]:
+    """Return the downsampling factors of image sides; a side above the image's never occurs."""
+    return tuple(f for f in parse_attention_resolutions(sides, image_size, name) if f > 0)
 
 
 def _pair(create: Any, flags: Mapping[str, Any]) -> Any:

@@ -15,6 +15,16 @@ from torch import Tensor, nn
 
 from admfast.accelerate.nets import AcceleratedNet
 from admfast.accelerate.walks import Walk
+from admfast.compat.guided_diffusion.fp16_util import convert_module_to_f16, convert_module_to_f32
+from admfast.compat.guided_diffusion.nn import (
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
 from admfast.engine.engine import Engine
 from admfast.engine.precision import Policy
 from admfast.models import (
@@ -48,6 +58,15 @@ __all__ = [
     "TimestepEmbedSequential",
     "UNetModel",
     "Upsample",
+    "avg_pool_nd",
+    "checkpoint",
+    "conv_nd",
+    "convert_module_to_f16",
+    "convert_module_to_f32",
+    "linear",
+    "normalization",
+    "timestep_embedding",
+    "zero_module",
 ]
 
 _KEPT = (

@@ -22,7 +22,7 @@ from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
 from admfast.models.fold.values import Values
 from admfast.models.hooks import Survey, hooked, hooks_made, parts, spared, survey
-from admfast.ops.layout import channels_last
+from admfast.ops.layout import channels_together
 from admfast.ops.transforms import deriving, in_program
 
 # Pipelines on several threads may share a network.
@@ -52,6 +52,7 @@ class FoldableNet(nn.Module):
     """
 
     directions: int = 1  # in which its convolutions run when images are sampled
+    torso: tuple[str, ...] = TORSO  # where its blocks lie, the input blocks first
     fold_options: FoldOptions | None = None
     fold_dtype: torch.dtype | None = None
     training_dtype: torch.dtype | None = None  # of the torso while it isn't folded; None: its parameters'
@@ -103,11 +104,11 @@ class FoldableNet(nn.Module):
             self._fold_values = Values(self.parameters())
             spared = self._spared()
             for name, module in self._convolutions():
-                kind = dtype if _in_torso(name) else module.weight.dtype
+                kind = dtype if self._in_torso(name) else module.weight.dtype
                 module.fold_weights(options, kind, name in spared)
             if options.has("embeddings"):
                 self._project_together()
-            self._fold_convolutions = tuple(m for name, m in self._convolutions() if _in_torso(name))
+            self._fold_convolutions = tuple(m for name, m in self._convolutions() if self._in_torso(name))
             self._settle(self._look())
             device = next(self.parameters()).device
             if device.type == "cuda":
@@ -248,10 +249,15 @@ class FoldableNet(nn.Module):
             self.fold_generation += 1
         self._fold_state = state
 
+    def _in_torso(self, name: str) -> bool:
+        return name.partition(".")[0] in self.torso
+
     def _parameter_dtype(self) -> torch.dtype:
-        found = next(self.input_blocks.parameters(), None)  # type: ignore[union-attr]
+        blocks = self._modules[self.torso[0]]
+        assert blocks is not None
+        found: Tensor | None = next(blocks.parameters(), None)
         if found is None:  # in a replica of DataParallel they are attributes
-            weights = (getattr(module, "weight", None) for module in self.input_blocks.modules())  # type: ignore[union-attr]
+            weights = (getattr(module, "weight", None) for module in blocks.modules())
             found = next(weight for weight in weights if isinstance(weight, Tensor))
         return found.dtype
 
@@ -307,11 +313,7 @@ class FoldableNet(nn.Module):
         x = x.to(self.torso_dtype)
         options = self.fold_options if self.is_folded else None
         together = x.dim() == 4 if options is None else x.dim() > 3 and options.has("channels_last")
-        if not together:
-            return x
-        x = channels_last(x)
-        # Strides of a single channel don't say which layout it has, and torch then takes the other one.
-        return x if x.shape[1] > 1 else x[:, 0].unsqueeze(-1).movedim(-1, 1)
+        return channels_together(x) if together else x
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Moving or converting the network leaves what was derived behind.
@@ -326,10 +328,6 @@ class FoldableNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith(("fold_", "_fold_", "_project"))}
-
-
-def _in_torso(name: str) -> bool:
-    return name.partition(".")[0] in TORSO
 
 
 def check_ordinary(name: str, net: nn.Module) -> None:

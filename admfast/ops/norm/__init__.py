@@ -15,9 +15,10 @@ from torch import Tensor
 
 from admfast import checks
 from admfast.errors import invalid
-from admfast.ops import group_norm_triton, native
+from admfast.ops import launchers, native
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.group_norm_grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
+from admfast.ops.norm import cpp, triton
+from admfast.ops.norm.grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
 from admfast.ops.transforms import record, recorded, transformed
 
@@ -173,39 +174,21 @@ def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
     return forward
 
 
-def _cpp_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, options = arguments
-    y, mean, rstd = native.ops().group_norm_silu_fwd(*tensors, options.groups, options.eps, options.silu)
-    return y, y.new_empty(0), mean, rstd
-
-
-def _cpp_backward(
-    dy: Tensor, _dskip: None, x: Tensor, x2: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    *tensors, options, _sums = rest
-    dx, dx2, s1, s2 = native.ops().group_norm_silu_bwd(dy, x, x2, *tensors, options.silu)
-    return dx, None if x2 is None else dx2, s1, s2
-
-
 def _transformed(*arguments: Any, **options: Any) -> str | None:
     return transformed(*(t for t in (*arguments, *options.values()) if isinstance(t, Tensor)))
 
 
 def _cpp_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"x is on {x.device.type}, this runs on the CPU"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {x.dtype}; float32 or bfloat16"
-    return _transformed(x, *arguments, **options)
+    return cpp.reason_unsupported(x) or _transformed(x, *arguments, **options)
 
 
 def _triton_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
     reason = _transformed(x, *arguments, **options)
-    return reason or group_norm_triton.reason_unsupported(x, options.get("x2"))
+    return reason or triton.reason_unsupported(x, options.get("x2"))
 
 
-RAW["cpp"] = RawNorm("cpp", _cpp_forward, _cpp_backward)
-RAW["triton"] = RawNorm("triton", group_norm_triton.forward, group_norm_triton.backward)
+RAW["cpp"] = RawNorm("cpp", cpp.forward, cpp.backward)
+RAW["triton"] = RawNorm("triton", triton.forward, triton.backward)
 
 TABLE = OpTable(
     "group_norm_silu",
@@ -213,9 +196,9 @@ TABLE = OpTable(
         Implementation(
             "triton",
             _over_raw("triton", True),
-            group_norm_triton.reason_missing,
+            triton.reason_missing,
             _triton_supports,
-            unasked=group_norm_triton.reason_unasked,
+            unasked=launchers.reason_unasked,
         ),
         Implementation("cpp", _over_raw("cpp", False), native.reason_missing, _cpp_supports),
         Implementation("reference", group_norm_silu_ref),

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.errors import first_line
-from admfast.ops import conv_epilogue, native
-from admfast.ops.layout import channels_last, is_channels_last
+from admfast.ops import native
+from admfast.ops.conv import epilogue
+from admfast.ops.layout import channels_last, empty_channels_last, is_channels_last
 from admfast.ops.transforms import compiled_transform, constant, deriving, in_forward_mode, in_vmap
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -168,6 +169,12 @@ def _winograd_form(direction: Direction) -> Tensor:
     return native.ops().winograd_weights(direction.source_part().float(), direction.is_transpose)
 
 
+@native.fake("winograd_weights")
+def _winograd_weights(weight: Tensor, transposed: bool) -> Tensor:
+    c_in, c_out = weight.shape[:2] if transposed else reversed(weight.shape[:2])
+    return weight.new_empty((-(-c_out // 32), 36, c_in, 32), dtype=torch.float32)
+
+
 def _packed_form(direction: Direction, *size: int) -> Tensor:
     weight = direction.weight().to(direction.dtype).contiguous().to_mkldnn()
     reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
@@ -193,10 +200,10 @@ def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: T
     convolution = CONVOLUTIONS[len(direction.kernel)]
     geometry = (direction.stride, direction.padding)
     weight = direction.form("library")
-    if conv_epilogue.serves(x.device.type, x, bias, residual):
+    if epilogue.serves(x.device.type, x, bias, residual):
         y = convolution(x, weight, None, *geometry)
         if is_channels_last(y):  # as cuDNN's is with such weights
-            return conv_epilogue.add(y, bias, residual)
+            return epilogue.add(y, bias, residual)
         y = y if bias is None else y + bias.view(-1, *(1,) * len(direction.kernel))
     else:
         y = convolution(x, weight, bias, *geometry)
@@ -230,6 +237,11 @@ def by_winograd(direction: Direction, x: Tensor, bias: Tensor | None, residual: 
     """Winograd's F(4x4, 3x3) in C++ (csrc/README.md); channels-last, recorded by nobody."""
     u = direction.form("winograd")
     return native.ops().conv3x3_winograd(x, u, bias, residual, direction.out_channels)
+
+
+@native.fake("conv3x3_winograd")
+def _winograd(x: Tensor, _u: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
+    return empty_channels_last((x.shape[0], channels, *x.shape[2:]), x)
 
 
 def winograd_supports(direction: Direction, x: Tensor) -> str | None:

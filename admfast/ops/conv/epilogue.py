@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from admfast._source_tree import kernels
-from admfast.ops import group_norm_triton as triton
+from admfast.ops import launchers
 from admfast.ops.layout import is_channels_last
 from admfast.ops.transforms import record, recorded, traced
 
@@ -26,11 +24,11 @@ def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None)
         and device == "cuda"
         and not (bias is None and residual is None)
         and x.dim() in (4, 5)
-        and x.dtype in triton.DTYPES
+        and x.dtype in launchers.DTYPES
         and (residual is None or is_channels_last(residual))
         and torch.autograd.forward_ad._current_level < 0
-        and triton.reason_missing() is None
-        and not triton.interpreted()
+        and launchers.reason_missing() is None
+        and not launchers.interpreted()
     )
 
 
@@ -61,7 +59,4 @@ class ConvEpilogueFn(torch.autograd.Function):
 @functools.cache
 def _launcher() -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
     """Return the raw launcher; importing it imports triton."""
-    kernels()
-    module = importlib.import_module("admfast.kernels.conv_epilogue")
-    launcher: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] = module.conv_epilogue_fwd
-    return launcher
+    return launchers.launcher("conv_epilogue", "conv_epilogue_fwd")

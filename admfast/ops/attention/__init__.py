@@ -12,10 +12,10 @@ from torch import Tensor
 
 from admfast import checks
 from admfast.errors import Unavailable, invalid
-from admfast.ops import attention_kernels as kernels
-from admfast.ops.attention_kernels import Kernel
+from admfast.ops.attention import kernels
+from admfast.ops.attention.kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.transforms import in_program, in_vmap, record
+from admfast.ops.transforms import in_autocast, in_program, in_vmap, record, traced
 
 
 def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,6 +188,10 @@ def _sdpa(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
     """torch's scaled_dot_product_attention, which chooses its kernel, on strided views of the same tensor."""
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
     if not _by_function(qkv):
+        if q.shape[-1] < kernels.WIDTH and not (traced(qkv) or in_autocast(qkv.device)):
+            kernel = kernels.torch_kernel(q, k, v)
+            if kernel is kernels.FLASH_CPU:  # which widens the heads
+                return _merge_heads(kernel.infer(q, k, v))
         return _merge_heads(F.scaled_dot_product_attention(q, k, v))
     kernel = kernels.torch_kernel(q, k, v)
     if kernel is None:  # torch's plain formula, which can be differentiated any number of times

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from admfast.ops.conv_forms import BY_KEY, Direction
+from admfast.ops.conv.forms import BY_KEY, Direction
 from admfast.ops.layout import channels_last, empty_channels_last
 from admfast.ops.native import free_namespace
 

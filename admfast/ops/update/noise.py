@@ -129,6 +129,11 @@ def _native(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int) -> Ten
     )
 
 
+@native.fake("normal")
+def _fake(seeds: Tensor, count: int, row: int, stream: int) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], count), dtype=torch.float32)
+
+
 def _supports(device: str) -> Callable[..., str | None]:
     """Reason against a compiled implementation on that kind of device."""
     return lambda seeds, *_: None if seeds.device.type == device else f"seeds are on {seeds.device.type}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from admfast.errors import InvalidArgument, invalid
-from admfast.ops.sampler_step import PackedTable, Row, pack
+from admfast.ops.update.step import PackedTable, Row, pack
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from admfast import checks
 from admfast.errors import invalid
 from admfast.ops import native
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.noise import Stream, check_counter, normal_ref
+from admfast.ops.update.noise import Stream, check_counter, normal_ref
 
 HISTORY = 3
 
@@ -232,8 +232,8 @@ def sampler_step(
             after the update (`row.add_(1)`); the reference has to read it back.
         out2: output of a second network, like `out`.
         grad: guidance gradient [N, C, *spatial] without loss scale; None is no guidance.
-        seeds: [N] int64 (see `as_seeds`): noise is made here (contract of `admfast.ops.noise`); not needed by
-            a row without noise.
+        seeds: [N] int64 (see `as_seeds`): noise is made here (contract of `admfast.ops.update.noise`); not
+            needed by a row without noise.
         noise: [N, C, *spatial] used instead of made.
         noise_row: row counter of the noise where it isn't `row`.
         stream: stream of the noise.
@@ -393,6 +393,11 @@ def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Ten
         # The op doesn't say that it wrote: without this a backward through the old state goes unnoticed.
         written = (state.x, state.x0, state.saved, state.history)
         torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+
+
+@native.fake("sampler_step_")
+def _fake(*_args: Any) -> None:
+    """It writes in place and returns nothing."""
 
 
 def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from admfast.errors import invalid
-from admfast.ops import conv_forms as forms
 from admfast.ops import native
-from admfast.ops.conv_forms import CONVOLUTIONS, ConvOptions, Direction
-from admfast.ops.conv_grad import ConvFn
-from admfast.ops.dispatch import Implementation, OpTable, setting, watched
+from admfast.ops.conv import forms
+from admfast.ops.conv.forms import CONVOLUTIONS, ConvOptions, Direction
+from admfast.ops.conv.grad import ConvFn
+from admfast.ops.dispatch import Implementation, OpTable, setting, tell, watch, watched
 from admfast.ops.layout import channels_last, is_channels_last
 from admfast.ops.transforms import constant, deriving, in_autocast, observed, record, recorded
 
@@ -272,16 +272,22 @@ def wide_loops() -> bool:
 
 def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:
     """The implementation for a call, which is checked and looked up once for each kind of input."""
-    # Transforms, traces and who watches are not of the input's kind.
-    if torch.compiler.is_compiling() or forms.transformed() or watched() or observed():
+    # Transforms and traces are not of the input's kind.
+    if torch.compiler.is_compiling() or forms.transformed() or observed():
         _check(direction, x, residual)
         return TABLE.choose(direction.impl, direction, x)
     added = None if residual is None else (residual.shape, residual.dtype, residual.device)
     key = (x.shape, x.dtype, x.device, added, setting())
-    entry = direction.plans.get(key)
-    if entry is None:
+    plan = direction.plans.get(key)
+    if plan is None:
         _check(direction, x, residual)
-        entry = direction.plans[key] = TABLE.choose(direction.impl, direction, x)
+        with watch() as choices:
+            entry = TABLE.choose(direction.impl, direction, x)
+        direction.plans[key] = entry, choices[0]
+        return entry
+    entry, choice = plan
+    if watched():
+        tell(choice)
     return entry
 
 

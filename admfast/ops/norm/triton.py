@@ -8,58 +8,34 @@ more than the small kernels take.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from admfast._source_tree import kernels
+from admfast.ops import launchers
 from admfast.ops.layout import empty_channels_last, is_channels_last
 from admfast.ops.native import free_namespace
 from admfast.ops.transforms import constant, traced
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@constant
-@functools.cache
-def interpreted() -> bool:
-    """Tell whether Triton's interpreter was asked for; as Triton reads it, without importing it."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @constant
 @functools.cache
 def reason_missing() -> str | None:
     """None where the kernels can run on some device, else why not."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not interpreted():
-        if not torch.cuda.is_available():
-            return "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
-        if torch.cuda.get_device_capability() < (8, 0):
-            return "the CUDA device is older than compute capability 8.0"
-        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-            return "triton needs a C compiler (gcc, clang or CC) for its launchers"
-    _register()
-    return None
-
-
-def reason_unasked() -> str | None:
-    """Say why it is not to be chosen where nobody named it."""
-    return "triton's interpreter is for tests" if interpreted() else None
+    reason = launchers.reason_missing()
+    if reason is None:
+        _register()
+    return reason
 
 
 def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
     """None where the kernels can read the sources, else why not."""
-    device = "cpu" if interpreted() else "cuda"
+    device = "cpu" if launchers.interpreted() else "cuda"
     if x.device.type != device:
         return f"x is on {x.device.type}, this runs on {device}"
-    if x.dtype not in DTYPES:
+    if x.dtype not in launchers.DTYPES:
         return f"x is {x.dtype}; float32, float16 or bfloat16"
     for name, source in (("x", x), ("x2", x2)):
         if source is not None and not is_channels_last(source):
@@ -91,10 +67,9 @@ def backward(
 @functools.cache
 def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The raw launchers; importing them imports triton."""
-    kernels()
-    forward = importlib.import_module("admfast.kernels.group_norm")
-    backward = importlib.import_module("admfast.kernels.group_norm_bwd")
-    return forward.group_norm_silu_fwd, backward.group_norm_silu_bwd
+    names = {"group_norm": "group_norm_silu_fwd", "group_norm_bwd": "group_norm_silu_bwd"}
+    forward, backward = (launchers.launcher(file, name) for file, name in names.items())
+    return forward, backward
 
 
 _LIBRARY: list[torch.library.Library] = []  # an op lives as long as its library

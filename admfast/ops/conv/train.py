@@ -9,10 +9,10 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.conv import FoldedConv, check_bias, check_residual, conv_ref, each, wide_loops
-from admfast.ops.conv_forms import CONVOLUTIONS, Direction, winograd_fits
+from admfast.ops.conv.folded import FoldedConv, check_bias, check_residual, conv_ref, each, wide_loops
+from admfast.ops.conv.forms import CONVOLUTIONS, Direction, winograd_fits
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.layout import is_channels_last
+from admfast.ops.layout import empty_channels_last, is_channels_last
 from admfast.ops.transforms import (
     in_autocast,
     in_forward_mode,
@@ -41,7 +41,7 @@ def conv(
 
     Differentiable any number of times in x, weight, bias and residual. Accumulates in float32 at least. In
     float32 on a CPU channels-last 3x3 convolutions, their input gradient and their weights' gradient run by
-    Winograd's algorithm (`admfast.ops.conv_winograd` says what that does to rounding), whose weights are
+    Winograd's algorithm (`admfast.ops.conv.winograd` says what that does to rounding), whose weights are
     transformed anew at every call. Which implementation runs depends on shapes and machine alone, not on
     whether a gradient is recorded.
 
@@ -141,6 +141,16 @@ def by_winograd(
     if recorded(x, weight, bias, residual):
         return record(WinogradFn, x, _viewed(weight), _viewed(bias), residual)
     return native.ops().conv3x3_winograd_once(x, weight, bias, residual, False)
+
+
+@native.fake("conv3x3_winograd_once")
+def _winograd(x: Tensor, weight: Tensor, _bias: Any, _residual: Any, transposed: bool) -> Tensor:
+    return empty_channels_last((x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:]), x)
+
+
+@native.fake("conv3x3_winograd_weight_grad")
+def _winograd_weight_grad(x: Tensor, dy: Tensor) -> Tensor:
+    return x.new_empty((dy.shape[1], x.shape[1], 3, 3))
 
 
 def folded_conv(

@@ -1,0 +1,232 @@
+"""The make of diffusers' `UNet2DModel`: recognise its residual blocks and its attention, and convert them.
+
+Its other convolutions and norms of torch's own classes are converted where they stand; what holds them and
+the way through the blocks run as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.accelerate.classes import convert, own_class
+from admfast.accelerate.codes import LIBRARIES, NUMBERS, foreign, foreign_function
+from admfast.accelerate.makes import Make
+from admfast.accelerate.pieces import convert_conv, convert_norm, entrance, exit_of, is_conv, is_silu
+from admfast.accelerate.trials import Conversion, random, random_images
+from admfast.models.hooks import FusedBlock
+from admfast.models.layers import ResidualBlock
+from admfast.ops.attention import attention
+
+NAMES = LIBRARIES | {
+    *(
+        "len",
+        "get",
+        "deprecate",
+        "ValueError",
+        "training",
+        "shape",
+        "contiguous",
+        "chunk",
+        "output_scale_factor",
+    ),
+    *("norm1", "conv1", "norm2", "conv2", "dropout", "nonlinearity", "conv_shortcut"),
+    *("time_emb_proj", "time_embedding_norm", "skip_time_act", "upsample", "downsample"),
+}
+RESAMPLING_NAMES = NAMES | {
+    *("channels", "norm", "permute", "use_conv", "use_conv_transpose", "conv", "name", "Conv2d_0", "padding"),
+    *("interpolate", "dtype", "bfloat16", "float32", "is_torch_version", "to", "max", "zip", "numel", "pow"),
+    "pad",
+}
+ATTENTION_NAMES = LIBRARIES | {
+    *("set", "inspect", "signature", "processor", "__call__", "parameters", "keys", "items", "len", "logger"),
+    *("warning", "__class__", "__name__"),
+}
+PROCESSOR_NAMES = LIBRARIES | {
+    *("len", "get", "deprecate", "ndim", "shape", "view", "transpose", "reshape", "to", "dtype"),
+    *("spatial_norm", "group_norm", "norm_cross", "norm_encoder_hidden_states", "norm_q", "norm_k"),
+    *("prepare_attention_mask", "to_q", "to_k", "to_v", "to_out", "heads", "scaled_dot_product_attention"),
+    *("residual_connection", "rescale_output_factor"),
+}
+ATTENTION_PARTS = {"group_norm", "to_q", "to_k", "to_v", "to_out"}
+FEWEST = {64, 31}  # images, and bits of their number of values, that torch once failed on in channels-last
+PARTS = {"norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity"}
+
+
+class DiffusersResBlock(ResidualBlock):
+    """diffusers' `ResnetBlock2D`: `(x_skip + branch(x, emb)) / output_scale_factor`.
+
+    Where a hook watches a part, another module stands in its place, or it is called in another way than a
+    network does, the program's own forward runs.
+    """
+
+    output_scale_factor: float
+    skip_time_act: bool
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if temb is None or args or kwargs or self.as_published():
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        modules: Any = self._modules
+        norm, conv, out_norm = modules["norm1"], modules["conv1"], modules["norm2"]
+        y = self._fused(input_tensor, temb, None, norm, conv, out_norm, modules["dropout"], modules["conv2"])
+        return y if self.output_scale_factor == 1 else y / self.output_scale_factor
+
+    def _projected(self, emb: Tensor) -> Tensor:
+        return self._modules["time_emb_proj"](emb if self.skip_time_act else F.silu(emb))  # type: ignore[misc]
+
+    def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
+        shortcut: Any = self._modules.get("conv_shortcut")
+        return x if shortcut is None else shortcut(x)
+
+
+class DiffusersAttention(FusedBlock):
+    """diffusers' `Attention` of positions among themselves, by its processor of torch's fused attention.
+
+    `(x + to_out(attention(to_q(h), to_k(h), to_v(h)))) / rescale_output_factor`, h = GN(x). Where it is given
+    more than x, or has another processor by now, the program's own forward runs.
+    """
+
+    heads: int
+    processor: Any
+    known_call: Any  # the processor's code at the conversion
+    rescale_output_factor: float
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, others = hidden_states, [*args, *(value for name, value in kwargs.items() if name != "temb")]
+        given = any(value is not None for value in others) or x.dim() != 4
+        if given or type(self.processor).__call__ is not self.known_call or self.as_published():
+            return super().forward(x, *args, **kwargs)
+        modules: Any = self._modules
+        norm = modules.get("group_norm")
+        tokens = (x if norm is None else norm(x)).flatten(2).transpose(1, 2)  # [N, S, C]
+        qkv = torch.cat([modules[name](tokens) for name in ("to_q", "to_k", "to_v")], dim=-1)
+        product, dropout = modules["to_out"]._modules.values()
+        y = dropout(product(attention(qkv, self.heads))).transpose(1, 2).reshape(x.shape)
+        y = y + x
+        return y if self.rescale_output_factor == 1 else y / self.rescale_output_factor
+
+
+def _is_norm(module: Any) -> bool:
+    """Tell whether a module is a group norm of torch's own class, with weight and bias."""
+    return type(module) is nn.GroupNorm and module.affine
+
+
+def _resampling(block: Any) -> nn.Module | None:
+    """Return what resamples in a block, if anything does."""
+    return getattr(block, "upsample", None) or getattr(block, "downsample", None)
+
+
+def _candidates(block: Any) -> list[Conversion]:
+    if "to_q" in block._modules:
+        return [_convert_attention] if _is_attention(block) else []
+    return [_convert_block] if _is_block(block) else []
+
+
+def _is_attention(block: Any) -> bool:
+    parts = {name for name, part in block._modules.items() if part is not None}
+    products = [block.to_q, block.to_k, block.to_v]
+    return (
+        parts | {"group_norm"} == ATTENTION_PARTS
+        and (block.group_norm is None or _is_norm(block.group_norm))
+        and all(isinstance(product, nn.Linear) for product in products)
+        and len({product.weight.shape for product in products}) == 1
+        and len(block.to_out) == 2
+        and type(block.to_out[1]) is nn.Dropout
+        and block.residual_connection is True
+    )
+
+
+def _convert_attention(block: Any) -> None:
+    if block.group_norm is not None:
+        convert_norm(block.group_norm)
+    convert(block, DiffusersAttention, known_call=type(block.processor).__call__, _kinds=None)
+    block._built()
+
+
+def _is_block(block: Any) -> bool:
+    shortcut = block._modules.get("conv_shortcut")
+    parts = {name for name, part in block._modules.items() if part is not None}
+    resampling = _resampling(block)
+    return (
+        parts - {"conv_shortcut", "upsample", "downsample"} == PARTS
+        and all(_is_norm(norm) for norm in (block.norm1, block.norm2))
+        and all(is_conv(conv) for conv in (block.conv1, block.conv2))
+        and (shortcut is None or is_conv(shortcut))
+        and type(block.dropout) is nn.Dropout
+        and is_silu(block.nonlinearity)
+        and isinstance(block.time_emb_proj, nn.Linear)
+        and block.time_embedding_norm in ("default", "scale_shift")
+        and isinstance(block.skip_time_act, bool)
+        and (resampling is None or _is_resampling(resampling))
+    )
+
+
+def _is_resampling(module: Any) -> bool:
+    """Tell whether a module may be resampling by two without a convolution; the trial shows whether it is."""
+    if not isinstance(module, nn.Module) or [*module.parameters()]:
+        return False
+    return foreign(own_class(module), RESAMPLING_NAMES, NUMBERS | FEWEST) is None
+
+
+def _convert_block(block: Any) -> None:
+    resample = "up" if getattr(block, "upsample", None) else "down" if _resampling(block) else None
+    for norm in (block.norm1, block.norm2):
+        convert_norm(norm)
+    for conv in (block.conv1, block.conv2, block._modules.get("conv_shortcut")):
+        convert_conv(conv)
+    scale_shift = block.time_embedding_norm == "scale_shift"
+    convert(block, DiffusersResBlock, resample=resample, use_scale_shift_norm=scale_shift, _kinds=None)
+    block._built()
+
+
+def _difference(block: Any) -> str | None:
+    """Say what the code of a block uses beyond that of the library."""
+    if "to_q" not in block._modules:
+        return foreign(own_class(block), NAMES, NUMBERS | FEWEST)
+    processor = type(block.processor)
+    reason = foreign_function(vars(processor).get("__call__"), PROCESSOR_NAMES)
+    reason = reason and f"{processor.__name__} {reason}"
+    return foreign(own_class(block), ATTENTION_NAMES) or reason
+
+
+def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
+    """Return images, and an embedding where a block takes one."""
+    if "to_q" in block._modules:
+        return [random_images(count, block.to_q.in_features, 2, side).to(block.to_q.weight.device)]
+    device = block.conv1.weight.device
+    x = random_images(count, block.norm1.num_channels, 2, side)
+    return [x.to(device), random(count, block.time_emb_proj.in_features, seed=2).to(device)]
+
+
+def _layers(net: Any) -> list[nn.Module]:
+    """Return the residual blocks and the attention, wherever they are."""
+    named = ({"conv1", "conv2"}, {"to_q", "to_k"})
+    return [module for module in net.modules() if any(names <= module._modules.keys() for names in named)]
+
+
+def _convert_ends(net: Any, _enters: bool) -> None:
+    """Convert what lies in none of these: both ends, and what resamples."""
+    inside = {id(part) for block in _layers(net) for part in block.modules()}
+    convert_conv(net.conv_in, entrance)
+    convert_conv(net.conv_out, exit_of)
+    for module in [module for module in net.modules() if id(module) not in inside]:
+        if _is_norm(module):
+            convert_norm(module)
+        else:
+            convert_conv(module)
+
+
+DIFFUSERS = Make(
+    name="diffusers",
+    parts=("conv_in", "time_embedding", "down_blocks", "up_blocks", "conv_out"),
+    builds=frozenset({"conv_in", "down_blocks", "up_blocks", "conv_out"}),
+    torso=("down_blocks", "mid_block", "up_blocks"),
+    candidates=_candidates,
+    difference=_difference,
+    inputs=_inputs,
+    layers=_layers,
+    ends=_convert_ends,
+)

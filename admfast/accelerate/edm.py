@@ -1,0 +1,220 @@
+"""The make of EDM's networks (Karras et al. 2022), and of deepinv's: recognise its blocks, and convert them.
+
+It rewrites ADM, DDPM++ and NCSN++ as one block, `UNetBlock`, in which a convolution of its own resamples
+before it convolves. Networks that resample by a longer filter than the mean of two (NCSN++) stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from admfast.accelerate.classes import convert, own_class
+from admfast.accelerate.codes import LIBRARIES, foreign
+from admfast.accelerate.makes import Make
+from admfast.accelerate.pieces import Watchful, convert_norm, entrance, is_norm
+from admfast.accelerate.trials import Conversion, random, random_images
+from admfast.models.layers import ResidualBlock
+from admfast.ops.attention import attention
+from admfast.ops.resample import avg_pool_down, nearest_up
+
+CONV_NAMES = LIBRARIES | {
+    *("weight", "bias", "resample_filter", "to", "dtype", "shape", "fused_resample", "up", "down"),
+    *("conv2d", "conv_transpose2d", "mul", "tile", "in_channels", "out_channels", "max", "add_", "reshape"),
+}
+BLOCK_NAMES = LIBRARIES | {
+    *("norm0", "conv0", "affine", "norm1", "conv1", "skip", "norm2", "qkv", "proj", "num_heads"),
+    *("dropout", "training", "skip_scale", "adaptive_scale", "silu", "unsqueeze", "to", "dtype", "chunk"),
+    *("addcmul", "add_", "reshape", "shape", "unbind", "transpose", "scaled_dot_product_attention"),
+    *("AttentionOp", "apply", "einsum"),
+}
+PARTS = {"norm0", "conv0", "affine", "norm1", "conv1"}
+WITH_ATTENTION = PARTS | {"norm2", "qkv", "proj"}
+TAPS = 2  # of the filter whose resampling is the published one
+
+
+class EdmConv(Watchful):
+    """EDM's convolution: zeros around x, which is resampled by two before where `up` or `down`."""
+
+    any_dtype = True
+    stride = dilation = (1, 1)
+    groups = 1
+    padding_mode = "zeros"
+    up: bool
+    down: bool
+    padding: tuple[int, int]
+
+    def forward(self, x: Tensor, *options: Any, **named: Any) -> Tensor:
+        if self.up:
+            x = nearest_up(x)
+        elif self.down:
+            x = avg_pool_down(x)
+        return self.convolved(x, *options, **named)
+
+    def convolved(self, x: Tensor, residual: Tensor | None = None, any_order: bool = False) -> Tensor:
+        """Convolve alone, and add the residual."""
+        folded = self.folded
+        if folded is None or folded.dtype == x.dtype:
+            return super().forward(x, residual, any_order=any_order)
+        y = self._conv_forward(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
+        return y if residual is None else residual + y
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=self.padding)
+
+    def reorders(self, x: Tensor) -> bool:
+        """Tell whether the channels of a product of x in `any_order` come in the order of `rows`."""
+        folded = self.folded
+        return folded is not None and folded.dtype == x.dtype and folded.options.rows is not None
+
+
+class EdmBlock(ResidualBlock):
+    """EDM's `UNetBlock`: `s (x_skip + branch(x, emb))`, then `s (x + proj(attention(qkv(GN(x)))))`.
+
+    Rows of qkv are ordered (head, channel, 3). Where a hook watches a part, or another module stands in its
+    place, the program's own forward runs.
+    """
+
+    dropout: float
+    skip_scale: float
+    scales: bool  # a trace can't ask it of a NumPy scalar
+    num_heads: int
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.as_published():
+            return super().forward(x, emb)
+        modules: Any = self._modules
+        conv, out_conv = modules["conv0"].convolved, modules["conv1"].convolved
+        x = self._fused(x, emb, None, modules["norm0"], conv, modules["norm1"], self._dropped, out_conv)
+        x = self._scaled(x)
+        return self._scaled(self._attended(x)) if self.num_heads else x
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * self.skip_scale if self.scales else x
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def _projected(self, emb: Tensor) -> Tensor:
+        return self._modules["affine"](emb)  # type: ignore[misc]
+
+    def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
+        skip: Any = self._modules.get("skip")
+        return x if skip is None or skip.weight is None else skip.convolved(x)
+
+    def _attended(self, x: Tensor) -> Tensor:
+        modules: Any = self._modules
+        product, h = modules["qkv"], modules["norm2"](x)
+        qkv = product(h, any_order=True).flatten(2).transpose(1, 2)  # [N, S, 3C]
+        if not product.reorders(h):
+            qkv = qkv.unflatten(-1, (self.num_heads, -1, 3)).movedim(-1, 2).flatten(2)
+        h = attention(qkv, self.num_heads)
+        return modules["proj"](h.transpose(1, 2).reshape(x.shape), x)
+
+
+def _is_conv(module: Any) -> bool:
+    """Tell whether a module is EDM's convolution, or its resampling without one, by the known filter."""
+    if not hasattr(module, "weight") or "resample_filter" not in module._buffers:
+        return False
+    if module._modules or foreign(own_class(module), CONV_NAMES):
+        return False
+    up, down = getattr(module, "up", None), getattr(module, "down", None)
+    if not (isinstance(up, bool) and isinstance(down, bool)):
+        return False
+    if getattr(module, "fused_resample", False) and (up or down):
+        return False
+    return _taps(module) == (TAPS if up or down else 0)
+
+
+def _taps(module: nn.Module) -> int:
+    """Return how long the filter is by which a convolution resamples, 0 where it doesn't."""
+    filters = module._buffers.get("resample_filter")
+    return 0 if filters is None else filters.shape[-1]
+
+
+def _candidates(block: Any) -> list[Conversion]:
+    skip = block._modules.get("skip")
+    parts = {name for name, part in block._modules.items() if part is not None} - {"skip"}
+    heads = getattr(block, "num_heads", None)
+    known = (
+        parts == (WITH_ATTENTION if heads else PARTS)
+        and all(is_norm(block._modules[name]) for name in parts if name.startswith("norm"))
+        and all(_is_conv(block._modules[name]) for name in parts & {"conv0", "conv1", "qkv", "proj"})
+        and (skip is None or _is_conv(skip))
+        and isinstance(getattr(block, "adaptive_scale", None), bool)
+        and all(math.isfinite(getattr(block, name)) for name in ("dropout", "skip_scale"))
+        and not block.conv1.up | block.conv1.down
+    )
+    return [_convert_block] if known else []
+
+
+def _convert_block(block: Any) -> None:
+    resample = "up" if block.conv0.up else "down" if block.conv0.down else None
+    for name, part in block._modules.items():
+        if name.startswith("norm"):
+            convert_norm(part)
+        elif part is not None and name not in ("affine", "qkv"):
+            _convert_conv(part)
+    if block.num_heads:
+        rows = torch.arange(len(block.qkv.weight), device="cpu").view(block.num_heads, -1, 3)
+        _convert_conv(block.qkv, rows=rows.permute(2, 0, 1).flatten().tolist())
+    convert(
+        block, EdmBlock, resample=resample, use_scale_shift_norm=block.adaptive_scale,
+        scales=bool(block.skip_scale != 1), _kinds=None,
+    )  # fmt: skip
+    block._built()
+
+
+def _convert_conv(conv: Any, ours: type[nn.Module] = EdmConv, **attributes: Any) -> None:
+    """Convert a convolution; one without weights only resamples, and stays."""
+    if conv.weight is not None:
+        sides = conv.weight.shape[2:]
+        convert(conv, ours, padding=tuple(side // 2 for side in sides), **attributes)
+
+
+def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
+    """Return images and an embedding."""
+    device = block.norm0.weight.device
+    x = random_images(count, len(block.norm0.weight), 2, side)
+    return [x.to(device), random(count, block.affine.weight.shape[1], seed=2).to(device)]
+
+
+def _layers(net: Any) -> list[nn.Module]:
+    """Return the blocks, which are told from single layers by having some."""
+    return [block for blocks in (net.enc, net.dec) for block in blocks.children() if [*block.children()]]
+
+
+def _convert_ends(net: Any, _enters: bool) -> None:
+    """Convert the first and last layers, those of EDM's own make that lie in no block."""
+    first = next(iter(net.enc.children()))
+    single = [layer for layers in (net.enc, net.dec, net) for layer in layers.children()]
+    for layer in single:
+        if "resample_filter" in layer._buffers and _is_conv(layer):
+            _convert_conv(layer, entrance(EdmConv) if layer is first else EdmConv)
+        elif "num_groups" in vars(layer) and is_norm(layer):
+            convert_norm(layer)
+
+
+def _refusal(net: nn.Module) -> str | None:
+    taps = max(map(_taps, net.modules()))
+    return f"it resamples by a filter of {taps} taps, not {TAPS}" if taps > TAPS else None
+
+
+EDM = Make(
+    name="EDM",
+    parts=("map_noise", "map_layer0", "map_layer1", "enc", "dec"),
+    builds=frozenset({"map_noise", "map_layer0", "enc", "dec"}),
+    torso=("enc", "dec"),
+    candidates=_candidates,
+    difference=lambda block: foreign(own_class(block), BLOCK_NAMES),
+    inputs=_inputs,
+    layers=_layers,
+    ends=_convert_ends,
+    refusal=_refusal,
+)

@@ -1,0 +1,128 @@
+"""Recognise and convert the layers that blocks of all makes consist of: convolutions, norms, SiLU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from admfast.accelerate.classes import convert, own_class
+from admfast.accelerate.codes import ACTIVATION, NORM, foreign
+from admfast.accelerate.trials import bare_copy, close, random
+from admfast.models import convolution, layers
+from admfast.ops.conv import FoldedConv
+from admfast.ops.layout import channels_together
+from admfast.ops.transforms import deriving
+
+
+class Watchful(convolution.FoldableConv):
+    """A convolution that may be called without its network, which would have renewed its form.
+
+    any_dtype: it computes in the dtype of x, whatever that of its weights is.
+    """
+
+    any_dtype: ClassVar[bool] = False
+
+    @property
+    def folded(self) -> FoldedConv | None:
+        # A compiled program would not see that weights were written to.
+        found = None if torch.compiler.is_compiling() else super().folded
+        return found if found is None or found.holds else None
+
+
+def _watchful(ours: type[convolution.FoldableConv]) -> type[nn.Module]:
+    return type(ours.__name__, (Watchful, ours), {})
+
+
+CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: _watchful(convolution.Conv1d),
+    nn.Conv2d: _watchful(convolution.Conv2d),
+    nn.Conv3d: _watchful(convolution.Conv3d),
+}
+POINTWISE = _watchful(convolution.PointwiseConv1d)
+
+
+class _Entrance(nn.Module):
+    """Mixin of a network's first convolution, where images enter with their channels together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded: FoldedConv | None = self.folded  # type: ignore[assignment]
+        x = x if folded is None or self.any_dtype else x.to(folded.dtype)
+        return super().forward(channels_together(x) if x.dim() == 4 else x)  # type: ignore[misc]
+
+
+class _Exit(nn.Module):
+    """Mixin of a network's last convolution, where images leave it as the program's own gives them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()  # type: ignore[misc]
+
+
+@functools.cache
+def entrance(ours: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of convolutions of a class of ours through which images enter a network.
+
+    Each block is spared a conversion then: `torch.cat` and the blocks hand the layout on.
+    """
+    return type(ours.__name__, (_Entrance, ours), {})
+
+
+@functools.cache
+def exit_of(ours: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of convolutions of a class of ours through which images leave a network."""
+    return type(ours.__name__, (_Exit, ours), {})
+
+
+class Norm(nn.Module):
+    """`layers.Norm` for a class of group norms that needn't derive from torch's."""
+
+    forward = layers.Norm.forward  # type: ignore[assignment]
+    again = layers.Norm.again
+
+
+def is_conv(module: Any) -> bool:
+    """Tell whether a module is a convolution of torch's own class."""
+    return type(module) in CONVOLUTIONS
+
+
+def is_norm(module: Any) -> bool:
+    """Tell whether a module is a group norm with weight and bias, whatever it does about dtypes."""
+    weight, bias, groups, eps = (getattr(module, n, None) for n in ("weight", "bias", "num_groups", "eps"))
+    if not isinstance(module, nn.Module) or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+        return False
+    if not isinstance(groups, int) or not isinstance(eps, float) or foreign(own_class(module), NORM):
+        return False
+    with deriving():
+        norm: Any = bare_copy(module)
+        x = 0.01 * random(2, len(weight), 3, 3, seed=1).to(weight.device)  # so that eps matters
+        wanted = nn.functional.group_norm(x, groups, norm.weight, norm.bias, eps)
+        return close(norm(x.clone()), wanted)
+
+
+def is_silu(module: Any) -> bool:
+    """Tell whether a module is `x * sigmoid(x)`."""
+    if type(module) is nn.SiLU:
+        return True
+    if foreign(own_class(module), ACTIVATION):
+        return False
+    x = torch.linspace(-8, 8, 65, device="cpu")
+    with deriving():
+        return close(module(x.clone()), nn.functional.silu(x))
+
+
+def convert_norm(norm: nn.Module) -> None:
+    """Convert a norm that `is_norm`."""
+    convert(norm, layers.Norm if isinstance(norm, nn.GroupNorm) else Norm)
+
+
+def convert_conv(conv: nn.Module, kind: Callable[[Any], type[nn.Module]] | None = None) -> None:
+    """Convert a convolution of torch's own class; leave any other module as it is.
+
+    kind: `entrance` or `exit_of`, where images enter or leave the network through it.
+    """
+    if is_conv(conv):
+        ours = CONVOLUTIONS[type(conv)]
+        convert(conv, ours if kind is None else kind(ours))

@@ -1,0 +1,100 @@
+"""Processes whose formulas are admfast's: whoever changes what these don't look at is told so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from admfast.diffusion import GaussianDiffusion as Process
+from admfast.diffusion import Schedule
+
+Array = npt.NDArray[np.float64]
+ARRAYS = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "alphas_cumprod_next", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
+    "posterior_mean_coef1", "posterior_mean_coef2",
+)  # fmt: skip
+FIXED = (
+    "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "num_timesteps", "use_timesteps",
+    "timestep_map", "original_num_steps", "_schedule", "_made",
+)  # fmt: skip
+# Methods as they are defined here: programs may exchange one.
+_DEFINED: dict[type, dict[str, Any]] = {}
+
+
+def as_defined(cls: type) -> None:
+    """Take note of the methods of a class as they are now."""
+    _DEFINED[cls] = dict(vars(cls))
+
+
+class AsBuilt:
+    """The attributes of a process that its formulas were made from, and the arrays of its schedule."""
+
+    _schedule: Schedule
+
+    def _take(self, process: Process) -> None:
+        """Take the formulas, once all other attributes are set."""
+        self._made, self._arrays = process, dict[str, Array]()
+        self._built = {name: _kept(vars(self)[name]) for name in FIXED if name in vars(self)}
+
+    @property
+    def _process(self) -> Process:
+        """The formulas. Raises NotImplementedError where an attribute was changed that they don't look at."""
+        changed = [name for name, value in self._built.items() if vars(self)[name] != value]
+        for name, values in self._arrays.items():
+            if not np.array_equal(values, getattr(self._schedule, name)):
+                changed.append(name)
+        if changed:
+            raise NotImplementedError(f"diffusion.{changed[0]} was changed: build another diffusion instead")
+        return self._made
+
+    def _formulas(self, *names: str) -> Process:
+        """Return the formulas, for a method that would call these methods if it were not for them.
+
+        Raises: NotImplementedError where a program has put others in their place.
+        """
+        for name in names:
+            if not self._is_own(name):
+                where = f"{type(self).__name__}.{name} is not this package's"
+                raise NotImplementedError(f"{where}, and its formulas would not call it")
+        return self._process
+
+    def _is_own(self, name: str) -> bool:
+        """Tell whether a method is the one that was defined here."""
+        if name in vars(self):
+            return False
+        found = next((part for part in type(self).__mro__ if name in vars(part)), None)
+        return found is None or vars(found)[name] is _DEFINED.get(found, {}).get(name)
+
+    def as_built(self) -> bool:
+        """Tell whether attributes and methods are those that this process was built with."""
+        methods = {name for part in _DEFINED.values() for name, value in part.items() if callable(value)}
+        if not all(self._is_own(name) for name in methods if not name.startswith("__")):
+            return False
+        try:
+            return self._process is self._made
+        except NotImplementedError:
+            return False
+
+
+def _kept(value: Any) -> Any:
+    """Return a copy of what can be changed in place."""
+    return type(value)(value) if isinstance(value, list | set) else value
+
+
+def _array(name: str) -> property:
+    """Return the property that gives an array of the schedule, the same at each use."""
+
+    def read(self: AsBuilt) -> Array:
+        if name not in self._arrays:
+            self._arrays[name] = np.array(getattr(self._schedule, name))
+        return self._arrays[name]
+
+    return property(read, doc=f"{name}, float64 [S]; not to be written to.")
+
+
+for _name in ARRAYS:
+    setattr(AsBuilt, _name, _array(_name))

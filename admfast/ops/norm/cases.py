@@ -1,0 +1,148 @@
+"""Calls of `group_norm_silu`: an example, small ones of odd sizes, those of the released networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.ops.cases import Case, Draw, OpCases
+from admfast.ops.layout import channels_last
+from admfast.ops.norm import group_norm_silu
+
+# name: every shape in which groups, channels, positions or dimensions are odd
+SHAPES: dict[str, Case] = {
+    "odd": dict(n=1, c1=24, groups=8, spatial=(5, 7)),
+    "one group": dict(n=2, c1=6, groups=1, spatial=(4, 5)),
+    "a group a channel": dict(n=3, c1=6, groups=6, spatial=(3, 4)),
+    # 4 channels a group: one holds the last of x and 3 of x2
+    "straddling": dict(n=2, c1=5, c2=7, groups=3, spatial=(3, 6)),
+    "wide straddling": dict(n=1, c1=24, c2=12, groups=2, spatial=(6, 6)),
+    "1d": dict(n=2, c1=12, groups=4, spatial=(33,)),
+    "1d straddling": dict(n=1, c1=4, c2=6, groups=2, spatial=(6,)),
+    "3d": dict(n=1, c1=8, groups=2, spatial=(3, 5, 4)),
+    "3d odd": dict(n=2, c1=3, c2=5, groups=4, spatial=(2, 7, 3)),
+    "one position": dict(n=2, c1=8, groups=2, spatial=(2, 2)),
+}
+# Two trips and three chunks of positions; a group with channels of both sources; odd rows dropped and kept.
+STRADDLING: Case = dict(n=1, c1=20, c2=10, groups=5, modulated=True, with_skip=True)
+SMALL = (
+    dict(n=2, c1=24, groups=8, spatial=(17, 31), modulated=True, mean=100),
+    STRADDLING | dict(spatial=(5, 7), resample="up"),
+    STRADDLING | dict(spatial=(9, 7), resample="down"),
+    dict(n=1, c1=3, groups=1, spatial=(37,), silu=False),
+)
+# Before a convolution, in 32 groups: "model channels @ side".
+_NETWORKS = """
+unet64 192@64   unet256 256@256  unet256 512@256   unet512 128@512  unet128 256@128   unet64 384@32
+unet64 576@16   unet64 768@8     unet64 576@64     unet256 512@64   unet256 1024@16   unet512 384@512
+up64_256 192@256   up128_512 192@512   clf256 128@256   clf512 64@512
+"""
+
+
+def _real(model: str, size: str) -> tuple[str, Case]:
+    channels, side = map(int, size.split("@"))
+    return f"{model} {size}", dict(c1=channels, spatial=(side, side))
+
+
+REAL = dict(_real(*words) for words in zip(*[iter(_NETWORKS.split())] * 2, strict=True))
+
+
+def arguments(
+    draw: Draw,
+    dtype: torch.dtype,
+    *,
+    n: int = 1,
+    c1: int = 256,
+    c2: int = 0,
+    groups: int = 32,
+    spatial: tuple[int, ...] = (4, 4),
+    modulated: bool = False,
+    silu: bool = True,
+    resample: str | None = None,
+    with_skip: bool = False,
+    mean: float = 0,
+    weights: torch.dtype | None = torch.float32,
+) -> dict[str, Any]:
+    """Make the arguments; `weights`: the dtype of weight and bias, that of x for None."""
+
+    def source(channels: int, deviation: float) -> Tensor:
+        return channels_last((deviation * draw(n, channels, *spatial) + mean).to(dtype))
+
+    made: dict[str, Any] = {"x": source(c1, 1)}
+    if c2:
+        made["x2"] = source(c2, 2)
+    weight, bias = draw(2, c1 + c2)
+    weights = dtype if weights is None else weights
+    made |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
+    if modulated:  # as in a network: two halves of one projection
+        made["scale"], made["shift"] = draw(n, 2 * (c1 + c2)).to(dtype).chunk(2, dim=1)
+    return made | dict(groups=groups, silu=silu, resample=resample, with_skip=with_skip)
+
+
+def wrong() -> list[tuple[dict[str, Any], str]]:
+    """Arguments that no implementation takes."""
+    x, channels, of_image = torch.ones(1, 256, 4, 4), torch.ones(256), torch.ones(1, 256)
+    changes: list[tuple[dict[str, Any], str]] = [
+        (dict(weight=torch.ones(255)), "weight.shape"),
+        (dict(bias=torch.ones(256, 1)), "bias.shape"),
+        (dict(bias=channels.to("meta")), "bias.device"),
+        (dict(weight=None), "weight"),
+        (dict(scale=of_image), "scale, shift"),
+        (dict(shift=of_image), "scale, shift"),
+        (dict(scale=channels, shift=of_image), "scale.shape"),
+        (dict(scale=of_image, shift=torch.ones(2, 256)), "shift.shape"),
+        (dict(x2=x.double()), "x2.dtype"),
+        (dict(x2=x), "weight.shape"),
+        (dict(x=x[..., :1], resample="down"), "x.shape"),
+        (dict(resample="left"), "resample"),
+    ]
+    changes += [(dict(x=value), "x.shape") for value in (x[0, 0], x[:, :, 0, 0], x[None, None])]
+    changes += [(dict(x2=value), "x2.shape") for value in (x[:, :, :3], torch.ones(2, 256, 4, 4))]
+    changes += [(dict(groups=value), "groups") for value in (0, 3, 2.0, True, None)]
+    changes += [(dict(eps=value), "eps") for value in (-1e-5, float("nan"), "1e-5")]
+    for name, value in dict(x=x, x2=x, weight=channels, bias=channels).items():
+        changes += [(dict([(name, value.long())]), f"{name}.dtype"), (dict([(name, "one")]), name)]
+    return changes
+
+
+def _tensors(call: dict[str, Any]) -> list[Any]:
+    return [call.get(name) for name in ("x", "x2", "weight", "bias", "scale", "shift")]
+
+
+def _raw_cpp(raw: Callable[..., Any], **call: Any) -> None:
+    tensors, silu = _tensors(call), call["silu"]
+    y, mean, rstd = raw("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, silu)
+    raw("group_norm_silu_bwd", torch.ones_like(y), *tensors, mean, rstd, silu)
+
+
+def _raw_triton(raw: Callable[..., Any], **call: Any) -> None:
+    tensors, modes, skips = _tensors(call), (call["silu"], call["resample"]), call["resample"] is not None
+    y, skip, mean, rstd = raw("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, *modes, skips)
+    raw("group_norm_silu_bwd", y, skip if skips else None, *tensors, mean, rstd, *modes, True)
+
+
+def _case_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **call: Any) -> list[Case]:
+    c2 = 0 if call["x2"] is None else call["x2"].shape[1]
+    case = dict(c1=x.shape[1], c2=c2, groups=groups, spatial=tuple(x.shape[2:]))
+    case |= dict(modulated=call["scale"] is not None, silu=call["silu"], resample=call["resample"])
+    return [case | dict(weights=None)]  # what half precision is made of has its weights in it too
+
+
+CASES = [
+    OpCases(
+        "group_norm_silu",
+        group_norm_silu,
+        arguments,
+        SMALL,
+        REAL,
+        wrong,
+        differentiable=("x", "x2", "weight", "bias", "scale", "shift"),
+        raw={"cpp": _raw_cpp, "triton": _raw_triton},
+        # One read; two passes, as if nothing fitted, with several tiles a program.
+        launches=({}, {"SHARE": 0, "RESIDENT": 2}),
+        case_of=_case_of,
+    )
+]

@@ -1,0 +1,36 @@
+"""One update of any solver: a row of its table (`step.py`, `table.py`), and the noise in it (`noise.py`)."""
+
+from admfast.ops.update.noise import MASK32, Stream, as_seeds, normal, normal_ref, philox4x32_10
+from admfast.ops.update.step import (
+    COLUMNS,
+    HISTORY,
+    Clip,
+    PackedTable,
+    Row,
+    SamplerState,
+    pack,
+    sampler_step,
+    sampler_step_ref,
+    update_for,
+)
+from admfast.ops.update.table import SolverTable
+
+__all__ = [
+    "COLUMNS",
+    "HISTORY",
+    "MASK32",
+    "Clip",
+    "PackedTable",
+    "Row",
+    "SamplerState",
+    "SolverTable",
+    "Stream",
+    "as_seeds",
+    "normal",
+    "normal_ref",
+    "pack",
+    "philox4x32_10",
+    "sampler_step",
+    "sampler_step_ref",
+    "update_for",
+]

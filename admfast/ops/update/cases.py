@@ -1,0 +1,168 @@
+"""Calls of `sampler_step` and `normal`: an example, small ones of every layout, those of the networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from admfast.ops.cases import Case, Draw, OpCases
+from admfast.ops.layout import channels_last
+from admfast.ops.update.noise import Stream, as_seeds, normal
+from admfast.ops.update.step import Clip, PackedTable, Row, SamplerState, pack, sampler_step
+
+# One row of DDIM's form; a row of everything at once (variance, guidance in all three places, noise, saved
+# point, history and push) after one that saves and pushes.
+PLAIN = [Row(0.0, 0.0, k_x=1.0, k_out=-1.0, a=0.5, b=0.5)]
+FULL = [
+    Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
+    Row(
+        0, 0, k_x=0.9, k_out=-0.4, k_pre=0.1, k_post=0.2, l0=-1, l1=0.5, a=0.3, a_s=0.1, b=0.6, c1=0.2,
+        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, push=True,
+    ),
+]  # fmt: skip
+WHOLE: Case = dict(n=2, spatial=(4, 6), full=True)
+SMALL = (
+    WHOLE,
+    WHOLE | dict(layout="channels_last"),
+    WHOLE | dict(layout="channels_last", variance=False),
+    WHOLE | dict(layout="channels_last", channels=1, spatial=(4, 10)),
+    WHOLE | dict(layout="sliced", spatial=(5, 7)),
+    WHOLE | dict(given_noise=True, counter=True),
+    dict(n=2, spatial=(4, 5)),
+)
+REAL = {f"{side}x{side}": dict(spatial=(side, side), full=True) for side in (64, 128, 256, 512)}
+
+
+def arguments(
+    draw: Draw,
+    dtype: torch.dtype,
+    *,
+    n: int = 1,
+    channels: int = 3,
+    spatial: tuple[int, ...] = (4, 4),
+    full: bool = False,
+    variance: bool = True,
+    layout: str = "contiguous",
+    given_noise: bool = False,
+    counter: bool = False,
+) -> dict[str, Any]:
+    """Make the arguments; `dtype` and `layout` are those of the network's output.
+
+    full: the row of everything, on a state whose buffers are filled. variance: the output has a variance.
+    given_noise: noise is given, not made. counter: the row is a tensor where the state is.
+    """
+
+    def image(of: int) -> Tensor:
+        if layout == "sliced":
+            return draw(n, of, *spatial[:-1], 2 * spatial[-1])[..., ::2]
+        return channels_last(draw(n, of, *spatial)) if layout == "channels_last" else draw(n, of, *spatial)
+
+    x = draw(n, channels, *spatial)
+    if not full:
+        given = {"out": image(channels).to(dtype), "table": pack(PLAIN, x.device), "row": 0}
+        return {"state": SamplerState.start(x, PLAIN)} | given
+    rows = FULL if variance else [FULL[0], Row(**vars(FULL[1]) | {"l1": 0})]
+    state = SamplerState(x, draw(*x.shape), draw(*x.shape), draw(3, *x.shape))
+    width = (1 + variance) * channels
+    out, out2 = (image(width).to(dtype) for _ in range(2))
+    drawn = {"noise": draw(*x.shape)} if given_noise else {"seeds": as_seeds(range(7, 7 + n)).to(x.device)}
+    row = torch.ones(1, dtype=torch.int64, device=x.device) if counter else 1
+    given = dict(out=out, table=pack(rows, x.device), row=row, out2=out2, grad=image(channels))
+    return {"state": state} | given | drawn
+
+
+def advanced(state: SamplerState, impl: str | None = None, **given: Any) -> tuple[Tensor, ...]:
+    """Advance the state, and return its buffers."""
+    sampler_step(state, impl=impl, **given)
+    return tuple(t for t in (state.x, state.x0, state.saved, state.history) if t is not None)
+
+
+def wrong() -> list[tuple[dict[str, Any], str]]:
+    """Arguments of an update that no implementation takes."""
+    x = torch.ones(1, 3, 4, 4)
+    changes: list[tuple[dict[str, Any], str]] = [
+        (dict(out=None), "out"),
+        (dict(out=x[0]), "out.shape"),
+        (dict(out=x.long()), "out.dtype"),
+        (dict(out=x.to("meta")), "out.device"),
+        (dict(seeds=[1, 2]), "seeds"),
+        (dict(table=[]), "table"),
+        (dict(table=pack(PLAIN, dtype=torch.float64)), "table"),
+        (dict(stream=torch.tensor(1)), "stream"),
+        (dict(noise_row=2.0), "noise_row"),
+    ]
+    for name in ("grad", "noise"):
+        changes += [
+            (dict([(name, x.to(torch.float8_e4m3fn))]), f"{name}.dtype"),
+            (dict([(name, x[..., 1:])]), f"{name}.shape"),
+            (dict([(name, x.to("meta"))]), f"{name}.device"),
+        ]
+    changes += [(dict(row=value), "row") for value in (1, -1, 0.5, torch.tensor([1.0]), torch.tensor([0, 0]))]
+    return changes + [(dict(noise_row=value), "noise_row") for value in _not_counters()]
+
+
+def _not_counters() -> list[Any]:
+    meta = torch.ones(1, dtype=torch.int64, device="meta")
+    return [2.0, True, "1", -1, 2**32, torch.ones(1), torch.ones(2, dtype=torch.int64), meta]
+
+
+def _raw(
+    raw: Callable[..., Any], state: SamplerState, out: Tensor, table: PackedTable, row: Any, **given: Any
+) -> None:
+    number, at = (row, 0) if isinstance(row, Tensor) else (None, row)
+    buffers = (state.x, state.x0, state.saved, state.history)
+    named = [given.get(name) for name in ("out2", "grad", "seeds", "noise")]
+    raw("sampler_step_", *buffers, out, *named, table.device, number, number, at, at, int(Stream.STEPS))
+
+
+def noise_arguments(
+    draw: Draw, dtype: torch.dtype, *, n: int = 1, shape: tuple[int, ...] = (3, 4, 4)
+) -> dict[str, Any]:
+    """Make the arguments of `normal`; the seeds end with the largest."""
+    seeds = as_seeds([0, *(2**64 - i for i in range(1, n))])
+    return dict(seeds=seeds.to(draw(0).device), shape=shape, row=0, stream=Stream.X_T)
+
+
+def wrong_noise() -> list[tuple[dict[str, Any], str]]:
+    """Arguments of `normal` that no implementation takes."""
+    changes: list[tuple[dict[str, Any], str]] = [
+        (dict([(name, value)]), name) for name in ("row", "stream") for value in _not_counters()
+    ]
+    seeds = ([1, 2], torch.zeros(2), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
+    changes += [(dict(seeds=value), "seeds") for value in seeds]
+    return [
+        *changes,
+        (dict(shape=(2.0, 3)), "shape[0]"),
+        (dict(shape=(2, -3)), "shape[1]"),
+        (dict(shape=5), "shape"),
+    ]
+
+
+def _raw_noise(raw: Callable[..., Any], seeds: Tensor, shape: tuple[int, ...], row: int, stream: int) -> None:
+    raw("normal", seeds, torch.Size(shape).numel(), row, int(stream))
+
+
+CASES = [
+    OpCases(
+        "sampler_step",
+        advanced,
+        arguments,
+        SMALL,
+        REAL,
+        wrong,
+        typed="output",
+        raw={"cpp": _raw, "cuda": _raw},
+    ),
+    OpCases(
+        "normal",
+        normal,
+        noise_arguments,
+        (dict(n=2, shape=(3, 5, 7)), dict(n=3, shape=(2,))),
+        wrong=wrong_noise,
+        typed=None,
+        raw={"cpp": _raw_noise, "cuda": _raw_noise},
+    ),
+]

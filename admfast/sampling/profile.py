@@ -1,0 +1,183 @@
+"""Judge a run by what its machine can do: the share of a product's rate, and what would help by rule."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from admfast import host
+from admfast.checkpoints.describe import forward_work, guidance_flops
+from admfast.engine.numerics import on_threads, own_numerics
+from admfast.engine.precision import has_amx
+from admfast.engine.threads import GRAIN, convolution, threads_for
+from admfast.files.tables import table
+from admfast.ops import native
+from admfast.sampling.last_run import RunReport, StageReport
+from admfast.sampling.pipeline import Pipeline
+
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the product's matrices: large enough for a library's best
+SECONDS = 0.25  # that products are measured for
+NAMED = 3  # pieces of advice
+MUCH = 0.1  # of a run's seconds, from which on something is worth a word
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Operations a second of a stage's rows, beside those of a matrix product on the same threads.
+
+    flops: of all rows: convolutions and products of the network's forward and of the classifier's gradient, 2
+    for a multiply-add, as the published networks have them. seconds: of these rows. product: operations a
+    second of the best product. side, dtype: of its matrices.
+    """
+
+    flops: int
+    seconds: float
+    product: float
+    side: int
+    dtype: torch.dtype
+
+    @property
+    def reached(self) -> float:
+        """Return the operations a second of the rows."""
+        return self.flops / self.seconds
+
+    @property
+    def share(self) -> float:
+        """Return the share of the product's rate; above 1 where Winograd's convolutions multiply less."""
+        return self.reached / self.product
+
+
+def rates(report: RunReport, pipe: Pipeline) -> dict[str, Rate]:
+    """Measure products now, in the torso's dtype, and return the rate of each stage of a run of `pipe`."""
+    found = {}
+    for stage, own in _stages(report, pipe):
+        dtype, side = own.policy.torso, SIDE[own.device.type]
+        product = product_rate(own.device, dtype, stage.threads, own.policy.tf32, side)
+        found[stage.stage] = Rate(_flops(stage, own), stage.seconds.rows, product, side, dtype)
+    return found
+
+
+def product_rate(
+    device: torch.device, dtype: torch.dtype, threads: int | None, tf32: bool, side: int
+) -> float:
+    """Return the operations a second of the fastest of some products of two square matrices.
+
+    threads: on a CPU. tf32: on CUDA, as the policy has it. Takes a quarter of a second, or two products.
+    """
+
+    def ended() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    on = contextlib.nullcontext() if threads is None else on_threads(threads)
+    with torch.no_grad(), own_numerics(device, tf32), on:
+        factor = torch.ones(side, side, dtype=dtype, device=device)
+        torch.mm(factor, factor)  # the library's own first call
+        best, until = float("inf"), ended() + SECONDS
+        while best == float("inf") or time.perf_counter() < until:
+            began = ended()
+            torch.mm(factor, factor)
+            best = min(best, ended() - began)
+    return 2 * side**3 / best
+
+
+def profile_text(report: RunReport, pipe: Pipeline) -> str:
+    """Return the shares of the machine's rate, and what would help, as text below the report's table."""
+    lines = []
+    for name, rate in rates(report, pipe).items():
+        dtype = str(rate.dtype).removeprefix("torch.")
+        product = f"best product of two {rate.side}x{rate.side} {dtype} matrices, measured now"
+        lines += [
+            (name, "operations of the rows", f"{rate.flops / 1e9:,.1f} GFLOP"),
+            ("", "reached", f"{rate.reached / 1e9:,.1f} GFLOP/s"),
+            ("", product, f"{rate.product / 1e9:,.1f} GFLOP/s"),
+            ("", "share", f"{100 * rate.share:.0f} %"),
+        ]
+    advice = [f"- {text}" for text in helps(report, pipe)] or ["- nothing that is known by rule"]
+    return "\n".join([table(lines), "", "What would help:", *advice])
+
+
+def helps(report: RunReport, pipe: Pipeline) -> list[str]:
+    """Return at most three things that would make the run faster, each known by rule, the largest first."""
+    found: dict[str, None] = {}
+    rules = (_of_implementations, _of_steps, _of_precision, _of_size, _of_seconds)
+    for rule in rules:
+        for stage, own in _stages(report, pipe):
+            found |= dict.fromkeys(rule(stage, own))
+    return list(found)[:NAMED]
+
+
+def _stages(report: RunReport, pipe: Pipeline) -> Iterator[tuple[StageReport, Pipeline]]:
+    """Yield every stage with the pipeline of its network."""
+    for stage, own in zip(report.stages, (pipe, pipe.upsampler), strict=False):
+        assert own is not None
+        yield stage, own
+
+
+def _flops(stage: StageReport, own: Pipeline) -> int:
+    """Return the operations of all rows of a stage."""
+    total = stage.rows * forward_work(own.config, sides=stage.sides).flops
+    if stage.guided_rows:
+        classifier: Any = own.classifier
+        total += stage.guided_rows * guidance_flops(classifier.config, stage.sides)
+    return stage.images * total
+
+
+# What would help: each rule yields sentences
+
+
+def _of_implementations(stage: StageReport, own: Pipeline) -> Iterator[str]:
+    asked = {choice.asked_by: None for choice in stage.ops if choice.asked_by}
+    for name in asked:
+        ops = {choice.op: None for choice in stage.ops if choice.asked_by == name}
+        yield f"{name} names the implementation of {', '.join(ops)}: without it the fastest is taken"
+    on_cpu = own.device.type == "cpu"
+    reason = native.reason_missing() if on_cpu else native.reason_missing_cuda()
+    if reason is not None:
+        yield f"the compiled extension does not serve ({reason}): see `admfast info`"
+
+
+def _of_steps(stage: StageReport, own: Pipeline) -> Iterator[str]:
+    if stage.unprepared:
+        yield f"rows ran one by one, not by a prepared step ({stage.unprepared})"
+    if not stage.folded:
+        yield "the network was not folded: EngineOptions(fold=FoldOptions()) is the default"
+    if stage.by_parts:
+        yield f"blocks of {', '.join(stage.by_parts)} ran part by part: a hook, or a module that was replaced"
+    if own.device.type == "cuda" and stage.uncaptured and not stage.unprepared:
+        yield f"the host launched every operation, without a CUDA graph ({stage.uncaptured})"
+
+
+def _of_precision(stage: StageReport, own: Pipeline) -> Iterator[str]:
+    half = own.policy.torso in (torch.bfloat16, torch.float16)
+    if own.device.type == "cpu" and half and not has_amx():
+        yield f"precision {own.policy.name} on a CPU without AMX: auto is fp32, with Winograd's convolutions"
+    if own.device.type == "cuda" and not half and not own.policy.tf32:
+        yield "precision fp32 on a GPU: auto is bf16"
+
+
+def _of_size(stage: StageReport, own: Pipeline) -> Iterator[str]:
+    if own.device.type != "cpu":
+        return
+    shape = (stage.batch, own.config.in_channels, *stage.sides)
+    work = convolution(own.config, shape)  # type: ignore[arg-type]
+    worth = threads_for(work, host.cpus())
+    if stage.threads is not None and stage.threads < worth:
+        yield f"{stage.threads} threads where {worth} are worth it (OMP_NUM_THREADS, threads=)"
+    if work < GRAIN:
+        yield f"batches of {stage.batch}: calls take much of the time, which more images at a time share"
+
+
+def _of_seconds(stage: StageReport, own: Pipeline) -> Iterator[str]:
+    seconds = stage.seconds
+    if seconds.callbacks > MUCH * seconds.rows:
+        yield f"callbacks took {seconds.callbacks:.2f} s beside {seconds.rows:.2f} s of rows"
+    once = seconds.folding + seconds.preparing + seconds.first_row - (stage.later_row or 0.0)
+    if once > MUCH * seconds.rows:
+        yield f"{once:.2f} s went into the first row and before it: calls that follow do without most of it"
