@@ -37,7 +37,7 @@ MODULES = (
     "admfast.sampling.request",
 )
 # What belongs to `compat` but to no program: how it runs loops.
-OURS = {"prepared"}
+OURS = {"prepared", "as_built"}
 
 
 def build(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
