@@ -18,7 +18,7 @@ SMOKE := tests/test_imports.py tests/test_elsewhere.py tests/ops tests/models te
   tests/sampling tests/parity tests/training/test_train_run.py tests/cli/test_cli_sample.py
 DIGITS ?= out/digits32
 
-.PHONY: demo test test-full test-oldest train-digits lint sdist wheel gpu clean
+.PHONY: demo test test-full test-oldest train-digits lint docs sdist wheel gpu clean
 
 demo: $(READY)
 	$(BIN)/admfast sample digits32 --classes 0-9 --per-class 8 --steps 50 --guidance 2 --out out/demo --overwrite
@@ -48,6 +48,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests build the site too. It stops at a broken link; the variable silences an advertisement.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The three networks that ship, from nothing: hours. Interrupted, it goes on where it was.
 train-digits: $(READY)
 	for kind in diffusion classifier upsampler; do \
@@ -73,7 +77,7 @@ gpu:
 $(READY): constraints.txt pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy "setuptools>=80" wheel ninja
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[demo,dev,docs]"
 	touch $(READY)
 
 clean:

@@ -60,7 +60,7 @@ def policy(name: str, device: torch.device) -> Policy:
     """Return the policy called `name` for a device; "auto" is the device's own.
 
     "auto" is bfloat16 on CUDA and on a CPU with AMX, else float32: without
-    AMX a CPU's bfloat16 products are half as fast as its float32 ones (measured: `bench/README.md`). The
+    AMX a CPU's bfloat16 products are half as fast as its float32 ones (measured: `docs/speed.md`). The
     choice on CUDA, and that on a CPU with AMX, follow from the range of the formats and the peak rates that
     vendors state; neither has been measured here, in speed or in the quality of the images.
 

@@ -70,6 +70,7 @@ class OpTable:
         TABLES[self.op] = self
 
     def names(self) -> list[str]:
+        """Return the names of all implementations, in order."""
         return [entry.name for entry in self.implementations]
 
     def named(self, name: str, asked_by: str = "impl", value: str | None = None) -> Implementation:

@@ -61,9 +61,9 @@ def load(
         device: "cpu", "cuda", "cuda:1", ...; None takes the GPU where there is one. A CPU computes on torch's
             threads (`torch.set_num_threads`), but on no more than the process has processors for, and a step
             on fewer where it is small (`admfast.engine.threads`).
-        precision: of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16". "auto" is bf16 on a GPU with
-            the classifier in fp32 (as published), bf16 on a CPU with AMX, else fp32. Norms, softmax,
-            embeddings, the last layer and the update are in float32 in all of them.
+        precision: of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16". "auto" is bf16 on a GPU and
+            on a CPU with AMX, else fp32. Norms, softmax, embeddings, the last layer and the update are in
+            float32 in all of them.
         compile: torch.compile the step; the first image of a shape then waits for minutes.
         compile_cache: with it, the folder in which torch keeps what it compiles, so that another process
             starts warm. It holds code: take it only from where you trust.

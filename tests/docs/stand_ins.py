@@ -1,0 +1,154 @@
+"""Small files in the place of what a reader has: released weights, own checkpoints, photographs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from admfast.checkpoints import fingerprint, network_shapes, write_weights
+from admfast.cli.main import main
+from admfast.files.images import write_png
+from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig
+from admfast.models.presets import MODELS, SYSTEMS
+from tests.accelerate import client
+from tests.tools.random_checkpoint import random_state
+
+SMALLER = 8  # each side of a stand-in's images is an eighth of the released model's
+FEW: dict[str, Any] = {
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": (1, 2),
+    "attention_resolutions": (2,),
+}
+# The published flags of the network that the client's `UNetModel` is.
+FLAGS = (
+    "--image_size 64 --channel_mult 1,2 --num_channels 32 --num_res_blocks 1 --attention_resolutions 32 "
+    "--num_heads 2 --learn_sigma True --use_scale_shift_norm True --resblock_updown True"
+)
+# What `image_sample.py` is to the package: it reads flags, builds, loads and samples.
+SCRIPT = """
+import argparse
+from guided_diffusion import dist_util
+from guided_diffusion.script_util import (
+    add_dict_to_argparser, args_to_dict, create_model_and_diffusion, model_and_diffusion_defaults)
+defaults = model_and_diffusion_defaults()
+parser = argparse.ArgumentParser()
+add_dict_to_argparser(parser, {**defaults, "model_path": "", "num_samples": 1})
+args = parser.parse_args()
+samples = args.timestep_respacing != ""
+args.timestep_respacing = "2"
+dist_util.setup_dist()
+model, diffusion = create_model_and_diffusion(**args_to_dict(args, defaults.keys()))
+model.load_state_dict(dist_util.load_state_dict(args.model_path, map_location="cpu"))
+if samples:
+    diffusion.p_sample_loop(model.eval(), (1, 3, args.image_size, args.image_size))
+"""
+PROGRAM = """
+import torch
+from tests.accelerate.client import UNetModel, filled
+if __name__ == "__main__":
+    model = filled(UNetModel()).eval()
+    with torch.no_grad():
+        print(model(torch.zeros(1, 3, 64, 64), torch.tensor([5])).shape)
+"""
+
+
+def small(config: NetConfig) -> NetConfig:
+    """Return a small network of the same kind, with the same channels and classes."""
+    changes = {**FEW, "image_size": config.image_size // SMALLER, "num_head_channels": 32}
+    return dataclasses.replace(config, **changes)
+
+
+def replace_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the released models be small ones, under their names."""
+    stand_ins = {}
+    for name, model in MODELS.items():
+        if not model.shipped:
+            network = small(model.config)
+            known = fingerprint(network_shapes(network))
+            low = None if model.low_res_size is None else model.low_res_size // SMALLER
+            stand_ins[name] = dataclasses.replace(
+                model, network=network, fingerprint=known, low_res_size=low, size=None, sha256=None, md5=None
+            )
+            monkeypatch.setitem(MODELS, name, stand_ins[name])
+    for name, system in SYSTEMS.items():
+        parts = {part: getattr(system, part) for part in ("diffusion", "classifier", "upsampler")}
+        parts = {part: stand_ins.get(model.name, model) for part, model in parts.items() if model is not None}
+        monkeypatch.setitem(SYSTEMS, name, dataclasses.replace(system, **parts))
+
+
+def write_files(folder: Path, text: str) -> None:
+    """Write what the code of a page finds in its folder, as far as the page's text names it."""
+    used = {model for system in SYSTEMS.values() if system.name in text for model in system.models}
+    used |= {model for model in MODELS.values() if model.name in text}
+    for model in used:
+        if not model.shipped:
+            for place in (folder / "models", folder):
+                place.mkdir(exist_ok=True)
+                write_weights(place / model.file, random_state(model.config))
+    face = {**FEW, "image_size": 16, "in_channels": 3, "num_heads": 4, "resblock_updown": True}
+    own: dict[str, NetConfig] = {
+        "faces.pt": UNetConfig(**face, out_channels=6, num_classes=5, use_scale_shift_norm=True),
+        "guide.pt": ClassifierConfig(
+            **{**face, "num_heads": 1},
+            num_head_channels=32,
+            out_channels=5,
+            pool="attention",
+            use_scale_shift_norm=True,
+        ),  # fmt: skip
+        "up.pt": UpsamplerConfig(
+            **{**face, "image_size": 64}, out_channels=6, num_classes=5, use_scale_shift_norm=True
+        ),
+    }
+    for name, config in own.items():
+        if name in text:
+            write_weights(folder / name, random_state(config))
+    if "photos" in text:
+        write_photos(folder / "photos")
+    if "samples_16x64x64x3.npz" in text and "out/samples" in text:
+        (folder / "out").mkdir()
+        # Small, whatever the name says: attention at 256x256 would take a minute.
+        images = np.zeros((1, 8, 8, 3), np.uint8)
+        np.savez(folder / "out" / "samples_16x64x64x3.npz", images, np.zeros(1, int))
+    if "export runs/photos" in text and "--out runs/photos" not in text:
+        short = ["--steps", "2", "--batch-size", "2", "--labels", "none", "--set", "num_classes=None"]
+        assert main(["train", "diffusion", "--data", str(folder / "photos"), "--preset", "imagenet64",
+                     "--out", str(folder / "runs" / "photos"), *short]) == 0  # fmt: skip
+
+
+def write_photos(folder: Path) -> None:
+    """Write five folders of two pictures each."""
+    random = np.random.default_rng(0)
+    for label in range(5):
+        (folder / f"class{label}").mkdir(parents=True)
+        for i in range(2):
+            image = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            write_png(folder / f"class{label}" / f"{i}.png", image)
+
+
+def replace_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let azula's and deepinv's networks have random weights, not downloaded ones."""
+    import azula.plugins.adm
+    import deepinv
+
+    adm, network = azula.plugins.adm, deepinv.models.DiffUNet
+    denoiser = adm.AblatedDenoiser(client.filled(client.UNetModel()), learn_var=True)
+    monkeypatch.setattr(adm, "load_model", lambda name: denoiser)
+    monkeypatch.setattr(deepinv.models, "DiffUNet", lambda: network(pretrained=None))
+
+
+def program(folder: Path) -> torch.nn.Module:
+    """Write a program with its own copy of the published network, and return that network."""
+    model = client.filled(client.UNetModel()).eval()
+    torch.save(model.state_dict(), folder / "model.pt")
+    scripts = folder / "scripts"
+    scripts.mkdir()
+    (folder / "sample.py").write_text(PROGRAM)
+    (scripts / "sample.py").write_text(PROGRAM)
+    (scripts / "image_sample.py").write_text(SCRIPT)
+    return model

@@ -1,0 +1,145 @@
+"""Numbers of the docs are those of the committed rows, and the README quotes the docs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from admfast.ops import TABLES
+from bench.results import read_rows
+from tests.docs.pages import ROOT, text_of
+
+RESULTS = ROOT / "bench" / "results"
+XEON, H100 = "intel-xeon-processor-model-207-2-of-2-cpus", "nvidia-h100-80gb-hbm3"
+EPYC = "amd-epyc-model-17-2-of-2-cpus"
+MACHINES = {"H100": (H100, "auto", "fp16"), "Xeon": (XEON, "fp32", "fp32")}  # ours and published run in
+
+
+def tables(page: str) -> Iterator[list[dict[str, str]]]:
+    """Yield the tables of a page: a row is its cells by the names of their columns."""
+    for found in re.findall(r"(?:^\|.*\|\n)+", text_of(page), re.M):
+        head, _, *rows = (
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found.splitlines()
+        )
+        yield [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def table(page: str, *columns: str) -> list[dict[str, str]]:
+    """Return the one table of a page that has these columns."""
+    (found,) = (rows for rows in tables(page) if rows and set(columns) <= set(rows[0]))
+    return found
+
+
+def says(cell: str, value: float) -> bool:
+    """Tell whether a cell is a value, rounded to the digits that the cell has (half a digit either way)."""
+    number = cell.removesuffix("%").strip()
+    digits = len(number.partition("e")[0].partition(".")[2])
+    unit = 10.0 ** (int(number.partition("e")[2] or 0) - digits)
+    return abs(float(number) - value * (100 if cell.endswith("%") else 1)) <= 0.5 * unit * (1 + 1e-9)
+
+
+def test_a_cell_says_its_value():
+    assert says("58.4", 58.395) and says("2548", 2547.7) and says("4e-05", 4.36e-05) and says("99.6%", 0.996)
+    assert not says("58.5", 58.395) and not says("2549", 2547.7) and not says("5e-05", 4.36e-05)
+
+
+def row_of(
+    folder: str, bench: str, provider: str, dtype: str, kind: str = "", **shape: Any
+) -> dict[str, Any]:
+    """Return the one committed row of a provider at a shape."""
+    rows = read_rows(RESULTS / folder / f"{bench}.jsonl")
+    (found,) = (
+        row for row in rows
+        if (row["provider"], row["dtype"]) == (provider, dtype) and "ms" in row
+        and kind in ("", row["kind"]) and shape.items() <= row["shape"].items()
+    )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_the_guided_steps_are_those_that_were_measured(page):
+    for row in table(page, "published, ms", "admfast, ms", "times as fast"):
+        folder, ours, theirs = MACHINES[re.split("[, ]", row["machine"])[0]]
+        shape = {"system": row["model"], "batch": int(row["batch"])}
+        measured = row_of(folder, "sampling", "admfast", ours, **shape)
+        published = row_of(folder, "sampling", "published", theirs, **shape)
+        assert says(row["admfast, ms"], measured["ms"]) and says(row["published, ms"], published["ms"]), row
+        assert says(row["times as fast"], measured["faster_than"][f"published {theirs}"]), row
+
+
+def test_the_other_contenders_are_those_that_were_measured():
+    for row in table("docs/speed.md", "channels-last and frozen, ms"):
+        folder, ours, theirs = MACHINES[re.split("[, ]", row["machine"])[0]]
+        shape = {"system": row["model"], "batch": int(row["batch"])}
+        frozen = row_of(folder, "sampling", "published, channels-last", theirs, **shape)
+        half = row_of(folder, "sampling", "admfast", "auto" if ours == "auto" else "bf16", **shape)
+        assert says(row["channels-last and frozen, ms"], frozen["ms"]), row
+        assert says(row["admfast bfloat16, ms"], half["ms"]), row
+
+
+def test_the_norms_are_those_that_were_measured():
+    for row in table("docs/speed.md", "channels, side"):
+        channels, side = map(int, row["channels, side"].split(","))
+        for variant in ("plain", "adaptive"):
+            shape = {"channels": channels, "side": side, "batch": 1, "variant": variant}
+            measured = row_of(XEON, "kernels", "cpp", "bf16", "group_norm_silu", **shape)
+            assert says(row[f"{variant}, ms"], measured["ms"]), row
+
+
+def test_the_training_steps_are_those_that_were_measured():
+    for row in table("docs/training.md", "images/s", "error of the gradient"):
+        program, precision = row[""].split(",")[:2]
+        dtype = "bf16" if "bfloat16" in precision else "fp32"
+        provider = "published, channels-last" if "channels-last" in row[""] else program
+        measured = row_of(EPYC, "training", provider, dtype, system="adm64", batch=4)
+        for column, name in (("ms", "ms"), ("images/s", "images_per_s"), ("peak memory, MB", "peak_mb")):
+            assert says(row[column], measured[name]), row
+        assert says(row["error of the gradient"], measured["rel_err"]), row
+
+
+def test_the_programs_are_those_that_were_measured():
+    for row in table("docs/accelerate.md", "program", "core"):
+        core = row["core"].partition(",")[0].strip("`")
+        for column, provider in (("its own, ms", "program"), ("accelerated, ms", "accelerated")):
+            measured = row_of(EPYC, "programs", provider, "fp32", core=core, threads=1)
+            assert says(row[column], measured["ms"]), row
+
+
+def test_the_quality_of_the_digits_is_that_which_was_measured():
+    columns = {
+        "class right": "accuracy",
+        "Frechet distance": "frechet",
+        "1-NN accuracy": "nearest_neighbour",
+        "precision": "precision",
+        "recall": "recall",
+        "near copies": "copies",
+    }
+    measured = json.loads((RESULTS / "digits32" / "quality.json").read_text())["rows"]
+    rows = table("docs/accuracy.md", *columns)
+    assert {row["samples"] for row in rows} == set(measured)
+    for row in rows:
+        assert all(says(row[column], measured[row["samples"]][name]) for column, name in columns.items()), row
+
+
+def test_the_accuracy_of_the_readme_is_that_of_the_docs():
+    columns = ("largest error found", "limit")
+    whole = {row["what"]: [row[name] for name in columns] for row in table("docs/accuracy.md", *columns)}
+    for row in table("README.md", *columns):
+        assert whole[row["what"]] == [row[name] for name in columns]
+
+
+@pytest.mark.parametrize("op", TABLES)
+def test_the_table_of_ops_names_every_implementation(op):
+    page = text_of("docs/architecture.md")
+    (row,) = (line for line in page.splitlines() if re.match(rf"\| [^|]*`{op}`", line))
+    assert {name for name in TABLES[op].names() if name != "reference"} <= set(re.findall(r"`([\w-]+)`", row))
+
+
+def test_every_page_of_the_docs_is_in_the_readme_or_the_navigation():
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert pages <= named
