@@ -43,12 +43,14 @@ class Program:
     """A checkout.
 
     roots: folders from which it imports, from the folder of checkouts. parts: what makes its network, and its
-    core by the network. packaged: names of parts that also run on admfast's own package.
+    core by the network. packaged: names of parts that also run on admfast's own package. walk: how its
+    network is served.
     """
 
     roots: tuple[str, ...]
     parts: dict[str, Callable[..., tuple[Any, Core]]]
     packaged: tuple[str, ...] = ()
+    walk: str = "whole"
 
 
 def published_network(package: str = OWN, **changes: Any) -> Any:
@@ -287,6 +289,45 @@ def fill(net: Any) -> None:
     net.eval()
 
 
+def of_a_library(module: str, make: str, gradient: bool, **options: Any) -> tuple[Any, Core]:
+    """A call of a library's network at the middle of its noise levels, or its gradient in x."""
+    import torch
+
+    net = getattr(importlib.import_module(module), make)(**options)
+    middle = 500 if module == "diffusers" else torch.tensor([0.5])
+
+    def call(net: Any, x: Any) -> Any:
+        out = net(x, middle)
+        return out.sample if module == "diffusers" else out
+
+    def core(net: Any, x: Any) -> Any:
+        if gradient:
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad(call(net, x).sin().sum(), x)[0]
+        with torch.no_grad():
+            return call(net, x)
+
+    return net, core
+
+
+def both(name: str, module: str, make: str, **options: Any) -> dict[str, Callable[..., tuple[Any, Core]]]:
+    """Return the parts of a library's network: a call, and its gradient in x."""
+    kinds = {name: False, f"{name}, gradient": True}
+    return {
+        part: functools.partial(of_a_library, module, make, gradient, **options)
+        for part, gradient in kinds.items()
+    }
+
+
+_EDM: dict[str, Any] = {"img_resolution": SIZE, "model_channels": 64, "num_blocks": 1, "pretrained": None}
+_LEVELS: dict[str, Any] = {
+    "sample_size": SIZE, "block_out_channels": (64, 128, 192, 256), "layers_per_block": 1,
+}  # fmt: skip
+_AS_ADM: dict[str, Any] = {
+    "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet",
+    "attention_head_dim": 64,
+}  # fmt: skip
+
 PROGRAMS = {
     "guided-diffusion": Program(
         ("guided-diffusion",),
@@ -299,10 +340,23 @@ PROGRAMS = {
         {"DPS": functools.partial(dps, "ps"), "MCG": functools.partial(dps, "mcg")},
     ),
     "ddrm": Program(("ddrm",), {"DDRM": ddrm}),
-    "DDNM": Program(("DDNM/hq_demo",), {"DDNM": ddnm}),
+    "DDNM": Program(("DDNM/hq_demo",), {"DDNM": ddnm}, walk="block by block"),
     "DiffPIR": Program(("DiffPIR",), {"DiffPIR": diffpir}),
     "dpm-solver": Program(("dpm-solver/examples/ddpm_and_guided-diffusion",), {"DPM-Solver++": dpm_solver}),
     "k-diffusion": Program(("k-diffusion", "guided-diffusion"), {"DPM-Solver++ (2M)": k_diffusion}),
+    # Installed with what they need into the folder `libraries`: pip install --target.
+    "deepinv": Program(
+        ("libraries",),
+        both("ADMUNet", "deepinv.models", "ADMUNet", **_EDM)
+        | both("DDPM++", "deepinv.models", "NCSNpp", model_type="ddpm", **_EDM),
+        walk="block by block",
+    ),
+    "diffusers": Program(
+        ("libraries",),
+        both("UNet2DModel", "diffusers", "UNet2DModel", **_LEVELS)
+        | both("UNet2DModel as ADM", "diffusers", "UNet2DModel", **_LEVELS, **_AS_ADM),
+        walk="block by block",
+    ),
 }
 
 

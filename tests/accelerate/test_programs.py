@@ -33,8 +33,7 @@ def test_a_programs_core_gives_what_it_gave(program, part):
     assert list(found["error"]) == list(ways_of(program, part)[1:])
     for way, error in found["error"].items():
         assert error <= ALLOWED * found["nudge"], way
-    # DDNM's network looks into a configuration at every call.
-    assert ("block by block" if program == "DDNM" else "whole") in found["walk"]
+    assert PROGRAMS[program].walk in found["walk"]
 
 
 @pytest.mark.slow
@@ -52,7 +51,7 @@ def test_a_programs_core_runs_through_the_runner(program, part, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         found[way] = torch.load(tmp_path / way)
-    assert ("block by block" if program == "DDNM" else "whole") in done.stderr
+    assert PROGRAMS[program].walk in done.stderr
     nudge = measured(FOLDER, program, part, 1, 1)["nudge"]
     compare(found["through the runner"], found["as it is"], ALLOWED * nudge, part)
 
