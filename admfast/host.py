@@ -1,4 +1,4 @@
-"""What this process may use of its machine: memory and processors, within the limits of its container."""
+"""Find the memory and processors that this process may use, within the limits of its container."""
 
 from __future__ import annotations
 

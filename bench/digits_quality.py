@@ -58,7 +58,7 @@ SETTINGS = tuple(
 
 @dataclass(frozen=True)
 class Quality:
-    """What is measured; see the functions below for each."""
+    """Hold what is measured; see the functions below for each."""
 
     accuracy: float
     frechet: float

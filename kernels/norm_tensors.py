@@ -1,4 +1,4 @@
-"""What the launchers of `group_norm_silu` know of tensors: layout, sizes under resampling, allocation."""
+"""Prepare tensors for the launchers of `group_norm_silu`: layout, sizes under resampling, allocation."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the kernels of `group_norm_silu` share: tiles of channels-last data, affine, statistics, resampling.
+"""Share code among the kernels of `group_norm_silu`: channels-last tiles, affine, statistics, resampling.
 
 A tile is [positions, channels] of one image. Its channel c comes from x below C1 and from x2 above, by two
 masked loads (a masked-off load moves nothing), so that a group may straddle the sources. Two of the spatial

@@ -110,7 +110,7 @@ def _used(code: CodeType) -> tuple[set[str], set[Any]]:
 
 
 class Code:
-    """What a network runs by: methods, functions and modules, each with where it is held."""
+    """Keep the methods, functions and modules that a network runs by, each with where it is held."""
 
     def __init__(self, entries: Iterable[tuple[Mapping[str, Any], str, Any]] = ()) -> None:
         self.entries = tuple(entries)

@@ -20,7 +20,7 @@ from admfast.accelerate.trials import Conversion, Inputs, agrees
 
 @dataclass(frozen=True)
 class Make:
-    """How networks of one code base are recognised and converted.
+    """Describe how to recognise and convert the networks of one code base.
 
     name: of the make. parts: of a network of it. builds: names that the constructor of its class uses. torso:
     where its blocks lie. candidates: what may convert a block, nothing where it isn't one of the make's.

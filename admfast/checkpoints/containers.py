@@ -87,7 +87,7 @@ def _unpickled(file: BinaryIO | io.BytesIO, otherwise: str | None = None) -> tup
 
 
 class _Zip:
-    """What torch.save writes: a zip archive of a pickle and one member a storage."""
+    """Read what torch.save writes: a zip archive of a pickle and one member a storage."""
 
     def __init__(self, file: BinaryIO, size: int, checksums: bool):
         self._file, self._size, self._checksums = file, size, checksums
@@ -167,7 +167,7 @@ class _Zip:
 
 
 class _Pickles:
-    """What torch.save wrote before version 1.6: pickles in a row, then the storages."""
+    """Read what torch.save wrote before version 1.6: pickles in a row, then the storages."""
 
     header: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""What a weights file is, how much work a forward pass takes and how much memory: the report of `inspect`."""
+"""Describe a weights file, and the work and memory of a forward pass: the report of `inspect`."""
 
 from __future__ import annotations
 

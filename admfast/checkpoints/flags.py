@@ -1,4 +1,4 @@
-"""What the flags of the published scripts mean here, where they are given of a weights file.
+"""Translate the flags of the published scripts that are given for a weights file.
 
 Flags that keep their name and meaning (num_heads, noise_schedule, learn_sigma, ...) are in no table.
 """

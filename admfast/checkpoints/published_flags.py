@@ -22,20 +22,13 @@ _SAME = (
     "num_res_blocks", "num_heads", "num_head_channels", "num_heads_upsample", "dropout",
     "use_scale_shift_norm", "resblock_updown", "use_new_attention_order",
 )  # fmt: skip
-_PROCESS = {
-    "steps": "diffusion_steps",
-    **{
-        name: name
-        for name in (
-            "noise_schedule",
-            "use_kl",
-            "predict_xstart",
-            "rescale_timesteps",
-            "rescale_learned_sigmas",
-        )
-    },
-}
-_UPSAMPLER_SIZES = (64, 256, 512)
+_PROCESS = {"steps": "diffusion_steps"} | {
+    name: name
+    for name in (
+        "noise_schedule", "use_kl", "predict_xstart", "rescale_timesteps", "rescale_learned_sigmas",
+    )
+}  # fmt: skip
+UPSAMPLER_SIZES = (64, 256, 512)
 
 
 def published_flags(
@@ -61,8 +54,8 @@ def published_flags(
     fixed: dict[str, Any] = {"in_channels": CHANNELS, "num_classes": CLASSES}
     built: NetConfig
     if isinstance(config, UpsamplerConfig):
-        if config.image_size not in _UPSAMPLER_SIZES:
-            raise _not_said("image_size", config, ", ".join(map(str, _UPSAMPLER_SIZES)))
+        if config.image_size not in UPSAMPLER_SIZES:
+            raise _not_said("image_size", config, ", ".join(map(str, UPSAMPLER_SIZES)))
         del flags["use_new_attention_order"]
         flags["large_size"] = config.image_size
         built = upsampler_config_from_flags(small_size=low_res_size or 1, **flags, **fixed)

@@ -1,4 +1,4 @@
-"""What the keys and shapes of an ADM network show of its configuration, without its configuration."""
+"""Derive the configuration of an ADM network from its keys and shapes, as far as they show it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHILD = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Structure:
-    """What shapes show, and what they leave open.
+    """Hold what shapes show, and what they leave open.
 
     Attributes:
         kinds: possible kinds, each with the image channels that it implies; one, or unet and upsampler.

@@ -1,4 +1,4 @@
-"""What a diffusion network predicts and what it is trained on."""
+"""Name what a diffusion network predicts and what it is trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from admfast.errors import invalid, nearest
 
 
 class MeanType(enum.Enum):
-    """What the mean channels of the network's output are (`ModelMeanType` of the published code)."""
+    """Name what the mean channels of the network's output are (`ModelMeanType` of the published code)."""
 
     PREVIOUS_X = "PREVIOUS_X"  # the mean of x_{t-1}
     START_X = "START_X"  # x_0
@@ -17,7 +17,7 @@ class MeanType(enum.Enum):
 
 
 class VarType(enum.Enum):
-    """Where the variance of p(x_{t-1} | x_t) comes from (`ModelVarType` of the published code)."""
+    """Name the source of the variance of p(x_{t-1} | x_t) (`ModelVarType` of the published code)."""
 
     LEARNED = "LEARNED"  # the output's second half is log sigma^2
     FIXED_SMALL = "FIXED_SMALL"  # the posterior variance

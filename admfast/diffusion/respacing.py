@@ -1,4 +1,4 @@
-"""Which timesteps of a long process a shorter one keeps."""
+"""Choose the timesteps of a long process that a shorter one keeps."""
 
 from __future__ import annotations
 

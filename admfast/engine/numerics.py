@@ -98,7 +98,7 @@ def _setters() -> tuple[Callable[[int], Any], Callable[[int], int]]:
 
 
 class _Rounding:
-    """What factors of float32 products and convolutions may be rounded to: one setting for a process.
+    """Set what factors of float32 products and convolutions may be rounded to, for the whole process.
 
     backends: torch's, whose setting it is. older: hold what `torch.set_float32_matmul_precision` set, too.
 

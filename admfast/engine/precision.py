@@ -17,7 +17,7 @@ ALWAYS = {
 
 @dataclass(frozen=True)
 class Policy:
-    """What the convolutions and products of the networks' torsos compute in.
+    """State what the convolutions and products of the networks' torsos compute in.
 
     torso: of the diffusion model and the upsampler. classifier: of the classifier. tf32: on CUDA, factors of
     float32 products are rounded to 10 bits. Norms and softmax accumulate in float32; embeddings, the last

@@ -1,4 +1,4 @@
-"""What the UNet and the classifier share: time MLP, down path, middle block, conversion to half precision."""
+"""Build what the UNet and the classifier share: time MLP, down path, middle block, half precision."""
 
 from __future__ import annotations
 

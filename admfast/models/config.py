@@ -72,7 +72,7 @@ def _multipliers(name: str, value: object) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class NetConfig:
-    """What the UNet, the upsampler and the classifier have in common; names as in the published constructors.
+    """Hold the options that all networks have, by the names of the published constructors.
 
     Attributes:
         image_size: side of the (square) training image in pixels; the networks also run on other sizes.
@@ -265,7 +265,7 @@ def parse_attention_resolutions(
 ) -> tuple[int, ...]:
     """Turn image sides ("32,16,8") into downsampling factors of `image_size`, as the published flags do.
 
-    name: of the flag, for errors.
+    A side above the image's is no level's, and gives none. name: of the flag, for errors.
     """
     try:
         sides = (
@@ -275,7 +275,7 @@ def parse_attention_resolutions(
         raise invalid(name, text, "image sides separated by commas, such as 32,16,8") from None
     if any(side < 1 for side in sides):
         raise invalid(name, text, "image sides of 1 or more")
-    return tuple(image_size // side for side in sides)
+    return tuple(image_size // side for side in sides if side <= image_size)
 
 
 def unet_config_from_flags(

@@ -1,4 +1,4 @@
-"""What a row of the tables in `presets.py` says: a weights file, a published result, a system of models."""
+"""Define the rows of the tables in `presets.py`: a weights file, a published result, a system of models."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemPreset:
-    """What one name on the command line stands for: models, guidance, steps and the published result.
+    """Describe what one name on the command line stands for: models, guidance, steps, published result.
 
     Attributes:
         diffusion, classifier, upsampler: the models; the last two may be None.

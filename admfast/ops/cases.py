@@ -1,4 +1,4 @@
-"""What an op is called with where nobody has an image: by `admfast info`, tests, sanitizers and benches.
+"""Describe calls of ops that need no image, for `admfast info`, tests, sanitizers and benches.
 
 Every room's `cases.py` describes its ops in CASES. Readers go through `all_cases`, so that all of them find a
 new room.

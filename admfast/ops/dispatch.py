@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: one ordered table per op, and one rule for choosing from it.
+"""Choose the implementation of an op: one ordered table per op, and one rule for choosing from it.
 
 The rule: `impl=NAME`, else the environment variable ADMFAST_IMPL, else the first entry of the table that is
 available, may be chosen unasked and supports the call, where one that was measured to be the fastest
@@ -47,7 +47,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `OpTable.choose` returned, who asked for it, and the reason against each one before it."""
+    """Record what `OpTable.choose` returned, who asked for it, and the reason against each one before it."""
 
     op: str
     name: str

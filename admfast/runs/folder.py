@@ -21,7 +21,7 @@ UNFINISHED = "unfinished"
 
 
 class RunFolder:
-    """Where a run writes: `place` is `out` itself or, while it holds older samples, a new folder in it.
+    """Write a run to `place`: `out` itself or, while it holds older samples, a new folder in it.
 
     Older samples stay as they are until `publish` replaces them by the new set, which is complete by then. A
     run that ends before leaves what it has finished in `place`: OUT/unfinished, or unfinished-2 and so on

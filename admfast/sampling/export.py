@@ -43,7 +43,7 @@ FOLDER_FILES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Describe what an export wrote.
 
     Attributes:
         path: the file or folder.

@@ -64,7 +64,7 @@ class OpChoice:
 
 @dataclass(frozen=True)
 class StageReport:
-    """How the base model's rows ran, or the upsampler's; of batches of several sizes, the largest.
+    """Report how the base model's rows ran, or the upsampler's; of batches of several sizes, the largest.
 
     Attributes:
         stage: "base" or "upsampler".
@@ -144,7 +144,7 @@ class StageReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """How a call of `sample` ran; `str` is a table to read, `to_dict` holds the same for programs.
+    """Report how a call of `sample` ran; `str` gives a table to read, `to_dict` the same for programs.
 
     Attributes:
         device: of the networks. images: that came out.

@@ -178,7 +178,7 @@ class _Part:
 
 
 def _named(source: Source) -> object:
-    """What an error calls weights: a path as text, anything in memory by its type."""
+    """Return what an error calls weights: a path as text, anything in memory by its type."""
     return str(source) if isinstance(source, str | PathLike) else type(source).__name__
 
 

@@ -59,7 +59,7 @@ class Diverged(NonFiniteError):
 
 
 class Step(Protocol):
-    """Something that runs rows: `advance(i)` runs row i on `state`, rows coming in order from 0."""
+    """Run rows: `advance(i)` runs row i on `state`; rows come in order from 0."""
 
     state: SamplerState
 
@@ -67,7 +67,7 @@ class Step(Protocol):
 
 
 class Notes:
-    """What the loop notes of a run, for `Pipeline.last_run`; several runs may be noted together.
+    """Keep the loop's notes of one or several runs, for `Pipeline.last_run`.
 
     images, seconds, pixels: images that came out, seconds of the runs, and those of them in which uint8 was
     made and brought to the CPU. stages: what `admfast.sampling.last_run` makes its reports of.

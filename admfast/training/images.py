@@ -261,7 +261,7 @@ def _walk(
 
 
 def _is_image(path: tuple[str, ...]) -> bool:
-    """Whether that is an image's name, neither hidden nor in a hidden folder."""
+    """Tell whether that is an image's name, neither hidden nor in a hidden folder."""
     return path[-1].lower().endswith(ENDINGS) and not any(map(_is_hidden, path))
 
 

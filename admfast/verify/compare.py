@@ -195,7 +195,7 @@ class _Watched:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What there was after a row: x and the x_0 it reported, at what the network saw as t."""
+    """Record x and the reported x_0 after a row, and what the network saw as t."""
 
     x: Tensor
     t: float

@@ -35,7 +35,7 @@ GUIDANCE_SIZE = 0.3  # root mean square of what the trial's guidance moves x by
 
 
 class Contender(abc.ABC):
-    """Something that runs the steps of one batch.
+    """Run the steps of one batch.
 
     dtype: the precision it is listed under. classifier_dtype: where the classifier has another.
     """

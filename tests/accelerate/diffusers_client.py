@@ -12,17 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Upsample2D(nn.Module):
-    def __init__(self, channels, use_conv):
-        super().__init__()
-        self.use_conv = use_conv
-        if use_conv:
-            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(x) if self.use_conv else x
+from tests.accelerate.client import Upsample as Upsample2D
 
 
 class Downsample2D(nn.Module):

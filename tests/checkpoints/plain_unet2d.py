@@ -1,4 +1,4 @@
-"""What diffusers' `UNet2DModel` computes, in plain PyTorch from its configuration and state dict.
+"""Compute what diffusers' `UNet2DModel` does, in plain PyTorch from its configuration and state dict.
 
 For the options that an exported network can have. Where diffusers is installed, tests compare with it too.
 """

@@ -1,4 +1,4 @@
-"""Which loops run as one prepared step, and that they give and draw what their own loops do."""
+"""Loops of published code run as one prepared step, and give and draw what their own loops do."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def guides(classifier, args):
 
 
 def changes():
-    """What programs may exchange of a process, and what a call of each then does."""
+    """Yield what programs may exchange of a process, and what a call of each then does."""
 
     def own(name):
         def change(diffusion):

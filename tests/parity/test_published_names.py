@@ -242,7 +242,10 @@ def test_bits_per_dimension(path: Path, replayed):
     case, arrays = golden.load_json(path), golden.load_tensors(path)
     diffusion = process(case["diffusion"])
     if case.get("net") is None:
-        model, limit = analytic.analytic_model(diffusion._process), golden.POINT_LIMIT
+        model, limit = (
+            analytic.analytic_model(analytic.build_diffusion(case["diffusion"])),
+            golden.POINT_LIMIT,
+        )
         extra = {name: arrays[name] for name in ("y",) if name in arrays}
     else:
         model, limit = network(path.parents[1] / "nets" / case["net"]), golden.NETWORK_SAMPLES_LIMIT

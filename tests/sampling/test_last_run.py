@@ -1,4 +1,4 @@
-"""What a pipeline says of its last run: how rows ran and why, what each op ran on, where the seconds went."""
+"""A pipeline reports its last run: how rows ran and why, what each op ran on, where the seconds went."""
 
 from __future__ import annotations
 

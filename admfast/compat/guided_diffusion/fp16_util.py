@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from admfast.compat.guided_diffusion import logger
 from admfast.models.body import convert_convolutions
+from admfast.training.update import FIRST_SCALE, SCALE_GROWTH
 
-INITIAL_LOG_LOSS_SCALE = 20.0
+INITIAL_LOG_LOSS_SCALE = FIRST_SCALE["diffusion"]
 Group = tuple[list[tuple[str, nn.Parameter]], Any]
 
 
@@ -94,7 +95,7 @@ class MixedPrecisionTrainer:
         *,
         model: nn.Module,
         use_fp16: bool = False,
-        fp16_scale_growth: float = 1e-3,
+        fp16_scale_growth: float = SCALE_GROWTH,
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
     ) -> None:
         self.model, self.use_fp16, self.fp16_scale_growth = model, use_fp16, fp16_scale_growth

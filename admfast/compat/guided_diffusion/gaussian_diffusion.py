@@ -18,7 +18,7 @@ from torch import Tensor
 
 from admfast.compat.guided_diffusion.as_built import Array, AsBuilt, as_defined
 from admfast.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from admfast.compat.guided_diffusion.prepared import prepared_loop
+from admfast.compat.guided_diffusion.prepared import prepared_loop, shown
 from admfast.diffusion import GaussianDiffusion as Process
 from admfast.diffusion import (
     LossType,
@@ -376,12 +376,3 @@ def _extract_into_tensor(arr: npt.ArrayLike, timesteps: Tensor, broadcast_shape:
     """Return arr[timesteps] as float32 of a shape [N, ...]."""
     values = torch.tensor(np.asarray(arr), device=timesteps.device)[timesteps].float()
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
-
-
-def shown(steps: Any, total: int, progress: bool) -> Any:
-    """Return the steps of a loop, with a bar where that is asked for."""
-    if not progress:
-        return steps
-    from tqdm.auto import tqdm  # not needed otherwise
-
-    return tqdm(steps, total=total)

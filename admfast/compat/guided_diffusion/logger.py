@@ -76,21 +76,20 @@ class CSVOutputFormat:
     def __init__(self, filename: str) -> None:
         self.file = open(filename, "w+", newline="")  # noqa: SIM115
         self.keys: list[str] = []
-        self.rows: list[dict[str, Any]] = []
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         """Write a table as a row."""
         new = sorted(kvs.keys() - set(self.keys))
-        self.rows.append({key: _plain(value) for key, value in kvs.items()})
-        later = csv.DictWriter(self.file, self.keys + new)
+        self.keys += new
+        writer = csv.DictWriter(self.file, self.keys)
         if new:
-            self.keys += new
+            self.file.seek(0)
+            before = list(csv.DictReader(self.file))
             self.file.seek(0)
             self.file.truncate()
-            later.writeheader()
-            later.writerows(self.rows)
-        else:
-            later.writerow(self.rows[-1])
+            writer.writeheader()
+            writer.writerows(before)
+        writer.writerow({key: _plain(value) for key, value in kvs.items()})
         self.file.flush()
 
     def writeseq(self, seq: Sequence[str]) -> None:

@@ -84,8 +84,6 @@ def _run(
     net: UNetModel, classifier: EncoderUNetModel | None, batch: Batch, x: Tensor, progress: bool
 ) -> Tensor:
     """Run the rows of a batch from x; classifier parameters are frozen meanwhile."""
-    from admfast.compat.guided_diffusion.gaussian_diffusion import shown
-
     engine = net.engine_with(classifier)
     with _frozen(classifier), own_numerics(engine.device, engine.policy.tf32), torch.no_grad():
         engine.ready()
@@ -94,6 +92,15 @@ def _run(
             for i in shown(range(len(batch.table)), len(batch.table), progress):
                 step.advance(i)
             return step.state.x.clone()
+
+
+def shown(steps: Any, total: int, progress: bool) -> Any:
+    """Return the steps of a loop, with a bar where that is asked for."""
+    if not progress:
+        return steps
+    from tqdm.auto import tqdm  # not needed otherwise
+
+    return tqdm(steps, total=total)
 
 
 class _Draws:
@@ -145,7 +152,7 @@ def network_of(model: Any, extra: Arguments) -> UNetModel | None:
     """
     if isinstance(model, UNetModel):
         return model if is_network(model) else None
-    net = _only_one(model, UNetModel, {"x", "t", "y"})
+    net = _only_one(model, UNetModel)
     if net is None or foreign_function(model, _named(model), set(), _named(model)) is not None:
         return None
     x, t, out = (random(2, seed=i) for i in range(3))
@@ -172,7 +179,7 @@ def guide_of(cond_fn: Any, extra: Arguments) -> tuple[EncoderUNetModel, float] |
     It gives scale * d/dx sum_n log_softmax(classifier(x, t))[n, y_n]. extra: the keyword arguments that the
     loop gives it.
     """
-    classifier = _only_one(cond_fn, EncoderUNetModel, {"x", "t", "y"})
+    classifier = _only_one(cond_fn, EncoderUNetModel)
     if classifier is None or set(extra) != {"y"}:
         return None
     if foreign_function(cond_fn, GUIDES | _named(cond_fn), {0, 1, -1}, _named(cond_fn)) is not None:
@@ -223,16 +230,13 @@ def _switches(value: Any) -> bool:
     return any(isinstance(value, bool | int | float) for value in said)
 
 
-def _only_one(function: Any, kind: type[nn.Module], arguments: set[str]) -> Any:
-    """Return the only network that a simple function takes from around it, if it is of a kind.
-
-    arguments: names of those that it may take.
-    """
+def _only_one(function: Any, kind: type[nn.Module]) -> Any:
+    """Return the only network that a simple function of x, t, y takes from around it, if it is of a kind."""
     if not isinstance(function, FunctionType) or branches(function) is not None:
         return None
     code = function.__code__
     starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    if starred or not set(inspect.signature(function).parameters) <= arguments:
+    if starred or not set(inspect.signature(function).parameters) <= {"x", "t", "y"}:
         return None
     nets = [value for value in _held(function).values() if isinstance(value, nn.Module)]
     return nets[0] if len(nets) == 1 and isinstance(nets[0], kind) and is_network(nets[0]) else None

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from admfast.checkpoints.published_flags import UPSAMPLER_SIZES
 from admfast.compat.guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from admfast.compat.guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import invalid
-from admfast.models.config import DEFAULT_CHANNEL_MULT, parse_attention_resolutions, parse_channel_mult
+from admfast.models.config import (
+    classifier_config_from_flags,
+    unet_config_from_flags,
+    upsampler_config_from_flags,
+)
 
 NUM_CLASSES = 1000
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
-_CLASSIFIER_HEAD = 64  # channels of a classifier's attention head
 
 
 def diffusion_defaults() -> dict[str, Any]:
@@ -133,7 +138,7 @@ def create_model(
     channel_mult: "1,2,4", "0.5,1,1", or "" for the published one of sizes 64, 128, 256 and 512.
     """
     flags = dict(locals())
-    return UNetModel(channel_mult=parse_channel_mult(channel_mult, image_size), **_common(flags, image_size))
+    return _built(UNetModel, unet_config_from_flags, flags | {"num_classes": NUM_CLASSES})
 
 
 def create_classifier_and_diffusion(
@@ -169,22 +174,9 @@ def create_classifier(
     classifier_pool: Any,
 ) -> EncoderUNetModel:
     """Return a noisy classifier of 1000 classes, with heads of 64 channels."""
-    return EncoderUNetModel(
-        image_size=image_size,
-        in_channels=3,
-        model_channels=classifier_width,
-        out_channels=1000,
-        num_res_blocks=classifier_depth,
-        attention_resolutions=_factors(
-            classifier_attention_resolutions, image_size, "classifier_attention_resolutions"
-        ),
-        channel_mult=parse_channel_mult("", image_size),
-        use_fp16=classifier_use_fp16,
-        num_head_channels=_CLASSIFIER_HEAD,
-        use_scale_shift_norm=classifier_use_scale_shift_norm,
-        resblock_updown=classifier_resblock_updown,
-        pool=classifier_pool,
-    )
+    flags = dict(locals())
+    use_fp16 = flags.pop("classifier_use_fp16")
+    return _built(EncoderUNetModel, classifier_config_from_flags, flags | {"use_fp16": use_fp16})
 
 
 def sr_create_model_and_diffusion(
@@ -234,32 +226,15 @@ def sr_create_model(
 ) -> SuperResModel:
     """Return an upsampler to 64, 256 or 512 pixels (512 with the multipliers of 256), of any small image."""
     flags = dict(locals())
-    if large_size not in (64, 256, 512):
-        raise invalid("large_size", large_size, "64, 256 or 512")
-    channel_mult = DEFAULT_CHANNEL_MULT[min(large_size, 256)]
-    return SuperResModel(channel_mult=channel_mult, **_common(flags, large_size))
+    if large_size not in UPSAMPLER_SIZES:
+        raise invalid("large_size", large_size, ", ".join(map(str, UPSAMPLER_SIZES)))
+    return _built(SuperResModel, upsampler_config_from_flags, flags | {"num_classes": NUM_CLASSES})
 
 
-def _common(flags: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Return the arguments of a UNet that its flags say, but for the multipliers."""
-    kept = (
-        "num_res_blocks", "dropout", "use_checkpoint", "use_fp16", "num_heads", "num_head_channels",
-        "num_heads_upsample", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order",
-    )  # fmt: skip
-    return {
-        "image_size": image_size,
-        "in_channels": 3,
-        "model_channels": flags["num_channels"],
-        "out_channels": 6 if flags["learn_sigma"] else 3,
-        "attention_resolutions": _factors(flags["attention_resolutions"], image_size),
-        "num_classes": NUM_CLASSES if flags["class_cond"] else None,
-        **{name: flags[name] for name in kept if name in flags},
-    }
-
-
-def _factors(sides: str, image_size: int, name: str = "attention_resolutions") -> tuple[int, ...]:
-    """Return the downsampling factors of image sides; a side above the image's never occurs."""
-    return tuple(f for f in parse_attention_resolutions(sides, image_size, name) if f > 0)
+def _built(network: Any, configuration: Callable[..., Any], flags: dict[str, Any]) -> Any:
+    """Return a network of the configuration that its flags describe."""
+    use_fp16 = flags.pop("use_fp16")
+    return network(**dataclasses.asdict(configuration(**flags)), use_fp16=use_fp16)
 
 
 def _pair(create: Any, flags: Mapping[str, Any]) -> Any:

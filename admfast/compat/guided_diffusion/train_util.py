@@ -21,12 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from admfast.compat.guided_diffusion import dist_util, logger
-from admfast.compat.guided_diffusion.fp16_util import MixedPrecisionTrainer
+from admfast.compat.guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from admfast.compat.guided_diffusion.nn import update_ema
 from admfast.compat.guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from admfast.files.atomic import atomic_open
+from admfast.training.update import SCALE_GROWTH
 
-INITIAL_LOG_LOSS_SCALE = 20.0
+__all__ = ["INITIAL_LOG_LOSS_SCALE", "TrainLoop"]
 
 
 class TrainLoop:
@@ -56,7 +57,7 @@ class TrainLoop:
         save_interval: int,
         resume_checkpoint: str,
         use_fp16: bool = False,
-        fp16_scale_growth: float = 1e-3,
+        fp16_scale_growth: float = SCALE_GROWTH,
         schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,

@@ -76,10 +76,10 @@ _KEPT = (
 
 
 class _Published(AcceleratedNet):
-    """What the published networks have in common: attributes, conversions, the engine of their loops."""
+    """Provide what the published networks share: attributes, conversions, the engine of their loops."""
 
     config: Any
-    _fold_engine: Engine | None = None
+    _fold_engine: Engine | None = None  # of its name, since copies and pickles leave `_fold_*` out
 
     def _keep(self, config: NetConfig, use_fp16: bool) -> None:
         """Set the attributes that the published constructor sets."""

@@ -1,1 +1,1 @@
-"""What programs import beside the published package, for the end of the path; see `admfast.compat`."""
+"""Stand in for what programs import beside the published package; see `admfast.compat`."""

@@ -149,7 +149,7 @@ def epilogue_arguments(
 def _epilogues(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **geometry: Any
 ) -> Any:
-    """What follows one convolution: of two sources the second's is added to the first's."""
+    """Return the epilogues of a convolution: of two sources, the second's result is added to the first's."""
     if x.dim() < 4:
         return []  # a product of matrices adds for itself
     sizes = zip(

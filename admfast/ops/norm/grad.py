@@ -29,7 +29,7 @@ Resample = Literal["up", "down"] | None
 
 @dataclass(frozen=True)
 class NormOptions:
-    """What of a call isn't a tensor. `skip`: the resampled input is returned too."""
+    """Hold the arguments of a call that aren't tensors. `skip`: the resampled input is returned too."""
 
     groups: int
     eps: float

@@ -56,7 +56,7 @@ LN2_LOW = float.fromhex("0x1.7f7d1cp-20")
 
 
 class Stream(IntEnum):
-    """Which noise of an image: one stream never overlaps another."""
+    """Name a stream of an image's noise; one stream never overlaps another."""
 
     X_T = 0
     STEPS = 1

@@ -37,7 +37,7 @@ HISTORY = 3
 
 
 class Clip(IntEnum):
-    """What of x0 is limited to [-1, 1]."""
+    """Name how x0 is limited to [-1, 1]."""
 
     NONE = 0
     USED = 1  # the x0 of the update and of the report
@@ -128,7 +128,7 @@ def pack(
 
 @dataclass
 class SamplerState:
-    """What a solver carries from row to row.
+    """Hold what a solver carries from row to row.
 
     x: [N, C, *spatial], contiguous, float32 (float64 with the reference). x0: the same, the last reported x0.
     saved: the same, for tables that save. history: [3, N, C, *spatial], for tables that push.
