@@ -1,8 +1,8 @@
 """Build the compiled ops; all metadata is in pyproject.toml.
 
-ADMFAST_BUILD=auto (default) builds what this machine can and records why not more; cuda, cpu and none ask for
-exactly that, and a failure is a failure. TORCH_CUDA_ARCH_LIST replaces the architectures. Where nothing is
-compiled, a wheel is one for every machine.
+ADMFAST_BUILD=auto (default) builds what this machine can build, and records why not more. cuda, cpu and none
+build exactly that, or fail. TORCH_CUDA_ARCH_LIST replaces the architectures. If nothing is compiled, the
+wheel is the same for all platforms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 MODES = ("auto", "cuda", "cpu", "none")
-# Code for what is there, and PTX of the newest for what comes.
+# Machine code for these GPUs, and PTX of the newest for later ones.
 ARCHITECTURES = ("8.0", "9.0", "10.0")
 mode = os.environ.get("ADMFAST_BUILD", "auto")
 if mode not in MODES:
@@ -29,7 +29,7 @@ if mode not in MODES:
 
 
 def record(place: str | Path, built: str, reason: str | None, torch: str | None = None) -> None:
-    """Keep what was wanted, what was built, why not more and for which torch, in the package at `place`."""
+    """Write what was wanted, what was built, why not more and for which torch, to the package at `place`."""
     path = Path(place) / "admfast" / "_build_info.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"wanted": mode, "built": built, "reason": reason, "torch": torch}
@@ -37,23 +37,23 @@ def record(place: str | Path, built: str, reason: str | None, torch: str | None 
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line; without the arguments of a command that failed."""
+    """Return the first line of an error's text, without the arguments of a command that failed."""
     lines = re.sub(r"\['(\S+)', .*\]", r"\1 ...", str(error).strip()).splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def nvcc_says(*arguments: str) -> str:
-    """Return what nvcc prints; raises OSError or CalledProcessError where it can't be run."""
+    """Return what nvcc prints. Raises OSError or CalledProcessError if it can't be run."""
     command = [os.environ.get("ADMFAST_NVCC", "nvcc"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
     return done.stdout + done.stderr
 
 
 def prepare_cuda() -> str | None:
-    """Set CUDA_HOME and TORCH_CUDA_ARCH_LIST where they aren't; return why CUDA can't be built, or None.
+    """Set CUDA_HOME and TORCH_CUDA_ARCH_LIST if they aren't set; return why CUDA can't be built, or None.
 
-    Must run before torch.utils.cpp_extension is imported, which looks at CUDA_HOME once. nvcc on PATH may be
-    a wrapper, whose folder isn't the toolkit's: nvcc itself is asked.
+    Call it before the import of torch.utils.cpp_extension, which reads CUDA_HOME once. nvcc on PATH may be a
+    wrapper outside the toolkit's folder, so the folder is taken from nvcc's own output.
     """
     import torch
 
@@ -67,7 +67,7 @@ def prepare_cuda() -> str | None:
             plan = nvcc_says("--dryrun", "-c", str(CSRC / "sampler_step_cuda.cu"))
             top = re.search(r"^#\$ TOP=(.+)$", plan, re.M)
             if top is None:
-                return "nvcc does not say where its toolkit is; set CUDA_HOME"
+                return "nvcc does not report the folder of its toolkit; set CUDA_HOME"
             os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
         known = nvcc_says("--list-gpu-code")
     except (OSError, subprocess.CalledProcessError) as error:
@@ -79,19 +79,19 @@ def prepare_cuda() -> str | None:
 
 
 def sources(cuda: bool) -> list[str]:
-    """The files of csrc/, relative to this one; those of the CUDA part by their names."""
+    """Return the source files of csrc/, relative to this file; with `cuda`, also those of the CUDA part."""
     files = [*CSRC.glob("*.cpp"), *(CSRC.glob("*.cu") if cuda else [])]
     return sorted(str(path.relative_to(ROOT)) for path in files if cuda or "_cuda_" not in path.name)
 
 
 def extension(cuda: bool):
-    """The extension module, with its CUDA part or without."""
+    """Return the extension module, with its CUDA part or without."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    # No contraction: the noise must round every product and sum by itself, on every machine.
+    # No fused multiply-adds: the noise must round each product and each sum separately, on every machine.
     flags = ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    # at::parallel_for is a template of a header: without this it is compiled as a plain loop, without a word.
+    # at::parallel_for is a header template: without this flag it silently compiles to a serial loop.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     arguments = {"cxx": flags + openmp}
     if cuda:
@@ -107,7 +107,7 @@ def extension(cuda: bool):
 
 
 def nothing(reason: str) -> tuple[list, dict]:
-    """Return no extension module, and the build command that records why."""
+    """Return no extension module, and a build command that records why."""
 
     class Build(build_py):
         def run(self) -> None:
@@ -122,7 +122,7 @@ def extensions() -> tuple[list, dict]:
     if mode == "none":
         return nothing("ADMFAST_BUILD=none")
     if mode == "auto" and sys.platform == "win32":
-        return nothing("the C++ needs gcc or clang, which build no extension of torch on Windows")
+        return nothing("the C++ code needs gcc or clang, which can't build torch's extensions on Windows")
     try:
         reason = prepare_cuda() if mode in ("auto", "cuda") else "ADMFAST_BUILD=cpu"
         import torch
@@ -130,14 +130,14 @@ def extensions() -> tuple[list, dict]:
     except ImportError as error:
         if mode != "auto":
             raise
-        return nothing(f"torch is not there at build time: {error}")
+        return nothing(f"torch is not installed at build time: {error}")
     if mode == "cuda" and reason is not None:
         sys.exit(f"ADMFAST_BUILD='cuda': {reason}")
     if mode == "auto" and not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")):
         return nothing("no C++ compiler was found")
 
     class Build(BuildExtension):
-        """Builds; in mode auto a failure leaves the CPU part or no compiled ops, and its reason."""
+        """Build; in mode auto, fall back to the CPU part or to no compiled ops, and record the reason."""
 
         def run(self) -> None:
             self.place = ROOT if self.inplace else self.build_lib  # setuptools builds elsewhere, then copies
@@ -147,13 +147,13 @@ def extensions() -> tuple[list, dict]:
             try:
                 super().build_extensions()
                 self.record("cpu" if reason else "cuda", reason if mode == "auto" else None)
-            except Exception as error:  # torch's ninja path raises RuntimeError, distutils its own
+            except Exception as error:  # torch's ninja build raises RuntimeError, distutils its own types
                 if mode != "auto":
                     raise
                 self.fall_back(error)
 
         def fall_back(self, error: Exception) -> None:
-            """After a failed CUDA build the CPU's, in a process of its own: this one's compiler is set up."""
+            """After a failed CUDA build, build the CPU part in a new process with a fresh compiler."""
             failed = f"the build failed: {first_line(error)}"
             if reason is None:
                 command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", self.build_lib]

@@ -3,7 +3,7 @@
 pipe = admfast.load("digits32")
 images = pipe.sample(classes=range(10), seeds=range(10), steps=50)   # uint8 [10, 32, 32, 1]
 
-Names and rooms (`admfast.models`) are imported when they are first asked for: torch takes seconds.
+Names and subpackages (such as `admfast.models`) are imported at their first use: torch takes seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from admfast.solvers import SOLVERS as SOLVERS
 
 __version__ = "0.1.0"
-# The file that each name of the public face lies in.
+# The module that defines each public name.
 _HOMES = {
     "AdmfastError": "errors",
     "Classifier": "models",
@@ -36,13 +36,13 @@ _HOMES = {
     "export": "sampling.export",
     "load": "sampling.load",
 }
-# Modules of the public face that lie deeper than their name says.
+# Public modules that lie deeper in the package than `admfast.NAME`.
 _MODULES = {"guides": "sampling.guides"}
 __all__ = ["__version__", "accelerate", "solvers", *sorted(_HOMES), *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of the public face, or a room, at its first use (PEP 562)."""
+    """Import a public name or a subpackage at its first use (PEP 562)."""
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value

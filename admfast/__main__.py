@@ -1,4 +1,4 @@
-"""`python -m admfast` is the command line."""
+"""Run the command line as `python -m admfast`."""
 
 from admfast.cli.main import main
 

@@ -1,7 +1,7 @@
-"""Makes `admfast.kernels` importable from a source tree that was not installed.
+"""Make `admfast.kernels` importable from a source tree that was not installed.
 
-The package's kernels live in the folder `kernels/` at the top of the tree; an installation maps them, a bare
-checkout does not.
+The kernels lie in the folder `kernels/` at the top of the tree. An installation maps it into the package; a
+bare checkout does not.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from types import ModuleType
 
 
 def kernels() -> ModuleType:
-    """Return the package `admfast.kernels`; raises ImportError where neither installation nor tree has it."""
+    """Return the package `admfast.kernels`. Raises ImportError if neither installation nor tree has it."""
     if "admfast.kernels" in sys.modules:
         return sys.modules["admfast.kernels"]
     folder = Path(__file__).resolve().parent.parent / "kernels"
     init, name = folder / "__init__.py", "admfast.kernels"
-    # A tree's own kernels come before those of another checkout that happens to be installed. Beside an
-    # installed package a folder `kernels` is somebody else's.
+    # A source tree uses its own kernels, even if another checkout is installed. A folder `kernels` next to an
+    # installed package (without pyproject.toml) belongs to another project.
     if not (init.exists() and (folder.parent / "pyproject.toml").exists()):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"{name} is neither installed nor at {folder}")

@@ -1,8 +1,8 @@
-"""Checks of single arguments: each returns the value in one form, or raises InvalidArgument by name.
+"""Checks of single arguments: each returns the normalized value, or raises InvalidArgument with the name.
 
 Values from a command line or a JSON file can have any type, and nothing is guessed from them: a word such as
-"no" is no switch (it would count as True), and True is no number. A tensor or an array without axes is the
-number that it holds, which is read from its device once; ops, which are called at every step, read none.
+"no" is not a switch (it would count as True), and True is not a number. A tensor or array without axes counts
+as the number in it, which is read from its device once. Ops, which are called at every step, read no tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def whole(
     special: int | None = None,
     tensors: bool = True,
 ) -> int:
-    """Return a whole number in least..most, or `special`, as an int; `tensors`: also one held by a tensor."""
+    """Return a whole number in least..most, or `special`, as an int. tensors: accept one without axes."""
     number = _index(value if isinstance(value, int) else _held(value, tensors))
     if number is not None and (number == special or least <= number and (most is None or number <= most)):
         return number
@@ -44,7 +44,7 @@ def whole(
 
 
 def _held(value: object, tensors: bool) -> object:
-    """Return the number in a tensor or an array without axes; anything else as it is."""
+    """Return the number in a tensor or array without axes; any other value unchanged."""
     if isinstance(value, Tensor):
         return value.item() if tensors and value.dim() == 0 and not value.is_meta else value
     return value.item() if isinstance(value, ARRAYS) and value.ndim == 0 else value
@@ -53,7 +53,7 @@ def _held(value: object, tensors: bool) -> object:
 def _index(value: object) -> int | None:
     if isinstance(value, (float, bool, str, Tensor)) or value is None:
         return None
-    if isinstance(value, int):  # Dynamo follows operator.index of an IntEnum for ever.
+    if isinstance(value, int):  # Dynamo never finishes tracing operator.index of an IntEnum.
         return int(value)
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -67,25 +67,25 @@ def whole_numbers(name: str, value: object, least: int, most: int | None = None)
 
 
 def whole_or_several(name: str, value: object, least: int, most: int | None = None) -> int | tuple[int, ...]:
-    """Return one whole number as an int, several (as of `whole_numbers`) as a tuple."""
+    """Return one whole number as an int, or several (see `whole_numbers`) as a tuple."""
     given = plain(value)
     found = whole_numbers(name, given, least, most)
     return tuple(found) if isinstance(given, Iterable) else found[0]
 
 
 def plain(value: object) -> object:
-    """Return an array or a tensor as Python numbers, read from its device at once."""
+    """Return an array or tensor as Python numbers, read in one copy; other values unchanged."""
     return value.tolist() if hasattr(value, "tolist") and not getattr(value, "is_meta", False) else value
 
 
 def items(value: object) -> list[object]:
-    """Return an iterable as a list, anything else (and text) as a list of one."""
+    """Return an iterable as a list; anything else, and text, as a list of one."""
     several = isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) != 0
     return list(value) if several else [value]  # type: ignore[call-overload]
 
 
 def literal(text: str) -> Any:
-    """Return the value of a text, written as in JSON or Python (4, true, None, [1, 2]); else the text."""
+    """Return the value of a text in JSON or Python (4, true, None, [1, 2]), or else the text itself."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -104,11 +104,11 @@ def real(
     below: float | None = None,
     tensors: bool = True,
 ) -> float:
-    """Return a finite number as a float, in a range whose ends belong to it (least, most) or not."""
+    """Return a finite number as a float, with limits inclusive (least, most) or exclusive (above, below)."""
     number = math.nan
     held = value if isinstance(value, (int, float)) else _held(value, tensors)
     if isinstance(held, numbers.Real) and not isinstance(held, bool):
-        with contextlib.suppress(OverflowError):  # a whole number that no float holds
+        with contextlib.suppress(OverflowError):  # an int too large for a float
             number = float(held)
     if math.isfinite(number):
         low = (least is None or number >= least) and (above is None or number > above)
@@ -120,7 +120,7 @@ def real(
 
 
 def interval(name: str, value: object) -> tuple[float, float]:
-    """Return two finite numbers, the lowest first."""
+    """Return two finite numbers, the lower one first."""
     ends = items(plain(value))
     if len(ends) != 2:
         raise invalid(name, value, "two numbers, (lowest, highest)")
@@ -131,7 +131,7 @@ def interval(name: str, value: object) -> tuple[float, float]:
 
 
 def switch(name: str, value: object) -> bool:
-    """Return True or False; one held by a tensor or an array without axes as a bool."""
+    """Return a bool, also from a tensor or array without axes."""
     held = _held(value, True)
     if not isinstance(held, bool):
         raise invalid(name, value, "True or False")
@@ -139,13 +139,13 @@ def switch(name: str, value: object) -> bool:
 
 
 def switches(record: object, *names: str) -> None:
-    """Keep each of these attributes of a frozen `record` as a bool; InvalidArgument for any other value."""
+    """Store each of these attributes of a frozen `record` as a bool; InvalidArgument for any other value."""
     for name in names:
         object.__setattr__(record, name, switch(name, getattr(record, name)))
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> str:
-    """Return one of the known names."""
+    """Return `value`, which must be one of the known names."""
     names = list(known)
     if not isinstance(value, str) or value not in names:
         raise invalid(name, value, nearest(str(value), names))
@@ -160,7 +160,7 @@ def functions(**values: object) -> None:
 
 
 def floating(name: str, value: object, device: torch.device | None = None) -> Tensor:
-    """Return a dense tensor of 16 to 64 bit floats, on `device` if given."""
+    """Return `value`, which must be a dense tensor of 16 to 64 bit floats, on `device` if that is given."""
     if not isinstance(value, Tensor):
         raise invalid(name, type(value).__name__, "a tensor of floats")
     if value.dtype not in FLOATING:
@@ -173,7 +173,7 @@ def floating(name: str, value: object, device: torch.device | None = None) -> Te
 
 
 def images(name: str, value: object, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Return a tensor of floats that isn't empty; `shape` is the one it must have, None for any."""
+    """Return a tensor of floats that isn't empty, of the shape `shape` (None allows any)."""
     tensor = floating(name, value)
     if shape is not None and tuple(tensor.shape) != shape:
         raise invalid(f"{name}.shape", tuple(tensor.shape), f"{shape}")
@@ -183,10 +183,10 @@ def images(name: str, value: object, shape: tuple[int, ...] | None = None) -> Te
 
 
 def in_range(name: str, value: Tensor) -> Tensor:
-    """Return images of floats in [-1, 1], or around it as samples can be; refuse levels of 0..255.
+    """Return images of floats in or, as samples can be, a little beyond [-1, 1]; reject levels of 0..255.
 
-    Levels are told by having no value below 0 and one above 2, past the whole width of [-1, 1], among those
-    that are finite: one NaN would make both ends NaN.
+    Levels are recognized by a value above 2, the width of [-1, 1], and none below 0. Only finite values
+    count, because one NaN would make both ends NaN.
     """
     values = value.detach()
     low, high = _ends(values)
@@ -195,7 +195,7 @@ def in_range(name: str, value: Tensor) -> Tensor:
         low, high = _ends(finite) if finite.numel() else (0.0, 0.0)
     if low >= 0 and high > 2:
         found = f"values from {low:g} to {high:g}"
-        raise invalid(name, found, "floats in [-1, 1]; of levels 0..255 take images / 127.5 - 1")
+        raise invalid(name, found, "floats in [-1, 1]; convert levels 0..255 by images / 127.5 - 1")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Exceptions shared by every floor, and the one way their text is written.
+"""Exceptions of the whole package, and the functions that write their text.
 
 A user error names the argument, its value and what is allowed, in one line; the command line prints
 that line and exits with status 2.
@@ -10,14 +10,14 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
 
-LONGEST_TEXT, LONGEST_VALUE = 302, 80  # characters of a value in a message; a path may be long
-_BRIEF = reprlib.Repr()  # writes no more of nested containers than a message could show
+LONGEST_TEXT, LONGEST_VALUE = 302, 80  # characters of a text (a path may be long) or value in a message
+_BRIEF = reprlib.Repr()  # writes no more of nested containers than a message can show
 for _limit in ("dict", "list", "tuple", "set", "frozenset", "other", "string", "long"):
     setattr(_BRIEF, f"max{_limit}", LONGEST_VALUE)
 
 
 class AdmfastError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and fix."""
 
 
 class InvalidArgument(AdmfastError, ValueError):
@@ -33,11 +33,11 @@ class NonFiniteError(AdmfastError, FloatingPointError):
 
 
 class OutputError(AdmfastError, OSError):
-    """A result could not be written; nothing that was already there has been changed."""
+    """A result could not be written; existing files were not changed."""
 
 
 class Unavailable(AdmfastError, RuntimeError):
-    """An implementation or device that was asked for by name can't be used here; the message says why."""
+    """An implementation or device that was requested by name can't be used here; the message says why."""
 
 
 def invalid(name: str, value: object, allowed: str) -> InvalidArgument:
@@ -46,11 +46,11 @@ def invalid(name: str, value: object, allowed: str) -> InvalidArgument:
 
 
 def shown(value: object) -> str:
-    """Return a value as error lines show it: in one line, text of at most 300 characters, else of 80."""
+    """Return a value as errors show it: one line, of at most 300 characters for text, else of 80."""
     if isinstance(value, str):
         text, most = repr(value), LONGEST_TEXT
     else:
-        # Containers are not written out before they are cut: a state dict takes seconds.
+        # Cut containers before they are written out: a state dict would take seconds.
         text, most = " ".join(_BRIEF.repr(value).split()), LONGEST_VALUE
         if isinstance(value, Mapping | list | tuple | set) and len(value) > LONGEST_VALUE:
             text = f"<{type(value).__name__} of {len(value):,}>"
@@ -58,12 +58,12 @@ def shown(value: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, or the name of its type where it has none."""
+    """Return the first line of an exception's text, or the name of its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def nearest(value: str, names: Iterable[str], count: int = 3) -> str:
-    """Return `nearest: a, b` with the names closest to `value`, or `one of: ...` where none is close."""
+    """Return `nearest: a, b` with the names closest to `value`, or `one of: ...` if none is close."""
     known = list(names)
     close = difflib.get_close_matches(value[:LONGEST_VALUE], known, n=count, cutoff=0.5)
     return "nearest: " + ", ".join(close) if close else "one of: " + ", ".join(known)

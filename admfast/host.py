@@ -15,12 +15,12 @@ from pathlib import Path
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 STATUS = Path("/proc/self/status")
-# Of the standard, of GNU's OpenMP and of LLVM's, which is Intel's too.
+# Variables of the OpenMP standard, of GNU's library, and of LLVM's, which Intel uses too.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
 def memory(mount: Path = CGROUPS, own: Path = OWN) -> int:
-    """Bytes of memory that this process may hold: the host's, or less where a control group limits it.
+    """Return the bytes of memory that this process may hold: the host's, or a control group's lower limit.
 
     mount, own: where control groups (version 1 or 2) are mounted, and the file that names the process's own.
     """
@@ -32,9 +32,9 @@ def memory(mount: Path = CGROUPS, own: Path = OWN) -> int:
 
 
 def peak_memory(status: Path = STATUS) -> int:
-    """Most bytes of the host's memory that this process held so far.
+    """Return the most bytes of the host's memory that this process has held so far.
 
-    status: where Linux says it. Its `ru_maxrss` begins with that of the process that started this one.
+    status: file in which Linux reports it. `ru_maxrss` is not used there: it begins at the parent's value.
     """
     with contextlib.suppress(OSError):
         if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")):
@@ -60,24 +60,24 @@ def _physical_memory() -> int:
 
 
 def cpus(mount: Path = CGROUPS, own: Path = OWN) -> int:
-    """Processors that this process may keep busy: those it may run on, or fewer where it has a quota of time.
+    """Return how many processors this process may keep busy: those it may run on, or fewer under a CPU quota.
 
-    A part of a processor counts as a whole one. mount, own: see `memory`.
+    A fraction of a processor counts as one. mount, own: see `memory`.
     """
     return max(1, math.ceil(min(len(processors()), _quota(mount, own))))
 
 
 def cores(topology: Path = TOPOLOGY) -> int:
-    """Cores of the processors that this process may run on; several processors may share a core.
+    """Return the number of cores that this process may run on; several processors may share a core.
 
-    topology: where the system describes each processor. One that it doesn't describe is a core of its own.
+    topology: folder with the system's description of each processor. One without it counts as one core.
     """
     return len({_siblings(topology, processor) or str(processor) for processor in processors()})
 
 
 @functools.cache
 def _siblings(topology: Path, processor: int) -> str:
-    """The processors of the core that a processor is part of, as the system writes them; "" if it doesn't."""
+    """Return the processors that share a processor's core, in the system's own text; "" if it has none."""
     try:
         return (topology / f"cpu{processor}/topology/thread_siblings_list").read_text().strip()
     except OSError:
@@ -92,10 +92,10 @@ def processors() -> set[int]:
 
 
 def wait_passively(environment: MutableMapping[str, str]) -> None:
-    """Have OpenMP's threads sleep, not spin, while they wait for each other; a user's own choice stays.
+    """Make OpenMP's threads sleep, not spin, while they wait for each other, unless the user chose already.
 
-    On a machine that others use as well, a thread that spins holds the processor which the one that it waits
-    for needs. Read when OpenMP is loaded, which `import torch` does: to be called before, or for a child.
+    On a shared machine, a thread that spins can hold the processor that the thread it waits for needs. OpenMP
+    reads these variables when `import torch` loads it: call this before, or for a child process.
     """
     if not any(name in environment for name in PASSIVE):
         environment.update(PASSIVE)
@@ -103,7 +103,7 @@ def wait_passively(environment: MutableMapping[str, str]) -> None:
 
 @functools.cache
 def _quota(mount: Path, own: Path) -> float:
-    """Processors' worth of time; infinite without a limit. Read once: it is asked for at every call."""
+    """Return the CPU quota in processors, infinite without a limit. Read once, as every call needs it."""
     found = [math.inf]
     for folder in _groups("cpu", mount, own):
         first = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
@@ -115,7 +115,7 @@ def _quota(mount: Path, own: Path) -> float:
 
 
 def _groups(controller: str, mount: Path, own: Path) -> Iterator[Path]:
-    """The folders of the control groups that this process is in: its own, and those around it."""
+    """Yield the folders of the control groups that this process is in: its own, and those that contain it."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -128,12 +128,12 @@ def _groups(controller: str, mount: Path, own: Path) -> Iterator[Path]:
         # Version 1 mounts a tree for each set of controllers, under their names.
         root = mount / controllers if controllers else mount
         place = Path(path.lstrip("/"))
-        # Inside a container the path may be the host's, of which there is nothing here but the root.
+        # Inside a container the path may be the host's, of which only the root exists here.
         yield from (root / part for part in (place, *place.parents))
 
 
 def _numbers(path: Path) -> list[int]:
-    """The whole numbers in a file; none where it isn't there."""
+    """Return the whole numbers in a file; none if it can't be read."""
     try:
         words = path.read_text().split()
     except OSError:

@@ -1,4 +1,4 @@
-"""End a process early: Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, and can be held back."""
+"""Signals that end a process early: Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt, or are delayed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 SIGNALLED = 128  # plus the signal's number: the exit status of a process that a signal ended
 
 
-_made = threading.Event()  # something that an end at once would leave half done
+_made = threading.Event()  # set once there is work that an immediate exit would leave half done
 
 
 @contextlib.contextmanager
 def like_ctrl_c(process: bool = False) -> Iterator[list[int]]:
     """Raise KeyboardInterrupt in the block at the first SIGTERM or SIGHUP; the next ends the process at once.
 
-    Yields a list of the signal that came, if any. A signal that is ignored (as by nohup) or has a handler is
-    left alone.
-    process: the block is all that the process is for. Until it says `making`, the first signal ends it at
-        once, Ctrl-C too: an exception that is raised within an import may be lost in a callback there, or
-        be written out by one, and there is nothing yet that would have to be finished.
+    Yields a list that gets the number of that signal, if it comes. Signals that are ignored (as by nohup) or
+    have a handler already are not changed.
+    process: the process runs nothing but this block. Until the block calls `making`, the first signal, also
+        Ctrl-C, ends the process at once: an exception raised during an import may be lost in a callback or
+        printed by one, and nothing needs to be finished yet.
     """
     came: list[int] = []
     before = {number: signal.getsignal(number) for number in _in_this_thread()}
@@ -33,7 +33,7 @@ def like_ctrl_c(process: bool = False) -> Iterator[list[int]]:
 
     def end(number: int, frame: FrameType | None) -> None:
         if process and not _made.is_set():
-            with contextlib.suppress(OSError):  # of an output that is closed
+            with contextlib.suppress(OSError):  # standard error is closed
                 os.write(2, f"admfast: {interrupted_by(number)}\n".encode())
             os._exit(SIGNALLED + number)
         if number != signal.SIGINT:
@@ -54,24 +54,24 @@ def like_ctrl_c(process: bool = False) -> Iterator[list[int]]:
 
 
 def making() -> None:
-    """Say that files or folders are about to be made: from now on a signal lets the block finish."""
+    """Declare that files are about to be made: from now on a signal raises KeyboardInterrupt in the block."""
     _made.set()
 
 
 def interrupted_by(number: int) -> str:
-    """Return what is said of a process that a signal ended."""
+    """Return the message about a process that a signal ended."""
     return f"interrupted by {signal.Signals(number).name}"
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Hold what would end the process early back until the block is done."""
+    """Delay signals that would end the process until the block is done."""
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
 
-    # None stands for a handler that was not set from Python, which could not be put back.
+    # getsignal returns None for a handler that was not set from Python, which can't be restored.
     before = {n: signal.getsignal(n) for n in _in_this_thread() if signal.getsignal(n) is not None}
     for number in before:
         signal.signal(number, note)
@@ -85,5 +85,5 @@ def held_back() -> Iterator[None]:
 
 
 def _in_this_thread() -> list[int]:
-    """Return the signals that end a process, in the main thread, where alone they arrive; elsewhere none."""
+    """Return the signals that end a process; none outside the main thread, as only that one gets them."""
     return ENDING if threading.current_thread() is threading.main_thread() else []

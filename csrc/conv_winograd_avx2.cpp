@@ -1,4 +1,4 @@
-// Winograd loops for avx2.
+// Winograd loops for AVX2.
 #if defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
 

@@ -1,4 +1,4 @@
-// Winograd loops for avx512.
+// Winograd loops for AVX-512.
 #if defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
 

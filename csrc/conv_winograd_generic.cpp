@@ -1,4 +1,4 @@
-// Winograd loops for generic.
+// Winograd loops for any machine.
 #include <cstdint>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-// The loops of the weights and of their gradient, and the table of all; after conv_winograd_loops.h.
+// The loops of the weights and of their gradient, and the struct of all loops. Include it after conv_winograd_loops.h.
 
 namespace admfast {
 namespace ADMFAST_ISA {
@@ -6,13 +6,14 @@ namespace {
 
 constexpr int64_t kTaps = 3;
 
-// G: at a point p the powers of p over the product of its distances from the other finite points.
+// G: the row of a point p has the powers of p, divided by the product of the differences to the other finite points.
 constexpr double kToA = 1 / (2.0 * kA2 * (kA2 - kB2)), kToB = 1 / (2.0 * kB2 * (kB2 - kA2));
 constexpr double kWeights[kPatch][kTaps] = {{1 / (double{kA2} * kB2), 0, 0},     {kToA, kA* kToA, kA2* kToA},
                                             {kToA, -kA * kToA, kA2* kToA},       {kToB, kB* kToB, kB2* kToB},
                                             {kToB, -kB * kToB, kB2* kToB}, {0, 0, 1}};
 
-// A product of the gradient keeps kGradRows input channels by kAcross vectors of sums in registers. Both divide 16.
+// A product of the gradient keeps kGradRows input channels by kAcross vectors of sums in registers. kGradRows divides
+// kChunk.
 constexpr int64_t kGradRows = ADMFAST_LEVEL >= 512 ? 8 : 4;
 
 void weights(const WinogradWeights& w, int64_t begin, int64_t end, float* u) {
@@ -40,7 +41,7 @@ void weights(const WinogradWeights& w, int64_t begin, int64_t end, float* u) {
   }
 }
 
-// Four values to six, the rows of A.
+// Transform four values to six by A.
 template <typename V>
 ADMFAST_INLINE void outputs_to_points(const V* d, V* out) {
   const V even_a = fma(V::set(kA2), d[2], d[0]), odd_a = fma(V::set(kA2), d[3], d[1]);
@@ -53,7 +54,7 @@ ADMFAST_INLINE void outputs_to_points(const V* d, V* out) {
   out[5] = d[3];
 }
 
-// The points of a tile's outputs at V::kWidth channels from `c`.
+// Transform the outputs of a tile to points, at V::kWidth channels from `c` on.
 template <typename V>
 ADMFAST_INLINE void gradient_tile(const float* const* outputs, int64_t c, float* e, int64_t e_point) {
   both_ways<V, kTile, kPatch>([&](int64_t i, int64_t j) ADMFAST_INLINED { return V::load(outputs[i * kTile + j] + c); },
@@ -81,7 +82,7 @@ void gradient_input(const WinogradImages& images, const WinogradBlock& block, in
   }
 }
 
-// kGradRows input channels by kAcross vectors of output channels.
+// The sums over tiles for kGradRows input channels by kAcross vectors of output channels.
 ADMFAST_INLINE void gradient_sums(const float* v, const float* e, int64_t tiles, float* m) {
   Vector sum[kGradRows][kAcross];
 #pragma GCC unroll 8
@@ -112,7 +113,7 @@ void gradient_product(const WinogradGradient& p, float* m) {
         gradient_sums(p.v + point * p.v_point + r, p.e + point * p.e_point + lane, p.tiles, m + r * kPanel + lane);
 }
 
-// Six values to three, the rows of G^T: +p and -p share the even and the odd powers.
+// Transform six values to three by G^T; +p and -p share the sums of even and of odd powers.
 template <typename V>
 ADMFAST_INLINE void to_taps(const V* m, V* out) {
   constexpr float zero = kWeights[0][0], a = kWeights[1][0], b = kWeights[3][0];

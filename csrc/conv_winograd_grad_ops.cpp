@@ -11,12 +11,13 @@ namespace admfast {
 namespace {
 
 constexpr const char* kOp = "conv3x3_winograd_weight_grad";
-// Tiles of a block, at most: the points of a panel and of a chunk then lie in a second-level cache of 1 MB, and the
-// sums of the nine taps are read and written once a block.
+// Most tiles of a block: with these, the points of a panel and of a chunk fit into a second-level cache of 1 MB. The
+// sums of the nine taps are read and written once per block.
 constexpr int64_t kMostTiles = 64;
-// Parts of the tiles that are summed by themselves, each by one thread: where the sums of all take little memory.
-// Otherwise all threads share each block and meet twice in it. Both are functions of the shapes alone: the number of
-// threads changes no bit.
+// The tiles are divided into at most kParts parts, at most one for every kMostTiles tiles and with sums that fit into
+// kMemoryOfParts bytes. Each part is summed by one thread. If there would be fewer than kFewestParts, one part is made,
+// and all threads share each of its blocks and synchronise twice in it. The choice depends only on the shapes, so the
+// number of threads doesn't change a bit.
 constexpr int64_t kParts = 16, kFewestParts = 8, kMemoryOfParts = 16 << 20;
 constexpr int64_t kPairs = kWinogradChunk * kWinogradPanel, kSums = kTaps * kTaps * kPairs;
 
@@ -27,13 +28,13 @@ struct WeightGradient {
 
   WinogradBlock block(int64_t first, int64_t count) const {
     WinogradBlock b{first, count, count, 1, chunks};
-    // Steps of an odd number of cache lines: a power of two would bring all points into one set of the cache.
+    // Strides of an odd number of cache lines: a power of two would put all points into the same set of the cache.
     b.v_point = (chunks * count | 1) * kWinogradChunk;
     b.m_point = (2 * panels * count | 1) * 16;
     return b;
   }
 
-  // Chunks of panels [begin, end), counted panel by panel; dg [panels][chunks][9][16][32].
+  // Pairs [begin, end) of a panel and a chunk, counted panel by panel; dg [panels][chunks][9][16][32].
   void products(const WinogradBlock& b, bool first, int64_t begin, int64_t end, const float* v, const float* e,
                 float* dg) const {
     alignas(64) float m[kWinogradPoints * kPairs];
@@ -44,7 +45,7 @@ struct WeightGradient {
     }
   }
 
-  // The sums in the order of the weights: rows of output channels [begin, end).
+  // Write the sums of output channels [begin, end) in the order of the weights.
   void store(int64_t begin, int64_t end, const float* dg, float* dw) const {
     for (int64_t o = begin; o < end; ++o)
       for (int64_t c = 0; c < x.C_in; ++c) {
@@ -54,7 +55,7 @@ struct WeightGradient {
       }
   }
 
-  // Tiles [begin, end), in blocks of the same size. Within a parallel region all stays with the calling thread.
+  // Sum over tiles [begin, end), in blocks of the same size. In a parallel region, the calling thread does all of it.
   void part(int64_t begin, int64_t end, float* dg) const {
     const int64_t most = divided_up(end - begin, divided_up(end - begin, kMostTiles));
     const WinogradBlock largest = block(0, most);

@@ -1,4 +1,4 @@
-// The loops of the convolution itself, compiled once an instruction set (see vector.h for how to include it).
+// The loops of the convolution, compiled once for each instruction set (vector.h says how to include this file).
 
 namespace admfast {
 namespace ADMFAST_ISA {
@@ -7,23 +7,23 @@ namespace {
 constexpr int64_t kTile = kWinogradTile, kPatch = kWinogradPatch, kPoints = kWinogradPoints;
 constexpr int64_t kPanel = kWinogradPanel, kChunk = kWinogradChunk;
 
-// A product keeps kRows x kAcross vectors of sums in registers: 28 of the 32 of AVX-512, 12 of 16 else, so that with
-// the weights and one broadcast value nothing is spilled.
+// A product keeps kRows x kAcross vectors of sums in registers: 28 of the 32 of AVX-512, else 12 of 16. The weights and
+// one broadcast value fit into the others, so that nothing is spilled.
 constexpr int64_t kAcross = 2;
 constexpr int64_t kRows = ADMFAST_LEVEL >= 512 ? 14 : 6;
 
-// Chunks (64 channels) that are summed by themselves before they are added to M. One running sum over 1152 channels
-// would have three times the error, 3.1e-6 instead of 0.9e-6 for outputs of order one, and is at most 4 % faster.
+// Chunks (64 channels in all) that are summed before their sum is added to M. One running sum over 1152 channels would
+// have three times the error, 3.1e-6 instead of 0.9e-6 for outputs of order one, and is at most 4 % faster.
 constexpr int64_t kSum = 4;
 
-// The points are 0, +-a, +-b and infinity: of all such pairs in quarters those of the least error (see
-// admfast/ops/conv/winograd.py). Every coefficient below is exact in float32.
+// The points are 0, +-a, +-b and infinity. Of all a and b that are multiples of a quarter, these have the least error
+// (see admfast/ops/conv/winograd.py). Every coefficient below is exact in float32.
 constexpr float kA = 0.75f, kB = 1.5f, kA2 = kA * kA, kB2 = kB * kB;
 
 // Not std::min: no function of the standard library may be compiled for this instruction set.
 ADMFAST_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Six values to six, the rows of B^T: +p and -p share the even and the odd powers.
+// Transform six values to six by B^T; +p and -p share the sums of even and of odd powers.
 template <typename V>
 ADMFAST_INLINE void to_points(const V* d, V* out) {
   const V even_a = fma(V::set(-kB2), d[2], d[4]), odd_a = fma(V::set(-kB2), d[1], d[3]);
@@ -37,7 +37,7 @@ ADMFAST_INLINE void to_points(const V* d, V* out) {
   out[5] = fma(product, d[1], fma(sum, d[3], d[5]));
 }
 
-// Six values to four, the rows of A^T.
+// Transform six values to four by A^T.
 template <typename V>
 ADMFAST_INLINE void from_points(const V* m, V* out) {
   const V even_a = m[1] + m[2], odd_a = m[1] - m[2];
@@ -48,7 +48,7 @@ ADMFAST_INLINE void from_points(const V* m, V* out) {
   out[3] = fma(V::set(kA * kA2), odd_a, fma(V::set(kB * kB2), odd_b, m[5]));
 }
 
-// A tile's image, and the row and column of its first output.
+// The image of a tile, and the row and column of its first output.
 struct Place {
   int64_t image, row, column;
 };
@@ -58,8 +58,8 @@ ADMFAST_INLINE Place place_of(int64_t tile, const WinogradImages& images) {
   return {tile / (across * down), tile / across % down * kTile, tile % across * kTile};
 }
 
-// A transform of kFrom values to kTo, of the columns of a square and then of its rows. `load(i, j)` gives what stands in
-// row i and column j, `store(i, j, value)` takes it; rows from `rows` on are not wanted.
+// Transform kFrom values to kTo, first in the columns of a square and then in its rows. `load(i, j)` gives the value in
+// row i and column j, `store(i, j, value)` takes a result; rows from `rows` on are not computed.
 template <typename V, int64_t kFrom, int64_t kTo, typename Load, typename Transform, typename Store>
 ADMFAST_INLINE void both_ways(Load load, Transform transform, Store store, int64_t rows = kTo) {
   V half[kTo * kFrom];
@@ -82,10 +82,10 @@ ADMFAST_INLINE void both_ways(Load load, Transform transform, Store store, int64
   }
 }
 
-// What `both_ways` is given: without the word the compiler calls those that stand in a loop of 36.
+// For the lambdas that `both_ways` is given: without it the compiler would make 36 calls instead of inlining them.
 #define ADMFAST_INLINED __attribute__((always_inline))
 
-// The patch of a tile at V::kWidth channels from `c`.
+// Transform the patch of a tile, at V::kWidth channels from `c` on.
 template <typename V>
 ADMFAST_INLINE void input_tile(const float* const* patch, int64_t c, float* v, int64_t v_point) {
   both_ways<V, kPatch, kPatch>([&](int64_t i, int64_t j) ADMFAST_INLINED { return V::load(patch[i * kPatch + j] + c); },
@@ -115,7 +115,7 @@ void input(const WinogradImages& images, const WinogradBlock& block, int64_t beg
   }
 }
 
-// kCount rows by kAcross vectors, from vector to vector of the panel.
+// A product of kCount rows, with kAcross vectors of the panel at a time.
 template <int64_t kCount>
 void product_of(const WinogradProduct& p) {
   const int64_t chunks = (p.C_in + kChunk - 1) / kChunk;
@@ -162,7 +162,7 @@ void product(const WinogradProduct& p) {
   product_of<kCount>(p);
 }
 
-// The outputs of a tile at V::kWidth channels. Those of `rows` and `columns` lie inside the image.
+// Write the outputs of a tile, at V::kWidth channels. Its first `rows` rows and `columns` columns are in the image.
 template <typename V>
 ADMFAST_INLINE void output_tile(const float* m, int64_t m_point, V bias, const float* residual, float* y, int64_t y_row,
                                 int64_t y_column, int64_t rows, int64_t columns) {

@@ -1,4 +1,4 @@
-// The 3x3 convolution by Winograd's F(4x4, 3x3) as torch ops: checks, layouts, buffers, shares of the work.
+// The 3x3 convolution by Winograd's F(4x4, 3x3) as torch ops: checks, layouts, buffers, division of the work.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -14,11 +14,10 @@ namespace admfast {
 namespace {
 
 constexpr const char* kOp = "conv3x3_winograd";
-// Tiles of a block, at least and at most. V and M of a block go through the last-level cache and U is read once a
-// block: from 96 to 256 tiles the time is the same within 3 % at every shape of the ADM models, at 32 it is up to
-// 25 % more.
+// Fewest and most tiles of a block. V and M of a block go through the last-level cache, and U is read once per block.
+// From 96 to 256 tiles the time is the same within 3 % at every shape of the ADM models; at 32 it is up to 25 % more.
 constexpr int64_t kFewestTiles = 48, kMostTiles = 192;
-constexpr int64_t kMemory = 64 << 20;  // bytes of V and M that all threads hold together where that is enough
+constexpr int64_t kMemory = 64 << 20;  // bytes of V and M of all threads, unless kFewestTiles need more
 
 void check(const Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual, int64_t C_out) {
   TORCH_CHECK(x.dim() == 4, kOp, ": x must be [N, C, H, W], it has ", x.dim(), " dimensions");
@@ -40,20 +39,20 @@ float* kept_weights(int64_t floats) {
   return memory.of(floats);
 }
 
-// One convolution: its images, its weights U [panels][36][C_in][32] or what they are to be made of, and how its tiles
-// make blocks.
+// One convolution: its images, its weights U [panels][36][C_in][32] (or the weights to make U of), and the division of
+// its tiles into blocks.
 struct Winograd {
   const WinogradLoops& loops;
   WinogradImages images;
   const float* u;
   const WinogradWeights* weights;
   int64_t tiles, panels, block_tiles;
-  bool apart;  // each thread takes blocks of its own; else all threads share each block
+  bool apart;  // true: each thread takes blocks of its own; false: all threads share each block
 
   void plan() {
     const int64_t threads = at::get_num_threads();
-    // Threads that share a block meet three times in it; one that waits for the others, or for a busy CPU, lets all
-    // wait. With too few tiles each would read all of U for a handful of them.
+    // Threads that share a block synchronise three times in it, and one slow thread makes all others wait. But threads
+    // with blocks of their own each read all of U, which doesn't pay for a handful of tiles.
     apart = tiles >= threads * kFewestTiles;
     const int64_t tile_bytes = 4 * kWinogradPoints * (images.C_in + panels * kWinogradPanel);
     const int64_t most = std::clamp(kMemory / (apart ? threads : 1) / tile_bytes, kFewestTiles, kMostTiles);
@@ -65,17 +64,17 @@ struct Winograd {
     WinogradBlock b{};
     b.first = first;
     b.tiles = std::min(block_tiles, tiles - first);
-    // Groups of the same size, so that none is left with a row or two.
+    // Groups of the same size, so that no last group has only a row or two.
     b.rows = divided_up(b.tiles, divided_up(b.tiles, loops.rows));
     b.groups = divided_up(b.tiles, b.rows);
     b.chunks = divided_up(images.C_in, kWinogradChunk);
-    // A step that is an odd number of cache lines: a power of two would bring all points into one set of the cache.
+    // Strides of an odd number of cache lines: a power of two would put all points into the same set of the cache.
     b.v_point = (b.groups * b.chunks * b.rows | 1) * kWinogradChunk;
     b.m_point = (2 * panels * b.tiles | 1) * 16;
     return b;
   }
 
-  // One point of one panel, for all groups of the block; meanwhile the weights at `next` are fetched.
+  // One point of one panel, for all groups of the block; meanwhile the weights at `next` are prefetched.
   void product(const WinogradBlock& b, int64_t point, int64_t panel, const float* own_u, const float* next,
                const float* v, float* m) const {
     const int64_t lines = divided_up(2 * kWinogradChunk, b.groups);
@@ -89,14 +88,15 @@ struct Winograd {
 
   int64_t point_size() const { return images.C_in * kWinogradPanel; }
 
-  // By U as a whole: pairs [begin, end) of a point and a panel, counted point by point.
+  // Products with a U that exists as a whole: pairs [begin, end) of a point and a panel, counted point by point.
   void products(const WinogradBlock& b, int64_t begin, int64_t end, const float* v, float* m) const {
     const auto at = [&](int64_t i) { return u + (i % panels * kWinogradPoints + i / panels) * point_size(); };
     for (int64_t i = begin; i < end; ++i)
       product(b, i / panels, i % panels, at(i), at(i + 1 < end ? i + 1 : i), v, m);
   }
 
-  // By the weights themselves: panels [begin, end), whose U lives in a cache and is never in memory as a whole.
+  // Products for panels [begin, end), with the U of each panel made here: it stays in a cache, and U is never in memory
+  // as a whole.
   void panels_of(const WinogradBlock& b, int64_t begin, int64_t end, const float* v, float* m) const {
     float* own = kept_weights(kWinogradPoints * point_size());
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -111,7 +111,7 @@ struct Winograd {
     }
   }
 
-  // Within a parallel region what is shared out here stays with the calling thread.
+  // In a parallel region, the calling thread does all of this work itself.
   void run(const WinogradBlock& b) const {
     const int64_t zeros = divided_up(std::max(images.C_in, images.C_out), 16) * 16;
     const int64_t v_size = kWinogradPoints * b.v_point;
@@ -131,7 +131,7 @@ struct Winograd {
   }
 };
 
-// By U of the right size, or by weights that change from call to call.
+// Convolve with a given U, or if `u` is null with weights that change from call to call.
 Tensor convolved(const Tensor& x, const float* u, const WinogradWeights* weights, const OptionalTensor& bias,
                  const OptionalTensor& residual, int64_t channels) {
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
@@ -149,7 +149,7 @@ Tensor convolved(const Tensor& x, const float* u, const WinogradWeights* weights
   w.panels = divided_up(channels, kWinogradPanel);
   w.plan();
   const int64_t blocks = divided_up(w.tiles, w.block_tiles);
-  if (weights && (blocks > 1 || w.panels < at::get_num_threads())) {  // else a panel's U is made where it is used
+  if (weights && (blocks > 1 || w.panels < at::get_num_threads())) {  // else `panels_of` makes the U of each panel
     float* made = kept_weights(w.panels * kWinogradPoints * w.point_size());
     transform_weights(*weights, made);
     w.u = made;
@@ -170,7 +170,7 @@ Tensor winograd(const Tensor& x, const Tensor& u, const OptionalTensor& bias, co
   return convolved(x, u.const_data_ptr<float>(), nullptr, bias, residual, channels);
 }
 
-// The weights of the convolution, or with `transposed` those of its transpose: flipped, their channels exchanged.
+// The weights of the convolution, or if `transposed` those of its transpose: flipped, with channels exchanged.
 WinogradWeights described(const char* op, const Tensor& weight, bool transposed) {
   check_floats(op, {{"weight", &weight}});
   TORCH_CHECK(weight.dim() == 4 && weight.size(2) == kTaps && weight.size(3) == kTaps && weight.numel() > 0, op,
@@ -192,7 +192,7 @@ Tensor weights(const Tensor& weight, bool transposed) {
   return u;
 }
 
-// By weights that change from call to call.
+// Convolve with weights that change from call to call.
 Tensor winograd_once(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& residual, bool transposed) {
   const char* op = "conv3x3_winograd_once";

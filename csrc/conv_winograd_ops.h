@@ -1,4 +1,4 @@
-// What the torch bindings of Winograd's convolution and of its gradient share.
+// Shared by the torch bindings of Winograd's convolution and of its gradient.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,12 +17,12 @@ namespace admfast {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kTileGrain = 8;  // tiles of a share of a transform
+constexpr int64_t kTileGrain = 8;  // fewest tiles of a transform that a thread takes at a time
 constexpr int64_t kTaps = 3;       // weights of a filter along a side
 
 inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory that grows and is kept from call to call: fresh pages would cost 2 ms a call.
+// Memory that grows and is kept from call to call: new pages would cost 2 ms per call.
 class KeptMemory {
  public:
   float* of(int64_t floats) {
@@ -44,16 +44,16 @@ class KeptMemory {
   int64_t size_ = 0;
 };
 
-// What a thread keeps for the transformed tiles of a block.
+// The memory that a thread keeps for the transformed tiles of a block.
 float* winograd_memory(int64_t floats);
 
-// Refuse what isn't float32 on the CPU; null tensors pass.
+// Raise an error unless all tensors are float32 on the CPU; null tensors pass.
 void check_floats(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> tensors);
 
-// With the channels beside each other; a copy where they don't lie so.
+// The tensor in channels-last memory; a copy only if needed.
 inline Tensor channels_inside(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
-// The tiles of all images.
+// The number of tiles of all images.
 inline int64_t tiles_of(const Tensor& x) {
   return x.size(0) * divided_up(x.size(2), kWinogradTile) * divided_up(x.size(3), kWinogradTile);
 }

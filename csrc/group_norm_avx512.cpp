@@ -1,4 +1,4 @@
-// GroupNorm loops for avx512.
+// GroupNorm loops for AVX-512.
 #if defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
 

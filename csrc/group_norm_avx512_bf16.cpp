@@ -1,4 +1,4 @@
-// GroupNorm loops for avx512_bf16.
+// GroupNorm loops for AVX-512 with bfloat16 conversions.
 #if defined(__x86_64__) && !defined(__clang__)
 #include <immintrin.h>
 

@@ -1,4 +1,4 @@
-// GroupNorm loops for generic.
+// GroupNorm loops for any machine.
 #include <cstdint>
 #include <cstring>
 

@@ -1,11 +1,11 @@
-// The loops themselves, compiled once an instruction set (see vector.h for how to include it).
+// The loops of GroupNorm + SiLU, compiled once for each instruction set (vector.h says how to include this file).
 
 namespace admfast {
 namespace ADMFAST_ISA {
 
-constexpr int64_t kRun = 16;       // rows whose mean is taken before their squares are summed about it
-constexpr int64_t kLaneBlock = 512;  // lanes that are gone through together: 16 rows of them stay in the first cache
-constexpr int64_t kSumRows = 64;   // rows summed in float32 before the sum goes on in double
+constexpr int64_t kRun = 16;       // rows of a run: first their mean is computed, then their squares about it
+constexpr int64_t kLaneBlock = 512;  // lanes that are processed together: 16 rows of them stay in the first-level cache
+constexpr int64_t kSumRows = 64;   // rows that are summed in float32 before they are added to a sum in double
 
 // Not std::min: no function of the standard library may be compiled for this instruction set.
 ADMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -13,7 +13,7 @@ ADMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <typename T>
 constexpr bool kIsHalf = sizeof(T) == 2;
 
-// Coefficients at a lane: loaded, or the same for all.
+// The coefficients of the lanes from `lane` on: loaded, or the same for all.
 template <typename V, bool kUniform>
 ADMFAST_INLINE V at_lane(const float* values, int64_t lane) {
   return kUniform ? V::set(*values) : V::load(values + lane);
@@ -24,9 +24,9 @@ struct LaneSums {
   float first[kLaneBlock], second[kLaneBlock];
 };
 
-// One run of rows at V::kWidth lanes: its mean and squares go into `mean` and `squares` of the `before` rows before it,
-// by Chan's formula, so that no large mean is ever squared. Everything is taken less `origin`, a row of x, so that
-// the mean has more digits than float32.
+// Merge the mean and squares of one run of rows, at V::kWidth lanes, into `mean` and `squares` of the `before` rows
+// before it, by Chan's formula, so that no large mean is ever squared. `origin`, a row of x, is subtracted from
+// everything, so that the mean has more digits than float32.
 template <typename V, typename T>
 ADMFAST_INLINE void run_moments(const T* x, const T* origin_at, int64_t rows, int64_t stride, int64_t before, float* mean,
                                 float* squares) {
@@ -60,8 +60,8 @@ ADMFAST_INLINE void run_moments(const T* x, const T* origin_at, int64_t rows, in
   (V::load(squares) + fma(delta * delta, V::set(weight * static_cast<float>(before)), run_squares)).store(squares);
 }
 
-// Mean and squares of `rows` rows at `lanes` lanes, at most kLaneBlock. The lanes of a run come one after the other:
-// each cache line is read whole, and in order.
+// Mean and squares of `rows` rows at `lanes` lanes (at most kLaneBlock). All lanes of a run are processed before the
+// next run, so that each cache line is read whole and in order.
 template <typename T>
 ADMFAST_INLINE void block_moments(const T* x, int64_t rows, int64_t stride, int64_t lanes, double* mean,
                                   double* squares) {
@@ -89,7 +89,7 @@ void moments(const T* x, NormRows s, double* mean, double* squares) {
 
 template <typename T>
 void line_moments(const T* x, int64_t count, double* mean, double* squares) {
-  constexpr int64_t kShare = 1024;  // rows of a vector whose moments stay in float32
+  constexpr int64_t kShare = 1024;  // vectors whose moments are merged in float32
   double seen = 0.0, m[Vector::kWidth], q[Vector::kWidth];
   *mean = *squares = 0.0;
   const auto merge = [&](double n, double own_mean, double own_squares) {
@@ -132,7 +132,7 @@ void apply(const T* x, NormRows s, NormCoefficients k, T* y, int64_t y_stride) {
   }
 }
 
-// du = act'(u) dy, with silu'(u) = s (1 + u (1 - s)); `kHalf` where du itself is rounded to bfloat16.
+// du = act'(u) dy, with silu'(u) = s (1 + u (1 - s)); `kHalf`: the result is rounded to bfloat16.
 template <typename V, typename T, bool kSilu, bool kUniform, bool kHalf>
 ADMFAST_INLINE V before_activation(const T* dy, V centred, NormCoefficients k, int64_t lane) {
   const V gradient = V::load(dy + lane);
@@ -143,7 +143,7 @@ ADMFAST_INLINE V before_activation(const T* dy, V centred, NormCoefficients k, i
   return gradient * slope;
 }
 
-// Adds du and du (x - mean) of some rows at V::kWidth lanes to the sums.
+// Add du and du (x - mean) of `rows` rows at V::kWidth lanes to the sums.
 template <typename V, typename T, bool kSilu>
 ADMFAST_INLINE void run_gradient_sums(const T* dy, int64_t dy_stride, const T* x, int64_t rows, int64_t stride,
                                       NormCoefficients k, int64_t lane, float* sums, float* weighted_sums) {
@@ -159,7 +159,7 @@ ADMFAST_INLINE void run_gradient_sums(const T* dy, int64_t dy_stride, const T* x
   weighted.store(weighted_sums);
 }
 
-// The sums of the lanes from `begin` on, at most kLaneBlock.
+// Add to the sums of the lanes from `begin` on, at most kLaneBlock of them.
 template <typename T, bool kSilu>
 ADMFAST_INLINE void block_gradient_sums(const T* dy, int64_t dy_stride, const T* x, NormRows s, NormCoefficients k,
                                         int64_t begin, double* sums, double* weighted_sums) {
@@ -242,7 +242,7 @@ void gradient(const T* dy, int64_t dy_stride, const T* x, NormRows s, const Norm
   }
 }
 
-// From run-time options to the instantiations above: `call(T{}, silu, uniform)`.
+// Turn the run-time type into a C++ type: `call(T{})`.
 template <typename Call>
 ADMFAST_INLINE void for_type(NormType type, Call call) {
   if (type == NormType::kFloat32) {

@@ -1,4 +1,4 @@
-// GroupNorm + SiLU as torch ops: layouts, shares of the work, merging of moments and sums.
+// GroupNorm + SiLU as torch ops: layouts, division of the work, merging of moments and sums.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -19,7 +19,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kShareElements = 1 << 16;  // of one share of channels-last work: it stays in a second-level cache
+constexpr int64_t kShareElements = 1 << 16;  // elements of a share of the work, which stays in a second-level cache
 
 NormType norm_type(const Tensor& x, const char* op) {
   switch (x.scalar_type()) {
@@ -29,7 +29,7 @@ NormType norm_type(const Tensor& x, const char* op) {
   }
 }
 
-// Strides of a dense [N, C, *spatial] whose channels lie beside each other. From numbers: a view goes through the dispatcher.
+// Strides of a dense [N, C, *spatial] with adjacent channels. Computed, because a view would go through the dispatcher.
 std::vector<int64_t> channels_last_strides(at::IntArrayRef sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
@@ -65,7 +65,7 @@ char* at_element(const Tensor& t, int64_t element) {
   return static_cast<char*>(const_cast<void*>(t.const_data_ptr())) + element * t.element_size();
 }
 
-// The one or two sources of a call, the second one's channels after the first one's.
+// The one or two sources of a call; the channels of the second follow those of the first.
 struct Sources {
   Tensor x[2];
   int64_t count, N, P, channels[2], C;
@@ -80,7 +80,7 @@ struct Sources {
     count = 1;
     N = first.size(0);
     C = channels[0] = first.size(1);
-    P = 1;  // from the sizes: a source may have no channels
+    P = 1;  // computed from the sizes, because a source may have no channels
     for (const int64_t size : first.sizes().slice(2)) P *= size;
     channels[1] = 0;
     if (second) {
@@ -97,8 +97,8 @@ struct Sources {
   }
 };
 
-// A share of the work. Channels-last: `rows` positions of all channels of a source of an image. Channels-first:
-// all positions of `lanes` channels. `part` is where its 2 * lanes partial results begin.
+// A share of the work, in one source of one image. Channels-last: `rows` positions of all channels. Channels-first: all
+// positions of `lanes` channels. Its 2 * lanes partial results begin at `part`.
 struct Share {
   int64_t n, source, channel, first, rows, lanes, part;
 };
@@ -129,8 +129,9 @@ std::vector<double> parts_of(const std::vector<Share>& all) {
   return std::vector<double>(all.back().part + 2 * all.back().lanes);
 }
 
-// One call of a loop: rows of a source, where they begin in it and in a tensor that has the channels of both, their
-// first channel among those of all images, and where their partial results go. Channels-first, one channel.
+// One call of a loop. `shape`: the rows of a source (channels-first: one channel). `own`, `joint`: where they begin in
+// the source, and in a tensor that has the channels of both sources. `channel`: their first channel, counted over all
+// images. `part`: where their partial results go.
 struct Piece {
   NormRows shape;
   int64_t own, joint, joint_stride, channel, part, lane_parts;
@@ -157,13 +158,13 @@ void for_pieces(const Sources& s, const std::vector<Share>& all, Work work) {
   });
 }
 
-// Call `visit(share, its first channel among those of all images)` for every share, in order.
+// Call `visit(share, channel)` for every share, in order; `channel`: its first channel, counted over all images.
 template <typename Visit>
 void for_lanes(const Sources& s, const std::vector<Share>& all, Visit visit) {
   for (const Share& one : all) visit(one, one.n * s.C + (one.source == 0 ? 0 : s.channels[0]) + one.channel);
 }
 
-// What scale, shift and the affine amount to: act'(u) reaches x^ through w' = weight (1 + scale).
+// The combination of weight, bias, scale and shift: u = x^ w' + b'.
 struct Affine {
   Tensor weight, bias, scale, shift;
   Affine(const Sources& s, const Tensor& w, const Tensor& b, const OptionalTensor& scale_, const OptionalTensor& shift_,
@@ -181,7 +182,7 @@ struct Affine {
     shift = shift_->to(at::kFloat).contiguous();
   }
 
-  // w' [C] and b' [C] of image n.
+  // Write w' = weight (1 + scale) and b' = bias (1 + scale) + shift of image n, [C] each.
   void of_image(int64_t n, int64_t C, float* factor, float* offset) const {
     const float *w = weight.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
     std::copy(w, w + C, factor);
@@ -195,8 +196,8 @@ struct Affine {
   }
 };
 
-// [N, C] of what the loops need. They subtract the mean in float32; what that leaves over, `rest`, enters through the
-// offset, so that a large mean costs no digit.
+// The coefficients [N, C] that the loops need. The loops subtract the mean in float32; its rounding remainder, `rest`,
+// enters through the offset, so that a large mean costs no digits.
 struct Coefficients {
   std::vector<float> mean, factor, offset;
   std::vector<double> rest;
@@ -222,8 +223,8 @@ struct Coefficients {
   }
 };
 
-// Merge the moments of shares into those of each channel, and these into those of each group, in double: first the
-// means, then the squares about them.
+// Merge the moments of the shares into moments of each channel, and these into moments of each group, in double: first
+// the means, then the squares about them.
 void merge_moments(const Sources& s, const std::vector<Share>& all, const std::vector<double>& parts, double eps,
                    Tensor& group_mean, Tensor& group_rstd) {
   const int64_t G = group_mean.size(1), D = s.C / G;
@@ -328,7 +329,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   float *out1 = sums1.data_ptr<float>(), *out2 = sums2.data_ptr<float>();
   for (int64_t g = 0; g < s.N * G; ++g) {
     const double r = rstd.const_data_ptr<double>()[g];
-    double first = 0.0, second = 0.0;  // k.factor is rstd w', so that r first = r mean(w' S1)
+    double first = 0.0, second = 0.0;  // k.factor is rstd w', so `first` becomes rstd times the mean of w' S1
     for (int64_t i = g * D; i < (g + 1) * D; ++i) {
       t[i] -= k.rest[g] * s1[i];
       first += k.factor[i] * s1[i];

@@ -1,5 +1,5 @@
-// Functions that C++ and CUDA share. Forced inline, so that a file compiled for a wide instruction set leaves no
-// copy behind that the linker could give to the others.
+// Functions that C++ and CUDA share. They are forced inline: otherwise the linker could give a copy that was compiled
+// for a wide instruction set to the other files.
 #pragma once
 
 #include <cmath>
@@ -14,8 +14,8 @@
 
 namespace admfast {
 
-// A product, a sum and a root that are rounded by themselves, whatever the compiler may contract elsewhere (C++ is
-// built with -ffp-contract=off).
+// A product, a sum and a root that are each rounded; the compiler doesn't fuse them (C++ is built with
+// -ffp-contract=off).
 ADMFAST_HD float mul_rn(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);

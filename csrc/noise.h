@@ -1,4 +1,4 @@
-// Philox4x32-10 and Box-Muller, operation for operation as in admfast/ops/update/noise.py (bit-equal).
+// Philox4x32-10 and Box-Muller, with the same operations, and so the same bits, as admfast/ops/update/noise.py.
 #pragma once
 
 #include "host_device.h"
@@ -70,7 +70,7 @@ ADMFAST_HD void box_muller(uint32_t a, uint32_t b, float& even, float& odd) {
   odd = mul_rn(radius, upper ? -sin_angle : sin_angle);
 }
 
-// The four normals of one block of an image, whose key is its seed.
+// The four normals of one block of an image; the image's seed is the key.
 ADMFAST_HD void normal_block(uint64_t seed, uint64_t block, uint32_t row, uint32_t stream, float z[4]) {
   uint32_t c[4] = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), row, stream};
   philox4x32_10(c, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));

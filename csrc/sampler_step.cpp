@@ -14,7 +14,7 @@ const SamplerLoops& choose() {
   const char* asked = std::getenv("ADMFAST_CPU_ISA");
   if (asked && !*asked) asked = nullptr;
   const auto wanted = [asked](const SamplerLoops& loops) {
-    // By its beginning: a name may say more than what is of use here, as avx512_bf16 does.
+    // Only the beginning must match: avx512_bf16 names more than these loops have a variant for.
     return !asked || std::strncmp(asked, loops.name, std::strlen(loops.name)) == 0;
   };
   if (avx512 && wanted(sampler_loops_avx512)) return sampler_loops_avx512;

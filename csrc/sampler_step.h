@@ -22,7 +22,7 @@ struct Strided {
   Type type = Type::kFloat32;
 };
 
-// A whole number that is read where the update runs: *at + offset, or offset alone where `at` is null.
+// A whole number that is read on the device of the update: *at + offset, or only offset if `at` is null.
 struct Counter {
   const void* at = nullptr;
   bool wide = false;  // int64, else int32
@@ -31,14 +31,14 @@ struct Counter {
 
 struct SamplerArgs {
   int64_t N, C, P;          // images, channels, positions
-  float* x;                 // [N, C, P] contiguous, updated
-  float* x0;                // [N, C, P], written
+  float* x;                 // [N, C, P] contiguous, read and written
+  float* x0;                // [N, C, P] contiguous, written
   float* saved;             // [N, C, P] or null
   float* history;           // [3, N, C, P] or null
   Strided out, out2;        // [N, C or 2C, P] of one type; out2.data may be null
   Strided grad;             // [N, C, P] float32; data may be null
   bool has_variance;        // out has 2C channels
-  const uint64_t* seeds;    // [N], used where noise is null
+  const uint64_t* seeds;    // [N], used if noise is null; may be null
   const float* noise;       // [N, C, P] contiguous or null
   const float* table;       // [rows, kRowColumns]
   int64_t rows;
@@ -46,7 +46,7 @@ struct SamplerArgs {
   uint32_t stream;
 };
 
-// The loops of the CPU, once for each instruction set.
+// The CPU loops of one instruction set.
 struct SamplerLoops {
   const char* name;
   // Positions [begin, end) of image n, in all channels.
@@ -57,7 +57,7 @@ struct SamplerLoops {
 };
 extern const SamplerLoops sampler_loops_generic, sampler_loops_avx2, sampler_loops_avx512;
 
-// The widest that this machine runs, or the one that the environment variable ADMFAST_CPU_ISA names.
+// The widest loops that this machine runs, or those that the environment variable ADMFAST_CPU_ISA names.
 const SamplerLoops& sampler_loops();
 
 }  // namespace admfast

@@ -1,4 +1,4 @@
-// The loops of the sampler update for avx2.
+// The loops of the sampler update for AVX2.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
 

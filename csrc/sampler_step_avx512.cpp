@@ -1,6 +1,6 @@
-// The loops of the sampler update for avx512.
+// The loops of the sampler update for AVX-512.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the header's own undefined vectors for a mistake.
+// GCC 12 warns of the vectors that immintrin.h leaves uninitialised on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 

@@ -37,7 +37,7 @@ Strided merge_spatial(const Tensor& t, const char* name, Tensor& keep) {
   return {keep.const_data_ptr(), keep.stride(0), keep.stride(1), keep.stride(2), type_of(keep, name)};
 }
 
-// An input that lives in the state's memory would be overwritten while others of its elements are still to be read.
+// Clone an input that shares memory with the state: it would be overwritten before all of it is read.
 Tensor apart(const Tensor& t, const SamplerTensors& given) {
   const bool shared = t.is_alias_of(given.x) || t.is_alias_of(given.x0) ||
                       (given.saved && t.is_alias_of(*given.saved)) ||

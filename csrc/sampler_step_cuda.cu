@@ -1,5 +1,5 @@
-// The sampler update and its noise on a CUDA device. What a thread does is in sampler_step_kernel.h; here is only how
-// many there are. No torch header, so that any machine with nvcc compiles it.
+// Kernels and launches of the sampler update and its noise on a CUDA device. The work of a thread is defined in
+// sampler_step_kernel.h. There is no torch header here, so that any machine with nvcc can compile this file.
 #include "sampler_step_cuda.h"
 #include "sampler_step_kernel.h"
 
@@ -7,11 +7,11 @@ namespace admfast {
 namespace {
 
 constexpr int kThreads = 128;
-// Blocks that one multiprocessor is given; a thread with more work loops, and reads its row once.
+// Most blocks per multiprocessor; a thread with more work loops, and its block reads the row only once.
 constexpr int64_t kBlocksEach = 16;
 
-// Blocks that must fit on a multiprocessor at once, as many as leave every thread its registers: 65536 / 128 / 6 is
-// 85 of them. A thread of an interleaved tensor holds four or eight positions of all channels.
+// Blocks that must fit on a multiprocessor at once, chosen so that every thread has enough registers: with 6 blocks
+// 65536 / 128 / 6 = 85 of them. A thread of an interleaved tensor holds four or eight positions of all channels.
 template <typename T, Layout kLayout, int kC, int kOutputs>
 constexpr int resident() {
   if (kLayout == Layout::kInterleaved && kC == 3) return interleaved_run(kOutputs, sizeof(T)) == 8 ? 2 : 3;
@@ -42,7 +42,7 @@ struct Shape {
   unsigned blocks, threads;
 };
 
-// Small states get small blocks, so that they reach more multiprocessors.
+// Choose the launch's blocks and threads. Small states get small blocks, so that they reach more multiprocessors.
 cudaError_t shape_of(int64_t work, Shape& shape) {
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);

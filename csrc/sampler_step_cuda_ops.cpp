@@ -1,4 +1,4 @@
-// The update and its noise on CUDA tensors: device, stream and launch; compiled only where CUDA is.
+// The update and its noise on CUDA tensors: device, stream and launch; compiled only with CUDA.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -14,8 +14,8 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Nothing is read back: counters stay on the device, and a copy of an input that shares the state's memory is made by
-// the caching allocator, so that the whole can be captured in a graph.
+// The whole call can be captured in a graph: counters stay on the device, nothing is read back, and the copy of an
+// input that shares the state's memory comes from the caching allocator.
 void update_cuda(Tensor x, Tensor x0, Optional saved, Optional history, const Tensor& out, const Optional& out2,
                  const Optional& grad, const Optional& seeds, const Optional& noise, const Tensor& table,
                  const Optional& row, const Optional& noise_row, int64_t row_at, int64_t noise_at, int64_t stream) {

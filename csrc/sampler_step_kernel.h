@@ -1,8 +1,9 @@
 // The body of the CUDA update as functions of a thread's index, so that the host can run them too (tests/csrc).
 //
-// Three layouts of `out` (and `out2`). Planar: a thread updates 16 bytes' worth of one channel, four elements of
-// float32 or eight of half precision. Interleaved (NHWC): the fewest positions that fill whole 16 bytes, in all
-// channels. Strided: one block of noise, four elements, each by itself, for any shape, stride and alignment.
+// `out` (and `out2`) may have three layouts. Planar: a thread updates 16 bytes of one channel, four elements of float32
+// or eight of half precision. Interleaved (NHWC): a thread updates the fewest positions (four or eight), in all
+// channels, that fill a multiple of 16 bytes. Strided: a thread updates one block of noise, four elements, one by one,
+// for any shape, stride and alignment.
 #pragma once
 
 #include "half_types.h"
@@ -14,7 +15,7 @@ namespace admfast {
 
 enum class Layout : int { kStrided = 0, kPlanar = 1, kInterleaved = 2 };
 
-// How a call is run: the layout of out, and of the gradient in a thread's run of elements.
+// How a call is executed: the layout of out, and that of the gradient.
 struct SamplerPlan {
   Layout layout, grad_layout;
   int64_t items;  // pieces of work of one image
@@ -24,20 +25,20 @@ ADMFAST_HD int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
 
 ADMFAST_HD bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Whether runs of `run` elements of a channel can be read 16 bytes at a time.
+// Tell whether runs of `run` elements of a channel can be read 16 bytes at a time.
 inline bool is_planar(const Strided& t, int64_t N, int64_t channels, int64_t P, int64_t run) {
   const int64_t per = 16 / size_of(t.type);
   return aligned16(t.data) && P % run == 0 && t.p == 1 && (N == 1 || t.n % per == 0) &&
          (channels == 1 || t.c % per == 0);
 }
 
-// Whether runs of `run` positions, all channels of each, can be.
+// Tell whether runs of `run` positions, with all their channels, can be read 16 bytes at a time.
 inline bool is_interleaved(const Strided& t, int64_t N, int64_t channels, int64_t P, int64_t run) {
   const int64_t per = 16 / size_of(t.type);
   return aligned16(t.data) && P % run == 0 && channels > 1 && t.c == 1 && t.p == channels && (N == 1 || t.n % per == 0);
 }
 
-// Positions that a thread takes of an interleaved tensor: four, or eight where four don't fill whole 16 bytes.
+// Positions of an interleaved tensor that a thread takes: four, or eight if four don't fill a multiple of 16 bytes.
 ADMFAST_HD constexpr int interleaved_run(int64_t channels, int64_t size) { return channels * size % 4 == 0 ? 4 : 8; }
 
 inline SamplerPlan sampler_plan(const SamplerArgs& args) {
@@ -67,10 +68,10 @@ inline SamplerPlan sampler_plan(const SamplerArgs& args) {
 }
 
 #if !defined(__CUDACC__)
-inline int misaligned = 0;  // the host has no such rule; a test looks whether it would have been broken
+inline int misaligned = 0;  // the host allows misaligned accesses; tests count those that a GPU would not
 #endif
 
-// 16 bytes at once.
+// Read 16 bytes at once.
 template <typename T>
 ADMFAST_HD void read16(const T* from, T* to) {
 #if defined(__CUDA_ARCH__)
@@ -108,7 +109,7 @@ ADMFAST_HD void write_run(const float (&from)[kCount], float* to) {
   for (int i = 0; i < kCount; i += 4) write16(from + i, to + i);
 }
 
-// Quotient and remainder; a 64-bit division costs a GPU a hundred instructions.
+// Quotient and remainder, by a 32-bit division if possible: a 64-bit division takes a GPU a hundred instructions.
 ADMFAST_HD void divide(int64_t a, int64_t b, int64_t& quotient, int64_t& remainder) {
   if (((static_cast<uint64_t>(a) | static_cast<uint64_t>(b)) >> 32) == 0) {
     quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
@@ -125,8 +126,8 @@ ADMFAST_HD int64_t read_counter(const Counter& counter) {
   return counter.offset + *static_cast<const int32_t*>(counter.at);
 }
 
-// What every thread of a call needs to know of its row. `runs` is false where the row, read on the device, can't be:
-// nothing can be raised there, so x and x0 become NaN, which no later row takes away.
+// The row of a call, for all its threads. `runs` is false if the row is outside the table or needs a buffer that wasn't
+// given. A device can't raise errors, so x and x0 then become NaN, which no later row removes.
 struct RowNow {
   Update u;
   uint32_t noise_row;
@@ -145,13 +146,13 @@ ADMFAST_HD RowNow row_now(const SamplerArgs& args) {
   return now;
 }
 
-// What a thread holds of the state and the inputs, for kCount elements that follow one another.
+// A thread's values of the state and the inputs, for kCount consecutive elements.
 template <int kCount>
 struct Run {
   float x[kCount], o[kCount], v[kCount], g[kCount];
 };
 
-// Elements [e, e + kCount) of image n, all of them there and aligned; e is a multiple of four.
+// Update elements [e, e + kCount) of image n, which must all exist and be aligned; e is a multiple of four.
 template <int kCount>
 ADMFAST_HD void update_run(const SamplerArgs& args, const RowNow& now, int64_t n, int64_t e, const Run<kCount>& in) {
   const Update& u = now.u;
@@ -197,7 +198,7 @@ ADMFAST_HD void update_run(const SamplerArgs& args, const RowNow& now, int64_t n
   write_run(next, args.x + at);
 }
 
-// The gradient of kCount positions of one channel.
+// Read the gradient of kCount positions of one channel.
 template <int kCount>
 ADMFAST_HD void read_grad(const SamplerArgs& args, Layout layout, int64_t n, int64_t c, int64_t p, float (&g)[kCount]) {
   const float* from = static_cast<const float*>(args.grad.data) + n * args.grad.n + c * args.grad.c + p * args.grad.p;
@@ -214,7 +215,7 @@ ADMFAST_HD const T* place(const Strided& t, int64_t n, int64_t c, int64_t p) {
   return static_cast<const T*>(t.data) + n * t.n + c * t.c + p * t.p;
 }
 
-// Work of one thread where channels are planes: one run of one channel.
+// Work of one thread in the planar layout: one run of one channel.
 template <typename T>
 ADMFAST_HD void planar_item(const SamplerArgs& args, const SamplerPlan& plan, const RowNow& now, int64_t n,
                             int64_t item) {
@@ -241,7 +242,7 @@ ADMFAST_HD void planar_item(const SamplerArgs& args, const SamplerPlan& plan, co
   update_run(args, now, n, e, run);
 }
 
-// Work of one thread where the channels of a position follow one another: a run of positions in all channels.
+// Work of one thread in the interleaved layout: a run of positions in all channels.
 template <typename T, int kC, int kOutputs>
 ADMFAST_HD void interleaved_item(const SamplerArgs& args, const SamplerPlan& plan, const RowNow& now, int64_t n,
                                  int64_t item) {
@@ -280,7 +281,7 @@ ADMFAST_HD float read_output(const SamplerArgs& args, const Update& u, int64_t n
   return args.out2.data ? mixed(o, to_float(*place<T>(args.out2, n, c, p)), u.k.mix) : o;
 }
 
-// Work of one thread for anything: the elements of one block of noise, one by one.
+// Work of one thread in any layout: the elements of one block of noise, one by one.
 template <typename T>
 ADMFAST_HD void strided_item(const SamplerArgs& args, const RowNow& now, int64_t n, int64_t item) {
   const Update& u = now.u;
@@ -312,7 +313,7 @@ ADMFAST_HD void strided_item(const SamplerArgs& args, const RowNow& now, int64_t
   }
 }
 
-// Piece `item` of image n, in a layout known to the compiler. kC and kOutputs are 0 where it isn't interleaved.
+// Piece `item` of image n, in a layout known to the compiler. kC and kOutputs are 0 unless it is interleaved.
 template <typename T, Layout kLayout, int kC, int kOutputs>
 ADMFAST_HD void sampler_item(const SamplerArgs& args, const SamplerPlan& plan, const RowNow& now, int64_t n,
                              int64_t item) {
@@ -325,7 +326,7 @@ ADMFAST_HD void sampler_item(const SamplerArgs& args, const SamplerPlan& plan, c
   }
 }
 
-// Share `index` of `count` of all work; a thread of the launch, or one turn of a loop on the host.
+// Share `index` of the `count` shares of the work: that of one thread on a GPU, or of one loop iteration on the host.
 template <typename T, Layout kLayout, int kC, int kOutputs>
 ADMFAST_HD void sampler_share(const SamplerArgs& args, const SamplerPlan& plan, const RowNow& now, int64_t index,
                               int64_t count) {
@@ -341,7 +342,7 @@ ADMFAST_HD void sampler_share(const SamplerArgs& args, const SamplerPlan& plan, 
   }
 }
 
-// Normals of block `item` of image n, of `count` in an image.
+// The normals of block `item` of image n; an image has `count` elements.
 ADMFAST_HD void normal_item(const uint64_t* seeds, uint32_t row, uint32_t stream, int64_t count, int64_t n,
                             int64_t item, float* z) {
   float values[4];

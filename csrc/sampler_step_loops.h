@@ -1,17 +1,17 @@
-// The update on the CPU, in loops that the compiler vectorises. Included once for each instruction set, after
-// `#pragma GCC target`, with ADMFAST_ISA (namespace), ADMFAST_LOOPS and ADMFAST_LOOPS_NAME (the table and its name)
-// and ADMFAST_BITS (width of the vectors that intrinsics may name, or 0).
-// It includes nothing, so that no function of others is compiled for an instruction set the machine may lack.
+// The update on the CPU, in loops that the compiler vectorises. Include it once for each instruction set, after
+// `#pragma GCC target`. ADMFAST_ISA is the namespace, ADMFAST_LOOPS and ADMFAST_LOOPS_NAME are the struct of the loops
+// and its name, and ADMFAST_BITS is the width of the vectors that intrinsics may use, or 0.
+// This file includes nothing, so that no other function is compiled for an instruction set that the machine may lack.
 
 namespace admfast {
 namespace ADMFAST_ISA {
 
-constexpr int64_t kPiece = 256;     // positions worked on at a time: all buffers stay in the first-level cache
+constexpr int64_t kPiece = 256;     // positions processed at a time: all buffers stay in the first-level cache
 constexpr int64_t kBlocks = 64;     // Philox blocks made at a time
-constexpr int64_t kInterleaved = 6;  // channels up to which an interleaved tensor is split rather than gathered
+constexpr int64_t kInterleaved = 6;  // most channels with which an interleaved tensor is split instead of gathered
 
-// Words of blocks first .. first + kBlocks. Even and odd blocks are kept in 64-bit lanes of their own, in which a
-// widening product costs one instruction; left to itself GCC takes the three times dearer 64-bit product.
+// The words of kBlocks blocks from `first` on. Even and odd blocks are kept in separate vectors of 64-bit lanes, so a
+// widening product is one instruction; GCC would choose the 64-bit product, which costs three times as much.
 static inline void philox_blocks(uint64_t seed, uint32_t row, uint32_t stream, uint64_t first,
                                  uint32_t (&r)[4][kBlocks]) {
 #if ADMFAST_BITS == 512
@@ -104,14 +104,14 @@ static void normal(uint64_t seed, uint32_t row, uint32_t stream, int64_t begin, 
 }
 
 
-// Each k-th of the values: to[j][i] = from[k * i + j].
+// Separate k interleaved rows: to[j][i] = from[k * i + j].
 template <int k>
 static void split(const float* from, int64_t count, float* to, int64_t stride) {
   for (int64_t i = 0; i < count; ++i)
     for (int j = 0; j < k; ++j) to[j * stride + i] = from[k * i + j];
 }
 
-// Channels of a piece of one tensor as rows of floats, whatever its strides and type.
+// The channels of a piece of one tensor as rows of floats, for any strides and type.
 class Rows {
  public:
   Rows(const Strided& tensor, int64_t channels)
@@ -122,7 +122,7 @@ class Rows {
   bool given() const { return from_.data != nullptr; }
   bool joint() const { return joint_; }
 
-  // Take positions [begin, begin + count) of image n.
+  // Select positions [begin, begin + count) of image n.
   void begin(int64_t n, int64_t begin, int64_t count) {
     start_ = n * from_.n + begin * from_.p;
     count_ = count;
@@ -160,7 +160,7 @@ class Rows {
     return to;
   }
 
-  // Six channels are split in two and in three, four in two and in two: steps that the compiler vectorises.
+  // Six channels are split by two and then by three, four by two and by two: loops that the compiler vectorises.
   void read_joint() {
     alignas(64) float flat[kInterleaved * kPiece], half[kInterleaved * kPiece];
     const float* from = flat;
@@ -281,7 +281,7 @@ class Piece {
 static void update(const SamplerArgs& args, const SamplerRow& row, uint32_t noise_row, int64_t n, int64_t begin,
                    int64_t end) {
   Piece piece(args, row, noise_row, n);
-  // Planar tensors are walked channel by channel, interleaved ones are read once for all channels.
+  // Planar tensors are processed channel by channel; interleaved ones are read once for all channels.
   const int64_t together = piece.joint() ? args.C : 1;
   for (int64_t first = 0; first < args.C; first += together)
     for (int64_t position = begin; position < end; position += kPiece) {

@@ -1,4 +1,4 @@
-// The update and its noise as torch ops: their schemas, and the CPU.
+// The update and its noise as torch ops: the schemas, and the implementation for CPUs.
 #include "sampler_step_ops.h"
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Values of one share: enough for a thread to be worth waking, few enough that threads end together.
+// Values of one share of the work: enough to make a thread worth waking, few enough that threads end together.
 constexpr int64_t kShare = 8192;
 
 int64_t read(const Counter& counter) {
@@ -58,7 +58,7 @@ void update_cpu(Tensor x, Tensor x0, Optional saved, Optional history, const Ten
   });
 }
 
-// Standard normals [N, count] for the seeds: the noise of sampler_step_ by itself (x_T, tests).
+// Standard normals [N, count] for the seeds: the noise of sampler_step_ on its own (for x_T and tests).
 Tensor normal_cpu(const Tensor& seeds, int64_t count, int64_t row, int64_t stream) {
   check_normal(seeds, count, row, stream);
   Tensor z = at::empty({seeds.size(0), count}, seeds.options().dtype(at::kFloat));

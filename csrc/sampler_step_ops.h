@@ -1,4 +1,4 @@
-// What the torch bindings of the update share: its arguments as the dispatcher gives them, and their checks.
+// Shared by the torch bindings of the update: its arguments as the dispatcher gives them, and their checks.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,12 +19,12 @@ struct SamplerTensors {
   int64_t row_at, noise_at, stream;
 };
 
-// Tensors that the arguments point into, where the given ones can't be used as they are.
+// Views and copies that the arguments point into; they must live until the update is done.
 struct Kept {
   at::Tensor out, out2, grad, noise;
 };
 
-// Check everything but what the row's coefficients say, and fill the plain struct; reads no tensor's values.
+// Check everything that doesn't depend on the row's coefficients, and fill the plain struct; reads no tensor's values.
 SamplerArgs sampler_args(const SamplerTensors& given, Kept& kept);
 
 // Check the arguments of `normal`.

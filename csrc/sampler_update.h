@@ -6,11 +6,11 @@
 
 namespace admfast {
 
-// What a row asks for, worked out once: terms whose coefficient is 0 are not computed, so that what isn't finite
-// in their input doesn't reach x.
+// A row, and which of its terms are computed. Terms whose coefficient is 0 are not, so that NaN or infinity in their
+// inputs doesn't reach x.
 struct Update {
   SamplerRow k;
-  float limit_used, limit_reported;  // clip is a limit of 1 or of infinity
+  float limit_used, limit_reported;  // 1 with clipping, infinity without
   bool pre, post, mean, noise, learned;
 };
 
@@ -34,14 +34,14 @@ ADMFAST_HD bool uses_history(const SamplerRow& row) {
   return row.push_slot >= 0.0f || row.d[0] != 0.0f || row.d[1] != 0.0f || row.d[2] != 0.0f;
 }
 
-// e^v on the host: 2^n * P(r) with a fit of degree 6 (relative error 2e-9 before rounding); 0 below, inf above.
+// e^v. On the host 2^n * P(r) with P of degree 6 (relative error 2e-9 before rounding); 0 below -87, infinity above 88.
 ADMFAST_HD float exp_of(float v) {
 #if defined(__CUDA_ARCH__)
   return expf(v);
 #else
   float clamped = v < -87.0f ? -87.0f : v;
   clamped = clamped > 88.0f ? 88.0f : clamped;
-  // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits; every vector unit can do it.
+  // Adding 1.5 * 2^23 rounds to a whole number, which is then in the low bits. Every vector unit can do this.
   const float shifted = clamped * 0x1.715476p+0f + 0x1.8p+23f;
   const float n = shifted - 0x1.8p+23f;
   const float r = (clamped - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
@@ -67,7 +67,7 @@ ADMFAST_HD float limited(float v, float limit) {
 
 ADMFAST_HD float mixed(float out, float out2, float mix) { return out + mix * (out - out2); }
 
-// x0 as the update uses it and as it is reported; returns a x + b x0.
+// Returns a x + b x0, with x0 as the update uses it; `reported` becomes x0 as it is reported.
 ADMFAST_HD float predict(const Update& u, float x, float o, float g, float& reported) {
   float used = u.k.k_x * x + u.k.k_out * o;
   if (u.pre) used += u.k.k_pre * g;

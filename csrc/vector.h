@@ -1,12 +1,12 @@
-// A vector of floats per instruction set: what the loops of a kernel are written in, once.
-// Include it after `#pragma GCC target`, with ADMFAST_ISA naming the namespace and ADMFAST_LEVEL the vectors: 0 for
-// any machine, 256 AVX2, 512 AVX-512, 513 the same with bfloat16 conversions. It includes nothing itself, so
+// A vector of floats for each instruction set, so that a kernel's loops are written only once.
+// Include it after `#pragma GCC target`. ADMFAST_ISA is the namespace, and ADMFAST_LEVEL chooses the vectors: 0 for any
+// machine, 256 for AVX2, 512 for AVX-512, 513 for AVX-512 with bfloat16 conversions. This file includes nothing, so
 // that no standard function is compiled for an instruction set that the machine may lack.
 
 namespace admfast {
 namespace ADMFAST_ISA {
 
-// One float, for the elements that don't fill a vector. Every operation is that of the vectors below.
+// One float, for the elements that don't fill a vector. It has the operations of the vectors below.
 struct Scalar {
   static constexpr int64_t kWidth = 1;
   float v;
@@ -66,7 +66,7 @@ ADMFAST_INLINE Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.v,
 ADMFAST_INLINE Vector fma(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 ADMFAST_INLINE Vector at_least(Vector a, float low) { return {_mm512_max_ps(_mm512_set1_ps(low), a.v)}; }
 ADMFAST_INLINE Vector at_most(Vector a, float high) { return {_mm512_min_ps(_mm512_set1_ps(high), a.v)}; }
-// 14 bits, and one step of Newton where float32 is wanted; a division would cost as much as all the rest.
+// An estimate of 14 bits, and one Newton iteration if float32 is wanted. A division would cost as much as the rest.
 template <bool kHalf>
 ADMFAST_INLINE Vector reciprocal(Vector a) {
   const __m512 r = _mm512_rcp14_ps(a.v);
@@ -155,10 +155,10 @@ ADMFAST_INLINE V exp2_fraction(V f) {
   return fma(p, f, V::set(1.0f));
 }
 
-// e^-u for float32; what is beyond 87 on either side is 0 or 1 to every digit of the sigmoid.
+// e^-u for float32. u is limited to [-87, 87]: beyond, the sigmoid is 0 or 1 to every digit.
 template <typename V>
 ADMFAST_INLINE V exp_negative(V u) {
-  const V magic = V::set(0x1.8p23f);  // added and taken away again, it rounds to a whole number
+  const V magic = V::set(0x1.8p23f);  // adding and subtracting it rounds to a whole number
   const V bounded = at_most(at_least(u, -87.0f), 87.0f);
   const V n = fma(bounded, V::set(-0x1.715476p+0f), magic) - magic;
   V f = fma(bounded, V::set(-0x1.715476p+0f), V::set(0.0f) - n);
@@ -166,7 +166,7 @@ ADMFAST_INLINE V exp_negative(V u) {
   return scaled(exp2_fraction(f), n);
 }
 
-// The same where the result is rounded to bfloat16 in the end: relative error 8e-5, a fiftieth of that rounding.
+// The same for results that are rounded to bfloat16: a relative error of 8e-5, a fiftieth of that rounding error.
 template <typename V>
 ADMFAST_INLINE V exp_negative_half(V u) {
 #if ADMFAST_LEVEL >= 512

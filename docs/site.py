@@ -1,7 +1,7 @@
-"""Take the repository's own pages into the site: the README as its first page, notes, measured rows.
+"""Add the repository's other pages to the site: the README as its first page, notes, measured rows.
 
-Links are written for readers of the repository. Here each is turned to the place of its file in the site.
-MkDocs calls `on_files` and `on_page_markdown` (see `hooks` in mkdocs.yml).
+Links are written for readers of the repository. This hook changes each into a link to the file's place in the
+site. MkDocs calls the functions `on_...` (see `hooks` in mkdocs.yml).
 """
 
 from __future__ import annotations
@@ -24,13 +24,21 @@ OUTSIDE = (
     "bench/results/**/*.png",
     "examples/*.py",
 )
-ROWS = "bench/results/"  # tables of a thousand numbers, which a search would find before any sentence
+ROWS = "bench/results/"  # tables of a thousand numbers: a search would find them before any sentence
 LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#:]+)(?=[)#])")
+# In a class's list of attributes, mkdocstrings reads "a, b: text" as the attribute "a," of the type "b".
+PAIR = re.compile(r"(?P<first>\w+),</span></code></b>\s*\(<code><span[^>]*>(?P<second>\w+)</span></code>\)")
 
 
 def place_in_site(path: str) -> str:
     """Return where a file of the repository lies in the site."""
     return "index.md" if path == "README.md" else path.removeprefix("docs/")
+
+
+def on_config(config: Any) -> Any:
+    """Leave out the page for missing addresses: only a server shows it."""
+    config.theme.static_templates.discard("404.html")
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -43,14 +51,22 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Turn the links of a page to the places in the site."""
+    """Change the links of a page, and say which parts of the window it needs."""
     source = Path(page.file.abs_src_path).relative_to(ROOT).parent.as_posix()
     here = posixpath.dirname(page.file.src_uri)
     if page.file.src_uri.startswith(ROWS):
         page.meta["search"] = {"exclude": True}
+        page.meta["hide"] = ["navigation", "toc"]  # wide tables
+    elif page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would list this page only
 
-    def turned(link: re.Match[str]) -> str:
+    def changed(link: re.Match[str]) -> str:
         path = posixpath.normpath(posixpath.join(source, link["path"]))
         return posixpath.relpath(place_in_site(path), here or ".")
 
-    return LINK.sub(turned, markdown)
+    return LINK.sub(changed, markdown)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Show two attributes that share one text as two names."""
+    return PAIR.sub(r"\g<first>, \g<second></span></code></b>", output)

@@ -7,20 +7,20 @@ from admfast.kernels.norm_launch import Call
 from admfast.kernels.norm_tensors import DTYPES, is_channels_last
 from torch import Tensor
 
-BLOCK = 2048  # elements a program; with 8 warps a thread has 8 neighbours: 16 bytes of half precision
+BLOCK = 2048  # elements per program; with 8 warps a thread has 8 adjacent ones: 16 bytes in half precision
 
 
 @triton.jit
 def _conv_epilogue_fwd_kernel(
     bias_ptr, residual_ptr, y_ptr, count, C, MULTIPLE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Add to the elements of a block, which lie one after another: element i is of channel i % C."""
+    """Add bias and residual to a block of consecutive elements; element i belongs to channel i % C."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     inside = i < tl.minimum(count - start, BLOCK).to(tl.int32)
     y = tl.load(y_ptr + start + i, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        # Not told what divides the first channel, the compiler loads the bias element by element.
+        # Unless it knows what divides the first channel, the compiler loads the bias element by element.
         first = tl.multiple_of((start % C).to(tl.int32), MULTIPLE)
         channel = (first + i) % C
         y += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
@@ -30,11 +30,11 @@ def _conv_epilogue_fwd_kernel(
 
 
 def conv_epilogue_fwd(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Compute `y + bias + residual` into `y`, and return it.
+    """Compute `y + bias + residual` in place in `y`, and return it.
 
     Args: y and residual [N, C, *spatial], float32, float16 or bfloat16, dense and channels-last; bias [C].
-    Raises ValueError for another layout or dtype, or where the residual has another shape. Adds in float32
-    and rounds once; not differentiable by itself; never waits for the device.
+    Raises ValueError for another layout, dtype or shape. Adds in float32 and rounds once; not differentiable
+    by itself; never waits for the device.
     """
     for name, t in (("y", y), ("residual", residual)):
         if t is not None and not is_channels_last(t):
@@ -51,7 +51,7 @@ def conv_epilogue_fwd(y: Tensor, bias: Tensor | None, residual: Tensor | None) -
         channels = y.shape[1]
         arguments = dict(bias_ptr=bias, residual_ptr=residual, y_ptr=y, count=count, C=channels)
         arguments |= dict(MULTIPLE=1 if channels % 16 else 16, BLOCK=BLOCK)
-        # A limit, see `Call.options`: it takes 36 at most.
+        # 64 registers are only a limit (see `Call.options`): the kernel uses at most 36.
         call = Call(_conv_epilogue_fwd_kernel, triton.cdiv(count, BLOCK), arguments, warps=8, registers=64)
         norm_launch.run([call], y.device)
     return y

@@ -1,10 +1,10 @@
-"""GroupNorm, affine, scale and shift, SiLU and resampling of channels-last data: the forward.
+"""The forward of `group_norm_silu`: GroupNorm, affine, scale, shift, SiLU, resampling of channels-last data.
 
-Two ways, by `norm_launch.choose`. Two passes: `stats` leaves mean and squared deviations of every channel in
-chunks of positions, `merge` makes mean and rstd of the groups of them, `apply` is elementwise. One read: a
-program does all three for whole groups of an image, few enough that the second look finds them in the cache.
-Sums of squares are always taken about a mean of the data itself, in float32; mean is kept as a float32 and
-what that left out.
+`norm_launch.choose` chooses one of two ways. Two passes: `stats` computes mean and squared deviations of
+every channel over chunks of positions, `merge` combines them into mean and rstd of the groups, and `apply` is
+elementwise. One read: a program does all three for whole groups of an image, so few that its second read
+finds them in the cache. Squares are always summed about a mean of the data itself, in float32. The mean of a
+group is kept as a sum of two float32: the rounded mean and its rounding remainder (`low`).
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from torch import Tensor
 def _store_copies(
     y_ptr, value, n, p, inside, c, wanted, P_OUT, W, C, RESAMPLE: tl.constexpr, DIMS: tl.constexpr
 ):
-    """Write a tile to its own places, or each element to its four (two) of the doubled output."""
+    """Write a tile to its own positions, or each element to its four (in 1-D two) of the doubled output."""
     if RESAMPLE == "up":
         first = first_of_copies(p, W, DIMS)
         for i in tl.static_range(DIMS):
@@ -48,7 +48,7 @@ def _store_averages(
     x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, q, c, wanted, P, P_OUT, H, W, C1, C2,
     SILU: tl.constexpr, DIMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write output positions q of the halved output, and of the halved input where skip is wanted."""
+    """Write positions q of the halved output and, if the skip is wanted, of the halved input."""
     inside = q < P_OUT
     first = first_of_block(q, H, W, DIMS)
     y = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -69,7 +69,7 @@ def _apply_tile(
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The elementwise part at input positions p, at output positions p for "down"."""
+    """Do the elementwise part at input positions p; for "down", at output positions p."""
     if RESAMPLE == "down":
         _store_averages(
             x_ptr, x2_ptr, y_ptr, skip_ptr, mean, a, b, n, p, c, wanted,
@@ -88,10 +88,11 @@ def _channel_statistics(
     x_ptr, x2_ptr, n, begin, end, c, wanted, P, C1, C2,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Of each channel over positions begin..end: the mean, as a sum of two, and the squared deviations."""
+    """Return per channel over positions begin..end the mean, as two terms, and the squared deviations."""
     p = begin + tl.arange(0, BLOCK_P)
     x = load_source(x_ptr, x2_ptr, n, p, p < end, c, wanted, P, C1, C2)
-    # About the mean of the first tile: it is one of few, which bounds what cancels by their number.
+    # Deviations are taken about the mean of the first tile. A program has few tiles, and their number bounds
+    # the cancellation.
     about = tl.sum(x, axis=0) / tl.minimum(end - begin, BLOCK_P)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -110,9 +111,9 @@ def _channel_statistics(
 def _group_statistics(
     about, added, deviations, sizes, there, lane, P, D, EPS: tl.constexpr, SINGLE: tl.constexpr
 ):
-    """Merge [parts, channels] to mean, what float32 leaves out of it, and rstd of each channel's group.
+    """Merge [parts, channels] into mean, its rounding remainder, and rstd of each channel's group.
 
-    Chan et al. 1983 over all parts at once: first a rough mean, then everything about that.
+    This is Chan et al. 1983 over all parts at once: first a rough mean, then everything about that mean.
     """
     mean = over_group(tl.sum(sizes * (about + added), axis=0), lane, D, SINGLE) / (P * D)
     centred = tl.where(there, (about - mean[None, :]) + added, 0.0)
@@ -129,10 +130,10 @@ def _group_norm_silu_fwd_kernel(
     SINGLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program takes all positions of whole groups, `pieces` of ALIGN channels, only once."""
+    """Do it all in one read: a program takes all positions of whole groups, `pieces` times ALIGN channels."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    width = pieces * ALIGN  # the compiler must know what divides it, or it loads and stores one by one
+    width = pieces * ALIGN  # unless it knows what divides this, the compiler loads and stores one by one
     c = (tl.program_id(0) % blocks) * width + lane
     wanted = (lane < width) & (c < C1 + C2)
     about, added, deviations = _channel_statistics(
@@ -145,7 +146,8 @@ def _group_norm_silu_fwd_kernel(
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = a * rstd
     b = b - low * a
-    # Out of the cache now. Resampling holds several addresses an element, hence a smaller tile.
+    # This read finds the data in the cache. Resampling needs several addresses per element, so its tile is
+    # smaller.
     TILE: tl.constexpr = BLOCK_P * 2 if RESAMPLE is None else BLOCK_P
     for start in range(0, P_OUT if RESAMPLE == "down" else P, TILE):
         p = start + tl.arange(0, TILE)
@@ -160,7 +162,7 @@ def _group_norm_silu_stats_kernel(
     x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Mean, as a sum of two, and squared deviations of every channel over each chunk: [N, chunks, 3, C]."""
+    """Compute per channel and chunk the mean, as two terms, and squared deviations: [N, chunks, 3, C]."""
     k = (tl.program_id(0) // blocks) % chunks
     n = tl.program_id(0) // blocks // chunks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -180,7 +182,7 @@ def _group_norm_silu_merge_fwd_kernel(
     partial_ptr, mean_ptr, rstd_ptr, N, P, C, G, D, width, chunk, chunks, blocks,
     EPS: tl.constexpr, SINGLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunks and channels of whole groups: mean, what float32 leaves out of it, rstd."""
+    """Merge the chunks and channels of whole groups into mean, its rounding remainder, and rstd."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
     c = (tl.program_id(0) % blocks) * width + lane
@@ -203,8 +205,8 @@ def _group_norm_silu_apply_fwd_kernel(
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The elementwise pass: a program takes `span` input positions, output positions for "down"."""
-    # Backwards through the data: what the sums read last is still in the cache.
+    """Do the elementwise pass: a program takes `span` input positions; for "down", output positions."""
+    # Backwards through the data: the part that the statistics read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n = program // blocks // spans
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -233,7 +235,7 @@ def plan_fwd(
     outputs: dict[str, Tensor | None],
     launch: OneRead | TwoPass,
 ) -> list[Call]:
-    """The kernel launches of a forward."""
+    """Return the kernel launches of a forward."""
     sizes = g.sizes
     channels, depth = g.c1 + g.c2, (g.c1 + g.c2) // groups
     modes = dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
@@ -282,10 +284,11 @@ def group_norm_silu_fwd(
     The formula is in `admfast/ops/norm/__init__.py`.
 
     Args: x [N, C1, *spatial] and x2 [N, C2, *spatial], float32, float16 or bfloat16, dense and
-    channels-last; weight, bias [C]; scale, shift [N, C]; `skip`: give the resampled input as well.
+    channels-last; weight, bias [C]; scale, shift [N, C]; resample None, "up" or "down"; `skip`: return the
+    resampled input too.
 
     Returns: y [N, C, *resampled] channels-last, the resampled input (empty unless `skip`), mean [2, N, G]
-    (mean and what float32 left out of it) and rstd [N, G] in float32. Raises ValueError for another layout or
+    (the mean and its rounding remainder) and rstd [N, G] in float32. Raises ValueError for another layout or
     dtype. Accumulates in float32; not differentiable by itself; never waits for the device.
     """
     g = geometry(x, x2, resample)

@@ -1,10 +1,10 @@
-"""The gradient of `group_norm_silu` in x (both sources), and the sums S1, S2 of an image's channels.
+"""The backward of `group_norm_silu`: the gradient in both sources, and the sums S1, S2 per image and channel.
 
 With x^ = (x - mean) rstd, a = w' rstd and du = act'(u) times the output's gradient at the input's resolution:
 S1 = sum du, S2 = sum du x^, and dx = a du - rstd (A + x^ B) where A and B are the means of w' S1 and w' S2
-over the elements of the group. One read or two passes as in the forward; u is made again from x each time.
-What float32 leaves out of mean (`low`) enters a channel at a time, by b, S2 and the offset of dx. No atomics:
-every sum has one order, so that a gradient is bit for bit the same every time.
+over the elements of the group. There is one read or two passes, as in the forward; u is recomputed from x
+each time. The rounding remainder of mean (`low`) enters once per channel, through b, S2 and the offset of dx.
+There are no atomics: every sum has one order, so a gradient has the same bits every time.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ def _channel_sums(
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The sums of du and of du (x - mean) of each channel over positions begin..end."""
+    """Return the sums of du and of du (x - mean) of each channel over positions begin..end."""
     s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(begin, end, BLOCK_P * UNROLL):
@@ -57,7 +57,7 @@ def _channel_sums(
 
 @triton.jit
 def _group_terms(s1, s2, w, rstd, lane, P, D, SINGLE: tl.constexpr):
-    """Return what dx takes off: rstd A, and rstd^2 B, the factor of x - mean."""
+    """Return the terms that dx subtracts: rstd A, and rstd^2 B, the factor of x - mean."""
     mean_s1 = over_group(w * s1, lane, D, SINGLE) / (P * D)
     mean_s2 = over_group(w * s2, lane, D, SINGLE) / (P * D)
     return rstd * mean_s1, rstd * rstd * mean_s2
@@ -68,7 +68,7 @@ def _apply_tile(
     dy_ptr, dskip_ptr, x_ptr, x2_ptr, dx_ptr, dx2_ptr, mean, a, b, off, slope, n, p, c, wanted,
     P, P_OUT, H, W, C1, C2, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
-    """dx = a du - off - (x - mean) slope at input positions p, and the gradient of the skip."""
+    """Write dx = a du - off - (x - mean) slope, plus the skip's gradient, at input positions p."""
     C = C1 + C2
     x = load_source(x_ptr, x2_ptr, n, p, p < P, c, wanted, P, C1, C2)
     g = load_unresampled(dy_ptr, n, p, p < P, c, wanted, P_OUT, H, W, C, RESAMPLE, DIMS)
@@ -88,10 +88,10 @@ def _group_norm_silu_bwd_kernel(
     SINGLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """One read: a program takes all positions of whole groups, `pieces` of ALIGN channels, only once."""
+    """Do it all in one read: a program takes all positions of whole groups, `pieces` times ALIGN channels."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
-    width = pieces * ALIGN  # the compiler must know what divides it, or it loads and stores one by one
+    width = pieces * ALIGN  # unless it knows what divides this, the compiler loads and stores one by one
     c = (tl.program_id(0) % blocks) * width + lane
     wanted = (lane < width) & (c < C1 + C2)
     mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
@@ -122,7 +122,7 @@ def _group_norm_silu_sums_kernel(
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The sums of du and of du (x - mean) over each chunk of positions: partial [N, chunks, 2, C]."""
+    """Compute the sums of du and of du (x - mean) over each chunk of positions: partial [N, chunks, 2, C]."""
     k = (tl.program_id(0) // blocks) % chunks
     n = tl.program_id(0) // blocks // chunks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -146,7 +146,7 @@ def _group_norm_silu_merge_bwd_kernel(
     N, P, C, G, D, width, chunks, blocks, scale_stride, shift_stride,
     SINGLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Add the chunks up: S1, S2 [N, C] where wanted, and what dx takes off: terms [2, N, G]."""
+    """Add up the chunks: S1, S2 [N, C], if wanted, and the terms [2, N, G] that dx subtracts."""
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
     c = (tl.program_id(0) % blocks) * width + lane
@@ -176,8 +176,8 @@ def _group_norm_silu_apply_bwd_kernel(
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The elementwise pass: a program takes `span` input positions."""
-    # Backwards through the data: what the sums read last is still in the cache.
+    """Do the elementwise pass: a program takes `span` input positions."""
+    # Backwards through the data: the part that the sums read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n = program // blocks // spans
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -209,7 +209,7 @@ def plan_bwd(
     outputs: dict[str, Tensor | None],
     launch: OneRead | TwoPass,
 ) -> list[Call]:
-    """The kernel launches of a backward."""
+    """Return the kernel launches of a backward."""
     sizes, groups = g.sizes, statistics["rstd_ptr"].shape[1]
     channels, depth = g.c1 + g.c2, (g.c1 + g.c2) // groups
     sums = {name: outputs[name] for name in ("s1_ptr", "s2_ptr")}
@@ -262,11 +262,12 @@ def group_norm_silu_bwd(
 
     The formula is in `admfast/ops/norm/grad.py`.
 
-    Args: dy and dskip [N, C, *resampled], any layout (copied where it isn't channels-last); mean [2, N, G]
-    and rstd [N, G] as the forward gave them; the others as there. `sums`: give S1 and S2.
+    Args: dy and dskip [N, C, *resampled], any layout (copied unless channels-last); mean [2, N, G] and rstd
+    [N, G] as the forward returned them; the others as in the forward. `sums`: return S1 and S2.
 
-    Returns: dx and dx2 (None without x2) as x and x2, S1 and S2 [N, C] float32 (empty unless `sums`). Raises
-    ValueError for another layout or dtype of x. Accumulates in float32, in one order; never waits.
+    Returns: dx and dx2 (None without x2) with shape and dtype of x and x2, S1 and S2 [N, C] float32 (empty
+    unless `sums`). Raises ValueError for another layout or dtype of x, or another shape of dy. Accumulates in
+    float32, in a fixed order; never waits for the device.
     """
     g = geometry(x, x2, resample)
     shape = (g.n, g.c1 + g.c2, *g.out)

@@ -1,8 +1,8 @@
-"""Cut a call of `group_norm_silu` into programs, by a table of shapes; nothing is searched at run time.
+"""Cut a call of `group_norm_silu` into programs, by fixed rules on its shape; there is no search at run time.
 
-A chosen launch is a pure function of the shape, so that a call can be captured in a graph and is bit for bit
-the same every time. Triton's interpreter pays for programs and loop trips, not for elements: it gets larger
-blocks. `tests/kernels/` compiles every launch that an ADM shape leads to and refuses spilled registers.
+The launch is a pure function of the shape, so a call can be captured in a graph and gives the same bits every
+time. Triton's interpreter takes time per program and loop trip, not per element, so it gets larger blocks.
+`tests/kernels/` compiles every launch that the shapes of ADM lead to, and fails if registers are spilled.
 """
 
 from dataclasses import dataclass
@@ -11,37 +11,41 @@ from typing import Any
 import torch
 import triton
 
-MULTIPROCESSORS = 132  # H100; only how finely the work is cut depends on it
-RESIDENT = 8 * MULTIPROCESSORS  # programs of 4 warps and 64 registers a thread that run at once
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # read here as the decorators read it: once
+MULTIPROCESSORS = 132  # of an H100; determines only how finely the work is cut
+RESIDENT = 8 * MULTIPROCESSORS  # programs of 4 warps and 64 registers per thread that run at once
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # read once, at import, as Triton's decorators do
 
 
 @dataclass(frozen=True)
 class OneRead:
-    """A program takes all positions of `groups` whole groups, `unroll` tiles of [block_p, block_c] a trip."""
+    """A launch of one kernel, in which a program takes all positions of `groups` whole groups.
+
+    A trip of the program's loop takes `unroll` tiles of [block_p, block_c].
+    """
 
     groups: int
     block_p: int
     block_c: int
     unroll: int
     warps: int
-    align: int = 1  # divides the channels of a program: how wide its loads may be
+    align: int = 1  # divides the number of channels of a program, and so limits the width of its loads
 
     @property
     def block(self) -> dict[str, int]:
         return dict(BLOCK_P=self.block_p, BLOCK_C=self.block_c, UNROLL=self.unroll)
 
     def share(self, depth: int) -> dict[str, Any]:
-        """The arguments that say which channels a program takes, of groups of `depth`."""
+        """Return the kernel arguments that select a program's channels; a group has `depth` channels."""
         pieces = self.groups * depth // self.align
         return dict(pieces=pieces, ALIGN=self.align, SINGLE=single(self.groups, depth))
 
 
 @dataclass(frozen=True)
 class TwoPass:
-    """Sums over chunks of positions, their merge, and an elementwise pass over [apply_p, block_c] tiles.
+    """A launch of three kernels: sums over chunks of positions, their merge, and an elementwise pass.
 
-    A program of the sums takes `chunk` positions, `unroll` tiles of [block_p, block_c] a trip.
+    A program of the sums takes `chunk` positions; a trip of its loop takes `unroll` tiles of
+    [block_p, block_c]. The tiles of the elementwise pass are [apply_p, block_c].
     """
 
     block_p: int
@@ -60,10 +64,11 @@ class TwoPass:
         return -(-positions // self.chunk)
 
     def spans(self, others: int, positions: int) -> dict[str, int]:
-        """Return the positions that a program of the elementwise pass takes, and the number of programs.
+        """Return for the elementwise pass the positions of a program (`span`), and the number of spans.
 
-        What it does once for its channels is 1.5 times the instructions of a tile, which would cost more than
-        memory does: where `others` programs for every span fill the multiprocessors, it takes up to 8 tiles.
+        There are `others` programs for every span. A program first prepares its channels, which takes 1.5
+        times the instructions of a tile; once per tile, this would take longer than the memory accesses. So a
+        program takes up to 8 tiles, as long as there are enough programs to fill the multiprocessors.
         """
         tiles = -(-positions // self.apply_p)
         each = max(min(-(-others * tiles // RESIDENT), 8), 1)
@@ -72,7 +77,7 @@ class TwoPass:
 
 @dataclass(frozen=True)
 class Merge:
-    """A program merges all chunks, at most `block_k`, of `groups` whole groups."""
+    """The launch of a merge: a program takes all chunks (at most `block_k`) of `groups` whole groups."""
 
     groups: int
     block_k: int
@@ -84,13 +89,13 @@ class Merge:
         return dict(BLOCK_K=self.block_k, BLOCK_C=self.block_c)
 
     def share(self, depth: int) -> dict[str, Any]:
-        """The arguments that say which channels a program takes, of groups of `depth`."""
+        """Return the kernel arguments that select a program's channels; a group has `depth` channels."""
         return dict(width=self.groups * depth, SINGLE=single(self.groups, depth))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that decide a launch: images, positions, channels, groups, bytes an element, sources."""
+    """The sizes that decide a launch: images, positions, channels, groups, bytes per element, sources."""
 
     n: int
     p: int
@@ -107,7 +112,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel launch: what is passed to it by name, constexpr or not."""
+    """One kernel launch; `arguments` are passed by name, constexpr or not."""
 
     kernel: Any
     programs: int
@@ -117,11 +122,11 @@ class Call:
 
     @property
     def options(self) -> dict[str, int]:
-        """Return what the compiler is told.
+        """Compiler options: warps, and the most registers per thread.
 
-        Registers a thread are always limited: left alone, the compiler aims at an occupancy and spills some.
-        128 let two programs of 8 warps share a multiprocessor, or four of 4; what holds more, or can do with
-        less, says so.
+        Registers are always limited: without a limit, the compiler aims at some occupancy and spills some.
+        With 128, two programs of 8 warps share a multiprocessor, or four of 4 warps. Kernels that need more,
+        or can do with fewer, have a limit of their own.
         """
         return dict(num_warps=self.warps, maxnreg=self.registers)
 
@@ -130,12 +135,12 @@ class Call:
 
 
 def single(groups: int, depth: int) -> bool:
-    """Tell whether a program has one group, too wide for the square of channels that several groups take."""
+    """Tell whether a program has one group, too wide for the [channels, channels] mask of `over_group`."""
     return groups == 1 and depth > 64
 
 
 def run(calls: list[Call], device: torch.device) -> None:
-    """Launch one after another on the current stream of `device`."""
+    """Launch the calls one after another on the current stream of `device`."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             for call in calls:
@@ -146,25 +151,26 @@ def run(calls: list[Call], device: torch.device) -> None:
 
 
 def pow2(value: int) -> int:
-    """The least power of two that isn't below `value`."""
+    """Return the smallest power of two that is at least `value`."""
     return 1 << max(value - 1, 0).bit_length()
 
 
-# Bytes that one program may look at twice: two programs share a first-level cache of 256 KB, and one that is
-# alone on its multiprocessor, with 16 KB on the way at a time, takes longer over more than three launches do.
+# Bytes that one program may read twice. Two programs share a first-level cache of 256 KB. A program that is
+# alone on its multiprocessor, with 16 KB in flight at a time, would take longer for more bytes than the three
+# launches of two passes do.
 SHARE = 64 << 10
-LINE, SECTOR = 128, 32  # bytes that memory is asked for at once, and the least that it gives
+LINE, SECTOR = 128, 32  # bytes of a memory request, and the fewest that memory delivers
 
 
 def choose(shape: Shape, backward: bool) -> OneRead | TwoPass:
-    """The launch of a forward, or of a backward, on `shape`."""
+    """Return the launch of a forward or a backward on `shape`."""
     if INTERPRETED:
         return _interpreted(shape)
     return _one_read(shape, backward) or _two_pass(shape, backward)
 
 
 def _one_read(shape: Shape, backward: bool) -> OneRead | None:
-    """The launch that reads once, or None where a share doesn't fit or would be read in crumbs."""
+    """Return the launch that reads once, or None if a program's bytes don't fit or its rows are too short."""
 
     def programs(groups: int) -> int:
         return shape.n * -(-shape.groups // groups)
@@ -173,7 +179,7 @@ def _one_read(shape: Shape, backward: bool) -> OneRead | None:
         return groups * shape.depth * shape.itemsize
 
     tensors = 2 if backward else 1  # x, and dy
-    # As many whole groups a program as make up a line, while there is work for every multiprocessor.
+    # A program takes as many whole groups as fill a line, as long as every multiprocessor has work.
     groups = 1
     while (
         2 * groups <= shape.groups
@@ -184,10 +190,10 @@ def _one_read(shape: Shape, backward: bool) -> OneRead | None:
         groups *= 2
     if tensors * shape.p * row(groups) > SHARE:
         return None
-    # Few programs: launches are saved. Many: bandwidth counts, and a row below a sector wastes it.
+    # With few programs, one read saves launches. With many, bandwidth counts: rows below a sector waste it.
     if programs(groups) > 2 * MULTIPROCESSORS and row(groups) < SECTOR:
         return None
-    # Blocks depend on the row alone, so that few kernels serve all shapes; a small image is masked.
+    # Blocks depend only on the row, so that few compiled kernels serve all shapes; a small image is masked.
     width = groups * shape.depth
     block_c, unroll = max(pow2(width), 16), 2 if backward else 4
     align = min(width & -width, 16 // shape.itemsize)
@@ -198,9 +204,10 @@ def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     block_c = min(64, pow2(shape.c))
     block_p, unroll = 2048 // block_c, 2 if backward else 4
     blocks = -(-shape.c // block_c)
-    # A multiprocessor holds three programs of the statistics of one source (72 registers a thread), two of
-    # two sources or of the gradient's sums (93 to 124). One wave, or two, and never a few programs more,
-    # which would run alone at the end. The merge holds all chunks of its channels at once.
+    # A multiprocessor holds three programs of the statistics of one source (72 registers per thread), but two
+    # for two sources or for the sums of the gradient (93 to 124). So there is one wave of three, or two waves
+    # of two; a few programs more would run alone at the end. The merge holds all chunks of its channels at
+    # once, which limits their number.
     held = 3 if shape.sources == 1 and not backward else 2
     programs = 4 // held * held * MULTIPROCESSORS
     most = min(128, max(8192 // pow2(shape.depth), 1))
@@ -211,9 +218,10 @@ def _two_pass(shape: Shape, backward: bool) -> TwoPass:
 
 
 def _interpreted(shape: Shape) -> OneRead | TwoPass:
-    """One read below 512 positions, so that a small test meets it and a large one the other.
+    """Return the launch for Triton's interpreter: one read up to 512 positions, else two passes.
 
-    A block has at most 2^20 elements, there as on a GPU; so has the square of channels that adds up groups.
+    So tests with few elements reach both. In the interpreter, as on a GPU, a block has at most 2^20 elements,
+    and so does the [channels, channels] mask of `over_group`.
     """
     if shape.p <= 512:
         groups = max(min(shape.groups, 1024 // shape.depth), 1)
@@ -224,10 +232,11 @@ def _interpreted(shape: Shape) -> OneRead | TwoPass:
 
 
 def merge(shape: Shape, chunks: int) -> Merge:
-    """Whole groups of about 32 channels a program: what it reads is little, how long it takes is latency."""
+    """Return the launch of a merge, which latency limits: about 32 channels of whole groups per program."""
     groups = 1
     while 2 * groups <= shape.groups and 2 * groups * shape.depth <= 32:
         groups *= 2
-    block_k = pow2(chunks) if shape.depth > 64 else max(pow2(chunks), 16)  # few kernels, or small tiles
+    # Deep groups need small tiles; for the others, a least size means fewer kernels to compile.
+    block_k = pow2(chunks) if shape.depth > 64 else max(pow2(chunks), 16)
     block_c = pow2(groups * shape.depth)
     return Merge(groups, block_k, block_c, warps=4 if block_k * block_c <= 2048 else 8)

@@ -12,17 +12,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Tell whether the channels of each position lie together and the whole is dense."""
+    """Tell whether `x` is dense and the channels of each position are adjacent."""
     return x.movedim(1, -1).is_contiguous()
 
 
 def channels_last(t: Tensor | None, like: Tensor) -> Tensor | None:
-    """`t` dense and channels-last, in the dtype of `like`; a copy where it isn't."""
+    """Return `t` dense and channels-last, in the dtype of `like`; a copy only if needed."""
     return None if t is None else t.to(like.dtype).movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A dense channels-last tensor [N, C, *spatial]."""
+    """Return an uninitialised dense channels-last [N, C, *spatial] with the dtype and device of `like`."""
     last = (shape[0], *shape[2:], shape[1])
     return torch.empty(last, dtype=like.dtype, device=like.device).movedim(-1, 1)
 
@@ -32,13 +32,13 @@ def empty_float(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def rows(t: Tensor | None) -> Tensor | None:
-    """A [N, C] whose channels are consecutive."""
+    """Return [N, C] with consecutive channels; a copy only if needed."""
     return t if t is None or t.stride(1) == 1 else t.contiguous()
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a call: images, channels of the sources, planes of H x W positions before resampling."""
+    """Sizes of a call: images, channels of both sources, spatial sizes before resampling."""
 
     n: int
     c1: int
@@ -48,12 +48,12 @@ class Geometry:
 
     @property
     def empty(self) -> bool:
-        """Tell whether there is nothing to launch for."""
+        """True if the call has no elements, so that nothing is launched."""
         return self.n * (self.c1 + self.c2) * math.prod(self.spatial) == 0
 
     @property
     def dims(self) -> int:
-        """Return how many dimensions are resampled."""
+        """Number of dimensions that `resample` applies to: 1 or 2."""
         return min(len(self.spatial), 2)
 
     @property
@@ -62,7 +62,7 @@ class Geometry:
 
     @property
     def out(self) -> tuple[int, ...]:
-        """The spatial sizes of the output."""
+        """Spatial sizes of the output."""
         kept, own = self.spatial[: -self.dims], self.spatial[-self.dims :]
         if self.resample is None:
             return self.spatial
@@ -70,7 +70,7 @@ class Geometry:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The arguments of a kernel that say them."""
+        """The sizes as arguments of a kernel."""
         return dict(
             N=self.n,
             P=math.prod(self.spatial),
@@ -87,7 +87,7 @@ class Geometry:
 
 
 def geometry(x: Tensor, x2: Tensor | None, resample: str | None) -> Geometry:
-    """The sizes of a call; raises ValueError for what the kernels can't read."""
+    """Return the sizes of a call; raises ValueError for a layout or dtype that the kernels can't read."""
     for name, t in (("x", x), ("x2", x2)):
         if t is not None and not is_channels_last(t):
             raise ValueError(f"{name}: strides {t.stride()} of {tuple(t.shape)} aren't dense channels-last")
@@ -99,7 +99,7 @@ def geometry(x: Tensor, x2: Tensor | None, resample: str | None) -> Geometry:
 def affine_arguments(
     weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> dict[str, Any]:
-    """The arguments of a kernel that give weight, bias, scale and shift."""
+    """Return weight, bias, scale and shift as arguments of a kernel."""
     scale, shift = rows(scale), rows(shift)
     return dict(
         weight_ptr=weight.contiguous(),

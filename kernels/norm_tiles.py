@@ -1,16 +1,17 @@
-"""Share code among the kernels of `group_norm_silu`: channels-last tiles, affine, statistics, resampling.
+"""Code that the kernels of `group_norm_silu` share: channels-last tiles, affine, statistics, resampling.
 
-A tile is [positions, channels] of one image. Its channel c comes from x below C1 and from x2 above, by two
-masked loads (a masked-off load moves nothing), so that a group may straddle the sources. Two of the spatial
-dimensions are resampled (DIMS = 2), or the only one (DIMS = 1); what stands before them (a volume's depth)
-is counted in planes of H rows. All arithmetic is in float32; offsets are int64.
+A tile is [positions, channels] of one image. Channels below C1 are loaded from x and the others from x2, by
+two masked loads (lanes that are masked off move no data), so a group may span both sources. The last two
+spatial dimensions are resampled (DIMS = 2), or the only one (DIMS = 1). A volume is seen as planes of H rows.
+All arithmetic is in float32; offsets are int64.
 """
 
 import triton
 import triton.language as tl
 
-# Of the integers only the channel counts tell how wide a load may be; the others would only multiply what is
-# compiled, and a 1 among them would arrive as a constant.
+# Integer arguments for which the compiler makes no special variants. Only the channel counts determine how
+# wide a load may be; variants for the others would only add compilations, and an argument of 1 would become a
+# constant.
 PLAIN = [
     *("N", "P", "P_OUT", "H", "W", "G", "D", "width", "pieces", "chunk", "chunks", "blocks", "span", "spans"),
     *("scale_stride", "shift_stride"),
@@ -19,7 +20,7 @@ PLAIN = [
 
 @triton.jit
 def load_source(x_ptr, x2_ptr, n, position, inside, c, wanted, P, C1, C2):
-    """[x, x2] of image n in float32; 0 where not `inside` (positions) or not `wanted` (channels)."""
+    """Load [x, x2] of image n in float32; 0 where not `inside` (positions) or not `wanted` (channels)."""
     row = (n.to(tl.int64) * P + position)[:, None]
     own = inside[:, None] & (wanted & (c < C1))[None, :]
     value = tl.load(x_ptr + row * C1 + c[None, :], mask=own, other=0.0).to(tl.float32)
@@ -43,7 +44,7 @@ def store_source(dx_ptr, dx2_ptr, value, n, position, inside, c, wanted, P, C1, 
 
 @triton.jit
 def load_dense(ptr, n, position, inside, c, wanted, P, C):
-    """A tile of a dense tensor of P positions and C channels, in float32."""
+    """Load a tile of a dense tensor of P positions and C channels, in float32."""
     offset = (n.to(tl.int64) * P + position)[:, None] * C + c[None, :]
     return tl.load(ptr + offset, mask=inside[:, None] & wanted[None, :], other=0.0).to(tl.float32)
 
@@ -57,7 +58,7 @@ def store_dense(ptr, value, n, position, inside, c, wanted, P, C):
 
 @triton.jit
 def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride):
-    """w' = weight (1 + scale) and b' = bias (1 + scale) + shift of the channels c of image n."""
+    """Return w' = weight (1 + scale) and b' = bias (1 + scale) + shift of the channels c of image n."""
     w = tl.load(weight_ptr + c, mask=wanted, other=0.0).to(tl.float32)
     b = tl.load(bias_ptr + c, mask=wanted, other=0.0).to(tl.float32)
     if scale_ptr is not None:
@@ -71,7 +72,7 @@ def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_strid
 
 @triton.jit
 def load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D):
-    """mean, what float32 left out of it, and rstd of each channel's group; mean is [2, N, G]."""
+    """Load mean, its rounding remainder, and rstd of each channel's group; mean_ptr is [2, N, G]."""
     at = n.to(tl.int64) * G + c // D
     low_ptr = mean_ptr + N.to(tl.int64) * G
     mean = tl.load(mean_ptr + at, mask=wanted, other=0.0)
@@ -81,7 +82,7 @@ def load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D):
 
 @triton.jit
 def store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D):
-    """Write what the channels of a group agree on, by the first of each."""
+    """Write the statistics of each group, from the lane of its first channel."""
     at = n.to(tl.int64) * G + c // D
     first = wanted & (lane % D == 0)
     tl.store(mean_ptr + at, mean, mask=first)
@@ -91,9 +92,9 @@ def store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N,
 
 @triton.jit
 def over_group(value, lane, D, SINGLE: tl.constexpr):
-    """The sum of `value` [channels] over each channel's group, at every channel; lane 0 begins a group.
+    """Return the sum of `value` [channels] over the group of each channel; a group begins at lane 0.
 
-    A select, not a product with 0 and 1: a NaN must stay in its group.
+    Other groups are masked by a select, not by a product with 0: a NaN must stay in its group.
     """
     if SINGLE:
         total = tl.zeros_like(value) + tl.sum(value, axis=0)
@@ -105,18 +106,21 @@ def over_group(value, lane, D, SINGLE: tl.constexpr):
 
 @triton.jit
 def first_of_block(q, H, W, DIMS: tl.constexpr):
-    """The position of the first input that is averaged into output position q; odd remainders dropped."""
+    """Return the first input position that is averaged into output position q.
+
+    The last row or column of an odd size is averaged into none.
+    """
     row = q // (W // 2)
     column = q - row * (W // 2)
     if DIMS == 2:
-        # Plane * H + 2 * (row in its plane): an odd H leaves one row a plane out.
+        # Plane * H + 2 * (row in its plane): an odd H leaves out one row per plane.
         row = 2 * row + (row // (H // 2)) * (H % 2)
     return row * W + 2 * column
 
 
 @triton.jit
 def first_of_copies(p, W, DIMS: tl.constexpr):
-    """The first output position that input position p is copied to; the others are 1 and 2 W further."""
+    """Return the first output position that gets a copy of input p; the others are +1, +2 W and +2 W + 1."""
     row = p // W
     column = p - row * W
     return row * DIMS * (2 * W) + 2 * column
@@ -126,7 +130,7 @@ def first_of_copies(p, W, DIMS: tl.constexpr):
 def load_unresampled(
     dy_ptr, n, p, inside, c, wanted, P_OUT, H, W, C, RESAMPLE: tl.constexpr, DIMS: tl.constexpr
 ):
-    """The gradient at the output brought back to input positions p, in float32."""
+    """Load the gradient of the output, brought back to input positions p, in float32."""
     if RESAMPLE == "up":
         first = first_of_copies(p, W, DIMS)
         value = load_dense(dy_ptr, n, first, inside, c, wanted, P_OUT, C)
@@ -152,7 +156,7 @@ def load_unresampled(
 
 @triton.jit
 def activate(x, mean, a, b, SILU: tl.constexpr):
-    """act((x - mean) a + b), with mean, a, b a channel."""
+    """Return act((x - mean) a + b), with one mean, a and b per channel."""
     u = (x - mean[None, :]) * a[None, :] + b[None, :]
     if SILU:
         u = u * tl.sigmoid(u)
@@ -161,7 +165,7 @@ def activate(x, mean, a, b, SILU: tl.constexpr):
 
 @triton.jit
 def through_activation(g, x, mean, a, b, SILU: tl.constexpr):
-    """du = g act'(u), and x - mean: u is made again from x, not kept."""
+    """Return du = g act'(u), and x - mean; u is recomputed from x."""
     centred = x - mean[None, :]
     if SILU:
         u = centred * a[None, :] + b[None, :]

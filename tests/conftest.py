@@ -1,8 +1,8 @@
-"""What all tests share: the interpreter where there is no GPU, and the time of each group at the end.
+"""Shared set-up of all tests: Triton's interpreter, exact float32, fixtures, and the time of each group.
 
-Without a CUDA device the Triton kernels are tested through Triton's interpreter. Triton reads the variable
-when a kernel's decorator runs, hence here, before anything is imported. What is chosen by default stays the
-same: the interpreter runs only where it is named.
+Without a CUDA device the tests run the Triton kernels in Triton's interpreter. Triton reads the variable
+when a kernel is decorated, so it is set here before anything is imported. The default implementations stay
+the same: the interpreter runs only where a test names `triton`.
 """
 
 import collections
@@ -22,9 +22,9 @@ from tests.tools import elsewhere  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def float32_products_are_exact() -> Iterator[None]:
-    """Round no factor of a float32 product to TF32, as torch's convolutions on a GPU do unless told.
+    """Turn off TF32, which torch's convolutions on a GPU use by default, and restore the settings afterwards.
 
-    A test about TF32 sets itself what it is about; what the process had comes back after each test.
+    A test of TF32 turns it on itself.
     """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -36,7 +36,7 @@ def float32_products_are_exact() -> Iterator[None]:
 
 @pytest.fixture(params=["fp32", "bf16"])
 def default_precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Policy:
-    """Run the test as on a CPU without AMX and as on one with it, whose default precisions these are."""
+    """Run the test as on a CPU without AMX (default precision fp32) and as on one with AMX (bf16)."""
     monkeypatch.setattr("admfast.engine.precision.has_amx", lambda: request.param == "bf16")
     assert policy("auto", torch.device("cpu")) is POLICIES[request.param]
     return POLICIES[request.param]
@@ -44,7 +44,7 @@ def default_precision(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give this process Windows' rules for files, locks and memory."""
+    """Make this process follow Windows' rules for files, locks and memory."""
     for name in elsewhere.UNIX_MODULES:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "msvcrt", elsewhere.MSVCRT)
@@ -54,14 +54,14 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["own", "windows"])
 def system(request: pytest.FixtureRequest) -> str:
-    """Run the test by the rules of this machine, and by those of Windows."""
+    """Run the test twice: with this machine's rules, and with those of Windows."""
     if request.param != "own":
         request.getfixturevalue(request.param)
     return request.param
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the seconds of each group: a folder of tests/, or a file that lies beside the folders."""
+    """Print the seconds of each group: a folder of tests/, or a file directly in tests/."""
     seconds: collections.Counter[str] = collections.Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if isinstance(report, pytest.TestReport):

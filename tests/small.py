@@ -1,4 +1,4 @@
-"""Small networks with random weights, nothing left at zero, and pipelines of them."""
+"""Small networks with random weights, none of them zero, and pipelines of these networks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CLASSIFIER: dict[str, Any] = {
     "pool": "attention",
 }
 
-# Of the released models' make: three channels, legacy attention, blocks that resample.
+# Options of the released models: three channels, legacy attention, blocks that resample.
 _RELEASED = {
     "image_size": 16,
     "in_channels": 3,
@@ -75,42 +75,42 @@ SMALL_NETS = (SMALL_UNET, SMALL_UPSAMPLER, SMALL_CLASSIFIER)
 
 
 def with_weights(config: NetConfig, seed: int = 0) -> Any:
-    """The network of `config` in evaluation mode, its weights drawn from `seed`, none of them zero."""
+    """Build the network of `config` in evaluation mode, with nonzero weights drawn from `seed`."""
     net = build(config)
     net.load_state_dict(random_state(config, seed))
     return net
 
 
 def unet(seed: int = 0, **changes: Any) -> UNet:
-    """A class-conditional UNet for 8x8 images of one channel, with learned variance."""
+    """Return a class-conditional UNet for 8x8 images of one channel, with learned variance."""
     return with_weights(UNetConfig(**{**UNET, **changes}), seed)
 
 
 def upsampler(seed: int = 0, **changes: Any) -> Upsampler:
-    """An upsampler to 16x16 images."""
+    """Return an upsampler to 16x16 images."""
     return with_weights(UpsamplerConfig(**{**UPSAMPLER, **changes}), seed)
 
 
 def classifier(seed: int = 0, **changes: Any) -> Classifier:
-    """A classifier of noisy 8x8 images."""
+    """Return a classifier of noisy 8x8 images."""
     return with_weights(ClassifierConfig(**{**CLASSIFIER, **changes}), seed)
 
 
 def pipeline(seed: int = 0, **parts: Any) -> Pipeline:
-    """A guided pipeline of the small networks: 4 steps where none are asked for, guidance 1."""
+    """Return a guided pipeline of the small networks, by default with 4 steps and guidance 1."""
     settings = {"classifier": classifier(seed + 1), "guidance": 1.0, "steps": 4, **parts}
     net, process = settings.pop("net", None), settings.pop("diffusion", PROCESS)
     return Pipeline("small", net or unet(seed), process, **settings)
 
 
 def cascade(low_res_size: int | None = SIDE, seed: int = 0, **parts: Any) -> Pipeline:
-    """The small pipeline with an upsampler of 3 steps behind it."""
+    """Return the small pipeline followed by an upsampler of 3 steps."""
     up = Pipeline("small-up", upsampler(seed + 2), PROCESS, steps=3, low_res_size=low_res_size)
     return pipeline(seed, upsampler=up, **parts)
 
 
 def write(path: Path, net: torch.nn.Module) -> Path:
-    """Write a network with its description; a diffusion model's process has 100 steps."""
+    """Write a network with its description. A diffusion model's process has 100 steps."""
     settings = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
     process = None if net.config.kind == "classifier" else settings
     write_weights(path, net.state_dict(), Description(net.config, process))
@@ -129,7 +129,7 @@ def run_table(
     seeds: Tensor | None = None,
     **options: Any,
 ) -> SamplerState:
-    """Run a table by functions, from x: model(x, t), guidance(x, t) at every row, denoised_fn(x_0)."""
+    """Run a table from x with functions: model(x, t), guidance(x, t) at every row, denoised_fn(x_0)."""
     seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device) if seeds is None else seeds
     batch = Batch(table=table, shape=tuple(x.shape), seeds=seeds, guided=(False,) * len(table), **options)
     guides = [] if guidance is None else [(Guide(guidance), [True] * len(table))]
@@ -138,10 +138,10 @@ def run_table(
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal values drawn from `seed`."""
+    """Return standard normal values drawn from `seed`."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def assert_close(found: Tensor, wanted: Tensor) -> None:
-    """Assert that float images differ as trajectories from the published code's may: by rounding."""
+    """Assert that float images differ by at most the limit of trajectories against the published code."""
     assert (found - wanted).abs().max() <= NETWORK_SAMPLES_LIMIT * max(1.0, float(wanted.abs().max()))

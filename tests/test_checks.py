@@ -1,4 +1,4 @@
-"""The checks of single arguments: what they accept, in which form, and what they refuse by name."""
+"""Tests of the checks of single arguments: accepted values, returned forms, and errors that name them."""
 
 import math
 from fractions import Fraction

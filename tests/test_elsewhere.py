@@ -1,4 +1,4 @@
-"""The package imports, samples and trains on machines that lack what this one has."""
+"""Tests that the package imports, samples and trains on machines that lack modules and system calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHIPPED = str(ROOT / "admfast" / "data" / "digits32" / "diffusion.safetensors")
 
 
 def on(machine: str, folder: Path, *commands: str) -> subprocess.CompletedProcess[str]:
-    """Run commands on a machine without a compiler, a home folder and an encoding beyond ASCII.
+    """Run commands as on `machine`, without a compiler or a home folder, and with an ASCII locale.
 
     OUT in a command stands for `folder`.
     """
@@ -42,7 +42,7 @@ TRAIN += " --device cpu --save-every 1 --keep 1 --grid-every 0"
 EVERYWHERE = ["info", f"inspect {SHIPPED}", SAMPLE]
 FILES = [
     TRAIN,
-    TRAIN.replace("--steps 2", "--steps 3"),  # goes on with the run
+    TRAIN.replace("--steps 2", "--steps 3"),  # resumes the run
     "train export OUT/run --out OUT/trained.pt",
     "export digits32 --out OUT/net.safetensors --to safetensors",
 ]
@@ -61,7 +61,7 @@ def test_another_machine_makes_the_same_images(tmp_path, machine, commands):
     made = read_samples(tmp_path / "samples" / "samples_10x32x32x1.npz").images
     pipe = admfast.load("digits32", device="cpu", precision="fp32")
     own = pipe.sample(classes=range(10), seeds=range(10), steps=2).numpy()
-    assert np.abs(made.astype(int) - own).max() <= 1, "levels of 255"
+    assert np.abs(made.astype(int) - own).max() <= 1, "images differ by more than one level"
     assert (tmp_path / "run" / RUN_FILE).exists() == (TRAIN in " ".join(commands))
     assert not [path for path in tmp_path.rglob("*.tmp")]
 

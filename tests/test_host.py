@@ -1,4 +1,4 @@
-"""Limits of memory and processor time, as control groups of both versions say them."""
+"""Tests of limits of memory and processors, from control groups of both versions and from systems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tools import elsewhere
 
 @pytest.fixture
 def groups(tmp_path: Path):
-    """Write a tree of control groups: files by path, and the lines that name the process's own."""
+    """Return a function that writes a tree of control groups: files by path, and the process's own groups."""
 
     def write(own: str, **files: str) -> tuple[Path, Path]:
         for name, text in files.items():

@@ -1,4 +1,4 @@
-"""The house's rules: who may import whom, what importing costs, and how long a file may be."""
+"""Tests of the house rules: allowed imports, lengths of files and functions, and the cost of importing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# A file imports lower floors and its own room. What stands beside the rooms is a room of its own.
+# A file may import from lower floors and from its own room. A room is a subpackage or a file of the package.
 FLOORS = {
     "checks": 0,
     "errors": 0,
@@ -35,8 +35,9 @@ FLOORS = {
     "compat": 7,
     "__main__": 8,
 }
-# Checks raise errors; the public face stands above floor 5.
+# Rooms that may import from an equal floor: checks raise errors.
 BESIDE = {("checks", "errors")}
+# Rooms that the public face, `admfast/__init__.py`, imports. The face itself is above floor 5.
 FACE = {"accelerate", "errors", "models", "sampling", "solvers"}
 LONGEST, LONGEST_FUNCTION = 450, 60
 
@@ -46,7 +47,7 @@ def modules(folder: Path) -> list[Path]:
 
 
 def imports(source: str) -> list[tuple[str, int, bool]]:
-    """(dotted name, line, inside a function) of every import, by statement or `importlib.import_module`."""
+    """Return (dotted name, line, inside a function) of every import, also by `importlib.import_module`."""
     found: list[tuple[str, int, bool]] = []
 
     def visit(node: ast.AST, inside: bool) -> None:
@@ -69,7 +70,7 @@ def imports(source: str) -> list[tuple[str, int, bool]]:
 
 
 def breaches(room: str, source: str) -> list[str]:
-    """Return what in a file of `room` is against the rule, with its line."""
+    """Return the imports in a file of `room` that break the rule, with their lines."""
     wrong = []
     for name, line, inside in imports(source):
         parts = name.split(".")
@@ -82,9 +83,9 @@ def breaches(room: str, source: str) -> list[str]:
         other = parts[1] if len(parts) > 1 else "__init__"
         if other in ("kernels", "_C"):
             if room != "ops" and room != "_source_tree":
-                wrong.append(f"line {line}: {name}: from ops alone")
+                wrong.append(f"line {line}: {name}: only from ops")
             elif not inside:
-                wrong.append(f"line {line}: {name}: inside functions alone")
+                wrong.append(f"line {line}: {name}: only inside functions")
         elif room == "__init__":
             if other not in FACE:
                 wrong.append(f"line {line}: {name}: not for the public face")
@@ -105,7 +106,7 @@ def room_of(path: Path) -> str:
 @pytest.mark.parametrize("path", modules(ROOT / "admfast"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_lower_floors_and_its_own_room(path):
     room = room_of(path)
-    assert room == "__init__" or room in FLOORS, f"{room}: a room that no floor is known for"
+    assert room == "__init__" or room in FLOORS, f"{room}: add this room to FLOORS"
     assert breaches(room, path.read_text()) == []
 
 
@@ -118,9 +119,9 @@ def test_the_rule_sees_what_is_against_it():
         ("runs", "from admfast.training.loop import train"): "floor 6 from floor 6",
         ("engine", "from admfast import load"): "the public face, from below it",
         ("models", "from ..ops import attention"): "imports are absolute",
-        ("models", "def f():\n    from admfast.kernels import group_norm"): "from ops alone",
-        ("engine", "def f():\n    importlib.import_module('admfast._C')"): "from ops alone",
-        ("ops", "from admfast import _C"): "inside functions alone",
+        ("models", "def f():\n    from admfast.kernels import group_norm"): "only from ops",
+        ("engine", "def f():\n    importlib.import_module('admfast._C')"): "only from ops",
+        ("ops", "from admfast import _C"): "only inside functions",
         ("ops", "import kernels"): "not part of the package",
         ("__init__", "from admfast.runs.sampling import SampleRun"): "not for the public face",
     }
@@ -159,7 +160,7 @@ def test_no_file_is_too_long(folder):
 
 
 def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function, its docstring not counted."""
+    """Return the lines of a function without its docstring."""
     first, lines = function.body[0], function.end_lineno - function.lineno + 1
     if ast.get_docstring(function, clean=False) is not None:
         lines -= first.end_lineno - first.lineno + 1
@@ -167,7 +168,7 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def long_functions(source: str) -> dict[str, int]:
-    """The functions of more code lines than allowed."""
+    """Return the functions with more code lines than allowed, and their lines."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
     lengths = {function.name: code_lines(function) for function in nodes}
@@ -188,16 +189,16 @@ def test_a_docstring_makes_no_function_too_long():
 
 
 def test_the_names_of_test_files_are_unique():
-    """pytest imports files of folders that are no packages by their bare names."""
+    """pytest imports test files by their bare names if their folder isn't a package."""
     names = [path.name for path in modules(ROOT / "tests") if path.name.startswith("test_")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
-# What importing costs
+# Cost of importing
 
 
 def run(code: str, cwd: Path = ROOT, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter that finds the checkout's package, wherever it runs."""
+    """Run code in a fresh interpreter. It gets PYTHONPATH only in the checkout's root."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)} if cwd == ROOT else {**os.environ}
     if cwd != ROOT:
         environment.pop("PYTHONPATH", None)
@@ -205,7 +206,8 @@ def run(code: str, cwd: Path = ROOT, flags: tuple[str, ...] = ()) -> subprocess.
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
-# What torch alone loads is loaded first; -X importtime writes every import to stderr, in order.
+# torch is loaded first, so that only the package's own imports count. -X importtime writes every import to
+# stderr, in order.
 COST = """
 import sys, time
 import admfast
@@ -225,13 +227,13 @@ def test_importing_is_cheap_and_loads_nothing_heavy():
     done = run(COST, flags=("-X", "importtime"))
     assert done.returncode == 0, done.stderr[-2000:]
     spent, *added = done.stdout.split()
-    assert float(spent) < 2, "seconds of processor time beyond torch"
+    assert float(spent) < 2, "too many seconds of processor time, without torch's"
     assert "admfast.sampling.pipeline" in added and not {"admfast.kernels", "admfast._C"} & set(added)
-    # Pillow's core comes with the room that writes files and costs some 30 ms; its formats must not.
+    # The room `files` loads Pillow's core, which costs about 30 ms. Pillow's formats must not be loaded.
     packages = {name.split(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert packages <= {"admfast", "safetensors", "numpy", "PIL", "torch"}
     assert not [name for name in added if name.endswith("ImagePlugin")]
-    # Each line: "import time: self | cumulative | name", the name indented by depth.
+    # Each line is "import time: self | cumulative | name", with the name indented by depth.
     lines = done.stderr[done.stderr.index("import admfast begins") :].splitlines()[1:]
     names = {line.split("|")[2].strip() for line in lines if line.startswith("import time:")}
     assert "admfast.models.unet" in names
@@ -244,11 +246,11 @@ def test_the_help_needs_no_torch():
     done = run(code)
     assert done.returncode == 0 and "verify" in done.stdout, done.stderr[-2000:]
     spent, *loaded = done.stderr.split()
-    assert float(spent) < 0.3, "seconds of processor time, Python's start included"
+    assert float(spent) < 0.3, "too many seconds of processor time, with Python's start"
     assert not {"torch", "numpy", "PIL"} & set(loaded)
 
 
-# Each order of imports in a process of its own, which prints what each file's name stands for in its room.
+# Runs each order of imports in its own process, which prints the type of every public name and module.
 ORDERS = """
 import importlib, os, pkgutil, random, sys
 import torch  # takes seconds
@@ -304,7 +306,7 @@ def test_the_public_face():
 
     assert len(set(admfast.__all__)) == len(admfast.__all__)
     assert all(getattr(admfast, name) is not None for name in admfast.__all__)
-    # What a type checker sees.
+    # The names that a type checker sees
     seen = imports((ROOT / "admfast" / "__init__.py").read_text())
     named = {name.rpartition(".")[2] for name, _, _ in seen if name.startswith("admfast.")}
     assert named == set(admfast.__all__) - {"__version__"}

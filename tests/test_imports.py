@@ -1,4 +1,4 @@
-"""A module and a value never fight for a name, in whatever order things are imported."""
+"""Tests that a name never means both a module and a value, in any order of imports."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def exported(package: Path) -> set[str]:
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_has_the_name_of_a_value(package):
     modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
-    # A room that the package shows under its own name is the module itself.
+    # These two exported names are rooms, so they mean the modules themselves.
     assert exported(package) & modules <= {"accelerate", "solvers"}
 
 
-# In every order of the statements, each in a process of its own that has torch already.
+# Runs every order of the statements, each in a forked process that has imported torch already.
 ORDERS = """
 import itertools, os, sys, torch
 statements = {statements!r}

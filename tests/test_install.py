@@ -1,4 +1,4 @@
-"""A wheel made of the sdist samples in a bare environment, compiled or not."""
+"""Tests that a wheel made from the sdist, compiled or not, samples in a bare environment."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from admfast.files.npz import read_samples
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-# What a checkout holds beside its sources.
+# Files of a checkout that aren't sources.
 MADE = [".*", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "_build_info.json"]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 
 
 def run(command: list[object], cwd: Path, path: str = "") -> str:
-    """Run a command outside the checkout, with these folders for programs; return its output."""
+    """Run a command outside the checkout, with `path` as its PATH, and return its output."""
     taken = ("PYTHONPATH", "VIRTUAL_ENV", "ADMFAST_BUILD", "CC", "CXX")
     environment = {name: value for name, value in os.environ.items() if name not in taken}
     environment |= {"PATH": path or str(cwd / "no programs"), "MAX_JOBS": "2"}
@@ -58,13 +58,13 @@ def wheel(request, sdist, tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
     run([*command, "--disable-pip-version-check", "--wheel-dir", folder, sdist], folder, programs)
     [made] = folder.glob("*.whl")
-    assert made.name.endswith("-py3-none-any.whl") != request.param, "compiled ops make a platform's wheel"
+    assert made.name.endswith("-py3-none-any.whl") != request.param, "compiled ops must make a platform wheel"
     return made
 
 
 @pytest.fixture(scope="module")
 def bare(wheel, tmp_path_factory) -> Path:
-    """Install the wheel into an environment that has what the wheel asks for, and nothing else."""
+    """Install the wheel and only its requirements into a new environment, and return its Python."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder / "env", with_pip=False, symlinks=True)
     python = folder / "env" / "bin" / "python"
@@ -81,7 +81,7 @@ def bare(wheel, tmp_path_factory) -> Path:
 
 
 def required(start: importlib.metadata.Distribution) -> list[importlib.metadata.Distribution]:
-    """Return what a distribution needs, and what that needs, as installed beside the running Python."""
+    """Return all direct and indirect requirements of a distribution, as installed for the running Python."""
     found: dict[str, importlib.metadata.Distribution] = {}
     waiting = [start]
     while waiting:
@@ -125,13 +125,13 @@ def test_a_bare_environment_says_what_it_has_and_samples(bare, wheel, tmp_path):
     made = read_samples(tmp_path / "samples" / "samples_10x32x32x1.npz").images
     pipe = admfast.load("digits32", device="cpu", precision="fp32")
     own = pipe.sample(classes=range(10), seeds=range(10), steps=2).numpy()
-    assert np.abs(made.astype(int) - own).max() <= 1, "levels of 255"
+    assert np.abs(made.astype(int) - own).max() <= 1, "images differ by more than one level"
 
 
-# Triton's modules need no importing, and the published package's name is taken by a program only.
+# Leaves out programs, Triton's modules, and the module that takes the published package's name.
 IMPORTS = """
 import importlib, importlib.util, pkgutil, admfast
-import torch  # with it come the libraries that the extension is linked with
+import torch  # loads the libraries that the extension is linked with
 assert "site-packages" in admfast.__file__, admfast.__file__
 for module in pkgutil.walk_packages(admfast.__path__, "admfast."):
     if not any(part in module.name for part in (".__main__", ".kernels", ".front.")):

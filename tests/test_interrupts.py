@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a block as Ctrl-C does; what is held back ends it afterwards."""
+"""Tests that SIGTERM and SIGHUP end a block like Ctrl-C, and that a held-back signal ends it afterwards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ import sys, time
 from admfast.interrupts import like_ctrl_c, making
 
 class Part:
-    def __del__(self):  # where Python passes an exception over, as in callbacks of an import
+    def __del__(self):  # Python ignores exceptions here, as in callbacks of an import
         print("ready", flush=True)
         time.sleep(60)
 

@@ -1,4 +1,4 @@
-"""The files for those who build, test, report and cite parse, and agree with the rest of the project."""
+"""Tests that files for building, testing, bug reports and citing parse and agree with the project."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def parsed(path: str) -> Any:
-    """Return the content of a file in YAML, whose parser is one of the tools for development."""
+    """Return the content of a YAML file. The parser is a development requirement."""
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 

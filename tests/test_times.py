@@ -1,4 +1,4 @@
-"""The summary at the end of a test run: how long each group took."""
+"""Tests of the summary at the end of a test run: the seconds of each group."""
 
 from __future__ import annotations
 

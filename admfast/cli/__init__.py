@@ -1,1 +1,1 @@
-"""Floor 7: the command line: thin commands over the floors below."""
+"""Floor 7: the command line, thin commands over the lower floors."""

@@ -1,4 +1,4 @@
-"""The commands: `admfast COMMAND ...`; every user error is one line and exit status 2."""
+"""The group of commands, `admfast COMMAND ...`; every user error prints one line and exits with status 2."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from admfast.errors import AdmfastError, InvalidArgument, invalid
 NAMES = ("sample", "train", "export", "inspect", "models", "fetch", "info", "verify")
 USER_ERROR = 2
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-# What typer raises for bad usage. Newer versions carry their own copy of click, older ones import it; the
-# common base is reached through a class that both export.
+# The base class of typer's usage errors. Newer versions of typer carry their own copy of click, older ones
+# import it; this finds the class in both.
 UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands, imported when they are called: each `run_NAME` in `admfast/cli/NAME.py`.
+    """Commands that are imported when they are called: each is `run_NAME` in `admfast/cli/NAME.py`.
 
-    A file that has commands of its own holds them in `commands`, a typer app.
+    A file with subcommands holds them in `commands`, a typer app.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(NAMES)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a command; None where there is none of the name."""
+        """Import and return a command; None for an unknown name."""
         if cmd_name in NAMES and cmd_name not in self.commands:
             module = importlib.import_module(f"admfast.cli.{cmd_name}")
             one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -49,7 +49,7 @@ class Commands(typer.core.TyperGroup):
         return self.commands.get(cmd_name)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write every command with the first line of its docstring, read without importing it."""
+        """Write every command with the first line of its docstring, which is read without an import."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, _summary(name)) for name in NAMES])
 
@@ -93,12 +93,12 @@ def run(args: list[str]) -> int:
     except (BrokenPipeError, SystemExit) as gone:
         if isinstance(gone, SystemExit) and not isinstance(gone.__context__, BrokenPipeError):
             raise
-        # The reader has gone (as with `| head`), which typer turns into an exit: nothing is wrong. Keep
-        # Python from saying so when it flushes at the end.
+        # The reader of our output is gone (as with `| head`), which typer turns into an exit. This is no
+        # error: keep Python from reporting one when it flushes at the end.
         drop_output()
         return 0
     except OSError as error:
-        # Everything else that is written goes through `files`, which raises OutputError.
+        # This can only be standard output: all files are written by `files`, which raises OutputError.
         if error.errno not in OUTPUT_ERRORS:
             raise
         from admfast.files.atomic import output_error
@@ -110,7 +110,7 @@ def run(args: list[str]) -> int:
 
 
 def _called(args: Sequence[str]) -> tuple[str, Any]:
-    """Return the innermost command that the words begin with, behind its whole name."""
+    """Return the full name of the innermost command that the words begin with, and that command."""
     name, command = "admfast", app
     for word in args:
         inner = command.get_command(None, word) if isinstance(command, typer.core.TyperGroup) else None
@@ -121,10 +121,10 @@ def _called(args: Sequence[str]) -> tuple[str, Any]:
 
 
 def _wrong_number(error: Exception, args: Sequence[str]) -> InvalidArgument | None:
-    """Return `--name=value: allowed` for an option that is no number: typer's text lacks the value."""
+    """Return the error `--name=value: allowed` for a value that is no number; typer's text lacks it."""
     if not isinstance(error, typer.BadParameter):
         return None
-    text = error.format_message()  # which every version of typer writes in words of its own
+    text = error.format_message()  # its wording depends on typer's version
     allowed = "a whole number" if "integer" in text else "a number"
     for flag in getattr(error.param, "opts", ()) if re.search("integer|number|float", text) else ():
         for at, word in reversed(list(enumerate(args))):  # the last one counts
@@ -135,7 +135,7 @@ def _wrong_number(error: Exception, args: Sequence[str]) -> InvalidArgument | No
 
 
 def _by_flag(message: str, args: Sequence[str]) -> str:
-    """An error of the form `name=value: ...` under the name of the command's option: `--name=value: ...`."""
+    """Return an error `name=value: ...` as `--name=value: ...` if the command has that option."""
     name, separator, _ = message.partition("=")
     flag = "--" + name.replace("_", "-")
     _, command = _called(args)
@@ -144,7 +144,7 @@ def _by_flag(message: str, args: Sequence[str]) -> str:
 
 
 def drop_output() -> None:
-    """Send what is left for an output that takes no more to the null device; errors too, where joined."""
+    """Send further standard output to the null device; standard error too if it is the same file."""
     null, out = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
     if os.path.sameopenfile(out, sys.stderr.fileno()):
         os.dup2(null, sys.stderr.fileno())

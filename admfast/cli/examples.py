@@ -1,4 +1,4 @@
-"""Small calls of every op as the networks make them, for `admfast info` to say which implementation runs."""
+"""Small calls of every op, with which `admfast info` finds out which implementation runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from admfast.ops import TABLES
 from admfast.ops.cases import OpCases, all_cases
 
 Example = tuple[str, str, Callable[[], Any]]
-# Those that are used on a kind of device.
+# The dtypes used on each kind of device.
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float16, torch.bfloat16, torch.float32),
@@ -20,7 +20,7 @@ DTYPES = {
 
 
 def examples(device: str) -> Iterator[Example]:
-    """Yield (op, the call in words, the call) of every op on `device`, in the dtypes that are used there."""
+    """Yield (op, text that describes the call, call) for every op on `device`, in the dtypes used there."""
     for cases in all_cases():
         if cases.op not in TABLES:
             continue
@@ -32,7 +32,7 @@ def examples(device: str) -> Iterator[Example]:
 
 
 def _run(cases: OpCases, device: str, dtype: torch.dtype, gradient: bool) -> None:
-    """Run an op's example, with everything that has a gradient asking for one or nothing."""
+    """Run an op's example; with `gradient`, every differentiable argument requires one."""
     with torch.set_grad_enabled(gradient):
         arguments = cases.arguments(partial(torch.zeros, device=device), dtype)
         for name in cases.differentiable:

@@ -1,4 +1,4 @@
-"""`admfast export SOURCE --to FORM --out PLACE`: a network in the form of another program."""
+"""`admfast export SOURCE --to FORMAT --out PATH`: write a network for another program."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_export(
     dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
     set_: Set = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there (default: refuse).")
+        bool, typer.Option("--overwrite", help="Replace existing files (default: refuse).")
     ] = False,
 ) -> None:
     """Write a network for another program: diffusers, the published code, or safetensors."""

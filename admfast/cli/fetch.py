@@ -19,7 +19,7 @@ def run_fetch(
         list[str],
         typer.Argument(help="Systems (all their files), models or file names; see `admfast models`."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the files; made if it isn't there.")] = Path("models"),
+    out: Annotated[Path, typer.Option(help="Folder for the files; made if it is missing.")] = Path("models"),
     base_url: Annotated[
         str | None,
         typer.Option(
@@ -27,14 +27,14 @@ def run_fetch(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there (default: leave them).")
+        bool, typer.Option("--overwrite", help="Replace existing files (default: keep them).")
     ] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds without an answer or a byte.")] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer or the next data.")] = 30.0,
     retries: Annotated[
-        int, typer.Option(min=0, help="Times that a broken connection is taken up again.")
+        int, typer.Option(min=0, help="Times to resume the download after a broken connection.")
     ] = 3,
 ) -> None:
-    """Download released weights, going on after a break, and check them where sizes or hashes are known."""
+    """Download released weights, resume broken downloads, and check sizes and hashes that are known."""
     wanted, out = wanted_models(names), user_path("out", out)
     with folder_if_used(out):
         for model in wanted:
@@ -45,7 +45,7 @@ def run_fetch(
             done = fetch(
                 model.name, out, base_url=base_url, overwrite=overwrite, timeout=timeout, retries=retries
             )
-            by = ", ".join(done.checked) or "nothing: no size or hash is known"
+            by = ", ".join(done.checked) or "nothing, as no size or hash is known"
             print(f"{done.path.resolve()}: {done.size:,} bytes, checked by {by}")
 
 
@@ -53,7 +53,8 @@ def wanted_models(names: list[str]) -> list[ModelPreset]:
     """Resolve names of systems, models and files to the released models, each once, in order.
 
     Raises:
-        InvalidArgument: for an unknown name (with the nearest), or one that ships with the package.
+        InvalidArgument: for an unknown name (the error names the nearest), or a model that ships with the
+            package.
     """
     wanted: dict[str, ModelPreset] = {}
     for name in names:
@@ -72,10 +73,10 @@ def wanted_models(names: list[str]) -> list[ModelPreset]:
 
 
 def _accept(path: Path, model: ModelPreset) -> None:
-    """Leave a file that is there, but not one that can't be the published file."""
+    """Accept an existing file; raise OutputError if its size is not the published one."""
     size = path.stat().st_size
     if model.size is not None and size != model.size:
         raise OutputError(
-            f"{path}: is there with {size:,} bytes, not the published {model.size:,}; --overwrite replaces it"
+            f"{path}: has {size:,} bytes, not the published {model.size:,}; --overwrite replaces it"
         )
     print(f"{path.resolve()}: is there already ({size:,} bytes), left as it is")

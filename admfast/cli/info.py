@@ -1,4 +1,4 @@
-"""`admfast info`: what this machine and this installation can do, and why not more."""
+"""`admfast info`: print what this machine and this installation can run, and why not more."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from admfast.ops.native import build_info, instruction_set, reason_missing
 
 
 def run_info() -> None:
-    """Print versions, devices, the build, every op with its implementations, and which of them run."""
+    """Print versions, devices, the build, and the implementations of every op and which of them run."""
     why_not = reason_missing()
     rows = [
         ("admfast", __version__),
@@ -43,7 +43,7 @@ def run_info() -> None:
 
 
 def _implementations() -> list[tuple[str, str]]:
-    """Every implementation of every op; those that are here come in the order in which they are tried."""
+    """Return every implementation of every op, in the order of trial, and whether it is available."""
     rows = []
     for op, entry in TABLES.items():
         for implementation in entry.implementations:
@@ -53,7 +53,7 @@ def _implementations() -> list[tuple[str, str]]:
 
 
 def _choices() -> list[tuple[str, str]]:
-    """For some calls of every op, made here and now: which implementation ran, and why none before it."""
+    """Make some calls of every op; return which implementation ran, and why not those before it."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for device in devices:
@@ -72,7 +72,7 @@ def _choices() -> list[tuple[str, str]]:
 
 
 def _version(package: str) -> str:
-    """The installed version, without importing the package."""
+    """Return the installed version of a package, without importing it."""
     if importlib.util.find_spec(package) is None:
         return "not installed"
     try:
@@ -89,7 +89,7 @@ def _cuda() -> str:
 
 
 def _build() -> str:
-    """Return what was built, and why not more."""
+    """Return which compiled ops were built, and why not more."""
     built = build_info()
     if not built:
         return "no record of a build (run from a source tree that was not installed?)"

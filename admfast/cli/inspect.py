@@ -1,4 +1,4 @@
-"""`admfast inspect FILE`: what a weights file is; with `--train`, the memory that training it takes."""
+"""`admfast inspect FILE`: describe a weights file; with `--train`, the memory that training it takes."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def run_inspect(
     values: Annotated[
         bool,
         typer.Option(
-            "--values/--no-values", help="Read every value to count NaN and infinities (default: do)."
+            "--values/--no-values", help="Read every value to count NaN and infinities (default: yes)."
         ),
     ] = True,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Say the memory of a training step instead.")
+        bool, typer.Option("--train/--no-train", help="Print the memory of a training step instead.")
     ] = False,
     batch_size: option.BatchSize = None,
     microbatch: option.Microbatch = None,
     precision: option.Precision = None,
     checkpointing: option.Checkpointing = None,
 ) -> None:
-    """Say what a weights file is: network, released model, size, work and memory of a forward pass."""
+    """Describe a weights file: network, released model, size, work and memory of a forward pass."""
     given = {
         "batch_size": batch_size, "microbatch": microbatch, "precision": precision,
         "checkpointing": checkpointing,
@@ -59,7 +59,7 @@ def run_inspect(
         others["values"] = (values, True)
         for name, (value, default) in others.items():
             if value != default:
-                raise invalid(name, value, "not with --train; --batch-size and --precision are the step's")
+                raise invalid(name, value, "not with --train, which takes --batch-size and --precision")
         from admfast.cli.train_memory import print_memory
 
         return print_memory(path, set_, given)

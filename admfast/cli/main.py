@@ -1,4 +1,4 @@
-"""The `admfast` command begins here, with nothing imported yet."""
+"""Entry point of the `admfast` command; it handles signals before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ INTERRUPTED = SIGNALLED + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 2 for what the user can mend, 128 + the signal that ended it.
+    """Run a command; return its exit status.
 
-    SIGTERM and SIGHUP end a command as Ctrl-C does: what is finished stays. Where the process is the command
-    (`argv` is None) they end it at once as long as it has made nothing.
+    The status is 0, that of the command (`verify` returns 1 past its budget), 2 for an error that the user
+    can fix, or 128 + the number of the signal that ended it. SIGTERM and SIGHUP end a command as Ctrl-C does:
+    finished files stay. If the process is the command itself (`argv` is None), all three end it at once until
+    it begins to write files.
     """
     _ready_streams()
     with like_ctrl_c(process=argv is None) as came:
         try:
             from admfast.host import wait_passively
 
-            if "torch" not in sys.modules:  # which alone reads it, when it is loaded
+            if "torch" not in sys.modules:  # only torch reads it, when it is imported
                 wait_passively(os.environ)
             from admfast.cli.commands import run
 
@@ -33,15 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = INTERRUPTED
     if status == INTERRUPTED and came:  # some versions of typer raise at Ctrl-C, others return this
         status = SIGNALLED + came[0]
-    if status - SIGNALLED in ENDING:  # a training run answers signals itself, and returns the status
+    if status - SIGNALLED in ENDING:  # a training run handles signals itself and returns this status
         print(f"admfast: {interrupted_by(status - SIGNALLED)}", file=sys.stderr)
     return status
 
 
 def _ready_streams() -> None:
-    """Let standard output and error take every text: what their encoding lacks (in a path) is escaped.
+    """Make standard output and error accept all text: characters that their encoding lacks are escaped.
 
-    One that is closed becomes the null device, so that no file gets its descriptor.
+    A closed stream becomes the null device, so that no file opened later gets its descriptor.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

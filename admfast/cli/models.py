@@ -1,4 +1,4 @@
-"""`admfast models`: the systems and models that there are presets for."""
+"""`admfast models`: list or describe the systems and models that have presets."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _MODEL_HEADER = ("model", "kind", "parameters", "bytes", "checked by", "from")
 
 
 def _system_line(system: SystemPreset) -> tuple[str, ...]:
-    """One line of the list of systems."""
+    """Return one line of the list of systems."""
     try:
         image, classes = f"{system.image_size}", str(system.num_classes or "-")
     except CheckpointError:  # a shipped file that this installation lacks
         image, classes = "?", "?"
     steps = f"{system.steps}+{system.upsampler_steps}" if system.upsampler else str(system.steps)
-    # The published figure is not always that of the defaults beside it: 64x64 was measured without guidance.
+    # The published FID was not always measured with our defaults: that of 64x64 is without guidance.
     fid = "-"
     if system.metric:
         fid = f"{system.metric.fid:.2f}, {system.metric.conditions.removeprefix('50,000 samples, ')}"
@@ -58,7 +58,7 @@ def _system_line(system: SystemPreset) -> tuple[str, ...]:
 
 
 def _system_rows(system: SystemPreset) -> list[tuple[str, str]]:
-    """Everything about one system."""
+    """Return everything about one system."""
     rows = [
         ("system", f"{system.name}: {system.summary}"),
         ("image", f"{system.image_size}x{system.image_size}, {system.channels} channels"),
@@ -66,7 +66,7 @@ def _system_rows(system: SystemPreset) -> list[tuple[str, str]]:
         ("diffusion", f"{system.diffusion.file}, {system.steps} steps"),
     ]
     if system.classifier is not None:
-        scale = f"guidance scale {system.guidance:g} unless asked otherwise"
+        scale = f"guidance scale {system.guidance:g} by default"
         rows.append(("classifier", f"{system.classifier.file}, {scale}"))
     if system.upsampler is not None:
         steps = f"{system.upsampler_steps} steps, from {system.upsampler.low_res_size} pixels"
@@ -80,7 +80,7 @@ def _system_rows(system: SystemPreset) -> list[tuple[str, str]]:
 
 
 def _model_line(model: ModelPreset) -> tuple[str, ...]:
-    """One line of the list of models."""
+    """Return one line of the list of models."""
     try:
         kind = model.config.kind
     except CheckpointError:
@@ -96,7 +96,7 @@ def _model_line(model: ModelPreset) -> tuple[str, ...]:
 
 
 def _model_rows(model: ModelPreset) -> list[tuple[str, str]]:
-    """Everything about one model."""
+    """Return everything about one model."""
     place = str(model.shipped_path) if model.shipped else str(model.url)
     rows = [("model", model.name), ("source", model.source), ("file", place)]
     if model.parameters is not None:

@@ -1,4 +1,4 @@
-"""Read what several commands take: `--set NAME=VALUE` of a weights file, and dtypes by name."""
+"""Options that several commands share: `--set NAME=VALUE` for weights files, and dtypes by name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] | None = ()) -> dict[str, Any]:
     """Read every `NAME=VALUE` that was given with `flag`.
 
-    also: names that are allowed beside the options of networks and processes; None lets every name pass, for
-        who reads them to judge.
-    Raises: InvalidArgument without `=`, for an unknown name, or a switch that is neither yes nor no.
+    also: names allowed in addition to the options of networks and processes; None allows every name, and
+        the caller must check them.
+    Raises: InvalidArgument for a text without `=`, an unknown name, or a switch that is neither yes nor no.
     """
     options: dict[str, Any] = {}
     for text in texts or ():
@@ -42,7 +42,7 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] | Non
 
 
 def _value(text: str) -> Any:
-    """Return the value of a text: a `literal`, or for words with commas a tuple of them."""
+    """Return the value of a text: `literal` of it, or a tuple if it is several words with commas."""
     found = literal(text)
     if isinstance(found, str) and found == text and "," in text:
         return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
@@ -55,7 +55,7 @@ def parts_of(
     set_upsampler: Iterable[str] | None,
     **given: Any,
 ) -> dict[str, Any]:
-    """Return the arguments of `load` that say which files, what they don't show, and where they run."""
+    """Return the arguments of `load` for the files, the options that they don't show, and the device."""
     given["classifier_options"] = options_of("--set-classifier", set_classifier)
     given["upsampler_options"] = options_of("--set-upsampler", set_upsampler, also=[LOW_RES_SIZE])
     return {**given, **options_of("--set", set_, also=[LOW_RES_SIZE])}

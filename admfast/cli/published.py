@@ -1,4 +1,4 @@
-"""The flags of the published sampling scripts, as `admfast sample` understands them."""
+"""Translate the flags of the published sampling scripts to options of `admfast sample`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from admfast.errors import invalid
 
-# The option of the same meaning; "" is the model itself, the command's argument.
+# Flags with an equivalent option; "" is the argument of the command, the model.
 _RENAMED = {
     "--model_path": "",
     "--classifier_path": "--classifier",
@@ -16,16 +16,16 @@ _RENAMED = {
     "--batch_size": "--batch",
     "--base_samples": "--low-res",
 }
-# What a switch says, by its value.
+# Options equivalent to a switch, by its value; or a text that says what to use instead.
 _SWITCHES: dict[str, dict[bool, list[str] | str]] = {
     "--use_ddim": {True: ["--solver", "ddim"], False: []},
     "--clip_denoised": {True: [], False: "in Python only: pipe.sample(clip=False)"},
     "--use_fp16": {True: ["--precision", "fp16"], False: ["--precision", "fp32"]},
     "--classifier_use_fp16": dict.fromkeys(
-        (True, False), "give --precision, for network and classifier; auto is what fits the device"
+        (True, False), "use --precision, for network and classifier; auto chooses by the device"
     ),
 }
-# What `--set` says of a weights file, under the name that it has there.
+# Flags that describe a weights file, with their names in `--set NAME=VALUE`.
 _OF_A_FILE = {
     f"--{name}": name
     for name in (
@@ -49,9 +49,9 @@ _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def translated(args: Sequence[str]) -> list[str]:
-    """Return a command's words with the published flags replaced by the options that mean the same.
+    """Return a command's words with the published flags replaced by the equivalent options.
 
-    Raises: InvalidArgument for a flag without a value, or whose value has no option.
+    Raises: InvalidArgument for a flag without a value, or a value without an equivalent option.
     """
     found: list[str] = []
     rest = list(args)
@@ -70,7 +70,7 @@ def translated(args: Sequence[str]) -> list[str]:
 
 
 def _one(flag: str, value: str) -> list[str]:
-    """Return the words that say what a published flag says."""
+    """Return the words that are equivalent to a published flag."""
     if flag in _RENAMED:
         return [_RENAMED[flag], value] if _RENAMED[flag] else [value]
     if flag in _OF_A_FILE:
@@ -79,7 +79,7 @@ def _one(flag: str, value: str) -> list[str]:
         return ["--set-classifier", f"{_OF_A_CLASSIFIER[flag]}={value}"]
     if flag == "--num_samples":
         if not re.fullmatch(r"0*[1-9][0-9]{0,18}", value):
-            raise invalid(flag, value, "1 or more; --seeds says which")
+            raise invalid(flag, value, "1 or more; --seeds chooses which")
         return ["--seeds", f"0-{int(value) - 1}"]
     if value.lower() not in (*_TRUE, *_FALSE):
         raise invalid(flag, value, "True or False")

@@ -1,4 +1,4 @@
-"""`admfast sample NAME`: images into a folder."""
+"""`admfast sample NAME`: sample images into a folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from admfast.sampling.profile import profile_text
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import solver_of
 
-# What one call makes at most: a slip such as 0-99999999999 is an error, not a full memory.
+# Most images of one call: a typo such as 0-99999999999 is an error and does not fill the memory.
 MANY = 10_000_000
 
 
@@ -65,7 +65,7 @@ def run_sample(
     set_classifier: option.SetClassifier = None,
     set_upsampler: option.SetUpsampler = None,
 ) -> None:
-    """Sample images: PNG files, one labelled grid and the published npz."""
+    """Sample images: PNG files, one labelled grid, and an npz as the published scripts write it."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     _check_early(batch, solver, compile_cache)
     engine = EngineOptions(threads=threads)
@@ -91,18 +91,18 @@ def run_sample(
 
 
 def _check_early(batch: int | None, solver: str, compile_cache: Path | None) -> None:
-    """Refuse what needs no model to be refused."""
+    """Reject wrong options that can be recognized without a model."""
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
     if (chosen := solver_of(solver)).begins == "image":
         allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen}', output='float')"
-        raise invalid("solver", solver, f"{allowed}; noise does not fit into PNG files")
+        raise invalid("solver", solver, f"{allowed}; PNG files can't hold noise")
     if compile_cache is not None:
         check_folder(user_path("compile_cache", compile_cache))
 
 
 def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
-    """Say what will be done, do it, and say where it is; nothing is said or made before all is checked."""
+    """Check everything, print the settings, sample, and print where the files are."""
     rows = resolved(run.pipe, run.request, run.check())
     _say(table([*rows, ("out", str(run.out.resolve())), *more]))
     started = time.time()
@@ -121,14 +121,14 @@ def _run(run: SampleRun, more: list[tuple[str, str]]) -> None:
 
 
 def _profile(pipe: Pipeline) -> None:
-    """Say how the run went, beside what the machine can do."""
+    """Print how the run went, and how that compares with what the machine can do."""
     report = pipe.last_run
     assert report is not None  # a run has at least one image
     _say(f"\n{report}\n\n{profile_text(report, pipe)}")
 
 
 def _say(text: str) -> None:
-    """Print a text; images are made whether or not somebody reads on (as `| head` does not)."""
+    """Print a text; sampling goes on even if nobody reads the output any more (as with `| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -136,7 +136,7 @@ def _say(text: str) -> None:
 
 
 def read_low_res(path: Path, channels: int = 3) -> Samples:
-    """Read the images to enlarge, for a network of so many channels; InvalidArgument names the option."""
+    """Read the images to enlarge, for a network of `channels` channels; InvalidArgument names the option."""
     try:
         return read_set(path, channels if channels in MODES else None)
     except InvalidArgument as error:
@@ -146,7 +146,7 @@ def read_low_res(path: Path, channels: int = 3) -> Samples:
 def _wanted(
     pipe: Pipeline, classes: str | None, per_class: int | None, seeds: str | None, small: Samples | None
 ) -> tuple[list[int] | None, list[int] | None]:
-    """Return classes and seeds; images to enlarge say how many, and bring classes if they can."""
+    """Return classes and seeds; by default one seed for each image to enlarge, with its class if known."""
     labels = None if classes is None else parse_numbers("classes", classes)
     keys = None if seeds is None else parse_numbers("seeds", seeds)
     if small is not None and keys is None and per_class is None:
@@ -185,9 +185,9 @@ def parse_interval(text: str | None) -> tuple[float, ...] | None:
 def of_each_class(
     classes: list[int] | None, count: int, seeds: list[int] | None, num_classes: int | None
 ) -> tuple[list[int], list[int] | None]:
-    """Return the class of every image, those of a class together, and the seeds, one for each or none."""
+    """Return the class of every image, grouped by class, and the seeds: one for each image, or None."""
     if num_classes is None:
-        raise invalid("per-class", count, "this model has no classes; --seeds says how many images")
+        raise invalid("per-class", count, "this model has no classes; --seeds sets the number of images")
     if count < 1:
         raise invalid("per-class", count, "1 or more")
     asked = range(num_classes) if classes is None else classes
@@ -200,7 +200,7 @@ def of_each_class(
 
 
 def resolved(pipe: Pipeline, request: SampleRequest, planned: Plan) -> list[tuple[str, str]]:
-    """Return what will be done, as rows of a table."""
+    """Return the resolved settings, as rows of (name, value)."""
     seeds, classes, _ = images_of(request, pipe)
     sides = {stage: "x".join(map(str, of_stage)) for stage, of_stage in planned.sides.items()}
     steps = f"{request.steps or pipe.steps} steps"
@@ -221,7 +221,7 @@ def resolved(pipe: Pipeline, request: SampleRequest, planned: Plan) -> list[tupl
 
 
 def _in_short(numbers: Sequence[int]) -> str:
-    """The numbers, or the first and the last few of many."""
+    """Return the numbers as text, or of many the first and the last few."""
     if len(numbers) <= 12:
         return ", ".join(map(str, numbers))
     return f"{', '.join(map(str, numbers[:6]))}, ..., {', '.join(map(str, numbers[-3:]))}"

@@ -16,11 +16,11 @@ ClassifierFile = Annotated[
 ]
 UpsamplerFile = Annotated[
     Path | None,
-    typer.Option("--upsampler", help="Upsampler behind a model given as a file (default: none)."),
+    typer.Option("--upsampler", help="Upsampler for a model given as a file (default: none)."),
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(help="Released model that the file is (default: found out from the file)."),
+    typer.Option(help="Released model that the file holds (default: recognized from the file)."),
 ]
 LowRes = Annotated[
     Path | None,
@@ -32,7 +32,7 @@ Classes = Annotated[
     str | None,
     typer.Option(help="Class indices, 0-9 or 207,360 (default: seed modulo the number of classes)."),
 ]
-PerClass = Annotated[int | None, typer.Option(help="Images of each class (default: 1, or as --seeds asks).")]
+PerClass = Annotated[int | None, typer.Option(help="Images of each class (default: 1, or by --seeds).")]
 Seeds = Annotated[
     str | None, typer.Option(help="Seeds, 0-15 or 3,5: one image each (default: 0, 1, 2, ...).")
 ]
@@ -40,22 +40,22 @@ Size = Annotated[
     str | None,
     typer.Option(
         metavar="HxW",
-        help="Pixels of an image, as 64x96 or 64; of a cascade the base model's (default: the model's).",
+        help="Image size in pixels, 64x96 or 64; in a cascade the base model's (default: the model's).",
     ),
 ]
-Steps = Annotated[int | None, typer.Option(help="Network evaluations an image (default: the system's).")]
+Steps = Annotated[int | None, typer.Option(help="Network evaluations per image (default: the system's).")]
 Solver = Annotated[
     str,
-    typer.Option(help=f"A solver, with options where not these: {'; '.join(listed('noise'))}."),
+    typer.Option(help=f"A solver, with its options if not these defaults: {'; '.join(listed('noise'))}."),
 ]
 Eta = Annotated[
-    float | None, typer.Option(help="Short for a solver's option, as in ddim:eta=0.5 (default: its own).")
+    float | None, typer.Option(help="The solver's option eta, as in ddim:eta=0.5 (default: its own).")
 ]
 Respaced = Annotated[
     str | None,
     typer.Option(
         "--respacing",
-        help="Timesteps in place of --steps, as published: 250, ddim25, 10,10,10 (default: from --steps).",
+        help="Timesteps instead of --steps, as published: 250, ddim25, 10,10,10 (default: from --steps).",
     ),
 ]
 Guidance = Annotated[
@@ -66,36 +66,36 @@ Interval = Annotated[
     str | None,
     typer.Option(
         "--guidance-interval",
-        help="Guide at these timesteps of the process alone, LOWEST,HIGHEST such as 200,800 (default: all).",
+        help="Guide only at these timesteps of the process, LOWEST,HIGHEST such as 200,800 (default: all).",
     ),
 ]
 Compile = Annotated[
     bool,
     typer.Option(
-        "--compile", help="torch.compile the step: minutes before the first image (default: don't)."
+        "--compile", help="Compile the step with torch.compile, which takes minutes at first (default: no)."
     ),
 ]
 CompileCache = Annotated[
     Path | None,
     typer.Option(
-        help="With --compile: a folder in which torch keeps what it compiles, for the next process "
+        help="With --compile: folder in which torch keeps compiled code for the next process "
         "(default: torch's own)."
     ),
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", help="Say what every part computes in, and how steps run (default: don't)."),
+    typer.Option("--verbose", help="Print the precision of every part, and how steps run (default: no)."),
 ]
 Profile = Annotated[
     bool,
     typer.Option(
         "--profile",
-        help="Say afterwards how the steps ran, where the seconds went, the share of the machine's rate "
-        "(a product measured then) and what would help (default: don't).",
+        help="Print at the end how the steps ran, the seconds of each part, the share of the machine's rate "
+        "(of a matrix product measured then), and advice (default: no).",
     ),
 ]
 UpsamplerSteps = Annotated[
-    int | None, typer.Option(help="Evaluations of the upsampler (default: the system's).")
+    int | None, typer.Option(help="Evaluations of the upsampler per image (default: the system's).")
 ]
 Batch = Annotated[int | None, typer.Option(help="Images at a time (default: by image size and device).")]
 Precision = Annotated[
@@ -104,23 +104,23 @@ Precision = Annotated[
         help="auto, fp32, tf32, bf16 or fp16; auto is bf16 on a GPU and on a CPU with AMX, else fp32."
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU where there is one).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="On a CPU, threads of a step (default: by its size, or as OMP_NUM_THREADS says)."),
+    typer.Option(help="Threads of a step on a CPU (default: by its size, or OMP_NUM_THREADS)."),
 ]
 Out = Annotated[Path, typer.Option(help="Folder for images/, grid.png and the npz.")]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace older samples by the complete new set (default: refuse)."),
+    typer.Option("--overwrite", help="Replace older samples once the new set is complete (default: refuse)."),
 ]
-Intermediates = Annotated[int, typer.Option(help="Also keep x_0 after every so many steps; 0 for none.")]
+Intermediates = Annotated[int, typer.Option(help="Also write x_0 after every so many steps; 0 for none.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="For a file: what it doesn't show, such as num_heads=4; repeat for more (default: none).",
+        help="Option that a weights file doesn't show, such as num_heads=4; can be repeated (default: none).",
     ),
 ]
 SetClassifier = Annotated[
@@ -131,7 +131,7 @@ SetUpsampler = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=VALUE",
-        help="The same for the file of --upsampler, and low_res_size, the side that it enlarges "
+        help="The same for the file of --upsampler, and low_res_size, the image side that it enlarges "
         "(default: none).",
     ),
 ]

@@ -42,11 +42,11 @@ commands = typer.Typer(
 
 @commands.callback()
 def run_train() -> None:
-    """Train a diffusion model, classifier or upsampler, or write what was trained."""
+    """Train a diffusion model, classifier or upsampler, or export a trained one."""
 
 
 def _command(kind: str) -> Callable[..., None]:
-    """Return the command that trains a network of a kind."""
+    """Return the command that trains networks of a kind."""
 
     def run(
         out: option.Out = None,
@@ -114,13 +114,13 @@ def run_export(
         Path | None, typer.Option(help="Weights file: .safetensors, or .pt as published (default: none).")
     ] = None,
     ema: Annotated[
-        str | None, typer.Option(help="Which average, by its rate such as 0.9999 (default: the run's first).")
+        str | None, typer.Option(help="Which average, by EMA rate such as 0.9999 (default: the run's first).")
     ] = None,
     width: Annotated[
         float | None,
         typer.Option(
-            help="Instead, width of an average that is put together from those of ema_power, as a share of "
-            "the run (default: none)."
+            help="Instead of --ema, the width of an average that is combined from those of ema_power, as a "
+            "share of the run (default: none)."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="On disk: float32, float16 or bfloat16.")] = "float32",
@@ -143,7 +143,7 @@ def run_export(
         picture = user_path("picture", picture, [".png"])
         drawn = run_picture(run)
         check_writable(picture)
-    # `export` checks all that it is given before it writes: a mistake in either file leaves neither.
+    # `export` checks its arguments before it writes: an error in either file leaves neither.
     if out is not None:
         description = export(run, out, ema, width, DTYPES[dtype])
         print(table([(name, str(description.training[name])) for name in ("step", "average")]))
@@ -154,7 +154,7 @@ def run_export(
 
 
 def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
-    """Return the recipe that a command asks for. Raises InvalidArgument, CheckpointError."""
+    """Return the recipe of a command's options. Raises InvalidArgument, CheckpointError."""
     base = recipe(kind, preset)
     if start is not None:
         parts = split_options(kind, options)
@@ -164,7 +164,7 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
         if not isinstance(network, KINDS[kind]):
             raise invalid("from", start, f"a network for the kind {kind!r}; it holds a {network.kind}")
         low_res_size = base.low_res_size if info.preset is None else info.preset.low_res_size
-        # A network that has a null class keeps it.
+        # A network that was trained with a null class keeps it.
         dropping = dict(info.training.get("recipe", {})).get("drop_classes", 0.0)
         base = dataclasses.replace(
             base, network=network, process=info.diffusion or base.process, low_res_size=low_res_size,
@@ -173,7 +173,7 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
     return changed(base, options)
 
 
-# What a run chooses itself, whatever the file that it begins from has.
+# Options that a run always sets itself, not the file that it begins from.
 _OWN = ("dropout", "num_classes")
 
 
@@ -208,7 +208,7 @@ def _train(
 
 
 def _try(wanted: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:
-    """Make two steps and print what the run would take."""
+    """Make two steps; print the time and memory that the run would take."""
     trial = dry_run(wanted, open_source(data, labels), habits, world)
     if world.first:
         hours = trial.run_seconds / 3600
@@ -222,7 +222,7 @@ def _try(wanted: Recipe, data: str, labels: str, habits: Habits, world: World) -
 
 
 def _rows(wanted: Recipe, world: World) -> list[tuple[str, str]]:
-    """The resolved recipe as rows of a table: one a field, network and process by what they are."""
+    """Return the resolved recipe as rows of (name, value), one for each field and the processes."""
     rows = []
     for name, value in wanted.to_dict().items():
         text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
@@ -232,7 +232,7 @@ def _rows(wanted: Recipe, world: World) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show a warning (an image that was skipped) as one line, without the place in the code it comes from."""
+    """Print warnings (such as a skipped image) as one line, without their place in the code."""
 
     def show(message: Warning | str, *_: Any) -> None:
         print(f"admfast: {message}", file=sys.stderr, flush=True)

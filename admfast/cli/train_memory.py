@@ -20,9 +20,10 @@ from admfast.training.recipes import DIGITS, PRESETS
 
 
 def print_memory(path: Path, set_: Iterable[str] | None, given: Mapping[str, Any]) -> None:
-    """Print the memory of a step for the networks of a preset, or the one of a file.
+    """Print the memory of a training step for the network of a file, or for each kind of network of a preset.
 
-    given: settings of the recipe that have a flag of their own. Raises: InvalidArgument, CheckpointError.
+    path: the file, or the name of the preset. given: recipe settings that have their own flags.
+    Raises: InvalidArgument, CheckpointError.
     """
     options = {**options_of("--set", set_, also=None), **given}
     if "checkpointing" in given:
@@ -33,14 +34,14 @@ def print_memory(path: Path, set_: Iterable[str] | None, given: Mapping[str, Any
 
 
 def _of_file(path: Path, options: dict[str, Any]) -> list[Recipe]:
-    """The recipe that trains a file's network on, with the digits' settings where none are given."""
+    """Return the recipe that trains a file's network further, by default with the settings of digits32."""
     network = load_network(path)[1].config
     kind = next(kind for kind, config in KINDS.items() if type(network) is config)
     return [resolved(kind, DIGITS, str(path), options)]
 
 
 def _of_preset(name: str, options: dict[str, Any]) -> list[Recipe]:
-    """The recipes of every kind that has a preset of the name."""
+    """Return the recipe of every kind that has a preset of this name."""
     kinds = [kind for kind in KINDS if name in PRESETS[kind]]
     if not kinds:
         known = list(dict.fromkeys(preset for kind in KINDS for preset in PRESETS[kind]))
@@ -63,7 +64,7 @@ def _rows(recipe: Recipe) -> list[tuple[str, str]]:
     return [
         (recipe.kind, settings),
         *((name, _in_words(size)) for name, size in names.items()),
-        ("peak of a step", f"{_in_words(found.peak)} in one process, and what libraries take themselves"),
+        ("peak of a step", f"{_in_words(found.peak)} in one process, without the memory of the libraries"),
     ]
 
 

@@ -18,20 +18,20 @@ Labels = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder of the run; a run that is in it goes on (no default; --dry-run needs none)."),
+    typer.Option(help="Folder of the run; a run in it is continued (no default; --dry-run needs none)."),
 ]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the whole run (default: the preset's).")]
 BatchSize = Annotated[
-    int | None, typer.Option(help="Images a step, over all processes (default: the preset's).")
+    int | None, typer.Option(help="Images per step, over all processes (default: the preset's).")
 ]
 Microbatch = Annotated[
     int | None, typer.Option(help="Images that a process computes at once (default: its whole share).")
 ]
 Rate = Annotated[
-    float | None, typer.Option("--lr", help="Learning rate at its highest (default: the preset's).")
+    float | None, typer.Option("--lr", help="Highest learning rate of the schedule (default: the preset's).")
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Seed of the first weights and of every draw (default: the preset's).")
+    int | None, typer.Option(help="Seed of the initial weights and every draw (default: the preset's).")
 ]
 Precision = Annotated[
     str | None,
@@ -43,8 +43,8 @@ Precision = Annotated[
 Checkpointing = Annotated[
     str | None,
     typer.Option(
-        help="What the backward pass computes again, to save memory: none, norms, attention (its blocks), "
-        "all (blocks), or a number k for every k-th block (default: none)."
+        help="What the backward pass recomputes to save memory: none, norms, attention (attention blocks), "
+        "all (all blocks), or a number k for every k-th block (default: none)."
     ),
 ]
 From = Annotated[
@@ -67,7 +67,7 @@ Set = Annotated[
 SaveEvery = Annotated[int, typer.Option(help="Steps between two snapshots.")]
 LogEvery = Annotated[int, typer.Option(help="Steps between two rows of the log.")]
 GridEvery = Annotated[int, typer.Option(help="Steps between two grids of samples; 0 for none.")]
-Keep = Annotated[int, typer.Option(help="Newest snapshots that are kept.")]
+Keep = Annotated[int, typer.Option(help="Number of newest snapshots to keep.")]
 Workers = Annotated[
     int,
     typer.Option(
@@ -76,18 +76,18 @@ Workers = Annotated[
 ]
 Cache = Annotated[
     str | None,
-    typer.Option(help="Where decoded images are kept: memory, or a folder (default: nowhere)."),
+    typer.Option(help="Where to keep decoded images: memory, or a folder (default: nowhere)."),
 ]
 AsyncSave = Annotated[
     bool | None,
     typer.Option(
         "--async-save/--no-async-save",
-        help="Write snapshots beside the next steps, from a copy in the host's memory (default: on a GPU).",
+        help="Write snapshots during the next steps, from a copy in host memory (default: on a GPU).",
     ),
 ]
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run/--no-dry-run", help="Make two steps, print what the run would take, write nothing."
+        "--dry-run/--no-dry-run", help="Make two steps, print the time and memory of the run, write nothing."
     ),
 ]

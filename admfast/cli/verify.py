@@ -1,4 +1,4 @@
-"""`admfast verify MODEL`: how far the fast path is from the float32 reference, on this machine."""
+"""`admfast verify MODEL`: measure the error of the fast path against the float32 reference."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Seeds = Annotated[
 Steps = Annotated[
     int,
     typer.Option(
-        help="Network evaluations an image; so few that x_0 amplifies rounding past the budget are refused."
+        help="Network evaluations per image. So few that rounding alone exceeds the budget are refused."
     ),
 ]
 UpsamplerSteps = Annotated[
-    int | None, typer.Option(help="Evaluations of the upsampler (default: as --steps).")
+    int | None, typer.Option(help="Evaluations of the upsampler per image (default: as --steps).")
 ]
 
 
@@ -61,7 +61,7 @@ def run_verify(
     set_classifier: option.SetClassifier = None,
     set_upsampler: option.SetUpsampler = None,
 ) -> int:
-    """Sample the same seeds on the fast path and on the float32 reference; exit 1 past the budget."""
+    """Compare samples of the fast path with the float32 reference; exit with status 1 past the budget."""
     if compile_cache is not None:
         check_folder(user_path("compile_cache", compile_cache))
     numbers = {"classes": classes, "seeds": seeds}

@@ -1,8 +1,7 @@
 """Write a file whole or not at all: a temporary name in the same folder, fsync, rename.
 
-A write that fails raises `OutputError` in one line with the path and the reason, removes its temporary file
-and leaves whatever was at the path as it was. A process that is killed can leave a file or a folder
-`.NAME.*.tmp` behind.
+A failed write raises `OutputError` in one line with the path and the reason, removes its temporary file, and
+doesn't change an older file at the path. A process that is killed can leave a file or folder `.NAME.*.tmp`.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ _REASONS = {
     errno.EPERM: "writing there is not permitted",
     errno.ENAMETOOLONG: "the file name is too long",
 }
-# What a writer that was handed a path can only have met on that path.
+# Errors that, without a file name, still can only come from the path that is being written.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-_LOCKED_BYTE = 2**31 - 2  # the last but one that `msvcrt.locking` can lock
+_LOCKED_BYTE = 2**31 - 2  # the second to last byte that `msvcrt.locking` can lock
 
 
 def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
-    """Return `PATH: not written: REASON` for the operating system's error."""
+    """Return the error `PATH: not written: REASON` for an error of the operating system."""
     folder = Path(path).parent
     if error.errno == errno.ENOENT:
         reason = f"the folder {folder} does not exist" if not folder.is_dir() else "a temporary file vanished"
@@ -56,21 +55,20 @@ def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
 
 
 def _dangling(path: str | PathLike[str]) -> Path | None:
-    """Return the link without a target among a path and the folders above it, if any."""
+    """Return the first link without a target among a path and its parent folders, or None."""
     places = (Path(path), *Path(path).parents)
     return next((place for place in places if place.is_symlink() and not place.exists()), None)
 
 
 @contextlib.contextmanager
 def atomic_open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a binary file for writing that takes the place of `path` when the block ends without an exception.
+    """Open a binary file for writing that replaces `path` when the block ends without an exception.
 
-    The file can be written and sought (`np.savez`, `torch.save` and Pillow take it). Its mode follows the
-    umask.
+    The file supports seek (`np.savez`, `torch.save` and Pillow accept it). Its mode follows the umask.
 
     Raises:
         OutputError: if it can't be written whole; other exceptions of the block pass unchanged. In both cases
-            `path` is as it was.
+            `path` is unchanged.
     """
     with _replacing(path) as (descriptor, temporary):
         raw = _RecordingFile(descriptor, "wb")
@@ -78,7 +76,7 @@ def atomic_open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
         try:
             yield cast(BinaryIO, file)
         except BaseException:
-            # Closing flushes what is left, which fails for the reason that is being reported already.
+            # Closing flushes the rest, which fails again for the reason that is being reported.
             with contextlib.suppress(OSError):
                 file.close()
             if raw.error is not None:
@@ -86,7 +84,7 @@ def atomic_open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
             raise
         try:
             file.flush()
-            if raw.error is not None:  # a failed write that the block passed over
+            if raw.error is not None:  # a failed write that the block ignored
                 raise raw.error
             os.fsync(raw.fileno())
             file.close()
@@ -99,7 +97,7 @@ def atomic_open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
-    """As `atomic_open`, for a writer that wants a name: yields the temporary path for it to write to."""
+    """Like `atomic_open`, for a writer that needs a path: yield the temporary path to write to."""
     with _replacing(path) as (descriptor, temporary):
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         os.close(descriptor)
@@ -111,10 +109,10 @@ def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
                 raise
             raise output_error(path, error) from error
         try:
-            # Windows syncs no file that is open for reading only.
+            # Windows can't sync a file that is open for reading only.
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            # Some writers (safetensors) create the file anew, readable by its owner alone.
+            # Some writers (safetensors) replace the file by one that only its owner can read.
             temporary.chmod(mode)
         except OSError as error:
             raise output_error(path, error) from error
@@ -123,13 +121,14 @@ def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic_path`, for the files of a folder: yields a new one beside `path`, for the block to fill.
+    """Like `atomic_path`, for the files of a folder: yield a new folder next to `path` for the block to fill.
 
-    Where `path` is missing or empty it takes all files at once. Else they take their places one by one when
-    all are written, and other files are left alone.
+    If `path` is missing or empty, the new folder replaces it. Otherwise, when all files are written, they are
+    moved into `path` one by one; other files in it are not touched.
 
     Raises:
-        OutputError: if they can't all be written; `path` is as it was.
+        OutputError: if they can't all be written; `path` is then unchanged, unless a later one of these moves
+            failed.
     """
     with folder_if_used(path.parent):
         temporary = _temporary(path)
@@ -148,10 +147,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _move(temporary: Path, folder: Path) -> None:
-    """Give the files of a finished folder their places in another."""
+    """Move the files of a finished folder into another."""
     if not folder.is_dir() or not any(folder.iterdir()):
-        if sys.platform == "win32" and folder.is_dir():  # whose place no rename takes there
-            with contextlib.suppress(OSError):  # which the rename then meets, and names
+        if sys.platform == "win32" and folder.is_dir():  # there, a rename can't replace a folder
+            with contextlib.suppress(OSError):  # the rename then fails too, and reports it
                 folder.rmdir()
         return _rename(temporary, folder)
     for file in (file for file in temporary.rglob("*") if file.is_file()):
@@ -167,21 +166,21 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
 
 
 def write_text(path: str | PathLike[str], text: str) -> None:
-    """Write `text` to `path` in UTF-8, line ends as they are, whole or not at all. Raises OutputError."""
+    """Write `text` to `path` in UTF-8, line endings unchanged, whole or not at all. Raises OutputError."""
     write_bytes(path, text.encode())
 
 
 def check_writable(path: str | PathLike[str]) -> None:
-    """Raise OutputError where a file at `path` could not be written; leaves nothing behind, changes nothing.
+    """Raise OutputError if a file at `path` can't be written; change nothing and leave nothing behind.
 
-    For before long work, whose result goes there.
+    Call it before long work whose result goes there.
     """
     with _replacing(path) as (descriptor, _):
         os.close(descriptor)
 
 
 def check_folder(path: str | PathLike[str]) -> None:
-    """Make the folder `path` if it is missing; raise OutputError where no file could be written into it."""
+    """Make the folder `path` if it is missing; raise OutputError if no file can be written into it."""
     making()
     try:
         Path(path).mkdir(exist_ok=True)
@@ -191,14 +190,14 @@ def check_folder(path: str | PathLike[str]) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Raise OutputError where a file lies in the place of a folder, or of one above it; makes nothing."""
+    """Raise OutputError if `folder` or one of its parents is a file; make nothing."""
     found = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
     if found is not None and not found.is_dir():
         raise output_error(found, FileExistsError(errno.EEXIST, "")) from None
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it. Raises OutputError."""
+    """Make a folder and its parents. Raises OutputError."""
     making()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -208,7 +207,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def folder_if_used(folder: Path) -> Iterator[None]:
-    """Make a folder and those above it for a block; after it, remove those made here that are empty.
+    """Make a folder and its parents for a block; afterwards remove those that this made, if they are empty.
 
     Raises OutputError.
     """
@@ -218,14 +217,14 @@ def folder_if_used(folder: Path) -> Iterator[None]:
         yield
     finally:
         for place in missing:
-            with contextlib.suppress(OSError):  # it isn't empty, or could not be made
+            with contextlib.suppress(OSError):  # it isn't empty, or was not made
                 place.rmdir()
 
 
 def lock(descriptor: int) -> None:
-    """Keep other processes that ask for it from a file until it is closed.
+    """Lock a file, until it is closed, against other processes that lock it.
 
-    Raises BlockingIOError where somebody else has it, another OSError where it can't be locked.
+    Raises BlockingIOError if another process holds the lock, another OSError if the file can't be locked.
     """
     try:
         import fcntl
@@ -235,13 +234,13 @@ def lock(descriptor: int) -> None:
 
 
 def let_go(file: BinaryIO) -> None:
-    """Close a file, and with it give up its lock, on Windows, which moves and removes none that is open."""
+    """Close a file, and so release its lock, on Windows, which can't move or remove an open file."""
     if sys.platform == "win32":
         file.close()
 
 
 def _lock_a_byte(descriptor: int) -> None:
-    """Lock a file as Windows does: one byte, far behind the content of most: nobody else may read it."""
+    """Lock one byte of a file on Windows, past the end of most files, as others can't read a locked byte."""
     try:
         msvcrt = importlib.import_module("msvcrt")
     except ImportError:
@@ -257,7 +256,7 @@ def _lock_a_byte(descriptor: int) -> None:
 
 
 class _RecordingFile(io.FileIO):
-    """A raw file that remembers its first failed write: some writers raise an error of their own instead."""
+    """A raw file that remembers its first failed write, for writers that raise their own error instead."""
 
     error: OSError | None = None
 
@@ -271,9 +270,9 @@ class _RecordingFile(io.FileIO):
 
 @contextlib.contextmanager
 def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
-    """Create an empty temporary file beside `path`; yield its descriptor and name; remove it in the end."""
+    """Create an empty temporary file next to `path`; yield its descriptor and path; remove it at the end."""
     target = Path(path)
-    # A rename would take the place of a device such as /dev/null, or fail late on a folder.
+    # A rename would replace a device such as /dev/null, and for a folder it would fail only at the end.
     if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(
             f"{path}: not written: it is a {'folder' if target.is_dir() else 'device'}, not a file"
@@ -292,14 +291,14 @@ def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a name beside `path` that nothing else has."""
+    """Return an unused path next to `path`."""
     return path.parent / f".{path.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def _rename(temporary: Path, path: str | PathLike[str]) -> None:
-    """Give the finished file or folder its name, and make the name last."""
+    """Rename the finished file or folder to `path`, and sync the folder so that the new name lasts."""
     try:
-        # Through a link, the file it points to is replaced, not the link.
+        # If `path` is a link, the file it points to is replaced, not the link.
         os.replace(temporary, os.path.realpath(path))
     except OSError as error:
         raise output_error(path, error) from error

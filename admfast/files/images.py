@@ -1,4 +1,4 @@
-"""PNG files of uint8 images, and grids of samples with a row for every class."""
+"""Read and write image files as uint8 arrays, and draw grids of samples with a row for every class."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FONT_SIZE = 14  # pixels; fits beside a tile of 64
 _LABEL_LENGTH = 28  # characters of a label that are shown
 _BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, of so many channels
-# Pillow's mode of an image file -> the mode it is read in. 16-bit and float modes are refused.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
+# Pillow's mode of an image file -> the mode it is converted to. 16-bit and float modes are refused.
 _READ_AS = dict.fromkeys(("1", "L"), "L")
 _READ_AS |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
 _READ_AS |= dict.fromkeys(("LA", "PA", "RGBA"), "RGBA")
 
-# What Pillow raises for damaged files; its readers let the errors of their parts through.
+# What Pillow raises for damaged files, including errors of the modules that it uses.
 _DAMAGED = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
@@ -41,7 +41,7 @@ def write_png(path: str | PathLike[str], image: UInt8) -> None:
     """Write one image as PNG, whole or not at all.
 
     Args:
-        path: file name, kept as it is.
+        path: file name, used as given.
         image: uint8, [H, W] or [H, W, C] with C = 1 (grey), 3 (RGB) or 4 (RGB and alpha).
 
     Raises:
@@ -56,16 +56,16 @@ def write_png(path: str | PathLike[str], image: UInt8) -> None:
 def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
     """Return the content of an image file as uint8 [H, W, C] with C = 1, 3 or 4.
 
-    channels: converted to so many: 1 is grey (ITU-R 601 luma), 3 RGB, 4 RGB and alpha. As in the published
-    loader alpha is dropped, not blended, and grey is repeated. None: as `open_image` gives it.
+    channels: number of channels to convert to: 1 is grey (ITU-R 601 luma), 3 RGB, 4 RGB and alpha. As in the
+    published loader, alpha is dropped, not blended, and grey is repeated. None keeps those of `open_image`.
 
     Raises:
-        InvalidArgument: as `open_image`, and for a file that says in its EXIF data that it is to be turned
-            (which the published loader does not).
+        InvalidArgument: as `open_image`, and for a file whose EXIF orientation says that it must be turned
+            (the published loader ignores that).
     """
     picture = open_image(path)
     if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
-        allowed = f"an image that lies as it is shown; its EXIF orientation is {turned}: save it upright"
+        allowed = f"an image that is stored upright; this one has EXIF orientation {turned}"
         raise invalid("path", str(path), allowed)
     array = np.asarray(picture if channels is None else picture.convert(MODES[channels]))
     return array[:, :, None] if array.ndim == 2 else array
@@ -74,15 +74,15 @@ def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
 def open_image(path: str | PathLike[str], content: bytes | None = None) -> Image.Image:
     """Return the decoded picture of an image file: grey ("L"), "RGB" or "RGBA", as the file has it.
 
-    Palettes become RGB (RGBA where they have transparency), as do CMYK and YCbCr; bilevel becomes grey. Of
-    several pictures in a file the first is read.
+    Palettes become RGB (RGBA if they have transparency); CMYK and YCbCr become RGB; bilevel becomes grey. If
+    a file holds several pictures, the first is read.
 
     Args:
         path: file name.
-        content: what the file holds, where that is known already; `path` then only names it in errors.
+        content: the bytes of the file, if they were read already; `path` then only names it in errors.
 
     Raises:
-        InvalidArgument: for a file that is missing, damaged, no image, or has more than 8 bits a channel
+        InvalidArgument: for a file that is missing, damaged, not an image, or has over 8 bits per channel
             (which Pillow would clip).
     """
     name = str(path)
@@ -112,18 +112,18 @@ def labelled_grid(
     names: Mapping[int, str] | Sequence[str] | None = None,
     columns: int | None = None,
 ) -> UInt8:
-    """Arrange samples in a grid with a row for every class, its label and name written at the left.
+    """Arrange samples in a grid with a row for every class; its label and name are at the left.
 
     Images whose longer side is below 64 pixels are repeated by the smallest whole factor that brings it to 64
-    or more (nearest neighbour: no pixel is blended). A class with more samples than `columns` goes on in
-    further rows. Drawn with Pillow's own font, which has Latin letters only.
+    or more (nearest neighbour: no pixel is blended). A class with more samples than `columns` continues in
+    further rows. Text is drawn in Pillow's own font, which has only Latin letters.
 
     Args:
         images: uint8, [N, H, W] or [N, H, W, C] with C = 1, 3 or 4 (alpha is blended on white).
-        labels: [N] class of every image; rows come in ascending order, samples in the order given. None: one
-            grid without labels.
-        names: what to write beside a label, by label.
-        columns: samples a row; None takes the largest class, or without labels the root of N, rounded up.
+        labels: [N] class of every image; rows are in ascending order of class, samples in the order given.
+            None: one grid without labels.
+        names: name to write next to each label, by label.
+        columns: samples per row; None takes the size of the largest class, or without labels ceil(sqrt(N)).
 
     Returns:
         uint8 [grid height, grid width, 3].
@@ -162,14 +162,14 @@ def write_grid(
 
 
 def _draw(images: UInt8, rows: list[tuple[str, list[int]]], columns: int) -> UInt8:
-    """Paint the rows of (text, indices of images)."""
+    """Draw the rows of (text, indices of images)."""
     height, width = images.shape[1:3]
     factor = max(1, math.ceil(TILE / max(height, width)))
     tile_h, tile_w = height * factor, width * factor
     font = ImageFont.load_default(_FONT_SIZE)
     text_w = max((math.ceil(font.getlength(text)) for text, _ in rows), default=0)
     left = PADDING + (text_w + PADDING if text_w else 0)
-    # A low tile (a wide, flat image) still leaves room for its line of text.
+    # A row of tiles lower than the text is as high as the text.
     row_h = max(tile_h, _FONT_SIZE if text_w else 0)
     size = (left + columns * (tile_w + PADDING), PADDING + len(rows) * (row_h + PADDING))
     canvas = Image.new("RGB", size, _BACKGROUND)
@@ -186,7 +186,7 @@ def _draw(images: UInt8, rows: list[tuple[str, list[int]]], columns: int) -> UIn
 
 
 def _label_text(label: int, names: Mapping[int, str] | Sequence[str] | None) -> str:
-    """The label, and its name where there is one, cut to what fits beside a row."""
+    """Return the label and its name, if it has one, cut to `_LABEL_LENGTH` characters."""
     if isinstance(names, Mapping):
         name = names.get(label, "")
     else:
@@ -196,7 +196,7 @@ def _label_text(label: int, names: Mapping[int, str] | Sequence[str] | None) -> 
 
 
 def _checked_batch(images: UInt8) -> UInt8:
-    """`images` as [N, H, W, C] of at least one image; the first one is checked as an image."""
+    """Return images as [N, H, W, C] with at least one image; dtype and channels of the first are checked."""
     images = np.asarray(images)
     if images.ndim not in (3, 4) or 0 in images.shape:
         raise invalid("images.shape", images.shape, "[N, H, W] or [N, H, W, C], N of 1 or more")
@@ -205,7 +205,7 @@ def _checked_batch(images: UInt8) -> UInt8:
 
 
 def _to_pillow(image: UInt8, argument: str) -> Image.Image:
-    """One uint8 image for Pillow; refuses any other by name."""
+    """Return a uint8 image as a Pillow image; reject any other with an error that names `argument`."""
     image = np.asarray(image)
     if image.dtype != np.uint8:
         raise invalid(f"{argument}.dtype", str(image.dtype), "uint8 (levels 0..255)")

@@ -1,4 +1,4 @@
-"""Between float images [N, C, *spatial] in [-1, 1] and uint8 images [N, *spatial, C], as published."""
+"""Convert float images [N, C, *spatial] in [-1, 1] to uint8 [N, *spatial, C] and back, as published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Return (x + 1) * 127.5, limited to 0..255 and truncated (not rounded), channels last.
+    """Return (x + 1) * 127.5, clamped to 0..255 and truncated (not rounded), channels last.
 
     Source: the published sampling scripts. x: [N, C, *spatial] float.
     """

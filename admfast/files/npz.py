@@ -1,4 +1,4 @@
-"""The published archive of samples: `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` int64 [N].
+"""The published npz archive of samples: `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` int64 [N].
 
 Reading never unpickles.
 """
@@ -23,7 +23,7 @@ from admfast.files.atomic import atomic_open
 
 @dataclass(frozen=True)
 class Samples:
-    """Images uint8 [N, H, W, C], and their classes int64 [N] where the archive has them."""
+    """Images uint8 [N, H, W, C], and their classes int64 [N] if the archive has them."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None = None
@@ -38,8 +38,8 @@ def write_streamed(
     """Write the published archive, whole or not at all, holding one image at a time in memory.
 
     Args:
-        path: file name, kept as it is (`np.savez` would append .npz).
-        shape: (N, H, W, C) of all of them.
+        path: file name, used as given (`np.savez` would append .npz).
+        shape: (N, H, W, C) of all images.
         images: N arrays uint8 [H, W, C].
         labels: [N] integers, stored as int64; None writes no `arr_1`.
 
@@ -67,10 +67,11 @@ def write_streamed(
 
 
 def read_samples(path: str | PathLike[str]) -> Samples:
-    """Read a published archive of samples; arrays beside `arr_0` and `arr_1` are left alone.
+    """Read a published archive of samples; arrays other than `arr_0` and `arr_1` are ignored.
 
     Raises:
-        InvalidArgument: in one line, for a file that is missing, truncated, no npz or has no fitting `arr_0`.
+        InvalidArgument: in one line, for a file that is missing, truncated or no npz, has no `arr_0`, or has
+            an `arr_0` or `arr_1` of another dtype or shape.
     """
     with _reading(path) as archive:
         if "arr_0" not in archive.files:
@@ -85,10 +86,10 @@ def read_samples(path: str | PathLike[str]) -> Samples:
 def iter_array(path: str | PathLike[str], batch_size: int, name: str = "arr_0") -> Iterator[NDArray[Any]]:
     """Yield an array of an npz in batches along its first axis, holding one batch at a time in memory.
 
-    An array in Fortran order has no contiguous batches and is read whole first. The last may be shorter.
+    The last batch may be shorter. An array in Fortran order has no contiguous batches and is read whole.
 
     Raises:
-        InvalidArgument: in one line, on the first step, for a file that is missing, is no npz, lacks the
+        InvalidArgument: in one line, during iteration, for a file that is missing, is no npz, lacks the
             array, or ends early.
     """
     if batch_size < 1:
@@ -102,7 +103,7 @@ def iter_array(path: str | PathLike[str], batch_size: int, name: str = "arr_0") 
 
 
 def _batches(file: IO[bytes], batch_size: int) -> Iterator[NDArray[Any]]:
-    """Batches of the .npy array that `file` holds."""
+    """Yield batches of the .npy array that `file` holds."""
     major, _ = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(file)
@@ -125,7 +126,7 @@ def _batches(file: IO[bytes], batch_size: int) -> Iterator[NDArray[Any]]:
 
 @contextlib.contextmanager
 def _reading(path: str | PathLike[str]) -> Iterator[Any]:
-    """Open an npz; every way in which it can be damaged becomes one line."""
+    """Open an npz; raise InvalidArgument in one line for any damage."""
     with _naming(path):
         archive = np.load(path, allow_pickle=False)
         if not hasattr(archive, "files"):
@@ -136,7 +137,7 @@ def _reading(path: str | PathLike[str]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _naming(path: str | PathLike[str]) -> Iterator[None]:
-    """Turn what numpy and zipfile raise into one line that names the file."""
+    """Turn exceptions of numpy and zipfile into InvalidArgument in one line that names the file."""
     try:
         yield
     except InvalidArgument:
@@ -148,7 +149,7 @@ def _naming(path: str | PathLike[str]) -> Iterator[None]:
 
 
 def _reason(path: str | PathLike[str], error: BaseException) -> str:
-    """Say why an npz can't be read."""
+    """Return why an npz can't be read."""
     text = first_line(error)
     with contextlib.suppress(OSError), open(path, "rb") as file:
         magic = file.read(4)
@@ -167,7 +168,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _checked_images(images: NDArray[Any], argument: str) -> NDArray[np.uint8]:
-    """Refuse what isn't uint8 [N, H, W, C]."""
+    """Reject an array that isn't uint8 [N, H, W, C]."""
     if images.dtype != np.uint8:
         raise invalid(f"{argument}.dtype", str(images.dtype), "uint8 (levels 0..255)")
     if images.ndim != 4:
@@ -176,7 +177,7 @@ def _checked_images(images: NDArray[Any], argument: str) -> NDArray[np.uint8]:
 
 
 def _checked_labels(labels: NDArray[Any], count: int, argument: str) -> NDArray[np.int64]:
-    """Refuse what isn't one integer for every image."""
+    """Reject labels that aren't one integer for every image; return them as int64."""
     if not np.issubdtype(labels.dtype, np.integer):
         raise invalid(f"{argument}.dtype", str(labels.dtype), "integers")
     if labels.shape != (count,):

@@ -1,4 +1,4 @@
-"""Read a path that a user gave: "~" is the home folder, and a URL is no path."""
+"""Check a path that a user gave, and expand "~"."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 
 from admfast.errors import invalid
 
-# pathlib makes one slash of two, and a drive's letter is no scheme.
+# One slash is enough, as pathlib merges two. A single letter is a drive of Windows, not a scheme.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
 
 
 def user_path(name: str, value: str | PathLike[str], endings: Collection[str] = ()) -> Path:
     """Return a user's path with "~" and "~user" expanded.
 
-    endings: of which its name must have one; none allows every name.
+    name: the argument's name, for errors. endings: endings that the path may have; empty allows all.
     Raises:
-        InvalidArgument: by the argument's name, for a URL, an unknown home folder, another ending, or no path
-            at all.
+        InvalidArgument: for a URL, an unknown home folder, another ending, or a value that is not a path.
     """
     text = os.fspath(value) if isinstance(value, str | PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
@@ -34,4 +33,4 @@ def user_path(name: str, value: str | PathLike[str], endings: Collection[str] = 
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise invalid(name, text, "a path that begins with ~, whose home folder is not known") from None
+        raise invalid(name, text, "a path that begins with a known home folder, or without ~") from None

@@ -1,4 +1,4 @@
-"""Sets of images: a published archive, a folder of image files, or a single one."""
+"""Read sets of images: a published archive, a folder of image files, or a single image file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from admfast.files.images import read_image
 from admfast.files.npz import Samples, read_samples
 from admfast.files.paths import user_path
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")  # as published, and two more
+ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")  # the published loader's, and .bmp and .webp
 
 
 def read_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
     """Read images as uint8 [N, H, W, C]: an npz with its classes, or image files in the order of their names.
 
-    Of a folder all image files are read, those in folders below it too, as the published loader does; hidden
-    files are not. channels: what image files are converted to, see `read_image`; an archive must have them.
+    A folder is read with its subfolders, as in the published loader, but without hidden files. channels:
+    number of channels to convert image files to, see `read_image`; an archive must have this number.
 
     Raises:
         InvalidArgument: in one line, for a path without images, or images that differ in size or channels.
@@ -41,7 +41,7 @@ def read_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Return the image files below a folder in the order of their names."""
+    """Return the image files in a folder and its subfolders, sorted by path."""
     found = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.is_dir()]
     found = [
         path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)

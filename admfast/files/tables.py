@@ -1,4 +1,4 @@
-"""Plain text tables."""
+"""Tables in plain text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, in
     """Return rows of cells as aligned lines: two spaces between columns, no spaces at the end.
 
     Args:
-        rows: cells of every row; all rows have as many.
+        rows: cells of every row; all rows have the same number.
         header: names of the columns, underlined.
-        indent: put before every line.
+        indent: text before every line.
     """
     lines = [list(row) for row in rows]
     if header is not None:

@@ -1,4 +1,7 @@
-"""Floor 1: the fused operators, a room each: public function, reference, autograd, implementations, cases."""
+"""Floor 1: the fused operators, one folder each.
+
+A folder holds the public function of an op, its reference, autograd, implementations and cases.
+"""
 
 from admfast.ops.attention import attention, attention_ref
 from admfast.ops.conv import FoldedConv, conv, conv_ref
@@ -18,7 +21,8 @@ from admfast.ops.update import (
     sampler_step_ref,
 )
 
-# The folders here; `admfast info`, tests, sanitizers and benches call the ops with what their `cases.py` say.
+# The folders of the ops. `admfast info`, tests, sanitizers and benches call the ops with the arguments that
+# each `cases.py` makes.
 ROOMS = ("attention", "conv", "norm", "update")
 
 __all__ = [

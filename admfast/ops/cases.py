@@ -1,7 +1,7 @@
-"""Describe calls of ops that need no image, for `admfast info`, tests, sanitizers and benches.
+"""Describe synthetic calls of every op, for `admfast info`, tests, sanitizers and benches.
 
-Every room's `cases.py` describes its ops in CASES. Readers go through `all_cases`, so that all of them find a
-new room.
+The `cases.py` in each folder of an op describes its ops in CASES. Readers use `all_cases`, which finds a new
+folder without further changes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from admfast.ops import ROOMS, TABLES
 
-Case = dict[str, Any]  # the arguments by name of a function that makes a call's arguments
-Draw = Callable[..., Tensor]  # draw(*sizes): float32 values where the call is to run
+Case = dict[str, Any]  # keyword arguments of `OpCases.arguments`: sizes and options of one call
+Draw = Callable[..., Tensor]  # draw(*sizes): random float32 values on the device of the call
 
 
 def nothing(*_arguments: Any) -> list[Any]:
-    """Return no case: the default of what an op need not have."""
+    """Return an empty list: the default of the functions that an op may lack."""
     return []
 
 
@@ -28,19 +28,21 @@ def nothing(*_arguments: Any) -> list[Any]:
 class OpCases:
     """The calls of one op.
 
-    op: its name in TABLES; a kernel that has no table of its own has a name of its own.
-    call: call(**arguments, impl=NAME) -> the tensors that it makes or writes, one or a tuple.
-    arguments: arguments(draw, dtype, **case) -> a call's arguments by name. Without a case it is the example
-        that `admfast info` runs. A case of a Triton kernel says its batch as `n`.
+    op: its name in TABLES; for a kernel without a table, a name of its own.
+    call: call(**arguments, impl=NAME) returns the tensor or the tuple of tensors that the op makes or writes.
+    arguments: arguments(draw, dtype, **case) returns the arguments of a call by name. With an empty case they
+        are the example that `admfast info` runs. A case of a Triton kernel gives its batch size as `n`.
     small: cases of odd sizes that reach every branch of the kernels.
-    real: cases of the released networks, by whose they are and their sizes.
-    wrong: wrong() -> pairs of arguments that replace the example's and the name that the refusal begins with.
-    differentiable: arguments that have gradients. typed: what has the dtype, "" for all; None for nothing.
-    raw: implementation -> raw(call, **arguments), which gives the raw ops or launchers of that implementation
-        to call(NAME, *arguments), forward and backward. Those of Triton have one name as ops and as launchers
-        of `kernels/`.
-    launches: settings of `kernels/norm_launch.py` under which small cases take every way of launching.
-    case_of: case_of(*arguments) -> the cases of the kernels that one call of the op `within` needs.
+    real: cases of the released networks, named by network and sizes.
+    wrong: wrong() returns pairs: arguments that replace those of the example, and the argument name that the
+        error must begin with.
+    differentiable: arguments that have gradients.
+    typed: which tensors have the dtype, as `admfast info` shows it: "" for all; None: no tensor has it.
+    raw: for each implementation raw(call, **arguments), which calls its raw ops or launchers, forward and
+        backward, through call(NAME, *arguments). Triton's ops have the names of the launchers in `kernels/`.
+    launches: settings of `kernels/norm_launch.py` with which the small cases reach every kind of launch.
+    case_of: case_of(*arguments) returns the cases of the kernels that a call of an op launches; the op is
+        `within`, or `op` if `within` is empty.
     """
 
     op: str
@@ -58,12 +60,12 @@ class OpCases:
 
     @property
     def implementations(self) -> list[str]:
-        """The names that `call` takes as `impl`."""
+        """Names that `call` accepts as `impl`."""
         return TABLES[self.op].names() if self.op in TABLES else [*self.raw, "reference"]
 
 
 def all_cases() -> list[OpCases]:
-    """Return the cases of every op, room by room."""
+    """Return the cases of every op, folder by folder."""
     found: list[OpCases] = []
     for room in ROOMS:
         found += importlib.import_module(f"admfast.ops.{room}.cases").CASES

@@ -1,11 +1,12 @@
 """Choose the implementation of an op: one ordered table per op, and one rule for choosing from it.
 
-The rule: `impl=NAME`, else the environment variable ADMFAST_IMPL, else the first entry of the table that is
-available, may be chosen unasked and supports the call, where one that was measured to be the fastest
-(`prefer`) comes first. An implementation asked for by name that can't run raises `Unavailable` with its
-reason; it never falls back silently.
+The rule: `impl=NAME` decides, else the environment variable ADMFAST_IMPL. If neither names an implementation,
+the first entry of the table runs that is available, may be chosen without being named, and supports the call;
+the entry that was measured to be the fastest for the call (`prefer`) is tried before the others. A named
+implementation that can't run raises `Unavailable` with the reason; there is no silent fallback.
 
-ADMFAST_IMPL is a comma-separated list of `NAME` (every op) and `OP=NAME` (one op, which wins over `NAME`).
+ADMFAST_IMPL is a comma-separated list of `NAME` (for every op) and `OP=NAME` (for one op; it overrides
+`NAME`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ENVIRONMENT = "ADMFAST_IMPL"
 
 
 def _always(*_args: Any, **_kwargs: Any) -> None:
-    """No reason against: the default for `available` and `supports`."""
+    """Return None, "no objection": the default of the functions that may give a reason or a name."""
     return None
 
 
@@ -33,9 +34,9 @@ def _always(*_args: Any, **_kwargs: Any) -> None:
 class Implementation:
     """One way to run an op.
 
-    `available()` and `supports(*args, **kwargs)` return None, or the reason against in a few words; so does
-    `unasked()`, which is heeded only where the implementation was not asked for by name.
-    `forward` takes the op's own arguments.
+    `available()` and `supports(*args, **kwargs)` return None, or in a few words the reason why it can't run.
+    `unasked()` returns None, or the reason why it should run only if named; it is not called for a named
+    implementation. `forward` takes the op's own arguments.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """Record what `OpTable.choose` returned, who asked for it, and the reason against each one before it."""
+    """A choice of `OpTable.choose`: the implementation, what named it, and why earlier ones were skipped."""
 
     op: str
     name: str
@@ -59,7 +60,8 @@ class Choice:
 class OpTable:
     """The implementations of one op in order of preference; `reference` is always the last.
 
-    `prefer(*args, **kwargs)` may name one that is tried before the others for this call, as measured.
+    `prefer(*args, **kwargs)` may return the name of the implementation that was measured to be the fastest
+    for this call. It is tried before the others.
     """
 
     op: str
@@ -76,7 +78,7 @@ class OpTable:
     def named(self, name: str, asked_by: str = "impl", value: str | None = None) -> Implementation:
         """Return the entry called `name`; raises InvalidArgument with the known names.
 
-        `value` is the whole setting that the name was found in, where it is more than the name.
+        `value` is the whole setting that contained the name, for the error message; None: the name itself.
         """
         for entry in self.implementations:
             if entry.name == name:
@@ -90,7 +92,8 @@ class OpTable:
     def choose(self, impl: str | None, *args: Any, **kwargs: Any) -> Implementation:
         """Return the implementation that serves this call.
 
-        Raises InvalidArgument for an unknown name and Unavailable for one that can't serve the call.
+        Raises InvalidArgument for an unknown name, and Unavailable for a named implementation that can't
+        serve the call, or if none can.
         """
         asked_by, value = "impl", impl
         if impl is None:
@@ -116,7 +119,7 @@ class OpTable:
         raise Unavailable(f"{self.op}: no implementation serves this call ({listed})")
 
     def _in_order(self, first: str | None) -> list[Implementation]:
-        """The entries, that called `first` before the others."""
+        """Return the entries, with the one called `first` moved to the front."""
         if first is None:
             return self.implementations
         return [self.named(first), *(entry for entry in self.implementations if entry.name != first)]
@@ -124,7 +127,7 @@ class OpTable:
 
 @contextlib.contextmanager
 def using(setting: str) -> Iterator[None]:
-    """Choose within the block as if ADMFAST_IMPL were `setting`; for the whole process."""
+    """Choose within the block as if ADMFAST_IMPL were `setting`, in all threads of the process."""
     global _setting
     before, _setting = _setting, setting
     try:
@@ -140,7 +143,7 @@ _watchers: list[_Watcher] = []
 
 @dataclass(eq=False)
 class _Watcher:
-    """A thread that collects its own choices."""
+    """The choices collected by one thread."""
 
     thread: int
     seen: list[Choice]
@@ -148,7 +151,7 @@ class _Watcher:
 
 @contextlib.contextmanager
 def watch() -> Iterator[list[Choice]]:
-    """Collect the choices that this thread makes within the block; what torch.compile traces is not seen."""
+    """Collect the choices that this thread makes within the block, except those traced by torch.compile."""
     watcher = _Watcher(threading.get_ident(), [])
     _watchers.append(watcher)
     try:
@@ -159,27 +162,27 @@ def watch() -> Iterator[list[Choice]]:
 
 def watched() -> bool:
     """Tell whether choices are being collected."""
-    # A trace that looked at the watchers would be guarded by them, and made again while somebody watches.
+    # If a trace read the list of watchers, Dynamo would guard on it and recompile while somebody watches.
     return not torch.compiler.is_compiling() and bool(_watchers)
 
 
 def tell(choice: Choice) -> None:
-    """Tell those who watch this thread of a choice; one that is kept from call to call is told at each."""
+    """Report a choice to the watchers of this thread. A choice that is cached is reported at every call."""
     own = threading.get_ident()
-    for watcher in tuple(_watchers):  # another thread may begin or end meanwhile
+    for watcher in tuple(_watchers):  # a copy: another thread may start or stop watching meanwhile
         if watcher.thread == own:
             watcher.seen.append(choice)
 
 
 def setting() -> str:
-    """Return what ADMFAST_IMPL says, or `using` in its place."""
+    """Return the value of ADMFAST_IMPL, or the value that `using` set instead."""
     return os.environ.get(ENVIRONMENT, "") if _setting is None else _setting
 
 
 def named_by_environment(op: str, value: str | None = None) -> str | None:
-    """The name that ADMFAST_IMPL (or `value` in its place) gives for this op, or None.
+    """Return the name that ADMFAST_IMPL (or `value` instead of it) gives for this op, or None.
 
-    Raises InvalidArgument for a setting that names an op that isn't there, or names one thing twice.
+    Raises InvalidArgument if the setting contains an unknown op, or two names for the same op.
     """
     value = setting() if value is None else value
     if not value:

@@ -1,4 +1,4 @@
-"""Triton: whether its kernels can run in this process, why not, and the raw launchers of `kernels/`."""
+"""Tell whether the Triton kernels of `kernels/` can run in this process, and import their raw launchers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @constant
 @functools.cache
 def interpreted() -> bool:
-    """Tell whether Triton's interpreter was asked for; as Triton reads it, without importing it."""
+    """Tell whether TRITON_INTERPRET turns on Triton's interpreter, without importing Triton."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 @constant
 @functools.cache
 def reason_missing() -> str | None:
-    """None where the kernels can run on some device, else why not."""
+    """Return None if the kernels can run on some device, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not interpreted():
@@ -42,13 +42,13 @@ def reason_missing() -> str | None:
 
 
 def reason_unasked() -> str | None:
-    """Say why it is not to be chosen where nobody named it."""
+    """Return the reason why Triton should run only if it is named, or None."""
     return "triton's interpreter is for tests" if interpreted() else None
 
 
 @functools.cache
 def launcher(file: str, name: str) -> Callable[..., Any]:
-    """Return a raw launcher of a file of `kernels/`; importing it imports triton."""
+    """Return the raw launcher `name` of `kernels/<file>.py`; this imports triton."""
     kernels()
     found: Callable[..., Any] = getattr(importlib.import_module(f"admfast.kernels.{file}"), name)
     return found

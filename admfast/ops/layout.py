@@ -1,4 +1,4 @@
-"""Channels-last memory for any number of spatial dimensions."""
+"""Helpers for channels-last memory with any number of spatial dimensions."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """Tell whether the channels of [N, C, *spatial] lie beside each other and the whole without gaps."""
+    """Tell whether [N, C, *spatial] is stored without gaps and with the channels of a position adjacent."""
     memory_format = _FORMATS.get(t.dim())
-    # torch.func.vmap knows this question for contiguous tensors alone.
+    # Under torch.func.vmap, is_contiguous supports only the contiguous memory format.
     if memory_format is None or (not torch.compiler.is_compiling() and in_transform()):
         return t.movedim(1, -1).is_contiguous()
-    return t.is_contiguous(memory_format=memory_format)  # a flag of the tensor: 0.2 us, by a view 1.3
+    return t.is_contiguous(memory_format=memory_format)  # reads a flag: 0.2 us; a view takes 1.3 us
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """`t` with its channels beside each other; itself where they are, else a copy."""
+    """Return `t` in channels-last memory: `t` itself if it is already, else a copy."""
     return t if is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def channels_together(t: Tensor) -> Tensor:
-    """Images [N, C, H, W] in channels-last memory and with strides that say so."""
+    """Return images [N, C, H, W] in channels-last memory, with strides that torch recognises as such."""
     t = channels_last(t)
-    # Strides of a single channel don't say which layout it has, and torch then takes the other one.
+    # The strides of a single channel fit both layouts, and torch then assumes the other one.
     return t if t.shape[1] > 1 else t[:, 0].unsqueeze(-1).movedim(-1, 1)
 
 
 def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised [N, C, *spatial] of the dtype and device of `like`, channels beside each other."""
+    """Return an uninitialised channels-last [N, C, *spatial] with the dtype and device of `like`."""
     return like.new_empty([shape[0], *shape[2:], shape[1]]).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""The compiled extension: loaded on first use, and the reason where it can't be."""
+"""Load the compiled extension on first use, or give the reason why it can't be loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from admfast.ops.transforms import constant
 
 ISA = "ADMFAST_CPU_ISA"
 ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
-TOLD = "fakes_are_registered"  # kept where the ops are, which a second import finds
+TOLD = "fakes_are_registered"  # an attribute of the op namespace, so that a second import finds it
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 _FAKES: dict[str, Callable[..., Any]] = {}
@@ -26,15 +26,16 @@ _FAKES: dict[str, Callable[..., Any]] = {}
 @constant
 @functools.cache
 def reason_missing() -> str | None:
-    """Load the extension: None where it loads, else why it doesn't.
+    """Load the extension. Return None if it loads, else the reason.
 
-    Raises InvalidArgument or Unavailable for an instruction set asked for that isn't known or isn't here.
+    If ADMFAST_CPU_ISA is set, raises InvalidArgument for an unknown instruction set, and Unavailable for one
+    that this machine can't run.
     """
     asked = os.environ.get(ISA)
     if asked and asked not in ISAS:
-        raise invalid(ISA, asked, f"one of {', '.join(ISAS)}; not set, the widest that runs here")
+        raise invalid(ISA, asked, f"one of {', '.join(ISAS)}, or unset for the widest that runs here")
     built = build_info()
-    # Of another version it may load, and lay out tensors otherwise.
+    # An extension built for another torch version may load, and still lay out tensors differently.
     if (other := built.get("torch")) and other.split(".")[:2] != torch.__version__.split(".")[:2]:
         return f"not loaded: built for torch {other}, this is {torch.__version__}"
     try:
@@ -48,13 +49,13 @@ def reason_missing() -> str | None:
 
 
 def instruction_set() -> str:
-    """The loops that the C++ ops of this process run; the extension must be loaded."""
+    """Return the instruction set that the C++ ops of this process use; the extension must be loaded."""
     return torch.ops.admfast.cpu_instruction_set()
 
 
 @constant
 def reason_missing_cuda() -> str | None:
-    """None where the extension loads, was built with CUDA and finds a device, else why not."""
+    """Return None if the extension loads, was built with CUDA and finds a device, else the reason."""
     reason = reason_missing()
     if reason is not None:
         return reason
@@ -64,17 +65,17 @@ def reason_missing_cuda() -> str | None:
 
 
 def ops() -> Any:
-    """The namespace of the compiled ops."""
+    """Return the namespace of the compiled ops; raises RuntimeError if the extension doesn't load."""
     if reason_missing() is not None:
         raise RuntimeError(reason_missing())
     return torch.ops.admfast
 
 
 def free_namespace(name: str, op: str) -> str:
-    """Return `name`, or where an earlier import of the package has defined `op` there, a name of its own.
+    """Return `name`, or an unused variant of it if an earlier import of the package defined `op` there.
 
-    Ops are the process's and outlive modules that are taken out of `sys.modules`. Those of an earlier import
-    stay with the networks that were made by it.
+    Ops belong to the process and outlive modules that are removed from `sys.modules`. Networks made by an
+    earlier import keep using that import's ops.
     """
     number, found = 1, name
     while hasattr(getattr(torch.ops, found), op):
@@ -84,14 +85,14 @@ def free_namespace(name: str, op: str) -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """Return what the build wanted, what it built and why not more; {} where nothing was recorded."""
+    """Return the build's record: what was wanted, what was built, and why no more; {} without a record."""
     return json.loads(BUILD_INFO.read_text()) if BUILD_INFO.exists() else {}
 
 
 def fake(op: str) -> Callable[[Fake], Fake]:
-    """Decorate a function of a compiled op's arguments that tells tracers what the op returns.
+    """Decorate the fake of a compiled op: a function of its arguments that tells tracers what the op returns.
 
-    It stands beside the code that calls the op; it is registered when the extension is loaded.
+    The fake is registered when the extension is loaded. Define it next to the code that calls the op.
     """
 
     def keep(function: Fake) -> Fake:
@@ -102,7 +103,7 @@ def fake(op: str) -> Callable[[Fake], Fake]:
 
 
 def _register_fakes() -> None:
-    """Tell tracers, once a process, what the ops return."""
+    """Register the fakes of all ops, once per process."""
     if hasattr(torch.ops.admfast, TOLD):
         return
     setattr(torch.ops.admfast, TOLD, True)

@@ -1,6 +1,6 @@
-"""Nearest-neighbour doubling and 2-block averaging, as the networks resample between levels.
+"""Nearest-neighbour upsampling and average pooling by two, as the networks use them between levels.
 
-With three spatial dimensions only the inner two are resampled (the published networks' rule for volumes).
+With three spatial dimensions only the last two are resampled, as in the published networks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from admfast.errors import invalid
 
 
 def check_resample(x: Tensor, down: bool) -> None:
-    """Raise InvalidArgument unless `x` is [N, C, *spatial] with a block of two wherever it is averaged."""
+    """Raise InvalidArgument unless `x` is [N, C, *spatial]; if `down`, halved sizes must be 2 or more."""
     if not 3 <= x.dim() <= 5:
         raise invalid("x.shape", tuple(x.shape), "[N, C, *spatial] with one to three spatial dimensions")
     if down and min(x.shape[3 if x.dim() == 5 else 2 :]) < 2:
@@ -31,14 +31,17 @@ def nearest_up(x: Tensor) -> Tensor:
 
 
 def avg_pool_down(x: Tensor) -> Tensor:
-    """Mean over blocks of two along each resampled dimension, odd remainders dropped; differentiable.
+    """Average blocks of two along each resampled dimension: [N, C, *s] -> [N, C, *s//2]; differentiable.
 
-    Raises: InvalidArgument unless there are one to three spatial dimensions, the halved of size 2 or more.
+    The last element of an odd size is dropped.
+
+    Raises: InvalidArgument unless there are one to three spatial dimensions, and every halved one has size 2
+        or more.
     """
     check_resample(x, down=True)
     if x.dim() == 3:
         return F.avg_pool1d(x, 2)
     if x.dim() == 4:
         return F.avg_pool2d(x, 2)
-    # Depth goes with the channels: torch's 3-D average has no half precision on the CPU.
+    # Depth is merged into the channels: torch's 3-D average pooling has no half precision on the CPU.
     return F.avg_pool2d(x.flatten(1, 2), 2).unflatten(1, x.shape[1:3])

@@ -1,4 +1,4 @@
-"""Ask what surrounds a call: transforms, traces, autocast, inference mode."""
+"""Query the context of a call: transforms, traces, autocast, inference mode."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 def constant(function: Callable[..., T]) -> Callable[..., T]:
-    """Let a trace call the function once and take its answer, instead of following it.
+    """Let torch.compile call the function once and use its result as a constant, instead of tracing it.
 
-    It does what torch.compiler.assume_constant_result does, which would import Dynamo and with it Triton.
+    Does the same as torch.compiler.assume_constant_result, which would import Dynamo and through it Triton.
     """
 
     @functools.wraps(function)
-    def answer(*arguments: Any) -> T:  # a function of its own: Dynamo doesn't ask a functools.cache
+    def answer(*arguments: Any) -> T:  # a wrapper: Dynamo ignores the mark on a functools.cache object
         return function(*arguments)
 
     answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -31,11 +31,11 @@ def constant(function: Callable[..., T]) -> Callable[..., T]:
 
 @contextlib.contextmanager
 def deriving() -> Iterator[None]:
-    """Leave inference mode, dispatch modes and the transforms of torch.func, and record nothing.
+    """Leave inference mode, dispatch modes and torch.func's transforms within the block; record no gradients.
 
-    What is made in inference mode could neither be written to nor serve a gradient later; what is made under
-    a transform would be a tensor of its level, which ends with it; and under a mode without values, as
-    torch's FakeTensorMode, it would have none.
+    Use it to make tensors that are kept after the call. A tensor made in inference mode could not be written
+    to, or used for a gradient, later. One made under a transform would belong to the transform's level and
+    end with it. One made under a mode such as torch's FakeTensorMode would have no values.
     """
     with (
         temporarily_clear_interpreter_stack(),
@@ -46,17 +46,17 @@ def deriving() -> Iterator[None]:
         yield
 
 
-@constant  # a trace is itself guarded by the stack of transforms
+@constant  # correct in a trace, because Dynamo guards each trace by the stack of transforms
 def in_transform() -> bool:
-    """Tell whether a transform of torch.func is at work."""
+    """Tell whether a transform of torch.func is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def outer_grad_enabled() -> bool:
-    """Tell whether gradients are recorded; under transforms of torch.func, whether they are outside of all.
+    """Tell whether gradients are recorded outside of all transforms of torch.func.
 
-    A transform turns recording on for its own inputs; what requires a gradient outside of it gets one only
-    where recording was on before.
+    A transform turns recording on for its own inputs. A tensor that requires a gradient outside of the
+    transform gets one only if recording was already on there.
     """
     if not in_transform() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
@@ -67,7 +67,7 @@ def outer_grad_enabled() -> bool:
 
 
 def in_vmap() -> bool:
-    """Tell whether torch.func.vmap is at work; a trace, which can't ask, is told no."""
+    """Tell whether torch.func.vmap is active; always False in a trace, which can't query it."""
     if torch.compiler.is_compiling():
         return False
     levels = torch._C._functorch.get_interpreter_stack() or []
@@ -75,7 +75,7 @@ def in_vmap() -> bool:
 
 
 def in_program() -> bool:
-    """Tell whether torch.jit.trace or torch.export writes a program that may run where this package isn't."""
+    """Tell whether torch.jit.trace or torch.export records a program, which may run without this package."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch._C._is_tracing()
@@ -87,9 +87,10 @@ def in_forward_mode() -> bool:
 
 
 def observed() -> bool:
-    """Tell whether torch.jit.trace or a dispatch mode (a counter, fake tensors) looks on in eager mode.
+    """Tell whether torch.jit.trace or a dispatch mode (a FLOP counter, fake tensors) is active in eager mode.
 
-    They know torch's own operations alone: ours would be counted as nothing, or missing where a trace is run.
+    They know only torch's own operations. Ours would be counted as zero, or be missing where the traced
+    program runs.
     """
     if torch.compiler.is_compiling():
         return False
@@ -97,7 +98,7 @@ def observed() -> bool:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Tell whether something must see every op: a trace, a transform, a mode or a tensor subclass."""
+    """Tell whether something must see every op: a trace, a transform, a dispatch mode, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
         or in_transform()
@@ -108,22 +109,23 @@ def traced(*tensors: Tensor | None) -> bool:
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    """Tell whether a derivative or a trace of a call with these tensors is being made."""
+    """Tell whether a call with these tensors is recorded for a gradient, traced, or transformed."""
     if torch.compiler.is_compiling() or in_transform():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def in_autocast(device: torch.device) -> bool:
-    """Tell whether torch.autocast is at work on that kind of device; there is none on others than these."""
+    """Tell whether torch.autocast is active for this kind of device; False for all but CPU and CUDA."""
     return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 
 def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, all arguments of its forward by position.
+    """Return `function.apply(*arguments)`, with all arguments of its forward given by position.
 
-    Outside torch.func and torch.compile without what `apply` does for them: it looks up the signature of the
-    forward at every call: 33 us for a Function of eight arguments that does nothing, instead of 4.
+    Outside torch.func and torch.compile, skip the work that `apply` does only for them. `apply` looks up the
+    signature of the forward at every call: a Function of eight arguments that does nothing takes 33 us
+    instead of 4.
     """
     if torch.compiler.is_compiling() or in_transform():
         return function.apply(*arguments)
@@ -131,21 +133,24 @@ def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def nobody_differentiates() -> bool:
-    """Tell whether a backward that is running needs no graph of itself, and no transform looks on."""
+    """Tell whether the running backward needs no graph of its own, and no trace or transform is active."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform())
 
 
 def compiled_transform() -> str | None:
-    """Refuse a Function over a raw op to a trace of torch.func.grad, which would silently get zeros."""
+    """Return the reason against an autograd Function over a raw op while a transform is compiled, or None.
+
+    With such a Function, a compiled torch.func.grad would silently give zeros.
+    """
     if torch.compiler.is_compiling() and in_transform():
-        return "torch.compile is tracing a transform of torch.func, which takes torch's own operations alone"
+        return "torch.compile is tracing a transform of torch.func, which needs torch's own operations"
     return None
 
 
 def transformed(*tensors: Tensor | None) -> str | None:
-    """Name the transform of a tensor that only torch's own operations know; None where there is none."""
+    """Return why a call with these tensors needs torch's own operations (a transform, a trace), or None."""
     if in_program():
-        return "a traced program is made of torch's own operations"
+        return "a traced program may contain only torch's own operations"
     if torch.compiler.is_compiling():
         return compiled_transform()
     forward_mode = in_forward_mode()
@@ -157,5 +162,5 @@ def transformed(*tensors: Tensor | None) -> str | None:
         if torch._C._functorch.is_batchedtensor(t):
             return "one of the tensors is a batch of vmap"
         if forward_mode and torch.autograd.forward_ad.unpack_dual(t)[1] is not None:
-            return "a forward-mode derivative is being taken, which is the reference's alone"
+            return "only the reference supports forward-mode derivatives"
     return None

@@ -1,1 +1,1 @@
-"""Floor 6: many images into a folder."""
+"""Floor 6: sample many images into a folder."""

@@ -1,4 +1,4 @@
-"""The folder of a run: what it holds, and how a finished set of samples takes an older one's place."""
+"""The folder of a sampling run, in which a finished set of samples replaces an older one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from admfast.errors import OutputError
 from admfast.files.atomic import check_place, make_folder, output_error, write_bytes
 from admfast.interrupts import held_back
 
-# The names that a run gives its files, by folder; nothing else is ever removed or replaced.
+# Names of the files that a run writes, by folder. No other file is ever removed or replaced.
 OWN = {
     "images": re.compile(r"\d{6,}(_class\d+)?_seed\d+\.png"),
     "intermediates": re.compile(r"\d{6,}(_upsampler)?_step\d{4,}\.png"),
@@ -21,11 +21,11 @@ UNFINISHED = "unfinished"
 
 
 class RunFolder:
-    """Write a run to `place`: `out` itself or, while it holds older samples, a new folder in it.
+    """Folder of a run, which writes to `place`: `out` or, if that holds older samples, a new folder in it.
 
-    Older samples stay as they are until `publish` replaces them by the new set, which is complete by then. A
-    run that ends before leaves what it has finished in `place`: OUT/unfinished, or unfinished-2 and so on
-    where such a folder is there already.
+    Older samples are not touched until `publish` replaces them with the complete new set. If a run ends
+    before that, its finished images stay in `place`: OUT/unfinished, or OUT/unfinished-2 and so on if that
+    folder exists already.
     """
 
     def __init__(self, out: Path, overwrite: bool) -> None:
@@ -34,7 +34,7 @@ class RunFolder:
         self._old: list[Path] = []
 
     def check(self) -> None:
-        """Raise OutputError for a file, and for a folder of samples that may not be replaced."""
+        """Raise OutputError if `out` is a file, or holds samples that must not be overwritten."""
         check_place(self.out)
         self._old = samples_in(self.out)
         if self._old and not self._overwrite:
@@ -42,7 +42,7 @@ class RunFolder:
             raise OutputError(f"out={str(self.out)!r}: {held}; give another folder, or --overwrite")
 
     def open(self) -> None:
-        """Make the folder. Raises OutputError for one that can't be written, or as `check`."""
+        """Make the folder. Raises OutputError if it can't be written, or as `check`."""
         self.check()
         if self._old:
             self.place = self._free_place()
@@ -51,7 +51,7 @@ class RunFolder:
         (self.place / ".writable").unlink()
 
     def publish(self) -> None:
-        """Put the finished set in the place of the older one. Not stopped halfway by a signal."""
+        """Replace the older set with the finished one. Signals wait until this is done."""
         if self.place == self.out:
             return
         with held_back():
@@ -71,15 +71,15 @@ class RunFolder:
             self.place = self.out
 
     def close(self) -> None:
-        """Remove the folders that stayed empty."""
+        """Remove the folders that are still empty."""
         for folder in (self.place / "images", self.place / "intermediates", self.place):
-            # Left alone where something is in it, or it was never made.
+            # rmdir fails where the folder isn't empty or was never made.
             with contextlib.suppress(OSError):
                 if folder != self.out:
                     folder.rmdir()
 
     def _free_place(self) -> Path:
-        """The first name for unfinished samples that nothing has yet."""
+        """Return the first name for unfinished samples that is free."""
         place, number = self.out / UNFINISHED, 1
         while place.exists():
             number += 1
@@ -88,7 +88,7 @@ class RunFolder:
 
 
 def samples_in(out: Path) -> list[Path]:
-    """The files of a run in a folder, told by their names."""
+    """Return the files of a run in a folder, recognized by their names."""
     found = []
     for name, own in OWN.items():
         folder = out / name

@@ -26,22 +26,22 @@ from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, images_of, plan
 from admfast.sampling.request import SampleRequest
 
-GRID_LIMIT, GRID_COLUMNS = 400, 20  # images that a grid shows at most, in all and of a class side by side
+GRID_LIMIT, GRID_COLUMNS = 400, 20  # most images in a grid, and in one of its rows
 PNG_CHANNELS = (1, 3, 4)
 
 
 @dataclass
 class SampleRun:
-    """One call of `admfast sample`: which images, with which settings, into which folder.
+    """One call of `admfast sample`: the images, their settings, and the folder for them.
 
     Attributes:
-        pipe: the pipeline. request: for the images; `seeds` and `classes` are those of every image.
-        out: folder; made where it is missing. It must not hold samples already, unless `overwrite`: then they
-            stay until the new set is complete and takes their place; a run that ends before leaves what it
-            has finished in OUT/unfinished.
-        intermediates: keep x_0 of every so many steps as PNG files too; 0 for none.
+        pipe: the pipeline. request: the request; `seeds` and `classes` list those of every image.
+        out: folder for the files; made if it is missing. Without `overwrite` it must not hold samples. With
+            it, older samples stay until the new set is complete and replaces them; if the run ends before
+            that, its finished images stay in OUT/unfinished.
+        intermediates: also write x_0 after every so many steps, as PNG files; 0 for none.
         class_names: names for the grid's rows.
-        low_res: uint8 [N, h, w, C], the images that a pipeline which is an upsampler enlarges.
+        low_res: uint8 [N, h, w, C], the images to enlarge if the pipeline is itself an upsampler.
     """
 
     pipe: Pipeline
@@ -60,7 +60,7 @@ class SampleRun:
             raise invalid("request", given, "output='uint8' and no callback: a run writes files")
         self.finished = 0
         self._notes = Notes()  # of all batches
-        self._shown: list[NDArray[np.uint8]] = []  # what the grid shows; the others are on the disk alone
+        self._shown: list[NDArray[np.uint8]] = []  # images of the grid; all others are only on the disk
         self._folder = RunFolder(self.out, self.overwrite)
         config = self.pipe.config
         if config.dims != 2 or config.in_channels not in PNG_CHANNELS:
@@ -71,15 +71,15 @@ class SampleRun:
 
     @property
     def kept(self) -> Path:
-        """The folder that holds the images finished so far."""
+        """Folder that holds the images finished so far."""
         return self._folder.place
 
     def check(self) -> Plan:
-        """Check settings and folder before anything is made; return the plan of all images."""
+        """Check settings and folder before anything is written; return the plan of all images."""
         request = self.request
         if self.low_res is not None:
             n, height, width, channels = self.low_res.shape
-            # Its values don't matter here: no copy of all of them in float.
+            # Only its shape matters here: don't make a float copy of all images.
             request = replace(
                 request, low_res=torch.zeros(1, 1, 1, 1, device="cpu").expand(n, channels, height, width)
             )
@@ -88,17 +88,17 @@ class SampleRun:
         return planned
 
     def run(self) -> list[Path]:
-        """Sample and write; returns the grid's and the npz's path.
+        """Sample and write all files; return the paths of the grid and of the npz.
 
-        Whatever ends the run early (Ctrl-C, NaN in a later batch, a full disk) leaves the images that are
-        finished, with their grid and npz as far as these can be written, in `kept`.
+        If the run ends early (Ctrl-C, NaN in a later batch, a full disk), the finished images stay in `kept`,
+        with their grid and npz if these can be written.
         """
         planned = self.check()
         shares, size = self._shares(planned), planned.batch_size
-        del planned  # what it holds of all images on the device
+        del planned  # frees its tensors of all images on the device
         self._folder.open()
         shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        # Not shown before the first step, so that what is refused until then is one line.
+        # Hidden until the first step, so that an error before it is one line.
         bar = tqdm(total=len(self.seeds), unit="image", bar_format=shown, delay=math.inf)
         try:
             with bar:
@@ -120,7 +120,7 @@ class SampleRun:
 
         def progressed(progress: Progress) -> None:
             bar.delay = 0
-            # The shares are fractions: their sum may pass the whole by its last bit.
+            # Rounding may take the sum of the shares a little past the total.
             bar.update(min(len(progress.x) * shares[progress.stage], bar.total - bar.n))
             spent = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{bar.n / spent:.2f} images/s" if spent else "", refresh=False)
@@ -142,25 +142,25 @@ class SampleRun:
             batch_size=size,
         )
         for i, image in enumerate(run(plan(request, self.pipe), self._notes).numpy(), first):
-            with held_back():  # or a file would be there that isn't counted
+            with held_back():  # so that every file written is counted
                 write_png(self._png(i), image)
                 if i < GRID_LIMIT:
                     self._shown.append(image)
                 self.finished = i + 1
 
     def _png(self, i: int) -> Path:
-        """The file of image i."""
+        """Return the path of image i."""
         label = "" if self.classes is None else f"_class{self.classes[i]}"
         return self._folder.place / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
 
     def _shares(self, planned: Plan) -> dict[str, float]:
-        """Return the part of an image's work, in pixels, that one step of each stage is."""
+        """Return the share of an image's total work, counted in pixels, of one step of each stage."""
         pixels = {stage: math.prod(sides) for stage, sides in planned.sides.items()}
         total = sum(count * pixels[stage] for stage, count in planned.steps.items())
         return {stage: count / total for stage, count in pixels.items()}
 
     def _finish(self) -> list[Path]:
-        """Write the grid and the npz of the finished images; each of them even if the other fails."""
+        """Write the grid and the npz of the finished images; write each even if the other fails."""
         if not self.finished:
             return []
         labels = None if self.classes is None else np.asarray(self.classes[: self.finished], dtype=np.int64)
@@ -177,13 +177,13 @@ class SampleRun:
         return [grid, npz]
 
     def _read_back(self) -> Iterator[NDArray[np.uint8]]:
-        """The finished images: those in memory, then the others from their files."""
+        """Yield the finished images: those in memory, then the others from their files."""
         yield from self._shown
         for i in range(len(self._shown), self.finished):
             yield read_image(self._png(i))
 
     def _write_grid(self, path: Path, labels: NDArray[np.int64] | None) -> None:
-        """Write the first images as one picture, a row for every class."""
+        """Write the first images as one picture, with a row for every class."""
         labels = None if labels is None else labels[: len(self._shown)]
         if labels is None:
             columns = math.ceil(math.sqrt(len(self._shown)))
@@ -192,7 +192,7 @@ class SampleRun:
         write_grid(path, np.stack(self._shown), labels, self.class_names, columns)
 
     def _write_intermediate(self, first: int, progress: Progress) -> None:
-        """Write the x_0 of a batch after some step."""
+        """Write the x_0 of a batch after a step as PNG files."""
         folder = self._folder.place / "intermediates"
         make_folder(folder)
         stage = "" if progress.stage == "base" else f"_{progress.stage}"

@@ -1,1 +1,1 @@
-"""Floor 5: from a request to images, and what a user holds."""
+"""Floor 5: sample images on request; the `Pipeline` that a user works with."""

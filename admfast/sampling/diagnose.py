@@ -18,10 +18,10 @@ def first_nonfinite(
     x: Tensor,
     t: Tensor,
 ) -> str:
-    """Run the calls again at (x, t); say what first put out NaN or infinity, and which weights hold it.
+    """Run the calls again at (x, t); return text that names the first non-finite output and weights.
 
-    networks, calls: by the names that the answer uses; the calls use the networks. Layers are watched from
-    outside, so that sampling itself pays nothing for it.
+    networks: by the names that the text uses for them. calls: functions of (x, t) that call the networks, by
+    name. Only this function adds hooks to the layers, so normal sampling pays nothing for it.
     """
     found: list[str] = []
     hooks = []

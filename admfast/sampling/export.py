@@ -1,4 +1,4 @@
-"""A network in the form of another program: diffusers' folder, safetensors, the published `.pt`."""
+"""Export a network to another program: a diffusers folder, a safetensors file or a published `.pt`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from admfast.files.paths import user_path
 from admfast.models.description import Description
 from admfast.sampling.load import file_of, named_system, no_system, process_of, refuse_said
 
-# Forms of output, and the endings of their file; diffusers takes a folder.
+# Output formats and their file endings; diffusers is a folder.
 FORMS: dict[str, tuple[str, ...]] = {
     "diffusers": (),
     "safetensors": (".safetensors",),
     "published": (".pt", ".pth"),
 }
-RECORD = "admfast.json"  # what a folder was made of
+RECORD = "admfast.json"  # describes the exported network and its process
 FOLDER_FILES = (
     "model_index.json",
     RECORD,
@@ -43,13 +43,13 @@ FOLDER_FILES = (
 
 @dataclass(frozen=True)
 class Exported:
-    """Describe what an export wrote.
+    """Result of an export.
 
     Attributes:
         path: the file or folder.
-        description: the network and its process, as they are recorded beside the weights.
-        notes: what the other program must be told, or doesn't get, one line each.
-        flags: of the published scripts, for a `.pt` that they can load; else None.
+        description: the network and its process, as recorded next to the weights.
+        notes: settings that the other program needs and parts that were left out, one line each.
+        flags: flags with which the published scripts load the `.pt`; else None.
     """
 
     path: Path
@@ -70,36 +70,36 @@ def export(
     overwrite: bool = False,
     **options: Any,
 ) -> Exported:
-    """Write a network in the form of another program, whole or not at all; its values stay as they are.
+    """Write a network in another program's format, whole or not at all; weights are only rounded to `dtype`.
 
-    "diffusers" is a folder that `DDIMPipeline.from_pretrained(out)` reads: model_index.json, unet/,
-    scheduler/, and admfast.json, which says what it was made of. qkv rows [3, h, d], or legacy [h, 3, d],
-    become to_q, to_k and to_v, [h, d] each (`checkpoints.diffusers` states all names). With N steps, N a
-    divisor of the process's steps, and `use_clipped_model_output=True` its images are those of
+    "diffusers" writes a folder for `DDIMPipeline.from_pretrained(out)`: model_index.json, unet/, scheduler/,
+    and admfast.json, which describes the network and its process. qkv rows [3, h, d], or legacy [h, 3, d],
+    become to_q, to_k and to_v, [h, d] each (`checkpoints.diffusers` lists all names). With N steps, where N
+    divides the number of steps of the process, and `use_clipped_model_output=True`, its images are those of
     `solver="ddim"`, `respacing="ddimN"` and the same noise, up to rounding. diffusers needn't be installed.
-    "safetensors" is the file that `admfast.load` reads, with its description in a `.json` beside it.
-    "published" is the plain state dict that the published code loads, `.pt`, with the description, and the
-    flags that build its network in a `.flags` beside it where the published scripts can.
+    "safetensors" writes a file for `admfast.load`, and its description in a `.json` file next to it.
+    "published" writes the plain state dict that the published code loads (`.pt`), its description in a
+    `.json` file, and, if the published scripts can build the network, their flags in a `.flags` file.
 
     Args:
-        source: what `admfast.load` takes; of a system its diffusion model.
-        out: a folder for diffusers, else a file with the form's ending.
+        source: as for `admfast.load`; of a system, the diffusion model is exported.
+        out: a folder for "diffusers", else a file with the format's ending.
         to: "diffusers", "safetensors" or "published".
         weights, preset, options: as for `admfast.load`.
-        scheduler: of a diffusers folder. "ddim" leaves the variance channels out, which diffusers' DDIM can't
-            take; "ddpm" keeps them, for `DDPMPipeline`.
-        dtype: on disk: float32, float16 or bfloat16; None keeps that of the source.
-        overwrite: replace files that are there.
+        scheduler: of a diffusers folder. "ddim" leaves out the variance channels, which diffusers' DDIM does
+            not accept; "ddpm" keeps them, for `DDPMPipeline`.
+        dtype: on disk: float32, float16 or bfloat16; None keeps the dtype of the source.
+        overwrite: replace existing files.
 
     Raises:
-        InvalidArgument: by name, for a wrong argument, and for a field of the network or its process that the
-            other program can't hold. Nothing is written then.
+        InvalidArgument: for a wrong argument, and for a field of the network or its process that the other
+            program can't represent. Nothing is written then.
         CheckpointError: as `admfast.load`.
-        OutputError: if something is there already, or can't be written.
+        OutputError: if a file exists already, or can't be written.
     """
     out = _place(out, one_of("to", to, FORMS), switch("overwrite", overwrite))
     if one_of("scheduler", scheduler, diffusers.SCHEDULERS) != "ddim" and to != "diffusers":
-        raise invalid("scheduler", scheduler, "only for the form diffusers")
+        raise invalid("scheduler", scheduler, "only with to='diffusers'")
     if dtype is not None and dtype not in DTYPES:
         raise invalid("dtype", dtype, "float32, float16 or bfloat16, or None")
     net, info, notes = _loaded(source, weights, preset, options, dtype)
@@ -113,21 +113,21 @@ def export(
 
 
 def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
-    """Return where to write; refuse what is there, what can't be written, and a name of another form."""
+    """Return the path to write; reject one that exists, can't be written, or has another format's ending."""
     path = user_path("out", out, FORMS[to])
     if to == "diffusers":
         if path.suffix in (ending for endings in FORMS.values() for ending in endings):
-            raise invalid("out", str(path), "a folder for the form diffusers, not a weights file")
+            raise invalid("out", str(path), "a folder for to='diffusers', not a weights file")
         check_place(path)
         taken = [path] if path.is_dir() and any(path.iterdir()) else []
         if taken and overwrite and not (path / RECORD).is_file():
-            raise OutputError(f"out={str(path)!r}: holds no export (no {RECORD}) to be replaced")
+            raise OutputError(f"out={str(path)!r}: not replaced, because it is not an export (no {RECORD})")
     else:
         check_writable(path)
         beside = (".json", ".flags") if to == "published" else (".json",)
         taken = [place for place in (path, *map(path.with_suffix, beside)) if os.path.lexists(place)]
     if taken and not overwrite:
-        raise OutputError(f"out={str(taken[0])!r}: is there already; give another place, or --overwrite")
+        raise OutputError(f"out={str(taken[0])!r}: exists already; give another path, or --overwrite")
     return path
 
 
@@ -138,7 +138,7 @@ def _loaded(
     options: Mapping[str, Any],
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, ModelInfo, tuple[str, ...]]:
-    """Return the network on the CPU, what is known of it, and what of a system is left behind."""
+    """Return the network on the CPU, its `ModelInfo`, and a note on parts of a system that are left out."""
     chosen, notes = named_system("source", source), tuple[str, ...]()
     if chosen is not None:
         refuse_said(chosen, {**({} if preset is None else {"preset": preset}), **options})
@@ -176,10 +176,10 @@ def _to_diffusers(
         notes += (f"{pipeline}.from_pretrained({str(folder)!r})({call})",)
     else:
         notes += (
-            f"{pipeline} passes no class: call pipe.unet(x, t, class_labels=...) and pipe.scheduler.step",
+            f"{pipeline} passes no labels: call pipe.unet(x, t, class_labels=...) and pipe.scheduler.step",
         )
         if scheduler == "ddim":
-            notes += ("give scheduler.step use_clipped_model_output=True, as the published DDIM does",)
+            notes += ("pass use_clipped_model_output=True to scheduler.step, to match the published DDIM",)
     record = {"exported": {"to": "diffusers", "scheduler": scheduler, "variance_dropped": dropped}}
     description = Description(config, process, {**info.training, **record})
     contents = (
@@ -205,7 +205,7 @@ def _to_published(
     dtype: torch.dtype | None,
     notes: tuple[str, ...],
 ) -> Exported:
-    """Write the published state dict, and beside it the flags that build its network."""
+    """Write the published state dict, and next to it the flags that build its network."""
     low_res_size = None if info.preset is None else info.preset.low_res_size
     flags = None
     try:
@@ -219,5 +219,5 @@ def _to_published(
             stack.enter_context(atomic_open(beside)).write(f"{flags}\n".encode())
         write_weights(path, net.state_dict(), description, dtype)
         if flags is None:
-            beside.unlink(missing_ok=True)  # of an older file
+            beside.unlink(missing_ok=True)  # left by an earlier export
     return Exported(path, description, notes, flags)

@@ -1,4 +1,4 @@
-"""Rows run by calls of the networks and of a user's functions."""
+"""Run solver rows by calling the networks and the user's Python functions, without a prepared step."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ Guided = Sequence[tuple[Guide, Sequence[bool]]]
 
 
 class FunctionStep:
-    """A row by functions: `advance` runs row i of a batch.
+    """A step that calls the networks and the user's functions; `advance(i)` runs row i of a batch.
 
-    batch: the rows and images; its labels and scale are not used. model: model(x, t) -> the network's output
-    [N, C or 2C, *spatial]; t is [N], int64 or float32. x: what the first row begins from, float32 (float64
-    runs the reference). guides: each with the rows at which it applies. denoised_fn: maps x_0 before it is
-    limited. read: read(out, x_t, i) -> `Prediction` at row i, for guides that see it.
+    batch: the rows and images; its labels and guidance scale are not used. model: model(x, t) returns the
+    network's output [N, C or 2C, *spatial]; t is [N], int64 or float32. x: input of the first row, float32
+    (float64 only with the reference update). guides: each guide with one flag per row that says whether it
+    applies. denoised_fn: maps x_0 before it is clipped. read: read(out, x_t, i) returns the `Prediction` at
+    row i, for guides that use it.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class FunctionStep:
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
         self.t_net, self.t_clf = table.seen(x)
         self.kinds = [tuple(rows[i] for _, rows in guides) for i in range(len(table))]
-        self.choices: dict[tuple[bool, ...], list[Choice]] = {}  # those of a row, by the guides that apply
+        self.choices: dict[tuple[bool, ...], list[Choice]] = {}  # of one row, by which guides apply
 
     def advance(self, i: int) -> None:
-        """Run row i; rows come in order, from 0."""
+        """Run row i. Call it with i = 0, 1, 2, ... in order."""
         kind = self.kinds[i]
         if kind in self.choices:
             self._advance(i)
@@ -68,7 +69,7 @@ class FunctionStep:
         self.choices[kind] = seen
 
     def chosen(self) -> list[Choice]:
-        """Return the implementations that a row took, of the kind of row that took most."""
+        """Return the implementations used in one row, for the kind of row that used the most."""
         return max(self.choices.values(), key=len, default=[])
 
     def _advance(self, i: int) -> None:
@@ -90,13 +91,13 @@ class FunctionStep:
         )
 
     def evaluated(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """Return the network's output at x and the sum of the guides: one evaluation, whoever sees it."""
+        """Return the network's output at x, evaluated once, and the guides' summed gradient or None."""
         guides = [guide for guide, rows in self.guides if rows[i]]
         seeing = sum(guide.sees_prediction for guide in guides)
         with torch.set_grad_enabled(seeing > 0):
             x_net = x.detach().clone().requires_grad_(True) if seeing else x
             out = self.model(x_net, self.t_net[i])
-        kept = out.detach().clone() if seeing else out.detach()  # a guide may work in place
+        kept = out.detach().clone() if seeing else out.detach()  # a guide may write to it in place
         gradient = None
         for guide in guides:
             x_t, prediction = x, None
@@ -111,7 +112,7 @@ class FunctionStep:
 
 
 class _Branch(torch.autograd.Function):
-    """The network's output for one of several guides; its gradient passes the network that all share."""
+    """Copy the network's output for one of several guides; backward goes through the one shared graph."""
 
     @staticmethod
     def forward(ctx: Any, x_t: Tensor, shared: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
@@ -125,13 +126,13 @@ class _Branch(torch.autograd.Function):
 
 
 def _branch(x: Tensor, x_net: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a leaf at x and the network's output as it depends on that leaf."""
+    """Return a new leaf equal to x, and the network's output as a function of that leaf."""
     x_t = x.detach().clone().requires_grad_(True)
     return x_t, _Branch.apply(x_t, (x_net, out))
 
 
 def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -> Model:
-    """Return model(x, t) of a network with its conditions; labels go to class-conditional networks only."""
+    """Return model(x, t), which calls a network with its conditions; only conditional networks get labels."""
     extra: dict[str, Tensor] = {}
     if labels is not None and net.config.num_classes is not None:  # type: ignore[union-attr]
         extra["y"] = labels
@@ -141,9 +142,9 @@ def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -
 
 
 def function_step(plan: Plan, x: Tensor) -> FunctionStep:
-    """Return the step that runs a plan by functions, from `x`."""
+    """Return the `FunctionStep` that runs the rows of a plan, beginning at `x`."""
     for name in plan.functions:
-        LOG.info("rows run one by one, not by a prepared step: %s is of Python functions", name)
+        LOG.info("rows run one by one, without a prepared step: %s needs Python functions", name)
     engine, guides = plan.engine, list(plan.guides)
     if plan.scale:
         assert engine.classifier is not None and plan.labels is not None
@@ -160,7 +161,7 @@ def function_step(plan: Plan, x: Tensor) -> FunctionStep:
 
 
 def _given_x0(row: Row) -> Row:
-    """Return the row for an `out` whose mean part is x_0 itself."""
+    """Return the row adapted to an `out` whose mean part is x_0 itself."""
     if row.clip == Clip.REPORTED:
         allowed = "not for a network that predicts the previous x: its update ignores x_0"
         raise invalid("denoised_fn", "given", allowed)
@@ -168,7 +169,7 @@ def _given_x0(row: Row) -> Row:
 
 
 def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tensor, out: Tensor) -> Tensor:
-    """Replace the mean part of `out` by denoised_fn(x_0)."""
+    """Return `out` with its mean part replaced by denoised_fn(x_0)."""
     channels = x.shape[1]
     out = out.to(x.dtype)
     x0 = denoised_fn(row.k_x * x + row.k_out * out[:, :channels])

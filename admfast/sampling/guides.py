@@ -1,4 +1,4 @@
-"""Guides: gradients of log-probabilities at x_t that steer sampling. They add up."""
+"""Guides: gradients of log-probabilities at x_t that steer sampling. Several guides are summed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ LARGEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Guide:
-    """A guide as a value: guide(x_t, t, prediction) is a gradient like x_t.
+    """A guide: guide(x_t, t, prediction) returns a gradient of x_t's shape.
 
     Attributes:
-        function: function(x_t, t), or function(x_t, t, prediction) where it `sees_prediction`; None is the
+        function: function(x_t, t), or function(x_t, t, prediction) if `sees_prediction`. None means the
             gradient of the pipeline's classifier, which a prepared step computes.
-        sees_prediction: the loop makes one differentiable evaluation of the network. The function gets x_t as
-            a leaf that requires a gradient and the `Prediction` that hangs on it, with gradients recorded.
-        scale: what the gradient is multiplied by.
-        interval: (lowest, highest) timestep of the original process at which the guide applies; None is
-            everywhere.
+        sees_prediction: the function also gets the network's `Prediction`. Gradients are recorded, x_t is a
+            leaf that requires a gradient, and the prediction depends on it.
+        scale: factor of the gradient.
+        interval: (lowest, highest) timestep of the original process at which the guide applies; None means
+            all timesteps.
 
-    A function gets t as a classifier would, [N], and only the images of its batch: `prediction.first` is the
-    number of the first among all images asked for. It may work in place. In a cascade guides act on the base
-    model's steps.
+    The function gets t [N] as a classifier sees it, and only the images of one batch: `prediction.first` is
+    the index of the batch's first image among all requested images. It may change its arguments in place. In
+    a cascade, guides act only on the base model's steps.
     """
 
     function: Callable[..., Tensor] | None = None
@@ -50,31 +50,31 @@ class Guide:
             object.__setattr__(self, "interval", checks.interval("interval", self.interval))
 
     def __call__(self, x_t: Tensor, t: Tensor, prediction: Prediction | None = None) -> Tensor:
-        """Return the scaled gradient. Raises: InvalidArgument for what is no tensor like x_t."""
+        """Return the scaled gradient. Raises: InvalidArgument if it isn't a float tensor of x_t's shape."""
         if self.function is None:
-            raise invalid("function", None, "one to call: the classifier's gradient is the sampler's own")
-        # A function that keeps its x, or works in place, must not hold the sampler's.
+            raise invalid("function", None, "a function; None works only as a guide of `sample`")
+        # Copies, which a function may keep or change. With a prediction, x_t is a copy already.
         given = (x_t, t.clone(), prediction) if self.sees_prediction else (x_t.detach().clone(), t.clone())
         gradient = checks.images("guidance(x, t)", self.function(*given), tuple(x_t.shape))
         return gradient if self.scale == 1 else gradient * self.scale
 
 
 def by_classifier(scale: float, interval: Interval | None = None) -> Guide:
-    """Return guidance by the pipeline's classifier: scale * d/dx log p(class | x_t)."""
+    """Return the guide of the pipeline's classifier: scale * d/dx log p(class | x_t)."""
     return Guide(scale=scale, interval=interval)
 
 
 def by_x(function: Callable[[Tensor, Tensor], Tensor], interval: Interval | None = None) -> Guide:
-    """Return a guide of function(x_t, t), called without gradients being recorded."""
+    """Return a guide that calls function(x_t, t) without recording gradients."""
     return Guide(function, interval=interval)
 
 
 def by_prediction(
     function: Callable[[Tensor, Tensor, Prediction], Tensor], interval: Interval | None = None
 ) -> Guide:
-    """Return a guide of function(x_t, t, prediction), which may differentiate the prediction in x_t.
+    """Return a guide that calls function(x_t, t, prediction), which may differentiate prediction by x_t.
 
-    However many there are, the network runs once a step; each guide has a graph of its own. Beside others it
-    can't take second derivatives through the network.
+    The network runs once per step however many guides there are, and each guide gets its own graph. With two
+    or more such guides, second derivatives through the network are not available.
     """
     return Guide(function, sees_prediction=True, interval=interval)

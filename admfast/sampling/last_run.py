@@ -1,7 +1,7 @@
-"""Say how the last call of `sample` ran: what was prepared, what each op ran on, where the seconds went.
+"""Reports on the last call of `sample`: what was prepared, the implementation of each op, and seconds.
 
-The loop takes notes (`admfast.sampling.loop.Notes`), some readings of the clock a batch. The report is made
-of them when somebody reads `Pipeline.last_run`.
+The loop takes notes (`admfast.sampling.loop.Notes`), which cost a few readings of the clock per batch. The
+report is made from the notes when `Pipeline.last_run` is read.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of the host's clock that a stage took, of all its batches together.
+    """Seconds that a stage took on the host's clock, summed over its batches.
 
-    On a GPU the host waits after the first row and after the last: these are the device's seconds too.
+    On a GPU the host waits for the device after the first and the last row, so device time is included.
 
     Attributes:
-        folding: to look the networks over, and to fold what has changed. (`load` folds too, before any call.)
-        preparing: to make the first noise, to make or find a step, and to fill it.
+        folding: checking the networks for changes and folding what changed. (`load` also folds, before any
+            call.)
+        preparing: making the initial noise, making or finding a step, and filling it.
         rows: all rows, without the callbacks between them.
-        first_row: the first row of the first batch, one of `rows`: it derives the forms of the weights.
-        callbacks: in the user's callback.
+        first_row: the first row of the first batch, included in `rows`. It also derives the forms of the
+            weights that the convolutions use.
+        callbacks: the user's callback.
     """
 
     folding: float
@@ -44,11 +46,11 @@ class Seconds:
 
 @dataclass(frozen=True)
 class OpChoice:
-    """An implementation that an op took in a row.
+    """Implementation that an op used in a row.
 
-    calls: in one row, the gradient's convolutions included; of `normal`, which makes x_T, in one batch.
-    asked_by: "impl" or "ADMFAST_IMPL" where one of them named it, else None. passed_over: the reason against
-    each implementation that would have come first.
+    calls: number of calls in one row, including the gradient's convolutions; for `normal`, which makes x_T,
+    in one batch. asked_by: "impl" or "ADMFAST_IMPL" if one of them named the implementation, else None.
+    passed_over: implementations earlier in the order, each with the reason why it was not used.
     """
 
     op: str
@@ -64,22 +66,23 @@ class OpChoice:
 
 @dataclass(frozen=True)
 class StageReport:
-    """Report how the base model's rows ran, or the upsampler's; of batches of several sizes, the largest.
+    """Report on the rows of the base model or of the upsampler. Its batch is the largest one of the call.
 
     Attributes:
         stage: "base" or "upsampler".
-        images, batches: in all. batch: images of the largest batch. sides: of an image.
-        rows, guided_rows: of a batch, and those among them in which the classifier guides.
-        unprepared: why rows were calls of functions; None where a prepared step ran them.
-        uncaptured: why the step was not replayed as a CUDA graph; None where it was.
-        uncompiled: why the step was not made by torch.compile; None where it was.
-        by_parts: the networks ("net", "classifier") of which blocks run part by part, as a hook watches
-            something, or another module stands in its place.
-        folded: whether the network ran on forms that were derived from its weights.
-        policy: its name. precision: what each part computes in. threads: of a row, on a CPU.
-        ops: what ran in a row, a guided one where there are any. What torch compiled is not known;
-            convolutions of a network that isn't folded are torch's own, and no op.
-        seconds: where the time went.
+        images, batches: numbers in total. batch: images of the largest batch. sides: sides of an image.
+        rows, guided_rows: rows of a batch, and how many of them the classifier guides.
+        unprepared: why the rows ran without a prepared step; None if one ran them.
+        uncaptured: why the step was not replayed as a CUDA graph; None if it was.
+        uncompiled: why the step was not compiled by torch.compile; None if it was.
+        by_parts: networks ("net", "classifier") with blocks that run layer by layer, not fused, because a
+            hook watches one of their layers or a layer was replaced.
+        folded: whether the network ran on forms derived from its weights.
+        policy: name of the precision policy. precision: precision of each part. threads: CPU threads of a
+            row, None on a GPU.
+        ops: implementations used in one row, a guided one if there are any. Ops inside a compiled step are
+            not recorded; convolutions of a network that isn't folded are plain torch, not an op.
+        seconds: seconds of each part.
     """
 
     stage: str
@@ -102,12 +105,12 @@ class StageReport:
 
     @property
     def later_row(self) -> float | None:
-        """Return the mean seconds of a row but the first; None where there was one only."""
+        """Mean seconds of a row after the first; None if there was only one row."""
         later = self.batches * self.rows - 1
         return (self.seconds.rows - self.seconds.first_row) / later if later else None
 
     def implementations(self) -> dict[str, dict[str, int]]:
-        """Return the calls in a row by op and implementation."""
+        """Return the number of calls in a row, by op and implementation."""
         found: dict[str, dict[str, int]] = {}
         for choice in self.ops:
             names = found.setdefault(choice.op, {})
@@ -115,7 +118,7 @@ class StageReport:
         return found
 
     def cells(self) -> dict[str, str]:
-        """Return the stage as a column of a table, by the names of the lines."""
+        """Return the stage as one column of the printed table: a cell for each line name."""
         seconds, parts = self.seconds, self.precision
         step = f"one by one: {self.unprepared}" if self.unprepared else "by a prepared step"
         cells = {
@@ -144,15 +147,16 @@ class StageReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Report how a call of `sample` ran; `str` gives a table to read, `to_dict` the same for programs.
+    """Report on a call of `sample`; `str` gives a readable table, `to_dict` the same facts for programs.
 
     Attributes:
-        device: of the networks. images: that came out.
-        seconds: of the whole call, from the plan to the pixels; the stages' seconds and `pixels` are parts of
-            it, and so is what is in neither: batches that ran out of memory, the cut of the batches.
-        pixels: seconds to make uint8 of the images and bring them to the CPU.
-        peak_memory: bytes that the process held at most until the report was read.
-        stages: the base model's, and the upsampler's where one follows.
+        device: device of the networks. images: number of images sampled.
+        seconds: seconds of the whole call, from the plan to the pixels: those of the stages, `pixels`, and a
+            rest (splitting into batches, and batches that ran out of memory).
+        pixels: seconds to convert the images to uint8 and copy them to the CPU.
+        peak_memory: most bytes that the process had held when the report was read: of tensors on a GPU, or
+            of host memory on a CPU.
+        stages: the base model's report, then the upsampler's if there is one.
     """
 
     device: str
@@ -163,7 +167,7 @@ class RunReport:
     stages: tuple[StageReport, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON holds it."""
+        """Return the report as a dictionary that JSON can hold."""
         return _plain(dataclasses.asdict(self))
 
     def __str__(self) -> str:
@@ -177,14 +181,14 @@ class RunReport:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with lists in the place of tuples."""
+    """Return a value with its tuples replaced by lists."""
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def report_of(notes: Notes, pipe: Pipeline) -> RunReport:
-    """Return the report of a run of `pipe`, with the memory that the process held so far."""
+    """Return the report on the noted call of `pipe`, with the peak memory of the process so far."""
     stages = []
     for (name, noted), own in zip(notes.stages.items(), (pipe, pipe.upsampler), strict=False):
         assert own is not None
@@ -212,7 +216,7 @@ def report_of(notes: Notes, pipe: Pipeline) -> RunReport:
 
 
 def _counted(choices: Iterable[Choice]) -> tuple[OpChoice, ...]:
-    """Count the choices of a row; those of an op come together, the most frequent first."""
+    """Count the equal choices of a row, grouped by op, the most frequent of an op first."""
     kinds = Counter((one.op, one.name, one.asked_by, tuple(one.passed_over.items())) for one in choices)
     order: dict[str, int] = {}
     for op, *_ in kinds:

@@ -1,4 +1,4 @@
-"""From a name or a file to a pipeline."""
+"""Load a pipeline: a system by name, or a model from its weights files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset
 from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
-LOW_RES_SIZE = "low_res_size"  # an option of an upsampler, not of its network
+LOW_RES_SIZE = "low_res_size"  # an option of an upsampler's pipeline, not of its network
 
 
 def load(
@@ -54,28 +54,28 @@ def load(
         name: a system (`admfast models` lists them: "imagenet256", "digits32", ...), or a diffusion model's
             weights: the path of a file, a file open for reading bytes, a state dict, or a module. Weights in
             memory are copied.
-        weights: folder that holds the released files; not for systems that ship.
-        classifier, upsampler: weights of a classifier, and of an upsampler that enlarges what is sampled, in
-            any of these forms, for a model that is no system.
-        preset: for a file, the released model that it is ("256x256_diffusion").
-        device: "cpu", "cuda", "cuda:1", ...; None takes the GPU where there is one. A CPU computes on torch's
-            threads (`torch.set_num_threads`), but on no more than the process has processors for, and a step
-            on fewer where it is small (`admfast.engine.threads`).
-        precision: of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16". "auto" is bf16 on a GPU and
-            on a CPU with AMX, else fp32. Norms, softmax, embeddings, the last layer and the update are in
-            float32 in all of them.
-        compile: torch.compile the step; the first image of a shape then waits for minutes.
-        compile_cache: with it, the folder in which torch keeps what it compiles, so that another process
-            starts warm. It holds code: take it only from where you trust.
-        keep_master: keep the float32 parameters beside what a half precision derives from them; without,
-            the parameters themselves are rounded, and memory is saved.
-        engine: how steps are prepared (`EngineOptions`); None is the default.
-        options: for weights, what they don't show (num_heads, noise_schedule, image_size, ...), and `entry`,
-            the state dict to take ("ema", "model") of a file that holds several; the average over training is
-            taken first. Of an upsampler also `low_res_size`, the side of the images that it was trained to
-            enlarge.
-        classifier_options, upsampler_options: the same for these files; behind a model, an upsampler gets
-            images that are larger than its `low_res_size` brought down to it.
+        weights: folder that holds the released files of a system; not for systems that ship with the package.
+        classifier, upsampler: weights of a classifier, and of an upsampler that enlarges the samples, given
+            like `name`; only for a model that is not a system.
+        preset: for a file, the name of the released model that it holds ("256x256_diffusion").
+        device: "cpu", "cuda", "cuda:1", ...; None takes the GPU if there is one. A CPU computes on torch's
+            threads (`torch.set_num_threads`), at most one per processor that the process may use, and fewer
+            for a small step (`admfast.engine.threads`).
+        precision: precision of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16". "auto" is bf16 on a
+            GPU and on a CPU with AMX, else fp32. Norms, softmax, embeddings, the last layer and the update
+            are always in float32.
+        compile: use torch.compile for the step; the first image of a shape then takes minutes.
+        compile_cache: with `compile`, the folder in which torch keeps compiled code, so that another process
+            starts faster. It holds code that is run: use only a folder that you trust.
+        keep_master: keep the float32 parameters in addition to the half-precision weights derived from them.
+            If False, the parameters themselves are rounded, which saves memory.
+        engine: how steps are prepared (`EngineOptions`); None takes the defaults.
+        options: for weights, settings that they don't show (num_heads, noise_schedule, image_size, ...), and
+            `entry`, the state dict to use ("ema", "model") of a file that holds several; the default is the
+            average of the weights over training, if there is one. For an upsampler also `low_res_size`, the
+            side of the images that it was trained to enlarge.
+        classifier_options, upsampler_options: the same for these files. In a cascade, base images that are
+            larger than the upsampler's `low_res_size` are downsampled for it.
 
     Returns:
         A `Pipeline` whose networks are frozen.
@@ -83,6 +83,7 @@ def load(
     Raises:
         InvalidArgument: for an unknown system, device, precision or option.
         CheckpointError: for a file that is missing, damaged, unsafe or of another network.
+        Unavailable: for a CUDA device that this machine lacks.
     """
     chosen = named_system("name", name)
     _check_option_names(options)
@@ -123,18 +124,18 @@ def named_system(argument: str, source: Source) -> SystemPreset | None:
 
 
 def refuse_said(chosen: SystemPreset, said: Mapping[str, Any]) -> None:
-    """Refuse what a user says of a system, which says it itself."""
+    """Reject arguments whose values a system fixes."""
     for argument, value in said.items():
         given_as = str(value) if isinstance(value, PathLike) else value
         raise invalid(argument, given_as, f"not for a system: {chosen.name} says it")
 
 
 def no_system(argument: str, source: Source, weights: str | PathLike[str] | None) -> Source:
-    """Return a source that is no system, a path as one; refuse a name of nothing, and `weights` beside it."""
+    """Return a source that is no system, text as a path; reject unknown names, and `weights` for files."""
     if isinstance(source, str | PathLike):
         source = user_path(argument, source)
         if not os.path.lexists(source) and source.suffix not in ENDINGS:
-            path = f"a path is that of a weights file or {A_RUN}{near_names(source)}"
+            path = f"a path must name a weights file or {A_RUN}{near_names(source)}"
             raise invalid(
                 argument, str(source), f"neither a system nor a file; {nearest(str(source), SYSTEMS)}; {path}"
             )
@@ -146,14 +147,14 @@ def no_system(argument: str, source: Source, weights: str | PathLike[str] | None
 
 @dataclass(frozen=True)
 class _Form:
-    """Settings of how networks run: precision, preparation, and whether float32 parameters are kept."""
+    """Settings for running networks: precision, engine options, whether float32 parameters are kept."""
 
     policy: Policy
     options: EngineOptions
     keep_master: bool = True
 
     def network(self, net: Network, dtype: torch.dtype) -> nn.Module:
-        """Return the network as pipelines hold it: its parameters rounded where no master is kept."""
+        """Return the network; its parameters are rounded to `dtype` unless a float32 master is kept."""
         if not self.keep_master and dtype != torch.float32:
             net.convert_torso(dtype)
         return net
@@ -164,13 +165,13 @@ class _Form:
         return Pipeline(name, held, process, policy=self.policy, options=self.options, **more)
 
     def guide(self, net: Network | None) -> nn.Module | None:
-        """Return the classifier, if any."""
+        """Return the classifier as `network` does; None without one."""
         return None if net is None else self.network(net, self.policy.classifier)
 
 
 @dataclass
 class _Part:
-    """Weights and what is said of them, by the argument that named them."""
+    """Weights and their options, with the argument of `load` that named them."""
 
     argument: str
     source: Source | None
@@ -178,11 +179,11 @@ class _Part:
 
 
 def _named(source: Source) -> object:
-    """Return what an error calls weights: a path as text, anything in memory by its type."""
+    """Return the name of weights in errors: the path, or the type of weights in memory."""
     return str(source) if isinstance(source, str | PathLike) else type(source).__name__
 
 
-# What a question about a file says of where its answers go.
+# Where missing options of a file can be given; part of the error that names them.
 _ANSWERS = {
     "name": "options of load, or --set on the command line",
     "classifier": "classifier_options of load, or --set-classifier on the command line",
@@ -195,7 +196,7 @@ _KIND["upsampler"] = (Upsampler, "an upsampler")
 def _engine_options(
     engine: EngineOptions | None, compile: bool, cache: str | PathLike[str] | None
 ) -> EngineOptions:
-    """The options asked for."""
+    """Return the engine options, with the arguments `compile` and `compile_cache` of `load` added."""
     if engine is not None and not isinstance(engine, EngineOptions):
         raise invalid("engine", engine, "EngineOptions, or None")
     options = engine or EngineOptions()
@@ -204,7 +205,7 @@ def _engine_options(
 
 
 def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeline:
-    """A pipeline of files; what they leave open is asked for all at once."""
+    """Return the pipeline of files; one error names all the options that are missing."""
     trained = {part.argument: part.options.pop(LOW_RES_SIZE, None) for part in parts}
     for part in parts[1:]:
         argument = f"{part.argument}_options"
@@ -246,7 +247,7 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
 
 
 def _low_res_size(info: ModelInfo, given: Any) -> int | None:
-    """Return the side of the images that an upsampler was trained to enlarge, where that is known."""
+    """Return the side of the images that an upsampler was trained to enlarge, or None if unknown."""
     if given is None:
         return None if info.preset is None else info.preset.low_res_size
     if not isinstance(info.config, UpsamplerConfig):
@@ -255,7 +256,7 @@ def _low_res_size(info: ModelInfo, given: Any) -> int | None:
 
 
 def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
-    """The network of one file, which must be of the kind that its argument names."""
+    """Return the network of one file; reject one of another kind than its argument asks for."""
     assert part.source is not None
     source = part.source
     if isinstance(source, str | PathLike):
@@ -269,14 +270,14 @@ def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
 
 
 def process_of(source: Path | str, process: DiffusionConfig | None) -> DiffusionConfig:
-    """Return the process of a file; raises CheckpointError where nothing says it."""
+    """Return the diffusion process of a file. Raises CheckpointError if it is not known."""
     if process is None:
-        raise CheckpointError(f"{source}: nothing says its process; give noise_schedule (linear or cosine)")
+        raise CheckpointError(f"{source}: its process is not known; give noise_schedule (linear or cosine)")
     return process
 
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
-    """Refuse a keyword that is neither an argument of `load` nor an option of a file."""
+    """Reject a keyword that is neither an argument of `load` nor an option of a file."""
     known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
     for name, value in options.items():
         if name not in (*OPTION_NAMES, LOW_RES_SIZE) and name not in flags.NAMES:
@@ -286,7 +287,7 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
 def _load_system(
     chosen: SystemPreset, weights: str | PathLike[str] | None, device: torch.device, form: _Form
 ) -> Pipeline:
-    """Load every model of a system; all files are looked for before the first is read."""
+    """Load every model of a system; check that all files exist before the first is read."""
     paths = {model.name: file_of(chosen, model, weights) for model in chosen.models}
 
     def network(model: ModelPreset) -> Network:
@@ -310,7 +311,7 @@ def _load_system(
 
 
 def file_of(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:
-    """Return where a model's file is; raises CheckpointError that says how to get it, or InvalidArgument."""
+    """Return the path of a model's file. Raises CheckpointError (it says how to get it), InvalidArgument."""
     if weights is not None and all(part.shipped for part in chosen.models):
         raise invalid("weights", _named(weights), f"not for {chosen.name}, which ships with the package")
     if model.shipped_path is not None:
@@ -334,7 +335,7 @@ def file_of(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[st
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
-    """Return the device asked for, or the best there is. Raises InvalidArgument, Unavailable."""
+    """Return the requested device; for None, a GPU if there is one. Raises InvalidArgument, Unavailable."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Take images through the rows of a solver, from the noise to the pixels."""
+"""The sampling loop: run images through the rows of a solver, from noise to pixels."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ LOG = logging.getLogger("admfast")
 
 @dataclass(frozen=True)
 class Progress:
-    """The argument of a callback, made after a row: tensors are live buffers, to be copied if kept.
+    """Argument of a callback, which is called after a row. Its tensors are live buffers: copy what you keep.
 
-    done, total: rows run and rows in all. index: the step's index in the schedule. t: what the network saw.
-    x: [N, C, H, W] after the row. x0: the reported x_0. first: number of the batch's first image among all.
-    stage: "base", or "upsampler" in the second half of a cascade.
+    done, total: rows run so far, and rows in total. index: the step's index in the respaced schedule. t: the
+    timestep that the network saw. x: [N, C, H, W] after the row. x0: the row's prediction of x_0, like x.
+    first: index of the batch's first image among all requested images. stage: "base", or "upsampler" in the
+    second half of a cascade.
     """
 
     done: int
@@ -51,7 +52,7 @@ Callback = Callable[[Progress], None]
 
 
 class Diverged(NonFiniteError):
-    """x is not finite after a `row`; `x` and `t` are what went into it, where they are known."""
+    """x is not finite after `row`. x: the input of that row, None if not kept. t: its timesteps, [N]."""
 
     def __init__(self, row: Row, x: Tensor | None, t: Tensor):
         super().__init__(f"x is not finite after step {row.index} (t = {row.t_net:g})")
@@ -59,7 +60,7 @@ class Diverged(NonFiniteError):
 
 
 class Step(Protocol):
-    """Run rows: `advance(i)` runs row i on `state`; rows come in order from 0."""
+    """A step that runs rows: `advance(i)` runs row i on `state`; it is called with i = 0, 1, ... in order."""
 
     state: SamplerState
 
@@ -67,10 +68,11 @@ class Step(Protocol):
 
 
 class Notes:
-    """Keep the loop's notes of one or several runs, for `Pipeline.last_run`.
+    """Notes on one or several calls of `run`, for `Pipeline.last_run`.
 
-    images, seconds, pixels: images that came out, seconds of the runs, and those of them in which uint8 was
-    made and brought to the CPU. stages: what `admfast.sampling.last_run` makes its reports of.
+    images, seconds: number of images sampled, and seconds of the calls. pixels: the part of those seconds
+    spent on conversion to uint8 and the copy to the CPU. stages: for each stage the facts from which
+    `admfast.sampling.last_run` makes its report.
     """
 
     def __init__(self) -> None:
@@ -80,7 +82,7 @@ class Notes:
     def add(
         self, plan: Plan, step: PreparedStep | FunctionStep, begun: list[Choice], seconds: dict[str, float]
     ) -> None:
-        """Note a batch that `step` ran in these seconds; begun: the choices before its first row."""
+        """Note a batch that `step` ran. begun: choices made before its first row. seconds: of each part."""
         none = {"images": 0, "batches": 0, "batch": 0, "seconds": dict.fromkeys(seconds, 0.0)}
         noted, size = self.stages.setdefault(plan.stage, none), plan.shape[0]
         for name, spent in seconds.items():
@@ -104,7 +106,7 @@ class Notes:
 def run(plan: Plan, notes: Notes | None = None) -> Tensor:
     """Sample the images of a plan, batch by batch; a batch that does not fit into memory is halved.
 
-    notes: where the run is noted; None: in notes of its own.
+    notes: the notes that this call is added to; None makes new ones.
     Returns uint8 [N, *spatial, C] on the CPU or float32 [N, C, *spatial] on the device.
     Raises: NonFiniteError naming the first layer that produced NaN or infinity.
     """
@@ -123,7 +125,7 @@ def run(plan: Plan, notes: Notes | None = None) -> Tensor:
             else:
                 first += size
                 continue
-            # Here, as the exception holds on to the memory of what raised it.
+            # Outside the except block: there, the exception keeps the memory of the failed call alive.
             for stage in (plan, plan.enlarging):
                 if stage is not None:
                     stage.engine.release()
@@ -134,7 +136,7 @@ def run(plan: Plan, notes: Notes | None = None) -> Tensor:
 
 
 def _pixels(plan: Plan, notes: Notes) -> Tensor:
-    """Sample one batch by the base model and by what enlarges its images."""
+    """Sample one batch with the base model and then the upsampler, if any; return it as `output` asks."""
     x = sample_batch(plan, notes)
     if plan.enlarging is not None:
         x = sample_batch(plan.enlarging.of(x), notes)
@@ -147,9 +149,10 @@ def _pixels(plan: Plan, notes: Notes) -> Tensor:
 
 
 def sample_batch(plan: Plan, notes: Notes) -> Tensor:
-    """Run one batch through its rows, and note how: float32 [N, C, *spatial].
+    """Run one batch through its rows and note how it ran; return float32 [N, C, *spatial].
 
-    The engine's prepared step runs them; with Python functions of a user's they run by calls of the networks.
+    The engine's prepared step runs the rows. A `FunctionStep` runs them if the plan holds Python functions of
+    the user or prepared steps are switched off.
     """
     began = time.perf_counter()
     plan.engine.ready()
@@ -161,14 +164,14 @@ def sample_batch(plan: Plan, notes: Notes) -> Tensor:
             seconds = {"folding": folded - began, "preparing": time.perf_counter() - folded}
             found = run_rows(plan.table, step, plan, seconds=seconds).x
             notes.add(plan, step, begun, seconds)
-            return found.clone()  # a prepared step's buffer is the next batch's
+            return found.clone()  # the next batch overwrites a prepared step's buffer
     except Diverged as error:
         raise _diagnosed(error, plan, x) from None
 
 
 @contextlib.contextmanager
 def _runner(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
-    """Give what runs the rows of a plan from x, ready for the first: the engine's step, or functions."""
+    """Yield the step that runs a plan's rows from x, ready for row 0: prepared, or a `FunctionStep`."""
     if _unprepared(plan) is not None:
         yield function_step(plan, x)
         return
@@ -178,14 +181,14 @@ def _runner(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
 
 
 def _unprepared(plan: Plan) -> str | None:
-    """Say why no prepared step can run the rows of a plan; None where one can."""
+    """Return why no prepared step can run the rows of a plan; None if one can."""
     if plan.functions:
         return f"{', '.join(plan.functions)}: Python functions"
     return None if plan.engine.options.prepared else "EngineOptions(prepared=False)"
 
 
 def first_x(plan: Plan) -> Tensor:
-    """Return what the first row begins from: noise, or x_start noised to that row's step."""
+    """Return the input of the first row: noise, or x_start noised to that row's step."""
     z = plan.noise
     if z is None:
         z = normal(plan.seeds, plan.shape[1:], 0, plan.first_stream, plan.impl)
@@ -202,17 +205,17 @@ def run_rows(
     careful: bool = False,
     seconds: dict[str, float] | None = None,
 ) -> SamplerState:
-    """Run all rows of a table by a step; nothing but a callback's own work leaves the device.
+    """Run all rows of a solver's table with a step; the images stay on the device.
 
     Args:
-        table, step: the rows, and what runs them, ready for the first.
-        plan: of the batch; its callback is called after every `every`-th row and after the last.
-        careful: look at x after every row and keep what went into it, for the error. Always so on the CPU,
-            where it costs next to nothing; else x is looked at after the first and the last row.
-        seconds: gets those of the first row, of all rows, and of the callbacks between them.
+        table, step: the rows, and the step that runs them, ready for row 0.
+        plan: plan of the batch; its callback is called after every `every`-th row and after the last.
+        careful: check x after every row and keep the row's input for the error. Always on for the CPU, where
+            it costs almost nothing; otherwise x is checked only after the first and the last row.
+        seconds: gets the seconds of all rows, of the first row, and of the callbacks (not part of the rows).
 
     Raises:
-        Diverged: if x is not finite after a row that was looked at.
+        Diverged: if x is not finite after a checked row.
     """
     state, total = step.state, len(table)
     careful = careful or state.x.device.type == "cpu"
@@ -237,7 +240,7 @@ def run_rows(
 
 
 def _diagnosed(error: Diverged, plan: Plan, x: Tensor) -> NonFiniteError:
-    """Return the error that names the layer which made a batch from `x` diverge."""
+    """Return the error that names the layer at which a batch that began at `x` diverged."""
     found, before = error, error.x
     if before is None:
         found, before = _again(plan, x)
@@ -254,13 +257,13 @@ def _diagnosed(error: Diverged, plan: Plan, x: Tensor) -> NonFiniteError:
 
 
 def _again(plan: Plan, x: Tensor) -> tuple[Diverged, Tensor]:
-    """Run a batch that diverged once more, looking at every row: the same seeds lead to the same row.
+    """Run a diverged batch again and check every row; the same seeds diverge at the same row.
 
-    Returns the error and what went into its row.
+    Returns the error and the input of its row.
     """
     try:
         run_rows(plan.table, function_step(plan, x), careful=True)
     except Diverged as error:
         assert error.x is not None
         return error, error.x
-    raise NonFiniteError("x was not finite at the end, but is when the batch is run again: check the device")
+    raise NonFiniteError("x was not finite, but is finite when the batch runs again: check the device")

@@ -1,4 +1,4 @@
-"""Hold a model's networks: `admfast.load(...)` gives a `Pipeline`, which samples and predicts."""
+"""`Pipeline`: the networks of a model, ready to sample and predict; `admfast.load` makes one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ R = TypeVar("R")
 def _by_settings(
     _record: Callable[P, SampleRequest],
 ) -> Callable[[Callable[[Pipeline, SampleRequest], R]], Callable[Concatenate[Pipeline, P], R]]:
-    """Give a method of a request the request's settings as arguments, for readers and type checkers."""
+    """Make a method that takes a request accept the request's fields as arguments, with their types."""
 
     def of(method: Callable[[Pipeline, SampleRequest], R]) -> Callable[Concatenate[Pipeline, P], R]:
         @functools.wraps(method)
@@ -53,22 +53,22 @@ def _by_settings(
 
 @dataclass(frozen=True, repr=False)
 class Pipeline:
-    """Networks with their process, ready to sample; made by `admfast.load`.
+    """Networks with their diffusion process, ready to sample; made by `admfast.load`.
 
-    Several threads may use one (their calls run one after another), and callbacks too. It does not change:
-    `dataclasses.replace(pipe, net=other)` returns one with another part, checked as at the beginning.
+    Several threads may use the same pipeline at the same time, and so may callbacks. It is immutable:
+    `dataclasses.replace(pipe, net=other)` returns a new one with another part, and checks it again.
 
     Attributes:
         name: of the system or file.
         net: a `UNet` or `Upsampler`, frozen.
         diffusion: the process it was trained for.
         classifier: a `Classifier` for guidance, frozen, or None.
-        guidance, steps: what `sample` uses where nothing is asked for.
+        guidance, steps: defaults of `sample`.
         low_res_size: side of the images that an upsampler was trained to enlarge.
-        upsampler: a pipeline that enlarges what this one samples, or None.
-        policy: what the networks compute in; their parameters stay as they are.
+        upsampler: a pipeline that enlarges this one's samples, or None.
+        policy: precision in which the networks compute; their parameters are not changed.
         options: how steps are prepared.
-        engine, predictor: what samples and predicts, made of the parts.
+        engine, predictor: made from the other parts, for `sample` and `predict`.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Pipeline:
         object.__setattr__(self, "predictor", Predictor(self.diffusion))
 
     def __repr__(self) -> str:
-        """One line: the parts, not their layers."""
+        """Return one line that names the parts, without their layers."""
         config, parts = self.config, [f"{self.config.kind} of {self.config.image_size} pixels"]
         if config.num_classes is not None:
             parts.append(f"{config.num_classes} classes")
@@ -113,17 +113,17 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Return where the network is."""
+        """Device of the network."""
         return next(self.net.parameters()).device
 
     @property
     def precision(self) -> str:
-        """Return what the networks compute in: "bfloat16, classifier float32"."""
+        """Precision in which the networks compute, such as "bfloat16, classifier float32"."""
         return str(self.policy)
 
     @functools.cached_property
     def num_classes(self) -> int | None:
-        """Classes that can be asked for, by condition or by guidance only; None if there are none."""
+        """Number of classes of the network, or else of its classifier; None without classes."""
         if self.config.num_classes is not None:
             return self.config.num_classes
         return None if self.classifier is None else self.classifier.config.out_channels  # type: ignore[union-attr, return-value]
@@ -132,25 +132,25 @@ class Pipeline:
     def sample(self, request: SampleRequest) -> Tensor:
         """Sample images: image i has seed `seeds[i]` and class `classes[i % len(classes)]`.
 
-        An image depends on its seed, class and these settings only, not on the batch or the order it is in.
+        An image depends only on its seed, class and these settings, not on its batch or its place in it.
 
         Args: the fields of `SampleRequest`, which describes them; classes and seeds also by position.
 
         Returns:
-            uint8 [N, H, W, C] on the CPU, or float32 [N, C, H, W] on the device: in [-1, 1] but for what
-            guidance or `clip=False` takes beyond, as uint8 limits it and float doesn't.
+            uint8 [N, H, W, C] on the CPU, or float32 [N, C, H, W] on the device. Floats are in [-1, 1],
+            except where guidance or `clip=False` takes them beyond; uint8 clips them.
 
         Raises:
             InvalidArgument: for any value that is not allowed.
             NonFiniteError: naming the first layer that produced NaN or infinity.
 
-        Not differentiable; see `predict`. Inference mode and autocast around the call change nothing.
+        Not differentiable; see `predict`. Inference mode and autocast around the call have no effect.
         """
         return run(plan(request, self))
 
     @_by_settings(SampleRequest)
     def check(self, request: SampleRequest) -> dict[str, int]:
-        """Check arguments of `sample` without sampling: the number of steps, by stage ("base", "upsampler").
+        """Check arguments of `sample` without sampling; return the steps by stage ("base", "upsampler").
 
         Raises: InvalidArgument as `sample` would, Unavailable for an implementation that this machine lacks.
         """
@@ -163,11 +163,11 @@ class Pipeline:
         classes: Tensor | Sequence[int] | int | None = None,
         low_res: Tensor | None = None,
     ) -> Prediction:
-        """Return what the network says of a noisy image: `Prediction(eps, x0, log_var)`, not limited.
+        """Return the network's prediction for noisy images: `Prediction(eps, x0, log_var)`, not clipped.
 
-        The differentiable door: gradients flow from the three fields to x_t (and low_res), any number of
-        times in reverse mode; in forward mode with ADMFAST_IMPL=reference alone, under vmap once.
-        Autocast around the call changes nothing; the backward pass runs under the caller's own TF32 settings.
+        Differentiable: gradients flow from the three fields to x_t (and low_res), any number of times in
+        reverse mode, but only once under vmap; forward mode needs ADMFAST_IMPL=reference.
+        Autocast around the call has no effect; the backward pass runs under the caller's own TF32 settings.
 
         Args:
             x_t: [N, C, H, W], float32.
@@ -177,10 +177,10 @@ class Pipeline:
             low_res: [N, C, h, w] for an upsampler.
 
         Returns:
-            eps, x0, log_var like x_t; log_var is that of p(x_{t-1} | x_t) of the process with all its steps.
+            eps, x0, log_var like x_t; log_var is that of p(x_{t-1} | x_t) in the process with all its steps.
 
         Raises:
-            InvalidArgument: for any value that is not allowed (what lies on a GPU is checked by shape alone).
+            InvalidArgument: for a value that is not allowed (of tensors on a GPU only the shape is checked).
         """
         with own_numerics(self.device, self.policy.tf32):
             check_of_images(self)
@@ -214,22 +214,22 @@ class Pipeline:
 
     @property
     def last_run(self) -> RunReport | None:
-        """Return how the last call of `sample` ran, of several threads' the one that ended last; None before.
+        """Report on the last call of `sample` (of several threads, the call that ended last); None before.
 
-        `print(pipe.last_run)` says what was prepared, or why not, which implementation each op took, and
-        where the seconds went. A call that raised an error leaves it as it was.
+        `print(pipe.last_run)` shows what was prepared, or why not, which implementation each op used, and
+        the seconds of each part. A call that raised an error does not change it.
         """
         notes = self.engine.last_run
         return None if notes is None else report_of(notes, self)
 
     def refresh(self) -> None:
-        """Renew everything that was derived from the networks' parameters, an upsampler's too.
+        """Derive again everything that is derived from the networks' parameters, including the upsampler's.
 
-        Needed only after a change that nothing shows. `sample` and `predict` notice parameters that were
-        replaced or moved, every write that torch counts, and others (through `.data` or NumPy) by comparing
-        values: parameters of up to 4096 elements whole, larger ones in one element at least for every output
-        and every input channel. `pipe.net(x, t)` called directly compares no values. A call that you compiled
-        with torch.compile, or captured in a CUDA graph, notices nothing when it runs again.
+        Needed only after a change that is not detected. `sample` and `predict` detect parameters that were
+        replaced or moved, every write that torch counts, and other writes (through `.data` or NumPy) by
+        comparing values: all of a parameter with up to 4096 elements, and of a larger one at least one for
+        every output and every input channel. `pipe.net(x, t)`, called directly, compares no values. A call
+        that you compiled with torch.compile or captured in a CUDA graph detects nothing when it runs again.
         """
         for net in (self.net, self.classifier):
             if net is not None:
@@ -238,21 +238,21 @@ class Pipeline:
             self.upsampler.refresh()
 
     def process(self, respacing: Respacing | None = None) -> GaussianDiffusion:
-        """The diffusion process, with all its steps or respaced."""
+        """Return the diffusion process, with all its steps or respaced."""
         return self.diffusion.build(respacing)
 
     @functools.cached_property
     def spatial(self) -> tuple[int, ...]:
-        """The sides of the images that the network was trained for."""
+        """Sides of the images that the network was trained for."""
         return (self.config.image_size,) * self.config.dims
 
     @property
     def images_at_a_time(self) -> int:
-        """Return the default batch size of `sample`."""
+        """Default batch size of `sample`."""
         return images_at_a_time(self, self.spatial)
 
     def _check_parts(self) -> None:
-        """Networks that are put together must have the same images and classes; numbers get one form."""
+        """Check that the networks agree in images and classes; normalize numbers."""
         config, up = self.config, self.upsampler
         numbers = {
             "guidance": checks.real("guidance", self.guidance, least=-LARGEST, most=LARGEST),

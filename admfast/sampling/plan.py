@@ -1,4 +1,4 @@
-"""From a request to a plan: the one place that knows both what is asked for and the model."""
+"""Make the plan of a request: the only module that knows both the request and the model."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Batch):
-    """A request ready to run: a `Batch` (rows and images on the device) and what the loop needs.
+    """A request ready to run: a `Batch` (rows and images on the device) and what else the loop needs.
 
-    engine, process, predictor: of the model; the process is respaced. noise, x_start: what the images begin
-    from, or None. guides: those but the classifier, each with the rows at which it applies. denoised_fn: the
-    user's own. first_stream: noise of x_T. callback, every, batch_size, output: as of the request. first:
-    number of the first image among all. stage: "base" or "upsampler". enlarging: the plan of the upsampler
-    that follows, or None. shrink: by how much the images before an upsampler are brought down first.
+    engine, process, predictor: those of the model; the process is respaced. noise: x_T, None for the noise of
+    the seeds. x_start: image to noise and begin from, or None. guides: all but the classifier, each with one
+    flag per row that says whether it applies. denoised_fn: the user's function. first_stream: stream of x_T's
+    noise. callback, every, batch_size, output: as in the request. first: index of this plan's first image
+    among all requested images. stage: "base" or "upsampler". enlarging: plan of the upsampler that follows,
+    or None. shrink: factor by which base images are downsampled before the upsampler.
     """
 
     engine: Engine
@@ -62,18 +63,18 @@ class Plan(Batch):
 
     @property
     def functions(self) -> list[str]:
-        """Name what is of Python functions, for which no step can be prepared."""
+        """Names of the fields that hold Python functions, with which no step can be prepared."""
         named = {"guides": self.guides, "denoised_fn": self.denoised_fn}
         return [name for name, value in named.items() if value]
 
     @property
     def steps(self) -> dict[str, int]:
-        """Return the number of rows that run, by stage."""
+        """Number of rows that run, by stage."""
         return {self.stage: len(self.table)} | ({} if self.enlarging is None else self.enlarging.steps)
 
     @property
     def sides(self) -> dict[str, tuple[int, ...]]:
-        """Return the sides of the images, by stage."""
+        """Sides of the images, by stage."""
         return {self.stage: self.shape[2:]} | ({} if self.enlarging is None else self.enlarging.sides)
 
     def part(self, first: int, size: int) -> Plan:
@@ -99,22 +100,22 @@ class Plan(Batch):
         )
 
     def of(self, x: Tensor) -> Plan:
-        """Return the plan of an upsampler for base images, which pass through uint8 as published.
+        """Return the upsampler's plan for base images x, converted to uint8 and back as published.
 
-        Where they are larger than what it was trained to enlarge, it gets the means of their blocks.
+        Images larger than the upsampler was trained to enlarge are average-pooled by `shrink`.
         """
         low_res = from_uint8(to_uint8(x)).to(self.seeds.device)
         return replace(self, low_res=low_res if self.shrink == 1 else F.avg_pool2d(low_res, self.shrink))
 
 
 def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
-    """Return what runs for a request on a pipeline; everything that needs the model is checked here.
+    """Return the plan of a request on a pipeline, after all checks that need the model.
 
     Raises: InvalidArgument for a value that this model does not allow, Unavailable for an implementation that
     this machine lacks.
     """
     _check_implementations(request.impl)
-    with torch.inference_mode(False):  # whose tensors could not serve autograd
+    with torch.inference_mode(False):  # autograd can't use tensors of inference mode
         base = _base(request, pipeline)
         up = pipeline.upsampler
         if up is not None:
@@ -172,12 +173,12 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
 
 
 def _enlarging(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: Plan) -> Plan:
-    """Return the plan of the upsampler behind a base plan; its low-resolution images come with those."""
+    """Return the plan of the upsampler after a base plan; `Plan.of` adds its low-resolution images."""
     solver = request.solver
     assert isinstance(solver, Solver)
     if solver.begins == "image":
         raise invalid(
-            "solver", str(solver), f"not for {pipeline.name}: an upsampler follows; load it without"
+            "solver", str(solver), f"not for {pipeline.name}, which has an upsampler; load it without"
         )
     steps = request.upsampler_steps or up.steps
     process, table = _rows("upsampler_steps", up, solver, request.clip, steps, None)
@@ -205,7 +206,7 @@ def _enlarging(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: P
 def _rows(
     name: str, pipeline: Pipeline, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
-    """Return a respaced process and the solver's rows of it; `name` is what the user calls `steps`."""
+    """Return a respaced process and the solver's rows for it. name: the argument that set `steps`."""
     if steps is not None and steps > pipeline.diffusion.steps:
         raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
     return _kept_rows(pipeline.diffusion, solver, clip, steps, respacing)  # type: ignore[arg-type]
@@ -215,13 +216,13 @@ def _rows(
 def _kept_rows(
     diffusion: DiffusionConfig, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
-    """Make the rows, which are the same at every call: schedules and tables in float64 take milliseconds."""
+    """Return the process and its rows, cached: schedules and tables in float64 take milliseconds to make."""
     process = diffusion.build(respacing if steps is None else solver.respaced(steps))
     return process, solver.table(process, clip)
 
 
 def _from_the_middle(whole: SolverTable, process: GaussianDiffusion, t_start: int) -> SolverTable:
-    """Return the rows from the nearest step at or below `t_start` on."""
+    """Return the rows that begin with the nearest step at or below `t_start`."""
     kept, last = process.schedule.timestep_map, process.schedule.original_steps - 1
     if t_start > last:
         raise invalid("t_start", t_start, f"a whole number from 0 to {last}")
@@ -234,7 +235,7 @@ def _from_the_middle(whole: SolverTable, process: GaussianDiffusion, t_start: in
 def images_of(
     request: SampleRequest, pipeline: Pipeline
 ) -> tuple[Sequence[int], list[int] | None, tuple[int, ...]]:
-    """Return the seeds, the class labels (None without classes) and the shape of the images asked for."""
+    """Return the seeds, the class labels (None without classes) and the shape of the requested images."""
     classes, seeds, known = request.classes, request.seeds, pipeline.num_classes
     assert classes is None or isinstance(classes, tuple)
     assert seeds is None or isinstance(seeds, tuple)
@@ -252,7 +253,7 @@ def images_of(
 
 
 def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pipeline: Pipeline) -> None:
-    """Refuse tensors that are not like the images."""
+    """Reject tensors whose shape doesn't fit the images."""
     for name, allowed in (("noise", shape), ("x_start", shape), ("step_noise", (rows, *shape))):
         value = getattr(request, name)
         if value is not None and tuple(value.shape) != allowed:
@@ -261,15 +262,15 @@ def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pip
 
 
 def check_of_images(pipeline: Pipeline) -> None:
-    """Refuse to sample a network whose output isn't an image like its input."""
+    """Reject a network that has neither as many output as input channels, nor twice as many."""
     config = pipeline.config
     if not config.of_images:
-        allowed = "an output like the input, or twice that; this network can be run, as pipe.net(x, t)"
+        allowed = "as many out as in, or twice as many; use this network by pipe.net(x, t) only"
         raise invalid("net", f"{config.in_channels} channels in, {config.out_channels} out", allowed)
 
 
 def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int) -> None:
-    """Refuse low-resolution images for any network but an upsampler, which needs one for each image."""
+    """Require one low-resolution image per image for an upsampler, and none for any other network."""
     config = pipeline.config
     if isinstance(config, UpsamplerConfig) != (low_res is not None):
         given = None if low_res is None else "given"
@@ -283,9 +284,9 @@ def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int) -> Non
 
 
 def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
-    """Return how many images of these sides fit beside the released models.
+    """Return the default batch size for images of these sides.
 
-    (Beside them on an 80 GB GPU; in 16 GB of memory on a CPU.)
+    The batch fits next to the released models on an 80 GB GPU, or into 16 GB of memory on a CPU.
     """
     largest = math.prod(sides)
     if pipeline.upsampler is not None:
@@ -295,7 +296,7 @@ def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
 
 
 def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:
-    """Return the scale of the classifier's gradient, 0 where it is not used, and the interval of guidance."""
+    """Return the scale of the classifier's gradient (0 if it is not used) and the guidance interval."""
     scale, interval = request.guidance, request.guidance_interval
     if scale is None:
         assert isinstance(request.solver, Solver)
@@ -312,7 +313,7 @@ def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, I
 
 
 def _by_functions(request: SampleRequest) -> list[Guide]:
-    """Return the guides but the classifier."""
+    """Return all guides except the classifier."""
     guides = [guide for guide in request.guides if guide.function is not None]
     if request.guidance_fn is not None:
         guides.append(Guide(request.guidance_fn, interval=request.guidance_interval))
@@ -320,14 +321,14 @@ def _by_functions(request: SampleRequest) -> list[Guide]:
 
 
 def _rows_within(interval: Interval | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
-    """Return for every row whether its timestep of the original process lies in an interval."""
+    """Return, for every row, whether its timestep of the original process lies in the interval."""
     if interval is None:
         return (True,) * len(timesteps)
     return tuple(interval[0] <= t <= interval[1] for t in timesteps)
 
 
 def _check_implementations(impl: str | None) -> None:
-    """Refuse an implementation that isn't known, or that this machine lacks, before anything runs."""
+    """Reject unknown implementations, and those that this machine lacks, before anything runs."""
     value = dispatch.setting()
     for op, table in dispatch.TABLES.items():
         name = dispatch.named_by_environment(op, value)

@@ -1,4 +1,4 @@
-"""Read noise, clean image and variance off a network's output, differentiably."""
+"""Turn a network's output into predictions of noise, clean image and log-variance, differentiably."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ Model = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Prediction:
-    """eps, x0 (not limited) and log_var (of p(x_{t-1} | x_t)), all like x_t and differentiable in it.
+    """Prediction at x_t: noise eps, clean image x0 (not clipped), and log_var of p(x_{t-1} | x_t).
 
-    first: while images are sampled, the number of the first of these among all that were asked for.
+    All have x_t's shape and dtype and are differentiable with respect to x_t. first: during sampling, the
+    index of the batch's first image among all requested images; otherwise 0.
     """
 
     eps: Tensor
@@ -30,10 +31,10 @@ class Prediction:
 
 
 class Predictor:
-    """Turns a network's output at any t of the original process into a `Prediction`.
+    """Turn a network's output at any t of the original process into a `Prediction`.
 
-    At whole t it is the published arithmetic with the process's own coefficients. Between them the log-SNR
-    and the coefficients of the log-variance are interpolated linearly in t.
+    Integer t uses the published formulas with the process's own coefficients. For float t the log-SNR and the
+    coefficients of the log-variance are interpolated linearly in t.
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -49,10 +50,10 @@ class Predictor:
         return self.read(model(x_t, self._seen(t, x_t)), x_t, t)
 
     def _timesteps(self, t: Tensor | float | Sequence[float], x_t: Tensor) -> Tensor:
-        """Return the timestep of every image, [N]: int64 where whole numbers are given, else float."""
+        """Return the timestep of every image, [N]: int64 if whole numbers were given, else float."""
         last = self.process.num_timesteps - 1
         if not isinstance(t, Tensor) or (t.dim() == 0 and t.is_floating_point() and not t.requires_grad):
-            # A number, a list or an array: 500.0 is the whole timestep 500.
+            # A number, a list or an array: 500.0 means the integer timestep 500.
             given = [checks.real("t", item, least=0, most=last) for item in checks.items(checks.plain(t))]
             dtype = torch.int64 if all(item.is_integer() for item in given) else _wide(x_t)
             if len(given) == 1:
@@ -67,26 +68,26 @@ class Predictor:
         return (t if t.is_floating_point() else t.long()).to(x_t.device).expand(len(x_t))
 
     def read(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """Return what the network's output at (x_t, t) says; t: [N], of the original process."""
+        """Return the `Prediction` of the network's output at (x_t, t). t: [N], of the original process."""
         p = self._between(out, x_t, t) if t.is_floating_point() else self._whole(out, x_t, t)
         eps, x0, log_var = (value.to(x_t.dtype) for value in (p.eps, p.x0, p.log_var))
         return Prediction(eps, x0, log_var)
 
     def _seen(self, t: Tensor, x_t: Tensor) -> Tensor:
-        """Return what the network sees of t."""
+        """Return the timesteps that the network is called with, [N]."""
         if not t.is_floating_point():
             return self.process.model_t(t)
         s, t = self.process.schedule, t.to(_wide(x_t))
         return t * (1000 / s.original_steps) if s.rescale_timesteps else t
 
     def _log_variance(self, i: int) -> tuple[float, float]:
-        """(l0, l1) of log_var = l0 + l1 v at step i, finite where a sampler's variance is 0."""
+        """Return (l0, l1) of log_var = l0 + l1 v at step i, finite even where a sampler's variance is 0."""
         if self.process.var_type is VarType.FIXED_SMALL:
             return float(self.process.schedule.posterior_log_variance_clipped[i]), 0.0
         return self.process.log_variance_coefficients(i)
 
     def _whole(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """At integer t."""
+        """Return the prediction at integer t."""
         out = out.to(x_t.dtype)
         p = self.process.p_mean_variance(out, x_t, t, clip_denoised=False)
         mean_part, _ = self.process.split_output(out, x_t)
@@ -96,7 +97,7 @@ class Predictor:
         return Prediction(eps, p.pred_xstart, p.log_variance)
 
     def _between(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """At float t, whole or not."""
+        """Return the prediction at float t, whole or fractional."""
         if self.process.mean_type is MeanType.PREVIOUS_X:
             raise invalid("t", "float", "whole timesteps, for a network that predicts the previous x")
         wide = _wide(x_t)
@@ -111,7 +112,7 @@ class Predictor:
         return Prediction((x_t - signal * out) / noise, out, log_var)
 
     def _interpolated(self, t: Tensor) -> Tensor:
-        """The columns at float t: [N, 3], without a transfer once the table is on the device."""
+        """Return the columns interpolated at float t, [N, 3]; they are copied to each device once."""
         key = (t.device, t.dtype)
         if key not in self._tables:
             with deriving():
@@ -124,5 +125,5 @@ class Predictor:
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float32, or float64 for float64 images."""
+    """Return the dtype of the arithmetic: float32, or float64 for float64 images."""
     return torch.promote_types(x.dtype, torch.float32)

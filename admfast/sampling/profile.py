@@ -1,4 +1,4 @@
-"""Judge a run by what its machine can do: the share of a product's rate, and what would help by rule."""
+"""Compare a run with its machine: its share of a matrix product's rate, and advice from fixed rules."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from admfast.ops import native
 from admfast.sampling.last_run import RunReport, StageReport
 from admfast.sampling.pipeline import Pipeline
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the product's matrices: large enough for a library's best
-SECONDS = 0.25  # that products are measured for
-NAMED = 3  # pieces of advice
-MUCH = 0.1  # of a run's seconds, from which on something is worth a word
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the product's matrices: large enough for a library's best rate
+SECONDS = 0.25  # for which products are measured
+NAMED = 3  # pieces of advice at most
+MUCH = 0.1  # share of a run's seconds above which a cost is mentioned
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Operations a second of a stage's rows, beside those of a matrix product on the same threads.
+    """Operations per second of a stage's rows, and of a matrix product on the same threads.
 
-    flops: of all rows: convolutions and products of the network's forward and of the classifier's gradient, 2
-    for a multiply-add, as the published networks have them. seconds: of these rows. product: operations a
-    second of the best product. side, dtype: of its matrices.
+    flops: operations of all rows: convolutions and matrix products of the network's forward pass and of the
+    classifier's gradient, as in the published networks; a multiply-add counts as 2. seconds: of these rows.
+    product: operations per second of the fastest product. side, dtype: of its matrices.
     """
 
     flops: int
@@ -43,17 +43,17 @@ class Rate:
 
     @property
     def reached(self) -> float:
-        """Return the operations a second of the rows."""
+        """Operations per second of the rows."""
         return self.flops / self.seconds
 
     @property
     def share(self) -> float:
-        """Return the share of the product's rate; above 1 where Winograd's convolutions multiply less."""
+        """Share of the product's rate; can exceed 1, because Winograd's convolutions multiply less."""
         return self.reached / self.product
 
 
 def rates(report: RunReport, pipe: Pipeline) -> dict[str, Rate]:
-    """Measure products now, in the torso's dtype, and return the rate of each stage of a run of `pipe`."""
+    """Measure matrix products in the torso's dtype now; return the rate of each stage of a run of `pipe`."""
     found = {}
     for stage, own in _stages(report, pipe):
         dtype, side = own.policy.torso, SIDE[own.device.type]
@@ -65,9 +65,10 @@ def rates(report: RunReport, pipe: Pipeline) -> dict[str, Rate]:
 def product_rate(
     device: torch.device, dtype: torch.dtype, threads: int | None, tf32: bool, side: int
 ) -> float:
-    """Return the operations a second of the fastest of some products of two square matrices.
+    """Return the operations per second of the fastest of several products of two square matrices.
 
-    threads: on a CPU. tf32: on CUDA, as the policy has it. Takes a quarter of a second, or two products.
+    threads: on a CPU; None leaves them as they are. tf32: whether CUDA may use TF32. Takes 0.25 s, or the
+    time of two products if that is longer.
     """
 
     def ended() -> float:
@@ -78,7 +79,7 @@ def product_rate(
     on = contextlib.nullcontext() if threads is None else on_threads(threads)
     with torch.no_grad(), own_numerics(device, tf32), on:
         factor = torch.ones(side, side, dtype=dtype, device=device)
-        torch.mm(factor, factor)  # the library's own first call
+        torch.mm(factor, factor)  # the first call of a library is slow
         best, until = float("inf"), ended() + SECONDS
         while best == float("inf") or time.perf_counter() < until:
             began = ended()
@@ -88,7 +89,7 @@ def product_rate(
 
 
 def profile_text(report: RunReport, pipe: Pipeline) -> str:
-    """Return the shares of the machine's rate, and what would help, as text below the report's table."""
+    """Return the share of the machine's rate of each stage, and advice, as text to print below the report."""
     lines = []
     for name, rate in rates(report, pipe).items():
         dtype = str(rate.dtype).removeprefix("torch.")
@@ -99,12 +100,12 @@ def profile_text(report: RunReport, pipe: Pipeline) -> str:
             ("", product, f"{rate.product / 1e9:,.1f} GFLOP/s"),
             ("", "share", f"{100 * rate.share:.0f} %"),
         ]
-    advice = [f"- {text}" for text in helps(report, pipe)] or ["- nothing that is known by rule"]
+    advice = [f"- {text}" for text in helps(report, pipe)] or ["- no rule applies"]
     return "\n".join([table(lines), "", "What would help:", *advice])
 
 
 def helps(report: RunReport, pipe: Pipeline) -> list[str]:
-    """Return at most three things that would make the run faster, each known by rule, the largest first."""
+    """Return at most three pieces of advice that would make the run faster, the most important first."""
     found: dict[str, None] = {}
     rules = (_of_implementations, _of_steps, _of_precision, _of_size, _of_seconds)
     for rule in rules:
@@ -129,27 +130,27 @@ def _flops(stage: StageReport, own: Pipeline) -> int:
     return stage.images * total
 
 
-# What would help: each rule yields sentences
+# The rules: each yields sentences of advice
 
 
 def _of_implementations(stage: StageReport, own: Pipeline) -> Iterator[str]:
     asked = {choice.asked_by: None for choice in stage.ops if choice.asked_by}
     for name in asked:
         ops = {choice.op: None for choice in stage.ops if choice.asked_by == name}
-        yield f"{name} names the implementation of {', '.join(ops)}: without it the fastest is taken"
+        yield f"{name} names the implementation of {', '.join(ops)}: without it the fastest is used"
     on_cpu = own.device.type == "cpu"
     reason = native.reason_missing() if on_cpu else native.reason_missing_cuda()
     if reason is not None:
-        yield f"the compiled extension does not serve ({reason}): see `admfast info`"
+        yield f"the compiled extension is not used ({reason}): see `admfast info`"
 
 
 def _of_steps(stage: StageReport, own: Pipeline) -> Iterator[str]:
     if stage.unprepared:
-        yield f"rows ran one by one, not by a prepared step ({stage.unprepared})"
+        yield f"rows ran one by one, without a prepared step ({stage.unprepared})"
     if not stage.folded:
         yield "the network was not folded: EngineOptions(fold=FoldOptions()) is the default"
     if stage.by_parts:
-        yield f"blocks of {', '.join(stage.by_parts)} ran part by part: a hook, or a module that was replaced"
+        yield f"blocks of {', '.join(stage.by_parts)} ran layer by layer: a hook, or a replaced module"
     if own.device.type == "cuda" and stage.uncaptured and not stage.unprepared:
         yield f"the host launched every operation, without a CUDA graph ({stage.uncaptured})"
 
@@ -157,9 +158,9 @@ def _of_steps(stage: StageReport, own: Pipeline) -> Iterator[str]:
 def _of_precision(stage: StageReport, own: Pipeline) -> Iterator[str]:
     half = own.policy.torso in (torch.bfloat16, torch.float16)
     if own.device.type == "cpu" and half and not has_amx():
-        yield f"precision {own.policy.name} on a CPU without AMX: auto is fp32, with Winograd's convolutions"
+        yield f"precision {own.policy.name} on a CPU without AMX: auto would be fp32, with Winograd"
     if own.device.type == "cuda" and not half and not own.policy.tf32:
-        yield "precision fp32 on a GPU: auto is bf16"
+        yield "precision fp32 on a GPU: auto would be bf16"
 
 
 def _of_size(stage: StageReport, own: Pipeline) -> Iterator[str]:
@@ -169,15 +170,15 @@ def _of_size(stage: StageReport, own: Pipeline) -> Iterator[str]:
     work = convolution(own.config, shape)  # type: ignore[arg-type]
     worth = threads_for(work, host.cpus())
     if stage.threads is not None and stage.threads < worth:
-        yield f"{stage.threads} threads where {worth} are worth it (OMP_NUM_THREADS, threads=)"
+        yield f"{stage.threads} threads, though the work is enough for {worth} (OMP_NUM_THREADS, threads=)"
     if work < GRAIN:
-        yield f"batches of {stage.batch}: calls take much of the time, which more images at a time share"
+        yield f"batches of {stage.batch}: larger ones would spread the overhead of calls over more images"
 
 
 def _of_seconds(stage: StageReport, own: Pipeline) -> Iterator[str]:
     seconds = stage.seconds
     if seconds.callbacks > MUCH * seconds.rows:
-        yield f"callbacks took {seconds.callbacks:.2f} s beside {seconds.rows:.2f} s of rows"
+        yield f"callbacks took {seconds.callbacks:.2f} s, compared with {seconds.rows:.2f} s of rows"
     once = seconds.folding + seconds.preparing + seconds.first_row - (stage.later_row or 0.0)
     if once > MUCH * seconds.rows:
-        yield f"{once:.2f} s went into the first row and before it: calls that follow do without most of it"
+        yield f"the first row and the time before it took {once:.2f} s; later calls save most of that"

@@ -1,4 +1,4 @@
-"""A request for images: the only list of what can be asked of `Pipeline.sample`."""
+"""The request for images: all arguments of `Pipeline.sample`, in one record."""
 
 from __future__ import annotations
 
@@ -25,44 +25,46 @@ LARGEST_SEED = 2**64 - 1
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Settings of a call of `Pipeline.sample`, each checked as far as that needs no model.
+    """Arguments of `Pipeline.sample`, after every check that needs no model.
 
-    Image i has seed `seeds[i]` and class `classes[i % len(classes)]`. It depends on its seed, class and these
-    settings only, not on the batch or the order that it is in.
+    Image i has seed `seeds[i]` and class `classes[i % len(classes)]`. It depends only on its seed, its class
+    and these settings, not on its batch or its place in it.
 
     Attributes:
-        classes: class indices; None takes seed modulo the number of classes. Not for a model without.
-        seeds: 0..2^64-1, one an image; None is 0, 1, ... for the classes given (one image without any).
-        steps: network evaluations, 1..length of the process; None is the system's own.
-        solver: a value (`ddim(eta=0.5)`) or its text ("ddim:eta=0.5"); see `admfast.solvers`. One that begins
-            from images ("ddim-inverse") takes `x_start` apart into its noise (float output; not for a
-            cascade). DDIM from that noise leads back to them.
-        guidance: scale of the classifier's gradient, 0 for none; None is the system's own, or 0 with other
-            guides and for a solver that begins from images.
+        classes: class indices; None takes seed modulo the number of classes. Not for a model without classes.
+        seeds: 0..2^64-1, one per image. None takes 0, 1, ..., one for each image in `noise`, `x_start` or
+            `low_res`, else one for each class given, else a single one.
+        steps: network evaluations, 1..length of the process; None takes the system's default.
+        solver: a value (`ddim(eta=0.5)`) or its text ("ddim:eta=0.5"); see `admfast.solvers`. The solver
+            "ddim-inverse" begins from images: it maps `x_start` to noise from which DDIM leads back to them
+            (use output="float"; not for a cascade).
+        guidance: scale of the classifier's gradient, 0 for none. None takes the system's default, or 0 if
+            there are other guides or the solver begins from images.
         guidance_interval: (lowest, highest) timestep of the original process at which guidance applies
-            (Kynkaanniemi et al. 2024); None is everywhere. Steps outside cost no classifier.
-        guides: see `admfast.sampling.guides`; they add up, with `guidance` where it is given.
-        eta: short for the option of that name of the solver.
-        clip: limit x_0 to [-1, 1] at every step.
-        respacing: which timesteps to use instead of `steps`: a published string or a list of steps.
-        upsampler_steps: of the upsampler in a cascade; None is the system's own.
-        size: (H, W) or "HxW" of the images that the network makes (the base model's of a cascade), or one
-            number for all sides; None is that of `noise`, `x_start` or the model, and of an upsampler each
-            side of `low_res` times image_size / low_res_size. 2^(levels - 1) must divide every side.
-        low_res: [N, C, h, w] float in [-1, 1] for a pipeline that is an upsampler itself.
+            (Kynkaanniemi et al. 2024); None means all. Outside it the classifier is not evaluated.
+        guides: see `admfast.sampling.guides`; they are summed, together with `guidance` if that is given.
+        eta: shorthand for the solver's option of that name.
+        clip: clip x_0 to [-1, 1] at every step.
+        respacing: timesteps to use, instead of `steps`: a published string or a list of timesteps.
+        upsampler_steps: steps of the upsampler in a cascade; None takes the system's default.
+        size: (H, W) or "HxW" of the images that the network makes (in a cascade, the base model), or one
+            number for all sides. None takes the size of `noise` or `x_start`, for an upsampler each side of
+            `low_res` times image_size / low_res_size, else the model's size. Every side must be a multiple of
+            2^(levels - 1).
+        low_res: [N, C, h, w] float in [-1, 1], for a pipeline that is itself an upsampler.
         noise: [N, C, H, W] used as x_T instead of the seeds' noise.
         step_noise: [steps, N, C, H, W] used in the steps instead of the seeds' noise.
-        x_start, t_start: begin from this image ([N, C, H, W], -1..1) noised to this timestep (0..length of
-            the process - 1), at the nearest step at or below it. A solver that begins from images takes
-            x_start only: the clean image, which is not noised.
-        guidance_fn: guidance_fn(x_t, t) -> gradient of a log-probability at x_t, instead of a classifier.
-            It is called on copies and without gradients being recorded: use `torch.enable_grad()` inside.
-        denoised_fn: maps x_0 at every step, before it is limited.
-        callback, every: called with a `Progress` after every `every`-th step and the last, in a cascade for
-            the base model's steps and then for the upsampler's.
+        x_start, t_start: begin from this image ([N, C, H, W], -1..1), noised to the nearest step at or below
+            this timestep (0..length of the process - 1). A solver that begins from images takes only x_start,
+            the clean image, and does not noise it.
+        guidance_fn: guidance_fn(x_t, t) returns a gradient of a log-probability at x_t, which replaces the
+            classifier's. It gets copies, and gradients are not recorded: use `torch.enable_grad()` inside.
+        denoised_fn: maps x_0 at every step, before it is clipped.
+        callback, every: the callback gets a `Progress` after every `every`-th step and after the last; in a
+            cascade, for the base model's steps and then for the upsampler's.
         batch_size: images at a time; None chooses by image size and device.
         output: "uint8" or "float".
-        impl: implementation of the update, by name.
+        impl: name of the implementation of the update and of the noise.
 
     Raises: InvalidArgument for a value that no model allows.
     """
@@ -104,15 +106,15 @@ class SampleRequest:
             raise invalid("impl", self.impl, "the name of an implementation, or None")
 
     def _put(self, name: str, value: object) -> None:
-        """Keep a setting in the one form that later readers expect."""
+        """Store the normalized value of a setting."""
         object.__setattr__(self, name, value)
 
     def _put_whole(self, name: str, least: int) -> None:
-        """Keep a whole number as an int."""
+        """Store a whole number as an int."""
         self._put(name, checks.whole(name, getattr(self, name), least))
 
     def _check_images(self) -> None:
-        """Check which images are asked for, and the tensors that come with them."""
+        """Check the settings that select images, and the tensors of images."""
         for name, most in (("classes", None), ("seeds", LARGEST_SEED)):
             if getattr(self, name) is not None:
                 self._put(name, tuple(checks.whole_numbers(name, getattr(self, name), 0, most)))
@@ -130,7 +132,7 @@ class SampleRequest:
             self._put_whole("batch_size", 1)
 
     def _check_steps(self) -> None:
-        """Check the solver, its steps, and where they begin."""
+        """Check the solver, its steps, and the point from which they begin."""
         if isinstance(self.solver, str) and self.eta is None:
             solver = from_text(self.solver)
         else:
@@ -154,11 +156,11 @@ class SampleRequest:
             raise invalid("t_start", self.t_start, f"not for {solver}: it begins from the clean image")
         elif (self.x_start is None) == (self.noise is None):
             given = None if self.noise is None else "given together with noise"
-            allowed = f"{solver} takes images apart: give them, [N, C, H, W] in [-1, 1]"
+            allowed = f"the images that {solver} begins from, [N, C, H, W] in [-1, 1]"
             raise invalid("x_start", given, allowed)
 
     def _check_guidance(self) -> None:
-        """Check the guides, and that each is said once."""
+        """Check the guides, and that the classifier's scale is given at most once."""
         checks.functions(guidance_fn=self.guidance_fn)
         if self.guidance is not None:
             self._put("guidance", checks.real("guidance", self.guidance, least=-LARGEST, most=LARGEST))
@@ -177,28 +179,29 @@ class SampleRequest:
             allowed = "not together with a classifier's guide, which has an interval of its own"
             raise invalid("guidance_interval", self.guidance_interval, allowed)
         if len(by_classifier) > 1:
-            raise invalid("guides", by_classifier, "one scale of the classifier's gradient, said once")
+            raise invalid("guides", by_classifier, "at most one scale of the classifier's gradient")
 
     def to_json(self) -> str:
-        """Return the settings that are given, as JSON.
+        """Return the settings that aren't None, as JSON.
 
-        Raises: InvalidArgument for a tensor or a function, which JSON does not hold.
+        Raises: InvalidArgument for a value that JSON can't hold: a tensor, a function, a guide, or a solver
+            that isn't one of `admfast.solvers.SOLVERS`.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
         guides = given.pop("guides")
         given["solver"] = str(self.solver)
         if from_text(given["solver"]) != self.solver:
-            raise invalid("solver", given["solver"], "one of `admfast.solvers.SOLVERS`, in JSON")
+            raise invalid("solver", given["solver"], "for JSON, one of `admfast.solvers.SOLVERS`")
         if guides:
-            raise invalid("guides", guides, "none, in JSON")
+            raise invalid("guides", guides, "for JSON, no guides")
         for name, value in given.items():
             if isinstance(value, Tensor) or callable(value):
-                raise invalid(name, type(value).__name__, "a value that JSON holds")
+                raise invalid(name, type(value).__name__, "a value that JSON can hold")
         return json.dumps(given)
 
     @classmethod
     def from_json(cls, text: str) -> SampleRequest:
-        """Return the request of `to_json`. Raises: InvalidArgument for a wrong name or value."""
+        """Return the request that `to_json` wrote. Raises: InvalidArgument for a wrong name or value."""
         try:
             settings = json.loads(text)
         except (ValueError, TypeError) as error:
@@ -209,7 +212,7 @@ class SampleRequest:
 
     @classmethod
     def of(cls, /, *images: Any, **settings: Any) -> SampleRequest:
-        """Return a request of these settings, given as to `sample`. Raises: InvalidArgument for a name."""
+        """Return the request for arguments of `sample`. Raises: InvalidArgument, also for an unknown name."""
         known = [entry.name for entry in dataclasses.fields(cls)]
         for name, value in settings.items():
             if name not in known:

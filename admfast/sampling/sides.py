@@ -1,4 +1,4 @@
-"""The sides of images: those asked for, those a network can take, those an upsampler makes of others."""
+"""Image sides (height, width, ...): the requested, those a network accepts, those an upsampler makes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ Sides = tuple[int, ...]
 def asked_sides(request: SampleRequest, pipeline: Pipeline) -> Sides:
     """Return the sides of the images that the pipeline's own network makes for a request.
 
-    Raises: InvalidArgument for sides that the network can't take, with the nearest that it can.
+    Raises: InvalidArgument for sides that the network doesn't accept; the error names the nearest accepted.
     """
     name, value, sides = _given(request, pipeline)
     config = pipeline.config
     if len(sides) != config.dims:
-        raise invalid(name, value, f"{config.dims} sides of an image")
+        raise invalid(name, value, f"{config.dims} sides, one per dimension of an image")
     _check_divisible(name, value, sides, config.side_units())
     return sides
 
 
 def _given(request: SampleRequest, pipeline: Pipeline) -> tuple[str, object, Sides]:
-    """Return the argument that says the sides, its value, and the sides."""
+    """Return the name of the argument that sets the sides, its value, and the sides."""
     config, size, low_res = pipeline.config, request.size, request.low_res
     if size is not None:
-        assert not isinstance(size, str)  # a request keeps numbers
+        assert not isinstance(size, str)  # SampleRequest has turned text into numbers
         return "size", size, (size,) * config.dims if isinstance(size, int) else tuple(size)
     for name in ("noise", "x_start"):
         if (images := getattr(request, name)) is not None:
@@ -45,12 +45,12 @@ def _given(request: SampleRequest, pipeline: Pipeline) -> tuple[str, object, Sid
 
 
 def _enlarged(up: Pipeline, shape: Sides) -> Sides:
-    """Return what an upsampler makes of images [N, C, *sides]: each side times image_size / low_res_size."""
+    """Return the sides of an upsampler's output: each side of shape[2:] times image_size / low_res_size."""
     trained, side, sides = up.low_res_size, up.config.image_size, shape[2:]
     if trained is None:
         if len(set(sides)) > 1:
-            allowed = "square images: nothing says by how much this upsampler enlarges; give low_res_size"
-            raise invalid("low_res.shape", shape, f"{allowed} when it is loaded, or size")
+            allowed = "square images, as this upsampler's factor is unknown; give low_res_size"
+            raise invalid("low_res.shape", shape, f"{allowed} to load, or size")
         return up.spatial
     units = [_smallest(unit, trained, side) for unit in up.config.side_units()]
     _check_divisible("low_res.shape", shape, sides, units)
@@ -58,14 +58,14 @@ def _enlarged(up: Pipeline, shape: Sides) -> Sides:
 
 
 def enlarged_base(up: Pipeline, base: Pipeline, sides: Sides) -> tuple[int, Sides]:
-    """Return by which factor base images are brought down for an upsampler, and the sides that come out.
+    """Return the factor by which base images are downsampled for an upsampler, and its output's sides.
 
-    Without a `low_res_size` the upsampler enlarges what the base network was trained for.
+    An upsampler without a `low_res_size` is assumed to enlarge the size that the base network was trained on.
     """
     trained = up.low_res_size or base.config.image_size
     factor = max(min(sides) // trained, 1)
     units = [factor * _smallest(unit, trained, up.config.image_size) for unit in up.config.side_units()]
-    # A side that the factor doesn't divide would lose its last columns.
+    # Average pooling would drop the last columns of a side that the factor doesn't divide.
     if min(sides) < trained or any(side % unit for side, unit in zip(sides, units, strict=True)):
         divided = "" if max(units) == 1 else f" that {_listed(units)} divides"
         raise invalid("low_res", sides, f"sides of {trained} pixels or more{divided}, for the upsampler")
@@ -73,26 +73,26 @@ def enlarged_base(up: Pipeline, base: Pipeline, sides: Sides) -> tuple[int, Side
 
 
 def check_classifier_sides(request: SampleRequest, pipeline: Pipeline) -> None:
-    """Refuse images of a size at which the pipeline's classifier has no gradient."""
+    """Reject image sizes at which the pipeline's classifier can't be evaluated."""
     assert pipeline.classifier is not None
     config: ClassifierConfig = pipeline.classifier.config  # type: ignore[assignment]
     name, value, sides = _given(request, pipeline)
     own = (config.image_size,) * config.dims
     if config.pool == "attention" and sides != own:
         needed = "x".join(map(str, own))
-        allowed = f"{needed}, which the classifier's attention pool needs; guidance=0 is without it"
+        allowed = f"{needed}, which the classifier's attention pool needs; guidance=0 doesn't use it"
         raise invalid(name, value, allowed)
     if min(sides[config.dims == 3 :]) < config.pool_ds():
-        raise invalid(name, value, f"sides of {config.pool_ds()} or more, which the classifier halves")
+        raise invalid(name, value, f"sides of {config.pool_ds()} or more, for the classifier's downsampling")
 
 
 def _smallest(unit: int, trained: int, side: int) -> int:
-    """Return the smallest low-resolution side that side / trained makes a whole multiple of `unit`."""
+    """Return the smallest low-resolution side s for which s * side / trained is a multiple of `unit`."""
     return trained * unit // math.gcd(side, trained * unit)
 
 
 def _check_divisible(name: str, value: object, sides: Sides, units: Sequence[int]) -> None:
-    """Refuse sides that aren't multiples of these units."""
+    """Reject sides that aren't multiples of these units."""
     pairs = list(zip(sides, units, strict=True))
     if any(side % unit for side, unit in pairs):
         near = "x".join(str(max(1, round(side / unit)) * unit) for side, unit in pairs)
@@ -100,5 +100,5 @@ def _check_divisible(name: str, value: object, sides: Sides, units: Sequence[int
 
 
 def _listed(sides: Sequence[int]) -> str:
-    """Return sides as "64x96", or one number where all are equal."""
+    """Return sides as "64x96", or as one number if all are equal."""
     return str(sides[0]) if len(set(sides)) == 1 else "x".join(map(str, sides))

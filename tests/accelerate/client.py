@@ -1,6 +1,6 @@
-"""A program's own network, written by the published one's names: what `accelerate` meets in the wild.
+"""Networks of another program that use the published names, like those that `accelerate` has to convert.
 
-Plain modules, without a line of admfast's: what it computes is what the converted network is held to.
+They are plain modules that use no code of admfast. Tests compare the converted networks with them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ResBlock(TimestepBlock):
 
 
 class QKVAttention(nn.Module):
-    """Rows of q, k and v head by head where `legacy`, else kind by kind."""
+    """Attention with qkv rows grouped by head (`legacy`), or as all of q, then all of k, then all of v."""
 
     def __init__(self, n_heads, legacy):
         super().__init__()
@@ -129,7 +129,7 @@ class AttentionBlock(nn.Module):
 
 
 class Parts(nn.Module):
-    """Hold what a UNet and a classifier share: a level of 32 channels and one of 64 with attention."""
+    """The layers that a UNet and a classifier share: a level of 32 channels and one of 64 with attention."""
 
     def __init__(self, in_channels=3, legacy=True, dropout=0.0, resample_blocks=True, scale_shift=True):
         super().__init__()
@@ -246,7 +246,7 @@ class WithUnusedArguments(UNetModel):
 
 
 class WithAnotherWalk(UNetModel):
-    """Half the embedding: one constant more than in the published walk."""
+    """A UNet that halves the embedding: its `forward` has one constant more than the published one."""
 
     def forward(self, x, timesteps, y=None):
         emb = 0.5 * self.time_embed(timestep_embedding(timesteps, self.model_channels))
@@ -268,7 +268,7 @@ class WithUsedArgument(UNetModel):
 
 
 class OtherBlock(ResBlock):
-    """The sum the other way round: a sign in front of the branch."""
+    """A residual block that subtracts its branch from the skip instead of adding it."""
 
     def _forward(self, x, emb):
         return 2 * self.skip_connection(x) - super()._forward(x, emb)
@@ -281,7 +281,7 @@ class WithOtherBlocks(UNetModel):
 
 
 class Wrapper(nn.Module):
-    """A denoiser that walks under another name."""
+    """A denoiser that holds the network as `backbone`."""
 
     def __init__(self, net):
         super().__init__()
@@ -292,7 +292,7 @@ class Wrapper(nn.Module):
 
 
 def filled(net, seed=0):
-    """The network in evaluation mode with parameters that aren't zero, from a seed of its own."""
+    """Fill the parameters with nonzero random values and return the network in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():

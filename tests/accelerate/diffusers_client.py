@@ -1,6 +1,6 @@
-"""A program's own network of the make of diffusers' `UNet2DModel`, written from the formulas.
+"""Networks of another program in the style of diffusers' `UNet2DModel`, written from the formulas.
 
-Plain modules, without a line of admfast's: what it computes is what the converted network is held to.
+They are plain modules that use no code of admfast. Tests compare the converted networks with them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Residual blocks, one each followed by attention where there is some, and what resamples."""
+    """Residual blocks, each followed by attention if `heads` is nonzero, then the optional resampler."""
 
     def __init__(self, sizes, options, heads=0, up=None, down=None):
         super().__init__()
@@ -125,7 +125,7 @@ class Output:
 
 
 class UNet2DModel(nn.Module):
-    """A level of 32 channels and one of 64 with attention; `block`, `attention`: the classes of these."""
+    """A level of 32 channels and one of 64 with attention. `block` and `attention` are the classes to use."""
 
     def __init__(self, block=ResnetBlock2D, attention=Attention, by_blocks=False, heads=8, **settings):
         super().__init__()
@@ -166,9 +166,9 @@ class AnotherTerm(ResnetBlock2D):
 
 
 class AnotherSign(ResnetBlock2D):
-    """Of known names and numbers alone: only the results tell it.
+    """A block with a changed sign that only its results reveal: every name and constant in it is a known one.
 
-    And those not where a norm has one channel a group, which takes away what is added to a channel.
+    With one channel per group the results are equal too, because the norm removes a constant of a channel.
     """
 
     def forward(self, input_tensor, temb):
@@ -179,7 +179,7 @@ class AnotherSign(ResnetBlock2D):
 
 
 class LowRankConv2d(nn.Conv2d):
-    """A convolution with something beside it, as low-rank adapters put in."""
+    """A convolution with a second branch, like the layers that low-rank adapters insert."""
 
     def forward(self, x):
         return super().forward(x) + super().forward(x).mean()

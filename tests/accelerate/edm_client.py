@@ -1,6 +1,6 @@
-"""A program's own network of EDM's make, written from the formulas: its convolutions resample.
+"""Networks of another program in the style of EDM, written from the formulas: their convolutions resample.
 
-Plain modules, without a line of admfast's: what it computes is what the converted network is held to.
+They are plain modules that use no code of admfast. Tests compare the converted networks with them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 
 class GroupNorm(nn.Module):
-    """A group norm that derives from no class of torch's."""
+    """A group norm that isn't a subclass of torch's."""
 
     def __init__(self, channels, eps=1e-5):
         super().__init__()
@@ -25,7 +25,7 @@ class GroupNorm(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """Resampling by a separable filter, then a convolution where there is a kernel."""
+    """Optional resampling with a separable filter, then a convolution if `kernel` is nonzero."""
 
     def __init__(self, in_channels, out_channels, kernel, up=False, down=False, taps=(1, 1)):
         super().__init__()
@@ -98,7 +98,7 @@ class Frequencies(nn.Module):
 
 
 class UNet(nn.Module):
-    """A level of 32 channels and one of 64 with attention; `block`: the class of its blocks."""
+    """A level of 32 channels and one of 64 with attention. `block` is the class of its blocks."""
 
     def __init__(self, block=UNetBlock, out_channels=3, **options):
         super().__init__()
@@ -145,7 +145,7 @@ class AnotherActivation(UNetBlock):
 
 
 class AnotherOrder(UNetBlock):
-    """Rows of q, k and v kind by kind."""
+    """A block whose qkv rows are all of q, then all of k, then all of v."""
 
     def forward(self, x, emb):
         heads, self.num_heads = self.num_heads, 0
@@ -164,7 +164,7 @@ class AnotherTerm(UNetBlock):
 
 
 class AnotherSign(UNetBlock):
-    """Of published names and numbers alone: only the results tell it."""
+    """A block with a changed sign that only its results reveal: all names and constants are published."""
 
     def forward(self, x, emb):
         params = self.affine(emb).unsqueeze(2).unsqueeze(3)
@@ -176,7 +176,7 @@ class AnotherSign(UNetBlock):
 
 
 class AnotherEps(UNetBlock):
-    """An eps that isn't that of its norms."""
+    """A block whose norms compute with another eps than their attribute says."""
 
     def __init__(self, *sizes, **options):
         super().__init__(*sizes, **options)

@@ -1,4 +1,4 @@
-"""`admfast.accelerate`: other programs' networks give what they gave, by whatever is done with them."""
+"""Tests that `admfast.accelerate` keeps the results of other programs' networks, however they are used."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def x() -> Tensor:
 
 
 def pair(name: str = "unet") -> tuple[nn.Module, nn.Module, dict]:
-    """A program's network, the same converted, and what it is called with beside x and t."""
+    """Return a program's network, its converted copy, and the keyword arguments to call both with."""
     make, given = CLIENTS[name]
     net = filled(make())
     return net, admfast.accelerate(copy.deepcopy(net)), given
@@ -68,7 +68,7 @@ def gradients(net: nn.Module, given: dict) -> dict[str, Tensor]:
     return {"x": images.grad, **{name: p.grad for name, p in net.named_parameters() if p.grad is not None}}
 
 
-# The same function
+# Outputs and gradients
 
 
 @pytest.mark.parametrize("name", CLIENTS)
@@ -140,7 +140,7 @@ def test_compiled_networks_see_changes():
         assert_close(compiled(x(), T), net(x(), T))
 
 
-# The same object
+# Identity and behaviour as modules
 
 
 def test_modules_keep_identity_names_parameters_classes_and_mode():
@@ -221,7 +221,7 @@ def test_replicas_of_data_parallel_run():
         assert_close(replica(x(), T), net(x(), T))
 
 
-# Whatever is done with it
+# Changes after the conversion
 
 
 def half(net):
@@ -255,7 +255,7 @@ def test_changes_are_seen_at_the_next_call(change, name):
 
 
 def test_the_gradient_in_x_alone_makes_none_of_the_weights():
-    """As posterior sampling asks for it, by weights that nobody froze."""
+    """Posterior sampling takes this gradient, and does not freeze the weights first."""
     net, fast, _ = pair()
     for one in (net, fast):
         images = x().requires_grad_(True)
@@ -333,7 +333,7 @@ def test_autocast_and_half_precision_give_the_programs_dtypes():
     assert (rounded - exact).abs().max() <= 2 * (wanted - exact).abs().max()
 
 
-# Where networks are found
+# Networks inside other objects
 
 
 def test_networks_are_found_where_they_lie():

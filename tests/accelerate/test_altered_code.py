@@ -1,6 +1,7 @@
-"""Copies of the program's code with one line changed, as descendants have them: the change must survive.
+"""Tests that a one-line change in a copy of the published code keeps its effect, as forks of it need.
 
-Most depend on the number of images, their size, timesteps or settings, which a small trial may not show.
+Most of these changes act only at certain batch sizes, image sizes, timesteps or settings, so a small trial
+may miss them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ALTERED = {
 
 
 def altered(name: str, old: str = "", new: str = "{}"):
-    """The client's module with a piece of its code replaced; {} is what was there."""
+    """Return the client's module with the code `old` replaced by `new`, in which {} stands for `old`."""
     assert old in SOURCE, f"{name}: the client has no {old!r}"
     spec = importlib.util.spec_from_loader(f"altered_{name.replace(' ', '_')}", loader=None)
     module = importlib.util.module_from_spec(spec)
@@ -79,5 +80,5 @@ def test_a_function_or_module_that_is_exchanged_later_is_used(name):
         else:
             vars(module)[name] = type("Stand", (), {"__getattr__": lambda self, key: getattr(before, key)})()
         assert_close(fast(x, t), net(x, t))
-    # What stands in its place may do anything: the program's own network runs again.
+    # The replacement may do anything, so the program's own network must run again.
     assert type(fast) is module.UNetModel

@@ -1,4 +1,4 @@
-"""Networks of which somebody changed a part, in ways that results on small inputs can't all show."""
+"""Tests of networks with a modified part, where results on small inputs may not reveal the change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHANGED_BLOCKS = {
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("change", CHANGED_BLOCKS)
 def test_blocks_that_somebody_changed_keep_the_change(change, train):
-    """Changes that small inputs, equal inputs or evaluation can't show."""
+    """Each change has no effect on small inputs, on equal inputs or in evaluation mode."""
     net = filled(client.UNetModel())
     for module in net.modules():
         if isinstance(module, client.ResBlock):
@@ -99,7 +99,7 @@ def test_parts_that_somebody_changed_keep_the_change(kind, replacement):
 
 
 def test_one_head_leaves_the_order_of_the_others_open():
-    """With one head both orders of q, k and v are the same: it must not decide for the other blocks."""
+    """With one head both orders of qkv rows are the same, so such a block must not decide for the others."""
     net = filled(client.UNetModel(legacy=False))
     net.input_blocks[3][1] = filled(client.AttentionBlock(64, 1, legacy=False))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""azula, deepinv, diffusers: their networks accelerated and algorithms on our pipelines give the same."""
+"""Tests with azula, deepinv and diffusers installed: their networks converted, their algorithms on ours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MISSING = "pip install --no-deps -r tests/accelerate/requirements.txt"
 
 @contextlib.contextmanager
 def importing(*names: str) -> Iterator[None]:
-    """Stand in for torchvision, which no CPU build of torch can import; skip where a library is missing."""
+    """Replace torchvision, which a CPU build of torch can't import, and skip if a library is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} isn't installed: {MISSING}")
@@ -60,7 +60,7 @@ def diffusers():
     with importing("diffusers"):
         import diffusers
 
-        assert diffusers.UNet2DModel and diffusers.DDIMPipeline  # which it imports when they are asked for
+        assert diffusers.UNet2DModel and diffusers.DDIMPipeline  # diffusers imports these on first access
     yield diffusers
     without_stand_ins()
 
@@ -81,7 +81,7 @@ def azula_denoiser(adm) -> torch.nn.Module:
 
 
 def restored(azula, denoiser, y: Tensor, x: Tensor, **more: Any) -> Tensor:
-    """Their DPS, from t = 0.7 on: chains from t = 1 on random weights multiply rounding by 1e5."""
+    """Run their DPS from t = 0.7: with random weights, a chain from t = 1 amplifies rounding by 1e5."""
     sampler = azula.guidance.DPSSampler(denoiser, y=y, A=pooled, zeta=1.0, start=0.7, steps=10, silent=True)
     torch.manual_seed(0)
     return sampler(x, **more)
@@ -122,7 +122,7 @@ def test_azulas_posterior_sampling_on_our_pipeline(libraries):
 def test_deepinvs_diffunet(libraries):
     net = libraries.deepinv.models.DiffUNet(in_channels=3, out_channels=6, large_model=False, pretrained=None)
     net = filled(net)
-    with torch.no_grad():  # a small noise, so that no pixel is at an end of the range
+    with torch.no_grad():  # keep the predicted noise small so that no pixel is clipped
         net.out[2].weight *= 0.01
         net.out[2].bias *= 0.01
     fast = admfast.accelerate(copy.deepcopy(net))
@@ -131,14 +131,14 @@ def test_deepinvs_diffunet(libraries):
     with torch.no_grad():
         wanted, found = (
             torch.func.vjp(lambda v, n=n: n(v, sigma), x) for n in (net, fast)
-        )  # as PiGDM begins
+        )  # PiGDM starts with such a vjp
         assert_close(found[0], wanted[0])
         assert_close(found[1](x)[0], wanted[1](x)[0])
         t = torch.tensor([500])
         assert_close(fast(x, t, type_t="timestep"), net(x, t, type_t="timestep"))
     posterior = libraries.deepinv.sampling.DPSDataFidelity
     physics = libraries.deepinv.physics.Downsampling(img_size=(3, 32, 32), factor=4, filter=None)
-    y = physics.A(x) + 0.1  # before x: its gradient is asked for by making x itself require one
+    y = physics.A(x) + 0.1  # computed first: `grad` below sets requires_grad on x itself
     grads = [posterior(denoiser=n).grad(x, y, physics, sigma=sigma) for n in (net, fast)]
     assert_close(grads[1], grads[0])
 
@@ -174,7 +174,7 @@ def test_deepinvs_networks_of_edms_make(name, libraries):
     with torch.no_grad():
         wanted, found = (
             torch.func.vjp(lambda v, n=n: n(v, sigma, **given), x) for n in (net, fast)
-        )  # as PiGDM begins
+        )  # PiGDM starts with such a vjp
         assert_close(found[0], wanted[0])
         assert_close(found[1](x)[0], wanted[1](x)[0])
     wanted, found = (gradients(n, lambda n, x: n(x, sigma, **given), x) for n in (net, fast))
@@ -231,7 +231,7 @@ def test_diffusers_unet(name, diffusers):
 @pytest.mark.parametrize("name", ["DDPM", "DDIM"])
 def test_diffusers_pipelines(name, diffusers):
     net = filled(diffusers.UNet2DModel(**LEVELS))
-    with torch.no_grad():  # a small noise: random weights else multiply rounding step by step
+    with torch.no_grad():  # small noise: otherwise random weights amplify rounding at every step
         net.conv_out.weight *= 0.01
     scheduler = getattr(diffusers, f"{name}Scheduler")(num_train_timesteps=100)
     images = []
@@ -282,7 +282,7 @@ def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
     ours = admfast.accelerate.denoiser(pipe, "deepinv", rounded=True)
     assert isinstance(ours, libraries.deepinv.models.Denoiser)
     x = randn(2, 1, 32, 32).sigmoid()
-    # Between timesteps they divide by the rounded timestep's signal, we by that of the level itself.
+    # Between timesteps deepinv divides by the signal of the rounded timestep, we by that of the exact level.
     for steps in ([100, 100], [300, 600]):
         sigma = ((1 - kept) / kept).sqrt()[steps] / 2
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Networks of EDM's make and of diffusers': converted block by block, they give what they gave."""
+"""Tests that networks in the style of EDM and of diffusers keep their results when blocks are converted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def call(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def pair(name: str) -> tuple[Any, Any]:
-    """A program's network, and the same converted."""
+    """Return a program's network and its converted copy."""
     net = filled(NETS[name]())
     return net, admfast.accelerate(copy.deepcopy(net))
 
@@ -153,7 +153,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_seen_at_the_next_call(change, name):
     net, fast = pair(name)
-    if change == "load_state_dict" and name in ("edm", "ddpm++"):  # whose filters aren't to be changed
+    if change == "load_state_dict" and name in ("edm", "ddpm++"):  # their filters must keep their values
         state = {n: v if "filter" in n else 1.1 * v for n, v in net.state_dict().items()}
         for one in (net, fast):
             call(one, x())
@@ -166,7 +166,7 @@ def test_changes_are_seen_at_the_next_call(change, name):
     with torch.no_grad():
         found, wanted = (half(one) if change == "half" else call(one, x()) for one in (fast, net))
     assert found.dtype == wanted.dtype
-    if change == "half":  # both round; by how much the float32 network tells
+    if change == "half":  # both round: compare their errors against the float32 network
         exact = call(filled(NETS[name]()), x())
         assert (found - exact).abs().max() <= 2 * (wanted - exact).abs().max()
     else:
@@ -243,7 +243,7 @@ def test_processors_that_are_exchanged_later_run(how, monkeypatch):
         assert_close(call(fast, x()), call(net, x()))
 
 
-# What somebody changed
+# Blocks that a program changed
 
 
 def sharp_attention(*sizes: Any, **options: Any) -> nn.Module:
@@ -252,7 +252,7 @@ def sharp_attention(*sizes: Any, **options: Any) -> nn.Module:
     return module
 
 
-# a network, the class of the blocks that must stay as they are, and what their reason names
+# Each value: a network, the class of the blocks that must not be converted, and a word of the reason.
 ALTERED = {
     "edm, another activation": (lambda: EDM(edm_client.AnotherActivation), "AnotherActivation", "gelu"),
     "edm, another term": (lambda: EDM(edm_client.AnotherTerm), "AnotherTerm", "mean"),
@@ -277,9 +277,9 @@ def test_blocks_that_somebody_changed_stay_and_are_named(name):
     net = filled(make())
     fast = admfast.accelerate(copy.deepcopy(net))
     own = {n for n, m in net.named_modules() if type(m).__name__ == kind}
-    if name == "edm, another order":  # its blocks without attention are the known ones
+    if name == "edm, another order":  # blocks without attention are unchanged and are converted
         own = {n for n in own if net.get_submodule(n).num_heads}
-    if name == "diffusers, another sign":  # with 32 channels, one a group, it computes the known formula
+    if name == "diffusers, another sign":  # with one channel per group the result is the known one
         own = {n for n in own if net.get_submodule(n).norm2.num_channels > 32}
     assert own and set(fast.accelerated_left) >= own
     assert all(reason in fast.accelerated_left[n] for n in own)

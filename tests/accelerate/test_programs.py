@@ -1,4 +1,4 @@
-"""Programs of others, from a folder of checkouts that the user names, give what they gave."""
+"""Tests that other programs, in a folder of checkouts that the user names, keep their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = [(name, part) for name, program in PROGRAMS.items() for part in program.
 
 
 def there(program: str) -> None:
-    """Skip a test whose program's checkouts aren't in the folder."""
+    """Skip the test if the folder lacks the program's checkouts."""
     roots = [Path(FOLDER) / root for root in PROGRAMS[program].roots]
     if not FOLDER or not all(root.is_dir() for root in roots):
         pytest.skip(f"{PROGRAMS_PATH} names no folder with {', '.join(PROGRAMS[program].roots)}")
@@ -39,7 +39,7 @@ def test_a_programs_core_gives_what_it_gave(program, part):
 @pytest.mark.slow
 @pytest.mark.parametrize(("program", "part"), PARTS)
 def test_a_programs_core_runs_through_the_runner(program, part, tmp_path):
-    """The core as a program of its own, whose classes the runner watches."""
+    """Run the core as a separate program, whose classes the runner watches."""
     there(program)
     before = {"as it is": [], "through the runner": ["-m", "admfast.accelerate"]}
     found = {}

@@ -1,4 +1,4 @@
-"""`python -m admfast.accelerate PROGRAM`: a program as it stands, with its own output and exit status."""
+"""Tests of `python -m admfast.accelerate PROGRAM`: an unchanged program keeps its output and exit status."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def program(tmp_path_factory) -> Path:
 
 def test_a_program_prints_what_it_prints_and_ends_as_it_ends(program):
     alone = run(str(program), "3", "--check")
-    found = run("-m", "admfast.accelerate", str(program), "3", "--check")  # its own option, not the runner's
+    # --check comes after the program, so it is the program's option.
+    found = run("-m", "admfast.accelerate", str(program), "3", "--check")
     assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (3, alone.stdout)
     lines = [line for line in found.stderr.splitlines() if line.startswith("admfast.accelerate: ")]
     assert len(lines) == 2 and all("whole" in line for line in lines)

@@ -1,4 +1,4 @@
-"""A bench with a case that never returns to Python, for tests of the process that watches."""
+"""A bench with a case that never returns to Python, for tests of the watching process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.command import Bench, bench_main
 
 
 def groups(arguments: Any, settings: Any) -> Any:
-    """Three quick rows and between them one that waits in C code; it is announced before it begins."""
+    """Return two quick cases and, between them, one that waits in C code."""
     import ctypes
 
     from bench.measure import Case
@@ -33,7 +33,7 @@ def groups(arguments: Any, settings: Any) -> Any:
 
 
 def flags(parser: Any) -> None:
-    """Add how long the hanging case may take, and whether it crashes instead."""
+    """Add flags for the time limit of the hanging case, and for a crash in its place."""
     parser.add_argument("--limit", type=float, default=1.0)
     parser.add_argument("--crash", action="store_true")
 

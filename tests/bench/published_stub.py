@@ -1,4 +1,4 @@
-"""A package with the published code's names over this package's networks, for tests without its checkout."""
+"""A stub of the published package, built on admfast's networks, for tests without its checkout."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ FILES = {"__init__.py": "", "unet.py": UNET, "script_util.py": SCRIPT_UTIL, "res
 
 @contextmanager
 def published_stub(folder: Path) -> Iterator[str]:
-    """A checkout-like folder with the stub; what is imported of it is forgotten at the end."""
+    """Write the stub into a folder like a checkout, and remove its modules from `sys.modules` at the end."""
     package = folder / "guided_diffusion"
     package.mkdir(parents=True)
     for name, text in FILES.items():

@@ -1,4 +1,4 @@
-"""The steps of `bench.gpu`: limits, stops, resuming and the exit status, tried with small scripts."""
+"""Tests of the steps of `bench.gpu` with small scripts: limits, stopping, resuming and the exit status."""
 
 import json
 import signal
@@ -23,13 +23,13 @@ def script(text: str) -> tuple[str, ...]:
 
 
 def fake(name: str, text: str, limit: float = 30.0, sources: tuple[str, ...] = ("bench",), **more) -> Step:
-    """A step that is this script."""
+    """Return a step that runs this script."""
     return Step(name, script(text), limit, sources=sources, **more)
 
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    monkeypatch.delenv("PYTHONPATH", raising=False)  # a step would find this checkout's benches
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # else a step would import this checkout's benches
     root = tmp_path / "root"
     (root / "bench").mkdir(parents=True)
     return Plan(tmp_path / "out", "cpu", root)
@@ -40,7 +40,7 @@ def quiet(line: str) -> None:
 
 
 def ran(plan: Plan, *steps: Step, budget: float = 30.0, say: Callable[[str], None] = quiet) -> dict[str, str]:
-    """The status of every step."""
+    """Run the steps and return the status of each."""
     return {name: entry["status"] for name, entry in run_steps(plan, steps, budget, say).items()}
 
 
@@ -56,7 +56,7 @@ def test_status_by_exit_code_and_the_last_line_is_the_note(plan: Plan) -> None:
     assert entries["good"]["note"] == "two"
     assert exit_status(entries) == 1
     (shown,) = (line for line in said if "| " in line)
-    assert shown.endswith("| why")  # the end of a failed step's output, not of the one after it
+    assert shown.endswith("| why")  # the output of the failed step is shown, not that of the next one
     on_disk = json.loads((plan.out / "gpu.json").read_text())
     assert on_disk["steps"] == entries and on_disk["torch"] == torch.__version__
 

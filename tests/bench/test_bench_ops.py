@@ -1,4 +1,4 @@
-"""Every op is compared before it is timed, at the shapes and counts that its row says."""
+"""Tests of the benches of ops: outputs are compared before timing, and rows have the right counts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_time_without_a_cpu_is_seen() -> None:
     root = Path(measure.__file__).parents[1]
     ran = subprocess.run([sys.executable, "-c", BUSY], cwd=root, capture_output=True, text=True, check=True)
     waited, elapsed = map(float, ran.stdout.split())
-    assert 0.2 < waited < elapsed  # two of three thirds of 0.8 s, three processes on one CPU
+    assert 0.2 < waited < elapsed  # three processes share one CPU: it waits for two thirds of the time
 
 
 def test_checked_refuses_a_wrong_output_and_nan() -> None:
@@ -127,7 +127,7 @@ def test_ceilings_need_nothing_of_the_package() -> None:
     folder = Path(measure.__file__).parent
     shared = ("ceilings", "command", "measure", "report", "results", "runner", "shapes")
     for path in [*(folder / "ops").glob("*.py"), *(folder / f"{name}.py" for name in shared)]:
-        # What the package's own ops import they import inside functions.
+        # Benches of the package's own ops import the package inside functions only.
         for node in ast.parse(path.read_text()).body:
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -187,7 +187,7 @@ def test_published_update_is_its_formula(step: int) -> None:
     wide = [t.double() for t in (x, out, gradient, torch.randn_like(x))]
     c = update.coefficients(step, table)
     assert checked(new, update.formula(*wide, c), 1e-5) < 1e-5
-    if step:  # at the last step the guidance is scaled by the tiny final variance
+    if step:  # at step 0, the last of a run, the tiny variance makes the guidance negligible
         wide[2] *= 2
         with pytest.raises(WrongResult):
             checked(new, update.formula(*wide, c), 1e-5)
@@ -228,7 +228,7 @@ def test_ours_and_the_others_agree_and_are_timed(cases: Callable[[Settings], Ite
     moved: dict[str, set[int]] = {}
     for row in rows:
         moved.setdefault(f"{row['shape']} {row['dtype']}", set()).add(row["bytes"])
-    # A copy and what it is compared with move the same bytes, to one byte.
+    # A copy moves as many bytes as the op it is compared with, to within one byte.
     assert all(max(sizes) - min(sizes) <= 1 for sizes in moved.values())
 
 
@@ -289,6 +289,6 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_implementation_that_is_for_another_device_or_for_tests_is_left_out() -> None:
-    # Here the interpreter makes `triton` available.
+    # In tests the interpreter makes `triton` available on the CPU.
     assert providers.ours("group_norm_silu", torch.device("cpu")) in (["cpp"], [])
     assert "cpp" not in providers.ours("group_norm_silu", torch.device("cuda"))

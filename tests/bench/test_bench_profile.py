@@ -1,4 +1,4 @@
-"""Where a step's time goes: classes by name, overlapping kernels, gaps, and the rows of the profile bench."""
+"""Tests of the profile bench: classes of kernels by name, overlapping kernels, gaps, and the rows."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def test_samples_are_taken_in_turns() -> None:
         return take
 
     found = in_turns({"a": taker("a", 100), "b": taker("b", 4)}, 0.1, 3, together=25, longest=40)
-    # One of each to find the size, which is a's first sample; 25 quick steps belong together; every second
-    # round goes backwards.
+    # First one step of each, to choose the sample sizes; for `a` it is also the first sample. A sample of the
+    # quick `b` has 25 steps. Every second round goes backwards.
     assert order == ["a1", "b1", "b25", "b25", "a1", "a1", "b25"]
     assert [len(samples) for samples in found.values()] == [3, 3]
     order.clear()

@@ -1,4 +1,4 @@
-"""The tables hold what the rows say, those that were committed too."""
+"""Tests that the report's tables show what the rows say, for the committed rows too."""
 
 from __future__ import annotations
 

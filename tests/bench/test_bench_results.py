@@ -1,4 +1,4 @@
-"""Rows survive being interrupted, are not measured twice, and say which of them is the ceiling."""
+"""Tests of result files: rows survive an interrupt, aren't measured twice, and give the ceilings."""
 
 import json
 from pathlib import Path

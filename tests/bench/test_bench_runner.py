@@ -1,4 +1,4 @@
-"""A bench keeps to its budget, goes on where it stopped, makes failures rows, and can always be stopped."""
+"""Tests that a bench keeps its budget, resumes, records failures as rows, and can always be stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = Settings(torch.device("cpu"), seconds=0.001, quick=True)
 
 
 class Clock:
-    """A clock that a measurement moves on by the time it pretends to take."""
+    """A fake clock, which each measurement advances by the time it pretends to take."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -88,7 +88,7 @@ def test_a_disturbed_row_is_measured_again_when_asked_and_the_calmer_stays(
 
 
 class Together:
-    """Cases that are measured together, the last of which can't be had."""
+    """Cases that are measured together; the case named x is unavailable."""
 
     def __init__(self) -> None:
         self.measured: list[str] = []

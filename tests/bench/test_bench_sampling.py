@@ -1,4 +1,4 @@
-"""The sampling bench: the same weights for all, wrong contenders refused, rows whole, runs that go on."""
+"""Tests of the sampling bench: shared weights, wrong contenders rejected, complete rows, resuming."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_preset_s_step_is_there_once() -> None:
 def test_operations_are_those_of_the_published_networks() -> None:
     step, forward = step_flop(subjects()["imagenet64"]), step_flop(alone(subjects()["imagenet64"]))
     assert forward / 1e9 == pytest.approx(TOTALS["unet64"], abs=0.001)
-    # Forward and the gradient in x; published 81.050, with the queries of the pool that nobody reads.
+    # Forward and the gradient in x. The published 81.050 includes the unused queries of the pool.
     assert (step - forward) / 1e9 == pytest.approx(81.050, rel=2e-3)
 
 
@@ -69,7 +69,7 @@ def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
     subject = TINY if guided else alone(TINY)
     trial = make_trial(subject, Inputs.of(subject, 3, CPU))
     assert trial.ends == (0, 2) and (trial.scale > 0) == guided
-    # What is compared depends on the network, and isn't all cut off.
+    # The compared values depend on the network: at least a fifth of them are not clipped.
     assert 0.2 < float((trial.x0.abs() < 1).double().mean())
     one = ours.entry(precision).make(subject, trial.inputs)
     with one.running():
@@ -89,17 +89,17 @@ def test_a_guided_trial_moves_x_by_its_guidance() -> None:
 
 
 class Bent(ours.Ours):
-    """Our step with one layer's weights changed by a tenth."""
+    """Our step with one layer's weights multiplied by 1.1."""
 
     def prepare(self) -> None:
         super().prepare()
         layer = self.engine.net.middle_block[0].in_layers[2]  # type: ignore[index, union-attr]
-        layer.weight.data = 1.1 * layer.weight  # all contenders share the memory of the old ones
+        layer.weight.data = 1.1 * layer.weight  # a new tensor: all contenders share the old one
         self.engine.ready()
 
 
 class NoNoise(ours.Ours):
-    """Our step with another noise."""
+    """Our step with different noise."""
 
     def outcome(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
         self.inputs = dataclasses.replace(self.inputs, seeds=self.inputs.seeds + 1)
@@ -107,7 +107,7 @@ class NoNoise(ours.Ours):
 
 
 class Unguided(ours.Ours):
-    """Our step whose guidance is a tenth too strong."""
+    """Our step with the guidance 10 % too strong."""
 
     def outcome(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
         return super().outcome(dataclasses.replace(trial, scale=1.1 * trial.scale))
@@ -138,7 +138,7 @@ def test_rows_say_all_that_is_to_be_reported() -> None:
 
 
 class Fails(ours.Ours):
-    """A contender that can't be had."""
+    """A contender that can't be made."""
 
     def prepare(self) -> None:
         raise MemoryError("no room")
@@ -264,7 +264,7 @@ def test_the_program_writes_rows_and_goes_on(tmp_path, capsys, monkeypatch: pyte
     text = (tmp_path / "o" / "sampling.md").read_text()
     assert "x published" in text and "of ceiling" in text
     capsys.readouterr()
-    assert main(flags) == 0  # nothing left: not even the checkout is looked at
+    assert main(flags) == 0  # nothing is left to measure, so even the checkout isn't needed
     assert "steps: 0 rows, 2 from before" in capsys.readouterr().out
 
 
@@ -275,7 +275,7 @@ def test_peers_without_names_are_all_peers() -> None:
         chosen = choose(parser.parse_args([*flags, "--systems", "digits32", "--batches", "1"]), SETTINGS)
         assert chosen.peers == peers and chosen.compiled
         cases = [case for one in chosen.comparisons(SETTINGS) for case in one.cases()]
-        # Compiling takes minutes: those that compile may take longer.
+        # Compiling takes minutes, so contenders that compile have a higher limit.
         limits = {"compiled" in case.provider: case.limit for case in cases}
         assert limits[True] > limits[False]
 

@@ -1,4 +1,4 @@
-"""compute-sanitizer as a step: what passes, what fails, what is only said; tried with a stand-in."""
+"""Tests of the compute-sanitizer step with a fake program: passes, failures, and runs that are skipped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_passes(code, output, passes, says):
 
 
 def stand_in(folder: Path, output: str, code: int) -> None:
-    """A program called compute-sanitizer that prints, after what it was called with, `output`."""
+    """Write a fake compute-sanitizer, which prints its arguments and `output` and exits with `code`."""
     path = folder / "compute-sanitizer"
     called = "print(sys.argv[1:], os.environ['PYTORCH_NO_CUDA_MEMORY_CACHING'])"
     says = f"print({output!r}, end='')"

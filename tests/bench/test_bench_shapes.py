@@ -1,11 +1,11 @@
-"""The tables of shapes are read as they are meant, and cover what the models spend."""
+"""Tests that the benches' shape lists are read correctly and cover most of the models' work."""
 
 import pytest
 
 from bench import shapes
 from bench.shapes import attention_shapes, conv_shapes, distinct_convs, norm_shapes
 
-# Forward operations of the whole networks, 1e9 a picture; shares are parts of these.
+# GFLOP per image of each network's forward pass. Shares are percentages of these.
 TOTALS = {
     "unet64": 219.356,
     "unet128": 613.856,
@@ -25,7 +25,7 @@ def test_shares_are_parts_of_the_model() -> None:
     assert (first.model, *first.size) == ("unet64", 3, 192, 192, 64)
     assert first.flop == 2 * 192 * 192 * 3 * 3 * 64 * 64
     for shape in conv_shapes():
-        percent = shape.flop / TOTALS[shape.model] / 1e7  # of one of them
+        percent = shape.flop / TOTALS[shape.model] / 1e7  # of one convolution of this shape
         count = round(shape.share / percent)
         assert count >= 1 and shape.share == pytest.approx(count * percent, abs=0.0051), shape
 
@@ -35,7 +35,7 @@ def test_every_model_is_there_with_its_dearest_shapes_first() -> None:
     for model in TOTALS:
         threes = [s.share for s in conv_shapes() if s.model == model and s.kernel == 3]
         assert threes == sorted(threes, reverse=True)
-        # Several hundred smaller shapes make up the rest: what is measured must be most of the work.
+        # Several hundred smaller shapes make up the rest, so the listed ones must be most of the work.
         assert sum(s.share for s in conv_shapes() if s.model == model) > 55
 
 
@@ -69,7 +69,7 @@ def test_attention_widths(shape: shapes.AttentionShape) -> None:
         assert shape.heads == 4
     elif shape.model != "small":
         assert shape.head_dim == 64
-    # A level's projection from C to 3C channels is among some models' 1x1 shapes: the widths must agree.
+    # For some models the list has a level's 1x1 projection from C to 3C channels: its C must agree.
     listed = {
         s.cin
         for s in conv_shapes()

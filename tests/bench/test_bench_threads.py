@@ -1,4 +1,4 @@
-"""The bench of threads: a row for each number, idle and beside a busy process that ends with it."""
+"""Tests of the bench of threads: a row for each number of threads, on an idle and on a busy machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench of a training step: who passes the trial is timed, and the rows say what they should."""
+"""Tests of the bench of a training step: only correct contenders are timed, and rows are complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTINGS = Settings(CPU, quick=True)
 
 
 class Doubled(training.Ours):
-    """Minimises twice the loss."""
+    """A contender that minimises twice the loss."""
 
     def __init__(self, subject, inputs):
         super().__init__(subject, inputs, "fp32")

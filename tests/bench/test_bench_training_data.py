@@ -1,4 +1,4 @@
-"""The bench of training images: rows by source and workers, compared before they are timed."""
+"""Tests of the bench of training images: a row per source and workers, compared before timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the measured quality of the digits says of how it was taken."""
+"""Tests of the quality bench of digits32: recorded settings, budget, stopping and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks that diffusers can hold, one an option, for the tests with diffusers and those without."""
+"""Networks that diffusers can represent, one for each option, for tests with and without diffusers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from admfast.models import UNetConfig
 from tests.parity.golden import NETWORK_OUTPUT_LIMIT
 from tests.small import SMALL_UNET, randn
 
-# Beside the option itself: three levels where levels differ.
+# Changes to SMALL_UNET. Some have three levels, because their option differs between levels.
 HELD: dict[str, dict[str, object]] = {
     "legacy-order": {},
     "new-order": {"use_new_attention_order": True},
@@ -34,19 +34,19 @@ HELD: dict[str, dict[str, object]] = {
 
 
 def held(name: str) -> UNetConfig:
-    """Return the configuration of a name in HELD."""
+    """Return the configuration with this name in HELD."""
     return dataclasses.replace(SMALL_UNET, **HELD[name])  # type: ignore[arg-type]
 
 
 def inputs(config: UNetConfig, dtype: torch.dtype = torch.float64):
-    """Return images, timesteps and classes (or None) for a network."""
+    """Return images, timesteps and classes (or None) for a network of this configuration."""
     side = config.image_size
     classes = None if config.num_classes is None else torch.tensor([0, config.num_classes - 1])
     return randn(2, config.in_channels, side, side, dtype=dtype), torch.tensor([17, 930]), classes
 
 
 def assert_same_output(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Assert that outputs differ as published networks may: the float32 limit, scaled to the dtype."""
+    """Assert that outputs differ by at most the float32 limit of published networks, scaled to the dtype."""
     assert found.dtype == wanted.dtype
     limit = NETWORK_OUTPUT_LIMIT * torch.finfo(wanted.dtype).eps / torch.finfo(torch.float32).eps
     assert (found - wanted).abs().max() <= limit * wanted.abs().max()

@@ -1,6 +1,6 @@
-"""Compute what diffusers' `UNet2DModel` does, in plain PyTorch from its configuration and state dict.
+"""diffusers' `UNet2DModel` in plain PyTorch, from its configuration and state dict.
 
-For the options that an exported network can have. Where diffusers is installed, tests compare with it too.
+It has the options that an exported network can have. If diffusers is installed, tests compare with it too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class PlainUNet2D:
-    """Call it with images [N, C, H, W], timesteps [N] and classes [N] or None."""
+    """The network, called with images [N, C, H, W], timesteps [N] and classes [N] or None."""
 
     config: Mapping[str, Any]
     state: Mapping[str, Tensor]

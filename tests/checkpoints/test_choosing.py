@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: which state dict is taken, what is left, and what is asked about."""
+"""Tests of checkpoints with more than a state dict: which entry is read, and what is ignored or ambiguous."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIMISER = {
 
 
 class Unknown:
-    """A class that a reader of the file doesn't have: it counts how often it is made."""
+    """A class that the reader of a file doesn't have. It counts its instances."""
 
     made = 0
 
@@ -106,7 +106,7 @@ def test_the_network_s_state_dict_is_taken_the_average_first(tmp_path, content, 
 def test_an_average_without_dots_in_its_names_is_found(tmp_path):
     averaged = {f"model_ema.{('diffusion_model.' + key).replace('.', '')}": v for key, v in GOOD.items()}
     content = {"state_dict": {**prefixed("model.diffusion_model.", RAW), **averaged}}
-    # The names without dots lie inside "state_dict", as the network does.
+    # The averages' names, which have no dots, are in the same state dict as the network's.
     weights = read_weights(saved(tmp_path, content["state_dict"]))
     assert_taken(weights)
     assert_taken(read_weights(saved(tmp_path, content)))
@@ -244,7 +244,7 @@ def test_tensors_of_every_make(tmp_path, legacy):
 
 
 def test_loaded_parameters_share_no_memory(tmp_path):
-    """Tied in the file, views of one buffer, transposed: each parameter gets memory of its own."""
+    """Parameters that are tied, transposed or views of one buffer in the file get separate memory."""
     state = dict(GOOD)
     flat = torch.cat([state["out.0.weight"], state["out.0.bias"]])
     count = len(state["out.0.weight"])

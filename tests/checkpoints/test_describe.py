@@ -1,4 +1,4 @@
-"""The report of `inspect`: work, memory, values."""
+"""Tests of the report of `inspect`: work, memory and values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from admfast.models.presets import MODELS, preset
 from tests.small import CLASSIFIER, SMALL_NETS, SMALL_UNET, SMALL_UPSAMPLER
 from tests.tools.random_checkpoint import random_state
 
-# GFLOP of a forward pass, batch 1, 2 for a multiply-add, counted on the published code with torch's counter.
+# GFLOP of a forward pass at batch 1, with 2 FLOP per multiply-add, counted on the published code by torch.
 PUBLISHED_GFLOP = {
     "64x64_diffusion": 219.356,
     "128x128_diffusion": 613.856,
@@ -45,21 +45,21 @@ def test_work_is_the_published_work(name):
     config = preset(name).config
     gflop = forward_work(config).flops / 1e9
     if isinstance(config, ClassifierConfig):
-        # The published pool projects the 64 tokens beside the one that it returns to the classes as well.
+        # The published pool returns one token, but projects the other 64 tokens to the classes too.
         gflop += 2 * config.widths()[-1] * 1000 * 64 / 1e9
     assert gflop == pytest.approx(PUBLISHED_GFLOP[name], rel=1e-3)
-    assert gflop == pytest.approx(PUBLISHED_GFLOP[name], abs=0.002), "and to the last published digit"
+    assert gflop == pytest.approx(PUBLISHED_GFLOP[name], abs=0.002), "differs from the published digits"
 
 
 @pytest.mark.parametrize("sides", [None, (16, 16), (16, 32)])
 def test_the_gradient_of_a_convolution_is_as_much_work_as_itself(sides):
-    """That of a product of two images, q and k, is twice as much; the embedding has none in x."""
+    """The gradient of the attention products costs twice the forward; the embedding has no gradient in x."""
     config = ClassifierConfig(**{**CLASSIFIER, "pool": "adaptive", "attention_resolutions": ()})
     net = build(config)
     embedding = [*net.time_embed, *(m.emb_layers[1] for m in net.modules() if hasattr(m, "emb_layers"))]
     linear = sum(2 * m.weight.numel() for m in embedding if isinstance(m, torch.nn.Linear))
     height, width = sides or (config.image_size, config.image_size)
-    # The middle block attends at half the sides: q k^T and its product with v.
+    # Attention is in the middle block only, at half the sides: q k^T and its product with v.
     attention = 2 * 2 * (height * width // 4) ** 2 * config.widths()[-1]
     forward = forward_work(config, sides=sides).flops
     assert guidance_flops(config, sides) == 2 * forward - linear + attention
@@ -84,14 +84,14 @@ def test_work_follows_batch_and_precision():
 
 @pytest.mark.parametrize("config", SMALL_NETS, ids=lambda config: config.kind)
 def test_memory_holds_what_must_be_alive_together(config):
-    """At least the skips of a UNet, or the largest activation with its input; at most ten times that."""
+    """The memory is between 2 and 20 times the largest activation."""
     largest = 4 * 16 * 16 * max(config.widths())
     work = forward_work(config)
     assert 2 * largest <= work.activation_bytes <= 20 * largest
 
 
 def test_memory_is_what_a_real_pass_allocates():
-    """The same count on tensors with memory: shapes decide, not the device."""
+    """The count on real tensors is the same as on meta tensors."""
     from admfast.checkpoints.describe import LiveBytes
     from admfast.ops.dispatch import using
 
@@ -105,12 +105,12 @@ def test_memory_is_what_a_real_pass_allocates():
     with using("reference"), torch.no_grad(), live:
         out = net(**inputs)
     assert live.peak == pytest.approx(forward_work(SMALL_UNET, batch=2).activation_bytes, rel=0.05)
-    assert live.now == out.untyped_storage().nbytes(), "all but the output has been freed"
+    assert live.now == out.untyped_storage().nbytes(), "only the output may still be allocated"
 
 
 def test_the_count_runs_on_the_references_and_puts_the_environment_back(monkeypatch):
     expected = forward_work(SMALL_UNET)
-    monkeypatch.setenv("ADMFAST_IMPL", "attention=none_of_that_name")  # would raise, were it asked for
+    monkeypatch.setenv("ADMFAST_IMPL", "attention=none_of_that_name")  # would raise if it were read
     assert forward_work(SMALL_UNET) == expected
     assert os.environ["ADMFAST_IMPL"] == "attention=none_of_that_name"
     monkeypatch.delenv("ADMFAST_IMPL")
@@ -176,7 +176,7 @@ def test_report_on_a_file_that_leaves_options_open(tmp_path):
 
 
 def test_report_on_released_shapes(tmp_path):
-    """Files with the shapes of released models and one value: a few hundred kilobytes each."""
+    """The files have the shapes of released models but store one value: a few hundred kilobytes each."""
 
     def save(name, shapes):
         torch.save({k: torch.zeros(1).expand(s) for k, s in shapes.items()}, tmp_path / name)
@@ -239,7 +239,7 @@ def test_a_preset_that_does_not_fit_is_refused(tmp_path):
 
 
 def test_importing_the_floor_is_light():
-    """Neither triton nor xformers is imported, nor a home folder needed."""
+    """Importing loads neither triton nor xformers, and needs no home folder."""
     program = (
         "import sys, admfast.checkpoints, admfast.files; "
         "print([name for name in ('triton', 'xformers', 'typer') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""A UNet's weights and process as diffusers takes them, against its network in plain PyTorch."""
+"""Tests of a UNet's weights and process in diffusers' form, against diffusers' network in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_network_computes_the_same(name):
 
 
 def test_rows_of_qkv_are_permuted_and_nothing_is_computed():
-    """Values that are their own row's number show where each row goes."""
+    """Each value is the number of its row, which shows where each row goes."""
     heads, dim = 2, 32
     state = with_weights(SMALL_UNET).state_dict()
     rows = torch.arange(3 * heads * dim, dtype=torch.float32)
@@ -67,7 +67,7 @@ def test_every_value_has_one_place():
 
 
 def test_the_configuration_of_a_released_network():
-    """Of 64x64_diffusion: widths 192 x (1, 2, 3, 4), attention at sides 32, 16, 8, heads of 64 channels."""
+    """64x64_diffusion: widths 192 x (1, 2, 3, 4), attention at sides 32, 16 and 8, heads of 64 channels."""
     config = MODELS["64x64_diffusion"].config
     diffusers.check_network(config)
     settings = diffusers.unet_config(config)
@@ -84,7 +84,7 @@ def test_the_configuration_of_a_released_network():
 
 
 def test_released_models_that_are_held():
-    """Not: four heads at every width, a narrow first level, upsamplers, classifiers."""
+    """Not representable: four heads at every width, a narrow first level, upsamplers, classifiers."""
     held_names = set()
     for name, model in MODELS.items():
         try:
@@ -137,8 +137,8 @@ def test_processes_that_are_refused(settings, scheduler, field):
 
 
 def test_processes_that_are_held():
-    diffusers.check_process(DiffusionConfig(rescale_timesteps=True))  # by 1000 / 1000
-    diffusers.check_process(DiffusionConfig(var_type="LEARNED"), "ddim")  # which has no variance
+    diffusers.check_process(DiffusionConfig(rescale_timesteps=True))  # the factor is 1000 / 1000 = 1
+    diffusers.check_process(DiffusionConfig(var_type="LEARNED"), "ddim")  # DDIM uses no variance
 
 
 @pytest.mark.parametrize("steps", [1000, 100, 4000])

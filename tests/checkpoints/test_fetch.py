@@ -1,4 +1,4 @@
-"""Downloading, against a server on this machine that can be told to misbehave."""
+"""Tests of downloading, from a local server that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from admfast.checkpoints import fetch, fingerprint, shapes_of
 from admfast.errors import CheckpointError, InvalidArgument, OutputError
 from admfast.models.presets import MODELS, preset
 
-fetching = importlib.import_module("admfast.checkpoints.fetch")  # the package gives the name to the function
+fetching = importlib.import_module("admfast.checkpoints.fetch")  # in the package this name is the function
 NAME = "64x64_classifier"
 STATE = {"w": torch.arange(768_000.0).reshape(768, 1000)}
 
@@ -37,20 +37,20 @@ def saved(state: dict[str, torch.Tensor]) -> bytes:
     return file.getvalue()
 
 
-DATA = saved(STATE)  # some 3,073,000 bytes: several reads of the client
+DATA = saved(STATE)  # about 3,073,000 bytes, which the client gets in several reads
 FINGERPRINT = fingerprint(shapes_of(STATE))
 SERVER_S, CONTENT = "the server's own length", ("zip checksums", "keys and shapes")
 
 
 @pytest.fixture(autouse=True)
 def model_of_the_data(monkeypatch):
-    """The server's file is the released one."""
+    """Make the server's file the released one."""
     model = dataclasses.replace(preset(NAME), fingerprint=FINGERPRINT)
     monkeypatch.setitem(MODELS, NAME, model)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves DATA as NAME.pt; `plan` says how the next requests misbehave, one word each."""
+    """A server of DATA as NAME.pt. Each word of `plan` is the fault of one of the next requests."""
 
     daemon_threads = True
 
@@ -64,7 +64,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ranges = True
 
     def handle_error(self, request, client_address):
-        """Clients that hang up are part of the tests."""
+        """Ignore errors: in these tests clients hang up on purpose."""
 
     @property
     def url(self) -> str:
@@ -116,7 +116,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if plan == "stall":
             time.sleep(1.5)
         if plan == "reset":
-            # An unsent answer that is thrown away with the socket: the client sees a reset, not an end.
+            # With a linger time of 0, close() sends a reset, so the client sees an error and not an end.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
             self.connection.close()
         self.close_connection = True
@@ -143,7 +143,7 @@ def get(server, tmp_path):
 
 @pytest.fixture
 def published(monkeypatch):
-    """Give the preset a size and hashes, as the table would."""
+    """Return a function that gives the preset a size and hashes."""
 
     def give(**facts):
         model = dataclasses.replace(preset(NAME), **facts)
@@ -192,7 +192,7 @@ def test_what_is_there_is_replaced_only_when_asked_for(get, server, tmp_path):
     server.plan = ["cut"]
     with pytest.raises(CheckpointError):
         get(overwrite=True, retries=0)
-    assert target.read_bytes() == b"mine", "the old file stays until the new one is whole"
+    assert target.read_bytes() == b"mine", "the old file was replaced before the new one was complete"
     get(overwrite=True)
     assert target.read_bytes() == DATA
 
@@ -274,7 +274,7 @@ def test_hashes_are_compared(get, published, tmp_path, system):
         published(**facts)
         with pytest.raises(CheckpointError, match="not the published file: its (sha256|md5) is .*, not 0000"):
             get(overwrite=True)
-        assert names(tmp_path) == [f"{NAME}.pt"], "what was wrong is discarded, what was there stays"
+        assert names(tmp_path) == [f"{NAME}.pt"], "only the old file should be left"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Published flags, given of a weights file: understood and checked, or told their name here."""
+"""Tests of published flags given with a weights file: accepted, checked, or answered with our name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tools.random_checkpoint import random_state
 
 SHAPES = network_shapes(SMALL_UNET)
 ANSWERS = {"image_size": 16, "num_head_channels": 32, "use_new_attention_order": False}
-# As pasted from the published README and its defaults, for small widths.
+# Flags of the published README and defaults, but with small widths.
 MODEL = (
     "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --image_size 64 "
     "--learn_sigma True --noise_schedule cosine --num_channels 32 --num_head_channels 32 --num_heads 4 "
@@ -34,7 +34,7 @@ MODEL = (
 
 
 def pasted(line):
-    """The options of a command line of flags, as --set reads them."""
+    """Return the options in a line of published flags, parsed as --set parses them."""
     words = line.replace("--", "").split()
     return options_of("--set", [f"{a}={b}" for a, b in zip(words[::2], words[1::2], strict=True)])
 
@@ -54,7 +54,8 @@ PROCESS = (
 def test_a_pasted_line_of_flags_is_understood(multipliers):
     line = MODEL + multipliers
     config = published(line, unet_config_from_flags, *PROCESS)
-    # Image sides of 64 pixels; on few levels some of them are never reached, as published.
+    # Sides of 64-pixel images, as factors. As in the published code, a network with few levels never
+    # reaches some of them.
     assert config.attention_resolutions == (2, 4, 8)
     info = identify(network_shapes(config), file="x", options=pasted(line))
     levels = {2**level for level in range(len(config.channel_mult))}
@@ -185,7 +186,7 @@ def test_a_text_that_is_no_multipliers_is_shown_whole(text):
     ],
 )
 def test_a_setting_of_which_no_network_can_be_made_is_named_beside_what_the_weights_have(flag, value, has):
-    for more in ({}, {"conv_resample": False}):  # which has no effect here, and is not to blame
+    for more in ({}, {"conv_resample": False}):  # conv_resample has no effect here, so it must not be blamed
         with pytest.raises(InvalidArgument) as caught:
             identify(SHAPES, file="x", options={**ANSWERS, **more, flag: value})
         assert str(caught.value).startswith(f"{flag}={value!r}: ") and str(caught.value).endswith(f" {has}")
@@ -205,7 +206,7 @@ def test_a_setting_of_which_no_network_can_be_made_is_named_beside_what_the_weig
     ids=str,
 )
 def test_the_option_that_no_reading_of_the_blocks_allows_is_named(options, named):
-    """Eight equal blocks are 1, 2 or 4 levels."""
+    """Eight equal blocks can be read as 1, 2 or 4 levels."""
     config = ClassifierConfig(
         image_size=32,
         model_channels=32,

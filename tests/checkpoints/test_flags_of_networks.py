@@ -1,4 +1,4 @@
-"""The flags of the published scripts that build a network: as published, and refused where there are none."""
+"""Tests of the published scripts' flags for a network: equal to the README's, or refused if none exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from admfast.models import ClassifierConfig, UNetConfig, UpsamplerConfig
 from admfast.models.presets import MODELS
 from tests.small import SMALL_CLASSIFIER, SMALL_UNET, SMALL_UPSAMPLER
 
-# Of the published README, without what says how to compute, and the published defaults of the other flags.
+# Flags of the published README without those of the computation; below, the defaults of the other flags.
 README = {
     "64x64_diffusion": "attention_resolutions 32,16,8 class_cond True diffusion_steps 1000 dropout 0.1 "
     "image_size 64 learn_sigma True noise_schedule cosine num_channels 192 num_head_channels 64 "
@@ -102,7 +102,7 @@ def test_processes_that_no_flags_say(settings, field):
 
 
 def test_what_has_no_effect_needs_no_flag():
-    """Heads by number beside num_head_channels, and how levels resample beside resblock_updown."""
+    """num_heads has no effect with num_head_channels, nor has conv_resample with resblock_updown."""
     config = dataclasses.replace(PUBLISHED, conv_resample=False)
     assert published_flags(config) == published_flags(PUBLISHED)
     classifier = MODELS["64x64_classifier"].config

@@ -1,4 +1,4 @@
-"""What shapes, presets, descriptions and options say of a weights file, and the question where they don't."""
+"""Tests of inferring a configuration from shapes, presets, descriptions and options, and of what it asks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HEADS = {"num_head_channels": 32, "use_new_attention_order": False}
 
 
 def hidden_options(config):
-    """The options that no shape shows."""
+    """Return the options that no shape reveals."""
     names = ["dropout", "num_heads", "num_head_channels", "use_new_attention_order", "image_size", "kind"]
     return {name: getattr(config, name) for name in names}
 
 
 def without_effect(config):
-    """`config` with the options that no network shows at their defaults."""
+    """Return `config` with options that have no effect set to their defaults."""
     changes = {}
     if len(config.channel_mult) == 1:
         changes |= {"resblock_updown": False, "conv_resample": True}
@@ -65,7 +65,7 @@ def test_a_multiplier_that_rounds_down_still_gives_the_width():
 
 
 def test_the_random_networks_reach_every_option():
-    """The sample above would be worth little if it missed a kind, a pool or a way of resampling."""
+    """The random networks cover every kind, pool and way of resampling."""
     configs = [random_config(seed) for seed in range(120)]
     assert {config.kind for config in configs} == {"unet", "upsampler", "classifier"}
     assert {c.pool for c in configs if c.kind == "classifier"} == {
@@ -99,13 +99,13 @@ def test_the_question_lists_what_is_open_and_what_is_allowed():
     [
         ({"image_size": 16}, {"num_heads", "use_new_attention_order", "noise_schedule"}),
         ({"image_size": 16, "num_heads": 2}, {"use_new_attention_order", "noise_schedule"}),
-        ({"image_size": 16, "num_heads": 1}, set()),  # with one head the orders are one
+        ({"image_size": 16, "num_heads": 1}, set()),  # with one head both orders are the same
         ({"image_size": 16, "num_head_channels": 64}, set()),
         ({"num_heads": 1}, {"image_size", "noise_schedule"}),
         (HEADS, {"image_size", "noise_schedule"}),
         ({"noise_schedule": "linear", **HEADS}, {"image_size"}),
     ],
-    ids=lambda value: str(sorted(value)),  # the same in every process
+    ids=lambda value: str(sorted(value)),  # sorted, so that ids are the same in every process
 )
 def test_an_option_that_is_given_is_not_asked_for(options, asked):
     shapes = network_shapes(SMALL_UNET)
@@ -131,7 +131,7 @@ def test_channels_that_fit_two_kinds_are_asked_about():
 
 @pytest.mark.parametrize("stem, head", [(4, 2), (6, 3), (8, 4)])
 def test_a_condition_in_the_input_is_not_taken_for_an_upsampler_s(stem, head):
-    """An image and its condition, concatenated: an upsampler's channels by accident, or an upsampler's."""
+    """An image concatenated with a condition can have the channels of an upsampler."""
     given = dataclasses.replace(SMALL_UNET, in_channels=stem, out_channels=head)
     options = {"image_size": 16, "num_classes": 10, **HEADS}
     with pytest.raises(Unanswered, match=r"kind \(unet or upsampler\)"):
@@ -324,7 +324,7 @@ def test_a_fingerprint_follows_keys_and_shapes_only():
 
 @pytest.mark.parametrize("config", SMALL_NETS, ids=lambda config: config.kind)
 def test_no_damage_to_the_shapes_gets_past_the_error(config):
-    """Keys lost and shapes spoiled at random: an answer or a clear refusal, never another exception."""
+    """Every network with keys removed or shapes changed at random is refused with an AdmfastError."""
     rng = random.Random(0)
     whole = network_shapes(config)
     refused = 0
@@ -346,7 +346,7 @@ def test_no_damage_to_the_shapes_gets_past_the_error(config):
 
 
 def random_config(seed: int) -> NetConfig:
-    """Some configuration of any kind, every option drawn; widths of 32 to 192."""
+    """Return a random configuration of any kind: every option is drawn; widths are 32 or 64."""
     rng = random.Random(seed)
     kind = rng.choice(["unet", "upsampler", "classifier"])
     levels = rng.randint(1, 4)
@@ -384,7 +384,7 @@ def random_config(seed: int) -> NetConfig:
 
 
 def _multiplier(width: int, base: int) -> float:
-    """A multiplier that gives the width, in the way a person would write it where that is exact."""
+    """Return width / base, slightly more if int(multiplier * base) falls short, as an int if whole."""
     multiplier = width / base
     if int(multiplier * base) != width:
         multiplier += 1e-9

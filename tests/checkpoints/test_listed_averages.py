@@ -1,4 +1,4 @@
-"""Averages that a file keeps as a list without names, in the order of the network's parameters."""
+"""Tests of averages that a file keeps as a list without names, in the order of the parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.checkpoints.test_choosing import (
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_an_average_kept_as_a_list_is_taken_in_the_order_of_the_parameters(tmp_path, legacy):
-    """As score_sde and torch_ema save it, beside the network and counters of it."""
+    """score_sde and torch_ema save such lists. The network's state dict here also has counter tensors."""
     counted = prefixed("module.", RAW) | {"module.out.2.total_ops": torch.zeros(1)}
     average = {"decay": 0.999, "num_updates": 5, "shadow_params": list(GOOD.values())}
     aside = average | {"collected_params": list(RAW.values())}
@@ -56,7 +56,7 @@ def test_an_average_kept_as_a_list_that_does_not_fit_is_left_and_why_is_said(tmp
 
 
 def exchanged(state, one="out.0.weight", other="out.0.bias"):
-    """The state dict with two keys of one shape in each other's place."""
+    """Return the state dict with the places of two keys of equal shape exchanged."""
     assert state[one].shape == state[other].shape
     places = {one: other, other: one}
     return {places.get(key, key): state[places.get(key, key)] for key in state}
@@ -74,7 +74,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("memory", [False, True], ids=["file", "memory"])
 def test_a_list_is_left_where_the_keys_are_not_in_the_order_of_parameters(tmp_path, order, memory):
-    """It is that of `module.parameters()`; by these keys two tensors of one shape would be exchanged."""
+    """A list follows `module.parameters()`; read by these keys, tensors of equal shape would be exchanged."""
     changed = ORDERS[order](RAW)
     content = {"model": changed, "ema": {"shadow_params": list(GOOD.values()), "decay": 0.9}}
     source = content if memory else saved(tmp_path, content)
@@ -89,7 +89,7 @@ def test_a_list_is_left_where_the_keys_are_not_in_the_order_of_parameters(tmp_pa
     with pytest.raises(CheckpointError, match="'teacher'") as caught:
         read_weights(source, entry="teacher")
     assert "shadow_params" not in str(caught.value)
-    # Another state dict of the network in the file gives the order.
+    # A second state dict of the network, with its keys in order, makes the list readable.
     both = {**content, "model": exchanged(RAW), "net": RAW}
     assert_taken(read_weights(both, entry="ema"))
 

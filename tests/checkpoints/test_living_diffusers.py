@@ -1,4 +1,4 @@
-"""diffusers itself reads what is exported: its networks, schedulers and pipelines give the same."""
+"""Tests with diffusers installed: it reads our exports, and its pipelines give the same images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def library():
 def exported(
     folder: Path, name: str, process: DiffusionConfig = PROCESS, **settings
 ) -> tuple[Pipeline, Path]:
-    """A pipeline of ours, and the folder that its network was exported to."""
+    """Return a pipeline of ours, and the folder that its network was exported to."""
     net = with_weights(held(name))
     write_weights(folder / "net.safetensors", net.state_dict(), Description(net.config, process))
     out = folder / "exported"
@@ -45,7 +45,7 @@ def exported(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", HELD)
 def test_their_network_gives_our_output(library, name, dtype):
-    """All channels: the noise and the variance."""
+    """All channels are compared, those of the noise and those of the variance."""
     config = held(name)
     net = with_weights(config).to(dtype)
     theirs = library.UNet2DModel.from_config(ours.unet_config(config, "ddpm")).to(dtype).eval()
@@ -68,7 +68,7 @@ def test_released_networks_fit_at_full_size(library, name):
 
 
 def theirs_and_ours(library, pipe: Pipeline, folder: Path, steps: int) -> tuple[Tensor, Tensor]:
-    """Images of DDIMPipeline and of our DDIM from the same noise, in [-1, 1]."""
+    """Return the images of DDIMPipeline and of our DDIM from the same noise, in [-1, 1]."""
     theirs = library.DDIMPipeline.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     drawn = torch.Generator().manual_seed(5)
@@ -110,7 +110,7 @@ def test_ddim_pipeline_of_a_network_without_variance(library, tmp_path, switches
 
 
 def test_classes_by_network_and_scheduler(library, tmp_path):
-    """DDIMPipeline passes no class."""
+    """DDIMPipeline can't pass a class, so the test calls the network and the scheduler."""
     admfast.export("digits32", tmp_path / "digits", to="diffusers")
     theirs = library.DDIMPipeline.from_pretrained(tmp_path / "digits")
     pipe = admfast.load("digits32", device="cpu", precision="fp32")
@@ -135,7 +135,7 @@ def test_classes_by_network_and_scheduler(library, tmp_path):
     ids=["learned-range", "fixed-large", "fixed-small"],
 )
 def test_ddpm_scheduler_makes_our_steps(library, tmp_path, name, switches):
-    """x_{t-1} = mean + exp(log variance / 2) z, with the z that their step draws; no noise at t = 0."""
+    """Their step is x_{t-1} = mean + exp(log variance / 2) z, with z from the generator; z = 0 at t = 0."""
     process = DiffusionConfig(noise_schedule="cosine", **switches)
     pipe, folder = exported(tmp_path, name, process, scheduler="ddpm")
     theirs = library.DDPMPipeline.from_pretrained(folder)
@@ -153,7 +153,7 @@ def test_ddpm_scheduler_makes_our_steps(library, tmp_path, name, switches):
 
 
 def test_every_setting_is_one_of_theirs(library, tmp_path):
-    """An unknown one would be passed over in silence."""
+    """diffusers ignores unknown settings silently."""
     for scheduler in ours.SCHEDULERS:
         _, folder = exported(tmp_path, "legacy-order", scheduler=scheduler, overwrite=True)
         for place in ("unet/config.json", "scheduler/scheduler_config.json"):

@@ -1,4 +1,4 @@
-"""Loading networks: the right weights in the right places, no second copy, and clear refusals."""
+"""Tests of loading networks: weights in the right places, no second copy, and clear refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWERS = {"image_size": 16, "num_head_channels": 32, "use_new_attention_order":
 
 
 def reference_output(config, state):
-    """The output of a network that was filled by plain load_state_dict."""
+    """Return the output of a network that was filled by plain load_state_dict."""
     net = build(config)
     net.load_state_dict(state)
     return run(net, config)
@@ -114,7 +114,7 @@ def test_the_configuration_from_every_source(tmp_path):
     by_config, info = load_network(path, config=SMALL_UNET)
     assert info.source == "the configuration given" and info.diffusion is None
     assert torch.equal(run(by_options, SMALL_UNET), run(by_config, SMALL_UNET))
-    # Another number of heads is another network with the same weights.
+    # The same weights with another number of heads are another network.
     other, info = load_network(path, config=SMALL_UNET, num_head_channels=16)
     assert info.config.num_head_channels == 16
     assert not torch.equal(run(other, SMALL_UNET), run(by_config, SMALL_UNET))
@@ -140,7 +140,7 @@ def test_weights_that_do_not_fit_say_how_and_whose_they_are(tmp_path):
 
 
 def test_a_wrong_preset_is_told_the_right_one(tmp_path):
-    """With tensors that have shapes but no memory on disk to speak of: one value, stretched."""
+    """The tensors are one value expanded to the shapes, so the file is small."""
     shapes = network_shapes(preset("64x64_classifier").config)
     state = {key: torch.zeros(1).expand(shape) for key, shape in shapes.items()}
     torch.save(state, tmp_path / "x.pt")

@@ -1,4 +1,4 @@
-"""Files that are rare, or made to mislead: early pickle protocols, other forms of tensors, false lengths."""
+"""Tests of rare or malicious files: early pickle protocols, unusual kinds of tensors, false lengths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1.
 
 
 class Runs:
-    """Unpickles as a call of os.system."""
+    """An object whose unpickling would call os.system."""
 
     def __reduce__(self):
         return os.system, ("false",)
@@ -46,7 +46,7 @@ def refused(path, said, **how):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("protocol", [0, 1])
 def test_early_protocols_of_pickle_are_read(tmp_path, protocol, zipped):
-    """torch.load itself takes no protocol 0: there a storage's identity is the text of a tuple."""
+    """torch.load does not read protocol 0, in which the id of a storage is the text of a tuple."""
     beside = {
         "step": 3,
         "lr": 1e-4,
@@ -125,7 +125,7 @@ def odd(form):
         "conjugated": lambda: torch.complex(values, values).conj(),
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that sparse csr and quantization may change
+        warnings.simplefilter("ignore")  # torch warns that sparse csr and quantization may change
         return made[form]()
 
 
@@ -145,13 +145,13 @@ def test_tensors_of_another_form_are_called_what_they_are(tmp_path, form, zipped
             continue
         with pytest.raises(CheckpointError, match=f"{kind.get(form, form)}.*{key}"):
             read_weights(source)
-    # Beside the network it is in nobody's way.
+    # Outside the network's state dict such a tensor is ignored.
     content = {"model": GOOD, "other": odd(form)}
     assert read_weights(saved(tmp_path, content, **how) if zipped is not None else content).entry == "model"
 
 
 class OfADevice:
-    """Pickles as torch does a tensor of a device whose memory it doesn't write."""
+    """An object pickled like an XLA tensor, which torch stores as a CPU tensor."""
 
     def __reduce__(self):
         arguments = (torch.ones(6), torch.float32, "xla:0", False)
@@ -169,11 +169,11 @@ def test_a_dtype_of_another_torch_is_named(tmp_path):
 
 
 def changed_archive(path, changes, again=()):
-    """Write the members of an archive anew, some with another content, some twice."""
+    """Rewrite the members of an archive through `changes`, then append the members `again`."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that come twice
+        warnings.simplefilter("ignore")  # zipfile warns about duplicate names
         for name, content in members.items():
             archive.writestr(name, changes(name, content))
         for name, content in again:
@@ -183,7 +183,7 @@ def changed_archive(path, changes, again=()):
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("count", [2**31 - 1, 2**40, 2**62, 2**200, 5, 7])
 def test_a_storage_of_a_false_length_is_refused_before_memory_is_taken(tmp_path, count, values):
-    """Six values in the file; the pickle says another number, for storage and shape alike."""
+    """The file has six values; the pickle gives another number, for both the storage and the shape."""
     path = saved(tmp_path, {"w": torch.arange(6.0), "v": torch.ones(2)}, pickle_protocol=0)
 
     def changes(name, content):
@@ -200,7 +200,7 @@ def test_a_storage_of_a_false_length_is_refused_before_memory_is_taken(tmp_path,
 
 @pytest.mark.parametrize("shape", [(2**61, 2**61), (0, 2**70), (2**40,)], ids=str)
 def test_a_shape_that_no_memory_holds_is_refused(tmp_path, shape):
-    """One value, repeated by strides of 0."""
+    """The file has one value, expanded by strides of 0."""
     path = saved(tmp_path, {"w": torch.ones(1).expand(2, 3)}, pickle_protocol=0)
     texts = {
         b"(I2\nI3\nt": b"(" + b"".join(b"I%d\n" % side for side in shape) + b"t",
@@ -235,7 +235,7 @@ def test_two_members_of_one_name_are_refused(tmp_path, name):
 
 
 def test_a_packed_member_is_no_longer_than_packing_makes_it(tmp_path):
-    """Deflate packs 1032 bytes into one at most; a directory that says more lies."""
+    """Deflate compresses at most 1032 bytes into one, so a directory that claims more is wrong."""
     path = saved(tmp_path, {"w": torch.zeros(2**20)})
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -258,7 +258,7 @@ def test_legacy_lengths_are_compared_with_the_file(tmp_path):
         assert data.count(struct.pack("<q", 6)) == 1
         path.write_bytes(data.replace(struct.pack("<q", 6), struct.pack("<q", count)))
         refused(path, "truncated")
-    # A text whose length is a lie: 2^40 bytes.
+    # A string that claims a length of 2^40 bytes.
     stream = io.BytesIO()
     torch.save(STATE, stream, _use_new_zipfile_serialization=False, pickle_protocol=4)
     data = stream.getvalue()

@@ -1,4 +1,4 @@
-"""Reading weights files: what is in them, and one line for every way in which they can be wrong."""
+"""Tests of reading weights files: their contents, and a one-line error for every kind of bad file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STATE = {"b.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1.
 
 
 class RunsCode:
-    """Unpickles as a call of os.system."""
+    """An object whose unpickling would call os.system."""
 
     def __init__(self, command):
         self.command = command
@@ -100,7 +100,7 @@ def test_what_was_read_does_not_follow_the_file(tmp_path, ending, how):
 
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_reading_takes_the_memory_of_the_weights_once(tmp_path, ending):
-    """Peak memory of a process that loads 256 MiB, in tensors small enough to be read one by one."""
+    """The peak memory of a process that loads 64 tensors of 4 MiB grows by less than 1.3 times their size."""
     path = tmp_path / f"x.{ending}"
     state = {f"w{i}": torch.ones(2**20) for i in range(64)}
     torch.save(state, path) if ending == "pt" else save_file(state, path)
@@ -198,7 +198,7 @@ def test_code_is_refused_by_name_and_not_run(tmp_path, legacy, protocol):
 
 
 def test_a_handwritten_pickle_is_refused_by_name(tmp_path):
-    """`os system` by the GLOBAL opcode, as a bare pickle and as the data.pkl of an archive."""
+    """The GLOBAL opcode names `os system`, in a bare pickle and in the data.pkl of an archive."""
     program = b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."
     (tmp_path / "bare.pt").write_bytes(program)
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
@@ -305,7 +305,7 @@ def test_a_missing_file_names_what_the_folder_holds(tmp_path):
 
 
 def test_any_cut_of_a_file_is_refused(tmp_path):
-    """Whatever byte a download stopped at, the file isn't taken for a whole one."""
+    """A download that stopped at any byte is not accepted as a complete file."""
     torch.save({"w": torch.zeros(50), "v": torch.ones(3)}, tmp_path / "whole.pt")
     save_file({"w": torch.zeros(50), "v": torch.ones(3)}, tmp_path / "whole.safetensors")
     for name in ("whole.pt", "whole.safetensors"):

@@ -1,4 +1,4 @@
-"""Writing weights files: both formats, the description, and failures that change nothing."""
+"""Tests of writing weights files: both formats, the description, and failures that change nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_safetensors_file_passed_on_alone_keeps_its_description(tmp_path):
 
 
 def test_files_are_readable_by_others(tmp_path):
-    """safetensors alone creates files for the owner's eyes."""
+    """By itself, safetensors creates files that only the owner can read."""
     before = os.umask(0o022)
     try:
         for ending in ENDINGS:
@@ -81,7 +81,7 @@ def test_views_and_shared_tensors_are_written_as_they_are_seen(tmp_path, ending)
     for key, value in state.items():
         assert torch.equal(back[key], value.detach()) and back[key].is_contiguous(), key
     write_weights(tmp_path / f"row.{ending}", {"row": torch.zeros(1000, 1000)[0]})
-    assert (tmp_path / f"row.{ending}").stat().st_size < 10_000, "the base of a view is not written"
+    assert (tmp_path / f"row.{ending}").stat().st_size < 10_000, "the base of a view was written"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Weights files that the tests of the command line share."""
+"""Shared weights files for the tests of the command line."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.small import classifier, unet, upsampler, write
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A folder with a class-conditional model, a classifier, and a model without classes."""
+    """Return a folder with a class-conditional model, a classifier, and a model without classes."""
     folder = tmp_path_factory.mktemp("weights")
     write(folder / "faces.safetensors", unet())
     write(folder / "guide.safetensors", classifier(1))

@@ -1,4 +1,4 @@
-"""`admfast export` through `main(argv)`: what it prints, writes and refuses."""
+"""Tests of `admfast export` through `main(argv)`: its output, its files and its errors."""
 
 from __future__ import annotations
 

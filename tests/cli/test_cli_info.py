@@ -1,4 +1,4 @@
-"""`admfast info`, and what `main` makes of bad usage, Ctrl-C and a reader that has gone."""
+"""Tests of `admfast info`, and of `main` with bad usage, Ctrl-C and a closed output pipe."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ sys.exit(main())
 
 
 def rows(text: str) -> dict[str, str]:
-    """The two columns of a printed table."""
+    """Return the two columns of a printed table as a dict."""
     return dict(map(str.strip, line.split("  ", 1)) for line in text.splitlines() if line.strip())
 
 
 @pytest.mark.parametrize("module", ["ast", "typer", "torch.storage", "admfast.cli.examples"])
 @pytest.mark.parametrize("command", [["-m", "admfast"], ["-c", SCRIPT]], ids=["module", "script"])
 def test_ctrl_c_while_the_command_starts_is_one_line(command, module):
-    """Stopped as soon as the module is there: before typer, after it, within torch, within the package."""
+    """The signal comes once this module is imported: before or after typer, within torch or the package."""
     started = subprocess.Popen(
         [sys.executable, "-X", "importtime", *command, "info"],
         cwd=ROOT,
@@ -100,7 +100,7 @@ def test_reasons_are_shown(capsys, monkeypatch):
 
 
 def choices(capsys) -> dict[str, str]:
-    """Return what the third table says of every example call."""
+    """Return the third table: the implementation chosen for every example call."""
     assert main(["info"]) == 0
     return rows(capsys.readouterr().out.split("\n\n")[2])
 
@@ -233,7 +233,7 @@ def test_a_reader_that_has_gone_is_no_error(buffered):
 
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=["nothing", "active"])
 def test_the_command_line_waits_passively_where_the_user_says_nothing(given):
-    """As libgomp itself says it when torch loads it."""
+    """libgomp prints its settings when torch loads it."""
     environment = {name: value for name, value in os.environ.items() if name not in host.PASSIVE}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE", **given}
     command = [sys.executable, "-m", "admfast", "info"]

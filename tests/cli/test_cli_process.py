@@ -1,4 +1,4 @@
-"""The command line as a process: signals, disks and outputs that are full, and what a stream can't hold."""
+"""Tests of the command line as a process: signals, full disks and outputs, and streams' encodings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_signal_leaves_what_is_finished(weights, tmp_path, number):
 
 @pytest.mark.parametrize("delay", [0.05, 0.2, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9], ids=str)
 def test_a_signal_while_the_libraries_are_loaded_ends_the_process(weights, tmp_path, delay):
-    """Before Python runs a line of ours the signal ends it by itself, which a shell calls 143 too."""
+    """Before our code runs, the signal itself kills the process; a shell reports 143 in both cases."""
     command = [sys.executable, "-m", "admfast", "sample", str(weights / "faces.safetensors"), "--seeds"]
     with subprocess.Popen(
         [*command, "0-99999", "--device", "cpu", "--out", str(tmp_path / "out")],
@@ -77,7 +77,7 @@ raise SystemExit(main(sys.argv[2:]))
     "limit, file, images", [(20, "images/000000_class0_seed0.png", 0), (400, "samples_", 2)]
 )
 def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
-    """A file that may not grow fails as a disk that is full does, and needs no special disk."""
+    """A limit on the file size stands in for a full disk: writes fail in the same way."""
     out = tmp_path / "out"
     command = [
         "sample",
@@ -123,7 +123,7 @@ def test_a_full_standard_output_is_one_line():
 
 @pytest.fixture
 def streams(monkeypatch):
-    """Give `main` an output and an error stream of an encoding; what was written is read as one text."""
+    """Return a function that replaces stdout and stderr by streams with the given encoding."""
 
     def given(encoding: str) -> list[io.TextIOWrapper]:
         made = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
@@ -143,13 +143,13 @@ def written(stream: io.TextIOWrapper) -> str:
 def test_paths_that_a_stream_can_not_hold_are_escaped(weights, tmp_path, streams, encoding, name):
     folder = tmp_path / name
     folder.mkdir()
-    known = name.isprintable()  # the library that reads safetensors takes UTF-8 names only
+    known = name.isprintable()  # safetensors reads only files with UTF-8 names
     model = shutil.copy(weights / "faces.safetensors", folder if known else tmp_path)
     out, escaped = folder / "out", name.encode("ascii", "backslashreplace").decode()
     sampling = ["sample", model, "--steps", "1", "--device", "cpu", "--out", str(out)]
     for command, status in (
         (sampling, 0),
-        (sampling, 2),  # there are samples now
+        (sampling, 2),  # refused: samples exist now
         (["inspect", model if known else str(folder / "gone.pt"), "--no-values"], 0 if known else 2),
         (["verify", model, "--steps", "1", "--low-res", str(folder / "gone.png")], 2),
         (["fetch", "64x64_diffusion", "--out", str(out / "grid.png")], 2),

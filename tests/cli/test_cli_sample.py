@@ -1,4 +1,4 @@
-"""`admfast sample` through `main(argv)`: files, output, exit statuses, and one line for every mistake."""
+"""Tests of `admfast sample` through `main(argv)`: files, output, exit statuses and one-line errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ both_defaults = pytest.mark.usefixtures("default_precision")
 
 @pytest.fixture
 def sample(weights, tmp_path, capsys):
-    """Call `admfast sample faces.safetensors --out tmp/out --steps 2 ...`: (status, stdout, stderr)."""
+    """Return a function that calls `admfast sample faces.safetensors --out tmp/out --steps 2 ...`.
+
+    It returns (status, stdout, stderr).
+    """
 
     def call(*options: str, model: str = "faces.safetensors") -> tuple[int, str, str]:
         settings = {"--steps": "2", "--device": "cpu", "--out": str(tmp_path / "out")}
@@ -43,7 +46,7 @@ def pngs(out: Path) -> list[str]:
 
 
 def table_of(stdout: str) -> dict[str, str]:
-    """The resolved configuration, up to the first line that is no row."""
+    """Return the printed configuration: the rows up to the first line that isn't one."""
     rows = {}
     for line in stdout.splitlines():
         if "  " not in line:
@@ -159,7 +162,7 @@ def test_a_profile_says_how_the_whole_run_went(sample, weights):
     assert all(any(line.startswith(f"op {op}") for line in lines) for op in ("conv", "attention", "normal"))
     (share,) = (line.split()[-2] for line in lines if line.split()[:1] == ["share"])
     assert 0 < float(share) < 1000
-    assert any("batches of 2" in line for line in lines), "small images: the calls dominate"
+    assert any("batches of 2" in line for line in lines), "no advice on the batch size"
     assert "share" not in sample("--seeds", "0", "--overwrite")[1]
 
 
@@ -226,7 +229,7 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
 def test_mistakes_are_one_line_and_status_2(sample, tmp_path, options, message):
     status, stdout, stderr = sample(*options)
     assert_one_line(status, stderr, message)
-    assert stdout == "" and not list(tmp_path.iterdir()), "nothing is said or made before all is checked"
+    assert stdout == "" and not list(tmp_path.iterdir()), "output or files before all arguments were checked"
 
 
 def test_the_home_folder_is_meant_by_its_sign(sample, tmp_path, monkeypatch):

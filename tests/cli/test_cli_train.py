@@ -1,4 +1,4 @@
-"""`admfast train`: what the command line asks for, refuses and prints."""
+"""Tests of `admfast train`: its options, errors and output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_kind_trains_and_is_exported(tmp_path, capsys, kind):
     assert main(["train", kind, "--out", str(run), *QUICK]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == str(run.resolve()) and any(line.startswith("step 2 of 2") for line in said)
-    assert any(line.startswith("lr ") for line in said), "the resolved recipe comes first"
+    assert any(line.startswith("lr ") for line in said), "the resolved recipe is not printed"
     assert main(["train", "export", str(run), "--out", str(file), "--dtype", "float16"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(file.resolve())
     net, info = load_network(file)
@@ -132,7 +132,7 @@ def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("number", ENDING)
 def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, times):
-    """The first lets the step at hand be saved; a second one ends the run where it is."""
+    """After the first signal the current step is finished and saved; a second one ends the run at once."""
     update = loop.Learner.update
 
     def and_signal(self, batch):
@@ -150,7 +150,7 @@ def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, time
 
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch, number):
-    """As SIGHUP is for a command behind nohup."""
+    """nohup, for example, makes a command ignore SIGHUP."""
     update = loop.Learner.update
     monkeypatch.setattr(
         loop.Learner, "update", lambda *given: (os.kill(os.getpid(), number), update(*given))[1]

@@ -1,4 +1,4 @@
-"""`admfast train` on data, disks and folders with faults: one line, status 2, nothing saved is lost."""
+"""Tests of `admfast train` with bad data, disks and folders: one line, status 2, and saved files are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def train(run: Path, *more: str, steps: int = 2) -> int:
 
 
 def folder(place: Path, classes: int = CLASSES, size: int = 40, **also: bytes) -> Path:
-    """A folder of two images a class; `also` are files of the first one, by the names of PNGs."""
+    """Make a folder with two images per class. `also` holds more PNG files of the first class, by name."""
     noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
     for number in range(classes):
         (one := place / f"class{number}").mkdir(parents=True)
@@ -119,7 +119,7 @@ def test_one_class_is_enough_for_a_network_of_one(tmp_path):
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Everything in a run's folder."""
+    """Return all files of a run's folder, by path."""
     return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
@@ -162,7 +162,7 @@ def test_a_run_that_is_refused_keeps_what_others_put_beside_it(tmp_path, monkeyp
 
 
 def test_a_lock_without_a_name_keeps_nobody_out_and_a_lock_of_a_run_stays(tmp_path, monkeypatch):
-    """A refused run may remove its lock after another process has opened it."""
+    """A refused run may remove its lock file after another process has opened the file."""
     locking = "admfast.training.folder.lock"
     monkeypatch.setattr(locking, lambda descriptor: (tmp_path / LOCK).unlink())
     with pytest.raises(OutputError, match="another process"), held(tmp_path, World()):
@@ -185,7 +185,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, capsys
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Return a function that mounts a file system of so many bytes; it is unmounted after the test."""
+    """Return a function that mounts a file system of `size` bytes, which is unmounted after the test."""
     place = tmp_path / "disk"
 
     def mounted(size: int) -> Path:

@@ -1,4 +1,4 @@
-"""`admfast verify` through `main(argv)`: tables, exit statuses, and one line for every mistake."""
+"""Tests of `admfast verify` through `main(argv)`: tables, exit statuses and one-line errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = DiffusionConfig(noise_schedule="linear", steps=1000, learn_sigma=True
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A folder with a model, a classifier and an upsampler."""
+    """Return a folder with a model, a classifier and an upsampler."""
     folder = tmp_path_factory.mktemp("weights")
     for name, net in (("faces", unet()), ("guide", classifier(1)), ("up", upsampler())):
         process = None if name == "guide" else SETTINGS
@@ -34,7 +34,10 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def verify(weights, capsys, monkeypatch):
-    """Call `admfast verify faces.safetensors --steps 2 --seeds 0 ...`: (status, stdout, stderr)."""
+    """Return a function that calls `admfast verify faces.safetensors --steps 2 --precision fp32 ...`.
+
+    It returns (status, stdout, stderr).
+    """
     monkeypatch.chdir(weights)
 
     def call(*options: str, model: str = "faces.safetensors") -> tuple[int, str, str]:
@@ -49,7 +52,7 @@ def verify(weights, capsys, monkeypatch):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    """Return what is refused must be refused before any work."""
+    """Fail the test if a model is loaded: wrong arguments must be refused before that."""
     monkeypatch.setattr(command, "load", lambda *_, **__: pytest.fail("the model must not be loaded"))
 
 

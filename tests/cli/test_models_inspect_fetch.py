@@ -1,4 +1,4 @@
-"""What `admfast models`, `inspect` and `fetch` print and refuse, and that typer takes their signatures."""
+"""Tests of `admfast models`, `inspect` and `fetch`: output, errors, and signatures that typer accepts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_models_lists_every_file(capsys):
 def test_models_where_the_digits_are_missing(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("admfast.models.preset_types.DIGITS_FOLDER", tmp_path)
     for model in MODELS.values():
-        model.__dict__.pop("description", None)  # what was read before
+        model.__dict__.pop("description", None)  # clear the cached description
     run_models(files=True)
     assert "not in this installation" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="this installation lacks it"):
@@ -179,7 +179,7 @@ def test_inspect_of_a_missing_file(tmp_path):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """Records what would be fetched, without a network."""
+    """Record the calls of `fetch` without using a network."""
     calls = []
 
     def pretend(name, folder, **options):
@@ -262,7 +262,7 @@ def test_typer_takes_the_signatures(app, tmp_path):
 
 
 def test_a_file_beside_the_weights_answers_the_question(tmp_path, capsys):
-    """The JSON can be written by hand: that is one of the answers that the question names."""
+    """The JSON file can be written by hand; the error message suggests that."""
     write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
     document = {"format": "admfast-1", "network": SMALL_UNET.to_dict()}
     (tmp_path / "x.json").write_text(json.dumps(document))

@@ -1,4 +1,4 @@
-"""The flags of the published sampling scripts, given to `admfast sample`."""
+"""Tests of the published sampling scripts' flags, given to `admfast sample`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The official scripts, from a checkout that the user names, give what they give on their own package."""
+"""Tests that the official scripts, from a checkout that the user names, give the same results on ours."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _World:
 class MPI:
     COMM_WORLD = _World()
 """
-# Programs seed nothing themselves; NumPy has lost a name that the published sampler of timesteps uses.
+# The scripts set no seeds. The published timestep sampler uses `numpy.int`, which NumPy has removed.
 SEED = """
 import random, numpy, torch
 random.seed(1); numpy.random.seed(1); torch.manual_seed(1)
@@ -53,7 +53,7 @@ numpy.int = int
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Weights, images, and what stands in for MPI."""
+    """Return a folder with weights, images and a stub of mpi4py."""
     place = tmp_path_factory.mktemp("scripts")
     common = dict(num_channels=32, num_res_blocks=1, num_head_channels=16, attention_resolutions="16")
     net = script_util.create_model(
@@ -79,7 +79,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, out: str, before: list[str], script: str, flags: str, path: list[Path]) -> Path:
-    """Run a script in the folder; return where it logged to."""
+    """Run a script in the folder and return its log folder."""
     environment = {
         "PYTHONPATH": os.pathsep.join(map(str, [folder / "site", ROOT, *path])), "OMP_NUM_THREADS": "1",
         "PATH": "", "OPENAI_LOGDIR": str(folder / out), "DIFFUSION_TRAINING_TEST": "1",
@@ -132,7 +132,7 @@ def test_a_script_gives_what_it_gave(folder, case, way):
     for file in files:
         if file.endswith(".npz"):
             same_arrays(np.load(found / file), np.load(wanted / file))
-        elif "000000" in file:  # at later steps Adam makes rounding of small gradients large
+        elif "000000" in file:  # only the first step: later, Adam amplifies rounding of small gradients
             same_training(*(torch.load(place / file) for place in (found, wanted)), file)
 
 
@@ -147,7 +147,7 @@ def same_arrays(found, wanted) -> None:
 
 
 def same_training(found, wanted, file: str) -> None:
-    """Hold averages and the optimiser's first moments, 0.1 of the first gradients, to those published."""
+    """Compare weights and Adam's first moments (0.1 times the first gradients) with the published ones."""
     assert list(found) == list(wanted)
     if not file.startswith("opt"):
         for name in wanted:

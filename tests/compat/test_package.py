@@ -1,4 +1,4 @@
-"""`python -m admfast.accelerate --package`: programs that import `guided_diffusion` get admfast's own."""
+"""Tests of `python -m admfast.accelerate --package`: `guided_diffusion` is imported from admfast."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_program_of_the_published_package_runs(tmp_path):
     found = run(tmp_path, "-m", "admfast.accelerate", "--package", "sample.py", *FLAGS)
     assert found.returncode == 0, found.stderr
     assert "mean" in found.stdout and "True" in found.stdout
-    # Four steps prepared, four one by one.
+    # p_sample_loop makes four steps as a prepared loop; p_sample_loop_progressive makes four one by one.
     assert "8 calls" in found.stderr and "whole" in found.stderr
     assert (tmp_path / "a.txt").read_text() == "admfast.compat.guided_diffusion.unet"
     without = run(tmp_path, "-m", "admfast.accelerate", "sample.py", *FLAGS)

@@ -1,4 +1,4 @@
-"""Loops of published code run as one prepared step, and give and draw what their own loops do."""
+"""Tests that the published sampling loops give the same samples and draws when run as a prepared step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def filled(net):
 
 @pytest.fixture(scope="module")
 def nets():
-    """A UNet with classes, one without, and a classifier; their weights trainable, as clients leave them."""
+    """Return a UNet with classes, one without, and a classifier, all with weights that require gradients."""
     common = dict(image_size=16, in_channels=3, model_channels=32, num_res_blocks=1, channel_mult=(1, 2))
     common |= dict(attention_resolutions=(2,), num_head_channels=16, use_scale_shift_norm=True)
     return types.SimpleNamespace(
@@ -77,10 +77,10 @@ def test_both_ways_give_and_draw_the_same(nets, step, guided):
     assert all(p.requires_grad for p in nets.classifier.parameters())
     torch.manual_seed(3)
     again = getattr(diffusion, f"{step}_loop")(model, SHAPE, **kwargs)
-    assert torch.equal(again, found)  # the loop takes this way
+    assert torch.equal(again, found)  # the public loop uses the prepared step
     again.zero_()
     torch.manual_seed(3)
-    assert torch.equal(getattr(diffusion, f"{step}_loop")(model, SHAPE, **kwargs), found)  # fresh memory
+    assert torch.equal(getattr(diffusion, f"{step}_loop")(model, SHAPE, **kwargs), found)  # new memory
 
 
 def test_weights_written_between_loops_are_seen(nets):
@@ -98,7 +98,7 @@ def test_weights_written_between_loops_are_seen(nets):
 
 
 def calls(nets, args):
-    """Loops that a prepared step can't serve: (name, diffusion, model, keyword arguments)."""
+    """Yield loops that a prepared step can't run: (name, diffusion, model, keyword arguments)."""
     y = {"model_kwargs": {"y": Y}}
     guide = published_guide(nets.classifier, args)
 
@@ -188,7 +188,7 @@ def test_a_function_that_does_more_than_hand_on_is_no_network(nets):
 
 
 def guides(classifier, args):
-    """Guidance functions that compute something else, some of it by names of the published one alone."""
+    """Yield guidance functions that differ from the published one, some while using only its names."""
 
     def with_more(change):
         def cond_fn(x, t, y=None):
@@ -243,7 +243,7 @@ def guides(classifier, args):
 
 
 def changes():
-    """Yield what programs may exchange of a process, and what a call of each then does."""
+    """Yield (name, function): the function changes this attribute of a process, as a program may."""
 
     def own(name):
         def change(diffusion):
@@ -274,7 +274,7 @@ def test_a_process_that_was_changed_is_not_prepared(nets, name, change):
     change(diffusion)
     assert prepared_loop(diffusion, "p_sample", nets.labelled, SHAPE, **kwargs) is None
     if name in ("p_sample", "condition_mean", "p_mean_variance", "_wrap_model"):
-        diffusion.p_sample_loop(nets.labelled, SHAPE, **kwargs)  # its loop calls what stands there
+        diffusion.p_sample_loop(nets.labelled, SHAPE, **kwargs)  # the loop calls the replaced method
     else:
         with pytest.raises(NotImplementedError, match=name):
             diffusion.p_sample_loop(nets.labelled, SHAPE, **kwargs)

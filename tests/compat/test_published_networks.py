@@ -1,4 +1,4 @@
-"""The published networks' constructors, attributes and calls, over admfast's networks."""
+"""Tests of the published networks' constructors, attributes and calls, provided by admfast's networks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_attributes_are_those_of_the_published_constructor():
         use_checkpoint=False, dtype=torch.float16, num_heads=2, num_head_channels=16, num_heads_upsample=2,
     )  # fmt: skip
     assert {name: getattr(net, name) for name in wanted} == wanted
-    # Stem, two blocks and one halving on the way down, the middle, two blocks a level on the way up.
+    # The stem, two blocks and one downsampling, the middle, and two up blocks for each level.
     assert net._feature_size == 32 + (32 + 64) + 32 + 64 + 2 * (32 + 64)
     assert unet.SuperResModel(*UNET, **OPTIONS).in_channels == 6
     classifier = unet.EncoderUNetModel(*UNET, **OPTIONS, pool="spatial")
@@ -75,7 +75,8 @@ def test_labels_are_given_where_there_are_classes(net):
 
 def test_calls_fold_and_see_what_is_written(net):
     x = torch.randn(2, 3, 16, 16)
-    plain = copy.deepcopy(net).train()  # without dropout the same function, and never folded
+    # In training mode a network is never folded. Without dropout its output is the same.
+    plain = copy.deepcopy(net).train()
     for change in (lambda: None, lambda: net.out[2].weight.data.mul_(2), lambda: net.double()):
         change()
         plain.load_state_dict(net.state_dict())

@@ -1,4 +1,4 @@
-"""The published loop: files, resumption, logs. Its arithmetic: tests/parity/test_published_names.py."""
+"""Tests of the published training loop: files, resuming, logs. tests/parity tests its arithmetic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batches(seed=0):
 
 
 def loop(folder: Path, steps: int, resume="", data=None, **options):
-    """A small run into a folder."""
+    """Train a small network, with its files in `folder`, and return the loop."""
     torch.manual_seed(0)
     net = script_util.create_model(16, 32, 1, channel_mult="1,2", num_head_channels=16, learn_sigma=True)
     diffusion = script_util.create_gaussian_diffusion(learn_sigma=True)
@@ -48,10 +48,10 @@ def test_a_run_goes_on_where_its_files_end(tmp_path):
     ]
     resumed = loop(tmp_path / "b", 3, resume=str(tmp_path / "a" / "model000002.pt"))
     assert resumed.resume_step == 2
-    # The resumed loop repeats step 2, as published; what it begins from is the files.
+    # As in the published code, the resumed loop repeats step 2. It starts from the files.
     state = dist_util.load_state_dict(tmp_path / "a" / "opt000002.pt")
     assert len(state["state"]) == len(first.opt.state_dict()["state"])
-    again = loop(tmp_path / "c", 2, resume=str(tmp_path / "a" / "model000002.pt"))  # no step is left
+    again = loop(tmp_path / "c", 2, resume=str(tmp_path / "a" / "model000002.pt"))  # no step is left to run
     for parameter, saved in zip(again.model.parameters(), first.model.parameters(), strict=True):
         assert torch.equal(parameter, saved)
     for rate, average in zip((0.5, 0.9), again.ema_params, strict=True):
@@ -102,7 +102,7 @@ def test_half_precision_skips_a_step_that_overflows(tmp_path):
             trainer.backward(factor * (out * torch.ones_like(out)).sum())
             assert trainer.optimize(optimiser) is made
         assert trainer.lg_loss_scale == 4.0 - 1 + 1e-3
-    # The gradient of the sum is 1 everywhere in that weight, and 0 in all others.
+    # The gradient of the sum is 1 for every element of `out` and 0 for all other parameters.
     moved = trainer.master_params_to_state_dict(
         [a - b for a, b in zip(before, trainer.master_params, strict=True)]
     )

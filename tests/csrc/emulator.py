@@ -1,4 +1,4 @@
-"""The CUDA kernels' bodies, compiled for the host and called as an implementation of the ops."""
+"""The CUDA kernels' bodies, compiled for the host and callable as an implementation of the ops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Counter(ctypes.Structure):
 
 
 class SamplerArgs(ctypes.Structure):
-    """SamplerArgs of csrc/sampler_step.h, field by field."""
+    """The struct SamplerArgs of csrc/sampler_step.h, with the same fields."""
 
     _fields_ = [
         *[(name, c_int64) for name in "NCP"],
@@ -58,14 +58,14 @@ class SamplerArgs(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled driver."""
+    """Compile and load the driver."""
     folder = Path(tempfile.mkdtemp(prefix="admfast-emulator-"))
     source, target = Path(__file__).with_name("emulate_sampler_step.cpp"), folder / "emulator.so"
     command = [str(COMPILER), *FLAGS, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     loaded = ctypes.CDLL(str(target))
     shutil.rmtree(folder)
-    assert loaded.args_size() == ctypes.sizeof(SamplerArgs), "SamplerArgs here is not that of csrc"
+    assert loaded.args_size() == ctypes.sizeof(SamplerArgs), "SamplerArgs differs from csrc/sampler_step.h"
     return loaded
 
 
@@ -102,7 +102,7 @@ def update(
     noise_row: int | Tensor | None = None,
     stream: int = 1,
 ) -> tuple[str, str]:
-    """`sampler_step` by the kernel's body; returns the layouts taken of out and grad."""
+    """Run `sampler_step` in the kernel's body. Return the memory layouts that it used for out and grad."""
     x, keep = state.x, []
     buffers = (x, state.x0, state.saved, state.history)
     places = {t.untyped_storage().data_ptr() for t in buffers if t is not None}
@@ -125,18 +125,18 @@ def update(
     taken = library().emulate_update(
         ctypes.byref(args), c_int64(threads), -1 if wanted is None else LAYOUTS.index(wanted)
     )
-    assert taken >= 0, "an access of 16 bytes that isn't aligned"
+    assert taken >= 0, "a 16-byte access is not aligned"
     return LAYOUTS[taken % 10], LAYOUTS[taken // 10]
 
 
 def normal(
     seeds: Tensor, shape: tuple[int, ...], row: int, stream: int, into: Tensor | None = None
 ) -> Tensor:
-    """`normal` by the kernel's body, by default into a buffer that the C library aligned."""
+    """Run `normal` in the kernel's body, by default into a new, aligned buffer."""
     z = torch.full((len(seeds), math.prod(shape)), float("nan")) if into is None else into
     wrong = library().emulate_normal(
         c_void_p(seeds.data_ptr()), c_int64(len(seeds)), c_int64(math.prod(shape)), c_uint32(row),
         c_uint32(stream), c_void_p(z.data_ptr()),
     )  # fmt: skip
-    assert wrong == 0, "an access of 16 bytes that isn't aligned"
+    assert wrong == 0, "a 16-byte access is not aligned"
     return z.view(len(seeds), *shape)

@@ -1,4 +1,4 @@
-"""What the tests of the CPU loops compile their drivers with."""
+"""Functions that compile and run the drivers of the CPU loops' tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 GXX = shutil.which("g++")
-# Those of setup.py, as far as results depend on them.
+# The flags of setup.py that affect results.
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
 HERE_ONLY = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def compiled(command: list[str]) -> None:
 
 
 def built(family: str, isas: Sequence[str], driver: str, how: str, folder: Path) -> Path:
-    """The program of a driver with one family's loops: "optimised" as they are built, or "sanitized"."""
+    """Compile a driver with one family's loops: "optimised" (like the package) or "sanitized"."""
     program = folder / how
     flags = ["-O3"] if how == "optimised" else ["-O1", *SANITIZERS]
     sources = [str(CSRC / f"{name}.cpp") for name in (family, *(f"{family}_{isa}" for isa in isas))]
@@ -37,7 +37,7 @@ def built(family: str, isas: Sequence[str], driver: str, how: str, folder: Path)
 
 
 def said_by(driver: Path, **environment: str) -> dict[str, str]:
-    """Return what a driver prints, a word for each name, with these environment variables."""
+    """Run a driver with these environment variables and return the words that it prints, by name."""
     done = subprocess.run([driver], capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(line.split() for line in done.stdout.splitlines())

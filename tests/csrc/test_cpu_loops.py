@@ -1,4 +1,4 @@
-"""The CPU loops of every instruction set agree bit for bit, and are clean under the sanitizers."""
+"""Tests that sampler_step's CPU loops agree bit for bit on every instruction set, also with sanitizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ISAS = ("generic", "avx2", "avx512")
 
 @pytest.fixture(scope="module", params=["optimised", "sanitized"])
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """loops_driver.cpp with the loops, as they are built and with the sanitizers."""
+    """Compile loops_driver.cpp with the loops, optimised and with sanitizers."""
     folder = tmp_path_factory.mktemp("sampler_step")
     return built("sampler_step", ISAS, "loops_driver", request.param, folder)
 
@@ -33,14 +33,14 @@ def test_every_instruction_set_and_the_kernel_s_body_give_the_same_bits(driver):
 
 def test_an_instruction_set_can_be_asked_for(driver):
     said = said_by(driver)
-    assert said_by(driver, ADMFAST_CPU_ISA="")["chosen"] == said["chosen"], "empty is not set"
+    assert said_by(driver, ADMFAST_CPU_ISA="")["chosen"] == said["chosen"], "empty must mean unset"
     known = said.keys() - {"chosen", "body"}
     for name in known:
         assert said_by(driver, ADMFAST_CPU_ISA=name)["chosen"] == name
     assert said_by(driver, ADMFAST_CPU_ISA="unknown")["chosen"] == "generic"
 
 
-# Puts the sanitized extension where the package looks for its own, before anything else does.
+# Registers the sanitized extension as admfast._C before the package imports its own.
 PLUGIN = """
 import importlib.util, os, sys
 import torch
@@ -57,7 +57,7 @@ def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
     target, objects = tmp_path / "_C.so", []
     includes = [f"-I{path}" for path in (CSRC, *include_paths(), sysconfig.get_path("include"))]
     flags = [*FLAGS, *SANITIZERS, "-O1", "-fPIC", "-fopenmp", "-DTORCH_EXTENSION_NAME=_C", *includes]
-    # One file at a time: torch's headers under a sanitizer take a gigabyte each.
+    # One file at a time: compiling torch's headers with a sanitizer takes a gigabyte of memory.
     for source in sorted(CSRC.glob("*.cpp")):
         if "_cuda_" not in source.name:
             objects.append(str(tmp_path / f"{source.stem}.o"))
@@ -66,7 +66,7 @@ def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
     compiled([str(GXX), "-shared", *SANITIZERS, "-fopenmp", *objects, *libraries, "-o", str(target)])
 
     (tmp_path / "sanitized_plugin.py").write_text(PLUGIN)
-    # With libstdc++, which python doesn't load: else the sanitizer finds no __cxa_throw to stand before.
+    # Python doesn't load libstdc++, so preload it too: the sanitizer must find __cxa_throw to wrap it.
     preload = [
         subprocess.run([str(GXX), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")

@@ -1,4 +1,4 @@
-"""What a thread of the CUDA kernels does, run on the host: every layout, tail, stride and alignment."""
+"""Tests of the CUDA kernels' bodies on the host: every layout, tail, stride and alignment."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.ops.cover import laid_out
 from tests.ops.test_sampler_step import CASE_IDS, CASES, Inputs
 from tests.ops.tolerance import assert_within, bits
 
-pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="g++ is not there")
+pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason="g++ is not installed")
 NAN = float("nan")
 SEEDS = [0, 1, 2**32 - 1, 2**64 - 1]
-# Guidance in all places, learned variance, noise, saved point, history: with every coefficient in use.
+# The second row uses every coefficient: all kinds of guidance, learned variance, noise, saved point, history.
 ROWS = [
     Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
     Row(
@@ -39,7 +39,7 @@ ROWS = [
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's body among the implementations."""
+    """Add the kernel's body to the implementations of `sampler_step`."""
     table = TABLES["sampler_step"]
     entries = [*table.implementations, Implementation("emulated", emulator.update)]
     monkeypatch.setattr(table, "implementations", entries)
@@ -59,7 +59,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def placed(t: Tensor, offset: int) -> Tensor:
-    """The same values and strides, beginning `offset` elements after a multiple of 16 bytes."""
+    """Copy `t`, with its strides, to memory that begins `offset` elements after a multiple of 16 bytes."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     room = torch.empty(max(span, 0) + offset + 16, dtype=t.dtype)
     start = -(room.data_ptr() // t.element_size()) % (16 // t.element_size()) + offset
@@ -107,7 +107,8 @@ SHAPES = [
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("grad", ["contiguous", "channels_last"])
 def test_every_layout_gives_the_bits_of_the_plain_one(shape, dtype, layout, grad):
-    # One formula and no contraction: the layouts, the number of threads and the C++ op agree bit for bit.
+    # The formula is the same and nothing is contracted, so all layouts, numbers of threads and the C++ op
+    # agree bit for bit.
     expected = filled(shape)
     emulator.update(expected, wanted="strided", threads=1, **arguments(shape, dtype, layout, grad))
     native = filled(shape)
@@ -137,7 +138,7 @@ def test_any_alignment_is_right_and_none_is_assumed(dtype, layout, state_offset,
     state = filled(shape, state_offset)
     taken, _ = emulator.update(state, **arguments(shape, dtype, layout, "contiguous", offset))
     assert same(state, expected)
-    # Rows of a slice can't be merged into one dimension: such an output is copied, and so aligned.
+    # The rows of a slice can't be merged into one dimension, so such an output is copied and then aligned.
     assert (taken == "strided") == bool(state_offset or (offset and layout != "sliced"))
 
 

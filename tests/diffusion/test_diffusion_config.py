@@ -1,4 +1,4 @@
-"""The settings: what they stand for, and what they refuse."""
+"""Tests of DiffusionConfig: the meaning of its settings, and the values that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Divergence, discretized likelihood and the variational bound against closed forms in float64."""
+"""Tests of divergence, discretized likelihood and variational bound against closed forms in float64."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_prior_is_the_closed_form():
 
 @pytest.mark.parametrize("var", ["FIXED_SMALL", "FIXED_LARGE"])
 def test_a_term_of_the_bound(var):
-    """With the true noise the means agree: what is left is the variances, and at t = 0 the decoder."""
+    """With the true noise the means agree, so only the variances contribute, and at t = 0 the decoder."""
     d, x, noise = process(var), picture(), random(*SHAPE)
     t = torch.tensor([0, 1, 5, 7])
     x_t = d.q_sample(x, t, noise)
@@ -148,7 +148,7 @@ def test_bits_per_dimension_of_a_network_that_knows_the_noise():
     assert [int(t[0]) for t in seen] == d.schedule.timestep_map[::-1].tolist()
     assert steps == [(i, 8) for i in range(1, 9)]
     assert result.vb.shape == result.mse.shape == result.xstart_mse.shape == (4, 8)
-    assert float(result.vb[:, :-1].abs().max()) < 1e-10  # column -1 is t = 0, the decoder
+    assert float(result.vb[:, :-1].abs().max()) < 1e-10  # the last column is t = 0, the decoder
     assert float(result.vb[:, -1].min()) > 0
     assert float(result.mse.max()) < 1e-15 and float(result.xstart_mse.max()) < 1e-15
     torch.testing.assert_close(result.total_bpd, result.prior_bpd + result.vb.sum(1))

@@ -1,4 +1,4 @@
-"""The process against closed forms in float64, and the way its coefficients reach a device."""
+"""Tests of the process against closed forms in float64, and of its coefficients on the device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-11) -> 
 
 
 def test_marginals_follow_from_the_single_steps():
-    """mean_t = sqrt(1 - beta_t) mean_{t-1}, var_t = (1 - beta_t) var_{t-1} + beta_t, from x_0."""
+    """From x_0: mean_t = sqrt(1 - beta_t) mean_{t-1}, var_t = (1 - beta_t) var_{t-1} + beta_t."""
     d = process()
     (x_start,) = images(1)
     mean, variance = x_start, torch.zeros(1, dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_predictions_invert_each_other():
 
 @pytest.mark.parametrize("mean", list(MeanType), ids=lambda m: m.name)
 def test_the_right_output_gives_the_posterior(mean):
-    """A network that knows x_0 gives q(x_{t-1} | x_t, x_0), whatever it predicts."""
+    """A network with the exact prediction gives q(x_{t-1} | x_t, x_0), for every mean_type."""
     d = process(mean, "FIXED_SMALL")
     x_start, noise = images(2)
     x_t = d.q_sample(x_start, STEPS, noise)
@@ -163,7 +163,7 @@ def test_condition_mean():
 
 
 def test_condition_score_moves_x_start_by_the_scaled_gradient():
-    """eps - sqrt(1 - bar) g gives x_0 + (1 - bar) / sqrt(bar) g; it is not clipped again."""
+    """eps - sqrt(1 - bar) g gives x_0 + (1 - bar) / sqrt(bar) g, which isn't clipped again."""
     d = process(var="FIXED_LARGE")
     output, x_t, gradient = images(3)
     p = d.p_mean_variance(output, x_t, STEPS)
@@ -187,7 +187,7 @@ def test_float32_is_float64_rounded(mean, var):
     for name, value in vars(narrow).items():
         expected = getattr(wide, name)
         assert value.dtype == torch.float32 and expected.dtype == torch.float64
-        # Before the clip x_0 is a difference of terms 150 times larger: one ulp of them is 1e-5.
+        # Before clipping, x_0 is a difference of terms 150 times larger, whose ulp is 1e-5.
         assert float((value - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), name
 
 

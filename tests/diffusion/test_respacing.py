@@ -1,4 +1,4 @@
-"""Respacing: every form of the spec, its properties, and the text of its errors."""
+"""Tests of respacing: every way to write a spec, the properties of the steps, and the errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_published_ddim_fails_on_191_counts_up_to_250():
 
 
 def test_the_float_stride_is_summed():
-    """Rounding i * stride, or a rounded linspace, would keep other steps for 278 of the counts."""
+    """The published code sums a float stride; rounding linspace keeps other steps for 278 of the counts."""
     differing = 0
     for count in range(2, TOTAL + 1):
         steps = space_timesteps(TOTAL, str(count))

@@ -1,4 +1,4 @@
-"""Schedules against their definitions, in float64."""
+"""Tests of schedules against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_arrays_are_what_they_are_called(name, respacing):
     assert np.allclose(s.sqrt_alphas_cumprod**2 + s.sqrt_one_minus_alphas_cumprod**2, 1, rtol=1e-15)
     assert np.allclose(s.sqrt_recip_alphas_cumprod**2 - s.sqrt_recipm1_alphas_cumprod**2, 1, rtol=1e-7)
     assert np.allclose(np.exp(s.log_one_minus_alphas_cumprod), 1 - bar, rtol=1e-14)
-    # Bayes: precisions of q(x_t | x_{t-1}) and q(x_{t-1} | x_0) add up.
+    # Bayes: the precisions of q(x_t | x_{t-1}) and q(x_{t-1} | x_0) add up.
     alpha = 1 - s.betas[1:]
     precision = alpha / s.betas[1:] + 1 / (1 - prev[1:])
     assert np.allclose(s.posterior_variance[1:], 1 / precision, rtol=1e-9)
@@ -101,7 +101,7 @@ def test_log_snr(name):
 
 
 def test_one_step_is_a_schedule():
-    """The published code fails here: it reads the second posterior variance."""
+    """The published code fails here because it reads the second posterior variance."""
     s = make_schedule("linear", 1000, "ddim1")
     assert s.num_timesteps == 1 and s.timestep_map.tolist() == [0]
     assert s.posterior_log_variance_clipped[0] == np.log(s.betas[0])

@@ -1,4 +1,4 @@
-"""The four objectives: their parts, their scales, and who learns from which."""
+"""Tests of the four objectives: their terms, their scales, and the parameters that each term trains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def inputs(dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Network:
-    """mean * a and 0.2 x * b, side by side."""
+    """A network whose output channels are a * mean and, if learned, 0.2 * b * x."""
 
     def __init__(self, mean=0.5, learned=True):
         self.a = torch.ones((), dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The pages of the documentation, and the code blocks that they hold."""
+"""The pages of the documentation and their code blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BESIDE = ("README.md", "CONTRIBUTING.md", "bench/README.md", "csrc/README.md", "kernels/README.md")
 PAGES = [*BESIDE, *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md"))]
-LIBRARIES = ("azula", "deepinv", "diffusers")  # that a block may need and an installation may lack
+LIBRARIES = ("azula", "deepinv", "diffusers")  # optional libraries that some blocks need
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>.*?)\n(?P<text>.*?)^(?P=indent)```$", re.M | re.S)
 
 
@@ -25,17 +25,17 @@ class Block:
 
     @property
     def where(self) -> str:
-        """Return the place, as an error shows it."""
+        """Page and line, as errors show them."""
         return f"{self.page}:{self.line}"
 
     @property
     def needs(self) -> set[str]:
-        """Return the libraries that it needs."""
+        """The optional libraries that the block uses."""
         used = r"\b{0}\.|(import|from) {0}\b|denoiser\(\w+, \"{0}\"\)"
         return {name for name in LIBRARIES if re.search(used.format(name), self.text)}
 
     def commands(self) -> list[str]:
-        """Return the commands of a shell block, a line each, without comments."""
+        """Return the commands of a shell block, one per line, without comments."""
         lines = self.text.replace("\\\n", " ").splitlines()
         return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
 

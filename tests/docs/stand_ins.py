@@ -1,4 +1,4 @@
-"""Small files in the place of what a reader has: released weights, own checkpoints, photographs."""
+"""Small files that stand in for a reader's files: released weights, checkpoints, photographs, programs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ FEW: dict[str, Any] = {
     "channel_mult": (1, 2),
     "attention_resolutions": (2,),
 }
-# The published flags of the network that the client's `UNetModel` is.
+# The published flags that build the network of `client.UNetModel`.
 FLAGS = (
     "--image_size 64 --channel_mult 1,2 --num_channels 32 --num_res_blocks 1 --attention_resolutions 32 "
     "--num_heads 2 --learn_sigma True --use_scale_shift_norm True --resblock_updown True"
 )
-# What `image_sample.py` is to the package: it reads flags, builds, loads and samples.
+# A short `image_sample.py`: it reads flags, builds the network, loads weights and samples.
 SCRIPT = """
 import argparse
 from guided_diffusion import dist_util
@@ -65,7 +65,7 @@ def small(config: NetConfig) -> NetConfig:
 
 
 def replace_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the released models be small ones, under their names."""
+    """Replace the released models by small ones with the same names."""
     stand_ins = {}
     for name, model in MODELS.items():
         if not model.shipped:
@@ -83,7 +83,7 @@ def replace_presets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_files(folder: Path, text: str) -> None:
-    """Write what the code of a page finds in its folder, as far as the page's text names it."""
+    """Write the files that the code of a page needs and that its text names."""
     used = {model for system in SYSTEMS.values() if system.name in text for model in system.models}
     used |= {model for model in MODELS.values() if model.name in text}
     for model in used:
@@ -112,7 +112,7 @@ def write_files(folder: Path, text: str) -> None:
         write_photos(folder / "photos")
     if "samples_16x64x64x3.npz" in text and "out/samples" in text:
         (folder / "out").mkdir()
-        # Small, whatever the name says: attention at 256x256 would take a minute.
+        # The images are smaller than the name says: attention at 256x256 would take a minute.
         images = np.zeros((1, 8, 8, 3), np.uint8)
         np.savez(folder / "out" / "samples_16x64x64x3.npz", images, np.zeros(1, int))
     if "export runs/photos" in text and "--out runs/photos" not in text:
@@ -122,7 +122,7 @@ def write_files(folder: Path, text: str) -> None:
 
 
 def write_photos(folder: Path) -> None:
-    """Write five folders of two pictures each."""
+    """Write five folders with two images each."""
     random = np.random.default_rng(0)
     for label in range(5):
         (folder / f"class{label}").mkdir(parents=True)
@@ -132,7 +132,7 @@ def write_photos(folder: Path) -> None:
 
 
 def replace_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let azula's and deepinv's networks have random weights, not downloaded ones."""
+    """Give azula's and deepinv's networks random weights, so that nothing is downloaded."""
     import azula.plugins.adm
     import deepinv
 

@@ -1,7 +1,7 @@
-"""Every code block of the documentation runs: a page from top to bottom, in a folder of its own.
+"""Tests that every code block of the documentation runs, page by page, each in a folder of its own.
 
-Small random files stand in for released weights and photographs (`stand_ins.py`); networks make two steps
-where the page doesn't count them. What a page says about the code's results is checked by its own asserts.
+Small random files stand in for released weights and photographs (`stand_ins.py`). Sampling and training
+take two steps, except in Python code that gives a respacing. The pages' own asserts check their results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.program_cores import StandIns
 from tests.docs import stand_ins
 from tests.docs.pages import LIBRARIES, PAGES, ROOT, Block, blocks, text_of
 
-# The last value of an option counts.
+# Appended to commands: the last value of an option counts.
 SHORT = {
     "sample": ["--steps", "2"],
     "train": ["--steps", "2", "--batch-size", "2", "--grid-every", "0"],
@@ -51,7 +51,7 @@ def test_a_block_says_its_language_and_text_holds_no_code(page):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, small presets, and two steps for an image where none are asked for."""
+    """Set up a working folder, small presets, and two sampling steps unless a respacing is given."""
     stand_ins.replace_presets(monkeypatch)
     own = admfast.Pipeline.sample
 
@@ -70,7 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", CODE)
 def test_the_code_of_a_page_runs(page, folder, monkeypatch, capsys):
-    """All of it that needs no other library."""
+    """Blocks that need an optional library are left to the next test."""
     run_page(page, [block for block in blocks(page) if not block.needs], folder, monkeypatch, capsys)
     commands = "\n".join(c for block in blocks(page) if block.language == "sh" for c in block.commands())
     trained = set(re.findall(r"train (?:diffusion|classifier|upsampler) .*--out (\S+)", commands))
@@ -80,7 +80,7 @@ def test_the_code_of_a_page_runs(page, folder, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_LIBRARIES)
 def test_the_code_of_a_page_runs_with_other_libraries(page, folder, monkeypatch, capsys):
-    finder = StandIns(["torchvision"])  # can't be imported beside a CPU build of torch
+    finder = StandIns(["torchvision"])  # can't be imported with a CPU build of torch
     monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
     for name in LIBRARIES:
         pytest.importorskip(name, reason="pip install --no-deps -r tests/accelerate/requirements.txt")
@@ -91,7 +91,7 @@ def test_the_code_of_a_page_runs_with_other_libraries(page, folder, monkeypatch,
 
 
 def run_page(page: str, parts: list[Block], folder: Path, monkeypatch: Any, capsys: Any) -> None:
-    """Run the blocks of a page in order; its Python blocks share their names."""
+    """Run the blocks of a page in order. Its Python blocks share one namespace."""
     text = text_of(page)
     stand_ins.write_files(folder, text)
     names: dict[str, Any] = {"__name__": "page"}
@@ -108,7 +108,7 @@ def run_page(page: str, parts: list[Block], folder: Path, monkeypatch: Any, caps
 
 
 def run_command(command: str, block: Block, monkeypatch: Any, capsys: Any) -> None:
-    """Run a command of a shell block; of one that would take hours or change the machine, check the words."""
+    """Run a command of a shell block. If it would take hours or change the machine, only check its words."""
     where = f"{block.where}: {command}"
     words = shlex.split(re.sub(r"\$\(\((.*?)\)\)", lambda sum_: str(eval(sum_[1])), command))
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
@@ -142,11 +142,11 @@ def run_command(command: str, block: Block, monkeypatch: Any, capsys: Any) -> No
     elif first == "python":
         run_python(command, where)
     else:
-        pytest.fail(f"{where}: no way to run this")
+        pytest.fail(f"{where}: unknown command")
 
 
 def run_python(command: str, where: str) -> None:
-    """Run a command that begins with `python` in a shell, the published package's names on its path."""
+    """Run a `python` command in a shell, with the published package's names on its path."""
     paths = [str(ROOT), *(["admfast/compat/front"] if "accelerate" not in command else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / path) for path in paths)}
     shell = f'python() {{ "{sys.executable}" "$@"; }}\n{command}'
@@ -157,7 +157,7 @@ def run_python(command: str, where: str) -> None:
 
 
 def check_install(words: list[str], where: str) -> None:
-    """An installation names extras and lists of packages that exist, or packages of an extra."""
+    """Check that the words after `pip` name existing extras, existing files, or packages of an extra."""
     assert words[0] == "install", where
     known = {re.split(r"[;>= ]", package)[0] for extra in EXTRAS.values() for package in extra}
     for word in words[1:]:
@@ -170,7 +170,7 @@ def check_install(words: list[str], where: str) -> None:
 
 
 def check_bench(name: str, words: list[str], where: str, monkeypatch: Any, capsys: Any) -> None:
-    """A bench has the flags that it is given, and takes their values; measuring would take minutes."""
+    """Check that a bench accepts these flags and values, without measuring, which would take minutes."""
     try:
         module = importlib.import_module(f"{name}.__main__")
     except ModuleNotFoundError:

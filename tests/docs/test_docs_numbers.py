@@ -1,4 +1,4 @@
-"""Numbers of the docs are those of the committed rows, and the README quotes the docs."""
+"""Tests that the docs' numbers equal the committed rows, and that the README's equal the docs'."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from tests.docs.pages import ROOT, text_of
 RESULTS = ROOT / "bench" / "results"
 XEON, H100 = "intel-xeon-processor-model-207-2-of-2-cpus", "nvidia-h100-80gb-hbm3"
 EPYC = "amd-epyc-model-17-2-of-2-cpus"
-MACHINES = {"H100": (H100, "auto", "fp16"), "Xeon": (XEON, "fp32", "fp32")}  # ours and published run in
+# Folder of the rows, dtype of admfast, dtype of the published code.
+MACHINES = {"H100": (H100, "auto", "fp16"), "Xeon": (XEON, "fp32", "fp32")}
 
 
 def tables(page: str) -> Iterator[list[dict[str, str]]]:
-    """Yield the tables of a page: a row is its cells by the names of their columns."""
+    """Yield the tables of a page; each row is a dict from column to cell."""
     for found in re.findall(r"(?:^\|.*\|\n)+", text_of(page), re.M):
         head, _, *rows = (
             [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in found.splitlines()
@@ -29,13 +30,13 @@ def tables(page: str) -> Iterator[list[dict[str, str]]]:
 
 
 def table(page: str, *columns: str) -> list[dict[str, str]]:
-    """Return the one table of a page that has these columns."""
+    """Return the only table of a page with these columns."""
     (found,) = (rows for rows in tables(page) if rows and set(columns) <= set(rows[0]))
     return found
 
 
 def says(cell: str, value: float) -> bool:
-    """Tell whether a cell is a value, rounded to the digits that the cell has (half a digit either way)."""
+    """Tell whether a cell equals the value, rounded to the cell's digits (half a digit either way)."""
     number = cell.removesuffix("%").strip()
     digits = len(number.partition("e")[0].partition(".")[2])
     unit = 10.0 ** (int(number.partition("e")[2] or 0) - digits)
@@ -50,7 +51,7 @@ def test_a_cell_says_its_value():
 def row_of(
     folder: str, bench: str, provider: str, dtype: str, kind: str = "", **shape: Any
 ) -> dict[str, Any]:
-    """Return the one committed row of a provider at a shape."""
+    """Return the only committed row of a provider at a shape."""
     rows = read_rows(RESULTS / folder / f"{bench}.jsonl")
     (found,) = (
         row for row in rows

@@ -1,4 +1,4 @@
-"""The site builds without a warning, names every public thing, and loads nothing from another machine."""
+"""Tests that the site builds without warnings, lists every public name, and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import admfast.compat.guided_diffusion
 from tests.docs.pages import ROOT
 
 pytest.importorskip("mkdocs", reason="the docs' packages aren't installed: pip install -e '.[docs]'")
-# Modules whose public names the reference must name; those of training are listed one by one in its page.
+# Modules whose public names must all be in the reference. The training page lists its names one by one.
 MODULES = (
     "admfast",
     "admfast.accelerate",
@@ -36,7 +36,7 @@ MODULES = (
     "admfast.engine.options",
     "admfast.sampling.request",
 )
-# What belongs to `compat` but to no program: how it runs loops.
+# Modules of `compat` that the published package doesn't have; they run its loops.
 OURS = {"prepared", "as_built"}
 
 
@@ -56,7 +56,7 @@ def build(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site."""
+    """Build the site and return its folder."""
     out = tmp_path_factory.mktemp("site")
     done = build(ROOT / "mkdocs.yml", out)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -81,16 +81,16 @@ def test_a_broken_link_or_name_fails(text, tmp_path):
 
 
 def documented(site: Path) -> set[str]:
-    """Return the dotted names that the reference describes, from the site's inventory."""
+    """Return the dotted names in the site's inventory, which are those of the reference."""
     *_, packed = (site / "objects.inv").read_bytes().split(b"\n", 4)
     return {line.split(" ")[0] for line in zlib.decompress(packed).decode().splitlines()}
 
 
 def public(module: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names that a module offers, with their values."""
+    """Yield the public names of a module with their values."""
     home = module.__name__
     homes = {name: getattr(value, "__module__", None) or "" for name, value in vars(module).items()}
-    # A package without a list offers what its files hold.
+    # Without `__all__`, the public names of a package are those that its files define.
     own = [name for name, place in homes.items() if place == home or place.startswith(f"{home}.")]
     for name in getattr(module, "__all__", own):
         if not name.startswith("_"):
@@ -109,13 +109,13 @@ def members(value: type) -> Iterator[tuple[str, Any]]:
 
 
 def described(value: Any) -> bool:
-    """Tell whether a function or class has a docstring of its own; a dataclass makes one of its signature."""
+    """Tell whether a value has a docstring other than the signature that a dataclass generates."""
     text = (value.__doc__ or "").strip()
     return bool(text) and not (inspect.isclass(value) and text.startswith(f"{value.__name__}("))
 
 
 def lacking(modules: list[Any], known: set[str]) -> list[str]:
-    """Return the public names that have no docstring or no place in the reference."""
+    """Return the public names that lack a docstring or an entry in the reference."""
     found = []
     for module in modules:
         for name, value in public(module):
@@ -142,7 +142,7 @@ def test_every_module_of_the_published_package_is_in_the_reference(site):
     package = admfast.compat.guided_diffusion
     names = {entry.name for entry in pkgutil.iter_modules(package.__path__)} - OURS
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in sorted(names)]
-    # Its methods are the published ones, which the published code describes.
+    # Methods are left out: they are the published ones, and the published code documents them.
     assert [name for name in lacking(modules, documented(site)) if name.count(".") == 4] == []
 
 
@@ -161,11 +161,11 @@ def test_a_name_without_docstring_or_place_is_found():
     assert lacking([module], {"made.bare"}) == ["made.bare", "made.told"]
 
 
-# Where pages load from
+# Addresses that pages load
 
 
 class Loads(HTMLParser):
-    """Collects the addresses that a page loads by itself; links are followed by readers only."""
+    """A parser that collects the addresses a page loads by itself, which excludes links."""
 
     def __init__(self) -> None:
         super().__init__()

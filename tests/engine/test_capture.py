@@ -1,4 +1,4 @@
-"""What capturing asks of CUDA, held to on any machine: a stand-in for torch.cuda notes the calls."""
+"""Tests of graph capture on any machine, with a fake torch.cuda that records the calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE = torch.device("cuda:1")
 
 
 class Stream:
-    """A stream that notes what waits for what."""
+    """A fake stream that records what it waits for."""
 
     def __init__(self, device: torch.device = DEVICE, priority: int = 0):
         self.device, self.priority, self.waited = device, priority, []
@@ -34,7 +34,7 @@ class Stream:
 
 
 class Cuda:
-    """torch.cuda as far as capturing goes: the current stream, and captures that an error leaves unjoined."""
+    """A fake torch.cuda for captures: the current stream, and captures that an error leaves unjoined."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.home = self.current = Stream()
@@ -77,7 +77,7 @@ class Cuda:
     @contextlib.contextmanager
     def graph(self, graph, capture_error_mode, pool=None, stream=None):
         assert capture_error_mode == "thread_local"
-        if pool is None:  # the small capture that gives the generator back
+        if pool is None:  # the small capture that releases the generator
             self.trivial += 1
             yield
             return
@@ -86,10 +86,10 @@ class Cuda:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):  # which ends a capture, but does not break it
+            if isinstance(error, torch.cuda.OutOfMemoryError):  # ends the capture without breaking it
                 self.current = before
                 raise
-            # As torch's own does, which then leaves its stream current.
+            # torch raises this error too, and leaves the capture's stream current.
             raise RuntimeError("CUDA error: operation failed due to a capture that was not joined")  # noqa: B904
         finally:
             self.capturing = None
@@ -97,7 +97,7 @@ class Cuda:
 
 
 def prepared(body) -> SimpleNamespace:
-    """Return what `capture` takes of a step."""
+    """Return the attributes of a step that `capture` uses."""
     state = SimpleNamespace(x=SimpleNamespace(device=DEVICE))
     run = {True: body, False: body}
     return SimpleNamespace(state=state, run=run, counters=torch.zeros(2), refused=None, choices={})
@@ -128,7 +128,7 @@ def test_what_a_row_takes_is_seen_before_the_capture(cuda):
 
 
 def failing(cuda, error: BaseException):
-    """A body that raises in the capture alone."""
+    """Return a body that raises only during capture."""
 
     def body() -> None:
         if cuda.capturing is not None:

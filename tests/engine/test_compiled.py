@@ -1,4 +1,4 @@
-"""torch.compile around a step: the eager numbers or a refusal, and where a second process finds it."""
+"""Tests of compiled steps: results equal to the eager step or a refusal, and the cache between processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPILED = EngineOptions(compile=True)
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Return what is traced runs as it was traced: the compiler's own backend is for the slow test."""
+    """Compile with the backend "aot_eager", which runs the traced graph; only the slow test uses inductor."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda body, **_: real(body, backend="aot_eager", fullgraph=True))
 
@@ -35,15 +35,15 @@ def test_a_compiled_step_is_the_eager_one(traced, precision):
     policy = POLICIES[precision]
     got = pipeline(options=COMPILED, policy=policy).sample(**settings)
     wanted = pipeline(policy=policy).sample(**settings)
-    # The graph keeps the eager operations and their order, so that only float32 sums may be laid out anew.
+    # The graph runs the eager operations in the same order, so only the order inside float32 sums may change.
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-# What is compiled is compared
+# Comparison of compiled and eager steps
 
 
 def compiler_of(change):
-    """A compiler whose bodies run and then spoil what they leave in a step."""
+    """Return a compiler whose bodies run and then apply `change` to the step's state."""
 
     def compiler(body, **_):
         def run():
@@ -93,7 +93,7 @@ def test_convolutions_on_a_gpu_stay_with_the_library(monkeypatch, kind, backends
     assert options["options"].get("max_autotune") == (True if kind == "cuda" else None)
 
 
-# What is kept
+# Cache and errors
 
 
 SCRIPT = """
@@ -119,7 +119,7 @@ def test_a_second_process_starts_warm(tmp_path):
     cache = tmp_path / "compiled"
 
     def run(number: int, *batches: list[int]) -> tuple[int, int]:
-        # A folder of its own: the first process leaves the second nothing but the cache.
+        # Each process has its own inductor folder, so that they share only `compile_cache`.
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / str(number)), "PATH": "/usr/bin:/bin"}
         script = textwrap.dedent(SCRIPT).format(root=str(ROOT), cache=str(cache), batches=batches)
         done = subprocess.run(
@@ -130,9 +130,10 @@ def test_a_second_process_starts_warm(tmp_path):
 
     assert run(1, [5])[1] >= 1 and any(cache.iterdir())
     assert run(2, [5]) == (1, 0)
-    # Whether torch compiles a second batch size for any size depends on the first: in the same order.
-    assert run(3, [5], [5, 6])[1] >= 1, "another batch is another step"
-    assert run(4, [5], [5, 6]) == (2, 0), "and both are kept"
+    # torch may compile the second batch size for all sizes, which depends on the first. So the processes
+    # use the same order.
+    assert run(3, [5], [5, 6])[1] >= 1, "a second batch size must be compiled too"
+    assert run(4, [5], [5, 6]) == (2, 0), "both steps should come from the cache"
 
 
 def test_torch_keeps_what_it_compiles_in_the_folder_and_nothing_else_there(monkeypatch, tmp_path):

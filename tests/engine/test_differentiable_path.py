@@ -1,4 +1,4 @@
-"""What a gradient through `predict` costs: that of the input alone."""
+"""Tests that a gradient through `predict` computes the gradient in the input only, and none of weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABELS = [0, 2]
 
 
 class Backwards(TorchDispatchMode):
-    """Which gradients of convolutions were asked for, and products that look like a weight's gradient."""
+    """A mode that records which gradients each convolution's backward computes: (input, weight, bias)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Backwards(TorchDispatchMode):
 
 
 def cost(fold: FoldOptions | None, **options) -> tuple[int, int, list]:
-    """Operations of a forward, of forward and backward, and the masks of the backward's convolutions."""
+    """Return the FLOPs of a forward and of forward plus backward, and the masks that `Backwards` records."""
     pipe = pipeline(options=EngineOptions(fold=fold), **options)
     x = randn(2, 1, 8, 8)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -42,8 +42,8 @@ def cost(fold: FoldOptions | None, **options) -> tuple[int, int, list]:
 @pytest.mark.parametrize("fold", [None, FoldOptions(conv="library")], ids=["unfolded", "folded"])
 def test_a_gradient_costs_the_forward_once_more_and_no_weight_s(fold):
     forward, both, masks = cost(fold)
-    # Input gradients cost what the forward does, those of weights as much again; attention's backward has
-    # five products for the forward's two.
+    # Input gradients cost as much as the forward; weight gradients would cost the same again. Attention's
+    # backward has five products where its forward has two.
     assert forward < both <= 2.2 * forward
     assert masks and not any(mask[1] or mask[2] for mask in masks)
 

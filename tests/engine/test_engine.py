@@ -1,4 +1,4 @@
-"""Engines: steps for one user at a time, and never those of other weights, networks or settings."""
+"""Tests of engines: a step has one user at a time, and is dropped when weights or settings change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def images(pipe: Pipeline, **settings) -> Tensor:
 
 
 def kept(pipe: Pipeline):
-    """The one step that is kept."""
+    """Return the only step that the engine keeps."""
     (step,) = pipe.engine._steps.values()
     return step
 
@@ -212,7 +212,7 @@ def test_a_pipeline_may_be_made_in_inference_mode_but_not_its_networks():
     assert torch.equal(images(pipe), images(fresh))
 
 
-# Forms in other memory
+# Folded weights that moved in memory
 
 
 MOVES = {
@@ -233,7 +233,7 @@ def test_steps_of_forms_in_other_memory_are_dropped(move):
     wanted, step = images(pipe), kept(pipe)
     MOVES[move](pipe.net)
     assert torch.equal(images(pipe), wanted)
-    # A captured graph would read what was freed.
+    # A captured graph of the old step would read freed memory.
     assert kept(pipe) is not step
 
 
@@ -246,7 +246,7 @@ def test_a_step_folded_anew_by_another_pipeline_is_dropped(precision):
     assert torch.equal(images(pipe), wanted)
     step = kept(pipe)
     net.unfold()
-    images(other)  # folds it, in the same precision perhaps, so that nothing is left to do
+    images(other)  # folds the network again; with equal precision `pipe` then finds it folded
     assert torch.equal(images(pipe), wanted) and kept(pipe) is not step
 
 

@@ -1,4 +1,4 @@
-"""Sampling on a GPU: the same noise, the same images, no transfer in the loop, gradients."""
+"""Tests of sampling on a GPU: the CPU's noise and images, no transfers in the loop, gradients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_default_is_bfloat16():
     labels = torch.tensor(CLASSES, device="cuda")
     with torch.no_grad():
         found, wanted = (one.net(x, t, labels) for one in (pipe, exact))
-    # A few dozen layers, each rounding once.
+    # A few dozen layers each round once.
     error = (found - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt()
     assert error < 20 * torch.finfo(torch.bfloat16).eps
     half = load("digits32", device="cuda", precision="bf16").classifier
@@ -55,7 +55,7 @@ def test_the_default_is_bfloat16():
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 def test_nothing_goes_to_the_host_inside_the_loop(solver):
-    """From after the first row, which is looked at for NaN, to before the last one, which is too."""
+    """Check from the second row to the one before the last: the loop reads the first and last row for NaN."""
     pipe = load("digits32", device="cuda")
     pipe.sample(CLASSES, SEEDS, steps=6, solver=solver)
     reached = []

@@ -1,4 +1,4 @@
-"""The classifier's gradient: by hand, alone, and never with respect to the parameters."""
+"""Tests of the classifier's gradient: correct, without side effects, and never of the parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T, LABELS = torch.tensor([10, 700, 999]), torch.tensor([0, 3, 1])
 
 
 def by_hand(net: torch.nn.Module, x: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * d log p(label | x) / dx, one image at a time, in float64."""
+    """Return scale * d log p(label | x) / dx, computed image by image in float64."""
     net = net.double()
     gradients = []
     for i in range(len(x)):
@@ -62,7 +62,7 @@ def test_no_gradient_of_a_parameter_is_computed():
         if hasattr(node, "variable"):
             leaves.add(node.variable.shape)
         stack.extend(parent for parent, _ in node.next_functions)
-    assert leaves == {x.shape}, "x is the only leaf of the graph"
+    assert leaves == {x.shape}, "leaves of the graph other than x"
 
 
 @pytest.mark.parametrize("name", ["out.2.positional_embedding", "time_embed.0.bias"])
@@ -74,7 +74,7 @@ def test_a_classifier_with_anything_to_train_is_refused(name):
 
 
 def test_float16_does_not_lose_small_gradients(monkeypatch):
-    """The digits' classifier is sure of a finished image: most of its gradient is below 6e-8."""
+    """For finished images the digits' classifier is so certain that most of its gradient is below 6e-8."""
     pipe = load("digits32", device="cpu", precision="fp32")
     x = pipe.sample([3, 7], [0, 1], steps=4, solver="ddim", output="float")
     t, labels = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 7])
@@ -102,6 +102,6 @@ def test_half_precision_keeps_most_of_the_gradient():
     exact = by_hand(net, x, 1.0)
     g = classifier_guidance(net.convert_torso(torch.bfloat16), LABELS, 1.0)(x, T)
     assert g.dtype == torch.float32
-    # A few dozen layers, each rounding once forward and once backward.
+    # A few dozen layers each round once forward and once backward.
     error = (g - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
     assert 0 < error < 20 * torch.finfo(torch.bfloat16).eps

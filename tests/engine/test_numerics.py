@@ -1,4 +1,4 @@
-"""What a pipeline sets for its process while it works, and gives back."""
+"""Tests of the process-wide settings that a pipeline changes while it works and then restores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tf32() -> tuple[bool, bool]:
 
 @pytest.mark.parametrize("first_out", [0, 1], ids=["first in, first out", "last in, first out"])
 def test_calls_that_overlap_leave_the_process_as_it_was(first_out):
-    # Those of two threads overlap in any order.
+    # Calls of two threads may end in any order.
     before = tf32()
     calls = [contextlib.ExitStack(), contextlib.ExitStack()]
     calls[0].enter_context(own_numerics(CUDA, tf32=True))
@@ -34,7 +34,7 @@ def test_calls_that_overlap_leave_the_process_as_it_was(first_out):
 
 @pytest.fixture
 def threads():
-    """torch's threads, restored."""
+    """Restore torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

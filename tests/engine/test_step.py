@@ -1,4 +1,4 @@
-"""Prepared steps: equal to rows run by functions, on buffers that stay, without a look at the host."""
+"""Tests of prepared steps: equal to FunctionStep, with fixed buffers and no synchronization with the host."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ UNFOLDED = EngineOptions(fold=None)
 
 
 def both(options: EngineOptions = UNFOLDED, make=pipeline, **parts) -> tuple[Pipeline, Pipeline]:
-    """The same pipeline on prepared steps, and on functions."""
+    """Return the same pipeline twice: with prepared steps, and with plain function calls."""
     return make(options=options, **parts), make(options=PLAIN, **parts)
 
 
@@ -57,7 +57,7 @@ SETTINGS = {
 @pytest.mark.parametrize("rows_at_a_time", [1, 3, 25])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_prepared_step_is_the_functions_bit_for_bit(name, rows_at_a_time):
-    # Unfolded, both call the same networks on the same numbers.
+    # Without folding, both call the same networks on the same numbers.
     prepared, plain = both(dataclasses.replace(UNFOLDED, rows_at_a_time=rows_at_a_time))
     assert torch.equal(images(prepared, **SETTINGS[name]), images(plain, **SETTINGS[name]))
 
@@ -108,7 +108,7 @@ def test_an_image_does_not_depend_on_the_batch():
 
 
 def step_of(guided: bool = True, options: EngineOptions | None = None, steps: int = 4) -> tuple:
-    """A prepared step, filled with a batch, the batch, and what it begins from."""
+    """Return a prepared step filled with a batch, that batch, and its initial x."""
     options = options or EngineOptions()
     engine = Engine(unet().requires_grad_(False), classifier(1).requires_grad_(False), options=options)
     engine.ready()
@@ -119,13 +119,13 @@ def step_of(guided: bool = True, options: EngineOptions | None = None, steps: in
 
 
 def batch_of(table: SolverTable, guided: bool = True, **changes) -> Batch:
-    """Three images that go through a table."""
+    """Return a batch of three images for all rows of a table."""
     settings = {"seeds": as_seeds(SEEDS), "labels": torch.tensor(LABELS), "scale": 2.0, **changes}
     return Batch(**{"table": table, "shape": (3, 1, 8, 8), "guided": (guided,) * len(table), **settings})
 
 
 def pointers(step: PreparedStep) -> dict[str, int]:
-    """Return where everything lies that a body reads or writes."""
+    """Return the address of every tensor that a body reads or writes."""
     found = {
         f"{where}.{name}": t
         for where in ("state", "packed")
@@ -165,9 +165,9 @@ def test_the_images_given_back_are_not_the_buffer():
 
 
 class Watched(TorchDispatchMode):
-    """Refuses what would make a device wait for its host or send to it."""
+    """A mode that rejects operations that transfer data between device and host or synchronize them."""
 
-    # What reads a value back, has a size that depends on one, or makes a tensor of Python numbers.
+    # Operations that read a value, have a size that depends on one, or make a tensor from Python numbers.
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "lift_fresh", "_pin_memory")
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ class Watched(TorchDispatchMode):
 
 
 class Asked(TorchFunctionMode):
-    """Refuses what would wait on a GPU and is nothing, or no operation, on a CPU."""
+    """A mode that rejects calls that synchronize a GPU but dispatch no operation on a CPU."""
 
     FORBIDDEN = ("item", "tolist", "numpy", "__array__", "cpu", "cuda", "is_nonzero", "pin_memory")
 
@@ -224,7 +224,7 @@ def test_what_asks_the_host_is_seen(question):
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_body_asks_the_host_for_nothing(guided):
     step, _, _ = step_of(guided)
-    step.advance(0)  # libraries' own first calls
+    step.advance(0)  # libraries initialise in their first calls
     with torch.no_grad(), Asked(), Watched() as seen:
         for _ in range(2):
             step.body(guided)
@@ -262,7 +262,7 @@ def test_a_trainable_classifier_is_refused():
         PreparedStep(net, guide, StepKey.of(batch, True), torch.device("cpu"), EngineOptions())
 
 
-# The engine that keeps them
+# The engine that keeps steps
 
 
 def test_the_step_used_longest_ago_makes_room():
@@ -288,7 +288,7 @@ def test_forms_in_new_memory_drop_kept_steps():
     pipe = pipeline()
     images(pipe)
     step = next(iter(pipe.engine._steps.values()))
-    pipe.net.to(torch.float32)  # leaves what was derived behind
+    pipe.net.to(torch.float32)  # keeps the folded weights
     pipe.net.unfold()
     images(pipe)
     assert next(iter(pipe.engine._steps.values())) is not step
@@ -324,7 +324,7 @@ def test_batches_that_do_not_fit_are_halved(error, monkeypatch, caplog):
     monkeypatch.setattr(loop, "sample_batch", limited)
     got = images(pipe, seeds=range(7))
     assert sizes == [7, 4, 2, 2, 2, 1] and torch.equal(got, wanted)
-    # What was kept made room for the smaller batches.
+    # The kept step of 7 images was dropped to make room for the smaller batches.
     assert [key.shape[0] for key, _ in pipe.engine._steps] == [2, 1]
     said = [record.getMessage() for record in caplog.records]
     assert said == [
@@ -407,7 +407,7 @@ def test_half_precision_steps_are_near_and_keep_the_parameters():
 
 
 def test_the_conditions_of_a_row_reach_the_network_as_by_functions():
-    # `conditioned` is the functions' way; a body gives labels and condition itself.
+    # FunctionStep calls `conditioned`; a prepared step passes labels and condition itself.
     net = upsampler().requires_grad_(False)
     x, low_res, labels = randn(2, 1, 16, 16), randn(2, 1, 8, 8), torch.tensor([1, CLASSES - 1])
     t = torch.full((2,), 500)

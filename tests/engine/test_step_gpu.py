@@ -1,4 +1,4 @@
-"""Prepared steps on a CUDA device: captured, replayed, alone and beside a user's own work."""
+"""Tests of prepared steps on a CUDA device: capture, replay, and other work on the device meanwhile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FP32 = POLICIES["fp32"]
 
 
 def made(**settings) -> Pipeline:
-    """The small guided pipeline on the device."""
+    """Return the small guided pipeline on the device."""
     pipe = pipeline(**settings)
     pipe.net.cuda()
     pipe.classifier.cuda()
@@ -44,7 +44,7 @@ def images(pipe: Pipeline, **settings) -> Tensor:
 
 
 def near(got: Tensor, wanted: Tensor, limit: float = 1e-4) -> bool:
-    """Not the same bits: cuDNN may choose an algorithm that adds in any order."""
+    """Compare with a limit, not bit by bit: cuDNN's algorithm may add in any order."""
     return float((got - wanted).abs().max()) <= limit * float(wanted.abs().max())
 
 
@@ -121,7 +121,7 @@ def test_a_replay_allocates_copies_and_waits_for_nothing():
     start, end = rows.time_range.start, rows.time_range.end
     launches = [name for name in names if "GraphLaunch" in name]
     assert len(launches) == 3, sorted(set(names))
-    # The test waits after the rows, and the profiler before it stops.
+    # Only synchronizations during the rows count: the test and the profiler synchronize afterwards.
     waits = [e.name for e in seen.events() if "Synchronize" in e.name and start <= e.time_range.start <= end]
     assert not waits
     moved = [name for name in names if "Memcpy" in name and ("HtoD" in name or "DtoH" in name)]
@@ -137,7 +137,7 @@ def test_a_user_s_other_stream_and_thread_may_work_meanwhile():
         done = 0
         with torch.cuda.stream(torch.cuda.Stream()):
             while not stop.is_set():
-                # No random numbers: a capture has the default generator for itself.
+                # No random numbers: during a capture no other thread may use the default generator.
                 a = torch.full((256, 256), 1 / 256, device="cuda")
                 (a @ a).sum()
                 done += 1
@@ -239,7 +239,7 @@ def test_cudnn_s_search_is_given_back(monkeypatch):
     before, seen, pipe = torch.backends.cudnn.benchmark, [], made()
     forward = type(pipe.net).forward
 
-    def noting(self, *args, **options):  # a hook would keep the step from being captured
+    def noting(self, *args, **options):  # not a hook, which would prevent the capture
         seen.append(torch.backends.cudnn.benchmark)
         return forward(self, *args, **options)
 
@@ -265,7 +265,7 @@ def test_calls_on_two_streams_do_not_meet_in_the_buffers():
     found = []
     for i, given in enumerate(settings):
         with torch.cuda.stream(streams[i % 2]):
-            # Long enough that the last copy of a call is still to come when the next call begins.
+            # Long enough that the next call begins before the last copy of this one is done.
             torch.cuda._sleep(20_000_000)
             found.append(images(pipe, **given))
         if i == 4:
@@ -305,7 +305,7 @@ def test_a_graph_of_freed_memory_is_not_replayed(move):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_device_that_is_not_the_current_one():
-    first = images(made())  # torch's own stream for captures is now of device 0
+    first = images(made())  # now torch's own capture stream belongs to device 0
     pipe = pipeline()
     pipe.net.to("cuda:1")
     pipe.classifier.to("cuda:1")

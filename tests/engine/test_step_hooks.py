@@ -1,4 +1,4 @@
-"""Hooks and replaced layers of a pipeline's networks: noticed at the next call, and at every row of it."""
+"""Tests that hooks and replaced layers of a pipeline's networks take effect at every row of the next call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_hook_is_called_at_every_row_until_it_is_removed(layer, options):
 
 
 @pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
-@pytest.mark.parametrize("layer", ["input_blocks.1.0.in_layers.0", "middle_block.1.qkv"])  # rows run them
+@pytest.mark.parametrize("layer", ["input_blocks.1.0.in_layers.0", "middle_block.1.qkv"])  # run in every row
 def test_a_hook_that_a_callback_puts_in_sees_the_layer_from_the_next_row_on(layer, options):
     pipe, seen = pipeline(options=options), []
     module = pipe.net.get_submodule(layer)

@@ -1,4 +1,4 @@
-"""A step's threads: a function of its work and the machine, of the calling thread only, never of its bits."""
+"""Tests of a step's thread count: work and machine decide it unless the user does; results don't change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.small import pipeline
 
 @pytest.fixture(autouse=True)
 def two_of_nobodys_choice(monkeypatch: pytest.MonkeyPatch):
-    """Torch as it begins on a machine of two processors."""
+    """Set up torch as on a machine with two processors where the user has chosen no number of threads."""
     for name in CHOSEN_BY:
         monkeypatch.delenv(name, raising=False)
     for name, value in {"cpus": 2, "cores": 2, "processors": {0, 1}}.items():
@@ -32,7 +32,7 @@ def two_of_nobodys_choice(monkeypatch: pytest.MonkeyPatch):
 
 
 class restored:
-    """A block after which torch's threads are as before."""
+    """Context manager that restores torch's number of threads."""
 
     def __enter__(self) -> None:
         self.before = torch.get_num_threads()
@@ -94,7 +94,7 @@ def test_a_quota_is_nobodys_choice(monkeypatch):
 
 
 def mkl() -> int | None:
-    """Return MKL's number of threads; None for a torch without it."""
+    """Return MKL's number of threads, or None if torch has no MKL."""
     found = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
     return None if found is None else int(found[1])
 

@@ -1,4 +1,4 @@
-"""The example of posterior sampling: it restores, and each image is its seed's."""
+"""Tests of the posterior sampling example: it restores images, and a seed always gives the same image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_sampled_agrees_with_what_was_measured(dps, pipe):
 
 
 def by_a_loop(pipe, measure, y, seeds, classes, steps: int, step_size: float) -> torch.Tensor:
-    """Algorithm 1 of the paper as a loop of its own over `predict`."""
+    """Run algorithm 1 of the paper as a plain loop over `predict`."""
     process, keys = pipe.process(str(steps)), as_seeds(seeds)
     x = normal(keys, y.shape[1:], 0, Stream.X_T)
     for row, i in enumerate(reversed(range(process.num_timesteps))):
@@ -67,7 +67,7 @@ def test_the_guide_is_the_paper_s_loop(dps, step_size):
     pipe, y = load("digits32", device="cpu", precision="fp32"), torch.zeros(2, 1, 32, 32)
     given = (torch.tanh, y, [5, 6], [3, 8], STEPS, step_size)
     wanted = by_a_loop(pipe, *given)
-    # The limit of trajectories with networks: one formula in float32, its terms in another order.
+    # The formulas are the same but add their terms in another order, so the limit of trajectories applies.
     compare(dps.dps_sample(pipe, *given), wanted, NETWORK_SAMPLES_LIMIT, "x")
 
 

@@ -1,4 +1,4 @@
-"""The example of training: it trains on class folders, and what it writes is sampled."""
+"""Tests of the training example: it trains on class folders, and its weights can be sampled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file is written whole or not at all, and what was there before survives every failure."""
+"""Tests of atomic writes: a file is written completely or not at all, and a failure keeps the old file."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS.keys())
 def test_a_full_disk(tmp_path, writer):
-    """The limit on the size of a file stands for the disk: the same failed write, without root."""
+    """A limit on the file size stands in for a full disk: writes fail in the same way, without root."""
     (tmp_path / "target").write_text("old")
     program = f"""
         import numpy as np
@@ -241,7 +241,7 @@ def test_a_full_disk(tmp_path, writer):
 
 
 def test_no_space_is_said_even_where_the_writer_hides_it(tmp_path, monkeypatch):
-    """torch.save answers a failed write with a RuntimeError about positions."""
+    """torch.save turns a failed write into a RuntimeError about positions."""
     with pytest.raises(OutputError, match="the disk is full"), atomic_open(tmp_path / "a") as file:
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, file.fileno())
@@ -268,7 +268,7 @@ def test_concurrent_writers_do_not_mix(tmp_path):
     with atomic_open(target) as one, atomic_open(target) as two:
         one.write(b"1" * 1000)
         two.write(b"2" * 1000)
-    assert target.read_bytes() == b"1" * 1000  # the block that ended last
+    assert target.read_bytes() == b"1" * 1000  # `one` ends last and wins
     assert names(tmp_path) == ["a"]
 
 

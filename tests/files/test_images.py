@@ -1,4 +1,4 @@
-"""PNG files and labelled grids."""
+"""Tests of PNG files and labelled grids."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_files_that_are_no_images(tmp_path):
 
 def test_grid_without_labels_places_every_tile(tmp_path):
     images = noise(5, 70, 80, 3)
-    grid = labelled_grid(images)  # 3 columns, 2 rows, no enlargement: a side has 64 pixels or more
+    grid = labelled_grid(images)  # 3 columns, 2 rows; sides of 64 pixels or more aren't enlarged
     assert grid.shape == (4 + 2 * (70 + 4), 4 + 3 * (80 + 4), 3)
     for index, image in enumerate(images):
         top, left = 4 + (index // 3) * 74, 4 + (index % 3) * 84
@@ -109,11 +109,11 @@ def test_rows_are_classes_and_labels_are_drawn():
     seen = [[int(grid[top + 9, left + 68 * column + 9, 0]) for column in range(3)] for top in rows]
     assert seen == [[20, 40, 255], [10, 30, 50]]
     ink = [(grid[top : top + 64, :left] < 128).any(axis=2) for top in rows]
-    assert ink[0].sum() > 20 and ink[1].sum() > 20, "both rows carry text"
-    assert ink[1].any(axis=0).sum() > ink[0].any(axis=0).sum(), "'7 a seven' is longer than '2 two'"
+    assert ink[0].sum() > 20 and ink[1].sum() > 20, "a row has no text"
+    assert ink[1].any(axis=0).sum() > ink[0].any(axis=0).sum(), "'7 a seven' should be wider than '2 two'"
     assert not np.array_equal(ink[0], ink[1])
     middle = [np.flatnonzero(row.any(axis=1)).mean() for row in ink]
-    assert all(24 < m < 40 for m in middle), "text sits at the middle of its row"
+    assert all(24 < m < 40 for m in middle), "a label is not at the middle of its row"
 
 
 def test_a_large_class_goes_on_in_further_rows():
@@ -123,7 +123,7 @@ def test_a_large_class_goes_on_in_further_rows():
     seen = [[int(grid[4 + 68 * r, left + 68 * c, 0]) for c in range(2)] for r in range(3)]
     assert seen == [[0, 10], [20, 40], [30, 255]]
     written = [bool((grid[4 + 68 * r : 68 + 68 * r, : left - 4] < 128).any()) for r in range(3)]
-    assert written == [True, False, True], "a class is named once"
+    assert written == [True, False, True], "the class label should be on its first row only"
 
 
 def test_alpha_is_blended_on_white():

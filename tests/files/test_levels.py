@@ -1,4 +1,4 @@
-"""Between float and uint8 images: truncation, limits, and the way there and back."""
+"""Tests of the conversion between float and uint8 images: truncation, limits and round trips."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_levels_of_the_published_low_resolution_images():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
     expected = levels.numpy().astype(np.float32) / 127.5 - 1
     assert np.array_equal(from_uint8(levels)[:, 0].numpy(), expected[..., 0])
-    # What the truncation loses on the way back is float32's rounding of a level, never more.
+    # float32 rounds a level, so truncation may give the level below, never another.
     assert (to_uint8(from_uint8(levels)).int() - levels.int()).abs().max() <= 1

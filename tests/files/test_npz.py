@@ -1,4 +1,4 @@
-"""The published archive of samples."""
+"""Tests of npz archives of samples in the published format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_samples(path, images, labels=None):
 
 def test_what_is_written_is_the_published_format(tmp_path):
     write_samples(tmp_path / "samples", IMAGES, LABELS.astype(np.int32))
-    with np.load(tmp_path / "samples") as archive:  # no .npz was appended to the name
+    with np.load(tmp_path / "samples") as archive:  # .npz must not be appended to the name
         assert archive.files == ["arr_0", "arr_1"]
         assert archive["arr_0"].dtype == np.uint8 and np.array_equal(archive["arr_0"], IMAGES)
         assert archive["arr_1"].dtype == np.int64 and np.array_equal(archive["arr_1"], LABELS)

@@ -1,4 +1,4 @@
-"""Sets of images from archives, folders and single files."""
+"""Tests of sets of images from archives, folders and single files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_same_images_from_every_place(tmp_path):
 
 
 def test_gif_images_are_read_as_the_published_loader_reads_them(tmp_path):
-    """Of a moving one the first picture, as RGB of its palette."""
+    """An animated GIF gives its first image; palette colours become RGB."""
     picture = Image.fromarray(IMAGES[0])
     picture.save(tmp_path / "a.gif", save_all=True, append_images=[picture.rotate(180)])
     picture.quantize(8).save(tmp_path / "b.GIF", transparency=0)
@@ -52,7 +52,7 @@ def test_what_is_no_set_is_named(tmp_path):
 
 
 def saved_as(folder, mode: str) -> None:
-    """The colours of `IMAGES[0]` in a file of another mode."""
+    """Save `IMAGES[0]` as a file of another colour mode."""
     picture, kind = Image.fromarray(IMAGES[0]), "jpg" if mode == "CMYK" else "png"
     picture = picture.quantize(8) if mode == "P" else picture.convert(mode)
     if mode == "RGBA":
@@ -70,7 +70,7 @@ def test_every_mode_is_converted_as_the_published_loader_does(tmp_path, channels
     for image, file in zip(found, files, strict=True):
         assert np.array_equal(image, np.asarray(Image.open(file).convert(wanted)).reshape(image.shape))
     if channels == 3:
-        assert np.array_equal(found[-1], IMAGES[0]), "alpha is dropped, not blended"
+        assert np.array_equal(found[-1], IMAGES[0]), "alpha should be dropped, not blended"
 
 
 def test_what_would_be_clipped_or_turned_is_refused(tmp_path):

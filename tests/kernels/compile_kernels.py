@@ -1,9 +1,9 @@
-"""`python -m tests.kernels.compile_kernels`: compile the launches that ADM shapes lead to, without a GPU.
+"""`python -m tests.kernels.compile_kernels`: compile, without a GPU, the kernels that ADM shapes launch.
 
-A process of its own, as Triton's decorators decide at import whether kernels are compiled or interpreted.
-The shapes are those of the released networks, run on the meta device. Prints one line of JSON a kernel: name,
-key, registers, bytes of stack (spilled registers lie there), shared memory, the bytes of a thread's widest
-and least load and store and how wide the launch's channels allow them to be, seconds.
+It is a process of its own because Triton decides at import whether kernels are compiled or interpreted. The
+shapes are those of the released networks, run on the meta device. It prints one line of JSON per kernel:
+name, key, registers, bytes of stack (which holds spilled registers), shared memory, the bytes of a thread's
+widest and narrowest load and store, the width that the launch's channels allow, and seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ BATCHES = (1, 8, 32)
 
 
 def real_cases() -> dict[str, list[Case]]:
-    """Every different case of an op's kernels in the released networks, found where they call the ops."""
+    """Return the distinct cases of each op with Triton kernels, recorded while the released networks run."""
     found: dict[str, dict[str, Case]] = {cases.op: {} for cases in EVERY}
     choose = OpTable.choose
 
@@ -76,14 +76,14 @@ def real_cases() -> dict[str, list[Case]]:
 
 
 def run_the_released() -> None:
-    """One forward without values of every released network."""
+    """Run a forward of every released network on the meta device."""
     for preset in MODELS.values():
         if preset.network is not None and preset.file.endswith(".pt"):
             run_on_meta(preset.network)
 
 
 def run_on_meta(config: NetConfig) -> None:
-    """One forward without values."""
+    """Run a forward of a network on the meta device."""
     with torch.device("meta"), torch.no_grad():
         network = build(config)
         x, t = torch.empty(1, 3, config.image_size, config.image_size), torch.zeros(1)
@@ -97,7 +97,7 @@ def run_on_meta(config: NetConfig) -> None:
 
 
 def launches(cases: OpCases, arguments: dict[str, Any]) -> list[Call]:
-    """The launches of an op's kernels, forward and backward, on tensors of the meta device."""
+    """Return the launches of an op's kernels, forward and backward, for tensors on the meta device."""
     with listing() as calls:
         cases.raw["triton"](lambda name, *given: LAUNCHERS[name](*given), **arguments)
     return calls
@@ -105,14 +105,14 @@ def launches(cases: OpCases, arguments: dict[str, Any]) -> list[Call]:
 
 @contextlib.contextmanager
 def listing() -> Iterator[list[Call]]:
-    """Collect launches in place of running them."""
+    """Collect launches instead of running them."""
     calls: list[Call] = []
     with mock.patch.object(norm_launch, "run", lambda planned, device: calls.extend(planned)):
         yield calls
 
 
 def source(call: Call) -> tuple[ASTSource, tuple]:
-    """Return what Triton would compile for a launch, and its key: kernel and constants, but not the dtype."""
+    """Return the source that Triton compiles for a launch, and its key: kernel and constants, not dtypes."""
     signature, constants, attributes = {}, {}, {}
     for parameter in call.kernel.params:
         value, name = call.arguments[parameter.name], parameter.name
@@ -129,12 +129,12 @@ def source(call: Call) -> tuple[ASTSource, tuple]:
 
 
 def width(value: int) -> str:
-    """The type that Triton takes a whole number for."""
+    """Return the type that Triton gives an integer argument."""
     return "i32" if value < 1 << 31 else "i64"
 
 
 def distinct(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple, dict[torch.dtype, tuple]]]:
-    """(key, {dtype: (source, options, bytes allowed)}) of every different kernel that the networks launch."""
+    """Yield (key, {dtype: (source, options, bytes allowed)}) of every distinct kernel of the networks."""
     found: dict[tuple, dict[torch.dtype, tuple]] = {}
     real = real_cases()
     for cases in EVERY:
@@ -147,7 +147,7 @@ def distinct(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple, dict[torc
 
 
 def compiled(src: ASTSource, options: dict[str, int], architecture: int) -> dict[str, Any]:
-    """Compile and read registers, stack and shared memory back from the machine code."""
+    """Compile a kernel and read its registers, stack, shared memory and access widths from the result."""
     start = time.perf_counter()
     kernel = triton.compile(src, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -166,13 +166,13 @@ def compiled(src: ASTSource, options: dict[str, int], architecture: int) -> dict
 
 
 def accesses(ptx: str, access: str) -> list[int]:
-    """Bytes that a thread moves at once, of every access of global memory: "ld" or "st"."""
+    """Return the bytes per thread of every global load ("ld") or store ("st")."""
     found = re.findall(rf"\b{access}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfu](\d+)\b", ptx)
     return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
 def allowed(call: Call, dtype: torch.dtype) -> int:
-    """Bytes that a thread may move at once: 16, or the channels that a program's share is a multiple of."""
+    """Return the bytes that a thread may move at once: 16, or less if a program's channels allow less."""
     return min(16, call.arguments.get("ALIGN", 16) * dtype.itemsize)
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     assert os.access(CUOBJDUMP, os.X_OK), CUOBJDUMP
     for number, (key, variants) in enumerate(distinct(tuple(DTYPES))):
         chosen = [(dtype, a) for dtype in variants for a in ARCHITECTURES]
-        # One of each key, in turn of another dtype and architecture.
+        # By default one variant of each key, with dtypes and architectures in turn.
         for dtype, architecture in chosen if everything else [chosen[number % len(chosen)]]:
             src, options, allowed_bytes = variants[dtype]
             row = dict(kernel=key[0], key=repr(key[1:]), dtype=DTYPES[dtype], allowed=allowed_bytes)

@@ -1,4 +1,4 @@
-"""Calls of `group_norm_silu` for the kernels' tests, their launches, and how a result is judged."""
+"""Calls of `group_norm_silu` for the tests of its kernels, and the checks of their results."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 if torch.cuda.is_available():
     DTYPES["bf16"] = (
         torch.bfloat16
-    )  # the interpreter cuts bfloat16 off where a GPU rounds: judged there alone
+    )  # only on a GPU: the interpreter truncates to bfloat16 instead of rounding
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = ("n", "c1", "c2", "groups", "spatial")
 (CALLS,) = (cases for cases in all_cases() if cases.op == "group_norm_silu")
 
 
 def module(name: str) -> Any:
-    """A module of the kernels' package, which importing admfast doesn't load."""
+    """Import a module of the kernels' package, which importing admfast doesn't load."""
     kernels()
     return importlib.import_module(f"admfast.kernels.{name}")
 
 
 def force(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """Launch by `path` whatever the shape, with blocks so small that every loop has several trips."""
+    """Use `path` for every shape, with blocks so small that every loop has several iterations."""
     launch = module("norm_launch")
 
     def one(shape: Any, backward: bool) -> Any:
-        groups = 1 if shape.groups < 3 else 2  # a last program of fewer groups where the number is odd
+        groups = 1 if shape.groups < 3 else 2  # with an odd number of groups the last program has fewer
         width = groups * shape.depth
         align = min(width & -width, 8)
         return launch.OneRead(groups, 4, launch.pow2(width), unroll=2, warps=1, align=align)
@@ -45,13 +45,13 @@ def force(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     def two(shape: Any, backward: bool) -> Any:
         return launch.TwoPass(4, 8, unroll=2, chunk=16, warps=1, apply_p=8, apply_warps=1)
 
-    monkeypatch.setattr(launch, "RESIDENT", 4)  # several tiles a program of the elementwise pass
+    monkeypatch.setattr(launch, "RESIDENT", 4)  # gives each program of the elementwise pass several tiles
     if path != "chosen":
         monkeypatch.setattr(launch, "choose", {"one read": one, "two passes": two}[path])
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty gives with NaN: an element that no kernel writes is then seen."""
+    """Make torch.empty fill its tensors with NaN, which reveals elements that no kernel writes."""
     empty = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -62,9 +62,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call_of(case: dict[str, Any], device: str = DEVICE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a case, drawn on `device` ("meta" for sizes only), and its other arguments.
+    """Return the tensors of a case, drawn on `device` ("meta" for sizes only), and its other arguments.
 
-    shape: a name of the room's SHAPES, or (batch, channels of x, channels of x2, groups, spatial).
+    The case's shape is a name in `SHAPES`, or (batch, channels of x, channels of x2, groups, spatial).
     """
     case = dict(case)
     shape, dtype, weights = (case.pop(name) for name in ("shape", "dtype", "weights"))
@@ -79,7 +79,7 @@ def call_of(case: dict[str, Any], device: str = DEVICE) -> tuple[dict[str, Tenso
 
 
 def check(case: dict[str, Any], impl: str = "triton") -> None:
-    """Assert that values and gradients of a case are within the house's tolerance."""
+    """Assert that values and gradients of a case are within the tolerance of `tests/ops/tolerance.py`."""
     tensors, options = call_of(case)
     noise = noises(group_norm_silu_ref, tensors, options)
     with unmodified(**tensors):
@@ -89,9 +89,9 @@ def check(case: dict[str, Any], impl: str = "triton") -> None:
 
 
 def check_ends(case: dict[str, Any], impl: str = "triton") -> None:
-    """`check` for batches that are too large for a reference: the first and the last image are compared.
+    """Check the first and the last image of a batch that is too large for a reference.
 
-    What is summed over the images (dweight, dbias) isn't.
+    dweight and dbias, which are sums over the images, are not compared.
     """
     tensors, options = call_of(case)
     noise = noises(group_norm_silu_ref, tensors, options)
@@ -105,7 +105,11 @@ def check_ends(case: dict[str, Any], impl: str = "triton") -> None:
 
 
 def assert_channels_last(case: dict[str, Any], got: dict[str, Tensor]) -> None:
-    """Without resampling the skip is a view or a plain concatenation, whose gradient torch adds."""
+    """Assert that values and gradients of images are channels-last.
+
+    Cases with a skip but without resampling are left out: the skip is a view or a concatenation there, and
+    torch adds its gradient.
+    """
     for name, value in got.items():
         if value.dim() > 2 and (case["resample"] or not case["with_skip"]):
             assert value.movedim(1, -1).is_contiguous(), f"{name}: {value.stride()}"

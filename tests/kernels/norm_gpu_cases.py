@@ -1,8 +1,8 @@
-"""`python -m tests.kernels.norm_gpu_cases`: the cases of `group_norm_silu` on a GPU, and what they cost.
+"""`python -m tests.kernels.norm_gpu_cases`: the GPU test cases of `group_norm_silu`, and their cost.
 
-Each different kernel takes Triton a third of a second to compile: any two options meet in some case, not all.
-Planned on the meta device, the program prints one line of JSON: how many different kernels the cases compile
-and how many numbers they draw.
+Triton takes a third of a second to compile each distinct kernel, so the cases cover all pairs of options,
+not all combinations. The program plans the cases on the meta device and prints one line of JSON: how many
+distinct kernels they compile and how many numbers they draw.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tests.kernels import norm_cases, values
 from tests.ops.cover import all_pairs
 from tests.ops.tolerance import HALF_AND_SINGLE
 
-# (channels of x, channels of x2, spatial): every path of the launch table, straddling groups among them.
+# (channels of x, channels of x2, spatial). They cover every path of the launch table, and groups that
+# straddle x and x2.
 REAL: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "192 64x64": (192, 0, (64, 64)),
     "384+192 64x64": (384, 192, (64, 64)),
@@ -49,7 +50,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 PATHS = ("one read", "two passes")
 PAIRS = all_pairs(shape=list(REAL | ODD), mode=list(MODES), dtype=list(HALF_AND_SINGLE), path=list(PATHS))
-# Real batches, in the dtype that the engine computes in, by the launch that is chosen.
+# Real batches, in the engine's dtype and with the launches that admfast chooses.
 BATCHES = [
     dict(shape=name, mode="modulated", dtype="bf16", batch=batch)
     for name, (c1, c2, spatial) in (REAL | LARGE).items()
@@ -58,29 +59,29 @@ BATCHES = [
 
 
 def shaped(shape: tuple[int, int, tuple[int, ...]], batch: int, groups: int = 32) -> tuple[Any, ...]:
-    """A shape as `norm_cases` has it."""
+    """Return a shape in the form that `norm_cases.call_of` takes."""
     c1, c2, spatial = shape
     return (batch, c1, c2, groups, spatial)
 
 
 def case_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A case of `norm_cases` from a row of PAIRS or BATCHES."""
+    """Return the case of `norm_cases` for a row of PAIRS or BATCHES."""
     shape = shaped(SHAPES[row["shape"]], row.get("batch", 2))
     return MODES[row["mode"]] | dict(shape=shape, dtype=HALF_AND_SINGLE[row["dtype"]])
 
 
 @contextlib.contextmanager
 def forced(path: str | None) -> Iterator[None]:
-    """Launch by `path` whatever the shape, in the blocks that a GPU gets; as chosen for None."""
+    """Use `path` for every shape, with the blocks of a GPU. None keeps the usual choice."""
     launch = norm_cases.module("norm_launch")
-    # One read as if no share were too large or too crumbly; two passes as if none fitted.
+    # "one read": no program's data is too large, and no row of it too narrow. "two passes": none fits.
     limits = {"one read": {"SHARE": 1 << 30, "SECTOR": 0}, "two passes": {"SHARE": 0}}
     with mock.patch.multiple(launch, **limits[path]) if path else contextlib.nullcontext():
         yield
 
 
 def main() -> None:
-    """Plan every case and print what they cost."""
+    """Plan every case and print their cost."""
     from tests.kernels.compile_kernels import launches, source
 
     kernels, drawn = set(), 0

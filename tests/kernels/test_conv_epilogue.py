@@ -1,4 +1,4 @@
-"""The kernel that adds bias and residual after a convolution: values, gradients, which calls take it."""
+"""Tests of the kernel that adds bias and residual after a convolution: values, gradients, selection."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def seeded():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Every convolution by torch takes the kernel, on whatever device; a list with an entry for each."""
+    """Make every convolution by torch use the kernel, on any device, and return the list of its launches."""
     launch, calls = module("norm_launch"), []
     run = launch.run
 
@@ -116,7 +116,7 @@ def test_gradients_of_two_orders(leaves, has_bias, taken):
 
 def test_torch_is_told_of_the_write():
     y = draw(1, 6, 3, 3).requires_grad_(True) * 2
-    kept = y.square()  # its gradient would read y
+    kept = y.square()  # its backward needs the old y
     epilogue.add(y, draw(6), None)
     with pytest.raises(RuntimeError, match="inplace"):
         kept.sum().backward()
@@ -143,11 +143,11 @@ def test_what_lies_otherwise_is_added_to_by_torch(taken, monkeypatch):
     assert not taken
 
 
-# Which calls take the kernel. None of these tensors is on a GPU; the device is an argument.
+# Which calls use the kernel. The device is an argument, so these tests need no GPU.
 
 
 class Looking(TorchDispatchMode):
-    """Sees every operation and changes none."""
+    """A mode that runs every operation unchanged."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
@@ -160,7 +160,7 @@ VOLUME = laid_out(torch.ones(2, 6, 3, 5, 7), "channels_last")
 
 @pytest.fixture
 def present(monkeypatch):
-    """As where there is a GPU."""
+    """Make the kernels available as on a machine with a GPU."""
     monkeypatch.setattr(launchers, "reason_missing", lambda: None)
     monkeypatch.setattr(launchers, "interpreted", lambda: False)
 

@@ -1,4 +1,4 @@
-"""`group_norm_silu` in Triton on a CUDA device: real shapes and batches, graphs, streams, compilation."""
+"""Tests of Triton's `group_norm_silu` on a CUDA device: real shapes, graphs, streams, torch.compile."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_two_streams_do_not_share():
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_pointers_that_are_not_aligned(offset):
-    # 8 channels a group: an aligned pointer is read 16 bytes at a time, these by 2 and by 8.
+    # 8 channels per group: an aligned pointer is read 16 bytes at a time, these 2 and 8 bytes at a time.
     tensors, options = call(shape=(2, 64, 0, 8, (9, 11)), modulated=False)
     x = tensors["x"]
     storage = torch.empty(x.numel() + offset, dtype=x.dtype, device=x.device)
@@ -115,7 +115,7 @@ def test_pointers_that_are_not_aligned(offset):
     assert shifted.data_ptr() % 16 == 2 * offset
     y = group_norm_silu(**(tensors | dict(x=shifted)), **options, impl="triton")
     truth = group_norm_silu_ref(**wide(tensors), **options)
-    # Another layout of the threads adds in another order: not the bits of the aligned call.
+    # Another layout of the threads adds in another order, so the bits may differ from the aligned call.
     assert_within(y, group_norm_silu_ref(**tensors, **options), truth, "y", "output")
 
 

@@ -1,4 +1,7 @@
-"""The kernels of `group_norm_silu` by both paths: values, gradients, refusals; without a GPU interpreted."""
+"""Tests of the kernels of `group_norm_silu` on both paths: values, gradients, errors.
+
+Without a GPU the kernels are interpreted.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ OPTIONS = dict(
 )
 CASES = all_pairs(2, **OPTIONS)
 SMALL = dict(modulated=True, silu=True, resample=None, with_skip=False, weights="fp32", mean=0, dtype="fp32")
-# A real image of each path and the widest; of the two sources' groups of 18 channels one straddles.
+# Real images for each path, and the widest. With 384 + 192 channels, one group of 18 straddles both sources.
 ADM = {
     "64x64": (1, 192, 0, 32, (64, 64)),
     "16x16 of two sources": (2, 384, 192, 32, (16, 16)),
@@ -64,7 +67,7 @@ def test_values_and_gradients_of_the_whole_grid(shape, dtype, path, monkeypatch)
 @pytest.mark.parametrize("shape", ADM)
 def test_shapes_of_the_networks(shape, resample, path, monkeypatch):
     if path != "chosen" and (shape == "64x64" or resample is not None):
-        pytest.skip("the blocks that a GPU gets take the interpreter long: one of each")
+        pytest.skip("the interpreter is slow with the blocks of a GPU: only small shapes without resampling")
     if path != "chosen":
         monkeypatch.setattr(module("norm_launch"), "INTERPRETED", False)
     modulated = resample is None
@@ -88,7 +91,7 @@ def test_frozen_parameters_change_nothing_in_dx(path, monkeypatch):
     assert full[2].shape == full[3].shape == (2, 12) and lean[2].numel() == lean[3].numel() == 0
     assert torch.equal(lean[0], full[0]) and torch.equal(lean[1], full[1])
     again = RAW["triton"].backward(dy, dskip, *arguments, mean, rstd, options, True)
-    assert all(torch.equal(a, b) for a, b in zip(full, again, strict=True)), "the same bits every time"
+    assert all(torch.equal(a, b) for a, b in zip(full, again, strict=True)), "a second call gives other bits"
 
 
 @pytest.mark.parametrize("path", ["one read", "two passes"])
@@ -101,7 +104,7 @@ def test_a_gradient_of_any_layout_is_taken(resample, path, monkeypatch):
     dy = torch.randn(y.shape, device=DEVICE)
     dense, expected = (torch.autograd.grad(y, x, d, retain_graph=True)[0] for d in (dy, dy.to(y)))
     assert torch.equal(dense, expected)
-    (of_sum,) = torch.autograd.grad(y.sum(), x, retain_graph=True)  # its gradient is one expanded number
+    (of_sum,) = torch.autograd.grad(y.sum(), x, retain_graph=True)  # dy is one expanded number
     assert torch.equal(of_sum, torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
@@ -119,8 +122,8 @@ def test_a_nan_stays_in_its_group(path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["one read", "two passes"])
 def test_a_first_tile_unlike_the_rest_costs_no_accuracy(path, monkeypatch):
-    # Sums are taken about the first tile's mean; here that is 1000 deviations from the rest, and what cancels
-    # is as many times larger as there are tiles: 36 of one program.
+    # Sums are taken about the first tile's mean. Here that is 1000 deviations from the rest, and the terms
+    # that cancel are larger by the number of tiles of a program, 36.
     force(monkeypatch, path)
     torch.manual_seed(0)
     x = torch.randn(1, 8, 12, 12, device=DEVICE)
@@ -134,11 +137,11 @@ def test_a_first_tile_unlike_the_rest_costs_no_accuracy(path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["one read", "two passes"])
 def test_what_float32_leaves_out_of_a_mean_is_not_lost(path, monkeypatch):
-    # At mean 1000 and deviation 1 the group's mean is off by up to 3e-5 as a float32, and so would be every
-    # result. x - mean is exact here (Sterbenz). With the rest of the mean, `low`, six roundings of half a
-    # unit of the result remain (low, rstd, a, low * a, the product, the sum), and a quarter of a unit for
-    # each of the 40 sums in a row (36 tiles, then rows and channels) behind the variance, of which rstd has
-    # half.
+    # At mean 1000 and deviation 1, rounding the group's mean to float32 would shift every result by up to
+    # 3e-5. The kernel also keeps the rest of the mean, `low`. x - mean is exact here (Sterbenz). The limit
+    # counts six roundings of half a unit of the result (low, rstd, a, low * a, the product, the sum), and a
+    # quarter of a unit for each of the 40 sums in a row (36 tiles, then rows and channels) of the variance,
+    # whose relative error rstd halves.
     force(monkeypatch, path)
     torch.manual_seed(0)
     x = (torch.randn(2, 12, 12, 8, device=DEVICE) + 1000).movedim(-1, 1)
@@ -165,7 +168,7 @@ def test_what_is_refused_and_why(monkeypatch):
         )
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, nothing is interpreted")
+@pytest.mark.skipif(DEVICE == "cuda", reason="with a GPU nothing is interpreted")
 def test_the_interpreter_runs_only_where_it_is_named(monkeypatch):
     tensors, options = call_of(SMALL | dict(shape="odd"))
     del options["with_skip"]

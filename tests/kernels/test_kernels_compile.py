@@ -1,4 +1,4 @@
-"""The kernels compile for real GPUs and spill nothing at the blocks that ADM shapes lead to: needs no GPU."""
+"""Tests that the kernels compile for real GPUs without spills at ADM shapes. They need no GPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.kernels.values import kernel_names
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_MEMORY = 48 << 10  # what a program has without asking for more
+SHARED_MEMORY = 48 << 10  # what a program gets without opting in to more
 
 
 def compiling(*module: str, seconds: int) -> list[dict[str, Any]]:
-    """Return what a module prints, a line of JSON a row, in a process whose kernels aren't interpreted."""
+    """Run a module in a process without Triton's interpreter and return the lines of JSON that it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", *module]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -49,12 +49,13 @@ def test_kernels_compile_and_spill_nothing(flags, most, seconds, record_property
     assert {row["dtype"] for row in rows} == {"fp16", "bf16", "fp32"}
     assert {row["architecture"] for row in rows} == {80, 90, 100}
     assert max(row["shared"] for row in rows) <= SHARED_MEMORY
-    # What the compiler can't see divides a mask makes it load and store element by element.
+    # Unless the compiler knows a power of two that divides a mask's bound, it loads and stores single
+    # elements.
     large = [row for row in rows if "_merge_" not in row["kernel"]]
     assert [row for row in large if row["ld"] != row["allowed"]] == []
     writing = [row for row in large if row["kernel"].endswith(("fwd_kernel", "bwd_kernel"))]
     assert [row for row in writing if row["st"] != row["allowed"]] == []
-    # The bias, too, where the channels allow it.
+    # The bias must be loaded in vectors too, if the channels allow it.
     added = [row for row in rows if "epilogue" in row["kernel"] and "('MULTIPLE', 16)" in row["key"]]
     assert added and {row["least_ld"] for row in added} == {row["least_st"] for row in added} == {16}
     worst = max(rows, key=lambda row: row["registers"])

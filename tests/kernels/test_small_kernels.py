@@ -1,4 +1,4 @@
-"""What compute-sanitizer is given: it runs every kernel there is, and notices one that is wrong."""
+"""Tests of the program that compute-sanitizer runs: it runs every kernel, and detects a wrong one."""
 
 from __future__ import annotations
 

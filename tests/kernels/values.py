@@ -1,4 +1,4 @@
-"""Values and gradients of a call of any op, and how they are judged against the reference."""
+"""Values and gradients of a call of any op, and their comparison with the reference."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.ops.tolerance import assert_within
 
 
 def kernel_names() -> set[str]:
-    """The kernels of `kernels/`."""
+    """Return the names of all kernels in `kernels/`."""
     files = (Path(__file__).resolve().parents[2] / "kernels").glob("*.py")
     return {name for file in files for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M)}
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor in arguments; the rows of a solver keep their copy on the host."""
+    """Apply a function to every tensor in arguments. A PackedTable keeps its copy on the host."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -36,12 +36,12 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def wide(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same in float64."""
+    """Return the arguments with floating-point tensors in float64."""
     return mapped(arguments, lambda t: t.double() if t.is_floating_point() else t)
 
 
 def drawing(device: str | torch.device, seed: int) -> Callable[..., Tensor]:
-    """A function that draws standard normal float32 values of a shape on `device`."""
+    """Return a function that draws standard normal float32 values of a shape on `device`."""
     kind = torch.device(device).type
     generator = None if kind == "meta" else torch.Generator(kind).manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator, device=device)
@@ -52,7 +52,7 @@ def together(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def noises(reference: Any, tensors: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
-    """The gradients that `results` gives the outputs: noise in the dtype and on the device of a tensor."""
+    """Return output gradients for `results`: noise with the dtype and device of the first tensor."""
     if not tensors:
         return []
     meta = mapped(tensors | options, lambda t: t.detach().to("meta"))
@@ -64,9 +64,9 @@ def noises(reference: Any, tensors: dict[str, Tensor], options: dict[str, Any]) 
 def results(
     function: Any, tensors: dict[str, Tensor], options: dict[str, Any], noise: list[Tensor]
 ) -> dict[str, Tensor]:
-    """Every output, and the gradient in every one of `tensors` of the outputs' product with `noise`.
+    """Return every output, and the gradient in each of `tensors` of the outputs' product with `noise`.
 
-    What a call writes to is copied first.
+    The options are copied first, because a call may write to them.
     """
     leaves = {name: t.detach().requires_grad_(True) for name, t in tensors.items()}
     outputs = together(function(**leaves, **copy.deepcopy(options)))
@@ -85,9 +85,9 @@ def judge(
     options: dict[str, Any],
     noise: list[Tensor],
 ) -> None:
-    """Compare `got`, of gradients `noise`, with the reference, on the device of `tensors`.
+    """Compare `got`, computed with output gradients `noise`, with the reference, on the device of `tensors`.
 
-    A tensor of fewer dimensions than the first is a parameter, whose gradient is a sum.
+    A tensor with fewer dimensions than the largest is a parameter, whose gradient is a sum.
     """
     plain = results(reference, tensors, options, noise)
     truth = results(reference, wide(tensors), wide(options), noise)

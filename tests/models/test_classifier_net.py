@@ -1,4 +1,4 @@
-"""The classifier: its four pools, its gradient with respect to the image, and what it refuses."""
+"""Tests of the classifier: its four pools, its gradient with respect to the image, and its errors."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_convert_torso_leaves_embedding_norms_and_head(pool):
     assert {name.split(".")[0] for name in halves} == {"input_blocks", "middle_block"}
     assert {p.dtype for p in net.out.parameters()} == {torch.float32}
     logits = net(x, T)
-    # As for the UNet: a few dozen layers, each rounding once.
+    # A few dozen layers each round once, as in the UNet.
     error = (logits - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
     assert logits.dtype == torch.float32 and 0 < error < 10 * torch.finfo(torch.bfloat16).eps
     assert net(x.double(), T).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""Folded networks: the same function, the same parameters; when the derived forms are used, and renewed."""
+"""Tests of folded networks: same function, same parameters; when derived forms are used and renewed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def made(name: str):
 
 
 def call(net, dtype=torch.float32, grad=False) -> list[Tensor]:
-    """The output for fixed inputs, and the gradient in x of its product with fixed noise."""
+    """Return the output for fixed inputs, and the gradient in x of its product with fixed noise."""
     config = net.config
     x = randn(N, config.in_channels, *[config.image_size] * config.dims).to(dtype).requires_grad_(True)
     given = {}
@@ -64,7 +64,7 @@ def call(net, dtype=torch.float32, grad=False) -> list[Tensor]:
 
 
 def assert_same(net, plain: list[Tensor], truth: list[Tensor], conv: str | None) -> None:
-    """Hold both to the unfolded network's error; Winograd's products round larger terms."""
+    """Compare output and gradient with the unfolded network. Winograd rounds more: its terms are larger."""
     growth = (1.0, 1.0) if conv == "library" else amplification()
     for got, before, exact, what in zip(call(net), plain, truth, ("output", "input gradient"), strict=True):
         assert_within(got, before, exact, what, what, growth=growth)
@@ -101,12 +101,12 @@ def test_an_option_of_the_wrong_kind_is_named():
 
 @dataclasses.dataclass
 class Runs:
-    """Counts how often a forward takes the path of every option."""
+    """Counts of how often a forward uses the path of each option."""
 
-    channels_last: int = 0  # convolutions of images with their channels together
-    two_sources: int = 0  # concatenations that are not written
+    channels_last: int = 0  # convolutions of channels-last images
+    two_sources: int = 0  # concatenations that are avoided
     residual: int = 0  # convolutions that add the skip themselves
-    qkv_rows: int = 0  # qkv products that come out in the new order
+    qkv_rows: int = 0  # qkv products with rows in the new order
     embeddings: int = 0  # blocks that don't project the embedding themselves
     conv: int = 0  # convolutions by the implementation "reference"
 
@@ -137,7 +137,7 @@ def what_runs(net, monkeypatch) -> Runs:
 
 @pytest.mark.parametrize("option", OTHERS)
 def test_each_option_changes_what_runs_and_nothing_else(option, monkeypatch):
-    # With one channel both layouts are the same.
+    # Three channels: with one channel both layouts would be the same.
     net = unet(resblock_updown=True, in_channels=3, out_channels=6).requires_grad_(False)
     net.fold(FoldOptions(conv="library"))
     before = what_runs(net, monkeypatch)
@@ -147,15 +147,15 @@ def test_each_option_changes_what_runs_and_nothing_else(option, monkeypatch):
     assert changed == {option}
     on, off = (after, before) if option == "conv" else (before, after)
     assert getattr(on, option) > getattr(off, option)
-    # Attention puts out its channels together in any case.
+    # The output of attention is always channels-last.
     assert getattr(off, option) == 0 or option == "channels_last"
 
 
-# What is derived, and from what
+# Derived forms
 
 
 class Seen(TorchDispatchMode):
-    """Names of the operations that run."""
+    """A mode that records the names of the operations that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def test_no_concatenation_is_written_and_one_product_projects_the_embedding():
     net.fold(FoldOptions(conv="library"))
     single.clear()
     with staying_fused():
-        assert operations(net).count("cat") == 1 and not single  # cos and sin
+        assert operations(net).count("cat") == 1 and not single  # only cos and sin are concatenated
     assert net.projected_width == sum(layer.out_features for layer in layers)
 
 
@@ -222,11 +222,11 @@ def test_half_precision_leaves_parameters_embeddings_and_the_last_layer():
     assert net.input_blocks[0][0].folded.dtype == torch.bfloat16
     rounded = made("unet").convert_torso(torch.bfloat16)
     half, published = call(net)[0], call(rounded)[0]
-    # The published recipe rounds the same weights; what is left is the order of sums in bfloat16.
+    # The published recipe rounds the same weights, so only the order of bfloat16 sums differs.
     assert (half - published).norm() < 0.02 * plain.norm() and 0 < (half - plain).norm() < 0.05 * plain.norm()
 
 
-# When it is used
+# When derived forms are used
 
 
 def test_training_mode_and_functional_call_take_the_parameters():
@@ -270,14 +270,14 @@ def test_projections_follow_their_layers(change):
 
 
 def memory_of(net) -> list[int]:
-    """Return where all that was derived lies."""
+    """Return the addresses of all derived forms."""
     found = [module.folded for module in net.modules() if hasattr(type(module), "folded")]
     forms = [form for folded in found for form in folded.forms()]
     return [form.data_ptr() for form in (*forms, net._projections.weight, net._projections.bias)]
 
 
 def scale(net, way: str, factor: float = 1.25) -> None:
-    """Scale all parameters, in one of the ways in which programs write to them."""
+    """Scale all parameters in one of the ways that programs use to write to them."""
     parameters = list(net.parameters())
     state = {key: factor * value for key, value in net.state_dict().items()}
     if way == "load_state_dict":
@@ -287,7 +287,7 @@ def scale(net, way: str, factor: float = 1.25) -> None:
         net.requires_grad_(False)
     elif way == "data replaced":
         for p in parameters:
-            p.data = factor * p.data  # new memory, written before it is the parameter's
+            p.data = factor * p.data  # new memory
     elif way == "set_":
         with torch.no_grad():
             for p in parameters:
@@ -319,14 +319,14 @@ def test_changed_parameters_are_taken_up_in_the_same_memory(way):
     net, wanted = made("unet"), made("unet")
     options = FoldOptions(conv="library")
     net.ensure_folded(options, torch.float32)
-    call(net)  # what is derived is made where it is first used
+    call(net)  # derived forms are made at their first use
     before, generation = memory_of(net), net.fold_generation
     assert len(before) > 20
     scale(wanted, "load_state_dict")
     scale(net, way)
     net.ensure_folded(options, torch.float32)
     assert memory_of(net) == before
-    # Graphs also read parameters that nothing is derived from: norms, the embedding's layers.
+    # Captured graphs also read parameters without derived forms: norms and the embedding's layers.
     assert (net.fold_generation != generation) == (way in MOVING)
     wanted.fold(options)
     assert all(torch.equal(a, b) for a, b in zip(call(net), call(wanted), strict=True))

@@ -1,4 +1,4 @@
-"""Folded networks whose parameters are trainable: gradients where they are asked for, and no others."""
+"""Tests of folded networks with trainable parameters: the requested gradients are computed, no others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def given(net: nn.Module, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]
 
 
 def gradients(net: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Gradients in x and all parameters of the output's product with fixed noise."""
+    """Return the gradients in x and all parameters of the output's product with fixed noise."""
     x, more = given(net, dtype)
     out = net(x, T, **more)
     (out * randn(*out.shape, seed=2).to(dtype)).sum().backward()
@@ -52,7 +52,7 @@ def test_every_parameter_gets_its_gradient(name):
     growth = amplification()
     for key, value in got.items():
         kind = "input gradient" if key == "x" else "parameter gradient"
-        terms = N * net.config.image_size**net.config.dims * 9  # a parameter meets all positions
+        terms = N * net.config.image_size**net.config.dims * 9  # a parameter is used at all positions
         assert_within(value, plain[key], truth[key], f"{name} {key}", kind, terms, growth=growth)
 
 
@@ -79,7 +79,7 @@ def test_weights_whose_gradient_nobody_wants_cost_nothing(train):
 
 
 def test_frozen_parameters_among_trainable_ones_get_none():
-    """Some programs train the attention and the norms alone."""
+    """Some programs train only the attention and the norms."""
     net = unet()
     wanted = gradients(copy.deepcopy(net).requires_grad_(True))
     for name, parameter in net.named_parameters():
@@ -141,7 +141,7 @@ def test_a_network_that_trains_drops_its_forms():
     net = folded(unet().requires_grad_(True)).train()
     x, more = given(net, torch.float32)
     net(x, T, **more)
-    assert net.fold_options is not None  # nothing was written yet
+    assert net.fold_options is not None  # no parameter was written yet
     with torch.no_grad():
         net.out[2].bias.add_(1.0)
     net(x, T, **more)
@@ -150,7 +150,7 @@ def test_a_network_that_trains_drops_its_forms():
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_forms_renewed_before_the_backward_pass_are_not_used_in_it(trainable):
-    """Trainable weights are saved with the forward pass, and give its gradient; frozen ones raise."""
+    """The forward pass saves trainable weights, which give its gradient. Frozen weights raise an error."""
     net = unet().requires_grad_(True)
     plain, fast = copy.deepcopy(net), folded(net).requires_grad_(trainable)
     grads = []

@@ -1,4 +1,4 @@
-"""Hooks and replaced layers in a folded network: every layer gets and gives what it does when published."""
+"""Tests of hooks and replaced layers in a folded network: layers see the published inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from admfast.models.fold import FoldOptions
 from admfast.models.hooks import staying_fused
 from tests.small import classifier, randn, unet, upsampler
 
-# Both sides are computed in float64 by different orders of the same operations: some thousand roundings.
+# Both sides are float64 and do the same operations in another order: some thousand roundings.
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-9}
 T, Y = torch.tensor([20, 700]), torch.tensor([1, 3])
 NETS = {
@@ -29,7 +29,8 @@ NETS = {
     "upsampler": lambda: upsampler(resblock_updown=True),
     **{pool: lambda pool=pool: classifier(pool=pool) for pool in ("attention", "adaptive", "spatial_v2")},
 }
-# Named in the published network, but not called: where nothing is resampled, and sequences taken apart.
+# Modules of the published network that are not called: resampling that does nothing, and sequences whose
+# layers are called one by one.
 SILENT = ("h_upd", "x_upd", "in_layers", "out_layers", "input_blocks", "output_blocks")
 
 
@@ -50,7 +51,7 @@ def call(net: nn.Module, x: Tensor | None = None) -> Tensor:
 
 
 def by_itself(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Return a layer's output for `x` by torch's own functions; None for a module that holds others."""
+    """Return a layer's output for `x`, computed by torch's functions, or None for a container."""
     kernel = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, 32, module.weight, module.bias, 1e-5)
@@ -73,7 +74,7 @@ def by_itself(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class Watch:
-    """Inputs and output of every module that runs, by name, at its last call."""
+    """Context manager that records the inputs and output of every module's last call, by name."""
 
     def __init__(self, net: nn.Module, names: set[str] | None = None):
         self.seen: dict[str, tuple[tuple, Tensor]] = {}
@@ -108,7 +109,7 @@ def test_every_layer_gets_and_gives_what_it_does_alone(name):
             torch.testing.assert_close(
                 out, alone, **FLOAT64, msg=lambda text, layer=layer: f"{layer}: {text}"
             )
-        if hasattr(modules[layer], "emb_layers"):  # a residual block: the embedding, the branch, the skip
+        if hasattr(modules[layer], "emb_layers"):  # a residual block: embedding, branch, skip
             (emb,) = rest
             assert emb.shape == (2, modules[layer].emb_layers[1].in_features)
             torch.testing.assert_close(seen[f"{layer}.emb_layers"][0][0], emb, **FLOAT64)
@@ -165,7 +166,7 @@ def test_what_a_hook_returns_takes_the_place_of_what_it_saw():
     with Watch(net, {"middle_block.0", "middle_block.1", "middle_block.1.norm"}) as seen:
         call(net)
     (x, _), out = seen["middle_block.0"]
-    assert torch.equal(out, x)  # as many channels out as in: the skip is the identity
+    assert torch.equal(out, x)  # input and output have equal channels, so the skip is the identity
     torch.testing.assert_close(seen["middle_block.1.norm"][0][0], (2 * out + 1).flatten(2), **FLOAT64)
 
 
@@ -201,7 +202,7 @@ def test_a_hook_on_every_module_there_is_sees_the_layers():
 
 
 class Wrapped(nn.Module):
-    """A layer with something added to it, as adapters do; it takes nothing but x."""
+    """A wrapper around a layer, as adapters use; its forward takes only x."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -245,7 +246,7 @@ CASES = [
     for layer in LAYERS
     for how, times in HOW.items()
     for when in times
-    # The other two work on matrices.
+    # weight_norm and prune need weights with at least two dimensions.
     if how in ("module", "forward") or not layer.endswith((".norm", "out.0", "in_layers.0"))
 ]
 
@@ -315,7 +316,7 @@ def test_a_whole_block_may_be_replaced():
     net, wanted = folded(), folded()
 
     class Outer(type(net.middle_block)):
-        """A sequence around another, which is given the embedding as the published ones are."""
+        """A sequence around another one, called with the embedding like the published sequences."""
 
         def forward(self, x: Tensor, emb: Tensor) -> Tensor:
             assert isinstance(emb, Tensor)

@@ -1,4 +1,4 @@
-"""The blocks: each equals its formula, written out, and does what its options say."""
+"""Tests that each block equals its written-out formula and follows its options."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from admfast.models.layers import (
 )
 from tests.small import randn
 
-# Both sides are computed in float64 by different orders of the same operations: some thousand roundings.
+# Both sides are float64 and do the same operations in another order: some thousand roundings.
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module in float64, every parameter drawn anew, so that nothing is left at zero."""
+    """Return the module in float64 and evaluation mode, with random parameters: fresh ones may be zero."""
     for i, parameter in enumerate(module.double().parameters()):
         parameter.data = randn(*parameter.shape, seed=seed + i, dtype=torch.float64) / 4 + (
             parameter.dim() == 1
@@ -44,7 +44,7 @@ def test_timestep_embedding_is_cosines_then_sines(dim):
     frequencies = torch.tensor([math.exp(-math.log(10000) * i / max(half, 1)) for i in range(half)])
     angles = t[:, None].double() * frequencies
     expected = F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
-    # float32 angles up to 999 are off by half a unit in the last place of 999, and cosines by as much.
+    # float32 angles up to 999 have errors of half a unit in the last place of 999; so do their cosines.
     torch.testing.assert_close(timestep_embedding(t, dim).double(), expected, rtol=0, atol=999 * 2**-23)
 
 
@@ -176,7 +176,7 @@ def test_legacy_rows_permuted_are_the_new_order():
 
 
 class Operations(TorchDispatchMode):
-    """Records the operations that are more than a view."""
+    """A mode that records all operations except views."""
 
     views = {"view", "_unsafe_view", "expand", "squeeze", "t", "transpose", "unbind", "unsqueeze", "detach"}
 
@@ -196,7 +196,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
 def test_attention_copies_nothing_between_the_norm_and_the_sum(layout, new_order, dims, monkeypatch):
     block = AttentionBlock(64, 2, use_new_attention_order=new_order).requires_grad_(False)
-    # The norm's implementations have copies of their own.
+    # The norm's implementations may copy, so replace the norm by the identity.
     monkeypatch.setattr(layers, "group_norm_silu", lambda x, *_args, **_options: x)
     x = randn(2, 64, *[4] * dims)
     if layout == "channels_last":
@@ -211,10 +211,10 @@ def test_attention_copies_nothing_between_the_norm_and_the_sum(layout, new_order
     kernel = "_scaled_dot_product_flash_attention_for_cpu"
     if layout == "channels_last":
         assert forward.seen == ["addmm", kernel, "addmm", "add"]
-        # dq, dk and dv become one tensor again.
+        # stack joins dq, dk and dv.
         assert backward.seen == ["mm", f"{kernel}_backward", "stack", "mm", "add"]
     else:
-        # The turned tokens are multiplied as they are; the gradient of the output is turned once.
+        # The transposed tokens are multiplied without a copy; the output's gradient is copied once.
         assert forward.seen == ["bmm", "add", kernel, "addmm", "add"]
         assert backward.seen == ["clone", "mm", f"{kernel}_backward", "stack", "bmm", "add"]
 
@@ -257,7 +257,7 @@ def test_a_sequence_gives_the_second_source_to_its_first_block_alone():
 
 
 def counted(block: torch.nn.Module) -> list[None]:
-    """Calls of the block's own computation from now on."""
+    """Return a list that grows with every call of the block's `_forward`."""
     calls: list[None] = []
     inner = block._forward
     block._forward = lambda *args: (calls.append(None), inner(*args))[1]

@@ -1,4 +1,4 @@
-"""Parameters and their gradients lie as the published ones; images run with their channels together."""
+"""Tests of memory layouts: parameters and gradients like the published ones, images channels-last."""
 
 from __future__ import annotations
 

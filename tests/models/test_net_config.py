@@ -1,4 +1,4 @@
-"""Configurations: what is allowed, what is said of what isn't, and the published flags."""
+"""Tests of network configurations: allowed values, errors for others, and the published flags."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_a_classifier_does_not_allow(changes, message):
 
 
 def test_heads_are_checked_where_there_is_attention():
-    # 96 channels at the second level have no attention: 64 heads need only divide those that do.
+    # The second level, of 96 channels, has no attention, so 64 heads need not divide 96.
     config = UNetConfig(**{**UNET, "channel_mult": (1, 3, 2), "attention_resolutions": (4,), "num_heads": 64})
     assert config.heads(64) == 64
     with pytest.raises(InvalidArgument, match="num_heads=64: must divide 96 channels"):

@@ -1,4 +1,4 @@
-"""The table of released models and systems."""
+"""Tests of the released models and systems."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_hashes_are_given_for_the_files_whose_hashes_are_public():
         for digest, digits in ((model.sha256, 64), (model.md5, 32)):
             assert digest is None or (len(digest) == digits and int(digest, 16) > 0)
         if model.size is not None:
-            # Of a file of torch.save: 4 bytes a value, and 100 to 1000 bytes a tensor for names and padding.
+            # A file of torch.save has 4 bytes per value, and 100 to 1000 per tensor for names and padding.
             overhead = model.size - 4 * model.parameters
             assert 100 * 500 < overhead < 1000 * 600
     assert {model.name for model in RELEASED if model.sha256} == {"256x256_diffusion_uncond"}
     assert preset("256x256_diffusion_uncond").sha256 != (
-        # listed for it in old notebooks, but that of another model
+        # listed for this model in old notebooks, but it belongs to another one
         "983e3de6f95c88c81b2ca7ebb2c217933be1973b1ff058776b970f901584613a"
     )
 
@@ -95,7 +95,7 @@ def test_models_of_equal_shapes_differ_in_dropout_alone():
     assert len({model.fingerprint for model in others}) == len(others) == 10
 
 
-# Classifier scale and respacing of the published commands, FID and size of the published tables.
+# (classifier scale, steps, FID, image size), from the published commands and tables.
 PUBLISHED = {
     "imagenet64": (1.0, 250, 2.07, 64),
     "imagenet128": (0.5, 250, 2.97, 128),
@@ -145,7 +145,7 @@ def test_digits_refer_to_the_shipped_files():
 
 def test_a_shipped_description_is_read_when_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("admfast.models.preset_types.DIGITS_FOLDER", tmp_path)
-    model = dataclasses.replace(preset("digits32_diffusion"))  # a copy that has read nothing yet
+    model = dataclasses.replace(preset("digits32_diffusion"))  # a copy that has not read its description yet
     with pytest.raises(CheckpointError, match=r"diffusion\.json: this installation lacks it"):
         _ = model.config
     settings = DiffusionConfig(learn_sigma=True, steps=100)

@@ -1,4 +1,4 @@
-"""Tools of torch that trace, count or rewrite a network get from a folded one what it computes."""
+"""Tests that torch's tools for tracing, counting and rewriting work on a folded network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T, Y = torch.tensor([20, 700]), torch.tensor([1, 3])
 
 
 def made(config=SMALL_UNET, dtype: torch.dtype | None = None) -> nn.Module:
-    """A folded network of the released models' make."""
+    """Return a small folded network with the released models' options."""
     net = with_weights(config).requires_grad_(False)
     net.fold(FoldOptions(), dtype)
     return net
@@ -37,7 +37,7 @@ CONFIGS = {"unet": SMALL_UNET, "classifier": SMALL_CLASSIFIER}
 
 
 def assert_the_network(found: Tensor, config, growth: tuple[float, float] = (1.0, 1.0)) -> None:
-    """Hold an output to the error of the plain network; growth: see `assert_within`."""
+    """Compare an output with the plain network's, within its error. For `growth` see `assert_within`."""
     plain = with_weights(config).requires_grad_(False)
     truth = copy.deepcopy(plain).double()
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_an_exported_network_is_made_of_torch_s_operations(strict):
 
 
 def work(net: nn.Module) -> int:
-    """Operations of all products of a forward pass, 2 a multiply-add, from the sizes of what goes through."""
+    """Return the FLOPs of all products of a forward pass, 2 per multiply-add, from the layers' sizes."""
     found: list[int] = []
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -112,7 +112,7 @@ def test_a_gradient_in_x_costs_what_the_forward_costs():
     net = made(SMALL_CLASSIFIER)
     forward = work(net)
     x, t = given(net)
-    # The embedding depends on no image: no gradient of its products.
+    # The embedding doesn't depend on the image, so its products have no gradient.
     linear = [net.time_embed, *(m.emb_layers for m in net.modules() if hasattr(m, "emb_layers"))]
     embedding = sum(2 * N * p.numel() for part in linear for p in part.parameters() if p.dim() == 2)
     with FlopCounterMode(display=False) as counter:
@@ -147,7 +147,7 @@ def test_dynamic_quantisation_replaces_the_linear_layers():
     with torch.no_grad():
         found, exact = quantised(*given(net)), net(*given(net))
     assert set(seen) == {name for name, m in net.named_modules() if isinstance(m, nn.Linear)}
-    # 8 bits of a weight and of an embedding.
+    # Weights and embeddings are rounded to 8 bits.
     assert 0 < (found - exact).norm() < 2**-4 * exact.norm()
 
 
@@ -163,7 +163,7 @@ def test_functional_call_pickles_and_copies():
 
 
 def test_a_replica_has_tensors_of_its_own_and_no_folded_form(monkeypatch):
-    """What torch.nn.DataParallel makes for each GPU: its tensors are attributes, not parameters."""
+    """torch.nn.DataParallel makes such replicas, whose tensors are attributes and not parameters."""
     module = importlib.import_module("torch.nn.parallel.replicate")
 
     def twice(tensors, devices, detach=False):
@@ -187,7 +187,8 @@ def test_a_compiled_network_is_the_network():
         assert torch.equal(compiled(*given(net)), net(*given(net)))
         seen: list[Tensor] = []
         net.middle_block[0].out_layers[3].register_forward_hook(lambda _m, _x, out: seen.append(out))
-        torch._dynamo.reset()  # torch guards on no hooks
+        torch._dynamo.reset()  # torch.compile doesn't notice new hooks
         found = torch.compile(net, backend="eager")(*given(net))
-    assert_the_network(found, SMALL_UNET, growth=amplification())  # Winograd's products round larger terms
+    # Winograd's terms are larger, so it rounds more.
+    assert_the_network(found, SMALL_UNET, growth=amplification())
     assert seen

@@ -1,4 +1,4 @@
-"""The UNet and the upsampler: every option, precisions, and everything that contract 5 says of gradients."""
+"""Tests of the UNet and the upsampler: every option, precisions, gradients and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.small import CLASSES, randn, unet, upsampler, with_weights
 T = torch.tensor([3, 800])
 Y = torch.tensor([0, 3])
 
-# Every option once; the base is `tests.small.UNET`.
+# Changes to `tests.small.UNET`, one option each.
 OPTIONS: dict[str, dict] = {
     "base": {},
     "new attention order": {"use_new_attention_order": True},
@@ -50,7 +50,7 @@ every_option = pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
 def inputs(
     net: torch.nn.Module, side: int = 8, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """Two images with timesteps and, for a network with classes, labels."""
+    """Return two images with timesteps and, for a network with classes, labels."""
     config = net.config
     call = {"x": randn(2, config.in_channels, *[side] * config.dims, dtype=dtype), "timesteps": T}
     return call if config.num_classes is None else {**call, "y": Y % config.num_classes}
@@ -156,12 +156,12 @@ def test_build_gives_a_zero_output_in_evaluation_mode():
 
 
 def same(gradient: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for rounding: products of matrices may be summed in another order from call to call."""
+    """Compare up to rounding: the order of sums in matrix products may change from call to call."""
     compare(gradient, expected, NETWORK_GRADIENT_LIMIT, "gradient")
 
 
 def gradients(net: torch.nn.Module, call: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """d sum(out^2) / dx, and with respect to every parameter that is trained."""
+    """Return the gradients of sum(out^2) in x and in every trainable parameter."""
     x = call["x"].clone().requires_grad_(True)
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     loss = net(**{**call, "x": x}).square().sum()
@@ -179,7 +179,7 @@ def test_checkpointing_changes_no_gradient(dims):
     assert len(parameters) == len(list(plain.parameters()))
     largest = max(float(gradient.abs().max()) for gradient in parameters.values())
     for name, gradient in parameters.items():
-        # Some gradients are zero but for rounding (a bias before a norm): the largest of all is the measure.
+        # Some gradients are zero up to rounding (a bias before a norm): the limit is relative to the largest.
         assert (parameters_again[name] - gradient).abs().max() <= NETWORK_GRADIENT_LIMIT * largest, name
     frozen, _ = gradients(recomputing.requires_grad_(False), call)
     same(frozen, dx)
@@ -209,7 +209,7 @@ def test_backward_twice_over_one_graph(use_checkpoint, frozen):
 
 
 def double_backward(net: torch.nn.Module) -> None:
-    """d(|dL/dx|^2)/dx in float64 equals its finite difference along one direction."""
+    """Check d(|dL/dx|^2)/dx in float64 against its finite difference along one direction."""
     net = net.double().requires_grad_(False)
     call = inputs(net, side=4, dtype=torch.float64)
 
@@ -221,7 +221,7 @@ def double_backward(net: torch.nn.Module) -> None:
     (second,) = torch.autograd.grad(squared(x), x)
     step = 1e-5 * randn(*x.shape, seed=5, dtype=torch.float64)
     ends = [squared((x + sign * step).detach().requires_grad_(True), False) for sign in (1, -1)]
-    # Central differences are off by step^2 in relative terms, 1e-10, and by rounding / step, 1e-11.
+    # Relative errors of central differences: step^2 = 1e-10, and rounding / step = 1e-11.
     torch.testing.assert_close(2 * (second * step).sum(), ends[0] - ends[1], rtol=1e-6, atol=0)
 
 
@@ -261,7 +261,7 @@ def test_functional_gradients(use_checkpoint):
 
 
 class Masks(TorchDispatchMode):
-    """Records which gradients every convolution's backward was asked for: (input, weight, bias)."""
+    """A mode that records which gradients each convolution's backward computes: (input, weight, bias)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ def test_frozen_parameters_cost_no_weight_gradient(use_checkpoint):
         loss = net(**call).square().sum()
         with Masks() as masks:
             loss.backward()
-        # Gradients of weight and bias are asked for in every convolution, or in none.
+        # Either all convolutions compute gradients of weights, or none.
         assert len(masks.seen) > 10 and {mask[1] for mask in masks.seen} == {not frozen}
         assert x.grad is not None and all((p.grad is None) == frozen for p in net.parameters())
         products[frozen] = masks.products
@@ -316,7 +316,7 @@ def test_convert_torso_runs_in_half_precision(dtype, updown):
         "out": torch.float32,
     }
     assert out.dtype == torch.float32
-    # A few dozen layers, each rounding once: errors add up like a random walk of about sqrt(50) roundings.
+    # A few dozen layers each round once: errors add up like a random walk, to about sqrt(50) roundings.
     error = (out - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
     assert 0 < error < 10 * torch.finfo(dtype).eps
     (gradient,) = torch.autograd.grad(net(**{**call, "x": call["x"].requires_grad_(True)}).sum(), call["x"])
@@ -342,7 +342,7 @@ def released() -> list:
     root = golden_root()
     path = None if root is None else root / "full_size_keys" / "index.json"
     if path is None or not path.exists():
-        return [pytest.param(None, None, marks=pytest.mark.skip(reason="golden data is not here"), id="none")]
+        return [pytest.param(None, None, marks=pytest.mark.skip(reason="golden data is missing"), id="none")]
     entries = json.loads(Path(path).read_text())
     return [pytest.param(name, entry, id=name) for name, entry in entries.items()]
 
@@ -354,7 +354,7 @@ def test_convert_torso_casts_the_published_tensors_of_every_released_model(name,
     wanted = entry["float16_after_convert_to_fp16"]
     before = {key: value.dtype for key, value in net.state_dict().items()}
     halves = [k for k, v in net.convert_torso(torch.float16).state_dict().items() if v.dtype == torch.float16]
-    # "input_blocks.4.0.in_layers.2.weight" is of the kind "input_blocks.in_layers.weight".
+    # Kinds leave out the numbers: "input_blocks.4.0.in_layers.2.weight" is "input_blocks.in_layers.weight".
     kinds = {".".join(part for part in key.split(".") if not part.isdigit()) for key in halves}
     assert sorted(kinds) == wanted["kinds"]
     assert len(halves) == wanted["num_tensors"]

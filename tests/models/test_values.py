@@ -1,4 +1,4 @@
-"""Which changes of values are noticed: every one of a small tensor, of a large one every row's and more."""
+"""Tests of which changes `Values` notices: every element of a small tensor, every row of a large one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 
 
 def poke(tensor: Tensor, index: tuple) -> bool:
-    """Add one to a part of a tensor, as no count of torch's shows; tell whether `Values` sees it."""
+    """Add 1 to a part of a tensor without raising its version; tell whether `Values` notices."""
     values = Values([tensor])
     assert values.hold()
     tensor.data[index] += 1
@@ -49,7 +49,7 @@ def test_few_elements_of_a_large_tensor_are_compared():
 def test_values_are_compared_bit_by_bit(dtype):
     held = torch.tensor([float("nan"), 0.0, 1.0], dtype=dtype)
     values = Values([held, torch.ones(5000, dtype=dtype), torch.ones(0), torch.tensor(2.0)])
-    assert values.hold()  # where NaN is not equal to itself
+    assert values.hold()  # although NaN != NaN
     held.data[1] = -0.0
     assert not values.hold()
 

@@ -1,4 +1,4 @@
-"""The sampler's ops on whatever device an implementation needs, called with tensors of the CPU."""
+"""The sampler's ops, called with CPU tensors and run on the device that an implementation needs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ON_A_GPU = pytest.param(
 
 
 def runnable(op: str) -> list[Any]:
-    """The implementations of an op, for parametrize; those that need a device carry its mark."""
+    """Return the implementations of an op for parametrize; `cuda` has the mark `gpu`."""
     return [ON_A_GPU if name == "cuda" else name for name in TABLES[op].names()]
 
 
 class Mover:
-    """Copies tensors to a device as they lie in memory: strides, offsets and shared storage are kept."""
+    """A function that copies tensors to a device with their strides, offsets and shared storage."""
 
     def __init__(self, device: str):
         self.device, self.storages = device, {}
@@ -50,7 +50,7 @@ def sampler_step(
     impl: str | None = None,
     **options: Any,
 ) -> None:
-    """`ops.sampler_step`; for `cuda` on a device, and back into the CPU's buffers."""
+    """Run `ops.sampler_step`; for `cuda` on the GPU, with the results copied back into the CPU's buffers."""
     if impl != "cuda":
         return ops.sampler_step(state, out, table, row, impl=impl, **options)
     move = Mover("cuda")
@@ -66,5 +66,5 @@ def sampler_step(
 
 
 def normal(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int, impl: str | None = None) -> Tensor:
-    """`ops.normal`; for `cuda` on a device, the result back on the CPU."""
+    """Run `ops.normal`; for `cuda` on the GPU, with the result copied to the CPU."""
     return ops.normal(Mover("cuda")(seeds) if impl == "cuda" else seeds, shape, row, stream, impl=impl).cpu()

@@ -1,4 +1,4 @@
-"""Share fixtures among the tests of the ops."""
+"""Shared fixtures of the tests of the ops."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @pytest.fixture
 def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw the same numbers for every test, and let no environment choose the implementation."""
+    """Seed torch, and unset ADMFAST_IMPL so that it can't choose the implementation."""
     torch.manual_seed(0)
     monkeypatch.delenv("ADMFAST_IMPL", raising=False)
 
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fill with NaN what torch allocates."""
+    """Make torch fill new tensors with NaN, through its deterministic mode."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

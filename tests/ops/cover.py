@@ -1,4 +1,4 @@
-"""Few cases in which every two options of an op meet, and the memory layouts that are among the options."""
+"""All-pairs covers of an op's options, and tensors in the memory layouts that are among the options."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ CANDIDATES = 60  # random cases tried for each one kept; more give a slightly sm
 
 
 def all_pairs(times: int = 1, /, **options: list[Any]) -> list[dict[str, Any]]:
-    """Return cases {option: value} in which any two values of two options meet; the same on every call.
+    """Return few cases {option: value} such that any two values of two options occur together in a case.
 
-    `times` such covers one after another, each with other combinations of three and more.
+    The result is the same on every call. `times` such covers follow one another, each with other combinations
+    of three or more options.
     """
     generator = random.Random(0)
     names = list(options)
@@ -42,15 +43,15 @@ def all_pairs(times: int = 1, /, **options: list[Any]) -> list[dict[str, Any]]:
 
 
 def case_id(case: dict[str, Any]) -> str:
-    """A readable test id of a case."""
+    """Return a readable test id for a case."""
     return "-".join(str(value) for value in case.values()).replace(" ", "")
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The values of `t` with other strides: "contiguous", "channels_last", "sliced" or "expanded".
+    """Return the values of `t` in a layout: "contiguous", "channels_last", "sliced" or "expanded".
 
-    "sliced" is every other element of a larger tensor that is NaN elsewhere; "expanded" is the first image
-    for all of them, without a copy.
+    "sliced" takes every other element of a larger tensor that is NaN elsewhere. "expanded" repeats the first
+    image for all images, without a copy.
     """
     if layout == "channels_last":
         return t.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""Every implementation of attention against the formula written out, in both published row orders."""
+"""Tests of every implementation of attention against its formula, in both published row orders."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tests.ops.tolerance import (
 
 TABLE = TABLES["attention"]
 IMPLEMENTATIONS = TABLE.names()
-# name: (batch, positions, heads, channels of a head)
+# name: (batch, positions, heads, channels per head)
 SHAPES = {
     "one": (1, 1, 1, 1),
     "odd": (2, 7, 3, 5),
     "adm-8": (2, 64, 6, 64),
     "adm-16": (1, 256, 4, 64),
-    "pool": (2, 65, 2, 32),  # the attention pool has one position more
+    "pool": (2, 65, 2, 32),  # the attention pool adds one position
     "one-head": (1, 49, 1, 96),
     "adm-32": (1, 1024, 2, 32),
     "d128": (2, 64, 2, 128),
     "d192": (1, 100, 1, 192),
     "d256": (3, 1, 2, 256),
-    "narrow": (2, 130, 3, 8),  # which are widened on the CPU
+    "narrow": (2, 130, 3, 8),  # narrow heads are widened on the CPU
 }
 LAYOUTS = ["contiguous", "rows", "expanded", "turned"]
 CASES = all_pairs(
@@ -43,8 +43,8 @@ CASES = all_pairs(
     dtype=list(HALF_AND_SINGLE),
     legacy=[False, True],
     layout=LAYOUTS,
-    spread=[1, 4],  # of q and k: 4 makes one weight nearly 1
-    mean=[0, 100],  # of v; in q and k it would only saturate the softmax
+    spread=[1, 4],  # factor of q and k: 4 makes one weight nearly 1
+    mean=[0, 100],  # added to v; in q and k it would only saturate the softmax
 )
 CASE_IDS = [f"{i}-{case_id(case)}" for i, case in enumerate(CASES)]
 
@@ -55,7 +55,7 @@ def seeded():
 
 
 def channel(kind: int, head: int, j: int, heads: int, d: int, legacy: bool) -> int:
-    """Return where row j of q, k or v (kind 0, 1, 2) of a head stands in the qkv product."""
+    """Return the index in qkv of row j of a head's q, k or v (kind 0, 1, 2)."""
     return (head * 3 + kind) * d + j if legacy else (kind * heads + head) * d + j
 
 
@@ -64,7 +64,7 @@ def rows(kind: int, head: int, heads: int, d: int, legacy: bool) -> list[int]:
 
 
 def formula(qkv: Tensor, heads: int, legacy: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, head by head."""
+    """Return softmax(q k^T / sqrt(d)) v, computed head by head."""
     d = qkv.shape[-1] // (3 * heads)
     outs = []
     for head in range(heads):
@@ -76,7 +76,7 @@ def formula(qkv: Tensor, heads: int, legacy: bool) -> Tensor:
 
 
 def qkv_of(case: dict[str, Any]) -> tuple[Tensor, int]:
-    """The qkv product of a case in its dtype and layout, and the number of heads."""
+    """Return the qkv of a case in its dtype and layout, and the number of heads."""
     n, s, heads, d = SHAPES[case["shape"]]
     qkv = torch.randn((n, s, 3 * heads * d), generator=torch.Generator().manual_seed(0))
     for head in range(heads):
@@ -89,17 +89,17 @@ def qkv_of(case: dict[str, Any]) -> tuple[Tensor, int]:
     if case["layout"] == "rows":  # a part of a wider product: only the last dimension is contiguous
         wide = torch.full((n, 2 * s, 3 * heads * d + 8), float("nan"), dtype=qkv.dtype)
         return wide[:, ::2, 8:].copy_(qkv), heads
-    if case["layout"] == "turned":  # as a 1x1 convolution of [N, C, S] leaves it
+    if case["layout"] == "turned":  # the layout after a 1x1 convolution of [N, C, S]
         return qkv.transpose(1, 2).contiguous().transpose(1, 2), heads
     return qkv[:1].expand_as(qkv) if case["layout"] == "expanded" else qkv, heads
 
 
 def largest_gradient_term(qkv: Tensor, heads: int, legacy: bool, dy: Tensor, gradient: Tensor) -> float:
-    """The largest number that is rounded on the way to a gradient: u of the tolerance is taken there.
+    """Return the largest number that a gradient's computation rounds, which sets the tolerance's unit u.
 
-    One is the largest sum of |terms| in q or k, P (dP - delta), in which the mean of v cancels. The other is
-    of float32 alone: a fused backward takes P as exp(logit - l), l the logarithm of the sum of exponentials,
-    so that half a unit of l, which float32 has for every dtype, is a relative error of a whole row of P.
+    One candidate is the largest sum of |terms| P (dP - delta) in the gradient of q or k, in which the mean
+    of v cancels. The other matters in float32 only: a fused backward computes P as exp(logit - l), where l
+    is the log-sum-exp in float32, so half a unit of l becomes a relative error of a whole row of P.
     """
     wide = qkv.double()
     q, k, v = split_qkv(wide, heads, legacy)
@@ -115,7 +115,7 @@ def largest_gradient_term(qkv: Tensor, heads: int, legacy: bool, dy: Tensor, gra
 
 
 def refused(impl: str, qkv: Tensor, heads: int, legacy: bool = False) -> bool:
-    """Tell whether `impl` can't serve the call, in which case naming it must raise, with the reason."""
+    """Tell whether `impl` can't run the call. If so, check that naming it raises an error with the reason."""
     entry = TABLE.named(impl)
     reason = entry.available() or entry.supports(qkv, heads, legacy_order=legacy)
     if reason:
@@ -134,7 +134,7 @@ def test_the_reference_is_the_formula(case):
         lambda dtype: attention(qkv.to(dtype), heads, legacy_order=legacy, impl="reference"),
         lambda dtype: formula(qkv.to(dtype), heads, legacy),
         case["shape"],
-        "sum",  # of as many terms as there are positions, each in its own order
+        "sum",  # a sum over all positions, in another order on each side
         qkv.shape[1],
     )
 
@@ -158,7 +158,7 @@ def test_values_and_gradient_are_within_tolerance(case, impl, device):
 
     with unmodified(qkv=there, dy=dy):
         out, gradient = run(attention, there, impl=impl)
-    # Each device rounds the sums in its own order: what that costs is measured there.
+    # Each device sums in its own order, so the reference's error is measured on the same device.
     reference, reference_gradient = run(attention_ref, there)
     truth, true_gradient = run(attention_ref, qkv.double())
     assert out.dtype == gradient.dtype == qkv.dtype
@@ -178,15 +178,15 @@ def test_the_two_orders_are_one_permutation_of_the_rows(shape, impl):
         channel(kind, head, j, heads, d, True) for kind in range(3) for head in range(heads) for j in range(d)
     ]
     assert sorted(order) == list(range(3 * heads * d))
-    # [h, 3, d] -> [3, h, d], written without a loop.
+    # The same permutation without a loop: [h, 3, d] -> [3, h, d].
     assert torch.equal(legacy[..., order], legacy.unflatten(-1, (heads, 3, d)).transpose(2, 3).flatten(2))
     for old, new in zip(
         split_qkv(legacy, heads, True), split_qkv(legacy[..., order], heads, False), strict=True
     ):
         assert old.shape == (n, heads, s, d) and torch.equal(old, new)
-        assert old.untyped_storage().data_ptr() == legacy.untyped_storage().data_ptr(), "a view, not a copy"
+        assert old.untyped_storage().data_ptr() == legacy.untyped_storage().data_ptr(), "split_qkv copied"
     if not refused(impl, legacy, heads):
-        # torch's kernels may add up rows of other strides in another order.
+        # torch's kernels may sum in another order if the strides differ.
         old = attention(legacy, heads, legacy_order=True, impl=impl)
         reference = attention_ref(legacy, heads, legacy_order=True)
         truth = attention_ref(legacy.double(), heads, legacy_order=True)
@@ -201,7 +201,7 @@ def test_positions_samples_and_heads_do_not_mix(impl):
         return
     before = attention(qkv, 3, impl=impl)
     touched = qkv.clone()
-    touched[1, 2, rows(0, 1, 3, 4, False)] += 1  # q of sample 1, position 2, head 1
+    touched[1, 2, rows(0, 1, 3, 4, False)] += 1  # q of image 1, position 2, head 1
     changed = (attention(touched, 3, impl=impl) != before).unflatten(-1, (3, 4)).any(-1).nonzero()
     assert changed.tolist() == [[1, 2, 1]]
     order = torch.tensor([3, 1, 4, 0, 2])
@@ -219,8 +219,8 @@ def test_edges(impl):
             assert attention(torch.randn(shape), 1, impl=impl).shape == (*shape[:2], d)
     one = torch.randn(3, 1, 3 * d)
     if not refused(impl, one, 1):
-        assert torch.equal(attention(one, 1, impl=impl), one[..., 2 * d :]), "one position sees itself alone"
-    # Logits of +-1e4: their exponentials overflow unless the largest is taken off first.
+        assert torch.equal(attention(one, 1, impl=impl), one[..., 2 * d :]), "one position gives its v"
+    # Logits of 5000 and 0: exponentials overflow unless the largest logit is subtracted first.
     sharp = torch.cat([100 * torch.eye(d).repeat(1, 2), torch.arange(4.0 * d).view(d, d)], 1)[None]
     if not refused(impl, sharp, 1):
         assert torch.equal(attention(sharp, 1, impl=impl), sharp[..., 2 * d :])

@@ -1,4 +1,4 @@
-"""Attention's kernels: further derivatives, kernels that a CPU can't run, which one is chosen, and CUDA."""
+"""Tests of attention's kernels: higher derivatives, kernels that a CPU can't run, selection, and CUDA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.ops.tolerance import assert_same_formula, assert_within, unmodified
 
 module = sys.modules["admfast.ops.attention"]
 TABLE = TABLES["attention"]
-FUSED = ["sdpa", "sdpa-flash"]  # those that a CPU runs
+FUSED = ["sdpa", "sdpa-flash"]  # the fused kernels that a CPU can run
 HEAD_DIMS = [32, 64, 96, 128, 192, 256]
 ORDERS = pytest.mark.parametrize("legacy", [False, True], ids=["new-order", "legacy-order"])
 
@@ -29,13 +29,13 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> T
 
 
 def hessian_product(qkv: Tensor, heads: int, **options) -> Tensor:
-    """d(g . dL/dqkv)/dqkv for L = sum(sin(attention)), in the dtype of qkv."""
+    """Return d(g . dL/dqkv)/dqkv for L = sum(sin(attention)), in the dtype of qkv."""
     leaf = qkv.detach().requires_grad_(True)
     (first,) = torch.autograd.grad(attention(leaf, heads, **options).sin().sum(), leaf, create_graph=True)
     return torch.autograd.grad((first * numbers(*qkv.shape, seed=2, dtype=qkv.dtype)).sum(), leaf)[0]
 
 
-# Second and further derivatives
+# Second and higher derivatives
 
 
 @ORDERS
@@ -132,7 +132,7 @@ def test_forward_mode_is_refused_by_name(impl):
 
 @pytest.mark.parametrize("impl", FUSED)
 def test_the_first_derivative_recomputes_nothing_and_copies_once(impl):
-    """Forward: the kernel alone. Backward: the kernel's, and one copy that joins dq, dk and dv."""
+    """The forward is only the kernel. The backward is the kernel's, and one copy that joins dq, dk and dv."""
     qkv = numbers(2, 9, 48, dtype=torch.float32).requires_grad_(True)
     with Operations() as forward:
         out = attention(qkv, 2, impl=impl)
@@ -147,7 +147,7 @@ VIEWS = {"view", "transpose", "unbind", "detach", "_unsafe_view", "unsqueeze", "
 
 
 class Operations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the operations that are more than a view."""
+    """A mode that records all operations except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def test_the_calls_of_torch_s_cuda_kernels_fit_their_signatures(kernel, d, legac
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A package that does what xformers documents, on the CPU: [N, S, h, d], and gradients by hand."""
+    """Install a fake xformers that follows its documentation on the CPU: [N, S, h, d], explicit gradients."""
 
     def check(*tensors: Tensor) -> None:
         assert all(t.dim() == 4 and t.stride(-1) == 1 and not t.stride(2) % 8 for t in tensors)
@@ -252,7 +252,7 @@ def test_xformers_is_called_as_it_is_documented(d, legacy, stand_in):
 
 
 def reason(qkv: Tensor, heads: int, device: str = "cuda") -> str | None:
-    """xformers' reason against a call on a CUDA device that isn't there."""
+    """Return xformers' reason for refusing a call, on a fake CUDA device."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = torch.empty_strided(qkv.shape, qkv.stride(), dtype=qkv.dtype, device=device)
         if qkv.storage_offset():

@@ -1,4 +1,4 @@
-"""Every op has its calls; those that are wrong are refused by name, and the raw ops pass opcheck."""
+"""Tests of every op's cases: the reference runs them, wrong arguments are named, raw ops pass opcheck."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.ops.tolerance import DEVICES, bits
 
 EVERY = {cases.op: cases for cases in all_cases()}
 RAW = [(op, impl) for op, cases in EVERY.items() for impl in cases.raw]
-NAMESPACES = {"triton": "admfast_triton"}  # of others: admfast
+NAMESPACES = {"triton": "admfast_triton"}  # all others: admfast
 WRONG = [
     pytest.param(op, changes, name, id=f"{op}-{i}-{name}")
     for op, cases in EVERY.items()
@@ -36,7 +36,7 @@ def drawing(device: str) -> Draw:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in arguments, records of tensors among them."""
+    """Return the tensors in arguments, including those in dicts and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
     if dataclasses.is_dataclass(value):
@@ -64,7 +64,7 @@ def test_every_case_is_a_call_that_the_reference_runs(op):
             assert t.numel() and torch.isfinite(t).all()
         same = [torch.equal(a, b) for a, b in zip(tensors_in(before), tensors_in(arguments), strict=True)]
         assert all(same) or not cases.differentiable
-    for case in cases.real.values():  # sizes alone
+    for case in cases.real.values():  # only the sizes matter
         made = cases.arguments(lambda *shape: torch.empty(shape, device="meta"), torch.float32, **case)
         assert set(made) <= set(cases.arguments(drawing("cpu"), torch.float32, **cases.small[0])), case
 
@@ -87,7 +87,7 @@ def test_what_no_implementation_takes_is_refused_by_name(op, changes, name):
 
 
 def given_to_raw_ops(op: str, impl: str, device: str, call: Callable[..., Any]) -> None:
-    """Give `call` the raw ops of every small case in every dtype that the implementation takes."""
+    """Pass the raw op calls of every small case to `call`, for every dtype that the implementation takes."""
     cases = EVERY[op]
     for case in cases.small:
         for dtype in (torch.float32, torch.bfloat16)[: 1 if impl == "triton" else 2]:
@@ -100,14 +100,14 @@ def given_to_raw_ops(op: str, impl: str, device: str, call: Callable[..., Any]) 
 
 
 def missing(op: str, impl: str, device: str) -> str | None:
-    """Say why an implementation doesn't run on a device; None where it does."""
+    """Return why an implementation doesn't run on a device, or None if it does."""
     if impl in ("cuda", "cpp") and (impl == "cuda") != (device == "cuda"):
         return f"not on {device}"
     return TABLES[op].named(impl).available() if op in TABLES else None
 
 
 def raw_op(impl: str, name: str) -> Any:
-    """Return a registered op; a launcher that isn't one skips the test."""
+    """Return a registered op, or skip the test if the name is a launcher that isn't registered."""
     namespace = getattr(torch.ops, NAMESPACES.get(impl, "admfast"))
     return getattr(namespace, name) if hasattr(namespace, name) else pytest.skip(f"{name} is no torch op")
 
@@ -117,7 +117,7 @@ def raw_op(impl: str, name: str) -> Any:
 def test_raw_ops_pass_opcheck(op, impl, device):
     if reason := missing(op, impl, device):
         pytest.skip(reason)
-    # Those of Triton have no autograd of their own to be checked: their Function has it.
+    # Triton's raw ops register no autograd: their autograd Function has the gradient.
     checks = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     checks += [] if impl == "triton" else ["test_autograd_registration"]
 

@@ -1,4 +1,4 @@
-"""Every implementation of the convolution against the reference: values, gradients, layouts, refusals."""
+"""Tests of every implementation of the convolution against the reference: values, gradients, layouts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple] = {
     "head": (1, 40, 6, (12, 8), 3, 1, 1),
     "adm": (1, 192, 192, (32, 32), 3, 1, 1),
     "adm-low": (2, 384, 192, (8, 8), 3, 1, 1),
-    "blocks": (1, 17, 33, (57, 66), 3, 1, 1),  # 255 tiles: two blocks, of 128 and 127
+    "blocks": (1, 17, 33, (57, 66), 3, 1, 1),  # 255 tiles: blocks of 128 and 127
     "one pixel": (3, 33, 32, (1, 1), 3, 1, 1),
     "two rows": (2, 16, 65, (2, 5), 3, 1, 1),
     "1x1": (2, 24, 72, (5, 6), 1, 1, 0),
@@ -50,7 +50,7 @@ CASES = all_pairs(
     bias=[False, True],
     residual=[None, "contiguous", "channels_last"],
 )
-# Winograd's own: every shape that it serves, in the dtype that it serves.
+# For Winograd: every shape that it supports, in its only dtype.
 CASES += [
     dict(shape=name, dtype="fp32", mean=mean, layout="channels_last", bias=True, residual="channels_last")
     for name, (_, _, _, spatial, *geometry) in SHAPES.items()
@@ -58,16 +58,16 @@ CASES += [
     for mean in (0, 100)
 ]
 CASE_IDS = [f"{i}-{case_id(case)}" for i, case in enumerate(CASES)]
-# The rule with what the transforms are known to add: they make terms of the products that are so much larger
-# than those of the sum, at the worst of the 16 outputs and in rms, and so are their roundings.
+# Winograd's transforms make the terms of the sum larger by these factors, for the worst of the 16 outputs and
+# in rms. Their rounding errors, and so the limits, grow by the same factors.
 GROWTH = {"winograd": amplification()}
-# These run channels-last, where the library sums all products one after the other and has three times the
-# error of its channels-first convolution, which sums 16 at a time: the reference, too, is taken there.
+# These run channels-last. There the library adds all products one after the other, with three times the
+# error of its channels-first convolution, which adds 16 at a time. So their reference runs channels-last too.
 CHANNELS_LAST = ("packed", "library", "matmul")
 
 
 def call_of(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """weight and bias, x and residual, geometry of a case; outputs without a mean are of order one."""
+    """Return a case's weight and bias, x and residual, and geometry. With mean 0, outputs are of order 1."""
     generator = torch.Generator().manual_seed(0)
     n, c_in, c_out, spatial, kernel, stride, padding = SHAPES[case["shape"]]
     dtype = HALF_AND_SINGLE[case["dtype"]]
@@ -92,12 +92,12 @@ def moved(tensors: dict[str, Any], *to: Any) -> dict[str, Any]:
 
 
 def channels_last(tensors: dict[str, Any]) -> dict[str, Any]:
-    """The tensors of several dimensions with their channels beside each other."""
+    """Return the tensors, with those of three or more dimensions channels-last."""
     return {k: t if t is None or t.dim() < 3 else laid_out(t, "channels_last") for k, t in tensors.items()}
 
 
 def folded(impl: str | None, weights: dict[str, Any], tensors: dict[str, Any], geometry: dict) -> Any:
-    """The convolution by `impl`, or None where it can't serve the call: then it must say so."""
+    """Return the convolution by `impl`. If it can't run the call, check that it raises, and return None."""
     conv = FoldedConv(**weights, **geometry, impl=impl)
     entry = TABLE.named(impl or "reference")
     if entry.available() or entry.supports(conv.directions[0], tensors["x"]):
@@ -124,8 +124,8 @@ def test_the_reference_is_the_sum(case):
         y = y if weights["bias"] is None else y + weights["bias"].to(dtype).view(-1, *(1,) * dims)
         return y + tensors["residual"].to(dtype) if "residual" in tensors else y
 
-    # A detour through float32 doesn't shrink with eps; the order in which sums round does. Two orders differ
-    # by as much as a sum of so many rounded terms.
+    # Two orders of the sum differ by the rounding of that many terms, which shrinks with eps. An error from
+    # an intermediate float32 result would not shrink.
     terms = weights["weight"][0].numel()
     assert_same_formula(
         lambda dtype: FoldedConv(**moved(weights, dtype), **geometry, impl="reference")(
@@ -139,7 +139,7 @@ def test_the_reference_is_the_sum(case):
 
 
 def gradients(function: Any, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
-    """The gradient of sum(y dy) in every tensor."""
+    """Return the gradient of sum(y dy) in every tensor."""
     leaves = {name: t.detach().requires_grad_(True) for name, t in tensors.items()}
     return dict(zip(leaves, torch.autograd.grad(function(**leaves), list(leaves.values()), dy), strict=True))
 
@@ -148,7 +148,7 @@ def gradients(function: Any, tensors: dict[str, Tensor], dy: Tensor) -> dict[str
 def expected(
     index: int, wide: bool, last: bool, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Compute on `device` the reference's output for a case, and its gradients; dy is given to them."""
+    """Return the reference's output for a case, the output gradient dy, and the gradients for that dy."""
     weights, tensors, geometry = call_of(CASES[index])
     dtype = torch.float64 if wide else tensors["x"].dtype
     fixed, given = (moved(moved(t, dtype), device) for t in (weights, tensors))
@@ -169,7 +169,7 @@ def test_values_and_gradients_are_within_tolerance(index, impl, device, poisoned
     conv = folded(impl, fixed, there, geometry)
     if conv is None:
         return
-    # Each device rounds the sums in its own order: what that costs is measured there.
+    # Each device sums in its own order, so the reference's error is measured on the same device.
     reference, dy, its_gradients = expected(index, False, impl in CHANNELS_LAST, device)
     truth, _, true_gradients = expected(index, True, False)
     growth = GROWTH.get(impl, (1, 1))
@@ -221,7 +221,7 @@ def test_a_nan_stays_among_its_neighbours_and_in_its_tile(impl):
             y = conv(spoilt)
             reach = torch.zeros(11, 13, dtype=torch.bool)
             near = [range(max(at - 1, 0), at + 2) for at in (row, column)]
-            if impl == "winograd":  # the rows and columns of its own tile, and its neighbours beside it
+            if impl == "winograd":  # its own 4x4 tile, and the neighbours beyond it
                 near = [
                     {*own, *range(at // 4 * 4, at // 4 * 4 + 4)}
                     for own, at in zip(near, (row, column), strict=True)
@@ -260,17 +260,18 @@ def test_edges(impl, shape):
 
 @pytest.fixture
 def threads():
-    """A function that sets how many threads torch uses."""
+    """Return torch.set_num_threads, and restore the number afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(TABLE.named("winograd").available() is not None, reason="the compiled ops are not there")
+@pytest.mark.skipif(TABLE.named("winograd").available() is not None, reason="no compiled ops")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_batch_is_its_images_bit_for_bit(count, threads):
     conv = FoldedConv(torch.randn(70, 40, 3, 3), torch.randn(70), padding=1, impl="winograd")
-    # Together 210 tiles, blocks of each thread's own; by itself an image has 30, one block for all threads.
+    # All images have 210 tiles, so each thread has its own blocks. One image has 30 tiles, a block that all
+    # threads share.
     x, residual = (torch.randn(7, c, 18, 22).to(memory_format=torch.channels_last) for c in (40, 70))
     threads(1)
     expected = conv(x, residual)
@@ -294,7 +295,7 @@ def test_threads_that_need_a_form_at_once_get_one():
             found, seen = super().get(key), getattr(self.looks, "seen", False)
             self.looks.seen = True
             if not seen:
-                both.wait()  # both have looked before either makes it
+                both.wait()  # both threads look before either makes the form
             return found
 
     direction.forms = Forms()

@@ -1,4 +1,4 @@
-"""What a folded convolution keeps and makes anew; its autograd, traces and transforms; its raw ops."""
+"""Tests of folded convolutions: kept and renewed forms, autograd, tracing, transforms, raw ops, selection."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def images(*shape: int) -> Tensor:
 
 
 def folded(impl: str | None, *given: Tensor, **options: Any) -> FoldedConv:
-    """A 3x3 convolution by `impl`; skips where this machine hasn't got it."""
+    """Return a 3x3 convolution by `impl`, or skip the test if this machine lacks it."""
     if impl is not None and TABLE.named(impl).available():
         pytest.skip(f"{impl}: {TABLE.named(impl).available()}")
     return FoldedConv(*given, padding=1, impl=impl, **options)
@@ -91,7 +91,7 @@ def test_second_and_third_derivatives(impl):
     conv = folded(impl, weight, bias)
 
     def third(function: Any, x: Tensor) -> Tensor:
-        """The gradient of the squared gradient of a fourth power: six times through the convolution."""
+        """Return a third derivative of mean(y^4), which passes through the convolution six times."""
         leaf = x.clone().requires_grad_(True)
         (dx,) = torch.autograd.grad(function(leaf).pow(4).mean(), leaf, create_graph=True)
         (d2x,) = torch.autograd.grad(dx.square().sum(), leaf, create_graph=True)
@@ -120,7 +120,7 @@ def test_a_gradient_that_nobody_wants_is_not_made(monkeypatch):
     conv = folded("winograd", *weights())
     residual = images(1, 40, 8, 8).requires_grad_(True)
     y = conv(images(1, 20, 8, 8), residual)
-    monkeypatch.setattr(type(conv.directions[0]), "transposed", None)  # it would be called
+    monkeypatch.setattr(type(conv.directions[0]), "transposed", None)  # a gradient in x would call it
     assert torch.equal(torch.autograd.grad(y, residual, torch.ones_like(y))[0], torch.ones_like(y))
 
 
@@ -138,7 +138,7 @@ def test_transforms_it_can_t_serve_go_to_torch_s_own_or_are_refused_by_name():
     weight, bias = weights()
     x, direction = images(2, 20, 8, 8), images(2, 20, 8, 8)
     chosen, plain = FoldedConv(weight, bias, padding=1), folded("library", weight, bias)
-    chosen(x)  # what it has chosen for this shape is not for transforms
+    chosen(x)  # transforms must not reuse the choice for this shape
     _, tangent = torch.func.jvp(chosen, (x,), (direction,))
     torch.testing.assert_close(tangent, conv_ref(direction, weight))
     torch.testing.assert_close(torch.func.vmap(lambda x: chosen(x[None])[0])(x), plain(x))
@@ -153,13 +153,13 @@ def test_transforms_it_can_t_serve_go_to_torch_s_own_or_are_refused_by_name():
             torch.func.vmap(lambda x, conv=conv: conv(x[None]))(x)
 
 
-# Traces
+# Tracing
 
 
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, None])
 @pytest.mark.parametrize("warm", [False, True], ids=["first traced", "first run"])
 def test_a_compiled_call_and_its_gradient_are_the_eager_ones(impl, warm):
-    torch._dynamo.reset()  # every case compiles the same line, of which Dynamo takes eight at most
+    torch._dynamo.reset()  # every case compiles the same line, and Dynamo allows eight compilations of it
     conv = folded(impl, *weights())
     x, residual = images(2, 20, 9, 8), images(2, 40, 9, 8)
     if warm:
@@ -230,7 +230,7 @@ def test_the_raw_op_refuses_what_does_not_fit(changes, message):
         torch.ops.admfast.conv3x3_winograd(**(call | changes))
 
 
-# What is kept
+# Kept forms
 
 
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "matmul"])
@@ -242,7 +242,7 @@ def test_folding_anew_writes_the_same_buffers(impl):
     torch.autograd.grad(conv(x).sum(), x)
     directions = [d for forward in conv.directions for d in forward.both()]
     held = {id(d): dict(d.forms) for d in directions}
-    # A packed form has no address of its own.
+    # A packed form has no data pointer.
     addresses = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
     weight, bias = torch.randn(40, 20, size, size), torch.randn(40)
     bias_address, nbytes = conv._bias.data_ptr(), derived_bytes(conv)
@@ -271,7 +271,7 @@ def test_what_is_held_is_what_was_needed():
         assert derived_bytes(conv) == nbytes * (2 if impl in ("winograd", "packed") else 1)
     packed = folded("packed", weight, bias)
     packed(x), packed(images(2, 32, 16, 16))
-    assert derived_bytes(packed) == 2 * weight.nbytes, "packed for each shape of the input"
+    assert derived_bytes(packed) == 2 * weight.nbytes, "each shape of the input has its own packed form"
 
 
 def test_other_shapes_can_t_be_folded():
@@ -360,7 +360,7 @@ def test_it_is_chosen_once_a_shape(monkeypatch):
     assert asked == [(1, 20, 8, 8), (1, 20, 9, 9)]
     with watch() as seen:
         conv(images(1, 20, 8, 8))
-    assert [choice.name for choice in seen] == ["library"], "who watches sees every choice"
+    assert [choice.name for choice in seen] == ["library"], "a watcher must see every choice"
     monkeypatch.setenv("ADMFAST_IMPL", "conv=reference")
     with watch() as seen:
         conv(images(1, 20, 8, 8))
@@ -376,11 +376,11 @@ def test_a_setting_holds_for_its_block_alone():
     y, reference = conv(x), conv_ref(x, *given)
     assert not torch.equal(y, reference)
     with using("conv=reference"):
-        assert torch.equal(conv(x), reference), "also after a first call outside"
+        assert torch.equal(conv(x), reference), "after a first call outside the block"
     assert torch.equal(conv(x), y)
     with using("conv=reference"):
         assert torch.equal(conv(other), conv_ref(other, *given))
-    assert not torch.equal(conv(other), conv_ref(other, *given)), "also after a first call inside"
+    assert not torch.equal(conv(other), conv_ref(other, *given)), "after a first call inside the block"
 
 
 def test_forms_for_two_sizes_are_kept():

@@ -1,4 +1,4 @@
-"""The convolution with trainable weights: every implementation against float64, and which one serves what."""
+"""Tests of the convolution with trainable weights: accuracy of every implementation, and the selection."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ SHAPES: dict[str, tuple] = {
     "stem": (2, 3, 40, (8, 12), 3, 1, 1),
     "head": (1, 40, 6, (12, 8), 3, 1, 1),
     "adm": (1, 192, 192, (32, 32), 3, 1, 1),
-    "adm-low": (4, 96, 128, (8, 8), 3, 1, 1),  # 16 tiles: the weights of one panel at a time
-    "parts": (3, 17, 33, (57, 66), 3, 1, 1),  # 765 tiles: parts that are summed by themselves
-    "blocks": (2, 320, 192, (21, 46), 3, 1, 1),  # 144 tiles, and sums too large for parts
+    "adm-low": (4, 96, 128, (8, 8), 3, 1, 1),  # 16 tiles: one panel of weights at a time
+    "parts": (3, 17, 33, (57, 66), 3, 1, 1),  # 765 tiles: partial sums that are added at the end
+    "blocks": (2, 320, 192, (21, 46), 3, 1, 1),  # 144 tiles, and sums too large for partial ones
     "one pixel": (3, 33, 32, (1, 1), 3, 1, 1),
     "two rows": (2, 16, 65, (2, 5), 3, 1, 1),
     "1x1": (2, 24, 72, (5, 6), 1, 1, 0),
@@ -46,7 +46,7 @@ GROWTH = {"winograd": (amplification(), gradient_amplification())}
 def call_of(
     name: str, mean: float, layout: str, residual: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
-    """The tensors, the geometry and a gradient dy of a call; outputs without a mean are of order one."""
+    """Return the tensors, the geometry and a gradient dy of a call. With mean 0, outputs are of order 1."""
     n, c_in, c_out, spatial, kernel, stride, padding = SHAPES[name]
     weight = torch.randn(c_out, c_in, *(kernel,) * len(spatial))
     tensors = {
@@ -64,7 +64,7 @@ def call_of(
 def results(
     tensors: dict[str, Tensor], geometry: dict, dy: Tensor, dtype: torch.dtype, impl: str
 ) -> dict[str, Tensor]:
-    """The output and the gradient of sum(y dy) in every tensor."""
+    """Return the output and the gradient of sum(y dy) in every tensor."""
     leaves = {name: t.detach().to(dtype).requires_grad_(True) for name, t in tensors.items()}
     y = conv(**leaves, **geometry, impl=impl)
     found = torch.autograd.grad(y, list(leaves.values()), dy.to(dtype))
@@ -72,7 +72,7 @@ def results(
 
 
 def unserved(impl: str, tensors: dict[str, Tensor], geometry: dict) -> bool:
-    """Tell whether `impl` can't serve a call, after seeing that it says so."""
+    """Tell whether `impl` can't run a call. If so, check that it raises."""
     x, weight = tensors["x"], tensors["weight"]
     dims = x.dim() - 2
     of_each = {name: (n,) * dims if isinstance(n, int) else n for name, n in geometry.items()}
@@ -91,7 +91,7 @@ CASES = all_pairs(
     layout=["contiguous", "channels_last", "sliced"],
     residual=[False, True],
 )
-# Winograd's own: every shape that it serves, in the dtype that it serves.
+# For Winograd: every shape that it supports, in its only dtype.
 CASES += [
     dict(shape=name, dtype="fp32", mean=mean, layout="channels_last", residual=True)
     for name, (*_, spatial, kernel, stride, _) in SHAPES.items()
@@ -198,7 +198,7 @@ def test_what_only_knows_torch_s_operations_gets_them():
     weight = torch.randn(32, 32, 3, 3, requires_grad=True)
     x = torch.randn(4, 32, 16, 16).to(memory_format=torch.channels_last)
     if native.ops().cpu_instruction_set() == "generic":
-        pytest.skip("without vectors torch's own convolution is the faster one")
+        pytest.skip("without vector instructions torch's own convolution is faster")
     assert chosen(x, weight, padding=1) == "winograd"
     with torch.no_grad():
         assert chosen(x, weight, padding=1) == "winograd"

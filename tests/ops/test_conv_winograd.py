@@ -1,4 +1,4 @@
-"""Winograd's matrices: they make the correlation exactly, are exact in float32, and their points are good."""
+"""Tests of Winograd's matrices: exact correlation, exact in float32, small growth of rounding errors."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_points_grow_errors_less_than_the_usual_ones(monkeypatch):
 
 
 def test_the_growth_is_that_of_random_terms():
-    # Products of independent normal numbers: their sum has variance 3, their terms that of `amplification`.
+    # For independent normal inputs the result has variance 3, and its terms that of `amplification`.
     generator = torch.Generator().manual_seed(0)
     output, inputs, weights = (torch.tensor([[float(v) for v in row] for row in m]) for m in matrices())
     d, g = torch.randn(6, 20000, generator=generator), torch.randn(3, 20000, generator=generator)
@@ -102,11 +102,11 @@ def test_the_compiled_weights_are_the_reference_s(shape, layout, transposed):
     shape = weight.shape[:2]
     reference = winograd_weights_ref(weight)
     assert u.shape == reference.shape == (-(-shape[0] // 32), 36, shape[1], 32)
-    # Both round float64 once: they differ where it lies that close to the middle of two floats.
+    # Both round a float64 value once: they differ only if it is almost halfway between two floats.
     assert float((u - reference).abs().max()) <= torch.finfo(torch.float32).eps * float(reference.abs().max())
     assert float((u != reference).float().mean()) < 1e-3
     full = shape[0] % 32
-    assert full == 0 or not u[-1, :, :, full:].any(), "the last panel is filled up with zeros"
+    assert full == 0 or not u[-1, :, :, full:].any(), "the last panel must be padded with zeros"
 
 
 @needs_cpp

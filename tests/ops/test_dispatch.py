@@ -1,4 +1,4 @@
-"""Which implementation runs: by argument, by environment, else the first that can, and never another."""
+"""Tests of choosing an implementation: by argument, by environment, or else the first that can run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def no_environment(monkeypatch):
 
 @pytest.fixture
 def table(monkeypatch):
-    """An op of three entries: one that isn't there, one for small numbers, the reference."""
+    """Return an op with three implementations: unavailable, small numbers only, and the reference."""
     monkeypatch.setattr(dispatch, "TABLES", dict(TABLES))
     return OpTable(
         "toy",
@@ -136,7 +136,7 @@ def test_what_was_measured_comes_first_where_it_can_run(table):
     first = {1: "reference", 2: "absent", 11: "small", 12: None}
     table.prefer = first.get
     assert [run(table, x) for x in first] == ["reference", "small", "reference", "reference"]
-    assert run(table, 1, "small") == "small", "what is asked for by name goes before"
+    assert run(table, 1, "small") == "small", "a named implementation has priority"
     table.prefer = lambda x: "referense"
     with pytest.raises(InvalidArgument, match="'referense'"):
         run(table, 1)
@@ -173,7 +173,7 @@ def test_who_watches_sees_its_own_thread_alone(table):
             pass
         run(table, 1)
     assert [choice.name for choice in other] == ["reference"] and inner == []
-    assert [choice.name for choice in seen] == ["small"], "an inner watcher takes itself out, not another"
+    assert [choice.name for choice in seen] == ["small"], "the inner watcher must not remove the outer one"
     assert not dispatch.watched()
 
 

@@ -1,4 +1,4 @@
-"""Every implementation of the normalisation against its formula: values, gradients, layouts, refusals."""
+"""Tests of every implementation of the normalisation against its formula: values, gradients, layouts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES: dict[str, tuple[int, int, int, int, tuple[int, ...]]] = {
     "G=1": (2, 6, 0, 1, (4, 5)),
     "G=C": (3, 6, 0, 6, (3, 4)),
     "adm": (1, 192, 0, 32, (64, 64)),
-    "adm-skip": (2, 384, 192, 32, (8, 8)),  # 18 channels a group: one holds the last 6 of x and 12 of x2
+    "adm-skip": (2, 384, 192, 32, (8, 8)),  # groups of 18: one has the last 6 channels of x and 12 of x2
     "skip": (2, 5, 7, 3, (3, 4)),
     "1d": (2, 12, 0, 4, (9,)),
     "1d-skip": (1, 4, 6, 2, (6,)),
@@ -49,7 +49,7 @@ def seeded():
 def formula(
     x: Tensor, weight, bias, groups=32, eps=1e-5, *, scale=None, shift=None, silu=True, resample=None, x2=None
 ) -> Tensor:
-    """GN, scale and shift, SiLU and resampling written out, in the dtype of x."""
+    """Compute GroupNorm, scale and shift, SiLU and resampling step by step, in the dtype of x."""
     source = x if x2 is None else torch.cat([x, x2], 1)
     values = source.reshape(source.shape[0], groups, -1)
     centred = values - values.mean(-1, keepdim=True)
@@ -68,7 +68,7 @@ def formula(
 
 
 def call_of(case: dict[str, Any], seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a case, and its other arguments."""
+    """Return the tensors of a case, and its other arguments."""
     generator = torch.Generator().manual_seed(seed)
     n, c1, c2, groups, spatial = SHAPES[case["shape"]]
     dtype = HALF_AND_SINGLE[case["dtype"]]
@@ -82,7 +82,7 @@ def call_of(case: dict[str, Any], seed: int = 0) -> tuple[dict[str, Tensor], dic
     weights = torch.float32 if case["weights"] == "fp32" else dtype
     tensors |= {"weight": (1 + randn(c1 + c2)).to(weights), "bias": randn(c1 + c2).to(weights)}
     if case["modulated"]:
-        # As in a network: two halves of one projection.
+        # As in a network, these are two halves of one projection.
         scale, shift = randn(n, 2 * (c1 + c2)).to(dtype).chunk(2, dim=1)
         tensors |= {"scale": scale, "shift": shift}
     return tensors, dict(groups=groups, silu=case["silu"], resample=case["resample"])
@@ -93,7 +93,7 @@ def moved(tensors: dict[str, Tensor], *to: Any) -> dict[str, Tensor]:
 
 
 def refused(impl: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> bool:
-    """Tell whether `impl` can't serve the call, in which case naming it must raise, with the reason."""
+    """Tell whether `impl` can't run the call. If so, check that naming it raises an error."""
     entry = TABLE.named(impl)
     call = {**tensors, **options}
     arguments = [call.pop(name) for name in ("x", "weight", "bias", "groups")] + [call.pop("eps", 1e-5)]
@@ -118,8 +118,8 @@ def test_the_reference_is_the_formula(case):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_a_large_mean_costs_no_more_than_its_own_rounding(impl, layout, dims):
-    # x = 100 + noise: a variance taken as E[x^2] - E[x]^2 would be off by 1e4 units in float32. Half a unit
-    # at 100 each is what the mean, x / deviation and mean / deviation cost; deviations are near 1.
+    # x = 100 + noise: E[x^2] - E[x]^2 as the variance would be off by 1e4 units in float32. The mean,
+    # x / deviation and mean / deviation each cost half a unit at 100, because deviations are near 1.
     x = laid_out(torch.randn(2, 64, *(16,) * dims) + 100, layout)
     tensors, options = (
         {"x": x, "weight": torch.ones(64), "bias": torch.zeros(64)},
@@ -143,13 +143,13 @@ def test_values_are_within_tolerance(case, impl, device):
     with unmodified(**there):
         y = group_norm_silu(**there, **options, impl=impl)
     assert y.dtype == tensors["x"].dtype and y.device.type == device
-    # Each device rounds the sums in its own order: what that costs is measured there.
+    # Each device sums in its own order, so the reference's error is measured on the same device.
     reference = group_norm_silu_ref(**there, **options).cpu()
     assert_within(y.cpu(), reference, group_norm_silu_ref(**moved(tensors, torch.float64), **options), impl)
 
 
 def gradients(function: Callable[..., Tensor], tensors, options, dy: Tensor) -> dict[str, Tensor]:
-    """The gradient of sum(y dy) in every tensor."""
+    """Return the gradient of sum(y dy) in every tensor."""
     leaves = {name: t.detach().requires_grad_(True) for name, t in tensors.items()}
     y = function(**leaves, **options)
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy.to(y)), strict=True))
@@ -187,7 +187,7 @@ SMALL = [
 
 
 def small(shapes: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a few elements in float64, and the other arguments."""
+    """Return small tensors in float64, and the other arguments."""
     generator = torch.Generator().manual_seed(0)
     options = {name: value for name, value in shapes.items() if name in ("groups", "silu", "resample")}
     channels = shapes["x"][1] + (shapes["x2"][1] if "x2" in shapes else 0)
@@ -270,7 +270,7 @@ def test_one_of_two_outputs_may_have_no_gradient(which, impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_compiled_gradient_is_the_eager_one(impl):
-    # Between layouts the reference's compiled sums differ in their order; the kernels take but this one.
+    # The kernels need channels-last. The reference uses contiguous: compiled, its sums depend on the layout.
     layout = "channels_last" if impl == "triton" else "contiguous"
     tensors, options = call_of(CASES[0] | dict(shape="skip", dtype="fp32", layout=layout, modulated=True))
     if refused(impl, tensors, options):
@@ -310,7 +310,7 @@ def test_edges(impl):
         )
         if refused(impl, tensors, options):
             continue
-        # A group of equal values has no variance: what is left is the bias.
+        # A group of equal values has variance 0, so only the bias remains.
         truth = bias.double().view(1, 4, 1, 1).expand(shape)
         y, reference = (group_norm_silu(**tensors, **options, impl=name) for name in (impl, "reference"))
         assert y.shape == shape
@@ -325,7 +325,7 @@ def test_edges(impl):
         nan = group_norm_silu(poisoned, weight, bias, 2, impl=impl).isnan()
         group = where[1] // 2
         assert nan[:, 2 * group : 2 * group + 2].all() and int(nan.sum()) == 18, (
-            "NaN fills its own group alone"
+            "NaN must fill its own group only"
         )
 
 

@@ -1,4 +1,4 @@
-"""The normalisation's edge cases: sources without channels, and every refusal by name."""
+"""Tests of the normalisation's edge cases: sources without channels, and errors that name the argument."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seeded():
 
 
 def with_gradients(tensors: dict[str, Tensor], options: dict[str, Any], impl: str) -> list[Tensor]:
-    """The output and the gradient of its square in every tensor."""
+    """Return the output and the gradient of its squared sum in every tensor."""
     leaves = {name: t.detach().requires_grad_(True) for name, t in tensors.items()}
     y = group_norm_silu(**leaves, **options, impl=impl)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), list(leaves.values()))]

@@ -1,4 +1,4 @@
-"""The normalisation's autograd over raw implementations: formula, second derivatives, transforms, raw ops."""
+"""Tests of the normalisation's autograd: gradient formula, second derivatives, transforms, raw ops."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = all_pairs(
     resample=[None, "up", "down"],
     skip=[False, True],
 )
-# Without resampling the skip is the input itself: nothing for a raw implementation to do.
+# Without resampling the skip is the input itself, which no raw implementation computes.
 CASES = [case for case in CASES if case["resample"] or not case["skip"]]
 IDS = [case_id(case) for case in CASES]
 WITHOUT_C = native.reason_missing()
@@ -41,7 +41,7 @@ needs_cpp = pytest.mark.skipif(WITHOUT_C is not None, reason=f"compiled ops: {WI
 
 
 def arguments(case: dict, dtype: torch.dtype = torch.float64) -> tuple[list, NormOptions]:
-    """x, x2, weight, bias, scale, shift of a case (None where it has none), and its options."""
+    """Return x, x2, weight, bias, scale and shift of a case (None if it has none), and its options."""
     generator = torch.Generator().manual_seed(0)
     n, c = case["shape"][:2]
     spatial = case["shape"][2:]
@@ -57,7 +57,7 @@ def arguments(case: dict, dtype: torch.dtype = torch.float64) -> tuple[list, Nor
 
 
 def reference(tensors: list, options: NormOptions):
-    """`group_norm_silu_ref` from a list of tensors."""
+    """Call `group_norm_silu_ref` with a list of tensors."""
     x, x2, weight, bias, scale, shift = tensors
     return group_norm_silu_ref(
         x,
@@ -75,7 +75,7 @@ def reference(tensors: list, options: NormOptions):
 
 
 def formula_forward(x, x2, weight, bias, scale, shift, options):
-    """A raw forward in plain torch, of any dtype."""
+    """Compute a raw forward in plain torch, in any dtype."""
     source = x if x2 is None else torch.cat([x, x2], 1)
     values = source.flatten(2).reshape(len(x), options.groups, -1)
     y = reference([x, x2, weight, bias, scale, shift], options)
@@ -85,7 +85,7 @@ def formula_forward(x, x2, weight, bias, scale, shift, options):
 
 
 def formula_backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, options, sums):
-    """A raw backward in plain torch: the sums are found by differentiating in shift and scale."""
+    """Compute a raw backward in plain torch. The sums are the gradients in shift and scale."""
     unit = [torch.ones_like(weight), torch.zeros_like(bias)]
     dx, dx2, *_ = group_norm_silu_grad_ref(dy, dskip, x, x2, weight, bias, scale, shift, options)
     one_plus = 1 if scale is None else 1 + scale
@@ -97,7 +97,7 @@ def formula_backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, o
 
 @pytest.fixture
 def in_formulas(monkeypatch):
-    """The raw pair "formulas", which runs in float64."""
+    """Register the raw implementation "formulas", which runs in float64, and return its name."""
     monkeypatch.setitem(RAW, "formulas", RawNorm("formulas", formula_forward, formula_backward))
     return "formulas"
 
@@ -109,7 +109,7 @@ def test_the_gradient_s_formula_is_the_reference_s_gradient(case):
         2,
         8,
         *(7 * size + 2 for size in case["shape"][2:]),
-    )  # enough elements for a mean square to be one
+    )  # enough elements for a mean square near 1
     tensors, options = arguments(case | dict(shape=larger), torch.float32)
     there = [i for i, t in enumerate(tensors) if t is not None]
     like = reference(tensors, options)

@@ -1,4 +1,4 @@
-"""The compiled extension: which loops it runs, and what ADMFAST_CPU_ISA may say."""
+"""Tests of the compiled extension: the loops it runs, values of ADMFAST_CPU_ISA, and missing builds."""
 
 from __future__ import annotations
 

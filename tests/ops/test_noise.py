@@ -1,4 +1,4 @@
-"""Noise is a pure function of (seed, stream, row, element), bit for bit, and it is standard normal."""
+"""Tests that noise is a pure function of (seed, stream, row, element), bit by bit, and standard normal."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.ops.tolerance import DEVICES, assert_within, bits
 
 IMPLEMENTATIONS = runnable("normal")
 SEEDS = [0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63, 2**64 - 1]
-# The samples below come from fixed seeds, so these tests never fail by chance from run to run; a right
-# generator would fail one comparison for a fraction FALSE_ALARM of all choices of seeds.
+# The samples below have fixed seeds, so the tests are deterministic. A correct generator would fail a
+# comparison for the fraction FALSE_ALARM of all choices of seeds.
 FALSE_ALARM = 1e-6
 Z_LIMIT = NormalDist().inv_cdf(1 - FALSE_ALARM / 2)
 
@@ -46,7 +46,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
-# The philox4x32 vectors of ten rounds in kat_vectors of the published Random123 library.
+# The test vectors of philox4x32 with ten rounds, from kat_vectors of the published Random123 library.
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((MASK32,) * 4, (MASK32,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -65,7 +65,7 @@ def test_philox_gives_the_published_answers(counter, key, answer):
 
 
 def textbook_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 in Python's own integers."""
+    """Compute Philox4x32-10 with Python integers."""
     c, k = list(counter), list(key)
     for _ in range(10):
         high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
@@ -85,7 +85,7 @@ def test_philox_agrees_with_whole_number_arithmetic():
 
 
 def library_box_muller(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The pairs [..., 2] of two words by torch's own log, cos and sin; u is float32, as it is documented."""
+    """Return the pairs [..., 2] of two words by torch's log, cos and sin. As documented, u is float32."""
     u = (a.float() * 2.0**-32 + 2.0**-33).to(dtype)
     angle = b.to(dtype) * (2 * math.pi / 2**32)
     return (-2 * u.log()).sqrt()[..., None] * torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -153,7 +153,7 @@ def test_polynomials_are_as_near_as_the_docstring_says():
     assert np.abs(exact(COS_COEFFICIENTS, f * f) - np.cos(np.pi / 2 * f)).max() <= 5.4e-8
     half_a_unit = 2.0**-24
     assert 5.4e-8 < half_a_unit
-    # The two parts of ln 2, and the exactness of the first part's product with every exponent.
+    # ln 2 is split into two parts; the product of the first part with every exponent is exact.
     assert abs(LN2_HIGH + LN2_LOW - math.log(2)) < half_a_unit**2 * 2**4
     assert all(float(np.float32(e) * np.float32(LN2_HIGH)) == e * LN2_HIGH for e in range(-33, 1))
 
@@ -167,7 +167,7 @@ def test_the_polynomials_in_float32_are_within_the_tolerance_rule():
     assert_within(_log(u), u.double().log().float(), u.double().log(), "log")
 
 
-# Words at which something turns: the ends, the rounding of an integer to float32, borders of the quarters.
+# Critical words: the smallest and largest, those that float32 rounds, and the borders of the quarter turns.
 EDGES = [0, 1, 2, 3, 2**24 - 1, 2**24, 2**24 + 1, MASK32 - 128, MASK32 - 1, MASK32]
 EDGES += [quarter * 2**30 + eighth + d for quarter in range(4) for eighth in (0, 2**29) for d in (-1, 0, 1)]
 EDGES = sorted({edge % 2**32 for edge in EDGES})
@@ -178,12 +178,12 @@ def test_no_pair_of_words_gives_nan_or_infinity():
     b = torch.tensor(EDGES)[None].expand(len(EDGES), -1)
     even, odd = _box_muller(a, b)
     assert torch.isfinite(even).all() and torch.isfinite(odd).all()
-    # u as it is documented: rounded to float32, 2^-33 at the least and 1 at the most.
+    # u as documented: rounded to float32, from 2^-33 to 1.
     u = (a.float().double() * 2.0**-32 + 2.0**-33).float()
     assert float(u.min()) == 2.0**-33 and float(u.max()) == 1.0
     truth, single = (library_box_muller(a, b, dtype) for dtype in (torch.float64, torch.float32))
     assert_within(torch.stack([even, odd], dim=-1), single, truth, "edges")
-    assert float(even[a == MASK32].abs().max()) == 0.0, "R is 0 at u = 1"
+    assert float(even[a == MASK32].abs().max()) == 0.0, "R must be 0 at u = 1"
     assert float(even.max()) == pytest.approx(math.sqrt(66 * math.log(2)), rel=2.0**-22), "R at u = 2^-33"
 
 
@@ -194,7 +194,7 @@ def sample(count: int = 2**20) -> torch.Tensor:
 def test_moments_are_those_of_a_standard_normal():
     z = sample()
     n = len(z)
-    # The mean of z^k over n normals has the variance (E z^2k - (E z^k)^2) / n.
+    # The mean of z^k over n normal numbers has variance (E z^2k - (E z^k)^2) / n.
     for power, expected, deviation in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         moment = (float((z**power).mean()) - expected) / math.sqrt(deviation / n)
         assert abs(moment) < Z_LIMIT, f"moment {power} is {moment:.2f} deviations off"
@@ -221,7 +221,7 @@ def test_tails_are_there():
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of independent normals this is standard normal, to first order."""
+    """Return sum(a b) / sqrt(n), which is nearly standard normal for independent normal numbers."""
     return float((a.double() * b.double()).sum()) / math.sqrt(a.numel())
 
 
@@ -242,7 +242,7 @@ def test_seeds_rows_and_streams_are_all_different_and_uncorrelated(impl):
     matrix = torch.stack(fields).double()
     products = (matrix @ matrix.T) / math.sqrt(matrix.shape[1])
     pairs = products[torch.triu(torch.ones_like(products), diagonal=1).bool()]
-    # The largest of this many: each has its share of the false alarm.
+    # The limit of the largest of many values: each gets its share of FALSE_ALARM.
     limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 2 / len(pairs))
     assert float(pairs.abs().max()) < limit
     assert len({tuple(field[:4].tolist()) for field in fields}) == len(places)
@@ -268,7 +268,7 @@ def test_an_image_does_not_depend_on_its_batch_or_its_place_in_it(impl):
 def test_elements_are_counted_in_the_logical_image(impl):
     flat = draw(impl, [9], (3 * 5 * 7,))
     assert same(draw(impl, [9], (3, 5, 7)), flat.reshape(1, 3, 5, 7))
-    assert same(draw(impl, [9], (3 * 5 * 7 + 40,))[:, : 3 * 5 * 7], flat), "a longer image begins alike"
+    assert same(draw(impl, [9], (3 * 5 * 7 + 40,))[:, : 3 * 5 * 7], flat), "a longer image differs"
 
 
 @pytest.mark.skipif(native.reason_missing() is not None, reason="no compiled ops")
@@ -370,7 +370,7 @@ def test_the_noise_compiles_as_one_graph():
 @pytest.mark.parametrize("impl", ["cpp", "reference"])
 def test_every_whole_number_is_a_counter(impl):
     if TABLES["normal"].named(impl).available():
-        pytest.skip(f"{impl} is not here")
+        pytest.skip(f"{impl} is not available")
     kinds = (3, np.int64(3), torch.tensor(3), torch.tensor([3], dtype=torch.int32))
     first, *others = (normal(as_seeds([1]), (5,), kind, 1, impl=impl) for kind in kinds)
     assert all(torch.equal(first, other) for other in others)

@@ -1,4 +1,4 @@
-"""Doubling and halving against repeated and averaged blocks, in one to three dimensions."""
+"""Tests of doubling and halving against repeated and averaged blocks, in one to three dimensions."""
 
 from __future__ import annotations
 

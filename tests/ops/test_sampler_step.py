@@ -1,4 +1,4 @@
-"""The update against its formula, term by term and over all pairs of its options, in every implementation."""
+"""Tests of every implementation of the update against its formula, by term and over all pairs of options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAN = float("nan")
 
 
 def textbook(row: Row, x, saved, pushed, out, out2, grad, noise):
-    """The formula as it is written, history by age: (x_next, reported x0, saved, pushed newest first)."""
+    """Compute the formula directly. Return (x_next, reported x0, saved, pushed), with pushed newest first."""
     channels = x.shape[1]
     o = out.to(x.dtype)
     if out2 is not None:
@@ -52,8 +52,8 @@ def textbook(row: Row, x, saved, pushed, out, out2, grad, noise):
 SHAPES = [
     (1, 3, 5, 7),
     (2, 1, 9, 9),
-    (2, 3, 16, 16),  # beyond one chunk of 512
-    (1, 3, 37, 41),  # beyond one share of 4096, no multiple of four
+    (2, 3, 16, 16),  # more than one chunk of 512
+    (1, 3, 37, 41),  # more than one share of 4096, not a multiple of four
     (2, 5, 30, 31),
     (1, 1, 64, 65),
     (3, 3, 7),
@@ -76,7 +76,7 @@ PUSHES = [True, False, True, True, True, True, False, True]
 
 
 def rows_of(case: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Eight rows of random coefficients; the ring of three goes round once and a half."""
+    """Return eight rows of random coefficients. They push six times, twice round the ring of three."""
 
     def number(low: float = -0.8, high: float = 0.8) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
@@ -113,7 +113,7 @@ def rows_of(case: dict[str, Any], generator: torch.Generator) -> list[Row]:
 
 
 class Inputs:
-    """Everything a case runs on, made once from a fixed seed in float32 and the case's own dtypes."""
+    """All inputs of a case, from a fixed seed, in float32 and the case's dtypes."""
 
     def __init__(self, case: dict[str, Any]):
         generator = torch.Generator().manual_seed(CASES.index(case))
@@ -142,7 +142,7 @@ class Inputs:
             self.noises = [laid_out(z, "channels_last") for z in self.noises]
 
     def by_the_book(self, dtype: torch.dtype) -> Tensor:
-        """[rows, 2, *shape]: x and x0 after every row."""
+        """Return x and x0 after every row, [rows, 2, *shape], by the formula."""
         x, saved, pushed, after = self.x.to(dtype), None, [], []
         for row, *inputs in zip(self.rows, self.outs, self.outs2, self.grads, self.noises, strict=True):
             x, x0, saved, pushed = textbook(row, x, saved, pushed, *inputs)
@@ -150,7 +150,7 @@ class Inputs:
         return torch.stack(after)
 
     def run(self, impl: str | None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
-        """The same through the op, with buffers poisoned wherever they are to be written first."""
+        """Return the same by the op, with NaN in the buffers that the rows must write before reading."""
 
         there = Mover(device)
         state = SamplerState.start(self.x.to(device, dtype), self.rows)
@@ -211,14 +211,14 @@ HISTORY = given(9, (3, *SHAPE))
 def advance(
     row: Row, impl: str | None, out: Tensor = OUT, dtype: torch.dtype = torch.float32, **options: Any
 ):
-    """(x, x0) after this row, the third of a table that pushed three times before (h1 = HISTORY[0])."""
+    """Return (x, x0) after this row, which follows three rows that pushed (h1 = HISTORY[0])."""
     before = [Row(0, 0, push=True)] * 3
     table, state = (
         pack([*before, row], dtype=dtype),
         SamplerState(X.to(dtype), torch.full(SHAPE, NAN, dtype=dtype)),
     )
     state.x, state.saved = state.x.clone(), SAVED.to(dtype)
-    state.history = HISTORY.flip(0).to(dtype)  # slots 0, 1, 2 were pushed in this order
+    state.history = HISTORY.flip(0).to(dtype)  # slots 0, 1, 2 in the order of their pushes
     options.setdefault("noise", Z)
     sampler_step(state, out, table, 3, impl=impl, **options)
     return state.x, state.x0
@@ -226,7 +226,7 @@ def advance(
 
 LOG4 = math.log(4)
 BOTH, BOTH2 = torch.cat([OUT, V], 1), torch.cat([OUT2, V2], 1)
-# Each term alone: the row, what x and x0 must be in float64, and what else is given. 0.5 and 2 are exact.
+# Each term by itself: the row, the expected x and x0, and further arguments. Factors 0.5 and 2 are exact.
 TERMS: dict[str, tuple[dict[str, Any], Any, Any, dict[str, Any]]] = {
     "k_x": (dict(k_x=0.5, b=2), lambda d: X.to(d), lambda d: 0.5 * X.to(d), {}),
     "k_out": (dict(k_out=0.5, b=2), lambda d: OUT.to(d), lambda d: 0.5 * OUT.to(d), {}),
@@ -309,7 +309,7 @@ def test_the_limit_stands_between_the_two_guidances(impl, clip, pre, post, used,
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_history_is_addressed_by_age_round_the_ring(impl):
-    # Whole numbers, so exact: row i pushes i + 1, and x collects h1 + 100 h2 + 10000 h3.
+    # Row i pushes i + 1, and x becomes h1 + 100 h2 + 10000 h3: all are exact integers.
     pushes = [True, True, False, True, True, True, False, True, True, False]
     rows, pushed, expected = [], [], []
     for i, push in enumerate(pushes):
@@ -409,7 +409,7 @@ def test_nan_stays_where_it_is_and_infinity_is_limited(impl, clip):
             got[1, 2, 3, 4] = before[1, 2, 3, 4]
             assert torch.equal(bits(got), bits(before)), f"{name}: other elements changed"
     out = BOTH.clone()
-    out[0, 4, 0, 0] = NAN  # a variance channel, of x[0, 1, 0, 0]
+    out[0, 4, 0, 0] = NAN  # the variance channel of x[0, 1, 0, 0]
     x, x0 = advance(row, impl, out=out, grad=G)
     assert x.isnan().nonzero().tolist() == [[0, 1, 0, 0]] and torch.equal(x0, clean[1])
 
@@ -424,7 +424,7 @@ def test_a_variance_of_zero_leaves_neither_noise_nor_guidance(impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_exponential_is_right_over_its_whole_range(impl):
-    # sigma^2 = e^v; errors are relative here, so that small values count as much as large ones.
+    # sigma^2 = e^v. Errors are relative, so that small values count as much as large ones.
     v = torch.linspace(-87, 88, 4001, dtype=torch.float64).float().view(1, 1, -1)
     rows = [Row(0, 0, l1=1, k_mean=1)]
     state = SamplerState.start(torch.zeros_like(v), rows)

@@ -1,4 +1,4 @@
-"""What the update takes and refuses, what it leaves alone, and how it runs inside torch."""
+"""Tests of calls of the update: accepted and refused arguments, unchanged inputs, raw op, torch.compile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def filled(shape: tuple[int, ...] = SHAPE) -> tuple[SamplerState, dict[str, Any]]:
-    """A state of FULL with every buffer filled, and the other arguments of its second row."""
+    """Return a state for the rows FULL with every buffer filled, and the other arguments of row 1."""
     state = SamplerState.start(randn(*shape), FULL)
     for i, buffer in enumerate((state.x0, state.saved, state.history)):
         buffer.copy_(randn(*buffer.shape, seed=1 + i))
@@ -169,7 +169,7 @@ def test_wrong_arguments_are_named(name, changes, impl):
         sampler_step(state, impl=impl, **arguments)
     assert str(caught.value).startswith(name), caught.value
     for old, now in zip(before, buffers(state), strict=True):
-        assert old is None or torch.equal(old, now), "a refused call wrote to the state"
+        assert old is None or torch.equal(old, now), "a refused call changed the state"
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -183,7 +183,7 @@ def test_a_row_without_noise_needs_no_seeds_and_one_without_history_no_buffers(i
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["x", "x turned", "x0", "saved", "history"])
 def test_an_input_may_live_in_the_state_s_memory(impl, name):
-    # A model may return its argument, or a view of it; what is read must be what was there before the update.
+    # A model may return its argument or a view of it, so the update must read all values before it writes.
     shape = (2, 3, 24, 24)
 
     def call(copied: bool) -> SamplerState:
@@ -230,7 +230,7 @@ def test_the_number_of_threads_changes_nothing():
 
 
 def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
-    """The raw op's arguments, in order, for FULL's second row."""
+    """Return the raw op's arguments, in order, for row 1 of FULL."""
     _, given = filled()
     names = dict(
         x=state.x, x0=state.x0, saved=state.saved, history=state.history,

@@ -1,4 +1,4 @@
-"""The update and its noise on a GPU: bits of the noise, every layout, captured graphs, streams, devices."""
+"""Tests of the update and its noise on a GPU: bits of the noise, layouts, graphs, streams, devices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def placed(t: Tensor, offset: int = 0, device: str = "cuda") -> Tensor:
-    """The values and strides of `t` on a device, `offset` elements after the beginning of an allocation."""
+    """Copy `t`, with its strides, to a device, `offset` elements after the start of an allocation."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     around = NAN if t.dtype.is_floating_point else -1
     room = torch.full((span + offset,), around, dtype=t.dtype, device=device)
@@ -153,12 +153,12 @@ def test_a_captured_graph_goes_from_row_to_row_by_the_device_s_counter(dtype):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    assert int(row) == 0, "capturing must not run"
+    assert int(row) == 0, "the capture ran the step"
     for _ in rows:
         graph.replay()
     assert int(row) == len(rows)
     assert torch.equal(bits(state.x), bits(eager.x)) and torch.equal(bits(state.x0), bits(eager.x0))
-    graph.replay()  # there is no such row
+    graph.replay()  # a row beyond the last one
     assert state.x.isnan().all() and state.x0.isnan().all()
 
 

@@ -1,4 +1,4 @@
-"""What the update says of the state that it writes, and the states that it can't write."""
+"""Tests of the update's state: versions of the tensors that it writes, and states that it refuses."""
 
 from __future__ import annotations
 

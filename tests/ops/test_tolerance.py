@@ -1,4 +1,4 @@
-"""The tolerance rule and the covers, which every other test of the ops leans on."""
+"""Tests of the tolerance rule and of all-pairs covers, which the other tests of the ops use."""
 
 from __future__ import annotations
 

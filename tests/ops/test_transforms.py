@@ -1,4 +1,4 @@
-"""Transforms of torch.func and torch.compile over the fused ops: no derivative is lost without a word."""
+"""Tests of torch.func and torch.compile over the fused ops: derivatives are correct or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one tolerance rule: an output may be off by a small multiple of what rounding costs the reference."""
+"""The tolerance rule of all tests: an error may be a small multiple of the reference's rounding error."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-# kind: (factor of max r, factor of u) in the bound on max e; for a sum, as a parameter's gradient is, the
-# second is sqrt(reduction length), since so many rounded terms are added.
+# kind: (factor of max r, factor of u) in the bound on max e. For a sum, such as a parameter's gradient, the
+# second is sqrt(reduction length), the growth of the rounding of that many terms.
 _LIMITS = {"output": (2.0, 2.0), "input gradient": (3.0, 4.0), "sum": (2.0, None)}
 _LIMITS["parameter gradient"] = _LIMITS["sum"]
 
@@ -33,11 +33,12 @@ def assert_within(
 ) -> None:
     """Assert max e <= 2 max r + 2u and rms(e) <= 2 rms(r) + u/4 for the errors e of `out`, r of `reference`.
 
-    Errors are against `truth`, in float64; `reference` is the reference in the dtype of the call; u is one
-    unit of `precision` (by default the dtype of `out`) at max|truth|. An input's gradient has 3 max r + 4u, a
-    parameter's 2 max r + sqrt(reduction) u and that much more in rms. Where terms larger than the result
-    cancel, u is taken at the largest. `growth` widens the two bounds, for an algorithm that is known to round
-    larger terms than the reference. What is not finite must stand where it does in `truth`.
+    Errors are differences from `truth`, in float64. `reference` is the reference in the dtype of the call.
+    u is eps of `precision` (by default the dtype of `out`) times max|truth|, or times `largest_term` if
+    larger terms cancel. The bounds on max e are 3 max r + 4u for an "input gradient", and 2 max r + s u for a
+    "parameter gradient" or "sum", with s = max(2, sqrt(reduction)); for these the bound on rms(e) is
+    2 rms(r) + s u/8. `growth` multiplies the two bounds, for an algorithm that is known to round larger terms
+    than the reference. NaN and infinities must be at the same places as in `truth`.
     """
     assert truth.dtype == torch.float64, f"{name}: the truth is {truth.dtype}"
     assert out.shape == truth.shape == reference.shape, (
@@ -67,7 +68,7 @@ def assert_bounded(
     reduction: int = 1,
     growth: tuple[float, float] = (1.0, 1.0),
 ) -> None:
-    """The rule itself, on errors that are already made."""
+    """Apply the rule to errors `e` of an output and `r` of the reference."""
     times_r, times_u = _LIMITS[kind]
     times_u_rms = 0.25
     if times_u is None:
@@ -86,11 +87,11 @@ def assert_same_formula(
     kind: str = "output",
     reduction: int = 1,
 ) -> None:
-    """Assert that two float64 computations of one thing differ by their rounding alone.
+    """Assert that two computations of one quantity differ in float64 by rounding only.
 
-    Rounding is measured one precision down: r of the rule is the larger float32 error of the two, scaled by
-    eps64 / eps32. Both are called with the dtype to compute in, on inputs that float32 represents. A mistake,
-    or a detour through float32, doesn't shrink with eps and is caught.
+    Rounding is measured in float32: r of the rule is the larger float32 error of the two, scaled by
+    eps64 / eps32. Both are called with the dtype to compute in, and their inputs must be exact in float32.
+    The error of a mistake, or of an intermediate float32 result, does not shrink with eps and is detected.
     """
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     out, truth = value(torch.float64), formula(torch.float64)
@@ -118,7 +119,7 @@ def unmodified(**tensors: Tensor | None) -> Iterator[None]:
 
 
 def bits(t: Tensor) -> Tensor:
-    """The bit patterns, so that NaN equals itself and 0 differs from -0."""
+    """Return the bit patterns, in which NaN equals itself and 0 differs from -0."""
     if not t.dtype.is_floating_point:
         return t
     return t.contiguous().view(_BITS[t.element_size()])

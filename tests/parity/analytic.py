@@ -1,4 +1,4 @@
-"""The explicit functions that golden sampling cases use where they need no network and no classifier."""
+"""Explicit functions that replace the network and the classifier in some golden sampling cases."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DENOISED_FNS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def denoised_fn(name: str | None) -> Callable[[Tensor], Tensor] | None:
-    """The function of a case's `denoised_fn`, None for none."""
+    """Return the function that a case's `denoised_fn` names, or None."""
     return None if name is None else DENOISED_FNS[name]
 
 
 def build_diffusion(settings: Mapping[str, Any]) -> GaussianDiffusion:
-    """The process of a case's `diffusion` entry."""
+    """Return the process of a case's `diffusion` entry."""
     schedule = make_schedule(
         settings["schedule"], settings["steps"], settings["respacing"], settings["rescale"]
     )
@@ -32,12 +32,12 @@ def build_diffusion(settings: Mapping[str, Any]) -> GaussianDiffusion:
 
 
 def _column(values: Tensor, x: Tensor) -> Tensor:
-    """[N] as [N, 1, 1, 1] of x's dtype."""
+    """Reshape [N] to [N, 1, 1, 1], in x's dtype."""
     return values.to(x.dtype).view(-1, 1, 1, 1)
 
 
 def _phase(x: Tensor, y: Tensor | None) -> Tensor:
-    """p = 0.7 c + 0.3 h - 0.2 w, + 0.5 y if there are labels."""
+    """Return p = 0.7 c + 0.3 h - 0.2 w, plus 0.5 y if there are labels."""
     _, c, h, w = (torch.arange(size, dtype=x.dtype, device=x.device) for size in x.shape)
     p = 0.7 * c.view(-1, 1, 1) + 0.3 * h.view(-1, 1) - 0.2 * w
     return p if y is None else p + 0.5 * _column(y, x)
@@ -45,9 +45,10 @@ def _phase(x: Tensor, y: Tensor | None) -> Tensor:
 
 @dataclass
 class AnalyticModel:
-    """A stand-in for a network: model(x, t, y) gives the mean part and, if learned, the variance part.
+    """A function in place of a network: model(x, t, y) gives the mean and, if learned, the variance.
 
-    t is what a network would see. scale_mean and scale_var multiply the two parts. `seen` records every t.
+    t is the timestep that a network gets. scale_mean and scale_var multiply the two parts. `seen` records
+    every t.
     """
 
     mean_type: MeanType
@@ -79,12 +80,12 @@ class AnalyticModel:
 
 
 def analytic_model(diffusion: GaussianDiffusion) -> AnalyticModel:
-    """The model of this process's parameterisation."""
+    """Return the model for this process's parameterisation."""
     return AnalyticModel(diffusion.mean_type, diffusion.var_type)
 
 
 def guidance(x: Tensor, t: Tensor, y: Tensor | None, scale: float) -> Tensor:
-    """The stand-in for scale * grad of log p(y | x) at (x, t), t as a classifier would see it."""
+    """Return the function used in place of scale * grad log p(y | x) at x and a classifier's timestep t."""
     u, p = _column(t, x) / 1000, _phase(x, y)
     label = 0.0 if y is None else 0.2 * _column(y, x)
     return scale * (0.3 * torch.cos(x + 3 * u + 0.5 * p) - 0.1 * (x - label))

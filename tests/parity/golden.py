@@ -1,7 +1,7 @@
-"""Finding and comparing golden data: numbers computed once with the published code.
+"""Access to golden data, which are numbers computed once with the published code, and their comparison.
 
-The folder is `$ADMFAST_GOLDEN`, or `../shared/golden` beside the checkout, or the small copy under
-`tests/data`. Tests are made by walking it, so a case added there becomes a test.
+The folder is `$ADMFAST_GOLDEN`, or `shared/golden` next to the checkout, or the small copy in `tests/data`.
+Every case in the folder becomes a test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from admfast.diffusion import DiffusionConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Largest |error| / largest |expected| allowed, from the table in the folder's README.
+# Limits of max|error| / max|expected|, from the table in the folder's README.
 SCHEDULE_LIMIT = 1e-12
 POINT_LIMIT = 1e-5
 ANALYTIC_SAMPLES_LIMIT = 1e-5
@@ -40,19 +40,20 @@ def _folder() -> Path:
 
 
 def golden_root() -> Path | None:
-    """The folder of golden data, or None where there is none."""
+    """Return the folder of golden data, or None if there is none."""
     folder = _folder()
     return folder if folder.is_dir() else None
 
 
 def cases(*parts: str, pattern: str = "*.json") -> list[Any]:
-    """One `pytest.param` per path that matches `pattern` in the folder `parts`, its id the bare name.
+    """Return one `pytest.param` for each path that matches `pattern` in the folder `parts`.
 
-    A missing folder gives one param that is skipped and names it; a folder without a match is an error.
+    Its id is the relative path without the ending. A missing folder gives one skipped param that names the
+    folder. A folder without a match raises FileNotFoundError.
     """
     folder = _folder().joinpath(*parts)
     if not folder.is_dir():
-        reason = f"golden data is not here: {folder} (set ADMFAST_GOLDEN)"
+        reason = f"golden data is missing: {folder} (set ADMFAST_GOLDEN)"
         return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="no-golden-data")]
     found = sorted(folder.glob(pattern))
     if not found:
@@ -61,32 +62,32 @@ def cases(*parts: str, pattern: str = "*.json") -> list[Any]:
 
 
 def networks(*parts: str) -> list[Any]:
-    """The cases of a folder that are networks, by any name: those whose `config.json` names a constructor."""
+    """Return the cases of a folder that are networks: their `config.json` names a constructor."""
     found = cases(*parts, pattern="*/config.json")
     return [case for case in found if case.values[0] is None or "ctor" in load_json(case.values[0])]
 
 
 def load_json(path: Path) -> Any:
-    """The content of a JSON file."""
+    """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:
-    """Every array of an npz file; `path` may be its JSON neighbour."""
+    """Return every array of an npz file. `path` may also be the JSON file with the same name."""
     with np.load(path.with_suffix(".npz"), allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every array of an npz file as a tensor."""
+    """Return every array of an npz file as a tensor."""
     return {name: torch.tensor(array) for name, array in load_npz(path).items()}
 
 
 def compare(actual: Any, expected: Any, limit: float, name: str) -> float:
     """Assert max|actual - expected| <= limit * max|expected| and return the ratio.
 
-    Shapes must be equal, infinities and NaN must stand in the same places. Integers must be equal whatever
-    the limit. Where everything expected is 0, the error itself must be within the limit.
+    Shapes must be equal, and infinities and NaN must be at the same places. Integers must be equal, whatever
+    the limit is. If all expected values are 0, the limit applies to the error itself.
     """
     a, e = _array(actual), _array(expected)
     assert a.shape == e.shape, f"{name}: shape {a.shape}, expected {e.shape}"

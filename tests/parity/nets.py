@@ -1,4 +1,4 @@
-"""Build the networks of the golden data from their folders."""
+"""The networks of the golden data, built from their folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from admfast.models import (
 
 
 def config_of(ctor: str, kwargs: dict) -> NetConfig:
-    """Our configuration for a published constructor and its verbatim keyword arguments."""
+    """Return our configuration for a published constructor and its keyword arguments."""
     kwargs = {
         name: value for name, value in kwargs.items() if name not in ("use_fp16", "classifier_use_fp16")
     }
@@ -40,7 +40,7 @@ def config_of(ctor: str, kwargs: dict) -> NetConfig:
 
 
 def procedural_state(entries: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
-    """The weights that the golden data defines by rule: {key: shape} -> {key: float32 tensor}."""
+    """Return the weights that the golden data defines by a rule: {key: shape} -> {key: float32 tensor}."""
     state = {}
     for key, shape in entries.items():
         k = (seed * 1000003 + zlib.crc32(key.encode())) % 2**32
@@ -60,13 +60,13 @@ def procedural_state(entries: dict[str, list[int]], seed: int) -> dict[str, torc
 
 
 def procedural_entries(folder: Path) -> dict[str, dict]:
-    """What is listed of every tensor of a procedural case: shape, SHA-256, first values."""
+    """Return the listed facts of every tensor of a procedural case: shape, SHA-256, first values."""
     listed = json.loads((folder / "state_dict_procedural.json").read_text())
     return listed.get("tensors", listed)
 
 
 def golden_state(folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a golden case, stored or procedural."""
+    """Return the state dict of a golden case, stored or procedural."""
     stored = folder / "state_dict.safetensors"
     if stored.exists():
         return load_file(stored)
@@ -76,7 +76,7 @@ def golden_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def conditions(net: nn.Module, arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The stored conditions that a network takes: labels if it has classes, a low-resolution image."""
+    """Return the stored conditions of a network: labels if it has classes, low_res if it is an upsampler."""
     taken = ["y"] if net.config.num_classes is not None else []
     taken += ["low_res"] if net.config.kind == "upsampler" else []
     return {name: arrays[name] for name in taken}

@@ -1,4 +1,4 @@
-"""Bits per dimension equal the published ones."""
+"""Tests that bits per dimension equal the published ones."""
 
 from __future__ import annotations
 

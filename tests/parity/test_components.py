@@ -1,4 +1,4 @@
-"""Building blocks against the published ones: embeddings, attention, pools, blocks, norms, resampling."""
+"""Tests of building blocks against the published ones: embeddings, attention, pools, norms, resampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPONENTS = golden.cases("unet", "components", pattern="config.json")
 
 
 def with_state(module: torch.nn.Module, arrays: dict[str, torch.Tensor], prefix: str) -> torch.nn.Module:
-    """The module with the stored weights that begin with `prefix`."""
+    """Load the stored weights whose names begin with `prefix`, and return the module in evaluation mode."""
     module.load_state_dict(
         {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
     )
@@ -34,7 +34,7 @@ def with_state(module: torch.nn.Module, arrays: dict[str, torch.Tensor], prefix:
 @pytest.mark.parametrize("path", COMPONENTS)
 def test_timestep_embedding(path: Path) -> None:
     arrays = golden.load_tensors(path.with_name("io.npz"))
-    # A frequency is a float32 exponential, which processors round differently: by one bit, times t.
+    # Frequencies are float32 exponentials. Processors round them differently, by one bit, which t multiplies.
     limit = max(LIMIT, torch.finfo(torch.float32).eps * float(arrays["timesteps"].abs().max()))
     for dim, period in golden.load_json(path)["temb"]:
         name = f"temb_dim{dim}_maxperiod{period}"
@@ -91,7 +91,7 @@ def test_norm(path: Path) -> None:
     golden.compare(norm(arrays["gn_small_in"]), arrays["gn_small_out"], LIMIT, "gn_small_out")
     half = norm(arrays["gn_in"].half())
     assert half.dtype == torch.float16
-    # One unit in the last place of float16 at the largest value: both round a float32 result once.
+    # Both sides round a float32 result to float16 once, so they differ by at most one unit in the last place.
     golden.compare(half.float(), arrays["gn_out_from_half"].float(), 2**-10, "gn_out_from_half")
 
 

@@ -1,4 +1,4 @@
-"""Every released model: keys, shapes, order and fingerprints, and what inference makes of them."""
+"""Tests of every released model: keys, shapes, order, fingerprints, and the inferred configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from admfast.models.presets import preset, presets_with_fingerprint
 from tests.parity.golden import cases, load_json
 from tests.parity.nets import config_of
 
-# Names of the published arguments that describe the process, not the network.
+# Published arguments of the process (not of the network) and our names for them.
 PROCESS = {
     "diffusion_steps": "steps",
     "noise_schedule": "noise_schedule",
@@ -29,7 +29,7 @@ every_model = pytest.mark.parametrize("path", CASES)
 
 
 def published(path):
-    """The index entry of a model, and its keys and shapes in the published order."""
+    """Return the index entry of a model, and its keys and shapes in the published order."""
     entry = load_json(path.with_name("index.json"))[path.stem]
     return entry, {key: tuple(shape) for key, (shape, _dtype) in load_json(path).items()}
 
@@ -88,7 +88,7 @@ def test_shapes_name_the_model(path):
     assert by_name.preset is preset(path.stem)
     assert by_name.config == preset(path.stem).config
     assert by_name.diffusion == preset(path.stem).diffusion
-    # What keys and shapes can't say is taken from the released model, and said to be.
+    # Settings that keys and shapes don't reveal come from the released model and are listed as assumed.
     said = {"use_new_attention_order"} | (set() if by_name.diffusion is None else {"noise_schedule", "steps"})
     by = "num_heads" if by_name.config.num_head_channels == -1 else "num_head_channels"
     assert {line.partition("=")[0] for line in by_name.assumed} == {by, *said}
@@ -103,7 +103,7 @@ def test_shapes_name_the_model(path):
 
 @every_model
 def test_shapes_alone_show_all_but_what_they_cant(path, monkeypatch):
-    """With the fingerprints out of reach, shapes and the few options that they don't show give the config."""
+    """Without fingerprints, shapes and the few options that they don't reveal give the configuration."""
     _, shapes = published(path)
     monkeypatch.setattr("admfast.checkpoints.infer.presets_with_fingerprint", lambda _: ())
     config = preset(path.stem).config

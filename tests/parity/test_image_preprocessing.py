@@ -1,4 +1,4 @@
-"""Crops, flips, files and classes of training images equal the published ones, level by level."""
+"""Tests that crops, flips, files and classes of training images equal the published ones exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = cases("training", pattern="images/config.json")
 
 
 def recorded(drawn: np.ndarray, least: int):
-    """The three recorded draws in turn, each counted from its least value, as `draw` returns it."""
+    """Return a `draw` that gives the three recorded draws in turn; the first one is relative to `least`."""
     values = iter([int(drawn[0]) - least, int(drawn[1]), int(drawn[2])])
 
     def draw(count: int) -> int:
@@ -30,7 +30,7 @@ def recorded(drawn: np.ndarray, least: int):
 
 
 def as_published(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, C] -> float32 [C, H, W] in -1..1."""
+    """Convert uint8 [H, W, C] to float32 [C, H, W] in [-1, 1]."""
     return from_uint8(torch.from_numpy(image[None].copy()))[0].numpy()
 
 

@@ -1,4 +1,4 @@
-"""Training losses and their gradients equal the published ones."""
+"""Tests that training losses and their gradients equal the published ones."""
 
 from __future__ import annotations
 

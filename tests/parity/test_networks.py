@@ -1,4 +1,4 @@
-"""UNets, upsamplers and classifiers against the outputs and gradients of the published classes."""
+"""Tests of UNets, upsamplers and classifiers against outputs and gradients of the published classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUT, GRAD = golden.NETWORK_OUTPUT_LIMIT, golden.NETWORK_GRADIENT_LIMIT
 
 
 def ways() -> list:
-    """(device, ADMFAST_IMPL, channels last): the default, the reference, each implementation by name."""
+    """Return (device, ADMFAST_IMPL, channels last) for the default, the reference and each implementation."""
     found = []
     for device in DEVICES:
         name, marks = (device, ()) if isinstance(device, str) else (device.values[0], device.marks)
@@ -35,7 +35,7 @@ def ways() -> list:
 
 
 def named(device: str) -> list[str]:
-    """OP=NAME of what is here; on the CPU without Triton, whose interpreter would take minutes."""
+    """Return OP=NAME of the available implementations, without Triton's slow interpreter on the CPU."""
     entries = [(op, entry) for op in ("group_norm_silu", "attention") for entry in TABLES[op].implementations]
     return [
         f"{op}={entry.name}"
@@ -46,7 +46,7 @@ def named(device: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Way:
-    """A device and an implementation for a case; a call moves a network or a dict of tensors there."""
+    """A device and an implementation for a case. Calling it moves a network or a dict of tensors there."""
 
     device: str
     impl: str
@@ -60,7 +60,7 @@ class Way:
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
-        """Skip where the implementation named can't serve a GPU's float32 or the network's shapes."""
+        """Skip the test if the named implementation can't run the network's float32 or shapes on a GPU."""
         try:
             yield
         except Unavailable as error:
@@ -71,7 +71,7 @@ class Way:
 
 @pytest.fixture(params=ways())
 def way(request, monkeypatch):
-    """Set the environment; give the `Way`."""
+    """Set the environment and return the `Way`."""
     found = Way(*request.param)
     if found.impl:
         monkeypatch.setenv(ENVIRONMENT, found.impl)
@@ -133,7 +133,7 @@ def test_classifier(path: Path, way) -> None:
 
 @pytest.mark.parametrize("path", golden.cases(pattern="**/state_dict_procedural.json"))
 def test_procedural_weights(path: Path) -> None:
-    """The weights that the other tests make by rule are the published ones, bit for bit and in order."""
+    """The weights that other tests make by a rule equal the published ones, bit by bit and in order."""
     config, listed = golden.load_json(path.with_name("config.json")), procedural_entries(path.parent)
     state = procedural_state({key: entry["shape"] for key, entry in listed.items()}, config["seed"])
     for key, entry in listed.items():

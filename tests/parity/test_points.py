@@ -1,4 +1,4 @@
-"""Single calls of the process equal the published ones."""
+"""Tests that single calls of the process equal the published ones."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def _cancelling(case: dict, golden: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the size of terms that cancel: processors round them differently, by a float32 epsilon of each.
+    """Return the sizes of terms that cancel, by output: processors round each term differently, by an eps.
 
-    prior_bpd: -1 - log variance + variance, in bits, which is 4e-7 at the last step. x_0 from eps: x_t over
-    sqrt(alpha_bar), less about as much.
+    prior_bpd is -1 - log(variance) + variance in bits, which is 4e-7 at the last step. x_0 from eps is
+    x_t / sqrt(alpha_bar) minus a term of about the same size.
     """
     largest = float(build_diffusion(case["diffusion"]).schedule.sqrt_recip_alphas_cumprod.max())
     x_0 = largest * float(golden["x_t"].abs().max())
@@ -35,7 +35,7 @@ def _cancelling(case: dict, golden: dict[str, torch.Tensor]) -> dict[str, float]
 
 
 def _calls(case: dict, golden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our value of every array of a points file, by its name."""
+    """Return our value of every array of a points file, by name."""
     diffusion = build_diffusion(case["diffusion"])
     model = analytic_model(diffusion)
     x_start, noise, t, y, x_t = (golden.get(name) for name in INPUTS)
@@ -98,7 +98,7 @@ def test_likelihood_functions(path: Path):
 
 
 def _flags(case: dict) -> dict | None:
-    """The published command line flags of a case, None where flags can't express it."""
+    """Return the published command line flags of a case, or None if flags can't express it."""
     return case.get("cli_flags") or case.get("cli_flags_of_create_gaussian_diffusion")
 
 

@@ -1,6 +1,6 @@
-"""`admfast.compat.guided_diffusion` under its published names gives what the published package gave.
+"""Tests that `admfast.compat.guided_diffusion` gives the results of the published package.
 
-Draws are replayed in the order in which torch's generator was asked for them.
+The recorded draws are replayed in the order in which the published code drew them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RANDN = torch.randn
 
 
 def network(folder: Path) -> Any:
-    """The network of a golden case by its published constructor and arguments, its weights trainable."""
+    """Build the network of a golden case by its published constructor, with trainable weights."""
     config = golden.load_json(folder / "config.json")
     home = script_util if config["ctor"].islower() else unet
     with patch.object(torch, "randn", RANDN):
@@ -48,7 +48,7 @@ def network(folder: Path) -> Any:
 
 
 def process(settings: dict[str, Any]) -> Any:
-    """The process of a case's "diffusion", as the published code builds it."""
+    """Build the process of a case's "diffusion" entry as the published code does."""
     gd = gaussian_diffusion
     kept = {
         "betas": gd.get_named_beta_schedule(settings["schedule"], settings["steps"]),
@@ -66,7 +66,7 @@ def process(settings: dict[str, Any]) -> Any:
 
 @pytest.fixture
 def replayed(monkeypatch):
-    """Let torch's generator give these draws, in order; all of them must be asked for."""
+    """Return a list: torch's random functions give its draws in order, and the test must use all of them."""
     left: list[Tensor] = []
 
     def give(*shape: Any, generator: Any = None, **kwargs: Any) -> Tensor:
@@ -83,7 +83,7 @@ def replayed(monkeypatch):
 
 
 def networks() -> list[Any]:
-    """The golden UNets; those of released sizes belong to the slow tests."""
+    """Return the golden UNets; those with released sizes are marked slow."""
     found = golden.networks("unet")
     large = [case.id is not None and "auto" in case.id for case in found]
     return [
@@ -136,11 +136,11 @@ def test_arrays(path: Path):
     for array in known:
         found = getattr(diffusion, array)
         golden.compare(found, arrays[array], golden.SCHEDULE_LIMIT, array)
-        assert torch.from_numpy(found).dtype == torch.float64  # clients make tensors of them
+        assert torch.from_numpy(found).dtype == torch.float64  # clients convert them to tensors
 
 
 def trajectory(case: dict[str, Any], arrays: dict[str, Tensor], nets: Path) -> tuple[Any, dict[str, Any]]:
-    """The model of a trajectory, and the keyword arguments of its loop."""
+    """Return the model of a trajectory, and the keyword arguments of its loop."""
     diffusion = analytic.build_diffusion(case["diffusion"])
     kwargs: dict[str, Any] = {"clip_denoised": case["clip_denoised"]}
     kwargs["denoised_fn"] = analytic.denoised_fn(case.get("denoised_fn"))
@@ -162,7 +162,7 @@ def trajectory(case: dict[str, Any], arrays: dict[str, Tensor], nets: Path) -> t
 
 
 def guide(classifier: Any, scale: float) -> Any:
-    """The guidance function of the published sampling script, in words of our own."""
+    """Return a guidance function like that of the published sampling script, written independently."""
     args = type("Arguments", (), {"classifier_scale": scale})
 
     def cond_fn(x, t, y=None):
@@ -201,7 +201,7 @@ def test_trajectory(path: Path, replayed):
 
 
 def backwards(diffusion: Any, model: Any, x: Tensor, kwargs: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """The steps of DDIM run backwards; the published code has no loop for them."""
+    """Yield the steps of reverse DDIM, for which the published code has no loop."""
     kwargs = {name: kwargs[name] for name in ("clip_denoised", "denoised_fn", "model_kwargs")}
     for i in range(diffusion.num_timesteps):
         with torch.no_grad():
@@ -212,7 +212,7 @@ def backwards(diffusion: Any, model: Any, x: Tensor, kwargs: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("path", golden.cases("sampling", "scripts"))
 def test_script(path: Path, replayed):
-    """The loops of the published scripts, on the prepared step."""
+    """The loops of the published scripts run on a prepared step."""
     case, arrays = golden.load_json(path), golden.load_tensors(path)
     nets, flags, diffusion = path.parents[1] / "nets", case["flags"], process(case["diffusion"])
     model, kwargs = network(nets / case["net"]), {"clip_denoised": flags.get("clip_denoised", True)}
@@ -231,7 +231,7 @@ def test_script(path: Path, replayed):
             extra["y"] = arrays["base_labels"][chosen]
         replayed += [x_t, *arrays["draw_noises"][batch]]
         found = prepared_loop(diffusion, sampler, model, tuple(x_t.shape), model_kwargs=extra, **kwargs)
-        assert found is not None, "its own loop would have run"
+        assert found is not None, "the loop was not prepared"
         images.append(to_uint8(found))
     levels = (torch.cat(images)[: len(arrays["arr_0"])].int() - arrays["arr_0"].int()).abs()
     assert levels.max() <= 1 and (levels > 0).float().mean() < 1e-3
@@ -270,7 +270,7 @@ def test_training_losses(path: Path, replayed):
 
 
 class Drawn(resample.UniformSampler):
-    """A sampler whose draws are given: rows of (t, weights)."""
+    """A sampler that returns given draws: rows of (t, weights)."""
 
     def __init__(self, diffusion: Any, rows: Iterator[tuple[Tensor, Tensor]]) -> None:
         super().__init__(diffusion)
@@ -282,7 +282,7 @@ class Drawn(resample.UniformSampler):
 
 
 class Learned(resample.LossSecondMomentResampler):
-    """The loss-aware sampler with given draws, held to the published probabilities at each of them."""
+    """The loss-aware sampler with given draws, which compares its probabilities with the published ones."""
 
     def __init__(
         self, diffusion: Any, rows: Iterator[tuple[Tensor, Tensor]], wanted: Iterator[Tensor]
@@ -318,7 +318,7 @@ def test_train_loop(path: Path, replayed, tmp_path):
             save_interval=case["save_interval"], resume_checkpoint="", schedule_sampler=sampler,
             weight_decay=case["wd"], lr_anneal_steps=case["anneal"],
         )  # fmt: skip
-        # A loop without an end ends with its data.
+        # Without annealing the loop is endless and stops when its data end.
         with contextlib.nullcontext() if case["anneal"] else pytest.raises(StopIteration):
             loop.run_loop()
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == case["files"]

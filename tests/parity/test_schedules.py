@@ -1,4 +1,4 @@
-"""Schedules and respacings equal the published ones."""
+"""Tests that schedules and respacings equal the published ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.parity.golden import SCHEDULE_LIMIT, cases, compare, golden_root, loa
 
 
 def _entries(file: str) -> list[object]:
-    """One param per entry of a JSON list of the schedules folder, or the skip of `cases`."""
+    """Return one param for each entry of a JSON list of the schedules folder, or the skip of `cases`."""
     root = golden_root()
     if root is None or not (root / "schedules").is_dir():
         return cases("schedules")
@@ -57,7 +57,7 @@ def test_respacing_edge_case(entry):
 
 @pytest.mark.parametrize("path", cases("sampling", "trajectories"))
 def test_timesteps_of_a_trajectory(path: Path):
-    """The map, and the t that the network saw at each step of a published trajectory."""
+    """Compare the timestep map, and the t that the network got at each step of a published trajectory."""
     case, golden = load_json(path), load_npz(path)
     settings = case["diffusion"]
     schedule = make_schedule(

@@ -1,4 +1,4 @@
-"""Whole training runs, averages and the loss-aware sampler equal those of the published code."""
+"""Tests that training runs, averages and the loss-aware sampler equal those of the published code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.small import CLASSIFIER, UNET
 
 
 class Tiny(nn.Module):
-    """The networks of the golden data: see the README beside them."""
+    """The small network of the golden data, described in their README."""
 
     def __init__(self, init: dict[str, Tensor]) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class Tiny(nn.Module):
 
 
 def network_with(**fields: Any) -> UNetConfig:
-    """A network's settings for a recipe; the golden network takes its place."""
+    """Return network settings for a recipe, whose network the golden one replaces."""
     return UNetConfig(**{**UNET, **fields})
 
 
 class Given:
-    """Golden draws, one row a microbatch, put together to the batches of the steps."""
+    """Golden draws, recorded per microbatch, joined into the batches of the steps."""
 
     def __init__(self, golden: dict[str, Tensor], batch: int) -> None:
         self.golden, self.batch, self.row = golden, batch, 0
@@ -170,7 +170,7 @@ def test_classifier_train(path: Path):
             compare(parameter.grad, golden[f"step{step}:grad:{name}"], TRAINED_PARAMETERS_LIMIT, name)
             compare(parameter, golden[f"step{step}:param:{name}"], TRAINED_PARAMETERS_LIMIT, name)
         row += 1
-        if step % settings["eval_interval"] == 0:  # a validation batch, in as many microbatches
+        if step % settings["eval_interval"] == 0:  # the published code also draws and logs a validation batch
             row, logs = row + 1, logs + -(-size // (recipe.microbatch or size))
 
 
@@ -199,7 +199,7 @@ def test_loss_aware_sampler(path: Path):
         compare(sampler.weights(), golden["weights_after_every_5"][five], SCHEDULE_LIMIT, f"after {five}")
     compare(sampler.losses, golden["loss_history"], SCHEDULE_LIMIT, "history")
     assert np.array_equal(sampler.counts.numpy(), golden["loss_counts"])
-    # The factors of the timesteps that NumPy's generator chose there.
+    # Compare the factors of the timesteps that the published code drew with NumPy.
     p = sampler.weights().numpy()
     wanted = 1 / (settings["T"] * (p / p.sum())[golden["sample_indices"]])
     compare(wanted.astype(np.float32), golden["sample_weights"], POINT_LIMIT, "factors")
@@ -219,9 +219,9 @@ def test_annealing(path: Path):
         )  # fmt: skip
         if kind == "classifier":
             found, wanted = recipe.rate(case["step"]), case["lr_used_for_that_step"]
-        else:  # set after the step: the rate of the next one
+        else:  # recorded after the step: the rate of the next one
             found, wanted = recipe.rate(case["step"] + 1), case["lr_set_after_that_step"]
-        # The rate at the end is a small difference of numbers near 1: the error is one of the first rate.
+        # The last rates are small differences of numbers near 1, so the error is relative to the first rate.
         compare(
             np.array([case["base_lr"], found]), np.array([case["base_lr"], wanted]), SCHEDULE_LIMIT, str(case)
         )

@@ -1,4 +1,4 @@
-"""Sampling trajectories of the published code, replayed with its recorded noise through the one update."""
+"""Tests that trajectories of the published code are reproduced by `sampler_step` with recorded noise."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ OPTIONS = {
 
 
 def frozen(folder: Path, arrays: dict[str, torch.Tensor]):
-    """The network of a folder on the device of the arrays, its weights without gradients."""
+    """Return the network of a folder on the device of the arrays, with frozen weights."""
     return load_golden_net(folder).requires_grad_(False).to(arrays["samples"].device)
 
 
 def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
-    """The table of a case's sampler."""
+    """Return the solver table of a case's sampler."""
     clip = case["clip_denoised"]
     if case["sampler"] == "ddim":
         return ddim(eta=case.get("eta", 0.0)).table(diffusion, clip)
@@ -44,7 +44,7 @@ def solver_table(case: dict, diffusion: GaussianDiffusion) -> SolverTable:
 
 
 def network(case: dict, nets: Path, arrays: dict, diffusion: GaussianDiffusion):
-    """The case's model(x, t), where its arrays are."""
+    """Return the case's model(x, t), on the device of its arrays."""
     if case.get("net") is None:
         return partial(analytic.analytic_model(diffusion), y=arrays.get("y"))
     net = frozen(nets / case["net"], arrays)
@@ -53,7 +53,7 @@ def network(case: dict, nets: Path, arrays: dict, diffusion: GaussianDiffusion):
 
 
 def guidance_of(case: dict, nets: Path, arrays: dict):
-    """The case's guidance(x, t), or None."""
+    """Return the case's guidance(x, t), or None."""
     if case.get("cond_scale") is None:
         return None
     if case.get("classifier") is None:
@@ -63,7 +63,7 @@ def guidance_of(case: dict, nets: Path, arrays: dict):
 
 
 def load(path: Path, device: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """A case, and its arrays on the device."""
+    """Return a case, and its arrays on the device."""
     arrays = golden.load_tensors(path)
     return golden.load_json(path), {name: value.to(device) for name, value in arrays.items()}
 
@@ -71,7 +71,7 @@ def load(path: Path, device: str) -> tuple[dict, dict[str, torch.Tensor]]:
 def compare(
     case: dict, arrays: dict, table: SolverTable, samples: list, x0s: list, final: torch.Tensor
 ) -> None:
-    """Hold what a run gave to the case's limits."""
+    """Compare a trajectory with the golden one, within the case's limits."""
     analytic_net = case.get("net") is None
     limit = golden.ANALYTIC_SAMPLES_LIMIT if analytic_net else golden.NETWORK_SAMPLES_LIMIT
     x0_limit = golden.ANALYTIC_XSTART_LIMIT if analytic_net else golden.NETWORK_XSTART_LIMIT
@@ -126,7 +126,7 @@ def test_trajectory(path: Path, impl: str | None, device: str) -> None:
 
 
 def of_networks() -> list:
-    """The trajectories whose model is a network, and nothing of them a function of a user's."""
+    """Return the trajectories whose model is a network and that use no denoised_fn."""
     chosen = []
     for parameter in golden.cases("sampling", "trajectories"):
         if parameter.values[0] is None:

@@ -1,4 +1,4 @@
-"""A run of many images into a folder: what is written, when, and what is left when it stops early."""
+"""Tests of sampling many images into a folder: files, overwriting, and stopping early."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUEST = SampleRequest(CLASSES, SEEDS, steps=3, batch_size=2)
 
 
 def run_of(out: Path, **changes) -> SampleRun:
-    """A run of five images in batches of two; what is no setting of the run is one of the request."""
+    """Return a run of five images in batches of two. `changes` are fields of SampleRun or SampleRequest."""
     own = {entry.name for entry in dataclasses.fields(SampleRun)}
     settings = {"classes": CLASSES, "seeds": SEEDS, "batch_size": 2, "steps": 3}
     settings |= {name: value for name, value in changes.items() if name not in own}
@@ -37,12 +37,12 @@ def files(folder: Path) -> list[str]:
 
 
 def images_of(out: Path) -> np.ndarray:
-    """The PNG files, in order."""
+    """Return the images of the PNG files, in order."""
     return np.stack([read_image(path) for path in sorted((out / "images").glob("*.png"))])
 
 
 def stop_at(step: int) -> type[SampleRun]:
-    """A run that Ctrl-C reaches in that callback, counted over all batches."""
+    """Return a run that raises KeyboardInterrupt in callback number `step`, counted over all batches."""
 
     class Stopped(SampleRun):
         def _batch(self, first, size, steps, bar):
@@ -88,7 +88,7 @@ def test_images_without_classes(tmp_path):
     grid, npz = run_of(tmp_path, pipe=pipe, classes=None).run()
     assert read_samples(npz).labels is None
     assert sorted(path.name for path in (tmp_path / "images").iterdir())[0] == "000000_seed5.png"
-    assert read_image(grid).shape[1] > 3 * 64, "five images: three columns"
+    assert read_image(grid).shape[1] > 3 * 64, "five images should have three columns"
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -194,7 +194,7 @@ def test_the_bar_ends_with_the_images(tmp_path, settings):
 
 @pytest.mark.filterwarnings("error")
 def test_nine_ninths_are_not_more_than_the_whole(tmp_path, capsys):
-    """Added up in floating point they are; the bar would warn and count on below zero seconds."""
+    """In floating point nine ninths exceed 1; the bar would warn and show a negative time."""
     run_of(tmp_path, seeds=[1], classes=[0], steps=9).run()
     assert "-00:00" not in capsys.readouterr().err
 
@@ -214,7 +214,7 @@ def test_images_of_another_size(tmp_path):
         run_of(tmp_path, size=(16, 8), guidance=0).run()
 
 
-# What was there before
+# Existing files
 
 
 def test_samples_that_are_there_are_kept_unless_told(tmp_path):
@@ -276,7 +276,7 @@ def test_files_of_others_are_left_alone(tmp_path):
 
 
 def failing(monkeypatch, name: str, at: int) -> None:
-    """Let the `at`-th call of a writer of the run meet a full disk."""
+    """Make call number `at` of one of the run's writers fail with a full disk."""
     own, calls = getattr(sampling, name), []
 
     def full(path, *arguments):
@@ -379,7 +379,7 @@ def test_nan_in_a_later_batch_leaves_the_finished_images(tmp_path):
 
     def hook(module, args, kwargs):
         calls.append(None)
-        if len(calls) == 3:  # the last of the first batch; the second notices that weights have changed
+        if len(calls) == 3:  # the last call of the first batch; the second batch notices changed weights
             with torch.no_grad():
                 module.out[2].bias.fill_(float("nan"))
 
@@ -414,5 +414,5 @@ def test_given_noise_is_shared_out_to_the_batches(tmp_path, name):
     noise = torch.randn(*([3] if name == "step_noise" else []), 5, 1, 8, 8)
     run_of(tmp_path / "out", **{name: noise}).run()
     wanted = pipeline().sample(CLASSES, SEEDS, steps=3, **{name: noise})
-    # Batches of another size round differently, which takes a value over the edge of a level now and then.
+    # Batches of another size round differently, which sometimes moves a value to the next level.
     assert np.abs(images_of(tmp_path / "out").astype(int) - wanted.numpy().astype(int)).max() <= 1

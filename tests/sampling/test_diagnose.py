@@ -1,4 +1,4 @@
-"""The name of the layer that put out the first NaN, and of the weights that hold it."""
+"""Tests of the diagnosis of NaN and infinity: the first layer that outputs one, and the bad weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def diagnosis(net: torch.nn.Module, guide: torch.nn.Module | None = None, x: tor
 
 
 def poison(net: torch.nn.Module, name: str, value: float = float("nan")) -> None:
-    """One value of one weight."""
+    """Set the first value of a weight."""
     with torch.no_grad():
         net.get_parameter(name).view(-1)[0] = value
 
 
-# What is named.
+# Weight that is made NaN or infinite: layer that must be named.
 LAYERS = {
     "time_embed.2.bias": "net.time_embed.2 (Linear)",
     "label_emb.weight": "net.label_emb (Embedding)",
@@ -48,7 +48,7 @@ def test_the_first_layer_is_named(weight, value):
     net = unet()
     poison(net, weight, value)
     if weight != "out.2.weight":
-        poison(net, "out.2.weight")  # later: must not be what is named
+        poison(net, "out.2.weight")  # a later layer, which must not be named
     text = diagnosis(net, classifier())
     assert text.startswith(f"the first layer to put it out is {LAYERS[weight]};")
     rest = "" if weight == "out.2.weight" else " and 1 more"
@@ -144,7 +144,7 @@ def test_an_update_that_diverges_by_itself():
 
 
 class Late:
-    """x_0 as it is for `calls` calls, then `value` (for `calls_after` calls)."""
+    """A denoised_fn that returns x0 unchanged for `calls` calls, and then `value` for `calls_after` calls."""
 
     def __init__(self, calls: int, value: float, calls_after: int = 1000):
         self.left, self.value, self.calls_after = calls, value, calls_after

@@ -1,4 +1,4 @@
-"""`admfast.export`: each form from each kind of source, whole or not at all, and what is refused."""
+"""Tests of `admfast.export`: every format from every kind of source, complete or nothing, and errors."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_published_file_has_the_published_keys_and_its_flags(source, tmp_pat
 
 @pytest.mark.parametrize("make", [classifier, upsampler], ids=["classifier", "upsampler"])
 def test_every_kind_of_network_is_published(tmp_path, make):
-    """These sizes have no flags, which one note says; a file of flags that lay there goes."""
+    """Networks of these sizes have no flags: a note says so, and an old file of flags is removed."""
     write(tmp_path / "in.safetensors", make())
     (tmp_path / "x.flags").write_text("--image_size 64")
     done = admfast.export(tmp_path / "in.safetensors", tmp_path / "x.pt", to="published", overwrite=True)

@@ -1,4 +1,4 @@
-"""Guides: three kinds, which add up, each with its interval, from one evaluation of the network."""
+"""Tests of guides: three kinds that add up, each with its interval, from one evaluation of the network."""
 
 from __future__ import annotations
 

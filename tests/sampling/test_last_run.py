@@ -1,4 +1,4 @@
-"""A pipeline reports its last run: how rows ran and why, what each op ran on, where the seconds went."""
+"""Tests of a pipeline's report of its last run: how rows ran and why, implementations, and seconds."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_calls_are_those_of_the_networks_layers():
     for op, kind in (("group_norm_silu", Norm), ("attention", Attention)):
         assert calls(plain, op) == len(modules(pipe.net, kind))
         assert calls(guided, op) == calls(plain, op) + len(modules(pipe.classifier, kind))
-    # A skip of two sources adds up two products.
+    # A skip convolution with two sources is two convolutions.
     convolutions = modules(pipe.net, FoldableConv)
     assert calls(plain, "conv") == len(convolutions) + sum(conv.split > 0 for conv in convolutions)
     assert calls(guided, "conv") > calls(plain, "conv") + len(modules(pipe.classifier, FoldableConv))
@@ -165,7 +165,7 @@ def test_a_hook_is_why_nothing_was_compiled():
 def test_half_precision_says_what_each_part_computes_in():
     stage = base(pipeline(policy=POLICIES["bf16"]))
     assert stage.policy == "bf16" and stage.precision["torso"] == "bfloat16"
-    # The last layer alone is in float32, which Winograd's convolution needs.
+    # Only the last layer is in float32, which Winograd needs.
     assert stage.implementations()["conv"].get("winograd", 0) <= 1
 
 
@@ -229,7 +229,7 @@ def test_float_images_need_no_pixels():
     assert last(pipeline(), output="float").pixels == 0.0
 
 
-# Which run, and its forms
+# Which run is reported, and as what
 
 
 def test_it_is_the_run_that_ended_last():

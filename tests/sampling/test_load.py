@@ -1,4 +1,4 @@
-"""`admfast.load`: systems by name, models by file, and what is said where either is not there."""
+"""Tests of `admfast.load`: systems by name, models by file, and the errors if something is missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = DiffusionConfig(noise_schedule="linear", steps=100, learn_sigma=True)
 
 
 def write(path: Path, net: torch.nn.Module, described: bool = True) -> Path:
-    """A weights file, with its description beside it."""
+    """Write a weights file, with its description unless `described` is False."""
     process = None if net.config.kind == "classifier" else SETTINGS
     description = Description(net.config, process) if described else None
     write_weights(path, net.state_dict(), description)
@@ -285,7 +285,7 @@ def test_unknown_systems_are_named_with_the_nearest(name, near):
 
 
 def fetch_options() -> set[str]:
-    """The options that `admfast fetch` really takes."""
+    """Return the options that `admfast fetch` accepts."""
     from admfast.cli.commands import app
 
     command = app.get_command(None, "fetch")
@@ -329,7 +329,7 @@ def test_a_system_says_everything_itself(given, tmp_path):
 
 @pytest.fixture
 def small_system(monkeypatch) -> str:
-    """A system of released files, base 8x8, classifier and upsampler from 4x4 to 16x16."""
+    """Register a small system of released files, and return its name."""
 
     def released(name: str, network: NetConfig, **more) -> ModelPreset:
         settings = None if network.kind == "classifier" else SETTINGS
@@ -392,7 +392,7 @@ def test_precisions_on_the_cpu(model, guide, precision):
     wanted = policy(precision, torch.device("cpu")).torso
     assert (pipe.net.torso_dtype, pipe.classifier.torso_dtype) == (wanted, wanted)
     assert pipe.net.out[2].weight.dtype == torch.float32
-    # In the published layout, which tools that flatten, save or prune parameters rely on.
+    # Parameters have the published layout, on which tools that flatten, save or prune them rely.
     assert all(p.is_contiguous() for net in (pipe.net, pipe.classifier) for p in net.parameters())
     assert pipe.sample([0, 1], steps=2).shape == (2, SIDE, SIDE, 1)
 

@@ -1,4 +1,4 @@
-"""`admfast.load` of what isn't a plain path: weights in memory, open files, "~", URLs; and other networks."""
+"""Tests of `admfast.load` from sources other than plain paths: memory, open files, "~", URLs, modules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UP = {**HEADS, "kind": "upsampler", "image_size": 2 * SIDE}
 def as_bytes(state):
     file = io.BytesIO()
     torch.save(state, file)
-    return file  # at its end, where writing left it
+    return file  # positioned at its end
 
 
 FORMS = {
@@ -144,7 +144,7 @@ def test_a_link_to_nowhere_is_called_one(tmp_path):
         load(tmp_path / "link", device="cpu")
 
 
-# Networks that are run, not sampled
+# Networks that can be called but not sampled
 
 
 def test_a_network_without_a_meaning_in_diffusion_runs_but_isn_t_sampled():
@@ -153,7 +153,7 @@ def test_a_network_without_a_meaning_in_diffusion_runs_but_isn_t_sampled():
         load(net.state_dict(), device="cpu", **ANSWERS)
     pipe = load(net.state_dict(), device="cpu", precision="fp32", kind="unet", **ANSWERS)
     x, t = randn(2, 4, SIDE, SIDE), torch.tensor([1, 2])
-    # Folded, the same sums are taken in another order.
+    # A folded network adds the same terms in another order.
     torch.testing.assert_close(pipe.net(x, t), net(x, t))
     for call in (
         lambda: pipe.sample(seeds=[0], steps=1),

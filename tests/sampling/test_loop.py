@@ -1,4 +1,4 @@
-"""The loop over a solver's rows: what the model, the guidance and the callback see, and how it stops."""
+"""Tests of the loop over a solver's rows: calls of model, guidance and callback, noise, and divergence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def table(solver: str = "ddpm", steps: int = 5, process: DiffusionConfig | None 
 
 
 def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Mean and variance channels that depend on x and t."""
+    """Return mean and variance channels that depend on x and t."""
     u = t.to(x.dtype).view(-1, 1, 1, 1) / 1000
     return torch.cat([torch.tanh(x + u), 0.5 * torch.cos(x - u)], dim=1)
 
@@ -68,7 +68,7 @@ def test_callback_sees_the_rows_in_order_and_the_state_after_each():
     for (_, _, x_after, _), (x_next, _) in zip(seen, inputs[1:], strict=False):
         assert torch.equal(x_after, x_next)
     assert torch.equal(seen[-1][2], state.x)
-    assert all(float(x0.abs().max()) <= 1 for *_, x0 in seen), "the reported x_0 is limited"
+    assert all(float(x0.abs().max()) <= 1 for *_, x0 in seen), "the reported x_0 must be clipped"
 
 
 def test_rescaled_processes_show_the_network_float_timesteps():
@@ -126,9 +126,9 @@ def test_guidance_moves_the_mean_by_variance_times_gradient(clip):
     (plain, plain_x0), (guided, guided_x0) = found[0], found[2]
     row, v = rows.rows[0], model(X, torch.tensor([999, 999]))[:, 3:]
     variance = torch.exp(row.l0 + row.l1 * v)
-    # One product and one sum more than without guidance: roundings of numbers below 2^9.
+    # Guidance adds one product and one sum, which round numbers below 2^9.
     torch.testing.assert_close(guided, plain + variance * 0.25, rtol=0, atol=2.0 ** (9 - 23))
-    assert torch.equal(guided_x0, plain_x0), "the reported x_0 stays as it is"
+    assert torch.equal(guided_x0, plain_x0), "guidance changed the reported x_0"
     assert torch.equal(seen[0][0], X)
     assert [t for _, t in seen] == [[row.t_clf] * 2 for row in rows.rows]
 
@@ -160,14 +160,14 @@ def test_denoised_fn_maps_x0_before_the_limit():
         return x0 / 2
 
     run(rows, denoised_fn=halved, callback=lambda p: reported.append(p.x0.clone()))
-    assert len(seen) == 5 and float(seen[0].abs().max()) > 2, "the first x_0 is far outside of [-1, 1]"
+    assert len(seen) == 5 and float(seen[0].abs().max()) > 2, "the first x_0 should be far outside [-1, 1]"
     for x0, limited in zip(seen, reported, strict=True):
         assert torch.equal(limited, (x0 / 2).clamp(-1, 1))
 
 
 def test_the_identity_as_denoised_fn_changes_rounding_alone():
     plain, mapped = run(table()), run(table(), denoised_fn=lambda x0: x0)
-    # x_0 is rounded to float32 once more on its way; 1/sqrt(alpha_bar) is 157 at the first step.
+    # x_0 is rounded to float32 once more, and 1/sqrt(alpha_bar) is 157 at the first step.
     torch.testing.assert_close(mapped.x, plain.x, rtol=0, atol=157 * 2**-21)
 
 
@@ -191,7 +191,7 @@ def test_denoised_fn_is_refused_where_the_update_ignores_x0():
 
 
 def fails_at(t_bad: int, value: float = float("nan")):
-    """The model, but for one value at one timestep."""
+    """Return the model, but with one value replaced at timestep `t_bad`."""
 
     def network(x, t):
         out = model(x, t).clone()
@@ -214,7 +214,7 @@ def test_divergence_names_the_step_and_keeps_what_went_into_it(index, t):
 
 
 def test_running_again_finds_the_row(monkeypatch):
-    """As on a GPU, where only the first and the last row are looked at."""
+    """On a GPU only the first and the last row are checked, so the loop runs again to find the bad row."""
     pipe, real = pipeline(classifier=None, guidance=0.0), loop.run_rows
 
     def careless(rows, step, plan=None, careful=False, **noted):
@@ -238,5 +238,5 @@ def test_running_again_finds_the_row(monkeypatch):
 def test_float64_runs_on_the_reference():
     state = run(table(), x=X.double(), impl="reference")
     assert state.x.dtype == torch.float64
-    # float32 coefficients and arithmetic, magnified by 1/sqrt(alpha_bar) = 157 at the first step.
+    # Errors of float32 coefficients and arithmetic, multiplied by 1/sqrt(alpha_bar) = 157 at the first step.
     torch.testing.assert_close(run(table()).x.double(), state.x, rtol=0, atol=157 * 2**-20)

@@ -1,4 +1,4 @@
-"""Sampling through `Pipeline`: a seed is an image, guidance, beginning midway, injected noise, cascades."""
+"""Tests of `Pipeline.sample`: seeds, guidance, starting midway, given noise, steps, cascades."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPE = (1, 8, 8)
 
 
 def silent() -> Pipeline:
-    """A pipeline whose network puts out exact zeros: it samples noise through elementwise arithmetic."""
+    """Return a pipeline whose network outputs zeros, so that images are sums of the noise."""
     pipe = pipeline(classifier=None, guidance=0.0)
     nn.init.zeros_(pipe.net.out[2].weight)
     nn.init.zeros_(pipe.net.out[2].bias)
@@ -32,7 +32,7 @@ def silent() -> Pipeline:
 
 
 def watch(net: nn.Module) -> list[dict[str, Any]]:
-    """Return what every call of a network is given from now on: x, t and the conditions."""
+    """Return a list that records x, t and the conditions of every later call of a network."""
     calls: list[dict[str, Any]] = []
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -44,13 +44,13 @@ def watch(net: nn.Module) -> list[dict[str, Any]]:
 
 
 def assert_same_images(found: Tensor, wanted: Tensor) -> None:
-    """uint8 images: sums of another order move a value over the edge of a level now and then."""
+    """Assert that uint8 images are equal up to rounding, which sometimes moves a value to the next level."""
     assert found.dtype == wanted.dtype == torch.uint8 and found.shape == wanted.shape
     levels = (found.int() - wanted.int()).abs()
     assert levels.max() <= 1 and (levels > 0).float().mean() < 1e-3
 
 
-# A seed is an image
+# A seed always gives the same image
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -152,7 +152,7 @@ def test_no_guidance_is_no_classifier():
     assert_same_images(pipe.sample(seeds=range(2), guidance=0), without.sample(seeds=range(2)))
     assert not calls
     assert not torch.equal(pipe.sample(seeds=range(2)), without.sample(seeds=range(2)))
-    assert len(calls) == 4, "the system's own guidance is used where none is asked for"
+    assert len(calls) == 4, "by default the system's guidance must be used"
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
@@ -178,7 +178,7 @@ def test_guidance_fn_can_differentiate_a_prediction():
     assert images.isfinite().all() and not images.requires_grad
 
 
-# Noise of one's own, and beginning midway
+# Given noise, and starting midway
 
 
 @pytest.mark.parametrize("solver, eta", [("ddpm", None), ("ddim", 0.7)])
@@ -191,7 +191,7 @@ def test_given_noise_stands_for_the_seeds_noise(solver, eta):
     found = pipe.sample([0, 1, 2], [50, 51, 52], noise=noise, step_noise=steps, batch_size=2, **options)
     assert_close(found, wanted)
     other = pipe.sample([0, 1, 2], [50, 51, 52], noise=noise, **options)
-    assert (other - wanted).abs().max() > 0.1, "the steps have the seeds' noise where none is given"
+    assert (other - wanted).abs().max() > 0.1, "without step_noise the steps must use the seeds' noise"
 
 
 def test_beginning_at_the_last_step_is_the_whole_run_from_a_noised_image():
@@ -217,7 +217,7 @@ def test_beginning_midway_takes_the_step_at_or_below_with_its_own_noise(t_start,
     torch.testing.assert_close(
         calls[0]["x"], bar**0.5 * x_start + (1 - bar) ** 0.5 * noise, rtol=0, atol=1e-6
     )
-    # The step noise is that of the whole run's rows, whichever of them run.
+    # Each step uses the noise of its row in the whole run, even if the first rows are left out.
     rows = torch.stack([normal(as_seeds(seeds), SHAPE, row, Stream.STEPS) for row in range(4)])
     given = pipe.sample(0, [1, 2], x_start=x_start, t_start=t_start, noise=noise, step_noise=rows, **options)
     assert torch.equal(found, given)
@@ -229,7 +229,7 @@ def test_beginning_midway_takes_the_seeds_noise_where_none_is_given():
     arguments = {"x_start": x_start, "t_start": 500, "output": "float"}
     own = pipe.sample(0, SEEDS[:2], **arguments)
     assert torch.equal(own, pipe.sample(0, SEEDS[:2], noise=noise, **arguments))
-    assert pipe.sample(0, **arguments).shape == (2, *SHAPE), "one image for each that is given"
+    assert pipe.sample(0, **arguments).shape == (2, *SHAPE), "there should be one image per given image"
 
 
 # Steps
@@ -266,26 +266,26 @@ def test_denoised_fn_and_clip_act():
 
 
 def reconstruction_error(stride: int) -> float:
-    """Largest error of an image that was noised by the inverse of DDIM up to t < 400 and denoised by DDIM."""
+    """Return the largest error after noising images by inverse DDIM up to t < 400 and denoising by DDIM."""
     pipe = pipeline(classifier=None, guidance=0.0)
-    # A field that changes little from step to step, as a trained network's.
+    # A smaller output changes little from step to step, like a trained network's.
     pipe.net.out[2].weight.data *= 0.1
     image, states = randn(2, *SHAPE) / 2, []
     keep = lambda p: states.append(p.x.clone())  # noqa: E731
     options = {"respacing": range(0, 400, stride), "clip": False, "output": "float"}
     pipe.sample(0, range(2), solver="ddim-inverse", noise=image, callback=keep, **options)
-    # The last row of the inverse goes on to alpha_bar = 0; DDIM begins where the row before it ended.
+    # The last row of the inverse goes to alpha_bar = 0, so DDIM starts from the state before it.
     back = pipe.sample(0, range(2), solver="ddim", noise=states[-2], **options)
     return float((back - image).abs().max())
 
 
 def test_ddim_reconstructs_what_its_inverse_took_apart():
     coarse, fine = reconstruction_error(40), reconstruction_error(8)
-    # Euler steps there and back: the error is of first order, a fifth with steps five times as fine.
+    # Both directions are Euler steps of first order: a fifth of the step gives a fifth of the error.
     assert 0.1 * coarse < fine < 0.3 * coarse
 
 
-# What comes out
+# Output
 
 
 def test_float_and_uint8_are_the_same_images():
@@ -369,7 +369,7 @@ def test_a_cascade_is_the_base_model_then_the_upsampler_with_streams_of_its_own(
     up, stages = pipe.upsampler, []
     keys = as_seeds(SEEDS[:3])
     alone = pipeline()
-    # In the same batches: a level that rounds otherwise would be another image.
+    # Use the same batches: a level that rounds differently would change the upsampled image.
     small = from_uint8(alone.sample([0, 1, 2], SEEDS[:3], batch_size=2))
     factor = 1 if low_res_size is None else 8 // low_res_size
     means = F.avg_pool2d(small, factor)

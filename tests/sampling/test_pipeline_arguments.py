@@ -1,4 +1,4 @@
-"""Every wrong argument of `Pipeline.sample`: one line with its name, its value and what is allowed."""
+"""Tests of wrong arguments of `Pipeline.sample`: a line names argument, value and what is allowed."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ BAD = [
     ({"size": 16}, "size=16: 8x8"),
     ({"size": (4, 16)}, r"size=\(4, 16\): 8x8"),
     ({"size": (8, 16), "noise": IMAGE, "guidance": 0}, r"noise.shape=\(1, 1, 8, 8\)"),
-    # what comes out
+    # output
     ({"batch_size": 0}, "batch_size=0"),
     ({"batch_size": 1.5}, "batch_size=1.5"),
     ({"output": "pil"}, "output='pil'"),

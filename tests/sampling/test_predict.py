@@ -1,4 +1,4 @@
-"""What `predict` says of a noisy image: the process's formulas at whole t, linear log-SNR between them."""
+"""Tests of `predict`: the process's formulas at whole timesteps, and linear log-SNR between them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPE = (4, 2, 3, 3)
 X = randn(*SHAPE, dtype=torch.float64)
 T = torch.tensor([0, 1, 500, 999])
 MEANS, VARS = tuple(MeanType), tuple(VarType)
-# float64 arithmetic in another order, x_0 up to 157 times larger than x.
+# float64 arithmetic in another order. x_0 is up to 157 times larger than x.
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
 
 
@@ -28,7 +28,7 @@ def model(x: torch.Tensor, t: torch.Tensor, channels: int = 4) -> torch.Tensor:
 
 
 def predictor(mean: MeanType, var: VarType, **settings) -> tuple[Predictor, object]:
-    """The predictor of a process, and a model with as many channels as it needs."""
+    """Return the predictor of a process, and a model with the channels that it needs."""
     process = DiffusionConfig(mean_type=mean, var_type=var, **settings)
     return Predictor(process), lambda x, t: model(x, t, 4 if var.learned else 2)
 
@@ -82,7 +82,7 @@ def test_between_two_timesteps_log_snr_is_linear_and_all_else_between(var):
 
     for low in (0, 1, 250, 998):
         t = torch.tensor(low + shares)
-        # x0 = (x - noise * out) / signal: two outputs give signal and noise back.
+        # x0 = (x - noise * out) / signal, so two outputs reveal signal and noise.
         at_zero, at_one = (predict(constant(value), x, t) for value in (0.0, 1.0))
         signal = 1 / at_zero.x0[:, 0, 0, 0]
         noise = 1 - at_one.x0[:, 0, 0, 0] * signal
@@ -158,7 +158,7 @@ def test_the_fields_are_like_x(dtype, t):
 def test_prediction_is_the_network_s_output():
     pipe, x, t = pipeline(), randn(2, 1, 8, 8), torch.tensor([3, 800])
     found, out = pipe.predict(x, t, [0, 3]), pipe.net(x, t, torch.tensor([0, 3]))
-    # The same network on the same input: at most the order of a sum differs.
+    # The network and its input are the same; only the order of sums may differ.
     torch.testing.assert_close(found.eps, out[:, :1], rtol=0, atol=1e-5)
     assert not any(p.requires_grad for p in pipe.net.parameters())
     torch.testing.assert_close(pipe.predict(x, t, torch.tensor([0, 3])).eps, found.eps, rtol=0, atol=1e-5)
@@ -172,7 +172,7 @@ def test_gradcheck(t):
 
     def fields(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         p = pipe.predict(x, t, [1])
-        # x_0 divides by sqrt(alpha_bar), 0.006 at the end: scaled back so that one step fits all three.
+        # x_0 divides by sqrt(alpha_bar), 0.006 at the end. Scaled back, one step size suits all outputs.
         return p.eps, p.x0 * float(pipe.process().schedule.sqrt_alphas_cumprod[int(t)]), p.log_var
 
     assert torch.autograd.gradcheck(fields, (x,), fast_mode=True)

@@ -1,4 +1,4 @@
-"""A run beside what its machine can do: the work that is counted, the product's rate, what would help."""
+"""Tests of a run's profile: counted work, the machine's rate of products, and advice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Measure products of small matrices, for no longer than two of them."""
+    """Make the measurement of products short: small matrices and a time limit of 0 seconds."""
     monkeypatch.setattr(profile, "SECONDS", 0.0)
     monkeypatch.setattr(profile, "SIDE", {"cpu": 64})
 
@@ -52,7 +52,7 @@ def test_the_work_is_that_of_all_rows_of_all_images():
 def test_work_follows_the_sides_that_were_sampled():
     pipe = pipeline(classifier=None, guidance=0.0)
     small, large = (rates(last(pipe, size=size), pipe)["base"].flops for size in (8, (16, 8)))
-    # Convolutions grow with the pixels, attention with their square.
+    # Convolutions cost in proportion to the pixels, attention to their square.
     assert 2 * small < large < 4 * small
 
 
@@ -60,7 +60,7 @@ def test_a_rate_is_that_of_the_fastest_product(monkeypatch):
     times = iter([0.0, 1.0, 3.0, 4.0, 4.0, 4.5, 5.0])
     monkeypatch.setattr(profile.time, "perf_counter", lambda: next(times))
     monkeypatch.setattr(profile, "SECONDS", 4.2)
-    # Begins and ends: 1 to 3, and 4 to 4.5; the loop looks at the clock between them.
+    # The products take from 1 to 3 and from 4 to 4.5. The loop reads the clock between them.
     assert product_rate(CPU, torch.float32, 1, False, 8) == 2 * 8**3 / 0.5
 
 
@@ -73,7 +73,7 @@ def test_products_run_on_the_step_s_threads_and_leave_them(dtype, monkeypatch):
     assert set(seen) == {(dtype, 1)} and torch.get_num_threads() == before
 
 
-# What would help
+# Advice
 
 
 def advice(pipe: Pipeline, **settings: Any) -> list[str]:
@@ -106,7 +106,7 @@ def test_small_batches_are_said_and_large_ones_are_not():
     pipe = pipeline()
     report = last(pipe)
     assert said(helps(report, pipe), "batches of 2")
-    # 2 * 9 * 32^2 operations a pixel and image: 128 million at 109 images of 8x8.
+    # 2 * 9 * 32^2 FLOP per pixel and image reach 128 million at 109 images of 8x8.
     (stage,) = report.stages
     for batch, small in ((108, True), (109, False)):
         changed = dataclasses.replace(report, stages=(dataclasses.replace(stage, batch=batch),))

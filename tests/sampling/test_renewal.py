@@ -1,4 +1,4 @@
-"""Samples and predictions are those of the parameters as they are, however these were written to."""
+"""Tests that samples and predictions use the current parameters, however these were changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ X = randn(2, 1, 8, 8)
 
 
 def answers(pipe: Pipeline) -> list[torch.Tensor]:
-    """A prediction, and images that are guided where the pipeline has a classifier."""
+    """Return images, guided if the pipeline has a classifier, and a prediction if it has no upsampler."""
     images = pipe.sample([0, 1], [5, 6], steps=3, output="float")
     return [images] if pipe.upsampler is not None else [images, pipe.predict(X, 500, [0, 1]).eps]
 
@@ -53,7 +53,7 @@ def test_refresh_takes_up_what_nothing_shows():
     pipe = pipeline(classifier=None, guidance=0.0)
     before = answers(pipe)
     weight = pipe.net.input_blocks[1][0].in_layers[2].weight
-    weight.data[0, 1, 0, 0] += 100.0  # of 9216 elements, and not one of those that are compared
+    weight.data[0, 1, 0, 0] += 100.0  # one of 9216 elements, not among those compared
     wanted = Pipeline("wanted", unet(), PROCESS)
     wanted.net.load_state_dict(pipe.net.state_dict())
     assert torch.equal(answers(pipe)[0], before[0])

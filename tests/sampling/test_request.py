@@ -1,4 +1,4 @@
-"""`SampleRequest`: it checks itself, keeps one form of every setting, and goes through JSON."""
+"""Tests of `SampleRequest`: its checks, the one form of every setting, and JSON."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_plan_is_cut_into_parts():
         part.step_noise, request.step_noise[:, 1:]
     )
     assert part.enlarging.seeds.tolist() == [6, 7] and part.enlarging.first == 1
-    # The batch's rounding in sums of another order; the noise is the same.
+    # With another batch size sums are rounded in another order. The noise is the same.
     assert_close(run(part), run(whole)[1:])
 
 
@@ -184,7 +184,7 @@ def test_a_text_that_is_no_size_is_named(size):
 
 @pytest.mark.parametrize("name", ["x_start", "low_res"])
 def test_levels_of_0_to_255_are_no_images_of_floats(name):
-    """float(uint8): three steps of 255 in 0..255, and the same in [-1, 1]."""
+    """Levels from 0 to 255 as floats are refused; the same image in [-1, 1] is accepted."""
     levels = torch.arange(0, 256, 85.0).view(1, 1, 2, 2)
     more = {"t_start": 5} if name == "x_start" else {}
     with pytest.raises(InvalidArgument, match=f"^{name}=.*0 to 255"):

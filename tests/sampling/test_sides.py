@@ -1,4 +1,4 @@
-"""Images of another size or shape than a network was trained for, and what an upsampler makes of them."""
+"""Tests of images with another size or shape than a network was trained for, and of upsampling them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_size_is_the_noise_of_that_shape(size):
     found = pipe.sample(size=size, **settings)
     assert found.shape == (2, 1, *sides) and torch.equal(found, pipe.sample(noise=noise, **settings))
     alone = normal(as_seeds(SEEDS[1:]), (1, *sides), 0, 0)
-    assert torch.equal(alone, noise[1:]), "a seed is an image in any batch"
+    assert torch.equal(alone, noise[1:]), "the noise must not depend on the batch"
 
 
 def test_every_network_takes_a_size():
@@ -83,7 +83,7 @@ def test_an_upsampler_of_unknown_factor_squashes_nothing():
 
 def test_sides_that_an_upsampler_can_not_take_are_named():
     up = Pipeline("up", upsampler(), PROCESS, steps=1, low_res_size=12)
-    # 16 / 12 of a side must be a multiple of 2.
+    # 16/12 of each side must be a multiple of 2.
     with pytest.raises(InvalidArgument, match=r"^low_res.shape=\(1, 1, 7, 8\): .*3 divides; nearest: 6x9"):
         up.check(low_res=randn(1, 1, 7, 8))
     assert up.sample(low_res=randn(1, 1, 6, 9)).shape == (1, 8, 12, 1)

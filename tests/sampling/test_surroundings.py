@@ -1,4 +1,4 @@
-"""Settings of the process and the layout of what is given change no result."""
+"""Tests that process-wide settings, contexts and the layout of inputs change no result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from admfast.sampling.pipeline import Pipeline
 from tests.small import classifier, pipeline, randn, unet
 
 X, T, Y = randn(2, 1, 8, 8), torch.tensor([500, 20]), torch.tensor([3, 1])
-# Rooms whose tensors lie where the work is done or on the host, whatever torch's default device is.
+# Rooms that must name the device of every tensor they make, because torch's default device may be another.
 ROOMS = ("ops", "diffusion", "engine", "solvers", "sampling", "verify", "runs")
 FACTORIES = {
     "tensor",
@@ -40,7 +40,7 @@ FACTORIES = {
 
 
 def answers(pipe: Pipeline, x: Tensor = X) -> dict[str, Tensor]:
-    """The result of every door."""
+    """Return the results of every way to call a pipeline."""
     found = {
         "guided": pipe.sample([3, 1], [5, 6], steps=3, output="float"),
         "a user's guide": pipe.sample(
@@ -59,7 +59,7 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def restored(read: Any, write: Any, value: Any) -> Iterator[None]:
-    """Set something within the block."""
+    """Set a value within the block, and restore it afterwards."""
     before = read()
     write(value)
     try:
@@ -173,7 +173,7 @@ def test_tensors_that_are_made_name_their_device(room):
     nameless = [
         f"{path.name}:{node.lineno}"
         for path in sorted(folder.rglob("*.py"))
-        if path.name != "cases.py"  # a user's own tensors, as it were
+        if path.name != "cases.py"  # stands for a user's tensors
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -196,7 +196,7 @@ def posterior(x_t, t, prediction):
 
 @pytest.mark.parametrize("prepared", [True, False])
 def test_torch_s_counter_counts_guided_sampling(prepared):
-    """Every step is one forward of the network, and one of the classifier with its gradient in x."""
+    """A step costs one forward of the network, and a classifier's forward and gradient in x if guided."""
     pipe = pipeline(options=EngineOptions(prepared=prepared))
     x, t, labels = randn(2, 1, 8, 8), torch.tensor([5, 5]), torch.tensor([1, 2])
     net, guide = unet().requires_grad_(False), classifier(1).requires_grad_(False)
@@ -204,9 +204,10 @@ def test_torch_s_counter_counts_guided_sampling(prepared):
 
     def gradient(network, *more):
         x_in = x.clone().requires_grad_(True)
-        torch.autograd.grad(network(x_in * 1, t, *more)[:, :1].sum(), x_in)  # torch follows no leaf
+        # `* 1` because torch's counter doesn't follow leaves.
+        torch.autograd.grad(network(x_in * 1, t, *more)[:, :1].sum(), x_in)
 
-    pipe.sample([1, 2], steps=3)  # what was prepared before counts too
+    pipe.sample([1, 2], steps=3)  # prepare a step first: it must be counted too
     assert counted(lambda: pipe.sample([1, 2], steps=3, guidance=0)) == 3 * forward
     guided = counted(lambda: pipe.sample([1, 2], steps=3))
     assert guided == 3 * (forward + counted(lambda: gradient(guide)))

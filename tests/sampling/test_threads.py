@@ -1,4 +1,4 @@
-"""Pipelines used from several threads, and from the callbacks of each other."""
+"""Tests of pipelines that several threads use, and that are called from each other's callbacks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from tests.small import assert_close, pipeline
 
 GIVEN = {"classes": [1, 2], "seeds": [3, 4], "steps": 3, "output": "float"}
-PATIENCE = 60.0  # seconds for what takes one
+PATIENCE = 60.0  # seconds to wait for work of about one second
 
 
 def waited(threads: list[threading.Thread]) -> bool:
-    """Start threads and return whether all of them end."""
+    """Start threads and return whether all of them end in time."""
     for thread in threads:
         thread.daemon = True
         thread.start()
@@ -59,6 +59,6 @@ def test_several_threads_get_the_images_that_one_gets():
     wanted = [pipeline().sample([1], range(n), steps=3, output="float") for n in sizes]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda n: pipe.sample([1], range(n), steps=3, output="float"), sizes))
-    # Threads may run other algorithms of the same convolution: packed for another shape, say.
+    # Threads may run different algorithms of a convolution, for example one packed for another shape.
     for got, exact in zip(found, wanted, strict=True):
         assert_close(got, exact)

@@ -1,4 +1,4 @@
-"""Follow one call of `sample`: few records, few files, and each file of a check from one place."""
+"""Tests that `sample` uses few records and files, and that its check enters each file from one place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_check_of_a_request_enters_each_file_from_one_place():
 
 
 def test_the_trace_sees_records_files_and_climbs():
-    # The first call makes the process and the rows of its solver.
+    # The first call also makes the process and the solver's rows.
     found = traced(pipeline(), first=True, steps=7)
     assert {"Row", "SolverTable", "Schedule"} <= set(found.records)
     assert "diffusion/process.py" in found.files and len(found.files) > 10

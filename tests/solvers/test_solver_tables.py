@@ -1,4 +1,4 @@
-"""The solvers' tables against closed forms, and against the process that they are tables of."""
+"""Tests of the solvers' tables against closed forms and against the formulas of the process."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def process(schedule: Schedule, mean: MeanType | str = "EPSILON", var: VarType |
 
 
 def table_of(solver: str, diffusion: GaussianDiffusion, clip: bool = True, **options: float) -> SolverTable:
-    """The table of a solver with these options."""
+    """Return the table of a solver with these options."""
     return solver_of(solver, **options).table(diffusion, clip)
 
 
 def given(seed: int, scale: float = 1.0) -> Tensor:
-    """Normals that float32 represents, so that float32 and float64 runs begin alike."""
+    """Return normal values that are exact in float32, so that float32 and float64 runs start equally."""
     return scale * torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -56,7 +56,7 @@ def run(
     noise: Callable[[int], Tensor] | None = None,
     grad: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """(x, x0) after every row, in the dtype of x, on the reference of the update."""
+    """Return (x, x0) after every row, in the dtype of x, by the update's reference."""
     state, table, after = SamplerState.start(x, rows), pack(rows, dtype=x.dtype), []
     for i, row in enumerate(rows):
         z = torch.zeros_like(x) if noise is None else noise(i).to(x.dtype)
@@ -162,13 +162,13 @@ def test_noise_stops_at_the_last_row_and_guidance_does_not(schedule):
 
 
 def columns(table: SolverTable, *names: str) -> np.ndarray:
-    """[names, rows], by the step's index."""
+    """Return the fields of all rows, [names, rows], ordered by the step's index."""
     rows = sorted(table.rows, key=lambda row: row.index)
     return np.array([[getattr(row, name) for row in rows] for name in names])
 
 
 def test_ddpm_coefficients_are_those_of_the_posterior(schedule):
-    # q(x_{t-1} | x_t, x_0) of Ho et al. 2020, eq. 6 and 7, written out again.
+    # q(x_{t-1} | x_t, x_0) by eq. 6 and 7 of Ho et al. 2020.
     bar = np.cumprod(1 - schedule.betas)
     prev, beta = np.append(1, bar[:-1]), schedule.betas
     of_x = np.sqrt(1 - beta) * (1 - prev) / (1 - bar)
@@ -183,7 +183,7 @@ def test_ddpm_coefficients_are_those_of_the_posterior(schedule):
     small, large = (
         columns(table_of("ddpm", process(schedule, var=v)), "l0")[0] for v in ("FIXED_SMALL", "FIXED_LARGE")
     )
-    assert small[0] == -math.inf, "the posterior at t = 0 has no width"
+    assert small[0] == -math.inf, "the posterior variance at t = 0 must be 0"
     compare(small[1:], np.log(variance[1:]), SCHEDULE_LIMIT, "small")
     compare(large, np.log(np.append(variance[1], beta[1:])), SCHEDULE_LIMIT, "large")
     l0, l1 = columns(table_of("ddpm", process(schedule, var="LEARNED_RANGE")), "l0", "l1")
@@ -194,12 +194,12 @@ def test_ddpm_coefficients_are_those_of_the_posterior(schedule):
 
 
 def test_ddim_with_eta_1_is_ddpm(schedule):
-    # Song et al. 2020, section 4.1: then the mean, too, is the posterior's.
+    # Song et al. 2020, section 4.1: with eta = 1 the mean is the posterior's too.
     stochastic, ancestral = table_of("ddim", process(schedule), eta=1.0), table_of("ddpm", process(schedule))
     compare(columns(stochastic, "a", "b"), columns(ancestral, "a", "b"), SCHEDULE_LIMIT, "a, b")
     variance = columns(stochastic, "k_z")[0] ** 2
     compare(variance, schedule.posterior_variance, SCHEDULE_LIMIT, "variance")
-    assert (columns(stochastic, "l0", "l1") == 0).all(), "sigma is k_z alone"
+    assert (columns(stochastic, "l0", "l1") == 0).all(), "k_z must be the whole sigma"
 
 
 def test_ddim_with_half_eta_has_half_the_deviation(schedule):
@@ -208,8 +208,8 @@ def test_ddim_with_half_eta_has_half_the_deviation(schedule):
 
 
 def test_steps_of_unit_normal_data_keep_it_unit_normal(schedule):
-    # x_0 ~ N(0, 1) makes every x_t ~ N(0, 1), with E[x_0 | x_t] = sqrt(ab) x_t. A DDIM step is then the turn
-    # by the difference of the angles with cos = sqrt(ab); a DDPM step with variance beta is exact.
+    # If x_0 ~ N(0, 1), every x_t ~ N(0, 1) and E[x_0 | x_t] = sqrt(ab) x_t. A DDIM step is then a rotation by
+    # the difference of the angles arccos(sqrt(ab)), and a DDPM step with variance beta is exact.
     bar, prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     a, b = columns(table_of("ddim", process(schedule)), "a", "b")
     angles = np.arccos(np.sqrt(bar)) - np.arccos(np.sqrt(prev))
@@ -224,7 +224,7 @@ POINT = torch.rand(SHAPE, generator=torch.Generator().manual_seed(7), dtype=torc
 
 
 def point_mass(schedule: Schedule, mean: MeanType) -> Callable[[Tensor, Row], Tensor]:
-    """The ideal network where all data are POINT: x = sqrt(ab) POINT + sqrt(1 - ab) eps."""
+    """Return the exact network if all data are POINT: x = sqrt(ab) POINT + sqrt(1 - ab) eps."""
 
     def model(x: Tensor, row: Row) -> Tensor:
         bar = schedule.alphas_cumprod[row.index]
@@ -238,12 +238,12 @@ def point_mass(schedule: Schedule, mean: MeanType) -> Callable[[Tensor, Row], Te
     return model
 
 
-# A whole way in float64 may be off by what the schedule's coefficients may: 1 - alpha_bar cancels in them.
-# Another four roundings are those of the first x_0, a difference of terms 1 / sqrt(ab) as large as x.
+# A float64 trajectory may have the relative error of the schedule's coefficients, in which 1 - alpha_bar
+# cancels. Four more roundings come from the first x_0, a difference of terms as large as x / sqrt(ab).
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("mean", list(MeanType), ids=lambda m: m.name)
 def test_ddim_is_exact_on_one_point(schedule, mean, clip):
-    # Every x_t on the way is sqrt(ab) POINT + sqrt(1 - ab) eps, with the eps of the start.
+    # Every x_t is sqrt(ab) POINT + sqrt(1 - ab) eps, with the eps of the first x_t.
     table = table_of("ddim", process(schedule, mean), clip=clip)
     x_t, bar = given(9).double(), float(schedule.alphas_cumprod[-1])
     eps = (x_t - math.sqrt(bar) * POINT) / math.sqrt(1 - bar)
@@ -264,24 +264,25 @@ def test_ddpm_ends_in_the_point_with_any_noise(schedule):
 
 
 def test_ddim_inverse_goes_back_the_way_ddim_came(schedule):
-    # DDIM to the lowest noise level (its last row drops the noise, which nothing can undo), then back up.
+    # Run DDIM down to the lowest noise level, then back up. DDIM's last row, which removes all noise and
+    # can't be inverted, is left out.
     diffusion, model, x_t = process(schedule), point_mass(schedule, MeanType.EPSILON), given(9).double()
     down, up = table_of("ddim", diffusion).rows, table_of("ddim-inverse", diffusion).rows
     lowest = run(down[:-1], model, x_t)[-1][0]
     compare(run(up[:-1], model, lowest)[-1][0], x_t, SCHEDULE_LIMIT, "x_T")
-    # The row after that ends where no signal is left: in eps.
+    # The last row of the inverse ends without signal, at eps.
     bar = float(schedule.alphas_cumprod[-1])
     eps = (x_t - math.sqrt(bar) * POINT) / math.sqrt(1 - bar)
     compare(run(up[-1:], model, x_t)[0][0], eps, SCHEDULE_LIMIT, "eps")
 
 
 def test_ddim_follows_the_flow_of_a_gaussian_to_first_order():
-    # Data N(0.3, 0.25): the flow that DDIM discretises maps x_T to m + (x_T - sqrt(ab) m) s / deviation_T.
+    # For data N(0.3, 0.25), the flow of DDIM maps x_T to m + (x_T - sqrt(ab) m) s / deviation_T.
     m, s = 0.3, 0.5
     full = make_schedule("linear", 4000)
     errors = []
     for steps in (100, 200, 400):
-        # Every schedule ends at the same noise, so that only the number of steps differs.
+        # All schedules end at the same noise level, so only the number of steps differs.
         schedule = full.respaced([*range(4000 // steps - 1, 4000, 4000 // steps)])
 
         def model(x: Tensor, row: Row, schedule: Schedule = schedule) -> Tensor:
@@ -294,7 +295,7 @@ def test_ddim_follows_the_flow_of_a_gaussian_to_first_order():
         got = run(table_of("ddim", process(schedule), clip=False).rows, model, x)[-1][0]
         errors.append(float((got - truth).abs().max()))
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
-    # First order within the next term of the error, which itself halves from one pair to the next.
+    # The order is 1 up to the next term of the error, which halves from one pair to the next.
     assert abs(orders[1] - 1) < abs(orders[0] - 1) < 0.5 and errors[-1] < errors[0] / 3, (errors, orders)
 
 
@@ -318,7 +319,7 @@ def test_no_signal_at_the_end_is_refused(solver):
     assert schedule.alphas_cumprod[-1] == 0
     with pytest.raises(InvalidArgument, match=rf"^{solver}: row \d+ \(step 19\) .*alpha_bar is 0"):
         table_of(solver, process(schedule))
-    # Where the network predicts x_0 itself, the ancestral step needs no division.
+    # If the network predicts x_0 itself, the ancestral step needs no division.
     assert len(table_of("ddpm", process(schedule, "START_X"))) == 20
 
 
@@ -340,7 +341,7 @@ def test_one_step_is_a_table():
             (row,) = table_of(solver, process(schedule, var=var)).rows
             assert row.k_z == 0 and row.index == 0
             if solver != "ddim-inverse":
-                assert (row.a, row.b) == (0, 1), "the only step ends in x_0"
+                assert (row.a, row.b) == (0, 1), "the only step must give x_0"
 
 
 def test_a_solver_is_a_value_and_a_text():

@@ -1,4 +1,4 @@
-"""A solver is a value: it keeps its options and its rows, and its text says all of it."""
+"""Tests that a solver is a value: it keeps its options and rows, and its text holds every option."""
 
 from __future__ import annotations
 

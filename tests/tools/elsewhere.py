@@ -1,7 +1,7 @@
 """Run commands of `admfast` as on another machine.
 
-`python -m tests.tools.elsewhere MACHINE COMMAND [-- COMMAND ...]`: MACHINE is "windows", "macos" or a list of
-modules that can't be imported, joined by commas. The exit status is that of the first command that fails.
+`python -m tests.tools.elsewhere MACHINE COMMAND [-- COMMAND ...]`: MACHINE is "windows", "macos" or names of
+modules that can't be imported, separated by commas. The exit status is that of the first command that fails.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NOT_ON_WINDOWS: list[tuple[Any, str]] = [
 ]
 NOT_ON_MACOS: list[tuple[Any, str]] = [(os, "sched_getaffinity"), (signal, "sigwaitinfo")]
 UNIX_MODULES = ["resource", "fcntl", "pwd", "grp", "termios"]
-LINUX_MODULES = ["triton", "xformers", "admfast._C"]  # the extension: where nobody compiled it
-# They ask for the system when they are imported, and would look for its libraries.
+LINUX_MODULES = ["triton", "xformers", "admfast._C"]  # the extension is missing if nobody compiled it
+# Modules that check the system when they are imported, and would look for another system's libraries.
 OTHERS = [
     "PIL.Image", "PIL.PngImagePlugin", "safetensors.torch", "torch._subclasses.fake_tensor",
     "torch.nn.parallel", "torch.utils.data", "torch.utils.flop_counter", "tqdm", "typer",
@@ -39,7 +39,7 @@ MEMORY, PEAK = 64 << 30, 3 << 30
 
 
 def main(arguments: list[str]) -> int:
-    """Become the machine, then run the commands one after another."""
+    """Imitate the machine, then run the commands one after another."""
     machine, *words = arguments
     {"windows": become_windows, "macos": become_macos}.get(machine, lambda: hide(machine.split(",")))()
     from admfast.cli.main import main as admfast
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def become_macos() -> None:
-    """Take away what macOS lacks."""
+    """Remove names and modules that macOS lacks."""
     load_others()
     remove(NOT_ON_MACOS)
     hide(LINUX_MODULES)
@@ -59,7 +59,7 @@ def become_macos() -> None:
 
 
 def become_windows() -> None:
-    """Take away what Windows lacks, and put its own rules in place."""
+    """Remove names and modules that Windows lacks, and install its rules."""
     load_others()
     remove(NOT_ON_WINDOWS)
     hide([*UNIX_MODULES, *LINUX_MODULES])
@@ -69,13 +69,13 @@ def become_windows() -> None:
 
 
 def hide(modules: list[str]) -> None:
-    """Let the import of modules fail as it does where they are not installed."""
+    """Make the import of modules fail as if they were not installed."""
     for name in modules:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
 def load_others() -> None:
-    """Import what asks for the system only once, and begin processes as macOS and Windows do."""
+    """Import OTHERS before the system changes, and start processes by spawn, as macOS and Windows do."""
     for name in OTHERS:
         importlib.import_module(name)
     sysconfig.get_config_vars()
@@ -83,28 +83,28 @@ def load_others() -> None:
 
 
 def remove(names: list[tuple[Any, str]]) -> None:
-    """Take names out of modules, where they are."""
+    """Remove names from modules, if they exist."""
     for module, gone in names:
         for name in gone.split():
             vars(module).pop(name, None)
 
 
 def windows_rules() -> Iterator[tuple[Any, str, Any]]:
-    """Yield what Windows has in the place of a module's name: the module, the name, the value."""
+    """Yield (module, name, value) of every name that has another value on Windows."""
     yield sys, "platform", "win32"
     yield ctypes, "windll", SimpleNamespace(kernel32=KERNEL32)
     for name in ("rename", "unlink", "remove"):
         yield os, name, refusing_open_files(getattr(os, name))
     yield os, "replace", not_over_folders(refusing_open_files(os.replace))
-    yield shutil, "_use_fd_functions", False  # opens folders
+    yield shutil, "_use_fd_functions", False  # these functions open folders
     yield os, "open", no_folders(os.open)
     yield os, "fsync", writers_only(os.fsync)
 
 
 def locking(descriptor: int, mode: int, count: int) -> None:
-    """Lock `count` bytes at the file's position, which fits into 32 bits, as msvcrt does."""
+    """Lock `count` bytes at the file's position like msvcrt. The position must fit into 32 bits."""
     assert mode == MSVCRT.LK_NBLCK and os.lseek(descriptor, 0, os.SEEK_CUR) < 2**31
-    # Of the open file, not of the process: the process may not lock it twice.
+    # The lock belongs to the open file, not to the process, so the process can't lock the file twice.
     wanted = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_CUR, 0, count, 0)
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, wanted)
@@ -113,7 +113,7 @@ def locking(descriptor: int, mode: int, count: int) -> None:
 
 
 def memory_status(status: Any) -> int:
-    """Fill MEMORYSTATUSEX, whose second 8 bytes are the memory of the machine."""
+    """Fill MEMORYSTATUSEX, whose second 8 bytes are the machine's memory."""
     assert ctypes.sizeof(status) == 64 and struct.unpack_from("<I", status)[0] == 64
     struct.pack_into("<Q", status, 8, MEMORY)
     return 1
@@ -143,7 +143,7 @@ def refusing_open_files(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_open(path: Any) -> bool:
-    """Tell whether this process holds a file open; folders are not asked for."""
+    """Tell whether this process holds a file open; always False for folders."""
     if os.path.isdir(path) or not os.path.lexists(path):
         return False
     held = [file for file in Path("/proc/self/fd").iterdir() if file.exists()]
@@ -151,7 +151,7 @@ def is_open(path: Any) -> bool:
 
 
 def not_over_folders(replace: Callable[..., None]) -> Callable[..., None]:
-    """Refuse to put something in the place of a folder, be it an empty one."""
+    """Refuse to replace a folder, even an empty one."""
 
     def checked(source: Any, target: Any) -> None:
         if os.path.isdir(target):
@@ -162,7 +162,7 @@ def not_over_folders(replace: Callable[..., None]) -> Callable[..., None]:
 
 
 def no_folders(function: Callable[..., int]) -> Callable[..., int]:
-    """Refuse to open a folder, but for Python itself."""
+    """Refuse to open a folder without O_DIRECTORY, which only Python itself uses."""
 
     def checked(path: Any, flags: int, *more: Any, **options: Any) -> int:
         if os.path.isdir(path) and not flags & os.O_DIRECTORY:

@@ -1,8 +1,8 @@
-"""`python -m tests.tools.small_kernels`: every Triton and CUDA kernel on the small odd cases of its op.
+"""`python -m tests.tools.small_kernels`: run every Triton and CUDA kernel on the small cases of its op.
 
-For compute-sanitizer, under which each launch takes long: only they run on the device, inputs are made and
-results judged on the CPU. `--device cpu` takes Triton's interpreter and the C++ ops. Kernels get the blocks
-that a GPU gets, in sizes that leave tiles, chunks and groups unfilled.
+It is made for compute-sanitizer, under which launches are slow. So only the kernels run on the device; inputs
+are made and results compared on the CPU. `--device cpu` uses Triton's interpreter and the C++ ops. Kernels
+use the blocks of a GPU, with sizes that leave tiles, chunks and groups partly filled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMPLEMENTATIONS = {"cuda": ("triton", "cuda"), "cpu": ("triton", "cpp")}
 
 
 def ran_by(cases: OpCases, impl: str, device: str) -> Iterator[str]:
-    """Judge every small case by one implementation; yields the kernels of Triton, else the calls."""
+    """Check every small case of an implementation. Yield the names of Triton's kernels, or of the calls."""
     launch = module("norm_launch")
     real, launched = launch.run, []
 
@@ -43,13 +43,13 @@ def ran_by(cases: OpCases, impl: str, device: str) -> Iterator[str]:
 
     dtypes = list(HALF_AND_SINGLE.values()) if cases.typed is not None else [torch.float32]
     if device == "cpu" and impl == "triton":
-        dtypes.remove(torch.bfloat16)  # the interpreter cuts it off where a GPU rounds
+        dtypes.remove(torch.bfloat16)  # the interpreter truncates instead of rounding
     for case, dtype, limits in itertools.product(cases.small, dtypes, cases.launches):
         with mock.patch.multiple(launch, INTERPRETED=False, run=run, **limits):
             try:
                 judged(cases, impl, device, case, dtype)
             except Unavailable:
-                continue  # another dtype or layout than it takes
+                continue  # the implementation doesn't support this dtype or layout
         if impl != "triton":
             launched.append(f"{cases.op} {case} {dtype}")
     yield from launched
@@ -63,14 +63,14 @@ def judged(cases: OpCases, impl: str, device: str, case: Case, dtype: torch.dtyp
     noise = noises(reference, tensors, options)
     there = (mapped(given, Mover(device)) for given in (tensors, options))
     got = results(functools.partial(cases.call, impl=impl), *there, noise)
-    if impl == "triton":  # those kernels read and write nothing else
+    if impl == "triton":  # these kernels support channels-last only
         for name, value in got.items():
             assert value.dim() < 3 or value.movedim(1, -1).is_contiguous(), f"{name}: {value.stride()}"
     judge({name: value.cpu() for name, value in got.items()}, reference, tensors, options, noise)
 
 
 def every(device: str) -> Iterator[tuple[OpCases, str]]:
-    """Every op with each of its own kernels' implementations that a device runs."""
+    """Yield every op with each implementation by our own kernels that the device can run."""
     for cases in all_cases():
         for impl in IMPLEMENTATIONS[device]:
             table = TABLES.get(cases.op)
@@ -79,7 +79,7 @@ def every(device: str) -> Iterator[tuple[OpCases, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run them; raises AssertionError where one is wrong, else says how many there were."""
+    """Run all kernels and print their number. A wrong result raises AssertionError."""
     parser = argparse.ArgumentParser(prog="python -m tests.tools.small_kernels", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="default: %(default)s")
     device = parser.parse_args(argv).device

@@ -2,9 +2,9 @@
 
     python -m tests.tools.trace_sample [--first]
 
-Every Python frame of the package counts, from `Pipeline.sample` to the update op and back, but for those
-below a network (its forward and its fold), the classifier's gradient and the ops. The rows of a solver are
-kept from call to call, so that the second call is traced; `--first` traces the first, which makes them.
+Every Python frame of the package counts, from `Pipeline.sample` to the update op and back, except those
+inside a network (its forward and its fold), the classifier's gradient and the ops. The rows of a solver are
+kept between calls, so the second call is traced. `--first` traces the first call, which makes the rows.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
 
 PACKAGE = f"{Path(__file__).resolve().parents[2]}/admfast/"
-# Where a frame, and all below it, belong to a network, the gradient or an op.
+# Files of networks, the classifier's gradient and ops. Their frames, and all that they call, don't count.
 BELOW = ("models/", "ops/", "engine/guidance.py")
 
 
 @dataclass
 class Trace:
-    """A trace of a call: `stays` are (file, the file that called it) in order of entry, each pair once.
+    """A trace of a call. `stays` holds each pair (file, the file that called it) once, in order of entry.
 
-    records: the classes of dataclasses that were made. left_out: files that were entered below networks and
-    ops only.
+    `records` are the names of the dataclasses that were made. `left_out` are files that were entered inside
+    networks and ops.
     """
 
     stays: list[tuple[str, str]] = field(default_factory=list)
@@ -40,12 +40,12 @@ class Trace:
 
     @property
     def files(self) -> list[str]:
-        """The files in order of entry."""
+        """The entered files, in order of entry."""
         return list(dict.fromkeys(name for name, _ in self.stays))
 
 
 def trace(call: Callable[[], Any]) -> Trace:
-    """Run a call and return what it entered."""
+    """Run a call and return its trace."""
     found, depth = Trace(), [0]
     stack: list[str] = []
 
@@ -110,7 +110,7 @@ def main() -> None:
         callers = [caller or "the caller" for file, caller in found.stays if file == name]
         print(f"  {name:24} from {', '.join(callers)}")
     print(f"{len(found.records)} records: {', '.join(found.records)}")
-    print(f"not counted, below networks and ops: {', '.join(sorted(found.left_out))}")
+    print(f"not counted, inside networks and ops: {', '.join(sorted(found.left_out))}")
 
 
 if __name__ == "__main__":

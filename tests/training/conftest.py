@@ -1,4 +1,4 @@
-"""Share a fixture among the tests of training."""
+"""A shared fixture of the tests of training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Compute on one thread, as the processes that runs are compared with: it orders the sums of products."""
+    """Use one thread, like the processes that runs are compared with: the number of threads orders sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

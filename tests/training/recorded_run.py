@@ -1,4 +1,4 @@
-"""`python -m tests.training.recorded_run FOLDER train ...`: the command, with every batch kept."""
+"""`python -m tests.training.recorded_run FOLDER train ...`: run the command and save all its batches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from admfast.training import loop
 
 
 def file_of(folder: Path, rank: int) -> Path:
-    """Return the file of the batches of a process."""
+    """Return the path of the file with the batches of a process."""
     return folder / f"batches-{rank}.pt"
 
 
 def record(arguments: list[str]) -> int:
-    """Run the command; write what its steps were given."""
+    """Run the command, write the batches of its steps, and return its status."""
     batches, make = list[dict[str, Any]](), loop.batch_of
 
     def kept(*given: Any) -> Any:

@@ -30,13 +30,13 @@ OFTEN = Habits(save_every=2, log_every=1)
 
 
 def source(count: int = 10, side: int = 8) -> ArraySource:
-    """Random images; fewer than a few batches, so that runs pass the ends of epochs."""
+    """Return random images. They fill few batches, so that runs pass the ends of epochs."""
     images = np.random.default_rng(0).integers(0, 256, (count, side, side, 1), dtype=np.uint8)
     return ArraySource(images, [i % CLASSES for i in range(count)], "random", "random")
 
 
 def small_recipe(kind: str = "diffusion", **changes: Any) -> Recipe:
-    """A recipe of a few steps of four images."""
+    """Return a recipe of six steps with four images each."""
     settings: dict[str, Any] = {
         "kind": kind,
         "network": NETWORKS[kind],
@@ -52,7 +52,7 @@ def small_recipe(kind: str = "diffusion", **changes: Any) -> Recipe:
 
 
 def learner_of(recipe: Recipe) -> Learner:
-    """A learner whose residual branches and last layer aren't zero, so that every layer matters."""
+    """Return a learner without zero parameters, so that every layer affects the result."""
     net = build_network(recipe)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def learner_of(recipe: Recipe) -> Learner:
 
 
 def batch(recipe: Recipe, ks: Sequence[int], sampler: Any) -> Batch:
-    """Samples of the random images."""
+    """Return a batch of the samples `ks` of the random images."""
     side = recipe.network.image_size
     samples = Samples(source(side=side), recipe.seed, side, 1, recipe.random_crop, recipe.random_flip)
     images, labels = zip(*(samples.at(k) for k in ks), strict=True)

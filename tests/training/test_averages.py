@@ -1,4 +1,4 @@
-"""Averages of the weights: rates, power functions, and widths put together afterwards."""
+"""Tests of averages of the weights: rates, power functions, and widths reconstructed afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEPS = 200
 
 
 def moving() -> tuple[nn.ParameterList, list[Tensor]]:
-    """A parameter in float64 and the values that it takes."""
+    """Return a parameter in float64 and the values that it takes."""
     generator = torch.Generator().manual_seed(0)
     walk = torch.randn(STEPS, 8, generator=generator, dtype=torch.float64).cumsum(0)
     return nn.ParameterList([torch.zeros(8, dtype=torch.float64)]), list(walk)
@@ -32,11 +32,11 @@ def averaged(
 
 
 def power_average(walk: list[Tensor], width: float) -> Tensor:
-    """The definition: shares of ((i/n)^(g+1) - ((i-1)/n)^(g+1)) add up as the recursion does."""
+    """Return the average by definition: the value of step i has the share (i/n)^(g+1) - ((i-1)/n)^(g+1)."""
     i = torch.arange(1, len(walk) + 1, dtype=torch.float64) / len(walk)
     cumulated = i ** (gamma_of(width) + 1)
     shares = torch.diff(cumulated, prepend=torch.zeros(1, dtype=torch.float64))
-    # The recursion keeps 1 - (1 - 1/n)^(g+1) of step n, which is this share of the whole.
+    # In the recursion step n gets the factor 1 - (1 - 1/n)^(g+1), which leads to these shares.
     return (shares[:, None] * torch.stack(walk)).sum(0)
 
 
@@ -90,7 +90,7 @@ def test_any_width_is_put_together_from_two(width):
     error = (found - truth).norm()
     assert error < 0.05 * truth.norm()
     if width != 0.1:
-        assert error < 0.5 * (nearest - truth).norm(), "no better than an average that was stored"
+        assert error < 0.5 * (nearest - truth).norm(), "hardly better than a stored average"
 
 
 def test_widths_that_are_none():

@@ -1,4 +1,4 @@
-"""Crops equal Pillow's filters applied one after the other, level by level, for any sides."""
+"""Tests that crops equal Pillow's filters applied one after the other, exactly, for all sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def noise(height: int, width: int, channels: int) -> np.ndarray:
 
 
 def filtered(image: np.ndarray, shorter: int) -> np.ndarray:
-    """Box filters by two while the shorter side is twice as long as wanted, then one bicubic filter."""
+    """Halve by box filters while the shorter side is at least 2 `shorter`, then apply one bicubic filter."""
     picture = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
     while min(picture.size) >= 2 * shorter:
         width, height = picture.size
@@ -59,7 +59,7 @@ def test_anywhere(height, width, size, channels, shares):
 
     crop = random_crop(image, size, draw)
     shorter, top, left = values
-    assert counts[0] == -(-size * 5 // 4) - size + 1, "80 to 100 %"
+    assert counts[0] == -(-size * 5 // 4) - size + 1, "the crop should be 80 to 100 % of the shorter side"
     whole = filtered(image, size + shorter)
     assert counts[1:] == [whole.shape[0] - size + 1, whole.shape[1] - size + 1]
     assert np.array_equal(crop, whole[top : top + size, left : left + size])

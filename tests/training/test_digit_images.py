@@ -1,4 +1,4 @@
-"""The digits: what they are and how they are enlarged."""
+"""Tests of the digit images: their source and their enlargement."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_enlarged_digits_stay_in_range_and_their_block_means_give_the_digits_bac
     assert enlarged.shape == (1797, 1, 32, 32) and enlarged.dtype == torch.float32
     assert (enlarged.min(), enlarged.max()) == (0, 16)
     error = (block_means(enlarged) - data[0]).abs()
-    # Measured on all 1,797: at most 0.6325 levels of 16, 0.0832 in the root mean square, and 40 of 115,008
-    # block means that round to another level. The limit to 0..16 is what keeps strokes from being exact.
+    # Measured on all 1,797 images: errors of at most 0.6325 of 16 levels, 0.0832 in rms, and 40 of 115,008
+    # block means that round to another level. They come from the limits 0 and 16 of the pixels of strokes.
     assert error.max() < 0.64
     assert error.square().mean().sqrt() < 0.084
     assert (error > 0.5).sum() <= 44
@@ -63,7 +63,7 @@ def test_the_source_has_every_digit_with_its_class(data, enlarged):
     assert len(source) == 1797 and source.labels == tuple(data[1].tolist())
     image = torch.from_numpy(source.decode(5).copy()).permute(2, 0, 1).float()
     assert image.shape == (1, 32, 32)
-    # Half a level of 255 is what rounding may change.
+    # Rounding to 255 levels may change a value by half a level.
     assert (image * (16 / 255) - enlarged[5]).abs().max() <= 0.5 * 16 / 255 + 1e-6
 
 

@@ -1,4 +1,4 @@
-"""What is drawn for sample k depends on the run's seed and k alone."""
+"""Tests that the draws for sample k depend only on the run's seed and k."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_numbers_belong_to_samples_not_to_batches():
 def test_timesteps_are_even():
     t, weights = UniformSampler(10).choose(uniforms(0, range(20000), TrainStream.TIMESTEP))
     counts = torch.bincount(t, minlength=10)
-    # Five standard deviations of a binomial count.
+    # The limit is five standard deviations of a binomial count.
     assert ((counts - 2000).abs() < 5 * (20000 * 0.1 * 0.9) ** 0.5).all() and (weights == 1).all()
 
 
@@ -63,7 +63,7 @@ def test_classes_are_dropped_to_the_last_one():
     dropped = (labels == 3) & (torch.arange(400) >= 0)
     plain = batch(small_recipe(), range(400), UniformSampler(1000)).labels
     assert torch.equal(labels[~dropped], plain[~dropped])
-    # A quarter of the images has class 3 itself; of the others half is dropped.
+    # A quarter of the images have class 3 themselves. Half of the others are dropped.
     others = dropped[plain != 3].float().mean()
     assert abs(others - 0.5) < 5 * 0.5 / 300**0.5
 

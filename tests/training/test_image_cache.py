@@ -1,4 +1,4 @@
-"""A cache of decoded images changes no sample, decodes each image once, and is found again."""
+"""Tests that a cache of decoded images changes no sample, decodes each image once, and is reused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDES = [(40, 60), (64, 40), (17, 90), (90, 17), (33, 33), (8, 200)]
 
 
 class Counted:
-    """A source of images of many sides that counts what it decodes."""
+    """A source of images with different sides that counts decoded images."""
 
     labels, class_names = (1, 0, 1, 0, 0, 0), ("a", "b")
     images = [RNG.integers(0, 256, (*sides, 3)).astype(np.uint8) for sides in SIDES]
@@ -91,7 +91,7 @@ def test_other_images_and_settings_have_a_cache_of_their_own(tmp_path):
     last = cached(Samples(open_source(images), **settings), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 5
     assert_same(last, Samples(open_source(images), **settings), 2)
-    # The seed and flips are drawn anew from the same cache.
+    # Another seed and no flips still use the same cache.
     other = {**settings, "seed": 5, "random_flip": False}
     assert_same(
         cached(Samples(open_source(images), **other), tmp_path / "cache"),

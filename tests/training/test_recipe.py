@@ -1,4 +1,4 @@
-"""Recipes: presets, changes, JSON, and what is refused."""
+"""Tests of recipes: presets, changes, JSON and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a run: where its lines lie, which grids it shows, and what it can't draw."""
+"""Tests of the picture of a run: positions of lines, texts, grids, and runs without a loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.small_runs import small_recipe
 
 
 def written(run: Path, rows: list[dict], recipe: Recipe | None = None) -> Path:
-    """A folder with the log of a run."""
+    """Write the log of a run, and return its folder."""
     run.mkdir(exist_ok=True)
     write_run_file(run, recipe or small_recipe(), {})
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -30,13 +30,13 @@ def written(run: Path, rows: list[dict], recipe: Recipe | None = None) -> Path:
 
 
 def coloured(image: np.ndarray, colour: str) -> np.ndarray:
-    """Rows and columns of the chart that have a colour, below the legend."""
+    """Return the rows and columns of the chart's pixels that have a colour, below the legend."""
     found = np.argwhere((image == ImageColor.getrgb(colour)).all(axis=2))
     return found[found[:, 0] >= picture.TOP]
 
 
 def test_losses_lie_on_a_log_axis(tmp_path):
-    """Quarter 1 falls from 1 to 0.01 as a straight line of the logarithm; quarter 3 stays in the middle."""
+    """On the log axis quarter 1 falls from 1 to 0.01 in a straight line; quarter 3 stays in the middle."""
     steps = range(0, 101, 10)
     rows = [{"step": s, "loss": 9.0, "loss_q1": 10 ** (-s / 50), "loss_q3": 0.1} for s in steps]
     image = run_picture(written(tmp_path, rows))
@@ -46,7 +46,7 @@ def test_losses_lie_on_a_log_axis(tmp_path):
     middle = (picture.TOP + picture.HEIGHT - picture.BOTTOM) / 2
     line = flat[flat[:, 1] < right - 20]  # without the dot at its end
     assert np.abs(line[:, 0] - middle).max() <= 3 and line[:, 1].min() <= left + 10
-    for share in (0.25, 0.75):  # a line's width, and 0.05 of two decades of margin above and below
+    for share in (0.25, 0.75):  # 2 of 2.1 decades: a margin of 0.05 above and below
         x = round(left + share * (right - left))
         y = falling[falling[:, 1] == x][:, 0].mean()
         height = (picture.HEIGHT - picture.BOTTOM - picture.TOP) * 2 / 2.1
@@ -64,7 +64,7 @@ Drawn = list[tuple[Image.Image, str, tuple[float, ...]]]
 
 @pytest.fixture
 def drawn(monkeypatch) -> Drawn:
-    """Every text that is drawn: the image, the text, its box."""
+    """Record the image, the text and its box of every text that is drawn."""
     found, draw = Drawn(), ImageDraw.ImageDraw.text
 
     def noted(pen, xy, text, fill, font, anchor):
@@ -76,7 +76,7 @@ def drawn(monkeypatch) -> Drawn:
 
 
 def lies_apart(drawn: Drawn) -> None:
-    """Assert that every text lies on its image, and none over another."""
+    """Assert that every text is inside its image, and that no two texts overlap."""
     for number, (image, text, (left, top, right, bottom)) in enumerate(drawn):
         assert left >= 0 and top >= 0 and right <= image.width and bottom <= image.height, text
         for _, other, box in (one for one in drawn[:number] if one[0] is image):

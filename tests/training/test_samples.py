@@ -1,4 +1,4 @@
-"""Sample k is a function of (seed, k): whoever makes it, in whichever order, beside whatever is broken."""
+"""Tests that sample k is a function of (seed, k), for any process, order of samples or broken images."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_sample(samples):
 
 
 def test_samples_are_the_stored_ones():
-    """With other numbers a run that was begun before would go on as another run."""
+    """If these numbers changed, a run that an older version began would resume with other samples."""
     assert epoch_order(8, 1, 0).tolist() == [6, 0, 7, 5, 2, 1, 3, 4]
     ramp = np.arange(8 * 24 * 24 * 1).reshape(8, 24, 24, 1).astype(np.uint8)
     samples = Samples(ArraySource(ramp, None, "ramp", "ramp"), 1, 16, channels=1, **ALL)
@@ -72,19 +72,19 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
         orders.append(tuple(order))
     assert len(set(orders)) == 4
     assert epoch_order(13, 0, 0).tolist() != epoch_order(13, 1, 0).tolist()
-    # The high word of a seed counts too.
+    # The high word of a seed matters too.
     assert epoch_order(13, 0, 0).tolist() != epoch_order(13, 2**32, 0).tolist()
 
 
 def test_every_place_of_an_epoch_is_as_likely():
     places = torch.stack([epoch_order(5, seed, 0) for seed in range(2000)])
     counts = torch.stack([(places == image).sum(0) for image in range(5)])
-    # 400 expected; the deviation of a binomial with p = 1/5 is 17.9, and 25 counts stay within 4 of them.
+    # 400 expected. The deviation of a binomial count with p = 1/5 is 17.9; all 25 counts are within 4 of it.
     assert (counts - 400).abs().max() < 72
 
 
 def test_lengths_places_and_flips_are_as_likely():
-    """Cut 4x4 from 5x5 brought to 4 (one place) or left at 5 (four places), and mirror every second one."""
+    """A 4x4 crop of a 5x5 image has one place if the image is resized to 4, else four; half are mirrored."""
     image = np.arange(25, dtype=np.uint8).reshape(1, 5, 5, 1) * 10
     samples = Samples(ArraySource(image, None, "array", "array"), SEED, 4, channels=1, random_crop=True)
     count = 4000
@@ -93,7 +93,7 @@ def test_lengths_places_and_flips_are_as_likely():
     places = [image[0, top : top + 4, left : left + 4, 0] for top in (0, 1) for left in (0, 1)]
     cut = [seen.pop(part.tobytes()) for place in places for part in (place, place[:, ::-1])]
     for share, numbers in ((1 / 16, cut), (1 / 4, seen.values())):
-        # Four deviations of a binomial.
+        # The limit is four deviations of a binomial count.
         assert all(abs(n - share * count) < 4 * (share * (1 - share) * count) ** 0.5 for n in numbers)
 
 
@@ -141,7 +141,7 @@ def test_numbers_of_samples_are_checked(samples, k):
     samples.at(2**32 - 1)
 
 
-# Who makes it
+# Processes and workers
 
 
 def test_any_order_and_any_process_makes_the_same(samples):
@@ -163,7 +163,7 @@ def flat(batches: Iterable[ImageBatch]) -> dict[int, tuple[torch.Tensor, int | N
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 0), (2, 1), (4, 0), (4, 2)])
 def test_any_number_of_processes_and_workers_sees_the_same_samples(samples, world, workers):
-    """Global batches of 8 from sample 20 on, over the end of an epoch, in microbatches of 2."""
+    """Batches of 8 from sample 20 on, in microbatches of 2, pass the end of an epoch."""
     seen: dict[int, tuple[torch.Tensor, int | None]] = {}
     for rank in range(world):
         part = 8 // world
@@ -174,7 +174,7 @@ def test_any_number_of_processes_and_workers_sees_the_same_samples(samples, worl
             for micro in range(0, part, 2)
         ]
         batches = list(loader(samples, ks, workers))
-        assert [batch.ks for batch in batches] == [tuple(numbers) for numbers in ks], "in order"
+        assert [batch.ks for batch in batches] == [tuple(numbers) for numbers in ks], "wrong order"
         seen |= flat(batches)
     assert_same((seen[k] for k in range(20, 44)), made(samples, range(20, 44)))
 
@@ -239,10 +239,10 @@ def test_broken_images_are_named_once_and_others_take_their_place(folder):
     named = sorted(str(warning.message) for warning in said)
     assert len(named) == 2 and "04.png" in named[1] + named[0] and "11.png" in named[0] + named[1]
     assert set(samples.broken) == {4, 11}
-    # The same from any sample on, with or without knowing what is broken.
+    # The samples are the same from any k on, and whether or not the broken images are known already.
     assert_same(made(samples, range(39)), first)
     assert_same(quiet(Samples(open_source(folder), SEED, 16, max_broken=2, **ALL), range(20, 39)), first[20:])
-    # Whole images are what they would be without the broken ones; what takes a place brings its class.
+    # Broken images don't change other samples. The replacement of a broken image brings its own class.
     whole = Samples(source(), SEED, 16, **ALL)
     differ = [k for k in range(39) if not torch.equal(whole.at(k)[0], first[k][0])]
     order = torch.cat([epoch_order(13, SEED, epoch) for epoch in range(3)]).tolist()
@@ -254,7 +254,7 @@ def test_broken_images_are_named_once_and_others_take_their_place(folder):
 
 
 class Half(ArraySource):
-    """Every second image is broken; counts what is decoded."""
+    """A source whose odd images are broken. It counts the calls of `decode`."""
 
     decoded: ClassVar[collections.Counter[int]] = collections.Counter()
 

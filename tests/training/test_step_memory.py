@@ -1,4 +1,4 @@
-"""The memory of a training step, counted beside what a real one holds."""
+"""Tests of the counted memory of a training step against that of a real step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.small import PROCESS
 from tests.training.small_runs import learner_of, small_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-# 64x64 pixels on few channels: nearly all of a step's memory is activations.
+# 64x64 pixels with few channels: activations are nearly all of a step's memory.
 WIDE = {"image_size": 64, "in_channels": 3, "model_channels": 32, "out_channels": 6, "num_res_blocks": 2}
 WIDE |= {"attention_resolutions": (4,), "channel_mult": (1, 1, 2), "num_heads": 2, "num_head_channels": 32}
 WIDE |= {"use_scale_shift_norm": True, "resblock_updown": True, "dropout": 0.1}
@@ -37,7 +37,7 @@ def wide(**changes: object) -> Recipe:
 
 
 def steps(learner: Learner, count: int = 2) -> None:
-    """Make steps on random images."""
+    """Make training steps on random images."""
     recipe, network = learner.recipe, learner.recipe.network
     n = recipe.batch_size
     shape = (n, network.in_channels, network.image_size, network.image_size)
@@ -48,7 +48,7 @@ def steps(learner: Learner, count: int = 2) -> None:
 
 
 def alive(recipe: Recipe) -> int:
-    """Most bytes of tensors alive at once in a real step, without those that it begins with."""
+    """Return the peak bytes of tensors in a real step, without those that exist before it."""
     learner = learner_of(recipe)
     steps(learner)
     learner.optimiser.zero_grad()
@@ -68,7 +68,7 @@ def test_as_many_bytes_are_alive_as_in_a_real_step(kind, precision, checkpointin
     found = step_memory(recipe)
     counted = found.peak - found.parameters - found.moments - found.averages
     pixels = 4 * 32 * recipe.network.image_size**2
-    # The images, what is drawn for them and the terms of the loss are a few images more.
+    # The images, their noise and the terms of the loss add a few images more.
     assert counted <= alive(recipe) <= counted + 20 * pixels
 
 
@@ -92,7 +92,7 @@ def test_what_saves_memory_does():
     assert step_memory(wide(precision="bf16")).kept < 0.7 * whole.kept
 
 
-# The libraries take 200 MB for themselves at the first step, whatever the network.
+# Makes small steps first, because libraries allocate 200 MB in the first step of any network.
 MEASURE = """
 import resource, sys
 from admfast.engine.numerics import peak_memory
@@ -109,7 +109,7 @@ print(peak_memory(torch.device("cpu")) - before)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize("changes", [{"batch_size": 8}, {"checkpointing": "all"}], ids=["none", "all"])
 def test_the_peak_is_that_of_a_process_within_a_fifth(changes):
-    # Else glibc keeps fragments of what was freed, up to a third of a step's peak.
+    # Otherwise glibc keeps fragments of freed memory, up to a third of a step's peak.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(changes)],
@@ -161,9 +161,9 @@ def test_norms_that_are_made_again_are_not_kept():
         for which in ("none", "norms")
     )
     blocks = [module for module in build_network(plain).modules() if isinstance(module, ResBlock)]
-    # What a block that resamples gives its first convolution stays.
+    # In a block that resamples, the input of the first convolution is still kept.
     saved = 0
-    sides = [64] * 2 + [32] * 3 + [16] * 8 + [32] * 4 + [64] * 4  # of what each block puts out
+    sides = [64] * 2 + [32] * 3 + [16] * 8 + [32] * 4 + [64] * 4  # side of each block's output
     for block, side in zip(blocks, sides, strict=True):
         channels = block.out_layers[0].num_channels + (
             block.in_layers[0].num_channels if block.resample is None else 0

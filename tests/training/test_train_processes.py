@@ -1,4 +1,4 @@
-"""Runs of several processes under torchrun, and runs that are killed from outside."""
+"""Tests of training runs of several processes under torchrun, and of runs that are killed."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def under_torchrun(processes: int, arguments: list[str], *more: str, module: str
 
 
 def steps_of(run: Path) -> int:
-    """Rows of the log so far."""
+    """Return the number of rows in the log so far."""
     log = run / "log.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
 
 
 def wait_for(process: subprocess.Popen, run: Path, steps: int) -> None:
-    """Return once a run has made some steps; it must not end before."""
+    """Wait until a run has made `steps` steps. It must not end before."""
     deadline = time.monotonic() + 240
     while steps_of(run) < steps:
         assert process.poll() is None and time.monotonic() < deadline
@@ -69,14 +69,14 @@ def wait_for(process: subprocess.Popen, run: Path, steps: int) -> None:
 def assert_equal_to_rounding(a: dict, b: dict) -> None:
     """Compare parameters that have a gradient.
 
-    A bias before a norm whose groups are single channels cancels; its gradient is rounding, 1e-11, which Adam
-    scales up to steps of the learning rate.
+    A bias before a norm with one channel per group cancels. Its gradient is rounding, about 1e-11, which Adam
+    scales up to steps of the learning rate, so such parameters are left out.
     """
     moments = [state["exp_avg_sq"].mean().sqrt() for state in a["optimiser"]["state"].values()]
     assert max(moments) > 1e-4
     for (key, value), moment in zip(a["net"].items(), moments, strict=True):
         if moment > 1e-9:
-            # Sums in another order: some units of float32 a step, which Adam hands on.
+            # Sums in another order differ by some float32 units per step, and Adam passes them on.
             torch.testing.assert_close(b["net"][key], value, rtol=1e-3, atol=2e-6, msg=key)
 
 
@@ -96,7 +96,7 @@ def test_two_processes_are_one_and_one_goes_on_alone(tmp_path, capfd):
         env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("step 4 of 4") == 1, "one process speaks"
+    assert done.stdout.count("step 4 of 4") == 1, "only one process should print"
     assert_equal_to_rounding(last_state(tmp_path / "one"), last_state(tmp_path / "two"))
     capfd.readouterr()
     assert main(command(tmp_path / "two", 6)) == 0
@@ -106,8 +106,8 @@ def test_two_processes_are_one_and_one_goes_on_alone(tmp_path, capfd):
 
 
 def test_a_kill_and_a_sigterm_from_outside(tmp_path):
-    """SIGTERM comes to the workers too, as from a scheduler."""
-    steps = 40  # far more than are made before a signal comes
+    """As from a scheduler, SIGTERM reaches the workers too."""
+    steps = 40  # many more than run before a signal comes
     assert main(command(tmp_path / "whole", steps)) == 0
     run = tmp_path / "killed"
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -125,7 +125,7 @@ def test_a_kill_and_a_sigterm_from_outside(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS doesn't say who sent a signal")
 def test_a_worker_of_the_data_ends_for_its_parent_alone():
-    """A SIGTERM to all processes of a job is the run's to answer, which still needs its workers."""
+    """If all processes of a job get SIGTERM, workers must continue, because the run still needs them."""
     ahead = loader(Samples(source(), 0, 8, 1), ([k] for k in itertools.count()), workers=1)
     next(ahead)
     [worker] = multiprocessing.active_children()
@@ -138,7 +138,7 @@ def test_a_worker_of_the_data_ends_for_its_parent_alone():
 
 
 def few_digits(path: Path, count: int) -> Path:
-    """The first digits as an npz: epochs of a few steps."""
+    """Write the first digits as an npz, so that an epoch has few steps, and return its path."""
     source = digits_source()
     np.savez(path, np.stack([source.decode(i) for i in range(count)]), np.array(source.labels[:count]))
     return path
@@ -146,7 +146,7 @@ def few_digits(path: Path, count: int) -> Path:
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
-    """Four at the start, two in the first of six epochs, the others at any step after it."""
+    """Four kills come during start-up, two in the first of six epochs, the others at any later step."""
     steps, epoch, run = 60, 10, tmp_path / "killed"
     data = ["--data", str(few_digits(tmp_path / "digits.npz", 4 * epoch)), "--set", "ema_power=0.1"]
     assert main(command(tmp_path / "whole", steps, *data)) == 0
@@ -162,7 +162,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
         )  # fmt: skip
         if target:
             wait_for(process, run, target)
-        # From the imports to the first step, or in and between a step and its snapshot.
+        # The kill comes between the imports and the first step, or between a step and its snapshot.
         time.sleep(moments.random() * (0.1 if target else 4))
         process.kill()
         assert process.wait() == -signal.SIGKILL
@@ -189,14 +189,14 @@ def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path):
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The batch of a step, put together from the processes' parts."""
+    """Join the processes' parts of a step's batch."""
     ks = tuple(k for part in parts for k in part["ks"])
     tensors = [name for name, value in parts[0].items() if isinstance(value, torch.Tensor)]
     return {"ks": ks, **{name: torch.cat([part[name] for part in parts]) for name in tensors}}
 
 
 def workers_of(launcher: int) -> list[int]:
-    """The processes that torchrun began."""
+    """Return the ids of the processes that torchrun started."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

@@ -1,4 +1,4 @@
-"""Runs: resume, signals, what is written, and what goes wrong."""
+"""Tests of training runs: resuming, snapshots, signals, files, and errors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tests.training.small_runs import OFTEN, last_state, same, small_recipe, sou
 
 
 class Killed(BaseException):
-    """What no code expects."""
+    """An exception that no code handles."""
 
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the process end after the update of a step, before anything of it is written."""
+    """Make training raise Killed after the update of a step, before its results are written."""
     update = loop.Learner.update
 
     def and_die(self, batch):
@@ -45,7 +45,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def rows(run: Path) -> list[dict]:
-    """The log without what time and memory decide."""
+    """Return the rows of the log without fields that depend on time and memory."""
     found = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if k not in ("images_per_second", "memory", "seconds_left")}
@@ -53,7 +53,7 @@ def rows(run: Path) -> list[dict]:
     ]
 
 
-# Resume
+# Resuming
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "classifier", "upsampler"])
@@ -61,7 +61,7 @@ def test_a_run_that_was_killed_twice_is_one_that_was_not(tmp_path, monkeypatch, 
     side = 16 if kind == "upsampler" else 8
     recipe, data = small_recipe(kind, steps=7, ema_power=(0.05,)), source(side=side)
     assert train(recipe, data, tmp_path / "whole", OFTEN) == Outcome(7)
-    for step in (4, 6):  # a row of the log behind the snapshot, in two epochs
+    for step in (4, 6):  # in two epochs, with a log one row ahead of the snapshot
         with monkeypatch.context() as patched, pytest.raises(Killed):
             killed_after(patched, step)
             train(recipe, data, tmp_path / "killed", OFTEN)
@@ -80,7 +80,7 @@ def test_habits_change_no_bit(tmp_path, more):
 
 
 def test_snapshots_written_beside_training_hold_the_state_of_their_step(tmp_path, monkeypatch):
-    """Each is written only when the step after it is made."""
+    """Each snapshot is written only after the next step is made."""
     recipe, habits = small_recipe(steps=4, ema_power=(0.05,)), Habits(save_every=1, keep=9)
     train(recipe, source(), tmp_path / "a", habits)
     made, update, save = [threading.Event() for _ in range(4)], loop.Learner.update, torch.save
@@ -155,7 +155,7 @@ def test_a_broken_newest_snapshot_is_named_and_the_one_before_it_taken(tmp_path)
     wanted = last_state(tmp_path)
     newest, before, _ = snapshots(tmp_path)
     content = newest.path.read_bytes()
-    middle = len(content) // 2  # of a tensor's values, which load as well as any
+    middle = len(content) // 2  # values of a tensor: any bytes load
     for broken in (content[:-10], content[:middle] + b"xyz" + content[middle + 3 :], b""):
         newest.path.write_bytes(broken)
         said.clear()
@@ -183,7 +183,7 @@ def test_the_newest_snapshots_are_kept_and_leftovers_swept(tmp_path):
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path, beside):
-    """A limit on the size of files stands for the disk's end."""
+    """A limit on the file size stands in for a full disk."""
     recipe = small_recipe()
     train(dataclasses.replace(recipe, steps=2), source(), tmp_path, OFTEN)
     size = snapshots(tmp_path)[0].path.stat().st_size
@@ -268,7 +268,7 @@ def test_folders_that_cannot_be_made_are_named(tmp_path):
             train(small_recipe(), source(), place, OFTEN)
 
 
-# What a run is made of
+# Data, steps, log and grids
 
 
 def test_classes_are_checked_against_the_network(tmp_path):

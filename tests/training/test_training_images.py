@@ -1,4 +1,4 @@
-"""Where training images come from: which files, in which order, with which classes, and what is refused."""
+"""Tests of the sources of training images: files, their order, classes, pixels and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from admfast.training.images import BrokenImage, Source, check_classes, open_sou
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (9, 12, 3)).astype(np.uint8)
-NAMES = ["a/2/x.png", "a/B.JPG", "a/b.webp", "a-b/y.png", "b/1_2.gif", "b/z.jpeg"]  # "-" is before "/"
+NAMES = ["a/2/x.png", "a/B.JPG", "a/b.webp", "a-b/y.png", "b/1_2.gif", "b/z.jpeg"]  # "-" sorts before "/"
 HIDDEN = ["._b.png", ".hidden/a.png", "a/.DS_Store", "a/notes.txt", "__MACOSX/a/b.png", "b/Thumbs.db"]
 
 
@@ -80,7 +80,7 @@ def test_folder_and_zip_have_the_same_images_and_pickles_have_them_too(tmp_path)
 
 
 def test_processes_read_one_zip_at_once(tmp_path):
-    """A child has its parent's open file, and with it one position in it."""
+    """A forked child shares its parent's open file and therefore the position in it."""
     files = {f"{i}.png": encoded(Image.fromarray(COLOURS + i)) for i in range(20)}
     source = open_source(in_zip(tmp_path / "d", files))
 
@@ -232,7 +232,7 @@ def test_digits():
 
 
 def as_published(content: bytes) -> np.ndarray:
-    """The published loader's pixels."""
+    """Return the pixels that the published loader reads."""
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 

@@ -1,4 +1,4 @@
-"""The network of a run: fresh, from a file with other classes, frozen."""
+"""Tests of the network of a run: fresh, from a file with other classes, frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step: microbatches, skipped steps, precisions, checkpointing."""
+"""Tests of one training step: microbatches, skipped steps, precisions, checkpointing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.small_runs import NETWORKS, batch, learner_of, same, small_r
 
 
 def gradients(kind: str, dtype: torch.dtype = torch.float32, **changes) -> dict[str, Tensor]:
-    """The gradient of one batch of six, computed in a dtype."""
+    """Return the gradients of a batch of six images, computed in a dtype."""
     recipe = small_recipe(kind, batch_size=6, **changes)
     learner = learner_of(recipe)
     given = batch(recipe, range(6), learner.sampler)
@@ -45,7 +45,7 @@ def test_gradients_equal_the_reference_s_in_float64(kind, checkpointing, monkeyp
     reference, truth = gradients(kind), gradients(kind, torch.float64)
     assert found.keys() == truth.keys()
     for name, value in found.items():
-        # A sum over six images of at most 16x16 pixels; Winograd's products round larger terms.
+        # A sum over six images of at most 16x16 pixels. Winograd's terms are larger, so it rounds more.
         limits = dict(reduction=6 * 256, growth=amplification())
         assert_within(value, reference[name], truth[name], name, "parameter gradient", **limits)
 
@@ -97,7 +97,7 @@ def test_blocks_whose_parameters_were_replaced_are_not_computed_again(which):
 
 
 def test_a_block_of_an_older_pickle_runs():
-    """It lacks what blocks have got since, which must then be the class's."""
+    """An older pickle lacks newer attributes of blocks, so these must be attributes of the class."""
     net = build(NETWORKS["diffusion"])
     assert all("recomputes_norms" not in vars(block) for block in net.modules())
 
@@ -137,7 +137,7 @@ def test_clipping_bounds_the_gradient():
 
 
 class Poisoned:
-    """The loss, times NaN at the calls that are named."""
+    """The loss, multiplied by NaN at the given calls, which count from 1."""
 
     def __init__(self, *calls: int) -> None:
         self.calls, self.count = calls, 0
@@ -207,7 +207,7 @@ def test_the_first_bad_layer_is_named():
 def test_half_precision_keeps_parameters_and_gradients_in_float32(kind, precision):
     recipe = small_recipe(kind, precision=precision)
     learner = learner_of(recipe)
-    if learner.log2_scale is not None:  # which begins so high that the first steps are skipped
+    if learner.log2_scale is not None:  # the initial scale is so high that the first steps are skipped
         learner.log2_scale.fill_(8)
     seen = set()
     for module in learner.net.input_blocks[1].modules():
@@ -219,7 +219,7 @@ def test_half_precision_keeps_parameters_and_gradients_in_float32(kind, precisio
     assert {p.grad.dtype for p in learner.net.parameters()} == {torch.float32}
     exact = learner_of(small_recipe(kind))
     wanted = exact.update(batch(recipe, range(4), exact.sampler))
-    # Rounding of 8 bits (11 for float16) through some dozens of layers.
+    # Rounding to 8 bits (float16: 11) in a few dozen layers.
     assert report.terms["loss"].float().mean() == pytest.approx(float(wanted.terms["loss"].mean()), rel=0.05)
     assert float(report.grad_norm) == pytest.approx(float(wanted.grad_norm), rel=0.1)
 

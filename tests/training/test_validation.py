@@ -1,4 +1,4 @@
-"""Images that are kept out of training: which, and what the log says of them."""
+"""Tests of validation: the images held out of training, and their rows in the log."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_image_is_in_one_part_and_the_seed_decides(count):
     assert (len(training), len(held_out)) == (10 - count, count)
     names = [[part.name(i) for i in range(len(part))] for part in (training, held_out)]
     assert sorted(names[0] + names[1]) == sorted(whole.name(i) for i in range(10))
-    assert names[0] == sorted(names[0]), "the order of the source"
+    assert names[0] == sorted(names[0]), "the source's order should be kept"
     assert training.class_names == held_out.class_names == whole.class_names
     for part in (training, held_out):
         for i in range(len(part)):

@@ -1,4 +1,4 @@
-"""`verify`: within the budget in every precision, past it when any layer is off by 1 %."""
+"""Tests of `verify`: every precision is within its budget; a layer that is off by 1 % exceeds it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.small import (
     with_weights,
 )
 
-PRECISIONS = ["fp32", "bf16", "fp16"]  # what a CPU has; more on a GPU
+PRECISIONS = ["fp32", "bf16", "fp16"]  # those of a CPU; a GPU has more
 SHORT = {"steps": 3, "seeds": [5]}
 
 
@@ -56,7 +56,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def middling():
-    """Pipelines of networks of the released ones' make: legacy attention, resampling blocks, 3 channels."""
+    """Return a function that makes pipelines with the released models' options, but smaller networks."""
     net = with_weights(dataclasses.replace(SMALL_UNET, image_size=32, model_channels=96))
     levels = {"num_res_blocks": 1, "attention_resolutions": (2,), "channel_mult": (1, 2)}
     guide = with_weights(dataclasses.replace(SMALL_CLASSIFIER, image_size=32, model_channels=64, **levels), 1)
@@ -64,7 +64,7 @@ def middling():
 
 
 def cascade(**settings) -> Pipeline:
-    """A pipeline with an upsampler, both with these settings."""
+    """Return a pipeline with an upsampler, both with these settings."""
     up = Pipeline("small-up", upsampler(2), PROCESS, low_res_size=8, **settings)
     return pipeline(upsampler=up, **settings)
 
@@ -76,7 +76,7 @@ def test_the_digits_are_within_the_budget(digits, precision):
     assert len(found.steps) == 5 and len(found.layers) > 140
     assert found.psnr > BUDGETS[precision].psnr and found.budget == BUDGETS[precision]
     if precision != "fp32":
-        # A precision that isn't used would pass every budget.
+        # Check that the precision is really used: otherwise every budget would be met.
         assert max(d.error for d in found.layers) > 10 * BUDGETS["fp32"].layer
 
 
@@ -120,8 +120,9 @@ def test_one_percent_of_one_layer_is_past_the_budget(digits, layer, precision):
 
 def test_a_form_that_no_longer_is_its_parameter_s_is_found(digits):
     pipe = load("digits32", device="cpu", precision="fp32")
-    assert not verify(pipe, digits, **SHORT).failures, "and every form has been derived"
-    pipe.net.middle_block[0].out_layers[3].weight.data[..., 0, :].mul_(1.05)  # behind the fold's back
+    # This also makes all derived forms.
+    assert not verify(pipe, digits, **SHORT).failures, "the unchanged pipeline must pass"
+    pipe.net.middle_block[0].out_layers[3].weight.data[..., 0, :].mul_(1.05)  # unnoticed by the fold
     with torch.no_grad():
         pipe.net._projections.weight.mul_(1.01)
     wrong = verify(pipe, digits, **SHORT)
@@ -138,7 +139,7 @@ def test_a_cascade_is_verified_whole():
 
 @pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_layers_are_compared_in_the_pipelines_own_numerics(around):
-    # On CUDA the same context holds TF32; a process set to it must not round the reference.
+    # On CUDA the same code sets TF32. Settings of the process must not round the reference.
     pipe, reference = pipeline(), pipeline(options=PLAIN)
     wanted = verify(pipe, reference, **SHORT)
     with around():
@@ -221,7 +222,7 @@ def test_pipelines_of_other_networks_are_refused(digits):
         verify(load("digits32", device="cpu"), pipeline(), **SHORT)
 
 
-# What is asked for
+# Arguments
 
 
 def test_seeds_and_classes_as_of_sample():
@@ -318,13 +319,13 @@ def test_what_a_row_makes_of_rounding():
     table = ddpm().table(PROCESS.build("2"))
     first = table.rows[0]
     assert first.clip == Clip.USED and amplified(table, 1e-3) == pytest.approx(-first.k_out * first.b * 1e-3)
-    assert amplified(table, 1e4) == max(abs(row.b) for row in table.rows), "limited x_0 differ by 1 at most"
-    # With few steps DDIM begins where x_0 amplifies less; many steps take little of it.
+    assert amplified(table, 1e4) == max(abs(row.b) for row in table.rows), "clipped x_0 differ by at most 1"
+    # With few steps DDIM starts where x_0 amplifies less. With many steps each one uses little of x_0.
     few, many = (ddim().table(PROCESS.build(f"ddim{n}")) for n in (2, 100))
     assert amplified(many, 1e-3) < amplified(few, 1e-3) < 0.05 * amplified(table, 1e-3)
 
 
-# The measures
+# Measures
 
 
 def test_images_are_compared_as_levels_and_decibels():

@@ -1,4 +1,4 @@
-"""Self-attention on channels-last tokens, straight from the qkv product, in both published row orders."""
+"""Self-attention on the output of the qkv projection (channels-last tokens), in both published row orders."""
 
 from __future__ import annotations
 
@@ -33,24 +33,27 @@ def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, 
 
 
 def join_qkv(q: Tensor, k: Tensor, v: Tensor, legacy_order: bool) -> Tensor:
-    """The reverse of `split_qkv`, in one copy: three [N, h, S, d] -> [N, S, 3*h*d]."""
+    """Undo `split_qkv` in one copy: three [N, h, S, d] -> [N, S, 3*h*d]."""
     parts = [t.transpose(1, 2) for t in (q, k, v)]  # [N, S, h, d]
     return torch.stack(parts, dim=3 if legacy_order else 2).flatten(2)
 
 
 def _merge_heads(out: Tensor) -> Tensor:
-    """[N, h, S, d] -> [N, S, h*d]; a view of what the kernels put out."""
+    """Reshape [N, h, S, d] to [N, S, h*d]; a view for the outputs of the kernels."""
     n, h, s, d = out.shape
     return out.transpose(1, 2).reshape(n, s, h * d)
 
 
 def _split_heads(out: Tensor, num_heads: int) -> Tensor:
-    """[N, S, h*d] -> [N, h, S, d], a view."""
+    """View [N, S, h*d] as [N, h, S, d]."""
     return out.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def attention_ref(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
-    """Reference of `attention`: q and k scaled by d^-1/4 each, softmax in float32 (float64 for float64)."""
+    """Compute `attention` in plain PyTorch: q and k are multiplied by d^-1/4 each before their product.
+
+    The softmax is in float32 (float64 for float64 input).
+    """
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
     scale = q.shape[-1] ** -0.25
     logits = (q * scale) @ (k * scale).transpose(-1, -2)  # [N, h, S, S]
@@ -62,7 +65,7 @@ def attention_ref(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) ->
 def attention_bwd_bwd_ref(
     g: Tensor, dout: Tensor, qkv: Tensor, num_heads: int, *, legacy_order: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `sum(g * dqkv)` in dout and qkv, where dqkv is the input gradient of `attention`.
+    """Return the gradients of `sum(g * dqkv)` in dout and qkv; dqkv is the input gradient of `attention`.
 
     With c = d^-1/2, P = softmax(c q k^T), dP = dout v^T and r(X) = X - rowsum(P X), the backward is
     dS = P r(dP), dq = c dS k, dk = c dS^T q, dv = P^T dout. Its gradient, with G = c (g_q k^T + q g_k^T),
@@ -99,10 +102,10 @@ def attention_bwd_bwd_ref(
 
 
 class AttentionFn(torch.autograd.Function):
-    """A fused kernel forward and backward; the backward's own gradient is the formula written out.
+    """Autograd of a fused kernel; the gradient of its backward is `attention_bwd_bwd_ref`.
 
-    The kernels' second derivatives do not exist. Nothing is recomputed in the first: out and the log-sum-exp
-    are kept, as torch's own autograd keeps them.
+    The kernels have no second derivative. The backward does not repeat the forward: out and the log-sum-exp
+    are saved, as by torch's own autograd.
     """
 
     generate_vmap_rule = True
@@ -124,7 +127,7 @@ class AttentionFn(torch.autograd.Function):
         if dout is None:
             return None, None, None, None
         qkv, *saved = ctx.saved_tensors
-        # Under no_grad, where every ordinary backward runs, the graph of the graph is not asked for.
+        # An ordinary backward runs under no_grad and needs no graph of its own.
         backward = AttentionBackwardFn.apply if torch.is_grad_enabled() else AttentionBackwardFn.forward
         return backward(dout, qkv, *ctx.options, *saved), None, None, None
 
@@ -143,7 +146,7 @@ class AttentionBackwardFn(torch.autograd.Function):
         dout: Tensor, qkv: Tensor, num_heads: int, legacy_order: bool, kernel: Kernel, *saved: Tensor
     ) -> Tensor:
         out, *rest = saved
-        # Gradients of a sum or a mean come with stride 0; the kernels read rows of contiguous numbers.
+        # Gradients of a sum or a mean have stride 0, but the kernels need contiguous rows.
         do, out = (_split_heads(t, num_heads) for t in (dout.contiguous(), out))
         gradients = kernel.backward(do, *split_qkv(qkv, num_heads, legacy_order), out, *rest)
         return join_qkv(*gradients, legacy_order)
@@ -158,7 +161,7 @@ class AttentionBackwardFn(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dout, qkv = ctx.saved_tensors
         d_dout, d_qkv = attention_bwd_bwd_ref(g, dout, qkv, ctx.num_heads, legacy_order=ctx.legacy_order)
-        # What the forward kept is a function of qkv, and counted there.
+        # The saved tensors are functions of qkv, and d_qkv includes that dependence.
         return d_dout, d_qkv, *[None] * ctx.others
 
     @staticmethod
@@ -171,11 +174,12 @@ def _no_forward_mode() -> Unavailable:
 
 
 def _by_function(qkv: Tensor) -> bool:
-    """Tell whether a call goes through `AttentionFn`: in eager mode, where a gradient may be asked for.
+    """Tell whether a call goes through `AttentionFn`: in eager mode, if a gradient may be needed.
 
     torch.compile, torch.jit.trace and torch.func.vmap get the library's op with the library's own first
-    derivative instead: none of them has a second one to lose (compiled graphs can't be differentiated twice),
-    and a compiled torch.func.grad of a Function around a raw op gives zeros, silently.
+    derivative instead. This loses no second derivative, because none of them has one (compiled graphs can't
+    be differentiated twice), and it is needed because a compiled torch.func.grad of a Function around a raw
+    op silently gives zeros.
     """
     if torch.compiler.is_compiling() or in_program():
         return False
@@ -185,12 +189,12 @@ def _by_function(qkv: Tensor) -> bool:
 
 
 def _sdpa(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
-    """torch's scaled_dot_product_attention, which chooses its kernel, on strided views of the same tensor."""
+    """Call torch's scaled_dot_product_attention, which chooses its kernel, on strided views of qkv."""
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
     if not _by_function(qkv):
         if q.shape[-1] < kernels.WIDTH and not (traced(qkv) or in_autocast(qkv.device)):
             kernel = kernels.torch_kernel(q, k, v)
-            if kernel is kernels.FLASH_CPU:  # which widens the heads
+            if kernel is kernels.FLASH_CPU:  # it pads narrow heads, which makes it faster
                 return _merge_heads(kernel.infer(q, k, v))
         return _merge_heads(F.scaled_dot_product_attention(q, k, v))
     kernel = kernels.torch_kernel(q, k, v)
@@ -204,7 +208,7 @@ def _sdpa_supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -
 
 
 def _by_kernel(kernel: Kernel, qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
-    """One kernel by name."""
+    """Compute attention with the given kernel."""
     if _by_function(qkv):
         return record(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
@@ -224,22 +228,22 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     Args:
         qkv: [N, S, 3*h*d], contiguous in its last dimension; float16, bfloat16, float32 or float64.
         num_heads: h; 3*h must divide the last dimension.
-        legacy_order: rows are [h, 3, d] instead of [3, h, d]. Both are read in place: q, k and v of a head
-            are rows of d numbers, 3*h*d apart, either way.
-        impl: name of an implementation (see `admfast info`); None chooses.
+        legacy_order: rows are [h, 3, d] instead of [3, h, d]. Both are read in place: in either order q, k
+            and v of a head are rows of d numbers, 3*h*d apart.
+        impl: name of an implementation (see `admfast info`); None: chosen automatically.
 
     Returns:
         [N, S, h*d], dtype of `qkv`.
 
     Raises:
         InvalidArgument: for a shape that `num_heads` doesn't divide, or a dtype that isn't floating.
-        Unavailable: for an implementation asked for by name that can't serve the call, and for forward-mode
+        Unavailable: for a named implementation that can't serve the call, and for forward-mode
             differentiation of a fused one.
 
     Softmax accumulates in float32 (float64 for float64 input). Differentiable in `qkv` any number of times:
-    the first derivative by the implementation's own backward, further ones by the formula
-    (`attention_bwd_bwd_ref`). Under torch.compile and torch.func.vmap fused implementations have the first
-    derivative alone.
+    the first derivative is the implementation's own backward, further ones come from a formula
+    (`attention_bwd_bwd_ref`). Under torch.compile and torch.func.vmap fused implementations have only the
+    first derivative.
     """
     checks.floating("qkv", qkv)
     if qkv.dim() != 3 or not qkv.shape[-1]:
@@ -257,7 +261,7 @@ def _one_kernel(
     available: Callable[[], str | None],
     reason_of: Callable[..., str | None],
 ) -> Implementation:
-    """Return the entry of a single kernel; `reason_of(q, k, v)` gives its own reasons against a call."""
+    """Return the table's entry for a single kernel; `reason_of(q, k, v)` says why it can't serve a call."""
 
     def supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
         reason = _sdpa_supports(qkv, num_heads)
@@ -271,12 +275,13 @@ def _one_kernel(
 def _of_torch(
     name: str, forward: Callable[..., Tensor], available: Callable[[], str | None] = kernels.no_cuda
 ) -> Implementation:
-    """Return the entry of a kernel of PyTorch's."""
+    """Return the table's entry for one of PyTorch's kernels."""
     return _one_kernel(f"sdpa-{name}", forward, available, partial(kernels.torch_reason, name))
 
 
 _xformers = partial(_by_kernel, kernels.XFORMERS)
-# After "sdpa", which chooses among them, the single kernels come into play by name only.
+# "sdpa" chooses among PyTorch's kernels and supports every call that they support, so their own entries run
+# only if named.
 TABLE = OpTable(
     "attention",
     [

@@ -1,4 +1,4 @@
-"""Calls of `attention`: an example, small ones of odd sizes, those of the released networks."""
+"""Cases of `attention`: an example, small cases of odd sizes, and the shapes of the released networks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SMALL = (
     dict(n=1, tokens=9, heads=3, head_dim=8, legacy_order=False),
     dict(n=2, tokens=130, heads=2, head_dim=8),
 )
-# "model tokens x heads x channels a head". Heads of 64 channels, except the 128 px model and the 64->256
-# upsampler, which fix four heads instead. 32 channels a head belongs to no released model; it is the width
-# small models are trained with.
+# Each entry is "model tokens x heads x channels per head". Heads have 64 channels, except in the 128 px model
+# and the 64->256 upsampler, which fix four heads instead. No released model has 32 channels per head, but
+# small models are trained with that width.
 _NETWORKS = """
 unet256 1024x8x64   unet256 256x16x64   unet256 64x16x64   unet64 1024x6x64   unet64 256x9x64  unet64 64x12x64
 unet128 1024x4x128  unet128 256x4x192   unet128 64x4x256   up64_256 1024x4x96 up64_256 256x4x192
@@ -49,7 +49,7 @@ def arguments(
 
 
 def wrong() -> list[tuple[dict[str, Any], str]]:
-    """Arguments that no implementation takes."""
+    """Return arguments that every implementation rejects."""
     qkv = torch.ones(1, 64, 1536)
     changes: list[tuple[dict[str, Any], str]] = [
         (dict(num_heads=value), "num_heads") for value in (2.0, None, 0, 7, True, torch.tensor(8))

@@ -1,8 +1,8 @@
-"""The fused kernels under `attention`: raw forward and backward, and why one can't serve a call.
+"""The fused kernels of `attention`: raw forward and backward, and the reasons why one can't serve a call.
 
-They are PyTorch's own (through ATen) and xformers'. All take q, k, v as [N, h, S, d] views with a contiguous
-last dimension and any other strides, which is what every one of them asks for: a head is S rows of d numbers,
-3*h*d apart in either published row order, so neither order needs a copy or permuted weights.
+They are PyTorch's own (through ATen) and xformers'. All take q, k, v as [N, h, S, d] views whose last
+dimension is contiguous; the other strides are free. In either published row order a head is S rows of d
+numbers, 3*h*d apart, so neither order needs a copy or permuted weights.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ ATEN = torch.ops.aten
 class Kernel:
     """One fused attention.
 
-    `forward(q, k, v)` returns (out, *saved) and `backward(dout, q, k, v, out, *saved)` returns (dq, dk, dv),
-    neither of them differentiable; `infer(q, k, v)` returns out alone. All [N, h, S, d].
+    `forward(q, k, v)` returns (out, *saved) and `backward(dout, q, k, v, out, *saved)` returns (dq, dk, dv);
+    neither is differentiable. `infer(q, k, v)` returns only out. q, k, v, out and their gradients are
+    [N, h, S, d].
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -42,13 +43,13 @@ class Kernel:
 # PyTorch's kernels. The order of the arguments of the backward is that of torch's own derivative formulas.
 
 
-# Vectors hold 16 numbers: over 1024 positions torch's kernel takes 1.5 times as long for heads of 8 as for
-# heads of 16, forward and backward; over 64 as long. Zeros add nothing to a product.
+# A vector holds 16 numbers. With 1024 positions torch's kernel takes 1.5 times as long for heads of 8 as for
+# heads of 16, forward and backward; with 64 positions both take the same time. Zeros don't change a product.
 WIDTH, FEWEST_POSITIONS = 16, 128
 
 
 def _widened(q: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return heads that are narrow and have many positions with zeros up to the width of a vector."""
+    """Pad narrow heads with zeros to the width of a vector, if there are many positions."""
     missing = WIDTH - q.shape[-1]
     if missing <= 0 or q.shape[2] < FEWEST_POSITIONS:
         return (q, *tensors)
@@ -124,11 +125,11 @@ CUDNN = Kernel(_cudnn_forward, _cudnn_backward, _cudnn_infer)
 
 
 def torch_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
-    """The kernel that scaled_dot_product_attention would take for this call; None for its plain formula."""
+    """Return the kernel that scaled_dot_product_attention would use for a call; None: its plain formula."""
     choice = torch._fused_sdp_choice(q, k, v)
     if q.device.type == "cpu":
         return FLASH_CPU if choice == SDPBackend.FLASH_ATTENTION.value else None
-    if q.shape[-1] % 8:  # torch pads the heads around its kernel for these
+    if q.shape[-1] % 8:  # for these torch pads the heads, outside of its kernel
         return None
     fused = {
         SDPBackend.FLASH_ATTENTION.value: FLASH,
@@ -139,7 +140,7 @@ def torch_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
 
 
 def torch_reason(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Say why PyTorch's kernel "flash", "efficient" or "cudnn" can't serve a call; None where it can."""
+    """Return why PyTorch's kernel "flash", "efficient" or "cudnn" can't serve a call; None if it can."""
     if q.device.type == "cpu":
         if backend != "flash":
             return "not on a CPU"
@@ -150,7 +151,7 @@ def torch_reason(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"not on {q.device.type}"
     if q.shape[-1] % 8:
         return f"head dim {q.shape[-1]} is not a multiple of 8"
-    if torch.compiler.is_compiling():  # what follows can't be traced; the kernels check by themselves
+    if torch.compiler.is_compiling():  # the checks below can't be traced; the kernels have their own
         return None
     usable = getattr(torch.backends.cuda, f"can_use_{backend}_attention")
     call = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
@@ -167,12 +168,12 @@ def torch_reason(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _fmha() -> Any:
-    """xformers' attention; imported here alone, so only where a CUDA tensor is attended."""
+    """Import xformers' attention. Nothing else imports it, so it is loaded only for CUDA tensors."""
     return importlib.import_module("xformers.ops.fmha")
 
 
 def _turned(*tensors: Tensor) -> list[Tensor]:
-    """[N, h, S, d] <-> [N, S, h, d], views."""
+    """Swap the dimensions h and S, as views: [N, h, S, d] <-> [N, S, h, d]."""
     return [t.transpose(1, 2) for t in tensors]
 
 
@@ -194,14 +195,14 @@ XFORMERS = Kernel(_xformers_forward, _xformers_backward, _xformers_infer)
 
 
 def xformers_missing() -> str | None:
-    """Say why xformers can't run in this process at all; None where it may. Imports nothing."""
+    """Return why xformers can't run in this process at all; None if it may. Imports nothing."""
     if torch.compiler.is_compiling():
         return "torch.compile traces scaled_dot_product_attention instead"
     return no_cuda() or _xformers_not_installed()
 
 
 def no_cuda() -> str | None:
-    """Say why no CUDA kernel can run in this process; None where they may."""
+    """Return why no CUDA kernel can run in this process; None if they may."""
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
@@ -211,7 +212,7 @@ def _xformers_not_installed() -> str | None:
 
 
 def xformers_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Say why xformers can't serve a call; None where it can."""
+    """Return why xformers can't serve a call; None if it can."""
     n, h, s, d = q.shape
     if q.device.type != "cuda":
         return f"not on {q.device.type}"
@@ -221,7 +222,8 @@ def xformers_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"head dim {d} is not a multiple of 8 up to 256"
     if not n * h * s:
         return "nothing to attend to"
-    # Reads of 16 bytes: what stands between two rows, samples or heads, and before the first, must fit.
+    # Reads are 16 bytes wide, so the offset of the first element and the strides of samples, heads and rows
+    # must be multiples of 8 elements.
     if any(step % 8 for t in (q, k, v) for step in (t.storage_offset(), *t.stride()[:3])):
         return "rows of qkv are not aligned to 8 elements"
     return _xformers_trial(q.device.index or 0, q.dtype, d)
@@ -229,13 +231,16 @@ def xformers_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 @functools.cache
 def _xformers_trial(device: int, dtype: torch.dtype, d: int) -> str | None:
-    """Attend once, forward and backward, on the real device: the package can be there without its kernels."""
+    """Run one small attention, forward and backward, on the device; return why it failed, or None.
+
+    The package can be installed without its kernels.
+    """
     try:
         with deriving():
             tiny = torch.ones(1, 1, 8, d, device=f"cuda:{device}", dtype=dtype)
             out, lse = _xformers_forward(tiny, tiny, tiny)
             gradients = _xformers_backward(torch.ones_like(out), tiny, tiny, tiny, out, lse)
             right = all(bool(torch.isfinite(t).all()) for t in (out, *gradients)) and torch.equal(out, tiny)
-    except Exception as error:  # whatever a foreign package raises is the reason
+    except Exception as error:  # another package may raise anything; its text is the reason
         return f"its trial failed: {first_line(error)}"
     return None if right else "its trial gave wrong numbers"

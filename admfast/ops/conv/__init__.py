@@ -1,8 +1,8 @@
 """Convolution with an added bias and residual: `conv` with trainable weights, `FoldedConv` with frozen ones.
 
-`folded.py` and `train.py` hold the two ops, each with its table of implementations; `forms.py` holds what is
-derived from frozen weights and runs it, `grad.py` their autograd, `winograd.py` the algorithm, `epilogue.py`
-the kernel that adds bias and residual on a GPU.
+`folded.py` has `FoldedConv` and `train.py` has `conv`, each with its table of implementations. `forms.py`
+derives forms of frozen weights and runs them, `grad.py` has their autograd, `winograd.py` Winograd's
+algorithm, and `epilogue.py` the kernel that adds bias and residual on a GPU.
 """
 
 from admfast.ops.conv.folded import FoldedConv, conv_ref

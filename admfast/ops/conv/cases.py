@@ -1,4 +1,4 @@
-"""Calls of the convolutions and of the kernel after them: examples, small ones, those of the networks."""
+"""Cases of the convolutions and of the kernel after them: examples, small cases, the networks' shapes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SMALL = (
     dict(n=1, c_in=3, c_out=5, spatial=(6, 6), kernel=1, bias=True),
     dict(n=3, c_in=33, c_out=6, spatial=(5, 4), residual=True),
 )
-# (shape, bias, residual): blocks filled and unfilled, a bias read as a whole and in crumbs
+# Full and partly filled blocks; a bias that is read in vectors, and element by element.
 EPILOGUES: tuple[Case, ...] = (
     dict(n=2, channels=16, spatial=(16, 8)),
     dict(n=1, channels=65, spatial=(7, 5)),
     dict(n=3, channels=6, spatial=(19, 23), residual=False),
     dict(n=1, channels=3, spatial=(2, 5, 3), bias=False),
 )
-# Per model its forward operations for one image (1e9), its six most expensive 3x3 and two most expensive 1x1
-# shapes (three and one for the classifiers) as "channels in > channels out @ side * how often". Stride 1,
-# padding (kernel - 1) / 2, square input. The query-key-value projections of attention are 1x1 convolutions
-# over side * side tokens and are listed as such.
+# For each model: the operations of its forward for one image (1e9), then its six most expensive 3x3 and two
+# most expensive 1x1 shapes (three and one for the classifiers). A shape is written
+# "channels in > channels out @ side * count"; it has stride 1, padding (kernel - 1) / 2 and a square input.
+# The query-key-value projections of attention are listed as 1x1 convolutions over side * side tokens.
 _NETWORKS = """
 unet64 219.356 3x3 192>192@64*10 384>384@32*9 384>384@64*2 384>192@64*3 576>576@16*9 576>576@32*2
   1x1 384>1152@32*7 576>1728@16*7
@@ -118,12 +118,12 @@ def folded(
     impl: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """Convolve with weights that are folded for this call."""
+    """Convolve with a `FoldedConv` made for this call."""
     return FoldedConv(weight, bias, padding=padding, impl=impl, **options)(x, residual)
 
 
 def epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, impl: str) -> Tensor:
-    """Add bias and residual to `y`, in place by the kernel."""
+    """Add bias and residual to `y`; the kernel does so in place."""
     if impl != "reference":
         added: Tensor = launchers.launcher("conv_epilogue", "conv_epilogue_fwd")(y, bias, residual)
         return added
@@ -149,9 +149,9 @@ def epilogue_arguments(
 def _epilogues(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **geometry: Any
 ) -> Any:
-    """Return the epilogues of a convolution: of two sources, the second's result is added to the first's."""
+    """Return the epilogue cases of a convolution; the last adds the results of two sources."""
     if x.dim() < 4:
-        return []  # a product of matrices adds for itself
+        return []  # in one dimension a matrix product adds bias and residual itself
     sizes = zip(
         x.shape[2:], weight.shape[2:], *(geometry[name] for name in ("stride", "padding")), strict=True
     )
@@ -161,7 +161,7 @@ def _epilogues(
 
 
 def _wrong(trained: bool) -> list[tuple[dict[str, Any], str]]:
-    """Arguments that no implementation takes, with weights that are trained or frozen."""
+    """Return arguments that every implementation rejects, for weights that are trained or frozen."""
     x, weight, bias = torch.ones(2, 64, 8, 8), torch.ones(64, 64, 3, 3), torch.ones(64)
     changes: list[tuple[dict[str, Any], str]] = [
         (dict(bias=torch.ones(1)), "bias.shape"),

@@ -1,4 +1,4 @@
-"""Add a convolution's bias and residual by one Triton kernel on a GPU, where torch takes two."""
+"""Add a convolution's bias and residual with one Triton kernel on a GPU; torch would run two."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from admfast.ops.transforms import record, recorded, traced
 
 
 def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Tell whether the kernel may follow the convolution of `x`, which is on that kind of device.
+    """Tell whether the kernel may follow the convolution of `x`, which is on a device of the type `device`.
 
-    What looks on (a compiler, a transform, a mode) or differentiates forward must see torch's operations.
+    A compiler, a transform, a dispatch mode and forward-mode differentiation must see torch's own operations.
     """
     return (
         not traced(x, residual)
@@ -33,7 +33,7 @@ def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None)
 
 
 def add(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Compute `y + bias + residual` into `y`, an output of a convolution that nobody else holds.
+    """Compute `y + bias + residual` in place in `y`, a convolution's output that nothing else refers to.
 
     Differentiable in y and residual any number of times, never in bias.
     """
@@ -44,7 +44,7 @@ def add(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
 
 
 class ConvEpilogueFn(torch.autograd.Function):
-    """`y + bias + residual` in place; no convolution's gradient looks at its output."""
+    """Autograd of `y + bias + residual`, in place: the gradient of a convolution doesn't need its output."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -58,5 +58,5 @@ class ConvEpilogueFn(torch.autograd.Function):
 
 @functools.cache
 def _launcher() -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
-    """Return the raw launcher; importing it imports triton."""
+    """Return the raw launcher; this imports triton."""
     return launchers.launcher("conv_epilogue", "conv_epilogue_fwd")

@@ -1,4 +1,4 @@
-"""Convolution with frozen weights and an added residual, on whatever form of the weights runs fastest."""
+"""Convolution with frozen weights and an added residual, on the form of the weights that runs fastest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def conv_ref(
     stride: int | tuple[int, ...] = 1,
     padding: int | tuple[int, ...] = 1,
 ) -> Tensor:
-    """Reference of `FoldedConv` in plain PyTorch; computes in float32, or float64 for float64 input."""
+    """Compute `FoldedConv` in plain PyTorch, in float32, or in float64 for float64 input."""
     wide = torch.promote_types(x.dtype, torch.float32)
     convolution = CONVOLUTIONS[weight.dim() - 2]
     y = convolution(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide), stride, padding)
@@ -39,29 +39,30 @@ def conv_ref(
 
 
 class FoldedConv:
-    """`y = conv([x, x2], weight) + bias (+ residual)` with frozen weights, and what was derived from them.
+    """`y = conv([x, x2], weight) + bias (+ residual)` with frozen weights, and the forms derived from them.
 
-    The convolution is torch's (a cross-correlation, zeros around x). What an implementation needs of the
-    weights is derived when it first runs, in each of the two directions (the gradient's is a convolution of
-    its own), and kept. Differentiable in x and residual any number of times, never in weight and bias; in
-    forward mode and under vmap by torch's own convolution. Accumulates in float32 at least.
+    The convolution is torch's: a cross-correlation with zero padding. When an implementation first runs, it
+    derives the form of the weights that it needs, and keeps it. The input's gradient is a convolution too,
+    with forms of its own. Differentiable in x and residual any number of times, never in weight and bias; in
+    forward mode and under vmap through torch's own convolution. Accumulates in float32 or wider.
 
-    What is not finite in x reaches the outputs that depend on it; in the implementation `winograd` also those
-    beside them in the 4x4 tiles that the image is cut into, from its upper left corner on.
+    NaN or infinity in x reaches the outputs that depend on it. With the implementation `winograd` it also
+    reaches the other outputs of their 4x4 tiles; the tiling begins at the upper left corner of the image.
 
     Args:
         weight: [C_out, C_in, *kernel], one to three spatial dimensions, any floating dtype, on the device of
-            the inputs to come. It is kept, not copied: after a change of its values call `refold`.
-            `conv.weight` and `conv.bias` are the tensors given.
+            the inputs. It is kept, not copied: call `refold` after its values have changed. `conv.weight` and
+            `conv.bias` are the given tensors.
         bias: [C_out] or None.
-        stride, padding: for every spatial dimension, or one number for all.
-        dtype: of inputs, outputs and products; None: that of `weight`.
-        impl: name of an implementation (see `admfast info`); None chooses by shape.
-        split: input channels of the first of two sources, whose products are added up without ever being
-            written side by side; 0: there is one source, and a second one is appended to it.
-        rows: the order in which the output channels come; None: their own.
-        spare_memory: don't choose what derives more than the weights take themselves (`winograd`: four times
-            as much, in each direction that runs).
+        stride, padding: one number for each spatial dimension, or one for all.
+        dtype: dtype of inputs, outputs and products; None: that of `weight`.
+        impl: name of an implementation (see `admfast info`); None: chosen by shape.
+        split: number of input channels of the first of two sources. The sources are convolved separately and
+            the results added, so that no concatenation is written to memory. 0: one source; an `x2` is
+            concatenated to `x`.
+        rows: order of the output channels, as indices of the rows of `weight`; None: unchanged.
+        spare_memory: don't choose an implementation whose form is larger than the weights (`winograd`: four
+            times as large, in each direction that runs).
 
     Raises:
         InvalidArgument: for shapes, dtypes or devices that don't fit, and an unknown `impl`.
@@ -94,7 +95,7 @@ class FoldedConv:
         self._take(weight, bias)
         self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory)
         columns = [slice(split), slice(split, None)] if split else [slice(None)]
-        self.directions = [Direction(weight, self.options, _run, part) for part in columns]  # one a source
+        self.directions = [Direction(weight, self.options, _run, part) for part in columns]  # one per source
         self._bias = None
         if bias is not None:
             with deriving():
@@ -106,28 +107,28 @@ class FoldedConv:
     def __call__(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
         """Convolve `x` [N, C_in, *spatial] and add `residual` [N, C_out, *out], of the same dtype and device.
 
-        x2: the second source, [N, C_in2, *spatial]. Returns [N, C_out, *out], channels-last where `x` is;
-        autocast changes nothing. Raises InvalidArgument for what doesn't fit, Unavailable for an
-        implementation asked for by name that can't serve the call.
+        x2: the second source, [N, C_in2, *spatial]. Returns [N, C_out, *out], channels-last if `x` is (with
+        `split`: if `x2` is). Autocast has no effect. Raises InvalidArgument for arguments that don't fit, and
+        Unavailable for a named implementation that can't serve the call.
         """
-        if in_autocast(x.device):  # in which torch would compute in another dtype
+        if in_autocast(x.device):  # otherwise torch would compute in another dtype
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, residual, x2)
         if len(self.directions) == 1:
             return self.of_source(0, x if x2 is None else torch.cat([x, x2], dim=1), residual)
         if x2 is None:
-            raise invalid("x2", None, "the second source")
+            raise invalid("x2", None, "a tensor: the weights are split for two sources")
         return self.of_source(1, x2, self.of_source(0, x, residual))
 
     def of_source(self, number: int, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Return the convolution of one source, with the bias where it is the first, in the layout of `x`."""
+        """Return the convolution of source `number` in the layout of `x`; source 0 has the bias added."""
         y = _run(self.directions[number], x, None if number else self._bias, residual)
         return channels_last(y) if is_channels_last(x) else y.contiguous()
 
     def refold(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Take other values: everything that was derived is written anew, into the same memory.
+        """Take new weights and bias, and rewrite all derived forms in the same memory.
 
-        Raises InvalidArgument where a shape, or the presence of the bias, is another one.
+        Raises InvalidArgument if a shape, the weights' device, or the presence of the bias has changed.
         """
         old = self.weight
         if weight.shape != old.shape or weight.device != old.device:
@@ -135,7 +136,7 @@ class FoldedConv:
             raise invalid("weight", now, f"must stay {before}")
         if (bias is None) != (self.bias is None):
             given = None if bias is None else tuple(bias.shape)
-            raise invalid("bias", given, "must be None exactly where it was before")
+            raise invalid("bias", given, "must be None if and only if it was None before")
         check_bias(weight, bias)
         self._take(weight, bias)
         if bias is not None and self._bias is not None:
@@ -149,30 +150,30 @@ class FoldedConv:
         self._written = self._writes()
 
     def _writes(self) -> int:
-        """Return how often weight and bias were written to as far as torch counts."""
+        """Return how many writes to weight and bias torch has counted; 0 for inference tensors."""
         given = [t for t in (self.weight, self.bias) if t is not None]
         return 0 if self.weight.is_inference() else sum(t._version for t in given)
 
     @property
     def holds(self) -> bool:
-        """Tell whether torch counted no write to weight and bias since they were folded."""
+        """True if torch has counted no write to weight and bias since they were folded."""
         return self._writes() == self._written
 
     def forms(self) -> list[Tensor]:
-        """Return what was derived from the weights so far."""
+        """Return the forms that have been derived from the weights so far."""
         return [form for direction in self._all_directions() for form in direction.forms.values()]
 
     def _all_directions(self) -> list[Direction]:
         return [direction for forward in self.directions for direction in forward.both()]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles hold weights and bias alone, and derive anew what they need."""
+        """Copy and pickle only weights, bias and options; the result derives its own forms."""
         bias = None if self.bias is None else self.bias.detach()
         return functools.partial(FoldedConv, **vars(self.options)), (self.weight.detach(), bias)
 
 
 def each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
-    """One number for each spatial dimension."""
+    """Return one number for each spatial dimension; `value` may be one for all. Raises InvalidArgument."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,) * dims
     if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):
         raise invalid(name, value, f"one whole number of at least {least}, or {dims} of them")
@@ -180,7 +181,7 @@ def each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tupl
 
 
 def _check(direction: Direction, x: Tensor, residual: Tensor | None) -> None:
-    """Refuse, by name, what no implementation could compute."""
+    """Reject inputs that no implementation could compute."""
     weight = direction.source
     if x.dim() != weight.dim() or x.shape[1] != direction.in_channels:
         dims = len(direction.kernel)
@@ -199,13 +200,13 @@ def _check(direction: Direction, x: Tensor, residual: Tensor | None) -> None:
 
 
 def check_residual(residual: Tensor, shape: Sequence[int]) -> None:
-    """Refuse a residual that isn't of the output's shape: one that broadcasts would be added unnoticed."""
+    """Reject a residual of another shape than the output's; one that broadcasts would be added silently."""
     if residual.shape != shape:
         raise invalid("residual.shape", tuple(residual.shape), f"must be {tuple(shape)}")
 
 
 def check_bias(weight: Tensor, bias: Tensor | None) -> None:
-    """Refuse a bias that isn't one number for each output channel."""
+    """Reject a bias that isn't one number for each output channel."""
     if bias is not None and bias.shape != weight.shape[:1]:
         raise invalid("bias.shape", tuple(bias.shape), f"must be {tuple(weight.shape[:1])}")
 
@@ -214,9 +215,9 @@ def check_bias(weight: Tensor, bias: Tensor | None) -> None:
 
 
 def preferred(direction: Direction, x: Tensor) -> str:
-    """The implementation that was measured to be the fastest for a call.
+    """Return the name of the implementation that was measured to be the fastest for a call.
 
-    Milliseconds on one thread of a 2.3 GHz Xeon with AVX-512, float32, channels-last, weights in no cache:
+    Milliseconds on one thread of a 2.3 GHz Xeon with AVX-512, float32, channels-last, weights not in a cache:
 
         channels, side, batch       library   packed   winograd
         192 -> 192, 64, 4                61       61         23
@@ -235,16 +236,17 @@ def preferred(direction: Direction, x: Tensor) -> str:
           1 ->  32, 32, 1              0.13     0.13      0.09
           3 -> 192, 64, 1              0.93     0.59      0.95
 
-    With few tiles it is reading the weights, four times as many, that takes the time; tiles less than half
-    full are products for nothing; and with few channels in and many out the last transform has no products to
-    pay for it. A call of `packed` takes 0.1 ms, whatever it computes. A
-    1x1 convolution as a matrix product takes as long as the library's, within 10 %, and works with any batch
-    size on the same weights. In bfloat16 without AMX packed weights gain at batch 1 alone.
+    `winograd` is slower in three cases. With few tiles, most of the time goes into reading its weights, which
+    are four times as large. With tiles less than half full, most of its products are wasted. With few input
+    and many output channels, there are too few products to pay for the output transform. `packed` has an
+    overhead of 0.1 ms per call. A 1x1 convolution as a matrix product takes as long as the library's, within
+    10 %, and uses the same weights for every batch size. In bfloat16 without AMX, packed weights are faster
+    only at batch 1.
 
-    What counts or traces torch's operations gets these.
+    If something counts or traces torch's operations, `library` or `matmul` is chosen, which consist of them.
 
-    On a GPU torch gives cuDNN a one-dimensional channels-last input as a transposed copy, which a matrix
-    product does without.
+    On a GPU torch gives cuDNN a transposed copy of a one-dimensional channels-last input; a matrix product
+    needs no copy.
     """
     if forms.matmul_supports(direction, x) is None:
         return "matmul"
@@ -266,13 +268,13 @@ def preferred(direction: Direction, x: Tensor) -> str:
 @constant
 @functools.cache
 def wide_loops() -> bool:
-    """Tell whether the compiled loops have vectors: without, they take 560 ms where the library takes 510."""
+    """Tell whether the compiled loops use vectors; without, they take 560 ms where the library takes 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
 
 
 def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:
-    """The implementation for a call, which is checked and looked up once for each kind of input."""
-    # Transforms and traces are not of the input's kind.
+    """Return the implementation for a call. Check and choose once for each kind of input."""
+    # The key below doesn't include transforms and traces.
     if torch.compiler.is_compiling() or forms.transformed() or observed():
         _check(direction, x, residual)
         return TABLE.choose(direction.impl, direction, x)
@@ -296,7 +298,7 @@ def _run(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 def _recording(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run`, which nobody differentiates, recorded where a derivative or a trace is being made."""
+    """Wrap `run`, which torch can't differentiate, in `ConvFn` where a gradient or a trace is recorded."""
 
     def forward(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -313,7 +315,7 @@ def _reference(direction: Direction, x: Tensor, bias: Tensor | None, residual: T
     return conv_ref(x, weight, bias, residual, stride=direction.stride, padding=direction.padding)
 
 
-# After "library", which serves every call, the others come into play by `preferred` or by name alone.
+# "library" serves every call, so the entries after it run only if `preferred` returns them or they are named.
 TABLE = OpTable(
     "conv",
     [

@@ -1,4 +1,4 @@
-"""A convolution with frozen weights in its two directions, and what its implementations derive from them."""
+"""The two directions of a convolution with frozen weights, and the forms of the weights that are derived."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from admfast.ops.transforms import compiled_transform, constant, deriving, in_fo
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 DERIVING = threading.RLock()  # threads that share a network may need a new form at the same time
-SIZES = 2  # inputs for which a form is kept at a time: a batch, and a last one of fewer images
+SIZES = 2  # input sizes for which a form is kept: that of full batches, and that of a smaller last one
 
-# run(direction, x, bias, residual) -> y, whichever implementation the direction's shapes ask for
+# run(direction, x, bias, residual) -> y, by the implementation that is chosen for the shapes
 Run = Callable[["Direction", Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class ConvOptions:
-    """Keep the settings of a `FoldedConv`. stride, padding: one number for each dimension."""
+    """The settings of a `FoldedConv`. stride, padding: one number for each dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -43,12 +43,12 @@ class ConvOptions:
 
 
 class Direction:
-    """A convolution x -> y; or its transpose dy -> dx, a convolution too where the stride is one.
+    """A convolution x -> y, or its transpose dy -> dx, which is a convolution too if the stride is one.
 
-    What is derived from the weights is made when it is first asked for and kept in `forms`.
+    Forms of the weights are derived on first use and kept in `forms`.
 
-    weight: [C_out, C_in, *kernel], kept and not copied. columns: the input channels that it takes. other: the
-    direction of which this is the transpose, with the same weight and columns.
+    weight: [C_out, C_in, *kernel], kept and not copied. columns: the slice of input channels that is used.
+    other: the direction whose transpose this is, if it is one, with the same weight and columns.
     """
 
     def __init__(
@@ -69,22 +69,22 @@ class Direction:
         self.renewals = 0
         self.forms: dict[tuple[Any, ...], Tensor] = {}
         self.plans: dict[tuple[Any, ...], Any] = {}
-        # A trace holds this text in the place of the object.
+        # A trace holds this string instead of the object.
         self.key = str(next(_count))
         BY_KEY[self.key] = self
 
     def source_part(self) -> Tensor:
-        """Return the weights of these columns in the order of the rows, the same for both directions."""
+        """Return the weights of `columns` in the order of `rows`; they are the same for both directions."""
         weight = self.source[:, self.columns]
         return weight if self.options.rows is None else weight[self.options.rows]
 
     def weight(self) -> Tensor:
-        """The weights of this direction; the transpose's are flipped in space, their channels exchanged."""
+        """Return this direction's weights; a transpose's are flipped in space, with channels exchanged."""
         weight = self.source_part()
         return weight.flip(*range(2, weight.dim())).transpose(0, 1) if self.is_transpose else weight
 
     def transposed(self) -> Direction:
-        """The other direction."""
+        """Return the other direction."""
         if self.other is None:
             padding = tuple(k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True))
             options = replace(self.options, padding=padding)
@@ -92,29 +92,29 @@ class Direction:
         return self.other
 
     def both(self) -> list[Direction]:
-        """This direction, and the other one where it was asked for."""
+        """Return this direction, and the other one if it exists."""
         return [self] if self.other is None else [self, self.other]
 
     def state(self) -> tuple[int, int]:
-        """Return what tells whether the weights are those of before: renewals, and writes as torch counts."""
+        """Return a fingerprint of the weights: the numbers of renewals, and of writes counted by torch."""
         return self.renewals, 0 if self.source.is_inference() else self.source._version
 
     def out_shape(self, x: Tensor) -> list[int]:
-        """[N, C_out, *spatial] of the convolution of `x`."""
+        """Return the shape [N, C_out, *spatial] of the convolution of `x`."""
         sizes = zip(x.shape[2:], self.kernel, self.stride, self.padding, strict=True)
         return [x.shape[0], self.out_channels, *((size + 2 * p - k) // s + 1 for size, k, s, p in sizes)]
 
     def form(self, name: str, *size: int) -> Tensor:
-        """Return the form of the weights that `name` runs on, for inputs of `size` if that matters."""
+        """Return the form for implementation `name`; `size`: the input's shape, if the form depends on it."""
         key = (name, *size)
         if torch.compiler.is_compiling():
-            # A trace that made the form would make it at every call; what lies there it takes as an input.
+            # Traced code would make the form again at every call; a form that exists is an input of it.
             _make_in_a_trace(self.key, name)
             return self.forms[key]
         found = self.forms.get(key)
         if found is None:
             with DERIVING:
-                # A form that another thread has just made may lie in a captured graph: it must stay.
+                # If another thread has just made the form, keep it: a captured graph may use it.
                 found = self.forms.get(key)
                 if found is None:
                     self._forget(name)
@@ -122,13 +122,13 @@ class Direction:
         return found
 
     def _forget(self, name: str) -> None:
-        """Drop the oldest form of a kind of which there are as many as are kept."""
+        """Drop the oldest form of implementation `name` if SIZES of them are kept."""
         same = [key for key in self.forms if key[0] == name]
         if len(same) >= SIZES:
             del self.forms[same[0]]
 
     def refold(self, weight: Tensor) -> None:
-        """Take these weights, and write what they give into the forms that there are."""
+        """Take new weights, and rewrite the existing forms in place."""
         self.source = weight.detach()
         self.renewals += 1
         with DERIVING, deriving():
@@ -146,14 +146,14 @@ _count = itertools.count()
 
 @constant
 def _make_in_a_trace(key: str, name: str) -> bool:
-    """Make a form now, while its direction is being traced."""
+    """Make a form now, while its direction is being traced; return True."""
     direction = BY_KEY[key]
     if (name,) not in direction.forms:
         direction.forms[(name,)] = direction._derived((name,))
     return True
 
 
-# What each implementation derives
+# The form that each implementation derives
 
 
 def _library_form(direction: Direction) -> Tensor:
@@ -161,7 +161,7 @@ def _library_form(direction: Direction) -> Tensor:
 
 
 def _matmul_form(direction: Direction) -> Tensor:
-    """[C_in, C_out]: a product with it reads both sides along their rows."""
+    """Return [C_in, C_out]: a product with it reads both matrices along their rows."""
     return direction.weight().flatten(1).t().to(direction.dtype, copy=True).contiguous()
 
 
@@ -193,9 +193,9 @@ _DERIVED: dict[str, Callable[..., Tensor]] = {
 
 
 def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """torch's own convolution with channels-last weights; differentiable by torch.
+    """Convolve by torch's own convolution with channels-last weights; differentiable by torch.
 
-    On a GPU a kernel of ours adds bias and residual, where it serves: torch takes one pass for each.
+    On a GPU a kernel of ours adds bias and residual in one pass where it can; torch takes one pass for each.
     """
     convolution = CONVOLUTIONS[len(direction.kernel)]
     geometry = (direction.stride, direction.padding)
@@ -211,13 +211,13 @@ def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: T
 
 
 def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """A product of positions and channels, the residual added by it; differentiable by torch."""
+    """Convolve by a matrix product that also adds the residual; differentiable by torch."""
     rows = x.movedim(1, -1)  # [N, *spatial, C_in]
     shape = (*rows.shape[:-1], direction.out_channels)
     rows = rows.reshape(-1, direction.in_channels)
     weight = direction.form("matmul")
     if residual is not None and x.device.type == "cpu":
-        # On a GPU addmm adds a bias for nothing, but copies a matrix that it is to add.
+        # Not on a GPU: there addmm adds a bias vector at no cost, but copies a matrix before it adds to it.
         y = torch.addmm(residual.movedim(1, -1).reshape(-1, shape[-1]), rows, weight)
         y = y if bias is None else y + bias
     else:
@@ -227,14 +227,14 @@ def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
 
 
 def matmul_supports(direction: Direction, x: Tensor) -> str | None:
-    """Say why a matrix product is not the convolution; None where it is."""
+    """Return why the convolution is not a matrix product; None if it is one."""
     if set(direction.kernel) | set(direction.stride) != {1} or set(direction.padding) != {0}:
         return "not a 1x1 convolution of stride 1 without padding"
     return None
 
 
 def by_winograd(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Winograd's F(4x4, 3x3) in C++ (csrc/README.md); channels-last, recorded by nobody."""
+    """Convolve by Winograd's F(4x4, 3x3) in C++ (csrc/README.md); channels-last, not recorded by autograd."""
     u = direction.form("winograd")
     return native.ops().conv3x3_winograd(x, u, bias, residual, direction.out_channels)
 
@@ -245,23 +245,23 @@ def _winograd(x: Tensor, _u: Tensor, _bias: Any, _residual: Any, channels: int) 
 
 
 def winograd_supports(direction: Direction, x: Tensor) -> str | None:
-    """Say why Winograd's convolution can't serve a call; None where it can."""
+    """Return why Winograd's convolution can't serve a call; None if it can."""
     return winograd_fits(direction.kernel, direction.stride, direction.padding, x)
 
 
 def winograd_fits(
     kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], x: Tensor
 ) -> str | None:
-    """Say why Winograd's algorithm isn't that of a convolution of `x`; None where it is."""
+    """Return why Winograd's algorithm can't compute a convolution of `x`; None if it can."""
     if (kernel, stride, padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
     return _for_float32_on_the_cpu(x)
 
 
 def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """oneDNN's convolution with weights in the layout it asks for; channels-last, recorded by nobody."""
-    # Packed for the very shape of the input: for another one oneDNN may ask for another layout and then takes
-    # up to fifty times as long (101 ms for 2 at a 1x1 convolution of 768 to 2304 channels over 8x8).
+    """Convolve by oneDNN with weights in the layout it wants; channels-last, not recorded by autograd."""
+    # Packed for exactly this input shape: for another one oneDNN may want another layout, and then takes up
+    # to fifty times as long (101 ms instead of 2 for a 1x1 convolution of 768 to 2304 channels over 8x8).
     weight = direction.form("packed", *x.shape)
     geometry = (direction.padding, direction.stride, (1, 1), 1)
     convolution = torch.ops.mkldnn._convolution_pointwise
@@ -271,7 +271,7 @@ def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
 
 
 def packed_supports(direction: Direction, x: Tensor) -> str | None:
-    """Say why oneDNN's packed convolution can't serve a call; None where it can."""
+    """Return why oneDNN's packed convolution can't serve a call; None if it can."""
     if len(direction.kernel) != 2:
         return "not a convolution in two dimensions"
     if set(direction.stride) != {1} or any(
@@ -282,7 +282,7 @@ def packed_supports(direction: Direction, x: Tensor) -> str | None:
 
 
 def _for_float32_on_the_cpu(x: Tensor) -> str | None:
-    """Reasons against the implementations that torch doesn't differentiate."""
+    """Return why an implementation for float32 on the CPU, without autograd, can't serve `x`, or None."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"
     if x.dtype != torch.float32:
@@ -291,11 +291,11 @@ def _for_float32_on_the_cpu(x: Tensor) -> str | None:
 
 
 def transformed() -> str | None:
-    """Say which transform is at work that only torch's own operations know; None where there is none."""
+    """Return which active transform only torch's own operations support; None if there is none."""
     if torch.compiler.is_compiling():
         return compiled_transform()
     if in_forward_mode():
-        return "a forward-mode derivative is being taken, which is torch's own convolution's alone"
+        return "only torch's own convolution supports forward-mode derivatives"
     if in_vmap():
         return "not under torch.func.vmap"
     return None
@@ -304,9 +304,9 @@ def transformed() -> str | None:
 @constant
 @functools.cache
 def packed_missing() -> str | None:
-    """None where torch has oneDNN's packed convolution and it computes what it should, else why not.
+    """Return None if torch has oneDNN's packed convolution and its results are right, else the reason.
 
-    It convolves once: the ops are internal to torch and may go or change.
+    Runs one small convolution, because the ops are internal to torch and may disappear or change.
     """
     try:
         with deriving():
@@ -314,11 +314,11 @@ def packed_missing() -> str | None:
             weight = x.new_ones(2, 2, 3, 3)
             direction = Direction(weight, ConvOptions((1, 1), (1, 1), x.dtype), by_packed)
             key = ("packed", *x.shape)
-            direction.forms[key] = direction._derived(key)  # itself: a trace may be what asks first
+            direction.forms[key] = direction._derived(key)  # not by `form`: the first caller may be a trace
             right = all(
                 torch.equal(by_packed(direction, x, None, r), by_library(direction, x, None, r))
                 for r in (None, torch.ones_like(x))
             )
-    except Exception as error:  # whatever torch raises is the reason
+    except Exception as error:  # torch may raise anything; its text is the reason
         return f"its trial failed: {first_line(error)}"
     return None if right else "its trial gave wrong numbers"

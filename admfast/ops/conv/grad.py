@@ -1,4 +1,4 @@
-"""Autograd of convolutions with frozen weights, over implementations that torch doesn't differentiate.
+"""Autograd of convolutions with frozen weights, over implementations that torch can't differentiate.
 
 A convolution of stride one is linear in its input, and its transpose is the convolution with the weights
 flipped in space and their channels exchanged. So the backward is the forward in the other direction, and
@@ -18,9 +18,10 @@ from admfast.ops.native import free_namespace
 
 
 class ConvFn(torch.autograd.Function):
-    """A direction of a convolution, differentiable in x and residual any number of times.
+    """Autograd of one direction of a convolution, differentiable in x and residual any number of times.
 
-    `direction` is its key while a trace is made: the op `folded_conv` then runs what the direction would.
+    While a trace is made, `direction` is the key of the direction; the op `folded_conv` looks it up when it
+    runs.
     """
 
     generate_vmap_rule = True
@@ -56,7 +57,7 @@ class ConvFn(torch.autograd.Function):
 
 
 def direction_of(key: str) -> Direction:
-    """The direction that a trace calls `key`: a number, with a t for the transpose of the one it names."""
+    """Return the direction of a key: a number, with "t" appended for the transpose of that direction."""
     try:
         direction = BY_KEY[key.removesuffix("t")]
     except KeyError:
@@ -65,7 +66,7 @@ def direction_of(key: str) -> Direction:
 
 
 def other_key(key: str) -> str:
-    """Return what a trace calls the other direction."""
+    """Return the key of the transposed direction."""
     return key.removesuffix("t") if key.endswith("t") else key + "t"
 
 

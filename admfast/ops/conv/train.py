@@ -23,7 +23,7 @@ from admfast.ops.transforms import (
     recorded,
 )
 
-# With fewer channels on either side, or fewer products, the transforms have nothing to pay for them.
+# With fewer channels on either side, or fewer products, the transforms cost more than they save.
 FEWEST_CHANNELS, FEWEST_PRODUCTS = 16, 2**19
 
 
@@ -37,25 +37,24 @@ def conv(
     padding: int | tuple[int, ...] = 0,
     impl: str | None = None,
 ) -> Tensor:
-    """Compute `residual + conv(x, weight) + bias`, torch's convolution (a cross-correlation, zeros around x).
+    """Compute `residual + conv(x, weight) + bias` as torch does: a cross-correlation with zero padding.
 
-    Differentiable any number of times in x, weight, bias and residual. Accumulates in float32 at least. In
-    float32 on a CPU channels-last 3x3 convolutions, their input gradient and their weights' gradient run by
-    Winograd's algorithm (`admfast.ops.conv.winograd` says what that does to rounding), whose weights are
-    transformed anew at every call. Which implementation runs depends on shapes and machine alone, not on
-    whether a gradient is recorded.
+    Differentiable any number of times in x, weight, bias and residual. Accumulates in float32 or wider. In
+    float32 on a CPU, large enough channels-last 3x3 convolutions, their input gradients and their weights'
+    gradients run by Winograd's algorithm, which transforms the weights at every call (for its rounding errors
+    see `admfast.ops.conv.winograd`). The choice does not depend on whether a gradient is recorded.
 
     Args:
         x: [N, C_in, *spatial], one to three spatial dimensions, floating.
         weight: [C_out, C_in, *kernel], dtype and device of `x`.
         bias: [C_out] or None.
         residual: [N, C_out, *out] or None, dtype and device of `x`.
-        stride, padding: for every spatial dimension, or one number for all.
-        impl: name of an implementation (see `admfast info`); None chooses by shape.
+        stride, padding: one number for each spatial dimension, or one for all.
+        impl: name of an implementation (see `admfast info`); None: chosen by shape.
 
-    Returns: [N, C_out, *out], dtype of `x`; images come channels-last where `x` is.
+    Returns: [N, C_out, *out], dtype of `x`; images are channels-last if `x` is.
 
-    Raises: InvalidArgument for an unknown `impl`, and for shapes, devices and (but under autocast) dtypes
+    Raises: InvalidArgument for an unknown `impl`, and for shapes, devices and (except under autocast) dtypes
         that don't fit; Unavailable for an `impl` that can't serve the call.
     """
     if weight.dim() != x.dim() or x.dim() - 2 not in CONVOLUTIONS or weight.shape[1] != x.shape[1]:
@@ -69,7 +68,7 @@ def conv(
 
 
 def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    """Refuse, by name, tensors of another dtype or device than x; autocast brings all to one dtype."""
+    """Reject tensors of another dtype or device than x; autocast allows other dtypes and casts them."""
     dtype, device = x.dtype, x.device
     if not dtype.is_floating_point:
         raise invalid("x.dtype", dtype, "a floating dtype")
@@ -83,7 +82,7 @@ def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tenso
 
 
 class WinogradFn(torch.autograd.Function):
-    """The 3x3 convolution by Winograd's algorithm; a gradient that is itself recorded is torch's own."""
+    """Autograd of the 3x3 convolution by Winograd's algorithm; a recorded backward is torch's own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -101,7 +100,7 @@ class WinogradFn(torch.autograd.Function):
 def _gradients(
     dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], by_winograd: bool, **geometry: tuple[int, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight and bias that are wanted, by Winograd's algorithm or torch's own."""
+    """Return the wanted gradients of x, weight and bias, by Winograd's algorithm or by torch."""
     if by_winograd:
         ops = native.ops()
         return (
@@ -116,10 +115,11 @@ def _gradients(
 
 
 def _wanted(ctx: Any) -> list[bool]:
-    """Tell whose gradient the backward pass of a Function needs, of its first inputs x, weight and bias.
+    """Return whether the backward pass needs the gradients of x, weight and bias, a Function's first inputs.
 
-    `needs_input_grad` is true of trainable parameters even under `autograd.grad(loss, x)`. What the engine
-    will run it knows of every node but a leaf's, so `_viewed` puts one before each parameter.
+    `needs_input_grad` is true for trainable parameters even under `autograd.grad(loss, x)`. The autograd
+    engine can tell which nodes it will execute, except for leaves. So `_viewed` puts a view between each
+    parameter and the Function.
     """
     wanted = list(ctx.needs_input_grad[:3])
     for i in (1, 2):
@@ -135,7 +135,7 @@ def _viewed(parameter: Tensor | None) -> Tensor | None:
 def by_winograd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **_geometry: tuple[int, ...]
 ) -> Tensor:
-    """Winograd's F(4x4, 3x3) in C++, with weights that are transformed at the call (csrc/README.md)."""
+    """Convolve by Winograd's F(4x4, 3x3) in C++, with weights transformed at each call (csrc/README.md)."""
     if residual is not None:
         check_residual(residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
     if recorded(x, weight, bias, residual):
@@ -163,23 +163,24 @@ def folded_conv(
 ) -> Tensor:
     """Compute `conv(x, residual, x2)`, differentiable in the weight and bias that it was folded from.
 
-    weight, bias: `conv.weight` and `conv.bias`, or views of them. The input's gradient runs on the folded
-    form too, as long as it isn't differentiated itself; the weights' is made where the backward pass has a
-    use for it: not in `torch.autograd.grad(loss, x)`. Outside of torch.func and torch.compile.
+    weight, bias: `conv.weight` and `conv.bias`, or views of them. The input's gradient uses a folded form too
+    where it can, but not if it is itself differentiated. The weights' gradient is computed only if the
+    backward pass needs it, so not in `torch.autograd.grad(loss, x)`. Not for use under torch.func and
+    torch.compile.
     """
     weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)  # see `_wanted`
     if len(conv.directions) == 1:
         x = x if x2 is None else torch.cat([x, x2], dim=1)
         return record(FoldedFn, x, weight, bias, residual, conv, 0)
     if x2 is None:
-        raise invalid("x2", None, "the second source")
+        raise invalid("x2", None, "a tensor: the weights are split for two sources")
     split = conv.options.split
     y = record(FoldedFn, x, weight[:, :split], bias, residual, conv, 0)
     return record(FoldedFn, x2, weight[:, split:], None, y, conv, 1)
 
 
 class FoldedFn(torch.autograd.Function):
-    """One source of a folded convolution; `weight`: the trainable weights' columns for it."""
+    """Autograd of one source of a folded convolution; `weight`: the trainable weights of that source."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -202,7 +203,7 @@ class FoldedFn(torch.autograd.Function):
         direction: Direction = ctx.direction
         wanted, dx = _wanted(ctx), None
         final = nobody_differentiates() and not observed()
-        # Renewed from other weights the form would give their gradient, not that of those saved here.
+        # A form renewed since then would give the gradient for its new weights, not for those saved here.
         current = direction.renewals == ctx.renewals
         if wanted[0] and final and current and set(direction.stride) == {1}:
             other = direction.transposed()
@@ -220,20 +221,21 @@ class FoldedFn(torch.autograd.Function):
 
 
 def winograd_supports(x: Tensor, weight: Tensor, **geometry: tuple[int, ...]) -> str | None:
-    """Say why Winograd's convolution can't serve a call; None where it can."""
+    """Return why Winograd's convolution can't serve a call; None if it can."""
     if not is_channels_last(x):
         return "x is not channels-last"
     if in_transform() or torch.compiler.is_compiling() or in_forward_mode():
-        return "not under torch.func and torch.compile, nor for forward-mode derivatives"
+        return "not under torch.func or torch.compile, and not for forward-mode derivatives"
     return winograd_fits(tuple(weight.shape[2:]), x=x, **geometry)
 
 
 def by_library(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **geometry: tuple[int, ...]
 ) -> Tensor:
-    """torch's own convolution."""
+    """Convolve by torch's own convolution."""
     if weight.requires_grad and weight.dim() > 3 and weight.is_contiguous():
-        # The library's gradient lies as the images do; that of a view lies as the weight does.
+        # The library gives the weights' gradient the layout of the images. Through a view it gets that of the
+        # weights.
         weight = weight.flatten(1).unflatten(1, weight.shape[1:])
     y = CONVOLUTIONS[x.dim() - 2](x, weight, bias, **geometry)
     if residual is None:
@@ -243,10 +245,10 @@ def by_library(
 
 
 def preferred(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
-    """Return the implementation that was measured to be the fastest for a call.
+    """Return the name of the implementation that was measured to be the fastest for a call.
 
-    Milliseconds on two threads of an EPYC with AVX-512, float32, channels-last, library / Winograd with the
-    weights' transform:
+    Milliseconds on two threads of an EPYC with AVX-512, float32, channels-last, library / Winograd including
+    the weights' transform:
 
         channels, side, batch       forward    input gradient  weights' gradient
          128 ->  128, 64, 4        21 / 8.0        21 / 8.1         25 / 8.5

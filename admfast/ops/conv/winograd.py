@@ -1,23 +1,24 @@
-"""Winograd's F(4x4, 3x3): the matrices, the transformed weights, and what they do to rounding errors.
+"""Winograd's F(4x4, 3x3): the matrices, the transformed weights, and their effect on rounding errors.
 
-Four outputs of a correlation with three weights need six products, one for each point p at which the
-polynomials of the two are multiplied (Winograd 1980; for convolutional networks Lavin & Gray 2016): with six
-inputs d and three weights g, y = A^T ((G g) * (B^T d)), and in two dimensions
-Y = A^T ((G g G^T) * (B^T d B)) A. 36 products then make 16 outputs of nine weights each, a quarter of the 144
-that the sum itself takes.
+Four outputs of a correlation with three weights need six products, one for each point p at which the two
+polynomials are evaluated and multiplied (Winograd 1980; for convolutional networks Lavin & Gray 2016). With
+six inputs d and three weights g, y = A^T ((G g) * (B^T d)), and in two dimensions
+Y = A^T ((G g G^T) * (B^T d B)) A. So 36 products give 16 outputs of nine weights each; the direct sums take
+144.
 
-The points decide how much larger the terms of the products are than those of the sums made of them, hence the
-error (Barabasz et al. 2020). With independent inputs and weights their squares grow at output j by
+The points decide how much larger the products are than the terms of the direct sum, and so the rounding error
+(Barabasz et al. 2020). With independent inputs and weights, the squares of the products that make output j
+are larger by the factor
 
     k_j = sum_i A_ji^2 |B_i|^2 |G_i|^2 / 3
 
-in one dimension and by k_j k_j' in two, and so does the squared error where both round as often. Its root is
-31 at the worst of the 16 outputs and 10.8 on the average for the usual points 0, +-1, +-2, infinity; for
-0, +-3/4, +-3/2, infinity it is 8.8 and 5.1. Measured with 768 channels and one running sum a product: rms
-errors of 5.5e-6 and 2.6e-6 for outputs of order one. Points in thirds or eighths gain 7 % at most, and lose
-more than that where an image has a large mean.
+in one dimension and k_j k_j' in two. If both algorithms round equally often, the squared error is larger by
+the same factor. Its square root is 31 at the worst of the 16 outputs and 10.8 on average for the usual points
+0, +-1, +-2, infinity; for 0, +-3/4, +-3/2, infinity it is 8.8 and 5.1. With 768 channels and one running sum
+per product, the measured rms errors of the two are 5.5e-6 and 2.6e-6 for outputs of order one. Points in
+thirds or eighths gain 7 % at most, and lose more than that if an image has a large mean.
 
-The weights' gradient is the same algorithm, transposed: dg = G^T ((A dy A^T) * (B^T d B)) G, summed over the
+The weights' gradient uses the transposed algorithm: dg = G^T ((A dy A^T) * (B^T d B)) G, summed over the
 tiles. Its factors are 7.2 and 5.1.
 """
 
@@ -31,16 +32,16 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-# In the order of csrc/conv_winograd_loops.h, which holds A and B; infinity is the sixth.
+# In the order of csrc/conv_winograd_loops.h, which has A and B; the sixth point is infinity.
 POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2))
 OUTPUTS, WEIGHTS = 4, 3
-PANEL = 32  # output channels that lie beside each other in the transformed weights
+PANEL = 32  # output channels that are adjacent in the transformed weights
 
 Matrix = list[list[Fraction]]
 
 
 def _times(a: list[Fraction], b: list[Fraction]) -> list[Fraction]:
-    """The product of two polynomials, lowest power first."""
+    """Multiply two polynomials, lowest power first."""
     product = [Fraction(0)] * (len(a) + len(b) - 1)
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -50,7 +51,7 @@ def _times(a: list[Fraction], b: list[Fraction]) -> list[Fraction]:
 
 @functools.cache
 def matrices() -> tuple[Matrix, Matrix, Matrix]:
-    """A^T [4, 6], B^T [6, 6] and G [6, 3], exact; the scale of each point lies in G alone."""
+    """Return A^T [4, 6], B^T [6, 6] and G [6, 3] as exact fractions; only G has the factors of the points."""
     size = len(POINTS) + 1
     output = [[p**power for p in POINTS] + [Fraction(power == OUTPUTS - 1)] for power in range(OUTPUTS)]
     inputs, weights = [], []
@@ -65,14 +66,14 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
 
 
 def amplification() -> tuple[float, float]:
-    """Return the factor on a direct sum's error: at the worst output, and in rms over all."""
+    """Return the rounding error relative to a direct sum's: at the worst output, and as rms over outputs."""
     output, inputs, weights = matrices()
     terms = [_energy(row) * _energy(taps) / WEIGHTS for row, taps in zip(inputs, weights, strict=True)]
     return _growth(output, terms)
 
 
 def gradient_amplification() -> tuple[float, float]:
-    """Return the same for the weights' gradient G^T ((A dy) * (B^T d)): sums of four outputs a tile."""
+    """Return the same for the weights' gradient G^T ((A dy) * (B^T d)), which sums four outputs per tile."""
     output, inputs, weights = matrices()
     powers = zip(*output, strict=True)
     terms = [_energy(row) * _energy(column) / OUTPUTS for row, column in zip(inputs, powers, strict=True)]
@@ -84,16 +85,16 @@ def _energy(row: Iterable[Fraction]) -> Fraction:
 
 
 def _growth(rows: Matrix, terms: Sequence[Fraction]) -> tuple[float, float]:
-    """The largest and the mean of sum_i A_ji^2 terms_i over the rows j."""
+    """Return the maximum and the mean over the rows j of sum_i A_ji^2 terms_i."""
     growth = [sum(a * a * t for a, t in zip(row, terms, strict=True)) for row in rows]
     return float(max(growth)), float(sum(growth) / len(growth))
 
 
 def winograd_weights_ref(weight: Tensor) -> Tensor:
-    """Reference of the compiled op `winograd_weights`: U = G g G^T for every pair of channels.
+    """Compute the compiled op `winograd_weights` in plain PyTorch: U = G g G^T for every pair of channels.
 
-    [C_out, C_in, 3, 3] -> [C_out / 32, 36, C_in, 32] float32, computed in float64 and rounded once; the last
-    panel of output channels is filled up with zeros.
+    [C_out, C_in, 3, 3] -> [ceil(C_out / 32), 36, C_in, 32] float32, computed in float64 and rounded once; the
+    last panel of 32 output channels is padded with zeros.
     """
     c_out, c_in = weight.shape[:2]
     g = transform()
@@ -106,6 +107,6 @@ def winograd_weights_ref(weight: Tensor) -> Tensor:
 
 
 def transform() -> Tensor:
-    """G [6, 3] in float64."""
+    """Return G [6, 3] in float64."""
     rows = [[float(g) for g in row] for row in matrices()[2]]
     return torch.tensor(rows, dtype=torch.float64, device="cpu")

@@ -1,7 +1,7 @@
-"""GroupNorm with affine, optional adaptive scale and shift, optional SiLU, optional resampling: one op.
+"""GroupNorm with affine, optional adaptive scale and shift, optional SiLU and optional resampling, as one op.
 
-Every normalisation of an ADM network is one call of `group_norm_silu`; the skip concatenation of the up path
-enters as a second source, so that an implementation need not write it.
+Every normalisation of an ADM network is one call of `group_norm_silu`. In the up path the skip connection is
+passed as a second source, so an implementation need not write the concatenation to memory.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def group_norm_silu_ref(
     x2: Tensor | None = None,
     with_skip: bool = False,
 ) -> Any:
-    """Reference of `group_norm_silu` in plain PyTorch; computes in float32, or float64 for float64 input."""
+    """Compute `group_norm_silu` in plain PyTorch, in float32, or in float64 for float64 input."""
     source = x if x2 is None else torch.cat([x, x2], dim=1)
     wide = torch.promote_types(source.dtype, torch.float32)
     # The published layer rounds to the input's dtype between norm, affine, SiLU and averaging; here only the
-    # result is rounded. Contiguous, because torch's channels_last kernel on the CPU takes the variance as
-    # E[x^2] - E[x]^2: at mean 100 and deviation 1 its float32 result is off by 4e-3. torch.group_norm, since
-    # F.group_norm refuses one value a group in a batch of one.
+    # result is rounded. The input is made contiguous because torch's channels_last kernel on the CPU computes
+    # the variance as E[x^2] - E[x]^2: at mean 100 and deviation 1 its float32 result is off by 4e-3.
+    # torch.group_norm is used because F.group_norm rejects groups of one value in a batch of one.
     y = torch.group_norm(source.to(wide).contiguous(), groups, weight.to(wide), bias.to(wide), eps)
     if scale is not None and shift is not None:
         spatial = (...,) + (None,) * (x.dim() - 2)
@@ -58,7 +58,7 @@ def group_norm_silu_ref(
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """The channels_last format that `x` has, else contiguous (always under vmap, which can't tell)."""
+    """Return the channels_last format if `x` has it, else contiguous; vmap can't tell and gets contiguous."""
     if torch._C._functorch.is_batchedtensor(x):
         return torch.contiguous_format
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -81,11 +81,12 @@ def group_norm_silu(
     with_skip: bool = False,
     impl: str | None = None,
 ) -> Any:
-    """Compute `y = act(GN(x) * (1 + scale) + shift)`, resampled by two where asked for.
+    """Compute `y = act(GN(x) * (1 + scale) + shift)`, optionally resampled by two.
 
-    `GN(x) = (x - mean) / sqrt(var + eps) * weight + bias` over each of `groups` groups of channels and all
-    positions; `act` is `u * sigmoid(u)` where `silu`, else the identity. Source: Wu & He 2018 for GN,
-    Dhariwal & Nichol 2021 (section 3.1, adaptive group normalisation) for the order of scale, shift and SiLU.
+    `GN(x) = (x - mean) / sqrt(var + eps) * weight + bias`, with mean and var over each of `groups` groups of
+    channels and all positions; `act(u)` is `u * sigmoid(u)` with `silu`, else `u`. Source: Wu & He 2018 for
+    GN, Dhariwal & Nichol 2021 (section 3.1, adaptive group normalisation) for the order of scale, shift and
+    SiLU.
 
     Args:
         x: [N, C1, *spatial], float16, bfloat16, float32 or float64, one to three spatial dimensions.
@@ -94,21 +95,24 @@ def group_norm_silu(
         eps: added to the variance (biased); finite, 0 or more.
         scale, shift: [N, C], both or neither.
         silu: apply SiLU.
-        resample: None, "up" (nearest, 2x) or "down" (mean over blocks of 2, odd remainders dropped); it is
-            applied to the activated output in every spatial dimension but, for 3-D input, the first.
+        resample: None, "up" (nearest, 2x) or "down" (mean over blocks of 2; the last of an odd size is
+            dropped). It is applied to the activated output, in every spatial dimension except the first of
+            three.
         x2: [N, C2, *spatial], a second source whose channels follow those of `x`.
         with_skip: return `(y, skip)`, where skip is the input `[x, x2]` itself, resampled in the same way.
-        impl: name of an implementation (see `admfast info`); None chooses.
+        impl: name of an implementation (see `admfast info`); None: chosen automatically.
 
     Returns:
-        [N, C, *resampled], dtype of `x`; channels_last where `x` (and `x2`) is. Two of them `with_skip`.
+        y [N, C, *resampled], dtype of `x`, channels_last if `x` (and `x2`) is. With `with_skip`, `(y, skip)`;
+        skip has the shape and dtype of y.
 
     Raises:
         InvalidArgument: for shapes that don't fit, `groups` that doesn't divide C, a tensor that isn't
-            floating or lies on another device than x, or a dimension of size 1 that would be halved.
+            floating or is on another device than x, or a dimension of size 1 that would be halved.
+        Unavailable: for a named implementation that can't serve the call.
 
-    Accumulates in float32 (float64 for float64 input). Differentiable in x, x2, weight, bias, scale, shift,
-    twice; in forward mode with `reference` alone.
+    Accumulates in float32 (float64 for float64 input). Twice differentiable in x, x2, weight, bias, scale and
+    shift; in forward mode only with `reference`.
     """
     options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, resample=resample, x2=x2)
     _check(x, weight, bias, groups, eps, options)
@@ -117,7 +121,7 @@ def group_norm_silu(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, options: dict[str, Any]) -> None:
-    """Refuse, by name, what no implementation could compute."""
+    """Reject arguments that no implementation could compute."""
     scale, shift, x2, resample = (options[name] for name in ("scale", "shift", "x2", "resample"))
     checks.floating("x", x)
     for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("x2", x2)):
@@ -151,7 +155,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
 
 
 def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
-    """The op over the raw pair called `raw`; where that can't resample, it is done after it."""
+    """Return the op over the raw pair called `raw`; if the pair doesn't resample, torch does so after it."""
 
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_skip: bool, **call: Any

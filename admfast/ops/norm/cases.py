@@ -1,4 +1,4 @@
-"""Calls of `group_norm_silu`: an example, small ones of odd sizes, those of the released networks."""
+"""Cases of `group_norm_silu`: an example, small cases of odd sizes, and shapes of the released networks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from admfast.ops.cases import Case, Draw, OpCases
 from admfast.ops.layout import channels_last
 from admfast.ops.norm import group_norm_silu
 
-# name: every shape in which groups, channels, positions or dimensions are odd
+# By name, shapes with unusual groups, channels, positions or dimensions.
 SHAPES: dict[str, Case] = {
     "odd": dict(n=1, c1=24, groups=8, spatial=(5, 7)),
     "one group": dict(n=2, c1=6, groups=1, spatial=(4, 5)),
     "a group a channel": dict(n=3, c1=6, groups=6, spatial=(3, 4)),
-    # 4 channels a group: one holds the last of x and 3 of x2
+    # 4 channels per group; the second group has the last channel of x and 3 of x2
     "straddling": dict(n=2, c1=5, c2=7, groups=3, spatial=(3, 6)),
     "wide straddling": dict(n=1, c1=24, c2=12, groups=2, spatial=(6, 6)),
     "1d": dict(n=2, c1=12, groups=4, spatial=(33,)),
@@ -26,7 +26,8 @@ SHAPES: dict[str, Case] = {
     "3d odd": dict(n=2, c1=3, c2=5, groups=4, spatial=(2, 7, 3)),
     "one position": dict(n=2, c1=8, groups=2, spatial=(2, 2)),
 }
-# Two trips and three chunks of positions; a group with channels of both sources; odd rows dropped and kept.
+# Together these have two loop trips, three chunks of positions, a group with channels of both sources, and
+# odd rows that are dropped and kept.
 STRADDLING: Case = dict(n=1, c1=20, c2=10, groups=5, modulated=True, with_skip=True)
 SMALL = (
     dict(n=2, c1=24, groups=8, spatial=(17, 31), modulated=True, mean=100),
@@ -34,7 +35,7 @@ SMALL = (
     STRADDLING | dict(spatial=(9, 7), resample="down"),
     dict(n=1, c1=3, groups=1, spatial=(37,), silu=False),
 )
-# Before a convolution, in 32 groups: "model channels @ side".
+# Norms before a convolution, in 32 groups, as "model channels @ side".
 _NETWORKS = """
 unet64 192@64   unet256 256@256  unet256 512@256   unet512 128@512  unet128 256@128   unet64 384@32
 unet64 576@16   unet64 768@8     unet64 576@64     unet256 512@64   unet256 1024@16   unet512 384@512
@@ -66,7 +67,7 @@ def arguments(
     mean: float = 0,
     weights: torch.dtype | None = torch.float32,
 ) -> dict[str, Any]:
-    """Make the arguments; `weights`: the dtype of weight and bias, that of x for None."""
+    """Make the arguments; `weights`: dtype of weight and bias (None: that of x)."""
 
     def source(channels: int, deviation: float) -> Tensor:
         return channels_last((deviation * draw(n, channels, *spatial) + mean).to(dtype))
@@ -83,7 +84,7 @@ def arguments(
 
 
 def wrong() -> list[tuple[dict[str, Any], str]]:
-    """Arguments that no implementation takes."""
+    """Return arguments that every implementation rejects."""
     x, channels, of_image = torch.ones(1, 256, 4, 4), torch.ones(256), torch.ones(1, 256)
     changes: list[tuple[dict[str, Any], str]] = [
         (dict(weight=torch.ones(255)), "weight.shape"),
@@ -128,7 +129,7 @@ def _case_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *
     c2 = 0 if call["x2"] is None else call["x2"].shape[1]
     case = dict(c1=x.shape[1], c2=c2, groups=groups, spatial=tuple(x.shape[2:]))
     case |= dict(modulated=call["scale"] is not None, silu=call["silu"], resample=call["resample"])
-    return [case | dict(weights=None)]  # what half precision is made of has its weights in it too
+    return [case | dict(weights=None)]  # a network in half precision has its weights in it too
 
 
 CASES = [
@@ -141,7 +142,7 @@ CASES = [
         wrong,
         differentiable=("x", "x2", "weight", "bias", "scale", "shift"),
         raw={"cpp": _raw_cpp, "triton": _raw_triton},
-        # One read; two passes, as if nothing fitted, with several tiles a program.
+        # One read, as chosen; two passes, because nothing fits into SHARE, with several tiles per program.
         launches=({}, {"SHARE": 0, "RESIDENT": 2}),
         case_of=_case_of,
     )

@@ -1,4 +1,4 @@
-"""The C++ implementation of `group_norm_silu` on a CPU: what it can't serve, and its raw ops."""
+"""The C++ implementation of `group_norm_silu` on a CPU: when it can run, and its raw ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from admfast.ops.layout import empty_channels_last, is_channels_last
 
 
 def reason_unsupported(x: Tensor) -> str | None:
-    """None where the loops can read `x`, else why not."""
+    """Return None if the loops can read `x`, else the reason."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -21,7 +21,7 @@ def reason_unsupported(x: Tensor) -> str | None:
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The raw forward, see `RawNorm`."""
+    """Run the raw forward (see `RawNorm`)."""
     *tensors, options = arguments
     y, mean, rstd = native.ops().group_norm_silu_fwd(*tensors, options.groups, options.eps, options.silu)
     return y, y.new_empty(0), mean, rstd
@@ -30,7 +30,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     dy: Tensor, _dskip: None, x: Tensor, x2: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The raw backward, see `RawNorm`."""
+    """Run the raw backward (see `RawNorm`); S1 and S2 are always computed."""
     *tensors, options, _sums = rest
     dx, dx2, s1, s2 = native.ops().group_norm_silu_bwd(dy, x, x2, *tensors, options.silu)
     return dx, None if x2 is None else dx2, s1, s2
@@ -54,7 +54,7 @@ def _bwd_fake(dy: Tensor, x: Tensor, x2: Any, *_args: Any) -> tuple[Tensor, ...]
 
 
 def _empty_dense(shape: list[int], like: Tensor) -> Tensor:
-    """Return what the ops allocate: channels-last where `like` is, else contiguous."""
+    """Return an empty tensor in the layout that the ops use: channels-last if `like` is, else contiguous."""
     if like.is_contiguous() or not is_channels_last(like):
         return like.new_empty(shape)
     return empty_channels_last(shape, like)

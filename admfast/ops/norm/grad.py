@@ -8,7 +8,7 @@ du = act'(u) * (dy brought back to the input's resolution),
     dweight = sum_n (1 + scale) S2,  dbias = sum_n (1 + scale) S1
     dscale = weight S2 + bias S1,    dshift = S1
 
-An implementation gives dx, S1 and S2; the rest is the same for all and has its one home here.
+An implementation computes dx, S1 and S2; the rest is the same for all implementations and is computed here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Resample = Literal["up", "down"] | None
 
 @dataclass(frozen=True)
 class NormOptions:
-    """Hold the arguments of a call that aren't tensors. `skip`: the resampled input is returned too."""
+    """The arguments of a call that aren't tensors. `skip`: return the resampled input too."""
 
     groups: int
     eps: float
@@ -39,9 +39,9 @@ class NormOptions:
 
 
 # forward(x, x2, weight, bias, scale, shift, options)
-#     -> y, skip (empty where not asked for), mean, rstd [N, G]
+#     -> y, skip (empty without `options.skip`), mean [N, G] ([2, N, G] from Triton), rstd [N, G]
 # backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, options, sums)
-#     -> dx, dx2 (None without x2), S1, S2 [N, C] float32 (empty where not `sums`)
+#     -> dx, dx2 (None without x2), S1, S2 [N, C] float32 (they may be empty without `sums`)
 RawForward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 RawBackward = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]]
 
@@ -59,12 +59,12 @@ RAW: dict[str, RawNorm] = {}
 
 
 def resampled(x: Tensor, resample: Resample) -> Tensor:
-    """`x` doubled, halved or as it is."""
+    """Return `x` doubled, halved or unchanged."""
     return nearest_up(x) if resample == "up" else avg_pool_down(x) if resample == "down" else x
 
 
 def unresampled(dy: Tensor, like: Tensor, resample: Resample) -> Tensor:
-    """The gradient of `resampled` at an input of the shape of `like`."""
+    """Return the gradient of `resampled` in its input, which has the shape of `like`."""
     if resample is None:
         return dy
     halved = range(3 if dy.dim() == 5 else 2, dy.dim())
@@ -89,9 +89,9 @@ def group_norm_silu_grad_ref(
     shift: Tensor | None,
     options: NormOptions,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The formula of the module in plain torch: dx, dx2, dweight, dbias, dscale, dshift.
+    """Compute dx, dx2, dweight, dbias, dscale and dshift by this module's formula in plain torch.
 
-    Float64-capable and differentiable, which is how second derivatives are made; sums in float32 at least.
+    Computes in float32, or in float64 for float64 input. Differentiable: second derivatives are taken of it.
     """
     source = x if x2 is None else torch.cat([x, x2], dim=1)
     wide = torch.promote_types(source.dtype, torch.float32)
@@ -115,7 +115,7 @@ def group_norm_silu_grad_ref(
     s2 = (du * normalised).flatten(2).sum(-1)
 
     def of_group(sums: Tensor) -> Tensor:
-        """Mean over the group of w' times the sums, for every element of it."""
+        """Return the mean over each group of w' times `sums`, at every element of the group."""
         mean = (factor * sums).reshape(n, groups, -1).sum(-1) / values.shape[-1]
         return mean.repeat_interleave(c // groups, 1)[spatial]
 
@@ -130,7 +130,7 @@ def group_norm_silu_grad_ref(
 def parameter_gradients(
     s1: Tensor, s2: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dweight, dbias, dscale, dshift from the sums S1, S2 [N, C]."""
+    """Return dweight, dbias, dscale, dshift from the sums S1, S2 [N, C]."""
     dscale = dshift = None
     if scale is not None and shift is not None:
         dscale = (weight.to(s2.dtype) * s2 + bias.to(s1.dtype) * s1).to(scale.dtype)
@@ -147,7 +147,7 @@ def _split(dsource: Tensor, x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tenso
 
 
 class GroupNormSiluFn(torch.autograd.Function):
-    """The op over a raw implementation; differentiable twice, not in forward mode."""
+    """Autograd of the op over a raw implementation; twice differentiable, not in forward mode."""
 
     generate_vmap_rule = True
 
@@ -170,14 +170,14 @@ class GroupNormSiluFn(torch.autograd.Function):
         y, skip, mean, rstd = output
         ctx.save_for_backward(*tensors, mean, rstd)
         ctx.raw, ctx.options, ctx.shapes = raw, options, (y.shape, skip.shape)
-        ctx.set_materialize_grads(False)  # of mean and rstd there is none
+        ctx.set_materialize_grads(False)  # mean and rstd have no gradient
         ctx.mark_non_differentiable(mean, rstd, *([] if options.skip else [skip]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dskip: Tensor | None, *_: None) -> tuple:  # type: ignore[override]
         if dy is None and dskip is None:
             return (None,) * 8
-        saved = ctx.saved_tensors  # once: a checkpoint recomputes what lies there
+        saved = ctx.saved_tensors  # read once: with activation checkpointing every read recomputes them
         x = saved[0]
         dy = x.new_zeros(ctx.shapes[0]) if dy is None else dy
         if ctx.options.skip and dskip is None:
@@ -190,7 +190,7 @@ class GroupNormSiluFn(torch.autograd.Function):
 
 
 class GroupNormSiluGradFn(torch.autograd.Function):
-    """The backward of the op; its own gradient is that of `group_norm_silu_grad_ref`."""
+    """Autograd of the op's backward; its gradient is that of `group_norm_silu_grad_ref`."""
 
     generate_vmap_rule = True
 

@@ -1,8 +1,8 @@
 """The Triton implementation of `group_norm_silu`: when it can run, and its raw ops.
 
-`admfast_triton::group_norm_silu_fwd` and `_bwd` are opaque to tracers (a fake each, no autograd of their
-own). Where nothing traces, the launchers are called directly: the way through the dispatcher costs a host
-more than the small kernels take.
+`admfast_triton::group_norm_silu_fwd` and `_bwd` are opaque to tracers: each has a fake, and no autograd of
+its own. If nothing traces, the launchers are called directly, because a call through the dispatcher takes the
+host longer than the small kernels run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from admfast.ops.transforms import constant, traced
 @constant
 @functools.cache
 def reason_missing() -> str | None:
-    """None where the kernels can run on some device, else why not."""
+    """Return None if the kernels can run on some device, else the reason."""
     reason = launchers.reason_missing()
     if reason is None:
         _register()
@@ -31,7 +31,7 @@ def reason_missing() -> str | None:
 
 
 def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
-    """None where the kernels can read the sources, else why not."""
+    """Return None if the kernels can read the sources, else the reason."""
     device = "cpu" if launchers.interpreted() else "cuda"
     if x.device.type != device:
         return f"x is on {x.device.type}, this runs on {device}"
@@ -44,7 +44,7 @@ def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
 
 
 def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The raw forward, see `RawNorm`."""
+    """Run the raw forward (see `RawNorm`)."""
     *tensors, options = rest
     call: Any = _OPS[0].group_norm_silu_fwd if traced(x) else _launchers()[0]
     groups, eps, silu = options.groups, options.eps, options.silu
@@ -54,7 +54,7 @@ def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def backward(
     dy: Tensor, dskip: Tensor | None, x: Tensor, x2: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The raw backward, see `RawNorm`."""
+    """Run the raw backward (see `RawNorm`)."""
     *tensors, options, sums = rest
     if traced(x):
         modes = (options.silu, options.resample, sums)
@@ -66,18 +66,18 @@ def backward(
 
 @functools.cache
 def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The raw launchers; importing them imports triton."""
+    """Return the raw launchers, forward and backward; this imports triton."""
     names = {"group_norm": "group_norm_silu_fwd", "group_norm_bwd": "group_norm_silu_bwd"}
     forward, backward = (launchers.launcher(file, name) for file, name in names.items())
     return forward, backward
 
 
 _LIBRARY: list[torch.library.Library] = []  # an op lives as long as its library
-_OPS: list[Any] = []  # the namespace that it defines
+_OPS: list[Any] = []  # the namespace of these ops
 
 
 def _register() -> None:
-    """Register the raw ops: what they return is told to tracers, what they do is the launchers' affair."""
+    """Register the raw ops, with the launchers as implementations and fakes for tracers."""
     namespace = free_namespace("admfast_triton", "group_norm_silu_fwd")
     library = torch.library.Library(namespace, "DEF")
     _LIBRARY.append(library)

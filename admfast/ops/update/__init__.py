@@ -1,4 +1,4 @@
-"""One update of any solver: a row of its table (`step.py`, `table.py`), and the noise in it (`noise.py`)."""
+"""The update that all solvers share: one row of a table at a time (`step.py`, `table.py`), and its noise."""
 
 from admfast.ops.update.noise import MASK32, Stream, as_seeds, normal, normal_ref, philox4x32_10
 from admfast.ops.update.step import (

@@ -1,4 +1,4 @@
-"""Calls of `sampler_step` and `normal`: an example, small ones of every layout, those of the networks."""
+"""Cases of `sampler_step` and `normal`: an example, small cases in every layout, and real image sizes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from admfast.ops.layout import channels_last
 from admfast.ops.update.noise import Stream, as_seeds, normal
 from admfast.ops.update.step import Clip, PackedTable, Row, SamplerState, pack, sampler_step
 
-# One row of DDIM's form; a row of everything at once (variance, guidance in all three places, noise, saved
-# point, history and push) after one that saves and pushes.
+# PLAIN is one row such as DDIM's. FULL is a row that saves and pushes, followed by a row that uses everything
+# at once (variance, guidance in all three places, noise, saved point, history and push).
 PLAIN = [Row(0.0, 0.0, k_x=1.0, k_out=-1.0, a=0.5, b=0.5)]
 FULL = [
     Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
@@ -51,8 +51,8 @@ def arguments(
 ) -> dict[str, Any]:
     """Make the arguments; `dtype` and `layout` are those of the network's output.
 
-    full: the row of everything, on a state whose buffers are filled. variance: the output has a variance.
-    given_noise: noise is given, not made. counter: the row is a tensor where the state is.
+    full: use the second row of FULL, on a state whose buffers are filled. variance: the output has variance
+    channels. given_noise: give noise instead of seeds. counter: give the row as a tensor on x's device.
     """
 
     def image(of: int) -> Tensor:
@@ -81,7 +81,7 @@ def advanced(state: SamplerState, impl: str | None = None, **given: Any) -> tupl
 
 
 def wrong() -> list[tuple[dict[str, Any], str]]:
-    """Arguments of an update that no implementation takes."""
+    """Return arguments of `sampler_step` that every implementation rejects."""
     x = torch.ones(1, 3, 4, 4)
     changes: list[tuple[dict[str, Any], str]] = [
         (dict(out=None), "out"),
@@ -121,13 +121,13 @@ def _raw(
 def noise_arguments(
     draw: Draw, dtype: torch.dtype, *, n: int = 1, shape: tuple[int, ...] = (3, 4, 4)
 ) -> dict[str, Any]:
-    """Make the arguments of `normal`; the seeds end with the largest."""
+    """Make the arguments of `normal`; the seeds are 0 and the largest 64-bit numbers."""
     seeds = as_seeds([0, *(2**64 - i for i in range(1, n))])
     return dict(seeds=seeds.to(draw(0).device), shape=shape, row=0, stream=Stream.X_T)
 
 
 def wrong_noise() -> list[tuple[dict[str, Any], str]]:
-    """Arguments of `normal` that no implementation takes."""
+    """Return arguments of `normal` that every implementation rejects."""
     changes: list[tuple[dict[str, Any], str]] = [
         (dict([(name, value)]), name) for name in ("row", "stream") for value in _not_counters()
     ]

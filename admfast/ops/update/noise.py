@@ -1,18 +1,20 @@
-"""Noise as a pure function of (seed, stream, row, element): Philox4x32-10 and Box-Muller, bit-equal anywhere.
+"""Noise as a pure function of (seed, stream, row, element), with the same bits on every machine.
 
-Philox (Salmon et al. 2011) turns a 128-bit counter under a 64-bit key into four 32-bit integers. Here the key
-is the image's seed (low word first) and the counter is (element div 4 low, element div 4 high, row, stream),
-where `element` is the index in the logical [C, H, W] image whatever its layout in memory. Of one block r0..r3
-elements 0 and 1 use (r0, r1), elements 2 and 3 use (r2, r3), each pair by Box-Muller:
+Philox4x32-10 (Salmon et al. 2011) turns a 128-bit counter and a 64-bit key into four 32-bit integers. Here
+the key is the image's seed (low word first) and the counter is (element div 4 low, element div 4 high, row,
+stream), where `element` is the index in the logical [C, H, W] image, independent of its layout in memory. In
+a block of four integers r0..r3, elements 0 and 1 use (r0, r1) and elements 2 and 3 use (r2, r3). Box-Muller
+turns each pair into two normals:
 
     u = float(r_a) * 2^-32 + 2^-33          in (0, 1], never 0
     R = sqrt(-2 ln u),  angle = 2 pi r_b / 2^32
     z_even = R cos(angle),  z_odd = R sin(angle)
 
-ln, sin and cos are the polynomials below, evaluated by Horner in float32 with every product and sum rounded
-by itself; sqrt and the conversion from integers are IEEE. With the coefficients as they stand (rounded to
-float32) the polynomials are within 1.9e-8, 2.4e-8 and 5.4e-8 of ln(1 + f), sin(pi/2 f) and cos(pi/2 f), all
-below half a unit of float32 at 1. The C++ and CUDA code repeat the same operations in the same order.
+ln, sin and cos are the polynomials below, evaluated by Horner's scheme in float32, where every product and
+every sum is rounded separately; sqrt and the conversion from integers are those of IEEE 754. With the
+coefficients below (rounded to float32) the polynomials are within 1.9e-8, 2.4e-8 and 5.4e-8 of ln(1 + f),
+sin(pi/2 f) and cos(pi/2 f), all less than half a unit in the last place of float32 at 1. The C++ and CUDA
+code does the same operations in the same order.
 """
 
 from __future__ import annotations
@@ -50,13 +52,13 @@ LOG_COEFFICIENTS = _floats(
 # sin(pi/2 f) = f * P(f^2) and cos(pi/2 f) = P(f^2) on [-1/2, 1/2].
 SIN_COEFFICIENTS = _floats("0x1.921fb6p+0 -0x1.4abbbap-1 0x1.465ec6p-4 -0x1.2d9bb8p-8")
 COS_COEFFICIENTS = _floats("0x1.000000p+0 -0x1.3bd392p+0 0x1.03af5cp-2 -0x1.4e5ed6p-6")
-# ln 2 in two parts: the product of the first with an exponent is exact in float32.
+# ln 2 as a sum of two: the product of the first with an exponent is exact in float32.
 LN2_HIGH = float.fromhex("0x1.62e4p-1")
 LN2_LOW = float.fromhex("0x1.7f7d1cp-20")
 
 
 class Stream(IntEnum):
-    """Name a stream of an image's noise; one stream never overlaps another."""
+    """The streams of an image's noise; no two overlap."""
 
     X_T = 0
     STEPS = 1
@@ -68,8 +70,8 @@ class Stream(IntEnum):
 def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, ...]:
     """Return the four output words of Philox4x32 with ten rounds.
 
-    Words are in 0..2^32-1: int64 tensors that broadcast against each other, or Python's whole numbers (for
-    few words a hundredth of the time). Checked against the known-answer vectors published with the generator.
+    Words are in 0..2^32-1: int64 tensors that broadcast against each other, or Python ints (a hundred times
+    faster for a few words). Tests compare it with the known-answer vectors published with the generator.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -83,7 +85,7 @@ def philox4x32_10(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]
 
 
 def normal_ref(seeds: Tensor, shape: tuple[int, ...], row: int | Tensor, stream: int) -> Tensor:
-    """Standard normal noise [N, *shape], float32, one image a seed.
+    """Return standard normal noise [N, *shape], float32, one image per seed.
 
     Args:
         seeds: [N] int64, each the 64 bits of a seed.
@@ -103,10 +105,11 @@ def normal_ref(seeds: Tensor, shape: tuple[int, ...], row: int | Tensor, stream:
 
 
 def normal(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int, impl: str | None = None) -> Tensor:
-    """As `normal_ref`, on the device of `seeds`, by any implementation: the values are equal bit for bit.
+    """Return the noise of `normal_ref`, on the device of `seeds`; every implementation gives the same bits.
 
     Raises: InvalidArgument for seeds that aren't [N] int64, sizes that aren't whole numbers of 0 or more, or
-    a row or stream that isn't a whole number in 0..2^32-1.
+    a row or stream that isn't a whole number in 0..2^32-1; Unavailable for a named implementation that can't
+    serve the call.
     """
     if not isinstance(seeds, Tensor):
         raise invalid("seeds", seeds, "an int64 tensor [N] (see as_seeds)")
@@ -135,7 +138,7 @@ def _fake(seeds: Tensor, count: int, row: int, stream: int) -> Tensor:
 
 
 def _supports(device: str) -> Callable[..., str | None]:
-    """Reason against a compiled implementation on that kind of device."""
+    """Return the function that says why a compiled implementation for `device` can't serve a call."""
     return lambda seeds, *_: None if seeds.device.type == device else f"seeds are on {seeds.device.type}"
 
 
@@ -152,8 +155,8 @@ TABLE = OpTable(
 def as_seeds(seeds: object, count: int | None = None) -> Tensor:
     """Return seeds as an int64 tensor [N] of their 64-bit patterns.
 
-    seeds: whole numbers in 0..2^64-1, in any iterable or integer tensor. count: how many there must be.
-    Raises: InvalidArgument.
+    seeds: whole numbers in 0..2^64-1, in any iterable or integer tensor. count: the required number of seeds;
+    None: any. Raises: InvalidArgument for anything else.
     """
     try:
         given = seeds.flatten().tolist() if isinstance(seeds, Tensor) else list(seeds)  # type: ignore[call-overload]
@@ -170,9 +173,9 @@ def as_seeds(seeds: object, count: int | None = None) -> Tensor:
 
 
 def check_counter(name: str, value: object, device: torch.device) -> None:
-    """Raise InvalidArgument unless a word of the counter is a whole number in 0..2^32-1.
+    """Raise InvalidArgument unless `value`, a word of the counter, is a whole number in 0..2^32-1.
 
-    A tensor must be one int32 or int64 on `device`; it is not read back.
+    A tensor must be one int32 or int64 on `device`; its value is not read.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype not in (torch.int32, torch.int64) or value.device != device:
@@ -183,12 +186,12 @@ def check_counter(name: str, value: object, device: torch.device) -> None:
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 normals from two 32-bit words."""
+    """Return two float32 normals from two 32-bit words."""
     u = a.to(torch.float32) * 2.0**-32 + 2.0**-33
-    # torch's float32 sqrt on the CPU is off by one unit in 0.7 % of cases (MKL); rounded from float64 it is
-    # IEEE.
+    # torch's float32 sqrt on the CPU (MKL) is off by one unit in the last place in 0.7 % of cases. The root
+    # in float64, rounded, is that of IEEE 754.
     radius = torch.sqrt((_log(u) * -2.0).double()).float()
-    # The angle in quarter turns: nearest quarter q and a remainder f in [-1/2, 1/2), exact in integers.
+    # The angle in quarter turns: the nearest quarter and a remainder f in [-1/2, 1/2), exact in integers.
     quarter = ((b + 2**29) >> 30) & 3
     remainder = ((b + 2**29) & (2**30 - 1)) - 2**29
     f = remainder.to(torch.float32) * 2.0**-30
@@ -204,7 +207,7 @@ def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log(u: Tensor) -> Tensor:
-    """ln u for float32 in (0, 1]."""
+    """Return ln u for float32 u in (0, 1]."""
     bits = u.contiguous().view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23  # m = u / 2^exponent in [sqrt(1/2), sqrt(2))
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
@@ -213,7 +216,7 @@ def _log(u: Tensor) -> Tensor:
 
 
 def _horner(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """Evaluate a polynomial with every product and sum rounded by itself: two operations, never one fused."""
+    """Evaluate a polynomial; products and sums are separate operations, so that each is rounded."""
     result = torch.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         result = result * x

@@ -1,4 +1,4 @@
-"""One update of any solver: a row of coefficients, the network's output, the guidance gradient and noise.
+"""The update that all linear solvers share: one row of coefficients applied to the state.
 
 With `out` the mean part of the network's output, `v` its variance channels, `g` the guidance gradient and `z`
 noise, a row computes
@@ -8,9 +8,9 @@ noise, a row computes
     log_var = l0 + l1 v,  sigma = exp(log_var / 2)
     x_next = a x + a_s s + b x0 + c1 h1 + c2 h2 + c3 h3 + k_mean sigma^2 g + k_z sigma z
 
-where s is a saved point and h1, h2, h3 are the last x0 that were pushed, newest first. Afterwards s takes x
-where the row says `save`, and x0 is pushed where it says `push`. Every linear solver, its guidance and its
-noise is a table of such rows (see `admfast.solvers`).
+where s is a saved point and h1, h2, h3 are the last three x0 that were pushed, newest first. If the row has
+`save`, the x from before the update becomes the saved point; if it has `push`, the reported x0 is pushed. A
+linear solver, with its guidance and noise, is a table of such rows (see `admfast.solvers`).
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ HISTORY = 3
 
 
 class Clip(IntEnum):
-    """Name how x0 is limited to [-1, 1]."""
+    """How x0 is limited to [-1, 1]."""
 
     NONE = 0
-    USED = 1  # the x0 of the update and of the report
-    REPORTED = 2  # only the reported (and pushed) x0: the published previous-x update
+    USED = 1  # both the x0 in the update and the reported x0
+    REPORTED = 2  # only the reported (and pushed) x0, as in the published previous-x update
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a solver's table; names as in the module's formula.
+    """One row of a solver's table; the names are those of the formula at the top of this module.
 
     `t_net` and `t_clf` are the timesteps that the network and the guidance see. `index` is the step's index
     in the respaced schedule, for reports.
@@ -75,8 +75,8 @@ class Row:
     index: int = 0
 
 
-# Columns of the packed table, in order. History is addressed by slot of a ring (`pack` turns ages into
-# slots), so that nothing moves in memory; `push_slot` is -1 where the row doesn't push.
+# Columns of the packed table, in order. History is a ring buffer, and `pack` turns the ages of c1, c2, c3
+# into its slots d0, d1, d2, so that nothing moves in memory. `push_slot` is -1 if the row doesn't push.
 COLUMNS = (
     "k_x", "k_out", "k_pre", "k_post", "l0", "l1", "a", "a_s", "b", "d0", "d1", "d2", "k_mean", "k_z", "mix",
     "clip", "save", "push_slot",
@@ -85,7 +85,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class PackedTable:
-    """The rows of a solver as columns: `host` in float64, `device` rounded once and uploaded once."""
+    """The rows of a solver as tensors: `host` in float64, `device` a copy, rounded once and uploaded once."""
 
     host: Tensor  # [rows, len(COLUMNS)] float64 on the CPU
     device: Tensor  # [rows, len(COLUMNS)] in the state's dtype, on its device
@@ -95,7 +95,7 @@ class PackedTable:
 
     @functools.cached_property
     def used(self) -> tuple[frozenset[str], ...]:
-        """For every row the columns that it uses: those that aren't 0, and push_slot where it pushes."""
+        """The columns that each row uses: those that aren't 0, and push_slot if the row pushes."""
         absent = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
         absent[COLUMNS.index("push_slot")] = -1
         return tuple(
@@ -107,7 +107,10 @@ class PackedTable:
 def pack(
     rows: Sequence[Row], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PackedTable:
-    """Turn rows into the table that the update reads; the only upload of a solver's coefficients."""
+    """Turn rows into the table that the update reads; this is the only upload of a solver's coefficients.
+
+    Raises: InvalidArgument for a row that uses an older x0 than were pushed before it.
+    """
     table = torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64, device="cpu")
     pushed = 0
     for i, row in enumerate(rows):
@@ -128,10 +131,10 @@ def pack(
 
 @dataclass
 class SamplerState:
-    """Hold what a solver carries from row to row.
+    """The tensors that a solver carries from row to row.
 
-    x: [N, C, *spatial], contiguous, float32 (float64 with the reference). x0: the same, the last reported x0.
-    saved: the same, for tables that save. history: [3, N, C, *spatial], for tables that push.
+    x: [N, C, *spatial], contiguous, float32 (float64 with the reference). x0: like x, the last reported x0.
+    saved: like x, for tables that save. history: [3, N, C, *spatial], for tables that push.
     """
 
     x: Tensor
@@ -141,7 +144,7 @@ class SamplerState:
 
     @classmethod
     def start(cls, x: Tensor, rows: Sequence[Row]) -> SamplerState:
-        """A state that begins at (a copy of) `x`, with the buffers that the rows use."""
+        """Return a state that begins at a copy of `x`, with the buffers that the rows use."""
         x = x.detach().clone(memory_format=torch.contiguous_format)
         saved = torch.zeros_like(x) if any(row.save or row.a_s for row in rows) else None
         history = x.new_zeros((HISTORY, *x.shape)) if any(row.push for row in rows) else None
@@ -161,7 +164,7 @@ def sampler_step_ref(
     noise_row: int | Tensor | None = None,
     stream: int = Stream.STEPS,
 ) -> None:
-    """Reference of `sampler_step` in plain PyTorch, in the dtype of `state.x`."""
+    """Compute `sampler_step` in plain PyTorch, in the dtype of `state.x`."""
     x, channels = state.x, state.x.shape[1]
     if not 0 <= int(row) < len(table):
         raise invalid("row", int(row), f"0 to {len(table) - 1}")
@@ -187,7 +190,7 @@ def sampler_step_ref(
             assert state.history is not None
             x_next = x_next + k[f"d{slot}"] * state.history[slot]
     if k["k_mean"] or k["k_z"]:
-        # l0 is -inf where the variance is zero: exp gives the zero.
+        # l0 is -inf if the variance is zero, and exp turns it into 0.
         log_var = k["l0"] + k["l1"] * o[:, channels:] if k["l1"] else torch.full_like(x, k["l0"])
         if g is not None and k["k_mean"]:
             x_next = x_next + k["k_mean"] * torch.exp(log_var) * g
@@ -223,29 +226,30 @@ def sampler_step(
     """Advance `state` by row `row` of `table`, in place, by the formula at the top of this module.
 
     Args:
-        state: x, x0 and, where the table uses them, saved point and history; written in place.
-        out: the network's output [N, C or 2C, *spatial], any strides, float16 to float32 (float64: the
-            reference); 2C channels where the row reads a variance (l1).
+        state: x, x0 and, if the table uses them, saved point and history; written in place.
+        out: the network's output [N, C or 2C, *spatial], any strides, float16, bfloat16 or float32 (float64
+            with the reference); 2C channels if the row reads a variance (l1).
         table: `pack(rows, device, dtype)` for the device and dtype of x.
-        row: which row, an int or an integer tensor of one element on the device of x. The compiled ops read
-            it where they run, so that a captured graph goes on to the next row when it adds one to the tensor
-            after the update (`row.add_(1)`); the reference has to read it back.
+        row: index of the row, an int or an integer tensor of one element on the device of x. The compiled ops
+            read the tensor on its device, so a captured graph advances to the next row by adding one to it
+            after the update (`row.add_(1)`). The reference copies it to the host.
         out2: output of a second network, like `out`.
-        grad: guidance gradient [N, C, *spatial] without loss scale; None is no guidance.
-        seeds: [N] int64 (see `as_seeds`): noise is made here (contract of `admfast.ops.update.noise`); not
-            needed by a row without noise.
-        noise: [N, C, *spatial] used instead of made.
-        noise_row: row counter of the noise where it isn't `row`.
-        stream: stream of the noise.
-        impl: name of an implementation (see `admfast info`); None chooses.
+        grad: guidance gradient [N, C, *spatial], without loss scaling; None: no guidance.
+        seeds: [N] int64 (see `as_seeds`), from which noise is made as `admfast.ops.update.noise` defines; a
+            row without noise needs none.
+        noise: [N, C, *spatial], used instead of noise from seeds.
+        noise_row: row counter of the noise; None: `row`.
+        stream: stream of the noise (see `Stream`).
+        impl: name of an implementation (see `admfast info`); None: chosen automatically.
 
     Raises:
-        InvalidArgument: for shapes, dtypes or devices that don't fit, a row that needs noise, a saved point
-            or history and gets none, or a row outside the table. A row in a device's memory, or one
-            under torch.compile, isn't read here: it needs what any row of the table needs, and outside the
-            table it makes x and x0 NaN.
+        InvalidArgument: for shapes, dtypes or devices that don't fit, for missing noise, saved point or
+            history that the row needs, and for a row outside the table. A row in a GPU's memory, or under
+            torch.compile, is not read here: everything that any row of the table needs must then be given.
+            If such a row is outside the table, a GPU sets x and x0 to NaN, and a CPU raises when it runs.
+        Unavailable: for a named implementation that can't serve the call.
 
-    Computes in the dtype of `state.x`. Not differentiable (`pipe.predict` is the differentiable door).
+    Computes in the dtype of `state.x`. Not differentiable; `pipe.predict` is.
     """
     used = _check_row(state, table, row)
     _check_state(state, used)
@@ -263,23 +267,23 @@ def sampler_step(
 
 
 def update_for(state: SamplerState, table: PackedTable, impl: str | None = None) -> Callable[..., None]:
-    """The implementation that runs rows of `table` on `state`, chosen once and without further checks.
+    """Return the implementation that runs rows of `table` on `state`, chosen once, without further checks.
 
-    For a caller that goes through a table of its own, with the row in a tensor. Returns
-    update(state, out, table, row, *, out2, grad, seeds, noise, noise_row, stream) as `sampler_step`, for an
-    `out` in a dtype of the released networks.
+    It is for a caller that goes through a table of its own, with the row in a tensor. The returned
+    update(state, out, table, row, *, out2, grad, seeds, noise, noise_row, stream) does the same as
+    `sampler_step`, for an `out` in float16, bfloat16 or float32.
 
-    Raises: Unavailable for an implementation asked for by name that can't serve the state.
+    Raises: Unavailable for a named implementation that can't serve the state.
     """
     row = torch.zeros(1, dtype=torch.int32, device=state.x.device)
     return TABLE.choose(impl, state, state.x, table, row).forward
 
 
 def _check_row(state: SamplerState, table: PackedTable, row: int | Tensor) -> frozenset[str]:
-    """Refuse a table or row that can't run; return the columns used by the row (by any, if it isn't read)."""
+    """Reject a wrong table or row; return the columns used by the row (by any row, if it isn't read here)."""
     x = state.x
     if not isinstance(table, PackedTable):
-        raise invalid("table", table, "what `pack(rows, device, dtype)` returns")
+        raise invalid("table", table, "a PackedTable, as `pack(rows, device, dtype)` returns it")
     if (table.device.dtype, table.device.device) != (x.dtype, x.device):
         given = (table.device.dtype, str(table.device.device))
         raise invalid("table", given, f"packed for the state's {x.dtype} on {x.device}")
@@ -299,7 +303,7 @@ def _check_row(state: SamplerState, table: PackedTable, row: int | Tensor) -> fr
 
 
 def _check_state(state: SamplerState, used: frozenset[str]) -> None:
-    """Refuse, by name, buffers that aren't there or aren't like x."""
+    """Reject buffers that are missing or not like x."""
     x = state.x
     if x.dim() < 3 or not x.is_contiguous():
         raise invalid("state.x", tuple(x.shape), "a contiguous [N, C, *spatial]")
@@ -327,9 +331,9 @@ def _check_state(state: SamplerState, used: frozenset[str]) -> None:
 
 
 def _check_apart(buffers: dict[str, Tensor]) -> None:
-    """Refuse buffers of which one would be written while another is still to be read."""
+    """Reject buffers that overlap: one would be written before another is read."""
     if torch.compiler.is_compiling() or any(type(t) is not Tensor or t.is_meta for t in buffers.values()):
-        return  # nothing that has an address
+        return  # these tensors have no addresses
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, name) for name, t in buffers.items() if t.numel())
     for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
         if begin < end:
@@ -337,7 +341,7 @@ def _check_apart(buffers: dict[str, Tensor]) -> None:
 
 
 def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tensor | None) -> None:
-    """Refuse, by name, inputs that don't fit x or the row; reads nothing back from a device."""
+    """Reject inputs that don't fit x or the row, without reading anything back from a device."""
     out2, grad, seeds, noise = (options[name] for name in ("out2", "grad", "seeds", "noise"))
     for name, given in (("out", out), ("out2", out2), ("grad", grad), ("noise", noise)):
         if name == "out" or given is not None:
@@ -356,7 +360,7 @@ def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tenso
             raise invalid(f"{name}.shape", tuple(value.shape), f"{tuple(x.shape)}")
     if seeds is None:
         if noise is None and "k_z" in used:
-            raise invalid("seeds", None, f"int64 [{n}], or give noise: the row uses it")
+            raise invalid("seeds", None, f"int64 [{n}], or give noise: the row uses noise")
     elif tuple(seeds.shape) != (n,) or seeds.dtype != torch.int64:
         raise invalid("seeds", (tuple(seeds.shape), seeds.dtype), f"int64 [{n}]")
     elif seeds.device != x.device:
@@ -364,7 +368,7 @@ def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tenso
 
 
 def _supports(device: str) -> Callable[..., str | None]:
-    """Reason against a compiled implementation on that kind of device, for a call."""
+    """Return the function that says why a compiled implementation for `device` can't serve a call."""
 
     def supports(
         state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any
@@ -372,7 +376,7 @@ def _supports(device: str) -> Callable[..., str | None]:
         if state.x.device.type != device:
             return f"x is on {state.x.device.type}"
         if state.x.dtype != torch.float32:
-            return f"x is {state.x.dtype}, it computes in float32"
+            return f"x is {state.x.dtype}; float32"
         if out.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"out is {out.dtype}"
         return None
@@ -389,19 +393,20 @@ def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Ten
         None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_tensor,
         noise_tensor, row_at, noise_at, options["stream"],
     )  # fmt: skip
-    if not torch.compiler.is_compiling():  # a trace sees from the op's schema what is written
-        # The op doesn't say that it wrote: without this a backward through the old state goes unnoticed.
+    if not torch.compiler.is_compiling():  # a trace knows from the op's schema which tensors are written
+        # The op doesn't raise version counters. Without this, autograd would not notice a backward through
+        # the old state.
         written = (state.x, state.x0, state.saved, state.history)
         torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
 
 
 @native.fake("sampler_step_")
 def _fake(*_args: Any) -> None:
-    """It writes in place and returns nothing."""
+    """Return nothing: the op writes in place."""
 
 
 def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:
-    """A counter as the compiled op takes it: what it reads when it runs, and what it adds to that."""
+    """Return a counter as the compiled op takes it: a tensor that it reads when it runs, and an offset."""
     return (value, 0) if isinstance(value, Tensor) else (None, operator.index(value))
 
 

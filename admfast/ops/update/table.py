@@ -1,4 +1,4 @@
-"""The table of a solver: rows of the one update, and the scale of the noise that they start from."""
+"""The table of a solver: the rows of its updates, and the factor of the noise that it starts from."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from admfast.ops.update.step import PackedTable, Row, pack
 
 @dataclass(frozen=True)
 class SolverTable:
-    """A solver made concrete for one schedule.
+    """The rows of a solver for one schedule.
 
-    rows: in the order in which they run. scale: x_T = scale * z. integer_t: the network sees whole timesteps
-    (int64), as where the schedule isn't rescaled.
+    rows: in the order in which they run. scale: factor of the starting noise, x_T = scale * z. integer_t: the
+    network sees whole timesteps (int64), which is the case unless the schedule is rescaled.
     """
 
     solver: str
@@ -31,7 +31,7 @@ class SolverTable:
         for i, row in enumerate(self.rows):
             for field in dataclasses.fields(row):
                 value = getattr(row, field.name)
-                # l0 alone may be -inf: a variance of zero.
+                # Only l0 may be -inf, for a variance of zero.
                 if math.isnan(value) or (math.isinf(value) and field.name != "l0"):
                     raise InvalidArgument(
                         f"{self.solver}: row {i} (step {row.index}) has {field.name}={value}: "
@@ -43,23 +43,26 @@ class SolverTable:
 
     @functools.cached_property
     def timesteps(self) -> Tensor:
-        """Return what network and guidance see of t: [2, rows], float64."""
+        """The timesteps that the network (first) and the guidance (second) see: [2, rows], float64."""
         return torch.tensor(
             [(row.t_net, row.t_clf) for row in self.rows], dtype=torch.float64, device="cpu"
         ).T
 
     def seen(self, x: Tensor) -> Tensor:
-        """Return what network and guidance see of t, for the images x: [2, rows, N] on its device."""
+        """Return `timesteps` for every image of x: [2, rows, N], int64 or float32, on the device of x."""
         dtype = torch.int64 if self.integer_t else torch.float32
         return self.timesteps.to(dtype).to(x.device)[:, :, None].expand(2, len(self), len(x))
 
     @functools.cached_property
     def packed(self) -> PackedTable:
-        """Return the rows as the update reads them, on the host."""
+        """The rows as the update reads them, on the host."""
         return pack(self.rows)
 
     def from_step(self, index: int) -> SolverTable:
-        """Return the rows from the one whose step is `index` on (to begin from a noised image)."""
+        """Return the table from the row of step `index` on, to begin from a noised image.
+
+        Raises: InvalidArgument if no row has this index.
+        """
         for i, row in enumerate(self.rows):
             if row.index == index:
                 return dataclasses.replace(self, rows=self.rows[i:])
