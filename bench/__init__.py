@@ -1,1 +1,1 @@
-"""Benchmarks: what a machine can do (`bench.ceilings`) and what this package reaches of it."""
+"""Benchmarks: the speed that a machine can reach (`bench.ceilings`), and the speed of this package on it."""

@@ -1,4 +1,4 @@
-"""`python -m bench.ceilings`: measure what this machine can do, with torch and Triton's timer only."""
+"""`python -m bench.ceilings`: measure the speed that this machine reaches with torch and not this package."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NAMES = ("graph", "copy", "sampler", "matmul", "attention", "conv", "norm")
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """Return the groups in the order they run, with their part of the budget.
+    """Return the groups in the order in which they run, with their shares of the budget.
 
-    What a group leaves over goes to those after it, so the quick ones come first; compiled norms come last,
-    because a compilation is the least predictable.
+    Time that a group does not use goes to the next ones, so the quick ones come first. Norms come last,
+    because the time of their compilation is the least predictable.
     """
     from bench.ops import attention, memory, norm, products, update
 
@@ -25,7 +25,7 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     return dict(zip(NAMES, zip((0.02, 0.06, 0.06, 0.08, 0.2, 0.36, 0.22), cases, strict=True), strict=True))
 
 
-BENCH = Bench("ceilings", "Measure what this machine can do.", NAMES, groups)
+BENCH = Bench("ceilings", "Measure the speed that this machine can reach.", NAMES, groups)
 main = functools.partial(bench_main, BENCH)
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The command line of every bench, and the process that watches over it.
+"""The command line of every bench, and the process that watches it.
 
-A bench measures in a worker process, which names each case as it begins. Where a case outlasts its limit or
-the budget the worker is killed, whatever C code it is in, the case becomes a row "too slow", and another
-worker goes on from the rows on the disk. An interrupt or SIGTERM ends a bench at once; what was measured
-stays.
+A bench measures in a worker process, which announces each case before it begins. If a case exceeds its limit
+or the budget, the worker is killed even inside C code, the case becomes a row "too slow", and another worker
+continues from the rows on the disk. An interrupt or SIGTERM ends a bench at once; measured rows are kept.
 
-Exit status: 0 when every row asked for is there, 3 when the budget ended first (run again to go on), 2 for a
-wrong argument, 1 when the worker or the device was lost, 130 and 143 after an interrupt and SIGTERM.
+Exit status: 0 if every requested row exists, 3 if the budget ended first (start again to continue), 2 for a
+wrong argument, 1 if the worker or the device was lost, 130 after an interrupt, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from bench.report import render
 from bench.results import ResultFile, Row
 
 UNFINISHED = 3
-# Seconds that a case has however little of the budget is left, and that a worker may take beside its cases.
+# Seconds that a case has even if less of the budget is left, and that a worker may take outside its cases.
 LEAST, STARTING = 10.0, 60.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -39,9 +38,9 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 class Bench:
     """One bench, `python -m PACKAGE.NAME`.
 
-    names: of its groups. groups: (arguments, settings) to name: (share of the budget, cases); it is called
-    in the worker, imports what it measures, and raises ValueError for values that are not allowed. flags:
-    adds those that no other bench has.
+    names: the names of its groups. groups: called with (arguments, settings) in the worker; returns {name:
+    (share of the budget, function of the settings that yields cases)}, and raises ValueError for values that
+    are not allowed. flags: adds the flags of this bench only.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Bench:
 
 
 def bench_main(bench: Bench, argv: Sequence[str] | None = None) -> int:
-    """Measure as the command line says; write NAME.jsonl and NAME.md; return the exit status."""
+    """Run a bench by its command line: write NAME.jsonl and NAME.md, and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser_of(bench).parse_args(argv)
     if arguments.inside is not None:
@@ -74,7 +73,7 @@ def bench_main(bench: Bench, argv: Sequence[str] | None = None) -> int:
 
 
 def watch(bench: Bench, arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Let workers measure until all is there or the budget is over; return the exit status."""
+    """Start workers until all rows exist or the budget is over; return the exit status."""
     interrupt_by_signals()
     command = [sys.executable, "-m", f"{bench.package}.{bench.name}", *argv]
     end, path = time.monotonic() + arguments.budget, Path(arguments.out) / f"{bench.name}.jsonl"
@@ -97,7 +96,7 @@ def watch(bench: Bench, arguments: argparse.Namespace, argv: Sequence[str]) -> i
 
 
 def interrupt_by_signals() -> None:
-    """Let SIGINT and SIGTERM raise a KeyboardInterrupt that knows which it was."""
+    """Let SIGINT and SIGTERM raise a KeyboardInterrupt with the signal's number."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt(number)
@@ -107,14 +106,14 @@ def interrupt_by_signals() -> None:
 
 
 def status_of(interrupt: KeyboardInterrupt) -> int:
-    """Return a shell's exit status of what a signal ended."""
+    """Return the exit status that shells give a process ended by this signal."""
     return 128 + (interrupt.args or (signal.SIGINT,))[0]
 
 
 @contextlib.contextmanager
 def started(command: Sequence[str], *pipes: int) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process whose threads wait passively; at the end of the block kill it and all it started."""
-    from admfast.host import wait_passively  # needs nothing but Python
+    """Start a process whose threads wait passively; kill it and its children at the end of the block."""
+    from admfast.host import wait_passively  # imports only the standard library
 
     wait_passively(environment := dict(os.environ))
     process = subprocess.Popen(command, pass_fds=pipes, process_group=0, env=environment)
@@ -122,14 +121,14 @@ def started(command: Sequence[str], *pipes: int) -> Iterator[subprocess.Popen[by
         yield process
     finally:
         try:
-            os.killpg(process.pid, signal.SIGKILL)  # with it, the compile workers that it started
+            os.killpg(process.pid, signal.SIGKILL)  # also ends its compile workers
         except ProcessLookupError:
             pass
         process.wait()
 
 
 def supervise(command: Sequence[str], seconds: float) -> int:
-    """Run a command to its end, or for so many seconds, or until a signal; return the exit status."""
+    """Run a command until it ends, `seconds` have passed, or a signal comes; return the exit status."""
     interrupt_by_signals()
     try:
         with started(command) as process:
@@ -141,15 +140,16 @@ def supervise(command: Sequence[str], seconds: float) -> int:
 
 
 def end_with_parent() -> None:
-    """Have this process killed when the one that started it ends, whatever ends that."""
+    """Have the kernel kill this process when its parent ends in any way (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_worker(command: Sequence[str], end: float) -> tuple[int, Row | None]:
-    """Run one worker to its end or to a case's limit; return its exit status, and the row that ended it.
+    """Run one worker until it ends or a case exceeds its limit; return the exit status, and that case's row.
 
-    end: when it is stopped even between cases, by `time.monotonic`.
+    The row is None if no case ended the worker. end: the time, by `time.monotonic`, at which the worker is
+    stopped even between cases.
     """
     read, write = os.pipe()
     with open(read, "rb", buffering=0), started([*command, "--inside", str(write)], write) as process:
@@ -161,14 +161,14 @@ def run_worker(command: Sequence[str], end: float) -> tuple[int, Row | None]:
             return UNFINISHED, row | {"status": "too slow", "reason": f"stopped after {row['limit']:.0f} s"}
         status = process.wait()
         if row is not None and status < 0:
-            return 1, row | {"status": "error", "reason": f"the process ended by signal {-status}"}
+            return 1, row | {"status": "error", "reason": f"the process was ended by signal {-status}"}
         return status, None
 
 
 def follow(read: int, last: float) -> tuple[Row | None, bool]:
-    """Follow a worker's cases; return the one in progress at the end, and whether it outlasted its limit.
+    """Read a worker's announcements; return the row of the case it ended in, and whether time ran out.
 
-    last: when the end comes even between cases.
+    The row is None between cases. last: the time at which to return even between cases.
     """
     row: Row | None = None
     end, rest = last, b""
@@ -186,20 +186,20 @@ def follow(read: int, last: float) -> tuple[Row | None, bool]:
 
 
 def parser_of(bench: Bench) -> argparse.ArgumentParser:
-    """Return the flags of a bench."""
+    """Return the parser of a bench's command line."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{bench.name}", description=bench.summary)
     add = parser.add_argument
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--out", default=f"out/{bench.name}", help="folder for rows and table (default: %(default)s)")
     add("--budget", type=float, default=540.0, help="seconds for all groups (default: %(default)s)")
     add("--only", metavar="GROUP,...", help=f"some of {','.join(bench.names)} (default: all)")
-    add("--quick", action="store_true", help="a few small rows a group, to try the machinery out")
+    add("--quick", action="store_true", help="a few small rows per group, to test the bench itself")
     add(
         "--again",
         action="store_true",
-        help="measure rows that waited for a CPU over 5 %% of their time once more; the calmer one stays",
+        help="measure again the rows that waited for a CPU for over 5 %% of their time; keep the calmer ones",
     )
-    # The pipe on which a worker names its cases; without a number, measure here and unwatched.
+    # The pipe on which a worker announces its cases; without a number, measure in this process, unwatched.
     add("--inside", type=int, nargs="?", const=-1, help=argparse.SUPPRESS)
     bench.flags(parser)
     return parser

@@ -1,9 +1,9 @@
-"""Measure the shipped digits: class accuracy, Frechet distance, neighbours, precision and recall.
+"""Measure the quality of digit samples: class accuracy, Frechet distance, neighbours, precision and recall.
 
 `python -m bench.digits_quality` samples the digits32 system and compares the samples with the 1,797 real
-digits in the space of 64 pixels: images are brought to 8x8 by block means, on the digits' scale of 0 to 16.
-It measures in a process that can be stopped at any time; what was measured stays. Exit status as of the
-other benches (`bench.command`).
+digits as vectors of 64 pixels: block means reduce images to 8x8, on the digits' scale of 0 to 16.
+It may be stopped at any time and keeps the finished rows. The exit status is that of the other benches
+(`bench.command`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SETTINGS = tuple(
 
 @dataclass(frozen=True)
 class Quality:
-    """Hold what is measured; see the functions below for each."""
+    """Measures of one set of samples; the functions below compute them."""
 
     accuracy: float
     frechet: float
@@ -69,9 +69,9 @@ class Quality:
 
 
 def frechet_distance(a: Array, b: Array) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets [N, D] (Dowson & Landau 1982)."""
+    """Return |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of sets [N, D] (Dowson & Landau 1982)."""
     sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # Some corner pixels are always 0 and the covariances singular: symmetric roots by eigenvalues still hold.
+    # Some corner pixels are always 0, so the covariances are singular; symmetric roots by eigenvalues work.
     values, vectors = np.linalg.eigh(sigma_a)
     root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     eigenvalues = np.linalg.eigvalsh(root_a @ sigma_b @ root_a)
@@ -80,34 +80,39 @@ def frechet_distance(a: Array, b: Array) -> float:
 
 
 def neighbours(points: Array, among: Array, k: int) -> Array:
-    """Return the Euclidean distances [N, k] to the k nearest of other points, by distance."""
+    """Return the Euclidean distances [N, k] of points to their k nearest among others, in ascending order."""
     same = points is among
     found = NearestNeighbors(n_neighbors=k + same, algorithm="brute").fit(among).kneighbors(points)[0]
-    return found[:, same:]  # nearest to itself is a point
+    return found[:, same:]  # a point is its own nearest neighbour
 
 
 def nearest_neighbour_accuracy(a: Array, b: Array) -> float:
-    """Return the accuracy of telling a point's set by its nearest neighbour; 0.5 is indistinguishable."""
+    """Return the accuracy of guessing a point's set from its nearest neighbour; 0.5: sets look the same."""
     right = [neighbours(own, own, 1) < neighbours(own, other, 1) for own, other in ((a, b), (b, a))]
     return float(np.concatenate(right).mean())
 
 
 def coverage(points: Array, manifold: Array, k: int = 3) -> float:
-    """Share of `points` within the k-th neighbour's distance of some point of `manifold`.
+    """Return the share of `points` that are no further from some point of `manifold` than its k-th neighbour.
 
-    Source: Kynkaanniemi et al. 2019. Samples against real digits give precision, the other way round recall.
+    Source: Kynkaanniemi et al. 2019. With samples as `points` and real digits as `manifold` it is precision;
+    with the two exchanged it is recall.
     """
     radii = neighbours(manifold, manifold, k)[:, k - 1]
     return float((euclidean_distances(points, manifold) <= radii).any(axis=1).mean())
 
 
 def copied(samples: Array, real: Array) -> float:
-    """Share of samples nearer to a real digit than real digits are to each other (their 1st percentile)."""
+    """Return the share of samples that are nearer to a real digit than 99 % of real digits are to another."""
     return float((neighbours(samples, real, 1) < np.percentile(neighbours(real, real, 1), 1)).mean())
 
 
 def measure(samples: Array, classes: npt.NDArray[np.int64], real: Array, judge: SVC, some: Array) -> Quality:
-    """All measures of samples [N, 64] that were asked to be of `classes` [N]; `some`: as many of `real`."""
+    """Return all measures of samples [N, 64] that were generated as `classes` [N].
+
+    some: as many of the real digits as there are samples, or all if there are fewer. judge: classifier of
+    real digits.
+    """
     return Quality(
         accuracy=float((judge.predict(samples) == classes).mean()),
         frechet=frechet_distance(samples, real),
@@ -119,7 +124,7 @@ def measure(samples: Array, classes: npt.NDArray[np.int64], real: Array, judge: 
 
 
 def halves(real: Array, labels: npt.NDArray[np.int64], rounds: int = 10) -> Quality:
-    """The same between random halves of the real digits: what a perfect model would get, on average."""
+    """Return mean measures of one random half of the real digits against the other, as of a perfect model."""
     found = []
     for seed in range(rounds):
         order = np.random.default_rng(seed).permutation(len(real))
@@ -147,13 +152,13 @@ def sample(
 
 
 def table(rows: dict[str, Quality]) -> str:
-    """The results in Markdown."""
+    """Return the results as a Markdown table."""
     names = [entry.name.replace("_", " ") for entry in fields(Quality)]
     return markdown_table(("samples", *names), [(name, *asdict(q).values()) for name, q in rows.items()])
 
 
 def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
-    """SHA-256 of every weights file that is measured, by its name."""
+    """Return the SHA-256 of every weights file that is measured, by file name."""
     ships = model in SYSTEMS
     paths = [part.shipped_path for part in SYSTEMS[model].models] if ships else [model, classifier]
     found = [Path(path) for path in paths if path is not None]
@@ -161,13 +166,13 @@ def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, parsed."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.digits_quality", description=__doc__)
     parser.add_argument("--model", default="digits32", help="system or weights file (default: digits32)")
-    parser.add_argument("--classifier", default=None, help="classifier of a model given as a file")
-    parser.add_argument("--count", type=int, default=1000, help="samples a setting (default: 1000)")
+    parser.add_argument("--classifier", default=None, help="classifier file, for a --model that is a file")
+    parser.add_argument("--count", type=int, default=1000, help="samples per setting (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
-    parser.add_argument("--only", default="", help="settings to run: a part of their names (default: all)")
+    parser.add_argument("--only", default="", help="settings to run: text in their names (default: all)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the rows (default: none)")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all (default: %(default)g)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the process that measures
@@ -175,9 +180,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def predicted(pipe: admfast.Pipeline, setting: Setting, count: int) -> float:
-    """Return the seconds that `count` samples may take, by a step of one batch."""
+    """Return the expected seconds for `count` samples, from one step of one batch."""
     some, seconds = min(BATCH, count), math.inf
-    for _ in range(2):  # the first prepares
+    for _ in range(2):  # the first one is slow, because it prepares the step
         began = time.monotonic()
         sample(pipe, replace(setting, steps=1), some, 0)
         seconds = min(seconds, time.monotonic() - began)
@@ -185,7 +190,7 @@ def predicted(pipe: admfast.Pipeline, setting: Setting, count: int) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample, measure, print a table and write the rows, with what they were taken with, as they come."""
+    """Sample and measure every setting, write rows and conditions after each, and print a table."""
     end = time.monotonic() + args.budget
     torch.manual_seed(0)
     pipe = admfast.load(args.model, classifier=args.classifier)
@@ -193,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
     real, classes = digits.flatten(1).double().numpy(), labels.numpy()
     judge = SVC(gamma=0.001).fit(real, classes)
     some = real[np.random.default_rng(0).permutation(len(real))[: args.count]]
-    # Read first: what is measured for half an hour must be what the hashes and the revision say.
+    # Read before measuring, because files may change in the half hour that it takes.
     document = {
         "samples": args.count,
         "first_seed": args.seed,
@@ -230,7 +235,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as the command line says; a user's error is one line and exit status 2."""
+    """Run the bench by its command line; a user's error is one line with exit status 2."""
     args = arguments(argv)
     if not args.inside:
         given = sys.argv[1:] if argv is None else argv

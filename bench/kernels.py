@@ -1,4 +1,4 @@
-"""`python -m bench.kernels`: measure every op of the package beside eager PyTorch and torch.compile."""
+"""`python -m bench.kernels`: compare every op of the package with eager PyTorch and torch.compile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("sampler", "norm", "norm-gradient", "attention", "conv", "others")
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """Return the groups in the order they run, with their part of the budget."""
+    """Return the groups in the order in which they run, with their shares of the budget."""
     from bench.ops import attention, norm, others, products, update
 
     cases = (update.kernels, norm.kernels, norm.gradient_kernels, attention.kernels)
@@ -21,7 +21,7 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     return dict(zip(NAMES, zip((0.1, 0.25, 0.2, 0.2, 0.25, 0.1), cases, strict=True), strict=True))
 
 
-BENCH = Bench("kernels", "Measure every op beside eager PyTorch and torch.compile.", NAMES, groups)
+BENCH = Bench("kernels", "Compare every op with eager PyTorch and torch.compile.", NAMES, groups)
 main = functools.partial(bench_main, BENCH)
 
 if __name__ == "__main__":

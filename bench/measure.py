@@ -1,6 +1,6 @@
-"""Measure a case: compare its output with a reference, then time it by the one timer of all benches.
+"""Measurement of one case: compare its output with a reference, then time it.
 
-A GPU is timed by Triton's `do_bench`, a CPU by `torch.utils.benchmark`.
+All benches use the same timers: Triton's `do_bench` on a GPU, `torch.utils.benchmark` on a CPU.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "fp8": torch.float8_e4m3fn,
 }
-ROW_SECONDS = 60.0  # what the calls of a row may take
-CASE_SECONDS = 2 * ROW_SECONDS  # and all of it, inputs, comparison and compilation included
-CALLS = 6  # of a row at least: the compared, the one that finds the size of a sample, the timed
+ROW_SECONDS = 60.0  # limit for the calls of a row
+CASE_SECONDS = 2 * ROW_SECONDS  # limit for the whole row: inputs, comparison and compilation too
+CALLS = 6  # fewest calls of a row: to compare, to find the size of a sample, to time
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,23 +38,24 @@ T = TypeVar("T")
 
 
 class Unavailable(Exception):
-    """This device or this torch can't do it; the message is the row's reason."""
+    """This device or this torch can't run the case; the message is the row's reason."""
 
 
 class WrongResult(Exception):
-    """The output is not what the reference computes; the message is the row's reason."""
+    """The output differs from the reference; the message is the row's reason."""
 
 
 class TooSlow(Exception):
-    """The row would take longer than it may; the message is the row's reason."""
+    """The row would exceed its time limit; the message is the row's reason."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """Settings of a measurement.
 
-    seconds: of one row's samples. quick: only try the machinery. again: measure disturbed rows once more.
-    begin: is told which case begins, so that one that hangs can be stopped. limit: seconds that it has.
+    seconds: time for the samples of one row. quick: only test the bench itself. again: measure disturbed rows
+    once more. begin: called with each case before it begins, so that a case that hangs can be stopped. limit:
+    seconds that a case may take.
     """
 
     device: torch.device
@@ -70,7 +71,7 @@ class Settings:
         return self.device.type == "cuda"
 
     def some(self, by_device: Mapping[str, Sequence[T]], few: int = 1) -> Sequence[T]:
-        """Return the device's values, the first few of them where the machinery is only tried."""
+        """Return the device's values, only the first `few` of them if `quick`."""
         return by_device[self.device.type][: few if self.quick else None]
 
 
@@ -79,10 +80,11 @@ Measure = Callable[[Settings], Row]
 
 @dataclass(frozen=True)
 class Case:
-    """One row to be: its name, and the function that builds inputs, compares, times and returns fields.
+    """A row before it is measured: its name, and the function that measures it and returns its fields.
 
-    limit: seconds after which it is stopped and its row says "too slow". together: shared by cases that are
-    measured in one go; it has `leave_out(case)`, for a row that can't be had.
+    measure: builds inputs, compares and times. note: further fields of the row. limit: seconds after which it
+    is stopped and its row says "too slow". together: an object shared by the cases that are measured at the
+    same time; its `leave_out(case)` leaves out one that can't be measured.
     """
 
     kind: str
@@ -112,14 +114,16 @@ def timed(
         settings: device and seconds.
         check: the relative error of what `fn` returns; raises WrongResult.
         flop, nbytes: operations and bytes of one call, for the rates.
-        small: the same on a part of the input, and how many parts there are: tried before the whole.
+        small: a call on a part of the input, and the number of such parts in the whole input; it is timed
+            first, to estimate the time of `fn`.
+        gradient: whether `fn` takes a gradient.
 
     Raises:
-        TooSlow: the calls of this row would take longer than `ROW_SECONDS`, or half of what is left for it.
+        TooSlow: the calls of this row would take longer than `ROW_SECONDS` or half of its limit.
     """
     with contextlib.nullcontext() if gradient else torch.inference_mode():
         if small is not None:
-            # Twice, as the first call of a library may begin it.
+            # Twice, because the first call may initialise a library.
             refuse_slow(small[1] * min(seconds_of(small[0]) for _ in range(2)), settings.limit)
         out = fn()
         error = None if check is None else check(out)
@@ -141,14 +145,14 @@ def timed(
 
 
 def refuse_slow(seconds: float, limit: float) -> None:
-    """Raise TooSlow where calls of so many seconds would make a row too long for the limit of its case."""
+    """Raise TooSlow if `CALLS` calls of `seconds` each would be too long for a case with this limit."""
     allowed = min(ROW_SECONDS, limit / 2)
     if CALLS * seconds > allowed:
         raise TooSlow(f"about {seconds:.3g} s a call; a row's calls may take {allowed:.0f} s")
 
 
 def refuse_work(flop: float, dtype: str, settings: Settings) -> None:
-    """Raise TooSlow where `CALLS` times so many operations outlast the case's limit even as one product."""
+    """Raise TooSlow if `CALLS` calls of `flop` operations exceed the limit at a matrix product's rate."""
     n = 512
     a = torch.ones(n, n, device=settings.device, dtype=DTYPES.get(dtype, torch.float32))
     seconds = min(seconds_of(lambda: a @ a) for _ in range(3)) * flop / (2 * n**3)
@@ -157,7 +161,7 @@ def refuse_work(flop: float, dtype: str, settings: Settings) -> None:
 
 
 def seconds_of(fn: Callable[[], object]) -> float:
-    """Return the seconds of one call, on the clock."""
+    """Return the wall-clock seconds of one call."""
     begin = time.perf_counter()
     fn()
     if torch.cuda.is_initialized():
@@ -166,12 +170,15 @@ def seconds_of(fn: Callable[[], object]) -> float:
 
 
 def short(value: float) -> float:
-    """Round to five digits, as rows hold numbers."""
+    """Round to five significant digits, the precision of numbers in rows."""
     return float(f"{value:.5g}")
 
 
 def quantiles(times_ms: Sequence[float]) -> Row:
-    """Median, 20 % and 80 % quantile of times in milliseconds; raises ValueError on an empty sequence."""
+    """Return {"ms", "ms_q20", "ms_q80"}: median, 20 % and 80 % quantile of times in milliseconds.
+
+    Raises: ValueError for an empty sequence.
+    """
     if not times_ms:
         raise ValueError("times_ms is empty: nothing was timed")
     times = torch.tensor(list(times_ms), dtype=torch.float64)
@@ -180,7 +187,7 @@ def quantiles(times_ms: Sequence[float]) -> Row:
 
 
 def checked(out: torch.Tensor, ref64: torch.Tensor, limit: float) -> float:
-    """|out - ref| / |ref| in float64; raises WrongResult where it exceeds `limit` or is not a number."""
+    """Return |out - ref| / |ref| in float64; raise WrongResult if it exceeds `limit` or is NaN."""
     out, ref64 = out.detach(), ref64.detach().double().cpu()
     error = float((out.double().cpu() - ref64).norm() / ref64.norm())
     if not error <= limit:
@@ -191,12 +198,12 @@ def checked(out: torch.Tensor, ref64: torch.Tensor, limit: float) -> float:
 def product_limit(
     dtype: str, length: int, out_dtype: torch.dtype | None = None, *, fast: bool = False
 ) -> float:
-    """Largest relative error a sum of `length` products may have: output rounding plus accumulation.
+    """Return the largest relative error allowed for a sum of `length` products.
 
-    The reference is computed from the very same rounded operands, so theirs does not count, except in tf32,
-    which drops each operand to 10 bits inside. Accumulators are float32, their errors grow like a random
-    walk. Tensor cores keep 13 bits of an fp8 sum; with fast accumulation every 32 products are added to such
-    a sum.
+    It is output rounding plus accumulation. The reference uses the same rounded operands, so their rounding
+    adds no error, except in tf32, which rounds each operand to 10 bits inside. Accumulators are float32, and
+    their errors grow like a random walk. Tensor cores keep 13 bits of an fp8 sum; with fast accumulation
+    every 32 products are added to such a sum.
     """
     rounding = torch.finfo(out_dtype or DTYPES[dtype]).eps
     if dtype == "tf32":
@@ -210,7 +217,7 @@ def product_limit(
 def numerics(dtype: str) -> Iterator[None]:
     """Let float32 products run in tf32 (dtype "tf32") or full float32 (any other), and cuDNN search.
 
-    cuDNN tries its algorithms once per shape and keeps the fastest. What was set before is restored.
+    cuDNN tries its algorithms once per shape and keeps the fastest. The former settings are restored.
     """
     cudnn, tf32 = torch.backends.cudnn, dtype == "tf32"
     before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
@@ -224,13 +231,13 @@ def numerics(dtype: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """First non-empty line of an exception's message, at most 300 characters; its type where it has none."""
+    """Return the first non-empty line of an exception's message, at most 300 characters, or else its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
 
 def unavailable(reason: str) -> Measure:
-    """Return a case's `measure` that only says why nothing is measured."""
+    """Return a `measure` for a case that can't be measured, which raises Unavailable with the reason."""
 
     def refuse(settings: Settings) -> Row:
         raise Unavailable(reason)
@@ -239,49 +246,49 @@ def unavailable(reason: str) -> Measure:
 
 
 def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function by torch.compile; reset Dynamo's count of recompilations, which gives up at nine."""
+    """Compile a function with torch.compile; first reset Dynamo, which stops after eight compilations."""
     torch._dynamo.reset()
     return torch.compile(fn, fullgraph=True, dynamic=False)
 
 
 def _cuda_times(fn: Callable[[], object], seconds: float, once: float) -> list[float]:
-    """Milliseconds by the device's events, its L2 cache overwritten before each sample."""
+    """Return milliseconds by the device's events; the L2 cache is overwritten before each sample."""
     from triton.testing import do_bench  # type: ignore[import-untyped]
 
-    # do_bench takes int(rep / estimate) samples and its estimate includes the flush: leave it room for three.
+    # do_bench takes int(rep / estimate) samples; its estimate includes the flush: leave time for three.
     rep = 1e3 * max(seconds, 4 * once)
     return [float(t) for t in do_bench(fn, warmup=rep / 4, rep=rep, return_mode="all")]
 
 
 def _cpu_times(fn: Callable[[], object], seconds: float, once: float) -> list[float]:
-    """Milliseconds on the clock, with torch's number of threads; at least three samples."""
+    """Return wall-clock milliseconds with torch's number of threads, in at least three samples."""
     timer = benchmark.Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
     times: list[float] = []
-    # blocked_autorange stops as soon as min_run_time has passed, be it after a single slow sample.
+    # blocked_autorange stops as soon as min_run_time has passed, even after a single slow sample.
     while len(times) < 3:
         times += timer.blocked_autorange(min_run_time=max(seconds, 2.5 * once)).times
     return [t * 1e3 for t in times]
 
 
 def queue_seconds() -> float:
-    """Seconds this process's threads were so far ready but without a CPU; 0 where the system can't say.
+    """Return the seconds that threads of this process were ready but had no CPU so far; 0 if unknown.
 
-    What else runs on a machine shows here and hardly in a quantile: two threads that meet after each
-    operation wait a scheduler's slice, milliseconds, for whichever was put aside.
+    Other load on the machine shows here more clearly than in quantiles: when two threads synchronise after
+    each operation and one is descheduled, the other waits for a time slice of milliseconds.
     """
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:
             total += int(path.read_text().split()[1])
         except (OSError, IndexError, ValueError):
-            continue  # a thread that ended meanwhile
+            continue  # the thread has ended
     return total / 1e9
 
 
 def in_a_process(code: str, environment: Mapping[str, str]) -> Any:
-    """Run Python code in a fresh process, and return the JSON in the last line that it prints.
+    """Run Python code in a new process, and return the JSON in the last line that it prints.
 
-    Raises: RuntimeError with what it said last, where it fails.
+    Raises: RuntimeError with the last line of its errors if it fails or prints nothing.
     """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -292,9 +299,9 @@ def in_a_process(code: str, environment: Mapping[str, str]) -> Any:
 
 
 def peak_mb(fn: Callable[[], object], device: torch.device) -> float | None:
-    """Most device memory (1e6 bytes) allocated during a call of `fn`, inputs included; None on a CPU.
+    """Return the largest device memory (1e6 bytes) during a call of `fn`, inputs included; None on a CPU.
 
-    `fn` has run before: the first call may search for an algorithm and borrow workspace for it.
+    `fn` must have run before, because its first call may take memory to search for an algorithm.
     """
     if device.type != "cuda":
         return None
@@ -307,10 +314,11 @@ def peak_mb(fn: Callable[[], object], device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class Sample:
-    """Steps that ran one after another: milliseconds a step, on the clock and until the host had issued it.
+    """Times of steps that ran one after another.
 
-    waited: the part of the time that the process's threads were ready but had no CPU. cpu_ms: CPU time of all
-    threads; with one thread on a busy machine it says more than the clock.
+    ms: wall-clock milliseconds per step. host_ms: milliseconds per step until the host had issued it. waited:
+    the share of the time in which threads were ready but had no CPU. cpu_ms: CPU time of all threads per
+    step; with one thread on a busy machine it is more reliable than the clock.
     """
 
     ms: float
@@ -320,10 +328,10 @@ class Sample:
 
 
 def sample(step: Callable[[int], object], count: int) -> Sample:
-    """Run step(0) .. step(count - 1) and time them together, as a loop runs them.
+    """Run step(0) to step(count - 1) as a loop does, and time them together.
 
-    From an idle device to an idle device: where the host is the slower one, its time is what counts. No cache
-    is flushed, as none is between the steps of a sampling loop.
+    The time is from an idle device to an idle device, so it is the host's time if the host is slower. No
+    cache is flushed, as in a sampling loop.
     """
 
     def synchronise() -> None:
@@ -352,14 +360,16 @@ def in_turns(
     longest: int = 1000,
     budget: float = math.inf,
 ) -> dict[T, list[Sample]]:
-    """Take samples of several in turns, so that what a machine does meanwhile meets all of them alike.
+    """Sample several contenders in turns, so that other load on the machine affects all of them alike.
 
     Args:
-        takers: taker(count) runs so many steps and says what they took. Each has run once before.
-        seconds: a sample lasts about so long, or one step; the step that finds the size is then the first.
-        rounds: samples of each; every second round goes backwards through them.
-        together: steps that share work done once for so many; a sample that comes near is a multiple of it.
-        longest: steps of a sample at most.
+        takers: by name, functions that run `count` steps and return their sample. Each has run before.
+        seconds: approximate length of a sample, which has at least one step. If it has just one, the step
+            that measured this length is the first sample.
+        rounds: number of samples of each; every second round takes them in reverse order.
+        together: number of steps that share some work. A sample of more than a third of it is rounded up to
+            a multiple.
+        longest: largest number of steps of a sample.
         budget: seconds after which no further round begins.
     """
     end = time.monotonic() + budget

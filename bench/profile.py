@@ -1,7 +1,7 @@
-"""`python -m bench.profile`: where the time of a step goes, by class of operation and by operation.
+"""`python -m bench.profile`: profile the time of a step by class of operation and by operation.
 
-By torch's profiler, over the steps of `bench.sampling`: ours, and the published code's where a checkout of it
-is named.
+It runs torch's profiler over the steps of `bench.sampling`: ours, and the published code's if its checkout is
+named.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from bench.sampling.contender import TOGETHER, Contender, Entry
 from bench.sampling.flags import add_flags
 from bench.sampling.subject import Inputs, Subject, step_flop
 
-# The first pattern that a name matches. A convolution of cuDNN's is built on a matrix product and has "gemm"
-# in its name too, and so has attention: products come after them.
+# The class of an operation is that of the first pattern that matches its name. Products come last, because
+# cuDNN's convolutions and attention may also have "gemm" in their names.
 PATTERNS = {
     "update": r"sampler_step|philox|noise_kernel|^update$",
     "embedding": r"^embedding$|index_select|gather_row|aten::(embedding|cos|sin)\b",
@@ -40,27 +40,26 @@ CLASSES = ("convolution", "norm", "attention", "product", "embedding", "update",
 LAUNCH = re.compile(r"^(cuda|cu)(Launch|GraphLaunch|Memcpy|Memset)")
 WHOLE = "all steps"
 
-# Steps that are profiled: as many as fit into the seconds, and a whole chunk of embeddings where they come
-# near.
+# Number of profiled steps: as many as fit into SECONDS; see `steps_for`.
 SECONDS = 1.0
 LARGEST_TRACE = 25
-NAMED = 48  # operations that a row names
+NAMED = 48  # operations that a row lists
 
 
 def classify(name: str) -> str:
-    """The class of an operation or kernel by its name."""
+    """Return the class of an operation or kernel by its name."""
     found = (kind for kind, pattern in PATTERNS.items() if re.search(pattern, name, re.IGNORECASE))
     return next(found, OTHER)
 
 
 @dataclass
 class Trace:
-    """A profiled stretch of steps; all numbers are of one step.
+    """Profile of several steps; all numbers are per step.
 
-    wall_ms: on the clock, profiler included. ms: time by class, `gaps` being what none of them fills: Python
-    and the framework on a CPU, an idle device on a GPU. Where kernels overlap, their classes' times add up to
-    more than the time they fill. names: time and calls by the name of the operation or kernel. launches: what
-    the host launched; kernels: what ran on the device.
+    wall_ms: wall-clock time, profiler included. ms: time by class; `gaps` is the rest: Python and the
+    framework on a CPU, an idle device on a GPU. If kernels overlap, the times of their classes add up to more
+    than the time that passes. names: time and calls by the name of the operation or kernel. launches: number
+    of launches by the host. kernels: number of kernels and copies that ran on the device.
     """
 
     wall_ms: float
@@ -73,7 +72,7 @@ class Trace:
     def of(
         cls, wall_us: float, timed: Iterable[tuple[str, str, float]], filled_us: float, steps: int
     ) -> Trace:
-        """Add up (class, name, microseconds) of so many steps; the gaps are what isn't filled."""
+        """Add up (class, name, microseconds) over several steps; the gaps are `wall_us` less `filled_us`."""
         by_class: dict[str, float] = defaultdict(float)
         by_name: dict[str, list[float]] = defaultdict(list)
         for kind, name, us in timed:
@@ -85,7 +84,7 @@ class Trace:
         return cls(wall_us / unit, {name: time / unit for name, time in by_class.items()}, names)
 
     def row(self) -> Row:
-        """Return the fields of a profile's row; what takes longest by name."""
+        """Return the fields of a profile's row, with the operations that take longest."""
         names = sorted(self.names.items(), key=lambda item: -item[1][0])[:NAMED]
         row: Row = {
             "profiled_ms": round(self.wall_ms, 4),
@@ -97,7 +96,7 @@ class Trace:
 
 
 def traced(contender: Contender, steps: int) -> Trace:
-    """Profile a contender's first steps; it must have run before."""
+    """Profile a contender's first steps; it must have run before, to be warm."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = contender.device.type == "cuda"
@@ -116,9 +115,10 @@ def traced(contender: Contender, steps: int) -> Trace:
 
 
 def of_host(events: Iterable[Any], steps: int) -> Trace:
-    """The trace of steps on a CPU: each operation's own time, in the class of the outermost that has one.
+    """Return the trace of steps on a CPU, from the time that each operation takes without those inside it.
 
-    A copy inside a convolution thus counts as convolution.
+    The time counts for the class of the outermost operation around it that has one: a copy inside a
+    convolution counts as convolution.
     """
     events = [event for event in events if _on_host(event)]
     wall = sum(event.time_range.elapsed_us() for event in events if event.name == WHOLE)
@@ -128,7 +128,7 @@ def of_host(events: Iterable[Any], steps: int) -> Trace:
 
 
 def of_device(events: Iterable[Any], steps: int) -> Trace:
-    """The trace of steps on a GPU: kernels and copies by name; gaps are when none of them runs."""
+    """Return the trace of steps on a GPU: kernels and copies by name, and gaps in which none of them runs."""
     host = [event for event in events if _on_host(event)]
     wall = sum(event.time_range.elapsed_us() for event in host if event.name == WHOLE)
     ran = [
@@ -145,7 +145,7 @@ def of_device(events: Iterable[Any], steps: int) -> Trace:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -158,7 +158,7 @@ def _on_host(event: Any) -> bool:
 
 
 def _names_above(event: Any) -> list[str]:
-    """Return the names of an operation and all that enclose it, innermost first."""
+    """Return the names of an operation and of all operations around it, innermost first."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -167,19 +167,22 @@ def _names_above(event: Any) -> list[str]:
 
 
 def _class_of(event: Any) -> str:
-    """The class of the outermost enclosing operation that has one, the operation itself included."""
+    """Return the class of the outermost operation that has one, among an operation and those around it."""
     kinds = [classify(name) for name in _names_above(event)]
     return next((kind for kind in reversed(kinds) if kind != OTHER), OTHER)
 
 
 def steps_for(ms: float, longest: int, quick: bool) -> int:
-    """Return how many steps of so many milliseconds are profiled."""
+    """Return how many steps of `ms` milliseconds to profile.
+
+    It is one chunk of embeddings (`TOGETHER` steps) if more than a third of it fits into `SECONDS`.
+    """
     count = 2 if quick else max(1, min(LARGEST_TRACE, round(1e3 * SECONDS / ms)))
     return min(TOGETHER if count > TOGETHER / 3 else count, longest)
 
 
 def _profile(entry: Entry, subject: Subject, batch: int, settings: Settings) -> Row:
-    """Return the row of a step; no trial, as nothing is compared."""
+    """Return the row of a step; there is no trial, because a profile compares nothing."""
     refuse_work(step_flop(subject) * batch, entry.dtype, settings)
     contender = entry.make(subject, Inputs.of(subject, batch, settings.device))
     with contender.running():
@@ -191,7 +194,7 @@ def _profile(entry: Entry, subject: Subject, batch: int, settings: Settings) -> 
 
 
 def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
-    """One group: a row for every step and who runs it."""
+    """Return one group, with a row for every step and contender."""
     from bench.sampling.choice import choose
 
     chosen = choose(arguments, settings)
@@ -206,7 +209,7 @@ def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
     return {"profile": (1.0, cases)}
 
 
-SUMMARY = "Profile the guided step: classes of operations, gaps, operations."
+SUMMARY = "Profile the guided step: time by class of operation, gaps, longest operations."
 main = partial(bench_main, Bench("profile", SUMMARY, ("profile",), groups, add_flags))
 
 if __name__ == "__main__":

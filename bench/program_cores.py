@@ -1,6 +1,6 @@
-"""The cores of other programs: what makes a program's network, and what it does with that network.
+"""Cores of other programs: functions that make a program's network and its main computation with it.
 
-Nothing of a program is copied here: its modules are imported from its checkout, which must be on the path.
+No code of a program is copied here: its modules are imported from its checkout, which must be on `sys.path`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ OWN, OURS = "guided_diffusion", "admfast.compat.guided_diffusion"
 
 @dataclass(frozen=True)
 class Program:
-    """A checkout.
+    """A program's checkout and its cores.
 
-    roots: folders from which it imports, from the folder of checkouts. parts: what makes its network, and its
-    core by the network. packaged: names of parts that also run on admfast's own package. walk: how its
-    network is served.
+    roots: folders from which it imports, relative to the folder of checkouts. parts: by name, functions that
+    return its network and a core, which maps (network, x) to a result. packaged: names of parts that also run
+    on admfast's own package. walk: how the accelerated network runs, "whole" or "block by block".
     """
 
     roots: tuple[str, ...]
@@ -54,26 +54,26 @@ class Program:
 
 
 def published_network(package: str = OWN, **changes: Any) -> Any:
-    """Return the network that `create_model` of a package makes, by default of the program's own copy."""
+    """Return a network from `create_model` of a package, which by default is the program's own copy."""
     create = importlib.import_module(f"{package}.script_util").create_model
     return create(**{"image_size": SIZE, **OPTIONS, **changes})
 
 
 def process(package: str = OWN, **changes: Any) -> Any:
-    """Return the diffusion of a package, with as many steps as are run."""
+    """Return the diffusion process of a package, respaced to `STEPS` steps by default."""
     create = importlib.import_module(f"{package}.script_util").create_gaussian_diffusion
     return create(learn_sigma=True, **{"timestep_respacing": str(STEPS), **changes})
 
 
 def ddpm(package: str = OWN) -> tuple[Any, Core]:
-    """The published loop."""
+    """Return the network and core of the published loop."""
     diffusion = process(package)
     net = published_network(package)
     return net, lambda net, x: diffusion.p_sample_loop(net, x.shape, noise=x, device="cpu")
 
 
 def guided(package: str = OWN) -> tuple[Any, Core]:
-    """The published loop, guided by a classifier as in the published script."""
+    """Return the network and core of the published loop with a classifier, as in the published script."""
     import torch
     import torch.nn.functional as F
 
@@ -108,7 +108,7 @@ def guided(package: str = OWN) -> tuple[Any, Core]:
 
 
 def training(package: str = OWN) -> tuple[Any, Core]:
-    """A published training loss, and its gradient in every parameter."""
+    """Return the network and core of the published training loss and its gradient in every parameter."""
     import torch
 
     diffusion = process(package)
@@ -122,7 +122,7 @@ def training(package: str = OWN) -> tuple[Any, Core]:
 
 
 def ilvr() -> tuple[Any, Core]:
-    """ILVR: low frequencies of a reference image, by the program's own loop."""
+    """Return the network and core of ILVR, which samples with the low frequencies of a reference image."""
     import torch
 
     resizer, diffusion = importlib.import_module("resizer").Resizer, process()
@@ -140,7 +140,7 @@ def ilvr() -> tuple[Any, Core]:
 
 
 def dps(conditioning: str) -> tuple[Any, Core]:
-    """DPS or MCG: super-resolution by the gradient in x, through trainable weights."""
+    """Return the network and core of DPS or MCG: super-resolution by the gradient in x, weights trainable."""
     modules = ("unet", "gaussian_diffusion", "condition_methods", "measurements")
     code = SimpleNamespace(**{n: importlib.import_module(f"guided_diffusion.{n}") for n in modules})
     net = code.unet.create_model(image_size=SIZE, **OPTIONS)
@@ -163,7 +163,7 @@ def dps(conditioning: str) -> tuple[Any, Core]:
 
 
 def ddrm() -> tuple[Any, Core]:
-    """DDRM: super-resolution, float timesteps."""
+    """Return the network and core of DDRM: super-resolution with float timesteps."""
     import torch
 
     steps = importlib.import_module("functions.denoising").efficient_generalized_steps
@@ -179,7 +179,7 @@ def ddrm() -> tuple[Any, Core]:
 
 
 def dpm_solver() -> tuple[Any, Core]:
-    """DPM-Solver++: earlier outputs are kept, timesteps are fractions."""
+    """Return the network and core of DPM-Solver++, which keeps earlier outputs; timesteps are fractional."""
     import torch
 
     code = importlib.import_module("dpm_solver.sampler")
@@ -201,9 +201,9 @@ def dpm_solver() -> tuple[Any, Core]:
 
 
 def k_diffusion() -> tuple[Any, Core]:
-    """DPM-Solver++(2M) of k-diffusion, around the published network."""
+    """Return the network and core of DPM-Solver++(2M) from k-diffusion, with the published network."""
     root = next(path for path in map(Path, sys.path) if (path / "k_diffusion").is_dir())
-    package = sys.modules["k_diffusion"] = ModuleType("k_diffusion")  # its __init__ wants much more
+    package = sys.modules["k_diffusion"] = ModuleType("k_diffusion")  # its __init__ imports other packages
     package.__path__ = [str(root / "k_diffusion")]
     external = importlib.import_module("k_diffusion.external")
     sampling = importlib.import_module("k_diffusion.sampling")
@@ -221,7 +221,7 @@ def k_diffusion() -> tuple[Any, Core]:
 
 
 def diffpir() -> tuple[Any, Core]:
-    """The denoising step of DiffPIR, by DDPM and by DDIM in turns."""
+    """Return the network and core of DiffPIR's denoising steps, alternately of DDPM and DDIM."""
     import torch
 
     model_fn = importlib.import_module("utils.utils_model").model_fn
@@ -241,11 +241,14 @@ def diffpir() -> tuple[Any, Core]:
 
 
 def ddnm() -> tuple[Any, Core]:
-    """DDNM's colourisation at 256 pixels, whose network reads a configuration at every call."""
+    """Return the network and core of DDNM's colourisation at 256 pixels.
+
+    Its network reads a configuration at every call.
+    """
     import torch.nn.functional as F
 
     class Settings(SimpleNamespace):
-        def __getattr__(self, name: str) -> None:  # what isn't set is None there
+        def __getattr__(self, name: str) -> None:  # DDNM expects None for settings that aren't set
             if name.startswith("__"):
                 raise AttributeError(name)
 
@@ -265,7 +268,7 @@ def ddnm() -> tuple[Any, Core]:
         task = {"gt": big.flip(-1).clamp(-1, 1), "scale": 4, "resize_y": False, "deg": "colorization"}
         task |= {"save_path": "out", "sigma_y": 0.0, "y": None}
         here = os.getcwd()
-        with tempfile.TemporaryDirectory() as place:  # it writes pictures of what it does
+        with tempfile.TemporaryDirectory() as place:  # it writes pictures into the current folder
             os.chdir(place)
             try:
                 run = diffusion.p_sample_loop_progressive
@@ -277,7 +280,7 @@ def ddnm() -> tuple[Any, Core]:
 
 
 def fill(net: Any) -> None:
-    """Give all parameters random values: the last layers begin at zero, and would hide everything."""
+    """Give all parameters random values, because the last layers are initially zero and would hide errors."""
     import torch
 
     from bench.sampling.weights import drawn
@@ -290,7 +293,7 @@ def fill(net: Any) -> None:
 
 
 def of_a_library(module: str, make: str, gradient: bool, **options: Any) -> tuple[Any, Core]:
-    """A call of a library's network at the middle of its noise levels, or its gradient in x."""
+    """Return a library's network, and as core its call at a middle noise level or the gradient in x."""
     import torch
 
     net = getattr(importlib.import_module(module), make)(**options)
@@ -311,7 +314,7 @@ def of_a_library(module: str, make: str, gradient: bool, **options: Any) -> tupl
 
 
 def both(name: str, module: str, make: str, **options: Any) -> dict[str, Callable[..., tuple[Any, Core]]]:
-    """Return the parts of a library's network: a call, and its gradient in x."""
+    """Return the parts of a library's network by name: its call, and its gradient in x."""
     kinds = {name: False, f"{name}, gradient": True}
     return {
         part: functools.partial(of_a_library, module, make, gradient, **options)
@@ -344,7 +347,7 @@ PROGRAMS = {
     "DiffPIR": Program(("DiffPIR",), {"DiffPIR": diffpir}),
     "dpm-solver": Program(("dpm-solver/examples/ddpm_and_guided-diffusion",), {"DPM-Solver++": dpm_solver}),
     "k-diffusion": Program(("k-diffusion", "guided-diffusion"), {"DPM-Solver++ (2M)": k_diffusion}),
-    # Installed with what they need into the folder `libraries`: pip install --target.
+    # The libraries are installed with their dependencies into the folder `libraries` (pip install --target).
     "deepinv": Program(
         ("libraries",),
         both("ADMUNet", "deepinv.models", "ADMUNet", **_EDM)
@@ -360,7 +363,7 @@ PROGRAMS = {
 }
 
 
-# A process that runs cores
+# The process that runs a core
 
 
 class _StandIn(ModuleType):
@@ -373,7 +376,7 @@ class _StandIn(ModuleType):
 
 
 class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds empty modules for packages that aren't installed, or don't work beside a CPU build of torch."""
+    """Importer of empty modules, for packages that aren't installed or don't work with torch's CPU build."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self._packages = packages
@@ -390,7 +393,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _without_cuda() -> None:
-    """Let calls that write "cuda" down mean the CPU."""
+    """Make code with a hard-coded device "cuda" use the CPU."""
     import torch
 
     to, ones = torch.Tensor.to, torch.ones
@@ -404,7 +407,7 @@ def _without_cuda() -> None:
 
 
 def ready(folder: str, program: str, part: str) -> tuple[Any, Core]:
-    """Let this process import from a program's checkout; return a network and core of it."""
+    """Make a program's checkout importable in this process; return a network and a core of the program."""
     import torch
 
     sys.meta_path.append(StandIns(STOOD_IN))
@@ -417,14 +420,14 @@ def ready(folder: str, program: str, part: str) -> tuple[Any, Core]:
 
 
 def images() -> Any:
-    """Return what the cores begin from, [1, 3, SIZE, SIZE]."""
+    """Return the images from which the cores start, [1, 3, SIZE, SIZE]."""
     import torch
 
     return torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
 def result_of(net: Any, core: Core, x: Any) -> Any:
-    """Return what a core gives from images, its random numbers drawn from one seed."""
+    """Return a core's result for images x, with a fixed seed for its random numbers."""
     import torch
 
     torch.manual_seed(0)
@@ -432,7 +435,7 @@ def result_of(net: Any, core: Core, x: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m bench.program_cores FOLDER PROGRAM PART OUT`: save what a core gives, as it stands."""
+    """Save the result of an unmodified core: `python -m bench.program_cores FOLDER PROGRAM PART OUT`."""
     import torch
 
     folder, program, part, out = sys.argv[1:] if argv is None else argv

@@ -1,8 +1,8 @@
-"""`python -m bench.programs --programs FOLDER`: programs of others by their own networks, and accelerated.
+"""`python -m bench.programs --programs FOLDER`: time other programs with their own and accelerated networks.
 
-FOLDER holds checkouts under the names of their repositories. Each program's core runs in a process of its
-own, as it stands and by `admfast.accelerate`, in turns and from the same seed; results are compared before
-times. Modules of which a core needs nothing (MPI, torchvision) are stood in for.
+FOLDER has checkouts under the names of their repositories. Each core of a program runs in a separate process,
+unmodified and with `admfast.accelerate`, in turns and from the same seed; a row with a wrong result has no
+time. Modules that a program imports but its core does not need (MPI, torchvision) are replaced by empty ones.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from bench.program_cores import OURS, PROGRAMS, images, ready, result_of
 
 PROGRAMS_PATH = "ADMFAST_PROGRAMS"
 ROUNDS = 5
-# A millionth more of each pixel moves a result as rounding does; an error may be ten times that.
+# Each pixel times 1 + 1e-6 changes a result about as much as rounding; an error may be ten times as large.
 NUDGE, ALLOWED = 1e-6, 10
 
-# In the process of one program
+# The process of one program
 
 
 def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> None:
@@ -74,7 +74,7 @@ def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> Non
 
 @functools.cache
 def measured(folder: str, program: str, part: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Return what the process of one part says."""
+    """Return the measurements of one part, made by `tell` in a new process."""
     from bench.measure import in_a_process
 
     code = f"from bench.programs import tell; tell({folder!r}, {program!r}, {part!r}, {threads}, {rounds})"
@@ -82,7 +82,7 @@ def measured(folder: str, program: str, part: str, threads: int, rounds: int) ->
 
 
 def row(arguments: tuple[Any, ...], provider: str, settings: Any) -> dict[str, Any]:
-    """Return the row of a way to run a program's core."""
+    """Return the row of one way to run a program's core."""
     from bench.measure import WrongResult, short
 
     found = measured(*arguments, 1 if settings.quick else ROUNDS)
@@ -90,22 +90,22 @@ def row(arguments: tuple[Any, ...], provider: str, settings: Any) -> dict[str, A
     if provider != "program":
         error = fields["rel_err"] = found["error"][provider]
         if not error <= ALLOWED * found["nudge"]:  # NaN is wrong
-            raise WrongResult(f"error {error:.1e}, where {NUDGE:g} of x makes {found['nudge']:.1e}")
+            raise WrongResult(f"error {error:.1e}; scaling x by 1 + {NUDGE:g} makes {found['nudge']:.1e}")
     if provider == "accelerated":
         fields["runs_on"] = found["walk"].partition(":")[2].strip()
     return fields
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """Return one group a program that is there."""
+    """Return one group for each program whose checkout exists."""
     from bench.measure import Case
 
     if settings.cuda:
-        raise ValueError("device='cuda': the programs' cores are measured on a CPU")
+        raise ValueError("device='cuda': must be cpu, on which the programs' cores are measured")
     folder = Path(arguments.programs)
     there = [name for name, it in PROGRAMS.items() if all((folder / root).is_dir() for root in it.roots)]
     if not there:
-        raise ValueError(f"programs={str(folder)!r}: a folder with one of {', '.join(PROGRAMS)}")
+        raise ValueError(f"programs={str(folder)!r}: must be a folder with one of {', '.join(PROGRAMS)}")
 
     def cases(name: str, settings: Any) -> Iterator[Any]:
         for part in PROGRAMS[name].parts:
@@ -119,22 +119,22 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
 
 
 def ways_of(program: str, part: str) -> tuple[str, ...]:
-    """Return the ways in which a part runs."""
+    """Return the ways in which a part can run."""
     packaged = part in PROGRAMS[program].packaged
     return ("program", "accelerated", "package") if packaged else ("program", "accelerated")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the folder of the checkouts."""
+    """Add the flag for the folder of checkouts."""
     parser.add_argument(
         "--programs",
         metavar="FOLDER",
         default=os.environ.get(PROGRAMS_PATH, "programs"),
-        help=f"checkouts by the names of their repositories (default: {PROGRAMS_PATH}, or programs)",
+        help=f"checkouts, named after their repositories (default: {PROGRAMS_PATH}, or programs)",
     )
 
 
-SUMMARY = "Measure programs of others by their own networks and by accelerated ones."
+SUMMARY = "Measure other programs with their own networks and with accelerated ones."
 main = functools.partial(bench_main, Bench("programs", SUMMARY, tuple(PROGRAMS), groups, add_flags))
 
 if __name__ == "__main__":

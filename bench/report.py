@@ -1,4 +1,4 @@
-"""The tables of every bench's rows: a section a kind, a line a row, columns that nobody fills left out.
+"""Tables of a bench's rows: one section per kind, one line per row, without columns that are empty.
 
 `python -m bench.report FOLDER` writes the tables of all rows in a folder again.
 """
@@ -42,21 +42,21 @@ TITLES = {
     "ablation_without": "The whole engine less one part",
     "profile": "Where a step's time goes: ms (share of the profiled step)",
 }
-# Whom the others are held against: "x eager" says how many times faster than eager a row is.
+# Providers to compare with: column "x eager" says how many times as fast as eager a row is.
 BASELINES: tuple[str, ...] = ("copy", "eager", "eager channels-first", "torch.compile")
 BASELINES += ("published", "published, channels-last", "published, compiled", "program")
-# What the ceiling of a kind is: products and attention of a product, traffic of a copy, a step of a product.
+# The kind whose ceiling limits each kind: matrix products for operations, copies for bytes.
 TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
 TOP |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
-PRODUCT = {"auto": "bf16"}  # what the torso of a policy multiplies in
+PRODUCT = {"auto": "bf16"}  # dtype of the torso's products by the name of the policy, if they differ
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "us_per_node": "us a node"}
-LISTED = 12  # operations of each profiled step
+LISTED = 12  # operations that are listed for each profiled step
 
 Value = Callable[[Row, Sequence[Row]], Any]
 
 
 def of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
-    """Return a row's rate over its ceiling in the same file; for a step, the matrix product's."""
+    """Return a row's rate divided by its ceiling in the same file, which for a step is a matrix product's."""
     top = TOP.get(row["kind"])
     rate = row.get("gbps" if top == "copy" else "tflops")
     dtype = PRODUCT.get(row["dtype"], row["dtype"]) if top == "matmul" else None
@@ -65,7 +65,7 @@ def of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
 
 
 def faster_than(row: Row, other: str, rows: Iterable[Row]) -> float | None:
-    """Return a baseline's time over a row's: by rounds where the row has that, else by the medians."""
+    """Return how many times as fast as `other` a row is: by rounds if it has such ratios, else by medians."""
     for name, ratio in row.get("faster_than", {}).items():
         if name.rpartition(" ")[0] == other:
             return ratio
@@ -79,9 +79,11 @@ def faster_than(row: Row, other: str, rows: Iterable[Row]) -> float | None:
 
 
 def with_ladder(rows: Sequence[Row]) -> list[Row]:
-    """Return the added forms with what each `saves` of the first one's time, by preset, batch and precision.
+    """Return the rows, with `ms` and `saves` in those of kind "ablation_added".
 
-    Milliseconds are the ratio to the whole engine, taken in turns, times the whole engine's median of all.
+    Such a row's `ratio` is its time relative to the whole engine, measured in turns. `ms` is the ratio times
+    the median time of the whole engine. `saves` is the time saved relative to the row before, as a share of
+    the first row's time. Rows are grouped by preset, batch and precision.
     """
     ladders: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -99,7 +101,7 @@ def with_ladder(rows: Sequence[Row]) -> list[Row]:
 
 
 def field(name: str, form: str = "{}") -> Value:
-    """Return a field of the row as it stands, or in a form."""
+    """Return a function that reads a field of a row, and formats it unless `form` is "{}"."""
 
     def value(row: Row, rows: Sequence[Row]) -> Any:
         got = row.get(name)
@@ -144,7 +146,7 @@ COLUMNS: dict[str, Value] = {
 
 
 def section(rows: Sequence[Row], every: Sequence[Row]) -> str:
-    """Return the table of the rows of one kind, of one device."""
+    """Return the table of the rows of one kind and one device."""
     sizes = list(dict.fromkeys(name for row in rows for name in row["shape"]))
     classes = list(dict.fromkeys(name for row in rows for name in row.get("class_ms", ())))
     header = [*sizes, "dtype", "provider", "status", *classes, *COLUMNS]
@@ -174,7 +176,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """Versions, revision, dates, load and waiting of these rows, in one paragraph."""
+    """Return one paragraph with the versions, revisions, dates, load and waiting of these rows."""
 
     def several(name: str) -> str:
         return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)) or "-"
@@ -198,7 +200,7 @@ def conditions(rows: Sequence[Row]) -> str:
 
 
 def render(name: str, rows: Sequence[Row]) -> str:
-    """Markdown for all rows of one bench's file; a part for each device where there are several."""
+    """Return Markdown for all rows of one bench's file, with one part for each device."""
     parts = []
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = with_ladder([row for row in rows if row["device"] == device])
@@ -214,7 +216,7 @@ def render(name: str, rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write NAME.md beside every NAME.jsonl of the folders that are named."""
+    """Write NAME.md next to every NAME.jsonl in the folders of the command line."""
     for folder in sys.argv[1:] if argv is None else argv:
         for path in Path(folder).glob("*.jsonl"):
             path.with_suffix(".md").write_text(render(path.stem, read_rows(path)), encoding="utf-8")

@@ -1,15 +1,15 @@
-"""Result rows: written one by one to a JSON Lines file, read back to resume, to compare and to print.
+"""Result rows: written one by one to a JSON Lines file, and read back to resume, to compare and to print.
 
-A row is one measurement, or one thing that could not be measured and why. Its `status` is
+A row is one measurement, or says why something could not be measured. Its `status` is
 
 - `ok`: measured, after its output was compared with a reference;
-- `none`: this machine or this torch has no such thing; `reason` says so;
+- `none`: this machine or this torch doesn't have it; `reason` says why;
 - `oom`: it did not fit into memory;
 - `wrong`: its output failed the comparison, so it was not timed;
-- `too slow`: it would have taken longer than `limit`, its seconds; tried again where a run has more for it;
-- `error`: anything else, with the message; such a row is tried again by the next run.
+- `too slow`: it would have taken longer than `limit` seconds; tried again by a bench with a longer limit;
+- `error`: any other error, with its message; tried again at the next start of the bench.
 
-Torch is imported only where it is asked: the process that watches a bench does without it.
+Torch is imported only inside functions, because the process that watches a bench does not need it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Row = dict[str, Any]
 
 FINAL = frozenset({"ok", "none", "oom", "wrong", "too slow"})
 
-# What "the ceiling" of a kind is: the column, and which row counts. Small copies stay in a cache, so a copy's
-# ceiling is its largest size, not its best.
+# The ceiling of each kind: its column, and the row that counts. Small copies stay in a cache, so the ceiling
+# of copies is the rate of the largest one, not the best rate.
 CEILINGS: dict[str, tuple[str, str]] = {
     "matmul": ("tflops", "highest"),
     "conv3x3": ("tflops", "highest"),
@@ -48,7 +48,7 @@ CEILINGS: dict[str, tuple[str, str]] = {
     "graph_node": ("us_per_node", "lowest"),
 }
 
-# What nvidia-smi is asked, and how a row calls it.
+# Fields of nvidia-smi, and their names in a row.
 SMI_FIELDS = {
     "power.draw": "power_w",
     "clocks.sm": "sm_mhz",
@@ -59,16 +59,15 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_f
 
 
 def row_key(kind: str, dtype: str, provider: str, shape: Mapping[str, Any], device: str, torch: str) -> str:
-    """Join what makes two rows the same measurement; `torch` is its version."""
+    """Return the key of a measurement: rows with the same key replace each other. torch: its version."""
     sizes = ",".join(f"{k}={shape[k]}" for k in sorted(shape))
     return "|".join((kind, dtype, provider, sizes, device, f"torch {torch}"))
 
 
 class ResultFile:
-    """A JSON Lines file that grows by whole rows and survives a stop between any two of them.
+    """A JSON Lines file of rows, to which whole rows are appended; it stays readable if a bench is killed.
 
-    A last line that a killed process left half written is ignored when read and closed off before the next
-    row.
+    A last line that was only partly written is ignored when read, and ended before the next row.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +77,7 @@ class ResultFile:
 
     @property
     def rows(self) -> list[Row]:
-        """The last row of every key, in the order first written."""
+        """The last row of every key, in the order in which the keys were first written."""
         return list(self.by_key.values())
 
     def append(self, row: Row) -> None:
@@ -95,17 +94,17 @@ class ResultFile:
 
 
 def final(row: Row, limit: float) -> bool:
-    """Tell whether a row is not measured again, by a run that has so many seconds for it."""
+    """Tell whether a row need not be measured again by a bench that has `limit` seconds for it."""
     return row["status"] in FINAL and not (row["status"] == "too slow" and row.get("limit", limit) < limit)
 
 
 def disturbed(row: Row, limit: float = 0.05) -> bool:
-    """Tell whether a row's threads waited for a CPU for more than this part of its time."""
+    """Tell whether a row's threads waited for a CPU for more than this share of its time."""
     return row.get("waited", 0.0) > limit
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read the last row of every key, in the order first written; [] where the file doesn't exist."""
+    """Return the last row of every key, in the order of `ResultFile.rows`; [] if the file does not exist."""
     rows: dict[str, Row] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -118,15 +117,15 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def ceiling(rows: Iterable[Row], kind: str, dtype: str | None = None) -> float | None:
-    """Return the measured ceiling of a kind: TFLOP/s, GB/s (1e9 bytes) or, for `graph_node`, us a node.
+    """Return the measured ceiling of a kind: TFLOP/s, GB/s (1e9 bytes) or, for `graph_node`, us per node.
 
     Args:
-        rows: of one device, as `read_rows` gives them.
+        rows: rows of one device, as `read_rows` returns them.
         kind: one of `CEILINGS`.
         dtype: "fp32", "tf32", "bf16", "fp16", "fp8", or None for the best of any.
 
     Returns:
-        The rate, or None where no such row was measured.
+        The rate, or None if no such row was measured.
 
     Raises:
         ValueError: the kind is unknown, or the rows are of several devices.
@@ -137,7 +136,7 @@ def ceiling(rows: Iterable[Row], kind: str, dtype: str | None = None) -> float |
     found = [r for r in rows if r["kind"] == kind and r["status"] == "ok" and r.get(column) is not None]
     found = [r for r in found if dtype in (None, r["dtype"])]
     if len({r["device"] for r in found}) > 1:
-        raise ValueError("rows: of several devices, whose ceilings differ")
+        raise ValueError("rows: must be of a single device, because ceilings differ by device")
     if not found:
         return None
     if pick == "at the largest size":
@@ -146,7 +145,7 @@ def ceiling(rows: Iterable[Row], kind: str, dtype: str | None = None) -> float |
 
 
 def _cpu_fields() -> dict[str, str]:
-    """Return the first processor's fields of /proc/cpuinfo; {} where there is no such file."""
+    """Return the first processor's fields of /proc/cpuinfo; {} if there is no such file."""
     fields: dict[str, str] = {}
     path = Path("/proc/cpuinfo")
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -156,9 +155,9 @@ def _cpu_fields() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or the CPU's with its model number and how many of its CPUs torch may use.
+    """Return the GPU's name, or the CPU's with its model number and its number of CPUs that torch uses.
 
-    The count is part of the name because one thread and two are two different machines to a measurement.
+    The number is part of the name because rows of one thread and of two must not be mixed.
     """
     import torch
 
@@ -174,8 +173,8 @@ def device_name(device: torch.device) -> str:
 def git_state() -> tuple[str, bool | None]:
     """Return (revision, dirty) of this checkout.
 
-    A copy without its git folder, as is carried to a machine without network, takes the revision from
-    `ADMFAST_REVISION`, and whether it was changed is then unknown (None).
+    In a copy without its git folder, the revision comes from `ADMFAST_REVISION`, and `dirty` is None, because
+    it is unknown whether the copy was changed.
     """
     named = os.environ.get("ADMFAST_REVISION")
     root = Path(__file__).resolve().parent
@@ -189,7 +188,7 @@ def git_state() -> tuple[str, bool | None]:
 
 
 def _output(*command: str) -> str | None:
-    """Return what a short command prints; None where it fails."""
+    """Return the output of a short command; None if it fails."""
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -198,7 +197,7 @@ def _output(*command: str) -> str | None:
 
 
 def environment(device: torch.device) -> Row:
-    """Return what every row says of where it was taken: device, versions, revision. Read once a run."""
+    """Return the fields of every row that don't change during a bench: device, versions, revision."""
     import torch
 
     revision, dirty = git_state()
@@ -224,13 +223,13 @@ def environment(device: torch.device) -> Row:
 
 
 def conditions(device: torch.device) -> Row:
-    """Return what changes during a run: date, load average, and a GPU's power, clocks and temperature."""
+    """Return the fields that change during a bench: date, load, and a GPU's power, clocks and temperature."""
     out: Row = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load": [round(x, 2) for x in os.getloadavg()],
     }
     if device.type == "cuda":
-        # nvidia-smi takes longer than most measurements: its answer is kept for five seconds.
+        # nvidia-smi takes longer than most measurements, so its answer is cached for five seconds.
         out |= _gpu_conditions(device.index or 0, int(time.monotonic() / 5))
     return out
 
@@ -243,13 +242,13 @@ def _gpu_conditions(index: int, five_seconds: int) -> Row:
 
 
 def read_smi(line: str) -> Row:
-    """Return the fields of one line of nvidia-smi's csv; what it can't say ("[N/A]") is left out."""
+    """Return the fields of one line of nvidia-smi's CSV, without those that it does not know ("[N/A]")."""
     values = zip(SMI_FIELDS.values(), line.split(","), strict=False)
     return {name: float(text) for name, text in values if re.fullmatch(r"\s*[\d.]+\s*", text)}
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """Return a markdown table; None becomes "-", a float three significant digits, "|" is escaped."""
+    """Return a Markdown table: None becomes "-", floats get three significant digits, "|" is escaped."""
 
     def cell(value: object) -> str:
         if value is None:

@@ -1,4 +1,4 @@
-"""Runs the groups of a bench one after another, each inside its share of the budget, one row at a time."""
+"""Measure the groups of a bench one after another, each within its share of the budget, row by row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bench.results import ResultFile, Row, conditions, disturbed, environment, f
 # name: (share of the budget, its cases)
 Groups = Mapping[str, tuple[float, Callable[[Settings], Iterable[Case]]]]
 
-# By the name of an error's class: the package's own `Unavailable` and the bench's are one to a row.
+# A row's status by the name of the error's class, as the package and the benches each have an `Unavailable`.
 STATUS = {
     "Unavailable": "none",
     "WrongResult": "wrong",
@@ -36,7 +36,7 @@ LOST = ("CUDA error: an illegal", "device-side assert", "unspecified launch fail
 
 @dataclass(frozen=True)
 class GroupReport:
-    """The outcome of one group: rows measured now, found from before, and left because its share was over."""
+    """Numbers of rows of one group: measured now, found from before, and left because the time was over."""
 
     name: str
     measured: int
@@ -47,7 +47,7 @@ class GroupReport:
 def measure_all(bench: Bench, arguments: argparse.Namespace) -> int:
     """Measure the groups that the arguments name, and return the exit status.
 
-    As a worker, `--inside FD`, name each case on that pipe and end with the process that watches.
+    A worker (`--inside FD`) announces each case on that pipe, and ends when its parent ends.
     """
     watched = arguments.inside >= 0
     if watched:
@@ -74,7 +74,7 @@ def measure_all(bench: Bench, arguments: argparse.Namespace) -> int:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Device and effort from the arguments; raises ValueError for what is not allowed."""
+    """Return the settings of the arguments; raise ValueError for a value that is not allowed."""
     name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device={name!r}: cpu or cuda")
@@ -88,7 +88,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 
 def select(only: str | None, groups: Groups) -> Groups:
-    """The groups named in a comma-separated text, all for None; raises ValueError on an unknown name."""
+    """Return the groups in a comma-separated text, all for None; raise ValueError for an unknown name."""
     if only is None:
         return groups
     names = [name.strip() for name in only.split(",") if name.strip()]
@@ -109,13 +109,13 @@ def run(
 
     Args:
         settings: device and effort.
-        results: the file rows go to; cases it already holds are skipped. Of cases that are measured together
-            all are measured again where one is missing, so that their ratios are of one run.
-        budget: seconds for all groups together. A row that has begun has what is left of them.
-        groups: name to (share, cases). What a group leaves over goes to the next.
-        begin: is given the beginning of each case's row and its limit, what it may take of the budget that is
-            left, and {} at its end.
-        clock: the present time in seconds.
+        results: the file for the rows; cases that it already has are skipped. If one of the cases that are
+            measured together is missing, all of them are measured again, so that their ratios fit.
+        budget: seconds for all groups together. A row that has begun may take all that is left of them.
+        groups: {name: (share, cases)}. Time that a group does not use goes to the following groups.
+        begin: called with the first fields of a case's row and its limit in seconds when the case begins, and
+            with {} when it has ended.
+        clock: returns the present time in seconds.
     """
     end, shares = clock() + budget, {name: share for name, (share, _) in groups.items()}
     fixed = environment(settings.device)
@@ -147,7 +147,7 @@ def run(
                 continue
             waiting = []
             for (case, row), old in zip(rows, olds, strict=True):
-                # Of those measured together one that can't be had is not tried again with the others.
+                # A case that can't be measured is not tried again when the others of its unit are.
                 if case.together and old["status"] != "ok" and final(old, case.limit):
                     case.together.leave_out(case)
                     counts["found"] += 1
@@ -167,25 +167,25 @@ def run(
 
 
 def _beginning(case: Case, group: str, fixed: Row) -> Row:
-    """Return what a case's row says before it is measured."""
+    """Return the fields of a case's row that are known before it is measured."""
     key = row_key(case.kind, case.dtype, case.provider, case.shape, fixed["device"], fixed["torch"])
     row: Row = {"key": key, "group": group, "kind": case.kind, "dtype": case.dtype}
     return row | {"provider": case.provider, "shape": dict(case.shape)} | case.note
 
 
 def measure_case(case: Case, settings: Settings) -> Row:
-    """Return the fields of one case's row; whatever goes wrong in it becomes the row's status and reason.
+    """Return the fields of one case's row; any error becomes the row's status and reason.
 
     Raises:
-        RuntimeError: the device itself is lost (an illegal access, say): every later row would be false.
+        RuntimeError: the device is lost, for example after an illegal access: all later rows would be wrong.
     """
     row: Row
     try:
         row = {"status": "ok"} | case.measure(settings)
-    except Exception as error:  # a row must never cost the rows after it
+    except Exception as error:  # the failure of one row must not prevent the next ones
         if any(sign in str(error) for sign in LOST):
             raise
-        full = "can't allocate memory" in str(error)  # how torch's CPU allocator says it
+        full = "can't allocate memory" in str(error)  # the message of torch's CPU allocator
         status = "oom" if full else STATUS.get(type(error).__name__, "error")
         kind = f"{type(error).__name__}: " if status == "error" else ""
         row = {"status": status, "reason": kind + first_line(error)}

@@ -1,7 +1,7 @@
-"""`python -m bench.threads`: a CPU's step on each number of threads, idle and beside a busy process.
+"""`python -m bench.threads`: time a CPU step on each number of threads, idle and beside a busy process.
 
-With OpenMP waiting actively, as in a program that imports the package, and passively, as in the commands. On
-an idle machine its rows are what the table of `admfast.engine.threads` is made from.
+OpenMP waits actively, as in a program that imports the package, and passively, as in the commands. The table
+of `admfast.engine.threads` comes from its rows of an idle machine.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from bench.command import Bench, bench_main
 
 NAMES = ("active", "passive")
 PAIRS = (("digits32", 1), ("digits32", 4), ("digits32", 16), ("imagenet64", 1))
-# A process that keeps a processor busy, for as long as the one that started it is there.
+# A process that keeps a processor busy until its parent ends.
 BUSY = "import os\nwhile os.getppid() == {}: pass"
 ROUNDS, SAMPLE_SECONDS, LIMIT = 5, 0.3, 300.0
 
 
 def counts() -> list[int]:
-    """Return the numbers of threads that are measured: powers of two, all processors, and all but one."""
+    """Return the numbers of threads to measure: powers of two, all processors, and all but one."""
     powers = {2**i for i in range(cpus().bit_length())}
     return sorted(n for n in powers | {cpus() - 1, cpus()} if 0 < n <= cpus())
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """Return one group a way of waiting, with equal parts of the budget."""
+    """Return one group for each way of waiting, with equal shares of the budget."""
     from admfast.engine.threads import convolution, threads_for
     from bench.measure import Case
     from bench.sampling.subject import Inputs, named
@@ -50,12 +50,12 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
                     yield Case("threads", "fp32", f"{count} threads", shape, row, note, limit=LIMIT)
 
     if settings.cuda:
-        raise ValueError("device='cuda': threads are a CPU's")
+        raise ValueError("device='cuda': must be cpu, as only CPU threads are measured")
     return {waiting: (1.0, functools.partial(cases, waiting)) for waiting in NAMES}
 
 
 def measured(name: str, batch: int, waiting: str, busy: int) -> dict[str, Any]:
-    """Return a row's fields for each number of threads, measured by `tell` in a fresh process."""
+    """Return a row's fields for each number of threads, measured by `tell` in a new process."""
     from bench.measure import in_a_process
 
     environment = {key: value for key, value in os.environ.items() if key not in PASSIVE}

@@ -1,8 +1,8 @@
-"""`python -m bench.training`: a training step beside the published one, on the same weights and batch.
+"""`python -m bench.training`: compare a training step with the published one, on the same weights and batch.
 
-A step is the loss, all gradients, AdamW and one average of the weights. Loss and gradients of every contender
-are compared with ours by reference operations in float32 before anything is timed. Peak memory of a CPU is
-that of two steps in a process of its own, less what it had before the network was made.
+A step is the loss, all gradients, AdamW and one average of the weights. Before anything is timed, the loss
+and gradients of every contender are compared with those of our reference operations in float32. Peak memory
+on a CPU is that of two steps in a separate process, less its memory before the network was made.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from bench.sampling.subject import TINY, Inputs, Subject, subjects
 from bench.sampling.weights import shared_state
 
 LR, EMA = 1e-4, 0.9999
-PASSES = 3  # operations of a step over those of a forward pass: the gradients in x and in the weights
+PASSES = 3  # operations of a step over those of a forward pass: forward, gradient in x, gradient in weights
 ROUNDS_SECONDS = {"cuda": 30.0, "cpu": 150.0}
-# By device: the systems that are measured, and the images of a step; others get 4.
+# By device: the default systems, with the images of a step; other systems get 4.
 BATCHES = {"cuda": {"adm64": 32, "imagenet64": 32}, "cpu": {"adm64": 4, "digits32": 32}}
 PRECISIONS = {"cuda": ("bf16", "fp16"), "cpu": ("fp32", "bf16")}
 ADM64 = Subject(
@@ -67,19 +67,19 @@ ADM64 = Subject(
 
 
 def known() -> dict[str, Subject]:
-    """Return the subjects by name."""
+    """Return all subjects by name."""
     return {ADM64.name: ADM64, TINY.name: TINY} | subjects()
 
 
 def named(name: str) -> Subject:
-    """Return a subject without a second network, and without dropout, whose masks are not the published."""
+    """Return a subject without classifier, and without dropout, whose masks differ from the published."""
     subject = known()[name]
     net = dataclasses.replace(subject.net, dropout=0.0)
     return dataclasses.replace(subject, net=net, classifier=None, guidance=0.0, steps=1)
 
 
 def recipe_of(subject: Subject, batch: int, precision: str = "fp32") -> Recipe:
-    """Return the recipe of a step: one average, a constant rate, uniform timesteps."""
+    """Return the recipe of a step: one average, a constant learning rate, uniform timesteps."""
     kind = "diffusion" if subject.low_res_size is None else "upsampler"
     return Recipe(
         kind=kind,  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ class StepTrial:
     outcome: tuple[Tensor, Tensor]
 
     def check(self, outcome: tuple[Tensor, Tensor], dtype: str) -> float:
-        """The larger relative error; raises WrongResult past what the precision is allowed in a step."""
+        """Return the larger relative error; raise WrongResult if it exceeds the precision's step budget."""
         return max(
             checked(got, ref, BUDGETS[dtype].step) for got, ref in zip(outcome, self.outcome, strict=True)
         )
@@ -121,7 +121,7 @@ class StepTrial:
 
 @functools.lru_cache(maxsize=1)
 def trial_of(subject: Subject, batch: int, device: torch.device) -> StepTrial:
-    """Return the trial of a batch, kept until another is asked for."""
+    """Return the trial of a batch; the last one is cached."""
     inputs = Inputs.of(subject, batch, device)
     one = Ours(subject, inputs, "fp32")
     with own_numerics(device), using("reference"), torch.enable_grad():
@@ -133,7 +133,7 @@ class Trainer(Contender):
     """A contender that trains: `update` makes a step and returns its mean loss."""
 
     net: nn.Module
-    path = ""  # of the published code, for those who need it
+    path = ""  # of the published code, for contenders that run it
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -150,7 +150,7 @@ class Trainer(Contender):
         return loss.detach().float(), torch.cat([gradient.float().reshape(-1) for gradient in gradients])
 
     def begin(self) -> None:
-        """Go on from the weights of the step before: its time doesn't depend on them."""
+        """Do nothing: a step's time does not depend on the weights, so they need not be reset."""
 
     def step(self, i: int) -> None:
         self.update()
@@ -168,7 +168,7 @@ class Trainer(Contender):
 
 
 class Ours(Trainer):
-    """`Learner.update`, as a run makes its steps."""
+    """Our training step, `Learner.update`."""
 
     def __init__(self, subject: Subject, inputs: Inputs, precision: str, compiled: bool = False):
         super().__init__(subject, inputs)
@@ -190,10 +190,10 @@ class Ours(Trainer):
 
 
 class Published(Trainer):
-    """The published loop's step: `MixedPrecisionTrainer`, AdamW, `update_ema`.
+    """The published training step: `MixedPrecisionTrainer`, AdamW, `update_ema`.
 
-    As it comes: float32 on a CPU, its own float16 on a GPU. autocast: in bfloat16 under autocast with
-    channels-last images, and without its checkpoints, which would compute in another precision.
+    It computes in float32 on a CPU and in its own float16 on a GPU. autocast: compute in bfloat16 by
+    autocast, channels-last, and without gradient checkpoints, which would recompute in another precision.
     """
 
     def __init__(self, subject: Subject, inputs: Inputs, path: str, autocast: bool):
@@ -219,7 +219,7 @@ class Published(Trainer):
         self.t, self.conditions = given.t, {"y": given.labels, "low_res": given.low_res}
         self.conditions = {name: value for name, value in self.conditions.items() if value is not None}
         self.diffusion = code.script_util.create_gaussian_diffusion(**self.subject.settings.to_dict())
-        code.fp16_util.logger.logkv_mean = lambda *_: None  # which would make a folder
+        code.fp16_util.logger.logkv_mean = lambda *_: None  # the published logger would make a folder
         self.trainer = code.fp16_util.MixedPrecisionTrainer(model=self.net, use_fp16=self.half)
         self.optimiser = torch.optim.AdamW(self.trainer.master_params, lr=LR, weight_decay=0.0)
         self.average = copy.deepcopy(self.trainer.master_params)
@@ -261,7 +261,7 @@ def entries(
 
 
 def tell_peak(path: str, system: str, batch: int, name: str, dtype: str) -> None:
-    """Print the megabytes that two steps of a contender take on a CPU beside what was there before."""
+    """Print by how many megabytes two steps of a contender on a CPU raise the peak memory of this process."""
     device, subject = torch.device("cpu"), named(system)
     inputs = Inputs.of(subject, batch, device)
     shared_state(subject.net, 0, device)
@@ -280,14 +280,14 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this bench."""
     add = parser.add_argument
     add("--systems", metavar="NAME,...", help="presets, or adm64: 64 px, 128 channels (default: by device)")
-    add("--batch", metavar="N", type=int, help="images of a step (default: by system and device)")
-    add("--precisions", metavar="NAME,...", help="of our steps (default: by device)")
-    add("--compiled", action="store_true", help="also our networks by torch.compile, which takes minutes")
+    add("--batch", metavar="N", type=int, help="images per step (default: by system and device)")
+    add("--precisions", metavar="NAME,...", help="precisions of our steps (default: by device)")
+    add("--compiled", action="store_true", help="also our step with torch.compile, which takes minutes")
     add_published(parser)
 
 
 def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
-    """Return the groups of a run with their part of the budget."""
+    """Return the groups with their shares of the budget."""
     from bench.ops import products
 
     kind = settings.device.type
@@ -307,7 +307,7 @@ def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
 
 
 BENCH = Bench(
-    "training", "Measure a training step beside the published one.", ("matmul", "steps"), groups, flags
+    "training", "Compare a training step with the published one.", ("matmul", "steps"), groups, flags
 )
 main = functools.partial(bench_main, BENCH)
 

@@ -1,7 +1,7 @@
-"""`python -m bench.training_data`: training images a second, by source and number of workers.
+"""`python -m bench.training_data`: measure training images per second, by source and number of workers.
 
-Pictures of 512x512 with the spectrum of photographs become samples of 64x64. Each kind's first samples are
-compared with the published preprocessing, written out in Pillow, which is measured too.
+Pictures of 512x512 with the spectrum of photographs become samples of 64x64. The first samples of each kind
+are compared with the published preprocessing, which is implemented here with Pillow and measured too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PICTURE, SIZE, QUALITY = 512, 64, 90
 PICTURES, BATCH, COMPARED = 48, 16, 8
 WORKERS = (0, 1, 2)
 WINDOWS, WINDOW_SECONDS = 5, 1.2
-# Images a second of a step of the 64 px model on an H100, at 41 % of its bf16 products' peak.
+# Images per second of a training step of the 64 px model on an H100, at 41 % of the peak of bf16 products.
 H100_IMAGES = 493
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """Return one group a kind of source."""
+    """Return one group for each kind of source."""
     from bench.measure import Case
 
     def cases(name: str, settings: Any) -> Iterator[Any]:
@@ -48,13 +48,13 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
             yield Case(f"training_{name}", "uint8", "admfast", {**shape, "workers": workers}, row)
 
     if settings.cuda:
-        raise ValueError("device='cuda': images are decoded by the CPU")
+        raise ValueError("device='cuda': must be cpu, which decodes the images")
     return {name: (1.0, functools.partial(cases, name)) for name in NAMES}
 
 
 @functools.cache
 def pictures(kind: str) -> tuple[bytes, ...]:
-    """Return files of pictures whose spectrum falls as 1/f, as that of photographs does."""
+    """Return image files whose spectrum falls as 1/f, like that of photographs."""
     draw, files = np.random.default_rng(0), []
     frequency = np.fft.fftfreq(PICTURE)
     distance = np.hypot(frequency[:, None], frequency[None]) + 1 / PICTURE
@@ -69,7 +69,7 @@ def pictures(kind: str) -> tuple[bytes, ...]:
 
 
 def as_published(content: bytes) -> NDArray[np.uint8]:
-    """Return the published preprocessing of an image file: halved, brought to the size, cut, [H, W, C]."""
+    """Apply the published preprocessing to an image file: halve, resize, crop; return [SIZE, SIZE, 3]."""
     picture = Image.open(io.BytesIO(content))
     picture.load()
     while min(picture.size) >= 2 * SIZE:
@@ -82,7 +82,7 @@ def as_published(content: bytes) -> NDArray[np.uint8]:
 
 
 def published(kind: str, settings: Any) -> dict[str, Any]:
-    """Return the row of the published preprocessing, one image after another in this process."""
+    """Return the row of the published preprocessing, which runs image by image in this process."""
     files = itertools.cycle(pictures(kind))
 
     def batch() -> None:
@@ -93,7 +93,7 @@ def published(kind: str, settings: Any) -> dict[str, Any]:
 
 
 def ours(kind: str, kept: bool, workers: int, settings: Any) -> dict[str, Any]:
-    """Return the row of the loader on so many workers, with or without the cache."""
+    """Return the row of our loader with this number of workers; kept: whether it uses the cache."""
     from admfast.training.cache import cached
     from admfast.training.images import open_source
     from admfast.training.samples import Samples, loader
@@ -118,10 +118,10 @@ def ours(kind: str, kept: bool, workers: int, settings: Any) -> dict[str, Any]:
 
 
 def measured(batch: Callable[[], Any], workers: int, settings: Any) -> dict[str, Any]:
-    """Return a row's fields: images a second of `batch`, the median over some windows of time.
+    """Return a row's fields: images per second of `batch`, the median over several windows of time.
 
-    "Images a second and core" is by the CPU time of this process and its workers, which what else runs on the
-    machine changes little.
+    Images per second and core use the CPU time of this process and its workers, on which other load on the
+    machine has little effect.
     """
     from bench.measure import queue_seconds, short
 
@@ -148,19 +148,19 @@ def measured(batch: Callable[[], Any], workers: int, settings: Any) -> dict[str,
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time so far of this process and its workers; Unavailable where that isn't told."""
+    """Return the CPU seconds of this process and its workers so far; raise Unavailable if not known."""
     from bench.measure import Unavailable
 
     total = 0
     for process in (multiprocessing.current_process(), *multiprocessing.active_children()):
         tasks = list(Path(f"/proc/{process.pid}/task").glob("*/schedstat"))
         if not tasks:
-            raise Unavailable("the system doesn't say a process's CPU time in /proc")
+            raise Unavailable("/proc does not have the CPU time of processes")
         total += sum(int(task.read_text().split()[0]) for task in tasks)
     return total / 1e9
 
 
-SUMMARY = "Measure training images a second: JPEG, PNG and the decoded cache, on 0, 1 and 2 workers."
+SUMMARY = "Measure training images per second: JPEG, PNG and the decoded cache, with 0, 1 and 2 workers."
 main = functools.partial(bench_main, Bench("training_data", SUMMARY, NAMES, groups))
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Diffusion posterior sampling (Chung et al. 2023): restore images from noisy measurements of them.
+"""Diffusion posterior sampling (DPS, Chung et al. 2023): restore images from noisy measurements of them.
 
     python examples/dps.py --out restored.png
 
-hides the middle of handwritten digits and lets the shipped model fill it in. Any differentiable `measure`
-serves: the guide differentiates the network's prediction, with the parameters frozen.
+The command hides the middle of handwritten digits and lets the shipped model fill it in. `measure` may be any
+differentiable function: the guide takes its gradient through the prediction of the network, whose parameters
+are frozen.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def dps_guide(
 ) -> guides.Guide:
     """Return the guide that moves x by -step_size d/dx_t ||y - measure(x_0(x_t))|| at the steps of `process`.
 
-    A step of DDIM moves x by beta / sqrt(1 - beta) times its guidance, which this guide undoes: DPS says how
-    far to go, not how likely an image is.
+    DDIM moves x by beta / sqrt(1 - beta) times the gradient of a guide. DPS sets the size of the move itself,
+    so this guide divides by that factor.
     """
     s = process.schedule
     undone = {float(s.model_t(i)): math.sqrt(1 - s.betas[i]) / s.betas[i] for i in range(s.num_timesteps)}
@@ -54,9 +55,9 @@ def dps_sample(
     steps: int = 100,
     step_size: float = 1.0,
 ) -> Tensor:
-    """Sample x with measure(x) near y: float32 [N, C, H, W], one image a seed.
+    """Return samples x with measure(x) close to y: float32 [N, C, H, W], one image per seed.
 
-    Algorithm 1 of the paper. Its step from the limited x_0 with that variance is DDIM's with eta 1.
+    Source: algorithm 1 of the paper. Its step from the clipped x_0 equals that of DDIM with eta = 1.
     """
     guide = dps_guide(pipe.process(str(steps)), measure, y, step_size)
     return pipe.sample(
@@ -72,7 +73,7 @@ def dps_sample(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fill in the hidden middle of handwritten digits.")
     parser.add_argument("--out", type=Path, default=Path("restored.png"), help="the picture (restored.png)")
-    parser.add_argument("--steps", type=int, default=100, help="network evaluations an image (100)")
+    parser.add_argument("--steps", type=int, default=100, help="network evaluations per image (100)")
     arguments = parser.parse_args()
     pipe = admfast.load("digits32")
     digits = list(range(10))
@@ -84,7 +85,7 @@ def main() -> None:
     levels = ((torch.cat([clean, y, restored]).clamp(-1, 1) + 1) * 127.5).byte().movedim(1, -1).cpu().numpy()
     rows = [row for row in range(3) for _ in digits]
     write_grid(arguments.out, levels, rows, ["original", "measured", "restored"], columns=len(digits))
-    print(f"{arguments.out.resolve()}: originals, what was measured, restored")
+    print(f"{arguments.out.resolve()}: originals, measurements, restored images")
 
 
 if __name__ == "__main__":

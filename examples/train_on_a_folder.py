@@ -1,10 +1,10 @@
-"""Train a small class-conditional model on a folder of images with a loop of one's own.
+"""Train a small class-conditional model on a folder of images with your own loop.
 
     python examples/train_on_a_folder.py FOLDER model.safetensors --steps 2000
     admfast sample model.safetensors --classes 0-3 --per-class 4 --out out/
 
-Each folder in FOLDER is a class. A step is `learner.update(batch)`: any loop may call it. `admfast train`
-adds the folder of a run: snapshots, exact resume, logs, grids, several processes.
+Each folder in FOLDER is a class. `learner.update(batch)` makes one step, and any loop may call it. In
+addition, `admfast train` writes snapshots, logs and grids, resumes exactly, and uses several processes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from admfast.training.update import Learner
 
 
 def train(folder: Path, out: Path, steps: int, batch_size: int, device: str) -> list[float]:
-    """Train for some steps and write the averaged weights; return the mean loss of every step."""
+    """Train for `steps` steps and write the averaged weights to `out`; return the mean loss of every step."""
     source = open_source(folder)
     settings = recipe(
         "diffusion", steps=steps, batch_size=batch_size, num_classes=len(source.class_names), in_channels=3,
         random_flip=True, warmup=min(200, steps), ema=0.999, precision="fp32",
     )  # fmt: skip
     learner = Learner(settings, build_network(settings).to(device))
-    # Sample k has its image, crop, flip, timestep, noise and dropout from the seed and k.
+    # The image, crop, flip, timestep, noise and dropout of sample k depend only on the seed and on k.
     numbers = (range(step * batch_size, (step + 1) * batch_size) for step in range(steps))
     losses = []
     for images in loader(samples_of(settings, source), numbers):

@@ -1,7 +1,7 @@
-"""Make the networks of other programs faster, in place: `admfast.accelerate(model)`.
+"""Accelerate the networks of other programs in place: `admfast.accelerate(model)`.
 
-The module itself is the function. `accelerate.report(model)` says what runs on what; `accelerate.denoiser`
-gives our own pipelines to other libraries.
+The module itself can be called. `accelerate.report(model)` says which parts of a model were converted;
+`accelerate.denoiser` wraps an admfast pipeline for use in other libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The published make: recognise its blocks among a network's modules, and convert them."""
+"""Recognise and convert the blocks of the published make, that is, of any copy of the published ADM code."""
 
 from __future__ import annotations
 
@@ -104,26 +104,26 @@ def _convert_resampling(block: Any, kind: type[nn.Module]) -> None:
 
 
 def sequences(net: Any) -> list[nn.Module]:
-    """Return the blocks of a network, each a sequence of layers; once where it is used twice."""
+    """Return the blocks of a network, each a sequence of layers; a block that is used twice appears once."""
     found = [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
     return list(dict.fromkeys(found))
 
 
 def _layers(net: Any) -> list[nn.Module]:
-    """Return the layers of all blocks but the first."""
+    """Return the layers of all blocks except the first."""
     stem = [*net.input_blocks[0].children()]
     return [layer for block in sequences(net) for layer in block.children() if layer not in stem]
 
 
 def _convert_ends(net: Any, enters: bool) -> None:
-    """Convert the layers before the first block and behind the last."""
+    """Convert the network's first convolution and its last layers."""
     for layer in net.input_blocks[0].children():
         convert_conv(layer, entrance if enters else None)
     _convert_head(net.out)
 
 
 def _convert_head(head: nn.Module) -> None:
-    """Convert the last layers where they are a norm, SiLU and something else."""
+    """Convert the last layers if they are a norm, SiLU and at least one more layer."""
     if type(head) is nn.Sequential and len(head) > 2 and is_norm(head[0]) and is_silu(head[1]):
         convert_norm(head[0])
         for layer in head:
@@ -133,7 +133,7 @@ def _convert_head(head: nn.Module) -> None:
 
 
 def passes_on(sequence: nn.Module) -> bool:
-    """Tell whether a sequence only hands the embedding to those of its layers that take it."""
+    """Tell whether a sequence runs its layers in order, giving the embedding to those that take it."""
     cls: Any = own_class(sequence)
     if not isinstance(sequence, nn.Sequential) or cls is nn.Sequential or "forward" in vars(sequence):
         return False
@@ -142,21 +142,21 @@ def passes_on(sequence: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _passes_on(cls: Any, forward: Any) -> bool:
-    """Answer `passes_on` for a class with this method; the answer is kept."""
+    """Answer `passes_on` for a class with this forward; answers are cached."""
     if foreign(cls, BLOCKS):
         return False
     try:
         return all(_hands_on(cls, takes, count) for takes in _ORDERS for count, _ in SIZES)
-    except Exception:  # it wants another kind of layers
+    except Exception:  # it needs other layers than these
         return False
 
 
-# Layers of a sequence: those that take the embedding, and others.
+# Sequences to try: for each layer, whether it takes the embedding.
 _ORDERS = ((True, False, True), (True,), (False, True), (True, True, False, True))
 
 
 def _hands_on(cls: Any, takes: tuple[bool, ...], count: int) -> bool:
-    """Tell whether a sequence of simple layers gives what it should."""
+    """Tell whether a sequence of simple layers gives the expected result for `count` images."""
 
     class Taker(*takers_of(cls)):  # type: ignore[misc]
         def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -180,13 +180,16 @@ def _hands_on(cls: Any, takes: tuple[bool, ...], count: int) -> bool:
 
 
 def takers_of(cls: type) -> tuple[type, ...]:
-    """Return the classes, beside torch's, that a class of sequences derives from."""
+    """Return the base classes of a class of sequences that torch's Sequential doesn't have; else nn.Module.
+
+    The sequence gives the embedding to layers of these classes.
+    """
     bases = [part for part in cls.__mro__[1:] if part not in nn.Sequential.__mro__]
     return tuple(bases) or (nn.Module,)
 
 
 def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
-    """Return images, and an embedding where a block takes one."""
+    """Return images, and an embedding if the block takes one."""
     device = next(block.parameters()).device
     if set(block._modules) == set(RES_BLOCK):
         conv, width = block.in_layers[2], block.emb_layers[1].in_features
@@ -198,7 +201,7 @@ def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
 
 
 def _difference(block: nn.Module) -> str | None:
-    """Say what the code of a block, or of a part of it, does beyond the published."""
+    """Say what the code of a block or of one of its parts does beyond the published code, or return None."""
     for part in block.modules():
         if reason := foreign(own_class(part), BLOCKS | NORM | ACTIVATION):
             return reason if part is block else f"its {own_class(part).__name__} {reason}"

@@ -1,7 +1,7 @@
-"""Classes of converted modules: subclasses of one of ours and of the module's own.
+"""Change a module's class in place to a subclass of one of our classes and of its own, and change it back.
 
-A converted module stays the same object with the same parameters, hooks and mode. It pickles as a module of
-its own class, which loads where admfast isn't; a deep copy stays converted.
+A converted module stays the same object with the same parameters, hooks and mode. It is pickled as a module
+of its original class, so that it loads without admfast; a deep copy stays converted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import nn
 
 
 class Converted:
-    """Mixin of a module whose class was exchanged."""
+    """Mixin of a module whose class was changed."""
 
     original_class: ClassVar[type]
-    # What the conversion did to its attributes: the names it added, and the values it took away.
+    # Attributes that the conversion added, and the former values of those that it changed.
     _added: tuple[str, ...] = ()
     _before: Mapping[str, Any] = MappingProxyType({})
 
@@ -39,12 +39,12 @@ class Converted:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state: Any = super().__getstate__()
         state = _as_it_was(state)
-        # Not by `__newobj__`: pickle insists that it is given the object's present class.
+        # `__newobj__` can't be used: pickle requires the object's current class there.
         return copyreg._reconstructor, (self.original_class, object, None), state  # type: ignore[attr-defined]
 
 
 def convert(module: nn.Module, ours: type[nn.Module], **attributes: Any) -> None:
-    """Exchange a module's class for one that is `ours` first and its own second; give it attributes."""
+    """Change a module's class to a subclass of `ours` and of its own class, in this order; set attributes."""
     module.__class__ = _joined(ours, type(module))  # type: ignore[arg-type]
     own = vars(module)
     before = {name: own[name] for name in attributes if name in own}
@@ -53,7 +53,7 @@ def convert(module: nn.Module, ours: type[nn.Module], **attributes: Any) -> None
 
 
 def restore(module: Converted) -> None:
-    """Give a converted module its own class and attributes back."""
+    """Give a converted module its original class and attributes back."""
     state = _as_it_was(module.__getstate__())  # type: ignore[attr-defined, arg-type]
     module.__class__ = module.original_class
     vars(module).clear()
@@ -61,7 +61,7 @@ def restore(module: Converted) -> None:
 
 
 def _as_it_was(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a module's attributes without what a conversion changed."""
+    """Return a module's attributes as they were before its conversion."""
     gone = {*state.get("_added", ()), "_added", "_before"}
     return {name: v for name, v in state.items() if name not in gone} | dict(state.get("_before", {}))
 
@@ -73,5 +73,5 @@ def _joined(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]
 
 
 def own_class(module: nn.Module) -> type:
-    """Return the class of a module, that before its conversion if it is converted."""
+    """Return the class of a module; of a converted one, its class before the conversion."""
     return module.original_class if isinstance(module, Converted) else type(module)

@@ -1,8 +1,8 @@
-"""Read code for what its make's published code doesn't use: other names and numbers, decorators, branches.
+"""Find what a program's code does beyond the published code: other names and numbers, decorators, branches.
 
-Results on small inputs can't show everything: what depends on large sizes, on training, on attributes that
-change later. Published names and small numbers leave little room for these; trials of several sizes see what
-is left.
+Trials on small inputs can't show everything: code may depend on large sizes, on training mode, or on
+attributes that change later. Code that uses only the published names and small numbers has little room for
+that; trials of several sizes find the rest.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ NUMBERS = {-2, -1, 0, 1, 2, 3, 4, -0.5, 0.5, -0.25, 0.25}
 
 
 def foreign(cls: type, names: set[str], numbers: set[Any] = NUMBERS) -> str | None:
-    """Say what a module's class does beyond the published one; None where nothing is seen.
+    """Say what a module's class does beyond the published one; None if nothing was found.
 
-    names: of attributes and functions that the published class uses. numbers: that it may contain.
+    names: attributes and functions that it may use. numbers: numbers that it may contain.
     """
     for part in cls.__mro__:
         if part is object or part.__module__.partition(".")[0] == "torch":
@@ -74,9 +74,9 @@ def foreign(cls: type, names: set[str], numbers: set[Any] = NUMBERS) -> str | No
 def foreign_function(
     function: Any, names: set[str], numbers: set[Any] = NUMBERS, around: Set[str] = frozenset()
 ) -> str | None:
-    """Say what a function does beyond the published one; None where nothing is seen.
+    """Say what a function does beyond the published one; None if nothing was found.
 
-    around: variables of another function that it may use.
+    names, numbers: see `foreign`. around: closure variables that it may use.
     """
     if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
         return "is decorated"
@@ -92,7 +92,7 @@ def foreign_function(
 
 
 def _used(code: CodeType) -> tuple[set[str], set[Any]]:
-    """Return the names and constants of a function and of those within it."""
+    """Return the names and constants in a function and in the functions that it defines."""
     names, constants, left = set(code.co_names), set[Any](), list[Any](code.co_consts)
     while left:
         constant = left.pop()
@@ -110,13 +110,13 @@ def _used(code: CodeType) -> tuple[set[str], set[Any]]:
 
 
 class Code:
-    """Keep the methods, functions and modules that a network runs by, each with where it is held."""
+    """Record of the code that a network runs: (namespace, name, value) of methods, functions and modules."""
 
     def __init__(self, entries: Iterable[tuple[Mapping[str, Any], str, Any]] = ()) -> None:
         self.entries = tuple(entries)
 
     def holds(self) -> bool:
-        """Tell whether all of it still stands in its place."""
+        """Tell whether every name still has its recorded value."""
         return all(held.get(name) is value for held, name, value in self.entries)
 
     def __deepcopy__(self, memo: Any) -> Code:
@@ -124,7 +124,7 @@ class Code:
 
 
 def code_of(net: nn.Module) -> Code:
-    """Return what the modules of a network run by: methods, and the functions and modules that these name."""
+    """Return the forward methods of a network's modules, and the functions, classes and modules they name."""
     classes = dict.fromkeys(part for module in net.modules() for part in type(module).__mro__)
     own = [part for part in classes if part is not object and part.__module__.partition(".")[0] != "torch"]
     methods = [
@@ -144,9 +144,9 @@ def code_of(net: nn.Module) -> Code:
 
 
 def branches(function: Any) -> str | None:
-    """Say how a function branches, compares, or writes to what it is given; None where it runs straight on.
+    """Say whether a function branches, compares or writes to objects; None if it is straight-line code.
 
-    Tests for None, and of a name in `SWITCHES`, are no branches.
+    Tests for None, and tests of a name in `SWITCHES`, are allowed.
     """
     before = ""
     for step in dis.get_instructions(function):
@@ -162,6 +162,6 @@ def branches(function: Any) -> str | None:
 
 
 def compares(function: Any) -> bool:
-    """Tell whether a function compares anything by more than equality."""
+    """Tell whether a function makes any comparison other than `==`."""
     steps = dis.get_instructions(function)
     return any(step.opname == "COMPARE_OP" and "==" not in step.argrepr for step in steps)

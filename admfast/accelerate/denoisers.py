@@ -1,4 +1,4 @@
-"""Give a pipeline to other libraries as a denoiser of theirs: their algorithms then run on our networks."""
+"""Wrap a pipeline as a denoiser of deepinv or azula, so that their algorithms run on our networks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from admfast.sampling.pipeline import Pipeline
 class Levels:
     """The noise levels of a process: finds the timestep at which signal and noise have a given ratio.
 
-    rounded: to one of the process's own steps, the first whose noise is as large (`up`) or the nearest.
+    rounded: return one of the process's integer timesteps. up: round to the first timestep with at least as
+    much noise; otherwise to the one with the nearest sqrt(1 - alpha_bar).
     """
 
     def __init__(self, pipe: Pipeline, rounded: bool, up: bool):
@@ -26,7 +27,7 @@ class Levels:
         self._rounded, self._up = rounded, up
 
     def timestep(self, signal: Tensor, noise: Tensor) -> Tensor:
-        """Return t [N] for signal and noise scales [N]: int64 where it is rounded, else float64."""
+        """Return t [N] for signal and noise scales [N]: int64 if `rounded`, else float64."""
         ratio = (noise.double() / signal.double()).cpu()
         wanted, table = 2 * ratio.log(), self._noisiness
         if self._rounded and not self._up:
@@ -40,20 +41,22 @@ class Levels:
 
 
 def denoiser(pipe: Pipeline, library: str, rounded: bool = False) -> Any:
-    """Return a pipeline as a denoiser of deepinv or azula, which their samplers and restorers take.
+    """Return a denoiser of deepinv or azula that runs a pipeline; their samplers and restorers accept it.
 
-    "deepinv": a `deepinv.models.Denoiser`, `forward(x, sigma, y=None)` with x in [0, 1] and its noise sigma.
-    "azula": an `azula.denoise.Denoiser`, `forward(x_t, t, label=None)` with azula's VP schedule; its variance
-    is sigma^2 / (alpha^2 + sigma^2), for images of variance one. Both are differentiable in x, and give its
-    dtype. A level between two timesteps is taken as it is, by linear interpolation of the log-SNR; levels
-    beyond the process's are its first or last.
+    "deepinv": a `deepinv.models.Denoiser`, `forward(x, sigma, y=None)`; x is in [0, 1], and sigma is the
+    standard deviation of its noise.
+    "azula": an `azula.denoise.Denoiser`, `forward(x_t, t, label=None)`, with azula's VP schedule; the
+    returned variance is sigma^2 / (alpha^2 + sigma^2), which assumes images of variance one.
+
+    Both are differentiable in x and return its dtype. A noise level between two timesteps gives a fractional
+    timestep, by linear interpolation of the log-SNR; a level outside the process gives its first or last one.
 
     Args:
-        pipe: of a diffusion model (an upsampler needs more than a noisy image).
+        pipe: the pipeline of a diffusion model (an upsampler needs more than a noisy image).
         library: "deepinv" or "azula".
-        rounded: take one of the process's timesteps, as the libraries' own denoisers do.
+        rounded: use only integer timesteps of the process, as the libraries' own denoisers do.
 
-    Raises: InvalidArgument; Unavailable where the library can't be imported.
+    Raises: InvalidArgument; Unavailable if the library can't be imported.
     """
     if not isinstance(pipe, Pipeline) or pipe.low_res_size is not None or pipe.config.kind != "unet":
         raise invalid("pipe", pipe, "a Pipeline of a diffusion model")
@@ -66,7 +69,7 @@ def denoiser(pipe: Pipeline, library: str, rounded: bool = False) -> Any:
 
 
 def _clean(pipe: Pipeline, x_t: Tensor, t: Tensor, signal: Tensor, noise: Tensor, classes: Any) -> Tensor:
-    """Return x0 of x_t [N, C, H, W], whose signal and noise scales are [N]."""
+    """Return x_0 = (x_t - noise * eps) / signal for x_t [N, C, H, W]; signal and noise are scales [N]."""
     eps = pipe.predict(x_t.float(), t if t.dtype == torch.int64 else t.float(), classes).eps.to(x_t.dtype)
     return (x_t - noise.to(x_t.dtype)[:, None, None, None] * eps) / signal.to(x_t.dtype)[:, None, None, None]
 
@@ -77,7 +80,7 @@ def _for_deepinv(pipe: Pipeline, rounded: bool) -> nn.Module:
     levels = Levels(pipe, rounded, up=False)
 
     class PipelineDenoiser(Denoiser):
-        """A pipeline of admfast; images in [0, 1]."""
+        """A pipeline of admfast as deepinv's denoiser; images are in [0, 1]."""
 
         def __init__(self) -> None:
             super().__init__(device=pipe.device)
@@ -85,7 +88,7 @@ def _for_deepinv(pipe: Pipeline, rounded: bool) -> nn.Module:
 
         def forward(self, x: Tensor, sigma: Any, y: Any = None, **_: Any) -> Tensor:
             sigma = self._handle_sigma(sigma, batch_size=len(x), device=x.device, dtype=x.dtype)
-            signal = torch.rsqrt(1 + 4 * sigma**2)  # of images in [-1, 1], whose noise is twice as large
+            signal = torch.rsqrt(1 + 4 * sigma**2)  # in [-1, 1] the noise is twice as large
             noise = 2 * sigma * signal
             x_t = signal[:, None, None, None] * (2 * x - 1)
             x0 = _clean(pipe, x_t, levels.timestep(signal, noise), signal, noise, y)
@@ -101,7 +104,7 @@ def _for_azula(pipe: Pipeline, rounded: bool) -> nn.Module:
     levels = Levels(pipe, rounded, up=True)
 
     class PipelineDenoiser(Denoiser):
-        """A pipeline of admfast; images in [-1, 1]."""
+        """A pipeline of admfast as azula's denoiser; images are in [-1, 1]."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -110,7 +113,7 @@ def _for_azula(pipe: Pipeline, rounded: bool) -> nn.Module:
 
         def forward(self, x_t: Tensor, t: Tensor, label: Any = None, **_: Any) -> Any:
             signal, noise = (value.to(x_t).expand(len(x_t)) for value in self.schedule(t))
-            # The process's own images have variance one.
+            # The network expects signal^2 + noise^2 = 1.
             scale = torch.rsqrt(signal**2 + noise**2)
             signal, noise = scale * signal, scale * noise
             t = levels.timestep(signal, noise)

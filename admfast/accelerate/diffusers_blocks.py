@@ -1,7 +1,7 @@
-"""The make of diffusers' `UNet2DModel`: recognise its residual blocks and its attention, and convert them.
+"""Recognise and convert the residual blocks and the attention of diffusers' `UNet2DModel`.
 
-Its other convolutions and norms of torch's own classes are converted where they stand; what holds them and
-the way through the blocks run as they are.
+Other convolutions and norms are converted in place if they are of torch's own classes. The modules that hold
+them and the network's own forward are not changed.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ PROCESSOR_NAMES = LIBRARIES | {
     *("residual_connection", "rescale_output_factor"),
 }
 ATTENTION_PARTS = {"group_norm", "to_q", "to_k", "to_v", "to_out"}
-FEWEST = {64, 31}  # images, and bits of their number of values, that torch once failed on in channels-last
+FEWEST = {64, 31}  # numbers in the library's workarounds for old torch: 64 images, 2**31 values
 PARTS = {"norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity"}
 
 
 class DiffusersResBlock(ResidualBlock):
     """diffusers' `ResnetBlock2D`: `(x_skip + branch(x, emb)) / output_scale_factor`.
 
-    Where a hook watches a part, another module stands in its place, or it is called in another way than a
-    network does, the program's own forward runs.
+    The library's own forward runs if a part has a hook or was replaced, or if the block is called in another
+    way than the network calls it.
     """
 
     output_scale_factor: float
@@ -83,10 +83,11 @@ class DiffusersResBlock(ResidualBlock):
 
 
 class DiffusersAttention(FusedBlock):
-    """diffusers' `Attention` of positions among themselves, by its processor of torch's fused attention.
+    """diffusers' `Attention` as self-attention, whose processor calls torch's fused attention.
 
-    `(x + to_out(attention(to_q(h), to_k(h), to_v(h)))) / rescale_output_factor`, h = GN(x). Where it is given
-    more than x, or has another processor by now, the program's own forward runs.
+    `(x + to_out(attention(to_q(h), to_k(h), to_v(h)))) / rescale_output_factor`, h = GN(x). The library's own
+    forward runs if it is given more than x, if its processor was changed, or if a part has a hook or was
+    replaced.
     """
 
     heads: int
@@ -110,12 +111,12 @@ class DiffusersAttention(FusedBlock):
 
 
 def _is_norm(module: Any) -> bool:
-    """Tell whether a module is a group norm of torch's own class, with weight and bias."""
+    """Tell whether a module is torch's own GroupNorm, with weight and bias."""
     return type(module) is nn.GroupNorm and module.affine
 
 
 def _resampling(block: Any) -> nn.Module | None:
-    """Return what resamples in a block, if anything does."""
+    """Return the module that resamples in a block, or None."""
     return getattr(block, "upsample", None) or getattr(block, "downsample", None)
 
 
@@ -165,7 +166,7 @@ def _is_block(block: Any) -> bool:
 
 
 def _is_resampling(module: Any) -> bool:
-    """Tell whether a module may be resampling by two without a convolution; the trial shows whether it is."""
+    """Tell whether a module may resample by two without a convolution; the block's trial shows if it does."""
     if not isinstance(module, nn.Module) or [*module.parameters()]:
         return False
     return foreign(own_class(module), RESAMPLING_NAMES, NUMBERS | FEWEST) is None
@@ -183,7 +184,7 @@ def _convert_block(block: Any) -> None:
 
 
 def _difference(block: Any) -> str | None:
-    """Say what the code of a block uses beyond that of the library."""
+    """Say what the code of a block uses beyond the library's code, or return None."""
     if "to_q" not in block._modules:
         return foreign(own_class(block), NAMES, NUMBERS | FEWEST)
     processor = type(block.processor)
@@ -193,7 +194,7 @@ def _difference(block: Any) -> str | None:
 
 
 def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
-    """Return images, and an embedding where a block takes one."""
+    """Return images, and an embedding if the block takes one."""
     if "to_q" in block._modules:
         return [random_images(count, block.to_q.in_features, 2, side).to(block.to_q.weight.device)]
     device = block.conv1.weight.device
@@ -202,13 +203,13 @@ def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
 
 
 def _layers(net: Any) -> list[nn.Module]:
-    """Return the residual blocks and the attention, wherever they are."""
+    """Return all residual blocks and attention modules of a network."""
     named = ({"conv1", "conv2"}, {"to_q", "to_k"})
     return [module for module in net.modules() if any(names <= module._modules.keys() for names in named)]
 
 
 def _convert_ends(net: Any, _enters: bool) -> None:
-    """Convert what lies in none of these: both ends, and what resamples."""
+    """Convert the convolutions and norms outside these blocks: both ends, and between levels."""
     inside = {id(part) for block in _layers(net) for part in block.modules()}
     convert_conv(net.conv_in, entrance)
     convert_conv(net.conv_out, exit_of)

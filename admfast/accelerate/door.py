@@ -1,4 +1,4 @@
-"""Find the networks in what a program has, convert them, and say what runs on what."""
+"""Find the networks in a program's model, convert them, and report which parts were converted."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 def accelerate(model: Model, precision: str | None = None) -> Model:
     """Convert the ADM networks in a model in place, and return the model.
 
-    Every module stays the object that it is, with its name, parameters, hooks and mode; its class becomes a
-    subclass of its own. Outputs are fresh, contiguous, and of the dtype that they had. Parameters may be
-    trained, loaded and moved as before; a write to `parameter.data` is seen where it reaches one of the
-    values that are compared at every call (all of small parameters, some of every row and column of large
-    ones). No random number is drawn.
+    Every module stays the same object, with its name, parameters, hooks and mode; its class becomes a
+    subclass of its own class. Outputs are new contiguous tensors with the dtype that they had before.
+    Parameters may be trained, loaded and moved as before. A write to `parameter.data` is noticed only if it
+    changes one of the values that are compared at every call: all values of small parameters, some of every
+    row and column of large ones. No random number is drawn.
 
     Args:
-        model: a network as published (`UNetModel`, `SuperResModel`, `EncoderUNetModel`) from whatever copy of
-            the code, one of EDM's make or diffusers' `UNet2DModel`, or what holds some: a wrapper, a
-            denoiser, a pipeline.
-        precision: what the torso computes in, "fp32", "bf16" or "fp16"; None: as its parameters are.
+        model: a published network (`UNetModel`, `SuperResModel`, `EncoderUNetModel`) from any copy of the
+            code, a network of EDM's code, diffusers' `UNet2DModel`, or an object that holds such networks: a
+            wrapper, a denoiser, a pipeline.
+        precision: dtype in which the torso computes: "fp32", "bf16" or "fp16"; None keeps the dtype of its
+            parameters.
 
-    Raises: InvalidArgument where there is no such network, with what there is, or none that can be converted.
+    Raises: InvalidArgument for a model with no such network or none that can be converted, and for a
+    precision that is unknown or that one of the networks can't use.
     """
     if precision is not None and precision not in PRECISIONS:
         raise invalid("precision", precision, nearest(str(precision), [*PRECISIONS]))
@@ -46,9 +48,9 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
     refused = {net: reason for net in found if (reason := _refusal(net))}
     if len(refused) == len(found):
         net, reason = next(iter(refused.items()))
-        raise invalid("model", type(net).__name__, f"a network of which some is known: {reason}")
+        raise invalid("model", type(net).__name__, f"must have a network that can be converted: {reason}")
     policy = None if precision is None else POLICIES[precision]
-    with FOLDING:  # two threads may have the same network
+    with FOLDING:  # two threads may share a network
         for net in [net for net in found if net not in refused]:
             if isinstance(net, AcceleratedNet):
                 check_policy(policy, net.accelerated_walk)
@@ -59,7 +61,7 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
 
 
 def report(model: Any) -> str:
-    """Say what of a model runs on what, and of the rest why not; one line for each fact."""
+    """Return lines that say which parts of a model's networks are converted, and why the others are not."""
     lines = []
     for net in _networks(model):
         if not isinstance(net, AcceleratedNet):
@@ -80,7 +82,7 @@ def report(model: Any) -> str:
 
 
 def _networks(model: Any) -> Iterator[Any]:
-    """Yield the networks in a model, or in what its attributes hold."""
+    """Yield the networks in a module; of any other object, those in the modules among its attributes."""
     roots = [model] if isinstance(model, nn.Module) else list(getattr(model, "__dict__", {}).values())
     seen: set[int] = set()
     for root in roots:
@@ -99,9 +101,9 @@ def _foreign(module: nn.Module) -> bool:
 
 
 def _held(model: Any) -> str:
-    """Say what a model holds instead of a network."""
+    """Say why a model is rejected."""
     if isinstance(model, FoldableNet):
-        return "of another code: this one is admfast's own and needs nothing"
+        return "from other code: admfast's own networks need no conversion"
     if isinstance(model, nn.Module):
-        return f"not one of {', '.join(sorted(model._modules)[:6]) or 'no parts'}"
+        return f"but this module has {', '.join(sorted(model._modules)[:6]) or 'no parts'}"
     return "or an object that holds one"

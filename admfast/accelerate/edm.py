@@ -1,7 +1,7 @@
-"""The make of EDM's networks (Karras et al. 2022), and of deepinv's: recognise its blocks, and convert them.
+"""Recognise and convert the blocks of EDM's networks (Karras et al. 2022), which deepinv also uses.
 
-It rewrites ADM, DDPM++ and NCSN++ as one block, `UNetBlock`, in which a convolution of its own resamples
-before it convolves. Networks that resample by a longer filter than the mean of two (NCSN++) stay as they are.
+EDM builds ADM, DDPM++ and NCSN++ from one block, `UNetBlock`, with a convolution class that resamples before
+it convolves. Networks whose resampling filter is longer than a mean of two (NCSN++) stay as they are.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ BLOCK_NAMES = LIBRARIES | {
 }
 PARTS = {"norm0", "conv0", "affine", "norm1", "conv1"}
 WITH_ATTENTION = PARTS | {"norm2", "qkv", "proj"}
-TAPS = 2  # of the filter whose resampling is the published one
+TAPS = 2  # length of the filter that resamples as ADM does
 
 
 class EdmConv(Watchful):
-    """EDM's convolution: zeros around x, which is resampled by two before where `up` or `down`."""
+    """EDM's convolution, padded with zeros; it first resamples x by two if `up` or `down`."""
 
     any_dtype = True
     stride = dilation = (1, 1)
@@ -56,7 +56,7 @@ class EdmConv(Watchful):
         return self.convolved(x, *options, **named)
 
     def convolved(self, x: Tensor, residual: Tensor | None = None, any_order: bool = False) -> Tensor:
-        """Convolve alone, and add the residual."""
+        """Convolve x without resampling, and add the residual."""
         folded = self.folded
         if folded is None or folded.dtype == x.dtype:
             return super().forward(x, residual, any_order=any_order)
@@ -69,7 +69,7 @@ class EdmConv(Watchful):
         return F.conv2d(x, weight, bias, padding=self.padding)
 
     def reorders(self, x: Tensor) -> bool:
-        """Tell whether the channels of a product of x in `any_order` come in the order of `rows`."""
+        """Tell whether `convolved(x, any_order=True)` returns channels in the order of `rows`."""
         folded = self.folded
         return folded is not None and folded.dtype == x.dtype and folded.options.rows is not None
 
@@ -77,13 +77,13 @@ class EdmConv(Watchful):
 class EdmBlock(ResidualBlock):
     """EDM's `UNetBlock`: `s (x_skip + branch(x, emb))`, then `s (x + proj(attention(qkv(GN(x)))))`.
 
-    Rows of qkv are ordered (head, channel, 3). Where a hook watches a part, or another module stands in its
-    place, the program's own forward runs.
+    Rows of qkv are ordered (head, channel, 3). The program's own forward runs if a part has a hook or was
+    replaced.
     """
 
     dropout: float
     skip_scale: float
-    scales: bool  # a trace can't ask it of a NumPy scalar
+    scales: bool  # skip_scale != 1; kept because a trace can't compare a NumPy scalar
     num_heads: int
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class EdmBlock(ResidualBlock):
 
 
 def _is_conv(module: Any) -> bool:
-    """Tell whether a module is EDM's convolution, or its resampling without one, by the known filter."""
+    """Tell whether a module is EDM's convolution or its resampling without weights, with the known filter."""
     if not hasattr(module, "weight") or "resample_filter" not in module._buffers:
         return False
     if module._modules or foreign(own_class(module), CONV_NAMES):
@@ -133,7 +133,7 @@ def _is_conv(module: Any) -> bool:
 
 
 def _taps(module: nn.Module) -> int:
-    """Return how long the filter is by which a convolution resamples, 0 where it doesn't."""
+    """Return the length of a convolution's resampling filter, 0 if it does not resample."""
     filters = module._buffers.get("resample_filter")
     return 0 if filters is None else filters.shape[-1]
 
@@ -172,7 +172,7 @@ def _convert_block(block: Any) -> None:
 
 
 def _convert_conv(conv: Any, ours: type[nn.Module] = EdmConv, **attributes: Any) -> None:
-    """Convert a convolution; one without weights only resamples, and stays."""
+    """Convert a convolution; leave one without weights, which only resamples, as it is."""
     if conv.weight is not None:
         sides = conv.weight.shape[2:]
         convert(conv, ours, padding=tuple(side // 2 for side in sides), **attributes)
@@ -186,12 +186,12 @@ def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
 
 
 def _layers(net: Any) -> list[nn.Module]:
-    """Return the blocks, which are told from single layers by having some."""
+    """Return the blocks: unlike single layers, they have submodules."""
     return [block for blocks in (net.enc, net.dec) for block in blocks.children() if [*block.children()]]
 
 
 def _convert_ends(net: Any, _enters: bool) -> None:
-    """Convert the first and last layers, those of EDM's own make that lie in no block."""
+    """Convert the convolutions and norms of EDM's own classes that are in no block: first and last layers."""
     first = next(iter(net.enc.children()))
     single = [layer for layers in (net.enc, net.dec, net) for layer in layers.children()]
     for layer in single:

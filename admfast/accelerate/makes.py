@@ -1,8 +1,10 @@
-"""Record of a make of networks, and the plan of converting the blocks of one.
+"""The record of a make: how to recognise and convert the networks of one code base.
 
-A block is recognised by what it consists of, by the names and numbers in its code, and by its results: a copy
-with random parameters must give the same before and after the conversion. What fails any of these stays as it
-is.
+There are three makes: the published code, EDM's and diffusers'.
+
+A block is recognised by its parts, by the names and numbers in its code, and by its results: a copy with
+random parameters must give the same results before and after the conversion. A block that fails any of these
+checks stays as it is.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from admfast.accelerate.trials import Conversion, Inputs, agrees
 class Make:
     """Describe how to recognise and convert the networks of one code base.
 
-    name: of the make. parts: of a network of it. builds: names that the constructor of its class uses. torso:
-    where its blocks lie. candidates: what may convert a block, nothing where it isn't one of the make's.
-    difference: what the code of a block uses beyond the known. inputs: what a block is tried on. layers: the
-    blocks of a network. ends: converts what else there is, once the blocks are converted; told whether the
-    network's own forward runs. refusal: why a network stays as it is as a whole.
+    name: of the make. parts: names of submodules that every network of the make has. builds: names that the
+    constructor of its class uses. torso: names of the submodules that hold its blocks. candidates: returns
+    the conversions that may fit a block, none if it is not a block of the make. difference: says what the
+    code of a block uses beyond the known code, or None. inputs: makes the inputs of a block's trial. layers:
+    lists the blocks of a network. ends: converts the other layers after the blocks; its second argument tells
+    whether the network's own forward runs. refusal: says why a whole network stays as it is, or None.
     """
 
     name: str
@@ -41,14 +44,14 @@ class Make:
     refusal: Callable[[Any], str | None] = lambda net: None
 
     def owns(self, module: nn.Module) -> bool:
-        """Tell whether a module has the parts itself: wrappers hand on what others have."""
+        """Tell whether a module itself has the parts; attributes that a wrapper forwards don't count."""
         return all(module._modules.get(name) is not None for name in self.parts)
 
     def conversion_of(self, block: nn.Module) -> Conversion | str:
-        """Return what converts a block with all its parts, or why there is no such thing."""
+        """Return the conversion of a block and its parts, or the reason why it stays as it is."""
         name = own_class(block).__name__
         if _patched(block):
-            return f"{name}: somebody gave it another forward"
+            return f"{name}: its forward was replaced"
         try:
             candidates = self.candidates(block)
             if not candidates:
@@ -56,16 +59,19 @@ class Make:
             if reason := self.difference(block):
                 return f"{name}: {reason}"
             found = next((c for c in candidates if agrees(block, c, self.inputs)), None)
-        except Exception as error:  # a block of others may be anything
-            return f"{name}: a copy of it can't be tried ({type(error).__name__})"
+        except Exception as error:  # a program's block may raise anything
+            return f"{name}: the trial of a copy failed ({type(error).__name__})"
         return found or f"{name} gives other results than a block of the {self.name} make"
 
     def plan(self, net: Any) -> tuple[list[tuple[nn.Module, Conversion]], dict[str, str]]:
-        """Return the layers that can be converted and how, and of the others with parameters why not."""
+        """Return the layers to convert with their conversions, and the reasons of other layers by name.
+
+        Layers without parameters are left out of both.
+        """
         names = {id(module): name for name, module in net.named_modules()}
         layers = list(dict.fromkeys(layer for layer in self.layers(net) if [*layer.parameters()]))
         found: dict[Any, Conversion | str] = {}
-        # The smallest of those that are alike stands for all.
+        # Of layers that differ only in size, the smallest is tried for all.
         for layer in sorted(layers, key=lambda layer: sum(p.numel() for p in layer.parameters())):
             key = likeness(layer)
             if key not in found:
@@ -81,7 +87,7 @@ class Make:
 
 
 def likeness(block: nn.Module) -> tuple[Any, ...]:
-    """Return what blocks have in common that differ in sizes alone."""
+    """Return a key that is equal for blocks that differ only in size."""
     return tuple(_likeness(part) for part in block.modules()), _patched(block)
 
 
@@ -91,21 +97,21 @@ def _likeness(part: Any) -> tuple[Any, ...]:
     buffers = tuple((n, None if b is None else _values(b)) for n, b in part._buffers.items())
     groups = getattr(part, "num_groups", None)
     weight = part._parameters.get("weight")
-    # A norm of one channel a group takes away whatever is added to a channel, and hides it.
+    # A norm with one channel per group removes what is added to a channel, so its trial would miss that.
     alone = None if groups is None or weight is None else len(weight) == groups
-    # With one head several orders of q, k and v are the same.
+    # With a single head, different orders of q, k and v give the same result.
     heads = [getattr(part, name, None) for name in ("n_heads", "num_heads")]
     one = tuple(count == 1 if isinstance(count, int) else None for count in heads)
     return own_class(part), own, given, buffers, groups, alone, one
 
 
 def _setting(value: Any) -> Any:
-    """Return a setting itself; of sizes and of what can't be compared, its class."""
+    """Return a setting itself, or its class if it is a size or can't be compared."""
     return value if isinstance(value, bool | str | float) else type(value)
 
 
 def _values(buffer: torch.Tensor) -> Any:
-    """Return the values of a small buffer, and the shape of a large one."""
+    """Return the shape of a buffer, and its values if it has at most 64."""
     small = buffer.numel() <= 64 and not buffer.is_meta
     return (tuple(buffer.shape), tuple(buffer.flatten().tolist()) if small else None)
 

@@ -1,4 +1,4 @@
-"""Networks of others, converted in place: they fold at their calls, and run whole or block by block."""
+"""Conversion of whole networks in place; a converted network folds its weights when it is called."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ MAKES = (PUBLISHED, EDM, DIFFUSERS)
 
 
 class AcceleratedNet(FoldableNet):
-    """A network that was converted in place. Its walk is the client's, block by block, or ours.
+    """A network that was converted in place. It runs our walk, or its own forward block by block.
 
-    accelerated_policy: what its torso computes in; None: what its parameters are. accelerated_walk: the
-    published walk, or why its own runs. accelerated_left: modules that run as they are, and why.
-    accelerated_code: what ours stands for, and where it is held; who exchanges any of it gets the network as
-    it was.
+    accelerated_policy: precision of its torso; None keeps the dtype of its parameters. accelerated_walk: the
+    published walk, or the reason why its own forward runs. accelerated_left: names of the modules that run as
+    they are, with reasons. accelerated_code: the program's code that ours replaces; if the program changes
+    any of it, the conversion is undone at the next call.
     """
 
-    directions = 2  # many clients want the gradient in x
+    directions = 2  # many programs take the gradient in x
     accelerated_policy: Policy | None = None
     accelerated_walk: Walk | str
     accelerated_left: Mapping[str, str] = MappingProxyType({})
@@ -55,18 +55,18 @@ class AcceleratedNet(FoldableNet):
         if not isinstance(self.accelerated_walk, Walk):
             self.fold_now()
         out = super().__call__(*args, **kwargs)
-        # Whoever draws noise like it, or views it, counts on the layout that the program's network gives.
+        # The program may call `randn_like` or `view` on the output, which depend on its usual layout.
         return out.contiguous() if isinstance(out, Tensor) else out
 
     def fold_now(self) -> None:
-        """Fold for this call, where forms may be used in it."""
+        """Fold the weights for this call, unless folded weights can't be used in it."""
         if self.training or torch.compiler.is_compiling() or in_program():
             return
         # `parameters()` takes five times as long.
         held = (module._parameters.values() for module in (self, *parts(self)))
         parameters = [p for values in held for p in values if p is not None]
-        # A replica of DataParallel has none, torch.func.functional_call puts plain tensors in their place,
-        # and of those made in inference mode nobody could tell whether they were written to.
+        # A replica of DataParallel has no parameters, torch.func.functional_call replaces them by plain
+        # tensors, and writes to parameters that were made in inference mode can't be detected.
         if not parameters or in_autocast(parameters[0].device):
             return
         if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters):
@@ -76,7 +76,7 @@ class AcceleratedNet(FoldableNet):
         self.ensure_folded(FOLD, own if policy is None else policy.torso)
 
     def walked(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take the published walk through our blocks; arguments as of the client's method."""
+        """Run the published walk on our blocks; takes the arguments of the program's own method."""
         assert isinstance(self.accelerated_walk, Walk)
         given = self.accelerated_walk.given(args, kwargs)
         self.fold_now()
@@ -90,7 +90,7 @@ class AcceleratedNet(FoldableNet):
         return self.out(h.to(images.dtype)).contiguous()  # type: ignore[operator]
 
     def _embedding(self, timesteps: Tensor, y: Tensor | None, count: int) -> Tensor | Projected:
-        """Return the embedding of timesteps and classes as the blocks take it; one timestep may serve all."""
+        """Return the embedding of timesteps and classes; a single timestep is used for all images."""
         emb = timestep_embedding(timesteps, self.model_channels)  # type: ignore[arg-type]
         emb = self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype)))  # type: ignore[operator, arg-type]
         classes = getattr(self, "num_classes", None)
@@ -108,12 +108,12 @@ FOLD = FoldOptions()
 
 
 def make_of(module: nn.Module) -> Make | None:
-    """Return the make of which a module is a network; None where it is none."""
+    """Return the make of a network; None for any other module."""
     return next((make for make in MAKES if make.owns(module)), None)
 
 
 def refusal(net: nn.Module) -> str | None:
-    """Say why a network stays as it is; None where it can be converted."""
+    """Say why a network stays as it is; None if it can be converted."""
     if any(parameter.is_meta for parameter in net.parameters()):
         return "its parameters are on the meta device, without memory"
     make = make_of(net)
@@ -122,15 +122,15 @@ def refusal(net: nn.Module) -> str | None:
 
 
 def convert_network(net: Any, policy: Policy | None) -> None:
-    """Convert a network without a `refusal` in place; nothing of it changes where that can't be done.
+    """Convert a network in place; `refusal(net)` must be None.
 
-    Raises: InvalidArgument.
+    Raises: InvalidArgument if the network can't use the policy; nothing is changed then.
     """
     make = make_of(net)
     assert make is not None
     plan, left = make.plan(net)
     known = {id(module) for module, _ in plan}
-    walk: Walk | str = f"its own forward runs, as any of the {make.name} make"
+    walk: Walk | str = f"its own forward runs, as in every network of the {make.name} make"
     if make is PUBLISHED:
         walk = _walk(net, known, left)
     check_policy(policy, walk)
@@ -140,7 +140,7 @@ def convert_network(net: Any, policy: Policy | None) -> None:
         conversion(block)
     make.ends(net, isinstance(walk, str))
     for module in sequences:
-        # Somebody may put a layer of his own in later.
+        # The program may insert a layer of its own later.
         takers = (layers.TimestepBlock, *blocks.takers_of(type(module)))
         convert(module, layers.TimestepEmbedSequential, takers=takers)
     ours = _walking(walk.method) if isinstance(walk, Walk) else AcceleratedNet
@@ -155,7 +155,7 @@ def convert_network(net: Any, policy: Policy | None) -> None:
 
 
 def restore_network(net: Any) -> None:
-    """Make a network again what it was before its conversion."""
+    """Undo the conversion of a network."""
     net.unfold()
     for module in list(net.modules()):
         if isinstance(module, Converted):
@@ -163,13 +163,13 @@ def restore_network(net: Any) -> None:
 
 
 def check_policy(policy: Policy | None, walk: Walk | str) -> None:
-    """Refuse another dtype for a network whose own code takes the images from block to block."""
+    """Reject a policy whose torso isn't float32 for a network that runs block by block."""
     if policy is not None and policy.torso != torch.float32 and isinstance(walk, str):
         raise invalid("precision", policy.name, f"None or fp32: the network runs block by block; {walk}")
 
 
 def _walk(net: Any, known: set[int], left: dict[str, str]) -> Walk | str:
-    """Return the published walk of a network whose blocks are all `known`, or why its own forward runs."""
+    """Return the published walk of a network if all its blocks are `known`, or why its own forward runs."""
     walk = walk_of(net)
     if isinstance(walk, Walk) and walk.kind == "classifier" and net.pool not in ("adaptive", "attention"):
         walk = f"pool={net.pool!r} looks at every block"
@@ -179,14 +179,17 @@ def _walk(net: Any, known: set[int], left: dict[str, str]) -> Walk | str:
 
 
 def _is_known(sequence: nn.Module, known: set[int]) -> bool:
-    """Tell whether a sequence hands on as published, and all its layers are known."""
+    """Tell whether a sequence passes images and embedding on as published, and all its layers are known."""
     return blocks.passes_on(sequence) and all(
         id(layer) in known or is_conv(layer) or not [*layer.parameters()] for layer in sequence.children()
     )
 
 
 def _split_skips(net: Any) -> None:
-    """Tell the skips of the output blocks how many of their channels come from below, where that is clear."""
+    """Set on the output blocks' skip convolutions how many input channels come from the block before.
+
+    The other channels come from the input block. A convolution whose channels don't add up is left as it is.
+    """
     outputs = [_channels(block, None) for block in net.input_blocks]
     channels = _channels(net.middle_block, outputs[-1])
     for block in net.output_blocks:
@@ -198,7 +201,7 @@ def _split_skips(net: Any) -> None:
 
 
 def _channels(block: Any, before: int | None) -> int | None:
-    """Return how many channels a block puts out."""
+    """Return the number of output channels of a block; before: that of the block before."""
     for layer in block.children():
         conv = layer
         if isinstance(layer, layers.ResBlock):
@@ -211,5 +214,5 @@ def _channels(block: Any, before: int | None) -> int | None:
 
 @functools.cache
 def _walking(method: str) -> type[AcceleratedNet]:
-    """Return the class whose method of that name is our walk."""
+    """Return the subclass of AcceleratedNet whose method of that name runs our walk."""
     return type("WalkedNet", (AcceleratedNet,), {method: AcceleratedNet.walked})

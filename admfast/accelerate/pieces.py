@@ -1,4 +1,4 @@
-"""Recognise and convert the layers that blocks of all makes consist of: convolutions, norms, SiLU."""
+"""Recognise and convert the layers that are common to all makes: convolutions, norms, SiLU."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from admfast.ops.transforms import deriving
 
 
 class Watchful(convolution.FoldableConv):
-    """A convolution that may be called without its network, which would have renewed its form.
+    """A convolution that checks at every use that its folded weights are up to date.
 
-    any_dtype: it computes in the dtype of x, whatever that of its weights is.
+    It may be called without its network, which otherwise renews them. any_dtype: whether it computes in the
+    dtype of x even if its weights have another one.
     """
 
     any_dtype: ClassVar[bool] = False
 
     @property
     def folded(self) -> FoldedConv | None:
-        # A compiled program would not see that weights were written to.
+        # A compiled program would not notice writes to the weights.
         found = None if torch.compiler.is_compiling() else super().folded
         return found if found is None or found.holds else None
 
@@ -46,7 +47,7 @@ POINTWISE = _watchful(convolution.PointwiseConv1d)
 
 
 class _Entrance(nn.Module):
-    """Mixin of a network's first convolution, where images enter with their channels together."""
+    """Mixin of a network's first convolution, which makes images channels-last."""
 
     def forward(self, x: Tensor) -> Tensor:
         folded: FoldedConv | None = self.folded  # type: ignore[assignment]
@@ -55,7 +56,7 @@ class _Entrance(nn.Module):
 
 
 class _Exit(nn.Module):
-    """Mixin of a network's last convolution, where images leave it as the program's own gives them."""
+    """Mixin of a network's last convolution, which returns contiguous images as the program's own does."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).contiguous()  # type: ignore[misc]
@@ -63,21 +64,21 @@ class _Exit(nn.Module):
 
 @functools.cache
 def entrance(ours: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of convolutions of a class of ours through which images enter a network.
+    """Return the subclass of one of our convolutions for a network's first layer.
 
-    Each block is spared a conversion then: `torch.cat` and the blocks hand the layout on.
+    It makes images channels-last, so that no block has to: `torch.cat` and the blocks keep the layout.
     """
     return type(ours.__name__, (_Entrance, ours), {})
 
 
 @functools.cache
 def exit_of(ours: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of convolutions of a class of ours through which images leave a network."""
+    """Return the subclass of one of our convolutions for a network's last layer."""
     return type(ours.__name__, (_Exit, ours), {})
 
 
 class Norm(nn.Module):
-    """`layers.Norm` for a class of group norms that needn't derive from torch's."""
+    """`layers.Norm` for a group norm whose class does not derive from torch's."""
 
     forward = layers.Norm.forward  # type: ignore[assignment]
     again = layers.Norm.again
@@ -89,7 +90,7 @@ def is_conv(module: Any) -> bool:
 
 
 def is_norm(module: Any) -> bool:
-    """Tell whether a module is a group norm with weight and bias, whatever it does about dtypes."""
+    """Tell whether a module is a group norm with weight and bias, of any class and handling of dtypes."""
     weight, bias, groups, eps = (getattr(module, n, None) for n in ("weight", "bias", "num_groups", "eps"))
     if not isinstance(module, nn.Module) or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
         return False
@@ -114,14 +115,14 @@ def is_silu(module: Any) -> bool:
 
 
 def convert_norm(norm: nn.Module) -> None:
-    """Convert a norm that `is_norm`."""
+    """Convert a norm; `is_norm(norm)` must be true."""
     convert(norm, layers.Norm if isinstance(norm, nn.GroupNorm) else Norm)
 
 
 def convert_conv(conv: nn.Module, kind: Callable[[Any], type[nn.Module]] | None = None) -> None:
     """Convert a convolution of torch's own class; leave any other module as it is.
 
-    kind: `entrance` or `exit_of`, where images enter or leave the network through it.
+    kind: `entrance` for a network's first convolution, `exit_of` for its last.
     """
     if is_conv(conv):
         ours = CONVOLUTIONS[type(conv)]

@@ -1,7 +1,7 @@
-"""Run a program as it stands with its networks accelerated: `python -m admfast.accelerate PROGRAM ARGS...`
+"""Run an unmodified program with its networks accelerated: `python -m admfast.accelerate PROGRAM ARGS...`
 
-Classes that build the parts of a network of a known make are watched as they are defined, in whatever file;
-an instance is converted at its first call, when the program has loaded, moved and prepared it.
+The runner watches each class whose constructor builds the parts of a known make, in whichever file it is
+defined. It converts an instance at its first call, after the program has loaded, moved and prepared it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PACKAGES = Path(__file__).resolve().parents[1] / "compat"
 
 @dataclass
 class Seen:
-    """Record of a network: what became of it, its calls and the seconds in them, how far a check was off."""
+    """Record of a network: its report, calls, seconds in them, and the difference that a check found."""
 
     said: str = ""
     calls: int = 0
@@ -46,7 +46,7 @@ class Seen:
 
 @dataclass
 class Watch:
-    """Converts networks at their first calls, and keeps count.
+    """Converter of networks at their first calls, which counts calls and seconds.
 
     check: compare each network's first call with the program's own.
     """
@@ -59,7 +59,7 @@ class Watch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the classes that are defined within the block."""
+        """Watch the classes that are defined within the `with` block."""
         build = builtins.__build_class__
 
         @functools.wraps(build)
@@ -71,7 +71,7 @@ class Watch:
             ours = isinstance(made, type) and made.__module__.startswith("admfast.")
             built = any(make.builds <= set(names) for make in MAKES)
             if issubclass(made, AcceleratedNet) if ours else built:
-                if not hasattr(made.__call__, "watched"):  # a subclass has its parent's
+                if not hasattr(made.__call__, "watched"):  # a subclass inherits a watched one
                     made.__call__ = self._watched(made.__call__)
             return made
 
@@ -96,7 +96,7 @@ class Watch:
                 if wanted is not None:
                     self._known[net].difference = _off(out, wanted)
                 return out
-            # A converted network comes by here too, on its way through its own class.
+            # Calls of a converted network also come here, because its class inherits this method.
             started = time.perf_counter()
             try:
                 return call(net, *args, **kwargs)
@@ -108,16 +108,16 @@ class Watch:
         return called
 
     def _passes(self, net: Any) -> bool:
-        """Tell whether a network is none to convert now: converted, a replica, or being traced."""
+        """Tell whether not to convert a network now: it is already converted, a replica, or being traced."""
         replica = getattr(net, "_is_replica", False)
         return isinstance(net, Converted) or replica or torch._C._is_tracing()
 
     def _convert(
         self, net: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Convert a network; return what it gives before, where that is checked."""
+        """Convert a network; return its output from before the conversion if that is checked, else None."""
         seen, wanted = Seen(), None
-        if self.check and not net.training:  # in training mode dropout draws other masks
+        if self.check and not net.training:  # in training mode dropout would draw other masks
             devices = range(torch.cuda.device_count())
             with torch.random.fork_rng(devices), torch.no_grad():
                 wanted = call(net, *args, **kwargs)
@@ -131,13 +131,13 @@ class Watch:
         return wanted
 
     def said(self) -> list[str]:
-        """Return what became of the networks, a line for each."""
+        """Return one line for each network: its report, calls, seconds, and difference if checked."""
         lines = []
         for seen in self.seen:
             each = 1e3 * seen.seconds / max(seen.calls, 1)
             line = f"{seen.said}; {seen.calls} calls, {seen.seconds:.2f} s on the host, {each:.1f} ms each"
             if seen.difference is not None:
-                line += f"; the first is off the program's own by {seen.difference:.1e} of its largest value"
+                line += f"; its first result differs by {seen.difference:.1e} of the largest value"
             lines.append(line)
         return lines or ["no network of the ADM family was called"]
 
@@ -148,7 +148,7 @@ class Watch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: the program's, or 1 where a check found a difference."""
+    """Run the command; return the program's exit status, or 1 if it is 0 and a check found a difference."""
     given = list(sys.argv[1:] if argv is None else argv)
     own = _own(given)
     arguments = _parser().parse_args(given[:own])
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say_what_is_hidden() -> None:
-    """Name a copy of the package that the program would have found: it may have been changed."""
+    """Print the path of the package that the program would have imported, as it may differ from ours."""
     for folder in map(Path, sys.path):
         if (folder / "guided_diffusion").is_dir():
             print(f"admfast.accelerate: not used: {folder / 'guided_diffusion'}", file=sys.stderr)
@@ -192,7 +192,7 @@ def _say_what_is_hidden() -> None:
 
 
 def _run_file(program: str) -> None:
-    """Run a file as `python FILE` does; runpy would make `sys.argv[0]` and `__file__` the same."""
+    """Run a file as `python FILE` does; `runpy` would set `sys.argv[0]` to the value of `__file__`."""
     path = os.path.abspath(program)
     module = sys.modules["__main__"] = ModuleType("__main__")
     module.__file__ = path
@@ -200,7 +200,7 @@ def _run_file(program: str) -> None:
 
 
 def _off(found: Any, wanted: Any) -> float | None:
-    """Return the largest difference over the largest value; None of results that are no images."""
+    """Return the largest difference divided by the largest value; None if the results are not tensors."""
     found, wanted = _images(found), _images(wanted)
     if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
         return None
@@ -209,12 +209,12 @@ def _off(found: Any, wanted: Any) -> float | None:
 
 
 def _images(out: Any) -> Any:
-    """Return the images in what a network gives: diffusers' are the first of a tuple, or a `sample`."""
+    """Return the images in a network's output; diffusers returns them first in a tuple, or as `sample`."""
     return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
 
 
 def _own(given: Sequence[str]) -> int:
-    """Return how many arguments are the runner's: up to the program. All that follows is the program's."""
+    """Return how many arguments belong to the runner: those up to PROGRAM. The others are the program's."""
     at = 0
     while at < len(given) and given[at].startswith("-"):
         at += 2 if given[at] == "--precision" else 1
@@ -225,13 +225,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m admfast.accelerate",
         usage="%(prog)s [-h] [--precision {fp32,bf16,fp16}] [--check] [--package] [-m] PROGRAM ARGS...",
-        description="Run a program as it stands, with its ADM networks accelerated at their first calls.",
+        description="Run an unmodified program and accelerate its ADM networks at their first calls.",
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="of the torso (default: its parameters')")
-    parser.add_argument("--check", action="store_true", help="compare first calls with the program's own")
+    parser.add_argument("--precision", choices=PRECISIONS, help="dtype of the torso (default: as it is)")
+    parser.add_argument("--check", action="store_true", help="compute first calls both ways and compare them")
     parser.add_argument(
         "--package", action="store_true", help="let the program import admfast's own guided_diffusion"
     )
-    parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module's name")
+    parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is the name of a module")
     parser.add_argument("program", metavar="PROGRAM", help="a Python file")
     return parser

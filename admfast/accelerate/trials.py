@@ -1,4 +1,4 @@
-"""Compare what modules compute, on copies with random parameters and small inputs."""
+"""Compare the outputs of a module before and after a conversion, on copies with random parameters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from admfast.ops.transforms import deriving
 
-# Rounding leaves far more than half the digits of a result.
+# Largest relative difference of equal results: half of float32's digits, far more than rounding changes.
 SAME = torch.finfo(torch.float32).eps ** 0.5
 
 Conversion = Callable[[Any], None]
-Inputs = Callable[[Any, int, int], list[Tensor]]  # of a block: tensors for so many images of such a side
-# Images and sides: what depends on their number or size by numbers as small as codes.NUMBERS shows on one.
+Inputs = Callable[[Any, int, int], list[Tensor]]  # (block, number of images, side) to the block's inputs
+# (number of images, side) of each trial. If a block's result depends on either by way of a number in
+# codes.NUMBERS, at least one trial shows it.
 SIZES = ((2, 4), (1, 4), (3, 2), (4, 2), (5, 2))
 
 
 def agrees(block: nn.Module, conversion: Conversion, inputs: Inputs) -> bool:
-    """Tell whether a copy of a block gives the same before and after a conversion."""
+    """Tell whether a copy of a block gives the same results before and after a conversion."""
     with deriving(), torch.random.fork_rng(_generators()):
         trial = bare_copy(block)
         given = [inputs(trial, *size) for size in SIZES]
@@ -43,7 +44,10 @@ def close(found: Any, wanted: Any) -> bool:
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
-    """Return a copy in float32 and evaluation mode, without hooks; parameters are random: zeros hide much."""
+    """Return a float32 copy in evaluation mode, without hooks and with random parameters.
+
+    Parameters that are zero, as in a fresh network, would hide differences.
+    """
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():
@@ -59,12 +63,12 @@ def bare_copy(module: nn.Module) -> nn.Module:
 
 
 def random_images(count: int, channels: int, dims: int, side: int) -> Tensor:
-    """Return fixed normal numbers [count, channels, ...], the last side twice as long as the others."""
+    """Return normal random images [count, channels, ...] of a fixed seed; the last side is twice as long."""
     return random(count, channels, *(side,) * (dims - 1), 2 * side, seed=1)
 
 
 def random(*shape: int, seed: int) -> Tensor:
-    """Return fixed normal numbers; torch's own generators stay where they are."""
+    """Return float32 normal random numbers of a seed, on the CPU; torch's global generators are not used."""
     return torch.randn(
         *shape, generator=torch.Generator().manual_seed(seed), device="cpu", dtype=torch.float32
     )

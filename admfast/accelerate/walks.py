@@ -1,7 +1,8 @@
-"""Recognise the published way through a network's blocks, whatever method it lies in.
+"""Recognise a network's walk: the method that passes images through its blocks as the published one does.
 
-A method counts as the published walk if it uses no name but those that the walk needs, and gives the same on
-a network of small functions: so one that somebody extended runs as it is, block by block.
+A method counts as a published walk if it uses only the names that the published code uses, and gives the same
+results on a stub network whose blocks are small functions. The walk may be any `forward...` method. A network
+whose walk was changed keeps its own forward and runs block by block.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ NUMBERS = {-1, 0, 1, 2, 3}
 class Walk:
     """A method that is a published walk.
 
-    kind: of NAMES. method: its name. names: of its arguments. takes_more: whether it takes arguments of other
-    names too. strict: whether it insists on a label for each image of a network with classes.
+    kind: a key of NAMES. method: its name. names: its argument names. takes_more: whether it also takes
+    arguments of other names (`**kwargs`). strict: whether it raises if a network with classes gets no labels.
     """
 
     kind: str
@@ -51,20 +52,20 @@ class Walk:
     strict: bool
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by their published names. Raises TypeError as the method would."""
+        """Return the arguments of a call by their published names. Raise TypeError if the method would."""
         found = dict(zip(self.names, args, strict=False)) | kwargs
         unknown = [] if self.takes_more else [name for name in kwargs if name not in self.names]
         twice = [name for name in kwargs if name in self.names[: len(args)]]
         missing = [name for name in self.names[:2] if name not in found]
         if len(args) > len(self.names) or unknown or twice or missing:
             named = ", ".join(unknown + twice + missing) or f"{len(args)} by position"
-            raise TypeError(f"{self.method}() takes {', '.join(self.names)}: wrong is {named}")
+            raise TypeError(f"{self.method}() takes {', '.join(self.names)}; wrong or missing: {named}")
         published = ("x", "timesteps", "low_res" if self.kind == "upsampler" else "y")
         return {"y": None, **kwargs, **{a: found.get(b) for a, b in zip(published, self.names, strict=False)}}
 
 
 def walk_of(net: nn.Module) -> Walk | str:
-    """Return the published walk of a network, or why its own must run."""
+    """Return the published walk of a network, or the reason why its own forward must run."""
     cls = own_class(net)
     kinds = ["unet", "upsampler"] if hasattr(net, "output_blocks") else ["classifier"]
     reasons = []
@@ -84,14 +85,14 @@ def walk_of(net: nn.Module) -> Walk | str:
 
 
 def _counts(code: CodeType) -> tuple[int, int]:
-    """Return how many arguments a function has by name, and how many with those for all the rest."""
+    """Return the number of named arguments of a function, and the number with *args and **kwargs counted."""
     named = code.co_argcount + code.co_kwonlyargcount
     rest = [code.co_flags & flag for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS)]
     return named, named + sum(map(bool, rest))
 
 
 def _difference(net: Any, cls: type, function: Any, kind: str) -> str | None:
-    """Say what tells a method of a class from the published walk of a kind; None where nothing does."""
+    """Say how a method of a class differs from the published walk of a kind; None if it does not."""
     reason = foreign_function(function, NAMES[kind], NUMBERS)
     if reason is not None:
         return reason
@@ -103,7 +104,7 @@ def _difference(net: Any, cls: type, function: Any, kind: str) -> str | None:
     if named < own:
         return "takes other arguments than the published one"
     others = set(code.co_varnames[own:whole]) & _read(code)
-    if kind == "upsampler":  # hands what it doesn't know on
+    if kind == "upsampler":  # passes its unknown arguments on
         others -= set(code.co_varnames[named:whole])
         above: Any = next((part for part in cls.__mro__[1:] if "forward" in vars(part)), nn.Module)
         reason = _difference(net, above, above.forward, "unet")
@@ -119,14 +120,14 @@ def _difference(net: Any, cls: type, function: Any, kind: str) -> str | None:
             try:
                 stub = _stub(net)
                 found = function(stub, *(t.clone() for t in given), **labels)
-            except Exception as error:  # it may do anything with such a network
+            except Exception as error:  # a program's method may raise anything on a stub
                 return f"isn't the published one: {type(error).__name__} on a small network"
             if not close(found, _REFERENCES[kind](stub, *given, **labels)):
                 return "isn't the published one: other results on a small network"
     return None
 
 
-# Timesteps of the trials, one an image, and the sides of these.
+# (timesteps, sides) of each trial: one timestep per image, height and width of the images.
 _TIMES = (
     ((3.0, 700.0), (4, 4)),
     ((0.0,), (4, 6)),
@@ -136,9 +137,9 @@ _TIMES = (
 
 
 def _trials(net: Any, kind: str) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
-    """Yield arguments of a walk: images as the network takes them, timesteps, labels where it has classes.
+    """Yield (positional, named) arguments for a walk: images, timesteps, and labels if there are classes.
 
-    An upsampler's labels come by name.
+    Images have the network's number of channels. An upsampler's labels are passed by name.
     """
     stem = next((p for p in net.input_blocks[0].parameters() if p.dim() > 2), None)
     channels = 2 if stem is None else stem.shape[1]
@@ -158,14 +159,14 @@ def _trials(net: Any, kind: str) -> Iterator[tuple[list[Tensor], dict[str, Tenso
 
 
 def _strict(net: Any, function: Any, kind: str) -> bool:
-    """Tell whether a walk refuses a network with classes a call without labels."""
+    """Tell whether a walk raises when a network with classes is called without labels."""
     *_, ((x, t, *more), _) = _trials(net, kind)
     stub = _stub(net)
     if stub.num_classes is None:
         stub.num_classes = 2
     try:
         function(stub, x, t, *(more if kind == "upsampler" else []))
-    except Exception:  # whatever the walk raises
+    except Exception:  # the walk may raise any exception
         return True
     return False
 
@@ -180,7 +181,7 @@ def _read(code: CodeType) -> set[str]:
 
 
 class _Function:
-    """A block of a small network: images and embedding to images of a few channels."""
+    """A block of a stub network: maps images, and an embedding if given, to images of `channels` channels."""
 
     def __init__(self, seed: int, channels: int = 2):
         self.weights, self.channels = random(3, seed=seed).tolist(), channels
@@ -193,9 +194,9 @@ class _Function:
 
 
 def _stub(net: Any) -> Any:
-    """Return an instance of a network's class, never initialised, whose blocks are small functions.
+    """Return an uninitialised instance of a network's class whose blocks are small functions.
 
-    Its settings are the network's; its output has more channels than any image.
+    It has the network's settings. Its output has nine channels, more than an image has.
     """
     cls: Any = own_class(net)
     stub: Any = cls.__new__(cls)
@@ -216,11 +217,14 @@ def _stub(net: Any) -> Any:
     return stub
 
 
-# The walks in plain PyTorch
+# References: the walks in plain PyTorch
 
 
 def walk_ref(net: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None, up: bool = True) -> Tensor:
-    """Reference of a walk: blocks, skips by concatenation, last layers; a classifier has no way `up`."""
+    """Compute a network's output in plain PyTorch: blocks, skips by concatenation, last layers.
+
+    up: whether to run the output blocks, which a classifier doesn't have.
+    """
     emb = net.time_embed(timestep_embedding(timesteps, net.model_channels))
     if y is not None:
         emb = emb + net.label_emb(y)
@@ -237,7 +241,7 @@ def walk_ref(net: Any, x: Tensor, timesteps: Tensor, y: Tensor | None = None, up
 def upsampler_walk_ref(
     net: Any, x: Tensor, timesteps: Tensor, low_res: Tensor, y: Tensor | None = None
 ) -> Tensor:
-    """Reference of an upsampler's walk: that of a UNet with the enlarged image appended to x."""
+    """Compute an upsampler's output in plain PyTorch: `walk_ref` of x with the enlarged image appended."""
     enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear")
     return walk_ref(net, torch.cat([x, enlarged], dim=1), timesteps, y)
 

@@ -1,4 +1,4 @@
-"""Floor 3: weights files: reading, writing, what they are, how they differ from a network, fetching."""
+"""Floor 3: read, identify, compare, describe, write and download weights files."""
 
 from admfast.checkpoints.describe import ForwardWork, describe, forward_work
 from admfast.checkpoints.differences import (

@@ -1,7 +1,7 @@
-"""Find the network's state dict in what a file holds: behind prefixes, in wrappers, beside other things.
+"""Find the network's state dict in the contents of a file: under prefixes, in wrappers, among other values.
 
-Everything that a file holds by name is laid flat ("ema" holding "out.2.bias" gives "ema.out.2.bias"), so that
-a wrapper's dict and a prefix of the keys are one thing: an entry.
+Nested names are flattened first: "out.2.bias" within "ema" becomes "ema.out.2.bias". So a nested dict and a
+prefix of the keys are the same thing. Its name is called an entry.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from admfast.checkpoints.pickles import Record, StoredTensor, entries_of, other_
 
 ROOTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")
 LEAVES = ("weight", "bias", "positional_embedding")
-# A key of every network here; the second finds those whose first is missing, so that they can be told so.
+# Keys that every network has. The second finds networks that lack the first, for an error that says so.
 _ANCHORS = ("time_embed.0.weight", "input_blocks.0.0.weight")
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?|avg|shadow)([._\d]|$)")
-# ema_pytorch's name for what is trained, torch_ema's for what is set aside, and words that deny the average.
+# ema_pytorch's name for the trained weights, torch_ema's for the stored current ones, and words that negate.
 _CURRENT = re.compile(r"(^|[._])(online|collected|non?|not|without)([._]|$)")
-# Values beside weights that say nothing of what a layer computes: counters of profilers and trainers.
+# Counters of profilers and trainers in layers. They have no effect on the layers' results.
 _COUNTERS = ("total_ops", "total_params", "num_batches_tracked", "n_averaged")
-# What to save instead of tensors of another form (`other_form`).
+# What to save instead of tensors that aren't dense, by their kind (`other_form`).
 _WANTED = {
     "quantized": "dequantized ones",
-    "negated": "those that resolve_neg() gives",
+    "negated": "the results of resolve_neg()",
     "conjugated": "real ones",
-    "device": "those that cpu() gives",
+    "device": "the results of cpu()",
 }
 _DEEPEST = 16
 HOW = "entry=NAME, an option of load, or --set entry=NAME on the command line"
@@ -39,10 +39,11 @@ HOW = "entry=NAME, an option of load, or --set entry=NAME on the command line"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The state dict that was taken of a file: places or tensors by key.
+    """State dict that was chosen from a file's contents.
 
-    entry: where it lies, "" for the file's own. average: it is the average over training, taken before
-    others. left: what else there is by name. why: why an average among it was left.
+    tensors: tensors, or their places in the file, by key. entry: its name in the file, "" for the top level.
+    average: whether it is the average of the weights over training, which is preferred. left: names of the
+    other contents. why: why an average among these was not chosen.
     """
 
     tensors: dict[str, Any]
@@ -53,24 +54,26 @@ class Chosen:
 
     @property
     def note(self) -> str:
-        """One line on what was taken and what was left; empty where everything was taken."""
+        """One line that says what was chosen and what was left out; empty if nothing was left out."""
         if not self.left:
             return ""
         taken = f"took {self.entry}" if self.entry else "took the network's tensors"
         average = " (the average of the weights over training)" if self.average else ""
         more = f", ... {len(self.left)} in all" if len(self.left) > 6 else ""
-        how = "; entry= names another" if self.entry else ""
+        how = "; entry= chooses another" if self.entry else ""
         why = f" ({self.why})" if self.why else ""
-        return f"{taken}{average}, left {', '.join(self.left[:6])}{more}{why}{how}"
+        return f"{taken}{average}, left out {', '.join(self.left[:6])}{more}{why}{how}"
 
 
 def choose(content: Any, entry: str | None = None) -> Chosen:
-    """Return the state dict that a network is loaded from.
+    """Return the state dict of the network in a file's contents.
 
-    The one network in it; the average over training before the weights that are trained; what `entry` names.
+    If there are several, the average of the weights over training is preferred to the current weights.
+
+    entry: name of the state dict, or a part of its name; None considers all.
 
     Raises:
-        ValueError: where there is no state dict, none of that name, or several of equal right.
+        ValueError: if there is no state dict, none with that name, or if several different ones remain.
     """
     top = entries_of(content)
     if top is None:
@@ -89,17 +92,17 @@ def choose(content: Any, entry: str | None = None) -> Chosen:
         return _with_left(network, found, "" if network.average else "; ".join(why.values()))
     _refuse_lists_alone(found, entry)
     if any(_is_optimiser(held) for held in (top, *map(entries_of, top.values()))):
-        raise ValueError(f"the state of an optimiser, not of a network; no entry of it is one ({HOW})")
+        raise ValueError(f"the state of an optimiser, not of a network; no entry in it is a network ({HOW})")
     return _plain(found, entry)
 
 
 def _flat(
     node: Mapping[Any, Any], path: tuple[str, ...] = (), seen: set[int] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Every leaf by its dotted name; a tensor without a name of text is no tensor of a state dict.
+    """Yield every leaf with its dotted name; the value of a key that isn't text is yielded as None.
 
-    Of what is met again, as the parts of a trainer hold each other, only its own tensors come once more: a
-    state dict may have two names.
+    The parts of a trainer may hold each other. If an object was visited before, only the tensors directly in
+    it are yielded again, because a state dict may have two names.
     """
     seen = set() if seen is None else seen
     for key, value in node.items():
@@ -116,12 +119,12 @@ def _flat(
 
 
 def is_tensor(value: Any) -> bool:
-    """Tell whether a leaf is a tensor, or the place of one."""
+    """Tell whether a leaf is a tensor or a tensor's place in the file."""
     return isinstance(value, Tensor | StoredTensor)
 
 
 def _networks(found: Mapping[str, Any]) -> list[Chosen]:
-    """Every network in it, by the prefixes of the keys that all networks have."""
+    """Return every network in the contents, found by the keys that all networks have."""
     prefixes = {
         name.removesuffix(anchor): None
         for anchor in _ANCHORS
@@ -140,17 +143,17 @@ def _networks(found: Mapping[str, Any]) -> list[Chosen]:
 
 
 def _says_average(name: str) -> bool:
-    """Tell whether a name says that what it names is an average over training."""
+    """Tell whether a name is that of an average over training."""
     return bool(_AVERAGE.search(name.lower()) and not _CURRENT.search(name.lower()))
 
 
 def _of_a_network(key: str) -> bool:
-    """Tell whether a key is like a network's, not like schedules, counters and other models' layers."""
+    """Tell whether a key looks like a network's; those of schedules, counters and other models don't."""
     return key.split(".", 1)[0] in ROOTS and key.rsplit(".", 1)[-1] in LEAVES
 
 
 def _averages_without_dots(network: Chosen, found: Mapping[str, Any]) -> list[Chosen]:
-    """The average that some trainers keep under names without dots: model_ema.diffusion_modelout2bias."""
+    """Return averages whose keys have no dots, as some trainers write: model_ema.diffusion_modelout2bias."""
     path = network.entry.split(".") if network.entry else []
     averages = []
     for at in range(len(path)):
@@ -163,22 +166,22 @@ def _averages_without_dots(network: Chosen, found: Mapping[str, Any]) -> list[Ch
 
 
 def _is_listed_average(name: str, value: Any) -> bool:
-    """Tell whether a value is an average of parameters without their names; lists of numbers are none."""
+    """Tell whether a value is an average stored as a list of parameters, not just a list of numbers."""
     several = isinstance(value, list | tuple) and all(map(is_tensor, value))
     return several and _says_average(name) and any(len(one.shape) > 1 for one in value)
 
 
 def _listed_averages(networks: list[Chosen], found: Mapping[str, Any]) -> tuple[list[Chosen], dict[str, str]]:
-    """The averages that some trainers keep as a list, and by name why others aren't.
+    """Return the averages that are stored as lists, and for each unusable list the reason, by its name.
 
-    score_sde and torch_ema list `module.parameters()`. The keys are those of a network in the same file with
-    as many tensors, of these shapes, whose keys are in the order of its parameters, as `state_dict()` writes
-    them. In any other order two parameters of one shape could be exchanged unnoticed.
+    score_sde and torch_ema store `module.parameters()` as a list. Its tensors get the keys of a network in
+    the same file that has the same shapes in the same order. The keys of that network must be in the order of
+    its `state_dict()`; otherwise two parameters of equal shape could be swapped unnoticed.
     """
     averages: list[Chosen] = []
     why: dict[str, str] = {}
     lists = {name: value for name, value in found.items() if _is_listed_average(name, value)}
-    if not lists:  # the order of a network's parameters takes building it
+    if not lists:  # skips checking the order, for which the network is built
         return averages, why
     ordered = [network for network in networks if in_published_order(shapes_of(network.tensors))]
     for name, value in lists.items():
@@ -189,20 +192,20 @@ def _listed_averages(networks: list[Chosen], found: Mapping[str, Any]) -> tuple[
             averages.append(Chosen(dict(zip(keys, value, strict=True)), name, True))
         elif not ordered:
             where = networks[0].entry or "the network"
-            why[name] = f"{name} has no names, and the keys of {where} are not in the order of parameters"
+            why[name] = f"{name} has no names, and the keys of {where} are not in the order of its parameters"
         elif len(shapes) != len(of[0]):
-            why[name] = f"{name} holds {len(shapes)} tensors, not {len(of[0])} as the network"
+            why[name] = f"{name} holds {len(shapes)} tensors, but the network has {len(of[0])}"
         else:
             rows = zip(ordered[0].tensors, of[0], shapes, strict=True)
             key, needs, has = next(row for row in rows if row[1] != row[2])
-            why[name] = f"{name} has {list(has)} in the place of {key}, not {list(needs)}"
+            why[name] = f"{name} has shape {list(has)} in the place of {key}, not {list(needs)}"
     return averages, why
 
 
 def _refuse_lists_alone(found: Mapping[str, Any], entry: str | None) -> None:
-    """Refuse an average without names where the file holds no network to name its tensors."""
+    """Reject an average that is a list of tensors if the file holds no network that gives them names."""
     if entry is None and any(is_tensor(value) and len(value.shape) for value in found.values()):
-        return  # another model's tensors, of which more can be said
+        return  # another model's tensors, which a later error describes better
     for name, value in found.items():
         if _is_listed_average(name, value) and _names(entry, name):
             raise ValueError(
@@ -212,12 +215,12 @@ def _refuse_lists_alone(found: Mapping[str, Any], entry: str | None) -> None:
 
 
 def _names(entry: str | None, name: str) -> bool:
-    """Tell whether an entry asked for names this one, or a part of its path; None names all."""
+    """Tell whether `entry` is this name or a part of its path; None matches every name."""
     return entry is None or f".{entry}." in f".{name}."
 
 
 def _refuse_other_forms(network: Chosen, found: Mapping[str, Any]) -> None:
-    """Refuse a part of the network in a form that isn't its weights: leaving it out is another network."""
+    """Reject a network with a weight or bias that isn't a plain tensor, instead of leaving it out."""
     prefix = f"{network.entry}." if network.entry else ""
     own = (name for name in found if name.startswith(prefix))
     inside = {name: found[name] for name in own if name.removeprefix(prefix).split(".", 1)[0] in ROOTS}
@@ -228,18 +231,18 @@ def _refuse_other_forms(network: Chosen, found: Mapping[str, Any]) -> None:
             continue
         if name in inside and key not in network.tensors and key.rsplit(".", 1)[-1] not in _COUNTERS:
             raise ValueError(
-                f"holds {name}, which is no weight or bias as a tensor (pruned, parametrised or of NumPy?); "
+                f"holds {name}, which is not a plain weight or bias (pruned, parametrised, a NumPy array?); "
                 "save the network's plain state dict"
             )
 
 
 def _refuse_odd_tensors(found: Mapping[str, Any]) -> None:
-    """Refuse tensors that aren't dense memory holding their values, calling them what they are."""
+    """Reject tensors that aren't dense (quantized, sparse, ...); the error names their kind."""
     for name, value in found.items():
-        for part in value if isinstance(value, list | tuple) else (value,):  # a packed layer is a tuple
+        for part in value if isinstance(value, list | tuple) else (value,):  # quantized layers: a tuple
             form = other_form(part)
             if form is not None:
-                wanted = _WANTED.get(form, "dense ones that hold values")
+                wanted = _WANTED.get(form, "dense ones with values")
                 raise ValueError(f"holds {form} tensors ({name}); save {wanted}")
 
 
@@ -252,7 +255,7 @@ def _same(one: Chosen, other: Chosen) -> bool:
 
 
 def _one_of(networks: list[Chosen], entry: str | None, why: Mapping[str, str]) -> Chosen:
-    """The network that is asked for, or the only average, or the only network."""
+    """Return the network that `entry` names, else the only average, else the only network."""
     names = ", ".join(network.entry or "(the file's own keys)" for network in networks)
     if entry is not None:
         exact = [network for network in networks if network.entry == entry]
@@ -269,7 +272,7 @@ def _one_of(networks: list[Chosen], entry: str | None, why: Mapping[str, str]) -
 
 
 def _with_left(network: Chosen, found: Mapping[str, Any], why: str) -> Chosen:
-    """Add what is left, and why: the names of everything else, cut where they part from the entry."""
+    """Return the network with `why` and `left`, names that are cut after the first part it doesn't share."""
     prefix = f"{network.entry}." if network.entry else ""
     taken = {id(value) for value in network.tensors.values()}
     left: dict[str, None] = {}
@@ -278,7 +281,7 @@ def _with_left(network: Chosen, found: Mapping[str, Any], why: str) -> Chosen:
             continue
         if name.startswith(prefix):
             key = name.removeprefix(prefix)
-            inside = key.split(".", 1)[0] in ROOTS  # a counter in a layer: named whole
+            inside = key.split(".", 1)[0] in ROOTS  # a counter in a layer: give its full name
             left[prefix + (key if inside else key.split(".", 1)[0])] = None
             continue
         parts, own = name.split("."), prefix.split(".")
@@ -292,7 +295,7 @@ def _is_optimiser(held: Mapping[Any, Any] | None) -> bool:
 
 
 def _plain(found: Mapping[str, Any], entry: str | None) -> Chosen:
-    """The state dict of something else than a network, for a message that says what it isn't."""
+    """Return a state dict that isn't a network's; a later error says what it lacks."""
     tensors = {name: value for name, value in found.items() if is_tensor(value)}
     if entry is not None:
         prefix = f"{entry}."

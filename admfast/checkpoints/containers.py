@@ -1,6 +1,7 @@
-"""The formats of weights files: what is in one, as places of tensors, and the bytes of a storage on demand.
+"""Readers of the formats of weights files.
 
-A file is read, never mapped: what was loaded doesn't change when the file is saved over.
+A reader lists the tensors of a file with their places in it, and reads the bytes of a storage on demand. It
+never maps the file into memory, so loaded values don't change if the file is overwritten.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from admfast.checkpoints.pickles import RunsCode, Storage, StoredTensor, read_pi
 from admfast.errors import first_line
 
 _CHUNK = 1 << 24
-_MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what torch.save wrote before it wrote zip archives
-# How much longer than its packed form a member can be; stored ones are as long.
+_MAGIC_NUMBER, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch.save's older format
+# Largest ratio of a member's length to its compressed length; 1 for a member that isn't compressed.
 _MOST_PACKED = {zipfile.ZIP_DEFLATED: 1032, zipfile.ZIP_BZIP2: 1 << 20, zipfile.ZIP_LZMA: 1 << 14}
 _DTYPES = {
     "F64": torch.float64,
@@ -42,28 +43,29 @@ _DTYPES = {
 
 
 class Container(Protocol):
-    """An open weights file.
+    """Reader of an open weights file.
 
-    content: dicts and lists of `StoredTensor` and other values. header: the texts beside it, by name.
+    content: dicts and lists of `StoredTensor` and other values. header: metadata, texts by name.
     """
 
     content: Any
     header: dict[str, str]
 
     def check(self, storage: Storage) -> None:
-        """Raise ValueError where the file doesn't hold a storage in the length that its pickle claims."""
+        """Raise ValueError unless the file holds a storage with the length that its pickle gives."""
 
     def read(self, storage: Storage, into: memoryview | None) -> None:
-        """Fill `into` with a checked storage's bytes, comparing their checksum; None only compares.
+        """Read the bytes of a storage into `into`, and verify its checksum if the file has one.
 
-        Raises: ValueError where they are not as they were written.
+        storage: must have passed `check`. into: None only verifies.
+        Raises: ValueError if the checksum is wrong or the file ends early.
         """
 
 
 def open_container(file: BinaryIO, checksums: bool = True) -> Container:
-    """Return the container that a file's content shows it to be, whatever its name.
+    """Return the reader for a file's format, which its first bytes determine.
 
-    Raises: ValueError, saying what is wrong with the file, or what else it is.
+    Raises: ValueError that says what is wrong with the file, or which other kind of file it is.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -74,20 +76,20 @@ def open_container(file: BinaryIO, checksums: bool = True) -> Container:
 
 
 def _unpickled(file: BinaryIO | io.BytesIO, otherwise: str | None = None) -> tuple[Any, dict[str, Storage]]:
-    """`read_pickle`, everything that can go wrong as one kind of error; otherwise: what else it is."""
+    """Call `read_pickle`; raise ValueError for any failure. otherwise: message for a damaged pickle."""
     try:
         return read_pickle(file)
     except RunsCode as call:
         why = "a weights file holds tensors and nothing else (nothing was run)"
         raise ValueError(f"refused: unpickling it would call {call}; {why}") from None
-    except Exception as error:  # a damaged pickle fails in any of the look-ups; all of them mean one thing
+    except Exception as error:  # a damaged pickle can fail in any look-up; all failures mean the same
         detail = first_line(error) if type(error) is ValueError else type(error).__name__
         damaged = f"damaged, or no file of torch.save: its pickle can't be read ({detail})"
         raise ValueError(otherwise or damaged) from error
 
 
 class _Zip:
-    """Read what torch.save writes: a zip archive of a pickle and one member a storage."""
+    """Reader of torch.save's format: a zip archive of a pickle and one member for each storage."""
 
     def __init__(self, file: BinaryIO, size: int, checksums: bool):
         self._file, self._size, self._checksums = file, size, checksums
@@ -109,7 +111,7 @@ class _Zip:
             raise ValueError(f"damaged: it holds {twice} more than once")
         order = f"{self._folder}byteorder"
         if order in names and self._member(order) != b"little":
-            raise ValueError("saved on a machine of the other byte order; save it anew on one like this")
+            raise ValueError("saved on a big-endian machine; save it again on a little-endian one")
         self.content, _ = _unpickled(io.BytesIO(self._member(main)))
 
     def check(self, storage: Storage) -> None:
@@ -128,11 +130,11 @@ class _Zip:
         return f"{self._folder}data/{storage.key}"
 
     def _length(self, name: str) -> int:
-        """The length of a member, which the file can hold."""
+        """Return the length of a member in bytes; reject one that can't fit into the file."""
         claimed = self._archive.getinfo(name)
         most = self._size * _MOST_PACKED.get(claimed.compress_type, 1)
         if claimed.compress_size > self._size or claimed.file_size > most:
-            raise ValueError(f"damaged: {name} would have {claimed.file_size:,} bytes")
+            raise ValueError(f"damaged: {name} claims to have {claimed.file_size:,} bytes")
         return claimed.file_size
 
     def _member(self, name: str) -> bytes:
@@ -143,10 +145,10 @@ class _Zip:
     def _fill(self, name: str, into: memoryview | None) -> None:
         info = self._archive.getinfo(name)
         try:
-            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # packed by another program
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:  # made by another program
                 with self._archive.open(info) as member:
                     _fill(member, into, info.file_size)
-                    fits = not member.read(1)  # its checksum is compared at its end
+                    fits = not member.read(1)  # verifies the checksum, at the end
             else:
                 found = _fill(self._at_start(info), into, info.file_size)
                 fits = found == info.CRC or not self._checksums
@@ -156,7 +158,7 @@ class _Zip:
             raise ValueError(f"damaged: {name} fails its checksum")
 
     def _at_start(self, info: zipfile.ZipInfo) -> BinaryIO:
-        """The file, at the first byte of a member that is stored as it is."""
+        """Return the file, positioned at the first byte of a member that isn't compressed."""
         self._file.seek(info.header_offset)
         head = self._file.read(30)
         name, extra = struct.unpack("<HH", head[26:])
@@ -167,7 +169,7 @@ class _Zip:
 
 
 class _Pickles:
-    """Read what torch.save wrote before version 1.6: pickles in a row, then the storages."""
+    """Reader of torch.save's format before version 1.6: several pickles, then the storages."""
 
     header: dict[str, str] = {}
 
@@ -175,25 +177,25 @@ class _Pickles:
         self._file = file
         self._starts: dict[str, int] = {}
         file.seek(0)
-        text = words_for_text(file.read(HEAD), size)  # a text can begin as a pickle of protocol 0 does
+        text = words_for_text(file.read(HEAD), size)  # a text can begin like a pickle of protocol 0
         file.seek(0)
         magic, _ = _unpickled(file, text)
         if magic != _MAGIC_NUMBER:
-            raise ValueError("a bare pickle, no file of torch.save: save the state dict with that")
+            raise ValueError("a bare pickle, no file of torch.save: save the state dict with torch.save")
         protocol, _ = _unpickled(file)
         machine, _ = _unpickled(file)
         if protocol != _PROTOCOL or not isinstance(machine, dict) or not machine.get("little_endian"):
-            raise ValueError("no file of torch.save that is still read: save it anew on a machine like this")
+            raise ValueError("an unknown format of torch.save: save it again on a little-endian machine")
         self.content, storages = _unpickled(file)
         keys, _ = _unpickled(file)
         for key in keys if isinstance(keys, list) else ():
             storage = storages.get(str(key))
             count = file.read(8)
             if storage is None or len(count) < 8 or struct.unpack("<q", count)[0] != storage.count:
-                raise ValueError("damaged, or no file of torch.save: its storages are not its pickle's")
+                raise ValueError("damaged, or no file of torch.save: storages and pickle don't match")
             self._starts[storage.key] = file.tell()
             if storage.nbytes > size - file.tell():
-                raise ValueError(f"truncated, or no file of torch.save: it ends in storage {key}")
+                raise ValueError(f"truncated, or no file of torch.save: it ends within storage {key}")
             file.seek(storage.nbytes, io.SEEK_CUR)
 
     def check(self, storage: Storage) -> None:
@@ -206,7 +208,7 @@ class _Pickles:
 
 
 class _Safetensors:
-    """A JSON header, then the tensors one after the other."""
+    """Reader of safetensors: a JSON header, then the tensors one after the other."""
 
     def __init__(self, file: BinaryIO, size: int):
         self._file = file
@@ -219,12 +221,12 @@ class _Safetensors:
             listed = json.loads(file.read(length))
             self.header = listed.pop("__metadata__", None) or {}
             if not all(isinstance(text, str) for text in self.header.values()):
-                raise ValueError("its metadata are no texts")
+                raise ValueError("its metadata must be texts")
             self.content = {name: self._tensor(name, entry) for name, entry in listed.items()}
             spans = sorted(entry["data_offsets"] for entry in listed.values())
             ends = [0, *(end for _, end in spans)]
             if [begin for begin, _ in spans] != ends[:-1] or ends[-1] != size - 8 - length:
-                raise ValueError(f"its tensors take {ends[-1]:,} bytes, {size - 8 - length:,} are there")
+                raise ValueError(f"its tensors take {ends[-1]:,} bytes, but it has {size - 8 - length:,}")
             self._first = 8 + length
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError, struct.error) as error:
             detail = str(error) if type(error) is ValueError else "its header can't be read"
@@ -245,7 +247,7 @@ class _Safetensors:
         return StoredTensor(Storage(name, dtype, count), dtype, 0, shape, tuple(strides))
 
     def check(self, storage: Storage) -> None:
-        """The header's spans were compared with the file already."""
+        """Do nothing: the constructor has compared the header's offsets with the file's length."""
 
     def read(self, storage: Storage, into: memoryview | None) -> None:
         self._file.seek(self._first + self._starts[storage.key])
@@ -253,7 +255,7 @@ class _Safetensors:
 
 
 def _fill(file: Any, into: memoryview | None, count: int) -> int:
-    """Read `count` bytes from the file's position, into memory if there is any; return their CRC-32."""
+    """Read `count` bytes from the file's position, into `into` unless it is None; return their CRC-32."""
     checksum = position = 0
     spare = memoryview(bytearray(min(count, _CHUNK))) if into is None else None
     while position < count:
@@ -261,22 +263,22 @@ def _fill(file: Any, into: memoryview | None, count: int) -> int:
         part = spare[:most] if spare is not None else into[position : position + most]  # type: ignore[index]
         got = file.readinto(part)
         if not got:
-            raise ValueError("truncated while it was read")
+            raise ValueError("truncated while it was being read")
         checksum = zlib.crc32(part[:got], checksum)
         position += got
     return checksum
 
 
 def _memory(count: int) -> Tensor:
-    """Bytes that hold nothing yet."""
+    """Return uninitialised memory of `count` bytes."""
     try:
         return torch.empty(count, dtype=torch.uint8, device="cpu")
     except RuntimeError:
-        raise ValueError(f"{count:,} bytes of it do not fit into memory") from None
+        raise ValueError(f"{count:,} of its bytes do not fit into memory") from None
 
 
 def _held(names: list[str]) -> str:
-    """`: it holds a, b`, of an archive with something else in it."""
+    """Return ` (it holds a, b)`, or that the archive is an npz, for an error."""
     inside = [name for name in names if not name.endswith("/")]
     if inside and all(name.endswith(".npy") for name in inside):
         return ", but an npz of NumPy arrays"
@@ -286,9 +288,10 @@ def _held(names: list[str]) -> str:
 def read_tensors(
     container: Container, wanted: dict[str, StoredTensor], values: bool = True
 ) -> dict[str, Tensor]:
-    """Read the tensors at these places, each storage once; without `values`, on the meta device.
+    """Read tensors from their places in a file, each storage once.
 
-    Tensors that share a storage in the file share one here.
+    Tensors that share a storage in the file share its memory. values: False verifies the storages and returns
+    tensors on the meta device.
     """
     storages: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}

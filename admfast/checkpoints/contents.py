@@ -1,4 +1,4 @@
-"""Tell what a file is by its first bytes, whatever its name says."""
+"""Recognise the format of a file by its first bytes, without looking at its name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import struct
 
 from admfast.errors import shown
 
-HEAD = 512  # bytes that are looked at
-MAX_HEADER = 100_000_000  # bytes of a safetensors header, as its authors limit it
+HEAD = 512  # number of bytes that are examined
+MAX_HEADER = 100_000_000  # largest safetensors header in bytes, the limit of the safetensors library
 
 _MAGIC = {
     b"version https://git-lfs": "a Git LFS pointer, not the file it points to",
@@ -26,20 +26,20 @@ _MAGIC = {
     b"\xff\xd8\xff": "a JPEG image, not a weights file",
     b"%PDF": "a PDF document, not a weights file",
 }
-# How protocols 0 and 1 of pickle begin: a number (as torch.save's magic one), a dict or list, or a name.
+# Beginnings of pickles of protocols 0 and 1: torch.save's magic number, a dict or list, or a global name.
 _EARLY_PICKLE = re.compile(rb"L\d+L\n\.|\([dl]p\d+\n|[}\]]q\0|c[\w.]+\n\w+\n(p\d+\n|q|\()")
 _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 def kind_of(head: bytes, size: int) -> str:
-    """Return "zip", "pickle" or "safetensors": the formats that are read by their content.
+    """Return the format of a weights file: "zip", "pickle" or "safetensors".
 
     Args:
         head: the first `HEAD` bytes of the file.
         size: of the whole file, in bytes.
 
     Raises:
-        ValueError: what the file is instead, in words.
+        ValueError: if it has none of these formats; the message says what the file is.
     """
     if size == 0:
         raise ValueError("the file is empty")
@@ -68,7 +68,7 @@ def kind_of(head: bytes, size: int) -> str:
 
 
 def _as_text(head: bytes) -> str | None:
-    """Return the beginning of a text; None for what isn't one."""
+    """Return the first bytes of a file as text; None if they aren't text."""
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
     for cut in range(4):  # the last character may be cut in two
         try:
@@ -80,7 +80,7 @@ def _as_text(head: bytes) -> str | None:
 
 
 def words_for_text(head: bytes, size: int) -> str | None:
-    """Return what a text is: a page, an answer in JSON, or a line; None for what isn't text."""
+    """Return a description of a text (a web page, JSON, or other text); None if it isn't text."""
     text = _as_text(head)
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""Describe a weights file, and the work and memory of a forward pass: the report of `inspect`."""
+"""Report on a weights file, and on the work and memory of a forward pass, for `admfast inspect`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class ForwardWork:
 
     Attributes:
         flops: floating-point operations of convolutions and matrix products, 2 for a multiply-add.
-        weight_bytes: all parameters.
-        activation_bytes: largest sum of tensors that live at the same time, parameters and inputs not
-            counted.
+        weight_bytes: size of all parameters.
+        activation_bytes: largest size of the tensors that are alive at the same time, without parameters and
+            inputs.
     """
 
     flops: int
@@ -52,14 +52,14 @@ def forward_work(
     dtype: torch.dtype = torch.float32,
     sides: Sequence[int] | None = None,
 ) -> ForwardWork:
-    """Count the work of a forward pass on images of these sides, on tensors without memory.
+    """Count the work of a forward pass by running the network on meta tensors, which have no memory.
 
-    sides: None for those that the network was trained for.
+    The network runs eagerly with the reference implementations, its torso in `dtype`. Fused implementations
+    need less memory. Fragmentation of the allocator and workspaces of libraries take more.
 
-    The network runs eagerly on the reference implementations, its torso in `dtype`; fused implementations
-    need less memory, an allocator's fragments and a library's workspaces need more.
+    sides: sides of the images in pixels; None takes those that the network was trained for.
     """
-    # The module imports triton, which importing this package must not.
+    # This module imports triton, so `import admfast` must not import it.
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -68,8 +68,8 @@ def forward_work(
         inputs = network_inputs(config, batch, sides)
     counter = FlopCounterMode(display=False)
     live = LiveBytes(net, inputs)
-    # A fused kernel has no meta form and hides its work from the counter.
-    # The counter hooks every module, for which the network would run part by part.
+    # Fused kernels don't run on meta tensors, and the counter can't count them. `staying_fused`: because of
+    # the counter's hooks on every module, the network would otherwise run layer by layer.
     with using("reference"), torch.no_grad(), staying_fused(), counter, live:
         net(**inputs)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
@@ -77,9 +77,10 @@ def forward_work(
 
 
 def guidance_flops(config: ClassifierConfig, sides: Sequence[int] | None = None) -> int:
-    """Count the operations of the guidance gradient of one image, on tensors without memory.
+    """Count the floating-point operations of the guidance gradient for one image, on meta tensors.
 
-    The classifier's forward and its gradient in x, nothing computed twice. sides: as for `forward_work`.
+    They are those of the classifier's forward pass and of its gradient with respect to x, without
+    recomputation. sides: see `forward_work`.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
@@ -104,14 +105,14 @@ def describe(
 
     Args:
         path: .pt, .pth or .safetensors.
-        preset, options: as for `load_network`, `entry` among the options.
-        batch: images, for the memory.
-        dtype: of the torso, for the memory.
+        preset, options: see `load_network`; the options may include `entry`.
+        batch: number of images, for the memory.
+        dtype: dtype of the torso, for the memory.
         check_values: read every value to count NaN and infinities.
 
     Raises:
-        CheckpointError, InvalidArgument: as `load_network`; options that the weights leave open are a row of
-            the report, not an error.
+        CheckpointError, InvalidArgument: see `load_network`; but missing options are a row of the report, not
+            an error.
     """
     options = dict(options or {})
     path = user_path("path", path)
@@ -136,7 +137,7 @@ def describe(
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> str:
-    """`all finite`, or how many values are NaN and infinite, in how many tensors, and the first of these."""
+    """Return `all finite`, or the numbers of NaN and infinite values and the first tensor that has any."""
     nan = infinite = 0
     spoiled = []
     for key, value in tensors.items():
@@ -151,12 +152,12 @@ def non_finite(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _identity_rows(info: ModelInfo, read: bool) -> list[Row]:
-    """Whose keys and shapes it has, and how that is known; `read`: the file may be read whole."""
+    """Return the rows that say which model the file is. read: whether the whole file may be read."""
     names = [model.name for model in info.candidates]
     if info.preset is not None and info.preset in info.candidates:
         model = f"has the keys and shapes of {info.preset.name}{_as_published(info.preset, info.path, read)}"
     elif info.candidates:
-        model = f"has the keys and shapes of {', '.join(names)}, which differ in dropout alone"
+        model = f"has the keys and shapes of {', '.join(names)}, which differ only in dropout"
     else:
         shipped = [model.name for model in MODELS.values() if model.shipped_path == info.path.resolve()]
         model = f"{shipped[0]}, as shipped" if shipped else "none of the released models"
@@ -167,7 +168,7 @@ def _identity_rows(info: ModelInfo, read: bool) -> list[Row]:
 
 
 def _as_published(known: ModelPreset, path: Path, read: bool) -> str:
-    """Tell whether the file itself is the published one, as far as its size and hash are known."""
+    """Say whether the file is the published one, as far as size and hash of that are known."""
     size = path.stat().st_size
     if known.size is None:
         return "; size and hash of the published file are not known"
@@ -186,12 +187,12 @@ def _as_published(known: ModelPreset, path: Path, read: bool) -> str:
 
 
 def _config_rows(config: NetConfig, info: ModelInfo) -> list[Row]:
-    """The configuration in groups, the process, and the training facts that the file carries."""
+    """Return the rows of the configuration, the diffusion process, and the file's facts on its training."""
     heads = _count(config.num_heads, "head")
     if config.num_head_channels != -1:
         heads = f"heads of {config.num_head_channels} channels"
     order = "new" if config.use_new_attention_order else "legacy"
-    factors = ", ".join(map(str, config.attention_resolutions)) or "the middle alone"
+    factors = ", ".join(map(str, config.attention_resolutions)) or "none (only in the middle block)"
     resampling = "in residual blocks" if config.resblock_updown else "by convolutions"
     if not config.resblock_updown and not config.conv_resample:
         resampling = "nearest and average"
@@ -217,7 +218,7 @@ def _config_rows(config: NetConfig, info: ModelInfo) -> list[Row]:
 
 
 def _sizes(weights: Weights) -> list[Row]:
-    """Parameters, dtypes on disk, and the nearest released model of weights that are none."""
+    """Return the rows of parameters, dtypes on disk, and the nearest released model if it differs."""
     total = sum(value.numel() for value in weights.tensors.values())
     dtypes = ", ".join(f"{count:,} {name}" for name, count in values_by_dtype(weights.tensors).items())
     rows = [
@@ -231,7 +232,7 @@ def _sizes(weights: Weights) -> list[Row]:
 
 
 def _work_rows(config: NetConfig, batch: int, dtype: torch.dtype) -> list[Row]:
-    """GFLOP of a forward pass, and the memory that it takes at a batch size."""
+    """Return the rows of the GFLOP of a forward pass and of its memory at a batch size."""
     one = forward_work(config, 1, dtype)
     many = one if batch == 1 else forward_work(config, batch, dtype)
     name = str(dtype).removeprefix("torch.")
@@ -255,7 +256,10 @@ def _gib(size: int) -> str:
 
 
 def network_inputs(config: NetConfig, batch: int, sides: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Return empty arguments of the network's forward, on the current device; sides: None as trained."""
+    """Return uninitialised arguments of the network's forward, on the default device.
+
+    sides: sides of the images in pixels; None takes those that the network was trained for.
+    """
     sides = [config.image_size] * config.dims if sides is None else sides
     inputs = {"x": torch.empty(batch, config.in_channels, *sides), "timesteps": torch.empty(batch)}
     if isinstance(config, UNetConfig) and config.num_classes is not None:
@@ -266,11 +270,11 @@ def network_inputs(config: NetConfig, batch: int, sides: Sequence[int] | None = 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows which storages are alive, by their finalisers.
+    """Counter of the bytes of storages that are alive, without those of the network's parameters and inputs.
 
-    Those of the network's parameters and of the inputs aren't counted.
+    Finalisers of the storages tell it when they are freed.
 
-    Attributes: now: sum of their bytes. peak: its largest value so far.
+    Attributes: now: bytes that are alive. peak: largest value of `now` so far.
     """
 
     def __init__(self, net: nn.Module, inputs: Mapping[str, Tensor]):

@@ -19,7 +19,11 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Differences:
-    """Keys that a file lacks, has too many, or has in another shape (file's shape, network's shape)."""
+    """Differences between the keys and shapes of a file and of a network.
+
+    missing: keys that the file lacks. unexpected: keys that the network doesn't have. misshapen: keys with
+    different shapes, each with (the file's shape, the network's shape).
+    """
 
     missing: dict[str, Shape]
     unexpected: dict[str, Shape]
@@ -30,11 +34,11 @@ class Differences:
 
     @property
     def count(self) -> int:
-        """Count the keys that differ."""
+        """Number of keys that differ."""
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     def summary(self, count: int = 3) -> str:
-        """One line: how many keys of each sort, and the first `count` of each with their shapes."""
+        """Return one line: the number of keys of each sort, and the first `count` with their shapes."""
         misshapen = self.misshapen.items()
         sorts = {
             "missing": [f"{key} {list(shape)}" for key, shape in self.missing.items()],
@@ -48,12 +52,12 @@ class Differences:
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    """The shape of every tensor, in their order."""
+    """Return the shape of every tensor, in the order of the keys."""
     return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
 def network_shapes(config: NetConfig) -> dict[str, Shape]:
-    """Keys and shapes of the network of `config`, in the published order; allocates no memory."""
+    """Return the keys and shapes of the network of `config`, in the published order; allocate nothing."""
     with torch.device("meta"):
         return shapes_of(build(config).state_dict())
 
@@ -68,10 +72,10 @@ def compare(has: Shapes, needs: Shapes) -> Differences:
 
 
 def fingerprint(shapes: Shapes) -> str:
-    """SHA-256 (hexadecimal) of the sorted lines `key [shape]`, joined by newlines.
+    """Return the SHA-256 (hexadecimal) of the sorted lines `key [shape]`, joined by newlines.
 
-    Neither the order of the keys nor their dtype enters, so that a half-precision copy, or one in the sorted
-    order of a safetensors file, has the fingerprint of the original.
+    It doesn't depend on the order of the keys or on dtypes. So a copy in half precision, or in a safetensors
+    file with sorted keys, has the fingerprint of the original.
     """
     lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -80,7 +84,7 @@ def fingerprint(shapes: Shapes) -> str:
 def nearest_preset(shapes: Shapes, least: float = 0.8) -> tuple[ModelPreset, Differences] | None:
     """Return the released model whose keys and shapes agree best, and how the file differs from it.
 
-    None if fewer than the share `least` of the keys agree (of the larger of the two sets).
+    Return None if the share of keys that agree is below `least`; it is taken of the larger set of keys.
     """
     best: tuple[float, str] | None = None
     time_embed = shapes.get("time_embed.0.weight")
@@ -97,12 +101,12 @@ def nearest_preset(shapes: Shapes, least: float = 0.8) -> tuple[ModelPreset, Dif
 
 @cache
 def _preset_shapes(name: str) -> dict[str, Shape]:
-    """Shapes of a released model; building one on the meta device takes 0.07 s."""
+    """Return the shapes of a released model. They are cached: building it on the meta device takes 0.07 s."""
     return network_shapes(preset(name).config)
 
 
 def _with_time_embed(shape: Shape | None) -> list[str]:
-    """The released models with this base width: the others can't be near."""
+    """Return the names of released models with the base width of this time_embed.0.weight."""
     if shape is None:
         return []
     released = [model for model in MODELS.values() if not model.shipped]
@@ -110,6 +114,6 @@ def _with_time_embed(shape: Shape | None) -> list[str]:
 
 
 def _listed(sort: str, lines: list[str], count: int) -> str:
-    """`5 keys SORT (a, b, c, ...)`."""
+    """Return `5 keys SORT (a, b, c, ...)`."""
     more = ", ..." if len(lines) > count else ""
     return f"{len(lines)} {'key' if len(lines) == 1 else 'keys'} {sort} ({', '.join(lines[:count])}{more})"

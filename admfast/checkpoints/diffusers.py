@@ -1,7 +1,7 @@
-"""A UNet as a `UNet2DModel` of the library diffusers, with the configuration of its scheduler beside it.
+"""Convert a UNet to a `UNet2DModel` of the library diffusers, with the configuration of its scheduler.
 
-Written from the behaviour of diffusers 0.42, which isn't needed here. Modules by name, for the block `i` of
-level `l` (0 is the highest resolution, `u` the same level counted from the lowest):
+It follows the behaviour of diffusers 0.42, which need not be installed. Names of the modules, for block `i`
+of level `l` (level 0 has the highest resolution; `u` is the same level counted from the lowest):
 
     time_embed.0, .2                 time_embedding.linear_1, .linear_2
     label_emb                        class_embedding
@@ -13,7 +13,7 @@ level `l` (0 is the highest resolution, `u` the same level counted from the lowe
     out.0, .2                        conv_norm_out, conv_out
 
 Rows of qkv, [3, h, d] or legacy [h, 3, d], become three linear layers to_q, to_k and to_v, [h, d] each;
-legacy rows are permuted first. Nothing is computed: every value is one of the file's.
+legacy rows are permuted first. Nothing is computed: every value is copied from the file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from admfast.errors import invalid
 from admfast.models.config import GROUPS, NetConfig, UNetConfig
 from admfast.models.layers import legacy_rows
 
-VERSION = "0.42.1"  # of the library whose behaviour this follows
-# Scheduler and pipeline that are written, by the name that a user gives.
+VERSION = "0.42.1"  # of diffusers
+# The user's name of a scheduler -> the classes of scheduler and pipeline in diffusers.
 SCHEDULERS = {"ddim": ("DDIMScheduler", "DDIMPipeline"), "ddpm": ("DDPMScheduler", "DDPMPipeline")}
 
 _RESIDUAL = {
@@ -54,17 +54,17 @@ _WHOLE = {
 
 
 def check_network(config: NetConfig) -> None:
-    """Refuse, by the name of the field, a network that `UNet2DModel` can't hold exactly.
+    """Reject a network that `UNet2DModel` can't represent exactly.
 
-    Raises: InvalidArgument.
+    Raises: InvalidArgument, which names the field.
     """
     if type(config) is not UNetConfig:
-        raise invalid("kind", config.kind, "diffusers' UNet2DModel holds a unet")
+        raise invalid("kind", config.kind, "unet: diffusers' UNet2DModel is one")
     if config.dims != 2:
         raise invalid("dims", config.dims, "2: diffusers' UNet2DModel has two")
     if not config.of_images:
         allowed = f"{config.in_channels} or, with learned variance, {2 * config.in_channels}"
-        raise invalid("out_channels", config.out_channels, f"{allowed}, as diffusers' pipelines take them")
+        raise invalid("out_channels", config.out_channels, f"{allowed}, as diffusers' pipelines need")
     if config.widths()[0] != config.model_channels:
         allowed = f"a first level of model_channels={config.model_channels} channels: diffusers' timestep"
         raise invalid("channel_mult", config.channel_mult, f"{allowed} embedding has the width of that level")
@@ -75,29 +75,29 @@ def check_network(config: NetConfig) -> None:
 
 
 def check_process(process: DiffusionConfig, scheduler: str = "ddim") -> None:
-    """Refuse, by the name of the setting, a process that diffusers' scheduler can't hold.
+    """Reject a diffusion process that diffusers' scheduler can't represent.
 
-    Raises: InvalidArgument.
+    Raises: InvalidArgument, which names the setting.
     """
     one_of("scheduler", scheduler, SCHEDULERS)
     mean, variance, _ = process.types
     if mean is MeanType.PREVIOUS_X:
         raise invalid("mean_type", mean.name, "EPSILON or START_X: diffusers predicts the noise or x_0")
     if variance is VarType.LEARNED and scheduler == "ddpm":
-        allowed = "LEARNED_RANGE or fixed for diffusers' DDPMScheduler, or the scheduler ddim, which has none"
+        allowed = "LEARNED_RANGE or fixed for diffusers' DDPMScheduler; the scheduler ddim has no variance"
         raise invalid("var_type", variance.name, allowed)
     if process.rescale_timesteps and process.steps != 1000:
         allowed = (
-            f"False, or 1000 steps: diffusers hands the network whole timesteps, 0 to {process.steps - 1}"
+            f"False, or 1000 steps: diffusers gives the network integer timesteps, 0 to {process.steps - 1}"
         )
         raise invalid("rescale_timesteps", True, allowed)
 
 
 def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
-    """Return the configuration of the `UNet2DModel` that computes the same, ready for JSON.
+    """Return the configuration of the `UNet2DModel` that computes the same as a UNet, ready for JSON.
 
-    scheduler: "ddim", whose network puts out the mean channels only, or "ddpm", the variance channels too.
-    Raises: InvalidArgument, where the heads can't be held (`check_network` refuses the rest).
+    scheduler: with "ddim" the network outputs the mean channels only, with "ddpm" the variance channels too.
+    Raises: InvalidArgument if the attention heads can't be represented (`check_network` rejects the rest).
     """
     attended = config.levels_with_attention()
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
@@ -125,7 +125,7 @@ def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
         "act_fn": "silu",
         "attention_head_dim": _head_dim(config),
         "norm_num_groups": GROUPS,
-        # Without it the middle block's attention has no norm where scale and shift are on.
+        # Without this, the middle block's attention has no norm if use_scale_shift_norm is True.
         "attn_norm_num_groups": GROUPS,
         "norm_eps": 1e-5,
         "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
@@ -135,7 +135,7 @@ def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
 
 
 def _head_dim(config: UNetConfig) -> int | None:
-    """Return the channels of a head, which are the same everywhere; None for one head everywhere."""
+    """Return the channels of a head, which must be the same in all blocks; None if all have one head."""
     widths = [width for width, on in zip(config.widths(), config.levels_with_attention(), strict=True) if on]
     blocks = {(width, config.heads(width, up)) for width in widths for up in (False, True)}
     blocks.add((config.widths()[-1], config.heads(config.widths()[-1])))
@@ -155,11 +155,11 @@ def _listed(numbers: set[int]) -> str:
 
 
 def unet_state(state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim") -> dict[str, Tensor]:
-    """Return the weights of a UNet under the names and in the shapes of `UNet2DModel`.
+    """Return the weights of a UNet with the names and shapes of `UNet2DModel`.
 
     state: the published state dict of a network of `config`, which `check_network` has accepted.
-    scheduler: as in `unet_config`; "ddim" leaves the rows of the variance channels out.
-    Returns tensors that may be views.
+    scheduler: see `unet_config`; with "ddim" the rows of the variance channels are left out.
+    The returned tensors may be views.
     """
     found: dict[str, Tensor] = {}
     for ours, theirs in _modules(config):
@@ -183,19 +183,19 @@ def unet_state(state: Mapping[str, Tensor], config: UNetConfig, scheduler: str =
 
 
 def _modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield the names of every module with a weight that stays as it is: ours, theirs."""
+    """Yield the names, ours and diffusers', of every module whose parameters are copied unchanged."""
     yield from _WHOLE.items()
     for ours, theirs in _blocks(config):
         for inner, name in _RESIDUAL.items():
             yield f"{ours}.{inner}", f"{theirs}.{name}"
-        yield f"{ours}.op", f"{theirs}.conv"  # of a block that only halves,
-        yield f"{ours}.conv", f"{theirs}.conv"  # or only doubles the sides
+        yield f"{ours}.op", f"{theirs}.conv"  # in a block that only downsamples
+        yield f"{ours}.conv", f"{theirs}.conv"  # in a block that only upsamples
     for ours, theirs, _ in _attentions(config):
         yield f"{ours}.norm", f"{theirs}.group_norm"
 
 
 def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield the names of residual blocks and of blocks that resample: ours, theirs."""
+    """Yield the names, ours and diffusers', of residual blocks and of blocks that resample."""
     count, levels, attended = config.num_res_blocks, len(config.channel_mult), config.levels_with_attention()
     for level in range(levels):
         first = 1 + level * (count + 1)
@@ -214,7 +214,7 @@ def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
 
 
 def _attentions(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
-    """Yield the names of attention blocks, ours and theirs, with their heads: as many up as down."""
+    """Yield the names of attention blocks, ours and diffusers', and their heads, equal in both paths."""
     count, widths, attended = config.num_res_blocks, config.widths(), config.levels_with_attention()
     for level in (level for level, attention in enumerate(attended) if attention):
         for i in range(count):
@@ -230,10 +230,11 @@ def _attentions(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
 def scheduler_config(process: DiffusionConfig, scheduler: str = "ddim") -> dict[str, Any]:
     """Return the configuration of diffusers' scheduler for a process, ready for JSON.
 
-    Its N steps are 0, k, 2k, ... with k = steps // N ("leading"): those of `respacing="ddimN"` where N
-    divides the steps. The last step ends at alpha_bar 1; x_0 is limited to [-1, 1].
+    With N sampling steps, its timesteps are 0, k, 2k, ... with k = process.steps // N ("leading" spacing).
+    They are those of `respacing="ddimN"` if N divides process.steps. The last step ends at alpha_bar = 1; x_0
+    is clipped to [-1, 1].
 
-    scheduler: "ddim" or "ddpm", which also has the variance.
+    scheduler: "ddim", or "ddpm", whose configuration also has the type of the variance.
     """
     betas: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}
     if process.noise_schedule == "linear":
@@ -263,7 +264,7 @@ def scheduler_config(process: DiffusionConfig, scheduler: str = "ddim") -> dict[
 
 
 def model_index(scheduler: str = "ddim") -> dict[str, Any]:
-    """Return the document that names a pipeline and its parts, ready for JSON."""
+    """Return the content of model_index.json, which names a pipeline's class and its parts."""
     part, pipeline = SCHEDULERS[scheduler]
     return {
         "_class_name": pipeline,

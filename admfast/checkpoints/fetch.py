@@ -1,7 +1,7 @@
-"""Download released weights when asked to: resumed after a break, checked, and put in place whole.
+"""Download released weights: resume broken downloads, verify the file, and put it in place atomically.
 
-What has arrived is kept in `NAME.pt.part` (and the server's name for that version of the file in
-`NAME.pt.part.etag`); the next fetch goes on from there.
+An unfinished download is kept in `NAME.pt.part`, and its ETag in `NAME.pt.part.etag`. The next fetch resumes
+it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from admfast.files.atomic import let_go, lock, output_error, write_text
 from admfast.files.paths import user_path
 from admfast.models.presets import ModelPreset, preset
 
-MIRROR = "ADMFAST_MIRROR"  # environment variable: base URL that takes the place of the published one
+MIRROR = "ADMFAST_MIRROR"  # environment variable: base URL that replaces the published one
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file that was fetched: where it lies, where it came from, its bytes, and what it was checked by."""
+    """Downloaded file: its path, its URL, its size in bytes, and the names of the checks that it passed."""
 
     path: Path
     url: str
@@ -47,7 +47,7 @@ class Fetched:
 
 
 class _Broken(Exception):
-    """The connection ended before the file did."""
+    """The connection failed before the whole file had arrived."""
 
 
 def fetch(
@@ -64,26 +64,27 @@ def fetch(
     """Download one released file into `folder`.
 
     Args:
-        name: of the model or of its file, such as "64x64_diffusion" or "64x64_diffusion.pt".
+        name: name of the model or of its file, such as "64x64_diffusion" or "64x64_diffusion.pt".
         folder: an existing folder.
         base_url: URL of a folder that holds the released files under their names; None takes the environment
-            variable ADMFAST_MIRROR, else the published place.
-        overwrite: replace a file of that name; it stays until the new one has been checked.
-        timeout: seconds without an answer or a byte.
-        retries: how often a broken connection is taken up again.
-        wait: seconds before the first of these, doubled each time.
-        progress: show a bar on a terminal.
+            variable ADMFAST_MIRROR, or the published URL if it is not set.
+        overwrite: replace an existing file. It is kept until the new one has passed its checks.
+        timeout: seconds to wait for an answer or for the next byte.
+        retries: number of times to reconnect after a broken connection.
+        wait: seconds before the first reconnection, doubled each time.
+        progress: show a progress bar, if the output is a terminal.
 
     Returns:
-        The path, and what the file was checked by: its size (as published, or the length that the server
-            gave), SHA-256 or MD5 where known, the checksums in the zip, and the model's keys and shapes.
+        The file and the checks that it passed: its size (as published, or as given by the server), SHA-256 or
+            MD5 if known, the checksums in the zip, and the model's keys and shapes.
 
     Raises:
-        InvalidArgument: for an unknown name, one that ships with the package, or a base URL that isn't
-            http(s).
-        CheckpointError: if the server doesn't have the file or doesn't answer, the connection breaks too
-            often (what has arrived is kept), or what arrived isn't the published file (it is discarded).
-        OutputError: if the file is there already, the disk is full, or the folder can't be written.
+        InvalidArgument: for an unknown name, a model that ships with the package, a base URL that isn't
+            http(s), or a timeout that isn't positive.
+        CheckpointError: if the server lacks the file or doesn't answer, if the connection breaks too often
+            (the unfinished download is kept), or if the file isn't the published one (it is discarded).
+        OutputError: if the file exists already, the disk is full, the folder can't be written, or another
+            process is downloading the file.
     """
     if not timeout > 0:
         raise invalid("timeout", timeout, "seconds, more than 0")
@@ -93,7 +94,7 @@ def fetch(
     url = _address(model, base_url)
     target = user_path("folder", folder) / model.file
     if target.exists() and not overwrite:
-        raise OutputError(f"{target}: is there already; overwrite it only if asked to")
+        raise OutputError(f"{target}: is there already; overwrite=True (--overwrite) replaces it")
     part = target.with_name(target.name + ".part")
     with _locked(part) as file:
         with tqdm(desc=model.file, unit="B", unit_scale=True, disable=None if progress else True) as bar:
@@ -102,7 +103,7 @@ def fetch(
         size = file.seek(0, os.SEEK_END)
         try:
             os.fsync(file.fileno())
-            let_go(file)  # also for the check, which Windows lets read no byte that is locked
+            let_go(file)  # before the check: Windows doesn't let it read a locked byte
             checked = _check(transfer, size, model)
             os.replace(part, target)
         except OSError as error:
@@ -112,7 +113,7 @@ def fetch(
 
 
 def _address(model: ModelPreset, base_url: str | None) -> str:
-    """The URL of a model's file."""
+    """Return the URL of a model's file."""
     base = base_url or os.environ.get(MIRROR)
     if not base:
         return str(model.url)
@@ -123,7 +124,7 @@ def _address(model: ModelPreset, base_url: str | None) -> str:
 
 @contextlib.contextmanager
 def _locked(part: Path) -> Iterator[BinaryIO]:
-    """Open the partial file at its end, for this process alone."""
+    """Open the partial file for appending, and lock it for this process."""
     try:
         file = open(part, "ab")  # noqa: SIM115
     except OSError as error:
@@ -133,7 +134,7 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         try:
             lock(file.fileno())
         except BlockingIOError:
-            last.pop_all()  # the part is the other's
+            last.pop_all()  # the partial file belongs to the other fetch
             raise OutputError(f"{part}: another fetch is writing it") from None
         except OSError as error:
             raise output_error(part, error) from None
@@ -141,7 +142,7 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
 
 
 def _end(file: BinaryIO, part: Path) -> None:
-    """Discard a partial file into which nothing came."""
+    """Unlock the partial file; remove it if it is empty."""
     let_go(file)
     with contextlib.suppress(OSError):
         if part.stat().st_size == 0:
@@ -150,7 +151,7 @@ def _end(file: BinaryIO, part: Path) -> None:
 
 @dataclass
 class _Transfer:
-    """A download: from where, to which file, and the size and MD5 of the whole as far as they are known."""
+    """Download from a URL into a file. size, md5: of the whole file, None while unknown."""
 
     url: str
     file: BinaryIO
@@ -161,7 +162,7 @@ class _Transfer:
     md5: str | None
 
     def receive(self, retries: int, wait: float) -> None:
-        """Receive the rest of the file, taking a broken connection up again."""
+        """Receive the rest of the file; reconnect after a broken connection."""
         for attempt in range(retries + 1):
             try:
                 return self._receive_once()
@@ -171,13 +172,11 @@ class _Transfer:
                     kept = (
                         f"{have:,}{f' of {self.size:,}' if self.size else ''} bytes are kept in {self.part}"
                     )
-                    raise CheckpointError(
-                        f"{self.url}: {broken}; {kept}: fetch again to go on from there"
-                    ) from None
+                    raise CheckpointError(f"{self.url}: {broken}; {kept}: fetch again to continue") from None
                 time.sleep(wait * 2**attempt)
 
     def _receive_once(self) -> None:
-        """One request: append what comes to the file, or begin it anew where the server can't go on."""
+        """Make one request and append its data to the file; start over if the server can't resume."""
         have = self.file.seek(0, os.SEEK_END)
         response = self._open(have)
         if response is None:  # the file is complete, or longer than the server's
@@ -206,7 +205,7 @@ class _Transfer:
             raise _Broken("the connection ended early")
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
-        """One read of the socket: `read` would throw what came away if the rest of its chunk does not."""
+        """Read from the socket once: `read` would lose the data of a chunk that doesn't arrive completely."""
         try:
             return response.read1(_CHUNK)
         except TimeoutError:
@@ -215,7 +214,7 @@ class _Transfer:
             raise _Broken(f"the connection broke ({type(error).__name__})") from None
 
     def _open(self, have: int) -> http.client.HTTPResponse | None:
-        """Ask for the file from byte `have` on; None where the server says that nothing is left."""
+        """Request the file from byte `have` on; return None if the server says that nothing is left."""
         headers = {"User-Agent": "admfast", "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
@@ -240,7 +239,7 @@ class _Transfer:
             raise InvalidArgument(f"{url}: not a URL: {error}") from None
 
     def _refused(self, error: urllib.error.HTTPError, have: int) -> None:
-        """Return where the server has nothing more; raises what any other answer means."""
+        """Return if the server has no more bytes to send; raise an error for any other HTTP error."""
         if error.code == 416 and have:
             whole = error.headers.get("Content-Range", "").rpartition("/")[2]
             return self._agree(int(whole) if whole.isdigit() else None)
@@ -252,7 +251,7 @@ class _Transfer:
         raise CheckpointError(f"{self.url}: {said}") from None
 
     def _note_offer(self, response: http.client.HTTPResponse, have: int) -> None:
-        """Read size and MD5 of the whole file off the answer; refuse one that can't be the published file."""
+        """Read the whole file's size and MD5 from the headers; reject a wrong range or size."""
         headers: Message = response.headers
         whole = headers.get("Content-Length", "")
         if response.status == 206:
@@ -261,8 +260,8 @@ class _Transfer:
                 sent = span or "no range"
                 raise CheckpointError(f"{self.url}: asked for byte {have:,} on, the server sent {sent}")
         self._agree(int(whole) if whole.isdigit() else None)
-        # Content-MD5 of a partial answer is that of the part; the other name is the release server's, of the
-        # whole.
+        # Content-MD5 of a partial answer is that of the part. The release server's own header is that of the
+        # whole file.
         of_all = headers.get("Content-MD5") if response.status == 200 else None
         with contextlib.suppress(ValueError):
             digest = base64.b64decode(headers.get("x-ms-blob-content-md5") or of_all or "", validate=True)
@@ -270,20 +269,20 @@ class _Transfer:
                 self.md5 = self.md5 or digest.hex()
 
     def _agree(self, size: int | None) -> None:
-        """Take the server's size for the file's, unless another one is known."""
+        """Take the size that the server gives; reject it if another size is known."""
         if size is not None and self.size is not None and size != self.size:
             raise CheckpointError(f"{self.url}: the server's file has {size:,} bytes, {self.size:,} are due")
         self.size = self.size if size is None else size
 
     def _check_room(self, have: int) -> None:
-        """Refuse a download that can't fit, before its first byte."""
+        """Reject a download that doesn't fit onto the disk, before its first byte."""
         missing, free = (self.size or 0) - have, shutil.disk_usage(self.part.parent).free
         if missing > free:
             rest = f"{missing:,} bytes are still to come, the disk has {free:,}"
             raise OutputError(f"{self.part}: not written: {rest}")
 
     def _truncate(self) -> None:
-        """Begin the partial file anew."""
+        """Empty the partial file."""
         try:
             self.file.truncate(0)
         except OSError as error:
@@ -291,14 +290,14 @@ class _Transfer:
 
 
 def _check(transfer: _Transfer, size: int, model: ModelPreset) -> tuple[str, ...]:
-    """Compare the file that arrived with what is known of it; discard it if it differs."""
+    """Check that the download is the published file, else discard it; return the names of the checks."""
     part, by = transfer.part, []
     try:
         if transfer.size is not None:
             by.append("size" if model.size is not None else "the server's own length")
             if size != transfer.size:
                 raise CheckpointError(f"{size:,} bytes arrived, {transfer.size:,} were due")
-        # Nothing is gained by the weaker hash where the stronger one has been compared.
+        # MD5 adds nothing if SHA-256 is compared.
         name, wanted = ("sha256", model.sha256) if model.sha256 else ("md5", transfer.md5)
         if wanted is not None:
             with open(part, "rb") as file:
@@ -329,7 +328,7 @@ def _etag_file(part: Path) -> Path:
 
 
 def _write_etag(part: Path, etag: str) -> None:
-    """Note the version that the part belongs to; a weak name ("W/...") doesn't promise equal bytes."""
+    """Store the ETag of the partial file; skip a weak one ("W/..."), which doesn't promise equal bytes."""
     if etag and not etag.startswith("W/"):
         write_text(_etag_file(part), etag)
     else:
@@ -337,7 +336,7 @@ def _write_etag(part: Path, etag: str) -> None:
 
 
 def _read_etag(part: Path) -> str:
-    """The server's name for the version of the file that the part belongs to; empty if it gave none."""
+    """Return the stored ETag of the partial file, or "" if there is none."""
     try:
         return _etag_file(part).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):

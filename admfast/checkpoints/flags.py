@@ -1,6 +1,6 @@
-"""Translate the flags of the published scripts that are given for a weights file.
+"""Translate flags of the published scripts to options of a weights file.
 
-Flags that keep their name and meaning (num_heads, noise_schedule, learn_sigma, ...) are in no table.
+Flags with the same name and meaning in admfast (num_heads, noise_schedule, learn_sigma, ...) are not listed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from admfast.models.config import parse_attention_resolutions, parse_channel_mul
 
 LOG = logging.getLogger("admfast")
 
-# The option that means the same.
+# Published flag -> the option that means the same.
 RENAMED = {
     "num_channels": "model_channels",
     "diffusion_steps": "steps",
@@ -28,9 +28,9 @@ RENAMED = {
     "classifier_resblock_updown": "resblock_updown",
     "classifier_pool": "pool",
 }
-# Nothing about the file: how it was computed with, and what asks for it here.
+# Flags that describe the computation, not the file -> the option to use instead.
 COMPUTED = {name: 'precision="fp16" (--precision fp16)' for name in ("use_fp16", "classifier_use_fp16")}
-# Said elsewhere.
+# Flags that don't describe the file -> where to give them.
 ELSEWHERE = {
     "model_path": "the first argument of load (the command's first word)",
     "classifier_path": "classifier= of load (--classifier)",
@@ -48,7 +48,7 @@ ELSEWHERE = {
             "anneal_lr", "microbatch", "ema_rate", "log_interval", "eval_interval", "save_interval",
             "resume_checkpoint", "fp16_scale_growth", "noised", "iterations",
         ),
-        "a flag of training, which says nothing about a file",
+        "a flag of training, which does not describe a file",
     ),
 }  # fmt: skip
 NAMES = {*RENAMED, *COMPUTED, *ELSEWHERE, "class_cond"}
@@ -59,17 +59,17 @@ SWITCHES = {
 
 
 def name_of(flag: str) -> str:
-    """Return what an option is called here."""
+    """Return the name of an option in admfast."""
     return RENAMED.get(flag, flag)
 
 
 def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
-    """Return options under their names here, and what the file's shapes must agree with (see `check`).
+    """Return the options under their names in admfast, and claims that the network must agree with.
 
-    The second is (flag, value) by the name here.
+    Claims are (flag, value) by name in admfast; see `check`.
 
     Raises:
-        InvalidArgument: for a flag whose meaning lies elsewhere, naming where, or that is given twice.
+        InvalidArgument: for a flag that doesn't describe the file, or for two flags that mean the same.
     """
     found: dict[str, Any] = {}
     claims: dict[str, tuple[str, Any]] = {}
@@ -82,20 +82,18 @@ def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tu
             raise invalid(one, options[one], f"the same as {other}={shown(options[other])}; give one of them")
         if flag in COMPUTED:
             switch(flag, value)
-            LOG.warning(
-                "%s says how to compute, nothing about the file: %s asks for it", flag, COMPUTED[flag]
-            )
+            LOG.warning("%s describes the computation, not the file: use %s instead", flag, COMPUTED[flag])
         elif name == "class_cond":
             claims[name] = flag, switch(flag, value)
         elif name == "attention_resolutions" and value is not None:
-            # Read here, where every wrong value is refused; checked against the network when that is known.
+            # Check the value now; compare it with the network when that is known.
             if isinstance(value, str):
                 parse_attention_resolutions(value, 1, flag)
             claims[name] = flag, value if isinstance(value, str) else tuple(whole_numbers(flag, value, 1))
         elif name == "channel_mult" and isinstance(value, str):
             if value.strip():
                 found[name] = parse_channel_mult(value, 0)
-            else:  # the published default of the image size
+            else:  # means the published default for the image size
                 claims[name] = flag, value
         else:
             found[name] = value
@@ -103,16 +101,17 @@ def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tu
 
 
 def refuse_elsewhere(options: Mapping[str, Any]) -> None:
-    """Refuse flags whose meaning lies elsewhere, naming where."""
+    """Reject flags that don't describe the file; the error says where to give them."""
     for flag, value in options.items():
         if flag in ELSEWHERE:
             raise invalid(flag, value, f"here {ELSEWHERE[flag]}")
 
 
 def check(config: NetConfig, claims: Mapping[str, tuple[str, Any]]) -> None:
-    """Refuse what was said of a network whose configuration shows otherwise.
+    """Reject claims that the configuration of the network contradicts.
 
-    Attention resolutions are image sides ("32,16,8", as published) or downsampling factors: whichever agrees.
+    Attention resolutions may be image sides ("32,16,8", as published) or downsampling factors; one of the two
+    readings must agree.
     """
     if "class_cond" in claims and isinstance(config, UNetConfig):
         flag, given = claims["class_cond"]

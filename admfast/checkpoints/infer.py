@@ -1,9 +1,9 @@
-"""The configuration of a weights file: from what it carries, from the released models, from its shapes.
+"""Infer the configuration of a weights file from its description, the released models, and its shapes.
 
-Shapes don't show attention heads, the order of qkv rows, dropout, or (but for an attention pool) the image
-size. These come, in this order, from the options given by the caller, a preset given by name, the description
-that the file carries, or the released model that has exactly these keys and shapes. What is left open is
-asked for in one error that lists the options and their allowed values.
+Shapes don't show the attention heads, the order of qkv rows, dropout, or (without an attention pool) the
+image size. These come, in this order, from the caller's options, the caller's configuration or preset, the
+file's description, or the released model with exactly these keys and shapes. If options are still missing,
+one error lists them with their allowed values.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from admfast.models.presets import ModelPreset, preset, presets_with_fingerprint
 
 _DIFFUSION_NAMES = set(SETTINGS)
 _NETWORK_NAMES = {entry.name for kind in CONFIG_KINDS.values() for entry in dataclasses.fields(kind)}
-OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind", "entry"})  # what can be said of a file
+OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind", "entry"})  # of a file
 SWITCH_NAMES = {*SWITCHES, *PROCESS_SWITCHES}
 
 
 class Unanswered(CheckpointError):
-    """The weights leave options open; the message asks for them, `structure` is what is known."""
+    """Options of the weights are missing; the message lists them, `structure` holds what the shapes show."""
 
     def __init__(self, message: str, structure: Structure):
         super().__init__(message)
@@ -52,20 +52,20 @@ class Unanswered(CheckpointError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The identity of a weights file, and the source of each part of it.
+    """Identity of a weights file, and the sources of this knowledge.
 
     Attributes:
         path: the weights file.
         config: the network's configuration.
-        diffusion: its process; None where nothing says it.
-        preset: the released model that it is by name; None where shapes fit several, or none.
+        diffusion: the diffusion process; None if it is not known.
+        preset: the released model that the file is; None if its shapes fit several or none.
         candidates: all released models with these keys and shapes.
         source: where the configuration comes from, in words.
-        assumed: what was assumed because nothing says it, such as "dropout=0.0".
-        training: facts that the file carries about its training.
+        assumed: settings that were assumed because they are not known, such as "dropout=0.0".
+        training: facts about the training, from the file's description.
         parameters: number of parameters.
         fingerprint: of keys and shapes.
-        dtypes: values on disk by dtype, such as {"float32": 295904454}; {} where only shapes are known.
+        dtypes: number of values on disk by dtype, such as {"float32": 295904454}; {} if not known.
     """
 
     path: Path
@@ -95,19 +95,19 @@ def identify(
 
     Args:
         shapes: of the file's tensors.
-        file: path of the file; a released file's own name tells apart models of equal shapes.
-        options: fields of the configuration or of `DiffusionConfig` that win over every other source; the
-            published flags of the same meaning too (see `flags`).
+        file: path of the file; the name of a released file tells apart models of equal shapes.
+        options: fields of the configuration or of `DiffusionConfig`, which override every other source;
+            published flags of the same meaning are accepted too (see `flags`).
         config: the configuration, if the caller knows it.
-        preset_name: released model that the file is said to be.
+        preset_name: name of the released model that the file is, if the caller knows it.
         carried: the description that came with the file.
-        process: ask for the process too, where nothing says it.
+        process: require the diffusion process too.
 
     Raises:
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
-        CheckpointError: if the shapes are no ADM network's.
-        Unanswered: if they leave options open that nothing answers: one line with these options, their
-            allowed values, and the nearest released model with its answers.
+        CheckpointError: if the shapes are not those of an ADM network.
+        Unanswered: if options are missing. The message is one line with these options, their allowed values,
+            and the nearest released model with its values.
     """
     said = options or {}
     options, claims = flags.translated(said)
@@ -144,7 +144,7 @@ def identify(
     diffusion = _settings(diffusion, diffusion_options, config)
     if known or not sure:
         assumed += _of_the_preset(config, diffusion, options)
-    # Released models of equal shapes differ in dropout alone.
+    # Released models of equal shapes differ only in dropout.
     assumed += [] if sure else [f"dropout={config.dropout} (matters in training only)"]
     return ModelInfo(
         Path(file),
@@ -163,7 +163,7 @@ def identify(
 def _of_the_preset(
     config: NetConfig, diffusion: DiffusionConfig | None, options: Mapping[str, Any]
 ) -> list[str]:
-    """Return what a released model says and keys and shapes can't: the layout of the heads, the process."""
+    """Return settings that a released model fixes but shapes don't show: the heads and the process."""
     by = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
     said = {by: getattr(config, by), "use_new_attention_order": config.use_new_attention_order}
     if diffusion is not None:
@@ -172,12 +172,12 @@ def _of_the_preset(
 
 
 def _given(said: Mapping[str, Any], name: str) -> tuple[str, Any]:
-    """Return the flag that says an option, and its value."""
+    """Return the flag that gives an option, and its value."""
     return next((flag, value) for flag, value in said.items() if flags.name_of(flag) == name)
 
 
 def _split(options: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the network (and `kind`), options of the diffusion process, each checked by itself."""
+    """Return the network's options (with `kind`) and the diffusion process's; check each value by itself."""
     network, diffusion = {}, {}
     for name, value in options.items():
         if name not in OPTION_NAMES:
@@ -197,7 +197,7 @@ def _split(options: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[dict[st
 def _with_options(
     config: NetConfig, options: Mapping[str, Any], shapes: Shapes, said: Mapping[str, Any]
 ) -> NetConfig:
-    """`config` with some fields replaced; another kind is refused: its fields would mean something else."""
+    """Return `config` with some fields replaced; reject another kind, whose fields have other meanings."""
     fields = dict(options)
     if fields.pop("kind", config.kind) != config.kind:
         raise invalid("kind", options["kind"], f"the weights are those of a {config.kind}")
@@ -207,7 +207,7 @@ def _with_options(
 
 
 def _check_fields(kind: str, options: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """Refuse what only networks of another kind have."""
+    """Reject options that only networks of another kind have."""
     known = {field.name for field in dataclasses.fields(CONFIG_KINDS[kind])}
     for name in options:
         if name not in known and name != "kind":
@@ -217,7 +217,7 @@ def _check_fields(kind: str, options: Mapping[str, Any], said: Mapping[str, Any]
 def _settings(
     known: DiffusionConfig | None, options: Mapping[str, Any], config: NetConfig
 ) -> DiffusionConfig | None:
-    """The process with options applied; with a schedule among them they are enough to make one for a UNet."""
+    """Return the process with the options applied, or None if it is unknown and they give no schedule."""
     learned = isinstance(config, UNetConfig) and config.learn_sigma
     settings = known
     if options:
@@ -236,7 +236,7 @@ def _from_structure(
     process: bool,
     said: Mapping[str, Any],
 ) -> tuple[NetConfig, list[str]]:
-    """Read the configuration off the shapes and complete it by `options`, or ask; and what it assumes."""
+    """Return the configuration from shapes and `options`, and the assumptions; ask for missing options."""
     try:
         structure = read_structure(shapes)
     except CheckpointError as error:
@@ -250,7 +250,7 @@ def _from_structure(
     _ask_heads(structure, kind, options, questions)
     if "image_size" not in fields and "image_size" not in options:
         questions.append("image_size (side of the training images in pixels)")
-    # Whoever has questions to answer anyway is told of this one too.
+    # If other options are missing, ask for the schedule too.
     if kind != "classifier" and "noise_schedule" not in diffusion_options and (process or questions):
         questions.append(f"noise_schedule ({_any_of(list(NOISE_SCHEDULES))})")
     if questions:
@@ -260,7 +260,7 @@ def _from_structure(
 
 
 def contradicted(shapes: Shapes, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return by flag what shapes show in place of what was said: {"num_channels": 32}."""
+    """Return the flags that the shapes contradict, with the values that they show: {"num_channels": 32}."""
     try:
         structure = read_structure(shapes)
     except CheckpointError:
@@ -276,7 +276,7 @@ def contradicted(shapes: Shapes, said: Mapping[str, Any]) -> dict[str, Any]:
     wrong = {}
     for flag, value in said.items():
         name = flags.name_of(flag)
-        # Attention is told by sides or by factors (see `flags.check`).
+        # Attention may be given as sides or factors (see `flags.check`).
         if name not in shapes_show or name == "attention_resolutions" or value is None:
             continue
         if name == "channel_mult" and isinstance(value, str):
@@ -290,7 +290,7 @@ def contradicted(shapes: Shapes, said: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _contradictions_first(shapes: Shapes, said: Mapping[str, Any]) -> Iterator[None]:
-    """Name first what the shapes contradict, where no network can be made of the options within the block."""
+    """If the options in the block make no network, report first a flag that the shapes contradict."""
     try:
         yield
     except InvalidArgument as error:
@@ -300,7 +300,7 @@ def _contradictions_first(shapes: Shapes, said: Mapping[str, Any]) -> Iterator[N
 
 
 def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:
-    """Refuse weights of which something is missing, whatever is open: no option adds a key."""
+    """Reject weights whose keys and shapes fit no possible network: no option can change that."""
     closest: Differences | None = None
     for needs in _readings(structure):
         found = compare(shapes, needs)
@@ -317,15 +317,15 @@ def check_whole(shapes: Shapes, structure: Structure, file: str) -> None:
 
 
 def in_published_order(shapes: Shapes) -> bool:
-    """Tell whether the keys are those of an ADM network, whole, in the order of its parameters."""
+    """Tell whether the keys are those of a complete ADM network, in the order of its parameters."""
     try:
         return any(list(shapes) == list(needs) for needs in _readings(read_structure(shapes)))
-    except (CheckpointError, InvalidArgument):  # no ADM network, or one of widths that none can have
+    except (CheckpointError, InvalidArgument):  # not an ADM network, or impossible widths
         return False
 
 
 def _readings(structure: Structure) -> Iterator[dict[str, Shape]]:
-    """Yield keys and shapes, in the published order, of each network that a structure may be."""
+    """Yield the keys and shapes, in the published order, of each network that fits a structure."""
     for kind, channels in structure.kinds.items():
         for layout in structure.layouts:
             fields = {**structure.fields, **structure.of_layout(layout), "kind": kind}
@@ -335,13 +335,13 @@ def _readings(structure: Structure) -> Iterator[dict[str, Shape]]:
 
 
 def _block(key: str) -> str:
-    """The block that a key belongs to: "output_blocks.3", "middle_block.1", "out"."""
+    """Return the block that a key belongs to: "output_blocks.3", "middle_block.1", "out"."""
     parts = key.split(".")
     return ".".join(parts[:2]) if parts[0].endswith("_blocks") or parts[0] == "middle_block" else parts[0]
 
 
 def _kind(structure: Structure, options: Mapping[str, Any], questions: list[str]) -> str:
-    """The kind, asked for where channels fit a UNet and an upsampler."""
+    """Return the kind of network; ask for it if the channels fit both a UNet and an upsampler."""
     asked = options.get("kind")
     if asked is not None and asked not in structure.kinds:
         raise invalid("kind", asked, f"the weights are those of a {' or '.join(structure.kinds)}")
@@ -353,7 +353,7 @@ def _kind(structure: Structure, options: Mapping[str, Any], questions: list[str]
 def _layout(
     structure: Structure, options: Mapping[str, Any], questions: list[str], said: Mapping[str, Any]
 ) -> tuple[int, int]:
-    """Levels and residual blocks a level, asked for where a classifier's blocks allow several readings."""
+    """Return (levels, residual blocks per level); ask if a classifier's blocks fit several layouts."""
     fitting = list(structure.layouts)
     for name in ("num_res_blocks", "channel_mult", "image_size"):
         if name in options:
@@ -367,7 +367,7 @@ def _layout(
 
 
 def _agrees(structure: Structure, layout: tuple[int, int], name: str, value: Any) -> bool:
-    """Tell whether an option is that of a layout; of the multipliers their number is compared."""
+    """Tell whether an option agrees with a layout; of channel_mult only the length is compared."""
     if name == "channel_mult":
         return len(value) == layout[0]
     return structure.of_layout(layout).get(name, value) == value
@@ -380,7 +380,7 @@ def _layout_text(structure: Structure, layout: tuple[int, int]) -> str:
 
 
 def _ask_heads(structure: Structure, kind: str, options: Mapping[str, Any], questions: list[str]) -> None:
-    """Ask for heads, and for the row order where there is more than one head."""
+    """Ask for the attention heads and, if there is more than one, for the order of qkv rows."""
     common = math.gcd(*structure.attended)
     channels, heads = options.get("num_head_channels", -1), options.get("num_heads")
     if structure.pool_side is not None:
@@ -394,7 +394,7 @@ def _ask_heads(structure: Structure, kind: str, options: Mapping[str, Any], ques
 
 
 def _assumed(kind: str, options: Mapping[str, Any]) -> list[str]:
-    """Return what is taken for granted where no option says otherwise."""
+    """Return the settings that are assumed because no option gives them."""
     assumed = []
     if "dropout" not in options:
         assumed.append("dropout=0.0 (matters in training only)")
@@ -407,7 +407,7 @@ def _assumed(kind: str, options: Mapping[str, Any]) -> list[str]:
 def _question(
     file: str, structure: Structure, questions: list[str], near: tuple[ModelPreset, Differences] | None
 ) -> str:
-    """The one question: what was recognised, what must be given, and who would have an answer."""
+    """Return the error text: the network, the missing options, and the nearest released model's values."""
     text = (
         f"{file}: these are the weights of {summary(structure)}, but keys and shapes don't show everything; "
         f"give {'; '.join(questions)}; or the .json that was written with the file"
@@ -426,7 +426,7 @@ def _question(
 
 
 def _stem(file: str) -> str:
-    """The file's bare name, without folder and ending."""
+    """Return the name of a file without folder and ending."""
     return file.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 

@@ -32,29 +32,31 @@ def load_network(
     entry: str | None = None,
     **options: Any,
 ) -> tuple[nn.Module, ModelInfo]:
-    """Build the network of weights and give it these weights, every one of them.
+    """Build the network that a weights file belongs to, and load all weights into it.
 
-    The network is built without memory and takes the tensors that were read: they never lie in memory twice,
-    and neither the file nor a state dict given by the caller is looked at again. NaN and infinities are
-    loaded as they are. What a file holds beside the network is named in a line of the log "admfast".
+    The network is built on the meta device and takes over the tensors that were read, so that memory never
+    holds a file's weights twice. Later changes of the file, or of a state dict given by the caller, have no
+    effect on the network.
+    NaN and infinities are loaded unchanged. The log "admfast" names the other contents of the file.
 
     Args:
         source: a path, an open file, a state dict or a module; see `read_weights`.
-        config: the configuration; None finds it (see `infer`).
+        config: the configuration; None infers it (see `infer`).
         preset: name of the released model that the file is.
-        dtype: of the parameters; a float16 file is widened to float32 unless asked otherwise. None keeps the
-            dtypes of the file. (The published half-precision recipe is `convert_torso` on a float32 network.)
-        device: where the parameters end up.
+        dtype: dtype of the parameters; the default converts a float16 file to float32. None keeps the dtypes
+            of the file. (For the published half precision, call `convert_torso` on a float32 network.)
+        device: device of the parameters.
         checksums, entry: see `read_weights`.
-        process: the process must be known too; where nothing says it, it is asked for with the rest.
-        options: fields of the configuration or of `DiffusionConfig` that win over every other source, such
+        process: require the diffusion process too; if it is unknown, the error for missing options asks for
+            it.
+        options: fields of the configuration or of `DiffusionConfig`, which override every other source, such
             as `num_heads=4`.
 
     Returns:
-        The network in evaluation mode, and what is known of it.
+        The network in evaluation mode, and its identity.
 
     Raises:
-        CheckpointError: for a file that can't be read, isn't known well enough, or doesn't fit its
+        CheckpointError: if the file can't be read, options are missing, or the weights don't fit the
             configuration.
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
     """
@@ -68,7 +70,7 @@ def load_network(
     tensors = weights.tensors
     shared = _overlapping(tensors)
     for key in list(tensors):
-        # One at a time, so that a widened file never lies in memory twice.
+        # One tensor at a time, so that memory never holds all of them in both dtypes.
         value = tensors[key]
         copy = key in shared or not weights.ours
         tensors[key] = value.to(device, dtype or value.dtype, copy=copy).contiguous()
@@ -77,7 +79,7 @@ def load_network(
 
 
 def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
-    """The keys of tensors that share memory with an earlier one: training would change both."""
+    """Return the keys of tensors that share memory with an earlier one: training would change both."""
     spans = []
     for key, value in tensors.items():
         first = int(value.storage_offset()) * value.element_size()
@@ -100,7 +102,7 @@ def identify_weights(
     options: Mapping[str, Any] | None = None,
     process: bool = False,
 ) -> ModelInfo:
-    """Find out what a file's weights are, without building the network. Raises as `load_network`."""
+    """Return the identity of a file's weights, without loading the network. Raises: see `load_network`."""
     info = identify(
         shapes_of(weights.tensors),
         file=str(weights.path),
@@ -114,7 +116,7 @@ def identify_weights(
 
 
 def values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Number of values of every dtype, most frequent first."""
+    """Return the number of values of every dtype, most frequent first."""
     counted: Counter[str] = Counter()
     for value in tensors.values():
         counted[str(value.dtype).removeprefix("torch.")] += value.numel()
@@ -122,9 +124,9 @@ def values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def check_fit(weights: Weights, info: ModelInfo, options: Mapping[str, Any]) -> None:
-    """Refuse weights that aren't exactly those that the configuration needs, or aren't floating-point.
+    """Reject weights whose keys or shapes differ from the configuration's, or that aren't floating-point.
 
-    options: what the caller said of them; one that the shapes contradict is named.
+    options: given by the caller; the error names those that the shapes contradict.
     """
     shapes = shapes_of(weights.tensors)
     differences = compare(shapes, network_shapes(info.config))

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import torch
 
-# No weights file calls these. They would do no harm here; whoever made such a file means harm elsewhere.
+# No honest weights file calls these. They do no harm here, but such a file is made to do harm elsewhere.
 _RUNS_CODE = re.compile(
     r"(os|posix|nt)\.(?!stat_result|terminal_size|_Environ)\w+"
     r"|(subprocess|shutil|socket|runpy|importlib|pty|ctypes|code|commands|webbrowser|pip|pickle|_pickle)(\.\w+)+"
@@ -42,7 +42,7 @@ _STORAGES = {
     "QUInt4x2Storage": torch.quint4x2,
     "QUInt2x4Storage": torch.quint2x4,
 }
-# How a tensor is rebuilt that isn't dense memory holding its values, and what it is called.
+# Calls that rebuild a tensor that isn't dense -> the kind of tensor.
 _OTHER_FORMS = {
     "torch._utils._rebuild_qtensor": "quantized",
     "torch._utils._rebuild_sparse_tensor": "sparse",
@@ -52,16 +52,16 @@ _OTHER_FORMS = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "device",
     "torch._utils._rebuild_wrapper_subclass": "wrapped",
 }
-# The calls that rebuild a dense tensor, and the place of marks among their arguments, such as {"conj": True}.
+# Calls that rebuild a dense tensor -> index of the argument with its marks, such as {"conj": True}.
 _MARKS_AT = {
     "torch._utils._rebuild_tensor": 4,
     "torch._utils._rebuild_tensor_v2": 6,
     "torch._utils._rebuild_tensor_v3": 7,
 }
 _MARKED = {"conj": "conjugated", "neg": "negated"}
-# The identity of a storage as protocol 0 writes it: the text of a tuple.
+# The persistent id of a storage in protocol 0: the text of a tuple.
 _IDENTITY = re.compile(r"\('storage', <class '([\w.]+)'>, '([^']*)', '[^']*', (\d{1,19})(?:, None)?\)")
-# Of a tensor whose values repeat in memory (`expand`): more than that is no weight.
+# Most bytes of a tensor that is larger than its storage (made by `expand`). No real weight has more.
 _LARGEST_REPEATED = 2**31
 _ARGUMENTS = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
@@ -73,12 +73,12 @@ _WITHOUT_EFFECT = frozenset(("PROTO", "FRAME", "STOP", "READONLY_BUFFER"))
 
 
 class RunsCode(Exception):
-    """A pickle would call something that runs programs; the message is its name."""
+    """A pickle would call a function that can run programs; the message is the function's name."""
 
 
 @dataclass(frozen=True)
 class Global:
-    """The name `module.name` of something that a pickle would import."""
+    """Object that a pickle would import, by its name `module.name`."""
 
     name: str
 
@@ -95,7 +95,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Storage:
-    """A run of values in the file, by its key."""
+    """Storage in a file: its key, and the dtype and number of its values."""
 
     key: str
     dtype: torch.dtype
@@ -103,13 +103,13 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Return its length in bytes."""
+        """Length in bytes."""
         return self.count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's place in a storage; offset and stride in values of its dtype."""
+    """Place of a tensor in a storage; offset and stride count values of its dtype."""
 
     storage: Storage
     dtype: torch.dtype
@@ -123,18 +123,18 @@ class StoredTensor:
             raise ValueError("a tensor of impossible shape")
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         if all(self.shape) and (self.offset + last + 1) * self.dtype.itemsize > self.storage.nbytes:
-            raise ValueError("a tensor that ends behind its storage")
+            raise ValueError("a tensor that extends past its storage")
         nbytes = math.prod(self.shape) * self.dtype.itemsize
         if nbytes > max(self.storage.nbytes, _LARGEST_REPEATED):
             raise ValueError(f"a tensor of {nbytes:,} bytes in a storage of {self.storage.nbytes:,}")
 
 
 def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
-    """Return what the pickle at the file's position says, and every storage that it names; read past it.
+    """Read the pickle at the file's position; return its value, and its storages by key.
 
     Raises:
-        RunsCode: if it would call what runs programs.
-        ValueError: (or what look-ups raise) for what isn't a pickle, or a damaged one.
+        RunsCode: if it would call a function that can run programs.
+        Exception: ValueError, KeyError or another, if it is damaged or not a pickle.
     """
     machine = _Machine()
     for opcode, argument, _ in pickletools.genops(file):
@@ -143,7 +143,7 @@ def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
 
 
 class _Machine:
-    """The stack machine that pickles are written for, without the opcodes' power to import and call."""
+    """Stack machine of pickle that can neither import nor call anything."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -152,7 +152,7 @@ class _Machine:
         self.storages: dict[str, Storage] = {}
 
     def step(self, name: str, argument: Any) -> None:
-        """Do one opcode."""
+        """Execute one opcode."""
         if name in _ARGUMENTS:
             self.stack.append(argument)
         elif name in _CONSTANTS:
@@ -163,7 +163,7 @@ class _Machine:
             self._made(name, argument)
 
     def _moved(self, name: str, argument: Any) -> bool:
-        """Do an opcode that moves what is there."""
+        """Execute an opcode that moves values on the stack or the memo; return whether it was one."""
         stack, memo = self.stack, self.memo
         if name == "MARK":
             self.marks.append(len(stack))
@@ -184,7 +184,7 @@ class _Machine:
         return True
 
     def _filled(self, name: str) -> bool:
-        """Do an opcode that puts values into what is there."""
+        """Execute an opcode that puts values into an existing object; return whether it was one."""
         if name in ("SETITEM", "APPEND"):
             values = self._last(2 if name == "SETITEM" else 1)
         elif name in ("SETITEMS", "APPENDS", "ADDITEMS"):
@@ -205,7 +205,7 @@ class _Machine:
         return True
 
     def _made(self, name: str, argument: Any) -> None:
-        """Do an opcode that makes one thing of others."""
+        """Execute an opcode that makes one value from others."""
         stack = self.stack
         if name == "TUPLE":
             made: Any = tuple(self._marked())
@@ -257,7 +257,7 @@ def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:
 
 
 def _called(function: Any, arguments: Any) -> Any:
-    """Return a dict or a tensor's place for what a state dict is made of, else a record of the call."""
+    """Return the value of a call that belongs to a state dict (a dict, a tensor, ...), else a record."""
     name = function.name if isinstance(function, Global | Record) else type(function).__name__
     if not isinstance(arguments, tuple):
         raise ValueError("a call without arguments")
@@ -280,7 +280,7 @@ def _called(function: Any, arguments: Any) -> Any:
 
 
 def _dtype(name: str, arguments: tuple[Any, ...]) -> torch.dtype | None:
-    """Return the dtype of a tensor that is rebuilt: its storage's, or the one named if known."""
+    """Return the dtype of a rebuilt tensor: its storage's, or the one that version 3 names; else None."""
     if not name.endswith("v3"):
         return getattr(arguments[0], "dtype", None)
     known = getattr(torch, arguments[6].name.removeprefix("torch."), None)
@@ -288,13 +288,13 @@ def _dtype(name: str, arguments: tuple[Any, ...]) -> torch.dtype | None:
 
 
 def _marks(name: str, arguments: tuple[Any, ...]) -> list[str]:
-    """Return what the values of a rebuilt tensor are besides those of its memory."""
+    """Return the marks of a rebuilt tensor, for which its values differ from its memory: "negated", ..."""
     held = [entries_of(more) or {} for more in arguments[_MARKS_AT[name] :]]
     return [_MARKED.get(mark, str(mark)) for marks in held for mark, set_ in marks.items() if set_]
 
 
 def other_form(value: Any) -> str | None:
-    """Return what a tensor is called that isn't dense memory holding its values; None for anything else."""
+    """Return the kind of a tensor that isn't dense memory with its values; None for anything else."""
     if isinstance(value, torch.Tensor):
         layout = None if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
         return "quantized" if value.is_quantized else "meta" if value.is_meta else layout
@@ -307,15 +307,15 @@ def other_form(value: Any) -> str | None:
 
 
 def _identity(text: str) -> tuple[Any, ...]:
-    """Read the identity of a storage from its text."""
+    """Parse the persistent id of a storage from its text."""
     found = _IDENTITY.fullmatch(text)
     if found is None:
-        raise ValueError("an identity that is no storage's")
+        raise ValueError("a persistent id that is not a storage's")
     return "storage", Global(found[1]), found[2], None, int(found[3])
 
 
 def _storage(identity: Any) -> Storage:
-    """Return the storage that a persistent identity of torch.save names."""
+    """Return the storage for a persistent id of torch.save."""
     kind, of, key, _location, count, *view = identity
     dtype = _STORAGES.get(of.name.rpartition(".")[2])
     if kind != "storage" or dtype is None or type(count) is not int or count < 0 or any(view):
@@ -324,9 +324,9 @@ def _storage(identity: Any) -> Storage:
 
 
 def entries_of(value: Any) -> Mapping[Any, Any] | None:
-    """Return what a dict, or the record of an object, holds by name; None where it holds nothing so.
+    """Return the named values of a dict or of an object's record; None if it has none.
 
-    A pickled module gives its parameters, buffers and submodules.
+    Those of a pickled module are its parameters, buffers and submodules.
     """
     if isinstance(value, Mapping):
         return value

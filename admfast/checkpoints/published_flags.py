@@ -1,4 +1,4 @@
-"""The flags with which the published scripts build a network and its process."""
+"""Find the flags with which the published scripts build a network and its diffusion process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from admfast.models.config import (
     upsampler_config_from_flags,
 )
 
-# What they build whatever the flags are.
+# Image channels and classes, for which the scripts have no flag.
 CHANNELS, CLASSES = 3, 1000
 _SAME = (
     "num_res_blocks", "num_heads", "num_head_channels", "num_heads_upsample", "dropout",
@@ -37,9 +37,9 @@ def published_flags(
     """Return the flags of the published scripts that build this network and its process.
 
     Source: `create_model`, `sr_create_model`, `create_classifier` and `create_gaussian_diffusion` of the
-    published code. What is not known (process, low_res_size) is left out.
+    published code. Settings that are not given (process, low_res_size) are left out.
 
-    Raises: InvalidArgument, by the name of the field, for what no flag says.
+    Raises: InvalidArgument for a setting that no flag gives; the error names the field.
     """
     if isinstance(config, ClassifierConfig):
         return _of_a_classifier(config)
@@ -68,7 +68,7 @@ def published_flags(
 
 
 def _of_a_classifier(config: ClassifierConfig) -> dict[str, Any]:
-    """Return the flags of a classifier, whose heads and multipliers the scripts choose themselves."""
+    """Return the flags of a classifier. The scripts choose its heads and multipliers themselves."""
     if config.image_size not in DEFAULT_CHANNEL_MULT:
         raise _not_said("image_size", config, ", ".join(map(str, sorted(DEFAULT_CHANNEL_MULT))))
     flags: dict[str, Any] = {
@@ -84,13 +84,13 @@ def _of_a_classifier(config: ClassifierConfig) -> dict[str, Any]:
 
 
 def _sides(config: NetConfig) -> str:
-    """Return the image sides with attention; side 1 is no level's, for a network without."""
+    """Return the image sides with attention; "1", which no level has, for a network without attention."""
     attended = [2**level for level, on in enumerate(config.levels_with_attention()) if on]
     return ",".join(str(config.image_size // factor) for factor in attended) or "1"
 
 
 def _multipliers(config: NetConfig) -> str:
-    """Return the multipliers of the levels; "" where they are those of the image size."""
+    """Return the multipliers of the levels; "" if they are the default for the image size."""
     if config.channel_mult == DEFAULT_CHANNEL_MULT.get(config.image_size):
         return ""
     whole = [int(mult) for mult in config.channel_mult]
@@ -100,7 +100,7 @@ def _multipliers(config: NetConfig) -> str:
 
 
 def _compare(config: NetConfig, built: NetConfig) -> None:
-    """Refuse the first field in which the network that the flags build is another."""
+    """Reject the first field in which the network built from the flags differs."""
     if config.levels_with_attention() != built.levels_with_attention():
         raise _not_said("attention_resolutions", config, "factors that divide the image's side")
     without_effect = {"attention_resolutions", "use_checkpoint"}
@@ -114,14 +114,14 @@ def _compare(config: NetConfig, built: NetConfig) -> None:
 
 
 def _of_a_process(process: DiffusionConfig) -> dict[str, Any]:
-    """Return the flags of a process."""
+    """Return the flags of a diffusion process."""
     flags = {flag: getattr(process, name) for name, flag in _PROCESS.items()}
     built = DiffusionConfig.from_flags(**flags, learn_sigma=process.types[1].learned)
     for name, ours, theirs in zip(
         ("mean_type", "var_type", "loss_type"), process.types, built.types, strict=True
     ):
         if ours is not theirs:
-            raise invalid(name, ours.name, f"{theirs.name}: no flag of the published scripts says it")
+            raise invalid(name, ours.name, f"{theirs.name}: the published scripts have no flag for another")
     return flags
 
 

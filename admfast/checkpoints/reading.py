@@ -1,4 +1,4 @@
-"""Read weights to a state dict on the CPU, from a file, by its content, or from memory; nothing is run."""
+"""Read weights from a file or from memory into a state dict on the CPU, without running code of the file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from admfast.files.paths import user_path
 from admfast.models import NetConfig
 from admfast.models.description import Description, description_from_json, is_foreign
 
-METADATA_KEY = "admfast"  # of the copy of the description in a safetensors header
+METADATA_KEY = "admfast"  # key of the description's copy in a safetensors header
 ENDINGS = (".pt", ".pth", ".safetensors")
 A_RUN = f"the folder of a training run (`admfast train --out FOLDER` makes it; it holds {RUN_FILE})"
 
-# Projections over positions; relatives of these networks keep them as 2-D convolutions or as linear layers.
+# 1x1 projections. Related networks store them as 2-D convolutions or as linear layers.
 _PROJECTION = re.compile(r"(.*\.)?(qkv|proj_out|qkv_proj|c_proj)\.weight")
 
 Source = str | PathLike[str] | Mapping[str, Any] | nn.Module | BinaryIO
@@ -35,10 +35,10 @@ Source = str | PathLike[str] | Mapping[str, Any] | nn.Module | BinaryIO
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's state dict, in the order of the file, and the description that came with it, if any.
+    """State dict of a network, in the order of the file, and the description that came with it, if any.
 
-    path: the file, or a word for weights in memory. entry: where in the file they lay, "" for its own keys.
-    notes: what was left out, one line each. ours: nobody else holds these tensors.
+    path: the file, or a word for weights in memory. entry: name of the state dict in the file, "" for the top
+    level. notes: lines about contents that were left out. ours: whether no one else holds these tensors.
     """
 
     path: Path
@@ -52,25 +52,27 @@ class Weights:
 def read_weights(
     source: Source, *, checksums: bool = True, values: bool = True, entry: str | None = None
 ) -> Weights:
-    """Read weights.
+    """Read a network's weights and their description.
 
-    Of a file that holds more than a state dict, the one network's is taken, the average over training before
-    the weights that are trained. Keys lose their prefix, 1x1 projections have the published shape. The
-    description is that of the `.json` beside the file, or the copy in a safetensors header.
+    A file may hold more than a state dict. The state dict of the network is chosen from it; the average of
+    the weights over training is preferred to the current weights. Prefixes of the keys are removed, and 1x1
+    projections get the published shape. The description is that of the `.json` next to the file, or else the
+    copy in a safetensors header.
 
     Args:
-        source: a path, whatever its ending (.pt, .pth, .safetensors, ...); the folder of a training run, of
-            which it reads the first average in the newest snapshot that is whole; a file open for reading
-            bytes; a state dict or a module, whose tensors are not copied.
-        checksums: compare everything that is read of a zip-format .pt with its CRC-32. False is for files
-            that were saved without (torch's `set_crc32_options`).
-        values: False compares checksums, but gives tensors without memory, on the meta device.
-        entry: the state dict to take, such as "ema" or "model", where a file holds several.
+        source: a path with any ending (.pt, .pth, .safetensors, ...); the folder of a training run, of which
+            the first average in the newest intact snapshot is read; a file open for reading bytes; a state
+            dict or a module, whose tensors are not copied.
+        checksums: verify the CRC-32 of everything that is read from a zip-format .pt. False is for files that
+            were saved without checksums (torch's `set_crc32_options`).
+        values: False verifies checksums, but returns tensors on the meta device, which have no memory.
+        entry: name of the state dict to read, such as "ema" or "model", if a file holds several.
 
     Raises:
-        InvalidArgument: for a URL, or what is neither path nor weights.
-        CheckpointError: in one line, for a file that is missing, empty, truncated, damaged, would run code
-            when unpickled (naming what it would run), or has no state dict, or several of equal right.
+        InvalidArgument: for a URL, or a source that is neither a path nor weights.
+        CheckpointError: in one line, for a file that is missing, empty, truncated or damaged, that would run
+            code when unpickled (the message names the function), or that holds no state dict or several
+            different ones.
     """
     if isinstance(source, str | PathLike):
         return _read_file(user_path("weights", source), checksums, values, entry)
@@ -97,7 +99,7 @@ def _read_file(path: Path, checksums: bool, values: bool, entry: str | None) -> 
     try:
         run = is_run(path)
     except OSError as error:
-        raise invalid("weights", str(path), f"a path that the system takes ({error.strerror})") from None
+        raise invalid("weights", str(path), f"a path that the system accepts ({error.strerror})") from None
     if run:
         return Weights(path, *read_run(path))
     _check_there(path)
@@ -108,7 +110,7 @@ def _read_file(path: Path, checksums: bool, values: bool, entry: str | None) -> 
 def _read_open(
     path: Path, file: BinaryIO, checksums: bool, values: bool, entry: str | None, beside: Path | None = None
 ) -> Weights:
-    """Read an open file; `beside` is where its description would be."""
+    """Read an open file. beside: path of the `.json` that may describe it."""
     with _said_of(path):
         container = open_container(file, checksums)
         chosen = choose(container.content, entry)
@@ -125,7 +127,7 @@ def _weights(
     notes: tuple[str, ...],
     ours: bool = True,
 ) -> Weights:
-    """Put together what was read."""
+    """Return weights as a record, with 1x1 projections in the published shape."""
     for key, value in tensors.items():
         if _PROJECTION.fullmatch(key) and value.dim() != 3 and all(side == 1 for side in value.shape[2:]):
             tensors[key] = value.reshape(*value.shape[:2], 1)
@@ -135,7 +137,7 @@ def _weights(
 
 @contextlib.contextmanager
 def _said_of(path: Path) -> Iterator[None]:
-    """Say what is wrong with weights under their name."""
+    """Turn errors in the block into CheckpointErrors that begin with the path."""
     try:
         yield
     except ValueError as error:
@@ -145,7 +147,7 @@ def _said_of(path: Path) -> Iterator[None]:
 
 
 def _check_there(path: Path) -> None:
-    """Refuse what isn't a file that can be read."""
+    """Reject a path that isn't a readable file."""
     if path.is_dir():
         held = ", ".join(_held(path)[:8]) or "none"
         raise CheckpointError(f"{path}: a folder, not a weights file (holds {held}), and not {A_RUN}")
@@ -156,14 +158,14 @@ def _check_there(path: Path) -> None:
             pass
     except FileNotFoundError:
         if path.is_symlink():
-            raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
+            raise CheckpointError(f"{path}: a link to {os.readlink(path)}, which does not exist") from None
         raise CheckpointError(f"{path}: no such file{near_names(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
 
 
 def near_names(path: Path) -> str:
-    """Return what lies beside a path that isn't there: `; nearest there: a, b`, `; FOLDER holds a, b`, ..."""
+    """Return a hint for a missing path: `; nearest there: a, b`, `; FOLDER holds a, b`, ..."""
     folder = path.parent
     try:
         held = _held(folder)
@@ -186,7 +188,7 @@ def _held(folder: Path) -> list[str]:
 def _description(
     path: Path, beside: Path | None, header: str | None
 ) -> tuple[Description | None, tuple[str, ...]]:
-    """The `.json` beside the file, if it is ours, else the header's copy; and what was passed over."""
+    """Return the description in the `.json` next to the file, else the header's, and notes on the `.json`."""
     notes: tuple[str, ...] = ()
     if beside is not None and beside.is_file():
         try:
@@ -195,7 +197,7 @@ def _description(
             raise CheckpointError(f"{beside}: not readable: {error}") from None
         if not is_foreign(text):
             return _described(text, str(beside)), ()
-        notes = (f"passed over {beside.name} beside it: not a description of ours",)
+        notes = (f"ignored {beside.name}: not a description written by admfast",)
     if header is None:
         return None, notes
     return _described(header, f"{path} (header)"), notes

@@ -1,12 +1,12 @@
-"""The files of a training run that outlive it: `run.json` and the snapshots of its state.
+"""Read and write the files of a training run: `run.json` and the snapshots of its state.
 
     RUN/run.json                      description of the network, with the run's recipe and surroundings
-    RUN/snapshots/state-00001000.pt   all that step 1000 depends on (torch.save)
+    RUN/snapshots/state-00001000.pt   state after 1000 steps (torch.save)
     RUN/snapshots/state-00001000.pt.sha256
-    RUN/averages/average-00001000.pt  power-function averages, kept for the average of any width
+    RUN/averages/average-00001000.pt  power-function averages, from which those of other widths are made
 
-A snapshot counts once its checksum is there, which is written last. One that is not what was written is
-passed over, by name, for the one before it.
+A snapshot is valid once its checksum exists, which is written last. If a snapshot is damaged, a message names
+it, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ _NOT_LOADED = (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError,
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state on disk: steps behind it, and its file."""
+    """State of a run on disk: the number of steps made, and the file."""
 
     step: int
     path: Path
 
     @property
     def checksum(self) -> Path:
-        """The file with its checksum, as `sha256sum -c` reads it."""
+        """Path of the file with its checksum, in the format of `sha256sum -c`."""
         return self.path.with_name(f"{self.path.name}.sha256")
 
     def read(self) -> dict[str, Any]:
-        """Return the state, on the CPU. Raises CheckpointError where it isn't what was written."""
+        """Return the state, on the CPU. Raises CheckpointError if the file is damaged or unreadable."""
         try:
             wanted = self.checksum.read_text(encoding="utf-8").split()[0]
             with open(self.path, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != wanted:
-                raise CheckpointError(f"{self.path}: damaged: it isn't what was written (SHA-256)")
+                raise CheckpointError(f"{self.path}: damaged: its SHA-256 is not the recorded one")
             return torch.load(self.path, map_location="cpu", weights_only=True)
         except (*_NOT_LOADED, IndexError) as error:
             raise CheckpointError(f"{self.path}: not readable: {first_line(error)}") from error
@@ -63,9 +63,9 @@ class Snapshot:
 def write_snapshot(
     run: Path, step: int, state: dict[str, Any], keep: int | None, folder: str = FOLDER
 ) -> Snapshot:
-    """Write a state after `step` steps whole or not at all, then remove all but the newest `keep`.
+    """Write the state after `step` steps atomically, then remove all snapshots but the newest `keep`.
 
-    keep: None removes none. folder: of the run. Raises OutputError; the older ones are there still.
+    keep: None removes none. folder: subfolder of the run. Raises OutputError; the older snapshots are kept.
     """
     place = run / folder
     try:
@@ -85,13 +85,14 @@ def write_snapshot(
 
 
 class SnapshotWriter:
-    """Writes the snapshots of a run, one at a time; a context, whose end waits for the last one.
+    """Writer of the snapshots of a run, one at a time. As a context manager it waits at its end for the last.
 
-    run: its folder. keep: see `write_snapshot`. beside: a thread writes a copy of the state in the host's
-    memory while the caller goes on; else `write` returns when the snapshot is there.
+    run: folder of the run. keep: see `write_snapshot`. saved: first value of the attribute.
+    beside: copy the state into host memory, and write the copy in a thread while the caller continues.
+    Otherwise `write` returns when the snapshot is written.
 
     Attributes:
-        saved: steps behind the newest snapshot that is known to be there.
+        saved: step of the newest snapshot that is known to be written.
     """
 
     def __init__(self, run: Path, keep: int, saved: int, beside: bool) -> None:
@@ -111,9 +112,9 @@ class SnapshotWriter:
                 self._pool.shutdown()
 
     def write(self, step: int, state: dict[str, Any], averages: dict[str, Any]) -> None:
-        """Write a state after `step` steps, and the power-function averages where there are any.
+        """Write the state after `step` steps, and the power-function averages if there are any.
 
-        Raises OutputError, also for the snapshot before it, where a thread wrote that one.
+        Raises OutputError, also if a thread could not write the snapshot before this one.
         """
         self.finish()
         if self._pool is None:
@@ -123,12 +124,12 @@ class SnapshotWriter:
         self._pending = self._pool.submit(self._write, step, state, averages)
 
     def check(self) -> None:
-        """Take note of a snapshot that is written; doesn't wait. Raises OutputError where it couldn't be."""
+        """Update `saved` if the thread has finished; don't wait. Raises OutputError if the thread failed."""
         if self._pending is not None and self._pending.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the snapshot that is being written. Raises OutputError where it couldn't be."""
+        """Wait for the snapshot that is being written. Raises OutputError if that failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self.saved = pending.result()
@@ -141,7 +142,7 @@ class SnapshotWriter:
 
 
 class _Hashed:
-    """A file that is only written to, and hashed on the way."""
+    """Write-only file that hashes what is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -166,17 +167,17 @@ def snapshots(run: Path, folder: str = FOLDER) -> list[Snapshot]:
 def newest_state(
     run: Path, say: Callable[[str], None] = lambda text: None, step: int | None = None
 ) -> tuple[Snapshot, dict[str, Any]] | None:
-    """Return the newest snapshot that is whole, and its state; None where there is none.
+    """Return the newest intact snapshot and its state; None if there are no snapshots.
 
-    say: is told of each that is not. step: only this one.
-    Raises CheckpointError where there are snapshots and none of them is whole.
+    say: called with a message for each damaged snapshot. step: consider only the snapshot of this step.
+    Raises CheckpointError if there are snapshots, but none is intact.
     """
     found = [s for s in snapshots(run) if step is None or s.step == step]
     for snapshot in found:
         try:
             return snapshot, snapshot.read()
         except CheckpointError as error:
-            say(f"{error}; the one before it is taken")
+            say(f"{error}; the snapshot before it is used")
             last = error
     if found:
         raise CheckpointError(f"{run / FOLDER}: no snapshot is whole; the oldest: {last}")
@@ -184,9 +185,9 @@ def newest_state(
 
 
 def sweep(run: Path) -> None:
-    """Remove what processes that were killed left behind: temporary files, and states without a checksum.
+    """Remove the leftovers of killed processes: temporary files, and states without a checksum.
 
-    Only for the process that holds the run's folder.
+    Call it only in the process that holds the lock of the run's folder.
     """
     for folder in (FOLDER, AVERAGES):
         finished = {s.path.name for s in snapshots(run, folder)}
@@ -203,7 +204,7 @@ def is_run(path: str | PathLike[str]) -> bool:
 
 
 def read_run(path: str | PathLike[str], average: str | None = None) -> tuple[dict[str, Tensor], Description]:
-    """Return an average of a run's newest whole snapshot as a state dict, and what the network is.
+    """Return an average of a run's newest intact snapshot as a state dict, and the network's description.
 
     average: its name ("0.9999"); None takes the first. Raises CheckpointError, InvalidArgument.
     """
@@ -224,6 +225,6 @@ def read_run(path: str | PathLike[str], average: str | None = None) -> tuple[dic
     if name not in averages:
         raise InvalidArgument(f"ema={name!r}: one of the run's averages: {', '.join(averages)}")
     facts = {**description.training, "step": snapshot.step, "average": name}
-    # The names in the order of the network's own, with what is no parameter.
+    # Names in the order of the network's state dict, with its buffers.
     tensors = {key: averages[name].get(key, value) for key, value in state["net"].items()}
     return tensors, Description(description.network, description.diffusion, facts)

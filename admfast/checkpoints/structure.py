@@ -16,14 +16,15 @@ _CHILD = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Structure:
-    """Hold what shapes show, and what they leave open.
+    """Facts about a network that its shapes show, and the choices that they leave open.
 
     Attributes:
         kinds: possible kinds, each with the image channels that it implies; one, or unet and upsampler.
         fields: configuration fields that are certain.
-        layouts: possible (levels, residual blocks a level); more than one only for some classifiers.
-        attended: widths of the levels with attention, the middle block's included.
-        pool_side: positions a side of an attention pool; None without one.
+        layouts: possible (levels, residual blocks per level); more than one only for some classifiers.
+        attended: widths of the levels with attention, including the middle block.
+        pool_side: side of an attention pool in positions; None without one.
+        blocks: the blocks of the down path.
     """
 
     kinds: dict[str, int]
@@ -34,7 +35,7 @@ class Structure:
     blocks: tuple[_Block, ...] = field(default=(), repr=False)
 
     def of_layout(self, layout: tuple[int, int]) -> dict[str, Any]:
-        """The fields that follow from the number of levels and of residual blocks a level."""
+        """Return the fields that follow from (levels, residual blocks per level)."""
         levels, count = layout
         firsts = [self.blocks[1 + level * (count + 1)] for level in range(levels)]
         base = self.fields["model_channels"]
@@ -51,7 +52,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of the down path: a residual block (with attention or not), or something that halves."""
+    """Block of the down path: a residual block (with or without attention) or a downsampling layer."""
 
     residual: bool = False
     width: int = 0
@@ -61,20 +62,20 @@ class _Block:
 
 
 def read_structure(shapes: Shapes) -> Structure:
-    """Read what keys and shapes show of an ADM network.
+    """Return the structure of an ADM network, as far as its keys and shapes show it.
 
     Raises:
-        CheckpointError: in one line, if they are not those of an ADM network, saying what speaks against it.
+        CheckpointError: if they are not those of an ADM network; one line that says why.
     """
     try:
         return _read(shapes)
     except (KeyError, IndexError) as error:
-        # Damaged shapes can fail any of the look-ups in `_read`; all of them mean the same.
+        # With damaged shapes, any look-up in `_read` can fail; all failures mean the same.
         raise CheckpointError(f"not an ADM network: a tensor is missing or of low rank ({error})") from None
 
 
 def _read(shapes: Shapes) -> Structure:
-    """`read_structure` for shapes without gaps."""
+    """Do the work of `read_structure`, without handling damaged shapes."""
     base = _base_width(shapes)
     stem = shapes.get("input_blocks.0.0.weight")
     if stem is None or not 3 <= len(stem) <= 5:
@@ -96,7 +97,7 @@ def _read(shapes: Shapes) -> Structure:
 
 
 def _base_width(shapes: Shapes) -> int:
-    """Width of the timestep embedding, which every ADM network begins with."""
+    """Return the base width, which the timestep embedding of every ADM network shows."""
     shape = shapes.get("time_embed.0.weight")
     if shape is not None and len(shape) == 2 and shape[0] == 4 * shape[1]:
         return shape[1]
@@ -104,19 +105,19 @@ def _base_width(shapes: Shapes) -> int:
         prefix = key.removesuffix("time_embed.0.weight")
         if prefix not in (key, "") and all(other.startswith(prefix) for other in shapes):
             raise CheckpointError(
-                f"not a plain state dict: every key begins with {prefix!r}; save it without"
+                f"not a plain state dict: every key begins with {prefix!r}; save it without this prefix"
             )
     if "time_embedding.linear_1.weight" in shapes:
         raise CheckpointError(
             "not in the published format: these are the keys of a diffusers UNet2DModel, "
-            "which admfast export writes and nothing here reads"
+            "which admfast export writes but admfast does not read"
         )
     first = ", ".join(list(shapes)[:3])
     raise CheckpointError(f"not an ADM network: no time_embed.0.weight [4M, M] among its keys ({first}, ...)")
 
 
 def _children(shapes: Shapes, path: str) -> dict[int, dict[int, dict[str, tuple[int, ...]]]]:
-    """{block: {child: {rest of the key: shape}}} of input_blocks or output_blocks."""
+    """Return {block: {child: {rest of the key: shape}}} of input_blocks or output_blocks."""
     found: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {}
     for key, shape in shapes.items():
         match = _CHILD.fullmatch(key)
@@ -126,7 +127,7 @@ def _children(shapes: Shapes, path: str) -> dict[int, dict[int, dict[str, tuple[
 
 
 def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
-    """The input blocks; one without parameters (halving by averages) leaves a gap in their numbers."""
+    """Return the input blocks. A block without parameters (average pooling) shows as a gap in the numbers."""
     children = _children(shapes, "input_blocks")
     blocks = [_Block(width=stem_width)]
     for index in range(1, max(children) + 1):
@@ -156,21 +157,21 @@ def _scale_shift(shapes: Shapes) -> bool:
 
 
 def _unet(shapes: Shapes, stem_channels: int, fields: dict[str, Any]) -> dict[str, int]:
-    """Fill in what a UNet's head shows; return the possible kinds with their image channels."""
+    """Add the fields that a UNet's last layer and classes show; return kinds with their image channels."""
     head = shapes.get("out.2.weight")
     if head is None:
         raise CheckpointError("not an ADM UNet: out.2.weight, the last convolution, is missing")
     label = shapes.get("label_emb.weight")
     fields |= {"out_channels": head[0], "num_classes": label[0] if label else None}
     kinds = {"unet": stem_channels}
-    # A UNet whose input holds a condition beside the image can have the same channels.
+    # A UNet whose input is an image and a condition can have the same channels.
     if stem_channels % 2 == 0 and head[0] in (stem_channels // 2, stem_channels):
         kinds["upsampler"] = stem_channels // 2
     return kinds
 
 
 def _unet_layout(shapes: Shapes, blocks: list[_Block]) -> tuple[int, int]:
-    """(levels, residual blocks a level): the up path marks where levels end, or the down path has gaps."""
+    """Return (levels, residual blocks per level), from the upsampling layers or the gaps in the down path."""
     children = _children(shapes, "output_blocks")
     ups = 0
     for members in children.values():
@@ -180,7 +181,7 @@ def _unet_layout(shapes: Shapes, blocks: list[_Block]) -> tuple[int, int]:
 
 
 def _layouts(blocks: list[_Block]) -> tuple[tuple[int, int], ...]:
-    """The (levels, residual blocks a level) that a down path alone allows."""
+    """Return every (levels, residual blocks per level) that fits the down path."""
     total = len(blocks)
     shown = sum(not block.residual for block in blocks[1:])
     levels = [1 + shown] if shown else range(1, total + 1)
@@ -189,7 +190,7 @@ def _layouts(blocks: list[_Block]) -> tuple[tuple[int, int], ...]:
 
 
 def _consistent(blocks: list[_Block], levels: int, count: int) -> bool:
-    """Tell whether the blocks fall into levels of equal blocks, separated by blocks that only halve."""
+    """Tell whether the blocks form levels of equal blocks, with a downsampling block between levels."""
     if count < 1 or levels * (count + 1) != len(blocks):
         return False
     for level in range(levels):
@@ -208,7 +209,7 @@ def _consistent(blocks: list[_Block], levels: int, count: int) -> bool:
 
 
 def _pool(shapes: Shapes, fields: dict[str, Any]) -> int | None:
-    """Fill in a classifier's pool and classes; return the side of an attention pool."""
+    """Add the fields of a classifier's pool and classes; return the side of an attention pool, or None."""
     table = shapes.get("out.2.positional_embedding")
     if table is not None:
         side = math.isqrt(max(table[1] - 1, 0))
@@ -226,7 +227,7 @@ def _pool(shapes: Shapes, fields: dict[str, Any]) -> int | None:
 
 
 def _multiplier(width: int, base: int) -> float:
-    """The multiplier m with int(m * base) == width, whole where it can be."""
+    """Return the multiplier m with int(m * base) == width; an int if possible."""
     if width % base == 0:
         return width // base
     multiplier = width / base
@@ -234,7 +235,7 @@ def _multiplier(width: int, base: int) -> float:
 
 
 def summary(structure: Structure) -> str:
-    """A few words on what was recognised, for error messages."""
+    """Return a short description of the network that was recognised, for error messages."""
     layout = structure.of_layout(structure.layouts[0])
     fields: Mapping[str, Any] = structure.fields
     levels = ",".join(f"{mult:g}" for mult in layout["channel_mult"])

@@ -1,9 +1,9 @@
-"""Write weights: safetensors with a description, the published plain state dict, or files of a folder.
+"""Write weights as safetensors, as the published plain state dict, or as the files of a folder.
 
-The description (network, diffusion process, training facts) goes into a `.json` of the same name beside
-either format, where it can be read and mended by hand; a safetensors header also holds a copy, for a file
-that is passed on alone. Reading prefers the `.json`. Both files are written to temporary names first and
-renamed last.
+The description (network, diffusion process, training facts) is written next to the file as a `.json` with the
+same name, which can be edited by hand. A safetensors header holds a copy, in case the file is passed on
+without its `.json`. Readers prefer the `.json`. Both files get temporary names first and are renamed at the
+end.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def write_weights(
     description: Description | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a state dict, whole or not at all.
+    """Write a state dict to a file atomically.
 
     Args:
         path: its ending chooses the format: .safetensors, or .pt / .pth (a plain state dict as published).
         state: names to tensors, on any device.
-        description: written as JSON beside the file; None writes none (and removes none that is there).
+        description: written as JSON next to the file; None writes none, and keeps an existing one.
         dtype: float32, float16 or bfloat16 on disk; None keeps each tensor's own. float16 overflows to
             infinity beyond 65504.
 
     Raises:
         InvalidArgument: for another ending or dtype, or a description that doesn't fit the weights.
-        OutputError: if a file can't be written; nothing that was there has been changed.
+        OutputError: if a file can't be written; existing files are unchanged.
     """
     path = user_path("path", path, ENDINGS)
     if dtype is not None and dtype not in DTYPES:
@@ -65,7 +65,7 @@ def write_weights(
             raise invalid(
                 "description", description.network.kind, f"the weights differ: {differences.summary()}"
             )
-    # Keys in their order; storages of their own, so that a view doesn't drag its whole base along.
+    # Every tensor has a storage of its own: of a view, the whole base would be saved.
     tensors = {key: _on_disk(value, dtype) for key, value in state.items()}
     text = description.to_json() if description is not None else None
     with contextlib.ExitStack() as stack:
@@ -84,8 +84,8 @@ def write_weights(
 def write_folder(folder: Path, files: Mapping[str, str | Mapping[str, Tensor]]) -> None:
     """Write texts and safetensors files into a folder, all of them or none.
 
-    folder: see `atomic_folder`. files: each by its path in the folder, a text or a state dict (names to
-    tensors, on any device, which keep their dtypes).
+    folder: see `atomic_folder`. files: path in the folder to text or state dict (names to tensors, on any
+    device; dtypes are kept).
     Raises: OutputError.
     """
     with atomic_folder(folder) as place:
@@ -101,7 +101,7 @@ def write_folder(folder: Path, files: Mapping[str, str | Mapping[str, Tensor]]) 
 
 
 def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A contiguous CPU tensor in the dtype of the file."""
+    """Return a contiguous CPU tensor with a storage of its own, in the dtype of the file."""
     value = value.detach().to("cpu", dtype or value.dtype).contiguous()
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return value if whole else value.clone()
@@ -110,7 +110,7 @@ def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _save_safetensors(
     path: Path, temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 ) -> None:
-    """Save under the temporary name; a failed write is a SafetensorError with the system's number in it."""
+    """Save under the temporary name. A failed write is a SafetensorError whose text has the errno."""
     try:
         save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:

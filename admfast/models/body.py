@@ -1,4 +1,4 @@
-"""Build what the UNet and the classifier share: time MLP, down path, middle block, half precision."""
+"""Parts that the UNet and the classifier share: time MLP, down path, middle block, half precision."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from admfast.models.layers import AttentionBlock, Downsample, ResBlock, Timestep
 
 
 def time_mlp(model_channels: int) -> nn.Sequential:
-    """Linear, SiLU, Linear from the sinusoidal embedding to the width of the embedding projections."""
+    """Return Linear, SiLU, Linear: sinusoidal embedding [N, model_channels] -> [N, 4 model_channels]."""
     width = 4 * model_channels
     return nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
 
 
 def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
-    """The input blocks (stem first), and the channels that each of them puts out."""
+    """Return the input blocks (stem first), and the number of output channels of each."""
     widths, attended = config.widths(), config.levels_with_attention()
     channels = widths[0]
     blocks = nn.ModuleList(
@@ -42,7 +42,7 @@ def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[
 
 
 def middle_block(config: NetConfig) -> TimestepEmbedSequential:
-    """Residual block, attention (always), residual block at the lowest resolution."""
+    """Return residual block, attention (always), residual block, at the lowest resolution."""
     channels = config.widths()[-1]
     return TimestepEmbedSequential(
         res_block(config, channels, channels),
@@ -52,7 +52,7 @@ def middle_block(config: NetConfig) -> TimestepEmbedSequential:
 
 
 def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) -> None:
-    """Refuse, by name, images that aren't [N, channels, *spatial] and timesteps that aren't [N]."""
+    """Raise InvalidArgument unless images are [N, channels, *spatial] and timesteps are [N]."""
     if x.dim() != config.dims + 2 or x.shape[1] != channels:
         allowed = f"[N, {channels}, ...] with {config.dims} spatial dimensions"
         raise invalid("x.shape", tuple(x.shape), allowed)
@@ -61,7 +61,7 @@ def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) 
 
 
 def dtype_of(blocks: nn.Module, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype in which `blocks` compute: that of their first parameter; `otherwise`: without any."""
+    """Return the dtype in which `blocks` compute: that of their first parameter, else `otherwise`."""
     return next((parameter.dtype for parameter in blocks.parameters()), otherwise)
 
 
@@ -76,7 +76,7 @@ def convert_convolutions(parts: Iterable[nn.Module], dtype: torch.dtype) -> None
 def res_block(
     config: NetConfig, channels: int, out_channels: int, up: bool = False, down: bool = False
 ) -> ResBlock:
-    """A residual block with the options of `config`."""
+    """Return a residual block with the options of `config`."""
     return ResBlock(
         channels,
         4 * config.model_channels,
@@ -91,7 +91,7 @@ def res_block(
 
 
 def attention_block(config: NetConfig, channels: int, up_path: bool = False) -> AttentionBlock:
-    """An attention block with the options of `config`."""
+    """Return an attention block with the options of `config`."""
     heads = config.heads(channels, up_path)
     return AttentionBlock(
         channels,
@@ -102,7 +102,7 @@ def attention_block(config: NetConfig, channels: int, up_path: bool = False) -> 
 
 
 def _down_block(config: NetConfig, channels: int) -> nn.Module:
-    """Return what halves the resolution after a level of the down path."""
+    """Return the layer that halves the resolution after a level of the down path."""
     if config.resblock_updown:
         return res_block(config, channels, channels, down=True)
     return Downsample(channels, config.conv_resample, dims=config.dims)

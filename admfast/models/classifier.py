@@ -24,13 +24,15 @@ HIDDEN = 2048  # width of the hidden layer of the spatial pools
 
 
 class Classifier(FoldableNet):
-    """Class logits of a noisy image (Dhariwal & Nichol 2021, section 4); parameters named as released.
+    """Network from a noisy image to class logits (Dhariwal & Nichol 2021, section 4).
+
+    Parameters are named as in the released checkpoints.
 
     Pools: "adaptive" (GN, SiLU, mean, 1x1 convolution), "attention" (GN, SiLU, attention pool), "spatial" and
     "spatial_v2" (means of every block's output, concatenated, through a two-layer perceptron).
     """
 
-    directions = 2  # guidance takes its gradient
+    directions = 2  # guidance needs the gradient with respect to x
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
@@ -64,25 +66,28 @@ class Classifier(FoldableNet):
         return self.out(h).to(x.dtype)
 
     def embedded(self, timesteps: Tensor) -> Tensor | Projected:
-        """The embedding of timesteps [N] as the blocks take it."""
+        """Return the embedding of timesteps [N] that the blocks get: [N, E], or its joined projections."""
         emb = timestep_embedding(timesteps, self.config.model_channels)
         return self.projected(self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype))))
 
     def convert_torso(self, dtype: torch.dtype) -> Self:
-        """Run the input and middle blocks in `dtype`, in place (the published half-precision recipe)."""
+        """Run the input and middle blocks in `dtype`: cast their convolutions, in place.
+
+        This is the published recipe for half precision.
+        """
         convert_convolutions((self.input_blocks, self.middle_block), dtype)
         return self
 
 
 class _NormOfFeatures(Norm):
-    """The same norm over a feature vector [N, C]."""
+    """A `Norm` of feature vectors [N, C]."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x[:, :, None])[:, :, 0]
 
 
 def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequential:
-    """The pool and what follows it, with the published positions of the parameters."""
+    """Return the pool and the layers after it, at the published positions, which name the parameters."""
     if config.pool == "adaptive":
         return Head(
             Norm(channels),

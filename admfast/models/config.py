@@ -1,4 +1,4 @@
-"""Configurations of the three network families, and how the published command-line flags make them."""
+"""Configurations of the three kinds of networks, also made from the published command-line flags."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ SWITCHES = (
 
 
 def checked_field(field: str, value: Any, name: str | None = None) -> Any:
-    """Return the value of a configuration's field in one form; InvalidArgument for a wrong type or range.
+    """Return the checked and normalized value of a configuration's field.
 
-    name: what an error calls the field, where a flag of another name gave it.
+    name: the field's name in errors, if the value comes from a flag with another name.
+    Raises: InvalidArgument for a wrong type or range.
     """
     name = name or field
     if field in _WHOLE:
@@ -61,37 +62,39 @@ def checked_field(field: str, value: Any, name: str | None = None) -> Any:
 
 
 def _multipliers(name: str, value: object) -> tuple[Any, ...]:
-    """Return numbers above 0, one a level; a single one counts as a sequence of one."""
+    """Return numbers above 0, one per level, as a tuple; a single number counts as one level."""
     found = [checks.plain(item) for item in checks.items(checks.plain(value))]
     for item in found:
         checks.real(name, item, above=0)
     if not found:
-        raise invalid(name, value, "one multiplier above 0 a level, at least one")
+        raise invalid(name, value, "one multiplier above 0 per level, at least one level")
     return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetConfig:
-    """Hold the options that all networks have, by the names of the published constructors.
+    """Options that all networks have, with the names of the published constructors.
 
     Attributes:
         image_size: side of the (square) training image in pixels; the networks also run on other sizes.
-        in_channels: image channels (of one image: the upsampler doubles them itself).
+        in_channels: channels of one image (the upsampler, which gets two images, doubles them itself).
         model_channels: base width; level l has `int(channel_mult[l] * model_channels)` channels.
         out_channels: channels of the output, or classes of a classifier.
-        num_res_blocks: residual blocks a level.
+        num_res_blocks: residual blocks per level.
         attention_resolutions: downsampling factors (not image sides) at which attention is applied.
-        dropout: probability, in residual blocks, before their second convolution.
-        channel_mult: width multipliers, one a level, highest resolution first.
-        conv_resample: resample by convolutions (else nearest and average); no effect with `resblock_updown`.
+        dropout: probability of dropout before the second convolution of residual blocks.
+        channel_mult: width multipliers, one per level, highest resolution first.
+        conv_resample: resample with convolutions (else by nearest neighbours and averages); no effect with
+            `resblock_updown`.
         dims: 1, 2 or 3 spatial dimensions.
         use_checkpoint: recompute blocks in the backward pass instead of storing their activations.
-        num_heads: attention heads, where `num_head_channels` is -1.
-        num_head_channels: channels a head, or -1.
+        num_heads: attention heads, if `num_head_channels` is -1.
+        num_head_channels: channels per attention head; -1 means that `num_heads` applies.
         num_heads_upsample: heads in the up path, or -1 for `num_heads`; no effect with `num_head_channels`.
-        use_scale_shift_norm: the embedding scales and shifts the second norm (else it is added before it).
+        use_scale_shift_norm: the embedding scales and shifts the second norm's output (else it is added to
+            the norm's input).
         resblock_updown: resample inside residual blocks.
-        use_new_attention_order: qkv rows are [3, h, d] (else the legacy [h, 3, d]).
+        use_new_attention_order: rows of qkv weights are ordered [3, h, d] (else the legacy [h, 3, d]).
     """
 
     image_size: int
@@ -129,7 +132,7 @@ class NetConfig:
         self._check_heads(self.widths()[-1])
 
     def _check_heads(self, width: int) -> None:
-        """Heads must divide the channels of every attention block."""
+        """Raise InvalidArgument if the heads don't divide `width`, the channels of an attention block."""
         if self.num_head_channels != -1:
             if self.num_head_channels < 1 or width % self.num_head_channels:
                 raise invalid("num_head_channels", self.num_head_channels, f"-1, or a divisor of {width}")
@@ -139,58 +142,61 @@ class NetConfig:
                 raise invalid(name, heads, f"must divide {width} channels")
 
     def widths(self) -> tuple[int, ...]:
-        """Channels of every level, highest resolution first."""
+        """Return the channels of every level, highest resolution first."""
         return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
 
     def levels_with_attention(self) -> tuple[bool, ...]:
-        """For every level whether its blocks are followed by attention."""
+        """Return, for every level, whether attention follows its residual blocks."""
         return tuple(2**level in self.attention_resolutions for level in range(len(self.channel_mult)))
 
     def heads_upsample(self) -> int:
-        """Heads of the up path where heads are given by number."""
+        """Return the number of heads in the up path, if `num_head_channels` is -1."""
         return self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
 
     def heads(self, width: int, up_path: bool = False) -> int:
-        """Number of heads of an attention block with `width` channels."""
+        """Return the number of heads of an attention block with `width` channels."""
         if self.num_head_channels != -1:
             return width // self.num_head_channels
         return self.heads_upsample() if up_path else self.num_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields, with `kind` ("unet", "upsampler" or "classifier") first."""
+        """Return the fields, ready for JSON, with `kind` ("unet", "upsampler" or "classifier") first."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetConfig):
-    """A UNet; `num_classes` is None for an unconditional one."""
+    """Configuration of a UNet; `num_classes` is None for an unconditional one."""
 
     num_classes: int | None = None
     kind: ClassVar[str] = "unet"
 
     @property
     def of_images(self) -> bool:
-        """Tell whether the output is like the input, or twice that with learned variance, as to be sampled.
+        """Whether the output has the input's channels, or twice as many (learned variance).
 
-        Networks that get conditions beside the image in their input channels have fewer channels out.
+        Sampling needs this. A network whose input channels also hold conditions has fewer output channels.
         """
         return self.out_channels in (self.in_channels, 2 * self.in_channels)
 
     def side_units(self) -> tuple[int, ...]:
-        """Return for each side of an image the number that must divide it, as levels halve it."""
-        # Of a volume only the inner two sides are halved from level to level.
+        """Return, for each side of an image, a number that must divide it because levels halve the side."""
+        # A volume's first side is never halved.
         factor = 2 ** (len(self.channel_mult) - 1)
         return (1, factor, factor) if self.dims == 3 else (factor,) * self.dims
 
     @property
     def learn_sigma(self) -> bool:
-        """Tell whether the second half of the output is the variance channels."""
+        """Whether the second half of the output channels is the variance."""
         return self.out_channels == 2 * self.in_channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerConfig(UNetConfig):
-    """A UNet that sees, after x, a low-resolution image enlarged to its size; `in_channels` are x's alone."""
+    """Configuration of a UNet whose input is x and an enlarged low-resolution image; see `Upsampler`.
+
+    `in_channels` counts the channels of x only.
+    """
 
     kind: ClassVar[str] = "upsampler"
 
@@ -203,7 +209,7 @@ class UpsamplerConfig(UNetConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(NetConfig):
-    """A noisy-image classifier (the down half of a UNet); `out_channels` is the number of classes."""
+    """Configuration of a noisy-image classifier (down half of a UNet); `out_channels` counts the classes."""
 
     pool: Pool = "adaptive"
     kind: ClassVar[str] = "classifier"
@@ -216,7 +222,7 @@ class ClassifierConfig(NetConfig):
             raise invalid("pool", self.pool, "with dims other than 2: 'spatial' or 'spatial_v2'")
 
     def pool_ds(self) -> int:
-        """Downsampling factor at the pool."""
+        """Return the downsampling factor at the pool."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
@@ -226,7 +232,10 @@ CONFIG_KINDS: dict[str, type[NetConfig]] = {
 
 
 def config_from_dict(values: Mapping[str, Any]) -> NetConfig:
-    """Inverse of `to_dict`; raises InvalidArgument for an unknown kind or field, naming the nearest."""
+    """Return the configuration that `to_dict` wrote.
+
+    Raises: InvalidArgument for a missing field, or an unknown kind or field, with the nearest names.
+    """
     values = dict(values)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in CONFIG_KINDS:
@@ -243,7 +252,7 @@ def config_from_dict(values: Mapping[str, Any]) -> NetConfig:
 
 
 def parse_channel_mult(text: str | Sequence[float], image_size: int) -> tuple[float, ...]:
-    """Read "1,2,4" or "0.5,1,1" or a sequence; "" gives the published default for the image size."""
+    """Read "0.5,1,1" or a sequence as multipliers; "" gives the published default for the image size."""
     if not isinstance(text, str):
         return tuple(text)
     if not text.strip():
@@ -265,7 +274,7 @@ def parse_attention_resolutions(
 ) -> tuple[int, ...]:
     """Turn image sides ("32,16,8") into downsampling factors of `image_size`, as the published flags do.
 
-    A side above the image's is no level's, and gives none. name: of the flag, for errors.
+    Sides larger than the image are dropped. name: the flag's name in errors.
     """
     try:
         sides = (
@@ -293,8 +302,8 @@ def unet_config_from_flags(
 ) -> UNetConfig:
     """Build the configuration that the published `create_model` flags describe.
 
-    Unlike there, `num_classes` and `in_channels` are free and multipliers may be fractions. `options` are the
-    fields of `UNetConfig` that keep their name (num_heads, dropout, use_scale_shift_norm, ...).
+    Unlike `create_model`, it allows any `num_classes` and `in_channels`, and fractional multipliers.
+    `options` are flags that have the name of a `UNetConfig` field (num_heads, dropout, ...).
     """
     return UNetConfig(
         image_size=image_size,
@@ -312,8 +321,8 @@ def unet_config_from_flags(
 def upsampler_config_from_flags(*, large_size: int, small_size: int, **flags: Any) -> UpsamplerConfig:
     """Build the configuration that the published `sr_create_model` flags describe.
 
-    512 uses the multipliers of 256. `small_size` is the side of the low-resolution image; the network takes
-    any, so that it isn't kept.
+    The default multipliers for 512 are those of 256. `small_size` is the side of the low-resolution image. It
+    is checked but not stored, because the network accepts any side.
     """
     if not 0 < small_size <= large_size:
         raise invalid("small_size", small_size, f"1 to large_size={large_size}")

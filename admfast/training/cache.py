@@ -1,8 +1,8 @@
-"""A cache of decoded images: of each image the part that all its crops share, in memory or in one file.
+"""Cache decoded images in memory or in a file: of each image, the part that all its crops share.
 
-The file holds the parts one after the other (uint8, [H, W, C]), an npz with where they begin, their sides and
-what is wrong with broken images, and at its end the npz's length and a mark. It is written whole or not at
-all, and its name is a digest of all that its content depends on.
+The file holds these parts one after the other (uint8, [H, W, C]), then an npz with their offsets, their
+shapes and the errors of broken images, and then the length of the npz and a magic number. It is written
+atomically. Its name is a digest of everything that its content depends on.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from admfast.training.images import BrokenImage, Source
 from admfast.training.samples import Samples
 
 _MARK = b"admimgs1"
-_END = struct.Struct("<Q8s")  # length of the npz before it, mark
-_AHEAD = 16  # images a thread that are decoded ahead of the one that is written
+_END = struct.Struct("<Q8s")  # length of the npz before it, magic number
+_AHEAD = 16  # images per thread that are decoded ahead of the one that is being written
 
 
 def cached(
     samples: Samples, folder: str | PathLike[str] | None = None, threads: int | None = None
 ) -> Samples:
-    """Return the same samples, made without decoding a file: each image is decoded once, here.
+    """Return equal samples that come from a cache. Each image is decoded once, during this call.
 
-    Centre crops are kept as they are. For random crops an image is kept after the halvings that each crop
-    begins with, at most 2.5 times `size` on its shorter side.
+    The cache holds centre crops as they are. For random crops, it holds each image after the halvings that
+    every crop begins with; its shorter side is then at most 2.5 times `size`.
 
     Args:
-        folder: where the cache is kept as a file, or found from an earlier call with the same images and
-            settings, and mapped into memory; made where it is missing. None keeps it in memory, which worker
-            processes share.
-        threads: that decode; None takes the processors that this process may use.
+        folder: folder of the cache file, which is mapped into memory; it is created if it is missing. A file
+            from an earlier call with the same images and settings is used again. None keeps the cache in
+            memory, which worker processes share.
+        threads: number of decoding threads; None takes one for each CPU that this process may use.
 
     Raises:
-        BrokenImage: where more images are broken than `samples` allows.
-        AdmfastError: for a cache file that is damaged, or more than half of the memory.
+        BrokenImage: if more images are broken than `samples` allows.
+        AdmfastError: for a damaged cache file, or a cache in memory that takes more than half of it.
         OutputError: if the file can't be written.
     """
     threads = host.cpus() if threads is None else checks.whole("threads", threads, 1)
@@ -82,7 +82,7 @@ class CachedSource:
         self._open()
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("_data", "_starts", "_shapes", "_broken")  # a mapped file would be sent as its content
+        opened = ("_data", "_starts", "_shapes", "_broken")  # a mapped file would be pickled as its content
         return {name: value for name, value in vars(self).items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -111,18 +111,18 @@ class CachedSource:
                 data = np.memmap(data, np.uint8, mode="r")
             length, mark = _END.unpack(data[-_END.size :].tobytes())
             if mark != _MARK:
-                raise ValueError("it has another mark at its end")
+                raise ValueError("the magic number at its end is wrong")
             index = io.BytesIO(data[-_END.size - length : -_END.size].tobytes())
             with np.load(index, allow_pickle=False) as tables:
                 self._starts, self._shapes = tables["starts"], tables["shapes"]
                 self._broken: dict[str, str] = json.loads(str(tables["broken"]))
         except (OSError, ValueError, KeyError, EOFError, struct.error, zipfile.BadZipFile) as error:
             raise AdmfastError(f"{self._place}: damaged, remove it: {error}") from error
-        self._data = np.asarray(data)  # slices of a memmap cost several times those of an array
+        self._data = np.asarray(data)  # slicing a memmap takes several times as long
 
 
 def _write(file: BinaryIO, samples: Samples, threads: int, limit: int | None = None) -> None:
-    """Write the cache of all images; `limit` is the most bytes that it may have."""
+    """Write the cache of all images. limit: largest size of the decoded images in bytes."""
     starts, shapes, broken = [], [], {}
     start = 0
     found = copy.copy(samples)
@@ -146,7 +146,7 @@ def _write(file: BinaryIO, samples: Samples, threads: int, limit: int | None = N
 
 
 def _parts(samples: Samples, threads: int) -> Iterator[UInt8 | BrokenImage]:
-    """The shared part of every image in order, or why there is none. Pillow leaves the threads free."""
+    """Yield the shared part of every image, or its error, in order. Pillow decodes without the GIL."""
 
     def part(index: int) -> UInt8 | BrokenImage:
         try:
@@ -163,6 +163,6 @@ def _parts(samples: Samples, threads: int) -> Iterator[UInt8 | BrokenImage]:
 
 
 def _digest(samples: Samples) -> str:
-    """A name for what the cache of these samples holds."""
+    """Return a digest of everything that the content of the cache depends on."""
     settings = (samples.source.identity(), samples.size, samples.channels, samples.random_crop)
     return hashlib.sha256(repr((_MARK, PIL.__version__, *settings)).encode()).hexdigest()[:32]

@@ -1,8 +1,8 @@
-"""The published preprocessing: halve by box filter, bring the shorter side to size by bicubic filter, cut.
+"""Crop images as published: halve them by box filter, resize them by bicubic filter, cut out a square.
 
-Source: `center_crop_arr` and `random_crop_arr` of the published image_datasets.py; all levels are equal.
-Rounding is part of it: Pillow filters along rows, rounds to 8 bits, then along columns (tall images the other
-way round from version 13 on, so that their levels depend on Pillow's version).
+Source: `center_crop_arr` and `random_crop_arr` of the published image_datasets.py; all pixels are equal.
+Pillow's rounding is part of the result: it filters along rows, rounds to 8 bits, then filters along columns.
+From version 13 on it filters tall images along columns first, so their pixels depend on Pillow's version.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from PIL import Image
 
 from admfast.files.images import UInt8
 
-Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's "L" or "RGB": no copy is made
+Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's own image, "L" or "RGB"
 
 SMALLEST, LARGEST = 0.8, 1.0  # shares of the shorter side that a random crop keeps, as published
-_BLOCKS = 4  # pictures that are alive at once while one is read and halved
-_BAND = 2**16  # pixels that are halved at once: 256 KiB of colours
+_BLOCKS = 4  # pictures that are in memory at the same time while one is read and halved
+_BAND = 2**16  # pixels that are halved at once: 256 KiB in colour
 
 
 def center_crop(image: Picture, size: int) -> UInt8:
-    """Return the middle square of an image whose shorter side has been brought to `size`.
+    """Return the middle square of an image after resizing its shorter side to `size`.
 
     Returns: uint8 [size, size, C].
     """
@@ -41,11 +41,12 @@ def random_crop(
     smallest: float = SMALLEST,
     largest: float = LARGEST,
 ) -> UInt8:
-    """Return a square of an image whose shorter side has been brought to a length that is drawn.
+    """Return a random square of an image after resizing its shorter side to a random length.
 
     Args:
-        draw: maps a count n to a whole number in 0..n-1. Called three times: for the length of the shorter
-            side (from size/largest to size/smallest, rounded up), for the square's top, for its left.
+        draw: maps a count n to a random whole number in 0..n-1. Called three times: for the length of the
+            shorter side (from size/largest to size/smallest, rounded up), for the square's top, for its left.
+        smallest, largest: shares of the shorter side that the square may keep.
 
     Returns: uint8 [size, size, C].
     """
@@ -57,9 +58,9 @@ def random_crop(
 
 
 def shared_part(image: Picture, size: int, random: bool) -> UInt8:
-    """Return what all crops of an image to `size` have in common: they are cut from it as from the image.
+    """Return the part of an image that all its crops to `size` share: crops of it equal crops of the image.
 
-    That is the centre crop itself, or for random crops the image after the halvings that each of them begins
+    It is the centre crop itself or, for random crops, the image after the halvings that every crop begins
     with.
     """
     if not random:
@@ -68,10 +69,10 @@ def shared_part(image: Picture, size: int, random: bool) -> UInt8:
 
 
 def reuse_memory() -> None:
-    """Let Pillow keep the memory of four pictures (16 MiB each at most) for the next ones of this process.
+    """Let Pillow reuse the memory of four pictures (at most 16 MiB each) in this process.
 
-    Otherwise that of every picture goes back to the system, and clearing new pages for the next one takes as
-    long as decoding 512x512 pixels (1.9 in place of 3.9 ms a sample of 64x64).
+    Otherwise the memory of every picture is returned to the system, and clearing new pages for the next one
+    takes as long as decoding 512x512 pixels. With reuse, a sample of 64x64 takes 1.9 ms instead of 3.9 ms.
     """
     Image.core.set_blocks_max(max(_BLOCKS, Image.core.get_blocks_max()))
 
@@ -83,7 +84,7 @@ def with_channels(image: Picture, channels: int) -> Picture:
 
 
 def _fitted(image: Picture, shorter: int) -> UInt8:
-    """The image with its shorter side at `shorter`: halved as long as that leaves enough, then bicubic."""
+    """Resize an image's shorter side to `shorter`: halve it while possible, then filter bicubically."""
     if isinstance(image, np.ndarray) and min(image.shape[:2]) == shorter:
         return image
     picture = _halved(_picture(image), shorter)
@@ -95,10 +96,10 @@ def _fitted(image: Picture, shorter: int) -> UInt8:
 
 
 def _halved(picture: Image.Image, shorter: int) -> Image.Image:
-    """The picture halved by box filter as long as its shorter side stays at least `shorter`."""
+    """Halve a picture by box filter as long as its shorter side stays at least `shorter`."""
     while min(picture.size) >= 2 * shorter:
         width, height = picture.size
-        # From version 13 on Pillow filters along the columns of tall images first, which rounds otherwise.
+        # From version 13 on Pillow filters along the columns of tall images first, which rounds differently.
         if width % 2 or height % 2 or height > 2 * width:
             picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
         else:
@@ -107,11 +108,11 @@ def _halved(picture: Image.Image, shorter: int) -> Image.Image:
 
 
 def _half(picture: Image.Image) -> Image.Image:
-    """Pillow's box filter on even sides, at half of its time: means of neighbours, halves rounded up."""
+    """Halve even sides as Pillow's box filter does, in half the time: means of neighbours, .5 rounded up."""
     width, height = picture.size
     raw, dtype = ("L", np.uint8) if picture.mode == "L" else ("RGBX", np.uint32)
     half = np.empty((height // 2, width // 2), dtype)
-    # In bands that stay in a cache and in memory that is at hand: fresh pages cost as much as the filter.
+    # Bands fit into the CPU's cache and reuse memory: clearing new pages costs as much as the filter.
     rows = max(2, _BAND // width // 2 * 2)
     for top in range(0, height, rows):
         band = picture.crop((0, top, width, min(top + rows, height)))
@@ -122,7 +123,7 @@ def _half(picture: Image.Image) -> Image.Image:
 
 
 def _mean(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    """(a + b + 1) // 2 of every byte, one or four bytes an element."""
+    """Return (a + b + 1) // 2 of every byte; an element has one or four bytes."""
     low_bits = a.dtype.type(0x7F7F7F7F & np.iinfo(a.dtype).max)
     return (a | b) - (((a ^ b) >> 1) & low_bits)
 

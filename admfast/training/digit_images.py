@@ -1,6 +1,6 @@
-"""The handwritten digits as images of 32x32: 1,797 digits of scikit-learn's `load_digits`.
+"""Load the 1,797 handwritten digits of scikit-learn's `load_digits`, enlarged to images of 32x32.
 
-They have 8x8 pixels in levels of 0..16 (UCI, Alpaydin & Kaynak 1998).
+The originals have 8x8 pixels with levels 0..16 (UCI, Alpaydin & Kaynak 1998).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from admfast.errors import AdmfastError
 from admfast.training.images import ArraySource
 
-LEVELS = 16  # the digits' grey levels run from 0 to 16
+LEVELS = 16  # the digits' grey levels are 0 to 16
 CLASSES = 10
 
 
@@ -26,7 +26,7 @@ def digits_source() -> ArraySource:
 def load_digits() -> tuple[Tensor, Tensor]:
     """Return the digits [1797, 1, 8, 8] (float32, levels 0..16) and their classes [1797] (int64).
 
-    Raises AdmfastError without scikit-learn, which holds them.
+    Raises AdmfastError if scikit-learn, which contains them, is not installed.
     """
     try:
         from sklearn.datasets import load_digits as sklearn_digits
@@ -37,7 +37,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def enlarge(digits: Tensor, rounds: int = 20) -> Tensor:
-    """Enlarge 8x8 digits to smooth 32x32 images whose 4x4 block means give the digits back.
+    """Enlarge 8x8 digits to smooth 32x32 images whose 4x4 block means are close to the digits.
 
     u = up(d), then `rounds` times u = clip(u + up(d - area_mean(u)), 0, 16), with up = bicubic by four.
 
@@ -60,5 +60,5 @@ def block_means(images: Tensor) -> Tensor:
 
 
 def _bicubic(digits: Tensor) -> Tensor:
-    """[N, 1, 8, 8] -> [N, 1, 32, 32] with the cubic of Pillow (a = -1/2), which `antialias` selects."""
+    """Enlarge [N, 1, 8, 8] to [N, 1, 32, 32] with Pillow's cubic (a = -1/2), which `antialias` selects."""
     return F.interpolate(digits, scale_factor=4, mode="bicubic", align_corners=False, antialias=True)

@@ -1,6 +1,7 @@
-"""The processes of a run: one, or those that torchrun began.
+"""Connect the processes of a training run: a single one, or those that torchrun started.
 
-torchrun says by environment variables who is who; one process starts nothing and exchanges nothing.
+torchrun gives each process its number in environment variables. A single process makes no process group and
+exchanges nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from admfast.sampling.load import chosen_device
 class World:
     """This process among those of the run.
 
-    Attributes: rank: its number. size: how many there are. device: where it computes.
+    Attributes: rank: its number, from 0. size: number of processes. device: device of this process.
     """
 
     rank: int = 0
@@ -33,22 +34,25 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Tell whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and prints messages."""
         return self.rank == 0
 
     def share(self, count: int, name: str = "batch_size") -> range:
-        """Return this process's part of `count` samples. Raises InvalidArgument where they don't divide."""
+        """Return this process's part of `count` samples. Raises InvalidArgument if `size` doesn't divide it.
+
+        name: argument that the error names.
+        """
         if count % self.size:
             raise invalid(name, count, f"a multiple of the {self.size} processes")
         part = count // self.size
         return range(self.rank * part, (self.rank + 1) * part)
 
     def wrap(self, net: nn.Module) -> nn.Module:
-        """Return the network that averages its gradients over the processes; itself for one process."""
+        """Return a network that averages its gradients over the processes; with one process, `net` itself."""
         if self.size == 1:
             return net
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # Frozen parameters are none of its business; all others get a gradient at every step.
+        # DDP leaves frozen parameters alone; all others get a gradient at every step.
         return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
 
     def total(self, values: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ class World:
         return values
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Return the [N, ...] tensors of all processes, equally long, joined in their order."""
+        """Return the tensors [N, ...] of all processes, of equal shape, concatenated in order of rank."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -67,7 +71,7 @@ class World:
         return torch.cat(parts)
 
     def most(self, number: int) -> int:
-        """Return the largest of the processes' numbers; through the host, so that no GPU waits."""
+        """Return the largest `number` of all processes. It is exchanged on the CPU, so no GPU has to wait."""
         if self.size == 1:
             return number
         value = torch.tensor(number, device="cpu")
@@ -76,7 +80,7 @@ class World:
 
 
 def without_sync(net: nn.Module, skip: bool) -> AbstractContextManager[Any]:
-    """Return the context in which a wrapped network leaves gradients where they are, if `skip`."""
+    """Return a context in which a wrapped network doesn't exchange gradients, if `skip`."""
     if skip and isinstance(net, nn.parallel.DistributedDataParallel):
         return net.no_sync()
     return contextlib.nullcontext()
@@ -84,10 +88,11 @@ def without_sync(net: nn.Module, skip: bool) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def processes(device: str | None = None) -> Iterator[World]:
-    """Join the processes that torchrun began, if any, and leave them at the end.
+    """Join the processes that torchrun started, if any, and leave them at the end of the block.
 
-    device: "cpu", "cuda" or "cuda:N"; None takes the GPU of this process (LOCAL_RANK) where there is one.
-    Raises: AdmfastError where the others can't be reached; InvalidArgument; Unavailable without such a GPU.
+    device: "cpu", "cuda" or "cuda:N"; None takes the GPU of this process (LOCAL_RANK) if there is one.
+    Raises: AdmfastError if the other processes can't be reached; InvalidArgument; Unavailable if the GPU
+    doesn't exist.
     """
     size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     local = _number("LOCAL_RANK", 0)
@@ -99,7 +104,7 @@ def processes(device: str | None = None) -> Iterator[World]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # Numbers of the host go by gloo in both.
+    # In both cases gloo exchanges tensors on the CPU.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size)
@@ -112,10 +117,10 @@ def processes(device: str | None = None) -> Iterator[World]:
 
 
 def _store(size: int) -> dist.Store:
-    """Return where the processes find each other, with a place of its own for every restart of torchrun.
+    """Return the store where the processes find each other, with a prefix for every restart of torchrun.
 
-    On one node torchrun keeps its store when it begins workers again: they would call those that died. With
-    several nodes it makes a new one, and the nodes may have counted other numbers of restarts.
+    On one node, torchrun keeps its store when it restarts the workers, and they would find the addresses of
+    dead ones. With several nodes it makes a new store, and the nodes may have different counts of restarts.
     """
     store, _, _ = next(iter(dist.rendezvous("env://")))
     if _number("LOCAL_WORLD_SIZE", 0) != size:
@@ -124,7 +129,7 @@ def _store(size: int) -> dist.Store:
 
 
 def _number(name: str, default: int) -> int:
-    """Return a whole number of the environment."""
+    """Return the whole number in an environment variable."""
     text = os.environ.get(name, "")
     if not text:
         return default

@@ -1,8 +1,8 @@
-"""Draw what the k-th sample of a run has besides its image: a function of the run's seed and k alone.
+"""Draw the random numbers of the k-th sample of a run; they depend only on the run's seed and k.
 
 The generator is that of `admfast.ops.update.noise`: the key is the run's seed, the row is k, and every
-purpose has a stream of its own (`TrainStream`). The data have the streams from 64 (`DataStream`); dropout has
-one for every layer, from 1024.
+purpose has a stream of its own (`TrainStream`). The streams from 64 on belong to the images (`DataStream`).
+Every dropout layer has a stream, from 1024 on.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class TrainStream(IntEnum):
 
     TIMESTEP = 5
     NOISE = 6
-    LOW_RES_STRENGTH = 7  # how much noise the small image of an upsampler gets
+    LOW_RES_STRENGTH = 7  # strength of the noise on the small image of an upsampler
     LOW_RES_NOISE = 8
     CLASS = 9  # whether the class is dropped
     DROPOUT = 1024  # of the first layer; the next one has 1025
 
 
 def uniforms(seed: int, ks: Sequence[int], stream: TrainStream) -> Tensor:
-    """Return a number in [0, 1) for every sample, float64 [N]: (word 0 * 2^21 + word 1 div 2^11) / 2^53."""
+    """Return a uniform number in [0, 1) per sample, float64 [N]: (word 0 * 2^21 + word 1 div 2^11) / 2^53."""
     key = (seed & MASK32, seed >> 32)
     words = [philox4x32_10((0, 0, k, int(stream)), key) for k in ks]
     found = [((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words]

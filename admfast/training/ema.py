@@ -1,9 +1,10 @@
-"""Averages of the weights over a run: at fixed rates, and of power-function profiles of any length.
+"""Average the weights over a run: exponentially with fixed rates, and with power-function profiles.
 
 Rate r: a <- r a + (1 - r) w after every step. Power function: after step n (from 1) a <- b a + (1 - b) w with
-b = (1 - 1/n)^(gamma + 1), which gives the weights of step i a share near (i/n)^gamma; gamma belongs to a
-relative width sigma by sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)). Two of them, stored along the
-run, give the average of any other width afterwards. Source: Karras et al. 2024 (EDM2), section 3.
+b = (1 - 1/n)^(gamma + 1), so that the weights of step i have a share nearly proportional to (i/n)^gamma.
+gamma follows from a relative width sigma: sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)). Two such
+averages, stored during the run, are enough to make the average of any other width afterwards.
+Source: Karras et al. 2024 (EDM2), section 3.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch import Tensor, nn
 from admfast import checks
 from admfast.errors import invalid, nearest
 
-Profile = tuple[int, float]  # steps behind it, relative width
+Profile = tuple[int, float]  # number of steps made, relative width
 
 
 class Averages:
     """The averages of a network's parameters, by name: "0.9999" for a rate, "power-0.05" for a width.
 
     Args:
-        net: whose parameters they begin as; floats in the parameters' dtype and on their device.
+        net: the network. The averages begin as copies of its parameters, with their dtypes and device.
         rates: 0..1. powers: relative widths.
-        warmup: hold rates down to (1 + step) / (10 + step).
+        warmup: limit rates to at most (1 + step) / (10 + step).
     """
 
     def __init__(
@@ -47,10 +48,10 @@ class Averages:
 
     @torch.no_grad()
     def update(self, step: int, moved: Tensor | None = None) -> None:
-        """Take the parameters in after step `step` (from 0).
+        """Add the current parameters to the averages after step `step` (from 0).
 
-        moved: 1 where the step changed the weights, 0 where it was skipped, on their device (nothing is read
-            from it); None for 1.
+        moved: 1 if the step changed the weights, 0 if it was skipped; a tensor on their device, from which
+            nothing is read back. None means 1.
         """
         for name, values in self._values.items():
             share = 1 - self._kept(name, step)
@@ -61,14 +62,17 @@ class Averages:
                 torch._foreach_lerp_(values, self._of, [weight] * len(values))  # type: ignore[list-item]
 
     def _kept(self, name: str, step: int) -> float:
-        """Return the share of an average that a step leaves in it."""
+        """Return the weight of the old average in a step's update."""
         if name in self.powers:
             return (1 - 1 / (step + 1)) ** (gamma_of(self.powers[name]) + 1)
         rate = self.rates[name]
         return min(rate, (1 + step) / (10 + step)) if self.warmup else rate
 
     def weights(self, name: str | None = None) -> dict[str, Tensor]:
-        """Return an average as a state dict, sharing its memory; None gives the first. InvalidArgument."""
+        """Return an average as a state dict that shares its memory. Raises InvalidArgument.
+
+        name: name of the average; None takes the first.
+        """
         name = self.names[0] if name is None else name
         if name not in self._values:
             raise invalid("ema", name, nearest(name, self.names))
@@ -80,7 +84,7 @@ class Averages:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over values in place. Raises InvalidArgument where the averages are others."""
+        """Load values in place. Raises InvalidArgument if the names of the averages differ."""
         if set(state) != set(self._values):
             raise invalid("ema", sorted(state), f"the averages of this run: {', '.join(self.names)}")
         for name, values in self._values.items():
@@ -100,13 +104,13 @@ def gamma_of(width: float) -> float:
 
 
 def reconstruction(stored: Sequence[Profile], wanted: Profile) -> list[float]:
-    """Return the factors with which stored averages add up to the one that is wanted, by least squares.
+    """Return the factors of stored averages whose weighted sum is a wanted average, by least squares.
 
-    The profile of (n, sigma) is p(i) = (gamma + 1) i^gamma / n^(gamma + 1) for steps i up to n; the factors
-    x minimise the integral of (sum x_k p_k - p)^2, so A x = b with the products of profiles. Source: EDM2,
-    algorithm 3.
+    The profile of (n, sigma) is p(i) = (gamma + 1) i^gamma / n^(gamma + 1) for steps i up to n. The factors x
+    minimise the integral of (sum x_k p_k - p)^2, so A x = b, where A and b hold integrals of products of two
+    profiles. Source: EDM2, algorithm 3.
 
-    stored, wanted: steps and relative width of each. Raises InvalidArgument without a stored average.
+    stored, wanted: number of steps and relative width of each. Raises InvalidArgument if `stored` is empty.
     """
     if not stored:
         raise invalid("stored", 0, "at least one stored average")

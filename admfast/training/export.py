@@ -1,4 +1,4 @@
-"""The network that a run has trained, as a weights file."""
+"""Write the network that a run has trained to a weights file."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def export(
     """Write an average of a run's weights, with the description that `admfast.load` reads.
 
     Args:
-        run: the folder. path: .safetensors, or .pt as published.
-        average: name of one in the newest snapshot ("0.9999"); None takes the first.
-        width: instead, the relative width of a power-function average that is put together from the stored
-            ones; for runs with ema_power.
+        run: folder of the run. path: the weights file, .safetensors, or .pt as published.
+        average: name of an average in the newest intact snapshot ("0.9999"); None takes the first.
+        width: relative width of a power-function average to reconstruct from the stored ones; give it instead
+            of `average`, for runs with ema_power.
         dtype: see `write_weights`.
 
     Returns: the description. Raises: CheckpointError, InvalidArgument, OutputError.
@@ -49,7 +49,7 @@ def _reconstructed(run: Path, width: float) -> tuple[dict[str, torch.Tensor], De
     description = read_run_file(run)
     recipe = recipe_of(description)
     if not recipe.ema_power:
-        raise invalid("width", width, "for a run with ema_power, which stores what it is made of")
+        raise invalid("width", width, "only for a run with ema_power, which stores the averages for it")
     stored = snapshots(run, AVERAGES)
     if not stored:
         raise CheckpointError(f"{run / AVERAGES}: holds no stored averages yet")

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what it says of the run, its log."""
+"""Manage the folder of a run: its lock, `run.json`, its log, and the state from which a run continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from admfast.training.images import Source
 from admfast.training.recipe import Recipe, recipe_from_dict
 
 LOG, LOCK, GRIDS = "log.jsonl", ".lock", "grids"
-# What a run may change when it goes on: none of it changes the samples and draws of the steps to come.
+# Settings that may differ when a run continues: none of them changes the samples and draws of later steps.
 MAY_CHANGE = ("steps", "microbatch", "checkpointing", "max_skipped")
 
 Say = Callable[[str], None]
@@ -33,10 +33,10 @@ Say = Callable[[str], None]
 
 @contextlib.contextmanager
 def held(run: Path, world: World) -> Iterator[None]:
-    """Make the folder and keep other runs from it within the block.
+    """Make the folder of a run, and lock it for the block; only the first process does this.
 
-    A block that ends without a `run.json` has begun no run: it leaves no folder and no lock that it made.
-    Raises: OutputError where it can't be written, or another process trains there.
+    If the block ends without a `run.json`, no run has begun. Then a folder and lock that it made are removed.
+    Raises: OutputError if the folder can't be written, or another process is training in it.
     """
     if not world.first:
         yield
@@ -59,7 +59,7 @@ def _locked(run: Path) -> Iterator[None]:
         try:
             try:
                 lock(file.fileno())
-                # A process that was refused may have removed it since: it would keep nobody out.
+                # The process that made it may have removed it since: a removed file locks no one out.
                 used = os.fstat(file.fileno()).st_nlink == 0
             except BlockingIOError:
                 used = True
@@ -77,7 +77,7 @@ def _locked(run: Path) -> Iterator[None]:
 
 
 def surroundings(world: World, source: Source) -> dict[str, Any]:
-    """Return what a run depends on beside its recipe."""
+    """Return the facts outside its recipe that a run depends on: data, processes, device, versions."""
     return {
         "data": source.identity(),
         "images": len(source),
@@ -93,12 +93,12 @@ def surroundings(world: World, source: Source) -> dict[str, Any]:
 def agreed(
     run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say: Say
 ) -> tuple[Recipe, Mapping[str, Any]]:
-    """Check that this is the run that was begun in the folder, if one was; writes nothing.
+    """Check that a recipe agrees with the run in the folder, if there is one; write nothing.
 
-    Returns the recipe with the precision that the run began with, and what it was begun on. The number of
-    torch's threads, which orders its sums, is set to the run's where as many processes go on on the same kind
-    of device.
-    Raises: InvalidArgument for a recipe that differs in what a run can't change; CheckpointError.
+    Return the recipe with the precision that the run started with, and the surroundings that it started in.
+    If the number of processes and the kind of device are the same, set torch's number of threads to that of
+    the run, because the order of sums depends on it.
+    Raises: InvalidArgument if the recipe differs in a setting that a run can't change; CheckpointError.
     """
     path = run / RUN_FILE
     old = read_run_file(run) if path.exists() else None
@@ -109,7 +109,7 @@ def agreed(
         _compare(before, recipe, run, say)
         for name, value in found.items():
             if name in facts and facts[name] != value and name != "threads":
-                say(f"{name} differs: {value} now, {facts[name]} when the run began; it goes on")
+                say(f"{name} differs: {value} now, {facts[name]} when the run began; it continues")
         same = all(facts.get(name) == found[name] for name in ("processes", "device"))
         if same and isinstance(threads := facts.get("threads"), int) and threads != found["threads"]:
             torch.set_num_threads(threads)
@@ -119,14 +119,14 @@ def agreed(
 
 
 def write_run_file(run: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Write what the run is and what it was begun on. Raises OutputError."""
+    """Write `run.json`: the network, the process, the recipe and the surroundings. Raises OutputError."""
     process = None if recipe.kind == "classifier" else recipe.process
     text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(facts)})
     write_text(run / RUN_FILE, text.to_json())
 
 
 def run_folder(run: str | PathLike[str]) -> Path:
-    """Return the path of a run's folder. Raises InvalidArgument, which says what lies there instead."""
+    """Return the path of a run's folder. Raises InvalidArgument, which says what is there instead."""
     place = user_path("run", run)
     if os.path.isfile(place / RUN_FILE):
         return place
@@ -138,7 +138,7 @@ def run_folder(run: str | PathLike[str]) -> Path:
 
 
 def read_run_file(run: Path) -> Description:
-    """Return what `run.json` says. Raises CheckpointError."""
+    """Return the description in `run.json`. Raises CheckpointError."""
     path = run / RUN_FILE
     try:
         return description_from_json(path.read_text(encoding="utf-8"), str(path))
@@ -155,7 +155,7 @@ def recipe_of(description: Description) -> Recipe:
 
 
 def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
-    """Refuse another run's recipe, then say what has changed of the settings that a run may change."""
+    """Reject changes of a recipe that a run can't make; report those that it may make."""
     a, b = before.to_dict(), now.to_dict()
     changes = list[str]()
     for name in (name for name in a if a[name] != b[name]):
@@ -171,7 +171,7 @@ def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
 
 
 def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:
-    """Return the state of the newest whole snapshot, the same for every process; None where there is none."""
+    """Return the state of the newest intact snapshot, the same for every process; None if there is none."""
     found = newest_state(run, say) if world.first else None
     step = world.most(found[0].step if found is not None else -1)
     if step < 0:
@@ -179,19 +179,19 @@ def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:
     if found is None:
         found = newest_state(run, step=step)
     if found is None:
-        raise AdmfastError(f"{run}: process {world.rank} doesn't see step {step}: is the folder shared?")
+        raise AdmfastError(f"{run}: process {world.rank} can't read step {step}: is the folder shared?")
     return found[1]
 
 
 def cut_log(run: Path, step: int) -> None:
-    """Remove the rows of steps after `step`, which will come again, and one that was not finished."""
+    """Remove incomplete rows, and the rows of steps after `step`, which will be made again, from the log."""
     if (run / LOG).exists():
         kept = [row for row in read_log(run) if row.get("step", 0) <= step]
         write_text(run / LOG, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Return the rows of the log, without what was not finished. Raises CheckpointError."""
+    """Return the rows of the log, without incomplete ones. Raises CheckpointError."""
     rows = []
     try:
         lines = (run / LOG).read_text(encoding="utf-8").splitlines()

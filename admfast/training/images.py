@@ -1,7 +1,7 @@
 """Sources of training images: a folder of image files, a zip of them, an npz archive, the digits.
 
-A source knows its images by index, in an order that depends on their names alone, and decodes them one at a
-time; it holds no state that a worker process or a resumed run would have to restore.
+A source numbers its images in an order that depends only on their names, and decodes them one at a time. It
+has no state that a worker process or a resumed run would have to restore.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from admfast.files.sets import ENDINGS
 from admfast.training.crops import Picture
 
 CLASS_RULES = ("auto", "folders", "prefixes", "none")
-# Longer side over shorter: brought to 512 px, a strip of 1 x 1000 pixels has 2^28 of them before it is cut.
+# Largest ratio of the sides. A strip of 1 x 1000, enlarged to 512 px, has 2^28 pixels before it is cropped.
 LONGEST_STRIP = 1000
-MOST_CLASSES = 2**20  # each has a name and a row of the network
+MOST_CLASSES = 2**20  # each costs a name and a row of the network's class embedding
 
 
 class BrokenImage(AdmfastError):
@@ -39,7 +39,7 @@ class BrokenImage(AdmfastError):
 
 
 class Source(Protocol):
-    """Images that are found by index, with a class each or without classes."""
+    """Images by index, each with a class, or all without classes."""
 
     @property
     def labels(self) -> tuple[int, ...] | None:
@@ -55,27 +55,27 @@ class Source(Protocol):
         """Return what an error or a log calls this image."""
 
     def identity(self) -> str:
-        """Return a text that is another one when images are added, removed or changed."""
+        """Return a text that changes if images are added, removed or changed."""
 
     def decode(self, index: int) -> Picture:
-        """Return one image, uint8 [H, W, C] with C = 1 or 3, or Pillow's picture of it (np.asarray of which
-        has no axis C where it is grey). Raises BrokenImage where it can't be decoded.
+        """Return one image: uint8 [H, W, C] with C = 1 or 3, or Pillow's picture (np.asarray of a grey one has
+        no axis C). Raises BrokenImage if it can't be decoded.
         """
 
 
 def open_source(data: str | PathLike[str], classes: str = "auto") -> Source:
-    """Return the source of a folder, a .zip, a .npz, or of the word "digits".
+    """Return the source for a folder, a .zip, a .npz, or the word "digits".
 
     Args:
         data: path, or "digits".
-        classes: of a folder or zip: "folders" (the folder of the first level that an image lies in),
-            "prefixes" (the file name before its first underscore, as published), "none", or "auto": folders
-            if all images lie in some, else prefixes if all file names have one, else none. An npz has its
-            `arr_1`.
+        classes: where the classes of a folder or zip come from: "folders" (the first-level folder of an
+            image), "prefixes" (the file name before its first underscore, as published), "none", or "auto":
+            folders if all images lie in folders, else prefixes if all file names have one, else none. An npz
+            holds its classes in `arr_1`.
 
     Raises:
-        InvalidArgument: for a place without images, or images without such classes.
-        AdmfastError: for a place that can't be read.
+        InvalidArgument: if there are no images, or they don't have such classes.
+        AdmfastError: if the data can't be read.
     """
     one_of("classes", classes, CLASS_RULES)
     place = user_path("data", data)
@@ -95,9 +95,9 @@ def open_source(data: str | PathLike[str], classes: str = "auto") -> Source:
 
 
 def check_classes(source: Source, classes: int | None) -> None:
-    """Raise InvalidArgument unless the images' classes are those of a network with `classes` of them.
+    """Raise InvalidArgument unless a source has as many classes as a network.
 
-    classes: None for a network without classes, which takes any source.
+    classes: number of the network's classes; None accepts any source.
     """
     if classes is None:
         return
@@ -110,13 +110,13 @@ def check_classes(source: Source, classes: int | None) -> None:
 
 
 class FolderSource:
-    """Image files in a folder and the folders in it, without hidden ones, in the published order of names."""
+    """Image files in a folder and its subfolders, without hidden ones, in the published order of names."""
 
     def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
         self._place = Path(place)
         paths = list(_walk(self._place))
         self.labels, self.class_names = _classified(paths, classes, self._place)
-        # One array of bytes: worker processes share its pages, which a list's reference counts would copy.
+        # An array, because worker processes share its memory; a list is copied when its references are counted.
         self._paths = np.array([os.fsencode("/".join(path)) for path in paths])
 
     def __len__(self) -> int:
@@ -140,7 +140,7 @@ class FolderSource:
         try:
             content = path.read_bytes()
         except OSError as error:
-            # The disk's fault, not the image's: skipping it would make another run of this one.
+            # A fault of the disk, not of the image: skipping the image would change the run.
             raise _unreadable(str(path), error) from error
         return _decoded(str(path), content)
 
@@ -149,7 +149,7 @@ class FolderSource:
 
 
 class ZipSource:
-    """Image files in a zip, as `FolderSource` finds them in a folder."""
+    """Image files in a zip, chosen by the same rules as those of a `FolderSource`."""
 
     def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
         self._place = Path(place)
@@ -181,12 +181,12 @@ class ZipSource:
         except OSError as error:
             raise _unreadable(name, error) from error
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            # RuntimeError is an encrypted file, NotImplementedError an unknown compression.
+            # RuntimeError means an encrypted file, NotImplementedError an unknown compression.
             raise BrokenImage(f"{name}: not readable from the zip: {error}") from error
         return _decoded(name, content)
 
     def _archive(self) -> zipfile.ZipFile:
-        """The open archive of this thread and process: a child's reads would move its parent's position."""
+        """Return an archive opened by this thread and process: reading a shared one would move its position."""
         if getattr(self._local, "process", None) != os.getpid():
             try:
                 self._local.archive = zipfile.ZipFile(self._place)
@@ -197,7 +197,7 @@ class ZipSource:
 
 
 class ArraySource:
-    """Images in memory, uint8 [N, H, W, C] with C = 1, 3 or 4 (the last of 4 is dropped)."""
+    """Images in memory, uint8 [N, H, W, C] with C = 1, 3 or 4 (the fourth channel is dropped)."""
 
     def __init__(
         self, images: UInt8, labels: Sequence[int] | NDArray[np.int64] | None, name: str, identity: str
@@ -232,9 +232,9 @@ class ArraySource:
 
 
 def npz_source(place: str | PathLike[str]) -> ArraySource:
-    """Return the images of a published archive, `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` [N].
+    """Return the source for a published archive: `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` [N].
 
-    Raises InvalidArgument for a file that is no such archive, or without images.
+    Raises InvalidArgument if the file isn't such an archive or has no images.
     """
     held = read_samples(place)
     return ArraySource(held.images, held.labels, str(place), _file_identity(Path(place)))
@@ -243,7 +243,7 @@ def npz_source(place: str | PathLike[str]) -> ArraySource:
 def _walk(
     folder: Path, parts: tuple[str, ...] = (), above: tuple[Path, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every image as its parts, folders and files of one level in the order of names."""
+    """Yield the path of every image as a tuple of parts; the entries of a folder are sorted by name."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -255,25 +255,25 @@ def _walk(
             if Path(entry.path).resolve() in above:
                 raise invalid("data", entry.path, "a link to a folder that it lies in")
             yield from _walk(Path(entry.path), path, above)
-        # A pipe would be read without an end. A link to nothing is an error when it is read.
+        # Reading a pipe would never end. A broken link is an error when it is read.
         elif _is_image((entry.name,)) and (entry.is_file() or entry.is_symlink()):
             yield path
 
 
 def _is_image(path: tuple[str, ...]) -> bool:
-    """Tell whether that is an image's name, neither hidden nor in a hidden folder."""
+    """Tell whether a path is that of an image, neither hidden nor in a hidden folder."""
     return path[-1].lower().endswith(ENDINGS) and not any(map(_is_hidden, path))
 
 
 def _is_hidden(name: str) -> bool:
-    # Zips made on a Mac hold its files' attributes in a folder of this name, under the images' own names.
+    # In zips made on a Mac, the folder __MACOSX holds attributes of the files, under the files' own names.
     return name.startswith(".") or name == "__MACOSX"
 
 
 def _classified(
     paths: Sequence[tuple[str, ...]], rule: str, place: Path
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Label of every image and name of every class, classes in the order of their names."""
+    """Return the label of every image and the name of every class; classes are sorted by name."""
     if not paths:
         raise invalid("data", str(place), f"holds no images ({', '.join(ENDINGS)})")
     outside = next((path for path in paths if len(path) == 1), None)
@@ -292,7 +292,7 @@ def _classified(
 
 
 def _decoded(name: str, content: bytes) -> Image.Image:
-    """An image file's picture, grey or RGB: as published without alpha, EXIF's rotation ignored."""
+    """Decode an image file to grey or RGB. As published, drop alpha and ignore EXIF's rotation."""
     if not content:
         raise BrokenImage(f"{name}: the file is empty")
     try:

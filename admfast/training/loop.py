@@ -1,9 +1,9 @@
-"""A training run: a folder, snapshots, logs, grids, and the signals that end it; read from top to bottom.
+"""Train in the folder of a run, with snapshots, a log, grids of samples, and signals that end the run.
 
     images of step s     samples s * B .. s * B + B - 1 of the run, a part of them for every process
-    position of a run    the number of steps behind it: samples and draws follow from the seed and it
+    position of a run    the number of steps made: the seed and it determine all samples and draws
 
-So a run that was killed and goes on from its newest snapshot makes the steps that it would have made.
+So a run that was killed and continues from its newest snapshot makes the same steps as one that was not.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ from admfast.training.validation import split, validation_losses
 
 @dataclass(frozen=True, kw_only=True)
 class Habits:
-    """Habits of a run: how often it writes what, and with how many workers. They change no result.
+    """Settings of a run that change no result: how often it writes files, and how it loads images.
 
-    save_every, log_every, grid_every: steps; 0 makes no grids. keep: snapshots that stay. workers: processes
-    that make samples, for each process of the run; 0 makes them in the process itself. cache: where decoded
-    images are kept: "memory", a folder, or None for nowhere. async_save: write snapshots beside the steps
-    that follow, from a copy of the state in the host's memory; None does so for a GPU.
+    Attributes:
+        save_every, log_every, grid_every: steps between snapshots, rows of the log, and grids of samples;
+            grid_every=0 makes no grids.
+        keep: number of snapshots to keep.
+        workers: processes that make samples, for each process of the run; 0 makes them in the process itself.
+        cache: where decoded images are cached: "memory", a folder, or None for no cache.
+        async_save: copy the state into host memory, and write the snapshot during the next steps; None does
+            this only on a GPU.
     """
 
     save_every: int = 1000
@@ -71,16 +75,18 @@ class Habits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """End of a run: the steps behind it, and the number of the signal that ended it early, if one did."""
+    """Result of `train`: the number of steps made, and the signal that ended the run early, if one did."""
 
     step: int
     signal: int | None = None
 
 
 class Signals:
-    """Notes SIGINT, SIGTERM and SIGHUP within a block, for the loop to save and end.
+    """Context that records SIGINT, SIGTERM and SIGHUP, so that the loop can save and end.
 
-    A second one is answered as before the block. One that is ignored (as by nohup) stays ignored.
+    A second signal is handled as before the block. A signal that is ignored (as under nohup) stays ignored.
+
+    Attributes: came: number of the signal that was received, 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -88,9 +94,9 @@ class Signals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # only there do signals arrive
+        if threading.current_thread() is threading.main_thread():  # handlers can be set only there
             for number in ENDING:
-                # None stands for a handler that was not set from Python, which could not be put back.
+                # None means a handler that was not set from Python; it could not be restored.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -107,9 +113,10 @@ class Signals:
 
 
 def samples_of(recipe: Recipe, source: Source, cache: str | None = None, held_out: bool = False) -> Samples:
-    """Return the samples of a run, or of the images that it keeps out of its training.
+    """Return the samples of a run. held_out: return those of its validation images instead.
 
-    Raises: InvalidArgument where the classes aren't the network's, or too many images are kept out.
+    cache: see `Habits`.
+    Raises: InvalidArgument if the classes don't fit the network, or too many images are held out.
     """
     check_classes(source, recipe.classes)
     source = split(source, recipe.seed, recipe.validation)[held_out]
@@ -123,7 +130,7 @@ def samples_of(recipe: Recipe, source: Source, cache: str | None = None, held_ou
 
 
 def numbers(recipe: Recipe, world: World, step: int) -> Iterator[range]:
-    """Yield the numbers of this process's samples, step by step from `step` to the run's last."""
+    """Yield the numbers of this process's samples in each step, from `step` to the run's last."""
     share = world.share(recipe.batch_size)
     for first in range(step * recipe.batch_size, recipe.steps * recipe.batch_size, recipe.batch_size):
         yield range(first + share.start, first + share.stop)
@@ -140,10 +147,10 @@ def train(
 ) -> Outcome:
     """Train in the folder `out` up to the recipe's last step, from its newest snapshot if there is one.
 
-    start: weights file to begin from, where the run has no snapshot yet. say: is told what goes on.
-    Raises: InvalidArgument for a recipe that isn't the folder's; CheckpointError where no snapshot is whole;
-    OutputError where something can't be written (the snapshots before are there still); NonFiniteError where
-    too many steps in a row had no finite gradient; BrokenImage where too many images are broken.
+    start: weights file to begin from, if the run has no snapshot yet. say: called with each message.
+    Raises: InvalidArgument if the recipe isn't that of the folder; CheckpointError if no snapshot is intact;
+    OutputError if something can't be written (older snapshots are kept); NonFiniteError if too many steps in
+    a row had no finite gradient; BrokenImage if too many images are broken.
     """
     run, habits, world = Path(out), habits or Habits(), world or World()
     say = say if world.first else _silent
@@ -159,14 +166,14 @@ def train(
             learner.load_state_dict(state)
             say(f"goes on after step {learner.step}")
             del state
-        # A recipe that no network can be made of has begun no run.
+        # Only now, because a recipe that makes no network must not begin a run.
         if world.first:
             folder.write_run_file(run, recipe, facts)
         return _Run(run, learner, samples, validation, habits, signals, say).steps()
 
 
 class _Run:
-    """The steps of a run, and what is written between them."""
+    """Loop over the steps of a run, which writes snapshots, the log and grids."""
 
     def __init__(
         self,
@@ -189,7 +196,7 @@ class _Run:
             folder.cut_log(run, learner.step)
 
     def steps(self) -> Outcome:
-        """Make the steps that are left."""
+        """Make the remaining steps."""
         with self.saves:
             return self._steps()
 
@@ -211,7 +218,7 @@ class _Run:
             if due:
                 self._save()
             if signal_number:
-                break  # whoever sent it may not wait for a validation or a grid
+                break  # the sender of the signal may not wait for a grid
             if self.habits.grid_every and (last or learner.step % self.habits.grid_every == 0):
                 self._grid()
         if self.board is not None:
@@ -251,7 +258,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """Cost of two steps: seconds of the second one, bytes at the peak, and seconds for the whole run."""
+    """Cost of a run: seconds of one step, peak memory in bytes, and seconds of all steps."""
 
     step_seconds: float
     memory: int
@@ -261,7 +268,7 @@ class Trial:
 def dry_run(
     recipe: Recipe, source: Source, habits: Habits | None = None, world: World | None = None
 ) -> Trial:
-    """Make two steps, write nothing. Raises as `train`."""
+    """Make two steps without a run's folder, and measure the second. Raises: see `train`."""
     habits, world = habits or Habits(), world or World()
     samples = samples_of(recipe, source, habits.cache)
     recipe = resolved_precision(recipe, world.device)
@@ -286,7 +293,7 @@ def dry_run(
 
 @contextlib.contextmanager
 def _numerics(recipe: Recipe, world: World) -> Iterator[None]:
-    """Hold torch's settings at those of the run, the number of threads too, and give them back."""
+    """Set torch's numerical settings for a run; at the end restore them, and the number of threads."""
     threads = torch.get_num_threads()
     try:
         with own_numerics(world.device, tf32=recipe.precision == "tf32"):
@@ -296,4 +303,4 @@ def _numerics(recipe: Recipe, world: World) -> Iterator[None]:
 
 
 def _silent(text: str) -> None:
-    """Say nothing: another process speaks."""
+    """Print nothing: another process prints the messages."""

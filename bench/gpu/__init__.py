@@ -1,1 +1,1 @@
-"""Everything that needs a GPU, in one command that knows how long it may take."""
+"""One command for everything that needs a GPU, within a given time."""

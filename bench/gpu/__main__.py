@@ -1,11 +1,12 @@
-"""`python -m bench.gpu`: everything that needs a GPU, in one command that knows how long it may take.
+"""`python -m bench.gpu`: build, test and measure everything that needs a GPU, within a given time.
 
-Steps run one after another as processes of their own, each stopped at its limit or where the time is over.
-The outcome of each is written to `gpu.json` as it ends; a second run into the same folder skips what passed
-and goes on with the rest. The Python it is run with is the one it tests: nothing is downloaded.
+Each step runs in a separate process, one after another, and is stopped at its limit or when the time is over.
+The result of each step is written to `gpu.json` when it ends. When started again with the same folder, it
+skips the steps that passed and continues with the others. It tests the Python that runs it, and downloads
+nothing.
 
-Exit status: 0 when nothing failed, 3 when nothing failed but something ran out of time (run it again), 1 when
-something failed, 2 without a CUDA device or for a wrong argument, 130 and 143 after an interrupt and SIGTERM.
+Exit status: 0 if nothing failed, 1 if something failed, 2 without a CUDA device or for a wrong argument, 3 if
+nothing failed but something ran out of time (start it again), 130 after an interrupt, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from bench.gpu.runner import exit_status, run_steps
 from bench.gpu.stages import STAGES, Plan, choose
 from bench.results import markdown_table
 
-ENDING = 40.0  # seconds that a step which was stopped, and this program, may take to end
+ENDING = 40.0  # seconds that are reserved for ending the last step and this program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, run the steps, print the table; returns the exit status."""
+    """Parse the command line, run the steps, print the table; return the exit status."""
     arguments = _parser().parse_args(argv)
     cuda = torch.cuda.is_available()
     if not cuda and not arguments.allow_cpu:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         entries = run_steps(plan, steps, max(seconds - ENDING, seconds / 2))
     except KeyboardInterrupt as interrupt:
-        print(f"bench.gpu: stopped; what was reached is in {plan.out}", file=sys.stderr)
+        print(f"bench.gpu: stopped; the results so far are in {plan.out}", file=sys.stderr)
         return status_of(interrupt)
     rows = [(name, e["status"], f"{e['seconds']:.0f} s", e["note"]) for name, e in entries.items()]
     print("\n" + markdown_table(("step", "status", "time", "note"), rows) + f"\nresults and log: {plan.out}")
@@ -54,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stages", help=f"some of {','.join(STAGES)} (default: all)")
-    minutes = f"minutes for all, the last {ENDING:g} seconds of them to end in (default: 10)"
+    minutes = f"minutes for all, including {ENDING:g} seconds to end (default: 10)"
     parser.add_argument("--minutes", default="10", help=minutes)
-    parser.add_argument("--out", default="out/gpu", help="folder (default: out/gpu)")
-    parser.add_argument("--allow-cpu", action="store_true", help="run the stages on a CPU, to try them out")
+    parser.add_argument("--out", default="out/gpu", help="folder for results and log (default: out/gpu)")
+    parser.add_argument(
+        "--allow-cpu", action="store_true", help="run the stages on a CPU, to test this command"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Run steps one after another within a budget, keep the outcome of each, and go on where a run ended."""
+"""Run steps one after another within a budget, record their results, and skip those that passed before."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ Entry = dict[str, Any]
 SUFFIXES = frozenset({".py", ".cpp", ".cu", ".h", ".cuh"})
 PYTEST_NO_TESTS = 5
 DONE = ("no tests", "passed")
-LOG_LIMIT = 4 << 20  # bytes a step may add to the log, so that a loop that prints can't make it too big
+LOG_LIMIT = 4 << 20  # bytes that a step may add to the log, in case it prints endlessly
 SAY = functools.partial(print, flush=True)
-BENCH_ENDING = 10.0  # seconds in which a bench writes its table
+BENCH_ENDING = 10.0  # seconds that a bench may take to write its table
 
 
 def run_steps(
     plan: Plan, steps: Sequence[Step], budget: float, say: Callable[[str], None] = SAY
 ) -> dict[str, Entry]:
-    """Run steps within `budget` seconds, those that an earlier run tried after the new ones.
-
-    An entry holds `status` (passed, failed, stopped, unfinished, or "no tests" found at all), `seconds`,
-    `note` (the last line that the step printed), and of what sources and when.
+    """Run steps within `budget` seconds; steps that were tried before come after new ones.
 
     Returns:
-        The entry of every step by its name, in their order; all entries stand in `gpu.json` too, which is
-            written after every step.
+        The entry of every step by its name, in the order of the steps. An entry has `status` (passed, failed,
+            stopped, unfinished, or "no tests" if none ran), `seconds`, `note` (the last line that the step
+            printed), the hash of its sources, and its date. All entries are also written to `gpu.json` after
+            every step.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     path, log = plan.out / "gpu.json", plan.out / "gpu.log"
@@ -74,7 +73,7 @@ def run_steps(
 
 
 def fingerprint(root: Path, folders: Sequence[str]) -> str:
-    """Twelve hexadecimal digits of the sources in these folders: a result is of one source."""
+    """Return 12 hexadecimal digits of a hash of the sources in these folders, to which a result belongs."""
     digest = hashlib.sha256()
     files = [root / "setup.py", root / "pyproject.toml"]
     for folder in folders:
@@ -85,7 +84,7 @@ def fingerprint(root: Path, folders: Sequence[str]) -> str:
 
 
 def run_step(step: Step, plan: Plan, seconds: float, log: Path) -> tuple[Entry, str]:
-    """Run one step for at most `seconds`, its output appended to `log`; return its entry and last lines."""
+    """Run one step for at most `seconds`, and append its output to `log`; return its entry and last lines."""
     begin = time.monotonic()
     command = list(step.command)
     if step.bench:
@@ -107,7 +106,7 @@ def run_step(step: Step, plan: Plan, seconds: float, log: Path) -> tuple[Entry, 
         try:
             code = process.wait(timeout=max(seconds, 0.1))
         except subprocess.TimeoutExpired:
-            pass  # stopped, below
+            pass  # it is stopped below
         finally:
             _end(process)
     lines = _trim(log, start) or [""]
@@ -121,7 +120,7 @@ def run_step(step: Step, plan: Plan, seconds: float, log: Path) -> tuple[Entry, 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a step and whatever it started: an interrupt first, so that it can write what it has."""
+    """End a step and the processes that it started, first by an interrupt, so that it can save results."""
     for sign in (signal.SIGINT, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, sign)
@@ -136,7 +135,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _trim(log: Path, start: int) -> list[str]:
-    """Cut what was added since `start` to LOG_LIMIT bytes, in its middle; return its last lines with text."""
+    """Cut the middle of the log after `start` to keep LOG_LIMIT bytes; return its last nonempty lines."""
     with log.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size - start > LOG_LIMIT:
@@ -153,7 +152,7 @@ def _trim(log: Path, start: int) -> list[str]:
 def _status(code: int | None, last: str, tests: bool) -> str:
     if code is None:
         return "stopped"
-    # pytest also exits 0 when every test was skipped, as GPU tests are on a machine they don't recognise.
+    # pytest also exits with 0 if all tests were skipped, as GPU tests are on an unknown GPU.
     if tests and (code == PYTEST_NO_TESTS or (code == 0 and " passed" not in last)):
         return "no tests"
     return {0: "passed", UNFINISHED: "failed" if tests else "unfinished"}.get(code, "failed")
@@ -172,13 +171,13 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> None:
-    """Replace the file as a whole, so that a stop in between leaves the old one."""
+    """Replace the whole file at once, so that the old one stays if this process is stopped."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def exit_status(entries: Mapping[str, Mapping[str, Any]]) -> int:
-    """1 when a step failed, 3 when one ran out of time, else 0."""
+    """Return 1 if a step failed, else 3 if one ran out of time, else 0."""
     states = {entry["status"] for entry in entries.values()}
     return 1 if "failed" in states else UNFINISHED if states & {"stopped", "unfinished"} else 0

@@ -1,4 +1,4 @@
-"""The stages of `bench.gpu`: the steps of each, in the order of what is most worth knowing."""
+"""The stages of `bench.gpu` with their steps, the most informative stages first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("admfast", "kernels", "csrc", "bench")
-# What compiles many kernels or has hundreds of cases runs in several processes, which share the GPU; the
-# longest last.
+# Test files that compile many kernels or have hundreds of cases. They run in WORKERS processes, which share
+# the GPU. The longest come last.
 WORKERS = 4
 PARALLEL = (
     "tests/parity/",
@@ -25,13 +25,13 @@ PARALLEL = (
     "tests/ops/test_group_norm.py",
     "tests/kernels/test_group_norm_gpu.py",
 )
-# How a test file says that it has tests for a GPU; those of this module, in tests/bench, only speak of it.
+# Text in a test file that has tests for a GPU. Files in tests/bench contain it but have no such tests.
 FOR_A_GPU = re.compile(r"mark\.gpu|\bDEVICES\b|\bON_A_GPU\b|\brunnable\(")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of all steps: folder of the results, device, folder of the sources."""
+    """Settings of all steps: folder of the results, device, root folder of the sources."""
 
     out: Path
     device: str = "cuda"
@@ -40,16 +40,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """One process.
+    """A step of a stage, which is one process.
 
     Attributes:
         limit: seconds after which it is stopped.
         tests: whether it is pytest, which may find nothing to run.
-        bench: whether it is told how many seconds it may take, to end by itself before it is stopped.
-        first: whether it comes before new steps where it did not pass before.
-        sources: the folders that its result depends on.
-        writes: a file that it leaves behind. A step that passed holds while the file is as it left it:
-            results may have been carried to a bare machine.
+        bench: whether it gets `--budget`, so that it ends by itself before it is stopped.
+        first: whether it comes before new steps even if it did not pass before.
+        sources: the folders on which its result depends.
+        writes: a file that it writes. A step that passed is run again if this file has changed or is missing,
+            because the results may have been copied to another machine.
     """
 
     name: str
@@ -63,25 +63,25 @@ class Step:
     writes: Path | None = None
 
     def wrote(self) -> str | None:
-        """Return the text of the file that it leaves behind."""
+        """Return the text of the file that it writes, or None if there is none."""
         there = self.writes if self.writes and self.writes.exists() else None
         return there and there.read_text(encoding="utf-8")
 
 
 def build_steps(plan: Plan) -> list[Step]:
-    """Install this checkout in place, from what is there: no network, no dependencies."""
+    """Return the step that installs this checkout in place, without network and dependencies."""
     pip = (sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps", "--no-build-isolation")
     mode = os.environ.get("ADMFAST_BUILD") or ("cuda" if plan.device == "cuda" else "auto")
     environment = {"ADMFAST_BUILD": mode}
     if plan.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        # The architecture of this device only: each other one costs as much time again.
+        # Only the architecture of this device: each further one would take as much time again.
         environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     more = {"first": True, "sources": ("csrc",), "writes": plan.root / "admfast" / "_build_info.json"}
     return [Step("build", (*pip, "-e", "."), 600.0, environment, **more)]  # type: ignore[arg-type]
 
 
 def smoke_steps(plan: Plan) -> list[Step]:
-    """Every op once: which implementation runs and why not another, each kernel beside its reference."""
+    """Return the steps that show each op's implementations and compare each kernel with its reference."""
     python = (sys.executable, "-m")
     return [
         Step("smoke: info", (*python, "admfast", "info"), 120.0),
@@ -90,7 +90,7 @@ def smoke_steps(plan: Plan) -> list[Step]:
 
 
 def sanitizer_steps(plan: Plan) -> list[Step]:
-    """Return the small kernels under both tools of compute-sanitizer."""
+    """Return the steps that run the small kernels under both tools of compute-sanitizer."""
     module = (sys.executable, "-m", "bench.gpu.sanitizer")
     tools = ("memcheck", "racecheck")
     return [Step(f"sanitizers: {tool}", (*module, tool, *small_kernels(plan)), 120.0) for tool in tools]
@@ -102,17 +102,17 @@ def small_kernels(plan: Plan) -> tuple[str, ...]:
 
 
 def parity_steps(plan: Plan) -> list[Step]:
-    """Networks, classifiers and trajectories on the device, beside the numbers of the published code."""
+    """Return the steps that compare networks, classifiers and trajectories with published numbers."""
     return [pytest_step(plan, path) for path in gpu_test_files(plan) if path.startswith("tests/parity/")]
 
 
 def test_steps(plan: Plan) -> list[Step]:
-    """The tests that need a GPU, a step for each file, those that take longest last."""
+    """Return one step for each file with tests that need a GPU, the longest last."""
     return [pytest_step(plan, path) for path in gpu_test_files(plan) if not path.startswith("tests/parity/")]
 
 
 def gpu_test_files(plan: Plan) -> list[str]:
-    """List the test files that may hold tests for a GPU, as paths from the root, the longest last."""
+    """Return the test files that may have tests for a GPU, as paths from the root, the longest last."""
     found = []
     for path in sorted((plan.root / "tests").rglob("test_*.py")):
         name = path.relative_to(plan.root).as_posix()
@@ -122,12 +122,12 @@ def gpu_test_files(plan: Plan) -> list[str]:
 
 
 def rank(name: str) -> int:
-    """0 for a file of few tests, then the place in PARALLEL."""
+    """Return 0 for a file with few tests, else its position in PARALLEL, from 1."""
     return next((i for i, start in enumerate(PARALLEL, 1) if name.startswith(start)), 0)
 
 
 def pytest_step(plan: Plan, path: str) -> Step:
-    """Return the GPU tests of one file, in several processes where it has many and xdist is installed."""
+    """Return the step for the GPU tests of a file, in parallel if it has many and xdist is installed."""
     command = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
     if rank(path) and importlib.util.find_spec("xdist"):
         command += ("-n", str(WORKERS))
@@ -137,7 +137,7 @@ def pytest_step(plan: Plan, path: str) -> Step:
 
 
 def bench_steps(name: str, limit: float, *more: str, module: str = "") -> Callable[[Plan], list[Step]]:
-    """Return the step of `python -m bench.<module>` with `more` flags; the module is `name` by default."""
+    """Return a function that makes the step `python -m bench.MODULE`; by default MODULE is `name`."""
 
     def steps(plan: Plan) -> list[Step]:
         flags = ("--device", plan.device, "--out", str(plan.out), *more)
@@ -163,9 +163,9 @@ STAGES: dict[str, Callable[[Plan], list[Step]]] = {
 
 
 def choose(names: str | None, plan: Plan) -> list[Step]:
-    """Return the steps of the stages in a comma-separated text, in their order; all for None or "".
+    """Return the steps of the stages in a comma-separated text, in the order of STAGES; all for None or "".
 
-    Raises: ValueError for a name that is no stage's.
+    Raises: ValueError for an unknown stage.
     """
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     if unknown := sorted(set(wanted) - set(STAGES)):

@@ -1,1 +1,1 @@
-"""The measurements of each operation: `ceilings` by torch only, `kernels` by this package beside torch."""
+"""The measurements of each operation: `ceilings` with torch only, `kernels` with this package and torch."""

@@ -1,4 +1,4 @@
-"""Attention at ADM's token counts and head widths: torch's backends, and our implementations."""
+"""Measurements of attention at ADM's token counts and head widths: torch's backends, our implementations."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ PRECISIONS = {"cuda": ("fp16", "bf16"), "cpu": ("bf16", "fp32")}
 
 
 def _limit(dtype: str, tokens: int) -> float:
-    """Scores of a few units, weights and output are each rounded to the dtype by some backend."""
+    """Return the error bound: a backend may round scores, weights and output to the dtype."""
     return 3 * torch.finfo(DTYPES[dtype]).eps + product_limit(dtype, tokens)
 
 
 def _grid(settings: Settings) -> list[tuple[int, AttentionShape, str, int, str]]:
-    """(rank, shape, models, batch, dtype): each size once."""
+    """Return (rank, shape, models, batch, dtype), with each size once; low ranks come first."""
     sizes: dict[tuple[int, int, int], list[AttentionShape]] = {}
     for shape in attention_shapes()[2:3] if settings.quick else attention_shapes():
         sizes.setdefault((shape.tokens, shape.heads, shape.head_dim), []).append(shape)
@@ -58,7 +58,7 @@ def _fields(shape: AttentionShape, batch: int) -> dict[str, int]:
 
 
 def ceilings(settings: Settings) -> Iterator[Case]:
-    """Every backend at every shape; where it refuses, its own words are the row's reason."""
+    """Yield every backend at every shape; if it refuses a shape, its message is the row's reason."""
     missing = () if settings.cuda else CUDA_ONLY
     for _, shape, models, batch, dtype in sorted(_grid(settings), key=lambda row: row[0]):
         for name in BACKENDS:
@@ -75,8 +75,7 @@ def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend, settings: Settings) -> Row:
-    # As a channels-last network holds them: one [N, S, 3, heads, d] projection, q, k and v strided views
-    # of it.
+    # As in a channels-last network: q, k and v are strided views of one [N, S, 3, heads, d] projection.
     size = (batch, shape.tokens, 3, shape.heads, shape.head_dim)
     packed = torch.randn(size, device=settings.device, dtype=DTYPES[dtype])
     q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))  # [N, heads, S, d]
@@ -104,7 +103,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
 
 
 def kernels(settings: Settings) -> Iterator[Case]:
-    """Every implementation on the qkv product at every shape, values and the gradient in qkv."""
+    """Yield every implementation on packed qkv at every shape, values and the gradient in qkv."""
     from bench.ops.providers import ours
 
     names = [*ours("attention", settings.device), "reference"]
@@ -139,7 +138,7 @@ def _attention(
     return timed(
         lambda: torch.autograd.grad(out, leaf, dy, retain_graph=True)[0],
         settings,
-        # The gradient goes through three more products.
+        # The gradient needs three more products.
         check=lambda dqkv: checked(dqkv[:1], expected, 4 * limit),
         flop=2.5 * batch * shape.flop,
         gradient=True,

@@ -1,4 +1,4 @@
-"""Copies inside device memory, and what one node of a CUDA graph costs when it does nearly nothing."""
+"""Measurements of copies within device memory, and of the time of a nearly empty node of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from bench.measure import Case, Settings, WrongResult, short, timed, unavailable
 from bench.results import Row
 from bench.shapes import COPY_BYTES, GRAPH_NODES, MIB
 
-REPEATS = 20  # copies of a graph
-ELEMENTS = 128  # of each dependent addition
+REPEATS = 20  # copies in a graph
+ELEMENTS = 128  # elements of each dependent addition
 
 
 def captured(fn: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `repeats` calls of `fn`, captured after a warm-up on a side stream."""
+    """Return a CUDA graph of `repeats` calls of `fn`, captured after a warm-up on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -32,14 +32,14 @@ def captured(fn: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
 
 
 def same(out: Tensor, wanted: Tensor) -> float:
-    """0 where every element is equal, else WrongResult."""
+    """Return 0 if all elements are equal; else raise WrongResult."""
     if not torch.equal(out, wanted):
         raise WrongResult(f"{int((out != wanted).sum())} of {out.numel()} elements differ")
     return 0.0
 
 
 def copies(settings: Settings) -> Iterator[Case]:
-    """A copy of every size from flushed caches, and on a GPU the small ones again from a warm L2."""
+    """Yield a copy of every size with flushed caches, and on a GPU small ones again with a warm L2."""
     sizes = (MIB,) if settings.quick else COPY_BYTES[settings.device.type]
     for size in sizes:
         yield Case("copy", "fp32", "copy_", {"mib": size // MIB}, partial(_copy, size, 1))
@@ -62,7 +62,7 @@ def _copy(size: int, repeats: int, settings: Settings) -> Row:
 
 
 def graphs(settings: Settings) -> Iterator[Case]:
-    """A chain of dependent small additions: replayed from a graph, and for comparison issued by the host."""
+    """Yield a chain of small dependent additions, replayed from a graph, and issued by the host."""
     for nodes in GRAPH_NODES[: 1 if settings.quick else None]:
         sizes = {"nodes": nodes, "elements": ELEMENTS}
         graph = partial(_chain, nodes, True) if settings.cuda else unavailable("needs cuda")

@@ -1,4 +1,4 @@
-"""GroupNorm + SiLU, eager and compiled, and `group_norm_silu` with its gradient beside them."""
+"""Measurements of GroupNorm + SiLU, eager and compiled, and of `group_norm_silu` and its gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.shapes import BATCHES, GROUPS, L2_BYTES, NormShape, norm_shapes
 
 EPS = 1e-5
 PRECISIONS = {"cuda": ("fp16", "bf16"), "cpu": ("bf16", "fp32")}
-COMPILED_ON_CPU = 10  # shapes: a compilation takes seconds there
+COMPILED_ON_CPU = 10  # number of shapes that are compiled on a CPU, where each takes seconds
 
 
 def _shapes(settings: Settings) -> tuple[NormShape, ...]:
@@ -28,7 +28,7 @@ def _shapes(settings: Settings) -> tuple[NormShape, ...]:
 
 
 def ceilings(settings: Settings) -> Iterator[Case]:
-    """Everything eager first: a compilation costs seconds, an eager row milliseconds."""
+    """Yield the eager cases first, because a compilation takes seconds and an eager row milliseconds."""
     grid = [
         (10 * p + b + d, shape, batch, layout, dtype, provider)
         for p, provider in enumerate(("eager", "torch.compile")[: 1 if settings.quick else None])
@@ -36,7 +36,7 @@ def ceilings(settings: Settings) -> Iterator[Case]:
         for d, dtype in enumerate(settings.some(PRECISIONS))
         for layout in LAYOUTS
         for shape in _shapes(settings)
-        # A compilation takes seconds: on a GPU one precision of every batch, on a CPU one batch of each.
+        # Compile few cases: on a GPU one precision at every batch, on a CPU one batch in every precision.
         if provider == "eager" or (d if settings.cuda else b) == 0
     ]
     for _, shape, batch, layout, dtype, provider in sorted(grid, key=lambda row: row[0]):
@@ -48,7 +48,7 @@ def ceilings(settings: Settings) -> Iterator[Case]:
 def _ceiling(shape: NormShape, batch: int, layout: str, dtype: str, provider: str, settings: Settings) -> Row:
     x, weight, bias, _ = inputs(shape, batch, dtype, "plain", settings.device, LAYOUTS[layout])
     run = provider_of(provider)
-    # Value and activation are rounded once each to the dtype; mean and variance sum over a group.
+    # The norm's output and SiLU's are each rounded to the dtype; mean and variance sum over a group.
     limit = product_limit(dtype, shape.channels // GROUPS * shape.side**2)
     kept = []
 
@@ -56,13 +56,13 @@ def _ceiling(shape: NormShape, batch: int, layout: str, dtype: str, provider: st
         kept.append(out.is_contiguous(memory_format=LAYOUTS[layout]))
         return compare(out, x, weight, bias, {}, limit)
 
-    # Statistics have to be known before the first output: read twice, written once.
+    # Statistics are needed before the first output, so x is read twice and y written once.
     row = timed(lambda: run(x, weight, bias), settings, check=check, nbytes=3 * x.nbytes)
     return row | {"output_layout": layout if kept[0] else "changed"}
 
 
 def kernels(settings: Settings) -> Iterator[Case]:
-    """Values: plain, adaptive, resampled and from two sources."""
+    """Yield the forward cases: plain, adaptive, resampled and from two sources."""
     batches, precisions = settings.some(BATCHES), settings.some(PRECISIONS)
     yield from _all_cases("group_norm_silu", settings)
     for shape in _shapes(settings)[:4]:
@@ -71,7 +71,7 @@ def kernels(settings: Settings) -> Iterator[Case]:
 
 
 def gradient_kernels(settings: Settings) -> Iterator[Case]:
-    """The gradient in x with frozen parameters, which guidance takes at every step."""
+    """Yield the gradient in x with frozen parameters, which guidance needs at every step."""
     yield from _all_cases("group_norm_silu_grad", settings)
 
 
@@ -105,7 +105,7 @@ def inputs(
     device: torch.device,
     layout: torch.memory_format = torch.channels_last,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """x, weight, bias and the op's other arguments, of order one."""
+    """Return x, weight, bias and the op's other arguments, all of order one."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*sizes: int) -> Tensor:
@@ -130,7 +130,7 @@ def inputs(
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
-    """Return the operations of the published network, one by one; in float64 they are the reference."""
+    """Run the operations of the published network one by one; with float64 inputs this is the reference."""
     resample = options.get("resample")
     source = torch.cat([x, options["x2"]], 1) if "x2" in options else x
     y = F.group_norm(source, GROUPS, weight, bias, EPS)
@@ -156,14 +156,14 @@ def provider_of(name: str) -> Callable[..., Any]:
 
 
 def _wide(x: Tensor, weight: Tensor, bias: Tensor, options: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the first and the last image and all arguments, in float64."""
+    """Return the arguments for the first and the last image, in float64."""
     ends = [0, len(x) - 1]
     wide = {k: v[ends].double() if isinstance(v, Tensor) else v for k, v in options.items()}
     return x.detach()[ends].double(), weight.double(), bias.double(), wide
 
 
 def compare(out: Any, x: Tensor, weight: Tensor, bias: Tensor, options: dict, limit: float) -> float:
-    """Relative error against the reference in float64, of the first and the last image."""
+    """Return the relative error of the first and the last image against the float64 reference."""
     *arguments, wide = _wide(x, weight, bias, options)
     ref = eager(*arguments, **wide)
     pairs = zip(out, ref, strict=True) if isinstance(out, tuple) else [(out, ref)]
@@ -180,7 +180,7 @@ def _forward(
     if provider == "copy":
         return copied(moved, settings)
     run = provider_of(provider)
-    # Every intermediate is rounded to the dtype by the operations of the published network: five at most.
+    # The operations of the published network round at most five intermediate results to the dtype.
     limit = 5 * torch.finfo(x.dtype).eps
     return timed(
         lambda: run(x, weight, bias, **options),

@@ -1,4 +1,4 @@
-"""Every op that has no bench of its own, at the real shapes of its `cases.py`: values and gradients."""
+"""Measurements of the ops without their own file here, at the real shapes of their `cases.py`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from admfast.ops.cases import OpCases
 
 PRECISIONS = {"cuda": ("fp16", "bf16"), "cpu": ("bf16", "fp32")}
-# Those of the other files here; the noise is part of the update.
+# Ops that other files here measure; `normal`, the noise, is part of `sampler_step`.
 MEASURED = frozenset({"attention", "conv", "group_norm_silu", "normal", "sampler_step"})
 
 
 def kernels(settings: Settings) -> Iterator[Case]:
-    """Every implementation beside the reference, plain and compiled, and a copy of as many bytes."""
+    """Yield cases for all implementations, the reference (eager, compiled), and a copy of as many bytes."""
     from admfast.ops import TABLES
     from admfast.ops.cases import all_cases
 
@@ -76,7 +76,7 @@ def _measured(
 
     run = _function(cases, "eager" if provider == "copy" else provider)
     made = outputs(run, arguments)
-    # Everything once: what is given and made, and for a gradient also the gradients of both.
+    # Inputs and outputs count once; for a gradient, so do the gradients of both.
     moved = (2 if gradient else 1) * _nbytes(*arguments.values(), *made)
     if provider == "copy":
         return copied(moved, settings)

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: what the library reaches, and `FoldedConv` beside it."""
+"""Measurements of matrix products and convolutions: the library's, and `FoldedConv` compared with it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from bench.shapes import BATCHES, CPU_FLOP_LIMIT, MATMUL_SIZES, ConvShape, disti
 LAYOUTS = {"channels_last": torch.channels_last, "channels_first": torch.contiguous_format}
 PRECISIONS = {"cuda": ("fp16", "bf16", "tf32", "fp32"), "cpu": ("fp32", "bf16", "fp16")}
 KERNEL_PRECISIONS = {"cuda": ("fp16", "bf16", "tf32", "fp32"), "cpu": ("fp32", "bf16")}
-# Settings are ranked by the places of batch, layout and precision in their lists; a rank above this is left
-# out.
+# The rank of a setting is the sum of the positions of its batch, layout and precision in their lists.
+# Settings with a higher rank than this are left out.
 FARTHEST = {"cuda": 4, "cpu": 2}
 CHECKED_ROWS = 8  # a float64 product of all rows would take longer than the measurement
-TRIED_ROWS = 16  # of the product that is tried before the whole one
-COMPILED_ON_CPU = 6  # shapes: a compilation takes seconds there
-PATCH = 8  # outputs along the sides of two opposite corners that are compared
+TRIED_ROWS = 16  # rows of the small product that is timed before the whole one
+COMPILED_ON_CPU = 6  # number of shapes that are compiled on a CPU, where each takes seconds
+PATCH = 8  # side of the two opposite corners of the output that are compared
 
 
 def dtype_missing(dtype: str, settings: Settings) -> str:
-    """Say why products in `dtype` can't be measured on this device; "" where they can."""
+    """Say why products in `dtype` can't be measured on this device; "" if they can."""
     if dtype == "tf32":
         if not settings.cuda:
             return "tf32 is a mode of CUDA tensor cores"
@@ -56,20 +56,20 @@ def dtype_missing(dtype: str, settings: Settings) -> str:
 
 
 def fp8_product(a: Tensor, b: Tensor, fast: bool = False) -> Tensor:
-    """a @ b of two e4m3 matrices (b column-major) with unit scales, in bfloat16."""
+    """Return a @ b of two e4m3 matrices (b column-major) with unit scales, in bfloat16."""
     one = torch.ones((), device=a.device)
     return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
 
 def _product(m: int, k: int, n: int, dtype: str, fast: bool, nbytes: float | None, settings: Settings) -> Row:
-    """[m, k] @ [k, n]; tried on a few of the m rows first, since fp8 may run on a scalar path for minutes."""
+    """Measure [m, k] @ [k, n], first on a few of the m rows, because fp8 may use scalar code for minutes."""
     a = torch.randn(m, k, device=settings.device).to(DTYPES[dtype])
     b = (torch.randn(n, k, device=settings.device) / k**0.5).to(DTYPES[dtype]).t()
     product = partial(fp8_product, fast=fast) if dtype == "fp8" else torch.mm
 
     def check(out: Tensor) -> float:
         rows = torch.linspace(0, m - 1, CHECKED_ROWS).long().to(a.device)
-        # Gathering is not implemented for fp8: float32 holds its values exactly.
+        # Indexing is not implemented for fp8; float32 represents its values exactly.
         ref = a.float()[rows].double().cpu() @ b.double().cpu()
         return checked(out.float()[rows], ref, product_limit(dtype, k, out.dtype, fast=fast))
 
@@ -79,7 +79,7 @@ def _product(m: int, k: int, n: int, dtype: str, fast: bool, nbytes: float | Non
 
 
 def _in(dtype: str, measure: Measure) -> Measure:
-    """Return the same with float32 products in tf32 or not, as the dtype says."""
+    """Return `measure` with float32 products in tf32 if `dtype` is "tf32", else in full float32."""
 
     def run(settings: Settings) -> Row:
         with numerics(dtype):
@@ -89,7 +89,7 @@ def _in(dtype: str, measure: Measure) -> Measure:
 
 
 def matmul_ceilings(settings: Settings) -> Iterator[Case]:
-    """Square products of every precision and size; a precision that is missing is one row that says why."""
+    """Yield square products of every precision and size, or one row with the reason if it is missing."""
     for dtype in ("bf16", "fp16", "fp32", "tf32", "fp8"):
         reason = dtype_missing(dtype, settings)
         if reason:
@@ -105,7 +105,7 @@ def matmul_ceilings(settings: Settings) -> Iterator[Case]:
 
 
 def conv_ceilings(settings: Settings) -> Iterator[Case]:
-    """`F.conv2d` without bias, the likeliest setting first: half precision, channels-last, first batch."""
+    """Yield `F.conv2d` without bias, in order of likely use: first batch, channels-last, first precision."""
     yield from _fp8_ceilings(settings)
     shapes = distinct_convs()
     batches, precisions = settings.some(BATCHES), settings.some(PRECISIONS, 2)
@@ -131,10 +131,11 @@ def conv_ceilings(settings: Settings) -> Iterator[Case]:
 
 
 def _fp8_ceilings(settings: Settings) -> Iterator[Case]:
-    """fp8: a 1x1 convolution over channels-last pixels is a matrix product; 3x3 is what the library says."""
+    """Yield fp8 convolutions: 1x1 as a matrix product over channels-last pixels; for 3x3 only the reason."""
     small = torch.ones(1, 32, 8, 8, device=settings.device).to(DTYPES["fp8"])
     weight = torch.ones(32, 32, 3, 3, device=settings.device).to(DTYPES["fp8"])
-    # A torch that can would need a reference for an output type not known today: named, not timed unchecked.
+    # A later torch may support it, with an output dtype that isn't known today: say so, and don't time it
+    # unchecked.
     reason = "this torch has an fp8 F.conv2d, which is not measured here"
     try:
         F.conv2d(small, weight, padding=1)
@@ -154,7 +155,7 @@ def _fp8_ceilings(settings: Settings) -> Iterator[Case]:
 def _ceiling(shape: ConvShape, models: str, batch: int, layout: str, dtype: str, provider: str) -> Case:
     kernel, cin, cout, side = shape.size
     size, written = DTYPES[dtype].itemsize, 2 if dtype == "fp8" else DTYPES[dtype].itemsize
-    # Input, weight and output once each; an fp8 product writes bfloat16.
+    # Input, weight and output count once each; an fp8 product writes bfloat16.
     nbytes = (batch * cin * side**2 + cin * cout * kernel**2) * size + batch * cout * side**2 * written
     measure = partial(_library_conv, shape, batch, layout, dtype, nbytes)
     if provider != "F.conv2d":
@@ -166,7 +167,7 @@ def _ceiling(shape: ConvShape, models: str, batch: int, layout: str, dtype: str,
 def tensors(
     shape: ConvShape, batch: int, dtype: str, layout: torch.memory_format, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, weight and bias of order one, so that the output is too."""
+    """Return input, weight and bias, scaled so that the output is of order one."""
     kernel, cin, cout, side = shape.size
     generator = torch.Generator(device).manual_seed(0)
     x, weight, bias = (
@@ -195,7 +196,7 @@ def _library_conv(
 
 
 def compare(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, limit: float) -> float:
-    """Compare two corners of the first and the last image with the sum in float64."""
+    """Return the relative error of two corners of the first and the last image, compared in float64."""
     ends, border = [0, len(x) - 1], weight.shape[-1] // 2
     wide, offset = (None if t is None else t.detach().double().cpu() for t in (weight, bias))
     errors = []
@@ -208,7 +209,7 @@ def compare(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, limit: 
 
 
 def conv_kernels(settings: Settings) -> Iterator[Case]:
-    """Every shape and provider, values and the gradient in x; the likeliest precision and batch first."""
+    """Yield every shape and provider, values and the gradient in x; first precision and batch first."""
     shapes = [pair for pair in distinct_convs() if not settings.quick or pair[0].side == 16]
     batches = settings.some(BATCHES)
     for dtype in settings.some(KERNEL_PRECISIONS):
@@ -228,12 +229,12 @@ def conv_kernels(settings: Settings) -> Iterator[Case]:
 
 
 def _ours(shape: ConvShape, batch: int, dtype: str, settings: Settings) -> list[str]:
-    """Our implementations that serve the shape on this machine."""
+    """Return our implementations that support the shape on this machine."""
     from admfast.ops import TABLES, FoldedConv
 
     weight = torch.empty(shape.cout, shape.cin, shape.kernel, shape.kernel, device="meta")
     conv = FoldedConv(weight, padding=shape.kernel // 2, dtype=DTYPES[dtype])
-    # Support is asked of a tensor that is where the real one will be, but holds nothing.
+    # An empty tensor on the right device is enough to ask for support.
     x = torch.empty(batch, shape.cin, 0, 0, device=settings.device, dtype=DTYPES[dtype])
     return [
         entry.name
@@ -266,7 +267,7 @@ def _conv(shape: ConvShape, batch: int, dtype: str, provider: str, gradient: boo
     limit = growth * product_limit(dtype, (shape.cout if gradient else shape.cin) * shape.kernel**2)
     flop = batch * shape.flop
     part = x[:1, :, :PATCH, :PATCH]
-    # What compiles would do so for the part too.
+    # torch.compile would also compile for the part.
     small = None if provider == "torch.compile" else (lambda: run(part), x.numel() / part.numel())
     if not gradient:
         check = partial(compare, x=x, weight=weight, bias=bias, limit=limit)

@@ -1,4 +1,4 @@
-"""This package's implementations of an op, and the copy that they are held against."""
+"""This package's implementations of an op, and the copy with which they are compared."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from bench.measure import Settings, timed
 from bench.results import Row
 
-# Of an op's implementations those that never run on a kind of device.
+# By device: implementations that are not measured there, the reference and those of other devices.
 ELSEWHERE = {"cuda": {"reference", "cpp"}, "cpu": {"reference", "cuda", "triton"}}
 
 
 def ours(op: str, device: torch.device) -> list[str]:
-    """Return the implementations of an op that a device has, less the reference."""
+    """Return the names of an op's implementations that can run on a device, without the reference."""
     from admfast.ops import TABLES
 
     return [
@@ -23,7 +23,7 @@ def ours(op: str, device: torch.device) -> list[str]:
 
 
 def copied(nbytes: float, settings: Settings) -> Row:
-    """A device copy that moves as many bytes: what the memory can do at this size."""
+    """Return the row of a device copy that moves `nbytes` bytes, as the bound by memory bandwidth."""
     source = torch.randint(0, 100, (int(nbytes / 2),), dtype=torch.uint8, device=settings.device)
     target = torch.empty_like(source)
     return timed(lambda: target.copy_(source), settings, nbytes=2 * source.numel())

@@ -1,4 +1,4 @@
-"""The sampler's update between two evaluations of the networks: the published operations, `sampler_step`."""
+"""Measurements of the sampler's update between network evaluations: published operations, `sampler_step`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bench.shapes import BATCHES, sampler_sides
 if TYPE_CHECKING:
     from admfast.ops import Row as SolverRow
 
-STEPS = 250  # respaced from 1000, as most published samples were
+STEPS = 250  # respaced from 1000, as for most published samples
 STEP = STEPS // 2
-# Thirty float32 roundings on the way to each element.
+# Each element goes through about thirty float32 roundings.
 LIMIT = 30 * torch.finfo(torch.float32).eps
 
 
 def tables(steps: int = STEPS) -> dict[str, np.ndarray]:
-    """The float64 coefficient tables of the linear 1000-step schedule, every 1000/steps-th step kept."""
+    """Return float64 coefficient arrays [steps] of the linear schedule, keeping every 1000/steps-th step."""
     alpha_bar = np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000))[:: 1000 // steps]
     before = np.append(1.0, alpha_bar[:-1])
     betas = 1.0 - alpha_bar / before
@@ -46,18 +46,18 @@ def tables(steps: int = STEPS) -> dict[str, np.ndarray]:
 def published_update(
     x: Tensor, out: Tensor, gradient: Tensor, step: int, table: dict[str, np.ndarray]
 ) -> Tensor:
-    """x_{t-1} of guided ancestral sampling, one torch operation for one of the published code's.
+    """Return x_{t-1} of guided ancestral sampling, with the same torch operations as the published code.
 
-    Follows the order of `p_mean_variance`, `condition_mean` and `p_sample` in guided-diffusion's
-    `gaussian_diffusion.py`, with what a step costs there beside the arithmetic: coefficient tables are
-    uploaded again each time, timesteps mapped, and the posterior's own variance fetched without being used.
+    It follows `p_mean_variance`, `condition_mean` and `p_sample` in guided-diffusion's
+    `gaussian_diffusion.py`, including the work beside the arithmetic: coefficient arrays are copied to the
+    device at every step, timesteps are mapped, and the posterior's variance is fetched but not used.
 
     Args:
         x: x_t, [N, 3, H, W], float32.
         out: the network's output, [N, 6, H, W]: eps and the variance channels.
-        gradient: the classifier's gradient at x_t, before its scale, [N, 3, H, W].
+        gradient: the classifier's gradient at x_t, before it is scaled, [N, 3, H, W].
         step: index into the respaced schedule.
-        table: what `tables` returns.
+        table: the result of `tables`.
     """
     t = torch.tensor([step] * x.shape[0], device=x.device)
     _ = torch.tensor(table["timestep"].tolist(), device=x.device)[t]
@@ -81,12 +81,12 @@ def published_update(
 
 
 def coefficients(step: int, table: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return the table's row of a step, and 0 in place of 1 for the noise of the last one."""
+    """Return the coefficients of a step, and as `noise` 1, or 0 for step 0, which adds no noise."""
     return {name: float(values[step]) for name, values in table.items()} | {"noise": float(step != 0)}
 
 
 def formula(x: Tensor, out: Tensor, gradient: Tensor, noise: Tensor, c: dict[str, float]) -> Tensor:
-    """Return the same update in the precision of x, for given noise and the coefficients of its step."""
+    """Compute the same update in the precision of x, with given noise and the coefficients of a step."""
     eps, v = out.to(x.dtype).chunk(2, dim=1)
     fraction = (v + 1) / 2
     log_variance = fraction * c["max_log"] + (1 - fraction) * c["min_log"]
@@ -96,9 +96,9 @@ def formula(x: Tensor, out: Tensor, gradient: Tensor, noise: Tensor, c: dict[str
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the operations that do work and the bytes they read and write, expanded dimensions once."""
+    """Counter of operations other than views, and of the bytes they read and write (expanded ones once)."""
 
-    # Reinterpretations that torch does not mark as views.
+    # Operations that do no work but that torch does not mark as views.
     FREE = frozenset({"aten::detach", "aten::lift_fresh", "aten::alias"})
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run `func` and count it unless it only makes a view."""
+        """Run `func`, and count it unless it only makes a view."""
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func._schema.name not in self.FREE:
             self.operations += 1
@@ -126,14 +126,14 @@ def _touched(x: Tensor) -> int:
 
 
 def count_traffic(fn: Callable[[], object]) -> tuple[int, int]:
-    """(operations, bytes) of one call of `fn`."""
+    """Return (operations, bytes) of one call of `fn`."""
     with Traffic() as traffic:
         fn()
     return traffic.operations, traffic.bytes
 
 
 def ceilings(settings: Settings) -> Iterator[Case]:
-    """One guided, learned-range DDPM update at every image size and batch size."""
+    """Yield one guided DDPM update with learned variance for every image size and batch size."""
     for batch in settings.some(BATCHES):
         for side in sampler_sides()[: 1 if settings.quick else None]:
             shape = {"batch": batch, "side": side}
@@ -141,10 +141,10 @@ def ceilings(settings: Settings) -> Iterator[Case]:
 
 
 def kernels(settings: Settings) -> Iterator[Case]:
-    """Every image and batch size; on the CPU also the batch of eight that its target names.
+    """Yield every image and batch size; on the CPU also batch 8 at 256 px.
 
-    `dtype` is the network's output's: float32 lies channels-first, at 64 and 256 px also half precision,
-    channels-last, as a network in that precision leaves it. The state is float32.
+    A case's `dtype` is that of the network's output: float32, channels-first; for the first size and 256 px
+    also half precision, channels-last, as a network in that precision returns it. The state is float32.
     """
     sides = sampler_sides()[: 1 if settings.quick else None]
     sizes = [(batch, side) for batch in settings.some(BATCHES) for side in sides]
@@ -159,7 +159,7 @@ def kernels(settings: Settings) -> Iterator[Case]:
 
 
 def guided_row(step: int = STEP) -> SolverRow:
-    """The update of the published sampler at a step of its table, as one row."""
+    """Return the solver's row for the published update at a step of `tables`."""
     from admfast.diffusion import DiffusionConfig
     from admfast.solvers import ddpm
 
@@ -173,7 +173,7 @@ def _update(batch: int, side: int, dtype: str, provider: str, settings: Settings
     out = torch.randn(batch, 6, side, side, device=device).to(DTYPES[dtype])
     if dtype != "fp32":
         out = out.contiguous(memory_format=torch.channels_last)
-    # Read x, eps and variance, and gradient, write x and x_0: noise is made on the way.
+    # x, the network's output and the gradient are read, x and x_0 written; the noise is never in memory.
     moved = 4 * x.nbytes + out.nbytes
     if provider == "copy":
         return copied(moved, settings)
@@ -197,7 +197,7 @@ def _update(batch: int, side: int, dtype: str, provider: str, settings: Settings
             row = timed(published, settings, check=lambda _: error, nbytes=counted[1])
             return row if counted[0] is None else row | {"operations": counted[0]}
         if provider == "torch.compile":
-            # What it draws inside can't be drawn again outside: it is compared for given noise.
+            # Noise that is drawn inside can't be reproduced outside, so the comparison passes the noise in.
             noise = torch.randn_like(x)
             error = check(compiled(lambda *a: formula(*a, c))(x, out, gradient, noise), noise)
             drawing = compiled(lambda *a: formula(*a, torch.randn_like(a[0]), c))

@@ -1,1 +1,1 @@
-"""The guided step of every preset, and the image that is made of it, beside others that compute the same."""
+"""Benches of the guided step of every preset, and of the first image, compared with other implementations."""

@@ -1,4 +1,4 @@
-"""`python -m bench.sampling`: the guided step of every preset, beside its peers and taken apart."""
+"""`python -m bench.sampling`: compare the guided step of every preset with its peers; measure its parts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this bench."""
     add_flags(parser)
     parser.add_argument(
-        "--ablate", action="store_true", help="also take our step apart: what each optimisation gives"
+        "--ablate", action="store_true", help="also measure the gain of each optimisation of our step"
     )
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
-    """Return the groups of a run with their part of the budget; the ablation only where it is asked for."""
+    """Return the groups with their shares of the budget; the ablation only with `--ablate`."""
     from bench.ops import products
     from bench.sampling import ablation, start
     from bench.sampling.choice import choose
@@ -38,7 +38,7 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     return {name: (SHARES[name], cases[name]) for name in cases if name != "ablation" or arguments.ablate}
 
 
-SUMMARY = "Measure the guided step of every preset at full size, on random weights, beside its peers."
+SUMMARY = "Compare the guided step of every preset at full size, on random weights, with its peers."
 main = functools.partial(bench_main, Bench("sampling", SUMMARY, tuple(SHARES), groups, flags))
 
 if __name__ == "__main__":

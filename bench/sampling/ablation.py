@@ -1,7 +1,7 @@
-"""Measure each optimisation of our step: added one after another, and switched off alone.
+"""Measure each optimisation of our step: parts of the engine added one after another, and each one left out.
 
-Every form is timed in turns with the whole engine, on the same weights and batch, so that the ratio of the
-two holds whatever the machine does in the meantime.
+Every variant is timed in turns with the whole engine, on the same weights and batch, so that other load on
+the machine does not change the ratio of the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.sampling.subject import Subject
 
 WHOLE = "whole engine"
 ROUNDS_SECONDS = {"cuda": 3.0, "cpu": 30.0}
-# Everything that the reference operations do in the published code's way.
+# Settings that run these ops as the published code does.
 NO_NORM, NO_ATTENTION = "group_norm_silu=reference", "attention=reference"
 FOLDS = {
     "two_sources": "two sources",
@@ -33,20 +33,20 @@ FOLDS = {
 
 @dataclass(frozen=True)
 class Form:
-    """The engine with some of its parts: see `Ours` for the fields."""
+    """A variant of the engine, with some of its parts; the fields are those of `Ours`."""
 
     name: str
     options: EngineOptions = field(default_factory=EngineOptions)
     setting: str = ""
 
     def entry(self, precision: str) -> Entry:
-        """The form as a contender."""
+        """Return the entry of the variant."""
         make = partial(Ours, precision=precision, **vars(self))
         return Entry(self.name, precision, make, compiles=self.options.compile)
 
 
 def added(cuda: bool) -> list[Form]:
-    """From the plain operations to the engine's defaults, one part more in each form."""
+    """Return variants from the plain operations to the engine's defaults; each has one part more."""
     both = f"{NO_NORM},{NO_ATTENTION}"
     forms = [
         Form("plain", PLAIN, both),
@@ -71,7 +71,7 @@ def added(cuda: bool) -> list[Form]:
 
 
 def without(cuda: bool) -> list[Form]:
-    """The whole engine less one part."""
+    """Return variants of the whole engine, each without one part."""
     whole = EngineOptions()
 
     def less(part: str) -> EngineOptions:
@@ -96,14 +96,14 @@ def without(cuda: bool) -> list[Form]:
 def cases(
     settings: Settings, pairs: Sequence[tuple[Subject, int]], precision: str, compiled: bool = False
 ) -> Iterator[Case]:
-    """A row for every form of every (preset, batch)."""
+    """Yield a case for every variant of every (preset, batch)."""
     ladder = added(settings.cuda)
     if compiled:
         ladder.append(Form("compiled", replace(EngineOptions(), compile=True)))
     lists = {"ablation_added": ladder, "ablation_without": without(settings.cuda)}
     for subject, batch in pairs:
         whole = Form(WHOLE).entry(precision)
-        whole = replace(whole, make=lru_cache(maxsize=1)(whole.make))  # made once for all forms
+        whole = replace(whole, make=lru_cache(maxsize=1)(whole.make))  # made once for all variants
         for kind, forms in lists.items():
             for form in forms:
                 entry = form.entry(precision)
@@ -113,7 +113,7 @@ def cases(
 
 
 def _measure(one: Comparison, entry: Entry, settings: Settings) -> Row:
-    """Return the form's row, with its ratio to the whole engine."""
+    """Return the variant's row, with `ratio`: its time divided by that of the whole engine."""
     row = dict(one.row_of(entry, settings))
     whole = one.row_of(one.entries[0], settings)
     ratio = 1 / row.pop("faster_than")[f"{WHOLE} {entry.dtype}"]

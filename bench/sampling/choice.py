@@ -1,4 +1,4 @@
-"""Choose the presets, batches, precisions and peers of a run, from its flags and its device."""
+"""Choose the presets, batches, precisions and peers to measure, from the flags and the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.sampling.compare import Comparison
 from bench.sampling.flags import PEERS
 from bench.sampling.subject import TINY, Subject, subjects
 
-# By device: presets, batches, precisions; `--all` adds the other presets, on a CPU at batch 1.
+# Defaults by device. `--all` adds the other presets, on a CPU at batch 1 only.
 SYSTEMS = {"cuda": ("imagenet256", "imagenet64"), "cpu": ("digits32", "imagenet64")}
 BATCHES = {"cuda": (8, 1), "cpu": (1, 4)}
 ALL_BATCHES = {"cuda": (8, 1, 32), "cpu": (1,)}
@@ -25,9 +25,9 @@ ROUNDS_SECONDS = {"cuda": 20.0, "cpu": 150.0}
 
 @dataclass(frozen=True)
 class Choice:
-    """The choice of a run: (preset, batch) in order, our precisions, peers by name.
+    """The presets with batches, in order, our precisions, and the names of the peers to measure.
 
-    path: of the published code, "" for none.
+    path: folder of the published code, "" for none.
     """
 
     pairs: tuple[tuple[Subject, int], ...]
@@ -37,11 +37,11 @@ class Choice:
 
     @property
     def compiled(self) -> bool:
-        """Tell whether our step is measured compiled too."""
+        """Tell whether our step is also measured compiled."""
         return "compiled" in self.peers
 
     def comparisons(self, settings: Settings) -> Iterator[Comparison]:
-        """Return the steps of every pair, guided where the preset is."""
+        """Yield the comparison of every pair, of a guided step if the preset has a classifier."""
         budget = ROUNDS_SECONDS[settings.device.type]
         for subject, batch in self.pairs:
             entries = [ours.entry(name) for name in self.precisions]
@@ -57,13 +57,13 @@ class Choice:
             yield Comparison(kind, subject, batch, entries, budget)
 
     def cases(self, settings: Settings) -> Iterator[Case]:
-        """The rows of all comparisons."""
+        """Yield the cases of all comparisons."""
         for one in self.comparisons(settings):
             yield from one.cases()
 
 
 def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
-    """Return what a run measures; raises ValueError for a name or number that is not allowed."""
+    """Return what to measure; raise ValueError for a name or number that is not allowed."""
     kind, known = settings.device.type, subjects()
     batches = _numbers(arguments.batches) or BATCHES[kind]
     names = names_in("systems", arguments.systems, known) or SYSTEMS[kind]
@@ -78,13 +78,13 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
         pairs += [pair for pair in more if pair not in pairs] if arguments.all else []
     precisions = precisions_in(arguments.precisions, settings) or PRECISIONS[kind]
     path = arguments.guided_diffusion
-    # Those that are there and need no minutes of compilation.
+    # By default, the peers that are available and need not be compiled for minutes.
     peers = names_in("peers", arguments.peers, PEERS) or (["eager", "channels-last"] if path else [])
     return Choice(tuple(pairs), precisions, tuple(peers), path)
 
 
 def precisions_in(text: str | None, settings: Settings) -> tuple[str, ...]:
-    """Return the precisions of a flag; raises ValueError for one that the device hasn't."""
+    """Return the precisions of a flag; raise ValueError for one that the device doesn't have."""
     names = tuple(texts_in(text))
     for name in names:
         try:
@@ -95,12 +95,12 @@ def precisions_in(text: str | None, settings: Settings) -> tuple[str, ...]:
 
 
 def texts_in(text: str | None) -> list[str]:
-    """Return the parts of a list with commas."""
+    """Return the parts of a comma-separated list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def names_in(flag: str, text: str | None, known: Iterable[str]) -> list[str]:
-    """Return the names of a flag; raises ValueError for one that isn't known."""
+    """Return the names of a flag; raise ValueError for an unknown one."""
     names = texts_in(text)
     for name in names:
         if name not in known:
@@ -111,5 +111,5 @@ def names_in(flag: str, text: str | None, known: Iterable[str]) -> list[str]:
 def _numbers(text: str | None) -> tuple[int, ...]:
     numbers = texts_in(text)
     if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise ValueError(f"batches={text!r}: whole numbers from 1 on, with commas")
+        raise ValueError(f"batches={text!r}: must be whole numbers of at least 1, separated by commas")
     return tuple(map(int, numbers))

@@ -1,4 +1,4 @@
-"""Contenders on one batch: each passes its trial, then their steps are timed in turns."""
+"""Comparison of contenders on one batch: each must pass a trial, then their steps are timed in turns."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from bench.sampling.contender import TOGETHER, Contender, Entry, sampling_trial
 from bench.sampling.subject import Subject, step_flop
 from bench.sampling.weights import shared_state
 
-# Seconds of one sample, and the samples of each contender.
+# Seconds of one sample, and number of samples of each contender.
 SAMPLE_SECONDS = {"cuda": 0.1, "cpu": 0.4}
 ROUNDS = 9
 TRACED_STEPS = 5
-# Seconds that a contender may take until it has passed its trial, and all of them for the rounds.
+# Seconds that a contender may take to pass its trial, without and with compilation.
 PATIENCE, COMPILING = 300.0, 3600.0
 
 
 @dataclass(eq=False)
 class Comparison:
-    """Contenders on the same weights and the same batch, measured in one go when the first is asked for.
+    """Contenders on the same weights and batch, which are all measured when the first row is requested.
 
-    budget: seconds after which no further round begins; a round takes a sample of each. trial_of: makes what
-    each must pass. passes: operations of a step over those of a step that samples.
+    budget: seconds after which no further round begins; a round takes one sample of each. trial_of: returns
+    the trial that each must pass. passes: operations of a step over those of a sampling step.
     """
 
     kind: str
@@ -45,15 +45,15 @@ class Comparison:
 
     @property
     def flop(self) -> int:
-        """Operations of a step."""
+        """Operations of one step of the batch."""
         return step_flop(self.subject) * self.batch * self.passes
 
     def cases(self) -> list[Case]:
-        """A case for each contender."""
+        """Return a case for each contender."""
         return [self.case(entry) for entry in self.entries]
 
     def case(self, entry: Entry) -> Case:
-        """Return the case of one of them."""
+        """Return the case of one contender."""
         shape = {"system": self.subject.name, "batch": self.batch}
         limit = self.budget + (COMPILING if entry.compiles else PATIENCE)
         measure = partial(self.row_of, entry)
@@ -62,15 +62,15 @@ class Comparison:
         )
 
     def leave_out(self, case: Case) -> None:
-        """Measure the others without the contender of a case."""
+        """Leave the contender of a case out of the comparison."""
         self.left_out.add((case.provider, case.dtype))
 
     def row_of(self, entry: Entry, settings: Settings) -> Row:
-        """Return the row of one of them, after all were measured; raises what went wrong with it."""
+        """Return the row of one contender, or raise its error; measure all of them at the first call."""
         if not self.found:
             try:
                 self._measure(settings)
-            except Exception as error:  # the trial itself: no contender's row can be had
+            except Exception as error:  # the trial itself failed, so no contender can be measured
                 self.found = dict.fromkeys(self.entries, error.with_traceback(None))
         found = self.found[entry]
         if isinstance(found, Exception):
@@ -78,7 +78,7 @@ class Comparison:
         return found
 
     def _measure(self, settings: Settings) -> None:
-        """Find a row for each contender, or what went wrong with it."""
+        """Measure all contenders: find the row or the error of each."""
         flop = self.flop
         refuse_work(flop * len({0, self.batch - 1}) / self.batch, "fp32", settings)
         trial = self.trial_of(self.subject, self.batch, settings.device)
@@ -92,7 +92,7 @@ class Comparison:
                 refuse_work(flop, entry.dtype, settings)
                 ready[entry], rows[entry] = self._prepared(entry, trial)
             except Exception as error:
-                # Without its frames, which hold the contender's memory.
+                # Without its traceback, whose frames keep the contender's memory.
                 self.found[entry] = error.with_traceback(None)
             _tidy(settings)
         samples = in_turns(
@@ -118,7 +118,7 @@ class Comparison:
         _tidy(settings)
 
     def _prepared(self, entry: Entry, trial: Any) -> tuple[Contender, Row]:
-        """A contender that has passed its trial, and the row that this begins."""
+        """Return a contender that has passed its trial, and the first fields of its row."""
         contender = entry.make(self.subject, trial.inputs)
         cuda = trial.inputs.x.device.type == "cuda"
         if cuda:
@@ -131,7 +131,7 @@ class Comparison:
         row: Row = {"rel_err": float(f"{error:.2e}"), "steps": self.subject.steps} | contender.note()
         if cuda:
             torch.cuda.synchronize()
-            # What it allocated itself, and the float32 weights that all share.
+            # Its own memory, and the float32 weights that all contenders share.
             own = torch.cuda.max_memory_allocated() - before
             row["peak_mb"] = round((own + self._shared_bytes(trial.inputs.x.device)) / 1e6, 1)
         return contender, row
@@ -142,7 +142,7 @@ class Comparison:
         return sum(value.nbytes for state in states for value in state.values())
 
     def times_of(self, samples: Sequence[Sample]) -> Row:
-        """The fields that follow from the samples: the median sample's time a step, and what it comes to."""
+        """Return the fields that follow from the samples: median time per step, and rates."""
         row = quantiles([sample.ms for sample in samples])
         flop = self.flop
         return row | {
@@ -156,16 +156,16 @@ class Comparison:
 
 
 def paired_ratio(slower: Row, faster: Row) -> float:
-    """Median over the rounds of the ratio of two contenders' times."""
+    """Return the median over the rounds of the slower row's time divided by the faster row's."""
     pairs = zip(slower["rounds_ms"], faster["rounds_ms"], strict=True)
     return quantiles([a / b for a, b in pairs])["ms"]
 
 
 def _launches(contender: Contender) -> Row:
-    """Return what the host launches for a step, and how many kernels run."""
+    """Return the numbers of launches by the host and of kernels for one step."""
     try:
         trace: Any = traced(contender, TRACED_STEPS)
-    except RuntimeError as error:  # a host may refuse to be profiled
+    except RuntimeError as error:  # a host may not allow profiling
         return {"trace": first_line(error)}
     return {"launches": round(trace.launches, 1), "kernels": round(trace.kernels, 1)}
 

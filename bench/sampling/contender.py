@@ -1,4 +1,4 @@
-"""Contenders of a comparison: each runs one guided step, after a trial that it must pass."""
+"""Base class of contenders, which run guided steps, and the trial that each of them must pass."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from bench.measure import Sample, checked, sample
 from bench.results import Row
 from bench.sampling.subject import Inputs, Subject
 
-# Of ten steps the one before the last: x after it is the x_0 found there, with noise and guidance of the same
-# order, so that an error of the network isn't hidden behind an x_t that is handed through.
+# The trial is the last but one of ten steps. After it, x is mostly the x_0 found in it, with noise and
+# guidance of similar size. In earlier steps x stays mostly x_t, which would hide an error of the network.
 TRIAL_STEPS, TRIAL_INDEX = 10, 1
-# Steps whose embeddings the engine makes at a time: a sample that comes near holds a whole number of them.
+# Steps whose embeddings the engine makes at a time; a sample has a multiple of it if it has enough steps.
 TOGETHER = 25
-GUIDANCE_SIZE = 0.3  # root mean square of what the trial's guidance moves x by
+GUIDANCE_SIZE = 0.3  # root mean square of the change of x by the trial's guidance
 
 
 class Contender(abc.ABC):
-    """Run the steps of one batch.
+    """A program that runs the steps of one batch.
 
-    dtype: the precision it is listed under. classifier_dtype: where the classifier has another.
+    name, dtype: the provider and the precision in its row.
     """
 
     name: str
@@ -49,22 +49,22 @@ class Contender(abc.ABC):
         self._prepared = False
 
     def ready(self) -> None:
-        """Prepare where that isn't done."""
+        """Call `prepare` if that has not been done."""
         if not self._prepared:
             self.prepare()
             self._prepared = True
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """Make what the steps need; raises Unavailable where it can't be had."""
+        """Make everything that the steps need; raise Unavailable if that is impossible."""
 
     @abc.abstractmethod
     def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
-        """(x after the trial's step, the x_0 found in it), for all images."""
+        """Return (x after the trial's step, the x_0 found in it), for all images."""
 
     @abc.abstractmethod
     def begin(self) -> None:
-        """Go back before the first step; not timed."""
+        """Go back to the state before the first step; this is not timed."""
 
     @abc.abstractmethod
     def step(self, i: int) -> None:
@@ -72,7 +72,7 @@ class Contender(abc.ABC):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Run what is inside as everything of it runs; by default cuDNN searches its algorithms."""
+        """Set this contender's numerics within the `with` block; by default, let cuDNN search algorithms."""
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = True
         try:
@@ -82,15 +82,15 @@ class Contender(abc.ABC):
             torch.backends.cudnn.benchmark = before
 
     def note(self) -> Row:
-        """Return what its row says of how it ran."""
+        """Return further fields of its row, about how it ran."""
         return {}
 
     def name_parts(self) -> None:
-        """Name the parts that a profiler can't tell apart, after `begin`; by default none."""
+        """Name parts that a profiler can't distinguish; called after `begin`. By default there are none."""
         return None
 
     def take(self, count: int) -> Sample:
-        """The time of the first `count` steps."""
+        """Time the first `count` steps together."""
         with self.running():
             self.begin()
             return sample(self.step, count)
@@ -98,10 +98,10 @@ class Contender(abc.ABC):
 
 @dataclass(frozen=True)
 class Trial:
-    """One step on given images, noise and guidance, whose outcome is known from the plain float32 network.
+    """One step with given images, noise and guidance, and its result by the plain float32 network.
 
-    process, index: the step. scale: of the guidance. ends: the images that are compared, with x_next and x0
-    for these.
+    process, index: the step. scale: of the guidance. ends: indices of the images that are compared. x_next,
+    x0: the result for these images.
     """
 
     process: GaussianDiffusion
@@ -115,25 +115,25 @@ class Trial:
     x0: Tensor
 
     def check(self, outcome: tuple[Tensor, Tensor], dtype: str) -> float:
-        """The larger relative error of x and x_0; raises WrongResult past the budget of the precision."""
+        """Return the larger relative error of x and x_0; raise WrongResult if it exceeds dtype's budget."""
         ends = list(self.ends)
         pairs = zip(outcome, (self.x_next, self.x0), strict=True)
         return max(checked(got[ends], ref, BUDGETS[dtype].step) for got, ref in pairs)
 
     @property
     def noise_row(self) -> int:
-        """The counter of the step's noise: its number among all rows."""
+        """The counter of the step's noise: the number of its row."""
         return TRIAL_STEPS - 1 - self.index
 
 
 @functools.lru_cache(maxsize=1)
 def sampling_trial(subject: Subject, batch: int, device: torch.device) -> Trial:
-    """The trial of a preset's batch, kept until another is asked for."""
+    """Return the trial of a preset's batch; the last one is cached."""
     return make_trial(subject, Inputs.of(subject, batch, device))
 
 
 def make_trial(subject: Subject, inputs: Inputs) -> Trial:
-    """The trial for a batch; the first and the last image go through the reference."""
+    """Return the trial of a batch; the reference computes its first and its last image."""
     process = subject.process(TRIAL_STEPS)
     whole = ddpm().table(process)
     table = SolverTable(whole.solver, whole.rows[-1 - TRIAL_INDEX :][:1], integer_t=whole.integer_t)
@@ -167,7 +167,7 @@ def make_trial(subject: Subject, inputs: Inputs) -> Trial:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A contender before it is made: what its row is called, how it is made, whether that takes minutes."""
+    """A contender before it is made: name and dtype of its row, how to make it, and whether it compiles."""
 
     name: str
     dtype: str

@@ -1,4 +1,4 @@
-"""The flags of the benches that run guided steps."""
+"""Command-line flags of the benches that run guided steps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PEERS = ("eager", "channels-last", "compiled")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add presets, batches, precisions and peers; `choice.choose` reads them."""
+    """Add the flags for presets, batches, precisions and peers, which `choice.choose` reads."""
     add = parser.add_argument
     add("--systems", metavar="NAME,...", help="presets (default: by device)")
-    add("--batches", metavar="N,...", help="images at a time (default: 8,1 on a GPU, 1,4 on a CPU)")
-    add("--precisions", metavar="NAME,...", help="of our steps (default: by device)")
+    add("--batches", metavar="N,...", help="images per step (default: 8,1 on a GPU, 1,4 on a CPU)")
+    add("--precisions", metavar="NAME,...", help="precisions of our steps (default: by device)")
     add("--all", action="store_true", help="every preset; batches 8,1,32 on a GPU, also batch 1 on a CPU")
     add_published(parser)
     add(
@@ -24,22 +24,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         nargs="?",
         const=",".join(PEERS),
-        help=f"of {','.join(PEERS)}; without names all, which takes minutes to compile "
-        "(default: those that are there, but compiled)",
+        help=f"some of {','.join(PEERS)}; without a value all, which takes minutes to compile "
+        "(default: all but compiled, if the published code is found)",
     )
 
 
 def add_published(parser: argparse.ArgumentParser) -> None:
-    """Add the place of the published code."""
+    """Add the flag for the path of the published code."""
     parser.add_argument(
         "--guided-diffusion",
         metavar="PATH",
         default=published_path(),
         help="a checkout of the published code, to compare with "
-        f"(default: {PUBLISHED_PATH}, or {PUBLISHED_FOLDER} where it exists)",
+        f"(default: {PUBLISHED_PATH}, or {PUBLISHED_FOLDER} if it exists)",
     )
 
 
 def published_path() -> str:
-    """Return where the published code is unless a flag names it: "" for nowhere."""
+    """Return the default path of the published code, "" if there is none."""
     return os.environ.get(PUBLISHED_PATH) or (str(PUBLISHED_FOLDER) if PUBLISHED_FOLDER.is_dir() else "")

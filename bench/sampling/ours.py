@@ -1,4 +1,4 @@
-"""This package's step, as its engine prepares it under given options."""
+"""Our contender: the step of this package's engine, with given options."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from bench.sampling.subject import Inputs, Subject
 class Ours(Contender):
     """A step of the engine.
 
-    precision: name of a policy. options: of the engine. setting: which implementations run, as in
-    ADMFAST_IMPL; "" leaves the choice.
+    precision: name of a policy. options: of the engine. setting: implementations by op, as in ADMFAST_IMPL;
+    "" for the default choice.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Ours(Contender):
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        """Note which implementations are chosen within the block."""
+        """Record which implementations are chosen within the `with` block."""
         with watch() as choices:
             yield
         for choice in choices:
@@ -70,7 +70,7 @@ class Ours(Contender):
     def _runner(
         self, table: SolverTable, scale: float, noise_row: int, x: Tensor
     ) -> PreparedStep | FunctionStep:
-        """Return what runs the rows of a table, before its first."""
+        """Return a prepared step, or a step of plain functions, at the first row of a table."""
         inputs = self.inputs
         net, classifier = self.engine.net, self.engine.classifier
         flags = (self.guided,) * len(table)
@@ -124,7 +124,7 @@ class Ours(Contender):
 
 
 def entry(precision: str, options: EngineOptions | None = None, name: str = "admfast") -> Entry:
-    """Our step in a precision."""
+    """Return the entry of our step in a precision."""
 
     make = functools.partial(Ours, name=name, precision=precision, options=options)
     return Entry(name, precision, make, compiles=options is not None and options.compile)

@@ -1,4 +1,4 @@
-"""The published code's guided step, from a checkout that the user names; nothing of it is copied here."""
+"""The published code's guided step, imported from a checkout that the user names; no code is copied here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from bench.sampling.weights import shared_state
 PACKAGE = "guided_diffusion"
 PARTS = ("unet", "script_util", "respace")
 TRAINING = ("fp16_util", "nn")
-# A power of two: without it the gradient of a classifier in float16 underflows.
+# Without this factor, the gradient of a classifier in float16 underflows. A power of two is exact.
 LOSS_SCALE = 2.0**10
-# Those of PyTorch's own study of fast diffusion on a GPU (pytorch-labs, "diffusion-fast"); convolutions stay
-# with cuDNN, since tuning a hundred shapes in Triton takes longer than a bench has.
+# The flags of PyTorch's study of fast diffusion on a GPU (pytorch-labs, "diffusion-fast"), except that cuDNN
+# runs the convolutions, because tuning a hundred shapes in Triton takes longer than a bench may.
 INDUCTOR = {
     "max_autotune": True,
     "triton.cudagraphs": True,
@@ -41,10 +41,11 @@ INDUCTOR = {
 
 @dataclass(frozen=True)
 class Form:
-    """A form in which the published networks run.
+    """A variant of the published networks.
 
-    frozen: as they come, their parameters require gradients, attention is computed twice for a gradient, and
-    the classifier stays in float32. Frozen, none of that, and images lie channels-last.
+    frozen: False leaves them as published: parameters require gradients, attention is computed twice for a
+    gradient, and the classifier is in float32. True freezes the parameters, computes attention once, puts the
+    classifier in the network's dtype, and makes images channels-last.
     """
 
     name: str
@@ -60,7 +61,10 @@ FORMS = {"eager": EAGER, "channels-last": CHANNELS_LAST, "compiled": COMPILED}
 
 @functools.cache
 def modules(path: str, parts: tuple[str, ...] = PARTS) -> SimpleNamespace:
-    """The published package's modules of these names, from the folder that holds it; else Unavailable."""
+    """Return the published package's modules of these names, from the folder with the package.
+
+    Raises: Unavailable.
+    """
     if not path:
         raise Unavailable("no published code: name its checkout by --guided-diffusion")
     folder = Path(path).resolve()
@@ -102,7 +106,7 @@ class Published(Contender):
         self.diffusion = self.process(timestep_respacing=str(self.subject.steps))
 
     def _network(self, kind: Any, config: NetConfig, seed: int, half: bool) -> Any:
-        """One of its networks by its own constructor, on the shared weights."""
+        """Return a published network, from its own constructor, with the shared weights."""
         arguments = {key: value for key, value in config.to_dict().items() if key != "kind"}
         with torch.device("meta"):
             net = kind(**arguments, use_fp16=half)
@@ -124,7 +128,7 @@ class Published(Contender):
         return torch.compile(net, fullgraph=True, options=options if self.device.type == "cuda" else {})
 
     def _condition(self, x: Tensor, t: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
-        """The gradient of the classifier's log-probability at x, as its sampling script takes it."""
+        """Return the scaled gradient of the classifier's log-probability at x, as in the published script."""
         assert self.classifier is not None and y is not None
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
@@ -132,7 +136,7 @@ class Published(Contender):
             if self.form.frozen:
                 chosen = log_probability.gather(1, y[:, None])
             else:
-                chosen = log_probability[range(len(y)), y]  # its way: the numbers go to the device each time
+                chosen = log_probability[range(len(y)), y]  # as published: copies indices to the device
             (gradient,) = torch.autograd.grad(chosen.sum() * self.loss_scale, leaf)
         return gradient.float() * (self.scale / self.loss_scale)
 
@@ -140,7 +144,7 @@ class Published(Contender):
         return self.net(x, t, y=y if self.subject.net.num_classes else None, **more)
 
     def _sample(self, diffusion: Any, x: Tensor, index: int) -> dict[str, Tensor]:
-        """One p_sample, with what its loop makes for it."""
+        """Run one `p_sample`, with the tensors that the published loop makes for it."""
         inputs = self.inputs
         given = {"y": inputs.labels, "low_res": inputs.low_res}
         t = torch.tensor([index] * len(x), device=self.device)
@@ -177,7 +181,7 @@ class Published(Contender):
 def without_checkpoints(net: nn.Module) -> None:
     """Let attention keep what its gradient needs instead of computing it twice.
 
-    Its checkpoint function refuses frozen parameters, and torch.compile.
+    The published checkpoint function works neither with frozen parameters nor with torch.compile.
     """
     for module in net.modules():
         if type(module).__name__ == "AttentionBlock":
@@ -185,11 +189,11 @@ def without_checkpoints(net: nn.Module) -> None:
 
 
 def precision(device: torch.device) -> str:
-    """The precision that the published code runs in."""
+    """Return the precision in which the published code runs."""
     return "fp16" if device.type == "cuda" else "fp32"
 
 
 def entry(form: Form, path: str, device: torch.device) -> Entry:
-    """The published step in a form."""
+    """Return the entry of a variant of the published step."""
     make = functools.partial(Published, form=form, path=path)
     return Entry(form.name, precision(device), make, compiles=form.compiled)

@@ -1,4 +1,4 @@
-"""Time a fresh process to its first image: with empty caches, with kept ones, and once it runs."""
+"""Time a new process to its first image, with empty and with filled caches, and to its second image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIMIT = 600.0  # seconds of a row: two processes
 def cases(
     settings: Settings, pairs: Sequence[tuple[Subject, int]], precision: str, compiled: bool = False
 ) -> Iterator[Case]:
-    """A row for every preset, at its smallest batch; another for the compiled step where that is wanted."""
+    """Yield a case for every preset, at its smallest batch; if `compiled`, also one for the compiled step."""
     smallest: dict[str, int] = {}
     for subject, batch in pairs:
         smallest[subject.name] = min(batch, smallest.get(subject.name, batch))
@@ -46,7 +46,7 @@ def _measure(given: Mapping[str, Any], settings: Settings) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: str(Path(folder) / part) for name, part in CACHES.items()}
         cold, kept = (first_image({**given, "device": str(settings.device)}, caches) for _ in range(2))
-    # Without making weights, which a user reads from a file.
+    # The time to make the weights is left out, because a user reads them from a file.
     seconds = [round(t["import_s"] + t["prepare_s"] + t["first_s"], 3) for t in (cold, kept)]
     row = {"ms": round(1e3 * seconds[0], 1), "cold_s": seconds[0], "kept_s": seconds[1]}
     row["warm_s"] = kept["second_s"]
@@ -54,13 +54,13 @@ def _measure(given: Mapping[str, Any], settings: Settings) -> Row:
 
 
 def first_image(given: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, float]:
-    """Return the seconds of a fresh process, as `tell` prints them."""
+    """Return the seconds of each part of a new process, as `tell` prints them."""
     code = f"from bench.sampling.start import tell; tell({time.time()!r}, **{dict(given)!r})"
     return in_a_process(code, os.environ | dict(environment))
 
 
 def pipeline(subject: Subject, device: torch.device, precision: str, compile: bool) -> Pipeline:
-    """The preset's pipeline on random weights."""
+    """Return the preset's pipeline with random weights."""
     net, classifier = subject.networks(device)
     return Pipeline(
         subject.name,
@@ -94,7 +94,7 @@ def tell(
         times.append(time.time())
 
     inputs = Inputs.of(subject, batch, on)
-    subject.networks(on)  # the weights stay for the pipeline
+    subject.networks(on)  # makes the weights, which are cached for the pipeline
     passed()
     pipe = pipeline(subject, on, precision, compile)
     passed()

@@ -1,4 +1,4 @@
-"""Subjects of a comparison: a preset's networks, the work of a step, and the images it works on."""
+"""Subjects of a comparison: a preset's networks, the operations of a step, and its input images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from bench.sampling.weights import network
 
 @dataclass(frozen=True)
 class Subject:
-    """A diffusion network, with its classifier where a preset guides by one.
+    """A preset's diffusion network, with its classifier if it has one.
 
-    name: of the preset; for a cascade its second half, as its first has a name of its own. steps, guidance:
-    the preset's. low_res_size: side of the image that an upsampler enlarges. also: presets of the same step.
+    name: of the preset; a cascade's name stands for its upsampler, because its first stage is a preset too.
+    steps, guidance: those of the preset. low_res_size: side of the image that an upsampler enlarges. also:
+    names of other presets with the same step.
     """
 
     name: str
@@ -37,18 +38,18 @@ class Subject:
     also: tuple[str, ...] = ()
 
     def process(self, steps: int) -> GaussianDiffusion:
-        """The process respaced to so many steps."""
+        """Return the process respaced to this number of steps."""
         return self.settings.build(str(steps))
 
     def networks(self, device: torch.device) -> tuple[nn.Module, nn.Module | None]:
-        """Network and classifier on their random weights."""
+        """Return the network and the classifier, or None, with their random weights."""
         second = None if self.classifier is None else network(self.classifier, 1, device)
         return network(self.net, 0, device), second
 
 
 @functools.cache
 def subjects() -> dict[str, Subject]:
-    """Every step that a preset takes, once, by the name of the first preset that takes it."""
+    """Return the distinct steps of all presets, by the name of the first preset that has the step."""
     found: dict[Any, Subject] = {}
     for system in SYSTEMS.values():
         for subject in _of_system(system):
@@ -62,7 +63,7 @@ def subjects() -> dict[str, Subject]:
 
 
 def _of_system(system: SystemPreset) -> list[Subject]:
-    """The steps of one preset; the base of a cascade is that of another preset."""
+    """Return the subjects of one preset; for a cascade only the upsampler, as its base is another preset."""
     if system.upsampler is not None:
         model, steps = system.upsampler, system.upsampler_steps
         return [_subject(system.name, model, steps, low_res_size=model.low_res_size)]
@@ -78,7 +79,7 @@ def _subject(name: str, model: ModelPreset, steps: int, **more: Any) -> Subject:
     return Subject(name, config, settings, steps=steps, **more)
 
 
-# Seconds of work even without its convolutions: to try the machinery out.
+# A network that takes seconds even without fast convolutions, to test the bench itself.
 _TINY: dict[str, Any] = dict(
     image_size=16,
     model_channels=32,
@@ -115,7 +116,7 @@ class Inputs:
 
     @classmethod
     def of(cls, subject: Subject, batch: int, device: torch.device) -> Inputs:
-        """The same batch whenever it is asked for, on any device."""
+        """Return the batch of a subject; it has the same values at every call and on every device."""
         generator = torch.Generator().manual_seed(2)
         config = subject.net
         x = torch.randn(batch, config.in_channels, config.image_size, config.image_size, generator=generator)
@@ -130,17 +131,17 @@ class Inputs:
         return cls(x.to(device), as_seeds(range(batch)).to(device), labels, low_res)
 
     def part(self, images: list[int]) -> Inputs:
-        """Some of the images."""
+        """Return the inputs of some of the images."""
         whole = (self.x, self.seeds, self.labels, self.low_res)
         return Inputs(*(None if t is None else t[images] for t in whole))  # type: ignore[arg-type]
 
 
 @functools.cache
 def step_flop(subject: Subject) -> int:
-    """Operations of one step for one image: the network's forward, the classifier's forward and gradient.
+    """Return the operations of one step for one image: the network, the classifier and its gradient in x.
 
-    Convolutions and matrix products of the published networks, a multiply-add being two; the gradient in x
-    alone, nothing computed twice. What an implementation saves by a smarter way is not subtracted.
+    Convolutions and matrix products of the published networks are counted, each once, a multiply-add as two
+    operations. An implementation that needs fewer operations gets the same count.
     """
     total = forward_work(subject.net).flops
     return total if subject.classifier is None else total + guidance_flops(subject.classifier)

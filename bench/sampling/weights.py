@@ -1,4 +1,4 @@
-"""Random weights in memory, from a fixed seed: a network of any size without a file."""
+"""Random weights from a fixed seed, so that a network of any size needs no file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from admfast.models.config import NetConfig
 
 
 def random_state(config: NetConfig, seed: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Weights that keep activations of order one: norms near 1, the rest by fan-in, nothing left at zero.
+    """Return random weights by name; they keep activations of order one: norms near 1, others by fan-in.
 
-    A fresh network of this architecture puts out zeros, as its last layers begin at zero: every
-    implementation would agree with every other. The same values on the same kind of device.
+    No weight is zero. A fresh network of this architecture returns zeros, because its last layers are zero,
+    and all implementations would agree. Values are the same on devices of the same kind.
     """
     generator = torch.Generator(device).manual_seed(seed)
     return {key: drawn(key, shape, generator) for key, shape in network_shapes(config).items()}
@@ -38,12 +38,12 @@ def drawn(key: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def shared_state(config: NetConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """`random_state`, kept for the last two networks asked for: whoever asks shares the same memory."""
+    """Return `random_state`, cached for the last two networks; all callers share the same tensors."""
     return random_state(config, seed, device)
 
 
 def network(config: NetConfig, seed: int, device: torch.device) -> nn.Module:
-    """The network on the shared random weights, frozen, in evaluation mode; it takes no memory of its own."""
+    """Return a network with the shared random weights, frozen, in evaluation mode; it copies no weights."""
     with torch.device("meta"):
         net = build(config)
     net.load_state_dict(shared_state(config, seed, device), strict=True, assign=True)

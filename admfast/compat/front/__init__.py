@@ -1,1 +1,1 @@
-"""The published names, for the front of the path; see `admfast.compat`."""
+"""Folder with the published names, to be put first on `sys.path`; see `admfast.compat`."""

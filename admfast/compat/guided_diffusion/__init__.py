@@ -1,5 +1,5 @@
 """The published package `guided_diffusion`: its names, signatures and behaviour, without MPI and blobfile.
 
-Files and names are those of the published code, so that its programs run unmodified; what they do is in
-admfast's floors. Source: github.com/openai/guided-diffusion.
+It has the published files and names, so that programs run unmodified; the other packages of admfast do the
+work. Source: github.com/openai/guided-diffusion.
 """

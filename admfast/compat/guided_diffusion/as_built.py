@@ -1,4 +1,4 @@
-"""Processes whose formulas are admfast's: whoever changes what these don't look at is told so."""
+"""Base class of a process that uses admfast's formulas, and raises if it was changed in a way they ignore."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ FIXED = (
     "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps", "num_timesteps", "use_timesteps",
     "timestep_map", "original_num_steps", "_schedule", "_made",
 )  # fmt: skip
-# Methods as they are defined here: programs may exchange one.
+# The methods of this package's classes as they were defined; a program may replace one.
 _DEFINED: dict[type, dict[str, Any]] = {}
 
 
 def as_defined(cls: type) -> None:
-    """Take note of the methods of a class as they are now."""
+    """Record the methods of a class as they are now."""
     _DEFINED[cls] = dict(vars(cls))
 
 
 class AsBuilt:
-    """The attributes of a process that its formulas were made from, and the arrays of its schedule."""
+    """Base class of a process that remembers the attributes and arrays from which its formulas were built."""
 
     _schedule: Schedule
 
     def _take(self, process: Process) -> None:
-        """Take the formulas, once all other attributes are set."""
+        """Store the formulas; to be called after all other attributes are set."""
         self._made, self._arrays = process, dict[str, Array]()
         self._built = {name: _kept(vars(self)[name]) for name in FIXED if name in vars(self)}
 
     @property
     def _process(self) -> Process:
-        """The formulas. Raises NotImplementedError where an attribute was changed that they don't look at."""
+        """The formulas. Raises NotImplementedError if an attribute was changed, which they would ignore."""
         changed = [name for name, value in self._built.items() if vars(self)[name] != value]
         for name, values in self._arrays.items():
             if not np.array_equal(values, getattr(self._schedule, name)):
@@ -52,18 +52,18 @@ class AsBuilt:
         return self._made
 
     def _formulas(self, *names: str) -> Process:
-        """Return the formulas, for a method that would call these methods if it were not for them.
+        """Return the formulas; they do not call the methods `names`, which the published code calls.
 
-        Raises: NotImplementedError where a program has put others in their place.
+        Raises: NotImplementedError if a program has replaced one of these methods.
         """
         for name in names:
             if not self._is_own(name):
-                where = f"{type(self).__name__}.{name} is not this package's"
-                raise NotImplementedError(f"{where}, and its formulas would not call it")
+                where = f"{type(self).__name__}.{name} was replaced"
+                raise NotImplementedError(f"{where}, but admfast's formulas would not call it")
         return self._process
 
     def _is_own(self, name: str) -> bool:
-        """Tell whether a method is the one that was defined here."""
+        """Tell whether a method is the one that this package defined."""
         if name in vars(self):
             return False
         found = next((part for part in type(self).__mro__ if name in vars(part)), None)
@@ -81,19 +81,19 @@ class AsBuilt:
 
 
 def _kept(value: Any) -> Any:
-    """Return a copy of what can be changed in place."""
+    """Return a copy of a list or set, which could be changed in place; any other value itself."""
     return type(value)(value) if isinstance(value, list | set) else value
 
 
 def _array(name: str) -> property:
-    """Return the property that gives an array of the schedule, the same at each use."""
+    """Return a property whose value is an array of the schedule, the same object at each use."""
 
     def read(self: AsBuilt) -> Array:
         if name not in self._arrays:
             self._arrays[name] = np.array(getattr(self._schedule, name))
         return self._arrays[name]
 
-    return property(read, doc=f"{name}, float64 [S]; not to be written to.")
+    return property(read, doc=f"{name}, float64 [S]; do not write to it.")
 
 
 for _name in ARRAYS:

@@ -1,4 +1,4 @@
-"""Processes and files, under the names of the published `dist_util.py`: torchrun's processes, no MPI."""
+"""The process group and weights files, under the names of the published `dist_util.py`; no MPI is needed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["dev", "load_state_dict", "setup_dist", "sync_params"]
 
 
 def setup_dist() -> None:
-    """Begin the process group: of torchrun's processes, or of this one only. Once is enough.
+    """Initialise the process group of torchrun's processes, or of this process only; later calls do nothing.
 
-    Programs gather, wait and ask for their rank whether or not there are others.
+    A single process needs a group because programs call collectives and ask for their rank in any case.
     """
     if dist.is_initialized():
         return
@@ -32,7 +32,7 @@ def setup_dist() -> None:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         dist.init_process_group(backend, init_method="env://")
         return
-    # A file, as no other process needs to find this one: a port may be taken, or forbidden.
+    # A file store: no other process has to connect, and a port may be in use or forbidden.
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
             backend, store=dist.FileStore(str(Path(folder) / "store"), 1), rank=0, world_size=1
@@ -45,21 +45,22 @@ def dev() -> torch.device:
 
 
 def load_state_dict(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Return what a file of torch.save holds: tensors, numbers, text and containers of them.
+    """Return the contents of a file of torch.save: tensors, numbers, text and containers of them.
 
-    kwargs: of `torch.load`; nothing that a file says is run. Raises: CheckpointError.
+    kwargs: for `torch.load`, always with `weights_only=True`, so that no code of the file runs. Raises:
+    CheckpointError.
     """
     place = user_path("path", path)
     try:
         return torch.load(place, **{**kwargs, "weights_only": True})
     except FileNotFoundError:
         raise CheckpointError(f"{place}: no such file") from None
-    except Exception as error:  # a damaged file fails in any of the look-ups
+    except Exception as error:  # a damaged file may raise anything
         raise CheckpointError(f"{place}: {first_line(error)}") from error
 
 
 def sync_params(params: Iterable[Tensor]) -> None:
-    """Give every process the values of the first."""
+    """Copy the values of the first process to all processes, in place."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     for parameter in params:

@@ -1,7 +1,8 @@
 """Training with float16 convolutions, under the names of the published `fp16_util.py`.
 
-The optimiser works on float32 copies of the parameters: one vector of all biases and norms, and one of all
-weights, each [1, n], as its published state files have them.
+The optimiser works on float32 copies of the parameters, called master parameters: one vector [n] of all
+parameters with at most one dimension (biases, norms) and one matrix [1, n] of all others, as in the published
+state files.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, nn.Param
 
 
 def make_master_params(param_groups_and_shapes: Sequence[Group]) -> list[nn.Parameter]:
-    """Return a float32 copy of each group."""
+    """Return one master parameter for each group: its parameters as float32, one after another."""
     return [
         nn.Parameter(torch.cat([p.detach().float().flatten() for _, p in group]).view(shape))
         for group, shape in param_groups_and_shapes
@@ -52,7 +53,7 @@ def make_master_params(param_groups_and_shapes: Sequence[Group]) -> list[nn.Para
 
 
 def unflatten_master_params(param_group: Sequence[tuple[str, Tensor]], master_param: Tensor) -> list[Tensor]:
-    """Return a group's copy as views of the parameters' shapes."""
+    """Return views of a group's master parameter in the shapes of its parameters."""
     parts = master_param.view(-1).split([p.numel() for _, p in param_group])
     return [part.view(p.shape) for part, (_, p) in zip(parts, param_group, strict=True)]
 
@@ -60,7 +61,7 @@ def unflatten_master_params(param_group: Sequence[tuple[str, Tensor]], master_pa
 def model_grads_to_master_grads(
     param_groups_and_shapes: Sequence[Group], master_params: Sequence[nn.Parameter]
 ) -> None:
-    """Give the copies the parameters' gradients; none counts as zero."""
+    """Set the master parameters' gradients from those of the parameters; a missing one counts as zero."""
     for master, (group, shape) in zip(master_params, param_groups_and_shapes, strict=True):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for _, p in group]
         master.grad = torch.cat([g.float().flatten() for g in gradients]).view(shape)
@@ -70,24 +71,25 @@ def model_grads_to_master_grads(
 def master_params_to_model_params(
     param_groups_and_shapes: Sequence[Group], master_params: Sequence[Tensor]
 ) -> None:
-    """Give the parameters the values of the copies."""
+    """Copy the values of the master parameters to the parameters."""
     for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
         for (_, parameter), value in zip(group, unflatten_master_params(group, master), strict=True):
             parameter.copy_(value)
 
 
 def check_overflow(value: float) -> bool:
-    """Tell whether a number is infinite or none."""
+    """Tell whether a number is infinite or NaN."""
     return not abs(value) < float("inf")
 
 
 class MixedPrecisionTrainer:
     """Backward passes and steps of a network, in float32 or with float16 convolutions and a loss scale.
 
-    use_fp16: convert the network's torso. fp16_scale_growth: what a step adds to log2 of the scale; one whose
-    gradient isn't finite is skipped, and halves the scale. initial_lg_loss_scale: where it begins.
+    use_fp16: convert the network's torso to float16 and use a loss scale. fp16_scale_growth: added to log2 of
+    the scale at each step; a step with a gradient that isn't finite is skipped and halves the scale.
+    initial_lg_loss_scale: log2 of the first scale.
 
-    Attributes: master_params, what the optimiser is to be given; lg_loss_scale.
+    Attributes: master_params, the parameters for the optimiser; lg_loss_scale, log2 of the scale.
     """
 
     def __init__(
@@ -114,11 +116,11 @@ class MixedPrecisionTrainer:
             parameter.grad = None
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to the parameters', times the scale where there is one."""
+        """Add the gradient of a loss, times the loss scale if `use_fp16`, to the parameters' gradients."""
         (loss * 2**self.lg_loss_scale if self.use_fp16 else loss).backward()  # type: ignore[no-untyped-call]
 
     def optimize(self, opt: torch.optim.Optimizer) -> bool:
-        """Make a step; return whether it was made."""
+        """Make a step of the optimiser; return False if it was skipped, as a gradient was not finite."""
         if not self.use_fp16:
             self._log_norms(*self._norms())
             opt.step()
@@ -144,7 +146,7 @@ class MixedPrecisionTrainer:
         return done
 
     def _norms(self, scale: float = 1.0) -> tuple[float, float]:
-        """Return the norms of all gradients, without the scale, and of all parameters."""
+        """Return the norm of all gradients, divided by `scale`, and the norm of all parameters."""
         values = [parameter.detach() for parameter in self.master_params]
         gradients = [parameter.grad for parameter in self.master_params if parameter.grad is not None]
         grad_norm, param_norm = (nn.utils.get_total_norm(tensors) for tensors in (gradients, values))
@@ -155,7 +157,7 @@ class MixedPrecisionTrainer:
         logger.logkv_mean("param_norm", param_norm)
 
     def master_params_to_state_dict(self, master_params: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the state dict of the network with other parameters, of `master_params`' kind."""
+        """Return the network's state dict with the values of master parameters in place of its own."""
         state: dict[str, Tensor] = self.model.state_dict()
         if self.param_groups_and_shapes is None:
             names = [name for name, _ in self.model.named_parameters()]
@@ -166,7 +168,7 @@ class MixedPrecisionTrainer:
         return state
 
     def state_dict_to_master_params(self, state_dict: dict[str, Tensor]) -> list[Any]:
-        """Return the parameters of a state dict as `master_params` has them."""
+        """Return the parameters of a state dict as master parameters."""
         named = [(name, state_dict[name]) for name, _ in self.model.named_parameters()]
         if self.param_groups_and_shapes is None:
             return [value for _, value in named]

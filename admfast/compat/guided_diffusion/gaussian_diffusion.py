@@ -1,7 +1,7 @@
 """The diffusion process under the names of the published `gaussian_diffusion.py`.
 
 The formulas are those of `admfast.diffusion`. Loops draw from torch's generator in the published order:
-x_T first, then noise at every step, the last included.
+x_T first, then noise at every step, including the last.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class GaussianDiffusion(AsBuilt):
     """A diffusion process, its losses and its sampling loops.
 
     betas: [S], in (0, 1]. model_mean_type, model_var_type, loss_type: members of the enumerations.
-    rescale_timesteps: the network sees float timesteps in 0..1000.
+    rescale_timesteps: the network gets float timesteps in 0..1000.
 
     Attributes: num_timesteps, the arguments, and the float64 arrays [S] of `Schedule` by their published
-    names (betas, alphas_cumprod, posterior_variance, ...). None of them may be changed: the formulas, which
-    are admfast's, would not see it. Nor would they call a formula that a subclass changes, such as `q_sample`
-    within `training_losses`; whole steps and loops may be overridden.
-    Raises: InvalidArgument; NotImplementedError where something was changed that would not be seen.
+    names (betas, alphas_cumprod, posterior_variance, ...). None of them may be changed, because admfast's
+    formulas would ignore the change. A subclass may override whole steps and loops, but not a formula within
+    one, such as `q_sample` within `training_losses`, because it would not be called.
+    Raises: InvalidArgument; NotImplementedError if something was changed or overridden that would be ignored.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class GaussianDiffusion(AsBuilt):
         return q.mean, q.variance, q.log_variance
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise; draws the noise if none is given."""
+        """Return x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise; draw the noise if it is None."""
         return self._process.q_sample(x_start, t, torch.randn_like(x_start) if noise is None else noise)
 
     def q_posterior_mean_variance(
@@ -115,7 +115,7 @@ class GaussianDiffusion(AsBuilt):
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Kwargs = None,
     ) -> dict[str, Tensor]:
-        """Return mean, variance, log_variance and pred_xstart of p(x_{t-1} | x_t), each of x's shape."""
+        """Return {"mean", "variance", "log_variance", "pred_xstart"} of p(x_{t-1} | x_t), in x's shape."""
         out = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         process = self._formulas(
             "_predict_xstart_from_eps", "_predict_xstart_from_xprev", "q_posterior_mean_variance"
@@ -151,7 +151,7 @@ class GaussianDiffusion(AsBuilt):
         t: Tensor,
         model_kwargs: Kwargs = None,
     ) -> dict[str, Tensor]:
-        """Return p_mean_var with the noise eps - sqrt(1 - alpha_bar) * cond_fn(x, t, **model_kwargs)."""
+        """Return p_mean_var recomputed for the noise eps - sqrt(1 - alpha_bar) * cond_fn(x, t, **kwargs)."""
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         process = self._formulas(
             "_predict_eps_from_xstart", "_predict_xstart_from_eps", "q_posterior_mean_variance"
@@ -171,7 +171,7 @@ class GaussianDiffusion(AsBuilt):
         cond_fn: Model | None = None,
         model_kwargs: Kwargs = None,
     ) -> dict[str, Tensor]:
-        """Return sample, an x_{t-1} drawn from p(x_{t-1} | x_t), and pred_xstart."""
+        """Return {"sample": x_{t-1} drawn from p(x_{t-1} | x_t), "pred_xstart": x_0}."""
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         noise = torch.randn_like(x)
         if cond_fn is not None:
@@ -190,7 +190,7 @@ class GaussianDiffusion(AsBuilt):
         model_kwargs: Kwargs = None,
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Return sample, the x_{t-1} of DDIM (Song et al. 2020, eq. 12), and pred_xstart."""
+        """Return {"sample": x_{t-1} of DDIM (Song et al. 2020, eq. 12), "pred_xstart": x_0}."""
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
@@ -214,7 +214,7 @@ class GaussianDiffusion(AsBuilt):
         model_kwargs: Kwargs = None,
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Return sample, the x_{t+1} of the deterministic DDIM run backwards, and pred_xstart."""
+        """Return {"sample": x_{t+1} of deterministic DDIM in reverse, "pred_xstart": x_0}; eta must be 0."""
         assert eta == 0.0, "Reverse ODE only for deterministic path"
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
@@ -227,8 +227,8 @@ class GaussianDiffusion(AsBuilt):
     def p_sample_loop(self, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
         """Return samples [N, C, *spatial] of ancestral sampling; arguments as `p_sample_loop_progressive`.
 
-        Where nothing of the caller's is in the way (see `prepared.prepared_loop`), the rows run as one
-        prepared step.
+        The loop runs as one prepared step unless it calls other code of the caller than the published; see
+        `prepared.prepared_loop`.
         """
         return self._loop("p_sample", model, shape, *args, **kwargs)
 
@@ -256,11 +256,12 @@ class GaussianDiffusion(AsBuilt):
         device: torch.device | str | None = None,
         progress: bool = False,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield what `p_sample` gives at every step, t = S-1..0, without gradients.
+        """Yield the result of `p_sample` at every step, t = S-1 to 0, without gradients.
 
-        model: model(x, t, **model_kwargs), t [N] of the original process. shape: of the samples. noise: x_T,
-        drawn if None. denoised_fn: maps x_0 before it is limited. cond_fn: cond_fn(x, t, **model_kwargs)
-        gives the gradient of guidance. device: that of the model's parameters if None. progress: show a bar.
+        model: called as model(x, t, **model_kwargs) with t [N] of the original process. shape: that of the
+        samples. noise: x_T, drawn if None. denoised_fn: applied to x_0 before it is clipped. cond_fn:
+        cond_fn(x, t, **model_kwargs) returns the gradient of the guidance. device: that of the model's
+        parameters if None. progress: show a progress bar.
         """
         step = partial(
             self.p_sample, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
@@ -281,7 +282,7 @@ class GaussianDiffusion(AsBuilt):
         progress: bool = False,
         eta: float = 0.0,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield what `ddim_sample` gives at every step; arguments as of `p_sample_loop_progressive`."""
+        """Yield the result of `ddim_sample` at every step; arguments as `p_sample_loop_progressive`."""
         step = partial(
             self.ddim_sample, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
             model_kwargs=model_kwargs, eta=eta,
@@ -323,7 +324,10 @@ class GaussianDiffusion(AsBuilt):
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None
     ) -> dict[str, Tensor]:
-        """Return total_bpd and prior_bpd, [N], and vb, xstart_mse and mse, [N, S] from t = S-1 on."""
+        """Return {"total_bpd", "prior_bpd"}, each [N], and {"vb", "xstart_mse", "mse"}, each [N, S].
+
+        vb and both bpd are in bits per dimension. The S columns are in the order t = S-1 to 0.
+        """
         process = self._formulas(
             "q_sample", "_vb_terms_bpd", "_prior_bpd", "_predict_eps_from_xstart", *_BENEATH
         )
@@ -347,13 +351,13 @@ class GaussianDiffusion(AsBuilt):
         return prior_bpd(self._formulas("q_mean_variance"), x_start)
 
 
-# What the variational terms would call.
+# Methods that the published variational terms call.
 _BENEATH = ("p_mean_variance", "q_posterior_mean_variance", "_scale_timesteps")
 as_defined(GaussianDiffusion)
 
 
 class WrappedModel:
-    """A model that is given the steps of a process that skips some, and sees the long one's timesteps."""
+    """A model that is called with steps of a respaced process and gets timesteps of the original one."""
 
     def __init__(self, model: Model, process: Process) -> None:
         self.model, self.process = model, process
@@ -363,12 +367,12 @@ class WrappedModel:
 
 
 def _bare(model: Model) -> Model:
-    """Return the model itself, for formulas that map the timesteps."""
+    """Return the model without its wrapper, for formulas that map the timesteps themselves."""
     return model.model if isinstance(model, WrappedModel) else model
 
 
 def _later(t: Tensor, x: Tensor) -> Tensor:
-    """Return 1 for every image but those at t = 0, shaped [N, 1, ...]."""
+    """Return 0 for images at t = 0 and 1 for all others, shaped [N, 1, ...]."""
     return (t != 0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 

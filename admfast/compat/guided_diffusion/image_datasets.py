@@ -31,10 +31,11 @@ def load_data(
     random_crop: bool = False,
     random_flip: bool = True,
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield batches for ever: images, float32 [N, 3, H, W] in [-1, 1], and {"y": classes int64 [N]} or {}.
+    """Yield batches endlessly: images, float32 [N, 3, H, W] in [-1, 1], and {"y": classes int64 [N]} or {}.
 
-    data_dir: looked through with its subfolders. class_cond: an image's class is its file name up to the
-    first "_". deterministic: in the order of the names. Raises: InvalidArgument without a folder or images.
+    data_dir: searched with its subfolders. class_cond: an image's class is its file name up to the first "_".
+    deterministic: do not shuffle; images come in the order of their paths. Raises: InvalidArgument if
+    `data_dir` is no folder, or if a process has fewer images than `batch_size`.
     """
     if not data_dir or not os.path.isdir(data_dir):
         raise invalid("data_dir", data_dir, "a folder of images")
@@ -57,7 +58,7 @@ def load_data(
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
-    """Return the paths of the images in a folder and its subfolders, by name."""
+    """Return the paths of the images in a folder and its subfolders, sorted by name within each folder."""
     found = []
     for entry in sorted(os.listdir(data_dir)):
         path = os.path.join(data_dir, entry)
@@ -69,7 +70,10 @@ def _list_image_files_recursively(data_dir: str) -> list[str]:
 
 
 class ImageDataset(Dataset[tuple[Any, dict[str, Any]]]):
-    """The images of this process, cropped to squares: (float32 [3, H, W] in [-1, 1], {"y": class} or {})."""
+    """The images of this process, cropped to squares: (float32 [3, H, W] in [-1, 1], {"y": class} or {}).
+
+    A process has every `num_shards`-th image, starting with number `shard`.
+    """
 
     def __init__(
         self,
@@ -111,5 +115,5 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> npt.NDArray[np.u
 def random_crop_arr(
     pil_image: Image.Image, image_size: int, min_crop_frac: float = 0.8, max_crop_frac: float = 1.0
 ) -> npt.NDArray[np.uint8]:
-    """Return a square drawn by Python's generator; see `admfast.training.crops.random_crop`."""
+    """Return a random square drawn by Python's `random`; see `admfast.training.crops.random_crop`."""
     return random_crop(pil_image, image_size, random.randrange, min_crop_frac, max_crop_frac)

@@ -1,8 +1,8 @@
-"""The log of a program, under the names of the published `logger.py`: text, tables, CSV, JSON lines.
+"""Logging under the names of the published `logger.py`, as text, tables, CSV and JSON lines.
 
-`configure` opens a folder: the one named, OPENAI_LOGDIR, or a dated one among the temporary files. Formats
-are those of OPENAI_LOG_FORMAT ("stdout,log,csv"), of other processes than the first those of
-OPENAI_LOG_FORMAT_MPI ("log"). Without it, text and tables go to the standard output.
+`configure` opens the folder that is named, or OPENAI_LOGDIR, or a dated folder among the temporary files. Its
+formats come from OPENAI_LOG_FORMAT (default "stdout,log,csv"), or in processes other than the first from
+OPENAI_LOG_FORMAT_MPI (default "log"). Before `configure` is called, the log goes to the standard output.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 class HumanOutputFormat:
-    """Text and tables, to a file."""
+    """Writer of text to a file; it writes numbers as a text table."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        """Write a table of names and numbers, by name."""
+        """Write names and numbers as a table, sorted by name."""
         if not kvs:
             return
         rows = sorted((_cut(key), _cut(_shown(value))) for key, value in kvs.items())
@@ -43,7 +43,7 @@ class HumanOutputFormat:
         self.file.flush()
 
     def writeseq(self, seq: Sequence[str]) -> None:
-        """Write words as a line."""
+        """Write strings as one line."""
         self.file.write(" ".join(seq) + "\n")
         self.file.flush()
 
@@ -53,13 +53,13 @@ class HumanOutputFormat:
 
 
 class JSONOutputFormat:
-    """A line of JSON for every table."""
+    """Writer of a line of JSON for the numbers of each iteration."""
 
     def __init__(self, filename: str) -> None:
         self.file = open(filename, "w")  # noqa: SIM115
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        """Write a table."""
+        """Write names and numbers as a JSON object."""
         self.file.write(json.dumps({k: _plain(kvs[k]) for k in sorted(kvs)}) + "\n")
         self.file.flush()
 
@@ -71,14 +71,14 @@ class JSONOutputFormat:
 
 
 class CSVOutputFormat:
-    """A row for every table; a name that is new gets a column, empty in the rows before."""
+    """Writer of a CSV row for each iteration's numbers; a new name gets a column, empty in older rows."""
 
     def __init__(self, filename: str) -> None:
         self.file = open(filename, "w+", newline="")  # noqa: SIM115
         self.keys: list[str] = []
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        """Write a table as a row."""
+        """Write names and numbers as a row."""
         new = sorted(kvs.keys() - set(self.keys))
         self.keys += new
         writer = csv.DictWriter(self.file, self.keys)
@@ -100,7 +100,7 @@ class CSVOutputFormat:
 
 
 def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
-    """Return the output of a name: "stdout", "log", "csv" or "json"; files lie in `ev_dir`."""
+    """Return the writer for the format "stdout", "log", "csv" or "json", with its file in `ev_dir`."""
     os.makedirs(ev_dir, exist_ok=True)
     if format == "stdout":
         return HumanOutputFormat(sys.stdout)
@@ -114,9 +114,9 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
 
 
 class Logger:
-    """Numbers of this iteration, and where they go.
+    """The numbers of the current iteration, and the writers that they go to.
 
-    dir: the folder, or None. output_formats: see `make_output_format`.
+    dir: the folder of the log, or None. output_formats: writers; see `make_output_format`.
     """
 
     DEFAULT: Logger
@@ -134,7 +134,7 @@ class Logger:
         self.name2val[key] = val
 
     def logkv_mean(self, key: str, val: Any) -> None:
-        """Take a number into its mean over this iteration."""
+        """Add a number to its mean over this iteration."""
         count = self.name2cnt.get(key, 0)
         before = self.name2val.get(key, 0.0)
         self.name2val[key] = before * count / (count + 1) + val / (count + 1)
@@ -150,7 +150,7 @@ class Logger:
         return numbers
 
     def log(self, *args: Any, level: int = INFO) -> None:
-        """Write words as a line, if the logger's level lets them through."""
+        """Write the arguments as one line, if `level` is at least the logger's level."""
         if self.level <= level:
             for output in self.output_formats:
                 output.writeseq([str(arg) for arg in args])
@@ -170,7 +170,7 @@ def configure(
     comm: None = None,
     log_suffix: str = "",
 ) -> None:
-    """Open a folder and make it the one that is logged to."""
+    """Open a folder and log to it from now on; see the module for the defaults."""
     if dir is None:
         dated = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
         dir = os.getenv("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), dated)
@@ -199,7 +199,7 @@ def reset() -> None:
 def scoped_configure(
     dir: str | None = None, format_strs: Sequence[str] | None = None, comm: None = None
 ) -> Iterator[None]:
-    """Log to another folder within the block."""
+    """Log to another folder within the `with` block."""
     before = Logger.CURRENT
     configure(dir, format_strs, comm)
     try:
@@ -215,7 +215,7 @@ def logkv(key: str, val: Any) -> None:
 
 
 def logkv_mean(key: str, val: Any) -> None:
-    """Take a number into its mean over this iteration."""
+    """Add a number to its mean over this iteration."""
     Logger.CURRENT.logkv_mean(key, val)
 
 
@@ -236,7 +236,7 @@ def getkvs() -> dict[str, Any]:
 
 
 def log(*args: Any, level: int = INFO) -> None:
-    """Write words as a line."""
+    """Write the arguments as one line, if `level` is at least the logger's level."""
     Logger.CURRENT.log(*args, level=level)
 
 
@@ -261,17 +261,17 @@ def error(*args: Any) -> None:
 
 
 def set_level(level: int) -> None:
-    """Let only lines of this level and above through."""
+    """Log only lines of this level or above from now on."""
     Logger.CURRENT.level = level
 
 
 def get_dir() -> str | None:
-    """Return the folder that is logged to; None before `configure`."""
+    """Return the folder of the log; None before `configure`."""
     return Logger.CURRENT.dir
 
 
 def _plain(value: Any) -> Any:
-    """Return a number of NumPy or torch as Python's."""
+    """Return a number of NumPy or torch as a Python float, and any other value itself."""
     return float(value) if hasattr(value, "dtype") else value
 
 

@@ -64,8 +64,8 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
 
 
 def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:
-    """Call func(*inputs); with `flag` its activations are computed again in the backward pass.
+    """Return func(*inputs); if `flag`, its activations are computed again in the backward pass.
 
-    params: not looked at; gradients of parameters are found without.
+    params: ignored; the parameters get their gradients without it.
     """
     return recomputed(func, *inputs, use_reentrant=False) if flag else func(*inputs)

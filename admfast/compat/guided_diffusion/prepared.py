@@ -1,9 +1,9 @@
-"""Run a published sampling loop as one prepared step, where nothing of the caller's stands in between.
+"""Run a published sampling loop as one prepared step, if it calls no code of the caller but the published.
 
-What the loop is given must be a network of this package in evaluation mode, called directly or by a function
-that only hands its arguments on, and for guidance a function that computes the published gradient of one
-classifier. Such functions run straight on, write to nothing, use known names, and give what they should with
-stand-ins for the networks. The process must be as it was built.
+The model must be a network of this package in evaluation mode, or a function that only passes its arguments
+to such a network. The guidance must be a function that computes the published gradient of one classifier. A
+function counts as such if it is straight-line code that writes to no object and uses only known names, and if
+it gives the expected result with stand-ins for the networks. The process must not have been changed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ GUIDES = LIBRARIES | {
 def prepared_loop(
     diffusion: GaussianDiffusion, step: str, model: Any, shape: Sequence[int], *args: Any, **kwargs: Any
 ) -> Tensor | None:
-    """Return the samples of a loop by `step` ("p_sample", "ddim_sample"), or None where its own must run.
+    """Return the samples of the loop over `step` ("p_sample", "ddim_sample"), or None if it must run itself.
 
-    Other arguments: of the loop. x_T and the noise of every row are drawn from torch's generator as the
-    published loop draws them.
+    The other arguments are those of the loop. x_T and the noise of every row are drawn from torch's generator
+    in the order of the published loop.
     """
     if not isinstance(shape, tuple | list) or not diffusion.as_built():
         return None
@@ -83,7 +83,7 @@ def prepared_loop(
 def _run(
     net: UNetModel, classifier: EncoderUNetModel | None, batch: Batch, x: Tensor, progress: bool
 ) -> Tensor:
-    """Run the rows of a batch from x; classifier parameters are frozen meanwhile."""
+    """Return the samples of a batch that starts at x; the classifier is frozen meanwhile."""
     engine = net.engine_with(classifier)
     with _frozen(classifier), own_numerics(engine.device, engine.policy.tf32), torch.no_grad():
         engine.ready()
@@ -95,7 +95,7 @@ def _run(
 
 
 def shown(steps: Any, total: int, progress: bool) -> Any:
-    """Return the steps of a loop, with a bar where that is asked for."""
+    """Return the steps of a loop, with a progress bar if `progress`."""
     if not progress:
         return steps
     from tqdm.auto import tqdm  # not needed otherwise
@@ -104,7 +104,7 @@ def shown(steps: Any, total: int, progress: bool) -> Any:
 
 
 class _Draws:
-    """The noise of each row, drawn from torch's generator when it is asked for."""
+    """The noise of each row, drawn from torch's generator when the row is read."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -120,7 +120,10 @@ def _fits(
     shape: Sequence[int],
     noise: Tensor | None,
 ) -> bool:
-    """Tell whether a step can be prepared for a call: of known arguments, in plain float32 surroundings."""
+    """Tell whether a step can be prepared for a call.
+
+    Its arguments must be known and of the usual dtypes, outside of tracing, autocast and inference mode.
+    """
     y, low_res = extra.get("y"), extra.get("low_res")
     config: Any = net.config
     wanted = {"y"} if config.num_classes is not None or classifier is not None else set()
@@ -136,7 +139,7 @@ def _fits(
         if not plain or tuple(noise.shape) != tuple(shape):
             return False
     labelled = y is None or (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (shape[0],))
-    if labelled and y is not None and bool((y < 0).any()):  # counts from the end where it indexes
+    if labelled and y is not None and bool((y < 0).any()):  # as an index it would count from the end
         return False
     enlarged = low_res is None or (isinstance(low_res, Tensor) and low_res.dtype == torch.float32)
     images = len(shape) == config.dims + 2 and shape[1] == config.in_channels and config.of_images
@@ -146,9 +149,9 @@ def _fits(
 
 
 def network_of(model: Any, extra: Arguments) -> UNetModel | None:
-    """Return the network that a loop's model is, or that it only hands its arguments on to; else None.
+    """Return the network that a loop's model is, or to which it only passes its arguments; else None.
 
-    extra: the keyword arguments that the loop gives it.
+    extra: the keyword arguments with which the loop calls the model.
     """
     if isinstance(model, UNetModel):
         return model if is_network(model) else None
@@ -165,7 +168,7 @@ def network_of(model: Any, extra: Arguments) -> UNetModel | None:
 
     try:
         found = _with(model, net, stand_in)(x, t, **named)
-    except Exception:  # of a function that expects more of a network
+    except Exception:  # the function needs more of a network than the stand-in has
         return None
     wanted = (x, t) if net.num_classes is None else (x, t, named.get("y"))
     given = tuple(value for value in calls[0] if value is not None) if len(calls) == 1 else ()
@@ -176,8 +179,8 @@ def network_of(model: Any, extra: Arguments) -> UNetModel | None:
 def guide_of(cond_fn: Any, extra: Arguments) -> tuple[EncoderUNetModel, float] | None:
     """Return the classifier and scale of a published guidance function, or None for any other function.
 
-    It gives scale * d/dx sum_n log_softmax(classifier(x, t))[n, y_n]. extra: the keyword arguments that the
-    loop gives it.
+    The function returns scale * d/dx sum_n log_softmax(classifier(x, t))[n, y_n]. extra: the keyword
+    arguments with which the loop calls it.
     """
     classifier = _only_one(cond_fn, EncoderUNetModel)
     if classifier is None or set(extra) != {"y"}:
@@ -197,7 +200,7 @@ def guide_of(cond_fn: Any, extra: Arguments) -> tuple[EncoderUNetModel, float] |
         wanted = scale * log_probability_gradient(stand_in, x, t, y[:, None])  # type: ignore[arg-type]
         try:
             found = _with(cond_fn, classifier, stand_in)(x.clone(), t, y=y)
-        except Exception:  # of a function that expects more of a classifier
+        except Exception:  # the function needs more of a classifier than the stand-in has
             return None
         if not close(found, wanted):
             return None
@@ -209,29 +212,35 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _held(function: Any) -> dict[str, Any]:
-    """Return the values of the variables that a function takes from around it, by name."""
+    """Return a function's global and closure variables by name; {} for an object that is not a function."""
     try:
         found = inspect.getclosurevars(function)
-    except (TypeError, ValueError):  # no function, or a variable that has no value yet
+    except (TypeError, ValueError):  # not a function, or a closure variable without a value
         return {}
     return {**found.globals, **found.nonlocals}
 
 
 def _named(function: Any) -> set[str]:
-    """Return the names of networks, parsed arguments and switches that a function takes from around it."""
+    """Return the names of a function's outer variables that hold networks or parsed arguments.
+
+    If any holds parsed arguments, the names of the switches among them are returned too.
+    """
     held = _held(function).items()
     plain = {name for name, value in held if _switches(value) or isinstance(value, nn.Module)}
     return plain | (SWITCHES if any(_switches(value) for _, value in held) else set())
 
 
 def _switches(value: Any) -> bool:
-    """Tell whether a value holds parsed arguments, as plain attributes."""
+    """Tell whether a value holds parsed arguments: a switch or `classifier_scale` as a plain attribute."""
     said = [inspect.getattr_static(value, name, None) for name in (*SWITCHES, "classifier_scale")]
     return any(isinstance(value, bool | int | float) for value in said)
 
 
 def _only_one(function: Any, kind: type[nn.Module]) -> Any:
-    """Return the only network that a simple function of x, t, y takes from around it, if it is of a kind."""
+    """Return the only network among a simple function's outer variables if it is of this class, else None.
+
+    A simple function is straight-line code with no parameters but x, t and y.
+    """
     if not isinstance(function, FunctionType) or branches(function) is not None:
         return None
     code = function.__code__
@@ -243,7 +252,7 @@ def _only_one(function: Any, kind: type[nn.Module]) -> Any:
 
 
 def _with(function: FunctionType, net: nn.Module, stand_in: Any) -> Function:
-    """Return a function in which a stand-in takes the place of a network."""
+    """Return a copy of a function in which a stand-in replaces a network."""
     around = {name: stand_in if value is net else value for name, value in function.__globals__.items()}
     cells = tuple(
         CellType(stand_in) if cell.cell_contents is net else cell for cell in function.__closure__ or ()
@@ -253,18 +262,19 @@ def _with(function: FunctionType, net: nn.Module, stand_in: Any) -> Function:
     return made
 
 
-_FROZEN: dict[int, tuple[int, list[nn.Parameter]]] = {}  # how many loops froze a classifier, and what of it
+# By a classifier's id: how many loops use it, and the parameters that they froze.
+_FROZEN: dict[int, tuple[int, list[nn.Parameter]]] = {}
 _FREEZING = threading.Lock()
 
 
 @contextlib.contextmanager
 def _frozen(classifier: nn.Module | None) -> Iterator[None]:
-    """Freeze a classifier within the block: gradients of its parameters would be computed and dropped."""
+    """Freeze a classifier within the `with` block, so that its parameters' gradients are not computed."""
     if classifier is None:
         yield
         return
     key = id(classifier)
-    with _FREEZING:  # loops on several threads may share it: the last one gives its gradients back
+    with _FREEZING:  # loops on several threads may share a classifier: the last one unfreezes it
         loops, trained = _FROZEN.get(key, (0, []))
         trained = trained or [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         _FROZEN[key] = (loops + 1, trained)

@@ -1,4 +1,4 @@
-"""Draw timesteps for training, from NumPy's generator, under the names of the published `resample.py`."""
+"""Samplers of training timesteps by NumPy's generator, under the names of the published `resample.py`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class ScheduleSampler(ABC):
         """Return a positive weight for each step, [S]."""
 
     def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Return steps, int64 [N], drawn by weight p, and the factors 1 / (S p) that keep means unbiased."""
+        """Return steps, int64 [N], and factors 1 / (S p), float32 [N], that keep weighted means unbiased.
+
+        Step i is drawn with probability p_i, its weight over the sum of all weights.
+        """
         weights = self.weights()
         p = weights / np.sum(weights)
         t = np.random.choice(len(p), size=(batch_size,), p=p)
@@ -55,7 +58,7 @@ class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from the losses of all processes."""
 
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
-        """Take note of this process's losses, [N] each, and of those of the others, who call this too."""
+        """Learn from the losses [N] at steps [N] of this process and of all others; each must call this."""
         local = list(zip(local_ts.tolist(), local_losses.tolist(), strict=True))
         everybody: list[Any] = [local]
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -66,11 +69,11 @@ class LossAwareSampler(ScheduleSampler):
 
     @abstractmethod
     def update_with_all_losses(self, ts: list[int], losses: list[float]) -> None:
-        """Take note of losses; every process is given the same, in the same order."""
+        """Learn from losses; every process is given the same ones in the same order."""
 
 
 class LossSecondMomentResampler(LossAwareSampler):
-    """Steps whose losses are large are drawn more often; see `LossSecondMomentSampler`."""
+    """Steps with large losses are drawn more often; see `LossSecondMomentSampler`."""
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
         self.diffusion = diffusion

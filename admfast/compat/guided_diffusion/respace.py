@@ -18,8 +18,8 @@ __all__ = ["SpacedDiffusion", "space_timesteps"]
 def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> set[int]:
     """Return the timesteps that a respacing keeps: "ddim25", "10,10,10", or counts per section.
 
-    "ddimN" without an integer stride, which the published function refuses, is spaced as evenly as may be;
-    see `admfast.diffusion.space_timesteps`. Raises: InvalidArgument, which is a ValueError.
+    Where no integer stride gives N timesteps, "ddimN" is spaced as evenly as possible, while the published
+    function raises; see `admfast.diffusion.space_timesteps`. Raises: InvalidArgument, which is a ValueError.
     """
     if isinstance(section_counts, str):
         return set(diffusion.space_timesteps(num_timesteps, section_counts))
@@ -27,9 +27,9 @@ def space_timesteps(num_timesteps: int, section_counts: str | Iterable[int]) -> 
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A process that keeps some steps of a longer one; the network sees the longer one's timesteps.
+    """A process that keeps some steps of a longer one; the network gets the longer one's timesteps.
 
-    use_timesteps: the steps that are kept. kwargs: see `GaussianDiffusion`.
+    use_timesteps: the steps to keep. kwargs: see `GaussianDiffusion`.
 
     Attributes: use_timesteps (a set), timestep_map (a list), original_num_steps, and those of
     `GaussianDiffusion`.
@@ -44,7 +44,7 @@ class SpacedDiffusion(GaussianDiffusion):
         self.original_num_steps, self.timestep_map = schedule.num_timesteps, kept
         return schedule.respaced(kept)
 
-    # As of the base, for the model or function that sees the original timesteps.
+    # As in the base class, but the model or function gets the original timesteps.
 
     def p_mean_variance(self, model: Callable[..., Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
@@ -62,7 +62,7 @@ class SpacedDiffusion(GaussianDiffusion):
         return model if isinstance(model, WrappedModel) else WrappedModel(model, self._process)
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
-        return t  # the wrapped model does it
+        return t  # the wrapped model maps them
 
 
 as_defined(SpacedDiffusion)

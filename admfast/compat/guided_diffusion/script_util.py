@@ -80,7 +80,7 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
-    """Return the flags of an upsampler and its process: those that the function takes, with two sizes."""
+    """Return the flags of an upsampler and its process with their defaults."""
     taken = inspect.signature(sr_create_model_and_diffusion).parameters
     flags = model_and_diffusion_defaults() | dict(large_size=256, small_size=64)
     return {name: value for name, value in flags.items() if name in taken}
@@ -111,7 +111,10 @@ def create_model_and_diffusion(
     use_fp16: bool,
     use_new_attention_order: bool,
 ) -> tuple[UNetModel, SpacedDiffusion]:
-    """Return the network and the process of the flags of `model_and_diffusion_defaults`. InvalidArgument."""
+    """Return the network and the process for the flags of `model_and_diffusion_defaults`.
+
+    Raises: InvalidArgument.
+    """
     return _pair(create_model, dict(locals()))
 
 
@@ -133,9 +136,10 @@ def create_model(
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
 ) -> UNetModel:
-    """Return a UNet; attention_resolutions are image sides, `NUM_CLASSES` the classes of `class_cond`.
+    """Return a UNet, with `NUM_CLASSES` classes if `class_cond`.
 
-    channel_mult: "1,2,4", "0.5,1,1", or "" for the published one of sizes 64, 128, 256 and 512.
+    attention_resolutions: image sides at which it has attention. channel_mult: "1,2,4", "0.5,1,1", or "" for
+    the published multipliers, which sizes 64, 128, 256 and 512 have. Raises: InvalidArgument.
     """
     flags = dict(locals())
     return _built(UNetModel, unet_config_from_flags, flags | {"num_classes": NUM_CLASSES})
@@ -159,7 +163,7 @@ def create_classifier_and_diffusion(
     rescale_timesteps: bool,
     rescale_learned_sigmas: bool,
 ) -> tuple[EncoderUNetModel, SpacedDiffusion]:
-    """Return the classifier and the process of the flags of `classifier_and_diffusion_defaults`."""
+    """Return the classifier and the process for the flags of `classifier_and_diffusion_defaults`."""
     return _pair(create_classifier, dict(locals()))
 
 
@@ -203,7 +207,7 @@ def sr_create_model_and_diffusion(
     resblock_updown: bool,
     use_fp16: bool,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
-    """Return the upsampler and the process of the flags of `sr_model_and_diffusion_defaults`."""
+    """Return the upsampler and the process for the flags of `sr_model_and_diffusion_defaults`."""
     return _pair(sr_create_model, dict(locals()))
 
 
@@ -224,7 +228,11 @@ def sr_create_model(
     resblock_updown: bool,
     use_fp16: bool,
 ) -> SuperResModel:
-    """Return an upsampler to 64, 256 or 512 pixels (512 with the multipliers of 256), of any small image."""
+    """Return an upsampler to 64, 256 or 512 pixels (512 has the channel multipliers of 256).
+
+    small_size: 1 to `large_size`; the network takes low-resolution images of any size.
+    Raises: InvalidArgument.
+    """
     flags = dict(locals())
     if large_size not in UPSAMPLER_SIZES:
         raise invalid("large_size", large_size, ", ".join(map(str, UPSAMPLER_SIZES)))
@@ -232,13 +240,13 @@ def sr_create_model(
 
 
 def _built(network: Any, configuration: Callable[..., Any], flags: dict[str, Any]) -> Any:
-    """Return a network of the configuration that its flags describe."""
+    """Return the network that its flags describe."""
     use_fp16 = flags.pop("use_fp16")
     return network(**dataclasses.asdict(configuration(**flags)), use_fp16=use_fp16)
 
 
 def _pair(create: Any, flags: Mapping[str, Any]) -> Any:
-    """Return what `create` makes of the flags that it takes, and the process of the others."""
+    """Return the network that `create` makes from the flags it takes, and the process for the others."""
     taken, process = inspect.signature(create).parameters, diffusion_defaults()
     network = create(**{name: value for name, value in flags.items() if name in taken})
     settings = {name: value for name, value in flags.items() if name in process}
@@ -258,7 +266,7 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | Iterable[int] = "",
 ) -> SpacedDiffusion:
-    """Return a process, respaced; see `admfast.diffusion.DiffusionConfig`. Raises: InvalidArgument."""
+    """Return a respaced process; see `admfast.diffusion.DiffusionConfig`. Raises: InvalidArgument."""
     mean, var, loss = DiffusionConfig(
         noise_schedule=noise_schedule, steps=steps, learn_sigma=learn_sigma, sigma_small=sigma_small,
         use_kl=use_kl, predict_xstart=predict_xstart, rescale_learned_sigmas=rescale_learned_sigmas,
@@ -274,19 +282,19 @@ def create_gaussian_diffusion(
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
-    """Add an option --NAME for each default, of its type; None takes text, booleans words such as "true"."""
+    """Add an option --NAME of the same type for each default; None takes text, a boolean takes `str2bool`."""
     for name, default in default_dict.items():
         kind = str if default is None else str2bool if isinstance(default, bool) else type(default)
         parser.add_argument(f"--{name}", default=default, type=kind)
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
-    """Return the parsed options of these names."""
+    """Return the parsed options that have these names."""
     return {key: getattr(args, key) for key in keys}
 
 
 def str2bool(v: str | bool) -> bool:
-    """Return the boolean that a word says: yes, true, t, y, 1, or no, false, f, n, 0."""
+    """Convert a word to a boolean: yes, true, t, y, 1, or no, false, f, n, 0, in any case."""
     word = str(v).lower()
     if word not in (*_TRUE, *_FALSE):
         raise argparse.ArgumentTypeError("boolean value expected")

@@ -1,6 +1,6 @@
-"""The training loop under the names of the published `train_util.py`: its files, its order, its arithmetic.
+"""The training loop under the names of the published `train_util.py`, with its files, order and arithmetic.
 
-`admfast train` does more: it resumes exactly, checks, and is faster. This loop serves programs that have one.
+It is for existing programs. `admfast train` is faster, resumes exactly and checks its settings.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ __all__ = ["INITIAL_LOG_LOSS_SCALE", "TrainLoop"]
 
 
 class TrainLoop:
-    """Train a network on batches: gradients of microbatches, AdamW, averages, files.
+    """Train a network: sum the gradients of microbatches, step AdamW, average the weights, write files.
 
-    model, diffusion: of this package, or like it. data: yields (images [N, C, H, W], {name: [N] tensor}).
-    microbatch: images at a time; -1 for the batch. The microbatches' mean gradients are summed. ema_rate: a
-    number, or several as text with commas. resume_checkpoint: a modelNNNNNN.pt; averages and optimiser are
-    read from beside it where they are there. lr_anneal_steps: the rate falls to 0 over these steps, which end
-    the run; 0 goes on for ever.
+    model, diffusion: of this package, or objects with the same methods. data: yields (images [N, C, H, W],
+    {name: [N] tensor}). microbatch: images of a backward pass; -1 for the whole batch. The gradients of the
+    microbatches' mean losses are summed. ema_rate: a number, or several in comma-separated text.
+    resume_checkpoint: a modelNNNNNN.pt; averages and the optimiser's state are read from the same folder if
+    they exist. lr_anneal_steps: the learning rate falls linearly to 0 over these steps, and training then
+    ends; 0 trains endlessly at a constant rate.
 
-    Files modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt go to `logger.get_dir()` every `save_interval`
-    steps, from the first on, and at the end; each is written whole or not at all.
+    Files modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt are written to `logger.get_dir()` at the first
+    step, after every `save_interval` steps and at the end. Each is written whole or not at all.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class TrainLoop:
             self.opt.load_state_dict(dist_util.load_state_dict(path, map_location=dist_util.dev()))
 
     def run_loop(self) -> None:
-        """Train, to the end of the annealing or for ever."""
+        """Train until the learning rate has fallen to 0, or endlessly if it is constant."""
         while not self.lr_anneal_steps or self.step + self.resume_step < self.lr_anneal_steps:
             batch, cond = next(self.data)
             self.run_step(batch, cond)
@@ -120,7 +121,7 @@ class TrainLoop:
                 logger.dumpkvs()
             if self.step % self.save_interval == 0:
                 self.save()
-                # The published way to end a run that has no end.
+                # The published way to end endless training.
                 if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > 0:
                     return
             self.step += 1
@@ -128,7 +129,7 @@ class TrainLoop:
             self.save()
 
     def run_step(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
-        """Make one step on a batch."""
+        """Make one training step on a batch."""
         self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
@@ -137,7 +138,7 @@ class TrainLoop:
         self.log_step()
 
     def forward_backward(self, batch: Tensor, cond: dict[str, Tensor]) -> None:
-        """Add up the gradients of a batch."""
+        """Compute the gradients of a batch, summed over its microbatches."""
         self.mp_trainer.zero_grad()
         for first in range(0, len(batch), self.microbatch):
             part = slice(first, first + self.microbatch)
@@ -162,7 +163,7 @@ class TrainLoop:
                 group["lr"] = self.lr * (1 - done)
 
     def log_step(self) -> None:
-        """Log the steps and samples behind it."""
+        """Log the number of this step, and of the samples up to and including it."""
         step = self.step + self.resume_step
         logger.logkv("step", step)
         logger.logkv("samples", (step + 1) * self.global_batch)
@@ -207,12 +208,12 @@ def get_blob_logdir() -> str | None:
 
 
 def find_resume_checkpoint() -> str | None:
-    """Return None: a run begins where it is told to; to be replaced by who knows better."""
+    """Return None; a program may replace this function by one that finds the checkpoint to resume."""
     return None
 
 
 def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float) -> str | None:
-    """Return the file of an average beside a checkpoint, or None."""
+    """Return the path of an average in a checkpoint's folder, or None if there is none."""
     if not main_checkpoint:
         return None
     path = Path(main_checkpoint).parent / f"ema_{rate}_{step:06d}.pt"
@@ -220,7 +221,7 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float) -> 
 
 
 def log_loss_dict(diffusion: Any, ts: Tensor, losses: dict[str, Tensor]) -> None:
-    """Log the means of losses [N], whole and by quarter of the process that their steps lie in."""
+    """Log the mean of each loss [N], overall and for each quarter of the process (NAME_q0 to NAME_q3)."""
     for key, values in losses.items():
         logger.logkv_mean(key, values.mean().item())
         for step, loss in zip(ts.tolist(), values.tolist(), strict=True):

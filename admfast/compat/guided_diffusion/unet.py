@@ -1,8 +1,7 @@
 """Networks and blocks under the names of the published `unet.py`.
 
-The networks take the published arguments, draw the published initial weights and keep the published
-attributes; they run on admfast's blocks, which derive faster forms of their weights at a call that needs no
-gradient of a weight. Blocks have admfast's own constructors where a name isn't described here.
+The networks have the published arguments, initial weights and attributes. They run on admfast's blocks, which
+fold their weights in evaluation mode. The blocks, such as `ResBlock`, have admfast's constructors.
 """
 
 from __future__ import annotations
@@ -76,10 +75,10 @@ _KEPT = (
 
 
 class _Published(AcceleratedNet):
-    """Provide what the published networks share: attributes, conversions, the engine of their loops."""
+    """Base class of the published networks: attributes, conversions, and the engine of sampling loops."""
 
     config: Any
-    _fold_engine: Engine | None = None  # of its name, since copies and pickles leave `_fold_*` out
+    _fold_engine: Engine | None = None  # named `_fold_*` because copies and pickles leave those out
 
     def _keep(self, config: NetConfig, use_fp16: bool) -> None:
         """Set the attributes that the published constructor sets."""
@@ -90,15 +89,15 @@ class _Published(AcceleratedNet):
         self._feature_size = _feature_size(config)
 
     def convert_to_fp16(self) -> None:
-        """Run the torso's convolutions in float16: they are rounded once, in place."""
+        """Round the torso's convolutions to float16 in place; they then compute in float16."""
         self.convert_torso(torch.float16)  # type: ignore[operator]
 
     def convert_to_fp32(self) -> None:
-        """Run the torso's convolutions in float32 again, with the rounded weights."""
+        """Make the torso's convolutions float32 again in place; their values stay rounded."""
         self.convert_torso(torch.float32)  # type: ignore[operator]
 
     def engine_with(self, classifier: _Published | None) -> Engine:
-        """Return the engine of this network and a classifier; that of the last call is kept."""
+        """Return the engine of this network and a classifier; the last one is cached."""
         policy = Policy("as called", _torso(self), _torso(classifier or self))
         found = self._fold_engine
         if found is None or found.classifier is not classifier or found.policy != policy:
@@ -107,16 +106,16 @@ class _Published(AcceleratedNet):
 
 
 def _torso(net: _Published) -> torch.dtype:
-    """Return the dtype that a network's torso computes in when it is called."""
+    """Return the dtype in which a network's torso computes when it is called."""
     policy = net.accelerated_policy
     return net._parameter_dtype() if policy is None else policy.torso
 
 
 class UNetModel(_Published, UNet):
-    """The published UNet; arguments, attributes and initial weights are its own.
+    """The published UNet, with the published arguments, attributes and initial weights.
 
-    attention_resolutions: downsampling factors. use_fp16: only says what `dtype` is; `convert_to_fp16`
-    converts. Raises: InvalidArgument.
+    attention_resolutions: downsampling factors. use_fp16: only sets `dtype`; `convert_to_fp16` converts the
+    weights. Raises: InvalidArgument.
     """
 
     accelerated_walk = Walk("unet", "forward", ("x", "timesteps", "y"), takes_more=False, strict=True)
@@ -162,10 +161,10 @@ class UNetModel(_Published, UNet):
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, projected: Tensor | None = None
     ) -> Tensor:
-        """Return the output at `x` [N, C, *spatial], contiguous, differentiable.
+        """Return the output for x [N, C, *spatial], contiguous and differentiable.
 
-        timesteps: [N], or [1] for all. y: [N] classes, given if and only if there are any (AssertionError).
-        projected: see `UNet.forward`; for the loops' prepared step.
+        timesteps: [N], or [1] for all images. y: classes [N], for a class-conditional network only. Raises:
+        AssertionError if y is missing or not expected. projected: see `UNet.forward`; prepared steps pass it.
         """
         if projected is not None:
             return super().forward(x, timesteps, y, projected)
@@ -173,7 +172,7 @@ class UNetModel(_Published, UNet):
 
 
 class SuperResModel(UNetModel, Upsampler):
-    """The published upsampler: a UNet that sees `low_res`, enlarged bilinearly, beside x."""
+    """The published upsampler: a UNet whose input is x with `low_res`, enlarged bilinearly, appended."""
 
     accelerated_walk = Walk("upsampler", "forward", ("x", "timesteps", "low_res"), True, strict=True)
 
@@ -185,14 +184,14 @@ class SuperResModel(UNetModel, Upsampler):
         y: Tensor | None = None,
         projected: Tensor | None = None,
     ) -> Tensor:
-        """Return the output at `x`; low_res: [N, C, h, w] in the range of x. Otherwise as `UNetModel`."""
+        """Return the output for x; low_res: [N, C, h, w] in the range of x. Otherwise as `UNetModel`."""
         if projected is not None:
             return Upsampler.forward(self, x, timesteps, y, low_res, projected)
         return self.walked(x, timesteps, low_res, y=y)
 
 
 class EncoderUNetModel(_Published, Classifier):
-    """The published noisy classifier; arguments, attributes and initial weights are its own.
+    """The published noisy classifier, with the published arguments, attributes and initial weights.
 
     pool: "adaptive", "attention", "spatial" or "spatial_v2". Raises: InvalidArgument.
     """
@@ -236,7 +235,7 @@ class EncoderUNetModel(_Published, Classifier):
         self.in_channels, self.pool = in_channels, pool
 
     def forward(self, x: Tensor, timesteps: Tensor, projected: Tensor | None = None) -> Tensor:
-        """Return logits [N, out_channels] at `x` [N, C, H, W]; timesteps: [N], or [1] for all."""
+        """Return logits [N, out_channels] for x [N, C, H, W]; timesteps: [N], or [1] for all images."""
         if projected is None and not self.pool.startswith("spatial"):
             return self.walked(x, timesteps)
         if projected is None:
@@ -245,7 +244,7 @@ class EncoderUNetModel(_Published, Classifier):
 
 
 def _feature_size(config: NetConfig) -> int:
-    """Return the channels that all blocks put out together, as published."""
+    """Return the sum of the output channels of all blocks, as the published constructor counts them."""
     widths, blocks = config.widths(), config.num_res_blocks
     size = widths[0] + sum(blocks * width for width in widths) + sum(widths[:-1]) + widths[-1]
     return size if isinstance(config, ClassifierConfig) else size + sum((blocks + 1) * w for w in widths)

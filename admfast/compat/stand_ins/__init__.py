@@ -1,1 +1,1 @@
-"""Stand in for what programs import beside the published package; see `admfast.compat`."""
+"""Stand-ins for other packages that programs of the published package import; see `admfast.compat`."""

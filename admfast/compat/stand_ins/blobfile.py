@@ -1,4 +1,4 @@
-"""`blobfile` for local paths, found only where the real one isn't installed."""
+"""Stand-in for `blobfile` that opens local paths only; the real package comes first if it is installed."""
 
 from os import listdir
 from os.path import basename, dirname, exists, isdir, join

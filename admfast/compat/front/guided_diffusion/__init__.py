@@ -1,4 +1,4 @@
-"""`guided_diffusion`, by which programs know `admfast.compat.guided_diffusion`: the same modules, once."""
+"""The name `guided_diffusion` for `admfast.compat.guided_diffusion`: both names import the same modules."""
 
 import importlib
 import pkgutil
