@@ -272,7 +272,7 @@ def _one_of(networks: list[Chosen], entry: str | None, why: Mapping[str, str]) -
 
 
 def _with_left(network: Chosen, found: Mapping[str, Any], why: str) -> Chosen:
-    """Return the network with `why` and `left`, names that are cut after the first part it doesn't share."""
+    """Return the network with `why` and `left`. Names in `left` are cut after the first part that differs."""
     prefix = f"{network.entry}." if network.entry else ""
     taken = {id(value) for value in network.tensors.values()}
     left: dict[str, None] = {}

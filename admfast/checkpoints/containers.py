@@ -76,7 +76,7 @@ def open_container(file: BinaryIO, checksums: bool = True) -> Container:
 
 
 def _unpickled(file: BinaryIO | io.BytesIO, otherwise: str | None = None) -> tuple[Any, dict[str, Storage]]:
-    """Call `read_pickle`; raise ValueError for any failure. otherwise: message for a damaged pickle."""
+    """Call `read_pickle`; raise ValueError for any failure. otherwise: message to use then."""
     try:
         return read_pickle(file)
     except RunsCode as call:

@@ -59,7 +59,7 @@ def forward_work(
 
     sides: sides of the images in pixels; None takes those that the network was trained for.
     """
-    # This module imports triton, so `import admfast` must not import it.
+    # Imported here because it imports triton, which `import admfast` must not do.
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
@@ -168,7 +168,7 @@ def _identity_rows(info: ModelInfo, read: bool) -> list[Row]:
 
 
 def _as_published(known: ModelPreset, path: Path, read: bool) -> str:
-    """Say whether the file is the published one, as far as size and hash of that are known."""
+    """Say whether the file is the published one, judged by its size and hash if these are known."""
     size = path.stat().st_size
     if known.size is None:
         return "; size and hash of the published file are not known"
@@ -187,7 +187,7 @@ def _as_published(known: ModelPreset, path: Path, read: bool) -> str:
 
 
 def _config_rows(config: NetConfig, info: ModelInfo) -> list[Row]:
-    """Return the rows of the configuration, the diffusion process, and the file's facts on its training."""
+    """Return the rows of the configuration, the diffusion process, and the facts about the training."""
     heads = _count(config.num_heads, "head")
     if config.num_head_channels != -1:
         heads = f"heads of {config.num_head_channels} channels"

@@ -36,8 +36,8 @@ def load_network(
 
     The network is built on the meta device and takes over the tensors that were read, so that memory never
     holds a file's weights twice. Later changes of the file, or of a state dict given by the caller, have no
-    effect on the network.
-    NaN and infinities are loaded unchanged. The log "admfast" names the other contents of the file.
+    effect on the network. NaN and infinities are loaded unchanged. The log "admfast" names the other contents
+    of the file.
 
     Args:
         source: a path, an open file, a state dict or a module; see `read_weights`.

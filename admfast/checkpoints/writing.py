@@ -65,7 +65,7 @@ def write_weights(
             raise invalid(
                 "description", description.network.kind, f"the weights differ: {differences.summary()}"
             )
-    # Every tensor has a storage of its own: of a view, the whole base would be saved.
+    # Give every tensor a storage of its own; otherwise the whole base of a view would be saved.
     tensors = {key: _on_disk(value, dtype) for key, value in state.items()}
     text = description.to_json() if description is not None else None
     with contextlib.ExitStack() as stack:
@@ -110,7 +110,7 @@ def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _save_safetensors(
     path: Path, temporary: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None
 ) -> None:
-    """Save under the temporary name. A failed write is a SafetensorError whose text has the errno."""
+    """Save under the temporary name; turn a SafetensorError, whose text has the errno, into OutputError."""
     try:
         save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:

@@ -53,7 +53,7 @@ def cached(
 
     Raises:
         BrokenImage: if more images are broken than `samples` allows.
-        AdmfastError: for a damaged cache file, or a cache in memory that takes more than half of it.
+        AdmfastError: for a damaged cache file, or if the images would take more than half of the memory.
         OutputError: if the file can't be written.
     """
     threads = host.cpus() if threads is None else checks.whole("threads", threads, 1)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from admfast.files.images import UInt8
 
-Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's own image, "L" or "RGB"
+Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's "L" or "RGB" image
 
 SMALLEST, LARGEST = 0.8, 1.0  # shares of the shorter side that a random crop keeps, as published
 _BLOCKS = 4  # pictures that are in memory at the same time while one is read and halved

@@ -52,14 +52,14 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Return what an error or a log calls this image."""
+        """Return the name of an image for errors and logs."""
 
     def identity(self) -> str:
         """Return a text that changes if images are added, removed or changed."""
 
     def decode(self, index: int) -> Picture:
-        """Return one image: uint8 [H, W, C] with C = 1 or 3, or Pillow's picture (np.asarray of a grey one has
-        no axis C). Raises BrokenImage if it can't be decoded.
+        """Return one image: uint8 [H, W, C] with C = 1 or 3, or Pillow's picture (np.asarray of a grey one
+        has no axis C). Raises BrokenImage if it can't be decoded.
         """
 
 
@@ -116,7 +116,7 @@ class FolderSource:
         self._place = Path(place)
         paths = list(_walk(self._place))
         self.labels, self.class_names = _classified(paths, classes, self._place)
-        # An array, because worker processes share its memory; a list is copied when its references are counted.
+        # Worker processes share the memory of an array. Counting references would copy a list's.
         self._paths = np.array([os.fsencode("/".join(path)) for path in paths])
 
     def __len__(self) -> int:
@@ -186,7 +186,7 @@ class ZipSource:
         return _decoded(name, content)
 
     def _archive(self) -> zipfile.ZipFile:
-        """Return an archive opened by this thread and process: reading a shared one would move its position."""
+        """Return an archive that this thread and process opened: reads of a shared one would collide."""
         if getattr(self._local, "process", None) != os.getpid():
             try:
                 self._local.archive = zipfile.ZipFile(self._place)

@@ -1,4 +1,4 @@
-"""A training batch from samples and draws, and the loss of the three kinds of network on it."""
+"""Make a training batch from samples and draws, and compute the loss of the three kinds of network on it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from admfast.training.timesteps import UniformSampler
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples with all that is drawn for them.
+    """Samples and the random draws that belong to them.
 
     Attributes:
         ks: number of every sample in the run.
         images: float32 [N, C, H, W] in -1..1.
         t: timesteps, int64 [N]. noise: like the images.
-        weights: factors of the losses, float32 [N]; ones where timesteps are drawn evenly.
-        labels: classes, int64 [N]; None without.
-        low_res: small images [N, C, h, w] of an upsampler; None for the others.
+        weights: factors of the losses, float32 [N]; ones if timesteps are drawn uniformly.
+        labels: classes, int64 [N]; None for a network without classes.
+        low_res: small images [N, C, h, w] for an upsampler; None for other networks.
     """
 
     ks: tuple[int, ...]
@@ -42,7 +42,7 @@ class Batch:
         return len(self.ks)
 
     def split(self, size: int) -> list[Batch]:
-        """Return the batch in parts of `size` samples, the last one of what is left."""
+        """Return the batch in parts of `size` samples; the last part may be smaller."""
         parts = []
         for first in range(0, len(self), size):
             part = slice(first, first + size)
@@ -63,11 +63,11 @@ def batch_of(
     labels: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Return the batch of samples `ks`: their images with timesteps, noise and all else that is drawn.
+    """Return the batch of samples `ks`: their images with timesteps, noise and all other random draws.
 
-    recipe: what the run is. sampler: of the timesteps.
-    images: uint8 [N, C, H, W]. labels: int64 [N]; needed where the network has classes.
-    Raises: InvalidArgument where labels are missing.
+    recipe: recipe of the run. sampler: draws the timesteps. ks: numbers of the samples in the run.
+    images: uint8 [N, C, H, W]. labels: int64 [N]; required if the network has classes.
+    Raises: InvalidArgument if labels are missing.
     """
     seed, ks = recipe.seed, tuple(ks)
     x = images.to(device).float() / 127.5 - 1
@@ -81,12 +81,12 @@ def batch_of(
 
 
 def _together(x: Tensor) -> Tensor:
-    """Images with the channels of a pixel side by side, as convolutions and norms run fastest."""
+    """Return images in channels-last layout, in which convolutions and norms run fastest."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _labels(recipe: Recipe, ks: Sequence[int], labels: Tensor | None) -> Tensor:
-    """Classes, some of them replaced by the null class, the network's last."""
+    """Return the classes, some of them replaced by the null class, which is the network's last."""
     if labels is None:
         raise invalid("labels", None, "classes of the images: the network has classes")
     if not recipe.drop_classes:
@@ -97,7 +97,7 @@ def _labels(recipe: Recipe, ks: Sequence[int], labels: Tensor | None) -> Tensor:
 
 
 def _small(recipe: Recipe, side: int, ks: Sequence[int], x: Tensor) -> Tensor:
-    """The small images that an upsampler enlarges: means over blocks, as published, with noise if wanted."""
+    """Return the small images for an upsampler: means over blocks, as published, with noise if wanted."""
     small = F.interpolate(x, (side,) * (x.dim() - 2), mode="area")
     if not recipe.noise_augmentation:
         return small
@@ -107,11 +107,11 @@ def _small(recipe: Recipe, side: int, ks: Sequence[int], x: Tensor) -> Tensor:
 
 
 def loss(net: nn.Module, recipe: Recipe, process: GaussianDiffusion, batch: Batch) -> dict[str, Tensor]:
-    """Return the loss of every sample and its parts, [N] each, not yet multiplied by `batch.weights`.
+    """Return the loss of every sample and its terms, [N] each, not yet multiplied by `batch.weights`.
 
-    diffusion, upsampler: `training_losses` of the process. classifier: cross-entropy of the class of the
-    noised image (of the image itself where the recipe says noised=False), and whether the right class is the
-    first ("acc@1") or among the first five ("acc@5") of the answers.
+    Diffusion model, upsampler: `training_losses` of the process. Classifier: cross-entropy of the class of
+    the noised image (of the clean image if the recipe has noised=False), and whether the true class has the
+    largest logit ("acc@1") or one of the five largest ("acc@5").
     Source: the published `image_train`, `super_res_train` and `classifier_train`.
 
     process: `recipe.process.build()`. Differentiable in the network's parameters.

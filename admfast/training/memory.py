@@ -1,7 +1,7 @@
-"""The memory of a training step: what is alive at once in a step on tensors without memory.
+"""Count the memory of a training step by running it on fake tensors, which have no memory.
 
-The network runs forward and backward as it would in training, with the same implementations, and the bytes of
-the storages that are alive are added up. Nothing is allocated or computed.
+The network runs forward and backward with the same implementations as in training, and the bytes of the
+storages that are alive are added up. Nothing is allocated or computed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from admfast.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a training step holds, in one process.
+    """Memory of a training step in one process, in bytes.
 
     Attributes:
-        parameters, averages: of all parameters. gradients, moments: of those that are trained; AdamW has two
-            moments of each.
-        kept: what the forward pass of a microbatch leaves for its backward pass.
-        peak: all that is alive at once, at the most.
+        parameters, averages: size of all parameters, and of their averages.
+        gradients, moments: of the trained parameters; AdamW has two moments for each.
+        kept: size of the tensors that the forward pass of a microbatch keeps for its backward pass.
+        peak: largest size of everything that is in use at the same time.
     """
 
     parameters: int
@@ -42,24 +42,24 @@ class StepMemory:
 
 
 def step_memory(recipe: Recipe) -> StepMemory:
-    """Count the memory of a step of one process that takes the whole batch, in its microbatches.
+    """Count the memory of a step in which one process takes the whole batch, in microbatches.
 
     Not counted: the process itself, the images, the terms of the loss, copies that a library makes inside a
-    call, fragments of an allocator, and what several processes exchange.
+    call, fragmentation of the allocator, and buffers for the exchange between processes.
 
-    recipe: with a precision that isn't "auto" (see `resolved_precision`).
-    Raises: InvalidArgument for patterns of frozen parameters that fit none.
+    recipe: its precision must not be "auto" (see `resolved_precision`).
+    Raises: InvalidArgument for a pattern of frozen parameters that no parameter matches.
     """
-    # The module imports triton, which importing this package must not.
+    # Imported here because it imports triton, which `import admfast` must not do.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     size = min(recipe.microbatch or recipe.batch_size, recipe.batch_size)
-    # The gradients of the first microbatch are there while the second one runs; further ones are alike.
+    # While the second microbatch runs, the gradients of the first exist; later ones are like the second.
     parts = 2 if size < recipe.batch_size else 1
     with torch.device("meta"):
         net = build_network(recipe)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        # Tensors of the CPU, without memory: for those of "meta" the reference would run.
+        # Fake tensors on the CPU: for those on "meta", the reference implementations would run.
         state = {name: torch.empty_like(value, device="cpu") for name, value in net.state_dict().items()}
         net.load_state_dict(state, assign=True)
         set_precision(net, recipe.precision)
@@ -83,7 +83,7 @@ def _as_images_lie(value: Tensor) -> Tensor:
 
 
 class _FusedAttention(TorchDispatchMode):
-    """Answers for torch which attention runs: a fused one, where for fake tensors it would be the formula."""
+    """Mode that makes torch choose a fused attention; for fake tensors it would choose the plain formula."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,4 +1,4 @@
-"""The network of a run: fresh or from a weights file, frozen in part, and in which precision it computes."""
+"""Build the network of a run: its first weights, its frozen parameters, and its precision."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ State = dict[str, Tensor]
 
 
 def build_network(recipe: Recipe, start: str | PathLike[str] | None = None) -> nn.Module:
-    """Return the network of a recipe in training mode, its weights a function of the recipe's seed.
+    """Return the network of a recipe in training mode, with random weights from the recipe's seed.
 
-    start: weights file to begin from (any that `admfast.load` reads, a run's folder too). Its network must be
-        the recipe's but for dropout and the number of classes: where that differs, what has a row for each
-        class begins anew. With a null class more than the file has classes, only that row does.
+    start: weights file to begin from instead (any that `admfast.load` reads, also a run's folder). Its
+        network may differ from the recipe's only in dropout and the number of classes. If the number of
+        classes differs, parameters with a row for each class start from random weights. If the recipe only
+        adds a null class, only the row of that class does.
     Raises: CheckpointError, InvalidArgument.
     """
     with torch.random.fork_rng(devices=[]):
-        # torch's seeds end at 2^63; those above give the network of another seed.
+        # Seeds are taken modulo 2^63, torch's limit: a larger seed gives the network of another seed.
         torch.manual_seed(recipe.seed % 2**63)
         net = build(recipe.network)
     if start is not None:
@@ -41,7 +42,7 @@ def build_network(recipe: Recipe, start: str | PathLike[str] | None = None) -> n
 
 
 def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
-    """Return the weights of a file for the network of a recipe, whose classes may be others."""
+    """Return the weights of a file for the network of a recipe, which may have another number of classes."""
     given = {key: value.float() for key, value in weights.tensors.items()}
     known = weights.description
     if known is not None and (difference := _difference(known.network, recipe.network)):
@@ -50,14 +51,14 @@ def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
         of_classes = [key for key in fresh if key.startswith("out.")]
     else:
         of_classes = [key for key in fresh if key.startswith("label_emb.")]
-    # A network that had no classes gets fresh ones; anything else that is missing is an error.
+    # A file without classes gets a random class embedding; any other missing key is an error.
     state = {key: given.get(key, fresh[key] if key == "label_emb.weight" else None) for key in fresh}
     for key in of_classes:
         old, new = given.get(key), fresh[key]
         if old is None or old.shape == new.shape or old.shape[1:] != new.shape[1:]:
             continue
         state[key] = new.clone()
-        if recipe.drop_classes and len(new) == len(old) + 1:  # a null class behind the file's
+        if recipe.drop_classes and len(new) == len(old) + 1:  # a null class after the file's
             state[key][: len(old)] = old  # type: ignore[index]
     shapes = shapes_of({key: value for key, value in state.items() if value is not None})
     unknown = {
@@ -69,7 +70,7 @@ def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
 
 
 def _without_classes(network: NetConfig) -> dict[str, Any]:
-    """Return what must be equal in two networks for one to begin as the other."""
+    """Return the fields that must be equal for one network to begin from the other's weights."""
     fields = network.to_dict()
     names = ["dropout", "use_checkpoint", "num_classes"]
     if not isinstance(network, UNetConfig):
@@ -80,15 +81,18 @@ def _without_classes(network: NetConfig) -> dict[str, Any]:
 def _difference(old: NetConfig, new: NetConfig) -> str:
     a, b = _without_classes(old), _without_classes(new)
     differing = [name for name in a | b if a.get(name) != b.get(name)]
-    return ", ".join(f"{name} is {a.get(name)} there, {b.get(name)} here" for name in differing)
+    return ", ".join(f"{name} is {a.get(name)}, the recipe has {b.get(name)}" for name in differing)
 
 
 def freeze(net: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Let parameters whose names fit a pattern need no gradient. Raises InvalidArgument where none fits."""
+    """Turn off the gradients of parameters whose names match a pattern.
+
+    Raises InvalidArgument if a pattern matches no parameter, or none is left to train.
+    """
     for pattern in patterns:
         found = [p for name, p in net.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
         if not found:
-            raise invalid("freeze", pattern, "a pattern that fits parameters, such as input_blocks.*")
+            raise invalid("freeze", pattern, "a pattern that matches parameters, such as input_blocks.*")
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in net.parameters()):
@@ -96,10 +100,11 @@ def freeze(net: nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def set_checkpointing(net: nn.Module, which: str | int) -> None:
-    """Choose what the backward pass computes again instead of keeping it.
+    """Choose the values that the backward pass computes again, instead of keeping them.
 
-    which: "none"; "norms", which residual blocks apply before their convolutions; the inside of the blocks of
-        "attention", of "all", or k for every k-th block in the order of the network.
+    which: "none"; "norms", the outputs of norms before the convolutions of residual blocks; "attention",
+        everything inside attention blocks; "all", everything inside all blocks; or k, everything inside every
+        k-th block in the order of the network.
     """
     blocks = [module for module in net.modules() if isinstance(module, ResBlock | AttentionBlock)]
     for number, block in enumerate(blocks):
@@ -112,9 +117,9 @@ def set_checkpointing(net: nn.Module, which: str | int) -> None:
 
 
 def resolved_precision(recipe: Recipe, device: torch.device) -> Recipe:
-    """Return the recipe with "auto" replaced by what it means on the device.
+    """Return the recipe with the precision "auto" replaced by the one that it means on the device.
 
-    Stored with the run, so that it goes on as it began wherever that is. Raises Unavailable.
+    The run stores it, so that it continues with this precision on any device. Raises Unavailable.
     """
     if recipe.precision != "auto":
         policy(recipe.precision, device)
@@ -125,11 +130,11 @@ def resolved_precision(recipe: Recipe, device: torch.device) -> Recipe:
 
 
 def set_precision(net: nn.Module, precision: str) -> None:
-    """Let the torso of a network compute in a precision, with parameters and gradients in float32.
+    """Make the torso of a network compute in a precision, with parameters and gradients in float32.
 
-    Each weight is rounded where it is used, and its gradient is added up in float32. Norms and softmax
-    accumulate in float32, embeddings and the last layer compute in it.
-    Raises: Unavailable for a network of another make.
+    Each weight is rounded when it is used, and its gradient is accumulated in float32. Norms and softmax
+    accumulate in float32; embeddings and the last layer compute in float32.
+    Raises: Unavailable for a network that isn't one of this package's.
     """
     dtype = POLICIES[precision].torso
     if isinstance(net, FoldableNet):

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses over the steps, and samples of its average as they grew."""
+"""Draw the picture of a run: its losses over the steps, and samples of its average at several steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from admfast.training.recipe import Recipe
 
 WIDTH, HEIGHT, FONT, GRIDS_SHOWN = 1000, 680, 22, 3
 LEFT, RIGHT, TOP, BOTTOM = 96, 24, 96, 80  # margins of the chart
-HEADINGS = (26, 64)  # middles of the two lines above chart and grids
+HEADINGS = (26, 64)  # y of the middles of the two lines of text above chart and grids
 INK, LINES, PAPER = "#222222", "#dddddd", "#ffffff"
 TENTHS = [number / 10 for number in range(10, 100)]
 COLOURS = ("#4aa8dc", "#2b6cb0", "#7a4a9e", "#c0395b")  # of the quarters, from little noise to much
@@ -27,12 +27,12 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def run_picture(run: str | PathLike[str]) -> UInt8:
-    """Return the picture of a run: its loss over the steps on a log axis, beside it grids of samples.
+    """Return the picture of a run: its loss over the steps on a log axis, and to the right grids of samples.
 
-    The loss has a line for each quarter of the timesteps; a classifier that is shown no noise has one line.
-    Of the grids the first, the last and one between them.
+    The loss has a line for each quarter of the timesteps; that of a classifier of clean images has one line.
+    The grids are the first, one from the middle and the last.
     Returns: uint8 [H, W, 3].
-    Raises: InvalidArgument for what is no run's folder; CheckpointError for one without a log, or without a
+    Raises: InvalidArgument if `run` isn't the folder of a run; CheckpointError if the run has no log, or no
     loss above 0 in it.
     """
     folder = run_folder(run)
@@ -54,13 +54,13 @@ def run_picture(run: str | PathLike[str]) -> UInt8:
 
 
 def _chart(lines: dict[str, Line], recipe: Recipe) -> Image.Image:
-    """Draw the lines, and say what they and the axes are."""
+    """Draw the lines and the axes, with their labels."""
     chart = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(FONT)
     points = [point for line in lines.values() for point in line]
     last = max(step for step, _ in points)
     low, high = (math.log10(pick(loss for _, loss in points)) for pick in (min, max))
-    low, high = low - 0.05, high + 0.05  # the lines stay off the frame
+    low, high = low - 0.05, high + 0.05  # keeps the lines off the edges
 
     def at(step: float, loss: float) -> tuple[float, float]:
         x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
@@ -87,7 +87,7 @@ def _chart(lines: dict[str, Line], recipe: Recipe) -> Image.Image:
 
 
 def _loss_in_words(recipe: Recipe) -> str:
-    """Return what the loss of a run is, with its unit where it has one."""
+    """Return a description of the loss of a run, with its unit if it has one."""
     if recipe.kind == "classifier":
         return "cross-entropy of the class, in nats"
     mean, variance, loss = recipe.process.types
@@ -102,7 +102,7 @@ def _loss_in_words(recipe: Recipe) -> str:
 
 
 def _legend(pen: ImageDraw.ImageDraw, font: Font, steps: int) -> None:
-    """Write the timesteps of each line beside its colour."""
+    """Write the timesteps of each line next to its colour."""
     x, y = float(LEFT), HEADINGS[1]
     bounds = [-(-number * steps // QUARTERS) for number in range(QUARTERS + 1)]
     for number, colour in enumerate(COLOURS):
@@ -115,7 +115,7 @@ def _legend(pen: ImageDraw.ImageDraw, font: Font, steps: int) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return the roundest numbers between two exponents of which there are three; else tenths of powers."""
+    """Return the roundest ticks in 10**low..10**high of which there are at least three, else all tenths."""
     powers, ticks = range(math.floor(low), math.ceil(high)), list[float]()
     for factors in ((1,), (1, 2, 5), range(1, 10), TENTHS[::5], TENTHS):
         ticks = [factor * 10.0**power for power in powers for factor in factors]
@@ -126,14 +126,14 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _ticks(last: float) -> range:
-    """Return about five round steps from 0 on."""
+    """Return about five round numbers of steps, from 0 to `last`."""
     unit = 10 ** max(0, math.floor(math.log10(max(last, 1) / 2.5)))
     every = next(unit * factor for factor in (1, 2, 5, 10) if last / (unit * factor) <= 6)
     return range(0, math.floor(last) + 1, every)
 
 
 def _grids(folder: Path) -> list[Image.Image]:
-    """Return some grids of samples, each under its step, brought to the chart's height."""
+    """Return some grids of samples, resized to the chart's height, each under a heading with its step."""
     paths = sorted(folder.glob("*.png"))
     count = min(GRIDS_SHOWN, len(paths))
     chosen = [paths[round(i * (len(paths) - 1) / max(count - 1, 1))] for i in range(count)]

@@ -1,4 +1,4 @@
-"""Report on a run: rows of means, and grids of samples from the average."""
+"""Report on a run: rows of the log, TensorBoard, and grids of samples from the average."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ Row = dict[str, float | int]
 
 
 class Progress:
-    """Gathers reports on the device, and makes a row of means over all processes when it is asked for one."""
+    """Collector of the reports of steps, which makes rows of means over all processes."""
 
     def __init__(self, learner: Learner) -> None:
         self._learner, self._reports = learner, list[Report]()
         self._started, self._first = time.perf_counter(), learner.step
 
     def add(self, report: Report) -> None:
-        """Take note of a step; reads nothing from the device."""
+        """Add the report of a step, without reading from the device."""
         self._reports.append(report)
 
     def row(self) -> Row | None:
-        """Return the means since the last row, None where no step was made since; reads from the device.
+        """Return a row for the steps since the last row, None if there were none; reads from the device.
 
-        loss and its parts, as the mean over samples before weighting; loss_q1 to loss_q4, that of the samples
-        in each quarter of the timesteps; norms of the gradient (mean) and of the parameters; learning rate;
-        steps that were skipped so far; images a second, peak memory in bytes, and the seconds that are left.
+        It holds the loss and its terms, means over samples before weighting; loss_q1 to loss_q4, the loss of
+        the samples in each quarter of the timesteps; the norms of the gradient (mean) and of the parameters;
+        the learning rate; with fp16 the loss scale; the number of skipped steps so far; images per second,
+        peak memory in bytes, and the seconds that are left.
         """
         learner, recipe = self._learner, self._learner.recipe
         steps = len(self._reports)
@@ -76,7 +77,7 @@ class Progress:
             quarter = t * QUARTERS // self._learner.process.num_timesteps
             for number in range(QUARTERS):
                 inside = (quarter == number).double()
-                # Not by a product: a loss that is NaN belongs to its own quarter only.
+                # `where` instead of a product, which would spread a NaN to the other quarters.
                 pairs[f"loss_q{number + 1}"] = (values["loss"].where(inside > 0, 0.0), inside)
         sums = torch.stack([torch.stack([value.sum(), count.sum()]) for value, count in pairs.values()])
         found = self._learner.world.total(sums).tolist()
@@ -84,7 +85,7 @@ class Progress:
 
 
 def in_words(row: Row, steps: int) -> str:
-    """Return a row as one line for people."""
+    """Return a row as one readable line."""
     terms = [name for name in ("loss", "mse", "vb", "acc@1") if name in row]
     shown = ", ".join(f"{name} {row[name]:.4f}" for name in terms)
     minutes, seconds = divmod(round(row["seconds_left"]), 60)
@@ -93,9 +94,9 @@ def in_words(row: Row, steps: int) -> str:
 
 
 class Board:
-    """TensorBoard's log of a run, where tensorboard is installed; else nothing.
+    """TensorBoard log of a run; it does nothing if tensorboard isn't installed.
 
-    step: steps behind the run; rows of later ones, from before it was killed, are hidden.
+    step: number of steps made. Rows of later steps, from before the run was killed, are hidden.
     """
 
     def __init__(self, run: Path, step: int) -> None:
@@ -117,13 +118,13 @@ class Board:
                     self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         if self._writer is not None:
             self._writer.close()
 
 
 def average_net(learner: Learner) -> nn.Module:
-    """Return the network with the first average of a run as its weights, a copy, to be evaluated."""
+    """Return a copy of the network in evaluation mode, with the first average of a run as its weights."""
     with torch.device("meta"):
         net = build(learner.recipe.network)
     weights = learner.averages.weights()
@@ -160,6 +161,6 @@ def write_samples(path: Path, learner: Learner, samples: Samples) -> None:
 
 
 def _small_images(recipe: Recipe, samples: Samples, count: int) -> Tensor:
-    """The first samples of the run as an upsampler takes them."""
+    """Return the first samples of the run, reduced to the small images that an upsampler takes."""
     x = torch.stack([samples.at(k)[0] for k in range(count)]).float() / 127.5 - 1
     return F.interpolate(x, (recipe.low_res_size,) * 2, mode="area")  # type: ignore[arg-type]

@@ -26,36 +26,42 @@ CHECKPOINTING = ("none", "norms", "attention", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training run's settings, as they travel with its folder (`to_dict`, `recipe_from_dict`).
+    """Settings of a training run. They are stored in its folder (`to_dict`, `recipe_from_dict`).
 
     Attributes:
         kind: "diffusion", "classifier" or "upsampler".
-        network: of that kind.
-        process: the diffusion process, with the loss it stands for.
+        network: configuration of a network of that kind.
+        process: the diffusion process, which also determines the loss.
         steps: optimiser steps of the whole run.
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
         microbatch: images that a process computes at once; None takes its whole share of a batch.
-        published_sum: add the microbatches' mean gradients without dividing, as the published loop of
-            diffusion models does; else every image weighs the same whatever the microbatch.
-        seed: of the weights and of every draw, 0..2^64-1.
-        lr: learning rate at its highest. weight_decay: of AdamW.
-        warmup: steps over which the rate rises from 0. cooldown: share of the steps, at their end, over which
-            it falls to 0. anneal: let it fall to 0 over all steps as published.
-        clip: largest norm of the gradient; None leaves it as it is.
-        ema: rates of the averages of the weights. ema_warmup: hold a rate down to (1 + step) / (10 + step).
+        published_sum: add up the mean gradients of the microbatches without dividing by their number, as the
+            published loop of diffusion models does; otherwise all images have the same weight.
+        seed: seed of the initial weights and of all random draws, 0..2^64-1.
+        lr: highest learning rate. weight_decay: that of AdamW.
+        warmup: steps over which the learning rate rises from 0. cooldown: share of the steps, at the end,
+            over which it falls to 0. anneal: decrease it to 0 over all steps, as published.
+        clip: largest norm of the gradient; None doesn't clip.
+        ema: rates of the averages of the weights. ema_warmup: limit rates to at most
+            (1 + step) / (10 + step).
         ema_power: widths, relative to the run, of power-function averages (Karras et al. 2024, eq. 121).
-        precision: of the torso: fp32, tf32, bf16, fp16 (with a loss scale), or auto, the device's own.
-        sampler: of timesteps, "uniform" or "loss-second-moment".
-        drop_classes: share of the images that are shown the null class, the last one of the network.
-        noised: show a classifier noised images.
-        low_res_size: side of the images that an upsampler enlarges.
-        noise_augmentation: largest standard deviation of noise added to these, drawn for each image.
-        random_crop, random_flip: of the images.
-        validation: images that are kept out of training; their loss is logged at every snapshot.
-        freeze: patterns (as of file names) of the parameters that stay as they are.
-        checkpointing: what is computed again in the backward pass instead of kept: "none", the "norms" before
-            convolutions, the inside of the blocks of "attention", of "all", or k for every k-th.
-        max_skipped: steps in a row whose gradient may not be finite before the run stops.
+        precision: precision of the torso: fp32, tf32, bf16, fp16 (with a loss scale), or auto, which depends
+            on the device.
+        sampler: sampler of the timesteps, "uniform" or "loss-second-moment".
+        drop_classes: share of the images that get the null class instead of their own. It is the network's
+            last class.
+        noised: train a classifier on noised images.
+        low_res_size: side in pixels of the images that an upsampler enlarges.
+        noise_augmentation: largest standard deviation of the noise that is added to these images; it is drawn
+            uniformly for each image.
+        random_crop: crop images at random. random_flip: mirror half of them, chosen at random.
+        validation: number of images that are held out; their loss is logged at every snapshot.
+        freeze: patterns (as for file names) of the names of parameters that are not trained.
+        checkpointing: values that the backward pass computes again instead of keeping them: "none"; "norms",
+            the outputs of norms before convolutions; everything inside the blocks: "attention", "all", or k
+            for every k-th block.
+        max_skipped: number of steps in a row that may be skipped because their gradient isn't finite; the run
+            stops after one more.
     Raises: InvalidArgument.
     """
 
@@ -94,7 +100,7 @@ class Recipe:
             value = _checked(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         wanted = KINDS[self.kind]
-        # An upsampler's config is a UNet's too.
+        # Not isinstance: the configuration of an upsampler is also that of a UNet.
         if type(self.network) is not wanted:
             raise invalid("network", self.network.kind, f"a network for the kind {self.kind!r}")
         if self.microbatch is not None and self.microbatch > self.batch_size:
@@ -106,7 +112,7 @@ class Recipe:
         self._check_kind()
 
     def _check_kind(self) -> None:
-        """Refuse settings that only another kind has."""
+        """Reject settings that only another kind of network has."""
         if (self.low_res_size is None) == (self.kind == "upsampler"):
             allowed = "the side of the small images" if self.kind == "upsampler" else "for an upsampler only"
             raise invalid("low_res_size", self.low_res_size, allowed)
@@ -122,14 +128,14 @@ class Recipe:
         elif not self.noised:
             raise invalid("noised", False, "for a classifier only")
         elif self.process.types[1].learned != (self.network.out_channels == 2 * self.network.in_channels):
-            given = f"{self.network.out_channels} channels out of {self.network.in_channels}"
-            raise invalid("learn_sigma", self.process.types[1].learned, f"as the network has it: {given}")
+            given = f"{self.network.out_channels} output and {self.network.in_channels} input channels"
+            raise invalid("learn_sigma", self.process.types[1].learned, f"must fit a network with {given}")
         if self.drop_classes and not self.classes:
             raise invalid("drop_classes", self.drop_classes, "for a network with two classes or more")
 
     @property
     def classes(self) -> int | None:
-        """Classes that the images have; None without. The null class of `drop_classes` is none of theirs."""
+        """Number of classes of the images, without the null class of `drop_classes`; None without classes."""
         if isinstance(self.network, ClassifierConfig):
             return self.network.out_channels
         count = self.network.num_classes  # type: ignore[attr-defined]
@@ -138,9 +144,9 @@ class Recipe:
     def rate(self, step: int) -> float:
         """Return the learning rate of step `step` (from 0).
 
-        lr * min(1, (step + 1) / warmup) * min(1, (steps - step) / (cooldown * steps)); with anneal also
-        * (1 - s / steps), where s is the step before, as in the published loop (whose first two steps run at
-        the full rate), or for a classifier the step itself, as in its published program.
+        It is lr * min(1, (step + 1) / warmup) * min(1, (steps - step) / (cooldown * steps)). With anneal it
+        is also multiplied by (1 - s / steps). There s = max(step - 1, 0), as in the published loop, whose
+        first two steps have the full rate; for a classifier s = step, as in its published program.
         """
         rate = self.lr * min(1.0, (step + 1) / max(self.warmup, 1))
         if self.cooldown:
@@ -161,14 +167,14 @@ class Recipe:
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """Inverse of `Recipe.to_dict`; raises InvalidArgument that names the field."""
+    """Return the recipe of a dict from `Recipe.to_dict`. Raises InvalidArgument, which names the field."""
     known = [field.name for field in dataclasses.fields(Recipe)]
     for name in values:
         if name not in known:
             raise invalid("recipe", name, f"no such field; {nearest(name, known)}")
     for name in ("network", "process"):
         if not isinstance(values.get(name), Mapping):
-            raise invalid("recipe", name, "settings by name")
+            raise invalid("recipe", name, "must hold settings by name")
     network, process = config_from_dict(values["network"]), DiffusionConfig.from_flags(**values["process"])
     try:
         return Recipe(**{**values, "network": network, "process": process})
@@ -177,13 +183,13 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def recipe_from_json(text: str) -> Recipe:
-    """Inverse of `Recipe.to_json`; raises InvalidArgument."""
+    """Return the recipe of a text from `Recipe.to_json`. Raises InvalidArgument."""
     try:
         values = json.loads(text)
     except ValueError as error:
         raise InvalidArgument(f"recipe: not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise invalid("recipe", values, "settings by name")
+        raise invalid("recipe", values, "must hold settings by name")
     return recipe_from_dict(values)
 
 
@@ -194,7 +200,7 @@ _ONE_OF = {"kind": tuple(KINDS), "sampler": SAMPLERS, "precision": PRECISIONS}
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Return the value of a field in one form; InvalidArgument for a wrong type or range."""
+    """Return the value of a field in its type. Raises InvalidArgument for a wrong type or range."""
     if name in _WHOLE:
         return checks.whole(name, value, _WHOLE[name])
     if name in _SHARES:

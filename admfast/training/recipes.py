@@ -1,8 +1,9 @@
-"""Presets of training: how the released networks and the shipped digits networks were trained.
+"""Presets of recipes: those of the released networks and of the digits networks that ship with the package.
 
-Networks and processes are those of `admfast.models.presets`. Batch, learning rate and steps of the released
-ones: tables 11 to 14 of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and Nichol 2021); what
-these leave open (annealing, crops, weight decay) is the default of the published training programs.
+Networks and processes are those of `admfast.models.presets`. The batch size, learning rate and steps of the
+released networks are from tables 11 to 14 of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal and
+Nichol 2021). Settings that are not in these tables (annealing, crops, weight decay) are the defaults of the
+published training programs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from admfast.training.recipe import KINDS, Recipe
 
 _NOISE_OF_CLASSIFIERS = DiffusionConfig(noise_schedule="linear", steps=1000)
 
-# Kind -> name of the preset -> name of the network and what differs from the kind's common settings.
+# Kind -> name of the preset -> name of the network, and settings that differ from the kind's common ones.
 _PUBLISHED: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "diffusion": {
         "imagenet64": ("64x64_diffusion", {"steps": 540_000, "batch_size": 2048, "lr": 3e-4}),
@@ -47,11 +48,11 @@ _PUBLISHED: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 _COMMON: dict[str, dict[str, Any]] = {
     "diffusion": {"batch_size": 256, "lr": 1e-4},
     "upsampler": {"batch_size": 256, "lr": 1e-4},
-    # Its program crops at random and lets the rate fall over the run.
+    # The published program for classifiers crops at random and anneals the learning rate.
     "classifier": {"steps": 300_000, "batch_size": 256, "lr": 3e-4, "weight_decay": 0.05, "anneal": True,
                    "random_crop": True},
 }  # fmt: skip
-# Digits are no digits any more when they are mirrored.
+# A mirrored digit is not a digit any more.
 _DIGITS: dict[str, Any] = {
     "warmup": 200, "cooldown": 0.3, "clip": 1.0, "ema_warmup": True, "random_flip": False,
 }  # fmt: skip
@@ -61,7 +62,7 @@ _OF_DIGITS: dict[str, dict[str, Any]] = {
                    "seed": 1},
     "upsampler": {"steps": 2500, "batch_size": 32, "lr": 8e-4, "ema": (0.998,), "seed": 2},
 }  # fmt: skip
-# What the published programs call a setting, and what it is called here.
+# Published name of a setting -> its name here.
 _PUBLISHED_NAMES = {
     **{flag: name for flag, name in RENAMED.items() if name != "steps"},
     "classifier_attention_resolutions": "attention_resolutions, as downsampling factors",
@@ -76,11 +77,11 @@ PRESETS = {kind: (*_PUBLISHED[kind], DIGITS) for kind in KINDS}
 
 
 def recipe(kind: str, preset: str = DIGITS, **changes: Any) -> Recipe:
-    """Return the recipe of a preset (`PRESETS` lists them by kind), changed.
+    """Return the recipe of a preset (`PRESETS` lists them by kind) with changes.
 
-    changes: fields of `Recipe`, of its network and of its process; `diffusion_steps` are the process's.
-    `num_classes` are the images' classes, a classifier's too. With `drop_classes` the network gets one more,
-    the null class.
+    changes: fields of `Recipe`, of its network and of its process. `steps` are those of the run,
+    `diffusion_steps` those of the process. `num_classes` is the number of classes of the images, also for a
+    classifier. With `drop_classes` the network gets one more class, the null class.
     Raises: InvalidArgument.
     """
     checks.one_of("kind", kind, KINDS)
@@ -102,7 +103,7 @@ def recipe(kind: str, preset: str = DIGITS, **changes: Any) -> Recipe:
 
 
 def changed(base: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return a recipe with other settings, given as for `recipe`. Raises InvalidArgument."""
+    """Return a recipe with changes, given as for `recipe`. Raises InvalidArgument."""
     parts = split_options(base.kind, changes)
     network = _with_classes(base.network, dict(parts["network"]))
     dropping = parts["recipe"].get("drop_classes", base.drop_classes)
@@ -113,7 +114,7 @@ def changed(base: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return options by what they belong to: "recipe", "network", "process". Raises InvalidArgument."""
+    """Return options by part: those of "recipe", "network" and "process". Raises InvalidArgument."""
     names = {
         "recipe": {field.name for field in dataclasses.fields(Recipe)} - {"kind", "network", "process"},
         "network": {field.name for field in dataclasses.fields(KINDS[kind])} | {"num_classes"},
@@ -121,7 +122,7 @@ def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, 
     }
     parts: dict[str, dict[str, Any]] = {part: {} for part in names}
     for name, value in options.items():
-        # "steps" are the run's: those of the process are the published diffusion_steps.
+        # "steps" are those of the run; those of the process have their published name, diffusion_steps.
         if name == "diffusion_steps":
             parts["process"]["steps"] = value
             continue
@@ -136,7 +137,7 @@ def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, 
 
 
 def _with_classes(network: NetConfig, options: dict[str, Any]) -> NetConfig:
-    """Return a network with other fields; a classifier's classes are its output."""
+    """Return a network with changed fields; the classes of a classifier are its output channels."""
     if isinstance(network, ClassifierConfig) and "num_classes" in options:
         options["out_channels"] = options.pop("num_classes")
     if isinstance(network, UNetConfig) and "in_channels" in options:
@@ -145,7 +146,7 @@ def _with_classes(network: NetConfig, options: dict[str, Any]) -> NetConfig:
 
 
 def _with_null_class(network: NetConfig) -> NetConfig:
-    """Return a network with one class more."""
+    """Return a network with one more class."""
     if not isinstance(network, UNetConfig | UpsamplerConfig) or network.num_classes is None:
         raise invalid("drop_classes", "given", "for a network with classes")
     return dataclasses.replace(network, num_classes=network.num_classes + 1)

@@ -1,14 +1,14 @@
-"""The k-th sample of a training run: its image, crop and flip are a function of the run's seed and k alone.
+"""Make the k-th sample of a training run; its image, crop and flip depend only on the run's seed and k.
 
-Samples are counted through the whole run. Epoch e is the samples e*N .. e*N + N-1 and has every one of the N
-images once, in an order of its own. All draws are words of Philox (`ops/update/noise.py`) under the seed:
+Samples are numbered through the whole run. Epoch e consists of samples e*N .. e*N + N-1 and has each of the N
+images once, in its own order. All draws are words of Philox (`ops/update/noise.py`) with the seed as key:
 
     order of epoch e    counter (image, 0, e, ORDER): images by ascending 63-bit key from words 0 and 1
     crop and flip of k  counter (0, 0, k, CROP): words for length, top, left and flip
-    what takes the place of a broken image   counter (attempt, 0, k, REPLACEMENT): word 0 chooses the image
+    replacement for a broken image   counter (attempt, 0, k, REPLACEMENT): word 0 chooses the image
 
-One of n things is chosen by word * n >> 32. So any number of processes and workers makes the same samples,
-and the place of a run is one number.
+A number in 0..n-1 is drawn as word * n >> 32. So any number of processes and workers makes the same samples,
+and the position of a run is one number.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from admfast.training.images import BrokenImage, Source
 
 
 class DataStream(IntEnum):
-    """Philox streams of the data: of 5 and up, which training has, those from 64 to 127."""
+    """Philox streams of the images, 64 to 127; `TrainStream` has the other streams."""
 
     ORDER = 64
     CROP = 65
@@ -50,14 +50,14 @@ class Samples:
     """The samples of a run, by number: `samples.at(k)`.
 
     Args:
-        source: where images come from.
-        seed: of the run, 0..2^64-1.
+        source: the images.
+        seed: seed of the run, 0..2^64-1.
         size: side of the samples in pixels.
         channels: 1 (colours become luminance) or 3 (grey is repeated).
-        random_crop: cut as published, from 80 to 100 % of the shorter side; False cuts the centre.
-        random_flip: mirror every second sample.
-        max_broken: how many images of the source may be broken before it is an error; None allows 1 % of
-            them, at least one. At least one must be whole.
+        random_crop: crop at random as published, 80 to 100 % of the shorter side; False crops the centre.
+        random_flip: mirror half of the samples, chosen at random.
+        max_broken: number of images that may be broken before it is an error; None allows 1 %, at least one.
+            In any case one image must be intact.
 
     Raises InvalidArgument for a value that isn't allowed.
     """
@@ -82,7 +82,7 @@ class Samples:
         self.random_flip = checks.switch("random_flip", random_flip)
         allowed = max(1, len(source) // 100) if max_broken is None else max_broken
         self.max_broken = min(checks.whole("max_broken", allowed, 0), len(source) - 1)
-        self.broken: dict[int, str] = {}  # index of a broken image -> its name and what is wrong
+        self.broken: dict[int, str] = {}  # index of a broken image -> its name and the error
         self._order = functools.lru_cache(2)(functools.partial(epoch_order, len(source), self.seed))
 
     def __getstate__(self) -> dict[str, object]:
@@ -95,12 +95,12 @@ class Samples:
     def at(self, k: int) -> tuple[Tensor, int | None]:
         """Return sample `k`: uint8 [C, size, size] and its class, None without classes.
 
-        A broken image is named in a warning, once, and another one takes its place.
+        A broken image is named in a warning, once, and replaced by another one.
 
         Raises:
             InvalidArgument: for a number outside 0..2^32-1.
-            BrokenImage: where more than `max_broken` images are broken.
-            AdmfastError: for a source that can't be read.
+            BrokenImage: if more than `max_broken` images are broken.
+            AdmfastError: if the source can't be read.
         """
         known = set(self.broken)
         sample = self.draw(k)
@@ -108,7 +108,7 @@ class Samples:
         return sample
 
     def draw(self, k: int) -> tuple[Tensor, int | None]:
-        """As `at`, without a warning: what is broken is only added to `broken`."""
+        """Return sample `k` as `at` does, without warnings; broken images are only added to `broken`."""
         checks.whole("k", k, 0, MASK32)
         for index in self._candidates(k):
             try:
@@ -120,15 +120,15 @@ class Samples:
         return torch.from_numpy(image.transpose(2, 0, 1).copy()), label
 
     def add_broken(self, found: Mapping[int, str]) -> None:
-        """Remember broken images (index -> name and reason). Raises BrokenImage where they are too many."""
+        """Add broken images (index -> name and error). Raises BrokenImage if there are too many."""
         self.broken.update(found)
         if len(self.broken) > self.max_broken:
             first = "; ".join(itertools.islice(self.broken.values(), 3))
-            number = f"{len(self.broken)} of {len(self.source)} images are broken, {self.max_broken} may be"
+            number = f"{len(self.broken)} of {len(self.source)} images are broken (limit {self.max_broken})"
             raise BrokenImage(f"{number}: {first}")
 
     def _candidates(self, k: int) -> Iterator[int]:
-        """The image of sample `k`, then those that take its place, without images known to be broken."""
+        """Yield the index of sample `k`'s image, then of replacements, without images known to be broken."""
         count = len(self.source)
         epoch, place = divmod(k, count)
         replacements = (
@@ -139,7 +139,7 @@ class Samples:
                 yield index
 
     def _cut(self, image: Picture, k: int) -> UInt8:
-        """The crop and flip of an image that is sample `k`."""
+        """Return an image, cropped and flipped as sample `k`."""
         *crop, flip = self._words(0, k, DataStream.CROP)
         if self.random_crop:
             words = iter(crop)
@@ -154,12 +154,12 @@ class Samples:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of `count` images in an epoch, a permutation [count] int64 (see the file's head)."""
+    """Return the order of `count` images in an epoch, int64 [count] (see the head of the file)."""
     return permutation(count, seed, epoch, DataStream.ORDER)
 
 
 def permutation(count: int, seed: int, row: int, stream: DataStream) -> Tensor:
-    """Return the images [count] int64 by ascending key of the counters (image, 0, row, stream)."""
+    """Return 0..count-1, int64, sorted by the 63-bit keys of the counters (image, 0, row, stream)."""
     image = torch.arange(count, device="cpu")
     zero = torch.zeros(1, dtype=torch.int64, device="cpu")
     counter = (image & MASK32, image >> 32, zero + row, zero + int(stream))
@@ -169,7 +169,7 @@ def permutation(count: int, seed: int, row: int, stream: DataStream) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Samples by their numbers.
+    """Batch of samples.
 
     Attributes:
         ks: number of every sample in the run.
@@ -183,15 +183,15 @@ class ImageBatch:
 
 
 def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> Iterator[ImageBatch]:
-    """Yield the batches of samples with the numbers `ks`, in order, whoever makes them.
+    """Yield the batches of samples with the numbers `ks`, in order, for any number of workers.
 
     Args:
-        ks: the numbers of every batch; without an end if need be. Workers take them a few batches ahead.
-        workers: processes that each make whole batches; 0 makes them in this one. Torch's global generator
-            is left as it is.
+        ks: the numbers of the samples of each batch; may be endless. Workers take them a few batches ahead.
+        workers: number of processes that each make whole batches; 0 makes them in this process. The state of
+            torch's global generator doesn't change.
 
-    Raises: as `Samples.at`; AdmfastError for a worker that ends before its time (as a rule, killed for want
-        of memory).
+    Raises: see `Samples.at`; AdmfastError if a worker dies (usually because the system killed it for lack of
+        memory).
     """
     checks.whole("workers", workers, 0)
     parts: Iterable[_Part]
@@ -205,7 +205,7 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_begin,
-            generator=torch.Generator(),  # else the global one is drawn from
+            generator=torch.Generator(),  # otherwise DataLoader draws from the global one
         )
     try:
         for part in parts:
@@ -219,12 +219,12 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
     except RuntimeError as error:
         if not workers or isinstance(error, AdmfastError):
             raise
-        raise AdmfastError(f"a worker of the data: {first_line(error)}") from error
+        raise AdmfastError(f"a worker that makes samples failed: {first_line(error)}") from error
 
 
 @dataclass
 class _Part:
-    """Message of a worker: a batch or why there is none, and what it knows to be broken."""
+    """Message of a worker: a batch or an error, and the broken images that it knows."""
 
     batch: ImageBatch | None
     broken: dict[int, str]
@@ -232,17 +232,17 @@ class _Part:
 
 
 class _Maker(Dataset[_Part]):
-    """The samples as what a `DataLoader` asks for whole batches."""
+    """Dataset that gives a `DataLoader` whole batches of samples."""
 
     def __init__(self, samples: Samples) -> None:
-        # What is broken is the caller's to tell: a copy finds it out by itself.
+        # A copy with its own `broken`: the loader finds new ones by comparing it with the caller's.
         self._samples = copy.copy(samples)
         self._samples.broken = dict(samples.broken)
 
     def __getitems__(self, ks: Sequence[int]) -> _Part:
         try:
             images, labels = zip(*map(self._samples.draw, ks), strict=True)
-        # Sent as a value: an exception that crosses the processes becomes many lines of another type.
+        # Returned as a value: DataLoader would raise a worker's exception with a traceback of many lines.
         except AdmfastError as error:
             return _Part(None, self._samples.broken, error)
         classes = None if labels[0] is None else torch.tensor(labels, device="cpu")
@@ -251,7 +251,7 @@ class _Maker(Dataset[_Part]):
 
 def _begin(worker: int) -> None:
     reuse_memory()
-    # Schedulers and Ctrl-C tell all processes to end; the run saves first, and then ends its workers.
+    # Schedulers and Ctrl-C signal all processes. The workers must live until the run has saved its state.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to all ends the workers too early
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -259,7 +259,7 @@ def _begin(worker: int) -> None:
 
 
 def _end_for_parent(parent: int) -> None:
-    """End this worker at a SIGTERM of its parent; pass over those of others."""
+    """End this worker on a SIGTERM from its parent; ignore one from another process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Draw the timesteps of training: evenly, or more often where the loss is large."""
+"""Draw the timesteps of training, uniformly or in proportion to the size of the loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from admfast.training.recipe import SAMPLERS
 
 
 class UniformSampler:
-    """Every timestep is equally likely; it has no state."""
+    """Sampler for which all timesteps are equally likely; it has no state."""
 
     def __init__(self, steps: int) -> None:
         self.steps = checks.whole("steps", steps, 1)
@@ -25,7 +25,7 @@ class UniformSampler:
         return torch.ones(self.steps, dtype=torch.float64)
 
     def choose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Return timesteps for numbers in [0, 1), and the factors that keep the mean loss unbiased.
+        """Return timesteps for uniform numbers in [0, 1), and factors that keep the mean loss unbiased.
 
         uniform: float64 [N]. t = floor(u * steps); the factors are 1.
         Returns int64 [N] and float32 [N].
@@ -34,23 +34,24 @@ class UniformSampler:
         return t, torch.ones(len(t))
 
     def learn(self, t: Tensor, losses: Tensor) -> None:
-        """Take note of the losses of a step, [N] each, in the order of their samples."""
+        """Update the state with the timesteps and losses of a step, [N] each, in the order of the samples."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what the next step depends on."""
+        """Return the state, on which the next step depends."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Load a state."""
 
 
 class LossSecondMomentSampler(UniformSampler):
-    """p(t) proportional to sqrt(E[L_t^2]) over the last losses at t, mixed with a uniform share.
+    """Sampler with p(t) proportional to sqrt(E[L_t^2]) over the last losses at t, mixed with a uniform share.
 
-    Uniform until every timestep has its whole history. Source: Nichol and Dhariwal 2021, eq. 18;
+    It is uniform until every timestep has a full history. Source: Nichol and Dhariwal 2021, eq. 18;
     `LossSecondMomentResampler` of the published code.
 
-    history: losses kept for each timestep. uniform_share: least probability, over all timesteps together.
+    history: number of losses kept for each timestep. uniform_share: weight of the uniform distribution in the
+    mixture.
     """
 
     learns = True
@@ -65,7 +66,7 @@ class LossSecondMomentSampler(UniformSampler):
 
     @property
     def warmed_up(self) -> bool:
-        """Tell whether every timestep has its whole history."""
+        """Whether every timestep has a full history."""
         return bool((self.counts == self.losses.shape[1]).all())
 
     def weights(self) -> Tensor:
@@ -75,7 +76,7 @@ class LossSecondMomentSampler(UniformSampler):
         return weights / weights.sum() * (1 - self.uniform_share) + self.uniform_share / self.steps
 
     def choose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """As for the uniform sampler: t is the first whose cumulated probability is above u."""
+        """Return timesteps and factors as `UniformSampler` does; t is the first with P(T <= t) above u."""
         p = self.weights()
         p = p / p.sum()
         t = torch.searchsorted(p.cumsum(0), uniform, right=True).clamp(max=self.steps - 1)
@@ -83,7 +84,7 @@ class LossSecondMomentSampler(UniformSampler):
 
     def learn(self, t: Tensor, losses: Tensor) -> None:
         for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
-            if not abs(loss) < float("inf"):  # of a step that is skipped
+            if not abs(loss) < float("inf"):  # in a step that is skipped
                 continue
             count = int(self.counts[step])
             if count == self.losses.shape[1]:

@@ -1,10 +1,11 @@
-"""One step of training: gradients of a batch, the optimiser, the averages. For any loop, ours or a user's.
+"""Make training steps: gradients of a batch, the optimiser, the averages. They can be used in any loop.
 
     learner = Learner(recipe, build_network(recipe))
     batch = batch_of(recipe, learner.sampler, ks, images, labels)
     report = learner.update(batch)
 
-Nothing in a step is read back from a GPU: a step whose gradient isn't finite is skipped, and counted, there.
+A step whose gradient isn't finite is skipped and counted on the device. So a step reads nothing back from a
+GPU, except with the sampler "loss-second-moment", which reads the losses.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from admfast.training.network import set_precision
 from admfast.training.recipe import Recipe
 from admfast.training.timesteps import timestep_sampler
 
-# log2 of the factor that keeps float16 gradients from vanishing; it grows by a little at every step and is
-# halved by one that overflows, as published, but not below 1.
+# log2 of the first loss scale, which keeps float16 gradients from vanishing. The loss scale grows a little at
+# every step and is halved by a step that overflows, as published, but does not fall below 1.
 FIRST_SCALE = {"diffusion": 20.0, "upsampler": 20.0, "classifier": 16.0}
 SCALE_GROWTH = 1e-3
 
@@ -38,12 +39,12 @@ Loss = Callable[[nn.Module, Recipe, GaussianDiffusion, Batch], dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Report:
-    """Report of a step, on the device: nothing has been read from it.
+    """Report of a step. Its tensors are on the device: nothing has been read back from it.
 
     Attributes:
-        terms: loss and its parts of every sample of this process, [N] each, before weighting.
-        t: their timesteps [N].
-        grad_norm: of the whole gradient, before clipping.
+        terms: loss and its terms for every sample of this process, [N] each, before weighting.
+        t: timesteps of the samples [N].
+        grad_norm: norm of the whole gradient, before clipping.
         rate: learning rate.
     """
 
@@ -54,18 +55,25 @@ class Report:
 
 
 class Learner:
-    """A network in training, with everything that its next step depends on.
+    """Network in training, with everything that its next step depends on.
 
     Args:
-        recipe: with a precision that isn't "auto" (see `resolved_precision`; "auto" counts as fp32).
-        net: in training mode, where it is to be trained; fresh from `build_network`, or one's own.
-        world: the processes of the run; one by default.
-        loss: what is minimised; the mean of its term "loss", weighted as the sampler of timesteps asks.
+        recipe: the recipe. A precision of "auto" means fp32 here; `resolved_precision` replaces it.
+        net: the network in training mode, on the device where it is trained; from `build_network`, or your
+            own.
+        world: the processes of the run; one process by default.
+        loss: function that returns the terms of every sample. The mean of the term "loss", multiplied by the
+            weights of the timestep sampler, is minimised.
 
     Attributes:
-        step: steps behind it. averages, optimiser, sampler: see there. process: the diffusion process.
-        skipped: steps that were skipped, of them `in_a_row` just now; float32 [] on the device.
-        log2_scale: of the loss, float32 [] on the device; None but for fp16.
+        step: number of steps made.
+        averages: the averages of the weights, `Averages`.
+        optimiser: torch's AdamW.
+        sampler: the sampler of the timesteps.
+        process: the diffusion process.
+        skipped: number of skipped steps, float32 [] on the device.
+        in_a_row: number of steps skipped since the last one that was not; float32 [] on the device.
+        log2_scale: log2 of the loss scale, float32 [] on the device; None unless the precision is fp16.
     """
 
     def __init__(self, recipe: Recipe, net: nn.Module, world: World | None = None, loss: Loss = loss) -> None:
@@ -91,18 +99,19 @@ class Learner:
     def update(self, batch: Batch) -> Report:
         """Make one step on this process's share of a batch, in microbatches.
 
-        The gradient is that of the mean over the whole batch of loss * weight, whatever the microbatch and
-        the number of processes (with `published_sum`: the sum of the microbatches' means).
+        The gradient is that of the mean of loss * weight over the whole batch, for any microbatch and number
+        of processes (with `published_sum`: that of the sum of the microbatches' means).
         """
         rate = self.recipe.rate(self.step)
         terms = self._gradients(batch)
         norm, finite = self._finished_gradients()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        # The fused step looks at these: where a gradient isn't finite it leaves everything as it is.
+        # The fused optimiser reads these: if found_inf is 1, it changes nothing.
         self.optimiser.grad_scale, self.optimiser.found_inf = None, 1 - finite  # type: ignore[attr-defined]
         self.optimiser.step()
-        # torch's fused step doesn't say that it wrote: what was derived from the old weights would stay.
+        # torch's fused step doesn't increment the version counters of the weights. Without this, values that
+        # were derived from the old weights would stay in use.
         torch.autograd.graph.increment_version(self.trained)
         self.averages.update(self.step, finite)
         self.skipped += 1 - finite
@@ -123,7 +132,7 @@ class Learner:
         found: list[dict[str, Tensor]] = []
         for part in parts:
             more = part is not parts[-1]
-            # The dropout masks of a block that is computed again belong to the backward pass too.
+            # The backward pass is inside too: blocks that it computes again need the same dropout masks.
             with (
                 without_sync(self.parallel, more),
                 keyed_dropout(self.net, self.recipe.seed, part.ks, TrainStream.DROPOUT),
@@ -136,7 +145,7 @@ class Learner:
         return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
 
     def _finished_gradients(self) -> tuple[Tensor, Tensor]:
-        """Take the loss scale out of the gradients, clip them; return their norm and 1 if it is finite."""
+        """Divide the gradients by the loss scale and clip them; return their norm, and 1 if it is finite."""
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         factor = None
@@ -152,9 +161,9 @@ class Learner:
         return norm, finite
 
     def check(self, batch: Batch) -> None:
-        """Raise NonFiniteError where too many steps in a row were skipped; names the first bad layer.
+        """Raise NonFiniteError, which names the first bad layer, if too many steps in a row were skipped.
 
-        batch: the last one. Reads a number from the device.
+        batch: the last batch. Reads a number from the device.
         """
         count = int(self.in_a_row)
         if count <= self.recipe.max_skipped:
@@ -181,7 +190,7 @@ class Learner:
         return nn.utils.get_total_norm([parameter.detach() for parameter in self.net.parameters()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the next step depends on, sharing memory with it."""
+        """Return everything that the next step depends on; the tensors share memory with the learner."""
         return {
             "step": self.step,
             "net": self.net.state_dict(),
@@ -193,7 +202,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state in place. Raises CheckpointError where it is another run's."""
+        """Load a state in place. Raises CheckpointError if it doesn't fit this learner."""
         try:
             self.net.load_state_dict(state["net"])
             self.averages.load_state_dict(state["averages"])

@@ -1,9 +1,9 @@
-"""Images that a run keeps out of its training, and the loss of the average on them.
+"""Hold images out of the training of a run, and compute the loss of its average on them.
 
-    which images          the first N in an order that is drawn as an epoch's, in the stream HELD_OUT
-    draws of image i of N  those of sample 2^32 - N + i, which training comes to last
+    the N images        the first N in a random order, which is drawn as an epoch's, with the stream HELD_OUT
+    draws of image i    those of sample 2^32 - N + i, which are the last numbers that training can reach
 
-So the loss is that of the same images, timesteps and noise at every snapshot, whatever came between.
+So the loss is that of the same images, timesteps and noise at every snapshot.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from admfast.training.update import Learner
 
 
 class Part:
-    """Some images of a source, by their indices."""
+    """Source with the images of another source that have these indices."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self._source, self._indices = source, tuple(indices)
@@ -48,9 +48,9 @@ class Part:
 
 
 def split(source: Source, seed: int, count: int) -> tuple[Source, Source]:
-    """Return the images to train on, in their order, and `count` others.
+    """Return the source of the training images, in their order, and that of `count` held-out images.
 
-    Raises: InvalidArgument where none would be left to train on.
+    Raises: InvalidArgument if no image would be left to train on.
     """
     if not count:
         return source, Part(source, ())
@@ -62,10 +62,12 @@ def split(source: Source, seed: int, count: int) -> tuple[Source, Source]:
 
 @torch.no_grad()
 def validation_losses(learner: Learner, samples: Samples) -> dict[str, float]:
-    """Return the mean loss of the first average on all samples, and the means of its parts.
+    """Return the mean loss of the first average of the weights on all samples, and the means of its terms.
 
-    samples: of the images that were kept out. Named validation_loss and so on; dropout is off, timesteps are
-    drawn evenly. Reads from the device.
+    They are named validation_loss and so on. Dropout is off, and timesteps are drawn uniformly. Reads from
+    the device.
+
+    samples: those of the held-out images.
     """
     recipe, device = learner.recipe, learner.world.device
     sampler, count = UniformSampler(learner.process.num_timesteps), len(samples.source)
