@@ -1,4 +1,4 @@
-"""The coefficients of a process as device tables, read with the device's own t."""
+"""The coefficients of a process in tensors on each device, indexed there by t without a transfer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from admfast.errors import invalid
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The coefficients of one call: at(name) is that coefficient at every t, shaped [N, 1, ...]."""
+    """The coefficients of one call; calling it with a name returns one at every t, shaped [N, 1, ...]."""
 
     table: Tensor  # [K, S]
     rows: dict[str, int]
@@ -23,7 +23,7 @@ class Coefficients:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32 or float64, the dtype of the call's arithmetic."""
+        """Dtype in which the call computes: float32 or float64."""
         return self.table.dtype
 
     def __call__(self, name: str) -> Tensor:
@@ -31,14 +31,14 @@ class Coefficients:
         return values.view(-1, *[1] * (len(self.shape) - 1))
 
     def full(self, name: str) -> Tensor:
-        """The coefficient as a view of x's shape."""
+        """Return the coefficient as an expanded view of x's shape."""
         return self(name).expand(self.shape)
 
 
 class CoefficientTables:
     """Every coefficient of a schedule, rounded once from float64 and uploaded once per device and dtype.
 
-    schedule: see `make_schedule`. A first call uploads, so make it before a CUDA graph is captured.
+    schedule: see `make_schedule`. The first call uploads, so make one before a CUDA graph is captured.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -50,7 +50,7 @@ class CoefficientTables:
         self._model_t: dict[torch.device, Tensor] = {}
 
     def at(self, t: Tensor, *tensors: Tensor) -> Coefficients:
-        """The coefficients at t for arithmetic on these [N, ...] tensors: float64 if one is, else float32.
+        """Return the coefficients at t for these [N, ...] tensors: float64 if one of them is, else float32.
 
         Raises: InvalidArgument for a t that is not [N] integers.
         """
@@ -59,12 +59,12 @@ class CoefficientTables:
         dtype = torch.float64 if wide else torch.float32
         table = self._tables.get((t.device, dtype))
         if table is None:
-            # Rounded on the host, since not every device has float64.
+            # Rounded on the host, because not every device supports float64.
             table = self._tables[t.device, dtype] = _uploaded(self._host, t.device, dtype)
         return Coefficients(table, self._rows, t, tensors[0].shape)
 
     def model_t(self, t: Tensor) -> Tensor:
-        """The timesteps that the network sees at t: [N], int64 or float32."""
+        """Return the timesteps that the network sees at t: [N], int64 or float32."""
         self._check(t, t.shape[:1])
         table = self._model_t.get(t.device)
         if table is None:
@@ -72,7 +72,7 @@ class CoefficientTables:
         return table.index_select(0, t)
 
     def _check(self, t: Tensor, shape: torch.Size) -> None:
-        """t is [N] integers; their range is checked on the CPU only, where it costs no transfer."""
+        """Reject a t that isn't [N] integers; check the range on the CPU only, where it needs no transfer."""
         if t.dtype not in (torch.int64, torch.int32) or t.dim() != 1 or t.shape != shape:
             raise invalid("t", f"{t.dtype} {tuple(t.shape)}", f"int64 [N], here {tuple(shape)}")
         if t.device.type != "cpu" or t.numel() == 0 or torch.compiler.is_compiling():
@@ -84,15 +84,15 @@ class CoefficientTables:
 
 
 def _uploaded(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    # Outside of inference mode: a table made in it could not serve autograd later.
+    # A tensor made in inference mode could not be used with autograd later.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _coefficients(schedule: Schedule) -> dict[str, FloatArray]:
-    """Every coefficient that a formula multiplies by, float64 [S] each."""
+    """Return every coefficient of the formulas, float64 [S] each."""
     coef1, coef2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
-    # At t = 0 the true posterior has no width; the published large variance takes that of t = 1 there.
+    # The true posterior variance is 0 at t = 0; the published large variance is that of t = 1 there.
     first = schedule.posterior_variance[1] if schedule.num_timesteps > 1 else schedule.betas[0]
     large = np.append(first, schedule.betas[1:])
     return {

@@ -22,15 +22,16 @@ SWITCHES = (
     "rescale_learned_sigmas",
     "use_kl",
 )
-# What is said of a weights file; the other fields are for processes of one's own.
+# The settings that describe a weights file; the other fields are for processes of your own.
 SETTINGS = ("noise_schedule", "steps", *SWITCHES)
 _PUBLISHED_NAMES = {"diffusion_steps": "steps", "timestep_respacing": "respacing"}
 
 
 def checked_setting(setting: str, value: object, name: str | None = None) -> object:
-    """Return one of `SETTINGS` in one form, whatever the others are; InvalidArgument for a wrong value.
+    """Return the checked and normalized value of one of `SETTINGS`, without regard to the others.
 
-    name: what an error calls the setting, where a flag of another name gave it.
+    name: the setting's name in errors, if the value comes from a flag with another name.
+    Raises: InvalidArgument for a wrong value.
     """
     name = name or setting
     if setting == "noise_schedule":
@@ -40,18 +41,18 @@ def checked_setting(setting: str, value: object, name: str | None = None) -> obj
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """A diffusion process and its training objective, as it travels with weights (`to_dict`, `from_flags`).
+    """Settings of a diffusion process and its training objective, stored with weights by `to_dict`.
 
     Source: `create_gaussian_diffusion` of the published code.
 
     noise_schedule: "linear" or "cosine". steps: length of the original process.
-    learn_sigma: LEARNED_RANGE variance, the output has twice the channels; else FIXED_LARGE, or FIXED_SMALL
-      with sigma_small. predict_xstart: the output is x_0 instead of the noise.
+    learn_sigma: LEARNED_RANGE variance, and an output with twice the channels; else FIXED_LARGE, or
+      FIXED_SMALL with sigma_small. predict_xstart: the output is x_0 instead of the noise.
     rescale_timesteps: the network sees float timesteps in 0..1000.
-    use_kl: RESCALED_KL; else rescale_learned_sigmas: RESCALED_MSE; else MSE.
+    use_kl: the loss is RESCALED_KL; else with rescale_learned_sigmas RESCALED_MSE; else MSE.
     respacing: see `space_timesteps`; None is the original process without the published respacing wrapper.
-    mean_type, var_type, loss_type: a member (or its name) given directly, for what the switches can't
-      express. The switches that they replace must then be off.
+    mean_type, var_type, loss_type: an enum member or its name, for types that the switches can't express.
+      The switches that it replaces must then be off.
     Raises: InvalidArgument.
     """
 
@@ -82,7 +83,7 @@ class DiffusionConfig:
         self._direct("loss_type", LossType, "use_kl", "rescale_learned_sigmas")
 
     def _direct(self, name: str, kind: Any, *switches: str) -> None:
-        """Replace a member's name by the member, and refuse switches that would say it twice."""
+        """Replace a member's name by the member, and reject switches that set the same thing."""
         given = getattr(self, name)
         if given is None:
             return
@@ -93,7 +94,7 @@ class DiffusionConfig:
 
     @classmethod
     def from_flags(cls, **flags: Any) -> DiffusionConfig:
-        """Return the config of published flags: `diffusion_steps` and `timestep_respacing` are accepted too.
+        """Return the config of flags; accept the published `diffusion_steps` and `timestep_respacing` too.
 
         Raises: InvalidArgument for an unknown flag, with the nearest names.
         """
@@ -105,12 +106,12 @@ class DiffusionConfig:
                 raise invalid(flag, value, f"unknown setting, {nearest(flag, [*known, *_PUBLISHED_NAMES])}")
             if name in settings:
                 raise invalid(flag, value, f"the same setting as {name}, which is given too")
-            # The published code takes every empty respacing for "keep all".
+            # The published code keeps all steps for any empty respacing.
             settings[name] = "" if flag == "timestep_respacing" and not value else value
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON: `SETTINGS`, and others where they aren't the default."""
+        """Return the fields, ready for JSON: `SETTINGS`, and others only if they aren't the default."""
         defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
         fields = {name: getattr(self, name) for name in defaults}
         return {
@@ -121,7 +122,7 @@ class DiffusionConfig:
 
     @property
     def types(self) -> tuple[MeanType, VarType, LossType]:
-        """The parameterisation and objective that the settings stand for."""
+        """The types that the settings select: of the mean, the variance and the loss."""
         fixed = VarType.FIXED_SMALL if self.sigma_small else VarType.FIXED_LARGE
         mse = LossType.RESCALED_MSE if self.rescale_learned_sigmas else LossType.MSE
         mean = self.mean_type or (MeanType.START_X if self.predict_xstart else MeanType.EPSILON)
@@ -136,7 +137,7 @@ class DiffusionConfig:
     def build(self, respacing: Respacing | None = None) -> GaussianDiffusion:
         """Return the process.
 
-        respacing: keeps these steps instead of the config's own; None leaves the config's.
+        respacing: replaces the config's respacing; None keeps the config's.
         Raises: InvalidArgument.
         """
         kept = self.respacing if respacing is None else respacing

@@ -24,7 +24,7 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor | float, log_var2: 
     All arguments broadcast; the second distribution may be numbers. Result in the tensors' dtype.
     Differentiable.
     """
-    # A number is filled in on the device: making a tensor of it would be a transfer.
+    # `new_full` writes the number on the device; a tensor made on the host would have to be copied there.
     second = log_var2 if isinstance(log_var2, Tensor) else log_var1.new_full((), log_var2)
     spread = (log_var1 - second).exp()
     shift = (mean1 - mean2) ** 2 * (-second).exp()
@@ -45,7 +45,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
 
     log(F((x + 1/255 - mean) / s) - F((x - 1/255 - mean) / s)), s = e^log_scales, F the approximate cdf; the
     lowest level (x < -0.999) takes the whole lower tail and the highest (x > 0.999) the upper one, so that
-    the 256 probabilities sum to 1. Probabilities are held above 1e-12, where the gradient is 0.
+    the 256 probabilities sum to 1. A probability below 1e-12 is replaced by 1e-12, and its gradient is 0.
     Source: `discretized_gaussian_log_likelihood` of the published `losses.py`.
 
     x: [N, ...], 8-bit levels scaled to [-1, 1]. means, log_scales: the same shape. Differentiable.

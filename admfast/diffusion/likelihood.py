@@ -19,7 +19,7 @@ Model = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class VbTerms:
-    """output: [N], bits per dimension. pred_xstart: [N, C, ...], the x_0 that the network implied."""
+    """One term of the bound: `output` [N], in bits per dimension. `pred_xstart`: x_0 [N, C, ...]."""
 
     output: Tensor
     pred_xstart: Tensor
@@ -30,7 +30,7 @@ class BitsPerDimension:
     """The bound and its parts: [N], or [N, S] with column 0 for t = S-1 and the last column for t = 0.
 
     total_bpd = prior_bpd + sum of vb over the columns, bits per dimension. xstart_mse: mean squared error of
-    the network's x_0. mse: that of the noise which its x_0 implies.
+    the network's x_0. mse: mean squared error of the noise that its x_0 implies.
     """
 
     total_bpd: Tensor
@@ -66,7 +66,7 @@ def vb_terms_bpd(
 
 
 def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
-    """Return KL(q(x_T | x_0) || N(0, 1)) per sample, [N], in bits per dimension; no network can change it.
+    """Return KL(q(x_T | x_0) || N(0, 1)) per sample, [N], in bits per dimension; it depends on no network.
 
     Source: DDPM eq. 5; `_prior_bpd` of the published code.
     x_start: [N, ...] in [-1, 1]. Differentiable in x_start.
@@ -91,10 +91,10 @@ def bits_per_dimension(
 
     Source: `calc_bpd_loop` of the published code. Calls the model S times, without gradients.
 
-    model: called as model(x_t, diffusion.model_t(t), **model_kwargs), in the mode it is in: eval() it before.
+    model: called as model(x_t, diffusion.model_t(t), **model_kwargs). Its mode is kept: call eval() first.
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1].
-    noises: S tensors of x_start's shape (or one [S, N, C, ...]), t = S-1 first; else drawn from `generator`,
-      which lives on x_start's device, else from torch's own.
+    noises: S tensors of x_start's shape (or one [S, N, C, ...]), t = S-1 first; None draws them.
+    generator: source of drawn noise, on x_start's device; None is torch's default generator.
     progress: called with (steps done, S) after each step.
     Raises: InvalidArgument. Not differentiable.
     """
@@ -126,7 +126,7 @@ def bits_per_dimension(
 def _draws(
     x_start: Tensor, steps: int, noises: Iterable[Tensor] | None, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
-    """The noise of each step in the order of use."""
+    """Return the noise of each step, in the order of use."""
     if noises is None:
         shape, device, dtype = x_start.shape, x_start.device, x_start.dtype
         return (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(steps))

@@ -24,19 +24,20 @@ def training_losses(
 ) -> dict[str, Tensor]:
     """Return the loss of each sample at its own step t, and its parts.
 
-    x_t = q_sample(x_0, t, noise), one call of the network, then by `diffusion.loss_type`:
+    The network is called once, at x_t = q_sample(x_0, t, noise). The loss depends on `diffusion.loss_type`:
     MSE: mse + vb; RESCALED_MSE: mse + vb * S / 1000; KL: vb; RESCALED_KL: vb * S.
-    mse is the mean over the pixels of the squared error of noise, x_0 or posterior mean, whichever the
-    network predicts. vb is the term of the variational bound in bits per dimension, without clipping; beside
-    mse it exists only where the variance is learned, and teaches the variance alone (the mean is detached).
+    mse is the mean squared error, over pixels, of the network's prediction (noise, x_0 or posterior mean).
+    vb is the term of the variational bound in bits per dimension, without clipping. In the MSE losses it
+    exists only if the variance is learned, and trains only the variance (the mean is detached).
     Source: DDPM eq. 14; Nichol and Dhariwal 2021, eq. 16; `training_losses` of the published code.
 
-    model: called as model(x_t, diffusion.model_t(t), **model_kwargs), gives [N, C, ...] or [N, 2C, ...].
+    model: called as model(x_t, diffusion.model_t(t), **model_kwargs); returns [N, C, ...] or [N, 2C, ...].
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1]. t: [N], indices.
     noise: of x_start's shape; None draws it from torch's generator.
 
-    Returns "loss" and, for the MSE losses, "mse" and (variance learned) "vb" as it enters the loss: [N] each,
-    not yet weighted by the sampler of t. Differentiable in the network's parameters, x_start and noise.
+    Returns "loss" and, for the MSE losses, "mse" and (if the variance is learned) "vb" as it enters the loss:
+    [N] each, without the weights of the sampler of t. Differentiable in the network's parameters, x_start and
+    noise.
     Raises: InvalidArgument.
     """
     if noise is None:
@@ -55,7 +56,7 @@ def training_losses(
         held = torch.cat([mean_part.detach(), variance_part], dim=1)
         vb = vb_terms_bpd(diffusion, held, x_start, x_t, t, clip_denoised=False).output
         if diffusion.loss_type is LossType.RESCALED_MSE:
-            # S times one random term estimates the whole bound; without the 1/1000 it would drown the error.
+            # S times one random term estimates the whole bound; without the 1/1000 it would outweigh the mse.
             vb = vb * (steps / 1000.0)
         terms["vb"] = vb
         terms["loss"] = terms["mse"] + vb
@@ -63,7 +64,7 @@ def training_losses(
 
 
 def _target(diffusion: GaussianDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """Return what the mean channels should be."""
+    """Return the target of the mean channels."""
     if diffusion.mean_type is MeanType.EPSILON:
         return noise
     if diffusion.mean_type is MeanType.START_X:

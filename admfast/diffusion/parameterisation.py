@@ -1,4 +1,4 @@
-"""Name what a diffusion network predicts and what it is trained on."""
+"""Enums of a diffusion network's predictions and of its training objective."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from admfast.errors import invalid, nearest
 
 
 class MeanType(enum.Enum):
-    """Name what the mean channels of the network's output are (`ModelMeanType` of the published code)."""
+    """The quantity that the output's mean channels predict (`ModelMeanType` of the published code)."""
 
     PREVIOUS_X = "PREVIOUS_X"  # the mean of x_{t-1}
     START_X = "START_X"  # x_0
@@ -17,7 +17,7 @@ class MeanType(enum.Enum):
 
 
 class VarType(enum.Enum):
-    """Name the source of the variance of p(x_{t-1} | x_t) (`ModelVarType` of the published code)."""
+    """The source of the variance of p(x_{t-1} | x_t) (`ModelVarType` of the published code)."""
 
     LEARNED = "LEARNED"  # the output's second half is log sigma^2
     FIXED_SMALL = "FIXED_SMALL"  # the posterior variance
@@ -26,20 +26,20 @@ class VarType(enum.Enum):
 
     @property
     def learned(self) -> bool:
-        """Tell whether the network's output has twice the channels of x."""
+        """Whether the network predicts the variance; its output then has twice the channels of x."""
         return self in (VarType.LEARNED, VarType.LEARNED_RANGE)
 
 
 class LossType(enum.Enum):
     """The training objective (`LossType` of the published code)."""
 
-    MSE = "MSE"  # mean squared error, plus the variational term in bits where the variance is learned
-    RESCALED_MSE = "RESCALED_MSE"  # the same, its variational term times S / 1000
+    MSE = "MSE"  # mean squared error, plus the variational term in bits if the variance is learned
+    RESCALED_MSE = "RESCALED_MSE"  # MSE, but with the variational term times S / 1000
     KL = "KL"  # the variational term in bits
-    RESCALED_KL = "RESCALED_KL"  # the same times S: an estimate of the whole bound
+    RESCALED_KL = "RESCALED_KL"  # KL times S: an estimate of the whole bound
 
     def is_vb(self) -> bool:
-        """Tell whether the loss is the variational term alone."""
+        """Tell whether the loss is only the variational term."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
@@ -47,7 +47,7 @@ EnumT = TypeVar("EnumT", bound=enum.Enum)
 
 
 def member(kind: type[EnumT], value: EnumT | str, name: str) -> EnumT:
-    """Return `value`, a member of `kind` or the name of one, as the member; `name` is the argument's name.
+    """Return the member of `kind` that `value` is or names; `name` is the argument's name in errors.
 
     Raises: InvalidArgument with the nearest names.
     """

@@ -17,7 +17,7 @@ from admfast.errors import invalid
 
 @dataclass(frozen=True)
 class GaussianMoments:
-    """mean, variance and log_variance of a Gaussian, of x's shape; the variances may be expanded views."""
+    """Mean, variance and log-variance of a Gaussian, in x's shape; the variances may be expanded views."""
 
     mean: Tensor
     variance: Tensor
@@ -26,18 +26,18 @@ class GaussianMoments:
 
 @dataclass(frozen=True)
 class PMeanVariance(GaussianMoments):
-    """p(x_{t-1} | x_t): its moments and the x_0 they were made from; all of x_t's shape."""
+    """The moments of p(x_{t-1} | x_t), and the x_0 that the network predicts; all in x_t's shape."""
 
     pred_xstart: Tensor
 
 
 class GaussianDiffusion:
-    """A diffusion process with a network's parameterisation: maths on tensors, no network is called here.
+    """A diffusion process with a network's parameterisation: maths on tensors, without calling a network.
 
     Source: `GaussianDiffusion` of the published code. Steps are indices t = 0..S-1 of `schedule`; the
-    network sees `model_t(t)`. Methods compute in float64 if an image tensor they are given is float64, else
-    in float32, with coefficients rounded once from float64. Those are uploaded once per device and dtype and
-    read there with the device's own t: a step moves nothing between host and device.
+    network sees `model_t(t)`. Methods compute in float64 if one of their image tensors is float64, else in
+    float32, with coefficients rounded once from float64. The coefficients are uploaded once per device and
+    dtype, and indexed there by t, so that a step moves no data between host and device.
 
     schedule: see `make_schedule`. mean_type, var_type, loss_type: members, or their names.
     Raises: InvalidArgument.
@@ -58,11 +58,11 @@ class GaussianDiffusion:
 
     @property
     def num_timesteps(self) -> int:
-        """S, the number of steps."""
+        """Number of steps, S."""
         return self.schedule.num_timesteps
 
     def x0_coefficients(self, i: int) -> tuple[float, float]:
-        """Return (k_x, k_out) with x_0 = k_x x_t + k_out out at step i, by what the network predicts."""
+        """Return (k_x, k_out) with x_0 = k_x x_t + k_out out at step i; out is the output's mean channels."""
         s = self.schedule
         if self.mean_type is MeanType.EPSILON:
             return float(s.sqrt_recip_alphas_cumprod[i]), -float(s.sqrt_recipm1_alphas_cumprod[i])
@@ -72,7 +72,7 @@ class GaussianDiffusion:
         return -coef2 / coef1, 1.0 / coef1
 
     def log_variance_coefficients(self, i: int) -> tuple[float, float]:
-        """Return (l0, l1) with log sigma^2 = l0 + l1 v at step i, v the variance channels."""
+        """Return (l0, l1) with log sigma^2 = l0 + l1 v at step i; v is the output's variance channels."""
         s = self.schedule
         low, high = float(s.posterior_log_variance_clipped[i]), math.log(s.betas[i])
         if self.var_type is VarType.LEARNED:
@@ -115,7 +115,7 @@ class GaussianDiffusion:
         return at("sqrt_alphas_cumprod") * x_start + at("sqrt_one_minus_alphas_cumprod") * noise
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> GaussianMoments:
-        """Return q(x_{t-1} | x_t, x_0); at t = 0 its variance is 0 and the log is that of t = 1.
+        """Return q(x_{t-1} | x_t, x_0); at t = 0 the variance is 0, and log_variance is that of t = 1.
 
         mean = sqrt(alpha_bar_prev) beta / (1 - alpha_bar) x_0
              + sqrt(alpha) (1 - alpha_bar_prev) / (1 - alpha_bar) x_t,
@@ -136,17 +136,17 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> PMeanVariance:
-        """Return p(x_{t-1} | x_t) from what the network gave at (x_t, model_t(t)).
+        """Return p(x_{t-1} | x_t) from the network's output at (x_t, model_t(t)).
 
-        x_0 is read off the mean channels, passed through denoised_fn, then limited to [-1, 1] if
+        x_0 is computed from the mean channels, passed through denoised_fn, then clipped to [-1, 1] if
         clip_denoised; the mean is that of q(x_{t-1} | x_t, x_0). PREVIOUS_X keeps the network's own mean:
-        only the reported x_0 is limited. LEARNED_RANGE: log sigma^2 = f log beta + (1 - f) log posterior
-        variance, f = (v + 1) / 2, not limited (Nichol and Dhariwal 2021, eq. 15).
+        only the returned x_0 is clipped. LEARNED_RANGE: log sigma^2 = f log beta + (1 - f) log posterior
+        variance, f = (v + 1) / 2, not clipped (Nichol and Dhariwal 2021, eq. 15).
         Source: `p_mean_variance` of the published code.
 
-        model_output: [N, C, ...], or [N, 2C, ...] where the variance is learned. x_t: [N, C, ...].
+        model_output: [N, C, ...], or [N, 2C, ...] if the variance is learned. x_t: [N, C, ...].
         t: [N], indices. denoised_fn: maps x_0 to an x_0 of the same shape. Returns tensors of x_t's shape.
-        Differentiable in model_output and x_t; the limit passes no gradient outside [-1, 1].
+        Differentiable in model_output and x_t; clipping passes no gradient outside [-1, 1].
         Raises: InvalidArgument.
         """
         at = self._tables.at(t, x_t, model_output)
@@ -167,9 +167,9 @@ class GaussianDiffusion:
         return PMeanVariance(mean, variance, log_variance, x_start)
 
     def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (mean channels, variance channels or None) of a network's output, views of x_t's shape.
+        """Return (mean channels, variance channels or None) of a network's output, as views of x_t's shape.
 
-        model_output: [N, C, ...], or [N, 2C, ...] where the variance is learned. Differentiable.
+        model_output: [N, C, ...], or [N, 2C, ...] if the variance is learned. Differentiable.
         Raises: InvalidArgument for another shape.
         """
         channels = x_t.shape[1]
@@ -182,7 +182,7 @@ class GaussianDiffusion:
         return model_output[:, :channels], model_output[:, channels:]
 
     def _variance(self, at: Coefficients, v: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(variance, log_variance) of p(x_{t-1} | x_t), both of x_t's shape; v are the variance channels."""
+        """Return (variance, log_variance) of p(x_{t-1} | x_t) in x_t's shape; v is the variance channels."""
         if v is None:
             if self.var_type is VarType.FIXED_LARGE:
                 return at.full("fixed_large_variance"), at.full("fixed_large_log_variance")
@@ -224,7 +224,8 @@ class GaussianDiffusion:
         """Return the guided mean of x_{t-1}, mean + variance * gradient; the x_0 of p stays as it is.
 
         Source: "Diffusion Models Beat GANs", algorithm 1; `condition_mean` of the published code.
-        gradient: scale * grad of log p(y | x) at x_t, of p.mean's shape. Differentiable in all three.
+        gradient: scale * grad of log p(y | x) at x_t, of p.mean's shape. Differentiable in p's tensors and
+        gradient.
         Raises: InvalidArgument.
         """
         _check_shape("gradient", gradient, p.mean)

@@ -1,4 +1,4 @@
-"""Choose the timesteps of a long process that a shorter one keeps."""
+"""Choose which timesteps of a long process a shorter one keeps."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
     spec: one of
       "" - every timestep;
       "250" or 250 - that many over the whole process, from the first to the last;
-      "10,10,10" - the process is cut into as many sections as there are counts, as equal as possible with the
-        longer ones first, and each keeps its count from its own first to its own last step. The position is a
-        float64 sum of strides (size - 1) / (count - 1), rounded half to even; a count of 1 keeps the first
-        step, 0 keeps none;
-      "ddimN" - 0, k, 2k, ... with the smallest integer stride k that gives exactly N steps. Where no stride
-        does, the steps are floor(i * num_timesteps / N), i = 0..N-1: evenly spaced from 0 too, to within one;
+      "10,10,10" - counts per section. The process is divided into as many sections as there are counts, of
+        equal size or, if that is impossible, with sizes that differ by one, larger sections first. Each
+        section keeps its count of steps, from its first to its last step. A position is a float64 sum of
+        strides (size - 1) / (count - 1), rounded half to even; a count of 1 keeps the first step, 0 keeps
+        none;
+      "ddimN" - 0, k, 2k, ... with the smallest integer stride k that gives exactly N steps. If there is no
+        such stride, the steps are floor(i * num_timesteps / N), i = 0..N-1, with gaps that differ by at most
+        one;
       [0, 10, 20] or "[0,10,20]" - these timesteps, in any order, none twice.
-    published: follow the published function to the letter: `ddimN` without an integer stride raises, "" and
+    published: follow the published function exactly: `ddimN` without an integer stride raises, "" and
       "[...]" raise, a list holds counts per section, and a negative count keeps none.
 
     Returns a list of distinct ints; empty only for counts that are all 0.
@@ -75,7 +77,7 @@ def _from_text(total: int, spec: str, published: bool) -> list[int]:
 
 
 def _unknown(spec: str) -> InvalidArgument:
-    """The error for a spec of no known form, with the nearest spellings that keep its number."""
+    """Return the error for an unknown kind of spec, with the nearest spellings that keep its number."""
     digits = re.search(r"\d+", spec)
     count = digits[0] if digits else "25"
     return invalid("respacing", spec, f"{_FORMS}; {nearest(spec, [f'ddim{count}', count])}")
@@ -108,7 +110,7 @@ def _sections(total: int, counts: Sequence[int], published: bool) -> list[int]:
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):
-            # Summed, not i * stride: the rounding of the sum decides which step is kept.
+            # A sum, not i * stride, as published: its rounding decides which step is kept.
             kept.append(start + round(position))
             position += stride
         start += length

@@ -1,4 +1,4 @@
-"""Noise schedules: betas, what follows from them in float64, and the timestep that the network sees."""
+"""Noise schedules: betas, the float64 arrays computed from them, and the timesteps that the network sees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IntArray = npt.NDArray[np.int64]
 
 NOISE_SCHEDULES = ("linear", "cosine")
 
-# With rescaling the network sees timesteps in 0..1000 whatever the length of the process.
+# With rescaling, the network sees timesteps in 0..1000 for any length of the process.
 TIMESTEP_SCALE = 1000.0
 
 
@@ -59,10 +59,10 @@ class Schedule:
     posterior_log_variance_clipped: its log, with the value of t = 1 at t = 0 (of beta_0 where S = 1),
     posterior_mean_coef1 (of x_0) and posterior_mean_coef2 (of x_t) of q(x_{t-1} | x_t, x_0).
 
-    timestep_map: int64 [S], the step of the original process that each t stands for.
+    timestep_map: int64 [S], the step of the original process at each t.
     original_steps: length of the original process.
     rescale_timesteps: the network sees float32 timesteps scaled to 0..1000.
-    model_timesteps: what the network sees at each t, int64 [S] or float32 [S].
+    model_timesteps: the timestep that the network sees at each t, int64 [S] or float32 [S].
     Raises: InvalidArgument for betas outside (0, 1] or arrays that don't fit together.
     """
 
@@ -87,7 +87,7 @@ class Schedule:
     def __post_init__(self) -> None:
         betas = np.array(self.betas, dtype=np.float64)
         if betas.ndim != 1 or betas.size == 0:
-            raise invalid("betas", betas.shape, "one dimension with at least one step")
+            raise invalid("betas", betas.shape, "must have one dimension and at least one step")
         outside = ~((betas > 0) & (betas <= 1))
         if outside.any():
             step = int(np.argmax(outside))
@@ -118,9 +118,9 @@ class Schedule:
         original_steps: int | None = None,
         rescale_timesteps: bool = False,
     ) -> Schedule:
-        """Return the schedule of these betas; by default the original process itself, t mapped to t.
+        """Return the schedule of these betas; by default they are the original process, and t maps to t.
 
-        betas: [S], in (0, 1]. timestep_map: [S], rising. original_steps: at least S.
+        betas: [S], in (0, 1]. timestep_map: [S], strictly increasing. original_steps: at least S.
         Raises: InvalidArgument.
         """
         array = np.array(betas, dtype=np.float64)
@@ -130,16 +130,16 @@ class Schedule:
 
     @property
     def num_timesteps(self) -> int:
-        """S, the number of steps that are kept."""
+        """Number of kept steps, S."""
         return len(self.betas)
 
     def respaced(self, steps: Sequence[int] | IntArray) -> Schedule:
-        """Return the schedule of these steps only: beta_i = 1 - alpha_bar_i / alpha_bar_{i-1} over the kept.
+        """Return the schedule of only these steps; over them, beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}.
 
-        The betas are recomputed even where every step is kept, as `SpacedDiffusion` of the published code
-        does: they then differ from the given ones by rounding.
+        The betas are recomputed even if every step is kept, as in `SpacedDiffusion` of the published code:
+        they then differ from the given ones by rounding.
 
-        steps: indices into this schedule, rising, at least one. Raises: InvalidArgument.
+        steps: indices into this schedule, strictly increasing, at least one. Raises: InvalidArgument.
         """
         index = np.asarray(steps)
         if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
@@ -180,12 +180,12 @@ class Schedule:
 
 
 def _derived(betas: FloatArray) -> dict[str, npt.NDArray[np.generic]]:
-    """The arrays of `Schedule` that follow from the betas."""
+    """Return the arrays of `Schedule` that are computed from the betas."""
     alphas = 1.0 - betas
     bar = np.cumprod(alphas)
     bar_prev = np.append(1.0, bar[:-1])
     variance = betas * (1.0 - bar_prev) / (1.0 - bar)
-    # A last beta of exactly 1 (linear, 20 steps) leaves no signal: alpha_bar is 0, its reciprocal infinite.
+    # A last beta of exactly 1 (linear, 20 steps) leaves no signal: alpha_bar is 0, its inverse is infinite.
     with np.errstate(divide="ignore"):
         recip = 1.0 / bar
     return {
@@ -214,12 +214,12 @@ def make_schedule(
 ) -> Schedule:
     """Return the float64 schedule of a diffusion process.
 
-    Source: `create_gaussian_diffusion` of the published code. For betas of one's own see
+    Source: `create_gaussian_diffusion` of the published code. For betas of your own see
       `Schedule.from_betas`.
 
     noise_schedule: "linear" or "cosine". steps: length of the original process.
     respacing: which steps to keep, see `space_timesteps`; "" keeps all and recomputes the betas from
-      alpha_bar, None leaves the process untouched (the published class without its respacing wrapper).
+      alpha_bar, None keeps the process unchanged (the published class without its respacing wrapper).
     rescale_timesteps: the network sees float timesteps in 0..1000.
     Raises: InvalidArgument.
     """

@@ -1,4 +1,4 @@
-"""Convolutions that run on a form of their weights derived for speed, where their network is folded."""
+"""Convolutions that use a faster, derived form of their weights while their network is folded."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from admfast.models.fold.options import FoldOptions
 from admfast.ops.conv import ConvOptions, FoldedConv, conv, folded_conv
 from admfast.ops.transforms import in_autocast, in_forward_mode, in_program, outer_grad_enabled, traced
 
-# What else than its parameters decides what a convolution computes.
+# Attributes that, besides the parameters, determine what a convolution computes.
 GEOMETRY = frozenset({"stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"})
 
 
 class FoldableConv(nn.Module):
     """Mixin of a convolution: `conv(x, residual, x2)` is `residual + conv([x, x2])`.
 
-    Parameters are named and shaped as in any convolution. `fold_weights` derives from them what the forward
-    then runs on, as long as they are the same tensors and the module is not in training mode. The forward
-    without it takes the weights in the dtype of x.
+    Parameters have the names and shapes of any torch convolution. `fold_weights` derives a faster form of the
+    weights. The forward uses it while the parameters are still the same tensors and the module is not in
+    training mode. Otherwise the forward uses the weights, cast to the dtype of x.
 
-    split: channels of the first source where it is always given two, else 0. rows: the order in which the
-    folded form puts out its channels, None for their own; only a forward `any_order` runs on such a form.
+    split: channels of the first source if the convolution always gets two sources, else 0. rows: order of the
+    output channels in the folded form; None keeps their order. Only a forward with `any_order=True` uses a
+    reordered form.
     """
 
     split: int = 0
@@ -35,7 +36,7 @@ class FoldableConv(nn.Module):
     _adds_residual: bool = True
 
     def fold_weights(self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False) -> None:
-        """Derive the folded form, or renew it in place; none where no form knows what the module computes."""
+        """Derive the folded form, or update it in place; only ordinary convolutions (`_plain`) get one."""
         if not self._plain():
             return self.unfold()
         split = self.split if options.has("two_sources") else 0
@@ -49,7 +50,7 @@ class FoldableConv(nn.Module):
         self._adds_residual = options.has("residual")
 
     def _plain(self) -> bool:
-        """Tell whether this is a convolution of zeros around x, with neither dilation nor groups."""
+        """Tell whether this is an ordinary convolution: zeros as padding, no dilation, no groups."""
         others = set(self.dilation) | {self.groups}  # type: ignore[arg-type]
         if isinstance(self.padding, str):
             return False
@@ -66,16 +67,16 @@ class FoldableConv(nn.Module):
 
     @property
     def folded(self) -> FoldedConv | None:
-        """The folded form where it may be used."""
+        """The folded form, or None if this call must not use it."""
         found = self._folded
         if found is None or self.training:
             return None
         weight = self.weight
-        # Under torch.func.functional_call other tensors stand here.
+        # torch.func.functional_call replaces the parameters by other tensors.
         if weight is not found.weight or self.bias is not found.bias:
             return None
-        # Under autocast dtypes are torch's business, layer by layer; in a traced program, whose weights are
-        # its own, the form would be a constant; and transforms differentiate torch's own operations.
+        # Autocast chooses dtypes layer by layer. A traced program has its own weights, and the form would be
+        # a constant in it. Transforms can differentiate only torch's own operations.
         if (
             in_autocast(weight.device)
             or in_program()
@@ -85,7 +86,7 @@ class FoldableConv(nn.Module):
         return found
 
     def _recorded(self) -> bool:
-        """Tell whether somebody may ask for the parameters' gradients later."""
+        """Tell whether this call is recorded for gradients of the parameters."""
         trainable = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return trainable and outer_grad_enabled()
 
@@ -106,7 +107,8 @@ class FoldableConv(nn.Module):
             geometry = {"stride": self.stride, "padding": self.padding}
             if x2 is None:
                 return conv(x, weight, bias, residual, **geometry)  # type: ignore[arg-type]
-            # Side by side the sources would be kept for the gradient: 77 MB of a 64 px step's peak, batch 4.
+            # Two products, because concatenated sources would be kept as a copy for the gradient: 77 MB of
+            # the peak memory of a 64 px training step at batch 4.
             first, second = weight[:, : x.shape[1]], weight[:, x.shape[1] :]
             return conv(x2, second, None, conv(x, first, bias, residual, **geometry), **geometry)  # type: ignore[arg-type]
         if x2 is not None:
@@ -115,11 +117,11 @@ class FoldableConv(nn.Module):
         return y if residual is None else residual + y
 
     def _serves(self, options: ConvOptions, x2: Tensor | None, any_order: bool) -> bool:
-        """Tell whether the folded form takes as many sources as are given, in an order that may come out."""
+        """Tell whether the folded form fits the number of sources and the order of channels of this call."""
         return (x2 is not None or not options.split) and (any_order or options.rows is None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # What moves or converts a module keeps its parameters' identity.
+        # A moved or converted module still has the same parameter objects, so `folded` can't notice it.
         self.unfold()
         return super()._apply(fn, recurse)
 
@@ -128,23 +130,23 @@ class FoldableConv(nn.Module):
 
 
 class Conv1d(FoldableConv, nn.Conv1d):
-    """1-D."""
+    """A 1-D convolution that can be folded."""
 
 
 class Conv2d(FoldableConv, nn.Conv2d):
-    """2-D."""
+    """A 2-D convolution that can be folded."""
 
 
 class Conv3d(FoldableConv, nn.Conv3d):
-    """3-D."""
+    """A 3-D convolution that can be folded."""
 
 
 class PointwiseConv1d(Conv1d):
-    """A 1-D convolution of kernel 1: a matrix product that puts its channels out together."""
+    """A 1-D convolution with kernel size 1, computed as a matrix product; its output is channels-last."""
 
     @property
     def reordered(self) -> bool:
-        """Tell whether the channels come out in the order of `rows`."""
+        """Whether the folded form outputs the channels in the order `rows`."""
         folded = self.folded
         return folded is not None and folded.options.rows is not None
 
@@ -156,5 +158,5 @@ CONVOLUTIONS: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 
 
 def conv_nd(dims: int, *args: int, **kwargs: int | tuple[int, ...]) -> nn.Module:
-    """A convolution over `dims` spatial dimensions."""
+    """Return a convolution over `dims` spatial dimensions."""
     return CONVOLUTIONS[dims](*args, **kwargs)

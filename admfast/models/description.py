@@ -1,9 +1,9 @@
-"""Describe a weights file by the JSON document that travels with it.
+"""The JSON document that describes a weights file and is stored with it.
 
     {"format": "admfast-1", "network": {"kind": "unet", ...}, "diffusion": {...} or null, "training": {...}}
 
-`network` is `NetConfig.to_dict()`, `diffusion` is `DiffusionConfig.to_dict()` (null where it is not known, as
-for a classifier), `training` is whatever its author wanted to record.
+`network` is `NetConfig.to_dict()`. `diffusion` is `DiffusionConfig.to_dict()`, or null if the process is
+unknown or the network is a classifier. `training` holds any facts that the author recorded.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _PARTS = ("format", "network", "diffusion", "training")
 
 @dataclass(frozen=True)
 class Description:
-    """A network, the process it was trained for (None: not known) and free facts about its training."""
+    """A network, its diffusion process (None: unknown), and any facts about its training."""
 
     network: NetConfig
     diffusion: DiffusionConfig | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The document as text; raises TypeError where `training` holds what JSON can't."""
+        """Return the document as text; raise TypeError if JSON can't hold a value in `training`."""
         document = {
             "format": FORMAT,
             "network": self.network.to_dict(),
@@ -42,15 +42,15 @@ class Description:
 
 
 def is_foreign(text: str) -> bool:
-    """Tell whether a text is another program's: it begins as no description does, whole or damaged."""
+    """Tell whether another program wrote a text: it has no sign of a description, not even a damaged one."""
     return re.search(r'"format"\s*:\s*"admfast-|"network"\s*:\s*\{\s*"kind"', text) is None
 
 
 def description_from_json(text: str, source: str) -> Description:
-    """Inverse of `Description.to_json`; `source` names the file in errors.
+    """Return the description that `Description.to_json` wrote; `source` names the file in errors.
 
     Raises:
-        InvalidArgument: for text that isn't such a document, naming the field.
+        InvalidArgument: for any other text; the error names the field.
     """
     try:
         document = json.loads(text)

@@ -1,4 +1,4 @@
-"""Dropout whose mask is torch's, or in a training run a function of (seed, sample, layer)."""
+"""Dropout with torch's random masks or, in training runs, with masks fixed by (seed, sample, layer)."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from admfast.ops.update import as_seeds, normal
 
 @dataclass(frozen=True)
 class MaskKey:
-    """Key of one layer's masks: the run's seed, the number of every sample, the layer's stream."""
+    """Key of one layer's masks: the run's seed, the number of each sample, the layer's noise stream."""
 
     seed: int
     ks: tuple[int, ...]
     stream: int
 
     def mask(self, x: Tensor, p: float) -> Tensor:
-        """Return which elements of x [N, ...] stay: those whose normal is at or above the p-quantile."""
+        """Return a bool mask of x [N, ...]: True (kept) where a normal number is at least the p-quantile."""
         if len(self.ks) != len(x):
             raise invalid("ks", len(self.ks), f"one number for each of the {len(x)} samples of the batch")
         key = as_seeds([self.seed]).to(x.device)
         shape = tuple(x.shape[1:])
         z = torch.cat([normal(key, shape, k, self.stream) for k in self.ks])
-        # The device's float64 quantile, not a table: p is any number.
+        # Computed in float64 on the CPU, not read from a table, because p can be any number.
         quantile = float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64, device="cpu")))
         return z >= quantile
 
 
 class Dropout(nn.Dropout):
-    """As `nn.Dropout`; within `keyed_dropout` the mask is drawn from the key, else from torch's generator.
+    """`nn.Dropout`, except that within `keyed_dropout` the mask depends on a key, not on torch's generator.
 
-    The key lies in the module, not in the thread: a backward pass that recomputes a block draws its mask
-    again, on a GPU from a thread of its own.
+    The key is stored in the module, not per thread: a backward pass that recomputes a block draws its mask
+    again, and on a GPU it runs in another thread.
     """
 
     key: MaskKey | None = None
@@ -54,12 +54,12 @@ class Dropout(nn.Dropout):
 
 @contextlib.contextmanager
 def keyed_dropout(net: nn.Module, seed: int, ks: Sequence[int], first_stream: int) -> Iterator[None]:
-    """Draw the masks of a network's dropout layers from Philox within the block, backward pass included.
+    """Draw the masks of a network's dropout layers from Philox; run forward and backward within the block.
 
-    Element e of sample k stays in layer l (counted in the order of `net.modules()`) where the normal of
-    (key seed, row k, stream first_stream + l, element e) is at or above the p-quantile.
+    Layer l (in the order of `net.modules()`) keeps element e of sample k if the normal number of (key seed,
+    row k, stream first_stream + l, element e) is at least the p-quantile.
 
-    ks: number of every sample of the batch, in its order. Not for a network that two threads train at once.
+    ks: number of each sample, in the order of the batch. Two threads must not train the same network at once.
     """
     layers = [module for module in net.modules() if isinstance(module, Dropout)]
     for number, layer in enumerate(layers):

@@ -1,8 +1,8 @@
-"""Tell which blocks must run as published, module by module: those with a hook or a layer put in by a user.
+"""Decide which blocks must run as published, layer by layer: those with hooks or replaced layers.
 
-A block runs several of its layers as one operation, in which a hook would see other values than in the
-published block, or none, and for which a layer of another class has no place. Blocks ask anew at every call,
-except in the rows of a prepared step (`surveyed`); the rest of the network stays fused and folded.
+Normally, a block fuses several of its layers into one operation. There a hook would see other values than in
+the published block, or would not run, and a replaced layer would be ignored. Blocks check this at every call,
+except in the rows of a prepared step (`surveyed`). The rest of the network stays fused and folded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _THREAD = threading.local()
 
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
-    """Tell whether a hook watches one of `modules`, or all there are, or a `forward` was replaced."""
+    """Tell whether one of `modules` has a hook or a replaced `forward`, or a global hook exists."""
     for module in modules:  # 0.2 us each
         if (
             module._forward_hooks
@@ -35,30 +35,30 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
 
 
 def watched(module: nn.Module) -> bool:
-    """Tell whether `module` must be called as the published one is."""
+    """Tell whether `module` must be called as in the published network, because it has a hook."""
     return not spared() and hooked((module,)) and not _stays_fused()
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
-    """Return all modules below `module`, level by level; `modules()` would pass each through many hands."""
+    """Return all modules below `module`, level by level; faster than the nested generators of `modules()`."""
     found = [*module._modules.values()]
-    for part in found:  # which grows meanwhile
+    for part in found:  # `found` grows during this loop
         if part is not None and part._modules:
             found += part._modules.values()
     return [part for part in found if part is not None]
 
 
 class FusedBlock(nn.Module):
-    """A block that runs some of its parts as one operation while nobody hooked or replaced any of them."""
+    """A block that runs some of its parts as one operation, unless one of them was hooked or replaced."""
 
     _kinds: tuple[type, ...] | None = None  # None: the parts always run one by one
 
     def _built(self) -> None:
-        """Note the classes of the parts; to be called at the end of `__init__`."""
+        """Record the classes of the parts; call this at the end of `__init__`."""
         self._kinds = tuple(map(type, parts(self)))
 
     def as_published(self) -> bool:
-        """Tell whether the parts must run one by one: 5 us for a residual block, less where it is spared."""
+        """Tell whether the parts must run one by one; takes 5 us for a residual block, less if `spared`."""
         if spared():
             return False
         found = parts(self)
@@ -66,9 +66,10 @@ class FusedBlock(nn.Module):
 
 
 class Survey(NamedTuple):
-    """Record of what a prepared step depends on beside the parameters of its network.
+    """The properties of a network, besides its parameters, on which a prepared step depends.
 
-    hooked: Python must run at every evaluation. modules, kinds: the network and all below, and their classes.
+    hooked: a hook exists, so Python must run at every evaluation. modules: the network and all modules below
+    it. kinds: their classes.
     """
 
     hooked: bool
@@ -77,14 +78,14 @@ class Survey(NamedTuple):
 
 
 def survey(net: nn.Module) -> Survey:
-    """Look over the modules of a network."""
+    """Return the present survey of a network."""
     found = [net, *parts(net)]
     return Survey(hooked(found), found, tuple(map(type, found)))
 
 
 @contextlib.contextmanager
 def staying_fused() -> Iterator[None]:
-    """Let hooks of this thread see within the block what runs, not what is published."""
+    """Within the context, keep this thread's blocks fused despite hooks, which then see the fused values."""
     before = _stays_fused()
     _THREAD.fused = True
     try:
@@ -100,9 +101,10 @@ def hooks_made() -> int:
 
 @contextlib.contextmanager
 def surveyed(made: int | None) -> Iterator[None]:
-    """Spare this thread's blocks the look at their parts within the block, until another hook is registered.
+    """Within the context, skip the checks of this thread's blocks, until another hook is registered.
 
-    made: `hooks_made` when a survey found no hook and no other module; None where it found one.
+    made: the value of `hooks_made()` at a survey that found no hook and no replaced module; None if it found
+    one, so that blocks must check.
     """
     before = getattr(_THREAD, "made", None)
     _THREAD.made = made
@@ -113,7 +115,7 @@ def surveyed(made: int | None) -> Iterator[None]:
 
 
 def spared() -> bool:
-    """Tell whether a survey that still holds answers for this thread's blocks."""
+    """Tell whether this thread's blocks may skip their checks, because a survey is still valid."""
     return not torch.compiler.is_compiling() and getattr(_THREAD, "made", None) == hooks_made()
 
 

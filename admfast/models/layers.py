@@ -29,7 +29,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def zeroed(module: Net) -> Net:
-    """Set all parameters of `module` to zero (how ADM begins its residual branches) and return it."""
+    """Set all parameters of `module` to zero and return it; ADM initializes the ends of branches this way."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -38,12 +38,12 @@ def zeroed(module: Net) -> Net:
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
     """Compute `[cos(t f_i), sin(t f_i)]` with `f_i = max_period^(-i / half)`, `half = dim // 2`.
 
-    Source: Vaswani et al. 2017 in the order and with the divisor of the published ADM code; an odd `dim` is
+    Source: Vaswani et al. 2017, with the order and the divisor of the published ADM code; an odd `dim` is
     padded with a zero. `timesteps` [N], integer or float, in the unit of the original schedule (0..999).
     Returns [N, dim], computed in float32. Not meant to be differentiated.
     """
     half = dim // 2
-    # The table is made on the device: a host table would be an upload per step.
+    # Frequencies are computed on the device: from the host they would be an upload per step.
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     frequencies = torch.exp(-math.log(max_period) * steps / half)
     angles = timesteps[:, None].float() * frequencies[None]
@@ -52,32 +52,32 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm with 32 groups and eps 1e-5 that runs as one fused op with what surrounds it."""
+    """GroupNorm with 32 groups and eps 1e-5, which `group_norm_silu` fuses with the operations around it."""
 
     def __init__(self, channels: int):
         super().__init__(GROUPS, channels, eps=1e-5)
 
     def forward(self, x: Tensor, *, silu: bool = False, **options: Any) -> Tensor:  # type: ignore[override]
-        """`group_norm_silu` with this layer's parameters; `options` are the op's other keyword arguments."""
+        """Apply `group_norm_silu` with this layer's parameters; `options` are its other keyword arguments."""
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=silu, **options)
 
     def again(self, x: Tensor, **options: Any) -> Callable[[], Tensor]:
-        """Return what makes this call's result once more, whatever stands in the module's place by then."""
+        """Return a function that computes this call's result again, even if the module was replaced since."""
         given: Any = (x.detach(), self.weight.detach(), self.bias.detach(), self.num_groups, self.eps)
         kept: Any = {name: v.detach() if isinstance(v, Tensor) else v for name, v in options.items()}
         return partial(group_norm_silu, *given, **kept)
 
 
 class TimestepBlock(nn.Module):
-    """A module that is given the embedding beside the images: `forward(x, emb)`."""
+    """A module that also gets the embedding: `forward(x, emb)`."""
 
 
 class Head(FusedBlock, nn.Sequential):
-    """A sequence in which a norm and SiLU at its beginning run as one."""
+    """A sequence that runs a norm and SiLU at its beginning as one operation."""
 
     def __init__(self, *layers: Any):
         super().__init__(*layers)
-        # A slice of it need not begin so.
+        # A slice of a head is also made by this constructor, and may begin with other layers.
         if [type(layer) for layer in self][:2] == [Norm, nn.SiLU]:
             self._built()
 
@@ -92,7 +92,7 @@ class Head(FusedBlock, nn.Sequential):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, followed by a 3x3 convolution where `use_conv`."""
+    """Nearest-neighbour doubling, followed by a 3x3 convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
@@ -106,7 +106,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halving by a 3x3 convolution of stride two, or by averaging where not `use_conv`."""
+    """Halving by a 3x3 convolution of stride two if `use_conv`, else by averaging."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
@@ -133,18 +133,18 @@ class Halving(nn.Module):
 
 
 class ResidualBlock(FusedBlock):
-    """A block that computes `x_skip + conv(act(GN(conv(act(GN(x))), emb)))` by fused parts.
+    """A block that computes `x_skip + conv(act(GN(conv(act(GN(x))), emb)))` with fused operations.
 
     Norm, SiLU and resampling run as one operation, and the last convolution adds the skip.
 
-    resample: how the branch and the skip are resampled after the first norm and SiLU. use_scale_shift_norm:
-    the projected embedding gives scale (first half) and shift (second half) of the second norm, else it is
-    added before it.
+    resample: "up", "down" or None; resamples the branch after the first norm and SiLU, and the skip.
+    use_scale_shift_norm: the projected embedding is scale (first half) and shift (second half) of the second
+    norm's output; else it is added to that norm's input.
     """
 
     resample: str | None = None
     use_scale_shift_norm: bool
-    recomputes_norms = False  # in the backward pass, instead of keeping what they give
+    recomputes_norms = False  # recompute norms in the backward pass, instead of storing their outputs
 
     def _fused(
         self, x: Tensor, emb: Any, x2: Tensor | None,
@@ -175,18 +175,18 @@ class ResidualBlock(FusedBlock):
         raise NotImplementedError
 
     def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
-        """Return what the branch is added to; both sources are resampled."""
+        """Return the tensor to which the branch is added; x and x2 are resampled already."""
         raise NotImplementedError
 
 
 class ResBlock(ResidualBlock, TimestepBlock):
     """`x_skip + conv(act(GN(conv(act(GN(x))), emb)))`, with optional resampling (Dhariwal & Nichol 2021).
 
-    With `use_scale_shift_norm` the projected embedding gives scale (first half) and shift (second half) of
-    the second norm, else it is added before it. `up`/`down` resample after the first norm and SiLU, and on
-    the skip. A second source `x2` stands for the concatenation `[x, x2]`.
+    With `use_scale_shift_norm` the projected embedding is scale (first half) and shift (second half) of the
+    second norm's output; else it is added to that norm's input. `up`/`down` resample the branch after the
+    first norm and SiLU, and the skip. With a second source `x2`, the input is the concatenation `[x, x2]`.
 
-    Where a hook watches a part, or another module stands in its place, all parts run one by one.
+    If a part has a hook or was replaced, all parts run one by one.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class ResBlock(ResidualBlock, TimestepBlock):
             Dropout(p=dropout),
             zeroed(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
-        self.projection = slice(0)  # columns of this block among the projections of all; the network sets it
+        self.projection = slice(0)  # this block's columns in the joined projections; the network sets it
         if out_channels == channels:
             self.skip_connection: nn.Module = nn.Identity()
         elif use_conv:
@@ -235,13 +235,14 @@ class ResBlock(ResidualBlock, TimestepBlock):
     def _forward(self, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
         if self.as_published():
             return self._one_by_one(x if x2 is None else torch.cat([x, x2], dim=1), emb)
-        modules: Any = self._modules  # at every step: an attribute of a module costs 0.5 us, an item 1.5
+        # Through `_modules`, because this runs at every step: a module's attribute costs 0.5 us, an item 1.5.
+        modules: Any = self._modules
         norm, _, conv = modules["in_layers"]._modules.values()
         out_norm, _, dropout, out_conv = modules["out_layers"]._modules.values()
         return self._fused(x, emb, x2, norm, conv, out_norm, dropout, out_conv)
 
     def _one_by_one(self, x: Tensor, emb: Tensor | Projected) -> Tensor:
-        """The block with every part called by itself, on what it is given in the published block."""
+        """Call every part by itself, with the input that it gets in the published block."""
         h = x
         if self.resample is None:
             h = self.in_layers(h)
@@ -275,21 +276,21 @@ class ResBlock(ResidualBlock, TimestepBlock):
 
 
 def _resamplers(channels: int, dims: int, resample: str | None) -> tuple[nn.Module, nn.Module]:
-    """The resampling of a block's branch and of its skip, as modules of their own."""
+    """Return the modules that resample a block's branch and its skip."""
     if resample is None:
-        same = nn.Identity()  # one under two names, as published
+        same = nn.Identity()  # one module under two names, as published
         return same, same
     kind = Upsample if resample == "up" else Downsample
     return kind(channels, False, dims), kind(channels, False, dims)
 
 
 def _over_positions(values: Tensor, h: Tensor) -> Tensor:
-    """[N, C] for every position of `h`, in its dtype."""
+    """Return values [N, C] as [N, C, 1, ...], to broadcast over the positions of `h`, in its dtype."""
     return values.to(h.dtype)[(...,) + (None,) * (h.dim() - 2)]
 
 
 class Attention(nn.Module):
-    """`ops.attention` between the products of a block: [N, 3C, S] -> [N, C, S], rows of qkv as published."""
+    """`ops.attention` between a block's two products: [N, 3C, S] -> [N, C, S], qkv in the published order."""
 
     def __init__(self, num_heads: int, legacy_order: bool):
         super().__init__()
@@ -297,26 +298,29 @@ class Attention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         tokens = qkv.transpose(1, 2)
-        # A user's own product may put out its positions together.
+        # A qkv layer that a user put in may give an output that is not channels-last.
         tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-        # torch's FLOP counter knows the two products, and not every one of torch's kernels.
+        # torch's FLOP counter counts the reference's two products, but not all of torch's attention kernels.
         impl = "reference" if observed() else None
         return attention(tokens, self.num_heads, legacy_order=self.legacy_order, impl=impl).transpose(1, 2)
 
     def of_tokens(self, qkv: Tensor, reordered: bool = False) -> Tensor:
-        """[N, S, 3C] -> [N, S, C] without the module's hooks; `reordered`: legacy rows in the new order."""
+        """Return attention [N, S, C] of qkv [N, S, 3C], without calling the module's hooks.
+
+        reordered: the rows of legacy qkv are already in the new order.
+        """
         return attention(qkv, self.num_heads, legacy_order=self.legacy_order and not reordered)
 
 
 def legacy_rows(count: int, num_heads: int) -> list[int]:
-    """Return the order that makes rows of legacy qkv weights, [h, 3, d], those of the new one, [3, h, d]."""
+    """Return the indices that bring legacy rows of qkv weights, [h, 3, d], into the new order, [3, h, d]."""
     return torch.arange(count, device="cpu").view(num_heads, 3, -1).transpose(0, 1).flatten().tolist()
 
 
 class AttentionBlock(FusedBlock):
     """`x + proj_out(attention(qkv(GN(x))))` over all positions (Ho et al. 2020), tokens channels-last.
 
-    Where a hook watches a part, or another module stands in its place, all parts run one by one.
+    If a part has a hook or was replaced, all parts run one by one.
     """
 
     def __init__(
@@ -356,8 +360,8 @@ class AttentionBlock(FusedBlock):
 class AttentionPool2d(FusedBlock):
     """Attend from the mean token over all positions and project (the pool of CLIP, Radford et al. 2021).
 
-    [N, C, H, W] with H*W + 1 equal to the columns of the position table -> [N, output_dim]; None is the
-    embedding's width. New qkv order.
+    x: [N, embed_dim, H, W] with H*W = spacial_dim^2. Returns [N, output_dim]; an `output_dim` of None is
+    `embed_dim`. The qkv rows are in the new order.
     """
 
     def __init__(
@@ -388,7 +392,7 @@ class AttentionPool2d(FusedBlock):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence whose `TimestepBlock`s also get the embedding, and its first block the second source."""
+    """A sequence that passes the embedding to its `TimestepBlock`s, and `x2` to its first layer."""
 
     takers: tuple[type, ...] = (TimestepBlock,)  # classes of the layers that get the embedding
 
@@ -405,7 +409,7 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 def call_block(block: nn.Module, x: Tensor, emb: Tensor | Projected, x2: Tensor | None = None) -> Tensor:
-    """Call a block of ours in the way it is fastest in; one that is watched, or another's, as published."""
+    """Call one of our blocks with both sources; other or hooked blocks get them concatenated."""
     if type(block).forward in _OURS and not watched(block):
         return block(x, emb, x2)
     x = x if x2 is None else torch.cat([x, x2], dim=1)

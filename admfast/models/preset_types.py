@@ -1,4 +1,4 @@
-"""Define the rows of the tables in `presets.py`: a weights file, a published result, a system of models."""
+"""Records of the tables in `presets.py`: a weights file, a published result, a system of models."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ DIGITS_FOLDER = Path(__file__).resolve().parent.parent / "data" / "digits32"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPreset:
-    """One weights file.
+    """A released or shipped weights file.
 
     Attributes:
-        name, file: "64x64_diffusion" and "64x64_diffusion.pt".
-        network: its configuration; None for a shipped file, whose JSON is read when `config` is asked for.
-        process: its diffusion process; None for classifiers (they follow the model that they guide).
+        name, file: such as "64x64_diffusion" and "64x64_diffusion.pt".
+        network: its configuration; None for a shipped file, whose JSON is read when `config` is first used.
+        process: its diffusion process; None for classifiers, which use that of the model they guide, and for
+            shipped files.
         use_fp16: whether the published recipe runs the torso in half precision.
         low_res_size: side in pixels of the image that an upsampler was trained to enlarge.
-        parameters: number of parameters (None for a shipped file).
-        fingerprint: of its keys and shapes; files that share it can't be told apart by them.
-        url: where it was published; None for a shipped file.
-        size, sha256, md5: of the published file, in bytes and hexadecimal; None where not known.
+        parameters: number of parameters; None for a shipped file.
+        fingerprint: hash of its keys and shapes, which files can share; None for a shipped file.
+        url: address of the published file; None for a shipped file.
+        size, sha256, md5: of the published file, in bytes and hexadecimal; None if unknown.
         source: who trained it.
     """
 
@@ -48,22 +49,22 @@ class ModelPreset:
 
     @property
     def shipped(self) -> bool:
-        """Tell whether the file comes with the package."""
+        """Whether the file comes with the package."""
         return self.url is None
 
     @property
     def released_name(self) -> str | None:
-        """Return its name where it is a released file; None for a shipped one, whose JSON says what it is."""
+        """Name of a released file; None for a shipped file, which its JSON describes."""
         return None if self.shipped else self.name
 
     @property
     def shipped_path(self) -> Path | None:
-        """Return where a shipped file lies; None for a released one."""
+        """Path of a shipped file; None for a released file."""
         return DIGITS_FOLDER / self.file if self.shipped else None
 
     @cached_property
     def description(self) -> Description:
-        """Configuration, process, training facts; CheckpointError if a shipped file's JSON is missing."""
+        """Configuration, process, training facts; raises CheckpointError if a shipped JSON is missing."""
         if self.network is not None:
             return Description(self.network, self.process)
         path = (DIGITS_FOLDER / self.file).with_suffix(".json")
@@ -75,18 +76,18 @@ class ModelPreset:
 
     @property
     def config(self) -> NetConfig:
-        """The network's configuration; raises as `description`."""
+        """The network's configuration; raises the errors of `description`."""
         return self.description.network
 
     @property
     def diffusion(self) -> DiffusionConfig | None:
-        """The diffusion process, None for a classifier; raises as `description`."""
+        """The diffusion process; None for a classifier. Raises the errors of `description`."""
         return self.description.diffusion
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A published result: FID (lower is better), precision and recall (0..1), where and how it was taken."""
+    """A published result: FID (lower is better), precision and recall (0..1), with source and conditions."""
 
     fid: float
     precision: float
@@ -97,15 +98,15 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class SystemPreset:
-    """Describe what one name on the command line stands for: models, guidance, steps, published result.
+    """A system, which one name on the command line selects: models, guidance, steps, published result.
 
     Attributes:
         diffusion, classifier, upsampler: the models; the last two may be None.
         guidance: published scale of the classifier's gradient; 0 without a classifier.
-        steps: of the base model, as respacing of its process.
-        upsampler_steps: of the upsampler; 0 without one. An upsampler whose `low_res_size` is smaller than
-            the base image takes the means of its blocks.
-        metric: the published result; None where there is none.
+        steps: steps of the base model, the respacing of its process.
+        upsampler_steps: steps of the upsampler; 0 without one. If the upsampler's `low_res_size` is smaller
+            than the base image, it gets that image averaged over blocks of pixels.
+        metric: the published result; None without one.
     """
 
     name: str
@@ -120,24 +121,24 @@ class SystemPreset:
 
     @property
     def models(self) -> tuple[ModelPreset, ...]:
-        """The models there are: diffusion, classifier, upsampler."""
+        """The models of the system, in the order diffusion, classifier, upsampler."""
         return tuple(
             model for model in (self.diffusion, self.classifier, self.upsampler) if model is not None
         )
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that come out."""
+        """Side in pixels of the final images."""
         return (self.upsampler or self.diffusion).config.image_size
 
     @property
     def channels(self) -> int:
-        """Channels of the images that come out."""
+        """Channels of the final images."""
         return self.diffusion.config.in_channels
 
     @property
     def num_classes(self) -> int | None:
-        """Classes that can be asked for, by condition or by guidance alone; None if there are none."""
+        """Number of classes that can be sampled, by conditioning or guidance; None without classes."""
         base = self.diffusion.config
         if isinstance(base, UNetConfig) and base.num_classes is not None:
             return base.num_classes

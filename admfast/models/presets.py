@@ -1,9 +1,8 @@
-"""The released networks, the shipped digits networks, and the systems that are made of them: one table each.
+"""Tables of the released and the shipped networks (`MODELS`), and of the systems made of them (`SYSTEMS`).
 
 Flags, classifier scales and file names are those of the published README (openai/guided-diffusion), and
 fingerprints those of `admfast.checkpoints.differences.fingerprint`. Sizes and hashes were not published with
-the files: those given here were found in public places, and a comment beside each says where. None means that
-none was found.
+the files. Those given here were found in public places, which comments name. None means that none was found.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _COSINE = DiffusionConfig(noise_schedule="cosine", steps=1000, learn_sigma=True)
 
 
 def _unet(image_size: int, channels: int, class_cond: bool, **flags: Any) -> UNetConfig:
-    """A released UNet by the flags in which it differs from the others."""
+    """Return the configuration of a released UNet; `flags` are those that differ from `_COMMON`."""
     flags = {**_COMMON, **flags}
     return unet_config_from_flags(
         image_size=image_size, num_channels=channels, class_cond=class_cond, **flags
@@ -47,7 +46,7 @@ def _unet(image_size: int, channels: int, class_cond: bool, **flags: Any) -> UNe
 
 
 def _upsampler(small_size: int, large_size: int, **flags: Any) -> UpsamplerConfig:
-    """A released upsampler by the flags in which it differs from the other."""
+    """Return the configuration of a released upsampler; `flags` are those that differ from `_COMMON`."""
     flags = {**_COMMON, **flags}
     return upsampler_config_from_flags(
         large_size=large_size, small_size=small_size, num_channels=192, class_cond=True, **flags
@@ -59,7 +58,7 @@ def _classifier(image_size: int, depth: int = 2) -> ClassifierConfig:
 
 
 def _released(name: str, network: NetConfig, parameters: int, **more: Any) -> ModelPreset:
-    """A row of the table below."""
+    """Return a released model's row of the table below."""
     if not isinstance(network, ClassifierConfig):
         more = {"process": _LINEAR, "use_fp16": True, **more}
     return ModelPreset(
@@ -74,13 +73,13 @@ def _released(name: str, network: NetConfig, parameters: int, **more: Any) -> Mo
 
 
 def _shipped(part: str, low_res_size: int | None = None) -> ModelPreset:
-    """A digits network; all but its name is in the JSON beside it."""
+    """Return a digits network's row of the table below; its JSON file holds the rest."""
     file = f"{part}.safetensors"
     return ModelPreset(name=f"digits32_{part}", file=file, low_res_size=low_res_size, source=SHIPPED)
 
 
-# Keys and shapes that 256x256_diffusion_uncond shares with the four LSUN models: only dropout and name
-# differ.
+# 256x256_diffusion_uncond and the four LSUN models have the same keys and shapes; they differ only in name
+# and dropout.
 _UNCOND_256 = "77e18ded5689d791c0f80de615de87c7b701e6613a73e6856ce4baeebb4a6524"
 
 _FINGERPRINTS = {
@@ -102,14 +101,15 @@ _LSUN_DROPOUT = {"lsun_bedroom": 0.1, "lsun_cat": 0.1, "lsun_horse": 0.1, "lsun_
 
 _MODELS = (
     _released("64x64_diffusion", _unet(64, 192, True, **_IN_64), 295_904_454, process=_COSINE),
-    # Four heads whatever the width, unlike all others but the first upsampler.
+    # Four heads at every width; of the other models, only the first upsampler has this too.
     _released("128x128_diffusion", _unet(128, 256, True), 421_529_606),
     _released(
         "256x256_diffusion",
         _unet(256, 256, True, **_HEADS_OF_64),
         553_838_086,
-        # Size and MD5: one public downloader's record of the release server's headers; the size leaves the
-        # same 224.3 bytes a tensor beside the weights as the next file's. No public SHA-256 was found.
+        # Size and MD5: from one public downloader's record of the release server's headers. The size is
+        # plausible: without the weights, it leaves 224.3 bytes per tensor, as the next file's size does. No
+        # public SHA-256 was found.
         size=2_215_479_544,
         md5="d94f30fb1afb2fe821c24bef2043717e",
     ),
@@ -117,9 +117,9 @@ _MODELS = (
         "256x256_diffusion_uncond",
         _unet(256, 256, False, **_HEADS_OF_64),
         552_814_086,
-        # SHA-256: public notebooks and several independent records of downloaded files, which agree; size and
-        # MD5: the same records and the release server's headers. The hash 983e3de6... that older notebooks
-        # list is another model's.
+        # SHA-256: from public notebooks and several independent records of downloaded files, which agree.
+        # Size and MD5: from the same records and the release server's headers. Older notebooks list the hash
+        # 983e3de6..., which belongs to another model.
         size=2_211_383_297,
         sha256="a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
         md5="fd9dd2335b8736d521de0aed54bd90ca",
@@ -160,7 +160,7 @@ def _published(
 def _system(
     name: str, summary: str, metric: Metric | None, base: str, classifier: str = "", **more: Any
 ) -> SystemPreset:
-    """Return a row of the table below, its models by name."""
+    """Return a row of the table below; models are given by name."""
     if "upsampler" in more:
         more["upsampler"] = MODELS[more["upsampler"]]
     guide = MODELS[classifier] if classifier else None
@@ -169,7 +169,7 @@ def _system(
     )
 
 
-# Users of the public 64-pixel archives report 2.61: table 5's figure for ADM without dropout.
+# Users of the public 64-pixel archives report an FID of 2.61, which table 5 gives for ADM without dropout.
 _METRIC_64 = _published(2.07, 0.74, 0.63, "50,000 samples, 250 steps, no guidance")
 _BASE_64: dict[str, Any] = dict(base="64x64_diffusion", classifier="64x64_classifier", guidance=1.0)
 _BASE_128: dict[str, Any] = dict(base="128x128_diffusion", classifier="128x128_classifier", guidance=0.5)
@@ -205,7 +205,7 @@ _SYSTEMS = (
             _published(2.95, 0.69, 0.55, _LSUN), "lsun_horse_nodropout", steps=1000),
     _system("digits32", "handwritten digits 32x32, class-conditional, guided; ships with the package",
             **_DIGITS),
-    _system("digits32-up", "digits32 brought to 8x8 and enlarged to 32x32 again; ships with the package",
+    _system("digits32-up", "digits32 reduced to 8x8 and enlarged to 32x32 again; ships with the package",
             **_DIGITS, upsampler="digits32_upsampler", upsampler_steps=50),
 )
 # fmt: on
@@ -230,5 +230,5 @@ def system(name: str) -> SystemPreset:
 
 
 def presets_with_fingerprint(fingerprint: str) -> tuple[ModelPreset, ...]:
-    """Return the released models that have these keys and shapes; empty if none has."""
+    """Return the released models with this fingerprint of keys and shapes; empty if there are none."""
     return tuple(model for model in MODELS.values() if model.fingerprint == fingerprint)

@@ -1,4 +1,4 @@
-"""Compute parts of a network again in the backward pass instead of keeping what they give."""
+"""Recompute parts of a network in the backward pass instead of storing their results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from admfast.ops.transforms import in_transform
 
 
 def maybe_checkpoint(block: Any, *args: Any) -> Tensor:
-    """Run `block._forward`, again in the backward pass where its `use_checkpoint` says so.
+    """Run `block._forward`; if `block.use_checkpoint`, recompute it in the backward pass.
 
-    The non-reentrant form follows the graph, not the arguments, so that frozen parameters, double backward
-    and inputs that need no gradient all work. `torch.func` can't recompute: under it everything is stored.
-    Raises RuntimeError in the backward pass where the block's parameters were replaced since.
+    This uses torch's non-reentrant checkpointing, which follows the graph, not the arguments. So frozen
+    parameters, double backward and inputs that need no gradient all work. `torch.func` can't recompute: under
+    it everything is stored. The backward pass raises RuntimeError if the block's parameters were replaced
+    after the forward pass.
     """
     if not block.use_checkpoint or not torch.is_grad_enabled() or in_transform():
         return block._forward(*args)
@@ -38,13 +39,13 @@ def maybe_checkpoint(block: Any, *args: Any) -> Tensor:
 
 
 def made_again(made: Tensor, again: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """Let what runs within the block keep no `made` for its backward pass, which calls `again` for it.
+    """Within the context, don't store the tensor `made` for the backward pass, which calls `again` instead.
 
-    again: makes the same bits. Under torch.func and torch.compile `made` is kept.
+    again: returns the same values, bit for bit. Under torch.func and torch.compile, `made` is stored.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return contextlib.nullcontext()
-    own = _place(made)  # not the tensor, which the graph would hold through this function
+    own = _place(made)  # not the tensor: the graph would keep it alive through `pack`
 
     def pack(kept: Tensor) -> Tensor | None:
         return None if _place(kept) == own else kept
@@ -59,5 +60,5 @@ def made_again(made: Tensor, again: Callable[[], Tensor]) -> contextlib.Abstract
 
 
 def _place(t: Tensor) -> tuple[Any, ...]:
-    """Return what tells views of other elements apart, for tensors without memory too."""
+    """Return a key of the elements that a tensor views; tensors without memory have keys too."""
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()

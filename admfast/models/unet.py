@@ -35,7 +35,8 @@ from admfast.models.layers import (
 class UNet(FoldableNet):
     """The UNet of "Diffusion Models Beat GANs on Image Synthesis" (Dhariwal & Nichol 2021, section 3).
 
-    Parameter names, shapes and meaning equal those of the released checkpoints. `config` describes it whole.
+    Parameters have the names, shapes and meaning of the released checkpoints. `config` determines the whole
+    architecture.
     """
 
     input_copies = 1
@@ -59,20 +60,20 @@ class UNet(FoldableNet):
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, projected: Tensor | None = None
     ) -> Tensor:
-        """Return the output at `x`: the mean part, then the variance channels where they are learned.
+        """Return the output at `x`: the mean channels, then the variance channels if the variance is learned.
 
         Args:
-            x: [N, C, *spatial], float; every side divisible by 2^(levels - 1).
+            x: [N, C, *spatial], float; sides divisible by 2^(levels - 1), except a volume's first side.
             timesteps: [N], integer or float, in the unit of the original schedule.
-            y: [N] class indices of a class-conditional network; None otherwise.
-            projected: [N, projected_width], what `project` gave for these timesteps and classes, which are
-                not looked at then.
+            y: [N] class indices for a class-conditional network; None otherwise.
+            projected: [N, projected_width], the result of `projections(embedded(timesteps, y))`. If it is
+                given, the values of timesteps and y are ignored.
 
         Returns:
             [N, out_channels, *spatial], dtype of `x`. Differentiable in x and in the parameters.
 
         Raises:
-            InvalidArgument: for labels that are missing or not wanted, or shapes that don't fit.
+            InvalidArgument: for labels that are missing or not accepted, or shapes that don't fit.
         """
         config = self.config
         check_input(config, config.in_channels * self.input_copies, x, timesteps)
@@ -84,7 +85,7 @@ class UNet(FoldableNet):
         return self.out(h.to(dtype_of(self.out, x.dtype))).to(x.dtype)
 
     def embedded(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | Projected:
-        """The embedding of timesteps and classes [N] as the blocks take it."""
+        """Return the embedding of timesteps and classes [N] for the blocks, or its joined projections."""
         config = self.config
         if (y is not None) != (config.num_classes is not None):
             wanted = "needs" if config.num_classes is not None else "takes no"
@@ -96,7 +97,7 @@ class UNet(FoldableNet):
         return self.projected(emb if y is None else emb + self._embedded(y))
 
     def _check_labels(self, y: object, timesteps: Tensor) -> None:
-        """Refuse, by name, what isn't one whole number for each image."""
+        """Raise InvalidArgument for labels that aren't one whole number for each image."""
         if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32):
             kind = str(y.dtype) if isinstance(y, Tensor) else type(y).__name__
             raise invalid("y", kind, "a tensor of class indices, int64")
@@ -104,24 +105,24 @@ class UNet(FoldableNet):
             raise invalid("y.shape", tuple(y.shape), f"one class for each image, {tuple(timesteps.shape)}")
 
     def _embedded(self, y: Tensor) -> Tensor:
-        """The embeddings of classes; looking them up on the CPU shows one that there isn't, at no cost."""
+        """Return the embeddings of classes; on the CPU, the lookup detects invalid ones at no cost."""
         try:
             return self.label_emb(y)
         except IndexError:
             raise invalid("y", y.tolist(), f"0 to {self.label_emb.num_embeddings - 1}") from None
 
     def convert_torso(self, dtype: torch.dtype) -> Self:
-        """Run the input, middle and output blocks in `dtype`, in place, rounding their convolutions once.
+        """Run the input, middle and output blocks in `dtype`: cast their convolutions, in place.
 
-        The published recipe for half precision: embeddings, norms and the final `out` stay as they are. Back
-        to float32 gives rounded weights, not the originals.
+        This is the published recipe for half precision: embeddings, norms and the final `out` keep their
+        dtype. Converting back to float32 gives the rounded weights, not the original ones.
         """
         convert_convolutions((self.input_blocks, self.middle_block, self.output_blocks), dtype)
         return self
 
 
 def through_blocks(net: Any, h: Tensor, emb: Tensor | Projected) -> Tensor:
-    """Take images through the input and middle blocks, and the output blocks where the network has any."""
+    """Run the input blocks, the middle block and, if the network has any, the output blocks."""
     outputs, skips = getattr(net, "output_blocks", ()), []
     for block in net.input_blocks:
         h = call_block(block, h, emb)
@@ -134,7 +135,7 @@ def through_blocks(net: Any, h: Tensor, emb: Tensor | Projected) -> Tensor:
 
 
 def _up_path(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
-    """The output blocks: at every level one block more than the down path has, each fed one of its skips."""
+    """Return the output blocks: per level one more than the down path has; each gets one of its skips."""
     skip_channels = list(skip_channels)
     widths, attended = config.widths(), config.levels_with_attention()
     blocks = nn.ModuleList()

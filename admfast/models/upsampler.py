@@ -12,7 +12,7 @@ from admfast.models.unet import UNet
 
 
 class Upsampler(UNet):
-    """A UNet conditioned on a low-resolution image: bilinear to the size of x, concatenated after it."""
+    """A UNet conditioned on a low-resolution image, enlarged bilinearly and concatenated to x."""
 
     input_copies = 2
 
@@ -27,7 +27,7 @@ class Upsampler(UNet):
         low_res: Tensor | None = None,
         projected: Tensor | None = None,
     ) -> Tensor:
-        """As `UNet.forward`, with `low_res` [N, C, h, w] in the range of x; differentiable in it too."""
+        """Return `UNet.forward` of x and `low_res` [N, C, h, w] in the range of x; differentiable in both."""
         if low_res is None:
             raise invalid("low_res", None, "an upsampler needs the low-resolution image [N, C, h, w]")
         channels = self.config.in_channels

@@ -1,4 +1,4 @@
-"""Derive faster forms of a network's parameters, and renew them when these change."""
+"""Derive faster forms of a network's parameters, and update them when the parameters change."""
 
 from admfast.models.fold.net import (
     FOLDING,

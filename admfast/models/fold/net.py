@@ -1,9 +1,9 @@
-"""Networks that derive faster forms of their own parameters, and notice when these have changed.
+"""Networks that derive faster forms of their own parameters, and detect when the parameters change.
 
-A folded network has the parameters, the state dict and the code of the published one. Its convolutions keep
-beside their weights a form that runs faster, and the projections of the embedding lie side by side. Nothing
-of it is saved; nothing of it is used in training mode, or by other parameters than those it was derived from
-(`torch.func.functional_call`). Trainable parameters get their gradients where these are asked for.
+A folded network has the parameters, the state dict and the architecture of the published one. In addition,
+its convolutions hold a faster form of their weights, and the embedding's projections to all blocks are joined
+into one product. The derived forms are not saved. They are not used in training mode, or if other parameters
+replace those they were derived from (`torch.func.functional_call`). Trainable parameters still get gradients.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from admfast.ops.transforms import deriving, in_program
 
 # Pipelines on several threads may share a network.
 FOLDING = threading.RLock()
-WINOGRAD_BYTES = 16  # a weight, in each direction that runs
+WINOGRAD_BYTES = 16  # per weight, and for each of `directions`
 TORSO = ("input_blocks", "middle_block", "output_blocks")
 
 
 class _State(NamedTuple):
-    """A snapshot that tells whether a network changed, but for writes that torch doesn't count (`Values`).
+    """Snapshot of a network, to detect changes. Writes that torch doesn't count are detected by `Values`.
 
-    places: where parameters and buffers lie, of which kind they are, and the convolutions' forms. versions:
-    how often torch saw the parameters written to. modes: which modules train. trained: which parameters do.
+    places: identity, address, dtype and device of parameters and buffers, and the convolutions' forms.
+    versions: torch's count of writes to each parameter. modes: which modules are in training mode. trained:
+    which parameters require gradients.
     """
 
     places: list[object]
@@ -45,14 +46,14 @@ class _State(NamedTuple):
 
 
 class FoldableNet(nn.Module):
-    """A network that folds, the base of `UNet` and `Classifier`.
+    """A network that can be folded; the base class of `UNet` and `Classifier`.
 
-    `fold_generation` answers whether anything changed that a prepared step depends on: it rises whenever what
-    a step reads lies in other memory, is no longer there, or is used in another way.
+    `fold_generation` increases whenever prepared steps of the network become invalid: if something that a
+    step reads was moved to other memory, was dropped, or is used in another way.
     """
 
-    directions: int = 1  # in which its convolutions run when images are sampled
-    torso: tuple[str, ...] = TORSO  # where its blocks lie, the input blocks first
+    directions: int = 1  # passes through its convolutions while sampling: 1 forward, 2 forward and backward
+    torso: tuple[str, ...] = TORSO  # attributes that hold its blocks, the input blocks first
     fold_options: FoldOptions | None = None
     fold_dtype: torch.dtype | None = None
     training_dtype: torch.dtype | None = None  # of the torso while it isn't folded; None: its parameters'
@@ -61,15 +62,15 @@ class FoldableNet(nn.Module):
     _fold_values: Values | None = None
     _fold_by_layer: bool = False
     _fold_survey: Survey | None = None
-    fold_hooks_made: int | None = None  # by torch, when it was last found as built; None where it wasn't
+    fold_hooks_made: int | None = None  # `hooks_made()` when last found as built; None if it was `altered`
     _fold_convolutions: tuple[Any, ...] = ()  # of the torso
     _kinds: tuple[type, ...] = ()  # classes of all modules as built
     _fold_done: torch.cuda.Event | None = None
     _projections: Projections | None = None
-    projected_width: int  # columns of all projections together
+    projected_width: int  # columns of all projections joined
 
     def _lay_out_projections(self) -> None:
-        """Give every residual block its columns among all projections; to be called once it is built."""
+        """Assign columns of the joined projections to every residual block; call this once all are built."""
         total = 0
         for block in self._projecting():
             width = block.emb_layers[1].out_features
@@ -83,16 +84,16 @@ class FoldableNet(nn.Module):
         return [module for module in self.modules() if hasattr(module, "emb_layers")]
 
     def _convolutions(self) -> list[tuple[str, Any]]:
-        """Return the convolutions that fold, with their names."""
+        """Return the convolutions that can be folded, with their names."""
         return [(name, m) for name, m in self.named_modules() if hasattr(type(m), "fold_weights")]
 
     def fold(self, options: FoldOptions | None = None, dtype: torch.dtype | None = None) -> None:
-        """Derive the forms that run, with the torso's convolutions in `dtype`.
+        """Derive the faster forms, with the torso's convolutions in `dtype` (None: the parameters' dtype).
 
-        Folding again renews the values in the same memory where options and dtype stay, so that captured
-        graphs hold.
+        If options and dtype are the same as before, folding again updates the values in the same memory, so
+        that captured graphs stay valid.
 
-        Raises: InvalidArgument where parameters were made in inference mode.
+        Raises: InvalidArgument for parameters that were made in inference mode.
         """
         options, dtype = options or FoldOptions(), dtype or self._parameter_dtype()
         check_ordinary("parameters", self)
@@ -100,7 +101,7 @@ class FoldableNet(nn.Module):
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
             self.fold_options, self.fold_dtype = options, dtype
-            # Before anything is derived: what is written meanwhile is a change.
+            # Recorded before anything is derived, so that a write in the meantime counts as a change.
             self._fold_values = Values(self.parameters())
             spared = self._spared()
             for name, module in self._convolutions():
@@ -115,7 +116,7 @@ class FoldableNet(nn.Module):
                 self._fold_done = torch.cuda.current_stream(device).record_event()
 
     def _project_together(self) -> None:
-        """Lay the projections of all blocks side by side, if all are the linear layers that they were."""
+        """Join the projections of all blocks, if they are all still linear layers with a bias."""
         layers: list[Any] = [getattr(block.emb_layers, "1", None) for block in self._projecting()]
         if not layers or any(type(layer) is not nn.Linear or layer.bias is None for layer in layers):
             self._projections = None
@@ -123,11 +124,11 @@ class FoldableNet(nn.Module):
             self._projections = Projections(layers)
 
     def _spared(self) -> set[str]:
-        """Name the convolutions that must do without a Winograd form.
+        """Return the names of the convolutions that get no Winograd form, to save memory.
 
-        The forms of a network take at most a sixth of the memory that the process may use, so that those of a
-        guided cascade, three networks, leave half of it free. The smallest convolutions come first: they run
-        at the highest resolutions.
+        The Winograd forms of a network take at most a sixth of the memory that the process may use, so that
+        the three networks of a guided cascade leave half of it free. The smallest convolutions get a form
+        first, because they run at the highest resolutions.
         """
         size = WINOGRAD_BYTES * self.directions
         sizes = sorted((size * module.weight.numel(), name) for name, module in self._convolutions())
@@ -139,20 +140,20 @@ class FoldableNet(nn.Module):
         return spared
 
     def refold(self) -> None:
-        """Renew what was derived, in place, whether or not a change can be seen; see `Pipeline.refresh`."""
+        """Derive the forms again, in place, even if no change is detected; see `Pipeline.refresh`."""
         if self.fold_options is not None:
             self.fold(self.fold_options, self.fold_dtype)
 
     def ensure_folded(self, options: FoldOptions | None, dtype: torch.dtype) -> None:
-        """Fold where that isn't done, or where parameters were moved, replaced or written to since.
+        """Fold the network, unless it is folded already and its parameters haven't changed since.
 
-        Writes that torch doesn't count are found by comparing values (see `Values`), but not while a CUDA
-        graph is captured or torch.compile traces, which allow no reading.
-        A network is left unfolded where `options` is None.
+        Changes are moved, replaced and written parameters. Writes that torch doesn't count are detected by
+        comparing values (see `Values`), but not during a CUDA graph capture or a torch.compile trace, where
+        values can't be read. If `options` is None, unfold the network.
         """
         with FOLDING:
             if self._fold_done is not None and not torch.cuda.is_current_stream_capturing():
-                # This stream must not read what that of another thread has yet to write.
+                # The stream of another thread may still be writing the forms that this stream will read.
                 torch.cuda.current_stream(next(self.parameters()).device).wait_event(self._fold_done)
             made = hooks_made()
             found = survey(self)
@@ -173,7 +174,7 @@ class FoldableNet(nn.Module):
                 self._settle(state)
 
     def unfold(self) -> None:
-        """Drop what was derived."""
+        """Drop the derived forms."""
         with FOLDING:
             if self.fold_options is not None:
                 self.fold_generation += 1
@@ -184,21 +185,21 @@ class FoldableNet(nn.Module):
             self._fold_convolutions = ()
 
     def _holds(self) -> bool:
-        """Tell whether the parameters hold the values that were folded, where these may be read."""
+        """Tell whether the parameters still hold the folded values; True if values can't be read now."""
         return self._fold_values is None or not _reads() or self._fold_values.hold()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the network, whose forms are renewed first where torch counted a write to its parameters.
+        """Call the network; first update its derived forms, if torch counted a write to its parameters.
 
-        While it trains they are dropped instead: each step would derive them anew, and use none. The rows of
-        a prepared step do without: `ensure_folded` has looked before the first.
+        In training mode the forms are dropped instead: each training step would derive them again, but use
+        none. The rows of a prepared step skip this check, which `ensure_folded` makes before the first row.
         """
-        # A trace would be guarded by what it reads, or hold what is derived in it.
+        # A trace would add guards on the values read here, or contain the derivation.
         if not (torch.compiler.is_compiling() or in_program() or spared()):
             values = self._fold_values
             if values is not None and values.written() and _reads():
                 with FOLDING:
-                    if self._fold_values is values and values.written():  # another thread may have been here
+                    if self._fold_values is values and values.written():  # unless another thread did it
                         if self.training:
                             self.unfold()
                         else:
@@ -206,7 +207,7 @@ class FoldableNet(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def _look(self, modules: Sequence[nn.Module] | None = None) -> _State:
-        """Look the network over, all of whose modules may be given; felt at every call."""
+        """Return a snapshot of the network; must be fast. modules: all its modules, if they are known."""
         places: list[object] = []
         modes: list[bool] = []
         tensors: list[Tensor] = []
@@ -218,7 +219,7 @@ class FoldableNet(nn.Module):
                     tensors.append(parameter)
             if held["_buffers"]:
                 buffers.extend(buffer for buffer in held["_buffers"].values() if buffer is not None)
-            # A part of the network that was moved alone, or put in another's place, has lost its form.
+            # A module that was moved by itself, or that replaced another, has no derived form.
             places.append(held.get("_folded"))
             modes.append(held["training"])
         places += [(id(t), t.data_ptr(), t.dtype, t.device) for t in tensors + buffers]
@@ -226,24 +227,24 @@ class FoldableNet(nn.Module):
         return _State(places, versions, modes, [t.requires_grad for t in tensors])
 
     def _notice(self, found: Survey) -> None:
-        """Take note of hooks and of modules put in by others; steps made before such a change are over."""
+        """Record hooks and replaced modules; if they changed, earlier prepared steps become invalid."""
         if found != self._fold_survey:
             self.fold_generation += 1
         self._fold_survey = found
 
     @property
     def hooked(self) -> bool:
-        """Tell whether, when it was last made ready, a hook watched the network or some module in it."""
+        """Whether the network or one of its modules had a hook at the last `ensure_folded`."""
         return self._fold_survey is not None and self._fold_survey.hooked
 
     @property
     def altered(self) -> bool:
-        """Tell whether, when it was last made ready, it had hooks, or modules that it wasn't built with."""
+        """Whether the network had hooks or replaced modules at the last `ensure_folded`."""
         found = self._fold_survey
         return found is not None and (found.hooked or found.kinds != self._kinds)
 
     def _settle(self, state: _State) -> None:
-        """Take this for the present state, and count it where a step made before can't be used any more."""
+        """Record the present state; increase `fold_generation` if earlier prepared steps become invalid."""
         before = self._fold_state
         if before is None or (before.places, *before[2:]) != (state.places, *state[2:]):
             self.fold_generation += 1
@@ -256,20 +257,20 @@ class FoldableNet(nn.Module):
         blocks = self._modules[self.torso[0]]
         assert blocks is not None
         found: Tensor | None = next(blocks.parameters(), None)
-        if found is None:  # in a replica of DataParallel they are attributes
+        if found is None:  # in a replica of DataParallel, parameters are plain attributes
             weights = (getattr(module, "weight", None) for module in blocks.modules())
             found = next(weight for weight in weights if isinstance(weight, Tensor))
         return found.dtype
 
     def _replicate_for_data_parallel(self) -> Any:
-        """A copy that shares no module with this network, nor what was derived from this one's parameters."""
+        """Return a copy that shares neither modules nor derived forms with this network."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.fold_options, replica._projections, replica._fold_convolutions = None, None, ()
         return replica
 
     @property
     def is_folded(self) -> bool:
-        """Tell whether forwards run on what was derived: most often the first convolution knows."""
+        """Whether forwards use the derived forms of convolutions; usually the first convolution decides."""
         return self.fold_options is not None and any(
             module.folded is not None for module in self._fold_convolutions
         )
@@ -283,32 +284,32 @@ class FoldableNet(nn.Module):
 
     @property
     def projects(self) -> bool:
-        """Tell whether the embedding is projected to all blocks at once."""
+        """Whether the embedding is projected to all blocks by one product."""
         found = self._projections
         return found is not None and not self._fold_by_layer and self.is_folded and found.usable
 
     def projected(self, emb: Tensor) -> Tensor | Projected:
-        """The embedding [N, E] as the blocks take it: projected to all of them where that is folded."""
-        if self._projections is None or hooked(()) or not self.projects:  # hooks on every module there is
+        """Return the embedding [N, E] projected to all blocks, or unchanged if the blocks project it."""
+        if self._projections is None or hooked(()) or not self.projects:  # `hooked(())`: a global hook
             return emb
         return self._projections(emb)
 
     def projections(self, emb: Tensor | Projected) -> Tensor:
-        """Return the projections [N, projected_width] of what `embedded` gave; the network `projects`."""
-        if isinstance(emb, Tensor):  # a hook that came while images are sampled
+        """Return the projections [N, projected_width] in the result of `embedded`; needs `projects`."""
+        if isinstance(emb, Tensor):  # a global hook was registered during sampling
             assert self._projections is not None
             emb = self._projections(emb)
         return emb.values
 
     def entering(self, x: Tensor) -> Tensor:
-        """Return images as the torso takes them: in its dtype, with their channels together.
+        """Return images for the torso: in its dtype and, unless folded without it, channels-last.
 
-        Convolutions hand that layout on whatever the layout of their weights. A training step of the digits
-        model takes 640 ms with it and 700 without (batch 32, one thread, EPYC), under autocast 448 and 521.
+        Convolutions keep that layout, regardless of the layout of their weights. A training step of the
+        digits model takes 640 ms with it and 700 without (batch 32, one thread, EPYC), under autocast 448 and
+        521.
         """
-        if (
-            not x.is_floating_point()
-        ):  # the output, which gets the dtype of x, would lose all but whole numbers
+        # The output gets the dtype of x; an integer dtype would round it to whole numbers.
+        if not x.is_floating_point():
             raise invalid("x.dtype", x.dtype, "a floating dtype")
         x = x.to(self.torso_dtype)
         options = self.fold_options if self.is_folded else None
@@ -316,7 +317,7 @@ class FoldableNet(nn.Module):
         return channels_together(x) if together else x
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Moving or converting the network leaves what was derived behind.
+        # Derived forms are not moved or converted with the network.
         self.unfold()
         return super()._apply(fn, recurse)
 
@@ -331,13 +332,13 @@ class FoldableNet(nn.Module):
 
 
 def check_ordinary(name: str, net: nn.Module) -> None:
-    """Refuse parameters made in inference mode: no gradient can pass them, and their changes go unseen."""
+    """Reject parameters made in inference mode: they block gradients and hide changes."""
     if any(parameter.is_inference() for parameter in net.parameters()):
         raise invalid(name, "made in inference mode", "build it outside of torch.inference_mode()")
 
 
 def _reads() -> bool:
-    """Tell whether values may be read now: neither a trace nor the capture of a CUDA graph allows it."""
+    """Tell whether values may be read now: not during a trace or the capture of a CUDA graph."""
     if torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
@@ -345,7 +346,7 @@ def _reads() -> bool:
 
 @contextlib.contextmanager
 def projecting_by_layer(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Let every block project the embedding itself within the block, where hooks see its layer."""
+    """Within the context, let every block project the embedding itself, so that hooks see its layer."""
     found = [net for net in networks if isinstance(net, FoldableNet)]
     for net in found:
         net._fold_by_layer = True

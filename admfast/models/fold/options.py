@@ -1,4 +1,4 @@
-"""Choose what a network derives from its parameters."""
+"""Options for the forms that a network derives from its parameters."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 
 from admfast.errors import invalid
 
-# What is derived, each of which the ablation bench can leave out:
-#   channels_last: images run with their channels together
-#   two_sources: the 1x1 skip of a concatenation adds up the products of its two sources, which are never
-#     written side by side
+# The parts of folding; the ablation bench can leave out each one:
+#   channels_last: images are channels-last in memory
+#   two_sources: a 1x1 skip convolution of two sources adds one product per source, which avoids concatenating
+#     the sources
 #   residual: a convolution adds the skip to its own result
-#   qkv_rows: rows of legacy qkv weights in the new order (the same bits)
-#   embeddings: the embedding's projections to all blocks in one product
+#   qkv_rows: rows of legacy qkv weights are in the new order (the results have the same bits)
+#   embeddings: one product projects the embedding to all blocks
 PARTS = frozenset({"channels_last", "two_sources", "residual", "qkv_rows", "embeddings"})
 
 
 @dataclass(frozen=True)
 class FoldOptions:
-    """Choose what a network derives from its parameters.
+    """Options for the forms that a network derives from its parameters.
 
     Attributes:
-        conv: implementation of the convolutions by name (see `admfast info`), None for the fastest.
+        conv: name of the convolutions' implementation (see `admfast info`); None for the fastest.
     """
 
     conv: str | None = None
@@ -33,5 +33,5 @@ class FoldOptions:
         assert self._without <= PARTS, self._without
 
     def has(self, part: str) -> bool:
-        """Return whether a part of PARTS is derived."""
+        """Tell whether a part, one of PARTS, is derived."""
         return part not in self._without

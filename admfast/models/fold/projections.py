@@ -14,28 +14,28 @@ from admfast.ops.transforms import outer_grad_enabled
 
 @dataclass(frozen=True)
 class Projected:
-    """The projections of an embedding to all residual blocks side by side: values [N, total].
+    """The joined projections of an embedding to all residual blocks: values [N, total].
 
-    emb: the embedding [N, E] itself, where it is known.
+    emb: the embedding [N, E] itself; None if it is unknown.
     """
 
     values: Tensor
     emb: Tensor | None = None
 
     def plain(self) -> Tensor | Projected:
-        """The embedding as the published blocks take it, or this where it isn't known."""
+        """Return the embedding, which published blocks need, or this record if the embedding is unknown."""
         return self if self.emb is None else self.emb
 
 
 class Projections:
-    """Linear layers after one SiLU, their weights and biases side by side."""
+    """SiLU followed by several linear layers, whose weights and biases are joined into one layer."""
 
     def __init__(self, layers: Sequence[nn.Linear]):
         self.weight, self.bias = _joined(layers)
         self._made_from = _parameters(layers)
 
     def refold(self, layers: Sequence[nn.Linear]) -> bool:
-        """Write the layers' present values into the same memory; False where they don't fit into it."""
+        """Write the layers' present values into the same memory; return False if they don't fit into it."""
         weight, bias = _joined(layers)
         if not (_alike(self.weight, weight) and _alike(self.bias, bias)):
             return False
@@ -46,7 +46,7 @@ class Projections:
 
     @property
     def usable(self) -> bool:
-        """Tell whether the joined weights may serve: none is replaced by another or may get a gradient."""
+        """Whether the joined weights may be used: no layer's weights were replaced or need a gradient."""
         records = outer_grad_enabled()
         return all(
             layer.weight is weight
