@@ -66,7 +66,7 @@ def vb_terms_bpd(
 
 
 def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
-    """Return KL(q(x_T | x_0) || N(0, 1)) per sample, [N], in bits per dimension; it depends on no network.
+    """Return KL(q(x_T | x_0) || N(0, 1)) per sample, [N], in bits per dimension; no network is involved.
 
     Source: DDPM eq. 5; `_prior_bpd` of the published code.
     x_start: [N, ...] in [-1, 1]. Differentiable in x_start.

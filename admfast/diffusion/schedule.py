@@ -56,7 +56,7 @@ class Schedule:
     sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
     sqrt_recip_alphas_cumprod = alpha_bar^-1/2, sqrt_recipm1_alphas_cumprod = (1/alpha_bar - 1)^1/2,
     posterior_variance = beta (1 - alpha_bar_prev) / (1 - alpha_bar), 0 at t = 0,
-    posterior_log_variance_clipped: its log, with the value of t = 1 at t = 0 (of beta_0 where S = 1),
+    posterior_log_variance_clipped: its log, with the value of t = 1 at t = 0 (of beta_0 if S = 1),
     posterior_mean_coef1 (of x_0) and posterior_mean_coef2 (of x_t) of q(x_{t-1} | x_t, x_0).
 
     timestep_map: int64 [S], the step of the original process at each t.
@@ -153,8 +153,8 @@ class Schedule:
     def model_t(self, index: float) -> int | float:
         """Return the timestep that the network sees at step `index`.
 
-        timestep_map[index] as an int, or its float32 product with 1000 / original_steps where rescaling is
-        on. Between two steps, timestep_map is interpolated linearly in float64 and the result is a float.
+        timestep_map[index] as an int, or its float32 product with 1000 / original_steps if rescaling is on.
+        Between two steps, timestep_map is interpolated linearly in float64 and the result is a float.
 
         index: 0..S-1. Raises: InvalidArgument.
         """

@@ -1,4 +1,4 @@
-"""CUDA graphs of a prepared step: one of the guided body, one of the unguided."""
+"""Capture CUDA graphs of a prepared step: one of its guided body, one of its unguided body."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
 
 LOG = logging.getLogger("admfast")
-WARM_UPS = 3  # compiles kernels and lets cuDNN search, which neither may happen while capturing
-# Streams of this priority come from a ring of their own: torch hands out 32 streams in turn, and a capture on
-# one that a user's thread works on would take that thread's kernels in.
+WARM_UPS = 3  # these compile kernels and let cuDNN search; neither is possible during a capture
+# torch hands out 32 streams in turn for each priority. A capture on a stream that a user's thread uses would
+# record that thread's kernels, so captures have a priority of their own.
 PRIORITY = -1
-# torch allows one capture at a time in a process; cuDNN's setting is the process's too.
+# torch allows one capture at a time in a process, and cuDNN's setting belongs to the process too.
 _CAPTURING = threading.Lock()
 
 
 def capture(step: PreparedStep) -> None:
-    """Run a step's rows by replaying graphs from now on; where CUDA refuses, as before, and say why.
+    """Capture a step's bodies, so that its rows replay graphs; if CUDA refuses, log why and change nothing.
 
-    The step must not be filled yet: warming up writes to its buffers. Errors of the networks themselves show
-    in the warm-up, and are raised, as is a lack of memory in the capture. Until this returns, another thread
-    that draws from CUDA's default generator gets an error from torch: every capture takes the generator in.
+    The step must not be filled yet: the warm-up writes to its buffers. Errors of the networks occur in the
+    warm-up and are raised, as is running out of memory during the capture. Until this returns, torch raises
+    an error in other threads that draw from CUDA's default generator, because every capture occupies it.
     """
     device, outer = step.state.x.device, sys.exception()
     with _CAPTURING, torch.cuda.device(device), torch.no_grad(), _searching():
@@ -42,12 +42,12 @@ def capture(step: PreparedStep) -> None:
             for guided, body in step.run.items():
                 for _ in range(WARM_UPS):
                     step.counters.zero_()
-                    with watch() as step.choices[guided]:  # a replay chooses nothing
+                    with watch() as step.choices[guided]:  # recorded now, because a replay chooses nothing
                         body()
         here.wait_stream(side)
         torch.cuda.synchronize(device)
-        # A workspace made while warming up lies outside the graphs' pool, where whoever clears it leaves
-        # the graphs with an address that is no longer theirs; so does one that the graphs leave behind.
+        # Clear cuBLAS's workspaces before and after the capture: if the graphs used a workspace from the
+        # warm-up, or left one behind, other code could clear it later and invalidate their address of it.
         torch._C._cuda_clearCublasWorkspaces()
         try:
             with _uncollected():
@@ -56,14 +56,15 @@ def capture(step: PreparedStep) -> None:
         except RuntimeError as error:
             first = first_of(error, outer)
             try:
-                # An interrupt is no refusal either.
+                # Neither a lack of memory nor an interrupt means that CUDA refuses.
                 if isinstance(first, torch.cuda.OutOfMemoryError) or not isinstance(first, Exception):
                     raise first from None
                 step.refused = first_line(first)
             finally:
-                # A frame that holds the error it raises is a cycle, which keeps the attempt's memory.
+                # A frame that holds the error it raises is a reference cycle, which would keep the memory of
+                # the failed capture.
                 del first
-            LOG.warning("rows are launched one by one: no CUDA graph of the step (%s)", step.refused)
+            LOG.warning("kernels are launched one by one: no CUDA graph of the step (%s)", step.refused)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
 
@@ -71,19 +72,19 @@ def capture(step: PreparedStep) -> None:
 def _captured(
     bodies: dict[bool, Callable[[], None]], stream: torch.cuda.Stream, home: torch.cuda.Stream
 ) -> dict[bool, Callable[[], None]]:
-    """Capture the bodies on `stream` and return their replays; they share a pool, as they never overlap."""
+    """Capture the bodies on `stream`; return their replays, which share memory because they never overlap."""
     pool, outer = torch.cuda.graph_pool_handle(), sys.exception()
     captured = {}
     for guided, body in bodies.items():
         graph, finished = torch.cuda.CUDAGraph(), False
         try:
-            # torch's own stream for captures is of the device that was current when the process first
-            # captured. Only this thread's calls are watched: a user's other threads may go on working.
+            # `stream`, because torch's own stream for captures belongs to the device of the process's first
+            # capture. "thread_local" checks only this thread's calls: other threads may use CUDA meanwhile.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 body()
                 finished = True
         except RuntimeError as error:
-            # Where the end of a capture raises, torch leaves its stream the current one.
+            # If the end of a capture raises, the capture's stream remains the current one.
             torch.cuda.set_stream(home)
             if finished or first_of(error, outer) is not error:
                 _clean_up(stream.device, pool)
@@ -93,10 +94,11 @@ def _captured(
 
 
 def _clean_up(device: torch.device, pool: Any) -> None:
-    """Give back what a capture that could not end still holds: its pool, and CUDA's default generator.
+    """Release what a failed capture still occupies: its memory pool, and CUDA's default generator.
 
-    torch 2.11 throws before it does so. Its allocator then frees nothing, even out of memory, and every later
-    random number on the device is refused, until a capture has ended well. Later versions do it themselves.
+    torch 2.11 raises before it releases them. Its allocator then frees nothing, even if memory runs out, and
+    every later random number on the device is an error, until a capture ends successfully. Later versions
+    release them.
     """
     if torch.__version__ >= "2.12":
         return
@@ -109,7 +111,7 @@ def _clean_up(device: torch.device, pool: Any) -> None:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keep Python's collector out of a capture: it may destroy an old graph, which ends the new one."""
+    """Turn Python's garbage collector off during a capture: destroying an old graph would end the new one."""
     gc.collect()
     was = gc.isenabled()
     gc.disable()
@@ -121,9 +123,9 @@ def _uncollected() -> Iterator[None]:
 
 
 def first_of(error: BaseException, outer: BaseException | None) -> BaseException:
-    """The error that led to this one: what ends a capture early makes its end raise another error.
+    """Return the error that caused this one: after an error, the end of the capture raises another error.
 
-    outer: what the caller was handling when the capture began, which did not lead to it.
+    outer: the exception that the caller was handling when the capture began; it is not the cause.
     """
     while error.__context__ not in (None, outer):
         error = error.__context__
@@ -132,7 +134,7 @@ def first_of(error: BaseException, outer: BaseException | None) -> BaseException
 
 @contextlib.contextmanager
 def _searching() -> Iterator[None]:
-    """Let cuDNN measure its algorithms for every shape and take the fastest, unless they must be the same."""
+    """Let cuDNN time its algorithms for each shape and use the fastest, unless they must be deterministic."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark
     if not cudnn.deterministic and not torch.are_deterministic_algorithms_enabled():

@@ -1,4 +1,4 @@
-"""torch.compile around a prepared step: compiled, compared with the eager step, kept for the next process."""
+"""Compile a prepared step by torch.compile, compare it with the eager step, and cache the compiled code."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
 
 LOG = logging.getLogger("admfast")
-# The environment, through which torch is told where it keeps what it compiles, is the process's.
+# The environment variables that name the folders of compiled code belong to the whole process.
 _COMPILING = threading.RLock()
-# What a layer's output is off by, relative, as root mean square: half an epsilon in half precision and with
-# TF32 factors, which a GPU's float32 may have; in float32 the sums' own rounding counts.
+# Relative root-mean-square rounding error of a layer's output: half an epsilon in half precision and with
+# TF32 factors, which float32 on a GPU may have. In float32, the rounding of sums dominates.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TF32_ROUNDING, FLOAT32_ROUNDING = 2.0**-11, 2e-5
-STEPS = 10_000  # compiled steps that a process may make
-# The first torch seen to trace a gradient in an input made inside the graph; 2.11 refuses.
+STEPS = 10_000  # maximum number of compiled steps in a process
+# First known version of torch that can trace a gradient in an input made inside the graph; 2.11 can't.
 TRACES_GRADIENTS = "2.13"
 
 
 def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -> None:
-    """Compile the bodies of a step as one graph each; they are compiled when they first run, here.
+    """Compile each body of a step as one graph, and run it once, which makes torch compile it.
 
-    The step must not be filled yet. Our own ops stay as they are; the gradient is traced with the networks.
-    cache: a folder, made where it is missing, in which torch keeps what it compiles and finds it again. It
-    serves the same torch, Triton and GPU; None: where torch keeps it anyway.
+    The step must not be filled yet. The package's own ops run unchanged. The gradient is traced with the
+    networks.
+    cache: folder in which torch stores compiled code and finds it again, for the same torch, Triton and GPU;
+    made if it is missing. None is torch's default folder.
 
     Raises:
-        OutputError: before anything is compiled, where nothing could be written into the folder.
-        Unavailable: where torch fails to compile, or a compiled row differs from the eager one by more than
-            rounding, and for a guided step where torch can't trace its gradient.
+        OutputError: before anything is compiled, if nothing can be written into the folder.
+        Unavailable: if torch fails to compile, or a compiled row differs from the eager one by more than
+            rounding, or the step is guided and torch can't trace its gradient.
     """
     from torch._dynamo.exc import BackendCompilerFailed
 
@@ -60,7 +61,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
         for guided, body in list(step.run.items()):
             began = time.monotonic()
             x = _fill(step, guided)
-            # What layers derive at their first call is there before they are traced.
+            # An eager run first: what layers derive at their first call must exist before they are traced.
             eager = _row(step, body, x)
             noise = torch.randn(x.shape, generator=_generator(x.device, 1), device=x.device)
             rounded = _row(step, body, x + _rounding(step) * x * noise)
@@ -70,7 +71,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
                 found = _row(step, compiled, x)
             except BackendCompilerFailed as error:
                 cause = error.inner_exception
-                reason = f"torch fails by {type(cause).__name__} ({first_line(cause)}); leave compile out"
+                reason = f"torch raises {type(cause).__name__} ({first_line(cause)}); turn compile off"
                 raise Unavailable(f"compile=True: {reason}") from error
             _check(step, found, eager, rounded)
             step.run[guided] = compiled
@@ -79,20 +80,20 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise Unavailable where torch.compile lacks the C++ compiler with which it makes code for a CPU."""
+    """Raise Unavailable if torch.compile can't find the C++ compiler that it needs on a CPU."""
     if device.type != "cpu":
-        return  # Triton's own compiler makes the code
+        return  # Triton compiles the code
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except (RuntimeError, OSError) as error:
         reason = f"torch.compile needs a C++ compiler on a CPU ({first_line(error)})"
-        raise Unavailable(f"compile=True: {reason}; install g++ or clang++, or leave compile out") from error
+        raise Unavailable(f"compile=True: {reason}; install g++ or clang++, or turn compile off") from error
 
 
 def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:
-    """Return a body that torch compiles, for a kind of device, when it first runs."""
+    """Return `body` as a function that torch compiles at its first call. kind: type of the device."""
     options: dict[str, object] = {}
     if kind == "cuda":
         import torch._inductor as inductor
@@ -104,8 +105,8 @@ def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:
 
     @functools.wraps(body)
     def run() -> None:
-        # The guidance gradient is taken inside; without the first torch.autograd.grad breaks the graph. Every
-        # step of a process is another compilation of this code, of which torch allows eight.
+        # Without the first setting, torch.autograd.grad for the guidance gradient would break the graph. The
+        # limits are raised because torch allows eight compilations of one code, and every step needs one.
         settings = {
             "trace_autograd_ops": True,
             "recompile_limit": STEPS,
@@ -119,7 +120,7 @@ def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _kept_in(folder: str | PathLike[str] | None) -> Iterator[None]:
-    """Let torch and Triton keep what they compile within the block in a folder; None: where they would."""
+    """Let torch and Triton store code compiled within the block in `folder`; None: in the default folders."""
     with _COMPILING:
         if folder is None:
             yield
@@ -142,7 +143,7 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 
 def _fill(step: PreparedStep, guided: bool) -> Tensor:
-    """Fill a step with a row whose x_0 is the network's output, and x after it the gradient; return its x."""
+    """Fill a step with a row that sets x_0 to the network's output and x to the gradient; return its x."""
     device = step.state.x.device
     generator = _generator(device, 0)
     packed = pack([Row(0.0, 0.0, k_out=1.0, k_mean=float(guided), clip=Clip.NONE)], device)
@@ -169,7 +170,7 @@ def _row(step: PreparedStep, run: Callable[[], None], x: Tensor) -> tuple[Tensor
 
 
 def _rounding(step: PreparedStep) -> float:
-    """Return the relative rounding of a layer, of the network that rounds most."""
+    """Return the relative rounding error of a layer in the network that rounds most."""
     exact = TF32_ROUNDING if step.state.x.device.type == "cuda" else FLOAT32_ROUNDING
     dtypes = [net.torso_dtype for net in (step.net, step.classifier) if net is not None]
     return max(ROUNDING.get(dtype, exact) for dtype in dtypes)
@@ -181,14 +182,15 @@ def _check(
     eager: tuple[Tensor, Tensor],
     rounded: tuple[Tensor, Tensor],
 ) -> None:
-    """Refuse a compiled row that is further from the eager one than rounding takes it.
+    """Reject a compiled row that differs from the eager one by more than rounding.
 
-    rounded: the eager row on an x with the rounding of one layer. As many independent ones as there are
-    layers add up to the square root of their number times as much, on both sides, and in a gradient twice.
+    rounded: the eager row for an x with the rounding error of one layer. The errors of L layers are
+    independent and add up to sqrt(L) times that error. Both rows round, which doubles the number of errors. A
+    gradient passes the layers twice, which doubles it again.
     """
     parts = (("network's output", step.net, 2), ("guidance gradient", step.classifier, 4))
     for i, (name, net, times) in enumerate(parts):
-        if net is None or not eager[i].isfinite().all():  # sampling names the layer of what isn't finite
+        if net is None or not eager[i].isfinite().all():  # sampling reports values that aren't finite
             continue
         layers = sum(isinstance(getattr(module, "weight", None), Tensor) for module in net.modules())
         difference = float((compiled[i] - eager[i]).norm())
@@ -196,6 +198,6 @@ def _check(
         if not difference <= allowed:
             size = float(eager[i].norm()) or 1.0
             raise Unavailable(
-                f"compile=True: the compiled step is wrong: its {name} is {difference / size:.2g} of its size"
-                f" off the eager step's, where rounding makes {allowed / size:.2g} at most; leave compile out"
+                f"compile=True: the compiled step is wrong: its {name} has a relative error of "
+                f"{difference / size:.2g}, but rounding causes at most {allowed / size:.2g}; turn compile off"
             )

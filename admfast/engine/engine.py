@@ -1,4 +1,4 @@
-"""Networks ready to run steps: folded in their precision, with the prepared steps that were used lately."""
+"""The engine: networks folded in their precision, and a cache of the prepared steps last used."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ LOG = logging.getLogger("admfast")
 
 
 class Engine:
-    """A network and its classifier as steps are made of them; several threads may use it at once.
+    """A network and its classifier, with prepared steps for them; several threads may use it at once.
 
-    net, classifier: frozen. policy: what they compute in. options: what is prepared.
+    net, classifier: with frozen parameters. policy: precision of both. options: settings of prepared steps.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class Engine:
         self.options = options or EngineOptions()
         if self.options.compile:
             check_compiler(self.device)
-        # By kind, and by who names implementations: `impl`, and what ADMFAST_IMPL says.
+        # By kind of step and by the implementations named by `impl` and by ADMFAST_IMPL.
         self._steps: OrderedDict[tuple[StepKey, tuple[str | None, str]], PreparedStep] = OrderedDict()
-        self.last_run: Any = None  # what the sampling loop notes of the run that ended last, kept for it here
-        # Held while networks are folded and steps are made or handed out; never while rows run, in which a
-        # user's function may use another engine, or wait for a thread that uses this one.
+        self.last_run: Any = None  # the sampling loop's record of the last finished run
+        # Held while networks are folded and steps are made or handed out, but never while rows run: a user's
+        # function called by a row may use another engine, or wait for a thread that uses this one.
         self.lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles begin without prepared steps."""
+        """Copy and pickle the engine without its prepared steps."""
         return Engine, (self.net, self.classifier, self.policy, self.options)
 
     def _networks(self) -> list[FoldableNet]:
@@ -64,10 +64,11 @@ class Engine:
         return next(self.net.parameters()).device
 
     def ready(self, guided: bool = True) -> None:
-        """Fold the networks where that is wanted and not done, or where their parameters have changed.
+        """Fold the networks if the options require it, unless their forms are up to date.
 
-        guided: the classifier too; without, it is left as it is.
-        New values go into the same memory; what can't is made anew, and kept steps of it are dropped.
+        New values are written into the same memory. If they don't fit there, the forms are made again and the
+        cached steps that used the old ones are dropped.
+        guided: fold the classifier too; otherwise it is not changed.
         """
         fold, policy = self.options.fold, self.policy
         with self.lock, FOLDING:
@@ -76,22 +77,22 @@ class Engine:
                 if net is None:
                     continue
                 if fold is None and net.fold_options is None and not self.options.prepared:
-                    continue  # nothing depends on what the network looks like
+                    continue  # no form and no prepared step depends on the network
                 own = next(net.parameters()).dtype
-                # A policy rounds float32; a network of float64 stays one. Without options of its own: another
-                # pipeline may have folded the network.
+                # Policies apply to float32 networks only; float64 networks keep their dtype. If `fold` is
+                # None, this unfolds the network, which another pipeline may have folded.
                 net.ensure_folded(fold, own if own == torch.float64 else dtype)
             self._drop_outdated()
 
     def _drop_outdated(self) -> None:
-        """Drop the kept steps of networks that have changed since."""
+        """Drop the cached steps whose networks have changed since."""
         generations = generations_of(self._networks())
         for key, step in list(self._steps.items()):
             if step.generations != generations[: len(step.generations)]:
                 del self._steps[key]
 
     def unchanged(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the function on a step's threads; refused once a network is folded otherwise than now."""
+        """Return `model` on a step's number of threads; it raises once a network is folded differently."""
         networks = self._networks()
         generations = generations_of(networks)
 
@@ -105,15 +106,15 @@ class Engine:
         return checked
 
     def _threads(self, shape: Sequence[int]) -> int:
-        """Return the threads that functions compute a row of images (N, C, *spatial) on, on a CPU."""
+        """Return the number of CPU threads for a row by Python functions; shape: (N, C, *spatial)."""
         own = threads_for(convolution(self.net.config, shape), host.cpus())  # type: ignore[arg-type]
         return chosen_threads(self.options.threads, own)
 
     def describe(self, step: PreparedStep | None, shape: Sequence[int], guided: bool) -> dict[str, Any]:
-        """Return how a batch ran by a prepared step, or by functions (None), and why not otherwise.
+        """Return how a batch ran, and why it was not captured or compiled.
 
-        shape: (N, C, *spatial) of the images. guided: the classifier took part. What is returned keeps
-        neither step nor network alive.
+        step: the prepared step, or None for Python functions. shape: (N, C, *spatial) of the images. guided:
+        whether the classifier took part. The result keeps neither step nor network alive.
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net, "classifier": self.classifier if guided else None}
@@ -126,8 +127,8 @@ class Engine:
             threads = self._threads(shape) if on_cpu else None
         return {
             "uncaptured": uncaptured,
-            "uncompiled": _why_not(step, "compiled") if options.compile else "not asked for",
-            # Without prepared steps `ready` need not have looked the networks over.
+            "uncompiled": _why_not(step, "compiled") if options.compile else "not requested",
+            # Without prepared steps, `ready` may not have looked for hooks, so `altered` may be out of date.
             "by_parts": tuple(
                 name
                 for name, net in networks.items()
@@ -139,9 +140,9 @@ class Engine:
 
     @contextlib.contextmanager
     def using(self, batch: Batch) -> Iterator[PreparedStep]:
-        """Give the prepared step for a batch, within the block nobody else's; made where no kept one is free.
+        """Yield a prepared step for a batch, for exclusive use within the block; make one if none is free.
 
-        To be entered after `ready`.
+        Call `ready` before.
         """
         kind = StepKey.of(batch, self.net.config.num_classes is not None)  # type: ignore[union-attr]
         key = kind, (batch.impl, setting())
@@ -155,18 +156,18 @@ class Engine:
         finally:
             step.leave()
             with self.lock:
-                # Another thread, or a callback, that used the engine meanwhile has left a step of this key.
+                # Another thread or a callback may have used the engine and left a step with this key.
                 self._steps.pop(key, None)
                 self._steps[key] = step
                 self._make_room(self.options.kept_steps)
 
     def step(self, batch: Batch) -> PreparedStep:
-        """Return the prepared step for a batch, for a caller who is the engine's only one."""
+        """Return the prepared step for a batch; only for a caller that is the engine's only user."""
         with self.using(batch) as step:
             return step
 
     def _make_room(self, count: int) -> None:
-        """Keep at most `count` steps, within the memory allowed but for the latest; the oldest go."""
+        """Drop the oldest steps until at most `count` are left and they fit `kept_bytes`, or one is left."""
         while len(self._steps) > count or (
             len(self._steps) > 1 and sum(s.held for s in self._steps.values()) > self.options.kept_bytes
         ):
@@ -177,18 +178,18 @@ class Engine:
         made = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
         graph = self.options.graph and self.device.type == "cuda"
         if any(net.hooked for net in self._networks()):
-            # What runs as a whole would call a hook once, when it is made, and never again.
+            # A compiled or captured step would call a hook once, when it is made, and never again.
             if self.options.compile or graph:
-                made.refused = "a hook watches a network"
-                LOG.warning("rows are launched one by one, not compiled or captured: %s", made.refused)
+                made.refused = "a network has a hook"
+                LOG.warning("steps are not compiled or captured: %s", made.refused)
         else:
             if self.options.compile:
-                # What is compiled holds for one number of threads.
+                # Compiled code is valid for one number of threads.
                 with on_threads(made.threads) if made.threads else contextlib.nullcontext():
                     compile_step(made, self.options.compile_cache)
             if graph:
                 capture(made)
-        # A graph keeps the memory of everything between its first and its last operation.
+        # A graph keeps all memory that its operations use.
         made.held = max(made.nbytes, self._reserved() - before)
         made.leave()
         return made
@@ -197,28 +198,28 @@ class Engine:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def release(self) -> None:
-        """Drop all prepared steps and their memory."""
+        """Drop all prepared steps and free their memory."""
         with self.lock:
             self._steps.clear()
         if self.device.type == "cuda":
-            gc.collect()  # a step whose graph was refused refers to itself, as does an error that was caught
+            gc.collect()  # a step whose capture failed is part of a reference cycle, as is a caught error
             torch.cuda.empty_cache()
 
 
 def _why_not(step: PreparedStep | None, done: str, otherwise: str | None = None) -> str | None:
-    """Say why a step was not captured or compiled; None where it was."""
+    """Return why a step was not captured or compiled; None if it was."""
     if step is None:
         return "no step was prepared"
     return None if getattr(step, done) else step.refused or otherwise
 
 
 def _runs_by_parts(net: FoldableNet) -> bool:
-    """Tell whether some block runs its parts one by one."""
+    """Tell whether any block runs its parts one by one."""
     return any(isinstance(module, FusedBlock) and module.as_published() for module in net.modules())
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an error says that a device, or the host, has no memory left."""
+    """Tell whether an error means that a device or the host ran out of memory."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(
         error
     )

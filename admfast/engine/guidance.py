@@ -1,4 +1,4 @@
-"""The gradient that steers sampling, in the forms the engine takes it."""
+"""The classifier's gradient that guides sampling."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from admfast.errors import invalid
 from admfast.models.hooks import hooked
 
 GuidanceFn = Callable[[Tensor, Tensor], Tensor]
-# The log-probabilities are scaled by this before the backward pass, and the gradient is divided by it in
-# float32: with the torso in float16 the error of the digits' gradient at t = 0 falls from 3.7 % to 0.1 %. A
-# power of two, so that no bit changes where nothing underflows.
+# The log-probabilities are multiplied by this before the backward pass, and the gradient is divided by it in
+# float32. With the torso in float16, this reduces the error of the digits' gradient at t = 0 from 3.7 % to
+# 0.1 %. It is a power of two, so that no bit changes if nothing underflows.
 LOSS_SCALE = 2.0**10
 
 
 def log_probability_gradient(
     classifier: nn.Module, x: Tensor, t: Tensor, index: Tensor, projected: Tensor | None = None
 ) -> Tensor:
-    """Return d/dx sum_n log_softmax(classifier(x, t))[n, index_n] like x, in float32, without a graph.
+    """Return d/dx sum_n log_softmax(classifier(x, t))[n, index_n] in x's shape, without a graph.
 
-    The gradient with respect to x alone: the parameters are frozen. index: [N, 1] int64. projected: see
-    `Classifier.forward`.
+    The result is float32, or float64 if x is. Only the gradient in x is computed: the parameters are frozen.
+    index: [N, 1] int64. projected: see `Classifier.forward`.
     """
     extra = {} if projected is None else {"projected": projected}
     with torch.enable_grad():
@@ -34,15 +34,16 @@ def log_probability_gradient(
 
 
 def followed(x: Tensor) -> Tensor:
-    """Return what a network is called with: where hooks watch all modules, a view of a leaf.
+    """Return x, or a view of it if it is a leaf that requires a gradient and a global hook exists.
 
-    torch's FLOP counter can't follow `torch.autograd.grad` to the leaf itself. (The published code fails so.)
+    torch's FLOP counter registers a global hook, and can't follow `torch.autograd.grad` to a leaf itself.
+    The published code fails under it.
     """
     return x.view_as(x) if x.requires_grad and x.is_leaf and hooked(()) else x
 
 
 def check_frozen(classifier: nn.Module) -> None:
-    """Refuse a classifier whose gradients in its parameters would be computed and dropped."""
+    """Reject a classifier with trainable parameters: their gradients would be computed and dropped."""
     if any(parameter.requires_grad for parameter in classifier.parameters()):
         raise invalid("classifier", "trainable", "freeze its parameters first (requires_grad_(False))")
 
@@ -50,8 +51,8 @@ def check_frozen(classifier: nn.Module) -> None:
 def classifier_guidance(classifier: nn.Module, labels: Tensor, scale: float) -> GuidanceFn:
     """Return g(x, t) = scale * d/dx sum_n log_softmax(classifier(x, t))[n, labels_n], at x_t.
 
-    Source: "Diffusion Models Beat GANs", section 4; `cond_fn` of the published sampling script. The gradient
-    with respect to x alone: the parameters must not require gradients (theirs would be computed and dropped).
+    Source: "Diffusion Models Beat GANs", section 4; `cond_fn` of the published sampling script. Only the
+    gradient in x is needed: parameters must not require gradients, which would be computed and dropped.
 
     labels: [N] int64. scale: guidance scale. The function takes x [N, C, H, W] and t [N] and returns float32
     of x's shape, without a graph.

@@ -1,4 +1,4 @@
-"""The numerical settings of a process, held at a pipeline's own while it works and given back after."""
+"""Set the numerical settings of the process to a pipeline's while it works, and restore them after."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 @contextlib.contextmanager
 def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
-    """Run a block outside inference mode and autocast, with rounded factors of float32 products as said.
+    """Run the block outside inference mode and autocast, with a fixed rounding of float32 products' factors.
 
-    On CUDA factors are rounded to TF32 where `tf32` says so; on a CPU never, to TF32 or to bfloat16.
+    On CUDA, factors are rounded to TF32 if `tf32` is true. On a CPU, they are never rounded.
 
-    Tensors made in inference mode could not serve autograd (guidance, `predict`) ever after; autocast would
-    change a pipeline's precision behind its back. These settings belong to the whole process: another
-    thread that computes at the same time sees them, and of pipelines that differ in them the one
-    that came last decides. On a CPU torch's threads stay as they are, but for those that the process has no
-    processor for (a step has a number of its own: `admfast.engine.threads`).
+    Tensors made in inference mode could never be used with autograd (guidance, `predict`), and autocast would
+    change the pipeline's precision. The rounding is a setting of the whole process: it also affects other
+    threads that compute at the same time, and if pipelines differ in it, the last one to enter decides. On a
+    CPU, torch's threads are reduced to the processors that the process may use (each step then chooses its
+    own number: `admfast.engine.threads`).
     """
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -42,8 +42,8 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
             stack.enter_context(_TF32.held_at(tf32))
         else:
             stack.enter_context(_ON_CPU.held_at(False))
-            # torch begins with a thread a core, whatever quota of processor time a container has: those that
-            # have none wait in turns for each other, busily. Fewer than allowed are somebody's choice.
+            # torch starts one thread per core, even if a container's CPU quota is smaller. More threads than
+            # the quota would take turns, and spin while they wait. A smaller number is the user's choice.
             before = torch.get_num_threads()
             if before > 1:
                 stack.enter_context(on_threads(min(before, host.cpus())))
@@ -51,15 +51,15 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
 
 
 def chosen_threads(asked: int | None, own: int) -> int:
-    """Return the threads of a step: the number asked for, else the process's user's, else its own.
+    """Return the number of threads of a step: `asked`, else the user's choice for the process, else `own`.
 
-    A user chooses by OMP_NUM_THREADS or MKL_NUM_THREADS, or by giving `torch.set_num_threads` another number
-    than torch begins with.
+    A user chooses by OMP_NUM_THREADS or MKL_NUM_THREADS, or by calling `torch.set_num_threads` with another
+    number than torch's default. `own` is limited to the present number.
     """
     if asked is not None:
         return asked
     now, chosen = torch.get_num_threads(), any(map(os.environ.get, CHOSEN_BY))
-    # Torch begins with a thread a core or processor; of these as many are left as a quota allows.
+    # torch's default is one thread per core or processor, which `own_numerics` may reduce to the CPU quota.
     if now == 1 or chosen or now not in (host.cpus(), len(host.processors()), host.cores()):
         return now
     return min(own, now)
@@ -67,11 +67,11 @@ def chosen_threads(asked: int | None, own: int) -> int:
 
 @contextlib.contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Compute on so many threads within the block, and give the setting back; other threads keep theirs.
+    """Compute on `count` threads within the block, then restore the number; other Python threads keep theirs.
 
-    Where torch runs on another library than OpenMP, the setting is the process's (`torch.set_num_threads`).
+    If torch uses another library than OpenMP, this sets the whole process (`torch.set_num_threads`).
     """
-    before = torch.get_num_threads()  # also begins torch's own setting, which would else override ours
+    before = torch.get_num_threads()  # also initializes torch's own setting, which would later override this
     if count == before:
         yield
         return
@@ -87,9 +87,10 @@ def on_threads(count: int) -> Iterator[None]:
 
 @functools.cache
 def _setters() -> tuple[Callable[[int], Any], Callable[[int], int]]:
-    """Return the functions that set the calling thread's number for OpenMP, and for MKL, which returns it.
+    """Return the functions that set the calling thread's number of threads for OpenMP, and for MKL.
 
-    They are taken from the libraries that torch itself is linked with: a process may hold several OpenMPs.
+    MKL's function returns the number before. Both come from the libraries that torch is linked with, because
+    a process may have loaded several OpenMP libraries.
     """
     found = sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
     library = ctypes.CDLL(str(found[0])) if found else None
@@ -98,11 +99,12 @@ def _setters() -> tuple[Callable[[int], Any], Callable[[int], int]]:
 
 
 class _Rounding:
-    """Set what factors of float32 products and convolutions may be rounded to, for the whole process.
+    """The process's setting of whether factors of float32 products and convolutions may be rounded.
 
-    backends: torch's, whose setting it is. older: hold what `torch.set_float32_matmul_precision` set, too.
+    backends: returns torch's backends that have the setting. older: also save, set and restore the older
+    settings, `torch.set_float32_matmul_precision` and cuDNN's `allow_tf32`.
 
-    The first to hold it notes what it was, and the last restores that, in whatever order they leave.
+    The first holder saves the setting, and the last one to leave restores it; holders may leave in any order.
     """
 
     def __init__(self, backends: Callable[[], tuple[Any, ...]], older: bool):
@@ -113,7 +115,7 @@ class _Rounding:
 
     @contextlib.contextmanager
     def held_at(self, allowed: bool) -> Iterator[None]:
-        """Let factors be rounded to TF32, or not, within the block."""
+        """Allow or forbid rounding of factors to TF32 within the block."""
         holder = object()
         with self.lock:
             if not self.holders:
@@ -136,7 +138,7 @@ class _Rounding:
             return
         try:
             self.older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        except RuntimeError:  # the process uses the newer settings alone, and torch refuses to mix the two
+        except RuntimeError:  # the process has used only the newer settings, and torch refuses to mix the two
             self.older = None
 
     def _set(self, allowed: bool) -> None:
@@ -169,7 +171,7 @@ _TF32, _ON_CPU = _Rounding(_cuda_backends, older=True), _Rounding(_cpu_backends,
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process held so far: of tensors on a GPU, or of the host's memory."""
+    """Return the process's peak memory so far in bytes: of tensors on a CUDA device, else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return host.peak_memory()

@@ -1,4 +1,4 @@
-"""Settings of the engine; each of its optimisations can be switched off alone."""
+"""Settings of the engine; each optimisation can be switched off separately."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from admfast.models.fold import FoldOptions
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Settings that say how steps are prepared.
+    """Settings for preparing steps.
 
     Attributes:
-        prepared: run rows on static buffers with the embeddings of many rows made at once; without, every
-            row calls the networks as `predict` does.
-        fold: what layers derive from their parameters; None: nothing.
-        rows_at_a_time: rows whose embeddings are made in one product.
-        graph: on CUDA, capture the step and replay it.
-        branches: on CUDA, the classifier's gradient beside the network on a stream of its own.
-        compile: torch.compile around the step.
-        compile_cache: folder in which torch keeps what it compiles, for other processes; None: where it does
-            anyway (`TORCHINDUCTOR_CACHE_DIR`). It holds code: take it only from where you trust.
-        kept_steps, kept_bytes: how many prepared steps are kept (of other batch sizes, shapes or kinds of
-            table), and how much memory beside the networks' they may hold; the latest is always kept. Of
-            threads that sample at the same time each has a step of its own.
-        threads: on a CPU, threads that a step computes on; None: by the size of its work, or as
-            OMP_NUM_THREADS or `torch.set_num_threads` says (see `admfast.engine.threads`).
+        prepared: run rows on static buffers, with the embeddings of many rows computed at once; otherwise
+            every row calls the networks as `predict` does.
+        fold: options for the forms that layers derive from their parameters; None: derive nothing.
+        rows_at_a_time: number of rows whose embeddings are computed by one product.
+        graph: on CUDA, capture the step as a CUDA graph and replay it.
+        branches: on CUDA, compute the classifier's gradient on a second stream, at the same time as the
+            network; no effect with `compile`.
+        compile: compile the step by torch.compile.
+        compile_cache: folder for torch's compiled code, which later processes reuse; None: torch's default
+            folder (`TORCHINDUCTOR_CACHE_DIR`). It contains code that is executed: use only a trusted folder.
+        kept_steps, kept_bytes: number of prepared steps to cache (for different batch sizes, shapes or kinds
+            of table), and bytes of memory that they may hold in addition to the networks'. The latest is
+            always cached. Each of several threads that sample at the same time has its own step.
+        threads: number of threads of a step on a CPU; None: OMP_NUM_THREADS or `torch.set_num_threads` if
+            set, else chosen by the size of the step's work (see `admfast.engine.threads`).
     """
 
     prepared: bool = True

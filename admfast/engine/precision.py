@@ -1,4 +1,4 @@
-"""In what each part of a network computes: named policies, and the one that a device gets unasked."""
+"""Named policies for the precision of each part of a network, and the default policy of each device."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ALWAYS = {
 
 @dataclass(frozen=True)
 class Policy:
-    """State what the convolutions and products of the networks' torsos compute in.
+    """The precision in which convolutions and matrix products in the networks' torsos compute.
 
-    torso: of the diffusion model and the upsampler. classifier: of the classifier. tf32: on CUDA, factors of
-    float32 products are rounded to 10 bits. Norms and softmax accumulate in float32; embeddings, the last
-    layer, the guidance gradient at x_t and the update are float32.
+    torso: dtype for the diffusion model and the upsampler. classifier: dtype for the classifier. tf32: on
+    CUDA, factors of float32 products are rounded to TF32, a mantissa of 10 bits. Norms and softmax accumulate
+    in float32; embeddings, the last layer, the guidance gradient at x_t and the update are float32.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Policy:
     tf32: bool = False
 
     def parts(self) -> dict[str, str]:
-        """Return what each part computes in, in words."""
+        """Return the precision of each part, in words."""
         float32 = "float32 products of TF32 factors" if self.tf32 else "float32"
         words = {torch.float32: float32}
         torso, classifier = (
@@ -52,17 +52,18 @@ POLICIES = {
     "bf16": Policy("bf16", torch.bfloat16, torch.bfloat16),
     "fp16": Policy("fp16", torch.float16, torch.float16),
 }
-# Some of the released models overflow float16. The classifier's gradient is scaled before its backward pass.
+# Not float16, in which some of the released models overflow. A classifier can run in half precision too,
+# because its gradient is scaled before the backward pass.
 AUTO_CUDA = Policy("auto", torch.bfloat16, torch.bfloat16)
 
 
 def policy(name: str, device: torch.device) -> Policy:
-    """Return the policy called `name` for a device; "auto" is the device's own.
+    """Return the policy called `name` for a device; "auto" is the device's default.
 
-    "auto" is bfloat16 on CUDA and on a CPU with AMX, else float32: without
-    AMX a CPU's bfloat16 products are half as fast as its float32 ones (measured: `docs/speed.md`). The
-    choice on CUDA, and that on a CPU with AMX, follow from the range of the formats and the peak rates that
-    vendors state; neither has been measured here, in speed or in the quality of the images.
+    "auto" is bfloat16 on CUDA and on a CPU with AMX, else float32: without AMX, a CPU's bfloat16 products are
+    half as fast as its float32 products (measured: `docs/speed.md`). The choices on CUDA and on a CPU with
+    AMX follow from the range of the formats and the vendors' peak rates. No measurement has compared them
+    with other precisions, in the speed of the networks or in the quality of the images.
 
     Raises: InvalidArgument for an unknown name, Unavailable for tf32 on a CPU.
     """
@@ -78,5 +79,5 @@ def policy(name: str, device: torch.device) -> Policy:
 
 
 def has_amx() -> bool:
-    """Tell whether this CPU multiplies tiles of bfloat16."""
+    """Tell whether this CPU has AMX, which multiplies tiles of bfloat16."""
     return bool(torch.cpu._is_amx_tile_supported())

@@ -1,10 +1,10 @@
-"""One guided step as a prepared unit: networks, gradient, update and noise on buffers that stay in place.
+"""A prepared step: networks, guidance gradient, update and noise, on buffers that never move in memory.
 
 A step is made once for a batch size and a kind of table, filled with a batch, and then run row by row. Its
-body reads the number of the row from the device, takes that row's timesteps, embeddings and coefficients, and
-adds one to the number: the same body serves every row, so that a captured graph of it can be replayed.
-Between rows the host does what a row needs rarely: it makes the embeddings of the next `rows_at_a_time` rows,
-and copies recorded noise.
+body reads the row's number from the device, uses that row's timesteps, embeddings and coefficients, and adds
+one to the number. So the same body serves every row, and a captured graph of it can be replayed. Between rows
+the host does only two things: every `rows_at_a_time` rows it computes the embeddings of the next ones, and it
+copies a row's noise if the noise is given.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from admfast.models.hooks import surveyed
 from admfast.ops.dispatch import Choice, watch
 from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, update_for
 
-EMBEDDING_BYTES = 200 << 20  # what the projected embeddings of one network may take at a time
-ROWS = 1000  # tables of any length up to this share a step
+EMBEDDING_BYTES = 200 << 20  # maximum memory for the projected embeddings of one network
+ROWS = 1000  # tables of up to this many rows share a step
 
 
 @dataclass(frozen=True)
 class StepKey:
     """Cache key of a prepared step: a change in any field requires a new step.
 
-    shape: (N, C, *spatial). guided, plain: there are rows with guidance, and rows without. classes: labels
-    are given to the network. low_res: shape of an upsampler's condition. saved, history: buffers that the
-    table uses. recorded: noise is given, not made. integer_t: dtype of the timesteps. stream: of the noise.
+    shape: (N, C, *spatial). guided: some rows have guidance. plain: some rows have none. classes: the network
+    gets labels. low_res: shape of an upsampler's condition. saved, history: the table uses these buffers.
+    recorded: noise is given, not generated. integer_t: timesteps are integers. stream: of the noise. rows:
+    maximum number of rows in a table.
     """
 
     shape: tuple[int, ...]
@@ -56,7 +57,7 @@ class StepKey:
 
     @classmethod
     def of(cls, batch: Batch, classes: bool) -> StepKey:
-        """Return the key of the step that runs this batch; `classes`: the network takes labels."""
+        """Return the key of the step that runs this batch. classes: the network takes labels."""
         rows = batch.table.rows
         return cls(
             batch.shape,
@@ -74,20 +75,20 @@ class StepKey:
 
 
 class RowNoise(Protocol):
-    """The noise of rows: a tensor [rows, N, C, *spatial], or what gives that of a row when it comes."""
+    """The noise of rows: a tensor [rows, N, C, *spatial], or an object that returns it row by row."""
 
     def __getitem__(self, row: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows, and the images that go through them; tensors on the network's device.
+    """The rows to run, and the inputs of their images; tensors are on the network's device.
 
     table: the rows. shape: (N, C, *spatial). seeds: [N] int64. labels: [N] int64, or None. low_res: condition
-    of an upsampler, or None. step_noise: that of row i at [i], [N, C, *spatial], instead of the seeds'; or
-    None. scale: of the classifier's gradient. guided: for every row whether the classifier guides it.
-    noise_row: counter of the first row's noise. stream: of the noise. impl: implementation of the update, by
-    name.
+    of an upsampler, or None. step_noise: noise of row i at [i], [N, C, *spatial]; None generates it from the
+    seeds. scale: factor of the classifier's gradient. guided: for each row, whether the classifier guides it.
+    noise_row: counter of the first row's noise. stream: of the noise. impl: name of the update's
+    implementation, or None.
     """
 
     table: SolverTable
@@ -131,30 +132,30 @@ class PreparedStep:
             for name, part in parts.items()
             if part is not None and part.projects and not part.altered
         }
-        with watch() as self._once:  # the choice that holds for all rows
+        with watch() as self._once:  # the choice of the update, made once for all rows
             self.update = update_for(self.state, self.packed, impl)
-        self.choices: dict[bool, list[Choice]] = {}  # those of a row, by whether it is guided
+        self.choices: dict[bool, list[Choice]] = {}  # the other choices in a row, by whether it is guided
         self.side: torch.cuda.Stream | None = None
-        # A traced body has one stream.
+        # A body that torch.compile traces can use only one stream.
         if device.type == "cuda" and options.branches and not options.compile and self.classifier is not None:
             self.side = torch.cuda.Stream(device)
-        # What runs a row: the body, or what was made of it (a compiled body, a captured graph).
+        # The function that runs a row, by whether it is guided: a body, a compiled body, or a graph's replay.
         kinds = [kind for kind, there in ((True, key.guided), (False, key.plain)) if there]
         self.run: dict[bool, Callable[[], None]] = {kind: partial(self.body, kind) for kind in kinds}
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._left: torch.cuda.Event | None = None
         self.compiled = self.captured = False
-        self.refused: str | None = None  # why the step isn't captured, where that was wanted
-        self.held = self.nbytes  # bytes that it keeps from other uses, beside the networks'
+        self.refused: str | None = None  # why the step isn't captured or compiled, although that is required
+        self.held = self.nbytes  # bytes of memory that the step occupies, without the networks
 
     def _threads(self) -> int | None:
-        """Return the threads that a row computes on; None on a GPU."""
+        """Return the number of threads for a row; None if the device is not a CPU."""
         if self.state.x.device.type != "cpu":
             return None
         return chosen_threads(self.asked_threads, self.own_threads)
 
     def _make_buffers(self, device: torch.device) -> None:
-        """Everything that a row reads or writes, but for the networks."""
+        """Make every tensor that a row reads or writes, except those of the networks."""
         key = self.key
 
         def images(*more: int) -> Tensor:
@@ -167,7 +168,7 @@ class PreparedStep:
         self.labels = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
         self.seeds = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
         self.scale = torch.zeros(1, dtype=torch.float32, device=device)
-        # Row and row of the noise, in one tensor, so that one operation advances them.
+        # The counters of rows and of noise rows, in one tensor, so that one operation advances both.
         self.counters = torch.zeros(2, dtype=torch.int32, device=device)
         self.first_row = torch.zeros(1, dtype=torch.int32, device=device)
         dtype = torch.int64 if key.integer_t else torch.float32
@@ -178,7 +179,7 @@ class PreparedStep:
         self.guided: tuple[bool, ...] = ()
 
     def body(self, guided: bool) -> None:
-        """Run the row that the counter names and go on to the next; nothing is read back."""
+        """Run the row whose number is in the counter, then advance the counter; the host reads nothing."""
         row, noise_row = self.counters[:1], self.counters[1:]
         x, count = self.state.x, self.key.shape[0]
         t_net, t_clf = self.timesteps.index_select(1, row).expand(2, count)
@@ -191,7 +192,7 @@ class PreparedStep:
                     gradient = self._gradient(x, t_clf, row)
                 out = self._output(x, t_net, row)
             finally:
-                # A capture in which a branch is left unjoined, as by a lack of memory, could not end.
+                # Also after an error, such as a lack of memory: a capture with an unjoined stream can't end.
                 here.wait_stream(self.side)
         else:
             gradient = self._gradient(x, t_clf, row) if guided else None
@@ -228,17 +229,17 @@ class PreparedStep:
         return g * self.scale
 
     def fill(self, batch: Batch, x: Tensor) -> None:
-        """Take a batch, which begins at `x`, into the buffers; the next row is the first."""
+        """Copy a batch and its initial images `x` into the buffers; the next row is then the first."""
         device = self.state.x.device
         if device.type == "cuda":
             self._enter(torch.cuda.current_stream(device))
-        # Recorded, a copy of what requires a gradient would make the buffer require one ever after.
+        # If gradients were recorded, a source that requires one would make the buffer require one forever.
         with torch.no_grad():
             self._fill(batch, x)
 
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, count = batch.table, len(batch.table)
-        self.threads = self._threads()  # the user may have set another number
+        self.threads = self._threads()  # the user may have changed torch's number
         self.packed.host.copy_(_no_rows(self.key.rows))
         self.packed.host[:count] = table.packed.host
         self.packed.device.copy_(self.packed.host)
@@ -257,22 +258,22 @@ class PreparedStep:
         self.step_noise = batch.step_noise
 
     def _enter(self, stream: torch.cuda.Stream) -> None:
-        """Let this stream have the buffers once the last one to use them has done with them."""
+        """Make this stream wait until the last stream that used the buffers is done with them."""
         if self._left is not None:
             stream.wait_event(self._left)
         if stream != self._home:
-            # Their memory goes back to the stream that it was taken on, which must then wait for this one.
+            # The memory, when freed, returns to the stream that allocated it, which must wait for this one.
             for buffer in self._buffers():
                 buffer.record_stream(stream)
 
     def leave(self) -> None:
-        """Say that all work on the buffers has been asked for, after which another stream may have them."""
+        """Mark the end of this stream's work on the buffers; another stream may use them after it."""
         device = self.state.x.device
         if device.type == "cuda":
             self._left = torch.cuda.current_stream(device).record_event()
 
     def _buffers(self) -> list[Tensor]:
-        """All that lies on the device, but for the networks."""
+        """Return all tensors on the device, except those of the networks."""
         found = [getattr(self.state, field.name) for field in fields(self.state)]
         found += [self.noise, self.low_res, *(table.values for table in self.tables.values())]
         found += [self.labels, self.seeds, self.scale, self.counters, self.first_row]
@@ -280,7 +281,7 @@ class PreparedStep:
         return [buffer for buffer in found if buffer is not None]
 
     def advance(self, i: int) -> None:
-        """Run row i; rows come in order, from 0."""
+        """Run row i; rows must be run in order, from 0."""
         made = {net.fold_hooks_made for net in self._networks}
         with (
             surveyed(None if None in made else min(made)),  # type: ignore[type-var]
@@ -303,25 +304,25 @@ class PreparedStep:
         if guided in self.choices:
             self.run[guided]()
             return
-        with watch() as seen:  # once for each kind of row
+        with watch() as seen:  # only once for each kind of row
             self.run[guided]()
         self.choices[guided] = seen
 
     def chosen(self) -> list[Choice]:
-        """Return the implementations that a row took, of the kind of row that took most.
+        """Return the implementations that a row uses, guided or not, whichever uses more of them.
 
-        What torch compiles is not among them.
+        Operations that torch compiles are not included.
         """
         return [*self._once, *max(self.choices.values(), key=len, default=())]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers (not of the networks, nor of what runs a row)."""
+        """Bytes of the buffers, without the networks and the graphs."""
         return sum(buffer.nbytes for buffer in self._buffers())
 
 
 class EmbeddingTable:
-    """The projected embeddings of several rows and all images of a batch: values [rows, N, total]."""
+    """The projected embeddings of several rows for all images of a batch: values [rows, N, total]."""
 
     def __init__(self, net: FoldableNet, count: int, rows: int, device: torch.device):
         width = net.projected_width
@@ -330,7 +331,7 @@ class EmbeddingTable:
         self.values = torch.zeros((self.rows, count, width), dtype=torch.float32, device=device)
 
     def fill(self, timesteps: Tensor, labels: Tensor | None) -> None:
-        """Make the rows of these timesteps."""
+        """Compute the rows of these timesteps: [rows], for labels [N] or None."""
         rows = len(timesteps)
         t = timesteps[:, None].expand(rows, self.count).flatten()
         y = () if labels is None else (labels.repeat(rows),)
@@ -339,24 +340,24 @@ class EmbeddingTable:
         self.values[:rows] = values.view(rows, self.count, -1)
 
     def at(self, row: Tensor) -> Tensor:
-        """The row whose number lies on the device: [N, total]."""
+        """Return the row [N, total] whose number `row` is on the device."""
         return self.values.index_select(0, row)[0]
 
 
 def generations_of(networks: Sequence[FoldableNet]) -> list[int]:
-    """Return a number for each network that rises when a step made of it can't be used any more."""
+    """Return each network's `fold_generation`, which increases when steps made for it become invalid."""
     return [net.fold_generation for net in networks]
 
 
 def check_generations(networks: Sequence[FoldableNet], generations: Sequence[int]) -> None:
-    """Refuse to go on with networks that were folded anew between two rows, which would mix two forms."""
+    """Reject networks that changed or were folded again between two rows, which would mix two forms."""
     if generations_of(networks) != generations:
-        allowed = "of one precision while it samples, and with the hooks that it had when it began"
+        allowed = "its precision, parameters and hooks must not change before sampling ends"
         raise invalid("net", "folded anew while it samples", allowed)
 
 
 def _no_rows(count: int) -> Tensor:
-    """A packed table whose rows make everything 0: [count, columns] float64."""
+    """Return a packed table whose rows set everything to 0: [count, columns] float64."""
     table = torch.zeros(count, len(COLUMNS), dtype=torch.float64, device="cpu")
     table[:, COLUMNS.index("push_slot")] = -1
     return table

@@ -1,11 +1,15 @@
 """Choose the number of threads of a step on a CPU.
 
-torch's threads (OpenMP) wait busily for each other at the end of every operation. With another process on
-one of the processors, the thread that shares it arrives a scheduler's slice late, milliseconds, and the
-others spin until then: where operations are shorter than a slice, a step takes many times as long. Two
-processors of an AMD EPYC, torch 2.13, float32, digits guided, best milliseconds a step of 2 to 3 samples with
-waiting as torch has it, then passive (as `admfast.host.wait_passively` sets it); "busy" is beside one busy
-process, for two threads the least and the most. Machines of more processors were not measured:
+At the end of every operation, torch's threads (OpenMP) spin while they wait for each other. If another
+process uses one of the processors, the thread on that processor is late by a scheduler's slice, several
+milliseconds, and the others spin until then. If operations are shorter than a slice, a step takes many times
+as long.
+
+The table shows milliseconds per step, the best of 2 to 3 samples, on two processors of an AMD EPYC (torch
+2.13, float32, digits guided). In the last two columns, two threads wait passively, as set by
+`admfast.host.wait_passively`; in the other columns, threads wait as torch does by default. "busy" means that
+another process kept one processor busy; for two threads that wait by default, the least and the most are
+given. Machines with more processors were not measured.
 
     step                 convolution    1 thread    busy     2 threads    busy           passive   busy
     digits32, batch 1      19 MFLOP           18      18            15    45 to 130           27      20
@@ -13,7 +17,7 @@ process, for two threads the least and the most. Machines of more processors wer
     digits32, batch 16    302 MFLOP           98      93            56    190 to 260         103     110
     imagenet64, batch 1   2.7 GFLOP         1166    1209           682    1833               722    1222
 
-`python -m bench.threads` measures them again. The convolution is the one that `convolution` counts.
+`python -m bench.threads` repeats the measurement. "convolution" is the result of the function `convolution`.
 """
 
 from __future__ import annotations
@@ -22,14 +26,14 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
-# Operations of a convolution on one thread that outlast a scheduler's slice, some 10 ms: all processors.
+# Operations per thread that take as long as a scheduler's slice, about 10 ms: enough to use all processors.
 SLICE = 512e6
-# And that are worth a thread of their own where a processor is left free for others: some 2 ms.
+# Operations per thread, about 2 ms, that justify one more thread while one processor is left free.
 GRAIN = 128e6
 
 
 class Width(Protocol):
-    """The part of a network's configuration that says how wide it is."""
+    """The fields of a network's configuration that determine its width at full resolution."""
 
     model_channels: int
     channel_mult: Sequence[float]
@@ -39,18 +43,19 @@ class Width(Protocol):
 def convolution(config: Width, shape: Sequence[int]) -> int:
     """Return the operations of a 3x3 convolution at the network's full resolution: 2 * 3^dims C^2 N H W.
 
-    shape: of the images, (N, C, *spatial). Two threads meet after about so much work.
+    shape: of the images, (N, C, *spatial). Threads wait for each other after about this much work.
     """
     width = int(config.channel_mult[0] * config.model_channels)
     return 2 * 3**config.dims * width**2 * math.prod([shape[0], *shape[2:]])
 
 
 def threads_for(work: float, processors: int) -> int:
-    """Return the threads for a step, a function of nothing but its work (`convolution`) and the machine.
+    """Return the number of threads for a step; it depends only on the work (`convolution`) and the machine.
 
-    All processors where each one's part outlasts a slice; else one stays free, and no thread has less than
-    `GRAIN`. Some of the library's operations (a 1x1 convolution of few pixels, say) round otherwise on
-    another number of threads: timing has no say in it, and rows that functions run take the same number.
+    All processors are used if each has work for a slice or longer. Otherwise one stays free, and each of
+    several threads has at least `GRAIN`. Some operations of torch (such as a 1x1 convolution of few pixels)
+    round differently on another number of threads. So the number never depends on measured times, and rows
+    that run as Python functions use the same number.
     """
     if work >= SLICE * processors:
         return processors

@@ -1,4 +1,4 @@
-"""Configurations of the three kinds of networks, also made from the published command-line flags."""
+"""Configurations of the three kinds of networks, and functions that make them from the published flags."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class MaskKey:
     stream: int
 
     def mask(self, x: Tensor, p: float) -> Tensor:
-        """Return a bool mask of x [N, ...]: True (kept) where a normal number is at least the p-quantile."""
+        """Return a bool mask of x [N, ...]: True (kept) if its normal number is at least the p-quantile."""
         if len(self.ks) != len(x):
             raise invalid("ks", len(self.ks), f"one number for each of the {len(x)} samples of the batch")
         key = as_seeds([self.seed]).to(x.device)

@@ -85,7 +85,7 @@ def survey(net: nn.Module) -> Survey:
 
 @contextlib.contextmanager
 def staying_fused() -> Iterator[None]:
-    """Within the context, keep this thread's blocks fused despite hooks, which then see the fused values."""
+    """Keep this thread's blocks fused within the context, despite hooks, which then see the fused values."""
     before = _stays_fused()
     _THREAD.fused = True
     try:
@@ -101,7 +101,7 @@ def hooks_made() -> int:
 
 @contextlib.contextmanager
 def surveyed(made: int | None) -> Iterator[None]:
-    """Within the context, skip the checks of this thread's blocks, until another hook is registered.
+    """Skip the checks of this thread's blocks within the context, until another hook is registered.
 
     made: the value of `hooks_made()` at a survey that found no hook and no replaced module; None if it found
     one, so that blocks must check.

@@ -39,7 +39,7 @@ def maybe_checkpoint(block: Any, *args: Any) -> Tensor:
 
 
 def made_again(made: Tensor, again: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """Within the context, don't store the tensor `made` for the backward pass, which calls `again` instead.
+    """Recompute `made` by `again()` in the backward pass of code in the context, instead of storing it.
 
     again: returns the same values, bit for bit. Under torch.func and torch.compile, `made` is stored.
     """

@@ -1,6 +1,6 @@
-"""Floor 3: solvers. Each is made by a function of its name: `ddim(eta=0.5)`, or by a text: "ddim:eta=0.5".
+"""Floor 3: solvers. Each is made by a function with its name, `ddim(eta=0.5)`, or from text, "ddim:eta=0.5".
 
-A file of a solver is called `<name>_rows.py`, so that no module has the name of a value.
+A solver's file is called `<name>_rows.py`, so that no module has the name of such a function.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def listed(begins: str | None = None) -> list[str]:
-    """Return every solver (that begins so) as a text that says all its options: "ddim:eta=0.0"."""
+    """Return every solver as text with all its options, such as "ddim:eta=0.0".
+
+    begins: "noise" or "image" selects the solvers that begin from it.
+    """
     solvers = [make() for make in SOLVERS.values()]
     return [str(solver) for solver in solvers if begins in (None, solver.begins)]
 
 
 def solver_of(value: Solver | str, **options: Any) -> Solver:
-    """Return a solver as a value; text is a name, or a name with options. `options` replace the value's.
+    """Return a Solver, given one or a text (a name, or a name with options). `options` replace its options.
 
     Raises: InvalidArgument for an unknown solver or option, or a value that the solver refuses.
     """
@@ -43,12 +46,12 @@ def solver_of(value: Solver | str, **options: Any) -> Solver:
 
 @functools.lru_cache
 def from_text(text: str) -> Solver:
-    """Return the solver of a text such as "ddim:eta=0.5", which is read once."""
+    """Return the solver that a text such as "ddim:eta=0.5" names; cached."""
     name, _, given = (part.strip() for part in text.partition(":"))
     if name not in SOLVERS:
         raise invalid("solver", text, f"{nearest(name, SOLVERS)} (solvers: {', '.join(listed())})")
     options: dict[str, Any] = {}
-    # A comma within a value, as of a list, has no NAME= after it.
+    # A comma inside a value, such as a list, is not followed by NAME=.
     for part in filter(None, re.split(r",(?=\s*\w+\s*=)", given)):
         option, separator, value = (word.strip() for word in part.partition("="))
         if not separator or option in options:

@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2020), and its inverse."""
+"""DDIM (Song et al. 2020) and its inverse."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def ddim(*, eta: float = 0.0) -> Solver:
 
 @registered
 def ddim_inverse() -> Solver:
-    """Return the inverse of the deterministic DDIM, which takes clean images apart into their noise."""
+    """Return the inverse of the deterministic DDIM, which turns clean images into their noise."""
     return Solver("ddim-inverse", _inverse_table, begins="image", respacing="ddim{steps}")
 
 
 def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> SolverTable:
     """Return the table of x_prev = sqrt(ab_prev) x_0 + sqrt(1 - ab_prev - sigma^2) eps + sigma z, t = S-1..0.
 
-    ab is alpha_bar, eps is derived again from the limited x_0, and
+    ab is alpha_bar, eps is recomputed from the clipped x_0, and
     sigma = eta sqrt((1 - ab_prev) / (1 - ab)) sqrt(1 - ab / ab_prev). Guidance ("Diffusion Models Beat GANs",
-    algorithm 2) adds (1 - ab) / sqrt(ab) g to x_0 after the limit. Source: Song et al. 2020, eq. 12 and 16;
+    algorithm 2) adds (1 - ab) / sqrt(ab) g to the clipped x_0. Source: Song et al. 2020, eq. 12 and 16;
     `ddim_sample` of the published code.
 
-    process: respaced. clip: limit x_0 to [-1, 1].
+    process: already respaced. clip: clip x_0 to [-1, 1].
     """
     s = process.schedule
     rows = []
@@ -45,12 +45,12 @@ def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> Solver
 def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
     """Return the table that runs the deterministic DDIM backwards, from an image to its noise, t = 0..S-1.
 
-    x_next = sqrt(ab_next) x_0 + sqrt(1 - ab_next) eps; the last row ends at ab_next = 0, in eps alone. The
-    first row's x is the image itself, not noised: as published, it counts as x at the first kept step. The
-    published step has no guidance; rows that run with one add it as those of `ddim` do.
+    x_next = sqrt(ab_next) x_0 + sqrt(1 - ab_next) eps; in the last row ab_next is 0, so that x_next = eps.
+    The first row's x is the image without noise: as published, it is treated as x at the first kept step. The
+    published step has no guidance; if guidance is given, rows add it in the same way as in `ddim`.
     Source: `ddim_reverse_sample` of the published code.
 
-    process: respaced. clip: limit x_0 to [-1, 1].
+    process: already respaced. clip: clip x_0 to [-1, 1].
     """
     s = process.schedule
     rows = []
@@ -61,7 +61,10 @@ def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
 
 
 def _row(process: GaussianDiffusion, i: int, bar_to: float, toward: float, sigma: float, clip: bool) -> Row:
-    """x_next = sqrt(bar_to) x0 + toward * eps + sigma z, with eps = (x / sqrt(ab) - x0) / sqrt(1/ab - 1)."""
+    """Return the row of x_next = sqrt(bar_to) x0 + toward eps + sigma z.
+
+    eps = (x / sqrt(ab) - x0) / sqrt(1/ab - 1).
+    """
     s = process.schedule
     k_x, k_out = process.x0_coefficients(i)
     recip, recipm1 = float(s.sqrt_recip_alphas_cumprod[i]), float(s.sqrt_recipm1_alphas_cumprod[i])

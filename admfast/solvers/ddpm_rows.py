@@ -1,4 +1,4 @@
-"""Ancestral sampling (DDPM)."""
+"""Ancestral sampling (DDPM, Ho et al. 2020)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from admfast.solvers.solver import Solver, clip_of, registered
 
 @registered
 def ddpm() -> Solver:
-    """Return ancestral sampling."""
+    """Return ancestral sampling (DDPM)."""
     return Solver("ddpm", _table)
 
 
 def _table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
     """Return the table of x_{t-1} = mean(x_t, x_0) + sigma^2 g + sigma z, for t = S-1..0.
 
-    mean is that of q(x_{t-1} | x_t, x_0); sigma is the network's or the fixed one; at t = 0 no noise is added
-    and the guidance stays. Guidance: "Diffusion Models Beat GANs", algorithm 1 (on the mean, x_0 untouched).
+    mean is that of q(x_{t-1} | x_t, x_0); sigma is learned or fixed; at t = 0 guidance is added, noise isn't.
+    Guidance: "Diffusion Models Beat GANs", algorithm 1 (it changes the mean, not x_0).
     Source: Ho et al. 2020, algorithm 2; `p_sample` of the published code.
 
-    process: respaced. clip: limit x_0 to [-1, 1].
+    process: already respaced. clip: clip x_0 to [-1, 1].
     """
     s = process.schedule
     rows = []

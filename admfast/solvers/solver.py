@@ -1,4 +1,4 @@
-"""A solver as a value: its name, its options, and the table that it makes of a process."""
+"""A solver as a value: its name, its options, and the function that makes its table for a process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Make = TypeVar("Make", bound="Callable[..., Solver]")
 
 
 def registered(make: Make) -> Make:
-    """Enter the function that makes a solver into `SOLVERS`, under its name with dashes."""
+    """Add the function that makes a solver to `SOLVERS`, under its name with dashes for underscores."""
     SOLVERS[make.__name__.replace("_", "-")] = make
     return make
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to take images from noise to data, or back.
+    """A method that turns noise into images, or images into noise.
 
     Attributes:
         name: its name in `SOLVERS`.
         rows_of: rows_of(process, clip=..., **options) -> `SolverTable`, a pure function. The process is
-            respaced already; clip limits x_0 to [-1, 1].
+            already respaced; clip=True clips x_0 to [-1, 1].
         options: its own options, by name.
-        begins: "noise", or "image" for one that takes clean images apart.
-        respacing: the published respacing of a number of steps.
+        begins: "noise", or "image" for a solver that turns clean images into noise.
+        respacing: the published respacing for a number of steps, as a template with "{steps}".
     """
 
     name: str
@@ -41,7 +41,7 @@ class Solver:
     respacing: str = "{steps}"
 
     def __post_init__(self) -> None:
-        # A value that is kept, as by `from_text`, must not change under those who share it.
+        # A solver may be shared (`from_text` caches it), so its options must not change.
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,16 +53,20 @@ class Solver:
         return f"{self.name}:{options}" if options else self.name
 
     def table(self, process: GaussianDiffusion, clip: bool = True) -> SolverTable:
-        """Return the rows of a (respaced) process; `clip` limits x_0 to [-1, 1] at every row."""
+        """Return the table for a process, already respaced. clip: clip x_0 to [-1, 1] in every row."""
         return self.rows_of(process, clip=clip, **self.options)
 
     def respaced(self, steps: int) -> str:
-        """Return the respacing with which the solver is published for a number of steps."""
+        """Return the published respacing of the solver for a number of steps."""
         return self.respacing.format(steps=steps)
 
 
 def clip_of(process: GaussianDiffusion, clip: bool, network_mean: bool) -> Clip:
-    """Return how a row limits x_0; with `network_mean` the update follows the network, not that x_0."""
+    """Return how a row clips x_0.
+
+    network_mean: the update uses the mean that a PREVIOUS_X network predicts, so only the reported x_0 is
+    clipped for such a network.
+    """
     if not clip:
         return Clip.NONE
     return Clip.REPORTED if network_mean and process.mean_type is MeanType.PREVIOUS_X else Clip.USED

@@ -1,1 +1,1 @@
-"""Floor 6: the fast path against the float32 reference: layers, steps and images."""
+"""Floor 6: compare the fast path with the float32 reference: layers, steps and images."""

@@ -1,4 +1,4 @@
-"""Budgets of the precisions, and the errors that were found in layers, steps and images."""
+"""Error budgets of the precisions, and records of the errors measured in layers, steps and images."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from admfast.ops.update import Clip, SolverTable
 
 @dataclass(frozen=True)
 class Budget:
-    """The errors that a precision may cost.
+    """The largest errors that a precision may cause.
 
-    layer: largest relative error (norm of the difference over the norm) of one layer's output for the same
-    input. step: the same of x after any step. psnr: of the images [-1, 1], in dB, at the least. output: the
-    relative error of a whole network's output that step and psnr reckon with; see `amplified`.
+    layer: relative error (norm of the difference over the norm) of one layer's output for the same input.
+    step: relative error of x after any step. psnr: smallest PSNR in dB of the images, which are in [-1, 1].
+    output: relative error of a whole network's output, which step and psnr assume; see `amplified`.
     """
 
     layer: float
@@ -33,35 +33,36 @@ class Budget:
             object.__setattr__(self, name, real(name, getattr(self, name), above=above))
 
 
-# A layer rounds its weights, a partial sum of two sources and its output once: three independent relative
-# errors, uniform within half an epsilon, whose root mean square is half an epsilon at most; half as much
-# again is allowed. In float32 the sums' own rounding counts, and the few times as much of it that Winograd
-# convolutions have. The errors of layers average out on the way: at t = 999 the digits' network is off by
-# 2e-3 in bfloat16, 1.4e-4 in float16 and 1e-7 in float32.
+# A layer rounds three times: its weights, a partial sum of two sources, and its output. These relative errors
+# are independent and uniform within half an epsilon. Together their root mean square is at most half an
+# epsilon; the budget is 1.5 times that. In float32 the rounding of sums dominates, which is a few times
+# larger in Winograd convolutions. In a whole network the errors of layers average out: at t = 999 the output
+# of the digits' network has an error of 2e-3 in bfloat16, 1.4e-4 in float16 and 1e-7 in float32.
 BUDGETS = {
     "fp32": Budget(layer=2e-5, step=1e-3, psnr=70.0, output=1e-6),
     "tf32": Budget(layer=0.75 * 2.0**-10, step=2e-2, psnr=45.0, output=2.0**-11),
     "fp16": Budget(layer=0.75 * 2.0**-10, step=2e-2, psnr=40.0, output=2.0**-11),
     "bf16": Budget(layer=0.75 * 2.0**-7, step=1e-1, psnr=30.0, output=2.0**-8),
 }
-# That of "auto" on a GPU, of x and the images: the network, whose rounding they have, is in bfloat16. The
-# layers of its float32 classifier are held to the budget of float32 (`compare_layers`).
+# "auto" on a GPU runs the network and the classifier in bfloat16. A policy called "auto" is used only there.
 BUDGETS["auto"] = BUDGETS["bf16"]
 
 
 def budget_of(policy: Policy) -> Budget:
-    """Return the budget of a precision; raises InvalidArgument for a policy that has none of its own."""
+    """Return the budget of a precision; raise InvalidArgument for a policy without one."""
     if policy.name not in BUDGETS:
         raise invalid("budget", None, f"a Budget: none is known for the precision {policy.name!r}")
     return BUDGETS[policy.name]
 
 
 def amplified(table: SolverTable, output: float) -> float:
-    """Return how far a row may move x where the network's output is off by `output`, both relative.
+    """Return the largest error of x that one row can cause, if the network's output has the error `output`.
 
-    max over rows of |b| min(|k_out| output, 1): x_0 = k_x x + k_out out has 1 / sqrt(alpha_bar) times the
-    rounding of the output, 157 times at t = 999 of the linear schedule. Many steps take next to nothing of
-    that x_0 into x, few take all of it. Limited, two x_0 differ by about 1 at most.
+    Both errors are relative. The result is the max over rows of |b| min(|k_out| output, 1); the min applies
+    if the update's x_0 is clipped, because two clipped x_0 differ by about 1 at most. In
+    x_0 = k_x x + k_out out, the error of the output is multiplied by about 1 / sqrt(alpha_bar), which is 157
+    at t = 999 of the linear schedule. With many steps, the row adds almost nothing of that x_0 to x; with few
+    steps, it adds all of it.
     """
     return max(
         abs(row.b) * min(abs(row.k_out) * output, 1.0 if row.clip == Clip.USED else math.inf)
@@ -84,10 +85,10 @@ class Deviation:
 
 @dataclass
 class Verification:
-    """The result of a comparison: relative errors of `layers` and `steps`, then the images.
+    """The result of a comparison: the relative errors of `layers` and `steps`, then those of the images.
 
-    psnr: in dB, infinite where nothing differs. differing: share of 8-bit values that differ. largest: by how
-    many levels at most.
+    psnr: in dB, infinite if nothing differs. differing: fraction of 8-bit values that differ. largest: their
+    largest difference, in levels.
     """
 
     budget: Budget
@@ -103,7 +104,7 @@ class Verification:
 
     @property
     def failures(self) -> list[str]:
-        """Return what is past the budget, in words; empty where all holds."""
+        """One text for each kind of result that exceeds the budget; empty if all are within it."""
         worst = [max(group, key=_excess) for group in (self.layers, self.steps) if group]
         found = [
             f"{d.name}: relative error {d.error:.2e}, allowed {d.allowed:.2e}" for d in worst if not d.holds
@@ -114,7 +115,7 @@ class Verification:
 
 
 def compare_images(verification: Verification, got: Tensor, exact: Tensor) -> None:
-    """Fill in what concerns the images: float [N, C, *spatial] in [-1, 1]."""
+    """Fill in the results for images: float [N, C, *spatial] in [-1, 1]."""
     mse = float((got.double() - exact.double()).clamp(-2, 2).square().mean())
     verification.psnr = math.inf if mse == 0 else 10 * math.log10(4 / mse)
     levels = (to_uint8(got).int() - to_uint8(exact).int()).abs()
@@ -123,7 +124,7 @@ def compare_images(verification: Verification, got: Tensor, exact: Tensor) -> No
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """||got - exact|| / ||exact||; 0 where both are 0, infinite where either is not finite."""
+    """Return ||got - exact|| / ||exact||; 0 if both are 0, infinite if `exact` is 0 or one is not finite."""
     got, exact = got.double().to(exact.device), exact.double()
     difference, size = float((got - exact).norm()), float(exact.norm())
     if not math.isfinite(difference) or not math.isfinite(size):

@@ -1,4 +1,4 @@
-"""Sample the same seeds on the fast path and on the float32 reference, and say how far apart they are."""
+"""Sample the same seeds on the fast path and on the float32 reference, and measure the differences."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from admfast.verify.budget import (
 )
 from admfast.verify.layers import compare_layers
 
-IMAGES, STEPS = 4, 25  # where nothing says how many
-# What the engine may do to a step; a reference does none of it.
+IMAGES, STEPS = 4, 25  # defaults
+# The engine's options that prepare a step; a reference uses none of them.
 PREPARATIONS = ("prepared", "fold", "graph", "branches", "compile")
 
 
@@ -47,26 +47,27 @@ def verify(
     """Compare `pipe` with `reference`: every layer at three of the steps, x after every step, and the images.
 
     Args:
-        pipe: the pipeline as it is used.
+        pipe: the pipeline to check.
         reference: another pipeline of the same model on the same device, with networks of its own, in float32
-            and with `engine=PLAIN`; it runs on the reference implementations.
-        request: for the images, as `request_for` makes it; None makes it of `settings`.
-        budget: what is allowed; None is that of the pipeline's precision.
+            and with `engine=PLAIN`; it uses the reference implementations.
+        request: the request for the images, from `request_for`; None makes it from `settings`.
+        budget: the allowed errors; None: those of the pipeline's precision.
 
-    Step counts are refused at which rounding alone would exceed the budget: the first rows' x_0 has many
-    times the rounding of the network's output (`amplified`), which few steps put into the images. In bfloat16
-    DDPM needs 4 on the linear schedule and 25 on the cosine one; DDIM runs with any.
+    Step counts so low that rounding errors alone would exceed the budget are rejected. In the first rows, x_0
+    has many times the rounding error of the network's output (`amplified`); with few steps, this error gets
+    into the images. In bfloat16, DDPM needs at least 4 steps on the linear schedule and 25 on the cosine
+    schedule; DDIM accepts any number of steps.
 
     Returns:
-        What was found; `failures` is empty where all of it is within the budget.
+        The measured errors; `failures` is empty if all are within the budget.
 
-    Raises: InvalidArgument as `Pipeline.sample`, for a reference that isn't one, and for too few steps.
+    Raises: InvalidArgument as in `Pipeline.sample`, for an unsuitable reference, and for too few steps.
     """
     _check_pipelines(pipe, reference)
     verification = Verification(budget_of(pipe.policy) if budget is None else budget)
     request = replace(request_for(pipe, **settings) if request is None else request, output="float")
     if request.callback is not None:
-        raise invalid("request", "with a callback", "one without: verify has its own")
+        raise invalid("request", "with a callback", "must have no callback: verify uses its own")
     base = plan(request, pipe)
     stages = [(base, pipe, reference)]
     if base.enlarging is not None:
@@ -87,14 +88,14 @@ def verify(
 
 
 def request_for(pipe: Pipeline, **settings: Any) -> SampleRequest:
-    """Return the request for the images that are compared: settings as of `Pipeline.sample`, in one batch.
+    """Return the request for the compared images, in one batch; settings are those of `Pipeline.sample`.
 
-    Not given, the solver is "ddim", steps is 25, upsampler_steps is steps, and seeds are 0, 1, ... for the
-    classes or `low_res` given, else 0..3. Raises: InvalidArgument.
+    Defaults: solver is "ddim"; steps is 25, if there is no respacing; upsampler_steps is steps; seeds are
+    0, 1, ..., as many as `low_res` or `classes`, else 0..3. Raises: InvalidArgument.
     """
     solver = solver_of(settings.get("solver", "ddim"))
     if solver.begins == "image":
-        raise invalid("solver", str(solver), f"one that samples: {', '.join(listed('noise'))}")
+        raise invalid("solver", str(solver), f"must begin from noise: {', '.join(listed('noise'))}")
     given = SampleRequest.of(**{**settings, "solver": solver})
     steps, seeds = given.steps, given.seeds
     if given.respacing is None and steps is None:
@@ -108,7 +109,7 @@ def request_for(pipe: Pipeline, **settings: Any) -> SampleRequest:
 
 
 def _check_pipelines(pipe: Pipeline, reference: Pipeline) -> None:
-    """Refuse a pair that is not one model in two forms, the second of them the reference's."""
+    """Reject two pipelines that are not of the same model, and a reference that is not plain float32."""
     for argument, value in (("pipe", pipe), ("reference", reference)):
         if not isinstance(value, Pipeline):
             raise invalid(argument, value, "a Pipeline, as admfast.load returns")
@@ -126,7 +127,7 @@ def _check_pipelines(pipe: Pipeline, reference: Pipeline) -> None:
 
 
 def _check_alike(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
-    """Two pipelines of one model: networks, process and device agree."""
+    """Reject pipelines whose networks, process or device differ."""
     for name in ("config", "diffusion", "device"):
         if getattr(pipe, name) != getattr(reference, name):
             raise invalid(argument, reference.name, f"of the same {name} as {pipe.name}")
@@ -136,7 +137,7 @@ def _check_alike(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
 
 
 def _check_plain(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
-    """The reference is in float32 throughout, nothing of it is prepared, and its networks are its own."""
+    """Reject a reference that is not float32 throughout, is prepared, or shares networks with `pipe`."""
     policy = reference.policy
     if (policy.torso, policy.classifier, policy.tf32) != (torch.float32, torch.float32, False):
         raise invalid(argument, reference.name, f"in precision 'fp32'; this is in {policy.name!r}")
@@ -170,15 +171,15 @@ def _check_steps(stage: Plan, pipe: Pipeline, request: SampleRequest, budget: Bu
     more = (n for n in (*range(2, 26), 50, 100, 250, 500, 1000) if steps < n <= pipe.diffusion.steps)
     enough = next((n for n in more if holds(n)), None)
     name = "steps" if stage.stage == "base" else "upsampler_steps"
-    why = "with so few, x_0 of the first rows amplifies rounding past what the budget allows"
+    why = "with so few, x_0 of the first rows amplifies rounding errors beyond the budget"
     allowed = f"no number of steps of {solver}" if enough is None else f"{enough} or more for {solver}"
     raise invalid(name, steps, f"{allowed} in this precision: {why}")
 
 
 class _Watched:
-    """x and x_0 after every row, on the CPU, put together again where batches were halved.
+    """A callback that copies x and x_0 after every row to the CPU, and joins the parts of halved batches.
 
-    rows: by stage and the number of rows done.
+    rows: by stage and number of rows done.
     """
 
     def __init__(self, count: int) -> None:
@@ -195,7 +196,7 @@ class _Watched:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Record x and the reported x_0 after a row, and what the network saw as t."""
+    """x and the reported x_0 after a row, and the timestep t that the network saw."""
 
     x: Tensor
     t: float
@@ -203,7 +204,7 @@ class _Seen:
 
 
 def _steps(found: _Watched, wanted: _Watched, budget: Budget) -> list[Deviation]:
-    """Return the error of x after every row."""
+    """Return the relative error of x after every row."""
     deviations = []
     for (stage, done), seen in wanted.rows.items():
         prefix = "" if stage == "base" else f"{stage}: "
@@ -215,7 +216,7 @@ def _steps(found: _Watched, wanted: _Watched, budget: Budget) -> list[Deviation]
 def _layers(
     stage: Plan, pipe: Pipeline, reference: Pipeline, seen: list[_Seen], budget: Budget
 ) -> list[Deviation]:
-    """The layers of network and classifier at what three of the steps begin from, the worst of each."""
+    """Return each layer's largest error at the inputs of three steps, for network and classifier."""
     prefix = "" if stage.stage == "base" else f"{stage.stage} "
     low_res = stage.low_res
     worst: dict[str, Deviation] = {}

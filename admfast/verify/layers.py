@@ -1,4 +1,4 @@
-"""The layers of two networks, one by one, on the same inputs."""
+"""Compare the layers of two networks one by one, on the same inputs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def compare_layers(
     prefix: str,
     tf32: bool = False,
 ) -> list[Deviation]:
-    """Give every layer of `fast` what the layer of that name in `reference` saw, and compare what comes out.
+    """Run every layer of `fast` on the input of the same layer in `reference`, and compare their outputs.
 
-    call(network) runs a network; layers are the modules with parameters of their own. What a convolution adds
-    of a skip is left out, as its error would hide behind the skip. Every layer is held to the budget of what
-    it computes in: those in float32 (a float32 classifier's, and outside the torso) to that of "fp32".
-    tf32: on CUDA `fast` runs with TF32 products, all of it; the reference never does, whatever the process
-    is set to.
+    call(network) runs a network; layers are the modules with parameters of their own. The skip that a
+    convolution adds is left out: it would make the relative error smaller. The budget of a layer depends on
+    the dtype in which it computes: in float32 (outside the torso, or in a float32 network) it is that of
+    "fp32".
+    tf32: on CUDA, all layers of `fast` run with TF32 products; the reference never does, for any setting of
+    the process.
     """
     layers, inputs = _inputs(reference, call)
     device = next(reference.parameters()).device
@@ -39,8 +40,8 @@ def compare_layers(
         allowed = budget.layer if tf32 or dtype != torch.float32 else BUDGETS["fp32"].layer
         kept = {key: value for key, value in options.items() if key != "residual"}
         with torch.no_grad():
-            # Of values that the precision has: what rounding the input costs depends on its mean, not on
-            # the layer.
+            # Both layers get the rounded input: the error of rounding it depends on its mean, not on the
+            # layer.
             x, given = _as(x, dtype, tf32), {key: _as(value, dtype, tf32) for key, value in kept.items()}
             with own_numerics(device, tf32):
                 got = _outcome(fast.get_submodule(name), x, given)
@@ -53,7 +54,7 @@ def compare_layers(
 def _inputs(
     reference: nn.Module, call: Callable[[nn.Module], Tensor]
 ) -> tuple[dict[str, nn.Module], dict[str, tuple[Any, ...]]]:
-    """The layers by name, and what each is given at its first call while the network runs."""
+    """Return the layers by name, and the inputs of each at its first call while the network runs."""
     inputs: dict[str, tuple[Any, ...]] = {}
     hooks = []
     layers = {
@@ -80,7 +81,7 @@ def _inputs(
 
 
 def _outcome(layer: nn.Module, x: Any, options: dict[str, Any]) -> Tensor:
-    """Return what a layer puts out, in its own order where its folded form has another."""
+    """Return a layer's output, with the original order of channels if its folded form reorders them."""
     y = layer(x, **options)
     y, rows = y[0] if isinstance(y, tuple) else y, getattr(layer, "rows", None)
     if rows is None or not getattr(layer, "reordered", False):
@@ -93,7 +94,7 @@ def _wide(value: Any) -> Any:
 
 
 def _as(value: Any, dtype: torch.dtype, tf32: bool = False) -> Any:
-    """A tensor of floats as values that a precision has; of anything else, itself."""
+    """Return a floating tensor rounded to a precision; return anything else unchanged."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     value = value.to(dtype)
@@ -101,6 +102,6 @@ def _as(value: Any, dtype: torch.dtype, tf32: bool = False) -> Any:
 
 
 def values_of_tf32(x: Tensor) -> Tensor:
-    """float32 with the last 13 of its 23 bits rounded away, ties to even."""
+    """Return float32 values with the last 13 of the 23 mantissa bits rounded to zero, ties to even."""
     bits = x.view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)

@@ -25,7 +25,7 @@ def report(found: Verification) -> str:
     verdict = "past the budget: " + "; ".join(failures) if failures else "within the budget"
     return "\n\n".join(
         [
-            table(steps, ("images against the reference", "relative error", "allowed", "1e-8 to 1, log")),
+            table(steps, ("images against the reference", "relative error", "allowed", "1e-8 to 1 (log)")),
             table(worst, (f"worst of {len(found.layers)} layers", "relative error", "allowed")),
             table(images, ("images at the end", "", "budget")),
             verdict,
@@ -34,7 +34,7 @@ def report(found: Verification) -> str:
 
 
 def _bar(deviation: Deviation) -> str:
-    """Draw the error on a logarithmic scale from 1e-8 to 1, a mark every factor of 10^(1/4)."""
+    """Draw the error as a bar on a logarithmic axis from 1e-8 to 1, one mark for each factor of 10^(1/4)."""
     if not math.isfinite(deviation.error):
         return "not finite"
     marks = 0 if deviation.error <= 1e-8 else round(4 * (math.log10(deviation.error) + 8))

@@ -346,7 +346,7 @@ def _reads() -> bool:
 
 @contextlib.contextmanager
 def projecting_by_layer(networks: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the context, let every block project the embedding itself, so that hooks see its layer."""
+    """Let every block project the embedding itself within the context, so that hooks see its layer."""
     found = [net for net in networks if isinstance(net, FoldableNet)]
     for net in found:
         net._fold_by_layer = True

@@ -18,7 +18,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Values:
-    """Record of the values in tensors: all elements of small ones, one of each row and column of large ones.
+    """Record of values in tensors: all elements of small ones, some of each row and column of large ones.
 
     Rows and columns are the output and input channels of a weight [C_out, C_in, *kernel].
 
