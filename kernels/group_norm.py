@@ -9,22 +9,37 @@ group is kept as a sum of two float32: the rounded mean and its rounding remaind
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from admfast.kernels import norm_launch
 from admfast.kernels.norm_launch import Call, OneRead, TwoPass
-from admfast.kernels.norm_tensors import Geometry, affine_arguments, empty, empty_float, geometry
+from admfast.kernels.norm_tensors import (
+    ChannelSums,
+    Geometry,
+    affine_arguments,
+    empty,
+    empty_float,
+    geometry,
+    x_bias_arguments,
+)
 from admfast.kernels.norm_tiles import (
     PLAIN,
     activate,
     affine,
     first_of_block,
     first_of_copies,
+    load_moments,
     load_source,
     load_statistics,
+    load_x_bias,
+    moments,
     over_group,
     store_dense,
+    store_moments,
     store_statistics,
+    two_sum,
+    without_x_bias,
 )
 from torch import Tensor
 
@@ -85,7 +100,7 @@ def _apply_tile(
 
 @triton.jit
 def _channel_statistics(
-    x_ptr, x2_ptr, n, begin, end, c, wanted, P, C1, C2,
+    x_ptr, x2_ptr, x_bias_ptr, n, begin, end, c, wanted, P, C1, C2, x_bias_stride,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Return per channel over positions begin..end the mean, as two terms, and the squared deviations."""
@@ -103,8 +118,11 @@ def _channel_statistics(
             centred = tl.where((p < end)[:, None], x - about[None, :], 0.0)
             total += centred
             squares += centred * centred
-    added = tl.sum(total, axis=0) / (end - begin)
-    return about, added, tl.sum(squares, axis=0) - added * added * (end - begin)
+    about, added, deviations = moments(about, total, squares, end - begin)
+    if x_bias_ptr is not None:
+        about, left_out = two_sum(about, load_x_bias(x_bias_ptr, n, c, wanted, x_bias_stride))
+        added += left_out
+    return about, added, deviations
 
 
 @triton.jit
@@ -124,8 +142,9 @@ def _group_statistics(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_fwd_kernel(
-    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, scale_stride, shift_stride,
+    x_ptr, x2_ptr, x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    y_ptr, skip_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, x_bias_stride, scale_stride, shift_stride,
     EPS: tl.constexpr, SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     SINGLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
@@ -137,12 +156,13 @@ def _group_norm_silu_fwd_kernel(
     c = (tl.program_id(0) % blocks) * width + lane
     wanted = (lane < width) & (c < C1 + C2)
     about, added, deviations = _channel_statistics(
-        x_ptr, x2_ptr, n, 0, P, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
+        x_ptr, x2_ptr, x_bias_ptr, n, 0, P, c, wanted, P, C1, C2, x_bias_stride, BLOCK_P, BLOCK_C, UNROLL
     )
     mean, low, rstd = _group_statistics(
         about[None, :], added[None, :], deviations[None, :], P, wanted[None, :], lane, P, D, EPS, SINGLE
     )
     store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
+    mean, low = without_x_bias(mean, low, x_bias_ptr, n, c, wanted, x_bias_stride)
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = a * rstd
     b = b - low * a
@@ -159,7 +179,7 @@ def _group_norm_silu_fwd_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_stats_kernel(
-    x_ptr, x2_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks,
+    x_ptr, x2_ptr, x_bias_ptr, partial_ptr, P, C1, C2, chunk, chunks, blocks, x_bias_stride,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Compute per channel and chunk the mean, as two terms, and squared deviations: [N, chunks, 3, C]."""
@@ -169,39 +189,45 @@ def _group_norm_silu_stats_kernel(
     wanted = c < C1 + C2
     end = tl.minimum(k * chunk + chunk, P)
     about, added, deviations = _channel_statistics(
-        x_ptr, x2_ptr, n, k * chunk, end, c, wanted, P, C1, C2, BLOCK_P, BLOCK_C, UNROLL
-    )
-    at = (n.to(tl.int64) * chunks + k) * 3 * (C1 + C2) + c
-    tl.store(partial_ptr + at, about, mask=wanted)
-    tl.store(partial_ptr + at + (C1 + C2), added, mask=wanted)
-    tl.store(partial_ptr + at + 2 * (C1 + C2), deviations, mask=wanted)
+        x_ptr, x2_ptr, x_bias_ptr, n, k * chunk, end, c, wanted, P, C1, C2, x_bias_stride,
+        BLOCK_P, BLOCK_C, UNROLL,
+    )  # fmt: skip
+    store_moments(partial_ptr, about, added, deviations, n, k, c, wanted, chunks, C1 + C2)
 
 
-@triton.jit(do_not_specialize=[*PLAIN, "C"])
+@triton.jit(do_not_specialize=[*PLAIN, "C1", "C2"])
 def _group_norm_silu_merge_fwd_kernel(
-    partial_ptr, mean_ptr, rstd_ptr, N, P, C, G, D, width, chunk, chunks, blocks,
+    partial_ptr, partial2_ptr, mean_ptr, rstd_ptr,
+    N, P, C1, C2, G, D, width, chunk, chunks, chunk2, chunks2, blocks,
     EPS: tl.constexpr, SINGLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunks and channels of whole groups into mean, its rounding remainder, and rstd."""
+    """Merge the chunks and channels of whole groups into mean, its rounding remainder, and rstd.
+
+    The first C1 channels are those of partial_ptr, the others those of partial2_ptr.
+    """
     n = tl.program_id(0) // blocks
     lane = tl.arange(0, BLOCK_C)
     c = (tl.program_id(0) % blocks) * width + lane
-    wanted = (lane < width) & (c < C)
+    wanted = (lane < width) & (c < C1 + C2)
     k = tl.arange(0, BLOCK_K)
-    there = (k < chunks)[:, None] & wanted[None, :]
-    at = ((n.to(tl.int64) * chunks + k) * 3 * C)[:, None] + c[None, :]
-    about = tl.load(partial_ptr + at, mask=there, other=0.0)
-    added = tl.load(partial_ptr + at + C, mask=there, other=0.0)
-    deviations = tl.load(partial_ptr + at + 2 * C, mask=there, other=0.0)
-    sizes = tl.where(k < chunks, tl.minimum(P - k * chunk, chunk), 0).to(tl.float32)[:, None]
-    mean, low, rstd = _group_statistics(about, added, deviations, sizes, there, lane, P, D, EPS, SINGLE)
+    about, added, deviations, sizes = load_moments(
+        partial_ptr, n, k, c, wanted & (c < C1), P, C1, chunk, chunks
+    )
+    if partial2_ptr is not None:
+        about2, added2, deviations2, sizes2 = load_moments(
+            partial2_ptr, n, k, c - C1, wanted & (c >= C1), P, C2, chunk2, chunks2
+        )
+        about, added = about + about2, added + added2
+        deviations, sizes = deviations + deviations2, sizes + sizes2
+    mean, low, rstd = _group_statistics(about, added, deviations, sizes, sizes > 0, lane, P, D, EPS, SINGLE)
     store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_apply_fwd_kernel(
-    x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, skip_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, scale_stride, shift_stride,
+    x_ptr, x2_ptr, x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    y_ptr, skip_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, x_bias_stride, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +238,7 @@ def _group_norm_silu_apply_fwd_kernel(
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     wanted = c < C1 + C2
     first = ((program // blocks) % spans) * span
-    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, x_bias_ptr, n, c, wanted, N, G, D, x_bias_stride)
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = a * rstd
     b = b - low * a
@@ -227,6 +253,7 @@ def _group_norm_silu_apply_fwd_kernel(
 def plan_fwd(
     x: Tensor,
     x2: Tensor | None,
+    x_bias: Tensor | None,
     g: Geometry,
     affine: dict[str, Any],
     groups: int,
@@ -234,12 +261,13 @@ def plan_fwd(
     silu: bool,
     outputs: dict[str, Tensor | None],
     launch: OneRead | TwoPass,
+    sums: tuple[ChannelSums, ...] = (),
 ) -> list[Call]:
-    """Return the kernel launches of a forward."""
+    """Return the kernel launches of a forward; sums: those of each source, where all have left them."""
     sizes = g.sizes
     channels, depth = g.c1 + g.c2, (g.c1 + g.c2) // groups
     modes = dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
-    sources = dict(x_ptr=x, x2_ptr=x2)
+    sources = dict(x_ptr=x, x2_ptr=x2, **x_bias_arguments(x_bias))
     statistics = dict(mean_ptr=outputs["mean_ptr"], rstd_ptr=outputs["rstd_ptr"])
     if isinstance(launch, OneRead):
         blocks = -(-groups // launch.groups)
@@ -247,20 +275,29 @@ def plan_fwd(
         arguments |= dict(**launch.block, **launch.share(depth), blocks=blocks)
         registers = 128 if x2 is None else 255
         return [Call(_group_norm_silu_fwd_kernel, g.n * blocks, arguments, launch.warps, registers)]
-    chunks, blocks = launch.chunks(sizes["P"]), -(-channels // launch.block_c)
-    partial = empty_float((g.n, chunks, 3, channels), x)
-    chunked = dict(partial_ptr=partial, P=sizes["P"], chunk=launch.chunk, chunks=chunks)
-    stats = dict(**sources, **chunked, **launch.block, C1=g.c1, C2=g.c2, blocks=blocks)
-    cut = norm_launch.merge(g.shape(groups, x), chunks)
-    merge = dict(**chunked, **statistics, **cut.block, N=g.n, C=channels, G=groups, D=depth, EPS=eps)
+    blocks, calls = -(-channels // launch.block_c), []
+    if not norm_launch.mergeable(depth, [one.chunks for one in sums]):
+        chunks = launch.chunks(sizes["P"])
+        sums = (ChannelSums(empty_float((g.n, chunks, 3, channels), x), launch.chunk),)
+        stats = dict(**sources, **launch.block, C1=g.c1, C2=g.c2, blocks=blocks)
+        stats |= dict(partial_ptr=sums[0].values, P=sizes["P"], chunk=launch.chunk, chunks=chunks)
+        calls = [Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps)]
+    first, second = sums[0], sums[1] if len(sums) > 1 else None
+    cut = norm_launch.merge(g.shape(groups, x), max(one.chunks for one in sums))
+    own = first.values.shape[-1]
+    merge = dict(**statistics, **cut.block, N=g.n, P=sizes["P"], G=groups, D=depth, EPS=eps)
+    merge |= dict(partial_ptr=first.values, chunk=first.chunk, chunks=first.chunks, C1=own, C2=channels - own)
+    merge |= dict(partial2_ptr=second and second.values, chunk2=0, chunks2=0)
+    if second is not None:
+        merge |= dict(chunk2=second.chunk, chunks2=second.chunks)
     merge |= dict(**cut.share(depth), blocks=-(-groups // cut.groups))
     cover = launch.spans(g.n * blocks, sizes["P_OUT"] if g.resample == "down" else sizes["P"])
     apply = dict(**sources, **affine, **outputs, **sizes, **modes, **cover, G=groups, D=depth)
     apply |= dict(blocks=blocks, BLOCK_P=launch.apply_p, BLOCK_C=launch.block_c)
     programs = g.n * blocks * cover["spans"]
-    registers = 64 if x2 is None and g.resample is None else 128
+    registers = 72 if x2 is None and g.resample is None else 128
     return [
-        Call(_group_norm_silu_stats_kernel, g.n * chunks * blocks, stats, launch.warps),
+        *calls,
         Call(_group_norm_silu_merge_fwd_kernel, g.n * merge["blocks"], merge, cut.warps, 255),
         Call(_group_norm_silu_apply_fwd_kernel, programs, apply, launch.apply_warps, registers),
     ]
@@ -269,6 +306,7 @@ def plan_fwd(
 def group_norm_silu_fwd(
     x: Tensor,
     x2: Tensor | None,
+    x_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
@@ -278,14 +316,17 @@ def group_norm_silu_fwd(
     silu: bool,
     resample: str | None,
     skip: bool,
+    dtype: torch.dtype | None = None,
+    sums: tuple[ChannelSums, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute `act(GN([x, x2]) (1 + scale) + shift)`, resampled.
+    """Compute `act(GN([x, x2] + x_bias) (1 + scale) + shift)`, resampled.
 
     The formula is in `admfast/ops/norm/__init__.py`.
 
     Args: x [N, C1, *spatial] and x2 [N, C2, *spatial], float32, float16 or bfloat16, dense and
-    channels-last; weight, bias [C]; scale, shift [N, C]; resample None, "up" or "down"; `skip`: return the
-    resampled input too.
+    channels-last; x_bias [C] or [N, C]; weight, bias [C]; scale, shift [N, C]; `skip`: give the resampled
+    input, without x_bias, as well; `dtype`: of y, that of x for None; `sums`: those of x, and of x2 where
+    there is one, if both have been left by what made them, and no x_bias is added.
 
     Returns: y [N, C, *resampled] channels-last, the resampled input (empty unless `skip`), mean [2, N, G]
     (the mean and its rounding remainder) and rstd [N, G] in float32. Raises ValueError for another layout or
@@ -293,12 +334,13 @@ def group_norm_silu_fwd(
     """
     g = geometry(x, x2, resample)
     shape = (g.n, g.c1 + g.c2, *g.out)
-    y = empty(shape, x)
+    y = empty(shape, x, dtype)
     resampled = empty(shape, x) if skip else None
     mean, rstd = empty_float((2, g.n, groups), x), empty_float((g.n, groups), x)
     outputs = dict(y_ptr=y, skip_ptr=resampled, mean_ptr=mean, rstd_ptr=rstd)
     if not g.empty:
         launch = norm_launch.choose(g.shape(groups, x), backward=False)
         affine = affine_arguments(weight, bias, scale, shift)
-        norm_launch.run(plan_fwd(x, x2, g, affine, groups, eps, silu, outputs, launch), x.device)
+        given = (x, x2, x_bias, g, affine, groups, eps, silu, outputs, launch, sums)
+        norm_launch.run(plan_fwd(*given), x.device)
     return y, x.new_empty(0) if resampled is None else resampled, mean, rstd

@@ -21,6 +21,7 @@ from admfast.kernels.norm_tensors import (
     empty,
     empty_float,
     geometry,
+    x_bias_arguments,
 )
 from admfast.kernels.norm_tiles import (
     PLAIN,
@@ -81,9 +82,9 @@ def _apply_tile(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_bwd_kernel(
-    dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, dx2_ptr, s1_ptr, s2_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, scale_stride, shift_stride,
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    mean_ptr, rstd_ptr, dx_ptr, dx2_ptr, s1_ptr, s2_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, pieces, blocks, x_bias_stride, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     SINGLE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
@@ -94,7 +95,7 @@ def _group_norm_silu_bwd_kernel(
     width = pieces * ALIGN  # unless it knows what divides this, the compiler loads and stores one by one
     c = (tl.program_id(0) % blocks) * width + lane
     wanted = (lane < width) & (c < C1 + C2)
-    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, x_bias_ptr, n, c, wanted, N, G, D, x_bias_stride)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = w * rstd
     s1, s2 = _channel_sums(
@@ -117,8 +118,9 @@ def _group_norm_silu_bwd_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_sums_kernel(
-    dy_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, partial_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, chunk, chunks, blocks, scale_stride, shift_stride,
+    dy_ptr, x_ptr, x2_ptr, x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    partial_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, chunk, chunks, blocks, x_bias_stride, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +129,7 @@ def _group_norm_silu_sums_kernel(
     n = tl.program_id(0) // blocks // chunks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     wanted = c < C1 + C2
-    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, x_bias_ptr, n, c, wanted, N, G, D, x_bias_stride)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     a = w * rstd
     end = tl.minimum(k * chunk + chunk, P)
@@ -170,9 +172,9 @@ def _group_norm_silu_merge_bwd_kernel(
 
 @triton.jit(do_not_specialize=PLAIN)
 def _group_norm_silu_apply_bwd_kernel(
-    dy_ptr, dskip_ptr, x_ptr, x2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
-    terms_ptr, dx_ptr, dx2_ptr,
-    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, scale_stride, shift_stride,
+    dy_ptr, dskip_ptr, x_ptr, x2_ptr, x_bias_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
+    mean_ptr, rstd_ptr, terms_ptr, dx_ptr, dx2_ptr,
+    N, P, P_OUT, H, W, C1, C2, G, D, span, spans, blocks, x_bias_stride, scale_stride, shift_stride,
     SILU: tl.constexpr, RESAMPLE: tl.constexpr, DIMS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +185,7 @@ def _group_norm_silu_apply_bwd_kernel(
     c = (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     wanted = c < C1 + C2
     first = ((program // blocks) % spans) * span
-    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D)
+    mean, low, rstd = load_statistics(mean_ptr, rstd_ptr, x_bias_ptr, n, c, wanted, N, G, D, x_bias_stride)
     w, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride)
     group = n.to(tl.int64) * G + c // D
     off = tl.load(terms_ptr + group, mask=wanted, other=0.0)
@@ -202,6 +204,7 @@ def plan_bwd(
     dskip: Tensor | None,
     x: Tensor,
     x2: Tensor | None,
+    x_bias: Tensor | None,
     g: Geometry,
     affine: dict[str, Any],
     statistics: dict[str, Tensor],
@@ -214,8 +217,8 @@ def plan_bwd(
     channels, depth = g.c1 + g.c2, (g.c1 + g.c2) // groups
     sums = {name: outputs[name] for name in ("s1_ptr", "s2_ptr")}
     gradients = {name: outputs[name] for name in ("dx_ptr", "dx2_ptr")}
-    common = dict(dy_ptr=dy, x_ptr=x, x2_ptr=x2, **affine, **statistics, **sizes, G=groups, D=depth)
-    common |= dict(SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
+    common = dict(dy_ptr=dy, x_ptr=x, x2_ptr=x2, **x_bias_arguments(x_bias), **affine, **statistics, **sizes)
+    common |= dict(G=groups, D=depth, SILU=silu, RESAMPLE=g.resample, DIMS=g.dims)
     if isinstance(launch, OneRead):
         blocks = -(-groups // launch.groups)
         cut = dict(**launch.block, **launch.share(depth), blocks=blocks)
@@ -248,6 +251,7 @@ def group_norm_silu_bwd(
     dskip: Tensor | None,
     x: Tensor,
     x2: Tensor | None,
+    x_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     scale: Tensor | None,
@@ -277,7 +281,7 @@ def group_norm_silu_bwd(
     s1, s2 = (empty_float((g.n, g.c1 + g.c2), x) for _ in range(2)) if sums else (None, None)
     if not g.empty:
         launch = norm_launch.choose(g.shape(rstd.shape[1], x), backward=True)
-        given = (channels_last(dy, x), channels_last(dskip, x), x, x2, g)
+        given = (channels_last(dy), channels_last(dskip), x, x2, x_bias, g)
         outputs = dict(dx_ptr=dx, dx2_ptr=dx2, s1_ptr=s1, s2_ptr=s2)
         statistics = dict(mean_ptr=mean, rstd_ptr=rstd)
         affine = affine_arguments(weight, bias, scale, shift)

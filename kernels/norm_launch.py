@@ -12,7 +12,7 @@ import torch
 import triton
 
 MULTIPROCESSORS = 132  # of an H100; determines only how finely the work is cut
-RESIDENT = 8 * MULTIPROCESSORS  # programs of 4 warps and 64 registers per thread that run at once
+RESIDENT = 7 * MULTIPROCESSORS  # programs of 4 warps and 72 registers per thread that run at once
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read once, at import, as Triton's decorators do
 
 
@@ -159,6 +159,7 @@ def pow2(value: int) -> int:
 # alone on its multiprocessor, with 16 KB in flight at a time, would take longer for more bytes than the three
 # launches of two passes do.
 SHARE = 64 << 10
+HELD = 8192  # chunks times channels that a merge program holds at once
 LINE, SECTOR = 128, 32  # bytes of a memory request, and the fewest that memory delivers
 
 
@@ -210,7 +211,7 @@ def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     # once, which limits their number.
     held = 3 if shape.sources == 1 and not backward else 2
     programs = 4 // held * held * MULTIPROCESSORS
-    most = min(128, max(8192 // pow2(shape.depth), 1))
+    most = min(128, max(HELD // pow2(shape.depth), 1))
     wanted = min(max(programs // (shape.n * blocks), 1), most)
     trip = block_p * unroll
     chunk = -(-shape.p // (wanted * trip)) * trip
@@ -239,4 +240,10 @@ def merge(shape: Shape, chunks: int) -> Merge:
     # Deep groups need small tiles; for the others, a least size means fewer kernels to compile.
     block_k = pow2(chunks) if shape.depth > 64 else max(pow2(chunks), 16)
     block_c = pow2(groups * shape.depth)
-    return Merge(groups, block_k, block_c, warps=4 if block_k * block_c <= 2048 else 8)
+    held = block_k * block_c * shape.sources  # of each source its own chunks
+    return Merge(groups, block_k, block_c, warps=4 if held <= 2048 else 8)
+
+
+def mergeable(depth: int, chunks: list[int]) -> bool:
+    """Tell whether one merge holds so many chunks of each source at once, for groups of `depth` channels."""
+    return bool(chunks) and max(chunks) * pow2(depth) <= HELD

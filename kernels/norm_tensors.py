@@ -16,15 +16,31 @@ def is_channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-def channels_last(t: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return `t` dense and channels-last, in the dtype of `like`; a copy only if needed."""
-    return None if t is None else t.to(like.dtype).movedim(1, -1).contiguous().movedim(-1, 1)
+@dataclass(frozen=True)
+class ChannelSums:
+    """Statistics of every channel of a tensor of N images and C channels over chunks of its positions.
+
+    values: [N, chunks, 3, C] float32: the mean as a sum of two, and the sum of squared deviations from it.
+    chunk: positions of a chunk; the last may have fewer.
+    """
+
+    values: Tensor
+    chunk: int
+
+    @property
+    def chunks(self) -> int:
+        return self.values.shape[1]
 
 
-def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return an uninitialised dense channels-last [N, C, *spatial] with the dtype and device of `like`."""
+def channels_last(t: Tensor | None) -> Tensor | None:
+    """Return `t` dense and channels-last; a copy where it isn't."""
+    return None if t is None else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a dense channels-last tensor [N, C, *spatial], in the dtype of `like` for None."""
     last = (shape[0], *shape[2:], shape[1])
-    return torch.empty(last, dtype=like.dtype, device=like.device).movedim(-1, 1)
+    return torch.empty(last, dtype=dtype or like.dtype, device=like.device).movedim(-1, 1)
 
 
 def empty_float(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -32,8 +48,8 @@ def empty_float(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def rows(t: Tensor | None) -> Tensor | None:
-    """Return [N, C] with consecutive channels; a copy only if needed."""
-    return t if t is None or t.stride(1) == 1 else t.contiguous()
+    """Return a [N, C], or [C], whose channels are consecutive."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
 @dataclass(frozen=True)
@@ -96,10 +112,18 @@ def geometry(x: Tensor, x2: Tensor | None, resample: str | None) -> Geometry:
     return Geometry(x.shape[0], x.shape[1], 0 if x2 is None else x2.shape[1], tuple(x.shape[2:]), resample)
 
 
+def x_bias_arguments(x_bias: Tensor | None) -> dict[str, Any]:
+    """Return the arguments of a kernel that give what is added to x, [C] or [N, C]."""
+    x_bias = rows(x_bias)
+    return dict(
+        x_bias_ptr=x_bias, x_bias_stride=0 if x_bias is None or x_bias.dim() == 1 else x_bias.stride(0)
+    )
+
+
 def affine_arguments(
     weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> dict[str, Any]:
-    """Return weight, bias, scale and shift as arguments of a kernel."""
+    """Return the arguments of a kernel that give weight, bias, scale and shift."""
     scale, shift = rows(scale), rows(shift)
     return dict(
         weight_ptr=weight.contiguous(),

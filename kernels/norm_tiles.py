@@ -14,7 +14,7 @@ import triton.language as tl
 # constant.
 PLAIN = [
     *("N", "P", "P_OUT", "H", "W", "G", "D", "width", "pieces", "chunk", "chunks", "blocks", "span", "spans"),
-    *("scale_stride", "shift_stride"),
+    *("scale_stride", "shift_stride", "x_bias_stride", "chunk2", "chunks2"),
 ]
 
 
@@ -71,12 +71,71 @@ def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_strid
 
 
 @triton.jit
-def load_statistics(mean_ptr, rstd_ptr, n, c, wanted, N, G, D):
-    """Load mean, its rounding remainder, and rstd of each channel's group; mean_ptr is [2, N, G]."""
+def two_sum(a, b):
+    """Return a + b rounded to float32, and the rounding remainder (Knuth 1969)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+@triton.jit
+def load_x_bias(x_bias_ptr, n, c, wanted, x_bias_stride):
+    """Return what is added to the channels c of image n before anything else."""
+    at = n.to(tl.int64) * x_bias_stride + c
+    return tl.load(x_bias_ptr + at, mask=wanted, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def moments(about, total, squares, count):
+    """Return the mean, as a sum of two, and the squared deviations of `count` values of each channel.
+
+    total, squares: [positions, channels] sums of x - about and of its square.
+    """
+    added = tl.sum(total, axis=0) / count
+    return about, added, tl.sum(squares, axis=0) - added * added * count
+
+
+@triton.jit
+def store_moments(partial_ptr, about, added, deviations, n, k, c, wanted, chunks, C):
+    """Write what `moments` gave of chunk k to partial [N, chunks, 3, C]."""
+    at = (n.to(tl.int64) * chunks + k) * 3 * C + c
+    tl.store(partial_ptr + at, about, mask=wanted)
+    tl.store(partial_ptr + at + C, added, mask=wanted)
+    tl.store(partial_ptr + at + 2 * C, deviations, mask=wanted)
+
+
+@triton.jit
+def load_moments(partial_ptr, n, k, c, wanted, P, C, chunk, chunks):
+    """Return what `store_moments` wrote of the chunks k, and the positions of each: [chunks, channels]."""
+    there = (k < chunks)[:, None] & wanted[None, :]
+    at = ((n.to(tl.int64) * chunks + k) * 3 * C)[:, None] + c[None, :]
+    about = tl.load(partial_ptr + at, mask=there, other=0.0)
+    added = tl.load(partial_ptr + at + C, mask=there, other=0.0)
+    deviations = tl.load(partial_ptr + at + 2 * C, mask=there, other=0.0)
+    sizes = tl.where(there, tl.minimum(P - k * chunk, chunk).to(tl.float32)[:, None], 0.0)
+    return about, added, deviations, sizes
+
+
+@triton.jit
+def without_x_bias(mean, low, x_bias_ptr, n, c, wanted, x_bias_stride):
+    """Return the mean to subtract from each channel of x before x_bias is added: a sum of two numbers."""
+    if x_bias_ptr is not None:
+        mean, left_out = two_sum(mean, -load_x_bias(x_bias_ptr, n, c, wanted, x_bias_stride))
+        low += left_out
+    return mean, low
+
+
+@triton.jit
+def load_statistics(mean_ptr, rstd_ptr, x_bias_ptr, n, c, wanted, N, G, D, x_bias_stride):
+    """Load the mean to subtract from each channel of x, its rounding remainder, and rstd of its group.
+
+    mean_ptr is [2, N, G].
+    """
     at = n.to(tl.int64) * G + c // D
     low_ptr = mean_ptr + N.to(tl.int64) * G
     mean = tl.load(mean_ptr + at, mask=wanted, other=0.0)
     low = tl.load(low_ptr + at, mask=wanted, other=0.0)
+    mean, low = without_x_bias(mean, low, x_bias_ptr, n, c, wanted, x_bias_stride)
     return mean, low, tl.load(rstd_ptr + at, mask=wanted, other=0.0)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from admfast.engine.guidance import LOSS_SCALE
 from admfast.errors import Unavailable, first_line
 from admfast.files.atomic import check_folder
 from admfast.ops.update import Clip, Row, pack
@@ -58,7 +59,8 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
     if cache is not None:
         check_folder(cache)
     with _kept_in(cache):
-        for guided, body in list(step.run.items()):
+        for guided in list(step.run):
+            body = functools.partial(step.body, guided)
             began = time.monotonic()
             x = _fill(step, guided)
             # An eager run first: what layers derive at their first call must exist before they are traced.
@@ -149,7 +151,7 @@ def _fill(step: PreparedStep, guided: bool) -> Tensor:
     packed = pack([Row(0.0, 0.0, k_out=1.0, k_mean=float(guided), clip=Clip.NONE)], device)
     step.packed.host[:1] = packed.host
     step.packed.device[:1] = packed.device
-    step.scale.fill_(1.0)
+    step.scale.fill_(1 / LOSS_SCALE)
     step.timesteps.fill_(500)
     if step.low_res is not None:
         step.low_res.normal_(generator=generator)

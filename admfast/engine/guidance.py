@@ -18,19 +18,38 @@ LOSS_SCALE = 2.0**10
 
 
 def log_probability_gradient(
-    classifier: nn.Module, x: Tensor, t: Tensor, index: Tensor, projected: Tensor | None = None
+    classifier: nn.Module,
+    x: Tensor,
+    t: Tensor,
+    index: Tensor,
+    projected: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Return d/dx sum_n log_softmax(classifier(x, t))[n, index_n] in x's shape, without a graph.
 
     The result is float32, or float64 if x is. Only the gradient in x is computed: the parameters are frozen.
-    index: [N, 1] int64. projected: see `Classifier.forward`.
+    index: [N, 1] int64. projected: see `Classifier.forward`. scale: multiplies the gradient, and is
+    already divided by LOSS_SCALE; None: 1.
     """
     extra = {} if projected is None else {"projected": projected}
     with torch.enable_grad():
         x_in = x.detach().requires_grad_(True)
-        log_probability = torch.log_softmax(classifier(followed(x_in), t, **extra).float(), dim=-1)
-        (g,) = torch.autograd.grad(log_probability.gather(1, index).sum() * LOSS_SCALE, x_in)
-    return g.to(torch.promote_types(g.dtype, torch.float32)) / LOSS_SCALE
+        logits = classifier(followed(x_in), t, **extra)
+        seed = _logits_gradient(logits.detach().float(), index).to(logits.dtype)
+        (g,) = torch.autograd.grad(logits, x_in, seed)
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    return g / LOSS_SCALE if scale is None else g * scale
+
+
+def _logits_gradient(logits: Tensor, index: Tensor) -> Tensor:
+    """Return LOSS_SCALE times the gradient of sum_n log_softmax(logits)[n, index_n] in the logits [N, K].
+
+    It is what autograd computes, in four operations of the device instead of ten.
+    """
+    with torch.no_grad():
+        log_probability = torch.log_softmax(logits, dim=-1)
+        wanted = torch.zeros_like(logits).scatter_(1, index, LOSS_SCALE)
+        return torch.ops.aten._log_softmax_backward_data(wanted, log_probability, -1, logits.dtype)
 
 
 def followed(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ copies a row's noise if the noise is given.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from admfast import host
-from admfast.engine.guidance import check_frozen, log_probability_gradient
+from admfast.engine.capture import PRIORITY
+from admfast.engine.guidance import LOSS_SCALE, check_frozen, log_probability_gradient
 from admfast.engine.numerics import chosen_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.threads import convolution, threads_for
@@ -138,10 +140,14 @@ class PreparedStep:
         self.side: torch.cuda.Stream | None = None
         # A body that torch.compile traces can use only one stream.
         if device.type == "cuda" and options.branches and not options.compile and self.classifier is not None:
-            self.side = torch.cuda.Stream(device)
+            self.side = torch.cuda.Stream(device, priority=PRIORITY)
         # The function that runs a row, by whether it is guided: a body, a compiled body, or a graph's replay.
         kinds = [kind for kind, there in ((True, key.guided), (False, key.plain)) if there]
-        self.run: dict[bool, Callable[[], None]] = {kind: partial(self.body, kind) for kind in kinds}
+        self.run: dict[bool, Callable[[], None]] = {
+            # Not the step itself, which would keep itself alive until Python's collector runs.
+            kind: partial(PreparedStep.body, weakref.proxy(self), kind)
+            for kind in kinds
+        }
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._left: torch.cuda.Event | None = None
         self.compiled = self.captured = False
@@ -183,20 +189,21 @@ class PreparedStep:
         row, noise_row = self.counters[:1], self.counters[1:]
         x, count = self.state.x, self.key.shape[0]
         t_net, t_clf = self.timesteps.index_select(1, row).expand(2, count)
+        embedded = row - self.first_row if self.tables else row  # the row's number among the embedded ones
         gradient = None
         if guided and self.side is not None:
             here = torch.cuda.current_stream(x.device)
             self.side.wait_stream(here)
             try:
                 with torch.cuda.stream(self.side):
-                    gradient = self._gradient(x, t_clf, row)
-                out = self._output(x, t_net, row)
+                    gradient = self._gradient(x, t_clf, embedded)
+                out = self._output(x, t_net, embedded)
             finally:
                 # Also after an error, such as a lack of memory: a capture with an unjoined stream can't end.
                 here.wait_stream(self.side)
         else:
-            gradient = self._gradient(x, t_clf, row) if guided else None
-            out = self._output(x, t_net, row)
+            gradient = self._gradient(x, t_clf, embedded) if guided else None
+            out = self._output(x, t_net, embedded)
         self.update(
             self.state,
             out,
@@ -211,22 +218,21 @@ class PreparedStep:
         )
         self.counters.add_(1)
 
-    def _output(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+    def _output(self, x: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
         extra = {}
         if "net" in self.tables:
-            extra["projected"] = self.tables["net"].at(row - self.first_row)
+            extra["projected"] = self.tables["net"].at(embedded)
         if self.key.classes:
             extra["y"] = self.labels
         if self.low_res is not None:
             extra["low_res"] = self.low_res
         return self.net(x, t, **extra)
 
-    def _gradient(self, x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+    def _gradient(self, x: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
         assert self.classifier is not None
         table = self.tables.get("classifier")
-        projected = None if table is None else table.at(row - self.first_row)
-        g = log_probability_gradient(self.classifier, x, t, self.labels[:, None], projected)
-        return g * self.scale
+        projected = None if table is None else table.at(embedded)
+        return log_probability_gradient(self.classifier, x, t, self.labels[:, None], projected, self.scale)
 
     def fill(self, batch: Batch, x: Tensor) -> None:
         """Copy a batch and its initial images `x` into the buffers; the next row is then the first."""
@@ -251,7 +257,7 @@ class PreparedStep:
         for own, given in ((self.labels, batch.labels), (self.low_res, batch.low_res)):
             if own is not None and given is not None:
                 own.copy_(given)
-        self.scale.fill_(batch.scale)
+        self.scale.fill_(batch.scale / LOSS_SCALE)
         self.guided = batch.guided
         self.timesteps[:, :count] = table.timesteps.to(self.timesteps.dtype).to(self.timesteps.device)
         self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32, device="cpu"))

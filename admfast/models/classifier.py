@@ -18,7 +18,15 @@ from admfast.models.body import (
 from admfast.models.config import ClassifierConfig
 from admfast.models.convolution import conv_nd
 from admfast.models.fold import FoldableNet, Projected
-from admfast.models.layers import AttentionPool2d, Head, Norm, call_block, timestep_embedding, zeroed
+from admfast.models.layers import (
+    AttentionPool2d,
+    Head,
+    Norm,
+    call_block,
+    call_head,
+    timestep_embedding,
+    zeroed,
+)
 
 HIDDEN = 2048  # width of the hidden layer of the spatial pools
 
@@ -59,11 +67,11 @@ class Classifier(FoldableNet):
             h = call_block(block, h, emb)
             if spatial:
                 means.append(h.to(wide).flatten(2).mean(dim=2))
-        h = call_block(self.middle_block, h, emb).to(wide)
+        h = call_block(self.middle_block, h, emb)
         if spatial:
-            means.append(h.flatten(2).mean(dim=2))
+            means.append(h.to(wide).flatten(2).mean(dim=2))
             h = torch.cat(means, dim=1)
-        return self.out(h).to(x.dtype)
+        return call_head(self.out, h, wide).to(x.dtype)
 
     def embedded(self, timesteps: Tensor) -> Tensor | Projected:
         """Return the embedding of timesteps [N] that the blocks get: [N, E], or its joined projections."""

@@ -116,6 +116,16 @@ class FoldableConv(nn.Module):
         y = self._conv_forward(x, weight, bias)  # type: ignore[operator]
         return y if residual is None else residual + y
 
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the convolution without its bias, and the bias, if the norm that follows adds it at no cost.
+
+        Otherwise return the convolution with its bias, and None.
+        """
+        folded = self.folded
+        if folded is not None and not self._recorded() and self._serves(folded.options, None, False):
+            return folded.without_bias(x)
+        return self(x), None
+
     def _serves(self, options: ConvOptions, x2: Tensor | None, any_order: bool) -> bool:
         """Tell whether the folded form fits the number of sources and the order of channels of this call."""
         return (x2 is not None or not options.split) and (any_order or options.rows is None)

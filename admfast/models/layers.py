@@ -81,11 +81,18 @@ class Head(FusedBlock, nn.Sequential):
         if [type(layer) for layer in self][:2] == [Norm, nn.SiLU]:
             self._built()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Run the layers; `dtype`: what `x` is converted to first, or None.
+
+        The norm reads `x` as it is and writes `dtype`, which is the same without a pass of its own.
+        """
+        wider = dtype if dtype is None else torch.promote_types(x.dtype, dtype)
+        if self.as_published() or wider != dtype:
+            x, dtype = x if dtype is None else x.to(dtype), None
         if self.as_published():
             return super().forward(x)
         norm, _, *rest = self._modules.values()
-        x = norm(x, silu=True)  # type: ignore[misc]
+        x = norm(x, silu=True, dtype=dtype)  # type: ignore[misc]
         for layer in rest:
             x = layer(x)  # type: ignore[misc]
         return x
@@ -150,20 +157,28 @@ class ResidualBlock(FusedBlock):
         self, x: Tensor, emb: Any, x2: Tensor | None,
         norm: Any, conv: Any, out_norm: Any, dropout: Any, out_conv: Any,
     ) -> Tensor:  # fmt: skip
-        again = self.recomputes_norms
-        if self.resample is None:
+        again, given = self.recomputes_norms, x
+        if self.resample is None and x2 is not None:
             h = norm(x, silu=True, x2=x2)
-            with made_again(h, norm.again(x, silu=True, x2=x2)) if again else _NOTHING:
-                h = conv(h)
-        else:
+        else:  # the norm's backward pass adds the gradient of its skip
             h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
-            h, x2 = conv(h), None
+        recomputed = again and self.resample is None
+        with made_again(h, norm.again(given, silu=True, x2=x2)) if recomputed else _NOTHING:
+            h, x_bias = without_bias(conv, h)
+        if self.resample is not None:
+            x2 = None
         projected = self._projected(emb)  # [N, C] or [N, 2C]
         if self.use_scale_shift_norm:
             scale, shift = projected.chunk(2, dim=1)
             adaptive = {"scale": scale, "shift": shift}
         else:
-            h, adaptive = h + _over_positions(projected, h), {}
+            adaptive = {}
+            if x_bias is None:
+                h = h + _over_positions(projected, h)
+            else:
+                x_bias = projected + x_bias
+        if x_bias is not None:
+            adaptive["x_bias"] = x_bias
         normed = out_norm(h, silu=True, **adaptive)
         dropped = dropout(normed)
         again = again and dropped is normed
@@ -284,6 +299,12 @@ def _resamplers(channels: int, dims: int, resample: str | None) -> tuple[nn.Modu
     return kind(channels, False, dims), kind(channels, False, dims)
 
 
+def without_bias(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return `conv(x)` and None; or without the bias, and the bias, if the next norm adds it at no cost."""
+    leaving = getattr(conv, "without_bias", None)
+    return (conv(x), None) if leaving is None else leaving(x)
+
+
 def _over_positions(values: Tensor, h: Tensor) -> Tensor:
     """Return values [N, C] as [N, C, 1, ...], to broadcast over the positions of `h`, in its dtype."""
     return values.to(h.dtype)[(...,) + (None,) * (h.dim() - 2)]
@@ -352,7 +373,8 @@ class AttentionBlock(FusedBlock):
             return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).reshape(x.shape)
         modules: Any = self._modules  # see `ResBlock`
         norm, product, attending, proj_out = modules.values()
-        qkv = product(norm(x).flatten(2), any_order=True).transpose(1, 2)  # [N, S, 3C]
+        h, x = norm(x, with_skip=True)
+        qkv = product(h.flatten(2), any_order=True).transpose(1, 2)  # [N, S, 3C]
         h = attending.of_tokens(qkv, product.reordered)
         return proj_out(h.transpose(1, 2), x.flatten(2)).reshape(x.shape)
 
@@ -414,6 +436,13 @@ def call_block(block: nn.Module, x: Tensor, emb: Tensor | Projected, x2: Tensor 
         return block(x, emb, x2)
     x = x if x2 is None else torch.cat([x, x2], dim=1)
     return block(x, emb if isinstance(emb, Tensor) else emb.plain())
+
+
+def call_head(head: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Call a network's last layers with `x` in `dtype`, in the fastest way if they are our own `Head`."""
+    if type(head).forward is Head.forward and not watched(head):
+        return head(x, dtype)
+    return head(x.to(dtype))
 
 
 _OURS = (ResBlock.forward, TimestepEmbedSequential.forward)

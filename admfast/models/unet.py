@@ -27,6 +27,7 @@ from admfast.models.layers import (
     TimestepEmbedSequential,
     Upsample,
     call_block,
+    call_head,
     timestep_embedding,
     zeroed,
 )
@@ -82,7 +83,7 @@ class UNet(FoldableNet):
             raise invalid("x.shape", tuple(x.shape), f"sides that {units[-1]} divides")
         emb = self.embedded(timesteps, y) if projected is None else Projected(projected)
         h = through_blocks(self, self.entering(x), emb)
-        return self.out(h.to(dtype_of(self.out, x.dtype))).to(x.dtype)
+        return call_head(self.out, h, dtype_of(self.out, x.dtype)).to(x.dtype)
 
     def embedded(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | Projected:
         """Return the embedding of timesteps and classes [N] for the blocks, or its joined projections."""

@@ -26,8 +26,14 @@ def channels_last(t: Tensor) -> Tensor:
     return t if is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def channels_together(t: Tensor) -> Tensor:
-    """Return images [N, C, H, W] in channels-last memory, with strides that torch recognises as such."""
+def channels_together(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return images [N, C, *spatial] in channels-last memory, with strides that torch recognises as such.
+
+    dtype: of the result; None: that of `t`. One pass changes layout and dtype.
+    """
+    if dtype is not None and dtype != t.dtype:
+        format = _FORMATS.get(t.dim(), torch.preserve_format)
+        t = t.to(dtype, memory_format=format)
     t = channels_last(t)
     # The strides of a single channel fit both layouts, and torch then assumes the other one.
     return t if t.shape[1] > 1 else t[:, 0].unsqueeze(-1).movedim(-1, 1)

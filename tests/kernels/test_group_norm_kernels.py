@@ -27,8 +27,12 @@ OPTIONS = dict(
     with_skip=[False, True],
     weights=["fp32", "same"],
     path=["one read", "two passes"],
+    biased=[None, "channel", "image"],
+    out=[None, torch.float32],
 )
-CASES = all_pairs(2, **OPTIONS)
+CASES = [
+    case | dict(biased=None if case["with_skip"] else case["biased"]) for case in all_pairs(2, **OPTIONS)
+]
 SMALL = dict(modulated=True, silu=True, resample=None, with_skip=False, weights="fp32", mean=0, dtype="fp32")
 # Real images for each path, and the widest. With 384 + 192 channels, one group of 18 straddles both sources.
 ADM = {
@@ -81,7 +85,7 @@ def test_shapes_of_the_networks(shape, resample, path, monkeypatch):
 def test_frozen_parameters_change_nothing_in_dx(path, monkeypatch):
     force(monkeypatch, path)
     tensors, _ = call_of(SMALL | dict(shape="straddling"))
-    arguments = [tensors.get(name) for name in ("x", "x2", "weight", "bias", "scale", "shift")]
+    arguments = [tensors.get(name) for name in ("x", "x2", "x_bias", "weight", "bias", "scale", "shift")]
     options = NormOptions(3, 1e-5, True, "up", True)
     y, skip, mean, rstd = RAW["triton"].forward(*arguments, options)
     dy, dskip = torch.randn_like(y), torch.randn_like(skip)
@@ -164,7 +168,7 @@ def test_what_is_refused_and_why(monkeypatch):
             group_norm_silu(**(tensors | changes), **options, impl="triton")
     with pytest.raises(ValueError, match="channels-last"):
         module("group_norm").group_norm_silu_fwd(
-            tensors["x"].contiguous(), None, *[None] * 4, 1, 1e-5, True, None, False
+            tensors["x"].contiguous(), None, *[None] * 5, 1, 1e-5, True, None, False
         )
 
 

@@ -52,7 +52,10 @@ def test_kernels_compile_and_spill_nothing(flags, most, seconds, record_property
     # Unless the compiler knows a power of two that divides a mask's bound, it loads and stores single
     # elements.
     large = [row for row in rows if "_merge_" not in row["kernel"]]
-    assert [row for row in large if row["ld"] != row["allowed"]] == []
+    # Weights in float32 are wider than images in half precision, and so may their loads be.
+    exact = [row for row in large if not row["kernel"].startswith("_group") or "_stats_" in row["kernel"]]
+    assert exact and [row for row in exact if row["ld"] != row["allowed"]] == []
+    assert [row for row in large if row["ld"] < row["allowed"]] == []
     writing = [row for row in large if row["kernel"].endswith(("fwd_kernel", "bwd_kernel"))]
     assert [row for row in writing if row["st"] != row["allowed"]] == []
     # The bias must be loaded in vectors too, if the channels allow it.

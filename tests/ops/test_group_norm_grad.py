@@ -32,9 +32,11 @@ CASES = all_pairs(
     silu=[False, True],
     resample=[None, "up", "down"],
     skip=[False, True],
+    biased=[False, True],
 )
 # Without resampling the skip is the input itself, which no raw implementation computes.
-CASES = [case for case in CASES if case["resample"] or not case["skip"]]
+CASES = [case for case in CASES if case["resample"] or not (case["skip"] and case["second"])]
+CASES = [case | dict(biased=case["biased"] and not case["skip"]) for case in CASES]
 IDS = [case_id(case) for case in CASES]
 WITHOUT_C = native.reason_missing()
 needs_cpp = pytest.mark.skipif(WITHOUT_C is not None, reason=f"compiled ops: {WITHOUT_C}")
@@ -56,7 +58,14 @@ def arguments(case: dict, dtype: torch.dtype = torch.float64) -> tuple[list, Nor
     return tensors, NormOptions(2, 1e-5, case["silu"], case["resample"], case["skip"])
 
 
-def reference(tensors: list, options: NormOptions):
+def bias_of(case: dict) -> torch.Tensor | None:
+    """Return what a case adds to its input, [N, C] float64; None if nothing."""
+    n, channels = case["shape"][0], case["shape"][1] + case["second"]
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, channels, generator=generator, dtype=torch.float64) if case.get("biased") else None
+
+
+def reference(tensors: list, options: NormOptions, x_bias: torch.Tensor | None = None):
     """Call `group_norm_silu_ref` with a list of tensors."""
     x, x2, weight, bias, scale, shift = tensors
     return group_norm_silu_ref(
@@ -70,28 +79,29 @@ def reference(tensors: list, options: NormOptions):
         silu=options.silu,
         resample=options.resample,
         x2=x2,
+        x_bias=x_bias,
         with_skip=options.skip,
     )
 
 
-def formula_forward(x, x2, weight, bias, scale, shift, options):
+def formula_forward(x, x2, x_bias, weight, bias, scale, shift, options):
     """Compute a raw forward in plain torch, in any dtype."""
     source = x if x2 is None else torch.cat([x, x2], 1)
     values = source.flatten(2).reshape(len(x), options.groups, -1)
-    y = reference([x, x2, weight, bias, scale, shift], options)
-    skip = y[1] if options.skip else x.new_empty(0)
+    y = reference([x, x2, weight, bias, scale, shift], options, x_bias)
+    skip = y[1].view_as(y[1]) if options.skip else x.new_empty(0)  # not resampled it is x itself
     rstd = (values.var(-1, unbiased=False) + options.eps).rsqrt()
     return y[0] if options.skip else y, skip, values.mean(-1), rstd
 
 
-def formula_backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, options, sums):
+def formula_backward(dy, dskip, x, x2, x_bias, weight, bias, scale, shift, mean, rstd, options, sums):
     """Compute a raw backward in plain torch. The sums are the gradients in shift and scale."""
     unit = [torch.ones_like(weight), torch.zeros_like(bias)]
-    dx, dx2, *_ = group_norm_silu_grad_ref(dy, dskip, x, x2, weight, bias, scale, shift, options)
+    dx, dx2, *_ = group_norm_silu_grad_ref(dy, dskip, x, x2, weight, bias, scale, shift, options, x_bias)
     one_plus = 1 if scale is None else 1 + scale
     new_scale = (weight * one_plus - 1).expand(len(x), -1)
     new_shift = (bias * one_plus + (0 if shift is None else shift)).expand(len(x), -1)
-    *_, s2, s1 = group_norm_silu_grad_ref(dy, dskip, x, x2, *unit, new_scale, new_shift, options)
+    *_, s2, s1 = group_norm_silu_grad_ref(dy, dskip, x, x2, *unit, new_scale, new_shift, options, x_bias)
     return dx, dx2, s1, s2
 
 
@@ -112,19 +122,20 @@ def test_the_gradient_s_formula_is_the_reference_s_gradient(case):
     )  # enough elements for a mean square near 1
     tensors, options = arguments(case | dict(shape=larger), torch.float32)
     there = [i for i, t in enumerate(tensors) if t is not None]
-    like = reference(tensors, options)
+    x_bias = bias_of(case | dict(shape=larger))
+    like = reference(tensors, options, x_bias)
     given = [torch.randn_like(t) for t in (like if options.skip else (like,))]
 
     def by_autograd(dtype: torch.dtype) -> list:
         leaves = [None if t is None else t.to(dtype).requires_grad_(True) for t in tensors]
-        out = reference(leaves, options)
+        out = reference(leaves, options, x_bias)
         out = out if options.skip else (out,)
         return torch.autograd.grad(out, [leaves[i] for i in there], [dy.to(dtype) for dy in given])
 
     def by_formula(dtype: torch.dtype) -> list:
         moved = [None if t is None else t.to(dtype) for t in tensors]
         dskip = given[1].to(dtype) if options.skip else None
-        found = group_norm_silu_grad_ref(given[0].to(dtype), dskip, *moved, options)
+        found = group_norm_silu_grad_ref(given[0].to(dtype), dskip, *moved, options, x_bias)
         return [found[i] for i in there]
 
     positions = given[0].numel() // given[0].shape[1]
@@ -142,7 +153,7 @@ def test_first_and_second_derivatives_of_the_function(case, in_formulas):
         full = [None] * len(tensors)
         for i, value in zip(there, values, strict=True):
             full[i] = value
-        y, skip, *_ = GroupNormSiluFn.apply(*full, in_formulas, options)
+        y, skip, *_ = GroupNormSiluFn.apply(*full, bias_of(case), in_formulas, options)
         return (y, skip) if options.skip else y
 
     leaves = [tensors[i].requires_grad_(True) for i in there]
@@ -160,7 +171,7 @@ def test_only_what_needs_a_gradient_gets_one(wanted, in_formulas):
     pair = RawNorm("spy", formula_forward, lambda *a: asked.append(a[-1]) or formula_backward(*a))
     RAW["spy"] = pair
     try:
-        GroupNormSiluFn.apply(*tensors, "spy", options)[0].square().sum().backward()
+        GroupNormSiluFn.apply(*tensors, None, "spy", options)[0].square().sum().backward()
     finally:
         del RAW["spy"]
     assert asked == [any(i > 1 for i in wanted)]

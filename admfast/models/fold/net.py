@@ -113,6 +113,10 @@ class FoldableNet(nn.Module):
             self._settle(self._look())
             device = next(self.parameters()).device
             if device.type == "cuda":
+                # Forms that were derived at the first call would come after the event that streams wait for.
+                for _, module in self._convolutions():
+                    if module.folded is not None:
+                        module.folded.derive()
                 self._fold_done = torch.cuda.current_stream(device).record_event()
 
     def _project_together(self) -> None:
@@ -311,10 +315,9 @@ class FoldableNet(nn.Module):
         # The output gets the dtype of x; an integer dtype would round it to whole numbers.
         if not x.is_floating_point():
             raise invalid("x.dtype", x.dtype, "a floating dtype")
-        x = x.to(self.torso_dtype)
         options = self.fold_options if self.is_folded else None
         together = x.dim() == 4 if options is None else x.dim() > 3 and options.has("channels_last")
-        return channels_together(x) if together else x
+        return channels_together(x, self.torso_dtype) if together else x.to(self.torso_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Derived forms are not moved or converted with the network.

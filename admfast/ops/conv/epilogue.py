@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from admfast.ops import launchers
+from admfast.ops import channel_sums, launchers
 from admfast.ops.layout import is_channels_last
 from admfast.ops.transforms import record, recorded, traced
 
@@ -35,28 +35,41 @@ def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None)
 def add(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Compute `y + bias + residual` in place in `y`, a convolution's output that nothing else refers to.
 
+    The channels' statistics are left with the result for the norm that reads it (`ops/channel_sums.py`).
     Differentiable in y and residual any number of times, never in bias.
     """
+    sums: list[Any] = []
     if recorded(y, residual):
-        result: Tensor = record(ConvEpilogueFn, y, bias, residual)
-        return result
-    return _launcher()(y, bias, residual)
+        result: Tensor = record(ConvEpilogueFn, y, bias, residual, sums)
+    else:
+        result = _launched(y, bias, residual, sums)
+    channel_sums.leave(result, sums[0])
+    return result
 
 
 class ConvEpilogueFn(torch.autograd.Function):
     """Autograd of `y + bias + residual`, in place: the gradient of a convolution doesn't need its output."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    def forward(  # type: ignore[override]
+        ctx: Any, y: Tensor, bias: Tensor | None, residual: Tensor | None, sums: list[Any]
+    ) -> Tensor:
         ctx.mark_dirty(y)
-        return _launcher()(y, bias, residual)
+        return _launched(y, bias, residual, sums)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:  # type: ignore[override]
-        return dy, None, dy if ctx.needs_input_grad[2] else None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None, None]:  # type: ignore[override]
+        return dy, None, dy if ctx.needs_input_grad[2] else None, None
+
+
+def _launched(y: Tensor, bias: Tensor | None, residual: Tensor | None, sums: list[Any]) -> Tensor:
+    """Launch the kernel, and append the statistics to `sums`."""
+    result, found = _launcher()(y, bias, residual)
+    sums.append(found)
+    return result
 
 
 @functools.cache
-def _launcher() -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
-    """Return the raw launcher; this imports triton."""
-    return launchers.launcher("conv_epilogue", "conv_epilogue_fwd")
+def _launcher() -> Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Any]]:
+    """Return the raw launcher; importing it imports triton."""
+    return launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.conv import forms
+from admfast.ops.conv import epilogue, forms
 from admfast.ops.conv.forms import CONVOLUTIONS, ConvOptions, Direction
 from admfast.ops.conv.grad import ConvFn
 from admfast.ops.dispatch import Implementation, OpTable, setting, tell, watch, watched
@@ -118,7 +118,29 @@ class FoldedConv:
             return self.of_source(0, x if x2 is None else torch.cat([x, x2], dim=1), residual)
         if x2 is None:
             raise invalid("x2", None, "a tensor: the weights are split for two sources")
-        return self.of_source(1, x2, self.of_source(0, x, residual))
+        y = self.of_source(0, x, residual)
+        if not recorded(x2, y) and _chosen(self.directions[1], x2, y).name == "matmul":
+            return forms.add_matmul(self.directions[1], x2, y)
+        return self.of_source(1, x2, y)
+
+    def derive(self) -> None:
+        """Derive the forms that calls on a GPU run on, which otherwise are derived at the first call."""
+        for direction in self.directions:
+            fits = forms.matmul_fits(direction) is None
+            direction.form("matmul" if fits else "library")
+
+    def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the convolution of `x` without its bias, and the bias, if a kernel of its own would add it.
+
+        The norm that reads the result then adds it as its `x_bias`. Otherwise return the convolution with its
+        bias, and None.
+        """
+        one = len(self.directions) == 1 and not in_autocast(x.device)
+        if one and self._bias is not None and epilogue.serves(x.device.type, x, self._bias, None):
+            if _chosen(self.directions[0], x, None).name == "library":
+                y = _run(self.directions[0], x, None, None)
+                return (channels_last(y) if is_channels_last(x) else y.contiguous()), self._bias
+        return self(x), None
 
     def of_source(self, number: int, x: Tensor, residual: Tensor | None) -> Tensor:
         """Return the convolution of source `number` in the layout of `x`; source 0 has the bias added."""

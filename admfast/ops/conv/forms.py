@@ -226,7 +226,20 @@ def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
     return y.reshape(shape).movedim(-1, 1)
 
 
-def matmul_supports(direction: Direction, x: Tensor) -> str | None:
+def add_matmul(direction: Direction, x: Tensor, y: Tensor) -> Tensor:
+    """Add the convolution of `x`, a matrix product, to `y` in place; nothing else may refer to `y`."""
+    rows = x.movedim(1, -1).reshape(-1, direction.in_channels)
+    total = y.movedim(1, -1).reshape(-1, direction.out_channels)
+    total.addmm_(rows, direction.form("matmul"))
+    return total.view(y.movedim(1, -1).shape).movedim(-1, 1)
+
+
+def matmul_supports(direction: Direction, _x: Tensor) -> str | None:
+    """Return why a matrix product can't serve a call; None if it can."""
+    return matmul_fits(direction)
+
+
+def matmul_fits(direction: Direction) -> str | None:
     """Return why the convolution is not a matrix product; None if it is one."""
     if set(direction.kernel) | set(direction.stride) != {1} or set(direction.padding) != {0}:
         return "not a 1x1 convolution of stride 1 without padding"

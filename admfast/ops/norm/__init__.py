@@ -35,7 +35,9 @@ def group_norm_silu_ref(
     silu: bool = True,
     resample: Resample = None,
     x2: Tensor | None = None,
+    x_bias: Tensor | None = None,
     with_skip: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """Compute `group_norm_silu` in plain PyTorch, in float32, or in float64 for float64 input."""
     source = x if x2 is None else torch.cat([x, x2], dim=1)
@@ -44,17 +46,23 @@ def group_norm_silu_ref(
     # result is rounded. The input is made contiguous because torch's channels_last kernel on the CPU computes
     # the variance as E[x^2] - E[x]^2: at mean 100 and deviation 1 its float32 result is off by 4e-3.
     # torch.group_norm is used because F.group_norm rejects groups of one value in a batch of one.
-    y = torch.group_norm(source.to(wide).contiguous(), groups, weight.to(wide), bias.to(wide), eps)
+    spatial = (...,) + (None,) * (x.dim() - 2)
+    biased = source.to(wide) if x_bias is None else source + x_bias.to(wide)[spatial]
+    y = torch.group_norm(biased.contiguous(), groups, weight.to(wide), bias.to(wide), eps)
     if scale is not None and shift is not None:
-        spatial = (...,) + (None,) * (x.dim() - 2)
         y = y * (1 + scale.to(wide)[spatial]) + shift.to(wide)[spatial]
     if silu:
         y = F.silu(y)
     if resample == "down":
         y = avg_pool_down(y)
-    y = y.to(source.dtype, memory_format=_memory_format(source))
+    y = y.to(_widened(source, dtype), memory_format=_memory_format(source))
     y = nearest_up(y) if resample == "up" else y
     return (y, resampled(source, resample)) if with_skip else y
+
+
+def _widened(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the wider of two dtypes, x's and another, or x's for None."""
+    return x.dtype if dtype is None else torch.promote_types(x.dtype, dtype)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -78,10 +86,12 @@ def group_norm_silu(
     silu: bool = True,
     resample: Resample = None,
     x2: Tensor | None = None,
+    x_bias: Tensor | None = None,
     with_skip: bool = False,
+    dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Any:
-    """Compute `y = act(GN(x) * (1 + scale) + shift)`, optionally resampled by two.
+    """Compute `y = act(GN(x + x_bias) * (1 + scale) + shift)`, optionally resampled by two.
 
     `GN(x) = (x - mean) / sqrt(var + eps) * weight + bias`, with mean and var over each of `groups` groups of
     channels and all positions; `act(u)` is `u * sigmoid(u)` with `silu`, else `u`. Source: Wu & He 2018 for
@@ -99,23 +109,31 @@ def group_norm_silu(
             dropped). It is applied to the activated output, in every spatial dimension except the first of
             three.
         x2: [N, C2, *spatial], a second source whose channels follow those of `x`.
-        with_skip: return `(y, skip)`, where skip is the input `[x, x2]` itself, resampled in the same way.
+        x_bias: [C] or [N, C], added to the input first: the bias of the convolution that made it.
+        with_skip: return `(y, skip)`, where skip is the input `[x, x2]` itself, resampled in the same way. It
+            excludes x_bias.
+        dtype: y is in the wider of this dtype and x's; None: in x's.
         impl: name of an implementation (see `admfast info`); None: chosen automatically.
 
     Returns:
-        y [N, C, *resampled], dtype of `x`, channels_last if `x` (and `x2`) is. With `with_skip`, `(y, skip)`;
-        skip has the shape and dtype of y.
+        y [N, C, *resampled], channels_last if `x` (and `x2`) is. With `with_skip`, `(y, skip)`;
+        skip has the shape of y and the dtype of x.
 
     Raises:
         InvalidArgument: for shapes that don't fit, `groups` that doesn't divide C, a tensor that isn't
             floating or is on another device than x, or a dimension of size 1 that would be halved.
         Unavailable: for a named implementation that can't serve the call.
 
-    Accumulates in float32 (float64 for float64 input). Twice differentiable in x, x2, weight, bias, scale and
-    shift; in forward mode only with `reference`.
+    Accumulates in float32 (float64 for float64 input). Twice differentiable in x, x2, weight, bias, scale,
+    shift and x_bias; in forward mode only with `reference`.
     """
     options: dict[str, Any] = dict(scale=scale, shift=shift, silu=silu, resample=resample, x2=x2)
+    options |= dict(x_bias=x_bias, dtype=dtype)
     _check(x, weight, bias, groups, eps, options)
+    if x_bias is not None and with_skip:
+        raise invalid("x_bias", tuple(x_bias.shape), "None with with_skip")
+    if dtype is not None:
+        options["dtype"] = _widened(x, dtype)
     entry = TABLE.choose(impl, x, weight, bias, groups, eps, **options)
     return entry.forward(x, weight, bias, groups, eps, **options, with_skip=with_skip)
 
@@ -124,7 +142,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
     """Reject arguments that no implementation could compute."""
     scale, shift, x2, resample = (options[name] for name in ("scale", "shift", "x2", "resample"))
     checks.floating("x", x)
-    for name, tensor in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("x2", x2)):
+    x_bias, dtype = options["x_bias"], options["dtype"]
+    given = dict(weight=weight, bias=bias, scale=scale, shift=shift, x2=x2, x_bias=x_bias)
+    for name, tensor in given.items():
         if tensor is not None or name in ("weight", "bias"):
             checks.floating(name, tensor, x.device)
     checks.whole("groups", groups, 1, tensors=False)
@@ -149,33 +169,60 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
     for name, given in (("scale", scale), ("shift", shift)):
         if given is not None and given.shape != (x.shape[0], channels):
             raise invalid(f"{name}.shape", tuple(given.shape), f"must be {(x.shape[0], channels)}")
+    if x_bias is not None and x_bias.shape not in ((channels,), (x.shape[0], channels)):
+        allowed = f"must be ({channels},) or {(x.shape[0], channels)}"
+        raise invalid("x_bias.shape", tuple(x_bias.shape), allowed)
+    if dtype is not None and not dtype.is_floating_point:
+        raise invalid("dtype", dtype, "a floating dtype")
     if resample not in (None, "up", "down"):
         raise invalid("resample", resample, "None, 'up' or 'down'")
     check_resample(x, down=resample == "down")
 
 
-def _over_raw(raw: str, resamples: bool) -> Callable[..., Any]:
-    """Return the op over the raw pair called `raw`; if the pair doesn't resample, torch does so after it."""
+def _over_raw(raw: str, fuses: bool) -> Callable[..., Any]:
+    """Return the op over the raw pair called `raw`.
+
+    fuses: the pair resamples, adds x_bias, writes another dtype and adds the skip's gradient; otherwise torch
+    does so before and after it.
+    """
 
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_skip: bool, **call: Any
     ) -> Any:
-        resample, silu, x2 = call["resample"], call["silu"], call["x2"]
-        inside = resample if resamples else None
-        options = NormOptions(groups, eps, silu, inside, with_skip and inside is not None)
+        resample, silu, x2, x_bias, dtype = (call[k] for k in ("resample", "silu", "x2", "x_bias", "dtype"))
+        sources = x, x2
+        out = _widened(x, dtype)
+        if x_bias is not None and (not fuses or recorded(x_bias)):
+            x, x2, x_bias = *_biased(x, x2, x_bias), None
+        if out != x.dtype and not fuses:
+            x, x2 = x.to(_widened(x, out)), None if x2 is None else x2.to(_widened(x2, out))
+        inside = resample if fuses else None
         tensors = (x, x2, weight, bias, call["scale"], call["shift"])
-        if recorded(*tensors):
-            y, skip, *_ = record(GroupNormSiluFn, *tensors, raw, options)
+        records = recorded(*tensors)
+        # Not resampled, the skip is x: only its gradient is added in the pass of the norm's.
+        skips = with_skip and (inside is not None or (fuses and records and x2 is None))
+        options = NormOptions(groups, eps, silu, inside, skips, out if fuses and out != x.dtype else None)
+        if records:
+            y, skip, *_ = record(GroupNormSiluFn, *tensors, x_bias, raw, options)
         else:
-            y, skip, *_ = RAW[raw].forward(*tensors, options)
-        y = resampled(y, None if resamples else resample)
+            y, skip, *_ = RAW[raw].forward(*tensors[:2], x_bias, *tensors[2:], options)
+        y = resampled(y.to(out), None if fuses else resample)
         if not with_skip:
             return y
-        if not options.skip:
-            skip = resampled(x if x2 is None else torch.cat([x, x2], dim=1), resample)
+        if not skips:
+            skip = resampled(sources[0] if x2 is None else torch.cat(sources, dim=1), resample)
         return y, skip
 
     return forward
+
+
+def _biased(x: Tensor, x2: Tensor | None, x_bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return both sources with the bias of their channels added, in float32 at least."""
+    of_positions = x_bias[(...,) + (None,) * (x.dim() - 2)].to(_widened(x, torch.float32))
+    if x2 is None:
+        return x + of_positions, None
+    first, second = of_positions.split([x.shape[1], x2.shape[1]], dim=-1 - (x.dim() - 2))
+    return x + first, x2 + second
 
 
 def _transformed(*arguments: Any, **options: Any) -> str | None:

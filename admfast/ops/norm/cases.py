@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from admfast.ops import launchers
 from admfast.ops.cases import Case, Draw, OpCases
 from admfast.ops.layout import channels_last
 from admfast.ops.norm import group_norm_silu
@@ -34,6 +35,8 @@ SMALL = (
     STRADDLING | dict(spatial=(5, 7), resample="up"),
     STRADDLING | dict(spatial=(9, 7), resample="down"),
     dict(n=1, c1=3, groups=1, spatial=(37,), silu=False),
+    dict(n=2, c1=20, groups=5, spatial=(9, 7), modulated=True, biased="channel", mean=100),
+    dict(n=2, c1=20, c2=10, groups=5, spatial=(5, 7), resample="up", biased="image", out=torch.float32),
 )
 # Norms before a convolution, in 32 groups, as "model channels @ side".
 _NETWORKS = """
@@ -65,7 +68,9 @@ def arguments(
     resample: str | None = None,
     with_skip: bool = False,
     mean: float = 0,
+    biased: str | None = None,
     weights: torch.dtype | None = torch.float32,
+    out: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Make the arguments; `weights`: dtype of weight and bias (None: that of x)."""
 
@@ -79,7 +84,12 @@ def arguments(
     weights = dtype if weights is None else weights
     made |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
     if modulated:  # as in a network: two halves of one projection
-        made["scale"], made["shift"] = draw(n, 2 * (c1 + c2)).to(dtype).chunk(2, dim=1)
+        made["scale"], made["shift"] = draw(n, 2 * (c1 + c2)).to(weights).chunk(2, dim=1)
+    if biased:
+        of_images = (n, c1 + c2) if biased == "image" else (c1 + c2,)
+        made["x_bias"] = (2 * draw(*of_images)).to(dtype)
+    if out is not None:
+        made["dtype"] = out
     return made | dict(groups=groups, silu=silu, resample=resample, with_skip=with_skip)
 
 
@@ -99,6 +109,10 @@ def wrong() -> list[tuple[dict[str, Any], str]]:
         (dict(x2=x), "weight.shape"),
         (dict(x=x[..., :1], resample="down"), "x.shape"),
         (dict(resample="left"), "resample"),
+        (dict(x_bias=torch.ones(255)), "x_bias.shape"),
+        (dict(x_bias=torch.ones(2, 256)), "x_bias.shape"),
+        (dict(x_bias=channels, with_skip=True), "x_bias"),
+        (dict(dtype=torch.int64), "dtype"),
     ]
     changes += [(dict(x=value), "x.shape") for value in (x[0, 0], x[:, :, 0, 0], x[None, None])]
     changes += [(dict(x2=value), "x2.shape") for value in (x[:, :, :3], torch.ones(2, 256, 4, 4))]
@@ -110,26 +124,41 @@ def wrong() -> list[tuple[dict[str, Any], str]]:
 
 
 def _tensors(call: dict[str, Any]) -> list[Any]:
-    return [call.get(name) for name in ("x", "x2", "weight", "bias", "scale", "shift")]
+    return [call.get(name) for name in ("x", "x2", "x_bias", "weight", "bias", "scale", "shift")]
 
 
 def _raw_cpp(raw: Callable[..., Any], **call: Any) -> None:
-    tensors, silu = _tensors(call), call["silu"]
+    (x, x2, _x_bias, *affine), silu = _tensors(call), call["silu"]
+    tensors = x, x2, *affine
     y, mean, rstd = raw("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, silu)
     raw("group_norm_silu_bwd", torch.ones_like(y), *tensors, mean, rstd, silu)
 
 
 def _raw_triton(raw: Callable[..., Any], **call: Any) -> None:
-    tensors, modes, skips = _tensors(call), (call["silu"], call["resample"]), call["resample"] is not None
-    y, skip, mean, rstd = raw("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, *modes, skips)
+    tensors, modes = _tensors(call), (call["silu"], call["resample"])
+    skips = call["resample"] is not None and call.get("x_bias") is None
+    forward = (*tensors, call["groups"], 1e-5, *modes, skips, call.get("dtype"))
+    y, skip, mean, rstd = raw("group_norm_silu_fwd", *forward)
     raw("group_norm_silu_bwd", y, skip if skips else None, *tensors, mean, rstd, *modes, True)
+    if call.get("x_bias") is None:
+        _raw_with_sums(*forward)
+
+
+def _raw_with_sums(x: Tensor, x2: Tensor | None, *rest: Any) -> None:
+    """Launch the forward on statistics that the producers of both sources left, if they leave any."""
+    leaving = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")
+    sums = [leaving(source.clone(), None, None)[1] for source in (x, x2) if source is not None]
+    if None not in sums:
+        launchers.launcher("group_norm", "group_norm_silu_fwd")(x, x2, *rest, tuple(sums))
 
 
 def _case_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **call: Any) -> list[Case]:
     c2 = 0 if call["x2"] is None else call["x2"].shape[1]
     case = dict(c1=x.shape[1], c2=c2, groups=groups, spatial=tuple(x.shape[2:]))
     case |= dict(modulated=call["scale"] is not None, silu=call["silu"], resample=call["resample"])
-    return [case | dict(weights=None)]  # a network in half precision has its weights in it too
+    if call["x_bias"] is not None:
+        case |= dict(biased="channel" if call["x_bias"].dim() == 1 else "image")
+    return [case | dict(weights=weight.dtype, out=call["dtype"])]
 
 
 CASES = [

@@ -22,13 +22,14 @@ def reason_unsupported(x: Tensor) -> str | None:
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the raw forward (see `RawNorm`)."""
-    *tensors, options = arguments
-    y, mean, rstd = native.ops().group_norm_silu_fwd(*tensors, options.groups, options.eps, options.silu)
+    x, x2, _x_bias, *affine, options = arguments
+    modes = options.groups, options.eps, options.silu
+    y, mean, rstd = native.ops().group_norm_silu_fwd(x, x2, *affine, *modes)
     return y, y.new_empty(0), mean, rstd
 
 
 def backward(
-    dy: Tensor, _dskip: None, x: Tensor, x2: Tensor | None, *rest: Any
+    dy: Tensor, _dskip: None, x: Tensor, x2: Tensor | None, _x_bias: None, *rest: Any
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Run the raw backward (see `RawNorm`); S1 and S2 are always computed."""
     *tensors, options, _sums = rest

@@ -29,18 +29,22 @@ Resample = Literal["up", "down"] | None
 
 @dataclass(frozen=True)
 class NormOptions:
-    """The arguments of a call that aren't tensors. `skip`: return the resampled input too."""
+    """The arguments of a call that aren't tensors.
+
+    skip: return the resampled input too. dtype: of the output; None: that of x.
+    """
 
     groups: int
     eps: float
     silu: bool
     resample: Resample
     skip: bool
+    dtype: torch.dtype | None = None
 
 
-# forward(x, x2, weight, bias, scale, shift, options)
+# forward(x, x2, x_bias, weight, bias, scale, shift, options)
 #     -> y, skip (empty without `options.skip`), mean [N, G] ([2, N, G] from Triton), rstd [N, G]
-# backward(dy, dskip, x, x2, weight, bias, scale, shift, mean, rstd, options, sums)
+# backward(dy, dskip, x, x2, x_bias, weight, bias, scale, shift, mean, rstd, options, sums)
 #     -> dx, dx2 (None without x2), S1, S2 [N, C] float32 (they may be empty without `sums`)
 RawForward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 RawBackward = Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]]
@@ -88,6 +92,7 @@ def group_norm_silu_grad_ref(
     scale: Tensor | None,
     shift: Tensor | None,
     options: NormOptions,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute dx, dx2, dweight, dbias, dscale and dshift by this module's formula in plain torch.
 
@@ -98,7 +103,7 @@ def group_norm_silu_grad_ref(
     n, c = source.shape[:2]
     groups = options.groups
     spatial = (...,) + (None,) * (source.dim() - 2)
-    values = source.to(wide).reshape(n, groups, -1)
+    values = (source.to(wide) if x_bias is None else source + x_bias.to(wide)[spatial]).reshape(n, groups, -1)
     centred = values - values.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + options.eps).rsqrt()
     normalised = (centred * rstd).reshape(source.shape)
@@ -159,34 +164,33 @@ class GroupNormSiluFn(torch.autograd.Function):
         bias: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
+        x_bias: Tensor | None,
         raw: str,
         options: NormOptions,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return RAW[raw].forward(x, x2, weight, bias, scale, shift, options)
+        return RAW[raw].forward(x, x2, x_bias, weight, bias, scale, shift, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, raw, options = inputs
+        *tensors, x_bias, raw, options = inputs
         y, skip, mean, rstd = output
-        ctx.save_for_backward(*tensors, mean, rstd)
-        ctx.raw, ctx.options, ctx.shapes = raw, options, (y.shape, skip.shape)
+        ctx.save_for_backward(*tensors, mean, rstd, x_bias)
+        ctx.raw, ctx.options, ctx.shape = raw, options, y.shape
         ctx.set_materialize_grads(False)  # mean and rstd have no gradient
         ctx.mark_non_differentiable(mean, rstd, *([] if options.skip else [skip]))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dskip: Tensor | None, *_: None) -> tuple:  # type: ignore[override]
         if dy is None and dskip is None:
-            return (None,) * 8
+            return (None,) * 9
         saved = ctx.saved_tensors  # read once: with activation checkpointing every read recomputes them
         x = saved[0]
-        dy = x.new_zeros(ctx.shapes[0]) if dy is None else dy
-        if ctx.options.skip and dskip is None:
-            dskip = x.new_zeros(ctx.shapes[1])
+        dy = x.new_zeros(ctx.shape) if dy is None else dy
         sums = any(ctx.needs_input_grad[2:6])
         function = GroupNormSiluGradFn
         backward: Callable[..., tuple] = function.forward if nobody_differentiates() else function.apply
         gradients = backward(dy, dskip if ctx.options.skip else None, *saved, ctx.raw, ctx.options, sums)
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 class GroupNormSiluGradFn(torch.autograd.Function):
@@ -206,11 +210,12 @@ class GroupNormSiluGradFn(torch.autograd.Function):
         shift: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
+        x_bias: Tensor | None,
         raw: str,
         options: NormOptions,
         sums: bool,
     ) -> tuple:
-        arguments = (dy, dskip, x, x2, weight, bias, scale, shift)
+        arguments = (dy, dskip, x, x2, x_bias, weight, bias, scale, shift)
         dx, dx2, s1, s2 = RAW[raw].backward(*arguments, mean, rstd, options, sums)
         if not sums:
             return dx, dx2, None, None, None, None
@@ -218,13 +223,13 @@ class GroupNormSiluGradFn(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, _mean, _rstd, raw, options, sums = inputs
-        ctx.save_for_backward(*tensors)
+        *tensors, _mean, _rstd, x_bias, raw, options, sums = inputs
+        ctx.save_for_backward(*tensors, x_bias)
         ctx.raw, ctx.options, ctx.sums = raw, options, sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]
-        saved = ctx.saved_tensors
+        *saved, x_bias = ctx.saved_tensors
         there = [index for index, tensor in enumerate(saved) if tensor is not None]
 
         def formula(*tensors: Tensor) -> tuple[Any, ...]:
@@ -232,7 +237,8 @@ class GroupNormSiluGradFn(torch.autograd.Function):
             for index, tensor in zip(there, tensors, strict=True):
                 arguments[index] = tensor
             dy, dskip, x, x2, weight, bias, scale, shift = arguments
-            found = group_norm_silu_grad_ref(dy, dskip, x, x2, weight, bias, scale, shift, ctx.options)
+            tensors = (dy, dskip, x, x2, weight, bias, scale, shift)
+            found = group_norm_silu_grad_ref(*tensors, ctx.options, x_bias)
             return tuple(one for one, given in zip(found, gradients, strict=True) if given is not None)
 
         vjp = torch.func.vjp(formula, *(saved[index] for index in there))[1]
@@ -240,4 +246,4 @@ class GroupNormSiluGradFn(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(saved)
         for index, value in zip(there, cast(tuple[Tensor, ...], second), strict=True):
             result[index] = value
-        return *result, None, None, None, None, None
+        return *result, None, None, None, None, None, None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from admfast.ops import launchers
+from admfast.ops import channel_sums, launchers
 from admfast.ops.layout import empty_channels_last, is_channels_last
 from admfast.ops.native import free_namespace
 from admfast.ops.transforms import constant, traced
@@ -43,12 +43,21 @@ def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
     return None
 
 
-def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, x2: Tensor | None, x_bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the raw forward (see `RawNorm`)."""
-    *tensors, options = rest
-    call: Any = _OPS[0].group_norm_silu_fwd if traced(x) else _launchers()[0]
-    groups, eps, silu = options.groups, options.eps, options.silu
-    return call(x, *tensors, groups, eps, silu, options.resample, options.skip)
+    *affine, options = rest
+    modes = (options.groups, options.eps, options.silu, options.resample)
+    skips = options.skip and options.resample is not None
+    if traced(x):
+        op = _OPS[0].group_norm_silu_fwd
+        y, skip, mean, rstd = op(x, x2, x_bias, *affine, *modes, skips, options.dtype)
+    else:
+        sums = [channel_sums.left(source) for source in (x, x2) if source is not None and x_bias is None]
+        known = tuple(sums) if all(one is not None for one in sums) else ()
+        y, skip, mean, rstd = _launchers()[0](x, x2, x_bias, *affine, *modes, skips, options.dtype, known)
+    return y, x.view_as(x) if options.skip and not skips else skip, mean, rstd
 
 
 def backward(
@@ -82,10 +91,10 @@ def _register() -> None:
     library = torch.library.Library(namespace, "DEF")
     _LIBRARY.append(library)
     _OPS.append(getattr(torch.ops, namespace))
-    affine = "Tensor weight, Tensor bias, Tensor? scale, Tensor? shift"
+    affine = "Tensor? x_bias, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift"
     library.define(
         f"group_norm_silu_fwd(Tensor x, Tensor? x2, {affine}, int groups, float eps, bool silu, "
-        "str? resample, bool skip) -> (Tensor, Tensor, Tensor, Tensor)"
+        "str? resample, bool skip, ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)"
     )
     library.define(
         f"group_norm_silu_bwd(Tensor dy, Tensor? dskip, Tensor x, Tensor? x2, {affine}, Tensor mean, "
@@ -104,7 +113,7 @@ def _bwd(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fwd_fake(x: Tensor, x2: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    groups, _eps, _silu, resample, skip = rest[-5:]
+    groups, _eps, _silu, resample, skip, dtype = rest[-6:]
     kept = x.dim() - min(x.dim() - 2, 2)
     shape = [x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1]), *x.shape[2:kept]]
     for size in x.shape[kept:]:
@@ -113,7 +122,8 @@ def _fwd_fake(x: Tensor, x2: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         x.new_empty(sizes, dtype=torch.float32) for sizes in ([2, x.shape[0], groups], [x.shape[0], groups])
     )
     skipped = empty_channels_last(shape, x) if skip else x.new_empty(0)
-    return empty_channels_last(shape, x), skipped, mean, rstd
+    y = empty_channels_last(shape, x if dtype is None else x.new_empty(0, dtype=dtype))
+    return y, skipped, mean, rstd
 
 
 def _bwd_fake(

@@ -1,0 +1,85 @@
+"""The CUDA branch of a prepared step runs without a device: who takes each op, layouts, launches, bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict[str, Any]]:
+    """What each run of `tests.fake_cuda.step` did."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.fake_cuda.step"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def named(run: dict[str, Any]) -> str:
+    """Say which run it is."""
+    return " ".join(str(run[key]) for key in ("subject", "batch", "precision", "attention", "guided"))
+
+
+def test_every_precision_and_attention_runs(runs):
+    assert {run["precision"] for run in runs if run["guided"]} == set(DTYPES)
+    assert {run["attention"] for run in runs} == {"flash", "efficient", "cudnn", "xformers"}
+    assert {run["guided"] for run in runs} == {True, False}
+
+
+def test_each_op_takes_the_implementation_made_for_a_gpu(runs):
+    for run in runs:
+        attention = "xformers" if run["attention"] == "xformers" else "sdpa"
+        expected = {f"attention {attention}", "conv library", "conv matmul"}
+        assert set(run["chosen"]) == expected | {"group_norm_silu triton", "sampler_step cuda"}, named(run)
+
+
+def test_nothing_is_read_back(runs):
+    assert {named(run): run["read_back"] for run in runs if run["read_back"]} == {}
+
+
+def test_no_image_changes_its_layout(runs):
+    assert {named(run): run["turned"] for run in runs if run["turned"]} == {}
+    assert {named(run): run["not_channels_last"] for run in runs if run["not_channels_last"]} == {}
+
+
+def test_torsos_compute_in_the_dtype_of_the_policy(runs):
+    for run in runs:
+        # The last norm and convolution are the published float32.
+        assert set(run["dtypes"]) == {DTYPES[run["precision"]], "float32"}, named(run)
+
+
+# Launches of a step, and gigabytes beside convolutions and products. The plan of one read per norm is 15.3 GB
+# for the network alone at 256 px and batch 8 (norms 12.9, resampling 2.2, attention 0.3). Above it are the
+# passes that add bias and residual after a convolution of the library, and norms that read twice.
+BOUNDS = {
+    ("imagenet64", 1, True): (726, 0.53),
+    ("imagenet256", 8, True): (734, 31.1),
+    ("imagenet256", 8, False): (401, 22.2),
+}
+
+
+@pytest.mark.parametrize("subject, batch, guided", BOUNDS)
+def test_launches_and_bytes_stay_low(subject, batch, guided, runs):
+    (run,) = (
+        run for run in runs if (run["subject"], run["batch"], run["guided"]) == (subject, batch, guided)
+    )
+    most, gigabytes = BOUNDS[subject, batch, guided]
+    beside = sum(size for kind, size in run["bytes"].items() if kind not in ("convolution", "product"))
+    assert 0 < run["launches"] <= most, run["names"]
+    assert 0 < beside <= 1e9 * gigabytes, run["bytes"]
+
+
+def test_a_step_derives_its_forms_before_its_first_row(runs):
+    # Other streams wait for the event that folding records, and for nothing after it.
+    assert {named(run): run["derived_late"] for run in runs if run["derived_late"]} == {}
