@@ -56,7 +56,7 @@ docs: $(READY)
 train-digits: $(READY)
 	for kind in diffusion classifier upsampler; do \
 	  $(BIN)/admfast train $$kind --preset digits32 --out $(DIGITS)/$$kind --save-every 200 && \
-	  $(BIN)/admfast train export $(DIGITS)/$$kind --out $(DIGITS)/$$kind.safetensors --dtype float16 || exit 1; \
+	  $(BIN)/admfast train export $(DIGITS)/$$kind --out $(DIGITS)/$$kind.safetensors --dtype float16 --overwrite || exit 1; \
 	done
 
 # Both into dist/. The wheel is made of the sdist, which shows that it is whole; it is for this Python, this

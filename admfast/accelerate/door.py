@@ -51,9 +51,11 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
         raise invalid("model", type(net).__name__, f"must have a network that can be converted: {reason}")
     policy = None if precision is None else POLICIES[precision]
     with FOLDING:  # two threads may share a network
-        for net in [net for net in found if net not in refused]:
+        served = [net for net in found if net not in refused]
+        for net in served:  # all before the first is converted
+            check_policy(net, policy)
+        for net in served:
             if isinstance(net, AcceleratedNet):
-                check_policy(policy, net.accelerated_walk)
                 net.accelerated_policy = policy
             else:
                 convert_network(net, policy)
@@ -76,7 +78,7 @@ def report(model: Any) -> str:
             own_class(m).__name__ for m in net.modules() if isinstance(m, Converted) and m is not net
         )
         lines += [f"  {count} {name}" for name, count in sorted(counts.items())]
-        lines.append(f"  folded: {'yes' if net.is_folded else 'not now'}, computes in {net.torso_dtype}")
+        lines.append(f"  folded: {_folded(net)}")
         lines += [f"  {name}: as it is; {reason}" for name, reason in net.accelerated_left.items()]
     return "\n".join(lines)
 
@@ -90,6 +92,16 @@ def _networks(model: Any) -> Iterator[Any]:
             if make_of(module) and id(module) not in seen and _foreign(module):
                 seen.add(id(module))
                 yield module
+
+
+def _folded(net: AcceleratedNet) -> str:
+    """Say whether a network is folded, and in which dtype its torso computes."""
+    if net.is_folded:
+        return f"yes, computes in {net.torso_dtype}"
+    policy, now = net.accelerated_policy, f"not now, computes in {net.torso_dtype}"
+    if policy is None or policy.torso == net.torso_dtype:
+        return now
+    return f"{now}; {policy.torso} from its first call in evaluation mode"
 
 
 def _refusal(net: Any) -> str | None:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from admfast.accelerate import blocks
 from admfast.accelerate.blocks import PUBLISHED
-from admfast.accelerate.classes import Converted, convert, restore
+from admfast.accelerate.classes import Converted, convert, own_class, restore
 from admfast.accelerate.codes import Code, code_of
 from admfast.accelerate.diffusers_blocks import DIFFUSERS
 from admfast.accelerate.edm import EDM
 from admfast.accelerate.makes import Make
 from admfast.accelerate.pieces import is_conv
+from admfast.accelerate.trials import Conversion
 from admfast.accelerate.walks import Walk, walk_of
 from admfast.engine.precision import Policy
 from admfast.errors import invalid
@@ -122,18 +123,9 @@ def refusal(net: nn.Module) -> str | None:
 
 
 def convert_network(net: Any, policy: Policy | None) -> None:
-    """Convert a network in place; `refusal(net)` must be None.
-
-    Raises: InvalidArgument if the network can't use the policy; nothing is changed then.
-    """
-    make = make_of(net)
-    assert make is not None
-    plan, left = make.plan(net)
+    """Convert a network in place, after `refusal` and `check_policy` have found nothing against it."""
+    make, plan, left, walk = _planned(net)
     known = {id(module) for module, _ in plan}
-    walk: Walk | str = f"its own forward runs, as in every network of the {make.name} make"
-    if make is PUBLISHED:
-        walk = _walk(net, known, left)
-    check_policy(policy, walk)
     code = code_of(net)
     sequences = [m for m in blocks.sequences(net) if _is_known(m, known)] if make is PUBLISHED else []
     for block, conversion in plan:
@@ -162,10 +154,25 @@ def restore_network(net: Any) -> None:
             restore(module)
 
 
-def check_policy(policy: Policy | None, walk: Walk | str) -> None:
-    """Reject a policy whose torso isn't float32 for a network that runs block by block."""
-    if policy is not None and policy.torso != torch.float32 and isinstance(walk, str):
-        raise invalid("precision", policy.name, f"None or fp32: the network runs block by block; {walk}")
+def check_policy(net: Any, policy: Policy | None) -> None:
+    """Reject a policy whose torso isn't float32 for a network that runs, or would run, block by block."""
+    if policy is None or policy.torso == torch.float32:
+        return
+    walk = net.accelerated_walk if isinstance(net, AcceleratedNet) else _planned(net)[-1]
+    if isinstance(walk, str):
+        allowed = f"None or fp32: {own_class(net).__name__} runs block by block; {walk}"
+        raise invalid("precision", policy.name, allowed)
+
+
+def _planned(net: Any) -> tuple[Make, list[tuple[nn.Module, Conversion]], dict[str, str], Walk | str]:
+    """Return the make of a network, the plan of its make with what is left, and its walk."""
+    make = make_of(net)
+    assert make is not None
+    plan, left = make.plan(net)
+    walk: Walk | str = f"its own forward runs, as in every network of the {make.name} make"
+    if make is PUBLISHED:
+        walk = _walk(net, {id(module) for module, _ in plan}, left)
+    return make, plan, left, walk
 
 
 def _walk(net: Any, known: set[int], left: dict[str, str]) -> Walk | str:

@@ -16,6 +16,7 @@ import runpy
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -151,11 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the program's exit status, or 1 if it is 0 and a check found a difference."""
     given = list(sys.argv[1:] if argv is None else argv)
     own = _own(given)
-    arguments = _parser().parse_args(given[:own])
+    parser = _parser()
+    arguments = parser.parse_args(given[:own])
+    if arguments.check and arguments.package:
+        parser.error("--check: not with --package, whose networks are admfast's own")
     watch = Watch(arguments.precision, arguments.check)
     program = arguments.program
     if not arguments.module and not Path(program).is_file():
-        print(f"program={program!r}: a Python file, or -m and a module's name", file=sys.stderr)
+        print(f"program={program!r}: no such Python file; -m runs a module by name", file=sys.stderr)
         return 2
     sys.argv = [program, *given[own:]]
     sys.path[0] = os.getcwd() if arguments.module else str(Path(program).resolve().parent)
@@ -164,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, str(PACKAGES / "front"))
         sys.path.append(str(PACKAGES / "stand_ins"))
     status: Any = 0
+    found = True
     try:
         with watch.watching():
             if arguments.module:
@@ -172,8 +177,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _run_file(program)
     except SystemExit as end:
         status = end.code
+    except ImportError as error:
+        found = not _is_by_runpy(error)
+        if found:
+            raise
+        print(f"program={program!r}: {error}", file=sys.stderr)
+        return 2
     finally:
-        for line in watch.said():
+        for line in watch.said() if found else ():
             print(f"admfast.accelerate: {line}", file=sys.stderr)
     if status is None or status == 0:
         return 1 if watch.differs() else 0
@@ -181,6 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     print(status, file=sys.stderr)
     return 1
+
+
+def _is_by_runpy(error: ImportError) -> bool:
+    """Tell whether the program itself was not found, rather than a module that it imports."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__") == "runpy"
 
 
 def _say_what_is_hidden() -> None:
@@ -224,6 +241,7 @@ def _own(given: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m admfast.accelerate",
+        allow_abbrev=False,  # `_own` must know which option takes a value
         usage="%(prog)s [-h] [--precision {fp32,bf16,fp16}] [--check] [--package] [-m] PROGRAM ARGS...",
         description="Run an unmodified program and accelerate its ADM networks at their first calls.",
     )

@@ -68,7 +68,7 @@ def walk_of(net: nn.Module) -> Walk | str:
     """Return the published walk of a network, or the reason why its own forward must run."""
     cls = own_class(net)
     kinds = ["unet", "upsampler"] if hasattr(net, "output_blocks") else ["classifier"]
-    reasons = []
+    reasons: dict[float, str] = {}
     for method in sorted({name for part in cls.__mro__ if part is not nn.Module for name in vars(part)}):
         function = getattr(cls, method)
         if not method.startswith("forward") or method in vars(net):
@@ -80,8 +80,15 @@ def walk_of(net: nn.Module) -> Walk | str:
                 _, *names = code.co_varnames[: _counts(code)[0]]
                 more = bool(code.co_flags & inspect.CO_VARKEYWORDS)
                 return Walk(kind, method, tuple(names), more, _strict(net, function, kind))
-            reasons.append(f"{method} {reason}")
-    return min(reasons, key=len, default="there is no method forward")
+            reasons.setdefault(_nearness(function, kind), f"{method} {reason}")
+    return reasons[max(reasons)] if reasons else "there is no method forward"
+
+
+def _nearness(function: Any, kind: str) -> float:
+    """Return the share of names that both a method and the published walk use, of those that either uses."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    used = set(getattr(code, "co_names", ()))
+    return len(used & NAMES[kind]) / len(used | NAMES[kind])
 
 
 def _counts(code: CodeType) -> tuple[int, int]:

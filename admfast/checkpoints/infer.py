@@ -80,6 +80,14 @@ class ModelInfo:
     fingerprint: str
     dtypes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def low_res_size(self) -> int | None:
+        """Side of the images that an upsampler was trained to enlarge, by its recipe or preset, or None."""
+        recipe = self.training.get("recipe")
+        if isinstance(recipe, Mapping) and recipe.get("low_res_size") is not None:
+            return recipe["low_res_size"]
+        return None if self.preset is None else self.preset.low_res_size
+
 
 def identify(
     shapes: Shapes,

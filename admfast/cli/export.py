@@ -12,6 +12,7 @@ from admfast.cli.options import DTYPES, options_of
 from admfast.cli.sample_options import Preset, Set, Weights
 from admfast.files.tables import table
 from admfast.sampling.export import export
+from admfast.sampling.load import LOW_RES_SIZE
 
 
 def run_export(
@@ -44,7 +45,7 @@ def run_export(
     checks.one_of("dtype", dtype, DTYPES)
     done = export(
         source, out, to=to, weights=weights, preset=preset, scheduler=scheduler, dtype=DTYPES[dtype],
-        overwrite=overwrite, **options_of("--set", set_),
+        overwrite=overwrite, **options_of("--set", set_, also=[LOW_RES_SIZE]),
     )  # fmt: skip
     rows = [(name, str(value)) for name, value in done.description.network.to_dict().items()]
     process = done.description.diffusion

@@ -21,7 +21,7 @@ from admfast.cli.options import DTYPES, options_of
 from admfast.cli.sample_options import Device
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
-from admfast.files.atomic import check_place, check_writable
+from admfast.files.atomic import check_free, check_place, check_writable
 from admfast.files.images import write_png
 from admfast.files.paths import user_path
 from admfast.files.tables import table
@@ -29,6 +29,7 @@ from admfast.interrupts import SIGNALLED
 from admfast.models import NetConfig
 from admfast.training.distributed import World, processes
 from admfast.training.export import export
+from admfast.training.folder import RUN_FILE, read_run_file, recipe_of
 from admfast.training.images import open_source
 from admfast.training.loop import Habits, dry_run, train
 from admfast.training.picture import run_picture
@@ -82,6 +83,8 @@ def _command(kind: str) -> Callable[..., None]:
         }  # fmt: skip
         options |= {name: value for name, value in given.items() if value is not None}
         wanted = resolved(kind, preset, from_, options)
+        if "steps" not in options and out is not None:
+            wanted = dataclasses.replace(wanted, steps=_steps_of(user_path("out", out), wanted.steps))
         habits = Habits(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
@@ -127,6 +130,9 @@ def run_export(
     picture: Annotated[
         Path | None, typer.Option(help="PNG file for the run's losses and samples (default: none).")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing files (default: refuse).")
+    ] = False,
 ) -> None:
     """Write a run's averaged weights, its picture, or both."""
     checks.one_of("dtype", dtype, DTYPES)
@@ -143,9 +149,11 @@ def run_export(
         picture = user_path("picture", picture, [".png"])
         drawn = run_picture(run)
         check_writable(picture)
+        if not overwrite:
+            check_free("picture", [picture])
     # `export` checks its arguments before it writes: an error in either file leaves neither.
     if out is not None:
-        description = export(run, out, ema, width, DTYPES[dtype])
+        description = export(run, out, ema, width, DTYPES[dtype], overwrite)
         print(table([(name, str(description.training[name])) for name in ("step", "average")]))
         print(out.resolve())
     if picture is not None and drawn is not None:
@@ -163,7 +171,7 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
         network: NetConfig = dataclasses.replace(info.config, use_checkpoint=False)
         if not isinstance(network, KINDS[kind]):
             raise invalid("from", start, f"a network for the kind {kind!r}; it holds a {network.kind}")
-        low_res_size = base.low_res_size if info.preset is None else info.preset.low_res_size
+        low_res_size = base.low_res_size if info.low_res_size is None else info.low_res_size
         # A network that was trained with a null class keeps it.
         dropping = dict(info.training.get("recipe", {})).get("drop_classes", 0.0)
         base = dataclasses.replace(
@@ -171,6 +179,11 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
             drop_classes=dropping,
         )  # fmt: skip
     return changed(base, options)
+
+
+def _steps_of(run: Path, steps: int) -> int:
+    """Return the steps of the run in a folder, or `steps` if it holds none."""
+    return recipe_of(read_run_file(run)).steps if (run / RUN_FILE).is_file() else steps
 
 
 # Options that a run always sets itself, not the file that it begins from.

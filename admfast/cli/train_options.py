@@ -20,7 +20,10 @@ Out = Annotated[
     Path | None,
     typer.Option(help="Folder of the run; a run in it is continued (no default; --dry-run needs none)."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the whole run (default: the preset's).")]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Optimiser steps of the whole run (default: its own; the preset's for a new run)."),
+]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images per step, over all processes (default: the preset's).")
 ]

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -177,6 +177,13 @@ def check_writable(path: str | PathLike[str]) -> None:
     """
     with _replacing(path) as (descriptor, _):
         os.close(descriptor)
+
+
+def check_free(name: str, paths: Iterable[Path]) -> None:
+    """Raise OutputError if one of the paths of the argument `name` exists."""
+    for path in paths:
+        if os.path.lexists(path):
+            raise OutputError(f"{name}={str(path)!r}: exists already; give another path, or --overwrite")
 
 
 def check_folder(path: str | PathLike[str]) -> None:

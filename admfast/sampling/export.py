@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,18 @@ from admfast.checkpoints.reading import Source
 from admfast.checkpoints.writing import DTYPES, write_folder
 from admfast.checks import one_of, switch
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
-from admfast.files.atomic import atomic_open, check_place, check_writable
+from admfast.files.atomic import atomic_open, check_free, check_place, check_writable
 from admfast.files.paths import user_path
 from admfast.models.description import Description
-from admfast.sampling.load import file_of, named_system, no_system, process_of, refuse_said
+from admfast.sampling.load import (
+    LOW_RES_SIZE,
+    file_of,
+    low_res_size_of,
+    named_system,
+    no_system,
+    process_of,
+    refuse_said,
+)
 
 # Output formats and their file endings; diffusers is a folder.
 FORMS: dict[str, tuple[str, ...]] = {
@@ -125,9 +132,9 @@ def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
     else:
         check_writable(path)
         beside = (".json", ".flags") if to == "published" else (".json",)
-        taken = [place for place in (path, *map(path.with_suffix, beside)) if os.path.lexists(place)]
-    if taken and not overwrite:
-        raise OutputError(f"out={str(taken[0])!r}: exists already; give another path, or --overwrite")
+        taken = [path, *map(path.with_suffix, beside)]
+    if not overwrite:
+        check_free("out", taken)
     return path
 
 
@@ -140,6 +147,7 @@ def _loaded(
 ) -> tuple[nn.Module, ModelInfo, tuple[str, ...]]:
     """Return the network on the CPU, its `ModelInfo`, and a note on parts of a system that are left out."""
     chosen, notes = named_system("source", source), tuple[str, ...]()
+    trained = options.get(LOW_RES_SIZE)
     if chosen is not None:
         refuse_said(chosen, {**({} if preset is None else {"preset": preset}), **options})
         model = chosen.diffusion
@@ -148,11 +156,20 @@ def _loaded(
         notes = (f"the diffusion model of {chosen.name}, without {others}",) if others else ()
     else:
         source = no_system("source", source, weights)
+    options = {name: value for name, value in options.items() if name != LOW_RES_SIZE}
     try:
         net, info = load_network(source, preset=preset, dtype=dtype, **options)
     except Unanswered as question:
         raise CheckpointError(f"{question} [options of export, or --set on the command line]") from None
-    return net, info, notes
+    return net, _with_low_res_size(info, low_res_size_of(info, trained)), notes
+
+
+def _with_low_res_size(info: ModelInfo, side: int | None) -> ModelInfo:
+    """Return `info` with an upsampler's `low_res_size` in its recipe, so that the exported file says it."""
+    if side is None:
+        return info
+    recipe = {**info.training.get("recipe", {}), LOW_RES_SIZE: side}
+    return replace(info, training={**info.training, "recipe": recipe})
 
 
 def _to_diffusers(
@@ -206,10 +223,9 @@ def _to_published(
     notes: tuple[str, ...],
 ) -> Exported:
     """Write the published state dict, and next to it the flags that build its network."""
-    low_res_size = None if info.preset is None else info.preset.low_res_size
     flags = None
     try:
-        found = published_flags(info.config, info.diffusion, low_res_size)
+        found = published_flags(info.config, info.diffusion, info.low_res_size)
         flags = " ".join(f"--{name} {value}" for name, value in found.items() if value != "")
     except InvalidArgument as unsaid:
         notes += (f"no flags of the published scripts build this network: {unsaid}",)

@@ -123,11 +123,11 @@ class StageReport:
         step = f"one by one: {self.unprepared}" if self.unprepared else "by a prepared step"
         cells = {
             "images": f"{self.images} of {'x'.join(map(str, self.sides))}, {self.batch} at a time",
-            "rows": f"{self.rows} a batch, {self.guided_rows} guided by the classifier",
+            "steps": f"{self.rows} a batch, {self.guided_rows} guided by the classifier",
             "run": step,
             "CUDA graph": f"no: {self.uncaptured}" if self.uncaptured else "replayed",
             "torch.compile": f"no: {self.uncompiled}" if self.uncompiled else "yes",
-            "part by part": ", ".join(self.by_parts) or "no block",
+            "run layer by layer": f"blocks of {', '.join(self.by_parts)}" if self.by_parts else "no block",
             "weights": "folded" if self.folded else "as they are",
             "threads": "-" if self.threads is None else str(self.threads),
             "precision": f"{self.policy}: torso {parts['torso']}, classifier {parts['classifier']}",
@@ -137,9 +137,9 @@ class StageReport:
         cells |= {
             "seconds folding": f"{seconds.folding:.3f}",
             "seconds preparing": f"{seconds.preparing:.3f}",
-            "seconds of all rows": f"{seconds.rows:.3f}",
-            "ms of the first row": f"{1e3 * seconds.first_row:.2f}",
-            "ms of a later row": "-" if self.later_row is None else f"{1e3 * self.later_row:.2f}",
+            "seconds of all steps": f"{seconds.rows:.3f}",
+            "ms of the first step": f"{1e3 * seconds.first_row:.2f}",
+            "ms of a later step": "-" if self.later_row is None else f"{1e3 * self.later_row:.2f}",
             "seconds in callbacks": f"{seconds.callbacks:.3f}",
         }
         return cells
@@ -174,8 +174,7 @@ class RunReport:
         columns = [stage.cells() for stage in self.stages]
         names = list(dict.fromkeys(name for column in columns for name in column))
         lines = [[name, *(column.get(name, "-") for column in columns)] for name in names]
-        rate = f"{self.images / self.seconds:.3g} images/s" if self.seconds else ""
-        ends = f"{self.images} images in {self.seconds:.3f} s on {self.device}, {rate}"
+        ends = f"{self.images} images sampled in {self.seconds:.3f} s on {self.device}"
         more = f"{self.pixels:.3f} s to pixels, peak memory {self.peak_memory / 1e9:.2f} GB"
         return f"{ends}; {more}\n{table(lines, ['', *(stage.stage for stage in self.stages)])}"
 

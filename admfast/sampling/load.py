@@ -24,7 +24,7 @@ from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
 from admfast.files.paths import user_path
 from admfast.models import Classifier, UNet, Upsampler, UpsamplerConfig
-from admfast.models.presets import SYSTEMS, ModelPreset, SystemPreset
+from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
 from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
@@ -52,8 +52,8 @@ def load(
 
     Args:
         name: a system (`admfast models` lists them: "imagenet256", "digits32", ...), or a diffusion model's
-            weights: the path of a file, a file open for reading bytes, a state dict, or a module. Weights in
-            memory are copied.
+            weights: the path of a file, the name of a model that ships ("digits32_diffusion"), a file open
+            for reading bytes, a state dict, or a module. Weights in memory are copied.
         weights: folder that holds the released files of a system; not for systems that ship with the package.
         classifier, upsampler: weights of a classifier, and of an upsampler that enlarges the samples, given
             like `name`; only for a model that is not a system.
@@ -133,7 +133,7 @@ def refuse_said(chosen: SystemPreset, said: Mapping[str, Any]) -> None:
 def no_system(argument: str, source: Source, weights: str | PathLike[str] | None) -> Source:
     """Return a source that is no system, text as a path; reject unknown names, and `weights` for files."""
     if isinstance(source, str | PathLike):
-        source = user_path(argument, source)
+        source = _path_of(argument, source)
         if not os.path.lexists(source) and source.suffix not in ENDINGS:
             path = f"a path must name a weights file or {A_RUN}{near_names(source)}"
             raise invalid(
@@ -143,6 +143,13 @@ def no_system(argument: str, source: Source, weights: str | PathLike[str] | None
         allowed = f"for a system, as the folder of its files; {_named(source)} is a file"
         raise invalid("weights", _named(weights), allowed)
     return source
+
+
+def _path_of(argument: str, source: str | PathLike[str]) -> Path:
+    """Return a path; for the name of a model that ships with the package, that of its file."""
+    path = user_path(argument, source)
+    model = None if os.path.lexists(path) else MODELS.get(str(source))
+    return path if model is None or model.shipped_path is None else model.shipped_path
 
 
 @dataclass(frozen=True)
@@ -230,11 +237,12 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
     upsampler = None
     if up is not None and of_up is not None:
         process = process_of(of_up.path, of_up.diffusion)
-        run = {"steps": min(250, process.steps), LOW_RES_SIZE: _low_res_size(of_up, trained["upsampler"])}
+        run = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size_of(of_up, trained["upsampler"])}
         upsampler = form.pipeline(of_up.path.stem, up, process, **run)
     process = process_of(info.path, info.diffusion)
-    run = {"steps": min(250, process.steps), LOW_RES_SIZE: _low_res_size(info, trained["name"])}
+    run = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size_of(info, trained["name"])}
     guidance = 1.0 if guide is not None else 0.0
+    null_class = bool(dict(info.training.get("recipe") or {}).get("drop_classes"))
     return form.pipeline(
         info.path.stem,
         net,
@@ -242,14 +250,18 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
         classifier=form.guide(guide),
         guidance=guidance,
         upsampler=upsampler,
+        null_class=null_class,
         **run,
     )
 
 
-def _low_res_size(info: ModelInfo, given: Any) -> int | None:
-    """Return the side of the images that an upsampler was trained to enlarge, or None if unknown."""
+def low_res_size_of(info: ModelInfo, given: Any) -> int | None:
+    """Return the side of the images that an upsampler was trained to enlarge, or None if unknown.
+
+    given: the option; None takes what the file says.
+    """
     if given is None:
-        return None if info.preset is None else info.preset.low_res_size
+        return info.low_res_size
     if not isinstance(info.config, UpsamplerConfig):
         raise invalid(LOW_RES_SIZE, given, f"for an upsampler; {info.path} holds a {info.config.kind}")
     return whole(LOW_RES_SIZE, given, 1)
@@ -260,7 +272,7 @@ def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
     assert part.source is not None
     source = part.source
     if isinstance(source, str | PathLike):
-        source = user_path(part.argument, source)
+        source = _path_of(part.argument, source)
     process = part.argument != "classifier"
     net, info = load_network(source, device=device, process=process, **part.options)
     kind, wanted = _KIND[part.argument]

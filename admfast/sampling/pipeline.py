@@ -65,6 +65,8 @@ class Pipeline:
         classifier: a `Classifier` for guidance, frozen, or None.
         guidance, steps: defaults of `sample`.
         low_res_size: side of the images that an upsampler was trained to enlarge.
+        null_class: the last class stands for "no class", as a model learns it that is trained with
+            `drop_classes`; it is sampled only if it is asked for.
         upsampler: a pipeline that enlarges this one's samples, or None.
         policy: precision in which the networks compute; their parameters are not changed.
         options: how steps are prepared.
@@ -78,6 +80,7 @@ class Pipeline:
     guidance: float = 0.0
     steps: int = 250
     low_res_size: int | None = None
+    null_class: bool = False
     upsampler: Pipeline | None = None
     policy: Policy = FP32
     options: EngineOptions = field(default_factory=EngineOptions)
@@ -185,7 +188,8 @@ class Pipeline:
         with own_numerics(self.device, self.policy.tf32):
             check_of_images(self)
             x_t = checks.images("x_t", x_t)
-            check_low_res(self, None if low_res is None else checks.images("low_res", low_res), len(x_t))
+            low_res = None if low_res is None else checks.images("low_res", low_res)
+            check_low_res(self, low_res, len(x_t), "image")
             if low_res is not None and low_res.device.type == "cpu":
                 checks.in_range("low_res", low_res)
             labels = self._labels(classes, x_t)
@@ -197,7 +201,7 @@ class Pipeline:
         known = self.config.num_classes
         if known is None:
             if classes is not None:
-                raise invalid("classes", "given", f"{self.name} is not class-conditional")
+                raise invalid("classes", checks.plain(classes), f"{self.name} is not class-conditional")
             return None
         if classes is None:
             raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
@@ -207,9 +211,8 @@ class Pipeline:
         if labels.numel() == 1 and labels.dim() < 2:
             labels = labels.expand(len(x_t))
         if labels.shape != x_t.shape[:1]:
-            raise invalid(
-                "classes", tuple(labels.shape), f"one class, or one for each of the {len(x_t)} images"
-            )
+            allowed = f"one class, or one for each of the {len(x_t)} images"
+            raise invalid("classes", labels.tolist(), allowed)
         return labels
 
     @property

@@ -240,14 +240,14 @@ def images_of(
     assert classes is None or isinstance(classes, tuple)
     assert seeds is None or isinstance(seeds, tuple)
     if known is None and classes is not None:
-        raise invalid("classes", "given", f"{pipeline.name} has no classes")
+        raise invalid("classes", list(classes), f"{pipeline.name} has no classes")
     if classes is not None and known is not None and max(classes) >= known:
         raise invalid("classes", max(classes), f"a whole number from 0 to {known - 1}")
     like = [v for v in (request.noise, request.x_start, request.low_res, classes) if v is not None]
     keys = seeds if seeds is not None else range(len(like[0]) if like else 1)
     labels = None
     if known is not None:
-        wanted = classes or [key % known for key in keys]
+        wanted = classes or [key % (known - pipeline.null_class) for key in keys]
         labels = [wanted[i % len(wanted)] for i in range(len(keys))]
     return keys, labels, (len(keys), pipeline.config.in_channels, *asked_sides(request, pipeline))
 
@@ -258,7 +258,7 @@ def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pip
         value = getattr(request, name)
         if value is not None and tuple(value.shape) != allowed:
             raise invalid(f"{name}.shape", tuple(value.shape), f"{allowed}")
-    check_low_res(pipeline, request.low_res, shape[0])
+    check_low_res(pipeline, request.low_res, shape[0], "seed")
 
 
 def check_of_images(pipeline: Pipeline) -> None:
@@ -269,18 +269,24 @@ def check_of_images(pipeline: Pipeline) -> None:
         raise invalid("net", f"{config.in_channels} channels in, {config.out_channels} out", allowed)
 
 
-def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int) -> None:
-    """Require one low-resolution image per image for an upsampler, and none for any other network."""
+def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int, of: str) -> None:
+    """Require one low-resolution image per image for an upsampler, and none for any other network.
+
+    count: number of images. of: noun for what sets this number, in the singular.
+    """
     config = pipeline.config
-    if isinstance(config, UpsamplerConfig) != (low_res is not None):
-        given = None if low_res is None else "given"
-        raise invalid("low_res", given, "upsamplers need it and no other network takes it")
+    enlarges = isinstance(config, UpsamplerConfig)
     if low_res is None:
+        if enlarges:
+            raise invalid("low_res", None, "upsamplers need it and no other network takes it")
         return
     found = tuple(low_res.shape)
+    if not enlarges:
+        raise invalid("low_res.shape", found, f"no images to enlarge, as {pipeline.name} is no upsampler")
     if len(found) != config.dims + 2 or found[:2] != (count, config.in_channels):
         sides = ", ".join("dhw"[3 - config.dims :])
-        raise invalid("low_res.shape", found, f"({count}, {config.in_channels}, {sides})")
+        number = f"{count} {of}" if count == 1 else f"{count} {of}s"
+        raise invalid("low_res.shape", found, f"({count}, {config.in_channels}, {sides}), for {number}")
 
 
 def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:

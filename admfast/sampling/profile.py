@@ -23,6 +23,7 @@ from admfast.sampling.pipeline import Pipeline
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the product's matrices: large enough for a library's best rate
 SECONDS = 0.25  # for which products are measured
 NAMED = 3  # pieces of advice at most
+_WINOGRAD = " (Winograd's convolutions do with fewer multiplications than are counted)"
 MUCH = 0.1  # share of a run's seconds above which a cost is mentioned
 
 
@@ -95,10 +96,10 @@ def profile_text(report: RunReport, pipe: Pipeline) -> str:
         dtype = str(rate.dtype).removeprefix("torch.")
         product = f"best product of two {rate.side}x{rate.side} {dtype} matrices, measured now"
         lines += [
-            (name, "operations of the rows", f"{rate.flops / 1e9:,.1f} GFLOP"),
+            (name, "operations of the steps", f"{rate.flops / 1e9:,.1f} GFLOP"),
             ("", "reached", f"{rate.reached / 1e9:,.1f} GFLOP/s"),
             ("", product, f"{rate.product / 1e9:,.1f} GFLOP/s"),
-            ("", "share", f"{100 * rate.share:.0f} %"),
+            ("", "share of this rate", f"{100 * rate.share:.0f} %{_WINOGRAD if rate.share > 1 else ''}"),
         ]
     advice = [f"- {text}" for text in helps(report, pipe)] or ["- no rule applies"]
     return "\n".join([table(lines), "", "What would help:", *advice])
@@ -146,7 +147,7 @@ def _of_implementations(stage: StageReport, own: Pipeline) -> Iterator[str]:
 
 def _of_steps(stage: StageReport, own: Pipeline) -> Iterator[str]:
     if stage.unprepared:
-        yield f"rows ran one by one, without a prepared step ({stage.unprepared})"
+        yield f"steps ran one by one, without a prepared step ({stage.unprepared})"
     if not stage.folded:
         yield "the network was not folded: EngineOptions(fold=FoldOptions()) is the default"
     if stage.by_parts:
@@ -172,13 +173,13 @@ def _of_size(stage: StageReport, own: Pipeline) -> Iterator[str]:
     if stage.threads is not None and stage.threads < worth:
         yield f"{stage.threads} threads, though the work is enough for {worth} (OMP_NUM_THREADS, threads=)"
     if work < GRAIN:
-        yield f"batches of {stage.batch}: larger ones would spread the overhead of calls over more images"
+        yield f"batches of {stage.batch}: larger ones would share the fixed cost of a call among more images"
 
 
 def _of_seconds(stage: StageReport, own: Pipeline) -> Iterator[str]:
     seconds = stage.seconds
     if seconds.callbacks > MUCH * seconds.rows:
-        yield f"callbacks took {seconds.callbacks:.2f} s, compared with {seconds.rows:.2f} s of rows"
+        yield f"callbacks took {seconds.callbacks:.2f} s, compared with {seconds.rows:.2f} s of steps"
     once = seconds.folding + seconds.preparing + seconds.first_row - (stage.later_row or 0.0)
     if once > MUCH * seconds.rows:
-        yield f"the first row and the time before it took {once:.2f} s; later calls save most of that"
+        yield f"the first step and the time before it took {once:.2f} s; later calls save most of that"

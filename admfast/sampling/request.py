@@ -31,13 +31,14 @@ class SampleRequest:
     and these settings, not on its batch or its place in it.
 
     Attributes:
-        classes: class indices; None takes seed modulo the number of classes. Not for a model without classes.
+        classes: class indices; None takes seed modulo the number of classes, without a null class. Not for a
+            model without classes.
         seeds: 0..2^64-1, one per image. None takes 0, 1, ..., one for each image in `noise`, `x_start` or
             `low_res`, else one for each class given, else a single one.
         steps: network evaluations, 1..length of the process; None takes the system's default.
         solver: a value (`ddim(eta=0.5)`) or its text ("ddim:eta=0.5"); see `admfast.solvers`. The solver
             "ddim-inverse" begins from images: it maps `x_start` to noise from which DDIM leads back to them
-            (use output="float"; not for a cascade).
+            (only with output="float"; not for a cascade).
         guidance: scale of the classifier's gradient, 0 for none. None takes the system's default, or 0 if
             there are other guides or the solver begins from images.
         guidance_interval: (lowest, highest) timestep of the original process at which guidance applies
@@ -102,6 +103,8 @@ class SampleRequest:
         checks.functions(denoised_fn=self.denoised_fn, callback=self.callback)
         self._put_whole("every", 1)
         checks.one_of("output", self.output, ("uint8", "float"))
+        if solver_of(self.solver).begins == "image" and self.output != "float":
+            raise invalid("output", self.output, f"'float' for {self.solver}: pixels can't hold noise")
         if not isinstance(self.impl, str | None):
             raise invalid("impl", self.impl, "the name of an implementation, or None")
 
@@ -150,8 +153,10 @@ class SampleRequest:
         if self.t_start is not None:
             self._put_whole("t_start", 0)
         if solver.begins == "noise":
-            if (self.x_start is None) != (self.t_start is None):
-                raise invalid("x_start, t_start", (self.x_start is not None, self.t_start), "both or neither")
+            if self.t_start is None and self.x_start is not None:
+                raise invalid("t_start", None, "with x_start, the timestep to which it is noised")
+            if self.x_start is None and self.t_start is not None:
+                raise invalid("x_start", None, "with t_start, the images to begin from")
         elif self.t_start is not None:
             raise invalid("t_start", self.t_start, f"not for {solver}: it begins from the clean image")
         elif (self.x_start is None) == (self.noise is None):

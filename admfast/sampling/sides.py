@@ -49,8 +49,9 @@ def _enlarged(up: Pipeline, shape: Sides) -> Sides:
     trained, side, sides = up.low_res_size, up.config.image_size, shape[2:]
     if trained is None:
         if len(set(sides)) > 1:
-            allowed = "square images, as this upsampler's factor is unknown; give low_res_size"
-            raise invalid("low_res.shape", shape, f"{allowed} to load, or size")
+            allowed = "square images, as this upsampler's factor is unknown; give its low_res_size"
+            told = "an option of load, or --set on the command line"
+            raise invalid("low_res.shape", shape, f"{allowed} ({told}), or size")
         return up.spatial
     units = [_smallest(unit, trained, side) for unit in up.config.side_units()]
     _check_divisible("low_res.shape", shape, sides, units)

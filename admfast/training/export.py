@@ -10,6 +10,7 @@ import torch
 from admfast.checkpoints import write_weights
 from admfast.checkpoints.snapshots import AVERAGES, read_run, snapshots
 from admfast.errors import CheckpointError, invalid
+from admfast.files.atomic import check_free
 from admfast.models.description import Description
 from admfast.training.ema import combined, reconstruction
 from admfast.training.folder import read_run_file, recipe_of, run_folder
@@ -21,6 +22,7 @@ def export(
     average: str | None = None,
     width: float | None = None,
     dtype: torch.dtype | None = torch.float32,
+    overwrite: bool = False,
 ) -> Description:
     """Write an average of a run's weights, with the description that `admfast.load` reads.
 
@@ -30,10 +32,13 @@ def export(
         width: relative width of a power-function average to reconstruct from the stored ones; give it instead
             of `average`, for runs with ema_power.
         dtype: see `write_weights`.
+        overwrite: replace an existing file.
 
     Returns: the description. Raises: CheckpointError, InvalidArgument, OutputError.
     """
     place = run_folder(run)
+    if not overwrite:
+        check_free("out", [Path(path)])
     if width is None:
         state, description = read_run(place, average)
     else:

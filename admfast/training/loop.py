@@ -24,7 +24,7 @@ import torch
 from admfast import checks
 from admfast.checkpoints.snapshots import SnapshotWriter
 from admfast.engine.numerics import own_numerics, peak_memory
-from admfast.errors import AdmfastError, NonFiniteError
+from admfast.errors import AdmfastError, NonFiniteError, invalid
 from admfast.interrupts import ENDING
 from admfast.training import folder
 from admfast.training.cache import cached
@@ -164,6 +164,9 @@ def train(
         learner = Learner(recipe, net, world)
         if state is not None:
             learner.load_state_dict(state)
+            if recipe.steps < learner.step:
+                allowed = f"at least {learner.step}, the steps that {run} has made"
+                raise invalid("steps", recipe.steps, allowed)
             say(f"goes on after step {learner.step}")
             del state
         # Only now, because a recipe that makes no network must not begin a run.

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import admfast
 import admfast.accelerate
 from admfast.accelerate.nets import AcceleratedNet
-from admfast.accelerate.walks import Walk
+from admfast.accelerate.walks import Walk, walk_of
 from admfast.errors import InvalidArgument
 from tests.accelerate import client
 from tests.accelerate.client import filled
@@ -354,6 +355,44 @@ def test_an_unknown_precision_is_refused():
     with pytest.raises(InvalidArgument, match="^precision='half'"):
         admfast.accelerate(net, precision="half")
     assert type(net) is client.UNetModel
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_precision_that_one_network_cannot_use_changes_none(converted):
+    whole, by_blocks = filled(client.UNetModel()), filled(client.WithAnotherWalk())
+    model = SimpleNamespace(whole=whole, by_blocks=by_blocks)
+    if converted:
+        admfast.accelerate(model)
+    before = [[type(module) for module in net.modules()] for net in (whole, by_blocks)]
+    with pytest.raises(InvalidArgument, match="^precision='bf16'"):
+        admfast.accelerate(model, precision="bf16")
+    assert [[type(module) for module in net.modules()] for net in (whole, by_blocks)] == before
+    assert getattr(whole, "accelerated_policy", None) is None
+
+
+def test_the_report_says_in_what_a_network_will_compute_before_its_first_call():
+    net = admfast.accelerate(filled(client.UNetModel()), precision="bf16")
+    assert "bfloat16" in admfast.accelerate.report(net)
+    with torch.no_grad():
+        net(x(), T)
+    assert "bfloat16" in admfast.accelerate.report(net) and "float32" not in admfast.accelerate.report(net)
+
+
+def test_the_reason_is_that_of_the_method_that_is_nearest_to_the_published_walk():
+    def forward_b(self):
+        pass
+
+    changed = type("Changed", (client.WithAnotherWalk,), {"forward_b": forward_b})
+    for net in (filled(changed()), filled(client.WithAnotherWalk())):
+        assert str(walk_of(net)).startswith("forward uses 0.5")
+    enlarging = type("Enlarging", (ClampedUpsampler,), {"forward_b": forward_b})
+    assert str(walk_of(filled(enlarging()))).startswith("forward uses clamp,")
+
+
+class ClampedUpsampler(client.SuperResModel):
+    def forward(self, x, timesteps, low_res=None, **kwargs):
+        low_res = F.interpolate(low_res, x.shape[2:], mode="bilinear").clamp(-1, 1)
+        return super().forward(torch.cat([x, low_res], dim=1), timesteps, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_all_arguments_behind_the_program_are_its_own(tmp_path):
         assert run("-m", "admfast.accelerate", "says.py", *arguments, folder=tmp_path).stdout == alone.stdout
 
 
+@pytest.mark.parametrize("given", [["--precision=fp32"], ["--precision", "fp32"], ["--check"], []])
+def test_the_runner_s_own_options_end_at_the_program(given, tmp_path):
+    (tmp_path / "says.py").write_text("import sys; print(sys.argv)")
+    found = run("-m", "admfast.accelerate", *given, "says.py", "--precision=3", folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "['says.py', '--precision=3']\n"), found.stderr
+
+
 def test_a_module_may_be_the_program_and_first_calls_be_compared(program):
     found = run("-m", "admfast.accelerate", "--check", "-m", "sampling", folder=program.parent)
     assert found.returncode == 0 and found.stdout.startswith("__main__ []"), found.stderr
@@ -104,12 +111,17 @@ def test_networks_of_other_makes_are_found(tmp_path):
 
 
 def test_what_cannot_run_is_named(tmp_path):
+    (tmp_path / "plain.py").write_text("print('no network')")
     for command, named in (
-        (["nowhere.py"], "nowhere.py"),
+        (["nowhere.py"], "program='nowhere.py': no such"),
+        (["-m", "nowhere"], "program='nowhere'"),
+        (["-m", "nowhere.a"], "program='nowhere.a'"),
+        (["-m", "plain.nowhere"], "program='plain.nowhere'"),
         ([], "PROGRAM"),
         (["--precision", "half", "a.py"], "precision"),
+        (["--prec", "fp32", "plain.py"], "--prec"),
+        (["--check", "--package", "plain.py"], "--check"),
     ):
         found = run("-m", "admfast.accelerate", *command, folder=tmp_path)
-        assert found.returncode == 2 and named in found.stderr and "Traceback" not in found.stderr
-    (tmp_path / "plain.py").write_text("print('no network')")
+        assert found.returncode == 2 and named in found.stderr and "Traceback" not in found.stderr, command
     assert "no network" in run("-m", "admfast.accelerate", "plain.py", folder=tmp_path).stderr

@@ -217,6 +217,12 @@ def test_a_run_begins_from_a_file(tmp_path, capsys):
         resolved("diffusion", "digits32", str(tmp_path), {})
 
 
+def test_an_upsampler_goes_on_enlarging_what_it_enlarged(tmp_path):
+    path = tmp_path / "up.safetensors"
+    admfast.export("digits32_upsampler", path, to="safetensors", low_res_size=16)
+    assert resolved("upsampler", "digits32", str(path), {}).low_res_size == 16
+
+
 def test_the_help_lists_kinds_and_presets(capsys):
     assert main(["train", "--help"]) == 0
     said = capsys.readouterr().out
@@ -224,3 +230,39 @@ def test_the_help_lists_kinds_and_presets(capsys):
     assert main(["train", "diffusion", "--help"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in (*PRESETS["diffusion"], "--dry-run", "--from"))
+
+
+def test_a_file_is_replaced_only_if_asked(tmp_path, capsys):
+    run, file, picture = tmp_path / "run", tmp_path / "notes.pt", tmp_path / "notes.png"
+    assert main(["train", "diffusion", "--out", str(run), *QUICK]) == 0
+    for own in (file, picture):
+        own.write_text("mine")
+    for wanted in (["--out", str(file)], ["--picture", str(picture)]):
+        assert main(["train", "export", str(run), *wanted]) == 2
+        assert wanted[1] in capsys.readouterr().err
+    assert file.read_text() == picture.read_text() == "mine"
+    assert main(["train", "export", str(run), "--out", str(file), "--overwrite"]) == 0
+    assert load_network(file)[1].training["step"] == 2
+
+
+def test_a_run_keeps_its_own_steps_and_never_has_fewer(tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["train", "diffusion", "--out", str(run)]
+    assert main([*command, *QUICK]) == 0
+    before = (run / "run.json").read_bytes()
+    assert main([*command, *QUICK[2:]]) == 0
+    assert (run / "run.json").read_bytes() == before
+    capsys.readouterr()
+    assert main([*command, *QUICK, "--steps", "1"]) == 2
+    assert "steps" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_the_null_class_is_sampled_only_if_asked(tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", "diffusion", "--out", str(run), *QUICK, "--set", "drop_classes=0.5"]) == 0
+    pipe = admfast.load(run, device="cpu")
+    settings = {"steps": 1, "output": "float"}
+    by_default = pipe.sample(seeds=[10], **settings)
+    assert torch.equal(by_default, pipe.sample(seeds=[10], classes=[0], **settings))
+    assert not torch.equal(by_default, pipe.sample(seeds=[10], classes=[10], **settings))

@@ -46,6 +46,21 @@ def source(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_an_upsampler_keeps_what_it_enlarges(ending, tmp_path):
+    bare, path, to = tmp_path / "bare.safetensors", tmp_path / f"up.{ending}", "safetensors"
+    write(bare, upsampler())
+    assert admfast.load(bare).low_res_size is None
+    admfast.export(bare, path, to="published" if ending == "pt" else to, low_res_size=4)
+    assert admfast.load(path).low_res_size == 4
+    again = tmp_path / "again.safetensors"
+    admfast.export(path, again, to=to)
+    assert admfast.load(again).low_res_size == 4
+    for wrong in (bare, "digits32"):
+        with pytest.raises(InvalidArgument, match="^low_res_size="):
+            admfast.export(wrong, tmp_path / "c.safetensors", to=to, low_res_size=0)
+
+
 def test_a_folder_for_diffusers(source, tmp_path):
     done = admfast.export(source, tmp_path / "a/b", to="diffusers")
     assert done.path == tmp_path / "a/b" and files(done.path) == FOLDER

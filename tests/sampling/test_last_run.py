@@ -276,3 +276,4 @@ def test_the_table_holds_every_op_and_both_stages():
         for op, names in stage.implementations().items():
             assert op in text and all(f"{name} {count}" in text for name, count in names.items())
     assert max(map(len, text.splitlines())) < 160
+    assert " row" not in text, "what a user asks for are steps"

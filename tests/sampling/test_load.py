@@ -120,6 +120,23 @@ def test_everything_open_is_asked_for_at_once(tmp_path):
     assert pipe.sample([1], [2], steps=1, upsampler_steps=1).shape == (1, 2 * SIDE, 2 * SIDE, 1)
 
 
+def test_a_model_that_ships_is_a_file_by_name(tmp_path, monkeypatch):
+    parts = {"classifier": "digits32_classifier", "upsampler": "digits32_upsampler"}
+    pipe, system = load("digits32_diffusion", device="cpu", **parts), load("digits32-up", device="cpu")
+    assert (pipe.upsampler.low_res_size, pipe.guidance) == (8, 1.0)
+    for own, same in ((pipe.net, system.net), (pipe.classifier, system.classifier)):
+        for key, value in own.state_dict().items():
+            assert torch.equal(value, same.state_dict()[key])
+    admfast.export("digits32_classifier", tmp_path / "guide.safetensors", to="safetensors")
+    with pytest.raises(InvalidArgument, match="^name='.*classifier.*': "):
+        load("digits32_classifier")
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "digits32_classifier.pt", classifier(), described=False)
+    (tmp_path / "digits32_classifier.pt").rename("digits32_classifier")
+    with pytest.raises(AdmfastError, match="^digits32_classifier: "):  # a file goes first
+        load("digits32_diffusion", classifier="digits32_classifier")
+
+
 @pytest.mark.parametrize("name", ["imagenet64", "x.pt"])
 @pytest.mark.parametrize("part", ["classifier_options", "upsampler_options"])
 def test_options_are_given_by_name(part, name):

@@ -86,15 +86,16 @@ BAD = [
         "x_start='given together with noise'",
     ),
     ({"solver": "ddim-inverse", "x_start": IMAGE, "t_start": 5}, "t_start=5"),
+    ({"solver": "ddim-inverse", "x_start": IMAGE}, "output='uint8'"),
     ({"noise": randn(1, 3, 8, 8)}, r"noise.shape=\(1, 3, 8, 8\)"),
     ({"noise": IMAGE, "seeds": [0, 1]}, r"noise.shape=\(1, 1, 8, 8\)"),
     ({"noise": IMAGE.numpy()}, "noise='ndarray'"),
     ({"noise": IMAGE.to(torch.uint8)}, "noise.dtype=torch.uint8"),
     ({"step_noise": randn(3, 1, 1, 8, 8)}, r"step_noise.shape=\(3, 1, 1, 8, 8\)"),
     ({"step_noise": [IMAGE] * 4}, "step_noise='list'"),
-    ({"low_res": IMAGE}, "low_res='given'"),
-    ({"x_start": IMAGE}, r"x_start, t_start=\(True, None\)"),
-    ({"t_start": 5}, r"x_start, t_start=\(False, 5\)"),
+    ({"low_res": IMAGE}, r"low_res.shape=\(1, 1, 8, 8\)"),
+    ({"x_start": IMAGE}, "t_start=None"),
+    ({"t_start": 5}, "x_start=None"),
     ({"x_start": IMAGE, "t_start": 1000}, "t_start=1000"),
     ({"x_start": IMAGE, "t_start": -1}, "t_start=-1"),
     ({"x_start": IMAGE, "t_start": 0.5}, "t_start=0.5"),
@@ -222,7 +223,7 @@ def test_numbers_of_other_libraries_are_numbers():
 
 def test_what_a_pipeline_without_classes_or_classifier_refuses():
     pipe = pipeline(net=unet(num_classes=None), classifier=None, guidance=0.0)
-    with pytest.raises(InvalidArgument, match="^classes='given': small has no classes"):
+    with pytest.raises(InvalidArgument, match=r"^classes=\[0\]: "):
         pipe.sample(0)
     with pytest.raises(InvalidArgument, match="^guidance=2.0: small has no classifier; 0 is none"):
         pipe.sample(guidance=2)
@@ -232,7 +233,7 @@ def test_what_a_pipeline_without_classes_or_classifier_refuses():
     "arguments, message",
     [
         ({}, "low_res=None: upsamplers need it"),
-        ({"low_res": randn(2, 1, 8, 8), "seeds": 0}, r"low_res.shape=\(2, 1, 8, 8\): \(1, 1, h, w\)"),
+        ({"low_res": randn(2, 1, 8, 8), "seeds": 0}, r"low_res.shape=\(2, 1, 8, 8\): .*h, w\).* 1 seed"),
         ({"low_res": randn(1, 3, 8, 8)}, r"low_res.shape=\(1, 3, 8, 8\): \(1, 1, h, w\)"),
         ({"low_res": randn(1, 1, 8)}, r"low_res.shape=\(1, 1, 8\): \(1, 1, h, w\)"),
         (

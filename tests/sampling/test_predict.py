@@ -236,7 +236,7 @@ def test_one_class_serves_the_batch(one):
         ({"classes": None}, "classes=None: this network needs one of 0 to 3 for each image"),
         ({"classes": [0, CLASSES]}, "classes=4: a whole number from 0 to 3"),
         ({"classes": [0, -1]}, "classes=-1: a whole number from 0 to 3"),
-        ({"classes": [0, 1, 0]}, r"classes=\(3,\): .*2 images"),
+        ({"classes": [0, 1, 0]}, r"classes=\[0, 1, 0\]: .*2 images"),
         ({"classes": [[0]]}, r"classes=\[0\]: "),
         ({"classes": [0, 0.5]}, "classes=0.5: a whole number from 0 to 3"),
         ({"classes": torch.tensor([0.0, 1.0])}, "classes=0.0: a whole number from 0 to 3"),
@@ -244,7 +244,7 @@ def test_one_class_serves_the_batch(one):
         ({"x_t": X.numpy()}, "x_t='ndarray': a tensor of floats"),
         ({"x_t": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)}, "x_t.dtype=torch.uint8"),
         ({"x_t": randn(2, 3, 8, 8)}, r"x.shape=\(2, 3, 8, 8\): \[N, 1, ...\]"),
-        ({"low_res": randn(2, 1, 4, 4)}, "low_res='given': upsamplers need it and no other network takes it"),
+        ({"low_res": randn(2, 1, 4, 4)}, r"low_res.shape=\(2, 1, 4, 4\): "),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
@@ -258,10 +258,10 @@ def test_wrong_arguments_are_named(changes, message):
 def test_what_does_not_fit_the_network_is_named():
     x = randn(2, 1, 8, 8)
     unconditional = pipeline(net=unet(num_classes=None), classifier=None, guidance=0.0)
-    with pytest.raises(InvalidArgument, match="classes='given': small is not class-conditional"):
+    with pytest.raises(InvalidArgument, match=r"^classes=\[0, 1\]: "):
         unconditional.predict(x, 5, [0, 1])
     guided = pipeline(net=unet(num_classes=None), classifier=classifier())
-    with pytest.raises(InvalidArgument, match="classes='given': small is not class-conditional"):
+    with pytest.raises(InvalidArgument, match=r"^classes=\[0, 1\]: "):
         guided.predict(x, 5, [0, 1])
     up = Pipeline("up", upsampler(), PROCESS)
     with pytest.raises(InvalidArgument, match="low_res=None: upsamplers need it"):

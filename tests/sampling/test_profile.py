@@ -73,6 +73,14 @@ def test_products_run_on_the_step_s_threads_and_leave_them(dtype, monkeypatch):
     assert set(seen) == {(dtype, 1)} and torch.get_num_threads() == before
 
 
+def test_a_share_above_one_is_explained(monkeypatch):
+    pipe = pipeline()
+    report = last(pipe)
+    for rate, explained in ((1.0, True), (1e18, False)):
+        monkeypatch.setattr(profile, "product_rate", lambda *_, rate=rate: rate)
+        assert ("Winograd" in profile_text(report, pipe)) == explained
+
+
 # Advice
 
 

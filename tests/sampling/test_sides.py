@@ -89,15 +89,12 @@ def test_sides_that_an_upsampler_can_not_take_are_named():
     assert up.sample(low_res=randn(1, 1, 6, 9)).shape == (1, 8, 12, 1)
 
 
-def test_a_file_is_told_what_it_enlarges():
+def test_a_file_says_what_it_enlarges_and_an_option_goes_before():
     path = MODELS["digits32_upsampler"].shipped_path
-    up = load(path, low_res_size=torch.tensor(8))
-    assert up.low_res_size == 8 and plan(SampleRequest(low_res=randn(1, 1, 8, 16)), up).shape == (
-        1,
-        1,
-        32,
-        64,
-    )
+    wide = SampleRequest(low_res=randn(1, 1, 8, 16))
+    assert load(path).low_res_size == 8 and plan(wide, load(path)).shape == (1, 1, 32, 64)
+    up = load(path, low_res_size=torch.tensor(4))
+    assert up.low_res_size == 4 and plan(wide, up).shape == (1, 1, 64, 128)
     with pytest.raises(InvalidArgument, match="^low_res_size=0: "):
         load(path, low_res_size=0)
     with pytest.raises(InvalidArgument, match="^low_res_size=8: .*unet"):
