@@ -17,7 +17,7 @@ from admfast.models.config import GROUPS
 from admfast.models.convolution import PointwiseConv1d, conv_nd
 from admfast.models.dropout import Dropout
 from admfast.models.fold import Projected
-from admfast.models.hooks import FusedBlock, watched
+from admfast.models.hooks import FusedBlock, hooked, spared, watched
 from admfast.models.recompute import made_again, maybe_checkpoint
 from admfast.ops.attention import attention
 from admfast.ops.norm import group_norm_silu
@@ -302,7 +302,10 @@ def _resamplers(channels: int, dims: int, resample: str | None) -> tuple[nn.Modu
 def without_bias(conv: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return `conv(x)` and None; or without the bias, and the bias, if the next norm adds it at no cost."""
     leaving = getattr(conv, "without_bias", None)
-    return (conv(x), None) if leaving is None else leaving(x)
+    # A hook must see the convolution as it is.
+    if leaving is None or (not spared() and hooked((conv,))):
+        return conv(x), None
+    return leaving(x)
 
 
 def _over_positions(values: Tensor, h: Tensor) -> Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-_NAME = "_admfast_channel_sums"
+# Not an attribute of the tensor, which a user who saves it would save too.
+_LEFT: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def leave(x: Tensor, sums: Any) -> None:
     """Keep `sums` with `x` until somebody writes to it; None: nothing to keep."""
-    if sums is not None and not x.is_inference():  # whose writes torch doesn't count
-        setattr(x, _NAME, (x._version, sums))
+    if sums is not None and not x.is_inference():  # torch doesn't count the writes to an inference tensor
+        _LEFT[x] = x._version, sums
 
 
 def left(x: Tensor) -> Any:
-    """Return what was left with `x`; None where nothing was, or `x` was written to since."""
-    version, sums = getattr(x, _NAME, (None, None))
+    """Return what was left with `x`; None if nothing was, or if `x` was written to since."""
+    version, sums = _LEFT.get(x, (None, None))
     return sums if sums is not None and version == x._version else None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -32,6 +34,19 @@ def kept(pipe: Pipeline):
     """Return the only step that the engine keeps."""
     (step,) = pipe.engine._steps.values()
     return step
+
+
+def test_a_dropped_step_is_freed_without_the_collector():
+    # A step that referred to itself would keep its memory, which torch's allocator can't wait for.
+    pipe = pipeline()
+    images(pipe)
+    dropped = weakref.ref(kept(pipe))
+    gc.disable()
+    try:
+        pipe.engine.release()
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 # Several users

@@ -87,6 +87,13 @@ def test_statistics_end_with_a_write(launched):
     assert STATISTICS in launched
 
 
+def test_a_saved_tensor_holds_nothing_of_ours(launched, tmp_path):
+    x = epilogue.add(draw(2, 64, 9, 7), None, draw(2, 64, 9, 7))
+    assert channel_sums.left(x) is not None
+    torch.save(x, tmp_path / "x.pt")
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), x)
+
+
 def test_statistics_are_left_where_gradients_are_recorded(launched):
     before, dy = draw(2, 64, 9, 7), draw(2, 64, 9, 7)
     weight, bias = torch.randn(2, 64, device=DEVICE)

@@ -289,3 +289,18 @@ def test_a_trainable_convolution_takes_torch_s_words_for_padding(padding, side):
     conv, x = Conv2d(16, 16, 3, padding=padding), randn(2, 16, 8, 8)
     assert conv(x).shape == (2, 16, side, side)
     assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=padding))
+
+
+def test_a_hook_sees_a_convolution_with_its_bias():
+    class Leaving(torch.nn.Conv2d):
+        def without_bias(self, x):
+            return torch.nn.functional.conv2d(x, self.weight), self.bias
+
+    conv, x, seen = Leaving(2, 3, 1), randn(1, 2, 4, 4), []
+    y, bias = layers.without_bias(conv, x)
+    assert bias is conv.bias
+    handle = conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    whole, none = layers.without_bias(conv, x)
+    handle.remove()
+    assert none is None and len(seen) == 1
+    torch.testing.assert_close(whole, y + bias.view(-1, 1, 1))
