@@ -218,6 +218,9 @@ def preset(name: str) -> ModelPreset:
     if isinstance(name, str):
         found = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
     if found is None:
+        if isinstance(name, str) and name in SYSTEMS:
+            models = ", ".join(model.name for model in SYSTEMS[name].models)
+            raise invalid("preset", name, f"a model; this is a system, which is made of {models}")
         raise invalid("preset", name, f"no such model; {nearest(str(name), MODELS)}")
     return found
 

@@ -266,3 +266,9 @@ def test_the_null_class_is_sampled_only_if_asked(tmp_path):
     by_default = pipe.sample(seeds=[10], **settings)
     assert torch.equal(by_default, pipe.sample(seeds=[10], classes=[0], **settings))
     assert not torch.equal(by_default, pipe.sample(seeds=[10], classes=[10], **settings))
+
+
+def test_a_size_that_does_not_fit_begins_no_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "diffusion", "--out", str(run), *QUICK, "--set", "image_size=30"]) == 2
+    assert "image_size" in capsys.readouterr().err and not run.exists()

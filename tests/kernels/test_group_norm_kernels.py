@@ -144,7 +144,7 @@ def test_a_first_tile_unlike_the_rest_costs_no_accuracy(path, monkeypatch):
 def test_what_float32_leaves_out_of_a_mean_is_not_lost(path, mean, monkeypatch):
     # At mean 1000 and deviation 1, rounding the group's mean to float32 would shift every result by up to
     # 3e-5. At mean 100000 the square of what is lost, up to 1.5e-5 of the variance, counts too. The kernel
-    # also keeps the rest of the mean, `low`. x - mean is exact here (Sterbenz). The limit counts six roundings
+    # keeps the rest of the mean too, `low`. x - mean is exact here (Sterbenz). The limit counts six roundings
     # of half a unit of the result (low, rstd, a, low * a, the product, the sum), and a quarter of a unit for
     # each of the 40 sums in a row (36 tiles, then rows and channels) of the variance, whose relative error
     # rstd halves.

@@ -218,3 +218,8 @@ def test_a_bad_description_is_refused_by_field(text, said):
     with pytest.raises(InvalidArgument, match=said) as caught:
         description_from_json(text, "x.json")
     assert str(caught.value).startswith("x.json: ")
+
+
+def test_a_system_in_the_place_of_a_model_is_told_its_models():
+    with pytest.raises(InvalidArgument, match="^preset=.*64x64_diffusion.*64x64_classifier"):
+        preset("imagenet64")
