@@ -10,7 +10,7 @@ from admfast.checkpoints.differences import (
     shapes_of,
 )
 from admfast.checkpoints.fetch import Fetched, fetch
-from admfast.checkpoints.infer import ModelInfo, Unanswered, identify
+from admfast.checkpoints.infer import AmbiguousCheckpoint, ModelInfo, identify
 from admfast.checkpoints.loading import identify_weights, load_network
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.writing import write_weights
@@ -20,7 +20,7 @@ __all__ = [
     "Fetched",
     "ForwardWork",
     "ModelInfo",
-    "Unanswered",
+    "AmbiguousCheckpoint",
     "Weights",
     "compare",
     "describe",

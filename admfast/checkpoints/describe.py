@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from admfast.checkpoints.differences import nearest_preset, shapes_of
-from admfast.checkpoints.infer import ModelInfo, Unanswered
+from admfast.checkpoints.infer import AmbiguousCheckpoint, ModelInfo
 from admfast.checkpoints.loading import check_fit, identify_weights, values_by_dtype
 from admfast.checkpoints.reading import Weights, read_weights
 from admfast.checkpoints.structure import summary
@@ -122,7 +122,7 @@ def describe(
     rows += [("beside", note) for note in weights.notes]
     try:
         info = identify_weights(weights, preset=preset, options=options)
-    except Unanswered as question:
+    except AmbiguousCheckpoint as question:
         rows += [("network", summary(question.structure)), *_sizes(weights)]
         rows.append(("open", str(question).removeprefix(f"{weights.path}: ")))
     else:

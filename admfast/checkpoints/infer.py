@@ -42,7 +42,7 @@ OPTION_NAMES = sorted(_NETWORK_NAMES | _DIFFUSION_NAMES | {"kind", "entry"})  # 
 SWITCH_NAMES = {*SWITCHES, *PROCESS_SWITCHES}
 
 
-class Unanswered(CheckpointError):
+class AmbiguousCheckpoint(CheckpointError):
     """Options of the weights are missing; the message lists them, `structure` holds what the shapes show."""
 
     def __init__(self, message: str, structure: Structure):
@@ -114,8 +114,8 @@ def identify(
     Raises:
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
         CheckpointError: if the shapes are not those of an ADM network.
-        Unanswered: if options are missing. The message is one line with these options, their allowed values,
-            and the nearest released model with its values.
+        AmbiguousCheckpoint: if options are missing. The message is one line with these options, their allowed
+            values, and the nearest released model with its values.
     """
     said = options or {}
     options, claims = flags.translated(said)
@@ -262,7 +262,7 @@ def _from_structure(
     if kind != "classifier" and "noise_schedule" not in diffusion_options and (process or questions):
         questions.append(f"noise_schedule ({_any_of(list(NOISE_SCHEDULES))})")
     if questions:
-        raise Unanswered(_question(file, structure, questions, nearest_preset(shapes)), structure)
+        raise AmbiguousCheckpoint(_question(file, structure, questions, nearest_preset(shapes)), structure)
     fields |= {"kind": kind, "in_channels": structure.kinds[kind]}
     return config_from_dict({**fields, **options}), _assumed(kind, options)
 

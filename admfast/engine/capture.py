@@ -39,7 +39,7 @@ def capture(step: PreparedStep) -> None:
         here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device, priority=PRIORITY)
         side.wait_stream(here)
         with torch.cuda.stream(side):
-            for guided, body in step.run.items():
+            for guided, body in step.bodies.items():
                 for _ in range(WARM_UPS):
                     step.counters.zero_()
                     with watch() as step.choices[guided]:  # recorded now, because a replay chooses nothing
@@ -51,7 +51,7 @@ def capture(step: PreparedStep) -> None:
         torch._C._cuda_clearCublasWorkspaces()
         try:
             with _uncollected():
-                step.run.update(_captured(step.run, side, here))
+                step.bodies.update(_captured(step.bodies, side, here))
             step.captured = True
         except RuntimeError as error:
             first = first_of(error, outer)

@@ -59,7 +59,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
     if cache is not None:
         check_folder(cache)
     with _kept_in(cache):
-        for guided in list(step.run):
+        for guided in list(step.bodies):
             body = functools.partial(step.body, guided)
             began = time.monotonic()
             x = _fill(step, guided)
@@ -76,7 +76,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
                 reason = f"torch raises {type(cause).__name__} ({first_line(cause)}); turn compile off"
                 raise Unavailable(f"compile=True: {reason}") from error
             _check(step, found, eager, rounded)
-            step.run[guided] = compiled
+            step.bodies[guided] = compiled
             step.compiled = True
             LOG.warning("compiled in %.0f s", time.monotonic() - began)
 
@@ -149,16 +149,16 @@ def _fill(step: PreparedStep, guided: bool) -> Tensor:
     device = step.state.x.device
     generator = _generator(device, 0)
     packed = pack([Row(0.0, 0.0, k_out=1.0, k_mean=float(guided), clip=Clip.NONE)], device)
-    step.packed.host[:1] = packed.host
-    step.packed.device[:1] = packed.device
-    step.scale.fill_(1 / LOSS_SCALE)
+    step.table.host[:1] = packed.host
+    step.table.device[:1] = packed.device
+    step.gradient_scale.fill_(1 / LOSS_SCALE)
     step.timesteps.fill_(500)
     if step.low_res is not None:
         step.low_res.normal_(generator=generator)
     for name, column in (("net", 0), ("classifier", 1)):
-        if name in step.tables:
+        if name in step.embeddings:
             labels = step.labels if name == "net" and step.key.classes else None
-            step.tables[name].fill(step.timesteps[column, :1], labels)
+            step.embeddings[name].fill(step.timesteps[column, :1], labels)
     return torch.randn(step.state.x.shape, generator=generator, device=device)
 
 

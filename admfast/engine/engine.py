@@ -169,7 +169,7 @@ class Engine:
     def _make_room(self, count: int) -> None:
         """Drop the oldest steps until at most `count` are left and they fit `kept_bytes`, or one is left."""
         while len(self._steps) > count or (
-            len(self._steps) > 1 and sum(s.held for s in self._steps.values()) > self.options.kept_bytes
+            len(self._steps) > 1 and sum(s.memory for s in self._steps.values()) > self.options.kept_bytes
         ):
             self._steps.popitem(last=False)
 
@@ -190,7 +190,7 @@ class Engine:
             if graph:
                 capture(made)
         # A graph keeps all memory that its operations use.
-        made.held = max(made.nbytes, self._reserved() - before)
+        made.memory = max(made.nbytes, self._reserved() - before)
         made.leave()
         return made
 

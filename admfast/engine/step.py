@@ -129,13 +129,13 @@ class PreparedStep:
         self.asked_threads = options.threads
         self.threads = self._threads()
         parts = {"net": self.net, "classifier": self.classifier}
-        self.tables = {
-            name: EmbeddingTable(part, key.shape[0], options.rows_at_a_time, device)
+        self.embeddings = {
+            name: RowEmbeddings(part, key.shape[0], options.rows_at_a_time, device)
             for name, part in parts.items()
             if part is not None and part.projects and not part.altered
         }
         with watch() as self._once:  # the choice of the update, made once for all rows
-            self.update = update_for(self.state, self.packed, impl)
+            self.update = update_for(self.state, self.table, impl)
         self.choices: dict[bool, list[Choice]] = {}  # the other choices in a row, by whether it is guided
         self.side: torch.cuda.Stream | None = None
         # A body that torch.compile traces can use only one stream.
@@ -143,7 +143,7 @@ class PreparedStep:
             self.side = torch.cuda.Stream(device, priority=PRIORITY)
         # The function that runs a row, by whether it is guided: a body, a compiled body, or a graph's replay.
         kinds = [kind for kind, there in ((True, key.guided), (False, key.plain)) if there]
-        self.run: dict[bool, Callable[[], None]] = {
+        self.bodies: dict[bool, Callable[[], None]] = {
             # Not the step itself, which would keep itself alive until Python's collector runs.
             kind: partial(PreparedStep.body, weakref.proxy(self), kind)
             for kind in kinds
@@ -152,7 +152,7 @@ class PreparedStep:
         self._left: torch.cuda.Event | None = None
         self.compiled = self.captured = False
         self.refused: str | None = None  # why the step isn't captured or compiled, although that is required
-        self.held = self.nbytes  # bytes of memory that the step occupies, without the networks
+        self.memory = self.nbytes  # bytes of memory that the step occupies, without the networks
 
     def _threads(self) -> int | None:
         """Return the number of threads for a row; None if the device is not a CPU."""
@@ -173,14 +173,14 @@ class PreparedStep:
         self.low_res = None if key.low_res is None else torch.zeros(key.low_res, device=device)
         self.labels = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
         self.seeds = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
-        self.scale = torch.zeros(1, dtype=torch.float32, device=device)
+        self.gradient_scale = torch.zeros(1, dtype=torch.float32, device=device)
         # The counters of rows and of noise rows, in one tensor, so that one operation advances both.
         self.counters = torch.zeros(2, dtype=torch.int32, device=device)
         self.first_row = torch.zeros(1, dtype=torch.int32, device=device)
         dtype = torch.int64 if key.integer_t else torch.float32
         self.timesteps = torch.zeros((2, key.rows), dtype=dtype, device=device)
         host = _no_rows(key.rows)
-        self.packed = PackedTable(host, host.to(device, torch.float32))
+        self.table = PackedTable(host, host.to(device, torch.float32))
         self.step_noise: RowNoise | None = None
         self.guided: tuple[bool, ...] = ()
 
@@ -189,7 +189,7 @@ class PreparedStep:
         row, noise_row = self.counters[:1], self.counters[1:]
         x, count = self.state.x, self.key.shape[0]
         t_net, t_clf = self.timesteps.index_select(1, row).expand(2, count)
-        embedded = row - self.first_row if self.tables else row  # the row's number among the embedded ones
+        embedded = row - self.first_row if self.embeddings else row  # its number among the rows embedded
         gradient = None
         if guided and self.side is not None:
             here = torch.cuda.current_stream(x.device)
@@ -207,7 +207,7 @@ class PreparedStep:
         self.update(
             self.state,
             out,
-            self.packed,
+            self.table,
             row,
             out2=None,
             grad=gradient,
@@ -220,8 +220,8 @@ class PreparedStep:
 
     def _output(self, x: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
         extra = {}
-        if "net" in self.tables:
-            extra["projected"] = self.tables["net"].at(embedded)
+        if "net" in self.embeddings:
+            extra["projected"] = self.embeddings["net"].at(embedded)
         if self.key.classes:
             extra["y"] = self.labels
         if self.low_res is not None:
@@ -230,9 +230,11 @@ class PreparedStep:
 
     def _gradient(self, x: Tensor, t: Tensor, embedded: Tensor) -> Tensor:
         assert self.classifier is not None
-        table = self.tables.get("classifier")
-        projected = None if table is None else table.at(embedded)
-        return log_probability_gradient(self.classifier, x, t, self.labels[:, None], projected, self.scale)
+        embeddings = self.embeddings.get("classifier")
+        projected = None if embeddings is None else embeddings.at(embedded)
+        return log_probability_gradient(
+            self.classifier, x, t, self.labels[:, None], projected, self.gradient_scale
+        )
 
     def fill(self, batch: Batch, x: Tensor) -> None:
         """Copy a batch and its initial images `x` into the buffers; the next row is then the first."""
@@ -246,9 +248,9 @@ class PreparedStep:
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, count = batch.table, len(batch.table)
         self.threads = self._threads()  # the user may have changed torch's number
-        self.packed.host.copy_(_no_rows(self.key.rows))
-        self.packed.host[:count] = table.packed.host
-        self.packed.device.copy_(self.packed.host)
+        self.table.host.copy_(_no_rows(self.key.rows))
+        self.table.host[:count] = table.packed.host
+        self.table.device.copy_(self.table.host)
         self.state.x.copy_(x)
         for buffer in (self.state.x0, self.state.saved, self.state.history):
             if buffer is not None:
@@ -257,7 +259,7 @@ class PreparedStep:
         for own, given in ((self.labels, batch.labels), (self.low_res, batch.low_res)):
             if own is not None and given is not None:
                 own.copy_(given)
-        self.scale.fill_(batch.scale / LOSS_SCALE)
+        self.gradient_scale.fill_(batch.scale / LOSS_SCALE)
         self.guided = batch.guided
         self.timesteps[:, :count] = table.timesteps.to(self.timesteps.dtype).to(self.timesteps.device)
         self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32, device="cpu"))
@@ -281,9 +283,9 @@ class PreparedStep:
     def _buffers(self) -> list[Tensor]:
         """Return all tensors on the device, except those of the networks."""
         found = [getattr(self.state, field.name) for field in fields(self.state)]
-        found += [self.noise, self.low_res, *(table.values for table in self.tables.values())]
-        found += [self.labels, self.seeds, self.scale, self.counters, self.first_row]
-        found += [self.timesteps, self.packed.device]
+        found += [self.noise, self.low_res, *(table.values for table in self.embeddings.values())]
+        found += [self.labels, self.seeds, self.gradient_scale, self.counters, self.first_row]
+        found += [self.timesteps, self.table.device]
         return [buffer for buffer in found if buffer is not None]
 
     def advance(self, i: int) -> None:
@@ -297,21 +299,21 @@ class PreparedStep:
 
     def _advance(self, i: int) -> None:
         check_generations(self._networks, self.generations)
-        chunk = min([table.rows for table in self.tables.values()], default=0)
+        chunk = min([table.rows for table in self.embeddings.values()], default=0)
         if chunk and i % chunk == 0:
             self.first_row.fill_(i)
             for name, column in (("net", 0), ("classifier", 1)):
-                if name in self.tables:
+                if name in self.embeddings:
                     labels = self.labels if name == "net" and self.key.classes else None
-                    self.tables[name].fill(self.timesteps[column, i : i + chunk], labels)
+                    self.embeddings[name].fill(self.timesteps[column, i : i + chunk], labels)
         if self.noise is not None and self.step_noise is not None:
             self.noise.copy_(self.step_noise[i].detach())
         guided = self.guided[i]
         if guided in self.choices:
-            self.run[guided]()
+            self.bodies[guided]()
             return
         with watch() as seen:  # only once for each kind of row
-            self.run[guided]()
+            self.bodies[guided]()
         self.choices[guided] = seen
 
     def chosen(self) -> list[Choice]:
@@ -327,7 +329,7 @@ class PreparedStep:
         return sum(buffer.nbytes for buffer in self._buffers())
 
 
-class EmbeddingTable:
+class RowEmbeddings:
     """The projected embeddings of several rows for all images of a batch: values [rows, N, total]."""
 
     def __init__(self, net: FoldableNet, count: int, rows: int, device: torch.device):

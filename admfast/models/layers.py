@@ -82,14 +82,11 @@ class Head(FusedBlock, nn.Sequential):
             self._built()
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Run the layers; `dtype`: what `x` is converted to first, or None.
-
-        The norm reads `x` as it is and writes `dtype`, which is the same without a pass of its own.
-        """
-        wider = dtype if dtype is None else torch.promote_types(x.dtype, dtype)
-        if self.as_published() or wider != dtype:
-            x, dtype = x if dtype is None else x.to(dtype), None
-        if self.as_published():
+        """Run the layers on `x`, in `dtype` unless that is None; the norm converts it on its way."""
+        published = self.as_published()
+        if dtype is not None and (published or torch.promote_types(x.dtype, dtype) != dtype):
+            x, dtype = x.to(dtype), None
+        if published:
             return super().forward(x)
         norm, _, *rest = self._modules.values()
         x = norm(x, silu=True, dtype=dtype)  # type: ignore[misc]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from admfast.checkpoints import ModelInfo, Unanswered, diffusers, load_network, write_weights
+from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, diffusers, load_network, write_weights
 from admfast.checkpoints.published_flags import published_flags
 from admfast.checkpoints.reading import Source
 from admfast.checkpoints.writing import DTYPES, write_folder
@@ -159,7 +159,7 @@ def _loaded(
     options = {name: value for name, value in options.items() if name != LOW_RES_SIZE}
     try:
         net, info = load_network(source, preset=preset, dtype=dtype, **options)
-    except Unanswered as question:
+    except AmbiguousCheckpoint as question:
         raise CheckpointError(f"{question} [options of export, or --set on the command line]") from None
     return net, _with_low_res_size(info, low_res_size_of(info, trained)), notes
 

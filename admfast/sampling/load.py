@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from admfast.checkpoints import ModelInfo, Unanswered, flags, load_network
+from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, flags, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.checkpoints.reading import A_RUN, ENDINGS, Source, near_names
 from admfast.checks import switch, whole
@@ -97,7 +97,7 @@ def load(
     of_classifier = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
     on = chosen_device(device)
     prepared = _engine_options(engine, switch("compile", compile), compile_cache)
-    form = _Form(policy(precision, on), prepared, switch("keep_master", keep_master))
+    form = _NetworkSettings(policy(precision, on), prepared, switch("keep_master", keep_master))
     with own_numerics(on):
         if chosen is not None:
             refuse_said(chosen, said)
@@ -106,9 +106,9 @@ def load(
         for flag, value in of_classifier.items() if classifier is None else ():
             raise invalid(flag, value, "there is no classifier")
         parts = [
-            _Part("name", name, {**options, "preset": preset}),
-            _Part("classifier", classifier, {**(classifier_options or {}), **of_classifier}),
-            _Part("upsampler", upsampler, {**(upsampler_options or {})}),
+            _WeightsFile("name", name, {**options, "preset": preset}),
+            _WeightsFile("classifier", classifier, {**(classifier_options or {}), **of_classifier}),
+            _WeightsFile("upsampler", upsampler, {**(upsampler_options or {})}),
         ]
         return _load_files(parts, on, form)
 
@@ -153,7 +153,7 @@ def _path_of(argument: str, source: str | PathLike[str]) -> Path:
 
 
 @dataclass(frozen=True)
-class _Form:
+class _NetworkSettings:
     """Settings for running networks: precision, engine options, whether float32 parameters are kept."""
 
     policy: Policy
@@ -177,7 +177,7 @@ class _Form:
 
 
 @dataclass
-class _Part:
+class _WeightsFile:
     """Weights and their options, with the argument of `load` that named them."""
 
     argument: str
@@ -211,7 +211,7 @@ def _engine_options(
     return replace(options, compile=compile or options.compile, compile_cache=cache)
 
 
-def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeline:
+def _load_files(parts: list[_WeightsFile], device: torch.device, form: _NetworkSettings) -> Pipeline:
     """Return the pipeline of files; one error names all the options that are missing."""
     trained = {part.argument: part.options.pop(LOW_RES_SIZE, None) for part in parts}
     for part in parts[1:]:
@@ -228,7 +228,7 @@ def _load_files(parts: list[_Part], device: torch.device, form: _Form) -> Pipeli
             continue
         try:
             loaded[part.argument] = _load_part(part, device)
-        except Unanswered as question:
+        except AmbiguousCheckpoint as question:
             questions.append(f"{question} [{_ANSWERS[part.argument]}]")
     if questions:
         raise CheckpointError("; and ".join(questions))
@@ -267,7 +267,7 @@ def low_res_size_of(info: ModelInfo, given: Any) -> int | None:
     return whole(LOW_RES_SIZE, given, 1)
 
 
-def _load_part(part: _Part, device: torch.device) -> tuple[Network, ModelInfo]:
+def _load_part(part: _WeightsFile, device: torch.device) -> tuple[Network, ModelInfo]:
     """Return the network of one file; reject one of another kind than its argument asks for."""
     assert part.source is not None
     source = part.source
@@ -297,7 +297,7 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
 
 
 def _load_system(
-    chosen: SystemPreset, weights: str | PathLike[str] | None, device: torch.device, form: _Form
+    chosen: SystemPreset, weights: str | PathLike[str] | None, device: torch.device, form: _NetworkSettings
 ) -> Pipeline:
     """Load every model of a system; check that all files exist before the first is read."""
     paths = {model.name: file_of(chosen, model, weights) for model in chosen.models}

@@ -9,7 +9,14 @@ import re
 
 import pytest
 
-from admfast.checkpoints import Unanswered, compare, fingerprint, identify, nearest_preset, network_shapes
+from admfast.checkpoints import (
+    AmbiguousCheckpoint,
+    compare,
+    fingerprint,
+    identify,
+    nearest_preset,
+    network_shapes,
+)
 from admfast.checkpoints.structure import read_structure
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument
@@ -44,7 +51,7 @@ def test_any_network_is_recognised(seed):
     options = hidden_options(config)
     if len(read_structure(shapes).layouts) > 1:
         assert isinstance(config, ClassifierConfig)  # a UNet's up path shows where levels end
-        with pytest.raises(Unanswered, match="num_res_blocks"):
+        with pytest.raises(AmbiguousCheckpoint, match="num_res_blocks"):
             identify(shapes, file="x", options={**options, "image_size": None})
         options["num_res_blocks"] = config.num_res_blocks
     found = identify(shapes, file="x", options=options).config
@@ -83,7 +90,7 @@ def test_the_random_networks_reach_every_option():
 
 
 def test_the_question_lists_what_is_open_and_what_is_allowed():
-    with pytest.raises(Unanswered) as caught:
+    with pytest.raises(AmbiguousCheckpoint) as caught:
         identify(network_shapes(SMALL_UNET), file="runs/a.pt")
     text = str(caught.value)
     assert text.startswith("runs/a.pt: these are the weights of a unet with 32 base channels x (1,2)")
@@ -112,7 +119,7 @@ def test_an_option_that_is_given_is_not_asked_for(options, asked):
     if not asked:
         assert identify(shapes, file="x", options=options).config.image_size == 16
         return
-    with pytest.raises(Unanswered) as caught:
+    with pytest.raises(AmbiguousCheckpoint) as caught:
         identify(shapes, file="x", options=options)
     question = str(caught.value).partition("give ")[2].partition("; or the .json")[0]
     assert set(re.findall(r"(?:^|; )(\w+)", question)) == asked
@@ -121,7 +128,7 @@ def test_an_option_that_is_given_is_not_asked_for(options, asked):
 def test_channels_that_fit_two_kinds_are_asked_about():
     shapes = network_shapes(SMALL_UPSAMPLER)  # 2 channels in (1 and its low-resolution copy), 2 out
     options = {"image_size": 16, "num_heads": 2, "use_new_attention_order": False}
-    with pytest.raises(Unanswered, match=r"kind \(unet or upsampler\)"):
+    with pytest.raises(AmbiguousCheckpoint, match=r"kind \(unet or upsampler\)"):
         identify(shapes, file="x", options=options)
     as_upsampler = identify(shapes, file="x", options={**options, "kind": "upsampler"}).config
     assert as_upsampler == SMALL_UPSAMPLER
@@ -134,7 +141,7 @@ def test_a_condition_in_the_input_is_not_taken_for_an_upsampler_s(stem, head):
     """An image concatenated with a condition can have the channels of an upsampler."""
     given = dataclasses.replace(SMALL_UNET, in_channels=stem, out_channels=head)
     options = {"image_size": 16, "num_classes": 10, **HEADS}
-    with pytest.raises(Unanswered, match=r"kind \(unet or upsampler\)"):
+    with pytest.raises(AmbiguousCheckpoint, match=r"kind \(unet or upsampler\)"):
         identify(network_shapes(given), file="x", options=options)
     found = identify(network_shapes(given), file="x", options={**options, "kind": "unet"}).config
     assert found == given and not found.of_images
@@ -162,7 +169,7 @@ def test_a_classifier_of_equal_blocks_can_be_read_in_several_ways():
     )
     shapes = network_shapes(equal)  # 12 input blocks: 1x11, 2x5, 3x3, 4x2 or 6x1
     options = {"num_head_channels": 32}
-    with pytest.raises(Unanswered, match=r"num_res_blocks \(11, 5, 3, 2 or 1\)"):
+    with pytest.raises(AmbiguousCheckpoint, match=r"num_res_blocks \(11, 5, 3, 2 or 1\)"):
         identify(shapes, file="x", options=options)
     for answer in ({"num_res_blocks": 3}, {"image_size": 16}, {"channel_mult": (1, 1, 1)}):
         assert identify(shapes, file="x", options={**options, **answer}).config == equal
@@ -250,7 +257,7 @@ def test_a_fine_tuned_model_is_told_what_it_is_nearest_to():
     assert near is preset("512x512_diffusion")
     assert differences.missing == {"label_emb.weight": (1000, 1024)}
     assert not differences.unexpected and not differences.misshapen
-    with pytest.raises(Unanswered) as caught:
+    with pytest.raises(AmbiguousCheckpoint) as caught:
         identify(shapes, file="x.pt")
     assert (
         "(nearest is 512x512_diffusion, with image_size=512, use_new_attention_order=False, "
@@ -295,7 +302,7 @@ def test_what_is_no_adm_network_is_said_to_be_none(change, said):
     with pytest.raises(CheckpointError, match=said) as caught:
         identify(change(network_shapes(SMALL_UNET)), file="x.pt")
     assert str(caught.value).startswith("x.pt: ") and "\n" not in str(caught.value)
-    assert not isinstance(caught.value, Unanswered)
+    assert not isinstance(caught.value, AmbiguousCheckpoint)
 
 
 def test_differences_are_counted_and_listed():

@@ -100,7 +100,7 @@ def prepared(body) -> SimpleNamespace:
     """Return the attributes of a step that `capture` uses."""
     state = SimpleNamespace(x=SimpleNamespace(device=DEVICE))
     run = {True: body, False: body}
-    return SimpleNamespace(state=state, run=run, counters=torch.zeros(2), refused=None, choices={})
+    return SimpleNamespace(state=state, bodies=run, counters=torch.zeros(2), refused=None, choices={})
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_warm_up_and_captures_run_on_one_stream_of_the_step_s_device(cuda):
     assert len({stream for stream, _ in seen}) == 1 and seen[0][0] is not cuda.home
     assert [captured for _, captured in seen] == [False] * 2 * WARM_UPS + [True] * 2
     assert set(cuda.asked) == {DEVICE} and cuda.current is cuda.home and step.refused is None
-    for replay in step.run.values():
+    for replay in step.bodies.values():
         replay()
     assert cuda.replays == 2
 
@@ -139,10 +139,10 @@ def failing(cuda, error: BaseException):
 
 def test_a_refusal_is_told_by_its_first_error_and_leaves_the_stream(cuda, caplog):
     step = prepared(failing(cuda, RuntimeError("operation not permitted when stream is capturing\nmore")))
-    before = dict(step.run)
+    before = dict(step.bodies)
     with caplog.at_level(logging.WARNING, logger="admfast"):
         capture(step)
-    assert step.refused == "operation not permitted when stream is capturing" and step.run == before
+    assert step.refused == "operation not permitted when stream is capturing" and step.bodies == before
     assert "no CUDA graph of the step (operation not permitted" in caplog.text
     assert cuda.current is cuda.home
 

@@ -70,7 +70,7 @@ def test_embeddings_made_together_change_nothing(name, rows_at_a_time):
     got, wanted = images(prepared, **SETTINGS[name]), images(plain, **SETTINGS[name])
     assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert any(prepared.engine._steps.values())
-    assert all("net" in step.tables for step in prepared.engine._steps.values())
+    assert all("net" in step.embeddings for step in prepared.engine._steps.values())
 
 
 @pytest.mark.parametrize("make", [cascade], ids=["cascade"])
@@ -131,7 +131,7 @@ def pointers(step: PreparedStep) -> dict[str, int]:
         for where in ("state", "packed")
         for name, t in vars(getattr(step, where)).items()
     }
-    found |= dict(vars(step).items()) | {f"table {n}": t.values for n, t in step.tables.items()}
+    found |= dict(vars(step).items()) | {f"table {n}": t.values for n, t in step.embeddings.items()}
     return {name: t.data_ptr() for name, t in found.items() if isinstance(t, Tensor)}
 
 
@@ -238,7 +238,7 @@ def test_a_body_is_one_graph_for_the_compiler(guided):
     with torch._dynamo.config.patch(trace_autograd_ops=True):
         compiled = torch.compile(lambda: step.body(guided), fullgraph=True, backend="aot_eager")
         step.fill(batch, x)
-        step.run[guided] = compiled
+        step.bodies[guided] = compiled
         got = run_rows(batch.table, step).x
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
@@ -421,4 +421,4 @@ def test_steps_are_kept_within_the_memory_allowed():
     images(pipe, classes=0, seeds=1)
     assert [key.shape[0] for key, _ in pipe.engine._steps] == [1]
     (step,) = pipe.engine._steps.values()
-    assert step.held == step.nbytes >= 2 * step.state.x.nbytes
+    assert step.memory == step.nbytes >= 2 * step.state.x.nbytes

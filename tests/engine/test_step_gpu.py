@@ -64,7 +64,7 @@ def test_a_replayed_step_is_the_eager_one(name, branches):
     pipe = made(options=EngineOptions(branches=branches))
     got, again = images(pipe, **SETTINGS[name]), images(pipe, **SETTINGS[name])
     assert all(step.refused is None for step in pipe.engine._steps.values())
-    assert all(run.__name__ == "replay" for s in pipe.engine._steps.values() for run in s.run.values())
+    assert all(run.__name__ == "replay" for s in pipe.engine._steps.values() for run in s.bodies.values())
     assert near(got, again)
     assert near(got, images(made(options=EAGER), **SETTINGS[name]))
     assert near(got.cpu(), images(pipeline(), **SETTINGS[name]), 1e-3)

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from admfast.checkpoints import Unanswered, fingerprint, identify, network_shapes
+from admfast.checkpoints import AmbiguousCheckpoint, fingerprint, identify, network_shapes
 from admfast.checkpoints.structure import read_structure
 from admfast.diffusion import DiffusionConfig
 from admfast.models import ClassifierConfig, build
@@ -114,7 +114,7 @@ def test_shapes_alone_show_all_but_what_they_cant(path, monkeypatch):
     if config.kind == "upsampler":
         hidden["kind"] = "upsampler"
     assert identify(shapes, file="x.pt", options=hidden).config == config
-    with pytest.raises(Unanswered) as caught:
+    with pytest.raises(AmbiguousCheckpoint) as caught:
         identify(shapes, file="x.pt")
     asked = str(caught.value)
     same = presets_with_fingerprint(preset(path.stem).fingerprint)
