@@ -22,7 +22,7 @@ from admfast.models.recompute import made_again, maybe_checkpoint
 from admfast.ops.attention import attention
 from admfast.ops.norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
-from admfast.ops.transforms import observed
+from admfast.ops.transforms import observed, recorded
 
 Net = TypeVar("Net", bound=nn.Module)
 _NOTHING = contextlib.nullcontext()
@@ -155,9 +155,10 @@ class ResidualBlock(FusedBlock):
         norm: Any, conv: Any, out_norm: Any, dropout: Any, out_conv: Any,
     ) -> Tensor:  # fmt: skip
         again, given = self.recomputes_norms, x
-        if self.resample is None and x2 is not None:
+        # The norm's backward pass adds the gradient of its skip.
+        if self.resample is None and (x2 is not None or not recorded(x)):
             h = norm(x, silu=True, x2=x2)
-        else:  # the norm's backward pass adds the gradient of its skip
+        else:
             h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
         recomputed = again and self.resample is None
         with made_again(h, norm.again(given, silu=True, x2=x2)) if recomputed else _NOTHING:
@@ -373,7 +374,7 @@ class AttentionBlock(FusedBlock):
             return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).reshape(x.shape)
         modules: Any = self._modules  # see `ResBlock`
         norm, product, attending, proj_out = modules.values()
-        h, x = norm(x, with_skip=True)
+        h, x = norm(x, with_skip=True) if recorded(x) else (norm(x), x)
         qkv = product(h.flatten(2), any_order=True).transpose(1, 2)  # [N, S, 3C]
         h = attending.of_tokens(qkv, product.reordered)
         return proj_out(h.transpose(1, 2), x.flatten(2)).reshape(x.shape)

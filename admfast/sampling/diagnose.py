@@ -28,7 +28,8 @@ def first_nonfinite(
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not _finite(output):
+            first = output[0] if isinstance(output, tuple) else output  # a norm may return its skip too
+            if not found and isinstance(first, Tensor) and not _finite(first):
                 found.append(f"the first layer to put it out is {name} ({type(module).__name__})")
 
         return hook

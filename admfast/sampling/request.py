@@ -103,8 +103,6 @@ class SampleRequest:
         checks.functions(denoised_fn=self.denoised_fn, callback=self.callback)
         self._put_whole("every", 1)
         checks.one_of("output", self.output, ("uint8", "float"))
-        if solver_of(self.solver).begins == "image" and self.output != "float":
-            raise invalid("output", self.output, f"'float' for {self.solver}: pixels can't hold noise")
         if not isinstance(self.impl, str | None):
             raise invalid("impl", self.impl, "the name of an implementation, or None")
 
@@ -163,6 +161,8 @@ class SampleRequest:
             given = None if self.noise is None else "given together with noise"
             allowed = f"the images that {solver} begins from, [N, C, H, W] in [-1, 1]"
             raise invalid("x_start", given, allowed)
+        elif self.output == "uint8":
+            raise invalid("output", self.output, f"'float' for {solver}: pixels can't hold noise")
 
     def _check_guidance(self) -> None:
         """Check the guides, and that the classifier's scale is given at most once."""
