@@ -127,18 +127,18 @@ def batch_of(table: SolverTable, guided: bool = True, **changes) -> Batch:
 def pointers(step: PreparedStep) -> dict[str, int]:
     """Return the address of every tensor that a body reads or writes."""
     found = {
-        f"{where}.{name}": t
-        for where in ("state", "packed")
-        for name, t in vars(getattr(step, where)).items()
+        f"{where}.{name}": t for where in ("state", "table") for name, t in vars(getattr(step, where)).items()
     }
-    found |= dict(vars(step).items()) | {f"table {n}": t.values for n, t in step.embeddings.items()}
+    found |= dict(vars(step).items()) | {f"embeddings {n}": t.values for n, t in step.embeddings.items()}
     return {name: t.data_ptr() for name, t in found.items() if isinstance(t, Tensor)}
 
 
 def test_buffers_stay_where_they_are():
     step, batch, x = step_of()
     before = pointers(step)
-    assert {"state.x", "packed.device", "labels", "seeds", "scale", "counters", "timesteps"} <= set(before)
+    assert {"state.x", "table.device", "labels", "seeds", "gradient_scale", "counters", "timesteps"} <= set(
+        before
+    )
     for scale, steps in ((2.0, 4), (1.0, 7)):
         table = ddpm().table(PROCESS.build(str(steps)))
         step.fill(batch_of(table, scale=scale), x)
