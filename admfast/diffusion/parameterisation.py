@@ -26,7 +26,7 @@ class VarType(enum.Enum):
 
     @property
     def learned(self) -> bool:
-        """Whether the network predicts the variance; its output then has twice the channels of x."""
+        """Tell whether the network predicts the variance; its output then has twice the channels of x."""
         return self in (VarType.LEARNED, VarType.LEARNED_RANGE)
 
 

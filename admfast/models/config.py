@@ -173,7 +173,7 @@ class UNetConfig(NetConfig):
 
     @property
     def of_images(self) -> bool:
-        """Whether the output has the input's channels, or twice as many (learned variance).
+        """Tell whether the output has the input's channels, or twice as many (learned variance).
 
         Sampling needs this. A network whose input channels also hold conditions has fewer output channels.
         """
@@ -187,7 +187,7 @@ class UNetConfig(NetConfig):
 
     @property
     def learn_sigma(self) -> bool:
-        """Whether the second half of the output channels is the variance."""
+        """Tell whether the second half of the output channels is the variance."""
         return self.out_channels == 2 * self.in_channels
 
 

@@ -156,7 +156,7 @@ class PointwiseConv1d(Conv1d):
 
     @property
     def reordered(self) -> bool:
-        """Whether the folded form outputs the channels in the order `rows`."""
+        """Tell whether the folded form outputs the channels in the order `rows`."""
         folded = self.folded
         return folded is not None and folded.options.rows is not None
 

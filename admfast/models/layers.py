@@ -155,28 +155,22 @@ class ResidualBlock(FusedBlock):
         norm: Any, conv: Any, out_norm: Any, dropout: Any, out_conv: Any,
     ) -> Tensor:  # fmt: skip
         again, given = self.recomputes_norms, x
-        # The norm's backward pass adds the gradient of its skip.
-        if self.resample is None and (x2 is not None or not recorded(x)):
-            h = norm(x, silu=True, x2=x2)
-        else:
-            h, x = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=True)
+        # Not resampled, the skip is x: the norm's backward pass then adds its gradient.
+        skips = self.resample is not None or (x2 is None and recorded(x))
+        h = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=skips)
+        if skips:
+            (h, x), x2 = h, None
         recomputed = again and self.resample is None
         with made_again(h, norm.again(given, silu=True, x2=x2)) if recomputed else _NOTHING:
             h, x_bias = without_bias(conv, h)
-        if self.resample is not None:
-            x2 = None
         projected = self._projected(emb)  # [N, C] or [N, 2C]
         if self.use_scale_shift_norm:
             scale, shift = projected.chunk(2, dim=1)
-            adaptive = {"scale": scale, "shift": shift}
+            adaptive = {"scale": scale, "shift": shift, "x_bias": x_bias}
+        elif x_bias is None:
+            h, adaptive = h + _over_positions(projected, h), {}
         else:
-            adaptive = {}
-            if x_bias is None:
-                h = h + _over_positions(projected, h)
-            else:
-                x_bias = projected + x_bias
-        if x_bias is not None:
-            adaptive["x_bias"] = x_bias
+            adaptive = {"x_bias": projected + x_bias}
         normed = out_norm(h, silu=True, **adaptive)
         dropped = dropout(normed)
         again = again and dropped is normed

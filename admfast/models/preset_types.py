@@ -49,7 +49,7 @@ class ModelPreset:
 
     @property
     def shipped(self) -> bool:
-        """Whether the file comes with the package."""
+        """Tell whether the file comes with the package."""
         return self.url is None
 
     @property

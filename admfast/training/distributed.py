@@ -34,7 +34,7 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and prints messages."""
+        """Tell whether this is the process that writes files and prints messages."""
         return self.rank == 0
 
     def share(self, count: int, name: str = "batch_size") -> range:

@@ -66,7 +66,7 @@ class LossSecondMomentSampler(UniformSampler):
 
     @property
     def warmed_up(self) -> bool:
-        """Whether every timestep has a full history."""
+        """Tell whether every timestep has a full history."""
         return bool((self.counts == self.losses.shape[1]).all())
 
     def weights(self) -> Tensor:

@@ -25,17 +25,10 @@ LAUNCHES = {
     ATEN._scaled_dot_product_efficient_attention_backward.default: 2,
     ATEN._scaled_dot_product_cudnn_attention_backward.default: 3,
 }
-FREE = {
-    "empty",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "empty_like",
-    "promote_types",
-    "_unsafe_view",
-}
-# The argument that a kernel of ours reads and writes.
-IN_PLACE = {"_conv_epilogue_fwd_kernel": "y_ptr"}
+ALLOCATIONS = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like"}
+FREE = ALLOCATIONS | {"promote_types", "_unsafe_view"}
+# The argument that kernels of ours read and write.
+IN_PLACE = dict.fromkeys(("_conv_epilogue_fwd_kernel", "_conv_epilogue_sums_fwd_kernel"), "y_ptr")
 KINDS = {
     **dict.fromkeys(("convolution", "convolution_backward"), "convolution"),
     **dict.fromkeys(("mm", "addmm", "addmm_", "bmm"), "product"),

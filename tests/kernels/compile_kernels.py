@@ -52,6 +52,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 ARCHITECTURES = (80, 90, 100)
 BATCHES = (1, 8, 32)
+SAME = "weights as x"
 
 
 def real_cases() -> dict[str, list[Case]]:
@@ -140,10 +141,27 @@ def distinct(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[tuple, dict[torc
     for cases in EVERY:
         assert real[cases.op], f"no released network needs the kernels of {cases.op}"
         for case, batch, dtype in itertools.product(real[cases.op], BATCHES, dtypes):
-            for call in launches(cases, cases.arguments(empty, dtype, n=batch, **case)):
+            for call, mark in marked(cases, case, batch, dtype):
                 src, key = source(call)
-                found.setdefault(key, {}).setdefault(dtype, (src, call.options, allowed(call, dtype)))
+                variants = found.setdefault((*key, *mark), {})
+                variants.setdefault(dtype, (src, call.options, allowed(call, dtype)))
     yield from sorted(found.items(), key=lambda item: repr(item[0]))
+
+
+def marked(
+    cases: OpCases, case: Case, batch: int, dtype: torch.dtype
+) -> Iterator[tuple[Call, tuple[str, ...]]]:
+    """Yield the launches of a case; those of the sums again, marked, with weights in the dtype of x.
+
+    Loads of float32 weights are as wide as those of images should be, and would hide narrow ones. The other
+    kernels store images, which shows their width.
+    """
+    for call in launches(cases, cases.arguments(empty, dtype, n=batch, **case)):
+        yield call, ()
+    if "weights" in case:
+        for call in launches(cases, cases.arguments(empty, dtype, n=batch, **case | dict(weights=None))):
+            if call.kernel.__name__.endswith("_sums_kernel"):
+                yield call, (SAME,)
 
 
 def compiled(src: ASTSource, options: dict[str, int], architecture: int) -> dict[str, Any]:

@@ -238,12 +238,12 @@ class FoldableNet(nn.Module):
 
     @property
     def hooked(self) -> bool:
-        """Whether the network or one of its modules had a hook at the last `ensure_folded`."""
+        """Tell whether the network or one of its modules had a hook at the last `ensure_folded`."""
         return self._fold_survey is not None and self._fold_survey.hooked
 
     @property
     def altered(self) -> bool:
-        """Whether the network had hooks or replaced modules at the last `ensure_folded`."""
+        """Tell whether the network had hooks or replaced modules at the last `ensure_folded`."""
         found = self._fold_survey
         return found is not None and (found.hooked or found.kinds != self._kinds)
 
@@ -274,7 +274,7 @@ class FoldableNet(nn.Module):
 
     @property
     def is_folded(self) -> bool:
-        """Whether forwards use the derived forms of convolutions; usually the first convolution decides."""
+        """Tell whether forwards use the derived forms of convolutions; the first one usually decides."""
         return self.fold_options is not None and any(
             module.folded is not None for module in self._fold_convolutions
         )
@@ -288,7 +288,7 @@ class FoldableNet(nn.Module):
 
     @property
     def projects(self) -> bool:
-        """Whether the embedding is projected to all blocks by one product."""
+        """Tell whether the embedding is projected to all blocks by one product."""
         found = self._projections
         return found is not None and not self._fold_by_layer and self.is_folded and found.usable
 

@@ -46,7 +46,7 @@ class Projections:
 
     @property
     def usable(self) -> bool:
-        """Whether the joined weights may be used: no layer's weights were replaced or need a gradient."""
+        """Tell whether the joined weights may be used: no layer's are replaced or need a gradient."""
         records = outer_grad_enabled()
         return all(
             layer.weight is weight

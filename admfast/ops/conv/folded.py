@@ -115,19 +115,21 @@ class FoldedConv:
             with torch.autocast(x.device.type, enabled=False):
                 return self(x, residual, x2)
         if len(self.directions) == 1:
-            return self.of_source(0, x if x2 is None else torch.cat([x, x2], dim=1), residual)
+            x = x if x2 is None else torch.cat([x, x2], dim=1)
+            return self.of_source(0, x, residual)
         if x2 is None:
             raise invalid("x2", None, "a tensor: the weights are split for two sources")
-        y = self.of_source(0, x, residual)
-        if not recorded(x2, y) and _chosen(self.directions[1], x2, y).name == "matmul":
-            return forms.add_matmul(self.directions[1], x2, y)
+        y, second = self.of_source(0, x, residual), self.directions[1]
+        in_place = is_channels_last(x2) and is_channels_last(y) and not recorded(x2, y)
+        if in_place and _chosen(second, x2, y).name == "matmul":
+            return forms.add_matmul(second, x2, y)
         return self.of_source(1, x2, y)
 
     def derive(self) -> None:
         """Derive the forms that calls on a GPU run on, which otherwise are derived at the first call."""
         for direction in self.directions:
-            fits = forms.matmul_fits(direction) is None
-            direction.form("matmul" if fits else "library")
+            if direction.impl is None:
+                direction.form(_of_any_device(direction) or "library")
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the convolution of `x` without its bias, and the bias, if a kernel of its own would add it.
@@ -138,13 +140,13 @@ class FoldedConv:
         one = len(self.directions) == 1 and not in_autocast(x.device)
         if one and self._bias is not None and epilogue.serves(x.device.type, x, self._bias, None):
             if _chosen(self.directions[0], x, None).name == "library":
-                y = _run(self.directions[0], x, None, None)
-                return (channels_last(y) if is_channels_last(x) else y.contiguous()), self._bias
+                return self.of_source(0, x, None, biased=False), self._bias
         return self(x), None
 
-    def of_source(self, number: int, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Return the convolution of source `number` in the layout of `x`; source 0 has the bias added."""
-        y = _run(self.directions[number], x, None if number else self._bias, residual)
+    def of_source(self, number: int, x: Tensor, residual: Tensor | None, biased: bool = True) -> Tensor:
+        """Return the convolution of a source in the layout of `x`; source 0 adds the bias if `biased`."""
+        bias = self._bias if biased and number == 0 else None
+        y = _run(self.directions[number], x, bias, residual)
         return channels_last(y) if is_channels_last(x) else y.contiguous()
 
     def refold(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -270,8 +272,8 @@ def preferred(direction: Direction, x: Tensor) -> str:
     On a GPU torch gives cuDNN a transposed copy of a one-dimensional channels-last input; a matrix product
     needs no copy.
     """
-    if forms.matmul_supports(direction, x) is None:
-        return "matmul"
+    if (found := _of_any_device(direction)) is not None:
+        return found
     if x.device.type != "cpu" or observed():
         return "library"
     if x.dtype != torch.float32 or len(direction.kernel) != 2:
@@ -285,6 +287,11 @@ def preferred(direction: Direction, x: Tensor) -> str:
     channels = direction.in_channels >= 8 or direction.out_channels <= 64
     pays = read and channels and n * height * width >= 8 * tiles
     return "winograd" if pays and wide_loops() else "packed"
+
+
+def _of_any_device(direction: Direction) -> str | None:
+    """Return the implementation that is the fastest for a direction on every device; None if none is."""
+    return "matmul" if forms.matmul_supports(direction) is None else None
 
 
 @constant

@@ -234,12 +234,7 @@ def add_matmul(direction: Direction, x: Tensor, y: Tensor) -> Tensor:
     return total.view(y.movedim(1, -1).shape).movedim(-1, 1)
 
 
-def matmul_supports(direction: Direction, _x: Tensor) -> str | None:
-    """Return why a matrix product can't serve a call; None if it can."""
-    return matmul_fits(direction)
-
-
-def matmul_fits(direction: Direction) -> str | None:
+def matmul_supports(direction: Direction, _x: Tensor | None = None) -> str | None:
     """Return why the convolution is not a matrix product; None if it is one."""
     if set(direction.kernel) | set(direction.stride) != {1} or set(direction.padding) != {0}:
         return "not a 1x1 convolution of stride 1 without padding"

@@ -37,7 +37,7 @@ HISTORY = 3
 
 
 class Clip(IntEnum):
-    """How x0 is limited to [-1, 1]."""
+    """Ways to limit x0 to [-1, 1]."""
 
     NONE = 0
     USED = 1  # both the x0 in the update and the reported x0
