@@ -153,7 +153,9 @@ def _wanted(
         keys = list(range(len(small.images)))
         if labels is None and small.labels is not None and pipe.num_classes is not None:
             labels = small.labels.tolist()
-    return (labels, keys) if per_class is None else of_each_class(labels, per_class, keys, pipe.num_classes)
+    if per_class is None:
+        return labels, keys
+    return of_each_class(labels, per_class, keys, pipe.default_classes)
 
 
 def parse_numbers(name: str, text: str) -> list[int]:

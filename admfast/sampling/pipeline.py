@@ -131,6 +131,11 @@ class Pipeline:
             return self.config.num_classes
         return None if self.classifier is None else self.classifier.config.out_channels  # type: ignore[union-attr, return-value]
 
+    @property
+    def default_classes(self) -> int | None:
+        """Number of classes that are sampled by default: all but a null class; None without classes."""
+        return None if self.num_classes is None else self.num_classes - self.null_class
+
     @_by_settings(SampleRequest)
     def sample(self, request: SampleRequest) -> Tensor:
         """Sample images: image i has seed `seeds[i]` and class `classes[i % len(classes)]`.

@@ -246,8 +246,8 @@ def images_of(
     like = [v for v in (request.noise, request.x_start, request.low_res, classes) if v is not None]
     keys = seeds if seeds is not None else range(len(like[0]) if like else 1)
     labels = None
-    if known is not None:
-        wanted = classes or [key % (known - pipeline.null_class) for key in keys]
+    if (sampled := pipeline.default_classes) is not None:
+        wanted = classes or [key % sampled for key in keys]
         labels = [wanted[i % len(wanted)] for i in range(len(keys))]
     return keys, labels, (len(keys), pipeline.config.in_channels, *asked_sides(request, pipeline))
 

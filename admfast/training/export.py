@@ -11,6 +11,7 @@ from admfast.checkpoints import write_weights
 from admfast.checkpoints.snapshots import AVERAGES, read_run, snapshots
 from admfast.errors import CheckpointError, invalid
 from admfast.files.atomic import check_free
+from admfast.files.paths import user_path
 from admfast.models.description import Description
 from admfast.training.ema import combined, reconstruction
 from admfast.training.folder import read_run_file, recipe_of, run_folder
@@ -32,13 +33,14 @@ def export(
         width: relative width of a power-function average to reconstruct from the stored ones; give it instead
             of `average`, for runs with ema_power.
         dtype: see `write_weights`.
-        overwrite: replace an existing file.
+        overwrite: replace an existing file, or a description beside it.
 
     Returns: the description. Raises: CheckpointError, InvalidArgument, OutputError.
     """
     place = run_folder(run)
     if not overwrite:
-        check_free("out", [Path(path)])
+        out = user_path("out", path)
+        check_free("out", [out, out.with_suffix(".json")])
     if width is None:
         state, description = read_run(place, average)
     else:

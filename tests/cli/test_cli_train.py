@@ -241,6 +241,10 @@ def test_a_file_is_replaced_only_if_asked(tmp_path, capsys):
         assert main(["train", "export", str(run), *wanted]) == 2
         assert wanted[1] in capsys.readouterr().err
     assert file.read_text() == picture.read_text() == "mine"
+    beside = tmp_path / "other.json"
+    beside.write_text("mine")
+    assert main(["train", "export", str(run), "--out", str(beside.with_suffix(".pt"))]) == 2
+    assert beside.read_text() == "mine" and not beside.with_suffix(".pt").exists()
     assert main(["train", "export", str(run), "--out", str(file), "--overwrite"]) == 0
     assert load_network(file)[1].training["step"] == 2
 
@@ -266,6 +270,10 @@ def test_the_null_class_is_sampled_only_if_asked(tmp_path):
     by_default = pipe.sample(seeds=[10], **settings)
     assert torch.equal(by_default, pipe.sample(seeds=[10], classes=[0], **settings))
     assert not torch.equal(by_default, pipe.sample(seeds=[10], classes=[10], **settings))
+    out = tmp_path / "out"
+    assert main(["sample", str(run), "--per-class", "1", "--steps", "1", "--out", str(out)]) == 0
+    (file,) = out.glob("*.npz")
+    assert np.load(file)["arr_1"].tolist() == list(range(10))
 
 
 def test_a_size_that_does_not_fit_begins_no_run(tmp_path, capsys):

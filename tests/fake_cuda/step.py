@@ -136,6 +136,7 @@ def told(run: Run) -> dict[str, Any]:
         "chosen": sorted({f"{choice.op} {choice.name}" for choice in step.chosen()}),
         "read_back": found.read_back,
         "derived_late": derived_late,
+        "side_priority": getattr(step.side, "priority", None),
         "launches": found.count(),
         "bytes": {kind: found.nbytes(kind) for kind in sorted({launch.kind for launch in found.launches})},
         "names": summed((launch.name, launch.count) for launch in found.launches),

@@ -89,6 +89,13 @@ def test_a_step_derives_its_forms_before_its_first_row(runs):
     assert {named(run): run["derived_late"] for run in runs if run["derived_late"]} == {}
 
 
+def test_the_side_stream_is_none_that_torch_hands_out_to_users(runs):
+    # A capture takes in what runs on its streams; torch's own come from a ring of the ordinary priority.
+    for run in runs:
+        guided = run["guided"] and run["subject"] != "imagenet256-up"
+        assert run["side_priority"] == (-1 if guided else None), named(run)
+
+
 def test_a_kernel_s_bytes_are_those_it_reads_and_writes():
     y, residual = (torch.empty(1, 32, 32, 64, device="meta").movedim(-1, 1) for _ in range(2))
     bias = torch.empty(64, device="meta")
