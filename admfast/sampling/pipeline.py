@@ -131,7 +131,7 @@ class Pipeline:
             return self.config.num_classes
         return None if self.classifier is None else self.classifier.config.out_channels  # type: ignore[union-attr, return-value]
 
-    @property
+    @functools.cached_property
     def default_classes(self) -> int | None:
         """Number of classes that are sampled by default: all but a null class; None without classes."""
         return None if self.num_classes is None else self.num_classes - self.null_class
