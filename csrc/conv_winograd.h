@@ -74,7 +74,7 @@ extern const WinogradLoops winograd_generic;
 extern const WinogradLoops winograd_avx2, winograd_avx512;
 #endif
 
-// The widest loops that this machine runs, or those that the environment variable ADMFAST_CPU_ISA names.
+// The widest loops for the instruction set of cpu_isa.h.
 const WinogradLoops& winograd_loops();
 
 }  // namespace admfast

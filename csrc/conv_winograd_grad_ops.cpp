@@ -107,7 +107,7 @@ Tensor weight_gradient(const Tensor& x, const Tensor& dy) {
   const int64_t C_in = x.size(1), C_out = dy.size(1), H = x.size(2), W = x.size(3);
   Tensor dw = at::empty({C_out, C_in, kTaps, kTaps}, x.options());
   if (x.numel() == 0 || dy.numel() == 0) return dw.zero_();
-  const Tensor x_inside = channels_inside(x), dy_inside = channels_inside(dy);
+  const Tensor x_inside = dense(x, true), dy_inside = dense(dy, true);
   WeightGradient g{winograd_loops(), {H, W, C_in}, {H, W, C_out}};
   g.x.x = x_inside.const_data_ptr<float>();
   g.dy.x = dy_inside.const_data_ptr<float>();

@@ -137,7 +137,7 @@ Tensor convolved(const Tensor& x, const float* u, const WinogradWeights* weights
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
   Tensor y = at::empty({N, channels, H, W}, x.options(), at::MemoryFormat::ChannelsLast);
   if (y.numel() == 0) return y;
-  const Tensor inside = channels_inside(x), added = residual ? channels_inside(*residual) : Tensor();
+  const Tensor inside = dense(x, true), added = residual ? dense(*residual, true) : Tensor();
   const Tensor offset = bias ? bias->contiguous() : Tensor();
 
   Winograd w{winograd_loops(), {H, W, C, channels}, u, weights};

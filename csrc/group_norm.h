@@ -48,7 +48,7 @@ extern const GroupNormLoops group_norm_generic;
 extern const GroupNormLoops group_norm_avx2, group_norm_avx512, group_norm_avx512_bf16;
 #endif
 
-// The widest loops that this machine runs, or those that the environment variable ADMFAST_CPU_ISA names.
+// The widest loops for the instruction set of cpu_isa.h.
 const GroupNormLoops& group_norm_loops();
 
 }  // namespace admfast

@@ -4,20 +4,16 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
 #include <cmath>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "group_norm.h"
+#include "tensors.h"
 
 namespace admfast {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kShareElements = 1 << 16;  // elements of a share of the work, which stays in a second-level cache
 
@@ -27,38 +23,6 @@ NormType norm_type(const Tensor& x, const char* op) {
     case at::kBFloat16: return NormType::kBFloat16;
     default: TORCH_CHECK(false, op, ": x is ", x.scalar_type(), "; float32 or bfloat16");
   }
-}
-
-// Strides of a dense [N, C, *spatial] with adjacent channels. Computed, because a view would go through the dispatcher.
-std::vector<int64_t> channels_last_strides(at::IntArrayRef sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  strides[1] = step;
-  step *= sizes[1];
-  for (size_t dim = sizes.size() - 1; dim >= 2; --dim) {
-    strides[dim] = step;
-    step *= sizes[dim];
-  }
-  strides[0] = step;
-  return strides;
-}
-
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  const std::vector<int64_t> strides = channels_last_strides(x.sizes());
-  for (int64_t dim = 0; dim < x.dim(); ++dim)
-    if (x.size(dim) != 1 && x.stride(dim) != strides[dim]) return false;
-  return true;
-}
-
-Tensor dense(const Tensor& x, bool channels_last) {
-  if (!channels_last) return x.contiguous();
-  return is_channels_last(x) ? x : x.movedim(1, -1).contiguous().movedim(-1, 1);
-}
-
-Tensor empty_dense(at::IntArrayRef sizes, const Tensor& like, bool channels_last) {
-  if (!channels_last) return at::empty(sizes, like.options());
-  return at::empty_strided(sizes, channels_last_strides(sizes), like.options());
 }
 
 char* at_element(const Tensor& t, int64_t element) {
@@ -352,8 +316,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
   return {dx[0], dx[1], sums1, sums2};
 }
 
-std::string instruction_set() { return group_norm_loops().name; }
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(admfast, m) {
@@ -363,7 +325,6 @@ TORCH_LIBRARY_FRAGMENT(admfast, m) {
   m.def(
       "group_norm_silu_bwd(Tensor dy, Tensor x, Tensor? x2, Tensor weight, Tensor bias, Tensor? scale, "
       "Tensor? shift, Tensor mean, Tensor rstd, bool silu) -> (Tensor dx, Tensor dx2, Tensor s1, Tensor s2)");
-  m.def("cpu_instruction_set() -> str", &instruction_set);
 }
 
 TORCH_LIBRARY_IMPL(admfast, CPU, m) {

@@ -57,7 +57,7 @@ struct SamplerLoops {
 };
 extern const SamplerLoops sampler_loops_generic, sampler_loops_avx2, sampler_loops_avx512;
 
-// The widest loops that this machine runs, or those that the environment variable ADMFAST_CPU_ISA names.
+// The widest loops for the instruction set of cpu_isa.h.
 const SamplerLoops& sampler_loops();
 
 }  // namespace admfast

@@ -1,6 +1,6 @@
 // A vector of floats for each instruction set, so that a kernel's loops are written only once.
 // Include it after `#pragma GCC target`. ADMFAST_ISA is the namespace, and ADMFAST_LEVEL chooses the vectors: 0 for any
-// machine, 256 for AVX2, 512 for AVX-512, 513 for AVX-512 with bfloat16 conversions. This file includes nothing, so
+// machine, 256 for AVX2, 512 for AVX-512, 513 for AVX-512 with bfloat16, 514 for AMX. This file includes nothing, so
 // that no standard function is compiled for an instruction set that the machine may lack.
 
 namespace admfast {
@@ -48,7 +48,7 @@ struct Vector {
   }
   ADMFAST_INLINE void store(float* to) const { _mm512_storeu_ps(to, v); }
   ADMFAST_INLINE void store(bfloat16* to) const {
-#if ADMFAST_LEVEL == 513
+#if ADMFAST_LEVEL >= 513
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 #else
     const __m512i bits = _mm512_castps_si512(v);

@@ -16,7 +16,7 @@ from admfast.errors import Unavailable, invalid
 from admfast.ops.transforms import constant
 
 ISA = "ADMFAST_CPU_ISA"
-ISAS = ("avx512_bf16", "avx512", "avx2", "generic")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
 TOLD = "fakes_are_registered"  # an attribute of the op namespace, so that a second import finds it
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 Fake = TypeVar("Fake", bound=Callable[..., Any])

@@ -272,6 +272,8 @@ def preferred(direction: Direction, x: Tensor) -> str:
     On a GPU torch gives cuDNN a transposed copy of a one-dimensional channels-last input; a matrix product
     needs no copy.
     """
+    if x.device.type == "cpu" and not observed() and _direct_pays(direction, x):
+        return "direct"
     if (found := _of_any_device(direction)) is not None:
         return found
     if x.device.type != "cpu" or observed():
@@ -292,6 +294,18 @@ def preferred(direction: Direction, x: Tensor) -> str:
 def _of_any_device(direction: Direction) -> str | None:
     """Return the implementation that is the fastest for a direction on every device; None if none is."""
     return "matmul" if forms.matmul_supports(direction) is None else None
+
+
+def _direct_pays(direction: Direction, x: Tensor) -> bool:
+    """Tell whether the direct convolution is faster than the library's: with AMX, except for few inputs."""
+    return direction.in_channels >= 16 and matrix_unit() and forms.direct_supports(direction, x) is None
+
+
+@constant
+@functools.cache
+def matrix_unit() -> bool:
+    """Tell whether the compiled loops use AMX."""
+    return native.reason_missing() is None and native.instruction_set() == "amx"
 
 
 @constant
@@ -353,6 +367,7 @@ TABLE = OpTable(
         Implementation(
             "winograd", _recording(forms.by_winograd), native.reason_missing, forms.winograd_supports
         ),
+        Implementation("direct", _recording(forms.by_direct), native.reason_missing, forms.direct_supports),
         Implementation("matmul", forms.by_matmul, supports=forms.matmul_supports),
         Implementation("reference", _reference),
     ],

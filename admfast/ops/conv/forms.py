@@ -23,6 +23,7 @@ from admfast.ops.transforms import compiled_transform, constant, deriving, in_fo
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 DERIVING = threading.RLock()  # threads that share a network may need a new form at the same time
+DIRECT = 32  # channels of a panel and of a chunk of the form for `direct`
 SIZES = 2  # input sizes for which a form is kept: that of full batches, and that of a smaller last one
 
 # run(direction, x, bias, residual) -> y, by the implementation that is chosen for the shapes
@@ -175,6 +176,15 @@ def _winograd_weights(weight: Tensor, transposed: bool) -> Tensor:
     return weight.new_empty((-(-c_out // 32), 36, c_in, 32), dtype=torch.float32)
 
 
+def _direct_form(direction: Direction) -> Tensor:
+    """Return [panels of 32 outputs, chunks of 32 inputs, taps, 2, 16 pairs, 16 outputs, 2], with zeros."""
+    weight = direction.weight().to(direction.dtype).flatten(2)
+    c_out, c_in, taps = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -c_in % DIRECT, 0, -c_out % DIRECT))
+    split = padded.view(-(-c_out // DIRECT), 2, 16, -(-c_in // DIRECT), 16, 2, taps)
+    return split.permute(0, 3, 6, 1, 4, 2, 5).contiguous()
+
+
 def _packed_form(direction: Direction, *size: int) -> Tensor:
     weight = direction.weight().to(direction.dtype).contiguous().to_mkldnn()
     reorder: Callable[..., Tensor] = torch._C._nn.mkldnn_reorder_conv2d_weight
@@ -185,6 +195,7 @@ _DERIVED: dict[str, Callable[..., Tensor]] = {
     "library": _library_form,
     "matmul": _matmul_form,
     "winograd": _winograd_form,
+    "direct": _direct_form,
     "packed": _packed_form,
 }
 
@@ -263,7 +274,26 @@ def winograd_fits(
     """Return why Winograd's algorithm can't compute a convolution of `x`; None if it can."""
     if (kernel, stride, padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
-    return _for_float32_on_the_cpu(x)
+    return _not_on_the_cpu(x, torch.float32)
+
+
+def by_direct(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Convolve by sums of small products in C++ (csrc/README.md); channels-last, not recorded by autograd."""
+    w = direction.form("direct")
+    return native.ops().conv_direct(x, w, bias, residual, direction.out_channels)
+
+
+@native.fake("conv_direct")
+def _direct(x: Tensor, _w: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
+    return empty_channels_last((x.shape[0], channels, *x.shape[2:]), x)
+
+
+def direct_supports(direction: Direction, x: Tensor) -> str | None:
+    """Return why the direct convolution can't serve a call; None if it can."""
+    filters = (direction.kernel, direction.stride, direction.padding)
+    if filters != ((3, 3), (1, 1), (1, 1)) and matmul_supports(direction) is not None:
+        return "neither a 3x3 convolution of stride 1 and padding 1 nor a 1x1 convolution"
+    return _not_on_the_cpu(x, torch.bfloat16)
 
 
 def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -286,15 +316,15 @@ def packed_supports(direction: Direction, x: Tensor) -> str | None:
         p > k - 1 for k, p in zip(direction.kernel, direction.padding, strict=True)
     ):
         return "its gradient is not a convolution"
-    return _for_float32_on_the_cpu(x)
+    return _not_on_the_cpu(x, torch.float32)
 
 
-def _for_float32_on_the_cpu(x: Tensor) -> str | None:
-    """Return why an implementation for float32 on the CPU, without autograd, can't serve `x`, or None."""
+def _not_on_the_cpu(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Return why an implementation for `dtype` on the CPU, without autograd, can't serve `x`, or None."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}; float32"
+    if x.dtype != dtype:
+        return f"x is {x.dtype}; {str(dtype).removeprefix('torch.')}"
     return transformed()
 
 
