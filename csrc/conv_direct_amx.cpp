@@ -14,5 +14,6 @@
 #define ADMFAST_LOOPS direct_amx
 #define ADMFAST_LOOPS_NAME "amx"
 #include "vector.h"
+#include "tiles.h"
 #include "conv_direct_loops.h"
 #endif

@@ -14,5 +14,6 @@
 #define ADMFAST_LOOPS direct_avx512_bf16
 #define ADMFAST_LOOPS_NAME "avx512_bf16"
 #include "vector.h"
+#include "tiles.h"
 #include "conv_direct_loops.h"
 #endif

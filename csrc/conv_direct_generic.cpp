@@ -10,4 +10,5 @@
 #define ADMFAST_LOOPS direct_generic
 #define ADMFAST_LOOPS_NAME "generic"
 #include "vector.h"
+#include "tiles.h"
 #include "conv_direct_loops.h"

@@ -19,6 +19,7 @@ constexpr int64_t kSide = 3;  // taps of a 3x3 filter along a side
 // Bytes of the inputs of a block. They stay in a second-level cache of 2 MB with the weights of a panel. Weights of up
 // to kSmallWeights bytes stay there as a whole if the inputs leave room for them.
 constexpr int64_t kBlockBytes = 1280 << 10, kSmallBlockBytes = 512 << 10, kSmallWeights = 1 << 20;
+constexpr int64_t kFewestPositions = 256;
 constexpr int64_t kTasks = 4;  // tasks for each thread, so that a thread that is slowed down takes fewer of them
 
 bfloat16* values(const Tensor& t) { return static_cast<bfloat16*>(const_cast<void*>(t.const_data_ptr())); }
@@ -51,7 +52,10 @@ struct Direct {
     panels = divided_up(C_out, kDirectPanel);
     const int64_t position = 2 * chunks * kDirectChunk * copies(), weights = 2 * C_out * C_in * taps;
     const int64_t bytes = weights <= kSmallWeights ? kSmallBlockBytes : kBlockBytes;
-    const int64_t most = std::max<int64_t>(1, bytes / position);  // positions of a block
+    // Blocks that are divided into parts are packed by several threads, so there are many small ones if there can be.
+    const int64_t fair = std::max(kFewestPositions, N * H * W / (kTasks * at::get_num_threads()));
+    const int64_t fits = std::max<int64_t>(1, bytes / position);
+    const int64_t most = weights <= kSmallWeights ? std::min(fits, fair) : fits;  // positions of a block
     const auto even = [](int64_t all, int64_t limit) { return divided_up(all, divided_up(all, std::max<int64_t>(1, limit))); };
     if (padded()) {
       rows = even(H, most / W);

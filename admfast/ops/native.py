@@ -54,6 +54,13 @@ def instruction_set() -> str:
 
 
 @constant
+@functools.cache
+def matrix_unit() -> bool:
+    """Tell whether the compiled ops use AMX, the CPU's unit for products of small matrices."""
+    return reason_missing() is None and instruction_set() == "amx"
+
+
+@constant
 def reason_missing_cuda() -> str | None:
     """Return None if the extension loads, was built with CUDA and finds a device, else the reason."""
     reason = reason_missing()

@@ -192,7 +192,7 @@ def test_the_calls_of_torch_s_cuda_kernels_fit_their_signatures(kernel, d, legac
     with FakeTensorMode():
         qkv = torch.empty(2, 64, 3 * 4 * d, device="cuda", dtype=torch.bfloat16)
         out, *saved = module.AttentionFn.forward(qkv, 4, legacy, entry)
-        assert entry.infer(*module.split_qkv(qkv, 4, legacy)).shape == (2, 4, 64, d)
+        assert entry.infer(qkv, 4, legacy).shape == (2, 64, 4 * d)
         gradient = module.AttentionBackwardFn.forward(
             torch.empty_like(out), qkv, 4, legacy, entry, out, *saved
         )

@@ -13,40 +13,10 @@ from torch import Tensor
 from admfast import checks
 from admfast.errors import Unavailable, invalid
 from admfast.ops.attention import kernels
+from admfast.ops.attention.heads import join_qkv, merge_heads, split_heads, split_qkv
 from admfast.ops.attention.kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.transforms import in_autocast, in_program, in_vmap, record, traced
-
-
-def split_qkv(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """View [N, S, 3*h*d] as q, k, v of [N, h, S, d] each, without a copy.
-
-    Legacy rows are laid out [h, 3, d] (heads first), new ones [3, h, d].
-    """
-    n, s, width = qkv.shape
-    d = width // (3 * num_heads)
-    if legacy_order:
-        q, k, v = qkv.view(n, s, num_heads, 3, d).unbind(3)
-    else:
-        q, k, v = qkv.view(n, s, 3, num_heads, d).unbind(2)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def join_qkv(q: Tensor, k: Tensor, v: Tensor, legacy_order: bool) -> Tensor:
-    """Undo `split_qkv` in one copy: three [N, h, S, d] -> [N, S, 3*h*d]."""
-    parts = [t.transpose(1, 2) for t in (q, k, v)]  # [N, S, h, d]
-    return torch.stack(parts, dim=3 if legacy_order else 2).flatten(2)
-
-
-def _merge_heads(out: Tensor) -> Tensor:
-    """Reshape [N, h, S, d] to [N, S, h*d]; a view for the outputs of the kernels."""
-    n, h, s, d = out.shape
-    return out.transpose(1, 2).reshape(n, s, h * d)
-
-
-def _split_heads(out: Tensor, num_heads: int) -> Tensor:
-    """View [N, S, h*d] as [N, h, S, d]."""
-    return out.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def attention_ref(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
@@ -59,7 +29,7 @@ def attention_ref(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) ->
     logits = (q * scale) @ (k * scale).transpose(-1, -2)  # [N, h, S, S]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     weights = torch.softmax(logits.to(wide), dim=-1).to(qkv.dtype)
-    return _merge_heads(weights @ v)
+    return merge_heads(weights @ v)
 
 
 def attention_bwd_bwd_ref(
@@ -84,7 +54,7 @@ def attention_bwd_bwd_ref(
     wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = split_qkv(qkv.to(wide), num_heads, legacy_order)
     g_q, g_k, g_v = split_qkv(g.to(wide).contiguous(), num_heads, legacy_order)
-    do = _split_heads(dout.to(wide), num_heads)
+    do = split_heads(dout.to(wide), num_heads)
     c = q.shape[-1] ** -0.5
     p = torch.softmax(c * q @ k.mT, dim=-1)  # [N, h, S, S]
 
@@ -96,7 +66,7 @@ def attention_bwd_bwd_ref(
     big_g = c * (g_q @ k.mT + q @ g_k.mT)
     b = p * r(big_g)
     big_c = p * r(big_g * r(dp) - dp * (p * big_g).sum(-1, keepdim=True) + do @ g_v.mT)
-    d_dout = _merge_heads(b @ v + p @ g_v)
+    d_dout = merge_heads(b @ v + p @ g_v)
     d_qkv = join_qkv(c * (big_c @ k + ds @ g_k), c * (big_c.mT @ q + ds.mT @ g_q), b.mT @ do, legacy_order)
     return d_dout.to(dout.dtype), d_qkv.to(qkv.dtype)
 
@@ -112,8 +82,7 @@ class AttentionFn(torch.autograd.Function):
 
     @staticmethod
     def forward(qkv: Tensor, num_heads: int, legacy_order: bool, kernel: Kernel) -> tuple[Tensor, ...]:
-        out, *saved = kernel.forward(*split_qkv(qkv, num_heads, legacy_order))
-        return _merge_heads(out), *saved
+        return kernel.forward(qkv, num_heads, legacy_order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,11 +114,7 @@ class AttentionBackwardFn(torch.autograd.Function):
     def forward(
         dout: Tensor, qkv: Tensor, num_heads: int, legacy_order: bool, kernel: Kernel, *saved: Tensor
     ) -> Tensor:
-        out, *rest = saved
-        # Gradients of a sum or a mean have stride 0, but the kernels need contiguous rows.
-        do, out = (_split_heads(t, num_heads) for t in (dout.contiguous(), out))
-        gradients = kernel.backward(do, *split_qkv(qkv, num_heads, legacy_order), out, *rest)
-        return join_qkv(*gradients, legacy_order)
+        return kernel.backward(dout, qkv, num_heads, legacy_order, *saved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -195,11 +160,11 @@ def _sdpa(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
         if q.shape[-1] < kernels.WIDTH and not (traced(qkv) or in_autocast(qkv.device)):
             kernel = kernels.torch_kernel(q, k, v)
             if kernel is kernels.FLASH_CPU:  # it pads narrow heads, which makes it faster
-                return _merge_heads(kernel.infer(q, k, v))
-        return _merge_heads(F.scaled_dot_product_attention(q, k, v))
+                return kernel.infer(qkv, num_heads, legacy_order)
+        return merge_heads(F.scaled_dot_product_attention(q, k, v))
     kernel = kernels.torch_kernel(q, k, v)
     if kernel is None:  # torch's plain formula, which can be differentiated any number of times
-        return _merge_heads(torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0])
+        return merge_heads(torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0])
     return record(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
 
 
@@ -211,8 +176,9 @@ def _by_kernel(kernel: Kernel, qkv: Tensor, num_heads: int, *, legacy_order: boo
     """Compute attention with the given kernel."""
     if _by_function(qkv):
         return record(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
-    q, k, v = split_qkv(qkv, num_heads, legacy_order)
-    return _merge_heads(kernel.forward(q, k, v)[0] if qkv.requires_grad else kernel.infer(q, k, v))
+    if qkv.requires_grad:
+        return kernel.forward(qkv, num_heads, legacy_order)[0]
+    return kernel.infer(qkv, num_heads, legacy_order)
 
 
 def _flash(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
@@ -260,6 +226,7 @@ def _one_kernel(
     forward: Callable[..., Tensor],
     available: Callable[[], str | None],
     reason_of: Callable[..., str | None],
+    **options: Any,
 ) -> Implementation:
     """Return the table's entry for a single kernel; `reason_of(q, k, v)` says why it can't serve a call."""
 
@@ -269,7 +236,7 @@ def _one_kernel(
             reason = "not under torch.func.vmap"
         return reason or reason_of(*split_qkv(qkv, num_heads, legacy_order))
 
-    return Implementation(name, forward, available, supports)
+    return Implementation(name, forward, available, supports, **options)
 
 
 def _of_torch(
@@ -280,12 +247,14 @@ def _of_torch(
 
 
 _xformers = partial(_by_kernel, kernels.XFORMERS)
+_cpp = partial(_by_kernel, kernels.CPP)
 # "sdpa" chooses among PyTorch's kernels and supports every call that they support, so their own entries run
 # only if named.
 TABLE = OpTable(
     "attention",
     [
         _one_kernel("xformers", _xformers, kernels.xformers_missing, kernels.xformers_reason),
+        _one_kernel("cpp", _cpp, kernels.cpp_missing, kernels.cpp_reason, unasked=kernels.cpp_unasked),
         Implementation("sdpa", _sdpa, supports=_sdpa_supports),
         _of_torch("flash", _flash, available=lambda: None),
         _of_torch("cudnn", partial(_by_kernel, kernels.CUDNN)),

@@ -1,8 +1,8 @@
 """The fused kernels of `attention`: raw forward and backward, and the reasons why one can't serve a call.
 
-They are PyTorch's own (through ATen) and xformers'. All take q, k, v as [N, h, S, d] views whose last
-dimension is contiguous; the other strides are free. In either published row order a head is S rows of d
-numbers, 3*h*d apart, so neither order needs a copy or permuted weights.
+They are PyTorch's own (through ATen), xformers', and one in C++ for the CPU. All read q, k and v in place:
+in either published row order a head is S rows of d adjacent numbers, 3*h*d apart, so neither order needs a
+copy or permuted weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from admfast.errors import first_line
-from admfast.ops.transforms import deriving
+from admfast.ops import native
+from admfast.ops.attention.heads import join_qkv, merge_heads, split_heads, split_qkv
+from admfast.ops.transforms import deriving, in_program, observed
 
 ATEN = torch.ops.aten
 
@@ -30,14 +32,43 @@ ATEN = torch.ops.aten
 class Kernel:
     """One fused attention.
 
-    `forward(q, k, v)` returns (out, *saved) and `backward(dout, q, k, v, out, *saved)` returns (dq, dk, dv);
-    neither is differentiable. `infer(q, k, v)` returns only out. q, k, v, out and their gradients are
-    [N, h, S, d].
+    `forward(qkv, num_heads, legacy_order)` returns (out, *saved), and `backward(dout, qkv, num_heads,
+    legacy_order, out, *saved)` returns dqkv; neither is differentiable. `infer(qkv, num_heads, legacy_order)`
+    returns only out. qkv and dqkv are [N, S, 3*h*d], out and dout [N, S, h*d].
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., Tensor]
     infer: Callable[..., Tensor]
+
+
+def _of_heads(
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., Any],
+    infer: Callable[..., Tensor] | None = None,
+) -> Kernel:
+    """Return a kernel made of functions of q, k, v, out and their gradients, each [N, h, S, d].
+
+    infer: None: the first result of `forward`.
+    """
+
+    def whole_forward(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, ...]:
+        out, *saved = forward(*split_qkv(qkv, num_heads, legacy_order))
+        return merge_heads(out), *saved
+
+    def whole_backward(
+        dout: Tensor, qkv: Tensor, num_heads: int, legacy_order: bool, out: Tensor, *saved: Tensor
+    ) -> Tensor:
+        # Gradients of a sum or a mean have stride 0, but the kernels need contiguous rows.
+        do, out = (split_heads(t, num_heads) for t in (dout.contiguous(), out))
+        gradients = backward(do, *split_qkv(qkv, num_heads, legacy_order), out, *saved)
+        return join_qkv(*gradients, legacy_order)
+
+    def whole_infer(qkv: Tensor, num_heads: int, legacy_order: bool) -> Tensor:
+        q, k, v = split_qkv(qkv, num_heads, legacy_order)
+        return merge_heads(forward(q, k, v)[0] if infer is None else infer(q, k, v))
+
+    return Kernel(whole_forward, whole_backward, whole_infer)
 
 
 # PyTorch's kernels. The order of the arguments of the backward is that of torch's own derivative formulas.
@@ -116,12 +147,12 @@ def _cudnn_infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
 
 
-FLASH_CPU = Kernel(_cpu_forward, _cpu_backward, lambda q, k, v: _cpu_forward(q, k, v)[0])
-FLASH = Kernel(_flash_forward, _flash_backward, lambda q, k, v: _flash_forward(q, k, v)[0])
-EFFICIENT = Kernel(
+FLASH_CPU = _of_heads(_cpu_forward, _cpu_backward)
+FLASH = _of_heads(_flash_forward, _flash_backward)
+EFFICIENT = _of_heads(
     _efficient_forward, _efficient_backward, lambda q, k, v: _efficient_forward(q, k, v, False)[0]
 )
-CUDNN = Kernel(_cudnn_forward, _cudnn_backward, _cudnn_infer)
+CUDNN = _of_heads(_cudnn_forward, _cudnn_backward, _cudnn_infer)
 
 
 def torch_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
@@ -164,6 +195,59 @@ def torch_reason(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return "; ".join(reasons) or "torch can't use it for this call"
 
 
+# Ours for the CPU
+
+
+def _native_forward(qkv: Tensor, num_heads: int, legacy_order: bool) -> tuple[Tensor, ...]:
+    return native.ops().attention_fwd(qkv, num_heads, legacy_order)
+
+
+def _native_backward(
+    dout: Tensor, qkv: Tensor, num_heads: int, legacy_order: bool, out: Tensor, lse: Tensor
+) -> Tensor:
+    return native.ops().attention_bwd(dout.contiguous(), qkv, out, lse, num_heads, legacy_order)
+
+
+CPP = Kernel(_native_forward, _native_backward, lambda *arguments: _native_forward(*arguments)[0])
+
+
+@native.fake("attention_fwd")
+def _native_shapes(qkv: Tensor, heads: int, _legacy_order: bool) -> tuple[Tensor, Tensor]:
+    n, s, width = qkv.shape
+    return qkv.new_empty(n, s, width // 3), qkv.new_empty(n, heads, s, dtype=torch.float32)
+
+
+@native.fake("attention_bwd")
+def _native_gradient(_dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def cpp_missing() -> str | None:
+    """Return why the compiled attention can't run in this process; None if it can."""
+    return native.reason_missing() or _for_torch_only()
+
+
+def cpp_unasked() -> str | None:
+    """Return why the compiled attention should run only if named; None if it is the fastest."""
+    if observed():
+        return "a trace or a dispatch mode knows only torch's own operations"
+    return None if native.matrix_unit() else "measured to be faster only with AMX"
+
+
+def cpp_reason(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Return why the compiled attention can't serve a call; None if it can."""
+    if q.device.type != "cpu":
+        return f"not on {q.device.type}"
+    return None if q.dtype == torch.bfloat16 else f"qkv is {q.dtype}; bfloat16"
+
+
+def _for_torch_only() -> str | None:
+    """Return why only torch's own attention can be traced, if a trace is being made."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces scaled_dot_product_attention instead"
+    return "a traced program may contain only torch's own operations" if in_program() else None
+
+
 # xformers
 
 
@@ -191,14 +275,12 @@ def _xformers_infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _fmha().memory_efficient_attention_forward(*_turned(q, k, v)).transpose(1, 2)
 
 
-XFORMERS = Kernel(_xformers_forward, _xformers_backward, _xformers_infer)
+XFORMERS = _of_heads(_xformers_forward, _xformers_backward, _xformers_infer)
 
 
 def xformers_missing() -> str | None:
     """Return why xformers can't run in this process at all; None if it may. Imports nothing."""
-    if torch.compiler.is_compiling():
-        return "torch.compile traces scaled_dot_product_attention instead"
-    return no_cuda() or _xformers_not_installed()
+    return _for_torch_only() or no_cuda() or _xformers_not_installed()
 
 
 def no_cuda() -> str | None:

@@ -298,14 +298,8 @@ def _of_any_device(direction: Direction) -> str | None:
 
 def _direct_pays(direction: Direction, x: Tensor) -> bool:
     """Tell whether the direct convolution is faster than the library's: with AMX, except for few inputs."""
-    return direction.in_channels >= 16 and matrix_unit() and forms.direct_supports(direction, x) is None
-
-
-@constant
-@functools.cache
-def matrix_unit() -> bool:
-    """Tell whether the compiled loops use AMX."""
-    return native.reason_missing() is None and native.instruction_set() == "amx"
+    fits = forms.direct_supports(direction, x) is None
+    return direction.in_channels >= 16 and native.matrix_unit() and fits
 
 
 @constant
