@@ -19,6 +19,7 @@ from admfast.engine.compiled import check_compiler, compile_step
 from admfast.engine.numerics import chosen_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
+from admfast.engine.replay import Replay
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
 from admfast.engine.threads import convolution, threads_for
 from admfast.models.fold import FOLDING, FoldableNet
@@ -118,15 +119,16 @@ class Engine:
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net, "classifier": self.classifier if guided else None}
-        uncaptured: str | None = f"the device is {self.device.type}"
-        if not on_cpu:
-            uncaptured = _why_not(step, "captured", "EngineOptions(graph=False)")
+        unreplayed = _why_not(step, "captured", "EngineOptions(graph=False)")
+        if step is not None and step.replays:
+            reasons = (step.replays[kind].unused for kind in set(step.guided))
+            unreplayed = next(filter(None, reasons), None)
         if step is not None:
             threads = step.threads
         else:
             threads = self._threads(shape) if on_cpu else None
         return {
-            "uncaptured": uncaptured,
+            "unreplayed": unreplayed,
             "uncompiled": _why_not(step, "compiled") if options.compile else "not requested",
             # Without prepared steps, `ready` may not have looked for hooks, so `altered` may be out of date.
             "by_parts": tuple(
@@ -189,6 +191,9 @@ class Engine:
                     compile_step(made, self.options.compile_cache)
             if graph:
                 capture(made)
+            if self.options.graph and self.device.type == "cpu" and not self.options.compile:
+                made.replays = {guided: Replay(body) for guided, body in made.bodies.items()}
+                made.bodies = dict(made.replays)
         # A graph keeps all memory that its operations use.
         made.memory = max(made.nbytes, self._reserved() - before)
         made.leave()

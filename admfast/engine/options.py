@@ -19,7 +19,8 @@ class EngineOptions:
             every row calls the networks as `predict` does.
         fold: options for the forms that layers derive from their parameters; None: derive nothing.
         rows_at_a_time: number of rows whose embeddings are computed by one product.
-        graph: on CUDA, capture the step as a CUDA graph and replay it.
+        graph: on CUDA, capture the step as a CUDA graph and replay it; on a CPU, record its operations and
+            repeat them without Python.
         branches: on CUDA, compute the classifier's gradient on a second stream, at the same time as the
             network; no effect with `compile`.
         compile: compile the step by torch.compile.

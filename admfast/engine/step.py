@@ -24,6 +24,7 @@ from admfast.engine.capture import PRIORITY
 from admfast.engine.guidance import LOSS_SCALE, check_frozen, log_probability_gradient
 from admfast.engine.numerics import chosen_threads, on_threads
 from admfast.engine.options import EngineOptions
+from admfast.engine.replay import Replay
 from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
@@ -148,6 +149,8 @@ class PreparedStep:
             kind: partial(PreparedStep.body, weakref.proxy(self), kind)
             for kind in kinds
         }
+        self.replays: dict[bool, Replay] = {}  # on a CPU, the bodies that repeat their operations
+        self._renewals: list[int] = []  # of the networks, when the replays were recorded
         self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._left: torch.cuda.Event | None = None
         self.compiled = self.captured = False
@@ -248,6 +251,10 @@ class PreparedStep:
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, count = batch.table, len(batch.table)
         self.threads = self._threads()  # the user may have changed torch's number
+        if (renewals := [net.fold_renewals for net in self._networks]) != self._renewals:
+            self._renewals = renewals
+            for replay in self.replays.values():
+                replay.forget()
         self.table.host.copy_(_no_rows(self.key.rows))
         self.table.host[:count] = table.packed.host
         self.table.device.copy_(self.table.host)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -86,6 +87,28 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+_OWN_MODES = threading.local()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Enter a dispatch mode of this package within the block; it changes no choice of implementation."""
+    _OWN_MODES.count = _own_modes() + 1
+    try:
+        yield
+    finally:
+        _OWN_MODES.count -= 1
+
+
+def _own_modes() -> int:
+    return getattr(_OWN_MODES, "count", 0)
+
+
+def _in_dispatch_mode() -> bool:
+    """Tell whether this thread is in a dispatch mode of somebody else."""
+    return torch._C._len_torch_dispatch_stack() > _own_modes()
+
+
 def observed() -> bool:
     """Tell whether torch.jit.trace or a dispatch mode (a FLOP counter, fake tensors) is active in eager mode.
 
@@ -94,7 +117,7 @@ def observed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._is_tracing() or _in_dispatch_mode()
 
 
 def traced(*tensors: Tensor | None) -> bool:
@@ -102,7 +125,7 @@ def traced(*tensors: Tensor | None) -> bool:
     return (
         torch.compiler.is_compiling()
         or in_transform()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _in_dispatch_mode()
         or torch.jit.is_tracing()
         or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )

@@ -73,7 +73,8 @@ class StageReport:
         images, batches: numbers in total. batch: images of the largest batch. sides: sides of an image.
         rows, guided_rows: rows of a batch, and how many of them the classifier guides.
         unprepared: why the rows ran without a prepared step; None if one ran them.
-        uncaptured: why the step was not replayed as a CUDA graph; None if it was.
+        unreplayed: why the step was not repeated as a whole, by a CUDA graph or on a CPU by its recorded
+            operations; None if it was.
         uncompiled: why the step was not compiled by torch.compile; None if it was.
         by_parts: networks ("net", "classifier") with blocks that run layer by layer, not fused, because a
             hook watches one of their layers or a layer was replaced.
@@ -93,7 +94,7 @@ class StageReport:
     rows: int
     guided_rows: int
     unprepared: str | None
-    uncaptured: str | None
+    unreplayed: str | None
     uncompiled: str | None
     by_parts: tuple[str, ...]
     folded: bool
@@ -125,7 +126,7 @@ class StageReport:
             "images": f"{self.images} of {'x'.join(map(str, self.sides))}, {self.batch} at a time",
             "steps": f"{self.rows} a batch, {self.guided_rows} guided by the classifier",
             "run": step,
-            "CUDA graph": f"no: {self.uncaptured}" if self.uncaptured else "replayed",
+            "replayed": f"no: {self.unreplayed}" if self.unreplayed else "yes",
             "torch.compile": f"no: {self.uncompiled}" if self.uncompiled else "yes",
             "run layer by layer": f"blocks of {', '.join(self.by_parts)}" if self.by_parts else "no block",
             "weights": "folded" if self.folded else "as they are",

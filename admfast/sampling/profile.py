@@ -152,8 +152,8 @@ def _of_steps(stage: StageReport, own: Pipeline) -> Iterator[str]:
         yield "the network was not folded: EngineOptions(fold=FoldOptions()) is the default"
     if stage.by_parts:
         yield f"blocks of {', '.join(stage.by_parts)} ran layer by layer: a hook, or a replaced module"
-    if own.device.type == "cuda" and stage.uncaptured and not stage.unprepared:
-        yield f"the host launched every operation, without a CUDA graph ({stage.uncaptured})"
+    if own.device.type == "cuda" and stage.unreplayed and not stage.unprepared:
+        yield f"the host launched every operation, without a CUDA graph ({stage.unreplayed})"
 
 
 def _of_precision(stage: StageReport, own: Pipeline) -> Iterator[str]:

@@ -61,8 +61,14 @@ def test_a_guided_run_is_described():
     assert (stage.images, stage.batches, stage.batch, stage.sides) == (5, 3, 2, (8, 8))
     assert (stage.rows, stage.guided_rows, stage.unprepared, stage.by_parts) == (4, 4, None, ())
     assert stage.folded and stage.policy == "fp32" and stage.precision == pipe.policy.parts()
-    assert "cpu" in stage.uncaptured and stage.uncompiled
+    assert stage.unreplayed is None and stage.uncompiled
     assert report.peak_memory > 2**20
+
+
+def test_a_short_run_is_not_replayed():
+    assert "rows" in str(base(pipeline(), steps=2).unreplayed)
+    without = pipeline(options=EngineOptions(graph=False))
+    assert "graph" in str(base(without).unreplayed)
 
 
 def test_calls_are_those_of_the_networks_layers():

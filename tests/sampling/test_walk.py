@@ -15,13 +15,12 @@ SETTINGS = {"classes": [3, 1], "seeds": [0, 1], "steps": 3, "guidance": 2.0, "gu
 @pytest.mark.parametrize(
     "settings", [{}, {"solver": "ddim:eta=0.5", "batch_size": 1}], ids=["plain", "options"]
 )
-def test_a_call_is_carried_by_three_records_through_ten_files(settings):
+def test_a_call_is_carried_by_three_records_through_eleven_files(settings):
     found = traced(pipeline(), **settings)
     assert len(found.records) <= 3, found.records
-    assert len(found.files) <= 10, found.files
-    assert {"sampling/loop.py", "engine/step.py"} <= set(
-        found.files
-    ) and "ops/update/step.py" in found.left_out
+    assert len(found.files) <= 11, found.files
+    assert {"sampling/loop.py", "engine/step.py", "engine/replay.py"} <= set(found.files)
+    assert "models/fold/net.py" in found.left_out
 
 
 def test_the_check_of_a_request_enters_each_file_from_one_place():
@@ -34,7 +33,7 @@ def test_the_check_of_a_request_enters_each_file_from_one_place():
 
 
 def test_the_trace_sees_records_files_and_climbs():
-    # The first call also makes the process and the solver's rows.
-    found = traced(pipeline(), first=True, steps=7)
+    # The first call also makes the process and the solver's rows; no other test takes as many steps.
+    found = traced(pipeline(), first=True, steps=37)
     assert {"Row", "SolverTable", "Schedule"} <= set(found.records)
     assert "diffusion/process.py" in found.files and len(found.files) > 10

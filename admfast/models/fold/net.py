@@ -58,6 +58,7 @@ class FoldableNet(nn.Module):
     fold_dtype: torch.dtype | None = None
     training_dtype: torch.dtype | None = None  # of the torso while it isn't folded; None: its parameters'
     fold_generation: int = 0
+    fold_renewals: int = 0  # how often `fold` ran: forms that it no longer knows were not renewed
     _fold_state: _State | None = None
     _fold_values: Values | None = None
     _fold_by_layer: bool = False
@@ -101,6 +102,7 @@ class FoldableNet(nn.Module):
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
             self.fold_options, self.fold_dtype = options, dtype
+            self.fold_renewals += 1
             # Recorded before anything is derived, so that a write in the meantime counts as a change.
             self._fold_values = Values(self.parameters())
             spared = self._spared()

@@ -61,8 +61,8 @@ def _of_heads(
     ) -> Tensor:
         # Gradients of a sum or a mean have stride 0, but the kernels need contiguous rows.
         do, out = (split_heads(t, num_heads) for t in (dout.contiguous(), out))
-        gradients = backward(do, *split_qkv(qkv, num_heads, legacy_order), out, *saved)
-        return join_qkv(*gradients, legacy_order)
+        dq, dk, dv = backward(do, *split_qkv(qkv, num_heads, legacy_order), out, *saved)
+        return join_qkv(dq, dk, dv, legacy_order)
 
     def whole_infer(qkv: Tensor, num_heads: int, legacy_order: bool) -> Tensor:
         q, k, v = split_qkv(qkv, num_heads, legacy_order)
