@@ -1,5 +1,6 @@
 // Loops of attention for AMX.
-#if defined(__x86_64__) && !defined(__clang__)
+#include "cpu_isa.h"
+#if defined(ADMFAST_AMX)
 #include <immintrin.h>
 
 #include <cstdint>

@@ -8,6 +8,11 @@
 #include <unistd.h>
 #endif
 
+// Compilers that know AMX: GCC from version 11.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define ADMFAST_AMX
+#endif
+
 namespace admfast {
 
 // In order: each one includes those before it.
@@ -16,7 +21,7 @@ constexpr const char* kCpuIsaNames[] = {"generic", "avx2", "avx512", "avx512_bf1
 
 // Ask Linux for the registers of AMX, which a process may use only after that.
 inline bool amx_allowed() {
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__linux__) && defined(ADMFAST_AMX)
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
@@ -31,8 +36,10 @@ inline CpuIsa widest_cpu_isa() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return CpuIsa::kAvx2;
   if (!__builtin_cpu_supports("avx512bf16")) return CpuIsa::kAvx512;
-  const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
-  return tiles && amx_allowed() ? CpuIsa::kAmx : CpuIsa::kAvx512Bf16;
+#if defined(ADMFAST_AMX)
+  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && amx_allowed()) return CpuIsa::kAmx;
+#endif
+  return CpuIsa::kAvx512Bf16;
 #else
   return CpuIsa::kGeneric;
 #endif

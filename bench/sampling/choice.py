@@ -10,7 +10,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.errors import AdmfastError
 from bench.measure import Case, Settings
-from bench.sampling import ours, published
+from bench.sampling import openvino, ours, published
 from bench.sampling.compare import Comparison
 from bench.sampling.flags import PEERS
 from bench.sampling.subject import TINY, Subject, subjects
@@ -55,6 +55,16 @@ class Choice:
                 entries = [replace(entry, note=note) for entry in entries]
             kind = "step" if subject.classifier is None else "guided_step"
             yield Comparison(kind, subject, batch, entries, budget)
+            if "openvino" in self.peers:
+                yield self._of_network(subject, batch, budget, settings)
+
+    def _of_network(self, subject: Subject, batch: int, budget: float, settings: Settings) -> Comparison:
+        """Return the comparison with OpenVINO, of a step without guidance."""
+        entries = [ours.entry(name) for name in self.precisions]
+        entries += [published.entry(published.EAGER, self.path, settings.device)] if self.path else []
+        entries += [openvino.entry(name) for name in self.precisions if name in openvino.PRECISIONS]
+        alone = replace(subject, classifier=None, guidance=0.0)
+        return Comparison("step", alone, batch, entries, budget)
 
     def cases(self, settings: Settings) -> Iterator[Case]:
         """Yield the cases of all comparisons."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PUBLISHED_PATH = "GUIDED_DIFFUSION"
 PUBLISHED_FOLDER = Path(".guided-diffusion")
-PEERS = ("eager", "channels-last", "compiled")
+PEERS = ("eager", "channels-last", "compiled", "openvino")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=",".join(PEERS),
         help=f"some of {','.join(PEERS)}; without a value all, which takes minutes to compile "
-        "(default: all but compiled, if the published code is found)",
+        "(default: eager and channels-last, if the published code is found)",
     )
 
 
