@@ -50,7 +50,7 @@ double worst;  // error over what n roundings in float32 (one in the type itself
 
 void judge(double got, double truth, double size, double roundings, double eps) {
   const double error = std::fabs(got - truth) / (size * (roundings * 0x1p-23 + eps) + 1e-30);
-  if (!(error <= worst)) worst = error;
+  if (worst == worst && !(error <= worst)) worst = error;
 }
 
 struct Tested {

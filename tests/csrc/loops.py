@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+# Instruction sets that have loops of their own for products of bfloat16.
+PRODUCT_ISAS = ("generic", "avx512_bf16", "amx")
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 GXX = shutil.which("g++")
 # The flags of setup.py that affect results.
@@ -36,8 +38,17 @@ def built(family: str, isas: Sequence[str], driver: str, how: str, folder: Path)
     return program
 
 
-def said_by(driver: Path, **environment: str) -> dict[str, str]:
+def said_by(driver: Path, *arguments: str, **environment: str) -> dict[str, str]:
     """Run a driver with these environment variables and return the words that it prints, by name."""
-    done = subprocess.run([driver], capture_output=True, text=True, env=os.environ | environment)
+    done = subprocess.run([driver, *arguments], capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(line.split() for line in done.stdout.splitlines())
+
+
+def assert_isas_can_be_asked_for(driver: Path, here: set[str]) -> None:
+    """Assert that ADMFAST_CPU_ISA chooses each of `here`, the loops of PRODUCT_ISAS that this machine has."""
+    widest = next(name for name in reversed(PRODUCT_ISAS) if name in here)
+    expected = {"": widest, "unknown": "generic", "avx2": "generic", "avx512": "generic"}
+    expected |= {name: name if name in here else "generic" for name in PRODUCT_ISAS}
+    for isa, chosen in expected.items():
+        assert said_by(driver, "only the name", ADMFAST_CPU_ISA=isa) == {"chosen": chosen}, isa

@@ -79,9 +79,11 @@ def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "2",
     }
-    tests = [f"tests/ops/test_{name}.py" for name in ("sampler_step", "sampler_step_call", "noise", "conv")]
+    names = "sampler_step sampler_step_call noise conv conv_direct attention attention_cpp".split()
+    tests = [f"tests/ops/test_{name}.py" for name in names]
+    wanted = "(cpp or compiled or raw or threads or winograd or direct) and not instruction_set"
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "sanitized_plugin", "-p", "no:cacheprovider"]
-    command += ["-k", "cpp or compiled or raw or threads or (winograd and not isa)", *tests]
+    command += ["-k", wanted, *tests]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout

@@ -128,7 +128,7 @@ double expected_gradient(const Case& k, const float* x, const float* dy, int64_t
 
 void compare(double found, double truth, double& worst) {
   const double error = std::fabs(found - truth);
-  if (!(error <= worst)) worst = error;  // NaN too
+  if (worst == worst && !(error <= worst)) worst = error;  // NaN stays
 }
 
 // The transformed weights and their transpose's, made of the weights where they lie.

@@ -1,4 +1,4 @@
-"""Tests of a step's operations that are recorded on a CPU and repeated: same bits, and when they are not used."""
+"""Tests of operations that are recorded on a CPU and repeated: same bits, and when the body runs instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All-pairs covers of an op's options, and tensors in the memory layouts that are among the options."""
+"""All-pairs covers of an op's options, and the dtypes and memory layouts that are among the options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The only dtype of an implementation, where it isn't float32.
+_DTYPES = {("conv", "direct"): torch.bfloat16, ("attention", "cpp"): torch.bfloat16}
 CANDIDATES = 60  # random cases tried for each one kept; more give a slightly smaller cover
 
 
@@ -45,6 +47,11 @@ def all_pairs(times: int = 1, /, **options: list[Any]) -> list[dict[str, Any]]:
 def case_id(case: dict[str, Any]) -> str:
     """Return a readable test id for a case."""
     return "-".join(str(value) for value in case.values()).replace(" ", "")
+
+
+def dtype_of(op: str, impl: str | None) -> torch.dtype:
+    """Return a dtype that an implementation supports: float32, unless it has only another one."""
+    return _DTYPES.get((op, impl or ""), torch.float32)
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, attention, attention_ref
 from admfast.ops.attention import split_qkv
-from tests.ops.cover import all_pairs, case_id
+from tests.ops.cover import all_pairs, case_id, dtype_of
 from tests.ops.tolerance import (
     DEVICES,
     HALF_AND_SINGLE,
@@ -46,6 +46,12 @@ CASES = all_pairs(
     spread=[1, 4],  # factor of q and k: 4 makes one weight nearly 1
     mean=[0, 100],  # added to v; in q and k it would only saturate the softmax
 )
+# For the compiled kernel: every shape in both orders, in its only dtype.
+CASES += [
+    dict(shape=name, dtype="bf16", legacy=legacy, layout="rows", spread=spread, mean=0)
+    for name in SHAPES
+    for legacy, spread in ((False, 1), (True, 4))
+]
 CASE_IDS = [f"{i}-{case_id(case)}" for i, case in enumerate(CASES)]
 
 
@@ -173,7 +179,7 @@ def test_values_and_gradient_are_within_tolerance(case, impl, device):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_two_orders_are_one_permutation_of_the_rows(shape, impl):
     n, s, heads, d = SHAPES[shape]
-    legacy = torch.randn(n, s, 3 * heads * d)
+    legacy = torch.randn(n, s, 3 * heads * d).to(dtype_of("attention", impl))
     order = [
         channel(kind, head, j, heads, d, True) for kind in range(3) for head in range(heads) for j in range(d)
     ]
@@ -196,7 +202,7 @@ def test_the_two_orders_are_one_permutation_of_the_rows(shape, impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_positions_samples_and_heads_do_not_mix(impl):
-    qkv = torch.randn(2, 5, 3 * 3 * 4)
+    qkv = torch.randn(2, 5, 3 * 3 * 4).to(dtype_of("attention", impl))
     if refused(impl, qkv, 3):
         return
     before = attention(qkv, 3, impl=impl)
@@ -213,15 +219,15 @@ def test_positions_samples_and_heads_do_not_mix(impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_edges(impl):
-    d = 4
+    d, dtype = 4, dtype_of("attention", impl)
     for shape in ((0, 5, 3 * d), (2, 0, 3 * d)):
-        if not refused(impl, torch.randn(shape), 1):
-            assert attention(torch.randn(shape), 1, impl=impl).shape == (*shape[:2], d)
-    one = torch.randn(3, 1, 3 * d)
+        if not refused(impl, torch.randn(shape).to(dtype), 1):
+            assert attention(torch.randn(shape).to(dtype), 1, impl=impl).shape == (*shape[:2], d)
+    one = torch.randn(3, 1, 3 * d).to(dtype)
     if not refused(impl, one, 1):
         assert torch.equal(attention(one, 1, impl=impl), one[..., 2 * d :]), "one position gives its v"
     # Logits of 5000 and 0: exponentials overflow unless the largest logit is subtracted first.
-    sharp = torch.cat([100 * torch.eye(d).repeat(1, 2), torch.arange(4.0 * d).view(d, d)], 1)[None]
+    sharp = torch.cat([100 * torch.eye(d).repeat(1, 2), torch.arange(4.0 * d).view(d, d)], 1)[None].to(dtype)
     if not refused(impl, sharp, 1):
         assert torch.equal(attention(sharp, 1, impl=impl), sharp[..., 2 * d :])
 
@@ -242,7 +248,7 @@ def test_derivatives_in_float64(impl, legacy):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_gradient_by_every_road(impl):
-    qkv = torch.randn(2, 16, 3 * 2 * 8)
+    qkv = torch.randn(2, 16, 3 * 2 * 8).to(dtype_of("attention", impl))
     if refused(impl, qkv, 2):
         return
 
@@ -257,10 +263,12 @@ def test_the_gradient_by_every_road(impl):
     (truth,) = torch.autograd.grad(total(wide, "reference"), wide)
     checkpointed = torch.utils.checkpoint.checkpoint(total, leaf, use_reentrant=False)
     (third,) = torch.autograd.grad(checkpointed, leaf)
-    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
-    (fourth,) = torch.autograd.grad(compiled(leaf), leaf)
     _, vjp = torch.func.vjp(total, qkv)
-    for got in (third, fourth, torch.func.grad(total)(qkv), vjp(torch.ones(()))[0]):
+    found = [third, torch.func.grad(total)(qkv), *vjp(torch.ones((), dtype=qkv.dtype))]
+    if impl != "cpp":  # torch.compile gets torch's own kernel
+        compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+        found += torch.autograd.grad(compiled(leaf), leaf)
+    for got in found:
         assert_within(got, first, truth, "d qkv", "input gradient")
 
 

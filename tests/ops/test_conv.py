@@ -15,7 +15,7 @@ from torch import Tensor
 from admfast.errors import Unavailable
 from admfast.ops import TABLES, FoldedConv, conv_ref
 from admfast.ops.conv.winograd import amplification
-from tests.ops.cover import all_pairs, case_id, laid_out
+from tests.ops.cover import all_pairs, case_id, dtype_of, laid_out
 from tests.ops.tolerance import DEVICES, HALF_AND_SINGLE, assert_same_formula, assert_within, unmodified
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -32,6 +32,8 @@ SHAPES: dict[str, tuple] = {
     "one pixel": (3, 33, 32, (1, 1), 3, 1, 1),
     "two rows": (2, 16, 65, (2, 5), 3, 1, 1),
     "1x1": (2, 24, 72, (5, 6), 1, 1, 0),
+    "rows of 16": (2, 40, 33, (5, 16), 3, 1, 1),  # rows of whole groups of `direct`
+    "1x1 in place": (2, 64, 40, (4, 6), 1, 1, 0),  # whole groups and chunks: `direct` reads x in place
     "1x1 stride 2": (2, 16, 20, (5, 6), 1, 2, 0),
     "1x1 padded": (1, 8, 6, (4, 5), 1, 1, 1),
     "5x5": (1, 7, 9, (8, 6), 5, 1, 2),
@@ -40,6 +42,7 @@ SHAPES: dict[str, tuple] = {
     "stride 2": (2, 16, 24, (9, 8), 3, 2, 1),
     "1d": (2, 10, 14, (11,), 3, 1, 1),
     "1d 1x1": (3, 16, 48, (7,), 1, 1, 0),
+    "tokens": (1, 96, 70, (32,), 1, 1, 0),
     "3d": (1, 6, 5, (3, 6, 4), 3, (1, 2, 2), 1),
 }
 CASES = all_pairs(
@@ -50,11 +53,13 @@ CASES = all_pairs(
     bias=[False, True],
     residual=[None, "contiguous", "channels_last"],
 )
-# For Winograd: every shape that it supports, in its only dtype.
+# For Winograd and for the direct convolution: every shape that they support, in their only dtypes.
+KERNELS = {name: (len(spatial), *geometry) for name, (_, _, _, spatial, *geometry) in SHAPES.items()}
 CASES += [
-    dict(shape=name, dtype="fp32", mean=mean, layout="channels_last", bias=True, residual="channels_last")
-    for name, (_, _, _, spatial, *geometry) in SHAPES.items()
-    if geometry == [3, 1, 1] and len(spatial) == 2
+    dict(shape=name, dtype=dtype, mean=mean, layout="channels_last", bias=True, residual="channels_last")
+    for name, (dims, *geometry) in KERNELS.items()
+    for dtype in ("fp32", "bf16")
+    if (dims, *geometry) == (2, 3, 1, 1) or (dtype == "bf16" and geometry == [1, 1, 0])
     for mean in (0, 100)
 ]
 CASE_IDS = [f"{i}-{case_id(case)}" for i, case in enumerate(CASES)]
@@ -208,8 +213,9 @@ def test_first_and_second_derivatives(name, impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_nan_stays_among_its_neighbours_and_in_its_tile(impl):
-    weights = {"weight": torch.randn(32, 16, 3, 3), "bias": None}
-    x = torch.randn(1, 16, 11, 13).to(memory_format=torch.channels_last)
+    dtype = dtype_of("conv", impl)
+    weights = {"weight": torch.randn(32, 16, 3, 3).to(dtype), "bias": None}
+    x = torch.randn(1, 16, 11, 13).to(dtype, memory_format=torch.channels_last)
     conv = folded(impl, weights, {"x": x}, dict(padding=1))
     if conv is None:
         return
@@ -235,8 +241,9 @@ def test_a_nan_stays_among_its_neighbours_and_in_its_tile(impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_what_was_in_the_buffers_before_does_not_matter(impl):
-    weights = {"weight": torch.randn(40, 20, 3, 3), "bias": None}
-    x = torch.randn(2, 20, 9, 9).to(memory_format=torch.channels_last)
+    dtype = dtype_of("conv", impl)
+    weights = {"weight": torch.randn(40, 20, 3, 3).to(dtype), "bias": None}
+    x = torch.randn(2, 20, 9, 9).to(dtype, memory_format=torch.channels_last)
     conv = folded(impl, weights, {"x": x}, dict(padding=1))
     if conv is not None:
         clean = conv(x)
@@ -247,12 +254,13 @@ def test_what_was_in_the_buffers_before_does_not_matter(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(0, 16, 8, 8), (1, 16, 1, 1)], ids=str)
 def test_edges(impl, shape):
-    weights = {"weight": torch.randn(32, 16, 3, 3), "bias": torch.randn(32)}
-    x = torch.randn(shape).requires_grad_(True)
+    dtype = dtype_of("conv", impl)
+    weights = {"weight": torch.randn(32, 16, 3, 3).to(dtype), "bias": torch.randn(32).to(dtype)}
+    x = torch.randn(shape).to(dtype).requires_grad_(True)
     conv = folded(impl, weights, {"x": x}, dict(padding=1))
     if conv is None:
         return
-    y = conv(x, torch.ones(shape[0], 32, *shape[2:]))
+    y = conv(x, torch.ones(shape[0], 32, *shape[2:]).to(dtype))
     assert y.shape == (shape[0], 32, *shape[2:])
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert dx.shape == x.shape
@@ -268,11 +276,20 @@ def threads():
 
 @pytest.mark.skipif(TABLE.named("winograd").available() is not None, reason="no compiled ops")
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_batch_is_its_images_bit_for_bit(count, threads):
-    conv = FoldedConv(torch.randn(70, 40, 3, 3), torch.randn(70), padding=1, impl="winograd")
-    # All images have 210 tiles, so each thread has its own blocks. One image has 30 tiles, a block that all
-    # threads share.
-    x, residual = (torch.randn(7, c, 18, 22).to(memory_format=torch.channels_last) for c in (40, 70))
+@pytest.mark.parametrize(
+    ("impl", "kernel", "width"),
+    [("winograd", 3, 22), ("direct", 3, 22), ("direct", 3, 16), ("direct", 1, 22)],
+)
+def test_a_batch_is_its_images_bit_for_bit(impl, kernel, width, count, threads):
+    dtype = dtype_of("conv", impl)
+    weight, bias = torch.randn(70, 40, kernel, kernel).to(dtype), torch.randn(70).to(dtype)
+    conv = FoldedConv(weight, bias, padding=kernel // 2, impl=impl)
+    # In Winograd's convolution, all images have 210 tiles, so each thread has its own blocks. One image has
+    # 30 tiles, a block that all threads share. The direct convolution has blocks of fewer positions for more
+    # threads.
+    x, residual = (
+        torch.randn(7, c, 18, width).to(dtype, memory_format=torch.channels_last) for c in (40, 70)
+    )
     threads(1)
     expected = conv(x, residual)
     threads(count)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +17,10 @@ from admfast.ops.conv.forms import packed_missing
 from admfast.ops.conv.grad import direction_of
 from admfast.ops.conv.winograd import amplification
 from admfast.ops.dispatch import using
+from tests.ops.cover import dtype_of
+from tests.ops.isas import FLAGS, run_tests_on
 from tests.ops.tolerance import assert_within
 
-ROOT = Path(__file__).resolve().parents[2]
 TABLE = TABLES["conv"]
 IMPLEMENTATIONS = [name for name in TABLE.names() if name != "matmul"]
 WITHOUT_C = native.reason_missing()
@@ -40,12 +37,18 @@ def seeded(monkeypatch):
     monkeypatch.delenv("ADMFAST_IMPL", raising=False)
 
 
-def weights(c_out: int = 40, c_in: int = 20) -> tuple[Tensor, Tensor]:
-    return torch.randn(c_out, c_in, 3, 3) / (9 * c_in) ** 0.5, torch.randn(c_out)
+def weights(impl: str | None = None, c_out: int = 40, c_in: int = 20) -> tuple[Tensor, Tensor]:
+    """Return weights and bias in a dtype that `impl` supports."""
+    weight, bias = torch.randn(c_out, c_in, 3, 3) / (9 * c_in) ** 0.5, torch.randn(c_out)
+    return weight.to(dtype_of("conv", impl)), bias.to(dtype_of("conv", impl))
 
 
-def images(*shape: int) -> Tensor:
-    return torch.randn(shape).to(memory_format=torch.channels_last)
+def images(*shape: int, impl: str | None = None) -> Tensor:
+    return torch.randn(shape).to(dtype_of("conv", impl), memory_format=torch.channels_last)
+
+
+def growth_of(impl: str | None) -> tuple[float, float]:
+    return (1.0, 1.0) if impl == "direct" else amplification()
 
 
 def folded(impl: str | None, *given: Tensor, **options: Any) -> FoldedConv:
@@ -60,9 +63,9 @@ def folded(impl: str | None, *given: Tensor, **options: Any) -> FoldedConv:
 
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, None])
 def test_a_gradient_in_x_by_every_road(impl):
-    conv, (weight, bias) = folded(impl, *weights()), weights()
+    conv, (weight, bias) = folded(impl, *weights(impl)), weights(impl)
     conv.refold(weight, bias)
-    x, residual = images(2, 20, 9, 9), images(2, 40, 9, 9)
+    x, residual = images(2, 20, 9, 9, impl=impl), images(2, 40, 9, 9, impl=impl)
 
     def total(x: Tensor) -> Tensor:
         return conv(x, residual).square().sum()
@@ -81,13 +84,13 @@ def test_a_gradient_in_x_by_every_road(impl):
     )
     plain = x.clone().requires_grad_(True)
     (reference,) = torch.autograd.grad(conv_ref(plain, weight, bias, residual).square().sum(), plain)
-    for got in (first, third, torch.func.grad(total)(x), vjp(torch.ones(()))[0]):
-        assert_within(got, reference, truth, "dx", "input gradient", growth=amplification())
+    for got in (first, third, torch.func.grad(total)(x), vjp(torch.ones((), dtype=x.dtype))[0]):
+        assert_within(got, reference, truth, "dx", "input gradient", growth=growth_of(impl))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_second_and_third_derivatives(impl):
-    weight, bias = weights(6, 5)
+    weight, bias = weights(impl, 6, 5)
     conv = folded(impl, weight, bias)
 
     def third(function: Any, x: Tensor) -> Tensor:
@@ -97,10 +100,10 @@ def test_second_and_third_derivatives(impl):
         (d2x,) = torch.autograd.grad(dx.square().sum(), leaf, create_graph=True)
         return torch.autograd.grad(d2x.sum(), leaf)[0]
 
-    x = images(1, 5, 7, 6)
+    x = images(1, 5, 7, 6, impl=impl)
     truth = third(lambda x: conv_ref(x, weight.double(), bias.double()), x.double())
     reference = third(lambda x: conv_ref(x, weight, bias), x)
-    growth = (6 * amplification()[0], 6 * amplification()[1])
+    growth = tuple(6 * factor for factor in growth_of(impl))
     assert_within(third(conv, x), reference, truth, "d3x", "input gradient", growth=growth)
     nested = torch.func.grad(lambda x: torch.func.grad(lambda x: conv(x).pow(4).mean())(x).square().sum())
     assert bool(nested(x).isfinite().all()) and bool(nested(x).any())
@@ -108,10 +111,10 @@ def test_second_and_third_derivatives(impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_weights_are_frozen(impl):
-    weight, bias = (t.requires_grad_(True) for t in weights())
+    weight, bias = (t.requires_grad_(True) for t in weights(impl))
     conv = folded(impl, weight, bias)
-    assert not conv(images(1, 20, 8, 8)).requires_grad
-    x = images(1, 20, 8, 8).requires_grad_(True)
+    assert not conv(images(1, 20, 8, 8, impl=impl)).requires_grad
+    x = images(1, 20, 8, 8, impl=impl).requires_grad_(True)
     conv(x).sum().backward()
     assert weight.grad is None and bias.grad is None and x.grad is not None
 
@@ -126,12 +129,13 @@ def test_a_gradient_that_nobody_wants_is_not_made(monkeypatch):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_graph_outlives_its_convolution(impl):
-    weight, bias = weights()
-    x = images(1, 20, 8, 8).requires_grad_(True)
+    weight, bias = weights(impl)
+    x = images(1, 20, 8, 8, impl=impl).requires_grad_(True)
     y = folded(impl, weight, bias)(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
     (reference,) = torch.autograd.grad(conv_ref(x, weight, bias).sum(), x)
-    torch.testing.assert_close(dx, reference, atol=1e-5, rtol=1e-5)
+    (truth,) = torch.autograd.grad(conv_ref(x.double(), weight.double(), bias.double()).sum(), x)
+    assert_within(dx, reference, truth.double(), "dx", "input gradient", growth=growth_of(impl))
 
 
 def test_transforms_it_can_t_serve_go_to_torch_s_own_or_are_refused_by_name():
@@ -145,8 +149,9 @@ def test_transforms_it_can_t_serve_go_to_torch_s_own_or_are_refused_by_name():
     small = images(1, 20, 3, 3)
     jacobian = torch.func.jacrev(lambda x: chosen(x)[:, 0, 1, 1].sum())(small)
     torch.testing.assert_close(jacobian[0], weight[0], atol=1e-5, rtol=1e-5)
-    for impl in ("winograd", "packed"):
-        conv = folded(impl, weight, bias)
+    for impl in ("winograd", "packed", "direct"):
+        conv = folded(impl, *weights(impl))
+        x, direction = (t.to(conv.dtype) for t in (x, direction))
         with pytest.raises(Unavailable, match=f"impl='{impl}'.*forward-mode"):
             torch.func.jvp(conv, (x,), (direction,))
         with pytest.raises(Unavailable, match=f"impl='{impl}'.*vmap"):
@@ -160,8 +165,8 @@ def test_transforms_it_can_t_serve_go_to_torch_s_own_or_are_refused_by_name():
 @pytest.mark.parametrize("warm", [False, True], ids=["first traced", "first run"])
 def test_a_compiled_call_and_its_gradient_are_the_eager_ones(impl, warm):
     torch._dynamo.reset()  # every case compiles the same line, and Dynamo allows eight compilations of it
-    conv = folded(impl, *weights())
-    x, residual = images(2, 20, 9, 8), images(2, 40, 9, 8)
+    conv = folded(impl, *weights(impl))
+    x, residual = images(2, 20, 9, 8, impl=impl), images(2, 40, 9, 8, impl=impl)
     if warm:
         conv(x)
 
@@ -180,11 +185,11 @@ def test_a_compiled_call_and_its_gradient_are_the_eager_ones(impl, warm):
 
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, None])
 def test_a_compiled_call_sees_what_is_folded_anew(impl):
-    conv, x = folded(impl, *weights()), images(1, 20, 8, 8)
+    conv, x = folded(impl, *weights(impl)), images(1, 20, 8, 8, impl=impl)
     compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         before = compiled(x)
-        conv.refold(*weights())
+        conv.refold(*weights(impl))
         assert torch.equal(compiled(x), conv(x)) and not torch.equal(compiled(x), before)
 
 
@@ -233,12 +238,13 @@ def test_the_raw_op_refuses_what_does_not_fit(changes, message):
 # Kept forms
 
 
-@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "matmul"])
-def test_folding_anew_writes_the_same_buffers(impl):
-    size = 1 if impl == "matmul" else 3
-    options = dict(padding=size // 2, impl=impl)
+@pytest.mark.parametrize(
+    ("impl", "size"), [*((impl, 3) for impl in IMPLEMENTATIONS), ("matmul", 1), ("direct", 1)]
+)
+def test_folding_anew_writes_the_same_buffers(impl, size):
+    options = dict(padding=size // 2, impl=impl, dtype=dtype_of("conv", impl))
     conv = FoldedConv(torch.randn(40, 20, size, size), torch.randn(40), **options)
-    x = images(2, 20, 8, 8).requires_grad_(True)
+    x = images(2, 20, 8, 8, impl=impl).requires_grad_(True)
     torch.autograd.grad(conv(x).sum(), x)
     directions = [d for forward in conv.directions for d in forward.both()]
     held = {id(d): dict(d.forms) for d in directions}
@@ -258,19 +264,19 @@ def test_folding_anew_writes_the_same_buffers(impl):
 
 
 def test_what_is_held_is_what_was_needed():
-    weight, bias = weights(64, 32)
-    x = images(1, 32, 16, 16)
-    sizes = {"library": weight.nbytes, "winograd": 4 * weight.nbytes, "packed": weight.nbytes, "reference": 0}
-    for impl, nbytes in sizes.items():
-        conv = folded(impl, weight, bias)
+    sizes = {"library": 1, "winograd": 4, "packed": 1, "direct": 1, "reference": 0}
+    for impl, times in sizes.items():
+        (weight, bias), x = weights(impl, 64, 32), images(1, 32, 16, 16, impl=impl)
+        conv, nbytes = folded(impl, weight, bias), times * weight.nbytes
         assert derived_bytes(conv) == 0
         conv(x), conv(x)
         assert derived_bytes(conv) == nbytes
         leaf = x.clone().requires_grad_(True)
         conv(leaf).sum().backward()
-        assert derived_bytes(conv) == nbytes * (2 if impl in ("winograd", "packed") else 1)
+        assert derived_bytes(conv) == nbytes * (2 if impl in ("winograd", "packed", "direct") else 1)
+    weight, bias = weights("packed", 64, 32)
     packed = folded("packed", weight, bias)
-    packed(x), packed(images(2, 32, 16, 16))
+    packed(images(1, 32, 16, 16)), packed(images(2, 32, 16, 16))
     assert derived_bytes(packed) == 2 * weight.nbytes, "each shape of the input has its own packed form"
 
 
@@ -291,12 +297,12 @@ def test_other_shapes_can_t_be_folded():
 
 def test_forms_made_in_inference_mode_serve_gradients():
     for impl in (*IMPLEMENTATIONS, None):
-        conv = folded(impl, *weights())
+        conv = folded(impl, *weights(impl))
         with torch.inference_mode():
-            conv(images(1, 20, 8, 8))
-        x = images(1, 20, 8, 8).requires_grad_(True)
+            conv(images(1, 20, 8, 8, impl=impl))
+        x = images(1, 20, 8, 8, impl=impl).requires_grad_(True)
         conv(x).sum().backward()
-        given = weights()
+        given = weights(impl)
         with torch.inference_mode():
             conv.refold(*given)
         conv(x).sum().backward()
@@ -325,6 +331,7 @@ def test_half_precision_of_float32_weights():
 # Which implementation runs
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize(
     ("c_in", "c_out", "side", "batch", "kernel", "name"),
     [
@@ -341,13 +348,17 @@ def test_half_precision_of_float32_weights():
         (64, 64, 16, 1, 1, "matmul"),
     ],
 )
-def test_the_cpu_runs_what_was_measured_to_be_fastest(c_in, c_out, side, batch, kernel, name):
+def test_the_cpu_runs_what_was_measured_to_be_fastest(
+    c_in, c_out, side, batch, kernel, name, amx, monkeypatch
+):
+    monkeypatch.setattr(native, "matrix_unit", lambda: amx)
     conv = FoldedConv(torch.ones(c_out, c_in, kernel, kernel), padding=kernel // 2)
     if name == "winograd" and (WITHOUT_C or native.ops().cpu_instruction_set() == "generic"):
         name = "packed"
     assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side)) == name
     half = "matmul" if kernel == 1 else "library"
     assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side, device="meta")) == half
+    half = "direct" if amx and c_in >= 16 and kernel < 5 else half
     assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side, dtype=torch.bfloat16)) == half
 
 
@@ -394,42 +405,22 @@ def test_forms_for_two_sizes_are_kept():
     assert len(conv.forms()) == 2
 
 
-@pytest.mark.parametrize("impl", ["library", "matmul", "winograd", "reference"])
+@pytest.mark.parametrize("impl", ["library", "matmul", "winograd", "direct", "reference"])
 def test_autocast_changes_nothing(impl):
     if TABLE.named(impl).available():
         pytest.skip(str(TABLE.named(impl).available()))
     kernel = 1 if impl == "matmul" else 3
-    weight, x = torch.randn(24, 20, kernel, kernel), images(2, 20, 8, 8)
-    conv, residual = FoldedConv(weight, padding=kernel // 2, impl=impl), images(2, 24, 8, 8)
+    weight, x = torch.randn(24, 20, kernel, kernel), images(2, 20, 8, 8, impl=impl)
+    conv = FoldedConv(weight, padding=kernel // 2, impl=impl, dtype=x.dtype)
+    residual = images(2, 24, 8, 8, impl=impl)
     y = conv(x, residual)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16 if x.dtype == torch.float32 else torch.float16):
         again = conv(x, residual)
-    assert again.dtype == torch.float32 and torch.equal(again, y)
-
-
-INSTRUCTION_SETS = {
-    "generic": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-}
+    assert again.dtype == x.dtype and torch.equal(again, y)
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", FLAGS)
 def test_every_instruction_set_is_within_tolerance(isa):
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    if not INSTRUCTION_SETS[isa] <= flags:
-        pytest.skip(f"this CPU has no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-k", "(winograd and (tolerance or neighbours)) or bit_for_bit", "tests/ops/test_conv.py"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "ADMFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    keyword = "(winograd or direct) and (tolerance or neighbours or bit)"
+    run_tests_on(isa, keyword, "test_conv", "test_conv_direct")

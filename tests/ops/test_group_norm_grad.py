@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -22,9 +17,9 @@ from admfast.ops.norm.grad import (
     unresampled,
 )
 from tests.ops.cover import all_pairs, case_id
+from tests.ops.isas import FLAGS, run_tests_on
 from tests.ops.tolerance import assert_same_formula, assert_within
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = all_pairs(
     shape=[(2, 4, 3), (2, 4, 2, 2), (1, 4, 3, 2), (1, 4, 2, 2, 3)],
     second=[0, 2],
@@ -244,48 +239,7 @@ def test_the_cpu_runs_the_compiled_op_where_it_can():
         assert chosen.name == name
 
 
-INSTRUCTION_SETS = {
-    "generic": set(),
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
-}
-
-
 @needs_cpp
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", FLAGS)
 def test_every_instruction_set_gives_the_same_within_tolerance(isa):
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    if not INSTRUCTION_SETS[isa] <= flags:
-        pytest.skip(f"this CPU has no {isa}")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "cpp and (tolerance or rounding)",
-        ]
-        + ["tests/ops/test_group_norm.py"],
-        cwd=ROOT,
-        env={**os.environ, "ADMFAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-    name = subprocess.run(
-        [sys.executable, "-c", "from admfast.ops import native; print(native.ops().cpu_instruction_set())"],
-        cwd=ROOT,
-        env={**os.environ, "ADMFAST_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert name.stdout.strip() == isa
+    run_tests_on(isa, "cpp and (tolerance or rounding)", "test_group_norm")

@@ -35,7 +35,7 @@ def test_an_unknown_name_is_refused(isa):
     done = said(isa)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert f"InvalidArgument: ADMFAST_CPU_ISA='{isa}': one of avx512_bf16, avx512, avx2, generic" in last
+    assert f"InvalidArgument: ADMFAST_CPU_ISA='{isa}': one of amx, avx512_bf16, avx512, avx2, generic" in last
 
 
 WHY = """
