@@ -99,7 +99,7 @@ def profile_text(report: RunReport, pipe: Pipeline) -> str:
             (name, "operations of the steps", f"{rate.flops / 1e9:,.1f} GFLOP"),
             ("", "reached", f"{rate.reached / 1e9:,.1f} GFLOP/s"),
             ("", product, f"{rate.product / 1e9:,.1f} GFLOP/s"),
-            ("", "share of this rate", f"{100 * rate.share:.0f} %{_WINOGRAD if rate.share > 1 else ''}"),
+            ("", "share of this rate", f"{100 * rate.share:.2g} %{_WINOGRAD if rate.share > 1 else ''}"),
         ]
     advice = [f"- {text}" for text in helps(report, pipe)] or ["- no rule applies"]
     return "\n".join([table(lines), "", "What would help:", *advice])

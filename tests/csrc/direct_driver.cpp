@@ -135,7 +135,9 @@ int main(int argc, char**) {
 #if defined(__x86_64__) && !defined(__clang__)
   const CpuIsa widest = widest_cpu_isa();  // it asks for the registers of AMX
   if (widest >= CpuIsa::kAvx512Bf16) here.push_back(&direct_avx512_bf16);
+#if defined(ADMFAST_AMX)
   if (widest >= CpuIsa::kAmx) here.push_back(&direct_amx);
+#endif
 #endif
   std::printf("chosen %s\n", direct_loops().name);
   if (argc > 1) return 0;  // asked for the name only

@@ -79,6 +79,7 @@ def answering(attention: str) -> Any:
     from torch.overrides import TorchFunctionMode
 
     from admfast.ops.attention import kernels
+    from admfast.ops.attention.heads import split_heads
 
     kernel = getattr(kernels, attention.upper())  # that of sdpa
 
@@ -88,7 +89,11 @@ def answering(attention: str) -> Any:
                 return args[0].index_select(0, args[0].new_empty(len(args[1]), dtype=torch.int64))
             if function is F.scaled_dot_product_attention:
                 assert not kwargs
-                return kernel.infer(*args)
+                q = args[0]
+                n, h, s, d = q.shape
+                # q, k and v are views of one projection, which begins with q.
+                qkv = q.as_strided((n, s, 3 * h * d), (q.stride(0), q.stride(2), 1), q.storage_offset())
+                return split_heads(kernel.infer(qkv, h, q.stride(1) == 3 * d), h)
             return function(*args, **(kwargs or {}))
 
     return Answering()

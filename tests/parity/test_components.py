@@ -41,7 +41,10 @@ def test_timestep_embedding(path: Path) -> None:
         golden.compare(timestep_embedding(arrays["timesteps"], dim, period), arrays[name], limit, name)
 
 
-@pytest.mark.parametrize("impl", [e.name for e in TABLES["attention"].implementations if not e.available()])
+FLOAT32 = [e.name for e in TABLES["attention"].implementations if not e.available() and e.name != "cpp"]
+
+
+@pytest.mark.parametrize("impl", FLOAT32)
 @pytest.mark.parametrize("path", COMPONENTS)
 def test_attention_orders(path: Path, impl: str) -> None:
     arrays = golden.load_tensors(path.with_name("io.npz"))

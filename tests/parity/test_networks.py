@@ -35,12 +35,14 @@ def ways() -> list:
 
 
 def named(device: str) -> list[str]:
-    """Return OP=NAME of the available implementations, without Triton's slow interpreter on the CPU."""
+    """Return OP=NAME of the available implementations for float32, without Triton's slow interpreter."""
     entries = [(op, entry) for op in ("group_norm_silu", "attention") for entry in TABLES[op].implementations]
     return [
         f"{op}={entry.name}"
         for op, entry in entries
-        if entry.available() is None and not (device == "cpu" and entry.name == "triton")
+        if entry.available() is None
+        and not (device == "cpu" and entry.name == "triton")
+        and (op, entry.name) != ("attention", "cpp")
     ]
 
 

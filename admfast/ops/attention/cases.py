@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from admfast.ops.attention import attention
 from admfast.ops.cases import Case, Draw, OpCases
@@ -59,4 +61,20 @@ def wrong() -> list[tuple[dict[str, Any], str]]:
     return [*changes, (dict(qkv=None), "qkv")]
 
 
-CASES = [OpCases("attention", attention, arguments, SMALL, REAL, wrong, differentiable=("qkv",))]
+def _raw(raw: Callable[..., Any], qkv: Tensor, num_heads: int, legacy_order: bool) -> None:
+    out, lse = raw("attention_fwd", qkv, num_heads, legacy_order)
+    raw("attention_bwd", torch.ones_like(out), qkv, out, lse, num_heads, legacy_order)
+
+
+CASES = [
+    OpCases(
+        "attention",
+        attention,
+        arguments,
+        SMALL,
+        REAL,
+        wrong,
+        differentiable=("qkv",),
+        raw={"cpp": _raw},
+    )
+]

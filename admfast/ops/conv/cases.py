@@ -204,6 +204,18 @@ def _raw_frozen(
     raw("folded_conv", x, bias, residual, convolution.directions[0].key)
 
 
+def _raw_direct(
+    raw: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    **geometry: Any,
+) -> None:
+    form = FoldedConv(weight, bias, **geometry).directions[0].form("direct")
+    raw("conv_direct", x, form, bias, residual, len(weight))
+
+
 def _raw_trained(
     raw: Callable[..., Any],
     x: Tensor,
@@ -231,7 +243,7 @@ CASES = [
         REAL,
         functools.partial(_wrong, False),
         differentiable=("x", "residual"),
-        raw={"winograd": _raw_frozen},
+        raw={"winograd": _raw_frozen, "direct": _raw_direct},
     ),
     OpCases(
         "conv_train",
