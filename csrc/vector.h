@@ -170,7 +170,7 @@ ADMFAST_INLINE V exp_negative(V u) {
   return scaled(exp2_fraction(f), n);
 }
 
-// 2^t for results that are rounded to bfloat16: a relative error of 8e-5, a fiftieth of that rounding error.
+// 2^t for results that are rounded to bfloat16: a relative error of 1.0e-4, a fortieth of that rounding error.
 template <typename V>
 ADMFAST_INLINE V exp2_half(V t) {
 #if ADMFAST_LEVEL >= 512

@@ -89,20 +89,20 @@ def nearest_preset(shapes: Shapes, least: float = 0.8) -> tuple[ModelPreset, Dif
     best: tuple[float, str] | None = None
     time_embed = shapes.get("time_embed.0.weight")
     for name in _with_time_embed(time_embed):
-        wanted = _preset_shapes(name)
+        wanted = _kept_shapes(preset(name).config)
         equal = sum(shapes.get(key) == shape for key, shape in wanted.items())
         share = equal / max(len(shapes), len(wanted))
         if share >= least and (best is None or share > best[0]):
             best = (share, name)
     if best is None:
         return None
-    return preset(best[1]), compare(shapes, _preset_shapes(best[1]))
+    return preset(best[1]), compare(shapes, _kept_shapes(preset(best[1]).config))
 
 
 @cache
-def _preset_shapes(name: str) -> dict[str, Shape]:
-    """Return the shapes of a released model. They are cached: building it on the meta device takes 0.07 s."""
-    return network_shapes(preset(name).config)
+def _kept_shapes(config: NetConfig) -> dict[str, Shape]:
+    """Return `network_shapes` and keep it: building a released model on the meta device takes 0.07 s."""
+    return network_shapes(config)
 
 
 def _with_time_embed(shape: Shape | None) -> list[str]:
