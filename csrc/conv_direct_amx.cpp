@@ -9,7 +9,7 @@
 #include "half_types.h"
 
 #define ADMFAST_INLINE inline __attribute__((always_inline))
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,amx-tile,amx-bf16,amx-int8")
 #define ADMFAST_LEVEL 514
 #define ADMFAST_ISA amx_isa
 #define ADMFAST_LOOPS direct_amx

@@ -8,7 +8,7 @@
 #include "half_types.h"
 
 #define ADMFAST_INLINE inline __attribute__((always_inline))
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")
 #define ADMFAST_LEVEL 513
 #define ADMFAST_ISA avx512_bf16_isa
 #define ADMFAST_LOOPS direct_avx512_bf16

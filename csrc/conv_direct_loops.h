@@ -5,16 +5,45 @@ namespace ADMFAST_ISA {
 namespace {
 
 constexpr int64_t kHalf = kTileRows;
-static_assert(kDirectGroup == kTileRows && kDirectChunk == kTileDepth && kDirectPanel == kBlockSide);
+static_assert(kDirectGroup == kTileRows && kDirectPanel == kBlockSide && kDirectChunk<bfloat16> == kTileDepth);
+static_assert(kDirectChunk<uint8_t> == ProductOf<uint8_t>::kDepth);
+
+// The sums of a product as floats, for outputs [o, o + kWidth) of a panel.
+template <typename V>
+struct FloatSums {
+  ADMFAST_INLINE FloatSums(const DirectPanel<bfloat16, bfloat16>&, const DirectGroup&, int64_t) {}
+  ADMFAST_INLINE V of(const float* sums) const { return V::load(sums); }
+};
+
+// sum over (scale_x (q - zero)) (scale_w w) = scale_x scale_w (sum over q w - zero sum over w).
+template <typename V>
+struct LevelSums {
+  V scale, zeros;
+  template <typename Y>
+  ADMFAST_INLINE LevelSums(const DirectPanel<uint8_t, Y>& p, const DirectGroup& group, int64_t o)
+      : scale(V::load(p.weight_scale + o) * V::set(p.levels[group.image].scale)),
+        zeros(V::load(p.weight_sum + o) * V::set(static_cast<float>(p.levels[group.image].zero))) {}
+  ADMFAST_INLINE V of(const int32_t* sums) const { return (V::whole(sums) - zeros) * scale; }
+};
+
+template <typename V>
+ADMFAST_INLINE FloatSums<V> sums_of(const DirectPanel<bfloat16, bfloat16>& p, const DirectGroup& group, int64_t o) {
+  return {p, group, o};
+}
+template <typename V, typename Y>
+ADMFAST_INLINE LevelSums<V> sums_of(const DirectPanel<uint8_t, Y>& p, const DirectGroup& group, int64_t o) {
+  return {p, group, o};
+}
 
 // y = sums + bias + residual for outputs [begin, end) of a panel.
-template <typename V>
-ADMFAST_INLINE void outputs(const DirectPanel& p, const DirectGroup& group, const float* sums, int64_t begin,
+template <typename V, typename T, typename Y, typename Sum>
+ADMFAST_INLINE void outputs(const DirectPanel<T, Y>& p, const DirectGroup& group, const Sum* sums, int64_t begin,
                             int64_t end) {
-  for (int64_t r = 0; r < group.rows; ++r) {
-    const int64_t at = (group.to + r) * p.stride;
-    for (int64_t o = begin; o < end; o += V::kWidth) {
-      V y = V::load(sums + r * kDirectPanel + o);
+  for (int64_t o = begin; o < end; o += V::kWidth) {
+    const auto floats = sums_of<V>(p, group, o);
+    for (int64_t r = 0; r < group.rows; ++r) {
+      const int64_t at = (group.to + r) * p.stride;
+      V y = floats.of(sums + r * kDirectPanel + o);
       if (p.bias) y = y + V::load(p.bias + o);
       if (p.residual) y = y + V::load(p.residual + at + o);
       y.store(p.y + at + o);
@@ -23,46 +52,52 @@ ADMFAST_INLINE void outputs(const DirectPanel& p, const DirectGroup& group, cons
 }
 
 #if ADMFAST_LEVEL >= 513
-// The same for a whole panel: a cache line of y at a time.
-ADMFAST_INLINE void whole_outputs(const DirectPanel& p, const DirectGroup& group, const float* sums) {
+// The same for a whole panel: in bfloat16 a cache line of y at a time.
+template <typename T, typename Y, typename Sum>
+ADMFAST_INLINE void whole_outputs(const DirectPanel<T, Y>& p, const DirectGroup& group, const Sum* sums) {
   Vector bias[2] = {Vector::set(0), Vector::set(0)};
   if (p.bias) bias[0] = Vector::load(p.bias), bias[1] = Vector::load(p.bias + kHalf);
+  const auto low = sums_of<Vector>(p, group, 0), high = sums_of<Vector>(p, group, kHalf);
   for (int64_t r = 0; r < group.rows; ++r, sums += kDirectPanel) {
     const int64_t at = (group.to + r) * p.stride;
-    Vector y0 = Vector::load(sums) + bias[0], y1 = Vector::load(sums + kHalf) + bias[1];
+    Vector y0 = low.of(sums) + bias[0], y1 = high.of(sums + kHalf) + bias[1];
     if (p.residual) y0 = y0 + Vector::load(p.residual + at), y1 = y1 + Vector::load(p.residual + at + kHalf);
     store_both(y0, y1, p.y + at);
   }
 }
 
 // Fetch the lines that `whole_outputs` will need while the products are computed.
-ADMFAST_INLINE void fetch_outputs(const DirectPanel& p, const DirectGroup& group) {
+template <typename T, typename Y>
+ADMFAST_INLINE void fetch_outputs(const DirectPanel<T, Y>& p, const DirectGroup& group) {
   for (int64_t r = 0; r < group.rows; ++r) {
-    const int64_t at = (group.to + r) * p.stride;
-    if (p.residual) _mm_prefetch(reinterpret_cast<const char*>(p.residual + at), _MM_HINT_T0);
-    __builtin_prefetch(p.y + at, 1);
+    for (int64_t o = 0; o < kDirectPanel; o += 64 / sizeof(Y)) {
+      const int64_t at = (group.to + r) * p.stride + o;
+      if (p.residual) _mm_prefetch(reinterpret_cast<const char*>(p.residual + at), _MM_HINT_T0);
+      __builtin_prefetch(p.y + at, 1);
+    }
   }
 }
 #endif
 
-void panel(const DirectPanel& p) {
+template <typename T, typename Y>
+void panel(const DirectPanel<T, Y>& p) {
   [[maybe_unused]] const Tiles tiles;
-  alignas(64) float sums[kBlockSide * kBlockSide];
+  alignas(64) typename Factors<T>::Sum sums[kBlockSide * kBlockSide];
   constexpr int64_t kSumsOfGroup = kTileRows * kBlockSide;
   for (int64_t i = 0; i < p.count; i += 2) {
     const int64_t last = lesser(i + 1, p.count - 1);
-    const Product product{p.x + p.groups[i].from, p.x + p.groups[last].from, p.row, p.chunk, p.chunks, p.tap, p.taps,
-                          p.w,                    kDirectStep};
+    const ProductOf<T> product{p.x + p.groups[i].from, p.x + p.groups[last].from, p.row, p.chunk, p.chunks, p.tap,
+                               p.taps, p.w, kDirectStep<T>};
 #if ADMFAST_LEVEL >= 513
     if (p.outputs == kDirectPanel) {
       for (int64_t group = i; group <= last; ++group) fetch_outputs(p, p.groups[group]);
-      multiply<false>(product, sums, kBlockSide);
+      multiply<false, T>(product, sums, kBlockSide);
       for (int64_t group = i; group <= last; ++group)
         whole_outputs(p, p.groups[group], sums + (group - i) * kSumsOfGroup);
       continue;
     }
 #endif
-    multiply<false>(product, sums, kBlockSide);
+    multiply<false, T>(product, sums, kBlockSide);
     for (int64_t group = i; group <= last; ++group) {
       const int64_t whole = p.outputs / Vector::kWidth * Vector::kWidth;
       outputs<Vector>(p, p.groups[group], sums + (group - i) * kSumsOfGroup, 0, whole);
@@ -82,10 +117,114 @@ void pack(const bfloat16* from, int64_t count, int64_t channels, bfloat16* to, i
   }
 }
 
+ADMFAST_INLINE uint8_t level_of(float x, const DirectLevels& levels) {
+  const float magic = 0x1.8p23f, zero = static_cast<float>(levels.zero);  // adding and subtracting `magic` rounds
+  const float level = ((x * levels.inverse + magic) - magic) + zero;
+  return static_cast<uint8_t>(level < 0.0f ? 0.0f : level < 255.0f ? level : 255.0f);
+}
+
+// Write the levels of `count` numbers.
+template <typename Y>
+ADMFAST_INLINE void levels_of(const Y* from, int64_t count, const DirectLevels& levels, uint8_t* to) {
+  int64_t i = 0;
+#if ADMFAST_LEVEL >= 513
+  const Vector inverse = Vector::set(levels.inverse);
+  const __m512i zero = _mm512_set1_epi32(levels.zero), none = _mm512_setzero_si512();
+  for (; i + 16 <= count; i += 16) {
+    const __m512i steps = _mm512_cvtps_epi32((Vector::load(from + i) * inverse).v);  // rounded to the nearest
+    const __m512i level = _mm512_max_epi32(_mm512_add_epi32(steps, zero), none);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtusepi32_epi8(level));
+  }
+#endif
+  for (; i < count; ++i) to[i] = level_of(to_float(from[i]), levels);
+}
+
+template <typename Y>
+void pack_int8(const Y* from, int64_t count, int64_t channels, const DirectLevels& levels, uint8_t* to, int64_t chunk) {
+  constexpr int64_t kDepth = kDirectChunk<uint8_t>;
+  for (int64_t i = 0; i < count; ++i, from += channels, to += kDepth) {
+    uint8_t* place = to;
+    int64_t c = 0;
+    for (; c + kDepth <= channels; c += kDepth, place += chunk) levels_of(from + c, kDepth, levels, place);
+    if (c == channels) continue;
+    __builtin_memset(place, 0, kDepth);
+    levels_of(from + c, channels - c, levels, place);
+  }
+}
+
+// Bits of numbers as whole numbers of the same order, and back; NaN comes before or after all others.
+ADMFAST_INLINE int32_t ordered(int32_t bits) { return bits ^ static_cast<int32_t>(static_cast<uint32_t>(bits >> 31) >> 1); }
+ADMFAST_INLINE int32_t order_of(float x) { return ordered(static_cast<int32_t>(bits_of_float(x))); }
+ADMFAST_INLINE float of_order(int32_t order) { return float_of_bits(static_cast<uint32_t>(ordered(order))); }
+
+struct Range {
+  int32_t low = 0, high = 0;
+  ADMFAST_INLINE void take(int32_t order) {
+    low = order < low ? order : low;
+    high = order > high ? order : high;
+  }
+};
+
+#if ADMFAST_LEVEL >= 513
+// Take whole vectors of numbers; return how many.
+ADMFAST_INLINE int64_t take_vectors(const bfloat16* from, int64_t count, Range& range) {
+  int64_t i = 0;
+  __m512i low = _mm512_setzero_si512(), high = low;
+  for (; i + 32 <= count; i += 32) {
+    const __m512i bits = _mm512_loadu_si512(from + i);
+    const __m512i order = _mm512_xor_si512(bits, _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1));
+    low = _mm512_min_epi16(low, order);
+    high = _mm512_max_epi16(high, order);
+  }
+  int16_t each[2][32];
+  _mm512_storeu_si512(each[0], low);
+  _mm512_storeu_si512(each[1], high);
+  // Half of the order of a float: the lower bits of a negative one are ones.
+  for (const auto& side : each)
+    for (const int16_t order : side) range.take(order * 0x10000 + (order < 0 ? 0xFFFF : 0));
+  return i;
+}
+ADMFAST_INLINE int64_t take_vectors(const float* from, int64_t count, Range& range) {
+  int64_t i = 0;
+  __m512i low = _mm512_setzero_si512(), high = low;
+  for (; i + 16 <= count; i += 16) {
+    const __m512i bits = _mm512_loadu_si512(from + i);
+    const __m512i order = _mm512_xor_si512(bits, _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1));
+    low = _mm512_min_epi32(low, order);
+    high = _mm512_max_epi32(high, order);
+  }
+  int32_t each[2][16];
+  _mm512_storeu_si512(each[0], low);
+  _mm512_storeu_si512(each[1], high);
+  for (const auto& side : each)
+    for (const int32_t order : side) range.take(order);
+  return i;
+}
+#else
+template <typename Y>
+ADMFAST_INLINE int64_t take_vectors(const Y*, int64_t, Range&) {
+  return 0;
+}
+#endif
+
+template <typename Y>
+void range(const Y* from, int64_t count, float* least, float* most) {
+  Range found;
+  for (int64_t i = take_vectors(from, count, found); i < count; ++i) found.take(order_of(to_float(from[i])));
+  *least = of_order(found.low);
+  *most = of_order(found.high);
+}
+
 }  // namespace
 }  // namespace ADMFAST_ISA
 
 extern const DirectLoops ADMFAST_LOOPS;
-const DirectLoops ADMFAST_LOOPS = {ADMFAST_LOOPS_NAME, &ADMFAST_ISA::panel, &ADMFAST_ISA::pack};
+const DirectLoops ADMFAST_LOOPS = {
+    ADMFAST_LOOPS_NAME,
+    &ADMFAST_ISA::panel<bfloat16, bfloat16>,
+    &ADMFAST_ISA::pack,
+    {&ADMFAST_ISA::panel<uint8_t, bfloat16>, &ADMFAST_ISA::pack_int8<bfloat16>, &ADMFAST_ISA::range<bfloat16>},
+    {&ADMFAST_ISA::panel<uint8_t, float>, &ADMFAST_ISA::pack_int8<float>, &ADMFAST_ISA::range<float>},
+};
 
 }  // namespace admfast

@@ -35,9 +35,11 @@ inline CpuIsa widest_cpu_isa() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return CpuIsa::kAvx2;
-  if (!__builtin_cpu_supports("avx512bf16")) return CpuIsa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return CpuIsa::kAvx512;
 #if defined(ADMFAST_AMX)
-  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && amx_allowed()) return CpuIsa::kAmx;
+  if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+      amx_allowed())
+    return CpuIsa::kAmx;
 #endif
   return CpuIsa::kAvx512Bf16;
 #else

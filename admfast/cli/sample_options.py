@@ -101,7 +101,7 @@ Batch = Annotated[int | None, typer.Option(help="Images at a time (default: by i
 Precision = Annotated[
     str,
     typer.Option(
-        help="auto, fp32, tf32, bf16 or fp16; auto is bf16 on a GPU and on a CPU with AMX, else fp32."
+        help="auto, fp32, tf32, bf16, fp16 or int8; auto is bf16 on a GPU and on a CPU with AMX, else fp32."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: a GPU if there is one).")]

@@ -71,7 +71,7 @@ class Engine:
         cached steps that used the old ones are dropped.
         guided: fold the classifier too; otherwise it is not changed.
         """
-        fold, policy = self.options.fold, self.policy
+        policy, fold = self.policy, self.policy.folding(self.options.fold)
         with self.lock, FOLDING:
             classifier = self.classifier if guided else None
             for net, dtype in ((self.net, policy.torso), (classifier, policy.classifier)):

@@ -41,8 +41,9 @@ class FoldableConv(nn.Module):
             return self.unfold()
         split = self.split if options.has("two_sources") else 0
         rows = self.rows if options.has("qkv_rows") else None
-        geometry = self.stride, self.padding
-        settings = ConvOptions(*geometry, dtype, options.conv, split, rows, spare_memory)  # type: ignore[arg-type]
+        int8 = options.int8 and self.weight.shape[1] >= 16  # not the layer that reads the images
+        more = dtype, options.conv, split, rows, spare_memory, int8
+        settings = ConvOptions(self.stride, self.padding, *more)  # type: ignore[arg-type]
         if self._folded is not None and self._folded.options == settings:
             self._folded.refold(self.weight, self.bias)
         else:

@@ -4,7 +4,7 @@ A folder holds the public function of an op, its reference, autograd, implementa
 """
 
 from admfast.ops.attention import attention, attention_ref
-from admfast.ops.conv import FoldedConv, conv, conv_ref
+from admfast.ops.conv import FoldedConv, conv, conv_int8_ref, conv_ref
 from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
 from admfast.ops.norm import group_norm_silu, group_norm_silu_ref
 from admfast.ops.update import (
@@ -40,6 +40,7 @@ __all__ = [
     "attention",
     "attention_ref",
     "conv",
+    "conv_int8_ref",
     "conv_ref",
     "group_norm_silu",
     "group_norm_silu_ref",

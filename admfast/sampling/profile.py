@@ -158,7 +158,7 @@ def _of_steps(stage: StageReport, own: Pipeline) -> Iterator[str]:
 
 def _of_precision(stage: StageReport, own: Pipeline) -> Iterator[str]:
     half = own.policy.torso in (torch.bfloat16, torch.float16)
-    if own.device.type == "cpu" and half and not has_amx():
+    if own.device.type == "cpu" and half and not own.policy.int8 and not has_amx():
         yield f"precision {own.policy.name} on a CPU without AMX: auto would be fp32, with Winograd"
     if own.device.type == "cuda" and not half and not own.policy.tf32:
         yield "precision fp32 on a GPU: auto would be bf16"

@@ -37,7 +37,8 @@ def compare_layers(
     for name, (x, options) in inputs.items():
         inside = name.partition(".")[0] in TORSO
         dtype: Any = fast.torso_dtype if inside and not name.endswith("emb_layers.1") else x.dtype
-        allowed = budget.layer if tf32 or dtype != torch.float32 else BUDGETS["fp32"].layer
+        rounds = tf32 or dtype != torch.float32 or _in_int8(fast.get_submodule(name))
+        allowed = budget.layer if rounds else BUDGETS["fp32"].layer
         kept = {key: value for key, value in options.items() if key != "residual"}
         with torch.no_grad():
             # Both layers get the rounded input: the error of rounding it depends on its mean, not on the
@@ -49,6 +50,12 @@ def compare_layers(
                 exact = _outcome(layers[name], _wide(x), {key: _wide(value) for key, value in given.items()})
         found.append(Deviation(f"{prefix}.{name}", relative_error(got, exact), allowed))
     return found
+
+
+def _in_int8(layer: nn.Module) -> bool:
+    """Tell whether a layer is a convolution of 8 bits."""
+    folded = getattr(layer, "folded", None)
+    return folded is not None and folded.options.int8
 
 
 def _inputs(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -107,8 +108,10 @@ class FoldableNet(nn.Module):
             self._fold_values = Values(self.parameters())
             spared = self._spared()
             for name, module in self._convolutions():
-                kind = dtype if self._in_torso(name) else module.weight.dtype
-                module.fold_weights(options, kind, name in spared)
+                if self._in_torso(name):
+                    module.fold_weights(options, dtype, name in spared)
+                else:
+                    module.fold_weights(replace(options, int8=False), module.weight.dtype, name in spared)
             if options.has("embeddings"):
                 self._project_together()
             self._fold_convolutions = tuple(m for name, m in self._convolutions() if self._in_torso(name))

@@ -22,9 +22,12 @@ class FoldOptions:
 
     Attributes:
         conv: name of the convolutions' implementation (see `admfast info`); None for the fastest.
+        int8: compute the torso's 3x3 convolutions from numbers of 8 bits, except the first; needs a CPU. The
+            engine sets it for the precision "int8".
     """
 
     conv: str | None = None
+    int8: bool = False
     _without: frozenset[str] = frozenset()  # of PARTS, for the ablation bench
 
     def __post_init__(self) -> None:

@@ -216,6 +216,18 @@ def _raw_direct(
     raw("conv_direct", x, form, bias, residual, len(weight))
 
 
+def _raw_int8(
+    raw: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    **geometry: Any,
+) -> None:
+    direction = FoldedConv(weight, bias, **geometry).directions[0]
+    raw("conv_int8", x, direction.form("int8"), direction.form("int8_scales"), bias, residual, len(weight))
+
+
 def _raw_trained(
     raw: Callable[..., Any],
     x: Tensor,
@@ -244,6 +256,16 @@ CASES = [
         functools.partial(_wrong, False),
         differentiable=("x", "residual"),
         raw={"winograd": _raw_frozen, "direct": _raw_direct},
+    ),
+    OpCases(
+        "conv_int8",
+        functools.partial(folded, int8=True),
+        arguments,
+        (ODD, SMALL[1], ODD | dict(c_in=70, spatial=(4, 16))),
+        {name: case for name, case in REAL.items() if name.startswith("unet64 3x3")},
+        functools.partial(_wrong, False),
+        differentiable=("x", "residual"),
+        raw={"cpp": _raw_int8},
     ),
     OpCases(
         "conv_train",

@@ -14,6 +14,7 @@ from admfast.ops import native
 from admfast.ops.conv import epilogue, forms
 from admfast.ops.conv.forms import CONVOLUTIONS, ConvOptions, Direction
 from admfast.ops.conv.grad import ConvFn
+from admfast.ops.conv.int8 import conv_int8_ref
 from admfast.ops.dispatch import Implementation, OpTable, setting, tell, watch, watched
 from admfast.ops.layout import channels_last, is_channels_last
 from admfast.ops.transforms import constant, deriving, in_autocast, observed, record, recorded
@@ -61,6 +62,9 @@ class FoldedConv:
             the results added, so that no concatenation is written to memory. 0: one source; an `x2` is
             concatenated to `x`.
         rows: order of the output channels, as indices of the rows of `weight`; None: unchanged.
+        int8: compute 3x3 convolutions in two dimensions of stride 1 and padding 1, and their gradients, from
+            numbers of 8 bits (`conv_int8_ref`); `impl` then names an implementation of `conv_int8`. Not in
+            forward mode, under vmap or while torch's operations are counted or traced.
         spare_memory: don't choose an implementation whose form is larger than the weights (`winograd`: four
             times as large, in each direction that runs).
 
@@ -80,6 +84,7 @@ class FoldedConv:
         split: int = 0,
         rows: Sequence[int] | None = None,
         spare_memory: bool = False,
+        int8: bool = False,
     ):
         if weight.dim() - 2 not in CONVOLUTIONS or not weight.dtype.is_floating_point or not weight.numel():
             allowed = "floating [C_out, C_in, *kernel] with one to three spatial dimensions"
@@ -88,12 +93,12 @@ class FoldedConv:
         if not self.dtype.is_floating_point:
             raise invalid("dtype", dtype, "a floating dtype")
         if impl is not None:
-            TABLE.named(impl)
+            (INT8 if int8 else TABLE).named(impl)
         dims = weight.dim() - 2
         geometry = (each(stride, dims, "stride", 1), each(padding, dims, "padding", 0))
         check_bias(weight, bias)
         self._take(weight, bias)
-        self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory)
+        self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory, int8)
         columns = [slice(split), slice(split, None)] if split else [slice(None)]
         self.directions = [Direction(weight, self.options, _run, part) for part in columns]  # one per source
         self._bias = None
@@ -309,19 +314,27 @@ def wide_loops() -> bool:
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
 
 
+def _choose(direction: Direction, x: Tensor) -> Implementation:
+    """Return the implementation for a call, of `conv_int8` or of `conv`."""
+    if not direction.options.int8:
+        return TABLE.choose(direction.impl, direction, x)
+    fits = forms.int8_fits(direction) is None and not observed() and forms.transformed() is None
+    return INT8.choose(direction.impl, direction, x) if fits else TABLE.choose(None, direction, x)
+
+
 def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:
     """Return the implementation for a call. Check and choose once for each kind of input."""
     # The key below doesn't include transforms and traces.
     if torch.compiler.is_compiling() or forms.transformed() or observed():
         _check(direction, x, residual)
-        return TABLE.choose(direction.impl, direction, x)
+        return _choose(direction, x)
     added = None if residual is None else (residual.shape, residual.dtype, residual.device)
     key = (x.shape, x.dtype, x.device, added, setting())
     plan = direction.plans.get(key)
     if plan is None:
         _check(direction, x, residual)
         with watch() as choices:
-            entry = TABLE.choose(direction.impl, direction, x)
+            entry = _choose(direction, x)
         direction.plans[key] = entry, choices[0]
         return entry
     entry, choice = plan
@@ -352,6 +365,10 @@ def _reference(direction: Direction, x: Tensor, bias: Tensor | None, residual: T
     return conv_ref(x, weight, bias, residual, stride=direction.stride, padding=direction.padding)
 
 
+def _reference_int8(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return conv_int8_ref(x, direction.weight(), bias, residual)
+
+
 # "library" serves every call, so the entries after it run only if `preferred` returns them or they are named.
 TABLE = OpTable(
     "conv",
@@ -366,4 +383,11 @@ TABLE = OpTable(
         Implementation("reference", _reference),
     ],
     prefer=preferred,
+)
+INT8 = OpTable(
+    "conv_int8",
+    [
+        Implementation("cpp", _recording(forms.by_int8), native.reason_missing, forms.int8_supports),
+        Implementation("reference", _recording(_reference_int8)),
+    ],
 )

@@ -17,13 +17,14 @@ from torch import Tensor
 from admfast.errors import first_line
 from admfast.ops import native
 from admfast.ops.conv import epilogue
+from admfast.ops.conv.int8 import MOST_TERMS, quantized_weights
 from admfast.ops.layout import channels_last, empty_channels_last, is_channels_last
 from admfast.ops.transforms import compiled_transform, constant, deriving, in_forward_mode, in_vmap
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 DERIVING = threading.RLock()  # threads that share a network may need a new form at the same time
-DIRECT = 32  # channels of a panel and of a chunk of the form for `direct`
+PANEL = 32  # output channels of a panel of the forms for `direct` and `int8`
 SIZES = 2  # input sizes for which a form is kept: that of full batches, and that of a smaller last one
 
 # run(direction, x, bias, residual) -> y, by the implementation that is chosen for the shapes
@@ -41,6 +42,7 @@ class ConvOptions:
     split: int = 0
     rows: Sequence[int] | None = None
     spare_memory: bool = False
+    int8: bool = False
 
 
 class Direction:
@@ -177,12 +179,29 @@ def _winograd_weights(weight: Tensor, transposed: bool) -> Tensor:
 
 
 def _direct_form(direction: Direction) -> Tensor:
-    """Return [panels of 32 outputs, chunks of 32 inputs, taps, 2, 16 pairs, 16 outputs, 2], with zeros."""
-    weight = direction.weight().to(direction.dtype).flatten(2)
-    c_out, c_in, taps = weight.shape
-    padded = F.pad(weight, (0, 0, 0, -c_in % DIRECT, 0, -c_out % DIRECT))
-    split = padded.view(-(-c_out // DIRECT), 2, 16, -(-c_in // DIRECT), 16, 2, taps)
+    return _in_tiles(direction.weight().to(direction.dtype), 2)
+
+
+def _int8_form(direction: Direction) -> Tensor:
+    return _in_tiles(quantized_weights(direction.weight())[0].to(torch.int8), 4)
+
+
+def _in_tiles(weight: Tensor, word: int) -> Tensor:
+    """Return [panels of 32 outputs, chunks of 16 words, taps, 2, 16 words, 16 outputs, word], with zeros.
+
+    weight: [C_out, C_in, *kernel]. word: number of adjacent input channels that fill 32 bits.
+    """
+    c_out, c_in, taps = weight.flatten(2).shape
+    chunk = 16 * word
+    padded = F.pad(weight.flatten(2), (0, 0, 0, -c_in % chunk, 0, -c_out % PANEL))
+    split = padded.view(-(-c_out // PANEL), 2, 16, -(-c_in // chunk), 16, word, taps)
     return split.permute(0, 3, 6, 1, 4, 2, 5).contiguous()
+
+
+def _int8_scales_form(direction: Direction) -> Tensor:
+    """Return [2, C_out]: the scale of each output channel's weights, and the sum of their whole numbers."""
+    weight, scale = quantized_weights(direction.weight())
+    return torch.stack([scale, weight.flatten(1).sum(1)])
 
 
 def _packed_form(direction: Direction, *size: int) -> Tensor:
@@ -196,6 +215,8 @@ _DERIVED: dict[str, Callable[..., Tensor]] = {
     "matmul": _matmul_form,
     "winograd": _winograd_form,
     "direct": _direct_form,
+    "int8": _int8_form,
+    "int8_scales": _int8_scales_form,
     "packed": _packed_form,
 }
 
@@ -296,6 +317,34 @@ def direct_supports(direction: Direction, x: Tensor) -> str | None:
     return _not_on_the_cpu(x, torch.bfloat16)
 
 
+def by_int8(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Convolve by exact sums of products of 8 bits in C++; channels-last, not recorded by autograd.
+
+    `conv_int8_ref` states the numbers. The gradient is that of the convolution without the rounding.
+    """
+    w, scales = direction.form("int8"), direction.form("int8_scales")
+    return native.ops().conv_int8(x, w, scales, bias, residual, direction.out_channels)
+
+
+@native.fake("conv_int8")
+def _int8(x: Tensor, _w: Tensor, _scales: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
+    return empty_channels_last((x.shape[0], channels, *x.shape[2:]), x)
+
+
+def int8_fits(direction: Direction) -> str | None:
+    """Return why `conv_int8` doesn't compute a convolution; None if it does."""
+    if (direction.kernel, direction.stride, direction.padding) != ((3, 3), (1, 1), (1, 1)):
+        return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
+    if 9 * direction.in_channels > MOST_TERMS:
+        return f"its sums of {9 * direction.in_channels} terms exceed 32 bits"
+    return None
+
+
+def int8_supports(direction: Direction, x: Tensor) -> str | None:
+    """Return why the compiled `conv_int8` can't serve a call; None if it can."""
+    return int8_fits(direction) or _not_on_the_cpu(x, torch.bfloat16, torch.float32)
+
+
 def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by oneDNN with weights in the layout it wants; channels-last, not recorded by autograd."""
     # Packed for exactly this input shape: for another one oneDNN may want another layout, and then takes up
@@ -319,12 +368,12 @@ def packed_supports(direction: Direction, x: Tensor) -> str | None:
     return _not_on_the_cpu(x, torch.float32)
 
 
-def _not_on_the_cpu(x: Tensor, dtype: torch.dtype) -> str | None:
-    """Return why an implementation for `dtype` on the CPU, without autograd, can't serve `x`, or None."""
+def _not_on_the_cpu(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Return why an implementation for `dtypes` on the CPU, without autograd, can't serve `x`, or None."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"
-    if x.dtype != dtype:
-        return f"x is {x.dtype}; {str(dtype).removeprefix('torch.')}"
+    if x.dtype not in dtypes:
+        return f"x is {x.dtype}; {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     return transformed()
 
 
