@@ -170,6 +170,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.digits_quality", description=__doc__)
     parser.add_argument("--model", default="digits32", help="system or weights file (default: digits32)")
     parser.add_argument("--classifier", default=None, help="classifier file, for a --model that is a file")
+    parser.add_argument("--precision", default="auto", help="of the networks (default: auto)")
     parser.add_argument("--count", type=int, default=1000, help="samples per setting (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
     parser.add_argument("--only", default="", help="settings to run: text in their names (default: all)")
@@ -193,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     """Sample and measure every setting, write rows and conditions after each, and print a table."""
     end = time.monotonic() + args.budget
     torch.manual_seed(0)
-    pipe = admfast.load(args.model, classifier=args.classifier)
+    pipe = admfast.load(args.model, classifier=args.classifier, precision=args.precision)
     digits, labels = load_digits()
     real, classes = digits.flatten(1).double().numpy(), labels.numpy()
     judge = SVC(gamma=0.001).fit(real, classes)
@@ -202,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
     document = {
         "samples": args.count,
         "first_seed": args.seed,
+        "precision": pipe.policy.name,
         **environment(pipe.device),
         "date": conditions(pipe.device)["date"],
         "weights": weight_hashes(args.model, args.classifier),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from admfast.checkpoints import write_weights
 from admfast.diffusion import DiffusionConfig
+from admfast.engine.precision import POLICIES
 from admfast.engine.step import Batch
 from admfast.models import (
     Classifier,
@@ -23,6 +24,7 @@ from admfast.models import (
     build,
 )
 from admfast.models.description import Description
+from admfast.ops import native
 from admfast.ops.update import SamplerState, SolverTable
 from admfast.sampling.functions import FunctionStep
 from admfast.sampling.guides import Guide
@@ -79,6 +81,12 @@ def with_weights(config: NetConfig, seed: int = 0) -> Any:
     net = build(config)
     net.load_state_dict(random_state(config, seed))
     return net
+
+
+def cpu_precisions() -> list[str]:
+    """Return the precisions that this CPU has: all but TF32, and int8 only with products of 8 bits."""
+    wide = native.reason_missing() is None and native.instruction_set() in ("amx", "avx512_bf16")
+    return [name for name in POLICIES if name != "tf32" and (wide or name != "int8")]
 
 
 def unet(seed: int = 0, **changes: Any) -> UNet:

@@ -79,7 +79,7 @@ def test_the_ops_run_clean_under_the_sanitizers(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "2",
     }
-    names = "sampler_step sampler_step_call noise conv conv_direct attention attention_cpp".split()
+    names = "sampler_step sampler_step_call noise conv conv_direct conv_int8 attention attention_cpp".split()
     tests = [f"tests/ops/test_{name}.py" for name in names]
     wanted = "(cpp or compiled or raw or threads or winograd or direct) and not instruction_set"
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "sanitized_plugin", "-p", "no:cacheprovider"]

@@ -126,6 +126,11 @@ def test_another_network_makes_another_pipeline(part, options):
     assert torch.equal(images(changed), images(wanted)) and torch.equal(images(pipe), before)
 
 
+def test_int8_needs_folded_weights():
+    with pytest.raises(InvalidArgument, match="^fold=None: FoldOptions: precision='int8'"):
+        pipeline(policy=POLICIES["int8"], options=PLAIN)
+
+
 def test_other_settings_make_another_pipeline():
     pipe = pipeline()
     images(pipe)

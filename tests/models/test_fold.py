@@ -97,6 +97,32 @@ def test_each_part_can_be_left_out(name, option):
 def test_an_option_of_the_wrong_kind_is_named():
     with pytest.raises(InvalidArgument, match="^conv=3"):
         FoldOptions(conv=3)
+    with pytest.raises(InvalidArgument, match="^int8='yes'"):
+        FoldOptions(int8="yes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["unet resampled by blocks", "unet additive, resampled by convolutions"])
+def test_in_8_bits_are_the_3x3_convolutions_between_first_and_last(name, dtype):
+    net = made(name)
+    plain = call(net)
+    net.fold(FoldOptions(int8=True), dtype)
+    with watch() as choices:
+        outcome = call(net)
+    of_8_bits = [name for name, conv in net._convolutions() if conv.folded.options.int8]
+    wanted = [
+        name
+        for name, conv in net._convolutions()
+        if name.partition(".")[0] in net.torso and conv.weight.shape[1] >= 16
+    ]
+    assert of_8_bits == wanted and "input_blocks.0.0" not in wanted and "out.2" not in wanted
+    ran = [choice for choice in choices if choice.op == "conv_int8"]
+    fits = [name for name in wanted if net.get_submodule(name).weight.shape[2:] == (3, 3)]
+    fits = [name for name in fits if set(net.get_submodule(name).stride) == {1}]
+    assert len(ran) == 3 * len(fits) > 0  # a recorded call chooses twice, its gradient once
+    for got, exact in zip(outcome, plain, strict=True):
+        error = float((got.double() - exact.double()).norm() / exact.double().norm())
+        assert 1e-3 < error < 0.1
 
 
 @dataclasses.dataclass

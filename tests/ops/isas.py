@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # The flags of the CPU that each one needs, as Linux names them.
 FLAGS: dict[str, set[str]] = {"generic": set(), "avx2": {"avx2", "fma"}}
 FLAGS["avx512"] = FLAGS["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-FLAGS["avx512_bf16"] = FLAGS["avx512"] | {"avx512_bf16"}
-FLAGS["amx"] = FLAGS["avx512_bf16"] | {"amx_tile", "amx_bf16"}
+FLAGS["avx512_bf16"] = FLAGS["avx512"] | {"avx512_bf16", "avx512_vnni"}
+FLAGS["amx"] = FLAGS["avx512_bf16"] | {"amx_tile", "amx_bf16", "amx_int8"}
 SAY = "from admfast.ops import native; print(native.ops().cpu_instruction_set())"
 
 

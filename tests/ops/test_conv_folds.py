@@ -422,5 +422,5 @@ def test_autocast_changes_nothing(impl):
 @needs_cpp
 @pytest.mark.parametrize("isa", FLAGS)
 def test_every_instruction_set_is_within_tolerance(isa):
-    keyword = "(winograd or direct) and (tolerance or neighbours or bit)"
-    run_tests_on(isa, keyword, "test_conv", "test_conv_direct")
+    keyword = "((winograd or direct) and (tolerance or neighbours or bit)) or definition or finite"
+    run_tests_on(isa, keyword, "test_conv", "test_conv_direct", "test_conv_int8")

@@ -18,7 +18,7 @@ from admfast.models import NetConfig, UNetConfig, presets
 from admfast.models.description import Description
 from admfast.models.preset_types import ModelPreset, SystemPreset
 from admfast.sampling.load import load
-from tests.small import SIDE, classifier, randn, unet, upsampler
+from tests.small import SIDE, classifier, cpu_precisions, randn, unet, upsampler
 
 ANSWERS = {"kind": "upsampler", "num_heads": 2, "use_new_attention_order": False, "image_size": 2 * SIDE}
 ANSWERS |= {"noise_schedule": "linear"}
@@ -405,6 +405,10 @@ def test_precisions_on_the_cpu(model, guide, precision):
         with pytest.raises(Unavailable, match="precision='tf32': only on a CUDA device"):
             load(model, device="cpu", precision=precision)
         return
+    if precision == "int8" and precision not in cpu_precisions():
+        with pytest.raises(Unavailable, match="precision='int8': needs "):
+            load(model, device="cpu", precision=precision)
+        return
     pipe = load(model, classifier=guide, device="cpu", precision=precision)
     wanted = policy(precision, torch.device("cpu")).torso
     assert (pipe.net.torso_dtype, pipe.classifier.torso_dtype) == (wanted, wanted)
@@ -426,7 +430,7 @@ def test_half_precision_of_other_dimensions(tmp_path):
         (
             {"precision": "double"},
             InvalidArgument,
-            "precision='double': one of: auto, fp32, tf32, bf16, fp16",
+            "precision='double': one of: auto, fp32, tf32, bf16, fp16, int8",
         ),
         ({"precision": 16}, InvalidArgument, "precision=16: nearest: fp16, bf16"),
         ({"device": "gpu"}, InvalidArgument, "device='gpu': cpu, cuda, or cuda:N"),

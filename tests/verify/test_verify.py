@@ -38,6 +38,7 @@ from tests.small import (
     SMALL_CLASSIFIER,
     SMALL_UNET,
     classifier,
+    cpu_precisions,
     pipeline,
     randn,
     unet,
@@ -45,7 +46,7 @@ from tests.small import (
     with_weights,
 )
 
-PRECISIONS = ["fp32", "bf16", "fp16"]  # those of a CPU; a GPU has more
+PRECISIONS = cpu_precisions()
 SHORT = {"steps": 3, "seeds": [5]}
 
 
@@ -78,6 +79,10 @@ def test_the_digits_are_within_the_budget(digits, precision):
     if precision != "fp32":
         # Check that the precision is really used: otherwise every budget would be met.
         assert max(d.error for d in found.layers) > 10 * BUDGETS["fp32"].layer
+    if precision == "int8":
+        of_8_bits = [d for d in found.layers if d.name.endswith(("in_layers.2", "out_layers.3"))]
+        rounded = [d for d in found.layers if d.error > BUDGETS["bf16"].layer]
+        assert len(rounded) > len(of_8_bits) / 2 and all(d in of_8_bits for d in rounded)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
