@@ -1,5 +1,5 @@
-// Loops of convolutions in bfloat16, or of 8 bits between tensors in bfloat16 or float, as sums of products of small matrices; the division of the work is in
-// csrc/README.md. Nothing here depends on torch or on threads.
+// Loops of convolutions as sums of products of small matrices: in bfloat16, or in 8 bits with x and y in bfloat16 or
+// float. The division of the work is in csrc/README.md. Nothing here depends on torch or on threads.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,7 @@ struct DirectPanel {
   // In 8 bits only.
   const DirectLevels* levels;  // of all images
   const float* weight_scale;   // of the panel
-  const float* weight_sum;     // of the panel: the sum of w over all inputs, a whole number
+  const int32_t* weight_sum;   // of the panel: the sum of w over all inputs
 };
 
 // The loops of convolutions of 8 bits between tensors of type Y.

@@ -18,12 +18,15 @@ struct FloatSums {
 // sum over (scale_x (q - zero)) (scale_w w) = scale_x scale_w (sum over q w - zero sum over w).
 template <typename V>
 struct LevelSums {
-  V scale, zeros;
+  V scale, weight_scale;
+  int32_t zeros[V::kWidth];
   template <typename Y>
   ADMFAST_INLINE LevelSums(const DirectPanel<uint8_t, Y>& p, const DirectGroup& group, int64_t o)
-      : scale(V::load(p.weight_scale + o) * V::set(p.levels[group.image].scale)),
-        zeros(V::load(p.weight_sum + o) * V::set(static_cast<float>(p.levels[group.image].zero))) {}
-  ADMFAST_INLINE V of(const int32_t* sums) const { return (V::whole(sums) - zeros) * scale; }
+      : scale(V::set(p.levels[group.image].scale)), weight_scale(V::load(p.weight_scale + o)) {
+    for (int64_t i = 0; i < V::kWidth; ++i) zeros[i] = p.weight_sum[o + i] * p.levels[group.image].zero;
+  }
+  // The difference is exact. A product of the scales might overflow.
+  ADMFAST_INLINE V of(const int32_t* sums) const { return V::difference(sums, zeros) * weight_scale * scale; }
 };
 
 template <typename V>

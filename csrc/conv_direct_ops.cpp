@@ -20,7 +20,8 @@ constexpr int64_t kSide = 3;  // taps of a 3x3 filter along a side
 // Bytes of the inputs of a block. They stay in a second-level cache of 2 MB with the weights of a panel. Weights of up
 // to kSmallWeights bytes stay there as a whole if the inputs leave room for them.
 constexpr int64_t kBlockBytes = 1280 << 10, kSmallBlockBytes = 512 << 10, kSmallWeights = 1 << 20;
-constexpr float kSmallestStep = 0x1p-100f;  // of levels, so that its reciprocal is finite
+constexpr float kSmallestStep = 0x1p-100f;              // of levels, so that its reciprocal is finite
+constexpr int64_t kMostTerms = (int64_t{1} << 31) / (255 * 127);  // of a sum in 32 bits
 constexpr int64_t kFewestPositions = 256;
 constexpr int64_t kRangePositions = 64;  // positions of which one task finds the range
 constexpr int64_t kTasks = 4;  // tasks for each thread, so that a thread that is slowed down takes fewer of them
@@ -48,8 +49,10 @@ struct Direct {
   const typename DirectWeight<T>::type* w;
   const Y *bias, *residual;
   Y* y;
-  const float *weight_scale = nullptr, *weight_sum = nullptr;  // in 8 bits only
-  std::vector<DirectLevels> levels{};                          // of each image, in 8 bits only
+  // In 8 bits only: of each output, and of each image.
+  const float* weight_scale = nullptr;
+  std::vector<int32_t> weight_sum{};
+  std::vector<DirectLevels> levels{};
   int64_t chunks = 0, panels = 0, images = 0, rows = 0, parts = 0;  // images and rows of a block; the panels are divided into parts
 
   static constexpr int64_t kChunk = kDirectChunk<T>;
@@ -193,7 +196,7 @@ struct Direct {
       run_panel({block.groups.data(), static_cast<int64_t>(block.groups.size()), block.x, block.row, block.chunk,
                    chunks, block.tap.data(), taps, w + p * weights, of_panel(bias), of_panel(residual), of_panel(y),
                    C_out, std::min(kDirectPanel, C_out - first), levels.data(),
-                   of_panel(weight_scale), of_panel(weight_sum)});
+                   of_panel(weight_scale), of_panel(weight_sum.data())});
     }
   }
 
@@ -215,13 +218,10 @@ struct Direct {
         finite &= std::isfinite(ranges[i][0]) && std::isfinite(ranges[i][1]);
         least = std::min<double>(least, ranges[i][0]), most = std::max<double>(most, ranges[i][1]);
       }
-      const float step = static_cast<float>((most - least) / 255.0);
-      if (!finite)  // every output of the image is NaN
-        levels[n] = {NAN, 0.0f, 0};
-      else if (step < kSmallestStep)
-        levels[n] = {kSmallestStep, 1.0f / kSmallestStep, 128};
-      else
-        levels[n] = {step, 1.0f / step, static_cast<int32_t>(std::nearbyint(-least / step))};
+      const float step = std::max(kSmallestStep, static_cast<float>((most - least) / 255.0));
+      // Every output of an image that is not finite is NaN.
+      levels[n] = finite ? DirectLevels{step, 1.0f / step, static_cast<int32_t>(std::nearbyint(-least / step))}
+                         : DirectLevels{NAN, 0.0f, 0};
     }
   }
 
@@ -269,6 +269,8 @@ Tensor convolved(const char* op, const Tensor& x, const Tensor& w, const Optiona
   const bool padded = taps == kSide * kSide && x.dim() == 4;
   TORCH_CHECK(padded || (taps == 1 && sizeof(T) > 1), op, ": ", taps, " taps of ", x.dim() - 2, " dimensions; ",
               sizeof(T) > 1 ? "1, or " : "", "9 of 2 dimensions");
+  if (sizeof(T) == 1)
+    TORCH_CHECK(taps * x.size(1) <= kMostTerms, op, ": sums of ", taps * x.size(1), " terms exceed 32 bits");
   if (scales) {
     check(op, "scales", *scales, at::kFloat);
     TORCH_CHECK(scales->dim() == 2 && scales->size(0) == 2 && scales->size(1) == channels && scales->is_contiguous(),
@@ -297,7 +299,7 @@ Tensor convolved(const char* op, const Tensor& x, const Tensor& w, const Optiona
   direct.residual = residual ? values<Y>(added) : nullptr;
   if (scales) {
     direct.weight_scale = values<float>(*scales);
-    direct.weight_sum = direct.weight_scale + channels;
+    direct.weight_sum.assign(direct.weight_scale + channels, direct.weight_scale + 2 * channels);
   }
   direct.run();
   return y;

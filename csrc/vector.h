@@ -13,7 +13,7 @@ struct Scalar {
   static ADMFAST_INLINE Scalar set(float value) { return {value}; }
   static ADMFAST_INLINE Scalar load(const float* from) { return {*from}; }
   static ADMFAST_INLINE Scalar load(const bfloat16* from) { return {to_float(*from)}; }
-  static ADMFAST_INLINE Scalar whole(const int32_t* from) { return {static_cast<float>(*from)}; }
+  static ADMFAST_INLINE Scalar difference(const int32_t* a, const int32_t* b) { return {static_cast<float>(*a - *b)}; }
   ADMFAST_INLINE void store(float* to) const { *to = v; }
   // Round to nearest even; NaN stays NaN.
   ADMFAST_INLINE void store(bfloat16* to) const {
@@ -48,7 +48,9 @@ struct Vector {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
-  static ADMFAST_INLINE Vector whole(const int32_t* from) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(from))}; }
+  static ADMFAST_INLINE Vector difference(const int32_t* a, const int32_t* b) {
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)))};
+  }
   ADMFAST_INLINE void store(float* to) const { _mm512_storeu_ps(to, v); }
   ADMFAST_INLINE void store(bfloat16* to) const {
 #if ADMFAST_LEVEL >= 513
@@ -88,9 +90,6 @@ struct Vector {
   static ADMFAST_INLINE Vector load(const bfloat16* from) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
-  }
-  static ADMFAST_INLINE Vector whole(const int32_t* from) {
-    return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
   ADMFAST_INLINE void store(float* to) const { _mm256_storeu_ps(to, v); }
   ADMFAST_INLINE void store(bfloat16* to) const {
@@ -134,7 +133,9 @@ struct Vector {
   static ADMFAST_INLINE Vector load(const T* from) {
     ADMFAST_EACH(Scalar::load(from + i));
   }
-  static ADMFAST_INLINE Vector whole(const int32_t* from) { ADMFAST_EACH(Scalar::whole(from + i)); }
+  static ADMFAST_INLINE Vector difference(const int32_t* a, const int32_t* b) {
+    ADMFAST_EACH(Scalar::difference(a + i, b + i));
+  }
   template <typename T>
   ADMFAST_INLINE void store(T* to) const {
     for (int64_t i = 0; i < kWidth; ++i) lane[i].store(to + i);

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from admfast.checkpoints import write_weights
 from admfast.diffusion import DiffusionConfig
-from admfast.engine.precision import POLICIES
+from admfast.engine.precision import INT8_ISAS, POLICIES
 from admfast.engine.step import Batch
 from admfast.models import (
     Classifier,
@@ -85,7 +85,7 @@ def with_weights(config: NetConfig, seed: int = 0) -> Any:
 
 def cpu_precisions() -> list[str]:
     """Return the precisions that this CPU has: all but TF32, and int8 only with products of 8 bits."""
-    wide = native.reason_missing() is None and native.instruction_set() in ("amx", "avx512_bf16")
+    wide = native.reason_missing() is None and native.instruction_set() in INT8_ISAS
     return [name for name in POLICIES if name != "tf32" and (wide or name != "int8")]
 
 

@@ -82,7 +82,10 @@ class Engine:
                 own = next(net.parameters()).dtype
                 # Policies apply to float32 networks only; float64 networks keep their dtype. If `fold` is
                 # None, this unfolds the network, which another pipeline may have folded.
-                net.ensure_folded(fold, own if own == torch.float64 else dtype)
+                if own == torch.float64:
+                    net.ensure_folded(self.options.fold, own)
+                else:
+                    net.ensure_folded(fold, dtype)
             self._drop_outdated()
 
     def _drop_outdated(self) -> None:

@@ -38,12 +38,17 @@ class Policy:
     def folding(self, options: FoldOptions | None) -> FoldOptions | None:
         """Return the options for folding networks in this precision.
 
-        Raises InvalidArgument for None in int8, whose weights are derived forms.
+        Raises InvalidArgument for int8 in another precision; in int8 for None, because its weights are
+        derived forms, and for a named convolution.
         """
         if not self.int8:
+            if options is not None and options.int8:
+                raise invalid("int8", True, f"False: only precision='int8' sets it, this is {self.name!r}")
             return options
         if options is None:
             raise invalid("fold", None, "FoldOptions: precision='int8' runs on derived weights")
+        if options.conv is not None:
+            raise invalid("conv", options.conv, "None with precision='int8'")
         return replace(options, int8=True)
 
     def parts(self) -> dict[str, str]:
@@ -59,7 +64,7 @@ class Policy:
 
     def __str__(self) -> str:
         if self.int8:
-            return "int8"
+            return f"int8, {str(self.torso).removeprefix('torch.')}"
         if self.torso == self.classifier:
             return "tf32" if self.tf32 else str(self.torso).removeprefix("torch.")
         torso, classifier = (str(d).removeprefix("torch.") for d in (self.torso, self.classifier))
@@ -86,8 +91,8 @@ def policy(name: str, device: torch.device) -> Policy:
     "auto" is bfloat16 on CUDA and on a CPU with AMX, else float32: without AMX, a CPU's bfloat16 products are
     half as fast as its float32 products (measured: `docs/speed.md`). The choices on CUDA and on a CPU with
     AMX follow from the range of the formats and the vendors' peak rates. No measurement has compared them
-    with other precisions, in the speed of the networks or in the quality of the images. "int8" is the
-    CPU's "auto" with 3x3 convolutions of 8 bits.
+    with other precisions, in the speed of the networks or in the quality of the images. "int8" has
+    8-bit 3x3 convolutions; the rest is bfloat16 if the compiled ops use AMX, else float32.
 
     Raises: InvalidArgument for an unknown name, Unavailable for tf32 on a CPU, and for int8 on anything but a
     CPU with products of 8 bits.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast.models.fold.options import FoldOptions
-from admfast.ops.conv import ConvOptions, FoldedConv, conv, folded_conv
+from admfast.ops.conv import ConvOptions, FoldedConv, conv, folded_conv, int8_fits
 from admfast.ops.transforms import in_autocast, in_forward_mode, in_program, outer_grad_enabled, traced
 
 # Attributes that, besides the parameters, determine what a convolution computes.
@@ -35,13 +35,17 @@ class FoldableConv(nn.Module):
     _folded: FoldedConv | None = None
     _adds_residual: bool = True
 
-    def fold_weights(self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False) -> None:
-        """Derive the folded form, or update it in place; only ordinary convolutions (`_plain`) get one."""
+    def fold_weights(
+        self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False, int8: bool = False
+    ) -> None:
+        """Derive the folded form, or update it in place; only ordinary convolutions (`_plain`) get one.
+
+        int8: compute it from 8-bit numbers.
+        """
         if not self._plain():
             return self.unfold()
         split = self.split if options.has("two_sources") else 0
         rows = self.rows if options.has("qkv_rows") else None
-        int8 = options.int8 and self.weight.shape[1] >= 16  # not the layer that reads the images
         more = dtype, options.conv, split, rows, spare_memory, int8
         settings = ConvOptions(self.stride, self.padding, *more)  # type: ignore[arg-type]
         if self._folded is not None and self._folded.options == settings:
@@ -56,6 +60,13 @@ class FoldableConv(nn.Module):
         if isinstance(self.padding, str):
             return False
         return others == {1} and self.padding_mode == "zeros" and "_conv_forward" not in self.__dict__
+
+    def fits_int8(self) -> bool:
+        """Tell whether `conv_int8` computes this convolution."""
+        stride: Any = self.stride
+        padding: Any = self.padding
+        kernel = tuple(self.weight.shape[2:])
+        return self._plain() and int8_fits(kernel, stride, padding, self.weight.shape[1]) is None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in GEOMETRY and self._folded is not None:

@@ -125,7 +125,9 @@ def resolved_precision(recipe: Recipe, device: torch.device) -> Recipe:
         policy(recipe.precision, device)
         return recipe
     torso = policy("auto", device).torso
-    name = next(name for name, known in POLICIES.items() if known.torso == torso and not known.tf32)
+    name = next(
+        name for name, known in POLICIES.items() if known.torso == torso and not (known.tf32 or known.int8)
+    )
     return dataclasses.replace(recipe, precision=name)
 
 

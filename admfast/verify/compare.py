@@ -139,7 +139,8 @@ def _check_alike(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
 def _check_plain(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
     """Reject a reference that is not float32 throughout, is prepared, or shares networks with `pipe`."""
     policy = reference.policy
-    if (policy.torso, policy.classifier, policy.tf32) != (torch.float32, torch.float32, False):
+    exact = (policy.torso, policy.classifier) == (torch.float32, torch.float32)
+    if not exact or policy.tf32 or policy.int8:
         raise invalid(argument, reference.name, f"in precision 'fp32'; this is in {policy.name!r}")
     options = reference.options
     other = [name for name in PREPARATIONS if getattr(options, name) != getattr(PLAIN, name)]

@@ -27,19 +27,24 @@ def compare_layers(
     call(network) runs a network; layers are the modules with parameters of their own. The skip that a
     convolution adds is left out: it would make the relative error smaller. The budget of a layer depends on
     the dtype in which it computes: in float32 (outside the torso, or in a float32 network) it is that of
-    "fp32".
+    "fp32". In "int8", only 8-bit convolutions have its budget, other layers that of "bf16" or "fp32".
     tf32: on CUDA, all layers of `fast` run with TF32 products; the reference never does, for any setting of
     the process.
     """
     layers, inputs = _inputs(reference, call)
     device = next(reference.parameters()).device
     found = []
-    for name, (x, options) in inputs.items():
+    options = getattr(fast, "fold_options", None)
+    for name, (x, given) in inputs.items():
         inside = name.partition(".")[0] in TORSO
         dtype: Any = fast.torso_dtype if inside and not name.endswith("emb_layers.1") else x.dtype
-        rounds = tf32 or dtype != torch.float32 or _in_int8(fast.get_submodule(name))
-        allowed = budget.layer if rounds else BUDGETS["fp32"].layer
-        kept = {key: value for key, value in options.items() if key != "residual"}
+        allowed = budget.layer
+        if not _of_8_bits(fast.get_submodule(name)):
+            if options is not None and options.int8:
+                allowed = min(allowed, BUDGETS["bf16"].layer)
+            if dtype == torch.float32 and not tf32:
+                allowed = BUDGETS["fp32"].layer
+        kept = {key: value for key, value in given.items() if key != "residual"}
         with torch.no_grad():
             # Both layers get the rounded input: the error of rounding it depends on its mean, not on the
             # layer.
@@ -52,8 +57,8 @@ def compare_layers(
     return found
 
 
-def _in_int8(layer: nn.Module) -> bool:
-    """Tell whether a layer is a convolution of 8 bits."""
+def _of_8_bits(layer: nn.Module) -> bool:
+    """Tell whether a layer is an 8-bit convolution."""
     folded = getattr(layer, "folded", None)
     return folded is not None and folded.options.int8
 

@@ -62,7 +62,8 @@ struct Panel {
   Exact<typename DirectWeight<T>::type> w;
   Exact<Y> bias, residual, y;
   std::vector<DirectLevels> levels;
-  Exact<float> weight_scale, weight_sum;
+  Exact<float> weight_scale;
+  Exact<int32_t> weight_sum;
 
   explicit Panel(const Case& k)
       : k(k), row(k.packed ? kChunk : k.chunks * kChunk + 8), positions(k.groups * kDirectGroup + tap_of(k.taps - 1)),
@@ -101,7 +102,7 @@ struct Panel {
         int64_t sum = 0;
         for (int64_t i = 0; i < k.chunks * k.taps; ++i)
           for (int64_t c = 0; c < kChunk; ++c) sum += w[weight(i, c, o)];
-        weight_sum[o] = static_cast<float>(sum);
+        weight_sum[o] = static_cast<int32_t>(sum);
       }
     }
   }
@@ -129,8 +130,8 @@ struct Panel {
         }
     if (k.bias) sum.add({number_of(bias[o])});
     if (k.residual) sum.add({number_of(residual[(group.to + r) * stride + o])});
-    // In 8 bits sums are exact; six roundings follow: of two conversions, and of a product, a difference and scales.
-    const int64_t roundings = kLevels ? 6 : k.chunks * k.taps * kChunk;
+    // In 8 bits sums are exact; three roundings follow: of the conversion and of two scales.
+    const int64_t roundings = kLevels ? 3 : k.chunks * k.taps * kChunk;
     return rounded(sum.total(roundings + 2), sizeof(Y) == 4 ? kSingle : kHalf);
   }
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.errors import InvalidArgument
+from admfast.models.fold import FoldOptions
 from admfast.ops import dispatch
+from admfast.ops.dispatch import watch
 from admfast.ops.update import sampler_step_ref
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan
@@ -126,9 +128,32 @@ def test_another_network_makes_another_pipeline(part, options):
     assert torch.equal(images(changed), images(wanted)) and torch.equal(images(pipe), before)
 
 
-def test_int8_needs_folded_weights():
-    with pytest.raises(InvalidArgument, match="^fold=None: FoldOptions: precision='int8'"):
-        pipeline(policy=POLICIES["int8"], options=PLAIN)
+@pytest.mark.parametrize(
+    ("precision", "fold", "message"),
+    [
+        ("int8", None, "fold=None: FoldOptions: precision='int8'"),
+        ("int8", FoldOptions(conv="library"), "conv='library': None with precision='int8'"),
+        ("bf16", FoldOptions(int8=True), "int8=True: False: only precision='int8'.*'bf16'"),
+    ],
+)
+def test_options_that_do_not_fit_int8_are_named(precision, fold, message):
+    options = EngineOptions(fold=fold)
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        pipeline(policy=POLICIES[precision], options=options)
+
+
+def test_a_float64_network_computes_in_float64_in_any_policy():
+    pipe = pipeline(net=unet().double(), classifier=None, guidance=0.0, policy=POLICIES["int8"])
+    with watch() as seen:
+        images(pipe)
+    assert pipe.net.torso_dtype == torch.float64 and not pipe.net.fold_options.int8
+    assert {choice.op for choice in seen if "conv" in choice.op} == {"conv"}
+
+
+def test_an_int8_pipeline_survives_a_copy():
+    pipe = pipeline(policy=POLICIES["int8"])
+    again = pickle.loads(pickle.dumps(pipe))
+    assert torch.equal(images(again), images(pipe)) and again.net.fold_options.int8
 
 
 def test_other_settings_make_another_pipeline():

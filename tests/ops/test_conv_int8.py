@@ -120,6 +120,25 @@ def test_an_image_of_one_value_is_exact(filled, impl):
     )
 
 
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+@pytest.mark.parametrize("size", [1e-36, 100 * 2.0**-100, 250 * 2.0**-100, 1e-20, 1e30], ids=str)
+def test_images_of_any_size_have_the_same_relative_error(size, impl):
+    weight = torch.randn(6, 20, 3, 3)
+    x = torch.rand(1, 20, 8, 8) * size
+    expected = F.conv2d(x.double(), weight.double(), padding=1)
+    y = FoldedConv(weight, padding=1, int8=True, impl=impl)(x).double()
+    steps = max(size / 255, 2.0**-100) / size
+    assert float((y - expected).norm() / expected.norm()) < 0.03 + 3 * steps
+
+
+def test_scales_whose_product_would_overflow():
+    weight = torch.full((6, 20, 3, 3), 1e6)
+    x = torch.zeros(1, 20, 8, 8)
+    x[..., :3, :] = 3e36
+    y = FoldedConv(weight, padding=1, int8=True, impl="cpp")(x)
+    assert (y[..., 5:, :] == 0).all() and y[..., :3, :].isinf().all()
+
+
 def rounded(weight: Tensor) -> Tensor:
     """Return the weights, rounded to 127 steps of each output channel, in float64."""
     scale = (weight.flatten(1).abs().amax(1) / 127)[:, None, None, None]
@@ -292,6 +311,10 @@ FORM = (1, 1, 9, 2, 16, 16, 4)
         (dict(scales=ones(2, 6)), "scales is BFloat16"),
         (dict(scales=ones(2, 5, dtype=torch.float32)), "scales must be"),
         (dict(scales=ones(6, 2, dtype=torch.float32).t()), "scales must be"),
+        (
+            dict(x=ones(1, 7369, 4, 4), w=ones(1, 116, *FORM[2:], dtype=torch.int8)),
+            "sums of 66321 terms exceed",
+        ),
         (dict(channels=33), "w must be"),
         (dict(channels=0), "w must be"),
         (dict(bias=ones(5)), "bias must be"),

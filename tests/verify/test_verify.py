@@ -81,8 +81,8 @@ def test_the_digits_are_within_the_budget(digits, precision):
         assert max(d.error for d in found.layers) > 10 * BUDGETS["fp32"].layer
     if precision == "int8":
         of_8_bits = [d for d in found.layers if d.name.endswith(("in_layers.2", "out_layers.3"))]
-        rounded = [d for d in found.layers if d.error > BUDGETS["bf16"].layer]
-        assert len(rounded) > len(of_8_bits) / 2 and all(d in of_8_bits for d in rounded)
+        assert all(d.allowed == BUDGETS["int8"].layer and d.error > 3e-3 for d in of_8_bits), report(found)
+        assert all(d.allowed <= BUDGETS["bf16"].layer for d in found.layers if d not in of_8_bits)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from admfast import host
-from admfast.errors import invalid
+from admfast.errors import Unavailable, invalid
 from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
 from admfast.models.fold.values import Values
@@ -95,10 +94,12 @@ class FoldableNet(nn.Module):
         If options and dtype are the same as before, folding again updates the values in the same memory, so
         that captured graphs stay valid.
 
-        Raises: InvalidArgument for parameters that were made in inference mode.
+        Raises: InvalidArgument for parameters that were made in inference mode, Unavailable for `int8` if no
+        convolution can be computed from 8-bit numbers.
         """
         options, dtype = options or FoldOptions(), dtype or self._parameter_dtype()
         check_ordinary("parameters", self)
+        of_8_bits = self._of_8_bits() if options.int8 else set()
         with FOLDING, deriving():
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
@@ -108,10 +109,8 @@ class FoldableNet(nn.Module):
             self._fold_values = Values(self.parameters())
             spared = self._spared()
             for name, module in self._convolutions():
-                if self._in_torso(name):
-                    module.fold_weights(options, dtype, name in spared)
-                else:
-                    module.fold_weights(replace(options, int8=False), module.weight.dtype, name in spared)
+                kind = dtype if self._in_torso(name) else module.weight.dtype
+                module.fold_weights(options, kind, name in spared, name in of_8_bits)
             if options.has("embeddings"):
                 self._project_together()
             self._fold_convolutions = tuple(m for name, m in self._convolutions() if self._in_torso(name))
@@ -131,6 +130,16 @@ class FoldableNet(nn.Module):
             self._projections = None
         elif self._projections is None or not self._projections.refold(layers):
             self._projections = Projections(layers)
+
+    def _of_8_bits(self) -> set[str]:
+        """Return the names of the torso's convolutions that fit `conv_int8`, without the first layer."""
+        torso = ((n, m) for n, m in self._convolutions() if self._in_torso(n))
+        found = {n for n, m in torso if not n.startswith(f"{self.torso[0]}.0.") and m.fits_int8()}
+        if not found:
+            raise Unavailable(
+                "precision='int8': the network has no 3x3 convolution of stride 1 in two dimensions"
+            )
+        return found
 
     def _spared(self) -> set[str]:
         """Return the names of the convolutions that get no Winograd form, to save memory.

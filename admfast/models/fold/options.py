@@ -23,8 +23,8 @@ class FoldOptions:
 
     Attributes:
         conv: name of the convolutions' implementation (see `admfast info`); None for the fastest.
-        int8: compute the torso's 3x3 convolutions from numbers of 8 bits, except the first; needs a CPU. The
-            engine sets it for the precision "int8".
+        int8: compute the torso's 3x3 convolutions of stride 1 from 8-bit numbers, except the first. Only the
+            precision "int8" sets it.
     """
 
     conv: str | None = None

@@ -49,6 +49,7 @@ class FoldedConv:
 
     NaN or infinity in x reaches the outputs that depend on it. With the implementation `winograd` it also
     reaches the other outputs of their 4x4 tiles; the tiling begins at the upper left corner of the image.
+    With `int8` it reaches all outputs of its image.
 
     Args:
         weight: [C_out, C_in, *kernel], one to three spatial dimensions, any floating dtype, on the device of
@@ -63,7 +64,7 @@ class FoldedConv:
             concatenated to `x`.
         rows: order of the output channels, as indices of the rows of `weight`; None: unchanged.
         int8: compute 3x3 convolutions in two dimensions of stride 1 and padding 1, and their gradients, from
-            numbers of 8 bits (`conv_int8_ref`); `impl` then names an implementation of `conv_int8`. Not in
+            8-bit numbers (`conv_int8_ref`); `impl` then names an implementation of `conv_int8`. Not in
             forward mode, under vmap or while torch's operations are counted or traced.
         spare_memory: don't choose an implementation whose form is larger than the weights (`winograd`: four
             times as large, in each direction that runs).
@@ -318,7 +319,7 @@ def _choose(direction: Direction, x: Tensor) -> Implementation:
     """Return the implementation for a call, of `conv_int8` or of `conv`."""
     if not direction.options.int8:
         return TABLE.choose(direction.impl, direction, x)
-    fits = forms.int8_fits(direction) is None and not observed() and forms.transformed() is None
+    fits = forms.int8_misfit(direction) is None and not observed() and forms.transformed() is None
     return INT8.choose(direction.impl, direction, x) if fits else TABLE.choose(None, direction, x)
 
 

@@ -320,7 +320,7 @@ def direct_supports(direction: Direction, x: Tensor) -> str | None:
 def by_int8(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by exact sums of products of 8 bits in C++; channels-last, not recorded by autograd.
 
-    `conv_int8_ref` states the numbers. The gradient is that of the convolution without the rounding.
+    `conv_int8_ref` states the numbers. The gradient ignores the rounding of x, and is an 8-bit convolution.
     """
     w, scales = direction.form("int8"), direction.form("int8_scales")
     return native.ops().conv_int8(x, w, scales, bias, residual, direction.out_channels)
@@ -331,18 +331,25 @@ def _int8(x: Tensor, _w: Tensor, _scales: Tensor, _bias: Any, _residual: Any, ch
     return empty_channels_last((x.shape[0], channels, *x.shape[2:]), x)
 
 
-def int8_fits(direction: Direction) -> str | None:
-    """Return why `conv_int8` doesn't compute a convolution; None if it does."""
-    if (direction.kernel, direction.stride, direction.padding) != ((3, 3), (1, 1), (1, 1)):
+def int8_fits(
+    kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], channels: int
+) -> str | None:
+    """Return why `conv_int8` doesn't compute a convolution of `channels` inputs; None if it does."""
+    if (kernel, stride, padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
-    if 9 * direction.in_channels > MOST_TERMS:
-        return f"its sums of {9 * direction.in_channels} terms exceed 32 bits"
+    if 9 * channels > MOST_TERMS:
+        return f"its sums of {9 * channels} terms exceed 32 bits"
     return None
+
+
+def int8_misfit(direction: Direction) -> str | None:
+    """Return why `conv_int8` doesn't compute a direction; None if it does."""
+    return int8_fits(direction.kernel, direction.stride, direction.padding, direction.in_channels)
 
 
 def int8_supports(direction: Direction, x: Tensor) -> str | None:
     """Return why the compiled `conv_int8` can't serve a call; None if it can."""
-    return int8_fits(direction) or _not_on_the_cpu(x, torch.bfloat16, torch.float32)
+    return int8_misfit(direction) or _not_on_the_cpu(x, torch.bfloat16, torch.float32)
 
 
 def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

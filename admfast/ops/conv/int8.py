@@ -1,4 +1,4 @@
-"""3x3 convolutions of numbers of 8 bits: how weights and inputs are rounded, and the reference."""
+"""8-bit 3x3 convolutions: how weights and inputs are rounded, and the reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALLEST_STEP = 2.0**-100  # between the levels of an image, so that its reciprocal is finite
+SMALLEST_STEP = (
+    2.0**-100
+)  # between levels, so that its reciprocal is finite; also in csrc/conv_direct_ops.cpp
 MOST_TERMS = 2**31 // (255 * 127)  # of a sum in 32 bits
 
 
@@ -28,7 +30,8 @@ def quantized_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
 
     The levels q + z are 0 to 255, in equal steps from the smallest to the largest number of the image and 0:
     s = (most - least) / 255, z = round(-least / s), q + z = clamp(round(x / s) + z, 0, 255). Returns q of the
-    shape of x, whole numbers, and s [N, 1, 1, 1], both float32; s is NaN for an image with NaN or infinity.
+    shape of x, whole numbers, and s [N, 1, 1, 1], at least SMALLEST_STEP, both float32. Both are NaN for an
+    image with NaN or infinity.
     """
     wide = x.float()
     positions = (1, 2, 3)
@@ -36,7 +39,7 @@ def quantized_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     most = wide.amax(positions, keepdim=True).clamp(min=0).double()
     step = ((most - least) / 255).float()
     step = torch.where(step < SMALLEST_STEP, SMALLEST_STEP, step)
-    zero = torch.where(step == SMALLEST_STEP, 128.0, (-least / step).round()).float()
+    zero = (-least / step).round().float()
     level = ((wide * (1 / step)).round() + zero).clamp(0, 255)
     return level - zero, torch.where(step.isfinite(), step, torch.nan)
 
