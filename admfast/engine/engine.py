@@ -44,6 +44,7 @@ class Engine:
     ):
         self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
+        self._folding = policy.folding(self.options.fold)
         if self.options.compile:
             check_compiler(self.device)
         # By kind of step and by the implementations named by `impl` and by ADMFAST_IMPL.
@@ -71,7 +72,7 @@ class Engine:
         cached steps that used the old ones are dropped.
         guided: fold the classifier too; otherwise it is not changed.
         """
-        policy, fold = self.policy, self.policy.folding(self.options.fold)
+        policy, fold = self.policy, self._folding
         with self.lock, FOLDING:
             classifier = self.classifier if guided else None
             for net, dtype in ((self.net, policy.torso), (classifier, policy.classifier)):
