@@ -15,6 +15,7 @@ from tests.docs.pages import ROOT, text_of
 
 RESULTS = ROOT / "bench" / "results"
 XEON, H100 = "intel-xeon-processor-model-207-2-of-2-cpus", "nvidia-h100-80gb-hbm3"
+AMX = "intel-xeon-processor-model-207-2-of-2-cpus-amx"
 EPYC = "amd-epyc-model-17-2-of-2-cpus"
 # Folder of the rows, dtype of admfast, dtype of the published code.
 MACHINES = {"H100": (H100, "auto", "fp16"), "Xeon": (XEON, "fp32", "fp32")}
@@ -80,6 +81,18 @@ def test_the_other_contenders_are_those_that_were_measured():
         half = row_of(folder, "sampling", "admfast", "auto" if ours == "auto" else "bf16", **shape)
         assert says(row["channels-last and frozen, ms"], frozen["ms"]), row
         assert says(row["admfast bfloat16, ms"], half["ms"]), row
+
+
+def test_the_steps_with_amx_are_those_that_were_measured():
+    columns = {"OpenVINO, ms": ("openvino", "bf16"), "bfloat16, ms": ("admfast", "bf16")}
+    columns |= {"int8, ms": ("admfast", "int8")}
+    for row in table("docs/speed.md", *columns):
+        kind = "guided_step" if row["step"] == "guided" else "step"
+        shape = {"system": "imagenet64", "batch": int(row["batch"])}
+        cells = {name: cell for name in columns if (cell := row[name]) != "-"}
+        assert len(cells) == (2 if row["step"] == "guided" else 3)
+        for name, cell in cells.items():
+            assert says(cell, row_of(AMX, "sampling", *columns[name], kind, **shape)["ms"]), row
 
 
 def test_the_norms_are_those_that_were_measured():
