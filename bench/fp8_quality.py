@@ -10,9 +10,9 @@ compares the images with those of the unrounded networks, and does the same for 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 import admfast
 from admfast.engine.options import PLAIN
 from admfast.ops import conv_int8_ref
+from admfast.verify.budget import psnr
 from bench.results import markdown_table
 
 LARGEST = 448.0  # of the finite numbers of e4m3
@@ -35,17 +36,15 @@ def rounded(x: Tensor) -> Tensor:
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def in_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve rounded factors; the gradient is that of the convolution without the rounding."""
-    y = F.conv2d(rounded(x.detach()), rounded(weight), bias, padding=1)
-    exact = F.conv2d(x, weight, bias, padding=1)
-    return exact + (y - exact).detach()
+def fp8_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve factors that are rounded to e4m3."""
+    return F.conv2d(rounded(x), rounded(weight), bias, padding=1)
 
 
-def in_int8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve numbers of 8 bits; the gradient is that of the convolution without the rounding."""
+def straight_through(convolve: Convolve, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve by `convolve`; the gradient is that of the convolution without its rounding."""
     exact = F.conv2d(x, weight, bias, padding=1)
-    return exact + (conv_int8_ref(x.detach(), weight, bias) - exact).detach()
+    return exact + (convolve(x, weight, bias) - exact).detach()
 
 
 @contextmanager
@@ -61,17 +60,12 @@ def replaced(pipe: admfast.Pipeline, convolve: Convolve) -> Iterator[None]:
         and min(module.weight.shape[:2]) > 3
     ]
     for layer in layers:
-        layer._conv_forward = convolve
+        layer._conv_forward = partial(straight_through, convolve)
     try:
         yield
     finally:
         for layer in layers:
             del layer._conv_forward
-
-
-def psnr(got: Tensor, exact: Tensor) -> float:
-    """Return the PSNR of images in [-1, 1], in dB."""
-    return 10 * math.log10(4 / float((got.double() - exact.double()).square().mean()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked |= dict(solver=solver, steps=args.steps, guidance=guidance, output="float")
             exact = pipe.sample(**asked)
             found = []
-            for convolve in (in_fp8, in_int8):
+            for convolve in (fp8_conv, conv_int8_ref):
                 with replaced(pipe, convolve):
                     found.append(f"{psnr(pipe.sample(**asked), exact):.1f}")
             rows.append((f"{solver} {args.steps}, guidance {guidance:g}", *found))

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
-#include "half_types.h"
+#include "factors.h"
 
 #define ADMFAST_INLINE inline __attribute__((always_inline))
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")

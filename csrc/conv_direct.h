@@ -4,30 +4,20 @@
 
 #include <cstdint>
 
-#include "half_types.h"
+#include "factors.h"
 
 namespace admfast {
 
 constexpr int64_t kDirectGroup = 16;  // positions of a group: the rows of a product
 constexpr int64_t kDirectPanel = 32;  // output channels of a panel: two products
 template <typename T>
-constexpr int64_t kDirectChunk = 64 / sizeof(T);  // input channels of a chunk: the terms of a product
+constexpr int64_t kDirectChunk = kTileBytes / sizeof(T);  // input channels of a chunk: the terms of a product
 template <typename T>
 constexpr int64_t kDirectStep = kDirectChunk<T>* kDirectPanel;  // weights of a chunk, a tap and a panel
 
-// The weights that inputs of a type are multiplied by.
-template <typename T>
-struct DirectWeight {
-  using type = bfloat16;
-};
-template <>
-struct DirectWeight<uint8_t> {
-  using type = int8_t;
-};
-
-// How the inputs of an image are stored in 8 bits: x = scale (q - zero), q = clamp(round(inverse x) + zero, 0, 255).
+// How the inputs of an image are stored in 8 bits: x = scale (q - zero), q = clamp(round(x / scale) + zero, 0, 255).
 struct DirectLevels {
-  float scale, inverse;
+  float scale;
   int32_t zero;
 };
 
@@ -50,7 +40,7 @@ struct DirectPanel {
   int64_t row, chunk, chunks;  // elements of x from position to position and from chunk to chunk; number of chunks
   const int64_t* tap;          // elements of x from the first tap to each
   int64_t taps;
-  const typename DirectWeight<T>::type* w;  // [chunks][taps][2][16][16][n]: halves of the panel, n channels, outputs
+  const typename Factors<T>::Right* w;  // [chunks][taps][2][16][16][n]: halves of the panel, n channels, outputs
   const Y* bias;                            // of the panel, or null
   const Y* residual;                        // of the panel, or null
   Y* y;                                     // of the panel
@@ -58,7 +48,7 @@ struct DirectPanel {
   // In 8 bits only.
   const DirectLevels* levels;  // of all images
   const float* weight_scale;   // of the panel
-  const int32_t* weight_sum;   // of the panel: the sum of w over all inputs
+  const float* weight_sum;     // of the panel: the sum of w over all inputs, a whole number
 };
 
 // The loops of convolutions of 8 bits between tensors of type Y.

@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "conv_direct.h"
-#include "half_types.h"
+#include "factors.h"
 
 #define ADMFAST_INLINE inline __attribute__((always_inline))
 #define ADMFAST_LEVEL 0

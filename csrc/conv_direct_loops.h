@@ -23,7 +23,7 @@ struct LevelSums {
   template <typename Y>
   ADMFAST_INLINE LevelSums(const DirectPanel<uint8_t, Y>& p, const DirectGroup& group, int64_t o)
       : scale(V::set(p.levels[group.image].scale)), weight_scale(V::load(p.weight_scale + o)) {
-    for (int64_t i = 0; i < V::kWidth; ++i) zeros[i] = p.weight_sum[o + i] * p.levels[group.image].zero;
+    for (int64_t i = 0; i < V::kWidth; ++i) zeros[i] = static_cast<int32_t>(p.weight_sum[o + i]) * p.levels[group.image].zero;
   }
   // The difference is exact. A product of the scales might overflow.
   ADMFAST_INLINE V of(const int32_t* sums) const { return V::difference(sums, zeros) * weight_scale * scale; }
@@ -120,26 +120,27 @@ void pack(const bfloat16* from, int64_t count, int64_t channels, bfloat16* to, i
   }
 }
 
-ADMFAST_INLINE uint8_t level_of(float x, const DirectLevels& levels) {
-  const float magic = 0x1.8p23f, zero = static_cast<float>(levels.zero);  // adding and subtracting `magic` rounds
-  const float level = ((x * levels.inverse + magic) - magic) + zero;
+ADMFAST_INLINE uint8_t level_of(float x, float inverse, int32_t zero) {
+  constexpr float kMagic = 0x1.8p23f;  // adding and subtracting it rounds to a whole number
+  const float level = ((x * inverse + kMagic) - kMagic) + static_cast<float>(zero);
   return static_cast<uint8_t>(level < 0.0f ? 0.0f : level < 255.0f ? level : 255.0f);
 }
 
 // Write the levels of `count` numbers.
 template <typename Y>
 ADMFAST_INLINE void levels_of(const Y* from, int64_t count, const DirectLevels& levels, uint8_t* to) {
+  const float inverse = 1.0f / levels.scale;
   int64_t i = 0;
 #if ADMFAST_LEVEL >= 513
-  const Vector inverse = Vector::set(levels.inverse);
+  const Vector inverses = Vector::set(inverse);
   const __m512i zero = _mm512_set1_epi32(levels.zero), none = _mm512_setzero_si512();
   for (; i + 16 <= count; i += 16) {
-    const __m512i steps = _mm512_cvtps_epi32((Vector::load(from + i) * inverse).v);  // rounded to the nearest
+    const __m512i steps = _mm512_cvtps_epi32((Vector::load(from + i) * inverses).v);  // rounded to the nearest
     const __m512i level = _mm512_max_epi32(_mm512_add_epi32(steps, zero), none);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtusepi32_epi8(level));
   }
 #endif
-  for (; i < count; ++i) to[i] = level_of(to_float(from[i]), levels);
+  for (; i < count; ++i) to[i] = level_of(to_float(from[i]), inverse, levels.zero);
 }
 
 template <typename Y>
@@ -168,52 +169,22 @@ struct Range {
   }
 };
 
+template <typename Y>
+void range(const Y* from, int64_t count, float* least, float* most) {
+  Range found;
+  int64_t i = 0;
 #if ADMFAST_LEVEL >= 513
-// Take whole vectors of numbers; return how many.
-ADMFAST_INLINE int64_t take_vectors(const bfloat16* from, int64_t count, Range& range) {
-  int64_t i = 0;
-  __m512i low = _mm512_setzero_si512(), high = low;
-  for (; i + 32 <= count; i += 32) {
-    const __m512i bits = _mm512_loadu_si512(from + i);
-    const __m512i order = _mm512_xor_si512(bits, _mm512_srli_epi16(_mm512_srai_epi16(bits, 15), 1));
-    low = _mm512_min_epi16(low, order);
-    high = _mm512_max_epi16(high, order);
-  }
-  int16_t each[2][32];
-  _mm512_storeu_si512(each[0], low);
-  _mm512_storeu_si512(each[1], high);
-  // Half of the order of a float: the lower bits of a negative one are ones.
-  for (const auto& side : each)
-    for (const int16_t order : side) range.take(order * 0x10000 + (order < 0 ? 0xFFFF : 0));
-  return i;
-}
-ADMFAST_INLINE int64_t take_vectors(const float* from, int64_t count, Range& range) {
-  int64_t i = 0;
   __m512i low = _mm512_setzero_si512(), high = low;
   for (; i + 16 <= count; i += 16) {
-    const __m512i bits = _mm512_loadu_si512(from + i);
+    const __m512i bits = _mm512_castps_si512(Vector::load(from + i).v);
     const __m512i order = _mm512_xor_si512(bits, _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1));
     low = _mm512_min_epi32(low, order);
     high = _mm512_max_epi32(high, order);
   }
-  int32_t each[2][16];
-  _mm512_storeu_si512(each[0], low);
-  _mm512_storeu_si512(each[1], high);
-  for (const auto& side : each)
-    for (const int32_t order : side) range.take(order);
-  return i;
-}
-#else
-template <typename Y>
-ADMFAST_INLINE int64_t take_vectors(const Y*, int64_t, Range&) {
-  return 0;
-}
+  found.take(_mm512_reduce_min_epi32(low));
+  found.take(_mm512_reduce_max_epi32(high));
 #endif
-
-template <typename Y>
-void range(const Y* from, int64_t count, float* least, float* most) {
-  Range found;
-  for (int64_t i = take_vectors(from, count, found); i < count; ++i) found.take(order_of(to_float(from[i])));
+  for (; i < count; ++i) found.take(order_of(to_float(from[i])));
   *least = of_order(found.low);
   *most = of_order(found.high);
 }

@@ -46,12 +46,11 @@ struct Direct {
   const DirectLoops& loops;
   int64_t N, H, W, C_in, C_out, taps;
   const Y* x;
-  const typename DirectWeight<T>::type* w;
+  const typename Factors<T>::Right* w;
   const Y *bias, *residual;
   Y* y;
   // In 8 bits only: of each output, and of each image.
-  const float* weight_scale = nullptr;
-  std::vector<int32_t> weight_sum{};
+  const float *weight_scale = nullptr, *weight_sum = nullptr;
   std::vector<DirectLevels> levels{};
   int64_t chunks = 0, panels = 0, images = 0, rows = 0, parts = 0;  // images and rows of a block; the panels are divided into parts
 
@@ -63,13 +62,13 @@ struct Direct {
   // A row of a whole number of groups needs one copy of the inputs. In others, a group spans rows, and needs copies that
   // are shifted by each column of the filter, whose rows adjoin.
   bool whole_groups() const { return W % kDirectGroup == 0; }
-  bool in_place() const { return !kLevels && !padded() && C_in % kChunk == 0 && whole_groups(); }
+  bool in_place() const { return !padded() && C_in % kChunk == 0 && whole_groups(); }
   int64_t copies() const { return !padded() || whole_groups() ? 1 : kSide; }
 
   void plan() {
     chunks = divided_up(C_in, kChunk);
     panels = divided_up(C_out, kDirectPanel);
-    const int64_t position = 64 * chunks * copies(), weights = sizeof(T) * C_out * C_in * taps;
+    const int64_t position = kTileBytes * chunks * copies(), weights = sizeof(T) * C_out * C_in * taps;
     const int64_t bytes = weights <= kSmallWeights ? kSmallBlockBytes : kBlockBytes;
     // Blocks that are divided into parts are packed by several threads, so there are many small ones if there can be.
     const int64_t fair = std::max(kFewestPositions, N * H * W / (kTasks * at::get_num_threads()));
@@ -91,14 +90,16 @@ struct Direct {
 
   void fill(int64_t number, Block<T>& block, KeptMemory& memory) const {
     block.groups.clear();
-    padded() ? fill_rows(number, block, memory) : fill_positions(number, block, memory);
+    if constexpr (kLevels)  // only for 3x3 filters
+      fill_rows(number, block, memory);
+    else
+      padded() ? fill_rows(number, block, memory) : fill_positions(number, block, memory);
   }
 
   // Positions of a 1x1 convolution.
   void fill_positions(int64_t number, Block<T>& block, KeptMemory& memory) const {
     const int64_t begin = number * rows * kDirectGroup, end = std::min(W, begin + rows * kDirectGroup);
-    if constexpr (!kLevels)
-      if (in_place()) block.row = C_in, block.chunk = kChunk, block.x = x + begin * C_in;
+    block.row = C_in, block.chunk = kChunk, block.x = x + begin * C_in;
     if (!in_place()) {
       const int64_t count = divided_up(end - begin, kDirectGroup) * kDirectGroup;
       block.row = kChunk, block.chunk = count * kChunk;
@@ -196,7 +197,7 @@ struct Direct {
       run_panel({block.groups.data(), static_cast<int64_t>(block.groups.size()), block.x, block.row, block.chunk,
                    chunks, block.tap.data(), taps, w + p * weights, of_panel(bias), of_panel(residual), of_panel(y),
                    C_out, std::min(kDirectPanel, C_out - first), levels.data(),
-                   of_panel(weight_scale), of_panel(weight_sum.data())});
+                   of_panel(weight_scale), of_panel(weight_sum)});
     }
   }
 
@@ -220,8 +221,7 @@ struct Direct {
       }
       const float step = std::max(kSmallestStep, static_cast<float>((most - least) / 255.0));
       // Every output of an image that is not finite is NaN.
-      levels[n] = finite ? DirectLevels{step, 1.0f / step, static_cast<int32_t>(std::nearbyint(-least / step))}
-                         : DirectLevels{NAN, 0.0f, 0};
+      levels[n] = finite ? DirectLevels{step, static_cast<int32_t>(std::nearbyint(-least / step))} : DirectLevels{NAN, 0};
     }
   }
 
@@ -293,13 +293,13 @@ Tensor convolved(const char* op, const Tensor& x, const Tensor& w, const Optiona
   const int64_t positions = y.numel() / channels;
   Direct<T, Y> direct{direct_loops(), padded ? x.size(0) : 1, padded ? x.size(2) : 1, padded ? x.size(3) : positions,
                       x.size(1), channels, taps};
-  direct.x = values<Y>(inside), direct.w = values<typename DirectWeight<T>::type>(w);
+  direct.x = values<Y>(inside), direct.w = values<typename Factors<T>::Right>(w);
   direct.y = values<Y>(y);
   direct.bias = bias ? values<Y>(offset) : nullptr;
   direct.residual = residual ? values<Y>(added) : nullptr;
   if (scales) {
     direct.weight_scale = values<float>(*scales);
-    direct.weight_sum.assign(direct.weight_scale + channels, direct.weight_scale + 2 * channels);
+    direct.weight_sum = direct.weight_scale + channels;
   }
   direct.run();
   return y;

@@ -1,5 +1,5 @@
 // Products of small matrices in bfloat16 or of 8 bits, for each instruction set: AMX, AVX-512 with bfloat16, or any.
-// Include it after vector.h. A product takes tiles of 16 rows of 64 bytes; a block is two tiles high and two wide.
+// Include it after factors.h and vector.h. A product takes tiles of 16 rows of 64 bytes; a block is two tiles high and two wide.
 
 namespace admfast {
 namespace ADMFAST_ISA {
@@ -13,18 +13,6 @@ constexpr int64_t kFirstTap = 0;
 
 ADMFAST_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// What a product of A takes: the numbers of B, and the sums.
-template <typename A>
-struct Factors {
-  using B = bfloat16;
-  using Sum = float;
-};
-template <>
-struct Factors<uint8_t> {
-  using B = int8_t;
-  using Sum = int32_t;
-};
-
 // sums[i][j] = the sum over chunks k, taps t and c of A[i][depth k + c] of tap t times B[k][t][c][j], for 32 by 32 sums
 // and a depth of 64 bytes. A row of A begins `row` elements after the one before, its chunks are `chunk` elements apart,
 // and tap t begins tap[t] elements after the first. B is [chunks][taps] blocks, `step` elements apart, of [2 tiles]
@@ -35,7 +23,7 @@ struct ProductOf {
   int64_t row, chunk, chunks;
   const int64_t* tap;
   int64_t taps;
-  const typename Factors<T>::B* b;
+  const typename Factors<T>::Right* b;
   int64_t step;
   static constexpr int64_t kWord = 4 / sizeof(T), kDepth = 16 * kWord, kTile = kTileRows * kDepth;
 };

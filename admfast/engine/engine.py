@@ -44,7 +44,7 @@ class Engine:
     ):
         self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
-        self._folding = policy.folding(self.options.fold)
+        self._fold = policy.folding(self.options.fold)
         if self.options.compile:
             check_compiler(self.device)
         # By kind of step and by the implementations named by `impl` and by ADMFAST_IMPL.
@@ -72,13 +72,13 @@ class Engine:
         cached steps that used the old ones are dropped.
         guided: fold the classifier too; otherwise it is not changed.
         """
-        policy, fold = self.policy, self._folding
+        policy = self.policy
         with self.lock, FOLDING:
             classifier = self.classifier if guided else None
             for net, dtype in ((self.net, policy.torso), (classifier, policy.classifier)):
                 if net is None:
                     continue
-                if fold is None and net.fold_options is None and not self.options.prepared:
+                if self.options.fold is None and net.fold_options is None and not self.options.prepared:
                     continue  # no form and no prepared step depends on the network
                 own = next(net.parameters()).dtype
                 # Policies apply to float32 networks only; float64 networks keep their dtype. If `fold` is
@@ -86,7 +86,7 @@ class Engine:
                 if own == torch.float64:
                     net.ensure_folded(self.options.fold, own)
                 else:
-                    net.ensure_folded(fold, dtype)
+                    net.ensure_folded(self._fold, dtype)
             self._drop_outdated()
 
     def _drop_outdated(self) -> None:

@@ -62,9 +62,10 @@ def load(
             threads (`torch.set_num_threads`), at most one per processor that the process may use, and fewer
             for a small step (`admfast.engine.threads`).
         precision: precision of the networks' torso: "fp32", "tf32" (GPU), "bf16", "fp16", "int8" (CPU).
-            "auto" is bf16 on a GPU and on a CPU with AMX, else fp32. "int8" is "auto" with 3x3
-            convolutions of 8 bits: check your model with `admfast verify --precision int8`. Norms, softmax,
-            embeddings, the last layer and the update are always in float32.
+            "auto" is bf16 on a GPU and on a CPU with AMX, else fp32. "int8" has 8-bit 3x3
+            convolutions, the rest is bf16 with AMX, else fp32: check your model with
+            `admfast verify --precision int8`. Norms, softmax, embeddings, the last layer and the update are
+            always in float32.
         compile: use torch.compile for the step; the first image of a shape then takes minutes.
         compile_cache: with `compile`, the folder in which torch keeps compiled code, so that another process
             starts faster. It holds code that is run: use only a folder that you trust.

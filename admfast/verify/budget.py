@@ -121,11 +121,16 @@ class Verification:
 
 def compare_images(verification: Verification, got: Tensor, exact: Tensor) -> None:
     """Fill in the results for images: float [N, C, *spatial] in [-1, 1]."""
-    mse = float((got.double() - exact.double()).clamp(-2, 2).square().mean())
-    verification.psnr = math.inf if mse == 0 else 10 * math.log10(4 / mse)
+    verification.psnr = psnr(got, exact)
     levels = (to_uint8(got).int() - to_uint8(exact).int()).abs()
     verification.differing = float((levels > 0).double().mean())
     verification.largest = int(levels.max())
+
+
+def psnr(got: Tensor, exact: Tensor) -> float:
+    """Return the PSNR in dB of images in [-1, 1]; infinite if nothing differs."""
+    mse = float((got.double() - exact.double()).clamp(-2, 2).square().mean())
+    return math.inf if mse == 0 else 10 * math.log10(4 / mse)
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -59,11 +59,10 @@ struct Panel {
   int64_t tap[9];
   std::vector<DirectGroup> groups;
   Exact<T> x;
-  Exact<typename DirectWeight<T>::type> w;
+  Exact<typename Factors<T>::Right> w;
   Exact<Y> bias, residual, y;
   std::vector<DirectLevels> levels;
-  Exact<float> weight_scale;
-  Exact<int32_t> weight_sum;
+  Exact<float> weight_scale, weight_sum;
 
   explicit Panel(const Case& k)
       : k(k), row(k.packed ? kChunk : k.chunks * kChunk + 8), positions(k.groups * kDirectGroup + tap_of(k.taps - 1)),
@@ -96,13 +95,13 @@ struct Panel {
     for (int64_t i = 0; i < residual.size(); ++i)
       if (i % stride < k.outputs) draw(numbers, residual[i]);
     if constexpr (kLevels) {
-      levels = {{0.03f, 1 / 0.03f, 77}, {0.5f, 2.0f, 200}};
+      levels = {{0.03f, 77}, {0.5f, 200}};
       for (int64_t o = 0; o < k.outputs; ++o) {
         weight_scale[o] = 0.01f + 0.005f * numbers.next();
         int64_t sum = 0;
         for (int64_t i = 0; i < k.chunks * k.taps; ++i)
           for (int64_t c = 0; c < kChunk; ++c) sum += w[weight(i, c, o)];
-        weight_sum[o] = static_cast<int32_t>(sum);
+        weight_sum[o] = static_cast<float>(sum);
       }
     }
   }
@@ -176,7 +175,7 @@ void pack_int8(const DirectLoops& loops, const DirectInt8Loops<Y>& int8, int64_t
   Numbers numbers;
   for (int64_t i = 0; i < from.size(); ++i) draw(numbers, from[i]);
   // The numbers reach beyond both ends of the levels.
-  const DirectLevels levels{1.0f / 128, 128.0f, 90};
+  const DirectLevels levels{1.0f / 128, 90};
   int8.pack(from.data(), count, channels, levels, to.data(), chunk);
   for (int64_t i = 0; i < to.size(); ++i) {
     const int64_t place = i % chunk, position = place / kChunk, channel = i / chunk * kChunk + place % kChunk;

@@ -141,6 +141,17 @@ def test_the_quality_of_the_digits_is_that_which_was_measured():
         assert all(says(row[column], measured[row["samples"]][name]) for column, name in columns.items()), row
 
 
+def test_the_quality_of_8_bits_is_that_which_was_measured():
+    files = {"int8": "quality_int8", "float32": "quality", "float32, other seeds": "quality_seeds1000"}
+    measured = {
+        name: json.loads((RESULTS / "digits32" / f"{file}.json").read_text()) for name, file in files.items()
+    }
+    assert [of.get("precision") for of in measured.values()] == ["int8", None, "fp32"]
+    for row in table("docs/accuracy.md", "Frechet distance of", *files):
+        for name, of in measured.items():
+            assert says(row[name], of["rows"][row["Frechet distance of"]]["frechet"]), row
+
+
 def test_the_accuracy_of_the_readme_is_that_of_the_docs():
     columns = ("largest error found", "limit")
     whole = {row["what"]: [row[name] for name in columns] for row in table("docs/accuracy.md", *columns)}

@@ -266,14 +266,6 @@ def test_edges(impl, shape):
     assert dx.shape == x.shape
 
 
-@pytest.fixture
-def threads():
-    """Return torch.set_num_threads, and restore the number afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.skipif(TABLE.named("winograd").available() is not None, reason="no compiled ops")
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import Unavailable
 from admfast.ops import FoldedConv, conv_ref, native, watch
+from tests.ops import tiles
 from tests.ops.cover import laid_out
 from tests.ops.tolerance import assert_within, unmodified
 
@@ -20,16 +21,9 @@ pytestmark = [
     pytest.mark.usefixtures("seeded"),
     pytest.mark.skipif(WITHOUT_C is not None, reason=f"compiled ops: {WITHOUT_C}"),
 ]
-# name: (batch, C_in, C_out, spatial, kernel). A group is 16 positions, a chunk and a panel are 32 channels.
+# name: (batch, C_in, C_out, spatial, kernel)
 SHAPES: dict[str, tuple] = {
-    "rows of whole groups": (2, 40, 33, (6, 32), 3),
-    "groups over rows": (2, 33, 70, (7, 9), 3),
-    "one column": (3, 20, 6, (11, 1), 3),
-    "one row": (2, 20, 6, (1, 17), 3),
-    "several images a block": (21, 16, 16, (5, 5), 3),  # three blocks of seven
-    "blocks of rows": (1, 24, 32, (80, 48), 3),
-    "few rows a block": (1, 600, 20, (5, 70), 3),
-    "panels in parts": (3, 256, 260, (8, 8), 3),
+    **{name: (*shape, 3) for name, shape in tiles.SHAPES.items()},
     "1x1 in place": (2, 64, 40, (8, 10), 1),
     "1x1 packed": (2, 40, 64, (9, 11), 1),
     "1x1 of whole groups": (2, 40, 64, (8, 4), 1),
@@ -49,14 +43,6 @@ def call_of(name: str) -> tuple[FoldedConv, Tensor, Tensor, Tensor, Tensor]:
     return FoldedConv(weight, bias, padding=kernel // 2, impl="direct"), weight, bias, x, residual
 
 
-@pytest.fixture
-def threads():
-    """Return torch.set_num_threads, and restore the number afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_values_are_within_tolerance_by_any_number_of_threads(name, threads, poisoned):
     conv, weight, bias, x, residual = call_of(name)
@@ -64,22 +50,14 @@ def test_values_are_within_tolerance_by_any_number_of_threads(name, threads, poi
     expected = conv_ref(x, weight, bias, residual, padding=padding)
     wide = (t.double() for t in (x, weight, bias, residual))
     truth = conv_ref(*wide, padding=padding)
-    found = []
-    for count in (1, 2, 5):
-        threads(count)
-        with unmodified(x=x, residual=residual, weight=weight, bias=bias):
-            found.append(conv(x, residual))
-        assert torch.equal(found[0], found[-1]), f"{count} threads"
-    assert_within(found[0], expected, truth, name)
+    y = tiles.by_any_number_of_threads(conv, x, residual, threads)
+    assert_within(y, expected, truth, name)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_place_in_a_batch_changes_no_bit(name):
     conv, _, _, x, residual = call_of(name)
-    y = conv(x, residual)
-    assert torch.equal(conv(x.flip(0), residual.flip(0)), y.flip(0))
-    for i in range(len(x)):
-        assert torch.equal(conv(x[i : i + 1], residual[i : i + 1]), y[i : i + 1])
+    tiles.assert_images_are_independent(conv, x, residual)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -104,15 +82,7 @@ def test_the_form_has_the_weights_in_pairs_of_channels(shape):
         c_out, c_in, taps = weight.shape
         form = one.form("direct")
         assert form.shape == (-(-c_out // 32), -(-c_in // 32), taps, 2, 16, 16, 2) and form.is_contiguous()
-        again = torch.zeros(32 * form.shape[0], 32 * form.shape[1], taps, dtype=HALF)
-        for panel, chunk, half, pair, output, odd in torch.cartesian_prod(
-            *(torch.arange(n) for i, n in enumerate(form.shape) if i != 2)
-        ).tolist():
-            weights = form[panel, chunk, :, half, pair, output, odd]
-            again[32 * panel + 16 * half + output, 32 * chunk + 2 * pair + odd] = weights
-        assert torch.equal(again[:c_out, :c_in], weight)
-        again[:c_out, :c_in] = 0
-        assert not again.any(), "channels that don't exist must have zero weights"
+        assert torch.equal(tiles.weights_in_form(form, c_out, c_in), weight)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "expanded"])
@@ -220,14 +190,7 @@ def test_it_is_chosen_with_amx_unless_something_counts_torch_s_operations(kernel
 @pytest.mark.parametrize("name", ["rows of whole groups", "1x1 packed", "tokens in place"])
 def test_a_compiled_gradient_is_the_eager_one(name):
     conv, _, _, x, residual = call_of(name)
-    torch._dynamo.reset()
-    compiled = torch.compile(conv, backend="inductor", fullgraph=True)
-    leaves = [t.clone().requires_grad_(True) for t in (x, residual)]
-    dy = torch.randn_like(residual)
-    with torch.no_grad():
-        assert torch.equal(compiled(x, residual), conv(x, residual))
-    eager, through = (torch.autograd.grad(f(*leaves), leaves, dy) for f in (conv, compiled))
-    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(eager, through, strict=True))
+    tiles.assert_compiled_is_eager(conv, x, residual)
 
 
 @pytest.mark.parametrize("name", ["groups over rows", "1x1 in place", "tokens packed"])

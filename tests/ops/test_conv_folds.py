@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from admfast.ops.conv.grad import direction_of
 from admfast.ops.conv.winograd import amplification
 from admfast.ops.dispatch import using
 from tests.ops.cover import dtype_of
-from tests.ops.isas import FLAGS, run_tests_on
+from tests.ops.isas import FLAGS, ROOT, run_tests_on
 from tests.ops.tolerance import assert_within
 
 TABLE = TABLES["conv"]
@@ -417,6 +419,22 @@ def test_autocast_changes_nothing(impl):
     with torch.autocast("cpu", torch.bfloat16 if x.dtype == torch.float32 else torch.float16):
         again = conv(x, residual)
     assert again.dtype == x.dtype and torch.equal(again, y)
+
+
+def test_a_compiled_gradient_kept_on_disk_is_not_that_of_another_shape():
+    program = """
+import sys
+import torch
+from admfast.ops import FoldedConv
+weight, x = torch.ones(6, int(sys.argv[1]), 3, 3), torch.ones(1, int(sys.argv[1]), 4, 4, requires_grad=True)
+y = torch.compile(FoldedConv(weight, padding=1, impl="packed"), fullgraph=True)(x)
+(dx,) = torch.autograd.grad(y, x, torch.ones(1, 6, 4, 4))
+print(dx.shape[1])
+"""
+    for channels in ("8", "16"):
+        command = [sys.executable, "-c", program, channels]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout.strip()) == (0, channels), done.stderr[-3000:]
 
 
 @needs_cpp

@@ -204,19 +204,9 @@ def _raw_frozen(
     raw("folded_conv", x, bias, residual, convolution.directions[0].key)
 
 
-def _raw_direct(
-    raw: Callable[..., Any],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    **geometry: Any,
-) -> None:
-    form = FoldedConv(weight, bias, **geometry).directions[0].form("direct")
-    raw("conv_direct", x, form, bias, residual, len(weight))
-
-
-def _raw_int8(
+def _raw_in_tiles(
+    name: str,
+    forms: tuple[str, ...],
     raw: Callable[..., Any],
     x: Tensor,
     weight: Tensor,
@@ -225,7 +215,11 @@ def _raw_int8(
     **geometry: Any,
 ) -> None:
     direction = FoldedConv(weight, bias, **geometry).directions[0]
-    raw("conv_int8", x, direction.form("int8"), direction.form("int8_scales"), bias, residual, len(weight))
+    raw(name, x, *map(direction.form, forms), bias, residual, len(weight))
+
+
+_raw_direct = functools.partial(_raw_in_tiles, "conv_direct", ("direct",))
+_raw_int8 = functools.partial(_raw_in_tiles, "conv_int8", ("int8", "int8_scales"))
 
 
 def _raw_trained(

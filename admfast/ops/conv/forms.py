@@ -62,8 +62,11 @@ class Direction:
         columns: slice = slice(None),
         other: Direction | None = None,
     ):
-        self.source, self.options, self.columns = weight.detach(), options, columns
-        self.out_channels, self.in_channels, *kernel = self.source[:, columns].shape
+        # A transpose may be made while fake tensors are traced, which allow no operation on the weights.
+        self.source: Tensor = weight.detach() if other is None else other.source
+        self.options, self.columns = options, columns
+        self.out_channels, channels, *kernel = weight.shape
+        self.in_channels = len(range(channels)[columns])
         if other is not None:
             self.in_channels, self.out_channels = self.out_channels, self.in_channels
         self.kernel, self.stride, self.padding = tuple(kernel), options.stride, options.padding
@@ -72,8 +75,10 @@ class Direction:
         self.renewals = 0
         self.forms: dict[tuple[Any, ...], Tensor] = {}
         self.plans: dict[tuple[Any, ...], Any] = {}
-        # A trace holds this string instead of the object.
-        self.key = str(next(_count))
+        # A trace holds this string instead of the object. torch keeps compiled traces on disk by their text,
+        # so the string has everything that the shape of an output depends on.
+        geometry = (self.in_channels, self.out_channels, self.kernel, self.stride, self.padding)
+        self.key = f"{next(_count)} {geometry}"
         BY_KEY[self.key] = self
 
     def source_part(self) -> Tensor:
