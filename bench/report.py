@@ -48,7 +48,9 @@ BASELINES += ("published", "published, channels-last", "published, compiled", "p
 # The kind whose ceiling limits each kind: matrix products for operations, copies for bytes.
 TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
 TOP |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
-PRODUCT = {"auto": "bf16"}  # dtype of the torso's products by the name of the policy, if they differ
+# dtype of the products that a step is compared with, by the name of the policy, if they differ. On a CPU,
+# torch's products of 8 bits are slower than those in bf16.
+PRODUCT = {"auto": "bf16", "int8": "bf16"}
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "us_per_node": "us a node"}
 LISTED = 12  # operations that are listed for each profiled step
 
@@ -56,7 +58,12 @@ Value = Callable[[Row, Sequence[Row]], Any]
 
 
 def of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
-    """Return a row's rate divided by its ceiling in the same file, which for a step is a matrix product's."""
+    """Return a row's rate divided by its ceiling in the same file, which for a step is a matrix product's.
+
+    A CPU's step is compared with products that were timed in turns with it.
+    """
+    if "of_product" in row:
+        return f"{row['of_product']:.0%}"
     top = TOP.get(row["kind"])
     rate = row.get("gbps" if top == "copy" else "tflops")
     dtype = PRODUCT.get(row["dtype"], row["dtype"]) if top == "matmul" else None
@@ -120,6 +127,7 @@ COLUMNS: dict[str, Value] = {
     **{unit: field(name) for name, unit in UNITS.items()},
     "of ceiling": of_ceiling,
     **{f"x {name}": lambda row, rows, name=name: faster_than(row, name, rows) for name in BASELINES},  # type: ignore[misc]
+    "products TFLOP/s": field("product_tflops"),
     "host ms": field("host_ms"),
     "CPU ms": field("cpu_ms"),
     "launches": field("launches"),

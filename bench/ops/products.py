@@ -13,6 +13,7 @@ from bench.measure import (
     DTYPES,
     Case,
     Measure,
+    Sample,
     Settings,
     checked,
     compiled,
@@ -20,6 +21,7 @@ from bench.measure import (
     numerics,
     product_limit,
     refuse_slow,
+    sample,
     seconds_of,
     timed,
     unavailable,
@@ -36,6 +38,8 @@ FARTHEST = {"cuda": 4, "cpu": 2}
 CHECKED_ROWS = 8  # a float64 product of all rows would take longer than the measurement
 TRIED_ROWS = 16  # rows of the small product that is timed before the whole one
 COMPILED_ON_CPU = 6  # number of shapes that are compiled on a CPU, where each takes seconds
+BETWEEN_ROUNDS = 2048  # side of the square product that is timed between the steps of contenders
+PRODUCT_FLOP = 2 * BETWEEN_ROUNDS**3
 PATCH = 8  # side of the two opposite corners of the output that are compared
 
 
@@ -59,6 +63,13 @@ def fp8_product(a: Tensor, b: Tensor, fast: bool = False) -> Tensor:
     """Return a @ b of two e4m3 matrices (b column-major) with unit scales, in bfloat16."""
     one = torch.ones((), device=a.device)
     return torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+def product_taker(dtype: str) -> Callable[[int], Sample]:
+    """Return a function that times a number of square matrix products on the CPU, for `in_turns`."""
+    a, b = torch.randn(2, BETWEEN_ROUNDS, BETWEEN_ROUNDS).to(DTYPES[dtype])
+    out = torch.mm(a, b)
+    return partial(sample, lambda i: torch.mm(a, b, out=out))
 
 
 def _product(m: int, k: int, n: int, dtype: str, fast: bool, nbytes: float | None, settings: Settings) -> Row:

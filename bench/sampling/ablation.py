@@ -33,16 +33,20 @@ FOLDS = {
 
 @dataclass(frozen=True)
 class Form:
-    """A variant of the engine, with some of its parts; the fields are those of `Ours`."""
+    """A variant of the engine, with some of its parts; the fields are those of `Ours`.
+
+    precision: its own, "" for that of the whole engine.
+    """
 
     name: str
     options: EngineOptions = field(default_factory=EngineOptions)
     setting: str = ""
+    precision: str = ""
 
     def entry(self, precision: str) -> Entry:
-        """Return the entry of the variant."""
-        make = partial(Ours, precision=precision, **vars(self))
-        return Entry(self.name, precision, make, compiles=self.options.compile)
+        """Return the entry of the variant, in the given precision unless it has its own."""
+        made = replace(self, precision=self.precision or precision)
+        return Entry(self.name, precision, partial(Ours, **vars(made)), compiles=self.options.compile)
 
 
 def added(cuda: bool) -> list[Form]:
@@ -64,8 +68,8 @@ def added(cuda: bool) -> list[Form]:
     for part, name in FOLDS.items():
         missing -= {part}
         then(name, fold=FoldOptions(_without=missing))
+    then("graph" if cuda else "replay", graph=True)
     if cuda:
-        then("graph", graph=True)
         then("two branches", branches=True)
     return forms
 
@@ -87,8 +91,8 @@ def without(cuda: bool) -> list[Form]:
         Form("fastest convolution", replace(whole, fold=FoldOptions(conv="library"))),
         *(Form(name, less(part)) for part, name in FOLDS.items()),
     ]
+    forms.append(Form("graph" if cuda else "replay", replace(whole, graph=False, branches=False)))
     if cuda:
-        forms.append(Form("graph", replace(whole, graph=False, branches=False)))
         forms.append(Form("two branches", replace(whole, branches=False)))
     return forms
 
@@ -100,6 +104,8 @@ def cases(
     ladder = added(settings.cuda)
     if compiled:
         ladder.append(Form("compiled", replace(EngineOptions(), compile=True)))
+    if not settings.cuda and precision == "bf16":
+        ladder.append(Form("3x3 convolutions of 8 bits", precision="int8"))
     lists = {"ablation_added": ladder, "ablation_without": without(settings.cuda)}
     for subject, batch in pairs:
         whole = Form(WHOLE).entry(precision)

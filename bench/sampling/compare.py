@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from bench.measure import Case, Sample, Settings, first_line, in_turns, quantiles, refuse_work, short
+from bench.ops.products import PRODUCT_FLOP, product_taker
 from bench.profile import traced
+from bench.report import PRODUCT
 from bench.results import Row
 from bench.sampling.contender import TOGETHER, Contender, Entry, sampling_trial
 from bench.sampling.subject import Subject, step_flop
@@ -95,8 +97,12 @@ class Comparison:
                 # Without its traceback, whose frames keep the contender's memory.
                 self.found[entry] = error.with_traceback(None)
             _tidy(settings)
+        takers: dict[Entry | str, Callable[[int], Sample]]
+        takers = {entry: contender.take for entry, contender in ready.items()}
+        if not settings.cuda:
+            takers |= {name: product_taker(name) for name in sorted(map(product_of, ready))}
         samples = in_turns(
-            {entry: contender.take for entry, contender in ready.items()},
+            takers,
             0.005 if settings.quick else SAMPLE_SECONDS[settings.device.type],
             2 if settings.quick else ROUNDS,
             together=TOGETHER,
@@ -110,6 +116,7 @@ class Comparison:
                 rows[entry] |= {"host_ms": host} | _launches(contender)
             else:
                 rows[entry]["cpu_ms"] = quantiles([sample.cpu_ms for sample in samples[entry]])["ms"]
+                rows[entry] |= _rate_of_products(rows[entry], samples[product_of(entry)])
         for entry, row in rows.items():
             others = {f"{o.name} {o.dtype}": paired_ratio(rows[o], row) for o in rows if o != entry}
             row["faster_than"] = others
@@ -153,6 +160,19 @@ class Comparison:
             "tflops": short(flop / row["ms"] / 1e9),
             "images_per_s": short(1e3 * self.batch / (row["ms"] * self.subject.steps)),
         }
+
+
+def product_of(entry: Entry) -> str:
+    """Return the dtype of the matrix products with which a contender's rate is compared."""
+    return PRODUCT.get(entry.dtype, entry.dtype)
+
+
+def _rate_of_products(row: Row, products: Sequence[Sample]) -> Row:
+    """Return the rate of the products between the rounds, and the step's share of it; medians over rounds."""
+    rates = [PRODUCT_FLOP / sample.ms / 1e9 for sample in products]
+    steps = [row["flop"] / ms / 1e9 for ms in row["rounds_ms"]]
+    shares = [step / rate for step, rate in zip(steps, rates, strict=True)]
+    return {"product_tflops": quantiles(rates)["ms"], "of_product": quantiles(shares)["ms"]}
 
 
 def paired_ratio(slower: Row, faster: Row) -> float:
