@@ -4,15 +4,18 @@
 first and the last, round their factors as a GPU's products in fp8 would: x to s e4m3(x / s) with
 s = max |x| / 448 of each image, weights in the same way for each output channel. Sums are float32. It
 compares the images with those of the unrounded networks, and does the same for the integers of
-`admfast.ops.conv.int8`.
+`admfast.ops.conv.int8` and for the precision bf16. With `--out`, it also writes the numbers as JSON, and for
+each kind of samples a picture with a row for each rounding.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from torch import Tensor
 
 import admfast
 from admfast.engine.options import PLAIN
+from admfast.files.atomic import write_text
+from admfast.files.images import write_grid
+from admfast.files.levels import to_uint8
 from admfast.ops import conv_int8_ref
 from admfast.verify.budget import psnr
 from bench.results import markdown_table
@@ -39,6 +45,9 @@ def rounded(x: Tensor) -> Tensor:
 def fp8_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve factors that are rounded to e4m3."""
     return F.conv2d(rounded(x), rounded(weight), bias, padding=1)
+
+
+CONVOLUTIONS: dict[str, Convolve] = {"8 bits": conv_int8_ref, "e4m3": fp8_conv}
 
 
 def straight_through(convolve: Convolve, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,25 +77,50 @@ def replaced(pipe: admfast.Pipeline, convolve: Convolve) -> Iterator[None]:
             del layer._conv_forward
 
 
+def samples(request: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the images of one request in float32 and in each other arithmetic, by its name."""
+    pipe = admfast.load("digits32", device="cpu", precision="fp32", engine=PLAIN)
+    images = {
+        "float32": pipe.sample(**request),
+        "bf16": admfast.load("digits32", device="cpu", precision="bf16").sample(**request),
+    }
+    for name, convolve in CONVOLUTIONS.items():
+        with replaced(pipe, convolve):
+            images[name] = pipe.sample(**request)
+    return images
+
+
+def draw(path: Path, images: dict[str, Tensor]) -> None:
+    """Write a picture with a row for each arithmetic, the same seeds one below the other."""
+    labels = [row for row, batch in enumerate(images.values()) for _ in batch]
+    levels = torch.cat([to_uint8(batch) for batch in images.values()])
+    write_grid(path, levels.numpy(), labels, list(images))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of the images' PSNR for each solver and rounding."""
     parser = argparse.ArgumentParser(prog="python -m bench.fp8_quality", description=__doc__)
     parser.add_argument("--count", type=int, default=16, help="images (default: %(default)d)")
     parser.add_argument("--steps", type=int, default=50, help="steps (default: %(default)d)")
+    parser.add_argument("--out", type=Path, help="folder for fp8_quality.json and the pictures")
     args = parser.parse_args(argv)
-    pipe = admfast.load("digits32", device="cpu", precision="fp32", engine=PLAIN)
     rows = []
     for solver in ("ddpm", "ddim"):
         for guidance in (2.0, 0.0):
-            asked: dict[str, Any] = dict(seeds=range(args.count), classes=[i % 10 for i in range(args.count)])
-            asked |= dict(solver=solver, steps=args.steps, guidance=guidance, output="float")
-            exact = pipe.sample(**asked)
-            found = []
-            for convolve in (fp8_conv, conv_int8_ref):
-                with replaced(pipe, convolve):
-                    found.append(f"{psnr(pipe.sample(**asked), exact):.1f}")
-            rows.append((f"{solver} {args.steps}, guidance {guidance:g}", *found))
-    print(markdown_table(("samples", "e4m3, dB", "8 bits, dB"), rows))
+            request: dict[str, Any] = {"solver": solver, "steps": args.steps, "guidance": guidance}
+            labels = [i % 10 for i in range(args.count)]
+            images = samples(request | {"seeds": range(args.count), "classes": labels, "output": "float"})
+            decibels = {name: round(psnr(x, images["float32"]), 1) for name, x in images.items()}
+            del decibels["float32"]
+            rows.append(request | {"count": args.count, "psnr_db": decibels})
+            if args.out:
+                draw(args.out / f"fp8_quality_{solver}_guidance{guidance:g}.png", images)
+    header = ("samples", *(f"{name}, dB" for name in rows[0]["psnr_db"]))
+    names = [f"{row['solver']} {row['steps']}, guidance {row['guidance']:g}" for row in rows]
+    lines = [(name, *row["psnr_db"].values()) for name, row in zip(names, rows, strict=True)]
+    print(markdown_table(header, lines))
+    if args.out:
+        write_text(args.out / "fp8_quality.json", json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -55,7 +55,16 @@ SMI_FIELDS = {
     "clocks.mem": "mem_mhz",
     "temperature.gpu": "celsius",
 }
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8", "amx_fp16")
+CPU_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "avx512_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "amx_fp16",
+)
 CPU_FLAGS += ("asimd", "bf16", "sve")
 
 

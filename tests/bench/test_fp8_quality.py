@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 import admfast
 from admfast.engine.options import PLAIN
+from admfast.files.images import read_image
 from admfast.ops import conv_int8_ref
 from bench import fp8_quality
 
@@ -60,6 +62,21 @@ def test_the_table_has_every_solver(capsys):
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert len(rows) == 4 and {row[0].split()[0] for row in rows} == {"ddpm", "ddim"}
     assert all(0 < float(cell) < math.inf for row in rows for cell in row[1:])
+
+
+def test_numbers_and_pictures_are_written(tmp_path):
+    assert fp8_quality.main(["--count", "2", "--steps", "4", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "fp8_quality.json").read_text())
+    assert [(row["solver"], row["guidance"], row["steps"], row["count"]) for row in rows] == [
+        (solver, guidance, 4, 2) for solver in ("ddpm", "ddim") for guidance in (2.0, 0.0)
+    ]
+    # Coarser numbers change the images more.
+    assert all(row["psnr_db"]["bf16"] > row["psnr_db"]["e4m3"] for row in rows)
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 4
+    for path in pictures:
+        rows_of_tiles = read_image(path).shape[0] / (64 + 4)
+        assert math.floor(rows_of_tiles) == 4  # float32, bf16, 8 bits, e4m3
 
 
 def test_an_unknown_flag_ends_it():
