@@ -55,7 +55,7 @@ struct DirectPanel {
 template <typename Y>
 struct DirectInt8Loops {
   void (*panel)(const DirectPanel<uint8_t, Y>& panel);
-  // As `pack` below, to levels.
+  // As `pack` below, to levels; behind the channels it writes nothing.
   void (*pack)(const Y* from, int64_t count, int64_t channels, const DirectLevels& levels, uint8_t* to, int64_t chunk);
   // Return the smallest and the largest of `count` numbers and zero. NaN counts as beyond infinity.
   void (*range)(const Y* from, int64_t count, float* least, float* most);

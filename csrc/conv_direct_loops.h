@@ -150,9 +150,8 @@ void pack_int8(const Y* from, int64_t count, int64_t channels, const DirectLevel
     uint8_t* place = to;
     int64_t c = 0;
     for (; c + kDepth <= channels; c += kDepth, place += chunk) levels_of(from + c, kDepth, levels, place);
-    if (c == channels) continue;
-    __builtin_memset(place, 0, kDepth);
-    levels_of(from + c, channels - c, levels, place);
+    // The weights of the channels behind the last one are 0, so their levels can be anything.
+    if (c < channels) levels_of(from + c, channels - c, levels, place);
   }
 }
 

@@ -179,13 +179,11 @@ void pack_int8(const DirectLoops& loops, const DirectInt8Loops<Y>& int8, int64_t
   int8.pack(from.data(), count, channels, levels, to.data(), chunk);
   for (int64_t i = 0; i < to.size(); ++i) {
     const int64_t place = i % chunk, position = place / kChunk, channel = i / chunk * kChunk + place % kChunk;
-    if (position == count) {
-      if (!to.untouched(i)) fail(loops, "pack_int8 wrote between the chunks");
+    if (position == count || channel >= channels) {
+      if (!to.untouched(i)) fail(loops, "pack_int8 wrote behind the channels or between the chunks");
       continue;
     }
-    double level = 0;
-    if (channel < channels)
-      level = std::nearbyint(static_cast<double>(number_of(from[position * channels + channel])) * 128) + 90;
+    const double level = std::nearbyint(static_cast<double>(number_of(from[position * channels + channel])) * 128) + 90;
     if (to[i] != static_cast<uint8_t>(std::fmin(std::fmax(level, 0), 255))) fail(loops, "pack_int8 gave another level");
   }
 }

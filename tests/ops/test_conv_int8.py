@@ -99,6 +99,32 @@ def test_an_image_of_one_value_is_exact(filled, impl):
     assert bool(((y - F.conv2d(x, weight, bias, padding=1)).abs() <= 5 * 2**-24 * terms).all())
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0), (19, -1, -1), (12, 4, 3)], ids=str)
+@pytest.mark.parametrize("value", [9.0, -9.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_range_has_the_extreme_wherever_it_lies(dtype, value, place):
+    weight, x = (
+        torch.randn(6, 20, 3, 3),
+        torch.rand(1, 20, 9, 7).to(dtype),
+    )  # 1260 numbers, 12 after whole vectors
+    x[(0, *place)] = value
+    y = FoldedConv(weight, padding=1, dtype=dtype, int8=True, impl="cpp")(x)
+    assert_within(y, conv_int8_ref(x, weight), truth_of(weight, None, x, None), "range")
+
+
+@pytest.mark.parametrize("impl", ["cpp", "reference"])
+def test_the_smallest_number_has_level_0_even_if_its_level_is_rounded_below(impl):
+    least, most = -0.6445451974868774, 1.3238264322280884
+    step = (torch.tensor(most).double() - least).div(255).float()
+    assert float((least * (1 / step)).round()) == -84 and round(-least / float(step)) == 83
+    weight = torch.zeros(32, 32, 3, 3)
+    weight[:, :, 1, 1] = torch.eye(32)
+    x = torch.full((1, 32, 8, 8), least)
+    x[..., 4:] = most
+    y = FoldedConv(weight, padding=1, int8=True, impl=impl)(x)
+    assert ((y - x).abs() <= step).all()
+
+
 @pytest.mark.parametrize("impl", ["cpp", "reference"])
 @pytest.mark.parametrize("size", [1e-36, 100 * 2.0**-100, 250 * 2.0**-100, 1e-20, 1e30], ids=str)
 def test_images_of_any_size_are_off_by_a_step_at_most(size, impl):
