@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from admfast.errors import first_line
-from admfast.ops.dispatch import watch
+from admfast.ops.dispatch import record_choices
 
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
@@ -42,7 +42,8 @@ def capture(step: PreparedStep) -> None:
             for guided, body in step.bodies.items():
                 for _ in range(WARM_UPS):
                     step.counters.zero_()
-                    with watch() as step.choices[guided]:  # recorded now, because a replay chooses nothing
+                    # Recorded now, because a replay chooses nothing.
+                    with record_choices() as step.choices[guided]:
                         body()
         here.wait_stream(side)
         torch.cuda.synchronize(device)

@@ -24,7 +24,7 @@ from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations,
 from admfast.engine.threads import convolution, threads_for
 from admfast.models.fold import FOLDING, FoldableNet
 from admfast.models.hooks import FusedBlock
-from admfast.ops.dispatch import setting
+from admfast.ops.dispatch import impl_setting
 
 LOG = logging.getLogger("admfast")
 
@@ -145,13 +145,13 @@ class Engine:
         }
 
     @contextlib.contextmanager
-    def using(self, batch: Batch) -> Iterator[PreparedStep]:
+    def borrow_step(self, batch: Batch) -> Iterator[PreparedStep]:
         """Yield a prepared step for a batch, for exclusive use within the block; make one if none is free.
 
         Call `ready` before.
         """
         kind = StepKey.of(batch, self.net.config.num_classes is not None)  # type: ignore[union-attr]
-        key = kind, (batch.impl, setting())
+        key = kind, (batch.impl, impl_setting())
         with self.lock:
             step = self._steps.pop(key, None)
             if step is None:
@@ -169,7 +169,7 @@ class Engine:
 
     def step(self, batch: Batch) -> PreparedStep:
         """Return the prepared step for a batch; only for a caller that is the engine's only user."""
-        with self.using(batch) as step:
+        with self.borrow_step(batch) as step:
             return step
 
     def _make_room(self, count: int) -> None:

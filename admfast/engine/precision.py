@@ -108,7 +108,7 @@ def policy(name: str, device: torch.device) -> Policy:
     if name == "int8":
         if (reason := _no_int8(device)) is not None:
             raise Unavailable(f"precision='int8': {reason}")
-        return POLICIES["int8"] if native.matrix_unit() else INT8_WITHOUT_AMX
+        return POLICIES["int8"] if native.uses_amx() else INT8_WITHOUT_AMX
     return POLICIES[name]
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from admfast.models.hooks import spared
-from admfast.ops.transforms import recording, traced
+from admfast.ops.transforms import is_intercepted, package_dispatch_mode
 
 ATEN = torch.ops.aten
 # They return another tensor object with the same elements, whether or not something is written to them.
@@ -53,7 +53,7 @@ class Replay:
         return self.refused or ("fewer than four rows" if self._calls < 3 else None)
 
     def __call__(self) -> None:
-        if self.refused is not None or traced() or not spared():
+        if self.refused is not None or is_intercepted() or not spared():
             self.body()
         elif self._calls == 0:
             self.body()
@@ -68,7 +68,7 @@ class Replay:
 
     def _record(self) -> None:
         recorder = _Recorder()
-        with recording(), recorder:
+        with package_dispatch_mode(), recorder:
             self.body()
         self.refused = recorder.refused
         self._program = recorder.program()

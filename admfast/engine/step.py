@@ -29,7 +29,7 @@ from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
 from admfast.models.hooks import surveyed
-from admfast.ops.dispatch import Choice, watch
+from admfast.ops.dispatch import Choice, record_choices
 from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, update_for
 
 EMBEDDING_BYTES = 200 << 20  # maximum memory for the projected embeddings of one network
@@ -135,7 +135,7 @@ class PreparedStep:
             for name, part in parts.items()
             if part is not None and part.projects and not part.altered
         }
-        with watch() as self._once:  # the choice of the update, made once for all rows
+        with record_choices() as self._once:  # the choice of the update, made once for all rows
             self.update = update_for(self.state, self.table, impl)
         self.choices: dict[bool, list[Choice]] = {}  # the other choices in a row, by whether it is guided
         self.side: torch.cuda.Stream | None = None
@@ -319,7 +319,7 @@ class PreparedStep:
         if guided in self.choices:
             self.bodies[guided]()
             return
-        with watch() as seen:  # only once for each kind of row
+        with record_choices() as seen:  # only once for each kind of row
             self.bodies[guided]()
         self.choices[guided] = seen
 

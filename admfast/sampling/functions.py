@@ -15,7 +15,7 @@ from admfast import checks
 from admfast.engine.guidance import classifier_guidance, followed
 from admfast.engine.step import Batch
 from admfast.errors import invalid
-from admfast.ops.dispatch import Choice, watch
+from admfast.ops.dispatch import Choice, record_choices
 from admfast.ops.update import Clip, Row, SamplerState, pack, sampler_step
 from admfast.sampling.guides import Guide
 from admfast.sampling.predict import Model, Prediction
@@ -64,7 +64,7 @@ class FunctionStep:
         if kind in self.choices:
             self._advance(i)
             return
-        with watch() as seen:
+        with record_choices() as seen:
             self._advance(i)
         self.choices[kind] = seen
 

@@ -17,7 +17,7 @@ from admfast.engine.numerics import own_numerics
 from admfast.engine.step import PreparedStep
 from admfast.errors import NonFiniteError
 from admfast.files.levels import to_uint8
-from admfast.ops.dispatch import Choice, watch
+from admfast.ops.dispatch import Choice, record_choices
 from admfast.ops.update import Row, SamplerState, SolverTable, normal
 from admfast.sampling.diagnose import first_nonfinite
 from admfast.sampling.functions import FunctionStep, apply_denoised_fn, function_step
@@ -157,7 +157,7 @@ def sample_batch(plan: Plan, notes: Notes) -> Tensor:
     began = time.perf_counter()
     plan.engine.ready()
     folded = time.perf_counter()
-    with watch() as begun:
+    with record_choices() as begun:
         x = first_x(plan)
     try:
         with _runner(plan, x) as step:
@@ -175,7 +175,7 @@ def _runner(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
     if _unprepared(plan) is not None:
         yield function_step(plan, x)
         return
-    with plan.engine.using(plan) as step:
+    with plan.engine.borrow_step(plan) as step:
         step.fill(plan, x)
         yield step
 

@@ -335,13 +335,13 @@ def _rows_within(interval: Interval | None, timesteps: Sequence[int]) -> tuple[b
 
 def _check_implementations(impl: str | None) -> None:
     """Reject unknown implementations, and those that this machine lacks, before anything runs."""
-    value = dispatch.setting()
+    value = dispatch.impl_setting()
     for op, table in dispatch.TABLES.items():
-        name = dispatch.named_by_environment(op, value)
-        reason = name is not None and table.named(name, dispatch.ENVIRONMENT, value).available()
+        name = dispatch.impl_from_setting(op, value)
+        reason = name is not None and table.find(name, dispatch.IMPL_VARIABLE, value).reason_missing()
         if reason:
-            raise Unavailable(f"{dispatch.ENVIRONMENT}={value!r}: {op} can't run on it here: {reason}")
+            raise Unavailable(f"{dispatch.IMPL_VARIABLE}={value!r}: {op} can't run on it here: {reason}")
     for op in ("normal", "sampler_step"):
-        reason = impl and dispatch.TABLES[op].named(impl).available()
+        reason = impl and dispatch.TABLES[op].find(impl).reason_missing()
         if reason:
             raise Unavailable(f"impl={impl!r}: {op} can't run on it here: {reason}")

@@ -135,9 +135,9 @@ def _flops(stage: StageReport, own: Pipeline) -> int:
 
 
 def _of_implementations(stage: StageReport, own: Pipeline) -> Iterator[str]:
-    asked = {choice.asked_by: None for choice in stage.ops if choice.asked_by}
+    asked = {choice.requested_by: None for choice in stage.ops if choice.requested_by}
     for name in asked:
-        ops = {choice.op: None for choice in stage.ops if choice.asked_by == name}
+        ops = {choice.op: None for choice in stage.ops if choice.requested_by == name}
         yield f"{name} names the implementation of {', '.join(ops)}: without it the fastest is used"
     on_cpu = own.device.type == "cpu"
     reason = native.reason_missing() if on_cpu else native.reason_missing_cuda()

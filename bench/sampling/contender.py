@@ -16,7 +16,7 @@ from admfast.diffusion import GaussianDiffusion
 from admfast.engine.guidance import classifier_guidance
 from admfast.engine.numerics import own_numerics
 from admfast.engine.step import Batch
-from admfast.ops.dispatch import using
+from admfast.ops.dispatch import override_impl
 from admfast.ops.update import SolverTable, Stream, normal
 from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
@@ -156,7 +156,7 @@ def make_trial(subject: Subject, inputs: Inputs) -> Trial:
         step.advance(0)
         return step.state.x.clone(), step.state.x0.clone()
 
-    with own_numerics(device), using("reference"), torch.no_grad():
+    with own_numerics(device), override_impl("reference"), torch.no_grad():
         scale = 0.0
         if classifier is not None:
             moved = run(1.0)[0] - run(0.0)[0]

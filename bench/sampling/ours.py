@@ -15,7 +15,7 @@ from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.engine.step import Batch, PreparedStep
-from admfast.ops.dispatch import using, watch
+from admfast.ops.dispatch import override_impl, record_choices
 from admfast.ops.update import SolverTable
 from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
@@ -60,7 +60,7 @@ class Ours(Contender):
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Record which implementations are chosen within the `with` block."""
-        with watch() as choices:
+        with record_choices() as choices:
             yield
         for choice in choices:
             names = self.implementations.setdefault(choice.op, [])
@@ -108,7 +108,7 @@ class Ours(Contender):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         tf32 = policy(self.dtype, self.device).tf32
-        chosen = using(self.setting) if self.setting else contextlib.nullcontext()
+        chosen = override_impl(self.setting) if self.setting else contextlib.nullcontext()
         with torch.no_grad(), own_numerics(self.device, tf32), chosen:
             yield
 

@@ -108,7 +108,7 @@ def counted(run: Run) -> tuple[PreparedStep, Counted, int]:
         parts: Any = [None if net is None else moved(net) for net in networks]
         engine = Engine(*parts, policy(run.precision, CUDA), EngineOptions(graph=False))
         engine.ready()
-        with torch.no_grad(), engine.using(batch) as step:
+        with torch.no_grad(), engine.borrow_step(batch) as step:
             step.fill(batch, torch.empty(shape, device=CUDA))
             early = forms(parts)
             for i in range(2):

@@ -62,8 +62,8 @@ def test_float64_is_for_the_reference(impl):
     rows = [Row(0, 0, a=1, b=1, k_out=1)]
     state = SamplerState.start(randn(*SHAPE).double(), rows)
     call = dict(out=randn(*SHAPE), table=pack(rows, dtype=torch.float64), row=0)
-    entry = TABLES["sampler_step"].named(impl)
-    if entry.available() or entry.supports(state, **call):
+    entry = TABLES["sampler_step"].find(impl)
+    if entry.reason_missing() or entry.reason_unsupported(state, **call):
         with pytest.raises(Unavailable, match=f"impl='{impl}': sampler_step can't run on it here"):
             sampler_step(state, impl=impl, **call)
     else:

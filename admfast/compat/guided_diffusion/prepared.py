@@ -24,7 +24,7 @@ from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel
 from admfast.engine.guidance import log_probability_gradient
 from admfast.engine.numerics import own_numerics
 from admfast.engine.step import Batch
-from admfast.ops.transforms import in_autocast, in_program
+from admfast.ops.transforms import in_autocast, in_program_trace
 from admfast.solvers import ddim, ddpm
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _run(
     engine = net.engine_with(classifier)
     with _frozen(classifier), own_numerics(engine.device, engine.policy.tf32), torch.no_grad():
         engine.ready()
-        with engine.using(batch) as step:
+        with engine.borrow_step(batch) as step:
             step.fill(batch, x)
             for i in shown(range(len(batch.table)), len(batch.table), progress):
                 step.advance(i)
@@ -130,7 +130,7 @@ def _fits(
     if isinstance(net, SuperResModel):
         wanted.add("low_res")
     parameter = next(net.parameters())
-    if set(extra) != wanted or in_program() or in_autocast(parameter.device):
+    if set(extra) != wanted or in_program_trace() or in_autocast(parameter.device):
         return False
     if torch.is_inference_mode_enabled() or torch.get_default_dtype() != torch.float32:
         return False

@@ -20,7 +20,7 @@ from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.norm import cpp, triton
 from admfast.ops.norm.grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
-from admfast.ops.transforms import record, recorded, transformed
+from admfast.ops.transforms import apply_autograd, needs_autograd, reason_torch_ops_only
 
 
 def group_norm_silu_ref(
@@ -192,18 +192,18 @@ def _over_raw(raw: str, fuses: bool) -> Callable[..., Any]:
         resample, silu, x2, x_bias, dtype = (call[k] for k in ("resample", "silu", "x2", "x_bias", "dtype"))
         sources = x, x2
         out = _widened(x, dtype)
-        if x_bias is not None and (not fuses or recorded(x_bias)):
+        if x_bias is not None and (not fuses or needs_autograd(x_bias)):
             x, x2, x_bias = *_biased(x, x2, x_bias), None
         if out != x.dtype and not fuses:
             x, x2 = x.to(_widened(x, out)), None if x2 is None else x2.to(_widened(x2, out))
         inside = resample if fuses else None
         tensors = (x, x2, weight, bias, call["scale"], call["shift"])
-        records = recorded(*tensors)
+        records = needs_autograd(*tensors)
         # Not resampled, the skip is x: only its gradient is added in the pass of the norm's.
         skips = with_skip and (inside is not None or (fuses and records and x2 is None))
         options = NormOptions(groups, eps, silu, inside, skips, out if fuses and out != x.dtype else None)
         if records:
-            y, skip, *_ = record(GroupNormSiluFn, *tensors, x_bias, raw, options)
+            y, skip, *_ = apply_autograd(GroupNormSiluFn, *tensors, x_bias, raw, options)
         else:
             y, skip, *_ = RAW[raw].forward(*tensors[:2], x_bias, *tensors[2:], options)
         y = resampled(y.to(out), None if fuses else resample)
@@ -226,7 +226,7 @@ def _biased(x: Tensor, x2: Tensor | None, x_bias: Tensor) -> tuple[Tensor, Tenso
 
 
 def _transformed(*arguments: Any, **options: Any) -> str | None:
-    return transformed(*(t for t in (*arguments, *options.values()) if isinstance(t, Tensor)))
+    return reason_torch_ops_only(*(t for t in (*arguments, *options.values()) if isinstance(t, Tensor)))
 
 
 def _cpp_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
@@ -249,7 +249,7 @@ TABLE = OpTable(
             _over_raw("triton", True),
             triton.reason_missing,
             _triton_supports,
-            unasked=launchers.reason_unasked,
+            reason_named_only=launchers.reason_named_only,
         ),
         Implementation("cpp", _over_raw("cpp", False), native.reason_missing, _cpp_supports),
         Implementation("reference", group_norm_silu_ref),

@@ -127,24 +127,24 @@ def _tensors(call: dict[str, Any]) -> list[Any]:
     return [call.get(name) for name in ("x", "x2", "x_bias", "weight", "bias", "scale", "shift")]
 
 
-def _raw_cpp(raw: Callable[..., Any], **call: Any) -> None:
+def _call_cpp_ops(call_op: Callable[..., Any], **call: Any) -> None:
     (x, x2, _x_bias, *affine), silu = _tensors(call), call["silu"]
     tensors = x, x2, *affine
-    y, mean, rstd = raw("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, silu)
-    raw("group_norm_silu_bwd", torch.ones_like(y), *tensors, mean, rstd, silu)
+    y, mean, rstd = call_op("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, silu)
+    call_op("group_norm_silu_bwd", torch.ones_like(y), *tensors, mean, rstd, silu)
 
 
-def _raw_triton(raw: Callable[..., Any], **call: Any) -> None:
+def _call_triton_launchers(call_op: Callable[..., Any], **call: Any) -> None:
     tensors, modes = _tensors(call), (call["silu"], call["resample"])
     skips = call["resample"] is not None and call.get("x_bias") is None
     forward = (*tensors, call["groups"], 1e-5, *modes, skips, call.get("dtype"))
-    y, skip, mean, rstd = raw("group_norm_silu_fwd", *forward)
-    raw("group_norm_silu_bwd", y, skip if skips else None, *tensors, mean, rstd, *modes, True)
+    y, skip, mean, rstd = call_op("group_norm_silu_fwd", *forward)
+    call_op("group_norm_silu_bwd", y, skip if skips else None, *tensors, mean, rstd, *modes, True)
     if call.get("x_bias") is None:
-        _raw_with_sums(*forward)
+        _launch_with_sums(*forward)
 
 
-def _raw_with_sums(x: Tensor, x2: Tensor | None, *rest: Any) -> None:
+def _launch_with_sums(x: Tensor, x2: Tensor | None, *rest: Any) -> None:
     """Launch the forward on statistics that the producers of both sources left, if they leave any."""
     leaving = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")
     sums = [leaving(source.clone(), None, None)[1] for source in (x, x2) if source is not None]
@@ -152,7 +152,9 @@ def _raw_with_sums(x: Tensor, x2: Tensor | None, *rest: Any) -> None:
         launchers.launcher("group_norm", "group_norm_silu_fwd")(x, x2, *rest, tuple(sums))
 
 
-def _case_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **call: Any) -> list[Case]:
+def _cases_from_call(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **call: Any
+) -> list[Case]:
     c2 = 0 if call["x2"] is None else call["x2"].shape[1]
     case = dict(c1=x.shape[1], c2=c2, groups=groups, spatial=tuple(x.shape[2:]))
     case |= dict(modulated=call["scale"] is not None, silu=call["silu"], resample=call["resample"])
@@ -170,9 +172,9 @@ CASES = [
         REAL,
         wrong,
         differentiable=("x", "x2", "weight", "bias", "scale", "shift"),
-        raw={"cpp": _raw_cpp, "triton": _raw_triton},
+        call_raw_ops={"cpp": _call_cpp_ops, "triton": _call_triton_launchers},
         # One read, as chosen; two passes, because nothing fits into SHARE, with several tiles per program.
-        launches=({}, {"SHARE": 0, "RESIDENT": 2}),
-        case_of=_case_of,
+        launch_settings=({}, {"SHARE": 0, "RESIDENT": 2}),
+        cases_from_call=_cases_from_call,
     )
 ]

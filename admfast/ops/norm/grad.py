@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.ops.resample import avg_pool_down, nearest_up
-from admfast.ops.transforms import nobody_differentiates
+from admfast.ops.transforms import is_final_backward
 
 Resample = Literal["up", "down"] | None
 
@@ -188,7 +188,7 @@ class GroupNormSiluFn(torch.autograd.Function):
         dy = x.new_zeros(ctx.shape) if dy is None else dy
         sums = any(ctx.needs_input_grad[2:6])
         function = GroupNormSiluGradFn
-        backward: Callable[..., tuple] = function.forward if nobody_differentiates() else function.apply
+        backward: Callable[..., tuple] = function.forward if is_final_backward() else function.apply
         gradients = backward(dy, dskip if ctx.options.skip else None, *saved, ctx.raw, ctx.options, sums)
         return *gradients, None, None, None
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from admfast.ops import channel_sums, launchers
 from admfast.ops.layout import empty_channels_last, is_channels_last
-from admfast.ops.native import free_namespace
-from admfast.ops.transforms import constant, traced
+from admfast.ops.native import unused_namespace
+from admfast.ops.transforms import constant_while_tracing, is_intercepted
 
 
-@constant
+@constant_while_tracing
 @functools.cache
 def reason_missing() -> str | None:
     """Return None if the kernels can run on some device, else the reason."""
@@ -50,11 +50,13 @@ def forward(
     *affine, options = rest
     modes = (options.groups, options.eps, options.silu, options.resample)
     skips = options.skip and options.resample is not None
-    if traced(x):
+    if is_intercepted(x):
         op = _OPS[0].group_norm_silu_fwd
         y, skip, mean, rstd = op(x, x2, x_bias, *affine, *modes, skips, options.dtype)
     else:
-        sums = [channel_sums.left(source) for source in (x, x2) if source is not None and x_bias is None]
+        sums = [
+            channel_sums.find_attached(source) for source in (x, x2) if source is not None and x_bias is None
+        ]
         known = tuple(sums) if all(one is not None for one in sums) else ()
         y, skip, mean, rstd = _launchers()[0](x, x2, x_bias, *affine, *modes, skips, options.dtype, known)
     return y, x.view_as(x) if options.skip and not skips else skip, mean, rstd
@@ -65,7 +67,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Run the raw backward (see `RawNorm`)."""
     *tensors, options, sums = rest
-    if traced(x):
+    if is_intercepted(x):
         modes = (options.silu, options.resample, sums)
         op = _OPS[0].group_norm_silu_bwd
         dx, dx2, s1, s2 = op(dy, dskip, x, x2, *tensors, *modes)
@@ -87,7 +89,7 @@ _OPS: list[Any] = []  # the namespace of these ops
 
 def _register() -> None:
     """Register the raw ops, with the launchers as implementations and fakes for tracers."""
-    namespace = free_namespace("admfast_triton", "group_norm_silu_fwd")
+    namespace = unused_namespace("admfast_triton", "group_norm_silu_fwd")
     library = torch.library.Library(namespace, "DEF")
     _LIBRARY.append(library)
     _OPS.append(getattr(torch.ops, namespace))

@@ -109,13 +109,13 @@ def _not_counters() -> list[Any]:
     return [2.0, True, "1", -1, 2**32, torch.ones(1), torch.ones(2, dtype=torch.int64), meta]
 
 
-def _raw(
-    raw: Callable[..., Any], state: SamplerState, out: Tensor, table: PackedTable, row: Any, **given: Any
+def _call_step_op(
+    call_op: Callable[..., Any], state: SamplerState, out: Tensor, table: PackedTable, row: Any, **given: Any
 ) -> None:
     number, at = (row, 0) if isinstance(row, Tensor) else (None, row)
     buffers = (state.x, state.x0, state.saved, state.history)
     named = [given.get(name) for name in ("out2", "grad", "seeds", "noise")]
-    raw("sampler_step_", *buffers, out, *named, table.device, number, number, at, at, int(Stream.STEPS))
+    call_op("sampler_step_", *buffers, out, *named, table.device, number, number, at, at, int(Stream.STEPS))
 
 
 def noise_arguments(
@@ -141,8 +141,10 @@ def wrong_noise() -> list[tuple[dict[str, Any], str]]:
     ]
 
 
-def _raw_noise(raw: Callable[..., Any], seeds: Tensor, shape: tuple[int, ...], row: int, stream: int) -> None:
-    raw("normal", seeds, torch.Size(shape).numel(), row, int(stream))
+def _call_noise_op(
+    call_op: Callable[..., Any], seeds: Tensor, shape: tuple[int, ...], row: int, stream: int
+) -> None:
+    call_op("normal", seeds, torch.Size(shape).numel(), row, int(stream))
 
 
 CASES = [
@@ -153,8 +155,8 @@ CASES = [
         SMALL,
         REAL,
         wrong,
-        typed="output",
-        raw={"cpp": _raw, "cuda": _raw},
+        dtype_of="output",
+        call_raw_ops={"cpp": _call_step_op, "cuda": _call_step_op},
     ),
     OpCases(
         "normal",
@@ -162,7 +164,7 @@ CASES = [
         noise_arguments,
         (dict(n=2, shape=(3, 5, 7)), dict(n=3, shape=(2,))),
         wrong=wrong_noise,
-        typed=None,
-        raw={"cpp": _raw_noise, "cuda": _raw_noise},
+        dtype_of=None,
+        call_raw_ops={"cpp": _call_noise_op, "cuda": _call_noise_op},
     ),
 ]
