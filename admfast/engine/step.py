@@ -30,7 +30,7 @@ from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
 from admfast.models.hooks import surveyed
 from admfast.ops.dispatch import Choice, record_choices
-from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, update_for
+from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, choose_update
 
 EMBEDDING_BYTES = 200 << 20  # maximum memory for the projected embeddings of one network
 ROWS = 1000  # tables of up to this many rows share a step
@@ -136,7 +136,7 @@ class PreparedStep:
             if part is not None and part.projects and not part.altered
         }
         with record_choices() as self._once:  # the choice of the update, made once for all rows
-            self.update = update_for(self.state, self.table, impl)
+            self.update = choose_update(self.state, self.table, impl)
         self.choices: dict[bool, list[Choice]] = {}  # the other choices in a row, by whether it is guided
         self.side: torch.cuda.Stream | None = None
         # A body that torch.compile traces can use only one stream.

@@ -54,7 +54,7 @@ class FunctionStep:
         self.denoised_fn, self.read = denoised_fn, read
         self.state = SamplerState.start(x, rows)
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
-        self.t_net, self.t_clf = table.seen(x)
+        self.t_net, self.t_clf = table.timesteps_for(x)
         self.kinds = [tuple(rows[i] for _, rows in guides) for i in range(len(table))]
         self.choices: dict[tuple[bool, ...], list[Choice]] = {}  # of one row, by which guides apply
 

@@ -193,7 +193,7 @@ def first_x(plan: Plan) -> Tensor:
     if z is None:
         z = normal(plan.seeds, plan.shape[1:], 0, plan.first_stream, plan.impl)
     if plan.x_start is None:
-        return z * plan.table.scale
+        return z * plan.table.noise_scale
     step = torch.full((len(z),), plan.table.rows[0].index, dtype=torch.int64, device=z.device)
     return plan.process.q_sample(plan.x_start, step, z)
 
@@ -226,7 +226,7 @@ def run_rows(
             step.advance(i)
             last = i == total - 1
             if (careful or i == 0 or last) and not bool(torch.isfinite(state.x).all()):
-                raise Diverged(row, before, table.seen(state.x)[0][i])
+                raise Diverged(row, before, table.timesteps_for(state.x)[0][i])
             if i == 0:
                 first = time.perf_counter() - began
             if plan is not None and plan.callback is not None and ((i + 1) % plan.every == 0 or last):

@@ -77,34 +77,34 @@ def arguments(
     def source(channels: int, deviation: float) -> Tensor:
         return channels_last((deviation * draw(n, channels, *spatial) + mean).to(dtype))
 
-    made: dict[str, Any] = {"x": source(c1, 1)}
+    call: dict[str, Any] = {"x": source(c1, 1)}
     if c2:
-        made["x2"] = source(c2, 2)
+        call["x2"] = source(c2, 2)
     weight, bias = draw(2, c1 + c2)
     weights = dtype if weights is None else weights
-    made |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
+    call |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
     if modulated:  # as in a network: two halves of one projection
-        made["scale"], made["shift"] = draw(n, 2 * (c1 + c2)).to(weights).chunk(2, dim=1)
+        call["scale"], call["shift"] = draw(n, 2 * (c1 + c2)).to(weights).chunk(2, dim=1)
     if biased:
-        of_images = (n, c1 + c2) if biased == "image" else (c1 + c2,)
-        made["x_bias"] = (2 * draw(*of_images)).to(dtype)
+        bias_shape = (n, c1 + c2) if biased == "image" else (c1 + c2,)
+        call["x_bias"] = (2 * draw(*bias_shape)).to(dtype)
     if out is not None:
-        made["dtype"] = out
-    return made | dict(groups=groups, silu=silu, resample=resample, with_skip=with_skip)
+        call["dtype"] = out
+    return call | dict(groups=groups, silu=silu, resample=resample, with_skip=with_skip)
 
 
 def wrong() -> list[tuple[dict[str, Any], str]]:
     """Return arguments that every implementation rejects."""
-    x, channels, of_image = torch.ones(1, 256, 4, 4), torch.ones(256), torch.ones(1, 256)
-    changes: list[tuple[dict[str, Any], str]] = [
+    x, channels, per_image = torch.ones(1, 256, 4, 4), torch.ones(256), torch.ones(1, 256)
+    replacements: list[tuple[dict[str, Any], str]] = [
         (dict(weight=torch.ones(255)), "weight.shape"),
         (dict(bias=torch.ones(256, 1)), "bias.shape"),
         (dict(bias=channels.to("meta")), "bias.device"),
         (dict(weight=None), "weight"),
-        (dict(scale=of_image), "scale, shift"),
-        (dict(shift=of_image), "scale, shift"),
-        (dict(scale=channels, shift=of_image), "scale.shape"),
-        (dict(scale=of_image, shift=torch.ones(2, 256)), "shift.shape"),
+        (dict(scale=per_image), "scale, shift"),
+        (dict(shift=per_image), "scale, shift"),
+        (dict(scale=channels, shift=per_image), "scale.shape"),
+        (dict(scale=per_image, shift=torch.ones(2, 256)), "shift.shape"),
         (dict(x2=x.double()), "x2.dtype"),
         (dict(x2=x), "weight.shape"),
         (dict(x=x[..., :1], resample="down"), "x.shape"),
@@ -114,13 +114,13 @@ def wrong() -> list[tuple[dict[str, Any], str]]:
         (dict(x_bias=channels, with_skip=True), "x_bias"),
         (dict(dtype=torch.int64), "dtype"),
     ]
-    changes += [(dict(x=value), "x.shape") for value in (x[0, 0], x[:, :, 0, 0], x[None, None])]
-    changes += [(dict(x2=value), "x2.shape") for value in (x[:, :, :3], torch.ones(2, 256, 4, 4))]
-    changes += [(dict(groups=value), "groups") for value in (0, 3, 2.0, True, None)]
-    changes += [(dict(eps=value), "eps") for value in (-1e-5, float("nan"), "1e-5")]
+    replacements += [(dict(x=value), "x.shape") for value in (x[0, 0], x[:, :, 0, 0], x[None, None])]
+    replacements += [(dict(x2=value), "x2.shape") for value in (x[:, :, :3], torch.ones(2, 256, 4, 4))]
+    replacements += [(dict(groups=value), "groups") for value in (0, 3, 2.0, True, None)]
+    replacements += [(dict(eps=value), "eps") for value in (-1e-5, float("nan"), "1e-5")]
     for name, value in dict(x=x, x2=x, weight=channels, bias=channels).items():
-        changes += [(dict([(name, value.long())]), f"{name}.dtype"), (dict([(name, "one")]), name)]
-    return changes
+        replacements += [(dict([(name, value.long())]), f"{name}.dtype"), (dict([(name, "one")]), name)]
+    return replacements
 
 
 def _tensors(call: dict[str, Any]) -> list[Any]:
@@ -136,18 +136,18 @@ def _call_cpp_ops(call_op: Callable[..., Any], **call: Any) -> None:
 
 def _call_triton_launchers(call_op: Callable[..., Any], **call: Any) -> None:
     tensors, modes = _tensors(call), (call["silu"], call["resample"])
-    skips = call["resample"] is not None and call.get("x_bias") is None
-    forward = (*tensors, call["groups"], 1e-5, *modes, skips, call.get("dtype"))
+    with_skip = call["resample"] is not None and call.get("x_bias") is None
+    forward = (*tensors, call["groups"], 1e-5, *modes, with_skip, call.get("dtype"))
     y, skip, mean, rstd = call_op("group_norm_silu_fwd", *forward)
-    call_op("group_norm_silu_bwd", y, skip if skips else None, *tensors, mean, rstd, *modes, True)
+    call_op("group_norm_silu_bwd", y, skip if with_skip else None, *tensors, mean, rstd, *modes, True)
     if call.get("x_bias") is None:
         _launch_with_sums(*forward)
 
 
 def _launch_with_sums(x: Tensor, x2: Tensor | None, *rest: Any) -> None:
     """Launch the forward on statistics that the producers of both sources left, if they leave any."""
-    leaving = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")
-    sums = [leaving(source.clone(), None, None)[1] for source in (x, x2) if source is not None]
+    add_with_sums = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")
+    sums = [add_with_sums(source.clone(), None, None)[1] for source in (x, x2) if source is not None]
     if None not in sums:
         launchers.launcher("group_norm", "group_norm_silu_fwd")(x, x2, *rest, tuple(sums))
 
