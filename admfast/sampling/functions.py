@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from admfast import checks
-from admfast.engine.guidance import classifier_guidance, followed
+from admfast.engine.guidance import classifier_guidance, view_if_hooked
 from admfast.engine.step import Batch
 from admfast.errors import invalid
 from admfast.ops.dispatch import Choice, record_choices
@@ -68,7 +68,7 @@ class FunctionStep:
             self._advance(i)
         self.choices[kind] = seen
 
-    def chosen(self) -> list[Choice]:
+    def implementation_choices(self) -> list[Choice]:
         """Return the implementations used in one row, for the kind of row that used the most."""
         return max(self.choices.values(), key=len, default=[])
 
@@ -138,7 +138,7 @@ def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -
         extra["y"] = labels
     if low_res is not None:
         extra["low_res"] = low_res
-    return lambda x, t: net(followed(x), t, **extra)
+    return lambda x, t: net(view_if_hooked(x), t, **extra)
 
 
 def function_step(plan: Plan, x: Tensor) -> FunctionStep:
@@ -146,11 +146,11 @@ def function_step(plan: Plan, x: Tensor) -> FunctionStep:
     for name in plan.functions:
         LOG.info("rows run one by one, without a prepared step: %s needs Python functions", name)
     engine, guides = plan.engine, list(plan.guides)
-    if plan.scale:
+    if plan.guidance_scale:
         assert engine.classifier is not None and plan.labels is not None
-        own = classifier_guidance(engine.classifier, plan.labels, plan.scale)
-        guides.append((Guide(engine.unchanged(own)), plan.guided))
-    model = engine.unchanged(conditioned(engine.net, plan.labels, plan.low_res))
+        own = classifier_guidance(engine.classifier, plan.labels, plan.guidance_scale)
+        guides.append((Guide(engine.guard_model(own)), plan.guided))
+    model = engine.guard_model(conditioned(engine.net, plan.labels, plan.low_res))
     kept, rows = plan.process.schedule.timestep_map, plan.table.rows
 
     def read(out: Tensor, x_t: Tensor, i: int) -> Prediction:

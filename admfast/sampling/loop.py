@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from admfast.engine.engine import out_of_memory
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.step import PreparedStep
 from admfast.errors import NonFiniteError
 from admfast.files.levels import to_uint8
@@ -92,7 +92,7 @@ class Notes:
         noted["batches"] += 1
         if size <= noted["batch"]:
             return
-        noted["batch"], noted["choices"] = size, [*begun, *step.chosen()]
+        noted["batch"], noted["choices"] = size, [*begun, *step.implementation_choices()]
         prepared = step if isinstance(step, PreparedStep) else None
         noted["ran"] = {
             "sides": plan.shape[2:],
@@ -112,7 +112,7 @@ def run(plan: Plan, notes: Notes | None = None) -> Tensor:
     """
     notes, began = Notes() if notes is None else notes, time.perf_counter()
     images, first, size = [], 0, plan.batch_size
-    with own_numerics(plan.engine.device, plan.engine.policy.tf32):
+    with fixed_numerics(plan.engine.device, plan.engine.policy.tf32):
         while first < plan.shape[0]:
             part = plan.part(first, size)
             try:
@@ -155,7 +155,7 @@ def sample_batch(plan: Plan, notes: Notes) -> Tensor:
     the user or prepared steps are switched off.
     """
     began = time.perf_counter()
-    plan.engine.ready()
+    plan.engine.ensure_folded()
     folded = time.perf_counter()
     with record_choices() as begun:
         x = first_x(plan)

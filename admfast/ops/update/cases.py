@@ -13,8 +13,8 @@ from admfast.ops.layout import channels_last
 from admfast.ops.update.noise import Stream, as_seeds, normal
 from admfast.ops.update.step import Clip, PackedTable, Row, SamplerState, pack, sampler_step
 
-# PLAIN_ROWS is one row such as DDIM's. FULL_ROWS is a row that saves and pushes, followed by a row that uses everything
-# at once (variance, guidance in all three places, noise, saved point, history and push).
+# PLAIN_ROWS is one row such as DDIM's. FULL_ROWS is a row that saves and pushes, followed by a row that uses
+# everything at once (variance, guidance in all three places, noise, saved point, history and push).
 PLAIN_ROWS = [Row(0.0, 0.0, k_x=1.0, k_out=-1.0, a=0.5, b=0.5)]
 FULL_ROWS = [
     Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
