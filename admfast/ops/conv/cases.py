@@ -280,8 +280,8 @@ CASES = [
         epilogue_arguments,
         EPILOGUE_CASES,
         call_raw_ops={"triton": _call_epilogue_launchers},
-        # As chosen; and with statistics for a norm in two passes, because nothing fits into SHARE.
-        launch_settings=({}, {"SHARE": 0}),
+        # As chosen; and with statistics for a norm in two passes, because nothing fits into MAX_REREAD_BYTES.
+        launch_settings=({}, {"MAX_REREAD_BYTES": 0}),
         cases_from_call=_epilogue_cases,
         launched_by="conv_train",
     ),

@@ -173,8 +173,9 @@ CASES = [
         wrong,
         differentiable=("x", "x2", "weight", "bias", "scale", "shift"),
         call_raw_ops={"cpp": _call_cpp_ops, "triton": _call_triton_launchers},
-        # One read, as chosen; two passes, because nothing fits into SHARE, with several tiles per program.
-        launch_settings=({}, {"SHARE": 0, "RESIDENT": 2}),
+        # One read, as chosen; two passes, because nothing fits into MAX_REREAD_BYTES, with several tiles per
+        # program.
+        launch_settings=({}, {"MAX_REREAD_BYTES": 0, "RESIDENT_PROGRAMS": 2}),
         cases_from_call=_cases_from_call,
     )
 ]
