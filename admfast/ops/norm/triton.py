@@ -54,9 +54,8 @@ def forward(
         op = _OPS[0].group_norm_silu_fwd
         y, skip, mean, rstd = op(x, x2, x_bias, *affine, *modes, with_skip, options.dtype)
     else:
-        sources = [source for source in (x, x2) if source is not None and x_bias is None]
-        found = [channel_sums.find_attached(source) for source in sources]
-        sums = tuple(found) if all(statistics is not None for statistics in found) else ()
+        attached = [channel_sums.find_attached(s) for s in (x, x2) if s is not None and x_bias is None]
+        sums = tuple(attached) if all(statistics is not None for statistics in attached) else ()
         y, skip, mean, rstd = _launchers()[0](x, x2, x_bias, *affine, *modes, with_skip, options.dtype, sums)
     return y, x.view_as(x) if options.skip and not with_skip else skip, mean, rstd
 
