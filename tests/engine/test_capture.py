@@ -231,7 +231,7 @@ def test_branches_fork_from_the_current_stream_of_their_device(monkeypatch):
     assert step.classifier_stream.waited == [cuda.home] and cuda.home.waited == [step.classifier_stream]
 
 
-@pytest.mark.parametrize("part", ["_output", "_gradient"])
+@pytest.mark.parametrize("part", ["_net_output", "_guidance_gradient"])
 def test_branches_join_when_one_fails(monkeypatch, part):
     step, _, _ = step_of()
     cuda = Cuda(monkeypatch)
