@@ -34,13 +34,15 @@ def counts() -> list[int]:
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     """Return one group for each way of waiting, with equal shares of the budget."""
-    from admfast.engine.threads import convolution, threads_for
+    from admfast.engine.threads import convolution_operations, threads_for
     from bench.measure import Case
     from bench.sampling.subject import Inputs, named
 
     def cases(waiting: str, settings: Any) -> Iterator[Any]:
         for name, batch in (("tiny", 1),) if settings.quick else PAIRS:
-            work = convolution(named(name).net, Inputs.of(named(name), batch, settings.device).x.shape)
+            work = convolution_operations(
+                named(name).net, Inputs.of(named(name), batch, settings.device).x.shape
+            )
             for busy in (0, 1):
                 found = functools.cache(functools.partial(measured, name, batch, waiting, busy))
                 for count in counts():

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from admfast.diffusion import DiffusionConfig
-from admfast.engine.numerics import own_numerics, peak_memory
+from admfast.engine.numerics import fixed_numerics, peak_memory
 from admfast.models import UNetConfig, build
-from admfast.ops.dispatch import using
+from admfast.ops.dispatch import override_impl
 from admfast.training.loss import Batch, batch_of
 from admfast.training.recipe import Recipe
 from admfast.training.timesteps import timestep_sampler
@@ -124,7 +124,7 @@ def trial_of(subject: Subject, batch: int, device: torch.device) -> StepTrial:
     """Return the trial of a batch; the last one is cached."""
     inputs = Inputs.of(subject, batch, device)
     one = Ours(subject, inputs, "fp32")
-    with own_numerics(device), using("reference"), torch.enable_grad():
+    with fixed_numerics(device), override_impl("reference"), torch.enable_grad():
         one.prepare()
         return StepTrial(inputs, one.outcome(None))
 
@@ -185,7 +185,7 @@ class Ours(Trainer):
             self.learner.parallel = torch.compile(self.learner.parallel)
 
     def update(self) -> Tensor:
-        with own_numerics(self.device):
+        with fixed_numerics(self.device):
             return self.learner.update(self.given).terms["loss"].mean()
 
 

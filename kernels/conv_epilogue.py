@@ -19,24 +19,24 @@ def _conv_epilogue_fwd_kernel(
     """Add bias and residual to a block of consecutive elements; element i belongs to channel i % C."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
-    inside = i < tl.minimum(count - start, BLOCK).to(tl.int32)
-    y = tl.load(y_ptr + start + i, mask=inside, other=0.0).to(tl.float32)
+    p_mask = i < tl.minimum(count - start, BLOCK).to(tl.int32)
+    y = tl.load(y_ptr + start + i, mask=p_mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         # Unless it knows what divides the first channel, the compiler loads the bias element by element.
         first = tl.multiple_of((start % C).to(tl.int32), MULTIPLE)
         channel = (first + i) % C
-        y += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + channel, mask=p_mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + start + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + start + i, y.to(y_ptr.dtype.element_ty), mask=inside)
+        y += tl.load(residual_ptr + start + i, mask=p_mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + start + i, y.to(y_ptr.dtype.element_ty), mask=p_mask)
 
 
 @triton.jit
-def _added(y_ptr, residual_ptr, bias, n, p, inside, c, wanted, P, C):
+def _load_sum(y_ptr, residual_ptr, bias, n, p, p_mask, c, c_mask, P, C):
     """Return a tile of y + bias + residual as it will be stored, in float32."""
-    y = load_dense(y_ptr, n, p, inside, c, wanted, P, C) + bias[None, :]
+    y = load_dense(y_ptr, n, p, p_mask, c, c_mask, P, C) + bias[None, :]
     if residual_ptr is not None:
-        y += load_dense(residual_ptr, n, p, inside, c, wanted, P, C)
+        y += load_dense(residual_ptr, n, p, p_mask, c, c_mask, P, C)
     return y.to(y_ptr.dtype.element_ty).to(tl.float32)
 
 
@@ -49,27 +49,27 @@ def _conv_epilogue_sums_fwd_kernel(
     k = (tl.program_id(0) // blocks) % chunks
     n = tl.program_id(0) // blocks // chunks
     c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    wanted = c < C
+    c_mask = c < C
     bias = tl.zeros([BLOCK_C], tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=wanted, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)
     begin, end = k * chunk, tl.minimum(k * chunk + chunk, P)
     p = begin + tl.arange(0, BLOCK_P)
-    first = _added(y_ptr, residual_ptr, bias, n, p, p < end, c, wanted, P, C)
+    first = _load_sum(y_ptr, residual_ptr, bias, n, p, p < end, c, c_mask, P, C)
     # About the mean of the first tile, as the norm's own statistics are.
-    about = tl.sum(tl.where((p < end)[:, None], first, 0.0), axis=0) / tl.minimum(end - begin, BLOCK_P)
+    pivot = tl.sum(tl.where((p < end)[:, None], first, 0.0), axis=0) / tl.minimum(end - begin, BLOCK_P)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(begin, end, BLOCK_P * UNROLL):
         for j in tl.static_range(UNROLL):
             p = start + j * BLOCK_P + tl.arange(0, BLOCK_P)
-            y = _added(y_ptr, residual_ptr, bias, n, p, p < end, c, wanted, P, C)
-            store_dense(y_ptr, y, n, p, p < end, c, wanted, P, C)
-            centred = tl.where((p < end)[:, None], y - about[None, :], 0.0)
+            y = _load_sum(y_ptr, residual_ptr, bias, n, p, p < end, c, c_mask, P, C)
+            store_dense(y_ptr, y, n, p, p < end, c, c_mask, P, C)
+            centred = tl.where((p < end)[:, None], y - pivot[None, :], 0.0)
             total += centred
             squares += centred * centred
-    about, added, deviations = moments(about, total, squares, end - begin)
-    store_moments(partial_ptr, about, added, deviations, n, k, c, wanted, chunks, C)
+    pivot, mean_offset, deviations = moments(pivot, total, squares, end - begin)
+    store_moments(partial_ptr, pivot, mean_offset, deviations, n, k, c, c_mask, chunks, C)
 
 
 def conv_epilogue_fwd(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

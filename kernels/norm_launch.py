@@ -12,7 +12,7 @@ import torch
 import triton
 
 MULTIPROCESSORS = 132  # of an H100; determines only how finely the work is cut
-RESIDENT = 7 * MULTIPROCESSORS  # programs of 4 warps and 72 registers per thread that run at once
+RESIDENT_PROGRAMS = 7 * MULTIPROCESSORS  # programs of 4 warps and 72 registers per thread that run at once
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read once, at import, as Triton's decorators do
 
 
@@ -34,10 +34,10 @@ class OneRead:
     def block(self) -> dict[str, int]:
         return dict(BLOCK_P=self.block_p, BLOCK_C=self.block_c, UNROLL=self.unroll)
 
-    def share(self, depth: int) -> dict[str, Any]:
+    def channel_arguments(self, depth: int) -> dict[str, Any]:
         """Return the kernel arguments that select a program's channels; a group has `depth` channels."""
         pieces = self.groups * depth // self.align
-        return dict(pieces=pieces, ALIGN=self.align, SINGLE=single(self.groups, depth))
+        return dict(pieces=pieces, ALIGN=self.align, SINGLE=is_single_group(self.groups, depth))
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,17 @@ class TwoPass:
     def chunks(self, positions: int) -> int:
         return -(-positions // self.chunk)
 
-    def spans(self, others: int, positions: int) -> dict[str, int]:
+    def spans(self, programs_per_span: int, positions: int) -> dict[str, int]:
         """Return for the elementwise pass the positions of a program (`span`), and the number of spans.
 
-        There are `others` programs for every span. A program first prepares its channels, which takes 1.5
-        times the instructions of a tile; once per tile, this would take longer than the memory accesses. So a
-        program takes up to 8 tiles, as long as there are enough programs to fill the multiprocessors.
+        A span has `programs_per_span` programs, one for each image and block of channels. A program first
+        prepares its channels, which takes 1.5 times the instructions of a tile; once per tile, this would
+        take longer than the memory accesses. So a program takes up to 8 tiles, as long as there are enough
+        programs to fill the multiprocessors.
         """
         tiles = -(-positions // self.apply_p)
-        each = max(min(-(-others * tiles // RESIDENT), 8), 1)
-        return dict(span=each * self.apply_p, spans=-(-tiles // each))
+        tiles_per_program = max(min(-(-programs_per_span * tiles // RESIDENT_PROGRAMS), 8), 1)
+        return dict(span=tiles_per_program * self.apply_p, spans=-(-tiles // tiles_per_program))
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class Merge:
     def block(self) -> dict[str, int]:
         return dict(BLOCK_K=self.block_k, BLOCK_C=self.block_c)
 
-    def share(self, depth: int) -> dict[str, Any]:
+    def channel_arguments(self, depth: int) -> dict[str, Any]:
         """Return the kernel arguments that select a program's channels; a group has `depth` channels."""
-        return dict(width=self.groups * depth, SINGLE=single(self.groups, depth))
+        return dict(width=self.groups * depth, SINGLE=is_single_group(self.groups, depth))
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ class Call:
         self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
-def single(groups: int, depth: int) -> bool:
-    """Tell whether a program has one group, too wide for the [channels, channels] mask of `over_group`."""
+def is_single_group(groups: int, depth: int) -> bool:
+    """Tell whether a program has one group, too wide for the [channels, channels] mask of `group_sum`."""
     return groups == 1 and depth > 64
 
 
@@ -150,7 +151,7 @@ def run(calls: list[Call], device: torch.device) -> None:
         call.run()
 
 
-def pow2(value: int) -> int:
+def next_power_of_2(value: int) -> int:
     """Return the smallest power of two that is at least `value`."""
     return 1 << max(value - 1, 0).bit_length()
 
@@ -158,9 +159,9 @@ def pow2(value: int) -> int:
 # Bytes that one program may read twice. Two programs share a first-level cache of 256 KB. A program that is
 # alone on its multiprocessor, with 16 KB in flight at a time, would take longer for more bytes than the three
 # launches of two passes do.
-SHARE = 64 << 10
-HELD = 8192  # chunks times channels that a merge program holds at once
-LINE, SECTOR = 128, 32  # bytes of a memory request, and the fewest that memory delivers
+MAX_REREAD_BYTES = 64 << 10
+MAX_MERGE_ELEMENTS = 8192  # chunks times channels that a merge program holds at once
+LINE_BYTES, SECTOR_BYTES = 128, 32  # bytes of a memory request, and the fewest that memory delivers
 
 
 def choose(shape: Shape, backward: bool) -> OneRead | TwoPass:
@@ -184,37 +185,37 @@ def _one_read(shape: Shape, backward: bool) -> OneRead | None:
     groups = 1
     while (
         2 * groups <= shape.groups
-        and row(2 * groups) <= LINE
-        and tensors * shape.p * row(2 * groups) <= SHARE
+        and row(2 * groups) <= LINE_BYTES
+        and tensors * shape.p * row(2 * groups) <= MAX_REREAD_BYTES
         and programs(2 * groups) >= MULTIPROCESSORS
     ):
         groups *= 2
-    if tensors * shape.p * row(groups) > SHARE:
+    if tensors * shape.p * row(groups) > MAX_REREAD_BYTES:
         return None
     # With few programs, one read saves launches. With many, bandwidth counts: rows below a sector waste it.
-    if programs(groups) > 2 * MULTIPROCESSORS and row(groups) < SECTOR:
+    if programs(groups) > 2 * MULTIPROCESSORS and row(groups) < SECTOR_BYTES:
         return None
     # Blocks depend only on the row, so that few compiled kernels serve all shapes; a small image is masked.
     width = groups * shape.depth
-    block_c, unroll = max(pow2(width), 16), 2 if backward else 4
+    block_c, unroll = max(next_power_of_2(width), 16), 2 if backward else 4
     align = min(width & -width, 16 // shape.itemsize)
     return OneRead(groups, max(2048 // block_c, 1), block_c, unroll, warps=8, align=align)
 
 
 def _two_pass(shape: Shape, backward: bool) -> TwoPass:
-    block_c = min(64, pow2(shape.c))
+    block_c = min(64, next_power_of_2(shape.c))
     block_p, unroll = 2048 // block_c, 2 if backward else 4
     blocks = -(-shape.c // block_c)
     # A multiprocessor holds three programs of the statistics of one source (72 registers per thread), but two
     # for two sources or for the sums of the gradient (93 to 124). So there is one wave of three, or two waves
     # of two; a few programs more would run alone at the end. The merge holds all chunks of its channels at
     # once, which limits their number.
-    held = 3 if shape.sources == 1 and not backward else 2
-    programs = 4 // held * held * MULTIPROCESSORS
-    most = min(128, max(HELD // pow2(shape.depth), 1))
-    wanted = min(max(programs // (shape.n * blocks), 1), most)
-    trip = block_p * unroll
-    chunk = -(-shape.p // (wanted * trip)) * trip
+    resident = 3 if shape.sources == 1 and not backward else 2
+    programs = 4 // resident * resident * MULTIPROCESSORS
+    max_chunks = min(128, max(MAX_MERGE_ELEMENTS // next_power_of_2(shape.depth), 1))
+    target_chunks = min(max(programs // (shape.n * blocks), 1), max_chunks)
+    positions_per_trip = block_p * unroll
+    chunk = -(-shape.p // (target_chunks * positions_per_trip)) * positions_per_trip
     return TwoPass(block_p, block_c, unroll, chunk, warps=8, apply_p=block_p, apply_warps=4)
 
 
@@ -222,28 +223,30 @@ def _interpreted(shape: Shape) -> OneRead | TwoPass:
     """Return the launch for Triton's interpreter: one read up to 512 positions, else two passes.
 
     So tests with few elements reach both. In the interpreter, as on a GPU, a block has at most 2^20 elements,
-    and so does the [channels, channels] mask of `over_group`.
+    and so does the [channels, channels] mask of `group_sum`.
     """
     if shape.p <= 512:
         groups = max(min(shape.groups, 1024 // shape.depth), 1)
-        block_c = pow2(groups * shape.depth)
-        return OneRead(groups, min(pow2(shape.p), (1 << 20) // block_c), block_c, unroll=1, warps=1)
-    block_c = min(pow2(shape.c), 1024)
+        block_c = next_power_of_2(groups * shape.depth)
+        return OneRead(
+            groups, min(next_power_of_2(shape.p), (1 << 20) // block_c), block_c, unroll=1, warps=1
+        )
+    block_c = min(next_power_of_2(shape.c), 1024)
     return TwoPass(1024, block_c, 1, chunk=2048, warps=1, apply_p=1024, apply_warps=1)
 
 
-def merge(shape: Shape, chunks: int) -> Merge:
+def choose_merge(shape: Shape, chunks: int) -> Merge:
     """Return the launch of a merge, which latency limits: about 32 channels of whole groups per program."""
     groups = 1
     while 2 * groups <= shape.groups and 2 * groups * shape.depth <= 32:
         groups *= 2
     # Deep groups need small tiles; for the others, a least size means fewer kernels to compile.
-    block_k = pow2(chunks) if shape.depth > 64 else max(pow2(chunks), 16)
-    block_c = pow2(groups * shape.depth)
-    held = block_k * block_c * shape.sources  # of each source its own chunks
-    return Merge(groups, block_k, block_c, warps=4 if held <= 2048 else 8)
+    block_k = next_power_of_2(chunks) if shape.depth > 64 else max(next_power_of_2(chunks), 16)
+    block_c = next_power_of_2(groups * shape.depth)
+    elements = block_k * block_c * shape.sources  # of each source its own chunks
+    return Merge(groups, block_k, block_c, warps=4 if elements <= 2048 else 8)
 
 
-def mergeable(depth: int, chunks: list[int]) -> bool:
-    """Tell whether one merge holds so many chunks of each source at once, for groups of `depth` channels."""
-    return bool(chunks) and max(chunks) * pow2(depth) <= HELD
+def fits_one_merge(depth: int, chunks: list[int]) -> bool:
+    """Tell whether a merge can hold these numbers of chunks at once, one per source; `depth`: of a group."""
+    return bool(chunks) and max(chunks) * next_power_of_2(depth) <= MAX_MERGE_ELEMENTS

@@ -47,8 +47,8 @@ def empty_float(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def rows(t: Tensor | None) -> Tensor | None:
-    """Return a [N, C], or [C], whose channels are consecutive."""
+def with_consecutive_channels(t: Tensor | None) -> Tensor | None:
+    """Return `t` [N, C] or [C] with consecutive channels; a copy where they aren't."""
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
@@ -77,12 +77,12 @@ class Geometry:
         return self.spatial[-2] if self.dims == 2 else 1
 
     @property
-    def out(self) -> tuple[int, ...]:
+    def out_spatial(self) -> tuple[int, ...]:
         """Spatial sizes of the output."""
-        kept, own = self.spatial[: -self.dims], self.spatial[-self.dims :]
+        leading, resampled = self.spatial[: -self.dims], self.spatial[-self.dims :]
         if self.resample is None:
             return self.spatial
-        return (*kept, *(2 * s if self.resample == "up" else s // 2 for s in own))
+        return (*leading, *(2 * s if self.resample == "up" else s // 2 for s in resampled))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -90,7 +90,7 @@ class Geometry:
         return dict(
             N=self.n,
             P=math.prod(self.spatial),
-            P_OUT=math.prod(self.out),
+            P_OUT=math.prod(self.out_spatial),
             H=self.height,
             W=self.spatial[-1],
             C1=self.c1,
@@ -113,8 +113,8 @@ def geometry(x: Tensor, x2: Tensor | None, resample: str | None) -> Geometry:
 
 
 def x_bias_arguments(x_bias: Tensor | None) -> dict[str, Any]:
-    """Return the arguments of a kernel that give what is added to x, [C] or [N, C]."""
-    x_bias = rows(x_bias)
+    """Return the arguments of a kernel that describe x_bias, [C] or [N, C]."""
+    x_bias = with_consecutive_channels(x_bias)
     return dict(
         x_bias_ptr=x_bias, x_bias_stride=0 if x_bias is None or x_bias.dim() == 1 else x_bias.stride(0)
     )
@@ -123,8 +123,8 @@ def x_bias_arguments(x_bias: Tensor | None) -> dict[str, Any]:
 def affine_arguments(
     weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> dict[str, Any]:
-    """Return the arguments of a kernel that give weight, bias, scale and shift."""
-    scale, shift = rows(scale), rows(shift)
+    """Return the arguments of a kernel that describe weight, bias, scale and shift."""
+    scale, shift = with_consecutive_channels(scale), with_consecutive_channels(shift)
     return dict(
         weight_ptr=weight.contiguous(),
         bias_ptr=bias.contiguous(),

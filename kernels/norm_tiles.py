@@ -12,59 +12,59 @@ import triton.language as tl
 # Integer arguments for which the compiler makes no special variants. Only the channel counts determine how
 # wide a load may be; variants for the others would only add compilations, and an argument of 1 would become a
 # constant.
-PLAIN = [
+UNSPECIALISED = [
     *("N", "P", "P_OUT", "H", "W", "G", "D", "width", "pieces", "chunk", "chunks", "blocks", "span", "spans"),
     *("scale_stride", "shift_stride", "x_bias_stride", "chunk2", "chunks2"),
 ]
 
 
 @triton.jit
-def load_source(x_ptr, x2_ptr, n, position, inside, c, wanted, P, C1, C2):
-    """Load [x, x2] of image n in float32; 0 where not `inside` (positions) or not `wanted` (channels)."""
+def load_source(x_ptr, x2_ptr, n, position, p_mask, c, c_mask, P, C1, C2):
+    """Load [x, x2] of image n in float32; 0 where `p_mask` (positions) or `c_mask` (channels) is false."""
     row = (n.to(tl.int64) * P + position)[:, None]
-    own = inside[:, None] & (wanted & (c < C1))[None, :]
-    value = tl.load(x_ptr + row * C1 + c[None, :], mask=own, other=0.0).to(tl.float32)
+    x_mask = p_mask[:, None] & (c_mask & (c < C1))[None, :]
+    value = tl.load(x_ptr + row * C1 + c[None, :], mask=x_mask, other=0.0).to(tl.float32)
     if x2_ptr is not None:
-        other = inside[:, None] & (wanted & (c >= C1))[None, :]
-        second = tl.load(x2_ptr + row * C2 + (c - C1)[None, :], mask=other, other=0.0).to(tl.float32)
+        x2_mask = p_mask[:, None] & (c_mask & (c >= C1))[None, :]
+        second = tl.load(x2_ptr + row * C2 + (c - C1)[None, :], mask=x2_mask, other=0.0).to(tl.float32)
         value = tl.where((c < C1)[None, :], value, second)
     return value
 
 
 @triton.jit
-def store_source(dx_ptr, dx2_ptr, value, n, position, inside, c, wanted, P, C1, C2):
+def store_source(dx_ptr, dx2_ptr, value, n, position, p_mask, c, c_mask, P, C1, C2):
     """Write a tile of the gradient to the source that each channel came from."""
     row = (n.to(tl.int64) * P + position)[:, None]
-    own = inside[:, None] & (wanted & (c < C1))[None, :]
-    tl.store(dx_ptr + row * C1 + c[None, :], value, mask=own)
+    x_mask = p_mask[:, None] & (c_mask & (c < C1))[None, :]
+    tl.store(dx_ptr + row * C1 + c[None, :], value, mask=x_mask)
     if dx2_ptr is not None:
-        other = inside[:, None] & (wanted & (c >= C1))[None, :]
-        tl.store(dx2_ptr + row * C2 + (c - C1)[None, :], value, mask=other)
+        x2_mask = p_mask[:, None] & (c_mask & (c >= C1))[None, :]
+        tl.store(dx2_ptr + row * C2 + (c - C1)[None, :], value, mask=x2_mask)
 
 
 @triton.jit
-def load_dense(ptr, n, position, inside, c, wanted, P, C):
+def load_dense(ptr, n, position, p_mask, c, c_mask, P, C):
     """Load a tile of a dense tensor of P positions and C channels, in float32."""
     offset = (n.to(tl.int64) * P + position)[:, None] * C + c[None, :]
-    return tl.load(ptr + offset, mask=inside[:, None] & wanted[None, :], other=0.0).to(tl.float32)
+    return tl.load(ptr + offset, mask=p_mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_dense(ptr, value, n, position, inside, c, wanted, P, C):
+def store_dense(ptr, value, n, position, p_mask, c, c_mask, P, C):
     """Write a tile of a dense tensor of P positions and C channels."""
     offset = (n.to(tl.int64) * P + position)[:, None] * C + c[None, :]
-    tl.store(ptr + offset, value, mask=inside[:, None] & wanted[None, :])
+    tl.store(ptr + offset, value, mask=p_mask[:, None] & c_mask[None, :])
 
 
 @triton.jit
-def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_stride, shift_stride):
+def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, c_mask, scale_stride, shift_stride):
     """Return w' = weight (1 + scale) and b' = bias (1 + scale) + shift of the channels c of image n."""
-    w = tl.load(weight_ptr + c, mask=wanted, other=0.0).to(tl.float32)
-    b = tl.load(bias_ptr + c, mask=wanted, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + c, mask=c_mask, other=0.0).to(tl.float32)
+    b = tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
         row = n.to(tl.int64)
-        factor = 1.0 + tl.load(scale_ptr + row * scale_stride + c, mask=wanted, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + row * shift_stride + c, mask=wanted, other=0.0).to(tl.float32)
+        factor = 1.0 + tl.load(scale_ptr + row * scale_stride + c, mask=c_mask, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + row * shift_stride + c, mask=c_mask, other=0.0).to(tl.float32)
         w = w * factor
         b = b * factor + shift
     return w, b
@@ -74,83 +74,83 @@ def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, n, c, wanted, scale_strid
 def two_sum(a, b):
     """Return a + b rounded to float32, and the rounding remainder (Knuth 1969)."""
     total = a + b
-    of_b = total - a
-    return total, (a - (total - of_b)) + (b - of_b)
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
 
 
 @triton.jit
-def load_x_bias(x_bias_ptr, n, c, wanted, x_bias_stride):
-    """Return what is added to the channels c of image n before anything else."""
-    at = n.to(tl.int64) * x_bias_stride + c
-    return tl.load(x_bias_ptr + at, mask=wanted, other=0.0).to(tl.float32)
+def load_x_bias(x_bias_ptr, n, c, c_mask, x_bias_stride):
+    """Load the x_bias of the channels c of image n."""
+    index = n.to(tl.int64) * x_bias_stride + c
+    return tl.load(x_bias_ptr + index, mask=c_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def moments(about, total, squares, count):
-    """Return the mean, as a sum of two, and the squared deviations of `count` values of each channel.
+def moments(pivot, total, squares, count):
+    """Return the mean, as the sum of pivot and mean_offset, and the squared deviations of each channel.
 
-    total, squares: [positions, channels] sums of x - about and of its square.
+    total, squares: [positions, channels] sums of x - pivot and of its square. count: values of a channel.
     """
-    added = tl.sum(total, axis=0) / count
-    return about, added, tl.sum(squares, axis=0) - added * added * count
+    mean_offset = tl.sum(total, axis=0) / count
+    return pivot, mean_offset, tl.sum(squares, axis=0) - mean_offset * mean_offset * count
 
 
 @triton.jit
-def store_moments(partial_ptr, about, added, deviations, n, k, c, wanted, chunks, C):
-    """Write what `moments` gave of chunk k to partial [N, chunks, 3, C]."""
-    at = (n.to(tl.int64) * chunks + k) * 3 * C + c
-    tl.store(partial_ptr + at, about, mask=wanted)
-    tl.store(partial_ptr + at + C, added, mask=wanted)
-    tl.store(partial_ptr + at + 2 * C, deviations, mask=wanted)
+def store_moments(partial_ptr, pivot, mean_offset, deviations, n, k, c, c_mask, chunks, C):
+    """Write the results of `moments` for chunk k to partial [N, chunks, 3, C]."""
+    index = (n.to(tl.int64) * chunks + k) * 3 * C + c
+    tl.store(partial_ptr + index, pivot, mask=c_mask)
+    tl.store(partial_ptr + index + C, mean_offset, mask=c_mask)
+    tl.store(partial_ptr + index + 2 * C, deviations, mask=c_mask)
 
 
 @triton.jit
-def load_moments(partial_ptr, n, k, c, wanted, P, C, chunk, chunks):
-    """Return what `store_moments` wrote of the chunks k, and the positions of each: [chunks, channels]."""
-    there = (k < chunks)[:, None] & wanted[None, :]
-    at = ((n.to(tl.int64) * chunks + k) * 3 * C)[:, None] + c[None, :]
-    about = tl.load(partial_ptr + at, mask=there, other=0.0)
-    added = tl.load(partial_ptr + at + C, mask=there, other=0.0)
-    deviations = tl.load(partial_ptr + at + 2 * C, mask=there, other=0.0)
-    sizes = tl.where(there, tl.minimum(P - k * chunk, chunk).to(tl.float32)[:, None], 0.0)
-    return about, added, deviations, sizes
+def load_moments(partial_ptr, n, k, c, c_mask, P, C, chunk, chunks):
+    """Load the moments of the chunks k, and the number of positions of each chunk: [chunks, channels]."""
+    mask = (k < chunks)[:, None] & c_mask[None, :]
+    index = ((n.to(tl.int64) * chunks + k) * 3 * C)[:, None] + c[None, :]
+    pivot = tl.load(partial_ptr + index, mask=mask, other=0.0)
+    mean_offset = tl.load(partial_ptr + index + C, mask=mask, other=0.0)
+    deviations = tl.load(partial_ptr + index + 2 * C, mask=mask, other=0.0)
+    sizes = tl.where(mask, tl.minimum(P - k * chunk, chunk).to(tl.float32)[:, None], 0.0)
+    return pivot, mean_offset, deviations, sizes
 
 
 @triton.jit
-def without_x_bias(mean, low, x_bias_ptr, n, c, wanted, x_bias_stride):
+def subtract_x_bias(mean, low, x_bias_ptr, n, c, c_mask, x_bias_stride):
     """Return the mean to subtract from each channel of x before x_bias is added: a sum of two numbers."""
     if x_bias_ptr is not None:
-        mean, left_out = two_sum(mean, -load_x_bias(x_bias_ptr, n, c, wanted, x_bias_stride))
-        low += left_out
+        mean, remainder = two_sum(mean, -load_x_bias(x_bias_ptr, n, c, c_mask, x_bias_stride))
+        low += remainder
     return mean, low
 
 
 @triton.jit
-def load_statistics(mean_ptr, rstd_ptr, x_bias_ptr, n, c, wanted, N, G, D, x_bias_stride):
+def load_statistics(mean_ptr, rstd_ptr, x_bias_ptr, n, c, c_mask, N, G, D, x_bias_stride):
     """Load the mean to subtract from each channel of x, its rounding remainder, and rstd of its group.
 
     mean_ptr is [2, N, G].
     """
-    at = n.to(tl.int64) * G + c // D
+    index = n.to(tl.int64) * G + c // D
     low_ptr = mean_ptr + N.to(tl.int64) * G
-    mean = tl.load(mean_ptr + at, mask=wanted, other=0.0)
-    low = tl.load(low_ptr + at, mask=wanted, other=0.0)
-    mean, low = without_x_bias(mean, low, x_bias_ptr, n, c, wanted, x_bias_stride)
-    return mean, low, tl.load(rstd_ptr + at, mask=wanted, other=0.0)
+    mean = tl.load(mean_ptr + index, mask=c_mask, other=0.0)
+    low = tl.load(low_ptr + index, mask=c_mask, other=0.0)
+    mean, low = subtract_x_bias(mean, low, x_bias_ptr, n, c, c_mask, x_bias_stride)
+    return mean, low, tl.load(rstd_ptr + index, mask=c_mask, other=0.0)
 
 
 @triton.jit
-def store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, wanted, N, G, D):
+def store_statistics(mean_ptr, rstd_ptr, mean, low, rstd, n, c, lane, c_mask, N, G, D):
     """Write the statistics of each group, from the lane of its first channel."""
-    at = n.to(tl.int64) * G + c // D
-    first = wanted & (lane % D == 0)
-    tl.store(mean_ptr + at, mean, mask=first)
-    tl.store(mean_ptr + N.to(tl.int64) * G + at, low, mask=first)
-    tl.store(rstd_ptr + at, rstd, mask=first)
+    index = n.to(tl.int64) * G + c // D
+    first = c_mask & (lane % D == 0)
+    tl.store(mean_ptr + index, mean, mask=first)
+    tl.store(mean_ptr + N.to(tl.int64) * G + index, low, mask=first)
+    tl.store(rstd_ptr + index, rstd, mask=first)
 
 
 @triton.jit
-def over_group(value, lane, D, SINGLE: tl.constexpr):
+def group_sum(value, lane, D, SINGLE: tl.constexpr):
     """Return the sum of `value` [channels] over the group of each channel; a group begins at lane 0.
 
     Other groups are masked by a select, not by a product with 0: a NaN must stay in its group.
@@ -164,7 +164,7 @@ def over_group(value, lane, D, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def first_of_block(q, H, W, DIMS: tl.constexpr):
+def first_pooled_position(q, H, W, DIMS: tl.constexpr):
     """Return the first input position that is averaged into output position q.
 
     The last row or column of an odd size is averaged into none.
@@ -178,7 +178,7 @@ def first_of_block(q, H, W, DIMS: tl.constexpr):
 
 
 @triton.jit
-def first_of_copies(p, W, DIMS: tl.constexpr):
+def first_copy_position(p, W, DIMS: tl.constexpr):
     """Return the first output position that gets a copy of input p; the others are +1, +2 W and +2 W + 1."""
     row = p // W
     column = p - row * W
@@ -186,30 +186,30 @@ def first_of_copies(p, W, DIMS: tl.constexpr):
 
 
 @triton.jit
-def load_unresampled(
-    dy_ptr, n, p, inside, c, wanted, P_OUT, H, W, C, RESAMPLE: tl.constexpr, DIMS: tl.constexpr
+def load_output_gradient(
+    dy_ptr, n, p, p_mask, c, c_mask, P_OUT, H, W, C, RESAMPLE: tl.constexpr, DIMS: tl.constexpr
 ):
     """Load the gradient of the output, brought back to input positions p, in float32."""
     if RESAMPLE == "up":
-        first = first_of_copies(p, W, DIMS)
-        value = load_dense(dy_ptr, n, first, inside, c, wanted, P_OUT, C)
-        value += load_dense(dy_ptr, n, first + 1, inside, c, wanted, P_OUT, C)
+        first = first_copy_position(p, W, DIMS)
+        value = load_dense(dy_ptr, n, first, p_mask, c, c_mask, P_OUT, C)
+        value += load_dense(dy_ptr, n, first + 1, p_mask, c, c_mask, P_OUT, C)
         if DIMS == 2:
-            value += load_dense(dy_ptr, n, first + 2 * W, inside, c, wanted, P_OUT, C)
-            value += load_dense(dy_ptr, n, first + 2 * W + 1, inside, c, wanted, P_OUT, C)
+            value += load_dense(dy_ptr, n, first + 2 * W, p_mask, c, c_mask, P_OUT, C)
+            value += load_dense(dy_ptr, n, first + 2 * W + 1, p_mask, c, c_mask, P_OUT, C)
     elif RESAMPLE == "down":
         row = p // W
         column = (p - row * W) // 2
-        kept = inside & (column < W // 2)
+        used_mask = p_mask & (column < W // 2)
         if DIMS == 2:
             plane = row // H
             row_of_plane = (row - plane * H) // 2
-            kept = kept & (row_of_plane < H // 2)
+            used_mask = used_mask & (row_of_plane < H // 2)
             row = plane * (H // 2) + row_of_plane
-        at = row * (W // 2) + column
-        value = load_dense(dy_ptr, n, at, kept, c, wanted, P_OUT, C) * (0.5 / DIMS)
+        index = row * (W // 2) + column
+        value = load_dense(dy_ptr, n, index, used_mask, c, c_mask, P_OUT, C) * (0.5 / DIMS)
     else:
-        value = load_dense(dy_ptr, n, p, inside, c, wanted, P_OUT, C)
+        value = load_dense(dy_ptr, n, p, p_mask, c, c_mask, P_OUT, C)
     return value
 
 
@@ -223,7 +223,7 @@ def activate(x, mean, a, b, SILU: tl.constexpr):
 
 
 @triton.jit
-def through_activation(g, x, mean, a, b, SILU: tl.constexpr):
+def activation_backward(g, x, mean, a, b, SILU: tl.constexpr):
     """Return du = g act'(u), and x - mean; u is recomputed from x."""
     centred = x - mean[None, :]
     if SILU:

@@ -29,7 +29,7 @@ from admfast.models.fold import FoldableNet, FoldOptions, Projected
 from admfast.models.hooks import parts
 from admfast.models.layers import timestep_embedding
 from admfast.models.unet import through_blocks
-from admfast.ops.transforms import in_autocast, in_program
+from admfast.ops.transforms import in_autocast, in_program_trace
 
 MAKES = (PUBLISHED, EDM, DIFFUSERS)
 
@@ -61,7 +61,7 @@ class AcceleratedNet(FoldableNet):
 
     def fold_now(self) -> None:
         """Fold the weights for this call, unless folded weights can't be used in it."""
-        if self.training or torch.compiler.is_compiling() or in_program():
+        if self.training or torch.compiler.is_compiling() or in_program_trace():
             return
         # `parameters()` takes five times as long.
         held = (module._parameters.values() for module in (self, *parts(self)))

@@ -14,8 +14,8 @@ from admfast.accelerate.codes import ACTIVATION, NORM, foreign
 from admfast.accelerate.trials import bare_copy, close, random
 from admfast.models import convolution, layers
 from admfast.ops.conv import FoldedConv
-from admfast.ops.layout import channels_together
-from admfast.ops.transforms import deriving
+from admfast.ops.layout import to_torch_channels_last
+from admfast.ops.transforms import plain_eager_mode
 
 
 class Watchful(convolution.FoldableConv):
@@ -31,7 +31,7 @@ class Watchful(convolution.FoldableConv):
     def folded(self) -> FoldedConv | None:
         # A compiled program would not notice writes to the weights.
         found = None if torch.compiler.is_compiling() else super().folded
-        return found if found is None or found.holds else None
+        return found if found is None or found.is_current else None
 
 
 def _watchful(ours: type[convolution.FoldableConv]) -> type[nn.Module]:
@@ -52,7 +52,7 @@ class _Entrance(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         folded: FoldedConv | None = self.folded  # type: ignore[assignment]
         x = x if folded is None or self.any_dtype else x.to(folded.dtype)
-        return super().forward(channels_together(x) if x.dim() == 4 else x)  # type: ignore[misc]
+        return super().forward(to_torch_channels_last(x) if x.dim() == 4 else x)  # type: ignore[misc]
 
 
 class _Exit(nn.Module):
@@ -96,7 +96,7 @@ def is_norm(module: Any) -> bool:
         return False
     if not isinstance(groups, int) or not isinstance(eps, float) or foreign(own_class(module), NORM):
         return False
-    with deriving():
+    with plain_eager_mode():
         norm: Any = bare_copy(module)
         x = 0.01 * random(2, len(weight), 3, 3, seed=1).to(weight.device)  # so that eps matters
         wanted = nn.functional.group_norm(x, groups, norm.weight, norm.bias, eps)
@@ -110,7 +110,7 @@ def is_silu(module: Any) -> bool:
     if foreign(own_class(module), ACTIVATION):
         return False
     x = torch.linspace(-8, 8, 65, device="cpu")
-    with deriving():
+    with plain_eager_mode():
         return close(module(x.clone()), nn.functional.silu(x))
 
 

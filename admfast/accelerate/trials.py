@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.ops.transforms import deriving
+from admfast.ops.transforms import plain_eager_mode
 
 # Largest relative difference of equal results: half of float32's digits, far more than rounding changes.
 SAME = torch.finfo(torch.float32).eps ** 0.5
@@ -23,7 +23,7 @@ SIZES = ((2, 4), (1, 4), (3, 2), (4, 2), (5, 2))
 
 def agrees(block: nn.Module, conversion: Conversion, inputs: Inputs) -> bool:
     """Tell whether a copy of a block gives the same results before and after a conversion."""
-    with deriving(), torch.random.fork_rng(_generators()):
+    with plain_eager_mode(), torch.random.fork_rng(_generators()):
         trial = bare_copy(block)
         given = [inputs(trial, *size) for size in SIZES]
         given.append([0.01 * t for t in given[0]])
@@ -53,7 +53,7 @@ def bare_copy(module: nn.Module) -> nn.Module:
         for name, value in vars(part).items():
             if name.endswith("_hooks") and isinstance(value, dict):
                 memo[id(value)] = type(value)()
-    with deriving():
+    with plain_eager_mode():
         bare = copy.deepcopy(module, memo).float().eval()
         for i, parameter in enumerate(bare.parameters()):
             values = random(*parameter.shape, seed=i).to(parameter.device)

@@ -23,7 +23,7 @@ from admfast.accelerate.classes import own_class
 from admfast.accelerate.codes import EMBEDDING, compares, foreign_function
 from admfast.accelerate.trials import close, random
 from admfast.models.layers import timestep_embedding
-from admfast.ops.transforms import deriving
+from admfast.ops.transforms import plain_eager_mode
 
 _COMMON = (
     *("th", "torch", "nn", "F", "shape", "type", "dtype", "append", "cat"),
@@ -122,7 +122,7 @@ def _difference(net: Any, cls: type, function: Any, kind: str) -> str | None:
     embedding = function.__globals__.get("timestep_embedding")
     if inspect.isfunction(embedding) and (reason := foreign_function(embedding, EMBEDDING, NUMBERS)):
         return f"calls a timestep_embedding that {reason}"
-    with deriving():
+    with plain_eager_mode():
         for given, labels in _trials(net, kind):
             try:
                 stub = _stub(net)

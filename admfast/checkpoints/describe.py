@@ -25,7 +25,7 @@ from admfast.files.paths import user_path
 from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, build
 from admfast.models.hooks import staying_fused
 from admfast.models.presets import MODELS, ModelPreset
-from admfast.ops.dispatch import using
+from admfast.ops.dispatch import override_impl
 
 Row = tuple[str, str]
 
@@ -70,7 +70,7 @@ def forward_work(
     live = LiveBytes(net, inputs)
     # Fused kernels don't run on meta tensors, and the counter can't count them. `staying_fused`: because of
     # the counter's hooks on every module, the network would otherwise run layer by layer.
-    with using("reference"), torch.no_grad(), staying_fused(), counter, live:
+    with override_impl("reference"), torch.no_grad(), staying_fused(), counter, live:
         net(**inputs)
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     return ForwardWork(counter.get_total_flops(), weights, live.peak)
@@ -87,7 +87,7 @@ def guidance_flops(config: ClassifierConfig, sides: Sequence[int] | None = None)
     with torch.device("meta"):
         net = build(config).requires_grad_(False)
         x, t = network_inputs(config, 1, sides).values()
-    with using("reference"), FlopCounterMode(display=False) as counter:
+    with override_impl("reference"), FlopCounterMode(display=False) as counter:
         net(x.requires_grad_(True), t).sum().backward()  # the counter can't follow torch.autograd.grad
     return counter.get_total_flops()
 

@@ -24,10 +24,10 @@ def examples(device: str) -> Iterator[Example]:
     for cases in all_cases():
         if cases.op not in TABLES:
             continue
-        for dtype in DTYPES[device] if cases.typed is not None else DTYPES[device][:1]:
-            name = None if cases.typed is None else str(dtype).removeprefix("torch.")
+        for dtype in DTYPES[device] if cases.dtype_of is not None else DTYPES[device][:1]:
+            name = None if cases.dtype_of is None else str(dtype).removeprefix("torch.")
             for gradient in (False, True) if cases.differentiable else (False,):
-                words = (device, name, cases.typed, "with gradient" if gradient else None)
+                words = (device, name, cases.dtype_of, "with gradient" if gradient else None)
                 yield cases.op, " ".join(filter(None, words)), partial(_run, cases, device, dtype, gradient)
 
 

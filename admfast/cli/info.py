@@ -11,11 +11,11 @@ import torch
 
 from admfast import __version__
 from admfast.cli.examples import examples
-from admfast.engine.numerics import CHOSEN_BY
+from admfast.engine.numerics import THREAD_VARIABLES
 from admfast.errors import AdmfastError
 from admfast.files.tables import table
 from admfast.host import PASSIVE
-from admfast.ops import TABLES, watch
+from admfast.ops import TABLES, record_choices
 from admfast.ops.native import build_info, instruction_set, reason_missing
 
 
@@ -33,7 +33,14 @@ def run_info() -> None:
         ("compiled ops", _build()),
         ("CPU loops", f"none: {why_not}" if why_not else instruction_set()),
     ]
-    for name in ("ADMFAST_IMPL", "ADMFAST_CPU_ISA", "ADMFAST_BUILD", "ADMFAST_MIRROR", *CHOSEN_BY, *PASSIVE):
+    for name in (
+        "ADMFAST_IMPL",
+        "ADMFAST_CPU_ISA",
+        "ADMFAST_BUILD",
+        "ADMFAST_MIRROR",
+        *THREAD_VARIABLES,
+        *PASSIVE,
+    ):
         rows.append((name, os.environ.get(name, "not set")))
     print(table(rows))
     print()
@@ -47,7 +54,7 @@ def _implementations() -> list[tuple[str, str]]:
     rows = []
     for op, entry in TABLES.items():
         for implementation in entry.implementations:
-            reason = implementation.available()
+            reason = implementation.reason_missing()
             rows.append((f"{op}: {implementation.name}", "available" if reason is None else f"no: {reason}"))
     return rows
 
@@ -59,14 +66,14 @@ def _choices() -> list[tuple[str, str]]:
     for device in devices:
         for op, call, run in examples(device):
             try:
-                with watch() as seen:
+                with record_choices() as seen:
                     run()
                 choice = next(choice for choice in seen if choice.op == op)
             except AdmfastError as error:
                 rows.append((f"{op}, {call}", f"refused: {error}"))
                 continue
-            because = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
-            because = because or (f"asked for by {choice.asked_by}" if choice.asked_by else "")
+            because = "; ".join(f"{name}: {reason}" for name, reason in choice.skip_reasons.items())
+            because = because or (f"asked for by {choice.requested_by}" if choice.requested_by else "")
             rows.append((f"{op}, {call}", f"{choice.name} ({because})" if because else choice.name))
     return rows
 

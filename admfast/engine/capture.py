@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from admfast.errors import first_line
-from admfast.ops.dispatch import watch
+from admfast.ops.dispatch import record_choices
 
 if TYPE_CHECKING:
     from admfast.engine.step import PreparedStep
@@ -22,7 +22,7 @@ LOG = logging.getLogger("admfast")
 WARM_UPS = 3  # these compile kernels and let cuDNN search; neither is possible during a capture
 # torch hands out 32 streams in turn for each priority. A capture on a stream that a user's thread uses would
 # record that thread's kernels, so captures have a priority of their own.
-PRIORITY = -1
+CAPTURE_PRIORITY = -1
 # torch allows one capture at a time in a process, and cuDNN's setting belongs to the process too.
 _CAPTURING = threading.Lock()
 
@@ -35,42 +35,46 @@ def capture(step: PreparedStep) -> None:
     an error in other threads that draw from CUDA's default generator, because every capture occupies it.
     """
     device, outer = step.state.x.device, sys.exception()
-    with _CAPTURING, torch.cuda.device(device), torch.no_grad(), _searching():
-        here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device, priority=PRIORITY)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
+    with _CAPTURING, torch.cuda.device(device), torch.no_grad(), _cudnn_search():
+        caller_stream, capture_stream = (
+            torch.cuda.current_stream(device),
+            torch.cuda.Stream(device, priority=CAPTURE_PRIORITY),
+        )
+        capture_stream.wait_stream(caller_stream)
+        with torch.cuda.stream(capture_stream):
             for guided, body in step.bodies.items():
                 for _ in range(WARM_UPS):
                     step.counters.zero_()
-                    with watch() as step.choices[guided]:  # recorded now, because a replay chooses nothing
+                    # Recorded now, because a replay chooses nothing.
+                    with record_choices() as step.choices[guided]:
                         body()
-        here.wait_stream(side)
+        caller_stream.wait_stream(capture_stream)
         torch.cuda.synchronize(device)
         # Clear cuBLAS's workspaces before and after the capture: if the graphs used a workspace from the
         # warm-up, or left one behind, other code could clear it later and invalidate their address of it.
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            with _uncollected():
-                step.bodies.update(_captured(step.bodies, side, here))
+            with _no_garbage_collection():
+                step.bodies.update(_capture_bodies(step.bodies, capture_stream, caller_stream))
             step.captured = True
         except RuntimeError as error:
-            first = first_of(error, outer)
+            cause = root_cause(error, outer)
             try:
                 # Neither a lack of memory nor an interrupt means that CUDA refuses.
-                if isinstance(first, torch.cuda.OutOfMemoryError) or not isinstance(first, Exception):
-                    raise first from None
-                step.refused = first_line(first)
+                if isinstance(cause, torch.cuda.OutOfMemoryError) or not isinstance(cause, Exception):
+                    raise cause from None
+                step.refusal = first_line(cause)
             finally:
                 # A frame that holds the error it raises is a reference cycle, which would keep the memory of
                 # the failed capture.
-                del first
-            LOG.warning("kernels are launched one by one: no CUDA graph of the step (%s)", step.refused)
+                del cause
+            LOG.warning("kernels are launched one by one: no CUDA graph of the step (%s)", step.refusal)
         finally:
             torch._C._cuda_clearCublasWorkspaces()
 
 
-def _captured(
-    bodies: dict[bool, Callable[[], None]], stream: torch.cuda.Stream, home: torch.cuda.Stream
+def _capture_bodies(
+    bodies: dict[bool, Callable[[], None]], stream: torch.cuda.Stream, caller_stream: torch.cuda.Stream
 ) -> dict[bool, Callable[[], None]]:
     """Capture the bodies on `stream`; return their replays, which share memory because they never overlap."""
     pool, outer = torch.cuda.graph_pool_handle(), sys.exception()
@@ -85,8 +89,8 @@ def _captured(
                 finished = True
         except RuntimeError as error:
             # If the end of a capture raises, the capture's stream remains the current one.
-            torch.cuda.set_stream(home)
-            if finished or first_of(error, outer) is not error:
+            torch.cuda.set_stream(caller_stream)
+            if finished or root_cause(error, outer) is not error:
                 _clean_up(stream.device, pool)
             raise
         captured[guided] = graph.replay
@@ -110,19 +114,19 @@ def _clean_up(device: torch.device, pool: Any) -> None:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def _no_garbage_collection() -> Iterator[None]:
     """Turn Python's garbage collector off during a capture: destroying an old graph would end the new one."""
     gc.collect()
-    was = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
-def first_of(error: BaseException, outer: BaseException | None) -> BaseException:
+def root_cause(error: BaseException, outer: BaseException | None) -> BaseException:
     """Return the error that caused this one: after an error, the end of the capture raises another error.
 
     outer: the exception that the caller was handling when the capture began; it is not the cause.
@@ -133,7 +137,7 @@ def first_of(error: BaseException, outer: BaseException | None) -> BaseException
 
 
 @contextlib.contextmanager
-def _searching() -> Iterator[None]:
+def _cudnn_search() -> Iterator[None]:
     """Let cuDNN time its algorithms for each shape and use the fastest, unless they must be deterministic."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark

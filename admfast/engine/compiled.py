@@ -32,9 +32,9 @@ _COMPILING = threading.RLock()
 # TF32 factors, which float32 on a GPU may have. In float32, the rounding of sums dominates.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 TF32_ROUNDING, FLOAT32_ROUNDING = 2.0**-11, 2e-5
-STEPS = 10_000  # maximum number of compiled steps in a process
+MAX_COMPILED_STEPS = 10_000  # maximum number of compiled steps in a process
 # First known version of torch that can trace a gradient in an input made inside the graph; 2.11 can't.
-TRACES_GRADIENTS = "2.13"
+FIRST_TORCH_TRACING_GRADIENTS = "2.13"
 
 
 def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -> None:
@@ -52,33 +52,35 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
     """
     from torch._dynamo.exc import BackendCompilerFailed
 
-    kind = step.state.x.device.type
-    if step.key.guided and torch.__version__ < TRACES_GRADIENTS:
-        reason = f"a guided step needs torch {TRACES_GRADIENTS} or later, this is {torch.__version__}"
+    device_type = step.state.x.device.type
+    if step.key.guided and torch.__version__ < FIRST_TORCH_TRACING_GRADIENTS:
+        reason = (
+            f"a guided step needs torch {FIRST_TORCH_TRACING_GRADIENTS} or later, this is {torch.__version__}"
+        )
         raise Unavailable(f"compile=True: {reason}; without compile it runs as a CUDA graph")
     if cache is not None:
         check_folder(cache)
-    with _kept_in(cache):
+    with _cache_folder(cache):
         for guided in list(step.bodies):
             body = functools.partial(step.body, guided)
-            began = time.monotonic()
-            x = _fill(step, guided)
+            start = time.monotonic()
+            x = _fill_test_row(step, guided)
             # An eager run first: what layers derive at their first call must exist before they are traced.
-            eager = _row(step, body, x)
+            eager_result = _run_test_row(step, body, x)
             noise = torch.randn(x.shape, generator=_generator(x.device, 1), device=x.device)
-            rounded = _row(step, body, x + _rounding(step) * x * noise)
+            perturbed_result = _run_test_row(step, body, x + _relative_rounding(step) * x * noise)
             LOG.warning("compiling the %s step of %s ...", "guided" if guided else "plain", step.key.shape)
-            compiled = compiled_body(body, kind)
+            compiled_fn = compiled_body(body, device_type)
             try:
-                found = _row(step, compiled, x)
+                compiled_result = _run_test_row(step, compiled_fn, x)
             except BackendCompilerFailed as error:
                 cause = error.inner_exception
                 reason = f"torch raises {type(cause).__name__} ({first_line(cause)}); turn compile off"
                 raise Unavailable(f"compile=True: {reason}") from error
-            _check(step, found, eager, rounded)
-            step.bodies[guided] = compiled
+            _check_results(step, compiled_result, eager_result, perturbed_result)
+            step.bodies[guided] = compiled_fn
             step.compiled = True
-            LOG.warning("compiled in %.0f s", time.monotonic() - began)
+            LOG.warning("compiled in %.0f s", time.monotonic() - start)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -94,16 +96,16 @@ def check_compiler(device: torch.device) -> None:
         raise Unavailable(f"compile=True: {reason}; install g++ or clang++, or turn compile off") from error
 
 
-def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:
+def compiled_body(body: Callable[[], None], device_type: str) -> Callable[[], None]:
     """Return `body` as a function that torch compiles at its first call. kind: type of the device."""
     options: dict[str, object] = {}
-    if kind == "cuda":
+    if device_type == "cuda":
         import torch._inductor as inductor
 
         options = inductor.list_mode_options("max-autotune-no-cudagraphs")
         # torch 2.11's Triton template of a 3x3 convolution can give wrong numbers with 8 warps.
         options |= {"max_autotune_conv_backends": "ATEN"}
-    traced = torch.compile(body, fullgraph=True, options=options)  # type: ignore[arg-type]
+    compiled_fn = torch.compile(body, fullgraph=True, options=options)  # type: ignore[arg-type]
 
     @functools.wraps(body)
     def run() -> None:
@@ -111,26 +113,26 @@ def compiled_body(body: Callable[[], None], kind: str) -> Callable[[], None]:
         # limits are raised because torch allows eight compilations of one code, and every step needs one.
         settings = {
             "trace_autograd_ops": True,
-            "recompile_limit": STEPS,
-            "accumulated_recompile_limit": STEPS,
+            "recompile_limit": MAX_COMPILED_STEPS,
+            "accumulated_recompile_limit": MAX_COMPILED_STEPS,
         }
         with torch._dynamo.config.patch(settings):  # type: ignore[attr-defined]
-            traced()
+            compiled_fn()
 
     return run
 
 
 @contextlib.contextmanager
-def _kept_in(folder: str | PathLike[str] | None) -> Iterator[None]:
+def _cache_folder(folder: str | PathLike[str] | None) -> Iterator[None]:
     """Let torch and Triton store code compiled within the block in `folder`; None: in the default folders."""
     with _COMPILING:
         if folder is None:
             yield
             return
         path = Path(folder).resolve()
-        places = {"TORCHINDUCTOR_CACHE_DIR": str(path), "TRITON_CACHE_DIR": str(path / "triton")}
-        before = {name: os.environ.get(name) for name in places}
-        os.environ.update(places)
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(path), "TRITON_CACHE_DIR": str(path / "triton")}
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
             yield
         finally:
@@ -144,25 +146,25 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def _fill(step: PreparedStep, guided: bool) -> Tensor:
+def _fill_test_row(step: PreparedStep, guided: bool) -> Tensor:
     """Fill a step with a row that sets x_0 to the network's output and x to the gradient; return its x."""
     device = step.state.x.device
     generator = _generator(device, 0)
     packed = pack([Row(0.0, 0.0, k_out=1.0, k_mean=float(guided), clip=Clip.NONE)], device)
     step.table.host[:1] = packed.host
     step.table.device[:1] = packed.device
-    step.gradient_scale.fill_(1 / LOSS_SCALE)
+    step.gradient_factor.fill_(1 / LOSS_SCALE)
     step.timesteps.fill_(500)
     if step.low_res is not None:
         step.low_res.normal_(generator=generator)
     for name, column in (("net", 0), ("classifier", 1)):
         if name in step.embeddings:
-            labels = step.labels if name == "net" and step.key.classes else None
+            labels = step.labels if name == "net" and step.key.with_labels else None
             step.embeddings[name].fill(step.timesteps[column, :1], labels)
     return torch.randn(step.state.x.shape, generator=generator, device=device)
 
 
-def _row(step: PreparedStep, run: Callable[[], None], x: Tensor) -> tuple[Tensor, Tensor]:
+def _run_test_row(step: PreparedStep, run: Callable[[], None], x: Tensor) -> tuple[Tensor, Tensor]:
     """Run the row on x; return the network's output and the guidance gradient."""
     step.state.x.copy_(x)
     step.counters.zero_()
@@ -171,35 +173,35 @@ def _row(step: PreparedStep, run: Callable[[], None], x: Tensor) -> tuple[Tensor
     return step.state.x0.clone(), step.state.x.clone()
 
 
-def _rounding(step: PreparedStep) -> float:
+def _relative_rounding(step: PreparedStep) -> float:
     """Return the relative rounding error of a layer in the network that rounds most."""
-    exact = TF32_ROUNDING if step.state.x.device.type == "cuda" else FLOAT32_ROUNDING
+    float32_rounding = TF32_ROUNDING if step.state.x.device.type == "cuda" else FLOAT32_ROUNDING
     dtypes = [net.torso_dtype for net in (step.net, step.classifier) if net is not None]
-    return max(ROUNDING.get(dtype, exact) for dtype in dtypes)
+    return max(ROUNDING.get(dtype, float32_rounding) for dtype in dtypes)
 
 
-def _check(
+def _check_results(
     step: PreparedStep,
     compiled: tuple[Tensor, Tensor],
     eager: tuple[Tensor, Tensor],
-    rounded: tuple[Tensor, Tensor],
+    perturbed: tuple[Tensor, Tensor],
 ) -> None:
     """Reject a compiled row that differs from the eager one by more than rounding.
 
-    rounded: the eager row for an x with the rounding error of one layer. The errors of L layers are
+    perturbed: the eager row for an x with the rounding error of one layer. The errors of L layers are
     independent and add up to sqrt(L) times that error. Both rows round, which doubles the number of errors. A
     gradient passes the layers twice, which doubles it again.
     """
-    parts = (("network's output", step.net, 2), ("guidance gradient", step.classifier, 4))
-    for i, (name, net, times) in enumerate(parts):
+    outputs = (("network's output", step.net, 2), ("guidance gradient", step.classifier, 4))
+    for i, (name, net, roundings) in enumerate(outputs):
         if net is None or not eager[i].isfinite().all():  # sampling reports values that aren't finite
             continue
         layers = sum(isinstance(getattr(module, "weight", None), Tensor) for module in net.modules())
         difference = float((compiled[i] - eager[i]).norm())
-        allowed = math.sqrt(times * layers) * float((rounded[i] - eager[i]).norm())
+        allowed = math.sqrt(roundings * layers) * float((perturbed[i] - eager[i]).norm())
         if not difference <= allowed:
-            size = float(eager[i].norm()) or 1.0
+            norm = float(eager[i].norm()) or 1.0
             raise Unavailable(
                 f"compile=True: the compiled step is wrong: its {name} has a relative error of "
-                f"{difference / size:.2g}, but rounding causes at most {allowed / size:.2g}; turn compile off"
+                f"{difference / norm:.2g}, but rounding causes at most {allowed / norm:.2g}; turn compile off"
             )

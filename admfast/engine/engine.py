@@ -16,15 +16,15 @@ from torch import Tensor
 from admfast import host
 from admfast.engine.capture import capture
 from admfast.engine.compiled import check_compiler, compile_step
-from admfast.engine.numerics import chosen_threads, on_threads
+from admfast.engine.numerics import choose_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
 from admfast.engine.replay import Replay
-from admfast.engine.step import Batch, PreparedStep, StepKey, check_generations, generations_of
-from admfast.engine.threads import convolution, threads_for
+from admfast.engine.step import Batch, PreparedStep, StepKey, check_fold_generations, fold_generations
+from admfast.engine.threads import convolution_operations, threads_for
 from admfast.models.fold import FOLDING, FoldableNet
 from admfast.models.hooks import FusedBlock
-from admfast.ops.dispatch import setting
+from admfast.ops.dispatch import impl_setting
 
 LOG = logging.getLogger("admfast")
 
@@ -44,7 +44,7 @@ class Engine:
     ):
         self.net, self.classifier, self.policy = net, classifier, policy
         self.options = options or EngineOptions()
-        self._fold = policy.folding(self.options.fold)
+        self._fold_options = policy.fold_options(self.options.fold)
         if self.options.compile:
             check_compiler(self.device)
         # By kind of step and by the implementations named by `impl` and by ADMFAST_IMPL.
@@ -65,7 +65,7 @@ class Engine:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def ready(self, guided: bool = True) -> None:
+    def ensure_folded(self, guided: bool = True) -> None:
         """Fold the networks if the options require it, unless their forms are up to date.
 
         New values are written into the same memory. If they don't fit there, the forms are made again and the
@@ -80,40 +80,40 @@ class Engine:
                     continue
                 if self.options.fold is None and net.fold_options is None and not self.options.prepared:
                     continue  # no form and no prepared step depends on the network
-                own = next(net.parameters()).dtype
+                dtype_now = next(net.parameters()).dtype
                 # Policies apply to float32 networks only; float64 networks keep their dtype. If `fold` is
                 # None, this unfolds the network, which another pipeline may have folded.
-                if own == torch.float64:
-                    net.ensure_folded(self.options.fold, own)
+                if dtype_now == torch.float64:
+                    net.ensure_folded(self.options.fold, dtype_now)
                 else:
-                    net.ensure_folded(self._fold, dtype)
+                    net.ensure_folded(self._fold_options, dtype)
             self._drop_outdated()
 
     def _drop_outdated(self) -> None:
         """Drop the cached steps whose networks have changed since."""
-        generations = generations_of(self._networks())
+        generations = fold_generations(self._networks())
         for key, step in list(self._steps.items()):
             if step.generations != generations[: len(step.generations)]:
                 del self._steps[key]
 
-    def unchanged(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return `model` on a step's number of threads; it raises once a network is folded differently."""
+    def guard_model(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return `model` run on a step's number of threads; it raises once a network is folded again."""
         networks = self._networks()
-        generations = generations_of(networks)
+        generations = fold_generations(networks)
 
-        def checked(x: Tensor, t: Tensor) -> Tensor:
-            check_generations(networks, generations)
+        def guarded(x: Tensor, t: Tensor) -> Tensor:
+            check_fold_generations(networks, generations)
             if x.device.type != "cpu":
                 return model(x, t)
             with on_threads(self._threads(x.shape)):
                 return model(x, t)
 
-        return checked
+        return guarded
 
     def _threads(self, shape: Sequence[int]) -> int:
         """Return the number of CPU threads for a row by Python functions; shape: (N, C, *spatial)."""
-        own = threads_for(convolution(self.net.config, shape), host.cpus())  # type: ignore[arg-type]
-        return chosen_threads(self.options.threads, own)
+        default = threads_for(convolution_operations(self.net.config, shape), host.cpus())  # type: ignore[arg-type]
+        return choose_threads(self.options.threads, default)
 
     def describe(self, step: PreparedStep | None, shape: Sequence[int], guided: bool) -> dict[str, Any]:
         """Return how a batch ran, and why it was not captured or compiled.
@@ -123,9 +123,9 @@ class Engine:
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net, "classifier": self.classifier if guided else None}
-        unreplayed = _why_not(step, "captured", "EngineOptions(graph=False)")
+        unreplayed = _reason_not(step, "captured", "EngineOptions(graph=False)")
         if step is not None and step.replays:
-            reasons = (step.replays[kind].unused for kind in set(step.guided))
+            reasons = (step.replays[is_guided].reason_not_replayed for is_guided in set(step.guided))
             unreplayed = next(filter(None, reasons), None)
         if step is not None:
             threads = step.threads
@@ -133,8 +133,8 @@ class Engine:
             threads = self._threads(shape) if on_cpu else None
         return {
             "unreplayed": unreplayed,
-            "uncompiled": _why_not(step, "compiled") if options.compile else "not requested",
-            # Without prepared steps, `ready` may not have looked for hooks, so `altered` may be out of date.
+            "uncompiled": _reason_not(step, "compiled") if options.compile else "not requested",
+            # Without prepared steps, `ensure_folded` may not look for hooks, so `altered` may be out of date.
             "by_parts": tuple(
                 name
                 for name, net in networks.items()
@@ -145,65 +145,66 @@ class Engine:
         }
 
     @contextlib.contextmanager
-    def using(self, batch: Batch) -> Iterator[PreparedStep]:
+    def borrow_step(self, batch: Batch) -> Iterator[PreparedStep]:
         """Yield a prepared step for a batch, for exclusive use within the block; make one if none is free.
 
-        Call `ready` before.
+        Call `ensure_folded` before.
         """
-        kind = StepKey.of(batch, self.net.config.num_classes is not None)  # type: ignore[union-attr]
-        key = kind, (batch.impl, setting())
+        step_key = StepKey.of(batch, self.net.config.num_classes is not None)  # type: ignore[union-attr]
+        cache_key = step_key, (batch.impl, impl_setting())
         with self.lock:
-            step = self._steps.pop(key, None)
+            step = self._steps.pop(cache_key, None)
             if step is None:
-                self._make_room(self.options.kept_steps - 1)
-                step = self._made(kind, batch.impl)
+                self._evict_steps(self.options.max_cached_steps - 1)
+                step = self._make_step(step_key, batch.impl)
         try:
             yield step
         finally:
-            step.leave()
+            step.mark_last_use()
             with self.lock:
                 # Another thread or a callback may have used the engine and left a step with this key.
-                self._steps.pop(key, None)
-                self._steps[key] = step
-                self._make_room(self.options.kept_steps)
+                self._steps.pop(cache_key, None)
+                self._steps[cache_key] = step
+                self._evict_steps(self.options.max_cached_steps)
 
     def step(self, batch: Batch) -> PreparedStep:
         """Return the prepared step for a batch; only for a caller that is the engine's only user."""
-        with self.using(batch) as step:
+        with self.borrow_step(batch) as step:
             return step
 
-    def _make_room(self, count: int) -> None:
-        """Drop the oldest steps until at most `count` are left and they fit `kept_bytes`, or one is left."""
-        while len(self._steps) > count or (
-            len(self._steps) > 1 and sum(s.memory for s in self._steps.values()) > self.options.kept_bytes
+    def _evict_steps(self, max_count: int) -> None:
+        """Drop the oldest steps until one is left, or at most `max_count` that fit `max_cached_bytes`."""
+        while len(self._steps) > max_count or (
+            len(self._steps) > 1
+            and sum(s.memory for s in self._steps.values()) > self.options.max_cached_bytes
         ):
             self._steps.popitem(last=False)
 
-    def _made(self, key: StepKey, impl: str | None) -> PreparedStep:
-        before = self._reserved()
-        made = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
-        graph = self.options.graph and self.device.type == "cuda"
+    def _make_step(self, key: StepKey, impl: str | None) -> PreparedStep:
+        reserved_before = self._reserved_memory()
+        step = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
+        use_cuda_graph = self.options.graph and self.device.type == "cuda"
         if any(net.hooked for net in self._networks()):
             # A compiled or captured step would call a hook once, when it is made, and never again.
-            if self.options.compile or graph:
-                made.refused = "a network has a hook"
-                LOG.warning("steps are not compiled or captured: %s", made.refused)
+            if self.options.compile or use_cuda_graph:
+                step.refusal = "a network has a hook"
+                LOG.warning("steps are not compiled or captured: %s", step.refusal)
         else:
             if self.options.compile:
                 # Compiled code is valid for one number of threads.
-                with on_threads(made.threads) if made.threads else contextlib.nullcontext():
-                    compile_step(made, self.options.compile_cache)
-            if graph:
-                capture(made)
+                with on_threads(step.threads) if step.threads else contextlib.nullcontext():
+                    compile_step(step, self.options.compile_cache)
+            if use_cuda_graph:
+                capture(step)
             if self.options.graph and self.device.type == "cpu" and not self.options.compile:
-                made.replays = {guided: Replay(body) for guided, body in made.bodies.items()}
-                made.bodies = dict(made.replays)
+                step.replays = {guided: Replay(body) for guided, body in step.bodies.items()}
+                step.bodies = dict(step.replays)
         # A graph keeps all memory that its operations use.
-        made.memory = max(made.nbytes, self._reserved() - before)
-        made.leave()
-        return made
+        step.memory = max(step.nbytes, self._reserved_memory() - reserved_before)
+        step.mark_last_use()
+        return step
 
-    def _reserved(self) -> int:
+    def _reserved_memory(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def release(self) -> None:
@@ -215,11 +216,11 @@ class Engine:
             torch.cuda.empty_cache()
 
 
-def _why_not(step: PreparedStep | None, done: str, otherwise: str | None = None) -> str | None:
+def _reason_not(step: PreparedStep | None, attribute: str, default: str | None = None) -> str | None:
     """Return why a step was not captured or compiled; None if it was."""
     if step is None:
         return "no step was prepared"
-    return None if getattr(step, done) else step.refused or otherwise
+    return None if getattr(step, attribute) else step.refusal or default
 
 
 def _runs_by_parts(net: FoldableNet) -> bool:

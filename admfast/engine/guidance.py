@@ -23,22 +23,22 @@ def log_probability_gradient(
     t: Tensor,
     index: Tensor,
     projected: Tensor | None = None,
-    scale: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Return d/dx sum_n log_softmax(classifier(x, t))[n, index_n] in x's shape, without a graph.
 
     The result is float32, or float64 if x is. Only the gradient in x is computed: the parameters are frozen.
-    index: [N, 1] int64. projected: see `Classifier.forward`. scale: multiplies the gradient, and is
-    already divided by LOSS_SCALE; None: 1.
+    index: [N, 1] int64. projected: see `Classifier.forward`. factor: the guidance scale divided by
+    LOSS_SCALE, [1] float32, which multiplies the raw gradient; None: a guidance scale of 1.
     """
-    extra = {} if projected is None else {"projected": projected}
+    kwargs = {} if projected is None else {"projected": projected}
     with torch.enable_grad():
         x_in = x.detach().requires_grad_(True)
-        logits = classifier(followed(x_in), t, **extra)
-        seed = _logits_gradient(logits.detach().float(), index).to(logits.dtype)
-        (g,) = torch.autograd.grad(logits, x_in, seed)
+        logits = classifier(view_if_hooked(x_in), t, **kwargs)
+        logits_gradient = _logits_gradient(logits.detach().float(), index).to(logits.dtype)
+        (g,) = torch.autograd.grad(logits, x_in, logits_gradient)
     g = g.to(torch.promote_types(g.dtype, torch.float32))
-    return g / LOSS_SCALE if scale is None else g * scale
+    return g / LOSS_SCALE if factor is None else g * factor
 
 
 def _logits_gradient(logits: Tensor, index: Tensor) -> Tensor:
@@ -48,11 +48,11 @@ def _logits_gradient(logits: Tensor, index: Tensor) -> Tensor:
     """
     with torch.no_grad():
         log_probability = torch.log_softmax(logits, dim=-1)
-        wanted = torch.zeros_like(logits).scatter_(1, index, LOSS_SCALE)
-        return torch.ops.aten._log_softmax_backward_data(wanted, log_probability, -1, logits.dtype)
+        one_hot = torch.zeros_like(logits).scatter_(1, index, LOSS_SCALE)
+        return torch.ops.aten._log_softmax_backward_data(one_hot, log_probability, -1, logits.dtype)
 
 
-def followed(x: Tensor) -> Tensor:
+def view_if_hooked(x: Tensor) -> Tensor:
     """Return x, or a view of it if it is a leaf that requires a gradient and a global hook exists.
 
     torch's FLOP counter registers a global hook, and can't follow `torch.autograd.grad` to a leaf itself.
@@ -67,15 +67,15 @@ def check_frozen(classifier: nn.Module) -> None:
         raise invalid("classifier", "trainable", "freeze its parameters first (requires_grad_(False))")
 
 
-def classifier_guidance(classifier: nn.Module, labels: Tensor, scale: float) -> GuidanceFn:
-    """Return g(x, t) = scale * d/dx sum_n log_softmax(classifier(x, t))[n, labels_n], at x_t.
+def classifier_guidance(classifier: nn.Module, labels: Tensor, guidance_scale: float) -> GuidanceFn:
+    """Return g(x, t) = guidance_scale * d/dx sum_n log_softmax(classifier(x, t))[n, labels_n], at x_t.
 
     Source: "Diffusion Models Beat GANs", section 4; `cond_fn` of the published sampling script. Only the
     gradient in x is needed: parameters must not require gradients, which would be computed and dropped.
 
-    labels: [N] int64. scale: guidance scale. The function takes x [N, C, H, W] and t [N] and returns float32
-    of x's shape, without a graph.
+    labels: [N] int64. The function takes x [N, C, H, W] and t [N] and returns float32 of x's shape, without a
+    graph.
     """
     check_frozen(classifier)
     index = labels[:, None]
-    return lambda x, t: log_probability_gradient(classifier, x, t, index) * scale
+    return lambda x, t: log_probability_gradient(classifier, x, t, index) * guidance_scale

@@ -16,11 +16,11 @@ import torch
 from admfast import host
 from admfast.ops.transforms import in_autocast
 
-CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextlib.contextmanager
-def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
+def fixed_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
     """Run the block outside inference mode and autocast, with a fixed rounding of float32 products' factors.
 
     On CUDA, factors are rounded to TF32 if `tf32` is true. On a CPU, they are never rounded.
@@ -39,9 +39,9 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
         if device.type == "cuda":
             if device.index is not None:
                 stack.enter_context(torch.cuda.device(device))
-            stack.enter_context(_TF32.held_at(tf32))
+            stack.enter_context(_TF32.hold(tf32))
         else:
-            stack.enter_context(_ON_CPU.held_at(False))
+            stack.enter_context(_ON_CPU.hold(False))
             # torch starts one thread per core, even if a container's CPU quota is smaller. More threads than
             # the quota would take turns, and spin while they wait. A smaller number is the user's choice.
             before = torch.get_num_threads()
@@ -50,19 +50,23 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
         yield
 
 
-def chosen_threads(asked: int | None, own: int) -> int:
-    """Return the number of threads of a step: `asked`, else the user's choice for the process, else `own`.
+def choose_threads(requested: int | None, default: int) -> int:
+    """Return the number of threads of a step: `requested`, else the user's for the process, else `default`.
 
     A user chooses by OMP_NUM_THREADS or MKL_NUM_THREADS, or by calling `torch.set_num_threads` with another
-    number than torch's default. `own` is limited to the present number.
+    number than torch's default. `default` is limited to the current number.
     """
-    if asked is not None:
-        return asked
-    now, chosen = torch.get_num_threads(), any(map(os.environ.get, CHOSEN_BY))
-    # torch's default is one thread per core or processor, which `own_numerics` may reduce to the CPU quota.
-    if now == 1 or chosen or now not in (host.cpus(), len(host.processors()), host.cores()):
-        return now
-    return min(own, now)
+    if requested is not None:
+        return requested
+    current, set_by_environment = torch.get_num_threads(), any(map(os.environ.get, THREAD_VARIABLES))
+    # torch's default is one thread per core or processor, which `fixed_numerics` may reduce to the CPU quota.
+    if (
+        current == 1
+        or set_by_environment
+        or current not in (host.cpus(), len(host.processors()), host.cores())
+    ):
+        return current
+    return min(default, current)
 
 
 @contextlib.contextmanager
@@ -75,30 +79,30 @@ def on_threads(count: int) -> Iterator[None]:
     if count == before:
         yield
         return
-    openmp, mkl = _setters()
-    openmp(count)
-    products = mkl(count)
+    set_openmp_threads, set_mkl_threads = _thread_setters()
+    set_openmp_threads(count)
+    mkl_before = set_mkl_threads(count)
     try:
         yield
     finally:
-        openmp(before)
-        mkl(products)
+        set_openmp_threads(before)
+        set_mkl_threads(mkl_before)
 
 
 @functools.cache
-def _setters() -> tuple[Callable[[int], Any], Callable[[int], int]]:
+def _thread_setters() -> tuple[Callable[[int], Any], Callable[[int], int]]:
     """Return the functions that set the calling thread's number of threads for OpenMP, and for MKL.
 
     MKL's function returns the number before. Both come from the libraries that torch is linked with, because
     a process may have loaded several OpenMP libraries.
     """
-    found = sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
-    library = ctypes.CDLL(str(found[0])) if found else None
+    paths = sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))
+    library = ctypes.CDLL(str(paths[0])) if paths else None
     openmp = getattr(library, "omp_set_num_threads", torch.set_num_threads)
     return openmp, getattr(library, "MKL_Set_Num_Threads_Local", lambda count: 0)
 
 
-class _Rounding:
+class _Tf32Setting:
     """The process's setting of whether factors of float32 products and convolutions may be rounded.
 
     backends: returns torch's backends that have the setting. older: also save, set and restore the older
@@ -108,18 +112,18 @@ class _Rounding:
     """
 
     def __init__(self, backends: Callable[[], tuple[Any, ...]], older: bool):
-        self.backends, self.has_older = backends, older
+        self.backends, self.has_older_settings = backends, older
         self.lock, self.holders = threading.Lock(), dict[object, bool]()
-        self.older: tuple[str, bool] | None = None
-        self.newer: list[str] = []
+        self.saved_older: tuple[str, bool] | None = None
+        self.saved_newer: list[str] = []
 
     @contextlib.contextmanager
-    def held_at(self, allowed: bool) -> Iterator[None]:
+    def hold(self, allowed: bool) -> Iterator[None]:
         """Allow or forbid rounding of factors to TF32 within the block."""
         holder = object()
         with self.lock:
             if not self.holders:
-                self._note()
+                self._save()
             self.holders[holder] = allowed
             self._set(allowed)
         try:
@@ -132,17 +136,17 @@ class _Rounding:
                 else:
                     self._restore()
 
-    def _note(self) -> None:
-        self.newer = [backend.fp32_precision for backend in self.backends()]
-        if not self.has_older:
+    def _save(self) -> None:
+        self.saved_newer = [backend.fp32_precision for backend in self.backends()]
+        if not self.has_older_settings:
             return
         try:
-            self.older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            self.saved_older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         except RuntimeError:  # the process has used only the newer settings, and torch refuses to mix the two
-            self.older = None
+            self.saved_older = None
 
     def _set(self, allowed: bool) -> None:
-        if self.older is None:
+        if self.saved_older is None:
             for backend in self.backends():
                 backend.fp32_precision = "tf32" if allowed else "ieee"
         else:
@@ -150,10 +154,10 @@ class _Rounding:
             torch.backends.cudnn.allow_tf32 = allowed
 
     def _restore(self) -> None:
-        if self.older is not None:
-            torch.set_float32_matmul_precision(self.older[0])
-            torch.backends.cudnn.allow_tf32 = self.older[1]
-        for backend, value in zip(self.backends(), self.newer, strict=True):
+        if self.saved_older is not None:
+            torch.set_float32_matmul_precision(self.saved_older[0])
+            torch.backends.cudnn.allow_tf32 = self.saved_older[1]
+        for backend, value in zip(self.backends(), self.saved_newer, strict=True):
             backend.fp32_precision = value
 
 
@@ -167,7 +171,7 @@ def _cpu_backends() -> tuple[Any, ...]:
     return mkldnn.matmul, mkldnn.conv
 
 
-_TF32, _ON_CPU = _Rounding(_cuda_backends, older=True), _Rounding(_cpu_backends, older=False)
+_TF32, _ON_CPU = _Tf32Setting(_cuda_backends, older=True), _Tf32Setting(_cpu_backends, older=False)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -26,9 +26,9 @@ class EngineOptions:
         compile: compile the step by torch.compile.
         compile_cache: folder for torch's compiled code, which later processes reuse; None: torch's default
             folder (`TORCHINDUCTOR_CACHE_DIR`). It contains code that is executed: use only a trusted folder.
-        kept_steps, kept_bytes: number of prepared steps to cache (for different batch sizes, shapes or kinds
-            of table), and bytes of memory that they may hold in addition to the networks'. The latest is
-            always cached. Each of several threads that sample at the same time has its own step.
+        max_cached_steps, max_cached_bytes: number of prepared steps to cache (for different batch sizes,
+            shapes or kinds of table), and bytes of memory that they may hold in addition to the networks'.
+            The latest is always cached. Each of several threads that sample at the same time has its own.
         threads: number of threads of a step on a CPU; None: OMP_NUM_THREADS or `torch.set_num_threads` if
             set, else chosen by the size of the step's work (see `admfast.engine.threads`).
     """
@@ -40,8 +40,8 @@ class EngineOptions:
     branches: bool = True
     compile: bool = False
     compile_cache: str | PathLike[str] | None = None
-    kept_steps: int = 4
-    kept_bytes: int = 8 << 30
+    max_cached_steps: int = 4
+    max_cached_bytes: int = 8 << 30
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -50,8 +50,8 @@ class EngineOptions:
             raise invalid("fold", self.fold, "FoldOptions, or None for nothing")
         if self.compile_cache is not None and not isinstance(self.compile_cache, str | PathLike):
             raise invalid("compile_cache", self.compile_cache, "the path of a folder, or None")
-        for name, least in (("rows_at_a_time", 1), ("kept_steps", 1), ("kept_bytes", 0)):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        for name, minimum in (("rows_at_a_time", 1), ("max_cached_steps", 1), ("max_cached_bytes", 0)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), minimum))
         if self.threads is not None:
             object.__setattr__(self, "threads", whole("threads", self.threads, 1))
         if self.compile_cache is not None and not self.compile:

@@ -12,7 +12,7 @@ from admfast.ops import native
 
 INT8_ISAS = ("amx", "avx512_bf16")  # instruction sets with fast products of 8 bits
 # The two parts that no policy touches.
-ALWAYS = {
+FIXED_PARTS = {
     "norms, softmax": "accumulate in float32",
     "embeddings, last layer, update": "float32",
 }
@@ -35,7 +35,7 @@ class Policy:
     tf32: bool = False
     int8: bool = False
 
-    def folding(self, options: FoldOptions | None) -> FoldOptions | None:
+    def fold_options(self, options: FoldOptions | None) -> FoldOptions | None:
         """Return the options for folding networks in this precision.
 
         Raises InvalidArgument for int8 in another precision; in int8 for None, because its weights are
@@ -60,7 +60,7 @@ class Policy:
         )
         if self.int8:
             torso, classifier = (f"{words}, 3x3 convolutions in int8" for words in (torso, classifier))
-        return {"torso": torso, "classifier": classifier, **ALWAYS}
+        return {"torso": torso, "classifier": classifier, **FIXED_PARTS}
 
     def __str__(self) -> str:
         if self.int8:
@@ -106,20 +106,24 @@ def policy(name: str, device: torch.device) -> Policy:
     if name == "tf32" and device.type != "cuda":
         raise Unavailable("precision='tf32': only on a CUDA device")
     if name == "int8":
-        if (reason := _no_int8(device)) is not None:
+        if (reason := _reason_no_int8(device)) is not None:
             raise Unavailable(f"precision='int8': {reason}")
-        return POLICIES["int8"] if native.matrix_unit() else INT8_WITHOUT_AMX
+        return POLICIES["int8"] if native.uses_amx() else INT8_WITHOUT_AMX
     return POLICIES[name]
 
 
-def _no_int8(device: torch.device) -> str | None:
+def _reason_no_int8(device: torch.device) -> str | None:
     """Return why a device has no fast products of 8 bits; None if it has."""
     if device.type != "cpu":
         return f"only on a CPU, not on {device.type}"
     if (reason := native.reason_missing()) is not None:
         return f"needs the compiled ops: {reason}"
-    wide = native.instruction_set() in INT8_ISAS
-    return None if wide else f"needs AVX-512 with VNNI and bfloat16; this uses {native.instruction_set()}"
+    has_fast_int8 = native.instruction_set() in INT8_ISAS
+    return (
+        None
+        if has_fast_int8
+        else f"needs AVX-512 with VNNI and bfloat16; this uses {native.instruction_set()}"
+    )
 
 
 def has_amx() -> bool:

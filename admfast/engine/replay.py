@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from admfast.models.hooks import spared
-from admfast.ops.transforms import recording, traced
+from admfast.ops.transforms import is_intercepted, package_dispatch_mode
 
 ATEN = torch.ops.aten
 # They return another tensor object with the same elements, whether or not something is written to them.
-SAME = frozenset({ATEN.detach.default, ATEN.alias.default, ATEN.lift_fresh.default})
+ALIASING_OPS = frozenset({ATEN.detach.default, ATEN.alias.default, ATEN.lift_fresh.default})
 
 
 class Replay:
@@ -34,7 +34,7 @@ class Replay:
     state, and compares all bits that they wrote. If something must see the operations or the layers (a
     dispatch mode, a trace, a hook, a replaced layer), a call runs the body.
 
-    refused: why the operations can't be repeated; None if they can, or if that is not known yet.
+    refusal: why the operations can't be repeated; None if they can, or if that is not known yet.
     """
 
     def __init__(self, body: Callable[[], None]):
@@ -43,17 +43,17 @@ class Replay:
 
     def forget(self) -> None:
         """Drop the recorded operations; the next call counts as the first."""
-        self.refused: str | None = None
+        self.refusal: str | None = None
         self._program: _Program | None = None
         self._calls = 0  # until the operations are repeated or refused
 
     @property
-    def unused(self) -> str | None:
+    def reason_not_replayed(self) -> str | None:
         """Why the next call runs the body, or None if it repeats the recorded operations."""
-        return self.refused or ("fewer than four rows" if self._calls < 3 else None)
+        return self.refusal or ("fewer than four rows" if self._calls < 3 else None)
 
     def __call__(self) -> None:
-        if self.refused is not None or traced() or not spared():
+        if self.refusal is not None or is_intercepted() or not spared():
             self.body()
         elif self._calls == 0:
             self.body()
@@ -68,9 +68,9 @@ class Replay:
 
     def _record(self) -> None:
         recorder = _Recorder()
-        with recording(), recorder:
+        with package_dispatch_mode(), recorder:
             self.body()
-        self.refused = recorder.refused
+        self.refusal = recorder.refusal
         self._program = recorder.program()
         self._calls = 2
 
@@ -79,14 +79,14 @@ class Replay:
         written = self._program.written
         before = [t.clone() for t in written]
         self.body()
-        wanted = [t.clone() for t in written]
+        expected = [t.clone() for t in written]
         _restore(written, before)
         self._program.run()
-        if all(_same_bits(t, w) for t, w in zip(written, wanted, strict=True)):
+        if all(_same_bits(t, e) for t, e in zip(written, expected, strict=True)):
             self._calls = 3
         else:
-            _restore(written, wanted)
-            self._program, self.refused = None, "the recorded operations gave another result"
+            _restore(written, expected)
+            self._program, self.refusal = None, "the recorded operations gave another result"
 
 
 def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -119,24 +119,24 @@ class _Program:
 class _Recorder(TorchDispatchMode):
     """A dispatch mode that writes every operation into a graph.
 
-    refused: why the operations can't be repeated, or None.
+    refusal: why the operations can't be repeated, or None.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.refused: str | None = None
+        self.refusal: str | None = None
         self._graph = fx.Graph()
         self._constants: dict[str, Tensor] = {}
         # The tensors that exist, weakly, so that the memory of a row is freed as without a recorder.
         self._nodes: Any = WeakIdKeyDictionary()
-        self._places: dict[tuple[Any, ...], fx.Node] = {}
+        self._nodes_by_memory: dict[tuple[Any, ...], fx.Node] = {}
         self._written: set[int] = set()
 
     def program(self) -> _Program:
         """Return the recorded operations, without those whose results nothing reads."""
         self._graph.output(None)
         self._graph.eliminate_dead_code()
-        written = [t for t in self._constants.values() if _storage(t) in self._written]
+        written = [t for t in self._constants.values() if _storage_id(t) in self._written]
         return _Program(self._graph, self._constants, written)
 
     def __torch_dispatch__(
@@ -145,26 +145,26 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags:
-            self.refused = f"{func} reads a value"
-        if func in SAME:
-            self._name(out, self._node(args[0]))
+            self.refusal = f"{func} reads a value"
+        if func in ALIASING_OPS:
+            self._set_node(out, self._node_of(args[0]))
             return out
-        constant = _is_view(func) and all(
+        is_constant_view = _is_view(func) and all(
             self._is_constant(t) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)
         )
-        if constant:  # it can be made once
+        if is_constant_view:  # it can be made once
             for t in out if isinstance(out, tuple | list) else (out,):
-                self._constant(t)
+                self._add_constant(t)
             return out
-        inputs = fx.node.map_aggregate((args, kwargs), self._node)
+        inputs = fx.node.map_aggregate((args, kwargs), self._node_of)
         node = self._graph.call_function(func, *inputs)  # type: ignore[misc]
         self._note_writes(func, args, kwargs)
         if isinstance(out, tuple | list):
             for i, t in enumerate(out):
                 if isinstance(t, Tensor) and t not in self._nodes:
-                    self._name(t, self._graph.call_function(operator.getitem, (node, i)))
+                    self._set_node(t, self._graph.call_function(operator.getitem, (node, i)))
         elif isinstance(out, Tensor) and out not in self._nodes:
-            self._name(out, node)
+            self._set_node(out, node)
         return out
 
     def _note_writes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -174,46 +174,46 @@ class _Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[i] if i < len(args) else kwargs.get(argument.name)
                 if isinstance(value, Tensor):
-                    self._written.add(_storage(value))
+                    self._written.add(_storage_id(value))
 
-    def _name(self, t: Tensor, node: Any) -> None:
+    def _set_node(self, t: Tensor, node: Any) -> None:
         self._nodes[t] = node
-        self._places[_place(t)] = node
+        self._nodes_by_memory[_memory_key(t)] = node
 
-    def _node(self, value: Any) -> Any:
+    def _node_of(self, value: Any) -> Any:
         """Return a tensor's node, a constant for a tensor from outside; return other values as is."""
         if not isinstance(value, Tensor):
             return value
-        found = self._nodes.get(value)
-        if found is None:
+        node = self._nodes.get(value)
+        if node is None:
             # autograd may hand out a result under another tensor object when it has saved it.
-            found = self._places.get(_place(value))
-            if found is None:
-                return self._constant(value)
-            self._nodes[value] = found
-        return found
+            node = self._nodes_by_memory.get(_memory_key(value))
+            if node is None:
+                return self._add_constant(value)
+            self._nodes[value] = node
+        return node
 
-    def _constant(self, t: Tensor) -> fx.Node:
+    def _add_constant(self, t: Tensor) -> fx.Node:
         name = f"constant_{len(self._constants)}"
         self._constants[name] = t
         node = self._graph.create_node("get_attr", name)
-        self._name(t, node)
+        self._set_node(t, node)
         return node
 
     def _is_constant(self, t: Tensor) -> bool:
-        return self._node(t).op == "get_attr"
+        return self._node_of(t).op == "get_attr"
 
 
-def _storage(t: Tensor) -> int:
+def _storage_id(t: Tensor) -> int:
     """Return the identity of a tensor's memory; oneDNN's tensors show no memory."""
     return t.untyped_storage()._cdata if t.layout == torch.strided else id(t)
 
 
-def _place(t: Tensor) -> tuple[Any, ...]:
+def _memory_key(t: Tensor) -> tuple[Any, ...]:
     """Return the key of a tensor's elements in memory."""
     if t.layout != torch.strided:
-        return (_storage(t),)
-    return _storage(t), t.dtype, t.storage_offset(), t.shape, t.stride()
+        return (_storage_id(t),)
+    return _storage_id(t), t.dtype, t.storage_offset(), t.shape, t.stride()
 
 
 def _is_view(func: Any) -> bool:

@@ -17,7 +17,7 @@ given. Machines with more processors were not measured.
     digits32, batch 16    302 MFLOP           98      93            56    190 to 260         103     110
     imagenet64, batch 1   2.7 GFLOP         1166    1209           682    1833               722    1222
 
-`python -m bench.threads` repeats the measurement. "convolution" is the result of the function `convolution`.
+`python -m bench.threads` repeats the measurement. "convolution" is the result of `convolution_operations`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 # Operations per thread that take as long as a scheduler's slice, about 10 ms: enough to use all processors.
-SLICE = 512e6
+SLICE_OPERATIONS = 512e6
 # Operations per thread, about 2 ms, that justify one more thread while one processor is left free.
-GRAIN = 128e6
+MIN_OPERATIONS_PER_THREAD = 128e6
 
 
-class Width(Protocol):
+class WidthConfig(Protocol):
     """The fields of a network's configuration that determine its width at full resolution."""
 
     model_channels: int
@@ -40,7 +40,7 @@ class Width(Protocol):
     dims: int
 
 
-def convolution(config: Width, shape: Sequence[int]) -> int:
+def convolution_operations(config: WidthConfig, shape: Sequence[int]) -> int:
     """Return the operations of a 3x3 convolution at the network's full resolution: 2 * 3^dims C^2 N H W.
 
     shape: of the images, (N, C, *spatial). Threads wait for each other after about this much work.
@@ -50,13 +50,14 @@ def convolution(config: Width, shape: Sequence[int]) -> int:
 
 
 def threads_for(work: float, processors: int) -> int:
-    """Return the number of threads for a step; it depends only on the work (`convolution`) and the machine.
+    """Return the number of threads for a step; it depends only on the work and the machine.
 
-    All processors are used if each has work for a slice or longer. Otherwise one stays free, and each of
-    several threads has at least `GRAIN`. Some operations of torch (such as a 1x1 convolution of few pixels)
-    round differently on another number of threads. So the number never depends on measured times, and rows
-    that run as Python functions use the same number.
+    work: `convolution_operations` of the step. All processors are used if each has work for a slice or
+    longer. Otherwise one stays free, and each of several threads has at least `MIN_OPERATIONS_PER_THREAD`.
+    Some operations of torch (such as a 1x1 convolution of few pixels) round differently on another number of
+    threads. So the number never depends on measured times, and rows that run as Python functions use the same
+    number.
     """
-    if work >= SLICE * processors:
+    if work >= SLICE_OPERATIONS * processors:
         return processors
-    return max(1, min(processors - 1, int(work / GRAIN)))
+    return max(1, min(processors - 1, int(work / MIN_OPERATIONS_PER_THREAD)))

@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from admfast.models.fold.options import FoldOptions
-from admfast.ops.conv import ConvOptions, FoldedConv, conv, folded_conv, int8_fits
-from admfast.ops.transforms import in_autocast, in_forward_mode, in_program, outer_grad_enabled, traced
+from admfast.ops.conv import ConvOptions, FoldedConv, conv, folded_conv, int8_unsupported_for
+from admfast.ops.transforms import (
+    in_autocast,
+    in_forward_mode,
+    in_program_trace,
+    is_intercepted,
+    outer_grad_enabled,
+)
 
 # Attributes that, besides the parameters, determine what a convolution computes.
 GEOMETRY = frozenset({"stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"})
@@ -66,7 +72,7 @@ class FoldableConv(nn.Module):
         stride: Any = self.stride
         padding: Any = self.padding
         kernel = tuple(self.weight.shape[2:])
-        return self._plain() and int8_fits(kernel, stride, padding, self.weight.shape[1]) is None
+        return self._plain() and int8_unsupported_for(kernel, stride, padding, self.weight.shape[1]) is None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in GEOMETRY and self._folded is not None:
@@ -91,8 +97,8 @@ class FoldableConv(nn.Module):
         # a constant in it. Transforms can differentiate only torch's own operations.
         if (
             in_autocast(weight.device)
-            or in_program()
-            or (self._recorded() and (traced() or in_forward_mode()))
+            or in_program_trace()
+            or (self._recorded() and (is_intercepted() or in_forward_mode()))
         ):
             return None
         return found

@@ -22,7 +22,7 @@ from admfast.models.recompute import made_again, maybe_checkpoint
 from admfast.ops.attention import attention
 from admfast.ops.norm import group_norm_silu
 from admfast.ops.resample import avg_pool_down, nearest_up
-from admfast.ops.transforms import observed, recorded
+from admfast.ops.transforms import has_op_observer, needs_autograd
 
 Net = TypeVar("Net", bound=nn.Module)
 _NOTHING = contextlib.nullcontext()
@@ -156,7 +156,7 @@ class ResidualBlock(FusedBlock):
     ) -> Tensor:  # fmt: skip
         again, given = self.recomputes_norms, x
         # Not resampled, the skip is x: the norm's backward pass then adds its gradient.
-        skips = self.resample is not None or (x2 is None and recorded(x))
+        skips = self.resample is not None or (x2 is None and needs_autograd(x))
         h = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=skips)
         if skips:
             (h, x), x2 = h, None
@@ -317,7 +317,7 @@ class Attention(nn.Module):
         # A qkv layer that a user put in may give an output that is not channels-last.
         tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
         # torch's FLOP counter counts the reference's two products, but not all of torch's attention kernels.
-        impl = "reference" if observed() else None
+        impl = "reference" if has_op_observer() else None
         return attention(tokens, self.num_heads, legacy_order=self.legacy_order, impl=impl).transpose(1, 2)
 
     def of_tokens(self, qkv: Tensor, reordered: bool = False) -> Tensor:
@@ -368,7 +368,7 @@ class AttentionBlock(FusedBlock):
             return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).reshape(x.shape)
         modules: Any = self._modules  # see `ResBlock`
         norm, product, attending, proj_out = modules.values()
-        h, x = norm(x, with_skip=True) if recorded(x) else (norm(x), x)
+        h, x = norm(x, with_skip=True) if needs_autograd(x) else (norm(x), x)
         qkv = product(h.flatten(2), any_order=True).transpose(1, 2)  # [N, S, 3C]
         h = attending.of_tokens(qkv, product.reordered)
         return proj_out(h.transpose(1, 2), x.flatten(2)).reshape(x.shape)

@@ -5,7 +5,7 @@ A folder holds the public function of an op, its reference, autograd, implementa
 
 from admfast.ops.attention import attention, attention_ref
 from admfast.ops.conv import FoldedConv, conv, conv_int8_ref, conv_ref
-from admfast.ops.dispatch import TABLES, Implementation, OpTable, watch
+from admfast.ops.dispatch import TABLES, Implementation, OpTable, record_choices
 from admfast.ops.norm import group_norm_silu, group_norm_silu_ref
 from admfast.ops.update import (
     Clip,
@@ -49,5 +49,5 @@ __all__ = [
     "pack",
     "sampler_step",
     "sampler_step_ref",
-    "watch",
+    "record_choices",
 ]

@@ -19,8 +19,8 @@ Case = dict[str, Any]  # keyword arguments of `OpCases.arguments`: sizes and opt
 Draw = Callable[..., Tensor]  # draw(*sizes): random float32 values on the device of the call
 
 
-def nothing(*_arguments: Any) -> list[Any]:
-    """Return an empty list: the default of the functions that an op may lack."""
+def empty_list(*_arguments: Any) -> list[Any]:
+    """Return an empty list, whatever the arguments."""
     return []
 
 
@@ -37,12 +37,15 @@ class OpCases:
     wrong: wrong() returns pairs: arguments that replace those of the example, and the argument name that the
         error must begin with.
     differentiable: arguments that have gradients.
-    typed: which tensors have the dtype, as `admfast info` shows it: "" for all; None: no tensor has it.
-    raw: for each implementation raw(call, **arguments), which calls its raw ops or launchers, forward and
-        backward, through call(NAME, *arguments). Triton's ops have the names of the launchers in `kernels/`.
-    launches: settings of `kernels/norm_launch.py` with which the small cases reach every kind of launch.
-    case_of: case_of(*arguments) returns the cases of the kernels that a call of an op launches; the op is
-        `within`, or `op` if `within` is empty.
+    dtype_of: the tensors that have the dtype, as `admfast info` shows it: "" for all; None: no tensor has it.
+    call_raw_ops: for each implementation a function (call_op, **arguments), which calls its raw ops or
+        launchers, forward and backward, through call_op(NAME, *arguments). Triton's ops have the names of the
+        launchers in `kernels/`.
+    launch_settings: values of constants of `kernels/norm_launch.py` with which the small cases reach every
+        kind of launch.
+    cases_from_call: cases_from_call(*arguments) returns the cases of the kernels that a call of the op
+        `launched_by` launches.
+    launched_by: name of the op that launches a kernel without a table; "": `op`.
     """
 
     op: str
@@ -50,23 +53,23 @@ class OpCases:
     arguments: Callable[..., dict[str, Any]]
     small: tuple[Case, ...]
     real: Mapping[str, Case] = field(default_factory=dict)
-    wrong: Callable[[], Iterable[tuple[dict[str, Any], str]]] = nothing
+    wrong: Callable[[], Iterable[tuple[dict[str, Any], str]]] = empty_list
     differentiable: tuple[str, ...] = ()
-    typed: str | None = ""
-    raw: Mapping[str, Callable[..., None]] = field(default_factory=dict)
-    launches: tuple[dict[str, int], ...] = ({},)
-    case_of: Callable[..., Iterable[Case]] = nothing
-    within: str = ""
+    dtype_of: str | None = ""
+    call_raw_ops: Mapping[str, Callable[..., None]] = field(default_factory=dict)
+    launch_settings: tuple[dict[str, int], ...] = ({},)
+    cases_from_call: Callable[..., Iterable[Case]] = empty_list
+    launched_by: str = ""
 
     @property
     def implementations(self) -> list[str]:
         """Names that `call` accepts as `impl`."""
-        return TABLES[self.op].names() if self.op in TABLES else [*self.raw, "reference"]
+        return TABLES[self.op].names() if self.op in TABLES else [*self.call_raw_ops, "reference"]
 
 
 def all_cases() -> list[OpCases]:
     """Return the cases of every op, folder by folder."""
-    found: list[OpCases] = []
+    cases: list[OpCases] = []
     for room in ROOMS:
-        found += importlib.import_module(f"admfast.ops.{room}.cases").CASES
-    return found
+        cases += importlib.import_module(f"admfast.ops.{room}.cases").CASES
+    return cases

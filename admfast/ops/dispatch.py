@@ -22,11 +22,11 @@ import torch
 
 from admfast.errors import Unavailable, invalid, nearest
 
-ENVIRONMENT = "ADMFAST_IMPL"
+IMPL_VARIABLE = "ADMFAST_IMPL"
 
 
-def _always(*_args: Any, **_kwargs: Any) -> None:
-    """Return None, "no objection": the default of the functions that may give a reason or a name."""
+def _return_none(*_args: Any, **_kwargs: Any) -> None:
+    """Return None: no reason against an implementation, or no preferred one."""
     return None
 
 
@@ -34,26 +34,31 @@ def _always(*_args: Any, **_kwargs: Any) -> None:
 class Implementation:
     """One way to run an op.
 
-    `available()` and `supports(*args, **kwargs)` return None, or in a few words the reason why it can't run.
-    `unasked()` returns None, or the reason why it should run only if named; it is not called for a named
-    implementation. `forward` takes the op's own arguments.
+    Each `reason_*` function returns None, or a reason in a few words: `reason_missing()` why it can't run in
+    this process, `reason_unsupported(*args, **kwargs)` why it can't serve a call, and `reason_named_only()`
+    why it should run only if named. The last is not called for a named implementation. `forward` takes the
+    op's own arguments.
     """
 
     name: str
     forward: Callable[..., Any]
-    available: Callable[[], str | None] = _always
-    supports: Callable[..., str | None] = _always
-    unasked: Callable[[], str | None] = _always
+    reason_missing: Callable[[], str | None] = _return_none
+    reason_unsupported: Callable[..., str | None] = _return_none
+    reason_named_only: Callable[[], str | None] = _return_none
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice of `OpTable.choose`: the implementation, what named it, and why earlier ones were skipped."""
+    """A choice of `OpTable.choose`: the op and the name of its implementation.
+
+    requested_by: "impl" or "ADMFAST_IMPL" if it named the implementation, else None. skip_reasons: the
+    implementations earlier in the order, each with the reason why it was skipped.
+    """
 
     op: str
     name: str
-    asked_by: str | None = None
-    passed_over: dict[str, str] = field(default_factory=dict)
+    requested_by: str | None = None
+    skip_reasons: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,7 +71,7 @@ class OpTable:
 
     op: str
     implementations: list[Implementation] = field(default_factory=list)
-    prefer: Callable[..., str | None] = _always
+    prefer: Callable[..., str | None] = _return_none
 
     def __post_init__(self) -> None:
         TABLES[self.op] = self
@@ -75,19 +80,21 @@ class OpTable:
         """Return the names of all implementations, in order."""
         return [entry.name for entry in self.implementations]
 
-    def named(self, name: str, asked_by: str = "impl", value: str | None = None) -> Implementation:
+    def find(self, name: str, requested_by: str = "impl", setting: str | None = None) -> Implementation:
         """Return the entry called `name`; raises InvalidArgument with the known names.
 
-        `value` is the whole setting that contained the name, for the error message; None: the name itself.
+        requested_by: the argument or variable that names it, and setting: its whole value, for the error
+        message; None: the name itself.
         """
         for entry in self.implementations:
             if entry.name == name:
                 return entry
-        value = name if value is None else value
+        setting = name if setting is None else setting
         if not isinstance(name, str):
-            raise invalid(asked_by, name, f"the name of an implementation: {', '.join(self.names())}")
-        near = nearest(name, self.names())
-        raise invalid(asked_by, value, f"no implementation of {self.op} is called {name!r}; {near}")
+            raise invalid(requested_by, name, f"the name of an implementation: {', '.join(self.names())}")
+        suggestion = nearest(name, self.names())
+        allowed = f"no implementation of {self.op} is called {name!r}; {suggestion}"
+        raise invalid(requested_by, setting, allowed)
 
     def choose(self, impl: str | None, *args: Any, **kwargs: Any) -> Implementation:
         """Return the implementation that serves this call.
@@ -95,107 +102,112 @@ class OpTable:
         Raises InvalidArgument for an unknown name, and Unavailable for a named implementation that can't
         serve the call, or if none can.
         """
-        asked_by, value = "impl", impl
+        requested_by, setting = "impl", impl
         if impl is None:
-            value = setting()
-            impl, asked_by = named_by_environment(self.op, value), ENVIRONMENT
+            setting = impl_setting()
+            impl, requested_by = impl_from_setting(self.op, setting), IMPL_VARIABLE
         if impl is not None:
-            entry = self.named(impl, asked_by, value)
-            reason = entry.available() or entry.supports(*args, **kwargs)
+            entry = self.find(impl, requested_by, setting)
+            reason = entry.reason_missing() or entry.reason_unsupported(*args, **kwargs)
             if reason:
-                raise Unavailable(f"{asked_by}={value!r}: {self.op} can't run on it here: {reason}")
-            if watched():
-                tell(Choice(self.op, entry.name, asked_by))
+                raise Unavailable(f"{requested_by}={setting!r}: {self.op} can't run on it here: {reason}")
+            if choices_are_recorded():
+                report_choice(Choice(self.op, entry.name, requested_by))
             return entry
         reasons: dict[str, str] = {}
-        for entry in self._in_order(self.prefer(*args, **kwargs)):
-            reason = entry.available() or entry.unasked() or entry.supports(*args, **kwargs)
+        for entry in self._preferred_first(self.prefer(*args, **kwargs)):
+            reason = (
+                entry.reason_missing()
+                or entry.reason_named_only()
+                or entry.reason_unsupported(*args, **kwargs)
+            )
             if reason is None:
-                if watched():
-                    tell(Choice(self.op, entry.name, passed_over=reasons))
+                if choices_are_recorded():
+                    report_choice(Choice(self.op, entry.name, skip_reasons=reasons))
                 return entry
             reasons[entry.name] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise Unavailable(f"{self.op}: no implementation serves this call ({listed})")
 
-    def _in_order(self, first: str | None) -> list[Implementation]:
-        """Return the entries, with the one called `first` moved to the front."""
-        if first is None:
+    def _preferred_first(self, preferred: str | None) -> list[Implementation]:
+        """Return the entries, with the one called `preferred` moved to the front."""
+        if preferred is None:
             return self.implementations
-        return [self.named(first), *(entry for entry in self.implementations if entry.name != first)]
+        return [self.find(preferred), *(entry for entry in self.implementations if entry.name != preferred)]
 
 
 @contextlib.contextmanager
-def using(setting: str) -> Iterator[None]:
+def override_impl(setting: str) -> Iterator[None]:
     """Choose within the block as if ADMFAST_IMPL were `setting`, in all threads of the process."""
-    global _setting
-    before, _setting = _setting, setting
+    global _override
+    before, _override = _override, setting
     try:
         yield
     finally:
-        _setting = before
+        _override = before
 
 
-_setting: str | None = None
+_override: str | None = None
 TABLES: dict[str, OpTable] = {}
-_watchers: list[_Watcher] = []
+_recorders: list[_Recorder] = []
 
 
 @dataclass(eq=False)
-class _Watcher:
-    """The choices collected by one thread."""
+class _Recorder:
+    """The choices recorded in one thread."""
 
     thread: int
-    seen: list[Choice]
+    choices: list[Choice]
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[list[Choice]]:
-    """Collect the choices that this thread makes within the block, except those traced by torch.compile."""
-    watcher = _Watcher(threading.get_ident(), [])
-    _watchers.append(watcher)
+def record_choices() -> Iterator[list[Choice]]:
+    """Record the choices that this thread makes within the block, except those traced by torch.compile."""
+    recorder = _Recorder(threading.get_ident(), [])
+    _recorders.append(recorder)
     try:
-        yield watcher.seen
+        yield recorder.choices
     finally:
-        _watchers.remove(watcher)
+        _recorders.remove(recorder)
 
 
-def watched() -> bool:
-    """Tell whether choices are being collected."""
-    # If a trace read the list of watchers, Dynamo would guard on it and recompile while somebody watches.
-    return not torch.compiler.is_compiling() and bool(_watchers)
+def choices_are_recorded() -> bool:
+    """Tell whether any thread records choices."""
+    # If a trace read the list of recorders, Dynamo would guard on it and recompile when it changes.
+    return not torch.compiler.is_compiling() and bool(_recorders)
 
 
-def tell(choice: Choice) -> None:
-    """Report a choice to the watchers of this thread. A choice that is cached is reported at every call."""
-    own = threading.get_ident()
-    for watcher in tuple(_watchers):  # a copy: another thread may start or stop watching meanwhile
-        if watcher.thread == own:
-            watcher.seen.append(choice)
+def report_choice(choice: Choice) -> None:
+    """Report a choice to the recorders of this thread. A choice that is cached is reported at every call."""
+    thread = threading.get_ident()
+    for recorder in tuple(_recorders):  # a copy: another thread may start or stop recording meanwhile
+        if recorder.thread == thread:
+            recorder.choices.append(choice)
 
 
-def setting() -> str:
-    """Return the value of ADMFAST_IMPL, or the value that `using` set instead."""
-    return os.environ.get(ENVIRONMENT, "") if _setting is None else _setting
+def impl_setting() -> str:
+    """Return the value of ADMFAST_IMPL, or the value that `override_impl` set instead."""
+    return os.environ.get(IMPL_VARIABLE, "") if _override is None else _override
 
 
-def named_by_environment(op: str, value: str | None = None) -> str | None:
-    """Return the name that ADMFAST_IMPL (or `value` instead of it) gives for this op, or None.
+def impl_from_setting(op: str, setting: str | None = None) -> str | None:
+    """Return the name that ADMFAST_IMPL (or `setting` instead of it) gives for this op, or None.
 
     Raises InvalidArgument if the setting contains an unknown op, or two names for the same op.
     """
-    value = setting() if value is None else value
-    if not value:
+    setting = impl_setting() if setting is None else setting
+    if not setting:
         return None
     names: dict[str, str] = {}
-    for item in filter(None, (part.strip() for part in value.split(","))):
-        target, separator, name = (part.strip() for part in item.partition("="))
+    for item in filter(None, (part.strip() for part in setting.split(","))):
+        target_op, separator, name = (part.strip() for part in item.partition("="))
         if not separator:
-            target, name = "", item
-        elif target not in TABLES:
-            raise invalid(ENVIRONMENT, value, f"no op is called {target!r}; {nearest(target, TABLES)}")
-        if target in names:
-            what = f"implementations of {target}" if target else "names for every op"
-            raise invalid(ENVIRONMENT, value, f"two {what}: {names[target]!r} and {name!r}")
-        names[target] = name
+            target_op, name = "", item
+        elif target_op not in TABLES:
+            suggestion = nearest(target_op, TABLES)
+            raise invalid(IMPL_VARIABLE, setting, f"no op is called {target_op!r}; {suggestion}")
+        if target_op in names:
+            kind = f"implementations of {target_op}" if target_op else "names for every op"
+            raise invalid(IMPL_VARIABLE, setting, f"two {kind}: {names[target_op]!r} and {name!r}")
+        names[target_op] = name
     return names.get(op, names.get(""))

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 
 from admfast._source_tree import kernels
-from admfast.ops.transforms import constant
+from admfast.ops.transforms import constant_while_tracing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@constant
+@constant_while_tracing
 @functools.cache
 def interpreted() -> bool:
     """Tell whether TRITON_INTERPRET turns on Triton's interpreter, without importing Triton."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@constant
+@constant_while_tracing
 @functools.cache
 def reason_missing() -> str | None:
     """Return None if the kernels can run on some device, else the reason."""
@@ -41,7 +41,7 @@ def reason_missing() -> str | None:
     return None
 
 
-def reason_unasked() -> str | None:
+def reason_named_only() -> str | None:
     """Return the reason why Triton should run only if it is named, or None."""
     return "triton's interpreter is for tests" if interpreted() else None
 
@@ -50,5 +50,5 @@ def reason_unasked() -> str | None:
 def launcher(file: str, name: str) -> Callable[..., Any]:
     """Return the raw launcher `name` of `kernels/<file>.py`; this imports triton."""
     kernels()
-    found: Callable[..., Any] = getattr(importlib.import_module(f"admfast.kernels.{file}"), name)
-    return found
+    function: Callable[..., Any] = getattr(importlib.import_module(f"admfast.kernels.{file}"), name)
+    return function

@@ -26,7 +26,7 @@ def channels_last(t: Tensor) -> Tensor:
     return t if is_channels_last(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def channels_together(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def to_torch_channels_last(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return images [N, C, *spatial] in channels-last memory, with strides that torch recognises as such.
 
     dtype: of the result; None: that of `t`. One pass changes layout and dtype.

@@ -13,17 +13,19 @@ from typing import Any, TypeVar
 import torch
 
 from admfast.errors import Unavailable, invalid
-from admfast.ops.transforms import constant
+from admfast.ops.transforms import constant_while_tracing
 
-ISA = "ADMFAST_CPU_ISA"
+ISA_VARIABLE = "ADMFAST_CPU_ISA"
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "generic")
-TOLD = "fakes_are_registered"  # an attribute of the op namespace, so that a second import finds it
+FAKES_REGISTERED = (
+    "fakes_are_registered"  # an attribute of the op namespace, so that a second import finds it
+)
 BUILD_INFO = Path(__file__).resolve().parent.parent / "_build_info.json"
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 _FAKES: dict[str, Callable[..., Any]] = {}
 
 
-@constant
+@constant_while_tracing
 @functools.cache
 def reason_missing() -> str | None:
     """Load the extension. Return None if it loads, else the reason.
@@ -31,19 +33,21 @@ def reason_missing() -> str | None:
     If ADMFAST_CPU_ISA is set, raises InvalidArgument for an unknown instruction set, and Unavailable for one
     that this machine can't run.
     """
-    asked = os.environ.get(ISA)
-    if asked and asked not in ISAS:
-        raise invalid(ISA, asked, f"one of {', '.join(ISAS)}, or unset for the widest that runs here")
-    built = build_info()
+    requested = os.environ.get(ISA_VARIABLE)
+    if requested and requested not in ISAS:
+        raise invalid(
+            ISA_VARIABLE, requested, f"one of {', '.join(ISAS)}, or unset for the widest that runs here"
+        )
+    build = build_info()
     # An extension built for another torch version may load, and still lay out tensors differently.
-    if (other := built.get("torch")) and other.split(".")[:2] != torch.__version__.split(".")[:2]:
-        return f"not loaded: built for torch {other}, this is {torch.__version__}"
+    if (built_for := build.get("torch")) and built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"not loaded: built for torch {built_for}, this is {torch.__version__}"
     try:
         importlib.import_module("admfast._C")
     except ImportError as error:
-        return f"not built: {built['reason']}" if built.get("built") == "none" else f"not loaded: {error}"
-    if asked and instruction_set() != asked:
-        raise Unavailable(f"{ISA}={asked!r}: this machine can't run it")
+        return f"not built: {build['reason']}" if build.get("built") == "none" else f"not loaded: {error}"
+    if requested and instruction_set() != requested:
+        raise Unavailable(f"{ISA_VARIABLE}={requested!r}: this machine can't run it")
     _register_fakes()
     return None
 
@@ -53,14 +57,14 @@ def instruction_set() -> str:
     return torch.ops.admfast.cpu_instruction_set()
 
 
-@constant
+@constant_while_tracing
 @functools.cache
-def matrix_unit() -> bool:
+def uses_amx() -> bool:
     """Tell whether the compiled ops use AMX, the CPU's unit for products of small matrices."""
     return reason_missing() is None and instruction_set() == "amx"
 
 
-@constant
+@constant_while_tracing
 def reason_missing_cuda() -> str | None:
     """Return None if the extension loads, was built with CUDA and finds a device, else the reason."""
     reason = reason_missing()
@@ -78,17 +82,17 @@ def ops() -> Any:
     return torch.ops.admfast
 
 
-def free_namespace(name: str, op: str) -> str:
+def unused_namespace(name: str, op: str) -> str:
     """Return `name`, or an unused variant of it if an earlier import of the package defined `op` there.
 
     Ops belong to the process and outlive modules that are removed from `sys.modules`. Networks made by an
     earlier import keep using that import's ops.
     """
-    number, found = 1, name
-    while hasattr(getattr(torch.ops, found), op):
+    number, candidate = 1, name
+    while hasattr(getattr(torch.ops, candidate), op):
         number += 1
-        found = f"{name}_{number}"
-    return found
+        candidate = f"{name}_{number}"
+    return candidate
 
 
 def build_info() -> dict[str, Any]:
@@ -102,17 +106,17 @@ def fake(op: str) -> Callable[[Fake], Fake]:
     The fake is registered when the extension is loaded. Define it next to the code that calls the op.
     """
 
-    def keep(function: Fake) -> Fake:
+    def store(function: Fake) -> Fake:
         _FAKES[op] = function
         return function
 
-    return keep
+    return store
 
 
 def _register_fakes() -> None:
     """Register the fakes of all ops, once per process."""
-    if hasattr(torch.ops.admfast, TOLD):
+    if hasattr(torch.ops.admfast, FAKES_REGISTERED):
         return
-    setattr(torch.ops.admfast, TOLD, True)
+    setattr(torch.ops.admfast, FAKES_REGISTERED, True)
     for op, function in _FAKES.items():
         torch.library.register_fake(f"admfast::{op}")(function)

@@ -16,22 +16,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 T = TypeVar("T")
 
 
-def constant(function: Callable[..., T]) -> Callable[..., T]:
+def constant_while_tracing(function: Callable[..., T]) -> Callable[..., T]:
     """Let torch.compile call the function once and use its result as a constant, instead of tracing it.
 
     Does the same as torch.compiler.assume_constant_result, which would import Dynamo and through it Triton.
     """
 
     @functools.wraps(function)
-    def answer(*arguments: Any) -> T:  # a wrapper: Dynamo ignores the mark on a functools.cache object
+    def wrapper(*arguments: Any) -> T:  # a wrapper: Dynamo ignores the mark on a functools.cache object
         return function(*arguments)
 
-    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return answer
+    wrapper._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return wrapper
 
 
 @contextlib.contextmanager
-def deriving() -> Iterator[None]:
+def plain_eager_mode() -> Iterator[None]:
     """Leave inference mode, dispatch modes and torch.func's transforms within the block; record no gradients.
 
     Use it to make tensors that are kept after the call. A tensor made in inference mode could not be written
@@ -47,7 +47,7 @@ def deriving() -> Iterator[None]:
         yield
 
 
-@constant  # correct in a trace, because Dynamo guards each trace by the stack of transforms
+@constant_while_tracing  # correct in a trace, because Dynamo guards each trace by the stack of transforms
 def in_transform() -> bool:
     """Tell whether a transform of torch.func is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -75,7 +75,7 @@ def in_vmap() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
-def in_program() -> bool:
+def in_program_trace() -> bool:
     """Tell whether torch.jit.trace or torch.export records a program, which may run without this package."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
@@ -87,51 +87,51 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-_OWN_MODES = threading.local()
+_PACKAGE_MODES = threading.local()
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[None]:
-    """Enter a dispatch mode of this package within the block; it changes no choice of implementation."""
-    _OWN_MODES.count = _own_modes() + 1
+def package_dispatch_mode() -> Iterator[None]:
+    """Mark the block as inside a dispatch mode of this package, which changes no choice of implementation."""
+    _PACKAGE_MODES.count = _package_mode_count() + 1
     try:
         yield
     finally:
-        _OWN_MODES.count -= 1
+        _PACKAGE_MODES.count -= 1
 
 
-def _own_modes() -> int:
-    return getattr(_OWN_MODES, "count", 0)
+def _package_mode_count() -> int:
+    return getattr(_PACKAGE_MODES, "count", 0)
 
 
-def _in_dispatch_mode() -> bool:
-    """Tell whether this thread is in a dispatch mode of somebody else."""
-    return torch._C._len_torch_dispatch_stack() > _own_modes()
+def _in_foreign_dispatch_mode() -> bool:
+    """Tell whether this thread is in a dispatch mode of another package."""
+    return torch._C._len_torch_dispatch_stack() > _package_mode_count()
 
 
-def observed() -> bool:
+def has_op_observer() -> bool:
     """Tell whether torch.jit.trace or a dispatch mode (a FLOP counter, fake tensors) is active in eager mode.
 
-    They know only torch's own operations. Ours would be counted as zero, or be missing where the traced
-    program runs.
+    Both know only torch's own operations. They would count ours as zero, or the traced program would lack
+    them.
     """
     if torch.compiler.is_compiling():
         return False
-    return torch._C._is_tracing() or _in_dispatch_mode()
+    return torch._C._is_tracing() or _in_foreign_dispatch_mode()
 
 
-def traced(*tensors: Tensor | None) -> bool:
+def is_intercepted(*tensors: Tensor | None) -> bool:
     """Tell whether something must see every op: a trace, a transform, a dispatch mode, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
         or in_transform()
-        or _in_dispatch_mode()
+        or _in_foreign_dispatch_mode()
         or torch.jit.is_tracing()
         or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
 
-def recorded(*tensors: Tensor | None) -> bool:
+def needs_autograd(*tensors: Tensor | None) -> bool:
     """Tell whether a call with these tensors is recorded for a gradient, traced, or transformed."""
     if torch.compiler.is_compiling() or in_transform():
         return True
@@ -143,7 +143,7 @@ def in_autocast(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
 
 
-def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply_autograd(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Return `function.apply(*arguments)`, with all arguments of its forward given by position.
 
     Outside torch.func and torch.compile, skip the work that `apply` does only for them. `apply` looks up the
@@ -155,12 +155,12 @@ def record(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
-def nobody_differentiates() -> bool:
-    """Tell whether the running backward needs no graph of its own, and no trace or transform is active."""
+def is_final_backward() -> bool:
+    """Tell whether nothing differentiates the running backward: no graph of it, no trace, no transform."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform())
 
 
-def compiled_transform() -> str | None:
+def reason_compiled_transform() -> str | None:
     """Return the reason against an autograd Function over a raw op while a transform is compiled, or None.
 
     With such a Function, a compiled torch.func.grad would silently give zeros.
@@ -170,12 +170,12 @@ def compiled_transform() -> str | None:
     return None
 
 
-def transformed(*tensors: Tensor | None) -> str | None:
+def reason_torch_ops_only(*tensors: Tensor | None) -> str | None:
     """Return why a call with these tensors needs torch's own operations (a transform, a trace), or None."""
-    if in_program():
+    if in_program_trace():
         return "a traced program may contain only torch's own operations"
     if torch.compiler.is_compiling():
-        return compiled_transform()
+        return reason_compiled_transform()
     forward_mode = in_forward_mode()
     if not forward_mode and not in_transform():
         return None

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from admfast import checks
-from admfast.engine.guidance import classifier_guidance, followed
+from admfast.engine.guidance import classifier_guidance, view_if_hooked
 from admfast.engine.step import Batch
 from admfast.errors import invalid
-from admfast.ops.dispatch import Choice, watch
+from admfast.ops.dispatch import Choice, record_choices
 from admfast.ops.update import Clip, Row, SamplerState, pack, sampler_step
 from admfast.sampling.guides import Guide
 from admfast.sampling.predict import Model, Prediction
@@ -54,7 +54,7 @@ class FunctionStep:
         self.denoised_fn, self.read = denoised_fn, read
         self.state = SamplerState.start(x, rows)
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
-        self.t_net, self.t_clf = table.seen(x)
+        self.t_net, self.t_clf = table.timesteps_for(x)
         self.kinds = [tuple(rows[i] for _, rows in guides) for i in range(len(table))]
         self.choices: dict[tuple[bool, ...], list[Choice]] = {}  # of one row, by which guides apply
 
@@ -64,11 +64,11 @@ class FunctionStep:
         if kind in self.choices:
             self._advance(i)
             return
-        with watch() as seen:
+        with record_choices() as seen:
             self._advance(i)
         self.choices[kind] = seen
 
-    def chosen(self) -> list[Choice]:
+    def implementation_choices(self) -> list[Choice]:
         """Return the implementations used in one row, for the kind of row that used the most."""
         return max(self.choices.values(), key=len, default=[])
 
@@ -138,7 +138,7 @@ def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -
         extra["y"] = labels
     if low_res is not None:
         extra["low_res"] = low_res
-    return lambda x, t: net(followed(x), t, **extra)
+    return lambda x, t: net(view_if_hooked(x), t, **extra)
 
 
 def function_step(plan: Plan, x: Tensor) -> FunctionStep:
@@ -146,11 +146,11 @@ def function_step(plan: Plan, x: Tensor) -> FunctionStep:
     for name in plan.functions:
         LOG.info("rows run one by one, without a prepared step: %s needs Python functions", name)
     engine, guides = plan.engine, list(plan.guides)
-    if plan.scale:
+    if plan.guidance_scale:
         assert engine.classifier is not None and plan.labels is not None
-        own = classifier_guidance(engine.classifier, plan.labels, plan.scale)
-        guides.append((Guide(engine.unchanged(own)), plan.guided))
-    model = engine.unchanged(conditioned(engine.net, plan.labels, plan.low_res))
+        own = classifier_guidance(engine.classifier, plan.labels, plan.guidance_scale)
+        guides.append((Guide(engine.guard_model(own)), plan.guided))
+    model = engine.guard_model(conditioned(engine.net, plan.labels, plan.low_res))
     kept, rows = plan.process.schedule.timestep_map, plan.table.rows
 
     def read(out: Tensor, x_t: Tensor, i: int) -> Prediction:

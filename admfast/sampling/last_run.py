@@ -49,18 +49,18 @@ class OpChoice:
     """Implementation that an op used in a row.
 
     calls: number of calls in one row, including the gradient's convolutions; for `normal`, which makes x_T,
-    in one batch. asked_by: "impl" or "ADMFAST_IMPL" if one of them named the implementation, else None.
-    passed_over: implementations earlier in the order, each with the reason why it was not used.
+    in one batch. requested_by: "impl" or "ADMFAST_IMPL" if one of them named the implementation, else None.
+    skip_reasons: implementations earlier in the order, each with the reason why it was not used.
     """
 
     op: str
     implementation: str
     calls: int
-    asked_by: str | None = None
-    passed_over: dict[str, str] = field(default_factory=dict)
+    requested_by: str | None = None
+    skip_reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        asked = f" ({self.asked_by} asked)" if self.asked_by else ""
+        asked = f" ({self.requested_by} asked)" if self.requested_by else ""
         return f"{self.implementation} {self.calls}{asked}"
 
 
@@ -217,7 +217,7 @@ def report_of(notes: Notes, pipe: Pipeline) -> RunReport:
 
 def _counted(choices: Iterable[Choice]) -> tuple[OpChoice, ...]:
     """Count the equal choices of a row, grouped by op, the most frequent of an op first."""
-    kinds = Counter((one.op, one.name, one.asked_by, tuple(one.passed_over.items())) for one in choices)
+    kinds = Counter((one.op, one.name, one.requested_by, tuple(one.skip_reasons.items())) for one in choices)
     order: dict[str, int] = {}
     for op, *_ in kinds:
         order.setdefault(op, len(order))

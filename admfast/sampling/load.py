@@ -18,7 +18,7 @@ from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.checkpoints.reading import A_RUN, ENDINGS, Source, near_names
 from admfast.checks import switch, whole
 from admfast.diffusion import DiffusionConfig
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
 from admfast.errors import CheckpointError, Unavailable, invalid, nearest
@@ -100,7 +100,7 @@ def load(
     on = chosen_device(device)
     prepared = _engine_options(engine, switch("compile", compile), compile_cache)
     form = _NetworkSettings(policy(precision, on), prepared, switch("keep_master", keep_master))
-    with own_numerics(on):
+    with fixed_numerics(on):
         if chosen is not None:
             refuse_said(chosen, said)
             return _load_system(chosen, weights, on, form)

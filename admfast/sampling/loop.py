@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from admfast.engine.engine import out_of_memory
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.step import PreparedStep
 from admfast.errors import NonFiniteError
 from admfast.files.levels import to_uint8
-from admfast.ops.dispatch import Choice, watch
+from admfast.ops.dispatch import Choice, record_choices
 from admfast.ops.update import Row, SamplerState, SolverTable, normal
 from admfast.sampling.diagnose import first_nonfinite
 from admfast.sampling.functions import FunctionStep, apply_denoised_fn, function_step
@@ -92,7 +92,7 @@ class Notes:
         noted["batches"] += 1
         if size <= noted["batch"]:
             return
-        noted["batch"], noted["choices"] = size, [*begun, *step.chosen()]
+        noted["batch"], noted["choices"] = size, [*begun, *step.implementation_choices()]
         prepared = step if isinstance(step, PreparedStep) else None
         noted["ran"] = {
             "sides": plan.shape[2:],
@@ -112,7 +112,7 @@ def run(plan: Plan, notes: Notes | None = None) -> Tensor:
     """
     notes, began = Notes() if notes is None else notes, time.perf_counter()
     images, first, size = [], 0, plan.batch_size
-    with own_numerics(plan.engine.device, plan.engine.policy.tf32):
+    with fixed_numerics(plan.engine.device, plan.engine.policy.tf32):
         while first < plan.shape[0]:
             part = plan.part(first, size)
             try:
@@ -155,9 +155,9 @@ def sample_batch(plan: Plan, notes: Notes) -> Tensor:
     the user or prepared steps are switched off.
     """
     began = time.perf_counter()
-    plan.engine.ready()
+    plan.engine.ensure_folded()
     folded = time.perf_counter()
-    with watch() as begun:
+    with record_choices() as begun:
         x = first_x(plan)
     try:
         with _runner(plan, x) as step:
@@ -175,7 +175,7 @@ def _runner(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
     if _unprepared(plan) is not None:
         yield function_step(plan, x)
         return
-    with plan.engine.using(plan) as step:
+    with plan.engine.borrow_step(plan) as step:
         step.fill(plan, x)
         yield step
 
@@ -193,7 +193,7 @@ def first_x(plan: Plan) -> Tensor:
     if z is None:
         z = normal(plan.seeds, plan.shape[1:], 0, plan.first_stream, plan.impl)
     if plan.x_start is None:
-        return z * plan.table.scale
+        return z * plan.table.noise_scale
     step = torch.full((len(z),), plan.table.rows[0].index, dtype=torch.int64, device=z.device)
     return plan.process.q_sample(plan.x_start, step, z)
 
@@ -226,7 +226,7 @@ def run_rows(
             step.advance(i)
             last = i == total - 1
             if (careful or i == 0 or last) and not bool(torch.isfinite(state.x).all()):
-                raise Diverged(row, before, table.seen(state.x)[0][i])
+                raise Diverged(row, before, table.timesteps_for(state.x)[0][i])
             if i == 0:
                 first = time.perf_counter() - began
             if plan is not None and plan.callback is not None and ((i + 1) % plan.every == 0 or last):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from admfast import checks
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
 from admfast.engine.engine import Engine
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
 from admfast.errors import invalid
@@ -94,7 +94,7 @@ class Pipeline:
                 net.requires_grad_(False).eval()
         parts: tuple[Any, Any] = (self.net, self.classifier)
         engine = Engine(*parts, self.policy, self.options)
-        engine.ready()
+        engine.ensure_folded()
         object.__setattr__(self, "engine", engine)
         object.__setattr__(self, "predictor", Predictor(self.diffusion))
 
@@ -190,7 +190,7 @@ class Pipeline:
         Raises:
             InvalidArgument: for a value that is not allowed (of tensors on a GPU only the shape is checked).
         """
-        with own_numerics(self.device, self.policy.tf32):
+        with fixed_numerics(self.device, self.policy.tf32):
             check_of_images(self)
             x_t = checks.images("x_t", x_t)
             low_res = None if low_res is None else checks.images("low_res", low_res)
@@ -198,7 +198,7 @@ class Pipeline:
             if low_res is not None and low_res.device.type == "cpu":
                 checks.in_range("low_res", low_res)
             labels = self._labels(classes, x_t)
-            self.engine.ready(guided=False)
+            self.engine.ensure_folded(guided=False)
             return self.predictor(conditioned(self.net, labels, low_res), x_t, t)
 
     def _labels(self, classes: Tensor | Sequence[int] | int | None, x_t: Tensor) -> Tensor | None:

@@ -144,8 +144,8 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
     if solver.begins == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = [int(kept[row.index]) for row in table.rows]
-    scale, interval = _by_classifier(request, pipeline)
-    if scale:
+    guidance_scale, interval = _by_classifier(request, pipeline)
+    if guidance_scale:
         check_classifier_sides(request, pipeline)
     return Plan(
         engine=pipeline.engine,
@@ -155,8 +155,8 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
         shape=shape,
         seeds=as_seeds(seeds).to(device),
         labels=None if labels is None else torch.tensor(labels, device=device),
-        scale=scale,
-        guided=_rows_within(interval, timesteps) if scale else (False,) * len(table),
+        guidance_scale=guidance_scale,
+        guided=_rows_within(interval, timesteps) if guidance_scale else (False,) * len(table),
         guides=tuple((guide, _rows_within(guide.interval, timesteps)) for guide in _by_functions(request)),
         denoised_fn=request.denoised_fn,
         noise_row=skipped,
@@ -303,19 +303,19 @@ def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
 
 def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:
     """Return the scale of the classifier's gradient (0 if it is not used) and the guidance interval."""
-    scale, interval = request.guidance, request.guidance_interval
-    if scale is None:
+    guidance_scale, interval = request.guidance, request.guidance_interval
+    if guidance_scale is None:
         assert isinstance(request.solver, Solver)
         others = request.guidance_fn is not None or request.guides
-        scale = 0.0 if others or request.solver.begins == "image" else pipeline.guidance
+        guidance_scale = 0.0 if others or request.solver.begins == "image" else pipeline.guidance
     for guide in request.guides:
         if guide.function is None:
-            scale, interval = guide.scale, guide.interval
-    if scale and pipeline.classifier is None:
-        raise invalid("guidance", scale, f"{pipeline.name} has no classifier; 0 is none")
-    if request.guidance_interval is not None and not scale and request.guidance_fn is None:
+            guidance_scale, interval = guide.scale, guide.interval
+    if guidance_scale and pipeline.classifier is None:
+        raise invalid("guidance", guidance_scale, f"{pipeline.name} has no classifier; 0 is none")
+    if request.guidance_interval is not None and not guidance_scale and request.guidance_fn is None:
         raise invalid("guidance_interval", interval, "without guidance there is nothing to limit")
-    return scale, interval
+    return guidance_scale, interval
 
 
 def _by_functions(request: SampleRequest) -> list[Guide]:
@@ -335,13 +335,13 @@ def _rows_within(interval: Interval | None, timesteps: Sequence[int]) -> tuple[b
 
 def _check_implementations(impl: str | None) -> None:
     """Reject unknown implementations, and those that this machine lacks, before anything runs."""
-    value = dispatch.setting()
+    value = dispatch.impl_setting()
     for op, table in dispatch.TABLES.items():
-        name = dispatch.named_by_environment(op, value)
-        reason = name is not None and table.named(name, dispatch.ENVIRONMENT, value).available()
+        name = dispatch.impl_from_setting(op, value)
+        reason = name is not None and table.find(name, dispatch.IMPL_VARIABLE, value).reason_missing()
         if reason:
-            raise Unavailable(f"{dispatch.ENVIRONMENT}={value!r}: {op} can't run on it here: {reason}")
+            raise Unavailable(f"{dispatch.IMPL_VARIABLE}={value!r}: {op} can't run on it here: {reason}")
     for op in ("normal", "sampler_step"):
-        reason = impl and dispatch.TABLES[op].named(impl).available()
+        reason = impl and dispatch.TABLES[op].find(impl).reason_missing()
         if reason:
             raise Unavailable(f"impl={impl!r}: {op} can't run on it here: {reason}")

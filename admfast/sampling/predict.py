@@ -11,7 +11,7 @@ from torch import Tensor
 from admfast import checks
 from admfast.diffusion import DiffusionConfig, MeanType, VarType
 from admfast.errors import invalid
-from admfast.ops.transforms import deriving
+from admfast.ops.transforms import plain_eager_mode
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -115,7 +115,7 @@ class Predictor:
         """Return the columns interpolated at float t, [N, 3]; they are copied to each device once."""
         key = (t.device, t.dtype)
         if key not in self._tables:
-            with deriving():
+            with plain_eager_mode():
                 self._tables[key] = self._columns.to(device=t.device, dtype=t.dtype)
         table = self._tables[key]
         low = t.floor().long().clamp(0, len(table) - 1)

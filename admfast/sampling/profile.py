@@ -12,9 +12,9 @@ import torch
 
 from admfast import host
 from admfast.checkpoints.describe import forward_work, guidance_flops
-from admfast.engine.numerics import on_threads, own_numerics
+from admfast.engine.numerics import fixed_numerics, on_threads
 from admfast.engine.precision import has_amx
-from admfast.engine.threads import GRAIN, convolution, threads_for
+from admfast.engine.threads import MIN_OPERATIONS_PER_THREAD, convolution_operations, threads_for
 from admfast.files.tables import table
 from admfast.ops import native
 from admfast.sampling.last_run import RunReport, StageReport
@@ -78,7 +78,7 @@ def product_rate(
         return time.perf_counter()
 
     on = contextlib.nullcontext() if threads is None else on_threads(threads)
-    with torch.no_grad(), own_numerics(device, tf32), on:
+    with torch.no_grad(), fixed_numerics(device, tf32), on:
         factor = torch.ones(side, side, dtype=dtype, device=device)
         torch.mm(factor, factor)  # the first call of a library is slow
         best, until = float("inf"), ended() + SECONDS
@@ -135,9 +135,9 @@ def _flops(stage: StageReport, own: Pipeline) -> int:
 
 
 def _of_implementations(stage: StageReport, own: Pipeline) -> Iterator[str]:
-    asked = {choice.asked_by: None for choice in stage.ops if choice.asked_by}
+    asked = {choice.requested_by: None for choice in stage.ops if choice.requested_by}
     for name in asked:
-        ops = {choice.op: None for choice in stage.ops if choice.asked_by == name}
+        ops = {choice.op: None for choice in stage.ops if choice.requested_by == name}
         yield f"{name} names the implementation of {', '.join(ops)}: without it the fastest is used"
     on_cpu = own.device.type == "cpu"
     reason = native.reason_missing() if on_cpu else native.reason_missing_cuda()
@@ -168,11 +168,11 @@ def _of_size(stage: StageReport, own: Pipeline) -> Iterator[str]:
     if own.device.type != "cpu":
         return
     shape = (stage.batch, own.config.in_channels, *stage.sides)
-    work = convolution(own.config, shape)  # type: ignore[arg-type]
+    work = convolution_operations(own.config, shape)  # type: ignore[arg-type]
     worth = threads_for(work, host.cpus())
     if stage.threads is not None and stage.threads < worth:
         yield f"{stage.threads} threads, though the work is enough for {worth} (OMP_NUM_THREADS, threads=)"
-    if work < GRAIN:
+    if work < MIN_OPERATIONS_PER_THREAD:
         yield f"batches of {stage.batch}: larger ones would share the fixed cost of a call among more images"
 
 

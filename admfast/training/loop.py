@@ -23,7 +23,7 @@ import torch
 
 from admfast import checks
 from admfast.checkpoints.snapshots import SnapshotWriter
-from admfast.engine.numerics import own_numerics, peak_memory
+from admfast.engine.numerics import fixed_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError, invalid
 from admfast.interrupts import ENDING
 from admfast.training import folder
@@ -299,7 +299,7 @@ def _numerics(recipe: Recipe, world: World) -> Iterator[None]:
     """Set torch's numerical settings for a run; at the end restore them, and the number of threads."""
     threads = torch.get_num_threads()
     try:
-        with own_numerics(world.device, tf32=recipe.precision == "tf32"):
+        with fixed_numerics(world.device, tf32=recipe.precision == "tf32"):
             yield
     finally:
         torch.set_num_threads(threads)

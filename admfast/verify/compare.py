@@ -76,7 +76,7 @@ def verify(
     for stage, part, _ in stages:
         _check_steps(stage, part, request, verification.budget)
     wanted, found = _Watched(base.shape[0]), _Watched(base.shape[0])
-    with dispatch.using("reference"):
+    with dispatch.override_impl("reference"):
         exact = run(plan(replace(request, callback=wanted), reference))
     got = run(plan(replace(request, callback=found), pipe))
     verification.steps = _steps(found, wanted, verification.budget)

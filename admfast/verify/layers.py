@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.models.fold import TORSO
 from admfast.models.hooks import staying_fused
 from admfast.verify.budget import BUDGETS, Budget, Deviation, relative_error
@@ -49,9 +49,9 @@ def compare_layers(
             # Both layers get the rounded input: the error of rounding it depends on its mean, not on the
             # layer.
             x, given = _as(x, dtype, tf32), {key: _as(value, dtype, tf32) for key, value in kept.items()}
-            with own_numerics(device, tf32):
+            with fixed_numerics(device, tf32):
                 got = _outcome(fast.get_submodule(name), x, given)
-            with own_numerics(device):
+            with fixed_numerics(device):
                 exact = _outcome(layers[name], _wide(x), {key: _wide(value) for key, value in given.items()})
         found.append(Deviation(f"{prefix}.{name}", relative_error(got, exact), allowed))
     return found
@@ -84,7 +84,7 @@ def _inputs(
     for name, module in layers.items():
         hooks.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
     try:
-        with own_numerics(next(reference.parameters()).device), torch.no_grad(), staying_fused():
+        with fixed_numerics(next(reference.parameters()).device), torch.no_grad(), staying_fused():
             call(reference)
     finally:
         for handle in hooks:

@@ -250,7 +250,8 @@ def _ours(shape: ConvShape, batch: int, dtype: str, settings: Settings) -> list[
     return [
         entry.name
         for entry in TABLES["conv"].implementations
-        if entry.name != "reference" and not (entry.available() or entry.supports(conv.directions[0], x))
+        if entry.name != "reference"
+        and not (entry.reason_missing() or entry.reason_unsupported(conv.directions[0], x))
     ]
 
 

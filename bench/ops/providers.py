@@ -18,7 +18,7 @@ def ours(op: str, device: torch.device) -> list[str]:
     return [
         entry.name
         for entry in TABLES[op].implementations
-        if entry.name not in ELSEWHERE[device.type] and entry.available() is None
+        if entry.name not in ELSEWHERE[device.type] and entry.reason_missing() is None
     ]
 
 

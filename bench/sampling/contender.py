@@ -14,9 +14,9 @@ from torch import Tensor
 
 from admfast.diffusion import GaussianDiffusion
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.step import Batch
-from admfast.ops.dispatch import using
+from admfast.ops.dispatch import override_impl
 from admfast.ops.update import SolverTable, Stream, normal
 from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
@@ -100,8 +100,8 @@ class Contender(abc.ABC):
 class Trial:
     """One step with given images, noise and guidance, and its result by the plain float32 network.
 
-    process, index: the step. scale: of the guidance. ends: indices of the images that are compared. x_next,
-    x0: the result for these images.
+    process, index: the step. ends: indices of the images that are compared. x_next, x0: the result for these
+    images.
     """
 
     process: GaussianDiffusion
@@ -109,7 +109,7 @@ class Trial:
     index: int
     inputs: Inputs
     noise: Tensor
-    scale: float
+    guidance_scale: float
     ends: tuple[int, ...]
     x_next: Tensor
     x0: Tensor
@@ -148,21 +148,21 @@ def make_trial(subject: Subject, inputs: Inputs) -> Trial:
         table=table, shape=shape, seeds=few.seeds, step_noise=noise[None, list(ends)], guided=(False,)
     )
 
-    def run(scale: float) -> tuple[Tensor, Tensor]:
+    def run(guidance_scale: float) -> tuple[Tensor, Tensor]:
         guides = []
         if classifier is not None and few.labels is not None:
-            guides.append((Guide(classifier_guidance(classifier, few.labels, scale)), (True,)))
+            guides.append((Guide(classifier_guidance(classifier, few.labels, guidance_scale)), (True,)))
         step = FunctionStep(batch, model, few.x, guides)
         step.advance(0)
         return step.state.x.clone(), step.state.x0.clone()
 
-    with own_numerics(device), using("reference"), torch.no_grad():
-        scale = 0.0
+    with fixed_numerics(device), override_impl("reference"), torch.no_grad():
+        guidance_scale = 0.0
         if classifier is not None:
             moved = run(1.0)[0] - run(0.0)[0]
-            scale = GUIDANCE_SIZE / float(moved.square().mean().sqrt())
-        x_next, x0 = run(scale)
-    return Trial(process, table, TRIAL_INDEX, inputs, noise, scale, ends, x_next, x0)
+            guidance_scale = GUIDANCE_SIZE / float(moved.square().mean().sqrt())
+        x_next, x0 = run(guidance_scale)
+    return Trial(process, table, TRIAL_INDEX, inputs, noise, guidance_scale, ends, x_next, x0)
 
 
 @dataclass(frozen=True, eq=False)

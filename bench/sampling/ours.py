@@ -11,11 +11,11 @@ from torch import Tensor
 
 from admfast.engine.engine import Engine
 from admfast.engine.guidance import classifier_guidance
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.engine.step import Batch, PreparedStep
-from admfast.ops.dispatch import using, watch
+from admfast.ops.dispatch import override_impl, record_choices
 from admfast.ops.update import SolverTable
 from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
@@ -51,7 +51,7 @@ class Ours(Contender):
         self.policy = policy(self.dtype, self.device)
         nets = self.subject.networks(self.device)
         self.engine = Engine(nets[0], nets[1], self.policy, self.options)  # type: ignore[arg-type]
-        self.engine.ready()
+        self.engine.ensure_folded()
         self.table = ddpm().table(self.subject.process(self.subject.steps))
         self.guided = nets[1] is not None and self.inputs.labels is not None
         with self._watching():
@@ -60,7 +60,7 @@ class Ours(Contender):
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Record which implementations are chosen within the `with` block."""
-        with watch() as choices:
+        with record_choices() as choices:
             yield
         for choice in choices:
             names = self.implementations.setdefault(choice.op, [])
@@ -68,7 +68,7 @@ class Ours(Contender):
                 names.append(choice.name)
 
     def _runner(
-        self, table: SolverTable, scale: float, noise_row: int, x: Tensor
+        self, table: SolverTable, guidance_scale: float, noise_row: int, x: Tensor
     ) -> PreparedStep | FunctionStep:
         """Return a prepared step, or a step of plain functions, at the first row of a table."""
         inputs = self.inputs
@@ -80,7 +80,7 @@ class Ours(Contender):
             seeds=inputs.seeds,
             labels=inputs.labels,
             low_res=inputs.low_res,
-            scale=scale,
+            guidance_scale=guidance_scale,
             guided=flags,
             noise_row=noise_row,
         )
@@ -90,11 +90,11 @@ class Ours(Contender):
             return step
         guides = []
         if self.guided and classifier is not None and inputs.labels is not None:
-            guides.append((Guide(classifier_guidance(classifier, inputs.labels, scale)), flags))
+            guides.append((Guide(classifier_guidance(classifier, inputs.labels, guidance_scale)), flags))
         return FunctionStep(batch, conditioned(net, inputs.labels, inputs.low_res), x, guides)
 
     def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
-        runner = self._runner(trial.table, trial.scale, trial.noise_row, self.inputs.x)
+        runner = self._runner(trial.table, trial.guidance_scale, trial.noise_row, self.inputs.x)
         with self._watching():
             runner.advance(0)
         return runner.state.x.clone(), runner.state.x0.clone()
@@ -108,8 +108,8 @@ class Ours(Contender):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         tf32 = policy(self.dtype, self.device).tf32
-        chosen = using(self.setting) if self.setting else contextlib.nullcontext()
-        with torch.no_grad(), own_numerics(self.device, tf32), chosen:
+        chosen = override_impl(self.setting) if self.setting else contextlib.nullcontext()
+        with torch.no_grad(), fixed_numerics(self.device, tf32), chosen:
             yield
 
     def name_parts(self) -> None:
@@ -119,7 +119,7 @@ class Ours(Contender):
     def note(self) -> Row:
         parts = [f"{op} {'+'.join(names)}" for op, names in self.implementations.items()]
         row: Row = {"implementation": ", ".join(parts)}
-        refused = getattr(self.runner, "refused", None)
+        refused = getattr(self.runner, "refusal", None)
         return row | ({"refused": refused} if refused else {})
 
 

@@ -138,7 +138,7 @@ class Published(Contender):
             else:
                 chosen = log_probability[range(len(y)), y]  # as published: copies indices to the device
             (gradient,) = torch.autograd.grad(chosen.sum() * self.loss_scale, leaf)
-        return gradient.float() * (self.scale / self.loss_scale)
+        return gradient.float() * (self.guidance_scale / self.loss_scale)
 
     def _model(self, x: Tensor, t: Tensor, y: Tensor | None = None, **more: Any) -> Tensor:
         return self.net(x, t, y=y if self.subject.net.num_classes else None, **more)
@@ -158,14 +158,14 @@ class Published(Contender):
 
     def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
         diffusion = self.process(timestep_respacing=str(trial.process.num_timesteps))
-        self.scale = trial.scale
+        self.guidance_scale = trial.guidance_scale
         with mock.patch.object(torch, "randn_like", lambda like: trial.noise.to(like.dtype)):
             out = self._sample(diffusion, self.inputs.x, trial.index)
         self.begin()
         return out["sample"].float(), out["pred_xstart"].float()
 
     def begin(self) -> None:
-        self.x, self.scale = self.inputs.x, self.subject.guidance
+        self.x, self.guidance_scale = self.inputs.x, self.subject.guidance
 
     def step(self, i: int) -> None:
         if self.form.compiled and self.half:

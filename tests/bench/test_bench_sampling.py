@@ -68,7 +68,7 @@ def test_weights_are_shared_and_none_is_zero() -> None:
 def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
     subject = TINY if guided else alone(TINY)
     trial = make_trial(subject, Inputs.of(subject, 3, CPU))
-    assert trial.ends == (0, 2) and (trial.scale > 0) == guided
+    assert trial.ends == (0, 2) and (trial.guidance_scale > 0) == guided
     # The compared values depend on the network: at least a fifth of them are not clipped.
     assert 0.2 < float((trial.x0.abs() < 1).double().mean())
     one = ours.entry(precision).make(subject, trial.inputs)
@@ -80,7 +80,7 @@ def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
 
 def test_a_guided_trial_moves_x_by_its_guidance() -> None:
     trial = make_trial(TINY, Inputs.of(TINY, 2, CPU))
-    without = dataclasses.replace(trial, scale=0.0)
+    without = dataclasses.replace(trial, guidance_scale=0.0)
     one = ours.entry("fp32").make(TINY, trial.inputs)
     with one.running():
         one.ready()
@@ -95,7 +95,7 @@ class Bent(ours.Ours):
         super().prepare()
         layer = self.engine.net.middle_block[0].in_layers[2]  # type: ignore[index, union-attr]
         layer.weight.data = 1.1 * layer.weight  # a new tensor: all contenders share the old one
-        self.engine.ready()
+        self.engine.ensure_folded()
 
 
 class NoNoise(ours.Ours):
@@ -110,7 +110,7 @@ class Unguided(ours.Ours):
     """Our step with the guidance 10 % too strong."""
 
     def outcome(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().outcome(dataclasses.replace(trial, scale=1.1 * trial.scale))
+        return super().outcome(dataclasses.replace(trial, guidance_scale=1.1 * trial.guidance_scale))
 
 
 @pytest.mark.parametrize("kind", [Bent, NoNoise, Unguided])

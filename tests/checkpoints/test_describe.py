@@ -93,7 +93,7 @@ def test_memory_holds_what_must_be_alive_together(config):
 def test_memory_is_what_a_real_pass_allocates():
     """The count on real tensors is the same as on meta tensors."""
     from admfast.checkpoints.describe import LiveBytes
-    from admfast.ops.dispatch import using
+    from admfast.ops.dispatch import override_impl
 
     net = build(SMALL_UNET)
     inputs = {
@@ -102,7 +102,7 @@ def test_memory_is_what_a_real_pass_allocates():
         "y": torch.zeros(2, dtype=torch.long),
     }
     live = LiveBytes(net, inputs)
-    with using("reference"), torch.no_grad(), live:
+    with override_impl("reference"), torch.no_grad(), live:
         out = net(**inputs)
     assert live.peak == pytest.approx(forward_work(SMALL_UNET, batch=2).activation_bytes, rel=0.05)
     assert live.now == out.untyped_storage().nbytes(), "only the output may still be allocated"

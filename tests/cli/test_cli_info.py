@@ -112,7 +112,7 @@ def test_every_op_has_calls_and_each_says_what_ran(capsys, monkeypatch):
     for call, answer in shown.items():
         assert answer.split(" ")[0] in TABLES[call.split(",")[0]].names(), call
     for call in ("cpu float32", "cpu bfloat16", "cpu float32 with gradient"):
-        own = "bfloat16" in call and native.matrix_unit()
+        own = "bfloat16" in call and native.uses_amx()
         found = shown[f"attention, {call}"]
         assert found.startswith(f"{'cpp' if own else 'sdpa'} (xformers: ")
         assert torch.cuda.is_available() or found.startswith(found.split()[0] + " (xformers: no CUDA device")

@@ -100,7 +100,7 @@ def prepared(body) -> SimpleNamespace:
     """Return the attributes of a step that `capture` uses."""
     state = SimpleNamespace(x=SimpleNamespace(device=DEVICE))
     run = {True: body, False: body}
-    return SimpleNamespace(state=state, bodies=run, counters=torch.zeros(2), refused=None, choices={})
+    return SimpleNamespace(state=state, bodies=run, counters=torch.zeros(2), refusal=None, choices={})
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_warm_up_and_captures_run_on_one_stream_of_the_step_s_device(cuda):
     capture(step)
     assert len({stream for stream, _ in seen}) == 1 and seen[0][0] is not cuda.home
     assert [captured for _, captured in seen] == [False] * 2 * WARM_UPS + [True] * 2
-    assert set(cuda.asked) == {DEVICE} and cuda.current is cuda.home and step.refused is None
+    assert set(cuda.asked) == {DEVICE} and cuda.current is cuda.home and step.refusal is None
     for replay in step.bodies.values():
         replay()
     assert cuda.replays == 2
@@ -142,7 +142,7 @@ def test_a_refusal_is_told_by_its_first_error_and_leaves_the_stream(cuda, caplog
     before = dict(step.bodies)
     with caplog.at_level(logging.WARNING, logger="admfast"):
         capture(step)
-    assert step.refused == "operation not permitted when stream is capturing" and step.bodies == before
+    assert step.refusal == "operation not permitted when stream is capturing" and step.bodies == before
     assert "no CUDA graph of the step (operation not permitted" in caplog.text
     assert cuda.current is cuda.home
 
@@ -151,7 +151,7 @@ def test_a_lack_of_memory_in_a_capture_is_one(cuda):
     step = prepared(failing(cuda, torch.cuda.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         capture(step)
-    assert cuda.current is cuda.home and step.refused is None and not cuda.ended
+    assert cuda.current is cuda.home and step.refusal is None and not cuda.ended
 
 
 def test_a_capture_that_can_not_end_gives_back_its_pool_and_the_generator(cuda, monkeypatch):
@@ -199,7 +199,7 @@ def test_an_interrupt_in_a_capture_is_no_refusal(cuda):
     step = prepared(failing(cuda, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         capture(step)
-    assert cuda.current is cuda.home and step.refused is None
+    assert cuda.current is cuda.home and step.refusal is None
 
 
 def test_a_lack_of_memory_before_the_capture_is_not_its_own(cuda):
@@ -208,7 +208,7 @@ def test_a_lack_of_memory_before_the_capture_is_not_its_own(cuda):
         raise torch.cuda.OutOfMemoryError("of the caller's larger batch")
     except torch.cuda.OutOfMemoryError:
         capture(step)
-    assert step.refused == "not permitted"
+    assert step.refusal == "not permitted"
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -225,17 +225,17 @@ def test_cudnn_searches_while_a_step_is_captured(cuda, monkeypatch, deterministi
 def test_branches_fork_from_the_current_stream_of_their_device(monkeypatch):
     step, _, _ = step_of()
     cuda = Cuda(monkeypatch)
-    step.side = Stream()
+    step.classifier_stream = Stream()
     step.body(True)
     assert cuda.asked == [step.state.x.device]
-    assert step.side.waited == [cuda.home] and cuda.home.waited == [step.side]
+    assert step.classifier_stream.waited == [cuda.home] and cuda.home.waited == [step.classifier_stream]
 
 
-@pytest.mark.parametrize("part", ["_output", "_gradient"])
+@pytest.mark.parametrize("part", ["_net_output", "_guidance_gradient"])
 def test_branches_join_when_one_fails(monkeypatch, part):
     step, _, _ = step_of()
     cuda = Cuda(monkeypatch)
-    step.side = Stream()
+    step.classifier_stream = Stream()
 
     def fails(*arguments: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
@@ -243,7 +243,7 @@ def test_branches_join_when_one_fails(monkeypatch, part):
     monkeypatch.setattr(step, part, fails)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         step.body(True)
-    assert cuda.home.waited == [step.side]
+    assert cuda.home.waited == [step.classifier_stream]
 
 
 def test_buffers_pass_from_stream_to_stream(monkeypatch):
@@ -251,10 +251,10 @@ def test_buffers_pass_from_stream_to_stream(monkeypatch):
     recorded = []
     buffer = SimpleNamespace(record_stream=recorded.append)
     monkeypatch.setattr(step, "_buffers", lambda: [buffer])
-    step._home, step._left, other = Stream(), "the end of the last batch", Stream()
-    step._enter(step._home)
-    assert step._home.waited == ["the end of the last batch"] and recorded == []
-    step._enter(other)
+    step._allocation_stream, step._last_use, other = Stream(), "the end of the last batch", Stream()
+    step._wait_for_last_use(step._allocation_stream)
+    assert step._allocation_stream.waited == ["the end of the last batch"] and recorded == []
+    step._wait_for_last_use(other)
     assert other.waited == ["the end of the last batch"] and recorded == [other]
 
 
@@ -263,6 +263,6 @@ def test_a_batch_leaves_its_step_after_its_images_were_copied(monkeypatch):
     from tests.small import pipeline
 
     left = []
-    monkeypatch.setattr(PreparedStep, "leave", lambda step: left.append(step.counters.tolist()[0]))
+    monkeypatch.setattr(PreparedStep, "mark_last_use", lambda step: left.append(step.counters.tolist()[0]))
     pipeline().sample(seeds=[1], steps=3)
     assert left == [0, 3]

@@ -16,7 +16,7 @@ from admfast.engine.compiled import compiled_body
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.errors import InvalidArgument, OutputError, Unavailable
-from admfast.ops.dispatch import using
+from admfast.ops.dispatch import override_impl
 from tests.small import pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def traced(monkeypatch):
 def test_a_compiled_step_is_the_eager_one(traced, precision):
     settings = dict(classes=[0, 3], seeds=[5, 6], output="float", guidance_interval=(300, 900), steps=3)
     policy = POLICIES[precision]
-    with using("attention=sdpa"):  # a trace takes no other fused attention
+    with override_impl("attention=sdpa"):  # a trace takes no other fused attention
         got = pipeline(options=COMPILED, policy=policy).sample(**settings)
         wanted = pipeline(policy=policy).sample(**settings)
     # The graph runs the eager operations in the same order, so only the order inside float32 sums may change.

@@ -18,7 +18,7 @@ from admfast.engine.precision import POLICIES
 from admfast.errors import InvalidArgument
 from admfast.models.fold import FoldOptions
 from admfast.ops import dispatch
-from admfast.ops.dispatch import watch
+from admfast.ops.dispatch import record_choices
 from admfast.ops.update import sampler_step_ref
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan
@@ -90,10 +90,10 @@ def test_a_step_in_use_is_nobody_else_s():
     images(pipe)
     engine, step = pipe.engine, kept(pipe)
     batch = plan(SampleRequest(LABELS, SEEDS), pipe)
-    with engine.using(batch) as first, engine.using(batch) as second:
+    with engine.borrow_step(batch) as first, engine.borrow_step(batch) as second:
         assert first is step and second is not step and not engine._steps
     assert kept(pipe) is step
-    with pytest.raises(ZeroDivisionError), engine.using(batch):
+    with pytest.raises(ZeroDivisionError), engine.borrow_step(batch):
         raise ZeroDivisionError
     assert kept(pipe) is step
 
@@ -110,7 +110,7 @@ def test_copies_and_pickles_sample_the_same():
 
 def test_a_step_is_of_the_implementations_that_the_environment_names():
     pipe = pipeline()
-    with dispatch.using("sampler_step=reference"):
+    with dispatch.override_impl("sampler_step=reference"):
         images(pipe)
         named = kept(pipe)
     assert named.update is sampler_step_ref
@@ -144,7 +144,7 @@ def test_options_that_do_not_fit_int8_are_named(precision, fold, message):
 
 def test_a_float64_network_computes_in_float64_in_any_policy():
     pipe = pipeline(net=unet().double(), classifier=None, guidance=0.0, policy=POLICIES["int8"])
-    with watch() as seen:
+    with record_choices() as seen:
         images(pipe)
     assert pipe.net.torso_dtype == torch.float64 and not pipe.net.fold_options.int8
     assert {choice.op for choice in seen if "conv" in choice.op} == {"conv"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from admfast import host
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from tests.small import pipeline
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -23,8 +23,8 @@ def test_calls_that_overlap_leave_the_process_as_it_was(first_out):
     # Calls of two threads may end in any order.
     before = tf32()
     calls = [contextlib.ExitStack(), contextlib.ExitStack()]
-    calls[0].enter_context(own_numerics(CUDA, tf32=True))
-    calls[1].enter_context(own_numerics(CUDA, tf32=False))
+    calls[0].enter_context(fixed_numerics(CUDA, tf32=True))
+    calls[1].enter_context(fixed_numerics(CUDA, tf32=False))
     assert tf32() == (False, False)
     calls[first_out].close()
     assert tf32() == ((False, False) if first_out == 0 else (True, True))
@@ -48,6 +48,6 @@ def test_no_more_threads_than_processors(asked, there, used, monkeypatch):
     seen: list[int] = []
     pipeline().sample(seeds=[1], steps=1, callback=lambda _: seen.append(torch.get_num_threads()))
     assert seen == [used] and torch.get_num_threads() == asked
-    with pytest.raises(ZeroDivisionError), own_numerics(CPU):
+    with pytest.raises(ZeroDivisionError), fixed_numerics(CPU):
         raise ZeroDivisionError
     assert torch.get_num_threads() == asked

@@ -48,8 +48,8 @@ def test_a_replayed_run_has_the_bits_of_an_eager_one(precision, settings):
     wanted = pipeline(policy=POLICIES[precision], options=EAGER).sample(**SETTINGS | settings)
     assert torch.equal(pipe.sample(**SETTINGS | settings), wanted)
     found = replays(pipe)
-    assert found and all(replay.unused is None for replay in found if replay._calls)
-    assert any(replay.unused is None for replay in found)
+    assert found and all(replay.reason_not_replayed is None for replay in found if replay._calls)
+    assert any(replay.reason_not_replayed is None for replay in found)
     # The second run repeats every row, with other seeds in between.
     pipe.sample(**SETTINGS | settings | {"seeds": [8, 9]})
     assert torch.equal(pipe.sample(**SETTINGS | settings), wanted)
@@ -152,7 +152,7 @@ def test_rows_are_recorded_checked_and_repeated(surveyed_now):
     assert len(calls) == 3 and x.tolist() == [6.0, 6.0, 6.0]
     replay.forget()
     replay()
-    assert len(calls) == 4 and replay.unused
+    assert len(calls) == 4 and replay.reason_not_replayed
 
 
 def test_what_changes_outside_of_torch_is_noticed(surveyed_now):
@@ -166,7 +166,7 @@ def test_what_changes_outside_of_torch_is_noticed(surveyed_now):
     replay = Replay(body)
     for _ in range(5):
         replay()
-    assert "another result" in str(replay.refused) and x.tolist() == [15.0] * 3
+    assert "another result" in str(replay.refusal) and x.tolist() == [15.0] * 3
 
 
 def test_a_value_read_by_the_host_is_refused(surveyed_now):
@@ -178,7 +178,7 @@ def test_a_value_read_by_the_host_is_refused(surveyed_now):
     replay = Replay(body)
     for _ in range(9):
         replay()
-    assert "reads a value" in str(replay.refused) and x.item() == 128
+    assert "reads a value" in str(replay.refusal) and x.item() == 128
 
 
 def test_an_error_while_recording_is_raised_and_recorded_again(surveyed_now):
@@ -195,7 +195,7 @@ def test_an_error_while_recording_is_raised_and_recorded_again(surveyed_now):
         replay()
     for _ in range(3):
         replay()
-    assert replay.unused is None and not fail[1:] and x.tolist() == [4.0, 4.0]
+    assert replay.reason_not_replayed is None and not fail[1:] and x.tolist() == [4.0, 4.0]
 
 
 def test_gradients_and_saved_results_are_recorded(surveyed_now):
@@ -214,7 +214,7 @@ def test_gradients_and_saved_results_are_recorded(surveyed_now):
     for _ in range(6):
         replay()
     got = [x.clone(), out.clone()]
-    assert replay.unused is None
+    assert replay.reason_not_replayed is None
     for t, before in zip((x, out), eager, strict=True):
         t.copy_(before)
     for _ in range(6):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from admfast.engine.engine import Engine, out_of_memory
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES
-from admfast.engine.step import ROWS, Batch, PreparedStep, StepKey
+from admfast.engine.step import ROWS_GRANULARITY, Batch, PreparedStep, StepKey
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.models.fold import FoldOptions
 from admfast.ops.update import SolverTable, as_seeds
@@ -111,7 +111,7 @@ def step_of(guided: bool = True, options: EngineOptions | None = None, steps: in
     """Return a prepared step filled with a batch, that batch, and its initial x."""
     options = options or EngineOptions()
     engine = Engine(unet().requires_grad_(False), classifier(1).requires_grad_(False), options=options)
-    engine.ready()
+    engine.ensure_folded()
     batch, x = batch_of(ddpm().table(PROCESS.build(str(steps))), guided), randn(3, 1, 8, 8)
     step = engine.step(batch)
     step.fill(batch, x)
@@ -120,7 +120,7 @@ def step_of(guided: bool = True, options: EngineOptions | None = None, steps: in
 
 def batch_of(table: SolverTable, guided: bool = True, **changes) -> Batch:
     """Return a batch of three images for all rows of a table."""
-    settings = {"seeds": as_seeds(SEEDS), "labels": torch.tensor(LABELS), "scale": 2.0, **changes}
+    settings = {"seeds": as_seeds(SEEDS), "labels": torch.tensor(LABELS), "guidance_scale": 2.0, **changes}
     return Batch(**{"table": table, "shape": (3, 1, 8, 8), "guided": (guided,) * len(table), **settings})
 
 
@@ -136,12 +136,12 @@ def pointers(step: PreparedStep) -> dict[str, int]:
 def test_buffers_stay_where_they_are():
     step, batch, x = step_of()
     before = pointers(step)
-    assert {"state.x", "table.device", "labels", "seeds", "gradient_scale", "counters", "timesteps"} <= set(
+    assert {"state.x", "table.device", "labels", "seeds", "gradient_factor", "counters", "timesteps"} <= set(
         before
     )
     for scale, steps in ((2.0, 4), (1.0, 7)):
         table = ddpm().table(PROCESS.build(str(steps)))
-        step.fill(batch_of(table, scale=scale), x)
+        step.fill(batch_of(table, guidance_scale=scale), x)
         run_rows(table, step)
         assert pointers(step) == before
 
@@ -246,13 +246,19 @@ def test_a_body_is_one_graph_for_the_compiler(guided):
 def test_keys_say_what_needs_another_step():
     _, batch, _ = step_of()
     key = StepKey.of(batch, True)
-    assert (key.guided, key.plain, key.rows, key.low_res, key.recorded) == (True, False, ROWS, None, False)
-    assert StepKey.of(dataclasses.replace(batch, guided=(True, False) * 2), True).plain
+    assert (key.guided, key.unguided, key.max_rows, key.low_res, key.noise_given) == (
+        True,
+        False,
+        ROWS_GRANULARITY,
+        None,
+        False,
+    )
+    assert StepKey.of(dataclasses.replace(batch, guided=(True, False) * 2), True).unguided
     given = batch_of(batch.table, False, step_noise=randn(4, 3, 1, 8, 8), low_res=randn(3, 1, 4, 4))
     key = StepKey.of(given, True)
-    assert key.recorded and key.low_res == (3, 1, 4, 4) and not key.guided
+    assert key.noise_given and key.low_res == (3, 1, 4, 4) and not key.guided
     long = ddpm().table(dataclasses.replace(PROCESS, steps=1500).build(""))
-    assert StepKey.of(batch_of(long), True).rows == 2 * ROWS
+    assert StepKey.of(batch_of(long), True).max_rows == 2 * ROWS_GRANULARITY
 
 
 def test_a_trainable_classifier_is_refused():
@@ -266,7 +272,7 @@ def test_a_trainable_classifier_is_refused():
 
 
 def test_the_step_used_longest_ago_makes_room():
-    pipe = pipeline(options=EngineOptions(kept_steps=2))
+    pipe = pipeline(options=EngineOptions(max_cached_steps=2))
     for count in (1, 2, 3, 1):
         images(pipe, seeds=range(count), classes=0)
     kept = [key.shape[0] for key, _ in pipe.engine._steps]
@@ -375,7 +381,7 @@ def test_an_interval_guides_there_alone():
     [
         ({"compile": 1}, "compile=1: True or False"),
         ({"rows_at_a_time": 0}, "rows_at_a_time=0"),
-        ({"kept_steps": 0}, "kept_steps=0"),
+        ({"max_cached_steps": 0}, "max_cached_steps=0"),
         ({"fold": 3}, "fold=3: FoldOptions, or None for nothing"),
         ({"fold": True}, "fold=True: FoldOptions, or None for nothing"),
         ({"compile": True, "compile_cache": 3}, "compile_cache=3: the path of a folder, or None"),
@@ -416,7 +422,7 @@ def test_the_conditions_of_a_row_reach_the_network_as_by_functions():
 
 
 def test_steps_are_kept_within_the_memory_allowed():
-    pipe = pipeline(options=EngineOptions(kept_bytes=1))
+    pipe = pipeline(options=EngineOptions(max_cached_bytes=1))
     images(pipe)
     images(pipe, classes=0, seeds=1)
     assert [key.shape[0] for key, _ in pipe.engine._steps] == [1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from admfast.engine.compiled import TRACES_GRADIENTS
+from admfast.engine.compiled import FIRST_TORCH_TRACING_GRADIENTS
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.engine.step import Batch
@@ -63,7 +63,7 @@ SETTINGS = {
 def test_a_replayed_step_is_the_eager_one(name, branches):
     pipe = made(options=EngineOptions(branches=branches))
     got, again = images(pipe, **SETTINGS[name]), images(pipe, **SETTINGS[name])
-    assert all(step.refused is None for step in pipe.engine._steps.values())
+    assert all(step.refusal is None for step in pipe.engine._steps.values())
     assert all(run.__name__ == "replay" for s in pipe.engine._steps.values() for run in s.bodies.values())
     assert near(got, again)
     assert near(got, images(made(options=EAGER), **SETTINGS[name]))
@@ -87,7 +87,7 @@ def test_other_precisions_are_captured_too(precision):
     pipe = made(policy=POLICIES[precision])
     got, wanted = images(pipe), images(made(policy=FP32))
     assert 0 < float((got - wanted).abs().mean()) < 0.1
-    assert all(step.refused is None for step in pipe.engine._steps.values())
+    assert all(step.refusal is None for step in pipe.engine._steps.values())
 
 
 def filled(pipe: Pipeline, steps: int = 8):
@@ -97,7 +97,7 @@ def filled(pipe: Pipeline, steps: int = 8):
         shape=(4, 1, 8, 8),
         seeds=as_seeds(SEEDS).cuda(),
         labels=torch.tensor(LABELS).cuda(),
-        scale=2.0,
+        guidance_scale=2.0,
         guided=(True,) * steps,
     )
     step = pipe.engine.step(batch)
@@ -182,7 +182,7 @@ def test_what_cannot_be_captured_runs_row_by_row_and_says_why(monkeypatch, caplo
         got = images(pipe)
     assert torch.cuda.current_stream() == stream
     assert any("no CUDA graph of the step" in record.getMessage() for record in caplog.records)
-    assert all(step.refused for step in pipe.engine._steps.values())
+    assert all(step.refusal for step in pipe.engine._steps.values())
     monkeypatch.undo()
     assert near(got, images(made(options=EAGER)))
 
@@ -198,7 +198,7 @@ def test_an_engine_runs_a_compiled_step():
     pipe = made(options=dataclasses.replace(EngineOptions(), compile=True))
     plain = {"steps": 2, "guidance": 0.0}
     assert near(images(pipe, **plain), images(made(options=EAGER), **plain), 1e-3)
-    if torch.__version__ < TRACES_GRADIENTS:
+    if torch.__version__ < FIRST_TORCH_TRACING_GRADIENTS:
         with pytest.raises(Unavailable, match="compile"):
             images(pipe, steps=2)
     else:
@@ -311,5 +311,5 @@ def test_a_device_that_is_not_the_current_one():
     pipe.classifier.to("cuda:1")
     got = images(pipe)
     assert got.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-    assert all(step.refused is None for step in pipe.engine._steps.values())
+    assert all(step.refusal is None for step in pipe.engine._steps.values())
     assert near(got.cpu(), first.cpu())

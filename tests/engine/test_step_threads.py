@@ -11,9 +11,9 @@ import torch
 
 import admfast
 from admfast import host
-from admfast.engine.numerics import CHOSEN_BY, chosen_threads, on_threads
+from admfast.engine.numerics import THREAD_VARIABLES, choose_threads, on_threads
 from admfast.engine.options import EngineOptions
-from admfast.engine.threads import convolution, threads_for
+from admfast.engine.threads import convolution_operations, threads_for
 from admfast.errors import InvalidArgument
 from admfast.models.presets import SYSTEMS
 from tests.small import pipeline
@@ -22,7 +22,7 @@ from tests.small import pipeline
 @pytest.fixture(autouse=True)
 def two_of_nobodys_choice(monkeypatch: pytest.MonkeyPatch):
     """Set up torch as on a machine with two processors where the user has chosen no number of threads."""
-    for name in CHOSEN_BY:
+    for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in {"cpus": 2, "cores": 2, "processors": {0, 1}}.items():
         monkeypatch.setattr(host, name, lambda value=value: value)
@@ -43,13 +43,13 @@ class restored:
 
 def work(name: str, batch: int) -> int:
     config = SYSTEMS[name].diffusion.config
-    return convolution(config, (batch, config.in_channels, *[config.image_size] * 2))
+    return convolution_operations(config, (batch, config.in_channels, *[config.image_size] * 2))
 
 
 def test_the_work_is_a_convolution_at_full_resolution():
     assert work("imagenet64", 3) == 3 * 2 * 9 * 192 * 192 * 64 * 64
     narrow = SimpleNamespace(model_channels=32, channel_mult=(0.5, 1), dims=3)
-    assert convolution(narrow, (2, 1, 4, 5, 6)) == 2 * 2 * 27 * 16 * 16 * 4 * 5 * 6
+    assert convolution_operations(narrow, (2, 1, 4, 5, 6)) == 2 * 2 * 27 * 16 * 16 * 4 * 5 * 6
 
 
 @pytest.mark.parametrize(
@@ -73,24 +73,24 @@ def test_more_work_never_has_fewer_threads(processors):
     assert found == sorted(found) and (found[0], found[-1]) == (1, processors)
 
 
-@pytest.mark.parametrize("name", CHOSEN_BY)
+@pytest.mark.parametrize("name", THREAD_VARIABLES)
 def test_the_environment_decides(name, monkeypatch):
-    assert chosen_threads(None, 1) == 1
+    assert choose_threads(None, 1) == 1
     monkeypatch.setenv(name, "2")
-    assert (chosen_threads(None, 1), chosen_threads(1, 2)) == (2, 1)
+    assert (choose_threads(None, 1), choose_threads(1, 2)) == (2, 1)
 
 
 @pytest.mark.parametrize("asked", [1, 3])
 def test_a_number_that_is_not_torchs_own_decides(asked):
     torch.set_num_threads(asked)
-    assert [chosen_threads(None, own) for own in (1, 2)] == [asked] * 2
+    assert [choose_threads(None, own) for own in (1, 2)] == [asked] * 2
 
 
 def test_a_quota_is_nobodys_choice(monkeypatch):
     monkeypatch.setattr(host, "processors", lambda: set(range(64)))
     for threads in (2, 64):
         torch.set_num_threads(threads)
-        assert chosen_threads(None, 1) == 1
+        assert choose_threads(None, 1) == 1
 
 
 def mkl() -> int | None:

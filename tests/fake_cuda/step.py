@@ -103,12 +103,12 @@ def counted(run: Run) -> tuple[PreparedStep, Counted, int]:
             labels=None if config.num_classes is None and classifier is None else numbers,
             low_res=low_res,
             guided=(classifier is not None,) * len(table),
-            scale=1.0,
+            guidance_scale=1.0,
         )
         parts: Any = [None if net is None else moved(net) for net in networks]
         engine = Engine(*parts, policy(run.precision, CUDA), EngineOptions(graph=False))
-        engine.ready()
-        with torch.no_grad(), engine.using(batch) as step:
+        engine.ensure_folded()
+        with torch.no_grad(), engine.borrow_step(batch) as step:
             step.fill(batch, torch.empty(shape, device=CUDA))
             early = forms(parts)
             for i in range(2):
@@ -133,10 +133,10 @@ def told(run: Run) -> dict[str, Any]:
     inner = found.of("convolution", "norm")
     return {
         **dataclasses.asdict(run),
-        "chosen": sorted({f"{choice.op} {choice.name}" for choice in step.chosen()}),
+        "chosen": sorted({f"{choice.op} {choice.name}" for choice in step.implementation_choices()}),
         "read_back": found.read_back,
         "derived_late": derived_late,
-        "side_priority": getattr(step.side, "priority", None),
+        "side_priority": getattr(step.classifier_stream, "priority", None),
         "launches": found.count(),
         "bytes": {kind: found.nbytes(kind) for kind in sorted({launch.kind for launch in found.launches})},
         "names": summed((launch.name, launch.count) for launch in found.launches),

@@ -46,7 +46,7 @@ MODULES = [
     importlib.import_module(f"admfast.kernels.{file.name}") for file in pkgutil.iter_modules(package.__path__)
 ]
 LAUNCHERS = {name: value for module in MODULES for name, value in vars(module).items() if callable(value)}
-EVERY = [cases for cases in all_cases() if "triton" in cases.raw]
+EVERY = [cases for cases in all_cases() if "triton" in cases.call_raw_ops]
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -65,8 +65,8 @@ def real_cases() -> dict[str, list[Case]]:
 
         def forward(*call: Any, **more: Any) -> Any:
             for cases in EVERY:
-                if table.op == (cases.within or cases.op):
-                    found[cases.op] |= {str(case): case for case in cases.case_of(*call, **more)}
+                if table.op == (cases.launched_by or cases.op):
+                    found[cases.op] |= {str(case): case for case in cases.cases_from_call(*call, **more)}
             return entry.forward(*call, **more)
 
         return dataclasses.replace(entry, forward=forward)
@@ -100,7 +100,7 @@ def run_on_meta(config: NetConfig) -> None:
 def launches(cases: OpCases, arguments: dict[str, Any]) -> list[Call]:
     """Return the launches of an op's kernels, forward and backward, for tensors on the meta device."""
     with listing() as calls:
-        cases.raw["triton"](lambda name, *given: LAUNCHERS[name](*given), **arguments)
+        cases.call_raw_ops["triton"](lambda name, *given: LAUNCHERS[name](*given), **arguments)
     return calls
 
 

@@ -40,12 +40,14 @@ def force(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
         groups = 1 if shape.groups < 3 else 2  # with an odd number of groups the last program has fewer
         width = groups * shape.depth
         align = min(width & -width, 8)
-        return launch.OneRead(groups, 4, launch.pow2(width), unroll=2, warps=1, align=align)
+        return launch.OneRead(groups, 4, launch.next_power_of_2(width), unroll=2, warps=1, align=align)
 
     def two(shape: Any, backward: bool) -> Any:
         return launch.TwoPass(4, 8, unroll=2, chunk=16, warps=1, apply_p=8, apply_warps=1)
 
-    monkeypatch.setattr(launch, "RESIDENT", 4)  # gives each program of the elementwise pass several tiles
+    monkeypatch.setattr(
+        launch, "RESIDENT_PROGRAMS", 4
+    )  # gives each program of the elementwise pass several tiles
     if path != "chosen":
         monkeypatch.setattr(launch, "choose", {"one read": one, "two passes": two}[path])
 

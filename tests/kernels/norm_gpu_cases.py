@@ -75,7 +75,10 @@ def forced(path: str | None) -> Iterator[None]:
     """Use `path` for every shape, with the blocks of a GPU. None keeps the usual choice."""
     launch = norm_cases.module("norm_launch")
     # "one read": no program's data is too large, and no row of it too narrow. "two passes": none fits.
-    limits = {"one read": {"SHARE": 1 << 30, "SECTOR": 0}, "two passes": {"SHARE": 0}}
+    limits = {
+        "one read": {"MAX_REREAD_BYTES": 1 << 30, "SECTOR_BYTES": 0},
+        "two passes": {"MAX_REREAD_BYTES": 0},
+    }
     with mock.patch.multiple(launch, **limits[path]) if path else contextlib.nullcontext():
         yield
 

@@ -58,7 +58,7 @@ def test_the_norm_takes_what_the_epilogue_left(has_bias, has_residual, dtype, me
     bias = draw(1, 64, 1, 1, dtype=DTYPES[dtype]).flatten() if has_bias else None
     residual = draw(2, 64, 9, 7, dtype=DTYPES[dtype]) if has_residual else None
     expected = module("conv_epilogue").conv_epilogue_fwd(y.clone(), bias, residual)
-    x = epilogue.add(y, bias, residual)
+    x = epilogue.add_in_place(y, bias, residual)
     assert x is y and torch.equal(x, expected)
     judged([x])
     assert STATISTICS not in launched
@@ -68,28 +68,28 @@ def test_the_norm_takes_what_the_epilogue_left(has_bias, has_residual, dtype, me
 def test_two_sources_that_share_a_group(mean, launched):
     # 96 channels in 32 groups of 3: the first source ends within a group.
     sources = [draw(2, channels, 9, 7, mean=mean) for channels in (64, 32)]
-    judged([epilogue.add(source, None, draw(*source.shape)) for source in sources])
+    judged([epilogue.add_in_place(source, None, draw(*source.shape)) for source in sources])
     assert STATISTICS not in launched
 
 
 def test_a_source_without_statistics_has_both_read(launched):
     first, second = draw(2, 64, 9, 7), draw(2, 32, 9, 7)
-    judged([epilogue.add(first, None, draw(2, 64, 9, 7)), second])
+    judged([epilogue.add_in_place(first, None, draw(2, 64, 9, 7)), second])
     assert STATISTICS in launched
 
 
 def test_statistics_end_with_a_write(launched):
-    x = epilogue.add(draw(2, 64, 9, 7), None, draw(2, 64, 9, 7))
-    assert channel_sums.left(x) is not None
+    x = epilogue.add_in_place(draw(2, 64, 9, 7), None, draw(2, 64, 9, 7))
+    assert channel_sums.find_attached(x) is not None
     x.mul_(3).add_(1)
-    assert channel_sums.left(x) is None
+    assert channel_sums.find_attached(x) is None
     judged([x])
     assert STATISTICS in launched
 
 
 def test_a_saved_tensor_holds_nothing_of_ours(launched, tmp_path):
-    x = epilogue.add(draw(2, 64, 9, 7), None, draw(2, 64, 9, 7))
-    assert channel_sums.left(x) is not None
+    x = epilogue.add_in_place(draw(2, 64, 9, 7), None, draw(2, 64, 9, 7))
+    assert channel_sums.find_attached(x) is not None
     torch.save(x, tmp_path / "x.pt")
     assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True), x)
 
@@ -100,8 +100,8 @@ def test_statistics_are_left_where_gradients_are_recorded(launched):
 
     def gradient(dtype: torch.dtype, fused: bool) -> Tensor:
         y, residual = before.to(dtype), dy.to(dtype).requires_grad_(True)
-        x = epilogue.add(y.clone(), None, residual) if fused else y + residual
-        assert (channel_sums.left(x) is not None) == fused
+        x = epilogue.add_in_place(y.clone(), None, residual) if fused else y + residual
+        assert (channel_sums.find_attached(x) is not None) == fused
         norm = group_norm_silu if fused else group_norm_silu_ref
         out = norm(x, weight, bias, 32, **(dict(impl="triton") if fused else {}))
         return torch.autograd.grad(out, residual, dy.to(dtype))[0]
@@ -114,6 +114,8 @@ def test_statistics_are_left_where_gradients_are_recorded(launched):
 
 def test_an_image_read_once_and_channels_of_no_group_leave_nothing(monkeypatch):
     force(monkeypatch, "one read")
-    assert channel_sums.left(epilogue.add(draw(1, 64, 4, 4), None, draw(1, 64, 4, 4))) is None
+    assert (
+        channel_sums.find_attached(epilogue.add_in_place(draw(1, 64, 4, 4), None, draw(1, 64, 4, 4))) is None
+    )
     force(monkeypatch, "two passes")
-    assert channel_sums.left(epilogue.add(draw(1, 6, 9, 7), None, draw(1, 6, 9, 7))) is None
+    assert channel_sums.find_attached(epilogue.add_in_place(draw(1, 6, 9, 7), None, draw(1, 6, 9, 7))) is None

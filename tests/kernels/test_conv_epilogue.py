@@ -48,7 +48,7 @@ def taken(monkeypatch):
         run(planned, device)
 
     monkeypatch.setattr(launch, "run", counting)
-    monkeypatch.setattr(epilogue, "serves", lambda *arguments: True)
+    monkeypatch.setattr(epilogue, "can_serve", lambda *arguments: True)
     return calls
 
 
@@ -117,7 +117,7 @@ def test_gradients_of_two_orders(leaves, has_bias, taken):
 def test_torch_is_told_of_the_write():
     y = draw(1, 6, 3, 3).requires_grad_(True) * 2
     kept = y.square()  # its backward needs the old y
-    epilogue.add(y, draw(6), None)
+    epilogue.add_in_place(y, draw(6), None)
     with pytest.raises(RuntimeError, match="inplace"):
         kept.sum().backward()
 
@@ -184,12 +184,12 @@ def present(monkeypatch):
     ids=lambda value: None,
 )
 def test_which_calls_take_the_kernel(arguments, expected, present):
-    assert epilogue.serves(*arguments) is expected
+    assert epilogue.can_serve(*arguments) is expected
 
 
 def test_who_looks_on_sees_operations_of_torch(present, monkeypatch):
     def asked(x: Tensor = X, residual: Tensor | None = RESIDUAL) -> bool:
-        return epilogue.serves("cuda", x, BIAS, residual)
+        return epilogue.can_serve("cuda", x, BIAS, residual)
 
     seen = {}
 
@@ -225,7 +225,7 @@ def test_who_looks_on_sees_operations_of_torch(present, monkeypatch):
 @pytest.mark.parametrize("name", ["reason_missing", "interpreted"])
 def test_without_a_gpu_for_triton_it_is_torch_that_adds(name, present, monkeypatch):
     monkeypatch.setattr(launchers, name, lambda: "missing")
-    assert not epilogue.serves("cuda", X, BIAS, RESIDUAL)
+    assert not epilogue.can_serve("cuda", X, BIAS, RESIDUAL)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_it_is_chosen():
     tensors, options = call()
     chosen = group_norm_silu(**tensors, **options)
     assert torch.equal(chosen, group_norm_silu(**tensors, **options, impl="triton"))
-    assert TABLES["group_norm_silu"].named("triton").available() is None
+    assert TABLES["group_norm_silu"].find("triton").reason_missing() is None
 
 
 def test_the_same_bits_every_time():

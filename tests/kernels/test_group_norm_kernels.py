@@ -12,7 +12,7 @@ import torch
 
 from admfast.errors import Unavailable
 from admfast.ops import TABLES, group_norm_silu
-from admfast.ops.norm.grad import RAW, NormOptions
+from admfast.ops.norm.grad import RAW_NORMS, NormOptions
 from tests.kernels.norm_cases import DEVICE, DTYPES, SHAPES, call_of, check, force, module, poison
 from tests.ops.cover import all_pairs, case_id
 
@@ -87,14 +87,15 @@ def test_frozen_parameters_change_nothing_in_dx(path, monkeypatch):
     tensors, _ = call_of(SMALL | dict(shape="straddling"))
     arguments = [tensors.get(name) for name in ("x", "x2", "x_bias", "weight", "bias", "scale", "shift")]
     options = NormOptions(3, 1e-5, True, "up", True)
-    y, skip, mean, rstd = RAW["triton"].forward(*arguments, options)
+    y, skip, mean, rstd = RAW_NORMS["triton"].forward(*arguments, options)
     dy, dskip = torch.randn_like(y), torch.randn_like(skip)
     full, lean = (
-        RAW["triton"].backward(dy, dskip, *arguments, mean, rstd, options, sums) for sums in (True, False)
+        RAW_NORMS["triton"].backward(dy, dskip, *arguments, mean, rstd, options, sums)
+        for sums in (True, False)
     )
     assert full[2].shape == full[3].shape == (2, 12) and lean[2].numel() == lean[3].numel() == 0
     assert torch.equal(lean[0], full[0]) and torch.equal(lean[1], full[1])
-    again = RAW["triton"].backward(dy, dskip, *arguments, mean, rstd, options, True)
+    again = RAW_NORMS["triton"].backward(dy, dskip, *arguments, mean, rstd, options, True)
     assert all(torch.equal(a, b) for a, b in zip(full, again, strict=True)), "a second call gives other bits"
 
 

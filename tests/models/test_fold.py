@@ -19,7 +19,7 @@ from admfast.models.fold.net import WINOGRAD_BYTES
 from admfast.models.hooks import staying_fused
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv.winograd import amplification
-from admfast.ops.dispatch import watch
+from admfast.ops.dispatch import record_choices
 from admfast.verify.budget import BUDGETS
 from tests.ops.tolerance import assert_within
 from tests.small import classifier, randn, unet, upsampler
@@ -109,7 +109,7 @@ def test_in_8_bits_are_the_3x3_convolutions_between_first_and_last(name, dtype):
     net = made(name)
     plain = call(net)
     net.fold(FoldOptions(int8=True), dtype)
-    with watch() as choices:
+    with record_choices() as choices:
         outcome = call(net)
     of_8_bits = {name for name, conv in net._convolutions() if conv.folded.options.int8}
     in_blocks = {name for name, _ in net.named_modules() if name.endswith(("in_layers.2", "out_layers.3"))}
@@ -163,7 +163,7 @@ def what_runs(net, monkeypatch) -> Runs:
         for m in blocks
     ]
     found.embeddings = len(blocks)
-    with monkeypatch.context() as patched, watch() as choices, staying_fused():
+    with monkeypatch.context() as patched, record_choices() as choices, staying_fused():
         patched.setattr(FoldedConv, "__call__", convolve)
         found.two_sources = 1 + len(net.output_blocks) - operations(net).count("cat")
     for hook in layers:

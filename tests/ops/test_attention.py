@@ -122,8 +122,8 @@ def largest_gradient_term(qkv: Tensor, heads: int, legacy: bool, dy: Tensor, gra
 
 def refused(impl: str, qkv: Tensor, heads: int, legacy: bool = False) -> bool:
     """Tell whether `impl` can't run the call. If so, check that naming it raises an error with the reason."""
-    entry = TABLE.named(impl)
-    reason = entry.available() or entry.supports(qkv, heads, legacy_order=legacy)
+    entry = TABLE.find(impl)
+    reason = entry.reason_missing() or entry.reason_unsupported(qkv, heads, legacy_order=legacy)
     if reason:
         with pytest.raises(
             Unavailable, match=re.escape(f"impl='{impl}': attention can't run on it here: {reason}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import Unavailable
-from admfast.ops import TABLES, attention, native, watch
+from admfast.ops import TABLES, attention, native, record_choices
 from tests.csrc.loops import PRODUCT_ISAS
 from tests.ops.isas import run_tests_on
 from tests.ops.test_attention import largest_gradient_term, rows
@@ -196,27 +196,27 @@ def test_vmap_and_forward_mode_are_refused_by_name():
 
 
 def chosen(qkv: Tensor, heads: int) -> str:
-    with watch() as seen:
+    with record_choices() as seen:
         attention(qkv, heads)
     return seen[-1].name
 
 
 def test_it_is_chosen_with_amx_unless_something_counts_torch_s_operations(monkeypatch):
     qkv = numbers(2, 64, 3 * 2 * 32, dtype=HALF)
-    monkeypatch.setattr(native, "matrix_unit", lambda: True)
+    monkeypatch.setattr(native, "uses_amx", lambda: True)
     assert chosen(qkv, 2) == chosen(qkv.requires_grad_(True), 2) == "cpp"
     assert chosen(qkv.float(), 2) == chosen(qkv.half(), 2) == "sdpa"
     with FlopCounterMode(display=False):
         assert chosen(qkv, 2) == "sdpa"
-    monkeypatch.setattr(native, "matrix_unit", lambda: False)
+    monkeypatch.setattr(native, "uses_amx", lambda: False)
     assert chosen(qkv, 2) == "sdpa"
-    why = TABLES["attention"].named("cpp").unasked()
+    why = TABLES["attention"].find("cpp").reason_named_only()
     assert why == "measured to be faster only with AMX"
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_call_runs_torch_s_own_kernel(backend, monkeypatch):
-    monkeypatch.setattr(native, "matrix_unit", lambda: True)
+    monkeypatch.setattr(native, "uses_amx", lambda: True)
     qkv, dout = numbers(2, 64, 3 * 2 * 32, dtype=HALF), numbers(2, 64, 64, seed=1, dtype=HALF)
     torch._dynamo.reset()
     compiled = torch.compile(attention, backend=backend, fullgraph=True)
@@ -233,7 +233,7 @@ def test_a_compiled_call_runs_torch_s_own_kernel(backend, monkeypatch):
 
 
 def test_a_traced_program_contains_torch_s_own_kernel(monkeypatch):
-    monkeypatch.setattr(native, "matrix_unit", lambda: True)
+    monkeypatch.setattr(native, "uses_amx", lambda: True)
     qkv, other = (numbers(2, 33, 3 * 2 * 32, seed=seed, dtype=HALF) for seed in (0, 1))
     traced = torch.jit.trace(lambda value: attention(value, 2), qkv, check_trace=False)
     assert "scaled_dot_product_attention" in str(traced.graph) and "admfast::" not in str(traced.graph)

@@ -238,11 +238,11 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize("d", [8, 32])
 def test_xformers_is_called_as_it_is_documented(d, legacy, stand_in):
     qkv = numbers(2, 7, 3 * 3 * d)
-    infer = module._by_kernel(kernels.XFORMERS, qkv, 3, legacy_order=legacy)
+    infer = module._run_kernel(kernels.XFORMERS, qkv, 3, legacy_order=legacy)
     torch.testing.assert_close(infer, attention_ref(qkv, 3, legacy_order=legacy))
 
     def function(value: Tensor) -> Tensor:
-        return module._by_kernel(kernels.XFORMERS, value, 3, legacy_order=legacy)
+        return module._run_kernel(kernels.XFORMERS, value, 3, legacy_order=legacy)
 
     small = numbers(1, 2, 3 * 3 * 8).requires_grad_(True)
     assert torch.autograd.gradcheck(function, small) and torch.autograd.gradgradcheck(function, small)
@@ -259,7 +259,7 @@ def reason(qkv: Tensor, heads: int, device: str = "cuda") -> str | None:
             there = torch.empty(qkv.storage_offset() + 10**6, dtype=qkv.dtype, device=device).as_strided(
                 qkv.shape, qkv.stride(), qkv.storage_offset()
             )
-        return kernels.xformers_reason(*module.split_qkv(there, heads, False))
+        return kernels.xformers_unsupported(*module.split_qkv(there, heads, False))
 
 
 def test_xformers_names_its_reasons(monkeypatch):
@@ -287,18 +287,18 @@ def test_a_package_without_its_kernels_is_a_reason(monkeypatch):
 
 def test_what_is_not_here_says_why(monkeypatch):
     kernels._xformers_not_installed.cache_clear()
-    monkeypatch.setattr(kernels, "no_cuda", lambda: None)
+    monkeypatch.setattr(kernels, "cuda_missing", lambda: None)
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     assert kernels.xformers_missing() == "xformers is not installed"
     kernels._xformers_not_installed.cache_clear()
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name)
     assert kernels.xformers_missing() is None
     kernels._xformers_not_installed.cache_clear()
-    assert kernels.torch_reason("cudnn", *[torch.zeros(1, 1, 2, 8)] * 3) == "not on a CPU"
-    assert kernels.torch_reason("flash", *[torch.zeros(1, 1, 2, 8, device="meta")] * 3) == "not on meta"
+    assert kernels.torch_unsupported("cudnn", *[torch.zeros(1, 1, 2, 8)] * 3) == "not on a CPU"
+    assert kernels.torch_unsupported("flash", *[torch.zeros(1, 1, 2, 8, device="meta")] * 3) == "not on meta"
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         qkv = numbers(1, 5, 24).requires_grad_(True)
-        assert kernels.torch_kernel(*module.split_qkv(qkv, 2, False)) is None
+        assert kernels.find_torch_kernel(*module.split_qkv(qkv, 2, False)) is None
         assert torch.autograd.gradgradcheck(lambda value: attention(value, 2, impl="sdpa"), qkv)
         with pytest.raises(Unavailable, match="torch has no fused attention for this call"):
             attention(qkv, 2, impl="sdpa-flash")
@@ -331,8 +331,8 @@ class TestCuda:
         options = {"legacy_order": case["legacy"]}
         qkv = numbers(n, s, 3 * heads * d, dtype=case["dtype"]).cuda()
         dout = numbers(n, s, heads * d, seed=1, dtype=case["dtype"]).cuda()
-        entry = TABLE.named(case["impl"])
-        why = entry.available() or entry.supports(qkv.requires_grad_(True), heads, **options)
+        entry = TABLE.find(case["impl"])
+        why = entry.reason_missing() or entry.reason_unsupported(qkv.requires_grad_(True), heads, **options)
         if why:
             pytest.skip(f"{case['impl']}: {why}")
 
@@ -355,7 +355,7 @@ class TestCuda:
     def test_a_captured_gradient_is_the_eager_one(self, impl):
         qkv = numbers(2, 256, 3 * 4 * 64, dtype=torch.bfloat16).cuda().requires_grad_(True)
         if impl is not None:
-            why = TABLE.named(impl).available() or TABLE.named(impl).supports(qkv, 4)
+            why = TABLE.find(impl).reason_missing() or TABLE.find(impl).reason_unsupported(qkv, 4)
             if why:
                 pytest.skip(f"{impl}: {why}")
 
@@ -378,8 +378,8 @@ class TestCuda:
 
     def test_xformers_is_chosen_or_says_why(self):
         qkv = numbers(2, 256, 3 * 4 * 64, dtype=torch.float16).cuda()
-        entry = TABLE.named("xformers")
-        why = entry.available() or entry.supports(qkv, 4)
+        entry = TABLE.find("xformers")
+        why = entry.reason_missing() or entry.reason_unsupported(qkv, 4)
         if why:
             pytest.skip(f"xformers: {why}")
         assert_within(

@@ -20,7 +20,7 @@ from admfast.ops.cases import Draw, all_cases
 from tests.ops.tolerance import DEVICES, bits
 
 EVERY = {cases.op: cases for cases in all_cases()}
-RAW = [(op, impl) for op, cases in EVERY.items() for impl in cases.raw]
+RAW = [(op, impl) for op, cases in EVERY.items() for impl in cases.call_raw_ops]
 NAMESPACES = {"triton": "admfast_triton"}  # all others: admfast
 WRONG = [
     pytest.param(op, changes, name, id=f"{op}-{i}-{name}")
@@ -96,14 +96,14 @@ def given_to_raw_ops(op: str, impl: str, device: str, call: Callable[..., Any]) 
                 cases.call(**copy.deepcopy(arguments), impl=impl)
             except Unavailable:
                 continue
-            cases.raw[impl](call, **arguments)
+            cases.call_raw_ops[impl](call, **arguments)
 
 
 def missing(op: str, impl: str, device: str) -> str | None:
     """Return why an implementation doesn't run on a device, or None if it does."""
     if impl in ("cuda", "cpp") and (impl == "cuda") != (device == "cuda"):
         return f"not on {device}"
-    return TABLES[op].named(impl).available() if op in TABLES else None
+    return TABLES[op].find(impl).reason_missing() if op in TABLES else None
 
 
 def raw_op(impl: str, name: str) -> Any:

@@ -104,8 +104,8 @@ def channels_last(tensors: dict[str, Any]) -> dict[str, Any]:
 def folded(impl: str | None, weights: dict[str, Any], tensors: dict[str, Any], geometry: dict) -> Any:
     """Return the convolution by `impl`. If it can't run the call, check that it raises, and return None."""
     conv = FoldedConv(**weights, **geometry, impl=impl)
-    entry = TABLE.named(impl or "reference")
-    if entry.available() or entry.supports(conv.directions[0], tensors["x"]):
+    entry = TABLE.find(impl or "reference")
+    if entry.reason_missing() or entry.reason_unsupported(conv.directions[0], tensors["x"]):
         with pytest.raises(Unavailable, match=f"^impl='{impl}'"):
             conv(**tensors)
         return None
@@ -266,7 +266,7 @@ def test_edges(impl, shape):
     assert dx.shape == x.shape
 
 
-@pytest.mark.skipif(TABLE.named("winograd").available() is not None, reason="no compiled ops")
+@pytest.mark.skipif(TABLE.find("winograd").reason_missing() is not None, reason="no compiled ops")
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(
     ("impl", "kernel", "width"),

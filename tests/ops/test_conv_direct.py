@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import Unavailable
-from admfast.ops import FoldedConv, conv_ref, native, watch
+from admfast.ops import FoldedConv, conv_ref, native, record_choices
 from tests.ops import tiles
 from tests.ops.cover import laid_out
 from tests.ops.tolerance import assert_within, unmodified
@@ -165,7 +165,7 @@ def test_what_it_can_t_compute_is_refused_with_the_reason(kernel, options, dtype
 
 
 def chosen(conv: FoldedConv, x: Tensor) -> str:
-    with watch() as seen:
+    with record_choices() as seen:
         conv(x)
     return seen[-1].name
 
@@ -174,14 +174,14 @@ def chosen(conv: FoldedConv, x: Tensor) -> str:
 def test_it_is_chosen_with_amx_unless_something_counts_torch_s_operations(kernel, otherwise, monkeypatch):
     conv = FoldedConv(torch.randn(32, 32, kernel, kernel).to(HALF), padding=kernel // 2)
     x, other = torch.randn(1, 32, 8, 8).to(HALF), torch.randn(2, 32, 8, 8).to(HALF)
-    monkeypatch.setattr(native, "matrix_unit", lambda: True)
+    monkeypatch.setattr(native, "uses_amx", lambda: True)
     assert chosen(conv, x) == "direct"
     assert chosen(conv, x.contiguous(memory_format=torch.channels_last)) == "direct"
     with FlopCounterMode(display=False) as counter:
         assert chosen(conv, x) == otherwise
     assert counter.get_total_flops() == 2 * 8 * 8 * 32 * 32 * kernel**2
     assert "admfast::" not in str(torch.jit.trace(lambda x: conv(x), x).graph)
-    monkeypatch.setattr(native, "matrix_unit", lambda: False)
+    monkeypatch.setattr(native, "uses_amx", lambda: False)
     assert chosen(conv, other) == otherwise
     with pytest.raises(Unavailable, match="not under torch.func.vmap"):
         torch.func.vmap(FoldedConv(conv.weight, padding=kernel // 2, impl="direct"))(x[None])

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import TABLES, FoldedConv, conv_ref, native, watch
-from admfast.ops.conv.folded import preferred
+from admfast.ops import TABLES, FoldedConv, conv_ref, native, record_choices
+from admfast.ops.conv.folded import find_fastest
 from admfast.ops.conv.forms import packed_missing
-from admfast.ops.conv.grad import direction_of
+from admfast.ops.conv.grad import find_direction
 from admfast.ops.conv.winograd import amplification
-from admfast.ops.dispatch import using
+from admfast.ops.dispatch import override_impl
 from tests.ops.cover import dtype_of
 from tests.ops.isas import FLAGS, ROOT, run_tests_on
 from tests.ops.tolerance import assert_within
@@ -55,8 +55,8 @@ def growth_of(impl: str | None) -> tuple[float, float]:
 
 def folded(impl: str | None, *given: Tensor, **options: Any) -> FoldedConv:
     """Return a 3x3 convolution by `impl`, or skip the test if this machine lacks it."""
-    if impl is not None and TABLE.named(impl).available():
-        pytest.skip(f"{impl}: {TABLE.named(impl).available()}")
+    if impl is not None and TABLE.find(impl).reason_missing():
+        pytest.skip(f"{impl}: {TABLE.find(impl).reason_missing()}")
     return FoldedConv(*given, padding=1, impl=impl, **options)
 
 
@@ -205,11 +205,11 @@ def test_a_1x1_convolution_can_be_traced():
 def test_a_trace_knows_its_convolution_by_a_name():
     conv = folded("winograd", *weights())
     key = conv.directions[0].key
-    assert direction_of(key) is conv.directions[0]
-    assert direction_of(key + "t") is conv.directions[0].transposed()
-    assert direction_of(conv.directions[0].transposed().key + "t") is conv.directions[0]
+    assert find_direction(key) is conv.directions[0]
+    assert find_direction(key + "t") is conv.directions[0].transposed()
+    assert find_direction(conv.directions[0].transposed().key + "t") is conv.directions[0]
     with pytest.raises(RuntimeError, match="the convolution -1 that was traced is gone"):
-        direction_of("-1")
+        find_direction("-1")
 
 
 @needs_cpp
@@ -248,14 +248,14 @@ def test_folding_anew_writes_the_same_buffers(impl, size):
     conv = FoldedConv(torch.randn(40, 20, size, size), torch.randn(40), **options)
     x = images(2, 20, 8, 8, impl=impl).requires_grad_(True)
     torch.autograd.grad(conv(x).sum(), x)
-    directions = [d for forward in conv.directions for d in forward.both()]
+    directions = [d for forward in conv.directions for d in forward.with_opposite()]
     held = {id(d): dict(d.forms) for d in directions}
     # A packed form has no data pointer.
     addresses = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
     weight, bias = torch.randn(40, 20, size, size), torch.randn(40)
     bias_address, nbytes = conv._bias.data_ptr(), derived_bytes(conv)
     conv.refold(weight, bias)
-    assert [id(d) for forward in conv.directions for d in forward.both()] == list(held)
+    assert [id(d) for forward in conv.directions for d in forward.with_opposite()] == list(held)
     for d in directions:
         assert all(form is held[id(d)][key] for key, form in d.forms.items())
     after = [f.data_ptr() for forms in held.values() for f in forms.values() if not f.is_mkldnn]
@@ -353,15 +353,17 @@ def test_half_precision_of_float32_weights():
 def test_the_cpu_runs_what_was_measured_to_be_fastest(
     c_in, c_out, side, batch, kernel, name, amx, monkeypatch
 ):
-    monkeypatch.setattr(native, "matrix_unit", lambda: amx)
+    monkeypatch.setattr(native, "uses_amx", lambda: amx)
     conv = FoldedConv(torch.ones(c_out, c_in, kernel, kernel), padding=kernel // 2)
     if name == "winograd" and (WITHOUT_C or native.ops().cpu_instruction_set() == "generic"):
         name = "packed"
-    assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side)) == name
+    assert find_fastest(conv.directions[0], torch.empty(batch, c_in, side, side)) == name
     half = "matmul" if kernel == 1 else "library"
-    assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side, device="meta")) == half
+    assert find_fastest(conv.directions[0], torch.empty(batch, c_in, side, side, device="meta")) == half
     half = "direct" if amx and c_in >= 16 and kernel < 5 else half
-    assert preferred(conv.directions[0], torch.empty(batch, c_in, side, side, dtype=torch.bfloat16)) == half
+    assert (
+        find_fastest(conv.directions[0], torch.empty(batch, c_in, side, side, dtype=torch.bfloat16)) == half
+    )
 
 
 def test_it_is_chosen_once_a_shape(monkeypatch):
@@ -371,11 +373,11 @@ def test_it_is_chosen_once_a_shape(monkeypatch):
     for side in (8, 8, 9, 8, 9):
         conv(images(1, 20, side, side))
     assert asked == [(1, 20, 8, 8), (1, 20, 9, 9)]
-    with watch() as seen:
+    with record_choices() as seen:
         conv(images(1, 20, 8, 8))
     assert [choice.name for choice in seen] == ["library"], "a watcher must see every choice"
     monkeypatch.setenv("ADMFAST_IMPL", "conv=reference")
-    with watch() as seen:
+    with record_choices() as seen:
         conv(images(1, 20, 8, 8))
     assert [choice.name for choice in seen] == ["reference"]
     monkeypatch.setenv("ADMFAST_IMPL", "conv=matmul")
@@ -388,10 +390,10 @@ def test_a_setting_holds_for_its_block_alone():
     conv = FoldedConv(*given, padding=1)
     y, reference = conv(x), conv_ref(x, *given)
     assert not torch.equal(y, reference)
-    with using("conv=reference"):
+    with override_impl("conv=reference"):
         assert torch.equal(conv(x), reference), "after a first call outside the block"
     assert torch.equal(conv(x), y)
-    with using("conv=reference"):
+    with override_impl("conv=reference"):
         assert torch.equal(conv(other), conv_ref(other, *given))
     assert not torch.equal(conv(other), conv_ref(other, *given)), "after a first call inside the block"
 
@@ -409,8 +411,8 @@ def test_forms_for_two_sizes_are_kept():
 
 @pytest.mark.parametrize("impl", ["library", "matmul", "winograd", "direct", "reference"])
 def test_autocast_changes_nothing(impl):
-    if TABLE.named(impl).available():
-        pytest.skip(str(TABLE.named(impl).available()))
+    if TABLE.find(impl).reason_missing():
+        pytest.skip(str(TABLE.find(impl).reason_missing()))
     kernel = 1 if impl == "matmul" else 3
     weight, x = torch.randn(24, 20, kernel, kernel), images(2, 20, 8, 8, impl=impl)
     conv = FoldedConv(weight, padding=kernel // 2, impl=impl, dtype=x.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import FoldedConv, conv_int8_ref, dispatch, native, watch
+from admfast.ops import FoldedConv, conv_int8_ref, dispatch, native, record_choices
 from tests.ops import tiles
 from tests.ops.cover import laid_out
 from tests.ops.tolerance import assert_within, unmodified
@@ -208,7 +208,7 @@ def test_a_compiled_gradient_is_the_eager_one(name):
 
 
 def chosen(conv: FoldedConv, x: Tensor) -> tuple[str, str]:
-    with watch() as seen:
+    with record_choices() as seen:
         conv(x)
     return seen[-1].op, seen[-1].name
 
@@ -229,7 +229,7 @@ def test_only_3x3_convolutions_outside_of_transforms_are(dtype):
     assert "admfast::" not in str(torch.jit.trace(lambda x: conv(x), x).graph)
     plain = make(int8=False)
     plain.refold(conv.weight, None)
-    with dispatch.using("conv=library"):
+    with dispatch.override_impl("conv=library"):
         assert torch.equal(torch.func.vmap(conv)(x[None]), torch.func.vmap(plain)(x[None]))
         primal, tangent = torch.func.jvp(conv, (x,), (x,))
         assert torch.equal(primal, tangent)  # a linear map

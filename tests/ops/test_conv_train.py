@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import TABLES, conv, native, watch
+from admfast.ops import TABLES, conv, native, record_choices
 from admfast.ops.cases import all_cases
 from admfast.ops.conv.winograd import amplification, gradient_amplification
 from tests.ops.cover import all_pairs, case_id, laid_out
@@ -76,8 +76,8 @@ def unserved(impl: str, tensors: dict[str, Tensor], geometry: dict) -> bool:
     x, weight = tensors["x"], tensors["weight"]
     dims = x.dim() - 2
     of_each = {name: (n,) * dims if isinstance(n, int) else n for name, n in geometry.items()}
-    entry = TABLE.named(impl)
-    if not (entry.available() or entry.supports(x, weight, **of_each)):
+    entry = TABLE.find(impl)
+    if not (entry.reason_missing() or entry.reason_unsupported(x, weight, **of_each)):
         return False
     with pytest.raises(Unavailable, match=f"^impl='{impl}'"):
         conv(**tensors, **geometry, impl=impl)
@@ -188,7 +188,7 @@ def test_a_checkpointed_call_gives_the_same_bits():
 
 
 def chosen(*args: Any, **kwargs: Any) -> str:
-    with watch() as seen:
+    with record_choices() as seen:
         conv(*args, **kwargs)
     return next(choice.name for choice in seen if choice.op == "conv_train")
 

@@ -9,12 +9,12 @@ import torch
 
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, Implementation, OpTable, attention, dispatch, group_norm_silu
-from admfast.ops.dispatch import ENVIRONMENT
+from admfast.ops.dispatch import IMPL_VARIABLE
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(IMPL_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def table(monkeypatch):
     return OpTable(
         "toy",
         [
-            Implementation("absent", lambda x: ("absent", x), available=lambda: "no such device"),
+            Implementation("absent", lambda x: ("absent", x), reason_missing=lambda: "no such device"),
             Implementation(
-                "small", lambda x: ("small", x), supports=lambda x: None if x < 10 else "x is large"
+                "small", lambda x: ("small", x), reason_unsupported=lambda x: None if x < 10 else "x is large"
             ),
             Implementation("reference", lambda x: ("reference", x)),
         ],
@@ -62,12 +62,12 @@ def test_by_argument(table, name):
     ],
 )
 def test_by_environment(table, monkeypatch, value, chosen):
-    monkeypatch.setenv(ENVIRONMENT, value)
+    monkeypatch.setenv(IMPL_VARIABLE, value)
     assert run(table, 1) == chosen
 
 
 def test_the_argument_wins_over_the_environment(table, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT, "reference")
+    monkeypatch.setenv(IMPL_VARIABLE, "reference")
     assert run(table, 1, "small") == "small"
 
 
@@ -78,8 +78,8 @@ def test_asked_for_by_name_never_falls_back(table, monkeypatch, name, x, reason)
     with pytest.raises(Unavailable, match=f"^impl='{name}': toy can't run on it here: {reason}$"):
         run(table, x, name)
     for value in (name, f"toy={name}"):
-        monkeypatch.setenv(ENVIRONMENT, value)
-        with pytest.raises(Unavailable, match=f"^{ENVIRONMENT}='{value}': .*{reason}"):
+        monkeypatch.setenv(IMPL_VARIABLE, value)
+        with pytest.raises(Unavailable, match=f"^{IMPL_VARIABLE}='{value}': .*{reason}"):
             run(table, x)
 
 
@@ -87,21 +87,25 @@ def test_support_is_not_asked_of_what_is_not_there(table):
     def never(_x):
         raise AssertionError("asked")
 
-    table.implementations[0] = Implementation("absent", None, available=lambda: "gone", supports=never)
+    table.implementations[0] = Implementation(
+        "absent", None, reason_missing=lambda: "gone", reason_unsupported=never
+    )
     assert run(table, 1) == "small"
 
 
 def test_unknown_names_are_refused_with_the_nearest(table, monkeypatch):
     with pytest.raises(InvalidArgument, match="^impl='referense': .*toy.*nearest: reference"):
         run(table, 1, "referense")
-    monkeypatch.setenv(ENVIRONMENT, "referense")
-    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='referense': .*nearest: reference"):
+    monkeypatch.setenv(IMPL_VARIABLE, "referense")
+    with pytest.raises(InvalidArgument, match=f"^{IMPL_VARIABLE}='referense': .*nearest: reference"):
         run(table, 1)
-    monkeypatch.setenv(ENVIRONMENT, "toi=reference")
-    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='toi=reference': no op .*'toi'; nearest: toy"):
+    monkeypatch.setenv(IMPL_VARIABLE, "toi=reference")
+    with pytest.raises(
+        InvalidArgument, match=f"^{IMPL_VARIABLE}='toi=reference': no op .*'toi'; nearest: toy"
+    ):
         run(table, 1)
-    monkeypatch.setenv(ENVIRONMENT, "toy=")
-    with pytest.raises(InvalidArgument, match=f"^{ENVIRONMENT}='toy=': .*toy"):
+    monkeypatch.setenv(IMPL_VARIABLE, "toy=")
+    with pytest.raises(InvalidArgument, match=f"^{IMPL_VARIABLE}='toy=': .*toy"):
         run(table, 1)
 
 
@@ -117,10 +121,10 @@ def test_unknown_names_are_refused_with_the_nearest(table, monkeypatch):
     ],
 )
 def test_a_wrong_setting_is_refused_by_every_op_and_shown_whole(table, monkeypatch, value, reason):
-    monkeypatch.setenv(ENVIRONMENT, value)
+    monkeypatch.setenv(IMPL_VARIABLE, value)
     with pytest.raises(InvalidArgument) as caught:
         run(table, 1)
-    assert str(caught.value).startswith(f"{ENVIRONMENT}={value!r}: {reason}"), caught.value
+    assert str(caught.value).startswith(f"{IMPL_VARIABLE}={value!r}: {reason}"), caught.value
     if "smal'" not in reason:
         with pytest.raises(InvalidArgument):
             attention(torch.randn(1, 2, 6), 1)
@@ -143,10 +147,10 @@ def test_what_was_measured_comes_first_where_it_can_run(table):
 
 
 def test_choices_can_be_watched(table, monkeypatch):
-    with dispatch.watch() as seen, dispatch.watch() as inner:
+    with dispatch.record_choices() as seen, dispatch.record_choices() as inner:
         run(table, 11)
         run(table, 1, "small")
-        monkeypatch.setenv(ENVIRONMENT, "reference")
+        monkeypatch.setenv(IMPL_VARIABLE, "reference")
         run(table, 1)
     run(table, 1)
     against = {"absent": "no such device", "small": "x is large"}
@@ -156,25 +160,25 @@ def test_choices_can_be_watched(table, monkeypatch):
         == [
             dispatch.Choice("toy", "reference", None, against),
             dispatch.Choice("toy", "small", "impl"),
-            dispatch.Choice("toy", "reference", ENVIRONMENT),
+            dispatch.Choice("toy", "reference", IMPL_VARIABLE),
         ]
     )
 
 
 def test_who_watches_sees_its_own_thread_alone(table):
     def elsewhere():
-        with dispatch.watch() as other:
+        with dispatch.record_choices() as other:
             run(table, 11)
         return other
 
-    with ThreadPoolExecutor(1) as threads, dispatch.watch() as seen:
+    with ThreadPoolExecutor(1) as threads, dispatch.record_choices() as seen:
         other = threads.submit(elsewhere).result()
-        with dispatch.watch() as inner:
+        with dispatch.record_choices() as inner:
             pass
         run(table, 1)
     assert [choice.name for choice in other] == ["reference"] and inner == []
     assert [choice.name for choice in seen] == ["small"], "the inner watcher must not remove the outer one"
-    assert not dispatch.watched()
+    assert not dispatch.choices_are_recorded()
 
 
 @pytest.mark.parametrize("op", TABLES)
@@ -182,7 +186,7 @@ def test_every_op_has_its_reference_last_and_names_once(op):
     names = TABLES[op].names()
     assert TABLES[op].op == op and names[-1] == "reference" and len(set(names)) == len(names)
     reference = TABLES[op].implementations[-1]
-    assert reference.available() is None and reference.supports() is None
+    assert reference.reason_missing() is None and reference.reason_unsupported() is None
 
 
 def test_the_environment_reaches_the_ops(monkeypatch):
@@ -197,7 +201,7 @@ def test_the_environment_reaches_the_ops(monkeypatch):
 
         entry = Implementation("reference", watched)
         monkeypatch.setattr(table, "implementations", [*table.implementations[:-1], entry])
-    monkeypatch.setenv(ENVIRONMENT, "reference")
+    monkeypatch.setenv(IMPL_VARIABLE, "reference")
     attention(torch.randn(1, 2, 6), 1)
     group_norm_silu(torch.randn(1, 2, 3), torch.ones(2), torch.zeros(2), 1)
     assert seen == ["attention", "group_norm_silu"]

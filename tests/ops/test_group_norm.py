@@ -94,10 +94,10 @@ def moved(tensors: dict[str, Tensor], *to: Any) -> dict[str, Tensor]:
 
 def refused(impl: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> bool:
     """Tell whether `impl` can't run the call. If so, check that naming it raises an error."""
-    entry = TABLE.named(impl)
+    entry = TABLE.find(impl)
     call = {**tensors, **options}
     arguments = [call.pop(name) for name in ("x", "weight", "bias", "groups")] + [call.pop("eps", 1e-5)]
-    reason = entry.available() or entry.supports(*arguments, **call)
+    reason = entry.reason_missing() or entry.reason_unsupported(*arguments, **call)
     if reason:
         with pytest.raises(Unavailable, match=f"^impl='{impl}'"):
             group_norm_silu(**tensors, **options, impl=impl)

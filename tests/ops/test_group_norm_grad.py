@@ -8,13 +8,13 @@ import torch
 from admfast.errors import Unavailable
 from admfast.ops import TABLES, group_norm_silu, group_norm_silu_ref, native
 from admfast.ops.norm.grad import (
-    RAW,
+    RAW_NORMS,
     GroupNormSiluFn,
     NormOptions,
     RawNorm,
+    apply_resample,
     group_norm_silu_grad_ref,
-    resampled,
-    unresampled,
+    resample_backward,
 )
 from tests.ops.cover import all_pairs, case_id
 from tests.ops.isas import FLAGS, run_tests_on
@@ -103,7 +103,7 @@ def formula_backward(dy, dskip, x, x2, x_bias, weight, bias, scale, shift, mean,
 @pytest.fixture
 def in_formulas(monkeypatch):
     """Register the raw implementation "formulas", which runs in float64, and return its name."""
-    monkeypatch.setitem(RAW, "formulas", RawNorm("formulas", formula_forward, formula_backward))
+    monkeypatch.setitem(RAW_NORMS, "formulas", RawNorm("formulas", formula_forward, formula_backward))
     return "formulas"
 
 
@@ -164,11 +164,11 @@ def test_only_what_needs_a_gradient_gets_one(wanted, in_formulas):
         t.requires_grad_(i in wanted)
     asked: list[bool] = []
     pair = RawNorm("spy", formula_forward, lambda *a: asked.append(a[-1]) or formula_backward(*a))
-    RAW["spy"] = pair
+    RAW_NORMS["spy"] = pair
     try:
         GroupNormSiluFn.apply(*tensors, None, "spy", options)[0].square().sum().backward()
     finally:
-        del RAW["spy"]
+        del RAW_NORMS["spy"]
     assert asked == [any(i > 1 for i in wanted)]
     for i, t in enumerate(tensors):
         assert (t.grad is not None) == (i in wanted)
@@ -182,10 +182,10 @@ def test_only_what_needs_a_gradient_gets_one(wanted, in_formulas):
 def test_resampling_and_its_gradient_agree():
     x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
     for resample in (None, "up", "down"):
-        y = resampled(x, resample)
+        y = apply_resample(x, resample)
         dy = torch.randn_like(y)
-        # <resampled(x), dy> = <x, unresampled(dy)>
-        torch.testing.assert_close((y * dy).sum(), (x * unresampled(dy, x, resample)).sum())
+        # <apply_resample(x), dy> = <x, resample_backward(dy)>
+        torch.testing.assert_close((y * dy).sum(), (x * resample_backward(dy, x, resample)).sum())
 
 
 @needs_cpp

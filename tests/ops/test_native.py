@@ -18,8 +18,8 @@ SAY = "from admfast.ops import native; native.ops(); print(native.instruction_se
 
 
 def said(isa: str | None) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != native.ISA}
-    environment |= {} if isa is None else {native.ISA: isa}
+    environment = {name: value for name, value in os.environ.items() if name != native.ISA_VARIABLE}
+    environment |= {} if isa is None else {native.ISA_VARIABLE: isa}
     return subprocess.run(
         [sys.executable, "-c", SAY], cwd=ROOT, env=environment, capture_output=True, text=True
     )

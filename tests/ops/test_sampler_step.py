@@ -185,8 +185,8 @@ def test_the_reference_is_the_formula(case):
 def test_every_implementation_is_within_tolerance(case, impl, device):
     inputs = Inputs(case)
     state = SamplerState.start(inputs.x.to(device), inputs.rows)
-    entry = TABLES["sampler_step"].named(impl)
-    if entry.available() or entry.supports(state, inputs.outs[0].to(device), None, 0):
+    entry = TABLES["sampler_step"].find(impl)
+    if entry.reason_missing() or entry.reason_unsupported(state, inputs.outs[0].to(device), None, 0):
         with pytest.raises(Unavailable, match=f"impl='{impl}'"):
             inputs.run(impl, device=device)
         return

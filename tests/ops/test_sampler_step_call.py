@@ -11,7 +11,7 @@ from torch import Tensor
 from admfast import ops
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.ops import TABLES, Row, SamplerState, as_seeds, native, pack
-from admfast.ops.update.cases import FULL
+from admfast.ops.update.cases import FULL_ROWS
 from tests.ops.anywhere import runnable, sampler_step
 from tests.ops.tolerance import bits, unmodified
 
@@ -26,14 +26,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def filled(shape: tuple[int, ...] = SHAPE) -> tuple[SamplerState, dict[str, Any]]:
-    """Return a state for the rows FULL with every buffer filled, and the other arguments of row 1."""
-    state = SamplerState.start(randn(*shape), FULL)
+    """Return a state for the rows FULL_ROWS with every buffer filled, and the other arguments of row 1."""
+    state = SamplerState.start(randn(*shape), FULL_ROWS)
     for i, buffer in enumerate((state.x0, state.saved, state.history)):
         buffer.copy_(randn(*buffer.shape, seed=1 + i))
     n, channels, *spatial = shape
     out, out2 = (randn(n, 2 * channels, *spatial, seed=seed) for seed in (4, 5))
     arguments = dict(
-        out=out, table=pack(FULL), row=1, out2=out2, grad=randn(*shape, seed=6), seeds=as_seeds(range(n))
+        out=out, table=pack(FULL_ROWS), row=1, out2=out2, grad=randn(*shape, seed=6), seeds=as_seeds(range(n))
     )
     return state, arguments
 
@@ -62,8 +62,8 @@ def test_float64_is_for_the_reference(impl):
     rows = [Row(0, 0, a=1, b=1, k_out=1)]
     state = SamplerState.start(randn(*SHAPE).double(), rows)
     call = dict(out=randn(*SHAPE), table=pack(rows, dtype=torch.float64), row=0)
-    entry = TABLES["sampler_step"].named(impl)
-    if entry.available() or entry.supports(state, **call):
+    entry = TABLES["sampler_step"].find(impl)
+    if entry.reason_missing() or entry.reason_unsupported(state, **call):
         with pytest.raises(Unavailable, match=f"impl='{impl}': sampler_step can't run on it here"):
             sampler_step(state, impl=impl, **call)
     else:
@@ -102,7 +102,7 @@ def test_pack_keeps_float64_and_uploads_the_asked_dtype():
     table = pack([Row(0, 0, k_x=1 / 3), Row(0, 0, push=True, a=0.1)])
     assert table.host.dtype == torch.float64 and float(table.host[0, 0]) == 1 / 3
     assert table.device.dtype == torch.float32 and len(table) == 2
-    assert table.used == (frozenset({"k_x", "clip"}), frozenset({"a", "clip", "push_slot"}))
+    assert table.used_columns == (frozenset({"k_x", "clip"}), frozenset({"a", "clip", "push_slot"}))
     assert pack([Row(0, 0)], dtype=torch.float64).device.dtype == torch.float64
     assert len(pack([])) == 0
 
@@ -127,8 +127,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("seeds=", dict(seeds=torch.zeros(2))),
     ("seeds=", dict(seeds=torch.zeros(2, dtype=torch.int32), noise=randn(*SHAPE))),
     ("seeds.device", dict(seeds=torch.zeros(2, dtype=torch.int64, device="meta"))),
-    ("table=", dict(table=pack(FULL, dtype=torch.float64))),
-    ("table=", dict(table=pack(FULL, device="meta"))),
+    ("table=", dict(table=pack(FULL_ROWS, dtype=torch.float64))),
+    ("table=", dict(table=pack(FULL_ROWS, device="meta"))),
     ("row=2", dict(row=2)),
     ("row=-1", dict(row=-1)),
     ("row=0.5", dict(row=0.5)),
@@ -143,7 +143,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("stream=4294967296", dict(stream=2**32)),
     ("state.x=", dict(state_x=randn(2, 3, 5, 4).transpose(2, 3))),
     ("state.x=(2, 3)", dict(state_x=randn(2, 3))),
-    ("state.x.dtype", dict(state_x=randn(*SHAPE).half(), table=pack(FULL, dtype=torch.float16))),
+    ("state.x.dtype", dict(state_x=randn(*SHAPE).half(), table=pack(FULL_ROWS, dtype=torch.float16))),
     ("state.x0=", dict(state_x0=OTHER)),
     ("state.x0=", dict(state_x0=randn(*SHAPE).double())),
     ("state.x0=(60, 20, 1, 4)", dict(state_x0=randn(2, 3, 5, 4).transpose(2, 3))),
@@ -174,7 +174,7 @@ def test_wrong_arguments_are_named(name, changes, impl):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_row_without_noise_needs_no_seeds_and_one_without_history_no_buffers(impl):
-    rows = [Row(0, 0, k_x=1, b=1), *FULL]
+    rows = [Row(0, 0, k_x=1, b=1), *FULL_ROWS]
     state = SamplerState(randn(*SHAPE), torch.zeros(SHAPE))
     sampler_step(state, randn(*SHAPE), pack(rows), 0, impl=impl)
     sampler_step(state, randn(*SHAPE), pack(rows[:1]), torch.tensor([0]), impl=impl)
@@ -230,7 +230,7 @@ def test_the_number_of_threads_changes_nothing():
 
 
 def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
-    """Return the raw op's arguments, in order, for row 1 of FULL."""
+    """Return the raw op's arguments, in order, for row 1 of FULL_ROWS."""
     _, given = filled()
     names = dict(
         x=state.x, x0=state.x0, saved=state.saved, history=state.history,
@@ -242,8 +242,8 @@ def raw_arguments(state: SamplerState, **changes: Any) -> list[Any]:
     return list((names | changes).values())
 
 
-WIDE = pack(FULL).device.double()
-BAD_SLOT = pack(FULL).device.clone()
+WIDE = pack(FULL_ROWS).device.double()
+BAD_SLOT = pack(FULL_ROWS).device.clone()
 BAD_SLOT[1, -1] = 3
 
 
@@ -273,7 +273,7 @@ BAD_SLOT[1, -1] = 3
         dict(seeds=as_seeds(range(4))[::2]),
         dict(seeds=torch.zeros(2)),
         dict(table=WIDE),
-        dict(table=pack(FULL).device[:, :-1]),
+        dict(table=pack(FULL_ROWS).device[:, :-1]),
         dict(table=BAD_SLOT),
         dict(row=torch.tensor([2])),
         dict(row=torch.tensor([-1])),

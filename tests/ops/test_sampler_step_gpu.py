@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from admfast.ops import PackedTable, Row, SamplerState, as_seeds, normal, normal_ref, pack, sampler_step
-from admfast.ops.update.cases import FULL as ROWS
+from admfast.ops.update.cases import FULL_ROWS as ROWS
 from tests.ops.cover import laid_out
 from tests.ops.tolerance import HALF_AND_SINGLE, assert_within, bits
 

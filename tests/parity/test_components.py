@@ -41,7 +41,7 @@ def test_timestep_embedding(path: Path) -> None:
         golden.compare(timestep_embedding(arrays["timesteps"], dim, period), arrays[name], limit, name)
 
 
-FLOAT32 = [e.name for e in TABLES["attention"].implementations if not e.available() and e.name != "cpp"]
+FLOAT32 = [e.name for e in TABLES["attention"].implementations if not e.reason_missing() and e.name != "cpp"]
 
 
 @pytest.mark.parametrize("impl", FLOAT32)

@@ -13,7 +13,7 @@ import torch
 
 from admfast.errors import Unavailable
 from admfast.ops import TABLES
-from admfast.ops.dispatch import ENVIRONMENT
+from admfast.ops.dispatch import IMPL_VARIABLE
 from tests.ops.tolerance import DEVICES
 from tests.parity import golden
 from tests.parity.nets import conditions, config_of, load_golden_net, procedural_entries, procedural_state
@@ -40,7 +40,7 @@ def named(device: str) -> list[str]:
     return [
         f"{op}={entry.name}"
         for op, entry in entries
-        if entry.available() is None
+        if entry.reason_missing() is None
         and not (device == "cpu" and entry.name == "triton")
         and (op, entry.name) != ("attention", "cpp")
     ]
@@ -76,7 +76,7 @@ def way(request, monkeypatch):
     """Set the environment and return the `Way`."""
     found = Way(*request.param)
     if found.impl:
-        monkeypatch.setenv(ENVIRONMENT, found.impl)
+        monkeypatch.setenv(IMPL_VARIABLE, found.impl)
     return found
 
 

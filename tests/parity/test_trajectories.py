@@ -148,7 +148,7 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
     if case.get("classifier") is not None:
         classifier = frozen(nets / case["classifier"], arrays)
     engine = Engine(net, classifier, options=options)
-    engine.ready()
+    engine.ensure_folded()
     assert net.is_folded == (options.fold is not None)
     table = solver_table(case, analytic.build_diffusion(case["diffusion"]))
     start = arrays["x_T"] if "x_T" in arrays else arrays["x_0"]
@@ -160,7 +160,7 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
         labels=arrays.get("y") if classifier is not None else conditions(net, arrays).get("y"),
         low_res=conditions(net, arrays).get("low_res"),
         step_noise=noise,
-        scale=scale,
+        guidance_scale=scale,
         guided=(classifier is not None,) * len(table),
     )
     step = engine.step(batch)

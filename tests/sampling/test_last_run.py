@@ -15,7 +15,7 @@ from admfast.engine.precision import POLICIES
 from admfast.models.convolution import FoldableConv
 from admfast.models.layers import Attention, Norm
 from admfast.ops import dispatch
-from admfast.ops.dispatch import ENVIRONMENT
+from admfast.ops.dispatch import IMPL_VARIABLE
 from admfast.sampling.guides import Guide
 from admfast.sampling.last_run import RunReport, StageReport, report_of
 from admfast.sampling.loop import Notes
@@ -103,12 +103,12 @@ def test_kept_steps_are_described_as_new_ones():
 def test_the_reference_shows_and_who_asked_for_it(options, monkeypatch):
     pipe = pipeline(options=options or EngineOptions())
     before = base(pipe)
-    with dispatch.using("reference"):
+    with dispatch.override_impl("reference"):
         stage = base(pipe)
     assert {choice.implementation for choice in stage.ops} == {"reference"}
-    assert {choice.asked_by for choice in stage.ops} == {ENVIRONMENT}
+    assert {choice.requested_by for choice in stage.ops} == {IMPL_VARIABLE}
     assert base(pipe).ops == before.ops
-    monkeypatch.setenv(ENVIRONMENT, "attention=reference,conv=library")
+    monkeypatch.setenv(IMPL_VARIABLE, "attention=reference,conv=library")
     found = base(pipe).implementations()
     assert set(found["attention"]) == {"reference"}
     assert options is not None or set(found["conv"]) == {"library"}
@@ -116,8 +116,10 @@ def test_the_reference_shows_and_who_asked_for_it(options, monkeypatch):
 
 def test_an_implementation_asked_for_by_argument_shows():
     found = {choice.op: choice for choice in base(pipeline(), impl="reference").ops}
-    assert found["sampler_step"].implementation == "reference" and found["sampler_step"].asked_by == "impl"
-    assert found["attention"].asked_by is None
+    assert (
+        found["sampler_step"].implementation == "reference" and found["sampler_step"].requested_by == "impl"
+    )
+    assert found["attention"].requested_by is None
 
 
 @pytest.mark.parametrize(

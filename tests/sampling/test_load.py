@@ -11,7 +11,7 @@ import torch
 import admfast
 from admfast.checkpoints import describe, write_weights
 from admfast.diffusion import DiffusionConfig
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.precision import POLICIES, policy
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, Unavailable
 from admfast.models import NetConfig, UNetConfig, presets
@@ -182,7 +182,7 @@ def test_loading_leaves_the_process_s_settings(model):
 
     before = settings()
     for precision in ("fp32", "tf32"):
-        with own_numerics(torch.device("cuda"), tf32=precision == "tf32"):
+        with fixed_numerics(torch.device("cuda"), tf32=precision == "tf32"):
             assert settings() == (precision == "tf32",) * 2
         assert settings() == before
 

@@ -96,7 +96,7 @@ def test_rules_speak_where_they_hold_alone():
     pipe = pipeline()
     assert not any(said(advice(pipe), word) for word in ("guides", "ADMFAST_IMPL", "bf16", "hook", "fold"))
     assert said(advice(pipe, guidance_fn=lambda x, t: 0 * x), "guides")
-    with dispatch.using("attention=reference"):
+    with dispatch.override_impl("attention=reference"):
         texts = advice(pipe)
     assert said(texts, "ADMFAST_IMPL") and said(texts, "attention")
 
@@ -148,7 +148,7 @@ def test_callbacks_that_take_long_are_said():
 
 def test_at_most_three_things_are_said_and_the_text_holds_them():
     pipe = pipeline(options=PLAIN, policy=POLICIES["bf16"])
-    with dispatch.using("reference"):
+    with dispatch.override_impl("reference"):
         report = last(pipe)
     texts = helps(report, pipe)
     assert len(texts) == 3

@@ -129,7 +129,7 @@ def test_products_on_a_cpu_are_exact_within_calls_only():
 
 def test_forms_made_under_a_mode_without_values_have_values():
     pipe, wanted = pipeline(), pipeline().predict(X, 500, [3, 1]).eps
-    pipe.engine.ready()
+    pipe.engine.ensure_folded()
     direction = pipe.net.input_blocks[1][0].in_layers[2].folded.directions[0]
     with FakeTensorMode():
         form = direction.form("library")

@@ -131,7 +131,7 @@ def test_rows_run_from_the_last_step_to_the_first_and_say_what_the_network_sees(
         assert [row.index for row in table.rows] == order and len(table) == len(steps)
         assert [row.t_net for row in table.rows] == [schedule.model_t(i) for i in order]
         assert [row.t_clf for row in table.rows] == [row.t_net for row in table.rows]
-        assert table.scale == 1.0 and table.integer_t is not schedule.rescale_timesteps
+        assert table.noise_scale == 1.0 and table.integer_t is not schedule.rescale_timesteps
         assert not any(row.save or row.push or row.a_s or row.c1 or row.mix for row in table.rows)
 
 

@@ -41,10 +41,10 @@ def ran_by(cases: OpCases, impl: str, device: str) -> Iterator[str]:
         launched.extend(call.kernel.__name__ for call in calls)
         real(calls, where)
 
-    dtypes = list(HALF_AND_SINGLE.values()) if cases.typed is not None else [torch.float32]
+    dtypes = list(HALF_AND_SINGLE.values()) if cases.dtype_of is not None else [torch.float32]
     if device == "cpu" and impl == "triton":
         dtypes.remove(torch.bfloat16)  # the interpreter truncates instead of rounding
-    for case, dtype, limits in itertools.product(cases.small, dtypes, cases.launches):
+    for case, dtype, limits in itertools.product(cases.small, dtypes, cases.launch_settings):
         with mock.patch.multiple(launch, INTERPRETED=False, run=run, **limits):
             try:
                 judged(cases, impl, device, case, dtype)
@@ -74,7 +74,7 @@ def every(device: str) -> Iterator[tuple[OpCases, str]]:
     for cases in all_cases():
         for impl in IMPLEMENTATIONS[device]:
             table = TABLES.get(cases.op)
-            if impl in cases.implementations and not (table and table.named(impl).available()):
+            if impl in cases.implementations and not (table and table.find(impl).reason_missing()):
                 yield cases, impl
 
 

@@ -13,7 +13,7 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES, Policy
 from admfast.errors import InvalidArgument
-from admfast.ops.dispatch import watch
+from admfast.ops.dispatch import record_choices
 from admfast.ops.update import Clip
 from admfast.sampling import loop
 from admfast.sampling.load import load
@@ -73,7 +73,7 @@ def cascade(**settings) -> Pipeline:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_digits_are_within_the_budget(digits, precision):
-    with watch() as seen:
+    with record_choices() as seen:
         found = verify(load("digits32", device="cpu", precision=precision), digits, steps=5, seeds=[7])
     assert not found.failures, report(found)
     assert len(found.steps) == 5 and len(found.layers) > 140

@@ -22,9 +22,9 @@ from admfast.accelerate.codes import LIBRARIES, SWITCHES, branches, foreign_func
 from admfast.accelerate.trials import close, random
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel, is_network
 from admfast.engine.guidance import log_probability_gradient
-from admfast.engine.numerics import own_numerics
+from admfast.engine.numerics import fixed_numerics
 from admfast.engine.step import Batch
-from admfast.ops.transforms import in_autocast, in_program
+from admfast.ops.transforms import in_autocast, in_program_trace
 from admfast.solvers import ddim, ddpm
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def prepared_loop(
         labels=extra.get("y"),
         low_res=extra.get("low_res"),
         step_noise=_Draws(x),
-        scale=guide[1],
+        guidance_scale=guide[1],
         guided=(guide[1] != 0,) * len(table),
     )
     return _run(net, guide[0], batch, x, given["progress"])
@@ -85,9 +85,9 @@ def _run(
 ) -> Tensor:
     """Return the samples of a batch that starts at x; the classifier is frozen meanwhile."""
     engine = net.engine_with(classifier)
-    with _frozen(classifier), own_numerics(engine.device, engine.policy.tf32), torch.no_grad():
-        engine.ready()
-        with engine.using(batch) as step:
+    with _frozen(classifier), fixed_numerics(engine.device, engine.policy.tf32), torch.no_grad():
+        engine.ensure_folded()
+        with engine.borrow_step(batch) as step:
             step.fill(batch, x)
             for i in shown(range(len(batch.table)), len(batch.table), progress):
                 step.advance(i)
@@ -130,7 +130,7 @@ def _fits(
     if isinstance(net, SuperResModel):
         wanted.add("low_res")
     parameter = next(net.parameters())
-    if set(extra) != wanted or in_program() or in_autocast(parameter.device):
+    if set(extra) != wanted or in_program_trace() or in_autocast(parameter.device):
         return False
     if torch.is_inference_mode_enabled() or torch.get_default_dtype() != torch.float32:
         return False

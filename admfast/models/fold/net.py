@@ -22,8 +22,8 @@ from admfast.models.fold.options import FoldOptions
 from admfast.models.fold.projections import Projected, Projections
 from admfast.models.fold.values import Values
 from admfast.models.hooks import Survey, hooked, hooks_made, parts, spared, survey
-from admfast.ops.layout import channels_together
-from admfast.ops.transforms import deriving, in_program
+from admfast.ops.layout import to_torch_channels_last
+from admfast.ops.transforms import in_program_trace, plain_eager_mode
 
 # Pipelines on several threads may share a network.
 FOLDING = threading.RLock()
@@ -100,7 +100,7 @@ class FoldableNet(nn.Module):
         options, dtype = options or FoldOptions(), dtype or self._parameter_dtype()
         check_ordinary("parameters", self)
         of_8_bits = self._of_8_bits() if options.int8 else set()
-        with FOLDING, deriving():
+        with FOLDING, plain_eager_mode():
             if self.fold_options is not None and (options, dtype) != (self.fold_options, self.fold_dtype):
                 self.unfold()
             self.fold_options, self.fold_dtype = options, dtype
@@ -120,7 +120,7 @@ class FoldableNet(nn.Module):
                 # Forms that were derived at the first call would come after the event that streams wait for.
                 for _, module in self._convolutions():
                     if module.folded is not None:
-                        module.folded.derive()
+                        module.folded.derive_forms()
                 self._fold_done = torch.cuda.current_stream(device).record_event()
 
     def _project_together(self) -> None:
@@ -213,7 +213,7 @@ class FoldableNet(nn.Module):
         none. The rows of a prepared step skip this check, which `ensure_folded` makes before the first row.
         """
         # A trace would add guards on the values read here, or contain the derivation.
-        if not (torch.compiler.is_compiling() or in_program() or spared()):
+        if not (torch.compiler.is_compiling() or in_program_trace() or spared()):
             values = self._fold_values
             if values is not None and values.written() and _reads():
                 with FOLDING:
@@ -331,7 +331,7 @@ class FoldableNet(nn.Module):
             raise invalid("x.dtype", x.dtype, "a floating dtype")
         options = self.fold_options if self.is_folded else None
         together = x.dim() == 4 if options is None else x.dim() > 3 and options.has("channels_last")
-        return channels_together(x, self.torso_dtype) if together else x.to(self.torso_dtype)
+        return to_torch_channels_last(x, self.torso_dtype) if together else x.to(self.torso_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Derived forms are not moved or converted with the network.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from admfast.ops.transforms import deriving
+from admfast.ops.transforms import plain_eager_mode
 
 WHOLE = 4096  # a tensor of up to this many elements is compared whole
 SAMPLE = 256  # of a larger one, about this many elements are compared, or more: see `Values`
@@ -32,7 +32,7 @@ class Values:
         self._writes = _writes(self._tensors)
         groups: dict[tuple[torch.dtype, torch.device], dict[bool, list[Tensor]]]
         groups = defaultdict(lambda: defaultdict(list))
-        with deriving():
+        with plain_eager_mode():
             for tensor in self._tensors:
                 if tensor.numel() and not tensor.is_meta:
                     sampled = _sampled(tensor.detach())
@@ -51,7 +51,7 @@ class Values:
 
     def hold(self) -> bool:
         """Tell whether the tensors hold the same bits: another NaN or another sign of zero is a change."""
-        with deriving():
+        with plain_eager_mode():
             return all(torch.equal(_joined(g), k) for g, k in zip(self._groups, self._kept, strict=True))
 
 

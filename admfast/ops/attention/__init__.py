@@ -16,7 +16,7 @@ from admfast.ops.attention import kernels
 from admfast.ops.attention.heads import join_qkv, merge_heads, split_heads, split_qkv
 from admfast.ops.attention.kernels import Kernel
 from admfast.ops.dispatch import Implementation, OpTable
-from admfast.ops.transforms import in_autocast, in_program, in_vmap, record, traced
+from admfast.ops.transforms import apply_autograd, in_autocast, in_program_trace, in_vmap, is_intercepted
 
 
 def attention_ref(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
@@ -119,7 +119,7 @@ class AttentionBackwardFn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         dout, qkv, ctx.num_heads, ctx.legacy_order, *rest = inputs
-        ctx.others = 2 + len(rest)
+        ctx.num_other_inputs = 2 + len(rest)
         ctx.save_for_backward(dout, qkv)
 
     @staticmethod
@@ -127,7 +127,7 @@ class AttentionBackwardFn(torch.autograd.Function):
         dout, qkv = ctx.saved_tensors
         d_dout, d_qkv = attention_bwd_bwd_ref(g, dout, qkv, ctx.num_heads, legacy_order=ctx.legacy_order)
         # The saved tensors are functions of qkv, and d_qkv includes that dependence.
-        return d_dout, d_qkv, *[None] * ctx.others
+        return d_dout, d_qkv, *[None] * ctx.num_other_inputs
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -138,7 +138,7 @@ def _no_forward_mode() -> Unavailable:
     return Unavailable("attention: no forward-mode derivative of the fused kernels; impl='reference' has one")
 
 
-def _by_function(qkv: Tensor) -> bool:
+def _needs_attention_fn(qkv: Tensor) -> bool:
     """Tell whether a call goes through `AttentionFn`: in eager mode, if a gradient may be needed.
 
     torch.compile, torch.jit.trace and torch.func.vmap get the library's op with the library's own first
@@ -146,7 +146,7 @@ def _by_function(qkv: Tensor) -> bool:
     be differentiated twice), and it is needed because a compiled torch.func.grad of a Function around a raw
     op silently gives zeros.
     """
-    if torch.compiler.is_compiling() or in_program():
+    if torch.compiler.is_compiling() or in_program_trace():
         return False
     if torch.autograd.forward_ad._current_level < 0 and not (torch.is_grad_enabled() and qkv.requires_grad):
         return False
@@ -156,26 +156,26 @@ def _by_function(qkv: Tensor) -> bool:
 def _sdpa(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
     """Call torch's scaled_dot_product_attention, which chooses its kernel, on strided views of qkv."""
     q, k, v = split_qkv(qkv, num_heads, legacy_order)
-    if not _by_function(qkv):
-        if q.shape[-1] < kernels.WIDTH and not (traced(qkv) or in_autocast(qkv.device)):
-            kernel = kernels.torch_kernel(q, k, v)
+    if not _needs_attention_fn(qkv):
+        if q.shape[-1] < kernels.VECTOR_WIDTH and not (is_intercepted(qkv) or in_autocast(qkv.device)):
+            kernel = kernels.find_torch_kernel(q, k, v)
             if kernel is kernels.FLASH_CPU:  # it pads narrow heads, which makes it faster
                 return kernel.infer(qkv, num_heads, legacy_order)
         return merge_heads(F.scaled_dot_product_attention(q, k, v))
-    kernel = kernels.torch_kernel(q, k, v)
+    kernel = kernels.find_torch_kernel(q, k, v)
     if kernel is None:  # torch's plain formula, which can be differentiated any number of times
         return merge_heads(torch.ops.aten._scaled_dot_product_attention_math(q, k, v)[0])
-    return record(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
+    return apply_autograd(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
 
 
-def _sdpa_supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
+def _sdpa_unsupported(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
     return None if qkv.stride(-1) == 1 else "the last dimension of qkv is not contiguous"
 
 
-def _by_kernel(kernel: Kernel, qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
+def _run_kernel(kernel: Kernel, qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
     """Compute attention with the given kernel."""
-    if _by_function(qkv):
-        return record(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
+    if _needs_attention_fn(qkv):
+        return apply_autograd(AttentionFn, qkv, num_heads, legacy_order, kernel)[0]
     if qkv.requires_grad:
         return kernel.forward(qkv, num_heads, legacy_order)[0]
     return kernel.infer(qkv, num_heads, legacy_order)
@@ -183,7 +183,7 @@ def _by_kernel(kernel: Kernel, qkv: Tensor, num_heads: int, *, legacy_order: boo
 
 def _flash(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> Tensor:
     kernel = kernels.FLASH_CPU if qkv.device.type == "cpu" else kernels.FLASH
-    return _by_kernel(kernel, qkv, num_heads, legacy_order=legacy_order)
+    return _run_kernel(kernel, qkv, num_heads, legacy_order=legacy_order)
 
 
 def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: str | None = None) -> Tensor:
@@ -221,44 +221,53 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     return entry.forward(qkv, num_heads, legacy_order=legacy_order)
 
 
-def _one_kernel(
+def _kernel_entry(
     name: str,
     forward: Callable[..., Tensor],
-    available: Callable[[], str | None],
-    reason_of: Callable[..., str | None],
+    reason_missing: Callable[[], str | None],
+    unsupported_heads: Callable[..., str | None],
     **options: Any,
 ) -> Implementation:
-    """Return the table's entry for a single kernel; `reason_of(q, k, v)` says why it can't serve a call."""
+    """Return the table's entry for one kernel.
 
-    def supports(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
-        reason = _sdpa_supports(qkv, num_heads)
+    `unsupported_heads(q, k, v)` returns the reason why it can't serve a call, or None.
+    """
+
+    def reason_unsupported(qkv: Tensor, num_heads: int, *, legacy_order: bool = False) -> str | None:
+        reason = _sdpa_unsupported(qkv, num_heads)
         if reason is None and in_vmap():
             reason = "not under torch.func.vmap"
-        return reason or reason_of(*split_qkv(qkv, num_heads, legacy_order))
+        return reason or unsupported_heads(*split_qkv(qkv, num_heads, legacy_order))
 
-    return Implementation(name, forward, available, supports, **options)
+    return Implementation(name, forward, reason_missing, reason_unsupported, **options)
 
 
-def _of_torch(
-    name: str, forward: Callable[..., Tensor], available: Callable[[], str | None] = kernels.no_cuda
+def _torch_entry(
+    name: str, forward: Callable[..., Tensor], reason_missing: Callable[[], str | None] = kernels.cuda_missing
 ) -> Implementation:
     """Return the table's entry for one of PyTorch's kernels."""
-    return _one_kernel(f"sdpa-{name}", forward, available, partial(kernels.torch_reason, name))
+    return _kernel_entry(f"sdpa-{name}", forward, reason_missing, partial(kernels.torch_unsupported, name))
 
 
-_xformers = partial(_by_kernel, kernels.XFORMERS)
-_cpp = partial(_by_kernel, kernels.CPP)
-# "sdpa" chooses among PyTorch's kernels and supports every call that they support, so their own entries run
-# only if named.
+_xformers = partial(_run_kernel, kernels.XFORMERS)
+_cpp = partial(_run_kernel, kernels.CPP)
+# "sdpa" chooses among PyTorch's kernels and supports every call that they support, so each kernel's own
+# entry runs only if named.
 TABLE = OpTable(
     "attention",
     [
-        _one_kernel("xformers", _xformers, kernels.xformers_missing, kernels.xformers_reason),
-        _one_kernel("cpp", _cpp, kernels.cpp_missing, kernels.cpp_reason, unasked=kernels.cpp_unasked),
-        Implementation("sdpa", _sdpa, supports=_sdpa_supports),
-        _of_torch("flash", _flash, available=lambda: None),
-        _of_torch("cudnn", partial(_by_kernel, kernels.CUDNN)),
-        _of_torch("efficient", partial(_by_kernel, kernels.EFFICIENT)),
+        _kernel_entry("xformers", _xformers, kernels.xformers_missing, kernels.xformers_unsupported),
+        _kernel_entry(
+            "cpp",
+            _cpp,
+            kernels.cpp_missing,
+            kernels.cpp_unsupported,
+            reason_named_only=kernels.cpp_named_only,
+        ),
+        Implementation("sdpa", _sdpa, reason_unsupported=_sdpa_unsupported),
+        _torch_entry("flash", _flash, reason_missing=lambda: None),
+        _torch_entry("cudnn", partial(_run_kernel, kernels.CUDNN)),
+        _torch_entry("efficient", partial(_run_kernel, kernels.EFFICIENT)),
         Implementation("reference", attention_ref),
     ],
 )

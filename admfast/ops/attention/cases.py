@@ -53,17 +53,17 @@ def arguments(
 def wrong() -> list[tuple[dict[str, Any], str]]:
     """Return arguments that every implementation rejects."""
     qkv = torch.ones(1, 64, 1536)
-    changes: list[tuple[dict[str, Any], str]] = [
+    replacements: list[tuple[dict[str, Any], str]] = [
         (dict(num_heads=value), "num_heads") for value in (2.0, None, 0, 7, True, torch.tensor(8))
     ]
-    changes += [(dict(qkv=value), "qkv.dtype") for value in (qkv.long(), qkv.to(torch.float8_e5m2))]
-    changes += [(dict(qkv=value), "qkv.shape") for value in (qkv[0], qkv[..., :0])]
-    return [*changes, (dict(qkv=None), "qkv")]
+    replacements += [(dict(qkv=value), "qkv.dtype") for value in (qkv.long(), qkv.to(torch.float8_e5m2))]
+    replacements += [(dict(qkv=value), "qkv.shape") for value in (qkv[0], qkv[..., :0])]
+    return [*replacements, (dict(qkv=None), "qkv")]
 
 
-def _raw(raw: Callable[..., Any], qkv: Tensor, num_heads: int, legacy_order: bool) -> None:
-    out, lse = raw("attention_fwd", qkv, num_heads, legacy_order)
-    raw("attention_bwd", torch.ones_like(out), qkv, out, lse, num_heads, legacy_order)
+def _call_cpp_ops(call_op: Callable[..., Any], qkv: Tensor, num_heads: int, legacy_order: bool) -> None:
+    out, lse = call_op("attention_fwd", qkv, num_heads, legacy_order)
+    call_op("attention_bwd", torch.ones_like(out), qkv, out, lse, num_heads, legacy_order)
 
 
 CASES = [
@@ -75,6 +75,6 @@ CASES = [
         REAL,
         wrong,
         differentiable=("qkv",),
-        raw={"cpp": _raw},
+        call_raw_ops={"cpp": _call_cpp_ops},
     )
 ]

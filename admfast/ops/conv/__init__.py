@@ -7,8 +7,16 @@ residual on a GPU.
 """
 
 from admfast.ops.conv.folded import FoldedConv, conv_ref
-from admfast.ops.conv.forms import ConvOptions, int8_fits
+from admfast.ops.conv.forms import ConvOptions, int8_unsupported_for
 from admfast.ops.conv.int8 import conv_int8_ref
 from admfast.ops.conv.train import conv, folded_conv
 
-__all__ = ["ConvOptions", "FoldedConv", "conv", "conv_int8_ref", "conv_ref", "folded_conv", "int8_fits"]
+__all__ = [
+    "ConvOptions",
+    "FoldedConv",
+    "conv",
+    "conv_int8_ref",
+    "conv_ref",
+    "folded_conv",
+    "int8_unsupported_for",
+]

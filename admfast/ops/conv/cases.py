@@ -22,7 +22,7 @@ SMALL = (
     dict(n=3, c_in=33, c_out=6, spatial=(5, 4), residual=True),
 )
 # Full and partly filled blocks; a bias that is read in vectors, and element by element.
-EPILOGUES: tuple[Case, ...] = (
+EPILOGUE_CASES: tuple[Case, ...] = (
     dict(n=2, channels=16, spatial=(16, 8)),
     dict(n=1, channels=65, spatial=(7, 5)),
     dict(n=3, channels=6, spatial=(19, 23), residual=False),
@@ -58,7 +58,7 @@ clf512 225.534 3x3 64>64@512*4 128>128@256*3 128>128@128*6
 
 
 def _shapes() -> list[tuple[str, int, int, int, int, float]]:
-    found, model, total, kernel = [], "", 0.0, 3
+    shapes, model, total, kernel = [], "", 0.0, 3
     for word in _NETWORKS.split():
         if word in ("3x3", "1x1"):
             kernel = int(word[0])
@@ -66,12 +66,12 @@ def _shapes() -> list[tuple[str, int, int, int, int, float]]:
             *sizes, count = map(int, word.translate(str.maketrans(">@*", "   ")).split())
             c_in, c_out, side = sizes
             operations = 2 * c_in * c_out * kernel**2 * side**2
-            found.append((model, kernel, c_in, c_out, side, round(count * operations / total / 1e7, 2)))
+            shapes.append((model, kernel, c_in, c_out, side, round(count * operations / total / 1e7, 2)))
         elif word[0].isalpha():
             model = word
         else:
             total = float(word)
-    return found
+    return shapes
 
 
 # (model, kernel, channels in, channels out, side, share of the model's operations in percent)
@@ -99,17 +99,17 @@ def arguments(
 ) -> dict[str, Any]:
     """Make the arguments of a convolution of stride 1 that keeps its input's size."""
     weight = draw(c_out, c_in, *[kernel] * len(spatial)) / (c_in * kernel ** len(spatial)) ** 0.5
-    made: dict[str, Any] = {"x": draw(n, c_in, *spatial).to(dtype), "weight": weight.to(dtype)}
+    call: dict[str, Any] = {"x": draw(n, c_in, *spatial).to(dtype), "weight": weight.to(dtype)}
     if bias:
-        made["bias"] = draw(c_out).to(dtype)
+        call["bias"] = draw(c_out).to(dtype)
     if residual:
-        made["residual"] = draw(n, c_out, *spatial).to(dtype)
+        call["residual"] = draw(n, c_out, *spatial).to(dtype)
     if layout == "channels_last":
-        made |= {name: channels_last(t) for name, t in made.items() if name in ("x", "residual")}
-    return made | dict(padding=kernel // 2)
+        call |= {name: channels_last(t) for name, t in call.items() if name in ("x", "residual")}
+    return call | dict(padding=kernel // 2)
 
 
-def folded(
+def run_folded(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -123,11 +123,11 @@ def folded(
     return FoldedConv(weight, bias, padding=padding, impl=impl, **options)(x, residual)
 
 
-def epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, impl: str) -> Tensor:
+def run_epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, impl: str) -> Tensor:
     """Add bias and residual to `y`; the kernel does so in place."""
     if impl != "reference":
-        added: Tensor = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")(y, bias, residual)[0]
-        return added
+        summed: Tensor = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")(y, bias, residual)[0]
+        return summed
     result = y if bias is None else y + bias.view(-1, *(1,) * (y.dim() - 2))
     return result if residual is None else result + residual
 
@@ -147,7 +147,7 @@ def epilogue_arguments(
     return dict(y=y, bias=draw(channels).to(dtype) if bias else None, residual=other if residual else None)
 
 
-def _epilogues(
+def _epilogue_cases(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **geometry: Any
 ) -> Any:
     """Return the epilogue cases of a convolution; the last adds the results of two sources."""
@@ -161,10 +161,10 @@ def _epilogues(
     return [case | dict(bias=bias is not None, residual=residual is not None), case | dict(bias=False)]
 
 
-def _wrong(trained: bool) -> list[tuple[dict[str, Any], str]]:
+def _wrong(trainable: bool) -> list[tuple[dict[str, Any], str]]:
     """Return arguments that every implementation rejects, for weights that are trained or frozen."""
     x, weight, bias = torch.ones(2, 64, 8, 8), torch.ones(64, 64, 3, 3), torch.ones(64)
-    changes: list[tuple[dict[str, Any], str]] = [
+    replacements: list[tuple[dict[str, Any], str]] = [
         (dict(bias=torch.ones(1)), "bias.shape"),
         (dict(bias=torch.ones(64, 1)), "bias.shape"),
         (dict(x=x.long()), "x.dtype"),
@@ -172,42 +172,44 @@ def _wrong(trained: bool) -> list[tuple[dict[str, Any], str]]:
         (dict(residual=x.to("meta")), "residual.device"),
         (dict(impl="fastest"), "impl"),
     ]
-    changes += [(dict(stride=value), "stride") for value in (0, (1,))]
-    changes += [(dict(padding=value), "padding") for value in (-1, (1.5, 1), "same")]
+    replacements += [(dict(stride=value), "stride") for value in (0, (1,))]
+    replacements += [(dict(padding=value), "padding") for value in (-1, (1.5, 1), "same")]
     shapes = [(), (64,), (64, 64), (1, 1, 8, 8), (1, 64, 1, 1), (3, 64, 8, 8), (1, 1, 64, 8, 8)]
-    changes += [(dict(residual=torch.ones(shape)), "residual.shape") for shape in shapes]
-    if trained:
-        changes += [(dict(weight=value), "weight.shape") for value in (weight[:, 1:], weight[..., 0])]
-        changes += [(dict(x=torch.ones(64, 8)), "weight.shape")]
+    replacements += [(dict(residual=torch.ones(shape)), "residual.shape") for shape in shapes]
+    if trainable:
+        replacements += [(dict(weight=value), "weight.shape") for value in (weight[:, 1:], weight[..., 0])]
+        replacements += [(dict(x=torch.ones(64, 8)), "weight.shape")]
         for name, value in dict(weight=weight, bias=bias).items():
-            changes += [(dict([(name, value.double())]), f"{name}.dtype")]
-            changes += [(dict([(name, value.to("meta"))]), f"{name}.device")]
-        return changes
-    changes += [(dict(weight=value), "weight") for value in (weight[..., 0, 0], weight[:, :0], weight.long())]
-    changes += [(dict(x=value), "x.shape") for value in (x[:, 1:], x[..., 0], torch.ones(2, 64, 8, 0))]
-    changes += [(dict(x=x.double()), "x.dtype"), (dict(dtype=torch.bfloat16), "x.dtype")]
-    return [*changes, (dict(dtype=torch.int32), "dtype"), (dict(x=x.to("meta")), "x.device")]
+            replacements += [(dict([(name, value.double())]), f"{name}.dtype")]
+            replacements += [(dict([(name, value.to("meta"))]), f"{name}.device")]
+        return replacements
+    replacements += [
+        (dict(weight=value), "weight") for value in (weight[..., 0, 0], weight[:, :0], weight.long())
+    ]
+    replacements += [(dict(x=value), "x.shape") for value in (x[:, 1:], x[..., 0], torch.ones(2, 64, 8, 0))]
+    replacements += [(dict(x=x.double()), "x.dtype"), (dict(dtype=torch.bfloat16), "x.dtype")]
+    return [*replacements, (dict(dtype=torch.int32), "dtype"), (dict(x=x.to("meta")), "x.device")]
 
 
-def _raw_frozen(
-    raw: Callable[..., Any],
+def _call_winograd_ops(
+    call_op: Callable[..., Any],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     **geometry: Any,
 ) -> None:
-    raw("winograd_weights", weight, True)
-    u = raw("winograd_weights", weight, False)
-    raw("conv3x3_winograd", x, u, bias, residual, len(weight))
+    call_op("winograd_weights", weight, True)
+    u = call_op("winograd_weights", weight, False)
+    call_op("conv3x3_winograd", x, u, bias, residual, len(weight))
     convolution = FoldedConv(weight, bias, **geometry)
-    raw("folded_conv", x, bias, residual, convolution.directions[0].key)
+    call_op("folded_conv", x, bias, residual, convolution.directions[0].key)
 
 
-def _raw_in_tiles(
+def _call_tiled_op(
     name: str,
     forms: tuple[str, ...],
-    raw: Callable[..., Any],
+    call_op: Callable[..., Any],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -215,51 +217,53 @@ def _raw_in_tiles(
     **geometry: Any,
 ) -> None:
     direction = FoldedConv(weight, bias, **geometry).directions[0]
-    raw(name, x, *map(direction.form, forms), bias, residual, len(weight))
+    call_op(name, x, *map(direction.form, forms), bias, residual, len(weight))
 
 
-_raw_direct = functools.partial(_raw_in_tiles, "conv_direct", ("direct",))
-_raw_int8 = functools.partial(_raw_in_tiles, "conv_int8", ("int8", "int8_scales"))
+_call_direct_op = functools.partial(_call_tiled_op, "conv_direct", ("direct",))
+_call_int8_op = functools.partial(_call_tiled_op, "conv_int8", ("int8", "int8_scales"))
 
 
-def _raw_trained(
-    raw: Callable[..., Any],
+def _call_train_ops(
+    call_op: Callable[..., Any],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     **_geometry: Any,
 ) -> None:
-    dy = torch.ones_like(raw("conv3x3_winograd_once", x, weight, bias, residual, False))
-    raw("conv3x3_winograd_once", dy, weight, None, None, True)
-    raw("conv3x3_winograd_weight_grad", x, dy)
+    dy = torch.ones_like(call_op("conv3x3_winograd_once", x, weight, bias, residual, False))
+    call_op("conv3x3_winograd_once", dy, weight, None, None, True)
+    call_op("conv3x3_winograd_weight_grad", x, dy)
 
 
-def _raw_epilogue(raw: Callable[..., Any], y: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-    raw("conv_epilogue_fwd", y, bias, residual)
-    raw("conv_epilogue_sums_fwd", y, bias, residual)
+def _call_epilogue_launchers(
+    call_op: Callable[..., Any], y: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    call_op("conv_epilogue_fwd", y, bias, residual)
+    call_op("conv_epilogue_sums_fwd", y, bias, residual)
 
 
 CASES = [
     OpCases(
         "conv",
-        folded,
+        run_folded,
         arguments,
         SMALL,
         REAL,
         functools.partial(_wrong, False),
         differentiable=("x", "residual"),
-        raw={"winograd": _raw_frozen, "direct": _raw_direct},
+        call_raw_ops={"winograd": _call_winograd_ops, "direct": _call_direct_op},
     ),
     OpCases(
         "conv_int8",
-        functools.partial(folded, int8=True),
+        functools.partial(run_folded, int8=True),
         arguments,
         (ODD, SMALL[1], ODD | dict(c_in=70, spatial=(4, 16))),
         {name: case for name, case in REAL.items() if name.startswith("unet64 3x3")},
         functools.partial(_wrong, False),
         differentiable=("x", "residual"),
-        raw={"cpp": _raw_int8},
+        call_raw_ops={"cpp": _call_int8_op},
     ),
     OpCases(
         "conv_train",
@@ -268,17 +272,17 @@ CASES = [
         SMALL,
         wrong=functools.partial(_wrong, True),
         differentiable=("x", "weight", "bias", "residual"),
-        raw={"winograd": _raw_trained},
+        call_raw_ops={"winograd": _call_train_ops},
     ),
     OpCases(
         "conv_epilogue",
-        epilogue,
+        run_epilogue,
         epilogue_arguments,
-        EPILOGUES,
-        raw={"triton": _raw_epilogue},
-        # As chosen; and with statistics for a norm in two passes, because nothing fits into SHARE.
-        launches=({}, {"SHARE": 0}),
-        case_of=_epilogues,
-        within="conv_train",
+        EPILOGUE_CASES,
+        call_raw_ops={"triton": _call_epilogue_launchers},
+        # As chosen; and with statistics for a norm in two passes, because nothing fits into MAX_REREAD_BYTES.
+        launch_settings=({}, {"MAX_REREAD_BYTES": 0}),
+        cases_from_call=_epilogue_cases,
+        launched_by="conv_train",
     ),
 ]

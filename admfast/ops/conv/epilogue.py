@@ -11,16 +11,16 @@ from torch import Tensor
 
 from admfast.ops import channel_sums, launchers
 from admfast.ops.layout import is_channels_last
-from admfast.ops.transforms import record, recorded, traced
+from admfast.ops.transforms import apply_autograd, is_intercepted, needs_autograd
 
 
-def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+def can_serve(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Tell whether the kernel may follow the convolution of `x`, which is on a device of the type `device`.
 
     A compiler, a transform, a dispatch mode and forward-mode differentiation must see torch's own operations.
     """
     return (
-        not traced(x, residual)
+        not is_intercepted(x, residual)
         and device == "cuda"
         and not (bias is None and residual is None)
         and x.dim() in (4, 5)
@@ -32,18 +32,18 @@ def serves(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | None)
     )
 
 
-def add(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def add_in_place(y: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Compute `y + bias + residual` in place in `y`, a convolution's output that nothing else refers to.
 
-    The channels' statistics are left with the result for the norm that reads it (`ops/channel_sums.py`).
+    The channels' statistics are attached to the result for the norm that reads it (`ops/channel_sums.py`).
     Differentiable in y and residual any number of times, never in bias.
     """
     sums: list[Any] = []
-    if recorded(y, residual):
-        result: Tensor = record(ConvEpilogueFn, y, bias, residual, sums)
+    if needs_autograd(y, residual):
+        result: Tensor = apply_autograd(ConvEpilogueFn, y, bias, residual, sums)
     else:
-        result = _launched(y, bias, residual, sums)
-    channel_sums.leave(result, sums[0])
+        result = _launch(y, bias, residual, sums)
+    channel_sums.attach(result, sums[0])
     return result
 
 
@@ -55,17 +55,17 @@ class ConvEpilogueFn(torch.autograd.Function):
         ctx: Any, y: Tensor, bias: Tensor | None, residual: Tensor | None, sums: list[Any]
     ) -> Tensor:
         ctx.mark_dirty(y)
-        return _launched(y, bias, residual, sums)
+        return _launch(y, bias, residual, sums)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor | None, None]:  # type: ignore[override]
         return dy, None, dy if ctx.needs_input_grad[2] else None, None
 
 
-def _launched(y: Tensor, bias: Tensor | None, residual: Tensor | None, sums: list[Any]) -> Tensor:
+def _launch(y: Tensor, bias: Tensor | None, residual: Tensor | None, sums: list[Any]) -> Tensor:
     """Launch the kernel, and append the statistics to `sums`."""
-    result, found = _launcher()(y, bias, residual)
-    sums.append(found)
+    result, new_sums = _launcher()(y, bias, residual)
+    sums.append(new_sums)
     return result
 
 

@@ -15,9 +15,23 @@ from admfast.ops.conv import epilogue, forms
 from admfast.ops.conv.forms import CONVOLUTIONS, ConvOptions, Direction
 from admfast.ops.conv.grad import ConvFn
 from admfast.ops.conv.int8 import conv_int8_ref
-from admfast.ops.dispatch import Implementation, OpTable, setting, tell, watch, watched
+from admfast.ops.dispatch import (
+    Implementation,
+    OpTable,
+    choices_are_recorded,
+    impl_setting,
+    record_choices,
+    report_choice,
+)
 from admfast.ops.layout import channels_last, is_channels_last
-from admfast.ops.transforms import constant, deriving, in_autocast, observed, record, recorded
+from admfast.ops.transforms import (
+    apply_autograd,
+    constant_while_tracing,
+    has_op_observer,
+    in_autocast,
+    needs_autograd,
+    plain_eager_mode,
+)
 
 
 def conv_ref(
@@ -94,20 +108,21 @@ class FoldedConv:
         if not self.dtype.is_floating_point:
             raise invalid("dtype", dtype, "a floating dtype")
         if impl is not None:
-            (INT8 if int8 else TABLE).named(impl)
+            (INT8 if int8 else TABLE).find(impl)
         dims = weight.dim() - 2
-        geometry = (each(stride, dims, "stride", 1), each(padding, dims, "padding", 0))
+        geometry = (per_dimension(stride, dims, "stride", 1), per_dimension(padding, dims, "padding", 0))
         check_bias(weight, bias)
-        self._take(weight, bias)
+        self._set_weights(weight, bias)
         self.options = ConvOptions(*geometry, self.dtype, impl, split, rows, spare_memory, int8)
-        columns = [slice(split), slice(split, None)] if split else [slice(None)]
-        self.directions = [Direction(weight, self.options, _run, part) for part in columns]  # one per source
+        channel_slices = [slice(split), slice(split, None)] if split else [slice(None)]
+        # One direction per source.
+        self.directions = [Direction(weight, self.options, _run, channels) for channels in channel_slices]
         self._bias = None
         if bias is not None:
-            with deriving():
-                self._bias = self._ordered(bias).to(weight.device, self.dtype, copy=True)
+            with plain_eager_mode():
+                self._bias = self._reordered(bias).to(weight.device, self.dtype, copy=True)
 
-    def _ordered(self, bias: Tensor) -> Tensor:
+    def _reordered(self, bias: Tensor) -> Tensor:
         return bias if self.options.rows is None else bias[self.options.rows]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None) -> Tensor:
@@ -122,20 +137,20 @@ class FoldedConv:
                 return self(x, residual, x2)
         if len(self.directions) == 1:
             x = x if x2 is None else torch.cat([x, x2], dim=1)
-            return self.of_source(0, x, residual)
+            return self.conv_source(0, x, residual)
         if x2 is None:
             raise invalid("x2", None, "a tensor: the weights are split for two sources")
-        y, second = self.of_source(0, x, residual), self.directions[1]
-        in_place = is_channels_last(x2) and is_channels_last(y) and not recorded(x2, y)
-        if in_place and _chosen(second, x2, y).name == "matmul":
+        y, second = self.conv_source(0, x, residual), self.directions[1]
+        in_place = is_channels_last(x2) and is_channels_last(y) and not needs_autograd(x2, y)
+        if in_place and _choose_cached(second, x2, y).name == "matmul":
             return forms.add_matmul(second, x2, y)
-        return self.of_source(1, x2, y)
+        return self.conv_source(1, x2, y)
 
-    def derive(self) -> None:
+    def derive_forms(self) -> None:
         """Derive the forms that calls on a GPU run on, which otherwise are derived at the first call."""
         for direction in self.directions:
             if direction.impl is None:
-                direction.form(_of_any_device(direction) or "library")
+                direction.form(_fastest_on_any_device(direction) or "library")
 
     def without_bias(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the convolution of `x` without its bias, and the bias, if a kernel of its own would add it.
@@ -143,16 +158,16 @@ class FoldedConv:
         The norm that reads the result then adds it as its `x_bias`. Otherwise return the convolution with its
         bias, and None.
         """
-        one = len(self.directions) == 1 and not in_autocast(x.device)
-        if one and self._bias is not None and epilogue.serves(x.device.type, x, self._bias, None):
-            if _chosen(self.directions[0], x, None).name == "library":
-                return self.of_source(0, x, None, biased=False), self._bias
+        fusible = len(self.directions) == 1 and not in_autocast(x.device)
+        if fusible and self._bias is not None and epilogue.can_serve(x.device.type, x, self._bias, None):
+            if _choose_cached(self.directions[0], x, None).name == "library":
+                return self.conv_source(0, x, None, with_bias=False), self._bias
         return self(x), None
 
-    def of_source(self, number: int, x: Tensor, residual: Tensor | None, biased: bool = True) -> Tensor:
-        """Return the convolution of a source in the layout of `x`; source 0 adds the bias if `biased`."""
-        bias = self._bias if biased and number == 0 else None
-        y = _run(self.directions[number], x, bias, residual)
+    def conv_source(self, index: int, x: Tensor, residual: Tensor | None, with_bias: bool = True) -> Tensor:
+        """Return the convolution of source `index` in the layout of `x`; source 0 adds the bias if wanted."""
+        bias = self._bias if with_bias and index == 0 else None
+        y = _run(self.directions[index], x, bias, residual)
         return channels_last(y) if is_channels_last(x) else y.contiguous()
 
     def refold(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -165,36 +180,36 @@ class FoldedConv:
             now, before = (f"{tuple(t.shape)} on {t.device}" for t in (weight, old))
             raise invalid("weight", now, f"must stay {before}")
         if (bias is None) != (self.bias is None):
-            given = None if bias is None else tuple(bias.shape)
-            raise invalid("bias", given, "must be None if and only if it was None before")
+            shape = None if bias is None else tuple(bias.shape)
+            raise invalid("bias", shape, "must be None if and only if it was None before")
         check_bias(weight, bias)
-        self._take(weight, bias)
+        self._set_weights(weight, bias)
         if bias is not None and self._bias is not None:
-            with deriving():
-                self._bias.copy_(self._ordered(bias))
+            with plain_eager_mode():
+                self._bias.copy_(self._reordered(bias))
         for direction in self._all_directions():
             direction.refold(weight)
 
-    def _take(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _set_weights(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self._written = self._writes()
+        self._folded_version = self._version_sum()
 
-    def _writes(self) -> int:
-        """Return how many writes to weight and bias torch has counted; 0 for inference tensors."""
-        given = [t for t in (self.weight, self.bias) if t is not None]
-        return 0 if self.weight.is_inference() else sum(t._version for t in given)
+    def _version_sum(self) -> int:
+        """Return the number of writes to weight and bias that torch has counted; 0 for inference tensors."""
+        tensors = [t for t in (self.weight, self.bias) if t is not None]
+        return 0 if self.weight.is_inference() else sum(t._version for t in tensors)
 
     @property
-    def holds(self) -> bool:
+    def is_current(self) -> bool:
         """True if torch has counted no write to weight and bias since they were folded."""
-        return self._writes() == self._written
+        return self._version_sum() == self._folded_version
 
     def forms(self) -> list[Tensor]:
         """Return the forms that have been derived from the weights so far."""
         return [form for direction in self._all_directions() for form in direction.forms.values()]
 
     def _all_directions(self) -> list[Direction]:
-        return [direction for forward in self.directions for direction in forward.both()]
+        return [direction for forward in self.directions for direction in forward.with_opposite()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle only weights, bias and options; the result derives its own forms."""
@@ -202,7 +217,7 @@ class FoldedConv:
         return functools.partial(FoldedConv, **vars(self.options)), (self.weight.detach(), bias)
 
 
-def each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
+def per_dimension(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tuple[int, ...]:
     """Return one number for each spatial dimension; `value` may be one for all. Raises InvalidArgument."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,) * dims
     if len(values) != dims or any(not isinstance(v, int) or v < least for v in values):
@@ -212,7 +227,7 @@ def each(value: int | tuple[int, ...], dims: int, name: str, least: int) -> tupl
 
 def _check(direction: Direction, x: Tensor, residual: Tensor | None) -> None:
     """Reject inputs that no implementation could compute."""
-    weight = direction.source
+    weight = direction.source_weight
     if x.dim() != weight.dim() or x.shape[1] != direction.in_channels:
         dims = len(direction.kernel)
         allowed = f"[N, {direction.in_channels}, *spatial] with {dims} spatial dimensions"
@@ -244,7 +259,7 @@ def check_bias(weight: Tensor, bias: Tensor | None) -> None:
 # Which implementation runs
 
 
-def preferred(direction: Direction, x: Tensor) -> str:
+def find_fastest(direction: Direction, x: Tensor) -> str:
     """Return the name of the implementation that was measured to be the fastest for a call.
 
     Milliseconds on one thread of a 2.3 GHz Xeon with AVX-512, float32, channels-last, weights not in a cache:
@@ -278,39 +293,39 @@ def preferred(direction: Direction, x: Tensor) -> str:
     On a GPU torch gives cuDNN a transposed copy of a one-dimensional channels-last input; a matrix product
     needs no copy.
     """
-    if x.device.type == "cpu" and not observed() and _direct_pays(direction, x):
+    if x.device.type == "cpu" and not has_op_observer() and _direct_pays(direction, x):
         return "direct"
-    if (found := _of_any_device(direction)) is not None:
-        return found
-    if x.device.type != "cpu" or observed():
+    if (name := _fastest_on_any_device(direction)) is not None:
+        return name
+    if x.device.type != "cpu" or has_op_observer():
         return "library"
     if x.dtype != torch.float32 or len(direction.kernel) != 2:
         return "library"
-    if direction.options.spare_memory or forms.winograd_supports(direction, x) is not None:
+    if direction.options.spare_memory or forms.winograd_unsupported(direction, x) is not None:
         return "packed"
     n, _, height, width = x.shape
     tiles = n * -(-height // 4) * -(-width // 4)
     weights = direction.in_channels * direction.out_channels
-    read = tiles >= 8 or weights <= (2**18 if tiles >= 4 else 2**12)
-    channels = direction.in_channels >= 8 or direction.out_channels <= 64
-    pays = read and channels and n * height * width >= 8 * tiles
-    return "winograd" if pays and wide_loops() else "packed"
+    enough_tiles = tiles >= 8 or weights <= (2**18 if tiles >= 4 else 2**12)
+    enough_channels = direction.in_channels >= 8 or direction.out_channels <= 64
+    winograd_pays = enough_tiles and enough_channels and n * height * width >= 8 * tiles
+    return "winograd" if winograd_pays and uses_vector_loops() else "packed"
 
 
-def _of_any_device(direction: Direction) -> str | None:
+def _fastest_on_any_device(direction: Direction) -> str | None:
     """Return the implementation that is the fastest for a direction on every device; None if none is."""
-    return "matmul" if forms.matmul_supports(direction) is None else None
+    return "matmul" if forms.matmul_unsupported(direction) is None else None
 
 
 def _direct_pays(direction: Direction, x: Tensor) -> bool:
     """Tell whether the direct convolution is faster than the library's: with AMX, except for few inputs."""
-    fits = forms.direct_supports(direction, x) is None
-    return direction.in_channels >= 16 and native.matrix_unit() and fits
+    supported = forms.direct_unsupported(direction, x) is None
+    return direction.in_channels >= 16 and native.uses_amx() and supported
 
 
-@constant
+@constant_while_tracing
 @functools.cache
-def wide_loops() -> bool:
+def uses_vector_loops() -> bool:
     """Tell whether the compiled loops use vectors; without, they take 560 ms where the library takes 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
 
@@ -319,43 +334,47 @@ def _choose(direction: Direction, x: Tensor) -> Implementation:
     """Return the implementation for a call, of `conv_int8` or of `conv`."""
     if not direction.options.int8:
         return TABLE.choose(direction.impl, direction, x)
-    fits = forms.int8_misfit(direction) is None and not observed() and forms.transformed() is None
-    return INT8.choose(direction.impl, direction, x) if fits else TABLE.choose(None, direction, x)
+    use_int8 = (
+        forms.int8_unsupported_direction(direction) is None
+        and not has_op_observer()
+        and forms.reason_torch_conv_only() is None
+    )
+    return INT8.choose(direction.impl, direction, x) if use_int8 else TABLE.choose(None, direction, x)
 
 
-def _chosen(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:
+def _choose_cached(direction: Direction, x: Tensor, residual: Tensor | None) -> Implementation:
     """Return the implementation for a call. Check and choose once for each kind of input."""
     # The key below doesn't include transforms and traces.
-    if torch.compiler.is_compiling() or forms.transformed() or observed():
+    if torch.compiler.is_compiling() or forms.reason_torch_conv_only() or has_op_observer():
         _check(direction, x, residual)
         return _choose(direction, x)
-    added = None if residual is None else (residual.shape, residual.dtype, residual.device)
-    key = (x.shape, x.dtype, x.device, added, setting())
-    plan = direction.plans.get(key)
-    if plan is None:
+    residual_key = None if residual is None else (residual.shape, residual.dtype, residual.device)
+    key = (x.shape, x.dtype, x.device, residual_key, impl_setting())
+    cached = direction.choices.get(key)
+    if cached is None:
         _check(direction, x, residual)
-        with watch() as choices:
+        with record_choices() as choices:
             entry = _choose(direction, x)
-        direction.plans[key] = entry, choices[0]
+        direction.choices[key] = entry, choices[0]
         return entry
-    entry, choice = plan
-    if watched():
-        tell(choice)
+    entry, choice = cached
+    if choices_are_recorded():
+        report_choice(choice)
     return entry
 
 
 def _run(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return _chosen(direction, x, residual).forward(direction, x, bias, residual)
+    return _choose_cached(direction, x, residual).forward(direction, x, bias, residual)
 
 
-def _recording(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _with_autograd(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Wrap `run`, which torch can't differentiate, in `ConvFn` where a gradient or a trace is recorded."""
 
     def forward(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling():
             return ConvFn.apply(x, bias, residual, direction.key)
-        if recorded(x, residual):
-            return record(ConvFn, x, bias, residual, direction)
+        if needs_autograd(x, residual):
+            return apply_autograd(ConvFn, x, bias, residual, direction)
         return run(direction, x, bias, residual)
 
     return forward
@@ -370,25 +389,29 @@ def _reference_int8(direction: Direction, x: Tensor, bias: Tensor | None, residu
     return conv_int8_ref(x, direction.weight(), bias, residual)
 
 
-# "library" serves every call, so the entries after it run only if `preferred` returns them or they are named.
+# "library" serves every call, so the entries after it run only if named, or if `find_fastest` returns them.
 TABLE = OpTable(
     "conv",
     [
-        Implementation("packed", _recording(forms.by_packed), forms.packed_missing, forms.packed_supports),
-        Implementation("library", forms.by_library),
         Implementation(
-            "winograd", _recording(forms.by_winograd), native.reason_missing, forms.winograd_supports
+            "packed", _with_autograd(forms.run_packed), forms.packed_missing, forms.packed_unsupported
         ),
-        Implementation("direct", _recording(forms.by_direct), native.reason_missing, forms.direct_supports),
-        Implementation("matmul", forms.by_matmul, supports=forms.matmul_supports),
+        Implementation("library", forms.run_library),
+        Implementation(
+            "winograd", _with_autograd(forms.run_winograd), native.reason_missing, forms.winograd_unsupported
+        ),
+        Implementation(
+            "direct", _with_autograd(forms.run_direct), native.reason_missing, forms.direct_unsupported
+        ),
+        Implementation("matmul", forms.run_matmul, reason_unsupported=forms.matmul_unsupported),
         Implementation("reference", _reference),
     ],
-    prefer=preferred,
+    prefer=find_fastest,
 )
 INT8 = OpTable(
     "conv_int8",
     [
-        Implementation("cpp", _recording(forms.by_int8), native.reason_missing, forms.int8_supports),
-        Implementation("reference", _recording(_reference_int8)),
+        Implementation("cpp", _with_autograd(forms.run_int8), native.reason_missing, forms.int8_unsupported),
+        Implementation("reference", _with_autograd(_reference_int8)),
     ],
 )

@@ -17,15 +17,23 @@ from torch import Tensor
 from admfast.errors import first_line
 from admfast.ops import native
 from admfast.ops.conv import epilogue
-from admfast.ops.conv.int8 import MOST_TERMS, quantized_weights
+from admfast.ops.conv.int8 import MAX_TERMS, quantized_weights
 from admfast.ops.layout import channels_last, empty_channels_last, is_channels_last
-from admfast.ops.transforms import compiled_transform, constant, deriving, in_forward_mode, in_vmap
+from admfast.ops.transforms import (
+    constant_while_tracing,
+    in_forward_mode,
+    in_vmap,
+    plain_eager_mode,
+    reason_compiled_transform,
+)
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
-DERIVING = threading.RLock()  # threads that share a network may need a new form at the same time
+FORMS_LOCK = threading.RLock()  # threads that share a network may need a new form at the same time
 PANEL = 32  # output channels of a panel of the forms for `direct` and `int8`
-SIZES = 2  # input sizes for which a form is kept: that of full batches, and that of a smaller last one
+MAX_INPUT_SIZES = (
+    2  # input sizes for which a form is kept: that of full batches, and that of a smaller last one
+)
 
 # run(direction, x, bias, residual) -> y, by the implementation that is chosen for the shapes
 Run = Callable[["Direction", Tensor, Tensor | None, Tensor | None], Tensor]
@@ -50,8 +58,8 @@ class Direction:
 
     Forms of the weights are derived on first use and kept in `forms`.
 
-    weight: [C_out, C_in, *kernel], kept and not copied. columns: the slice of input channels that is used.
-    other: the direction whose transpose this is, if it is one, with the same weight and columns.
+    weight: [C_out, C_in, *kernel], kept and not copied. channel_slice: the input channels that are used.
+    opposite: the direction whose transpose this is, with the same weight and channels; None if this is none.
     """
 
     def __init__(
@@ -59,53 +67,53 @@ class Direction:
         weight: Tensor,
         options: ConvOptions,
         run: Run,
-        columns: slice = slice(None),
-        other: Direction | None = None,
+        channel_slice: slice = slice(None),
+        opposite: Direction | None = None,
     ):
         # A transpose may be made while fake tensors are traced, which allow no operation on the weights.
-        self.source: Tensor = weight.detach() if other is None else other.source
-        self.options, self.columns = options, columns
+        self.source_weight: Tensor = weight.detach() if opposite is None else opposite.source_weight
+        self.options, self.channel_slice = options, channel_slice
         self.out_channels, channels, *kernel = weight.shape
-        self.in_channels = len(range(channels)[columns])
-        if other is not None:
+        self.in_channels = len(range(channels)[channel_slice])
+        if opposite is not None:
             self.in_channels, self.out_channels = self.out_channels, self.in_channels
         self.kernel, self.stride, self.padding = tuple(kernel), options.stride, options.padding
-        self.dtype, self.impl, self.run, self.other = options.dtype, options.impl, run, other
-        self.is_transpose = other is not None
-        self.renewals = 0
+        self.dtype, self.impl, self.run, self.opposite = options.dtype, options.impl, run, opposite
+        self.is_transpose = opposite is not None
+        self.refold_count = 0
         self.forms: dict[tuple[Any, ...], Tensor] = {}
-        self.plans: dict[tuple[Any, ...], Any] = {}
+        self.choices: dict[tuple[Any, ...], Any] = {}
         # A trace holds this string instead of the object. torch keeps compiled traces on disk by their text,
         # so the string has everything that the shape of an output depends on.
         geometry = (self.in_channels, self.out_channels, self.kernel, self.stride, self.padding)
-        self.key = f"{next(_count)} {geometry}"
-        BY_KEY[self.key] = self
+        self.key = f"{next(_next_number)} {geometry}"
+        DIRECTIONS_BY_KEY[self.key] = self
 
-    def source_part(self) -> Tensor:
-        """Return the weights of `columns` in the order of `rows`; they are the same for both directions."""
-        weight = self.source[:, self.columns]
+    def selected_weight(self) -> Tensor:
+        """Return the weights of `channel_slice`, reordered as `rows` says; both directions have the same."""
+        weight = self.source_weight[:, self.channel_slice]
         return weight if self.options.rows is None else weight[self.options.rows]
 
     def weight(self) -> Tensor:
         """Return this direction's weights; a transpose's are flipped in space, with channels exchanged."""
-        weight = self.source_part()
+        weight = self.selected_weight()
         return weight.flip(*range(2, weight.dim())).transpose(0, 1) if self.is_transpose else weight
 
     def transposed(self) -> Direction:
-        """Return the other direction."""
-        if self.other is None:
+        """Return the opposite direction; make it at the first call."""
+        if self.opposite is None:
             padding = tuple(k - 1 - p for k, p in zip(self.kernel, self.padding, strict=True))
             options = replace(self.options, padding=padding)
-            self.other = Direction(self.source, options, self.run, self.columns, self)
-        return self.other
+            self.opposite = Direction(self.source_weight, options, self.run, self.channel_slice, self)
+        return self.opposite
 
-    def both(self) -> list[Direction]:
-        """Return this direction, and the other one if it exists."""
-        return [self] if self.other is None else [self, self.other]
+    def with_opposite(self) -> list[Direction]:
+        """Return this direction, and the opposite one if it exists."""
+        return [self] if self.opposite is None else [self, self.opposite]
 
-    def state(self) -> tuple[int, int]:
-        """Return a fingerprint of the weights: the numbers of renewals, and of writes counted by torch."""
-        return self.renewals, 0 if self.source.is_inference() else self.source._version
+    def weights_version(self) -> tuple[int, int]:
+        """Return the number of refolds, and of writes to the weights that torch has counted."""
+        return self.refold_count, 0 if self.source_weight.is_inference() else self.source_weight._version
 
     def out_shape(self, x: Tensor) -> list[int]:
         """Return the shape [N, C_out, *spatial] of the convolution of `x`."""
@@ -117,47 +125,47 @@ class Direction:
         key = (name, *size)
         if torch.compiler.is_compiling():
             # Traced code would make the form again at every call; a form that exists is an input of it.
-            _make_in_a_trace(self.key, name)
+            _make_form_while_tracing(self.key, name)
             return self.forms[key]
-        found = self.forms.get(key)
-        if found is None:
-            with DERIVING:
+        form = self.forms.get(key)
+        if form is None:
+            with FORMS_LOCK:
                 # If another thread has just made the form, keep it: a captured graph may use it.
-                found = self.forms.get(key)
-                if found is None:
-                    self._forget(name)
-                    found = self.forms[key] = self._derived(key)
-        return found
+                form = self.forms.get(key)
+                if form is None:
+                    self._drop_oldest_form(name)
+                    form = self.forms[key] = self._derive(key)
+        return form
 
-    def _forget(self, name: str) -> None:
-        """Drop the oldest form of implementation `name` if SIZES of them are kept."""
-        same = [key for key in self.forms if key[0] == name]
-        if len(same) >= SIZES:
-            del self.forms[same[0]]
+    def _drop_oldest_form(self, name: str) -> None:
+        """Drop the oldest form of implementation `name` if there are MAX_INPUT_SIZES of them."""
+        same_kind = [key for key in self.forms if key[0] == name]
+        if len(same_kind) >= MAX_INPUT_SIZES:
+            del self.forms[same_kind[0]]
 
     def refold(self, weight: Tensor) -> None:
         """Take new weights, and rewrite the existing forms in place."""
-        self.source = weight.detach()
-        self.renewals += 1
-        with DERIVING, deriving():
+        self.source_weight = weight.detach()
+        self.refold_count += 1
+        with FORMS_LOCK, plain_eager_mode():
             for key, form in self.forms.items():
-                form.copy_(self._derived(key))
+                form.copy_(self._derive(key))
 
-    def _derived(self, key: tuple[Any, ...]) -> Tensor:
-        with deriving():
-            return _DERIVED[key[0]](self, *key[1:])
-
-
-BY_KEY: weakref.WeakValueDictionary[str, Direction] = weakref.WeakValueDictionary()
-_count = itertools.count()
+    def _derive(self, key: tuple[Any, ...]) -> Tensor:
+        with plain_eager_mode():
+            return _DERIVE_FORM[key[0]](self, *key[1:])
 
 
-@constant
-def _make_in_a_trace(key: str, name: str) -> bool:
-    """Make a form now, while its direction is being traced; return True."""
-    direction = BY_KEY[key]
+DIRECTIONS_BY_KEY: weakref.WeakValueDictionary[str, Direction] = weakref.WeakValueDictionary()
+_next_number = itertools.count()
+
+
+@constant_while_tracing
+def _make_form_while_tracing(key: str, name: str) -> bool:
+    """Make a form while its direction is traced; return True."""
+    direction = DIRECTIONS_BY_KEY[key]
     if (name,) not in direction.forms:
-        direction.forms[(name,)] = direction._derived((name,))
+        direction.forms[(name,)] = direction._derive((name,))
     return True
 
 
@@ -174,24 +182,24 @@ def _matmul_form(direction: Direction) -> Tensor:
 
 
 def _winograd_form(direction: Direction) -> Tensor:
-    return native.ops().winograd_weights(direction.source_part().float(), direction.is_transpose)
+    return native.ops().winograd_weights(direction.selected_weight().float(), direction.is_transpose)
 
 
 @native.fake("winograd_weights")
-def _winograd_weights(weight: Tensor, transposed: bool) -> Tensor:
+def _fake_winograd_weights(weight: Tensor, transposed: bool) -> Tensor:
     c_in, c_out = weight.shape[:2] if transposed else reversed(weight.shape[:2])
     return weight.new_empty((-(-c_out // 32), 36, c_in, 32), dtype=torch.float32)
 
 
 def _direct_form(direction: Direction) -> Tensor:
-    return _in_tiles(direction.weight().to(direction.dtype), 2)
+    return _to_tiles(direction.weight().to(direction.dtype), 2)
 
 
 def _int8_form(direction: Direction) -> Tensor:
-    return _in_tiles(quantized_weights(direction.weight())[0].to(torch.int8), 4)
+    return _to_tiles(quantized_weights(direction.weight())[0].to(torch.int8), 4)
 
 
-def _in_tiles(weight: Tensor, word: int) -> Tensor:
+def _to_tiles(weight: Tensor, word: int) -> Tensor:
     """Return [panels of 32 outputs, chunks of 16 words, taps, 2, 16 words, 16 outputs, word], with zeros.
 
     weight: [C_out, C_in, *kernel]. word: number of adjacent input channels that fill 32 bits.
@@ -215,7 +223,7 @@ def _packed_form(direction: Direction, *size: int) -> Tensor:
     return reorder(weight, direction.padding, direction.stride, (1, 1), 1, size)
 
 
-_DERIVED: dict[str, Callable[..., Tensor]] = {
+_DERIVE_FORM: dict[str, Callable[..., Tensor]] = {
     "library": _library_form,
     "matmul": _matmul_form,
     "winograd": _winograd_form,
@@ -229,7 +237,7 @@ _DERIVED: dict[str, Callable[..., Tensor]] = {
 # How each one runs: y [N, C_out, *spatial] from x [N, C_in, *spatial]
 
 
-def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def run_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by torch's own convolution with channels-last weights; differentiable by torch.
 
     On a GPU a kernel of ours adds bias and residual in one pass where it can; torch takes one pass for each.
@@ -237,17 +245,17 @@ def by_library(direction: Direction, x: Tensor, bias: Tensor | None, residual: T
     convolution = CONVOLUTIONS[len(direction.kernel)]
     geometry = (direction.stride, direction.padding)
     weight = direction.form("library")
-    if epilogue.serves(x.device.type, x, bias, residual):
+    if epilogue.can_serve(x.device.type, x, bias, residual):
         y = convolution(x, weight, None, *geometry)
         if is_channels_last(y):  # as cuDNN's is with such weights
-            return epilogue.add(y, bias, residual)
+            return epilogue.add_in_place(y, bias, residual)
         y = y if bias is None else y + bias.view(-1, *(1,) * len(direction.kernel))
     else:
         y = convolution(x, weight, bias, *geometry)
     return y if residual is None else y + residual
 
 
-def by_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def run_matmul(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by a matrix product that also adds the residual; differentiable by torch."""
     rows = x.movedim(1, -1)  # [N, *spatial, C_in]
     shape = (*rows.shape[:-1], direction.out_channels)
@@ -271,58 +279,58 @@ def add_matmul(direction: Direction, x: Tensor, y: Tensor) -> Tensor:
     return total.view(y.movedim(1, -1).shape).movedim(-1, 1)
 
 
-def matmul_supports(direction: Direction, _x: Tensor | None = None) -> str | None:
+def matmul_unsupported(direction: Direction, _x: Tensor | None = None) -> str | None:
     """Return why the convolution is not a matrix product; None if it is one."""
     if set(direction.kernel) | set(direction.stride) != {1} or set(direction.padding) != {0}:
         return "not a 1x1 convolution of stride 1 without padding"
     return None
 
 
-def by_winograd(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def run_winograd(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by Winograd's F(4x4, 3x3) in C++ (csrc/README.md); channels-last, not recorded by autograd."""
     u = direction.form("winograd")
     return native.ops().conv3x3_winograd(x, u, bias, residual, direction.out_channels)
 
 
 @native.fake("conv3x3_winograd")
-def _winograd(x: Tensor, _u: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
+def _fake_winograd(x: Tensor, _u: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
     return empty_channels_last((x.shape[0], channels, *x.shape[2:]), x)
 
 
-def winograd_supports(direction: Direction, x: Tensor) -> str | None:
+def winograd_unsupported(direction: Direction, x: Tensor) -> str | None:
     """Return why Winograd's convolution can't serve a call; None if it can."""
-    return winograd_fits(direction.kernel, direction.stride, direction.padding, x)
+    return winograd_unsupported_for(direction.kernel, direction.stride, direction.padding, x)
 
 
-def winograd_fits(
+def winograd_unsupported_for(
     kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], x: Tensor
 ) -> str | None:
     """Return why Winograd's algorithm can't compute a convolution of `x`; None if it can."""
     if (kernel, stride, padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
-    return _not_on_the_cpu(x, torch.float32)
+    return _unsupported_on_cpu(x, torch.float32)
 
 
-def by_direct(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def run_direct(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by sums of small products in C++ (csrc/README.md); channels-last, not recorded by autograd."""
     w = direction.form("direct")
     return native.ops().conv_direct(x, w, bias, residual, direction.out_channels)
 
 
 @native.fake("conv_direct")
-def _direct(x: Tensor, _w: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
+def _fake_direct(x: Tensor, _w: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
     return empty_channels_last((x.shape[0], channels, *x.shape[2:]), x)
 
 
-def direct_supports(direction: Direction, x: Tensor) -> str | None:
+def direct_unsupported(direction: Direction, x: Tensor) -> str | None:
     """Return why the direct convolution can't serve a call; None if it can."""
-    filters = (direction.kernel, direction.stride, direction.padding)
-    if filters != ((3, 3), (1, 1), (1, 1)) and matmul_supports(direction) is not None:
+    geometry = (direction.kernel, direction.stride, direction.padding)
+    if geometry != ((3, 3), (1, 1), (1, 1)) and matmul_unsupported(direction) is not None:
         return "neither a 3x3 convolution of stride 1 and padding 1 nor a 1x1 convolution"
-    return _not_on_the_cpu(x, torch.bfloat16)
+    return _unsupported_on_cpu(x, torch.bfloat16)
 
 
-def by_int8(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def run_int8(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by exact sums of products of 8 bits in C++; channels-last, not recorded by autograd.
 
     `conv_int8_ref` states the numbers. The gradient ignores the rounding of x, and is an 8-bit convolution.
@@ -332,32 +340,32 @@ def by_int8(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tens
 
 
 @native.fake("conv_int8")
-def _int8(x: Tensor, _w: Tensor, _scales: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
+def _fake_int8(x: Tensor, _w: Tensor, _scales: Tensor, _bias: Any, _residual: Any, channels: int) -> Tensor:
     return empty_channels_last((x.shape[0], channels, *x.shape[2:]), x)
 
 
-def int8_fits(
+def int8_unsupported_for(
     kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], channels: int
 ) -> str | None:
     """Return why `conv_int8` doesn't compute a convolution of `channels` inputs; None if it does."""
     if (kernel, stride, padding) != ((3, 3), (1, 1), (1, 1)):
         return "not a 3x3 convolution in two dimensions of stride 1 and padding 1"
-    if 9 * channels > MOST_TERMS:
+    if 9 * channels > MAX_TERMS:
         return f"its sums of {9 * channels} terms exceed 32 bits"
     return None
 
 
-def int8_misfit(direction: Direction) -> str | None:
+def int8_unsupported_direction(direction: Direction) -> str | None:
     """Return why `conv_int8` doesn't compute a direction; None if it does."""
-    return int8_fits(direction.kernel, direction.stride, direction.padding, direction.in_channels)
+    return int8_unsupported_for(direction.kernel, direction.stride, direction.padding, direction.in_channels)
 
 
-def int8_supports(direction: Direction, x: Tensor) -> str | None:
+def int8_unsupported(direction: Direction, x: Tensor) -> str | None:
     """Return why the compiled `conv_int8` can't serve a call; None if it can."""
-    return int8_misfit(direction) or _not_on_the_cpu(x, torch.bfloat16, torch.float32)
+    return int8_unsupported_direction(direction) or _unsupported_on_cpu(x, torch.bfloat16, torch.float32)
 
 
-def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def run_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """Convolve by oneDNN with weights in the layout it wants; channels-last, not recorded by autograd."""
     # Packed for exactly this input shape: for another one oneDNN may want another layout, and then takes up
     # to fifty times as long (101 ms instead of 2 for a 1x1 convolution of 768 to 2304 channels over 8x8).
@@ -369,7 +377,7 @@ def by_packed(direction: Direction, x: Tensor, bias: Tensor | None, residual: Te
     return convolution.binary(x, residual, weight, bias, *geometry, "add", 1.0, None, [], None)
 
 
-def packed_supports(direction: Direction, x: Tensor) -> str | None:
+def packed_unsupported(direction: Direction, x: Tensor) -> str | None:
     """Return why oneDNN's packed convolution can't serve a call; None if it can."""
     if len(direction.kernel) != 2:
         return "not a convolution in two dimensions"
@@ -377,22 +385,22 @@ def packed_supports(direction: Direction, x: Tensor) -> str | None:
         p > k - 1 for k, p in zip(direction.kernel, direction.padding, strict=True)
     ):
         return "its gradient is not a convolution"
-    return _not_on_the_cpu(x, torch.float32)
+    return _unsupported_on_cpu(x, torch.float32)
 
 
-def _not_on_the_cpu(x: Tensor, *dtypes: torch.dtype) -> str | None:
+def _unsupported_on_cpu(x: Tensor, *dtypes: torch.dtype) -> str | None:
     """Return why an implementation for `dtypes` on the CPU, without autograd, can't serve `x`, or None."""
     if x.device.type != "cpu":
         return f"x is on {x.device.type}, this runs on the CPU"
     if x.dtype not in dtypes:
         return f"x is {x.dtype}; {' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
-    return transformed()
+    return reason_torch_conv_only()
 
 
-def transformed() -> str | None:
+def reason_torch_conv_only() -> str | None:
     """Return which active transform only torch's own operations support; None if there is none."""
     if torch.compiler.is_compiling():
-        return compiled_transform()
+        return reason_compiled_transform()
     if in_forward_mode():
         return "only torch's own convolution supports forward-mode derivatives"
     if in_vmap():
@@ -400,7 +408,7 @@ def transformed() -> str | None:
     return None
 
 
-@constant
+@constant_while_tracing
 @functools.cache
 def packed_missing() -> str | None:
     """Return None if torch has oneDNN's packed convolution and its results are right, else the reason.
@@ -408,16 +416,16 @@ def packed_missing() -> str | None:
     Runs one small convolution, because the ops are internal to torch and may disappear or change.
     """
     try:
-        with deriving():
+        with plain_eager_mode():
             x = torch.ones(1, 2, 3, 3, dtype=torch.float32, device="cpu")
             weight = x.new_ones(2, 2, 3, 3)
-            direction = Direction(weight, ConvOptions((1, 1), (1, 1), x.dtype), by_packed)
+            direction = Direction(weight, ConvOptions((1, 1), (1, 1), x.dtype), run_packed)
             key = ("packed", *x.shape)
-            direction.forms[key] = direction._derived(key)  # not by `form`: the first caller may be a trace
-            right = all(
-                torch.equal(by_packed(direction, x, None, r), by_library(direction, x, None, r))
+            direction.forms[key] = direction._derive(key)  # not by `form`: the first caller may be a trace
+            is_correct = all(
+                torch.equal(run_packed(direction, x, None, r), run_library(direction, x, None, r))
                 for r in (None, torch.ones_like(x))
             )
     except Exception as error:  # torch may raise anything; its text is the reason
         return f"its trial failed: {first_line(error)}"
-    return None if right else "its trial gave wrong numbers"
+    return None if is_correct else "its trial gave wrong numbers"

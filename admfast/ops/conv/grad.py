@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from admfast.ops.conv.forms import BY_KEY, Direction
+from admfast.ops.conv.forms import DIRECTIONS_BY_KEY, Direction
 from admfast.ops.layout import channels_last, empty_channels_last
-from admfast.ops.native import free_namespace
+from admfast.ops.native import unused_namespace
 
 
 class ConvFn(torch.autograd.Function):
@@ -37,16 +37,16 @@ class ConvFn(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, _, _, ctx.direction = inputs
-        ctx.state = None if isinstance(ctx.direction, str) else ctx.direction.state()
+        ctx.weights_version = None if isinstance(ctx.direction, str) else ctx.direction.weights_version()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx = None
         if ctx.needs_input_grad[0]:
             if isinstance(ctx.direction, str):
-                dx = ConvFn.apply(dy, None, None, other_key(ctx.direction))
+                dx = ConvFn.apply(dy, None, None, transposed_key(ctx.direction))
             else:
-                if ctx.direction.state() != ctx.state:
+                if ctx.direction.weights_version() != ctx.weights_version:
                     raise RuntimeError(
                         "folded convolution: its weights were written to, or replaced, between the forward "
                         "and the backward pass"
@@ -56,35 +56,35 @@ class ConvFn(torch.autograd.Function):
         return dx, None, dy if ctx.needs_input_grad[2] else None, None
 
 
-def direction_of(key: str) -> Direction:
+def find_direction(key: str) -> Direction:
     """Return the direction of a key: a number, with "t" appended for the transpose of that direction."""
     try:
-        direction = BY_KEY[key.removesuffix("t")]
+        direction = DIRECTIONS_BY_KEY[key.removesuffix("t")]
     except KeyError:
         raise RuntimeError(f"folded_conv: the convolution {key} that was traced is gone") from None
     return direction.transposed() if key.endswith("t") else direction
 
 
-def other_key(key: str) -> str:
+def transposed_key(key: str) -> str:
     """Return the key of the transposed direction."""
     return key.removesuffix("t") if key.endswith("t") else key + "t"
 
 
 def _run(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) -> Tensor:
-    direction = direction_of(key)
+    direction = find_direction(key)
     with torch.no_grad():
         return channels_last(direction.run(direction, x, bias, residual))
 
 
-def _shape(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) -> Tensor:
-    return empty_channels_last(direction_of(key).out_shape(x), x)
+def _fake(x: Tensor, bias: Tensor | None, residual: Tensor | None, key: str) -> Tensor:
+    return empty_channels_last(find_direction(key).out_shape(x), x)
 
 
 # One op for both directions of every convolution: a trace sees neither the derived weights nor which
 # implementation runs, both of which may change from call to call.
-_NAMESPACE = free_namespace("admfast", "folded_conv")
+_NAMESPACE = unused_namespace("admfast", "folded_conv")
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _LIBRARY.define("folded_conv(Tensor x, Tensor? bias, Tensor? residual, str key) -> Tensor")
 _LIBRARY.impl("folded_conv", _run, "CPU")
-torch.library.register_fake(f"{_NAMESPACE}::folded_conv", _shape, lib=_LIBRARY)
+torch.library.register_fake(f"{_NAMESPACE}::folded_conv", _fake, lib=_LIBRARY)
 _folded_conv = getattr(torch.ops, _NAMESPACE).folded_conv

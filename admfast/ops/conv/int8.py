@@ -9,7 +9,7 @@ from torch import Tensor
 SMALLEST_STEP = (
     2.0**-100
 )  # between levels, so that its reciprocal is finite; also in csrc/conv_direct_ops.cpp
-MOST_TERMS = 2**31 // (255 * 127)  # of a sum in 32 bits
+MAX_TERMS = 2**31 // (255 * 127)  # of a sum in 32 bits
 
 
 def quantized_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,11 +18,11 @@ def quantized_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight: [C_out, C_in, *kernel]. Returns q of the same shape and s [C_out], both float32; q has whole
     numbers from -127 to 127.
     """
-    wide = weight.float()
-    scale = wide.flatten(1).abs().amax(1) / 127
+    weight32 = weight.float()
+    scale = weight32.flatten(1).abs().amax(1) / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     per_channel = scale.view(-1, *(1,) * (weight.dim() - 1))
-    return (wide / per_channel).round().clamp(-127, 127), scale
+    return (weight32 / per_channel).round().clamp(-127, 127), scale
 
 
 def quantized_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,14 +33,14 @@ def quantized_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     shape of x, whole numbers, and s [N, 1, 1, 1], at least SMALLEST_STEP, both float32. Both are NaN for an
     image with NaN or infinity.
     """
-    wide = x.float()
-    positions = (1, 2, 3)
-    least = wide.amin(positions, keepdim=True).clamp(max=0).double()
-    most = wide.amax(positions, keepdim=True).clamp(min=0).double()
+    x32 = x.float()
+    image_dims = (1, 2, 3)
+    least = x32.amin(image_dims, keepdim=True).clamp(max=0).double()
+    most = x32.amax(image_dims, keepdim=True).clamp(min=0).double()
     step = ((most - least) / 255).float()
     step = torch.where(step < SMALLEST_STEP, SMALLEST_STEP, step)
     zero = (-least / step).round().float()
-    level = ((wide * (1 / step)).round() + zero).clamp(0, 255)
+    level = ((x32 * (1 / step)).round() + zero).clamp(0, 255)
     return level - zero, torch.where(step.isfinite(), step, torch.nan)
 
 

@@ -9,22 +9,29 @@ from torch import Tensor
 
 from admfast.errors import invalid
 from admfast.ops import native
-from admfast.ops.conv.folded import FoldedConv, check_bias, check_residual, conv_ref, each, wide_loops
-from admfast.ops.conv.forms import CONVOLUTIONS, Direction, winograd_fits
+from admfast.ops.conv.folded import (
+    FoldedConv,
+    check_bias,
+    check_residual,
+    conv_ref,
+    per_dimension,
+    uses_vector_loops,
+)
+from admfast.ops.conv.forms import CONVOLUTIONS, Direction, winograd_unsupported_for
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.layout import empty_channels_last, is_channels_last
 from admfast.ops.transforms import (
+    apply_autograd,
+    has_op_observer,
     in_autocast,
     in_forward_mode,
     in_transform,
-    nobody_differentiates,
-    observed,
-    record,
-    recorded,
+    is_final_backward,
+    needs_autograd,
 )
 
 # With fewer channels on either side, or fewer products, the transforms cost more than they save.
-FEWEST_CHANNELS, FEWEST_PRODUCTS = 16, 2**19
+MIN_CHANNELS, MIN_PRODUCTS = 16, 2**19
 
 
 def conv(
@@ -60,14 +67,19 @@ def conv(
     if weight.dim() != x.dim() or x.dim() - 2 not in CONVOLUTIONS or weight.shape[1] != x.shape[1]:
         allowed = f"[C_out, {x.shape[1] if x.dim() > 1 else 'C_in'}, *kernel], for x {tuple(x.shape)}"
         raise invalid("weight.shape", tuple(weight.shape), allowed)
-    _check_alike(x, weight, bias, residual)
+    _check_dtypes_and_devices(x, weight, bias, residual)
     check_bias(weight, bias)
     dims = x.dim() - 2
-    geometry = {"stride": each(stride, dims, "stride", 1), "padding": each(padding, dims, "padding", 0)}
+    geometry = {
+        "stride": per_dimension(stride, dims, "stride", 1),
+        "padding": per_dimension(padding, dims, "padding", 0),
+    }
     return TABLE.choose(impl, x, weight, **geometry).forward(x, weight, bias, residual, **geometry)
 
 
-def _check_alike(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+def _check_dtypes_and_devices(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> None:
     """Reject tensors of another dtype or device than x; autocast allows other dtypes and casts them."""
     dtype, device = x.dtype, x.device
     if not dtype.is_floating_point:
@@ -92,64 +104,66 @@ class WinogradFn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        by_winograd = nobody_differentiates() and not observed()
-        dx, dw, db = _gradients(dy, x, weight, _wanted(ctx), by_winograd, stride=(1, 1), padding=(1, 1))
+        use_winograd = is_final_backward() and not has_op_observer()
+        dx, dw, db = _gradients(
+            dy, x, weight, _needed_gradients(ctx), use_winograd, stride=(1, 1), padding=(1, 1)
+        )
         return dx, dw, db, dy if ctx.needs_input_grad[3] else None
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], by_winograd: bool, **geometry: tuple[int, ...]
+    dy: Tensor, x: Tensor, weight: Tensor, needed: list[bool], use_winograd: bool, **geometry: tuple[int, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return the wanted gradients of x, weight and bias, by Winograd's algorithm or by torch."""
-    if by_winograd:
+    """Return the needed gradients of x, weight and bias, by Winograd's algorithm or by torch."""
+    if use_winograd:
         ops = native.ops()
         return (
-            ops.conv3x3_winograd_once(dy, weight, None, None, True) if wanted[0] else None,
-            ops.conv3x3_winograd_weight_grad(x, dy) if wanted[1] else None,
-            dy.sum((0, 2, 3)) if wanted[2] else None,
+            ops.conv3x3_winograd_once(dy, weight, None, None, True) if needed[0] else None,
+            ops.conv3x3_winograd_weight_grad(x, dy) if needed[1] else None,
+            dy.sum((0, 2, 3)) if needed[2] else None,
         )
     dims = x.dim() - 2
     return torch.ops.aten.convolution_backward(
-        dy, x, weight, weight.shape[:1], *geometry.values(), (1,) * dims, False, (0,) * dims, 1, wanted
+        dy, x, weight, weight.shape[:1], *geometry.values(), (1,) * dims, False, (0,) * dims, 1, needed
     )
 
 
-def _wanted(ctx: Any) -> list[bool]:
+def _needed_gradients(ctx: Any) -> list[bool]:
     """Return whether the backward pass needs the gradients of x, weight and bias, a Function's first inputs.
 
     `needs_input_grad` is true for trainable parameters even under `autograd.grad(loss, x)`. The autograd
-    engine can tell which nodes it will execute, except for leaves. So `_viewed` puts a view between each
+    engine can tell which nodes it will execute, except for leaves. So `_as_view` puts a view between each
     parameter and the Function.
     """
-    wanted = list(ctx.needs_input_grad[:3])
+    needed = list(ctx.needs_input_grad[:3])
     for i in (1, 2):
-        if wanted[i]:
-            wanted[i] = torch._C._will_engine_execute_node(ctx.next_functions[i][0])  # type: ignore[attr-defined]
-    return wanted
+        if needed[i]:
+            needed[i] = torch._C._will_engine_execute_node(ctx.next_functions[i][0])  # type: ignore[attr-defined]
+    return needed
 
 
-def _viewed(parameter: Tensor | None) -> Tensor | None:
+def _as_view(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.view_as(parameter)
 
 
-def by_winograd(
+def run_winograd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **_geometry: tuple[int, ...]
 ) -> Tensor:
     """Convolve by Winograd's F(4x4, 3x3) in C++, with weights transformed at each call (csrc/README.md)."""
     if residual is not None:
         check_residual(residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
-    if recorded(x, weight, bias, residual):
-        return record(WinogradFn, x, _viewed(weight), _viewed(bias), residual)
+    if needs_autograd(x, weight, bias, residual):
+        return apply_autograd(WinogradFn, x, _as_view(weight), _as_view(bias), residual)
     return native.ops().conv3x3_winograd_once(x, weight, bias, residual, False)
 
 
 @native.fake("conv3x3_winograd_once")
-def _winograd(x: Tensor, weight: Tensor, _bias: Any, _residual: Any, transposed: bool) -> Tensor:
+def _fake_winograd(x: Tensor, weight: Tensor, _bias: Any, _residual: Any, transposed: bool) -> Tensor:
     return empty_channels_last((x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:]), x)
 
 
 @native.fake("conv3x3_winograd_weight_grad")
-def _winograd_weight_grad(x: Tensor, dy: Tensor) -> Tensor:
+def _fake_winograd_weight_grad(x: Tensor, dy: Tensor) -> Tensor:
     return x.new_empty((dy.shape[1], x.shape[1], 3, 3))
 
 
@@ -168,18 +182,21 @@ def folded_conv(
     backward pass needs it, so not in `torch.autograd.grad(loss, x)`. Not for use under torch.func and
     torch.compile.
     """
-    weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)  # see `_wanted`
+    weight, bias = (
+        weight.view_as(weight),
+        None if bias is None else bias.view_as(bias),
+    )  # see `_needed_gradients`
     if len(conv.directions) == 1:
         x = x if x2 is None else torch.cat([x, x2], dim=1)
-        return record(FoldedFn, x, weight, bias, residual, conv, 0)
+        return apply_autograd(FoldedConvFn, x, weight, bias, residual, conv, 0)
     if x2 is None:
         raise invalid("x2", None, "a tensor: the weights are split for two sources")
     split = conv.options.split
-    y = record(FoldedFn, x, weight[:, :split], bias, residual, conv, 0)
-    return record(FoldedFn, x2, weight[:, split:], None, y, conv, 1)
+    y = apply_autograd(FoldedConvFn, x, weight[:, :split], bias, residual, conv, 0)
+    return apply_autograd(FoldedConvFn, x2, weight[:, split:], None, y, conv, 1)
 
 
-class FoldedFn(torch.autograd.Function):
+class FoldedConvFn(torch.autograd.Function):
     """Autograd of one source of a folded convolution; `weight`: the trainable weights of that source."""
 
     @staticmethod
@@ -194,42 +211,53 @@ class FoldedFn(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.direction = conv.directions[source]
-        ctx.renewals = ctx.direction.renewals
-        return conv.of_source(source, x, residual)
+        ctx.refold_count = ctx.direction.refold_count
+        return conv.conv_source(source, x, residual)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         direction: Direction = ctx.direction
-        wanted, dx = _wanted(ctx), None
-        final = nobody_differentiates() and not observed()
+        needed, dx = _needed_gradients(ctx), None
+        is_final = is_final_backward() and not has_op_observer()
         # A form renewed since then would give the gradient for its new weights, not for those saved here.
-        current = direction.renewals == ctx.renewals
-        if wanted[0] and final and current and set(direction.stride) == {1}:
-            other = direction.transposed()
-            dx = other.run(other, dy, None, None)
-            wanted[0] = False
-        grads: tuple[Tensor | None, ...] = (None, None, None)
-        if any(wanted):
-            rows = direction.options.rows
-            plain = dy if rows is None else dy[:, torch.tensor(rows, device=dy.device).argsort()]
+        form_is_current = direction.refold_count == ctx.refold_count
+        if needed[0] and is_final and form_is_current and set(direction.stride) == {1}:
+            transpose = direction.transposed()
+            dx = transpose.run(transpose, dy, None, None)
+            needed[0] = False
+        gradients: tuple[Tensor | None, ...] = (None, None, None)
+        if any(needed):
+            output_order = direction.options.rows
+            dy_in_weight_order = (
+                dy if output_order is None else dy[:, torch.tensor(output_order, device=dy.device).argsort()]
+            )
             geometry = {"stride": direction.stride, "padding": direction.padding}
-            by_winograd = final and TABLE.choose(None, x, weight, **geometry).name == "winograd"
-            grads = _gradients(plain, x, weight.to(x.dtype), wanted, by_winograd, **geometry)
-        _, dw, db = grads
-        return dx if dx is not None else grads[0], dw, db, dy if ctx.needs_input_grad[3] else None, None, None
+            use_winograd = is_final and TABLE.choose(None, x, weight, **geometry).name == "winograd"
+            gradients = _gradients(
+                dy_in_weight_order, x, weight.to(x.dtype), needed, use_winograd, **geometry
+            )
+        _, dw, db = gradients
+        return (
+            dx if dx is not None else gradients[0],
+            dw,
+            db,
+            dy if ctx.needs_input_grad[3] else None,
+            None,
+            None,
+        )
 
 
-def winograd_supports(x: Tensor, weight: Tensor, **geometry: tuple[int, ...]) -> str | None:
+def winograd_unsupported(x: Tensor, weight: Tensor, **geometry: tuple[int, ...]) -> str | None:
     """Return why Winograd's convolution can't serve a call; None if it can."""
     if not is_channels_last(x):
         return "x is not channels-last"
     if in_transform() or torch.compiler.is_compiling() or in_forward_mode():
         return "not under torch.func or torch.compile, and not for forward-mode derivatives"
-    return winograd_fits(tuple(weight.shape[2:]), x=x, **geometry)
+    return winograd_unsupported_for(tuple(weight.shape[2:]), x=x, **geometry)
 
 
-def by_library(
+def run_library(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, **geometry: tuple[int, ...]
 ) -> Tensor:
     """Convolve by torch's own convolution."""
@@ -244,7 +272,7 @@ def by_library(
     return residual + y
 
 
-def preferred(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
+def find_fastest(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
     """Return the name of the implementation that was measured to be the fastest for a call.
 
     Milliseconds on two threads of an EPYC with AVX-512, float32, channels-last, library / Winograd including
@@ -268,13 +296,13 @@ def preferred(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
           16 ->   64, 16, 4      0.23 / 0.25     0.25 / 0.34      0.27 / 0.21
           64 ->   64,  5, 8      0.28 / 0.31     0.34 / 0.30      0.35 / 0.27
     """
-    if x.dim() != 4 or observed():
+    if x.dim() != 4 or has_op_observer():
         return "library"
     n, _, height, width = x.shape
     c_out, c_in = weight.shape[:2]
-    filled = n * height * width >= 8 * n * -(-height // 4) * -(-width // 4)
-    pays = min(c_in, c_out) >= FEWEST_CHANNELS and n * height * width * c_in * c_out >= FEWEST_PRODUCTS
-    if not (filled and pays) or in_autocast(x.device) or not wide_loops():
+    tiles_are_filled = n * height * width >= 8 * n * -(-height // 4) * -(-width // 4)
+    winograd_pays = min(c_in, c_out) >= MIN_CHANNELS and n * height * width * c_in * c_out >= MIN_PRODUCTS
+    if not (tiles_are_filled and winograd_pays) or in_autocast(x.device) or not uses_vector_loops():
         return "library"
     return "winograd"
 
@@ -282,9 +310,9 @@ def preferred(x: Tensor, weight: Tensor, **_geometry: tuple[int, ...]) -> str:
 TABLE = OpTable(
     "conv_train",
     [
-        Implementation("library", by_library),
-        Implementation("winograd", by_winograd, native.reason_missing, winograd_supports),
+        Implementation("library", run_library),
+        Implementation("winograd", run_winograd, native.reason_missing, winograd_unsupported),
         Implementation("reference", conv_ref),
     ],
-    prefer=preferred,
+    prefer=find_fastest,
 )

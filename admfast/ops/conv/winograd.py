@@ -40,7 +40,7 @@ PANEL = 32  # output channels that are adjacent in the transformed weights
 Matrix = list[list[Fraction]]
 
 
-def _times(a: list[Fraction], b: list[Fraction]) -> list[Fraction]:
+def _multiply_polynomials(a: list[Fraction], b: list[Fraction]) -> list[Fraction]:
     """Multiply two polynomials, lowest power first."""
     product = [Fraction(0)] * (len(a) + len(b) - 1)
     for i, x in enumerate(a):
@@ -57,7 +57,7 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
     inputs, weights = [], []
     for p in (*POINTS, None):
         others = [q for q in POINTS if q != p]
-        row = functools.reduce(_times, ([-q, Fraction(1)] for q in others), [Fraction(1)])
+        row = functools.reduce(_multiply_polynomials, ([-q, Fraction(1)] for q in others), [Fraction(1)])
         inputs.append(row + [Fraction(0)] * (size - len(row)))
         scale = math.prod((p - q for q in others), start=Fraction(1)) if p is not None else Fraction(1)
         last = [Fraction(power == WEIGHTS - 1) for power in range(WEIGHTS)]
@@ -68,7 +68,9 @@ def matrices() -> tuple[Matrix, Matrix, Matrix]:
 def amplification() -> tuple[float, float]:
     """Return the rounding error relative to a direct sum's: at the worst output, and as rms over outputs."""
     output, inputs, weights = matrices()
-    terms = [_energy(row) * _energy(taps) / WEIGHTS for row, taps in zip(inputs, weights, strict=True)]
+    terms = [
+        _squared_norm(row) * _squared_norm(taps) / WEIGHTS for row, taps in zip(inputs, weights, strict=True)
+    ]
     return _growth(output, terms)
 
 
@@ -76,11 +78,14 @@ def gradient_amplification() -> tuple[float, float]:
     """Return the same for the weights' gradient G^T ((A dy) * (B^T d)), which sums four outputs per tile."""
     output, inputs, weights = matrices()
     powers = zip(*output, strict=True)
-    terms = [_energy(row) * _energy(column) / OUTPUTS for row, column in zip(inputs, powers, strict=True)]
+    terms = [
+        _squared_norm(row) * _squared_norm(column) / OUTPUTS
+        for row, column in zip(inputs, powers, strict=True)
+    ]
     return _growth([list(taps) for taps in zip(*weights, strict=True)], terms)
 
 
-def _energy(row: Iterable[Fraction]) -> Fraction:
+def _squared_norm(row: Iterable[Fraction]) -> Fraction:
     return sum((value * value for value in row), Fraction(0))
 
 
@@ -97,16 +102,16 @@ def winograd_weights_ref(weight: Tensor) -> Tensor:
     last panel of 32 output channels is padded with zeros.
     """
     c_out, c_in = weight.shape[:2]
-    g = transform()
-    both = torch.kron(g, g)  # [36, 9]
-    u = torch.zeros(-(-c_out // PANEL), both.shape[0], c_in, PANEL, dtype=torch.float32, device="cpu")
+    g = weight_transform()
+    kronecker = torch.kron(g, g)  # [36, 9]
+    u = torch.zeros(-(-c_out // PANEL), kronecker.shape[0], c_in, PANEL, dtype=torch.float32, device="cpu")
     for panel, taps in zip(u, weight.split(PANEL), strict=True):
-        values = taps.double().reshape(-1, c_in, both.shape[1]) @ both.t()  # [32, C_in, 36]
+        values = taps.double().reshape(-1, c_in, kronecker.shape[1]) @ kronecker.t()  # [32, C_in, 36]
         panel[..., : len(taps)] = values.permute(2, 1, 0)
     return u
 
 
-def transform() -> Tensor:
+def weight_transform() -> Tensor:
     """Return G [6, 3] in float64."""
     rows = [[float(g) for g in row] for row in matrices()[2]]
     return torch.tensor(rows, dtype=torch.float64, device="cpu")

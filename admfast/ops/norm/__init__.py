@@ -18,9 +18,9 @@ from admfast.errors import invalid
 from admfast.ops import launchers, native
 from admfast.ops.dispatch import Implementation, OpTable
 from admfast.ops.norm import cpp, triton
-from admfast.ops.norm.grad import RAW, GroupNormSiluFn, NormOptions, RawNorm, Resample, resampled
+from admfast.ops.norm.grad import RAW_NORMS, GroupNormSiluFn, NormOptions, RawNorm, Resample, apply_resample
 from admfast.ops.resample import avg_pool_down, check_resample, nearest_up
-from admfast.ops.transforms import record, recorded, transformed
+from admfast.ops.transforms import apply_autograd, needs_autograd, reason_torch_ops_only
 
 
 def group_norm_silu_ref(
@@ -55,12 +55,12 @@ def group_norm_silu_ref(
         y = F.silu(y)
     if resample == "down":
         y = avg_pool_down(y)
-    y = y.to(_widened(source, dtype), memory_format=_memory_format(source))
+    y = y.to(_wider_dtype(source, dtype), memory_format=_memory_format(source))
     y = nearest_up(y) if resample == "up" else y
-    return (y, resampled(source, resample)) if with_skip else y
+    return (y, apply_resample(source, resample)) if with_skip else y
 
 
-def _widened(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _wider_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Return the wider of two dtypes, x's and another, or x's for None."""
     return x.dtype if dtype is None else torch.promote_types(x.dtype, dtype)
 
@@ -133,7 +133,7 @@ def group_norm_silu(
     if x_bias is not None and with_skip:
         raise invalid("x_bias", tuple(x_bias.shape), "None with with_skip")
     if dtype is not None:
-        options["dtype"] = _widened(x, dtype)
+        options["dtype"] = _wider_dtype(x, dtype)
     entry = TABLE.choose(impl, x, weight, bias, groups, eps, **options)
     return entry.forward(x, weight, bias, groups, eps, **options, with_skip=with_skip)
 
@@ -143,8 +143,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
     scale, shift, x2, resample = (options[name] for name in ("scale", "shift", "x2", "resample"))
     checks.floating("x", x)
     x_bias, dtype = options["x_bias"], options["dtype"]
-    given = dict(weight=weight, bias=bias, scale=scale, shift=shift, x2=x2, x_bias=x_bias)
-    for name, tensor in given.items():
+    tensors = dict(weight=weight, bias=bias, scale=scale, shift=shift, x2=x2, x_bias=x_bias)
+    for name, tensor in tensors.items():
         if tensor is not None or name in ("weight", "bias"):
             checks.floating(name, tensor, x.device)
     checks.whole("groups", groups, 1, tensors=False)
@@ -166,9 +166,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
             raise invalid(f"{name}.shape", tuple(value.shape), f"must be ({channels},)")
     if (scale is None) != (shift is None):
         raise invalid("scale, shift", (scale is not None, shift is not None), "give both or neither")
-    for name, given in (("scale", scale), ("shift", shift)):
-        if given is not None and given.shape != (x.shape[0], channels):
-            raise invalid(f"{name}.shape", tuple(given.shape), f"must be {(x.shape[0], channels)}")
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        if tensor is not None and tensor.shape != (x.shape[0], channels):
+            raise invalid(f"{name}.shape", tuple(tensor.shape), f"must be {(x.shape[0], channels)}")
     if x_bias is not None and x_bias.shape not in ((channels,), (x.shape[0], channels)):
         allowed = f"must be ({channels},) or {(x.shape[0], channels)}"
         raise invalid("x_bias.shape", tuple(x_bias.shape), allowed)
@@ -179,79 +179,82 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, opt
     check_resample(x, down=resample == "down")
 
 
-def _over_raw(raw: str, fuses: bool) -> Callable[..., Any]:
-    """Return the op over the raw pair called `raw`.
+def _make_forward(raw_name: str, fuses: bool) -> Callable[..., Any]:
+    """Return the forward of the op over the pair in RAW_NORMS called `raw_name`.
 
     fuses: the pair resamples, adds x_bias, writes another dtype and adds the skip's gradient; otherwise torch
     does so before and after it.
     """
 
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_skip: bool, **call: Any
+        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_skip: bool, **options: Any
     ) -> Any:
-        resample, silu, x2, x_bias, dtype = (call[k] for k in ("resample", "silu", "x2", "x_bias", "dtype"))
+        names = ("resample", "silu", "x2", "x_bias", "dtype")
+        resample, silu, x2, x_bias, dtype = (options[name] for name in names)
         sources = x, x2
-        out = _widened(x, dtype)
-        if x_bias is not None and (not fuses or recorded(x_bias)):
-            x, x2, x_bias = *_biased(x, x2, x_bias), None
-        if out != x.dtype and not fuses:
-            x, x2 = x.to(_widened(x, out)), None if x2 is None else x2.to(_widened(x2, out))
-        inside = resample if fuses else None
-        tensors = (x, x2, weight, bias, call["scale"], call["shift"])
-        records = recorded(*tensors)
-        # Not resampled, the skip is x: only its gradient is added in the pass of the norm's.
-        skips = with_skip and (inside is not None or (fuses and records and x2 is None))
-        options = NormOptions(groups, eps, silu, inside, skips, out if fuses and out != x.dtype else None)
-        if records:
-            y, skip, *_ = record(GroupNormSiluFn, *tensors, x_bias, raw, options)
+        out_dtype = _wider_dtype(x, dtype)
+        if x_bias is not None and (not fuses or needs_autograd(x_bias)):
+            x, x2, x_bias = *_add_x_bias(x, x2, x_bias), None
+        if out_dtype != x.dtype and not fuses:
+            x = x.to(_wider_dtype(x, out_dtype))
+            x2 = None if x2 is None else x2.to(_wider_dtype(x2, out_dtype))
+        raw_resample = resample if fuses else None
+        tensors = (x, x2, weight, bias, options["scale"], options["shift"])
+        with_autograd = needs_autograd(*tensors)
+        # Without resampling the skip is x itself, and only its gradient is added in the norm's backward pass.
+        raw_skip = with_skip and (raw_resample is not None or (fuses and with_autograd and x2 is None))
+        raw_dtype = out_dtype if fuses and out_dtype != x.dtype else None
+        norm_options = NormOptions(groups, eps, silu, raw_resample, raw_skip, raw_dtype)
+        if with_autograd:
+            y, skip, *_ = apply_autograd(GroupNormSiluFn, *tensors, x_bias, raw_name, norm_options)
         else:
-            y, skip, *_ = RAW[raw].forward(*tensors[:2], x_bias, *tensors[2:], options)
-        y = resampled(y.to(out), None if fuses else resample)
+            y, skip, *_ = RAW_NORMS[raw_name].forward(*tensors[:2], x_bias, *tensors[2:], norm_options)
+        y = apply_resample(y.to(out_dtype), None if fuses else resample)
         if not with_skip:
             return y
-        if not skips:
-            skip = resampled(sources[0] if x2 is None else torch.cat(sources, dim=1), resample)
+        if not raw_skip:
+            skip = apply_resample(sources[0] if x2 is None else torch.cat(sources, dim=1), resample)
         return y, skip
 
     return forward
 
 
-def _biased(x: Tensor, x2: Tensor | None, x_bias: Tensor) -> tuple[Tensor, Tensor | None]:
+def _add_x_bias(x: Tensor, x2: Tensor | None, x_bias: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return both sources with the bias of their channels added, in float32 at least."""
-    of_positions = x_bias[(...,) + (None,) * (x.dim() - 2)].to(_widened(x, torch.float32))
+    spatial_bias = x_bias[(...,) + (None,) * (x.dim() - 2)].to(_wider_dtype(x, torch.float32))
     if x2 is None:
-        return x + of_positions, None
-    first, second = of_positions.split([x.shape[1], x2.shape[1]], dim=-1 - (x.dim() - 2))
+        return x + spatial_bias, None
+    first, second = spatial_bias.split([x.shape[1], x2.shape[1]], dim=-1 - (x.dim() - 2))
     return x + first, x2 + second
 
 
-def _transformed(*arguments: Any, **options: Any) -> str | None:
-    return transformed(*(t for t in (*arguments, *options.values()) if isinstance(t, Tensor)))
+def _reason_torch_ops_only(*arguments: Any, **options: Any) -> str | None:
+    return reason_torch_ops_only(*(t for t in (*arguments, *options.values()) if isinstance(t, Tensor)))
 
 
-def _cpp_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
-    return cpp.reason_unsupported(x) or _transformed(x, *arguments, **options)
+def _cpp_unsupported(x: Tensor, *arguments: Any, **options: Any) -> str | None:
+    return cpp.reason_unsupported(x) or _reason_torch_ops_only(x, *arguments, **options)
 
 
-def _triton_supports(x: Tensor, *arguments: Any, **options: Any) -> str | None:
-    reason = _transformed(x, *arguments, **options)
+def _triton_unsupported(x: Tensor, *arguments: Any, **options: Any) -> str | None:
+    reason = _reason_torch_ops_only(x, *arguments, **options)
     return reason or triton.reason_unsupported(x, options.get("x2"))
 
 
-RAW["cpp"] = RawNorm("cpp", cpp.forward, cpp.backward)
-RAW["triton"] = RawNorm("triton", triton.forward, triton.backward)
+RAW_NORMS["cpp"] = RawNorm("cpp", cpp.forward, cpp.backward)
+RAW_NORMS["triton"] = RawNorm("triton", triton.forward, triton.backward)
 
 TABLE = OpTable(
     "group_norm_silu",
     [
         Implementation(
             "triton",
-            _over_raw("triton", True),
+            _make_forward("triton", True),
             triton.reason_missing,
-            _triton_supports,
-            unasked=launchers.reason_unasked,
+            _triton_unsupported,
+            reason_named_only=launchers.reason_named_only,
         ),
-        Implementation("cpp", _over_raw("cpp", False), native.reason_missing, _cpp_supports),
+        Implementation("cpp", _make_forward("cpp", False), native.reason_missing, _cpp_unsupported),
         Implementation("reference", group_norm_silu_ref),
     ],
 )

@@ -77,34 +77,34 @@ def arguments(
     def source(channels: int, deviation: float) -> Tensor:
         return channels_last((deviation * draw(n, channels, *spatial) + mean).to(dtype))
 
-    made: dict[str, Any] = {"x": source(c1, 1)}
+    call: dict[str, Any] = {"x": source(c1, 1)}
     if c2:
-        made["x2"] = source(c2, 2)
+        call["x2"] = source(c2, 2)
     weight, bias = draw(2, c1 + c2)
     weights = dtype if weights is None else weights
-    made |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
+    call |= {"weight": (1 + weight).to(weights), "bias": bias.to(weights)}
     if modulated:  # as in a network: two halves of one projection
-        made["scale"], made["shift"] = draw(n, 2 * (c1 + c2)).to(weights).chunk(2, dim=1)
+        call["scale"], call["shift"] = draw(n, 2 * (c1 + c2)).to(weights).chunk(2, dim=1)
     if biased:
-        of_images = (n, c1 + c2) if biased == "image" else (c1 + c2,)
-        made["x_bias"] = (2 * draw(*of_images)).to(dtype)
+        bias_shape = (n, c1 + c2) if biased == "image" else (c1 + c2,)
+        call["x_bias"] = (2 * draw(*bias_shape)).to(dtype)
     if out is not None:
-        made["dtype"] = out
-    return made | dict(groups=groups, silu=silu, resample=resample, with_skip=with_skip)
+        call["dtype"] = out
+    return call | dict(groups=groups, silu=silu, resample=resample, with_skip=with_skip)
 
 
 def wrong() -> list[tuple[dict[str, Any], str]]:
     """Return arguments that every implementation rejects."""
-    x, channels, of_image = torch.ones(1, 256, 4, 4), torch.ones(256), torch.ones(1, 256)
-    changes: list[tuple[dict[str, Any], str]] = [
+    x, channels, per_image = torch.ones(1, 256, 4, 4), torch.ones(256), torch.ones(1, 256)
+    replacements: list[tuple[dict[str, Any], str]] = [
         (dict(weight=torch.ones(255)), "weight.shape"),
         (dict(bias=torch.ones(256, 1)), "bias.shape"),
         (dict(bias=channels.to("meta")), "bias.device"),
         (dict(weight=None), "weight"),
-        (dict(scale=of_image), "scale, shift"),
-        (dict(shift=of_image), "scale, shift"),
-        (dict(scale=channels, shift=of_image), "scale.shape"),
-        (dict(scale=of_image, shift=torch.ones(2, 256)), "shift.shape"),
+        (dict(scale=per_image), "scale, shift"),
+        (dict(shift=per_image), "scale, shift"),
+        (dict(scale=channels, shift=per_image), "scale.shape"),
+        (dict(scale=per_image, shift=torch.ones(2, 256)), "shift.shape"),
         (dict(x2=x.double()), "x2.dtype"),
         (dict(x2=x), "weight.shape"),
         (dict(x=x[..., :1], resample="down"), "x.shape"),
@@ -114,45 +114,47 @@ def wrong() -> list[tuple[dict[str, Any], str]]:
         (dict(x_bias=channels, with_skip=True), "x_bias"),
         (dict(dtype=torch.int64), "dtype"),
     ]
-    changes += [(dict(x=value), "x.shape") for value in (x[0, 0], x[:, :, 0, 0], x[None, None])]
-    changes += [(dict(x2=value), "x2.shape") for value in (x[:, :, :3], torch.ones(2, 256, 4, 4))]
-    changes += [(dict(groups=value), "groups") for value in (0, 3, 2.0, True, None)]
-    changes += [(dict(eps=value), "eps") for value in (-1e-5, float("nan"), "1e-5")]
+    replacements += [(dict(x=value), "x.shape") for value in (x[0, 0], x[:, :, 0, 0], x[None, None])]
+    replacements += [(dict(x2=value), "x2.shape") for value in (x[:, :, :3], torch.ones(2, 256, 4, 4))]
+    replacements += [(dict(groups=value), "groups") for value in (0, 3, 2.0, True, None)]
+    replacements += [(dict(eps=value), "eps") for value in (-1e-5, float("nan"), "1e-5")]
     for name, value in dict(x=x, x2=x, weight=channels, bias=channels).items():
-        changes += [(dict([(name, value.long())]), f"{name}.dtype"), (dict([(name, "one")]), name)]
-    return changes
+        replacements += [(dict([(name, value.long())]), f"{name}.dtype"), (dict([(name, "one")]), name)]
+    return replacements
 
 
 def _tensors(call: dict[str, Any]) -> list[Any]:
     return [call.get(name) for name in ("x", "x2", "x_bias", "weight", "bias", "scale", "shift")]
 
 
-def _raw_cpp(raw: Callable[..., Any], **call: Any) -> None:
+def _call_cpp_ops(call_op: Callable[..., Any], **call: Any) -> None:
     (x, x2, _x_bias, *affine), silu = _tensors(call), call["silu"]
     tensors = x, x2, *affine
-    y, mean, rstd = raw("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, silu)
-    raw("group_norm_silu_bwd", torch.ones_like(y), *tensors, mean, rstd, silu)
+    y, mean, rstd = call_op("group_norm_silu_fwd", *tensors, call["groups"], 1e-5, silu)
+    call_op("group_norm_silu_bwd", torch.ones_like(y), *tensors, mean, rstd, silu)
 
 
-def _raw_triton(raw: Callable[..., Any], **call: Any) -> None:
+def _call_triton_launchers(call_op: Callable[..., Any], **call: Any) -> None:
     tensors, modes = _tensors(call), (call["silu"], call["resample"])
-    skips = call["resample"] is not None and call.get("x_bias") is None
-    forward = (*tensors, call["groups"], 1e-5, *modes, skips, call.get("dtype"))
-    y, skip, mean, rstd = raw("group_norm_silu_fwd", *forward)
-    raw("group_norm_silu_bwd", y, skip if skips else None, *tensors, mean, rstd, *modes, True)
+    with_skip = call["resample"] is not None and call.get("x_bias") is None
+    forward = (*tensors, call["groups"], 1e-5, *modes, with_skip, call.get("dtype"))
+    y, skip, mean, rstd = call_op("group_norm_silu_fwd", *forward)
+    call_op("group_norm_silu_bwd", y, skip if with_skip else None, *tensors, mean, rstd, *modes, True)
     if call.get("x_bias") is None:
-        _raw_with_sums(*forward)
+        _launch_with_sums(*forward)
 
 
-def _raw_with_sums(x: Tensor, x2: Tensor | None, *rest: Any) -> None:
+def _launch_with_sums(x: Tensor, x2: Tensor | None, *rest: Any) -> None:
     """Launch the forward on statistics that the producers of both sources left, if they leave any."""
-    leaving = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")
-    sums = [leaving(source.clone(), None, None)[1] for source in (x, x2) if source is not None]
+    add_with_sums = launchers.launcher("conv_epilogue", "conv_epilogue_sums_fwd")
+    sums = [add_with_sums(source.clone(), None, None)[1] for source in (x, x2) if source is not None]
     if None not in sums:
         launchers.launcher("group_norm", "group_norm_silu_fwd")(x, x2, *rest, tuple(sums))
 
 
-def _case_of(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **call: Any) -> list[Case]:
+def _cases_from_call(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, **call: Any
+) -> list[Case]:
     c2 = 0 if call["x2"] is None else call["x2"].shape[1]
     case = dict(c1=x.shape[1], c2=c2, groups=groups, spatial=tuple(x.shape[2:]))
     case |= dict(modulated=call["scale"] is not None, silu=call["silu"], resample=call["resample"])
@@ -170,9 +172,10 @@ CASES = [
         REAL,
         wrong,
         differentiable=("x", "x2", "weight", "bias", "scale", "shift"),
-        raw={"cpp": _raw_cpp, "triton": _raw_triton},
-        # One read, as chosen; two passes, because nothing fits into SHARE, with several tiles per program.
-        launches=({}, {"SHARE": 0, "RESIDENT": 2}),
-        case_of=_case_of,
+        call_raw_ops={"cpp": _call_cpp_ops, "triton": _call_triton_launchers},
+        # One read, as chosen; two passes, because nothing fits into MAX_REREAD_BYTES, with several tiles per
+        # program.
+        launch_settings=({}, {"MAX_REREAD_BYTES": 0, "RESIDENT_PROGRAMS": 2}),
+        cases_from_call=_cases_from_call,
     )
 ]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.ops.resample import avg_pool_down, nearest_up
-from admfast.ops.transforms import nobody_differentiates
+from admfast.ops.transforms import is_final_backward
 
 Resample = Literal["up", "down"] | None
 
@@ -59,26 +59,26 @@ class RawNorm:
     backward: RawBackward
 
 
-RAW: dict[str, RawNorm] = {}
+RAW_NORMS: dict[str, RawNorm] = {}
 
 
-def resampled(x: Tensor, resample: Resample) -> Tensor:
+def apply_resample(x: Tensor, resample: Resample) -> Tensor:
     """Return `x` doubled, halved or unchanged."""
     return nearest_up(x) if resample == "up" else avg_pool_down(x) if resample == "down" else x
 
 
-def unresampled(dy: Tensor, like: Tensor, resample: Resample) -> Tensor:
-    """Return the gradient of `resampled` in its input, which has the shape of `like`."""
+def resample_backward(dy: Tensor, like: Tensor, resample: Resample) -> Tensor:
+    """Return the gradient of `apply_resample` in its input, which has the shape of `like`."""
     if resample is None:
         return dy
-    halved = range(3 if dy.dim() == 5 else 2, dy.dim())
+    resampled_dims = range(3 if dy.dim() == 5 else 2, dy.dim())
     if resample == "up":
-        for dim in halved:
+        for dim in resampled_dims:
             dy = dy.unflatten(dim, (-1, 2)).sum(dim + 1)
         return dy
-    for dim in halved:
+    for dim in resampled_dims:
         dy = dy.repeat_interleave(2, dim) / 2
-    padding = [size - own for size, own in zip(reversed(like.shape), reversed(dy.shape), strict=True)]
+    padding = [size - current for size, current in zip(reversed(like.shape), reversed(dy.shape), strict=True)]
     return F.pad(dy, [value for size in padding for value in (0, size)])
 
 
@@ -111,7 +111,7 @@ def group_norm_silu_grad_ref(
     if scale is not None and shift is not None:
         factor = factor * (1 + scale.to(wide))
         offset = offset * (1 + scale.to(wide)) + shift.to(wide)
-    du = unresampled(dy.to(wide), source, options.resample)
+    du = resample_backward(dy.to(wide), source, options.resample)
     if options.silu:
         u = normalised * factor[spatial] + offset[spatial]
         sigmoid = torch.sigmoid(u)
@@ -119,15 +119,15 @@ def group_norm_silu_grad_ref(
     s1 = du.flatten(2).sum(-1)
     s2 = (du * normalised).flatten(2).sum(-1)
 
-    def of_group(sums: Tensor) -> Tensor:
+    def group_mean(sums: Tensor) -> Tensor:
         """Return the mean over each group of w' times `sums`, at every element of the group."""
         mean = (factor * sums).reshape(n, groups, -1).sum(-1) / values.shape[-1]
         return mean.repeat_interleave(c // groups, 1)[spatial]
 
     rstd = rstd.reshape(n, groups).repeat_interleave(c // groups, 1)[spatial]
-    dsource = rstd * (factor[spatial] * du - of_group(s1) - normalised * of_group(s2))
+    dsource = rstd * (factor[spatial] * du - group_mean(s1) - normalised * group_mean(s2))
     if dskip is not None:
-        dsource = dsource + unresampled(dskip.to(wide), source, options.resample)
+        dsource = dsource + resample_backward(dskip.to(wide), source, options.resample)
     dx, dx2 = _split(dsource.to(x.dtype), x, x2)
     return dx, dx2, *parameter_gradients(s1, s2, weight, bias, scale, shift)
 
@@ -165,17 +165,17 @@ class GroupNormSiluFn(torch.autograd.Function):
         scale: Tensor | None,
         shift: Tensor | None,
         x_bias: Tensor | None,
-        raw: str,
+        raw_name: str,
         options: NormOptions,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return RAW[raw].forward(x, x2, x_bias, weight, bias, scale, shift, options)
+        return RAW_NORMS[raw_name].forward(x, x2, x_bias, weight, bias, scale, shift, options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, x_bias, raw, options = inputs
+        *tensors, x_bias, raw_name, options = inputs
         y, skip, mean, rstd = output
         ctx.save_for_backward(*tensors, mean, rstd, x_bias)
-        ctx.raw, ctx.options, ctx.shape = raw, options, y.shape
+        ctx.raw_name, ctx.options, ctx.shape = raw_name, options, y.shape
         ctx.set_materialize_grads(False)  # mean and rstd have no gradient
         ctx.mark_non_differentiable(mean, rstd, *([] if options.skip else [skip]))
 
@@ -188,8 +188,8 @@ class GroupNormSiluFn(torch.autograd.Function):
         dy = x.new_zeros(ctx.shape) if dy is None else dy
         sums = any(ctx.needs_input_grad[2:6])
         function = GroupNormSiluGradFn
-        backward: Callable[..., tuple] = function.forward if nobody_differentiates() else function.apply
-        gradients = backward(dy, dskip if ctx.options.skip else None, *saved, ctx.raw, ctx.options, sums)
+        backward: Callable[..., tuple] = function.forward if is_final_backward() else function.apply
+        gradients = backward(dy, dskip if ctx.options.skip else None, *saved, ctx.raw_name, ctx.options, sums)
         return *gradients, None, None, None
 
 
@@ -211,39 +211,41 @@ class GroupNormSiluGradFn(torch.autograd.Function):
         mean: Tensor,
         rstd: Tensor,
         x_bias: Tensor | None,
-        raw: str,
+        raw_name: str,
         options: NormOptions,
         sums: bool,
     ) -> tuple:
         arguments = (dy, dskip, x, x2, x_bias, weight, bias, scale, shift)
-        dx, dx2, s1, s2 = RAW[raw].backward(*arguments, mean, rstd, options, sums)
+        dx, dx2, s1, s2 = RAW_NORMS[raw_name].backward(*arguments, mean, rstd, options, sums)
         if not sums:
             return dx, dx2, None, None, None, None
         return dx, dx2, *parameter_gradients(s1, s2, weight, bias, scale, shift)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, _mean, _rstd, x_bias, raw, options, sums = inputs
+        *tensors, _mean, _rstd, x_bias, raw_name, options, sums = inputs
         ctx.save_for_backward(*tensors, x_bias)
-        ctx.raw, ctx.options, ctx.sums = raw, options, sums
+        ctx.raw_name, ctx.options, ctx.sums = raw_name, options, sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:  # type: ignore[override]
         *saved, x_bias = ctx.saved_tensors
-        there = [index for index, tensor in enumerate(saved) if tensor is not None]
+        present = [index for index, tensor in enumerate(saved) if tensor is not None]
 
         def formula(*tensors: Tensor) -> tuple[Any, ...]:
             arguments: list[Any] = [None] * len(saved)
-            for index, tensor in zip(there, tensors, strict=True):
+            for index, tensor in zip(present, tensors, strict=True):
                 arguments[index] = tensor
             dy, dskip, x, x2, weight, bias, scale, shift = arguments
             tensors = (dy, dskip, x, x2, weight, bias, scale, shift)
-            found = group_norm_silu_grad_ref(*tensors, ctx.options, x_bias)
-            return tuple(one for one, given in zip(found, gradients, strict=True) if given is not None)
+            outputs = group_norm_silu_grad_ref(*tensors, ctx.options, x_bias)
+            return tuple(
+                output for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None
+            )
 
-        vjp = torch.func.vjp(formula, *(saved[index] for index in there))[1]
-        second = vjp(tuple(given for given in gradients if given is not None))
+        vjp = torch.func.vjp(formula, *(saved[index] for index in present))[1]
+        input_gradients = vjp(tuple(gradient for gradient in gradients if gradient is not None))
         result: list[Tensor | None] = [None] * len(saved)
-        for index, value in zip(there, cast(tuple[Tensor, ...], second), strict=True):
+        for index, value in zip(present, cast(tuple[Tensor, ...], input_gradients), strict=True):
             result[index] = value
         return *result, None, None, None, None, None, None

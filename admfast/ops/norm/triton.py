@@ -16,11 +16,11 @@ from torch import Tensor
 
 from admfast.ops import channel_sums, launchers
 from admfast.ops.layout import empty_channels_last, is_channels_last
-from admfast.ops.native import free_namespace
-from admfast.ops.transforms import constant, traced
+from admfast.ops.native import unused_namespace
+from admfast.ops.transforms import constant_while_tracing, is_intercepted
 
 
-@constant
+@constant_while_tracing
 @functools.cache
 def reason_missing() -> str | None:
     """Return None if the kernels can run on some device, else the reason."""
@@ -49,15 +49,15 @@ def forward(
     """Run the raw forward (see `RawNorm`)."""
     *affine, options = rest
     modes = (options.groups, options.eps, options.silu, options.resample)
-    skips = options.skip and options.resample is not None
-    if traced(x):
+    with_skip = options.skip and options.resample is not None
+    if is_intercepted(x):
         op = _OPS[0].group_norm_silu_fwd
-        y, skip, mean, rstd = op(x, x2, x_bias, *affine, *modes, skips, options.dtype)
+        y, skip, mean, rstd = op(x, x2, x_bias, *affine, *modes, with_skip, options.dtype)
     else:
-        sums = [channel_sums.left(source) for source in (x, x2) if source is not None and x_bias is None]
-        known = tuple(sums) if all(one is not None for one in sums) else ()
-        y, skip, mean, rstd = _launchers()[0](x, x2, x_bias, *affine, *modes, skips, options.dtype, known)
-    return y, x.view_as(x) if options.skip and not skips else skip, mean, rstd
+        attached = [channel_sums.find_attached(s) for s in (x, x2) if s is not None and x_bias is None]
+        sums = tuple(attached) if all(statistics is not None for statistics in attached) else ()
+        y, skip, mean, rstd = _launchers()[0](x, x2, x_bias, *affine, *modes, with_skip, options.dtype, sums)
+    return y, x.view_as(x) if options.skip and not with_skip else skip, mean, rstd
 
 
 def backward(
@@ -65,7 +65,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Run the raw backward (see `RawNorm`)."""
     *tensors, options, sums = rest
-    if traced(x):
+    if is_intercepted(x):
         modes = (options.silu, options.resample, sums)
         op = _OPS[0].group_norm_silu_bwd
         dx, dx2, s1, s2 = op(dy, dskip, x, x2, *tensors, *modes)
@@ -81,15 +81,15 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
-_LIBRARY: list[torch.library.Library] = []  # an op lives as long as its library
+_LIBRARIES: list[torch.library.Library] = []  # an op lives as long as its library
 _OPS: list[Any] = []  # the namespace of these ops
 
 
 def _register() -> None:
     """Register the raw ops, with the launchers as implementations and fakes for tracers."""
-    namespace = free_namespace("admfast_triton", "group_norm_silu_fwd")
+    namespace = unused_namespace("admfast_triton", "group_norm_silu_fwd")
     library = torch.library.Library(namespace, "DEF")
-    _LIBRARY.append(library)
+    _LIBRARIES.append(library)
     _OPS.append(getattr(torch.ops, namespace))
     affine = "Tensor? x_bias, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift"
     library.define(
@@ -100,9 +100,9 @@ def _register() -> None:
         f"group_norm_silu_bwd(Tensor dy, Tensor? dskip, Tensor x, Tensor? x2, {affine}, Tensor mean, "
         "Tensor rstd, bool silu, str? resample, bool sums) -> (Tensor, Tensor, Tensor, Tensor)"
     )
-    key = "CompositeExplicitAutograd"
-    library.impl("group_norm_silu_fwd", lambda *arguments: _launchers()[0](*arguments), key)
-    library.impl("group_norm_silu_bwd", _bwd, key)
+    dispatch_key = "CompositeExplicitAutograd"
+    library.impl("group_norm_silu_fwd", lambda *arguments: _launchers()[0](*arguments), dispatch_key)
+    library.impl("group_norm_silu_bwd", _bwd, dispatch_key)
     torch.library.register_fake(f"{namespace}::group_norm_silu_fwd", _fwd_fake, lib=library)
     torch.library.register_fake(f"{namespace}::group_norm_silu_bwd", _bwd_fake, lib=library)
 
@@ -114,16 +114,16 @@ def _bwd(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fwd_fake(x: Tensor, x2: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     groups, _eps, _silu, resample, skip, dtype = rest[-6:]
-    kept = x.dim() - min(x.dim() - 2, 2)
-    shape = [x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1]), *x.shape[2:kept]]
-    for size in x.shape[kept:]:
+    num_unresampled = x.dim() - min(x.dim() - 2, 2)
+    shape = [x.shape[0], x.shape[1] + (0 if x2 is None else x2.shape[1]), *x.shape[2:num_unresampled]]
+    for size in x.shape[num_unresampled:]:
         shape.append(size if resample is None else 2 * size if resample == "up" else size // 2)
     mean, rstd = (
         x.new_empty(sizes, dtype=torch.float32) for sizes in ([2, x.shape[0], groups], [x.shape[0], groups])
     )
-    skipped = empty_channels_last(shape, x) if skip else x.new_empty(0)
+    skip_output = empty_channels_last(shape, x) if skip else x.new_empty(0)
     y = empty_channels_last(shape, x if dtype is None else x.new_empty(0, dtype=dtype))
-    return y, skipped, mean, rstd
+    return y, skip_output, mean, rstd
 
 
 def _bwd_fake(

@@ -8,10 +8,10 @@ from admfast.ops.update.step import (
     PackedTable,
     Row,
     SamplerState,
+    choose_update,
     pack,
     sampler_step,
     sampler_step_ref,
-    update_for,
 )
 from admfast.ops.update.table import SolverTable
 
@@ -32,5 +32,5 @@ __all__ = [
     "philox4x32_10",
     "sampler_step",
     "sampler_step_ref",
-    "update_for",
+    "choose_update",
 ]

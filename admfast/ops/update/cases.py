@@ -13,24 +13,24 @@ from admfast.ops.layout import channels_last
 from admfast.ops.update.noise import Stream, as_seeds, normal
 from admfast.ops.update.step import Clip, PackedTable, Row, SamplerState, pack, sampler_step
 
-# PLAIN is one row such as DDIM's. FULL is a row that saves and pushes, followed by a row that uses everything
-# at once (variance, guidance in all three places, noise, saved point, history and push).
-PLAIN = [Row(0.0, 0.0, k_x=1.0, k_out=-1.0, a=0.5, b=0.5)]
-FULL = [
+# PLAIN_ROWS is one row such as DDIM's. FULL_ROWS is a row that saves and pushes, followed by a row that uses
+# everything at once (variance, guidance in all three places, noise, saved point, history and push).
+PLAIN_ROWS = [Row(0.0, 0.0, k_x=1.0, k_out=-1.0, a=0.5, b=0.5)]
+FULL_ROWS = [
     Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
     Row(
         0, 0, k_x=0.9, k_out=-0.4, k_pre=0.1, k_post=0.2, l0=-1, l1=0.5, a=0.3, a_s=0.1, b=0.6, c1=0.2,
         k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, push=True,
     ),
 ]  # fmt: skip
-WHOLE: Case = dict(n=2, spatial=(4, 6), full=True)
+FULL_CASE: Case = dict(n=2, spatial=(4, 6), full=True)
 SMALL = (
-    WHOLE,
-    WHOLE | dict(layout="channels_last"),
-    WHOLE | dict(layout="channels_last", variance=False),
-    WHOLE | dict(layout="channels_last", channels=1, spatial=(4, 10)),
-    WHOLE | dict(layout="sliced", spatial=(5, 7)),
-    WHOLE | dict(given_noise=True, counter=True),
+    FULL_CASE,
+    FULL_CASE | dict(layout="channels_last"),
+    FULL_CASE | dict(layout="channels_last", variance=False),
+    FULL_CASE | dict(layout="channels_last", channels=1, spatial=(4, 10)),
+    FULL_CASE | dict(layout="sliced", spatial=(5, 7)),
+    FULL_CASE | dict(given_noise=True, counter=True),
     dict(n=2, spatial=(4, 5)),
 )
 REAL = {f"{side}x{side}": dict(spatial=(side, side), full=True) for side in (64, 128, 256, 512)}
@@ -51,71 +51,91 @@ def arguments(
 ) -> dict[str, Any]:
     """Make the arguments; `dtype` and `layout` are those of the network's output.
 
-    full: use the second row of FULL, on a state whose buffers are filled. variance: the output has variance
-    channels. given_noise: give noise instead of seeds. counter: give the row as a tensor on x's device.
+    full: use the second row of FULL_ROWS, on a state whose buffers are filled. variance: the output has
+    variance channels. given_noise: give noise instead of seeds. counter: give the row as a tensor on x's
+    device.
     """
 
-    def image(of: int) -> Tensor:
+    def image(num_channels: int) -> Tensor:
         if layout == "sliced":
-            return draw(n, of, *spatial[:-1], 2 * spatial[-1])[..., ::2]
-        return channels_last(draw(n, of, *spatial)) if layout == "channels_last" else draw(n, of, *spatial)
+            return draw(n, num_channels, *spatial[:-1], 2 * spatial[-1])[..., ::2]
+        return (
+            channels_last(draw(n, num_channels, *spatial))
+            if layout == "channels_last"
+            else draw(n, num_channels, *spatial)
+        )
 
     x = draw(n, channels, *spatial)
     if not full:
-        given = {"out": image(channels).to(dtype), "table": pack(PLAIN, x.device), "row": 0}
-        return {"state": SamplerState.start(x, PLAIN)} | given
-    rows = FULL if variance else [FULL[0], Row(**vars(FULL[1]) | {"l1": 0})]
+        call = {"out": image(channels).to(dtype), "table": pack(PLAIN_ROWS, x.device), "row": 0}
+        return {"state": SamplerState.start(x, PLAIN_ROWS)} | call
+    rows = FULL_ROWS if variance else [FULL_ROWS[0], Row(**vars(FULL_ROWS[1]) | {"l1": 0})]
     state = SamplerState(x, draw(*x.shape), draw(*x.shape), draw(3, *x.shape))
     width = (1 + variance) * channels
     out, out2 = (image(width).to(dtype) for _ in range(2))
-    drawn = {"noise": draw(*x.shape)} if given_noise else {"seeds": as_seeds(range(7, 7 + n)).to(x.device)}
+    noise_source = (
+        {"noise": draw(*x.shape)} if given_noise else {"seeds": as_seeds(range(7, 7 + n)).to(x.device)}
+    )
     row = torch.ones(1, dtype=torch.int64, device=x.device) if counter else 1
-    given = dict(out=out, table=pack(rows, x.device), row=row, out2=out2, grad=image(channels))
-    return {"state": state} | given | drawn
+    call = dict(out=out, table=pack(rows, x.device), row=row, out2=out2, grad=image(channels))
+    return {"state": state} | call | noise_source
 
 
-def advanced(state: SamplerState, impl: str | None = None, **given: Any) -> tuple[Tensor, ...]:
+def advance_state(state: SamplerState, impl: str | None = None, **call: Any) -> tuple[Tensor, ...]:
     """Advance the state, and return its buffers."""
-    sampler_step(state, impl=impl, **given)
+    sampler_step(state, impl=impl, **call)
     return tuple(t for t in (state.x, state.x0, state.saved, state.history) if t is not None)
 
 
 def wrong() -> list[tuple[dict[str, Any], str]]:
     """Return arguments of `sampler_step` that every implementation rejects."""
     x = torch.ones(1, 3, 4, 4)
-    changes: list[tuple[dict[str, Any], str]] = [
+    replacements: list[tuple[dict[str, Any], str]] = [
         (dict(out=None), "out"),
         (dict(out=x[0]), "out.shape"),
         (dict(out=x.long()), "out.dtype"),
         (dict(out=x.to("meta")), "out.device"),
         (dict(seeds=[1, 2]), "seeds"),
         (dict(table=[]), "table"),
-        (dict(table=pack(PLAIN, dtype=torch.float64)), "table"),
+        (dict(table=pack(PLAIN_ROWS, dtype=torch.float64)), "table"),
         (dict(stream=torch.tensor(1)), "stream"),
         (dict(noise_row=2.0), "noise_row"),
     ]
     for name in ("grad", "noise"):
-        changes += [
+        replacements += [
             (dict([(name, x.to(torch.float8_e4m3fn))]), f"{name}.dtype"),
             (dict([(name, x[..., 1:])]), f"{name}.shape"),
             (dict([(name, x.to("meta"))]), f"{name}.device"),
         ]
-    changes += [(dict(row=value), "row") for value in (1, -1, 0.5, torch.tensor([1.0]), torch.tensor([0, 0]))]
-    return changes + [(dict(noise_row=value), "noise_row") for value in _not_counters()]
+    replacements += [
+        (dict(row=value), "row") for value in (1, -1, 0.5, torch.tensor([1.0]), torch.tensor([0, 0]))
+    ]
+    return replacements + [(dict(noise_row=value), "noise_row") for value in _wrong_counters()]
 
 
-def _not_counters() -> list[Any]:
+def _wrong_counters() -> list[Any]:
     meta = torch.ones(1, dtype=torch.int64, device="meta")
     return [2.0, True, "1", -1, 2**32, torch.ones(1), torch.ones(2, dtype=torch.int64), meta]
 
 
-def _raw(
-    raw: Callable[..., Any], state: SamplerState, out: Tensor, table: PackedTable, row: Any, **given: Any
+def _call_step_op(
+    call_op: Callable[..., Any], state: SamplerState, out: Tensor, table: PackedTable, row: Any, **inputs: Any
 ) -> None:
-    number, at = (row, 0) if isinstance(row, Tensor) else (None, row)
+    row_tensor, row_offset = (row, 0) if isinstance(row, Tensor) else (None, row)
     buffers = (state.x, state.x0, state.saved, state.history)
-    named = [given.get(name) for name in ("out2", "grad", "seeds", "noise")]
-    raw("sampler_step_", *buffers, out, *named, table.device, number, number, at, at, int(Stream.STEPS))
+    optional_inputs = [inputs.get(name) for name in ("out2", "grad", "seeds", "noise")]
+    call_op(
+        "sampler_step_",
+        *buffers,
+        out,
+        *optional_inputs,
+        table.device,
+        row_tensor,
+        row_tensor,
+        row_offset,
+        row_offset,
+        int(Stream.STEPS),
+    )
 
 
 def noise_arguments(
@@ -128,33 +148,35 @@ def noise_arguments(
 
 def wrong_noise() -> list[tuple[dict[str, Any], str]]:
     """Return arguments of `normal` that every implementation rejects."""
-    changes: list[tuple[dict[str, Any], str]] = [
-        (dict([(name, value)]), name) for name in ("row", "stream") for value in _not_counters()
+    replacements: list[tuple[dict[str, Any], str]] = [
+        (dict([(name, value)]), name) for name in ("row", "stream") for value in _wrong_counters()
     ]
     seeds = ([1, 2], torch.zeros(2), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32))
-    changes += [(dict(seeds=value), "seeds") for value in seeds]
+    replacements += [(dict(seeds=value), "seeds") for value in seeds]
     return [
-        *changes,
+        *replacements,
         (dict(shape=(2.0, 3)), "shape[0]"),
         (dict(shape=(2, -3)), "shape[1]"),
         (dict(shape=5), "shape"),
     ]
 
 
-def _raw_noise(raw: Callable[..., Any], seeds: Tensor, shape: tuple[int, ...], row: int, stream: int) -> None:
-    raw("normal", seeds, torch.Size(shape).numel(), row, int(stream))
+def _call_noise_op(
+    call_op: Callable[..., Any], seeds: Tensor, shape: tuple[int, ...], row: int, stream: int
+) -> None:
+    call_op("normal", seeds, torch.Size(shape).numel(), row, int(stream))
 
 
 CASES = [
     OpCases(
         "sampler_step",
-        advanced,
+        advance_state,
         arguments,
         SMALL,
         REAL,
         wrong,
-        typed="output",
-        raw={"cpp": _raw, "cuda": _raw},
+        dtype_of="output",
+        call_raw_ops={"cpp": _call_step_op, "cuda": _call_step_op},
     ),
     OpCases(
         "normal",
@@ -162,7 +184,7 @@ CASES = [
         noise_arguments,
         (dict(n=2, shape=(3, 5, 7)), dict(n=3, shape=(2,))),
         wrong=wrong_noise,
-        typed=None,
-        raw={"cpp": _raw_noise, "cuda": _raw_noise},
+        dtype_of=None,
+        call_raw_ops={"cpp": _call_noise_op, "cuda": _call_noise_op},
     ),
 ]

@@ -96,8 +96,8 @@ def normal_ref(seeds: Tensor, shape: tuple[int, ...], row: int | Tensor, stream:
     elements = math.prod(shape)
     device = seeds.device
     block = torch.arange((elements + 3) // 4, dtype=torch.int64, device=device)[None]
-    fixed = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    counter = (block & MASK32, block >> 32, fixed + row, fixed + int(stream))
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    counter = (block & MASK32, block >> 32, zero + row, zero + int(stream))
     key = (seeds[:, None] & MASK32, (seeds[:, None] >> 32) & MASK32)
     r0, r1, r2, r3 = torch.broadcast_tensors(*philox4x32_10(counter, key))
     z = torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1)  # [N, blocks, 4]
@@ -137,7 +137,7 @@ def _fake(seeds: Tensor, count: int, row: int, stream: int) -> Tensor:
     return seeds.new_empty((seeds.shape[0], count), dtype=torch.float32)
 
 
-def _supports(device: str) -> Callable[..., str | None]:
+def _unsupported_for(device: str) -> Callable[..., str | None]:
     """Return the function that says why a compiled implementation for `device` can't serve a call."""
     return lambda seeds, *_: None if seeds.device.type == device else f"seeds are on {seeds.device.type}"
 
@@ -145,8 +145,8 @@ def _supports(device: str) -> Callable[..., str | None]:
 TABLE = OpTable(
     "normal",
     [
-        Implementation("cuda", _native, native.reason_missing_cuda, _supports("cuda")),
-        Implementation("cpp", _native, native.reason_missing, _supports("cpu")),
+        Implementation("cuda", _native, native.reason_missing_cuda, _unsupported_for("cuda")),
+        Implementation("cpp", _native, native.reason_missing, _unsupported_for("cpu")),
         Implementation("reference", normal_ref),
     ],
 )
@@ -159,8 +159,8 @@ def as_seeds(seeds: object, count: int | None = None) -> Tensor:
     None: any. Raises: InvalidArgument for anything else.
     """
     try:
-        given = seeds.flatten().tolist() if isinstance(seeds, Tensor) else list(seeds)  # type: ignore[call-overload]
-        values = [operator.index(seed) for seed in given]
+        items = seeds.flatten().tolist() if isinstance(seeds, Tensor) else list(seeds)  # type: ignore[call-overload]
+        values = [operator.index(seed) for seed in items]
     except TypeError:
         raise invalid("seeds", seeds, "whole numbers from 0 to 2^64 - 1, one for each image") from None
     for seed in values:
@@ -179,8 +179,8 @@ def check_counter(name: str, value: object, device: torch.device) -> None:
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype not in (torch.int32, torch.int64) or value.device != device:
-            given = (tuple(value.shape), value.dtype, str(value.device))
-            raise invalid(name, given, f"a whole number, or one int32 or int64 on {device}")
+            actual = (tuple(value.shape), value.dtype, str(value.device))
+            raise invalid(name, actual, f"a whole number, or one int32 or int64 on {device}")
         return
     checks.whole(name, value, 0, MASK32, tensors=False)
 

@@ -94,13 +94,13 @@ class PackedTable:
         return self.host.shape[0]
 
     @functools.cached_property
-    def used(self) -> tuple[frozenset[str], ...]:
+    def used_columns(self) -> tuple[frozenset[str], ...]:
         """The columns that each row uses: those that aren't 0, and push_slot if the row pushes."""
-        absent = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
-        absent[COLUMNS.index("push_slot")] = -1
+        unused_row = torch.zeros(len(COLUMNS), dtype=torch.float64, device="cpu")
+        unused_row[COLUMNS.index("push_slot")] = -1
         return tuple(
-            frozenset(name for name, there in zip(COLUMNS, row, strict=True) if there)
-            for row in (self.host != absent).tolist()
+            frozenset(name for name, is_used in zip(COLUMNS, row, strict=True) if is_used)
+            for row in (self.host != unused_row).tolist()
         )
 
 
@@ -251,9 +251,9 @@ def sampler_step(
 
     Computes in the dtype of `state.x`. Not differentiable; `pipe.predict` is.
     """
-    used = _check_row(state, table, row)
-    _check_state(state, used)
-    _check_inputs(state.x, used, out, out2=out2, grad=grad, seeds=seeds, noise=noise)
+    used_columns = _check_row(state, table, row)
+    _check_state(state, used_columns)
+    _check_inputs(state.x, used_columns, out, out2=out2, grad=grad, seeds=seeds, noise=noise)
     if noise_row is not None:
         check_counter("noise_row", noise_row, state.x.device)
     checks.whole("stream", stream, 0, tensors=False)
@@ -266,7 +266,7 @@ def sampler_step(
         entry.forward(state, out, table, row, **options)
 
 
-def update_for(state: SamplerState, table: PackedTable, impl: str | None = None) -> Callable[..., None]:
+def choose_update(state: SamplerState, table: PackedTable, impl: str | None = None) -> Callable[..., None]:
     """Return the implementation that runs rows of `table` on `state`, chosen once, without further checks.
 
     It is for a caller that goes through a table of its own, with the row in a tensor. The returned
@@ -285,33 +285,33 @@ def _check_row(state: SamplerState, table: PackedTable, row: int | Tensor) -> fr
     if not isinstance(table, PackedTable):
         raise invalid("table", table, "a PackedTable, as `pack(rows, device, dtype)` returns it")
     if (table.device.dtype, table.device.device) != (x.dtype, x.device):
-        given = (table.device.dtype, str(table.device.device))
-        raise invalid("table", given, f"packed for the state's {x.dtype} on {x.device}")
-    number: int | None = None
+        actual = (table.device.dtype, str(table.device.device))
+        raise invalid("table", actual, f"packed for the state's {x.dtype} on {x.device}")
+    index: int | None = None
     if not isinstance(row, Tensor):
         try:
-            number = operator.index(row)
+            index = operator.index(row)
         except TypeError:
             raise invalid("row", row, "an integer, or an integer tensor of one element") from None
     elif row.numel() != 1 or row.dtype not in (torch.int32, torch.int64) or row.device != x.device:
         raise invalid("row", (tuple(row.shape), row.dtype, str(row.device)), f"one integer on {x.device}")
     elif row.device.type == "cpu" and not torch.compiler.is_compiling():
-        number = int(row)
-    if number is not None and not 0 <= number < len(table):
-        raise invalid("row", number, f"0 to {len(table) - 1}")
-    return frozenset().union(*table.used) if number is None else table.used[number]
+        index = int(row)
+    if index is not None and not 0 <= index < len(table):
+        raise invalid("row", index, f"0 to {len(table) - 1}")
+    return frozenset().union(*table.used_columns) if index is None else table.used_columns[index]
 
 
-def _check_state(state: SamplerState, used: frozenset[str]) -> None:
+def _check_state(state: SamplerState, used_columns: frozenset[str]) -> None:
     """Reject buffers that are missing or not like x."""
     x = state.x
     if x.dim() < 3 or not x.is_contiguous():
         raise invalid("state.x", tuple(x.shape), "a contiguous [N, C, *spatial]")
     if x.dtype not in (torch.float32, torch.float64):
         raise invalid("state.x.dtype", x.dtype, "float32, or float64 with the reference")
-    if state.saved is None and used & {"a_s", "save"}:
+    if state.saved is None and used_columns & {"a_s", "save"}:
         raise invalid("state.saved", None, "a buffer like x: the row uses a saved point")
-    if state.history is None and used & {"d0", "d1", "d2", "push_slot"}:
+    if state.history is None and used_columns & {"d0", "d1", "d2", "push_slot"}:
         raise invalid("state.history", None, f"a buffer [{HISTORY}, *x.shape]: the row uses history")
     shape = tuple(x.shape)
     buffers = (
@@ -319,18 +319,18 @@ def _check_state(state: SamplerState, used: frozenset[str]) -> None:
         (state.saved, "saved", shape),
         (state.history, "history", (HISTORY, *shape)),
     )
-    for buffer, name, allowed in buffers:
+    for buffer, name, expected_shape in buffers:
         if buffer is None:
             continue
-        if (tuple(buffer.shape), buffer.dtype, buffer.device) != (allowed, x.dtype, x.device):
-            given = (tuple(buffer.shape), buffer.dtype, str(buffer.device))
-            raise invalid(f"state.{name}", given, f"{allowed}, {x.dtype} on {x.device}")
+        if (tuple(buffer.shape), buffer.dtype, buffer.device) != (expected_shape, x.dtype, x.device):
+            actual = (tuple(buffer.shape), buffer.dtype, str(buffer.device))
+            raise invalid(f"state.{name}", actual, f"{expected_shape}, {x.dtype} on {x.device}")
         if not buffer.is_contiguous():
             raise invalid(f"state.{name}", buffer.stride(), "contiguous")
-    _check_apart({"x": x, **{name: buffer for buffer, name, _ in buffers if buffer is not None}})
+    _check_no_overlap({"x": x, **{name: buffer for buffer, name, _ in buffers if buffer is not None}})
 
 
-def _check_apart(buffers: dict[str, Tensor]) -> None:
+def _check_no_overlap(buffers: dict[str, Tensor]) -> None:
     """Reject buffers that overlap: one would be written before another is read."""
     if torch.compiler.is_compiling() or any(type(t) is not Tensor or t.is_meta for t in buffers.values()):
         return  # these tensors have no addresses
@@ -340,7 +340,7 @@ def _check_apart(buffers: dict[str, Tensor]) -> None:
             raise invalid(f"state.{other}", f"memory of state.{name}", "memory of its own")
 
 
-def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tensor | None) -> None:
+def _check_inputs(x: Tensor, used_columns: frozenset[str], out: Tensor, **options: Tensor | None) -> None:
     """Reject inputs that don't fit x or the row, without reading anything back from a device."""
     out2, grad, seeds, noise = (options[name] for name in ("out2", "grad", "seeds", "noise"))
     for name, given in (("out", out), ("out2", out2), ("grad", grad), ("noise", noise)):
@@ -349,7 +349,11 @@ def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tenso
     if seeds is not None and not isinstance(seeds, Tensor):
         raise invalid("seeds", seeds, "an int64 tensor (see as_seeds)")
     n, channels, *spatial = x.shape
-    allowed = [(n, 2 * channels, *spatial)] if "l1" in used else [(n, k * channels, *spatial) for k in (1, 2)]
+    allowed = (
+        [(n, 2 * channels, *spatial)]
+        if "l1" in used_columns
+        else [(n, k * channels, *spatial) for k in (1, 2)]
+    )
     if tuple(out.shape) not in allowed:
         raise invalid("out.shape", tuple(out.shape), " or ".join(map(str, allowed)))
     if out2 is not None and (out2.shape, out2.dtype) != (out.shape, out.dtype):
@@ -359,7 +363,7 @@ def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tenso
         if value is not None and value.shape != x.shape:
             raise invalid(f"{name}.shape", tuple(value.shape), f"{tuple(x.shape)}")
     if seeds is None:
-        if noise is None and "k_z" in used:
+        if noise is None and "k_z" in used_columns:
             raise invalid("seeds", None, f"int64 [{n}], or give noise: the row uses noise")
     elif tuple(seeds.shape) != (n,) or seeds.dtype != torch.int64:
         raise invalid("seeds", (tuple(seeds.shape), seeds.dtype), f"int64 [{n}]")
@@ -367,10 +371,10 @@ def _check_inputs(x: Tensor, used: frozenset[str], out: Tensor, **options: Tenso
         raise invalid("seeds.device", str(seeds.device), f"{x.device}, where the state is")
 
 
-def _supports(device: str) -> Callable[..., str | None]:
+def _unsupported_for(device: str) -> Callable[..., str | None]:
     """Return the function that says why a compiled implementation for `device` can't serve a call."""
 
-    def supports(
+    def unsupported(
         state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any
     ) -> str | None:
         if state.x.device.type != device:
@@ -381,17 +385,20 @@ def _supports(device: str) -> Callable[..., str | None]:
             return f"out is {out.dtype}"
         return None
 
-    return supports
+    return unsupported
 
 
 def _native(state: SamplerState, out: Tensor, table: PackedTable, row: int | Tensor, **options: Any) -> None:
     noise_row, seeds = options["noise_row"], options["seeds"]
     noise_row = row if noise_row is None else noise_row
-    (row_tensor, row_at), (noise_tensor, noise_at) = _counter(row), _counter(noise_row)
+    (row_tensor, row_offset), (noise_tensor, noise_offset) = (
+        _tensor_and_offset(row),
+        _tensor_and_offset(noise_row),
+    )
     native.ops().sampler_step_(
         state.x, state.x0, state.saved, state.history, out, options["out2"], options["grad"],
         None if seeds is None else seeds.contiguous(), options["noise"], table.device, row_tensor,
-        noise_tensor, row_at, noise_at, options["stream"],
+        noise_tensor, row_offset, noise_offset, options["stream"],
     )  # fmt: skip
     if not torch.compiler.is_compiling():  # a trace knows from the op's schema which tensors are written
         # The op doesn't raise version counters. Without this, autograd would not notice a backward through
@@ -405,7 +412,7 @@ def _fake(*_args: Any) -> None:
     """Return nothing: the op writes in place."""
 
 
-def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:
+def _tensor_and_offset(value: int | Tensor) -> tuple[Tensor | None, int]:
     """Return a counter as the compiled op takes it: a tensor that it reads when it runs, and an offset."""
     return (value, 0) if isinstance(value, Tensor) else (None, operator.index(value))
 
@@ -413,8 +420,8 @@ def _counter(value: int | Tensor) -> tuple[Tensor | None, int]:
 TABLE = OpTable(
     "sampler_step",
     [
-        Implementation("cuda", _native, native.reason_missing_cuda, _supports("cuda")),
-        Implementation("cpp", _native, native.reason_missing, _supports("cpu")),
+        Implementation("cuda", _native, native.reason_missing_cuda, _unsupported_for("cuda")),
+        Implementation("cpp", _native, native.reason_missing, _unsupported_for("cpu")),
         Implementation("reference", sampler_step_ref),
     ],
 )

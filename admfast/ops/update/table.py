@@ -18,13 +18,13 @@ from admfast.ops.update.step import PackedTable, Row, pack
 class SolverTable:
     """The rows of a solver for one schedule.
 
-    rows: in the order in which they run. scale: factor of the starting noise, x_T = scale * z. integer_t: the
-    network sees whole timesteps (int64), which is the case unless the schedule is rescaled.
+    rows: in the order in which they run. noise_scale: factor of the starting noise, x_T = noise_scale * z.
+    integer_t: the network sees whole timesteps (int64), which is the case unless the schedule is rescaled.
     """
 
     solver: str
     rows: tuple[Row, ...]
-    scale: float = 1.0
+    noise_scale: float = 1.0
     integer_t: bool = True
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class SolverTable:
             [(row.t_net, row.t_clf) for row in self.rows], dtype=torch.float64, device="cpu"
         ).T
 
-    def seen(self, x: Tensor) -> Tensor:
+    def timesteps_for(self, x: Tensor) -> Tensor:
         """Return `timesteps` for every image of x: [2, rows, N], int64 or float32, on the device of x."""
         dtype = torch.int64 if self.integer_t else torch.float32
         return self.timesteps.to(dtype).to(x.device)[:, :, None].expand(2, len(self), len(x))
