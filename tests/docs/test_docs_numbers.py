@@ -142,14 +142,23 @@ def test_the_quality_of_the_digits_is_that_which_was_measured():
 
 
 def test_the_quality_of_8_bits_is_that_which_was_measured():
-    files = {"int8": "quality_int8", "float32": "quality", "float32, other seeds": "quality_seeds1000"}
-    measured = {
-        name: json.loads((RESULTS / "digits32" / f"{file}.json").read_text()) for name, file in files.items()
+    folder = RESULTS / "digits32"
+    documents = {
+        name: json.loads((folder / f"quality{name}.json").read_text())
+        for name in ("", "_int8", "_seeds1000", "_seeds1000_ddim")
     }
-    assert [of.get("precision") for of in measured.values()] == ["int8", None, "fp32"]
-    for row in table("docs/accuracy.md", "Frechet distance of", *files):
-        for name, of in measured.items():
-            assert says(row[name], of["rows"][row["Frechet distance of"]]["frechet"]), row
+    assert [one.get("precision") for one in documents.values()] == [None, "int8", "fp32", "fp32"]
+    other_seeds = documents["_seeds1000"]["rows"] | documents["_seeds1000_ddim"]["rows"]
+    measured = {
+        "int8": documents["_int8"]["rows"],
+        "float32": documents[""]["rows"],
+        "float32, other seeds": other_seeds,
+    }
+    rows = table("docs/accuracy.md", "Frechet distance of", *measured)
+    assert len(rows) == 4
+    for row in rows:
+        for name, samples in measured.items():
+            assert says(row[name], samples[row["Frechet distance of"]]["frechet"]), row
 
 
 def test_the_accuracy_of_the_readme_is_that_of_the_docs():
