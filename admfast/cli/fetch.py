@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from admfast.checkpoints import fetch
-from admfast.errors import OutputError, invalid, nearest
+from admfast.errors import OutputError, allowed_names, invalid
 from admfast.files.atomic import folder_if_used
 from admfast.files.paths import user_path
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset
@@ -63,7 +63,9 @@ def wanted_models(names: list[str]) -> list[ModelPreset]:
         else:
             found = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
             if found is None:
-                raise invalid("names", name, f"no such system or model; {nearest(name, [*SYSTEMS, *MODELS])}")
+                raise invalid(
+                    "names", name, f"no such system or model; {allowed_names(name, [*SYSTEMS, *MODELS])}"
+                )
             models = (found,)
         for model in models:
             if model.shipped:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from admfast.errors import CheckpointError, invalid, nearest
+from admfast.errors import CheckpointError, allowed_names, invalid
 from admfast.files.tables import table
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
 
@@ -34,7 +34,7 @@ def run_models(
         return
     model = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
     if model is None:
-        raise invalid("name", name, f"no such system or model; {nearest(name, [*SYSTEMS, *MODELS])}")
+        raise invalid("name", name, f"no such system or model; {allowed_names(name, [*SYSTEMS, *MODELS])}")
     print(table(_model_rows(model)))
 
 

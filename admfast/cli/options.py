@@ -9,8 +9,8 @@ import torch
 
 from admfast.checkpoints import flags
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
-from admfast.checks import literal
-from admfast.errors import invalid, nearest
+from admfast.checks import parse_literal
+from admfast.errors import allowed_names, invalid
 from admfast.sampling.load import LOW_RES_SIZE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,7 +31,7 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] | Non
             raise invalid(flag, text, "NAME=VALUE, such as num_heads=4")
         known = [*OPTION_NAMES, *(also or ())]
         if also is not None and name not in known and name not in flags.NAMES:
-            raise invalid(flag, name, f"no such option of a file; {nearest(name, known)}")
+            raise invalid(flag, name, f"no such option of a file; {allowed_names(name, known)}")
         if name in SWITCH_NAMES or name in flags.SWITCHES:
             if value.lower() not in _WORDS:
                 raise invalid(flag, text, "True or False (or yes, no, 1, 0)")
@@ -42,8 +42,8 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] | Non
 
 
 def _value(text: str) -> Any:
-    """Return the value of a text: `literal` of it, or a tuple if it is several words with commas."""
-    found = literal(text)
+    """Return the value of a text: `parse_literal` of it, or a tuple if it is several words with commas."""
+    found = parse_literal(text)
     if isinstance(found, str) and found == text and "," in text:
         return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
     return found

@@ -79,7 +79,7 @@ def _command(kind: str) -> Callable[..., None]:
         given = {
             "steps": steps, "batch_size": batch_size, "microbatch": microbatch, "lr": lr, "seed": seed,
             "precision": precision,
-            "checkpointing": None if checkpointing is None else checks.literal(checkpointing),
+            "checkpointing": None if checkpointing is None else checks.parse_literal(checkpointing),
         }  # fmt: skip
         options |= {name: value for name, value in given.items() if value is not None}
         wanted = resolved(kind, preset, from_, options)

@@ -10,7 +10,7 @@ from admfast import checks
 from admfast.checkpoints import load_network
 from admfast.cli.options import options_of
 from admfast.cli.train import resolved
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 from admfast.files.tables import table
 from admfast.sampling.load import chosen_device
 from admfast.training.memory import step_memory
@@ -27,7 +27,7 @@ def print_memory(path: Path, set_: Iterable[str] | None, given: Mapping[str, Any
     """
     options = {**options_of("--set", set_, also=None), **given}
     if "checkpointing" in given:
-        options["checkpointing"] = checks.literal(given["checkpointing"])
+        options["checkpointing"] = checks.parse_literal(given["checkpointing"])
     recipes = _of_file(path, options) if path.exists() else _of_preset(str(path), options)
     for number, recipe in enumerate(recipes):
         print("\n" * bool(number) + table(_rows(resolved_precision(recipe, chosen_device(None)))))
@@ -45,7 +45,7 @@ def _of_preset(name: str, options: dict[str, Any]) -> list[Recipe]:
     kinds = [kind for kind in KINDS if name in PRESETS[kind]]
     if not kinds:
         known = list(dict.fromkeys(preset for kind in KINDS for preset in PRESETS[kind]))
-        raise invalid("path", name, f"a file, or a preset of `admfast train`; {nearest(name, known)}")
+        raise invalid("path", name, f"a file, or a preset of `admfast train`; {allowed_names(name, known)}")
     return [resolved(kind, name, None, options) for kind in kinds]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from admfast.errors import Unavailable, invalid, nearest
+from admfast.errors import Unavailable, allowed_names, invalid
 
 ENVIRONMENT = "ADMFAST_IMPL"
 
@@ -86,7 +86,7 @@ class OpTable:
         value = name if value is None else value
         if not isinstance(name, str):
             raise invalid(asked_by, name, f"the name of an implementation: {', '.join(self.names())}")
-        near = nearest(name, self.names())
+        near = allowed_names(name, self.names())
         raise invalid(asked_by, value, f"no implementation of {self.op} is called {name!r}; {near}")
 
     def choose(self, impl: str | None, *args: Any, **kwargs: Any) -> Implementation:
@@ -193,7 +193,7 @@ def named_by_environment(op: str, value: str | None = None) -> str | None:
         if not separator:
             target, name = "", item
         elif target not in TABLES:
-            raise invalid(ENVIRONMENT, value, f"no op is called {target!r}; {nearest(target, TABLES)}")
+            raise invalid(ENVIRONMENT, value, f"no op is called {target!r}; {allowed_names(target, TABLES)}")
         if target in names:
             what = f"implementations of {target}" if target else "names for every op"
             raise invalid(ENVIRONMENT, value, f"two {what}: {names[target]!r} and {name!r}")

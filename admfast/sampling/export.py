@@ -17,7 +17,7 @@ from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, diffusers, load_
 from admfast.checkpoints.published_flags import published_flags
 from admfast.checkpoints.reading import Source
 from admfast.checkpoints.writing import DTYPES, write_folder
-from admfast.checks import one_of, switch
+from admfast.checks import boolean, one_of
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
 from admfast.files.atomic import atomic_open, check_free, check_place, check_writable
 from admfast.files.paths import user_path
@@ -104,7 +104,7 @@ def export(
         CheckpointError: as `admfast.load`.
         OutputError: if a file exists already, or can't be written.
     """
-    out = _place(out, one_of("to", to, FORMS), switch("overwrite", overwrite))
+    out = _place(out, one_of("to", to, FORMS), boolean("overwrite", overwrite))
     if one_of("scheduler", scheduler, diffusers.SCHEDULERS) != "ddim" and to != "diffusers":
         raise invalid("scheduler", scheduler, "only with to='diffusers'")
     if dtype is not None and dtype not in DTYPES:

@@ -173,5 +173,5 @@ def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tens
     channels = x.shape[1]
     out = out.to(x.dtype)
     x0 = denoised_fn(row.k_x * x + row.k_out * out[:, :channels])
-    checks.images("denoised_fn(x_0)", x0, tuple(x.shape))
+    checks.image_tensor("denoised_fn(x_0)", x0, tuple(x.shape))
     return torch.cat([x0, out[:, channels:]], dim=1)

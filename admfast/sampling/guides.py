@@ -40,9 +40,9 @@ class Guide:
     interval: Interval | None = None
 
     def __post_init__(self) -> None:
-        checks.functions(function=self.function)
-        checks.switches(self, "sees_prediction")
-        scale = checks.real("scale", self.scale, least=-LARGEST, most=LARGEST)
+        checks.optional_callables(function=self.function)
+        checks.store_booleans(self, "sees_prediction")
+        scale = checks.finite_float("scale", self.scale, least=-LARGEST, most=LARGEST)
         object.__setattr__(self, "scale", scale)
         if self.function is None and self.sees_prediction:
             raise invalid("function", None, "a function of (x_t, t, prediction)")
@@ -55,7 +55,7 @@ class Guide:
             raise invalid("function", None, "a function; None works only as a guide of `sample`")
         # Copies, which a function may keep or change. With a prediction, x_t is a copy already.
         given = (x_t, t.clone(), prediction) if self.sees_prediction else (x_t.detach().clone(), t.clone())
-        gradient = checks.images("guidance(x, t)", self.function(*given), tuple(x_t.shape))
+        gradient = checks.image_tensor("guidance(x, t)", self.function(*given), tuple(x_t.shape))
         return gradient if self.scale == 1 else gradient * self.scale
 
 

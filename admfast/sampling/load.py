@@ -16,12 +16,12 @@ from torch import nn
 from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, flags, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.checkpoints.reading import A_RUN, ENDINGS, Source, near_names
-from admfast.checks import switch, whole
+from admfast.checks import boolean, whole_number
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import own_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
-from admfast.errors import CheckpointError, Unavailable, invalid, nearest
+from admfast.errors import CheckpointError, Unavailable, allowed_names, invalid
 from admfast.files.paths import user_path
 from admfast.models import Classifier, UNet, Upsampler, UpsamplerConfig
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
@@ -98,8 +98,8 @@ def load(
     said = {**{argument: value for argument, value in more.items() if value not in (None, {})}, **options}
     of_classifier = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
     on = chosen_device(device)
-    prepared = _engine_options(engine, switch("compile", compile), compile_cache)
-    form = _NetworkSettings(policy(precision, on), prepared, switch("keep_master", keep_master))
+    prepared = _engine_options(engine, boolean("compile", compile), compile_cache)
+    form = _NetworkSettings(policy(precision, on), prepared, boolean("keep_master", keep_master))
     with own_numerics(on):
         if chosen is not None:
             refuse_said(chosen, said)
@@ -139,7 +139,9 @@ def no_system(argument: str, source: Source, weights: str | PathLike[str] | None
         if not os.path.lexists(source) and source.suffix not in ENDINGS:
             path = f"a path must name a weights file or {A_RUN}{near_names(source)}"
             raise invalid(
-                argument, str(source), f"neither a system nor a file; {nearest(str(source), SYSTEMS)}; {path}"
+                argument,
+                str(source),
+                f"neither a system nor a file; {allowed_names(str(source), SYSTEMS)}; {path}",
             )
     if weights is not None:
         allowed = f"for a system, as the folder of its files; {_named(source)} is a file"
@@ -222,7 +224,9 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, form: _NetworkS
             raise invalid(argument, part.options, f"there is no {part.argument}")
         for name in part.options:
             if name not in OPTION_NAMES and name not in flags.NAMES:
-                raise invalid(argument, name, f"no such option of a file; {nearest(str(name), OPTION_NAMES)}")
+                raise invalid(
+                    argument, name, f"no such option of a file; {allowed_names(str(name), OPTION_NAMES)}"
+                )
     loaded: dict[str, tuple[Network, ModelInfo]] = {}
     questions = []
     for part in parts:
@@ -266,7 +270,7 @@ def low_res_size_of(info: ModelInfo, given: Any) -> int | None:
         return info.low_res_size
     if not isinstance(info.config, UpsamplerConfig):
         raise invalid(LOW_RES_SIZE, given, f"for an upsampler; {info.path} holds a {info.config.kind}")
-    return whole(LOW_RES_SIZE, given, 1)
+    return whole_number(LOW_RES_SIZE, given, 1)
 
 
 def _load_part(part: _WeightsFile, device: torch.device) -> tuple[Network, ModelInfo]:
@@ -295,7 +299,7 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
     known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
     for name, value in options.items():
         if name not in (*OPTION_NAMES, LOW_RES_SIZE) and name not in flags.NAMES:
-            raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")
+            raise invalid(name, value, f"no such argument or option; {allowed_names(name, known)}")
 
 
 def _load_system(

@@ -192,11 +192,11 @@ class Pipeline:
         """
         with own_numerics(self.device, self.policy.tf32):
             check_of_images(self)
-            x_t = checks.images("x_t", x_t)
-            low_res = None if low_res is None else checks.images("low_res", low_res)
+            x_t = checks.image_tensor("x_t", x_t)
+            low_res = None if low_res is None else checks.image_tensor("low_res", low_res)
             check_low_res(self, low_res, len(x_t), "image")
             if low_res is not None and low_res.device.type == "cpu":
-                checks.in_range("low_res", low_res)
+                checks.image_range("low_res", low_res)
             labels = self._labels(classes, x_t)
             self.engine.ready(guided=False)
             return self.predictor(conditioned(self.net, labels, low_res), x_t, t)
@@ -206,12 +206,14 @@ class Pipeline:
         known = self.config.num_classes
         if known is None:
             if classes is not None:
-                raise invalid("classes", checks.plain(classes), f"{self.name} is not class-conditional")
+                raise invalid("classes", checks.to_python(classes), f"{self.name} is not class-conditional")
             return None
         if classes is None:
             raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
         if not isinstance(classes, Tensor) or classes.device.type == "cpu":
-            classes = torch.tensor(checks.whole_or_several("classes", classes, 0, known - 1), device="cpu")
+            classes = torch.tensor(
+                checks.whole_number_or_tuple("classes", classes, 0, known - 1), device="cpu"
+            )
         labels = classes.to(x_t.device)
         if labels.numel() == 1 and labels.dim() < 2:
             labels = labels.expand(len(x_t))
@@ -263,11 +265,11 @@ class Pipeline:
         """Check that the networks agree in images and classes; normalize numbers."""
         config, up = self.config, self.upsampler
         numbers = {
-            "guidance": checks.real("guidance", self.guidance, least=-LARGEST, most=LARGEST),
-            "steps": checks.whole("steps", self.steps, 1),
+            "guidance": checks.finite_float("guidance", self.guidance, least=-LARGEST, most=LARGEST),
+            "steps": checks.whole_number("steps", self.steps, 1),
         }
         if self.low_res_size is not None:
-            numbers["low_res_size"] = checks.whole("low_res_size", self.low_res_size, 1)
+            numbers["low_res_size"] = checks.whole_number("low_res_size", self.low_res_size, 1)
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
         check_ordinary("net", self.net)

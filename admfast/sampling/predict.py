@@ -54,7 +54,10 @@ class Predictor:
         last = self.process.num_timesteps - 1
         if not isinstance(t, Tensor) or (t.dim() == 0 and t.is_floating_point() and not t.requires_grad):
             # A number, a list or an array: 500.0 means the integer timestep 500.
-            given = [checks.real("t", item, least=0, most=last) for item in checks.items(checks.plain(t))]
+            given = [
+                checks.finite_float("t", item, least=0, most=last)
+                for item in checks.as_list(checks.to_python(t))
+            ]
             dtype = torch.int64 if all(item.is_integer() for item in given) else _wide(x_t)
             if len(given) == 1:
                 return torch.full((len(x_t),), given[0], dtype=dtype, device=x_t.device)

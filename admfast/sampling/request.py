@@ -15,7 +15,7 @@ from admfast import checks
 from admfast.checkpoints import flags
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
-from admfast.errors import first_line, invalid, nearest
+from admfast.errors import allowed_names, first_line, invalid
 from admfast.sampling.guides import LARGEST, Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.solvers import Solver, from_text, solver_of
@@ -100,7 +100,7 @@ class SampleRequest:
         self._check_images()
         self._check_steps()
         self._check_guidance()
-        checks.functions(denoised_fn=self.denoised_fn, callback=self.callback)
+        checks.optional_callables(denoised_fn=self.denoised_fn, callback=self.callback)
         self._put_whole("every", 1)
         checks.one_of("output", self.output, ("uint8", "float"))
         if not isinstance(self.impl, str | None):
@@ -112,7 +112,7 @@ class SampleRequest:
 
     def _put_whole(self, name: str, least: int) -> None:
         """Store a whole number as an int."""
-        self._put(name, checks.whole(name, getattr(self, name), least))
+        self._put(name, checks.whole_number(name, getattr(self, name), least))
 
     def _check_images(self) -> None:
         """Check the settings that select images, and the tensors of images."""
@@ -123,12 +123,12 @@ class SampleRequest:
                     raise invalid(name, [], "at least one")
         if self.size is not None:
             size = _sides_of(self.size) if isinstance(self.size, str) else self.size
-            self._put("size", checks.whole_or_several("size", size, 1))
+            self._put("size", checks.whole_number_or_tuple("size", size, 1))
         for name in ("noise", "x_start", "step_noise", "low_res"):
             if getattr(self, name) is not None:
-                images = checks.images(name, getattr(self, name))
+                images = checks.image_tensor(name, getattr(self, name))
                 if name == "low_res" or (name == "x_start" and self.clip):
-                    checks.in_range(name, images)
+                    checks.image_range(name, images)
         if self.batch_size is not None:
             self._put_whole("batch_size", 1)
 
@@ -140,14 +140,14 @@ class SampleRequest:
             solver = solver_of(self.solver, **({} if self.eta is None else {"eta": self.eta}))
         self._put("solver", solver)
         self._put("eta", None)
-        checks.switches(self, "clip")
+        checks.store_booleans(self, "clip")
         for name in ("steps", "upsampler_steps"):
             if getattr(self, name) is not None:
                 self._put_whole(name, 1)
         if self.respacing is not None and self.steps is not None:
             raise invalid("steps", self.steps, "not together with respacing")
         if self.respacing is not None and not isinstance(self.respacing, str):
-            self._put("respacing", checks.whole_or_several("respacing", self.respacing, 0))
+            self._put("respacing", checks.whole_number_or_tuple("respacing", self.respacing, 0))
         if self.t_start is not None:
             self._put_whole("t_start", 0)
         if solver.begins == "noise":
@@ -166,14 +166,16 @@ class SampleRequest:
 
     def _check_guidance(self) -> None:
         """Check the guides, and that the classifier's scale is given at most once."""
-        checks.functions(guidance_fn=self.guidance_fn)
+        checks.optional_callables(guidance_fn=self.guidance_fn)
         if self.guidance is not None:
-            self._put("guidance", checks.real("guidance", self.guidance, least=-LARGEST, most=LARGEST))
+            self._put(
+                "guidance", checks.finite_float("guidance", self.guidance, least=-LARGEST, most=LARGEST)
+            )
         if self.guidance and self.guidance_fn is not None:
             raise invalid("guidance", self.guidance, "not together with guidance_fn")
         if self.guidance_interval is not None:
             self._put("guidance_interval", checks.interval("guidance_interval", self.guidance_interval))
-        self._put("guides", tuple(checks.items(self.guides)))
+        self._put("guides", tuple(checks.as_list(self.guides)))
         by_classifier = [] if self.guidance is None else [self.guidance]
         for guide in self.guides:
             if not isinstance(guide, Guide):
@@ -222,7 +224,7 @@ class SampleRequest:
         for name, value in settings.items():
             if name not in known:
                 flags.refuse_elsewhere({name: value})
-                raise invalid(name, value, f"sample has no such argument; {nearest(name, known)}")
+                raise invalid(name, value, f"sample has no such argument; {allowed_names(name, known)}")
         return cls(*images, **settings)
 
 

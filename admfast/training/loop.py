@@ -70,7 +70,7 @@ class Habits:
             ("keep", 1),
             ("workers", 0),
         ):
-            checks.whole(name, getattr(self, name), least)
+            checks.whole_number(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)

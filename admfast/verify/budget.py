@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from admfast.checks import real
+from admfast.checks import finite_float
 from admfast.engine.precision import Policy
 from admfast.errors import invalid
 from admfast.files.levels import to_uint8
@@ -30,7 +30,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, above in (("layer", 0), ("step", 0), ("psnr", None), ("output", None)):
-            object.__setattr__(self, name, real(name, getattr(self, name), above=above))
+            object.__setattr__(self, name, finite_float(name, getattr(self, name), above=above))
 
 
 # A layer rounds three times: its weights, a partial sum of two sources, and its output. These relative errors
