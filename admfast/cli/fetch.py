@@ -9,7 +9,7 @@ import typer
 
 from admfast.checkpoints import fetch
 from admfast.errors import OutputError, allowed_names, invalid
-from admfast.files.atomic import folder_if_used
+from admfast.files.atomic import folder_removed_if_empty
 from admfast.files.paths import user_path
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset
 
@@ -36,7 +36,7 @@ def run_fetch(
 ) -> None:
     """Download released weights, resume broken downloads, and check sizes and hashes that are known."""
     wanted, out = wanted_models(names), user_path("out", out)
-    with folder_if_used(out):
+    with folder_removed_if_empty(out):
         for model in wanted:
             path = out / model.file
             if path.exists() and not overwrite:

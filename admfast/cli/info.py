@@ -14,7 +14,7 @@ from admfast.cli.examples import examples
 from admfast.engine.numerics import CHOSEN_BY
 from admfast.errors import AdmfastError
 from admfast.files.tables import table
-from admfast.host import PASSIVE
+from admfast.host import PASSIVE_WAIT
 from admfast.ops import TABLES, watch
 from admfast.ops.native import build_info, instruction_set, reason_missing
 
@@ -33,7 +33,14 @@ def run_info() -> None:
         ("compiled ops", _build()),
         ("CPU loops", f"none: {why_not}" if why_not else instruction_set()),
     ]
-    for name in ("ADMFAST_IMPL", "ADMFAST_CPU_ISA", "ADMFAST_BUILD", "ADMFAST_MIRROR", *CHOSEN_BY, *PASSIVE):
+    for name in (
+        "ADMFAST_IMPL",
+        "ADMFAST_CPU_ISA",
+        "ADMFAST_BUILD",
+        "ADMFAST_MIRROR",
+        *CHOSEN_BY,
+        *PASSIVE_WAIT,
+    ):
         rows.append((name, os.environ.get(name, "not set")))
     print(table(rows))
     print()

@@ -15,10 +15,10 @@ from admfast.engine.numerics import peak_memory
 from admfast.engine.options import EngineOptions
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 from admfast.files.atomic import check_folder
+from admfast.files.image_sets import read_image_set
 from admfast.files.images import MODES
 from admfast.files.npz import Samples
 from admfast.files.paths import user_path
-from admfast.files.sets import read_set
 from admfast.files.tables import table
 from admfast.runs.sampling import SampleRun
 from admfast.sampling.load import load
@@ -138,7 +138,7 @@ def _say(text: str) -> None:
 def read_low_res(path: Path, channels: int = 3) -> Samples:
     """Read the images to enlarge, for a network of `channels` channels; InvalidArgument names the option."""
     try:
-        return read_set(path, channels if channels in MODES else None)
+        return read_image_set(path, channels if channels in MODES else None)
     except InvalidArgument as error:
         raise InvalidArgument(f"--low-res: {error}") from None
 

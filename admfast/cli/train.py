@@ -21,11 +21,11 @@ from admfast.cli.options import DTYPES, options_of
 from admfast.cli.sample_options import Device
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
-from admfast.files.atomic import check_free, check_place, check_writable
+from admfast.files.atomic import check_folder_path, check_not_existing, check_writable
 from admfast.files.images import write_png
 from admfast.files.paths import user_path
 from admfast.files.tables import table
-from admfast.interrupts import SIGNALLED
+from admfast.interrupts import SIGNAL_STATUS
 from admfast.models import NetConfig
 from admfast.training.distributed import World, processes
 from admfast.training.export import export
@@ -150,7 +150,7 @@ def run_export(
         drawn = run_picture(run)
         check_writable(picture)
         if not overwrite:
-            check_free("picture", [picture])
+            check_not_existing("picture", [picture])
     # `export` checks its arguments before it writes: an error in either file leaves neither.
     if out is not None:
         description = export(run, out, ema, width, DTYPES[dtype], overwrite)
@@ -200,7 +200,7 @@ def _train(
     wanted: Recipe, data: str, labels: str, out: Path, habits: Habits, world: World, start: str | None
 ) -> None:
     source = open_source(data, labels)
-    check_place(out)
+    check_folder_path(out)
     if world.first:
         print(
             table(
@@ -217,7 +217,7 @@ def _train(
         print(f"{outcome.step} of {wanted.steps} steps are done; peak memory {peak:.2f} GB")
         print(out.resolve())
     if outcome.signal is not None:
-        raise typer.Exit(SIGNALLED + outcome.signal)
+        raise typer.Exit(SIGNAL_STATUS + outcome.signal)
 
 
 def _try(wanted: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:

@@ -112,7 +112,7 @@ class Engine:
 
     def _threads(self, shape: Sequence[int]) -> int:
         """Return the number of CPU threads for a row by Python functions; shape: (N, C, *spatial)."""
-        own = threads_for(convolution(self.net.config, shape), host.cpus())  # type: ignore[arg-type]
+        own = threads_for(convolution(self.net.config, shape), host.usable_cpus())  # type: ignore[arg-type]
         return chosen_threads(self.options.threads, own)
 
     def describe(self, step: PreparedStep | None, shape: Sequence[int], guided: bool) -> dict[str, Any]:

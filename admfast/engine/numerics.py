@@ -46,7 +46,7 @@ def own_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
             # the quota would take turns, and spin while they wait. A smaller number is the user's choice.
             before = torch.get_num_threads()
             if before > 1:
-                stack.enter_context(on_threads(min(before, host.cpus())))
+                stack.enter_context(on_threads(min(before, host.usable_cpus())))
         yield
 
 
@@ -60,7 +60,7 @@ def chosen_threads(asked: int | None, own: int) -> int:
         return asked
     now, chosen = torch.get_num_threads(), any(map(os.environ.get, CHOSEN_BY))
     # torch's default is one thread per core or processor, which `own_numerics` may reduce to the CPU quota.
-    if now == 1 or chosen or now not in (host.cpus(), len(host.processors()), host.cores()):
+    if now == 1 or chosen or now not in (host.usable_cpus(), len(host.processor_ids()), host.usable_cores()):
         return now
     return min(own, now)
 

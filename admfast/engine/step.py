@@ -126,7 +126,7 @@ class PreparedStep:
         self._networks, self.generations = networks, generations_of(networks)
         self._make_buffers(device)
         config: Any = net.config
-        self.own_threads = threads_for(convolution(config, key.shape), host.cpus())
+        self.own_threads = threads_for(convolution(config, key.shape), host.usable_cpus())
         self.asked_threads = options.threads
         self.threads = self._threads()
         parts = {"net": self.net, "classifier": self.classifier}

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from admfast.errors import OutputError
-from admfast.files.atomic import check_place, make_folder, output_error, write_bytes
-from admfast.interrupts import held_back
+from admfast.files.atomic import check_folder_path, make_folder, output_error, write_bytes
+from admfast.interrupts import delay_signals
 
 # Names of the files that a run writes, by folder. No other file is ever removed or replaced.
 OWN = {
@@ -35,7 +35,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise OutputError if `out` is a file, or holds samples that must not be overwritten."""
-        check_place(self.out)
+        check_folder_path(self.out)
         self._old = samples_in(self.out)
         if self._old and not self._overwrite:
             held = f"holds {len(self._old)} files of samples already"
@@ -54,7 +54,7 @@ class RunFolder:
         """Replace the older set with the finished one. Signals wait until this is done."""
         if self.place == self.out:
             return
-        with held_back():
+        with delay_signals():
             new = set()
             for path in samples_in(self.place):
                 target = self.out / path.relative_to(self.place)

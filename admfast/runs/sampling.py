@@ -19,7 +19,7 @@ from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
 from admfast.files.paths import user_path
-from admfast.interrupts import held_back
+from admfast.interrupts import delay_signals
 from admfast.runs.folder import RunFolder
 from admfast.sampling.loop import Notes, Progress, run
 from admfast.sampling.pipeline import Pipeline
@@ -142,7 +142,7 @@ class SampleRun:
             batch_size=size,
         )
         for i, image in enumerate(run(plan(request, self.pipe), self._notes).numpy(), first):
-            with held_back():  # so that every file written is counted
+            with delay_signals():  # so that every file written is counted
                 write_png(self._png(i), image)
                 if i < GRID_LIMIT:
                     self._shown.append(image)

@@ -19,7 +19,7 @@ from admfast.checkpoints.reading import Source
 from admfast.checkpoints.writing import DTYPES, write_folder
 from admfast.checks import boolean, one_of
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
-from admfast.files.atomic import atomic_open, check_free, check_place, check_writable
+from admfast.files.atomic import atomic_open, check_folder_path, check_not_existing, check_writable
 from admfast.files.paths import user_path
 from admfast.models.description import Description
 from admfast.sampling.load import (
@@ -125,7 +125,7 @@ def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
     if to == "diffusers":
         if path.suffix in (ending for endings in FORMS.values() for ending in endings):
             raise invalid("out", str(path), "a folder for to='diffusers', not a weights file")
-        check_place(path)
+        check_folder_path(path)
         taken = [path] if path.is_dir() and any(path.iterdir()) else []
         if taken and overwrite and not (path / RECORD).is_file():
             raise OutputError(f"out={str(path)!r}: not replaced, because it is not an export (no {RECORD})")
@@ -134,7 +134,7 @@ def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
         beside = (".json", ".flags") if to == "published" else (".json",)
         taken = [path, *map(path.with_suffix, beside)]
     if not overwrite:
-        check_free("out", taken)
+        check_not_existing("out", taken)
     return path
 
 

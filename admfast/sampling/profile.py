@@ -169,7 +169,7 @@ def _of_size(stage: StageReport, own: Pipeline) -> Iterator[str]:
         return
     shape = (stage.batch, own.config.in_channels, *stage.sides)
     work = convolution(own.config, shape)  # type: ignore[arg-type]
-    worth = threads_for(work, host.cpus())
+    worth = threads_for(work, host.usable_cpus())
     if stage.threads is not None and stage.threads < worth:
         yield f"{stage.threads} threads, though the work is enough for {worth} (OMP_NUM_THREADS, threads=)"
     if work < GRAIN:

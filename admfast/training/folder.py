@@ -17,7 +17,7 @@ import torch
 from admfast.checkpoints.reading import A_RUN, near_names
 from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
-from admfast.files.atomic import folder_if_used, let_go, lock, output_error, write_text
+from admfast.files.atomic import close_on_windows, folder_removed_if_empty, lock, output_error, write_text
 from admfast.files.paths import user_path
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
@@ -41,7 +41,7 @@ def held(run: Path, world: World) -> Iterator[None]:
     if not world.first:
         yield
         return
-    with folder_if_used(run), _locked(run):
+    with folder_removed_if_empty(run), _locked(run):
         sweep(run)
         yield
 
@@ -70,7 +70,7 @@ def _locked(run: Path) -> Iterator[None]:
                 raise OutputError(f"out={str(run)!r}: another process is training in this folder")
             yield
         finally:
-            let_go(file)
+            close_on_windows(file)
             if made and not os.path.lexists(run / RUN_FILE):
                 with contextlib.suppress(OSError):  # on Windows another process may have opened it
                     path.unlink()

@@ -16,7 +16,7 @@ from admfast.checkpoints.snapshots import snapshots
 from admfast.cli.main import main
 from admfast.cli.train import resolved
 from admfast.errors import CheckpointError, InvalidArgument
-from admfast.interrupts import ENDING
+from admfast.interrupts import ENDING_SIGNALS
 from admfast.training import loop
 from admfast.training.recipes import PRESETS, recipe
 
@@ -130,7 +130,7 @@ def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", ENDING_SIGNALS)
 def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, times):
     """After the first signal the current step is finished and saved; a second one ends the run at once."""
     update = loop.Learner.update
@@ -141,14 +141,14 @@ def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, time
         return update(self, batch)
 
     monkeypatch.setattr(loop.Learner, "update", and_signal)
-    before = [signal.getsignal(one) for one in ENDING]
+    before = [signal.getsignal(one) for one in ENDING_SIGNALS]
     assert main(["train", "diffusion", "--out", str(tmp_path), *QUICK]) == 128 + number
     assert capsys.readouterr().err == f"admfast: interrupted by {number.name}\n"
     assert [snapshot.step for snapshot in snapshots(tmp_path)] == [1] * (times == 1)
-    assert [signal.getsignal(one) for one in ENDING] == before
+    assert [signal.getsignal(one) for one in ENDING_SIGNALS] == before
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", ENDING_SIGNALS)
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch, number):
     """nohup, for example, makes a command ignore SIGHUP."""
     update = loop.Learner.update
