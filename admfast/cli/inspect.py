@@ -10,7 +10,7 @@ import typer
 from admfast import checks
 from admfast.checkpoints import describe
 from admfast.cli import train_options as option
-from admfast.cli.options import DTYPES, options_of
+from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Preset
 from admfast.errors import invalid
 from admfast.files.tables import table
@@ -68,7 +68,7 @@ def run_inspect(
     checks.one_of("dtype", dtype, DTYPES)
     if batch < 1:
         raise invalid("batch", batch, "1 image or more")
-    options = options_of("--set", set_)
+    options = parse_settings("--set", set_)
     rows = describe(
         path, preset=preset, batch=batch, dtype=DTYPES[dtype], check_values=values, options=options
     )

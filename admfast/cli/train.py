@@ -17,7 +17,7 @@ from admfast.checkpoints import load_network
 from admfast.checkpoints.reading import ENDINGS
 from admfast.cli import train_options as option
 from admfast.cli.commands import UsageProblem
-from admfast.cli.options import DTYPES, options_of
+from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Device
 from admfast.engine.numerics import peak_memory
 from admfast.errors import invalid
@@ -75,14 +75,14 @@ def _command(kind: str) -> Callable[..., None]:
     ) -> None:
         if out is None and not dry_run:
             raise UsageProblem("Missing option '--out', the folder of the run; only --dry-run needs none.")
-        options = options_of("--set", set_, also=None)
+        options = parse_settings("--set", set_, extra_names=None)
         given = {
             "steps": steps, "batch_size": batch_size, "microbatch": microbatch, "lr": lr, "seed": seed,
             "precision": precision,
             "checkpointing": None if checkpointing is None else checks.parse_literal(checkpointing),
         }  # fmt: skip
         options |= {name: value for name, value in given.items() if value is not None}
-        wanted = resolved(kind, preset, from_, options)
+        wanted = resolve_recipe(kind, preset, from_, options)
         if "steps" not in options and out is not None:
             wanted = dataclasses.replace(wanted, steps=_steps_of(user_path("out", out), wanted.steps))
         habits = Habits(
@@ -161,7 +161,7 @@ def run_export(
         print(picture.resolve())
 
 
-def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
+def resolve_recipe(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
     """Return the recipe of a command's options. Raises InvalidArgument, CheckpointError."""
     base = recipe(kind, preset)
     if start is not None:

@@ -123,19 +123,19 @@ class Engine:
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net, "classifier": self.classifier if guided else None}
-        unreplayed = _why_not(step, "captured", "EngineOptions(graph=False)")
+        not_replayed_reason = _why_not(step, "captured", "EngineOptions(graph=False)")
         if step is not None and step.replays:
             reasons = (step.replays[kind].unused for kind in set(step.guided))
-            unreplayed = next(filter(None, reasons), None)
+            not_replayed_reason = next(filter(None, reasons), None)
         if step is not None:
             threads = step.threads
         else:
             threads = self._threads(shape) if on_cpu else None
         return {
-            "unreplayed": unreplayed,
-            "uncompiled": _why_not(step, "compiled") if options.compile else "not requested",
+            "not_replayed_reason": not_replayed_reason,
+            "not_compiled_reason": _why_not(step, "compiled") if options.compile else "not requested",
             # Without prepared steps, `ready` may not have looked for hooks, so `altered` may be out of date.
-            "by_parts": tuple(
+            "layerwise_networks": tuple(
                 name
                 for name, net in networks.items()
                 if net is not None and (net.altered or not options.prepared) and _runs_by_parts(net)

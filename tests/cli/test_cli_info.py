@@ -34,7 +34,7 @@ def rows(text: str) -> dict[str, str]:
     return dict(map(str.strip, line.split("  ", 1)) for line in text.splitlines() if line.strip())
 
 
-@pytest.mark.parametrize("module", ["ast", "typer", "torch.storage", "admfast.cli.examples"])
+@pytest.mark.parametrize("module", ["ast", "typer", "torch.storage", "admfast.cli.op_examples"])
 @pytest.mark.parametrize("command", [["-m", "admfast"], ["-c", SCRIPT]], ids=["module", "script"])
 def test_ctrl_c_while_the_command_starts_is_one_line(command, module):
     """The signal comes once this module is imported: before or after typer, within torch or the package."""

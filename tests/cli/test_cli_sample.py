@@ -9,7 +9,7 @@ import pytest
 
 from admfast.checkpoints import write_weights
 from admfast.cli.main import main
-from admfast.cli.sample import MANY, of_each_class, parse_numbers
+from admfast.cli.sample import MAX_NUMBERS, parse_numbers, repeat_classes
 from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
 from admfast.files.images import read_image, write_png
@@ -400,11 +400,11 @@ def test_numbers_and_ranges(text, numbers):
     ],
 )
 def test_so_many_images_of_each_class(asked, planned):
-    assert of_each_class(*asked) == planned
+    assert repeat_classes(*asked) == planned
 
 
 def test_a_slip_does_not_fill_the_memory():
     with pytest.raises(InvalidArgument, match="at most"):
-        parse_numbers("seeds", f"0-9,0-{MANY}")
+        parse_numbers("seeds", f"0-9,0-{MAX_NUMBERS}")
     with pytest.raises(InvalidArgument, match="at most"):
-        of_each_class([0, 1], MANY, None, 4)
+        repeat_classes([0, 1], MAX_NUMBERS, None, 4)
