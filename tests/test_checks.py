@@ -147,3 +147,11 @@ def test_levels_are_no_images_of_floats_whatever_else_is_not_finite(low, high, s
 def test_images_and_what_guidance_takes_beyond_are_taken(values, spoiled):
     images = torch.tensor([*values, *spoiled] or [0.0]).view(1, 1, 1, -1)
     assert checks.image_range("x", images) is images
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_and_all_that_are_allowed():
+    names = ["fast", "exact", "slow"]
+    with pytest.raises(InvalidArgument, match="^mode='fats': nearest: fast.*; one of: fast, exact, slow$"):
+        checks.one_of("mode", "fats", names)
+    with pytest.raises(InvalidArgument, match="^mode='7': one of: fast, exact, slow$"):
+        checks.one_of("mode", "7", names)

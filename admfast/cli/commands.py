@@ -10,11 +10,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
+from admfast import __version__
 from admfast.cli.main import INTERRUPTED
 from admfast.cli.published_flags import translate_flags
 from admfast.errors import AdmfastError, InvalidArgument, invalid
@@ -63,12 +64,34 @@ def _summary(name: str) -> str:
     return (ast.get_docstring(function) or "").partition("\n")[0]
 
 
-app = Commands(
+def _print_version(requested: bool) -> None:
+    """Print the version and end the command, if `--version` was given."""
+    if requested:
+        print(f"admfast {__version__}")
+        raise typer.Exit()
+
+
+_group = typer.Typer(
     name="admfast",
+    cls=Commands,
     help="ADM diffusion models: sample, train, export, verify, inspect, fetch.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
+
+
+@_group.callback()
+def _group_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Declare the options of `admfast` itself."""
+
+
+app: Any = typer.main.get_command(_group)
 
 
 def run(args: list[str]) -> int:

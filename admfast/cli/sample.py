@@ -30,6 +30,7 @@ from admfast.solvers import solver_of
 
 # Most images of one call: a typo such as 0-99999999999 is an error and does not fill the memory.
 MAX_NUMBERS = 10_000_000
+MAX_DIGITS = 20  # of a number in a list, as many as the largest seed, 2^64 - 1, has
 
 
 def run_sample(
@@ -164,14 +165,17 @@ def parse_numbers(name: str, text: str) -> list[int]:
     """Read "0-9", "207,360" or "0-3,7"; raises InvalidArgument."""
     numbers: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None:
             raise invalid(name, text, "whole numbers and ranges separated by commas, such as 0-9 or 207,360")
+        if max(len(digits) for digits in match.groups("")) > MAX_DIGITS:
+            raise invalid(name, text, f"whole numbers of at most {MAX_DIGITS} digits")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise invalid(name, text, f"the range {part.strip()} runs backwards")
-        if last - first >= MAX_NUMBERS or len(numbers) + last - first >= MAX_NUMBERS:
-            raise invalid(name, text, f"at most {MAX_NUMBERS:,} numbers")
+        count = len(numbers) + last - first + 1
+        if count > MAX_NUMBERS:
+            raise invalid(name, text, f"at most {MAX_NUMBERS:,} numbers; this has {count:,} or more")
         numbers.extend(range(first, last + 1))
     return numbers
 

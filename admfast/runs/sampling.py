@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from admfast.errors import AdmfastError, invalid
-from admfast.files.atomic import make_folder
+from admfast.files.atomic import folder_removed_if_empty, make_folder
 from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
@@ -61,6 +61,7 @@ class SampleRun:
         self.finished = 0
         self._record = RunRecord()  # of all batches
         self._grid_images: list[NDArray[np.uint8]] = []  # images of the grid; all others are only on the disk
+        self._intermediates_before_images: list[Path] = []  # written before the first image was finished
         self._folder = RunFolder(self.out, self.overwrite)
         config = self.pipe.config
         if config.dims != 2 or config.in_channels not in PNG_CHANNELS:
@@ -91,12 +92,20 @@ class SampleRun:
         """Sample and write all files; return the paths of the grid and of the npz.
 
         If the run ends early (Ctrl-C, NaN in a later batch, a full disk), the finished images stay in
-        `written_folder`, with their grid and npz if these can be written.
+        `written_folder`, with their grid and npz if these can be written. Else nothing stays.
         """
         full_plan = self.check()
         shares, size = self._step_shares(full_plan), full_plan.batch_size
         del full_plan  # frees its tensors of all images on the device
-        self._folder.open()
+        with folder_removed_if_empty(self.out):
+            self._folder.open()
+            self._sample_all(size, shares)
+            paths = self._write_grid_and_npz()
+            self._folder.publish()
+        return [self.out / path.name for path in paths]
+
+    def _sample_all(self, size: int, shares: dict[str, float]) -> None:
+        """Sample and write all images with a progress bar; an error leaves the finished images."""
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         # Hidden until the first step, so that an error before it is one line.
         bar = tqdm(total=len(self.seeds), unit="image", bar_format=bar_format, delay=math.inf)
@@ -108,11 +117,11 @@ class SampleRun:
             # The error that ended the run is the one to report.
             with contextlib.suppress(AdmfastError):
                 self._write_grid_and_npz()
+            if not self.finished:  # the same run can then be started again
+                for path in self._intermediates_before_images:
+                    path.unlink(missing_ok=True)
             self._folder.close()
             raise
-        paths = self._write_grid_and_npz()
-        self._folder.publish()
-        return [self.out / path.name for path in paths]
 
     def _sample_batch(self, first: int, size: int, shares: dict[str, float], bar: tqdm) -> None:
         """Sample and write images first..first+size-1."""
@@ -197,4 +206,7 @@ class SampleRun:
         make_folder(folder)
         stage = "" if progress.stage == "base" else f"_{progress.stage}"
         for i, image in enumerate(to_uint8(progress.x0).cpu().numpy()):
-            write_png(folder / f"{first + i:06d}{stage}_step{progress.done:04d}.png", image)
+            path = folder / f"{first + i:06d}{stage}_step{progress.done:04d}.png"
+            if not self.finished:
+                self._intermediates_before_images.append(path)
+            write_png(path, image)

@@ -92,8 +92,8 @@ class Deviation:
 class Verification:
     """The result of a comparison: the relative errors of `layers` and `steps`, then those of the images.
 
-    psnr: in dB, infinite if nothing differs. differing_fraction: fraction of 8-bit values that differ. largest_difference: their
-    largest difference, in levels.
+    psnr: in dB, infinite if nothing differs. differing_fraction: fraction of 8-bit values that differ.
+    largest_difference: the largest difference of two such values, in levels.
     """
 
     budget: Budget

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from admfast.checkpoints import Fetched, write_weights
-from admfast.cli.fetch import run_fetch, wanted_models
+from admfast.cli.fetch import resolve_models, run_fetch
 from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
 from admfast.cli.options import parse_settings
@@ -240,7 +240,7 @@ def test_a_fetch_that_fails_leaves_no_folder(monkeypatch, tmp_path):
 
 
 def test_wanted_models_are_unique():
-    assert wanted_models(["imagenet64", "imagenet256-up"]) == [
+    assert resolve_models(["imagenet64", "imagenet256-up"]) == [
         preset("64x64_diffusion"),
         preset("64x64_classifier"),
         preset("64_256_upsampler"),

@@ -45,7 +45,7 @@ def stop_at(step: int) -> type[SampleRun]:
     """Return a run that raises KeyboardInterrupt in callback number `step`, counted over all batches."""
 
     class Stopped(SampleRun):
-        def _batch(self, first, size, steps, bar):
+        def _sample_batch(self, first, size, steps, bar):
             update = bar.update
 
             def counting(n):
@@ -56,7 +56,7 @@ def stop_at(step: int) -> type[SampleRun]:
 
             bar.update = counting
             try:
-                super()._batch(first, size, steps, bar)
+                super()._sample_batch(first, size, steps, bar)
             finally:
                 bar.update = update
 
@@ -114,8 +114,8 @@ def test_images_are_written_batch_by_batch(tmp_path):
     held = []
 
     class Watched(SampleRun):
-        def _batch(self, *args):
-            super()._batch(*args)
+        def _sample_batch(self, *args):
+            super()._sample_batch(*args)
             held.append(len(images_of(tmp_path)))
 
     Watched(pipeline(), SampleRequest(CLASSES, SEEDS, steps=1, batch_size=2), tmp_path).run()
@@ -184,8 +184,8 @@ def test_the_bar_ends_with_the_images(tmp_path, settings):
     seen = []
 
     class Counted(SampleRun):
-        def _batch(self, first, size, shares, bar):
-            super()._batch(first, size, shares, bar)
+        def _sample_batch(self, first, size, shares, bar):
+            super()._sample_batch(first, size, shares, bar)
             seen.append((bar.n, bar.total))
 
     Counted(cascade(), SampleRequest([0, 1], [0, 1], **settings), tmp_path).run()
@@ -202,7 +202,7 @@ def test_nine_ninths_are_not_more_than_the_whole(tmp_path, capsys):
 @pytest.mark.parametrize("size", [None, (8, 16)])
 def test_a_step_counts_by_its_pixels(tmp_path, size):
     run = run_of(tmp_path, pipe=cascade(classifier=None, guidance=0.0), steps=5, size=size)
-    shares = run._shares(run.check())
+    shares = run._step_shares(run.check())
     assert shares["upsampler"] == pytest.approx(4 * shares["base"])
     assert 5 * shares["base"] + 3 * shares["upsampler"] == pytest.approx(1)
 
