@@ -284,8 +284,10 @@ class Pipeline:
                 continue
             other: NetConfig = net.config  # type: ignore[assignment]
             if (other.in_channels, other.dims) != (config.in_channels, config.dims):
-                found = f"{other.in_channels} channels, {other.dims}-D"
-                raise invalid(name, found, f"as the network: {config.in_channels} channels, {config.dims}-D")
+                channels_text = f"{other.in_channels} channels, {other.dims}-D"
+                raise invalid(
+                    name, channels_text, f"as the network: {config.in_channels} channels, {config.dims}-D"
+                )
             # A classifier also serves a network without classes; an upsampler with classes must get them.
             count = other.num_classes if isinstance(other, UNetConfig) else other.out_channels
             if count is not None and self.num_classes != count:
