@@ -223,8 +223,8 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
     ]
     if (up := pipe.upsampler) is not None:
         rows.append(("upsampler", f"to {sides['upsampler']}, {request.upsampler_steps or up.steps} steps"))
-    scale = pipe.guidance if request.guidance is None else request.guidance
-    rows.append(("guidance", "none" if pipe.classifier is None else f"{scale:g}"))
+    guidance_scale = pipe.guidance if request.guidance is None else request.guidance
+    rows.append(("guidance", "none" if pipe.classifier is None else f"{guidance_scale:g}"))
     return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]
 
 

@@ -21,8 +21,8 @@ FILE_PATTERNS = {
 UNFINISHED = "unfinished"
 
 
-class RunFolder:
-    """Folder of a run. It writes to `write_folder`: `out`, or a new folder in `out` if that holds samples.
+class SampleFolder:
+    """Folder of samples. A run writes to `write_folder`: `out`, or a folder in `out` if that holds samples.
 
     Older samples are not touched until `publish` replaces them with the complete new set. If a run ends
     before that, its finished images stay in `write_folder`: OUT/unfinished, or OUT/unfinished-2 and so on if

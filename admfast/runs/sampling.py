@@ -20,7 +20,7 @@ from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
 from admfast.files.paths import user_path
 from admfast.interrupts import delay_signals
-from admfast.runs.folder import RunFolder
+from admfast.runs.folder import SampleFolder
 from admfast.sampling.loop import Progress, RunRecord, run
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, plan, requested_images
@@ -62,7 +62,7 @@ class SampleRun:
         self._record = RunRecord()  # of all batches
         self._grid_images: list[NDArray[np.uint8]] = []  # images of the grid; all others are only on the disk
         self._intermediates_before_images: list[Path] = []  # written before the first image was finished
-        self._folder = RunFolder(self.out, self.overwrite)
+        self._folder = SampleFolder(self.out, self.overwrite)
         config = self.pipe.config
         if config.dims != 2 or config.in_channels not in PNG_CHANNELS:
             actual = f"{config.dims}-D images of {config.in_channels} channels"

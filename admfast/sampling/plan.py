@@ -154,8 +154,8 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     if solver.begins == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = [int(timestep_map[row.index]) for row in table.rows]
-    scale, interval = _classifier_guidance(request, pipeline)
-    if scale:
+    guidance_scale, interval = _classifier_guidance(request, pipeline)
+    if guidance_scale:
         check_classifier_sides(request, pipeline)
     return Plan(
         engine=pipeline.engine,
@@ -165,8 +165,8 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
         shape=shape,
         seeds=as_seeds(seeds).to(device),
         labels=None if labels is None else torch.tensor(labels, device=device),
-        scale=scale,
-        guided=_rows_in_interval(interval, timesteps) if scale else (False,) * len(table),
+        scale=guidance_scale,
+        guided=_rows_in_interval(interval, timesteps) if guidance_scale else (False,) * len(table),
         guides=tuple(
             (guide, _rows_in_interval(guide.interval, timesteps)) for guide in _function_guides(request)
         ),
@@ -321,19 +321,19 @@ def default_batch_size(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
 
 def _classifier_guidance(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:
     """Return the scale of the classifier's gradient (0 if it is not used) and the guidance interval."""
-    scale, interval = request.guidance, request.guidance_interval
-    if scale is None:
+    guidance_scale, interval = request.guidance, request.guidance_interval
+    if guidance_scale is None:
         assert isinstance(request.solver, Solver)
         has_other_guides = request.guidance_fn is not None or request.guides
-        scale = 0.0 if has_other_guides or request.solver.begins == "image" else pipeline.guidance
+        guidance_scale = 0.0 if has_other_guides or request.solver.begins == "image" else pipeline.guidance
     for guide in request.guides:
         if guide.function is None:
-            scale, interval = guide.guidance_scale, guide.interval
-    if scale and pipeline.classifier is None:
-        raise invalid("guidance", scale, f"{pipeline.name} has no classifier; 0 is none")
-    if request.guidance_interval is not None and not scale and request.guidance_fn is None:
+            guidance_scale, interval = guide.guidance_scale, guide.interval
+    if guidance_scale and pipeline.classifier is None:
+        raise invalid("guidance", guidance_scale, f"{pipeline.name} has no classifier; 0 is none")
+    if request.guidance_interval is not None and not guidance_scale and request.guidance_fn is None:
         raise invalid("guidance_interval", interval, "without guidance there is nothing to limit")
-    return scale, interval
+    return guidance_scale, interval
 
 
 def _function_guides(request: SampleRequest) -> list[Guide]:
