@@ -407,7 +407,7 @@ def test_half_precision_steps_are_near_and_keep_the_parameters():
 
 
 def test_the_conditions_of_a_row_reach_the_network_as_by_functions():
-    # FunctionStep calls `conditioned`; a prepared step passes labels and condition itself.
+    # FunctionStep calls `bind_conditions`; a prepared step passes labels and condition itself.
     net = upsampler().requires_grad_(False)
     x, low_res, labels = randn(2, 1, 16, 16), randn(2, 1, 8, 8), torch.tensor([1, CLASSES - 1])
     t = torch.full((2,), 500)
