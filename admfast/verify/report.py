@@ -28,7 +28,7 @@ def report(verification: Verification) -> str:
             table(steps, ("images against the reference", "relative error", "allowed", "1e-8 to 1 (log)")),
             table(
                 worst_layers,
-                (f"worst_layers of {len(verification.layers)} layers", "relative error", "allowed"),
+                (f"worst of {len(verification.layers)} layers", "relative error", "allowed"),
             ),
             table(images, ("images at the end", "", "budget")),
             verdict,
