@@ -137,8 +137,9 @@ def run(args: list[str]) -> int:
 def _find_command(args: Sequence[str]) -> tuple[str, Any]:
     """Return the full name of the innermost command that the words begin with, and that command."""
     name, command = "admfast", app
+    no_context: Any = None
     for word in args:
-        inner = command.get_command(None, word) if isinstance(command, typer.core.TyperGroup) else None
+        inner = command.get_command(no_context, word) if isinstance(command, typer.core.TyperGroup) else None
         if inner is None:
             break
         name, command = f"{name} {word}", inner
