@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 # The module that defines each public name.
-_HOMES = {
+_MODULE_OF_NAME = {
     "AdmfastError": "errors",
     "Classifier": "models",
     "Pipeline": "sampling.pipeline",
@@ -37,22 +37,22 @@ _HOMES = {
     "load": "sampling.load",
 }
 # Public modules that lie deeper in the package than `admfast.NAME`.
-_MODULES = {"guides": "sampling.guides"}
-__all__ = ["__version__", "accelerate", "solvers", *sorted(_HOMES), *_MODULES]
+_DEEPER_MODULES = {"guides": "sampling.guides"}
+__all__ = ["__version__", "accelerate", "solvers", *sorted(_MODULE_OF_NAME), *_DEEPER_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name or a subpackage at its first use (PEP 562)."""
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULE_OF_NAME:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)
         globals()[name] = value
         return value
     if not name.startswith("_"):
-        whole = f"{__name__}.{_MODULES.get(name, name)}"
+        module_name = f"{__name__}.{_DEEPER_MODULES.get(name, name)}"
         try:
-            return importlib.import_module(whole)
+            return importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            if error.name != whole:
+            if error.name != module_name:
                 raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 

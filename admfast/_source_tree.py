@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 
 
-def kernels() -> ModuleType:
-    """Return the package `admfast.kernels`. Raises ImportError if neither installation nor tree has it."""
+def import_kernels() -> ModuleType:
+    """Import and return `admfast.kernels`. Raises ImportError if neither installation nor tree has it."""
     if "admfast.kernels" in sys.modules:
         return sys.modules["admfast.kernels"]
     folder = Path(__file__).resolve().parent.parent / "kernels"

@@ -11,9 +11,9 @@ import reprlib
 from collections.abc import Iterable, Mapping
 
 LONGEST_TEXT, LONGEST_VALUE = 302, 80  # characters of a text (a path may be long) or value in a message
-_BRIEF = reprlib.Repr()  # writes no more of nested containers than a message can show
+_REPR = reprlib.Repr()  # writes no more of nested containers than a message can show
 for _limit in ("dict", "list", "tuple", "set", "frozenset", "other", "string", "long"):
-    setattr(_BRIEF, f"max{_limit}", LONGEST_VALUE)
+    setattr(_REPR, f"max{_limit}", LONGEST_VALUE)
 
 
 class AdmfastError(Exception):
@@ -42,19 +42,19 @@ class Unavailable(AdmfastError, RuntimeError):
 
 def invalid(name: str, value: object, allowed: str) -> InvalidArgument:
     """Return the error `NAME=VALUE: ALLOWED` for an argument with a value that is not allowed."""
-    return InvalidArgument(f"{name}={shown(value)}: {allowed}")
+    return InvalidArgument(f"{name}={show_value(value)}: {allowed}")
 
 
-def shown(value: object) -> str:
+def show_value(value: object) -> str:
     """Return a value as errors show it: one line, of at most 300 characters for text, else of 80."""
     if isinstance(value, str):
-        text, most = repr(value), LONGEST_TEXT
+        text, longest = repr(value), LONGEST_TEXT
     else:
         # Cut containers before they are written out: a state dict would take seconds.
-        text, most = " ".join(_BRIEF.repr(value).split()), LONGEST_VALUE
+        text, longest = " ".join(_REPR.repr(value).split()), LONGEST_VALUE
         if isinstance(value, Mapping | list | tuple | set) and len(value) > LONGEST_VALUE:
             text = f"<{type(value).__name__} of {len(value):,}>"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def first_line(error: BaseException) -> str:
@@ -62,8 +62,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def nearest(value: str, names: Iterable[str], count: int = 3) -> str:
-    """Return `nearest: a, b` with the names closest to `value`, or `one of: ...` if none is close."""
+def allowed_names(value: str, names: Iterable[str], count: int = 3) -> str:
+    """Return `one of: a, b, c`, after `nearest: b; ` if up to `count` of the names are close to `value`."""
     known = list(names)
+    allowed = "one of: " + ", ".join(known)
     close = difflib.get_close_matches(value[:LONGEST_VALUE], known, n=count, cutoff=0.5)
-    return "nearest: " + ", ".join(close) if close else "one of: " + ", ".join(known)
+    return f"nearest: {', '.join(close)}; {allowed}" if close else allowed

@@ -12,33 +12,33 @@ import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-TOPOLOGY = Path("/sys/devices/system/cpu")
-STATUS = Path("/proc/self/status")
+CGROUPS, PROCESS_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
+PROCESS_STATUS = Path("/proc/self/status")
 # Variables of the OpenMP standard, of GNU's library, and of LLVM's, which Intel uses too.
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+PASSIVE_WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
-def memory(mount: Path = CGROUPS, own: Path = OWN) -> int:
+def memory_limit(mount: Path = CGROUPS, cgroup_file: Path = PROCESS_CGROUP) -> int:
     """Return the bytes of memory that this process may hold: the host's, or a control group's lower limit.
 
-    mount, own: where control groups (version 1 or 2) are mounted, and the file that names the process's own.
+    mount: where control groups (version 1 or 2) are mounted. cgroup_file: names the groups of the process.
     """
-    found = [_physical_memory()]
-    for folder in _groups("memory", mount, own):
+    limits = [_physical_memory()]
+    for folder in _cgroup_folders("memory", mount, cgroup_file):
         # "max" in version 2 and a number near 2^63 in version 1 are no limit.
-        found += _numbers(folder / "memory.max") + _numbers(folder / "memory.limit_in_bytes")
-    return min(found)
+        limits += _numbers(folder / "memory.max") + _numbers(folder / "memory.limit_in_bytes")
+    return min(limits)
 
 
-def peak_memory(status: Path = STATUS) -> int:
+def peak_memory(status: Path = PROCESS_STATUS) -> int:
     """Return the most bytes of the host's memory that this process has held so far.
 
     status: file in which Linux reports it. `ru_maxrss` is not used there: it begins at the parent's value.
     """
     with contextlib.suppress(OSError):
-        if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")):
-            return int(found[1]) * 1024
+        if peak := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")):
+            return int(peak[1]) * 1024
     if sys.platform == "win32":
         counters = (ctypes.c_uint64 * 9)(72)  # PROCESS_MEMORY_COUNTERS, which begins with its length
         this_process = ctypes.c_void_p(-1)
@@ -59,24 +59,24 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def cpus(mount: Path = CGROUPS, own: Path = OWN) -> int:
+def usable_cpus(mount: Path = CGROUPS, cgroup_file: Path = PROCESS_CGROUP) -> int:
     """Return how many processors this process may keep busy: those it may run on, or fewer under a CPU quota.
 
-    A fraction of a processor counts as one. mount, own: see `memory`.
+    A fraction of a processor counts as one. mount, cgroup_file: see `memory_limit`.
     """
-    return max(1, math.ceil(min(len(processors()), _quota(mount, own))))
+    return max(1, math.ceil(min(len(processor_ids()), _cpu_quota(mount, cgroup_file))))
 
 
-def cores(topology: Path = TOPOLOGY) -> int:
+def usable_cores(topology: Path = CPU_TOPOLOGY) -> int:
     """Return the number of cores that this process may run on; several processors may share a core.
 
     topology: folder with the system's description of each processor. One without it counts as one core.
     """
-    return len({_siblings(topology, processor) or str(processor) for processor in processors()})
+    return len({_core_siblings(topology, processor) or str(processor) for processor in processor_ids()})
 
 
 @functools.cache
-def _siblings(topology: Path, processor: int) -> str:
+def _core_siblings(topology: Path, processor: int) -> str:
     """Return the processors that share a processor's core, in the system's own text; "" if it has none."""
     try:
         return (topology / f"cpu{processor}/topology/thread_siblings_list").read_text().strip()
@@ -84,7 +84,7 @@ def _siblings(topology: Path, processor: int) -> str:
         return ""
 
 
-def processors() -> set[int]:
+def processor_ids() -> set[int]:
     """Return the processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
@@ -97,39 +97,38 @@ def wait_passively(environment: MutableMapping[str, str]) -> None:
     On a shared machine, a thread that spins can hold the processor that the thread it waits for needs. OpenMP
     reads these variables when `import torch` loads it: call this before, or for a child process.
     """
-    if not any(name in environment for name in PASSIVE):
-        environment.update(PASSIVE)
+    if not any(name in environment for name in PASSIVE_WAIT):
+        environment.update(PASSIVE_WAIT)
 
 
 @functools.cache
-def _quota(mount: Path, own: Path) -> float:
+def _cpu_quota(mount: Path, cgroup_file: Path) -> float:
     """Return the CPU quota in processors, infinite without a limit. Read once, as every call needs it."""
-    found = [math.inf]
-    for folder in _groups("cpu", mount, own):
-        first = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
-        for share in (_numbers(folder / "cpu.max"), first):
+    quotas = [math.inf]
+    for folder in _cgroup_folders("cpu", mount, cgroup_file):
+        version_1 = _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+        for quota_and_period in (_numbers(folder / "cpu.max"), version_1):
             # "max 100000", or a quota of -1, is no limit.
-            if len(share) == 2 and min(share) > 0:
-                found.append(share[0] / share[1])
-    return min(found)
+            if len(quota_and_period) == 2 and min(quota_and_period) > 0:
+                quotas.append(quota_and_period[0] / quota_and_period[1])
+    return min(quotas)
 
 
-def _groups(controller: str, mount: Path, own: Path) -> Iterator[Path]:
+def _cgroup_folders(controller: str, mount: Path, cgroup_file: Path) -> Iterator[Path]:
     """Yield the folders of the control groups that this process is in: its own, and those that contain it."""
     try:
-        lines = own.read_text().splitlines()
+        lines = cgroup_file.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        if controllers and controller not in names:
+        if controllers and controller not in controllers.split(","):
             continue
         # Version 1 mounts a tree for each set of controllers, under their names.
         root = mount / controllers if controllers else mount
-        place = Path(path.lstrip("/"))
+        group = Path(path.lstrip("/"))
         # Inside a container the path may be the host's, of which only the root exists here.
-        yield from (root / part for part in (place, *place.parents))
+        yield from (root / folder for folder in (group, *group.parents))
 
 
 def _numbers(path: Path) -> list[int]:

@@ -9,81 +9,83 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-SIGNALLED = 128  # plus the signal's number: the exit status of a process that a signal ended
+ENDING_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNAL_STATUS = 128  # a process that a signal ended exits with this plus the signal's number
 
 
-_made = threading.Event()  # set once there is work that an immediate exit would leave half done
+_writing_files = threading.Event()  # set once there is work that an immediate exit would leave half done
 
 
 @contextlib.contextmanager
-def like_ctrl_c(process: bool = False) -> Iterator[list[int]]:
+def signals_as_keyboard_interrupt(process: bool = False) -> Iterator[list[int]]:
     """Raise KeyboardInterrupt in the block at the first SIGTERM or SIGHUP; the next ends the process at once.
 
     Yields a list that gets the number of that signal, if it comes. Signals that are ignored (as by nohup) or
     have a handler already are not changed.
-    process: the process runs nothing but this block. Until the block calls `making`, the first signal, also
-        Ctrl-C, ends the process at once: an exception raised during an import may be lost in a callback or
-        printed by one, and nothing needs to be finished yet.
+    process: the process runs nothing but this block. Until the block calls `declare_writing`, the first
+        signal, also Ctrl-C, ends the process at once: an exception raised during an import may be lost in a
+        callback or printed by one, and nothing needs to be finished yet.
     """
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in _in_this_thread()}
-    usual = {signal.SIG_DFL, signal.default_int_handler} if process else {signal.SIG_DFL}
-    ours = {number: handler for number, handler in before.items() if handler in usual}
+    received: list[int] = []
+    old_handlers = {number: signal.getsignal(number) for number in _catchable_signals()}
+    default_handlers = {signal.SIG_DFL, signal.default_int_handler} if process else {signal.SIG_DFL}
+    replaced_handlers = {
+        number: handler for number, handler in old_handlers.items() if handler in default_handlers
+    }
 
     def end(number: int, frame: FrameType | None) -> None:
-        if process and not _made.is_set():
+        if process and not _writing_files.is_set():
             with contextlib.suppress(OSError):  # standard error is closed
-                os.write(2, f"admfast: {interrupted_by(number)}\n".encode())
-            os._exit(SIGNALLED + number)
+                os.write(2, f"admfast: {interruption_text(number)}\n".encode())
+            os._exit(SIGNAL_STATUS + number)
         if number != signal.SIGINT:
-            came.append(number)
-        for one, handler in ours.items():
-            signal.signal(one, handler)
+            received.append(number)
+        for other_number, handler in replaced_handlers.items():
+            signal.signal(other_number, handler)
         raise KeyboardInterrupt
 
     if process:
-        _made.clear()
-    for number in ours:
+        _writing_files.clear()
+    for number in replaced_handlers:
         signal.signal(number, end)
     try:
-        yield came
+        yield received
     finally:
-        for number, handler in ours.items():
+        for number, handler in replaced_handlers.items():
             signal.signal(number, handler)
 
 
-def making() -> None:
-    """Declare that files are about to be made: from now on a signal raises KeyboardInterrupt in the block."""
-    _made.set()
+def declare_writing() -> None:
+    """Declare that files will now be written: from now on a signal raises KeyboardInterrupt in the block."""
+    _writing_files.set()
 
 
-def interrupted_by(number: int) -> str:
+def interruption_text(number: int) -> str:
     """Return the message about a process that a signal ended."""
     return f"interrupted by {signal.Signals(number).name}"
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def delay_signals() -> Iterator[None]:
     """Delay signals that would end the process until the block is done."""
-    came: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
 
     # getsignal returns None for a handler that was not set from Python, which can't be restored.
-    before = {n: signal.getsignal(n) for n in _in_this_thread() if signal.getsignal(n) is not None}
-    for number in before:
-        signal.signal(number, note)
+    old_handlers = {n: signal.getsignal(n) for n in _catchable_signals() if signal.getsignal(n) is not None}
+    for number in old_handlers:
+        signal.signal(number, record)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-        for number in came[:1]:
+        for number in received[:1]:
             signal.raise_signal(number)
 
 
-def _in_this_thread() -> list[int]:
+def _catchable_signals() -> list[int]:
     """Return the signals that end a process; none outside the main thread, as only that one gets them."""
-    return ENDING if threading.current_thread() is threading.main_thread() else []
+    return ENDING_SIGNALS if threading.current_thread() is threading.main_thread() else []

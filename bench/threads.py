@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-from admfast.host import PASSIVE, cpus
+from admfast.host import PASSIVE_WAIT, usable_cpus
 from bench.command import Bench, bench_main
 
 NAMES = ("active", "passive")
@@ -28,8 +28,8 @@ ROUNDS, SAMPLE_SECONDS, LIMIT = 5, 0.3, 300.0
 
 def counts() -> list[int]:
     """Return the numbers of threads to measure: powers of two, all processors, and all but one."""
-    powers = {2**i for i in range(cpus().bit_length())}
-    return sorted(n for n in powers | {cpus() - 1, cpus()} if 0 < n <= cpus())
+    powers = {2**i for i in range(usable_cpus().bit_length())}
+    return sorted(n for n in powers | {usable_cpus() - 1, usable_cpus()} if 0 < n <= usable_cpus())
 
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
@@ -47,7 +47,10 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
                 found = functools.cache(functools.partial(measured, name, batch, waiting, busy))
                 for count in counts():
                     shape = {"system": name, "batch": batch, "beside": busy, "waiting": waiting}
-                    note = {"work": work, "also": "chosen" if threads_for(work, cpus()) == count else ""}
+                    note = {
+                        "work": work,
+                        "also": "chosen" if threads_for(work, usable_cpus()) == count else "",
+                    }
                     row = functools.partial(lambda found, count, settings: found()[str(count)], found, count)
                     yield Case("threads", "fp32", f"{count} threads", shape, row, note, limit=LIMIT)
 
@@ -60,8 +63,8 @@ def measured(name: str, batch: int, waiting: str, busy: int) -> dict[str, Any]:
     """Return a row's fields for each number of threads, measured by `tell` in a new process."""
     from bench.measure import in_a_process
 
-    environment = {key: value for key, value in os.environ.items() if key not in PASSIVE}
-    environment |= PASSIVE if waiting == "passive" else {}
+    environment = {key: value for key, value in os.environ.items() if key not in PASSIVE_WAIT}
+    environment |= PASSIVE_WAIT if waiting == "passive" else {}
     with ExitStack() as stack:
         for _ in range(busy):
             other = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY.format(os.getpid())]))

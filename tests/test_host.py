@@ -40,7 +40,7 @@ MEMORY = {
 
 @pytest.mark.parametrize("own, files, wanted", MEMORY.values(), ids=MEMORY)
 def test_memory_is_what_the_tightest_group_allows(groups, own, files, wanted):
-    assert host.memory(*groups(own, **files)) == wanted
+    assert host.memory_limit(*groups(own, **files)) == wanted
 
 
 QUOTA = {
@@ -59,17 +59,20 @@ QUOTA = {
 @pytest.mark.parametrize("own, files, wanted", QUOTA.values(), ids=QUOTA)
 def test_processors_are_those_of_the_mask_within_the_quota(groups, own, files, wanted, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert host.cpus(*groups(own, **files)) == wanted
+    assert host.usable_cpus(*groups(own, **files)) == wanted
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
-    assert host.cpus(*groups(own, **files)) == 1
+    assert host.usable_cpus(*groups(own, **files)) == 1
 
 
 def test_a_machine_without_control_groups_is_whole(tmp_path):
-    assert host.memory(tmp_path, tmp_path / "missing") == WHOLE and host.cpus(tmp_path, tmp_path / "x") >= 1
+    assert (
+        host.memory_limit(tmp_path, tmp_path / "missing") == WHOLE
+        and host.usable_cpus(tmp_path, tmp_path / "x") >= 1
+    )
 
 
 def test_memory_is_what_windows_says(windows, tmp_path):
-    assert host.memory(tmp_path, tmp_path / "missing") == elsewhere.MEMORY
+    assert host.memory_limit(tmp_path, tmp_path / "missing") == elsewhere.MEMORY
     assert host.peak_memory(tmp_path / "missing") == elsewhere.PEAK
 
 
@@ -82,19 +85,19 @@ def test_the_peak_is_what_linux_says_else_what_the_process_used(tmp_path):
 
 def test_processors_that_share_a_core_are_one(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 7}, raising=False)
-    assert host.cores(tmp_path / "nothing") == 4
+    assert host.usable_cores(tmp_path / "nothing") == 4
     for processor, siblings in {0: "0,4", 1: "1,5", 4: "0,4"}.items():
         folder = tmp_path / f"cpu{processor}/topology"
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(f"{siblings}\n")
-    assert host.cores(tmp_path) == 3
+    assert host.usable_cores(tmp_path) == 3
 
 
-@pytest.mark.parametrize("name", host.PASSIVE)
+@pytest.mark.parametrize("name", host.PASSIVE_WAIT)
 def test_waiting_is_passive_where_the_user_says_nothing(name):
     environment = {"HOME": "/"}
     host.wait_passively(environment)
-    assert environment == {"HOME": "/", **host.PASSIVE}
+    assert environment == {"HOME": "/", **host.PASSIVE_WAIT}
     environment = {name: "1"}
     host.wait_passively(environment)
     assert environment == {name: "1"}

@@ -296,7 +296,8 @@ def test_the_kernels_are_not_importable_by_their_folder_s_name(tmp_path):
 
 
 def test_the_kernels_are_found_in_a_source_tree():
-    code = "from admfast._source_tree import kernels\nprint(kernels().__name__)\nimport admfast.kernels"
+    code = "from admfast._source_tree import import_kernels\nprint(import_kernels().__name__)\n"
+    code += "import admfast.kernels"
     done = run(code)
     assert (done.returncode, done.stdout.strip()) == (0, "admfast.kernels"), done.stderr
 

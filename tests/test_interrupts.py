@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from admfast.interrupts import held_back, like_ctrl_c
+from admfast.interrupts import delay_signals, signals_as_keyboard_interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 TWICE = """
 import time
-from admfast.interrupts import like_ctrl_c
-with like_ctrl_c() as came:
+from admfast.interrupts import signals_as_keyboard_interrupt
+with signals_as_keyboard_interrupt() as came:
     try:
         print("ready", flush=True)
         time.sleep(60)
@@ -41,17 +41,17 @@ def test_the_first_raises_and_the_second_ends_the_process(number):
 
 LOST = """
 import sys, time
-from admfast.interrupts import like_ctrl_c, making
+from admfast.interrupts import signals_as_keyboard_interrupt, declare_writing
 
 class Part:
     def __del__(self):  # Python ignores exceptions here, as in callbacks of an import
         print("ready", flush=True)
         time.sleep(60)
 
-with like_ctrl_c(process=True):
+with signals_as_keyboard_interrupt(process=True):
     try:
         if sys.argv[1] == "made":
-            making()
+            declare_writing()
             print("ready", flush=True)
             time.sleep(60)
         Part()
@@ -80,12 +80,12 @@ def test_a_process_that_has_made_nothing_ends_at_once(number, made):
 def test_handlers_come_back_and_those_of_others_stay():
     before = [signal.getsignal(number) for number in SIGNALS]
     for process in (False, True):
-        with like_ctrl_c(process) as came:
+        with signals_as_keyboard_interrupt(process) as came:
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
         assert [signal.getsignal(number) for number in SIGNALS] == before and came == []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with like_ctrl_c():
+        with signals_as_keyboard_interrupt():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -95,7 +95,7 @@ def test_handlers_come_back_and_those_of_others_stay():
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_what_is_held_back_comes_after_the_block(number):
     done = False
-    with pytest.raises(KeyboardInterrupt), like_ctrl_c(), held_back():
+    with pytest.raises(KeyboardInterrupt), signals_as_keyboard_interrupt(), delay_signals():
         os.kill(os.getpid(), number)
         done = True
     assert done
@@ -105,7 +105,7 @@ def test_other_threads_get_no_signals_and_set_no_handlers():
     found = []
 
     def run() -> None:
-        with like_ctrl_c() as came, held_back():
+        with signals_as_keyboard_interrupt() as came, delay_signals():
             found.append(came)
 
     thread = threading.Thread(target=run)

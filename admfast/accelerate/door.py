@@ -12,7 +12,7 @@ from admfast.accelerate.classes import Converted, own_class
 from admfast.accelerate.nets import MAKES, AcceleratedNet, check_policy, convert_network, make_of, refusal
 from admfast.accelerate.walks import Walk
 from admfast.engine.precision import POLICIES
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 from admfast.models.fold import FoldableNet
 from admfast.models.fold.net import FOLDING
 
@@ -40,7 +40,7 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
     precision that is unknown or that one of the networks can't use.
     """
     if precision is not None and precision not in PRECISIONS:
-        raise invalid("precision", precision, nearest(str(precision), [*PRECISIONS]))
+        raise invalid("precision", precision, allowed_names(str(precision), [*PRECISIONS]))
     found = list(_networks(model))
     if not found:
         parts = " or ".join(f"{', '.join(make.parts)} ({make.name})" for make in MAKES)

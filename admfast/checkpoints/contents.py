@@ -6,7 +6,7 @@ import json
 import re
 import struct
 
-from admfast.errors import shown
+from admfast.errors import show_value
 
 HEAD = 512  # number of bytes that are examined
 MAX_HEADER = 100_000_000  # largest safetensors header in bytes, the limit of the safetensors library
@@ -86,7 +86,7 @@ def words_for_text(head: bytes, size: int) -> str | None:
         return None
     if text.startswith("version https://git-lfs"):
         return _MAGIC[b"version https://git-lfs"]
-    first = shown(text.splitlines()[0])
+    first = show_value(text.splitlines()[0])
     if text.startswith("<"):
         return "a web page, not a weights file (a download that failed?)"
     if text.startswith(("{", "[")):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from admfast.checkpoints.differences import compare, fingerprint, network_shapes, shapes_of
 from admfast.checkpoints.reading import read_weights
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
-from admfast.files.atomic import let_go, lock, output_error, write_text
+from admfast.files.atomic import close_on_windows, lock, output_error, write_text
 from admfast.files.paths import user_path
 from admfast.models.presets import ModelPreset, preset
 
@@ -103,7 +103,7 @@ def fetch(
         size = file.seek(0, os.SEEK_END)
         try:
             os.fsync(file.fileno())
-            let_go(file)  # before the check: Windows doesn't let it read a locked byte
+            close_on_windows(file)  # before the check: Windows doesn't let it read a locked byte
             checked = _check(transfer, size, model)
             os.replace(part, target)
         except OSError as error:
@@ -143,7 +143,7 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
 
 def _end(file: BinaryIO, part: Path) -> None:
     """Unlock the partial file; remove it if it is empty."""
-    let_go(file)
+    close_on_windows(file)
     with contextlib.suppress(OSError):
         if part.stat().st_size == 0:
             _discard(part)

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from admfast.checks import switch, whole_numbers
-from admfast.errors import invalid, shown
+from admfast.checks import boolean, whole_numbers
+from admfast.errors import invalid, show_value
 from admfast.models import NetConfig, UNetConfig
 from admfast.models.config import parse_attention_resolutions, parse_channel_mult
 
@@ -79,12 +79,14 @@ def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tu
         twice = [other for other in options if other != flag and name_of(other) == name]
         if twice:
             one, other = sorted((flag, *twice), key=lambda given: given == name)[:2]
-            raise invalid(one, options[one], f"the same as {other}={shown(options[other])}; give one of them")
+            raise invalid(
+                one, options[one], f"the same as {other}={show_value(options[other])}; give one of them"
+            )
         if flag in COMPUTED:
-            switch(flag, value)
+            boolean(flag, value)
             LOG.warning("%s describes the computation, not the file: use %s instead", flag, COMPUTED[flag])
         elif name == "class_cond":
-            claims[name] = flag, switch(flag, value)
+            claims[name] = flag, boolean(flag, value)
         elif name == "attention_resolutions" and value is not None:
             # Check the value now; compare it with the network when that is known.
             if isinstance(value, str):

@@ -30,7 +30,7 @@ from admfast.checkpoints.structure import Structure, read_structure, summary
 from admfast.diffusion import NOISE_SCHEDULES, DiffusionConfig
 from admfast.diffusion.config import SETTINGS, checked_setting
 from admfast.diffusion.config import SWITCHES as PROCESS_SWITCHES
-from admfast.errors import CheckpointError, InvalidArgument, invalid, nearest, shown
+from admfast.errors import CheckpointError, InvalidArgument, allowed_names, invalid, show_value
 from admfast.models import NetConfig, UNetConfig, config_from_dict
 from admfast.models.config import CONFIG_KINDS, SWITCHES, checked_field, parse_channel_mult
 from admfast.models.description import Description
@@ -189,7 +189,7 @@ def _split(options: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[dict[st
     network, diffusion = {}, {}
     for name, value in options.items():
         if name not in OPTION_NAMES:
-            raise invalid("option", name, nearest(name, OPTION_NAMES))
+            raise invalid("option", name, allowed_names(name, OPTION_NAMES))
         if value is None and name != "num_classes":
             continue
         flag, _ = _given(said, name)
@@ -198,7 +198,7 @@ def _split(options: Mapping[str, Any], said: Mapping[str, Any]) -> tuple[dict[st
         else:
             network[name] = checked_field(name, value, flag)
     if "kind" in network and network["kind"] not in CONFIG_KINDS:
-        raise invalid("kind", network["kind"], nearest(str(network["kind"]), CONFIG_KINDS))
+        raise invalid("kind", network["kind"], allowed_names(str(network["kind"]), CONFIG_KINDS))
     return network, diffusion
 
 
@@ -303,7 +303,7 @@ def _contradictions_first(shapes: Shapes, said: Mapping[str, Any]) -> Iterator[N
         yield
     except InvalidArgument as error:
         for flag, has in contradicted(shapes, said).items():
-            raise invalid(flag, said[flag], f"the weights have {shown(has)}") from error
+            raise invalid(flag, said[flag], f"the weights have {show_value(has)}") from error
         raise
 
 
@@ -382,8 +382,8 @@ def _agrees(structure: Structure, layout: tuple[int, int], name: str, value: Any
 
 
 def _layout_text(structure: Structure, layout: tuple[int, int]) -> str:
-    shown = structure.of_layout(layout)
-    size = f", image_size {shown['image_size']}" if "image_size" in shown else ""
+    show_value = structure.of_layout(layout)
+    size = f", image_size {show_value['image_size']}" if "image_size" in show_value else ""
     return f"num_res_blocks {layout[1]} on {layout[0]} level{'s' if layout[0] > 1 else ''}{size}"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from admfast.checkpoints.differences import compare, nearest_preset, network_shapes, shapes_of
 from admfast.checkpoints.infer import ModelInfo, contradicted, identify
 from admfast.checkpoints.reading import Source, Weights, read_weights
-from admfast.errors import CheckpointError, shown
+from admfast.errors import CheckpointError, show_value
 from admfast.models import NetConfig, build
 
 LOG = logging.getLogger("admfast")
@@ -132,7 +132,9 @@ def check_fit(weights: Weights, info: ModelInfo, options: Mapping[str, Any]) -> 
     differences = compare(shapes, network_shapes(info.config))
     if differences:
         wrong = contradicted(shapes, options).items()
-        said = ", ".join(f"{flag}={shown(options[flag])} (it has {shown(has)})" for flag, has in wrong)
+        said = ", ".join(
+            f"{flag}={show_value(options[flag])} (it has {show_value(has)})" for flag, has in wrong
+        )
         text = f"{weights.path}: does not fit {said or info.source}: {differences.summary()}"
         near = nearest_preset(shapes)
         if info.candidates:

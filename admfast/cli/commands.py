@@ -10,13 +10,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
+from admfast import __version__
 from admfast.cli.main import INTERRUPTED
-from admfast.cli.published import translated
+from admfast.cli.published_flags import translate_flags
 from admfast.errors import AdmfastError, InvalidArgument, invalid
 
 NAMES = ("sample", "train", "export", "inspect", "models", "fetch", "info", "verify")
@@ -40,12 +41,14 @@ class Commands(typer.core.TyperGroup):
         """Import and return a command; None for an unknown name."""
         if cmd_name in NAMES and cmd_name not in self.commands:
             module = importlib.import_module(f"admfast.cli.{cmd_name}")
-            one = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            typer_app = typer.Typer(
+                add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+            )
             if hasattr(module, "commands"):
-                one = module.commands
+                typer_app = module.commands
             else:
-                one.command(cmd_name)(getattr(module, f"run_{cmd_name}"))
-            self.add_command(typer.main.get_command(one), cmd_name)
+                typer_app.command(cmd_name)(getattr(module, f"run_{cmd_name}"))
+            self.add_command(typer.main.get_command(typer_app), cmd_name)
         return self.commands.get(cmd_name)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -61,37 +64,59 @@ def _summary(name: str) -> str:
     return (ast.get_docstring(function) or "").partition("\n")[0]
 
 
-app = Commands(
+def _print_version(requested: bool) -> None:
+    """Print the version and end the command, if `--version` was given."""
+    if requested:
+        print(f"admfast {__version__}")
+        raise typer.Exit()
+
+
+_group = typer.Typer(
     name="admfast",
+    cls=Commands,
     help="ADM diffusion models: sample, train, export, verify, inspect, fetch.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
+
+
+@_group.callback()
+def _group_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Declare the options of `admfast` itself."""
+
+
+app: Any = typer.main.get_command(_group)
 
 
 def run(args: list[str]) -> int:
     """Run a command; return its exit status."""
     try:
-        args = translated(args) if args[:1] == ["sample"] else args
+        args = translate_flags(args) if args[:1] == ["sample"] else args
         result = app.main(args=args, prog_name="admfast", standalone_mode=False)
         print(end="", flush=True)
     except UsageProblem as error:
         if error.format_message().startswith("Usage:"):  # type: ignore[attr-defined]
             print(error.format_message())  # type: ignore[attr-defined]
             return USER_ERROR
-        if (wrong := _wrong_number(error, args)) is not None:
-            print(f"admfast: {wrong}", file=sys.stderr)
+        if (number_error := _number_error(error, args)) is not None:
+            print(f"admfast: {number_error}", file=sys.stderr)
             return USER_ERROR
-        name, _ = _called(args)
+        name, _ = _find_command(args)
         print(f"{name}: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
         return USER_ERROR
     except AdmfastError as error:
-        print(f"admfast: {_by_flag(str(error), args)}", file=sys.stderr)
+        print(f"admfast: {_name_by_flag(str(error), args)}", file=sys.stderr)
         return USER_ERROR
     except typer.Abort:
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit) as gone:
-        if isinstance(gone, SystemExit) and not isinstance(gone.__context__, BrokenPipeError):
+    except (BrokenPipeError, SystemExit) as closed:
+        if isinstance(closed, SystemExit) and not isinstance(closed.__context__, BrokenPipeError):
             raise
         # The reader of our output is gone (as with `| head`), which typer turns into an exit. This is no
         # error: keep Python from reporting one when it flushes at the end.
@@ -109,43 +134,44 @@ def run(args: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _called(args: Sequence[str]) -> tuple[str, Any]:
+def _find_command(args: Sequence[str]) -> tuple[str, Any]:
     """Return the full name of the innermost command that the words begin with, and that command."""
     name, command = "admfast", app
+    no_context: Any = None
     for word in args:
-        inner = command.get_command(None, word) if isinstance(command, typer.core.TyperGroup) else None
+        inner = command.get_command(no_context, word) if isinstance(command, typer.core.TyperGroup) else None
         if inner is None:
             break
         name, command = f"{name} {word}", inner
     return name, command
 
 
-def _wrong_number(error: Exception, args: Sequence[str]) -> InvalidArgument | None:
-    """Return the error `--name=value: allowed` for a value that is no number; typer's text lacks it."""
+def _number_error(error: Exception, args: Sequence[str]) -> InvalidArgument | None:
+    """Return the error `--name=value: allowed` for a value that isn't a number; typer's omits the value."""
     if not isinstance(error, typer.BadParameter):
         return None
     text = error.format_message()  # its wording depends on typer's version
     allowed = "a whole number" if "integer" in text else "a number"
     for flag in getattr(error.param, "opts", ()) if re.search("integer|number|float", text) else ():
-        for at, word in reversed(list(enumerate(args))):  # the last one counts
+        for position, word in reversed(list(enumerate(args))):  # the last one counts
             name, separator, value = word.partition("=")
-            if name == flag and (separator or at + 1 < len(args)):
-                return invalid(flag, value if separator else args[at + 1], allowed)
+            if name == flag and (separator or position + 1 < len(args)):
+                return invalid(flag, value if separator else args[position + 1], allowed)
     return None
 
 
-def _by_flag(message: str, args: Sequence[str]) -> str:
+def _name_by_flag(message: str, args: Sequence[str]) -> str:
     """Return an error `name=value: ...` as `--name=value: ...` if the command has that option."""
     name, separator, _ = message.partition("=")
     flag = "--" + name.replace("_", "-")
-    _, command = _called(args)
-    known = any(flag in parameter.opts for parameter in command.params)
-    return "--" + message.replace(name, name.replace("_", "-"), 1) if separator and known else message
+    _, command = _find_command(args)
+    has_flag = any(flag in parameter.opts for parameter in command.params)
+    return "--" + message.replace(name, name.replace("_", "-"), 1) if separator and has_flag else message
 
 
 def drop_output() -> None:
     """Send further standard output to the null device; standard error too if it is the same file."""
-    null, out = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-    if os.path.sameopenfile(out, sys.stderr.fileno()):
-        os.dup2(null, sys.stderr.fileno())
-    os.dup2(null, out)
+    null_device, stdout = os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+    if os.path.sameopenfile(stdout, sys.stderr.fileno()):
+        os.dup2(null_device, sys.stderr.fileno())
+    os.dup2(null_device, stdout)

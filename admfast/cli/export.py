@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from admfast import checks
-from admfast.cli.options import DTYPES, options_of
+from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Preset, Set, Weights
 from admfast.files.tables import table
 from admfast.sampling.export import export
@@ -43,16 +43,16 @@ def run_export(
 ) -> None:
     """Write a network for another program: diffusers, the published code, or safetensors."""
     checks.one_of("dtype", dtype, DTYPES)
-    done = export(
+    exported = export(
         source, out, to=to, weights=weights, preset=preset, scheduler=scheduler, dtype=DTYPES[dtype],
-        overwrite=overwrite, **options_of("--set", set_, also=[LOW_RES_SIZE]),
+        overwrite=overwrite, **parse_settings("--set", set_, extra_names=[LOW_RES_SIZE]),
     )  # fmt: skip
-    rows = [(name, str(value)) for name, value in done.description.network.to_dict().items()]
-    process = done.description.diffusion
+    rows = [(name, str(value)) for name, value in exported.description.network.to_dict().items()]
+    process = exported.description.diffusion
     rows += [] if process is None else [(name, str(value)) for name, value in process.to_dict().items()]
     print(table(rows))
-    for note in done.notes:
+    for note in exported.notes:
         print(note)
-    if done.flags is not None:
-        print(done.flags)
-    print(done.path.resolve())
+    if exported.flags is not None:
+        print(exported.flags)
+    print(exported.path.resolve())

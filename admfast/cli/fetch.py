@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from admfast.checkpoints import fetch
-from admfast.errors import OutputError, invalid, nearest
-from admfast.files.atomic import folder_if_used
+from admfast.errors import OutputError, allowed_names, invalid
+from admfast.files.atomic import folder_removed_if_empty
 from admfast.files.paths import user_path
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset
 
@@ -35,44 +35,46 @@ def run_fetch(
     ] = 3,
 ) -> None:
     """Download released weights, resume broken downloads, and check sizes and hashes that are known."""
-    wanted, out = wanted_models(names), user_path("out", out)
-    with folder_if_used(out):
-        for model in wanted:
+    models_to_fetch, out = resolve_models(names), user_path("out", out)
+    with folder_removed_if_empty(out):
+        for model in models_to_fetch:
             path = out / model.file
             if path.exists() and not overwrite:
-                _accept(path, model)
+                _accept_existing(path, model)
                 continue
-            done = fetch(
+            result = fetch(
                 model.name, out, base_url=base_url, overwrite=overwrite, timeout=timeout, retries=retries
             )
-            by = ", ".join(done.checked) or "nothing, as no size or hash is known"
-            print(f"{done.path.resolve()}: {done.size:,} bytes, checked by {by}")
+            checked_by = ", ".join(result.checked) or "nothing, as no size or hash is known"
+            print(f"{result.path.resolve()}: {result.size:,} bytes, checked by {checked_by}")
 
 
-def wanted_models(names: list[str]) -> list[ModelPreset]:
+def resolve_models(names: list[str]) -> list[ModelPreset]:
     """Resolve names of systems, models and files to the released models, each once, in order.
 
     Raises:
         InvalidArgument: for an unknown name (the error names the nearest), or a model that ships with the
             package.
     """
-    wanted: dict[str, ModelPreset] = {}
+    models_to_fetch: dict[str, ModelPreset] = {}
     for name in names:
         if name in SYSTEMS:
             models = SYSTEMS[name].models
         else:
-            found = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
-            if found is None:
-                raise invalid("names", name, f"no such system or model; {nearest(name, [*SYSTEMS, *MODELS])}")
-            models = (found,)
+            model = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
+            if model is None:
+                raise invalid(
+                    "names", name, f"no such system or model; {allowed_names(name, [*SYSTEMS, *MODELS])}"
+                )
+            models = (model,)
         for model in models:
             if model.shipped:
                 raise invalid("names", name, f"nothing to fetch: {model.name} ships with the package")
-            wanted[model.name] = model
-    return list(wanted.values())
+            models_to_fetch[model.name] = model
+    return list(models_to_fetch.values())
 
 
-def _accept(path: Path, model: ModelPreset) -> None:
+def _accept_existing(path: Path, model: ModelPreset) -> None:
     """Accept an existing file; raise OutputError if its size is not the published one."""
     size = path.stat().st_size
     if model.size is not None and size != model.size:

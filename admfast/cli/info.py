@@ -10,18 +10,18 @@ import platform
 import torch
 
 from admfast import __version__
-from admfast.cli.examples import examples
+from admfast.cli.op_examples import examples
 from admfast.engine.numerics import THREAD_VARIABLES
 from admfast.errors import AdmfastError
 from admfast.files.tables import table
-from admfast.host import PASSIVE
+from admfast.host import PASSIVE_WAIT
 from admfast.ops import TABLES, record_choices
 from admfast.ops.native import build_info, instruction_set, reason_missing
 
 
 def run_info() -> None:
     """Print versions, devices, the build, and the implementations of every op and which of them run."""
-    why_not = reason_missing()
+    missing_reason = reason_missing()
     rows = [
         ("admfast", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -31,7 +31,7 @@ def run_info() -> None:
         ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("CUDA", _cuda()),
         ("compiled ops", _build()),
-        ("CPU loops", f"none: {why_not}" if why_not else instruction_set()),
+        ("CPU loops", f"none: {missing_reason}" if missing_reason else instruction_set()),
     ]
     for name in (
         "ADMFAST_IMPL",
@@ -39,14 +39,14 @@ def run_info() -> None:
         "ADMFAST_BUILD",
         "ADMFAST_MIRROR",
         *THREAD_VARIABLES,
-        *PASSIVE,
+        *PASSIVE_WAIT,
     ):
         rows.append((name, os.environ.get(name, "not set")))
     print(table(rows))
     print()
     print(table(_implementations()))
     print()
-    print(table(_choices()))
+    print(table(_chosen_implementations()))
 
 
 def _implementations() -> list[tuple[str, str]]:
@@ -59,22 +59,25 @@ def _implementations() -> list[tuple[str, str]]:
     return rows
 
 
-def _choices() -> list[tuple[str, str]]:
+def _chosen_implementations() -> list[tuple[str, str]]:
     """Make some calls of every op; return which implementation ran, and why not those before it."""
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for device in devices:
-        for op, call, run in examples(device):
+        for op, description, run in examples(device):
             try:
-                with record_choices() as seen:
+                with record_choices() as choices:
                     run()
-                choice = next(choice for choice in seen if choice.op == op)
+                choice = next(choice for choice in choices if choice.op == op)
             except AdmfastError as error:
-                rows.append((f"{op}, {call}", f"refused: {error}"))
+                rows.append((f"{op}, {description}", f"refused: {error}"))
                 continue
-            because = "; ".join(f"{name}: {reason}" for name, reason in choice.skip_reasons.items())
-            because = because or (f"asked for by {choice.requested_by}" if choice.requested_by else "")
-            rows.append((f"{op}, {call}", f"{choice.name} ({because})" if because else choice.name))
+            explanation = "; ".join(f"{name}: {reason}" for name, reason in choice.skip_reasons.items())
+            if not explanation and choice.requested_by:
+                explanation = f"requested by {choice.requested_by}"
+            rows.append(
+                (f"{op}, {description}", f"{choice.name} ({explanation})" if explanation else choice.name)
+            )
     return rows
 
 
@@ -97,8 +100,8 @@ def _cuda() -> str:
 
 def _build() -> str:
     """Return which compiled ops were built, and why not more."""
-    built = build_info()
-    if not built:
+    build = build_info()
+    if not build:
         return "no record of a build (run from a source tree that was not installed?)"
-    reason = f" ({built['reason']})" if built.get("reason") else ""
-    return f"{built['built']}, wanted {built['wanted']}{reason}"
+    reason = f" ({build['reason']})" if build.get("reason") else ""
+    return f"{build['built']}, wanted {build['wanted']}{reason}"

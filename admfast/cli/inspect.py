@@ -10,7 +10,7 @@ import typer
 from admfast import checks
 from admfast.checkpoints import describe
 from admfast.cli import train_options as option
-from admfast.cli.options import DTYPES, options_of
+from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Preset
 from admfast.errors import invalid
 from admfast.files.tables import table
@@ -49,27 +49,36 @@ def run_inspect(
     checkpointing: option.Checkpointing = None,
 ) -> None:
     """Describe a weights file: network, released model, size, work and memory of a forward pass."""
-    given = {
+    training_options = {
         "batch_size": batch_size, "microbatch": microbatch, "precision": precision,
         "checkpointing": checkpointing,
     }  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
+    training_options = {name: value for name, value in training_options.items() if value is not None}
     if train:
-        others = {"preset": (preset, None), "batch": (batch, 1), "dtype": (dtype, "float32")}
-        others["values"] = (values, True)
-        for name, (value, default) in others.items():
-            if value != default:
-                raise invalid(name, value, "not with --train, which takes --batch-size and --precision")
+        _reject_forward_options(preset, batch, dtype, values)
         from admfast.cli.train_memory import print_memory
 
-        return print_memory(path, set_, given)
-    for name, value in given.items():
-        raise invalid(name, value, "only with --train")
+        return print_memory(path, set_, training_options)
+    for name, value in training_options.items():
+        raise invalid(name, value, "allowed only together with --train: it sets a training step")
     checks.one_of("dtype", dtype, DTYPES)
     if batch < 1:
-        raise invalid("batch", batch, "1 image or more")
-    options = options_of("--set", set_)
+        raise invalid("batch", batch, "a whole number of at least 1")
+    options = parse_settings("--set", set_)
     rows = describe(
         path, preset=preset, batch=batch, dtype=DTYPES[dtype], check_values=values, options=options
     )
     print(table(rows))
+
+
+def _reject_forward_options(preset: str | None, batch: int, dtype: str, values: bool) -> None:
+    """Reject the options that describe a forward pass: `--train` describes a training step."""
+    options = (
+        ("preset", preset, None, "give the name of the preset in place of the file"),
+        ("batch", batch, 1, "use --batch-size for the images of a training step"),
+        ("dtype", dtype, "float32", "use --precision for the precision of a training step"),
+        ("values", values, True, "leave it out, because no values of the file are read"),
+    )
+    for name, value, default, advice in options:
+        if value != default:
+            raise invalid(name, value, f"not allowed together with --train; {advice}")

@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from admfast.interrupts import ENDING, SIGNALLED, interrupted_by, like_ctrl_c
+from admfast.interrupts import ENDING_SIGNALS, SIGNAL_STATUS, interruption_text, signals_as_keyboard_interrupt
 
-INTERRUPTED = SIGNALLED + signal.SIGINT
+INTERRUPTED = SIGNAL_STATUS + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     it begins to write files.
     """
     _ready_streams()
-    with like_ctrl_c(process=argv is None) as came:
+    with signals_as_keyboard_interrupt(process=argv is None) as received:
         try:
             from admfast.host import wait_passively
 
@@ -33,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = run(list(sys.argv[1:] if argv is None else argv))
         except KeyboardInterrupt:
             status = INTERRUPTED
-    if status == INTERRUPTED and came:  # some versions of typer raise at Ctrl-C, others return this
-        status = SIGNALLED + came[0]
-    if status - SIGNALLED in ENDING:  # a training run handles signals itself and returns this status
-        print(f"admfast: {interrupted_by(status - SIGNALLED)}", file=sys.stderr)
+    if status == INTERRUPTED and received:  # some versions of typer raise at Ctrl-C, others return this
+        status = SIGNAL_STATUS + received[0]
+    # A training run handles signals itself and returns this status.
+    if status - SIGNAL_STATUS in ENDING_SIGNALS:
+        print(f"admfast: {interruption_text(status - SIGNAL_STATUS)}", file=sys.stderr)
     return status
 
 

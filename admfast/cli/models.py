@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from admfast.errors import CheckpointError, invalid, nearest
+from admfast.errors import CheckpointError, allowed_names, invalid
 from admfast.files.tables import table
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
 
@@ -34,7 +34,7 @@ def run_models(
         return
     model = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
     if model is None:
-        raise invalid("name", name, f"no such system or model; {nearest(name, [*SYSTEMS, *MODELS])}")
+        raise invalid("name", name, f"no such system or model; {allowed_names(name, [*SYSTEMS, *MODELS])}")
     print(table(_model_rows(model)))
 
 
@@ -97,8 +97,8 @@ def _model_line(model: ModelPreset) -> tuple[str, ...]:
 
 def _model_rows(model: ModelPreset) -> list[tuple[str, str]]:
     """Return everything about one model."""
-    place = str(model.shipped_path) if model.shipped else str(model.url)
-    rows = [("model", model.name), ("source", model.source), ("file", place)]
+    location = str(model.shipped_path) if model.shipped else str(model.url)
+    rows = [("model", model.name), ("source", model.source), ("file", location)]
     if model.parameters is not None:
         rows.append(("parameters", f"{model.parameters:,}"))
     for title, value in (("bytes", model.size), ("sha256", model.sha256), ("md5", model.md5)):
@@ -110,6 +110,6 @@ def _model_rows(model: ModelPreset) -> list[tuple[str, str]]:
     rows += [(key, str(value)) for key, value in model.config.to_dict().items()]
     if model.diffusion is not None:
         rows += [(key, str(value)) for key, value in model.diffusion.to_dict().items()]
-    used = [system.name for system in SYSTEMS.values() if model in system.models]
-    rows.append(("used in", ", ".join(used) or "no system"))
+    systems = [system.name for system in SYSTEMS.values() if model in system.models]
+    rows.append(("used in", ", ".join(systems) or "no system"))
     return rows

@@ -15,18 +15,20 @@ import typer
 from admfast import checks
 from admfast.checkpoints import load_network
 from admfast.checkpoints.reading import ENDINGS
+from admfast.checkpoints.snapshots import is_run
 from admfast.cli import train_options as option
 from admfast.cli.commands import UsageProblem
-from admfast.cli.options import DTYPES, options_of
+from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Device
 from admfast.engine.numerics import peak_memory
-from admfast.errors import invalid
-from admfast.files.atomic import check_free, check_place, check_writable
+from admfast.errors import OutputError, invalid
+from admfast.files.atomic import check_folder_path, check_not_existing, check_writable
 from admfast.files.images import write_png
 from admfast.files.paths import user_path
 from admfast.files.tables import table
-from admfast.interrupts import SIGNALLED
+from admfast.interrupts import SIGNAL_STATUS
 from admfast.models import NetConfig
+from admfast.runs.folder import find_sample_files
 from admfast.training.distributed import World, processes
 from admfast.training.export import export
 from admfast.training.folder import RUN_FILE, read_run_file, recipe_of
@@ -75,27 +77,29 @@ def _command(kind: str) -> Callable[..., None]:
     ) -> None:
         if out is None and not dry_run:
             raise UsageProblem("Missing option '--out', the folder of the run; only --dry-run needs none.")
-        options = options_of("--set", set_, also=None)
-        given = {
+        options = parse_settings("--set", set_, extra_names=None)
+        flags = {
             "steps": steps, "batch_size": batch_size, "microbatch": microbatch, "lr": lr, "seed": seed,
             "precision": precision,
-            "checkpointing": None if checkpointing is None else checks.literal(checkpointing),
+            "checkpointing": None if checkpointing is None else checks.parse_literal(checkpointing),
         }  # fmt: skip
-        options |= {name: value for name, value in given.items() if value is not None}
-        wanted = resolved(kind, preset, from_, options)
+        options |= {name: value for name, value in flags.items() if value is not None}
+        run_recipe = resolve_recipe(kind, preset, from_, options)
         if "steps" not in options and out is not None:
-            wanted = dataclasses.replace(wanted, steps=_steps_of(user_path("out", out), wanted.steps))
+            run_recipe = dataclasses.replace(
+                run_recipe, steps=_default_steps(user_path("out", out), run_recipe.steps)
+            )
         habits = Habits(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
-        place = _data(preset, data)
+        data_name = _data_or_digits(preset, data)
         run_folder = None if out is None else user_path("out", out)
-        with processes(device) as world, _plain_warnings():
+        with processes(device) as world, _one_line_warnings():
             if run_folder is None or dry_run:
-                _try(wanted, place, labels, dataclasses.replace(habits, cache=None), world)
+                _dry_run(run_recipe, data_name, labels, dataclasses.replace(habits, cache=None), world)
             else:
-                _train(wanted, place, labels, run_folder, habits, world, from_)
+                _train(run_recipe, data_name, labels, run_folder, habits, world, from_)
 
     run.__doc__ = f"Train {_ARTICLES[kind]}. Presets: {', '.join(PRESETS[kind])}."
     return run
@@ -144,107 +148,116 @@ def run_export(
                 raise invalid(name, value, "only with --out, the weights file")
     else:
         out = user_path("out", out, ENDINGS)
-    drawn = None
+    drawing = None
     if picture is not None:
         picture = user_path("picture", picture, [".png"])
-        drawn = run_picture(run)
+        drawing = run_picture(run)
         check_writable(picture)
         if not overwrite:
-            check_free("picture", [picture])
+            check_not_existing("picture", [picture])
     # `export` checks its arguments before it writes: an error in either file leaves neither.
     if out is not None:
         description = export(run, out, ema, width, DTYPES[dtype], overwrite)
         print(table([(name, str(description.training[name])) for name in ("step", "average")]))
         print(out.resolve())
-    if picture is not None and drawn is not None:
-        write_png(picture, drawn)
+    if picture is not None and drawing is not None:
+        write_png(picture, drawing)
         print(picture.resolve())
 
 
-def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
+def resolve_recipe(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
     """Return the recipe of a command's options. Raises InvalidArgument, CheckpointError."""
     base = recipe(kind, preset)
     if start is not None:
         parts = split_options(kind, options)
-        own = {name: value for name, value in parts["network"].items() if name not in _OWN}
-        info = load_network(start, **own, **parts["process"])[1]
+        file_settings = {name: value for name, value in parts["network"].items() if name not in _RUN_SETTINGS}
+        info = load_network(start, **file_settings, **parts["process"])[1]
         network: NetConfig = dataclasses.replace(info.config, use_checkpoint=False)
         if not isinstance(network, KINDS[kind]):
             raise invalid("from", start, f"a network for the kind {kind!r}; it holds a {network.kind}")
         low_res_size = base.low_res_size if info.low_res_size is None else info.low_res_size
         # A network that was trained with a null class keeps it.
-        dropping = dict(info.training.get("recipe", {})).get("drop_classes", 0.0)
+        drop_classes = dict(info.training.get("recipe", {})).get("drop_classes", 0.0)
         base = dataclasses.replace(
             base, network=network, process=info.diffusion or base.process, low_res_size=low_res_size,
-            drop_classes=dropping,
+            drop_classes=drop_classes,
         )  # fmt: skip
     return changed(base, options)
 
 
-def _steps_of(run: Path, steps: int) -> int:
+def _default_steps(run: Path, steps: int) -> int:
     """Return the steps of the run in a folder, or `steps` if it holds none."""
     return recipe_of(read_run_file(run)).steps if (run / RUN_FILE).is_file() else steps
 
 
 # Options that a run always sets itself, not the file that it begins from.
-_OWN = ("dropout", "num_classes")
+_RUN_SETTINGS = ("dropout", "num_classes")
 
 
-def _data(preset: str, data: str | None) -> str:
+def _data_or_digits(preset: str, data: str | None) -> str:
     if data is None and preset != DIGITS:
         raise invalid("data", None, "the images: a folder, a zip, an npz, or digits")
     return data or "digits"
 
 
 def _train(
-    wanted: Recipe, data: str, labels: str, out: Path, habits: Habits, world: World, start: str | None
+    run_recipe: Recipe, data: str, labels: str, out: Path, habits: Habits, world: World, start: str | None
 ) -> None:
+    _check_run_folder(out)
     source = open_source(data, labels)
-    check_place(out)
     if world.first:
         print(
             table(
                 [
-                    *_rows(wanted, world),
+                    *_rows(run_recipe, world),
                     ("data", f"{data}, {len(source)} images"),
                     ("out", str(out.resolve())),
                 ]
             )
         )
-    outcome = train(wanted, source, out, habits, world, start, say=_say)
+    outcome = train(run_recipe, source, out, habits, world, start, say=_print_line)
     if world.first:
         peak = peak_memory(world.device) / 1e9
-        print(f"{outcome.step} of {wanted.steps} steps are done; peak memory {peak:.2f} GB")
+        print(f"{outcome.step} of {run_recipe.steps} steps are done; peak memory {peak:.2f} GB")
         print(out.resolve())
     if outcome.signal is not None:
-        raise typer.Exit(SIGNALLED + outcome.signal)
+        raise typer.Exit(SIGNAL_STATUS + outcome.signal)
 
 
-def _try(wanted: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:
+def _check_run_folder(out: Path) -> None:
+    """Raise OutputError if `out` can't be the folder of a run: it is a file, or holds samples."""
+    check_folder_path(out)
+    samples = find_sample_files(out)
+    if samples and not is_run(out):
+        contents = f"holds {len(samples)} files of samples (from `admfast sample`)"
+        raise OutputError(f"out={str(out)!r}: {contents}; give another folder for the training run")
+
+
+def _dry_run(run_recipe: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:
     """Make two steps; print the time and memory that the run would take."""
-    trial = dry_run(wanted, open_source(data, labels), habits, world)
+    trial = dry_run(run_recipe, open_source(data, labels), habits, world)
     if world.first:
         hours = trial.run_seconds / 3600
         rows = [
             ("step", f"{trial.step_seconds:.3f} s"),
-            ("images a second", f"{wanted.batch_size / trial.step_seconds:.1f}"),
+            ("images a second", f"{run_recipe.batch_size / trial.step_seconds:.1f}"),
             ("peak memory", f"{trial.memory / 1e9:.2f} GB, of one process"),
-            ("whole run", f"{hours:.2f} hours for {wanted.steps} steps"),
+            ("whole run", f"{hours:.2f} hours for {run_recipe.steps} steps"),
         ]
-        print(table([*_rows(wanted, world), *rows]))
+        print(table([*_rows(run_recipe, world), *rows]))
 
 
-def _rows(wanted: Recipe, world: World) -> list[tuple[str, str]]:
+def _rows(run_recipe: Recipe, world: World) -> list[tuple[str, str]]:
     """Return the resolved recipe as rows of (name, value), one for each field and the processes."""
     rows = []
-    for name, value in wanted.to_dict().items():
+    for name, value in run_recipe.to_dict().items():
         text = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         rows.append((name, text))
     return [*rows, ("processes", f"{world.size}, on {world.device}")]
 
 
 @contextlib.contextmanager
-def _plain_warnings() -> Iterator[None]:
+def _one_line_warnings() -> Iterator[None]:
     """Print warnings (such as a skipped image) as one line, without their place in the code."""
 
     def show(message: Warning | str, *_: Any) -> None:
@@ -255,5 +268,5 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(text, flush=True)

@@ -8,8 +8,8 @@ import torch
 import typer
 
 from admfast.cli import sample_options as option
-from admfast.cli.options import parts_of
-from admfast.cli.sample import parse_numbers, read_low_res, resolved
+from admfast.cli.options import load_arguments
+from admfast.cli.sample import parse_numbers, read_low_res, settings_rows
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.files.atomic import check_folder
 from admfast.files.levels import from_uint8
@@ -20,7 +20,7 @@ from admfast.sampling.plan import plan
 from admfast.verify.compare import STEPS, request_for, verify
 from admfast.verify.report import report
 
-PAST_BUDGET = 1
+EXCEEDS_BUDGET = 1
 Seeds = Annotated[
     str | None,
     typer.Option(
@@ -65,24 +65,28 @@ def run_verify(
     if compile_cache is not None:
         check_folder(user_path("compile_cache", compile_cache))
     numbers = {"classes": classes, "seeds": seeds}
-    settings: dict[str, Any] = {n: parse_numbers(n, text) for n, text in numbers.items() if text is not None}
+    settings: dict[str, Any] = {
+        name: parse_numbers(name, text) for name, text in numbers.items() if text is not None
+    }
     settings |= dict(
         steps=steps, solver=solver, guidance=guidance, upsampler_steps=upsampler_steps, size=size
     )  # fmt: skip
-    parts = parts_of(
+    arguments = load_arguments(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
         preset=preset, device=device,
     )  # fmt: skip
     engine = EngineOptions(threads=threads)
     pipe = load(
-        name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **parts
+        name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **arguments
     )
     if low_res is not None:
         images = read_low_res(low_res, pipe.config.in_channels).images
         settings["low_res"] = from_uint8(torch.from_numpy(images))
     request = request_for(pipe, **settings)
-    reference = load(name, precision="fp32", engine=PLAIN, **parts)
-    print(table([*resolved(pipe, request, plan(request, pipe)), *pipe.policy.parts().items()]), flush=True)
-    found = verify(pipe, reference, request)
-    print("\n" + report(found))
-    return PAST_BUDGET if found.failures else 0
+    reference = load(name, precision="fp32", engine=PLAIN, **arguments)
+    print(
+        table([*settings_rows(pipe, request, plan(request, pipe)), *pipe.policy.parts().items()]), flush=True
+    )
+    verification = verify(pipe, reference, request)
+    print("\n" + report(verification))
+    return EXCEEDS_BUDGET if verification.failures else 0

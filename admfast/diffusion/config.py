@@ -12,7 +12,7 @@ from admfast.diffusion.parameterisation import LossType, MeanType, VarType, memb
 from admfast.diffusion.process import GaussianDiffusion
 from admfast.diffusion.respacing import Respacing, space_timesteps
 from admfast.diffusion.schedule import NOISE_SCHEDULES, beta_schedule, make_schedule
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 
 SWITCHES = (
     "learn_sigma",
@@ -36,7 +36,7 @@ def checked_setting(setting: str, value: object, name: str | None = None) -> obj
     name = name or setting
     if setting == "noise_schedule":
         return checks.one_of(name, value, NOISE_SCHEDULES)
-    return checks.whole(name, value, 1) if setting == "steps" else checks.switch(name, value)
+    return checks.whole_number(name, value, 1) if setting == "steps" else checks.boolean(name, value)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class DiffusionConfig:
             object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
         beta_schedule(self.noise_schedule, self.steps)
         if self.respacing is not None and not isinstance(self.respacing, str):
-            kept = checks.whole_or_several("respacing", self.respacing, 0)
+            kept = checks.whole_number_or_tuple("respacing", self.respacing, 0)
             object.__setattr__(self, "respacing", kept)
         if self.respacing is not None and not space_timesteps(self.steps, self.respacing):
             raise invalid("respacing", self.respacing, "at least one step")
@@ -103,7 +103,9 @@ class DiffusionConfig:
         for flag, value in flags.items():
             name = _PUBLISHED_NAMES.get(flag, flag)
             if name not in known:
-                raise invalid(flag, value, f"unknown setting, {nearest(flag, [*known, *_PUBLISHED_NAMES])}")
+                raise invalid(
+                    flag, value, f"unknown setting, {allowed_names(flag, [*known, *_PUBLISHED_NAMES])}"
+                )
             if name in settings:
                 raise invalid(flag, value, f"the same setting as {name}, which is given too")
             # The published code keeps all steps for any empty respacing.

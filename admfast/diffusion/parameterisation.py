@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TypeVar
 
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 
 
 class MeanType(enum.Enum):
@@ -56,4 +56,4 @@ def member(kind: type[EnumT], value: EnumT | str, name: str) -> EnumT:
     names = [entry.name for entry in kind]
     if isinstance(value, str) and value in names:
         return kind[value]
-    raise invalid(name, value, nearest(str(value), names))
+    raise invalid(name, value, allowed_names(str(value), names))

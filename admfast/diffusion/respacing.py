@@ -6,8 +6,8 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 
-from admfast.checks import plain, whole
-from admfast.errors import InvalidArgument, invalid, nearest
+from admfast.checks import to_python, whole_number
+from admfast.errors import InvalidArgument, allowed_names, invalid
 
 Respacing = str | int | Iterable[int]
 
@@ -45,8 +45,8 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
     Returns a list of distinct ints; empty only for counts that are all 0.
     Raises: InvalidArgument naming the value and what is allowed. Not differentiable (no tensors).
     """
-    total = whole("num_timesteps", num_timesteps, 1)
-    spec = plain(spec)  # type: ignore[assignment]
+    total = whole_number("num_timesteps", num_timesteps, 1)
+    spec = to_python(spec)  # type: ignore[assignment]
     if isinstance(spec, str):
         if published and not (_DDIM.fullmatch(spec) or _COUNTS.fullmatch(spec)):
             raise _unknown(spec)
@@ -56,7 +56,7 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
         if published:
             return _sections(total, [operator.index(count) for count in items], published)
         return _explicit(total, items)
-    return _sections(total, [whole("respacing", spec, 0, total)], published)
+    return _sections(total, [whole_number("respacing", spec, 0, total)], published)
 
 
 def _from_text(total: int, spec: str, published: bool) -> list[int]:
@@ -80,7 +80,7 @@ def _unknown(spec: str) -> InvalidArgument:
     """Return the error for an unknown kind of spec, with the nearest spellings that keep its number."""
     digits = re.search(r"\d+", spec)
     count = digits[0] if digits else "25"
-    return invalid("respacing", spec, f"{_FORMS}; {nearest(spec, [f'ddim{count}', count])}")
+    return invalid("respacing", spec, f"{_FORMS}; {allowed_names(spec, [f'ddim{count}', count])}")
 
 
 def _ddim(total: int, count: int, spec: str, published: bool) -> list[int]:
@@ -118,7 +118,7 @@ def _sections(total: int, counts: Sequence[int], published: bool) -> list[int]:
 
 
 def _explicit(total: int, steps: Sequence[int]) -> list[int]:
-    kept = sorted(whole("respacing timestep", step, 0, total - 1) for step in steps)
+    kept = sorted(whole_number("respacing timestep", step, 0, total - 1) for step in steps)
     if not kept:
         raise invalid("respacing", list(steps), f"at least one timestep from 0 to {total - 1}")
     for step, following in zip(kept, kept[1:], strict=False):

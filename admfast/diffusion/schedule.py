@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from admfast.checks import one_of, whole
+from admfast.checks import one_of, whole_number
 from admfast.diffusion.respacing import Respacing, space_timesteps
 from admfast.errors import invalid
 
@@ -34,7 +34,7 @@ def beta_schedule(name: str, steps: int) -> FloatArray:
     Raises: InvalidArgument.
     """
     one_of("noise_schedule", name, NOISE_SCHEDULES)
-    steps = whole("steps", steps, 1)
+    steps = whole_number("steps", steps, 1)
     if name == "linear":
         if steps < 20:
             raise invalid("steps", steps, "a linear schedule takes at least 20, its last beta is 20 / steps")
@@ -92,7 +92,7 @@ class Schedule:
         if outside.any():
             step = int(np.argmax(outside))
             raise invalid(f"betas[{step}]", float(betas[step]), "greater than 0, at most 1")
-        steps = whole("original_steps", self.original_steps, len(betas))
+        steps = whole_number("original_steps", self.original_steps, len(betas))
         kept = np.array(self.timestep_map)
         if kept.shape != betas.shape or kept.dtype.kind not in "iu":
             raise invalid(

@@ -112,7 +112,7 @@ class Engine:
 
     def _threads(self, shape: Sequence[int]) -> int:
         """Return the number of CPU threads for a row by Python functions; shape: (N, C, *spatial)."""
-        default = threads_for(convolution_operations(self.net.config, shape), host.cpus())  # type: ignore[arg-type]
+        default = threads_for(convolution_operations(self.net.config, shape), host.usable_cpus())  # type: ignore[arg-type]
         return choose_threads(self.options.threads, default)
 
     def describe(self, step: PreparedStep | None, shape: Sequence[int], guided: bool) -> dict[str, Any]:
@@ -123,19 +123,19 @@ class Engine:
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net, "classifier": self.classifier if guided else None}
-        unreplayed = _reason_not(step, "captured", "EngineOptions(graph=False)")
+        not_replayed_reason = _reason_not(step, "captured", "EngineOptions(graph=False)")
         if step is not None and step.replays:
             reasons = (step.replays[is_guided].reason_not_replayed for is_guided in set(step.guided))
-            unreplayed = next(filter(None, reasons), None)
+            not_replayed_reason = next(filter(None, reasons), None)
         if step is not None:
             threads = step.threads
         else:
             threads = self._threads(shape) if on_cpu else None
         return {
-            "unreplayed": unreplayed,
-            "uncompiled": _reason_not(step, "compiled") if options.compile else "not requested",
+            "not_replayed_reason": not_replayed_reason,
+            "not_compiled_reason": _reason_not(step, "compiled") if options.compile else "not requested",
             # Without prepared steps, `ensure_folded` may not look for hooks, so `altered` may be out of date.
-            "by_parts": tuple(
+            "layerwise_networks": tuple(
                 name
                 for name, net in networks.items()
                 if net is not None and (net.altered or not options.prepared) and _runs_by_parts(net)

@@ -46,7 +46,7 @@ def fixed_numerics(device: torch.device, tf32: bool = False) -> Iterator[None]:
             # the quota would take turns, and spin while they wait. A smaller number is the user's choice.
             before = torch.get_num_threads()
             if before > 1:
-                stack.enter_context(on_threads(min(before, host.cpus())))
+                stack.enter_context(on_threads(min(before, host.usable_cpus())))
         yield
 
 
@@ -63,7 +63,7 @@ def choose_threads(requested: int | None, default: int) -> int:
     if (
         current == 1
         or set_by_environment
-        or current not in (host.cpus(), len(host.processors()), host.cores())
+        or current not in (host.usable_cpus(), len(host.processor_ids()), host.usable_cores())
     ):
         return current
     return min(default, current)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 
-from admfast.checks import switches, whole
+from admfast.checks import store_booleans, whole_number
 from admfast.errors import invalid
 from admfast.models.fold import FoldOptions
 
@@ -45,15 +45,15 @@ class EngineOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        switches(self, "prepared", "graph", "branches", "compile")
+        store_booleans(self, "prepared", "graph", "branches", "compile")
         if self.fold is not None and not isinstance(self.fold, FoldOptions):
             raise invalid("fold", self.fold, "FoldOptions, or None for nothing")
         if self.compile_cache is not None and not isinstance(self.compile_cache, str | PathLike):
             raise invalid("compile_cache", self.compile_cache, "the path of a folder, or None")
         for name, minimum in (("rows_at_a_time", 1), ("max_cached_steps", 1), ("max_cached_bytes", 0)):
-            object.__setattr__(self, name, whole(name, getattr(self, name), minimum))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), minimum))
         if self.threads is not None:
-            object.__setattr__(self, "threads", whole("threads", self.threads, 1))
+            object.__setattr__(self, "threads", whole_number("threads", self.threads, 1))
         if self.compile_cache is not None and not self.compile:
             raise invalid("compile_cache", str(self.compile_cache), "only together with compile=True")
 

@@ -126,7 +126,7 @@ class PreparedStep:
         self._networks, self.generations = networks, fold_generations(networks)
         self._make_buffers(device)
         config: Any = net.config
-        self.default_threads = threads_for(convolution_operations(config, key.shape), host.cpus())
+        self.default_threads = threads_for(convolution_operations(config, key.shape), host.usable_cpus())
         self.requested_threads = options.threads
         self.threads = self._threads()
         network_by_name = {"net": self.net, "classifier": self.classifier}

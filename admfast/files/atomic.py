@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from admfast.errors import OutputError
-from admfast.interrupts import held_back, making
+from admfast.interrupts import declare_writing, delay_signals
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -33,7 +33,7 @@ _REASONS = {
     errno.ENAMETOOLONG: "the file name is too long",
 }
 # Errors that, without a file name, still can only come from the path that is being written.
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _LOCKED_BYTE = 2**31 - 2  # the second to last byte that `msvcrt.locking` can lock
 
 
@@ -45,7 +45,7 @@ def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
     elif error.errno == errno.ENOTDIR:
         reason = f"{folder} is not a folder"
     elif error.errno == errno.EEXIST:
-        link = _dangling(path)
+        link = _find_dangling_link(path)
         reason = "it is a file, not a folder"
         if link is not None:
             reason = f"{link} is a link to {os.readlink(link)}, which does not exist"
@@ -54,10 +54,10 @@ def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
     return OutputError(f"{path}: not written: {reason}")
 
 
-def _dangling(path: str | PathLike[str]) -> Path | None:
+def _find_dangling_link(path: str | PathLike[str]) -> Path | None:
     """Return the first link without a target among a path and its parent folders, or None."""
-    places = (Path(path), *Path(path).parents)
-    return next((place for place in places if place.is_symlink() and not place.exists()), None)
+    parts = (Path(path), *Path(path).parents)
+    return next((part for part in parts if part.is_symlink() and not part.exists()), None)
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def atomic_open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
         OutputError: if it can't be written whole; other exceptions of the block pass unchanged. In both cases
             `path` is unchanged.
     """
-    with _replacing(path) as (descriptor, temporary):
+    with _temporary_file(path) as (descriptor, temporary):
         raw = _RecordingFile(descriptor, "wb")
         file = io.BufferedWriter(raw)
         try:
@@ -98,14 +98,14 @@ def atomic_open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
     """Like `atomic_open`, for a writer that needs a path: yield the temporary path to write to."""
-    with _replacing(path) as (descriptor, temporary):
+    with _temporary_file(path) as (descriptor, temporary):
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         os.close(descriptor)
         try:
             yield temporary
         except OSError as error:
-            ours = error.filename is not None and Path(os.fsdecode(error.filename)) == temporary
-            if isinstance(error, OutputError) or not (ours or error.errno in _OF_THE_DISK):
+            is_temporary = error.filename is not None and Path(os.fsdecode(error.filename)) == temporary
+            if isinstance(error, OutputError) or not (is_temporary or error.errno in _DISK_ERRORS):
                 raise
             raise output_error(path, error) from error
         try:
@@ -130,23 +130,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         OutputError: if they can't all be written; `path` is then unchanged, unless a later one of these moves
             failed.
     """
-    with folder_if_used(path.parent):
-        temporary = _temporary(path)
+    with folder_removed_if_empty(path.parent):
+        temporary = _temporary_path(path)
         try:
             temporary.mkdir()
         except OSError as error:
             raise output_error(path, error) from error
         try:
             yield temporary
-            with held_back():
-                _move(temporary, path)
+            with delay_signals():
+                _move_files(temporary, path)
         except OutputError as error:
             raise OutputError(str(error).replace(str(temporary), str(path))) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move(temporary: Path, folder: Path) -> None:
+def _move_files(temporary: Path, folder: Path) -> None:
     """Move the files of a finished folder into another."""
     if not folder.is_dir() or not any(folder.iterdir()):
         if sys.platform == "win32" and folder.is_dir():  # there, a rename can't replace a folder
@@ -154,9 +154,9 @@ def _move(temporary: Path, folder: Path) -> None:
                 folder.rmdir()
         return _rename(temporary, folder)
     for file in (file for file in temporary.rglob("*") if file.is_file()):
-        place = folder / file.relative_to(temporary)
-        make_folder(place.parent)
-        _rename(file, place)
+        target = folder / file.relative_to(temporary)
+        make_folder(target.parent)
+        _rename(file, target)
 
 
 def write_bytes(path: str | PathLike[str], data: bytes) -> None:
@@ -175,11 +175,11 @@ def check_writable(path: str | PathLike[str]) -> None:
 
     Call it before long work whose result goes there.
     """
-    with _replacing(path) as (descriptor, _):
+    with _temporary_file(path) as (descriptor, _):
         os.close(descriptor)
 
 
-def check_free(name: str, paths: Iterable[Path]) -> None:
+def check_not_existing(name: str, paths: Iterable[Path]) -> None:
     """Raise OutputError if one of the paths of the argument `name` exists."""
     for path in paths:
         if os.path.lexists(path):
@@ -188,7 +188,7 @@ def check_free(name: str, paths: Iterable[Path]) -> None:
 
 def check_folder(path: str | PathLike[str]) -> None:
     """Make the folder `path` if it is missing; raise OutputError if no file can be written into it."""
-    making()
+    declare_writing()
     try:
         Path(path).mkdir(exist_ok=True)
     except OSError as error:
@@ -196,16 +196,16 @@ def check_folder(path: str | PathLike[str]) -> None:
     check_writable(Path(path) / "file")
 
 
-def check_place(folder: Path) -> None:
+def check_folder_path(folder: Path) -> None:
     """Raise OutputError if `folder` or one of its parents is a file; make nothing."""
-    found = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
-    if found is not None and not found.is_dir():
-        raise output_error(found, FileExistsError(errno.EEXIST, "")) from None
+    existing = next((part for part in (folder, *folder.parents) if os.path.lexists(part)), None)
+    if existing is not None and not existing.is_dir():
+        raise output_error(existing, FileExistsError(errno.EEXIST, "")) from None
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents. Raises OutputError."""
-    making()
+    declare_writing()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -213,19 +213,19 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_if_used(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents for a block; afterwards remove those that this made, if they are empty.
+def folder_removed_if_empty(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents for a block; afterwards remove those it made that are empty.
 
     Raises OutputError.
     """
-    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    missing = [part for part in (folder, *folder.parents) if not os.path.lexists(part)]
     try:
         make_folder(folder)
         yield
     finally:
-        for place in missing:
+        for part in missing:
             with contextlib.suppress(OSError):  # it isn't empty, or was not made
-                place.rmdir()
+                part.rmdir()
 
 
 def lock(descriptor: int) -> None:
@@ -236,30 +236,30 @@ def lock(descriptor: int) -> None:
     try:
         import fcntl
     except ImportError:
-        return _lock_a_byte(descriptor)
+        return _lock_byte(descriptor)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def let_go(file: BinaryIO) -> None:
+def close_on_windows(file: BinaryIO) -> None:
     """Close a file, and so release its lock, on Windows, which can't move or remove an open file."""
     if sys.platform == "win32":
         file.close()
 
 
-def _lock_a_byte(descriptor: int) -> None:
+def _lock_byte(descriptor: int) -> None:
     """Lock one byte of a file on Windows, past the end of most files, as others can't read a locked byte."""
     try:
         msvcrt = importlib.import_module("msvcrt")
     except ImportError:
         raise OSError(errno.ENOLCK, "this Python can't lock files") from None
-    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    position = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
         os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     except PermissionError as error:
         raise BlockingIOError(errno.EAGAIN, "another process has locked it") from error
     finally:
-        os.lseek(descriptor, place, os.SEEK_SET)
+        os.lseek(descriptor, position, os.SEEK_SET)
 
 
 class _RecordingFile(io.FileIO):
@@ -276,7 +276,7 @@ class _RecordingFile(io.FileIO):
 
 
 @contextlib.contextmanager
-def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
+def _temporary_file(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
     """Create an empty temporary file next to `path`; yield its descriptor and path; remove it at the end."""
     target = Path(path)
     # A rename would replace a device such as /dev/null, and for a folder it would fail only at the end.
@@ -284,8 +284,8 @@ def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
         raise OutputError(
             f"{path}: not written: it is a {'folder' if target.is_dir() else 'device'}, not a file"
         )
-    making()
-    temporary = _temporary(target)
+    declare_writing()
+    temporary = _temporary_path(target)
     try:
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     except OSError as error:
@@ -297,7 +297,7 @@ def _replacing(path: str | PathLike[str]) -> Iterator[tuple[int, Path]]:
             temporary.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     """Return an unused path next to `path`."""
     return path.parent / f".{path.name[:80]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
 

@@ -26,12 +26,12 @@ _BACKGROUND, _INK = (255, 255, 255), (0, 0, 0)
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode for a number of channels
 # Pillow's mode of an image file -> the mode it is converted to. 16-bit and float modes are refused.
-_READ_AS = dict.fromkeys(("1", "L"), "L")
-_READ_AS |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
-_READ_AS |= dict.fromkeys(("LA", "PA", "RGBA"), "RGBA")
+_CONVERTED_MODES = dict.fromkeys(("1", "L"), "L")
+_CONVERTED_MODES |= dict.fromkeys(("P", "RGB", "CMYK", "YCbCr"), "RGB")
+_CONVERTED_MODES |= dict.fromkeys(("LA", "PA", "RGBA"), "RGBA")
 
 # What Pillow raises for damaged files, including errors of the modules that it uses.
-_DAMAGED = (
+_DAMAGE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -64,8 +64,8 @@ def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
             (the published loader ignores that).
     """
     picture = open_image(path)
-    if (turned := picture.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
-        allowed = f"an image that is stored upright; this one has EXIF orientation {turned}"
+    if (orientation := picture.getexif().get(ExifTags.Base.Orientation, 1)) not in (0, 1):
+        allowed = f"an image that is stored upright; this one has EXIF orientation {orientation}"
         raise invalid("path", str(path), allowed)
     array = np.asarray(picture if channels is None else picture.convert(MODES[channels]))
     return array[:, :, None] if array.ndim == 2 else array
@@ -89,20 +89,20 @@ def open_image(path: str | PathLike[str], content: bytes | None = None) -> Image
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as picture:
             mode = picture.mode
-            if mode not in _READ_AS:
+            if mode not in _CONVERTED_MODES:
                 raise invalid(
                     "path", name, f"an image of 8 bits a channel; this one has Pillow's mode {mode}"
                 )
-            wanted = "RGBA" if mode == "P" and "transparency" in picture.info else _READ_AS[mode]
+            target_mode = "RGBA" if mode == "P" and "transparency" in picture.info else _CONVERTED_MODES[mode]
             picture.load()  # which closes the file
-            return picture if mode == wanted else picture.convert(wanted)
+            return picture if mode == target_mode else picture.convert(target_mode)
     except InvalidArgument:
         raise
     except FileNotFoundError:
         raise invalid("path", name, "no such file") from None
     except UnidentifiedImageError:
         raise invalid("path", name, "not an image in a format that Pillow reads") from None
-    except _DAMAGED as error:
+    except _DAMAGE_ERRORS as error:
         raise invalid("path", name, f"not readable as an image: {first_line(error)}") from error
 
 
@@ -131,7 +131,7 @@ def labelled_grid(
     Raises:
         InvalidArgument: for images, labels or columns that don't fit.
     """
-    images = _checked_batch(images)
+    images = _as_batch(images)
     if labels is not None and len(labels) != len(images):
         raise invalid("labels", f"{len(labels)} labels", f"one for each of the {len(images)} images")
     if columns is not None and columns < 1:
@@ -140,9 +140,11 @@ def labelled_grid(
         columns = columns or math.ceil(math.sqrt(len(images)))
         groups = [("", list(range(len(images))))]
     else:
-        of_class = {int(c): np.flatnonzero(np.asarray(labels) == c).tolist() for c in np.unique(labels)}
-        columns = columns or max(map(len, of_class.values()))
-        groups = [(_label_text(label, names), members) for label, members in of_class.items()]
+        indices_by_class = {
+            int(c): np.flatnonzero(np.asarray(labels) == c).tolist() for c in np.unique(labels)
+        }
+        columns = columns or max(map(len, indices_by_class.values()))
+        groups = [(_label_text(label, names), members) for label, members in indices_by_class.items()]
     rows = []
     for text, members in groups:
         for start in range(0, len(members), columns):
@@ -195,7 +197,7 @@ def _label_text(label: int, names: Mapping[int, str] | Sequence[str] | None) -> 
     return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 2] + ".."
 
 
-def _checked_batch(images: UInt8) -> UInt8:
+def _as_batch(images: UInt8) -> UInt8:
     """Return images as [N, H, W, C] with at least one image; dtype and channels of the first are checked."""
     images = np.asarray(images)
     if images.ndim not in (3, 4) or 0 in images.shape:

@@ -48,7 +48,7 @@ def write_streamed(
         OutputError: if the file can't be written.
     """
     if labels is not None:
-        labels = _checked_labels(np.asarray(labels), shape[0], "labels")
+        labels = _check_labels(np.asarray(labels), shape[0], "labels")
     header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
     count = 0
     with atomic_open(path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
@@ -56,8 +56,8 @@ def write_streamed(
             np.lib.format.write_array_header_1_0(entry, header)
             for count, image in enumerate(images, 1):
                 if image.dtype != np.uint8 or image.shape != tuple(shape[1:]):
-                    given = f"{image.dtype} {image.shape}"
-                    raise invalid(f"images[{count - 1}]", given, f"uint8 {tuple(shape[1:])}")
+                    actual = f"{image.dtype} {image.shape}"
+                    raise invalid(f"images[{count - 1}]", actual, f"uint8 {tuple(shape[1:])}")
                 entry.write(np.ascontiguousarray(image).data)
         if count != shape[0]:
             raise invalid("images", f"{count} images", f"{shape[0]}, as the shape says")
@@ -73,13 +73,13 @@ def read_samples(path: str | PathLike[str]) -> Samples:
         InvalidArgument: in one line, for a file that is missing, truncated or no npz, has no `arr_0`, or has
             an `arr_0` or `arr_1` of another dtype or shape.
     """
-    with _reading(path) as archive:
+    with _open_npz(path) as archive:
         if "arr_0" not in archive.files:
-            raise invalid("path", str(path), f"has no array arr_0 (has {_listed(archive.files)})")
-        images = _checked_images(archive["arr_0"], f"{path}: arr_0")
+            raise invalid("path", str(path), f"has no array arr_0 (has {_comma_list(archive.files)})")
+        images = _check_images(archive["arr_0"], f"{path}: arr_0")
         labels = None
         if "arr_1" in archive.files:
-            labels = _checked_labels(archive["arr_1"], len(images), f"{path}: arr_1")
+            labels = _check_labels(archive["arr_1"], len(images), f"{path}: arr_1")
     return Samples(images, labels)
 
 
@@ -94,10 +94,10 @@ def iter_array(path: str | PathLike[str], batch_size: int, name: str = "arr_0") 
     """
     if batch_size < 1:
         raise invalid("batch_size", batch_size, "1 or more")
-    with _naming(path), zipfile.ZipFile(path) as archive:
+    with _errors_that_name(path), zipfile.ZipFile(path) as archive:
         if f"{name}.npy" not in archive.namelist():
-            held = [entry.removesuffix(".npy") for entry in archive.namelist()]
-            raise invalid("path", str(path), f"has no array {name} (has {_listed(held)})")
+            names = [entry.removesuffix(".npy") for entry in archive.namelist()]
+            raise invalid("path", str(path), f"has no array {name} (has {_comma_list(names)})")
         with archive.open(f"{name}.npy") as file:
             yield from _batches(file, batch_size)
 
@@ -125,9 +125,9 @@ def _batches(file: IO[bytes], batch_size: int) -> Iterator[NDArray[Any]]:
 
 
 @contextlib.contextmanager
-def _reading(path: str | PathLike[str]) -> Iterator[Any]:
+def _open_npz(path: str | PathLike[str]) -> Iterator[Any]:
     """Open an npz; raise InvalidArgument in one line for any damage."""
-    with _naming(path):
+    with _errors_that_name(path):
         archive = np.load(path, allow_pickle=False)
         if not hasattr(archive, "files"):
             raise invalid("path", str(path), "a single .npy array, not an .npz archive")
@@ -136,7 +136,7 @@ def _reading(path: str | PathLike[str]) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _naming(path: str | PathLike[str]) -> Iterator[None]:
+def _errors_that_name(path: str | PathLike[str]) -> Iterator[None]:
     """Turn exceptions of numpy and zipfile into InvalidArgument in one line that names the file."""
     try:
         yield
@@ -163,11 +163,11 @@ def _reason(path: str | PathLike[str], error: BaseException) -> str:
     return getattr(error, "strerror", None) or text
 
 
-def _listed(names: Sequence[str]) -> str:
+def _comma_list(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _checked_images(images: NDArray[Any], argument: str) -> NDArray[np.uint8]:
+def _check_images(images: NDArray[Any], argument: str) -> NDArray[np.uint8]:
     """Reject an array that isn't uint8 [N, H, W, C]."""
     if images.dtype != np.uint8:
         raise invalid(f"{argument}.dtype", str(images.dtype), "uint8 (levels 0..255)")
@@ -176,7 +176,7 @@ def _checked_images(images: NDArray[Any], argument: str) -> NDArray[np.uint8]:
     return images
 
 
-def _checked_labels(labels: NDArray[Any], count: int, argument: str) -> NDArray[np.int64]:
+def _check_labels(labels: NDArray[Any], count: int, argument: str) -> NDArray[np.int64]:
     """Reject labels that aren't one integer for every image; return them as int64."""
     if not np.issubdtype(labels.dtype, np.integer):
         raise invalid(f"{argument}.dtype", str(labels.dtype), "integers")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from admfast import checks
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 
 Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 POOLS: tuple[Pool, ...] = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -41,21 +41,21 @@ def checked_field(field: str, value: Any, name: str | None = None) -> Any:
     """
     name = name or field
     if field in _WHOLE:
-        return checks.whole(name, value, 1)
+        return checks.whole_number(name, value, 1)
     if field in _WHOLE_OR_NOT:
-        return checks.whole(name, value, 1, special=-1)
+        return checks.whole_number(name, value, 1, special=-1)
     if field in SWITCHES:
-        return checks.switch(name, value)
+        return checks.boolean(name, value)
     if field == "num_classes":
-        return None if value is None else checks.whole(name, value, 1)
+        return None if value is None else checks.whole_number(name, value, 1)
     if field == "attention_resolutions":
         return tuple(checks.whole_numbers(name, value, 1))
     if field == "channel_mult":
         return _multipliers(name, value)
     if field == "dropout":
-        return checks.real(name, value, least=0, below=1)
+        return checks.finite_float(name, value, least=0, below=1)
     if field == "dims":
-        return checks.whole(name, value, 1, 3)
+        return checks.whole_number(name, value, 1, 3)
     if field == "pool":
         return checks.one_of(name, value, POOLS)
     return value
@@ -63,9 +63,9 @@ def checked_field(field: str, value: Any, name: str | None = None) -> Any:
 
 def _multipliers(name: str, value: object) -> tuple[Any, ...]:
     """Return numbers above 0, one per level, as a tuple; a single number counts as one level."""
-    found = [checks.plain(item) for item in checks.items(checks.plain(value))]
+    found = [checks.to_python(item) for item in checks.as_list(checks.to_python(value))]
     for item in found:
-        checks.real(name, item, above=0)
+        checks.finite_float(name, item, above=0)
     if not found:
         raise invalid(name, value, "one multiplier above 0 per level, at least one level")
     return tuple(found)
@@ -239,12 +239,12 @@ def config_from_dict(values: Mapping[str, Any]) -> NetConfig:
     values = dict(values)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in CONFIG_KINDS:
-        raise invalid("kind", kind, nearest(str(kind), CONFIG_KINDS))
+        raise invalid("kind", kind, allowed_names(str(kind), CONFIG_KINDS))
     cls = CONFIG_KINDS[kind]
     known = [field.name for field in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise invalid("config", name, f"no such field of a {kind}; {nearest(name, known)}")
+            raise invalid("config", name, f"no such field of a {kind}; {allowed_names(name, known)}")
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in values:
             raise invalid("config", field.name, f"a {kind} needs this field")

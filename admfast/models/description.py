@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from admfast.diffusion import DiffusionConfig
-from admfast.errors import InvalidArgument, invalid, nearest
+from admfast.errors import InvalidArgument, allowed_names, invalid
 from admfast.models.config import NetConfig, config_from_dict
 
 FORMAT = "admfast-1"
@@ -60,7 +60,7 @@ def description_from_json(text: str, source: str) -> Description:
         raise InvalidArgument(f'{source}: not a description of a network (no "format": "{FORMAT}")')
     for part in document:
         if part not in _PARTS:
-            raise InvalidArgument(f"{source}: unknown part {part!r}; {nearest(part, _PARTS)}")
+            raise InvalidArgument(f"{source}: unknown part {part!r}; {allowed_names(part, _PARTS)}")
     if not isinstance(document.get("network"), dict):
         raise InvalidArgument(f'{source}: has no "network"')
     try:

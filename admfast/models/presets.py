@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from admfast.diffusion import DiffusionConfig
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 from admfast.models.config import (
     ClassifierConfig,
     NetConfig,
@@ -221,14 +221,14 @@ def preset(name: str) -> ModelPreset:
         if isinstance(name, str) and name in SYSTEMS:
             models = ", ".join(model.name for model in SYSTEMS[name].models)
             raise invalid("preset", name, f"a model; this is a system, which is made of {models}")
-        raise invalid("preset", name, f"no such model; {nearest(str(name), MODELS)}")
+        raise invalid("preset", name, f"no such model; {allowed_names(str(name), MODELS)}")
     return found
 
 
 def system(name: str) -> SystemPreset:
     """Return the system called `name` ("imagenet256"); raises InvalidArgument with the nearest names."""
     if name not in SYSTEMS:
-        raise invalid("system", name, f"no such system; {nearest(name, SYSTEMS)}")
+        raise invalid("system", name, f"no such system; {allowed_names(name, SYSTEMS)}")
     return SYSTEMS[name]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from admfast.errors import Unavailable, invalid, nearest
+from admfast.errors import Unavailable, allowed_names, invalid
 
 IMPL_VARIABLE = "ADMFAST_IMPL"
 
@@ -92,7 +92,7 @@ class OpTable:
         setting = name if setting is None else setting
         if not isinstance(name, str):
             raise invalid(requested_by, name, f"the name of an implementation: {', '.join(self.names())}")
-        suggestion = nearest(name, self.names())
+        suggestion = allowed_names(name, self.names())
         allowed = f"no implementation of {self.op} is called {name!r}; {suggestion}"
         raise invalid(requested_by, setting, allowed)
 
@@ -204,7 +204,7 @@ def impl_from_setting(op: str, setting: str | None = None) -> str | None:
         if not separator:
             target_op, name = "", item
         elif target_op not in TABLES:
-            suggestion = nearest(target_op, TABLES)
+            suggestion = allowed_names(target_op, TABLES)
             raise invalid(IMPL_VARIABLE, setting, f"no op is called {target_op!r}; {suggestion}")
         if target_op in names:
             kind = f"implementations of {target_op}" if target_op else "names for every op"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from admfast._source_tree import kernels
+from admfast._source_tree import import_kernels
 from admfast.ops.transforms import constant_while_tracing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,6 +49,6 @@ def reason_named_only() -> str | None:
 @functools.cache
 def launcher(file: str, name: str) -> Callable[..., Any]:
     """Return the raw launcher `name` of `kernels/<file>.py`; this imports triton."""
-    kernels()
+    import_kernels()
     function: Callable[..., Any] = getattr(importlib.import_module(f"admfast.kernels.{file}"), name)
     return function

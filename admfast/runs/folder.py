@@ -7,12 +7,13 @@ import os
 import re
 from pathlib import Path
 
+from admfast.checkpoints.snapshots import RUN_FILE, is_run
 from admfast.errors import OutputError
-from admfast.files.atomic import check_place, make_folder, output_error, write_bytes
-from admfast.interrupts import held_back
+from admfast.files.atomic import check_folder_path, make_folder, output_error, write_bytes
+from admfast.interrupts import delay_signals
 
 # Names of the files that a run writes, by folder. No other file is ever removed or replaced.
-OWN = {
+FILE_PATTERNS = {
     "images": re.compile(r"\d{6,}(_class\d+)?_seed\d+\.png"),
     "intermediates": re.compile(r"\d{6,}(_upsampler)?_step\d{4,}\.png"),
     ".": re.compile(r"grid\.png|samples_\d+x\d+x\d+x\d+\.npz"),
@@ -20,78 +21,81 @@ OWN = {
 UNFINISHED = "unfinished"
 
 
-class RunFolder:
-    """Folder of a run, which writes to `place`: `out` or, if that holds older samples, a new folder in it.
+class SampleFolder:
+    """Folder of samples. A run writes to `write_folder`: `out`, or a folder in `out` if that holds samples.
 
     Older samples are not touched until `publish` replaces them with the complete new set. If a run ends
-    before that, its finished images stay in `place`: OUT/unfinished, or OUT/unfinished-2 and so on if that
-    folder exists already.
+    before that, its finished images stay in `write_folder`: OUT/unfinished, or OUT/unfinished-2 and so on if
+    that folder exists already.
     """
 
     def __init__(self, out: Path, overwrite: bool) -> None:
-        self.out = self.place = out
+        self.out = self.write_folder = out
         self._overwrite = overwrite
-        self._old: list[Path] = []
+        self._old_files: list[Path] = []
 
     def check(self) -> None:
-        """Raise OutputError if `out` is a file, or holds samples that must not be overwritten."""
-        check_place(self.out)
-        self._old = samples_in(self.out)
-        if self._old and not self._overwrite:
-            held = f"holds {len(self._old)} files of samples already"
-            raise OutputError(f"out={str(self.out)!r}: {held}; give another folder, or --overwrite")
+        """Raise OutputError if `out` is a file, or holds a training run or samples not to be overwritten."""
+        check_folder_path(self.out)
+        if is_run(self.out):
+            contents = f"holds a training run ({RUN_FILE}, from `admfast train`)"
+            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder for the samples")
+        self._old_files = find_sample_files(self.out)
+        if self._old_files and not self._overwrite:
+            contents = f"holds {len(self._old_files)} files of samples already"
+            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder, or --overwrite")
 
     def open(self) -> None:
         """Make the folder. Raises OutputError if it can't be written, or as `check`."""
         self.check()
-        if self._old:
-            self.place = self._free_place()
-        make_folder(self.place / "images")
-        write_bytes(self.place / ".writable", b"")
-        (self.place / ".writable").unlink()
+        if self._old_files:
+            self.write_folder = self._unused_folder()
+        make_folder(self.write_folder / "images")
+        write_bytes(self.write_folder / ".writable", b"")
+        (self.write_folder / ".writable").unlink()
 
     def publish(self) -> None:
         """Replace the older set with the finished one. Signals wait until this is done."""
-        if self.place == self.out:
+        if self.write_folder == self.out:
             return
-        with held_back():
-            new = set()
-            for path in samples_in(self.place):
-                target = self.out / path.relative_to(self.place)
+        with delay_signals():
+            new_files = set()
+            for path in find_sample_files(self.write_folder):
+                target = self.out / path.relative_to(self.write_folder)
                 make_folder(target.parent)
                 try:
                     os.replace(path, target)
                 except OSError as error:
                     raise output_error(target, error) from None
-                new.add(target)
-            for path in self._old:
-                if path not in new:
+                new_files.add(target)
+            for path in self._old_files:
+                if path not in new_files:
                     path.unlink(missing_ok=True)
             self.close()
-            self.place = self.out
+            self.write_folder = self.out
 
     def close(self) -> None:
         """Remove the folders that are still empty."""
-        for folder in (self.place / "images", self.place / "intermediates", self.place):
+        for folder in (self.write_folder / "images", self.write_folder / "intermediates", self.write_folder):
             # rmdir fails where the folder isn't empty or was never made.
             with contextlib.suppress(OSError):
                 if folder != self.out:
                     folder.rmdir()
 
-    def _free_place(self) -> Path:
+    def _unused_folder(self) -> Path:
         """Return the first name for unfinished samples that is free."""
-        place, number = self.out / UNFINISHED, 1
-        while place.exists():
+        folder, number = self.out / UNFINISHED, 1
+        while folder.exists():
             number += 1
-            place = self.out / f"{UNFINISHED}-{number}"
-        return place
+            folder = self.out / f"{UNFINISHED}-{number}"
+        return folder
 
 
-def samples_in(out: Path) -> list[Path]:
+def find_sample_files(out: Path) -> list[Path]:
     """Return the files of a run in a folder, recognized by their names."""
-    found = []
-    for name, own in OWN.items():
+    paths = []
+    for name, pattern in FILE_PATTERNS.items():
         folder = out / name
         if folder.is_dir():
-            found += [path for path in sorted(folder.iterdir()) if own.fullmatch(path.name)]
-    return found
+            paths += [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
+    return paths

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from admfast.errors import AdmfastError, invalid
-from admfast.files.atomic import make_folder
+from admfast.files.atomic import folder_removed_if_empty, make_folder
 from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.files.npz import write_streamed
 from admfast.files.paths import user_path
-from admfast.interrupts import held_back
-from admfast.runs.folder import RunFolder
-from admfast.sampling.loop import Notes, Progress, run
+from admfast.interrupts import delay_signals
+from admfast.runs.folder import SampleFolder
+from admfast.sampling.loop import Progress, RunRecord, run
 from admfast.sampling.pipeline import Pipeline
-from admfast.sampling.plan import Plan, images_of, plan
+from admfast.sampling.plan import Plan, plan, requested_images
 from admfast.sampling.request import SampleRequest
 
 GRID_LIMIT, GRID_COLUMNS = 400, 20  # most images in a grid, and in one of its rows
@@ -54,25 +54,26 @@ class SampleRun:
 
     def __post_init__(self) -> None:
         self.out = user_path("out", self.out)
-        self.seeds, self.classes, _ = images_of(self.request, self.pipe)
+        self.seeds, self.classes, _ = requested_images(self.request, self.pipe)
         if self.request.output != "uint8" or self.request.callback is not None:
-            given = f"output={self.request.output!r}, callback={self.request.callback!r}"
-            raise invalid("request", given, "output='uint8' and no callback: a run writes files")
+            actual = f"output={self.request.output!r}, callback={self.request.callback!r}"
+            raise invalid("request", actual, "output='uint8' and no callback: a run writes files")
         self.finished = 0
-        self._notes = Notes()  # of all batches
-        self._shown: list[NDArray[np.uint8]] = []  # images of the grid; all others are only on the disk
-        self._folder = RunFolder(self.out, self.overwrite)
+        self._record = RunRecord()  # of all batches
+        self._grid_images: list[NDArray[np.uint8]] = []  # images of the grid; all others are only on the disk
+        self._intermediates_before_images: list[Path] = []  # written before the first image was finished
+        self._folder = SampleFolder(self.out, self.overwrite)
         config = self.pipe.config
         if config.dims != 2 or config.in_channels not in PNG_CHANNELS:
-            given = f"{config.dims}-D images of {config.in_channels} channels"
-            raise invalid("pipe", given, "PNG files are 2-D, of 1, 3 or 4 channels; see Pipeline.sample")
+            actual = f"{config.dims}-D images of {config.in_channels} channels"
+            raise invalid("pipe", actual, "PNG files are 2-D, of 1, 3 or 4 channels; see Pipeline.sample")
         if self.intermediates < 0:
             raise invalid("intermediates", self.intermediates, "0 for none, or every so many steps")
 
     @property
-    def kept(self) -> Path:
+    def written_folder(self) -> Path:
         """Folder that holds the images finished so far."""
-        return self._folder.place
+        return self._folder.write_folder
 
     def check(self) -> Plan:
         """Check settings and folder before anything is written; return the plan of all images."""
@@ -83,92 +84,100 @@ class SampleRun:
             request = replace(
                 request, low_res=torch.zeros(1, 1, 1, 1, device="cpu").expand(n, channels, height, width)
             )
-        planned = plan(request, self.pipe)
+        full_plan = plan(request, self.pipe)
         self._folder.check()
-        return planned
+        return full_plan
 
     def run(self) -> list[Path]:
         """Sample and write all files; return the paths of the grid and of the npz.
 
-        If the run ends early (Ctrl-C, NaN in a later batch, a full disk), the finished images stay in `kept`,
-        with their grid and npz if these can be written.
+        If the run ends early (Ctrl-C, NaN in a later batch, a full disk), the finished images stay in
+        `written_folder`, with their grid and npz if these can be written. Else nothing stays.
         """
-        planned = self.check()
-        shares, size = self._shares(planned), planned.batch_size
-        del planned  # frees its tensors of all images on the device
-        self._folder.open()
-        shown = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+        full_plan = self.check()
+        shares, size = self._step_shares(full_plan), full_plan.batch_size
+        del full_plan  # frees its tensors of all images on the device
+        with folder_removed_if_empty(self.out):
+            self._folder.open()
+            self._sample_all(size, shares)
+            paths = self._write_grid_and_npz()
+            self._folder.publish()
+        return [self.out / path.name for path in paths]
+
+    def _sample_all(self, size: int, shares: dict[str, float]) -> None:
+        """Sample and write all images with a progress bar; an error leaves the finished images."""
+        bar_format = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
         # Hidden until the first step, so that an error before it is one line.
-        bar = tqdm(total=len(self.seeds), unit="image", bar_format=shown, delay=math.inf)
+        bar = tqdm(total=len(self.seeds), unit="image", bar_format=bar_format, delay=math.inf)
         try:
             with bar:
                 for first in range(0, len(self.seeds), size):
-                    self._batch(first, size, shares, bar)
+                    self._sample_batch(first, size, shares, bar)
         except BaseException:
             # The error that ended the run is the one to report.
             with contextlib.suppress(AdmfastError):
-                self._finish()
+                self._write_grid_and_npz()
+            if not self.finished:  # the same run can then be started again
+                for path in self._intermediates_before_images:
+                    path.unlink(missing_ok=True)
             self._folder.close()
             raise
-        written = self._finish()
-        self._folder.publish()
-        return [self.out / path.name for path in written]
 
-    def _batch(self, first: int, size: int, shares: dict[str, float], bar: tqdm) -> None:
+    def _sample_batch(self, first: int, size: int, shares: dict[str, float], bar: tqdm) -> None:
         """Sample and write images first..first+size-1."""
         images = slice(first, first + size)
 
-        def progressed(progress: Progress) -> None:
+        def report_progress(progress: Progress) -> None:
             bar.delay = 0
             # Rounding may take the sum of the shares a little past the total.
             bar.update(min(len(progress.x) * shares[progress.stage], bar.total - bar.n))
-            spent = bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{bar.n / spent:.2f} images/s" if spent else "", refresh=False)
+            seconds = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{bar.n / seconds:.2f} images/s" if seconds else "", refresh=False)
             if self.intermediates and progress.done % self.intermediates == 0:
                 self._write_intermediate(first + progress.first, progress)
 
-        given = {name: getattr(self.request, name) for name in ("noise", "x_start", "step_noise")}
-        if given["step_noise"] is not None:  # [steps, N, ...]
-            given["step_noise"] = given["step_noise"][:, images]
+        tensors = {name: getattr(self.request, name) for name in ("noise", "x_start", "step_noise")}
+        if tensors["step_noise"] is not None:  # [steps, N, ...]
+            tensors["step_noise"] = tensors["step_noise"][:, images]
         for name in ("noise", "x_start"):
-            given[name] = None if given[name] is None else given[name][images]
+            tensors[name] = None if tensors[name] is None else tensors[name][images]
         request = replace(
             self.request,
-            **given,
+            **tensors,
             seeds=self.seeds[images],
             classes=None if self.classes is None else self.classes[images],
             low_res=None if self.low_res is None else from_uint8(torch.from_numpy(self.low_res[images])),
-            callback=progressed,
+            callback=report_progress,
             batch_size=size,
         )
-        for i, image in enumerate(run(plan(request, self.pipe), self._notes).numpy(), first):
-            with held_back():  # so that every file written is counted
-                write_png(self._png(i), image)
+        for i, image in enumerate(run(plan(request, self.pipe), self._record).numpy(), first):
+            with delay_signals():  # so that every file written is counted
+                write_png(self._png_path(i), image)
                 if i < GRID_LIMIT:
-                    self._shown.append(image)
+                    self._grid_images.append(image)
                 self.finished = i + 1
 
-    def _png(self, i: int) -> Path:
+    def _png_path(self, i: int) -> Path:
         """Return the path of image i."""
         label = "" if self.classes is None else f"_class{self.classes[i]}"
-        return self._folder.place / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
+        return self._folder.write_folder / "images" / f"{i:06d}{label}_seed{self.seeds[i]}.png"
 
-    def _shares(self, planned: Plan) -> dict[str, float]:
+    def _step_shares(self, full_plan: Plan) -> dict[str, float]:
         """Return the share of an image's total work, counted in pixels, of one step of each stage."""
-        pixels = {stage: math.prod(sides) for stage, sides in planned.sides.items()}
-        total = sum(count * pixels[stage] for stage, count in planned.steps.items())
+        pixels = {stage: math.prod(sides) for stage, sides in full_plan.sides.items()}
+        total = sum(count * pixels[stage] for stage, count in full_plan.steps.items())
         return {stage: count / total for stage, count in pixels.items()}
 
-    def _finish(self) -> list[Path]:
+    def _write_grid_and_npz(self) -> list[Path]:
         """Write the grid and the npz of the finished images; write each even if the other fails."""
         if not self.finished:
             return []
         labels = None if self.classes is None else np.asarray(self.classes[: self.finished], dtype=np.int64)
-        shape = (self.finished, *self._shown[0].shape)
-        npz = self._folder.place / f"samples_{'x'.join(map(str, shape))}.npz"
-        grid = self._folder.place / "grid.png"
+        shape = (self.finished, *self._grid_images[0].shape)
+        npz = self._folder.write_folder / f"samples_{'x'.join(map(str, shape))}.npz"
+        grid = self._folder.write_folder / "grid.png"
         try:
-            write_streamed(npz, shape, self._read_back(), labels)
+            write_streamed(npz, shape, self._finished_images(), labels)
         except AdmfastError:
             with contextlib.suppress(AdmfastError):
                 self._write_grid(grid, labels)
@@ -176,25 +185,28 @@ class SampleRun:
         self._write_grid(grid, labels)
         return [grid, npz]
 
-    def _read_back(self) -> Iterator[NDArray[np.uint8]]:
+    def _finished_images(self) -> Iterator[NDArray[np.uint8]]:
         """Yield the finished images: those in memory, then the others from their files."""
-        yield from self._shown
-        for i in range(len(self._shown), self.finished):
-            yield read_image(self._png(i))
+        yield from self._grid_images
+        for i in range(len(self._grid_images), self.finished):
+            yield read_image(self._png_path(i))
 
     def _write_grid(self, path: Path, labels: NDArray[np.int64] | None) -> None:
         """Write the first images as one picture, with a row for every class."""
-        labels = None if labels is None else labels[: len(self._shown)]
+        labels = None if labels is None else labels[: len(self._grid_images)]
         if labels is None:
-            columns = math.ceil(math.sqrt(len(self._shown)))
+            columns = math.ceil(math.sqrt(len(self._grid_images)))
         else:
             columns = min(int(np.unique(labels, return_counts=True)[1].max()), GRID_COLUMNS)
-        write_grid(path, np.stack(self._shown), labels, self.class_names, columns)
+        write_grid(path, np.stack(self._grid_images), labels, self.class_names, columns)
 
     def _write_intermediate(self, first: int, progress: Progress) -> None:
         """Write the x_0 of a batch after a step as PNG files."""
-        folder = self._folder.place / "intermediates"
+        folder = self._folder.write_folder / "intermediates"
         make_folder(folder)
         stage = "" if progress.stage == "base" else f"_{progress.stage}"
         for i, image in enumerate(to_uint8(progress.x0).cpu().numpy()):
-            write_png(folder / f"{first + i:06d}{stage}_step{progress.done:04d}.png", image)
+            path = folder / f"{first + i:06d}{stage}_step{progress.done:04d}.png"
+            if not self.finished:
+                self._intermediates_before_images.append(path)
+            write_png(path, image)

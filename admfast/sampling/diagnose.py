@@ -23,43 +23,43 @@ def first_nonfinite(
     networks: by the names that the text uses for them. calls: functions of (x, t) that call the networks, by
     name. Only this function adds hooks to the layers, so normal sampling pays nothing for it.
     """
-    found: list[str] = []
+    descriptions: list[str] = []
     hooks = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output  # a norm may return its skip too
-            if not found and isinstance(first, Tensor) and not _finite(first):
-                found.append(f"the first layer to put it out is {name} ({type(module).__name__})")
+            tensor = output[0] if isinstance(output, tuple) else output  # a norm may return its skip too
+            if not descriptions and isinstance(tensor, Tensor) and not _is_finite(tensor):
+                descriptions.append(f"the first layer to put it out is {name} ({type(module).__name__})")
 
         return hook
 
-    present = {name: network for name, network in networks.items() if network is not None}
-    for prefix, network in present.items():
+    used_networks = {name: network for name, network in networks.items() if network is not None}
+    for prefix, network in used_networks.items():
         for name, module in network.named_modules():
             hooks.append(module.register_forward_hook(watch(f"{prefix}.{name}" if name else prefix)))
     try:
-        with torch.no_grad(), staying_fused(), projecting_by_layer(list(present.values())):
+        with torch.no_grad(), staying_fused(), projecting_by_layer(list(used_networks.values())):
             for name, call in calls.items():
-                if call is not None and _finite(x) and not _finite(call(x, t)) and not found:
-                    found.append(f"no layer put it out, but {name} is not finite")
+                if call is not None and _is_finite(x) and not _is_finite(call(x, t)) and not descriptions:
+                    descriptions.append(f"no layer put it out, but {name} is not finite")
     finally:
         for hook in hooks:
             hook.remove()
-    if not _finite(x):
-        found = ["x was not finite before the step"]
-    bad = [
+    if not _is_finite(x):
+        descriptions = ["x was not finite before the step"]
+    nonfinite_weights = [
         f"{prefix}.{name}"
-        for prefix, network in present.items()
+        for prefix, network in used_networks.items()
         for name, parameter in network.named_parameters()
-        if not _finite(parameter)
+        if not _is_finite(parameter)
     ]
-    where = found[0] if found else "no layer put it out: the update did"
-    if not bad:
-        return f"{where}; all weights are finite"
-    rest = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-    return f"{where}; weights that are not finite: {bad[0]}{rest}"
+    location = descriptions[0] if descriptions else "no layer put it out: the update did"
+    if not nonfinite_weights:
+        return f"{location}; all weights are finite"
+    others = f" and {len(nonfinite_weights) - 1} more" if len(nonfinite_weights) > 1 else ""
+    return f"{location}; weights that are not finite: {nonfinite_weights[0]}{others}"
 
 
-def _finite(x: Tensor) -> bool:
+def _is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())

@@ -17,31 +17,31 @@ from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, diffusers, load_
 from admfast.checkpoints.published_flags import published_flags
 from admfast.checkpoints.reading import Source
 from admfast.checkpoints.writing import DTYPES, write_folder
-from admfast.checks import one_of, switch
+from admfast.checks import boolean, one_of
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
-from admfast.files.atomic import atomic_open, check_free, check_place, check_writable
+from admfast.files.atomic import atomic_open, check_folder_path, check_not_existing, check_writable
 from admfast.files.paths import user_path
 from admfast.models.description import Description
 from admfast.sampling.load import (
     LOW_RES_SIZE,
-    file_of,
-    low_res_size_of,
-    named_system,
-    no_system,
-    process_of,
-    refuse_said,
+    find_system,
+    model_file,
+    reject_fixed_by_system,
+    require_process,
+    resolve_low_res_size,
+    resolve_weights_source,
 )
 
-# Output formats and their file endings; diffusers is a folder.
-FORMS: dict[str, tuple[str, ...]] = {
+# File endings of the output formats; diffusers is a folder.
+FORMATS: dict[str, tuple[str, ...]] = {
     "diffusers": (),
     "safetensors": (".safetensors",),
     "published": (".pt", ".pth"),
 }
-RECORD = "admfast.json"  # describes the exported network and its process
+DESCRIPTION_FILE = "admfast.json"  # describes the exported network and its process
 FOLDER_FILES = (
     "model_index.json",
-    RECORD,
+    DESCRIPTION_FILE,
     "scheduler/scheduler_config.json",
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
@@ -104,12 +104,12 @@ def export(
         CheckpointError: as `admfast.load`.
         OutputError: if a file exists already, or can't be written.
     """
-    out = _place(out, one_of("to", to, FORMS), switch("overwrite", overwrite))
+    out = _check_output_path(out, one_of("to", to, FORMATS), boolean("overwrite", overwrite))
     if one_of("scheduler", scheduler, diffusers.SCHEDULERS) != "ddim" and to != "diffusers":
         raise invalid("scheduler", scheduler, "only with to='diffusers'")
     if dtype is not None and dtype not in DTYPES:
         raise invalid("dtype", dtype, "float32, float16 or bfloat16, or None")
-    net, info, notes = _loaded(source, weights, preset, options, dtype)
+    net, info, notes = _load_network(source, weights, preset, options, dtype)
     if to == "diffusers":
         return _to_diffusers(net, info, out, scheduler, notes)
     description = Description(info.config, info.diffusion, info.training)
@@ -119,26 +119,27 @@ def export(
     return _to_published(net, info, out, description, dtype, notes)
 
 
-def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
+def _check_output_path(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
     """Return the path to write; reject one that exists, can't be written, or has another format's ending."""
-    path = user_path("out", out, FORMS[to])
+    path = user_path("out", out, FORMATS[to])
     if to == "diffusers":
-        if path.suffix in (ending for endings in FORMS.values() for ending in endings):
+        if path.suffix in (ending for format_endings in FORMATS.values() for ending in format_endings):
             raise invalid("out", str(path), "a folder for to='diffusers', not a weights file")
-        check_place(path)
-        taken = [path] if path.is_dir() and any(path.iterdir()) else []
-        if taken and overwrite and not (path / RECORD).is_file():
-            raise OutputError(f"out={str(path)!r}: not replaced, because it is not an export (no {RECORD})")
+        check_folder_path(path)
+        existing = [path] if path.is_dir() and any(path.iterdir()) else []
+        if existing and overwrite and not (path / DESCRIPTION_FILE).is_file():
+            reason = f"not replaced, because it is not an export (no {DESCRIPTION_FILE})"
+            raise OutputError(f"out={str(path)!r}: {reason}")
     else:
         check_writable(path)
-        beside = (".json", ".flags") if to == "published" else (".json",)
-        taken = [path, *map(path.with_suffix, beside)]
+        endings = (".json", ".flags") if to == "published" else (".json",)
+        existing = [path, *map(path.with_suffix, endings)]
     if not overwrite:
-        check_free("out", taken)
+        check_not_existing("out", existing)
     return path
 
 
-def _loaded(
+def _load_network(
     source: Source,
     weights: str | PathLike[str] | None,
     preset: str | None,
@@ -146,29 +147,29 @@ def _loaded(
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, ModelInfo, tuple[str, ...]]:
     """Return the network on the CPU, its `ModelInfo`, and a note on parts of a system that are left out."""
-    chosen, notes = named_system("source", source), tuple[str, ...]()
-    trained = options.get(LOW_RES_SIZE)
-    if chosen is not None:
-        refuse_said(chosen, {**({} if preset is None else {"preset": preset}), **options})
-        model = chosen.diffusion
-        source, preset = file_of(chosen, model, weights), model.released_name
-        others = ", ".join(part.name for part in chosen.models if part is not model)
-        notes = (f"the diffusion model of {chosen.name}, without {others}",) if others else ()
+    system, notes = find_system("source", source), tuple[str, ...]()
+    low_res_size = options.get(LOW_RES_SIZE)
+    if system is not None:
+        reject_fixed_by_system(system, {**({} if preset is None else {"preset": preset}), **options})
+        model = system.diffusion
+        source, preset = model_file(system, model, weights), model.released_name
+        others = ", ".join(part.name for part in system.models if part is not model)
+        notes = (f"the diffusion model of {system.name}, without {others}",) if others else ()
     else:
-        source = no_system("source", source, weights)
+        source = resolve_weights_source("source", source, weights)
     options = {name: value for name, value in options.items() if name != LOW_RES_SIZE}
     try:
         net, info = load_network(source, preset=preset, dtype=dtype, **options)
     except AmbiguousCheckpoint as question:
         raise CheckpointError(f"{question} [options of export, or --set on the command line]") from None
-    return net, _with_low_res_size(info, low_res_size_of(info, trained)), notes
+    return net, _with_low_res_size(info, resolve_low_res_size(info, low_res_size)), notes
 
 
-def _with_low_res_size(info: ModelInfo, side: int | None) -> ModelInfo:
-    """Return `info` with an upsampler's `low_res_size` in its recipe, so that the exported file says it."""
-    if side is None:
+def _with_low_res_size(info: ModelInfo, low_res_size: int | None) -> ModelInfo:
+    """Return `info` with an upsampler's `low_res_size` in its recipe, which the exported file records."""
+    if low_res_size is None:
         return info
-    recipe = {**info.training.get("recipe", {}), LOW_RES_SIZE: side}
+    recipe = {**info.training.get("recipe", {}), LOW_RES_SIZE: low_res_size}
     return replace(info, training={**info.training, "recipe": recipe})
 
 
@@ -178,10 +179,10 @@ def _to_diffusers(
     """Write a folder that diffusers reads."""
     diffusers.check_network(info.config)
     config: Any = info.config
-    process = process_of(info.path, info.diffusion)
+    process = require_process(info.path, info.diffusion)
     diffusers.check_process(process, scheduler)
-    dropped = scheduler == "ddim" and config.learn_sigma
-    if dropped:
+    drops_variance = scheduler == "ddim" and config.learn_sigma
+    if drops_variance:
         notes += (
             f"out.2 keeps {config.in_channels} of {config.out_channels} rows: DDIM doesn't use the variance",
         )
@@ -197,7 +198,7 @@ def _to_diffusers(
         )
         if scheduler == "ddim":
             notes += ("pass use_clipped_model_output=True to scheduler.step, to match the published DDIM",)
-    record = {"exported": {"to": "diffusers", "scheduler": scheduler, "variance_dropped": dropped}}
+    record = {"exported": {"to": "diffusers", "scheduler": scheduler, "variance_dropped": drops_variance}}
     description = Description(config, process, {**info.training, **record})
     contents = (
         _json(diffusers.model_index(scheduler)),
@@ -225,15 +226,15 @@ def _to_published(
     """Write the published state dict, and next to it the flags that build its network."""
     flags = None
     try:
-        found = published_flags(info.config, info.diffusion, info.low_res_size)
-        flags = " ".join(f"--{name} {value}" for name, value in found.items() if value != "")
-    except InvalidArgument as unsaid:
-        notes += (f"no flags of the published scripts build this network: {unsaid}",)
+        flag_values = published_flags(info.config, info.diffusion, info.low_res_size)
+        flags = " ".join(f"--{name} {value}" for name, value in flag_values.items() if value != "")
+    except InvalidArgument as error:
+        notes += (f"no flags of the published scripts build this network: {error}",)
     with contextlib.ExitStack() as stack:
-        beside = path.with_suffix(".flags")
+        flags_path = path.with_suffix(".flags")
         if flags is not None:
-            stack.enter_context(atomic_open(beside)).write(f"{flags}\n".encode())
+            stack.enter_context(atomic_open(flags_path)).write(f"{flags}\n".encode())
         write_weights(path, net.state_dict(), description, dtype)
         if flags is None:
-            beside.unlink(missing_ok=True)  # left by an earlier export
+            flags_path.unlink(missing_ok=True)  # left by an earlier export
     return Exported(path, description, notes, flags)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from admfast.sampling.plan import Plan
 
 LOG = logging.getLogger("admfast")
-Guided = Sequence[tuple[Guide, Sequence[bool]]]
+GuideRows = Sequence[tuple[Guide, Sequence[bool]]]
 
 
 class FunctionStep:
@@ -33,8 +33,8 @@ class FunctionStep:
     batch: the rows and images; its labels and guidance scale are not used. model: model(x, t) returns the
     network's output [N, C or 2C, *spatial]; t is [N], int64 or float32. x: input of the first row, float32
     (float64 only with the reference update). guides: each guide with one flag per row that says whether it
-    applies. denoised_fn: maps x_0 before it is clipped. read: read(out, x_t, i) returns the `Prediction` at
-    row i, for guides that use it.
+    applies. denoised_fn: maps x_0 before it is clipped.
+    read_prediction: read_prediction(out, x_t, i) returns the `Prediction` at row i, for guides that use it.
     """
 
     def __init__(
@@ -42,31 +42,31 @@ class FunctionStep:
         batch: Batch,
         model: Model,
         x: Tensor,
-        guides: Guided = (),
+        guides: GuideRows = (),
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        read: Callable[[Tensor, Tensor, int], Prediction] | None = None,
+        read_prediction: Callable[[Tensor, Tensor, int], Prediction] | None = None,
     ):
         table, noise = batch.table, batch.step_noise
         if isinstance(noise, Tensor) and noise.shape != (len(table), *x.shape):
             raise invalid("step_noise.shape", tuple(noise.shape), f"{(len(table), *tuple(x.shape))}")
-        rows = table.rows if denoised_fn is None else tuple(_given_x0(row) for row in table.rows)
+        rows = table.rows if denoised_fn is None else tuple(_row_taking_x0(row) for row in table.rows)
         self.batch, self.model, self.guides = batch, model, guides
-        self.denoised_fn, self.read = denoised_fn, read
+        self.denoised_fn, self.read_prediction = denoised_fn, read_prediction
         self.state = SamplerState.start(x, rows)
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
         self.t_net, self.t_clf = table.timesteps_for(x)
-        self.kinds = [tuple(rows[i] for _, rows in guides) for i in range(len(table))]
+        self.guides_of_row = [tuple(rows[i] for _, rows in guides) for i in range(len(table))]
         self.choices: dict[tuple[bool, ...], list[Choice]] = {}  # of one row, by which guides apply
 
     def advance(self, i: int) -> None:
         """Run row i. Call it with i = 0, 1, 2, ... in order."""
-        kind = self.kinds[i]
-        if kind in self.choices:
+        active_guides = self.guides_of_row[i]
+        if active_guides in self.choices:
             self._advance(i)
             return
-        with record_choices() as seen:
+        with record_choices() as choices:
             self._advance(i)
-        self.choices[kind] = seen
+        self.choices[active_guides] = choices
 
     def implementation_choices(self) -> list[Choice]:
         """Return the implementations used in one row, for the kind of row that used the most."""
@@ -74,7 +74,7 @@ class FunctionStep:
 
     def _advance(self, i: int) -> None:
         batch, x = self.batch, self.state.x
-        out, gradient = self.evaluated(x, i)
+        out, gradient = self.evaluate(x, i)
         if self.denoised_fn is not None:
             out = apply_denoised_fn(self.denoised_fn, batch.table.rows[i], x, out)
         sampler_step(
@@ -90,25 +90,27 @@ class FunctionStep:
             impl=batch.impl,
         )
 
-    def evaluated(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
+    def evaluate(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
         """Return the network's output at x, evaluated once, and the guides' summed gradient or None."""
         guides = [guide for guide, rows in self.guides if rows[i]]
-        seeing = sum(guide.sees_prediction for guide in guides)
-        with torch.set_grad_enabled(seeing > 0):
-            x_net = x.detach().clone().requires_grad_(True) if seeing else x
+        num_seeing = sum(guide.sees_prediction for guide in guides)
+        with torch.set_grad_enabled(num_seeing > 0):
+            x_net = x.detach().clone().requires_grad_(True) if num_seeing else x
             out = self.model(x_net, self.t_net[i])
-        kept = out.detach().clone() if seeing else out.detach()  # a guide may write to it in place
+        detached_out = (
+            out.detach().clone() if num_seeing else out.detach()
+        )  # a guide may write to it in place
         gradient = None
         for guide in guides:
             x_t, prediction = x, None
             with torch.set_grad_enabled(guide.sees_prediction):
                 if guide.sees_prediction:
-                    assert self.read is not None
-                    x_t, own = (x_net, out) if seeing == 1 else _branch(x, x_net, out)
-                    prediction = self.read(own, x_t, i)
+                    assert self.read_prediction is not None
+                    x_t, branch_out = (x_net, out) if num_seeing == 1 else _branch(x, x_net, out)
+                    prediction = self.read_prediction(branch_out, x_t, i)
                 g = guide(x_t, self.t_clf[i], prediction).detach()
             gradient = g if gradient is None else gradient + g
-        return kept, gradient
+        return detached_out, gradient
 
 
 class _Branch(torch.autograd.Function):
@@ -131,37 +133,37 @@ def _branch(x: Tensor, x_net: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return x_t, _Branch.apply(x_t, (x_net, out))
 
 
-def conditioned(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -> Model:
-    """Return model(x, t), which calls a network with its conditions; only conditional networks get labels."""
-    extra: dict[str, Tensor] = {}
+def bind_conditions(net: nn.Module, labels: Tensor | None, low_res: Tensor | None) -> Model:
+    """Return model(x, t), which calls `net` with labels (if it is conditional) and low_res (if given)."""
+    conditions: dict[str, Tensor] = {}
     if labels is not None and net.config.num_classes is not None:  # type: ignore[union-attr]
-        extra["y"] = labels
+        conditions["y"] = labels
     if low_res is not None:
-        extra["low_res"] = low_res
-    return lambda x, t: net(view_if_hooked(x), t, **extra)
+        conditions["low_res"] = low_res
+    return lambda x, t: net(view_if_hooked(x), t, **conditions)
 
 
-def function_step(plan: Plan, x: Tensor) -> FunctionStep:
+def make_function_step(plan: Plan, x: Tensor) -> FunctionStep:
     """Return the `FunctionStep` that runs the rows of a plan, beginning at `x`."""
     for name in plan.functions:
         LOG.info("rows run one by one, without a prepared step: %s needs Python functions", name)
     engine, guides = plan.engine, list(plan.guides)
     if plan.guidance_scale:
         assert engine.classifier is not None and plan.labels is not None
-        own = classifier_guidance(engine.classifier, plan.labels, plan.guidance_scale)
-        guides.append((Guide(engine.guard_model(own)), plan.guided))
-    model = engine.guard_model(conditioned(engine.net, plan.labels, plan.low_res))
-    kept, rows = plan.process.schedule.timestep_map, plan.table.rows
+        classifier_gradient = classifier_guidance(engine.classifier, plan.labels, plan.guidance_scale)
+        guides.append((Guide(engine.guard_model(classifier_gradient)), plan.guided))
+    model = engine.guard_model(bind_conditions(engine.net, plan.labels, plan.low_res))
+    timestep_map, rows = plan.process.schedule.timestep_map, plan.table.rows
 
-    def read(out: Tensor, x_t: Tensor, i: int) -> Prediction:
-        t = torch.full((len(x_t),), int(kept[rows[i].index]), device=x_t.device)
-        return dataclasses.replace(plan.predictor.read(out, x_t, t), first=plan.first)
+    def read_prediction(out: Tensor, x_t: Tensor, i: int) -> Prediction:
+        t = torch.full((len(x_t),), int(timestep_map[rows[i].index]), device=x_t.device)
+        return dataclasses.replace(plan.predictor.read_output(out, x_t, t), first=plan.first)
 
-    return FunctionStep(plan, model, x, guides, plan.denoised_fn, read)
+    return FunctionStep(plan, model, x, guides, plan.denoised_fn, read_prediction)
 
 
-def _given_x0(row: Row) -> Row:
-    """Return the row adapted to an `out` whose mean part is x_0 itself."""
+def _row_taking_x0(row: Row) -> Row:
+    """Return the row for an `out` whose mean part is x_0 itself."""
     if row.clip == Clip.REPORTED:
         allowed = "not for a network that predicts the previous x: its update ignores x_0"
         raise invalid("denoised_fn", "given", allowed)
@@ -173,5 +175,5 @@ def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tens
     channels = x.shape[1]
     out = out.to(x.dtype)
     x0 = denoised_fn(row.k_x * x + row.k_out * out[:, :channels])
-    checks.images("denoised_fn(x_0)", x0, tuple(x.shape))
+    checks.image_tensor("denoised_fn(x_0)", x0, tuple(x.shape))
     return torch.cat([x0, out[:, channels:]], dim=1)

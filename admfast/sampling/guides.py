@@ -25,7 +25,7 @@ class Guide:
             gradient of the pipeline's classifier, which a prepared step computes.
         sees_prediction: the function also gets the network's `Prediction`. Gradients are recorded, x_t is a
             leaf that requires a gradient, and the prediction depends on it.
-        scale: factor of the gradient.
+        guidance_scale: factor of the gradient.
         interval: (lowest, highest) timestep of the original process at which the guide applies; None means
             all timesteps.
 
@@ -36,14 +36,16 @@ class Guide:
 
     function: Callable[..., Tensor] | None = None
     sees_prediction: bool = False
-    scale: float = 1.0
+    guidance_scale: float = 1.0
     interval: Interval | None = None
 
     def __post_init__(self) -> None:
-        checks.functions(function=self.function)
-        checks.switches(self, "sees_prediction")
-        scale = checks.real("scale", self.scale, least=-LARGEST, most=LARGEST)
-        object.__setattr__(self, "scale", scale)
+        checks.optional_callables(function=self.function)
+        checks.store_booleans(self, "sees_prediction")
+        guidance_scale = checks.finite_float(
+            "guidance_scale", self.guidance_scale, least=-LARGEST, most=LARGEST
+        )
+        object.__setattr__(self, "guidance_scale", guidance_scale)
         if self.function is None and self.sees_prediction:
             raise invalid("function", None, "a function of (x_t, t, prediction)")
         if self.interval is not None:
@@ -54,14 +56,16 @@ class Guide:
         if self.function is None:
             raise invalid("function", None, "a function; None works only as a guide of `sample`")
         # Copies, which a function may keep or change. With a prediction, x_t is a copy already.
-        given = (x_t, t.clone(), prediction) if self.sees_prediction else (x_t.detach().clone(), t.clone())
-        gradient = checks.images("guidance(x, t)", self.function(*given), tuple(x_t.shape))
-        return gradient if self.scale == 1 else gradient * self.scale
+        arguments = (
+            (x_t, t.clone(), prediction) if self.sees_prediction else (x_t.detach().clone(), t.clone())
+        )
+        gradient = checks.image_tensor("guidance(x, t)", self.function(*arguments), tuple(x_t.shape))
+        return gradient if self.guidance_scale == 1 else gradient * self.guidance_scale
 
 
-def by_classifier(scale: float, interval: Interval | None = None) -> Guide:
-    """Return the guide of the pipeline's classifier: scale * d/dx log p(class | x_t)."""
-    return Guide(scale=scale, interval=interval)
+def by_classifier(guidance_scale: float, interval: Interval | None = None) -> Guide:
+    """Return the guide of the pipeline's classifier: guidance_scale * d/dx log p(class | x_t)."""
+    return Guide(guidance_scale=guidance_scale, interval=interval)
 
 
 def by_x(function: Callable[[Tensor, Tensor], Tensor], interval: Interval | None = None) -> Guide:

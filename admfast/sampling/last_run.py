@@ -1,7 +1,7 @@
 """Reports on the last call of `sample`: what was prepared, the implementation of each op, and seconds.
 
-The loop takes notes (`admfast.sampling.loop.Notes`), which cost a few readings of the clock per batch. The
-report is made from the notes when `Pipeline.last_run` is read.
+The loop keeps a record (`admfast.sampling.loop.RunRecord`), which costs a few readings of the clock per
+batch. The report is made from the record when `Pipeline.last_run` is read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from admfast.files.tables import table
 from admfast.ops.dispatch import Choice
 
 if TYPE_CHECKING:
-    from admfast.sampling.loop import Notes
+    from admfast.sampling.loop import RunRecord
     from admfast.sampling.pipeline import Pipeline
 
 
@@ -50,18 +50,18 @@ class OpChoice:
 
     calls: number of calls in one row, including the gradient's convolutions; for `normal`, which makes x_T,
     in one batch. requested_by: "impl" or "ADMFAST_IMPL" if one of them named the implementation, else None.
-    skip_reasons: implementations earlier in the order, each with the reason why it was not used.
+    skipped: implementations earlier in the order, each with the reason why it was not used.
     """
 
     op: str
     implementation: str
     calls: int
     requested_by: str | None = None
-    skip_reasons: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        asked = f" ({self.requested_by} asked)" if self.requested_by else ""
-        return f"{self.implementation} {self.calls}{asked}"
+        requested = f" (requested by {self.requested_by})" if self.requested_by else ""
+        return f"{self.implementation} {self.calls}{requested}"
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class StageReport:
         stage: "base" or "upsampler".
         images, batches: numbers in total. batch: images of the largest batch. sides: sides of an image.
         rows, guided_rows: rows of a batch, and how many of them the classifier guides.
-        unprepared: why the rows ran without a prepared step; None if one ran them.
-        unreplayed: why the step was not repeated as a whole, by a CUDA graph or on a CPU by its recorded
-            operations; None if it was.
-        uncompiled: why the step was not compiled by torch.compile; None if it was.
-        by_parts: networks ("net", "classifier") with blocks that run layer by layer, not fused, because a
-            hook watches one of their layers or a layer was replaced.
+        not_prepared_reason: why the rows ran without a prepared step; None if one ran them.
+        not_replayed_reason: why the step was not repeated as a whole, by a CUDA graph or on a CPU by its
+            recorded operations; None if it was.
+        not_compiled_reason: why the step was not compiled by torch.compile; None if it was.
+        layerwise_networks: networks ("net", "classifier") with blocks that run layer by layer, not fused,
+            because a hook watches one of their layers or a layer was replaced.
         folded: whether the network ran on forms derived from its weights.
         policy: name of the precision policy. precision: precision of each part. threads: CPU threads of a
             row, None on a GPU.
@@ -93,10 +93,10 @@ class StageReport:
     sides: tuple[int, ...]
     rows: int
     guided_rows: int
-    unprepared: str | None
-    unreplayed: str | None
-    uncompiled: str | None
-    by_parts: tuple[str, ...]
+    not_prepared_reason: str | None
+    not_replayed_reason: str | None
+    not_compiled_reason: str | None
+    layerwise_networks: tuple[str, ...]
     folded: bool
     policy: str
     precision: dict[str, str]
@@ -105,30 +105,31 @@ class StageReport:
     seconds: Seconds
 
     @property
-    def later_row(self) -> float | None:
+    def mean_later_row(self) -> float | None:
         """Mean seconds of a row after the first; None if there was only one row."""
         later = self.batches * self.rows - 1
         return (self.seconds.rows - self.seconds.first_row) / later if later else None
 
     def implementations(self) -> dict[str, dict[str, int]]:
         """Return the number of calls in a row, by op and implementation."""
-        found: dict[str, dict[str, int]] = {}
+        calls: dict[str, dict[str, int]] = {}
         for choice in self.ops:
-            names = found.setdefault(choice.op, {})
+            names = calls.setdefault(choice.op, {})
             names[choice.implementation] = names.get(choice.implementation, 0) + choice.calls
-        return found
+        return calls
 
     def cells(self) -> dict[str, str]:
         """Return the stage as one column of the printed table: a cell for each line name."""
         seconds, parts = self.seconds, self.precision
-        step = f"one by one: {self.unprepared}" if self.unprepared else "by a prepared step"
+        step = f"one by one: {self.not_prepared_reason}" if self.not_prepared_reason else "by a prepared step"
+        layerwise = ", ".join(self.layerwise_networks)
         cells = {
             "images": f"{self.images} of {'x'.join(map(str, self.sides))}, {self.batch} at a time",
             "steps": f"{self.rows} a batch, {self.guided_rows} guided by the classifier",
             "run": step,
-            "replayed": f"no: {self.unreplayed}" if self.unreplayed else "yes",
-            "torch.compile": f"no: {self.uncompiled}" if self.uncompiled else "yes",
-            "run layer by layer": f"blocks of {', '.join(self.by_parts)}" if self.by_parts else "no block",
+            "replayed": f"no: {self.not_replayed_reason}" if self.not_replayed_reason else "yes",
+            "torch.compile": f"no: {self.not_compiled_reason}" if self.not_compiled_reason else "yes",
+            "run layer by layer": f"blocks of {layerwise}" if layerwise else "no block",
             "weights": "folded" if self.folded else "as they are",
             "threads": "-" if self.threads is None else str(self.threads),
             "precision": f"{self.policy}: torso {parts['torso']}, classifier {parts['classifier']}",
@@ -140,7 +141,7 @@ class StageReport:
             "seconds preparing": f"{seconds.preparing:.3f}",
             "seconds of all steps": f"{seconds.rows:.3f}",
             "ms of the first step": f"{1e3 * seconds.first_row:.2f}",
-            "ms of a later step": "-" if self.later_row is None else f"{1e3 * self.later_row:.2f}",
+            "ms of a later step": "-" if self.mean_later_row is None else f"{1e3 * self.mean_later_row:.2f}",
             "seconds in callbacks": f"{seconds.callbacks:.3f}",
         }
         return cells
@@ -169,57 +170,63 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary that JSON can hold."""
-        return _plain(dataclasses.asdict(self))
+        return _tuples_to_lists(dataclasses.asdict(self))
 
     def __str__(self) -> str:
         columns = [stage.cells() for stage in self.stages]
-        names = list(dict.fromkeys(name for column in columns for name in column))
-        lines = [[name, *(column.get(name, "-") for column in columns)] for name in names]
-        ends = f"{self.images} images sampled in {self.seconds:.3f} s on {self.device}"
-        more = f"{self.pixels:.3f} s to pixels, peak memory {self.peak_memory / 1e9:.2f} GB"
-        return f"{ends}; {more}\n{table(lines, ['', *(stage.stage for stage in self.stages)])}"
+        line_names = list(dict.fromkeys(name for column in columns for name in column))
+        lines = [[name, *(column.get(name, "-") for column in columns)] for name in line_names]
+        summary = f"{self.images} images sampled in {self.seconds:.3f} s on {self.device}"
+        details = f"{self.pixels:.3f} s to pixels, peak memory {self.peak_memory / 1e9:.2f} GB"
+        return f"{summary}; {details}\n{table(lines, ['', *(stage.stage for stage in self.stages)])}"
 
 
-def _plain(value: Any) -> Any:
+def _tuples_to_lists(value: Any) -> Any:
     """Return a value with its tuples replaced by lists."""
     if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {name: _tuples_to_lists(item) for name, item in value.items()}
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def report_of(notes: Notes, pipe: Pipeline) -> RunReport:
-    """Return the report on the noted call of `pipe`, with the peak memory of the process so far."""
+def make_report(record: RunRecord, pipe: Pipeline) -> RunReport:
+    """Return the report on the recorded call of `pipe`, with the peak memory of the process so far."""
     stages = []
-    for (name, noted), own in zip(notes.stages.items(), (pipe, pipe.upsampler), strict=False):
-        assert own is not None
+    for (name, stage_record), stage_pipe in zip(record.stages.items(), (pipe, pipe.upsampler), strict=False):
+        assert stage_pipe is not None
         stages.append(
             StageReport(
                 stage=name,
-                images=noted["images"],
-                batches=noted["batches"],
-                batch=noted["batch"],
-                policy=own.policy.name,
-                precision=own.policy.parts(),
-                ops=_counted(noted["choices"]),
-                seconds=Seconds(**noted["seconds"]),
-                **noted["ran"],
+                images=stage_record["images"],
+                batches=stage_record["batches"],
+                batch=stage_record["batch"],
+                policy=stage_pipe.policy.name,
+                precision=stage_pipe.policy.parts(),
+                ops=_count_choices(stage_record["choices"]),
+                seconds=Seconds(**stage_record["seconds"]),
+                **stage_record["ran"],
             )
         )
     return RunReport(
         device=str(pipe.device),
-        images=notes.images,
-        seconds=notes.seconds,
-        pixels=notes.pixels,
+        images=record.images,
+        seconds=record.seconds,
+        pixels=record.pixels,
         peak_memory=peak_memory(pipe.device),
         stages=tuple(stages),
     )
 
 
-def _counted(choices: Iterable[Choice]) -> tuple[OpChoice, ...]:
+def _count_choices(choices: Iterable[Choice]) -> tuple[OpChoice, ...]:
     """Count the equal choices of a row, grouped by op, the most frequent of an op first."""
-    kinds = Counter((one.op, one.name, one.requested_by, tuple(one.skip_reasons.items())) for one in choices)
+    counts = Counter(
+        (choice.op, choice.name, choice.requested_by, tuple(choice.skip_reasons.items()))
+        for choice in choices
+    )
     order: dict[str, int] = {}
-    for op, *_ in kinds:
+    for op, *_ in counts:
         order.setdefault(op, len(order))
-    ranked = sorted(kinds.items(), key=lambda item: (order[item[0][0]], -item[1]))
-    return tuple(OpChoice(op, name, count, by, dict(over)) for (op, name, by, over), count in ranked)
+    ranked = sorted(counts.items(), key=lambda item: (order[item[0][0]], -item[1]))
+    return tuple(
+        OpChoice(op, name, count, requested_by, dict(skipped))
+        for (op, name, requested_by, skipped), count in ranked
+    )

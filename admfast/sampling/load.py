@@ -16,12 +16,12 @@ from torch import nn
 from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, flags, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.checkpoints.reading import A_RUN, ENDINGS, Source, near_names
-from admfast.checks import switch, whole
+from admfast.checks import boolean, whole_number
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import fixed_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
-from admfast.errors import CheckpointError, Unavailable, invalid, nearest
+from admfast.errors import CheckpointError, Unavailable, allowed_names, invalid
 from admfast.files.paths import user_path
 from admfast.models import Classifier, UNet, Upsampler, UpsamplerConfig
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
@@ -87,35 +87,36 @@ def load(
         CheckpointError: for a file that is missing, damaged, unsafe or of another network.
         Unavailable: for a CUDA device that this machine lacks.
     """
-    chosen = named_system("name", name)
+    system = find_system("name", name)
     _check_option_names(options)
     flags.refuse_elsewhere(options)
-    more: dict[str, Any] = {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
-    for argument, value in more.items():
+    option_sets = {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
+    for argument, value in option_sets.items():
         if not isinstance(value, Mapping | None):
             raise invalid(argument, value, "options by name, or None")
-    more |= {"classifier": classifier, "upsampler": upsampler, "preset": preset}
-    said = {**{argument: value for argument, value in more.items() if value not in (None, {})}, **options}
-    of_classifier = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
-    on = chosen_device(device)
-    prepared = _engine_options(engine, switch("compile", compile), compile_cache)
-    form = _NetworkSettings(policy(precision, on), prepared, switch("keep_master", keep_master))
-    with fixed_numerics(on):
-        if chosen is not None:
-            refuse_said(chosen, said)
-            return _load_system(chosen, weights, on, form)
-        name = no_system("name", name, weights)
-        for flag, value in of_classifier.items() if classifier is None else ():
+    of_files = {**option_sets, "classifier": classifier, "upsampler": upsampler, "preset": preset}
+    fixed_arguments = {name: value for name, value in of_files.items() if value not in (None, {})} | options
+    classifier_flags = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
+    target_device = resolve_device(device)
+    engine_options = _engine_options(engine, boolean("compile", compile), compile_cache)
+    network_policy = policy(precision, target_device)
+    settings = _NetworkSettings(network_policy, engine_options, boolean("keep_master", keep_master))
+    with fixed_numerics(target_device):
+        if system is not None:
+            reject_fixed_by_system(system, fixed_arguments)
+            return _load_system(system, weights, target_device, settings)
+        name = resolve_weights_source("name", name, weights)
+        for flag, value in classifier_flags.items() if classifier is None else ():
             raise invalid(flag, value, "there is no classifier")
         parts = [
             _WeightsFile("name", name, {**options, "preset": preset}),
-            _WeightsFile("classifier", classifier, {**(classifier_options or {}), **of_classifier}),
+            _WeightsFile("classifier", classifier, {**(classifier_options or {}), **classifier_flags}),
             _WeightsFile("upsampler", upsampler, {**(upsampler_options or {})}),
         ]
-        return _load_files(parts, on, form)
+        return _load_files(parts, target_device, settings)
 
 
-def named_system(argument: str, source: Source) -> SystemPreset | None:
+def find_system(argument: str, source: Source) -> SystemPreset | None:
     """Return the system that a source names; None for a path or weights in memory. Raises InvalidArgument."""
     if isinstance(source, Mapping | nn.Module) or hasattr(source, "read"):
         return None
@@ -125,29 +126,31 @@ def named_system(argument: str, source: Source) -> SystemPreset | None:
     return SYSTEMS.get(str(source))
 
 
-def refuse_said(chosen: SystemPreset, said: Mapping[str, Any]) -> None:
+def reject_fixed_by_system(system: SystemPreset, fixed_arguments: Mapping[str, Any]) -> None:
     """Reject arguments whose values a system fixes."""
-    for argument, value in said.items():
-        given_as = str(value) if isinstance(value, PathLike) else value
-        raise invalid(argument, given_as, f"not for a system: {chosen.name} says it")
+    for argument, value in fixed_arguments.items():
+        value_text = str(value) if isinstance(value, PathLike) else value
+        raise invalid(argument, value_text, f"not for a system: {system.name} fixes it")
 
 
-def no_system(argument: str, source: Source, weights: str | PathLike[str] | None) -> Source:
+def resolve_weights_source(argument: str, source: Source, weights: str | PathLike[str] | None) -> Source:
     """Return a source that is no system, text as a path; reject unknown names, and `weights` for files."""
     if isinstance(source, str | PathLike):
-        source = _path_of(argument, source)
+        source = _resolve_path(argument, source)
         if not os.path.lexists(source) and source.suffix not in ENDINGS:
-            path = f"a path must name a weights file or {A_RUN}{near_names(source)}"
+            path_hint = f"a path must name a weights file or {A_RUN}{near_names(source)}"
             raise invalid(
-                argument, str(source), f"neither a system nor a file; {nearest(str(source), SYSTEMS)}; {path}"
+                argument,
+                str(source),
+                f"neither a system nor a file; {allowed_names(str(source), SYSTEMS)}; {path_hint}",
             )
     if weights is not None:
-        allowed = f"for a system, as the folder of its files; {_named(source)} is a file"
-        raise invalid("weights", _named(weights), allowed)
+        allowed = f"for a system, as the folder of its files; {_source_name(source)} is a file"
+        raise invalid("weights", _source_name(weights), allowed)
     return source
 
 
-def _path_of(argument: str, source: str | PathLike[str]) -> Path:
+def _resolve_path(argument: str, source: str | PathLike[str]) -> Path:
     """Return a path; for the name of a model that ships with the package, that of its file."""
     path = user_path(argument, source)
     model = None if os.path.lexists(path) else MODELS.get(str(source))
@@ -168,12 +171,12 @@ class _NetworkSettings:
             net.convert_torso(dtype)
         return net
 
-    def pipeline(self, name: str, net: Network, process: DiffusionConfig, **more: Any) -> Pipeline:
+    def pipeline(self, name: str, net: Network, process: DiffusionConfig, **other_arguments: Any) -> Pipeline:
         """Return the pipeline of a network."""
-        held = self.network(net, self.policy.torso)
-        return Pipeline(name, held, process, policy=self.policy, options=self.options, **more)
+        network = self.network(net, self.policy.torso)
+        return Pipeline(name, network, process, policy=self.policy, options=self.options, **other_arguments)
 
-    def guide(self, net: Network | None) -> nn.Module | None:
+    def classifier(self, net: Network | None) -> nn.Module | None:
         """Return the classifier as `network` does; None without one."""
         return None if net is None else self.network(net, self.policy.classifier)
 
@@ -187,19 +190,19 @@ class _WeightsFile:
     options: dict[str, Any]
 
 
-def _named(source: Source) -> object:
+def _source_name(source: Source) -> object:
     """Return the name of weights in errors: the path, or the type of weights in memory."""
     return str(source) if isinstance(source, str | PathLike) else type(source).__name__
 
 
 # Where missing options of a file can be given; part of the error that names them.
-_ANSWERS = {
+_OPTION_PLACES = {
     "name": "options of load, or --set on the command line",
     "classifier": "classifier_options of load, or --set-classifier on the command line",
     "upsampler": "upsampler_options of load, or --set-upsampler on the command line",
 }
-_KIND = {"name": (UNet, "a diffusion model"), "classifier": (Classifier, "a classifier")}
-_KIND["upsampler"] = (Upsampler, "an upsampler")
+_NETWORK_KINDS = {"name": (UNet, "a diffusion model"), "classifier": (Classifier, "a classifier")}
+_NETWORK_KINDS["upsampler"] = (Upsampler, "an upsampler")
 
 
 def _engine_options(
@@ -213,16 +216,18 @@ def _engine_options(
     return replace(options, compile=compile or options.compile, compile_cache=cache)
 
 
-def _load_files(parts: list[_WeightsFile], device: torch.device, form: _NetworkSettings) -> Pipeline:
+def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _NetworkSettings) -> Pipeline:
     """Return the pipeline of files; one error names all the options that are missing."""
-    trained = {part.argument: part.options.pop(LOW_RES_SIZE, None) for part in parts}
+    low_res_sizes = {part.argument: part.options.pop(LOW_RES_SIZE, None) for part in parts}
     for part in parts[1:]:
         argument = f"{part.argument}_options"
         if part.source is None and part.options:
             raise invalid(argument, part.options, f"there is no {part.argument}")
         for name in part.options:
             if name not in OPTION_NAMES and name not in flags.NAMES:
-                raise invalid(argument, name, f"no such option of a file; {nearest(str(name), OPTION_NAMES)}")
+                raise invalid(
+                    argument, name, f"no such option of a file; {allowed_names(str(name), OPTION_NAMES)}"
+                )
     loaded: dict[str, tuple[Network, ModelInfo]] = {}
     questions = []
     for part in parts:
@@ -231,42 +236,44 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, form: _NetworkS
         try:
             loaded[part.argument] = _load_part(part, device)
         except AmbiguousCheckpoint as question:
-            questions.append(f"{question} [{_ANSWERS[part.argument]}]")
+            questions.append(f"{question} [{_OPTION_PLACES[part.argument]}]")
     if questions:
         raise CheckpointError("; and ".join(questions))
     net, info = loaded["name"]
-    (guide, _), (up, of_up) = (loaded.get(name, (None, None)) for name in ("classifier", "upsampler"))
+    (classifier, _), (up, up_info) = (loaded.get(name, (None, None)) for name in ("classifier", "upsampler"))
     upsampler = None
-    if up is not None and of_up is not None:
-        process = process_of(of_up.path, of_up.diffusion)
-        run = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size_of(of_up, trained["upsampler"])}
-        upsampler = form.pipeline(of_up.path.stem, up, process, **run)
-    process = process_of(info.path, info.diffusion)
-    run = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size_of(info, trained["name"])}
-    guidance = 1.0 if guide is not None else 0.0
+    if up is not None and up_info is not None:
+        process = require_process(up_info.path, up_info.diffusion)
+        low_res_size = resolve_low_res_size(up_info, low_res_sizes["upsampler"])
+        defaults = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size}
+        upsampler = settings.pipeline(up_info.path.stem, up, process, **defaults)
+    process = require_process(info.path, info.diffusion)
+    low_res_size = resolve_low_res_size(info, low_res_sizes["name"])
+    defaults = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size}
+    guidance = 1.0 if classifier is not None else 0.0
     null_class = bool(dict(info.training.get("recipe") or {}).get("drop_classes"))
-    return form.pipeline(
+    return settings.pipeline(
         info.path.stem,
         net,
         process,
-        classifier=form.guide(guide),
+        classifier=settings.classifier(classifier),
         guidance=guidance,
         upsampler=upsampler,
         null_class=null_class,
-        **run,
+        **defaults,
     )
 
 
-def low_res_size_of(info: ModelInfo, given: Any) -> int | None:
+def resolve_low_res_size(info: ModelInfo, low_res_size: Any) -> int | None:
     """Return the side of the images that an upsampler was trained to enlarge, or None if unknown.
 
-    given: the option; None takes what the file says.
+    low_res_size: the option; None takes what the file says.
     """
-    if given is None:
+    if low_res_size is None:
         return info.low_res_size
     if not isinstance(info.config, UpsamplerConfig):
-        raise invalid(LOW_RES_SIZE, given, f"for an upsampler; {info.path} holds a {info.config.kind}")
-    return whole(LOW_RES_SIZE, given, 1)
+        raise invalid(LOW_RES_SIZE, low_res_size, f"for an upsampler; {info.path} holds a {info.config.kind}")
+    return whole_number(LOW_RES_SIZE, low_res_size, 1)
 
 
 def _load_part(part: _WeightsFile, device: torch.device) -> tuple[Network, ModelInfo]:
@@ -274,16 +281,18 @@ def _load_part(part: _WeightsFile, device: torch.device) -> tuple[Network, Model
     assert part.source is not None
     source = part.source
     if isinstance(source, str | PathLike):
-        source = _path_of(part.argument, source)
+        source = _resolve_path(part.argument, source)
     process = part.argument != "classifier"
     net, info = load_network(source, device=device, process=process, **part.options)
-    kind, wanted = _KIND[part.argument]
-    if not isinstance(net, kind):
-        raise invalid(part.argument, _named(source), f"{wanted}; this file holds a {info.config.kind}")
+    network_type, description = _NETWORK_KINDS[part.argument]
+    if not isinstance(net, network_type):
+        raise invalid(
+            part.argument, _source_name(source), f"{description}; this file holds a {info.config.kind}"
+        )
     return net, info  # type: ignore[return-value]
 
 
-def process_of(source: Path | str, process: DiffusionConfig | None) -> DiffusionConfig:
+def require_process(source: Path | str, process: DiffusionConfig | None) -> DiffusionConfig:
     """Return the diffusion process of a file. Raises CheckpointError if it is not known."""
     if process is None:
         raise CheckpointError(f"{source}: its process is not known; give noise_schedule (linear or cosine)")
@@ -292,17 +301,20 @@ def process_of(source: Path | str, process: DiffusionConfig | None) -> Diffusion
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
     """Reject a keyword that is neither an argument of `load` nor an option of a file."""
-    known = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
+    known_names = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
     for name, value in options.items():
         if name not in (*OPTION_NAMES, LOW_RES_SIZE) and name not in flags.NAMES:
-            raise invalid(name, value, f"no such argument or option; {nearest(name, known)}")
+            raise invalid(name, value, f"no such argument or option; {allowed_names(name, known_names)}")
 
 
 def _load_system(
-    chosen: SystemPreset, weights: str | PathLike[str] | None, device: torch.device, form: _NetworkSettings
+    system: SystemPreset,
+    weights: str | PathLike[str] | None,
+    device: torch.device,
+    settings: _NetworkSettings,
 ) -> Pipeline:
     """Load every model of a system; check that all files exist before the first is read."""
-    paths = {model.name: file_of(chosen, model, weights) for model in chosen.models}
+    paths = {model.name: model_file(system, model, weights) for model in system.models}
 
     def network(model: ModelPreset) -> Network:
         net, _ = load_network(paths[model.name], preset=model.released_name, device=device)
@@ -310,55 +322,57 @@ def _load_system(
         return net
 
     upsampler = None
-    if (up := chosen.upsampler) is not None:
-        process, run = process_of(up.name, up.diffusion), {"steps": chosen.upsampler_steps}
-        upsampler = form.pipeline(up.name, network(up), process, low_res_size=up.low_res_size, **run)
-    return form.pipeline(
-        chosen.name,
-        network(chosen.diffusion),
-        process_of(chosen.diffusion.name, chosen.diffusion.diffusion),
-        classifier=None if chosen.classifier is None else form.guide(network(chosen.classifier)),
-        guidance=chosen.guidance,
-        steps=chosen.steps,
+    if (up := system.upsampler) is not None:
+        process, defaults = require_process(up.name, up.diffusion), {"steps": system.upsampler_steps}
+        upsampler = settings.pipeline(up.name, network(up), process, low_res_size=up.low_res_size, **defaults)
+    return settings.pipeline(
+        system.name,
+        network(system.diffusion),
+        require_process(system.diffusion.name, system.diffusion.diffusion),
+        classifier=None if system.classifier is None else settings.classifier(network(system.classifier)),
+        guidance=system.guidance,
+        steps=system.steps,
         upsampler=upsampler,
     )
 
 
-def file_of(chosen: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:
+def model_file(system: SystemPreset, model: ModelPreset, weights: str | PathLike[str] | None) -> Path:
     """Return the path of a model's file. Raises CheckpointError (it says how to get it), InvalidArgument."""
-    if weights is not None and all(part.shipped for part in chosen.models):
-        raise invalid("weights", _named(weights), f"not for {chosen.name}, which ships with the package")
+    if weights is not None and all(part.shipped for part in system.models):
+        raise invalid(
+            "weights", _source_name(weights), f"not for {system.name}, which ships with the package"
+        )
     if model.shipped_path is not None:
         return model.shipped_path
     if weights is None:
-        files = ", ".join(part.file for part in chosen.models if not part.shipped)
+        files = ", ".join(part.file for part in system.models if not part.shipped)
         raise invalid(
-            "weights", None, f"the folder that holds {files} (admfast fetch {chosen.name} --out models)"
+            "weights", None, f"the folder that holds {files} (admfast fetch {system.name} --out models)"
         )
     folder = user_path("weights", weights)
     if not folder.is_dir():
-        raise invalid("weights", str(weights), f"not a folder (admfast fetch {chosen.name} --out {folder})")
+        raise invalid("weights", str(weights), f"not a folder (admfast fetch {system.name} --out {folder})")
     for ending in (".pt", ".safetensors"):
         path = (folder / model.file).with_suffix(ending)
         if path.exists():
             return path
     raise CheckpointError(
-        f"{folder / model.file}: no such file; {chosen.name} needs it "
+        f"{folder / model.file}: no such file; {system.name} needs it "
         f"(admfast fetch {model.name} --out {folder})"
     )
 
 
-def chosen_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the requested device; for None, a GPU if there is one. Raises InvalidArgument, Unavailable."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
+        resolved = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
         raise invalid("device", device, "cpu, cuda, or cuda:N") from None
-    if chosen.type not in ("cpu", "cuda"):
+    if resolved.type not in ("cpu", "cuda"):
         raise invalid("device", device, "cpu, cuda, or cuda:N")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise Unavailable(f"device={str(device)!r}: this machine has {count} usable CUDA devices")
-    return chosen
+    return resolved

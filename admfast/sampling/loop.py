@@ -20,7 +20,7 @@ from admfast.files.levels import to_uint8
 from admfast.ops.dispatch import Choice, record_choices
 from admfast.ops.update import Row, SamplerState, SolverTable, normal
 from admfast.sampling.diagnose import first_nonfinite
-from admfast.sampling.functions import FunctionStep, apply_denoised_fn, function_step
+from admfast.sampling.functions import FunctionStep, apply_denoised_fn, make_function_step
 
 if TYPE_CHECKING:
     from admfast.sampling.plan import Plan
@@ -67,8 +67,8 @@ class Step(Protocol):
     def advance(self, i: int) -> None: ...
 
 
-class Notes:
-    """Notes on one or several calls of `run`, for `Pipeline.last_run`.
+class RunRecord:
+    """Record of one or several calls of `run`, for `Pipeline.last_run`.
 
     images, seconds: number of images sampled, and seconds of the calls. pixels: the part of those seconds
     spent on conversion to uint8 and the copy to the CPU. stages: for each stage the facts from which
@@ -80,43 +80,51 @@ class Notes:
         self.stages: dict[str, dict[str, Any]] = {}
 
     def add(
-        self, plan: Plan, step: PreparedStep | FunctionStep, begun: list[Choice], seconds: dict[str, float]
+        self,
+        plan: Plan,
+        step: PreparedStep | FunctionStep,
+        initial_choices: list[Choice],
+        seconds: dict[str, float],
     ) -> None:
-        """Note a batch that `step` ran. begun: choices made before its first row. seconds: of each part."""
-        none = {"images": 0, "batches": 0, "batch": 0, "seconds": dict.fromkeys(seconds, 0.0)}
-        noted, size = self.stages.setdefault(plan.stage, none), plan.shape[0]
+        """Add a batch that `step` ran.
+
+        initial_choices: choices made before its first row. seconds: of each part.
+        """
+        empty = {"images": 0, "batches": 0, "batch": 0, "seconds": dict.fromkeys(seconds, 0.0)}
+        stage_record, size = self.stages.setdefault(plan.stage, empty), plan.shape[0]
         for name, spent in seconds.items():
-            if name != "first_row" or not noted["batches"]:
-                noted["seconds"][name] += spent
-        noted["images"] += size
-        noted["batches"] += 1
-        if size <= noted["batch"]:
+            if name != "first_row" or not stage_record["batches"]:
+                stage_record["seconds"][name] += spent
+        stage_record["images"] += size
+        stage_record["batches"] += 1
+        if size <= stage_record["batch"]:
             return
-        noted["batch"], noted["choices"] = size, [*begun, *step.implementation_choices()]
+        stage_record["batch"] = size
+        stage_record["choices"] = [*initial_choices, *step.implementation_choices()]
         prepared = step if isinstance(step, PreparedStep) else None
-        noted["ran"] = {
+        stage_record["ran"] = {
             "sides": plan.shape[2:],
             "rows": len(plan.table),
             "guided_rows": sum(plan.guided),
-            "unprepared": _unprepared(plan),
+            "not_prepared_reason": _why_unprepared(plan),
             **plan.engine.describe(prepared, plan.shape, any(plan.guided)),
         }
 
 
-def run(plan: Plan, notes: Notes | None = None) -> Tensor:
+def run(plan: Plan, record: RunRecord | None = None) -> Tensor:
     """Sample the images of a plan, batch by batch; a batch that does not fit into memory is halved.
 
-    notes: the notes that this call is added to; None makes new ones.
+    record: the record to which this call is added; None makes a new one.
     Returns uint8 [N, *spatial, C] on the CPU or float32 [N, C, *spatial] on the device.
     Raises: NonFiniteError naming the first layer that produced NaN or infinity.
     """
-    notes, began = Notes() if notes is None else notes, time.perf_counter()
+    record, start = RunRecord() if record is None else record, time.perf_counter()
     images, first, size = [], 0, plan.batch_size
     with fixed_numerics(plan.engine.device, plan.engine.policy.tf32):
         while first < plan.shape[0]:
             part = plan.part(first, size)
             try:
-                images.append(_pixels(part, notes))
+                images.append(_sample_pixels(part, record))
             except RuntimeError as error:
                 if not out_of_memory(error) or part.shape[0] == 1:
                     raise
@@ -126,68 +134,71 @@ def run(plan: Plan, notes: Notes | None = None) -> Tensor:
                 first += size
                 continue
             # Outside the except block: there, the exception keeps the memory of the failed call alive.
-            for stage in (plan, plan.enlarging):
+            for stage in (plan, plan.upsampler_plan):
                 if stage is not None:
                     stage.engine.release()
-    whole = torch.cat(images)
-    notes.images, notes.seconds = notes.images + len(whole), notes.seconds + time.perf_counter() - began
-    plan.engine.last_run = notes
-    return whole
+    all_images = torch.cat(images)
+    record.images, record.seconds = (
+        record.images + len(all_images),
+        record.seconds + time.perf_counter() - start,
+    )
+    plan.engine.last_run = record
+    return all_images
 
 
-def _pixels(plan: Plan, notes: Notes) -> Tensor:
+def _sample_pixels(plan: Plan, record: RunRecord) -> Tensor:
     """Sample one batch with the base model and then the upsampler, if any; return it as `output` asks."""
-    x = sample_batch(plan, notes)
-    if plan.enlarging is not None:
-        x = sample_batch(plan.enlarging.of(x), notes)
+    x = sample_batch(plan, record)
+    if plan.upsampler_plan is not None:
+        x = sample_batch(plan.upsampler_plan.with_low_res(x), record)
     if plan.output != "uint8":
         return x
-    began = time.perf_counter()
+    start = time.perf_counter()
     pixels = to_uint8(x).cpu()
-    notes.pixels += time.perf_counter() - began
+    record.pixels += time.perf_counter() - start
     return pixels
 
 
-def sample_batch(plan: Plan, notes: Notes) -> Tensor:
-    """Run one batch through its rows and note how it ran; return float32 [N, C, *spatial].
+def sample_batch(plan: Plan, record: RunRecord) -> Tensor:
+    """Run one batch through its rows and record how it ran; return float32 [N, C, *spatial].
 
     The engine's prepared step runs the rows. A `FunctionStep` runs them if the plan holds Python functions of
     the user or prepared steps are switched off.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     plan.engine.ensure_folded()
-    folded = time.perf_counter()
-    with record_choices() as begun:
-        x = first_x(plan)
+    ready_time = time.perf_counter()
+    with record_choices() as initial_choices:
+        x = initial_x(plan)
     try:
-        with _runner(plan, x) as step:
-            seconds = {"folding": folded - began, "preparing": time.perf_counter() - folded}
-            found = run_rows(plan.table, step, plan, seconds=seconds).x
-            notes.add(plan, step, begun, seconds)
-            return found.clone()  # the next batch overwrites a prepared step's buffer
+        with _step_for(plan, x) as step:
+            seconds = {"folding": ready_time - start, "preparing": time.perf_counter() - ready_time}
+            images = run_rows(plan.table, step, plan, seconds=seconds).x
+            record.add(plan, step, initial_choices, seconds)
+            return images.clone()  # the next batch overwrites a prepared step's buffer
     except Diverged as error:
-        raise _diagnosed(error, plan, x) from None
+        raise _diagnose(error, plan, x) from None
 
 
 @contextlib.contextmanager
-def _runner(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
+def _step_for(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
     """Yield the step that runs a plan's rows from x, ready for row 0: prepared, or a `FunctionStep`."""
-    if _unprepared(plan) is not None:
-        yield function_step(plan, x)
+    if _why_unprepared(plan) is not None:
+        yield make_function_step(plan, x)
         return
     with plan.engine.borrow_step(plan) as step:
         step.fill(plan, x)
         yield step
 
 
-def _unprepared(plan: Plan) -> str | None:
+def _why_unprepared(plan: Plan) -> str | None:
     """Return why no prepared step can run the rows of a plan; None if one can."""
     if plan.functions:
         return f"{', '.join(plan.functions)}: Python functions"
     return None if plan.engine.options.prepared else "EngineOptions(prepared=False)"
 
 
-def first_x(plan: Plan) -> Tensor:
+def initial_x(plan: Plan) -> Tensor:
     """Return the input of the first row: noise, or x_start noised to that row's step."""
     z = plan.noise
     if z is None:
@@ -202,7 +213,7 @@ def run_rows(
     table: SolverTable,
     step: Step,
     plan: Plan | None = None,
-    careful: bool = False,
+    check_every_row: bool = False,
     seconds: dict[str, float] | None = None,
 ) -> SamplerState:
     """Run all rows of a solver's table with a step; the images stay on the device.
@@ -210,59 +221,60 @@ def run_rows(
     Args:
         table, step: the rows, and the step that runs them, ready for row 0.
         plan: plan of the batch; its callback is called after every `every`-th row and after the last.
-        careful: check x after every row and keep the row's input for the error. Always on for the CPU, where
-            it costs almost nothing; otherwise x is checked only after the first and the last row.
+        check_every_row: check x after every row and keep the row's input for the error. Always on for the
+            CPU, where it costs almost nothing; otherwise x is checked only after the first and the last row.
         seconds: gets the seconds of all rows, of the first row, and of the callbacks (not part of the rows).
 
     Raises:
         Diverged: if x is not finite after a checked row.
     """
     state, total = step.state, len(table)
-    careful = careful or state.x.device.type == "cpu"
-    first, called, began = 0.0, 0.0, time.perf_counter()
+    check_every_row = check_every_row or state.x.device.type == "cpu"
+    first_row_seconds, callback_seconds, start = 0.0, 0.0, time.perf_counter()
     with torch.no_grad():
         for i, row in enumerate(table.rows):
-            before = state.x.clone() if careful else None
+            row_input = state.x.clone() if check_every_row else None
             step.advance(i)
             last = i == total - 1
-            if (careful or i == 0 or last) and not bool(torch.isfinite(state.x).all()):
-                raise Diverged(row, before, table.timesteps_for(state.x)[0][i])
+            if (check_every_row or i == 0 or last) and not bool(torch.isfinite(state.x).all()):
+                raise Diverged(row, row_input, table.timesteps_for(state.x)[0][i])
             if i == 0:
-                first = time.perf_counter() - began
+                first_row_seconds = time.perf_counter() - start
             if plan is not None and plan.callback is not None and ((i + 1) % plan.every == 0 or last):
-                at = (i + 1, total, row.index, row.t_net)
-                calling = time.perf_counter()
-                plan.callback(Progress(*at, state.x, state.x0, plan.first, plan.stage))
-                called += time.perf_counter() - calling
+                position = (i + 1, total, row.index, row.t_net)
+                callback_start = time.perf_counter()
+                plan.callback(Progress(*position, state.x, state.x0, plan.first, plan.stage))
+                callback_seconds += time.perf_counter() - callback_start
     if seconds is not None:
-        seconds |= {"rows": time.perf_counter() - began - called, "first_row": first, "callbacks": called}
+        rows = time.perf_counter() - start - callback_seconds
+        seconds |= {"rows": rows, "first_row": first_row_seconds, "callbacks": callback_seconds}
     return state
 
 
-def _diagnosed(error: Diverged, plan: Plan, x: Tensor) -> NonFiniteError:
+def _diagnose(error: Diverged, plan: Plan, x: Tensor) -> NonFiniteError:
     """Return the error that names the layer at which a batch that began at `x` diverged."""
-    found, before = error, error.x
-    if before is None:
-        found, before = _again(plan, x)
-    step = function_step(plan, x)
+    diverged, row_input = error, error.x
+    if row_input is None:
+        diverged, row_input = _rerun_checked(plan, x)
+    step = make_function_step(plan, x)
     networks = {"net": plan.engine.net, "classifier": plan.engine.classifier}
-    index = plan.table.rows.index(found.row)
+    index = plan.table.rows.index(diverged.row)
     calls: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"its output": step.model}
     if any(rows[index] for _, rows in step.guides):
-        calls["the guidance"] = lambda x, t: step.evaluated(x, index)[1]  # type: ignore[assignment, return-value]
+        calls["the guidance"] = lambda x, t: step.evaluate(x, index)[1]  # type: ignore[assignment, return-value]
     if plan.denoised_fn is not None:
-        fn, row = plan.denoised_fn, found.row
+        fn, row = plan.denoised_fn, diverged.row
         calls["what denoised_fn returned"] = lambda x, t: apply_denoised_fn(fn, row, x, step.model(x, t))
-    return NonFiniteError(f"{found}; {first_nonfinite(networks, calls, before, found.t)}")
+    return NonFiniteError(f"{diverged}; {first_nonfinite(networks, calls, row_input, diverged.t)}")
 
 
-def _again(plan: Plan, x: Tensor) -> tuple[Diverged, Tensor]:
+def _rerun_checked(plan: Plan, x: Tensor) -> tuple[Diverged, Tensor]:
     """Run a diverged batch again and check every row; the same seeds diverge at the same row.
 
     Returns the error and the input of its row.
     """
     try:
-        run_rows(plan.table, function_step(plan, x), careful=True)
+        run_rows(plan.table, make_function_step(plan, x), check_every_row=True)
     except Diverged as error:
         assert error.x is not None
         return error, error.x

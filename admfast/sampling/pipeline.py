@@ -20,11 +20,11 @@ from admfast.engine.precision import FP32, Policy
 from admfast.errors import invalid
 from admfast.models import NetConfig, UNetConfig
 from admfast.models.fold import check_ordinary
-from admfast.sampling.functions import conditioned
+from admfast.sampling.functions import bind_conditions
 from admfast.sampling.guides import LARGEST
-from admfast.sampling.last_run import RunReport, report_of
+from admfast.sampling.last_run import RunReport, make_report
 from admfast.sampling.loop import run
-from admfast.sampling.plan import check_low_res, check_of_images, images_at_a_time, plan
+from admfast.sampling.plan import check_image_network, check_low_res, default_batch_size, plan
 from admfast.sampling.predict import Prediction, Predictor
 from admfast.sampling.request import SampleRequest
 
@@ -32,23 +32,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _by_settings(
+def _accept_request_fields(
     _record: Callable[P, SampleRequest],
 ) -> Callable[[Callable[[Pipeline, SampleRequest], R]], Callable[Concatenate[Pipeline, P], R]]:
     """Make a method that takes a request accept the request's fields as arguments, with their types."""
 
-    def of(method: Callable[[Pipeline, SampleRequest], R]) -> Callable[Concatenate[Pipeline, P], R]:
+    def decorate(method: Callable[[Pipeline, SampleRequest], R]) -> Callable[Concatenate[Pipeline, P], R]:
         @functools.wraps(method)
         def with_settings(self: Pipeline, *images: P.args, **settings: P.kwargs) -> R:
-            return method(self, SampleRequest.of(*images, **settings))
+            return method(self, SampleRequest.from_arguments(*images, **settings))
 
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         signature = inspect.signature(SampleRequest)
-        signature = signature.replace(parameters=[own, *signature.parameters.values()])
+        signature = signature.replace(parameters=[self_parameter, *signature.parameters.values()])
         with_settings.__signature__ = signature.replace(return_annotation=Tensor)  # type: ignore[attr-defined]
         return with_settings
 
-    return of
+    return decorate
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,7 +136,7 @@ class Pipeline:
         """Number of classes that are sampled by default: all but a null class; None without classes."""
         return None if self.num_classes is None else self.num_classes - self.null_class
 
-    @_by_settings(SampleRequest)
+    @_accept_request_fields(SampleRequest)
     def sample(self, request: SampleRequest) -> Tensor:
         """Sample images: image i has seed `seeds[i]` and class `classes[i % len(classes)]`.
 
@@ -156,7 +156,7 @@ class Pipeline:
         """
         return run(plan(request, self))
 
-    @_by_settings(SampleRequest)
+    @_accept_request_fields(SampleRequest)
     def check(self, request: SampleRequest) -> dict[str, int]:
         """Check arguments of `sample` without sampling; return the steps by stage ("base", "upsampler").
 
@@ -191,27 +191,29 @@ class Pipeline:
             InvalidArgument: for a value that is not allowed (of tensors on a GPU only the shape is checked).
         """
         with fixed_numerics(self.device, self.policy.tf32):
-            check_of_images(self)
-            x_t = checks.images("x_t", x_t)
-            low_res = None if low_res is None else checks.images("low_res", low_res)
+            check_image_network(self)
+            x_t = checks.image_tensor("x_t", x_t)
+            low_res = None if low_res is None else checks.image_tensor("low_res", low_res)
             check_low_res(self, low_res, len(x_t), "image")
             if low_res is not None and low_res.device.type == "cpu":
-                checks.in_range("low_res", low_res)
+                checks.image_range("low_res", low_res)
             labels = self._labels(classes, x_t)
             self.engine.ensure_folded(guided=False)
-            return self.predictor(conditioned(self.net, labels, low_res), x_t, t)
+            return self.predictor(bind_conditions(self.net, labels, low_res), x_t, t)
 
     def _labels(self, classes: Tensor | Sequence[int] | int | None, x_t: Tensor) -> Tensor | None:
         """Return the class of every image as the network takes it, or None for a network without classes."""
-        known = self.config.num_classes
-        if known is None:
+        num_classes = self.config.num_classes
+        if num_classes is None:
             if classes is not None:
-                raise invalid("classes", checks.plain(classes), f"{self.name} is not class-conditional")
+                raise invalid("classes", checks.to_python(classes), f"{self.name} is not class-conditional")
             return None
         if classes is None:
-            raise invalid("classes", None, f"this network needs one of 0 to {known - 1} for each image")
+            raise invalid("classes", None, f"this network needs one of 0 to {num_classes - 1} for each image")
         if not isinstance(classes, Tensor) or classes.device.type == "cpu":
-            classes = torch.tensor(checks.whole_or_several("classes", classes, 0, known - 1), device="cpu")
+            classes = torch.tensor(
+                checks.whole_number_or_tuple("classes", classes, 0, num_classes - 1), device="cpu"
+            )
         labels = classes.to(x_t.device)
         if labels.numel() == 1 and labels.dim() < 2:
             labels = labels.expand(len(x_t))
@@ -227,8 +229,8 @@ class Pipeline:
         `print(pipe.last_run)` shows what was prepared, or why not, which implementation each op used, and
         the seconds of each part. A call that raised an error does not change it.
         """
-        notes = self.engine.last_run
-        return None if notes is None else report_of(notes, self)
+        record = self.engine.last_run
+        return None if record is None else make_report(record, self)
 
     def refresh(self) -> None:
         """Derive again everything that is derived from the networks' parameters, including the upsampler's.
@@ -255,19 +257,19 @@ class Pipeline:
         return (self.config.image_size,) * self.config.dims
 
     @property
-    def images_at_a_time(self) -> int:
+    def default_batch_size(self) -> int:
         """Default batch size of `sample`."""
-        return images_at_a_time(self, self.spatial)
+        return default_batch_size(self, self.spatial)
 
     def _check_parts(self) -> None:
         """Check that the networks agree in images and classes; normalize numbers."""
         config, up = self.config, self.upsampler
         numbers = {
-            "guidance": checks.real("guidance", self.guidance, least=-LARGEST, most=LARGEST),
-            "steps": checks.whole("steps", self.steps, 1),
+            "guidance": checks.finite_float("guidance", self.guidance, least=-LARGEST, most=LARGEST),
+            "steps": checks.whole_number("steps", self.steps, 1),
         }
         if self.low_res_size is not None:
-            numbers["low_res_size"] = checks.whole("low_res_size", self.low_res_size, 1)
+            numbers["low_res_size"] = checks.whole_number("low_res_size", self.low_res_size, 1)
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
         check_ordinary("net", self.net)
@@ -282,8 +284,10 @@ class Pipeline:
                 continue
             other: NetConfig = net.config  # type: ignore[assignment]
             if (other.in_channels, other.dims) != (config.in_channels, config.dims):
-                given = f"{other.in_channels} channels, {other.dims}-D"
-                raise invalid(name, given, f"as the network: {config.in_channels} channels, {config.dims}-D")
+                channels_text = f"{other.in_channels} channels, {other.dims}-D"
+                raise invalid(
+                    name, channels_text, f"as the network: {config.in_channels} channels, {config.dims}-D"
+                )
             # A classifier also serves a network without classes; an upsampler with classes must get them.
             count = other.num_classes if isinstance(other, UNetConfig) else other.out_channels
             if count is not None and self.num_classes != count:

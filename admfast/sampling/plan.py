@@ -24,7 +24,7 @@ from admfast.sampling.guides import Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
 from admfast.sampling.request import SampleRequest
-from admfast.sampling.sides import asked_sides, check_classifier_sides, enlarged_base
+from admfast.sampling.sides import check_classifier_sides, requested_sides, upsampler_sides
 from admfast.solvers import Solver
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Plan(Batch):
     the seeds. x_start: image to noise and begin from, or None. guides: all but the classifier, each with one
     flag per row that says whether it applies. denoised_fn: the user's function. first_stream: stream of x_T's
     noise. callback, every, batch_size, output: as in the request. first: index of this plan's first image
-    among all requested images. stage: "base" or "upsampler". enlarging: plan of the upsampler that follows,
-    or None. shrink: factor by which base images are downsampled before the upsampler.
+    among all requested images. stage: "base" or "upsampler". upsampler_plan: plan of the upsampler that
+    follows, or None. downsample_factor: factor by which base images are downsampled before the upsampler.
     """
 
     engine: Engine
@@ -58,31 +58,35 @@ class Plan(Batch):
     output: str = "uint8"
     first: int = 0
     stage: str = "base"
-    enlarging: Plan | None = None
-    shrink: int = 1
+    upsampler_plan: Plan | None = None
+    downsample_factor: int = 1
 
     @property
     def functions(self) -> list[str]:
         """Names of the fields that hold Python functions, with which no step can be prepared."""
-        named = {"guides": self.guides, "denoised_fn": self.denoised_fn}
-        return [name for name, value in named.items() if value]
+        function_fields = {"guides": self.guides, "denoised_fn": self.denoised_fn}
+        return [name for name, value in function_fields.items() if value]
 
     @property
     def steps(self) -> dict[str, int]:
         """Number of rows that run, by stage."""
-        return {self.stage: len(self.table)} | ({} if self.enlarging is None else self.enlarging.steps)
+        return {self.stage: len(self.table)} | (
+            {} if self.upsampler_plan is None else self.upsampler_plan.steps
+        )
 
     @property
     def sides(self) -> dict[str, tuple[int, ...]]:
         """Sides of the images, by stage."""
-        return {self.stage: self.shape[2:]} | ({} if self.enlarging is None else self.enlarging.sides)
+        return {self.stage: self.shape[2:]} | (
+            {} if self.upsampler_plan is None else self.upsampler_plan.sides
+        )
 
     def part(self, first: int, size: int) -> Plan:
         """Return the plan of images first..first+size-1."""
         if first == 0 and size >= self.shape[0]:
             return self
 
-        def cut(value: Tensor | None) -> Tensor | None:
+        def select(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[first : first + size]
 
         seeds = self.seeds[first : first + size]
@@ -90,22 +94,24 @@ class Plan(Batch):
             self,
             shape=(len(seeds), *self.shape[1:]),
             seeds=seeds,
-            labels=cut(self.labels),
-            low_res=cut(self.low_res),
-            noise=cut(self.noise),
-            x_start=cut(self.x_start),
+            labels=select(self.labels),
+            low_res=select(self.low_res),
+            noise=select(self.noise),
+            x_start=select(self.x_start),
             step_noise=None if self.step_noise is None else self.step_noise[:, first : first + size],
             first=self.first + first,
-            enlarging=None if self.enlarging is None else self.enlarging.part(first, size),
+            upsampler_plan=None if self.upsampler_plan is None else self.upsampler_plan.part(first, size),
         )
 
-    def of(self, x: Tensor) -> Plan:
+    def with_low_res(self, x: Tensor) -> Plan:
         """Return the upsampler's plan for base images x, converted to uint8 and back as published.
 
-        Images larger than the upsampler was trained to enlarge are average-pooled by `shrink`.
+        Images larger than the upsampler was trained to enlarge are average-pooled by `downsample_factor`.
         """
         low_res = from_uint8(to_uint8(x)).to(self.seeds.device)
-        return replace(self, low_res=low_res if self.shrink == 1 else F.avg_pool2d(low_res, self.shrink))
+        if self.downsample_factor > 1:
+            low_res = F.avg_pool2d(low_res, self.downsample_factor)
+        return replace(self, low_res=low_res)
 
 
 def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
@@ -116,26 +122,30 @@ def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     """
     _check_implementations(request.impl)
     with torch.inference_mode(False):  # autograd can't use tensors of inference mode
-        base = _base(request, pipeline)
+        base = _base_plan(request, pipeline)
         up = pipeline.upsampler
         if up is not None:
-            return replace(base, enlarging=_enlarging(request, pipeline, up, base))
+            return replace(base, upsampler_plan=_upsampler_plan(request, pipeline, up, base))
     if request.upsampler_steps is not None:
         raise invalid("upsampler_steps", request.upsampler_steps, f"{pipeline.name} has no upsampler")
     return base
 
 
-def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
+def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     """Return the plan of the pipeline's own network."""
-    check_of_images(pipeline)
+    check_image_network(pipeline)
     solver, device = request.solver, next(pipeline.net.parameters()).device
     assert isinstance(solver, Solver)
     steps = None if request.respacing is not None else request.steps or pipeline.steps
-    process, whole = _rows("steps", pipeline, solver, request.clip, steps, request.respacing)
-    table = whole if request.t_start is None else _from_the_middle(whole, process, request.t_start)
-    skipped, kept = len(whole) - len(table), process.schedule.timestep_map
-    seeds, labels, shape = images_of(request, pipeline)
-    _check_shapes(request, shape, len(whole), pipeline)
+    process, full_table = _process_and_table(
+        "steps", pipeline, solver, request.clip, steps, request.respacing
+    )
+    table = (
+        full_table if request.t_start is None else _table_from_timestep(full_table, process, request.t_start)
+    )
+    num_skipped, timestep_map = len(full_table) - len(table), process.schedule.timestep_map
+    seeds, labels, shape = requested_images(request, pipeline)
+    _check_shapes(request, shape, len(full_table), pipeline)
 
     def on_device(value: Tensor | None) -> Tensor | None:
         return None if value is None else value.to(device, torch.float32)
@@ -143,8 +153,8 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
     noise, x_start, step_noise = map(on_device, (request.noise, request.x_start, request.step_noise))
     if solver.begins == "image" and x_start is not None:
         noise, x_start = x_start, None
-    timesteps = [int(kept[row.index]) for row in table.rows]
-    guidance_scale, interval = _by_classifier(request, pipeline)
+    timesteps = [int(timestep_map[row.index]) for row in table.rows]
+    guidance_scale, interval = _classifier_guidance(request, pipeline)
     if guidance_scale:
         check_classifier_sides(request, pipeline)
     return Plan(
@@ -156,24 +166,26 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
         seeds=as_seeds(seeds).to(device),
         labels=None if labels is None else torch.tensor(labels, device=device),
         guidance_scale=guidance_scale,
-        guided=_rows_within(interval, timesteps) if guidance_scale else (False,) * len(table),
-        guides=tuple((guide, _rows_within(guide.interval, timesteps)) for guide in _by_functions(request)),
+        guided=_rows_in_interval(interval, timesteps) if guidance_scale else (False,) * len(table),
+        guides=tuple(
+            (guide, _rows_in_interval(guide.interval, timesteps)) for guide in _function_guides(request)
+        ),
         denoised_fn=request.denoised_fn,
-        noise_row=skipped,
+        noise_row=num_skipped,
         impl=request.impl,
         callback=request.callback,
         every=request.every,
-        batch_size=request.batch_size or images_at_a_time(pipeline, shape[2:]),
+        batch_size=request.batch_size or default_batch_size(pipeline, shape[2:]),
         output=request.output,
         noise=noise,
         x_start=x_start,
-        step_noise=None if step_noise is None else step_noise[skipped:],
+        step_noise=None if step_noise is None else step_noise[num_skipped:],
         low_res=on_device(request.low_res),
     )
 
 
-def _enlarging(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: Plan) -> Plan:
-    """Return the plan of the upsampler after a base plan; `Plan.of` adds its low-resolution images."""
+def _upsampler_plan(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: Plan) -> Plan:
+    """Return the plan of the upsampler after a base plan; `Plan.with_low_res` adds its small images."""
     solver = request.solver
     assert isinstance(solver, Solver)
     if solver.begins == "image":
@@ -181,8 +193,8 @@ def _enlarging(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: P
             "solver", str(solver), f"not for {pipeline.name}, which has an upsampler; load it without"
         )
     steps = request.upsampler_steps or up.steps
-    process, table = _rows("upsampler_steps", up, solver, request.clip, steps, None)
-    shrink, spatial = enlarged_base(up, pipeline, base.shape[2:])
+    process, table = _process_and_table("upsampler_steps", up, solver, request.clip, steps, None)
+    downsample_factor, spatial = upsampler_sides(up, pipeline, base.shape[2:])
     device = next(up.net.parameters()).device
     return Plan(
         engine=up.engine,
@@ -199,21 +211,21 @@ def _enlarging(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: P
         callback=request.callback,
         every=request.every,
         stage="upsampler",
-        shrink=shrink,
+        downsample_factor=downsample_factor,
     )
 
 
-def _rows(
+def _process_and_table(
     name: str, pipeline: Pipeline, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
     """Return a respaced process and the solver's rows for it. name: the argument that set `steps`."""
     if steps is not None and steps > pipeline.diffusion.steps:
         raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
-    return _kept_rows(pipeline.diffusion, solver, clip, steps, respacing)  # type: ignore[arg-type]
+    return _cached_process_and_table(pipeline.diffusion, solver, clip, steps, respacing)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)
-def _kept_rows(
+def _cached_process_and_table(
     diffusion: DiffusionConfig, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
     """Return the process and its rows, cached: schedules and tables in float64 take milliseconds to make."""
@@ -221,35 +233,41 @@ def _kept_rows(
     return process, solver.table(process, clip)
 
 
-def _from_the_middle(whole: SolverTable, process: GaussianDiffusion, t_start: int) -> SolverTable:
+def _table_from_timestep(full_table: SolverTable, process: GaussianDiffusion, t_start: int) -> SolverTable:
     """Return the rows that begin with the nearest step at or below `t_start`."""
-    kept, last = process.schedule.timestep_map, process.schedule.original_steps - 1
+    timestep_map, last = process.schedule.timestep_map, process.schedule.original_steps - 1
     if t_start > last:
         raise invalid("t_start", t_start, f"a whole number from 0 to {last}")
-    below = [row.index for row in whole.rows if kept[row.index] <= t_start]
+    below = [row.index for row in full_table.rows if timestep_map[row.index] <= t_start]
     if not below:
-        raise invalid("t_start", t_start, f"{kept[0]} or more, the first step of this respacing")
-    return whole.from_step(max(below))
+        raise invalid("t_start", t_start, f"{timestep_map[0]} or more, the first step of this respacing")
+    return full_table.from_step(max(below))
 
 
-def images_of(
+def requested_images(
     request: SampleRequest, pipeline: Pipeline
 ) -> tuple[Sequence[int], list[int] | None, tuple[int, ...]]:
     """Return the seeds, the class labels (None without classes) and the shape of the requested images."""
-    classes, seeds, known = request.classes, request.seeds, pipeline.num_classes
+    classes, seeds, num_classes = request.classes, request.seeds, pipeline.num_classes
     assert classes is None or isinstance(classes, tuple)
     assert seeds is None or isinstance(seeds, tuple)
-    if known is None and classes is not None:
+    if num_classes is None and classes is not None:
         raise invalid("classes", list(classes), f"{pipeline.name} has no classes")
-    if classes is not None and known is not None and max(classes) >= known:
-        raise invalid("classes", max(classes), f"a whole number from 0 to {known - 1}")
-    like = [v for v in (request.noise, request.x_start, request.low_res, classes) if v is not None]
-    keys = seeds if seeds is not None else range(len(like[0]) if like else 1)
+    if classes is not None and num_classes is not None and max(classes) >= num_classes:
+        raise invalid("classes", max(classes), f"a whole number from 0 to {num_classes - 1}")
+    per_image = [
+        value for value in (request.noise, request.x_start, request.low_res, classes) if value is not None
+    ]
+    image_seeds = seeds if seeds is not None else range(len(per_image[0]) if per_image else 1)
     labels = None
-    if (sampled := pipeline.default_classes) is not None:
-        wanted = classes or [key % sampled for key in keys]
-        labels = [wanted[i % len(wanted)] for i in range(len(keys))]
-    return keys, labels, (len(keys), pipeline.config.in_channels, *asked_sides(request, pipeline))
+    if (num_sampled := pipeline.default_classes) is not None:
+        image_classes = classes or [seed % num_sampled for seed in image_seeds]
+        labels = [image_classes[i % len(image_classes)] for i in range(len(image_seeds))]
+    return (
+        image_seeds,
+        labels,
+        (len(image_seeds), pipeline.config.in_channels, *requested_sides(request, pipeline)),
+    )
 
 
 def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pipeline: Pipeline) -> None:
@@ -261,7 +279,7 @@ def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pip
     check_low_res(pipeline, request.low_res, shape[0], "seed")
 
 
-def check_of_images(pipeline: Pipeline) -> None:
+def check_image_network(pipeline: Pipeline) -> None:
     """Reject a network that has neither as many output as input channels, nor twice as many."""
     config = pipeline.config
     if not config.of_images:
@@ -275,42 +293,42 @@ def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int, of: st
     count: number of images. of: noun for what sets this number, in the singular.
     """
     config = pipeline.config
-    enlarges = isinstance(config, UpsamplerConfig)
+    is_upsampler = isinstance(config, UpsamplerConfig)
     if low_res is None:
-        if enlarges:
+        if is_upsampler:
             raise invalid("low_res", None, "upsamplers need it and no other network takes it")
         return
-    found = tuple(low_res.shape)
-    if not enlarges:
-        raise invalid("low_res.shape", found, f"no images to enlarge, as {pipeline.name} is no upsampler")
-    if len(found) != config.dims + 2 or found[:2] != (count, config.in_channels):
+    shape = tuple(low_res.shape)
+    if not is_upsampler:
+        raise invalid("low_res.shape", shape, f"no images to enlarge, as {pipeline.name} is no upsampler")
+    if len(shape) != config.dims + 2 or shape[:2] != (count, config.in_channels):
         sides = ", ".join("dhw"[3 - config.dims :])
-        number = f"{count} {of}" if count == 1 else f"{count} {of}s"
-        raise invalid("low_res.shape", found, f"({count}, {config.in_channels}, {sides}), for {number}")
+        count_text = f"{count} {of}" if count == 1 else f"{count} {of}s"
+        raise invalid("low_res.shape", shape, f"({count}, {config.in_channels}, {sides}), for {count_text}")
 
 
-def images_at_a_time(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
+def default_batch_size(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
     """Return the default batch size for images of these sides.
 
     The batch fits next to the released models on an 80 GB GPU, or into 16 GB of memory on a CPU.
     """
     largest = math.prod(sides)
     if pipeline.upsampler is not None:
-        largest = max(largest, math.prod(enlarged_base(pipeline.upsampler, pipeline, sides)[1]))
+        largest = max(largest, math.prod(upsampler_sides(pipeline.upsampler, pipeline, sides)[1]))
     on_gpu = next(pipeline.net.parameters()).is_cuda
     return max(1, (2**21 if on_gpu else 2**16) // largest)
 
 
-def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:
+def _classifier_guidance(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:
     """Return the scale of the classifier's gradient (0 if it is not used) and the guidance interval."""
     guidance_scale, interval = request.guidance, request.guidance_interval
     if guidance_scale is None:
         assert isinstance(request.solver, Solver)
-        others = request.guidance_fn is not None or request.guides
-        guidance_scale = 0.0 if others or request.solver.begins == "image" else pipeline.guidance
+        has_other_guides = request.guidance_fn is not None or request.guides
+        guidance_scale = 0.0 if has_other_guides or request.solver.begins == "image" else pipeline.guidance
     for guide in request.guides:
         if guide.function is None:
-            guidance_scale, interval = guide.scale, guide.interval
+            guidance_scale, interval = guide.guidance_scale, guide.interval
     if guidance_scale and pipeline.classifier is None:
         raise invalid("guidance", guidance_scale, f"{pipeline.name} has no classifier; 0 is none")
     if request.guidance_interval is not None and not guidance_scale and request.guidance_fn is None:
@@ -318,7 +336,7 @@ def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, I
     return guidance_scale, interval
 
 
-def _by_functions(request: SampleRequest) -> list[Guide]:
+def _function_guides(request: SampleRequest) -> list[Guide]:
     """Return all guides except the classifier."""
     guides = [guide for guide in request.guides if guide.function is not None]
     if request.guidance_fn is not None:
@@ -326,7 +344,7 @@ def _by_functions(request: SampleRequest) -> list[Guide]:
     return guides
 
 
-def _rows_within(interval: Interval | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
+def _rows_in_interval(interval: Interval | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
     """Return, for every row, whether its timestep of the original process lies in the interval."""
     if interval is None:
         return (True,) * len(timesteps)

@@ -20,11 +20,14 @@ from admfast.ops import native
 from admfast.sampling.last_run import RunReport, StageReport
 from admfast.sampling.pipeline import Pipeline
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the product's matrices: large enough for a library's best rate
-SECONDS = 0.25  # for which products are measured
-NAMED = 3  # pieces of advice at most
+PRODUCT_SIDE = {
+    "cpu": 1024,
+    "cuda": 8192,
+}  # of the product's matrices: large enough for a library's best rate
+MEASURE_SECONDS = 0.25  # for which products are measured
+MAX_ADVICE = 3  # pieces of advice at most
 _WINOGRAD = " (Winograd's convolutions do with fewer multiplications than are counted)"
-MUCH = 0.1  # share of a run's seconds above which a cost is mentioned
+NOTABLE_SHARE = 0.1  # share of a run's seconds above which a cost is mentioned
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,29 @@ class Rate:
     dtype: torch.dtype
 
     @property
-    def reached(self) -> float:
+    def flops_per_second(self) -> float:
         """Operations per second of the rows."""
         return self.flops / self.seconds
 
     @property
     def share(self) -> float:
         """Share of the product's rate; can exceed 1, because Winograd's convolutions multiply less."""
-        return self.reached / self.product
+        return self.flops_per_second / self.product
 
 
 def rates(report: RunReport, pipe: Pipeline) -> dict[str, Rate]:
     """Measure matrix products in the torso's dtype now; return the rate of each stage of a run of `pipe`."""
-    found = {}
-    for stage, own in _stages(report, pipe):
-        dtype, side = own.policy.torso, SIDE[own.device.type]
-        product = product_rate(own.device, dtype, stage.threads, own.policy.tf32, side)
-        found[stage.stage] = Rate(_flops(stage, own), stage.seconds.rows, product, side, dtype)
-    return found
+    rates_by_stage = {}
+    for stage, stage_pipe in _stages(report, pipe):
+        dtype, side = stage_pipe.policy.torso, PRODUCT_SIDE[stage_pipe.device.type]
+        product = measure_product_rate(stage_pipe.device, dtype, stage.threads, stage_pipe.policy.tf32, side)
+        rates_by_stage[stage.stage] = Rate(
+            _flops(stage, stage_pipe), stage.seconds.rows, product, side, dtype
+        )
+    return rates_by_stage
 
 
-def product_rate(
+def measure_product_rate(
     device: torch.device, dtype: torch.dtype, threads: int | None, tf32: bool, side: int
 ) -> float:
     """Return the operations per second of the fastest of several products of two square matrices.
@@ -72,20 +77,20 @@ def product_rate(
     time of two products if that is longer.
     """
 
-    def ended() -> float:
+    def synchronized_time() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    on = contextlib.nullcontext() if threads is None else on_threads(threads)
-    with torch.no_grad(), fixed_numerics(device, tf32), on:
+    thread_limit = contextlib.nullcontext() if threads is None else on_threads(threads)
+    with torch.no_grad(), fixed_numerics(device, tf32), thread_limit:
         factor = torch.ones(side, side, dtype=dtype, device=device)
         torch.mm(factor, factor)  # the first call of a library is slow
-        best, until = float("inf"), ended() + SECONDS
-        while best == float("inf") or time.perf_counter() < until:
-            began = ended()
+        best, end = float("inf"), synchronized_time() + MEASURE_SECONDS
+        while best == float("inf") or time.perf_counter() < end:
+            start = synchronized_time()
             torch.mm(factor, factor)
-            best = min(best, ended() - began)
+            best = min(best, synchronized_time() - start)
     return 2 * side**3 / best
 
 
@@ -97,36 +102,36 @@ def profile_text(report: RunReport, pipe: Pipeline) -> str:
         product = f"best product of two {rate.side}x{rate.side} {dtype} matrices, measured now"
         lines += [
             (name, "operations of the steps", f"{rate.flops / 1e9:,.1f} GFLOP"),
-            ("", "reached", f"{rate.reached / 1e9:,.1f} GFLOP/s"),
+            ("", "reached", f"{rate.flops_per_second / 1e9:,.1f} GFLOP/s"),
             ("", product, f"{rate.product / 1e9:,.1f} GFLOP/s"),
             ("", "share of this rate", f"{100 * rate.share:.2g} %{_WINOGRAD if rate.share > 1 else ''}"),
         ]
-    advice = [f"- {text}" for text in helps(report, pipe)] or ["- no rule applies"]
-    return "\n".join([table(lines), "", "What would help:", *advice])
+    advice_lines = [f"- {text}" for text in find_advice(report, pipe)] or ["- no rule applies"]
+    return "\n".join([table(lines), "", "What would help:", *advice_lines])
 
 
-def helps(report: RunReport, pipe: Pipeline) -> list[str]:
+def find_advice(report: RunReport, pipe: Pipeline) -> list[str]:
     """Return at most three pieces of advice that would make the run faster, the most important first."""
-    found: dict[str, None] = {}
-    rules = (_of_implementations, _of_steps, _of_precision, _of_size, _of_seconds)
+    sentences: dict[str, None] = {}
+    rules = (_advise_implementations, _advise_steps, _advise_precision, _advise_batch_size, _advise_seconds)
     for rule in rules:
-        for stage, own in _stages(report, pipe):
-            found |= dict.fromkeys(rule(stage, own))
-    return list(found)[:NAMED]
+        for stage, stage_pipe in _stages(report, pipe):
+            sentences |= dict.fromkeys(rule(stage, stage_pipe))
+    return list(sentences)[:MAX_ADVICE]
 
 
 def _stages(report: RunReport, pipe: Pipeline) -> Iterator[tuple[StageReport, Pipeline]]:
     """Yield every stage with the pipeline of its network."""
-    for stage, own in zip(report.stages, (pipe, pipe.upsampler), strict=False):
-        assert own is not None
-        yield stage, own
+    for stage, stage_pipe in zip(report.stages, (pipe, pipe.upsampler), strict=False):
+        assert stage_pipe is not None
+        yield stage, stage_pipe
 
 
-def _flops(stage: StageReport, own: Pipeline) -> int:
+def _flops(stage: StageReport, stage_pipe: Pipeline) -> int:
     """Return the operations of all rows of a stage."""
-    total = stage.rows * forward_work(own.config, sides=stage.sides).flops
+    total = stage.rows * forward_work(stage_pipe.config, sides=stage.sides).flops
     if stage.guided_rows:
-        classifier: Any = own.classifier
+        classifier: Any = stage_pipe.classifier
         total += stage.guided_rows * guidance_flops(classifier.config, stage.sides)
     return stage.images * total
 
@@ -134,52 +139,54 @@ def _flops(stage: StageReport, own: Pipeline) -> int:
 # The rules: each yields sentences of advice
 
 
-def _of_implementations(stage: StageReport, own: Pipeline) -> Iterator[str]:
-    asked = {choice.requested_by: None for choice in stage.ops if choice.requested_by}
-    for name in asked:
+def _advise_implementations(stage: StageReport, stage_pipe: Pipeline) -> Iterator[str]:
+    requesters = {choice.requested_by: None for choice in stage.ops if choice.requested_by}
+    for name in requesters:
         ops = {choice.op: None for choice in stage.ops if choice.requested_by == name}
         yield f"{name} names the implementation of {', '.join(ops)}: without it the fastest is used"
-    on_cpu = own.device.type == "cpu"
+    on_cpu = stage_pipe.device.type == "cpu"
     reason = native.reason_missing() if on_cpu else native.reason_missing_cuda()
     if reason is not None:
         yield f"the compiled extension is not used ({reason}): see `admfast info`"
 
 
-def _of_steps(stage: StageReport, own: Pipeline) -> Iterator[str]:
-    if stage.unprepared:
-        yield f"steps ran one by one, without a prepared step ({stage.unprepared})"
+def _advise_steps(stage: StageReport, stage_pipe: Pipeline) -> Iterator[str]:
+    if stage.not_prepared_reason:
+        yield f"steps ran one by one, without a prepared step ({stage.not_prepared_reason})"
     if not stage.folded:
         yield "the network was not folded: EngineOptions(fold=FoldOptions()) is the default"
-    if stage.by_parts:
-        yield f"blocks of {', '.join(stage.by_parts)} ran layer by layer: a hook, or a replaced module"
-    if own.device.type == "cuda" and stage.unreplayed and not stage.unprepared:
-        yield f"the host launched every operation, without a CUDA graph ({stage.unreplayed})"
+    if stage.layerwise_networks:
+        networks = ", ".join(stage.layerwise_networks)
+        yield f"blocks of {networks} ran layer by layer: a hook, or a replaced module"
+    if stage_pipe.device.type == "cuda" and stage.not_replayed_reason and not stage.not_prepared_reason:
+        yield f"the host launched every operation, without a CUDA graph ({stage.not_replayed_reason})"
 
 
-def _of_precision(stage: StageReport, own: Pipeline) -> Iterator[str]:
-    half = own.policy.torso in (torch.bfloat16, torch.float16)
-    if own.device.type == "cpu" and half and not own.policy.int8 and not has_amx():
-        yield f"precision {own.policy.name} on a CPU without AMX: auto would be fp32, with Winograd"
-    if own.device.type == "cuda" and not half and not own.policy.tf32:
+def _advise_precision(stage: StageReport, stage_pipe: Pipeline) -> Iterator[str]:
+    half = stage_pipe.policy.torso in (torch.bfloat16, torch.float16)
+    if stage_pipe.device.type == "cpu" and half and not stage_pipe.policy.int8 and not has_amx():
+        yield f"precision {stage_pipe.policy.name} on a CPU without AMX: auto would be fp32, with Winograd"
+    if stage_pipe.device.type == "cuda" and not half and not stage_pipe.policy.tf32:
         yield "precision fp32 on a GPU: auto would be bf16"
 
 
-def _of_size(stage: StageReport, own: Pipeline) -> Iterator[str]:
-    if own.device.type != "cpu":
+def _advise_batch_size(stage: StageReport, stage_pipe: Pipeline) -> Iterator[str]:
+    if stage_pipe.device.type != "cpu":
         return
-    shape = (stage.batch, own.config.in_channels, *stage.sides)
-    work = convolution_operations(own.config, shape)  # type: ignore[arg-type]
-    worth = threads_for(work, host.cpus())
-    if stage.threads is not None and stage.threads < worth:
-        yield f"{stage.threads} threads, though the work is enough for {worth} (OMP_NUM_THREADS, threads=)"
+    shape = (stage.batch, stage_pipe.config.in_channels, *stage.sides)
+    work = convolution_operations(stage_pipe.config, shape)  # type: ignore[arg-type]
+    useful_threads = threads_for(work, host.usable_cpus())
+    if stage.threads is not None and stage.threads < useful_threads:
+        used = f"{stage.threads} threads"
+        yield f"{used}, though the work is enough for {useful_threads} (OMP_NUM_THREADS, threads=)"
     if work < MIN_OPERATIONS_PER_THREAD:
         yield f"batches of {stage.batch}: larger ones would share the fixed cost of a call among more images"
 
 
-def _of_seconds(stage: StageReport, own: Pipeline) -> Iterator[str]:
+def _advise_seconds(stage: StageReport, stage_pipe: Pipeline) -> Iterator[str]:
     seconds = stage.seconds
-    if seconds.callbacks > MUCH * seconds.rows:
+    if seconds.callbacks > NOTABLE_SHARE * seconds.rows:
         yield f"callbacks took {seconds.callbacks:.2f} s, compared with {seconds.rows:.2f} s of steps"
-    once = seconds.folding + seconds.preparing + seconds.first_row - (stage.later_row or 0.0)
-    if once > MUCH * seconds.rows:
-        yield f"the first step and the time before it took {once:.2f} s; later calls save most of that"
+    once_seconds = seconds.folding + seconds.preparing + seconds.first_row - (stage.mean_later_row or 0.0)
+    if once_seconds > NOTABLE_SHARE * seconds.rows:
+        yield f"the first step and the time before it took {once_seconds:.2f} s; later calls save most of it"

@@ -15,7 +15,7 @@ from admfast import checks
 from admfast.checkpoints import flags
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
-from admfast.errors import first_line, invalid, nearest
+from admfast.errors import allowed_names, first_line, invalid
 from admfast.sampling.guides import LARGEST, Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.solvers import Solver, from_text, solver_of
@@ -100,37 +100,37 @@ class SampleRequest:
         self._check_images()
         self._check_steps()
         self._check_guidance()
-        checks.functions(denoised_fn=self.denoised_fn, callback=self.callback)
-        self._put_whole("every", 1)
+        checks.optional_callables(denoised_fn=self.denoised_fn, callback=self.callback)
+        self._store_whole_number("every", 1)
         checks.one_of("output", self.output, ("uint8", "float"))
         if not isinstance(self.impl, str | None):
             raise invalid("impl", self.impl, "the name of an implementation, or None")
 
-    def _put(self, name: str, value: object) -> None:
+    def _store(self, name: str, value: object) -> None:
         """Store the normalized value of a setting."""
         object.__setattr__(self, name, value)
 
-    def _put_whole(self, name: str, least: int) -> None:
+    def _store_whole_number(self, name: str, least: int) -> None:
         """Store a whole number as an int."""
-        self._put(name, checks.whole(name, getattr(self, name), least))
+        self._store(name, checks.whole_number(name, getattr(self, name), least))
 
     def _check_images(self) -> None:
         """Check the settings that select images, and the tensors of images."""
         for name, most in (("classes", None), ("seeds", LARGEST_SEED)):
             if getattr(self, name) is not None:
-                self._put(name, tuple(checks.whole_numbers(name, getattr(self, name), 0, most)))
+                self._store(name, tuple(checks.whole_numbers(name, getattr(self, name), 0, most)))
                 if not getattr(self, name):
                     raise invalid(name, [], "at least one")
         if self.size is not None:
-            size = _sides_of(self.size) if isinstance(self.size, str) else self.size
-            self._put("size", checks.whole_or_several("size", size, 1))
+            size = _parse_sides(self.size) if isinstance(self.size, str) else self.size
+            self._store("size", checks.whole_number_or_tuple("size", size, 1))
         for name in ("noise", "x_start", "step_noise", "low_res"):
             if getattr(self, name) is not None:
-                images = checks.images(name, getattr(self, name))
+                images = checks.image_tensor(name, getattr(self, name))
                 if name == "low_res" or (name == "x_start" and self.clip):
-                    checks.in_range(name, images)
+                    checks.image_range(name, images)
         if self.batch_size is not None:
-            self._put_whole("batch_size", 1)
+            self._store_whole_number("batch_size", 1)
 
     def _check_steps(self) -> None:
         """Check the solver, its steps, and the point from which they begin."""
@@ -138,18 +138,18 @@ class SampleRequest:
             solver = from_text(self.solver)
         else:
             solver = solver_of(self.solver, **({} if self.eta is None else {"eta": self.eta}))
-        self._put("solver", solver)
-        self._put("eta", None)
-        checks.switches(self, "clip")
+        self._store("solver", solver)
+        self._store("eta", None)
+        checks.store_booleans(self, "clip")
         for name in ("steps", "upsampler_steps"):
             if getattr(self, name) is not None:
-                self._put_whole(name, 1)
+                self._store_whole_number(name, 1)
         if self.respacing is not None and self.steps is not None:
             raise invalid("steps", self.steps, "not together with respacing")
         if self.respacing is not None and not isinstance(self.respacing, str):
-            self._put("respacing", checks.whole_or_several("respacing", self.respacing, 0))
+            self._store("respacing", checks.whole_number_or_tuple("respacing", self.respacing, 0))
         if self.t_start is not None:
-            self._put_whole("t_start", 0)
+            self._store_whole_number("t_start", 0)
         if solver.begins == "noise":
             if self.t_start is None and self.x_start is not None:
                 raise invalid("t_start", None, "with x_start, the timestep to which it is noised")
@@ -158,33 +158,35 @@ class SampleRequest:
         elif self.t_start is not None:
             raise invalid("t_start", self.t_start, f"not for {solver}: it begins from the clean image")
         elif (self.x_start is None) == (self.noise is None):
-            given = None if self.noise is None else "given together with noise"
+            value = None if self.noise is None else "given together with noise"
             allowed = f"the images that {solver} begins from, [N, C, H, W] in [-1, 1]"
-            raise invalid("x_start", given, allowed)
+            raise invalid("x_start", value, allowed)
         elif self.output == "uint8":
             raise invalid("output", self.output, f"'float' for {solver}: pixels can't hold noise")
 
     def _check_guidance(self) -> None:
         """Check the guides, and that the classifier's scale is given at most once."""
-        checks.functions(guidance_fn=self.guidance_fn)
+        checks.optional_callables(guidance_fn=self.guidance_fn)
         if self.guidance is not None:
-            self._put("guidance", checks.real("guidance", self.guidance, least=-LARGEST, most=LARGEST))
+            self._store(
+                "guidance", checks.finite_float("guidance", self.guidance, least=-LARGEST, most=LARGEST)
+            )
         if self.guidance and self.guidance_fn is not None:
             raise invalid("guidance", self.guidance, "not together with guidance_fn")
         if self.guidance_interval is not None:
-            self._put("guidance_interval", checks.interval("guidance_interval", self.guidance_interval))
-        self._put("guides", tuple(checks.items(self.guides)))
-        by_classifier = [] if self.guidance is None else [self.guidance]
+            self._store("guidance_interval", checks.interval("guidance_interval", self.guidance_interval))
+        self._store("guides", tuple(checks.as_list(self.guides)))
+        classifier_scales = [] if self.guidance is None else [self.guidance]
         for guide in self.guides:
             if not isinstance(guide, Guide):
                 raise invalid("guides", guide, "a Guide, or several (see admfast.sampling.guides)")
             if guide.function is None:
-                by_classifier.append(guide.scale)
+                classifier_scales.append(guide.guidance_scale)
         if self.guidance_interval is not None and any(guide.function is None for guide in self.guides):
             allowed = "not together with a classifier's guide, which has an interval of its own"
             raise invalid("guidance_interval", self.guidance_interval, allowed)
-        if len(by_classifier) > 1:
-            raise invalid("guides", by_classifier, "at most one scale of the classifier's gradient")
+        if len(classifier_scales) > 1:
+            raise invalid("guides", classifier_scales, "at most one scale of the classifier's gradient")
 
     def to_json(self) -> str:
         """Return the settings that aren't None, as JSON.
@@ -192,17 +194,17 @@ class SampleRequest:
         Raises: InvalidArgument for a value that JSON can't hold: a tensor, a function, a guide, or a solver
             that isn't one of `admfast.solvers.SOLVERS`.
         """
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        guides = given.pop("guides")
-        given["solver"] = str(self.solver)
-        if from_text(given["solver"]) != self.solver:
-            raise invalid("solver", given["solver"], "for JSON, one of `admfast.solvers.SOLVERS`")
+        settings = {name: value for name, value in vars(self).items() if value is not None}
+        guides = settings.pop("guides")
+        settings["solver"] = str(self.solver)
+        if from_text(settings["solver"]) != self.solver:
+            raise invalid("solver", settings["solver"], "for JSON, one of `admfast.solvers.SOLVERS`")
         if guides:
             raise invalid("guides", guides, "for JSON, no guides")
-        for name, value in given.items():
+        for name, value in settings.items():
             if isinstance(value, Tensor) or callable(value):
                 raise invalid(name, type(value).__name__, "a value that JSON can hold")
-        return json.dumps(given)
+        return json.dumps(settings)
 
     @classmethod
     def from_json(cls, text: str) -> SampleRequest:
@@ -213,20 +215,20 @@ class SampleRequest:
             raise invalid("text", str(text)[:80], f"a request as JSON ({first_line(error)})") from None
         if not isinstance(settings, dict):
             raise invalid("text", text[:80], "a JSON object of settings")
-        return cls.of(**settings)
+        return cls.from_arguments(**settings)
 
     @classmethod
-    def of(cls, /, *images: Any, **settings: Any) -> SampleRequest:
+    def from_arguments(cls, /, *images: Any, **settings: Any) -> SampleRequest:
         """Return the request for arguments of `sample`. Raises: InvalidArgument, also for an unknown name."""
-        known = [entry.name for entry in dataclasses.fields(cls)]
+        known_names = [entry.name for entry in dataclasses.fields(cls)]
         for name, value in settings.items():
-            if name not in known:
+            if name not in known_names:
                 flags.refuse_elsewhere({name: value})
-                raise invalid(name, value, f"sample has no such argument; {nearest(name, known)}")
+                raise invalid(name, value, f"sample has no such argument; {allowed_names(name, known_names)}")
         return cls(*images, **settings)
 
 
-def _sides_of(text: str) -> int | tuple[int, ...]:
+def _parse_sides(text: str) -> int | tuple[int, ...]:
     """Read "64x96" or "64"; raises InvalidArgument."""
     sides = [part.strip() for part in text.lower().split("x")]
     if not all(re.fullmatch(r"[0-9]{1,9}", side) for side in sides):

@@ -1,4 +1,4 @@
-"""Image sides (height, width, ...): the requested, those a network accepts, those an upsampler makes."""
+"""Sides of images (height, width, ...) as requested, as networks accept them, and as upsamplers make them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 Sides = tuple[int, ...]
 
 
-def asked_sides(request: SampleRequest, pipeline: Pipeline) -> Sides:
+def requested_sides(request: SampleRequest, pipeline: Pipeline) -> Sides:
     """Return the sides of the images that the pipeline's own network makes for a request.
 
     Raises: InvalidArgument for sides that the network doesn't accept; the error names the nearest accepted.
     """
-    name, value, sides = _given(request, pipeline)
+    name, value, sides = _sides_argument(request, pipeline)
     config = pipeline.config
     if len(sides) != config.dims:
         raise invalid(name, value, f"{config.dims} sides, one per dimension of an image")
@@ -29,7 +29,7 @@ def asked_sides(request: SampleRequest, pipeline: Pipeline) -> Sides:
     return sides
 
 
-def _given(request: SampleRequest, pipeline: Pipeline) -> tuple[str, object, Sides]:
+def _sides_argument(request: SampleRequest, pipeline: Pipeline) -> tuple[str, object, Sides]:
     """Return the name of the argument that sets the sides, its value, and the sides."""
     config, size, low_res = pipeline.config, request.size, request.low_res
     if size is not None:
@@ -40,66 +40,71 @@ def _given(request: SampleRequest, pipeline: Pipeline) -> tuple[str, object, Sid
             shape = tuple(images.shape)
             return f"{name}.shape", shape, shape[2:]
     if low_res is not None and low_res.dim() == config.dims + 2 and isinstance(config, UpsamplerConfig):
-        return "low_res.shape", tuple(low_res.shape), _enlarged(pipeline, tuple(low_res.shape))
+        return "low_res.shape", tuple(low_res.shape), _upsampled_sides(pipeline, tuple(low_res.shape))
     return "image_size", config.image_size, pipeline.spatial
 
 
-def _enlarged(up: Pipeline, shape: Sides) -> Sides:
+def _upsampled_sides(up: Pipeline, shape: Sides) -> Sides:
     """Return the sides of an upsampler's output: each side of shape[2:] times image_size / low_res_size."""
-    trained, side, sides = up.low_res_size, up.config.image_size, shape[2:]
-    if trained is None:
+    low_res_size, image_size, sides = up.low_res_size, up.config.image_size, shape[2:]
+    if low_res_size is None:
         if len(set(sides)) > 1:
             allowed = "square images, as this upsampler's factor is unknown; give its low_res_size"
-            told = "an option of load, or --set on the command line"
-            raise invalid("low_res.shape", shape, f"{allowed} ({told}), or size")
+            hint = "an option of load, or --set on the command line"
+            raise invalid("low_res.shape", shape, f"{allowed} ({hint}), or size")
         return up.spatial
-    units = [_smallest(unit, trained, side) for unit in up.config.side_units()]
+    units = [_smallest_low_res_side(unit, low_res_size, image_size) for unit in up.config.side_units()]
     _check_divisible("low_res.shape", shape, sides, units)
-    return tuple(own * side // trained for own in sides)
+    return tuple(side * image_size // low_res_size for side in sides)
 
 
-def enlarged_base(up: Pipeline, base: Pipeline, sides: Sides) -> tuple[int, Sides]:
+def upsampler_sides(up: Pipeline, base: Pipeline, sides: Sides) -> tuple[int, Sides]:
     """Return the factor by which base images are downsampled for an upsampler, and its output's sides.
 
     An upsampler without a `low_res_size` is assumed to enlarge the size that the base network was trained on.
     """
-    trained = up.low_res_size or base.config.image_size
-    factor = max(min(sides) // trained, 1)
-    units = [factor * _smallest(unit, trained, up.config.image_size) for unit in up.config.side_units()]
+    low_res_size = up.low_res_size or base.config.image_size
+    factor = max(min(sides) // low_res_size, 1)
+    units = [
+        factor * _smallest_low_res_side(unit, low_res_size, up.config.image_size)
+        for unit in up.config.side_units()
+    ]
     # Average pooling would drop the last columns of a side that the factor doesn't divide.
-    if min(sides) < trained or any(side % unit for side, unit in zip(sides, units, strict=True)):
-        divided = "" if max(units) == 1 else f" that {_listed(units)} divides"
-        raise invalid("low_res", sides, f"sides of {trained} pixels or more{divided}, for the upsampler")
-    return factor, tuple(side // factor * up.config.image_size // trained for side in sides)
+    if min(sides) < low_res_size or any(side % unit for side, unit in zip(sides, units, strict=True)):
+        divisor_text = "" if max(units) == 1 else f" that {_format_sides(units)} divides"
+        raise invalid(
+            "low_res", sides, f"sides of {low_res_size} pixels or more{divisor_text}, for the upsampler"
+        )
+    return factor, tuple(side // factor * up.config.image_size // low_res_size for side in sides)
 
 
 def check_classifier_sides(request: SampleRequest, pipeline: Pipeline) -> None:
     """Reject image sizes at which the pipeline's classifier can't be evaluated."""
     assert pipeline.classifier is not None
     config: ClassifierConfig = pipeline.classifier.config  # type: ignore[assignment]
-    name, value, sides = _given(request, pipeline)
-    own = (config.image_size,) * config.dims
-    if config.pool == "attention" and sides != own:
-        needed = "x".join(map(str, own))
+    name, value, sides = _sides_argument(request, pipeline)
+    trained_sides = (config.image_size,) * config.dims
+    if config.pool == "attention" and sides != trained_sides:
+        needed = "x".join(map(str, trained_sides))
         allowed = f"{needed}, which the classifier's attention pool needs; guidance=0 doesn't use it"
         raise invalid(name, value, allowed)
     if min(sides[config.dims == 3 :]) < config.pool_ds():
         raise invalid(name, value, f"sides of {config.pool_ds()} or more, for the classifier's downsampling")
 
 
-def _smallest(unit: int, trained: int, side: int) -> int:
-    """Return the smallest low-resolution side s for which s * side / trained is a multiple of `unit`."""
-    return trained * unit // math.gcd(side, trained * unit)
+def _smallest_low_res_side(unit: int, low_res_size: int, image_size: int) -> int:
+    """Return the smallest side s for which s * image_size / low_res_size is a multiple of `unit`."""
+    return low_res_size * unit // math.gcd(image_size, low_res_size * unit)
 
 
 def _check_divisible(name: str, value: object, sides: Sides, units: Sequence[int]) -> None:
     """Reject sides that aren't multiples of these units."""
     pairs = list(zip(sides, units, strict=True))
     if any(side % unit for side, unit in pairs):
-        near = "x".join(str(max(1, round(side / unit)) * unit) for side, unit in pairs)
-        raise invalid(name, value, f"sides that {_listed(units)} divides; nearest: {near}")
+        nearest = "x".join(str(max(1, round(side / unit)) * unit) for side, unit in pairs)
+        raise invalid(name, value, f"sides that {_format_sides(units)} divides; nearest: {nearest}")
 
 
-def _listed(sides: Sequence[int]) -> str:
+def _format_sides(sides: Sequence[int]) -> str:
     """Return sides as "64x96", or as one number if all are equal."""
     return str(sides[0]) if len(set(sides)) == 1 else "x".join(map(str, sides))

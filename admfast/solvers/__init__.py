@@ -10,8 +10,8 @@ import inspect
 import re
 from typing import Any
 
-from admfast.checks import literal
-from admfast.errors import invalid, nearest
+from admfast.checks import parse_literal
+from admfast.errors import allowed_names, invalid
 from admfast.solvers.ddim_rows import ddim as ddim
 from admfast.solvers.ddim_rows import ddim_inverse as ddim_inverse
 from admfast.solvers.ddpm_rows import ddpm as ddpm
@@ -49,14 +49,14 @@ def from_text(text: str) -> Solver:
     """Return the solver that a text such as "ddim:eta=0.5" names; cached."""
     name, _, given = (part.strip() for part in text.partition(":"))
     if name not in SOLVERS:
-        raise invalid("solver", text, f"{nearest(name, SOLVERS)} (solvers: {', '.join(listed())})")
+        raise invalid("solver", text, f"{allowed_names(name, SOLVERS)} (solvers: {', '.join(listed())})")
     options: dict[str, Any] = {}
     # A comma inside a value, such as a list, is not followed by NAME=.
     for part in filter(None, re.split(r",(?=\s*\w+\s*=)", given)):
         option, separator, value = (word.strip() for word in part.partition("="))
         if not separator or option in options:
             raise invalid("solver", text, f"options as NAME=VALUE, each once, such as {ddim()}")
-        options[option] = literal(value)
+        options[option] = parse_literal(value)
     return _made(name, options)
 
 
@@ -64,6 +64,6 @@ def _made(name: str, options: dict[str, Any]) -> Solver:
     known = options_of(name)
     for option, value in options.items():
         if option not in known:
-            has = nearest(option, known) if known else "it has none"
+            has = allowed_names(option, known) if known else "it has none"
             raise invalid(option, value, f"the solver {name} has no such option; {has}")
     return SOLVERS[name](**options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from admfast.checks import real
+from admfast.checks import finite_float
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
 from admfast.solvers.solver import Solver, clip_of, registered
@@ -13,7 +13,9 @@ from admfast.solvers.solver import Solver, clip_of, registered
 @registered
 def ddim(*, eta: float = 0.0) -> Solver:
     """Return DDIM. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1. Raises: InvalidArgument."""
-    return Solver("ddim", _ddim_table, {"eta": real("eta", eta, least=0, most=1)}, respacing="ddim{steps}")
+    return Solver(
+        "ddim", _ddim_table, {"eta": finite_float("eta", eta, least=0, most=1)}, respacing="ddim{steps}"
+    )
 
 
 @registered

@@ -56,10 +56,10 @@ def cached(
         AdmfastError: for a damaged cache file, or if the images would take more than half of the memory.
         OutputError: if the file can't be written.
     """
-    threads = host.cpus() if threads is None else checks.whole("threads", threads, 1)
+    threads = host.usable_cpus() if threads is None else checks.whole_number("threads", threads, 1)
     if folder is None:
         memory = io.BytesIO()
-        _write(memory, samples, threads, limit=host.memory() // 2)
+        _write(memory, samples, threads, limit=host.memory_limit() // 2)
         source = CachedSource(samples.source, np.frombuffer(memory.getbuffer(), np.uint8))
     else:
         place = Path(folder) / f"{_digest(samples)}.images"

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from admfast.errors import AdmfastError, first_line, invalid
-from admfast.sampling.load import chosen_device
+from admfast.sampling.load import resolve_device
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def processes(device: str | None = None) -> Iterator[World]:
     """
     size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     local = _number("LOCAL_RANK", 0)
-    chosen = chosen_device(device)
+    chosen = resolve_device(device)
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", local if size > 1 else torch.cuda.current_device())
     if size == 1:

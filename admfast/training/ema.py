@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast import checks
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 
 Profile = tuple[int, float]  # number of steps made, relative width
 
@@ -75,7 +75,7 @@ class Averages:
         """
         name = self.names[0] if name is None else name
         if name not in self._values:
-            raise invalid("ema", name, nearest(name, self.names))
+            raise invalid("ema", name, allowed_names(name, self.names))
         return dict(zip(self._names, self._values[name], strict=True))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -97,7 +97,7 @@ def gamma_of(width: float) -> float:
 
     width: above 0 and below 0.289 (gamma 0, the mean of all steps). Raises InvalidArgument.
     """
-    square = checks.real("width", width, above=0, below=0.2887) ** 2
+    square = checks.finite_float("width", width, above=0, below=0.2887) ** 2
     # s^2 (g^3 + 7 g^2 + 16 g + 12) - g - 1
     roots = np.roots([square, 7 * square, 16 * square - 1, 12 * square - 1])
     return float(roots[np.abs(roots.imag) < 1e-6].real.max())

@@ -10,7 +10,7 @@ import torch
 from admfast.checkpoints import write_weights
 from admfast.checkpoints.snapshots import AVERAGES, read_run, snapshots
 from admfast.errors import CheckpointError, invalid
-from admfast.files.atomic import check_free
+from admfast.files.atomic import check_not_existing
 from admfast.files.paths import user_path
 from admfast.models.description import Description
 from admfast.training.ema import combined, reconstruction
@@ -40,7 +40,7 @@ def export(
     place = run_folder(run)
     if not overwrite:
         out = user_path("out", path)
-        check_free("out", [out, out.with_suffix(".json")])
+        check_not_existing("out", [out, out.with_suffix(".json")])
     if width is None:
         state, description = read_run(place, average)
     else:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from admfast.checkpoints.reading import A_RUN, near_names
-from admfast.checkpoints.snapshots import RUN_FILE, newest_state, sweep
+from admfast.checkpoints.snapshots import RUN_FILE, newest_state, snapshots, sweep
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
-from admfast.files.atomic import folder_if_used, let_go, lock, output_error, write_text
+from admfast.files.atomic import close_on_windows, folder_removed_if_empty, lock, output_error, write_text
 from admfast.files.paths import user_path
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
@@ -35,15 +35,31 @@ Say = Callable[[str], None]
 def held(run: Path, world: World) -> Iterator[None]:
     """Make the folder of a run, and lock it for the block; only the first process does this.
 
-    If the block ends without a `run.json`, no run has begun. Then a folder and lock that it made are removed.
+    If the block fails before a new run has a snapshot or a row of its log, its `run.json` is removed: another
+    recipe may then use the folder. Without a `run.json`, a folder and lock that the block made are removed.
     Raises: OutputError if the folder can't be written, or another process is training in it.
     """
     if not world.first:
         yield
         return
-    with folder_if_used(run), _locked(run):
+    with folder_removed_if_empty(run), _locked(run):
         sweep(run)
-        yield
+        is_new = not os.path.lexists(run / RUN_FILE)
+        try:
+            yield
+        except BaseException:
+            if is_new and not _has_progress(run):
+                with contextlib.suppress(OSError):
+                    (run / RUN_FILE).unlink()
+            raise
+
+
+def _has_progress(run: Path) -> bool:
+    """Tell whether a run has a snapshot or a row of its log."""
+    try:
+        return bool(snapshots(run)) or ((run / LOG).is_file() and bool(read_log(run)))
+    except (OSError, CheckpointError):  # a file that can't be read is kept
+        return True
 
 
 @contextlib.contextmanager
@@ -70,7 +86,7 @@ def _locked(run: Path) -> Iterator[None]:
                 raise OutputError(f"out={str(run)!r}: another process is training in this folder")
             yield
         finally:
-            let_go(file)
+            close_on_windows(file)
             if made and not os.path.lexists(run / RUN_FILE):
                 with contextlib.suppress(OSError):  # on Windows another process may have opened it
                     path.unlink()

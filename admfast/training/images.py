@@ -22,10 +22,10 @@ from PIL import Image
 
 from admfast.checks import one_of
 from admfast.errors import AdmfastError, InvalidArgument, invalid
+from admfast.files.image_sets import ENDINGS
 from admfast.files.images import UInt8, open_image
 from admfast.files.npz import read_samples
 from admfast.files.paths import user_path
-from admfast.files.sets import ENDINGS
 from admfast.training.crops import Picture
 
 CLASS_RULES = ("auto", "folders", "prefixes", "none")

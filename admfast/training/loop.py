@@ -25,7 +25,7 @@ from admfast import checks
 from admfast.checkpoints.snapshots import SnapshotWriter
 from admfast.engine.numerics import fixed_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError, invalid
-from admfast.interrupts import ENDING
+from admfast.interrupts import ENDING_SIGNALS
 from admfast.training import folder
 from admfast.training.cache import cached
 from admfast.training.distributed import World
@@ -70,7 +70,7 @@ class Habits:
             ("keep", 1),
             ("workers", 0),
         ):
-            checks.whole(name, getattr(self, name), least)
+            checks.whole_number(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # handlers can be set only there
-            for number in ENDING:
+            for number in ENDING_SIGNALS:
                 # None means a handler that was not set from Python; it could not be restored.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from admfast import checks
 from admfast.diffusion import DiffusionConfig
-from admfast.errors import InvalidArgument, invalid, nearest
+from admfast.errors import InvalidArgument, allowed_names, invalid
 from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig, config_from_dict
 
 Kind = Literal["diffusion", "classifier", "upsampler"]
@@ -173,7 +173,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     known = [field.name for field in dataclasses.fields(Recipe)]
     for name in values:
         if name not in known:
-            raise invalid("recipe", name, f"no such field; {nearest(name, known)}")
+            raise invalid("recipe", name, f"no such field; {allowed_names(name, known)}")
     for name in ("network", "process"):
         if not isinstance(values.get(name), Mapping):
             raise invalid("recipe", name, "must hold settings by name")
@@ -204,31 +204,31 @@ _ONE_OF = {"kind": tuple(KINDS), "sampler": SAMPLERS, "precision": PRECISIONS}
 def _checked(name: str, value: Any) -> Any:
     """Return the value of a field in its type. Raises InvalidArgument for a wrong type or range."""
     if name in _WHOLE:
-        return checks.whole(name, value, _WHOLE[name])
+        return checks.whole_number(name, value, _WHOLE[name])
     if name in _SHARES:
-        return checks.real(name, value, least=0, most=_SHARES[name])
+        return checks.finite_float(name, value, least=0, most=_SHARES[name])
     if name in _SWITCHES:
-        return checks.switch(name, value)
+        return checks.boolean(name, value)
     if name in _ONE_OF:
         return checks.one_of(name, value, _ONE_OF[name])
     if name == "seed":
-        return checks.whole(name, value, 0, 2**64 - 1)
+        return checks.whole_number(name, value, 0, 2**64 - 1)
     if name == "lr":
-        return checks.real(name, value, above=0)
+        return checks.finite_float(name, value, above=0)
     if name in ("weight_decay", "noise_augmentation"):
-        return checks.real(name, value, least=0)
+        return checks.finite_float(name, value, least=0)
     if name in ("microbatch", "low_res_size"):
-        return None if value is None else checks.whole(name, value, 1)
+        return None if value is None else checks.whole_number(name, value, 1)
     if name == "clip":
-        return None if value is None else checks.real(name, value, above=0)
+        return None if value is None else checks.finite_float(name, value, above=0)
     if name == "ema":
-        return tuple(checks.real(name, rate, least=0, below=1) for rate in checks.items(value))
+        return tuple(checks.finite_float(name, rate, least=0, below=1) for rate in checks.as_list(value))
     if name == "ema_power":
-        return tuple(checks.real(name, width, above=0, below=0.28) for width in checks.items(value))
+        return tuple(checks.finite_float(name, width, above=0, below=0.28) for width in checks.as_list(value))
     if name == "freeze":
-        return tuple(str(pattern) for pattern in checks.items(value))
+        return tuple(str(pattern) for pattern in checks.as_list(value))
     if name == "checkpointing":
         if isinstance(value, str):
             return checks.one_of(name, value, CHECKPOINTING)
-        return checks.whole(name, value, 1)
+        return checks.whole_number(name, value, 1)
     return value

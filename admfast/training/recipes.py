@@ -16,7 +16,7 @@ from admfast import checks
 from admfast.checkpoints.flags import RENAMED
 from admfast.diffusion import DiffusionConfig
 from admfast.diffusion.config import SETTINGS
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig
 from admfast.models.presets import preset as model_preset
 from admfast.training.recipe import KINDS, Recipe
@@ -128,7 +128,7 @@ def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, 
             continue
         part = next((part for part, known in names.items() if name in known), None)
         if part is None:
-            near = nearest(name, sorted(set().union(*names.values())))
+            near = allowed_names(name, sorted(set().union(*names.values())))
             if name in _PUBLISHED_NAMES:
                 near = f"here {_PUBLISHED_NAMES[name]}"
             raise invalid(name, value, f"no such setting of a {kind} run; {near}")

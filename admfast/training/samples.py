@@ -73,15 +73,15 @@ class Samples:
         max_broken: int | None = None,
     ) -> None:
         self.source = source
-        self.seed = checks.whole("seed", seed, 0, 2**64 - 1)
-        self.size = checks.whole("size", size, 1)
-        self.channels = checks.whole("channels", channels, 1, 3)
+        self.seed = checks.whole_number("seed", seed, 0, 2**64 - 1)
+        self.size = checks.whole_number("size", size, 1)
+        self.channels = checks.whole_number("channels", channels, 1, 3)
         if self.channels == 2:
             raise invalid("channels", channels, "1 or 3")
-        self.random_crop = checks.switch("random_crop", random_crop)
-        self.random_flip = checks.switch("random_flip", random_flip)
+        self.random_crop = checks.boolean("random_crop", random_crop)
+        self.random_flip = checks.boolean("random_flip", random_flip)
         allowed = max(1, len(source) // 100) if max_broken is None else max_broken
-        self.max_broken = min(checks.whole("max_broken", allowed, 0), len(source) - 1)
+        self.max_broken = min(checks.whole_number("max_broken", allowed, 0), len(source) - 1)
         self.broken: dict[int, str] = {}  # index of a broken image -> its name and the error
         self._order = functools.lru_cache(2)(functools.partial(epoch_order, len(source), self.seed))
 
@@ -109,7 +109,7 @@ class Samples:
 
     def draw(self, k: int) -> tuple[Tensor, int | None]:
         """Return sample `k` as `at` does, without warnings; broken images are only added to `broken`."""
-        checks.whole("k", k, 0, MASK32)
+        checks.whole_number("k", k, 0, MASK32)
         for index in self._candidates(k):
             try:
                 image = self._cut(with_channels(self.source.decode(index), self.channels), k)
@@ -193,7 +193,7 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
     Raises: see `Samples.at`; AdmfastError if a worker dies (usually because the system killed it for lack of
         memory).
     """
-    checks.whole("workers", workers, 0)
+    checks.whole_number("workers", workers, 0)
     parts: Iterable[_Part]
     if workers == 0:
         reuse_memory()

@@ -16,7 +16,7 @@ class UniformSampler:
     """Sampler for which all timesteps are equally likely; it has no state."""
 
     def __init__(self, steps: int) -> None:
-        self.steps = checks.whole("steps", steps, 1)
+        self.steps = checks.whole_number("steps", steps, 1)
 
     learns = False
 
@@ -60,7 +60,7 @@ class LossSecondMomentSampler(UniformSampler):
         super().__init__(steps)
         self.uniform_share = uniform_share
         self.losses = torch.zeros(
-            steps, checks.whole("history", history, 1), dtype=torch.float64, device="cpu"
+            steps, checks.whole_number("history", history, 1), dtype=torch.float64, device="cpu"
         )
         self.counts = torch.zeros(steps, dtype=torch.int64, device="cpu")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from admfast.checks import real
+from admfast.checks import finite_float
 from admfast.engine.precision import Policy
 from admfast.errors import invalid
 from admfast.files.levels import to_uint8
@@ -20,7 +20,7 @@ class Budget:
 
     layer: relative error (norm of the difference over the norm) of one layer's output for the same input.
     step: relative error of x after any step. psnr: smallest PSNR in dB of the images, which are in [-1, 1].
-    output: relative error of a whole network's output, which step and psnr assume; see `amplified`.
+    output: relative error of a whole network's output, which step and psnr assume; see `amplified_error`.
     """
 
     layer: float
@@ -30,7 +30,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for name, above in (("layer", 0), ("step", 0), ("psnr", None), ("output", None)):
-            object.__setattr__(self, name, real(name, getattr(self, name), above=above))
+            object.__setattr__(self, name, finite_float(name, getattr(self, name), above=above))
 
 
 # A layer rounds three times: its weights, a partial sum of two sources, and its output. These relative errors
@@ -53,14 +53,14 @@ BUDGETS["auto"] = BUDGETS["bf16"]
 BUDGETS["int8"] = Budget(layer=3e-2, step=1e-1, psnr=35.0, output=2.0**-6)
 
 
-def budget_of(policy: Policy) -> Budget:
+def default_budget(policy: Policy) -> Budget:
     """Return the budget of a precision; raise InvalidArgument for a policy without one."""
     if policy.name not in BUDGETS:
         raise invalid("budget", None, f"a Budget: none is known for the precision {policy.name!r}")
     return BUDGETS[policy.name]
 
 
-def amplified(table: SolverTable, output: float) -> float:
+def amplified_error(table: SolverTable, output: float) -> float:
     """Return the largest error of x that one row can cause, if the network's output has the error `output`.
 
     Both errors are relative. The result is the max over rows of |b| min(|k_out| output, 1); the min applies
@@ -84,7 +84,7 @@ class Deviation:
     allowed: float
 
     @property
-    def holds(self) -> bool:
+    def within_budget(self) -> bool:
         return self.error <= self.allowed
 
 
@@ -92,16 +92,16 @@ class Deviation:
 class Verification:
     """The result of a comparison: the relative errors of `layers` and `steps`, then those of the images.
 
-    psnr: in dB, infinite if nothing differs. differing: fraction of 8-bit values that differ. largest: their
-    largest difference, in levels.
+    psnr: in dB, infinite if nothing differs. differing_fraction: fraction of 8-bit values that differ.
+    largest_difference: the largest difference of two such values, in levels.
     """
 
     budget: Budget
     layers: list[Deviation] = field(default_factory=list)
     steps: list[Deviation] = field(default_factory=list)
     psnr: float = math.inf
-    differing: float = 0.0
-    largest: int = 0
+    differing_fraction: float = 0.0
+    largest_difference: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
@@ -111,20 +111,22 @@ class Verification:
     def failures(self) -> list[str]:
         """One text for each kind of result that exceeds the budget; empty if all are within it."""
         worst = [max(group, key=_excess) for group in (self.layers, self.steps) if group]
-        found = [
-            f"{d.name}: relative error {d.error:.2e}, allowed {d.allowed:.2e}" for d in worst if not d.holds
+        failures = [
+            f"{d.name}: relative error {d.error:.2e}, allowed {d.allowed:.2e}"
+            for d in worst
+            if not d.within_budget
         ]
         if not self.psnr >= self.budget.psnr:
-            found.append(f"images: PSNR {self.psnr:.1f} dB, at least {self.budget.psnr:.0f} dB")
-        return found
+            failures.append(f"images: PSNR {self.psnr:.1f} dB, at least {self.budget.psnr:.0f} dB")
+        return failures
 
 
 def compare_images(verification: Verification, got: Tensor, exact: Tensor) -> None:
     """Fill in the results for images: float [N, C, *spatial] in [-1, 1]."""
     verification.psnr = psnr(got, exact)
     levels = (to_uint8(got).int() - to_uint8(exact).int()).abs()
-    verification.differing = float((levels > 0).double().mean())
-    verification.largest = int(levels.max())
+    verification.differing_fraction = float((levels > 0).double().mean())
+    verification.largest_difference = int(levels.max())
 
 
 def psnr(got: Tensor, exact: Tensor) -> float:

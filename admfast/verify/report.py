@@ -10,23 +10,26 @@ from admfast.verify.budget import Deviation, Verification
 SHOWN_LAYERS = 5
 
 
-def report(found: Verification) -> str:
+def report(verification: Verification) -> str:
     """Return the tables and the verdict as text."""
-    steps = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}", _bar(d)) for d in found.steps]
-    layers = sorted(found.layers, key=lambda d: -d.error / d.allowed)[:SHOWN_LAYERS]
-    worst = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}") for d in layers]
-    psnr = "no difference" if math.isinf(found.psnr) else f"{found.psnr:.1f} dB"
+    steps = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}", _bar(d)) for d in verification.steps]
+    layers = sorted(verification.layers, key=lambda d: -d.error / d.allowed)[:SHOWN_LAYERS]
+    worst_layers = [(d.name, f"{d.error:.2e}", f"{d.allowed:.2e}") for d in layers]
+    psnr = "no difference" if math.isinf(verification.psnr) else f"{verification.psnr:.1f} dB"
     images = [
-        ("PSNR", psnr, f"{found.budget.psnr:.0f} dB or more"),
-        ("8-bit values that differ", f"{100 * found.differing:.3f} %", ""),
-        ("largest difference", f"{found.largest} of 255", ""),
+        ("PSNR", psnr, f"{verification.budget.psnr:.0f} dB or more"),
+        ("8-bit values that differ", f"{100 * verification.differing_fraction:.3f} %", ""),
+        ("largest difference", f"{verification.largest_difference} of 255", ""),
     ]
-    failures = found.failures
+    failures = verification.failures
     verdict = "past the budget: " + "; ".join(failures) if failures else "within the budget"
     return "\n\n".join(
         [
             table(steps, ("images against the reference", "relative error", "allowed", "1e-8 to 1 (log)")),
-            table(worst, (f"worst of {len(found.layers)} layers", "relative error", "allowed")),
+            table(
+                worst_layers,
+                (f"worst of {len(verification.layers)} layers", "relative error", "allowed"),
+            ),
             table(images, ("images at the end", "", "budget")),
             verdict,
         ]

@@ -18,7 +18,7 @@ from admfast.engine.numerics import fixed_numerics
 from admfast.engine.step import Batch
 from admfast.ops.dispatch import override_impl
 from admfast.ops.update import SolverTable, Stream, normal
-from admfast.sampling.functions import FunctionStep, conditioned
+from admfast.sampling.functions import FunctionStep, bind_conditions
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm
 from admfast.verify.budget import BUDGETS
@@ -142,7 +142,7 @@ def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     ends = tuple(sorted({0, len(inputs.x) - 1}))
     few, device = inputs.part(list(ends)), inputs.x.device
     net, classifier = subject.networks(device)
-    model = conditioned(net, few.labels, few.low_res)
+    model = bind_conditions(net, few.labels, few.low_res)
     shape = tuple(few.x.shape)
     batch = Batch(
         table=table, shape=shape, seeds=few.seeds, step_noise=noise[None, list(ends)], guided=(False,)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from admfast.engine.step import Batch
 from admfast.ops.update import SolverTable
-from admfast.sampling.functions import FunctionStep, conditioned
+from admfast.sampling.functions import FunctionStep, bind_conditions
 from admfast.solvers import ddpm
 from bench.measure import Unavailable, first_line
 from bench.results import Row
@@ -41,7 +41,7 @@ class OpenVino(Contender):
             raise Unavailable(f"openvino can't be imported: {first_line(error)}") from error
         inputs, net = self.inputs, self.subject.networks(self.device)[0]
         t = torch.zeros(len(inputs.x), dtype=torch.int64)
-        model = conditioned(net, inputs.labels, inputs.low_res)
+        model = bind_conditions(net, inputs.labels, inputs.low_res)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             traced = torch.jit.trace(lambda x, t: model(x, t), (inputs.x, t), check_trace=False)

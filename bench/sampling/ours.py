@@ -17,7 +17,7 @@ from admfast.engine.precision import policy
 from admfast.engine.step import Batch, PreparedStep
 from admfast.ops.dispatch import override_impl, record_choices
 from admfast.ops.update import SolverTable
-from admfast.sampling.functions import FunctionStep, conditioned
+from admfast.sampling.functions import FunctionStep, bind_conditions
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm
 from bench.results import Row
@@ -91,7 +91,7 @@ class Ours(Contender):
         guides = []
         if self.guided and classifier is not None and inputs.labels is not None:
             guides.append((Guide(classifier_guidance(classifier, inputs.labels, guidance_scale)), flags))
-        return FunctionStep(batch, conditioned(net, inputs.labels, inputs.low_res), x, guides)
+        return FunctionStep(batch, bind_conditions(net, inputs.labels, inputs.low_res), x, guides)
 
     def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
         runner = self._runner(trial.table, trial.guidance_scale, trial.noise_row, self.inputs.x)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from admfast.host import PASSIVE
+from admfast.host import PASSIVE_WAIT
 from bench import threads
 from bench.results import read_rows
 
@@ -29,14 +29,14 @@ def test_waiting_is_what_the_process_is_started_with(monkeypatch) -> None:
     seen = []
 
     def run(command, env, **more):
-        seen.append({name: env.get(name) for name in PASSIVE})
+        seen.append({name: env.get(name) for name in PASSIVE_WAIT})
         return subprocess.CompletedProcess(command, 0, stdout="{}")
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     for waiting in ("active", "passive"):
         threads.measured("tiny", 1, waiting, 0)
-    assert seen == [dict.fromkeys(PASSIVE), PASSIVE]
+    assert seen == [dict.fromkeys(PASSIVE_WAIT), PASSIVE_WAIT]
 
 
 def test_a_busy_process_ends_with_the_one_that_began_it() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from admfast.checkpoints import flags, identify, load_network, network_shapes
 from admfast.checkpoints.infer import OPTION_NAMES
-from admfast.cli.options import options_of
+from admfast.cli.options import parse_settings
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError, InvalidArgument
 from admfast.models import (
@@ -36,7 +36,7 @@ MODEL = (
 def pasted(line):
     """Return the options in a line of published flags, parsed as --set parses them."""
     words = line.replace("--", "").split()
-    return options_of("--set", [f"{a}={b}" for a, b in zip(words[::2], words[1::2], strict=True)])
+    return parse_settings("--set", [f"{a}={b}" for a, b in zip(words[::2], words[1::2], strict=True)])
 
 
 def published(line, make, *without):

@@ -34,7 +34,7 @@ def rows(text: str) -> dict[str, str]:
     return dict(map(str.strip, line.split("  ", 1)) for line in text.splitlines() if line.strip())
 
 
-@pytest.mark.parametrize("module", ["ast", "typer", "torch.storage", "admfast.cli.examples"])
+@pytest.mark.parametrize("module", ["ast", "typer", "torch.storage", "admfast.cli.op_examples"])
 @pytest.mark.parametrize("command", [["-m", "admfast"], ["-c", SCRIPT]], ids=["module", "script"])
 def test_ctrl_c_while_the_command_starts_is_one_line(command, module):
     """The signal comes once this module is imported: before or after typer, within torch or the package."""
@@ -122,8 +122,8 @@ def test_every_op_has_calls_and_each_says_what_ran(capsys, monkeypatch):
 def test_choices_follow_the_environment(capsys, monkeypatch):
     monkeypatch.setenv("ADMFAST_IMPL", "reference,conv=packed")
     shown = choices(capsys)
-    assert shown["attention, cpu float32"] == "reference (asked for by ADMFAST_IMPL)"
-    assert shown["conv, cpu float32"] == "packed (asked for by ADMFAST_IMPL)"
+    assert shown["attention, cpu float32"] == "reference (requested by ADMFAST_IMPL)"
+    assert shown["conv, cpu float32"] == "packed (requested by ADMFAST_IMPL)"
     refused = shown["conv, cpu bfloat16"]
     assert refused.startswith("refused: ADMFAST_IMPL='reference,conv=packed': ") and "bfloat16" in refused
     monkeypatch.setenv("ADMFAST_IMPL", "referense")
@@ -235,7 +235,7 @@ def test_a_reader_that_has_gone_is_no_error(buffered):
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}], ids=["nothing", "active"])
 def test_the_command_line_waits_passively_where_the_user_says_nothing(given):
     """libgomp prints its settings when torch loads it."""
-    environment = {name: value for name, value in os.environ.items() if name not in host.PASSIVE}
+    environment = {name: value for name, value in os.environ.items() if name not in host.PASSIVE_WAIT}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE", **given}
     command = [sys.executable, "-m", "admfast", "info"]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

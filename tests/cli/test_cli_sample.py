@@ -9,7 +9,7 @@ import pytest
 
 from admfast.checkpoints import write_weights
 from admfast.cli.main import main
-from admfast.cli.sample import MANY, of_each_class, parse_numbers
+from admfast.cli.sample import MAX_NUMBERS, parse_numbers, repeat_classes
 from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
 from admfast.files.images import read_image, write_png
@@ -185,9 +185,9 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--seeds", "-1"], "seeds='-1': whole numbers and ranges"),
         (["--seeds", "1-2-3"], "seeds='1-2-3': whole numbers and ranges"),
         (["--seeds", "1,,2"], "seeds='1,,2': whole numbers and ranges"),
-        (["--seeds", "0-99999999999"], "seeds='0-99999999999': at most 10,000,000 numbers"),
+        (["--seeds", "0-99999999999"], "at most 10,000,000 numbers; this has 100,000,000,000 or more"),
         (["--seeds", "18446744073709551616"], "seeds=18446744073709551616: a whole number from 0 to"),
-        (["--seeds", "9" * 5000], "whole numbers and ranges separated by commas"),
+        (["--seeds", "9" * 5000], "whole numbers of at most 20 digits"),
         (["--per-class", "0"], "per-class=0: 1 or more"),
         (["--per-class", "99999999999"], "per-class=99999999999: at most 10,000,000 images in all"),
         (["--per-class", "2", "--seeds", "0-2"], "seeds='3 seeds': one for each of the 8 images, or none"),
@@ -400,11 +400,11 @@ def test_numbers_and_ranges(text, numbers):
     ],
 )
 def test_so_many_images_of_each_class(asked, planned):
-    assert of_each_class(*asked) == planned
+    assert repeat_classes(*asked) == planned
 
 
 def test_a_slip_does_not_fill_the_memory():
     with pytest.raises(InvalidArgument, match="at most"):
-        parse_numbers("seeds", f"0-9,0-{MANY}")
+        parse_numbers("seeds", f"0-9,0-{MAX_NUMBERS}")
     with pytest.raises(InvalidArgument, match="at most"):
-        of_each_class([0, 1], MANY, None, 4)
+        repeat_classes([0, 1], MAX_NUMBERS, None, 4)

@@ -14,9 +14,9 @@ import admfast
 from admfast.checkpoints import load_network
 from admfast.checkpoints.snapshots import snapshots
 from admfast.cli.main import main
-from admfast.cli.train import resolved
+from admfast.cli.train import resolve_recipe
 from admfast.errors import CheckpointError, InvalidArgument
-from admfast.interrupts import ENDING
+from admfast.interrupts import ENDING_SIGNALS
 from admfast.training import loop
 from admfast.training.recipes import PRESETS, recipe
 
@@ -130,7 +130,7 @@ def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("times", [1, 2])
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", ENDING_SIGNALS)
 def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, times):
     """After the first signal the current step is finished and saved; a second one ends the run at once."""
     update = loop.Learner.update
@@ -141,14 +141,14 @@ def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, time
         return update(self, batch)
 
     monkeypatch.setattr(loop.Learner, "update", and_signal)
-    before = [signal.getsignal(one) for one in ENDING]
+    before = [signal.getsignal(one) for one in ENDING_SIGNALS]
     assert main(["train", "diffusion", "--out", str(tmp_path), *QUICK]) == 128 + number
     assert capsys.readouterr().err == f"admfast: interrupted by {number.name}\n"
     assert [snapshot.step for snapshot in snapshots(tmp_path)] == [1] * (times == 1)
-    assert [signal.getsignal(one) for one in ENDING] == before
+    assert [signal.getsignal(one) for one in ENDING_SIGNALS] == before
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", ENDING_SIGNALS)
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch, number):
     """nohup, for example, makes a command ignore SIGHUP."""
     update = loop.Learner.update
@@ -200,7 +200,7 @@ def test_an_export_with_a_mistake_writes_nothing(tmp_path, monkeypatch, capsys):
 def test_a_run_begins_from_a_file(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["train", "diffusion", "--out", str(first), *QUICK, "--set", "num_res_blocks=2"]) == 0
-    found = resolved("diffusion", "digits32", str(first), {"dropout": 0.0})
+    found = resolve_recipe("diffusion", "digits32", str(first), {"dropout": 0.0})
     assert (found.network.num_res_blocks, found.network.dropout) == (2, 0.0)
     options = ["--from", str(first), "--set", "freeze=input_blocks.*", "--set", "warmup=0"]
     assert main(["train", "diffusion", "--out", str(second), *QUICK, *options]) == 0
@@ -209,18 +209,18 @@ def test_a_run_begins_from_a_file(tmp_path, capsys):
     assert "output_blocks" in changed and "input_blocks" not in changed
     null = ["--set", "drop_classes=0.5", "--from", str(first)]
     assert main(["train", "diffusion", "--out", str(tmp_path / "null"), *QUICK, *null]) == 0
-    again = resolved("diffusion", "digits32", str(tmp_path / "null"), {})
+    again = resolve_recipe("diffusion", "digits32", str(tmp_path / "null"), {})
     assert (again.network.num_classes, again.classes, again.drop_classes) == (11, 10, 0.5)
     with pytest.raises(InvalidArgument, match="from"):
-        resolved("classifier", "digits32", str(first), {})
+        resolve_recipe("classifier", "digits32", str(first), {})
     with pytest.raises(CheckpointError):
-        resolved("diffusion", "digits32", str(tmp_path), {})
+        resolve_recipe("diffusion", "digits32", str(tmp_path), {})
 
 
 def test_an_upsampler_goes_on_enlarging_what_it_enlarged(tmp_path):
     path = tmp_path / "up.safetensors"
     admfast.export("digits32_upsampler", path, to="safetensors", low_res_size=16)
-    assert resolved("upsampler", "digits32", str(path), {}).low_res_size == 16
+    assert resolve_recipe("upsampler", "digits32", str(path), {}).low_res_size == 16
 
 
 def test_the_help_lists_kinds_and_presets(capsys):

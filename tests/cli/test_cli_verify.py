@@ -12,7 +12,7 @@ from admfast.checkpoints import write_weights
 from admfast.cli import verify as command
 from admfast.cli.commands import app
 from admfast.cli.main import main
-from admfast.cli.verify import PAST_BUDGET
+from admfast.cli.verify import EXCEEDS_BUDGET
 from admfast.diffusion import DiffusionConfig
 from admfast.models.description import Description
 from admfast.verify.budget import BUDGETS, Budget
@@ -63,7 +63,7 @@ def test_tables_and_the_exit_status_of_the_budget(capsys, monkeypatch):
     assert "within the budget" in out and "x after step 2" in out and "worst of 147 layers" in out
     assert "ddim:eta=0.0, 2 steps" in out and "1.00e-01  ####" in out
     monkeypatch.setitem(BUDGETS, "bf16", Budget(layer=1e-6, step=1, psnr=0))
-    assert main([*arguments, "--precision", "bf16"]) == PAST_BUDGET
+    assert main([*arguments, "--precision", "bf16"]) == EXCEEDS_BUDGET
     assert "past the budget: net." in capsys.readouterr().out
 
 
@@ -144,7 +144,7 @@ def test_a_place_that_cannot_be_written_is_said_first(verify, nothing_loads):
 
 def test_a_system_says_its_own_parts(capsys):
     assert main(["verify", "digits32", "--upsampler", "x.pt"]) == 2
-    assert capsys.readouterr().err == "admfast: --upsampler='x.pt': not for a system: digits32 says it\n"
+    assert capsys.readouterr().err == "admfast: --upsampler='x.pt': not for a system: digits32 fixes it\n"
 
 
 def test_a_classifier_that_is_not_used_is_not_compared(capsys):

@@ -10,10 +10,10 @@ import typer
 from typer.testing import CliRunner
 
 from admfast.checkpoints import Fetched, write_weights
-from admfast.cli.fetch import run_fetch, wanted_models
+from admfast.cli.fetch import resolve_models, run_fetch
 from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
-from admfast.cli.options import options_of
+from admfast.cli.options import parse_settings
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, OutputError
 from admfast.files.tables import table
 from admfast.models.description import Description
@@ -114,14 +114,14 @@ def test_models_describes_one(capsys):
     ],
 )
 def test_options_on_the_command_line(text, expected):
-    ((name, value),) = options_of("--set", [text]).items()
+    ((name, value),) = parse_settings("--set", [text]).items()
     assert (name, value) == expected and type(value) is type(expected[1])
 
 
 @pytest.mark.parametrize("text", ["num_heads", "=4", ""])
 def test_a_malformed_option(text):
     with pytest.raises(InvalidArgument, match="NAME=VALUE"):
-        options_of("--set", [text])
+        parse_settings("--set", [text])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_malformed_option(text):
 )
 def test_an_option_that_no_file_has_or_that_says_nothing(text, said):
     with pytest.raises(InvalidArgument, match=said):
-        options_of("--set", [text])
+        parse_settings("--set", [text])
 
 
 def test_inspect_prints_the_report(tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_a_fetch_that_fails_leaves_no_folder(monkeypatch, tmp_path):
 
 
 def test_wanted_models_are_unique():
-    assert wanted_models(["imagenet64", "imagenet256-up"]) == [
+    assert resolve_models(["imagenet64", "imagenet256-up"]) == [
         preset("64x64_diffusion"),
         preset("64x64_classifier"),
         preset("64_256_upsampler"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from admfast.cli.main import main
-from admfast.cli.published import FLAGS, translated
+from admfast.cli.published_flags import FLAGS, translate_flags
 from admfast.errors import InvalidArgument
 from admfast.files.npz import read_samples
 
@@ -27,8 +27,8 @@ from admfast.files.npz import read_samples
     ],
 )
 def test_flags_of_the_same_meaning(given, wanted):
-    assert translated(given.split()) == wanted.split()
-    assert translated(["--timestep_respacing", ""]) == ["--respacing", ""]
+    assert translate_flags(given.split()) == wanted.split()
+    assert translate_flags(["--timestep_respacing", ""]) == ["--respacing", ""]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_flags_of_the_same_meaning(given, wanted):
 )
 def test_what_has_no_option_is_named(given, named):
     with pytest.raises(InvalidArgument, match=f"^{given.split()[0]}=.*{named}"):
-        translated(given.split())
+        translate_flags(given.split())
 
 
 @pytest.mark.usefixtures("default_precision")

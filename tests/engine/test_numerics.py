@@ -43,7 +43,7 @@ def threads():
 @pytest.mark.parametrize("asked, there, used", [(4, 2, 2), (2, 4, 2), (1, 1, 1)])
 @pytest.mark.usefixtures("threads")
 def test_no_more_threads_than_processors(asked, there, used, monkeypatch):
-    monkeypatch.setattr(host, "cpus", lambda: there)
+    monkeypatch.setattr(host, "usable_cpus", lambda: there)
     torch.set_num_threads(asked)
     seen: list[int] = []
     pipeline().sample(seeds=[1], steps=1, callback=lambda _: seen.append(torch.get_num_threads()))

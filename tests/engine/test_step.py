@@ -19,7 +19,7 @@ from admfast.errors import InvalidArgument, Unavailable
 from admfast.models.fold import FoldOptions
 from admfast.ops.update import SolverTable, as_seeds
 from admfast.sampling import loop
-from admfast.sampling.functions import conditioned
+from admfast.sampling.functions import bind_conditions
 from admfast.sampling.loop import run_rows
 from admfast.sampling.pipeline import Pipeline
 from admfast.solvers import ddpm
@@ -413,11 +413,11 @@ def test_half_precision_steps_are_near_and_keep_the_parameters():
 
 
 def test_the_conditions_of_a_row_reach_the_network_as_by_functions():
-    # FunctionStep calls `conditioned`; a prepared step passes labels and condition itself.
+    # FunctionStep calls `bind_conditions`; a prepared step passes labels and condition itself.
     net = upsampler().requires_grad_(False)
     x, low_res, labels = randn(2, 1, 16, 16), randn(2, 1, 8, 8), torch.tensor([1, CLASSES - 1])
     t = torch.full((2,), 500)
-    wanted = conditioned(net, labels, low_res)(x, t)
+    wanted = bind_conditions(net, labels, low_res)(x, t)
     assert torch.equal(net(x, t, y=labels, low_res=low_res), wanted)
 
 

@@ -75,11 +75,11 @@ def test_the_report_says_what_was_captured_and_why_not():
     images(pipe)
     images(eager)
     (captured,), (launched,) = pipe.last_run.stages, eager.last_run.stages
-    assert captured.unreplayed is None and "graph" in launched.unreplayed
+    assert captured.not_replayed_reason is None and "graph" in launched.not_replayed_reason
     assert captured.implementations() == launched.implementations()
     pipe.net.register_forward_hook(lambda *_: None)
     images(pipe)
-    assert "hook" in pipe.last_run.stages[0].unreplayed
+    assert "hook" in pipe.last_run.stages[0].not_replayed_reason
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])

@@ -24,7 +24,7 @@ def two_of_nobodys_choice(monkeypatch: pytest.MonkeyPatch):
     """Set up torch as on a machine with two processors where the user has chosen no number of threads."""
     for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"cpus": 2, "cores": 2, "processors": {0, 1}}.items():
+    for name, value in {"usable_cpus": 2, "usable_cores": 2, "processor_ids": {0, 1}}.items():
         monkeypatch.setattr(host, name, lambda value=value: value)
     with restored():
         torch.set_num_threads(2)
@@ -87,7 +87,7 @@ def test_a_number_that_is_not_torchs_own_decides(asked):
 
 
 def test_a_quota_is_nobodys_choice(monkeypatch):
-    monkeypatch.setattr(host, "processors", lambda: set(range(64)))
+    monkeypatch.setattr(host, "processor_ids", lambda: set(range(64)))
     for threads in (2, 64):
         torch.set_num_threads(threads)
         assert choose_threads(None, 1) == 1

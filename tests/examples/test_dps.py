@@ -12,7 +12,7 @@ from admfast.engine.precision import FP32
 from admfast.files.images import read_image
 from admfast.ops.update import Stream, as_seeds, normal
 from admfast.sampling.load import load
-from admfast.verify.budget import budget_of
+from admfast.verify.budget import default_budget
 from tests.parity.golden import NETWORK_SAMPLES_LIMIT, compare
 
 PATH = Path(__file__).resolve().parents[2] / "examples" / "dps.py"
@@ -78,7 +78,7 @@ def test_an_image_is_its_seed_s(dps, pipe):
     assert (both[0] - both[1]).abs().max() > 0.1
     if pipe.policy is FP32:
         compare(both[1:], alone, NETWORK_SAMPLES_LIMIT, "x")
-    assert (both[1:] - alone).norm() <= budget_of(pipe.policy).step * alone.norm()
+    assert (both[1:] - alone).norm() <= default_budget(pipe.policy).step * alone.norm()
 
 
 def test_measurements_stay_with_their_images_in_any_batch(dps, monkeypatch):
@@ -86,7 +86,7 @@ def test_measurements_stay_with_their_images_in_any_batch(dps, monkeypatch):
     y = torch.stack([torch.full((1, 32, 32), value) for value in (-0.9, 0.9)])
     given = (torch.tanh, y, [5, 6], [3, 8], STEPS)
     whole = dps.dps_sample(pipe, *given)
-    monkeypatch.setattr("admfast.sampling.plan.images_at_a_time", lambda *_: 1)
+    monkeypatch.setattr("admfast.sampling.plan.default_batch_size", lambda *_: 1)
     compare(dps.dps_sample(pipe, *given), whole, NETWORK_SAMPLES_LIMIT, "x")
 
 

@@ -19,7 +19,7 @@ from admfast.files.atomic import (
     atomic_open,
     atomic_path,
     check_writable,
-    folder_if_used,
+    folder_removed_if_empty,
     output_error,
     write_bytes,
     write_text,
@@ -117,14 +117,14 @@ def test_a_folder_goes_with_a_block_that_puts_nothing_into_it(tmp_path, there):
     for folder in there:
         (tmp_path / folder).mkdir()
     before, place = sorted(tmp_path.rglob("*")), tmp_path / "a/b"
-    with contextlib.suppress(ZeroDivisionError), folder_if_used(place):
+    with contextlib.suppress(ZeroDivisionError), folder_removed_if_empty(place):
         assert place.is_dir()
         raise ZeroDivisionError
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(OutputError), folder_if_used(place / ("x" * 300)):
+    with pytest.raises(OutputError), folder_removed_if_empty(place / ("x" * 300)):
         pass
     assert sorted(tmp_path.rglob("*")) == before
-    with folder_if_used(place):
+    with folder_removed_if_empty(place):
         (place / "file").write_text("")
     assert (place / "file").exists()
 

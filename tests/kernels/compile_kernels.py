@@ -31,14 +31,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from admfast._source_tree import kernels
+from admfast._source_tree import import_kernels
 from admfast.models import ClassifierConfig, NetConfig, UpsamplerConfig, build
 from admfast.models.presets import MODELS
 from admfast.ops import Implementation, OpTable
 from admfast.ops.cases import Case, OpCases, all_cases
 from tests.kernels.values import drawing
 
-package = kernels()
+package = import_kernels()
 from admfast.kernels import norm_launch  # noqa: E402
 from admfast.kernels.norm_launch import Call  # noqa: E402
 

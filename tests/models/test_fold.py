@@ -414,7 +414,7 @@ def test_the_smallest_convolutions_get_what_memory_there_is(name, directions, sh
         if hasattr(m, "fold_weights")
     }
     allowed = int(share * sum(sizes.values()))
-    monkeypatch.setattr(host, "memory", lambda: 6 * allowed)
+    monkeypatch.setattr(host, "memory_limit", lambda: 6 * allowed)
     net.fold()
     spared = {name for name in sizes if net.get_submodule(name).folded.options.spare_memory}
     kept = [sizes[name] for name in sizes.keys() - spared]

@@ -45,7 +45,7 @@ def stop_at(step: int) -> type[SampleRun]:
     """Return a run that raises KeyboardInterrupt in callback number `step`, counted over all batches."""
 
     class Stopped(SampleRun):
-        def _batch(self, first, size, steps, bar):
+        def _sample_batch(self, first, size, steps, bar):
             update = bar.update
 
             def counting(n):
@@ -56,7 +56,7 @@ def stop_at(step: int) -> type[SampleRun]:
 
             bar.update = counting
             try:
-                super()._batch(first, size, steps, bar)
+                super()._sample_batch(first, size, steps, bar)
             finally:
                 bar.update = update
 
@@ -114,8 +114,8 @@ def test_images_are_written_batch_by_batch(tmp_path):
     held = []
 
     class Watched(SampleRun):
-        def _batch(self, *args):
-            super()._batch(*args)
+        def _sample_batch(self, *args):
+            super()._sample_batch(*args)
             held.append(len(images_of(tmp_path)))
 
     Watched(pipeline(), SampleRequest(CLASSES, SEEDS, steps=1, batch_size=2), tmp_path).run()
@@ -124,7 +124,7 @@ def test_images_are_written_batch_by_batch(tmp_path):
 
 def test_without_a_batch_size_the_pipeline_s_is_taken(tmp_path, monkeypatch):
     pipe, held, run = pipeline(), [], sampling.run
-    monkeypatch.setattr("admfast.sampling.plan.images_at_a_time", lambda *_: 3)
+    monkeypatch.setattr("admfast.sampling.plan.default_batch_size", lambda *_: 3)
     monkeypatch.setattr(
         sampling, "run", lambda plan, *notes: (held.append(plan.shape[0]), run(plan, *notes))[1]
     )
@@ -184,8 +184,8 @@ def test_the_bar_ends_with_the_images(tmp_path, settings):
     seen = []
 
     class Counted(SampleRun):
-        def _batch(self, first, size, shares, bar):
-            super()._batch(first, size, shares, bar)
+        def _sample_batch(self, first, size, shares, bar):
+            super()._sample_batch(first, size, shares, bar)
             seen.append((bar.n, bar.total))
 
     Counted(cascade(), SampleRequest([0, 1], [0, 1], **settings), tmp_path).run()
@@ -202,7 +202,7 @@ def test_nine_ninths_are_not_more_than_the_whole(tmp_path, capsys):
 @pytest.mark.parametrize("size", [None, (8, 16)])
 def test_a_step_counts_by_its_pixels(tmp_path, size):
     run = run_of(tmp_path, pipe=cascade(classifier=None, guidance=0.0), steps=5, size=size)
-    shares = run._shares(run.check())
+    shares = run._step_shares(run.check())
     assert shares["upsampler"] == pytest.approx(4 * shares["base"])
     assert 5 * shares["base"] + 3 * shares["upsampler"] == pytest.approx(1)
 
@@ -303,11 +303,11 @@ def test_a_full_disk_leaves_the_old_samples_and_what_is_finished(tmp_path, monke
     if not kept:
         assert not (tmp_path / "unfinished").exists()
         return
-    assert (run.kept, run.finished) == (tmp_path / "unfinished", kept)
-    assert len(images_of(run.kept)) == kept
+    assert (run.written_folder, run.finished) == (tmp_path / "unfinished", kept)
+    assert len(images_of(run.written_folder)) == kept
     whole = {"grid.png": "write_grid", f"samples_{kept}x8x8x1.npz": "write_streamed"}
     for name, by in whole.items():
-        assert (run.kept / name).exists() == (by != writer)
+        assert (run.written_folder / name).exists() == (by != writer)
 
 
 def test_ctrl_c_while_overwriting_keeps_the_old_and_what_is_finished(tmp_path):
@@ -317,9 +317,9 @@ def test_ctrl_c_while_overwriting_keeps_the_old_and_what_is_finished(tmp_path):
         run = stop_at(6)(pipeline(), REQUEST, tmp_path, overwrite=True)
         with pytest.raises(KeyboardInterrupt):
             run.run()
-        assert run.kept == tmp_path / place
+        assert run.written_folder == tmp_path / place
         assert len(read_samples(tmp_path / place / "samples_2x8x8x1.npz").images) == 2
-        assert len(images_of(run.kept)) == 2
+        assert len(images_of(run.written_folder)) == 2
     assert {name: data for name, data in contents(tmp_path).items() if "unfinished" not in name} == before
 
 
@@ -337,14 +337,14 @@ def test_ctrl_c_does_not_stop_the_replacing_halfway(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run.run()
     assert files(tmp_path) == ["grid.png", "images/000000_class3_seed1.png", "samples_1x8x8x1.npz"]
-    assert run.kept == tmp_path and not (tmp_path / "unfinished").exists()
+    assert run.written_folder == tmp_path and not (tmp_path / "unfinished").exists()
 
 
 def test_images_beyond_the_grid_are_not_kept_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("admfast.runs.sampling.GRID_LIMIT", 2)
     run = run_of(tmp_path)
     _, npz = run.run()
-    assert len(run._shown) == 2
+    assert len(run._grid_images) == 2
     assert np.array_equal(read_samples(npz).images, images_of(tmp_path)) and len(images_of(tmp_path)) == 5
 
 

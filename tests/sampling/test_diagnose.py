@@ -9,7 +9,7 @@ from admfast.engine.guidance import classifier_guidance
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.errors import NonFiniteError
 from admfast.sampling.diagnose import first_nonfinite
-from admfast.sampling.functions import conditioned
+from admfast.sampling.functions import bind_conditions
 from tests.small import classifier, pipeline, randn, unet
 
 X, T, LABELS = randn(2, 1, 8, 8), torch.tensor([500, 500]), torch.tensor([0, 1])
@@ -19,7 +19,7 @@ def diagnosis(net: torch.nn.Module, guide: torch.nn.Module | None = None, x: tor
     guidance = None
     if guide is not None:
         guidance = classifier_guidance(guide.requires_grad_(False), LABELS, 1.0)
-    calls = {"its output": conditioned(net, LABELS, None), "the guidance": guidance}
+    calls = {"its output": bind_conditions(net, LABELS, None), "the guidance": guidance}
     return first_nonfinite({"net": net, "classifier": guide}, calls, x, T)
 
 

@@ -62,32 +62,32 @@ def test_an_upsampler_keeps_what_it_enlarges(ending, tmp_path):
 
 
 def test_a_folder_for_diffusers(source, tmp_path):
-    done = admfast.export(source, tmp_path / "a/b", to="diffusers")
-    assert done.path == tmp_path / "a/b" and files(done.path) == FOLDER
-    index = json.loads((done.path / "model_index.json").read_text())
+    exported = admfast.export(source, tmp_path / "a/b", to="diffusers")
+    assert exported.path == tmp_path / "a/b" and files(exported.path) == FOLDER
+    index = json.loads((exported.path / "model_index.json").read_text())
     assert index["_class_name"] == "DDIMPipeline"
     for part, file in (("unet", "unet/config.json"), ("scheduler", "scheduler/scheduler_config.json")):
-        assert index[part] == ["diffusers", json.loads((done.path / file).read_text())["_class_name"]]
-    record = json.loads((done.path / "admfast.json").read_text())
+        assert index[part] == ["diffusers", json.loads((exported.path / file).read_text())["_class_name"]]
+    record = json.loads((exported.path / "admfast.json").read_text())
     assert (
         record["network"] == json.loads(json.dumps(PUBLISHED.to_dict())) and record["training"]["step"] == 7
     )
     assert record["training"]["exported"]["variance_dropped"] is True
-    assert any("variance" in note for note in done.notes) and any(
-        "class_labels" in note for note in done.notes
+    assert any("variance" in note for note in exported.notes) and any(
+        "class_labels" in note for note in exported.notes
     )
-    config = json.loads((done.path / "unet/config.json").read_text())
-    state = load_file(done.path / "unet/diffusion_pytorch_model.safetensors")
+    config = json.loads((exported.path / "unet/config.json").read_text())
+    state = load_file(exported.path / "unet/diffusion_pytorch_model.safetensors")
     x, t, classes = inputs(PUBLISHED, torch.float32)
     wanted = with_weights(PUBLISHED)(x, t, classes)
     assert_same_output(PlainUNet2D(config, state)(x, t, classes), wanted[:, :3])
 
 
 def test_ddpm_keeps_the_variance(source, tmp_path):
-    done = admfast.export(source, tmp_path / "x", to="diffusers", scheduler="ddpm")
+    exported = admfast.export(source, tmp_path / "x", to="diffusers", scheduler="ddpm")
     record = json.loads((tmp_path / "x/admfast.json").read_text())["training"]["exported"]
     assert record == {"to": "diffusers", "scheduler": "ddpm", "variance_dropped": False}
-    assert not any("variance" in note for note in done.notes)
+    assert not any("variance" in note for note in exported.notes)
     config = json.loads((tmp_path / "x/unet/config.json").read_text())
     assert config["out_channels"] == 6
     scheduler = json.loads((tmp_path / "x/scheduler/scheduler_config.json").read_text())
@@ -95,22 +95,22 @@ def test_ddpm_keeps_the_variance(source, tmp_path):
 
 
 def test_safetensors_are_loaded_again(source, tmp_path):
-    done = admfast.export(source, tmp_path / "x.safetensors", to="safetensors")
-    weights = read_weights(done.path)
-    assert weights.description == Description(PUBLISHED, PROCESS, {"step": 7}) == done.description
+    exported = admfast.export(source, tmp_path / "x.safetensors", to="safetensors")
+    weights = read_weights(exported.path)
+    assert weights.description == Description(PUBLISHED, PROCESS, {"step": 7}) == exported.description
     for key, value in with_weights(PUBLISHED).state_dict().items():
         assert torch.equal(weights.tensors[key], value), key
 
 
 def test_the_published_file_has_the_published_keys_and_its_flags(source, tmp_path):
-    done = admfast.export(source, tmp_path / "x.pt", to="published")
-    plain = torch.load(done.path, weights_only=True)
+    exported = admfast.export(source, tmp_path / "x.pt", to="published")
+    plain = torch.load(exported.path, weights_only=True)
     state = with_weights(PUBLISHED).state_dict()
     assert type(plain) is dict and list(plain) == list(state)
     assert all(torch.equal(plain[key], value) for key, value in state.items())
     assert files(tmp_path) == ["x.flags", "x.json", "x.pt"]
-    assert (tmp_path / "x.flags").read_text() == f"{done.flags}\n"
-    words = done.flags.replace("--", "").split()
+    assert (tmp_path / "x.flags").read_text() == f"{exported.flags}\n"
+    words = exported.flags.replace("--", "").split()
     said = dict(zip(words[::2], words[1::2], strict=True))
     wanted = {"image_size": "16", "channel_mult": "1,2", "class_cond": "True", "noise_schedule": "cosine"}
     assert wanted.items() <= said.items() and said["diffusion_steps"] == "500"
@@ -121,16 +121,16 @@ def test_every_kind_of_network_is_published(tmp_path, make):
     """Networks of these sizes have no flags: a note says so, and an old file of flags is removed."""
     write(tmp_path / "in.safetensors", make())
     (tmp_path / "x.flags").write_text("--image_size 64")
-    done = admfast.export(tmp_path / "in.safetensors", tmp_path / "x.pt", to="published", overwrite=True)
-    assert list(torch.load(done.path, weights_only=True)) == list(make().state_dict())
-    assert done.flags is None and any("in_channels" in n or "image_size" in n for n in done.notes)
+    exported = admfast.export(tmp_path / "in.safetensors", tmp_path / "x.pt", to="published", overwrite=True)
+    assert list(torch.load(exported.path, weights_only=True)) == list(make().state_dict())
+    assert exported.flags is None and any("in_channels" in n or "image_size" in n for n in exported.notes)
     assert not (tmp_path / "x.flags").exists()
 
 
 def test_a_system_a_run_a_state_dict_and_an_open_file(source, tmp_path):
-    done = admfast.export("digits32", tmp_path / "digits", to="diffusers")
-    assert done.description.network == preset("digits32_diffusion").config
-    assert any("digits32_classifier" in note for note in done.notes)
+    exported = admfast.export("digits32", tmp_path / "digits", to="diffusers")
+    assert exported.description.network == preset("digits32_diffusion").config
+    assert any("digits32_classifier" in note for note in exported.notes)
 
     net, average = with_weights(SMALL_UNET), with_weights(SMALL_UNET, 1)
     run = tmp_path / "run"
@@ -231,12 +231,14 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, to):
         except admfast.AdmfastError as error:
             print(f"{{type(error).__name__}} {{error}}")
     """
-    done = subprocess.run(
+    exported = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )  # fmt: skip
     named = "a/x/unet/diffusion_pytorch_model.safetensors" if to == "diffusers" else "x.pt"
-    assert done.stdout.startswith(f"OutputError {named}: ") and done.stdout.count("\n") == 1, done.stderr
+    assert exported.stdout.startswith(f"OutputError {named}: ") and exported.stdout.count("\n") == 1, (
+        exported.stderr
+    )
     assert list(tmp_path.iterdir()) == []

@@ -84,7 +84,7 @@ def test_the_network_is_evaluated_once_a_step_however_many_guides_see_it():
 
 
 def test_guides_add_up():
-    twice = guides.Guide(towards_target, sees_prediction=True, scale=2.0)
+    twice = guides.Guide(towards_target, sees_prediction=True, guidance_scale=2.0)
     one = guides.by_prediction(towards_target)
     assert_close(images(guides=[one, one]), images(guides=twice))
     left = images(guides=[one, guides.by_x(to_the_left)])
@@ -106,7 +106,7 @@ def without_keeping(x_t: Tensor, t: Tensor, prediction) -> Tensor:
 @pytest.mark.parametrize("function", [by_backward, without_keeping])
 def test_guides_add_up_however_they_differentiate(function):
     one = guides.by_prediction(function)
-    twice = guides.Guide(towards_target, sees_prediction=True, scale=2.0)
+    twice = guides.Guide(towards_target, sees_prediction=True, guidance_scale=2.0)
     assert_close(images(guides=[one, one]), images(guides=twice))
 
 
@@ -135,7 +135,7 @@ def test_a_guide_is_told_which_images_it_gets():
 
 @pytest.mark.parametrize("scale", [1e300, float("nan"), "2"])
 def test_a_scale_is_a_number_of_float32(scale):
-    with pytest.raises(InvalidArgument, match="^scale="):
+    with pytest.raises(InvalidArgument, match="^guidance_scale="):
         guides.by_classifier(scale)
 
 
@@ -167,7 +167,7 @@ def test_guides_without_guidance_stand_for_the_classifier():
     "make, argument",
     [
         (lambda: guides.by_x(3), "function=3"),
-        (lambda: guides.by_classifier("2"), "scale='2'"),
+        (lambda: guides.by_classifier("2"), "guidance_scale='2'"),
         (lambda: guides.by_classifier(1.0, (800, 200)), r"interval=\(800, 200\)"),
         (lambda: guides.by_x(print, (1, 2, 3)), r"interval=\(1, 2, 3\)"),
         (lambda: guides.by_x(print, "200,800"), "interval='200,800'"),

@@ -17,8 +17,8 @@ from admfast.models.layers import Attention, Norm
 from admfast.ops import dispatch
 from admfast.ops.dispatch import IMPL_VARIABLE
 from admfast.sampling.guides import Guide
-from admfast.sampling.last_run import RunReport, StageReport, report_of
-from admfast.sampling.loop import Notes
+from admfast.sampling.last_run import RunReport, StageReport, make_report
+from admfast.sampling.loop import RunRecord
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan
 from admfast.sampling.request import SampleRequest
@@ -59,16 +59,21 @@ def test_a_guided_run_is_described():
     (stage,) = report.stages
     assert (report.images, report.device, stage.stage) == (5, "cpu", "base")
     assert (stage.images, stage.batches, stage.batch, stage.sides) == (5, 3, 2, (8, 8))
-    assert (stage.rows, stage.guided_rows, stage.unprepared, stage.by_parts) == (4, 4, None, ())
+    assert (stage.rows, stage.guided_rows, stage.not_prepared_reason, stage.layerwise_networks) == (
+        4,
+        4,
+        None,
+        (),
+    )
     assert stage.folded and stage.policy == "fp32" and stage.precision == pipe.policy.parts()
-    assert stage.unreplayed is None and stage.uncompiled
+    assert stage.not_replayed_reason is None and stage.not_compiled_reason
     assert report.peak_memory > 2**20
 
 
 def test_a_short_run_is_not_replayed():
-    assert "rows" in str(base(pipeline(), steps=2).unreplayed)
+    assert "rows" in str(base(pipeline(), steps=2).not_replayed_reason)
     without = pipeline(options=EngineOptions(graph=False))
-    assert "graph" in str(base(without).unreplayed)
+    assert "graph" in str(base(without).not_replayed_reason)
 
 
 def test_calls_are_those_of_the_networks_layers():
@@ -134,16 +139,16 @@ def test_an_implementation_asked_for_by_argument_shows():
 def test_python_functions_are_why_no_step_was_prepared(given, name):
     pipe = pipeline()
     stage = base(pipe, **given)
-    assert stage.unprepared is not None and name in stage.unprepared
+    assert stage.not_prepared_reason is not None and name in stage.not_prepared_reason
     assert calls(stage, "group_norm_silu") >= len(modules(pipe.net, Norm))
     assert (calls(stage, "sampler_step"), stage.seconds.rows > 0) == (1, True)
-    assert base(pipe).unprepared is None
+    assert base(pipe).not_prepared_reason is None
 
 
 def test_functions_and_prepared_steps_take_the_same_implementations():
     plain = pipeline(options=EngineOptions(prepared=False))
     functions, prepared = base(plain), base(pipeline())
-    assert "prepared=False" in functions.unprepared and prepared.unprepared is None
+    assert "prepared=False" in functions.not_prepared_reason and prepared.not_prepared_reason is None
     assert functions.implementations() == prepared.implementations()
     assert functions.guided_rows == prepared.guided_rows and functions.threads == prepared.threads
 
@@ -158,16 +163,16 @@ def test_a_hook_lets_blocks_run_by_parts(options):
     pipe = pipeline(options=options)
     conv = modules(pipe.classifier, FoldableConv)[1]
     hook = conv.register_forward_hook(lambda *_: None)
-    assert base(pipe).by_parts == ("classifier",)
-    assert base(pipe, guidance=0.0).by_parts == ()
+    assert base(pipe).layerwise_networks == ("classifier",)
+    assert base(pipe, guidance=0.0).layerwise_networks == ()
     hook.remove()
-    assert base(pipe).by_parts == ()
+    assert base(pipe).layerwise_networks == ()
 
 
 def test_a_hook_is_why_nothing_was_compiled():
     pipe = pipeline(options=EngineOptions(compile=True))
     pipe.net.register_forward_hook(lambda *_: None)
-    assert "hook" in base(pipe).uncompiled
+    assert "hook" in base(pipe).not_compiled_reason
 
 
 def test_half_precision_says_what_each_part_computes_in():
@@ -204,7 +209,7 @@ def test_seconds_add_up(given):
         assert 0 < seconds.first_row < seconds.rows and seconds.folding > 0 and seconds.preparing > 0
         assert seconds.callbacks == 0
         later = stage.batches * stage.rows - 1
-        assert seconds.first_row + later * stage.later_row == pytest.approx(seconds.rows)
+        assert seconds.first_row + later * stage.mean_later_row == pytest.approx(seconds.rows)
         parts += seconds.folding + seconds.preparing + seconds.rows
     assert 0 < parts <= report.seconds <= spent
 
@@ -219,18 +224,18 @@ def test_callbacks_are_told_from_rows():
 def test_the_first_row_is_that_of_the_first_batch():
     pipe = pipeline()
     planned = plan(SampleRequest(**GIVEN), pipe)
-    step, notes = pipe.engine.step(planned), Notes()
+    step, record = pipe.engine.step(planned), RunRecord()
     for rows, first in ((5.0, 2.0), (7.0, 4.0)):
         spent = {"folding": 0.5, "preparing": 0.25, "rows": rows, "first_row": first, "callbacks": 0.0}
-        notes.add(planned, step, [], spent)
-    (stage,) = report_of(notes, pipe).stages
+        record.add(planned, step, [], spent)
+    (stage,) = make_report(record, pipe).stages
     assert (stage.seconds.rows, stage.seconds.first_row, stage.seconds.folding) == (12.0, 2.0, 1.0)
-    assert stage.later_row == pytest.approx(10 / 7) and stage.images == 4
+    assert stage.mean_later_row == pytest.approx(10 / 7) and stage.images == 4
 
 
 def test_a_single_row_has_no_later_one():
     stage = base(pipeline(), steps=1, batch_size=2)
-    assert stage.later_row is None and 0 < stage.seconds.first_row <= stage.seconds.rows
+    assert stage.mean_later_row is None and 0 < stage.seconds.first_row <= stage.seconds.rows
 
 
 def test_float_images_need_no_pixels():

@@ -340,7 +340,7 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(tmp_path):
 )
 def test_a_system_says_everything_itself(given, tmp_path):
     (name,) = given
-    with pytest.raises(InvalidArgument, match=f"^{name}=.*: not for a system: imagenet64 says it"):
+    with pytest.raises(InvalidArgument, match=f"^{name}=.*: not for a system: imagenet64 fixes it"):
         load("imagenet64", tmp_path, device="cpu", **given)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from admfast.checkpoints import read_weights, write_weights
-from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, shown
+from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, show_value
 from admfast.sampling.load import load
 from tests.small import SIDE, classifier, randn, unet, upsampler
 
@@ -98,7 +98,7 @@ def test_a_file_that_can_t_be_read_for_bytes_is_refused(text):
     ids=["state dict", "module", "list", "tensor", "nested", "lines", "text", "bytes", "number", "object"],
 )  # fmt: skip
 def test_no_message_prints_a_large_object(value):
-    text = shown(value)
+    text = show_value(value)
     assert "\n" not in text and len(text) <= (302 if isinstance(value, str) else 80)
     for argument in ("weights", "preset", "precision", "device", "num_heads", "compile_cache", "engine"):
         try:
@@ -109,7 +109,7 @@ def test_no_message_prints_a_large_object(value):
 
 @pytest.mark.parametrize("value", [3, 2.5, "word", None, [1, 2], {"a": 1}, (True,), range(3)], ids=repr)
 def test_small_values_are_shown_whole(value):
-    assert shown(value) == repr(value)
+    assert show_value(value) == repr(value)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

@@ -217,11 +217,11 @@ def test_running_again_finds_the_row(monkeypatch):
     """On a GPU only the first and the last row are checked, so the loop runs again to find the bad row."""
     pipe, real = pipeline(classifier=None, guidance=0.0), loop.run_rows
 
-    def careless(rows, step, plan=None, careful=False, **noted):
+    def careless(rows, step, plan=None, check_every_row=False, **noted):
         try:
-            return real(rows, step, plan, careful, **noted)
+            return real(rows, step, plan, check_every_row, **noted)
         except Diverged as error:
-            if not careful:
+            if not check_every_row:
                 error.x = None
             raise
 

@@ -16,7 +16,7 @@ from admfast.files.levels import from_uint8, to_uint8
 from admfast.ops.update import Stream, as_seeds, normal
 from admfast.sampling.loop import Progress
 from admfast.sampling.pipeline import Pipeline
-from admfast.verify.budget import budget_of
+from admfast.verify.budget import default_budget
 from tests.small import CLASSES, PROCESS, assert_close, cascade, classifier, pipeline, randn, unet, upsampler
 
 SEEDS = [3, 0, 2**63 + 5, 11, 7, 2**64 - 1, 8, 100]
@@ -84,7 +84,7 @@ def test_images_in_half_precision_are_the_same_up_to_its_rounding(precision):
     for size in (1, 3):
         error = pipe.sample(classes, SEEDS, batch_size=size, **options) - whole
         norms = error.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)
-        assert norms.max() <= budget_of(pipe.policy).step
+        assert norms.max() <= default_budget(pipe.policy).step
     assert len({tuple(image.flatten().tolist()) for image in whole}) == 8
 
 
@@ -337,9 +337,9 @@ def test_networks_are_frozen_and_in_evaluation_mode():
     assert (pipe.device.type, pipe.config) == ("cpu", pipe.net.config)
 
 
-def test_images_at_a_time_fit_the_largest_images_of_a_cascade():
-    assert pipeline().images_at_a_time == 2**16 // 64
-    assert cascade().images_at_a_time == 2**16 // 256
+def test_the_default_batch_fits_the_largest_images_of_a_cascade():
+    assert pipeline().default_batch_size == 2**16 // 64
+    assert cascade().default_batch_size == 2**16 // 256
     calls: list[Progress] = []
     pipe = pipeline()
     pipe.sample(seeds=range(5), batch_size=2, steps=1, callback=calls.append)

@@ -15,7 +15,7 @@ from admfast.ops import dispatch, native
 from admfast.sampling import profile
 from admfast.sampling.last_run import RunReport
 from admfast.sampling.pipeline import Pipeline
-from admfast.sampling.profile import helps, product_rate, profile_text, rates
+from admfast.sampling.profile import find_advice, measure_product_rate, profile_text, rates
 from tests.small import cascade, pipeline
 
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Make the measurement of products short: small matrices and a time limit of 0 seconds."""
-    monkeypatch.setattr(profile, "SECONDS", 0.0)
-    monkeypatch.setattr(profile, "SIDE", {"cpu": 64})
+    monkeypatch.setattr(profile, "MEASURE_SECONDS", 0.0)
+    monkeypatch.setattr(profile, "PRODUCT_SIDE", {"cpu": 64})
 
 
 def last(pipe: Pipeline, **settings: Any) -> RunReport:
@@ -45,8 +45,8 @@ def test_the_work_is_that_of_all_rows_of_all_images():
     assert found["upsampler"].flops == 3 * 3 * forward_work(pipe.upsampler.config).flops
     for stage in report.stages:
         rate = found[stage.stage]
-        assert rate.reached == rate.flops / stage.seconds.rows and rate.product > 0
-        assert rate.share == pytest.approx(rate.reached / rate.product)
+        assert rate.flops_per_second == rate.flops / stage.seconds.rows and rate.product > 0
+        assert rate.share == pytest.approx(rate.flops_per_second / rate.product)
 
 
 def test_work_follows_the_sides_that_were_sampled():
@@ -59,9 +59,9 @@ def test_work_follows_the_sides_that_were_sampled():
 def test_a_rate_is_that_of_the_fastest_product(monkeypatch):
     times = iter([0.0, 1.0, 3.0, 4.0, 4.0, 4.5, 5.0])
     monkeypatch.setattr(profile.time, "perf_counter", lambda: next(times))
-    monkeypatch.setattr(profile, "SECONDS", 4.2)
+    monkeypatch.setattr(profile, "MEASURE_SECONDS", 4.2)
     # The products take from 1 to 3 and from 4 to 4.5. The loop reads the clock between them.
-    assert product_rate(CPU, torch.float32, 1, False, 8) == 2 * 8**3 / 0.5
+    assert measure_product_rate(CPU, torch.float32, 1, False, 8) == 2 * 8**3 / 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,7 +69,7 @@ def test_products_run_on_the_step_s_threads_and_leave_them(dtype, monkeypatch):
     seen, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b: seen.append((a.dtype, torch.get_num_threads())) or mm(a, b))
     before = torch.get_num_threads()
-    product_rate(CPU, dtype, 1, False, 8)
+    measure_product_rate(CPU, dtype, 1, False, 8)
     assert set(seen) == {(dtype, 1)} and torch.get_num_threads() == before
 
 
@@ -77,7 +77,7 @@ def test_a_share_above_one_is_explained(monkeypatch):
     pipe = pipeline()
     report = last(pipe)
     for rate, explained in ((1.0, True), (1e18, False)):
-        monkeypatch.setattr(profile, "product_rate", lambda *_, rate=rate: rate)
+        monkeypatch.setattr(profile, "measure_product_rate", lambda *_, rate=rate: rate)
         assert ("Winograd" in profile_text(report, pipe)) == explained
 
 
@@ -85,7 +85,7 @@ def test_a_share_above_one_is_explained(monkeypatch):
 
 
 def advice(pipe: Pipeline, **settings: Any) -> list[str]:
-    return helps(last(pipe, **settings), pipe)
+    return find_advice(last(pipe, **settings), pipe)
 
 
 def said(texts: list[str], word: str) -> bool:
@@ -106,19 +106,21 @@ def test_a_missing_extension_is_said_with_the_reason(monkeypatch):
     report = last(pipe)
     for reason in ("not built: for a test", None):
         monkeypatch.setattr(native, "reason_missing", lambda reason=reason: reason)
-        assert said(helps(report, pipe), "extension") == said(helps(report, pipe), "not built: for a test")
-        assert said(helps(report, pipe), "extension") == (reason is not None)
+        assert said(find_advice(report, pipe), "extension") == said(
+            find_advice(report, pipe), "not built: for a test"
+        )
+        assert said(find_advice(report, pipe), "extension") == (reason is not None)
 
 
 def test_small_batches_are_said_and_large_ones_are_not():
     pipe = pipeline()
     report = last(pipe)
-    assert said(helps(report, pipe), "batches of 2")
+    assert said(find_advice(report, pipe), "batches of 2")
     # 2 * 9 * 32^2 FLOP per pixel and image reach 128 million at 109 images of 8x8.
     (stage,) = report.stages
     for batch, small in ((108, True), (109, False)):
         changed = dataclasses.replace(report, stages=(dataclasses.replace(stage, batch=batch),))
-        assert said(helps(changed, pipe), f"batches of {batch}") == small
+        assert said(find_advice(changed, pipe), f"batches of {batch}") == small
 
 
 def test_half_precision_on_a_cpu_is_said_where_there_is_no_amx(monkeypatch):
@@ -143,14 +145,14 @@ def test_callbacks_that_take_long_are_said():
     pipe = pipeline(options=EngineOptions(threads=1))
     last(pipe)
     report = last(pipe, callback=lambda progress: time.sleep(0.05))
-    assert said(helps(report, pipe), "callbacks took")
+    assert said(find_advice(report, pipe), "callbacks took")
 
 
 def test_at_most_three_things_are_said_and_the_text_holds_them():
     pipe = pipeline(options=PLAIN, policy=POLICIES["bf16"])
     with dispatch.override_impl("reference"):
         report = last(pipe)
-    texts = helps(report, pipe)
+    texts = find_advice(report, pipe)
     assert len(texts) == 3
     shown = profile_text(report, pipe)
     assert all(text in shown for text in texts) and "share" in shown

@@ -14,7 +14,7 @@ from admfast.engine.options import EngineOptions
 from admfast.errors import InvalidArgument
 from admfast.sampling import guides
 from admfast.sampling.loop import run
-from admfast.sampling.plan import images_of, plan
+from admfast.sampling.plan import plan, requested_images
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import ddim
 from tests.small import assert_close, cascade, pipeline, randn, unet
@@ -94,7 +94,7 @@ def test_a_plan_is_cut_into_parts():
     assert torch.equal(part.noise, request.noise[1:]) and torch.equal(
         part.step_noise, request.step_noise[:, 1:]
     )
-    assert part.enlarging.seeds.tolist() == [6, 7] and part.enlarging.first == 1
+    assert part.upsampler_plan.seeds.tolist() == [6, 7] and part.upsampler_plan.first == 1
     # With another batch size sums are rounded in another order. The noise is the same.
     assert_close(run(part), run(whole)[1:])
 
@@ -114,10 +114,10 @@ def test_a_request_is_what_sample_runs():
     ],
 )
 def test_classes_and_seeds_of_every_image(classes, seeds, planned):
-    keys, labels, shape = images_of(SampleRequest(classes, seeds), pipeline())
+    keys, labels, shape = requested_images(SampleRequest(classes, seeds), pipeline())
     assert (list(keys), labels) == planned and shape == (len(keys), 1, 8, 8)
     plain = pipeline(net=unet(num_classes=None), classifier=None, guidance=0.0)
-    assert images_of(SampleRequest(seeds=seeds), plain)[1] is None
+    assert requested_images(SampleRequest(seeds=seeds), plain)[1] is None
 
 
 @pytest.mark.parametrize("three", [torch.tensor(3), np.array(3), np.int64(3)])

@@ -144,9 +144,9 @@ def test_a_damaged_cache_is_named(tmp_path, damage):
 
 
 def test_a_cache_in_memory_has_a_limit(monkeypatch):
-    monkeypatch.setattr("admfast.host.memory", lambda: 2 * 6 * 8 * 8 * 3)
+    monkeypatch.setattr("admfast.host.memory_limit", lambda: 2 * 6 * 8 * 8 * 3)
     cached(Samples(Counted(), 0, 8))
-    monkeypatch.setattr("admfast.host.memory", lambda: 2 * 6 * 8 * 8 * 3 - 2)
+    monkeypatch.setattr("admfast.host.memory_limit", lambda: 2 * 6 * 8 * 8 * 3 - 2)
     with pytest.raises(AdmfastError, match="memory"):
         cached(Samples(Counted(), 0, 8))
 

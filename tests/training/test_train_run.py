@@ -357,7 +357,7 @@ def test_a_run_is_loaded_exported_and_begun_from(tmp_path):
 
 def test_a_run_without_a_snapshot_is_said(tmp_path):
     with pytest.raises(Killed), pytest.MonkeyPatch.context() as patched:
-        killed_after(patched, 1)
+        killed_after(patched, 2)
         train(small_recipe(), source(), tmp_path, OFTEN)
     with pytest.raises(CheckpointError, match="no snapshot"):
         admfast.load(tmp_path, device="cpu")

@@ -27,12 +27,12 @@ from admfast.verify.budget import (
     Budget,
     Deviation,
     Verification,
-    amplified,
+    amplified_error,
     compare_images,
     relative_error,
 )
 from admfast.verify.compare import verify
-from admfast.verify.layers import values_of_tf32
+from admfast.verify.layers import round_to_tf32
 from admfast.verify.report import report
 from tests.small import (
     PROCESS,
@@ -92,7 +92,7 @@ def test_the_digits_are_within_the_budget(digits, precision):
 def test_a_middling_network_is_within_the_budget(middling, precision):
     reference = middling(options=PLAIN)
     found = verify(middling(policy=POLICIES[precision]), reference, steps=2, seeds=[3], guidance=1.0)
-    layers = [d for d in found.layers if not d.holds]
+    layers = [d for d in found.layers if not d.within_budget]
     assert not layers, report(found)
 
 
@@ -134,8 +134,8 @@ def test_a_form_that_no_longer_is_its_parameter_s_is_found(digits):
     with torch.no_grad():
         pipe.net._projections.weight.mul_(1.01)
     wrong = verify(pipe, digits, **SHORT)
-    assert not any(not d.holds for d in wrong.layers if "middle_block.0.out_layers.3" in d.name)
-    assert any(not d.holds for d in wrong.steps)
+    assert not any(not d.within_budget for d in wrong.layers if "middle_block.0.out_layers.3" in d.name)
+    assert any(not d.within_budget for d in wrong.steps)
 
 
 def test_a_cascade_is_verified_whole():
@@ -326,11 +326,15 @@ def test_the_upsampler_s_steps_are_looked_at_too():
 def test_what_a_row_makes_of_rounding():
     table = ddpm().table(PROCESS.build("2"))
     first = table.rows[0]
-    assert first.clip == Clip.USED and amplified(table, 1e-3) == pytest.approx(-first.k_out * first.b * 1e-3)
-    assert amplified(table, 1e4) == max(abs(row.b) for row in table.rows), "clipped x_0 differ by at most 1"
+    assert first.clip == Clip.USED and amplified_error(table, 1e-3) == pytest.approx(
+        -first.k_out * first.b * 1e-3
+    )
+    assert amplified_error(table, 1e4) == max(abs(row.b) for row in table.rows), (
+        "clipped x_0 differ by at most 1"
+    )
     # With few steps DDIM starts where x_0 amplifies less. With many steps each one uses little of x_0.
     few, many = (ddim().table(PROCESS.build(f"ddim{n}")) for n in (2, 100))
-    assert amplified(many, 1e-3) < amplified(few, 1e-3) < 0.05 * amplified(table, 1e-3)
+    assert amplified_error(many, 1e-3) < amplified_error(few, 1e-3) < 0.05 * amplified_error(table, 1e-3)
 
 
 # Measures
@@ -340,10 +344,10 @@ def test_images_are_compared_as_levels_and_decibels():
     exact = torch.zeros(1, 1, 2, 2)
     found = Verification(BUDGETS["fp32"])
     compare_images(found, exact, exact)
-    assert (found.psnr, found.differing, found.largest) == (math.inf, 0.0, 0)
+    assert (found.psnr, found.differing_fraction, found.largest_difference) == (math.inf, 0.0, 0)
     compare_images(found, exact + torch.tensor([[[[0.2, 0.0], [0.0, 0.0]]]]), exact)
-    assert found.psnr == pytest.approx(10 * math.log10(4 / 0.01)) and found.differing == 0.25
-    assert found.largest == int(1.2 * 127.5) - 127
+    assert found.psnr == pytest.approx(10 * math.log10(4 / 0.01)) and found.differing_fraction == 0.25
+    assert found.largest_difference == int(1.2 * 127.5) - 127
 
 
 def test_relative_errors_of_nothing_and_of_what_is_not_finite():
@@ -369,9 +373,9 @@ def test_values_of_tf32_have_ten_bits():
     one = 1 + 2.0**-10
     x = torch.tensor([1.0, one, 1 + 2.0**-11, one + 2.0**-11, -(1 + 2.0**-11) - 2.0**-20, 0.0])
     wanted = [1.0, one, 1.0, 1 + 2.0**-9, -one, 0.0]
-    assert values_of_tf32(x).tolist() == wanted
+    assert round_to_tf32(x).tolist() == wanted
     y = randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert (values_of_tf32(y) / y - 1).abs().max() <= 2.0**-11
+    assert (round_to_tf32(y) / y - 1).abs().max() <= 2.0**-11
 
 
 def test_a_request_of_one_s_own_is_judged_as_floats():

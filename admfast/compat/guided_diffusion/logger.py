@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
 _WIDEST = 30
@@ -110,7 +110,7 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
         return JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json"))
     if format == "csv":
         return CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv"))
-    raise invalid("format", format, nearest(format, ["stdout", "log", "csv", "json"]))
+    raise invalid("format", format, allowed_names(format, ["stdout", "log", "csv", "json"]))
 
 
 class Logger:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from admfast.errors import invalid, nearest
+from admfast.errors import allowed_names, invalid
 from admfast.training.timesteps import LossSecondMomentSampler
 
 Array = npt.NDArray[np.float64]
@@ -20,7 +20,7 @@ Array = npt.NDArray[np.float64]
 def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
     """Return the sampler called "uniform" or "loss-second-moment" for a process."""
     if name not in _SAMPLERS:
-        raise invalid("schedule_sampler", name, nearest(name, _SAMPLERS))
+        raise invalid("schedule_sampler", name, allowed_names(name, _SAMPLERS))
     return _SAMPLERS[name](diffusion)
 
 

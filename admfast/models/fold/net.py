@@ -150,7 +150,7 @@ class FoldableNet(nn.Module):
         """
         size = WINOGRAD_BYTES * self.directions
         sizes = sorted((size * module.weight.numel(), name) for name, module in self._convolutions())
-        left, spared = host.memory() // 6, set()
+        left, spared = host.memory_limit() // 6, set()
         for size, name in sizes:
             left -= size
             if left < 0:

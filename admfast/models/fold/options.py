@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from admfast.checks import switches
+from admfast.checks import store_booleans
 from admfast.errors import invalid
 
 # The parts of folding; the ablation bench can leave out each one:
@@ -34,7 +34,7 @@ class FoldOptions:
     def __post_init__(self) -> None:
         if self.conv is not None and not isinstance(self.conv, str):
             raise invalid("conv", self.conv, "the name of an implementation, or None")
-        switches(self, "int8")
+        store_booleans(self, "int8")
         assert self._without <= PARTS, self._without
 
     def has(self, part: str) -> bool:

@@ -211,10 +211,10 @@ def attention(qkv: Tensor, num_heads: int, *, legacy_order: bool = False, impl: 
     (`attention_bwd_bwd_ref`). Under torch.compile and torch.func.vmap fused implementations have only the
     first derivative.
     """
-    checks.floating("qkv", qkv)
+    checks.float_tensor("qkv", qkv)
     if qkv.dim() != 3 or not qkv.shape[-1]:
         raise invalid("qkv.shape", tuple(qkv.shape), "[N, S, 3*h*d] with channels")
-    checks.whole("num_heads", num_heads, 1, tensors=False)
+    checks.whole_number("num_heads", num_heads, 1, allow_tensor=False)
     if qkv.shape[-1] % (3 * num_heads):
         raise invalid("num_heads", num_heads, f"3*num_heads must divide the {qkv.shape[-1]} channels of qkv")
     entry = TABLE.choose(impl, qkv, num_heads, legacy_order=legacy_order)

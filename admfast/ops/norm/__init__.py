@@ -141,14 +141,14 @@ def group_norm_silu(
 def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, options: dict[str, Any]) -> None:
     """Reject arguments that no implementation could compute."""
     scale, shift, x2, resample = (options[name] for name in ("scale", "shift", "x2", "resample"))
-    checks.floating("x", x)
+    checks.float_tensor("x", x)
     x_bias, dtype = options["x_bias"], options["dtype"]
     tensors = dict(weight=weight, bias=bias, scale=scale, shift=shift, x2=x2, x_bias=x_bias)
     for name, tensor in tensors.items():
         if tensor is not None or name in ("weight", "bias"):
-            checks.floating(name, tensor, x.device)
-    checks.whole("groups", groups, 1, tensors=False)
-    checks.real("eps", eps, least=0, tensors=False)
+            checks.float_tensor(name, tensor, x.device)
+    checks.whole_number("groups", groups, 1, allow_tensor=False)
+    checks.finite_float("eps", eps, least=0, allow_tensor=False)
     if not 3 <= x.dim() <= 5:
         raise invalid("x.shape", tuple(x.shape), "[N, C, *spatial] with one to three spatial dimensions")
     channels = x.shape[1]

@@ -118,7 +118,7 @@ def normal(seeds: Tensor, shape: tuple[int, ...], row: int, stream: int, impl: s
     if not isinstance(shape, (tuple, list)):
         raise invalid("shape", shape, "a tuple of sizes")
     for i, size in enumerate(shape):
-        checks.whole(f"shape[{i}]", size, 0, tensors=False)
+        checks.whole_number(f"shape[{i}]", size, 0, allow_tensor=False)
     check_counter("row", row, seeds.device)
     check_counter("stream", stream, seeds.device)
     return TABLE.choose(impl, seeds, shape, row, stream).forward(seeds, shape, row, stream)
@@ -182,7 +182,7 @@ def check_counter(name: str, value: object, device: torch.device) -> None:
             actual = (tuple(value.shape), value.dtype, str(value.device))
             raise invalid(name, actual, f"a whole number, or one int32 or int64 on {device}")
         return
-    checks.whole(name, value, 0, MASK32, tensors=False)
+    checks.whole_number(name, value, 0, MASK32, allow_tensor=False)
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

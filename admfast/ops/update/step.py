@@ -256,7 +256,7 @@ def sampler_step(
     _check_inputs(state.x, used_columns, out, out2=out2, grad=grad, seeds=seeds, noise=noise)
     if noise_row is not None:
         check_counter("noise_row", noise_row, state.x.device)
-    checks.whole("stream", stream, 0, tensors=False)
+    checks.whole_number("stream", stream, 0, allow_tensor=False)
     check_counter("stream", stream, state.x.device)
     options: dict[str, Any] = dict(
         out2=out2, grad=grad, seeds=seeds, noise=noise, noise_row=noise_row, stream=int(stream)
@@ -345,7 +345,7 @@ def _check_inputs(x: Tensor, used_columns: frozenset[str], out: Tensor, **option
     out2, grad, seeds, noise = (options[name] for name in ("out2", "grad", "seeds", "noise"))
     for name, given in (("out", out), ("out2", out2), ("grad", grad), ("noise", noise)):
         if name == "out" or given is not None:
-            checks.floating(name, given, x.device)
+            checks.float_tensor(name, given, x.device)
     if seeds is not None and not isinstance(seeds, Tensor):
         raise invalid("seeds", seeds, "an int64 tensor (see as_seeds)")
     n, channels, *spatial = x.shape

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from admfast.errors import InvalidArgument
+from admfast.files.image_sets import read_image_set
 from admfast.files.images import write_png
 from admfast.files.npz import write_streamed
-from admfast.files.sets import read_set
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3)).astype(np.uint8)
 
@@ -21,10 +21,10 @@ def test_the_same_images_from_every_place(tmp_path):
     (folder / "notes.txt").write_text("no image")
     for i, image in enumerate(IMAGES):
         write_png(folder / f"{i}.png", image)
-    assert np.array_equal(read_set(tmp_path / "a.npz").images, IMAGES)
-    assert read_set(tmp_path / "a.npz").labels.tolist() == [2, 1, 0]
-    assert np.array_equal(read_set(folder).images, IMAGES) and read_set(folder).labels is None
-    assert np.array_equal(read_set(folder / "1.png").images, IMAGES[1:2])
+    assert np.array_equal(read_image_set(tmp_path / "a.npz").images, IMAGES)
+    assert read_image_set(tmp_path / "a.npz").labels.tolist() == [2, 1, 0]
+    assert np.array_equal(read_image_set(folder).images, IMAGES) and read_image_set(folder).labels is None
+    assert np.array_equal(read_image_set(folder / "1.png").images, IMAGES[1:2])
 
 
 def test_gif_images_are_read_as_the_published_loader_reads_them(tmp_path):
@@ -33,22 +33,22 @@ def test_gif_images_are_read_as_the_published_loader_reads_them(tmp_path):
     picture.save(tmp_path / "a.gif", save_all=True, append_images=[picture.rotate(180)])
     picture.quantize(8).save(tmp_path / "b.GIF", transparency=0)
     picture.save(tmp_path / "c.png")
-    found = read_set(tmp_path, 3).images
+    found = read_image_set(tmp_path, 3).images
     for image, name in zip(found, ("a.gif", "b.GIF", "c.png"), strict=True):
         assert np.array_equal(image, np.asarray(Image.open(tmp_path / name).convert("RGB")))
 
 
 def test_what_is_no_set_is_named(tmp_path):
     with pytest.raises(InvalidArgument, match="a folder with image files"):
-        read_set(tmp_path)
+        read_image_set(tmp_path)
     write_png(tmp_path / "a.png", IMAGES[0])
     write_png(tmp_path / "b.png", IMAGES[0, :2])
     with pytest.raises(
         InvalidArgument, match=r"b.png.*images of one size; this has \(2, 6, 3\), .*a.png has"
     ):
-        read_set(tmp_path)
+        read_image_set(tmp_path)
     with pytest.raises(InvalidArgument, match="no such file"):
-        read_set(tmp_path / "gone.png")
+        read_image_set(tmp_path / "gone.png")
 
 
 def saved_as(folder, mode: str) -> None:
@@ -64,7 +64,7 @@ def saved_as(folder, mode: str) -> None:
 def test_every_mode_is_converted_as_the_published_loader_does(tmp_path, channels, wanted):
     for mode in ("1", "CMYK", "L", "LA", "P", "RGB", "RGBA"):
         saved_as(tmp_path, mode)
-    found = read_set(tmp_path, channels).images
+    found = read_image_set(tmp_path, channels).images
     files = sorted(tmp_path.iterdir())
     assert found.shape == (len(files), 4, 6, channels)
     for image, file in zip(found, files, strict=True):
@@ -78,16 +78,16 @@ def test_what_would_be_clipped_or_turned_is_refused(tmp_path):
     deep = Image.fromarray(IMAGES[0, ..., 0].astype(np.uint16) * 256)
     deep.save(tmp_path / "deep.png")
     with pytest.raises(InvalidArgument, match="deep.png.*8 bits a channel"):
-        read_set(tmp_path, 3)
+        read_image_set(tmp_path, 3)
     (tmp_path / "deep.png").unlink()
     exif = Image.Exif()
     for orientation in (1, 6):
         exif[0x0112] = orientation
         Image.fromarray(IMAGES[0]).save(tmp_path / f"b{orientation}.jpg", exif=exif)
     with pytest.raises(InvalidArgument, match="b6.jpg.*orientation"):
-        read_set(tmp_path, 3)
+        read_image_set(tmp_path, 3)
     (tmp_path / "b6.jpg").unlink()
-    assert len(read_set(tmp_path, 3).images) == 2
+    assert len(read_image_set(tmp_path, 3).images) == 2
 
 
 def test_hidden_files_are_left_out_and_folders_below_are_read(tmp_path):
@@ -100,14 +100,14 @@ def test_hidden_files_are_left_out_and_folders_below_are_read(tmp_path):
     (tmp_path / ".hidden").mkdir()
     write_png(tmp_path / ".hidden" / "a.png", IMAGES[0, :2])
     (tmp_path / "folder.png").mkdir()
-    assert np.array_equal(read_set(tmp_path).images, IMAGES)
+    assert np.array_equal(read_image_set(tmp_path).images, IMAGES)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InvalidArgument, match="gone.png.*no such file"):
-        read_set(tmp_path)
+        read_image_set(tmp_path)
 
 
 def test_an_archive_must_have_the_channels(tmp_path):
     write_streamed(tmp_path / "a.npz", IMAGES.shape, IMAGES)
-    assert np.array_equal(read_set(tmp_path / "a.npz", 3).images, IMAGES)
+    assert np.array_equal(read_image_set(tmp_path / "a.npz", 3).images, IMAGES)
     with pytest.raises(InvalidArgument, match="a.npz.*1 channels"):
-        read_set(tmp_path / "a.npz", 1)
+        read_image_set(tmp_path / "a.npz", 1)

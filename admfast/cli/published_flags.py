@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from admfast.errors import invalid
 
 # Flags with an equivalent option; "" is the argument of the command, the model.
-_RENAMED = {
+_RENAMED_FLAGS = {
     "--model_path": "",
     "--classifier_path": "--classifier",
     "--classifier_scale": "--guidance",
@@ -26,7 +26,7 @@ _SWITCHES: dict[str, dict[bool, list[str] | str]] = {
     ),
 }
 # Flags that describe a weights file, with their names in `--set NAME=VALUE`.
-_OF_A_FILE = {
+_FILE_SETTINGS = {
     f"--{name}": name
     for name in (
         "image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample",
@@ -36,7 +36,7 @@ _OF_A_FILE = {
         "rescale_timesteps", "rescale_learned_sigmas",
     )
 } | {"--large_size": "image_size", "--small_size": "low_res_size"}  # fmt: skip
-_OF_A_CLASSIFIER = {
+_CLASSIFIER_SETTINGS = {
     "--classifier_width": "model_channels",
     "--classifier_depth": "num_res_blocks",
     "--classifier_attention_resolutions": "attention_resolutions",
@@ -44,46 +44,46 @@ _OF_A_CLASSIFIER = {
     "--classifier_resblock_updown": "resblock_updown",
     "--classifier_pool": "pool",
 }
-FLAGS = {*_RENAMED, *_SWITCHES, *_OF_A_FILE, *_OF_A_CLASSIFIER, "--num_samples"}
+FLAGS = {*_RENAMED_FLAGS, *_SWITCHES, *_FILE_SETTINGS, *_CLASSIFIER_SETTINGS, "--num_samples"}
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
-def translated(args: Sequence[str]) -> list[str]:
+def translate_flags(args: Sequence[str]) -> list[str]:
     """Return a command's words with the published flags replaced by the equivalent options.
 
     Raises: InvalidArgument for a flag without a value, or a value without an equivalent option.
     """
-    found: list[str] = []
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
+    words: list[str] = []
+    remaining = list(args)
+    while remaining:
+        word = remaining.pop(0)
         flag, separator, value = word.partition("=")
         if flag not in FLAGS:
-            found.append(word)
+            words.append(word)
             continue
         if not separator:
-            if not rest:
+            if not remaining:
                 raise invalid(flag, None, "a value")
-            value = rest.pop(0)
-        found += _one(flag, value)
-    return found
+            value = remaining.pop(0)
+        words += _translate_one(flag, value)
+    return words
 
 
-def _one(flag: str, value: str) -> list[str]:
+def _translate_one(flag: str, value: str) -> list[str]:
     """Return the words that are equivalent to a published flag."""
-    if flag in _RENAMED:
-        return [_RENAMED[flag], value] if _RENAMED[flag] else [value]
-    if flag in _OF_A_FILE:
-        return ["--set", f"{_OF_A_FILE[flag]}={value}"]
-    if flag in _OF_A_CLASSIFIER:
-        return ["--set-classifier", f"{_OF_A_CLASSIFIER[flag]}={value}"]
+    if flag in _RENAMED_FLAGS:
+        return [_RENAMED_FLAGS[flag], value] if _RENAMED_FLAGS[flag] else [value]
+    if flag in _FILE_SETTINGS:
+        return ["--set", f"{_FILE_SETTINGS[flag]}={value}"]
+    if flag in _CLASSIFIER_SETTINGS:
+        return ["--set-classifier", f"{_CLASSIFIER_SETTINGS[flag]}={value}"]
     if flag == "--num_samples":
         if not re.fullmatch(r"0*[1-9][0-9]{0,18}", value):
             raise invalid(flag, value, "1 or more; --seeds chooses which")
         return ["--seeds", f"0-{int(value) - 1}"]
     if value.lower() not in (*_TRUE, *_FALSE):
         raise invalid(flag, value, "True or False")
-    said = _SWITCHES[flag][value.lower() in _TRUE]
-    if isinstance(said, str):
-        raise invalid(flag, value, said)
-    return said
+    equivalent = _SWITCHES[flag][value.lower() in _TRUE]
+    if isinstance(equivalent, str):
+        raise invalid(flag, value, equivalent)
+    return equivalent

@@ -15,7 +15,7 @@ from admfast.files.paths import user_path
 ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")  # the published loader's, and .bmp and .webp
 
 
-def read_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
+def read_image_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
     """Read images as uint8 [N, H, W, C]: an npz with its classes, or image files in the order of their names.
 
     A folder is read with its subfolders, as in the published loader, but without hidden files. channels:
@@ -24,28 +24,28 @@ def read_set(path: str | PathLike[str], channels: int | None = None) -> Samples:
     Raises:
         InvalidArgument: in one line, for a path without images, or images that differ in size or channels.
     """
-    place = user_path("path", path)
-    if place.suffix == ".npz":
-        samples = read_samples(place)
+    path_or_folder = user_path("path", path)
+    if path_or_folder.suffix == ".npz":
+        samples = read_samples(path_or_folder)
         if channels not in (None, samples.images.shape[3]):
-            given = f"arr_0 of {samples.images.shape[3]} channels"
-            raise invalid("path", str(path), f"images of {channels} channels; this has {given}")
+            actual = f"arr_0 of {samples.images.shape[3]} channels"
+            raise invalid("path", str(path), f"images of {channels} channels; this has {actual}")
         return samples
-    files = _image_files(place) if place.is_dir() else [place]
+    files = _image_files(path_or_folder) if path_or_folder.is_dir() else [path_or_folder]
     images = [read_image(file, channels) for file in files]
     for file, image in zip(files, images, strict=True):
         if image.shape != images[0].shape:
-            first = f"{files[0]} has {images[0].shape}"
-            raise invalid("path", str(file), f"images of one size; this has {image.shape}, {first}")
+            first_shape = f"{files[0]} has {images[0].shape}"
+            raise invalid("path", str(file), f"images of one size; this has {image.shape}, {first_shape}")
     return Samples(np.stack(images))
 
 
 def _image_files(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted by path."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.is_dir()]
-    found = [
-        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and not path.is_dir()]
+    paths = [
+        path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    if not found:
+    if not paths:
         raise invalid("path", str(folder), f"a folder with image files ({', '.join(ENDINGS)}), or an npz")
-    return sorted(found)
+    return sorted(paths)

@@ -25,10 +25,14 @@ def examples(device: str) -> Iterator[Example]:
         if cases.op not in TABLES:
             continue
         for dtype in DTYPES[device] if cases.dtype_of is not None else DTYPES[device][:1]:
-            name = None if cases.dtype_of is None else str(dtype).removeprefix("torch.")
+            dtype_name = None if cases.dtype_of is None else str(dtype).removeprefix("torch.")
             for gradient in (False, True) if cases.differentiable else (False,):
-                words = (device, name, cases.dtype_of, "with gradient" if gradient else None)
-                yield cases.op, " ".join(filter(None, words)), partial(_run, cases, device, dtype, gradient)
+                description = (device, dtype_name, cases.dtype_of, "with gradient" if gradient else None)
+                yield (
+                    cases.op,
+                    " ".join(filter(None, description)),
+                    partial(_run, cases, device, dtype, gradient),
+                )
 
 
 def _run(cases: OpCases, device: str, dtype: torch.dtype, gradient: bool) -> None:
