@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from admfast.checkpoints import flags
+from admfast.checkpoints import flags_to_options
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
 from admfast.checks import literal
 from admfast.errors import invalid, nearest
@@ -30,9 +30,9 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] | Non
         if not separator or not name:
             raise invalid(flag, text, "NAME=VALUE, such as num_heads=4")
         known = [*OPTION_NAMES, *(also or ())]
-        if also is not None and name not in known and name not in flags.NAMES:
+        if also is not None and name not in known and name not in flags_to_options.FLAG_NAMES:
             raise invalid(flag, name, f"no such option of a file; {nearest(name, known)}")
-        if name in SWITCH_NAMES or name in flags.SWITCHES:
+        if name in SWITCH_NAMES or name in flags_to_options.FLAG_SWITCHES:
             if value.lower() not in _WORDS:
                 raise invalid(flag, text, "True or False (or yes, no, 1, 0)")
             options[name] = _WORDS[value.lower()]

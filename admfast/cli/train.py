@@ -14,7 +14,7 @@ import typer
 
 from admfast import checks
 from admfast.checkpoints import load_network
-from admfast.checkpoints.reading import ENDINGS
+from admfast.checkpoints.reading import WEIGHTS_SUFFIXES
 from admfast.cli import train_options as option
 from admfast.cli.commands import UsageProblem
 from admfast.cli.options import DTYPES, options_of
@@ -143,7 +143,7 @@ def run_export(
             if value is not None:
                 raise invalid(name, value, "only with --out, the weights file")
     else:
-        out = user_path("out", out, ENDINGS)
+        out = user_path("out", out, WEIGHTS_SUFFIXES)
     drawn = None
     if picture is not None:
         picture = user_path("picture", picture, [".png"])

@@ -100,14 +100,14 @@ def bits_per_dimension(
     """
     kwargs = dict(model_kwargs or {})
     steps = diffusion.num_timesteps
-    draws = _draws(x_start, steps, noises, generator)
+    noise_per_step = _iterate_noise(x_start, steps, noises, generator)
     vb, xstart_mse, mse = [], [], []
     with torch.no_grad():
-        for done, step in enumerate(range(steps - 1, -1, -1), start=1):
+        for num_done, step in enumerate(range(steps - 1, -1, -1), start=1):
             t = torch.full((x_start.shape[0],), step, device=x_start.device)
-            noise = next(draws, None)
+            noise = next(noise_per_step, None)
             if noise is None:
-                raise invalid("noises", f"{done - 1} tensors", f"{steps}, one per step")
+                raise invalid("noises", f"{num_done - 1} tensors", f"{steps}, one per step")
             x_t = diffusion.q_sample(x_start, t, noise)
             output = model(x_t, diffusion.model_t(t), **kwargs)
             terms = vb_terms_bpd(diffusion, output, x_start, x_t, t, clip_denoised)
@@ -116,14 +116,14 @@ def bits_per_dimension(
             xstart_mse.append(mean_flat((terms.pred_xstart - x_start) ** 2))
             mse.append(mean_flat((eps - noise) ** 2))
             if progress is not None:
-                progress(done, steps)
+                progress(num_done, steps)
         prior = prior_bpd(diffusion, x_start)
     terms_vb = torch.stack(vb, dim=1)  # [N, S]
     total = terms_vb.sum(dim=1) + prior
     return BitsPerDimension(total, prior, terms_vb, torch.stack(xstart_mse, dim=1), torch.stack(mse, dim=1))
 
 
-def _draws(
+def _iterate_noise(
     x_start: Tensor, steps: int, noises: Iterable[Tensor] | None, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
     """Return the noise of each step, in the order of use."""

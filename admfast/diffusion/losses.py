@@ -53,8 +53,8 @@ def training_losses(
     terms = {"mse": mean_flat((_target(diffusion, x_start, x_t, t, noise) - mean_part) ** 2)}
     terms["loss"] = terms["mse"]
     if variance_part is not None:
-        held = torch.cat([mean_part.detach(), variance_part], dim=1)
-        vb = vb_terms_bpd(diffusion, held, x_start, x_t, t, clip_denoised=False).output
+        detached_output = torch.cat([mean_part.detach(), variance_part], dim=1)
+        vb = vb_terms_bpd(diffusion, detached_output, x_start, x_t, t, clip_denoised=False).output
         if diffusion.loss_type is LossType.RESCALED_MSE:
             # S times one random term estimates the whole bound; without the 1/1000 it would outweigh the mse.
             vb = vb * (steps / 1000.0)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from admfast.diffusion.coefficients import Coefficients, CoefficientTables
-from admfast.diffusion.parameterisation import LossType, MeanType, VarType, member
+from admfast.diffusion.parameterisation import LossType, MeanType, VarType, enum_member
 from admfast.diffusion.schedule import Schedule
 from admfast.errors import invalid
 
@@ -51,9 +51,9 @@ class GaussianDiffusion:
         loss_type: LossType | str = LossType.MSE,
     ) -> None:
         self.schedule = schedule
-        self.mean_type = member(MeanType, mean_type, "mean_type")
-        self.var_type = member(VarType, var_type, "var_type")
-        self.loss_type = member(LossType, loss_type, "loss_type")
+        self.mean_type = enum_member(MeanType, mean_type, "mean_type")
+        self.var_type = enum_member(VarType, var_type, "var_type")
+        self.loss_type = enum_member(LossType, loss_type, "loss_type")
         self._tables = CoefficientTables(schedule)
 
     @property
@@ -63,27 +63,29 @@ class GaussianDiffusion:
 
     def x0_coefficients(self, i: int) -> tuple[float, float]:
         """Return (k_x, k_out) with x_0 = k_x x_t + k_out out at step i; out is the output's mean channels."""
-        s = self.schedule
+        schedule = self.schedule
         if self.mean_type is MeanType.EPSILON:
-            return float(s.sqrt_recip_alphas_cumprod[i]), -float(s.sqrt_recipm1_alphas_cumprod[i])
+            return float(schedule.sqrt_recip_alphas_cumprod[i]), -float(
+                schedule.sqrt_recipm1_alphas_cumprod[i]
+            )
         if self.mean_type is MeanType.START_X:
             return 0.0, 1.0
-        coef1, coef2 = float(s.posterior_mean_coef1[i]), float(s.posterior_mean_coef2[i])
+        coef1, coef2 = float(schedule.posterior_mean_coef1[i]), float(schedule.posterior_mean_coef2[i])
         return -coef2 / coef1, 1.0 / coef1
 
     def log_variance_coefficients(self, i: int) -> tuple[float, float]:
         """Return (l0, l1) with log sigma^2 = l0 + l1 v at step i; v is the output's variance channels."""
-        s = self.schedule
-        low, high = float(s.posterior_log_variance_clipped[i]), math.log(s.betas[i])
+        schedule = self.schedule
+        low, high = float(schedule.posterior_log_variance_clipped[i]), math.log(schedule.betas[i])
         if self.var_type is VarType.LEARNED:
             return 0.0, 1.0
         if self.var_type is VarType.LEARNED_RANGE:
             return (low + high) / 2, (high - low) / 2
         if self.var_type is VarType.FIXED_SMALL:
             with np.errstate(divide="ignore"):
-                return float(np.log(s.posterior_variance[i])), 0.0
-        first = s.posterior_variance[1] if s.num_timesteps > 1 else s.betas[0]
-        return math.log(first if i == 0 else s.betas[i]), 0.0
+                return float(np.log(schedule.posterior_variance[i])), 0.0
+        first_variance = schedule.posterior_variance[1] if schedule.num_timesteps > 1 else schedule.betas[0]
+        return math.log(first_variance if i == 0 else schedule.betas[i]), 0.0
 
     def model_t(self, t: Tensor) -> Tensor:
         """Return the timesteps that the network and a classifier see: [N] int64, float32 if rescaled.

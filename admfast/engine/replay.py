@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from admfast.models.hooks import spared
+from admfast.models.hooks import hook_checks_skipped
 from admfast.ops.transforms import recording, traced
 
 ATEN = torch.ops.aten
@@ -53,7 +53,7 @@ class Replay:
         return self.refused or ("fewer than four rows" if self._calls < 3 else None)
 
     def __call__(self) -> None:
-        if self.refused is not None or traced() or not spared():
+        if self.refused is not None or traced() or not hook_checks_skipped():
             self.body()
         elif self._calls == 0:
             self.body()

@@ -28,7 +28,7 @@ from admfast.engine.replay import Replay
 from admfast.engine.threads import convolution, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
-from admfast.models.hooks import surveyed
+from admfast.models.hooks import skip_hook_checks
 from admfast.ops.dispatch import Choice, watch
 from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, update_for
 
@@ -133,7 +133,7 @@ class PreparedStep:
         self.embeddings = {
             name: RowEmbeddings(part, key.shape[0], options.rows_at_a_time, device)
             for name, part in parts.items()
-            if part is not None and part.projects and not part.altered
+            if part is not None and part.joins_projections and not part.is_altered
         }
         with watch() as self._once:  # the choice of the update, made once for all rows
             self.update = update_for(self.state, self.table, impl)
@@ -251,7 +251,7 @@ class PreparedStep:
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, count = batch.table, len(batch.table)
         self.threads = self._threads()  # the user may have changed torch's number
-        if (renewals := [net.fold_renewals for net in self._networks]) != self._renewals:
+        if (renewals := [net.fold_count for net in self._networks]) != self._renewals:
             self._renewals = renewals
             for replay in self.replays.values():
                 replay.forget()
@@ -299,7 +299,7 @@ class PreparedStep:
         """Run row i; rows must be run in order, from 0."""
         made = {net.fold_hooks_made for net in self._networks}
         with (
-            surveyed(None if None in made else min(made)),  # type: ignore[type-var]
+            skip_hook_checks(None if None in made else min(made)),  # type: ignore[type-var]
             contextlib.nullcontext() if self.threads is None else on_threads(self.threads),
         ):
             self._advance(i)
@@ -351,7 +351,7 @@ class RowEmbeddings:
         t = timesteps[:, None].expand(rows, self.count).flatten()
         y = () if labels is None else (labels.repeat(rows),)
         with torch.no_grad():
-            values = self.net.projections(self.net.embedded(t, *y))  # type: ignore[operator]
+            values = self.net.join_projections(self.net.embed_conditions(t, *y))  # type: ignore[operator]
         self.values[:rows] = values.view(rows, self.count, -1)
 
     def at(self, row: Tensor) -> Tensor:

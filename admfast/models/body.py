@@ -21,7 +21,7 @@ def time_mlp(model_channels: int) -> nn.Sequential:
 
 def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
     """Return the input blocks (stem first), and the number of output channels of each."""
-    widths, attended = config.widths(), config.levels_with_attention()
+    widths, has_attention = config.widths(), config.levels_with_attention()
     channels = widths[0]
     blocks = nn.ModuleList(
         [TimestepEmbedSequential(conv_nd(config.dims, in_channels, channels, 3, padding=1))]
@@ -31,7 +31,7 @@ def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[
         for _ in range(config.num_res_blocks):
             layers: list[nn.Module] = [res_block(config, channels, width)]
             channels = width
-            if attended[level]:
+            if has_attention[level]:
                 layers.append(attention_block(config, channels))
             blocks.append(TimestepEmbedSequential(*layers))
             outputs.append(channels)
@@ -60,14 +60,14 @@ def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) 
         raise invalid("timesteps.shape", tuple(timesteps.shape), f"one for each image, ({x.shape[0]},)")
 
 
-def dtype_of(blocks: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+def first_parameter_dtype(blocks: nn.Module, default: torch.dtype) -> torch.dtype:
     """Return the dtype in which `blocks` compute: that of their first parameter, else `otherwise`."""
-    return next((parameter.dtype for parameter in blocks.parameters()), otherwise)
+    return next((parameter.dtype for parameter in blocks.parameters()), default)
 
 
-def convert_convolutions(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:
+def convert_convolutions(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
     """Cast the weights and biases of every convolution in `parts` to `dtype`, in place."""
-    for part in parts:
+    for part in modules:
         for module in part.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 module.to(dtype)

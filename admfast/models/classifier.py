@@ -11,13 +11,13 @@ from admfast.models.body import (
     check_input,
     convert_convolutions,
     down_path,
-    dtype_of,
+    first_parameter_dtype,
     middle_block,
     time_mlp,
 )
 from admfast.models.config import ClassifierConfig
 from admfast.models.convolution import conv_nd
-from admfast.models.fold import FoldableNet, Projected
+from admfast.models.fold import FoldableNet, ProjectedEmbedding
 from admfast.models.layers import (
     AttentionPool2d,
     Head,
@@ -25,7 +25,7 @@ from admfast.models.layers import (
     call_block,
     call_head,
     timestep_embedding,
-    zeroed,
+    zero_parameters,
 )
 
 HIDDEN = 2048  # width of the hidden layer of the spatial pools
@@ -50,7 +50,7 @@ class Classifier(FoldableNet):
         self.middle_block = middle_block(config)
         channels = config.widths()[-1]
         self.out = _head(config, channels, feature_size=sum(outputs) + channels)
-        self._lay_out_projections()
+        self._assign_projection_columns()
 
     def forward(self, x: Tensor, timesteps: Tensor, projected: Tensor | None = None) -> Tensor:
         """Return logits [N, classes] (dtype of x) at x [N, C, *spatial] and timesteps [N]; differentiable.
@@ -59,24 +59,29 @@ class Classifier(FoldableNet):
         """
         config = self.config
         check_input(config, config.in_channels, x, timesteps)
-        emb = self.embedded(timesteps) if projected is None else Projected(projected)
-        spatial, wide = config.pool.startswith("spatial"), dtype_of(self.out, x.dtype)
+        emb = self.embed_conditions(timesteps) if projected is None else ProjectedEmbedding(projected)
+        pools_every_block, head_dtype = (
+            config.pool.startswith("spatial"),
+            first_parameter_dtype(self.out, x.dtype),
+        )
         means = []
-        h = self.entering(x)
+        h = self.enter_torso(x)
         for block in self.input_blocks:
             h = call_block(block, h, emb)
-            if spatial:
-                means.append(h.to(wide).flatten(2).mean(dim=2))
+            if pools_every_block:
+                means.append(h.to(head_dtype).flatten(2).mean(dim=2))
         h = call_block(self.middle_block, h, emb)
-        if spatial:
-            means.append(h.to(wide).flatten(2).mean(dim=2))
+        if pools_every_block:
+            means.append(h.to(head_dtype).flatten(2).mean(dim=2))
             h = torch.cat(means, dim=1)
-        return call_head(self.out, h, wide).to(x.dtype)
+        return call_head(self.out, h, head_dtype).to(x.dtype)
 
-    def embedded(self, timesteps: Tensor) -> Tensor | Projected:
+    def embed_conditions(self, timesteps: Tensor) -> Tensor | ProjectedEmbedding:
         """Return the embedding of timesteps [N] that the blocks get: [N, E], or its joined projections."""
         emb = timestep_embedding(timesteps, self.config.model_channels)
-        return self.projected(self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype))))
+        return self.project_embedding(
+            self.time_embed(emb.to(first_parameter_dtype(self.time_embed, emb.dtype)))
+        )
 
     def convert_torso(self, dtype: torch.dtype) -> Self:
         """Run the input and middle blocks in `dtype`: cast their convolutions, in place.
@@ -101,11 +106,11 @@ def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequ
             Norm(channels),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d((1, 1)),
-            zeroed(conv_nd(config.dims, channels, config.out_channels, 1)),
+            zero_parameters(conv_nd(config.dims, channels, config.out_channels, 1)),
             nn.Flatten(),
         )
     if config.pool == "attention":
-        side = config.image_size // config.pool_ds()
+        side = config.image_size // config.pool_downsampling()
         return Head(
             Norm(channels),
             nn.SiLU(),

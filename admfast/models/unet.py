@@ -13,14 +13,14 @@ from admfast.models.body import (
     check_input,
     convert_convolutions,
     down_path,
-    dtype_of,
+    first_parameter_dtype,
     middle_block,
     res_block,
     time_mlp,
 )
 from admfast.models.config import UNetConfig
 from admfast.models.convolution import conv_nd
-from admfast.models.fold import FoldableNet, Projected
+from admfast.models.fold import FoldableNet, ProjectedEmbedding
 from admfast.models.layers import (
     Head,
     Norm,
@@ -29,7 +29,7 @@ from admfast.models.layers import (
     call_block,
     call_head,
     timestep_embedding,
-    zeroed,
+    zero_parameters,
 )
 
 
@@ -54,9 +54,11 @@ class UNet(FoldableNet):
         self.output_blocks = _up_path(config, skip_channels)
         first = config.widths()[0]
         self.out = Head(
-            Norm(first), nn.SiLU(), zeroed(conv_nd(config.dims, first, config.out_channels, 3, padding=1))
+            Norm(first),
+            nn.SiLU(),
+            zero_parameters(conv_nd(config.dims, first, config.out_channels, 3, padding=1)),
         )
-        self._lay_out_projections()
+        self._assign_projection_columns()
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, projected: Tensor | None = None
@@ -67,7 +69,7 @@ class UNet(FoldableNet):
             x: [N, C, *spatial], float; sides divisible by 2^(levels - 1), except a volume's first side.
             timesteps: [N], integer or float, in the unit of the original schedule.
             y: [N] class indices for a class-conditional network; None otherwise.
-            projected: [N, projected_width], the result of `projections(embedded(timesteps, y))`. If it is
+            projected: [N, projected_width], `join_projections(embed_conditions(timesteps, y))`. If it is
                 given, the values of timesteps and y are ignored.
 
         Returns:
@@ -78,14 +80,14 @@ class UNet(FoldableNet):
         """
         config = self.config
         check_input(config, config.in_channels * self.input_copies, x, timesteps)
-        units = config.side_units()
+        units = config.side_divisors()
         if any(side % unit for side, unit in zip(x.shape[2:], units, strict=True)):
             raise invalid("x.shape", tuple(x.shape), f"sides that {units[-1]} divides")
-        emb = self.embedded(timesteps, y) if projected is None else Projected(projected)
-        h = through_blocks(self, self.entering(x), emb)
-        return call_head(self.out, h, dtype_of(self.out, x.dtype)).to(x.dtype)
+        emb = self.embed_conditions(timesteps, y) if projected is None else ProjectedEmbedding(projected)
+        h = through_blocks(self, self.enter_torso(x), emb)
+        return call_head(self.out, h, first_parameter_dtype(self.out, x.dtype)).to(x.dtype)
 
-    def embedded(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | Projected:
+    def embed_conditions(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | ProjectedEmbedding:
         """Return the embedding of timesteps and classes [N] for the blocks, or its joined projections."""
         config = self.config
         if (y is not None) != (config.num_classes is not None):
@@ -94,8 +96,8 @@ class UNet(FoldableNet):
         if y is not None:
             self._check_labels(y, timesteps)
         emb = timestep_embedding(timesteps, config.model_channels)
-        emb = self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype)))
-        return self.projected(emb if y is None else emb + self._embedded(y))
+        emb = self.time_embed(emb.to(first_parameter_dtype(self.time_embed, emb.dtype)))
+        return self.project_embedding(emb if y is None else emb + self._embedded(y))
 
     def _check_labels(self, y: object, timesteps: Tensor) -> None:
         """Raise InvalidArgument for labels that aren't one whole number for each image."""
@@ -122,7 +124,7 @@ class UNet(FoldableNet):
         return self
 
 
-def through_blocks(net: Any, h: Tensor, emb: Tensor | Projected) -> Tensor:
+def through_blocks(net: Any, h: Tensor, emb: Tensor | ProjectedEmbedding) -> Tensor:
     """Run the input blocks, the middle block and, if the network has any, the output blocks."""
     outputs, skips = getattr(net, "output_blocks", ()), []
     for block in net.input_blocks:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, diffusers, load_network, write_weights
-from admfast.checkpoints.published_flags import published_flags
-from admfast.checkpoints.reading import Source
+from admfast.checkpoints.config_to_flags import published_flags
+from admfast.checkpoints.reading import WeightsSource
 from admfast.checkpoints.writing import DTYPES, write_folder
 from admfast.checks import one_of, switch
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
@@ -66,7 +66,7 @@ class Exported:
 
 
 def export(
-    source: Source,
+    source: WeightsSource,
     out: str | PathLike[str],
     *,
     to: str,
@@ -139,7 +139,7 @@ def _place(out: str | PathLike[str], to: str, overwrite: bool) -> Path:
 
 
 def _loaded(
-    source: Source,
+    source: WeightsSource,
     weights: str | PathLike[str] | None,
     preset: str | None,
     options: Mapping[str, Any],

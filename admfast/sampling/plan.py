@@ -141,7 +141,7 @@ def _base(request: SampleRequest, pipeline: Pipeline) -> Plan:
         return None if value is None else value.to(device, torch.float32)
 
     noise, x_start, step_noise = map(on_device, (request.noise, request.x_start, request.step_noise))
-    if solver.begins == "image" and x_start is not None:
+    if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = [int(kept[row.index]) for row in table.rows]
     scale, interval = _by_classifier(request, pipeline)
@@ -176,7 +176,7 @@ def _enlarging(request: SampleRequest, pipeline: Pipeline, up: Pipeline, base: P
     """Return the plan of the upsampler after a base plan; `Plan.of` adds its low-resolution images."""
     solver = request.solver
     assert isinstance(solver, Solver)
-    if solver.begins == "image":
+    if solver.starts_from == "image":
         raise invalid(
             "solver", str(solver), f"not for {pipeline.name}, which has an upsampler; load it without"
         )
@@ -217,7 +217,7 @@ def _kept_rows(
     diffusion: DiffusionConfig, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
     """Return the process and its rows, cached: schedules and tables in float64 take milliseconds to make."""
-    process = diffusion.build(respacing if steps is None else solver.respaced(steps))
+    process = diffusion.build(respacing if steps is None else solver.respacing_for(steps))
     return process, solver.table(process, clip)
 
 
@@ -264,7 +264,7 @@ def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pip
 def check_of_images(pipeline: Pipeline) -> None:
     """Reject a network that has neither as many output as input channels, nor twice as many."""
     config = pipeline.config
-    if not config.of_images:
+    if not config.outputs_images:
         allowed = "as many out as in, or twice as many; use this network by pipe.net(x, t) only"
         raise invalid("net", f"{config.in_channels} channels in, {config.out_channels} out", allowed)
 
@@ -307,7 +307,7 @@ def _by_classifier(request: SampleRequest, pipeline: Pipeline) -> tuple[float, I
     if scale is None:
         assert isinstance(request.solver, Solver)
         others = request.guidance_fn is not None or request.guides
-        scale = 0.0 if others or request.solver.begins == "image" else pipeline.guidance
+        scale = 0.0 if others or request.solver.starts_from == "image" else pipeline.guidance
     for guide in request.guides:
         if guide.function is None:
             scale, interval = guide.scale, guide.interval

@@ -25,7 +25,7 @@ def asked_sides(request: SampleRequest, pipeline: Pipeline) -> Sides:
     config = pipeline.config
     if len(sides) != config.dims:
         raise invalid(name, value, f"{config.dims} sides, one per dimension of an image")
-    _check_divisible(name, value, sides, config.side_units())
+    _check_divisible(name, value, sides, config.side_divisors())
     return sides
 
 
@@ -53,7 +53,7 @@ def _enlarged(up: Pipeline, shape: Sides) -> Sides:
             told = "an option of load, or --set on the command line"
             raise invalid("low_res.shape", shape, f"{allowed} ({told}), or size")
         return up.spatial
-    units = [_smallest(unit, trained, side) for unit in up.config.side_units()]
+    units = [_smallest(unit, trained, side) for unit in up.config.side_divisors()]
     _check_divisible("low_res.shape", shape, sides, units)
     return tuple(own * side // trained for own in sides)
 
@@ -65,7 +65,7 @@ def enlarged_base(up: Pipeline, base: Pipeline, sides: Sides) -> tuple[int, Side
     """
     trained = up.low_res_size or base.config.image_size
     factor = max(min(sides) // trained, 1)
-    units = [factor * _smallest(unit, trained, up.config.image_size) for unit in up.config.side_units()]
+    units = [factor * _smallest(unit, trained, up.config.image_size) for unit in up.config.side_divisors()]
     # Average pooling would drop the last columns of a side that the factor doesn't divide.
     if min(sides) < trained or any(side % unit for side, unit in zip(sides, units, strict=True)):
         divided = "" if max(units) == 1 else f" that {_listed(units)} divides"
@@ -83,8 +83,10 @@ def check_classifier_sides(request: SampleRequest, pipeline: Pipeline) -> None:
         needed = "x".join(map(str, own))
         allowed = f"{needed}, which the classifier's attention pool needs; guidance=0 doesn't use it"
         raise invalid(name, value, allowed)
-    if min(sides[config.dims == 3 :]) < config.pool_ds():
-        raise invalid(name, value, f"sides of {config.pool_ds()} or more, for the classifier's downsampling")
+    if min(sides[config.dims == 3 :]) < config.pool_downsampling():
+        raise invalid(
+            name, value, f"sides of {config.pool_downsampling()} or more, for the classifier's downsampling"
+        )
 
 
 def _smallest(unit: int, trained: int, side: int) -> int:

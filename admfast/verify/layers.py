@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from admfast.engine.numerics import own_numerics
 from admfast.models.fold import TORSO
-from admfast.models.hooks import staying_fused
+from admfast.models.hooks import keep_fused
 from admfast.verify.budget import BUDGETS, Budget, Deviation, relative_error
 
 
@@ -84,7 +84,7 @@ def _inputs(
     for name, module in layers.items():
         hooks.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
     try:
-        with own_numerics(next(reference.parameters()).device), torch.no_grad(), staying_fused():
+        with own_numerics(next(reference.parameters()).device), torch.no_grad(), keep_fused():
             call(reference)
     finally:
         for handle in hooks:

@@ -146,7 +146,7 @@ def test_report_on_a_described_file(tmp_path):
     work = forward_work(SMALL_UNET, 3)
     total = (work.weight_bytes + work.activation_bytes) / 2**20
     assert report["memory"].startswith(f"{total:.1f} MiB at batch 3, torso float32: weights ")
-    assert "nearest" not in report and "open" not in report
+    assert "nearest" not in report and "missing" not in report
 
 
 def test_a_shipped_file_is_named(tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_report_on_a_file_that_leaves_options_open(tmp_path):
     write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
     report = dict(describe(tmp_path / "x.pt"))
     assert report["network"] == "a unet with 32 base channels x (1,2)"
-    assert "give num_heads or num_head_channels (a divisor of 64)" in report["open"]
+    assert "give num_heads or num_head_channels (a divisor of 64)" in report["missing"]
     assert "memory" not in report and report["values"] == "all finite"
     answered = dict(
         describe(
@@ -172,7 +172,7 @@ def test_report_on_a_file_that_leaves_options_open(tmp_path):
         )
     )
     assert answered["attention"].startswith("2 heads, new qkv order")
-    assert "memory" in answered and "open" not in answered and "values" not in answered
+    assert "memory" in answered and "missing" not in answered and "values" not in answered
 
 
 def test_report_on_released_shapes(tmp_path):

@@ -144,7 +144,7 @@ def test_a_condition_in_the_input_is_not_taken_for_an_upsampler_s(stem, head):
     with pytest.raises(AmbiguousCheckpoint, match=r"kind \(unet or upsampler\)"):
         identify(network_shapes(given), file="x", options=options)
     found = identify(network_shapes(given), file="x", options={**options, "kind": "unet"}).config
-    assert found == given and not found.of_images
+    assert found == given and not found.outputs_images
     up = identify(network_shapes(given), file="x", options={**options, "kind": "upsampler"}).config
     assert up.kind == "upsampler" and up.in_channels == stem // 2
 
@@ -178,22 +178,22 @@ def test_a_classifier_of_equal_blocks_can_be_read_in_several_ways():
 
 
 def test_what_the_file_carries_answers_and_options_win():
-    carried = Description(SMALL_UNET, DiffusionConfig(steps=100, learn_sigma=True), {"seed": 3})
+    stored = Description(SMALL_UNET, DiffusionConfig(steps=100, learn_sigma=True), {"seed": 3})
     given = identify(
         network_shapes(SMALL_UNET), file="x", config=SMALL_UNET, options={"noise_schedule": "cosine"}
     )
     assert given.diffusion == DiffusionConfig(noise_schedule="cosine", learn_sigma=True)
-    found = identify(network_shapes(SMALL_UNET), file="x", carried=carried)
-    assert (found.config, found.diffusion, found.training) == (SMALL_UNET, carried.diffusion, {"seed": 3})
+    found = identify(network_shapes(SMALL_UNET), file="x", description=stored)
+    assert (found.config, found.diffusion, found.training) == (SMALL_UNET, stored.diffusion, {"seed": 3})
     assert found.preset is None and found.candidates == () and found.assumed == ()
     changed = identify(
         network_shapes(SMALL_UNET),
         file="x",
-        carried=carried,
+        description=stored,
         options={"num_heads": 4, "num_head_channels": -1, "steps": 50},
     )
     assert changed.config == dataclasses.replace(SMALL_UNET, num_heads=4, num_head_channels=-1)
-    assert changed.diffusion == dataclasses.replace(carried.diffusion, steps=50)
+    assert changed.diffusion == dataclasses.replace(stored.diffusion, steps=50)
 
 
 def test_the_process_of_unknown_weights_is_unknown_unless_given():
@@ -217,7 +217,10 @@ def test_the_process_of_unknown_weights_is_unknown_unless_given():
             "learn_sigma=False: True for a network",
         ),
         ({"config": SMALL_UNET, "options": {"learn_sigma": False}}, "learn_sigma=False: True for a network"),
-        ({"carried": Description(SMALL_UNET, DiffusionConfig())}, "learn_sigma=False: True for a network"),
+        (
+            {"description": Description(SMALL_UNET, DiffusionConfig())},
+            "learn_sigma=False: True for a network",
+        ),
         ({"options": {"channel_mult": 5, **HEADS}}, "channel_mult=5: "),
         ({"options": {"attention_resolutions": "x"}}, "attention_resolutions='x'"),
         ({"options": {"num_head_channels": "x"}}, "num_head_channels='x': a whole number"),
@@ -227,7 +230,7 @@ def test_the_process_of_unknown_weights_is_unknown_unless_given():
         ({"options": {"steps": "many"}}, "steps='many': a whole number"),
         ({"preset_name": "64x64"}, "nearest: 64x64_diffusion"),
         ({"preset_name": "64x64_diffusion", "config": SMALL_UNET}, "not both"),
-        ({"carried": Description(SMALL_UNET), "options": {"kind": "upsampler"}}, "those of a unet"),
+        ({"description": Description(SMALL_UNET), "options": {"kind": "upsampler"}}, "those of a unet"),
     ],
     ids=str,
 )

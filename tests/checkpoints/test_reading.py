@@ -281,7 +281,7 @@ def make_damaged(folder):
         ("none.safetensors", "holds no tensors"),
         ("dtype.safetensors", "not safetensors"),
         ("", "a folder, not a weights file .holds "),
-        ("whole.py", "no such file; nearest there: whole.pt"),
+        ("whole.py", "no such file; similar names: whole.pt"),
         ("no/x.pt", "no such file; there is no folder"),
         ("whole.pt/x.pt", "no such file|Not a directory"),
     ],
@@ -300,7 +300,7 @@ def test_a_missing_file_names_what_the_folder_holds(tmp_path):
     torch.save(STATE, tmp_path / "64x64_diffusion.pt")
     with pytest.raises(CheckpointError, match=f"{tmp_path} holds 64x64_diffusion.pt"):
         read_weights(tmp_path / "zzz.pt")
-    with pytest.raises(CheckpointError, match="nearest there: 64x64_diffusion.pt"):
+    with pytest.raises(CheckpointError, match="similar names: 64x64_diffusion.pt"):
         read_weights(tmp_path / "64x64_difusion.pt")
 
 

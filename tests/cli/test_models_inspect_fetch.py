@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from admfast.checkpoints import Fetched, write_weights
+from admfast.checkpoints import FetchedFile, write_weights
 from admfast.cli.fetch import run_fetch, wanted_models
 from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
@@ -186,7 +186,7 @@ def fetched(monkeypatch):
         calls.append((name, options))
         path = folder / f"{name}.pt"
         path.write_bytes(b"new")
-        return Fetched(path, "http://x", 3, ("size",))
+        return FetchedFile(path, "http://x", 3, ("size",))
 
     monkeypatch.setattr(fetch_module, "fetch", pretend)
     return calls

@@ -86,8 +86,8 @@ def arguments(
     if modulated:  # as in a network: two halves of one projection
         made["scale"], made["shift"] = draw(n, 2 * (c1 + c2)).to(weights).chunk(2, dim=1)
     if biased:
-        of_images = (n, c1 + c2) if biased == "image" else (c1 + c2,)
-        made["x_bias"] = (2 * draw(*of_images)).to(dtype)
+        outputs_images = (n, c1 + c2) if biased == "image" else (c1 + c2,)
+        made["x_bias"] = (2 * draw(*outputs_images)).to(dtype)
     if out is not None:
         made["dtype"] = out
     return made | dict(groups=groups, silu=silu, resample=resample, with_skip=with_skip)

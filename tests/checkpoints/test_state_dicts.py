@@ -127,7 +127,7 @@ def test_entry_names_another(tmp_path, caplog):
     (line,) = caplog.messages
     assert str(path) in line and "model" in line and "ema" in line
     report = dict(describe(path, options={**ANSWERS, "entry": "model"}))
-    assert report["entry"] == "model" and "ema" in report["beside"]
+    assert report["entry"] == "model" and "ema" in report["note"]
 
 
 @pytest.mark.parametrize(
