@@ -58,7 +58,7 @@ class FusedBlock(nn.Module):
         self._part_types = tuple(map(type, submodules(self)))
 
     def must_run_by_parts(self) -> bool:
-        """Tell whether the parts must run one by one; takes 5 us for a residual block, without skipped checks."""
+        """Tell whether the parts must run one by one; takes 5 us for a residual block."""
         if hook_checks_skipped():
             return False
         parts = submodules(self)
