@@ -164,7 +164,7 @@ def _identity_rows(info: ModelInfo, may_read_file: bool) -> list[Row]:
     else:
         shipped = [model.name for model in MODELS.values() if model.shipped_path == info.path.resolve()]
         model = f"{shipped[0]}, as shipped" if shipped else "none of the released models"
-    rows = [("network", info.config.kind), ("model", model), ("known from", info.source)]
+    rows = [("network", info.config.kind), ("model", model), ("source", info.source)]
     if info.assumed:
         rows.append(("assumed", ", ".join(info.assumed)))
     return rows
@@ -230,7 +230,7 @@ def _size_rows(weights: Weights) -> list[Row]:
     ]
     nearest = nearest_preset(shapes_of(weights.tensors))
     if nearest is not None and nearest[1]:
-        rows.append(("nearest", f"{nearest[0].name}, from which it differs: {nearest[1].summary()}"))
+        rows.append(("nearest", f"{nearest[0].name}; the file differs from it: {nearest[1].summary()}"))
     return rows
 
 

@@ -333,9 +333,9 @@ def check_complete(shapes: Shapes, structure: Structure, file: str) -> None:
         blocks = _join_alternatives(
             sorted({_block_name(key) for key in nearest_differences.missing}), " and "
         )
-        lacks = f" without {blocks}" if blocks else ""
+        lacks = f", they lack parts of {blocks}" if blocks else ""
         raise CheckpointError(
-            f"{file}: {describe_structure(structure)}, but not a whole one{lacks}: "
+            f"{file}: the weights of {describe_structure(structure)} are not complete{lacks}: "
             f"{nearest_differences.summary()}"
         )
 
@@ -439,8 +439,7 @@ def _missing_options_message(
     """Return the error text: the network, the missing options, and the nearest released model's values."""
     text = (
         f"{file}: these are the weights of {describe_structure(structure)}, but keys and shapes don't show "
-        f"everything; "
-        f"give {'; '.join(questions)}; or the .json that was written with the file"
+        f"all settings; give {'; '.join(questions)}; or put the .json that was written with the file next to it"
     )
     if nearest_model is not None:
         model, differences = nearest_model
@@ -448,10 +447,9 @@ def _missing_options_message(
         answers = {"image_size": config.image_size, "use_new_attention_order": config.use_new_attention_order}
         heads_field = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
         answers[heads_field] = getattr(config, heads_field)
-        text += (
-            f" (nearest is {model.name}, with {', '.join(f'{k}={v}' for k, v in answers.items())}; "
-            f"from it the file differs in {differences.summary(1)})"
-        )
+        values = ", ".join(f"{name}={value}" for name, value in answers.items())
+        text += f" (the nearest released model is {model.name}, with {values}; "
+        text += f"the file differs from it: {differences.summary(1)})"
     return text
 
 

@@ -37,8 +37,9 @@ WeightsSource = str | PathLike[str] | Mapping[str, Any] | nn.Module | BinaryIO
 class Weights:
     """State dict of a network, in the order of the file, and the description that came with it, if any.
 
-    path: the file, or a word for weights in memory. entry: name of the state dict in the file, "" for the top
-    level. notes: lines about contents that were left out. unshared: whether no one else holds these tensors.
+    path: the file, or a word for weights in memory. entry: name of the state dict in the file or of a run's
+    average, "" for the top level of a file. notes: lines about ignored contents. unshared: whether nothing
+    else uses the memory of these tensors.
     """
 
     path: Path
@@ -61,15 +62,17 @@ def read_weights(
 
     Args:
         source: a path with any ending (.pt, .pth, .safetensors, ...); the folder of a training run, of which
-            the first average in the newest intact snapshot is read; a file open for reading bytes; a state
+            the newest intact snapshot is read; a file open for reading bytes; a state
             dict or a module, whose tensors are not copied.
         checksums: verify the CRC-32 of everything that is read from a zip-format .pt. False is for files that
             were saved without checksums (torch's `set_crc32_options`).
         values: False verifies checksums, but returns tensors on the meta device, which have no memory.
-        entry: name of the state dict to read, such as "ema" or "model", if a file holds several.
+        entry: name of the state dict to read, such as "ema" or "model", if a file holds several; of a run,
+            the name of an average, such as "0.9999". None reads the first average of a run.
 
     Raises:
-        InvalidArgument: for a URL, or a source that is neither a path nor weights.
+        InvalidArgument: for a URL, a source that is neither a path nor weights, or an unknown average of a
+            run.
         CheckpointError: in one line, for a file that is missing, empty, truncated or damaged, that would run
             code when unpickled (the message names the function), or that holds no state dict or several
             different ones.
@@ -101,7 +104,10 @@ def _read_file(path: Path, checksums: bool, values: bool, entry: str | None) -> 
     except OSError as error:
         raise invalid("weights", str(path), f"a path that the system accepts ({error.strerror})") from None
     if is_run:
-        return Weights(path, *read_run_average(path))
+        # A command line reads 0.9999 as a number.
+        average = None if entry is None else str(entry)
+        tensors, description = read_run_average(path, average, argument="entry")
+        return Weights(path, tensors, description, description.training["average"])
     _check_readable(path)
     with open(path, "rb") as file:
         return _read_open(path, file, checksums, values, entry, json_path=path.with_suffix(".json"))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from admfast.errors import CheckpointError, InvalidArgument, first_line
+from admfast.errors import CheckpointError, InvalidArgument, first_line, invalid
 from admfast.files.atomic import atomic_open, output_error, write_text
 from admfast.models.description import Description, description_from_json
 
@@ -206,11 +206,12 @@ def is_run_folder(path: str | PathLike[str]) -> bool:
 
 
 def read_run_average(
-    path: str | PathLike[str], average: str | None = None
+    path: str | PathLike[str], average: str | None = None, argument: str = "ema"
 ) -> tuple[dict[str, Tensor], Description]:
     """Return an average of a run's newest intact snapshot as a state dict, and the network's description.
 
-    average: its name ("0.9999"); None takes the first. Raises CheckpointError, InvalidArgument.
+    average: its name ("0.9999"); None takes the first. argument: the name of `average` in errors.
+    Raises CheckpointError, InvalidArgument.
     """
     run = Path(path)
     try:
@@ -227,7 +228,7 @@ def read_run_average(
     averages = state["averages"]
     name = next(iter(averages)) if average is None else average
     if name not in averages:
-        raise InvalidArgument(f"ema={name!r}: one of the run's averages: {', '.join(averages)}")
+        raise invalid(argument, name, f"one of the run's averages: {', '.join(averages)}")
     training = {**description.training, "step": snapshot.step, "average": name}
     # Names in the order of the network's state dict, with its buffers.
     tensors = {key: averages[name].get(key, value) for key, value in state["net"].items()}

@@ -338,5 +338,5 @@ def _other_state_dict(leaves: Mapping[str, Any], entry: str | None) -> NetworkEn
 
 
 def _quote_first(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:4])
-    return shown + (", ..." if len(names) > 4 else "")
+    quoted = ", ".join(repr(name) for name in names[:4])
+    return quoted + (", ..." if len(names) > 4 else "")

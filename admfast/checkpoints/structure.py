@@ -118,12 +118,12 @@ def _base_width(shapes: Shapes) -> int:
 
 def _group_children(shapes: Shapes, path: str) -> dict[int, dict[int, dict[str, tuple[int, ...]]]]:
     """Return {block: {child: {rest of the key: shape}}} of input_blocks or output_blocks."""
-    found: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {}
+    children: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {}
     for key, shape in shapes.items():
         match = _CHILD.fullmatch(key)
         if match and match[1] == path:
-            found.setdefault(int(match[2]), {}).setdefault(int(match[3]), {})[match[4]] = shape
-    return found
+            children.setdefault(int(match[2]), {}).setdefault(int(match[3]), {})[match[4]] = shape
+    return children
 
 
 def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
@@ -187,8 +187,8 @@ def _possible_layouts(blocks: list[_Block]) -> tuple[tuple[int, int], ...]:
     total = len(blocks)
     num_downsamplings = sum(not block.residual for block in blocks[1:])
     levels = [1 + num_downsamplings] if num_downsamplings else range(1, total + 1)
-    found = [(n, total // n - 1) for n in levels if total % n == 0 and total // n > 1]
-    return tuple(layout for layout in found if _is_consistent(blocks, *layout))
+    layouts = [(n, total // n - 1) for n in levels if total % n == 0 and total // n > 1]
+    return tuple(layout for layout in layouts if _is_consistent(blocks, *layout))
 
 
 def _is_consistent(blocks: list[_Block], levels: int, count: int) -> bool:

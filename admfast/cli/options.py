@@ -21,7 +21,7 @@ def options_of(flag: str, texts: Iterable[str] | None, also: Iterable[str] | Non
     """Read every `NAME=VALUE` that was given with `flag`.
 
     also: names allowed in addition to the options of networks and processes; None allows every name, and
-        the caller must check them.
+    the caller must check them.
     Raises: InvalidArgument for a text without `=`, an unknown name, or a switch that is neither yes nor no.
     """
     options: dict[str, Any] = {}

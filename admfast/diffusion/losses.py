@@ -29,7 +29,7 @@ def training_losses(
     mse is the mean squared error, over pixels, of the network's prediction (noise, x_0 or posterior mean).
     vb is the term of the variational bound in bits per dimension, without clipping. In the MSE losses it
     exists only if the variance is learned, and trains only the variance (the mean is detached).
-    Source: DDPM eq. 14; Nichol and Dhariwal 2021, eq. 16; `training_losses` of the published code.
+    Source: Ho et al. 2020, eq. 14; Nichol & Dhariwal 2021, eq. 16; `training_losses` of the published code.
 
     model: called as model(x_t, diffusion.model_t(t), **model_kwargs); returns [N, C, ...] or [N, 2C, ...].
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1]. t: [N], indices.

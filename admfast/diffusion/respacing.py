@@ -23,8 +23,8 @@ _ALLOWED_FORMS = (
 def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = False) -> list[int]:
     """Return the timesteps, in ascending order, that `spec` keeps out of 0..num_timesteps-1.
 
-    Source: `space_timesteps` of the published `respace.py`; the DDIM spacing is that of "Denoising Diffusion
-    Implicit Models", section D.2 (linear selection).
+    Source: `space_timesteps` of the published code; "ddimN": Song et al. 2020, section D.2 (linear
+    selection).
 
     num_timesteps: length of the original process, at least 1.
     spec: one of

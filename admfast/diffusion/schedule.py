@@ -27,7 +27,7 @@ def beta_schedule(name: str, steps: int) -> FloatArray:
 
     "linear": evenly spaced from 1e-4 s to 2e-2 s, s = 1000 / steps (Ho et al. 2020, for any length).
     "cosine": 1 - f((t+1)/steps) / f(t/steps), at most 0.999, f(u) = cos^2((u + 0.008) / 1.008 * pi / 2)
-    (Nichol and Dhariwal 2021, eq. 17).
+    (Nichol & Dhariwal 2021, eq. 17).
     Source: `get_named_beta_schedule` of the published code.
 
     name: "linear" or "cosine". steps: at least 1; at least 20 for "linear", whose last beta is 20 / steps.
@@ -49,8 +49,10 @@ def beta_schedule(name: str, steps: int) -> FloatArray:
 class Schedule:
     """A forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t), t = 0..S-1, in float64.
 
-    Source: `GaussianDiffusion.__init__` and `SpacedDiffusion` of the published code; the arrays have its
-    names, are float64 [S] and read-only. With alpha_bar_t = prod_{s<=t} (1 - beta_s):
+    Source: `GaussianDiffusion.__init__` and `SpacedDiffusion` of the published code.
+
+    The arrays have the names of the published code, are float64 [S] and read-only. With alpha_bar_t =
+    prod_{s<=t} (1 - beta_s):
 
     betas, alphas_cumprod (alpha_bar), alphas_cumprod_prev (first 1), alphas_cumprod_next (last 0),
     sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
@@ -126,9 +128,9 @@ class Schedule:
         Raises: InvalidArgument.
         """
         array = np.array(betas, dtype=np.float64)
-        kept = np.arange(array.size) if timestep_map is None else np.asarray(timestep_map)
+        timesteps = np.arange(array.size) if timestep_map is None else np.asarray(timestep_map)
         steps = array.size if original_steps is None else original_steps
-        return cls(array, kept, steps, rescale_timesteps)
+        return cls(array, timesteps, steps, rescale_timesteps)
 
     @property
     def num_timesteps(self) -> int:
@@ -148,8 +150,8 @@ class Schedule:
             raise invalid("steps", steps, "at least one whole number")
         if index[0] < 0 or index[-1] >= self.num_timesteps or (np.diff(index) <= 0).any():
             raise invalid("steps", index.tolist(), f"rising, from 0 to {self.num_timesteps - 1}")
-        kept = self.alphas_cumprod[index]
-        betas = 1 - kept / np.append(1.0, kept[:-1])
+        alpha_bar = self.alphas_cumprod[index]
+        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
         return Schedule(betas, self.timestep_map[index], self.original_steps, self.rescale_timesteps)
 
     def model_t(self, index: float) -> int | float:
@@ -165,8 +167,10 @@ class Schedule:
         if index == int(index):
             timestep: int | float = self.model_timesteps[int(index)].item()
             return timestep
-        timestep_ = float(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
-        return timestep_ * (TIMESTEP_SCALE / self.original_steps) if self.rescale_timesteps else timestep_
+        interpolated = float(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
+        return (
+            interpolated * (TIMESTEP_SCALE / self.original_steps) if self.rescale_timesteps else interpolated
+        )
 
     def log_snr(self, index: npt.ArrayLike) -> FloatArray:
         """Return log(alpha_bar / (1 - alpha_bar)), linear in the index between steps; float64, same shape.
@@ -216,8 +220,7 @@ def make_schedule(
 ) -> Schedule:
     """Return the float64 schedule of a diffusion process.
 
-    Source: `create_gaussian_diffusion` of the published code. For betas of your own see
-      `Schedule.from_betas`.
+    For other betas see `Schedule.from_betas`. Source: `create_gaussian_diffusion` of the published code.
 
     noise_schedule: "linear" or "cosine". steps: length of the original process.
     respacing: which steps to keep, see `space_timesteps`; "" keeps all and recomputes the betas from

@@ -91,8 +91,8 @@ class UNet(FoldableNet):
         """Return the embedding of timesteps and classes [N] for the blocks, or its joined projections."""
         config = self.config
         if (y is not None) != (config.num_classes is not None):
-            wanted = "needs" if config.num_classes is not None else "takes no"
-            raise invalid("y", None if y is None else "given", f"this network {wanted} class labels")
+            requirement = "needs" if config.num_classes is not None else "takes no"
+            raise invalid("y", None if y is None else "given", f"this network {requirement} class labels")
         if y is not None:
             self._check_labels(y, timesteps)
         emb = timestep_embedding(timesteps, config.model_channels)

@@ -129,7 +129,7 @@ def refuse_said(chosen: SystemPreset, said: Mapping[str, Any]) -> None:
     """Reject arguments whose values a system fixes."""
     for argument, value in said.items():
         given_as = str(value) if isinstance(value, PathLike) else value
-        raise invalid(argument, given_as, f"not for a system: {chosen.name} says it")
+        raise invalid(argument, given_as, f"not for a system: {chosen.name} determines it")
 
 
 def no_system(argument: str, source: WeightsSource, weights: str | PathLike[str] | None) -> WeightsSource:

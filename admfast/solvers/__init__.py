@@ -26,7 +26,7 @@ def solver_options(name: str) -> dict[str, Any]:
 def list_solvers(starts_from: str | None = None) -> list[str]:
     """Return every solver as text with all its options, such as "ddim:eta=0.0".
 
-    begins: "noise" or "image" selects the solvers that begin from it.
+    starts_from: "noise" or "image" selects the solvers that start from it; None selects all.
     """
     solvers = [factory() for factory in SOLVERS.values()]
     return [str(solver) for solver in solvers if starts_from in (None, solver.starts_from)]
@@ -47,7 +47,7 @@ def make_solver(value: Solver | str, **options: Any) -> Solver:
 @functools.lru_cache
 def parse_solver(text: str) -> Solver:
     """Return the solver that a text such as "ddim:eta=0.5" names; cached."""
-    name, _, options_text = (assignment.strip() for assignment in text.partition(":"))
+    name, _, options_text = (part.strip() for part in text.partition(":"))
     if name not in SOLVERS:
         raise invalid("solver", text, f"{nearest(name, SOLVERS)} (solvers: {', '.join(list_solvers())})")
     options: dict[str, Any] = {}

@@ -36,11 +36,8 @@ def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> Solver
     rows = []
     for i in reversed(range(schedule.num_timesteps)):
         alpha_bar, alpha_bar_prev = float(schedule.alphas_cumprod[i]), float(schedule.alphas_cumprod_prev[i])
-        sigma = (
-            eta
-            * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
-            * math.sqrt(1 - alpha_bar / alpha_bar_prev)
-        )
+        noise_ratio = (1 - alpha_bar_prev) / (1 - alpha_bar)
+        sigma = eta * math.sqrt(noise_ratio) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
         k_eps = math.sqrt(max(1 - alpha_bar_prev - sigma**2, 0.0))
         rows.append(_row(process, i, alpha_bar_prev, k_eps, sigma if i else 0.0, clip))
     return SolverTable("ddim", tuple(rows), integer_t=not schedule.rescale_timesteps)
@@ -67,16 +64,14 @@ def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
 def _row(
     process: GaussianDiffusion, i: int, alpha_bar_to: float, k_eps: float, sigma: float, clip: bool
 ) -> Row:
-    """Return the row of x_next = sqrt(bar_to) x0 + toward eps + sigma z.
+    """Return the row of x_next = sqrt(alpha_bar_to) x_0 + k_eps eps + sigma z.
 
-    eps = (x / sqrt(ab) - x0) / sqrt(1/ab - 1).
+    eps = (x / sqrt(ab) - x_0) / sqrt(1/ab - 1).
     """
     schedule = process.schedule
     k_x, k_out = process.x0_coefficients(i)
-    recip, recipm1 = (
-        float(schedule.sqrt_recip_alphas_cumprod[i]),
-        float(schedule.sqrt_recipm1_alphas_cumprod[i]),
-    )
+    recip = float(schedule.sqrt_recip_alphas_cumprod[i])
+    recipm1 = float(schedule.sqrt_recipm1_alphas_cumprod[i])
     timestep = float(schedule.model_t(i))
     return Row(
         t_net=timestep,

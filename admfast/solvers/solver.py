@@ -16,7 +16,7 @@ SolverFactory = TypeVar("SolverFactory", bound="Callable[..., Solver]")
 
 
 def register(factory: SolverFactory) -> SolverFactory:
-    """Add the function that makes a solver to `SOLVERS`, under its name with dashes for underscores."""
+    """Add a function that makes a solver to `SOLVERS`, under its name with dashes for underscores."""
     SOLVERS[factory.__name__.replace("_", "-")] = factory
     return factory
 
@@ -62,7 +62,7 @@ class Solver:
 
 
 def choose_clip(process: GaussianDiffusion, clip: bool, network_mean: bool) -> Clip:
-    """Return how a row clips x_0.
+    """Return the way in which a row clips x_0.
 
     network_mean: the update uses the mean that a PREVIOUS_X network predicts, so only the reported x_0 is
     clipped for such a network.

@@ -132,7 +132,7 @@ def test_report_on_a_described_file(tmp_path):
     size, count = path.stat().st_size, sum(value.numel() for value in state.values())
     assert report["file"] == f"{path}, {size:,} bytes"
     assert report["network"] == "unet" and report["model"] == "none of the released models"
-    assert report["known from"] == "the description that the file carries"
+    assert report["source"] == "the description that the file carries"
     assert report["blocks"].startswith("1 residual block a level, ")
     assert report["image"] == "16x16, 3 channels" and report["widths"] == "32, 64 (base 32)"
     assert report["output"] == "6 channels, 10 classes"
@@ -200,8 +200,8 @@ def test_report_on_released_shapes(tmp_path):
     tuned = {**uncond, "label_emb.weight": (7, 1024)}
     report = save("tuned.pt", tuned)
     assert report["nearest"] == (
-        "256x256_diffusion_uncond, from which it differs: 1 key unexpected (label_emb.weight [7, 1024])"
-    ) or report["nearest"].startswith("256x256_diffusion, from which it differs: 1 key with another shape")
+        "256x256_diffusion_uncond; the file differs from it: 1 key unexpected (label_emb.weight [7, 1024])"
+    ) or report["nearest"].startswith("256x256_diffusion; the file differs from it: 1 key with another shape")
 
 
 def test_a_file_is_called_the_published_one_by_its_hash_alone(tmp_path, monkeypatch):

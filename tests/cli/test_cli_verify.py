@@ -144,7 +144,9 @@ def test_a_place_that_cannot_be_written_is_said_first(verify, nothing_loads):
 
 def test_a_system_says_its_own_parts(capsys):
     assert main(["verify", "digits32", "--upsampler", "x.pt"]) == 2
-    assert capsys.readouterr().err == "admfast: --upsampler='x.pt': not for a system: digits32 says it\n"
+    assert (
+        capsys.readouterr().err == "admfast: --upsampler='x.pt': not for a system: digits32 determines it\n"
+    )
 
 
 def test_a_classifier_that_is_not_used_is_not_compared(capsys):

@@ -267,4 +267,4 @@ def test_a_file_beside_the_weights_answers_the_question(tmp_path, capsys):
     document = {"format": "admfast-1", "network": SMALL_UNET.to_dict()}
     (tmp_path / "x.json").write_text(json.dumps(document))
     run_inspect(tmp_path / "x.pt", values=False)
-    assert "known from  the description that the file carries" in capsys.readouterr().out
+    assert "source      the description that the file carries" in capsys.readouterr().out

@@ -163,7 +163,7 @@ def test_what_is_no_name_is_refused():
 def test_a_whole_block_that_is_missing_is_named_before_any_question(tmp_path):
     state = {key: value for key, value in unet().state_dict().items() if "middle_block.1" not in key}
     write_weights(tmp_path / "torn.pt", state)
-    message = r"torn.pt: a unet with .* but not a whole one without middle_block.1: 6 keys missing"
+    message = r"torn.pt: the weights of a unet with .* they lack parts of middle_block.1: 6 keys missing"
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "torn.pt", device="cpu")
     with pytest.raises(CheckpointError, match=message):
@@ -340,7 +340,7 @@ def test_what_is_missing_comes_with_the_command_that_fetches_it(tmp_path):
 )
 def test_a_system_says_everything_itself(given, tmp_path):
     (name,) = given
-    with pytest.raises(InvalidArgument, match=f"^{name}=.*: not for a system: imagenet64 says it"):
+    with pytest.raises(InvalidArgument, match=f"^{name}=.*: not for a system: imagenet64 determines it"):
         load("imagenet64", tmp_path, device="cpu", **given)
 
 

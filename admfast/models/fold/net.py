@@ -65,7 +65,7 @@ class FoldableNet(nn.Module):
     fold_dtype: torch.dtype | None = None
     training_dtype: torch.dtype | None = None  # of the torso while it isn't folded; None: its parameters'
     fold_generation: int = 0
-    fold_count: int = 0  # how often `fold` ran: forms that it no longer knows were not renewed
+    fold_count: int = 0  # how often `fold` ran; a form that it no longer knows was not renewed
     _fold_snapshot: _Snapshot | None = None
     _fold_values: ValueSnapshot | None = None
     _fold_by_layer: bool = False
@@ -193,10 +193,7 @@ class FoldableNet(nn.Module):
                 self._record_snapshot(snapshot)
             elif (options, dtype) != (self.fold_options, self.fold_dtype) or previous is None:
                 self.fold(options, dtype)
-            elif (snapshot.places, snapshot.versions) != (
-                previous.places,
-                previous.versions,
-            ) or not self._values_are_unchanged():
+            elif snapshot[:2] != previous[:2] or not self._values_are_unchanged():  # places and versions
                 self.fold(options, dtype)
             else:
                 self._record_snapshot(snapshot)
@@ -320,9 +317,8 @@ class FoldableNet(nn.Module):
 
     def project_embedding(self, emb: Tensor) -> Tensor | ProjectedEmbedding:
         """Return the embedding [N, E] projected to all blocks, or unchanged if the blocks project it."""
-        if (
-            self._projections is None or has_hooks(()) or not self.joins_projections
-        ):  # `has_hooks(())`: a global hook
+        # `has_hooks(())` finds global hooks.
+        if self._projections is None or has_hooks(()) or not self.joins_projections:
             return emb
         return self._projections(emb)
 

@@ -43,7 +43,7 @@ class ValueSnapshot:
     @property
     def num_compared(self) -> int:
         """Number of elements that are compared."""
-        return sum(kept.numel() for kept in self._copies)
+        return sum(copy.numel() for copy in self._copies)
 
     def were_written(self) -> bool:
         """Tell whether torch counted a write to a tensor, or one was moved; takes 15 us for 199 tensors."""
@@ -52,9 +52,8 @@ class ValueSnapshot:
     def are_unchanged(self) -> bool:
         """Tell whether the tensors hold the same bits: another NaN or another sign of zero is a change."""
         with deriving():
-            return all(
-                torch.equal(_concatenate(g), k) for g, k in zip(self._groups, self._copies, strict=True)
-            )
+            pairs = zip(self._groups, self._copies, strict=True)
+            return all(torch.equal(_concatenate(group), copy) for group, copy in pairs)
 
 
 def _count_writes(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
@@ -72,9 +71,8 @@ def _sample(tensor: Tensor) -> Tensor:
     # Length of the memory from the first element to the last, for any order of the dimensions in it.
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     first, step = 0, 1
-    if (
-        LARGEST_COMPARED_WHOLE < span <= tensor.numel()
-    ):  # a tensor with gaps in its memory is rare, and compared whole
+    # A tensor with gaps in its memory is rare, and compared whole.
+    if LARGEST_COMPARED_WHOLE < span <= tensor.numel():
         rows, columns, inner = tensor.flatten(2).shape if tensor.dim() > 2 else (*tensor.shape, 1, 1)[:3]
         step = max(1, columns // -(-max(SAMPLE_SIZE, columns) // rows))
         # A step shorter than a row meets every row. Without a factor in common with the number of columns, it
