@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from admfast.checkpoints import flags_to_options
+from admfast.checkpoints.complete_network import check_complete
 from admfast.checkpoints.differences import (
     Differences,
-    Shape,
     Shapes,
-    compare,
     fingerprint,
     nearest_preset,
-    network_shapes,
 )
 from admfast.checkpoints.structure import Structure, describe_structure, read_structure
 from admfast.diffusion import NOISE_SCHEDULES, DiffusionConfig
@@ -320,52 +318,6 @@ def _report_contradictions_first(shapes: Shapes, user_options: Mapping[str, Any]
         raise
 
 
-def check_complete(shapes: Shapes, structure: Structure, file: str) -> None:
-    """Reject weights whose keys and shapes fit no possible network: no option can change that."""
-    nearest_differences: Differences | None = None
-    for needed_shapes in _possible_shapes(structure):
-        differences = compare(shapes, needed_shapes)
-        if not differences:
-            return
-        if nearest_differences is None or differences.count < nearest_differences.count:
-            nearest_differences = differences
-    if nearest_differences is not None:
-        blocks = _join_alternatives(
-            sorted({_block_name(key) for key in nearest_differences.missing}), " and "
-        )
-        lacks = f", they lack parts of {blocks}" if blocks else ""
-        raise CheckpointError(
-            f"{file}: the weights of {describe_structure(structure)} are not complete{lacks}: "
-            f"{nearest_differences.summary()}"
-        )
-
-
-def is_in_published_order(shapes: Shapes) -> bool:
-    """Tell whether the keys are those of a complete ADM network, in the order of its parameters."""
-    try:
-        return any(
-            list(shapes) == list(needed_shapes) for needed_shapes in _possible_shapes(read_structure(shapes))
-        )
-    except (CheckpointError, InvalidArgument):  # not an ADM network, or impossible widths
-        return False
-
-
-def _possible_shapes(structure: Structure) -> Iterator[dict[str, Shape]]:
-    """Yield the keys and shapes, in the published order, of each network that fits a structure."""
-    for kind, channels in structure.kinds.items():
-        for layout in structure.layouts:
-            fields = {**structure.fields, **structure.fields_of_layout(layout), "kind": kind}
-            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attended)}
-            fields.setdefault("image_size", 2 ** (layout[0] - 1))
-            yield network_shapes(config_from_dict(fields))
-
-
-def _block_name(key: str) -> str:
-    """Return the block that a key belongs to: "output_blocks.3", "middle_block.1", "out"."""
-    parts = key.split(".")
-    return ".".join(parts[:2]) if parts[0].endswith("_blocks") or parts[0] == "middle_block" else parts[0]
-
-
 def _find_kind(structure: Structure, options: Mapping[str, Any], questions: list[str]) -> str:
     """Return the kind of network; ask for it if the channels fit both a UNet and an upsampler."""
     chosen = options.get("kind")
@@ -439,7 +391,7 @@ def _missing_options_message(
     """Return the error text: the network, the missing options, and the nearest released model's values."""
     text = (
         f"{file}: these are the weights of {describe_structure(structure)}, but keys and shapes don't show "
-        f"all settings; give {'; '.join(questions)}; or put the .json that was written with the file next to it"
+        f"all settings; give {'; '.join(questions)}; or put its .json next to it"
     )
     if nearest_model is not None:
         model, differences = nearest_model
@@ -458,5 +410,5 @@ def _stem(file: str) -> str:
     return file.replace("\\", "/").rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
 
-def _join_alternatives(names: list[str], last: str = " or ") -> str:
-    return ", ".join(names[:-1]) + last + names[-1] if len(names) > 1 else "".join(names)
+def _join_alternatives(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " or " + names[-1] if len(names) > 1 else "".join(names)

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from admfast.checkpoints.complete_network import is_in_published_order
 from admfast.checkpoints.differences import shapes_of
-from admfast.checkpoints.infer import is_in_published_order
 from admfast.checkpoints.pickles import PickledObject, StoredTensor, named_values, non_dense_kind
 
 NETWORK_ROOTS = ("time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out")

@@ -25,7 +25,7 @@ from admfast.ops.resample import avg_pool_down, nearest_up
 from admfast.ops.transforms import observed, recorded
 
 Net = TypeVar("Net", bound=nn.Module)
-_NO_CONTEXT = contextlib.nullcontext()
+_NO_CONTEXT: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 def zero_parameters(module: Net) -> Net:
@@ -160,12 +160,10 @@ class ResidualBlock(FusedBlock):
         h = norm(x, silu=True, resample=self.resample, x2=x2, with_skip=norm_returns_skip)
         if norm_returns_skip:
             (h, x), x2 = h, None
-        recomputes_input = recomputes and self.resample is None
-        with (
-            recompute_in_backward(h, norm.recomputation(block_input, silu=True, x2=x2))
-            if recomputes_input
-            else _NO_CONTEXT
-        ):
+        context = _NO_CONTEXT
+        if recomputes and self.resample is None:
+            context = recompute_in_backward(h, norm.recomputation(block_input, silu=True, x2=x2))
+        with context:
             h, x_bias = convolve_without_bias(conv, h)
         projected = self._project_embedding(emb)  # [N, C] or [N, 2C]
         if self.use_scale_shift_norm:
@@ -177,12 +175,10 @@ class ResidualBlock(FusedBlock):
             modulation = {"x_bias": projected + x_bias}
         normed = out_norm(h, silu=True, **modulation)
         dropped = dropout(normed)
-        recomputes = recomputes and dropped is normed
-        with (
-            recompute_in_backward(normed, out_norm.recomputation(h, silu=True, **modulation))
-            if recomputes
-            else _NO_CONTEXT
-        ):
+        context = _NO_CONTEXT
+        if recomputes and dropped is normed:
+            context = recompute_in_backward(normed, out_norm.recomputation(h, silu=True, **modulation))
+        with context:
             return out_conv(dropped, self._connect_skip(x, x2))
 
     def _project_embedding(self, emb: Any) -> Tensor:

@@ -121,7 +121,7 @@ def test_an_option_that_is_given_is_not_asked_for(options, asked):
         return
     with pytest.raises(AmbiguousCheckpoint) as caught:
         identify(shapes, file="x", options=options)
-    question = str(caught.value).partition("give ")[2].partition("; or the .json")[0]
+    question = str(caught.value).partition("give ")[2].partition("; or put its .json")[0]
     assert set(re.findall(r"(?:^|; )(\w+)", question)) == asked
 
 

@@ -376,7 +376,7 @@ def test_every_solver_is_listed_with_its_options():
     assert set(list_solvers()) == {str(make()) for make in SOLVERS.values()} > {"ddpm", "ddim:eta=0.0"}
     for begins in ("noise", "image"):
         assert set(list_solvers(begins)) == {
-            str(s) for s in (m() for m in SOLVERS.values()) if s.begins == begins
+            str(s) for s in (m() for m in SOLVERS.values()) if s.starts_from == begins
         }
     with pytest.raises(InvalidArgument, match="^solver='dimm': .*ddim:eta="):
         make_solver("dimm")
