@@ -28,7 +28,7 @@ from admfast.models.body import first_parameter_dtype
 from admfast.models.fold import FoldableNet, FoldOptions, ProjectedEmbedding
 from admfast.models.hooks import submodules
 from admfast.models.layers import timestep_embedding
-from admfast.models.unet import through_blocks
+from admfast.models.unet import run_blocks
 from admfast.ops.transforms import in_autocast, in_program
 
 MAKES = (PUBLISHED, EDM, DIFFUSERS)
@@ -43,7 +43,7 @@ class AcceleratedNet(FoldableNet):
     any of it, the conversion is undone at the next call.
     """
 
-    directions = 2  # many programs take the gradient in x
+    num_passes = 2  # many programs take the gradient in x
     accelerated_policy: Policy | None = None
     accelerated_walk: Walk | str
     accelerated_left: Mapping[str, str] = MappingProxyType({})
@@ -87,7 +87,7 @@ class AcceleratedNet(FoldableNet):
             low_res = F.interpolate(given["low_res"], x.shape[2:], mode="bilinear")
             images = torch.cat([x, low_res], dim=1)
         emb = self._embedding(timesteps, y, len(x))
-        h = through_blocks(self, self.enter_torso(images), emb)
+        h = run_blocks(self, self.enter_torso(images), emb)
         return self.out(h.to(images.dtype)).contiguous()  # type: ignore[operator]
 
     def _embedding(self, timesteps: Tensor, y: Tensor | None, count: int) -> Tensor | ProjectedEmbedding:

@@ -1,6 +1,6 @@
 """Floor 3: read, identify, compare, describe, write and download weights files."""
 
-from admfast.checkpoints.describe import ForwardWork, describe, forward_work
+from admfast.checkpoints.describe import ForwardWork, count_forward_work, describe
 from admfast.checkpoints.differences import (
     Differences,
     compare,
@@ -26,7 +26,7 @@ __all__ = [
     "describe",
     "fetch",
     "fingerprint",
-    "forward_work",
+    "count_forward_work",
     "identify",
     "identify_weights",
     "load_network",

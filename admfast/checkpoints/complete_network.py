@@ -44,7 +44,7 @@ def _possible_shapes(structure: Structure) -> Iterator[dict[str, Shape]]:
     for kind, channels in structure.kinds.items():
         for layout in structure.layouts:
             fields = {**structure.fields, **structure.fields_of_layout(layout), "kind": kind}
-            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attended)}
+            fields |= {"in_channels": channels, "num_head_channels": math.gcd(*structure.attention_widths)}
             fields.setdefault("image_size", 2 ** (layout[0] - 1))
             yield network_shapes(config_from_dict(fields))
 

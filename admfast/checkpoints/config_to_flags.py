@@ -85,8 +85,8 @@ def _classifier_flags(config: ClassifierConfig) -> dict[str, Any]:
 
 def _attention_sides(config: NetConfig) -> str:
     """Return the image sides with attention; "1", which no level has, for a network without attention."""
-    attended = [2**level for level, on in enumerate(config.levels_with_attention()) if on]
-    return ",".join(str(config.image_size // factor) for factor in attended) or "1"
+    factors = [2**level for level, on in enumerate(config.levels_with_attention()) if on]
+    return ",".join(str(config.image_size // factor) for factor in factors) or "1"
 
 
 def _channel_mult_flag(config: NetConfig) -> str:

@@ -46,7 +46,7 @@ class ForwardWork:
     activation_bytes: int
 
 
-def forward_work(
+def count_forward_work(
     config: NetConfig,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
@@ -65,7 +65,7 @@ def forward_work(
     with torch.device("meta"):
         net = build(config)
         net.convert_torso(dtype)  # type: ignore[operator]
-        inputs = network_inputs(config, batch, sides)
+        inputs = make_network_inputs(config, batch, sides)
     counter = FlopCounterMode(display=False)
     live = LiveBytes(net, inputs)
     # Fused kernels don't run on meta tensors, and the counter can't count them. `keep_fused`: because of
@@ -76,17 +76,17 @@ def forward_work(
     return ForwardWork(counter.get_total_flops(), weights, live.peak)
 
 
-def guidance_flops(config: ClassifierConfig, sides: Sequence[int] | None = None) -> int:
+def count_guidance_flops(config: ClassifierConfig, sides: Sequence[int] | None = None) -> int:
     """Count the floating-point operations of the guidance gradient for one image, on meta tensors.
 
     They are those of the classifier's forward pass and of its gradient with respect to x, without
-    recomputation. sides: see `forward_work`.
+    recomputation. sides: see `count_forward_work`.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     with torch.device("meta"):
         net = build(config).requires_grad_(False)
-        x, t = network_inputs(config, 1, sides).values()
+        x, t = make_network_inputs(config, 1, sides).values()
     with using("reference"), FlopCounterMode(display=False) as counter:
         net(x.requires_grad_(True), t).sum().backward()  # the counter can't follow torch.autograd.grad
     return counter.get_total_flops()
@@ -132,11 +132,11 @@ def describe(
         rows += _size_rows(weights)
         rows += _work_rows(info.config, batch, dtype)
     if check_values:
-        rows.append(("values", non_finite(weights.tensors)))
+        rows.append(("values", describe_non_finite(weights.tensors)))
     return rows
 
 
-def non_finite(tensors: Mapping[str, Tensor]) -> str:
+def describe_non_finite(tensors: Mapping[str, Tensor]) -> str:
     """Return `all finite`, or the numbers of NaN and infinite values and the first tensor that has any."""
     nan = infinite = 0
     affected_keys = []
@@ -236,8 +236,8 @@ def _size_rows(weights: Weights) -> list[Row]:
 
 def _work_rows(config: NetConfig, batch: int, dtype: torch.dtype) -> list[Row]:
     """Return the rows of the GFLOP of a forward pass and of its memory at a batch size."""
-    single = forward_work(config, 1, dtype)
-    batched = single if batch == 1 else forward_work(config, batch, dtype)
+    single = count_forward_work(config, 1, dtype)
+    batched = single if batch == 1 else count_forward_work(config, batch, dtype)
     name = str(dtype).removeprefix("torch.")
     total = batched.weight_bytes + batched.activation_bytes
     return [
@@ -259,7 +259,9 @@ def _format_bytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def network_inputs(config: NetConfig, batch: int, sides: Sequence[int] | None = None) -> dict[str, Tensor]:
+def make_network_inputs(
+    config: NetConfig, batch: int, sides: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """Return uninitialised arguments of the network's forward, on the default device.
 
     sides: sides of the images in pixels; None takes those that the network was trained for.

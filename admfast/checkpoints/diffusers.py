@@ -162,7 +162,9 @@ def _join_numbers(numbers: set[int]) -> str:
     return ", ".join(map(str, sorted(numbers)))
 
 
-def unet_state(state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim") -> dict[str, Tensor]:
+def convert_unet_state(
+    state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim"
+) -> dict[str, Tensor]:
     """Return the weights of a UNet with the names and shapes of `UNet2DModel`.
 
     state: the published state dict of a network of `config`, which `check_network` has accepted.

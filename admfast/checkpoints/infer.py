@@ -359,14 +359,16 @@ def _describe_layout(structure: Structure, layout: tuple[int, int]) -> str:
 
 def _ask_heads(structure: Structure, kind: str, options: Mapping[str, Any], questions: list[str]) -> None:
     """Ask for the attention heads and, if there is more than one, for the order of qkv rows."""
-    max_head_channels = math.gcd(*structure.attended)
+    max_head_channels = math.gcd(*structure.attention_widths)
     channels, heads = options.get("num_head_channels", -1), options.get("num_heads")
     if structure.pool_side is not None:
         if channels == -1:
             questions.append(f"num_head_channels (a divisor of {max_head_channels})")
     elif channels == -1 and heads is None:
         questions.append(f"num_heads or num_head_channels (a divisor of {max_head_channels})")
-    has_one_head = heads == 1 and channels == -1 or channels == structure.attended[-1] == max_head_channels
+    has_one_head = (
+        heads == 1 and channels == -1 or channels == structure.attention_widths[-1] == max_head_channels
+    )
     if kind != "classifier" and not has_one_head and "use_new_attention_order" not in options:
         questions.append("use_new_attention_order (True or False)")
 

@@ -133,7 +133,7 @@ def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
     """Read the pickle at the file's position; return its value, and its storages by key.
 
     Raises:
-        RunsCode: if it would call a function that can run programs.
+        UnsafeCall: if it would call a function that can run programs.
         Exception: ValueError, KeyError or another, if it is damaged or not a pickle.
     """
     machine = _PickleMachine()

@@ -22,7 +22,7 @@ class Structure:
         kinds: possible kinds, each with the image channels that it implies; one, or unet and upsampler.
         fields: configuration fields that are certain.
         layouts: possible (levels, residual blocks per level); more than one only for some classifiers.
-        attended: widths of the levels with attention, including the middle block.
+        attention_widths: widths of the levels with attention, including the middle block.
         pool_side: side of an attention pool in positions; None without one.
         blocks: the blocks of the down path.
     """
@@ -30,7 +30,7 @@ class Structure:
     kinds: dict[str, int]
     fields: dict[str, Any]
     layouts: tuple[tuple[int, int], ...]
-    attended: tuple[int, ...]
+    attention_widths: tuple[int, ...]
     pool_side: int | None = None
     blocks: tuple[_Block, ...] = field(default=(), repr=False)
 
@@ -92,8 +92,8 @@ def _read(shapes: Shapes) -> Structure:
         pool_side = _read_pool(shapes, fields)
     if not layouts or not all(_is_consistent(blocks, *layout) for layout in layouts):
         raise CheckpointError(f"not an ADM network: its {len(blocks)} input blocks form no regular levels")
-    attended = {block.width for block in blocks if block.attention} | {blocks[-1].width}
-    return Structure(kinds, fields, layouts, tuple(sorted(attended)), pool_side, tuple(blocks))
+    attention_widths = {block.width for block in blocks if block.attention} | {blocks[-1].width}
+    return Structure(kinds, fields, layouts, tuple(sorted(attention_widths)), pool_side, tuple(blocks))
 
 
 def _base_width(shapes: Shapes) -> int:

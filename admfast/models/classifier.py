@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from admfast.models.body import (
+    build_down_path,
+    build_middle_block,
+    build_time_mlp,
     check_input,
     convert_convolutions,
-    down_path,
     first_parameter_dtype,
-    middle_block,
-    time_mlp,
 )
 from admfast.models.config import ClassifierConfig
 from admfast.models.convolution import conv_nd
@@ -28,7 +28,7 @@ from admfast.models.layers import (
     zero_parameters,
 )
 
-HIDDEN = 2048  # width of the hidden layer of the spatial pools
+HIDDEN_WIDTH = 2048  # width of the hidden layer of the spatial pools
 
 
 class Classifier(FoldableNet):
@@ -40,14 +40,14 @@ class Classifier(FoldableNet):
     "spatial_v2" (means of every block's output, concatenated, through a two-layer perceptron).
     """
 
-    directions = 2  # guidance needs the gradient with respect to x
+    num_passes = 2  # guidance needs the gradient with respect to x
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
-        self.time_embed = time_mlp(config.model_channels)
-        self.input_blocks, outputs = down_path(config, config.in_channels)
-        self.middle_block = middle_block(config)
+        self.time_embed = build_time_mlp(config.model_channels)
+        self.input_blocks, outputs = build_down_path(config, config.in_channels)
+        self.middle_block = build_middle_block(config)
         channels = config.widths()[-1]
         self.out = _head(config, channels, feature_size=sum(outputs) + channels)
         self._assign_projection_columns()
@@ -118,11 +118,11 @@ def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequ
         )
     if config.pool == "spatial":
         return nn.Sequential(
-            nn.Linear(feature_size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, config.out_channels)
+            nn.Linear(feature_size, HIDDEN_WIDTH), nn.ReLU(), nn.Linear(HIDDEN_WIDTH, config.out_channels)
         )
     return nn.Sequential(
-        nn.Linear(feature_size, HIDDEN),
-        _NormOfFeatures(HIDDEN),
+        nn.Linear(feature_size, HIDDEN_WIDTH),
+        _NormOfFeatures(HIDDEN_WIDTH),
         nn.SiLU(),
-        nn.Linear(HIDDEN, config.out_channels),
+        nn.Linear(HIDDEN_WIDTH, config.out_channels),
     )

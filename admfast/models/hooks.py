@@ -68,8 +68,8 @@ class FusedBlock(nn.Module):
 class ModuleSurvey(NamedTuple):
     """The properties of a network, besides its parameters, on which a prepared step depends.
 
-    hooked: a hook exists, so Python must run at every evaluation. modules: the network and all modules below
-    it. types: their classes.
+    has_hooks: a hook exists, so Python must run at every evaluation. modules: the network and all its
+    submodules. types: their classes.
     """
 
     has_hooks: bool

@@ -41,9 +41,9 @@ def maybe_checkpoint(block: Any, *args: Any) -> Tensor:
 def recompute_in_backward(
     result: Tensor, recompute: Callable[[], Tensor]
 ) -> contextlib.AbstractContextManager[Any]:
-    """Recompute `made` by `again()` in the backward pass of code in the context, instead of storing it.
+    """Recompute `result` in the backward pass of code in the context, instead of storing it.
 
-    again: returns the same values, bit for bit. Under torch.func and torch.compile, `made` is stored.
+    recompute: returns the values of `result`, bit for bit. Under torch.func and torch.compile, it is stored.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return contextlib.nullcontext()

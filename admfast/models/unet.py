@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from admfast.errors import invalid
 from admfast.models.body import (
-    attention_block,
+    build_attention_block,
+    build_down_path,
+    build_middle_block,
+    build_res_block,
+    build_time_mlp,
     check_input,
     convert_convolutions,
-    down_path,
     first_parameter_dtype,
-    middle_block,
-    res_block,
-    time_mlp,
 )
 from admfast.models.config import UNetConfig
 from admfast.models.convolution import conv_nd
@@ -46,11 +46,11 @@ class UNet(FoldableNet):
         super().__init__()
         self.config = config
         emb_channels = 4 * config.model_channels
-        self.time_embed = time_mlp(config.model_channels)
+        self.time_embed = build_time_mlp(config.model_channels)
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, emb_channels)
-        self.input_blocks, skip_channels = down_path(config, config.in_channels * self.input_copies)
-        self.middle_block = middle_block(config)
+        self.input_blocks, skip_channels = build_down_path(config, config.in_channels * self.input_copies)
+        self.middle_block = build_middle_block(config)
         self.output_blocks = _up_path(config, skip_channels)
         first = config.widths()[0]
         self.out = Head(
@@ -84,7 +84,7 @@ class UNet(FoldableNet):
         if any(side % unit for side, unit in zip(x.shape[2:], units, strict=True)):
             raise invalid("x.shape", tuple(x.shape), f"sides that {units[-1]} divides")
         emb = self.embed_conditions(timesteps, y) if projected is None else ProjectedEmbedding(projected)
-        h = through_blocks(self, self.enter_torso(x), emb)
+        h = run_blocks(self, self.enter_torso(x), emb)
         return call_head(self.out, h, first_parameter_dtype(self.out, x.dtype)).to(x.dtype)
 
     def embed_conditions(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | ProjectedEmbedding:
@@ -124,7 +124,7 @@ class UNet(FoldableNet):
         return self
 
 
-def through_blocks(net: Any, h: Tensor, emb: Tensor | ProjectedEmbedding) -> Tensor:
+def run_blocks(net: Any, h: Tensor, emb: Tensor | ProjectedEmbedding) -> Tensor:
     """Run the input blocks, the middle block and, if the network has any, the output blocks."""
     outputs, skips = getattr(net, "output_blocks", ()), []
     for block in net.input_blocks:
@@ -140,21 +140,21 @@ def through_blocks(net: Any, h: Tensor, emb: Tensor | ProjectedEmbedding) -> Ten
 def _up_path(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
     """Return the output blocks: per level one more than the down path has; each gets one of its skips."""
     skip_channels = list(skip_channels)
-    widths, attended = config.widths(), config.levels_with_attention()
+    widths, has_attention = config.widths(), config.levels_with_attention()
     blocks = nn.ModuleList()
     channels = widths[-1]
     for level in reversed(range(len(widths))):
         for index in range(config.num_res_blocks + 1):
-            block = res_block(config, channels + skip_channels.pop(), widths[level])
+            block = build_res_block(config, channels + skip_channels.pop(), widths[level])
             if not isinstance(block.skip_connection, nn.Identity):
                 block.skip_connection.split = channels  # type: ignore[assignment]
             layers: list[nn.Module] = [block]
             channels = widths[level]
-            if attended[level]:
-                layers.append(attention_block(config, channels, up_path=True))
+            if has_attention[level]:
+                layers.append(build_attention_block(config, channels, up_path=True))
             if level and index == config.num_res_blocks:
                 layers.append(
-                    res_block(config, channels, channels, up=True)
+                    build_res_block(config, channels, channels, up=True)
                     if config.resblock_updown
                     else Upsample(channels, config.conv_resample, dims=config.dims)
                 )

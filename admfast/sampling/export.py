@@ -204,7 +204,7 @@ def _to_diffusers(
         description.to_json(),
         _json(diffusers.scheduler_config(process, scheduler)),
         _json(diffusers.unet_config(config, scheduler)),
-        diffusers.unet_state(net.state_dict(), config, scheduler),
+        diffusers.convert_unet_state(net.state_dict(), config, scheduler),
     )
     write_folder(folder, dict(zip(FOLDER_FILES, contents, strict=True)))
     return Exported(folder, description, notes)

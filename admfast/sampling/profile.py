@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from admfast import host
-from admfast.checkpoints.describe import forward_work, guidance_flops
+from admfast.checkpoints.describe import count_forward_work, count_guidance_flops
 from admfast.engine.numerics import on_threads, own_numerics
 from admfast.engine.precision import has_amx
 from admfast.engine.threads import GRAIN, convolution, threads_for
@@ -124,10 +124,10 @@ def _stages(report: RunReport, pipe: Pipeline) -> Iterator[tuple[StageReport, Pi
 
 def _flops(stage: StageReport, own: Pipeline) -> int:
     """Return the operations of all rows of a stage."""
-    total = stage.rows * forward_work(own.config, sides=stage.sides).flops
+    total = stage.rows * count_forward_work(own.config, sides=stage.sides).flops
     if stage.guided_rows:
         classifier: Any = own.classifier
-        total += stage.guided_rows * guidance_flops(classifier.config, stage.sides)
+        total += stage.guided_rows * count_guidance_flops(classifier.config, stage.sides)
     return stage.images * total
 
 

@@ -41,14 +41,14 @@ class Solver:
     respacing: str = "{steps}"
 
     def __post_init__(self) -> None:
-        # A solver may be shared (`from_text` caches it), so its options must not change.
+        # A solver may be shared (`parse_solver` caches it), so its options must not change.
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Solver, (self.name, self.make_table, dict(self.options), self.starts_from, self.respacing)
 
     def __str__(self) -> str:
-        """Write the text that `solver_of` reads: "ddim:eta=0.5"."""
+        """Write the text that `make_solver` reads: "ddim:eta=0.5"."""
         options = ",".join(f"{name}={json.dumps(value)}" for name, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 

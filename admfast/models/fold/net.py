@@ -34,7 +34,7 @@ from admfast.ops.transforms import deriving, in_program
 
 # Pipelines on several threads may share a network.
 FOLD_LOCK = threading.RLock()
-WINOGRAD_BYTES = 16  # per weight, and for each of `directions`
+WINOGRAD_BYTES = 16  # per weight, and for each of `num_passes`
 TORSO = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -59,7 +59,7 @@ class FoldableNet(nn.Module):
     step reads was moved to other memory, was dropped, or is used in another way.
     """
 
-    directions: int = 1  # passes through its convolutions while sampling: 1 forward, 2 forward and backward
+    num_passes: int = 1  # passes through its convolutions while sampling: 1 forward, 2 forward and backward
     torso: tuple[str, ...] = TORSO  # attributes that hold its blocks, the input blocks first
     fold_options: FoldOptions | None = None
     fold_dtype: torch.dtype | None = None
@@ -155,7 +155,7 @@ class FoldableNet(nn.Module):
         the three networks of a guided cascade leave half of it free. The smallest convolutions get a form
         first, because they run at the highest resolutions.
         """
-        size = WINOGRAD_BYTES * self.directions
+        size = WINOGRAD_BYTES * self.num_passes
         sizes = sorted((size * module.weight.numel(), name) for name, module in self._convolutions())
         memory_left, without_winograd = host.memory() // 6, set()
         for size, name in sizes:
