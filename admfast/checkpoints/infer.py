@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,14 +135,11 @@ def identify(
         config, diffusion, training = description.network, description.diffusion, description.training
         source = "the description that the file carries"
     elif candidates:
-        config, diffusion = candidates[0].config, candidates[0].diffusion
-        same_name = [model for model in candidates if model.name == _stem(file) or len(candidates) == 1]
-        matched_preset = same_name[0] if same_name else None
-        if matched_preset is not None:
-            config, diffusion = matched_preset.config, matched_preset.diffusion
+        matched_preset = _choose_by_file_name(candidates, file)
+        model = matched_preset or candidates[0]
+        config, diffusion = model.config, model.diffusion
         is_certain = matched_preset is not None or "dropout" in network_options
-        names = _join_alternatives([model.name for model in candidates])
-        source = f"its keys and shapes, which are those of {names}"
+        source = f"its keys and shapes, which are those of {_join_alternatives([m.name for m in candidates])}"
     else:
         with _report_contradictions_first(shapes, user_options):
             config, assumed = _config_from_structure(
@@ -168,6 +165,12 @@ def identify(
         parameters=sum(math.prod(shape) for shape in shapes.values()),
         fingerprint=fingerprint(shapes),
     )
+
+
+def _choose_by_file_name(candidates: Sequence[ModelPreset], file: str) -> ModelPreset | None:
+    """Return the only candidate, or the one with the name of the file; None if no name agrees."""
+    fitting = [model for model in candidates if len(candidates) == 1 or model.name == _stem(file)]
+    return fitting[0] if fitting else None
 
 
 def _preset_assumptions(

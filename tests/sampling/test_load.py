@@ -272,7 +272,8 @@ def test_files_that_are_not_there_are_named(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, found", [("runs/none", "no folder runs"), ("out/digit", "there: digits"), ("out", "holds digits")]
+    "name, found",
+    [("runs/none", "no folder runs"), ("out/digit", "similar names: digits"), ("out", "holds digits")],
 )
 def test_what_is_no_run_is_said_with_what_a_run_is(tmp_path, monkeypatch, name, found):
     (tmp_path / "out/digits").mkdir(parents=True)
