@@ -150,9 +150,7 @@ def identify(
     flags_to_options.check_claims(config, claims)
     diffusion = _diffusion_with_options(diffusion, diffusion_options, config)
     if matched_preset or not is_certain:
-        assumed += _preset_assumptions(config, diffusion, options)
-    # Released models of equal shapes differ only in dropout.
-    assumed += [] if is_certain else [f"dropout={config.dropout} (matters in training only)"]
+        assumed += _preset_assumptions(config, diffusion, options, is_certain)
     return ModelInfo(
         Path(file),
         config,
@@ -174,9 +172,12 @@ def _choose_by_file_name(candidates: Sequence[ModelPreset], file: str) -> ModelP
 
 
 def _preset_assumptions(
-    config: NetConfig, diffusion: DiffusionConfig | None, options: Mapping[str, Any]
+    config: NetConfig, diffusion: DiffusionConfig | None, options: Mapping[str, Any], is_certain: bool
 ) -> list[str]:
-    """Return settings that a released model fixes but shapes don't show: the heads and the process."""
+    """Return settings that a released model fixes but shapes don't show: the heads and the process.
+
+    is_certain: only one released model fits. Those of equal shapes differ only in dropout.
+    """
     heads_field = "num_heads" if config.num_head_channels == -1 else "num_head_channels"
     settings = {
         heads_field: getattr(config, heads_field),
@@ -184,7 +185,8 @@ def _preset_assumptions(
     }
     if diffusion is not None:
         settings |= {"noise_schedule": diffusion.noise_schedule, "steps": diffusion.steps}
-    return [f"{name}={value}" for name, value in settings.items() if name not in options]
+    assumed = [f"{name}={value}" for name, value in settings.items() if name not in options]
+    return assumed if is_certain else [*assumed, f"dropout={config.dropout} (matters in training only)"]
 
 
 def _flag_and_value(user_options: Mapping[str, Any], name: str) -> tuple[str, Any]:
