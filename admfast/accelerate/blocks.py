@@ -69,7 +69,7 @@ def _convert_res_block(block: Any) -> None:
     for conv in (block.in_layers[2], block.out_layers[3], block.skip_connection):
         convert_conv(conv)
     convert(block, layers.ResBlock, resample=resample, projection=slice(0), _kinds=None)
-    block._built()
+    block._record_part_types()
 
 
 def _is_attention_block(block: Any) -> bool:
@@ -88,13 +88,13 @@ def _heads(block: Any) -> Any:
 
 def _convert_attention_block(block: Any, legacy_order: bool) -> None:
     heads = _heads(block)
-    rows = layers.legacy_rows(block.qkv.out_channels, heads) if legacy_order else None
+    rows = layers.legacy_row_order(block.qkv.out_channels, heads) if legacy_order else None
     convert_norm(block.norm)
     convert(block.qkv, POINTWISE, rows=rows)
     convert(block.proj_out, POINTWISE)
     convert(block.attention, layers.Attention, num_heads=heads, legacy_order=legacy_order)
     convert(block, layers.AttentionBlock, _kinds=None)
-    block._built()
+    block._record_part_types()
 
 
 def _convert_resampling(block: Any, kind: type[nn.Module]) -> None:
@@ -129,7 +129,7 @@ def _convert_head(head: nn.Module) -> None:
         for layer in head:
             convert_conv(layer)
         convert(head, layers.Head, _kinds=None)
-        head._built()  # type: ignore[operator]
+        head._record_part_types()  # type: ignore[operator]
 
 
 def passes_on(sequence: nn.Module) -> bool:

@@ -67,17 +67,19 @@ class DiffusersResBlock(ResidualBlock):
     skip_time_act: bool
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if temb is None or args or kwargs or self.as_published():
+        if temb is None or args or kwargs or self.must_run_by_parts():
             return super().forward(input_tensor, temb, *args, **kwargs)
         modules: Any = self._modules
         norm, conv, out_norm = modules["norm1"], modules["conv1"], modules["norm2"]
-        y = self._fused(input_tensor, temb, None, norm, conv, out_norm, modules["dropout"], modules["conv2"])
+        y = self._forward_fused(
+            input_tensor, temb, None, norm, conv, out_norm, modules["dropout"], modules["conv2"]
+        )
         return y if self.output_scale_factor == 1 else y / self.output_scale_factor
 
-    def _projected(self, emb: Tensor) -> Tensor:
+    def _project_embedding(self, emb: Tensor) -> Tensor:
         return self._modules["time_emb_proj"](emb if self.skip_time_act else F.silu(emb))  # type: ignore[misc]
 
-    def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
+    def _connect_skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
         shortcut: Any = self._modules.get("conv_shortcut")
         return x if shortcut is None else shortcut(x)
 
@@ -98,7 +100,7 @@ class DiffusersAttention(FusedBlock):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, others = hidden_states, [*args, *(value for name, value in kwargs.items() if name != "temb")]
         given = any(value is not None for value in others) or x.dim() != 4
-        if given or type(self.processor).__call__ is not self.known_call or self.as_published():
+        if given or type(self.processor).__call__ is not self.known_call or self.must_run_by_parts():
             return super().forward(x, *args, **kwargs)
         modules: Any = self._modules
         norm = modules.get("group_norm")
@@ -144,7 +146,7 @@ def _convert_attention(block: Any) -> None:
     if block.group_norm is not None:
         convert_norm(block.group_norm)
     convert(block, DiffusersAttention, known_call=type(block.processor).__call__, _kinds=None)
-    block._built()
+    block._record_part_types()
 
 
 def _is_block(block: Any) -> bool:
@@ -180,7 +182,7 @@ def _convert_block(block: Any) -> None:
         convert_conv(conv)
     scale_shift = block.time_embedding_norm == "scale_shift"
     convert(block, DiffusersResBlock, resample=resample, use_scale_shift_norm=scale_shift, _kinds=None)
-    block._built()
+    block._record_part_types()
 
 
 def _difference(block: Any) -> str | None:

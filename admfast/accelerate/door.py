@@ -14,7 +14,7 @@ from admfast.accelerate.walks import Walk
 from admfast.engine.precision import POLICIES
 from admfast.errors import allowed_names, invalid
 from admfast.models.fold import FoldableNet
-from admfast.models.fold.net import FOLDING
+from admfast.models.fold.net import FOLD_LOCK
 
 Model = TypeVar("Model")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -50,7 +50,7 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
         net, reason = next(iter(refused.items()))
         raise invalid("model", type(net).__name__, f"must have a network that can be converted: {reason}")
     policy = None if precision is None else POLICIES[precision]
-    with FOLDING:  # two threads may share a network
+    with FOLD_LOCK:  # two threads may share a network
         served = [net for net in found if net not in refused]
         for net in served:  # all before the first is converted
             check_policy(net, policy)

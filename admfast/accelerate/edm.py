@@ -87,11 +87,13 @@ class EdmBlock(ResidualBlock):
     num_heads: int
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.as_published():
+        if self.must_run_by_parts():
             return super().forward(x, emb)
         modules: Any = self._modules
         conv, out_conv = modules["conv0"].convolved, modules["conv1"].convolved
-        x = self._fused(x, emb, None, modules["norm0"], conv, modules["norm1"], self._dropped, out_conv)
+        x = self._forward_fused(
+            x, emb, None, modules["norm0"], conv, modules["norm1"], self._dropped, out_conv
+        )
         x = self._scaled(x)
         return self._scaled(self._attended(x)) if self.num_heads else x
 
@@ -101,10 +103,10 @@ class EdmBlock(ResidualBlock):
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
-    def _projected(self, emb: Tensor) -> Tensor:
+    def _project_embedding(self, emb: Tensor) -> Tensor:
         return self._modules["affine"](emb)  # type: ignore[misc]
 
-    def _skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
+    def _connect_skip(self, x: Tensor, x2: Tensor | None) -> Tensor:
         skip: Any = self._modules.get("skip")
         return x if skip is None or skip.weight is None else skip.convolved(x)
 
@@ -168,7 +170,7 @@ def _convert_block(block: Any) -> None:
         block, EdmBlock, resample=resample, use_scale_shift_norm=block.adaptive_scale,
         scales=bool(block.skip_scale != 1), _kinds=None,
     )  # fmt: skip
-    block._built()
+    block._record_part_types()
 
 
 def _convert_conv(conv: Any, ours: type[nn.Module] = EdmConv, **attributes: Any) -> None:

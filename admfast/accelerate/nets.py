@@ -24,11 +24,11 @@ from admfast.accelerate.walks import Walk, walk_of
 from admfast.engine.precision import Policy
 from admfast.errors import invalid
 from admfast.models import convolution, layers
-from admfast.models.body import dtype_of
-from admfast.models.fold import FoldableNet, FoldOptions, Projected
-from admfast.models.hooks import parts
+from admfast.models.body import first_parameter_dtype
+from admfast.models.fold import FoldableNet, FoldOptions, ProjectedEmbedding
+from admfast.models.hooks import submodules
 from admfast.models.layers import timestep_embedding
-from admfast.models.unet import through_blocks
+from admfast.models.unet import run_blocks
 from admfast.ops.transforms import in_autocast, in_program_trace
 
 MAKES = (PUBLISHED, EDM, DIFFUSERS)
@@ -43,7 +43,7 @@ class AcceleratedNet(FoldableNet):
     any of it, the conversion is undone at the next call.
     """
 
-    directions = 2  # many programs take the gradient in x
+    num_passes = 2  # many programs take the gradient in x
     accelerated_policy: Policy | None = None
     accelerated_walk: Walk | str
     accelerated_left: Mapping[str, str] = MappingProxyType({})
@@ -64,7 +64,7 @@ class AcceleratedNet(FoldableNet):
         if self.training or torch.compiler.is_compiling() or in_program_trace():
             return
         # `parameters()` takes five times as long.
-        held = (module._parameters.values() for module in (self, *parts(self)))
+        held = (module._parameters.values() for module in (self, *submodules(self)))
         parameters = [p for values in held for p in values if p is not None]
         # A replica of DataParallel has no parameters, torch.func.functional_call replaces them by plain
         # tensors, and writes to parameters that were made in inference mode can't be detected.
@@ -87,13 +87,13 @@ class AcceleratedNet(FoldableNet):
             low_res = F.interpolate(given["low_res"], x.shape[2:], mode="bilinear")
             images = torch.cat([x, low_res], dim=1)
         emb = self._embedding(timesteps, y, len(x))
-        h = through_blocks(self, self.entering(images), emb)
+        h = run_blocks(self, self.enter_torso(images), emb)
         return self.out(h.to(images.dtype)).contiguous()  # type: ignore[operator]
 
-    def _embedding(self, timesteps: Tensor, y: Tensor | None, count: int) -> Tensor | Projected:
+    def _embedding(self, timesteps: Tensor, y: Tensor | None, count: int) -> Tensor | ProjectedEmbedding:
         """Return the embedding of timesteps and classes; a single timestep is used for all images."""
         emb = timestep_embedding(timesteps, self.model_channels)  # type: ignore[arg-type]
-        emb = self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype)))  # type: ignore[operator, arg-type]
+        emb = self.time_embed(emb.to(first_parameter_dtype(self.time_embed, emb.dtype)))  # type: ignore[operator, arg-type]
         classes = getattr(self, "num_classes", None)
         walk: Any = self.accelerated_walk
         if (y is not None) != (classes is not None) and (walk.strict or classes is None):
@@ -102,7 +102,7 @@ class AcceleratedNet(FoldableNet):
             if walk.strict and (y.shape[:1] != (count,) or (y.dim() > 1 and not y.is_floating_point())):
                 raise AssertionError(f"y.shape={tuple(y.shape)}: one for each of the {count} images")
             emb = emb + self.label_emb(y)  # type: ignore[operator]
-        return self.projected(emb.expand(count, -1) if len(emb) == 1 else emb)
+        return self.project_embedding(emb.expand(count, -1) if len(emb) == 1 else emb)
 
 
 FOLD = FoldOptions()
@@ -134,7 +134,7 @@ def convert_network(net: Any, policy: Policy | None) -> None:
     for module in sequences:
         # The program may insert a layer of its own later.
         takers = (layers.TimestepBlock, *blocks.takers_of(type(module)))
-        convert(module, layers.TimestepEmbedSequential, takers=takers)
+        convert(module, layers.TimestepEmbedSequential, embedding_block_types=takers)
     ours = _walking(walk.method) if isinstance(walk, Walk) else AcceleratedNet
     convert(
         net, ours, accelerated_walk=walk, accelerated_left=left, accelerated_policy=policy,
@@ -143,7 +143,7 @@ def convert_network(net: Any, policy: Policy | None) -> None:
     if isinstance(walk, Walk):
         if walk.kind != "classifier":
             _split_skips(net)
-        net._lay_out_projections()
+        net._assign_projection_columns()
 
 
 def restore_network(net: Any) -> None:

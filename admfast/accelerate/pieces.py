@@ -81,7 +81,7 @@ class Norm(nn.Module):
     """`layers.Norm` for a group norm whose class does not derive from torch's."""
 
     forward = layers.Norm.forward  # type: ignore[assignment]
-    again = layers.Norm.again
+    recomputation = layers.Norm.recomputation
 
 
 def is_conv(module: Any) -> bool:

@@ -1,6 +1,6 @@
 """Floor 3: read, identify, compare, describe, write and download weights files."""
 
-from admfast.checkpoints.describe import ForwardWork, describe, forward_work
+from admfast.checkpoints.describe import ForwardWork, count_forward_work, describe
 from admfast.checkpoints.differences import (
     Differences,
     compare,
@@ -9,7 +9,7 @@ from admfast.checkpoints.differences import (
     network_shapes,
     shapes_of,
 )
-from admfast.checkpoints.fetch import Fetched, fetch
+from admfast.checkpoints.fetch import FetchedFile, fetch
 from admfast.checkpoints.infer import AmbiguousCheckpoint, ModelInfo, identify
 from admfast.checkpoints.loading import identify_weights, load_network
 from admfast.checkpoints.reading import Weights, read_weights
@@ -17,7 +17,7 @@ from admfast.checkpoints.writing import write_weights
 
 __all__ = [
     "Differences",
-    "Fetched",
+    "FetchedFile",
     "ForwardWork",
     "ModelInfo",
     "AmbiguousCheckpoint",
@@ -26,7 +26,7 @@ __all__ = [
     "describe",
     "fetch",
     "fingerprint",
-    "forward_work",
+    "count_forward_work",
     "identify",
     "identify_weights",
     "load_network",

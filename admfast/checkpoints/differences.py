@@ -38,17 +38,17 @@ class Differences:
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     def summary(self, count: int = 3) -> str:
-        """Return one line: the number of keys of each sort, and the first `count` with their shapes."""
+        """Return one line: for each kind of difference, the number of keys and the first `count`."""
         misshapen = self.misshapen.items()
-        sorts = {
+        lines_of_kind = {
             "missing": [f"{key} {list(shape)}" for key, shape in self.missing.items()],
             "unexpected": [f"{key} {list(shape)}" for key, shape in self.unexpected.items()],
             "with another shape": [
-                f"{key} {list(has)}, not {list(needs)}" for key, (has, needs) in misshapen
+                f"{key} {list(in_file)}, not {list(in_network)}" for key, (in_file, in_network) in misshapen
             ],
         }
-        found = [_listed(sort, lines, count) for sort, lines in sorts.items() if lines]
-        return "; ".join(found) or "no differences"
+        parts = [_summarize_keys(kind, lines, count) for kind, lines in lines_of_kind.items() if lines]
+        return "; ".join(parts) or "no differences"
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -62,12 +62,16 @@ def network_shapes(config: NetConfig) -> dict[str, Shape]:
         return shapes_of(build(config).state_dict())
 
 
-def compare(has: Shapes, needs: Shapes) -> Differences:
-    """Compare a file's keys and shapes (`has`) with a network's (`needs`)."""
+def compare(file_shapes: Shapes, expected_shapes: Shapes) -> Differences:
+    """Compare a file's keys and shapes with the expected ones, those of a network."""
     return Differences(
-        missing={key: shape for key, shape in needs.items() if key not in has},
-        unexpected={key: shape for key, shape in has.items() if key not in needs},
-        misshapen={key: (has[key], s) for key, s in needs.items() if key in has and has[key] != s},
+        missing={key: shape for key, shape in expected_shapes.items() if key not in file_shapes},
+        unexpected={key: shape for key, shape in file_shapes.items() if key not in expected_shapes},
+        misshapen={
+            key: (file_shapes[key], shape)
+            for key, shape in expected_shapes.items()
+            if key in file_shapes and file_shapes[key] != shape
+        },
     )
 
 
@@ -81,31 +85,31 @@ def fingerprint(shapes: Shapes) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def nearest_preset(shapes: Shapes, least: float = 0.8) -> tuple[ModelPreset, Differences] | None:
+def nearest_preset(shapes: Shapes, min_share: float = 0.8) -> tuple[ModelPreset, Differences] | None:
     """Return the released model whose keys and shapes agree best, and how the file differs from it.
 
-    Return None if the share of keys that agree is below `least`; it is taken of the larger set of keys.
+    Return None if the share of keys that agree, of the larger of the two sets, is below `min_share`.
     """
     best: tuple[float, str] | None = None
     time_embed = shapes.get("time_embed.0.weight")
-    for name in _with_time_embed(time_embed):
-        wanted = _kept_shapes(preset(name).config)
-        equal = sum(shapes.get(key) == shape for key, shape in wanted.items())
-        share = equal / max(len(shapes), len(wanted))
-        if share >= least and (best is None or share > best[0]):
+    for name in _released_of_width(time_embed):
+        preset_shapes = _cached_network_shapes(preset(name).config)
+        num_equal = sum(shapes.get(key) == shape for key, shape in preset_shapes.items())
+        share = num_equal / max(len(shapes), len(preset_shapes))
+        if share >= min_share and (best is None or share > best[0]):
             best = (share, name)
     if best is None:
         return None
-    return preset(best[1]), compare(shapes, _kept_shapes(preset(best[1]).config))
+    return preset(best[1]), compare(shapes, _cached_network_shapes(preset(best[1]).config))
 
 
 @cache
-def _kept_shapes(config: NetConfig) -> dict[str, Shape]:
-    """Return `network_shapes` and keep it: building a released model on the meta device takes 0.07 s."""
+def _cached_network_shapes(config: NetConfig) -> dict[str, Shape]:
+    """Return `network_shapes`, cached: building a released model on the meta device takes 0.07 s."""
     return network_shapes(config)
 
 
-def _with_time_embed(shape: Shape | None) -> list[str]:
+def _released_of_width(shape: Shape | None) -> list[str]:
     """Return the names of released models with the base width of this time_embed.0.weight."""
     if shape is None:
         return []
@@ -113,7 +117,7 @@ def _with_time_embed(shape: Shape | None) -> list[str]:
     return [model.name for model in released if model.config.model_channels == shape[-1]]
 
 
-def _listed(sort: str, lines: list[str], count: int) -> str:
-    """Return `5 keys SORT (a, b, c, ...)`."""
+def _summarize_keys(kind: str, lines: list[str], count: int) -> str:
+    """Return `5 keys KIND (a, b, c, ...)`."""
     more = ", ..." if len(lines) > count else ""
-    return f"{len(lines)} {'key' if len(lines) == 1 else 'keys'} {sort} ({', '.join(lines[:count])}{more})"
+    return f"{len(lines)} {'key' if len(lines) == 1 else 'keys'} {kind} ({', '.join(lines[:count])}{more})"

@@ -29,13 +29,13 @@ from admfast.diffusion.parameterisation import MeanType, VarType
 from admfast.diffusion.schedule import beta_schedule
 from admfast.errors import invalid
 from admfast.models.config import GROUPS, NetConfig, UNetConfig
-from admfast.models.layers import legacy_rows
+from admfast.models.layers import legacy_row_order
 
 VERSION = "0.42.1"  # of diffusers
 # The user's name of a scheduler -> the classes of scheduler and pipeline in diffusers.
 SCHEDULERS = {"ddim": ("DDIMScheduler", "DDIMPipeline"), "ddpm": ("DDPMScheduler", "DDPMPipeline")}
 
-_RESIDUAL = {
+_RESBLOCK_LAYERS = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -43,7 +43,7 @@ _RESIDUAL = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_WHOLE = {
+_TOP_LEVEL_LAYERS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb": "class_embedding",
@@ -62,7 +62,7 @@ def check_network(config: NetConfig) -> None:
         raise invalid("kind", config.kind, "unet: diffusers' UNet2DModel is one")
     if config.dims != 2:
         raise invalid("dims", config.dims, "2: diffusers' UNet2DModel has two")
-    if not config.of_images:
+    if not config.outputs_images:
         allowed = f"{config.in_channels} or, with learned variance, {2 * config.in_channels}"
         raise invalid("out_channels", config.out_channels, f"{allowed}, as diffusers' pipelines need")
     if config.widths()[0] != config.model_channels:
@@ -99,11 +99,11 @@ def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
     scheduler: with "ddim" the network outputs the mean channels only, with "ddpm" the variance channels too.
     Raises: InvalidArgument if the attention heads can't be represented (`check_network` rejects the rest).
     """
-    attended = config.levels_with_attention()
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+    has_attention = config.levels_with_attention()
+    block_types = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
     if not config.resblock_updown:
-        plain = ("DownBlock2D", "UpBlock2D")
-    resampled = "resnet" if config.resblock_updown else "conv"
+        block_types = ("DownBlock2D", "UpBlock2D")
+    resampling = "resnet" if config.resblock_updown else "conv"
     return {
         "_class_name": "UNet2DModel",
         "_diffusers_version": VERSION,
@@ -114,13 +114,17 @@ def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
         "time_embedding_type": "positional",
         "freq_shift": 0,
         "flip_sin_to_cos": True,
-        "down_block_types": ["AttnDownBlock2D" if attention else plain[0] for attention in attended],
-        "up_block_types": ["AttnUpBlock2D" if attention else plain[1] for attention in reversed(attended)],
+        "down_block_types": [
+            "AttnDownBlock2D" if attention else block_types[0] for attention in has_attention
+        ],
+        "up_block_types": [
+            "AttnUpBlock2D" if attention else block_types[1] for attention in reversed(has_attention)
+        ],
         "block_out_channels": list(config.widths()),
         "layers_per_block": config.num_res_blocks,
         "downsample_padding": 1,
-        "downsample_type": resampled,
-        "upsample_type": resampled,
+        "downsample_type": resampling,
+        "upsample_type": resampling,
         "dropout": config.dropout,
         "act_fn": "silu",
         "attention_head_dim": _head_dim(config),
@@ -136,76 +140,85 @@ def unet_config(config: UNetConfig, scheduler: str = "ddim") -> dict[str, Any]:
 
 def _head_dim(config: UNetConfig) -> int | None:
     """Return the channels of a head, which must be the same in all blocks; None if all have one head."""
-    widths = [width for width, on in zip(config.widths(), config.levels_with_attention(), strict=True) if on]
+    widths = [
+        width
+        for width, attends in zip(config.widths(), config.levels_with_attention(), strict=True)
+        if attends
+    ]
     blocks = {(width, config.heads(width, up)) for width in widths for up in (False, True)}
     blocks.add((config.widths()[-1], config.heads(config.widths()[-1])))
-    sizes = {width // heads for width, heads in blocks}
-    if len(sizes) == 1:
-        return sizes.pop()
+    head_dims = {width // heads for width, heads in blocks}
+    if len(head_dims) == 1:
+        return head_dims.pop()
     if all(heads == 1 for _, heads in blocks):
         return None
     allowed = "heads of one number of channels everywhere (num_head_channels), or one head, in diffusers"
-    down = {width // config.heads(width) for width, _ in blocks}
-    name = "num_heads" if len(down) > 1 else "num_heads_upsample"
-    raise invalid(name, getattr(config, name), f"{allowed}; here they have {_listed(sizes)}")
+    down_path_dims = {width // config.heads(width) for width, _ in blocks}
+    name = "num_heads" if len(down_path_dims) > 1 else "num_heads_upsample"
+    raise invalid(name, getattr(config, name), f"{allowed}; here they have {_join_numbers(head_dims)}")
 
 
-def _listed(numbers: set[int]) -> str:
+def _join_numbers(numbers: set[int]) -> str:
     return ", ".join(map(str, sorted(numbers)))
 
 
-def unet_state(state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim") -> dict[str, Tensor]:
+def convert_unet_state(
+    state: Mapping[str, Tensor], config: UNetConfig, scheduler: str = "ddim"
+) -> dict[str, Tensor]:
     """Return the weights of a UNet with the names and shapes of `UNet2DModel`.
 
     state: the published state dict of a network of `config`, which `check_network` has accepted.
     scheduler: see `unet_config`; with "ddim" the rows of the variance channels are left out.
     The returned tensors may be views.
     """
-    found: dict[str, Tensor] = {}
-    for ours, theirs in _modules(config):
+    converted: dict[str, Tensor] = {}
+    for adm_name, diffusers_name in _copied_modules(config):
         for part in ("weight", "bias"):
-            if f"{ours}.{part}" in state:
-                found[f"{theirs}.{part}"] = state[f"{ours}.{part}"]
-    for ours, theirs, heads in _attentions(config):
+            if f"{adm_name}.{part}" in state:
+                converted[f"{diffusers_name}.{part}"] = state[f"{adm_name}.{part}"]
+    for adm_name, diffusers_name, heads in _attention_names(config):
         for part in ("weight", "bias"):
-            rows = state[f"{ours}.qkv.{part}"]
+            rows = state[f"{adm_name}.qkv.{part}"]
             if not config.use_new_attention_order:
-                rows = rows[legacy_rows(len(rows), heads)]
-            for name, third in zip("qkv", rows.reshape(len(rows), -1).chunk(3), strict=True):
-                found[f"{theirs}.to_{name}.{part}"] = third if part == "weight" else third.flatten()
-        found[f"{theirs}.to_out.0.weight"] = state[f"{ours}.proj_out.weight"].squeeze(-1)
-        found[f"{theirs}.to_out.0.bias"] = state[f"{ours}.proj_out.bias"]
-    assert len(found) == len(state) + 4 * sum(key.endswith(".qkv.bias") for key in state)
+                rows = rows[legacy_row_order(len(rows), heads)]
+            for name, part_rows in zip("qkv", rows.reshape(len(rows), -1).chunk(3), strict=True):
+                converted[f"{diffusers_name}.to_{name}.{part}"] = (
+                    part_rows if part == "weight" else part_rows.flatten()
+                )
+        converted[f"{diffusers_name}.to_out.0.weight"] = state[f"{adm_name}.proj_out.weight"].squeeze(-1)
+        converted[f"{diffusers_name}.to_out.0.bias"] = state[f"{adm_name}.proj_out.bias"]
+    assert len(converted) == len(state) + 4 * sum(key.endswith(".qkv.bias") for key in state)
     if scheduler == "ddim":
         for part in ("weight", "bias"):
-            found[f"conv_out.{part}"] = found[f"conv_out.{part}"][: config.in_channels]
-    return found
+            converted[f"conv_out.{part}"] = converted[f"conv_out.{part}"][: config.in_channels]
+    return converted
 
 
-def _modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield the names, ours and diffusers', of every module whose parameters are copied unchanged."""
-    yield from _WHOLE.items()
-    for ours, theirs in _blocks(config):
-        for inner, name in _RESIDUAL.items():
-            yield f"{ours}.{inner}", f"{theirs}.{name}"
-        yield f"{ours}.op", f"{theirs}.conv"  # in a block that only downsamples
-        yield f"{ours}.conv", f"{theirs}.conv"  # in a block that only upsamples
-    for ours, theirs, _ in _attentions(config):
-        yield f"{ours}.norm", f"{theirs}.group_norm"
+def _copied_modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Yield the ADM and diffusers names of every module whose parameters are copied unchanged."""
+    yield from _TOP_LEVEL_LAYERS.items()
+    for adm_name, diffusers_name in _block_names(config):
+        for inner, name in _RESBLOCK_LAYERS.items():
+            yield f"{adm_name}.{inner}", f"{diffusers_name}.{name}"
+        yield f"{adm_name}.op", f"{diffusers_name}.conv"  # in a block that only downsamples
+        yield f"{adm_name}.conv", f"{diffusers_name}.conv"  # in a block that only upsamples
+    for adm_name, diffusers_name, _ in _attention_names(config):
+        yield f"{adm_name}.norm", f"{diffusers_name}.group_norm"
 
 
-def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
-    """Yield the names, ours and diffusers', of residual blocks and of blocks that resample."""
-    count, levels, attended = config.num_res_blocks, len(config.channel_mult), config.levels_with_attention()
+def _block_names(config: UNetConfig) -> Iterator[tuple[str, str]]:
+    """Yield the ADM and diffusers names of residual blocks and of blocks that resample."""
+    count, levels = config.num_res_blocks, len(config.channel_mult)
+    has_attention = config.levels_with_attention()
     for level in range(levels):
         first = 1 + level * (count + 1)
         for i in range(count):
             yield f"input_blocks.{first + i}.0", f"down_blocks.{level}.resnets.{i}"
         if level + 1 < levels:
             yield f"input_blocks.{first + count}.0", f"down_blocks.{level}.downsamplers.0"
-    for ours, i in ((0, 0), (2, 1)):
-        yield f"middle_block.{ours}", f"mid_block.resnets.{i}"
-    for up, attention in enumerate(reversed(attended)):
+    for adm_name, i in ((0, 0), (2, 1)):
+        yield f"middle_block.{adm_name}", f"mid_block.resnets.{i}"
+    for up, attention in enumerate(reversed(has_attention)):
         first = up * (count + 1)
         for i in range(count + 1):
             yield f"output_blocks.{first + i}.0", f"up_blocks.{up}.resnets.{i}"
@@ -213,10 +226,10 @@ def _blocks(config: UNetConfig) -> Iterator[tuple[str, str]]:
             yield f"output_blocks.{first + count}.{1 + attention}", f"up_blocks.{up}.upsamplers.0"
 
 
-def _attentions(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
-    """Yield the names of attention blocks, ours and diffusers', and their heads, equal in both paths."""
-    count, widths, attended = config.num_res_blocks, config.widths(), config.levels_with_attention()
-    for level in (level for level, attention in enumerate(attended) if attention):
+def _attention_names(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
+    """Yield the ADM and diffusers names of attention blocks, and the number of their heads."""
+    count, widths, has_attention = config.num_res_blocks, config.widths(), config.levels_with_attention()
+    for level in (level for level, attention in enumerate(has_attention) if attention):
         for i in range(count):
             place = f"input_blocks.{1 + level * (count + 1) + i}.1"
             yield place, f"down_blocks.{level}.attentions.{i}", config.heads(widths[level])
@@ -241,12 +254,14 @@ def scheduler_config(process: DiffusionConfig, scheduler: str = "ddim") -> dict[
         first, last = beta_schedule("linear", process.steps)[[0, -1]].tolist()
         betas = {"beta_schedule": "linear", "beta_start": first, "beta_end": last}
     mean, variance, _ = process.types
-    of_variance = {
+    variance_names = {
         VarType.LEARNED_RANGE: "learned_range",
         VarType.FIXED_LARGE: "fixed_large",
         VarType.FIXED_SMALL: "fixed_small",
     }
-    own = {"set_alpha_to_one": True} if scheduler == "ddim" else {"variance_type": of_variance[variance]}
+    scheduler_options: dict[str, Any] = {"set_alpha_to_one": True}
+    if scheduler == "ddpm":
+        scheduler_options = {"variance_type": variance_names[variance]}
     return {
         "_class_name": SCHEDULERS[scheduler][0],
         "_diffusers_version": VERSION,
@@ -259,7 +274,7 @@ def scheduler_config(process: DiffusionConfig, scheduler: str = "ddim") -> dict[
         "steps_offset": 0,
         "thresholding": False,
         "rescale_betas_zero_snr": False,
-        **own,
+        **scheduler_options,
     }
 
 

@@ -37,7 +37,7 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedFile:
     """Downloaded file: its path, its URL, its size in bytes, and the names of the checks that it passed."""
 
     path: Path
@@ -46,7 +46,7 @@ class Fetched:
     checked: tuple[str, ...]
 
 
-class _Broken(Exception):
+class _ConnectionBroken(Exception):
     """The connection failed before the whole file had arrived."""
 
 
@@ -60,7 +60,7 @@ def fetch(
     retries: int = 3,
     wait: float = 1.0,
     progress: bool = True,
-) -> Fetched:
+) -> FetchedFile:
     """Download one released file into `folder`.
 
     Args:
@@ -91,10 +91,10 @@ def fetch(
     model = preset(name)
     if model.shipped:
         raise invalid("name", name, f"nothing to fetch: it ships with the package ({model.shipped_path})")
-    url = _address(model, base_url)
+    url = _url_of(model, base_url)
     target = user_path("folder", folder) / model.file
     if target.exists() and not overwrite:
-        raise OutputError(f"{target}: is there already; overwrite=True (--overwrite) replaces it")
+        raise OutputError(f"{target}: exists already; overwrite=True (--overwrite) replaces it")
     part = target.with_name(target.name + ".part")
     with _locked(part) as file:
         with tqdm(desc=model.file, unit="B", unit_scale=True, disable=None if progress else True) as bar:
@@ -104,15 +104,15 @@ def fetch(
         try:
             os.fsync(file.fileno())
             close_on_windows(file)  # before the check: Windows doesn't let it read a locked byte
-            checked = _check(transfer, size, model)
+            checked = _check_download(transfer, size, model)
             os.replace(part, target)
         except OSError as error:
             raise output_error(target, error) from error
     _etag_file(part).unlink(missing_ok=True)
-    return Fetched(target, url, size, checked)
+    return FetchedFile(target, url, size, checked)
 
 
-def _address(model: ModelPreset, base_url: str | None) -> str:
+def _url_of(model: ModelPreset, base_url: str | None) -> str:
     """Return the URL of a model's file."""
     base = base_url or os.environ.get(MIRROR)
     if not base:
@@ -129,19 +129,19 @@ def _locked(part: Path) -> Iterator[BinaryIO]:
         file = open(part, "ab")  # noqa: SIM115
     except OSError as error:
         raise output_error(part, error) from error
-    with file, contextlib.ExitStack() as last:
-        last.callback(_end, file, part)
+    with file, contextlib.ExitStack() as cleanup:
+        cleanup.callback(_unlock_partial, file, part)
         try:
             lock(file.fileno())
         except BlockingIOError:
-            last.pop_all()  # the partial file belongs to the other fetch
+            cleanup.pop_all()  # the partial file belongs to the other fetch
             raise OutputError(f"{part}: another fetch is writing it") from None
         except OSError as error:
             raise output_error(part, error) from None
         yield file
 
 
-def _end(file: BinaryIO, part: Path) -> None:
+def _unlock_partial(file: BinaryIO, part: Path) -> None:
     """Unlock the partial file; remove it if it is empty."""
     close_on_windows(file)
     with contextlib.suppress(OSError):
@@ -166,58 +166,59 @@ class _Transfer:
         for attempt in range(retries + 1):
             try:
                 return self._receive_once()
-            except _Broken as broken:
+            except _ConnectionBroken as broken:
                 if attempt == retries:
-                    have = self.file.seek(0, os.SEEK_END)
-                    kept = (
-                        f"{have:,}{f' of {self.size:,}' if self.size else ''} bytes are kept in {self.part}"
-                    )
-                    raise CheckpointError(f"{self.url}: {broken}; {kept}: fetch again to continue") from None
+                    num_received = self.file.seek(0, os.SEEK_END)
+                    total = f" of {self.size:,}" if self.size else ""
+                    progress = f"{num_received:,}{total} bytes are kept in {self.part}"
+                    raise CheckpointError(
+                        f"{self.url}: {broken}; {progress}: fetch again to continue"
+                    ) from None
                 time.sleep(wait * 2**attempt)
 
     def _receive_once(self) -> None:
         """Make one request and append its data to the file; start over if the server can't resume."""
-        have = self.file.seek(0, os.SEEK_END)
-        response = self._open(have)
+        num_received = self.file.seek(0, os.SEEK_END)
+        response = self._request(num_received)
         if response is None:  # the file is complete, or longer than the server's
-            if self.size is not None and have > self.size:
+            if self.size is not None and num_received > self.size:
                 self._truncate()
                 return self._receive_once()
             return
         with response:
             if response.status != 206:
                 self._truncate()
-                have = 0
-            self._note_offer(response, have)
+                num_received = 0
+            self._read_headers(response, num_received)
             _write_etag(self.part, response.headers.get("ETag") or "")
-            self.bar.total, self.bar.n = self.size, have
+            self.bar.total, self.bar.n = self.size, num_received
             self.bar.refresh()
-            self._check_room(have)
+            self._check_disk_space(num_received)
             while data := self._read(response):
                 try:
                     self.file.write(data)
                     self.file.flush()
                 except OSError as error:
                     raise output_error(self.part, error) from error
-                have += len(data)
+                num_received += len(data)
                 self.bar.update(len(data))
-        if self.size is not None and have < self.size:
-            raise _Broken("the connection ended early")
+        if self.size is not None and num_received < self.size:
+            raise _ConnectionBroken("the connection ended early")
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         """Read from the socket once: `read` would lose the data of a chunk that doesn't arrive completely."""
         try:
             return response.read1(_CHUNK)
         except TimeoutError:
-            raise _Broken(f"no byte came for {self.timeout:g} s") from None
+            raise _ConnectionBroken(f"no byte came for {self.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise _Broken(f"the connection broke ({type(error).__name__})") from None
+            raise _ConnectionBroken(f"the connection broke ({type(error).__name__})") from None
 
-    def _open(self, have: int) -> http.client.HTTPResponse | None:
-        """Request the file from byte `have` on; return None if the server says that nothing is left."""
+    def _request(self, num_received: int) -> http.client.HTTPResponse | None:
+        """Request the file from byte `num_received` on; return None if no byte is left."""
         headers = {"User-Agent": "admfast", "Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
+        if num_received:
+            headers["Range"] = f"bytes={num_received}-"
             if etag := _read_etag(self.part):
                 headers["If-Range"] = etag
         url = self.url
@@ -225,58 +226,62 @@ class _Transfer:
             return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=self.timeout)
         except urllib.error.HTTPError as error:
             with error:
-                self._refused(error, have)
+                self._handle_http_error(error, num_received)
             return None
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
-                raise _Broken(f"no answer within {self.timeout:g} s") from None
+                raise _ConnectionBroken(f"no answer within {self.timeout:g} s") from None
             raise CheckpointError(f"{url}: not reached: {error.reason}") from None
         except TimeoutError:
-            raise _Broken(f"no answer within {self.timeout:g} s") from None
+            raise _ConnectionBroken(f"no answer within {self.timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise _Broken(f"the connection broke ({type(error).__name__})") from None
+            raise _ConnectionBroken(f"the connection broke ({type(error).__name__})") from None
         except ValueError as error:
             raise InvalidArgument(f"{url}: not a URL: {error}") from None
 
-    def _refused(self, error: urllib.error.HTTPError, have: int) -> None:
+    def _handle_http_error(self, error: urllib.error.HTTPError, num_received: int) -> None:
         """Return if the server has no more bytes to send; raise an error for any other HTTP error."""
-        if error.code == 416 and have:
-            whole = error.headers.get("Content-Range", "").rpartition("/")[2]
-            return self._agree(int(whole) if whole.isdigit() else None)
-        said = f"the server answered {error.code} {error.reason}"
+        if error.code == 416 and num_received:
+            total = error.headers.get("Content-Range", "").rpartition("/")[2]
+            return self._set_size(int(total) if total.isdigit() else None)
+        message = f"the server answered {error.code} {error.reason}"
         if error.code >= 500 or error.code == 429:
-            raise _Broken(said) from None
+            raise _ConnectionBroken(message) from None
         if error.code == 404:
-            said = "the server has no such file (404)"
-        raise CheckpointError(f"{self.url}: {said}") from None
+            message = "the server has no such file (404)"
+        raise CheckpointError(f"{self.url}: {message}") from None
 
-    def _note_offer(self, response: http.client.HTTPResponse, have: int) -> None:
+    def _read_headers(self, response: http.client.HTTPResponse, num_received: int) -> None:
         """Read the whole file's size and MD5 from the headers; reject a wrong range or size."""
         headers: Message = response.headers
-        whole = headers.get("Content-Length", "")
+        total = headers.get("Content-Length", "")
         if response.status == 206:
-            span, _, whole = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-            if span.partition("-")[0] != str(have):
+            span, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+            if span.partition("-")[0] != str(num_received):
                 sent = span or "no range"
-                raise CheckpointError(f"{self.url}: asked for byte {have:,} on, the server sent {sent}")
-        self._agree(int(whole) if whole.isdigit() else None)
+                raise CheckpointError(
+                    f"{self.url}: asked for byte {num_received:,} on, the server sent {sent}"
+                )
+        self._set_size(int(total) if total.isdigit() else None)
         # Content-MD5 of a partial answer is that of the part. The release server's own header is that of the
         # whole file.
-        of_all = headers.get("Content-MD5") if response.status == 200 else None
+        content_md5 = headers.get("Content-MD5") if response.status == 200 else None
         with contextlib.suppress(ValueError):
-            digest = base64.b64decode(headers.get("x-ms-blob-content-md5") or of_all or "", validate=True)
+            digest = base64.b64decode(
+                headers.get("x-ms-blob-content-md5") or content_md5 or "", validate=True
+            )
             if len(digest) == 16:
                 self.md5 = self.md5 or digest.hex()
 
-    def _agree(self, size: int | None) -> None:
+    def _set_size(self, size: int | None) -> None:
         """Take the size that the server gives; reject it if another size is known."""
         if size is not None and self.size is not None and size != self.size:
             raise CheckpointError(f"{self.url}: the server's file has {size:,} bytes, {self.size:,} are due")
         self.size = self.size if size is None else size
 
-    def _check_room(self, have: int) -> None:
+    def _check_disk_space(self, num_received: int) -> None:
         """Reject a download that doesn't fit onto the disk, before its first byte."""
-        missing, free = (self.size or 0) - have, shutil.disk_usage(self.part.parent).free
+        missing, free = (self.size or 0) - num_received, shutil.disk_usage(self.part.parent).free
         if missing > free:
             rest = f"{missing:,} bytes are still to come, the disk has {free:,}"
             raise OutputError(f"{self.part}: not written: {rest}")
@@ -289,33 +294,33 @@ class _Transfer:
             raise output_error(self.part, error) from error
 
 
-def _check(transfer: _Transfer, size: int, model: ModelPreset) -> tuple[str, ...]:
+def _check_download(transfer: _Transfer, size: int, model: ModelPreset) -> tuple[str, ...]:
     """Check that the download is the published file, else discard it; return the names of the checks."""
-    part, by = transfer.part, []
+    part, checks = transfer.part, []
     try:
         if transfer.size is not None:
-            by.append("size" if model.size is not None else "the server's own length")
+            checks.append("size" if model.size is not None else "the server's own length")
             if size != transfer.size:
                 raise CheckpointError(f"{size:,} bytes arrived, {transfer.size:,} were due")
         # MD5 adds nothing if SHA-256 is compared.
-        name, wanted = ("sha256", model.sha256) if model.sha256 else ("md5", transfer.md5)
-        if wanted is not None:
+        name, expected = ("sha256", model.sha256) if model.sha256 else ("md5", transfer.md5)
+        if expected is not None:
             with open(part, "rb") as file:
-                found = hashlib.file_digest(file, name).hexdigest()
-            if found != wanted:
-                raise CheckpointError(f"not the published file: its {name} is {found}, not {wanted}")
-            by.append(name)
+                actual = hashlib.file_digest(file, name).hexdigest()
+            if actual != expected:
+                raise CheckpointError(f"not the published file: its {name} is {actual}, not {expected}")
+            checks.append(name)
         shapes = shapes_of(read_weights(part, values=False).tensors)
         if zipfile.is_zipfile(part):  # the older format of torch.save has none
-            by.append("zip checksums")
+            checks.append("zip checksums")
         if fingerprint(shapes) != model.fingerprint:
-            differs = compare(shapes, network_shapes(model.config)).summary(1)
-            raise CheckpointError(f"not {model.name}: {differs}")
+            differences = compare(shapes, network_shapes(model.config)).summary(1)
+            raise CheckpointError(f"not {model.name}: {differences}")
     except CheckpointError as error:
         _discard(part)
-        said = str(error).removeprefix(f"{part}: ")
-        raise CheckpointError(f"{transfer.url}: {said}; discarded") from None
-    return (*by, "keys and shapes")
+        message = str(error).removeprefix(f"{part}: ")
+        raise CheckpointError(f"{transfer.url}: {message}; discarded") from None
+    return (*checks, "keys and shapes")
 
 
 def _discard(part: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from admfast.checkpoints.differences import compare, nearest_preset, network_shapes, shapes_of
-from admfast.checkpoints.infer import ModelInfo, contradicted, identify
-from admfast.checkpoints.reading import Source, Weights, read_weights
+from admfast.checkpoints.infer import ModelInfo, find_contradicted_flags, identify
+from admfast.checkpoints.reading import Weights, WeightsSource, read_weights
 from admfast.errors import CheckpointError, show_value
 from admfast.models import NetConfig, build
 
@@ -21,14 +21,14 @@ LOG = logging.getLogger("admfast")
 
 
 def load_network(
-    source: Source,
+    source: WeightsSource,
     *,
     config: NetConfig | None = None,
     preset: str | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     checksums: bool = True,
-    process: bool = False,
+    require_process: bool = False,
     entry: str | None = None,
     **options: Any,
 ) -> tuple[nn.Module, ModelInfo]:
@@ -47,8 +47,7 @@ def load_network(
             of the file. (For the published half precision, call `convert_torso` on a float32 network.)
         device: device of the parameters.
         checksums, entry: see `read_weights`.
-        process: require the diffusion process too; if it is unknown, the error for missing options asks for
-            it.
+        require_process: report a missing noise schedule as an error too.
         options: fields of the configuration or of `DiffusionConfig`, which override every other source, such
             as `num_heads=4`.
 
@@ -61,37 +60,39 @@ def load_network(
         InvalidArgument: for an unknown option or preset, or a value that is not allowed.
     """
     weights = read_weights(source, checksums=checksums, entry=entry)
-    info = identify_weights(weights, config=config, preset=preset, options=options, process=process)
+    info = identify_weights(
+        weights, config=config, preset=preset, options=options, require_process=require_process
+    )
     check_fit(weights, info, options)
     for note in weights.notes:
         LOG.warning("%s: %s", weights.path, note)
     with torch.device("meta"):
         net = build(info.config)
     tensors = weights.tensors
-    shared = _overlapping(tensors)
+    shared = _find_overlapping_keys(tensors)
     for key in list(tensors):
         # One tensor at a time, so that memory never holds all of them in both dtypes.
         value = tensors[key]
-        copy = key in shared or not weights.ours
+        copy = key in shared or not weights.unshared
         tensors[key] = value.to(device, dtype or value.dtype, copy=copy).contiguous()
     net.load_state_dict(tensors, strict=True, assign=True)
     return net.to(device).eval(), info
 
 
-def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
+def _find_overlapping_keys(tensors: Mapping[str, Tensor]) -> set[str]:
     """Return the keys of tensors that share memory with an earlier one: training would change both."""
     spans = []
     for key, value in tensors.items():
         first = int(value.storage_offset()) * value.element_size()
         last = sum((int(size) - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
         spans.append((value.untyped_storage()._cdata, first, first + last * value.element_size(), key))
-    found, storage, end = set(), None, -1
-    for of, first, last, key in sorted(spans):
-        if of == storage and first <= end:
-            found.add(key)
-        end = max(end, last) if of == storage else last
-        storage = of
-    return found
+    overlapping, previous_id, end = set(), None, -1
+    for storage_id, first, last, key in sorted(spans):
+        if storage_id == previous_id and first <= end:
+            overlapping.add(key)
+        end = max(end, last) if storage_id == previous_id else last
+        previous_id = storage_id
+    return overlapping
 
 
 def identify_weights(
@@ -100,7 +101,7 @@ def identify_weights(
     config: NetConfig | None = None,
     preset: str | None = None,
     options: Mapping[str, Any] | None = None,
-    process: bool = False,
+    require_process: bool = False,
 ) -> ModelInfo:
     """Return the identity of a file's weights, without loading the network. Raises: see `load_network`."""
     info = identify(
@@ -109,18 +110,18 @@ def identify_weights(
         options=options,
         config=config,
         preset_name=preset,
-        carried=weights.description,
-        process=process,
+        description=weights.description,
+        require_process=require_process,
     )
-    return dataclasses.replace(info, dtypes=values_by_dtype(weights.tensors))
+    return dataclasses.replace(info, dtypes=count_values_by_dtype(weights.tensors))
 
 
-def values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def count_values_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the number of values of every dtype, most frequent first."""
-    counted: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for value in tensors.values():
-        counted[str(value.dtype).removeprefix("torch.")] += value.numel()
-    return dict(counted.most_common())
+        counts[str(value.dtype).removeprefix("torch.")] += value.numel()
+    return dict(counts.most_common())
 
 
 def check_fit(weights: Weights, info: ModelInfo, options: Mapping[str, Any]) -> None:
@@ -131,16 +132,17 @@ def check_fit(weights: Weights, info: ModelInfo, options: Mapping[str, Any]) -> 
     shapes = shapes_of(weights.tensors)
     differences = compare(shapes, network_shapes(info.config))
     if differences:
-        wrong = contradicted(shapes, options).items()
-        said = ", ".join(
-            f"{flag}={show_value(options[flag])} (it has {show_value(has)})" for flag, has in wrong
+        contradicted = find_contradicted_flags(shapes, options).items()
+        contradictions = ", ".join(
+            f"{flag}={show_value(options[flag])} (it has {show_value(shown_value)})"
+            for flag, shown_value in contradicted
         )
-        text = f"{weights.path}: does not fit {said or info.source}: {differences.summary()}"
-        near = nearest_preset(shapes)
+        text = f"{weights.path}: does not fit {contradictions or info.source}: {differences.summary()}"
+        nearest = nearest_preset(shapes)
         if info.candidates:
             text += f"; it fits {' or '.join(model.name for model in info.candidates)}"
-        elif near is not None:
-            text += f"; nearest released model: {near[0].name} ({near[1].summary(1)})"
+        elif nearest is not None:
+            text += f"; nearest released model: {nearest[0].name} ({nearest[1].summary(1)})"
         raise CheckpointError(text)
     for key, value in weights.tensors.items():
         if not value.is_floating_point():

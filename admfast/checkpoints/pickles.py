@@ -1,7 +1,7 @@
 """Read a pickle as data: nothing in it is imported, called or run.
 
 The opcodes build dicts, lists, numbers and text; tensors become their places in the file (`StoredTensor`),
-and everything else that a pickle would make by a call becomes an inert `Record` of the call.
+and everything else that a pickle would make by a call becomes an inert `PickledObject` of the call.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import IO, Any
 import torch
 
 # No honest weights file calls these. They do no harm here, but such a file is made to do harm elsewhere.
-_RUNS_CODE = re.compile(
+_UNSAFE_CALLS = re.compile(
     r"(os|posix|nt)\.(?!stat_result|terminal_size|_Environ)\w+"
     r"|(subprocess|shutil|socket|runpy|importlib|pty|ctypes|code|commands|webbrowser|pip|pickle|_pickle)(\.\w+)+"
     r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|open|__import__|input|breakpoint)"
     r"|torch\.(hub|jit)\.\S+|torch\.load"
 )
-_STORAGES = {
+_DTYPE_OF_STORAGE = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -43,7 +43,7 @@ _STORAGES = {
     "QUInt2x4Storage": torch.quint2x4,
 }
 # Calls that rebuild a tensor that isn't dense -> the kind of tensor.
-_OTHER_FORMS = {
+_NON_DENSE_KINDS = {
     "torch._utils._rebuild_qtensor": "quantized",
     "torch._utils._rebuild_sparse_tensor": "sparse",
     "torch._utils._rebuild_nested_tensor": "nested",
@@ -52,39 +52,39 @@ _OTHER_FORMS = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": "device",
     "torch._utils._rebuild_wrapper_subclass": "wrapped",
 }
-# Calls that rebuild a dense tensor -> index of the argument with its marks, such as {"conj": True}.
-_MARKS_AT = {
+# Calls that rebuild a dense tensor -> index of the argument with its metadata, such as {"conj": True}.
+_METADATA_INDEX = {
     "torch._utils._rebuild_tensor": 4,
     "torch._utils._rebuild_tensor_v2": 6,
     "torch._utils._rebuild_tensor_v3": 7,
 }
-_MARKED = {"conj": "conjugated", "neg": "negated"}
+_METADATA_KINDS = {"conj": "conjugated", "neg": "negated"}
 # The persistent id of a storage in protocol 0: the text of a tuple.
-_IDENTITY = re.compile(r"\('storage', <class '([\w.]+)'>, '([^']*)', '[^']*', (\d{1,19})(?:, None)?\)")
+_PERSISTENT_ID = re.compile(r"\('storage', <class '([\w.]+)'>, '([^']*)', '[^']*', (\d{1,19})(?:, None)?\)")
 # Most bytes of a tensor that is larger than its storage (made by `expand`). No real weight has more.
-_LARGEST_REPEATED = 2**31
-_ARGUMENTS = frozenset(
+_MAX_EXPANDED_BYTES = 2**31
+_PUSH_ARGUMENT = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
 )
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY: dict[str, Any] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_WITHOUT_EFFECT = frozenset(("PROTO", "FRAME", "STOP", "READONLY_BUFFER"))
+_PUSH_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_PUSH_EMPTY: dict[str, Any] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_NO_OPERATION = frozenset(("PROTO", "FRAME", "STOP", "READONLY_BUFFER"))
 
 
-class RunsCode(Exception):
+class UnsafeCall(Exception):
     """A pickle would call a function that can run programs; the message is the function's name."""
 
 
 @dataclass(frozen=True)
-class Global:
+class GlobalName:
     """Object that a pickle would import, by its name `module.name`."""
 
     name: str
 
 
 @dataclass(eq=False)
-class Record:
+class PickledObject:
     """Record of an object that a pickle would make by calling unknown code: arguments, state, items."""
 
     name: str
@@ -125,7 +125,7 @@ class StoredTensor:
         if all(self.shape) and (self.offset + last + 1) * self.dtype.itemsize > self.storage.nbytes:
             raise ValueError("a tensor that extends past its storage")
         nbytes = math.prod(self.shape) * self.dtype.itemsize
-        if nbytes > max(self.storage.nbytes, _LARGEST_REPEATED):
+        if nbytes > max(self.storage.nbytes, _MAX_EXPANDED_BYTES):
             raise ValueError(f"a tensor of {nbytes:,} bytes in a storage of {self.storage.nbytes:,}")
 
 
@@ -133,16 +133,16 @@ def read_pickle(file: IO[bytes]) -> tuple[Any, dict[str, Storage]]:
     """Read the pickle at the file's position; return its value, and its storages by key.
 
     Raises:
-        RunsCode: if it would call a function that can run programs.
+        UnsafeCall: if it would call a function that can run programs.
         Exception: ValueError, KeyError or another, if it is damaged or not a pickle.
     """
-    machine = _Machine()
+    machine = _PickleMachine()
     for opcode, argument, _ in pickletools.genops(file):
-        machine.step(opcode.name, argument)
+        machine.execute(opcode.name, argument)
     return machine.stack.pop(), machine.storages
 
 
-class _Machine:
+class _PickleMachine:
     """Stack machine of pickle that can neither import nor call anything."""
 
     def __init__(self) -> None:
@@ -151,18 +151,22 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
 
-    def step(self, name: str, argument: Any) -> None:
+    def execute(self, name: str, argument: Any) -> None:
         """Execute one opcode."""
-        if name in _ARGUMENTS:
+        if name in _PUSH_ARGUMENT:
             self.stack.append(argument)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            self.stack.append(_EMPTY[name]())
-        elif name not in _WITHOUT_EFFECT and not self._moved(name, argument) and not self._filled(name):
-            self._made(name, argument)
+        elif name in _PUSH_CONSTANT:
+            self.stack.append(_PUSH_CONSTANT[name])
+        elif name in _PUSH_EMPTY:
+            self.stack.append(_PUSH_EMPTY[name]())
+        elif (
+            name not in _NO_OPERATION
+            and not self._execute_stack_opcode(name, argument)
+            and not self._execute_fill_opcode(name)
+        ):
+            self._execute_make_opcode(name, argument)
 
-    def _moved(self, name: str, argument: Any) -> bool:
+    def _execute_stack_opcode(self, name: str, argument: Any) -> bool:
         """Execute an opcode that moves values on the stack or the memo; return whether it was one."""
         stack, memo = self.stack, self.memo
         if name == "MARK":
@@ -170,7 +174,7 @@ class _Machine:
         elif name == "POP":
             _ = self.marks.pop() if self.marks and self.marks[-1] == len(stack) else stack.pop()
         elif name == "POP_MARK":
-            self._marked()
+            self._pop_to_mark()
         elif name == "DUP":
             stack.append(stack[-1])
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -183,69 +187,69 @@ class _Machine:
             return False
         return True
 
-    def _filled(self, name: str) -> bool:
+    def _execute_fill_opcode(self, name: str) -> bool:
         """Execute an opcode that puts values into an existing object; return whether it was one."""
         if name in ("SETITEM", "APPEND"):
-            values = self._last(2 if name == "SETITEM" else 1)
+            values = self._pop_last(2 if name == "SETITEM" else 1)
         elif name in ("SETITEMS", "APPENDS", "ADDITEMS"):
-            values = self._marked()
+            values = self._pop_to_mark()
         elif name == "BUILD":
             state = self.stack.pop()
-            if isinstance(self.stack[-1], Record):
+            if isinstance(self.stack[-1], PickledObject):
                 self.stack[-1].state = state
             return True
         else:
             return False
         target = self.stack[-1]
         if name.startswith("SETITEM"):
-            held = target.items if isinstance(target, Record) else target
-            held.update(_pairs(values))
-        elif not isinstance(target, Record):
+            items = target.items if isinstance(target, PickledObject) else target
+            items.update(_pairs(values))
+        elif not isinstance(target, PickledObject):
             (target.update if name == "ADDITEMS" else target.extend)(values)
         return True
 
-    def _made(self, name: str, argument: Any) -> None:
+    def _execute_make_opcode(self, name: str, argument: Any) -> None:
         """Execute an opcode that makes one value from others."""
         stack = self.stack
         if name == "TUPLE":
-            made: Any = tuple(self._marked())
+            value: Any = tuple(self._pop_to_mark())
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            made = tuple(self._last(int(name[-1])))
+            value = tuple(self._pop_last(int(name[-1])))
         elif name == "LIST":
-            made = self._marked()
+            value = self._pop_to_mark()
         elif name == "DICT":
-            made = dict(_pairs(self._marked()))
+            value = dict(_pairs(self._pop_to_mark()))
         elif name == "FROZENSET":
-            made = frozenset(self._marked())
+            value = frozenset(self._pop_to_mark())
         elif name == "GLOBAL":
-            made = Global(str(argument).replace(" ", ".", 1))
+            value = GlobalName(str(argument).replace(" ", ".", 1))
         elif name == "STACK_GLOBAL":
-            made = Global(".".join(map(str, self._last(2))))
+            value = GlobalName(".".join(map(str, self._pop_last(2))))
         elif name in ("REDUCE", "NEWOBJ"):
-            made = _called(*self._last(2))
+            value = _call(*self._pop_last(2))
         elif name == "NEWOBJ_EX":
-            made = _called(*self._last(3)[:2])
+            value = _call(*self._pop_last(3)[:2])
         elif name == "INST":
-            made = _called(Global(str(argument).replace(" ", ".", 1)), tuple(self._marked()))
+            value = _call(GlobalName(str(argument).replace(" ", ".", 1)), tuple(self._pop_to_mark()))
         elif name == "OBJ":
-            function, *arguments = self._marked()
-            made = _called(function, tuple(arguments))
+            function, *arguments = self._pop_to_mark()
+            value = _call(function, tuple(arguments))
         elif name in ("PERSID", "BINPERSID"):
-            made = _storage(_identity(argument) if name == "PERSID" else stack.pop())
-            if self.storages.setdefault(made.key, made).nbytes != made.nbytes:
-                raise ValueError(f"two lengths of the storage {made.key}")
+            value = _make_storage(_parse_persistent_id(argument) if name == "PERSID" else stack.pop())
+            if self.storages.setdefault(value.key, value).nbytes != value.nbytes:
+                raise ValueError(f"two lengths of the storage {value.key}")
         else:
             raise ValueError(f"opcode {name}")
-        stack.append(made)
+        stack.append(value)
 
-    def _last(self, count: int) -> list[Any]:
+    def _pop_last(self, count: int) -> list[Any]:
         values = self.stack[len(self.stack) - count :]
         if len(values) != count:
             raise ValueError("an empty stack")
         del self.stack[len(self.stack) - count :]
         return values
 
-    def _marked(self) -> list[Any]:
+    def _pop_to_mark(self) -> list[Any]:
         start = self.marks.pop()
         values = self.stack[start:]
         del self.stack[start:]
@@ -256,84 +260,86 @@ def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _called(function: Any, arguments: Any) -> Any:
+def _call(function: Any, arguments: Any) -> Any:
     """Return the value of a call that belongs to a state dict (a dict, a tensor, ...), else a record."""
-    name = function.name if isinstance(function, Global | Record) else type(function).__name__
+    name = function.name if isinstance(function, GlobalName | PickledObject) else type(function).__name__
     if not isinstance(arguments, tuple):
         raise ValueError("a call without arguments")
-    if _RUNS_CODE.fullmatch(name):
-        raise RunsCode(name)
+    if _UNSAFE_CALLS.fullmatch(name):
+        raise UnsafeCall(name)
     if name == "collections.OrderedDict":
         return dict(*arguments[:1])
     if name == "torch.Size":
         return tuple(arguments[0])
     if name == "torch._tensor._rebuild_from_type_v2":
-        return _called(arguments[0], arguments[2])
+        return _call(arguments[0], arguments[2])
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return arguments[0]
-    if name in _MARKS_AT:
+    if name in _METADATA_INDEX:
         storage, offset, shape, stride, *_ = arguments
-        dtype = _dtype(name, arguments)
-        if isinstance(storage, Storage) and dtype is not None and not _marks(name, arguments):
+        dtype = _rebuilt_dtype(name, arguments)
+        if isinstance(storage, Storage) and dtype is not None and not _metadata_kinds(name, arguments):
             return StoredTensor(storage, dtype, offset, tuple(shape), tuple(stride))
-    return Record(name, arguments)
+    return PickledObject(name, arguments)
 
 
-def _dtype(name: str, arguments: tuple[Any, ...]) -> torch.dtype | None:
+def _rebuilt_dtype(name: str, arguments: tuple[Any, ...]) -> torch.dtype | None:
     """Return the dtype of a rebuilt tensor: its storage's, or the one that version 3 names; else None."""
     if not name.endswith("v3"):
         return getattr(arguments[0], "dtype", None)
-    known = getattr(torch, arguments[6].name.removeprefix("torch."), None)
-    return known if isinstance(known, torch.dtype) else None
+    dtype = getattr(torch, arguments[6].name.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _marks(name: str, arguments: tuple[Any, ...]) -> list[str]:
-    """Return the marks of a rebuilt tensor, for which its values differ from its memory: "negated", ..."""
-    held = [entries_of(more) or {} for more in arguments[_MARKS_AT[name] :]]
-    return [_MARKED.get(mark, str(mark)) for marks in held for mark, set_ in marks.items() if set_]
+def _metadata_kinds(name: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Return what distinguishes a rebuilt tensor's values from its memory: "negated", "conjugated", ..."""
+    metadata = [named_values(argument) or {} for argument in arguments[_METADATA_INDEX[name] :]]
+    return [
+        _METADATA_KINDS.get(flag, str(flag)) for flags in metadata for flag, is_set in flags.items() if is_set
+    ]
 
 
-def other_form(value: Any) -> str | None:
+def non_dense_kind(value: Any) -> str | None:
     """Return the kind of a tensor that isn't dense memory with its values; None for anything else."""
     if isinstance(value, torch.Tensor):
         layout = None if value.layout is torch.strided else str(value.layout).removeprefix("torch.")
         return "quantized" if value.is_quantized else "meta" if value.is_meta else layout
-    if not isinstance(value, Record) or value.name not in _MARKS_AT:
-        return _OTHER_FORMS.get(value.name) if isinstance(value, Record) else None
-    marks = " and ".join(_marks(value.name, value.arguments))
-    if marks or not isinstance(value.arguments[0], Storage):
-        return marks or "separately pickled"
+    if not isinstance(value, PickledObject) or value.name not in _METADATA_INDEX:
+        return _NON_DENSE_KINDS.get(value.name) if isinstance(value, PickledObject) else None
+    kinds = " and ".join(_metadata_kinds(value.name, value.arguments))
+    if kinds or not isinstance(value.arguments[0], Storage):
+        return kinds or "separately pickled"
     return f"{value.arguments[6].name}"  # a dtype that this torch doesn't have
 
 
-def _identity(text: str) -> tuple[Any, ...]:
+def _parse_persistent_id(text: str) -> tuple[Any, ...]:
     """Parse the persistent id of a storage from its text."""
-    found = _IDENTITY.fullmatch(text)
-    if found is None:
+    match = _PERSISTENT_ID.fullmatch(text)
+    if match is None:
         raise ValueError("a persistent id that is not a storage's")
-    return "storage", Global(found[1]), found[2], None, int(found[3])
+    return "storage", GlobalName(match[1]), match[2], None, int(match[3])
 
 
-def _storage(identity: Any) -> Storage:
+def _make_storage(identity: Any) -> Storage:
     """Return the storage for a persistent id of torch.save."""
-    kind, of, key, _location, count, *view = identity
-    dtype = _STORAGES.get(of.name.rpartition(".")[2])
+    kind, storage_type, key, _location, count, *view = identity
+    dtype = _DTYPE_OF_STORAGE.get(storage_type.name.rpartition(".")[2])
     if kind != "storage" or dtype is None or type(count) is not int or count < 0 or any(view):
-        raise ValueError(f"a storage of an unknown kind, {of.name}")
+        raise ValueError(f"a storage of an unknown kind, {storage_type.name}")
     return Storage(str(key), dtype, count)
 
 
-def entries_of(value: Any) -> Mapping[Any, Any] | None:
+def named_values(value: Any) -> Mapping[Any, Any] | None:
     """Return the named values of a dict or of an object's record; None if it has none.
 
     Those of a pickled module are its parameters, buffers and submodules.
     """
     if isinstance(value, Mapping):
         return value
-    if not isinstance(value, Record):
+    if not isinstance(value, PickledObject):
         return None
     state = value.state if isinstance(value.state, dict) else {}
     if {"_parameters", "_modules"} <= state.keys():
         parts = (state.get(name) for name in ("_parameters", "_buffers", "_modules"))
-        return {name: held for part in parts for name, held in (entries_of(part) or {}).items()}
+        return {name: value for part in parts for name, value in (named_values(part) or {}).items()}
     return {**state, **value.items} or None

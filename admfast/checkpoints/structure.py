@@ -22,7 +22,7 @@ class Structure:
         kinds: possible kinds, each with the image channels that it implies; one, or unet and upsampler.
         fields: configuration fields that are certain.
         layouts: possible (levels, residual blocks per level); more than one only for some classifiers.
-        attended: widths of the levels with attention, including the middle block.
+        attention_widths: widths of the levels with attention, including the middle block.
         pool_side: side of an attention pool in positions; None without one.
         blocks: the blocks of the down path.
     """
@@ -30,24 +30,24 @@ class Structure:
     kinds: dict[str, int]
     fields: dict[str, Any]
     layouts: tuple[tuple[int, int], ...]
-    attended: tuple[int, ...]
+    attention_widths: tuple[int, ...]
     pool_side: int | None = None
     blocks: tuple[_Block, ...] = field(default=(), repr=False)
 
-    def of_layout(self, layout: tuple[int, int]) -> dict[str, Any]:
+    def fields_of_layout(self, layout: tuple[int, int]) -> dict[str, Any]:
         """Return the fields that follow from (levels, residual blocks per level)."""
         levels, count = layout
         firsts = [self.blocks[1 + level * (count + 1)] for level in range(levels)]
         base = self.fields["model_channels"]
-        shown: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "num_res_blocks": count,
             "channel_mult": tuple(_multiplier(block.width, base) for block in firsts),
             "attention_resolutions": tuple(2**i for i, block in enumerate(firsts) if block.attention),
         }
         if self.pool_side is not None:
-            shown["image_size"] = self.pool_side * 2 ** (levels - 1)
-        shown["resblock_updown"] = levels > 1 and self.blocks[count + 1].residual
-        return shown
+            fields["image_size"] = self.pool_side * 2 ** (levels - 1)
+        fields["resblock_updown"] = levels > 1 and self.blocks[count + 1].residual
+        return fields
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,18 @@ def _read(shapes: Shapes) -> Structure:
         raise CheckpointError("not an ADM network: input_blocks.0.0.weight, the stem, is missing")
     blocks = _down_blocks(shapes, stem[0])
     fields: dict[str, Any] = {"model_channels": base, "dims": len(stem) - 2}
-    fields["use_scale_shift_norm"] = _scale_shift(shapes)
+    fields["use_scale_shift_norm"] = _uses_scale_shift(shapes)
     fields["conv_resample"] = all(block.residual or block.convolution for block in blocks[1:])
     if any(key.startswith("output_blocks.") for key in shapes):
-        kinds, pool_side = _unet(shapes, stem[1], fields), None
-        layouts: tuple[tuple[int, int], ...] = (_unet_layout(shapes, blocks),)
+        kinds, pool_side = _read_unet_head(shapes, stem[1], fields), None
+        layouts: tuple[tuple[int, int], ...] = (_read_unet_layout(shapes, blocks),)
     else:
-        kinds, layouts = {"classifier": stem[1]}, _layouts(blocks)
-        pool_side = _pool(shapes, fields)
-    if not layouts or not all(_consistent(blocks, *layout) for layout in layouts):
+        kinds, layouts = {"classifier": stem[1]}, _possible_layouts(blocks)
+        pool_side = _read_pool(shapes, fields)
+    if not layouts or not all(_is_consistent(blocks, *layout) for layout in layouts):
         raise CheckpointError(f"not an ADM network: its {len(blocks)} input blocks form no regular levels")
-    attended = {block.width for block in blocks if block.attention} | {blocks[-1].width}
-    return Structure(kinds, fields, layouts, tuple(sorted(attended)), pool_side, tuple(blocks))
+    attention_widths = {block.width for block in blocks if block.attention} | {blocks[-1].width}
+    return Structure(kinds, fields, layouts, tuple(sorted(attention_widths)), pool_side, tuple(blocks))
 
 
 def _base_width(shapes: Shapes) -> int:
@@ -116,19 +116,19 @@ def _base_width(shapes: Shapes) -> int:
     raise CheckpointError(f"not an ADM network: no time_embed.0.weight [4M, M] among its keys ({first}, ...)")
 
 
-def _children(shapes: Shapes, path: str) -> dict[int, dict[int, dict[str, tuple[int, ...]]]]:
+def _group_children(shapes: Shapes, path: str) -> dict[int, dict[int, dict[str, tuple[int, ...]]]]:
     """Return {block: {child: {rest of the key: shape}}} of input_blocks or output_blocks."""
-    found: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {}
+    children: dict[int, dict[int, dict[str, tuple[int, ...]]]] = {}
     for key, shape in shapes.items():
         match = _CHILD.fullmatch(key)
         if match and match[1] == path:
-            found.setdefault(int(match[2]), {}).setdefault(int(match[3]), {})[match[4]] = shape
-    return found
+            children.setdefault(int(match[2]), {}).setdefault(int(match[3]), {})[match[4]] = shape
+    return children
 
 
 def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
     """Return the input blocks. A block without parameters (average pooling) shows as a gap in the numbers."""
-    children = _children(shapes, "input_blocks")
+    children = _group_children(shapes, "input_blocks")
     blocks = [_Block(width=stem_width)]
     for index in range(1, max(children) + 1):
         first = children.get(index, {}).get(0, {})
@@ -145,7 +145,7 @@ def _down_blocks(shapes: Shapes, stem_width: int) -> list[_Block]:
     return blocks
 
 
-def _scale_shift(shapes: Shapes) -> bool:
+def _uses_scale_shift(shapes: Shapes) -> bool:
     """Tell whether the embedding is projected to twice the channels: scale and shift."""
     names = ("in_layers.2.weight", "emb_layers.1.weight")
     width, projected = (shapes.get(f"input_blocks.1.0.{name}") for name in names)
@@ -156,7 +156,7 @@ def _scale_shift(shapes: Shapes) -> bool:
     return projected[0] == 2 * width[0]
 
 
-def _unet(shapes: Shapes, stem_channels: int, fields: dict[str, Any]) -> dict[str, int]:
+def _read_unet_head(shapes: Shapes, stem_channels: int, fields: dict[str, Any]) -> dict[str, int]:
     """Add the fields that a UNet's last layer and classes show; return kinds with their image channels."""
     head = shapes.get("out.2.weight")
     if head is None:
@@ -170,26 +170,28 @@ def _unet(shapes: Shapes, stem_channels: int, fields: dict[str, Any]) -> dict[st
     return kinds
 
 
-def _unet_layout(shapes: Shapes, blocks: list[_Block]) -> tuple[int, int]:
+def _read_unet_layout(shapes: Shapes, blocks: list[_Block]) -> tuple[int, int]:
     """Return (levels, residual blocks per level), from the upsampling layers or the gaps in the down path."""
-    children = _children(shapes, "output_blocks")
-    ups = 0
-    for members in children.values():
-        ups += any("in_layers.2.weight" in m or "conv.weight" in m for i, m in members.items() if i > 0)
-    levels = 1 + (ups or sum(not block.residual for block in blocks[1:]))
+    children = _group_children(shapes, "output_blocks")
+    num_upsamplings = 0
+    for layers in children.values():
+        num_upsamplings += any(
+            "in_layers.2.weight" in m or "conv.weight" in m for i, m in layers.items() if i > 0
+        )
+    levels = 1 + (num_upsamplings or sum(not block.residual for block in blocks[1:]))
     return levels, len(children) // levels - 1
 
 
-def _layouts(blocks: list[_Block]) -> tuple[tuple[int, int], ...]:
+def _possible_layouts(blocks: list[_Block]) -> tuple[tuple[int, int], ...]:
     """Return every (levels, residual blocks per level) that fits the down path."""
     total = len(blocks)
-    shown = sum(not block.residual for block in blocks[1:])
-    levels = [1 + shown] if shown else range(1, total + 1)
-    found = [(n, total // n - 1) for n in levels if total % n == 0 and total // n > 1]
-    return tuple(layout for layout in found if _consistent(blocks, *layout))
+    num_downsamplings = sum(not block.residual for block in blocks[1:])
+    levels = [1 + num_downsamplings] if num_downsamplings else range(1, total + 1)
+    layouts = [(n, total // n - 1) for n in levels if total % n == 0 and total // n > 1]
+    return tuple(layout for layout in layouts if _is_consistent(blocks, *layout))
 
 
-def _consistent(blocks: list[_Block], levels: int, count: int) -> bool:
+def _is_consistent(blocks: list[_Block], levels: int, count: int) -> bool:
     """Tell whether the blocks form levels of equal blocks, with a downsampling block between levels."""
     if count < 1 or levels * (count + 1) != len(blocks):
         return False
@@ -208,11 +210,11 @@ def _consistent(blocks: list[_Block], levels: int, count: int) -> bool:
     return True
 
 
-def _pool(shapes: Shapes, fields: dict[str, Any]) -> int | None:
+def _read_pool(shapes: Shapes, fields: dict[str, Any]) -> int | None:
     """Add the fields of a classifier's pool and classes; return the side of an attention pool, or None."""
-    table = shapes.get("out.2.positional_embedding")
-    if table is not None:
-        side = math.isqrt(max(table[1] - 1, 0))
+    positions = shapes.get("out.2.positional_embedding")
+    if positions is not None:
+        side = math.isqrt(max(positions[1] - 1, 0))
         fields |= {"pool": "attention", "out_channels": shapes["out.2.c_proj.weight"][0]}
         return side
     for pool, last, first in (
@@ -234,9 +236,9 @@ def _multiplier(width: int, base: int) -> float:
     return multiplier if int(multiplier * base) == width else math.nextafter(multiplier, math.inf)
 
 
-def summary(structure: Structure) -> str:
+def describe_structure(structure: Structure) -> str:
     """Return a short description of the network that was recognised, for error messages."""
-    layout = structure.of_layout(structure.layouts[0])
+    layout = structure.fields_of_layout(structure.layouts[0])
     fields: Mapping[str, Any] = structure.fields
     levels = ",".join(f"{mult:g}" for mult in layout["channel_mult"])
     kind = " or ".join(structure.kinds)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from admfast.checkpoints.differences import compare, network_shapes, shapes_of
-from admfast.checkpoints.reading import ENDINGS, METADATA_KEY
+from admfast.checkpoints.reading import METADATA_KEY, WEIGHTS_SUFFIXES
 from admfast.errors import OutputError, invalid
 from admfast.files.atomic import (
     atomic_folder,
@@ -56,7 +56,7 @@ def write_weights(
         InvalidArgument: for another ending or dtype, or a description that doesn't fit the weights.
         OutputError: if a file can't be written; existing files are unchanged.
     """
-    path = user_path("path", path, ENDINGS)
+    path = user_path("path", path, WEIGHTS_SUFFIXES)
     if dtype is not None and dtype not in DTYPES:
         raise invalid("dtype", dtype, "float32, float16 or bfloat16")
     if description is not None:
@@ -66,7 +66,7 @@ def write_weights(
                 "description", description.network.kind, f"the weights differ: {differences.summary()}"
             )
     # Give every tensor a storage of its own; otherwise the whole base of a view would be saved.
-    tensors = {key: _on_disk(value, dtype) for key, value in state.items()}
+    tensors = {key: _prepare_for_file(value, dtype) for key, value in state.items()}
     text = description.to_json() if description is not None else None
     with contextlib.ExitStack() as stack:
         if path.suffix == ".safetensors":
@@ -88,23 +88,23 @@ def write_folder(folder: Path, files: Mapping[str, str | Mapping[str, Tensor]]) 
     device; dtypes are kept).
     Raises: OutputError.
     """
-    with atomic_folder(folder) as place:
+    with atomic_folder(folder) as directory:
         for name, content in files.items():
-            path = place / name
+            path = directory / name
             make_folder(path.parent)
             if isinstance(content, str):
                 write_text(path, content)
                 continue
-            tensors = {key: _on_disk(value, None) for key, value in content.items()}
+            tensors = {key: _prepare_for_file(value, None) for key, value in content.items()}
             with atomic_path(path) as temporary:
                 _save_safetensors(path, temporary, tensors, {"format": "pt"})
 
 
-def _on_disk(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _prepare_for_file(value: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Return a contiguous CPU tensor with a storage of its own, in the dtype of the file."""
     value = value.detach().to("cpu", dtype or value.dtype).contiguous()
-    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value if whole else value.clone()
+    owns_storage = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if owns_storage else value.clone()
 
 
 def _save_safetensors(

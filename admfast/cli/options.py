@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from admfast.checkpoints import flags
+from admfast.checkpoints import flags_to_options
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
 from admfast.checks import parse_literal
 from admfast.errors import allowed_names, invalid
@@ -32,9 +32,9 @@ def parse_settings(
         if not separator or not name:
             raise invalid(flag, text, "NAME=VALUE, such as num_heads=4")
         known_names = [*OPTION_NAMES, *(extra_names or ())]
-        if extra_names is not None and name not in known_names and name not in flags.NAMES:
+        if extra_names is not None and name not in known_names and name not in flags_to_options.FLAG_NAMES:
             raise invalid(flag, name, f"no such option of a file; {allowed_names(name, known_names)}")
-        if name in SWITCH_NAMES or name in flags.SWITCHES:
+        if name in SWITCH_NAMES or name in flags_to_options.FLAG_SWITCHES:
             if value.lower() not in _BOOLEAN_WORDS:
                 raise invalid(flag, text, "True or False (or yes, no, 1, 0)")
             options[name] = _BOOLEAN_WORDS[value.lower()]

@@ -26,7 +26,7 @@ from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, requested_images
 from admfast.sampling.profile import profile_text
 from admfast.sampling.request import SampleRequest
-from admfast.solvers import solver_of
+from admfast.solvers import make_solver
 
 # Most images of one call: a typo such as 0-99999999999 is an error and does not fill the memory.
 MAX_NUMBERS = 10_000_000
@@ -95,7 +95,7 @@ def _check_without_model(batch: int | None, solver: str, compile_cache: Path | N
     """Reject wrong options that can be recognized without a model."""
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
-    if (chosen_solver := solver_of(solver)).begins == "image":
+    if (chosen_solver := make_solver(solver)).starts_from == "image":
         allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen_solver}', output='float')"
         raise invalid("solver", solver, f"{allowed}; PNG files can't hold noise")
     if compile_cache is not None:

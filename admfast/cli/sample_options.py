@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from admfast.solvers import listed
+from admfast.solvers import list_solvers
 
 Name = Annotated[str, typer.Argument(help="A system (see `admfast models`) or a weights file.")]
 Weights = Annotated[Path | None, typer.Option(help="Folder with the released files (default: none).")]
@@ -46,7 +46,9 @@ Size = Annotated[
 Steps = Annotated[int | None, typer.Option(help="Network evaluations per image (default: the system's).")]
 Solver = Annotated[
     str,
-    typer.Option(help=f"A solver, with its options if not these defaults: {'; '.join(listed('noise'))}."),
+    typer.Option(
+        help=f"A solver, with its options if not these defaults: {'; '.join(list_solvers('noise'))}."
+    ),
 ]
 Eta = Annotated[
     float | None, typer.Option(help="The solver's option eta, as in ddim:eta=0.5 (default: its own).")

@@ -14,8 +14,8 @@ import typer
 
 from admfast import checks
 from admfast.checkpoints import load_network
-from admfast.checkpoints.reading import ENDINGS
-from admfast.checkpoints.snapshots import is_run
+from admfast.checkpoints.reading import WEIGHTS_SUFFIXES
+from admfast.checkpoints.snapshots import is_run_folder
 from admfast.cli import train_options as option
 from admfast.cli.commands import UsageProblem
 from admfast.cli.options import DTYPES, parse_settings
@@ -147,7 +147,7 @@ def run_export(
             if value is not None:
                 raise invalid(name, value, "only with --out, the weights file")
     else:
-        out = user_path("out", out, ENDINGS)
+        out = user_path("out", out, WEIGHTS_SUFFIXES)
     drawing = None
     if picture is not None:
         picture = user_path("picture", picture, [".png"])
@@ -228,7 +228,7 @@ def _check_run_folder(out: Path) -> None:
     """Raise OutputError if `out` can't be the folder of a run: it is a file, or holds samples."""
     check_folder_path(out)
     samples = find_sample_files(out)
-    if samples and not is_run(out):
+    if samples and not is_run_folder(out):
         contents = f"holds {len(samples)} files of samples (from `admfast sample`)"
         raise OutputError(f"out={str(out)!r}: {contents}; give another folder for the training run")
 

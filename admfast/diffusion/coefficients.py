@@ -42,7 +42,7 @@ class CoefficientTables:
     """
 
     def __init__(self, schedule: Schedule) -> None:
-        columns = _coefficients(schedule)
+        columns = _compute_coefficients(schedule)
         self._rows = {name: row for row, name in enumerate(columns)}
         self._host = np.stack(list(columns.values()))
         self._model_timesteps = schedule.model_timesteps
@@ -55,12 +55,12 @@ class CoefficientTables:
         Raises: InvalidArgument for a t that is not [N] integers.
         """
         self._check(t, tensors[0].shape[:1])
-        wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-        dtype = torch.float64 if wide else torch.float32
+        is_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
+        dtype = torch.float64 if is_float64 else torch.float32
         table = self._tables.get((t.device, dtype))
         if table is None:
             # Rounded on the host, because not every device supports float64.
-            table = self._tables[t.device, dtype] = _uploaded(self._host, t.device, dtype)
+            table = self._tables[t.device, dtype] = _upload(self._host, t.device, dtype)
         return Coefficients(table, self._rows, t, tensors[0].shape)
 
     def model_t(self, t: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class CoefficientTables:
         self._check(t, t.shape[:1])
         table = self._model_t.get(t.device)
         if table is None:
-            table = self._model_t[t.device] = _uploaded(self._model_timesteps, t.device)
+            table = self._model_t[t.device] = _upload(self._model_timesteps, t.device)
         return table.index_select(0, t)
 
     def _check(self, t: Tensor, shape: torch.Size) -> None:
@@ -83,18 +83,18 @@ class CoefficientTables:
             raise invalid("t", low if low < 0 else high, f"steps from 0 to {steps - 1}")
 
 
-def _uploaded(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def _upload(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     # A tensor made in inference mode could not be used with autograd later.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _coefficients(schedule: Schedule) -> dict[str, FloatArray]:
+def _compute_coefficients(schedule: Schedule) -> dict[str, FloatArray]:
     """Return every coefficient of the formulas, float64 [S] each."""
     coef1, coef2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
     # The true posterior variance is 0 at t = 0; the published large variance is that of t = 1 there.
-    first = schedule.posterior_variance[1] if schedule.num_timesteps > 1 else schedule.betas[0]
-    large = np.append(first, schedule.betas[1:])
+    first_variance = schedule.posterior_variance[1] if schedule.num_timesteps > 1 else schedule.betas[0]
+    large_variance = np.append(first_variance, schedule.betas[1:])
     return {
         "sqrt_alphas_cumprod": schedule.sqrt_alphas_cumprod,
         "one_minus_alphas_cumprod": 1.0 - schedule.alphas_cumprod,
@@ -108,7 +108,7 @@ def _coefficients(schedule: Schedule) -> dict[str, FloatArray]:
         "posterior_mean_coef2_over_coef1": coef2 / coef1,
         "posterior_variance": schedule.posterior_variance,
         "posterior_log_variance_clipped": schedule.posterior_log_variance_clipped,
-        "fixed_large_variance": large,
-        "fixed_large_log_variance": np.log(large),
+        "fixed_large_variance": large_variance,
+        "fixed_large_log_variance": np.log(large_variance),
         "log_betas": np.log(schedule.betas),
     }

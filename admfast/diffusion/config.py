@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from admfast import checks
-from admfast.diffusion.parameterisation import LossType, MeanType, VarType, member
+from admfast.diffusion.parameterisation import LossType, MeanType, VarType, enum_member
 from admfast.diffusion.process import GaussianDiffusion
 from admfast.diffusion.respacing import Respacing, space_timesteps
 from admfast.diffusion.schedule import NOISE_SCHEDULES, beta_schedule, make_schedule
@@ -27,7 +27,7 @@ SETTINGS = ("noise_schedule", "steps", *SWITCHES)
 _PUBLISHED_NAMES = {"diffusion_steps": "steps", "timestep_respacing": "respacing"}
 
 
-def checked_setting(setting: str, value: object, name: str | None = None) -> object:
+def check_setting(setting: str, value: object, name: str | None = None) -> object:
     """Return the checked and normalized value of one of `SETTINGS`, without regard to the others.
 
     name: the setting's name in errors, if the value comes from a flag with another name.
@@ -71,23 +71,23 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
-            object.__setattr__(self, name, checked_setting(name, getattr(self, name)))
+            object.__setattr__(self, name, check_setting(name, getattr(self, name)))
         beta_schedule(self.noise_schedule, self.steps)
         if self.respacing is not None and not isinstance(self.respacing, str):
-            kept = checks.whole_number_or_tuple("respacing", self.respacing, 0)
-            object.__setattr__(self, "respacing", kept)
+            respacing = checks.whole_number_or_tuple("respacing", self.respacing, 0)
+            object.__setattr__(self, "respacing", respacing)
         if self.respacing is not None and not space_timesteps(self.steps, self.respacing):
             raise invalid("respacing", self.respacing, "at least one step")
-        self._direct("mean_type", MeanType, "predict_xstart")
-        self._direct("var_type", VarType, "learn_sigma", "sigma_small")
-        self._direct("loss_type", LossType, "use_kl", "rescale_learned_sigmas")
+        self._resolve_type("mean_type", MeanType, "predict_xstart")
+        self._resolve_type("var_type", VarType, "learn_sigma", "sigma_small")
+        self._resolve_type("loss_type", LossType, "use_kl", "rescale_learned_sigmas")
 
-    def _direct(self, name: str, kind: Any, *switches: str) -> None:
+    def _resolve_type(self, name: str, kind: Any, *switches: str) -> None:
         """Replace a member's name by the member, and reject switches that set the same thing."""
-        given = getattr(self, name)
-        if given is None:
+        value = getattr(self, name)
+        if value is None:
             return
-        object.__setattr__(self, name, member(kind, given, name))
+        object.__setattr__(self, name, enum_member(kind, value, name))
         for switch in switches:
             if getattr(self, switch):
                 raise invalid(switch, True, f"off where {name} is given")
@@ -98,13 +98,13 @@ class DiffusionConfig:
 
         Raises: InvalidArgument for an unknown flag, with the nearest names.
         """
-        known = [entry.name for entry in dataclasses.fields(cls)]
+        names = [entry.name for entry in dataclasses.fields(cls)]
         settings: dict[str, Any] = {}
         for flag, value in flags.items():
             name = _PUBLISHED_NAMES.get(flag, flag)
-            if name not in known:
+            if name not in names:
                 raise invalid(
-                    flag, value, f"unknown setting, {allowed_names(flag, [*known, *_PUBLISHED_NAMES])}"
+                    flag, value, f"unknown setting, {allowed_names(flag, [*names, *_PUBLISHED_NAMES])}"
                 )
             if name in settings:
                 raise invalid(flag, value, f"the same setting as {name}, which is given too")
@@ -131,9 +131,9 @@ class DiffusionConfig:
         var = self.var_type or (VarType.LEARNED_RANGE if self.learn_sigma else fixed)
         loss = self.loss_type or (LossType.RESCALED_KL if self.use_kl else mse)
         return (
-            member(MeanType, mean, "mean_type"),
-            member(VarType, var, "var_type"),
-            member(LossType, loss, "loss_type"),
+            enum_member(MeanType, mean, "mean_type"),
+            enum_member(VarType, var, "var_type"),
+            enum_member(LossType, loss, "loss_type"),
         )
 
     def build(self, respacing: Respacing | None = None) -> GaussianDiffusion:
@@ -142,6 +142,6 @@ class DiffusionConfig:
         respacing: replaces the config's respacing; None keeps the config's.
         Raises: InvalidArgument.
         """
-        kept = self.respacing if respacing is None else respacing
-        schedule = make_schedule(self.noise_schedule, self.steps, kept, self.rescale_timesteps)
+        used_respacing = self.respacing if respacing is None else respacing
+        schedule = make_schedule(self.noise_schedule, self.steps, used_respacing, self.rescale_timesteps)
         return GaussianDiffusion(schedule, *self.types)

@@ -19,7 +19,7 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor | float, log_var2: 
     """Return KL(N(mean1, e^log_var1) || N(mean2, e^log_var2)) elementwise, in nats.
 
     (log_var2 - log_var1 + e^(log_var1 - log_var2) + (mean1 - mean2)^2 e^-log_var2 - 1) / 2.
-    Source: `normal_kl` of the published `losses.py`.
+    Source: `normal_kl` of the published code.
 
     All arguments broadcast; the second distribution may be numbers. Result in the tensors' dtype.
     Differentiable.
@@ -34,8 +34,9 @@ def normal_kl(mean1: Tensor, log_var1: Tensor, mean2: Tensor | float, log_var2: 
 def approx_standard_normal_cdf(x: Tensor) -> Tensor:
     """Return (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, within 2e-4 of the standard normal's cdf.
 
-    Source: `approx_standard_normal_cdf` of the published `losses.py`. Any shape and float dtype.
-    Differentiable.
+    Source: `approx_standard_normal_cdf` of the published code.
+
+    Any shape and float dtype. Differentiable.
     """
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -46,7 +47,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     log(F((x + 1/255 - mean) / s) - F((x - 1/255 - mean) / s)), s = e^log_scales, F the approximate cdf; the
     lowest level (x < -0.999) takes the whole lower tail and the highest (x > 0.999) the upper one, so that
     the 256 probabilities sum to 1. A probability below 1e-12 is replaced by 1e-12, and its gradient is 0.
-    Source: `discretized_gaussian_log_likelihood` of the published `losses.py`.
+    Source: `discretized_gaussian_log_likelihood` of the published code.
 
     x: [N, ...], 8-bit levels scaled to [-1, 1]. means, log_scales: the same shape. Differentiable.
     Raises: InvalidArgument for other shapes.

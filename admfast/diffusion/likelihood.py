@@ -51,7 +51,7 @@ def vb_terms_bpd(
     """Return one term of the variational bound per sample, in bits per dimension.
 
     t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0: -log p(x_0 | x_1) of 8-bit levels.
-    Source: DDPM eq. 5 and 13; `_vb_terms_bpd` of the published code.
+    Source: Ho et al. 2020, eq. 5 and 13; `_vb_terms_bpd` of the published code.
 
     model_output: the output at (x_t, diffusion.model_t(t)), see `GaussianDiffusion.p_mean_variance`.
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1]. x_t: [N, C, ...]. t: [N], indices.
@@ -68,7 +68,8 @@ def vb_terms_bpd(
 def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
     """Return KL(q(x_T | x_0) || N(0, 1)) per sample, [N], in bits per dimension; no network is involved.
 
-    Source: DDPM eq. 5; `_prior_bpd` of the published code.
+    Source: Ho et al. 2020, eq. 5; `_prior_bpd` of the published code.
+
     x_start: [N, ...] in [-1, 1]. Differentiable in x_start.
     """
     last = torch.full((x_start.shape[0],), diffusion.num_timesteps - 1, device=x_start.device)
@@ -89,7 +90,7 @@ def bits_per_dimension(
 ) -> BitsPerDimension:
     """Return the variational bound on -log2 p(x_0) per dimension, with one draw of x_t at each step.
 
-    Source: `calc_bpd_loop` of the published code. Calls the model S times, without gradients.
+    It calls the model S times, without gradients. Source: `calc_bpd_loop` of the published code.
 
     model: called as model(x_t, diffusion.model_t(t), **model_kwargs). Its mode is kept: call eval() first.
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1].
@@ -100,14 +101,14 @@ def bits_per_dimension(
     """
     kwargs = dict(model_kwargs or {})
     steps = diffusion.num_timesteps
-    draws = _draws(x_start, steps, noises, generator)
+    noise_per_step = _iterate_noise(x_start, steps, noises, generator)
     vb, xstart_mse, mse = [], [], []
     with torch.no_grad():
-        for done, step in enumerate(range(steps - 1, -1, -1), start=1):
+        for num_done, step in enumerate(range(steps - 1, -1, -1), start=1):
             t = torch.full((x_start.shape[0],), step, device=x_start.device)
-            noise = next(draws, None)
+            noise = next(noise_per_step, None)
             if noise is None:
-                raise invalid("noises", f"{done - 1} tensors", f"{steps}, one per step")
+                raise invalid("noises", f"{num_done - 1} tensors", f"{steps}, one per step")
             x_t = diffusion.q_sample(x_start, t, noise)
             output = model(x_t, diffusion.model_t(t), **kwargs)
             terms = vb_terms_bpd(diffusion, output, x_start, x_t, t, clip_denoised)
@@ -116,14 +117,14 @@ def bits_per_dimension(
             xstart_mse.append(mean_flat((terms.pred_xstart - x_start) ** 2))
             mse.append(mean_flat((eps - noise) ** 2))
             if progress is not None:
-                progress(done, steps)
+                progress(num_done, steps)
         prior = prior_bpd(diffusion, x_start)
     terms_vb = torch.stack(vb, dim=1)  # [N, S]
     total = terms_vb.sum(dim=1) + prior
     return BitsPerDimension(total, prior, terms_vb, torch.stack(xstart_mse, dim=1), torch.stack(mse, dim=1))
 
 
-def _draws(
+def _iterate_noise(
     x_start: Tensor, steps: int, noises: Iterable[Tensor] | None, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
     """Return the noise of each step, in the order of use."""

@@ -29,7 +29,7 @@ def training_losses(
     mse is the mean squared error, over pixels, of the network's prediction (noise, x_0 or posterior mean).
     vb is the term of the variational bound in bits per dimension, without clipping. In the MSE losses it
     exists only if the variance is learned, and trains only the variance (the mean is detached).
-    Source: DDPM eq. 14; Nichol and Dhariwal 2021, eq. 16; `training_losses` of the published code.
+    Source: Ho et al. 2020, eq. 14; Nichol & Dhariwal 2021, eq. 16; `training_losses` of the published code.
 
     model: called as model(x_t, diffusion.model_t(t), **model_kwargs); returns [N, C, ...] or [N, 2C, ...].
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1]. t: [N], indices.
@@ -53,8 +53,8 @@ def training_losses(
     terms = {"mse": mean_flat((_target(diffusion, x_start, x_t, t, noise) - mean_part) ** 2)}
     terms["loss"] = terms["mse"]
     if variance_part is not None:
-        held = torch.cat([mean_part.detach(), variance_part], dim=1)
-        vb = vb_terms_bpd(diffusion, held, x_start, x_t, t, clip_denoised=False).output
+        detached_output = torch.cat([mean_part.detach(), variance_part], dim=1)
+        vb = vb_terms_bpd(diffusion, detached_output, x_start, x_t, t, clip_denoised=False).output
         if diffusion.loss_type is LossType.RESCALED_MSE:
             # S times one random term estimates the whole bound; without the 1/1000 it would outweigh the mse.
             vb = vb * (steps / 1000.0)

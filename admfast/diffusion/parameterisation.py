@@ -46,7 +46,7 @@ class LossType(enum.Enum):
 EnumT = TypeVar("EnumT", bound=enum.Enum)
 
 
-def member(kind: type[EnumT], value: EnumT | str, name: str) -> EnumT:
+def enum_member(kind: type[EnumT], value: EnumT | str, name: str) -> EnumT:
     """Return the member of `kind` that `value` is or names; `name` is the argument's name in errors.
 
     Raises: InvalidArgument with the nearest names.

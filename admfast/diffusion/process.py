@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from admfast.diffusion.coefficients import Coefficients, CoefficientTables
-from admfast.diffusion.parameterisation import LossType, MeanType, VarType, member
+from admfast.diffusion.parameterisation import LossType, MeanType, VarType, enum_member
 from admfast.diffusion.schedule import Schedule
 from admfast.errors import invalid
 
@@ -34,10 +34,12 @@ class PMeanVariance(GaussianMoments):
 class GaussianDiffusion:
     """A diffusion process with a network's parameterisation: maths on tensors, without calling a network.
 
-    Source: `GaussianDiffusion` of the published code. Steps are indices t = 0..S-1 of `schedule`; the
-    network sees `model_t(t)`. Methods compute in float64 if one of their image tensors is float64, else in
-    float32, with coefficients rounded once from float64. The coefficients are uploaded once per device and
-    dtype, and indexed there by t, so that a step moves no data between host and device.
+    Source: `GaussianDiffusion` of the published code.
+
+    Steps are indices t = 0..S-1 of `schedule`; the network sees `model_t(t)`. Methods compute in float64 if
+    one of their image tensors is float64, else in float32, with coefficients rounded once from float64. The
+    coefficients are uploaded once per device and dtype, and indexed there by t, so that a step moves no data
+    between host and device.
 
     schedule: see `make_schedule`. mean_type, var_type, loss_type: members, or their names.
     Raises: InvalidArgument.
@@ -51,9 +53,9 @@ class GaussianDiffusion:
         loss_type: LossType | str = LossType.MSE,
     ) -> None:
         self.schedule = schedule
-        self.mean_type = member(MeanType, mean_type, "mean_type")
-        self.var_type = member(VarType, var_type, "var_type")
-        self.loss_type = member(LossType, loss_type, "loss_type")
+        self.mean_type = enum_member(MeanType, mean_type, "mean_type")
+        self.var_type = enum_member(VarType, var_type, "var_type")
+        self.loss_type = enum_member(LossType, loss_type, "loss_type")
         self._tables = CoefficientTables(schedule)
 
     @property
@@ -63,27 +65,28 @@ class GaussianDiffusion:
 
     def x0_coefficients(self, i: int) -> tuple[float, float]:
         """Return (k_x, k_out) with x_0 = k_x x_t + k_out out at step i; out is the output's mean channels."""
-        s = self.schedule
+        schedule = self.schedule
         if self.mean_type is MeanType.EPSILON:
-            return float(s.sqrt_recip_alphas_cumprod[i]), -float(s.sqrt_recipm1_alphas_cumprod[i])
+            recipm1 = float(schedule.sqrt_recipm1_alphas_cumprod[i])
+            return float(schedule.sqrt_recip_alphas_cumprod[i]), -recipm1
         if self.mean_type is MeanType.START_X:
             return 0.0, 1.0
-        coef1, coef2 = float(s.posterior_mean_coef1[i]), float(s.posterior_mean_coef2[i])
+        coef1, coef2 = float(schedule.posterior_mean_coef1[i]), float(schedule.posterior_mean_coef2[i])
         return -coef2 / coef1, 1.0 / coef1
 
     def log_variance_coefficients(self, i: int) -> tuple[float, float]:
         """Return (l0, l1) with log sigma^2 = l0 + l1 v at step i; v is the output's variance channels."""
-        s = self.schedule
-        low, high = float(s.posterior_log_variance_clipped[i]), math.log(s.betas[i])
+        schedule = self.schedule
+        low, high = float(schedule.posterior_log_variance_clipped[i]), math.log(schedule.betas[i])
         if self.var_type is VarType.LEARNED:
             return 0.0, 1.0
         if self.var_type is VarType.LEARNED_RANGE:
             return (low + high) / 2, (high - low) / 2
         if self.var_type is VarType.FIXED_SMALL:
             with np.errstate(divide="ignore"):
-                return float(np.log(s.posterior_variance[i])), 0.0
-        first = s.posterior_variance[1] if s.num_timesteps > 1 else s.betas[0]
-        return math.log(first if i == 0 else s.betas[i]), 0.0
+                return float(np.log(schedule.posterior_variance[i])), 0.0
+        first_variance = schedule.posterior_variance[1] if schedule.num_timesteps > 1 else schedule.betas[0]
+        return math.log(first_variance if i == 0 else schedule.betas[i]), 0.0
 
     def model_t(self, t: Tensor) -> Tensor:
         """Return the timesteps that the network and a classifier see: [N] int64, float32 if rescaled.
@@ -95,8 +98,9 @@ class GaussianDiffusion:
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> GaussianMoments:
         """Return q(x_t | x_0) = N(sqrt(alpha_bar) x_0, 1 - alpha_bar).
 
-        Source: DDPM eq. 4. x_start: [N, ...]. t: [N], indices. Differentiable in x_start.
-        Raises: InvalidArgument.
+        Source: Ho et al. 2020, eq. 4.
+
+        x_start: [N, ...]. t: [N], indices. Differentiable in x_start. Raises: InvalidArgument.
         """
         at = self._tables.at(t, x_start)
         mean = at("sqrt_alphas_cumprod") * x_start
@@ -107,7 +111,9 @@ class GaussianDiffusion:
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise.
 
-        Source: DDPM eq. 4. x_start, noise: [N, ...]. t: [N], indices. Differentiable in x_start and noise.
+        Source: Ho et al. 2020, eq. 4.
+
+        x_start, noise: [N, ...]. t: [N], indices. Differentiable in x_start and noise.
         Raises: InvalidArgument.
         """
         _check_shape("noise", noise, x_start)
@@ -119,7 +125,8 @@ class GaussianDiffusion:
 
         mean = sqrt(alpha_bar_prev) beta / (1 - alpha_bar) x_0
              + sqrt(alpha) (1 - alpha_bar_prev) / (1 - alpha_bar) x_t,
-        variance = beta (1 - alpha_bar_prev) / (1 - alpha_bar). Source: DDPM eq. 6 and 7.
+        variance = beta (1 - alpha_bar_prev) / (1 - alpha_bar).
+        Source: Ho et al. 2020, eq. 6 and 7.
 
         x_start, x_t: [N, ...]. t: [N], indices. Differentiable in x_start and x_t. Raises: InvalidArgument.
         """
@@ -141,7 +148,7 @@ class GaussianDiffusion:
         x_0 is computed from the mean channels, passed through denoised_fn, then clipped to [-1, 1] if
         clip_denoised; the mean is that of q(x_{t-1} | x_t, x_0). PREVIOUS_X keeps the network's own mean:
         only the returned x_0 is clipped. LEARNED_RANGE: log sigma^2 = f log beta + (1 - f) log posterior
-        variance, f = (v + 1) / 2, not clipped (Nichol and Dhariwal 2021, eq. 15).
+        variance, f = (v + 1) / 2, not clipped (Nichol & Dhariwal 2021, eq. 15).
         Source: `p_mean_variance` of the published code.
 
         model_output: [N, C, ...], or [N, 2C, ...] if the variance is learned. x_t: [N, C, ...].
@@ -223,7 +230,8 @@ class GaussianDiffusion:
     def condition_mean(self, p: PMeanVariance, gradient: Tensor) -> Tensor:
         """Return the guided mean of x_{t-1}, mean + variance * gradient; the x_0 of p stays as it is.
 
-        Source: "Diffusion Models Beat GANs", algorithm 1; `condition_mean` of the published code.
+        Source: Dhariwal & Nichol 2021, algorithm 1; `condition_mean` of the published code.
+
         gradient: scale * grad of log p(y | x) at x_t, of p.mean's shape. Differentiable in p's tensors and
         gradient.
         Raises: InvalidArgument.
@@ -235,7 +243,7 @@ class GaussianDiffusion:
         """Return p(x_{t-1} | x_t) with the guided noise eps - sqrt(1 - alpha_bar) * gradient.
 
         x_0 and the mean follow from that eps and are not clipped again; the variance stays.
-        Source: "Diffusion Models Beat GANs", algorithm 2; `condition_score` of the published code.
+        Source: Dhariwal & Nichol 2021, algorithm 2; `condition_score` of the published code.
 
         gradient: scale * grad of log p(y | x) at x_t, [N, ...]. x_t: [N, ...]. t: [N], indices.
         Differentiable in p's tensors, gradient and x_t. Raises: InvalidArgument.

@@ -14,7 +14,7 @@ Respacing = str | int | Iterable[int]
 _DDIM = re.compile(r"ddim\s*([+-]?\d+)\s*")
 _COUNTS = re.compile(r"\s*[+-]?\d+\s*(,\s*[+-]?\d+\s*)*")
 _LIST = re.compile(r"\s*\[(.*)\]\s*")
-_FORMS = (
+_ALLOWED_FORMS = (
     "a count such as '250', counts per section such as '10,10,10', 'ddimN', a list of timesteps, "
     "or '' for all"
 )
@@ -23,8 +23,8 @@ _FORMS = (
 def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = False) -> list[int]:
     """Return the timesteps, in ascending order, that `spec` keeps out of 0..num_timesteps-1.
 
-    Source: `space_timesteps` of the published `respace.py`; the DDIM spacing is that of "Denoising Diffusion
-    Implicit Models", section D.2 (linear selection).
+    Source: `space_timesteps` of the published code; "ddimN": Song et al. 2020, section D.2 (linear
+    selection).
 
     num_timesteps: length of the original process, at least 1.
     spec: one of
@@ -49,41 +49,41 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
     spec = to_python(spec)  # type: ignore[assignment]
     if isinstance(spec, str):
         if published and not (_DDIM.fullmatch(spec) or _COUNTS.fullmatch(spec)):
-            raise _unknown(spec)
-        return _from_text(total, spec, published)
+            raise _unknown_form_error(spec)
+        return _parse_text(total, spec, published)
     if isinstance(spec, Iterable):
         items = list(spec)
         if published:
-            return _sections(total, [operator.index(count) for count in items], published)
-        return _explicit(total, items)
-    return _sections(total, [whole_number("respacing", spec, 0, total)], published)
+            return _section_timesteps(total, [operator.index(count) for count in items], published)
+        return _listed_timesteps(total, items)
+    return _section_timesteps(total, [whole_number("respacing", spec, 0, total)], published)
 
 
-def _from_text(total: int, spec: str, published: bool) -> list[int]:
+def _parse_text(total: int, spec: str, published: bool) -> list[int]:
     if not spec.strip():
         return list(range(total))
     if match := _DDIM.fullmatch(spec):
-        return _ddim(total, int(match[1]), spec, published)
+        return _ddim_timesteps(total, int(match[1]), spec, published)
     if match := _LIST.fullmatch(spec):
         items = [item.strip() for item in match[1].split(",")]
         if not all(re.fullmatch(r"\d+", item) for item in items):
             raise invalid(
                 "respacing", spec, f"a list of timesteps from 0 to {total - 1}, such as '[0,10,20]'"
             )
-        return _explicit(total, [int(item) for item in items])
+        return _listed_timesteps(total, [int(item) for item in items])
     if _COUNTS.fullmatch(spec):
-        return _sections(total, [int(count) for count in spec.split(",")], published)
-    raise _unknown(spec)
+        return _section_timesteps(total, [int(count) for count in spec.split(",")], published)
+    raise _unknown_form_error(spec)
 
 
-def _unknown(spec: str) -> InvalidArgument:
+def _unknown_form_error(spec: str) -> InvalidArgument:
     """Return the error for an unknown kind of spec, with the nearest spellings that keep its number."""
     digits = re.search(r"\d+", spec)
     count = digits[0] if digits else "25"
-    return invalid("respacing", spec, f"{_FORMS}; {allowed_names(spec, [f'ddim{count}', count])}")
+    return invalid("respacing", spec, f"{_ALLOWED_FORMS}; {allowed_names(spec, [f'ddim{count}', count])}")
 
 
-def _ddim(total: int, count: int, spec: str, published: bool) -> list[int]:
+def _ddim_timesteps(total: int, count: int, spec: str, published: bool) -> list[int]:
     if count < 1 or count > total:
         raise invalid("respacing", spec, f"ddimN with N from 1 to {total}")
     for stride in range(1, total):
@@ -97,13 +97,13 @@ def _ddim(total: int, count: int, spec: str, published: bool) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def _sections(total: int, counts: Sequence[int], published: bool) -> list[int]:
+def _section_timesteps(total: int, counts: Sequence[int], published: bool) -> list[int]:
     if not counts:
         raise invalid("respacing", list(counts), "at least one count")
-    size, longer = divmod(total, len(counts))
-    start, kept = 0, []
+    size, num_longer = divmod(total, len(counts))
+    start, timesteps = 0, []
     for i, count in enumerate(counts):
-        length = size + (i < longer)
+        length = size + (i < num_longer)
         if count > length or (count < 0 and not published):
             text = ",".join(str(c) for c in counts)
             raise invalid("respacing", text, f"section {i} of {len(counts)} takes a count from 0 to {length}")
@@ -111,17 +111,17 @@ def _sections(total: int, counts: Sequence[int], published: bool) -> list[int]:
         position = 0.0
         for _ in range(count):
             # A sum, not i * stride, as published: its rounding decides which step is kept.
-            kept.append(start + round(position))
+            timesteps.append(start + round(position))
             position += stride
         start += length
-    return kept
+    return timesteps
 
 
-def _explicit(total: int, steps: Sequence[int]) -> list[int]:
-    kept = sorted(whole_number("respacing timestep", step, 0, total - 1) for step in steps)
-    if not kept:
+def _listed_timesteps(total: int, steps: Sequence[int]) -> list[int]:
+    timesteps = sorted(whole_number("respacing timestep", step, 0, total - 1) for step in steps)
+    if not timesteps:
         raise invalid("respacing", list(steps), f"at least one timestep from 0 to {total - 1}")
-    for step, following in zip(kept, kept[1:], strict=False):
+    for step, following in zip(timesteps, timesteps[1:], strict=False):
         if step == following:
             raise invalid("respacing", list(steps), f"each timestep once; {step} is there twice")
-    return kept
+    return timesteps

@@ -27,7 +27,7 @@ def beta_schedule(name: str, steps: int) -> FloatArray:
 
     "linear": evenly spaced from 1e-4 s to 2e-2 s, s = 1000 / steps (Ho et al. 2020, for any length).
     "cosine": 1 - f((t+1)/steps) / f(t/steps), at most 0.999, f(u) = cos^2((u + 0.008) / 1.008 * pi / 2)
-    (Nichol and Dhariwal 2021, eq. 17).
+    (Nichol & Dhariwal 2021, eq. 17).
     Source: `get_named_beta_schedule` of the published code.
 
     name: "linear" or "cosine". steps: at least 1; at least 20 for "linear", whose last beta is 20 / steps.
@@ -49,8 +49,10 @@ def beta_schedule(name: str, steps: int) -> FloatArray:
 class Schedule:
     """A forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t), t = 0..S-1, in float64.
 
-    Source: `GaussianDiffusion.__init__` and `SpacedDiffusion` of the published code; the arrays have its
-    names, are float64 [S] and read-only. With alpha_bar_t = prod_{s<=t} (1 - beta_s):
+    Source: `GaussianDiffusion.__init__` and `SpacedDiffusion` of the published code.
+
+    The arrays have the names of the published code, are float64 [S] and read-only. With alpha_bar_t =
+    prod_{s<=t} (1 - beta_s):
 
     betas, alphas_cumprod (alpha_bar), alphas_cumprod_prev (first 1), alphas_cumprod_next (last 0),
     sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
@@ -93,18 +95,20 @@ class Schedule:
             step = int(np.argmax(outside))
             raise invalid(f"betas[{step}]", float(betas[step]), "greater than 0, at most 1")
         steps = whole_number("original_steps", self.original_steps, len(betas))
-        kept = np.array(self.timestep_map)
-        if kept.shape != betas.shape or kept.dtype.kind not in "iu":
+        timesteps = np.array(self.timestep_map)
+        if timesteps.shape != betas.shape or timesteps.dtype.kind not in "iu":
             raise invalid(
-                "timestep_map", f"{kept.dtype} {kept.shape}", f"whole numbers of shape {betas.shape}"
+                "timestep_map",
+                f"{timesteps.dtype} {timesteps.shape}",
+                f"whole numbers of shape {betas.shape}",
             )
-        if kept[0] < 0 or kept[-1] >= steps or (np.diff(kept) <= 0).any():
-            raise invalid("timestep_map", kept.tolist(), f"rising, from 0 to {steps - 1}")
-        arrays = {"betas": betas, "timestep_map": kept.astype(np.int64), **_derived(betas)}
+        if timesteps[0] < 0 or timesteps[-1] >= steps or (np.diff(timesteps) <= 0).any():
+            raise invalid("timestep_map", timesteps.tolist(), f"rising, from 0 to {steps - 1}")
+        arrays = {"betas": betas, "timestep_map": timesteps.astype(np.int64), **_derive_arrays(betas)}
         arrays["model_timesteps"] = arrays["timestep_map"]
         if self.rescale_timesteps:
             # Both factors are rounded to float32 first, as torch multiplies a float32 tensor by a number.
-            arrays["model_timesteps"] = kept.astype(np.float32) * np.float32(TIMESTEP_SCALE / steps)
+            arrays["model_timesteps"] = timesteps.astype(np.float32) * np.float32(TIMESTEP_SCALE / steps)
         for name, values in arrays.items():
             values.flags.writeable = False
             object.__setattr__(self, name, values)
@@ -124,9 +128,9 @@ class Schedule:
         Raises: InvalidArgument.
         """
         array = np.array(betas, dtype=np.float64)
-        kept = np.arange(array.size) if timestep_map is None else np.asarray(timestep_map)
+        timesteps = np.arange(array.size) if timestep_map is None else np.asarray(timestep_map)
         steps = array.size if original_steps is None else original_steps
-        return cls(array, kept, steps, rescale_timesteps)
+        return cls(array, timesteps, steps, rescale_timesteps)
 
     @property
     def num_timesteps(self) -> int:
@@ -146,8 +150,8 @@ class Schedule:
             raise invalid("steps", steps, "at least one whole number")
         if index[0] < 0 or index[-1] >= self.num_timesteps or (np.diff(index) <= 0).any():
             raise invalid("steps", index.tolist(), f"rising, from 0 to {self.num_timesteps - 1}")
-        kept = self.alphas_cumprod[index]
-        betas = 1 - kept / np.append(1.0, kept[:-1])
+        alpha_bar = self.alphas_cumprod[index]
+        betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
         return Schedule(betas, self.timestep_map[index], self.original_steps, self.rescale_timesteps)
 
     def model_t(self, index: float) -> int | float:
@@ -161,48 +165,50 @@ class Schedule:
         if not 0 <= index <= self.num_timesteps - 1:
             raise invalid("index", index, f"from 0 to {self.num_timesteps - 1}")
         if index == int(index):
-            seen: int | float = self.model_timesteps[int(index)].item()
-            return seen
-        mapped = float(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
-        return mapped * (TIMESTEP_SCALE / self.original_steps) if self.rescale_timesteps else mapped
+            timestep: int | float = self.model_timesteps[int(index)].item()
+            return timestep
+        interpolated = float(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
+        return (
+            interpolated * (TIMESTEP_SCALE / self.original_steps) if self.rescale_timesteps else interpolated
+        )
 
     def log_snr(self, index: npt.ArrayLike) -> FloatArray:
         """Return log(alpha_bar / (1 - alpha_bar)), linear in the index between steps; float64, same shape.
 
         index: 0..S-1, any shape. Raises: InvalidArgument.
         """
-        at = np.asarray(index, dtype=np.float64)
-        if not ((at >= 0) & (at <= self.num_timesteps - 1)).all():
+        positions = np.asarray(index, dtype=np.float64)
+        if not ((positions >= 0) & (positions <= self.num_timesteps - 1)).all():
             raise invalid("index", index, f"from 0 to {self.num_timesteps - 1}")
         with np.errstate(divide="ignore"):
-            grid = np.log(self.alphas_cumprod) - self.log_one_minus_alphas_cumprod
-        return np.asarray(np.interp(at, np.arange(self.num_timesteps), grid))
+            log_snr_of_steps = np.log(self.alphas_cumprod) - self.log_one_minus_alphas_cumprod
+        return np.asarray(np.interp(positions, np.arange(self.num_timesteps), log_snr_of_steps))
 
 
-def _derived(betas: FloatArray) -> dict[str, npt.NDArray[np.generic]]:
+def _derive_arrays(betas: FloatArray) -> dict[str, npt.NDArray[np.generic]]:
     """Return the arrays of `Schedule` that are computed from the betas."""
     alphas = 1.0 - betas
-    bar = np.cumprod(alphas)
-    bar_prev = np.append(1.0, bar[:-1])
-    variance = betas * (1.0 - bar_prev) / (1.0 - bar)
+    alpha_bar = np.cumprod(alphas)
+    alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
+    variance = betas * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)
     # A last beta of exactly 1 (linear, 20 steps) leaves no signal: alpha_bar is 0, its inverse is infinite.
     with np.errstate(divide="ignore"):
-        recip = 1.0 / bar
+        inverse_alpha_bar = 1.0 / alpha_bar
     return {
-        "alphas_cumprod": bar,
-        "alphas_cumprod_prev": bar_prev,
-        "alphas_cumprod_next": np.append(bar[1:], 0.0),
-        "sqrt_alphas_cumprod": np.sqrt(bar),
-        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - bar),
-        "log_one_minus_alphas_cumprod": np.log(1.0 - bar),
-        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(recip - 1),
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": alpha_bar_prev,
+        "alphas_cumprod_next": np.append(alpha_bar[1:], 0.0),
+        "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alpha_bar),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - alpha_bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(inverse_alpha_bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(inverse_alpha_bar - 1),
         "posterior_variance": variance,
         "posterior_log_variance_clipped": np.log(
             np.append(variance[1] if len(betas) > 1 else betas[0], variance[1:])
         ),
-        "posterior_mean_coef1": betas * np.sqrt(bar_prev) / (1.0 - bar),
-        "posterior_mean_coef2": (1.0 - bar_prev) * np.sqrt(alphas) / (1.0 - bar),
+        "posterior_mean_coef1": betas * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),
+        "posterior_mean_coef2": (1.0 - alpha_bar_prev) * np.sqrt(alphas) / (1.0 - alpha_bar),
     }
 
 
@@ -214,8 +220,7 @@ def make_schedule(
 ) -> Schedule:
     """Return the float64 schedule of a diffusion process.
 
-    Source: `create_gaussian_diffusion` of the published code. For betas of your own see
-      `Schedule.from_betas`.
+    For other betas see `Schedule.from_betas`. Source: `create_gaussian_diffusion` of the published code.
 
     noise_schedule: "linear" or "cosine". steps: length of the original process.
     respacing: which steps to keep, see `space_timesteps`; "" keeps all and recomputes the betas from
@@ -228,7 +233,7 @@ def make_schedule(
     )
     if respacing is None:
         return base
-    kept = space_timesteps(base.num_timesteps, respacing)
-    if not kept:
+    timesteps = space_timesteps(base.num_timesteps, respacing)
+    if not timesteps:
         raise invalid("respacing", respacing, "at least one step")
-    return base.respaced(kept)
+    return base.respaced(timesteps)

@@ -22,7 +22,7 @@ from admfast.engine.precision import FP32, Policy
 from admfast.engine.replay import Replay
 from admfast.engine.step import Batch, PreparedStep, StepKey, check_fold_generations, fold_generations
 from admfast.engine.threads import convolution_operations, threads_for
-from admfast.models.fold import FOLDING, FoldableNet
+from admfast.models.fold import FOLD_LOCK, FoldableNet
 from admfast.models.hooks import FusedBlock
 from admfast.ops.dispatch import impl_setting
 
@@ -73,7 +73,7 @@ class Engine:
         guided: fold the classifier too; otherwise it is not changed.
         """
         policy = self.policy
-        with self.lock, FOLDING:
+        with self.lock, FOLD_LOCK:
             classifier = self.classifier if guided else None
             for net, dtype in ((self.net, policy.torso), (classifier, policy.classifier)):
                 if net is None:
@@ -134,11 +134,11 @@ class Engine:
         return {
             "not_replayed_reason": not_replayed_reason,
             "not_compiled_reason": _reason_not(step, "compiled") if options.compile else "not requested",
-            # Without prepared steps, `ensure_folded` may not look for hooks, so `altered` may be out of date.
+            # Without prepared steps, `ensure_folded` may not look for hooks, so `is_altered` may be stale.
             "layerwise_networks": tuple(
                 name
                 for name, net in networks.items()
-                if net is not None and (net.altered or not options.prepared) and _runs_by_parts(net)
+                if net is not None and (net.is_altered or not options.prepared) and _runs_by_parts(net)
             ),
             "folded": self.net.is_folded,
             "threads": threads,
@@ -184,7 +184,7 @@ class Engine:
         reserved_before = self._reserved_memory()
         step = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
         use_cuda_graph = self.options.graph and self.device.type == "cuda"
-        if any(net.hooked for net in self._networks()):
+        if any(net.has_hooks for net in self._networks()):
             # A compiled or captured step would call a hook once, when it is made, and never again.
             if self.options.compile or use_cuda_graph:
                 step.refusal = "a network has a hook"
@@ -225,7 +225,7 @@ def _reason_not(step: PreparedStep | None, attribute: str, default: str | None =
 
 def _runs_by_parts(net: FoldableNet) -> bool:
     """Tell whether any block runs its parts one by one."""
-    return any(isinstance(module, FusedBlock) and module.as_published() for module in net.modules())
+    return any(isinstance(module, FusedBlock) and module.must_run_by_parts() for module in net.modules())
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.errors import invalid
-from admfast.models.hooks import hooked
+from admfast.models.hooks import has_hooks
 
 GuidanceFn = Callable[[Tensor, Tensor], Tensor]
 # The log-probabilities are multiplied by this before the backward pass, and the gradient is divided by it in
@@ -58,7 +58,7 @@ def view_if_hooked(x: Tensor) -> Tensor:
     torch's FLOP counter registers a global hook, and can't follow `torch.autograd.grad` to a leaf itself.
     The published code fails under it.
     """
-    return x.view_as(x) if x.requires_grad and x.is_leaf and hooked(()) else x
+    return x.view_as(x) if x.requires_grad and x.is_leaf and has_hooks(()) else x
 
 
 def check_frozen(classifier: nn.Module) -> None:

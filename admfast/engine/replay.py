@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from admfast.models.hooks import spared
+from admfast.models.hooks import hook_checks_skipped
 from admfast.ops.transforms import is_intercepted, package_dispatch_mode
 
 ATEN = torch.ops.aten
@@ -53,7 +53,7 @@ class Replay:
         return self.refusal or ("fewer than four rows" if self._calls < 3 else None)
 
     def __call__(self) -> None:
-        if self.refusal is not None or is_intercepted() or not spared():
+        if self.refusal is not None or is_intercepted() or not hook_checks_skipped():
             self.body()
         elif self._calls == 0:
             self.body()

@@ -28,7 +28,7 @@ from admfast.engine.replay import Replay
 from admfast.engine.threads import convolution_operations, threads_for
 from admfast.errors import invalid
 from admfast.models.fold import FoldableNet
-from admfast.models.hooks import surveyed
+from admfast.models.hooks import skip_hook_checks
 from admfast.ops.dispatch import Choice, record_choices
 from admfast.ops.update import COLUMNS, HISTORY, PackedTable, SamplerState, SolverTable, Stream, choose_update
 
@@ -133,7 +133,7 @@ class PreparedStep:
         self.embeddings = {
             name: RowEmbeddings(network, key.shape[0], options.rows_at_a_time, device)
             for name, network in network_by_name.items()
-            if network is not None and network.projects and not network.altered
+            if network is not None and network.joins_projections and not network.is_altered
         }
         with record_choices() as self._update_choices:  # the choice of the update, made once for all rows
             self.update = choose_update(self.state, self.table, impl)
@@ -253,7 +253,7 @@ class PreparedStep:
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, num_rows = batch.table, len(batch.table)
         self.threads = self._threads()  # the user may have changed torch's number
-        if (renewals := [net.fold_renewals for net in self._networks]) != self._fold_renewals:
+        if (renewals := [net.fold_count for net in self._networks]) != self._fold_renewals:
             self._fold_renewals = renewals
             for replay in self.replays.values():
                 replay.forget()
@@ -301,7 +301,7 @@ class PreparedStep:
         """Run row i; rows must be run in order, from 0."""
         hook_counts = {net.fold_hooks_made for net in self._networks}
         with (
-            surveyed(None if None in hook_counts else min(hook_counts)),  # type: ignore[type-var]
+            skip_hook_checks(None if None in hook_counts else min(hook_counts)),  # type: ignore[type-var]
             contextlib.nullcontext() if self.threads is None else on_threads(self.threads),
         ):
             self._advance(i)
@@ -353,7 +353,7 @@ class RowEmbeddings:
         t = timesteps[:, None].expand(rows, self.batch_size).flatten()
         y = () if labels is None else (labels.repeat(rows),)
         with torch.no_grad():
-            values = self.net.projections(self.net.embedded(t, *y))  # type: ignore[operator]
+            values = self.net.join_projections(self.net.embed_conditions(t, *y))  # type: ignore[operator]
         self.values[:rows] = values.view(rows, self.batch_size, -1)
 
     def select_row(self, row: Tensor) -> Tensor:

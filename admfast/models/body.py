@@ -13,15 +13,15 @@ from admfast.models.convolution import conv_nd
 from admfast.models.layers import AttentionBlock, Downsample, ResBlock, TimestepEmbedSequential
 
 
-def time_mlp(model_channels: int) -> nn.Sequential:
+def build_time_mlp(model_channels: int) -> nn.Sequential:
     """Return Linear, SiLU, Linear: sinusoidal embedding [N, model_channels] -> [N, 4 model_channels]."""
     width = 4 * model_channels
     return nn.Sequential(nn.Linear(model_channels, width), nn.SiLU(), nn.Linear(width, width))
 
 
-def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
+def build_down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
     """Return the input blocks (stem first), and the number of output channels of each."""
-    widths, attended = config.widths(), config.levels_with_attention()
+    widths, has_attention = config.widths(), config.levels_with_attention()
     channels = widths[0]
     blocks = nn.ModuleList(
         [TimestepEmbedSequential(conv_nd(config.dims, in_channels, channels, 3, padding=1))]
@@ -29,10 +29,10 @@ def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[
     outputs = [channels]
     for level, width in enumerate(widths):
         for _ in range(config.num_res_blocks):
-            layers: list[nn.Module] = [res_block(config, channels, width)]
+            layers: list[nn.Module] = [build_res_block(config, channels, width)]
             channels = width
-            if attended[level]:
-                layers.append(attention_block(config, channels))
+            if has_attention[level]:
+                layers.append(build_attention_block(config, channels))
             blocks.append(TimestepEmbedSequential(*layers))
             outputs.append(channels)
         if level != len(widths) - 1:
@@ -41,13 +41,13 @@ def down_path(config: NetConfig, in_channels: int) -> tuple[nn.ModuleList, list[
     return blocks, outputs
 
 
-def middle_block(config: NetConfig) -> TimestepEmbedSequential:
+def build_middle_block(config: NetConfig) -> TimestepEmbedSequential:
     """Return residual block, attention (always), residual block, at the lowest resolution."""
     channels = config.widths()[-1]
     return TimestepEmbedSequential(
-        res_block(config, channels, channels),
-        attention_block(config, channels),
-        res_block(config, channels, channels),
+        build_res_block(config, channels, channels),
+        build_attention_block(config, channels),
+        build_res_block(config, channels, channels),
     )
 
 
@@ -60,20 +60,20 @@ def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) 
         raise invalid("timesteps.shape", tuple(timesteps.shape), f"one for each image, ({x.shape[0]},)")
 
 
-def dtype_of(blocks: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+def first_parameter_dtype(blocks: nn.Module, default: torch.dtype) -> torch.dtype:
     """Return the dtype in which `blocks` compute: that of their first parameter, else `otherwise`."""
-    return next((parameter.dtype for parameter in blocks.parameters()), otherwise)
+    return next((parameter.dtype for parameter in blocks.parameters()), default)
 
 
-def convert_convolutions(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:
+def convert_convolutions(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
     """Cast the weights and biases of every convolution in `parts` to `dtype`, in place."""
-    for part in parts:
+    for part in modules:
         for module in part.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 module.to(dtype)
 
 
-def res_block(
+def build_res_block(
     config: NetConfig, channels: int, out_channels: int, up: bool = False, down: bool = False
 ) -> ResBlock:
     """Return a residual block with the options of `config`."""
@@ -90,7 +90,7 @@ def res_block(
     )
 
 
-def attention_block(config: NetConfig, channels: int, up_path: bool = False) -> AttentionBlock:
+def build_attention_block(config: NetConfig, channels: int, up_path: bool = False) -> AttentionBlock:
     """Return an attention block with the options of `config`."""
     heads = config.heads(channels, up_path)
     return AttentionBlock(
@@ -104,5 +104,5 @@ def attention_block(config: NetConfig, channels: int, up_path: bool = False) -> 
 def _down_block(config: NetConfig, channels: int) -> nn.Module:
     """Return the layer that halves the resolution after a level of the down path."""
     if config.resblock_updown:
-        return res_block(config, channels, channels, down=True)
+        return build_res_block(config, channels, channels, down=True)
     return Downsample(channels, config.conv_resample, dims=config.dims)

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from admfast.models.body import (
+    build_down_path,
+    build_middle_block,
+    build_time_mlp,
     check_input,
     convert_convolutions,
-    down_path,
-    dtype_of,
-    middle_block,
-    time_mlp,
+    first_parameter_dtype,
 )
 from admfast.models.config import ClassifierConfig
 from admfast.models.convolution import conv_nd
-from admfast.models.fold import FoldableNet, Projected
+from admfast.models.fold import FoldableNet, ProjectedEmbedding
 from admfast.models.layers import (
     AttentionPool2d,
     Head,
@@ -25,10 +25,10 @@ from admfast.models.layers import (
     call_block,
     call_head,
     timestep_embedding,
-    zeroed,
+    zero_parameters,
 )
 
-HIDDEN = 2048  # width of the hidden layer of the spatial pools
+HIDDEN_WIDTH = 2048  # width of the hidden layer of the spatial pools
 
 
 class Classifier(FoldableNet):
@@ -40,17 +40,17 @@ class Classifier(FoldableNet):
     "spatial_v2" (means of every block's output, concatenated, through a two-layer perceptron).
     """
 
-    directions = 2  # guidance needs the gradient with respect to x
+    num_passes = 2  # guidance needs the gradient with respect to x
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
         self.config = config
-        self.time_embed = time_mlp(config.model_channels)
-        self.input_blocks, outputs = down_path(config, config.in_channels)
-        self.middle_block = middle_block(config)
+        self.time_embed = build_time_mlp(config.model_channels)
+        self.input_blocks, outputs = build_down_path(config, config.in_channels)
+        self.middle_block = build_middle_block(config)
         channels = config.widths()[-1]
         self.out = _head(config, channels, feature_size=sum(outputs) + channels)
-        self._lay_out_projections()
+        self._assign_projection_columns()
 
     def forward(self, x: Tensor, timesteps: Tensor, projected: Tensor | None = None) -> Tensor:
         """Return logits [N, classes] (dtype of x) at x [N, C, *spatial] and timesteps [N]; differentiable.
@@ -59,24 +59,29 @@ class Classifier(FoldableNet):
         """
         config = self.config
         check_input(config, config.in_channels, x, timesteps)
-        emb = self.embedded(timesteps) if projected is None else Projected(projected)
-        spatial, wide = config.pool.startswith("spatial"), dtype_of(self.out, x.dtype)
+        emb = self.embed_conditions(timesteps) if projected is None else ProjectedEmbedding(projected)
+        pools_every_block, head_dtype = (
+            config.pool.startswith("spatial"),
+            first_parameter_dtype(self.out, x.dtype),
+        )
         means = []
-        h = self.entering(x)
+        h = self.enter_torso(x)
         for block in self.input_blocks:
             h = call_block(block, h, emb)
-            if spatial:
-                means.append(h.to(wide).flatten(2).mean(dim=2))
+            if pools_every_block:
+                means.append(h.to(head_dtype).flatten(2).mean(dim=2))
         h = call_block(self.middle_block, h, emb)
-        if spatial:
-            means.append(h.to(wide).flatten(2).mean(dim=2))
+        if pools_every_block:
+            means.append(h.to(head_dtype).flatten(2).mean(dim=2))
             h = torch.cat(means, dim=1)
-        return call_head(self.out, h, wide).to(x.dtype)
+        return call_head(self.out, h, head_dtype).to(x.dtype)
 
-    def embedded(self, timesteps: Tensor) -> Tensor | Projected:
+    def embed_conditions(self, timesteps: Tensor) -> Tensor | ProjectedEmbedding:
         """Return the embedding of timesteps [N] that the blocks get: [N, E], or its joined projections."""
         emb = timestep_embedding(timesteps, self.config.model_channels)
-        return self.projected(self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype))))
+        return self.project_embedding(
+            self.time_embed(emb.to(first_parameter_dtype(self.time_embed, emb.dtype)))
+        )
 
     def convert_torso(self, dtype: torch.dtype) -> Self:
         """Run the input and middle blocks in `dtype`: cast their convolutions, in place.
@@ -101,11 +106,11 @@ def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequ
             Norm(channels),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d((1, 1)),
-            zeroed(conv_nd(config.dims, channels, config.out_channels, 1)),
+            zero_parameters(conv_nd(config.dims, channels, config.out_channels, 1)),
             nn.Flatten(),
         )
     if config.pool == "attention":
-        side = config.image_size // config.pool_ds()
+        side = config.image_size // config.pool_downsampling()
         return Head(
             Norm(channels),
             nn.SiLU(),
@@ -113,11 +118,11 @@ def _head(config: ClassifierConfig, channels: int, feature_size: int) -> nn.Sequ
         )
     if config.pool == "spatial":
         return nn.Sequential(
-            nn.Linear(feature_size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, config.out_channels)
+            nn.Linear(feature_size, HIDDEN_WIDTH), nn.ReLU(), nn.Linear(HIDDEN_WIDTH, config.out_channels)
         )
     return nn.Sequential(
-        nn.Linear(feature_size, HIDDEN),
-        _NormOfFeatures(HIDDEN),
+        nn.Linear(feature_size, HIDDEN_WIDTH),
+        _NormOfFeatures(HIDDEN_WIDTH),
         nn.SiLU(),
-        nn.Linear(HIDDEN, config.out_channels),
+        nn.Linear(HIDDEN_WIDTH, config.out_channels),
     )

@@ -24,25 +24,25 @@ DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
 GROUPS = 32
 
 
-_WHOLE = (
+_POSITIVE_INTEGER_FIELDS = (
     "image_size", "in_channels", "model_channels", "out_channels", "num_res_blocks", "num_heads"
 )  # fmt: skip
-_WHOLE_OR_NOT = ("num_head_channels", "num_heads_upsample")
+_OPTIONAL_INTEGER_FIELDS = ("num_head_channels", "num_heads_upsample")
 SWITCHES = (
     "conv_resample", "use_checkpoint", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order"
 )  # fmt: skip
 
 
-def checked_field(field: str, value: Any, name: str | None = None) -> Any:
+def check_field(field: str, value: Any, name: str | None = None) -> Any:
     """Return the checked and normalized value of a configuration's field.
 
     name: the field's name in errors, if the value comes from a flag with another name.
     Raises: InvalidArgument for a wrong type or range.
     """
     name = name or field
-    if field in _WHOLE:
+    if field in _POSITIVE_INTEGER_FIELDS:
         return checks.whole_number(name, value, 1)
-    if field in _WHOLE_OR_NOT:
+    if field in _OPTIONAL_INTEGER_FIELDS:
         return checks.whole_number(name, value, 1, special=-1)
     if field in SWITCHES:
         return checks.boolean(name, value)
@@ -51,7 +51,7 @@ def checked_field(field: str, value: Any, name: str | None = None) -> Any:
     if field == "attention_resolutions":
         return tuple(checks.whole_numbers(name, value, 1))
     if field == "channel_mult":
-        return _multipliers(name, value)
+        return _check_multipliers(name, value)
     if field == "dropout":
         return checks.finite_float(name, value, least=0, below=1)
     if field == "dims":
@@ -61,14 +61,14 @@ def checked_field(field: str, value: Any, name: str | None = None) -> Any:
     return value
 
 
-def _multipliers(name: str, value: object) -> tuple[Any, ...]:
+def _check_multipliers(name: str, value: object) -> tuple[Any, ...]:
     """Return numbers above 0, one per level, as a tuple; a single number counts as one level."""
-    found = [checks.to_python(item) for item in checks.as_list(checks.to_python(value))]
-    for item in found:
+    multipliers = [checks.to_python(item) for item in checks.as_list(checks.to_python(value))]
+    for item in multipliers:
         checks.finite_float(name, item, above=0)
-    if not found:
+    if not multipliers:
         raise invalid(name, value, "one multiplier above 0 per level, at least one level")
-    return tuple(found)
+    return tuple(multipliers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +119,15 @@ class NetConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, checked_field(field.name, getattr(self, field.name)))
+            object.__setattr__(self, field.name, check_field(field.name, getattr(self, field.name)))
         for mult in self.channel_mult:
             width = int(mult * self.model_channels)
             if width < 1 or width % GROUPS:
-                given = f"{mult} * {self.model_channels} gives {width}"
-                allowed = f"every level's width must be a multiple of {GROUPS}; {given}"
+                product = f"{mult} * {self.model_channels} gives {width}"
+                allowed = f"every level's width must be a multiple of {GROUPS}; {product}"
                 raise invalid("channel_mult", self.channel_mult, allowed)
-        for width, attended in zip(self.widths(), self.levels_with_attention(), strict=True):
-            if attended:
+        for width, attends in zip(self.widths(), self.levels_with_attention(), strict=True):
+            if attends:
                 self._check_heads(width)
         self._check_heads(self.widths()[-1])
 
@@ -172,14 +172,14 @@ class UNetConfig(NetConfig):
     kind: ClassVar[str] = "unet"
 
     @property
-    def of_images(self) -> bool:
+    def outputs_images(self) -> bool:
         """Tell whether the output has the input's channels, or twice as many (learned variance).
 
         Sampling needs this. A network whose input channels also hold conditions has fewer output channels.
         """
         return self.out_channels in (self.in_channels, 2 * self.in_channels)
 
-    def side_units(self) -> tuple[int, ...]:
+    def side_divisors(self) -> tuple[int, ...]:
         """Return, for each side of an image, a number that must divide it because levels halve the side."""
         # A volume's first side is never halved.
         factor = 2 ** (len(self.channel_mult) - 1)
@@ -202,7 +202,7 @@ class UpsamplerConfig(UNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.of_images:
+        if not self.outputs_images:
             allowed = f"{self.in_channels} or, with learned variance, {2 * self.in_channels}"
             raise invalid("out_channels", self.out_channels, allowed)
 
@@ -221,7 +221,7 @@ class ClassifierConfig(NetConfig):
         if self.dims != 2 and self.pool in ("adaptive", "attention"):
             raise invalid("pool", self.pool, "with dims other than 2: 'spatial' or 'spatial_v2'")
 
-    def pool_ds(self) -> int:
+    def pool_downsampling(self) -> int:
         """Return the downsampling factor at the pool."""
         return 2 ** (len(self.channel_mult) - 1)
 
@@ -241,10 +241,10 @@ def config_from_dict(values: Mapping[str, Any]) -> NetConfig:
     if not isinstance(kind, str) or kind not in CONFIG_KINDS:
         raise invalid("kind", kind, allowed_names(str(kind), CONFIG_KINDS))
     cls = CONFIG_KINDS[kind]
-    known = [field.name for field in dataclasses.fields(cls)]
+    field_names = [field.name for field in dataclasses.fields(cls)]
     for name in values:
-        if name not in known:
-            raise invalid("config", name, f"no such field of a {kind}; {allowed_names(name, known)}")
+        if name not in field_names:
+            raise invalid("config", name, f"no such field of a {kind}; {allowed_names(name, field_names)}")
     for field in dataclasses.fields(cls):
         if field.default is dataclasses.MISSING and field.name not in values:
             raise invalid("config", field.name, f"a {kind} needs this field")
@@ -257,8 +257,10 @@ def parse_channel_mult(text: str | Sequence[float], image_size: int) -> tuple[fl
         return tuple(text)
     if not text.strip():
         if image_size not in DEFAULT_CHANNEL_MULT:
-            known = f"there is one for {sorted(DEFAULT_CHANNEL_MULT)}"
-            raise invalid("channel_mult", text, f"no default for image size {image_size} ({known})")
+            sizes_with_default = f"there is one for {sorted(DEFAULT_CHANNEL_MULT)}"
+            raise invalid(
+                "channel_mult", text, f"no default for image size {image_size} ({sizes_with_default})"
+            )
         return DEFAULT_CHANNEL_MULT[image_size]
     try:
         values = tuple(float(part) for part in text.split(","))

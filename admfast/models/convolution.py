@@ -19,7 +19,7 @@ from admfast.ops.transforms import (
 )
 
 # Attributes that, besides the parameters, determine what a convolution computes.
-GEOMETRY = frozenset({"stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"})
+GEOMETRY_ATTRIBUTES = frozenset({"stride", "padding", "dilation", "groups", "padding_mode", "_conv_forward"})
 
 
 class FoldableConv(nn.Module):
@@ -44,38 +44,44 @@ class FoldableConv(nn.Module):
     def fold_weights(
         self, options: FoldOptions, dtype: torch.dtype, spare_memory: bool = False, int8: bool = False
     ) -> None:
-        """Derive the folded form, or update it in place; only ordinary convolutions (`_plain`) get one.
+        """Derive the folded form, or update it in place; only ordinary convolutions (`_is_plain`) get one.
 
         int8: compute it from 8-bit numbers.
         """
-        if not self._plain():
+        if not self._is_plain():
             return self.unfold()
         split = self.split if options.has("two_sources") else 0
         rows = self.rows if options.has("qkv_rows") else None
-        more = dtype, options.conv, split, rows, spare_memory, int8
-        settings = ConvOptions(self.stride, self.padding, *more)  # type: ignore[arg-type]
-        if self._folded is not None and self._folded.options == settings:
+        other_settings = dtype, options.conv, split, rows, spare_memory, int8
+        conv_options = ConvOptions(self.stride, self.padding, *other_settings)  # type: ignore[arg-type]
+        if self._folded is not None and self._folded.options == conv_options:
             self._folded.refold(self.weight, self.bias)
         else:
-            self._folded = FoldedConv(self.weight, self.bias, **vars(settings))
+            self._folded = FoldedConv(self.weight, self.bias, **vars(conv_options))
         self._adds_residual = options.has("residual")
 
-    def _plain(self) -> bool:
+    def _is_plain(self) -> bool:
         """Tell whether this is an ordinary convolution: zeros as padding, no dilation, no groups."""
-        others = set(self.dilation) | {self.groups}  # type: ignore[arg-type]
+        dilation_and_groups = set(self.dilation) | {self.groups}  # type: ignore[arg-type]
         if isinstance(self.padding, str):
             return False
-        return others == {1} and self.padding_mode == "zeros" and "_conv_forward" not in self.__dict__
+        return (
+            dilation_and_groups == {1}
+            and self.padding_mode == "zeros"
+            and "_conv_forward" not in self.__dict__
+        )
 
     def fits_int8(self) -> bool:
         """Tell whether `conv_int8` computes this convolution."""
         stride: Any = self.stride
         padding: Any = self.padding
         kernel = tuple(self.weight.shape[2:])
-        return self._plain() and int8_unsupported_for(kernel, stride, padding, self.weight.shape[1]) is None
+        return (
+            self._is_plain() and int8_unsupported_for(kernel, stride, padding, self.weight.shape[1]) is None
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in GEOMETRY and self._folded is not None:
+        if name in GEOMETRY_ATTRIBUTES and self._folded is not None:
             self.unfold()
         super().__setattr__(name, value)
 
@@ -86,24 +92,24 @@ class FoldableConv(nn.Module):
     @property
     def folded(self) -> FoldedConv | None:
         """The folded form, or None if this call must not use it."""
-        found = self._folded
-        if found is None or self.training:
+        form = self._folded
+        if form is None or self.training:
             return None
         weight = self.weight
         # torch.func.functional_call replaces the parameters by other tensors.
-        if weight is not found.weight or self.bias is not found.bias:
+        if weight is not form.weight or self.bias is not form.bias:
             return None
         # Autocast chooses dtypes layer by layer. A traced program has its own weights, and the form would be
         # a constant in it. Transforms can differentiate only torch's own operations.
         if (
             in_autocast(weight.device)
             or in_program_trace()
-            or (self._recorded() and (is_intercepted() or in_forward_mode()))
+            or (self._records_gradient() and (is_intercepted() or in_forward_mode()))
         ):
             return None
-        return found
+        return form
 
-    def _recorded(self) -> bool:
+    def _records_gradient(self) -> bool:
         """Tell whether this call is recorded for gradients of the parameters."""
         trainable = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return trainable and outer_grad_enabled()
@@ -112,16 +118,16 @@ class FoldableConv(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, x2: Tensor | None = None, any_order: bool = False
     ) -> Tensor:
         folded = self.folded
-        if folded is not None and self._serves(folded.options, x2, any_order):
-            inside = residual if self._adds_residual else None
-            if self._recorded():
-                y = folded_conv(folded, x, self.weight, self.bias, inside, x2)
+        if folded is not None and self._can_use(folded.options, x2, any_order):
+            fused_residual = residual if self._adds_residual else None
+            if self._records_gradient():
+                y = folded_conv(folded, x, self.weight, self.bias, fused_residual, x2)
             else:
-                y = folded(x, inside, x2)
-            return y if inside is residual else residual + y  # type: ignore[operator]
+                y = folded(x, fused_residual, x2)
+            return y if fused_residual is residual else residual + y  # type: ignore[operator]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.weight.to(x.dtype)
-        if weight.requires_grad and weight.dim() > 3 and self._plain():
+        if weight.requires_grad and weight.dim() > 3 and self._is_plain():
             geometry = {"stride": self.stride, "padding": self.padding}
             if x2 is None:
                 return conv(x, weight, bias, residual, **geometry)  # type: ignore[arg-type]
@@ -140,11 +146,11 @@ class FoldableConv(nn.Module):
         Otherwise return the convolution with its bias, and None.
         """
         folded = self.folded
-        if folded is not None and not self._recorded() and self._serves(folded.options, None, False):
+        if folded is not None and not self._records_gradient() and self._can_use(folded.options, None, False):
             return folded.without_bias(x)
         return self(x), None
 
-    def _serves(self, options: ConvOptions, x2: Tensor | None, any_order: bool) -> bool:
+    def _can_use(self, options: ConvOptions, x2: Tensor | None, any_order: bool) -> bool:
         """Tell whether the folded form fits the number of sources and the order of channels of this call."""
         return (x2 is not None or not options.split) and (any_order or options.rows is None)
 

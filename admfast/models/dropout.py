@@ -15,7 +15,7 @@ from admfast.ops.update import as_seeds, normal
 
 
 @dataclass(frozen=True)
-class MaskKey:
+class DropoutMaskKey:
     """Key of one layer's masks: the run's seed, the number of each sample, the layer's noise stream."""
 
     seed: int
@@ -41,7 +41,7 @@ class Dropout(nn.Dropout):
     again, and on a GPU it runs in another thread.
     """
 
-    key: MaskKey | None = None
+    key: DropoutMaskKey | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.key is None or not self.training or not self.p:
@@ -63,7 +63,7 @@ def keyed_dropout(net: nn.Module, seed: int, ks: Sequence[int], first_stream: in
     """
     layers = [module for module in net.modules() if isinstance(module, Dropout)]
     for number, layer in enumerate(layers):
-        layer.key = MaskKey(seed, tuple(ks), first_stream + number)
+        layer.key = DropoutMaskKey(seed, tuple(ks), first_stream + number)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 Normally, a block fuses several of its layers into one operation. There a hook would see other values than in
 the published block, or would not run, and a replaced layer would be ignored. Blocks check this at every call,
-except in the rows of a prepared step (`surveyed`). The rest of the network stays fused and folded.
+except in the rows of a prepared step (`skip_hook_checks`). The rest of the network stays fused and folded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 _THREAD = threading.local()
 
 
-def hooked(modules: Iterable[nn.Module]) -> bool:
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Tell whether one of `modules` has a hook or a replaced `forward`, or a global hook exists."""
     for module in modules:  # 0.2 us each
         if (
@@ -34,90 +34,90 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
     return _has_any_global_hook()
 
 
-def watched(module: nn.Module) -> bool:
+def must_call_as_published(module: nn.Module) -> bool:
     """Tell whether `module` must be called as in the published network, because it has a hook."""
-    return not spared() and hooked((module,)) and not _stays_fused()
+    return not hook_checks_skipped() and has_hooks((module,)) and not _is_kept_fused()
 
 
-def parts(module: nn.Module) -> list[nn.Module]:
+def submodules(module: nn.Module) -> list[nn.Module]:
     """Return all modules below `module`, level by level; faster than the nested generators of `modules()`."""
-    found = [*module._modules.values()]
-    for part in found:  # `found` grows during this loop
+    queue = [*module._modules.values()]
+    for part in queue:  # `queue` grows during this loop
         if part is not None and part._modules:
-            found += part._modules.values()
-    return [part for part in found if part is not None]
+            queue += part._modules.values()
+    return [part for part in queue if part is not None]
 
 
 class FusedBlock(nn.Module):
     """A block that runs some of its parts as one operation, unless one of them was hooked or replaced."""
 
-    _kinds: tuple[type, ...] | None = None  # None: the parts always run one by one
+    _part_types: tuple[type, ...] | None = None  # None: the parts always run one by one
 
-    def _built(self) -> None:
+    def _record_part_types(self) -> None:
         """Record the classes of the parts; call this at the end of `__init__`."""
-        self._kinds = tuple(map(type, parts(self)))
+        self._part_types = tuple(map(type, submodules(self)))
 
-    def as_published(self) -> bool:
-        """Tell whether the parts must run one by one; takes 5 us for a residual block, less if `spared`."""
-        if spared():
+    def must_run_by_parts(self) -> bool:
+        """Tell whether the parts must run one by one; takes 5 us for a residual block."""
+        if hook_checks_skipped():
             return False
-        found = parts(self)
-        return tuple(map(type, found)) != self._kinds or (hooked(found) and not _stays_fused())
+        parts = submodules(self)
+        return tuple(map(type, parts)) != self._part_types or (has_hooks(parts) and not _is_kept_fused())
 
 
-class Survey(NamedTuple):
+class ModuleSurvey(NamedTuple):
     """The properties of a network, besides its parameters, on which a prepared step depends.
 
-    hooked: a hook exists, so Python must run at every evaluation. modules: the network and all modules below
-    it. kinds: their classes.
+    has_hooks: a hook exists, so Python must run at every evaluation. modules: the network and all its
+    submodules. types: their classes.
     """
 
-    hooked: bool
+    has_hooks: bool
     modules: list[nn.Module]
-    kinds: tuple[type, ...]
+    types: tuple[type, ...]
 
 
-def survey(net: nn.Module) -> Survey:
+def survey_modules(net: nn.Module) -> ModuleSurvey:
     """Return the present survey of a network."""
-    found = [net, *parts(net)]
-    return Survey(hooked(found), found, tuple(map(type, found)))
+    modules = [net, *submodules(net)]
+    return ModuleSurvey(has_hooks(modules), modules, tuple(map(type, modules)))
 
 
 @contextlib.contextmanager
-def staying_fused() -> Iterator[None]:
+def keep_fused() -> Iterator[None]:
     """Keep this thread's blocks fused within the context, despite hooks, which then see the fused values."""
-    before = _stays_fused()
+    previous = _is_kept_fused()
     _THREAD.fused = True
     try:
         yield
     finally:
-        _THREAD.fused = before
+        _THREAD.fused = previous
 
 
-def hooks_made() -> int:
+def count_hooks_made() -> int:
     """Return how many hooks torch has registered so far, on anything, in this process."""
     return RemovableHandle.next_id
 
 
 @contextlib.contextmanager
-def surveyed(made: int | None) -> Iterator[None]:
+def skip_hook_checks(num_hooks: int | None) -> Iterator[None]:
     """Skip the checks of this thread's blocks within the context, until another hook is registered.
 
-    made: the value of `hooks_made()` at a survey that found no hook and no replaced module; None if it found
-    one, so that blocks must check.
+    num_hooks: the value of `count_hooks_made()` at a survey that found no hook and no replaced module;
+    None if it found one, so that blocks must check.
     """
-    before = getattr(_THREAD, "made", None)
-    _THREAD.made = made
+    previous = getattr(_THREAD, "num_hooks", None)
+    _THREAD.num_hooks = num_hooks
     try:
         yield
     finally:
-        _THREAD.made = before
+        _THREAD.num_hooks = previous
 
 
-def spared() -> bool:
+def hook_checks_skipped() -> bool:
     """Tell whether this thread's blocks may skip their checks, because a survey is still valid."""
-    return not torch.compiler.is_compiling() and getattr(_THREAD, "made", None) == hooks_made()
+    return not torch.compiler.is_compiling() and getattr(_THREAD, "num_hooks", None) == count_hooks_made()
 
 
-def _stays_fused() -> bool:
+def _is_kept_fused() -> bool:
     return not torch.compiler.is_compiling() and getattr(_THREAD, "fused", False)

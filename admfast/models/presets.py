@@ -57,10 +57,10 @@ def _classifier(image_size: int, depth: int = 2) -> ClassifierConfig:
     return classifier_config_from_flags(image_size=image_size, classifier_depth=depth)
 
 
-def _released(name: str, network: NetConfig, parameters: int, **more: Any) -> ModelPreset:
+def _released_model(name: str, network: NetConfig, parameters: int, **overrides: Any) -> ModelPreset:
     """Return a released model's row of the table below."""
     if not isinstance(network, ClassifierConfig):
-        more = {"process": _LINEAR, "use_fp16": True, **more}
+        overrides = {"process": _LINEAR, "use_fp16": True, **overrides}
     return ModelPreset(
         name=name,
         file=f"{name}.pt",
@@ -68,11 +68,11 @@ def _released(name: str, network: NetConfig, parameters: int, **more: Any) -> Mo
         parameters=parameters,
         fingerprint=_FINGERPRINTS.get(name, _UNCOND_256),
         url=f"{RELEASE_URL}{name}.pt",
-        **more,
+        **overrides,
     )
 
 
-def _shipped(part: str, low_res_size: int | None = None) -> ModelPreset:
+def _shipped_model(part: str, low_res_size: int | None = None) -> ModelPreset:
     """Return a digits network's row of the table below; its JSON file holds the rest."""
     file = f"{part}.safetensors"
     return ModelPreset(name=f"digits32_{part}", file=file, low_res_size=low_res_size, source=SHIPPED)
@@ -100,10 +100,10 @@ _IN_64 = {**_HEADS_OF_64, "num_res_blocks": 3, "dropout": 0.1, "use_new_attentio
 _LSUN_DROPOUT = {"lsun_bedroom": 0.1, "lsun_cat": 0.1, "lsun_horse": 0.1, "lsun_horse_nodropout": 0.0}
 
 _MODELS = (
-    _released("64x64_diffusion", _unet(64, 192, True, **_IN_64), 295_904_454, process=_COSINE),
+    _released_model("64x64_diffusion", _unet(64, 192, True, **_IN_64), 295_904_454, process=_COSINE),
     # Four heads at every width; of the other models, only the first upsampler has this too.
-    _released("128x128_diffusion", _unet(128, 256, True), 421_529_606),
-    _released(
+    _released_model("128x128_diffusion", _unet(128, 256, True), 421_529_606),
+    _released_model(
         "256x256_diffusion",
         _unet(256, 256, True, **_HEADS_OF_64),
         553_838_086,
@@ -113,7 +113,7 @@ _MODELS = (
         size=2_215_479_544,
         md5="d94f30fb1afb2fe821c24bef2043717e",
     ),
-    _released(
+    _released_model(
         "256x256_diffusion_uncond",
         _unet(256, 256, False, **_HEADS_OF_64),
         552_814_086,
@@ -124,25 +124,25 @@ _MODELS = (
         sha256="a37c32fffd316cd494cf3f35b339936debdc1576dad13fe57c42399a5dbc78b1",
         md5="fd9dd2335b8736d521de0aed54bd90ca",
     ),
-    _released("512x512_diffusion", _unet(512, 256, True, **_HEADS_OF_64), 558_997_638, use_fp16=False),
+    _released_model("512x512_diffusion", _unet(512, 256, True, **_HEADS_OF_64), 558_997_638, use_fp16=False),
     *(
-        _released(name, _unet(256, 256, False, **_HEADS_OF_64, dropout=dropout), 552_814_086)
+        _released_model(name, _unet(256, 256, False, **_HEADS_OF_64, dropout=dropout), 552_814_086)
         for name, dropout in _LSUN_DROPOUT.items()
     ),
-    _released("64_256_upsampler", _upsampler(64, 256), 311_795_910, low_res_size=64),
-    _released(
+    _released_model("64_256_upsampler", _upsampler(64, 256), 311_795_910, low_res_size=64),
+    _released_model(
         "128_512_upsampler",
         _upsampler(128, 512, **_HEADS_OF_64, attention_resolutions="32,16"),
         308_835_270,
         low_res_size=128,
     ),
-    _released("64x64_classifier", _classifier(64, depth=4), 65_438_568),
-    _released("128x128_classifier", _classifier(128), 42_568_040),
-    _released("256x256_classifier", _classifier(256), 54_096_360),
-    _released("512x512_classifier", _classifier(512), 54_448_360),
-    _shipped("diffusion"),
-    _shipped("classifier"),
-    _shipped("upsampler", low_res_size=8),
+    _released_model("64x64_classifier", _classifier(64, depth=4), 65_438_568),
+    _released_model("128x128_classifier", _classifier(128), 42_568_040),
+    _released_model("256x256_classifier", _classifier(256), 54_096_360),
+    _released_model("512x512_classifier", _classifier(512), 54_448_360),
+    _shipped_model("diffusion"),
+    _shipped_model("classifier"),
+    _shipped_model("upsampler", low_res_size=8),
 )
 MODELS: dict[str, ModelPreset] = {model.name: model for model in _MODELS}
 
@@ -151,26 +151,26 @@ _UPSAMPLED = "50,000 samples, 250 steps of the guided base model and 250 of the 
 _LSUN = "50,000 samples, 1000 steps"
 
 
-def _published(
+def _published_metric(
     fid: float, precision: float, recall: float, conditions: str = _GUIDED, table: int = 5
 ) -> Metric:
     return Metric(fid, precision, recall, f"Dhariwal & Nichol 2021, table {table}", conditions)
 
 
 def _system(
-    name: str, summary: str, metric: Metric | None, base: str, classifier: str = "", **more: Any
+    name: str, summary: str, metric: Metric | None, base: str, classifier: str = "", **overrides: Any
 ) -> SystemPreset:
     """Return a row of the table below; models are given by name."""
-    if "upsampler" in more:
-        more["upsampler"] = MODELS[more["upsampler"]]
-    guide = MODELS[classifier] if classifier else None
+    if "upsampler" in overrides:
+        overrides["upsampler"] = MODELS[overrides["upsampler"]]
+    guide_ = MODELS[classifier] if classifier else None
     return SystemPreset(
-        name=name, summary=summary, diffusion=MODELS[base], classifier=guide, metric=metric, **more
+        name=name, summary=summary, diffusion=MODELS[base], classifier=guide_, metric=metric, **overrides
     )
 
 
 # Users of the public 64-pixel archives report an FID of 2.61, which table 5 gives for ADM without dropout.
-_METRIC_64 = _published(2.07, 0.74, 0.63, "50,000 samples, 250 steps, no guidance")
+_METRIC_64 = _published_metric(2.07, 0.74, 0.63, "50,000 samples, 250 steps, no guidance")
 _BASE_64: dict[str, Any] = dict(base="64x64_diffusion", classifier="64x64_classifier", guidance=1.0)
 _BASE_128: dict[str, Any] = dict(base="128x128_diffusion", classifier="128x128_classifier", guidance=0.5)
 _DIGITS: dict[str, Any] = dict(
@@ -183,26 +183,26 @@ _TO_512: dict[str, Any] = dict(upsampler="128_512_upsampler", upsampler_steps=25
 _SYSTEMS = (
     _system("imagenet64", "ImageNet 64x64, class-conditional, guided", _METRIC_64, **_BASE_64),
     _system("imagenet128", "ImageNet 128x128, class-conditional, guided",
-            _published(2.97, 0.78, 0.59), **_BASE_128),
+            _published_metric(2.97, 0.78, 0.59), **_BASE_128),
     _system("imagenet256", "ImageNet 256x256, class-conditional, guided",
-            _published(4.59, 0.82, 0.52), "256x256_diffusion", "256x256_classifier", guidance=1.0),
+            _published_metric(4.59, 0.82, 0.52), "256x256_diffusion", "256x256_classifier", guidance=1.0),
     _system("imagenet256-uncond", "ImageNet 256x256, unconditional model, guided to classes",
-            _published(12.00, 0.76, 0.44, table=4), "256x256_diffusion_uncond", "256x256_classifier",
+            _published_metric(12.00, 0.76, 0.44, table=4), "256x256_diffusion_uncond", "256x256_classifier",
             guidance=10.0),
     _system("imagenet512", "ImageNet 512x512, class-conditional, guided",
-            _published(7.72, 0.87, 0.42), "512x512_diffusion", "512x512_classifier", guidance=4.0),
+            _published_metric(7.72, 0.87, 0.42), "512x512_diffusion", "512x512_classifier", guidance=4.0),
     _system("imagenet256-up", "imagenet64, enlarged to 256x256",
-            _published(3.94, 0.83, 0.53, _UPSAMPLED, table=6), **_BASE_64, **_TO_256),
+            _published_metric(3.94, 0.83, 0.53, _UPSAMPLED, table=6), **_BASE_64, **_TO_256),
     _system("imagenet512-up", "imagenet128, enlarged to 512x512",
-            _published(3.85, 0.84, 0.53, _UPSAMPLED, table=6), **_BASE_128, **_TO_512),
+            _published_metric(3.85, 0.84, 0.53, _UPSAMPLED, table=6), **_BASE_128, **_TO_512),
     _system("lsun-bedroom", "LSUN bedrooms 256x256",
-            _published(1.90, 0.66, 0.51, _LSUN), "lsun_bedroom", steps=1000),
+            _published_metric(1.90, 0.66, 0.51, _LSUN), "lsun_bedroom", steps=1000),
     _system("lsun-cat", "LSUN cats 256x256",
-            _published(5.57, 0.63, 0.52, _LSUN), "lsun_cat", steps=1000),
+            _published_metric(5.57, 0.63, 0.52, _LSUN), "lsun_cat", steps=1000),
     _system("lsun-horse", "LSUN horses 256x256",
-            _published(2.57, 0.71, 0.55, _LSUN), "lsun_horse", steps=1000),
+            _published_metric(2.57, 0.71, 0.55, _LSUN), "lsun_horse", steps=1000),
     _system("lsun-horse-nodropout", "LSUN horses 256x256, trained without dropout",
-            _published(2.95, 0.69, 0.55, _LSUN), "lsun_horse_nodropout", steps=1000),
+            _published_metric(2.95, 0.69, 0.55, _LSUN), "lsun_horse_nodropout", steps=1000),
     _system("digits32", "handwritten digits 32x32, class-conditional, guided; ships with the package",
             **_DIGITS),
     _system("digits32-up", "digits32 reduced to 8x8 and enlarged to 32x32 again; ships with the package",
@@ -214,15 +214,15 @@ SYSTEMS: dict[str, SystemPreset] = {system.name: system for system in _SYSTEMS}
 
 def preset(name: str) -> ModelPreset:
     """Return the model called `name` ("64x64_diffusion" or "64x64_diffusion.pt"); raises InvalidArgument."""
-    found = None
+    model = None
     if isinstance(name, str):
-        found = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
-    if found is None:
+        model = MODELS.get(name) or MODELS.get(name.removesuffix(".pt"))
+    if model is None:
         if isinstance(name, str) and name in SYSTEMS:
             models = ", ".join(model.name for model in SYSTEMS[name].models)
             raise invalid("preset", name, f"a model; this is a system, which is made of {models}")
         raise invalid("preset", name, f"no such model; {allowed_names(str(name), MODELS)}")
-    return found
+    return model
 
 
 def system(name: str) -> SystemPreset:

@@ -25,40 +25,42 @@ def maybe_checkpoint(block: Any, *args: Any) -> Tensor:
         return block._forward(*args)
     if torch.compiler.is_compiling():
         return checkpoint(block._forward, *args, use_reentrant=False)
-    places = [_place(parameter) for parameter in block.parameters()]
+    view_keys = [_view_key(parameter) for parameter in block.parameters()]
 
-    def forward(*given: Any) -> Tensor:
-        if [_place(parameter) for parameter in block.parameters()] != places:
+    def forward(*inputs: Any) -> Tensor:
+        if [_view_key(parameter) for parameter in block.parameters()] != view_keys:
             raise RuntimeError(
                 "checkpointing: the parameters that the forward pass used were replaced before the backward "
                 "pass (torch.func.functional_call does so); use checkpointing 'none' or 'norms'"
             )
-        return block._forward(*given)
+        return block._forward(*inputs)
 
     return checkpoint(forward, *args, use_reentrant=False)
 
 
-def made_again(made: Tensor, again: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """Recompute `made` by `again()` in the backward pass of code in the context, instead of storing it.
+def recompute_in_backward(
+    result: Tensor, recompute: Callable[[], Tensor]
+) -> contextlib.AbstractContextManager[Any]:
+    """Recompute `result` in the backward pass of code in the context, instead of storing it.
 
-    again: returns the same values, bit for bit. Under torch.func and torch.compile, `made` is stored.
+    recompute: returns the values of `result`, bit for bit. Under torch.func and torch.compile, it is stored.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return contextlib.nullcontext()
-    own = _place(made)  # not the tensor: the graph would keep it alive through `pack`
+    result_key = _view_key(result)  # not the tensor: the graph would keep it alive through `pack`
 
-    def pack(kept: Tensor) -> Tensor | None:
-        return None if _place(kept) == own else kept
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if _view_key(saved) == result_key else saved
 
-    def unpack(kept: Tensor | None) -> Tensor:
-        if kept is not None:
-            return kept
+    def unpack(saved: Tensor | None) -> Tensor:
+        if saved is not None:
+            return saved
         with torch.no_grad():
-            return again()
+            return recompute()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _place(t: Tensor) -> tuple[Any, ...]:
+def _view_key(t: Tensor) -> tuple[Any, ...]:
     """Return a key of the elements that a tensor views; tensors without memory have keys too."""
     return t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()

@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from admfast.errors import invalid
 from admfast.models.body import (
-    attention_block,
+    build_attention_block,
+    build_down_path,
+    build_middle_block,
+    build_res_block,
+    build_time_mlp,
     check_input,
     convert_convolutions,
-    down_path,
-    dtype_of,
-    middle_block,
-    res_block,
-    time_mlp,
+    first_parameter_dtype,
 )
 from admfast.models.config import UNetConfig
 from admfast.models.convolution import conv_nd
-from admfast.models.fold import FoldableNet, Projected
+from admfast.models.fold import FoldableNet, ProjectedEmbedding
 from admfast.models.layers import (
     Head,
     Norm,
@@ -29,7 +29,7 @@ from admfast.models.layers import (
     call_block,
     call_head,
     timestep_embedding,
-    zeroed,
+    zero_parameters,
 )
 
 
@@ -46,17 +46,19 @@ class UNet(FoldableNet):
         super().__init__()
         self.config = config
         emb_channels = 4 * config.model_channels
-        self.time_embed = time_mlp(config.model_channels)
+        self.time_embed = build_time_mlp(config.model_channels)
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, emb_channels)
-        self.input_blocks, skip_channels = down_path(config, config.in_channels * self.input_copies)
-        self.middle_block = middle_block(config)
+        self.input_blocks, skip_channels = build_down_path(config, config.in_channels * self.input_copies)
+        self.middle_block = build_middle_block(config)
         self.output_blocks = _up_path(config, skip_channels)
         first = config.widths()[0]
         self.out = Head(
-            Norm(first), nn.SiLU(), zeroed(conv_nd(config.dims, first, config.out_channels, 3, padding=1))
+            Norm(first),
+            nn.SiLU(),
+            zero_parameters(conv_nd(config.dims, first, config.out_channels, 3, padding=1)),
         )
-        self._lay_out_projections()
+        self._assign_projection_columns()
 
     def forward(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, projected: Tensor | None = None
@@ -67,7 +69,7 @@ class UNet(FoldableNet):
             x: [N, C, *spatial], float; sides divisible by 2^(levels - 1), except a volume's first side.
             timesteps: [N], integer or float, in the unit of the original schedule.
             y: [N] class indices for a class-conditional network; None otherwise.
-            projected: [N, projected_width], the result of `projections(embedded(timesteps, y))`. If it is
+            projected: [N, projected_width], `join_projections(embed_conditions(timesteps, y))`. If it is
                 given, the values of timesteps and y are ignored.
 
         Returns:
@@ -78,24 +80,24 @@ class UNet(FoldableNet):
         """
         config = self.config
         check_input(config, config.in_channels * self.input_copies, x, timesteps)
-        units = config.side_units()
+        units = config.side_divisors()
         if any(side % unit for side, unit in zip(x.shape[2:], units, strict=True)):
             raise invalid("x.shape", tuple(x.shape), f"sides that {units[-1]} divides")
-        emb = self.embedded(timesteps, y) if projected is None else Projected(projected)
-        h = through_blocks(self, self.entering(x), emb)
-        return call_head(self.out, h, dtype_of(self.out, x.dtype)).to(x.dtype)
+        emb = self.embed_conditions(timesteps, y) if projected is None else ProjectedEmbedding(projected)
+        h = run_blocks(self, self.enter_torso(x), emb)
+        return call_head(self.out, h, first_parameter_dtype(self.out, x.dtype)).to(x.dtype)
 
-    def embedded(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | Projected:
+    def embed_conditions(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor | ProjectedEmbedding:
         """Return the embedding of timesteps and classes [N] for the blocks, or its joined projections."""
         config = self.config
         if (y is not None) != (config.num_classes is not None):
-            wanted = "needs" if config.num_classes is not None else "takes no"
-            raise invalid("y", None if y is None else "given", f"this network {wanted} class labels")
+            requirement = "needs" if config.num_classes is not None else "takes no"
+            raise invalid("y", None if y is None else "given", f"this network {requirement} class labels")
         if y is not None:
             self._check_labels(y, timesteps)
         emb = timestep_embedding(timesteps, config.model_channels)
-        emb = self.time_embed(emb.to(dtype_of(self.time_embed, emb.dtype)))
-        return self.projected(emb if y is None else emb + self._embedded(y))
+        emb = self.time_embed(emb.to(first_parameter_dtype(self.time_embed, emb.dtype)))
+        return self.project_embedding(emb if y is None else emb + self._embedded(y))
 
     def _check_labels(self, y: object, timesteps: Tensor) -> None:
         """Raise InvalidArgument for labels that aren't one whole number for each image."""
@@ -122,7 +124,7 @@ class UNet(FoldableNet):
         return self
 
 
-def through_blocks(net: Any, h: Tensor, emb: Tensor | Projected) -> Tensor:
+def run_blocks(net: Any, h: Tensor, emb: Tensor | ProjectedEmbedding) -> Tensor:
     """Run the input blocks, the middle block and, if the network has any, the output blocks."""
     outputs, skips = getattr(net, "output_blocks", ()), []
     for block in net.input_blocks:
@@ -138,21 +140,21 @@ def through_blocks(net: Any, h: Tensor, emb: Tensor | Projected) -> Tensor:
 def _up_path(config: UNetConfig, skip_channels: list[int]) -> nn.ModuleList:
     """Return the output blocks: per level one more than the down path has; each gets one of its skips."""
     skip_channels = list(skip_channels)
-    widths, attended = config.widths(), config.levels_with_attention()
+    widths, has_attention = config.widths(), config.levels_with_attention()
     blocks = nn.ModuleList()
     channels = widths[-1]
     for level in reversed(range(len(widths))):
         for index in range(config.num_res_blocks + 1):
-            block = res_block(config, channels + skip_channels.pop(), widths[level])
+            block = build_res_block(config, channels + skip_channels.pop(), widths[level])
             if not isinstance(block.skip_connection, nn.Identity):
                 block.skip_connection.split = channels  # type: ignore[assignment]
             layers: list[nn.Module] = [block]
             channels = widths[level]
-            if attended[level]:
-                layers.append(attention_block(config, channels, up_path=True))
+            if has_attention[level]:
+                layers.append(build_attention_block(config, channels, up_path=True))
             if level and index == config.num_res_blocks:
                 layers.append(
-                    res_block(config, channels, channels, up=True)
+                    build_res_block(config, channels, channels, up=True)
                     if config.resblock_updown
                     else Upsample(channels, config.conv_resample, dims=config.dims)
                 )

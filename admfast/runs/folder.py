@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from admfast.checkpoints.snapshots import RUN_FILE, is_run
+from admfast.checkpoints.snapshots import RUN_FILE, is_run_folder
 from admfast.errors import OutputError
 from admfast.files.atomic import check_folder_path, make_folder, output_error, write_bytes
 from admfast.interrupts import delay_signals
@@ -37,7 +37,7 @@ class SampleFolder:
     def check(self) -> None:
         """Raise OutputError if `out` is a file, or holds a training run or samples not to be overwritten."""
         check_folder_path(self.out)
-        if is_run(self.out):
+        if is_run_folder(self.out):
             contents = f"holds a training run ({RUN_FILE}, from `admfast train`)"
             raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder for the samples")
         self._old_files = find_sample_files(self.out)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.models.fold import projecting_by_layer
-from admfast.models.hooks import staying_fused
+from admfast.models.fold import project_layer_by_layer
+from admfast.models.hooks import keep_fused
 
 
 def first_nonfinite(
@@ -39,7 +39,7 @@ def first_nonfinite(
         for name, module in network.named_modules():
             hooks.append(module.register_forward_hook(watch(f"{prefix}.{name}" if name else prefix)))
     try:
-        with torch.no_grad(), staying_fused(), projecting_by_layer(list(used_networks.values())):
+        with torch.no_grad(), keep_fused(), project_layer_by_layer(list(used_networks.values())):
             for name, call in calls.items():
                 if call is not None and _is_finite(x) and not _is_finite(call(x, t)) and not descriptions:
                     descriptions.append(f"no layer put it out, but {name} is not finite")

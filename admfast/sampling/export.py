@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, diffusers, load_network, write_weights
-from admfast.checkpoints.published_flags import published_flags
-from admfast.checkpoints.reading import Source
+from admfast.checkpoints.config_to_flags import published_flags
+from admfast.checkpoints.reading import WeightsSource
 from admfast.checkpoints.writing import DTYPES, write_folder
 from admfast.checks import boolean, one_of
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
@@ -66,7 +66,7 @@ class Exported:
 
 
 def export(
-    source: Source,
+    source: WeightsSource,
     out: str | PathLike[str],
     *,
     to: str,
@@ -140,7 +140,7 @@ def _check_output_path(out: str | PathLike[str], to: str, overwrite: bool) -> Pa
 
 
 def _load_network(
-    source: Source,
+    source: WeightsSource,
     weights: str | PathLike[str] | None,
     preset: str | None,
     options: Mapping[str, Any],
@@ -205,7 +205,7 @@ def _to_diffusers(
         description.to_json(),
         _json(diffusers.scheduler_config(process, scheduler)),
         _json(diffusers.unet_config(config, scheduler)),
-        diffusers.unet_state(net.state_dict(), config, scheduler),
+        diffusers.convert_unet_state(net.state_dict(), config, scheduler),
     )
     write_folder(folder, dict(zip(FOLDER_FILES, contents, strict=True)))
     return Exported(folder, description, notes)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, flags, load_network
+from admfast.checkpoints import AmbiguousCheckpoint, ModelInfo, flags_to_options, load_network
 from admfast.checkpoints.infer import OPTION_NAMES
-from admfast.checkpoints.reading import A_RUN, ENDINGS, Source, near_names
+from admfast.checkpoints.reading import RUN_FOLDER_HINT, WEIGHTS_SUFFIXES, WeightsSource, missing_path_hint
 from admfast.checks import boolean, whole_number
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import fixed_numerics
@@ -32,11 +32,11 @@ LOW_RES_SIZE = "low_res_size"  # an option of an upsampler's pipeline, not of it
 
 
 def load(
-    name: Source,
+    name: WeightsSource,
     weights: str | PathLike[str] | None = None,
     *,
-    classifier: Source | None = None,
-    upsampler: Source | None = None,
+    classifier: WeightsSource | None = None,
+    upsampler: WeightsSource | None = None,
     preset: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
@@ -89,7 +89,7 @@ def load(
     """
     system = find_system("name", name)
     _check_option_names(options)
-    flags.refuse_elsewhere(options)
+    flags_to_options.reject_flags_given_elsewhere(options)
     option_sets = {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
     for argument, value in option_sets.items():
         if not isinstance(value, Mapping | None):
@@ -116,7 +116,7 @@ def load(
         return _load_files(parts, target_device, settings)
 
 
-def find_system(argument: str, source: Source) -> SystemPreset | None:
+def find_system(argument: str, source: WeightsSource) -> SystemPreset | None:
     """Return the system that a source names; None for a path or weights in memory. Raises InvalidArgument."""
     if isinstance(source, Mapping | nn.Module) or hasattr(source, "read"):
         return None
@@ -133,12 +133,14 @@ def reject_fixed_by_system(system: SystemPreset, fixed_arguments: Mapping[str, A
         raise invalid(argument, value_text, f"not for a system: {system.name} fixes it")
 
 
-def resolve_weights_source(argument: str, source: Source, weights: str | PathLike[str] | None) -> Source:
+def resolve_weights_source(
+    argument: str, source: WeightsSource, weights: str | PathLike[str] | None
+) -> WeightsSource:
     """Return a source that is no system, text as a path; reject unknown names, and `weights` for files."""
     if isinstance(source, str | PathLike):
         source = _resolve_path(argument, source)
-        if not os.path.lexists(source) and source.suffix not in ENDINGS:
-            path_hint = f"a path must name a weights file or {A_RUN}{near_names(source)}"
+        if not os.path.lexists(source) and source.suffix not in WEIGHTS_SUFFIXES:
+            path_hint = f"a path must name a weights file or {RUN_FOLDER_HINT}{missing_path_hint(source)}"
             raise invalid(
                 argument,
                 str(source),
@@ -186,11 +188,11 @@ class _WeightsFile:
     """Weights and their options, with the argument of `load` that named them."""
 
     argument: str
-    source: Source | None
+    source: WeightsSource | None
     options: dict[str, Any]
 
 
-def _source_name(source: Source) -> object:
+def _source_name(source: WeightsSource) -> object:
     """Return the name of weights in errors: the path, or the type of weights in memory."""
     return str(source) if isinstance(source, str | PathLike) else type(source).__name__
 
@@ -224,7 +226,7 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
         if part.source is None and part.options:
             raise invalid(argument, part.options, f"there is no {part.argument}")
         for name in part.options:
-            if name not in OPTION_NAMES and name not in flags.NAMES:
+            if name not in OPTION_NAMES and name not in flags_to_options.FLAG_NAMES:
                 raise invalid(
                     argument, name, f"no such option of a file; {allowed_names(str(name), OPTION_NAMES)}"
                 )
@@ -283,7 +285,7 @@ def _load_part(part: _WeightsFile, device: torch.device) -> tuple[Network, Model
     if isinstance(source, str | PathLike):
         source = _resolve_path(part.argument, source)
     process = part.argument != "classifier"
-    net, info = load_network(source, device=device, process=process, **part.options)
+    net, info = load_network(source, device=device, require_process=process, **part.options)
     network_type, description = _NETWORK_KINDS[part.argument]
     if not isinstance(net, network_type):
         raise invalid(
@@ -303,7 +305,7 @@ def _check_option_names(options: Mapping[str, Any]) -> None:
     """Reject a keyword that is neither an argument of `load` nor an option of a file."""
     known_names = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
     for name, value in options.items():
-        if name not in (*OPTION_NAMES, LOW_RES_SIZE) and name not in flags.NAMES:
+        if name not in (*OPTION_NAMES, LOW_RES_SIZE) and name not in flags_to_options.FLAG_NAMES:
             raise invalid(name, value, f"no such argument or option; {allowed_names(name, known_names)}")
 
 

@@ -19,7 +19,7 @@ from admfast.engine.options import EngineOptions
 from admfast.engine.precision import FP32, Policy
 from admfast.errors import invalid
 from admfast.models import NetConfig, UNetConfig
-from admfast.models.fold import check_ordinary
+from admfast.models.fold import check_not_inference_mode
 from admfast.sampling.functions import bind_conditions
 from admfast.sampling.guides import LARGEST
 from admfast.sampling.last_run import RunReport, make_report
@@ -272,9 +272,9 @@ class Pipeline:
             numbers["low_res_size"] = checks.whole_number("low_res_size", self.low_res_size, 1)
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
-        check_ordinary("net", self.net)
+        check_not_inference_mode("net", self.net)
         if self.classifier is not None:
-            check_ordinary("classifier", self.classifier)
+            check_not_inference_mode("classifier", self.classifier)
         if self.diffusion.types[1].learned != config.learn_sigma:
             allowed = f"a process with{'' if config.learn_sigma else 'out'} learned variance, as the network"
             raise invalid("diffusion", self.diffusion.types[1].name, allowed)

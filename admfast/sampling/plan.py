@@ -151,7 +151,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
         return None if value is None else value.to(device, torch.float32)
 
     noise, x_start, step_noise = map(on_device, (request.noise, request.x_start, request.step_noise))
-    if solver.begins == "image" and x_start is not None:
+    if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = [int(timestep_map[row.index]) for row in table.rows]
     guidance_scale, interval = _classifier_guidance(request, pipeline)
@@ -188,7 +188,7 @@ def _upsampler_plan(request: SampleRequest, pipeline: Pipeline, up: Pipeline, ba
     """Return the plan of the upsampler after a base plan; `Plan.with_low_res` adds its small images."""
     solver = request.solver
     assert isinstance(solver, Solver)
-    if solver.begins == "image":
+    if solver.starts_from == "image":
         raise invalid(
             "solver", str(solver), f"not for {pipeline.name}, which has an upsampler; load it without"
         )
@@ -229,7 +229,7 @@ def _cached_process_and_table(
     diffusion: DiffusionConfig, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
     """Return the process and its rows, cached: schedules and tables in float64 take milliseconds to make."""
-    process = diffusion.build(respacing if steps is None else solver.respaced(steps))
+    process = diffusion.build(respacing if steps is None else solver.respacing_for(steps))
     return process, solver.table(process, clip)
 
 
@@ -282,7 +282,7 @@ def _check_shapes(request: SampleRequest, shape: tuple[int, ...], rows: int, pip
 def check_image_network(pipeline: Pipeline) -> None:
     """Reject a network that has neither as many output as input channels, nor twice as many."""
     config = pipeline.config
-    if not config.of_images:
+    if not config.outputs_images:
         allowed = "as many out as in, or twice as many; use this network by pipe.net(x, t) only"
         raise invalid("net", f"{config.in_channels} channels in, {config.out_channels} out", allowed)
 
@@ -325,7 +325,9 @@ def _classifier_guidance(request: SampleRequest, pipeline: Pipeline) -> tuple[fl
     if guidance_scale is None:
         assert isinstance(request.solver, Solver)
         has_other_guides = request.guidance_fn is not None or request.guides
-        guidance_scale = 0.0 if has_other_guides or request.solver.begins == "image" else pipeline.guidance
+        guidance_scale = (
+            0.0 if has_other_guides or request.solver.starts_from == "image" else pipeline.guidance
+        )
     for guide in request.guides:
         if guide.function is None:
             guidance_scale, interval = guide.guidance_scale, guide.interval

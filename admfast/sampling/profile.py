@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from admfast import host
-from admfast.checkpoints.describe import forward_work, guidance_flops
+from admfast.checkpoints.describe import count_forward_work, count_guidance_flops
 from admfast.engine.numerics import fixed_numerics, on_threads
 from admfast.engine.precision import has_amx
 from admfast.engine.threads import MIN_OPERATIONS_PER_THREAD, convolution_operations, threads_for
@@ -129,10 +129,10 @@ def _stages(report: RunReport, pipe: Pipeline) -> Iterator[tuple[StageReport, Pi
 
 def _flops(stage: StageReport, stage_pipe: Pipeline) -> int:
     """Return the operations of all rows of a stage."""
-    total = stage.rows * forward_work(stage_pipe.config, sides=stage.sides).flops
+    total = stage.rows * count_forward_work(stage_pipe.config, sides=stage.sides).flops
     if stage.guided_rows:
         classifier: Any = stage_pipe.classifier
-        total += stage.guided_rows * guidance_flops(classifier.config, stage.sides)
+        total += stage.guided_rows * count_guidance_flops(classifier.config, stage.sides)
     return stage.images * total
 
 

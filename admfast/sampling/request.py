@@ -12,13 +12,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from admfast import checks
-from admfast.checkpoints import flags
+from admfast.checkpoints import flags_to_options
 from admfast.diffusion import Respacing
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import allowed_names, first_line, invalid
 from admfast.sampling.guides import LARGEST, Guide, Interval
 from admfast.sampling.loop import Callback
-from admfast.solvers import Solver, from_text, solver_of
+from admfast.solvers import Solver, make_solver, parse_solver
 
 LARGEST_SEED = 2**64 - 1
 
@@ -135,9 +135,9 @@ class SampleRequest:
     def _check_steps(self) -> None:
         """Check the solver, its steps, and the point from which they begin."""
         if isinstance(self.solver, str) and self.eta is None:
-            solver = from_text(self.solver)
+            solver = parse_solver(self.solver)
         else:
-            solver = solver_of(self.solver, **({} if self.eta is None else {"eta": self.eta}))
+            solver = make_solver(self.solver, **({} if self.eta is None else {"eta": self.eta}))
         self._store("solver", solver)
         self._store("eta", None)
         checks.store_booleans(self, "clip")
@@ -150,7 +150,7 @@ class SampleRequest:
             self._store("respacing", checks.whole_number_or_tuple("respacing", self.respacing, 0))
         if self.t_start is not None:
             self._store_whole_number("t_start", 0)
-        if solver.begins == "noise":
+        if solver.starts_from == "noise":
             if self.t_start is None and self.x_start is not None:
                 raise invalid("t_start", None, "with x_start, the timestep to which it is noised")
             if self.x_start is None and self.t_start is not None:
@@ -197,7 +197,7 @@ class SampleRequest:
         settings = {name: value for name, value in vars(self).items() if value is not None}
         guides = settings.pop("guides")
         settings["solver"] = str(self.solver)
-        if from_text(settings["solver"]) != self.solver:
+        if parse_solver(settings["solver"]) != self.solver:
             raise invalid("solver", settings["solver"], "for JSON, one of `admfast.solvers.SOLVERS`")
         if guides:
             raise invalid("guides", guides, "for JSON, no guides")
@@ -223,7 +223,7 @@ class SampleRequest:
         known_names = [entry.name for entry in dataclasses.fields(cls)]
         for name, value in settings.items():
             if name not in known_names:
-                flags.refuse_elsewhere({name: value})
+                flags_to_options.reject_flags_given_elsewhere({name: value})
                 raise invalid(name, value, f"sample has no such argument; {allowed_names(name, known_names)}")
         return cls(*images, **settings)
 

@@ -25,7 +25,7 @@ def requested_sides(request: SampleRequest, pipeline: Pipeline) -> Sides:
     config = pipeline.config
     if len(sides) != config.dims:
         raise invalid(name, value, f"{config.dims} sides, one per dimension of an image")
-    _check_divisible(name, value, sides, config.side_units())
+    _check_divisible(name, value, sides, config.side_divisors())
     return sides
 
 
@@ -53,7 +53,7 @@ def _upsampled_sides(up: Pipeline, shape: Sides) -> Sides:
             hint = "an option of load, or --set on the command line"
             raise invalid("low_res.shape", shape, f"{allowed} ({hint}), or size")
         return up.spatial
-    units = [_smallest_low_res_side(unit, low_res_size, image_size) for unit in up.config.side_units()]
+    units = [_smallest_low_res_side(unit, low_res_size, image_size) for unit in up.config.side_divisors()]
     _check_divisible("low_res.shape", shape, sides, units)
     return tuple(side * image_size // low_res_size for side in sides)
 
@@ -67,7 +67,7 @@ def upsampler_sides(up: Pipeline, base: Pipeline, sides: Sides) -> tuple[int, Si
     factor = max(min(sides) // low_res_size, 1)
     units = [
         factor * _smallest_low_res_side(unit, low_res_size, up.config.image_size)
-        for unit in up.config.side_units()
+        for unit in up.config.side_divisors()
     ]
     # Average pooling would drop the last columns of a side that the factor doesn't divide.
     if min(sides) < low_res_size or any(side % unit for side, unit in zip(sides, units, strict=True)):
@@ -88,8 +88,10 @@ def check_classifier_sides(request: SampleRequest, pipeline: Pipeline) -> None:
         needed = "x".join(map(str, trained_sides))
         allowed = f"{needed}, which the classifier's attention pool needs; guidance=0 doesn't use it"
         raise invalid(name, value, allowed)
-    if min(sides[config.dims == 3 :]) < config.pool_ds():
-        raise invalid(name, value, f"sides of {config.pool_ds()} or more, for the classifier's downsampling")
+    if min(sides[config.dims == 3 :]) < config.pool_downsampling():
+        raise invalid(
+            name, value, f"sides of {config.pool_downsampling()} or more, for the classifier's downsampling"
+        )
 
 
 def _smallest_low_res_side(unit: int, low_res_size: int, image_size: int) -> int:

@@ -18,52 +18,54 @@ from admfast.solvers.ddpm_rows import ddpm as ddpm
 from admfast.solvers.solver import SOLVERS, Solver
 
 
-def options_of(name: str) -> dict[str, Any]:
+def solver_options(name: str) -> dict[str, Any]:
     """Return the options of a solver with their defaults."""
     return {p.name: p.default for p in inspect.signature(SOLVERS[name]).parameters.values()}
 
 
-def listed(begins: str | None = None) -> list[str]:
+def list_solvers(starts_from: str | None = None) -> list[str]:
     """Return every solver as text with all its options, such as "ddim:eta=0.0".
 
-    begins: "noise" or "image" selects the solvers that begin from it.
+    starts_from: "noise" or "image" selects the solvers that start from it; None selects all.
     """
-    solvers = [make() for make in SOLVERS.values()]
-    return [str(solver) for solver in solvers if begins in (None, solver.begins)]
+    solvers = [factory() for factory in SOLVERS.values()]
+    return [str(solver) for solver in solvers if starts_from in (None, solver.starts_from)]
 
 
-def solver_of(value: Solver | str, **options: Any) -> Solver:
+def make_solver(value: Solver | str, **options: Any) -> Solver:
     """Return a Solver, given one or a text (a name, or a name with options). `options` replace its options.
 
     Raises: InvalidArgument for an unknown solver or option, or a value that the solver refuses.
     """
     if isinstance(value, str):
-        value = from_text(value)
+        value = parse_solver(value)
     if not isinstance(value, Solver):
-        raise invalid("solver", value, f"a Solver, or one of: {', '.join(listed())}")
-    return _made(value.name, {**value.options, **options}) if options else value
+        raise invalid("solver", value, f"a Solver, or one of: {', '.join(list_solvers())}")
+    return _make_from_options(value.name, {**value.options, **options}) if options else value
 
 
 @functools.lru_cache
-def from_text(text: str) -> Solver:
+def parse_solver(text: str) -> Solver:
     """Return the solver that a text such as "ddim:eta=0.5" names; cached."""
-    name, _, given = (part.strip() for part in text.partition(":"))
+    name, _, options_text = (part.strip() for part in text.partition(":"))
     if name not in SOLVERS:
-        raise invalid("solver", text, f"{allowed_names(name, SOLVERS)} (solvers: {', '.join(listed())})")
+        raise invalid(
+            "solver", text, f"{allowed_names(name, SOLVERS)} (with options: {', '.join(list_solvers())})"
+        )
     options: dict[str, Any] = {}
     # A comma inside a value, such as a list, is not followed by NAME=.
-    for part in filter(None, re.split(r",(?=\s*\w+\s*=)", given)):
-        option, separator, value = (word.strip() for word in part.partition("="))
+    for assignment in filter(None, re.split(r",(?=\s*\w+\s*=)", options_text)):
+        option, separator, value = (word.strip() for word in assignment.partition("="))
         if not separator or option in options:
             raise invalid("solver", text, f"options as NAME=VALUE, each once, such as {ddim()}")
         options[option] = parse_literal(value)
-    return _made(name, options)
+    return _make_from_options(name, options)
 
 
-def _made(name: str, options: dict[str, Any]) -> Solver:
-    known = options_of(name)
+def _make_from_options(name: str, options: dict[str, Any]) -> Solver:
+    allowed = solver_options(name)
     for option, value in options.items():
-        if option not in known:
-            has = allowed_names(option, known) if known else "it has none"
-            raise invalid(option, value, f"the solver {name} has no such option; {has}")
+        if option not in allowed:
+            hint = allowed_names(option, allowed) if allowed else "it has none"
+            raise invalid(option, value, f"the solver {name} has no such option; {hint}")
     return SOLVERS[name](**options)

@@ -7,10 +7,10 @@ import math
 from admfast.checks import finite_float
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.solver import Solver, clip_of, registered
+from admfast.solvers.solver import Solver, choose_clip, register
 
 
-@registered
+@register
 def ddim(*, eta: float = 0.0) -> Solver:
     """Return DDIM. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1. Raises: InvalidArgument."""
     return Solver(
@@ -18,10 +18,10 @@ def ddim(*, eta: float = 0.0) -> Solver:
     )
 
 
-@registered
+@register
 def ddim_inverse() -> Solver:
     """Return the inverse of the deterministic DDIM, which turns clean images into their noise."""
-    return Solver("ddim-inverse", _inverse_table, begins="image", respacing="ddim{steps}")
+    return Solver("ddim-inverse", _inverse_table, starts_from="image", respacing="ddim{steps}")
 
 
 def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> SolverTable:
@@ -34,14 +34,15 @@ def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> Solver
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """
-    s = process.schedule
+    schedule = process.schedule
     rows = []
-    for i in reversed(range(s.num_timesteps)):
-        bar, bar_prev = float(s.alphas_cumprod[i]), float(s.alphas_cumprod_prev[i])
-        sigma = eta * math.sqrt((1 - bar_prev) / (1 - bar)) * math.sqrt(1 - bar / bar_prev)
-        toward = math.sqrt(max(1 - bar_prev - sigma**2, 0.0))
-        rows.append(_row(process, i, bar_prev, toward, sigma if i else 0.0, clip))
-    return SolverTable("ddim", tuple(rows), integer_t=not s.rescale_timesteps)
+    for i in reversed(range(schedule.num_timesteps)):
+        alpha_bar, alpha_bar_prev = float(schedule.alphas_cumprod[i]), float(schedule.alphas_cumprod_prev[i])
+        noise_ratio = (1 - alpha_bar_prev) / (1 - alpha_bar)
+        sigma = eta * math.sqrt(noise_ratio) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
+        k_eps = math.sqrt(max(1 - alpha_bar_prev - sigma**2, 0.0))
+        rows.append(_row(process, i, alpha_bar_prev, k_eps, sigma if i else 0.0, clip))
+    return SolverTable("ddim", tuple(rows), integer_t=not schedule.rescale_timesteps)
 
 
 def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
@@ -54,32 +55,35 @@ def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """
-    s = process.schedule
+    schedule = process.schedule
     rows = []
-    for i in range(s.num_timesteps):
-        bar_next = float(s.alphas_cumprod_next[i])
-        rows.append(_row(process, i, bar_next, math.sqrt(1 - bar_next), 0.0, clip))
-    return SolverTable("ddim-inverse", tuple(rows), integer_t=not s.rescale_timesteps)
+    for i in range(schedule.num_timesteps):
+        alpha_bar_next = float(schedule.alphas_cumprod_next[i])
+        rows.append(_row(process, i, alpha_bar_next, math.sqrt(1 - alpha_bar_next), 0.0, clip))
+    return SolverTable("ddim-inverse", tuple(rows), integer_t=not schedule.rescale_timesteps)
 
 
-def _row(process: GaussianDiffusion, i: int, bar_to: float, toward: float, sigma: float, clip: bool) -> Row:
-    """Return the row of x_next = sqrt(bar_to) x0 + toward eps + sigma z.
+def _row(
+    process: GaussianDiffusion, i: int, alpha_bar_to: float, k_eps: float, sigma: float, clip: bool
+) -> Row:
+    """Return the row of x_next = sqrt(alpha_bar_to) x_0 + k_eps eps + sigma z.
 
-    eps = (x / sqrt(ab) - x0) / sqrt(1/ab - 1).
+    eps = (x / sqrt(ab) - x_0) / sqrt(1/ab - 1).
     """
-    s = process.schedule
+    schedule = process.schedule
     k_x, k_out = process.x0_coefficients(i)
-    recip, recipm1 = float(s.sqrt_recip_alphas_cumprod[i]), float(s.sqrt_recipm1_alphas_cumprod[i])
-    seen = float(s.model_t(i))
+    recip = float(schedule.sqrt_recip_alphas_cumprod[i])
+    recipm1 = float(schedule.sqrt_recipm1_alphas_cumprod[i])
+    timestep = float(schedule.model_t(i))
     return Row(
-        t_net=seen,
-        t_clf=seen,
+        t_net=timestep,
+        t_clf=timestep,
         k_x=k_x,
         k_out=k_out,
-        k_post=recipm1 * float(s.sqrt_one_minus_alphas_cumprod[i]),
-        a=toward * recip / recipm1,
-        b=math.sqrt(bar_to) - toward / recipm1,
+        k_post=recipm1 * float(schedule.sqrt_one_minus_alphas_cumprod[i]),
+        a=k_eps * recip / recipm1,
+        b=math.sqrt(alpha_bar_to) - k_eps / recipm1,
         k_z=sigma,
-        clip=clip_of(process, clip, network_mean=False),
+        clip=choose_clip(process, clip, network_mean=False),
         index=i,
     )

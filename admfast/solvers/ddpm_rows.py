@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.solver import Solver, clip_of, registered
+from admfast.solvers.solver import Solver, choose_clip, register
 
 
-@registered
+@register
 def ddpm() -> Solver:
     """Return ancestral sampling (DDPM)."""
     return Solver("ddpm", _table)
@@ -22,26 +22,26 @@ def _table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """
-    s = process.schedule
+    schedule = process.schedule
     rows = []
-    for i in reversed(range(s.num_timesteps)):
+    for i in reversed(range(schedule.num_timesteps)):
         k_x, k_out = process.x0_coefficients(i)
         l0, l1 = process.log_variance_coefficients(i)
-        seen = float(s.model_t(i))
+        timestep = float(schedule.model_t(i))
         rows.append(
             Row(
-                t_net=seen,
-                t_clf=seen,
+                t_net=timestep,
+                t_clf=timestep,
                 k_x=k_x,
                 k_out=k_out,
                 l0=l0,
                 l1=l1,
-                a=float(s.posterior_mean_coef2[i]),
-                b=float(s.posterior_mean_coef1[i]),
+                a=float(schedule.posterior_mean_coef2[i]),
+                b=float(schedule.posterior_mean_coef1[i]),
                 k_mean=1.0,
                 k_z=1.0 if i else 0.0,
-                clip=clip_of(process, clip, network_mean=True),
+                clip=choose_clip(process, clip, network_mean=True),
                 index=i,
             )
         )
-    return SolverTable("ddpm", tuple(rows), integer_t=not s.rescale_timesteps)
+    return SolverTable("ddpm", tuple(rows), integer_t=not schedule.rescale_timesteps)

@@ -12,13 +12,13 @@ from admfast.diffusion import GaussianDiffusion, MeanType
 from admfast.ops.update import Clip, SolverTable
 
 SOLVERS: dict[str, Callable[..., Solver]] = {}
-Make = TypeVar("Make", bound="Callable[..., Solver]")
+SolverFactory = TypeVar("SolverFactory", bound="Callable[..., Solver]")
 
 
-def registered(make: Make) -> Make:
-    """Add the function that makes a solver to `SOLVERS`, under its name with dashes for underscores."""
-    SOLVERS[make.__name__.replace("_", "-")] = make
-    return make
+def register(factory: SolverFactory) -> SolverFactory:
+    """Add a function that makes a solver to `SOLVERS`, under its name with dashes for underscores."""
+    SOLVERS[factory.__name__.replace("_", "-")] = factory
+    return factory
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,42 @@ class Solver:
 
     Attributes:
         name: its name in `SOLVERS`.
-        rows_of: rows_of(process, clip=..., **options) -> `SolverTable`, a pure function. The process is
+        make_table: make_table(process, clip=..., **options) -> `SolverTable`, a pure function. The process is
             already respaced; clip=True clips x_0 to [-1, 1].
         options: its own options, by name.
-        begins: "noise", or "image" for a solver that turns clean images into noise.
+        starts_from: "noise", or "image" for a solver that turns clean images into noise.
         respacing: the published respacing for a number of steps, as a template with "{steps}".
     """
 
     name: str
-    rows_of: Callable[..., SolverTable] = field(repr=False)
+    make_table: Callable[..., SolverTable] = field(repr=False)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    begins: Literal["noise", "image"] = "noise"
+    starts_from: Literal["noise", "image"] = "noise"
     respacing: str = "{steps}"
 
     def __post_init__(self) -> None:
-        # A solver may be shared (`from_text` caches it), so its options must not change.
+        # A solver may be shared (`parse_solver` caches it), so its options must not change.
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Solver, (self.name, self.rows_of, dict(self.options), self.begins, self.respacing)
+        return Solver, (self.name, self.make_table, dict(self.options), self.starts_from, self.respacing)
 
     def __str__(self) -> str:
-        """Write the text that `solver_of` reads: "ddim:eta=0.5"."""
+        """Write the text that `make_solver` reads: "ddim:eta=0.5"."""
         options = ",".join(f"{name}={json.dumps(value)}" for name, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
     def table(self, process: GaussianDiffusion, clip: bool = True) -> SolverTable:
         """Return the table for a process, already respaced. clip: clip x_0 to [-1, 1] in every row."""
-        return self.rows_of(process, clip=clip, **self.options)
+        return self.make_table(process, clip=clip, **self.options)
 
-    def respaced(self, steps: int) -> str:
+    def respacing_for(self, steps: int) -> str:
         """Return the published respacing of the solver for a number of steps."""
         return self.respacing.format(steps=steps)
 
 
-def clip_of(process: GaussianDiffusion, clip: bool, network_mean: bool) -> Clip:
-    """Return how a row clips x_0.
+def choose_clip(process: GaussianDiffusion, clip: bool, network_mean: bool) -> Clip:
+    """Return the way in which a row clips x_0.
 
     network_mean: the update uses the mean that a PREVIOUS_X network predicts, so only the reported x_0 is
     clipped for such a network.

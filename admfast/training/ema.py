@@ -51,7 +51,7 @@ class Averages:
         """Add the current parameters to the averages after step `step` (from 0).
 
         moved: 1 if the step changed the weights, 0 if it was skipped; a tensor on their device, from which
-            nothing is read back. None means 1.
+        nothing is read back. None means 1.
         """
         for name, values in self._values.items():
             share = 1 - self._kept(name, step)

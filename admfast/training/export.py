@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from admfast.checkpoints import write_weights
-from admfast.checkpoints.snapshots import AVERAGES, read_run, snapshots
+from admfast.checkpoints.snapshots import AVERAGES_FOLDER, list_snapshots, read_run_average
 from admfast.errors import CheckpointError, invalid
 from admfast.files.atomic import check_not_existing
 from admfast.files.paths import user_path
@@ -42,7 +42,7 @@ def export(
         out = user_path("out", path)
         check_not_existing("out", [out, out.with_suffix(".json")])
     if width is None:
-        state, description = read_run(place, average)
+        state, description = read_run_average(place, average)
     else:
         if average is not None:
             raise invalid("width", width, "an average by name, or a width, not both")
@@ -57,9 +57,9 @@ def _reconstructed(run: Path, width: float) -> tuple[dict[str, torch.Tensor], De
     recipe = recipe_of(description)
     if not recipe.ema_power:
         raise invalid("width", width, "only for a run with ema_power, which stores the averages for it")
-    stored = snapshots(run, AVERAGES)
+    stored = list_snapshots(run, AVERAGES_FOLDER)
     if not stored:
-        raise CheckpointError(f"{run / AVERAGES}: holds no stored averages yet")
+        raise CheckpointError(f"{run / AVERAGES_FOLDER}: holds no stored averages yet")
     profiles, states = [], []
     for snapshot in stored:
         for name, state in snapshot.read().items():

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from admfast.checkpoints.reading import A_RUN, near_names
-from admfast.checkpoints.snapshots import RUN_FILE, newest_state, snapshots, sweep
+from admfast.checkpoints.reading import RUN_FOLDER_HINT, missing_path_hint
+from admfast.checkpoints.snapshots import RUN_FILE, list_snapshots, read_newest_state, remove_leftovers
 from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
 from admfast.files.atomic import close_on_windows, folder_removed_if_empty, lock, output_error, write_text
 from admfast.files.paths import user_path
@@ -43,7 +43,7 @@ def held(run: Path, world: World) -> Iterator[None]:
         yield
         return
     with folder_removed_if_empty(run), _locked(run):
-        sweep(run)
+        remove_leftovers(run)
         is_new = not os.path.lexists(run / RUN_FILE)
         try:
             yield
@@ -57,7 +57,7 @@ def held(run: Path, world: World) -> Iterator[None]:
 def _has_progress(run: Path) -> bool:
     """Tell whether a run has a snapshot or a row of its log."""
     try:
-        return bool(snapshots(run)) or ((run / LOG).is_file() and bool(read_log(run)))
+        return bool(list_snapshots(run)) or ((run / LOG).is_file() and bool(read_log(run)))
     except (OSError, CheckpointError):  # a file that can't be read is kept
         return True
 
@@ -149,8 +149,8 @@ def run_folder(run: str | PathLike[str]) -> Path:
     if os.path.isdir(place):
         found = f"this folder has no {RUN_FILE}"
     else:
-        found = "this is a file" if os.path.exists(place) else f"nothing is there{near_names(place)}"
-    raise invalid("run", str(place), f"{A_RUN}; {found}")
+        found = "this is a file" if os.path.exists(place) else f"nothing is there{missing_path_hint(place)}"
+    raise invalid("run", str(place), f"{RUN_FOLDER_HINT}; {found}")
 
 
 def read_run_file(run: Path) -> Description:
@@ -188,12 +188,12 @@ def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
 
 def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:
     """Return the state of the newest intact snapshot, the same for every process; None if there is none."""
-    found = newest_state(run, say) if world.first else None
+    found = read_newest_state(run, say) if world.first else None
     step = world.most(found[0].step if found is not None else -1)
     if step < 0:
         return None
     if found is None:
-        found = newest_state(run, step=step)
+        found = read_newest_state(run, step=step)
     if found is None:
         raise AdmfastError(f"{run}: process {world.rank} can't read step {step}: is the folder shared?")
     return found[1]

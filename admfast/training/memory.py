@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from admfast.checkpoints.describe import LiveBytes, network_inputs
+from admfast.checkpoints.describe import LiveBytes, make_network_inputs
 from admfast.models.dropout import keyed_dropout
 from admfast.training.draws import TrainStream
 from admfast.training.network import build_network, set_precision
@@ -63,7 +63,9 @@ def step_memory(recipe: Recipe) -> StepMemory:
         state = {name: torch.empty_like(value, device="cpu") for name, value in net.state_dict().items()}
         net.load_state_dict(state, assign=True)
         set_precision(net, recipe.precision)
-        inputs = {name: _as_images_lie(value) for name, value in network_inputs(recipe.network, size).items()}
+        inputs = {
+            name: _as_images_lie(value) for name, value in make_network_inputs(recipe.network, size).items()
+        }
         live, kept = LiveBytes(net, inputs), 0
         with live, _FusedAttention():
             for _ in range(parts):

@@ -25,9 +25,9 @@ def build_network(recipe: Recipe, start: str | PathLike[str] | None = None) -> n
     """Return the network of a recipe in training mode, with random weights from the recipe's seed.
 
     start: weights file to begin from instead (any that `admfast.load` reads, also a run's folder). Its
-        network may differ from the recipe's only in dropout and the number of classes. If the number of
-        classes differs, parameters with a row for each class start from random weights. If the recipe only
-        adds a null class, only the row of that class does.
+    network may differ from the recipe's only in dropout and the number of classes. If the number of classes
+    differs, parameters with a row for each class start from random weights. If the recipe only adds a null
+    class, only the row of that class does.
     Raises: CheckpointError, InvalidArgument.
     """
     with torch.random.fork_rng(devices=[]):
@@ -103,8 +103,8 @@ def set_checkpointing(net: nn.Module, which: str | int) -> None:
     """Choose the values that the backward pass computes again, instead of keeping them.
 
     which: "none"; "norms", the outputs of norms before the convolutions of residual blocks; "attention",
-        everything inside attention blocks; "all", everything inside all blocks; or k, everything inside every
-        k-th block in the order of the network.
+    everything inside attention blocks; "all", everything inside all blocks; or k, everything inside every
+    k-th block in the order of the network.
     """
     blocks = [module for module in net.modules() if isinstance(module, ResBlock | AttentionBlock)]
     for number, block in enumerate(blocks):

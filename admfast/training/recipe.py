@@ -117,8 +117,8 @@ class Recipe:
             allowed = "the side of the small images" if self.kind == "upsampler" else "for an upsampler only"
             raise invalid("low_res_size", self.low_res_size, allowed)
         size = self.network.image_size
-        if isinstance(self.network, UNetConfig) and any(size % unit for unit in self.network.side_units()):
-            raise invalid("image_size", size, f"a multiple of {self.network.side_units()[-1]}")
+        if isinstance(self.network, UNetConfig) and any(size % unit for unit in self.network.side_divisors()):
+            raise invalid("image_size", size, f"a multiple of {self.network.side_divisors()[-1]}")
         if self.low_res_size is not None and size % self.low_res_size:
             raise invalid("low_res_size", self.low_res_size, f"a divisor of image_size={size}")
         if self.noise_augmentation and self.kind != "upsampler":

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from admfast import checks
-from admfast.checkpoints.flags import RENAMED
+from admfast.checkpoints.flags_to_options import OPTION_OF_FLAG
 from admfast.diffusion import DiffusionConfig
 from admfast.diffusion.config import SETTINGS
 from admfast.errors import allowed_names, invalid
@@ -64,7 +64,7 @@ _OF_DIGITS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Published name of a setting -> its name here.
 _PUBLISHED_NAMES = {
-    **{flag: name for flag, name in RENAMED.items() if name != "steps"},
+    **{flag: name for flag, name in OPTION_OF_FLAG.items() if name != "steps"},
     "classifier_attention_resolutions": "attention_resolutions, as downsampling factors",
     "classifier_use_fp16": "precision=fp16", "use_fp16": "precision=fp16", "class_cond": "num_classes",
     "small_size": "low_res_size", "anneal_lr": "anneal", "lr_anneal_steps": "steps, with anneal",

@@ -19,7 +19,7 @@ from admfast.sampling.loop import Progress, run
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, plan
 from admfast.sampling.request import SampleRequest
-from admfast.solvers import Solver, listed, solver_of
+from admfast.solvers import Solver, list_solvers, make_solver
 from admfast.verify.budget import (
     Budget,
     Deviation,
@@ -93,9 +93,9 @@ def request_for(pipe: Pipeline, **settings: Any) -> SampleRequest:
     Defaults: solver is "ddim"; steps is 25, if there is no respacing; upsampler_steps is steps; seeds are
     0, 1, ..., as many as `low_res` or `classes`, else 0..3. Raises: InvalidArgument.
     """
-    solver = solver_of(settings.get("solver", "ddim"))
-    if solver.begins == "image":
-        raise invalid("solver", str(solver), f"must begin from noise: {', '.join(listed('noise'))}")
+    solver = make_solver(settings.get("solver", "ddim"))
+    if solver.starts_from == "image":
+        raise invalid("solver", str(solver), f"must begin from noise: {', '.join(list_solvers('noise'))}")
     request = SampleRequest.from_arguments(**{**settings, "solver": solver})
     steps, seeds = request.steps, request.seeds
     if request.respacing is None and steps is None:
@@ -174,7 +174,7 @@ def _check_steps(stage: Plan, pipe: Pipeline, request: SampleRequest, budget: Bu
     assert isinstance(solver, Solver)
 
     def stays_in_budget(count: int) -> bool:
-        table = solver.table(pipe.diffusion.build(solver.respaced(count)))
+        table = solver.table(pipe.diffusion.build(solver.respacing_for(count)))
         return amplified_error(table, budget.output) <= budget.step
 
     larger_counts = (n for n in (*range(2, 26), 50, 100, 250, 500, 1000) if steps < n <= pipe.diffusion.steps)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from admfast.engine.numerics import fixed_numerics
 from admfast.models.fold import TORSO
-from admfast.models.hooks import staying_fused
+from admfast.models.hooks import keep_fused
 from admfast.verify.budget import BUDGETS, Budget, Deviation, relative_error
 
 
@@ -89,7 +89,7 @@ def _record_inputs(
     for name, module in layers.items():
         hooks.append(module.register_forward_pre_hook(record_as(name), with_kwargs=True))
     try:
-        with fixed_numerics(next(reference.parameters()).device), torch.no_grad(), staying_fused():
+        with fixed_numerics(next(reference.parameters()).device), torch.no_grad(), keep_fused():
             call(reference)
     finally:
         for handle in hooks:

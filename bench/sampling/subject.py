@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.checkpoints.describe import forward_work, guidance_flops
+from admfast.checkpoints.describe import count_forward_work, count_guidance_flops
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion
 from admfast.models.config import ClassifierConfig, UNetConfig, UpsamplerConfig
 from admfast.models.preset_types import ModelPreset, SystemPreset
@@ -143,5 +143,5 @@ def step_flop(subject: Subject) -> int:
     Convolutions and matrix products of the published networks are counted, each once, a multiply-add as two
     operations. An implementation that needs fewer operations gets the same count.
     """
-    total = forward_work(subject.net).flops
-    return total if subject.classifier is None else total + guidance_flops(subject.classifier)
+    total = count_forward_work(subject.net).flops
+    return total if subject.classifier is None else total + count_guidance_flops(subject.classifier)

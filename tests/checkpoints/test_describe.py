@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from admfast.checkpoints import describe, fingerprint, forward_work, network_shapes, write_weights
-from admfast.checkpoints.describe import guidance_flops
+from admfast.checkpoints import count_forward_work, describe, fingerprint, network_shapes, write_weights
+from admfast.checkpoints.describe import count_guidance_flops
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError
 from admfast.models import ClassifierConfig, build
@@ -43,7 +43,7 @@ PUBLISHED_GFLOP = {
 @pytest.mark.parametrize("name", PUBLISHED_GFLOP)
 def test_work_is_the_published_work(name):
     config = preset(name).config
-    gflop = forward_work(config).flops / 1e9
+    gflop = count_forward_work(config).flops / 1e9
     if isinstance(config, ClassifierConfig):
         # The published pool returns one token, but projects the other 64 tokens to the classes too.
         gflop += 2 * config.widths()[-1] * 1000 * 64 / 1e9
@@ -61,16 +61,16 @@ def test_the_gradient_of_a_convolution_is_as_much_work_as_itself(sides):
     height, width = sides or (config.image_size, config.image_size)
     # Attention is in the middle block only, at half the sides: q k^T and its product with v.
     attention = 2 * 2 * (height * width // 4) ** 2 * config.widths()[-1]
-    forward = forward_work(config, sides=sides).flops
-    assert guidance_flops(config, sides) == 2 * forward - linear + attention
+    forward = count_forward_work(config, sides=sides).flops
+    assert count_guidance_flops(config, sides) == 2 * forward - linear + attention
 
 
 def test_work_follows_batch_and_precision():
-    one, four = forward_work(SMALL_UNET), forward_work(SMALL_UNET, batch=4)
+    one, four = count_forward_work(SMALL_UNET), count_forward_work(SMALL_UNET, batch=4)
     assert four.flops == 4 * one.flops
     assert four.weight_bytes == one.weight_bytes == 4 * sum(p.numel() for p in build(SMALL_UNET).parameters())
     assert 3.5 * one.activation_bytes < four.activation_bytes <= 4 * one.activation_bytes
-    half = forward_work(SMALL_UNET, dtype=torch.bfloat16)
+    half = count_forward_work(SMALL_UNET, dtype=torch.bfloat16)
     assert half.flops == one.flops
     convolutions = sum(
         m.weight.numel() + m.bias.numel()
@@ -86,7 +86,7 @@ def test_work_follows_batch_and_precision():
 def test_memory_holds_what_must_be_alive_together(config):
     """The memory is between 2 and 20 times the largest activation."""
     largest = 4 * 16 * 16 * max(config.widths())
-    work = forward_work(config)
+    work = count_forward_work(config)
     assert 2 * largest <= work.activation_bytes <= 20 * largest
 
 
@@ -104,17 +104,17 @@ def test_memory_is_what_a_real_pass_allocates():
     live = LiveBytes(net, inputs)
     with override_impl("reference"), torch.no_grad(), live:
         out = net(**inputs)
-    assert live.peak == pytest.approx(forward_work(SMALL_UNET, batch=2).activation_bytes, rel=0.05)
+    assert live.peak == pytest.approx(count_forward_work(SMALL_UNET, batch=2).activation_bytes, rel=0.05)
     assert live.now == out.untyped_storage().nbytes(), "only the output may still be allocated"
 
 
 def test_the_count_runs_on_the_references_and_puts_the_environment_back(monkeypatch):
-    expected = forward_work(SMALL_UNET)
+    expected = count_forward_work(SMALL_UNET)
     monkeypatch.setenv("ADMFAST_IMPL", "attention=none_of_that_name")  # would raise if it were read
-    assert forward_work(SMALL_UNET) == expected
+    assert count_forward_work(SMALL_UNET) == expected
     assert os.environ["ADMFAST_IMPL"] == "attention=none_of_that_name"
     monkeypatch.delenv("ADMFAST_IMPL")
-    forward_work(SMALL_UNET)
+    count_forward_work(SMALL_UNET)
     assert "ADMFAST_IMPL" not in os.environ
 
 
@@ -132,7 +132,7 @@ def test_report_on_a_described_file(tmp_path):
     size, count = path.stat().st_size, sum(value.numel() for value in state.values())
     assert report["file"] == f"{path}, {size:,} bytes"
     assert report["network"] == "unet" and report["model"] == "none of the released models"
-    assert report["known from"] == "the description that the file carries"
+    assert report["source"] == "the description that the file carries"
     assert report["blocks"].startswith("1 residual block a level, ")
     assert report["image"] == "16x16, 3 channels" and report["widths"] == "32, 64 (base 32)"
     assert report["output"] == "6 channels, 10 classes"
@@ -141,12 +141,12 @@ def test_report_on_a_described_file(tmp_path):
     assert report["parameters"] == f"{count:,} in {len(state)} tensors"
     assert report["on disk"] == f"{count:,} float16"
     assert report["values"] == "2 NaN and 1 infinite in 2 tensors, the first out.0.weight"
-    gflop = forward_work(SMALL_UNET).flops / 1e9
+    gflop = count_forward_work(SMALL_UNET).flops / 1e9
     assert report["work"].startswith(f"{gflop:,.1f} GFLOP an image")
-    work = forward_work(SMALL_UNET, 3)
+    work = count_forward_work(SMALL_UNET, 3)
     total = (work.weight_bytes + work.activation_bytes) / 2**20
     assert report["memory"].startswith(f"{total:.1f} MiB at batch 3, torso float32: weights ")
-    assert "nearest" not in report and "open" not in report
+    assert "nearest" not in report and "missing" not in report
 
 
 def test_a_shipped_file_is_named(tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_report_on_a_file_that_leaves_options_open(tmp_path):
     write_weights(tmp_path / "x.pt", random_state(SMALL_UNET))
     report = dict(describe(tmp_path / "x.pt"))
     assert report["network"] == "a unet with 32 base channels x (1,2)"
-    assert "give num_heads or num_head_channels (a divisor of 64)" in report["open"]
+    assert "give num_heads or num_head_channels (a divisor of 64)" in report["missing"]
     assert "memory" not in report and report["values"] == "all finite"
     answered = dict(
         describe(
@@ -172,7 +172,7 @@ def test_report_on_a_file_that_leaves_options_open(tmp_path):
         )
     )
     assert answered["attention"].startswith("2 heads, new qkv order")
-    assert "memory" in answered and "open" not in answered and "values" not in answered
+    assert "memory" in answered and "missing" not in answered and "values" not in answered
 
 
 def test_report_on_released_shapes(tmp_path):
@@ -200,8 +200,8 @@ def test_report_on_released_shapes(tmp_path):
     tuned = {**uncond, "label_emb.weight": (7, 1024)}
     report = save("tuned.pt", tuned)
     assert report["nearest"] == (
-        "256x256_diffusion_uncond, from which it differs: 1 key unexpected (label_emb.weight [7, 1024])"
-    ) or report["nearest"].startswith("256x256_diffusion, from which it differs: 1 key with another shape")
+        "256x256_diffusion_uncond; the file differs from it: 1 key unexpected (label_emb.weight [7, 1024])"
+    ) or report["nearest"].startswith("256x256_diffusion; the file differs from it: 1 key with another shape")
 
 
 def test_a_file_is_called_the_published_one_by_its_hash_alone(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def test_the_network_computes_the_same(name):
     for scheduler, channels in (("ddpm", config.out_channels), ("ddim", config.in_channels)):
         settings = diffusers.unet_config(config, scheduler)
         assert settings["out_channels"] == channels
-        theirs = PlainUNet2D(settings, diffusers.unet_state(net.state_dict(), config, scheduler))
+        theirs = PlainUNet2D(settings, diffusers.convert_unet_state(net.state_dict(), config, scheduler))
         assert_same_output(theirs(x, t, classes), wanted[:, :channels])
 
 
@@ -44,7 +44,7 @@ def test_rows_of_qkv_are_permuted_and_nothing_is_computed():
     state["middle_block.1.qkv.weight"] = rows[:, None, None].expand(-1, heads * dim, 1)
     for order, start in ((False, lambda part, head: (3 * head + part) * dim), (True, None)):
         config = changed(use_new_attention_order=order)
-        found = diffusers.unet_state(state, config)
+        found = diffusers.convert_unet_state(state, config)
         for part, name in enumerate("qkv"):
             wanted = []
             for head in range(heads):
@@ -53,17 +53,17 @@ def test_rows_of_qkv_are_permuted_and_nothing_is_computed():
             assert found[f"mid_block.attentions.0.to_{name}.bias"].tolist() == wanted
             assert found[f"mid_block.attentions.0.to_{name}.weight"][:, 0].tolist() == wanted
     values = {key: value.flatten().sort().values for key, value in state.items()}
-    for key, value in diffusers.unet_state(state, SMALL_UNET, "ddpm").items():
+    for key, value in diffusers.convert_unet_state(state, SMALL_UNET, "ddpm").items():
         if ".to_" not in key:
             assert any(torch.equal(value.flatten().sort().values, whole) for whole in values.values()), key
 
 
 def test_every_value_has_one_place():
     state = with_weights(SMALL_UNET).state_dict()
-    whole = diffusers.unet_state(state, SMALL_UNET, "ddpm")
+    whole = diffusers.convert_unet_state(state, SMALL_UNET, "ddpm")
     assert sum(value.numel() for value in whole.values()) == sum(value.numel() for value in state.values())
-    assert diffusers.unet_state(state, SMALL_UNET)["conv_out.weight"].shape == (3, 32, 3, 3)
-    assert diffusers.unet_state(state, SMALL_UNET)["conv_out.bias"].shape == (3,)
+    assert diffusers.convert_unet_state(state, SMALL_UNET)["conv_out.weight"].shape == (3, 32, 3, 3)
+    assert diffusers.convert_unet_state(state, SMALL_UNET)["conv_out.bias"].shape == (3,)
 
 
 def test_the_configuration_of_a_released_network():

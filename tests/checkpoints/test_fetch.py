@@ -179,14 +179,14 @@ def test_the_mirror_of_the_environment(get, server, monkeypatch):
 
 def test_without_a_mirror_the_published_place_is_meant(monkeypatch):
     monkeypatch.delenv("ADMFAST_MIRROR", raising=False)
-    assert fetching._address(preset(NAME), None) == preset(NAME).url
+    assert fetching._url_of(preset(NAME), None) == preset(NAME).url
     assert preset(NAME).url.endswith(f"/diffusion/jul-2021/{NAME}.pt")
 
 
 def test_what_is_there_is_replaced_only_when_asked_for(get, server, tmp_path):
     target = tmp_path / f"{NAME}.pt"
     target.write_bytes(b"mine")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="exists already"):
         get()
     assert target.read_bytes() == b"mine" and server.requests == []
     server.plan = ["cut"]

@@ -8,7 +8,7 @@ import torch
 
 from admfast.checkpoints import load_network, read_weights
 from admfast.errors import CheckpointError
-from tests.checkpoints.test_choosing import (
+from tests.checkpoints.test_state_dicts import (
     ANSWERS,
     GOOD,
     OPTIMISER,

@@ -49,7 +49,7 @@ def test_their_network_gives_our_output(library, name, dtype):
     config = held(name)
     net = with_weights(config).to(dtype)
     theirs = library.UNet2DModel.from_config(ours.unet_config(config, "ddpm")).to(dtype).eval()
-    theirs.load_state_dict(ours.unet_state(net.state_dict(), config, "ddpm"), strict=True)
+    theirs.load_state_dict(ours.convert_unet_state(net.state_dict(), config, "ddpm"), strict=True)
     x, t, classes = inputs(config, dtype)
     with torch.no_grad():
         assert_same_output(theirs(x, t, class_labels=classes).sample, net(x, t, classes))
@@ -61,7 +61,7 @@ def test_released_networks_fit_at_full_size(library, name):
     with torch.device("meta"):
         theirs = library.UNet2DModel.from_config(ours.unet_config(config))
         state = {key: torch.empty(shape) for key, shape in network_shapes(config).items()}
-    found = ours.unet_state(state, config)
+    found = ours.convert_unet_state(state, config)
     assert {key: value.shape for key, value in found.items()} == {
         key: value.shape for key, value in theirs.state_dict().items()
     }

@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from admfast.checkpoints import read_weights
+from admfast.checkpoints.snapshots import write_snapshot
 from admfast.diffusion import DiffusionConfig
-from admfast.errors import CheckpointError
+from admfast.errors import CheckpointError, InvalidArgument
 from admfast.models.description import Description
 from tests.small import SMALL_UNET
 
@@ -56,6 +57,18 @@ def test_reads_what_torch_saves(tmp_path, legacy, kind, dtype):
     assert_equal(weights.tensors, state)
     assert weights.description is None
     assert type(weights.tensors) is dict
+
+
+def test_entry_chooses_an_average_of_a_run(tmp_path):
+    averages = {"0.9": STATE, "0.99": {key: value + 1 for key, value in STATE.items()}}
+    (tmp_path / "run.json").write_text(Description(SMALL_UNET).to_json())
+    write_snapshot(tmp_path, 3, {"net": STATE, "averages": averages}, keep=None)
+    for entry, name in ((None, "0.9"), ("0.9", "0.9"), ("0.99", "0.99"), (0.99, "0.99")):
+        weights = read_weights(tmp_path, entry=entry)
+        assert_equal(weights.tensors, averages[name])
+        assert weights.entry == weights.description.training["average"] == name
+    with pytest.raises(InvalidArgument, match="entry='0.5': .*0.9, 0.99"):
+        read_weights(tmp_path, entry="0.5")
 
 
 def test_reads_parameters_and_modules_state_dicts(tmp_path):
@@ -281,7 +294,7 @@ def make_damaged(folder):
         ("none.safetensors", "holds no tensors"),
         ("dtype.safetensors", "not safetensors"),
         ("", "a folder, not a weights file .holds "),
-        ("whole.py", "no such file; nearest there: whole.pt"),
+        ("whole.py", "no such file; similar names: whole.pt"),
         ("no/x.pt", "no such file; there is no folder"),
         ("whole.pt/x.pt", "no such file|Not a directory"),
     ],
@@ -300,7 +313,7 @@ def test_a_missing_file_names_what_the_folder_holds(tmp_path):
     torch.save(STATE, tmp_path / "64x64_diffusion.pt")
     with pytest.raises(CheckpointError, match=f"{tmp_path} holds 64x64_diffusion.pt"):
         read_weights(tmp_path / "zzz.pt")
-    with pytest.raises(CheckpointError, match="nearest there: 64x64_diffusion.pt"):
+    with pytest.raises(CheckpointError, match="similar names: 64x64_diffusion.pt"):
         read_weights(tmp_path / "64x64_difusion.pt")
 
 

@@ -12,7 +12,7 @@ import torch
 
 import admfast
 from admfast.checkpoints import load_network
-from admfast.checkpoints.snapshots import snapshots
+from admfast.checkpoints.snapshots import list_snapshots
 from admfast.cli.main import main
 from admfast.cli.train import resolve_recipe
 from admfast.errors import CheckpointError, InvalidArgument
@@ -107,7 +107,7 @@ def test_what_is_no_run_is_said_with_what_a_run_is(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "digits").mkdir()
     (tmp_path / "digits/run.json").write_text("{}")
-    places = {"empty": "folder", "file": "file", "digit": "nearest there: digits", "no/run": "no folder"}
+    places = {"empty": "folder", "file": "file", "digit": "similar names: digits", "no/run": "no folder"}
     places["x" * 300] = "nothing"
     for wanted in (["--out", str(tmp_path / "a.pt")], ["--picture", str(tmp_path / "a.png")]):
         for place, found in places.items():
@@ -144,7 +144,7 @@ def test_every_signal_is_named_alike(tmp_path, monkeypatch, capsys, number, time
     before = [signal.getsignal(one) for one in ENDING_SIGNALS]
     assert main(["train", "diffusion", "--out", str(tmp_path), *QUICK]) == 128 + number
     assert capsys.readouterr().err == f"admfast: interrupted by {number.name}\n"
-    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [1] * (times == 1)
+    assert [snapshot.step for snapshot in list_snapshots(tmp_path)] == [1] * (times == 1)
     assert [signal.getsignal(one) for one in ENDING_SIGNALS] == before
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from admfast.checkpoints.snapshots import snapshots
+from admfast.checkpoints.snapshots import list_snapshots
 from admfast.cli.main import main
 from admfast.errors import InvalidArgument, OutputError
 from admfast.training.distributed import World
@@ -103,7 +103,7 @@ def test_one_broken_image_is_named_and_another_takes_its_place(tmp_path, capsys,
     assert train(tmp_path / "run", "--data", str(data), steps=11) == 0  # an epoch
     [skipped], others = lines_of(capsys)
     assert "broken.png" in skipped and not others
-    assert [s.step for s in snapshots(tmp_path / "run")][0] == 11
+    assert [s.step for s in list_snapshots(tmp_path / "run")][0] == 11
 
 
 @pytest.mark.parametrize("crop", ["False", "True"])
@@ -205,14 +205,14 @@ def test_a_full_disk_leaves_what_was_saved_and_the_run_goes_on_elsewhere(
     tmp_path, capsys, small_disk, snapshots_that_fit
 ):
     assert train(tmp_path / "whole", steps=4) == 0
-    size = snapshots(tmp_path / "whole")[0].path.stat().st_size
+    size = list_snapshots(tmp_path / "whole")[0].path.stat().st_size
     run = small_disk(int(snapshots_that_fit * size)) / "run"
     capsys.readouterr()
     assert train(run, steps=4) == 2
     assert lines_of(capsys)[1][0].endswith("not written: the disk is full")
-    saved = [snapshot.step for snapshot in snapshots(run)]
+    saved = [snapshot.step for snapshot in list_snapshots(run)]
     assert saved == ([2] if snapshots_that_fit > 1 else [])
     assert not [path for path in run.rglob("*") if path.suffix == ".tmp"]
     subprocess.run(["cp", "-r", str(run), str(tmp_path / "moved")], check=True)
     assert train(tmp_path / "moved", steps=4) == 0
-    assert [s.step for s in snapshots(tmp_path / "moved")][0] == 4
+    assert [s.step for s in list_snapshots(tmp_path / "moved")][0] == 4

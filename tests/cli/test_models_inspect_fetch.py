@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from admfast.checkpoints import Fetched, write_weights
+from admfast.checkpoints import FetchedFile, write_weights
 from admfast.cli.fetch import resolve_models, run_fetch
 from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
@@ -186,7 +186,7 @@ def fetched(monkeypatch):
         calls.append((name, options))
         path = folder / f"{name}.pt"
         path.write_bytes(b"new")
-        return Fetched(path, "http://x", 3, ("size",))
+        return FetchedFile(path, "http://x", 3, ("size",))
 
     monkeypatch.setattr(fetch_module, "fetch", pretend)
     return calls
@@ -267,4 +267,4 @@ def test_a_file_beside_the_weights_answers_the_question(tmp_path, capsys):
     document = {"format": "admfast-1", "network": SMALL_UNET.to_dict()}
     (tmp_path / "x.json").write_text(json.dumps(document))
     run_inspect(tmp_path / "x.pt", values=False)
-    assert "known from  the description that the file carries" in capsys.readouterr().out
+    assert "source      the description that the file carries" in capsys.readouterr().out

@@ -138,6 +138,13 @@ def test_every_public_name_is_in_the_reference(site):
     assert {name for name in errors if hasattr(admfast.errors, name.rpartition(".")[2])} <= documented(site)
 
 
+def test_a_line_of_a_docstring_is_not_shown_as_a_box(site):
+    """`Source: ...` with an indented second line would become a box with the first line as its title."""
+    pages = sorted((site / "reference").glob("*.html"))
+    boxes = {page.name: re.findall(r'<details class="([\w -]+)"', page.read_text("utf-8")) for page in pages}
+    assert boxes and not any(boxes.values()), boxes
+
+
 def test_every_module_of_the_published_package_is_in_the_reference(site):
     package = admfast.compat.guided_diffusion
     names = {entry.name for entry in pkgutil.iter_modules(package.__path__)} - OURS

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from admfast.errors import InvalidArgument
 from admfast.models import build
-from admfast.models.classifier import HIDDEN
+from admfast.models.classifier import HIDDEN_WIDTH
 from tests.parity.golden import NETWORK_GRADIENT_LIMIT, NETWORK_OUTPUT_LIMIT, compare
 from tests.small import CLASSES, classifier, randn
 
@@ -64,7 +64,7 @@ def test_spatial_pools_take_the_mean_of_every_block(pool):
         expected = net.out[3](h)
     else:
         expected = net.out[2](F.relu(h))
-    assert len(seen) == len(blocks) and net.out[0].out_features == HIDDEN == 2048
+    assert len(seen) == len(blocks) and net.out[0].out_features == HIDDEN_WIDTH == 2048
     compare(logits, expected, NETWORK_OUTPUT_LIMIT, pool)
 
 

@@ -16,7 +16,7 @@ from admfast import host
 from admfast.errors import InvalidArgument, Unavailable
 from admfast.models.fold import PARTS, FoldOptions
 from admfast.models.fold.net import WINOGRAD_BYTES
-from admfast.models.hooks import staying_fused
+from admfast.models.hooks import keep_fused
 from admfast.ops.conv import FoldedConv
 from admfast.ops.conv.winograd import amplification
 from admfast.ops.dispatch import record_choices
@@ -163,7 +163,7 @@ def what_runs(net, monkeypatch) -> Runs:
         for m in blocks
     ]
     found.embeddings = len(blocks)
-    with monkeypatch.context() as patched, record_choices() as choices, staying_fused():
+    with monkeypatch.context() as patched, record_choices() as choices, keep_fused():
         patched.setattr(FoldedConv, "__call__", convolve)
         found.two_sources = 1 + len(net.output_blocks) - operations(net).count("cat")
     for hook in layers:
@@ -221,7 +221,7 @@ def test_no_concatenation_is_written_and_one_product_projects_the_embedding():
     assert before.count("cat") == 1 + len(net.output_blocks) and len(single) == len(layers)
     net.fold(FoldOptions(conv="library"))
     single.clear()
-    with staying_fused():
+    with keep_fused():
         assert operations(net).count("cat") == 1 and not single  # only cos and sin are concatenated
     assert net.projected_width == sum(layer.out_features for layer in layers)
 
@@ -297,14 +297,14 @@ def test_projections_follow_their_layers(change):
     plain = net(x, T, Y)
     wanted = torch.func.functional_call(net, other, (x, T, Y))
     net.fold(FoldOptions(conv="library"))
-    assert net.projects
+    assert net.joins_projections
     if change == "functional_call":
         got = torch.func.functional_call(net, other, (x, T, Y))
         assert (got - wanted).abs().max() < 1e-4 < (wanted - plain).abs().max()
     else:
         layer.weight.requires_grad_(True)
         net(x, T, Y).sum().backward()
-        assert layer.weight.grad is not None and not net.projects
+        assert layer.weight.grad is not None and not net.joins_projections
 
 
 def memory_of(net) -> list[int]:

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 from admfast.models.fold import FoldOptions
-from admfast.models.hooks import staying_fused
+from admfast.models.hooks import keep_fused
 from tests.small import classifier, randn, unet, upsampler
 
 # Both sides are float64 and do the same operations in another order: some thousand roundings.
@@ -141,7 +141,7 @@ def test_neighbours_of_a_hooked_layer_stay_fused():
     calls: dict[str, list[dict]] = {"block": [], "other": []}
     for name, module in (("block", block), ("other", other)):
         module.out_layers[0].forward = _noting(module.out_layers[0], calls[name])
-    with staying_fused():
+    with keep_fused():
         call(net)
     given = [call["x_bias"] is None and set(call) for call in (*calls["block"], *calls["other"])]
     assert given == [{"silu", "scale", "shift", "x_bias"}] * 2

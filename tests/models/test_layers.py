@@ -283,7 +283,7 @@ def test_checkpointing_recomputes_where_a_gradient_is_recorded_and_nowhere_else(
 
 
 def test_fresh_convolutions_that_end_a_branch_are_zero():
-    assert not layers.zeroed(torch.nn.Conv2d(2, 2, 1)).weight.any()
+    assert not layers.zero_parameters(torch.nn.Conv2d(2, 2, 1)).weight.any()
     block = ResBlock(32, 8, 0.0)
     assert not block.out_layers[3].weight.any() and block.in_layers[2].weight.any()
 
@@ -301,10 +301,10 @@ def test_a_hook_sees_a_convolution_with_its_bias():
             return torch.nn.functional.conv2d(x, self.weight), self.bias
 
     conv, x, seen = Leaving(2, 3, 1), randn(1, 2, 4, 4), []
-    y, bias = layers.without_bias(conv, x)
+    y, bias = layers.convolve_without_bias(conv, x)
     assert bias is conv.bias
     handle = conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    whole, none = layers.without_bias(conv, x)
+    whole, none = layers.convolve_without_bias(conv, x)
     handle.remove()
     assert none is None and len(seen) == 1
     torch.testing.assert_close(whole, y + bias.view(-1, 1, 1))

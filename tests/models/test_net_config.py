@@ -64,8 +64,8 @@ def test_an_upsampler_puts_out_images_and_a_unet_anything():
     with pytest.raises(InvalidArgument, match="out_channels=3: 1 or, with learned variance, 2"):
         UpsamplerConfig(**{**UNET, "out_channels": 3})
     wider = UNetConfig(**{**UNET, "in_channels": 4, "out_channels": 2})
-    assert not wider.of_images and not wider.learn_sigma
-    assert all(UNetConfig(**{**UNET, "out_channels": count}).of_images for count in (1, 2))
+    assert not wider.outputs_images and not wider.learn_sigma
+    assert all(UNetConfig(**{**UNET, "out_channels": count}).outputs_images for count in (1, 2))
 
 
 def test_one_factor_or_multiplier_needs_no_sequence():
@@ -104,7 +104,7 @@ def test_what_follows_from_a_configuration():
     assert dataclasses.replace(config, num_heads_upsample=8).heads(64, up_path=True) == 8
     by_width = dataclasses.replace(config, num_head_channels=16, num_heads_upsample=8)
     assert (by_width.heads(64), by_width.heads(64, up_path=True)) == (4, 4)
-    assert ClassifierConfig(**{**CLASSIFIER, "channel_mult": (1, 1, 2)}).pool_ds() == 4
+    assert ClassifierConfig(**{**CLASSIFIER, "channel_mult": (1, 1, 2)}).pool_downsampling() == 4
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_shapes_alone_show_all_but_what_they_cant(path, monkeypatch):
         identify(shapes, file="x.pt")
     asked = str(caught.value)
     same = presets_with_fingerprint(preset(path.stem).fingerprint)
-    assert f"(nearest is {same[0].name}, with " in asked
+    assert f"(the nearest released model is {same[0].name}, with " in asked
     for option in ("image_size (", "use_new_attention_order (", "num_head"):
         assert (option in asked) == (option == "num_head" or not isinstance(config, ClassifierConfig))
     assert ("kind (unet or upsampler)" in asked) == (config.kind == "upsampler")

@@ -118,7 +118,7 @@ def test_sampling_names_a_layer_that_folding_takes_the_place_of(options):
     poison(pipe.net, "middle_block.0.emb_layers.1.weight")
     with pytest.raises(NonFiniteError, match=r"is net.middle_block.0.emb_layers.1 \(Linear\); weights"):
         pipe.sample(seeds=[1])
-    assert pipe.net.projects == (options.fold is not None)
+    assert pipe.net.joins_projections == (options.fold is not None)
 
 
 def test_sampling_names_a_layer_of_the_classifier():

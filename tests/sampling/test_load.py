@@ -163,7 +163,7 @@ def test_what_is_no_name_is_refused():
 def test_a_whole_block_that_is_missing_is_named_before_any_question(tmp_path):
     state = {key: value for key, value in unet().state_dict().items() if "middle_block.1" not in key}
     write_weights(tmp_path / "torn.pt", state)
-    message = r"torn.pt: a unet with .* but not a whole one without middle_block.1: 6 keys missing"
+    message = r"torn.pt: the weights of a unet with .* they lack parts of middle_block.1: 6 keys missing"
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "torn.pt", device="cpu")
     with pytest.raises(CheckpointError, match=message):
@@ -272,7 +272,8 @@ def test_files_that_are_not_there_are_named(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, found", [("runs/none", "no folder runs"), ("out/digit", "there: digits"), ("out", "holds digits")]
+    "name, found",
+    [("runs/none", "no folder runs"), ("out/digit", "similar names: digits"), ("out", "holds digits")],
 )
 def test_what_is_no_run_is_said_with_what_a_run_is(tmp_path, monkeypatch, name, found):
     (tmp_path / "out/digits").mkdir(parents=True)

@@ -10,7 +10,7 @@ from admfast.errors import InvalidArgument, NonFiniteError
 from admfast.ops.update import Clip, Stream, as_seeds, normal
 from admfast.sampling import loop
 from admfast.sampling.loop import Diverged, Progress
-from admfast.solvers import solver_of
+from admfast.solvers import make_solver
 from tests.small import pipeline, randn, run_table
 
 SHAPE = (2, 3, 4, 4)
@@ -20,7 +20,7 @@ X, SEEDS = randn(*SHAPE), as_seeds([5, 2**64 - 1])
 def table(solver: str = "ddpm", steps: int = 5, process: DiffusionConfig | None = None, **options):
     process = process or DiffusionConfig(learn_sigma=True)
     respacing = str(steps) if solver == "ddpm" else f"ddim{steps}"
-    return solver_of(solver).table(process.build(respacing), **options)
+    return make_solver(solver).table(process.build(respacing), **options)
 
 
 def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from admfast.checkpoints.describe import forward_work, guidance_flops
+from admfast.checkpoints.describe import count_forward_work, count_guidance_flops
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.ops import dispatch, native
@@ -40,9 +40,9 @@ def test_the_work_is_that_of_all_rows_of_all_images():
     found = rates(report, pipe)
     guided = report.stages[0].guided_rows
     assert 0 < guided < 4
-    work = 4 * forward_work(pipe.config).flops + guided * guidance_flops(pipe.classifier.config)
+    work = 4 * count_forward_work(pipe.config).flops + guided * count_guidance_flops(pipe.classifier.config)
     assert found["base"].flops == 3 * work
-    assert found["upsampler"].flops == 3 * 3 * forward_work(pipe.upsampler.config).flops
+    assert found["upsampler"].flops == 3 * 3 * count_forward_work(pipe.upsampler.config).flops
     for stage in report.stages:
         rate = found[stage.stage]
         assert rate.flops_per_second == rate.flops / stage.seconds.rows and rate.product > 0

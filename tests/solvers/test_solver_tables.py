@@ -16,7 +16,16 @@ from admfast.diffusion import GaussianDiffusion, MeanType, Schedule, VarType, ma
 from admfast.errors import InvalidArgument
 from admfast.ops import Clip, Row, SamplerState, pack, sampler_step
 from admfast.ops.update import SolverTable
-from admfast.solvers import SOLVERS, Solver, ddim, ddim_inverse, ddpm, listed, options_of, solver_of
+from admfast.solvers import (
+    SOLVERS,
+    Solver,
+    ddim,
+    ddim_inverse,
+    ddpm,
+    list_solvers,
+    make_solver,
+    solver_options,
+)
 from tests.ops.tolerance import assert_same_formula
 from tests.parity.golden import SCHEDULE_LIMIT, compare
 
@@ -41,7 +50,7 @@ def process(schedule: Schedule, mean: MeanType | str = "EPSILON", var: VarType |
 
 def table_of(solver: str, diffusion: GaussianDiffusion, clip: bool = True, **options: float) -> SolverTable:
     """Return the table of a solver with these options."""
-    return solver_of(solver, **options).table(diffusion, clip)
+    return make_solver(solver, **options).table(diffusion, clip)
 
 
 def given(seed: int, scale: float = 1.0) -> Tensor:
@@ -346,26 +355,31 @@ def test_one_step_is_a_table():
 
 def test_a_solver_is_a_value_and_a_text():
     assert (
-        ddim(eta=0.5) == solver_of("ddim:eta=0.5") == solver_of("ddim", eta=0.5) == solver_of(ddim(eta=0.5))
+        ddim(eta=0.5)
+        == make_solver("ddim:eta=0.5")
+        == make_solver("ddim", eta=0.5)
+        == make_solver(ddim(eta=0.5))
     )
-    assert str(ddim(eta=0.5)) == "ddim:eta=0.5" and hash(ddim(eta=0.5)) == hash(solver_of("ddim:eta=0.5"))
-    assert ddim() != ddim(eta=0.5) != ddpm() and ddim() == solver_of(" ddim : eta = 0 ")
+    assert str(ddim(eta=0.5)) == "ddim:eta=0.5" and hash(ddim(eta=0.5)) == hash(make_solver("ddim:eta=0.5"))
+    assert ddim() != ddim(eta=0.5) != ddpm() and ddim() == make_solver(" ddim : eta = 0 ")
     for name, make in SOLVERS.items():
         assert (
             isinstance(make(), Solver)
             and make().name == name
-            and set(make().options) == set(options_of(name))
+            and set(make().options) == set(solver_options(name))
         )
-        assert solver_of(str(make())) == make() == pickle.loads(pickle.dumps(make()))
-    assert [make().begins for make in (ddpm, ddim, ddim_inverse)] == ["noise", "noise", "image"]
+        assert make_solver(str(make())) == make() == pickle.loads(pickle.dumps(make()))
+    assert [make().starts_from for make in (ddpm, ddim, ddim_inverse)] == ["noise", "noise", "image"]
 
 
 def test_every_solver_is_listed_with_its_options():
-    assert set(listed()) == {str(make()) for make in SOLVERS.values()} > {"ddpm", "ddim:eta=0.0"}
+    assert set(list_solvers()) == {str(make()) for make in SOLVERS.values()} > {"ddpm", "ddim:eta=0.0"}
     for begins in ("noise", "image"):
-        assert set(listed(begins)) == {str(s) for s in (m() for m in SOLVERS.values()) if s.begins == begins}
+        assert set(list_solvers(begins)) == {
+            str(s) for s in (m() for m in SOLVERS.values()) if s.starts_from == begins
+        }
     with pytest.raises(InvalidArgument, match="^solver='dimm': .*ddim:eta="):
-        solver_of("dimm")
+        make_solver("dimm")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +397,7 @@ def test_every_solver_is_listed_with_its_options():
 )
 def test_wrong_solvers_and_options_are_named(given, argument):
     with pytest.raises(InvalidArgument, match=f"^{argument}: "):
-        solver_of(given[0], **given[1])
+        make_solver(given[0], **given[1])
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.01, math.nan])
@@ -393,4 +407,4 @@ def test_eta_has_a_range(eta):
 
 
 def test_published_respacing():
-    assert [make().respaced(25) for make in (ddpm, ddim, ddim_inverse)] == ["25", "ddim25", "ddim25"]
+    assert [make().respacing_for(25) for make in (ddpm, ddim, ddim_inverse)] == ["25", "ddim25", "ddim25"]

@@ -8,7 +8,7 @@ import pytest
 
 from admfast.errors import InvalidArgument
 from admfast.sampling.request import SampleRequest
-from admfast.solvers import SOLVERS, Solver, ddim, from_text
+from admfast.solvers import SOLVERS, Solver, ddim, parse_solver
 from tests.small import pipeline
 
 
@@ -29,7 +29,7 @@ def mine(*, option=None) -> Solver:
 )
 def test_its_text_holds_every_option(value, monkeypatch):
     monkeypatch.setitem(SOLVERS, "mine", mine)
-    found = from_text(str(mine(option=value)))
+    found = parse_solver(str(mine(option=value)))
     assert found == mine(option=value) and type(found.options["option"]) is type(value)
     assert pickle.loads(pickle.dumps(found)) == found
 
@@ -39,17 +39,17 @@ def test_its_text_holds_every_option(value, monkeypatch):
 )
 def test_options_are_read_as_people_write_them(text, value, monkeypatch):
     monkeypatch.setitem(SOLVERS, "mine", mine)
-    assert from_text(f"mine: option = {text}").options["option"] == value
+    assert parse_solver(f"mine: option = {text}").options["option"] == value
 
 
 def test_an_option_is_said_once():
     with pytest.raises(InvalidArgument, match="^solver="):
-        from_text("ddim:eta=0.5,eta=0.7")
+        parse_solver("ddim:eta=0.5,eta=0.7")
 
 
 def test_options_do_not_change():
     with pytest.raises(TypeError):
-        from_text("ddim").options["eta"] = 1.0
+        parse_solver("ddim").options["eta"] = 1.0
     given = {"option": 1}
     solver = Solver("mine", rows_of, given)
     given["option"] = 2

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from admfast.checkpoints.snapshots import snapshots
+from admfast.checkpoints.snapshots import list_snapshots
 from admfast.models import ClassifierConfig, UNetConfig, UpsamplerConfig
 from admfast.training.images import ArraySource
 from admfast.training.loop import Habits
@@ -88,4 +88,4 @@ def same(a: Any, b: Any, where: str = "state") -> None:
 
 def last_state(run: Path) -> dict[str, Any]:
     """Return the state in the newest snapshot of a run."""
-    return snapshots(run)[0].read()
+    return list_snapshots(run)[0].read()

@@ -18,7 +18,7 @@ import torch
 
 import admfast
 from admfast.checkpoints import load_network
-from admfast.checkpoints.snapshots import read_run, snapshots
+from admfast.checkpoints.snapshots import list_snapshots, read_run_average
 from admfast.errors import CheckpointError, InvalidArgument, NonFiniteError, OutputError
 from admfast.training import loop
 from admfast.training.export import export
@@ -99,7 +99,7 @@ def test_snapshots_written_beside_training_hold_the_state_of_their_step(tmp_path
     monkeypatch.setattr(torch, "save", wait_and_save)
     train(recipe, source(), tmp_path / "b", dataclasses.replace(habits, async_save=True))
     for place in ("snapshots", "averages"):
-        pairs = [snapshots(tmp_path / run, place) for run in ("a", "b")]
+        pairs = [list_snapshots(tmp_path / run, place) for run in ("a", "b")]
         assert [[s.step for s in found] for found in pairs] == [[4, 3, 2, 1]] * 2
         for a, b in zip(*pairs, strict=True):
             same(b.read(), a.read())
@@ -153,7 +153,7 @@ def test_a_broken_newest_snapshot_is_named_and_the_one_before_it_taken(tmp_path)
     recipe, said = small_recipe(), list[str]()
     train(recipe, source(), tmp_path, OFTEN)
     wanted = last_state(tmp_path)
-    newest, before, _ = snapshots(tmp_path)
+    newest, before, _ = list_snapshots(tmp_path)
     content = newest.path.read_bytes()
     middle = len(content) // 2  # values of a tensor: any bytes load
     for broken in (content[:-10], content[:middle] + b"xyz" + content[middle + 3 :], b""):
@@ -162,7 +162,7 @@ def test_a_broken_newest_snapshot_is_named_and_the_one_before_it_taken(tmp_path)
         train(recipe, source(), tmp_path, OFTEN, say=said.append)
         assert any(str(newest.path) in text for text in said) and "goes on after step 4" in said
         same(last_state(tmp_path), wanted)
-    for snapshot in snapshots(tmp_path):
+    for snapshot in list_snapshots(tmp_path):
         snapshot.path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no snapshot is whole"):
         train(recipe, source(), tmp_path, OFTEN)
@@ -171,7 +171,7 @@ def test_a_broken_newest_snapshot_is_named_and_the_one_before_it_taken(tmp_path)
 def test_the_newest_snapshots_are_kept_and_leftovers_swept(tmp_path):
     habits = Habits(save_every=1, log_every=1, keep=2)
     train(small_recipe(steps=3), source(), tmp_path, habits)
-    assert [s.step for s in snapshots(tmp_path)] == [3, 2]
+    assert [s.step for s in list_snapshots(tmp_path)] == [3, 2]
     folder = tmp_path / "snapshots"
     (folder / ".state-00000009.pt.1-ab.tmp").write_bytes(b"half")
     (folder / "state-00000009.pt").write_bytes(b"whole, but killed before its checksum")
@@ -186,7 +186,7 @@ def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path, beside):
     """A limit on the file size stands in for a full disk."""
     recipe = small_recipe()
     train(dataclasses.replace(recipe, steps=2), source(), tmp_path, OFTEN)
-    size = snapshots(tmp_path)[0].path.stat().st_size
+    size = list_snapshots(tmp_path)[0].path.stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
     try:
@@ -194,10 +194,10 @@ def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path, beside):
             train(recipe, source(), tmp_path, dataclasses.replace(OFTEN, async_save=beside))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [s.step for s in snapshots(tmp_path)] == [2]
+    assert [s.step for s in list_snapshots(tmp_path)] == [2]
     assert not list((tmp_path / "snapshots").glob(".*"))
     train(recipe, source(), tmp_path, OFTEN)
-    assert [s.step for s in snapshots(tmp_path)] == [6, 4, 2]
+    assert [s.step for s in list_snapshots(tmp_path)] == [6, 4, 2]
 
 
 # Signals and other processes
@@ -219,7 +219,7 @@ def test_a_signal_saves_and_ends(tmp_path, monkeypatch, number):
         patched.setattr(loop.Learner, "update", and_signal)
         assert train(recipe, source(), tmp_path / "told", Habits(save_every=100)) == Outcome(3, number)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert [s.step for s in snapshots(tmp_path / "told")] == [3]
+    assert [s.step for s in list_snapshots(tmp_path / "told")] == [3]
     train(recipe, source(), tmp_path / "told", OFTEN)
     same(last_state(tmp_path / "told"), last_state(tmp_path / "whole"))
 
@@ -237,7 +237,7 @@ def test_a_signal_is_not_kept_waiting_by_validation_or_a_grid(tmp_path, monkeypa
     assert train(recipe, source(), tmp_path, habits) == Outcome(3, signal.SIGTERM)
     assert ["validation_loss" in row for row in rows(tmp_path)] == [True, True, False]
     assert len(list((tmp_path / "grids").iterdir())) == 2
-    assert snapshots(tmp_path)[0].step == 3
+    assert list_snapshots(tmp_path)[0].step == 3
 
 
 def test_a_folder_in_use_is_refused(tmp_path, system):
@@ -349,7 +349,7 @@ def test_a_run_is_loaded_exported_and_begun_from(tmp_path):
         for key, value in net.state_dict().items():
             torch.testing.assert_close(value, averages[average][key], rtol=0, atol=1e-5 if "c" in name else 0)
     with pytest.raises(InvalidArgument, match="ema"):
-        read_run(run, "0.5")
+        read_run_average(run, "0.5")
     train(small_recipe(steps=1, lr=1e-12), source(), tmp_path / "next", OFTEN, start=run)
     begun = last_state(tmp_path / "next")["net"]
     torch.testing.assert_close(begun["out.2.weight"], averages["0.9"]["out.2.weight"], rtol=0, atol=1e-9)

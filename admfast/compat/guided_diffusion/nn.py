@@ -14,7 +14,7 @@ from admfast.errors import invalid
 from admfast.models.convolution import conv_nd
 from admfast.models.layers import Norm as GroupNorm32
 from admfast.models.layers import timestep_embedding
-from admfast.models.layers import zeroed as zero_module
+from admfast.models.layers import zero_parameters as zero_module
 
 __all__ = [
     "GroupNorm32",

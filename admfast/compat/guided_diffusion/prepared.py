@@ -142,7 +142,7 @@ def _fits(
     if labelled and y is not None and bool((y < 0).any()):  # as an index it would count from the end
         return False
     enlarged = low_res is None or (isinstance(low_res, Tensor) and low_res.dtype == torch.float32)
-    images = len(shape) == config.dims + 2 and shape[1] == config.in_channels and config.of_images
+    images = len(shape) == config.dims + 2 and shape[1] == config.in_channels and config.outputs_images
     tensors = [t for t in (noise, y, low_res) if isinstance(t, Tensor)]
     here = all(t.device == parameter.device for t in tensors)
     return labelled and enlarged and images and here

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from admfast.checkpoints.published_flags import UPSAMPLER_SIZES
+from admfast.checkpoints.config_to_flags import UPSAMPLER_SIZES
 from admfast.compat.guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from admfast.compat.guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel

@@ -1,22 +1,22 @@
 """Derive faster forms of a network's parameters, and update them when the parameters change."""
 
 from admfast.models.fold.net import (
-    FOLDING,
+    FOLD_LOCK,
     TORSO,
     FoldableNet,
-    check_ordinary,
-    projecting_by_layer,
+    check_not_inference_mode,
+    project_layer_by_layer,
 )
 from admfast.models.fold.options import PARTS, FoldOptions
-from admfast.models.fold.projections import Projected
+from admfast.models.fold.projections import ProjectedEmbedding
 
 __all__ = [
-    "FOLDING",
+    "FOLD_LOCK",
     "PARTS",
     "TORSO",
     "FoldOptions",
     "FoldableNet",
-    "Projected",
-    "check_ordinary",
-    "projecting_by_layer",
+    "ProjectedEmbedding",
+    "check_not_inference_mode",
+    "project_layer_by_layer",
 ]

@@ -17,7 +17,7 @@ from admfast.models.config import parse_attention_resolutions, parse_channel_mul
 LOG = logging.getLogger("admfast")
 
 # Published flag -> the option that means the same.
-RENAMED = {
+OPTION_OF_FLAG = {
     "num_channels": "model_channels",
     "diffusion_steps": "steps",
     "large_size": "image_size",
@@ -29,9 +29,11 @@ RENAMED = {
     "classifier_pool": "pool",
 }
 # Flags that describe the computation, not the file -> the option to use instead.
-COMPUTED = {name: 'precision="fp16" (--precision fp16)' for name in ("use_fp16", "classifier_use_fp16")}
+COMPUTATION_FLAGS = {
+    name: 'precision="fp16" (--precision fp16)' for name in ("use_fp16", "classifier_use_fp16")
+}
 # Flags that don't describe the file -> where to give them.
-ELSEWHERE = {
+WHERE_TO_GIVE = {
     "model_path": "the first argument of load (the command's first word)",
     "classifier_path": "classifier= of load (--classifier)",
     "base_samples": "low_res= of sample (--low-res)",
@@ -51,40 +53,41 @@ ELSEWHERE = {
         "a flag of training, which does not describe a file",
     ),
 }  # fmt: skip
-NAMES = {*RENAMED, *COMPUTED, *ELSEWHERE, "class_cond"}
-SWITCHES = {
-    "class_cond", "use_ddim", "clip_denoised", "anneal_lr", "noised", *COMPUTED,
+FLAG_NAMES = {*OPTION_OF_FLAG, *COMPUTATION_FLAGS, *WHERE_TO_GIVE, "class_cond"}
+FLAG_SWITCHES = {
+    "class_cond", "use_ddim", "clip_denoised", "anneal_lr", "noised", *COMPUTATION_FLAGS,
     "classifier_use_scale_shift_norm", "classifier_resblock_updown",
 }  # fmt: skip
 
 
-def name_of(flag: str) -> str:
+def option_name(flag: str) -> str:
     """Return the name of an option in admfast."""
-    return RENAMED.get(flag, flag)
+    return OPTION_OF_FLAG.get(flag, flag)
 
 
-def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+def translate_flags(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
     """Return the options under their names in admfast, and claims that the network must agree with.
 
-    Claims are (flag, value) by name in admfast; see `check`.
+    Claims are (flag, value) by name in admfast; see `check_claims`.
 
     Raises:
         InvalidArgument: for a flag that doesn't describe the file, or for two flags that mean the same.
     """
-    found: dict[str, Any] = {}
+    translated: dict[str, Any] = {}
     claims: dict[str, tuple[str, Any]] = {}
-    refuse_elsewhere(options)
+    reject_flags_given_elsewhere(options)
     for flag, value in options.items():
-        name = name_of(flag)
-        twice = [other for other in options if other != flag and name_of(other) == name]
-        if twice:
-            one, other = sorted((flag, *twice), key=lambda given: given == name)[:2]
-            raise invalid(
-                one, options[one], f"the same as {other}={show_value(options[other])}; give one of them"
-            )
-        if flag in COMPUTED:
+        name = option_name(flag)
+        synonyms = [other for other in options if other != flag and option_name(other) == name]
+        if synonyms:
+            # The name in admfast comes last, so that the error is about the published flag.
+            first, second = sorted((flag, *synonyms), key=lambda synonym: synonym == name)[:2]
+            same_as = f"{second}={show_value(options[second])}"
+            raise invalid(first, options[first], f"the same as {same_as}; give one of them")
+        if flag in COMPUTATION_FLAGS:
             boolean(flag, value)
-            LOG.warning("%s describes the computation, not the file: use %s instead", flag, COMPUTED[flag])
+            replacement = COMPUTATION_FLAGS[flag]
+            LOG.warning("%s describes the computation, not the file: use %s instead", flag, replacement)
         elif name == "class_cond":
             claims[name] = flag, boolean(flag, value)
         elif name == "attention_resolutions" and value is not None:
@@ -94,49 +97,49 @@ def translated(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tu
             claims[name] = flag, value if isinstance(value, str) else tuple(whole_numbers(flag, value, 1))
         elif name == "channel_mult" and isinstance(value, str):
             if value.strip():
-                found[name] = parse_channel_mult(value, 0)
+                translated[name] = parse_channel_mult(value, 0)
             else:  # means the published default for the image size
                 claims[name] = flag, value
         else:
-            found[name] = value
-    return found, claims
+            translated[name] = value
+    return translated, claims
 
 
-def refuse_elsewhere(options: Mapping[str, Any]) -> None:
+def reject_flags_given_elsewhere(options: Mapping[str, Any]) -> None:
     """Reject flags that don't describe the file; the error says where to give them."""
     for flag, value in options.items():
-        if flag in ELSEWHERE:
-            raise invalid(flag, value, f"here {ELSEWHERE[flag]}")
+        if flag in WHERE_TO_GIVE:
+            raise invalid(flag, value, f"here {WHERE_TO_GIVE[flag]}")
 
 
-def check(config: NetConfig, claims: Mapping[str, tuple[str, Any]]) -> None:
+def check_claims(config: NetConfig, claims: Mapping[str, tuple[str, Any]]) -> None:
     """Reject claims that the configuration of the network contradicts.
 
     Attention resolutions may be image sides ("32,16,8", as published) or downsampling factors; one of the two
     readings must agree.
     """
     if "class_cond" in claims and isinstance(config, UNetConfig):
-        flag, given = claims["class_cond"]
+        flag, value = claims["class_cond"]
         conditional = config.num_classes is not None
-        if given != conditional:
-            has = f"has classes (num_classes={config.num_classes})" if conditional else "has no classes"
-            raise invalid(flag, given, f"the network {has}")
+        if value != conditional:
+            classes = f"has classes (num_classes={config.num_classes})" if conditional else "has no classes"
+            raise invalid(flag, value, f"the network {classes}")
     if "channel_mult" in claims:
-        flag, given = claims["channel_mult"]
-        default = parse_channel_mult(given, config.image_size)
+        flag, value = claims["channel_mult"]
+        default = parse_channel_mult(value, config.image_size)
         if tuple(int(mult * config.model_channels) for mult in default) != config.widths():
-            raise invalid(flag, given, f"the network has {config.channel_mult}")
+            raise invalid(flag, value, f"the network has {config.channel_mult}")
     if "attention_resolutions" in claims:
         _check_attention(config, *claims["attention_resolutions"])
 
 
-def _check_attention(config: NetConfig, flag: str, given: Any) -> None:
+def _check_attention(config: NetConfig, flag: str, value: Any) -> None:
     levels = {2**level for level in range(len(config.channel_mult))}
-    attended = levels & set(config.attention_resolutions)
-    as_sides = levels & set(parse_attention_resolutions(given, config.image_size, flag))
-    as_factors = None if isinstance(given, str) else levels & set(given)
-    if attended not in (as_sides, as_factors):
-        sides = ", ".join(str(config.image_size // factor) for factor in sorted(attended)) or "none"
-        factors = ", ".join(map(str, sorted(attended))) or "none"
+    attended_factors = levels & set(config.attention_resolutions)
+    as_sides = levels & set(parse_attention_resolutions(value, config.image_size, flag))
+    as_factors = None if isinstance(value, str) else levels & set(value)
+    if attended_factors not in (as_sides, as_factors):
+        sides = ", ".join(str(config.image_size // factor) for factor in sorted(attended_factors)) or "none"
+        factors = ", ".join(map(str, sorted(attended_factors))) or "none"
         allowed = f"the network has attention at sides {sides}, downsampling factors {factors}"
-        raise invalid(flag, given, allowed)
+        raise invalid(flag, value, allowed)

@@ -8,7 +8,7 @@ import struct
 
 from admfast.errors import show_value
 
-HEAD = 512  # number of bytes that are examined
+HEAD_BYTES = 512  # number of bytes that are examined
 MAX_HEADER = 100_000_000  # largest safetensors header in bytes, the limit of the safetensors library
 
 _MAGIC = {
@@ -28,14 +28,14 @@ _MAGIC = {
 }
 # Beginnings of pickles of protocols 0 and 1: torch.save's magic number, a dict or list, or a global name.
 _EARLY_PICKLE = re.compile(rb"L\d+L\n\.|\([dl]p\d+\n|[}\]]q\0|c[\w.]+\n\w+\n(p\d+\n|q|\()")
-_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
-def kind_of(head: bytes, size: int) -> str:
+def detect_format(head: bytes, size: int) -> str:
     """Return the format of a weights file: "zip", "pickle" or "safetensors".
 
     Args:
-        head: the first `HEAD` bytes of the file.
+        head: the first `HEAD_BYTES` bytes of the file.
         size: of the whole file, in bytes.
 
     Raises:
@@ -47,16 +47,16 @@ def kind_of(head: bytes, size: int) -> str:
         return "zip"
     if head.startswith(b"PK\x05\x06"):
         raise ValueError("an empty zip archive")
-    for magic, words in _MAGIC.items():
+    for magic, description in _MAGIC.items():
         if head.startswith(magic):
-            raise ValueError(words)
+            raise ValueError(description)
     if head[257:262] == b"ustar":
         raise ValueError("a tar archive: unpack it first, or save the weights anew with torch.save")
     if not head.strip(b"\0"):
         raise ValueError("damaged: it begins with zeros (a download that was not finished?)")
     if _EARLY_PICKLE.match(head):
         return "pickle"
-    text = words_for_text(head, size)
+    text = describe_text(head, size)
     if text is not None:
         raise ValueError(text)
     length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
@@ -67,9 +67,9 @@ def kind_of(head: bytes, size: int) -> str:
     return "pickle"
 
 
-def _as_text(head: bytes) -> str | None:
+def _decode_text(head: bytes) -> str | None:
     """Return the first bytes of a file as text; None if they aren't text."""
-    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
     for cut in range(4):  # the last character may be cut in two
         try:
             text = head[: len(head) - cut].decode(encoding).strip()
@@ -79,9 +79,9 @@ def _as_text(head: bytes) -> str | None:
     return None
 
 
-def words_for_text(head: bytes, size: int) -> str | None:
+def describe_text(head: bytes, size: int) -> str | None:
     """Return a description of a text (a web page, JSON, or other text); None if it isn't text."""
-    text = _as_text(head)
+    text = _decode_text(head)
     if text is None:
         return None
     if text.startswith("version https://git-lfs"):
@@ -90,11 +90,11 @@ def words_for_text(head: bytes, size: int) -> str | None:
     if text.startswith("<"):
         return "a web page, not a weights file (a download that failed?)"
     if text.startswith(("{", "[")):
-        whole = "a JSON document"
-        if size < HEAD:
+        kind = "a JSON document"
+        if size < HEAD_BYTES:
             try:
                 json.loads(text)
             except ValueError:
-                whole = "the beginning of a JSON document"
-        return f"{whole}, not a weights file (a download that failed?): {first}"
+                kind = "the beginning of a JSON document"
+        return f"{kind}, not a weights file (a download that failed?): {first}"
     return f"text, not a weights file (a download that failed?): {first}"

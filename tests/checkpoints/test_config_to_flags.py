@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from admfast.checkpoints import identify, network_shapes
-from admfast.checkpoints.published_flags import published_flags
+from admfast.checkpoints.config_to_flags import published_flags
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import InvalidArgument
 from admfast.models import ClassifierConfig, UNetConfig, UpsamplerConfig
@@ -58,7 +58,7 @@ def test_flags_lead_back_to_the_network(changes):
     config = dataclasses.replace(PUBLISHED, **changes)
     process = DiffusionConfig(noise_schedule="cosine", steps=500, learn_sigma=True, use_kl=True)
     found = published_flags(config, process)
-    info = identify(network_shapes(config), file="x", options=found, process=True)
+    info = identify(network_shapes(config), file="x", options=found, require_process=True)
     assert info.config == config and info.diffusion == process
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from admfast.checkpoints import flags, identify, load_network, network_shapes
+from admfast.checkpoints import flags_to_options, identify, load_network, network_shapes
 from admfast.checkpoints.infer import OPTION_NAMES
 from admfast.cli.options import parse_settings
 from admfast.diffusion import DiffusionConfig
@@ -111,18 +111,18 @@ def test_attention_is_given_in_pixels_or_in_factors(given):
     assert found == SMALL_UNET
 
 
-@pytest.mark.parametrize("flag", sorted(flags.ELSEWHERE))
+@pytest.mark.parametrize("flag", sorted(flags_to_options.WHERE_TO_GIVE))
 def test_what_is_said_elsewhere_is_told_where(flag):
-    (text,) = (flags.ELSEWHERE[flag],)
+    (text,) = (flags_to_options.WHERE_TO_GIVE[flag],)
     with pytest.raises(InvalidArgument, match=f"^{flag}=") as caught:
         identify(SHAPES, file="x", options={**ANSWERS, flag: 1})
     assert text in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_table_names_options_that_there_are():
-    assert set(flags.RENAMED.values()) <= set(OPTION_NAMES)
-    assert not flags.NAMES & set(OPTION_NAMES)
-    assert flags.SWITCHES <= flags.NAMES
+    assert set(flags_to_options.OPTION_OF_FLAG.values()) <= set(OPTION_NAMES)
+    assert not flags_to_options.FLAG_NAMES & set(OPTION_NAMES)
+    assert flags_to_options.FLAG_SWITCHES <= flags_to_options.FLAG_NAMES
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -159,10 +159,14 @@ IMPOSSIBLE = {"attention_resolutions": "16;8", "noise_schedule": "line", "pool":
 
 
 @pytest.mark.parametrize(
-    "flag", sorted({*flags.RENAMED, *OPTION_NAMES, *flags.SWITCHES} - {*flags.ELSEWHERE, "entry"})
+    "flag",
+    sorted(
+        {*flags_to_options.OPTION_OF_FLAG, *OPTION_NAMES, *flags_to_options.FLAG_SWITCHES}
+        - {*flags_to_options.WHERE_TO_GIVE, "entry"}
+    ),
 )
 def test_a_value_that_no_option_has_is_refused_under_the_name_that_gave_it(flag):
-    value = IMPOSSIBLE.get(flags.RENAMED.get(flag, flag), "x")
+    value = IMPOSSIBLE.get(flags_to_options.OPTION_OF_FLAG.get(flag, flag), "x")
     with pytest.raises(InvalidArgument, match=f"^{flag}={value!r}: ") as caught:
         identify(SHAPES, file="x", options={flag: value})
     assert "\n" not in str(caught.value)

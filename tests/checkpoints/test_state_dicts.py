@@ -127,7 +127,7 @@ def test_entry_names_another(tmp_path, caplog):
     (line,) = caplog.messages
     assert str(path) in line and "model" in line and "ema" in line
     report = dict(describe(path, options={**ANSWERS, "entry": "model"}))
-    assert report["entry"] == "model" and "ema" in report["beside"]
+    assert report["entry"] == "model" and "ema" in report["note"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_objects_beside_the_tensors_are_read_without_being_made(tmp_path, legacy
     weights = read_weights(tmp_path / "x.pt")
     assert_taken(weights)
     assert Unknown.made == 0
-    assert f"{len(beside)} in all" in weights.notes[0] or all(name in weights.notes[0] for name in beside)
+    assert f"{len(beside)} names" in weights.notes[0] or all(name in weights.notes[0] for name in beside)
 
 
 def test_a_pickled_module_is_read_as_its_state_dict(tmp_path):
