@@ -27,7 +27,7 @@ from sklearn.svm import SVC
 
 import admfast
 from admfast.models.presets import SYSTEMS
-from admfast.training.digit_images import CLASSES, LEVELS, block_means, load_digits
+from admfast.training.digit_images import MAX_GREY_LEVEL, NUM_CLASSES, block_means, load_digits
 from bench.command import STARTING, UNFINISHED, end_with_parent, supervise
 from bench.results import conditions, environment, markdown_table
 
@@ -138,7 +138,7 @@ def sample(
     pipe: admfast.Pipeline, setting: Setting, count: int, first_seed: int
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """Return `count` samples as [count, 64] on the scale 0..16, and their classes, in equal shares."""
-    classes = np.arange(count) % CLASSES
+    classes = np.arange(count) % NUM_CLASSES
     images = pipe.sample(
         classes.tolist(),
         range(first_seed, first_seed + count),
@@ -147,7 +147,7 @@ def sample(
         guidance=setting.guidance,
         batch_size=BATCH,
     )
-    levels = images.movedim(-1, 1).float() * (LEVELS / 255)
+    levels = images.movedim(-1, 1).float() * (MAX_GREY_LEVEL / 255)
     return block_means(levels).flatten(1).double().numpy(), classes
 
 

@@ -26,10 +26,10 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import own_numerics, peak_memory
 from admfast.models import UNetConfig, build
 from admfast.ops.dispatch import using
-from admfast.training.loss import Batch, batch_of
+from admfast.training.learner import Learner
+from admfast.training.loss import Batch, make_batch
 from admfast.training.recipe import Recipe
 from admfast.training.timesteps import timestep_sampler
-from admfast.training.update import Learner
 from admfast.verify.budget import BUDGETS
 from bench.command import Bench, bench_main
 from bench.measure import Case, Settings, checked, in_a_process
@@ -102,7 +102,7 @@ def batch_for(subject: Subject, batch: int, device: torch.device) -> Batch:
     labels = torch.arange(batch) * 7 % (config.num_classes or 1)
     recipe = recipe_of(subject, batch)
     sampler = timestep_sampler(recipe.sampler, recipe.process.build().num_timesteps)
-    return batch_of(recipe, sampler, range(batch), images, labels, device)
+    return make_batch(recipe, sampler, range(batch), images, labels, device)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Ours(Trainer):
         self.given = batch_for(self.subject, self.batch, self.device)
         self.learner = Learner(recipe_of(self.subject, self.batch, self.dtype), self.net)
         if self.compiled:
-            self.learner.parallel = torch.compile(self.learner.parallel)
+            self.learner.ddp_net = torch.compile(self.learner.ddp_net)
 
     def update(self) -> Tensor:
         with own_numerics(self.device):

@@ -94,9 +94,9 @@ def published(kind: str, settings: Any) -> dict[str, Any]:
 
 def ours(kind: str, kept: bool, workers: int, settings: Any) -> dict[str, Any]:
     """Return the row of our loader with this number of workers; kept: whether it uses the cache."""
-    from admfast.training.cache import cached
+    from admfast.training.cache import cache_samples
     from admfast.training.images import open_source
-    from admfast.training.samples import Samples, loader
+    from admfast.training.samples import Samples, iterate_batches
     from bench.measure import WrongResult
 
     files = pictures(kind)
@@ -105,12 +105,12 @@ def ours(kind: str, kept: bool, workers: int, settings: Any) -> dict[str, Any]:
             (Path(folder) / f"{number:03d}.{kind.lower()}").write_bytes(content)
         samples = Samples(open_source(folder, "none"), 0, SIZE, random_flip=False)
         if kept:
-            samples = cached(samples, Path(folder) / "cache", threads=1)
+            samples = cache_samples(samples, Path(folder) / "cache", threads=1)
         wanted = {as_published(content).tobytes() for content in files}
         for k in range(COMPARED):
             if samples.at(k)[0].permute(1, 2, 0).contiguous().numpy().tobytes() not in wanted:
                 raise WrongResult(f"sample {k} is not the published preprocessing of an image")
-        batches = loader(samples, (range(n, n + BATCH) for n in itertools.count(0, BATCH)), workers)
+        batches = iterate_batches(samples, (range(n, n + BATCH) for n in itertools.count(0, BATCH)), workers)
         try:
             return measured(functools.partial(next, batches), workers, settings)
         finally:

@@ -27,14 +27,14 @@ from admfast.files.paths import user_path
 from admfast.files.tables import table
 from admfast.interrupts import SIGNALLED
 from admfast.models import NetConfig
-from admfast.training.distributed import World, processes
-from admfast.training.export import export
-from admfast.training.folder import RUN_FILE, read_run_file, recipe_of
+from admfast.training.distributed import World, join_processes
+from admfast.training.export import export_run
+from admfast.training.folder import RUN_FILE, read_run_file, recipe_from_description
 from admfast.training.images import open_source
-from admfast.training.loop import Habits, dry_run, train
-from admfast.training.picture import run_picture
+from admfast.training.loop import LoopOptions, dry_run, train
+from admfast.training.picture import draw_run
 from admfast.training.recipe import KINDS, Recipe
-from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
+from admfast.training.recipes import DIGITS, PRESETS, change_recipe, recipe_from_preset, split_options
 
 commands = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
@@ -85,17 +85,17 @@ def _command(kind: str) -> Callable[..., None]:
         wanted = resolved(kind, preset, from_, options)
         if "steps" not in options and out is not None:
             wanted = dataclasses.replace(wanted, steps=_steps_of(user_path("out", out), wanted.steps))
-        habits = Habits(
+        loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
         place = _data(preset, data)
         run_folder = None if out is None else user_path("out", out)
-        with processes(device) as world, _plain_warnings():
+        with join_processes(device) as world, _plain_warnings():
             if run_folder is None or dry_run:
-                _try(wanted, place, labels, dataclasses.replace(habits, cache=None), world)
+                _try(wanted, place, labels, dataclasses.replace(loop_options, cache=None), world)
             else:
-                _train(wanted, place, labels, run_folder, habits, world, from_)
+                _train(wanted, place, labels, run_folder, loop_options, world, from_)
 
     run.__doc__ = f"Train {_ARTICLES[kind]}. Presets: {', '.join(PRESETS[kind])}."
     return run
@@ -147,13 +147,13 @@ def run_export(
     drawn = None
     if picture is not None:
         picture = user_path("picture", picture, [".png"])
-        drawn = run_picture(run)
+        drawn = draw_run(run)
         check_writable(picture)
         if not overwrite:
             check_free("picture", [picture])
-    # `export` checks its arguments before it writes: an error in either file leaves neither.
+    # `export_run` checks its arguments before it writes: an error in either file leaves neither.
     if out is not None:
-        description = export(run, out, ema, width, DTYPES[dtype], overwrite)
+        description = export_run(run, out, ema, width, DTYPES[dtype], overwrite)
         print(table([(name, str(description.training[name])) for name in ("step", "average")]))
         print(out.resolve())
     if picture is not None and drawn is not None:
@@ -163,7 +163,7 @@ def run_export(
 
 def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
     """Return the recipe of a command's options. Raises InvalidArgument, CheckpointError."""
-    base = recipe(kind, preset)
+    base = recipe_from_preset(kind, preset)
     if start is not None:
         parts = split_options(kind, options)
         own = {name: value for name, value in parts["network"].items() if name not in _OWN}
@@ -178,12 +178,12 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
             base, network=network, process=info.diffusion or base.process, low_res_size=low_res_size,
             drop_classes=dropping,
         )  # fmt: skip
-    return changed(base, options)
+    return change_recipe(base, options)
 
 
 def _steps_of(run: Path, steps: int) -> int:
     """Return the steps of the run in a folder, or `steps` if it holds none."""
-    return recipe_of(read_run_file(run)).steps if (run / RUN_FILE).is_file() else steps
+    return recipe_from_description(read_run_file(run)).steps if (run / RUN_FILE).is_file() else steps
 
 
 # Options that a run always sets itself, not the file that it begins from.
@@ -197,11 +197,17 @@ def _data(preset: str, data: str | None) -> str:
 
 
 def _train(
-    wanted: Recipe, data: str, labels: str, out: Path, habits: Habits, world: World, start: str | None
+    wanted: Recipe,
+    data: str,
+    labels: str,
+    out: Path,
+    loop_options: LoopOptions,
+    world: World,
+    start: str | None,
 ) -> None:
     source = open_source(data, labels)
     check_place(out)
-    if world.first:
+    if world.is_first:
         print(
             table(
                 [
@@ -211,8 +217,8 @@ def _train(
                 ]
             )
         )
-    outcome = train(wanted, source, out, habits, world, start, say=_say)
-    if world.first:
+    outcome = train(wanted, source, out, loop_options, world, start, say=_say)
+    if world.is_first:
         peak = peak_memory(world.device) / 1e9
         print(f"{outcome.step} of {wanted.steps} steps are done; peak memory {peak:.2f} GB")
         print(out.resolve())
@@ -220,10 +226,10 @@ def _train(
         raise typer.Exit(SIGNALLED + outcome.signal)
 
 
-def _try(wanted: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:
+def _try(wanted: Recipe, data: str, labels: str, loop_options: LoopOptions, world: World) -> None:
     """Make two steps; print the time and memory that the run would take."""
-    trial = dry_run(wanted, open_source(data, labels), habits, world)
-    if world.first:
+    trial = dry_run(wanted, open_source(data, labels), loop_options, world)
+    if world.is_first:
         hours = trial.run_seconds / 3600
         rows = [
             ("step", f"{trial.step_seconds:.3f} s"),

@@ -14,7 +14,7 @@ from admfast.errors import invalid, nearest
 from admfast.files.tables import table
 from admfast.sampling.load import chosen_device
 from admfast.training.memory import step_memory
-from admfast.training.network import resolved_precision
+from admfast.training.network import resolve_precision
 from admfast.training.recipe import KINDS, Recipe
 from admfast.training.recipes import DIGITS, PRESETS
 
@@ -30,7 +30,7 @@ def print_memory(path: Path, set_: Iterable[str] | None, given: Mapping[str, Any
         options["checkpointing"] = checks.literal(given["checkpointing"])
     recipes = _of_file(path, options) if path.exists() else _of_preset(str(path), options)
     for number, recipe in enumerate(recipes):
-        print("\n" * bool(number) + table(_rows(resolved_precision(recipe, chosen_device(None)))))
+        print("\n" * bool(number) + table(_rows(resolve_precision(recipe, chosen_device(None)))))
 
 
 def _of_file(path: Path, options: dict[str, Any]) -> list[Recipe]:
@@ -59,7 +59,7 @@ def _rows(recipe: Recipe) -> list[tuple[str, str]]:
         "gradients": found.gradients,
         "moments of AdamW": found.moments,
         "averages": found.averages,
-        "kept for the backward pass": found.kept,
+        "kept for the backward pass": found.saved_for_backward,
     }
     return [
         (recipe.kind, settings),

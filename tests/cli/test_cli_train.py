@@ -18,7 +18,7 @@ from admfast.cli.train import resolved
 from admfast.errors import CheckpointError, InvalidArgument
 from admfast.interrupts import ENDING
 from admfast.training import loop
-from admfast.training.recipes import PRESETS, recipe
+from admfast.training.recipes import PRESETS, recipe_from_preset
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--grid-every", "0"]
 
@@ -33,7 +33,7 @@ def test_each_kind_trains_and_is_exported(tmp_path, capsys, kind):
     assert main(["train", "export", str(run), "--out", str(file), "--dtype", "float16"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(file.resolve())
     net, info = load_network(file)
-    assert info.config == recipe(kind).network and info.training["step"] == 2
+    assert info.config == recipe_from_preset(kind).network and info.training["step"] == 2
     if kind == "classifier":
         with pytest.raises(InvalidArgument, match="a classifier"):
             admfast.load(run, device="cpu")

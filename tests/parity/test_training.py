@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from admfast.diffusion import DiffusionConfig
 from admfast.models import ClassifierConfig, UNetConfig
 from admfast.training.ema import Averages
+from admfast.training.learner import Learner
 from admfast.training.loss import Batch
 from admfast.training.recipe import Recipe
 from admfast.training.timesteps import LossSecondMomentSampler
-from admfast.training.update import Learner
 from tests.parity.golden import (
     POINT_LIMIT,
     SCHEDULE_LIMIT,

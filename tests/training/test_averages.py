@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.errors import InvalidArgument
-from admfast.training.ema import Averages, combined, gamma_of, reconstruction
+from admfast.training.ema import Averages, combine, gamma_from_width, reconstruction_factors
 
 STEPS = 200
 
@@ -34,7 +34,7 @@ def averaged(
 def power_average(walk: list[Tensor], width: float) -> Tensor:
     """Return the average by definition: the value of step i has the share (i/n)^(g+1) - ((i-1)/n)^(g+1)."""
     i = torch.arange(1, len(walk) + 1, dtype=torch.float64) / len(walk)
-    cumulated = i ** (gamma_of(width) + 1)
+    cumulated = i ** (gamma_from_width(width) + 1)
     shares = torch.diff(cumulated, prepend=torch.zeros(1, dtype=torch.float64))
     # In the recursion step n gets the factor 1 - (1 - 1/n)^(g+1), which leads to these shares.
     return (shares[:, None] * torch.stack(walk)).sum(0)
@@ -70,7 +70,7 @@ def test_a_step_that_was_skipped_changes_no_average():
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
 def test_power_functions_have_their_width(width):
-    gamma = gamma_of(width)
+    gamma = gamma_from_width(width)
     assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(width**2)
     net, walk = moving()
     averages = Averages(net, [], [width])
@@ -85,7 +85,7 @@ def test_any_width_is_put_together_from_two(width):
     kept = averaged(averages, net, walk, keep=tuple(range(10, STEPS + 1, 10)))
     profiles = [(n, float(name[6:])) for n, states in kept.items() for name in states]
     states = [state for states in kept.values() for state in states.values()]
-    found = combined(states, reconstruction(profiles, (STEPS, width)))["0"]
+    found = combine(states, reconstruction_factors(profiles, (STEPS, width)))["0"]
     truth, nearest = power_average(walk, width), kept[STEPS]["power-0.1"]["0"]
     error = (found - truth).norm()
     assert error < 0.05 * truth.norm()
@@ -96,7 +96,7 @@ def test_any_width_is_put_together_from_two(width):
 def test_widths_that_are_none():
     for width in (0.0, 0.29, float("nan")):
         with pytest.raises(InvalidArgument, match="width"):
-            gamma_of(width)
+            gamma_from_width(width)
     with pytest.raises(InvalidArgument, match="stored"):
-        reconstruction([], (10, 0.1))
-    assert gamma_of(0.28867) == pytest.approx(0, abs=1e-3)
+        reconstruction_factors([], (10, 0.1))
+    assert gamma_from_width(0.28867) == pytest.approx(0, abs=1e-3)

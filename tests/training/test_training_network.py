@@ -11,8 +11,8 @@ from admfast.checkpoints import write_weights
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError, InvalidArgument, Unavailable
 from admfast.models.description import Description
-from admfast.training.network import build_network, freeze, resolved_precision, set_precision
-from admfast.training.update import Learner
+from admfast.training.learner import Learner
+from admfast.training.network import build_network, freeze, resolve_precision, set_precision
 from tests.small import classifier, unet
 from tests.training.small_runs import batch, same, small_recipe
 
@@ -103,9 +103,9 @@ def test_frozen_parameters_stay():
 
 def test_precisions_of_devices(default_precision):
     recipe = small_recipe(precision="auto")
-    assert resolved_precision(recipe, torch.device("cpu")).precision == default_precision.name
-    assert resolved_precision(recipe, torch.device("cuda")).precision == "bf16"
+    assert resolve_precision(recipe, torch.device("cpu")).precision == default_precision.name
+    assert resolve_precision(recipe, torch.device("cuda")).precision == "bf16"
     with pytest.raises(Unavailable, match="tf32"):
-        resolved_precision(small_recipe(precision="tf32"), torch.device("cpu"))
+        resolve_precision(small_recipe(precision="tf32"), torch.device("cpu"))
     with pytest.raises(Unavailable, match="bf16"):
         set_precision(torch.nn.Linear(2, 2), "bf16")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from admfast.compat.guided_diffusion import logger
 from admfast.models.body import convert_convolutions
-from admfast.training.update import FIRST_SCALE, SCALE_GROWTH
+from admfast.training.learner import INITIAL_LOG2_LOSS_SCALE, SCALE_GROWTH
 
-INITIAL_LOG_LOSS_SCALE = FIRST_SCALE["diffusion"]
+INITIAL_LOG_LOSS_SCALE = INITIAL_LOG2_LOSS_SCALE["diffusion"]
 Group = tuple[list[tuple[str, nn.Parameter]], Any]
 
 

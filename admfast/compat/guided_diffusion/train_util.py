@@ -25,7 +25,7 @@ from admfast.compat.guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, Mi
 from admfast.compat.guided_diffusion.nn import update_ema
 from admfast.compat.guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from admfast.files.atomic import atomic_open
-from admfast.training.update import SCALE_GROWTH
+from admfast.training.learner import SCALE_GROWTH
 
 __all__ = ["INITIAL_LOG_LOSS_SCALE", "TrainLoop"]
 

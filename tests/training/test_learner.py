@@ -13,10 +13,10 @@ from admfast.errors import CheckpointError, NonFiniteError
 from admfast.models import build
 from admfast.ops.conv.winograd import amplification
 from admfast.training.distributed import World
-from admfast.training.loss import loss
+from admfast.training.learner import Learner
+from admfast.training.loss import loss_terms
 from admfast.training.network import build_network, set_checkpointing
 from admfast.training.recipe import KINDS
-from admfast.training.update import Learner
 from tests.ops.tolerance import assert_same_formula, assert_within
 from tests.training.small_runs import NETWORKS, batch, learner_of, same, small_recipe
 
@@ -143,7 +143,7 @@ class Poisoned:
         self.calls, self.count = calls, 0
 
     def __call__(self, net, recipe, process, given):
-        terms = loss(net, recipe, process, given)
+        terms = loss_terms(net, recipe, process, given)
         self.count += 1
         return {**terms, "loss": terms["loss"] * float("nan")} if self.count in self.calls else terms
 
@@ -153,7 +153,7 @@ def run(recipe, poisoned: Poisoned, steps: int) -> Learner:
     for step in range(steps):
         given = batch(recipe, range(4 * step, 4 * step + 4), learner.sampler)
         learner.update(given)
-        learner.check(given)
+        learner.check_finite(given)
     return learner
 
 
@@ -173,11 +173,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(precision):
     same(learner.averages.weights(), average)
     for name, p in learner.net.named_parameters():
         same(list(learner.optimiser.state[p].values()), moments[name], name)
-    assert (int(learner.skipped), int(learner.in_a_row), learner.step) == (1, 1, 2)
+    assert (int(learner.skipped), int(learner.skipped_in_a_row), learner.step) == (1, 1, 2)
     if scale is not None:
         assert learner.log2_scale == scale - 1
     learner.update(batch(recipe, range(8, 12), learner.sampler))
-    assert (int(learner.skipped), int(learner.in_a_row)) == (1, 0)
+    assert (int(learner.skipped), int(learner.skipped_in_a_row)) == (1, 0)
     assert any(not torch.equal(value, before[key]) for key, value in learner.net.state_dict().items())
 
 
@@ -196,7 +196,7 @@ def test_the_first_bad_layer_is_named():
     given = batch(recipe, range(4), learner.sampler)
     learner.update(given)
     with pytest.raises(NonFiniteError, match=r"middle_block\.0\.in_layers\.2"):
-        learner.check(given)
+        learner.check_finite(given)
 
 
 # Precision, sampler, state
@@ -255,6 +255,6 @@ def test_a_state_of_another_run_is_refused():
 
 
 def test_a_batch_is_shared_evenly():
-    assert list(World(1, 3).share(6)) == [2, 3]
+    assert list(World(1, 3).local_samples(6)) == [2, 3]
     with pytest.raises(ValueError, match="batch_size"):
-        World(1, 4).share(6)
+        World(1, 4).local_samples(6)
