@@ -195,7 +195,7 @@ def iterate_batches(
     """Yield the batches of samples with the numbers `id_batches`, in order, for any number of workers.
 
     Args:
-        id_batches: the numbers of the samples of each batch; may be endless. Workers take a few batches ahead.
+        id_batches: the numbers of the samples of each batch; may be endless. Workers run a few batches ahead.
         workers: number of processes that each make whole batches; 0 makes them in this process. The state of
             torch's global generator doesn't change.
 
