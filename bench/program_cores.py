@@ -44,13 +44,13 @@ class Program:
 
     roots: folders from which it imports, relative to the folder of checkouts. parts: by name, functions that
     return its network and a core, which maps (network, x) to a result. packaged: names of parts that also run
-    on admfast's own package. walk: how the accelerated network runs, "whole" or "block by block".
+    on admfast's own package. runs: how the accelerated network runs, "whole" or "block by block".
     """
 
     roots: tuple[str, ...]
     parts: dict[str, Callable[..., tuple[Any, Core]]]
     packaged: tuple[str, ...] = ()
-    walk: str = "whole"
+    runs: str = "whole"
 
 
 def published_network(package: str = OWN, **changes: Any) -> Any:
@@ -85,7 +85,7 @@ def guided(package: str = OWN) -> tuple[Any, Core]:
     args = SimpleNamespace(classifier_scale=1.0, class_cond=False)
 
     def core(net: Any, x: Any) -> Any:
-        fast = isinstance(net, admfast.accelerate.nets.AcceleratedNet)
+        fast = isinstance(net, admfast.accelerate.networks.AcceleratedNet)
         classifier = classifiers[fast]
 
         def cond_fn(x: Any, t: Any, y: Any = None) -> Any:
@@ -292,11 +292,11 @@ def fill(net: Any) -> None:
     net.eval()
 
 
-def of_a_library(module: str, make: str, gradient: bool, **options: Any) -> tuple[Any, Core]:
+def of_a_library(module: str, class_name: str, gradient: bool, **options: Any) -> tuple[Any, Core]:
     """Return a library's network, and as core its call at a middle noise level or the gradient in x."""
     import torch
 
-    net = getattr(importlib.import_module(module), make)(**options)
+    net = getattr(importlib.import_module(module), class_name)(**options)
     middle = 500 if module == "diffusers" else torch.tensor([0.5])
 
     def call(net: Any, x: Any) -> Any:
@@ -313,11 +313,13 @@ def of_a_library(module: str, make: str, gradient: bool, **options: Any) -> tupl
     return net, core
 
 
-def both(name: str, module: str, make: str, **options: Any) -> dict[str, Callable[..., tuple[Any, Core]]]:
+def both(
+    name: str, module: str, class_name: str, **options: Any
+) -> dict[str, Callable[..., tuple[Any, Core]]]:
     """Return the parts of a library's network by name: its call, and its gradient in x."""
     kinds = {name: False, f"{name}, gradient": True}
     return {
-        part: functools.partial(of_a_library, module, make, gradient, **options)
+        part: functools.partial(of_a_library, module, class_name, gradient, **options)
         for part, gradient in kinds.items()
     }
 
@@ -343,7 +345,7 @@ PROGRAMS = {
         {"DPS": functools.partial(dps, "ps"), "MCG": functools.partial(dps, "mcg")},
     ),
     "ddrm": Program(("ddrm",), {"DDRM": ddrm}),
-    "DDNM": Program(("DDNM/hq_demo",), {"DDNM": ddnm}, walk="block by block"),
+    "DDNM": Program(("DDNM/hq_demo",), {"DDNM": ddnm}, runs="block by block"),
     "DiffPIR": Program(("DiffPIR",), {"DiffPIR": diffpir}),
     "dpm-solver": Program(("dpm-solver/examples/ddpm_and_guided-diffusion",), {"DPM-Solver++": dpm_solver}),
     "k-diffusion": Program(("k-diffusion", "guided-diffusion"), {"DPM-Solver++ (2M)": k_diffusion}),
@@ -352,13 +354,13 @@ PROGRAMS = {
         ("libraries",),
         both("ADMUNet", "deepinv.models", "ADMUNet", **_EDM)
         | both("DDPM++", "deepinv.models", "NCSNpp", model_type="ddpm", **_EDM),
-        walk="block by block",
+        runs="block by block",
     ),
     "diffusers": Program(
         ("libraries",),
         both("UNet2DModel", "diffusers", "UNet2DModel", **_LEVELS)
         | both("UNet2DModel as ADM", "diffusers", "UNet2DModel", **_LEVELS, **_AS_ADM),
-        walk="block by block",
+        runs="block by block",
     ),
 }
 

@@ -63,7 +63,7 @@ def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> Non
         "error": {way: float((found - wanted).abs().max()) / largest for way, (found, _) in firsts.items()},
         "nudge": float((nudged - wanted).abs().max()) / largest,
         "first": {way: took for way, (_, took) in firsts.items()},
-        "walk": admfast.accelerate.report(ways["accelerated"][0]).partition("\n")[0],
+        "runs": admfast.accelerate.report(ways["accelerated"][0]).partition("\n")[0],
         "ms": {way: [1e3 * value for value in values] for way, values in seconds.items()},
     }
     print(json.dumps(said))
@@ -92,7 +92,7 @@ def row(arguments: tuple[Any, ...], provider: str, settings: Any) -> dict[str, A
         if not error <= ALLOWED * found["nudge"]:  # NaN is wrong
             raise WrongResult(f"error {error:.1e}; scaling x by 1 + {NUDGE:g} makes {found['nudge']:.1e}")
     if provider == "accelerated":
-        fields["runs_on"] = found["walk"].partition(":")[2].strip()
+        fields["runs_on"] = found["runs"].partition(":")[2].strip()
     return fields
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import admfast
 import admfast.accelerate
-from admfast.accelerate.nets import AcceleratedNet
-from admfast.accelerate.walks import Walk, walk_of
+from admfast.accelerate.forward_methods import ForwardMethod, recognise_forward
+from admfast.accelerate.networks import AcceleratedNet
 from admfast.errors import InvalidArgument
 from tests.accelerate import client
 from tests.accelerate.client import filled
@@ -44,7 +44,7 @@ WHOLE = {
 }
 BY_BLOCKS = {
     "pool of all blocks": (lambda: client.EncoderUNetModel(pool="spatial"), {}),
-    "another walk": (lambda: client.WithAnotherWalk(), {}),
+    "another forward": (lambda: client.WithAnotherForward(), {}),
     "used argument": (lambda: client.WithUsedArgument(), {"gt": randn(2, 3, 16, 16, seed=8)}),
     "other blocks": (lambda: client.WithOtherBlocks(), {}),
 }
@@ -75,7 +75,7 @@ def gradients(net: nn.Module, given: dict) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CLIENTS)
 def test_outputs_and_all_gradients_are_the_programs_own(name):
     net, fast, given = pair(name)
-    assert isinstance(fast.accelerated_walk, Walk) == (name in WHOLE)
+    assert isinstance(fast.accelerated_forward, ForwardMethod) == (name in WHOLE)
     with torch.no_grad():
         wanted, found = net(x(), T, **given), fast(x(), T, **given)
     assert fast.is_folded
@@ -89,7 +89,7 @@ def test_outputs_and_all_gradients_are_the_programs_own(name):
 
 def test_what_is_no_published_block_stays_and_is_named():
     _, fast, _ = pair("other blocks")
-    assert list(fast.accelerated_left) == ["middle_block.0"]
+    assert list(fast.accelerated_unconverted) == ["middle_block.0"]
     assert (
         type(fast.middle_block[0]) is client.OtherBlock
         and type(fast.middle_block) is client.TimestepEmbedSequential
@@ -123,7 +123,7 @@ def test_wrong_calls_fail_as_the_programs_own():
 def test_labels_may_be_left_out_where_the_program_lets_them():
     net = filled(client.WithOptionalLabels(num_classes=5))
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert isinstance(fast.accelerated_walk, Walk)
+    assert isinstance(fast.accelerated_forward, ForwardMethod)
     with torch.no_grad():
         for given in ({}, {"y": Y}):
             assert_close(fast(x(), T, **given), net(x(), T, **given))
@@ -242,7 +242,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["unet", "another walk"])
+@pytest.mark.parametrize("name", ["unet", "another forward"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_seen_at_the_next_call(change, name):
     net, fast, _ = pair(name)
@@ -313,7 +313,7 @@ def test_parametrized_and_low_rank_layers():
             one(x(), T)
         torch.nn.utils.parametrizations.weight_norm(one.middle_block[0].in_layers[2])
     before = admfast.accelerate(copy.deepcopy(net))
-    assert "middle_block.0" in before.accelerated_left
+    assert "middle_block.0" in before.accelerated_unconverted
     with torch.no_grad():
         for one in (net, after, before):
             one.middle_block[0].in_layers[2].parametrizations.weight.original0.mul_(1.5)
@@ -359,7 +359,7 @@ def test_an_unknown_precision_is_refused():
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_a_precision_that_one_network_cannot_use_changes_none(converted):
-    whole, by_blocks = filled(client.UNetModel()), filled(client.WithAnotherWalk())
+    whole, by_blocks = filled(client.UNetModel()), filled(client.WithAnotherForward())
     model = SimpleNamespace(whole=whole, by_blocks=by_blocks)
     if converted:
         admfast.accelerate(model)
@@ -382,11 +382,11 @@ def test_the_reason_is_that_of_the_method_that_is_nearest_to_the_published_walk(
     def forward_b(self):
         pass
 
-    changed = type("Changed", (client.WithAnotherWalk,), {"forward_b": forward_b})
-    for net in (filled(changed()), filled(client.WithAnotherWalk())):
-        assert str(walk_of(net)).startswith("forward uses 0.5")
+    changed = type("Changed", (client.WithAnotherForward,), {"forward_b": forward_b})
+    for net in (filled(changed()), filled(client.WithAnotherForward())):
+        assert str(recognise_forward(net)).startswith("forward uses 0.5")
     enlarging = type("Enlarging", (ClampedUpsampler,), {"forward_b": forward_b})
-    assert str(walk_of(filled(enlarging()))).startswith("forward uses clamp,")
+    assert str(recognise_forward(filled(enlarging()))).startswith("forward uses clamp,")
 
 
 class ClampedUpsampler(client.SuperResModel):

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import admfast
-from admfast.accelerate.denoisers import Levels
-from admfast.accelerate.walks import Walk
+from admfast.accelerate.denoisers import NoiseLevels
+from admfast.accelerate.forward_methods import ForwardMethod
 from admfast.errors import InvalidArgument
 from bench.program_cores import StandIns
 from tests.accelerate.client import filled
@@ -90,7 +90,7 @@ def restored(azula, denoiser, y: Tensor, x: Tensor, **more: Any) -> Tensor:
 def test_azulas_posterior_sampling_on_its_own_network(libraries):
     theirs = azula_denoiser(libraries.adm)
     ours = admfast.accelerate(copy.deepcopy(theirs))
-    assert isinstance(ours.backbone.accelerated_walk, Walk) and any(
+    assert isinstance(ours.backbone.accelerated_forward, ForwardMethod) and any(
         p.requires_grad for p in ours.parameters()
     )
     x, y = randn(1, 3, 32, 32), randn(1, 3, 8, 8, seed=1)
@@ -126,7 +126,10 @@ def test_deepinvs_diffunet(libraries):
         net.out[2].weight *= 0.01
         net.out[2].bias *= 0.01
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert isinstance(fast.accelerated_walk, Walk) and fast.accelerated_walk.method == "forward_diffusion"
+    assert (
+        isinstance(fast.accelerated_forward, ForwardMethod)
+        and fast.accelerated_forward.method == "forward_diffusion"
+    )
     x, sigma = 0.5 + 0.2 * randn(1, 3, 32, 32).tanh(), torch.tensor(0.1)
     with torch.no_grad():
         wanted, found = (
@@ -169,7 +172,7 @@ def test_deepinvs_networks_of_edms_make(name, libraries):
     net = filled(make(libraries.deepinv.models))
     held = SimpleNamespace(denoiser=torch.nn.ModuleList([copy.deepcopy(net)]))
     (fast,) = admfast.accelerate(held).denoiser
-    assert not fast.accelerated_left
+    assert not fast.accelerated_unconverted
     x, sigma = randn(2, 3, 16, 16), torch.tensor([0.3, 2.0])
     with torch.no_grad():
         wanted, found = (
@@ -213,7 +216,7 @@ DIFFUSERS = {
 def test_diffusers_unet(name, diffusers):
     net = filled(diffusers.UNet2DModel(**LEVELS, **DIFFUSERS[name]))
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert not fast.accelerated_left
+    assert not fast.accelerated_unconverted
     labels = {"class_labels": torch.tensor([1, 3])} if "num_class_embeds" in DIFFUSERS[name] else {}
     x = randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -239,7 +242,7 @@ def test_diffusers_pipelines(name, diffusers):
         pipe = getattr(diffusers, f"{name}Pipeline")(unet, scheduler)
         if unet is not net:
             admfast.accelerate(pipe)
-            assert pipe.unet is unet and not unet.accelerated_left
+            assert pipe.unet is unet and not unet.accelerated_unconverted
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         images.append(torch.tensor(pipe(generator=generator, num_inference_steps=5, output_type="np").images))
@@ -254,15 +257,17 @@ def test_diffusers_blocks_that_are_others_stay_and_are_named(diffusers):
     net.mid_block.attentions[0].set_processor(AttnProcessor())
     fast = admfast.accelerate(copy.deepcopy(net))
     resampling = {n for n, m in net.named_modules() if getattr(m, "up", None) or getattr(m, "down", None)}
-    assert set(fast.accelerated_left) == resampling | {"mid_block.attentions.0"} and len(resampling) == 2
-    assert "AttnProcessor" in fast.accelerated_left["mid_block.attentions.0"]
+    assert (
+        set(fast.accelerated_unconverted) == resampling | {"mid_block.attentions.0"} and len(resampling) == 2
+    )
+    assert "AttnProcessor" in fast.accelerated_unconverted["mid_block.attentions.0"]
     x = randn(1, 3, 16, 16)
     with torch.no_grad():
         assert_close(fast(x, 500).sample, net(x, 500).sample)
     net = filled(diffusers.UNet2DModel(**LEVELS, act_fn="gelu"))
     fast = admfast.accelerate(copy.deepcopy(net))
     assert {name for name, m in net.named_modules() if type(m).__name__ == "ResnetBlock2D"} == set(
-        fast.accelerated_left
+        fast.accelerated_unconverted
     )
     with torch.no_grad():
         assert_close(fast(x, 500).sample, net(x, 500).sample)
@@ -297,13 +302,15 @@ def test_levels_of_timesteps_are_found(up):
     kept = torch.tensor(pipe.diffusion.build("").schedule.alphas_cumprod)
     steps = torch.tensor([0, 1, 500, 998, 999])
     signal, noise = kept[steps].sqrt(), (1 - kept[steps]).sqrt()
-    torch.testing.assert_close(Levels(pipe, rounded=False, up=up).timestep(signal, noise), steps.double())
-    levels = Levels(pipe, rounded=False, up=up)
+    torch.testing.assert_close(
+        NoiseLevels(pipe, rounded=False, up=up).timestep(signal, noise), steps.double()
+    )
+    levels = NoiseLevels(pipe, rounded=False, up=up)
     torch.testing.assert_close(levels.timestep(signal, noise), steps.double())
     between = steps[1:4] + 0.5
     ratio = torch.tensor(-pipe.diffusion.build("").schedule.log_snr(between.numpy()) / 2).exp()
     torch.testing.assert_close(levels.timestep(torch.ones(3), ratio), between.double())
-    rounded = Levels(pipe, rounded=True, up=up)
+    rounded = NoiseLevels(pipe, rounded=True, up=up)
     assert rounded.timestep(signal, noise * (1 + 1e-9)).tolist() == [*(steps[:4] + up).tolist(), 999]
     beyond = torch.tensor([1.0, 1e-9]).double()
     assert levels.timestep(beyond, beyond.flip(0)).tolist() == [0, 999]

@@ -33,7 +33,7 @@ def test_a_programs_core_gives_what_it_gave(program, part):
     assert list(found["error"]) == list(ways_of(program, part)[1:])
     for way, error in found["error"].items():
         assert error <= ALLOWED * found["nudge"], way
-    assert PROGRAMS[program].walk in found["walk"]
+    assert PROGRAMS[program].runs in found["runs"]
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_programs_core_runs_through_the_runner(program, part, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         found[way] = torch.load(tmp_path / way)
-    assert PROGRAMS[program].walk in done.stderr
+    assert PROGRAMS[program].runs in done.stderr
     nudge = measured(FOLDER, program, part, 1, 1)["nudge"]
     compare(found["through the runner"], found["as it is"], ALLOWED * nudge, part)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from admfast.accelerate.runner import Seen, Watch
+from admfast.accelerate.runner import NetworkRecord, Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -79,12 +79,12 @@ def test_a_module_may_be_the_program_and_first_calls_be_compared(program):
 
 
 @pytest.mark.parametrize(("difference", "differs"), [(1e-6, False), (1e-2, True), (float("nan"), True)])
-def test_a_difference_beyond_rounding_is_told(difference, differs):
-    watch = Watch(seen=[Seen(difference=1e-7), Seen(difference=difference)])
-    assert watch.differs() == differs
+def test_a_difference_beyond_rounding_is_told(difference, has_difference):
+    watcher = Watcher(records=[NetworkRecord(difference=1e-7), NetworkRecord(difference=difference)])
+    assert watcher.has_difference() == has_difference
 
 
-OF_OTHER_MAKES = """
+OF_OTHER_CODE_BASES = """
 import torch
 from tests.accelerate import diffusers_client, edm_client
 from tests.accelerate.client import filled
@@ -100,8 +100,8 @@ print(" ".join(f"{v:.3f}" for image in images for v in image.flatten()[:2].tolis
 """
 
 
-def test_networks_of_other_makes_are_found(tmp_path):
-    (tmp_path / "sampling.py").write_text(OF_OTHER_MAKES)
+def test_networks_of_other_code_bases_are_found(tmp_path):
+    (tmp_path / "sampling.py").write_text(OF_OTHER_CODE_BASES)
     alone = run("sampling.py", folder=tmp_path)
     found = run("-m", "admfast.accelerate", "--check", "sampling.py", folder=tmp_path)
     assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (0, alone.stdout)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from admfast.compat.guided_diffusion import gaussian_diffusion as gd
 from admfast.compat.guided_diffusion import script_util, unet
-from admfast.compat.guided_diffusion.prepared import guide_of, network_of, prepared_loop
+from admfast.compat.guided_diffusion.prepared_loops import guide_of, network_of, prepared_loop
 from tests.parity.golden import NETWORK_SAMPLES_LIMIT, compare
 from tests.tools.random_checkpoint import random_state
 

@@ -27,8 +27,8 @@ from admfast.compat.guided_diffusion import (
     train_util,
     unet,
 )
-from admfast.compat.guided_diffusion.as_built import ARRAYS
-from admfast.compat.guided_diffusion.prepared import prepared_loop
+from admfast.compat.guided_diffusion.change_guard import ARRAYS
+from admfast.compat.guided_diffusion.prepared_loops import prepared_loop
 from admfast.files.levels import from_uint8, to_uint8
 from tests.parity import analytic, golden
 from tests.parity.nets import conditions, golden_state

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from admfast.compat.guided_diffusion.as_built import Array, AsBuilt, as_defined
+from admfast.compat.guided_diffusion.change_guard import Array, AsBuilt, as_defined
 from admfast.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from admfast.compat.guided_diffusion.prepared import prepared_loop, shown
+from admfast.compat.guided_diffusion.prepared_loops import prepared_loop, shown
 from admfast.diffusion import GaussianDiffusion as Process
 from admfast.diffusion import (
     LossType,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from admfast import diffusion
-from admfast.compat.guided_diffusion.as_built import as_defined
+from admfast.compat.guided_diffusion.change_guard import as_defined
 from admfast.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion, WrappedModel
 from admfast.diffusion import Schedule
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.accelerate.nets import AcceleratedNet
-from admfast.accelerate.walks import Walk
+from admfast.accelerate.forward_methods import ForwardMethod
+from admfast.accelerate.networks import AcceleratedNet
 from admfast.compat.guided_diffusion.fp16_util import convert_module_to_f16, convert_module_to_f32
 from admfast.compat.guided_diffusion.nn import (
     avg_pool_nd,
@@ -118,7 +118,9 @@ class UNetModel(_Published, UNet):
     weights. Raises: InvalidArgument.
     """
 
-    accelerated_walk = Walk("unet", "forward", ("x", "timesteps", "y"), takes_more=False, strict=True)
+    accelerated_forward = ForwardMethod(
+        "unet", "forward", ("x", "timesteps", "y"), accepts_kwargs=False, requires_labels=True
+    )
 
     def __init__(
         self,
@@ -168,13 +170,15 @@ class UNetModel(_Published, UNet):
         """
         if projected is not None:
             return super().forward(x, timesteps, y, projected)
-        return self.walked(x, timesteps, y=y)
+        return self.run_our_forward(x, timesteps, y=y)
 
 
 class SuperResModel(UNetModel, Upsampler):
     """The published upsampler: a UNet whose input is x with `low_res`, enlarged bilinearly, appended."""
 
-    accelerated_walk = Walk("upsampler", "forward", ("x", "timesteps", "low_res"), True, strict=True)
+    accelerated_forward = ForwardMethod(
+        "upsampler", "forward", ("x", "timesteps", "low_res"), True, requires_labels=True
+    )
 
     def forward(  # type: ignore[override]
         self,
@@ -187,7 +191,7 @@ class SuperResModel(UNetModel, Upsampler):
         """Return the output for x; low_res: [N, C, h, w] in the range of x. Otherwise as `UNetModel`."""
         if projected is not None:
             return Upsampler.forward(self, x, timesteps, y, low_res, projected)
-        return self.walked(x, timesteps, low_res, y=y)
+        return self.run_our_forward(x, timesteps, low_res, y=y)
 
 
 class EncoderUNetModel(_Published, Classifier):
@@ -196,7 +200,9 @@ class EncoderUNetModel(_Published, Classifier):
     pool: "adaptive", "attention", "spatial" or "spatial_v2". Raises: InvalidArgument.
     """
 
-    accelerated_walk = Walk("classifier", "forward", ("x", "timesteps"), takes_more=False, strict=False)
+    accelerated_forward = ForwardMethod(
+        "classifier", "forward", ("x", "timesteps"), accepts_kwargs=False, requires_labels=False
+    )
 
     def __init__(
         self,
@@ -237,7 +243,7 @@ class EncoderUNetModel(_Published, Classifier):
     def forward(self, x: Tensor, timesteps: Tensor, projected: Tensor | None = None) -> Tensor:
         """Return logits [N, out_channels] for x [N, C, H, W]; timesteps: [N], or [1] for all images."""
         if projected is None and not self.pool.startswith("spatial"):
-            return self.walked(x, timesteps)
+            return self.run_our_forward(x, timesteps)
         if projected is None:
             self.fold_now()
         return super().forward(x, timesteps.expand(len(x)), projected)

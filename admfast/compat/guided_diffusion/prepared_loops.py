@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from admfast.accelerate.codes import LIBRARIES, SWITCHES, branches, foreign_function
-from admfast.accelerate.trials import close, random
+from admfast.accelerate.code_inspection import (
+    LIBRARY_NAMES,
+    SWITCH_NAMES,
+    find_branch,
+    find_function_difference,
+)
+from admfast.accelerate.equivalence import is_close, random_normal
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel, is_network
 from admfast.engine.guidance import log_probability_gradient
 from admfast.engine.numerics import own_numerics
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Tensor]
 Arguments = dict[str, Any]
-GUIDES = LIBRARIES | {
+GUIDES = LIBRARY_NAMES | {
     *("classifier_scale", "enable_grad", "detach", "requires_grad_", "log_softmax", "range", "len", "view"),
     *("autograd", "grad", "sum"),
 }
@@ -156,10 +161,10 @@ def network_of(model: Any, extra: Arguments) -> UNetModel | None:
     if isinstance(model, UNetModel):
         return model if is_network(model) else None
     net = _only_one(model, UNetModel)
-    if net is None or foreign_function(model, _named(model), set(), _named(model)) is not None:
+    if net is None or find_function_difference(model, _named(model), set(), _named(model)) is not None:
         return None
-    x, t, out = (random(2, seed=i) for i in range(3))
-    named = {name: random(2, seed=7) for name in extra}
+    x, t, out = (random_normal(2, seed=i) for i in range(3))
+    named = {name: random_normal(2, seed=7) for name in extra}
     calls: list[tuple[Any, ...]] = []
 
     def stand_in(*args: Any, **kwargs: Any) -> Tensor:
@@ -185,24 +190,24 @@ def guide_of(cond_fn: Any, extra: Arguments) -> tuple[EncoderUNetModel, float] |
     classifier = _only_one(cond_fn, EncoderUNetModel)
     if classifier is None or set(extra) != {"y"}:
         return None
-    if foreign_function(cond_fn, GUIDES | _named(cond_fn), {0, 1, -1}, _named(cond_fn)) is not None:
+    if find_function_difference(cond_fn, GUIDES | _named(cond_fn), {0, 1, -1}, _named(cond_fn)) is not None:
         return None
     said = [inspect.getattr_static(value, "classifier_scale", None) for value in _held(cond_fn).values()]
     scale = next((float(value) for value in said if _is_number(value)), 1.0)
-    weights = random(8, 3, seed=1)
+    weights = random_normal(8, 3, seed=1)
 
     def stand_in(x: Tensor, t: Tensor) -> Tensor:
         return (x.flatten(1) @ weights + t[:, None]).tanh()
 
     for count in (1, 2, 3):
-        x, t = random(count, 2, 2, 2, seed=2), torch.arange(count, device="cpu") * 0.4
+        x, t = random_normal(count, 2, 2, 2, seed=2), torch.arange(count, device="cpu") * 0.4
         y = torch.arange(count, device="cpu").flip(0)
         wanted = scale * log_probability_gradient(stand_in, x, t, y[:, None])  # type: ignore[arg-type]
         try:
             found = _with(cond_fn, classifier, stand_in)(x.clone(), t, y=y)
         except Exception:  # the function needs more of a classifier than the stand-in has
             return None
-        if not close(found, wanted):
+        if not is_close(found, wanted):
             return None
     return classifier, scale
 
@@ -227,12 +232,12 @@ def _named(function: Any) -> set[str]:
     """
     held = _held(function).items()
     plain = {name for name, value in held if _switches(value) or isinstance(value, nn.Module)}
-    return plain | (SWITCHES if any(_switches(value) for _, value in held) else set())
+    return plain | (SWITCH_NAMES if any(_switches(value) for _, value in held) else set())
 
 
 def _switches(value: Any) -> bool:
     """Tell whether a value holds parsed arguments: a switch or `classifier_scale` as a plain attribute."""
-    said = [inspect.getattr_static(value, name, None) for name in (*SWITCHES, "classifier_scale")]
+    said = [inspect.getattr_static(value, name, None) for name in (*SWITCH_NAMES, "classifier_scale")]
     return any(isinstance(value, bool | int | float) for value in said)
 
 
@@ -241,7 +246,7 @@ def _only_one(function: Any, kind: type[nn.Module]) -> Any:
 
     A simple function is straight-line code with no parameters but x, t and y.
     """
-    if not isinstance(function, FunctionType) or branches(function) is not None:
+    if not isinstance(function, FunctionType) or find_branch(function) is not None:
         return None
     code = function.__code__
     starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)

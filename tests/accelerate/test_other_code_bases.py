@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import admfast
-from admfast.accelerate.makes import likeness
-from admfast.accelerate.nets import AcceleratedNet
+from admfast.accelerate.code_bases import shape_free_key
+from admfast.accelerate.networks import AcceleratedNet
 from admfast.errors import InvalidArgument
 from admfast.models.layers import ResidualBlock
 from tests.accelerate import diffusers_client, edm_client
@@ -73,7 +73,9 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_and_all_gradients_are_the_programs_own(name):
     net, fast = pair(name)
-    assert all(isinstance(block, ResidualBlock) for block in blocks(fast)) and not fast.accelerated_left
+    assert (
+        all(isinstance(block, ResidualBlock) for block in blocks(fast)) and not fast.accelerated_unconverted
+    )
     images = x()
     with torch.no_grad():
         wanted, found = call(net, images), call(fast, images)
@@ -281,8 +283,8 @@ def test_blocks_that_somebody_changed_stay_and_are_named(name):
         own = {n for n in own if net.get_submodule(n).num_heads}
     if name == "diffusers, another sign":  # with one channel per group the result is the known one
         own = {n for n in own if net.get_submodule(n).norm2.num_channels > 32}
-    assert own and set(fast.accelerated_left) >= own
-    assert all(reason in fast.accelerated_left[n] for n in own)
+    assert own and set(fast.accelerated_unconverted) >= own
+    assert all(reason in fast.accelerated_unconverted[n] for n in own)
     assert all(type(fast.get_submodule(n)) is type(net.get_submodule(n)) for n in own)
     assert kind in admfast.accelerate.report(fast)
     with torch.no_grad():
@@ -294,7 +296,7 @@ def test_settings_of_a_known_block_are_served():
     for make in (lambda: EDM(eps=1e-3, scale=2), lambda: DIFFUSERS(eps=1e-3, groups_out=16, factor=3.0)):
         net = filled(make())
         fast = admfast.accelerate(copy.deepcopy(net))
-        assert not fast.accelerated_left
+        assert not fast.accelerated_unconverted
         with torch.no_grad():
             assert_close(call(fast, x()), call(net, x()))
 
@@ -318,14 +320,14 @@ def test_another_filter_of_two_taps_is_seen():
         if part._buffers.get("resample_filter") is not None:
             part.resample_filter.mul_(2)
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert {"enc.8_down", "dec.16_up"} == set(fast.accelerated_left)
+    assert {"enc.8_down", "dec.16_up"} == set(fast.accelerated_unconverted)
     with torch.no_grad():
         assert_close(call(fast, x()), call(net, x()))
 
 
 def test_blocks_that_differ_in_more_than_sizes_are_not_alike():
     first = edm_client.UNetBlock(32, 32, 64, down=True)
-    assert likeness(first) == likeness(edm_client.UNetBlock(32, 32, 48, down=True))
+    assert shape_free_key(first) == shape_free_key(edm_client.UNetBlock(32, 32, 48, down=True))
     other = edm_client.UNetBlock(32, 32, 64, down=True)
     other.conv0.resample_filter.mul_(2)
     for block in (
@@ -333,7 +335,7 @@ def test_blocks_that_differ_in_more_than_sizes_are_not_alike():
         edm_client.UNetBlock(32, 32, 64, up=True),
         edm_client.UNetBlock(32, 32, 64, scale=2.0),
     ):
-        assert likeness(first) != likeness(block)
+        assert shape_free_key(first) != shape_free_key(block)
 
 
 @pytest.mark.parametrize("name", NETS)
