@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from admfast import diffusion
-from admfast.compat.guided_diffusion.change_guard import as_defined
+from admfast.compat.guided_diffusion.change_guard import record_methods
 from admfast.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion, WrappedModel
 from admfast.diffusion import Schedule
 
@@ -65,5 +65,5 @@ class SpacedDiffusion(GaussianDiffusion):
         return t  # the wrapped model maps them
 
 
-as_defined(SpacedDiffusion)
+record_methods(SpacedDiffusion)
 _WrappedModel = WrappedModel

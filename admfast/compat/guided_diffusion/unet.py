@@ -68,21 +68,21 @@ __all__ = [
     "zero_module",
 ]
 
-_KEPT = (
+_CONFIG_ATTRIBUTES = (
     "image_size", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions", "dropout",
     "channel_mult", "conv_resample", "use_checkpoint", "num_heads", "num_head_channels",
 )  # fmt: skip
 
 
-class _Published(AcceleratedNet):
+class _PublishedNet(AcceleratedNet):
     """Base class of the published networks: attributes, conversions, and the engine of sampling loops."""
 
     config: Any
     _fold_engine: Engine | None = None  # named `_fold_*` because copies and pickles leave those out
 
-    def _keep(self, config: NetConfig, use_fp16: bool) -> None:
+    def _set_published_attributes(self, config: NetConfig, use_fp16: bool) -> None:
         """Set the attributes that the published constructor sets."""
-        for name in _KEPT:
+        for name in _CONFIG_ATTRIBUTES:
             setattr(self, name, getattr(config, name))
         self.num_heads_upsample = config.heads_upsample()
         self.dtype = torch.float16 if use_fp16 else torch.float32
@@ -96,7 +96,7 @@ class _Published(AcceleratedNet):
         """Make the torso's convolutions float32 again in place; their values stay rounded."""
         self.convert_torso(torch.float32)  # type: ignore[operator]
 
-    def engine_with(self, classifier: _Published | None) -> Engine:
+    def engine_with(self, classifier: _PublishedNet | None) -> Engine:
         """Return the engine of this network and a classifier; the last one is cached."""
         policy = Policy("as called", _torso(self), _torso(classifier or self))
         found = self._fold_engine
@@ -105,13 +105,13 @@ class _Published(AcceleratedNet):
         return found
 
 
-def _torso(net: _Published) -> torch.dtype:
+def _torso(net: _PublishedNet) -> torch.dtype:
     """Return the dtype in which a network's torso computes when it is called."""
     policy = net.accelerated_policy
     return net._parameter_dtype() if policy is None else policy.torso
 
 
-class UNetModel(_Published, UNet):
+class UNetModel(_PublishedNet, UNet):
     """The published UNet, with the published arguments, attributes and initial weights.
 
     attention_resolutions: downsampling factors. use_fp16: only sets `dtype`; `convert_to_fp16` converts the
@@ -155,7 +155,7 @@ class UNetModel(_Published, UNet):
             use_new_attention_order=use_new_attention_order,
         )  # fmt: skip
         super().__init__(config)
-        self._keep(config, use_fp16)
+        self._set_published_attributes(config, use_fp16)
         self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
         self.in_channels = in_channels * self.input_copies
         self.num_classes = num_classes
@@ -194,7 +194,7 @@ class SuperResModel(UNetModel, Upsampler):
         return self.run_our_forward(x, timesteps, low_res, y=y)
 
 
-class EncoderUNetModel(_Published, Classifier):
+class EncoderUNetModel(_PublishedNet, Classifier):
     """The published noisy classifier, with the published arguments, attributes and initial weights.
 
     pool: "adaptive", "attention", "spatial" or "spatial_v2". Raises: InvalidArgument.
@@ -236,7 +236,7 @@ class EncoderUNetModel(_Published, Classifier):
             resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, pool=pool,
         )  # fmt: skip
         super().__init__(config)
-        self._keep(config, use_fp16)
+        self._set_published_attributes(config, use_fp16)
         self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
         self.in_channels, self.pool = in_channels, pool
 
@@ -258,4 +258,4 @@ def _feature_size(config: NetConfig) -> int:
 
 def is_network(value: Any) -> bool:
     """Tell whether a value is one of these networks, in evaluation mode."""
-    return isinstance(value, nn.Module) and isinstance(value, _Published) and not value.training
+    return isinstance(value, nn.Module) and isinstance(value, _PublishedNet) and not value.training
