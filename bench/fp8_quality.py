@@ -25,20 +25,20 @@ from admfast.ops import conv_int8_ref
 from admfast.verify.budget import psnr
 from bench.results import markdown_table
 
-LARGEST = 448.0  # of the finite numbers of e4m3
+LARGEST_E4M3 = 448.0  # of the finite numbers of e4m3
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def rounded(x: Tensor) -> Tensor:
+def round_to_e4m3(x: Tensor) -> Tensor:
     """Round to e4m3 with one scale for each index of the first dimension."""
-    scale = x.abs().amax(tuple(range(1, x.dim())), keepdim=True) / LARGEST
+    scale = x.abs().amax(tuple(range(1, x.dim())), keepdim=True) / LARGEST_E4M3
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 def fp8_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve factors that are rounded to e4m3."""
-    return F.conv2d(rounded(x), rounded(weight), bias, padding=1)
+    return F.conv2d(round_to_e4m3(x), round_to_e4m3(weight), bias, padding=1)
 
 
 def straight_through(convolve: Convolve, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,7 +48,7 @@ def straight_through(convolve: Convolve, x: Tensor, weight: Tensor, bias: Tensor
 
 
 @contextmanager
-def replaced(pipe: admfast.Pipeline, convolve: Convolve) -> Iterator[None]:
+def replace_convolutions(pipe: admfast.Pipeline, convolve: Convolve) -> Iterator[None]:
     """Compute the inner 3x3 convolutions of both networks by `convolve` within the `with` block."""
     layers: list[Any] = [
         module
@@ -78,14 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for solver in ("ddpm", "ddim"):
         for guidance in (2.0, 0.0):
-            asked: dict[str, Any] = dict(seeds=range(args.count), classes=[i % 10 for i in range(args.count)])
-            asked |= dict(solver=solver, steps=args.steps, guidance=guidance, output="float")
-            exact = pipe.sample(**asked)
-            found = []
+            request: dict[str, Any] = dict(
+                seeds=range(args.count), classes=[i % 10 for i in range(args.count)]
+            )
+            request |= dict(solver=solver, steps=args.steps, guidance=guidance, output="float")
+            exact = pipe.sample(**request)
+            cells = []
             for convolve in (fp8_conv, conv_int8_ref):
-                with replaced(pipe, convolve):
-                    found.append(f"{psnr(pipe.sample(**asked), exact):.1f}")
-            rows.append((f"{solver} {args.steps}, guidance {guidance:g}", *found))
+                with replace_convolutions(pipe, convolve):
+                    cells.append(f"{psnr(pipe.sample(**request), exact):.1f}")
+            rows.append((f"{solver} {args.steps}, guidance {guidance:g}", *cells))
     print(markdown_table(("samples", "e4m3, dB", "8 bits, dB"), rows))
     return 0
 

@@ -22,7 +22,7 @@ from admfast.sampling.functions import FunctionStep, conditioned
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm
 from admfast.verify.budget import BUDGETS
-from bench.measure import Sample, checked, sample
+from bench.measure import Sample, check_error, sample
 from bench.results import Row
 from bench.sampling.subject import Inputs, Subject
 
@@ -30,7 +30,7 @@ from bench.sampling.subject import Inputs, Subject
 # guidance of similar size. In earlier steps x stays mostly x_t, which would hide an error of the network.
 TRIAL_STEPS, TRIAL_INDEX = 10, 1
 # Steps whose embeddings the engine makes at a time; a sample has a multiple of it if it has enough steps.
-TOGETHER = 25
+STEPS_PER_CHUNK = 25
 GUIDANCE_SIZE = 0.3  # root mean square of the change of x by the trial's guidance
 
 
@@ -59,7 +59,7 @@ class Contender(abc.ABC):
         """Make everything that the steps need; raise Unavailable if that is impossible."""
 
     @abc.abstractmethod
-    def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
+    def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:
         """Return (x after the trial's step, the x_0 found in it), for all images."""
 
     @abc.abstractmethod
@@ -89,7 +89,7 @@ class Contender(abc.ABC):
         """Name parts that a profiler can't distinguish; called after `begin`. By default there are none."""
         return None
 
-    def take(self, count: int) -> Sample:
+    def time_steps(self, count: int) -> Sample:
         """Time the first `count` steps together."""
         with self.running():
             self.begin()
@@ -118,7 +118,7 @@ class Trial:
         """Return the larger relative error of x and x_0; raise WrongResult if it exceeds dtype's budget."""
         ends = list(self.ends)
         pairs = zip(outcome, (self.x_next, self.x0), strict=True)
-        return max(checked(got[ends], ref, BUDGETS[dtype].step) for got, ref in pairs)
+        return max(check_error(got[ends], ref, BUDGETS[dtype].step) for got, ref in pairs)
 
     @property
     def noise_row(self) -> int:

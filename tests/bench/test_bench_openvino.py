@@ -39,9 +39,9 @@ def test_its_step_passes_the_trial_of_an_unguided_step(monkeypatch):
     one = openvino.entry("fp32").make(ALONE, trial.inputs)
     with one.running():
         one.ready()
-        assert trial.check(one.outcome(trial), "fp32") < 1e-4
+        assert trial.check(one.run_trial(trial), "fp32") < 1e-4
     assert one.note()["implementation"] == "openvino 1.2.3"
-    assert one.take(2).ms > 0
+    assert one.time_steps(2).ms > 0
 
 
 def test_a_wrong_output_is_not_timed(monkeypatch):
@@ -50,7 +50,7 @@ def test_a_wrong_output_is_not_timed(monkeypatch):
     one = openvino.entry("fp32").make(ALONE, trial.inputs)
     with one.running(), pytest.raises(WrongResult):
         one.ready()
-        trial.check(one.outcome(trial), "fp32")
+        trial.check(one.run_trial(trial), "fp32")
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -16,9 +16,9 @@ from bench import fp8_quality
 
 def test_numbers_keep_three_bits_of_their_mantissa_and_a_scale_of_their_own():
     x = torch.tensor([[448.0, 1.0, -1.125, 15.0], [-0.5 * 448, 0.5, 7.5, 0.0], [0.0] * 4])
-    assert torch.equal(fp8_quality.rounded(x), x)  # all are numbers of e4m3, times a power of two
+    assert torch.equal(fp8_quality.round_to_e4m3(x), x)  # all are numbers of e4m3, times a power of two
     x = torch.randn(8, 1000).clamp(-3, 3)
-    off = (fp8_quality.rounded(x) - x).abs()
+    off = (fp8_quality.round_to_e4m3(x) - x).abs()
     normal = x.abs() > x.abs().amax(1, keepdim=True) * 2**-14
     assert bool((off[normal] <= 2**-4 * x.abs()[normal] * (1 + 1e-6)).all())
     assert float((off / x.abs())[normal].max()) > 2**-5
@@ -49,7 +49,7 @@ def test_inner_3x3_convolutions_are_replaced_and_restored():
         seen.append(weight.shape)
         return fp8_quality.fp8_conv(x, weight, bias)
 
-    with fp8_quality.replaced(pipe, convolve):
+    with fp8_quality.replace_convolutions(pipe, convolve):
         assert not torch.equal(pipe.sample(**asked), before)
     assert seen and all(min(shape[:2]) > 3 and shape[2:] == (3, 3) for shape in seen)
     assert torch.equal(pipe.sample(**asked), before)
