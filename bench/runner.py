@@ -118,7 +118,7 @@ def run(
         clock: returns the present time in seconds.
     """
     end, shares = clock() + budget, {name: share for name, (share, _) in groups.items()}
-    environment_fields = environment(settings.device)
+    fixed_fields = environment(settings.device)
 
     def limit(case: Case) -> float:
         return min(case.limit, max(MIN_CASE_SECONDS, end - clock()))
@@ -129,19 +129,11 @@ def run(
         counts = {"measured": 0, "found": 0, "left": 0}
 
         def announce(case: Case, name: str = name) -> None:
-            begin(
-                _initial_fields(case, name, environment_fields)
-                | {"limit": limit(case)}
-                | environment_fields
-                | conditions(settings.device)
-            )
+            row = _initial_fields(case, name, fixed_fields) | {"limit": limit(case)}
+            begin(row | fixed_fields | conditions(settings.device))
 
-        for _, cases_measured_together in itertools.groupby(
-            cases(settings), lambda case: case.measured_with or case
-        ):
-            rows = [
-                (case, _initial_fields(case, name, environment_fields)) for case in cases_measured_together
-            ]
+        for _, unit in itertools.groupby(cases(settings), lambda case: case.measured_with or case):
+            rows = [(case, _initial_fields(case, name, fixed_fields)) for case in unit]
             old_rows = [results.by_key.get(row["key"], {"status": ""}) for _, row in rows]
             if all(
                 is_final(old, case.limit) and not (settings.again and was_disturbed(old))
@@ -164,7 +156,7 @@ def run(
                 announce(case)
                 row |= measure_case(case, dataclasses.replace(settings, begin=announce, limit=limit(case)))
                 begin({})
-                row |= environment_fields | conditions(settings.device)
+                row |= fixed_fields | conditions(settings.device)
                 if old["status"] != "ok" or not settings.again or row.get("waited", 1.0) < old["waited"]:
                     results.append(row)
                 counts["measured"] += 1

@@ -30,7 +30,6 @@ FLOORS = {
     "runs": 6,
     "verify": 6,
     "training": 6,
-    "evaluation": 6,
     "cli": 7,
     "compat": 7,
     "__main__": 8,

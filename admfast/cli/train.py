@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,12 +30,19 @@ from admfast.interrupts import SIGNALLED
 from admfast.models import NetConfig
 from admfast.training.distributed import World, join_processes
 from admfast.training.export import export_run
-from admfast.training.folder import RUN_FILE, read_run_file, recipe_from_description
+from admfast.training.folder import MAY_CHANGE, RUN_FILE, read_run_file, recipe_from_description
 from admfast.training.images import open_source
 from admfast.training.loop import LoopOptions, dry_run, train
 from admfast.training.picture import draw_run
 from admfast.training.recipe import KINDS, Recipe
-from admfast.training.recipes import DIGITS, PRESETS, change_recipe, recipe_from_preset, split_options
+from admfast.training.recipes import (
+    DIGITS,
+    PRESETS,
+    change_recipe,
+    describe_name,
+    recipe_from_preset,
+    split_options,
+)
 
 commands = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
@@ -83,8 +91,8 @@ def _command(kind: str) -> Callable[..., None]:
         }  # fmt: skip
         options |= {name: value for name, value in given.items() if value is not None}
         wanted = resolved(kind, preset, from_, options)
-        if "steps" not in options and out is not None:
-            wanted = dataclasses.replace(wanted, steps=_steps_of(user_path("out", out), wanted.steps))
+        if out is not None:
+            wanted = _with_settings_of_run(user_path("out", out), wanted, options)
         loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
@@ -165,6 +173,7 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
     """Return the recipe of a command's options. Raises InvalidArgument, CheckpointError."""
     base = recipe_from_preset(kind, preset)
     if start is not None:
+        _check_is_file(start)
         parts = split_options(kind, options)
         own = {name: value for name, value in parts["network"].items() if name not in _OWN}
         info = load_network(start, **own, **parts["process"])[1]
@@ -181,9 +190,25 @@ def resolved(kind: str, preset: str, start: str | None, options: dict[str, Any])
     return change_recipe(base, options)
 
 
-def _steps_of(run: Path, steps: int) -> int:
-    """Return the steps of the run in a folder, or `steps` if it holds none."""
-    return recipe_from_description(read_run_file(run)).steps if (run / RUN_FILE).is_file() else steps
+def _check_is_file(start: str) -> None:
+    """Reject the name of a preset or model in place of a file; say which option or command takes the name."""
+    hint = describe_name(start)
+    if hint is not None and not os.path.lexists(start):
+        raise invalid("from", start, f"a weights file, or the folder of a run; {hint}")
+
+
+def _with_settings_of_run(run: Path, wanted: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe whose changeable settings are those of the run in a folder, if it holds one.
+
+    options: settings that the user gave; they stay.
+    """
+    if not (run / RUN_FILE).is_file():
+        return wanted
+    old = recipe_from_description(read_run_file(run))
+    if old.batch_size != wanted.batch_size:  # the run refuses it, and its microbatch may not fit
+        return wanted
+    kept = {name: getattr(old, name) for name in MAY_CHANGE if name not in options}
+    return dataclasses.replace(wanted, **kept)
 
 
 # Options that a run always sets itself, not the file that it begins from.

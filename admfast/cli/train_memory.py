@@ -16,7 +16,7 @@ from admfast.sampling.load import chosen_device
 from admfast.training.memory import step_memory
 from admfast.training.network import resolve_precision
 from admfast.training.recipe import KINDS, Recipe
-from admfast.training.recipes import DIGITS, PRESETS
+from admfast.training.recipes import DIGITS, PRESETS, describe_name
 
 
 def print_memory(path: Path, set_: Iterable[str] | None, given: Mapping[str, Any]) -> None:
@@ -45,7 +45,8 @@ def _of_preset(name: str, options: dict[str, Any]) -> list[Recipe]:
     kinds = [kind for kind in KINDS if name in PRESETS[kind]]
     if not kinds:
         known = list(dict.fromkeys(preset for kind in KINDS for preset in PRESETS[kind]))
-        raise invalid("path", name, f"a file, or a preset of `admfast train`; {nearest(name, known)}")
+        hint = describe_name(name) or nearest(name, known)
+        raise invalid("path", name, f"a file, or a preset of `admfast train`; {hint}")
     return [resolved(kind, name, None, options) for kind in kinds]
 
 

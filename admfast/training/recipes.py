@@ -85,7 +85,8 @@ def recipe_from_preset(kind: str, preset: str = DIGITS, **changes: Any) -> Recip
     Raises: InvalidArgument.
     """
     checks.one_of("kind", kind, KINDS)
-    checks.one_of("preset", preset, PRESETS[kind])
+    if preset not in PRESETS[kind]:
+        raise invalid("preset", preset, _allowed_presets(kind, preset))
     if preset == DIGITS:
         model = model_preset(f"{DIGITS}_{kind}")
         settings: dict[str, Any] = {**_DIGITS_COMMON, **_DIGITS_BY_KIND[kind]}
@@ -99,6 +100,32 @@ def recipe_from_preset(kind: str, preset: str = DIGITS, **changes: Any) -> Recip
     process = process or dataclasses.replace(_NOISE_OF_CLASSIFIERS, noise_schedule=schedule or "linear")
     settings |= {"kind": kind, "network": network, "process": process, "low_res_size": model.low_res_size}
     return change_recipe(Recipe(**settings), changes)
+
+
+def _allowed_presets(kind: str, name: object) -> str:
+    """Return what is allowed in place of a name that is no preset of a kind, and what the name is."""
+    allowed = f"one of: {', '.join(PRESETS[kind])}"
+    hint = describe_name(str(name))
+    return allowed if hint is None else f"{allowed}; {hint}"
+
+
+def describe_name(name: str) -> str | None:
+    """Say what a name is, a preset or a model, and which option or command takes it; None if it is neither."""
+    kinds = [kind for kind in KINDS if name in PRESETS[kind]]
+    if kinds:
+        commands = ", ".join(f"`admfast train {kind} --preset {name}`" for kind in kinds)
+        return f"{name} is the name of a preset: {commands}"
+    model = name.removesuffix(".pt")
+    for kind in KINDS:
+        for preset in PRESETS[kind]:
+            if model == (f"{DIGITS}_{kind}" if preset == DIGITS else _PUBLISHED[kind][preset][0]):
+                text = (
+                    f"{name} is the name of a model: `admfast train {kind} --preset {preset}` trains it anew"
+                )
+                # The digits' networks ship with the package; released weights are downloaded.
+                fetch = f"`admfast fetch {model}` downloads its weights for --from"
+                return text if preset == DIGITS else f"{text}, {fetch}"
+    return None
 
 
 def change_recipe(base: Recipe, changes: Mapping[str, Any]) -> Recipe:

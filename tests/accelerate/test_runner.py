@@ -78,7 +78,9 @@ def test_a_module_may_be_the_program_and_first_calls_be_compared(program):
     assert found.stderr.count("e-0") == 2  # both are off by rounding
 
 
-@pytest.mark.parametrize(("difference", "differs"), [(1e-6, False), (1e-2, True), (float("nan"), True)])
+@pytest.mark.parametrize(
+    ("difference", "has_difference"), [(1e-6, False), (1e-2, True), (float("nan"), True)]
+)
 def test_a_difference_beyond_rounding_is_told(difference, has_difference):
     watcher = Watcher(records=[NetworkRecord(difference=1e-7), NetworkRecord(difference=difference)])
     assert watcher.has_difference() == has_difference

@@ -174,7 +174,9 @@ def test_what_was_measured_together_is_written_whatever_the_time(tmp_path) -> No
     assert (report.found, report.measured, report.left) == (2, 2, 0)
 
 
-@pytest.mark.parametrize("form", [published.EAGER, published.CHANNELS_LAST], ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", [published.EAGER, published.CHANNELS_LAST], ids=lambda variant: variant.name
+)
 def test_the_published_code_is_driven_as_its_script_does(variant: published.NetworkVariant, tmp_path) -> None:
     with published_stub(tmp_path / "checkout") as path:
         entry = published.entry(variant, path, CPU)

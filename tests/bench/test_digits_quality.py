@@ -42,8 +42,8 @@ def test_a_run_records_what_it_was_taken_with(tmp_path, monkeypatch):
 def test_a_setting_that_outlasts_the_budget_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(digits_quality, "SETTINGS", (digits_quality.Setting("ddim", 1000, 0.0),))
     out = tmp_path / "q.json"
-    parse_arguments = ["--count", "1000", "--budget", "1", "--inside"]
-    assert digits_quality.main([*parse_arguments, "--out", str(out)]) == UNFINISHED
+    arguments = ["--count", "1000", "--budget", "1", "--inside"]
+    assert digits_quality.main([*arguments, "--out", str(out)]) == UNFINISHED
     rows = json.loads(out.read_text())["rows"]
     assert set(rows) == {"two halves of the real digits", "ddim 1000, unguided"}
     assert "too slow" in rows["ddim 1000, unguided"]
@@ -63,7 +63,7 @@ def test_it_ends_at_once_and_keeps_what_it_has(sign, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--model", "digits"], ["--model", "gone.pt"]])
-def test_mistakes_are_one_line_and_status_2(parse_arguments, capsys):
-    assert digits_quality.main([*parse_arguments, "--inside"]) == 2
+def test_mistakes_are_one_line_and_status_2(arguments, capsys):
+    assert digits_quality.main([*arguments, "--inside"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("digits_quality: ") and error.count("\n") == 1

@@ -210,7 +210,7 @@ def test_a_run_begins_from_a_file(tmp_path, capsys):
     null = ["--set", "drop_classes=0.5", "--from", str(first)]
     assert main(["train", "diffusion", "--out", str(tmp_path / "null"), *QUICK, *null]) == 0
     again = resolved("diffusion", "digits32", str(tmp_path / "null"), {})
-    assert (again.network.num_classes, again.classes, again.drop_classes) == (11, 10, 0.5)
+    assert (again.network.num_classes, again.num_image_classes, again.drop_classes) == (11, 10, 0.5)
     with pytest.raises(InvalidArgument, match="from"):
         resolved("classifier", "digits32", str(first), {})
     with pytest.raises(CheckpointError):

@@ -41,7 +41,7 @@ def test_losses_lie_on_a_log_axis(tmp_path):
     rows = [{"step": s, "loss": 9.0, "loss_q1": 10 ** (-s / 50), "loss_q3": 0.1} for s in steps]
     image = draw_run(written(tmp_path, rows))
     assert image.shape == (picture.HEIGHT, picture.WIDTH, 3) and image.dtype == np.uint8
-    falling, flat = (coloured(image, picture.COLOURS[quarter]) for quarter in (0, 2))
+    falling, flat = (coloured(image, picture.QUARTER_COLOURS[quarter]) for quarter in (0, 2))
     left, right = picture.LEFT, picture.WIDTH - picture.RIGHT
     middle = (picture.TOP + picture.HEIGHT - picture.BOTTOM) / 2
     line = flat[flat[:, 1] < right - 20]  # without the dot at its end
@@ -51,12 +51,14 @@ def test_losses_lie_on_a_log_axis(tmp_path):
         y = falling[falling[:, 1] == x][:, 0].mean()
         height = (picture.HEIGHT - picture.BOTTOM - picture.TOP) * 2 / 2.1
         assert y == pytest.approx(middle + (share - 0.5) * height, abs=3)
-    assert not len(coloured(image, picture.COLOURS[1]))
+    assert not len(coloured(image, picture.QUARTER_COLOURS[1]))
 
 
 def test_without_quarters_the_loss_is_drawn(tmp_path):
     image = draw_run(written(tmp_path, [{"step": 5, "loss": 0.3}]))
-    assert len(coloured(image, picture.COLOURS[0])) > 50 and not len(coloured(image, picture.COLOURS[1]))
+    assert len(coloured(image, picture.QUARTER_COLOURS[0])) > 50 and not len(
+        coloured(image, picture.QUARTER_COLOURS[1])
+    )
 
 
 Drawn = list[tuple[Image.Image, str, tuple[float, ...]]]

@@ -192,9 +192,9 @@ def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path):
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join the processes' parts of a step's batch."""
-    sample_ids = tuple(k for part in parts for k in part["ks"])
+    sample_ids = tuple(k for part in parts for k in part["sample_ids"])
     tensors = [name for name, value in parts[0].items() if isinstance(value, torch.Tensor)]
-    return {"ks": sample_ids, **{name: torch.cat([part[name] for part in parts]) for name in tensors}}
+    return {"sample_ids": sample_ids, **{name: torch.cat([part[name] for part in parts]) for name in tensors}}
 
 
 def workers_of(launcher: int) -> list[int]:
