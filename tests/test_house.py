@@ -109,6 +109,11 @@ def test_a_file_imports_lower_floors_and_its_own_room(path):
     assert breaches(room, path.read_text()) == []
 
 
+def test_every_room_of_the_floors_exists():
+    rooms = {room_of(path) for path in modules(ROOT / "admfast")}
+    assert set(FLOORS) <= rooms, f"no such rooms: {', '.join(set(FLOORS) - rooms)}"
+
+
 def test_the_rule_sees_what_is_against_it():
     seen = {
         ("ops", "from admfast.models import UNet"): "floor 2 from floor 1",

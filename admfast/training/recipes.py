@@ -103,14 +103,14 @@ def recipe_from_preset(kind: str, preset: str = DIGITS, **changes: Any) -> Recip
 
 
 def _allowed_presets(kind: str, name: object) -> str:
-    """Return what is allowed in place of a name that is no preset of a kind, and what the name is."""
+    """Return the presets that are allowed in place of an unknown name, and what the name is instead."""
     allowed = f"one of: {', '.join(PRESETS[kind])}"
     hint = describe_name(str(name))
     return allowed if hint is None else f"{allowed}; {hint}"
 
 
 def describe_name(name: str) -> str | None:
-    """Say what a name is, a preset or a model, and which option or command takes it; None if it is neither."""
+    """Say whether a name is a preset or a model, and which option takes it; None if it is neither."""
     kinds = [kind for kind in KINDS if name in PRESETS[kind]]
     if kinds:
         commands = ", ".join(f"`admfast train {kind} --preset {name}`" for kind in kinds)
