@@ -134,13 +134,13 @@ def measure(
 
 def measure_halves(real: Array, labels: npt.NDArray[np.int64], rounds: int = 10) -> Quality:
     """Return mean measures of one random half of the real digits against the other, as of a perfect model."""
-    found = []
+    qualities = []
     for seed in range(rounds):
         order = np.random.default_rng(seed).permutation(len(real))
         a, b = order[: len(real) // 2], order[len(real) // 2 :]
         classifier = SVC(gamma=0.001).fit(real[b], labels[b])
-        found.append(measure(real[a], labels[a], real[b], classifier, real[b][: len(a)]))
-    return Quality(*(float(np.mean([getattr(q, name) for q in found])) for name in asdict(found[0])))
+        qualities.append(measure(real[a], labels[a], real[b], classifier, real[b][: len(a)]))
+    return Quality(*(float(np.mean([getattr(q, name) for q in qualities])) for name in asdict(qualities[0])))
 
 
 def sample(
@@ -249,8 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench by its command line; a user's error is one line with exit status 2."""
     args = parse_arguments(argv)
     if not args.inside:
-        given = sys.argv[1:] if argv is None else argv
-        command = [sys.executable, "-m", "bench.digits_quality", *given, "--inside"]
+        words = sys.argv[1:] if argv is None else argv
+        command = [sys.executable, "-m", "bench.digits_quality", *words, "--inside"]
         return supervise(command, args.budget + STARTUP_SECONDS)
     end_with_parent()
     try:

@@ -180,14 +180,14 @@ class Ours(Trainer):
         net = build(self.subject.net)
         net.load_state_dict(shared_state(self.subject.net, 0, self.device))
         self.net = net.to(self.device).train()
-        self.given = batch_for(self.subject, self.batch, self.device)
+        self.training_batch = batch_for(self.subject, self.batch, self.device)
         self.learner = Learner(recipe_of(self.subject, self.batch, self.dtype), self.net)
         if self.compiled:
             self.learner.ddp_net = torch.compile(self.learner.ddp_net)
 
     def update(self) -> Tensor:
         with own_numerics(self.device):
-            return self.learner.update(self.given).terms["loss"].mean()
+            return self.learner.update(self.training_batch).terms["loss"].mean()
 
 
 class Published(Trainer):
@@ -211,13 +211,13 @@ class Published(Trainer):
         net = kind(**arguments, use_fp16=self.half)
         net.load_state_dict(shared_state(self.subject.net, 0, self.device))
         self.net = net.to(self.device).train()
-        given = batch_for(self.subject, self.batch, self.device)
+        batch = batch_for(self.subject, self.batch, self.device)
         layout = torch.channels_last if self.autocast else torch.contiguous_format
         if self.autocast:
             self.net.to(memory_format=torch.channels_last)
             published.without_checkpoints(self.net)
-        self.images, self.noise = (t.contiguous(memory_format=layout) for t in (given.images, given.noise))
-        self.t, self.conditions = given.t, {"y": given.labels, "low_res": given.low_res}
+        self.images, self.noise = (t.contiguous(memory_format=layout) for t in (batch.images, batch.noise))
+        self.t, self.conditions = batch.t, {"y": batch.labels, "low_res": batch.low_res}
         self.conditions = {name: value for name, value in self.conditions.items() if value is not None}
         self.diffusion = code.script_util.create_gaussian_diffusion(**self.subject.settings.to_dict())
         code.fp16_util.logger.logkv_mean = lambda *_: None  # the published logger would make a folder

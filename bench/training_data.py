@@ -106,9 +106,9 @@ def loader_row(kind: str, use_cache: bool, workers: int, settings: Any) -> dict[
         samples = Samples(open_source(folder, "none"), 0, SIZE, random_flip=False)
         if use_cache:
             samples = cache_samples(samples, Path(folder) / "cache", threads=1)
-        wanted = {published_preprocessing(content).tobytes() for content in files}
+        expected = {published_preprocessing(content).tobytes() for content in files}
         for k in range(COMPARED):
-            if samples.at(k)[0].permute(1, 2, 0).contiguous().numpy().tobytes() not in wanted:
+            if samples.at(k)[0].permute(1, 2, 0).contiguous().numpy().tobytes() not in expected:
                 raise WrongResult(f"sample {k} is not the published preprocessing of an image")
         batches = iterate_batches(samples, (range(n, n + BATCH) for n in itertools.count(0, BATCH)), workers)
         try:

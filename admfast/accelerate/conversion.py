@@ -48,18 +48,18 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
     """
     if precision is not None and precision not in PRECISIONS:
         raise invalid("precision", precision, nearest(str(precision), [*PRECISIONS]))
-    found = list(_networks(model))
-    if not found:
+    networks = list(_networks(model))
+    if not networks:
         parts = " or ".join(f"{', '.join(known.submodules)} ({known.name})" for known in CODE_BASES)
         allowed = f"a network with the parts {parts}, {_describe_model(model)}"
         raise invalid("model", type(model).__name__, allowed)
-    refused = {net: reason for net in found if (reason := _find_refusal(net))}
-    if len(refused) == len(found):
+    refused = {net: reason for net in networks if (reason := _find_refusal(net))}
+    if len(refused) == len(networks):
         net, reason = next(iter(refused.items()))
         raise invalid("model", type(net).__name__, f"must have a network that can be converted: {reason}")
     policy = None if precision is None else POLICIES[precision]
     with FOLDING:  # two threads may share a network
-        convertible = [net for net in found if net not in refused]
+        convertible = [net for net in networks if net not in refused]
         for net in convertible:  # all before the first is converted
             check_policy(net, policy)
         for net in convertible:
@@ -94,11 +94,11 @@ def report(model: Any) -> str:
 def _networks(model: Any) -> Iterator[Any]:
     """Yield the networks in a module; of any other object, those in the modules among its attributes."""
     roots = [model] if isinstance(model, nn.Module) else list(getattr(model, "__dict__", {}).values())
-    seen: set[int] = set()
+    seen_ids: set[int] = set()
     for root in roots:
         for module in root.modules() if isinstance(root, nn.Module) else ():
-            if find_code_base(module) and id(module) not in seen and _is_other_code(module):
-                seen.add(id(module))
+            if find_code_base(module) and id(module) not in seen_ids and _is_other_code(module):
+                seen_ids.add(id(module))
                 yield module
 
 

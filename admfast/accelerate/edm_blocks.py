@@ -48,12 +48,12 @@ class EdmConv(SelfCheckingConv):
     down: bool
     padding: tuple[int, int]
 
-    def forward(self, x: Tensor, *options: Any, **named: Any) -> Tensor:
+    def forward(self, x: Tensor, *options: Any, **keywords: Any) -> Tensor:
         if self.up:
             x = nearest_up(x)
         elif self.down:
             x = avg_pool_down(x)
-        return self.convolve(x, *options, **named)
+        return self.convolve(x, *options, **keywords)
 
     def convolve(self, x: Tensor, residual: Tensor | None = None, any_order: bool = False) -> Tensor:
         """Convolve x without resampling, and add the residual."""
@@ -142,7 +142,7 @@ def _candidate_conversions(block: Any) -> list[Conversion]:
     skip = block._modules.get("skip")
     parts = {name for name, part in block._modules.items() if part is not None} - {"skip"}
     heads = getattr(block, "num_heads", None)
-    known = (
+    is_known = (
         parts == (ATTENTION_BLOCK_SUBMODULES if heads else BLOCK_SUBMODULES)
         and all(is_norm(block._modules[name]) for name in parts if name.startswith("norm"))
         and all(_is_conv(block._modules[name]) for name in parts & {"conv0", "conv1", "qkv", "proj"})
@@ -151,7 +151,7 @@ def _candidate_conversions(block: Any) -> list[Conversion]:
         and all(math.isfinite(getattr(block, name)) for name in ("dropout", "skip_scale"))
         and not block.conv1.up | block.conv1.down
     )
-    return [_convert_block] if known else []
+    return [_convert_block] if is_known else []
 
 
 def _convert_block(block: Any) -> None:

@@ -39,11 +39,11 @@ def _generators() -> list[int]:
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
 
 
-def is_close(found: Any, expected: Any) -> bool:
+def is_close(actual: Any, expected: Any) -> bool:
     """Tell whether two results are the same to rounding."""
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor) or found.shape != expected.shape:
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor) or actual.shape != expected.shape:
         return False
-    return bool((found - expected).abs().max() <= MAX_RELATIVE_DIFFERENCE * expected.abs().max())
+    return bool((actual - expected).abs().max() <= MAX_RELATIVE_DIFFERENCE * expected.abs().max())
 
 
 def randomised_copy(module: nn.Module) -> nn.Module:

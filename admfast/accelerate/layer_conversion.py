@@ -30,8 +30,8 @@ class SelfCheckingConv(convolution.FoldableConv):
     @property
     def folded(self) -> FoldedConv | None:
         # A compiled program would not notice writes to the weights.
-        found = None if torch.compiler.is_compiling() else super().folded
-        return found if found is None or found.holds else None
+        conv = None if torch.compiler.is_compiling() else super().folded
+        return conv if conv is None or conv.holds else None
 
 
 def _self_checking(ours: type[convolution.FoldableConv]) -> type[nn.Module]:

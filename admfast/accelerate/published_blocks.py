@@ -110,8 +110,8 @@ def _convert_resampling(block: Any, kind: type[nn.Module]) -> None:
 
 def sequences(net: Any) -> list[nn.Module]:
     """Return the blocks of a network, each a sequence of layers; a block that is used twice appears once."""
-    found = [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
-    return list(dict.fromkeys(found))
+    blocks = [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
+    return list(dict.fromkeys(blocks))
 
 
 def _list_blocks(net: Any) -> list[nn.Module]:

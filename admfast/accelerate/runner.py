@@ -147,8 +147,8 @@ class Watcher:
 
     def has_difference(self) -> bool:
         """Tell whether a check found more than rounding."""
-        found = [record.difference for record in self.records if record.difference is not None]
-        return any(not difference <= MAX_RELATIVE_DIFFERENCE for difference in found)  # NaN differs
+        differences = [record.difference for record in self.records if record.difference is not None]
+        return any(not difference <= MAX_RELATIVE_DIFFERENCE for difference in differences)  # NaN differs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

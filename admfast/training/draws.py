@@ -31,8 +31,8 @@ def draw_uniforms(seed: int, sample_ids: Sequence[int], stream: TrainStream) -> 
     """Return a uniform number in [0, 1) per sample, float64 [N]: (word 0 * 2^21 + word 1 div 2^11) / 2^53."""
     key = (seed & MASK32, seed >> 32)
     words = [philox4x32_10((0, 0, k, int(stream)), key) for k in sample_ids]
-    found = [((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words]
-    return torch.tensor(found, dtype=torch.float64, device="cpu")
+    values = [((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words]
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def draw_normals(

@@ -123,9 +123,9 @@ def reconstruction_factors(stored: Sequence[Profile], target: Profile) -> list[f
 
 def _product(a: Profile, b: Profile) -> float:
     """Return the integral of the product of two profiles."""
-    (n, width), (m, other) = sorted([a, b])
-    g, h = gamma_from_width(width), gamma_from_width(other)
-    return (g + 1) * (h + 1) / (g + h + 1) * (n / m) ** h / m
+    (n, width), (m, other_width) = sorted([a, b])
+    gamma, other_gamma = gamma_from_width(width), gamma_from_width(other_width)
+    return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * (n / m) ** other_gamma / m
 
 
 def combine(states: Sequence[dict[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:

@@ -133,7 +133,9 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
         return recipe
     torso = policy("auto", device).torso
     name = next(
-        name for name, known in POLICIES.items() if known.torso == torso and not (known.tf32 or known.int8)
+        name
+        for name, candidate in POLICIES.items()
+        if candidate.torso == torso and not (candidate.tf32 or candidate.int8)
     )
     return dataclasses.replace(recipe, precision=name)
 

@@ -170,10 +170,10 @@ class Recipe:
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a dict from `Recipe.to_dict`. Raises InvalidArgument, which names the field."""
-    known = [field.name for field in dataclasses.fields(Recipe)]
+    field_names = [field.name for field in dataclasses.fields(Recipe)]
     for name in values:
-        if name not in known:
-            raise invalid("recipe", name, f"no such field; {nearest(name, known)}")
+        if name not in field_names:
+            raise invalid("recipe", name, f"no such field; {nearest(name, field_names)}")
     for name in ("network", "process"):
         if not isinstance(values.get(name), Mapping):
             raise invalid("recipe", name, "must hold settings by name")

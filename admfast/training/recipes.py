@@ -152,12 +152,12 @@ def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, 
         if name == "diffusion_steps":
             parts["process"]["steps"] = value
             continue
-        part = next((part for part, known in names.items() if name in known), None)
+        part = next((part for part, field_names in names.items() if name in field_names), None)
         if part is None:
-            near = nearest(name, sorted(set().union(*names.values())))
+            hint = nearest(name, sorted(set().union(*names.values())))
             if name in _NAME_HERE_OF_PUBLISHED:
-                near = f"here {_NAME_HERE_OF_PUBLISHED[name]}"
-            raise invalid(name, value, f"no such setting of a {kind} run; {near}")
+                hint = f"here {_NAME_HERE_OF_PUBLISHED[name]}"
+            raise invalid(name, value, f"no such setting of a {kind} run; {hint}")
         parts[part][name] = value
     return parts
 

@@ -108,9 +108,9 @@ class Samples:
             BrokenImage: if more than `max_broken` images are broken.
             AdmfastError: if the source can't be read.
         """
-        known = set(self.broken)
+        broken_before = set(self.broken)
         sample = self.at_without_warnings(k)
-        _warn_about({index: why for index, why in self.broken.items() if index not in known})
+        _warn_about({index: why for index, why in self.broken.items() if index not in broken_before})
         return sample
 
     def at_without_warnings(self, k: int) -> tuple[Tensor, int | None]:
@@ -125,9 +125,9 @@ class Samples:
         label = None if self.source.labels is None else self.source.labels[index]
         return torch.from_numpy(image.transpose(2, 0, 1).copy()), label
 
-    def add_broken(self, found: Mapping[int, str]) -> None:
+    def add_broken(self, newly_broken: Mapping[int, str]) -> None:
         """Add broken images (index -> name and error). Raises BrokenImage if there are too many."""
-        self.broken.update(found)
+        self.broken.update(newly_broken)
         if len(self.broken) > self.max_broken:
             first_errors = "; ".join(itertools.islice(self.broken.values(), 3))
             number = f"{len(self.broken)} of {len(self.source)} images are broken (limit {self.max_broken})"

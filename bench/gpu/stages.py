@@ -76,8 +76,8 @@ def build_steps(plan: Plan) -> list[Step]:
     if plan.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # Only the architecture of this device: each further one would take as much time again.
         environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    more = {"first": True, "sources": ("csrc",), "writes": plan.root / "admfast" / "_build_info.json"}
-    return [Step("build", (*pip, "-e", "."), 600.0, environment, **more)]  # type: ignore[arg-type]
+    options = {"first": True, "sources": ("csrc",), "writes": plan.root / "admfast" / "_build_info.json"}
+    return [Step("build", (*pip, "-e", "."), 600.0, environment, **options)]  # type: ignore[arg-type]
 
 
 def smoke_steps(plan: Plan) -> list[Step]:
@@ -167,7 +167,7 @@ def choose(names: str | None, plan: Plan) -> list[Step]:
 
     Raises: ValueError for an unknown stage.
     """
-    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
-    if unknown := sorted(set(wanted) - set(STAGES)):
+    chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
+    if unknown := sorted(set(chosen) - set(STAGES)):
         raise ValueError(f"stages={names!r}: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    return [step for name, steps in STAGES.items() if not wanted or name in wanted for step in steps(plan)]
+    return [step for name, steps in STAGES.items() if not chosen or name in chosen for step in steps(plan)]

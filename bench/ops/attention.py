@@ -80,7 +80,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
     packed = torch.randn(size, device=settings.device, dtype=DTYPES[dtype])
     q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))  # [N, heads, S, d]
     try:
-        with warnings.catch_warnings(record=True) as said, torch.inference_mode():
+        with warnings.catch_warnings(record=True) as caught_warnings, torch.inference_mode():
             warnings.simplefilter("always")
             _sdpa(backend, q[:1], k[:1], v[:1])
     except torch.OutOfMemoryError:
@@ -88,7 +88,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reasons = [
             first_line(error),
-            *(first_line(w.message) for w in said if isinstance(w.message, Warning)),
+            *(first_line(w.message) for w in caught_warnings if isinstance(w.message, Warning)),
         ]
         raise Unavailable("; ".join(dict.fromkeys(reasons))[:500]) from error
     ref = _sdpa(SDPBackend.MATH, q.float(), k.float(), v.float())

@@ -31,10 +31,10 @@ def capture_graph(fn: Callable[[], object], repeats: int) -> torch.cuda.CUDAGrap
     return graph
 
 
-def check_equal(out: Tensor, wanted: Tensor) -> float:
+def check_equal(out: Tensor, expected: Tensor) -> float:
     """Return 0 if all elements are equal; else raise WrongResult."""
-    if not torch.equal(out, wanted):
-        raise WrongResult(f"{int((out != wanted).sum())} of {out.numel()} elements differ")
+    if not torch.equal(out, expected):
+        raise WrongResult(f"{int((out != expected).sum())} of {out.numel()} elements differ")
     return 0.0
 
 

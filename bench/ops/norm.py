@@ -50,15 +50,15 @@ def _ceiling(shape: NormShape, batch: int, layout: str, dtype: str, provider: st
     run = provider_of(provider)
     # The norm's output and SiLU's are each rounded to the dtype; mean and variance sum over a group.
     limit = product_limit(dtype, shape.channels // GROUPS * shape.side**2)
-    kept = []
+    layout_kept = []
 
     def check(out: Tensor) -> float:
-        kept.append(out.is_contiguous(memory_format=LAYOUTS[layout]))
+        layout_kept.append(out.is_contiguous(memory_format=LAYOUTS[layout]))
         return compare(out, x, weight, bias, {}, limit)
 
     # Statistics are needed before the first output, so x is read twice and y written once.
     row = measure_call(lambda: run(x, weight, bias), settings, check=check, nbytes=3 * x.nbytes)
-    return row | {"output_layout": layout if kept[0] else "changed"}
+    return row | {"output_layout": layout if layout_kept[0] else "changed"}
 
 
 def kernels(settings: Settings) -> Iterator[Case]:

@@ -70,14 +70,14 @@ def _measured(
     for leaf in leaves.values():
         leaf.requires_grad_(True)
 
-    def outputs(function: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, ...]:
-        found = function(**given)
-        return found if isinstance(found, tuple) else (found,)
+    def outputs(function: Callable[..., Any], arguments_of_call: dict[str, Any]) -> tuple[Tensor, ...]:
+        out = function(**arguments_of_call)
+        return out if isinstance(out, tuple) else (out,)
 
     run = _function(cases, "eager" if provider == "copy" else provider)
-    made = outputs(run, arguments)
+    results = outputs(run, arguments)
     # Inputs and outputs count once; for a gradient, so do the gradients of both.
-    moved = (2 if gradient else 1) * _nbytes(*arguments.values(), *made)
+    moved = (2 if gradient else 1) * _nbytes(*arguments.values(), *results)
     if provider == "copy":
         return measure_copy(moved, settings)
     wide = {n: t.detach().double() if _floating(t) else t for n, t in arguments.items()}
@@ -91,10 +91,10 @@ def _measured(
             check=lambda got: max(check_error(a, b, limit) for a, b in zip(got, truth, strict=True)),
             nbytes=moved,
         )
-    dys = [torch.randn_like(y) for y in made]
+    dys = [torch.randn_like(y) for y in results]
     expected = torch.autograd.grad(truth, list(wide[n] for n in leaves), [dy.double() for dy in dys])
     return measure_call(
-        lambda: torch.autograd.grad(made, list(leaves.values()), dys, retain_graph=True),
+        lambda: torch.autograd.grad(results, list(leaves.values()), dys, retain_graph=True),
         settings,
         check=lambda got: max(check_error(a, b, 4 * limit) for a, b in zip(got, expected, strict=True)),
         nbytes=moved,

@@ -65,8 +65,8 @@ class Choice:
         entries = [ours.entry(name) for name in self.precisions]
         entries += [published.entry(published.EAGER, self.path, settings.device)] if self.path else []
         entries += [openvino.entry(name) for name in self.precisions if name in openvino.PRECISIONS]
-        alone = replace(subject, classifier=None, guidance=0.0)
-        return Comparison("step", alone, batch, entries, budget)
+        unguided = replace(subject, classifier=None, guidance=0.0)
+        return Comparison("step", unguided, batch, entries, budget)
 
     def cases(self, settings: Settings) -> Iterator[Case]:
         """Yield the cases of all comparisons."""

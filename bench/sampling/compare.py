@@ -141,8 +141,8 @@ class Comparison:
         if cuda:
             torch.cuda.synchronize()
             # Its own memory, and the float32 weights that all contenders share.
-            own = torch.cuda.max_memory_allocated() - before
-            row["peak_mb"] = round((own + self._shared_bytes(trial.inputs.x.device)) / 1e6, 1)
+            own_bytes = torch.cuda.max_memory_allocated() - before
+            row["peak_mb"] = round((own_bytes + self._shared_bytes(trial.inputs.x.device)) / 1e6, 1)
         return contender, row
 
     def _shared_bytes(self, device: torch.device) -> int:

@@ -135,24 +135,26 @@ def sampling_trial(subject: Subject, batch: int, device: torch.device) -> Trial:
 def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     """Return the trial of a batch; the reference computes its first and its last image."""
     process = subject.process(TRIAL_STEPS)
-    whole = ddpm().table(process)
-    table = SolverTable(whole.solver, whole.rows[-1 - TRIAL_INDEX :][:1], integer_t=whole.integer_t)
+    full_table = ddpm().table(process)
+    table = SolverTable(
+        full_table.solver, full_table.rows[-1 - TRIAL_INDEX :][:1], integer_t=full_table.integer_t
+    )
     row_number = TRIAL_STEPS - 1 - TRIAL_INDEX
     noise = normal(inputs.seeds, inputs.x.shape[1:], row_number, Stream.STEPS)
     ends = tuple(sorted({0, len(inputs.x) - 1}))
-    few, device = inputs.part(list(ends)), inputs.x.device
+    end_inputs, device = inputs.part(list(ends)), inputs.x.device
     net, classifier = subject.networks(device)
-    model = conditioned(net, few.labels, few.low_res)
-    shape = tuple(few.x.shape)
+    model = conditioned(net, end_inputs.labels, end_inputs.low_res)
+    shape = tuple(end_inputs.x.shape)
     batch = Batch(
-        table=table, shape=shape, seeds=few.seeds, step_noise=noise[None, list(ends)], guided=(False,)
+        table=table, shape=shape, seeds=end_inputs.seeds, step_noise=noise[None, list(ends)], guided=(False,)
     )
 
     def run(scale: float) -> tuple[Tensor, Tensor]:
         guides = []
-        if classifier is not None and few.labels is not None:
-            guides.append((Guide(classifier_guidance(classifier, few.labels, scale)), (True,)))
-        step = FunctionStep(batch, model, few.x, guides)
+        if classifier is not None and end_inputs.labels is not None:
+            guides.append((Guide(classifier_guidance(classifier, end_inputs.labels, scale)), (True,)))
+        step = FunctionStep(batch, model, end_inputs.x, guides)
         step.advance(0)
         return step.state.x.clone(), step.state.x0.clone()
 

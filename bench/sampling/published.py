@@ -146,14 +146,14 @@ class Published(Contender):
     def _sample(self, diffusion: Any, x: Tensor, index: int) -> dict[str, Tensor]:
         """Run one `p_sample`, with the tensors that the published loop makes for it."""
         inputs = self.inputs
-        given = {"y": inputs.labels, "low_res": inputs.low_res}
+        conditions = {"y": inputs.labels, "low_res": inputs.low_res}
         t = torch.tensor([index] * len(x), device=self.device)
         return diffusion.p_sample(
             self._model,
             x,
             t,
             cond_fn=None if self.classifier is None else self._condition,
-            model_kwargs={key: value for key, value in given.items() if value is not None},
+            model_kwargs={key: value for key, value in conditions.items() if value is not None},
         )
 
     def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:

@@ -45,12 +45,12 @@ def _measure(arguments: Mapping[str, Any], settings: Settings) -> Row:
     refuse_work(flop, arguments["precision"], settings)
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: str(Path(folder) / part) for name, part in CACHES.items()}
-        cold, kept = (first_image({**arguments, "device": str(settings.device)}, caches) for _ in range(2))
+        cold, warm = (first_image({**arguments, "device": str(settings.device)}, caches) for _ in range(2))
     # The time to make the weights is left out, because a user reads them from a file.
-    seconds = [round(t["import_s"] + t["prepare_s"] + t["first_s"], 3) for t in (cold, kept)]
+    seconds = [round(t["import_s"] + t["prepare_s"] + t["first_s"], 3) for t in (cold, warm)]
     row = {"ms": round(1e3 * seconds[0], 1), "cold_s": seconds[0], "kept_s": seconds[1]}
-    row["warm_s"] = kept["second_s"]
-    return row | {key: kept[key] for key in ("import_s", "prepare_s", "first_s")}
+    row["warm_s"] = warm["second_s"]
+    return row | {key: warm[key] for key in ("import_s", "prepare_s", "first_s")}
 
 
 def first_image(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, float]:

@@ -115,8 +115,8 @@ def test_azulas_posterior_sampling_on_our_pipeline(libraries):
     with torch.no_grad():
         for t in torch.tensor([0.01, 0.3, 0.5]):
             assert_close(ours(x, t, label=label).mean, theirs(x, t, label=label).mean)
-    found, wanted = (restored(libraries.azula, d, y, x, label=label) for d in (ours, theirs))
-    assert_close(found, wanted)
+    found, expected = (restored(libraries.azula, d, y, x, label=label) for d in (ours, theirs))
+    assert_close(found, expected)
 
 
 def test_deepinvs_diffunet(libraries):
@@ -132,11 +132,11 @@ def test_deepinvs_diffunet(libraries):
     )
     x, sigma = 0.5 + 0.2 * randn(1, 3, 32, 32).tanh(), torch.tensor(0.1)
     with torch.no_grad():
-        wanted, found = (
+        expected, found = (
             torch.func.vjp(lambda v, n=n: n(v, sigma), x) for n in (net, fast)
         )  # PiGDM starts with such a vjp
-        assert_close(found[0], wanted[0])
-        assert_close(found[1](x)[0], wanted[1](x)[0])
+        assert_close(found[0], expected[0])
+        assert_close(found[1](x)[0], expected[1](x)[0])
         t = torch.tensor([500])
         assert_close(fast(x, t, type_t="timestep"), net(x, t, type_t="timestep"))
     posterior = libraries.deepinv.sampling.DPSDataFidelity
@@ -170,20 +170,20 @@ def gradients(net: torch.nn.Module, call: Callable[..., Tensor], x: Tensor) -> d
 def test_deepinvs_networks_of_edms_make(name, libraries):
     make, given = EDMS[name]
     net = filled(make(libraries.deepinv.models))
-    held = SimpleNamespace(denoiser=torch.nn.ModuleList([copy.deepcopy(net)]))
-    (fast,) = admfast.accelerate(held).denoiser
+    holder = SimpleNamespace(denoiser=torch.nn.ModuleList([copy.deepcopy(net)]))
+    (fast,) = admfast.accelerate(holder).denoiser
     assert not fast.accelerated_unconverted
     x, sigma = randn(2, 3, 16, 16), torch.tensor([0.3, 2.0])
     with torch.no_grad():
-        wanted, found = (
+        expected, found = (
             torch.func.vjp(lambda v, n=n: n(v, sigma, **given), x) for n in (net, fast)
         )  # PiGDM starts with such a vjp
-        assert_close(found[0], wanted[0])
-        assert_close(found[1](x)[0], wanted[1](x)[0])
-    wanted, found = (gradients(n, lambda n, x: n(x, sigma, **given), x) for n in (net, fast))
-    assert found.keys() == wanted.keys()
+        assert_close(found[0], expected[0])
+        assert_close(found[1](x)[0], expected[1](x)[0])
+    expected, found = (gradients(n, lambda n, x: n(x, sigma, **given), x) for n in (net, fast))
+    assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert_close(value, wanted[key])
+        assert_close(value, expected[key])
 
 
 def test_deepinvs_ncsnpp_stays_as_it_is(libraries):
@@ -220,15 +220,15 @@ def test_diffusers_unet(name, diffusers):
     labels = {"class_labels": torch.tensor([1, 3])} if "num_class_embeds" in DIFFUSERS[name] else {}
     x = randn(2, 3, 16, 16)
     with torch.no_grad():
-        wanted, found = (n(x, 500, **labels).sample for n in (net, fast))
-        assert_close(found, wanted)
-        assert found.stride() == wanted.stride()
+        expected, found = (n(x, 500, **labels).sample for n in (net, fast))
+        assert_close(found, expected)
+        assert found.stride() == expected.stride()
         (found,) = fast(x, torch.tensor([500, 500]), return_dict=False, **labels)
-        assert_close(found, wanted)
-    wanted, found = (gradients(n, lambda n, x: n(x, 500, **labels).sample, x) for n in (net, fast))
-    assert found.keys() == wanted.keys()
+        assert_close(found, expected)
+    expected, found = (gradients(n, lambda n, x: n(x, 500, **labels).sample, x) for n in (net, fast))
+    assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert_close(value, wanted[key])
+        assert_close(value, expected[key])
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM"])
@@ -276,11 +276,11 @@ def test_diffusers_blocks_that_are_others_stay_and_are_named(diffusers):
 def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
     pipe = admfast.load("digits32", device="cpu")
     schedule = pipe.diffusion.build("").schedule
-    kept = torch.tensor(schedule.alphas_cumprod).float()
+    alphas_cumprod = torch.tensor(schedule.alphas_cumprod).float()
     label = torch.tensor([3, 4])
     theirs = libraries.deepinv.models.DiffUNet
     stub = SimpleNamespace(
-        sqrt_1m_alphas_cumprod=(1 - kept).sqrt(), sqrt_alphas_cumprod=kept.sqrt(),
+        sqrt_1m_alphas_cumprod=(1 - alphas_cumprod).sqrt(), sqrt_alphas_cumprod=alphas_cumprod.sqrt(),
         _handle_sigma=theirs._handle_sigma, find_nearest=lambda *a: theirs.find_nearest(None, *a),
         forward_diffusion=lambda x, t, y: pipe.net(x, t, y)[:, :1],
     )  # fmt: skip
@@ -289,7 +289,7 @@ def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
     x = randn(2, 1, 32, 32).sigmoid()
     # Between timesteps deepinv divides by the signal of the rounded timestep, we by that of the exact level.
     for steps in ([100, 100], [300, 600]):
-        sigma = ((1 - kept) / kept).sqrt()[steps] / 2
+        sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()[steps] / 2
         with torch.no_grad():
             assert_close(ours(x, sigma, label), theirs.forward_denoise(stub, x, sigma, label))
     x = x.double().requires_grad_(True)
@@ -299,9 +299,9 @@ def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
 @pytest.mark.parametrize("up", [False, True])
 def test_levels_of_timesteps_are_found(up):
     pipe = admfast.load("digits32", device="cpu")
-    kept = torch.tensor(pipe.diffusion.build("").schedule.alphas_cumprod)
+    alphas_cumprod = torch.tensor(pipe.diffusion.build("").schedule.alphas_cumprod)
     steps = torch.tensor([0, 1, 500, 998, 999])
-    signal, noise = kept[steps].sqrt(), (1 - kept[steps]).sqrt()
+    signal, noise = alphas_cumprod[steps].sqrt(), (1 - alphas_cumprod[steps]).sqrt()
     torch.testing.assert_close(
         NoiseLevels(pipe, rounded=False, up=up).timestep(signal, noise), steps.double()
     )

@@ -49,10 +49,14 @@ def program(tmp_path_factory) -> Path:
 
 
 def test_a_program_prints_what_it_prints_and_ends_as_it_ends(program):
-    alone = run(str(program), "3", "--check")
+    unaccelerated = run(str(program), "3", "--check")
     # --check comes after the program, so it is the program's option.
     found = run("-m", "admfast.accelerate", str(program), "3", "--check")
-    assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (3, alone.stdout)
+    assert (
+        (found.returncode, found.stdout)
+        == (unaccelerated.returncode, unaccelerated.stdout)
+        == (3, unaccelerated.stdout)
+    )
     lines = [line for line in found.stderr.splitlines() if line.startswith("admfast.accelerate: ")]
     assert len(lines) == 2 and all("whole" in line for line in lines)
     assert "3 calls" in lines[0] and "1 calls" in lines[1]
@@ -61,8 +65,11 @@ def test_a_program_prints_what_it_prints_and_ends_as_it_ends(program):
 def test_all_arguments_behind_the_program_are_its_own(tmp_path):
     (tmp_path / "says.py").write_text("import sys; print(sys.argv, __file__)")
     for arguments in (["--", "-b"], ["-m", "x"], ["--check"]):
-        alone = run("says.py", *arguments, folder=tmp_path)
-        assert run("-m", "admfast.accelerate", "says.py", *arguments, folder=tmp_path).stdout == alone.stdout
+        unaccelerated = run("says.py", *arguments, folder=tmp_path)
+        assert (
+            run("-m", "admfast.accelerate", "says.py", *arguments, folder=tmp_path).stdout
+            == unaccelerated.stdout
+        )
 
 
 @pytest.mark.parametrize("given", [["--precision=fp32"], ["--precision", "fp32"], ["--check"], []])
@@ -104,9 +111,13 @@ print(" ".join(f"{v:.3f}" for image in images for v in image.flatten()[:2].tolis
 
 def test_networks_of_other_code_bases_are_found(tmp_path):
     (tmp_path / "sampling.py").write_text(OF_OTHER_CODE_BASES)
-    alone = run("sampling.py", folder=tmp_path)
+    unaccelerated = run("sampling.py", folder=tmp_path)
     found = run("-m", "admfast.accelerate", "--check", "sampling.py", folder=tmp_path)
-    assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (0, alone.stdout)
+    assert (
+        (found.returncode, found.stdout)
+        == (unaccelerated.returncode, unaccelerated.stdout)
+        == (0, unaccelerated.stdout)
+    )
     first, second, third = found.stderr.splitlines()
     assert "EDM" in first and "diffusers" in second and "as it is" in third
     assert "e-0" in first and "e-0" in second

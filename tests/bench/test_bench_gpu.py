@@ -138,8 +138,8 @@ def test_a_build_carried_to_another_machine_is_made_again(plan: Plan, tmp_path: 
     mark, count = counted(tmp_path)
     info = plan.root / "info.json"
     step = fake("build", f"{mark}; open({str(info)!r}, 'w').write('cuda')", writes=info)
-    for wanted in (1, 1):
-        assert ran(plan, step) == {"build": "passed"} and count() == wanted
+    for expected in (1, 1):
+        assert ran(plan, step) == {"build": "passed"} and count() == expected
     info.unlink()
     assert ran(plan, step) == {"build": "passed"} and count() == 2
     info.write_text("cpu")

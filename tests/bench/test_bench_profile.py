@@ -83,7 +83,7 @@ class Event:
     name: str
     start: float
     end: float
-    own: float = 0.0
+    self_us: float = 0.0
     cpu_parent: object = None
     on_device: bool = False
 
@@ -93,7 +93,7 @@ class Event:
 
     @property
     def self_cpu_time_total(self) -> float:
-        return self.own
+        return self.self_us
 
     @property
     def device_type(self) -> torch.autograd.DeviceType:
@@ -102,10 +102,10 @@ class Event:
 
 def test_the_host_s_time_goes_to_the_outermost_class_and_the_rest_is_gaps() -> None:
     whole = Event(WHOLE, 0, 2000)
-    conv = Event("aten::conv2d", 0, 1000, own=300, cpu_parent=whole)
-    copy = Event("aten::copy_", 0, 500, own=500, cpu_parent=conv)
-    other = Event("aten::add", 1000, 1400, own=400, cpu_parent=whole)
-    outside = Event("aten::zeros", 3000, 9000, own=6000)
+    conv = Event("aten::conv2d", 0, 1000, self_us=300, cpu_parent=whole)
+    copy = Event("aten::copy_", 0, 500, self_us=500, cpu_parent=conv)
+    other = Event("aten::add", 1000, 1400, self_us=400, cpu_parent=whole)
+    outside = Event("aten::zeros", 3000, 9000, self_us=6000)
     trace = trace_from_host([whole, conv, copy, other, outside], steps=2)
     assert trace.ms == {"convolution": 0.4, OTHER: 0.2, GAPS: 0.4}
     assert trace.wall_ms == 1.0 and sum(trace.row()["shares"].values()) == pytest.approx(1)
@@ -128,10 +128,10 @@ def test_the_device_s_gaps_are_when_nothing_runs() -> None:
 
 
 def test_a_real_trace_on_the_cpu() -> None:
-    one = ours.entry("fp32").make(TINY, Inputs.of(TINY, 1, CPU))
-    with one.running():
-        one.ready()
-    trace = trace_steps(one, 2)
+    contender = ours.entry("fp32").make(TINY, Inputs.of(TINY, 1, CPU))
+    with contender.running():
+        contender.ready()
+    trace = trace_steps(contender, 2)
     for name in ("convolution", "norm", "attention", "embedding", "update", OTHER):
         assert trace.ms[name] > 0, name
     assert sum(trace.ms.values()) == pytest.approx(trace.wall_ms, rel=0.01)

@@ -33,7 +33,7 @@ SETTINGS = Settings(CPU, seconds=0.001, quick=True)
 QUICK = ["--device", "cpu", "--quick", "--precisions", "fp32", "--peers", "eager", "--inside"]
 
 
-def alone(subject: Subject) -> Subject:
+def without_classifier(subject: Subject) -> Subject:
     return dataclasses.replace(subject, classifier=None, guidance=0.0)
 
 
@@ -47,7 +47,10 @@ def test_every_preset_s_step_is_there_once() -> None:
 
 
 def test_operations_are_those_of_the_published_networks() -> None:
-    step, forward = step_flop(subjects()["imagenet64"]), step_flop(alone(subjects()["imagenet64"]))
+    step, forward = (
+        step_flop(subjects()["imagenet64"]),
+        step_flop(without_classifier(subjects()["imagenet64"])),
+    )
     assert forward / 1e9 == pytest.approx(TOTALS["unet64"], abs=0.001)
     # Forward and the gradient in x. The published 81.050 includes the unused queries of the pool.
     assert (step - forward) / 1e9 == pytest.approx(81.050, rel=2e-3)
@@ -66,7 +69,7 @@ def test_weights_are_shared_and_none_is_zero() -> None:
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
-    subject = TINY if guided else alone(TINY)
+    subject = TINY if guided else without_classifier(TINY)
     trial = make_trial(subject, Inputs.of(subject, 3, CPU))
     assert trial.ends == (0, 2) and (trial.scale > 0) == guided
     # The compared values depend on the network: at least a fifth of them are not clipped.
@@ -228,9 +231,12 @@ def test_the_ladder_ends_at_the_engine_s_defaults() -> None:
 
 def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
     chosen = [c for c in ablation.cases(SETTINGS, [(TINY, 1)], "fp32") if c.provider in ("plain", "qkv rows")]
-    given = [{"kind": c.kind, "provider": c.provider, "dtype": c.dtype, "shape": c.shape} for c in chosen]
+    row_fields = [
+        {"kind": c.kind, "provider": c.provider, "dtype": c.dtype, "shape": c.shape} for c in chosen
+    ]
     rows = [
-        row | measure_case(c, SETTINGS) | {"device": "a CPU"} for c, row in zip(chosen, given, strict=True)
+        row | measure_case(c, SETTINGS) | {"device": "a CPU"}
+        for c, row in zip(chosen, row_fields, strict=True)
     ]
     assert [row["kind"] for row in rows] == ["ablation_added", "ablation_added", "ablation_without"]
     for row in rows:
@@ -243,7 +249,7 @@ def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> N
     startup.print_seconds(time.time(), "tiny", batch=1, steps=2, precision="auto")
     times = json.loads(capsys.readouterr().out)
     assert set(times) == {"import_s", "weights_s", "prepare_s", "first_s", "second_s"}
-    monkeypatch.setattr(startup, "first_image", lambda given, environment: times)
+    monkeypatch.setattr(startup, "first_image", lambda row_fields, environment: times)
     (case,) = startup.cases(SETTINGS, [(TINY, 4), (TINY, 2)], "fp32")
     assert case.shape["batch"] == 2
     row = measure_case(case, SETTINGS)
@@ -295,17 +301,17 @@ def test_a_contender_that_can_t_be_had_is_left_out() -> None:
 
 
 def test_each_contender_is_announced_before_it_is_made() -> None:
-    said: list[str] = []
+    events: list[str] = []
 
     class Tells(ours.Ours):
         def prepare(self) -> None:
-            said.append("made")
+            events.append("made")
             super().prepare()
 
-    settings = dataclasses.replace(SETTINGS, begin=lambda case: said.append(case.provider))
+    settings = dataclasses.replace(SETTINGS, begin=lambda case: events.append(case.provider))
     entries = [Entry(name, "fp32", lambda s, i, name=name: Tells(s, i, name=name)) for name in "ab"]
     measure_case(Comparison("guided_step", TINY, 1, entries).cases()[0], settings)
-    assert said == ["a", "made", "b", "made"]
+    assert events == ["a", "made", "b", "made"]
 
 
 def test_a_step_is_guided_where_its_preset_is() -> None:

@@ -37,8 +37,10 @@ class Doubled(training.Ours):
 
 def rows(*contender_entries: Entry) -> dict[str, dict]:
     subject = training.find_subject("tiny")
-    one = Comparison("train_step", subject, 2, contender_entries, 1.0, training.trial_of, training.PASSES)
-    return {case.provider: measure_case(case, SETTINGS) for case in one.cases()}
+    comparison = Comparison(
+        "train_step", subject, 2, contender_entries, 1.0, training.trial_of, training.PASSES
+    )
+    return {case.provider: measure_case(case, SETTINGS) for case in comparison.cases()}
 
 
 def test_a_step_that_minimises_something_else_is_not_timed() -> None:
@@ -55,12 +57,14 @@ def test_the_gradient_is_that_of_the_reference_in_float64() -> None:
     trial = training.trial_of(subject, 2, CPU)
     net = training.build(subject.net)
     net.load_state_dict(training.shared_state(subject.net, 0, CPU))
-    given = training.batch_for(subject, 2, CPU)
+    training_batch = training.batch_for(subject, 2, CPU)
     learner = training.Learner(training.recipe_of(subject, 2), net.double())
-    x = learner.process.q_sample(given.images.double(), given.t, given.noise.double())
+    x = learner.process.q_sample(
+        training_batch.images.double(), training_batch.t, training_batch.noise.double()
+    )
     assert x.dtype == torch.float64
-    doubles = {name: getattr(given, name).double() for name in ("images", "noise")}
-    terms = learner.loss(net, learner.recipe, learner.process, dataclasses.replace(given, **doubles))
+    doubles = {name: getattr(training_batch, name).double() for name in ("images", "noise")}
+    terms = learner.loss(net, learner.recipe, learner.process, dataclasses.replace(training_batch, **doubles))
     terms["loss"].mean().backward()
     truth = torch.cat([parameter.grad.reshape(-1) for parameter in net.parameters()])
     loss, gradient = trial.outcome

@@ -68,11 +68,11 @@ def test_both_ways_give_and_draw_the_same(nets, step, guided):
         kwargs |= {"cond_fn": published_guide(nets.classifier, args), "device": "cpu"}
         model = published_model(nets.labelled, args)
     torch.manual_seed(3)
-    *_, wanted = getattr(diffusion, f"{step}_loop_progressive")(model, SHAPE, **kwargs)
+    *_, expected = getattr(diffusion, f"{step}_loop_progressive")(model, SHAPE, **kwargs)
     state = torch.get_rng_state()
     torch.manual_seed(3)
     found = prepared_loop(diffusion, step, model, SHAPE, **kwargs)
-    compare(found, wanted["sample"], NETWORK_SAMPLES_LIMIT, "samples")
+    compare(found, expected["sample"], NETWORK_SAMPLES_LIMIT, "samples")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.requires_grad for p in nets.classifier.parameters())
     torch.manual_seed(3)
@@ -90,10 +90,10 @@ def test_weights_written_between_loops_are_seen(nets):
     with torch.no_grad():
         bias += 0.1
     changed = diffusion.ddim_sample_loop(nets.labelled, SHAPE, **kwargs)
-    *_, wanted = diffusion.ddim_sample_loop_progressive(nets.labelled, SHAPE, **kwargs)
+    *_, expected = diffusion.ddim_sample_loop_progressive(nets.labelled, SHAPE, **kwargs)
     with torch.no_grad():
         bias -= 0.1
-    compare(changed, wanted["sample"], NETWORK_SAMPLES_LIMIT, "samples")
+    compare(changed, expected["sample"], NETWORK_SAMPLES_LIMIT, "samples")
     assert (changed - before).abs().max() > 0.01
 
 

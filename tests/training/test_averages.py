@@ -22,13 +22,13 @@ def moving() -> tuple[nn.ParameterList, list[Tensor]]:
 def averaged(
     averages: Averages, net: nn.ParameterList, walk: list[Tensor], keep: tuple[int, ...] = ()
 ) -> dict:
-    kept = {}
+    stored = {}
     for step, value in enumerate(walk):
         net[0].data.copy_(value)
         averages.update(step)
         if step + 1 in keep:
-            kept[step + 1] = {n: {"0": averages.weights(n)["0"].clone()} for n in averages.names}
-    return kept
+            stored[step + 1] = {n: {"0": averages.weights(n)["0"].clone()} for n in averages.names}
+    return stored
 
 
 def power_average(walk: list[Tensor], width: float) -> Tensor:
@@ -50,8 +50,8 @@ def test_rates_and_warm_up():
         averages.update(step)
         warm.update(step)
         torch.testing.assert_close(averages.weights("0.9")["0"], 0.9 * before + 0.1 * value)
-        kept = min(0.9, (1 + step) / (10 + step))
-        torch.testing.assert_close(warm.weights()["0"], kept * before_warm + (1 - kept) * value)
+        stored = min(0.9, (1 + step) / (10 + step))
+        torch.testing.assert_close(warm.weights()["0"], stored * before_warm + (1 - stored) * value)
     with pytest.raises(InvalidArgument, match="ema"):
         averages.weights("0.7")
 
@@ -82,11 +82,11 @@ def test_power_functions_have_their_width(width):
 def test_any_width_is_put_together_from_two(width):
     net, walk = moving()
     averages = Averages(net, [], [0.05, 0.1])
-    kept = averaged(averages, net, walk, keep=tuple(range(10, STEPS + 1, 10)))
-    profiles = [(n, float(name[6:])) for n, states in kept.items() for name in states]
-    states = [state for states in kept.values() for state in states.values()]
+    stored = averaged(averages, net, walk, keep=tuple(range(10, STEPS + 1, 10)))
+    profiles = [(n, float(name[6:])) for n, states in stored.items() for name in states]
+    states = [state for states in stored.values() for state in states.values()]
     found = combine(states, reconstruction_factors(profiles, (STEPS, width)))["0"]
-    truth, nearest = power_average(walk, width), kept[STEPS]["power-0.1"]["0"]
+    truth, nearest = power_average(walk, width), stored[STEPS]["power-0.1"]["0"]
     error = (found - truth).norm()
     assert error < 0.05 * truth.norm()
     if width != 0.1:

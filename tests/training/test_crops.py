@@ -40,9 +40,9 @@ def test_the_centre(height, width, size, channels):
     before = image.copy()
     whole = filtered(image, size)
     top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
-    wanted = whole[top : top + size, left : left + size]
-    assert np.array_equal(center_crop(image, size), wanted)
-    assert np.array_equal(center_crop(cacheable_part(image, size, random=False), size), wanted)
+    expected = whole[top : top + size, left : left + size]
+    assert np.array_equal(center_crop(image, size), expected)
+    assert np.array_equal(center_crop(cacheable_part(image, size, random=False), size), expected)
     assert np.array_equal(image, before)
 
 

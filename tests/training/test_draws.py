@@ -91,9 +91,9 @@ def test_without_a_key_dropout_is_torch_s():
     x = torch.ones(2, 50)
     ours, theirs = Dropout(0.5), nn.Dropout(0.5)
     torch.manual_seed(0)
-    wanted = theirs(x)
+    expected = theirs(x)
     torch.manual_seed(0)
-    assert torch.equal(ours(x), wanted)
+    assert torch.equal(ours(x), expected)
     with keyed_dropout(ours, 0, [0, 1], TrainStream.DROPOUT):
         assert torch.equal(ours.eval()(x), x)
     ours.train()

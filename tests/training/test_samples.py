@@ -235,10 +235,10 @@ def quiet(samples: Samples, sample_ids: Iterable[int]) -> list[tuple[torch.Tenso
 
 def test_broken_images_are_named_once_and_others_take_their_place(folder):
     samples = Samples(open_source(folder), SEED, 16, max_broken=2, **ALL)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         first = made(samples, range(39))
-    named = sorted(str(warning.message) for warning in said)
+    named = sorted(str(warning.message) for warning in caught_warnings)
     assert len(named) == 2 and "04.png" in named[1] + named[0] and "11.png" in named[0] + named[1]
     assert set(samples.broken) == {4, 11}
     # The samples are the same from any k on, and whether or not the broken images are known already.
@@ -289,10 +289,13 @@ def test_what_takes_a_place_brings_its_class(tmp_path):
 def test_a_loader_names_broken_images_and_stops_at_the_bound(folder, workers):
     sample_ids = [range(k, k + 3) for k in range(0, 39, 3)]
     samples = Samples(open_source(folder), SEED, 16, max_broken=2, **ALL)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         batches = list(iterate_batches(samples, sample_ids, workers))
-    assert sorted("04.png" in str(w.message) for w in said if "skipped" in str(w.message)) == [False, True]
+    assert sorted("04.png" in str(w.message) for w in caught_warnings if "skipped" in str(w.message)) == [
+        False,
+        True,
+    ]
     assert_same(flat(batches).values(), made(samples, range(39)))
     few = Samples(open_source(folder), SEED, 16, max_broken=1, **ALL)
     with pytest.warns(UserWarning), pytest.raises(BrokenImage, match="2 of 13 .*png") as caught:

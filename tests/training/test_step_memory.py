@@ -123,10 +123,10 @@ def test_the_peak_is_that_of_a_process_within_a_fifth(changes):
 
 def test_the_command_says_it_for_presets_and_files(tmp_path, capsys):
     assert main(["inspect", "digits32", "--train", "--precision", "fp32", "--batch-size", "8"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for kind in KINDS:
         found = step_memory(recipe_from_preset(kind, precision="fp32", batch_size=8))
-        assert f"{kind} " in said and f"{found.peak / 1e6:.1f} MB" in said
+        assert f"{kind} " in printed and f"{found.peak / 1e6:.1f} MB" in printed
     run = str(tmp_path / "run")
     assert main(["train", "diffusion", "--out", run, "--steps", "1", "--set", "channel_mult=1"]) == 0
     capsys.readouterr()
@@ -154,8 +154,8 @@ def test_the_command_says_it_for_presets_and_files(tmp_path, capsys):
 )
 def test_mistakes_are_one_line(capsys, arguments, named):
     assert main(["inspect", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and named in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and named in printed
 
 
 def test_norms_that_are_made_again_are_not_kept():

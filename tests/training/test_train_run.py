@@ -106,43 +106,43 @@ def test_snapshots_written_beside_training_hold_the_state_of_their_step(tmp_path
 
 
 def test_a_run_that_is_done_stays_done_and_more_steps_go_on(tmp_path):
-    recipe, said = small_recipe(steps=2), list[str]()
+    recipe, messages = small_recipe(steps=2), list[str]()
     train(recipe, source(), tmp_path, OFTEN)
     before = last_state(tmp_path)
-    assert train(recipe, source(), tmp_path, OFTEN, say=said.append) == TrainResult(2)
+    assert train(recipe, source(), tmp_path, OFTEN, say=messages.append) == TrainResult(2)
     same(last_state(tmp_path), before)
     longer = dataclasses.replace(recipe, steps=4, microbatch=2)
-    assert train(longer, source(), tmp_path, OFTEN, say=said.append) == TrainResult(4)
-    assert any("steps" in text for text in said) and any("microbatch" in text for text in said)
+    assert train(longer, source(), tmp_path, OFTEN, say=messages.append) == TrainResult(4)
+    assert any("steps" in text for text in messages) and any("microbatch" in text for text in messages)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 1.0}, {"batch_size": 2}, {"precision": "bf16"}])
 def test_another_recipe_needs_another_folder(tmp_path, change):
-    said: list[str] = []
+    messages: list[str] = []
     train(small_recipe(steps=1), source(), tmp_path, OFTEN)
     with pytest.raises(InvalidArgument, match=f"^{next(iter(change))}="):
-        train(small_recipe(steps=2, **change), source(), tmp_path, OFTEN, say=said.append)
+        train(small_recipe(steps=2, **change), source(), tmp_path, OFTEN, say=messages.append)
     network = dataclasses.replace(small_recipe().network, num_res_blocks=2)
     with pytest.raises(InvalidArgument, match="^num_res_blocks="):
-        train(small_recipe(steps=2, network=network), source(), tmp_path, OFTEN, say=said.append)
-    assert said == []
+        train(small_recipe(steps=2, network=network), source(), tmp_path, OFTEN, say=messages.append)
+    assert messages == []
 
 
 def test_other_data_is_said(tmp_path):
-    said: list[str] = []
+    messages: list[str] = []
     train(small_recipe(steps=1), source(), tmp_path, OFTEN)
     other = ArraySource(np.zeros((12, 8, 8, 1), np.uint8), [0, 1, 2, 3] * 3, "other", "other")
-    train(small_recipe(steps=2), other, tmp_path, OFTEN, say=said.append)
-    assert any(text.startswith("data differs") for text in said)
+    train(small_recipe(steps=2), other, tmp_path, OFTEN, say=messages.append)
+    assert any(text.startswith("data differs") for text in messages)
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path):
-    recipe, said = small_recipe(steps=4), list[str]()
+    recipe, messages = small_recipe(steps=4), list[str]()
     train(recipe, source(), tmp_path / "whole", OFTEN)
     train(dataclasses.replace(recipe, steps=2), source(), tmp_path / "run", OFTEN)
     torch.set_num_threads(2)
-    train(recipe, source(), tmp_path / "run", OFTEN, say=said.append)
-    assert torch.get_num_threads() == 2 and any(text.startswith("threads: 1") for text in said)
+    train(recipe, source(), tmp_path / "run", OFTEN, say=messages.append)
+    assert torch.get_num_threads() == 2 and any(text.startswith("threads: 1") for text in messages)
     same(last_state(tmp_path / "run"), last_state(tmp_path / "whole"))
 
 
@@ -150,18 +150,18 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path):
 
 
 def test_a_broken_newest_snapshot_is_named_and_the_one_before_it_taken(tmp_path):
-    recipe, said = small_recipe(), list[str]()
+    recipe, messages = small_recipe(), list[str]()
     train(recipe, source(), tmp_path, OFTEN)
-    wanted = last_state(tmp_path)
+    expected = last_state(tmp_path)
     newest, before, _ = snapshots(tmp_path)
     content = newest.path.read_bytes()
     middle = len(content) // 2  # values of a tensor: any bytes load
     for broken in (content[:-10], content[:middle] + b"xyz" + content[middle + 3 :], b""):
         newest.path.write_bytes(broken)
-        said.clear()
-        train(recipe, source(), tmp_path, OFTEN, say=said.append)
-        assert any(str(newest.path) in text for text in said) and "goes on after step 4" in said
-        same(last_state(tmp_path), wanted)
+        messages.clear()
+        train(recipe, source(), tmp_path, OFTEN, say=messages.append)
+        assert any(str(newest.path) in text for text in messages) and "goes on after step 4" in messages
+        same(last_state(tmp_path), expected)
     for snapshot in snapshots(tmp_path):
         snapshot.path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no snapshot is whole"):
@@ -181,8 +181,8 @@ def test_the_newest_snapshots_are_kept_and_leftovers_swept(tmp_path):
     assert names == {f"state-0000000{i}.pt{end}" for i in (2, 3) for end in ("", ".sha256")} | {"notes.txt"}
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path, beside):
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path, async_save):
     """A limit on the file size stands in for a full disk."""
     recipe = small_recipe()
     train(dataclasses.replace(recipe, steps=2), source(), tmp_path, OFTEN)
@@ -191,7 +191,7 @@ def test_a_disk_that_fills_leaves_the_snapshot_before(tmp_path, beside):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
     try:
         with pytest.raises(OutputError, match="state-00000004.pt: not written"):
-            train(recipe, source(), tmp_path, dataclasses.replace(OFTEN, async_save=beside))
+            train(recipe, source(), tmp_path, dataclasses.replace(OFTEN, async_save=async_save))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [s.step for s in snapshots(tmp_path)] == [2]
@@ -300,8 +300,8 @@ def test_the_log_has_losses_norms_and_rates(tmp_path):
     train(small_recipe(), source(), tmp_path, LoopOptions(log_every=4, save_every=100))
     found = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found] == [4, 6]
-    wanted = {"step", "images", "loss", "mse", "vb", "grad_norm", "param_norm", "lr", "skipped"}
-    assert wanted | {"images_per_second", "memory", "seconds_left"} <= set(found[0])
+    expected = {"step", "images", "loss", "mse", "vb", "grad_norm", "param_norm", "lr", "skipped"}
+    assert expected | {"images_per_second", "memory", "seconds_left"} <= set(found[0])
     quarters = [found[0][f"loss_q{i}"] for i in range(1, 5) if f"loss_q{i}" in found[0]]
     assert quarters and min(quarters) <= found[0]["loss"] <= max(quarters)
     assert found[1]["images"] == 24 and found[1]["seconds_left"] == 0

@@ -34,10 +34,10 @@ def file(tmp_path):
 
 def test_weights_follow_the_seed_and_leave_torch_s_generator_alone():
     torch.manual_seed(3)
-    wanted = torch.rand(2)
+    expected = torch.rand(2)
     torch.manual_seed(3)
     first = build_network(small_recipe(seed=2**64 - 1)).state_dict()
-    assert torch.equal(torch.rand(2), wanted)
+    assert torch.equal(torch.rand(2), expected)
     same(first, build_network(small_recipe(seed=2**64 - 1)).state_dict())
     other = build_network(small_recipe(seed=1)).state_dict()
     assert not torch.equal(first["time_embed.0.weight"], other["time_embed.0.weight"])

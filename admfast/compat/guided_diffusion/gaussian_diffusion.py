@@ -237,9 +237,9 @@ class GaussianDiffusion(ChangeGuard):
         return self._loop("ddim_sample", model, shape, *args, **kwargs)
 
     def _loop(self, step: str, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
-        found = prepared_loop(self, step, model, shape, *args, **kwargs)
-        if found is not None:
-            return found
+        samples = prepared_loop(self, step, model, shape, *args, **kwargs)
+        if samples is not None:
+            return samples
         steps = getattr(self, f"{step}_loop_progressive")(model, shape, *args, **kwargs)
         (last,) = deque(steps, maxlen=1)
         return last["sample"]
@@ -331,8 +331,8 @@ class GaussianDiffusion(ChangeGuard):
         process = self._formulas(
             "q_sample", "_vb_terms_bpd", "_prior_bpd", "_predict_eps_from_xstart", *_METHODS_OF_VB_TERMS
         )
-        found = bits_per_dimension(process, _unwrapped(model), x_start, clip_denoised, model_kwargs)
-        return dict(vars(found))
+        bits = bits_per_dimension(process, _unwrapped(model), x_start, clip_denoised, model_kwargs)
+        return dict(vars(bits))
 
     def _vb_terms_bpd(
         self,

@@ -56,14 +56,14 @@ def load_data(
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
     """Return the paths of the images in a folder and its subfolders, sorted by name within each folder."""
-    found = []
+    paths = []
     for entry in sorted(os.listdir(data_dir)):
         path = os.path.join(data_dir, entry)
         if os.path.splitext(entry)[1].lower() in _ENDINGS and not os.path.isdir(path):
-            found.append(path)
+            paths.append(path)
         elif os.path.isdir(path):
-            found += _list_image_files_recursively(path)
-    return found
+            paths += _list_image_files_recursively(path)
+    return paths
 
 
 class ImageDataset(Dataset[tuple[Any, dict[str, Any]]]):

@@ -40,9 +40,9 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(**kwargs)
 
     def _respaced(self, schedule: Schedule) -> Schedule:
-        kept = sorted(step for step in self.use_timesteps if step < schedule.num_timesteps)
-        self.original_num_steps, self.timestep_map = schedule.num_timesteps, kept
-        return schedule.respaced(kept)
+        steps = sorted(step for step in self.use_timesteps if step < schedule.num_timesteps)
+        self.original_num_steps, self.timestep_map = schedule.num_timesteps, steps
+        return schedule.respaced(steps)
 
     # As in the base class, but the model or function gets the original timesteps.
 

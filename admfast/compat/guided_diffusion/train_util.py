@@ -198,8 +198,8 @@ def _world_size() -> int:
 
 def parse_resume_step_from_filename(filename: str) -> int:
     """Return the step in a name modelNNNNNN.pt, 0 in any other."""
-    found = re.fullmatch(r"(\d+)(\..*)?", filename.rpartition("model")[2]) if "model" in filename else None
-    return int(found[1]) if found else 0
+    match = re.fullmatch(r"(\d+)(\..*)?", filename.rpartition("model")[2]) if "model" in filename else None
+    return int(match[1]) if match else 0
 
 
 def get_blob_logdir() -> str | None:

@@ -99,10 +99,10 @@ class _PublishedNet(AcceleratedNet):
     def engine_with(self, classifier: _PublishedNet | None) -> Engine:
         """Return the engine of this network and a classifier; the last one is cached."""
         policy = Policy("as called", _torso(self), _torso(classifier or self))
-        found = self._fold_engine
-        if found is None or found.classifier is not classifier or found.policy != policy:
-            found = self._fold_engine = Engine(self, classifier, policy)
-        return found
+        engine = self._fold_engine
+        if engine is None or engine.classifier is not classifier or engine.policy != policy:
+            engine = self._fold_engine = Engine(self, classifier, policy)
+        return engine
 
 
 def _torso(net: _PublishedNet) -> torch.dtype:
