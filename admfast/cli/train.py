@@ -207,8 +207,8 @@ def _with_settings_of_run(run: Path, wanted: Recipe, options: Mapping[str, Any])
     old = recipe_from_description(read_run_file(run))
     if old.batch_size != wanted.batch_size:  # the run refuses it, and its microbatch may not fit
         return wanted
-    kept = {name: getattr(old, name) for name in MAY_CHANGE if name not in options}
-    return dataclasses.replace(wanted, **kept)
+    settings = {name: getattr(old, name) for name in MAY_CHANGE if name not in options}
+    return dataclasses.replace(wanted, **settings)
 
 
 # Options that a run always sets itself, not the file that it begins from.
