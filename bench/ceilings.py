@@ -18,10 +18,10 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     Time that a group does not use goes to the next ones, so the quick ones come first. Norms come last,
     because the time of their compilation is the least predictable.
     """
-    from bench.ops import attention, memory, norm, products, update
+    from bench.ops import attention, matmul_and_conv, memory, norm, update
 
-    cases = (memory.graphs, memory.copies, update.ceilings, products.matmul_ceilings)
-    cases += (attention.ceilings, products.conv_ceilings, norm.ceilings)
+    cases = (memory.graphs, memory.copies, update.ceilings, matmul_and_conv.matmul_ceilings)
+    cases += (attention.ceilings, matmul_and_conv.conv_ceilings, norm.ceilings)
     return dict(zip(NAMES, zip((0.02, 0.06, 0.06, 0.08, 0.2, 0.36, 0.22), cases, strict=True), strict=True))
 
 

@@ -30,7 +30,7 @@ from bench.results import ResultFile, Row
 
 UNFINISHED = 3
 # Seconds that a case has even if less of the budget is left, and that a worker may take outside its cases.
-LEAST, STARTING = 10.0, 60.0
+MIN_CASE_SECONDS, STARTUP_SECONDS = 10.0, 60.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -38,16 +38,16 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 class Bench:
     """One bench, `python -m PACKAGE.NAME`.
 
-    names: the names of its groups. groups: called with (arguments, settings) in the worker; returns {name:
-    (share of the budget, function of the settings that yields cases)}, and raises ValueError for values that
-    are not allowed. flags: adds the flags of this bench only.
+    group_names: the names of its groups. groups: called with (arguments, settings) in the worker; returns
+    {name: (share of the budget, function of the settings that yields cases)}, and raises ValueError for
+    values that are not allowed. add_flags: adds the flags of this bench only.
     """
 
     name: str
     summary: str
-    names: Sequence[str]
+    group_names: Sequence[str]
     groups: Callable[[argparse.Namespace, Any], Any]
-    flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     package: str = "bench"
 
 
@@ -65,10 +65,10 @@ def bench_main(bench: Bench, argv: Sequence[str] | None = None) -> int:
         folder = Path(arguments.out)
         rows = ResultFile(folder / f"{bench.name}.jsonl").rows
         (folder / f"{bench.name}.md").write_text(render(bench.name, rows), encoding="utf-8")
-        bad = [row for row in rows if row["status"] in ("wrong", "error", "too slow")]
-        for row in bad:
+        failed = [row for row in rows if row["status"] in ("wrong", "error", "too slow")]
+        for row in failed:
             print(f"{row['status']}: {row['key']}: {row['reason']}")
-        print(f"{len(rows)} rows, {len(bad)} wrong, too slow or in error, in {folder}")
+        print(f"{len(rows)} rows, {len(failed)} wrong, too slow or in error, in {folder}")
     return status
 
 
@@ -76,18 +76,18 @@ def watch(bench: Bench, arguments: argparse.Namespace, argv: Sequence[str]) -> i
     """Start workers until all rows exist or the budget is over; return the exit status."""
     interrupt_by_signals()
     command = [sys.executable, "-m", f"{bench.package}.{bench.name}", *argv]
-    end, path = time.monotonic() + arguments.budget, Path(arguments.out) / f"{bench.name}.jsonl"
+    deadline, path = time.monotonic() + arguments.budget, Path(arguments.out) / f"{bench.name}.jsonl"
     budget = arguments.budget
     try:
         while True:
-            status, row = run_worker([*command, "--budget", f"{budget:g}"], end + STARTING)
+            status, row = run_worker([*command, "--budget", f"{budget:g}"], deadline + STARTUP_SECONDS)
             if row is None:
                 return status
             ResultFile(path).append(row)
             print(f"{row['status']}: {row['key']}", flush=True)
             if row["status"] == "error":
                 return 1
-            budget = end - time.monotonic()
+            budget = deadline - time.monotonic()
             if budget <= 0:
                 return UNFINISHED
     except KeyboardInterrupt as interrupt:
@@ -111,7 +111,7 @@ def status_of(interrupt: KeyboardInterrupt) -> int:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], *pipes: int) -> Iterator[subprocess.Popen[bytes]]:
+def start_process(command: Sequence[str], *pipes: int) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process whose threads wait passively; kill it and its children at the end of the block."""
     from admfast.host import wait_passively  # imports only the standard library
 
@@ -131,7 +131,7 @@ def supervise(command: Sequence[str], seconds: float) -> int:
     """Run a command until it ends, `seconds` have passed, or a signal comes; return the exit status."""
     interrupt_by_signals()
     try:
-        with started(command) as process:
+        with start_process(command) as process:
             return process.wait(seconds)
     except subprocess.TimeoutExpired:
         return UNFINISHED
@@ -152,9 +152,9 @@ def run_worker(command: Sequence[str], end: float) -> tuple[int, Row | None]:
     stopped even between cases.
     """
     read, write = os.pipe()
-    with open(read, "rb", buffering=0), started([*command, "--inside", str(write)], write) as process:
+    with open(read, "rb", buffering=0), start_process([*command, "--inside", str(write)], write) as process:
         os.close(write)
-        row, late = follow(read, end)
+        row, late = follow_worker(read, end)
         if late and row is None:
             return UNFINISHED, None
         if row is not None and late:
@@ -165,24 +165,24 @@ def run_worker(command: Sequence[str], end: float) -> tuple[int, Row | None]:
         return status, None
 
 
-def follow(read: int, last: float) -> tuple[Row | None, bool]:
+def follow_worker(read: int, deadline: float) -> tuple[Row | None, bool]:
     """Read a worker's announcements; return the row of the case it ended in, and whether time ran out.
 
-    The row is None between cases. last: the time at which to return even between cases.
+    The row is None between cases. deadline: the time at which to return even between cases.
     """
     row: Row | None = None
-    end, rest = last, b""
+    case_deadline, unread = deadline, b""
     while True:
-        ready, _, _ = select.select([read], [], [], max(0.0, end - time.monotonic()))
+        ready, _, _ = select.select([read], [], [], max(0.0, case_deadline - time.monotonic()))
         if not ready:
             return row, True
         chunk = os.read(read, 1 << 16)
         if not chunk:
             return row, False
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, unread = (unread + chunk).split(b"\n")
         if lines:
             row = json.loads(lines[-1]) or None
-            end = time.monotonic() + row["limit"] if row else last
+            case_deadline = time.monotonic() + row["limit"] if row else deadline
 
 
 def parser_of(bench: Bench) -> argparse.ArgumentParser:
@@ -192,7 +192,7 @@ def parser_of(bench: Bench) -> argparse.ArgumentParser:
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--out", default=f"out/{bench.name}", help="folder for rows and table (default: %(default)s)")
     add("--budget", type=float, default=540.0, help="seconds for all groups (default: %(default)s)")
-    add("--only", metavar="GROUP,...", help=f"some of {','.join(bench.names)} (default: all)")
+    add("--only", metavar="GROUP,...", help=f"some of {','.join(bench.group_names)} (default: all)")
     add("--quick", action="store_true", help="a few small rows per group, to test the bench itself")
     add(
         "--again",
@@ -201,5 +201,5 @@ def parser_of(bench: Bench) -> argparse.ArgumentParser:
     )
     # The pipe on which a worker announces its cases; without a number, measure in this process, unwatched.
     add("--inside", type=int, nargs="?", const=-1, help=argparse.SUPPRESS)
-    bench.flags(parser)
+    bench.add_flags(parser)
     return parser

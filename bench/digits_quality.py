@@ -27,8 +27,8 @@ from sklearn.svm import SVC
 
 import admfast
 from admfast.models.presets import SYSTEMS
-from admfast.training.digit_images import CLASSES, LEVELS, block_means, load_digits
-from bench.command import STARTING, UNFINISHED, end_with_parent, supervise
+from admfast.training.digit_images import MAX_GREY_LEVEL, NUM_CLASSES, block_means, load_digits
+from bench.command import STARTUP_SECONDS, UNFINISHED, end_with_parent, supervise
 from bench.results import conditions, environment, markdown_table
 
 BATCH = 50
@@ -79,17 +79,22 @@ def frechet_distance(a: Array, b: Array) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * overlap)
 
 
-def neighbours(points: Array, among: Array, k: int) -> Array:
+def nearest_distances(points: Array, among: Array, k: int) -> Array:
     """Return the Euclidean distances [N, k] of points to their k nearest among others, in ascending order."""
-    same = points is among
-    found = NearestNeighbors(n_neighbors=k + same, algorithm="brute").fit(among).kneighbors(points)[0]
-    return found[:, same:]  # a point is its own nearest neighbour
+    same_points = points is among
+    distances = (
+        NearestNeighbors(n_neighbors=k + same_points, algorithm="brute").fit(among).kneighbors(points)[0]
+    )
+    return distances[:, same_points:]  # a point is its own nearest neighbour
 
 
 def nearest_neighbour_accuracy(a: Array, b: Array) -> float:
     """Return the accuracy of guessing a point's set from its nearest neighbour; 0.5: sets look the same."""
-    right = [neighbours(own, own, 1) < neighbours(own, other, 1) for own, other in ((a, b), (b, a))]
-    return float(np.concatenate(right).mean())
+    is_same_set = [
+        nearest_distances(same_set, same_set, 1) < nearest_distances(same_set, other_set, 1)
+        for same_set, other_set in ((a, b), (b, a))
+    ]
+    return float(np.concatenate(is_same_set).mean())
 
 
 def coverage(points: Array, manifold: Array, k: int = 3) -> float:
@@ -98,47 +103,51 @@ def coverage(points: Array, manifold: Array, k: int = 3) -> float:
     Source: Kynkaanniemi et al. 2019. With samples as `points` and real digits as `manifold` it is precision;
     with the two exchanged it is recall.
     """
-    radii = neighbours(manifold, manifold, k)[:, k - 1]
+    radii = nearest_distances(manifold, manifold, k)[:, k - 1]
     return float((euclidean_distances(points, manifold) <= radii).any(axis=1).mean())
 
 
-def copied(samples: Array, real: Array) -> float:
+def share_of_copies(samples: Array, real: Array) -> float:
     """Return the share of samples that are nearer to a real digit than 99 % of real digits are to another."""
-    return float((neighbours(samples, real, 1) < np.percentile(neighbours(real, real, 1), 1)).mean())
+    return float(
+        (nearest_distances(samples, real, 1) < np.percentile(nearest_distances(real, real, 1), 1)).mean()
+    )
 
 
-def measure(samples: Array, classes: npt.NDArray[np.int64], real: Array, judge: SVC, some: Array) -> Quality:
+def measure(
+    samples: Array, classes: npt.NDArray[np.int64], real: Array, classifier: SVC, real_subset: Array
+) -> Quality:
     """Return all measures of samples [N, 64] that were generated as `classes` [N].
 
     some: as many of the real digits as there are samples, or all if there are fewer. judge: classifier of
     real digits.
     """
     return Quality(
-        accuracy=float((judge.predict(samples) == classes).mean()),
+        accuracy=float((classifier.predict(samples) == classes).mean()),
         frechet=frechet_distance(samples, real),
-        nearest_neighbour=nearest_neighbour_accuracy(samples[: len(some)], some),
+        nearest_neighbour=nearest_neighbour_accuracy(samples[: len(real_subset)], real_subset),
         precision=coverage(samples, real),
         recall=coverage(real, samples),
-        copies=copied(samples, real),
+        copies=share_of_copies(samples, real),
     )
 
 
-def halves(real: Array, labels: npt.NDArray[np.int64], rounds: int = 10) -> Quality:
+def measure_halves(real: Array, labels: npt.NDArray[np.int64], rounds: int = 10) -> Quality:
     """Return mean measures of one random half of the real digits against the other, as of a perfect model."""
-    found = []
+    qualities = []
     for seed in range(rounds):
         order = np.random.default_rng(seed).permutation(len(real))
         a, b = order[: len(real) // 2], order[len(real) // 2 :]
-        judge = SVC(gamma=0.001).fit(real[b], labels[b])
-        found.append(measure(real[a], labels[a], real[b], judge, real[b][: len(a)]))
-    return Quality(*(float(np.mean([getattr(q, name) for q in found])) for name in asdict(found[0])))
+        classifier = SVC(gamma=0.001).fit(real[b], labels[b])
+        qualities.append(measure(real[a], labels[a], real[b], classifier, real[b][: len(a)]))
+    return Quality(*(float(np.mean([getattr(q, name) for q in qualities])) for name in asdict(qualities[0])))
 
 
 def sample(
     pipe: admfast.Pipeline, setting: Setting, count: int, first_seed: int
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """Return `count` samples as [count, 64] on the scale 0..16, and their classes, in equal shares."""
-    classes = np.arange(count) % CLASSES
+    classes = np.arange(count) % NUM_CLASSES
     images = pipe.sample(
         classes.tolist(),
         range(first_seed, first_seed + count),
@@ -147,7 +156,7 @@ def sample(
         guidance=setting.guidance,
         batch_size=BATCH,
     )
-    levels = images.movedim(-1, 1).float() * (LEVELS / 255)
+    levels = images.movedim(-1, 1).float() * (MAX_GREY_LEVEL / 255)
     return block_means(levels).flatten(1).double().numpy(), classes
 
 
@@ -159,13 +168,13 @@ def table(rows: dict[str, Quality]) -> str:
 
 def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
     """Return the SHA-256 of every weights file that is measured, by file name."""
-    ships = model in SYSTEMS
-    paths = [part.shipped_path for part in SYSTEMS[model].models] if ships else [model, classifier]
-    found = [Path(path) for path in paths if path is not None]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    is_system = model in SYSTEMS
+    paths = [part.shipped_path for part in SYSTEMS[model].models] if is_system else [model, classifier]
+    existing = [Path(path) for path in paths if path is not None]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in existing}
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.digits_quality", description=__doc__)
     parser.add_argument("--model", default="digits32", help="system or weights file (default: digits32)")
@@ -180,14 +189,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def predicted(pipe: admfast.Pipeline, setting: Setting, count: int) -> float:
+def predict_seconds(pipe: admfast.Pipeline, setting: Setting, count: int) -> float:
     """Return the expected seconds for `count` samples, from one step of one batch."""
-    some, seconds = min(BATCH, count), math.inf
+    count_per_batch, seconds = min(BATCH, count), math.inf
     for _ in range(2):  # the first one is slow, because it prepares the step
-        began = time.monotonic()
-        sample(pipe, replace(setting, steps=1), some, 0)
-        seconds = min(seconds, time.monotonic() - began)
-    return seconds * setting.steps * count / some
+        start = time.monotonic()
+        sample(pipe, replace(setting, steps=1), count_per_batch, 0)
+        seconds = min(seconds, time.monotonic() - start)
+    return seconds * setting.steps * count / count_per_batch
 
 
 def run(args: argparse.Namespace) -> int:
@@ -197,8 +206,8 @@ def run(args: argparse.Namespace) -> int:
     pipe = admfast.load(args.model, classifier=args.classifier, precision=args.precision)
     digits, labels = load_digits()
     real, classes = digits.flatten(1).double().numpy(), labels.numpy()
-    judge = SVC(gamma=0.001).fit(real, classes)
-    some = real[np.random.default_rng(0).permutation(len(real))[: args.count]]
+    classifier = SVC(gamma=0.001).fit(real, classes)
+    real_subset = real[np.random.default_rng(0).permutation(len(real))[: args.count]]
     # Read before measuring, because files may change in the half hour that it takes.
     document = {
         "samples": args.count,
@@ -208,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
         "date": conditions(pipe.device)["date"],
         "weights": weight_hashes(args.model, args.classifier),
     }
-    rows, slow = {"two halves of the real digits": halves(real, classes)}, {}
+    rows, slow = {"two halves of the real digits": measure_halves(real, classes)}, {}
 
     def write() -> None:
         if args.out is not None:
@@ -220,15 +229,15 @@ def run(args: argparse.Namespace) -> int:
     for setting in SETTINGS:
         if args.only not in setting.name or (setting.guidance and pipe.classifier is None):
             continue
-        seconds, left = predicted(pipe, setting, args.count), end - time.monotonic()
+        seconds, left = predict_seconds(pipe, setting, args.count), end - time.monotonic()
         if seconds > left:
             slow[setting.name] = f"too slow: about {seconds:.0f} s, {max(0.0, left):.0f} s are left"
             print(f"{setting.name}: {slow[setting.name]}", file=sys.stderr, flush=True)
             write()
             continue
         started = time.time()
-        samples, asked = sample(pipe, setting, args.count, args.seed)
-        rows[setting.name] = measure(samples, asked, real, judge, some)
+        samples, classes_of_samples = sample(pipe, setting, args.count, args.seed)
+        rows[setting.name] = measure(samples, classes_of_samples, real, classifier, real_subset)
         spent = time.time() - started
         print(f"{setting.name}: {args.count} samples in {spent:.0f} s", file=sys.stderr, flush=True)
         write()
@@ -238,11 +247,11 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the bench by its command line; a user's error is one line with exit status 2."""
-    args = arguments(argv)
+    args = parse_arguments(argv)
     if not args.inside:
-        given = sys.argv[1:] if argv is None else argv
-        command = [sys.executable, "-m", "bench.digits_quality", *given, "--inside"]
-        return supervise(command, args.budget + STARTING)
+        words = sys.argv[1:] if argv is None else argv
+        command = [sys.executable, "-m", "bench.digits_quality", *words, "--inside"]
+        return supervise(command, args.budget + STARTUP_SECONDS)
     end_with_parent()
     try:
         return run(args)

@@ -31,20 +31,20 @@ from admfast.ops import conv_int8_ref
 from admfast.verify.budget import psnr
 from bench.results import markdown_table
 
-LARGEST = 448.0  # of the finite numbers of e4m3
+LARGEST_E4M3 = 448.0  # of the finite numbers of e4m3
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def rounded(x: Tensor) -> Tensor:
+def round_to_e4m3(x: Tensor) -> Tensor:
     """Round to e4m3 with one scale for each index of the first dimension."""
-    scale = x.abs().amax(tuple(range(1, x.dim())), keepdim=True) / LARGEST
+    scale = x.abs().amax(tuple(range(1, x.dim())), keepdim=True) / LARGEST_E4M3
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 def fp8_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve factors that are rounded to e4m3."""
-    return F.conv2d(rounded(x), rounded(weight), bias, padding=1)
+    return F.conv2d(round_to_e4m3(x), round_to_e4m3(weight), bias, padding=1)
 
 
 CONVOLUTIONS: dict[str, Convolve] = {"8 bits": conv_int8_ref, "e4m3": fp8_conv}
@@ -57,7 +57,7 @@ def straight_through(convolve: Convolve, x: Tensor, weight: Tensor, bias: Tensor
 
 
 @contextmanager
-def replaced(pipe: admfast.Pipeline, convolve: Convolve) -> Iterator[None]:
+def replace_convolutions(pipe: admfast.Pipeline, convolve: Convolve) -> Iterator[None]:
     """Compute the inner 3x3 convolutions of both networks by `convolve` within the `with` block."""
     layers: list[Any] = [
         module
@@ -85,7 +85,7 @@ def samples(request: dict[str, Any]) -> dict[str, Tensor]:
         "bf16": admfast.load("digits32", device="cpu", precision="bf16").sample(**request),
     }
     for name, convolve in CONVOLUTIONS.items():
-        with replaced(pipe, convolve):
+        with replace_convolutions(pipe, convolve):
             images[name] = pipe.sample(**request)
     return images
 

@@ -14,10 +14,10 @@ NAMES = ("sampler", "norm", "norm-gradient", "attention", "conv", "others")
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     """Return the groups in the order in which they run, with their shares of the budget."""
-    from bench.ops import attention, norm, others, products, update
+    from bench.ops import attention, matmul_and_conv, norm, other_ops, update
 
     cases = (update.kernels, norm.kernels, norm.gradient_kernels, attention.kernels)
-    cases += (products.conv_kernels, others.kernels)
+    cases += (matmul_and_conv.conv_kernels, other_ops.kernels)
     return dict(zip(NAMES, zip((0.1, 0.25, 0.2, 0.2, 0.25, 0.1), cases, strict=True), strict=True))
 
 

@@ -83,8 +83,8 @@ class Case:
     """A row before it is measured: its name, and the function that measures it and returns its fields.
 
     measure: builds inputs, compares and times. note: further fields of the row. limit: seconds after which it
-    is stopped and its row says "too slow". together: an object shared by the cases that are measured at the
-    same time; its `leave_out(case)` leaves out one that can't be measured.
+    is stopped and its row says "too slow". measured_with: an object shared by the cases that are measured
+    at the same time; its `leave_out(case)` leaves out one that can't be measured.
     """
 
     kind: str
@@ -94,17 +94,17 @@ class Case:
     measure: Measure
     note: Row = field(default_factory=dict)
     limit: float = CASE_SECONDS
-    together: Any = None
+    measured_with: Any = None
 
 
-def timed(
+def measure_call(
     fn: Callable[[], Any],
     settings: Settings,
     *,
     check: Callable[[Any], float] | None = None,
     flop: float | None = None,
     nbytes: float | None = None,
-    small: tuple[Callable[[], object], float] | None = None,
+    small_call: tuple[Callable[[], object], float] | None = None,
     gradient: bool = False,
 ) -> Row:
     """Compare and time `fn`; return the row's fields.
@@ -114,33 +114,33 @@ def timed(
         settings: device and seconds.
         check: the relative error of what `fn` returns; raises WrongResult.
         flop, nbytes: operations and bytes of one call, for the rates.
-        small: a call on a part of the input, and the number of such parts in the whole input; it is timed
-            first, to estimate the time of `fn`.
+        small_call: a call on a part of the input, and the number of such parts in the whole input; it is
+            timed first, to estimate the time of `fn`.
         gradient: whether `fn` takes a gradient.
 
     Raises:
         TooSlow: the calls of this row would take longer than `ROW_SECONDS` or half of its limit.
     """
     with contextlib.nullcontext() if gradient else torch.inference_mode():
-        if small is not None:
+        if small_call is not None:
             # Twice, because the first call may initialise a library.
-            refuse_slow(small[1] * min(seconds_of(small[0]) for _ in range(2)), settings.limit)
+            refuse_slow(small_call[1] * min(seconds_of(small_call[0]) for _ in range(2)), settings.limit)
         out = fn()
         error = None if check is None else check(out)
         del out
-        once = seconds_of(fn)  # not the first call, which may compile or search
-        refuse_slow(once, settings.limit)
+        seconds_per_call = seconds_of(fn)  # not the first call, which may compile or search
+        refuse_slow(seconds_per_call, settings.limit)
         peak = peak_mb(fn, settings.device)
-        queued, begin = queue_seconds(), time.perf_counter()
-        timing = (_cuda_times if settings.cuda else _cpu_times)(fn, settings.seconds, once)
-        waited = max(0.0, queue_seconds() - queued) / (time.perf_counter() - begin)
-    row: Row = quantiles(timing) | {"samples": len(timing), "waited": round(waited, 3)}
+        queue_before, begin = queue_seconds(), time.perf_counter()
+        times_ms = (_cuda_times if settings.cuda else _cpu_times)(fn, settings.seconds, seconds_per_call)
+        waited_share = max(0.0, queue_seconds() - queue_before) / (time.perf_counter() - begin)
+    row: Row = quantiles(times_ms) | {"samples": len(times_ms), "waited": round(waited_share, 3)}
     if flop is not None:
-        row |= {"flop": int(flop), "tflops": short(flop / row["ms"] / 1e9)}
+        row |= {"flop": int(flop), "tflops": round_to_5_digits(flop / row["ms"] / 1e9)}
     if nbytes is not None:
-        row |= {"bytes": int(nbytes), "gbps": short(nbytes / row["ms"] / 1e6)}
+        row |= {"bytes": int(nbytes), "gbps": round_to_5_digits(nbytes / row["ms"] / 1e6)}
     if peak is not None:
-        row["peak_mb"] = short(peak)
+        row["peak_mb"] = round_to_5_digits(peak)
     return row if error is None else row | {"rel_err": float(f"{error:.2e}")}
 
 
@@ -169,7 +169,7 @@ def seconds_of(fn: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def short(value: float) -> float:
+def round_to_5_digits(value: float) -> float:
     """Round to five significant digits, the precision of numbers in rows."""
     return float(f"{value:.5g}")
 
@@ -183,10 +183,10 @@ def quantiles(times_ms: Sequence[float]) -> Row:
         raise ValueError("times_ms is empty: nothing was timed")
     times = torch.tensor(list(times_ms), dtype=torch.float64)
     found = torch.quantile(times, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
-    return {name: short(ms) for name, ms in zip(("ms", "ms_q20", "ms_q80"), found, strict=True)}
+    return {name: round_to_5_digits(ms) for name, ms in zip(("ms", "ms_q20", "ms_q80"), found, strict=True)}
 
 
-def checked(out: torch.Tensor, ref64: torch.Tensor, limit: float) -> float:
+def check_error(out: torch.Tensor, ref64: torch.Tensor, limit: float) -> float:
     """Return |out - ref| / |ref| in float64; raise WrongResult if it exceeds `limit` or is NaN."""
     out, ref64 = out.detach(), ref64.detach().double().cpu()
     error = float((out.double().cpu() - ref64).norm() / ref64.norm())
@@ -245,28 +245,28 @@ def unavailable(reason: str) -> Measure:
     return refuse
 
 
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+def compile_function(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function with torch.compile; first reset Dynamo, which stops after eight compilations."""
     torch._dynamo.reset()
     return torch.compile(fn, fullgraph=True, dynamic=False)
 
 
-def _cuda_times(fn: Callable[[], object], seconds: float, once: float) -> list[float]:
+def _cuda_times(fn: Callable[[], object], seconds: float, seconds_per_call: float) -> list[float]:
     """Return milliseconds by the device's events; the L2 cache is overwritten before each sample."""
     from triton.testing import do_bench  # type: ignore[import-untyped]
 
     # do_bench takes int(rep / estimate) samples; its estimate includes the flush: leave time for three.
-    rep = 1e3 * max(seconds, 4 * once)
+    rep = 1e3 * max(seconds, 4 * seconds_per_call)
     return [float(t) for t in do_bench(fn, warmup=rep / 4, rep=rep, return_mode="all")]
 
 
-def _cpu_times(fn: Callable[[], object], seconds: float, once: float) -> list[float]:
+def _cpu_times(fn: Callable[[], object], seconds: float, seconds_per_call: float) -> list[float]:
     """Return wall-clock milliseconds with torch's number of threads, in at least three samples."""
     timer = benchmark.Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
     times: list[float] = []
     # blocked_autorange stops as soon as min_run_time has passed, even after a single slow sample.
     while len(times) < 3:
-        times += timer.blocked_autorange(min_run_time=max(seconds, 2.5 * once)).times
+        times += timer.blocked_autorange(min_run_time=max(seconds, 2.5 * seconds_per_call)).times
     return [t * 1e3 for t in times]
 
 
@@ -285,16 +285,18 @@ def queue_seconds() -> float:
     return total / 1e9
 
 
-def in_a_process(code: str, environment: Mapping[str, str]) -> Any:
+def run_in_process(code: str, environment: Mapping[str, str]) -> Any:
     """Run Python code in a new process, and return the JSON in the last line that it prints.
 
     Raises: RuntimeError with the last line of its errors if it fails or prints nothing.
     """
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-    if done.returncode or not lines:
-        raise RuntimeError(f"the process ended with {done.returncode}: {lines[-1] if lines else 'silent'}")
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = (finished.stderr if finished.returncode else finished.stdout).strip().splitlines()
+    if finished.returncode or not lines:
+        raise RuntimeError(
+            f"the process ended with {finished.returncode}: {lines[-1] if lines else 'silent'}"
+        )
     return json.loads(lines[-1])
 
 
@@ -339,52 +341,52 @@ def sample(step: Callable[[int], object], count: int) -> Sample:
             torch.cuda.synchronize()
 
     synchronise()
-    queued, used, begin = queue_seconds(), time.process_time(), time.perf_counter()
+    queue_before, cpu_seconds, begin = queue_seconds(), time.process_time(), time.perf_counter()
     for i in range(count):
         step(i)
-    issued = time.perf_counter()
+    issued_at = time.perf_counter()
     synchronise()
     seconds = time.perf_counter() - begin
-    used = time.process_time() - used
-    waited = max(0.0, queue_seconds() - queued) / seconds
-    unit = 1e3 / count
-    return Sample(unit * seconds, unit * (issued - begin), waited, unit * used)
+    cpu_seconds = time.process_time() - cpu_seconds
+    waited = max(0.0, queue_seconds() - queue_before) / seconds
+    ms_per_step = 1e3 / count
+    return Sample(ms_per_step * seconds, ms_per_step * (issued_at - begin), waited, ms_per_step * cpu_seconds)
 
 
-def in_turns(
-    takers: Mapping[T, Callable[[int], Sample]],
+def sample_in_turns(
+    samplers: Mapping[T, Callable[[int], Sample]],
     seconds: float,
     rounds: int,
     *,
-    together: int = 1,
-    longest: int = 1000,
+    steps_per_chunk: int = 1,
+    max_steps: int = 1000,
     budget: float = math.inf,
 ) -> dict[T, list[Sample]]:
     """Sample several contenders in turns, so that other load on the machine affects all of them alike.
 
     Args:
-        takers: by name, functions that run `count` steps and return their sample. Each has run before.
+        samplers: by name, functions that run `count` steps and return their sample. Each has run before.
         seconds: approximate length of a sample, which has at least one step. If it has just one, the step
             that measured this length is the first sample.
         rounds: number of samples of each; every second round takes them in reverse order.
-        together: number of steps that share some work. A sample of more than a third of it is rounded up to
-            a multiple.
-        longest: largest number of steps of a sample.
+        steps_per_chunk: number of steps that share some work. A sample of more than a third of it is rounded
+            up to a multiple.
+        max_steps: largest number of steps of a sample.
         budget: seconds after which no further round begins.
     """
     end = time.monotonic() + budget
-    ones = {name: taker(1) for name, taker in takers.items()}
+    single_steps = {name: sampler(1) for name, sampler in samplers.items()}
     counts = {}
-    for name, one in ones.items():
-        count = math.ceil(1e3 * seconds / one.ms)
-        if count > together / 3:
-            count = math.ceil(count / together) * together
-        counts[name] = min(count, longest)
-    samples: dict[T, list[Sample]] = {name: [] for name in takers}
+    for name, single in single_steps.items():
+        count = math.ceil(1e3 * seconds / single.ms)
+        if count > steps_per_chunk / 3:
+            count = math.ceil(count / steps_per_chunk) * steps_per_chunk
+        counts[name] = min(count, max_steps)
+    samples: dict[T, list[Sample]] = {name: [] for name in samplers}
     for i in range(rounds):
         if i and time.monotonic() > end:
             break
-        for name in list(takers)[:: -1 if i % 2 else 1]:
-            known = i == 0 and counts[name] == 1
-            samples[name].append(ones[name] if known else takers[name](counts[name]))
+        for name in list(samplers)[:: -1 if i % 2 else 1]:
+            already_sampled = i == 0 and counts[name] == 1
+            samples[name].append(single_steps[name] if already_sampled else samplers[name](counts[name]))
     return samples

@@ -20,7 +20,7 @@ import torch
 from bench.command import Bench, bench_main
 from bench.measure import Case, Settings, refuse_work
 from bench.results import Row
-from bench.sampling.contender import TOGETHER, Contender, Entry
+from bench.sampling.contender import STEPS_PER_CHUNK, Contender, Entry
 from bench.sampling.flags import add_flags
 from bench.sampling.subject import Inputs, Subject, step_flop
 
@@ -40,10 +40,10 @@ CLASSES = ("convolution", "norm", "attention", "product", "embedding", "update",
 LAUNCH = re.compile(r"^(cuda|cu)(Launch|GraphLaunch|Memcpy|Memset)")
 WHOLE = "all steps"
 
-# Number of profiled steps: as many as fit into SECONDS; see `steps_for`.
+# Number of profiled steps: as many as fit into SECONDS; see `choose_num_steps`.
 SECONDS = 1.0
-LARGEST_TRACE = 25
-NAMED = 48  # operations that a row lists
+MAX_PROFILED_STEPS = 25
+LISTED_OPERATIONS = 48  # operations that a row lists
 
 
 def classify(name: str) -> str:
@@ -69,23 +69,23 @@ class Trace:
     kernels: float = 0.0
 
     @classmethod
-    def of(
-        cls, wall_us: float, timed: Iterable[tuple[str, str, float]], filled_us: float, steps: int
+    def sum_up(
+        cls, wall_us: float, timed: Iterable[tuple[str, str, float]], busy_us: float, steps: int
     ) -> Trace:
-        """Add up (class, name, microseconds) over several steps; the gaps are `wall_us` less `filled_us`."""
+        """Add up (class, name, microseconds) over several steps; the gaps are `wall_us` less `busy_us`."""
         by_class: dict[str, float] = defaultdict(float)
         by_name: dict[str, list[float]] = defaultdict(list)
         for kind, name, us in timed:
             by_class[kind] += us
             by_name[name].append(us)
-        by_class[GAPS] = max(0.0, wall_us - filled_us)
+        by_class[GAPS] = max(0.0, wall_us - busy_us)
         unit = 1e3 * steps
         names = {name: (sum(times) / unit, len(times) / steps) for name, times in by_name.items()}
         return cls(wall_us / unit, {name: time / unit for name, time in by_class.items()}, names)
 
     def row(self) -> Row:
         """Return the fields of a profile's row, with the operations that take longest."""
-        names = sorted(self.names.items(), key=lambda item: -item[1][0])[:NAMED]
+        names = sorted(self.names.items(), key=lambda item: -item[1][0])[:LISTED_OPERATIONS]
         row: Row = {
             "profiled_ms": round(self.wall_ms, 4),
             "class_ms": {name: round(self.ms.get(name, 0.0), 4) for name in CLASSES},
@@ -95,7 +95,7 @@ class Trace:
         return row | ({"launches": self.launches, "kernels": self.kernels} if self.kernels else {})
 
 
-def traced(contender: Contender, steps: int) -> Trace:
+def trace_steps(contender: Contender, steps: int) -> Trace:
     """Profile a contender's first steps; it must have run before, to be warm."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -111,10 +111,10 @@ def traced(contender: Contender, steps: int) -> Trace:
                     torch.cuda.synchronize(contender.device)
     events = profiler.events()
     assert events is not None
-    return of_device(events, steps) if cuda else of_host(events, steps)
+    return trace_from_device(events, steps) if cuda else trace_from_host(events, steps)
 
 
-def of_host(events: Iterable[Any], steps: int) -> Trace:
+def trace_from_host(events: Iterable[Any], steps: int) -> Trace:
     """Return the trace of steps on a CPU, from the time that each operation takes without those inside it.
 
     The time counts for the class of the outermost operation around it that has one: a copy inside a
@@ -124,10 +124,10 @@ def of_host(events: Iterable[Any], steps: int) -> Trace:
     wall = sum(event.time_range.elapsed_us() for event in events if event.name == WHOLE)
     inside = [event for event in events if event.name != WHOLE and WHOLE in _names_above(event)]
     timed = [(_class_of(event), event.name, event.self_cpu_time_total) for event in inside]
-    return Trace.of(wall, timed, sum(us for _, _, us in timed), steps)
+    return Trace.sum_up(wall, timed, sum(us for _, _, us in timed), steps)
 
 
-def of_device(events: Iterable[Any], steps: int) -> Trace:
+def trace_from_device(events: Iterable[Any], steps: int) -> Trace:
     """Return the trace of steps on a GPU: kernels and copies by name, and gaps in which none of them runs."""
     host = [event for event in events if _on_host(event)]
     wall = sum(event.time_range.elapsed_us() for event in host if event.name == WHOLE)
@@ -138,13 +138,13 @@ def of_device(events: Iterable[Any], steps: int) -> Trace:
     ]
     spans = [(event.time_range.start, event.time_range.end) for event in ran]
     timed = [(classify(e.name), e.name, end - start) for e, (start, end) in zip(ran, spans, strict=True)]
-    trace = Trace.of(wall, timed, covered(spans), steps)
+    trace = Trace.sum_up(wall, timed, union_length(spans), steps)
     trace.launches = sum(bool(LAUNCH.match(event.name)) for event in host) / steps
     trace.kernels = len(spans) / steps
     return trace
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
+def union_length(spans: Iterable[tuple[float, float]]) -> float:
     """Return the length of the union of intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
@@ -172,13 +172,13 @@ def _class_of(event: Any) -> str:
     return next((kind for kind in reversed(kinds) if kind != OTHER), OTHER)
 
 
-def steps_for(ms: float, longest: int, quick: bool) -> int:
+def choose_num_steps(ms: float, longest: int, quick: bool) -> int:
     """Return how many steps of `ms` milliseconds to profile.
 
-    It is one chunk of embeddings (`TOGETHER` steps) if more than a third of it fits into `SECONDS`.
+    It is one chunk of embeddings (`STEPS_PER_CHUNK` steps) if more than a third of it fits into `SECONDS`.
     """
-    count = 2 if quick else max(1, min(LARGEST_TRACE, round(1e3 * SECONDS / ms)))
-    return min(TOGETHER if count > TOGETHER / 3 else count, longest)
+    count = 2 if quick else max(1, min(MAX_PROFILED_STEPS, round(1e3 * SECONDS / ms)))
+    return min(STEPS_PER_CHUNK if count > STEPS_PER_CHUNK / 3 else count, longest)
 
 
 def _profile(entry: Entry, subject: Subject, batch: int, settings: Settings) -> Row:
@@ -187,9 +187,9 @@ def _profile(entry: Entry, subject: Subject, batch: int, settings: Settings) -> 
     contender = entry.make(subject, Inputs.of(subject, batch, settings.device))
     with contender.running():
         contender.ready()
-    steps = steps_for(contender.take(1).ms, subject.steps, settings.quick)
-    plain = contender.take(steps)
-    row = traced(contender, steps).row()
+    steps = choose_num_steps(contender.time_steps(1).ms, subject.steps, settings.quick)
+    plain = contender.time_steps(steps)
+    row = trace_steps(contender, steps).row()
     return row | {"steps": steps, "ms": round(plain.ms, 4)} | contender.note()
 
 

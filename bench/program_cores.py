@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-STOOD_IN = (
+REPLACED_PACKAGES = (
     "blobfile", "cv2", "hdf5storage", "matplotlib", "motionblur", "mpi4py", "requests", "scipy", "skimage",
     "torchdiffeq", "torchsde", "torchvision", "yaml",
 )  # fmt: skip
@@ -35,7 +35,7 @@ SIZE = 64
 Core = Callable[[Any, Any], Any]  # (network, x [1, 3, SIZE, SIZE]) to a result
 
 
-OWN, OURS = "guided_diffusion", "admfast.compat.guided_diffusion"
+PROGRAM_PACKAGE, ADMFAST_PACKAGE = "guided_diffusion", "admfast.compat.guided_diffusion"
 
 
 @dataclass(frozen=True)
@@ -44,35 +44,35 @@ class Program:
 
     roots: folders from which it imports, relative to the folder of checkouts. parts: by name, functions that
     return its network and a core, which maps (network, x) to a result. packaged: names of parts that also run
-    on admfast's own package. walk: how the accelerated network runs, "whole" or "block by block".
+    on admfast's own package. runs: how the accelerated network runs, "whole" or "block by block".
     """
 
     roots: tuple[str, ...]
     parts: dict[str, Callable[..., tuple[Any, Core]]]
     packaged: tuple[str, ...] = ()
-    walk: str = "whole"
+    runs: str = "whole"
 
 
-def published_network(package: str = OWN, **changes: Any) -> Any:
+def published_network(package: str = PROGRAM_PACKAGE, **changes: Any) -> Any:
     """Return a network from `create_model` of a package, which by default is the program's own copy."""
     create = importlib.import_module(f"{package}.script_util").create_model
     return create(**{"image_size": SIZE, **OPTIONS, **changes})
 
 
-def process(package: str = OWN, **changes: Any) -> Any:
+def process(package: str = PROGRAM_PACKAGE, **changes: Any) -> Any:
     """Return the diffusion process of a package, respaced to `STEPS` steps by default."""
     create = importlib.import_module(f"{package}.script_util").create_gaussian_diffusion
     return create(learn_sigma=True, **{"timestep_respacing": str(STEPS), **changes})
 
 
-def ddpm(package: str = OWN) -> tuple[Any, Core]:
+def ddpm(package: str = PROGRAM_PACKAGE) -> tuple[Any, Core]:
     """Return the network and core of the published loop."""
     diffusion = process(package)
     net = published_network(package)
     return net, lambda net, x: diffusion.p_sample_loop(net, x.shape, noise=x, device="cpu")
 
 
-def guided(package: str = OWN) -> tuple[Any, Core]:
+def guided(package: str = PROGRAM_PACKAGE) -> tuple[Any, Core]:
     """Return the network and core of the published loop with a classifier, as in the published script."""
     import torch
     import torch.nn.functional as F
@@ -85,8 +85,8 @@ def guided(package: str = OWN) -> tuple[Any, Core]:
     args = SimpleNamespace(classifier_scale=1.0, class_cond=False)
 
     def core(net: Any, x: Any) -> Any:
-        fast = isinstance(net, admfast.accelerate.nets.AcceleratedNet)
-        classifier = classifiers[fast]
+        is_accelerated = isinstance(net, admfast.accelerate.networks.AcceleratedNet)
+        classifier = classifiers[is_accelerated]
 
         def cond_fn(x: Any, t: Any, y: Any = None) -> Any:
             with torch.enable_grad():
@@ -101,13 +101,13 @@ def guided(package: str = OWN) -> tuple[Any, Core]:
         run = diffusion.p_sample_loop
         return run(model_fn, x.shape, noise=x, cond_fn=cond_fn, model_kwargs=dict(y), device="cpu")
 
-    own = util.create_classifier(**flags)
-    fill(own)
-    classifiers = {False: own, True: admfast.accelerate(copy.deepcopy(own))}
+    plain_classifier = util.create_classifier(**flags)
+    fill_parameters(plain_classifier)
+    classifiers = {False: plain_classifier, True: admfast.accelerate(copy.deepcopy(plain_classifier))}
     return published_network(package), core
 
 
-def training(package: str = OWN) -> tuple[Any, Core]:
+def training(package: str = PROGRAM_PACKAGE) -> tuple[Any, Core]:
     """Return the network and core of the published training loss and its gradient in every parameter."""
     import torch
 
@@ -279,24 +279,24 @@ def ddnm() -> tuple[Any, Core]:
     return net, core
 
 
-def fill(net: Any) -> None:
+def fill_parameters(net: Any) -> None:
     """Give all parameters random values, because the last layers are initially zero and would hide errors."""
     import torch
 
-    from bench.sampling.weights import drawn
+    from bench.sampling.weights import draw_weight
 
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            parameter.copy_(drawn(name, parameter.shape, generator))
+            parameter.copy_(draw_weight(name, parameter.shape, generator))
     net.eval()
 
 
-def of_a_library(module: str, make: str, gradient: bool, **options: Any) -> tuple[Any, Core]:
+def library_core(module: str, class_name: str, gradient: bool, **options: Any) -> tuple[Any, Core]:
     """Return a library's network, and as core its call at a middle noise level or the gradient in x."""
     import torch
 
-    net = getattr(importlib.import_module(module), make)(**options)
+    net = getattr(importlib.import_module(module), class_name)(**options)
     middle = 500 if module == "diffusers" else torch.tensor([0.5])
 
     def call(net: Any, x: Any) -> Any:
@@ -313,11 +313,13 @@ def of_a_library(module: str, make: str, gradient: bool, **options: Any) -> tupl
     return net, core
 
 
-def both(name: str, module: str, make: str, **options: Any) -> dict[str, Callable[..., tuple[Any, Core]]]:
+def call_and_gradient(
+    name: str, module: str, class_name: str, **options: Any
+) -> dict[str, Callable[..., tuple[Any, Core]]]:
     """Return the parts of a library's network by name: its call, and its gradient in x."""
     kinds = {name: False, f"{name}, gradient": True}
     return {
-        part: functools.partial(of_a_library, module, make, gradient, **options)
+        part: functools.partial(library_core, module, class_name, gradient, **options)
         for part, gradient in kinds.items()
     }
 
@@ -343,22 +345,22 @@ PROGRAMS = {
         {"DPS": functools.partial(dps, "ps"), "MCG": functools.partial(dps, "mcg")},
     ),
     "ddrm": Program(("ddrm",), {"DDRM": ddrm}),
-    "DDNM": Program(("DDNM/hq_demo",), {"DDNM": ddnm}, walk="block by block"),
+    "DDNM": Program(("DDNM/hq_demo",), {"DDNM": ddnm}, runs="block by block"),
     "DiffPIR": Program(("DiffPIR",), {"DiffPIR": diffpir}),
     "dpm-solver": Program(("dpm-solver/examples/ddpm_and_guided-diffusion",), {"DPM-Solver++": dpm_solver}),
     "k-diffusion": Program(("k-diffusion", "guided-diffusion"), {"DPM-Solver++ (2M)": k_diffusion}),
     # The libraries are installed with their dependencies into the folder `libraries` (pip install --target).
     "deepinv": Program(
         ("libraries",),
-        both("ADMUNet", "deepinv.models", "ADMUNet", **_EDM)
-        | both("DDPM++", "deepinv.models", "NCSNpp", model_type="ddpm", **_EDM),
-        walk="block by block",
+        call_and_gradient("ADMUNet", "deepinv.models", "ADMUNet", **_EDM)
+        | call_and_gradient("DDPM++", "deepinv.models", "NCSNpp", model_type="ddpm", **_EDM),
+        runs="block by block",
     ),
     "diffusers": Program(
         ("libraries",),
-        both("UNet2DModel", "diffusers", "UNet2DModel", **_LEVELS)
-        | both("UNet2DModel as ADM", "diffusers", "UNet2DModel", **_LEVELS, **_AS_ADM),
-        walk="block by block",
+        call_and_gradient("UNet2DModel", "diffusers", "UNet2DModel", **_LEVELS)
+        | call_and_gradient("UNet2DModel as ADM", "diffusers", "UNet2DModel", **_LEVELS, **_AS_ADM),
+        runs="block by block",
     ),
 }
 
@@ -406,16 +408,16 @@ def _without_cuda() -> None:
     torch.ones = lambda *a, device=None, **k: ones(*a, device=here(device), **k)  # type: ignore[assignment]
 
 
-def ready(folder: str, program: str, part: str) -> tuple[Any, Core]:
+def load_core(folder: str, program: str, part: str) -> tuple[Any, Core]:
     """Make a program's checkout importable in this process; return a network and a core of the program."""
     import torch
 
-    sys.meta_path.append(StandIns(STOOD_IN))
+    sys.meta_path.append(StandIns(REPLACED_PACKAGES))
     sys.path[:0] = [str(Path(folder) / root) for root in PROGRAMS[program].roots]
     if not torch.cuda.is_available():
         _without_cuda()
     net, core = PROGRAMS[program].parts[part]()
-    fill(net)
+    fill_parameters(net)
     return net, core
 
 
@@ -439,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     folder, program, part, out = sys.argv[1:] if argv is None else argv
-    torch.save(result_of(*ready(folder, program, part), images()), out)
+    torch.save(result_of(*load_core(folder, program, part), images()), out)
     return 0
 
 

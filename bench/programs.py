@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from bench.command import Bench, bench_main
-from bench.program_cores import OURS, PROGRAMS, images, ready, result_of
+from bench.program_cores import ADMFAST_PACKAGE, PROGRAMS, images, load_core, result_of
 
 PROGRAMS_PATH = "ADMFAST_PROGRAMS"
 ROUNDS = 5
 # Each pixel times 1 + 1e-6 changes a result about as much as rounding; an error may be ten times as large.
-NUDGE, ALLOWED = 1e-6, 10
+INPUT_CHANGE, MAX_ERROR_RATIO = 1e-6, 10
 
 # The process of one program
 
 
-def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> None:
+def print_measurements(folder: str, program: str, part: str, threads: int, rounds: int) -> None:
     """Measure a part of a program in this process; print one line of JSON."""
     import torch
 
@@ -38,61 +38,67 @@ def tell(folder: str, program: str, part: str, threads: int, rounds: int) -> Non
 
     torch.set_num_threads(threads)
     chosen = PROGRAMS[program]
-    net, core = ready(folder, program, part)
-    ways = {"program": (net, core), "accelerated": (admfast.accelerate(copy.deepcopy(net)), core)}
+    net, core = load_core(folder, program, part)
+    variants = {"program": (net, core), "accelerated": (admfast.accelerate(copy.deepcopy(net)), core)}
     if part in chosen.packaged:
-        ways["package"] = chosen.parts[part](OURS)
-        ways["package"][0].load_state_dict(net.state_dict())
-        ways["package"][0].eval()
+        variants["package"] = chosen.parts[part](ADMFAST_PACKAGE)
+        variants["package"][0].load_state_dict(net.state_dict())
+        variants["package"][0].eval()
     x = images()
 
-    def run(way: str, x: Any) -> tuple[Any, float]:
+    def run(variant: str, x: Any) -> tuple[Any, float]:
         began = time.perf_counter()
-        result = result_of(*ways[way], x)
+        result = result_of(*variants[variant], x)
         return result, time.perf_counter() - began
 
-    wanted, _ = run("program", x)
-    largest = float(wanted.abs().max())
-    nudged, _ = run("program", x * (1 + NUDGE))
-    firsts = {way: run(way, x) for way in ways if way != "program"}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    expected, _ = run("program", x)
+    largest = float(expected.abs().max())
+    changed, _ = run("program", x * (1 + INPUT_CHANGE))
+    first_runs = {variant: run(variant, x) for variant in variants if variant != "program"}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds):
-        for way, taken in seconds.items():
-            taken.append(run(way, x)[1])
-    said = {
-        "error": {way: float((found - wanted).abs().max()) / largest for way, (found, _) in firsts.items()},
-        "nudge": float((nudged - wanted).abs().max()) / largest,
-        "first": {way: took for way, (_, took) in firsts.items()},
-        "walk": admfast.accelerate.report(ways["accelerated"][0]).partition("\n")[0],
-        "ms": {way: [1e3 * value for value in values] for way, values in seconds.items()},
+        for variant, times in seconds.items():
+            times.append(run(variant, x)[1])
+    measurements = {
+        "error": {
+            variant: float((found - expected).abs().max()) / largest
+            for variant, (found, _) in first_runs.items()
+        },
+        "nudge": float((changed - expected).abs().max()) / largest,
+        "first": {variant: seconds_taken for variant, (_, seconds_taken) in first_runs.items()},
+        "runs": admfast.accelerate.report(variants["accelerated"][0]).partition("\n")[0],
+        "ms": {variant: [1e3 * value for value in values] for variant, values in seconds.items()},
     }
-    print(json.dumps(said))
+    print(json.dumps(measurements))
 
 
 # The bench
 
 
 @functools.cache
-def measured(folder: str, program: str, part: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Return the measurements of one part, made by `tell` in a new process."""
-    from bench.measure import in_a_process
+def measure_part(folder: str, program: str, part: str, threads: int, rounds: int) -> dict[str, Any]:
+    """Return the measurements of one part, made by `print_measurements` in a new process."""
+    from bench.measure import run_in_process
 
-    code = f"from bench.programs import tell; tell({folder!r}, {program!r}, {part!r}, {threads}, {rounds})"
-    return in_a_process(code, os.environ)  # type: ignore[no-any-return]
+    arguments = (folder, program, part, threads, rounds)
+    code = f"from bench.programs import print_measurements; print_measurements(*{arguments!r})"
+    return run_in_process(code, os.environ)  # type: ignore[no-any-return]
 
 
 def row(arguments: tuple[Any, ...], provider: str, settings: Any) -> dict[str, Any]:
     """Return the row of one way to run a program's core."""
-    from bench.measure import WrongResult, short
+    from bench.measure import WrongResult, round_to_5_digits
 
-    found = measured(*arguments, 1 if settings.quick else ROUNDS)
-    fields: dict[str, Any] = {"ms": short(statistics.median(found["ms"][provider]))}
+    found = measure_part(*arguments, 1 if settings.quick else ROUNDS)
+    fields: dict[str, Any] = {"ms": round_to_5_digits(statistics.median(found["ms"][provider]))}
     if provider != "program":
         error = fields["rel_err"] = found["error"][provider]
-        if not error <= ALLOWED * found["nudge"]:  # NaN is wrong
-            raise WrongResult(f"error {error:.1e}; scaling x by 1 + {NUDGE:g} makes {found['nudge']:.1e}")
+        if not error <= MAX_ERROR_RATIO * found["nudge"]:  # NaN is wrong
+            raise WrongResult(
+                f"error {error:.1e}; scaling x by 1 + {INPUT_CHANGE:g} makes {found['nudge']:.1e}"
+            )
     if provider == "accelerated":
-        fields["runs_on"] = found["walk"].partition(":")[2].strip()
+        fields["runs_on"] = found["runs"].partition(":")[2].strip()
     return fields
 
 
@@ -103,22 +109,24 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     if settings.cuda:
         raise ValueError("device='cuda': must be cpu, on which the programs' cores are measured")
     folder = Path(arguments.programs)
-    there = [name for name, it in PROGRAMS.items() if all((folder / root).is_dir() for root in it.roots)]
-    if not there:
+    available = [
+        name for name, program in PROGRAMS.items() if all((folder / root).is_dir() for root in program.roots)
+    ]
+    if not available:
         raise ValueError(f"programs={str(folder)!r}: must be a folder with one of {', '.join(PROGRAMS)}")
 
     def cases(name: str, settings: Any) -> Iterator[Any]:
         for part in PROGRAMS[name].parts:
             for threads in (1, 2):
                 where = (str(folder.resolve()), name, part, threads)
-                for provider in ways_of(name, part):
+                for provider in variants_of(name, part):
                     shape = {"program": name, "core": part, "threads": threads}
                     yield Case("program", "fp32", provider, shape, functools.partial(row, where, provider))
 
-    return {name: (1.0, functools.partial(cases, name)) for name in there}
+    return {name: (1.0, functools.partial(cases, name)) for name in available}
 
 
-def ways_of(program: str, part: str) -> tuple[str, ...]:
+def variants_of(program: str, part: str) -> tuple[str, ...]:
     """Return the ways in which a part can run."""
     packaged = part in PROGRAMS[program].packaged
     return ("program", "accelerated", "package") if packaged else ("program", "accelerated")

@@ -46,29 +46,29 @@ TITLES = {
 BASELINES: tuple[str, ...] = ("copy", "eager", "eager channels-first", "torch.compile")
 BASELINES += ("published", "published, channels-last", "published, compiled", "program")
 # The kind whose ceiling limits each kind: matrix products for operations, copies for bytes.
-TOP = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
-TOP |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
+CEILING_KIND = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
+CEILING_KIND |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
 # dtype of the products that a step is compared with, by the name of the policy, if they differ. On a CPU,
 # torch's products of 8 bits are slower than those in bf16.
-PRODUCT = {"auto": "bf16", "int8": "bf16"}
+PRODUCT_DTYPE = {"auto": "bf16", "int8": "bf16"}
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "us_per_node": "us a node"}
-LISTED = 12  # operations that are listed for each profiled step
+LISTED_OPERATIONS = 12  # operations that are listed for each profiled step
 
 Value = Callable[[Row, Sequence[Row]], Any]
 
 
-def of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
+def share_of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
     """Return a row's rate divided by its ceiling in the same file, which for a step is a matrix product's.
 
     A CPU's step is compared with products that were timed in turns with it.
     """
     if "of_product" in row:
         return f"{row['of_product']:.0%}"
-    top = TOP.get(row["kind"])
-    rate = row.get("gbps" if top == "copy" else "tflops")
-    dtype = PRODUCT.get(row["dtype"], row["dtype"]) if top == "matmul" else None
-    best = top and ceiling(rows, top, dtype)
-    return f"{rate / best:.0%}" if rate and best else None
+    ceiling_kind = CEILING_KIND.get(row["kind"])
+    rate = row.get("gbps" if ceiling_kind == "copy" else "tflops")
+    dtype = PRODUCT_DTYPE.get(row["dtype"], row["dtype"]) if ceiling_kind == "matmul" else None
+    ceiling_rate = ceiling_kind and ceiling(rows, ceiling_kind, dtype)
+    return f"{rate / ceiling_rate:.0%}" if rate and ceiling_rate else None
 
 
 def faster_than(row: Row, other: str, rows: Iterable[Row]) -> float | None:
@@ -85,7 +85,7 @@ def faster_than(row: Row, other: str, rows: Iterable[Row]) -> float | None:
     return None
 
 
-def with_ladder(rows: Sequence[Row]) -> list[Row]:
+def with_ablation_times(rows: Sequence[Row]) -> list[Row]:
     """Return the rows, with `ms` and `saves` in those of kind "ablation_added".
 
     Such a row's `ratio` is its time relative to the whole engine, measured in turns. `ms` is the ratio times
@@ -107,53 +107,53 @@ def with_ladder(rows: Sequence[Row]) -> list[Row]:
     return [found.get(id(row), row) for row in rows]
 
 
-def field(name: str, form: str = "{}") -> Value:
-    """Return a function that reads a field of a row, and formats it unless `form` is "{}"."""
+def read_field(name: str, template: str = "{}") -> Value:
+    """Return a function that reads a field of a row, and formats it unless `template` is "{}"."""
 
     def value(row: Row, rows: Sequence[Row]) -> Any:
         got = row.get(name)
-        return got if got is None or form == "{}" else form.format(got)
+        return got if got is None or template == "{}" else template.format(got)
 
     return value
 
 
 COLUMNS: dict[str, Value] = {
-    "ms": field("ms"),
-    "best ms": field("best_ms"),
+    "ms": read_field("ms"),
+    "best ms": read_field("best_ms"),
     "20-80 %": lambda row, rows: f"{row['ms_q20']:.3g}-{row['ms_q80']:.3g}" if "ms_q20" in row else None,
-    "images/s": field("images_per_s"),
-    "images/s and core": field("images_per_core_s"),
-    "cores for an H100": field("cores_for_h100"),
-    **{unit: field(name) for name, unit in UNITS.items()},
-    "of ceiling": of_ceiling,
+    "images/s": read_field("images_per_s"),
+    "images/s and core": read_field("images_per_core_s"),
+    "cores for an H100": read_field("cores_for_h100"),
+    **{unit: read_field(name) for name, unit in UNITS.items()},
+    "of ceiling": share_of_ceiling,
     **{f"x {name}": lambda row, rows, name=name: faster_than(row, name, rows) for name in BASELINES},  # type: ignore[misc]
-    "products TFLOP/s": field("product_tflops"),
-    "host ms": field("host_ms"),
-    "CPU ms": field("cpu_ms"),
-    "launches": field("launches"),
-    "kernels": field("kernels"),
-    "peak MB": field("peak_mb"),
-    "saves": field("saves", "{:+.1%}"),
-    "whole engine ms": field("whole_ms"),
-    "of its time": field("ratio", "{:.1%}"),
-    "empty caches": field("cold_s"),
-    "kept caches": field("kept_s"),
-    "imports": field("import_s"),
-    "preparing": field("prepare_s"),
-    "first image": field("first_s"),
-    "second image": field("warm_s"),
-    "ms profiled": field("profiled_ms"),
-    "error": field("rel_err", "{:.1e}"),
-    "waited": field("waited"),
+    "products TFLOP/s": read_field("product_tflops"),
+    "host ms": read_field("host_ms"),
+    "CPU ms": read_field("cpu_ms"),
+    "launches": read_field("launches"),
+    "kernels": read_field("kernels"),
+    "peak MB": read_field("peak_mb"),
+    "saves": read_field("saves", "{:+.1%}"),
+    "whole engine ms": read_field("whole_ms"),
+    "of its time": read_field("ratio", "{:.1%}"),
+    "empty caches": read_field("cold_s"),
+    "kept caches": read_field("kept_s"),
+    "imports": read_field("import_s"),
+    "preparing": read_field("prepare_s"),
+    "first image": read_field("first_s"),
+    "second image": read_field("warm_s"),
+    "ms profiled": read_field("profiled_ms"),
+    "error": read_field("rel_err", "{:.1e}"),
+    "waited": read_field("waited"),
     "operations": lambda row, rows: row.get("operations") if row["kind"] != "profile" else None,
-    "output layout": field("output_layout"),
-    "runs on": field("implementation"),
+    "output layout": read_field("output_layout"),
+    "runs on": read_field("implementation"),
     "models": lambda row, rows: row.get("models") or row.get("also"),
     "reason": lambda row, rows: str(row["reason"])[:120] if row.get("reason") else None,
 }
 
 
-def section(rows: Sequence[Row], every: Sequence[Row]) -> str:
+def section(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
     """Return the table of the rows of one kind and one device."""
     sizes = list(dict.fromkeys(name for row in rows for name in row["shape"]))
     classes = list(dict.fromkeys(name for row in rows for name in row.get("class_ms", ())))
@@ -165,7 +165,7 @@ def section(rows: Sequence[Row], every: Sequence[Row]) -> str:
         for name in classes:
             ms, share = (row.get(part, {}).get(name) for part in ("class_ms", "shares"))
             line.append(None if ms is None else f"{ms:.3g} ({share:.0%})")
-        lines.append(line + [value(row, every) for value in COLUMNS.values()])
+        lines.append(line + [value(row, all_rows) for value in COLUMNS.values()])
     filled = [i for i in range(len(header)) if any(line[i] not in (None, "") for line in lines)]
     return markdown_table([header[i] for i in filled], [[line[i] for i in filled] for line in lines])
 
@@ -176,51 +176,55 @@ def summary(rows: Sequence[Row]) -> str:
     for kind, (column, pick) in CEILINGS.items():
         for dtype in dict.fromkeys(row["dtype"] for row in rows if row["kind"] == kind):
             value = ceiling(rows, kind, dtype)
-            same = (row for row in rows if row["kind"] == kind and row["dtype"] == dtype)
-            reason = next((str(row["reason"])[:120] for row in same if row.get("reason")), "no row")
-            told = ("none", reason) if value is None else (f"{value:.4g} {UNITS[column]}", pick)
-            lines.append((kind, dtype, *told))
+            same_rows = (row for row in rows if row["kind"] == kind and row["dtype"] == dtype)
+            reason = next((str(row["reason"])[:120] for row in same_rows if row.get("reason")), "no row")
+            cells = ("none", reason) if value is None else (f"{value:.4g} {UNITS[column]}", pick)
+            lines.append((kind, dtype, *cells))
     return markdown_table(("kind", "dtype", "ceiling", "which"), lines)
 
 
 def conditions(rows: Sequence[Row]) -> str:
     """Return one paragraph with the versions, revisions, dates, load and waiting of these rows."""
 
-    def several(name: str) -> str:
+    def join_values(name: str) -> str:
         return ", ".join(dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)) or "-"
 
-    def span(name: str, values: Iterable[Any], unit: str = "") -> str:
+    def format_range(name: str, values: Iterable[Any], unit: str = "") -> str:
         found = sorted(value for value in values if value is not None)
         return f"{name} {found[0]} to {found[-1]}{unit}. " if found else ""
 
     changed = " with uncommitted changes" if any(row.get("dirty") for row in rows) else ""
-    text = f"torch {several('torch')}, triton {several('triton')}, CUDA {several('cuda')}, "
-    text += f"Python {several('python')}; revision {several('revision')}{changed}. "
-    text += span("Taken", [row.get("date") for row in rows])
-    text += span("Load average (1 min)", [row["load"][0] for row in rows if row.get("load")])
-    text += span("Just after a row", [row.get("power_w") for row in rows], " W")
-    text += span("Clock", [row.get("sm_mhz") for row in rows], " MHz")
-    waits = [row["waited"] for row in rows if row.get("threads") and row.get("waited") is not None]
-    if waits:
-        text += f"{several('isa')}. {sum(w > 0.05 for w in waits)} of {len(waits)} rows waited for a CPU "
-        text += "over 5 % of their time."
+    text = f"torch {join_values('torch')}, triton {join_values('triton')}, CUDA {join_values('cuda')}, "
+    text += f"Python {join_values('python')}; revision {join_values('revision')}{changed}. "
+    text += format_range("Taken", [row.get("date") for row in rows])
+    text += format_range("Load average (1 min)", [row["load"][0] for row in rows if row.get("load")])
+    text += format_range("Just after a row", [row.get("power_w") for row in rows], " W")
+    text += format_range("Clock", [row.get("sm_mhz") for row in rows], " MHz")
+    waited_shares = [row["waited"] for row in rows if row.get("threads") and row.get("waited") is not None]
+    if waited_shares:
+        count = sum(share > 0.05 for share in waited_shares)
+        text += f"{join_values('isa')}. {count} of {len(waited_shares)} rows waited for a CPU over 5 % of "
+        text += "their time."
     return text.strip()
 
 
 def render(name: str, rows: Sequence[Row]) -> str:
     """Return Markdown for all rows of one bench's file, with one part for each device."""
-    parts = []
+    sections = []
     for device in dict.fromkeys(row["device"] for row in rows):
-        mine = with_ladder([row for row in rows if row["device"] == device])
-        parts += [f"# {name.capitalize()}: {device}", conditions(mine)]
-        parts += [summary(mine)] if name == "ceilings" else []
-        for kind in sorted({row["kind"] for row in mine}, key=lambda k: [*TITLES, k].index(k)):
-            parts += [f"## {TITLES.get(kind, kind)}", section([r for r in mine if r["kind"] == kind], mine)]
-        for row in (row for row in mine if row["kind"] == "profile" and row["status"] == "ok"):
-            listed = [(f"`{op}`", ms, calls) for op, ms, calls in row["operations"][:LISTED]]
+        rows_of_device = with_ablation_times([row for row in rows if row["device"] == device])
+        sections += [f"# {name.capitalize()}: {device}", conditions(rows_of_device)]
+        sections += [summary(rows_of_device)] if name == "ceilings" else []
+        for kind in sorted({row["kind"] for row in rows_of_device}, key=lambda k: [*TITLES, k].index(k)):
+            sections += [
+                f"## {TITLES.get(kind, kind)}",
+                section([r for r in rows_of_device if r["kind"] == kind], rows_of_device),
+            ]
+        for row in (row for row in rows_of_device if row["kind"] == "profile" and row["status"] == "ok"):
+            listed = [(f"`{op}`", ms, calls) for op, ms, calls in row["operations"][:LISTED_OPERATIONS]]
             title = ", ".join(str(value) for value in (*row["shape"].values(), row["provider"], row["dtype"]))
-            parts += [f"## {title}", markdown_table(("operation", "ms a step", "calls a step"), listed)]
-    return "\n\n".join(parts) + "\n"
+            sections += [f"## {title}", markdown_table(("operation", "ms a step", "calls a step"), listed)]
+    return "\n\n".join(sections) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -93,22 +93,22 @@ class ResultFile:
     def append(self, row: Row) -> None:
         """Write one row and flush it to the disk."""
         with self.path.open("a+b") as file:
-            half_line = False
+            ends_in_partial_line = False
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
-                half_line = file.read(1) != b"\n"
-            file.write((b"\n" if half_line else b"") + json.dumps(row).encode() + b"\n")
+                ends_in_partial_line = file.read(1) != b"\n"
+            file.write((b"\n" if ends_in_partial_line else b"") + json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.by_key[row["key"]] = row
 
 
-def final(row: Row, limit: float) -> bool:
+def is_final(row: Row, limit: float) -> bool:
     """Tell whether a row need not be measured again by a bench that has `limit` seconds for it."""
     return row["status"] in FINAL and not (row["status"] == "too slow" and row.get("limit", limit) < limit)
 
 
-def disturbed(row: Row, limit: float = 0.05) -> bool:
+def was_disturbed(row: Row, limit: float = 0.05) -> bool:
     """Tell whether a row's threads waited for a CPU for more than this share of its time."""
     return row.get("waited", 0.0) > limit
 
@@ -186,18 +186,18 @@ def git_state() -> tuple[str, bool | None]:
     In a copy without its git folder, the revision comes from `ADMFAST_REVISION`, and `dirty` is None, because
     it is unknown whether the copy was changed.
     """
-    named = os.environ.get("ADMFAST_REVISION")
+    named_revision = os.environ.get("ADMFAST_REVISION")
     root = Path(__file__).resolve().parent
     status, revision = (
-        _output("git", "-C", str(root), *arguments)
+        _command_output("git", "-C", str(root), *arguments)
         for arguments in (("status", "--porcelain"), ("rev-parse", "--short=12", "HEAD"))
     )
     if status is None:
-        return named or "unknown", None
-    return (revision or named or "no commit").strip(), bool(status.strip())
+        return named_revision or "unknown", None
+    return (revision or named_revision or "no commit").strip(), bool(status.strip())
 
 
-def _output(*command: str) -> str | None:
+def _command_output(*command: str) -> str | None:
     """Return the output of a short command; None if it fails."""
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -215,7 +215,7 @@ def environment(device: torch.device) -> Row:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = None
-    out: Row = {
+    fields: Row = {
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": triton,
@@ -225,30 +225,30 @@ def environment(device: torch.device) -> Row:
         "python": platform.python_version(),
     }
     if device.type == "cuda":
-        return out | {"cudnn": torch.backends.cudnn.version()}
+        return fields | {"cudnn": torch.backends.cudnn.version()}
     fields = _cpu_fields()
     flags = fields.get("flags", fields.get("Features", "")).split()
     isa = " ".join(name for name in CPU_FLAGS if name in flags)
-    return out | {"isa": isa, "threads": torch.get_num_threads()}
+    return fields | {"isa": isa, "threads": torch.get_num_threads()}
 
 
 def conditions(device: torch.device) -> Row:
     """Return the fields that change during a bench: date, load, and a GPU's power, clocks and temperature."""
-    out: Row = {
+    fields: Row = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load": [round(x, 2) for x in os.getloadavg()],
     }
     if device.type == "cuda":
         # nvidia-smi takes longer than most measurements, so its answer is cached for five seconds.
-        out |= _gpu_conditions(device.index or 0, int(time.monotonic() / 5))
-    return out
+        fields |= _gpu_conditions(device.index or 0, int(time.monotonic() / 5))
+    return fields
 
 
 @functools.lru_cache(maxsize=1)
 def _gpu_conditions(index: int, five_seconds: int) -> Row:
     smi = shutil.which("nvidia-smi")
     query = (f"--id={index}", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits")
-    return read_smi((smi and _output(smi, *query)) or "")
+    return read_smi((smi and _command_output(smi, *query)) or "")
 
 
 def read_smi(line: str) -> Row:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from bench.command import LEAST, UNFINISHED, Bench, end_with_parent
+from bench.command import MIN_CASE_SECONDS, UNFINISHED, Bench, end_with_parent
 from bench.measure import Case, Settings, first_line
-from bench.results import ResultFile, Row, conditions, disturbed, environment, final, row_key
+from bench.results import ResultFile, Row, conditions, environment, is_final, row_key, was_disturbed
 
 # name: (share of the budget, its cases)
 Groups = Mapping[str, tuple[float, Callable[[Settings], Iterable[Case]]]]
@@ -31,7 +31,7 @@ STATUS = {
     "OutOfMemoryError": "oom",
     "MemoryError": "oom",
 }
-LOST = ("CUDA error: an illegal", "device-side assert", "unspecified launch failure")
+DEVICE_LOST_SIGNS = ("CUDA error: an illegal", "device-side assert", "unspecified launch failure")
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def run(
         clock: returns the present time in seconds.
     """
     end, shares = clock() + budget, {name: share for name, (share, _) in groups.items()}
-    fixed = environment(settings.device)
+    fixed_fields = environment(settings.device)
 
     def limit(case: Case) -> float:
-        return min(case.limit, max(LEAST, end - clock()))
+        return min(case.limit, max(MIN_CASE_SECONDS, end - clock()))
 
     for name, (share, cases) in groups.items():
         deadline = clock() + (end - clock()) * share / sum(shares.values())
@@ -129,16 +129,15 @@ def run(
         counts = {"measured": 0, "found": 0, "left": 0}
 
         def announce(case: Case, name: str = name) -> None:
-            begin(
-                _beginning(case, name, fixed) | {"limit": limit(case)} | fixed | conditions(settings.device)
-            )
+            row = _initial_fields(case, name, fixed_fields) | {"limit": limit(case)}
+            begin(row | fixed_fields | conditions(settings.device))
 
-        for _, unit in itertools.groupby(cases(settings), lambda case: case.together or case):
-            rows = [(case, _beginning(case, name, fixed)) for case in unit]
-            olds = [results.by_key.get(row["key"], {"status": ""}) for _, row in rows]
+        for _, unit in itertools.groupby(cases(settings), lambda case: case.measured_with or case):
+            rows = [(case, _initial_fields(case, name, fixed_fields)) for case in unit]
+            old_rows = [results.by_key.get(row["key"], {"status": ""}) for _, row in rows]
             if all(
-                final(old, case.limit) and not (settings.again and disturbed(old))
-                for (case, _), old in zip(rows, olds, strict=True)
+                is_final(old, case.limit) and not (settings.again and was_disturbed(old))
+                for (case, _), old in zip(rows, old_rows, strict=True)
             ):
                 counts["found"] += len(rows)
                 continue
@@ -146,10 +145,10 @@ def run(
                 counts["left"] += len(rows)
                 continue
             waiting = []
-            for (case, row), old in zip(rows, olds, strict=True):
+            for (case, row), old in zip(rows, old_rows, strict=True):
                 # A case that can't be measured is not tried again when the others of its unit are.
-                if case.together and old["status"] != "ok" and final(old, case.limit):
-                    case.together.leave_out(case)
+                if case.measured_with and old["status"] != "ok" and is_final(old, case.limit):
+                    case.measured_with.leave_out(case)
                     counts["found"] += 1
                 else:
                     waiting.append((case, row, old))
@@ -157,16 +156,16 @@ def run(
                 announce(case)
                 row |= measure_case(case, dataclasses.replace(settings, begin=announce, limit=limit(case)))
                 begin({})
-                row |= fixed | conditions(settings.device)
+                row |= fixed_fields | conditions(settings.device)
                 if old["status"] != "ok" or not settings.again or row.get("waited", 1.0) < old["waited"]:
                     results.append(row)
                 counts["measured"] += 1
-        rest = f", {counts['left']} left for the next run" if counts["left"] else ""
-        print(f"{name}: {counts['measured']} rows, {counts['found']} from before{rest}", flush=True)
+        left_text = f", {counts['left']} left for the next run" if counts["left"] else ""
+        print(f"{name}: {counts['measured']} rows, {counts['found']} from before{left_text}", flush=True)
         yield GroupReport(name, **counts)
 
 
-def _beginning(case: Case, group: str, fixed: Row) -> Row:
+def _initial_fields(case: Case, group: str, fixed: Row) -> Row:
     """Return the fields of a case's row that are known before it is measured."""
     key = row_key(case.kind, case.dtype, case.provider, case.shape, fixed["device"], fixed["torch"])
     row: Row = {"key": key, "group": group, "kind": case.kind, "dtype": case.dtype}
@@ -183,7 +182,7 @@ def measure_case(case: Case, settings: Settings) -> Row:
     try:
         row = {"status": "ok"} | case.measure(settings)
     except Exception as error:  # the failure of one row must not prevent the next ones
-        if any(sign in str(error) for sign in LOST):
+        if any(sign in str(error) for sign in DEVICE_LOST_SIGNS):
             raise
         full = "can't allocate memory" in str(error)  # the message of torch's CPU allocator
         status = "oom" if full else STATUS.get(type(error).__name__, "error")

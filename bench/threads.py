@@ -20,13 +20,13 @@ from admfast.host import PASSIVE_WAIT, usable_cpus
 from bench.command import Bench, bench_main
 
 NAMES = ("active", "passive")
-PAIRS = (("digits32", 1), ("digits32", 4), ("digits32", 16), ("imagenet64", 1))
+SYSTEMS_AND_BATCHES = (("digits32", 1), ("digits32", 4), ("digits32", 16), ("imagenet64", 1))
 # A process that keeps a processor busy until its parent ends.
-BUSY = "import os\nwhile os.getppid() == {}: pass"
+BUSY_LOOP = "import os\nwhile os.getppid() == {}: pass"
 ROUNDS, SAMPLE_SECONDS, LIMIT = 5, 0.3, 300.0
 
 
-def counts() -> list[int]:
+def thread_counts() -> list[int]:
     """Return the numbers of threads to measure: powers of two, all processors, and all but one."""
     powers = {2**i for i in range(usable_cpus().bit_length())}
     return sorted(n for n in powers | {usable_cpus() - 1, usable_cpus()} if 0 < n <= usable_cpus())
@@ -36,16 +36,16 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     """Return one group for each way of waiting, with equal shares of the budget."""
     from admfast.engine.threads import convolution_operations, threads_for
     from bench.measure import Case
-    from bench.sampling.subject import Inputs, named
+    from bench.sampling.subject import Inputs, find_subject
 
     def cases(waiting: str, settings: Any) -> Iterator[Any]:
-        for name, batch in (("tiny", 1),) if settings.quick else PAIRS:
+        for name, batch in (("tiny", 1),) if settings.quick else SYSTEMS_AND_BATCHES:
             work = convolution_operations(
-                named(name).net, Inputs.of(named(name), batch, settings.device).x.shape
+                find_subject(name).net, Inputs.of(find_subject(name), batch, settings.device).x.shape
             )
             for busy in (0, 1):
-                found = functools.cache(functools.partial(measured, name, batch, waiting, busy))
-                for count in counts():
+                found = functools.cache(functools.partial(measure_in_process, name, batch, waiting, busy))
+                for count in thread_counts():
                     shape = {"system": name, "batch": batch, "beside": busy, "waiting": waiting}
                     note = {
                         "work": work,
@@ -59,38 +59,44 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     return {waiting: (1.0, functools.partial(cases, waiting)) for waiting in NAMES}
 
 
-def measured(name: str, batch: int, waiting: str, busy: int) -> dict[str, Any]:
-    """Return a row's fields for each number of threads, measured by `tell` in a new process."""
-    from bench.measure import in_a_process
+def measure_in_process(name: str, batch: int, waiting: str, busy: int) -> dict[str, Any]:
+    """Return a row's fields for each number of threads, measured by `print_times` in a new process."""
+    from bench.measure import run_in_process
 
     environment = {key: value for key, value in os.environ.items() if key not in PASSIVE_WAIT}
     environment |= PASSIVE_WAIT if waiting == "passive" else {}
     with ExitStack() as stack:
         for _ in range(busy):
-            other = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY.format(os.getpid())]))
+            other = stack.enter_context(
+                subprocess.Popen([sys.executable, "-c", BUSY_LOOP.format(os.getpid())])
+            )
             stack.callback(other.kill)
-        return in_a_process(f"from bench.threads import tell; tell({name!r}, {batch})", environment)
+        return run_in_process(
+            f"from bench.threads import print_times; print_times({name!r}, {batch})", environment
+        )
 
 
-def tell(name: str, batch: int) -> None:
+def print_times(name: str, batch: int) -> None:
     """Time steps on each number of threads in turns, and print the fields of their rows."""
     import torch
 
     from admfast.engine.options import EngineOptions
-    from bench.measure import in_turns, quantiles, short
+    from bench.measure import quantiles, round_to_5_digits, sample_in_turns
     from bench.sampling.ours import Ours
-    from bench.sampling.subject import Inputs, named
+    from bench.sampling.subject import Inputs, find_subject
 
-    inputs, takers = Inputs.of(named(name), batch, torch.device("cpu")), {}
-    for count in counts():
-        contender = Ours(named(name), inputs, options=EngineOptions(threads=count))
+    inputs, samplers = Inputs.of(find_subject(name), batch, torch.device("cpu")), {}
+    for count in thread_counts():
+        contender = Ours(find_subject(name), inputs, options=EngineOptions(threads=count))
         with contender.running():
             contender.ready()
-        contender.take(1)
-        takers[count] = contender.take
-    samples = in_turns(takers, SAMPLE_SECONDS, ROUNDS, longest=named(name).steps, budget=LIMIT / 4)
-    times = {count: [one.ms for one in taken] for count, taken in samples.items()}
-    print(json.dumps({n: quantiles(ms) | {"best_ms": short(min(ms))} for n, ms in times.items()}))
+        contender.time_steps(1)
+        samplers[count] = contender.time_steps
+    samples = sample_in_turns(
+        samplers, SAMPLE_SECONDS, ROUNDS, max_steps=find_subject(name).steps, budget=LIMIT / 4
+    )
+    times = {count: [one.ms for one in samples_of_count] for count, samples_of_count in samples.items()}
+    print(json.dumps({n: quantiles(ms) | {"best_ms": round_to_5_digits(min(ms))} for n, ms in times.items()}))
 
 
 SUMMARY = "Measure a step on each number of threads, idle and beside a busy process."

@@ -26,13 +26,13 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import fixed_numerics, peak_memory
 from admfast.models import UNetConfig, build
 from admfast.ops.dispatch import override_impl
-from admfast.training.loss import Batch, batch_of
+from admfast.training.learner import Learner
+from admfast.training.loss import Batch, make_batch
 from admfast.training.recipe import Recipe
 from admfast.training.timesteps import timestep_sampler
-from admfast.training.update import Learner
 from admfast.verify.budget import BUDGETS
 from bench.command import Bench, bench_main
-from bench.measure import Case, Settings, checked, in_a_process
+from bench.measure import Case, Settings, check_error, run_in_process
 from bench.results import Row
 from bench.sampling import published
 from bench.sampling.choice import names_in, precisions_in
@@ -44,7 +44,7 @@ from bench.sampling.weights import shared_state
 
 LR, EMA = 1e-4, 0.9999
 PASSES = 3  # operations of a step over those of a forward pass: forward, gradient in x, gradient in weights
-ROUNDS_SECONDS = {"cuda": 30.0, "cpu": 150.0}
+SECONDS_OF_ALL_ROUNDS = {"cuda": 30.0, "cpu": 150.0}
 # By device: the default systems, with the images of a step; other systems get 4.
 BATCHES = {"cuda": {"adm64": 32, "imagenet64": 32}, "cpu": {"adm64": 4, "digits32": 32}}
 PRECISIONS = {"cuda": ("bf16", "fp16"), "cpu": ("fp32", "bf16")}
@@ -66,14 +66,14 @@ ADM64 = Subject(
 )
 
 
-def known() -> dict[str, Subject]:
+def all_subjects() -> dict[str, Subject]:
     """Return all subjects by name."""
     return {ADM64.name: ADM64, TINY.name: TINY} | subjects()
 
 
-def named(name: str) -> Subject:
+def find_subject(name: str) -> Subject:
     """Return a subject without classifier, and without dropout, whose masks differ from the published."""
-    subject = known()[name]
+    subject = all_subjects()[name]
     net = dataclasses.replace(subject.net, dropout=0.0)
     return dataclasses.replace(subject, net=net, classifier=None, guidance=0.0, steps=1)
 
@@ -102,7 +102,7 @@ def batch_for(subject: Subject, batch: int, device: torch.device) -> Batch:
     labels = torch.arange(batch) * 7 % (config.num_classes or 1)
     recipe = recipe_of(subject, batch)
     sampler = timestep_sampler(recipe.sampler, recipe.process.build().num_timesteps)
-    return batch_of(recipe, sampler, range(batch), images, labels, device)
+    return make_batch(recipe, sampler, range(batch), images, labels, device)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class StepTrial:
     def check(self, outcome: tuple[Tensor, Tensor], dtype: str) -> float:
         """Return the larger relative error; raise WrongResult if it exceeds the precision's step budget."""
         return max(
-            checked(got, ref, BUDGETS[dtype].step) for got, ref in zip(outcome, self.outcome, strict=True)
+            check_error(got, ref, BUDGETS[dtype].step) for got, ref in zip(outcome, self.outcome, strict=True)
         )
 
 
@@ -126,7 +126,7 @@ def trial_of(subject: Subject, batch: int, device: torch.device) -> StepTrial:
     one = Ours(subject, inputs, "fp32")
     with fixed_numerics(device), override_impl("reference"), torch.enable_grad():
         one.prepare()
-        return StepTrial(inputs, one.outcome(None))
+        return StepTrial(inputs, one.run_trial(None))
 
 
 class Trainer(Contender):
@@ -144,7 +144,7 @@ class Trainer(Contender):
         """Make one step."""
         raise NotImplementedError
 
-    def outcome(self, trial: Any) -> tuple[Tensor, Tensor]:
+    def run_trial(self, trial: Any) -> tuple[Tensor, Tensor]:
         loss = self.update()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.net.parameters()]
         return loss.detach().float(), torch.cat([gradient.float().reshape(-1) for gradient in gradients])
@@ -162,9 +162,10 @@ class Trainer(Contender):
     def note(self) -> Row:
         if self.device.type != "cpu":
             return {}
-        given = {"system": self.subject.name, "batch": self.batch, "name": self.name, "dtype": self.dtype}
-        code = f"from bench.training import tell_peak; tell_peak(path={self.path!r}, **{given!r})"
-        return {"peak_mb": in_a_process(code, os.environ)}
+        arguments = {"path": self.path, "system": self.subject.name, "batch": self.batch}
+        arguments |= {"name": self.name, "dtype": self.dtype}
+        code = f"from bench.training import print_peak_memory; print_peak_memory(**{arguments!r})"
+        return {"peak_mb": run_in_process(code, os.environ)}
 
 
 class Ours(Trainer):
@@ -179,14 +180,14 @@ class Ours(Trainer):
         net = build(self.subject.net)
         net.load_state_dict(shared_state(self.subject.net, 0, self.device))
         self.net = net.to(self.device).train()
-        self.given = batch_for(self.subject, self.batch, self.device)
+        self.training_batch = batch_for(self.subject, self.batch, self.device)
         self.learner = Learner(recipe_of(self.subject, self.batch, self.dtype), self.net)
         if self.compiled:
-            self.learner.parallel = torch.compile(self.learner.parallel)
+            self.learner.ddp_net = torch.compile(self.learner.ddp_net)
 
     def update(self) -> Tensor:
         with fixed_numerics(self.device):
-            return self.learner.update(self.given).terms["loss"].mean()
+            return self.learner.update(self.training_batch).terms["loss"].mean()
 
 
 class Published(Trainer):
@@ -210,13 +211,13 @@ class Published(Trainer):
         net = kind(**arguments, use_fp16=self.half)
         net.load_state_dict(shared_state(self.subject.net, 0, self.device))
         self.net = net.to(self.device).train()
-        given = batch_for(self.subject, self.batch, self.device)
+        batch = batch_for(self.subject, self.batch, self.device)
         layout = torch.channels_last if self.autocast else torch.contiguous_format
         if self.autocast:
             self.net.to(memory_format=torch.channels_last)
             published.without_checkpoints(self.net)
-        self.images, self.noise = (t.contiguous(memory_format=layout) for t in (given.images, given.noise))
-        self.t, self.conditions = given.t, {"y": given.labels, "low_res": given.low_res}
+        self.images, self.noise = (t.contiguous(memory_format=layout) for t in (batch.images, batch.noise))
+        self.t, self.conditions = batch.t, {"y": batch.labels, "low_res": batch.low_res}
         self.conditions = {name: value for name, value in self.conditions.items() if value is not None}
         self.diffusion = code.script_util.create_gaussian_diffusion(**self.subject.settings.to_dict())
         code.fp16_util.logger.logkv_mean = lambda *_: None  # the published logger would make a folder
@@ -237,13 +238,13 @@ class Published(Trainer):
         self.update_ema(self.average, self.trainer.master_params, rate=EMA)
         return loss
 
-    def outcome(self, trial: Any) -> tuple[Tensor, Tensor]:
+    def run_trial(self, trial: Any) -> tuple[Tensor, Tensor]:
         scale = 2.0**self.trainer.lg_loss_scale if self.half else 1.0
-        loss, gradient = super().outcome(trial)
+        loss, gradient = super().run_trial(trial)
         return loss, gradient / scale
 
 
-def entries(
+def contender_entries(
     batch_precisions: tuple[str, ...], path: str, device: torch.device, compiled: bool
 ) -> list[Entry]:
     """Return the contenders of a comparison."""
@@ -254,19 +255,19 @@ def entries(
     plain = functools.partial(Published, path=path, autocast=False)
     fast = functools.partial(Published, path=path, autocast=True)
     theirs = [
-        Entry("published", published.precision(device), plain),
+        Entry("published", published.precision_on(device), plain),
         Entry("published, channels-last", "bf16", fast),
     ]
     return ours + theirs
 
 
-def tell_peak(path: str, system: str, batch: int, name: str, dtype: str) -> None:
+def print_peak_memory(path: str, system: str, batch: int, name: str, dtype: str) -> None:
     """Print by how many megabytes two steps of a contender on a CPU raise the peak memory of this process."""
-    device, subject = torch.device("cpu"), named(system)
+    device, subject = torch.device("cpu"), find_subject(system)
     inputs = Inputs.of(subject, batch, device)
     shared_state(subject.net, 0, device)
     before = peak_memory(device)
-    found = entries((dtype,), path, device, "compiled" in name)
+    found = contender_entries((dtype,), path, device, "compiled" in name)
     entry = next(entry for entry in found if (entry.name, entry.dtype) == (name, dtype))
     one = entry.make(subject, inputs)
     with one.running():
@@ -288,22 +289,24 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def groups(arguments: argparse.Namespace, settings: Settings) -> Any:
     """Return the groups with their shares of the budget."""
-    from bench.ops import products
+    from bench.ops import matmul_and_conv
 
     kind = settings.device.type
     batches = {TINY.name: 2} if settings.quick else BATCHES[kind]
-    systems = names_in("systems", arguments.systems, known()) or batches
+    systems = names_in("systems", arguments.systems, all_subjects()) or batches
     precisions = precisions_in(arguments.precisions, settings) or PRECISIONS[kind]
-    contenders = entries(precisions, arguments.guided_diffusion, settings.device, arguments.compiled)
+    contenders = contender_entries(
+        precisions, arguments.guided_diffusion, settings.device, arguments.compiled
+    )
 
     def steps(settings: Settings) -> Iterator[Case]:
         for name in systems:
             batch = arguments.batch or batches.get(name, 4)
-            budget = ROUNDS_SECONDS[kind]
-            one = Comparison("train_step", named(name), batch, contenders, budget, trial_of, PASSES)
+            budget = SECONDS_OF_ALL_ROUNDS[kind]
+            one = Comparison("train_step", find_subject(name), batch, contenders, budget, trial_of, PASSES)
             yield from one.cases()
 
-    return {"matmul": (0.1, products.matmul_ceilings), "steps": (0.9, steps)}
+    return {"matmul": (0.1, matmul_and_conv.matmul_ceilings), "steps": (0.9, steps)}
 
 
 BENCH = Bench(

@@ -41,10 +41,10 @@ def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     def cases(name: str, settings: Any) -> Iterator[Any]:
         shape, kind = {"from": f"{PICTURE} px", "to": f"{SIZE} px"}, "PNG" if name == "png" else "JPEG"
         if name != "cache":
-            row = functools.partial(published, kind)
+            row = functools.partial(published_row, kind)
             yield Case(f"training_{name}", "uint8", "published", {**shape, "workers": 0}, row)
         for workers in WORKERS[:2] if settings.quick else WORKERS:
-            row = functools.partial(ours, kind, name == "cache", workers)
+            row = functools.partial(loader_row, kind, name == "cache", workers)
             yield Case(f"training_{name}", "uint8", "admfast", {**shape, "workers": workers}, row)
 
     if settings.cuda:
@@ -68,7 +68,7 @@ def pictures(kind: str) -> tuple[bytes, ...]:
     return tuple(files)
 
 
-def as_published(content: bytes) -> NDArray[np.uint8]:
+def published_preprocessing(content: bytes) -> NDArray[np.uint8]:
     """Apply the published preprocessing to an image file: halve, resize, crop; return [SIZE, SIZE, 3]."""
     picture = Image.open(io.BytesIO(content))
     picture.load()
@@ -81,22 +81,22 @@ def as_published(content: bytes) -> NDArray[np.uint8]:
     return array[top : top + SIZE, left : left + SIZE]
 
 
-def published(kind: str, settings: Any) -> dict[str, Any]:
+def published_row(kind: str, settings: Any) -> dict[str, Any]:
     """Return the row of the published preprocessing, which runs image by image in this process."""
     files = itertools.cycle(pictures(kind))
 
     def batch() -> None:
         for content in itertools.islice(files, BATCH):
-            as_published(content)
+            published_preprocessing(content)
 
-    return measured(batch, 0, settings)
+    return measure_images_per_second(batch, 0, settings)
 
 
-def ours(kind: str, kept: bool, workers: int, settings: Any) -> dict[str, Any]:
-    """Return the row of our loader with this number of workers; kept: whether it uses the cache."""
-    from admfast.training.cache import cached
+def loader_row(kind: str, use_cache: bool, workers: int, settings: Any) -> dict[str, Any]:
+    """Return the row of our loader with this number of workers; use_cache: whether it uses the cache."""
+    from admfast.training.cache import cache_samples
     from admfast.training.images import open_source
-    from admfast.training.samples import Samples, loader
+    from admfast.training.samples import Samples, iterate_batches
     from bench.measure import WrongResult
 
     files = pictures(kind)
@@ -104,26 +104,26 @@ def ours(kind: str, kept: bool, workers: int, settings: Any) -> dict[str, Any]:
         for number, content in enumerate(files):
             (Path(folder) / f"{number:03d}.{kind.lower()}").write_bytes(content)
         samples = Samples(open_source(folder, "none"), 0, SIZE, random_flip=False)
-        if kept:
-            samples = cached(samples, Path(folder) / "cache", threads=1)
-        wanted = {as_published(content).tobytes() for content in files}
+        if use_cache:
+            samples = cache_samples(samples, Path(folder) / "cache", threads=1)
+        expected = {published_preprocessing(content).tobytes() for content in files}
         for k in range(COMPARED):
-            if samples.at(k)[0].permute(1, 2, 0).contiguous().numpy().tobytes() not in wanted:
+            if samples.at(k)[0].permute(1, 2, 0).contiguous().numpy().tobytes() not in expected:
                 raise WrongResult(f"sample {k} is not the published preprocessing of an image")
-        batches = loader(samples, (range(n, n + BATCH) for n in itertools.count(0, BATCH)), workers)
+        batches = iterate_batches(samples, (range(n, n + BATCH) for n in itertools.count(0, BATCH)), workers)
         try:
-            return measured(functools.partial(next, batches), workers, settings)
+            return measure_images_per_second(functools.partial(next, batches), workers, settings)
         finally:
             batches.close()  # type: ignore[attr-defined]
 
 
-def measured(batch: Callable[[], Any], workers: int, settings: Any) -> dict[str, Any]:
+def measure_images_per_second(batch: Callable[[], Any], workers: int, settings: Any) -> dict[str, Any]:
     """Return a row's fields: images per second of `batch`, the median over several windows of time.
 
     Images per second and core use the CPU time of this process and its workers, on which other load on the
     machine has little effect.
     """
-    from bench.measure import queue_seconds, short
+    from bench.measure import queue_seconds, round_to_5_digits
 
     for _ in range(2 + 2 * workers):
         batch()
@@ -139,9 +139,9 @@ def measured(batch: Callable[[], Any], workers: int, settings: Any) -> dict[str,
     waited = max(0.0, queue_seconds() - queued) / (time.perf_counter() - began)
     core = statistics.median(per_core)
     return {
-        "images_per_s": short(statistics.median(rates)),
-        "images_per_core_s": short(core),
-        "cores_for_h100": short(H100_IMAGES / core),
+        "images_per_s": round_to_5_digits(statistics.median(rates)),
+        "images_per_core_s": round_to_5_digits(core),
+        "cores_for_h100": round_to_5_digits(H100_IMAGES / core),
         "samples": windows,
         "waited": round(waited, 3),
     }

@@ -17,18 +17,18 @@ import torch
 from admfast.checkpoints import write_weights
 from admfast.models.description import Description
 from admfast.training.images import open_source
-from admfast.training.loop import samples_of
-from admfast.training.loss import batch_of
+from admfast.training.learner import Learner
+from admfast.training.loop import build_samples
+from admfast.training.loss import make_batch
 from admfast.training.network import build_network
-from admfast.training.recipes import recipe
-from admfast.training.samples import loader
-from admfast.training.update import Learner
+from admfast.training.recipes import recipe_from_preset
+from admfast.training.samples import iterate_batches
 
 
 def train(folder: Path, out: Path, steps: int, batch_size: int, device: str) -> list[float]:
     """Train for `steps` steps and write the averaged weights to `out`; return the mean loss of every step."""
     source = open_source(folder)
-    settings = recipe(
+    settings = recipe_from_preset(
         "diffusion", steps=steps, batch_size=batch_size, num_classes=len(source.class_names), in_channels=3,
         random_flip=True, warmup=min(200, steps), ema=0.999, precision="fp32",
     )  # fmt: skip
@@ -36,8 +36,8 @@ def train(folder: Path, out: Path, steps: int, batch_size: int, device: str) -> 
     # The image, crop, flip, timestep, noise and dropout of sample k depend only on the seed and on k.
     numbers = (range(step * batch_size, (step + 1) * batch_size) for step in range(steps))
     losses = []
-    for images in loader(samples_of(settings, source), numbers):
-        batch = batch_of(settings, learner.sampler, images.ks, images.images, images.labels, device)
+    for images in iterate_batches(build_samples(settings, source), numbers):
+        batch = make_batch(settings, learner.sampler, images.sample_ids, images.images, images.labels, device)
         report = learner.update(batch)
         losses.append(float(report.terms["loss"].mean()))
         if learner.step % 100 == 0:
@@ -54,6 +54,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
-    train(given.folder, given.out, given.steps, given.batch_size, given.device)
-    print(given.out.resolve())
+    arguments = parser.parse_args()
+    train(arguments.folder, arguments.out, arguments.steps, arguments.batch_size, arguments.device)
+    print(arguments.out.resolve())

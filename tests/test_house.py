@@ -30,7 +30,6 @@ FLOORS = {
     "runs": 6,
     "verify": 6,
     "training": 6,
-    "evaluation": 6,
     "cli": 7,
     "compat": 7,
     "__main__": 8,
@@ -108,6 +107,11 @@ def test_a_file_imports_lower_floors_and_its_own_room(path):
     room = room_of(path)
     assert room == "__init__" or room in FLOORS, f"{room}: add this room to FLOORS"
     assert breaches(room, path.read_text()) == []
+
+
+def test_every_room_of_the_floors_exists():
+    rooms = {room_of(path) for path in modules(ROOT / "admfast")}
+    assert set(FLOORS) <= rooms, f"no such rooms: {', '.join(set(FLOORS) - rooms)}"
 
 
 def test_the_rule_sees_what_is_against_it():

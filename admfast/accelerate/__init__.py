@@ -10,15 +10,15 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from admfast.accelerate.conversion import accelerate, report
 from admfast.accelerate.denoisers import denoiser
-from admfast.accelerate.door import accelerate, report
 
 __all__ = ["accelerate", "denoiser", "report"]
 
 
-class _Door(ModuleType):
+class _CallableModule(ModuleType):
     def __call__(self, model: Any, precision: str | None = None) -> Any:
         return accelerate(model, precision)
 
 
-sys.modules[__name__].__class__ = _Door
+sys.modules[__name__].__class__ = _CallableModule

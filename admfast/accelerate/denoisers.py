@@ -13,30 +13,31 @@ from admfast.errors import Unavailable, allowed_names, first_line, invalid
 from admfast.sampling.pipeline import Pipeline
 
 
-class Levels:
+class NoiseLevels:
     """The noise levels of a process: finds the timestep at which signal and noise have a given ratio.
 
-    rounded: return one of the process's integer timesteps. up: round to the first timestep with at least as
-    much noise; otherwise to the one with the nearest sqrt(1 - alpha_bar).
+    rounded: return one of the process's integer timesteps. round_up: round to the first timestep with at
+    least as much noise; otherwise to the one with the nearest sqrt(1 - alpha_bar).
     """
 
-    def __init__(self, pipe: Pipeline, rounded: bool, up: bool):
+    def __init__(self, pipe: Pipeline, rounded: bool, round_up: bool):
         schedule = pipe.diffusion.build("").schedule
         log_snr = schedule.log_snr(np.arange(schedule.num_timesteps))
         self._noisiness = torch.from_numpy(-log_snr)  # float64 [S], rising
-        self._rounded, self._up = rounded, up
+        self._rounded, self._round_up = rounded, round_up
 
     def timestep(self, signal: Tensor, noise: Tensor) -> Tensor:
         """Return t [N] for signal and noise scales [N]: int64 if `rounded`, else float64."""
         ratio = (noise.double() / signal.double()).cpu()
-        wanted, table = 2 * ratio.log(), self._noisiness
-        if self._rounded and not self._up:
-            level, steps = ratio.square() / (1 + ratio.square()), torch.sigmoid(table).sqrt()
-            return (steps[:, None] - level.sqrt()[None]).abs().argmin(0).to(signal.device)
-        after = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
+        target, noisiness = 2 * ratio.log(), self._noisiness
+        if self._rounded and not self._round_up:
+            wanted_share = (ratio.square() / (1 + ratio.square())).sqrt()
+            noise_shares = torch.sigmoid(noisiness).sqrt()
+            return (noise_shares[:, None] - wanted_share[None]).abs().argmin(0).to(signal.device)
+        after = torch.searchsorted(noisiness, target).clamp(1, len(noisiness) - 1)
         if self._rounded:
-            return torch.where(wanted <= table[0], 0, after).to(signal.device)
-        share = (wanted - table[after - 1]) / (table[after] - table[after - 1])
+            return torch.where(target <= noisiness[0], 0, after).to(signal.device)
+        share = (target - noisiness[after - 1]) / (noisiness[after] - noisiness[after - 1])
         return (after - 1 + share.clamp(0, 1)).to(signal.device)
 
 
@@ -68,16 +69,18 @@ def denoiser(pipe: Pipeline, library: str, rounded: bool = False) -> Any:
         raise Unavailable(f"library={library!r}: it can't be imported: {first_line(error)}") from error
 
 
-def _clean(pipe: Pipeline, x_t: Tensor, t: Tensor, signal: Tensor, noise: Tensor, classes: Any) -> Tensor:
+def _predict_x0(
+    pipe: Pipeline, x_t: Tensor, t: Tensor, signal: Tensor, noise: Tensor, classes: Any
+) -> Tensor:
     """Return x_0 = (x_t - noise * eps) / signal for x_t [N, C, H, W]; signal and noise are scales [N]."""
     eps = pipe.predict(x_t.float(), t if t.dtype == torch.int64 else t.float(), classes).eps.to(x_t.dtype)
     return (x_t - noise.to(x_t.dtype)[:, None, None, None] * eps) / signal.to(x_t.dtype)[:, None, None, None]
 
 
-def _for_deepinv(pipe: Pipeline, rounded: bool) -> nn.Module:
+def _deepinv_denoiser(pipe: Pipeline, rounded: bool) -> nn.Module:
     from deepinv.models import Denoiser
 
-    levels = Levels(pipe, rounded, up=False)
+    levels = NoiseLevels(pipe, rounded, round_up=False)
 
     class PipelineDenoiser(Denoiser):
         """A pipeline of admfast as deepinv's denoiser; images are in [0, 1]."""
@@ -91,17 +94,17 @@ def _for_deepinv(pipe: Pipeline, rounded: bool) -> nn.Module:
             signal = torch.rsqrt(1 + 4 * sigma**2)  # in [-1, 1] the noise is twice as large
             noise = 2 * sigma * signal
             x_t = signal[:, None, None, None] * (2 * x - 1)
-            x0 = _clean(pipe, x_t, levels.timestep(signal, noise), signal, noise, y)
+            x0 = _predict_x0(pipe, x_t, levels.timestep(signal, noise), signal, noise, y)
             return (x0.clamp(-1, 1) + 1) / 2
 
     return PipelineDenoiser()
 
 
-def _for_azula(pipe: Pipeline, rounded: bool) -> nn.Module:
+def _azula_denoiser(pipe: Pipeline, rounded: bool) -> nn.Module:
     from azula.denoise import Denoiser, GaussianPosterior
     from azula.noise import VPSchedule
 
-    levels = Levels(pipe, rounded, up=True)
+    levels = NoiseLevels(pipe, rounded, round_up=True)
 
     class PipelineDenoiser(Denoiser):
         """A pipeline of admfast as azula's denoiser; images are in [-1, 1]."""
@@ -117,10 +120,13 @@ def _for_azula(pipe: Pipeline, rounded: bool) -> nn.Module:
             scale = torch.rsqrt(signal**2 + noise**2)
             signal, noise = scale * signal, scale * noise
             t = levels.timestep(signal, noise)
-            mean = _clean(pipe, scale[:, None, None, None] * x_t, t, signal, noise, label)
+            mean = _predict_x0(pipe, scale[:, None, None, None] * x_t, t, signal, noise, label)
             return GaussianPosterior(mean=mean, var=(noise**2)[:, None, None, None])
 
     return PipelineDenoiser()
 
 
-_MAKERS: dict[str, Callable[[Pipeline, bool], nn.Module]] = {"azula": _for_azula, "deepinv": _for_deepinv}
+_MAKERS: dict[str, Callable[[Pipeline, bool], nn.Module]] = {
+    "azula": _azula_denoiser,
+    "deepinv": _deepinv_denoiser,
+}

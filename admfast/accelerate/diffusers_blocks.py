@@ -12,16 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from admfast.accelerate.classes import convert, own_class
-from admfast.accelerate.codes import LIBRARIES, NUMBERS, foreign, foreign_function
-from admfast.accelerate.makes import Make
-from admfast.accelerate.pieces import convert_conv, convert_norm, entrance, exit_of, is_conv, is_silu
-from admfast.accelerate.trials import Conversion, random, random_images
+from admfast.accelerate.class_conversion import convert, original_class_of
+from admfast.accelerate.code_bases import CodeBase
+from admfast.accelerate.code_inspection import (
+    ALLOWED_NUMBERS,
+    LIBRARY_NAMES,
+    find_class_difference,
+    find_function_difference,
+)
+from admfast.accelerate.equivalence import Conversion, random_images, random_normal
+from admfast.accelerate.layer_conversion import (
+    convert_conv,
+    convert_norm,
+    first_conv_class,
+    is_conv,
+    is_silu,
+    last_conv_class,
+)
 from admfast.models.hooks import FusedBlock
 from admfast.models.layers import ResidualBlock
 from admfast.ops.attention import attention
 
-NAMES = LIBRARIES | {
+NAMES = LIBRARY_NAMES | {
     *(
         "len",
         "get",
@@ -41,19 +53,19 @@ RESAMPLING_NAMES = NAMES | {
     *("interpolate", "dtype", "bfloat16", "float32", "is_torch_version", "to", "max", "zip", "numel", "pow"),
     "pad",
 }
-ATTENTION_NAMES = LIBRARIES | {
+ATTENTION_NAMES = LIBRARY_NAMES | {
     *("set", "inspect", "signature", "processor", "__call__", "parameters", "keys", "items", "len", "logger"),
     *("warning", "__class__", "__name__"),
 }
-PROCESSOR_NAMES = LIBRARIES | {
+PROCESSOR_NAMES = LIBRARY_NAMES | {
     *("len", "get", "deprecate", "ndim", "shape", "view", "transpose", "reshape", "to", "dtype"),
     *("spatial_norm", "group_norm", "norm_cross", "norm_encoder_hidden_states", "norm_q", "norm_k"),
     *("prepare_attention_mask", "to_q", "to_k", "to_v", "to_out", "heads", "scaled_dot_product_attention"),
     *("residual_connection", "rescale_output_factor"),
 }
-ATTENTION_PARTS = {"group_norm", "to_q", "to_k", "to_v", "to_out"}
-FEWEST = {64, 31}  # numbers in the library's workarounds for old torch: 64 images, 2**31 values
-PARTS = {"norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity"}
+ATTENTION_SUBMODULES = {"group_norm", "to_q", "to_k", "to_v", "to_out"}
+LIMITS_FOR_OLD_TORCH = {64, 31}  # numbers in the library's workarounds for old torch: 64 images, 2**31 values
+BLOCK_SUBMODULES = {"norm1", "conv1", "time_emb_proj", "norm2", "dropout", "conv2", "nonlinearity"}
 
 
 class DiffusersResBlock(ResidualBlock):
@@ -98,9 +110,14 @@ class DiffusersAttention(FusedBlock):
     rescale_output_factor: float
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, others = hidden_states, [*args, *(value for name, value in kwargs.items() if name != "temb")]
-        given = any(value is not None for value in others) or x.dim() != 4
-        if given or type(self.processor).__call__ is not self.known_call or self.must_run_by_parts():
+        x = hidden_states
+        other_arguments = [*args, *(value for name, value in kwargs.items() if name != "temb")]
+        has_other_arguments = any(value is not None for value in other_arguments) or x.dim() != 4
+        if (
+            has_other_arguments
+            or type(self.processor).__call__ is not self.known_call
+            or self.must_run_by_parts()
+        ):
             return super().forward(x, *args, **kwargs)
         modules: Any = self._modules
         norm = modules.get("group_norm")
@@ -122,7 +139,7 @@ def _resampling(block: Any) -> nn.Module | None:
     return getattr(block, "upsample", None) or getattr(block, "downsample", None)
 
 
-def _candidates(block: Any) -> list[Conversion]:
+def _candidate_conversions(block: Any) -> list[Conversion]:
     if "to_q" in block._modules:
         return [_convert_attention] if _is_attention(block) else []
     return [_convert_block] if _is_block(block) else []
@@ -132,7 +149,7 @@ def _is_attention(block: Any) -> bool:
     parts = {name for name, part in block._modules.items() if part is not None}
     products = [block.to_q, block.to_k, block.to_v]
     return (
-        parts | {"group_norm"} == ATTENTION_PARTS
+        parts | {"group_norm"} == ATTENTION_SUBMODULES
         and (block.group_norm is None or _is_norm(block.group_norm))
         and all(isinstance(product, nn.Linear) for product in products)
         and len({product.weight.shape for product in products}) == 1
@@ -154,7 +171,7 @@ def _is_block(block: Any) -> bool:
     parts = {name for name, part in block._modules.items() if part is not None}
     resampling = _resampling(block)
     return (
-        parts - {"conv_shortcut", "upsample", "downsample"} == PARTS
+        parts - {"conv_shortcut", "upsample", "downsample"} == BLOCK_SUBMODULES
         and all(_is_norm(norm) for norm in (block.norm1, block.norm2))
         and all(is_conv(conv) for conv in (block.conv1, block.conv2))
         and (shortcut is None or is_conv(shortcut))
@@ -171,7 +188,12 @@ def _is_resampling(module: Any) -> bool:
     """Tell whether a module may resample by two without a convolution; the block's trial shows if it does."""
     if not isinstance(module, nn.Module) or [*module.parameters()]:
         return False
-    return foreign(own_class(module), RESAMPLING_NAMES, NUMBERS | FEWEST) is None
+    return (
+        find_class_difference(
+            original_class_of(module), RESAMPLING_NAMES, ALLOWED_NUMBERS | LIMITS_FOR_OLD_TORCH
+        )
+        is None
+    )
 
 
 def _convert_block(block: Any) -> None:
@@ -185,36 +207,36 @@ def _convert_block(block: Any) -> None:
     block._record_part_types()
 
 
-def _difference(block: Any) -> str | None:
+def _find_difference(block: Any) -> str | None:
     """Say what the code of a block uses beyond the library's code, or return None."""
     if "to_q" not in block._modules:
-        return foreign(own_class(block), NAMES, NUMBERS | FEWEST)
+        return find_class_difference(original_class_of(block), NAMES, ALLOWED_NUMBERS | LIMITS_FOR_OLD_TORCH)
     processor = type(block.processor)
-    reason = foreign_function(vars(processor).get("__call__"), PROCESSOR_NAMES)
+    reason = find_function_difference(vars(processor).get("__call__"), PROCESSOR_NAMES)
     reason = reason and f"{processor.__name__} {reason}"
-    return foreign(own_class(block), ATTENTION_NAMES) or reason
+    return find_class_difference(original_class_of(block), ATTENTION_NAMES) or reason
 
 
-def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
+def _trial_inputs(block: Any, count: int, side: int) -> list[Tensor]:
     """Return images, and an embedding if the block takes one."""
     if "to_q" in block._modules:
         return [random_images(count, block.to_q.in_features, 2, side).to(block.to_q.weight.device)]
     device = block.conv1.weight.device
     x = random_images(count, block.norm1.num_channels, 2, side)
-    return [x.to(device), random(count, block.time_emb_proj.in_features, seed=2).to(device)]
+    return [x.to(device), random_normal(count, block.time_emb_proj.in_features, seed=2).to(device)]
 
 
-def _layers(net: Any) -> list[nn.Module]:
+def _list_blocks(net: Any) -> list[nn.Module]:
     """Return all residual blocks and attention modules of a network."""
     named = ({"conv1", "conv2"}, {"to_q", "to_k"})
     return [module for module in net.modules() if any(names <= module._modules.keys() for names in named)]
 
 
-def _convert_ends(net: Any, _enters: bool) -> None:
+def _convert_other_layers(net: Any, _own_forward_runs: bool) -> None:
     """Convert the convolutions and norms outside these blocks: both ends, and between levels."""
-    inside = {id(part) for block in _layers(net) for part in block.modules()}
-    convert_conv(net.conv_in, entrance)
-    convert_conv(net.conv_out, exit_of)
+    inside = {id(part) for block in _list_blocks(net) for part in block.modules()}
+    convert_conv(net.conv_in, first_conv_class)
+    convert_conv(net.conv_out, last_conv_class)
     for module in [module for module in net.modules() if id(module) not in inside]:
         if _is_norm(module):
             convert_norm(module)
@@ -222,14 +244,14 @@ def _convert_ends(net: Any, _enters: bool) -> None:
             convert_conv(module)
 
 
-DIFFUSERS = Make(
+DIFFUSERS = CodeBase(
     name="diffusers",
-    parts=("conv_in", "time_embedding", "down_blocks", "up_blocks", "conv_out"),
-    builds=frozenset({"conv_in", "down_blocks", "up_blocks", "conv_out"}),
+    submodules=("conv_in", "time_embedding", "down_blocks", "up_blocks", "conv_out"),
+    constructor_names=frozenset({"conv_in", "down_blocks", "up_blocks", "conv_out"}),
     torso=("down_blocks", "mid_block", "up_blocks"),
-    candidates=_candidates,
-    difference=_difference,
-    inputs=_inputs,
-    layers=_layers,
-    ends=_convert_ends,
+    candidate_conversions=_candidate_conversions,
+    find_difference=_find_difference,
+    trial_inputs=_trial_inputs,
+    list_blocks=_list_blocks,
+    convert_other_layers=_convert_other_layers,
 )

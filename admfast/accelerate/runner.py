@@ -1,6 +1,6 @@
 """Run an unmodified program with its networks accelerated: `python -m admfast.accelerate PROGRAM ARGS...`
 
-The runner watches each class whose constructor builds the parts of a known make, in whichever file it is
+The runner watches each class whose constructor builds the submodules of a known code base, in whichever file
 defined. It converts an instance at its first call, after the program has loaded, moved and prepared it.
 """
 
@@ -26,27 +26,27 @@ from typing import Any
 
 import torch
 
-from admfast.accelerate.classes import Converted
-from admfast.accelerate.door import PRECISIONS, accelerate, report
-from admfast.accelerate.nets import MAKES, AcceleratedNet
-from admfast.accelerate.trials import SAME
+from admfast.accelerate.class_conversion import Converted
+from admfast.accelerate.conversion import PRECISIONS, accelerate, report
+from admfast.accelerate.equivalence import MAX_RELATIVE_DIFFERENCE
+from admfast.accelerate.networks import CODE_BASES, AcceleratedNet
 from admfast.errors import AdmfastError
 
-PACKAGES = Path(__file__).resolve().parents[1] / "compat"
+COMPAT_FOLDER = Path(__file__).resolve().parents[1] / "compat"
 
 
 @dataclass
-class Seen:
+class NetworkRecord:
     """Record of a network: its report, calls, seconds in them, and the difference that a check found."""
 
-    said: str = ""
+    report: str = ""
     calls: int = 0
     seconds: float = 0.0
     difference: float | None = None
 
 
 @dataclass
-class Watch:
+class Watcher:
     """Converter of networks at their first calls, which counts calls and seconds.
 
     check: compare each network's first call with the program's own.
@@ -54,61 +54,63 @@ class Watch:
 
     precision: str | None = None
     check: bool = False
-    seen: list[Seen] = field(default_factory=list)
-    _known: weakref.WeakKeyDictionary[Any, Seen] = field(default_factory=weakref.WeakKeyDictionary)
+    records: list[NetworkRecord] = field(default_factory=list)
+    _record_of: weakref.WeakKeyDictionary[Any, NetworkRecord] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watch_classes(self) -> Iterator[None]:
         """Watch the classes that are defined within the `with` block."""
         build = builtins.__build_class__
 
         @functools.wraps(build)
-        def and_look(*args: Any, **kwargs: Any) -> Any:
-            made: Any = build(*args, **kwargs)
-            init: Any = vars(made).get("__init__") if isinstance(made, type) else None
+        def build_and_watch(*args: Any, **kwargs: Any) -> Any:
+            cls: Any = build(*args, **kwargs)
+            init: Any = vars(cls).get("__init__") if isinstance(cls, type) else None
             init = init and inspect.unwrap(init)
             names = getattr(getattr(init, "__code__", None), "co_names", ())
-            ours = isinstance(made, type) and made.__module__.startswith("admfast.")
-            built = any(make.builds <= set(names) for make in MAKES)
-            if issubclass(made, AcceleratedNet) if ours else built:
-                if not hasattr(made.__call__, "watched"):  # a subclass inherits a watched one
-                    made.__call__ = self._watched(made.__call__)
-            return made
+            is_ours = isinstance(cls, type) and cls.__module__.startswith("admfast.")
+            builds_network = any(code_base.constructor_names <= set(names) for code_base in CODE_BASES)
+            if issubclass(cls, AcceleratedNet) if is_ours else builds_network:
+                if not hasattr(cls.__call__, "watched"):  # a subclass inherits a watched one
+                    cls.__call__ = self._watched_call(cls.__call__)
+            return cls
 
-        builtins.__build_class__ = and_look
+        builtins.__build_class__ = build_and_watch
         try:
             yield
         finally:
             builtins.__build_class__ = build
 
-    def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _watched_call(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
-        def called(net: Any, *args: Any, **kwargs: Any) -> Any:
-            seen = self._known.get(net)
-            if torch.compiler.is_compiling() or (seen is None and self._passes(net)):
+        def watched_call(net: Any, *args: Any, **kwargs: Any) -> Any:
+            record = self._record_of.get(net)
+            if torch.compiler.is_compiling() or (record is None and self._must_not_convert(net)):
                 return call(net, *args, **kwargs)
-            if seen is None:
-                wanted = None
+            if record is None:
+                expected = None
                 with self._lock:  # another thread may be converting it
-                    if net not in self._known:
-                        wanted = self._convert(net, call, args, kwargs)
+                    if net not in self._record_of:
+                        expected = self._convert(net, call, args, kwargs)
                 out = net(*args, **kwargs)
-                if wanted is not None:
-                    self._known[net].difference = _off(out, wanted)
+                if expected is not None:
+                    self._record_of[net].difference = _relative_difference(out, expected)
                 return out
             # Calls of a converted network also come here, because its class inherits this method.
             started = time.perf_counter()
             try:
                 return call(net, *args, **kwargs)
             finally:
-                seen.calls += 1
-                seen.seconds += time.perf_counter() - started
+                record.calls += 1
+                record.seconds += time.perf_counter() - started
 
-        called.watched = True  # type: ignore[attr-defined]
-        return called
+        watched_call.watched = True  # type: ignore[attr-defined]
+        return watched_call
 
-    def _passes(self, net: Any) -> bool:
+    def _must_not_convert(self, net: Any) -> bool:
         """Tell whether not to convert a network now: it is already converted, a replica, or being traced."""
         replica = getattr(net, "_is_replica", False)
         return isinstance(net, Converted) or replica or torch._C._is_tracing()
@@ -117,60 +119,61 @@ class Watch:
         self, net: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Convert a network; return its output from before the conversion if that is checked, else None."""
-        seen, wanted = Seen(), None
+        record, expected = NetworkRecord(), None
         if self.check and not net.training:  # in training mode dropout would draw other masks
             devices = range(torch.cuda.device_count())
             with torch.random.fork_rng(devices), torch.no_grad():
-                wanted = call(net, *args, **kwargs)
+                expected = call(net, *args, **kwargs)
         try:
             accelerate(net, self.precision)
-            seen.said = report(net).partition("\n")[0]
+            record.report = report(net).partition("\n")[0]
         except AdmfastError as error:
-            seen.said = f"{type(net).__name__}: as it is; {error}"
-        self.seen.append(seen)
-        self._known[net] = seen
-        return wanted
+            record.report = f"{type(net).__name__}: as it is; {error}"
+        self.records.append(record)
+        self._record_of[net] = record
+        return expected
 
-    def said(self) -> list[str]:
+    def report_lines(self) -> list[str]:
         """Return one line for each network: its report, calls, seconds, and difference if checked."""
         lines = []
-        for seen in self.seen:
-            each = 1e3 * seen.seconds / max(seen.calls, 1)
-            line = f"{seen.said}; {seen.calls} calls, {seen.seconds:.2f} s on the host, {each:.1f} ms each"
-            if seen.difference is not None:
-                line += f"; its first result differs by {seen.difference:.1e} of the largest value"
+        for record in self.records:
+            each = 1e3 * record.seconds / max(record.calls, 1)
+            line = f"{record.report}; {record.calls} calls, {record.seconds:.2f} s on the host"
+            line += f", {each:.1f} ms each"
+            if record.difference is not None:
+                line += f"; its first result differs by {record.difference:.1e} of the largest value"
             lines.append(line)
         return lines or ["no network of the ADM family was called"]
 
-    def differs(self) -> bool:
+    def has_difference(self) -> bool:
         """Tell whether a check found more than rounding."""
-        found = [seen.difference for seen in self.seen if seen.difference is not None]
-        return any(not difference <= SAME for difference in found)  # NaN differs
+        differences = [record.difference for record in self.records if record.difference is not None]
+        return any(not difference <= MAX_RELATIVE_DIFFERENCE for difference in differences)  # NaN differs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the program's exit status, or 1 if it is 0 and a check found a difference."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    own = _own(given)
+    words = list(sys.argv[1:] if argv is None else argv)
+    num_own = _count_runner_arguments(words)
     parser = _parser()
-    arguments = parser.parse_args(given[:own])
+    arguments = parser.parse_args(words[:num_own])
     if arguments.check and arguments.package:
         parser.error("--check: not with --package, whose networks are admfast's own")
-    watch = Watch(arguments.precision, arguments.check)
+    watcher = Watcher(arguments.precision, arguments.check)
     program = arguments.program
     if not arguments.module and not Path(program).is_file():
         print(f"program={program!r}: no such Python file; -m runs a module by name", file=sys.stderr)
         return 2
-    sys.argv = [program, *given[own:]]
+    sys.argv = [program, *words[num_own:]]
     sys.path[0] = os.getcwd() if arguments.module else str(Path(program).resolve().parent)
     if arguments.package:
-        _say_what_is_hidden()
-        sys.path.insert(0, str(PACKAGES / "front"))
-        sys.path.append(str(PACKAGES / "stand_ins"))
+        _print_hidden_package()
+        sys.path.insert(0, str(COMPAT_FOLDER / "front"))
+        sys.path.append(str(COMPAT_FOLDER / "stand_ins"))
     status: Any = 0
-    found = True
+    program_found = True
     try:
-        with watch.watching():
+        with watcher.watch_classes():
             if arguments.module:
                 runpy.run_module(program, run_name="__main__", alter_sys=True)
             else:
@@ -178,29 +181,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         status = end.code
     except ImportError as error:
-        found = not _is_by_runpy(error)
-        if found:
+        program_found = not _is_raised_by_runpy(error)
+        if program_found:
             raise
         print(f"program={program!r}: {error}", file=sys.stderr)
         return 2
     finally:
-        for line in watch.said() if found else ():
+        for line in watcher.report_lines() if program_found else ():
             print(f"admfast.accelerate: {line}", file=sys.stderr)
     if status is None or status == 0:
-        return 1 if watch.differs() else 0
+        return 1 if watcher.has_difference() else 0
     if isinstance(status, int):
         return status
     print(status, file=sys.stderr)
     return 1
 
 
-def _is_by_runpy(error: ImportError) -> bool:
+def _is_raised_by_runpy(error: ImportError) -> bool:
     """Tell whether the program itself was not found, rather than a module that it imports."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals.get("__name__") == "runpy"
 
 
-def _say_what_is_hidden() -> None:
+def _print_hidden_package() -> None:
     """Print the path of the package that the program would have imported, as it may differ from ours."""
     for folder in map(Path, sys.path):
         if (folder / "guided_diffusion").is_dir():
@@ -216,13 +219,13 @@ def _run_file(program: str) -> None:
     exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
 
 
-def _off(found: Any, wanted: Any) -> float | None:
+def _relative_difference(output: Any, expected: Any) -> float | None:
     """Return the largest difference divided by the largest value; None if the results are not tensors."""
-    found, wanted = _images(found), _images(wanted)
-    if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
+    output, expected = _images(output), _images(expected)
+    if not isinstance(output, torch.Tensor) or not isinstance(expected, torch.Tensor):
         return None
-    difference = (found.detach() - wanted).abs().max()
-    return float(difference / wanted.abs().max()) if difference else 0.0
+    difference = (output.detach() - expected).abs().max()
+    return float(difference / expected.abs().max()) if difference else 0.0
 
 
 def _images(out: Any) -> Any:
@@ -230,18 +233,18 @@ def _images(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
 
 
-def _own(given: Sequence[str]) -> int:
+def _count_runner_arguments(words: Sequence[str]) -> int:
     """Return how many arguments belong to the runner: those up to PROGRAM. The others are the program's."""
-    at = 0
-    while at < len(given) and given[at].startswith("-"):
-        at += 2 if given[at] == "--precision" else 1
-    return min(at + 1, len(given))
+    position = 0
+    while position < len(words) and words[position].startswith("-"):
+        position += 2 if words[position] == "--precision" else 1
+    return min(position + 1, len(words))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m admfast.accelerate",
-        allow_abbrev=False,  # `_own` must know which option takes a value
+        allow_abbrev=False,  # `_count_runner_arguments` must know which option takes a value
         usage="%(prog)s [-h] [--precision {fp32,bf16,fp16}] [--check] [--package] [-m] PROGRAM ARGS...",
         description="Run an unmodified program and accelerate its ADM networks at their first calls.",
     )

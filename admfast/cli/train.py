@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,14 +30,21 @@ from admfast.files.tables import table
 from admfast.interrupts import SIGNAL_STATUS
 from admfast.models import NetConfig
 from admfast.runs.folder import find_sample_files
-from admfast.training.distributed import World, processes
-from admfast.training.export import export
-from admfast.training.folder import RUN_FILE, read_run_file, recipe_of
+from admfast.training.distributed import World, join_processes
+from admfast.training.export import export_run
+from admfast.training.folder import MAY_CHANGE, RUN_FILE, read_run_file, recipe_from_description
 from admfast.training.images import open_source
-from admfast.training.loop import Habits, dry_run, train
-from admfast.training.picture import run_picture
+from admfast.training.loop import LoopOptions, dry_run, train
+from admfast.training.picture import draw_run
 from admfast.training.recipe import KINDS, Recipe
-from admfast.training.recipes import DIGITS, PRESETS, changed, recipe, split_options
+from admfast.training.recipes import (
+    DIGITS,
+    PRESETS,
+    change_recipe,
+    describe_name,
+    recipe_from_preset,
+    split_options,
+)
 
 commands = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
@@ -85,21 +93,19 @@ def _command(kind: str) -> Callable[..., None]:
         }  # fmt: skip
         options |= {name: value for name, value in flags.items() if value is not None}
         run_recipe = resolve_recipe(kind, preset, from_, options)
-        if "steps" not in options and out is not None:
-            run_recipe = dataclasses.replace(
-                run_recipe, steps=_default_steps(user_path("out", out), run_recipe.steps)
-            )
-        habits = Habits(
+        if out is not None:
+            run_recipe = _with_settings_of_run(user_path("out", out), run_recipe, options)
+        loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
         data_name = _data_or_digits(preset, data)
         run_folder = None if out is None else user_path("out", out)
-        with processes(device) as world, _one_line_warnings():
+        with join_processes(device) as world, _one_line_warnings():
             if run_folder is None or dry_run:
-                _dry_run(run_recipe, data_name, labels, dataclasses.replace(habits, cache=None), world)
+                _dry_run(run_recipe, data_name, labels, dataclasses.replace(loop_options, cache=None), world)
             else:
-                _train(run_recipe, data_name, labels, run_folder, habits, world, from_)
+                _train(run_recipe, data_name, labels, run_folder, loop_options, world, from_)
 
     run.__doc__ = f"Train {_ARTICLES[kind]}. Presets: {', '.join(PRESETS[kind])}."
     return run
@@ -151,13 +157,13 @@ def run_export(
     drawing = None
     if picture is not None:
         picture = user_path("picture", picture, [".png"])
-        drawing = run_picture(run)
+        drawing = draw_run(run)
         check_writable(picture)
         if not overwrite:
             check_not_existing("picture", [picture])
-    # `export` checks its arguments before it writes: an error in either file leaves neither.
+    # `export_run` checks its arguments before it writes: an error in either file leaves neither.
     if out is not None:
-        description = export(run, out, ema, width, DTYPES[dtype], overwrite)
+        description = export_run(run, out, ema, width, DTYPES[dtype], overwrite)
         print(table([(name, str(description.training[name])) for name in ("step", "average")]))
         print(out.resolve())
     if picture is not None and drawing is not None:
@@ -167,8 +173,9 @@ def run_export(
 
 def resolve_recipe(kind: str, preset: str, start: str | None, options: dict[str, Any]) -> Recipe:
     """Return the recipe of a command's options. Raises InvalidArgument, CheckpointError."""
-    base = recipe(kind, preset)
+    base = recipe_from_preset(kind, preset)
     if start is not None:
+        _check_is_file(start)
         parts = split_options(kind, options)
         file_settings = {name: value for name, value in parts["network"].items() if name not in _RUN_SETTINGS}
         info = load_network(start, **file_settings, **parts["process"])[1]
@@ -182,12 +189,28 @@ def resolve_recipe(kind: str, preset: str, start: str | None, options: dict[str,
             base, network=network, process=info.diffusion or base.process, low_res_size=low_res_size,
             drop_classes=drop_classes,
         )  # fmt: skip
-    return changed(base, options)
+    return change_recipe(base, options)
 
 
-def _default_steps(run: Path, steps: int) -> int:
-    """Return the steps of the run in a folder, or `steps` if it holds none."""
-    return recipe_of(read_run_file(run)).steps if (run / RUN_FILE).is_file() else steps
+def _check_is_file(start: str) -> None:
+    """Reject the name of a preset or model in place of a file; say which option or command takes the name."""
+    hint = describe_name(start)
+    if hint is not None and not os.path.lexists(start):
+        raise invalid("from", start, f"a weights file, or the folder of a run; {hint}")
+
+
+def _with_settings_of_run(run: Path, wanted: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe whose changeable settings are those of the run in a folder, if it holds one.
+
+    options: settings that the user gave; they stay.
+    """
+    if not (run / RUN_FILE).is_file():
+        return wanted
+    old = recipe_from_description(read_run_file(run))
+    if old.batch_size != wanted.batch_size:  # the run refuses it, and its microbatch may not fit
+        return wanted
+    settings = {name: getattr(old, name) for name in MAY_CHANGE if name not in options}
+    return dataclasses.replace(wanted, **settings)
 
 
 # Options that a run always sets itself, not the file that it begins from.
@@ -201,11 +224,17 @@ def _data_or_digits(preset: str, data: str | None) -> str:
 
 
 def _train(
-    run_recipe: Recipe, data: str, labels: str, out: Path, habits: Habits, world: World, start: str | None
+    run_recipe: Recipe,
+    data: str,
+    labels: str,
+    out: Path,
+    loop_options: LoopOptions,
+    world: World,
+    start: str | None,
 ) -> None:
     _check_run_folder(out)
     source = open_source(data, labels)
-    if world.first:
+    if world.is_first:
         print(
             table(
                 [
@@ -215,8 +244,8 @@ def _train(
                 ]
             )
         )
-    outcome = train(run_recipe, source, out, habits, world, start, say=_print_line)
-    if world.first:
+    outcome = train(run_recipe, source, out, loop_options, world, start, say=_print_line)
+    if world.is_first:
         peak = peak_memory(world.device) / 1e9
         print(f"{outcome.step} of {run_recipe.steps} steps are done; peak memory {peak:.2f} GB")
         print(out.resolve())
@@ -233,10 +262,10 @@ def _check_run_folder(out: Path) -> None:
         raise OutputError(f"out={str(out)!r}: {contents}; give another folder for the training run")
 
 
-def _dry_run(run_recipe: Recipe, data: str, labels: str, habits: Habits, world: World) -> None:
+def _dry_run(run_recipe: Recipe, data: str, labels: str, loop_options: LoopOptions, world: World) -> None:
     """Make two steps; print the time and memory that the run would take."""
-    trial = dry_run(run_recipe, open_source(data, labels), habits, world)
-    if world.first:
+    trial = dry_run(run_recipe, open_source(data, labels), loop_options, world)
+    if world.is_first:
         hours = trial.run_seconds / 3600
         rows = [
             ("step", f"{trial.step_seconds:.3f} s"),

@@ -14,9 +14,9 @@ from admfast.errors import allowed_names, invalid
 from admfast.files.tables import table
 from admfast.sampling.load import resolve_device
 from admfast.training.memory import step_memory
-from admfast.training.network import resolved_precision
+from admfast.training.network import resolve_precision
 from admfast.training.recipe import KINDS, Recipe
-from admfast.training.recipes import DIGITS, PRESETS
+from admfast.training.recipes import DIGITS, PRESETS, describe_name
 
 
 def print_memory(path: Path, set_: Iterable[str] | None, settings: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ def print_memory(path: Path, set_: Iterable[str] | None, settings: Mapping[str, 
         options["checkpointing"] = checks.parse_literal(settings["checkpointing"])
     recipes = _recipe_for_file(path, options) if path.exists() else _recipes_for_preset(str(path), options)
     for number, recipe in enumerate(recipes):
-        print("\n" * bool(number) + table(_rows(resolved_precision(recipe, resolve_device(None)))))
+        print("\n" * bool(number) + table(_rows(resolve_precision(recipe, resolve_device(None)))))
 
 
 def _recipe_for_file(path: Path, options: dict[str, Any]) -> list[Recipe]:
@@ -45,9 +45,8 @@ def _recipes_for_preset(name: str, options: dict[str, Any]) -> list[Recipe]:
     kinds = [kind for kind in KINDS if name in PRESETS[kind]]
     if not kinds:
         known_presets = list(dict.fromkeys(preset for kind in KINDS for preset in PRESETS[kind]))
-        raise invalid(
-            "path", name, f"a file, or a preset of `admfast train`; {allowed_names(name, known_presets)}"
-        )
+        hint = describe_name(name) or allowed_names(name, known_presets)
+        raise invalid("path", name, f"a file, or a preset of `admfast train`; {hint}")
     return [resolve_recipe(kind, name, None, options) for kind in kinds]
 
 
@@ -61,7 +60,7 @@ def _rows(recipe: Recipe) -> list[tuple[str, str]]:
         "gradients": memory.gradients,
         "moments of AdamW": memory.moments,
         "averages": memory.averages,
-        "kept for the backward pass": memory.kept,
+        "kept for the backward pass": memory.saved_for_backward,
     }
     return [
         (recipe.kind, run_text),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Preset = Annotated[str, typer.Option(help="Model whose network and settings are the defaults.")]
+Preset = Annotated[str, typer.Option(help="Preset whose network and settings are the defaults.")]
 Data = Annotated[
     str | None,
     typer.Option(help="Images: a folder, a zip, an npz, or digits (default: digits for digits32)."),
@@ -28,7 +28,10 @@ BatchSize = Annotated[
     int | None, typer.Option(help="Images per step, over all processes (default: the preset's).")
 ]
 Microbatch = Annotated[
-    int | None, typer.Option(help="Images that a process computes at once (default: its whole share).")
+    int | None,
+    typer.Option(
+        help="Images that a process computes at once (default: the run's own; its whole share for a new run)."
+    ),
 ]
 Rate = Annotated[
     float | None, typer.Option("--lr", help="Highest learning rate of the schedule (default: the preset's).")
@@ -47,7 +50,7 @@ Checkpointing = Annotated[
     str | None,
     typer.Option(
         help="What the backward pass recomputes to save memory: none, norms, attention (attention blocks), "
-        "all (all blocks), or a number k for every k-th block (default: none)."
+        "all (all blocks), or a number k for every k-th block (default: the run's own; none for a new run)."
     ),
 ]
 From = Annotated[

@@ -19,9 +19,9 @@ from admfast.files.images import UInt8
 
 Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's "L" or "RGB" image
 
-SMALLEST, LARGEST = 0.8, 1.0  # shares of the shorter side that a random crop keeps, as published
-_BLOCKS = 4  # pictures that are in memory at the same time while one is read and halved
-_BAND = 2**16  # pixels that are halved at once: 256 KiB in colour
+MIN_CROP_SHARE, MAX_CROP_SHARE = 0.8, 1.0  # shares of the shorter side that a random crop keeps, as published
+_PILLOW_BLOCKS = 4  # pictures that are in memory at the same time while one is read and halved
+_BAND_PIXELS = 2**16  # pixels that are halved at once: 256 KiB in colour
 
 
 def center_crop(image: Picture, size: int) -> UInt8:
@@ -29,35 +29,35 @@ def center_crop(image: Picture, size: int) -> UInt8:
 
     Returns: uint8 [size, size, C].
     """
-    fitted = _fitted(image, size)
-    top, left = ((side - size) // 2 for side in fitted.shape[:2])
-    return fitted[top : top + size, left : left + size]
+    resized = _resize_shorter_side(image, size)
+    top, left = ((side - size) // 2 for side in resized.shape[:2])
+    return resized[top : top + size, left : left + size]
 
 
 def random_crop(
     image: Picture,
     size: int,
     draw: Callable[[int], int],
-    smallest: float = SMALLEST,
-    largest: float = LARGEST,
+    min_share: float = MIN_CROP_SHARE,
+    max_share: float = MAX_CROP_SHARE,
 ) -> UInt8:
     """Return a random square of an image after resizing its shorter side to a random length.
 
     Args:
         draw: maps a count n to a random whole number in 0..n-1. Called three times: for the length of the
             shorter side (from size/largest to size/smallest, rounded up), for the square's top, for its left.
-        smallest, largest: shares of the shorter side that the square may keep.
+        min_share, max_share: shares of the shorter side that the square may keep.
 
     Returns: uint8 [size, size, C].
     """
-    least, most = math.ceil(size / largest), math.ceil(size / smallest)
-    fitted = _fitted(image, least + draw(most - least + 1))
-    top = draw(fitted.shape[0] - size + 1)
-    left = draw(fitted.shape[1] - size + 1)
-    return fitted[top : top + size, left : left + size]
+    min_side, max_side = math.ceil(size / max_share), math.ceil(size / min_share)
+    resized = _resize_shorter_side(image, min_side + draw(max_side - min_side + 1))
+    top = draw(resized.shape[0] - size + 1)
+    left = draw(resized.shape[1] - size + 1)
+    return resized[top : top + size, left : left + size]
 
 
-def shared_part(image: Picture, size: int, random: bool) -> UInt8:
+def cacheable_part(image: Picture, size: int, random: bool) -> UInt8:
     """Return the part of an image that all its crops to `size` share: crops of it equal crops of the image.
 
     It is the centre crop itself or, for random crops, the image after the halvings that every crop begins
@@ -65,37 +65,37 @@ def shared_part(image: Picture, size: int, random: bool) -> UInt8:
     """
     if not random:
         return center_crop(image, size)
-    return _array(_halved(_picture(image), math.ceil(size / SMALLEST)))
+    return _to_array(_halve_while_possible(_to_pillow(image), math.ceil(size / MIN_CROP_SHARE)))
 
 
-def reuse_memory() -> None:
+def let_pillow_reuse_memory() -> None:
     """Let Pillow reuse the memory of four pictures (at most 16 MiB each) in this process.
 
     Otherwise the memory of every picture is returned to the system, and clearing new pages for the next one
     takes as long as decoding 512x512 pixels. With reuse, a sample of 64x64 takes 1.9 ms instead of 3.9 ms.
     """
-    Image.core.set_blocks_max(max(_BLOCKS, Image.core.get_blocks_max()))
+    Image.core.set_blocks_max(max(_PILLOW_BLOCKS, Image.core.get_blocks_max()))
 
 
-def with_channels(image: Picture, channels: int) -> Picture:
+def convert_channels(image: Picture, channels: int) -> Picture:
     """Return an image with 1 or 3 channels: grey is repeated, colours become Pillow's luminance."""
-    held = (1 if image.mode == "L" else 3) if isinstance(image, Image.Image) else image.shape[2]
-    return image if held == channels else _picture(image).convert("L" if channels == 1 else "RGB")
+    image_channels = (1 if image.mode == "L" else 3) if isinstance(image, Image.Image) else image.shape[2]
+    return image if image_channels == channels else _to_pillow(image).convert("L" if channels == 1 else "RGB")
 
 
-def _fitted(image: Picture, shorter: int) -> UInt8:
+def _resize_shorter_side(image: Picture, shorter: int) -> UInt8:
     """Resize an image's shorter side to `shorter`: halve it while possible, then filter bicubically."""
     if isinstance(image, np.ndarray) and min(image.shape[:2]) == shorter:
         return image
-    picture = _halved(_picture(image), shorter)
-    scale = shorter / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
+    picture = _halve_while_possible(_to_pillow(image), shorter)
+    ratio = shorter / min(picture.size)
+    width, height = (round(side * ratio) for side in picture.size)
     if (width, height) != picture.size:  # else the filter changes nothing
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return _array(picture)
+    return _to_array(picture)
 
 
-def _halved(picture: Image.Image, shorter: int) -> Image.Image:
+def _halve_while_possible(picture: Image.Image, shorter: int) -> Image.Image:
     """Halve a picture by box filter as long as its shorter side stays at least `shorter`."""
     while min(picture.size) >= 2 * shorter:
         width, height = picture.size
@@ -103,37 +103,37 @@ def _halved(picture: Image.Image, shorter: int) -> Image.Image:
         if width % 2 or height % 2 or height > 2 * width:
             picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
         else:
-            picture = _half(picture)
+            picture = _halve_even_sides(picture)
     return picture
 
 
-def _half(picture: Image.Image) -> Image.Image:
+def _halve_even_sides(picture: Image.Image) -> Image.Image:
     """Halve even sides as Pillow's box filter does, in half the time: means of neighbours, .5 rounded up."""
     width, height = picture.size
-    raw, dtype = ("L", np.uint8) if picture.mode == "L" else ("RGBX", np.uint32)
+    raw_mode, dtype = ("L", np.uint8) if picture.mode == "L" else ("RGBX", np.uint32)
     half = np.empty((height // 2, width // 2), dtype)
     # Bands fit into the CPU's cache and reuse memory: clearing new pages costs as much as the filter.
-    rows = max(2, _BAND // width // 2 * 2)
+    rows = max(2, _BAND_PIXELS // width // 2 * 2)
     for top in range(0, height, rows):
         band = picture.crop((0, top, width, min(top + rows, height)))
-        pixels = np.frombuffer(band.tobytes("raw", raw), dtype).reshape(band.height, width)
-        columns = _mean(pixels[:, 0::2], pixels[:, 1::2])
-        half[top // 2 : (top + rows) // 2] = _mean(columns[0::2], columns[1::2])
-    return Image.frombytes(picture.mode, (width // 2, height // 2), half.tobytes(), "raw", raw)
+        pixels = np.frombuffer(band.tobytes("raw", raw_mode), dtype).reshape(band.height, width)
+        columns = _mean_rounded_up(pixels[:, 0::2], pixels[:, 1::2])
+        half[top // 2 : (top + rows) // 2] = _mean_rounded_up(columns[0::2], columns[1::2])
+    return Image.frombytes(picture.mode, (width // 2, height // 2), half.tobytes(), "raw", raw_mode)
 
 
-def _mean(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+def _mean_rounded_up(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     """Return (a + b + 1) // 2 of every byte; an element has one or four bytes."""
     low_bits = a.dtype.type(0x7F7F7F7F & np.iinfo(a.dtype).max)
     return (a | b) - (((a ^ b) >> 1) & low_bits)
 
 
-def _picture(image: Picture) -> Image.Image:
+def _to_pillow(image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def _array(picture: Image.Image) -> UInt8:
+def _to_array(picture: Image.Image) -> UInt8:
     array = np.asarray(picture)
     return array[:, :, None] if array.ndim == 2 else array

@@ -12,14 +12,14 @@ from torch import Tensor
 from admfast.errors import AdmfastError
 from admfast.training.images import ArraySource
 
-LEVELS = 16  # the digits' grey levels are 0 to 16
-CLASSES = 10
+MAX_GREY_LEVEL = 16  # the digits' grey levels are 0 to 16
+NUM_CLASSES = 10
 
 
 def digits_source() -> ArraySource:
     """Return the enlarged digits as grey images of 32x32, levels rounded to 0..255, classes 0..9."""
     digits, labels = load_digits()
-    levels = (enlarge(digits) * (255 / LEVELS)).round().to(torch.uint8)
+    levels = (enlarge(digits) * (255 / MAX_GREY_LEVEL)).round().to(torch.uint8)
     return ArraySource(levels.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy(), "digits", "digits")
 
 
@@ -36,10 +36,10 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images).float()[:, None], torch.from_numpy(data.target).long()
 
 
-def enlarge(digits: Tensor, rounds: int = 20) -> Tensor:
+def enlarge(digits: Tensor, iterations: int = 20) -> Tensor:
     """Enlarge 8x8 digits to smooth 32x32 images whose 4x4 block means are close to the digits.
 
-    u = up(d), then `rounds` times u = clip(u + up(d - area_mean(u)), 0, 16), with up = bicubic by four.
+    u = up(d), then `iterations` times u = clip(u + up(d - area_mean(u)), 0, 16), with up = bicubic by four.
 
     Args:
         digits: [N, 1, 8, 8], levels 0..16.
@@ -49,8 +49,8 @@ def enlarge(digits: Tensor, rounds: int = 20) -> Tensor:
     """
     digits = digits.float()
     images = _bicubic(digits)
-    for _ in range(rounds):
-        images = (images + _bicubic(digits - block_means(images))).clamp(0, LEVELS)
+    for _ in range(iterations):
+        images = (images + _bicubic(digits - block_means(images))).clamp(0, MAX_GREY_LEVEL)
     return images
 
 

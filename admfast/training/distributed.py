@@ -33,21 +33,21 @@ class World:
     device: torch.device = torch.device("cpu")
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Tell whether this is the process that writes files and prints messages."""
         return self.rank == 0
 
-    def share(self, count: int, name: str = "batch_size") -> range:
+    def local_samples(self, count: int, name: str = "batch_size") -> range:
         """Return this process's part of `count` samples. Raises InvalidArgument if `size` doesn't divide it.
 
         name: argument that the error names.
         """
         if count % self.size:
             raise invalid(name, count, f"a multiple of the {self.size} processes")
-        part = count // self.size
-        return range(self.rank * part, (self.rank + 1) * part)
+        samples_per_process = count // self.size
+        return range(self.rank * samples_per_process, (self.rank + 1) * samples_per_process)
 
-    def wrap(self, net: nn.Module) -> nn.Module:
+    def wrap_in_ddp(self, net: nn.Module) -> nn.Module:
         """Return a network that averages its gradients over the processes; with one process, `net` itself."""
         if self.size == 1:
             return net
@@ -55,22 +55,22 @@ class World:
         # DDP leaves frozen parameters alone; all others get a gradient at every step.
         return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the processes of a tensor on this device."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
-    def gathered(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """Return the tensors [N, ...] of all processes, of equal shape, concatenated in order of rank."""
         if self.size == 1:
             return values
-        parts = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
+        gathered = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(gathered, values.contiguous())
+        return torch.cat(gathered)
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """Return the largest `number` of all processes. It is exchanged on the CPU, so no GPU has to wait."""
         if self.size == 1:
             return number
@@ -79,7 +79,7 @@ class World:
         return int(value)
 
 
-def without_sync(net: nn.Module, skip: bool) -> AbstractContextManager[Any]:
+def skip_gradient_sync(net: nn.Module, skip: bool) -> AbstractContextManager[Any]:
     """Return a context in which a wrapped network doesn't exchange gradients, if `skip`."""
     if skip and isinstance(net, nn.parallel.DistributedDataParallel):
         return net.no_sync()
@@ -87,48 +87,48 @@ def without_sync(net: nn.Module, skip: bool) -> AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def processes(device: str | None = None) -> Iterator[World]:
+def join_processes(device: str | None = None) -> Iterator[World]:
     """Join the processes that torchrun started, if any, and leave them at the end of the block.
 
     device: "cpu", "cuda" or "cuda:N"; None takes the GPU of this process (LOCAL_RANK) if there is one.
     Raises: AdmfastError if the other processes can't be reached; InvalidArgument; Unavailable if the GPU
     doesn't exist.
     """
-    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-    local = _number("LOCAL_RANK", 0)
-    chosen = resolve_device(device)
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", local if size > 1 else torch.cuda.current_device())
+    size, rank = _integer_in_environment("WORLD_SIZE", 1), _integer_in_environment("RANK", 0)
+    local_rank = _integer_in_environment("LOCAL_RANK", 0)
+    own_device = resolve_device(device)
+    if own_device.type == "cuda" and own_device.index is None:
+        own_device = torch.device("cuda", local_rank if size > 1 else torch.cuda.current_device())
     if size == 1:
-        yield World(device=chosen)
+        yield World(device=own_device)
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
     # In both cases gloo exchanges tensors on the CPU.
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if own_device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size)
+        dist.init_process_group(backend, store=_rendezvous_store(size), rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise AdmfastError(f"the {size} processes don't find each other: {first_line(error)}") from error
     try:
-        yield World(rank, size, chosen)
+        yield World(rank, size, own_device)
     finally:
         dist.destroy_process_group()
 
 
-def _store(size: int) -> dist.Store:
+def _rendezvous_store(size: int) -> dist.Store:
     """Return the store where the processes find each other, with a prefix for every restart of torchrun.
 
     On one node, torchrun keeps its store when it restarts the workers, and they would find the addresses of
     dead ones. With several nodes it makes a new store, and the nodes may have different counts of restarts.
     """
     store, _, _ = next(iter(dist.rendezvous("env://")))
-    if _number("LOCAL_WORLD_SIZE", 0) != size:
+    if _integer_in_environment("LOCAL_WORLD_SIZE", 0) != size:
         return store
-    return dist.PrefixStore(f"restart-{_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"restart-{_integer_in_environment('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _number(name: str, default: int) -> int:
+def _integer_in_environment(name: str, default: int) -> int:
     """Return the whole number in an environment variable."""
     text = os.environ.get(name, "")
     if not text:

@@ -27,21 +27,21 @@ class TrainStream(IntEnum):
     DROPOUT = 1024  # of the first layer; the next one has 1025
 
 
-def uniforms(seed: int, ks: Sequence[int], stream: TrainStream) -> Tensor:
+def draw_uniforms(seed: int, sample_ids: Sequence[int], stream: TrainStream) -> Tensor:
     """Return a uniform number in [0, 1) per sample, float64 [N]: (word 0 * 2^21 + word 1 div 2^11) / 2^53."""
     key = (seed & MASK32, seed >> 32)
-    words = [philox4x32_10((0, 0, k, int(stream)), key) for k in ks]
-    found = [((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words]
-    return torch.tensor(found, dtype=torch.float64, device="cpu")
+    words = [philox4x32_10((0, 0, k, int(stream)), key) for k in sample_ids]
+    values = [((r0 << 21) | (r1 >> 11)) * 2.0**-53 for r0, r1, _, _ in words]
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
-def normals(
+def draw_normals(
     seed: int,
-    ks: Sequence[int],
+    sample_ids: Sequence[int],
     shape: tuple[int, ...],
     stream: TrainStream,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Return standard normal noise for every sample, float32 [N, *shape], equal on every device."""
     key = as_seeds([seed]).to(device)
-    return torch.cat([normal(key, shape, k, int(stream)) for k in ks])
+    return torch.cat([normal(key, shape, k, int(stream)) for k in sample_ids])

@@ -38,8 +38,10 @@ class Averages:
         self.powers = {f"power-{width:g}": width for width in powers}
         self.warmup = warmup
         self._names = [name for name, _ in net.named_parameters()]
-        self._of: list[Tensor] = list(net.parameters())
-        self._values = {name: [p.detach().clone() for p in self._of] for name in (*self.rates, *self.powers)}
+        self._parameters: list[Tensor] = list(net.parameters())
+        self._values = {
+            name: [p.detach().clone() for p in self._parameters] for name in (*self.rates, *self.powers)
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,24 +49,24 @@ class Averages:
         return tuple(self._values)
 
     @torch.no_grad()
-    def update(self, step: int, moved: Tensor | None = None) -> None:
+    def update(self, step: int, was_changed: Tensor | None = None) -> None:
         """Add the current parameters to the averages after step `step` (from 0).
 
-        moved: 1 if the step changed the weights, 0 if it was skipped; a tensor on their device, from which
-        nothing is read back. None means 1.
+        was_changed: 1 if the step changed the weights, 0 if it was skipped; a tensor on their device, from
+        which nothing is read back. None means 1.
         """
         for name, values in self._values.items():
-            share = 1 - self._kept(name, step)
-            if moved is None:
-                torch._foreach_lerp_(values, self._of, share)
+            share = 1 - self._decay(name, step)
+            if was_changed is None:
+                torch._foreach_lerp_(values, self._parameters, share)
             else:
-                weight = moved.to(values[0].dtype) * share
-                torch._foreach_lerp_(values, self._of, [weight] * len(values))  # type: ignore[list-item]
+                weight = was_changed.to(values[0].dtype) * share
+                torch._foreach_lerp_(values, self._parameters, [weight] * len(values))  # type: ignore[list-item]
 
-    def _kept(self, name: str, step: int) -> float:
+    def _decay(self, name: str, step: int) -> float:
         """Return the weight of the old average in a step's update."""
         if name in self.powers:
-            return (1 - 1 / (step + 1)) ** (gamma_of(self.powers[name]) + 1)
+            return (1 - 1 / (step + 1)) ** (gamma_from_width(self.powers[name]) + 1)
         rate = self.rates[name]
         return min(rate, (1 + step) / (10 + step)) if self.warmup else rate
 
@@ -92,7 +94,7 @@ class Averages:
                 value.copy_(state[name][key])
 
 
-def gamma_of(width: float) -> float:
+def gamma_from_width(width: float) -> float:
     """Return gamma of a relative width: the largest root of s^2 (g + 2)^2 (g + 3) = g + 1.
 
     width: above 0 and below 0.289 (gamma 0, the mean of all steps). Raises InvalidArgument.
@@ -103,30 +105,30 @@ def gamma_of(width: float) -> float:
     return float(roots[np.abs(roots.imag) < 1e-6].real.max())
 
 
-def reconstruction(stored: Sequence[Profile], wanted: Profile) -> list[float]:
+def reconstruction_factors(stored: Sequence[Profile], target: Profile) -> list[float]:
     """Return the factors of stored averages whose weighted sum is a wanted average, by least squares.
 
     The profile of (n, sigma) is p(i) = (gamma + 1) i^gamma / n^(gamma + 1) for steps i up to n. The factors x
     minimise the integral of (sum x_k p_k - p)^2, so A x = b, where A and b hold integrals of products of two
     profiles. Source: EDM2, algorithm 3.
 
-    stored, wanted: number of steps and relative width of each. Raises InvalidArgument if `stored` is empty.
+    stored, target: number of steps and relative width of each. Raises InvalidArgument if `stored` is empty.
     """
     if not stored:
         raise invalid("stored", 0, "at least one stored average")
-    between = np.array([[_product(a, b) for b in stored] for a in stored])
-    with_wanted = np.array([_product(a, wanted) for a in stored])
-    return [float(factor) for factor in np.linalg.lstsq(between, with_wanted, rcond=None)[0]]
+    stored_products = np.array([[_product(a, b) for b in stored] for a in stored])
+    target_products = np.array([_product(a, target) for a in stored])
+    return [float(factor) for factor in np.linalg.lstsq(stored_products, target_products, rcond=None)[0]]
 
 
 def _product(a: Profile, b: Profile) -> float:
     """Return the integral of the product of two profiles."""
-    (n, width), (m, other) = sorted([a, b])
-    g, h = gamma_of(width), gamma_of(other)
-    return (g + 1) * (h + 1) / (g + h + 1) * (n / m) ** h / m
+    (n, width), (m, other_width) = sorted([a, b])
+    gamma, other_gamma = gamma_from_width(width), gamma_from_width(other_width)
+    return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * (n / m) ** other_gamma / m
 
 
-def combined(states: Sequence[dict[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:
+def combine(states: Sequence[dict[str, Tensor]], factors: Sequence[float]) -> dict[str, Tensor]:
     """Return sum_k factors_k states_k, added in float64 and rounded to the states' dtype."""
     return {
         key: sum(

@@ -13,11 +13,11 @@ from admfast.errors import CheckpointError, invalid
 from admfast.files.atomic import check_not_existing
 from admfast.files.paths import user_path
 from admfast.models.description import Description
-from admfast.training.ema import combined, reconstruction
-from admfast.training.folder import read_run_file, recipe_of, run_folder
+from admfast.training.ema import combine, reconstruction_factors
+from admfast.training.folder import find_run_folder, read_run_file, recipe_from_description
 
 
-def export(
+def export_run(
     run: str | PathLike[str],
     path: str | PathLike[str],
     average: str | None = None,
@@ -37,24 +37,24 @@ def export(
 
     Returns: the description. Raises: CheckpointError, InvalidArgument, OutputError.
     """
-    place = run_folder(run)
+    run_path = find_run_folder(run)
     if not overwrite:
-        out = user_path("out", path)
-        check_not_existing("out", [out, out.with_suffix(".json")])
+        weights_path = user_path("out", path)
+        check_not_existing("out", [weights_path, weights_path.with_suffix(".json")])
     if width is None:
-        state, description = read_run_average(place, average)
+        state, description = read_run_average(run_path, average)
     else:
         if average is not None:
             raise invalid("width", width, "an average by name, or a width, not both")
-        state, description = _reconstructed(place, width)
+        state, description = _reconstruct_average(run_path, width)
     write_weights(path, state, description, dtype)
     return description
 
 
-def _reconstructed(run: Path, width: float) -> tuple[dict[str, torch.Tensor], Description]:
+def _reconstruct_average(run: Path, width: float) -> tuple[dict[str, torch.Tensor], Description]:
     """Return the power-function average of a width at the run's last stored step."""
     description = read_run_file(run)
-    recipe = recipe_of(description)
+    recipe = recipe_from_description(description)
     if not recipe.ema_power:
         raise invalid("width", width, "only for a run with ema_power, which stores the averages for it")
     stored = list_snapshots(run, AVERAGES_FOLDER)
@@ -65,7 +65,7 @@ def _reconstructed(run: Path, width: float) -> tuple[dict[str, torch.Tensor], De
         for name, state in snapshot.read().items():
             profiles.append((snapshot.step, float(name.removeprefix("power-"))))
             states.append(state)
-    last = stored[0].step
-    factors = reconstruction(profiles, (last, width))
-    facts = {**description.training, "step": last, "average": f"power-{width:g}, put together"}
-    return combined(states, factors), Description(description.network, description.diffusion, facts)
+    last_step = stored[0].step
+    factors = reconstruction_factors(profiles, (last_step, width))
+    training_facts = {**description.training, "step": last_step, "average": f"power-{width:g}, put together"}
+    return combine(states, factors), Description(description.network, description.diffusion, training_facts)

@@ -32,17 +32,17 @@ Say = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def held(run: Path, world: World) -> Iterator[None]:
+def lock_run_folder(run: Path, world: World) -> Iterator[None]:
     """Make the folder of a run, and lock it for the block; only the first process does this.
 
     If the block fails before a new run has a snapshot or a row of its log, its `run.json` is removed: another
     recipe may then use the folder. Without a `run.json`, a folder and lock that the block made are removed.
     Raises: OutputError if the folder can't be written, or another process is training in it.
     """
-    if not world.first:
+    if not world.is_first:
         yield
         return
-    with folder_removed_if_empty(run), _locked(run):
+    with folder_removed_if_empty(run), _hold_lock(run):
         remove_leftovers(run)
         is_new = not os.path.lexists(run / RUN_FILE)
         try:
@@ -63,10 +63,10 @@ def _has_progress(run: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
+def _hold_lock(run: Path) -> Iterator[None]:
     """Hold the lock of a folder within the block. Raises OutputError."""
     path = run / LOCK
-    made = not os.path.lexists(path)
+    created = not os.path.lexists(path)
     try:
         file = open(path, "ab")  # noqa: SIM115
     except OSError as error:
@@ -76,23 +76,23 @@ def _locked(run: Path) -> Iterator[None]:
             try:
                 lock(file.fileno())
                 # The process that made it may have removed it since: a removed file locks no one out.
-                used = os.fstat(file.fileno()).st_nlink == 0
+                in_use = os.fstat(file.fileno()).st_nlink == 0
             except BlockingIOError:
-                used = True
+                in_use = True
             except OSError as error:
                 raise output_error(path, error) from None
-            if used:
-                made = False
+            if in_use:
+                created = False
                 raise OutputError(f"out={str(run)!r}: another process is training in this folder")
             yield
         finally:
             close_on_windows(file)
-            if made and not os.path.lexists(run / RUN_FILE):
+            if created and not os.path.lexists(run / RUN_FILE):
                 with contextlib.suppress(OSError):  # on Windows another process may have opened it
                     path.unlink()
 
 
-def surroundings(world: World, source: Source) -> dict[str, Any]:
+def environment_of(world: World, source: Source) -> dict[str, Any]:
     """Return the facts outside its recipe that a run depends on: data, processes, device, versions."""
     return {
         "data": source.identity(),
@@ -106,51 +106,54 @@ def surroundings(world: World, source: Source) -> dict[str, Any]:
     }
 
 
-def agreed(
-    run: Path, recipe: Recipe, found: Mapping[str, Any], world: World, say: Say
+def match_existing_run(
+    run: Path, recipe: Recipe, environment: Mapping[str, Any], world: World, say: Say
 ) -> tuple[Recipe, Mapping[str, Any]]:
     """Check that a recipe agrees with the run in the folder, if there is one; write nothing.
 
-    Return the recipe with the precision that the run started with, and the surroundings that it started in.
+    Return the recipe with the precision that the run started with, and the environment that it started in.
     If the number of processes and the kind of device are the same, set torch's number of threads to that of
     the run, because the order of sums depends on it.
     Raises: InvalidArgument if the recipe differs in a setting that a run can't change; CheckpointError.
     """
     path = run / RUN_FILE
-    old = read_run_file(run) if path.exists() else None
-    if old is not None:
-        before, facts = recipe_of(old), old.training.get("surroundings", {})
-        if recipe.precision == "auto" or before.precision == recipe.precision:
-            recipe = replace(recipe, precision=before.precision)
-        _compare(before, recipe, run, say)
-        for name, value in found.items():
-            if name in facts and facts[name] != value and name != "threads":
-                say(f"{name} differs: {value} now, {facts[name]} when the run began; it continues")
-        same = all(facts.get(name) == found[name] for name in ("processes", "device"))
-        if same and isinstance(threads := facts.get("threads"), int) and threads != found["threads"]:
+    old_run = read_run_file(run) if path.exists() else None
+    if old_run is not None:
+        old_recipe = recipe_from_description(old_run)
+        old_environment = old_run.training.get("surroundings", {})
+        if recipe.precision == "auto" or old_recipe.precision == recipe.precision:
+            recipe = replace(recipe, precision=old_recipe.precision)
+        _check_changes(old_recipe, recipe, run, say)
+        for name, value in environment.items():
+            if name in old_environment and old_environment[name] != value and name != "threads":
+                say(f"{name} differs: {value} now, {old_environment[name]} when the run began; it continues")
+        threads = old_environment.get("threads")
+        same_devices = all(old_environment.get(name) == environment[name] for name in ("processes", "device"))
+        if same_devices and isinstance(threads, int) and threads != environment["threads"]:
             torch.set_num_threads(threads)
-            say(f"threads: {threads}, as when the run began (not {found['threads']})")
-        found = facts
-    return recipe, found
+            say(f"threads: {threads}, as when the run began (not {environment['threads']})")
+        environment = old_environment
+    return recipe, environment
 
 
-def write_run_file(run: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Write `run.json`: the network, the process, the recipe and the surroundings. Raises OutputError."""
+def write_run_file(run: Path, recipe: Recipe, environment: Mapping[str, Any]) -> None:
+    """Write `run.json`: the network, the process, the recipe and the environment. Raises OutputError."""
     process = None if recipe.kind == "classifier" else recipe.process
-    text = Description(recipe.network, process, {"recipe": recipe.to_dict(), "surroundings": dict(facts)})
-    write_text(run / RUN_FILE, text.to_json())
+    training = {"recipe": recipe.to_dict(), "surroundings": dict(environment)}
+    description = Description(recipe.network, process, training)
+    write_text(run / RUN_FILE, description.to_json())
 
 
-def run_folder(run: str | PathLike[str]) -> Path:
+def find_run_folder(run: str | PathLike[str]) -> Path:
     """Return the path of a run's folder. Raises InvalidArgument, which says what is there instead."""
-    place = user_path("run", run)
-    if os.path.isfile(place / RUN_FILE):
-        return place
-    if os.path.isdir(place):
+    path = user_path("run", run)
+    if os.path.isfile(path / RUN_FILE):
+        return path
+    if os.path.isdir(path):
         found = f"this folder has no {RUN_FILE}"
     else:
-        found = "this is a file" if os.path.exists(place) else f"nothing is there{missing_path_hint(place)}"
-    raise invalid("run", str(place), f"{RUN_FOLDER_HINT}; {found}")
+        found = "this is a file" if os.path.exists(path) else f"nothing is there{missing_path_hint(path)}"
+    raise invalid("run", str(path), f"{RUN_FOLDER_HINT}; {found}")
 
 
 def read_run_file(run: Path) -> Description:
@@ -162,7 +165,7 @@ def read_run_file(run: Path) -> Description:
         raise CheckpointError(f"{path}: not readable: {error}") from None
 
 
-def recipe_of(description: Description) -> Recipe:
+def recipe_from_description(description: Description) -> Recipe:
     """Return the recipe that a run's description holds. Raises InvalidArgument."""
     values = description.training.get("recipe")
     if not isinstance(values, Mapping):
@@ -170,15 +173,17 @@ def recipe_of(description: Description) -> Recipe:
     return recipe_from_dict(values)
 
 
-def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
+def _check_changes(old_recipe: Recipe, new_recipe: Recipe, run: Path, say: Say) -> None:
     """Reject changes of a recipe that a run can't make; report those that it may make."""
-    a, b = before.to_dict(), now.to_dict()
+    old_fields, new_fields = old_recipe.to_dict(), new_recipe.to_dict()
     changes = list[str]()
-    for name in (name for name in a if a[name] != b[name]):
-        old, new = a[name], b[name]
+    for name in (name for name in old_fields if old_fields[name] != new_fields[name]):
+        old, new = old_fields[name], new_fields[name]
         if isinstance(old, dict):
-            inner = [key for key in old if old[key] != new.get(key)] or [key for key in new if key not in old]
-            name, old, new = inner[0], old.get(inner[0]), new.get(inner[0])
+            changed_keys = [key for key in old if old[key] != new.get(key)] or [
+                key for key in new if key not in old
+            ]
+            name, old, new = changed_keys[0], old.get(changed_keys[0]), new.get(changed_keys[0])
         if name not in MAY_CHANGE:
             raise invalid(name, new, f"{run} was begun with {old!r}; give another folder for another run")
         changes.append(f"{name} was {old}, is {new} now")
@@ -186,24 +191,24 @@ def _compare(before: Recipe, now: Recipe, run: Path, say: Say) -> None:
         say(change)
 
 
-def resume(run: Path, world: World, say: Say) -> dict[str, Any] | None:
+def load_newest_state(run: Path, world: World, say: Say) -> dict[str, Any] | None:
     """Return the state of the newest intact snapshot, the same for every process; None if there is none."""
-    found = read_newest_state(run, say) if world.first else None
-    step = world.most(found[0].step if found is not None else -1)
+    newest = read_newest_state(run, say) if world.is_first else None
+    step = world.all_reduce_max(newest[0].step if newest is not None else -1)
     if step < 0:
         return None
-    if found is None:
-        found = read_newest_state(run, step=step)
-    if found is None:
+    if newest is None:
+        newest = read_newest_state(run, step=step)
+    if newest is None:
         raise AdmfastError(f"{run}: process {world.rank} can't read step {step}: is the folder shared?")
-    return found[1]
+    return newest[1]
 
 
-def cut_log(run: Path, step: int) -> None:
+def truncate_log(run: Path, step: int) -> None:
     """Remove incomplete rows, and the rows of steps after `step`, which will be made again, from the log."""
     if (run / LOG).exists():
-        kept = [row for row in read_log(run) if row.get("step", 0) <= step]
-        write_text(run / LOG, "".join(f"{json.dumps(row)}\n" for row in kept))
+        rows = [row for row in read_log(run) if row.get("step", 0) <= step]
+        write_text(run / LOG, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

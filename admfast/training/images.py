@@ -30,8 +30,8 @@ from admfast.training.crops import Picture
 
 CLASS_RULES = ("auto", "folders", "prefixes", "none")
 # Largest ratio of the sides. A strip of 1 x 1000, enlarged to 512 px, has 2^28 pixels before it is cropped.
-LONGEST_STRIP = 1000
-MOST_CLASSES = 2**20  # each costs a name and a row of the network's class embedding
+MAX_ASPECT_RATIO = 1000
+MAX_CLASSES = 2**20  # each costs a name and a row of the network's class embedding
 
 
 class BrokenImage(AdmfastError):
@@ -78,19 +78,19 @@ def open_source(data: str | PathLike[str], classes: str = "auto") -> Source:
         AdmfastError: if the data can't be read.
     """
     one_of("classes", classes, CLASS_RULES)
-    place = user_path("data", data)
+    path = user_path("data", data)
     if str(data) == "digits":
         from admfast.training.digit_images import digits_source
 
         return digits_source()
-    if place.is_dir():
-        return FolderSource(place, classes)
-    if not place.exists():
+    if path.is_dir():
+        return FolderSource(path, classes)
+    if not path.exists():
         raise invalid("data", str(data), 'no such folder or file (or the word "digits")')
-    if place.suffix.lower() == ".npz":
-        return npz_source(place)
-    if zipfile.is_zipfile(place):
-        return ZipSource(place, classes)
+    if path.suffix.lower() == ".npz":
+        return npz_source(path)
+    if zipfile.is_zipfile(path):
+        return ZipSource(path, classes)
     raise invalid("data", str(data), "a folder with images, a zip of images, or an npz")
 
 
@@ -105,17 +105,17 @@ def check_classes(source: Source, classes: int | None) -> None:
         raise invalid("data", f"{len(source)} images without classes", f"the network has {classes} classes")
     if len(source.class_names) != classes:
         names = ", ".join(source.class_names[:3]) + (", ..." if len(source.class_names) > 3 else "")
-        given = f"{len(source.class_names)} classes ({names})"
-        raise invalid("data", given, f"as many classes as the network, which has {classes}")
+        found = f"{len(source.class_names)} classes ({names})"
+        raise invalid("data", found, f"as many classes as the network, which has {classes}")
 
 
 class FolderSource:
     """Image files in a folder and its subfolders, without hidden ones, in the published order of names."""
 
     def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
-        self._place = Path(place)
-        paths = list(_walk(self._place))
-        self.labels, self.class_names = _classified(paths, classes, self._place)
+        self._path_on_disk = Path(place)
+        paths = list(_image_paths(self._path_on_disk))
+        self.labels, self.class_names = _find_classes(paths, classes, self._path_on_disk)
         # Worker processes share the memory of an array. Counting references would copy a list's.
         self._paths = np.array([os.fsencode("/".join(path)) for path in paths])
 
@@ -126,14 +126,14 @@ class FolderSource:
         return str(self._path(index))
 
     def identity(self) -> str:
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for index in range(len(self)):
             try:
-                facts = self._path(index).stat()
+                stat = self._path(index).stat()
             except OSError as error:
-                raise _unreadable(self.name(index), error) from error
-            found.update(self._paths[index] + f"|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
-        return f"folder {self._place.resolve()} {found.hexdigest()}"
+                raise _read_error(self.name(index), error) from error
+            digest.update(self._paths[index] + f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        return f"folder {self._path_on_disk.resolve()} {digest.hexdigest()}"
 
     def decode(self, index: int) -> Image.Image:
         path = self._path(index)
@@ -141,23 +141,23 @@ class FolderSource:
             content = path.read_bytes()
         except OSError as error:
             # A fault of the disk, not of the image: skipping the image would change the run.
-            raise _unreadable(str(path), error) from error
-        return _decoded(str(path), content)
+            raise _read_error(str(path), error) from error
+        return _decode_image(str(path), content)
 
     def _path(self, index: int) -> Path:
-        return self._place / os.fsdecode(self._paths[index])
+        return self._path_on_disk / os.fsdecode(self._paths[index])
 
 
 class ZipSource:
     """Image files in a zip, chosen by the same rules as those of a `FolderSource`."""
 
     def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
-        self._place = Path(place)
+        self._path_on_disk = Path(place)
         self._local = threading.local()
         names = [name for name in self._archive().namelist() if _is_image(tuple(name.split("/")))]
         self._names = sorted(names, key=lambda name: name.split("/"))
         paths = [tuple(name.split("/")) for name in self._names]
-        self.labels, self.class_names = _classified(paths, classes, self._place)
+        self.labels, self.class_names = _find_classes(paths, classes, self._path_on_disk)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_local"}
@@ -169,29 +169,29 @@ class ZipSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return f"{self._place}/{self._names[index]}"
+        return f"{self._path_on_disk}/{self._names[index]}"
 
     def identity(self) -> str:
-        return _file_identity(self._place)
+        return _file_identity(self._path_on_disk)
 
     def decode(self, index: int) -> Image.Image:
         name = self.name(index)
         try:
             content = self._archive().read(self._names[index])
         except OSError as error:
-            raise _unreadable(name, error) from error
+            raise _read_error(name, error) from error
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
             # RuntimeError means an encrypted file, NotImplementedError an unknown compression.
             raise BrokenImage(f"{name}: not readable from the zip: {error}") from error
-        return _decoded(name, content)
+        return _decode_image(name, content)
 
     def _archive(self) -> zipfile.ZipFile:
         """Return an archive that this thread and process opened: reads of a shared one would collide."""
         if getattr(self._local, "process", None) != os.getpid():
             try:
-                self._local.archive = zipfile.ZipFile(self._place)
+                self._local.archive = zipfile.ZipFile(self._path_on_disk)
             except (OSError, zipfile.BadZipFile) as error:
-                raise _unreadable(str(self._place), error) from error
+                raise _read_error(str(self._path_on_disk), error) from error
             self._local.process = os.getpid()
         return self._local.archive
 
@@ -213,8 +213,8 @@ class ArraySource:
                 "data", f"{name}: {len(self.labels)} labels", f"one for each of {len(images)} images"
             )
         for label in () if self.labels is None else (min(self.labels), max(self.labels)):
-            if not 0 <= label < MOST_CLASSES:
-                raise invalid("data", f"{name}: class {label}", f"classes of 0 to {MOST_CLASSES - 1}")
+            if not 0 <= label < MAX_CLASSES:
+                raise invalid("data", f"{name}: class {label}", f"classes of 0 to {MAX_CLASSES - 1}")
         classes = 0 if self.labels is None else max(self.labels) + 1
         self.class_names = tuple(map(str, range(classes)))
 
@@ -236,25 +236,25 @@ def npz_source(place: str | PathLike[str]) -> ArraySource:
 
     Raises InvalidArgument if the file isn't such an archive or has no images.
     """
-    held = read_samples(place)
-    return ArraySource(held.images, held.labels, str(place), _file_identity(Path(place)))
+    archive = read_samples(place)
+    return ArraySource(archive.images, archive.labels, str(place), _file_identity(Path(place)))
 
 
-def _walk(
-    folder: Path, parts: tuple[str, ...] = (), above: tuple[Path, ...] = ()
+def _image_paths(
+    folder: Path, parts: tuple[str, ...] = (), ancestors: tuple[Path, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
     """Yield the path of every image as a tuple of parts; the entries of a folder are sorted by name."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
-        raise _unreadable(str(folder), error) from error
-    above = (*above, folder.resolve())
+        raise _read_error(str(folder), error) from error
+    ancestors = (*ancestors, folder.resolve())
     for entry in entries:
         path = (*parts, entry.name)
         if entry.is_dir() and not _is_hidden(entry.name):
-            if Path(entry.path).resolve() in above:
+            if Path(entry.path).resolve() in ancestors:
                 raise invalid("data", entry.path, "a link to a folder that it lies in")
-            yield from _walk(Path(entry.path), path, above)
+            yield from _image_paths(Path(entry.path), path, ancestors)
         # Reading a pipe would never end. A broken link is an error when it is read.
         elif _is_image((entry.name,)) and (entry.is_file() or entry.is_symlink()):
             yield path
@@ -270,28 +270,28 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _classified(
+def _find_classes(
     paths: Sequence[tuple[str, ...]], rule: str, place: Path
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
     """Return the label of every image and the name of every class; classes are sorted by name."""
     if not paths:
         raise invalid("data", str(place), f"holds no images ({', '.join(ENDINGS)})")
-    outside = next((path for path in paths if len(path) == 1), None)
-    without = next((path for path in paths if "_" not in path[-1]), None)
-    if rule == "folders" and outside is not None:
-        raise invalid("classes", rule, f"{outside[0]} lies in no folder of {place}")
-    if rule == "prefixes" and without is not None:
-        raise invalid("classes", rule, f"{'/'.join(without)} has no underscore in its name")
+    not_in_folder = next((path for path in paths if len(path) == 1), None)
+    without_prefix = next((path for path in paths if "_" not in path[-1]), None)
+    if rule == "folders" and not_in_folder is not None:
+        raise invalid("classes", rule, f"{not_in_folder[0]} lies in no folder of {place}")
+    if rule == "prefixes" and without_prefix is not None:
+        raise invalid("classes", rule, f"{'/'.join(without_prefix)} has no underscore in its name")
     if rule == "auto":
-        rule = "folders" if outside is None else "prefixes" if without is None else "none"
+        rule = "folders" if not_in_folder is None else "prefixes" if without_prefix is None else "none"
     if rule == "none":
         return None, ()
     names = [path[0] if rule == "folders" else path[-1].split("_")[0] for path in paths]
-    found = {name: label for label, name in enumerate(sorted(set(names)))}
-    return tuple(found[name] for name in names), tuple(found)
+    label_of = {name: label for label, name in enumerate(sorted(set(names)))}
+    return tuple(label_of[name] for name in names), tuple(label_of)
 
 
-def _decoded(name: str, content: bytes) -> Image.Image:
+def _decode_image(name: str, content: bytes) -> Image.Image:
     """Decode an image file to grey or RGB. As published, drop alpha and ignore EXIF's rotation."""
     if not content:
         raise BrokenImage(f"{name}: the file is empty")
@@ -299,19 +299,19 @@ def _decoded(name: str, content: bytes) -> Image.Image:
         picture = open_image(name, content)
     except InvalidArgument as error:
         raise BrokenImage(str(error)) from error
-    if max(picture.size) > LONGEST_STRIP * min(picture.size):
+    if max(picture.size) > MAX_ASPECT_RATIO * min(picture.size):
         sides = f"{picture.width}x{picture.height} pixels"
-        raise BrokenImage(f"{name}: {sides}, a strip longer than 1:{LONGEST_STRIP}")
+        raise BrokenImage(f"{name}: {sides}, a strip longer than 1:{MAX_ASPECT_RATIO}")
     return picture.convert("RGB") if picture.mode == "RGBA" else picture
 
 
 def _file_identity(place: Path) -> str:
     try:
-        facts = place.stat()
+        stat = place.stat()
     except OSError as error:
-        raise _unreadable(str(place), error) from error
-    return f"file {place.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        raise _read_error(str(place), error) from error
+    return f"file {place.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _unreadable(name: str, error: Exception) -> AdmfastError:
+def _read_error(name: str, error: Exception) -> AdmfastError:
     return AdmfastError(f"{name}: not readable: {getattr(error, 'strerror', None) or error}")

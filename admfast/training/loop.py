@@ -27,21 +27,21 @@ from admfast.engine.numerics import fixed_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError, invalid
 from admfast.interrupts import ENDING_SIGNALS
 from admfast.training import folder
-from admfast.training.cache import cached
+from admfast.training.cache import cache_samples
 from admfast.training.distributed import World
 from admfast.training.folder import Say
 from admfast.training.images import Source, check_classes
-from admfast.training.loss import Batch, batch_of
-from admfast.training.network import build_network, resolved_precision
-from admfast.training.progress import Board, Progress, in_words, write_samples
+from admfast.training.learner import Learner
+from admfast.training.loss import Batch, make_batch
+from admfast.training.network import build_network, resolve_precision
+from admfast.training.progress import Progress, TensorBoard, format_row, write_sample_grid
 from admfast.training.recipe import Recipe
-from admfast.training.samples import ImageBatch, Samples, loader
-from admfast.training.update import Learner
-from admfast.training.validation import split, validation_losses
+from admfast.training.samples import ImageBatch, Samples, iterate_batches
+from admfast.training.validation import split_source, validation_losses
 
 
 @dataclass(frozen=True, kw_only=True)
-class Habits:
+class LoopOptions:
     """Settings of a run that change no result: how often it writes files, and how it loads images.
 
     Attributes:
@@ -74,193 +74,207 @@ class Habits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """Result of `train`: the number of steps made, and the signal that ended the run early, if one did."""
 
     step: int
     signal: int | None = None
 
 
-class Signals:
+class SignalRecorder:
     """Context that records SIGINT, SIGTERM and SIGHUP, so that the loop can save and end.
 
     A second signal is handled as before the block. A signal that is ignored (as under nohup) stays ignored.
 
-    Attributes: came: number of the signal that was received, 0 if there was none.
+    Attributes: received: number of the signal that was received, 0 if there was none.
     """
 
     def __init__(self) -> None:
-        self.came = 0
-        self._before: dict[int, object] = {}
+        self.received = 0
+        self._old_handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # handlers can be set only there
             for number in ENDING_SIGNALS:
                 # None means a handler that was not set from Python; it could not be restored.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._note)
+                    self._old_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())  # type: ignore[arg-type]
+        while self._old_handlers:
+            signal.signal(*self._old_handlers.popitem())  # type: ignore[arg-type]
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.came:
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
             self.__exit__()
             signal.raise_signal(number)
-        self.came = number
+        self.received = number
 
 
-def samples_of(recipe: Recipe, source: Source, cache: str | None = None, held_out: bool = False) -> Samples:
+def build_samples(
+    recipe: Recipe, source: Source, cache: str | None = None, held_out: bool = False
+) -> Samples:
     """Return the samples of a run. held_out: return those of its validation images instead.
 
-    cache: see `Habits`.
+    cache: see `LoopOptions`.
     Raises: InvalidArgument if the classes don't fit the network, or too many images are held out.
     """
-    check_classes(source, recipe.classes)
-    source = split(source, recipe.seed, recipe.validation)[held_out]
+    check_classes(source, recipe.num_image_classes)
+    source = split_source(source, recipe.seed, recipe.validation)[held_out]
     network = recipe.network
     samples = Samples(
         source, recipe.seed, network.image_size, network.in_channels, recipe.random_crop, recipe.random_flip
     )
     if cache is None:
         return samples
-    return cached(samples, None if cache == "memory" else cache)
+    return cache_samples(samples, None if cache == "memory" else cache)
 
 
-def numbers(recipe: Recipe, world: World, step: int) -> Iterator[range]:
+def local_sample_ids(recipe: Recipe, world: World, step: int) -> Iterator[range]:
     """Yield the numbers of this process's samples in each step, from `step` to the run's last."""
-    share = world.share(recipe.batch_size)
+    own_part = world.local_samples(recipe.batch_size)
     for first in range(step * recipe.batch_size, recipe.steps * recipe.batch_size, recipe.batch_size):
-        yield range(first + share.start, first + share.stop)
+        yield range(first + own_part.start, first + own_part.stop)
 
 
 def train(
     recipe: Recipe,
     source: Source,
     out: str | PathLike[str],
-    habits: Habits | None = None,
+    loop_options: LoopOptions | None = None,
     world: World | None = None,
-    start: str | PathLike[str] | None = None,
+    initial_weights: str | PathLike[str] | None = None,
     say: Say = print,
-) -> Outcome:
+) -> TrainResult:
     """Train in the folder `out` up to the recipe's last step, from its newest snapshot if there is one.
 
-    start: weights file to begin from, if the run has no snapshot yet. say: called with each message.
+    initial_weights: weights file whose values a new run starts with; ignored if the run has a snapshot.
+    say: called with each message.
     Raises: InvalidArgument if the recipe isn't that of the folder; CheckpointError if no snapshot is intact;
     OutputError if something can't be written (older snapshots are kept); NonFiniteError if too many steps in
     a row had no finite gradient; BrokenImage if too many images are broken.
     """
-    run, habits, world = Path(out), habits or Habits(), world or World()
-    say = say if world.first else _silent
-    samples = samples_of(recipe, source, habits.cache)
-    validation = samples_of(recipe, source, habits.cache, held_out=True) if recipe.validation else None
-    recipe = resolved_precision(recipe, world.device)
-    with folder.held(run, world), _numerics(recipe, world), Signals() as signals:
-        recipe, facts = folder.agreed(run, recipe, folder.surroundings(world, source), world, say)
-        state = folder.resume(run, world, say)
-        net = build_network(recipe, start if state is None else None).to(world.device)
+    run, loop_options, world = Path(out), loop_options or LoopOptions(), world or World()
+    say = say if world.is_first else _print_nothing
+    samples = build_samples(recipe, source, loop_options.cache)
+    validation = (
+        build_samples(recipe, source, loop_options.cache, held_out=True) if recipe.validation else None
+    )
+    recipe = resolve_precision(recipe, world.device)
+    with folder.lock_run_folder(run, world), _numerics(recipe, world), SignalRecorder() as signals:
+        recipe, environment = folder.match_existing_run(
+            run, recipe, folder.environment_of(world, source), world, say
+        )
+        state = folder.load_newest_state(run, world, say)
+        net = build_network(recipe, initial_weights if state is None else None).to(world.device)
         learner = Learner(recipe, net, world)
         if state is not None:
             learner.load_state_dict(state)
             if recipe.steps < learner.step:
-                allowed = f"at least {learner.step}, the steps that {run} has made"
-                raise invalid("steps", recipe.steps, allowed)
+                requirement = f"at least {learner.step}, the steps that {run} has made"
+                raise invalid("steps", recipe.steps, requirement)
             say(f"goes on after step {learner.step}")
             del state
         # Only now, because a recipe that makes no network must not begin a run.
-        if world.first:
-            folder.write_run_file(run, recipe, facts)
-        return _Run(run, learner, samples, validation, habits, signals, say).steps()
+        if world.is_first:
+            folder.write_run_file(run, recipe, environment)
+        return _TrainingLoop(run, learner, samples, validation, loop_options, signals, say).steps()
 
 
-class _Run:
+class _TrainingLoop:
     """Loop over the steps of a run, which writes snapshots, the log and grids."""
 
     def __init__(
         self,
-        run: Path,
+        run_folder: Path,
         learner: Learner,
         samples: Samples,
         validation: Samples | None,
-        habits: Habits,
-        signals: Signals,
+        loop_options: LoopOptions,
+        signals: SignalRecorder,
         say: Say,
     ) -> None:
-        self.run, self.learner, self.samples, self.validation = run, learner, samples, validation
-        self.habits, self.signals, self.say = habits, signals, say
-        self.progress, self.writes = Progress(learner), learner.world.first
+        self.run_folder, self.learner = run_folder, learner
+        self.samples, self.validation = samples, validation
+        self.loop_options, self.signals, self.say = loop_options, signals, say
+        self.progress, self.is_writer = Progress(learner), learner.world.is_first
         on_gpu = learner.world.device.type == "cuda"
-        beside = on_gpu if habits.async_save is None else habits.async_save
-        self.saves = SnapshotWriter(run, habits.keep, learner.step, beside)
-        self.board = Board(run, learner.step) if self.writes else None
-        if self.writes:
-            folder.cut_log(run, learner.step)
+        asynchronous = on_gpu if loop_options.async_save is None else loop_options.async_save
+        self.snapshot_writer = SnapshotWriter(run_folder, loop_options.keep, learner.step, asynchronous)
+        self.tensorboard = TensorBoard(run_folder, learner.step) if self.is_writer else None
+        if self.is_writer:
+            folder.truncate_log(run_folder, learner.step)
 
-    def steps(self) -> Outcome:
+    def steps(self) -> TrainResult:
         """Make the remaining steps."""
-        with self.saves:
+        with self.snapshot_writer:
             return self._steps()
 
-    def _steps(self) -> Outcome:
+    def _steps(self) -> TrainResult:
         learner, recipe, world = self.learner, self.learner.recipe, self.learner.world
         signal_number = 0
-        for images in loader(self.samples, numbers(recipe, world, learner.step), self.habits.workers):
-            batch = batch_of(recipe, learner.sampler, images.ks, images.images, images.labels, world.device)
+        for images in iterate_batches(
+            self.samples, local_sample_ids(recipe, world, learner.step), self.loop_options.workers
+        ):
+            batch = make_batch(
+                recipe, learner.sampler, images.sample_ids, images.images, images.labels, world.device
+            )
             self.progress.add(learner.update(batch))
-            self.saves.check()
+            self.snapshot_writer.check()
             last = learner.step == recipe.steps
-            signal_number = world.most(self.signals.came)
-            due = last or signal_number or learner.step % self.habits.save_every == 0
-            logs = due or learner.step % self.habits.log_every == 0
-            if logs or world.device.type == "cpu":
+            signal_number = world.all_reduce_max(self.signals.received)
+            save_due = last or signal_number or learner.step % self.loop_options.save_every == 0
+            log_due = save_due or learner.step % self.loop_options.log_every == 0
+            if log_due or world.device.type == "cpu":
                 self._check(batch)
-            if logs:
-                self._log(validates=bool(due) and not signal_number)
-            if due:
+            if log_due:
+                self._log(with_validation=bool(save_due) and not signal_number)
+            if save_due:
                 self._save()
             if signal_number:
                 break  # the sender of the signal may not wait for a grid
-            if self.habits.grid_every and (last or learner.step % self.habits.grid_every == 0):
+            if self.loop_options.grid_every and (last or learner.step % self.loop_options.grid_every == 0):
                 self._grid()
-        if self.board is not None:
-            self.board.close()
-        return Outcome(learner.step, signal_number or None)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        return TrainResult(learner.step, signal_number or None)
 
     def _check(self, batch: Batch) -> None:
         try:
-            self.learner.check(batch)
+            self.learner.check_finite(batch)
         except NonFiniteError as error:
-            saved = self.saves.saved
-            kept = f"the newest snapshot is that of step {saved}" if saved else "nothing was saved yet"
-            raise NonFiniteError(f"{error}; {kept}") from None
+            saved_step = self.snapshot_writer.saved
+            remainder = (
+                f"the newest snapshot is that of step {saved_step}" if saved_step else "nothing was saved yet"
+            )
+            raise NonFiniteError(f"{error}; {remainder}") from None
 
-    def _log(self, validates: bool) -> None:
+    def _log(self, with_validation: bool) -> None:
         row = self.progress.row()
-        if row is not None and self.writes and self.board is not None:
-            if validates and self.validation is not None:
+        if row is not None and self.is_writer and self.tensorboard is not None:
+            if with_validation and self.validation is not None:
                 row |= validation_losses(self.learner, self.validation)
-            folder.append_log(self.run, row)
-            self.board.add(row)
-            self.say(in_words(row, self.learner.recipe.steps))
+            folder.append_log(self.run_folder, row)
+            self.tensorboard.add(row)
+            self.say(format_row(row, self.learner.recipe.steps))
 
     def _save(self) -> None:
         learner = self.learner
-        if self.writes:
-            powers = {name: learner.averages.weights(name) for name in learner.averages.powers}
-            self.saves.write(learner.step, learner.state_dict(), powers)
+        if self.is_writer:
+            power_averages = {name: learner.averages.weights(name) for name in learner.averages.powers}
+            self.snapshot_writer.write(learner.step, learner.state_dict(), power_averages)
         else:
-            self.saves.saved = learner.step
+            self.snapshot_writer.saved = learner.step
 
     def _grid(self) -> None:
-        if self.writes and self.learner.recipe.kind != "classifier":
-            path = self.run / folder.GRIDS / f"{self.learner.step:08d}.png"
-            write_samples(path, self.learner, self.samples)
+        if self.is_writer and self.learner.recipe.kind != "classifier":
+            path = self.run_folder / folder.GRIDS / f"{self.learner.step:08d}.png"
+            write_sample_grid(path, self.learner, self.samples)
 
 
 @dataclass(frozen=True)
-class Trial:
+class RunCost:
     """Cost of a run: seconds of one step, peak memory in bytes, and seconds of all steps."""
 
     step_seconds: float
@@ -269,29 +283,31 @@ class Trial:
 
 
 def dry_run(
-    recipe: Recipe, source: Source, habits: Habits | None = None, world: World | None = None
-) -> Trial:
+    recipe: Recipe, source: Source, loop_options: LoopOptions | None = None, world: World | None = None
+) -> RunCost:
     """Make two steps without a run's folder, and measure the second. Raises: see `train`."""
-    habits, world = habits or Habits(), world or World()
-    samples = samples_of(recipe, source, habits.cache)
-    recipe = resolved_precision(recipe, world.device)
-    taken: list[float] = []
+    loop_options, world = loop_options or LoopOptions(), world or World()
+    samples = build_samples(recipe, source, loop_options.cache)
+    recipe = resolve_precision(recipe, world.device)
+    step_seconds: list[float] = []
     with _numerics(recipe, world):
         learner = Learner(recipe, build_network(recipe).to(world.device), world)
-        ahead = iter(loader(samples, numbers(recipe, world, 0), habits.workers))
+        batches = iter(iterate_batches(samples, local_sample_ids(recipe, world, 0), loop_options.workers))
         for _ in range(2):
             started = time.perf_counter()
-            images: ImageBatch | None = next(ahead, None)
+            images: ImageBatch | None = next(batches, None)
             if images is None:
                 break
-            batch = batch_of(recipe, learner.sampler, images.ks, images.images, images.labels, world.device)
+            batch = make_batch(
+                recipe, learner.sampler, images.sample_ids, images.images, images.labels, world.device
+            )
             report = learner.update(batch)
             if not bool(report.grad_norm.isfinite()):
-                learner.check(batch)
-            taken.append(time.perf_counter() - started)
-    if not taken:
+                learner.check_finite(batch)
+            step_seconds.append(time.perf_counter() - started)
+    if not step_seconds:
         raise AdmfastError("there is no step to try")
-    return Trial(taken[-1], peak_memory(world.device), taken[-1] * recipe.steps)
+    return RunCost(step_seconds[-1], peak_memory(world.device), step_seconds[-1] * recipe.steps)
 
 
 @contextlib.contextmanager
@@ -305,5 +321,5 @@ def _numerics(recipe: Recipe, world: World) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _silent(text: str) -> None:
+def _print_nothing(text: str) -> None:
     """Print nothing: another process prints the messages."""

@@ -29,7 +29,7 @@ class StepMemory:
     Attributes:
         parameters, averages: size of all parameters, and of their averages.
         gradients, moments: of the trained parameters; AdamW has two moments for each.
-        kept: size of the tensors that the forward pass of a microbatch keeps for its backward pass.
+        saved_for_backward: size of the tensors that a microbatch's forward pass keeps for the backward pass.
         peak: largest size of everything that is in use at the same time.
     """
 
@@ -37,7 +37,7 @@ class StepMemory:
     gradients: int
     moments: int
     averages: int
-    kept: int
+    saved_for_backward: int
     peak: int
 
 
@@ -47,7 +47,7 @@ def step_memory(recipe: Recipe) -> StepMemory:
     Not counted: the process itself, the images, the terms of the loss, copies that a library makes inside a
     call, fragmentation of the allocator, and buffers for the exchange between processes.
 
-    recipe: its precision must not be "auto" (see `resolved_precision`).
+    recipe: its precision must not be "auto" (see `resolve_precision`).
     Raises: InvalidArgument for a pattern of frozen parameters that no parameter matches.
     """
     # Imported here because it imports triton, which `import admfast` must not do.
@@ -64,23 +64,25 @@ def step_memory(recipe: Recipe) -> StepMemory:
         net.load_state_dict(state, assign=True)
         set_precision(net, recipe.precision)
         inputs = {
-            name: _as_images_lie(value) for name, value in make_network_inputs(recipe.network, size).items()
+            name: _channels_last(value) for name, value in make_network_inputs(recipe.network, size).items()
         }
-        live, kept = LiveBytes(net, inputs), 0
+        live, saved_for_backward = LiveBytes(net, inputs), 0
         with live, _FusedAttention():
             for _ in range(parts):
                 with keyed_dropout(net, recipe.seed, range(size), TrainStream.DROPOUT):
                     before, loss = live.now, net(**inputs).float().square().mean()
-                    kept = live.now - before
+                    saved_for_backward = live.now - before
                     loss.backward()
                 del loss
         parameters = [(p.numel() * p.element_size(), p.requires_grad) for p in net.parameters()]
     total, trained = (sum(n for n, learns in parameters if learns or every) for every in (True, False))
     averages = total * (len(recipe.ema) + len(recipe.ema_power))
-    return StepMemory(total, trained, 2 * trained, averages, kept, total + 2 * trained + averages + live.peak)
+    return StepMemory(
+        total, trained, 2 * trained, averages, saved_for_backward, total + 2 * trained + averages + live.peak
+    )
 
 
-def _as_images_lie(value: Tensor) -> Tensor:
+def _channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 

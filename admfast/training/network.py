@@ -21,40 +21,43 @@ from admfast.training.recipe import Recipe
 State = dict[str, Tensor]
 
 
-def build_network(recipe: Recipe, start: str | PathLike[str] | None = None) -> nn.Module:
+def build_network(recipe: Recipe, initial_weights: str | PathLike[str] | None = None) -> nn.Module:
     """Return the network of a recipe in training mode, with random weights from the recipe's seed.
 
-    start: weights file to begin from instead (any that `admfast.load` reads, also a run's folder). Its
-    network may differ from the recipe's only in dropout and the number of classes. If the number of classes
-    differs, parameters with a row for each class start from random weights. If the recipe only adds a null
-    class, only the row of that class does.
+    initial_weights: file whose weights the network starts with instead of random ones: any that
+    `admfast.load` reads, also a run's folder. Its network may differ from the recipe's only in dropout
+    and the number of classes. If the number of classes differs, parameters with a row for each class
+    start from random weights. If the recipe only adds a null class, only the row of that class does.
     Raises: CheckpointError, InvalidArgument.
     """
     with torch.random.fork_rng(devices=[]):
         # Seeds are taken modulo 2^63, torch's limit: a larger seed gives the network of another seed.
         torch.manual_seed(recipe.seed % 2**63)
         net = build(recipe.network)
-    if start is not None:
-        net.load_state_dict(_fitted(net.state_dict(), read_weights(start), recipe))
+    if initial_weights is not None:
+        net.load_state_dict(_match_classes(net.state_dict(), read_weights(initial_weights), recipe))
     freeze(net, recipe.freeze)
     set_checkpointing(net, recipe.checkpointing)
     return net.train()
 
 
-def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
+def _match_classes(random_state: State, weights: Weights, recipe: Recipe) -> State:
     """Return the weights of a file for the network of a recipe, which may have another number of classes."""
-    given = {key: value.float() for key, value in weights.tensors.items()}
-    known = weights.description
-    if known is not None and (difference := _difference(known.network, recipe.network)):
+    file_tensors = {key: value.float() for key, value in weights.tensors.items()}
+    description = weights.description
+    if description is not None and (difference := _describe_difference(description.network, recipe.network)):
         raise invalid("from", str(weights.path), f"a network like the recipe's; {difference}")
     if recipe.kind == "classifier":
-        of_classes = [key for key in fresh if key.startswith("out.")]
+        class_keys = [key for key in random_state if key.startswith("out.")]
     else:
-        of_classes = [key for key in fresh if key.startswith("label_emb.")]
+        class_keys = [key for key in random_state if key.startswith("label_emb.")]
     # A file without classes gets a random class embedding; any other missing key is an error.
-    state = {key: given.get(key, fresh[key] if key == "label_emb.weight" else None) for key in fresh}
-    for key in of_classes:
-        old, new = given.get(key), fresh[key]
+    state = {
+        key: file_tensors.get(key, random_state[key] if key == "label_emb.weight" else None)
+        for key in random_state
+    }
+    for key in class_keys:
+        old, new = file_tensors.get(key), random_state[key]
         if old is None or old.shape == new.shape or old.shape[1:] != new.shape[1:]:
             continue
         state[key] = new.clone()
@@ -62,14 +65,16 @@ def _fitted(fresh: State, weights: Weights, recipe: Recipe) -> State:
             state[key][: len(old)] = old  # type: ignore[index]
     shapes = shapes_of({key: value for key, value in state.items() if value is not None})
     unknown = {
-        key: tuple(given[key].shape) for key in given if key not in fresh and key != "label_emb.weight"
+        key: tuple(file_tensors[key].shape)
+        for key in file_tensors
+        if key not in random_state and key != "label_emb.weight"
     }
-    if differences := compare({**shapes, **unknown}, shapes_of(fresh)):
+    if differences := compare({**shapes, **unknown}, shapes_of(random_state)):
         raise CheckpointError(f"{weights.path}: does not fit the recipe's network: {differences.summary()}")
     return {key: value for key, value in state.items() if value is not None}
 
 
-def _without_classes(network: NetConfig) -> dict[str, Any]:
+def _fields_to_compare(network: NetConfig) -> dict[str, Any]:
     """Return the fields that must be equal for one network to begin from the other's weights."""
     fields = network.to_dict()
     names = ["dropout", "use_checkpoint", "num_classes"]
@@ -78,10 +83,12 @@ def _without_classes(network: NetConfig) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
 
 
-def _difference(old: NetConfig, new: NetConfig) -> str:
-    a, b = _without_classes(old), _without_classes(new)
-    differing = [name for name in a | b if a.get(name) != b.get(name)]
-    return ", ".join(f"{name} is {a.get(name)}, the recipe has {b.get(name)}" for name in differing)
+def _describe_difference(old: NetConfig, new: NetConfig) -> str:
+    old_fields, new_fields = _fields_to_compare(old), _fields_to_compare(new)
+    differing = [name for name in old_fields | new_fields if old_fields.get(name) != new_fields.get(name)]
+    return ", ".join(
+        f"{name} is {old_fields.get(name)}, the recipe has {new_fields.get(name)}" for name in differing
+    )
 
 
 def freeze(net: nn.Module, patterns: tuple[str, ...]) -> None:
@@ -90,33 +97,33 @@ def freeze(net: nn.Module, patterns: tuple[str, ...]) -> None:
     Raises InvalidArgument if a pattern matches no parameter, or none is left to train.
     """
     for pattern in patterns:
-        found = [p for name, p in net.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
+        matching = [p for name, p in net.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
             raise invalid("freeze", pattern, "a pattern that matches parameters, such as input_blocks.*")
-        for parameter in found:
+        for parameter in matching:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in net.parameters()):
         raise invalid("freeze", patterns, "at least one parameter must be left to train")
 
 
-def set_checkpointing(net: nn.Module, which: str | int) -> None:
+def set_checkpointing(net: nn.Module, mode: str | int) -> None:
     """Choose the values that the backward pass computes again, instead of keeping them.
 
-    which: "none"; "norms", the outputs of norms before the convolutions of residual blocks; "attention",
+    mode: "none"; "norms", the outputs of norms before the convolutions of residual blocks; "attention",
     everything inside attention blocks; "all", everything inside all blocks; or k, everything inside every
     k-th block in the order of the network.
     """
     blocks = [module for module in net.modules() if isinstance(module, ResBlock | AttentionBlock)]
     for number, block in enumerate(blocks):
-        block.recomputes_norms = which == "norms"  # type: ignore[assignment]
-        if isinstance(which, int):
-            block.use_checkpoint = number % which == which - 1
+        block.recomputes_norms = mode == "norms"  # type: ignore[assignment]
+        if isinstance(mode, int):
+            block.use_checkpoint = number % mode == mode - 1
         else:
-            attention = which == "attention" and isinstance(block, AttentionBlock)
-            block.use_checkpoint = which == "all" or attention
+            attention = mode == "attention" and isinstance(block, AttentionBlock)
+            block.use_checkpoint = mode == "all" or attention
 
 
-def resolved_precision(recipe: Recipe, device: torch.device) -> Recipe:
+def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
     """Return the recipe with the precision "auto" replaced by the one that it means on the device.
 
     The run stores it, so that it continues with this precision on any device. Raises Unavailable.
@@ -126,7 +133,9 @@ def resolved_precision(recipe: Recipe, device: torch.device) -> Recipe:
         return recipe
     torso = policy("auto", device).torso
     name = next(
-        name for name, known in POLICIES.items() if known.torso == torso and not (known.tf32 or known.int8)
+        name
+        for name, candidate in POLICIES.items()
+        if candidate.torso == torso and not (candidate.tf32 or candidate.int8)
     )
     return dataclasses.replace(recipe, precision=name)
 

@@ -16,9 +16,9 @@ from admfast.files.atomic import output_error
 from admfast.files.images import write_grid
 from admfast.models import UNetConfig, build
 from admfast.sampling.pipeline import Pipeline
+from admfast.training.learner import Learner, Report
 from admfast.training.recipe import Recipe
 from admfast.training.samples import Samples
-from admfast.training.update import Learner, Report
 
 QUARTERS = 4
 GRID_IMAGES, GRID_STEPS = 16, 50
@@ -51,7 +51,7 @@ class Progress:
         row: Row = {"step": learner.step, "images": learner.step * recipe.batch_size, **self._means()}
         row["grad_norm"] = float(torch.stack([report.grad_norm for report in self._reports]).mean())
         row["param_norm"] = float(learner.parameter_norm())
-        row["lr"] = self._reports[-1].rate
+        row["lr"] = self._reports[-1].learning_rate
         if learner.log2_scale is not None:
             row["loss_scale"] = float(learner.log2_scale.exp2())
         row["skipped"] = int(learner.skipped)
@@ -71,20 +71,29 @@ class Progress:
             for name in self._reports[0].terms
         }
         t = torch.cat([report.t for report in self._reports])
-        everywhere = torch.ones_like(values["loss"])
-        pairs = {name: (value, everywhere) for name, value in values.items()}
+        all_samples = torch.ones_like(values["loss"])
+        values_and_masks = {name: (value, all_samples) for name, value in values.items()}
         if self._learner.recipe.noised:
             quarter = t * QUARTERS // self._learner.process.num_timesteps
             for number in range(QUARTERS):
-                inside = (quarter == number).double()
+                in_quarter = (quarter == number).double()
                 # `where` instead of a product, which would spread a NaN to the other quarters.
-                pairs[f"loss_q{number + 1}"] = (values["loss"].where(inside > 0, 0.0), inside)
-        sums = torch.stack([torch.stack([value.sum(), count.sum()]) for value, count in pairs.values()])
-        found = self._learner.world.total(sums).tolist()
-        return {name: total / count for name, (total, count) in zip(pairs, found, strict=True) if count}
+                values_and_masks[f"loss_q{number + 1}"] = (
+                    values["loss"].where(in_quarter > 0, 0.0),
+                    in_quarter,
+                )
+        sums = torch.stack(
+            [torch.stack([value.sum(), count.sum()]) for value, count in values_and_masks.values()]
+        )
+        sums_and_counts = self._learner.world.all_reduce_sum(sums).tolist()
+        return {
+            name: total / count
+            for name, (total, count) in zip(values_and_masks, sums_and_counts, strict=True)
+            if count
+        }
 
 
-def in_words(row: Row, steps: int) -> str:
+def format_row(row: Row, steps: int) -> str:
     """Return a row as one readable line."""
     terms = [name for name in ("loss", "mse", "vb", "acc@1") if name in row]
     shown = ", ".join(f"{name} {row[name]:.4f}" for name in terms)
@@ -93,7 +102,7 @@ def in_words(row: Row, steps: int) -> str:
     return f"step {row['step']} of {steps}: {shown}, {row['images_per_second']:.1f} images/s, {left}"
 
 
-class Board:
+class TensorBoard:
     """TensorBoard log of a run; it does nothing if tensorboard isn't installed.
 
     step: number of steps made. Rows of later steps, from before the run was killed, are hidden.
@@ -133,7 +142,7 @@ def average_net(learner: Learner) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def write_samples(path: Path, learner: Learner, samples: Samples) -> None:
+def write_sample_grid(path: Path, learner: Learner, samples: Samples) -> None:
     """Sample from the first average with fixed seeds and write the images as a grid.
 
     Raises: OutputError.
@@ -146,7 +155,9 @@ def write_samples(path: Path, learner: Learner, samples: Samples) -> None:
         low_res_size=recipe.low_res_size,
     )  # fmt: skip
     count = GRID_IMAGES
-    classes = None if recipe.classes is None else [i % recipe.classes for i in range(count)]
+    classes = (
+        None if recipe.num_image_classes is None else [i % recipe.num_image_classes for i in range(count)]
+    )
     low_res = None if recipe.low_res_size is None else _small_images(recipe, samples, count).to(device)
     if low_res is not None and classes is not None:
         labels = [samples.at(k)[1] for k in range(count)]

@@ -97,11 +97,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _checked(field.name, getattr(self, field.name))
+            value = _check_field(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        wanted = KINDS[self.kind]
+        config_class = KINDS[self.kind]
         # Not isinstance: the configuration of an upsampler is also that of a UNet.
-        if type(self.network) is not wanted:
+        if type(self.network) is not config_class:
             raise invalid("network", self.network.kind, f"a network for the kind {self.kind!r}")
         if self.microbatch is not None and self.microbatch > self.batch_size:
             raise invalid("microbatch", self.microbatch, f"at most batch_size={self.batch_size}")
@@ -124,26 +124,26 @@ class Recipe:
         if self.noise_augmentation and self.kind != "upsampler":
             raise invalid("noise_augmentation", self.noise_augmentation, "for an upsampler only")
         if self.kind == "classifier":
-            for name, off in (("drop_classes", 0.0), ("sampler", "uniform"), ("published_sum", False)):
-                if getattr(self, name) != off:
+            for name, default in (("drop_classes", 0.0), ("sampler", "uniform"), ("published_sum", False)):
+                if getattr(self, name) != default:
                     raise invalid(name, getattr(self, name), "not for a classifier")
         elif not self.noised:
             raise invalid("noised", False, "for a classifier only")
         elif self.process.types[1].learned != (self.network.out_channels == 2 * self.network.in_channels):
-            given = f"{self.network.out_channels} output and {self.network.in_channels} input channels"
-            raise invalid("learn_sigma", self.process.types[1].learned, f"must fit a network with {given}")
-        if self.drop_classes and not self.classes:
+            channels = f"{self.network.out_channels} output and {self.network.in_channels} input channels"
+            raise invalid("learn_sigma", self.process.types[1].learned, f"must fit a network with {channels}")
+        if self.drop_classes and not self.num_image_classes:
             raise invalid("drop_classes", self.drop_classes, "for a network with two classes or more")
 
     @property
-    def classes(self) -> int | None:
+    def num_image_classes(self) -> int | None:
         """Number of classes of the images, without the null class of `drop_classes`; None without classes."""
         if isinstance(self.network, ClassifierConfig):
             return self.network.out_channels
         count = self.network.num_classes  # type: ignore[attr-defined]
         return count - 1 if count is not None and self.drop_classes else count
 
-    def rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """Return the learning rate of step `step` (from 0).
 
         It is lr * min(1, (step + 1) / warmup) * min(1, (steps - step) / (cooldown * steps)). With anneal it
@@ -154,8 +154,8 @@ class Recipe:
         if self.cooldown:
             rate *= min(1.0, (self.steps - step) / max(self.cooldown * self.steps, 1))
         if self.anneal:
-            behind = step if self.kind == "classifier" else max(step - 1, 0)
-            rate *= 1 - behind / self.steps
+            steps_done = step if self.kind == "classifier" else max(step - 1, 0)
+            rate *= 1 - steps_done / self.steps
         return rate
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,10 +170,10 @@ class Recipe:
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a dict from `Recipe.to_dict`. Raises InvalidArgument, which names the field."""
-    known = [field.name for field in dataclasses.fields(Recipe)]
+    field_names = [field.name for field in dataclasses.fields(Recipe)]
     for name in values:
-        if name not in known:
-            raise invalid("recipe", name, f"no such field; {allowed_names(name, known)}")
+        if name not in field_names:
+            raise invalid("recipe", name, f"no such field; {allowed_names(name, field_names)}")
     for name in ("network", "process"):
         if not isinstance(values.get(name), Mapping):
             raise invalid("recipe", name, "must hold settings by name")
@@ -195,22 +195,22 @@ def recipe_from_json(text: str) -> Recipe:
     return recipe_from_dict(values)
 
 
-_WHOLE = {"steps": 1, "batch_size": 1, "warmup": 0, "max_skipped": 0, "validation": 0}
-_SHARES = {"cooldown": 1.0, "drop_classes": 1.0}
-_SWITCHES = ("published_sum", "anneal", "ema_warmup", "noised", "random_crop", "random_flip")
-_ONE_OF = {"kind": tuple(KINDS), "sampler": SAMPLERS, "precision": PRECISIONS}
+_SMALLEST_INTEGERS = {"steps": 1, "batch_size": 1, "warmup": 0, "max_skipped": 0, "validation": 0}
+_LARGEST_SHARES = {"cooldown": 1.0, "drop_classes": 1.0}
+_BOOLEANS = ("published_sum", "anneal", "ema_warmup", "noised", "random_crop", "random_flip")
+_CHOICES = {"kind": tuple(KINDS), "sampler": SAMPLERS, "precision": PRECISIONS}
 
 
-def _checked(name: str, value: Any) -> Any:
+def _check_field(name: str, value: Any) -> Any:
     """Return the value of a field in its type. Raises InvalidArgument for a wrong type or range."""
-    if name in _WHOLE:
-        return checks.whole_number(name, value, _WHOLE[name])
-    if name in _SHARES:
-        return checks.finite_float(name, value, least=0, most=_SHARES[name])
-    if name in _SWITCHES:
+    if name in _SMALLEST_INTEGERS:
+        return checks.whole_number(name, value, _SMALLEST_INTEGERS[name])
+    if name in _LARGEST_SHARES:
+        return checks.finite_float(name, value, least=0, most=_LARGEST_SHARES[name])
+    if name in _BOOLEANS:
         return checks.boolean(name, value)
-    if name in _ONE_OF:
-        return checks.one_of(name, value, _ONE_OF[name])
+    if name in _CHOICES:
+        return checks.one_of(name, value, _CHOICES[name])
     if name == "seed":
         return checks.whole_number(name, value, 0, 2**64 - 1)
     if name == "lr":

@@ -53,17 +53,17 @@ _COMMON: dict[str, dict[str, Any]] = {
                    "random_crop": True},
 }  # fmt: skip
 # A mirrored digit is not a digit any more.
-_DIGITS: dict[str, Any] = {
+_DIGITS_COMMON: dict[str, Any] = {
     "warmup": 200, "cooldown": 0.3, "clip": 1.0, "ema_warmup": True, "random_flip": False,
 }  # fmt: skip
-_OF_DIGITS: dict[str, dict[str, Any]] = {
+_DIGITS_BY_KIND: dict[str, dict[str, Any]] = {
     "diffusion": {"steps": 8000, "batch_size": 32, "lr": 6e-4, "ema": (0.9995,), "seed": 0},
     "classifier": {"steps": 2000, "batch_size": 64, "lr": 6e-4, "weight_decay": 0.05, "ema": (0.995,),
                    "seed": 1},
     "upsampler": {"steps": 2500, "batch_size": 32, "lr": 8e-4, "ema": (0.998,), "seed": 2},
 }  # fmt: skip
 # Published name of a setting -> its name here.
-_PUBLISHED_NAMES = {
+_NAME_HERE_OF_PUBLISHED = {
     **{flag: name for flag, name in OPTION_OF_FLAG.items() if name != "steps"},
     "classifier_attention_resolutions": "attention_resolutions, as downsampling factors",
     "classifier_use_fp16": "precision=fp16", "use_fp16": "precision=fp16", "class_cond": "num_classes",
@@ -76,7 +76,7 @@ DIGITS = "digits32"
 PRESETS = {kind: (*_PUBLISHED[kind], DIGITS) for kind in KINDS}
 
 
-def recipe(kind: str, preset: str = DIGITS, **changes: Any) -> Recipe:
+def recipe_from_preset(kind: str, preset: str = DIGITS, **changes: Any) -> Recipe:
     """Return the recipe of a preset (`PRESETS` lists them by kind) with changes.
 
     changes: fields of `Recipe`, of its network and of its process. `steps` are those of the run,
@@ -85,27 +85,53 @@ def recipe(kind: str, preset: str = DIGITS, **changes: Any) -> Recipe:
     Raises: InvalidArgument.
     """
     checks.one_of("kind", kind, KINDS)
-    checks.one_of("preset", preset, PRESETS[kind])
+    if preset not in PRESETS[kind]:
+        raise invalid("preset", preset, _allowed_presets(kind, preset))
     if preset == DIGITS:
-        described = model_preset(f"{DIGITS}_{kind}").description
-        settings: dict[str, Any] = {**_DIGITS, **_OF_DIGITS[kind]}
-        network, process = described.network, described.diffusion
-        low_res_size = model_preset(f"{DIGITS}_{kind}").low_res_size
+        model = model_preset(f"{DIGITS}_{kind}")
+        settings: dict[str, Any] = {**_DIGITS_COMMON, **_DIGITS_BY_KIND[kind]}
+        network, process = model.description.network, model.description.diffusion
     else:
-        name, own = _PUBLISHED[kind][preset]
-        settings = {**_COMMON[kind], **own}
-        released = model_preset(name)
-        network, process, low_res_size = released.config, released.diffusion, released.low_res_size
+        name, preset_settings = _PUBLISHED[kind][preset]
+        settings = {**_COMMON[kind], **preset_settings}
+        model = model_preset(name)
+        network, process = model.config, model.diffusion
     schedule = settings.pop("process", None)
     process = process or dataclasses.replace(_NOISE_OF_CLASSIFIERS, noise_schedule=schedule or "linear")
-    settings |= {"kind": kind, "network": network, "process": process, "low_res_size": low_res_size}
-    return changed(Recipe(**settings), changes)
+    settings |= {"kind": kind, "network": network, "process": process, "low_res_size": model.low_res_size}
+    return change_recipe(Recipe(**settings), changes)
 
 
-def changed(base: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Return a recipe with changes, given as for `recipe`. Raises InvalidArgument."""
+def _allowed_presets(kind: str, name: object) -> str:
+    """Return the presets that are allowed in place of an unknown name, and what the name is instead."""
+    allowed = f"one of: {', '.join(PRESETS[kind])}"
+    hint = describe_name(str(name))
+    return allowed if hint is None else f"{allowed}; {hint}"
+
+
+def describe_name(name: str) -> str | None:
+    """Say whether a name is a preset or a model, and which option takes it; None if it is neither."""
+    kinds = [kind for kind in KINDS if name in PRESETS[kind]]
+    if kinds:
+        commands = ", ".join(f"`admfast train {kind} --preset {name}`" for kind in kinds)
+        return f"{name} is the name of a preset: {commands}"
+    model = name.removesuffix(".pt")
+    for kind in KINDS:
+        for preset in PRESETS[kind]:
+            if model == (f"{DIGITS}_{kind}" if preset == DIGITS else _PUBLISHED[kind][preset][0]):
+                text = (
+                    f"{name} is the name of a model: `admfast train {kind} --preset {preset}` trains it anew"
+                )
+                # The digits' networks ship with the package; released weights are downloaded.
+                fetch = f"`admfast fetch {model}` downloads its weights for --from"
+                return text if preset == DIGITS else f"{text}, {fetch}"
+    return None
+
+
+def change_recipe(base: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with changes, given as for `recipe_from_preset`. Raises InvalidArgument."""
     parts = split_options(base.kind, changes)
-    network = _with_classes(base.network, dict(parts["network"]))
+    network = _change_network(base.network, dict(parts["network"]))
     dropping = parts["recipe"].get("drop_classes", base.drop_classes)
     if dropping and ("num_classes" in changes or not base.drop_classes):
         network = _with_null_class(network)
@@ -126,17 +152,17 @@ def split_options(kind: str, options: Mapping[str, Any]) -> dict[str, dict[str, 
         if name == "diffusion_steps":
             parts["process"]["steps"] = value
             continue
-        part = next((part for part, known in names.items() if name in known), None)
+        part = next((part for part, field_names in names.items() if name in field_names), None)
         if part is None:
-            near = allowed_names(name, sorted(set().union(*names.values())))
-            if name in _PUBLISHED_NAMES:
-                near = f"here {_PUBLISHED_NAMES[name]}"
-            raise invalid(name, value, f"no such setting of a {kind} run; {near}")
+            hint = allowed_names(name, sorted(set().union(*names.values())))
+            if name in _NAME_HERE_OF_PUBLISHED:
+                hint = f"here {_NAME_HERE_OF_PUBLISHED[name]}"
+            raise invalid(name, value, f"no such setting of a {kind} run; {hint}")
         parts[part][name] = value
     return parts
 
 
-def _with_classes(network: NetConfig, options: dict[str, Any]) -> NetConfig:
+def _change_network(network: NetConfig, options: dict[str, Any]) -> NetConfig:
     """Return a network with changed fields; the classes of a classifier are its output channels."""
     if isinstance(network, ClassifierConfig) and "num_classes" in options:
         options["out_channels"] = options.pop("num_classes")

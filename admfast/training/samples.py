@@ -33,7 +33,13 @@ from admfast import checks
 from admfast.errors import AdmfastError, first_line, invalid
 from admfast.files.images import UInt8
 from admfast.ops.update import MASK32, philox4x32_10
-from admfast.training.crops import Picture, center_crop, random_crop, reuse_memory, with_channels
+from admfast.training.crops import (
+    Picture,
+    center_crop,
+    convert_channels,
+    let_pillow_reuse_memory,
+    random_crop,
+)
 from admfast.training.images import BrokenImage, Source
 
 
@@ -102,53 +108,54 @@ class Samples:
             BrokenImage: if more than `max_broken` images are broken.
             AdmfastError: if the source can't be read.
         """
-        known = set(self.broken)
-        sample = self.draw(k)
-        _warn_of({index: why for index, why in self.broken.items() if index not in known})
+        broken_before = set(self.broken)
+        sample = self.at_without_warnings(k)
+        _warn_about({index: why for index, why in self.broken.items() if index not in broken_before})
         return sample
 
-    def draw(self, k: int) -> tuple[Tensor, int | None]:
+    def at_without_warnings(self, k: int) -> tuple[Tensor, int | None]:
         """Return sample `k` as `at` does, without warnings; broken images are only added to `broken`."""
         checks.whole_number("k", k, 0, MASK32)
         for index in self._candidates(k):
             try:
-                image = self._cut(with_channels(self.source.decode(index), self.channels), k)
+                image = self._crop_and_flip(convert_channels(self.source.decode(index), self.channels), k)
                 break
             except BrokenImage as error:
                 self.add_broken({index: str(error)})
         label = None if self.source.labels is None else self.source.labels[index]
         return torch.from_numpy(image.transpose(2, 0, 1).copy()), label
 
-    def add_broken(self, found: Mapping[int, str]) -> None:
+    def add_broken(self, newly_broken: Mapping[int, str]) -> None:
         """Add broken images (index -> name and error). Raises BrokenImage if there are too many."""
-        self.broken.update(found)
+        self.broken.update(newly_broken)
         if len(self.broken) > self.max_broken:
-            first = "; ".join(itertools.islice(self.broken.values(), 3))
+            first_errors = "; ".join(itertools.islice(self.broken.values(), 3))
             number = f"{len(self.broken)} of {len(self.source)} images are broken (limit {self.max_broken})"
-            raise BrokenImage(f"{number}: {first}")
+            raise BrokenImage(f"{number}: {first_errors}")
 
     def _candidates(self, k: int) -> Iterator[int]:
         """Yield the index of sample `k`'s image, then of replacements, without images known to be broken."""
         count = len(self.source)
-        epoch, place = divmod(k, count)
+        epoch, position = divmod(k, count)
         replacements = (
-            self._words(attempt, k, DataStream.REPLACEMENT)[0] * count >> 32 for attempt in itertools.count()
+            self._random_words(attempt, k, DataStream.REPLACEMENT)[0] * count >> 32
+            for attempt in itertools.count()
         )
-        for index in itertools.chain([int(self._order(epoch)[place])], replacements):
+        for index in itertools.chain([int(self._order(epoch)[position])], replacements):
             if index not in self.broken:
                 yield index
 
-    def _cut(self, image: Picture, k: int) -> UInt8:
+    def _crop_and_flip(self, image: Picture, k: int) -> UInt8:
         """Return an image, cropped and flipped as sample `k`."""
-        *crop, flip = self._words(0, k, DataStream.CROP)
+        *crop, flip = self._random_words(0, k, DataStream.CROP)
         if self.random_crop:
             words = iter(crop)
-            cut = random_crop(image, self.size, lambda count: next(words) * count >> 32)
+            cropped = random_crop(image, self.size, lambda count: next(words) * count >> 32)
         else:
-            cut = center_crop(image, self.size)
-        return cut[:, ::-1] if self.random_flip and flip < 2**31 else cut
+            cropped = center_crop(image, self.size)
+        return cropped[:, ::-1] if self.random_flip and flip < 2**31 else cropped
 
-    def _words(self, element: int, row: int, stream: DataStream) -> tuple[int, ...]:
+    def _random_words(self, element: int, row: int, stream: DataStream) -> tuple[int, ...]:
         key = (self.seed & MASK32, self.seed >> 32)
         return philox4x32_10((element, 0, row, int(stream)), key)
 
@@ -172,21 +179,23 @@ class ImageBatch:
     """Batch of samples.
 
     Attributes:
-        ks: number of every sample in the run.
+        sample_ids: number of every sample in the run.
         images: uint8 [N, C, size, size].
         labels: int64 [N]; None without classes.
     """
 
-    ks: tuple[int, ...]
+    sample_ids: tuple[int, ...]
     images: Tensor
     labels: Tensor | None
 
 
-def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> Iterator[ImageBatch]:
-    """Yield the batches of samples with the numbers `ks`, in order, for any number of workers.
+def iterate_batches(
+    samples: Samples, id_batches: Iterable[Sequence[int]], workers: int = 0
+) -> Iterator[ImageBatch]:
+    """Yield the batches of samples with the numbers `id_batches`, in order, for any number of workers.
 
     Args:
-        ks: the numbers of the samples of each batch; may be endless. Workers take them a few batches ahead.
+        id_batches: the numbers of the samples of each batch; may be endless. Workers run a few batches ahead.
         workers: number of processes that each make whole batches; 0 makes them in this process. The state of
             torch's global generator doesn't change.
 
@@ -194,28 +203,30 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
         memory).
     """
     checks.whole_number("workers", workers, 0)
-    parts: Iterable[_Part]
+    messages: Iterable[_WorkerMessage]
     if workers == 0:
-        reuse_memory()
-        parts = map(_Maker(samples).__getitems__, ks)
+        let_pillow_reuse_memory()
+        messages = map(_BatchDataset(samples).__getitems__, id_batches)
     else:
-        parts = DataLoader(
-            _Maker(samples),
-            batch_sampler=ks,  # type: ignore[arg-type]
+        messages = DataLoader(
+            _BatchDataset(samples),
+            batch_sampler=id_batches,  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_begin,
+            collate_fn=_identity,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # otherwise DataLoader draws from the global one
         )
     try:
-        for part in parts:
-            fresh = {index: why for index, why in part.broken.items() if index not in samples.broken}
-            _warn_of(fresh)
-            samples.add_broken(fresh)
-            if part.error is not None:
-                raise part.error
-            assert part.batch is not None
-            yield part.batch
+        for message in messages:
+            newly_broken = {
+                index: why for index, why in message.broken.items() if index not in samples.broken
+            }
+            _warn_about(newly_broken)
+            samples.add_broken(newly_broken)
+            if message.error is not None:
+                raise message.error
+            assert message.batch is not None
+            yield message.batch
     except RuntimeError as error:
         if not workers or isinstance(error, AdmfastError):
             raise
@@ -223,7 +234,7 @@ def loader(samples: Samples, ks: Iterable[Sequence[int]], workers: int = 0) -> I
 
 
 @dataclass
-class _Part:
+class _WorkerMessage:
     """Message of a worker: a batch or an error, and the broken images that it knows."""
 
     batch: ImageBatch | None
@@ -231,7 +242,7 @@ class _Part:
     error: AdmfastError | None
 
 
-class _Maker(Dataset[_Part]):
+class _BatchDataset(Dataset[_WorkerMessage]):
     """Dataset that gives a `DataLoader` whole batches of samples."""
 
     def __init__(self, samples: Samples) -> None:
@@ -239,36 +250,38 @@ class _Maker(Dataset[_Part]):
         self._samples = copy.copy(samples)
         self._samples.broken = dict(samples.broken)
 
-    def __getitems__(self, ks: Sequence[int]) -> _Part:
+    def __getitems__(self, sample_ids: Sequence[int]) -> _WorkerMessage:
         try:
-            images, labels = zip(*map(self._samples.draw, ks), strict=True)
+            images, labels = zip(*map(self._samples.at_without_warnings, sample_ids), strict=True)
         # Returned as a value: DataLoader would raise a worker's exception with a traceback of many lines.
         except AdmfastError as error:
-            return _Part(None, self._samples.broken, error)
+            return _WorkerMessage(None, self._samples.broken, error)
         classes = None if labels[0] is None else torch.tensor(labels, device="cpu")
-        return _Part(ImageBatch(tuple(ks), torch.stack(images), classes), self._samples.broken, None)
+        return _WorkerMessage(
+            ImageBatch(tuple(sample_ids), torch.stack(images), classes), self._samples.broken, None
+        )
 
 
-def _begin(worker: int) -> None:
-    reuse_memory()
+def _start_worker(worker: int) -> None:
+    let_pillow_reuse_memory()
     # Schedulers and Ctrl-C signal all processes. The workers must live until the run has saved its state.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where a SIGTERM to all ends the workers too early
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_for_parent(parent: int) -> None:
+def _exit_on_sigterm_from(parent: int) -> None:
     """End this worker on a SIGTERM from its parent; ignore one from another process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
 
 
-def _as_it_is(part: Any) -> Any:
+def _identity(part: Any) -> Any:
     return part
 
 
-def _warn_of(broken: Mapping[int, str]) -> None:
+def _warn_about(broken: Mapping[int, str]) -> None:
     for why in broken.values():
         warnings.warn(f"skipped a broken image: {why}", stacklevel=3)

@@ -18,7 +18,7 @@ class UniformSampler:
     def __init__(self, steps: int) -> None:
         self.steps = checks.whole_number("steps", steps, 1)
 
-    learns = False
+    needs_losses = False
 
     def weights(self) -> Tensor:
         """Return the probability of each timestep up to a factor, float64 [steps]."""
@@ -54,7 +54,7 @@ class LossSecondMomentSampler(UniformSampler):
     mixture.
     """
 
-    learns = True
+    needs_losses = True
 
     def __init__(self, steps: int, history: int = 10, uniform_share: float = 0.001) -> None:
         super().__init__(steps)

@@ -16,15 +16,15 @@ import torch
 from admfast.errors import invalid
 from admfast.training.crops import Picture
 from admfast.training.images import Source
-from admfast.training.loss import batch_of, loss
+from admfast.training.learner import Learner
+from admfast.training.loss import loss_terms, make_batch
 from admfast.training.network import set_precision
 from admfast.training.progress import average_net
 from admfast.training.samples import DataStream, Samples, permutation
 from admfast.training.timesteps import UniformSampler
-from admfast.training.update import Learner
 
 
-class Part:
+class SubsetSource:
     """Source with the images of another source that have these indices."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
@@ -40,24 +40,24 @@ class Part:
         return self._source.name(self._indices[index])
 
     def identity(self) -> str:
-        which = hashlib.sha256(repr(self._indices).encode()).hexdigest()
-        return f"{self._source.identity()} part {which}"
+        digest = hashlib.sha256(repr(self._indices).encode()).hexdigest()
+        return f"{self._source.identity()} part {digest}"
 
     def decode(self, index: int) -> Picture:
         return self._source.decode(self._indices[index])
 
 
-def split(source: Source, seed: int, count: int) -> tuple[Source, Source]:
+def split_source(source: Source, seed: int, count: int) -> tuple[Source, Source]:
     """Return the source of the training images, in their order, and that of `count` held-out images.
 
     Raises: InvalidArgument if no image would be left to train on.
     """
     if not count:
-        return source, Part(source, ())
+        return source, SubsetSource(source, ())
     if count >= len(source):
         raise invalid("validation", count, f"fewer than the {len(source)} images")
     order = permutation(len(source), seed, 0, DataStream.HELD_OUT).tolist()
-    return Part(source, sorted(order[count:])), Part(source, order[:count])
+    return SubsetSource(source, sorted(order[count:])), SubsetSource(source, order[:count])
 
 
 @torch.no_grad()
@@ -76,11 +76,11 @@ def validation_losses(learner: Learner, samples: Samples) -> dict[str, float]:
     size = recipe.microbatch or recipe.batch_size
     sums: dict[str, float] = {}
     for first in range(0, count, size):
-        numbers = range(first, min(first + size, count))
-        images, labels = zip(*map(samples.at, numbers), strict=True)
-        given = None if labels[0] is None else torch.tensor(labels, device="cpu")
-        ks = [2**32 - count + number for number in numbers]
-        batch = batch_of(recipe, sampler, ks, torch.stack(images), given, device)
-        for name, values in loss(net, recipe, learner.process, batch).items():
+        indices = range(first, min(first + size, count))
+        images, labels = zip(*map(samples.at, indices), strict=True)
+        label_tensor = None if labels[0] is None else torch.tensor(labels, device="cpu")
+        sample_ids = [2**32 - count + index for index in indices]
+        batch = make_batch(recipe, sampler, sample_ids, torch.stack(images), label_tensor, device)
+        for name, values in loss_terms(net, recipe, learner.process, batch).items():
             sums[name] = sums.get(name, 0.0) + float(values.double().sum())
     return {f"validation_{name}": total / count for name, total in sums.items()}

@@ -23,7 +23,7 @@ from bench.gpu.runner import exit_status, run_steps
 from bench.gpu.stages import STAGES, Plan, choose
 from bench.results import markdown_table
 
-ENDING = 40.0  # seconds that are reserved for ending the last step and this program
+SECONDS_TO_END = 40.0  # seconds that are reserved for ending the last step and this program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 2
     try:
-        entries = run_steps(plan, steps, max(seconds - ENDING, seconds / 2))
+        entries = run_steps(plan, steps, max(seconds - SECONDS_TO_END, seconds / 2))
     except KeyboardInterrupt as interrupt:
         print(f"bench.gpu: stopped; the results so far are in {plan.out}", file=sys.stderr)
         return status_of(interrupt)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stages", help=f"some of {','.join(STAGES)} (default: all)")
-    minutes = f"minutes for all, including {ENDING:g} seconds to end (default: 10)"
+    minutes = f"minutes for all, including {SECONDS_TO_END:g} seconds to end (default: 10)"
     parser.add_argument("--minutes", default="10", help=minutes)
     parser.add_argument("--out", default="out/gpu", help="folder for results and log (default: out/gpu)")
     parser.add_argument(

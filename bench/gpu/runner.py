@@ -24,14 +24,14 @@ Entry = dict[str, Any]
 
 SUFFIXES = frozenset({".py", ".cpp", ".cu", ".h", ".cuh"})
 PYTEST_NO_TESTS = 5
-DONE = ("no tests", "passed")
+FINAL_STATUSES = ("no tests", "passed")
 LOG_LIMIT = 4 << 20  # bytes that a step may add to the log, in case it prints endlessly
-SAY = functools.partial(print, flush=True)
+PRINT_NOW = functools.partial(print, flush=True)
 BENCH_ENDING = 10.0  # seconds that a bench may take to write its table
 
 
 def run_steps(
-    plan: Plan, steps: Sequence[Step], budget: float, say: Callable[[str], None] = SAY
+    plan: Plan, steps: Sequence[Step], budget: float, say: Callable[[str], None] = PRINT_NOW
 ) -> dict[str, Entry]:
     """Run steps within `budget` seconds; steps that were tried before come after new ones.
 
@@ -50,12 +50,16 @@ def run_steps(
     waiting = []
     for step in steps:
         old = entries.get(step.name, {})
-        if old.get("source") == sources[step.name] and old["status"] in DONE and old["wrote"] == step.wrote():
+        if (
+            old.get("source") == sources[step.name]
+            and old["status"] in FINAL_STATUSES
+            and old["wrote"] == step.written_text()
+        ):
             say(f"{step.name}: {old['status']} before, skipped")
         else:
             waiting.append(step)
             entries.setdefault(step.name, {"status": "stopped", "seconds": 0.0, "note": "no time was left"})
-    waiting.sort(key=lambda step: "source" in entries[step.name] and not step.first)
+    waiting.sort(key=lambda step: "source" in entries[step.name] and not step.before_new_steps)
     end = time.monotonic() + budget
     for step in waiting:
         limit = min(step.limit, end - time.monotonic())
@@ -63,7 +67,11 @@ def run_steps(
             continue
         say(f"{step.name}: up to {limit:.0f} s")
         entry, tail = run_step(step, plan, limit, log)
-        entries[step.name] = entry | {"source": sources[step.name], "date": _now(), "wrote": step.wrote()}
+        entries[step.name] = entry | {
+            "source": sources[step.name],
+            "date": _now(),
+            "wrote": step.written_text(),
+        }
         _write_state(path, state)
         if entry["status"] == "failed":
             say(tail)

@@ -38,8 +38,8 @@ def program() -> str | None:
 
 def verdict(code: int, output: str) -> tuple[bool, str]:
     """Return whether the check passes, and the reason in a few words."""
-    said = [line.strip("= \n") for line in output.splitlines() if line.startswith("====")]
-    refused = next((line for line in said for sign in REFUSALS if sign in line), None)
+    tool_lines = [line.strip("= \n") for line in output.splitlines() if line.startswith("====")]
+    refused = next((line for line in tool_lines for sign in REFUSALS if sign in line), None)
     found = FINDINGS.search(output)
     if found:
         return False, found[0].strip("= ")

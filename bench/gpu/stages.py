@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PRODUCT = ("admfast", "kernels", "csrc", "bench")
+SOURCE_FOLDERS = ("admfast", "kernels", "csrc", "bench")
 # Test files that compile many kernels or have hundreds of cases. They run in WORKERS processes, which share
 # the GPU. The longest come last.
 WORKERS = 4
-PARALLEL = (
+PARALLEL_TESTS = (
     "tests/parity/",
     "tests/ops/test_attention.py",
     "tests/ops/test_conv.py",
@@ -26,7 +26,7 @@ PARALLEL = (
     "tests/kernels/test_group_norm_gpu.py",
 )
 # Text in a test file that has tests for a GPU. Files in tests/bench contain it but have no such tests.
-FOR_A_GPU = re.compile(r"mark\.gpu|\bDEVICES\b|\bON_A_GPU\b|\brunnable\(")
+GPU_TEST_MARK = re.compile(r"mark\.gpu|\bDEVICES\b|\bON_A_GPU\b|\brunnable\(")
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     tests: bool = False
     bench: bool = False
-    first: bool = False
-    sources: tuple[str, ...] = (*PRODUCT, "tests")
+    before_new_steps: bool = False
+    sources: tuple[str, ...] = (*SOURCE_FOLDERS, "tests")
     writes: Path | None = None
 
-    def wrote(self) -> str | None:
+    def written_text(self) -> str | None:
         """Return the text of the file that it writes, or None if there is none."""
-        there = self.writes if self.writes and self.writes.exists() else None
-        return there and there.read_text(encoding="utf-8")
+        path = self.writes if self.writes and self.writes.exists() else None
+        return path and path.read_text(encoding="utf-8")
 
 
 def build_steps(plan: Plan) -> list[Step]:
@@ -76,8 +76,8 @@ def build_steps(plan: Plan) -> list[Step]:
     if plan.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # Only the architecture of this device: each further one would take as much time again.
         environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    more = {"first": True, "sources": ("csrc",), "writes": plan.root / "admfast" / "_build_info.json"}
-    return [Step("build", (*pip, "-e", "."), 600.0, environment, **more)]  # type: ignore[arg-type]
+    options = {"first": True, "sources": ("csrc",), "writes": plan.root / "admfast" / "_build_info.json"}
+    return [Step("build", (*pip, "-e", "."), 600.0, environment, **options)]  # type: ignore[arg-type]
 
 
 def smoke_steps(plan: Plan) -> list[Step]:
@@ -116,20 +116,20 @@ def gpu_test_files(plan: Plan) -> list[str]:
     found = []
     for path in sorted((plan.root / "tests").rglob("test_*.py")):
         name = path.relative_to(plan.root).as_posix()
-        if not name.startswith("tests/bench/") and FOR_A_GPU.search(path.read_text(encoding="utf-8")):
+        if not name.startswith("tests/bench/") and GPU_TEST_MARK.search(path.read_text(encoding="utf-8")):
             found.append(name)
-    return sorted(found, key=lambda name: (rank(name), name))
+    return sorted(found, key=lambda name: (parallel_rank(name), name))
 
 
-def rank(name: str) -> int:
+def parallel_rank(name: str) -> int:
     """Return 0 for a file with few tests, else its position in PARALLEL, from 1."""
-    return next((i for i, start in enumerate(PARALLEL, 1) if name.startswith(start)), 0)
+    return next((i for i, start in enumerate(PARALLEL_TESTS, 1) if name.startswith(start)), 0)
 
 
 def pytest_step(plan: Plan, path: str) -> Step:
     """Return the step for the GPU tests of a file, in parallel if it has many and xdist is installed."""
     command = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
-    if rank(path) and importlib.util.find_spec("xdist"):
+    if parallel_rank(path) and importlib.util.find_spec("xdist"):
         command += ("-n", str(WORKERS))
     golden = plan.root / ".golden"
     environment = {"ADMFAST_GOLDEN": str(golden)} if golden.is_dir() else {}
@@ -142,7 +142,7 @@ def bench_steps(name: str, limit: float, *more: str, module: str = "") -> Callab
     def steps(plan: Plan) -> list[Step]:
         flags = ("--device", plan.device, "--out", str(plan.out), *more)
         command = (sys.executable, "-m", f"bench.{module or name}", *flags)
-        return [Step(name, command, limit, bench=True, sources=PRODUCT)]
+        return [Step(name, command, limit, bench=True, sources=SOURCE_FOLDERS)]
 
     return steps
 
@@ -167,7 +167,7 @@ def choose(names: str | None, plan: Plan) -> list[Step]:
 
     Raises: ValueError for an unknown stage.
     """
-    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
-    if unknown := sorted(set(wanted) - set(STAGES)):
+    chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
+    if unknown := sorted(set(chosen) - set(STAGES)):
         raise ValueError(f"stages={names!r}: no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    return [step for name, steps in STAGES.items() if not wanted or name in wanted for step in steps(plan)]
+    return [step for name, steps in STAGES.items() if not chosen or name in chosen for step in steps(plan)]

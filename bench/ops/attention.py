@@ -16,10 +16,10 @@ from bench.measure import (
     Case,
     Settings,
     Unavailable,
-    checked,
+    check_error,
     first_line,
+    measure_call,
     product_limit,
-    timed,
     unavailable,
 )
 from bench.results import Row
@@ -80,7 +80,7 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
     packed = torch.randn(size, device=settings.device, dtype=DTYPES[dtype])
     q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))  # [N, heads, S, d]
     try:
-        with warnings.catch_warnings(record=True) as said, torch.inference_mode():
+        with warnings.catch_warnings(record=True) as caught_warnings, torch.inference_mode():
             warnings.simplefilter("always")
             _sdpa(backend, q[:1], k[:1], v[:1])
     except torch.OutOfMemoryError:
@@ -88,15 +88,15 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reasons = [
             first_line(error),
-            *(first_line(w.message) for w in said if isinstance(w.message, Warning)),
+            *(first_line(w.message) for w in caught_warnings if isinstance(w.message, Warning)),
         ]
         raise Unavailable("; ".join(dict.fromkeys(reasons))[:500]) from error
     ref = _sdpa(SDPBackend.MATH, q.float(), k.float(), v.float())
-    return timed(
+    return measure_call(
         lambda: _sdpa(backend, q, k, v),
         settings,
-        small=(lambda: _sdpa(backend, q[:1], k[:1], v[:1]), batch),
-        check=lambda out: checked(out, ref, _limit(dtype, shape.tokens)),
+        small_call=(lambda: _sdpa(backend, q[:1], k[:1], v[:1]), batch),
+        check=lambda out: check_error(out, ref, _limit(dtype, shape.tokens)),
         flop=batch * shape.flop,
         nbytes=4 * q.nbytes,
     )
@@ -104,9 +104,9 @@ def _ceiling(shape: AttentionShape, batch: int, dtype: str, backend: SDPBackend,
 
 def kernels(settings: Settings) -> Iterator[Case]:
     """Yield every implementation on packed qkv at every shape, values and the gradient in qkv."""
-    from bench.ops.providers import ours
+    from bench.ops.providers import our_implementations
 
-    names = [*ours("attention", settings.device), "reference"]
+    names = [*our_implementations("attention", settings.device), "reference"]
     for _, shape, models, batch, dtype in _grid(settings):
         for name in names:
             for kind in ("attention", "attention_grad"):
@@ -124,22 +124,22 @@ def _attention(
     wide = qkv[:1].float().requires_grad_(True)
     ref = attention_ref(wide, shape.heads)
     if not gradient:
-        return timed(
+        return measure_call(
             lambda: attention(qkv, shape.heads, impl=impl),
             settings,
-            small=(lambda: attention(qkv[:1], shape.heads, impl=impl), batch),
-            check=lambda out: checked(out[:1], ref, limit),
+            small_call=(lambda: attention(qkv[:1], shape.heads, impl=impl), batch),
+            check=lambda out: check_error(out[:1], ref, limit),
             flop=batch * shape.flop,
         )
     leaf = qkv.requires_grad_(True)
     out = attention(leaf, shape.heads, impl=impl)
     dy = torch.randn_like(out)
     (expected,) = torch.autograd.grad(ref, wide, dy[:1].float())
-    return timed(
+    return measure_call(
         lambda: torch.autograd.grad(out, leaf, dy, retain_graph=True)[0],
         settings,
         # The gradient needs three more products.
-        check=lambda dqkv: checked(dqkv[:1], expected, 4 * limit),
+        check=lambda dqkv: check_error(dqkv[:1], expected, 4 * limit),
         flop=2.5 * batch * shape.flop,
         gradient=True,
     )

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.measure import Case, Settings, WrongResult, short, timed, unavailable
+from bench.measure import Case, Settings, WrongResult, measure_call, round_to_5_digits, unavailable
 from bench.results import Row
 from bench.shapes import COPY_BYTES, GRAPH_NODES, MIB
 
@@ -16,7 +16,7 @@ REPEATS = 20  # copies in a graph
 ELEMENTS = 128  # elements of each dependent addition
 
 
-def captured(fn: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
+def capture_graph(fn: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
     """Return a CUDA graph of `repeats` calls of `fn`, captured after a warm-up on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -31,10 +31,10 @@ def captured(fn: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def same(out: Tensor, wanted: Tensor) -> float:
+def check_equal(out: Tensor, expected: Tensor) -> float:
     """Return 0 if all elements are equal; else raise WrongResult."""
-    if not torch.equal(out, wanted):
-        raise WrongResult(f"{int((out != wanted).sum())} of {out.numel()} elements differ")
+    if not torch.equal(out, expected):
+        raise WrongResult(f"{int((out != expected).sum())} of {out.numel()} elements differ")
     return 0.0
 
 
@@ -54,9 +54,9 @@ def _copy(size: int, repeats: int, settings: Settings) -> Row:
     target = torch.full_like(source, float("nan"))
     run: Callable[[], object] = partial(target.copy_, source)
     if repeats > 1:
-        run = captured(run, repeats).replay
+        run = capture_graph(run, repeats).replay
         target.fill_(float("nan"))
-    row = timed(run, settings, check=lambda _: same(target, source), nbytes=2 * size * repeats)
+    row = measure_call(run, settings, check=lambda _: check_equal(target, source), nbytes=2 * size * repeats)
     del row["rel_err"]
     return row
 
@@ -78,8 +78,8 @@ def _chain(nodes: int, replayed: bool, settings: Settings) -> Row:
             x.add_(1.0)
 
     if replayed:
-        run = captured(lambda: x.add_(1.0), nodes).replay
+        run = capture_graph(lambda: x.add_(1.0), nodes).replay
         x.zero_()
-    row = timed(run, settings, check=lambda _: same(x, torch.full_like(x, nodes)))
+    row = measure_call(run, settings, check=lambda _: check_equal(x, torch.full_like(x, nodes)))
     del row["rel_err"]
-    return row | {"us_per_node": short(row["ms"] * 1e3 / nodes)}
+    return row | {"us_per_node": round_to_5_digits(row["ms"] * 1e3 / nodes)}

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import DTYPES, Case, Settings, checked, compiled, product_limit, timed
-from bench.ops.products import LAYOUTS
-from bench.ops.providers import copied, ours
+from bench.measure import DTYPES, Case, Settings, check_error, compile_function, measure_call, product_limit
+from bench.ops.matmul_and_conv import LAYOUTS
+from bench.ops.providers import measure_copy, our_implementations
 from bench.results import Row
 from bench.shapes import BATCHES, GROUPS, L2_BYTES, NormShape, norm_shapes
 
@@ -50,15 +50,15 @@ def _ceiling(shape: NormShape, batch: int, layout: str, dtype: str, provider: st
     run = provider_of(provider)
     # The norm's output and SiLU's are each rounded to the dtype; mean and variance sum over a group.
     limit = product_limit(dtype, shape.channels // GROUPS * shape.side**2)
-    kept = []
+    layout_kept = []
 
     def check(out: Tensor) -> float:
-        kept.append(out.is_contiguous(memory_format=LAYOUTS[layout]))
+        layout_kept.append(out.is_contiguous(memory_format=LAYOUTS[layout]))
         return compare(out, x, weight, bias, {}, limit)
 
     # Statistics are needed before the first output, so x is read twice and y written once.
-    row = timed(lambda: run(x, weight, bias), settings, check=check, nbytes=3 * x.nbytes)
-    return row | {"output_layout": layout if kept[0] else "changed"}
+    row = measure_call(lambda: run(x, weight, bias), settings, check=check, nbytes=3 * x.nbytes)
+    return row | {"output_layout": layout if layout_kept[0] else "changed"}
 
 
 def kernels(settings: Settings) -> Iterator[Case]:
@@ -87,7 +87,7 @@ def _cases(
     kind: str, shape: NormShape, batch: int, dtype: str, variant: str, settings: Settings
 ) -> Iterator[Case]:
     sizes = {"batch": batch, "channels": shape.channels, "side": shape.side, "variant": variant}
-    providers = ["copy", "eager", *ours("group_norm_silu", settings.device)]
+    providers = ["copy", "eager", *our_implementations("group_norm_silu", settings.device)]
     early = norm_shapes().index(shape) < COMPILED_ON_CPU and batch == 1
     if variant in ("plain", "adaptive") and (settings.cuda or early):
         providers.insert(2, "torch.compile")
@@ -147,7 +147,7 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
 def provider_of(name: str) -> Callable[..., Any]:
     """Return the function called `name`."""
     if name in ("eager", "torch.compile"):
-        return eager if name == "eager" else compiled(eager)
+        return eager if name == "eager" else compile_function(eager)
     from admfast.ops import group_norm_silu
 
     return lambda x, weight, bias, **options: group_norm_silu(
@@ -167,7 +167,7 @@ def compare(out: Any, x: Tensor, weight: Tensor, bias: Tensor, options: dict, li
     *arguments, wide = _wide(x, weight, bias, options)
     ref = eager(*arguments, **wide)
     pairs = zip(out, ref, strict=True) if isinstance(out, tuple) else [(out, ref)]
-    return max(checked(a[[0, len(x) - 1]], b, limit) for a, b in pairs)
+    return max(check_error(a[[0, len(x) - 1]], b, limit) for a, b in pairs)
 
 
 def _forward(
@@ -178,11 +178,11 @@ def _forward(
     size = {"up": 4.0, "down": 0.25}.get(variant, 1.0) * source
     moved = source * (2 if source > L2_BYTES else 1) + size * (2 if "with_skip" in options else 1)
     if provider == "copy":
-        return copied(moved, settings)
+        return measure_copy(moved, settings)
     run = provider_of(provider)
     # The operations of the published network round at most five intermediate results to the dtype.
     limit = 5 * torch.finfo(x.dtype).eps
-    return timed(
+    return measure_call(
         lambda: run(x, weight, bias, **options),
         settings,
         check=lambda out: compare(out, x, weight, bias, options, limit),
@@ -196,17 +196,17 @@ def _gradient(
     x, weight, bias, options = inputs(shape, batch, dtype, variant, settings.device)
     moved = x.nbytes * (5 if 2 * x.nbytes > L2_BYTES else 3)
     if provider == "copy":
-        return copied(moved, settings)
+        return measure_copy(moved, settings)
     dy, leaf = torch.randn_like(x), x.requires_grad_(True)
     y = provider_of(provider)(leaf, weight, bias, **options)
     ends = [0, batch - 1]
     x64, weight64, bias64, wide = _wide(x, weight, bias, options)
     leaf64 = x64.requires_grad_(True)
     (ref,) = torch.autograd.grad(eager(leaf64, weight64, bias64, **wide), leaf64, dy[ends].double())
-    return timed(
+    return measure_call(
         lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0],
         settings,
-        check=lambda dx: checked(dx[ends], ref, 8 * torch.finfo(x.dtype).eps),
+        check=lambda dx: check_error(dx[ends], ref, 8 * torch.finfo(x.dtype).eps),
         nbytes=moved,
         gradient=True,
     )

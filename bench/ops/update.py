@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.measure import DTYPES, Case, Settings, checked, compiled, timed
-from bench.ops.providers import copied, ours
+from bench.measure import DTYPES, Case, Settings, check_error, compile_function, measure_call
+from bench.ops.providers import measure_copy, our_implementations
 from bench.results import Row
 from bench.shapes import BATCHES, sampler_sides
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from admfast.ops import Row as SolverRow
 
 STEPS = 250  # respaced from 1000, as for most published samples
-STEP = STEPS // 2
+MEASURED_STEP = STEPS // 2
 # Each element goes through about thirty float32 roundings.
 LIMIT = 30 * torch.finfo(torch.float32).eps
 
@@ -153,12 +153,17 @@ def kernels(settings: Settings) -> Iterator[Case]:
     half = "fp16" if settings.cuda else "bf16"
     for batch, side in sizes:
         for dtype in ("fp32", half) if side in (256, sides[0]) else ("fp32",):
-            for provider in ("copy", "eager", "torch.compile", *ours("sampler_step", settings.device)):
+            for provider in (
+                "copy",
+                "eager",
+                "torch.compile",
+                *our_implementations("sampler_step", settings.device),
+            ):
                 measure = partial(_update, batch, side, dtype, provider)
                 yield Case("sampler_step", dtype, provider, {"batch": batch, "side": side}, measure)
 
 
-def guided_row(step: int = STEP) -> SolverRow:
+def guided_row(step: int = MEASURED_STEP) -> SolverRow:
     """Return the solver's row for the published update at a step of `tables`."""
     from admfast.diffusion import DiffusionConfig
     from admfast.solvers import ddpm
@@ -176,16 +181,16 @@ def _update(batch: int, side: int, dtype: str, provider: str, settings: Settings
     # x, the network's output and the gradient are read, x and x_0 written; the noise is never in memory.
     moved = 4 * x.nbytes + out.nbytes
     if provider == "copy":
-        return copied(moved, settings)
+        return measure_copy(moved, settings)
     table = tables()
-    c = coefficients(STEP, table)
+    c = coefficients(MEASURED_STEP, table)
 
     def check(new: Tensor, noise: Tensor) -> float:
         wide = (t.double() for t in (x, out, gradient, noise))
-        return checked(new, formula(*wide, c), LIMIT)
+        return check_error(new, formula(*wide, c), LIMIT)
 
     def published() -> Tensor:
-        return published_update(x, out, gradient, STEP, table)
+        return published_update(x, out, gradient, MEASURED_STEP, table)
 
     with torch.inference_mode():
         if provider in ("counted", "eager"):
@@ -194,18 +199,20 @@ def _update(batch: int, side: int, dtype: str, provider: str, settings: Settings
             torch.manual_seed(0)
             error = check(new, torch.randn_like(x))
             counted = count_traffic(published) if provider == "counted" else (None, moved)
-            row = timed(published, settings, check=lambda _: error, nbytes=counted[1])
+            row = measure_call(published, settings, check=lambda _: error, nbytes=counted[1])
             return row if counted[0] is None else row | {"operations": counted[0]}
         if provider == "torch.compile":
             # Noise that is drawn inside can't be reproduced outside, so the comparison passes the noise in.
             noise = torch.randn_like(x)
-            error = check(compiled(lambda *a: formula(*a, c))(x, out, gradient, noise), noise)
-            drawing = compiled(lambda *a: formula(*a, torch.randn_like(a[0]), c))
-            return timed(lambda: drawing(x, out, gradient), settings, check=lambda _: error, nbytes=moved)
-    return _ours(x, out, gradient, provider, check, moved, settings)
+            error = check(compile_function(lambda *a: formula(*a, c))(x, out, gradient, noise), noise)
+            drawing = compile_function(lambda *a: formula(*a, torch.randn_like(a[0]), c))
+            return measure_call(
+                lambda: drawing(x, out, gradient), settings, check=lambda _: error, nbytes=moved
+            )
+    return _measure_ours(x, out, gradient, provider, check, moved, settings)
 
 
-def _ours(
+def _measure_ours(
     x: Tensor,
     out: Tensor,
     gradient: Tensor,
@@ -222,7 +229,7 @@ def _ours(
         seeds = torch.arange(len(x), device=x.device)
         number = torch.zeros(1, dtype=torch.int64, device=x.device)
         drawn = normal_ref(seeds, tuple(x.shape[1:]), 0, Stream.STEPS)
-        return timed(
+        return measure_call(
             lambda: sampler_step(state, out, packed, number, grad=gradient, seeds=seeds, impl=impl),
             settings,
             check=lambda _: check(state.x.clone(), drawn),

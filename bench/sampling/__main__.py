@@ -23,16 +23,16 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def groups(arguments: argparse.Namespace, settings: Any) -> Any:
     """Return the groups with their shares of the budget; the ablation only with `--ablate`."""
-    from bench.ops import products
-    from bench.sampling import ablation, start
+    from bench.ops import matmul_and_conv
+    from bench.sampling import ablation, startup
     from bench.sampling.choice import choose
 
     chosen = choose(arguments, settings)
     more = {"pairs": chosen.pairs, "precision": chosen.precisions[0], "compiled": chosen.compiled}
     cases = {
-        "matmul": products.matmul_ceilings,
+        "matmul": matmul_and_conv.matmul_ceilings,
         "steps": chosen.cases,
-        "start": functools.partial(start.cases, **more),
+        "start": functools.partial(startup.cases, **more),
         "ablation": functools.partial(ablation.cases, **more),
     }
     return {name: (SHARES[name], cases[name]) for name in cases if name != "ablation" or arguments.ablate}

@@ -20,7 +20,7 @@ SYSTEMS = {"cuda": ("imagenet256", "imagenet64"), "cpu": ("digits32", "imagenet6
 BATCHES = {"cuda": (8, 1), "cpu": (1, 4)}
 ALL_BATCHES = {"cuda": (8, 1, 32), "cpu": (1,)}
 PRECISIONS = {"cuda": ("auto", "bf16", "fp16"), "cpu": ("fp32", "bf16")}
-ROUNDS_SECONDS = {"cuda": 20.0, "cpu": 150.0}
+SECONDS_OF_ALL_ROUNDS = {"cuda": 20.0, "cpu": 150.0}
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,36 @@ class Choice:
 
     def comparisons(self, settings: Settings) -> Iterator[Comparison]:
         """Yield the comparison of every pair, of a guided step if the preset has a classifier."""
-        budget = ROUNDS_SECONDS[settings.device.type]
+        budget = SECONDS_OF_ALL_ROUNDS[settings.device.type]
         for subject, batch in self.pairs:
             entries = [ours.entry(name) for name in self.precisions]
             if self.compiled:
                 options = EngineOptions(compile=True)
                 entries.append(ours.entry(self.precisions[0], options, "admfast, compiled"))
-            forms = [form for name, form in published.FORMS.items() if name in self.peers]
-            entries += [published.entry(form, self.path, settings.device) for form in forms]
+            variants = [variant for name, variant in published.VARIANTS.items() if name in self.peers]
+            entries += [published.entry(variant, self.path, settings.device) for variant in variants]
             if subject.also:
                 note = {"also": f"also {', '.join(subject.also)}"}
                 entries = [replace(entry, note=note) for entry in entries]
             kind = "step" if subject.classifier is None else "guided_step"
             yield Comparison(kind, subject, batch, entries, budget)
             if "openvino" in self.peers:
-                yield self._of_network(subject, batch, budget, settings)
+                yield self._openvino_comparison(subject, batch, budget, settings)
 
-    def _of_network(self, subject: Subject, batch: int, budget: float, settings: Settings) -> Comparison:
+    def _openvino_comparison(
+        self, subject: Subject, batch: int, budget: float, settings: Settings
+    ) -> Comparison:
         """Return the comparison with OpenVINO, of a step without guidance."""
         entries = [ours.entry(name) for name in self.precisions]
         entries += [published.entry(published.EAGER, self.path, settings.device)] if self.path else []
         entries += [openvino.entry(name) for name in self.precisions if name in openvino.PRECISIONS]
-        alone = replace(subject, classifier=None, guidance=0.0)
-        return Comparison("step", alone, batch, entries, budget)
+        unguided = replace(subject, classifier=None, guidance=0.0)
+        return Comparison("step", unguided, batch, entries, budget)
 
     def cases(self, settings: Settings) -> Iterator[Case]:
         """Yield the cases of all comparisons."""
-        for one in self.comparisons(settings):
-            yield from one.cases()
+        for comparison in self.comparisons(settings):
+            yield from comparison.cases()
 
 
 def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
@@ -80,12 +82,12 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
     if settings.quick:
         pairs = [(TINY, 2)]
     elif arguments.systems:
-        every = ALL_BATCHES[kind] if arguments.all and not arguments.batches else batches
-        pairs = [(known[name], batch) for name in names for batch in every]
+        batches_of_each = ALL_BATCHES[kind] if arguments.all and not arguments.batches else batches
+        pairs = [(known[name], batch) for name in names for batch in batches_of_each]
     else:
         pairs = [(known[name], batch) for name in names for batch in batches]
-        more = [(subject, batch) for subject in known.values() for batch in ALL_BATCHES[kind]]
-        pairs += [pair for pair in more if pair not in pairs] if arguments.all else []
+        further = [(subject, batch) for subject in known.values() for batch in ALL_BATCHES[kind]]
+        pairs += [pair for pair in further if pair not in pairs] if arguments.all else []
     precisions = precisions_in(arguments.precisions, settings) or PRECISIONS[kind]
     path = arguments.guided_diffusion
     # By default, the peers that are available and need not be compiled for minutes.

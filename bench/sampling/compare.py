@@ -10,12 +10,21 @@ from typing import Any
 
 import torch
 
-from bench.measure import Case, Sample, Settings, first_line, in_turns, quantiles, refuse_work, short
+from bench.measure import (
+    Case,
+    Sample,
+    Settings,
+    first_line,
+    quantiles,
+    refuse_work,
+    round_to_5_digits,
+    sample_in_turns,
+)
 from bench.ops.products import PRODUCT_FLOP, product_taker
-from bench.profile import traced
-from bench.report import PRODUCT
+from bench.profile import trace_steps
+from bench.report import PRODUCT_DTYPE
 from bench.results import Row
-from bench.sampling.contender import TOGETHER, Contender, Entry, sampling_trial
+from bench.sampling.contender import STEPS_PER_CHUNK, Contender, Entry, sampling_trial
 from bench.sampling.subject import Subject, step_flop
 from bench.sampling.weights import shared_state
 
@@ -24,7 +33,7 @@ SAMPLE_SECONDS = {"cuda": 0.1, "cpu": 0.4}
 ROUNDS = 9
 TRACED_STEPS = 5
 # Seconds that a contender may take to pass its trial, without and with compilation.
-PATIENCE, COMPILING = 300.0, 3600.0
+TRIAL_SECONDS, COMPILE_SECONDS = 300.0, 3600.0
 
 
 @dataclass(eq=False)
@@ -40,9 +49,9 @@ class Comparison:
     batch: int
     entries: Sequence[Entry]
     budget: float = 60.0
-    trial_of: Callable[[Subject, int, torch.device], Any] = sampling_trial
+    make_trial: Callable[[Subject, int, torch.device], Any] = sampling_trial
     passes: int = 1
-    found: dict[Entry, Row | Exception] = field(default_factory=dict)
+    results: dict[Entry, Row | Exception] = field(default_factory=dict)
     left_out: set[tuple[str, str]] = field(default_factory=set)
 
     @property
@@ -57,10 +66,10 @@ class Comparison:
     def case(self, entry: Entry) -> Case:
         """Return the case of one contender."""
         shape = {"system": self.subject.name, "batch": self.batch}
-        limit = self.budget + (COMPILING if entry.compiles else PATIENCE)
+        limit = self.budget + (COMPILE_SECONDS if entry.compiles else TRIAL_SECONDS)
         measure = partial(self.row_of, entry)
         return Case(
-            self.kind, entry.dtype, entry.name, shape, measure, dict(entry.note), limit, together=self
+            self.kind, entry.dtype, entry.name, shape, measure, dict(entry.note), limit, measured_with=self
         )
 
     def leave_out(self, case: Case) -> None:
@@ -69,21 +78,21 @@ class Comparison:
 
     def row_of(self, entry: Entry, settings: Settings) -> Row:
         """Return the row of one contender, or raise its error; measure all of them at the first call."""
-        if not self.found:
+        if not self.results:
             try:
                 self._measure(settings)
             except Exception as error:  # the trial itself failed, so no contender can be measured
-                self.found = dict.fromkeys(self.entries, error.with_traceback(None))
-        found = self.found[entry]
-        if isinstance(found, Exception):
-            raise found
-        return found
+                self.results = dict.fromkeys(self.entries, error.with_traceback(None))
+        result = self.results[entry]
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _measure(self, settings: Settings) -> None:
         """Measure all contenders: find the row or the error of each."""
         flop = self.flop
         refuse_work(flop * len({0, self.batch - 1}) / self.batch, "fp32", settings)
-        trial = self.trial_of(self.subject, self.batch, settings.device)
+        trial = self.make_trial(self.subject, self.batch, settings.device)
         ready: dict[Entry, Contender] = {}
         rows: dict[Entry, Row] = {}
         for entry in self.entries:
@@ -92,39 +101,39 @@ class Comparison:
             settings.begin(self.case(entry))
             try:
                 refuse_work(flop, entry.dtype, settings)
-                ready[entry], rows[entry] = self._prepared(entry, trial)
+                ready[entry], rows[entry] = self._prepare(entry, trial)
             except Exception as error:
                 # Without its traceback, whose frames keep the contender's memory.
-                self.found[entry] = error.with_traceback(None)
-            _tidy(settings)
+                self.results[entry] = error.with_traceback(None)
+            _free_memory(settings)
         takers: dict[Entry | str, Callable[[int], Sample]]
-        takers = {entry: contender.take for entry, contender in ready.items()}
+        takers = {entry: contender.time_steps for entry, contender in ready.items()}
         if not settings.cuda:
             takers |= {name: product_taker(name) for name in sorted(map(product_of, ready))}
-        samples = in_turns(
+        samples = sample_in_turns(
             takers,
             0.005 if settings.quick else SAMPLE_SECONDS[settings.device.type],
             2 if settings.quick else ROUNDS,
-            together=TOGETHER,
-            longest=self.subject.steps,
+            steps_per_chunk=STEPS_PER_CHUNK,
+            max_steps=self.subject.steps,
             budget=min(self.budget, settings.limit / 2),
         )
         for entry, contender in ready.items():
             rows[entry] |= self.times_of(samples[entry])
             if settings.cuda:
                 host = quantiles([sample.host_ms for sample in samples[entry]])["ms"]
-                rows[entry] |= {"host_ms": host} | _launches(contender)
+                rows[entry] |= {"host_ms": host} | _count_launches(contender)
             else:
                 rows[entry]["cpu_ms"] = quantiles([sample.cpu_ms for sample in samples[entry]])["ms"]
                 rows[entry] |= _rate_of_products(rows[entry], samples[product_of(entry)])
         for entry, row in rows.items():
-            others = {f"{o.name} {o.dtype}": paired_ratio(rows[o], row) for o in rows if o != entry}
-            row["faster_than"] = others
-        self.found |= rows
+            ratios = {f"{o.name} {o.dtype}": paired_ratio(rows[o], row) for o in rows if o != entry}
+            row["faster_than"] = ratios
+        self.results |= rows
         ready.clear()
-        _tidy(settings)
+        _free_memory(settings)
 
-    def _prepared(self, entry: Entry, trial: Any) -> tuple[Contender, Row]:
+    def _prepare(self, entry: Entry, trial: Any) -> tuple[Contender, Row]:
         """Return a contender that has passed its trial, and the first fields of its row."""
         contender = entry.make(self.subject, trial.inputs)
         cuda = trial.inputs.x.device.type == "cuda"
@@ -134,13 +143,13 @@ class Comparison:
             before = torch.cuda.memory_allocated()
         with contender.running():
             contender.ready()
-            error = trial.check(contender.outcome(trial), entry.dtype)
+            error = trial.check(contender.run_trial(trial), entry.dtype)
         row: Row = {"rel_err": float(f"{error:.2e}"), "steps": self.subject.steps} | contender.note()
         if cuda:
             torch.cuda.synchronize()
             # Its own memory, and the float32 weights that all contenders share.
-            own = torch.cuda.max_memory_allocated() - before
-            row["peak_mb"] = round((own + self._shared_bytes(trial.inputs.x.device)) / 1e6, 1)
+            own_bytes = torch.cuda.max_memory_allocated() - before
+            row["peak_mb"] = round((own_bytes + self._shared_bytes(trial.inputs.x.device)) / 1e6, 1)
         return contender, row
 
     def _shared_bytes(self, device: torch.device) -> int:
@@ -154,17 +163,17 @@ class Comparison:
         flop = self.flop
         return row | {
             "samples": len(samples),
-            "rounds_ms": [short(sample.ms) for sample in samples],
+            "rounds_ms": [round_to_5_digits(sample.ms) for sample in samples],
             "waited": round(sum(sample.waited for sample in samples) / len(samples), 3),
             "flop": flop,
-            "tflops": short(flop / row["ms"] / 1e9),
-            "images_per_s": short(1e3 * self.batch / (row["ms"] * self.subject.steps)),
+            "tflops": round_to_5_digits(flop / row["ms"] / 1e9),
+            "images_per_s": round_to_5_digits(1e3 * self.batch / (row["ms"] * self.subject.steps)),
         }
 
 
 def product_of(entry: Entry) -> str:
     """Return the dtype of the matrix products with which a contender's rate is compared."""
-    return PRODUCT.get(entry.dtype, entry.dtype)
+    return PRODUCT_DTYPE.get(entry.dtype, entry.dtype)
 
 
 def _rate_of_products(row: Row, products: Sequence[Sample]) -> Row:
@@ -181,16 +190,16 @@ def paired_ratio(slower: Row, faster: Row) -> float:
     return quantiles([a / b for a, b in pairs])["ms"]
 
 
-def _launches(contender: Contender) -> Row:
+def _count_launches(contender: Contender) -> Row:
     """Return the numbers of launches by the host and of kernels for one step."""
     try:
-        trace: Any = traced(contender, TRACED_STEPS)
+        trace: Any = trace_steps(contender, TRACED_STEPS)
     except RuntimeError as error:  # a host may not allow profiling
         return {"trace": first_line(error)}
     return {"launches": round(trace.launches, 1), "kernels": round(trace.kernels, 1)}
 
 
-def _tidy(settings: Settings) -> None:
+def _free_memory(settings: Settings) -> None:
     gc.collect()
     if settings.cuda:
         torch.cuda.empty_cache()

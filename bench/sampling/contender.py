@@ -22,7 +22,7 @@ from admfast.sampling.functions import FunctionStep, bind_conditions
 from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm
 from admfast.verify.budget import BUDGETS
-from bench.measure import Sample, checked, sample
+from bench.measure import Sample, check_error, sample
 from bench.results import Row
 from bench.sampling.subject import Inputs, Subject
 
@@ -30,7 +30,7 @@ from bench.sampling.subject import Inputs, Subject
 # guidance of similar size. In earlier steps x stays mostly x_t, which would hide an error of the network.
 TRIAL_STEPS, TRIAL_INDEX = 10, 1
 # Steps whose embeddings the engine makes at a time; a sample has a multiple of it if it has enough steps.
-TOGETHER = 25
+STEPS_PER_CHUNK = 25
 GUIDANCE_SIZE = 0.3  # root mean square of the change of x by the trial's guidance
 
 
@@ -59,7 +59,7 @@ class Contender(abc.ABC):
         """Make everything that the steps need; raise Unavailable if that is impossible."""
 
     @abc.abstractmethod
-    def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
+    def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:
         """Return (x after the trial's step, the x_0 found in it), for all images."""
 
     @abc.abstractmethod
@@ -89,7 +89,7 @@ class Contender(abc.ABC):
         """Name parts that a profiler can't distinguish; called after `begin`. By default there are none."""
         return None
 
-    def take(self, count: int) -> Sample:
+    def time_steps(self, count: int) -> Sample:
         """Time the first `count` steps together."""
         with self.running():
             self.begin()
@@ -118,7 +118,7 @@ class Trial:
         """Return the larger relative error of x and x_0; raise WrongResult if it exceeds dtype's budget."""
         ends = list(self.ends)
         pairs = zip(outcome, (self.x_next, self.x0), strict=True)
-        return max(checked(got[ends], ref, BUDGETS[dtype].step) for got, ref in pairs)
+        return max(check_error(got[ends], ref, BUDGETS[dtype].step) for got, ref in pairs)
 
     @property
     def noise_row(self) -> int:
@@ -135,24 +135,28 @@ def sampling_trial(subject: Subject, batch: int, device: torch.device) -> Trial:
 def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     """Return the trial of a batch; the reference computes its first and its last image."""
     process = subject.process(TRIAL_STEPS)
-    whole = ddpm().table(process)
-    table = SolverTable(whole.solver, whole.rows[-1 - TRIAL_INDEX :][:1], integer_t=whole.integer_t)
+    full_table = ddpm().table(process)
+    table = SolverTable(
+        full_table.solver, full_table.rows[-1 - TRIAL_INDEX :][:1], integer_t=full_table.integer_t
+    )
     row_number = TRIAL_STEPS - 1 - TRIAL_INDEX
     noise = normal(inputs.seeds, inputs.x.shape[1:], row_number, Stream.STEPS)
     ends = tuple(sorted({0, len(inputs.x) - 1}))
-    few, device = inputs.part(list(ends)), inputs.x.device
+    end_inputs, device = inputs.part(list(ends)), inputs.x.device
     net, classifier = subject.networks(device)
-    model = bind_conditions(net, few.labels, few.low_res)
-    shape = tuple(few.x.shape)
+    model = bind_conditions(net, end_inputs.labels, end_inputs.low_res)
+    shape = tuple(end_inputs.x.shape)
     batch = Batch(
-        table=table, shape=shape, seeds=few.seeds, step_noise=noise[None, list(ends)], guided=(False,)
+        table=table, shape=shape, seeds=end_inputs.seeds, step_noise=noise[None, list(ends)], guided=(False,)
     )
 
     def run(guidance_scale: float) -> tuple[Tensor, Tensor]:
         guides = []
-        if classifier is not None and few.labels is not None:
-            guides.append((Guide(classifier_guidance(classifier, few.labels, guidance_scale)), (True,)))
-        step = FunctionStep(batch, model, few.x, guides)
+        if classifier is not None and end_inputs.labels is not None:
+            guides.append(
+                (Guide(classifier_guidance(classifier, end_inputs.labels, guidance_scale)), (True,))
+            )
+        step = FunctionStep(batch, model, end_inputs.x, guides)
         step.advance(0)
         return step.state.x.clone(), step.state.x0.clone()
 

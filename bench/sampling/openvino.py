@@ -68,7 +68,7 @@ class OpenVino(Contender):
         )
         return FunctionStep(batch, self._model, self.inputs.x, [])
 
-    def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
+    def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:
         runner = self._runner(trial.table, trial.noise_row)
         runner.advance(0)
         return runner.state.x.clone(), runner.state.x0.clone()

@@ -40,10 +40,10 @@ class Ours(Contender):
         name: str = "admfast",
         precision: str = "fp32",
         options: EngineOptions | None = None,
-        setting: str = "",
+        impl_setting: str = "",
     ):
         super().__init__(subject, inputs)
-        self.name, self.dtype, self.setting = name, precision, setting
+        self.name, self.dtype, self.impl_setting = name, precision, impl_setting
         self.options = options or EngineOptions()
         self.implementations: dict[str, list[str]] = {}
 
@@ -54,11 +54,11 @@ class Ours(Contender):
         self.engine.ensure_folded()
         self.table = ddpm().table(self.subject.process(self.subject.steps))
         self.guided = nets[1] is not None and self.inputs.labels is not None
-        with self._watching():
+        with self._record_implementations():
             self.begin()
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
+    def _record_implementations(self) -> Iterator[None]:
         """Record which implementations are chosen within the `with` block."""
         with record_choices() as choices:
             yield
@@ -93,9 +93,9 @@ class Ours(Contender):
             guides.append((Guide(classifier_guidance(classifier, inputs.labels, guidance_scale)), flags))
         return FunctionStep(batch, bind_conditions(net, inputs.labels, inputs.low_res), x, guides)
 
-    def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
+    def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:
         runner = self._runner(trial.table, trial.guidance_scale, trial.noise_row, self.inputs.x)
-        with self._watching():
+        with self._record_implementations():
             runner.advance(0)
         return runner.state.x.clone(), runner.state.x0.clone()
 
@@ -108,7 +108,7 @@ class Ours(Contender):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         tf32 = policy(self.dtype, self.device).tf32
-        chosen = override_impl(self.setting) if self.setting else contextlib.nullcontext()
+        chosen = override_impl(self.impl_setting) if self.impl_setting else contextlib.nullcontext()
         with torch.no_grad(), fixed_numerics(self.device, tf32), chosen:
             yield
 

@@ -40,7 +40,7 @@ INDUCTOR = {
 
 
 @dataclass(frozen=True)
-class Form:
+class NetworkVariant:
     """A variant of the published networks.
 
     frozen: False leaves them as published: parameters require gradients, attention is computed twice for a
@@ -53,10 +53,10 @@ class Form:
     compiled: bool = False
 
 
-EAGER = Form("published")
-CHANNELS_LAST = Form("published, channels-last", frozen=True)
-COMPILED = Form("published, compiled", frozen=True, compiled=True)
-FORMS = {"eager": EAGER, "channels-last": CHANNELS_LAST, "compiled": COMPILED}
+EAGER = NetworkVariant("published")
+CHANNELS_LAST = NetworkVariant("published, channels-last", frozen=True)
+COMPILED = NetworkVariant("published, compiled", frozen=True, compiled=True)
+VARIANTS = {"eager": EAGER, "channels-last": CHANNELS_LAST, "compiled": COMPILED}
 
 
 @functools.cache
@@ -85,11 +85,11 @@ def modules(path: str, parts: tuple[str, ...] = PARTS) -> SimpleNamespace:
 class Published(Contender):
     """The published `p_sample` with the published networks; float32 on a CPU, its float16 on a GPU."""
 
-    def __init__(self, subject: Subject, inputs: Inputs, form: Form, path: str):
+    def __init__(self, subject: Subject, inputs: Inputs, variant: NetworkVariant, path: str):
         super().__init__(subject, inputs)
-        self.form, self.path, self.name = form, path, form.name
+        self.variant, self.path, self.name = variant, path, variant.name
         self.half = self.device.type == "cuda"
-        self.dtype = precision(self.device)
+        self.dtype = precision_on(self.device)
 
     def prepare(self) -> None:
         code = modules(self.path)
@@ -98,9 +98,9 @@ class Published(Contender):
         self.net = self._network(kind, config, 0, self.half)
         self.classifier = None
         if self.subject.classifier is not None:
-            half = self.half and self.form.frozen
+            half = self.half and self.variant.frozen
             self.classifier = self._network(code.unet.EncoderUNetModel, self.subject.classifier, 1, half)
-        self.loss_scale = LOSS_SCALE if self.half and self.form.frozen else 1.0
+        self.loss_scale = LOSS_SCALE if self.half and self.variant.frozen else 1.0
         settings = self.subject.settings.to_dict()
         self.process = functools.partial(code.script_util.create_gaussian_diffusion, **settings)
         self.diffusion = self.process(timestep_respacing=str(self.subject.steps))
@@ -112,14 +112,14 @@ class Published(Contender):
             net = kind(**arguments, use_fp16=half)
         net.load_state_dict(shared_state(config, seed, self.device), strict=True, assign=True)
         for parameter in net.parameters():
-            parameter.requires_grad_(not self.form.frozen)
+            parameter.requires_grad_(not self.variant.frozen)
         if half:
             net.convert_to_fp16()
         net.eval()
-        if self.form.frozen:
+        if self.variant.frozen:
             net.to(memory_format=torch.channels_last)
             without_checkpoints(net)
-        if not self.form.compiled:
+        if not self.variant.compiled:
             return net
         import torch._inductor as inductor
 
@@ -133,7 +133,7 @@ class Published(Contender):
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
             log_probability = torch.log_softmax(self.classifier(leaf, t).float(), dim=-1)
-            if self.form.frozen:
+            if self.variant.frozen:
                 chosen = log_probability.gather(1, y[:, None])
             else:
                 chosen = log_probability[range(len(y)), y]  # as published: copies indices to the device
@@ -146,17 +146,17 @@ class Published(Contender):
     def _sample(self, diffusion: Any, x: Tensor, index: int) -> dict[str, Tensor]:
         """Run one `p_sample`, with the tensors that the published loop makes for it."""
         inputs = self.inputs
-        given = {"y": inputs.labels, "low_res": inputs.low_res}
+        conditions = {"y": inputs.labels, "low_res": inputs.low_res}
         t = torch.tensor([index] * len(x), device=self.device)
         return diffusion.p_sample(
             self._model,
             x,
             t,
             cond_fn=None if self.classifier is None else self._condition,
-            model_kwargs={key: value for key, value in given.items() if value is not None},
+            model_kwargs={key: value for key, value in conditions.items() if value is not None},
         )
 
-    def outcome(self, trial: Trial) -> tuple[Tensor, Tensor]:
+    def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:
         diffusion = self.process(timestep_respacing=str(trial.process.num_timesteps))
         self.guidance_scale = trial.guidance_scale
         with mock.patch.object(torch, "randn_like", lambda like: trial.noise.to(like.dtype)):
@@ -168,14 +168,14 @@ class Published(Contender):
         self.x, self.guidance_scale = self.inputs.x, self.subject.guidance
 
     def step(self, i: int) -> None:
-        if self.form.compiled and self.half:
+        if self.variant.compiled and self.half:
             torch.compiler.cudagraph_mark_step_begin()
         self.x = self._sample(self.diffusion, self.x, self.subject.steps - 1 - i)["sample"]
 
     def note(self) -> Row:
         if not self.half:
             return {}
-        return {"implementation": f"classifier {'fp16' if self.form.frozen else 'fp32'}"}
+        return {"implementation": f"classifier {'fp16' if self.variant.frozen else 'fp32'}"}
 
 
 def without_checkpoints(net: nn.Module) -> None:
@@ -188,12 +188,12 @@ def without_checkpoints(net: nn.Module) -> None:
             module.forward = module._forward  # type: ignore[method-assign, assignment]
 
 
-def precision(device: torch.device) -> str:
+def precision_on(device: torch.device) -> str:
     """Return the precision in which the published code runs."""
     return "fp16" if device.type == "cuda" else "fp32"
 
 
-def entry(form: Form, path: str, device: torch.device) -> Entry:
+def entry(variant: NetworkVariant, path: str, device: torch.device) -> Entry:
     """Return the entry of a variant of the published step."""
-    make = functools.partial(Published, form=form, path=path)
-    return Entry(form.name, precision(device), make, compiles=form.compiled)
+    make = functools.partial(Published, variant=variant, path=path)
+    return Entry(variant.name, precision_on(device), make, compiles=variant.compiled)

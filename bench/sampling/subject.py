@@ -100,7 +100,7 @@ TINY = Subject(
 )
 
 
-def named(name: str) -> Subject:
+def find_subject(name: str) -> Subject:
     """Return a subject by its name."""
     return TINY if name == TINY.name else subjects()[name]
 

@@ -21,10 +21,10 @@ def random_state(config: NetConfig, seed: int = 0, device: torch.device | str = 
     and all implementations would agree. Values are the same on devices of the same kind.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    return {key: drawn(key, shape, generator) for key, shape in network_shapes(config).items()}
+    return {key: draw_weight(key, shape, generator) for key, shape in network_shapes(config).items()}
 
 
-def drawn(key: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+def draw_weight(key: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Draw one tensor of `random_state`, by its name and shape."""
     z = torch.randn(tuple(shape), generator=generator, device=generator.device)
     if key.endswith(".bias"):

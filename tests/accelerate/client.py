@@ -245,7 +245,7 @@ class WithUnusedArguments(UNetModel):
         return self.out(h)
 
 
-class WithAnotherWalk(UNetModel):
+class WithAnotherForward(UNetModel):
     """A UNet that halves the embedding: its `forward` has one constant more than the published one."""
 
     def forward(self, x, timesteps, y=None):

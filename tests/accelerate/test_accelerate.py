@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import admfast
 import admfast.accelerate
-from admfast.accelerate.nets import AcceleratedNet
-from admfast.accelerate.walks import Walk, walk_of
+from admfast.accelerate.forward_methods import ForwardMethod, recognise_forward
+from admfast.accelerate.networks import AcceleratedNet
 from admfast.errors import InvalidArgument
 from tests.accelerate import client
 from tests.accelerate.client import filled
@@ -44,7 +44,7 @@ WHOLE = {
 }
 BY_BLOCKS = {
     "pool of all blocks": (lambda: client.EncoderUNetModel(pool="spatial"), {}),
-    "another walk": (lambda: client.WithAnotherWalk(), {}),
+    "another forward": (lambda: client.WithAnotherForward(), {}),
     "used argument": (lambda: client.WithUsedArgument(), {"gt": randn(2, 3, 16, 16, seed=8)}),
     "other blocks": (lambda: client.WithOtherBlocks(), {}),
 }
@@ -57,14 +57,14 @@ def x() -> Tensor:
 
 def pair(name: str = "unet") -> tuple[nn.Module, nn.Module, dict]:
     """Return a program's network, its converted copy, and the keyword arguments to call both with."""
-    make, given = CLIENTS[name]
+    make, model_kwargs = CLIENTS[name]
     net = filled(make())
-    return net, admfast.accelerate(copy.deepcopy(net)), given
+    return net, admfast.accelerate(copy.deepcopy(net)), model_kwargs
 
 
-def gradients(net: nn.Module, given: dict) -> dict[str, Tensor]:
+def gradients(net: nn.Module, model_kwargs: dict) -> dict[str, Tensor]:
     images = x().requires_grad_(True)
-    out = net(images, T, **given)
+    out = net(images, T, **model_kwargs)
     (out * randn(*out.shape, seed=2)).sum().backward()
     return {"x": images.grad, **{name: p.grad for name, p in net.named_parameters() if p.grad is not None}}
 
@@ -74,22 +74,22 @@ def gradients(net: nn.Module, given: dict) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", CLIENTS)
 def test_outputs_and_all_gradients_are_the_programs_own(name):
-    net, fast, given = pair(name)
-    assert isinstance(fast.accelerated_walk, Walk) == (name in WHOLE)
+    net, fast, model_kwargs = pair(name)
+    assert isinstance(fast.accelerated_forward, ForwardMethod) == (name in WHOLE)
     with torch.no_grad():
-        wanted, found = net(x(), T, **given), fast(x(), T, **given)
+        expected, found = net(x(), T, **model_kwargs), fast(x(), T, **model_kwargs)
     assert fast.is_folded
-    assert_close(found, wanted)
-    assert (found.dtype, found.stride()) == (wanted.dtype, wanted.stride())
-    wanted, found = gradients(net, given), gradients(fast, given)
-    assert found.keys() == wanted.keys()
+    assert_close(found, expected)
+    assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+    expected, found = gradients(net, model_kwargs), gradients(fast, model_kwargs)
+    assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert_close(value, wanted[key])
+        assert_close(value, expected[key])
 
 
 def test_what_is_no_published_block_stays_and_is_named():
     _, fast, _ = pair("other blocks")
-    assert list(fast.accelerated_left) == ["middle_block.0"]
+    assert list(fast.accelerated_unconverted) == ["middle_block.0"]
     assert (
         type(fast.middle_block[0]) is client.OtherBlock
         and type(fast.middle_block) is client.TimestepEmbedSequential
@@ -123,10 +123,10 @@ def test_wrong_calls_fail_as_the_programs_own():
 def test_labels_may_be_left_out_where_the_program_lets_them():
     net = filled(client.WithOptionalLabels(num_classes=5))
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert isinstance(fast.accelerated_walk, Walk)
+    assert isinstance(fast.accelerated_forward, ForwardMethod)
     with torch.no_grad():
-        for given in ({}, {"y": Y}):
-            assert_close(fast(x(), T, **given), net(x(), T, **given))
+        for model_kwargs in ({}, {"y": Y}):
+            assert_close(fast(x(), T, **model_kwargs), net(x(), T, **model_kwargs))
 
 
 def test_compiled_networks_see_changes():
@@ -173,8 +173,8 @@ def test_hooks_see_what_they_saw():
         with torch.no_grad():
             one(x(), T)
     assert len(seen["fast"]) == len(seen["net"]) == 3
-    for found, wanted in zip(seen["fast"], seen["net"], strict=True):
-        for a, b in zip(found, wanted, strict=True):
+    for found, expected in zip(seen["fast"], seen["net"], strict=True):
+        for a, b in zip(found, expected, strict=True):
             assert_close(a, b)
 
 
@@ -183,9 +183,9 @@ def test_outputs_are_fresh_and_inputs_are_left_alone():
     images = x()
     with torch.no_grad():
         first = fast(images, T)
-        kept = first.clone()
+        copied = first.clone()
         second = fast(0.5 * images, T)
-    assert torch.equal(first, kept) and first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, copied) and first.data_ptr() != second.data_ptr()
     assert torch.equal(images, x())
     assert first.view(2, -1).shape[1] == 6 * 16 * 16
     noise = [torch.randn(2, 6, 16, 16, generator=torch.Generator().manual_seed(0))]
@@ -196,11 +196,11 @@ def test_outputs_are_fresh_and_inputs_are_left_alone():
 def test_copies_and_pickles():
     net, fast, _ = pair()
     with torch.no_grad():
-        wanted = fast(x(), T)
+        expected = fast(x(), T)
         twin, shallow = copy.deepcopy(fast), copy.copy(fast)
         assert isinstance(twin, AcceleratedNet) and isinstance(shallow, AcceleratedNet)
         twin.out[2].bias.add_(1.0)
-        assert torch.equal(fast(x(), T), wanted) and not torch.equal(twin(x(), T), wanted)
+        assert torch.equal(fast(x(), T), expected) and not torch.equal(twin(x(), T), expected)
         file = io.BytesIO()
         torch.save(fast, file)
         assert b"admfast" not in file.getvalue()
@@ -242,7 +242,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["unet", "another walk"])
+@pytest.mark.parametrize("name", ["unet", "another forward"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_seen_at_the_next_call(change, name):
     net, fast, _ = pair(name)
@@ -281,10 +281,10 @@ def test_training_steps_are_the_programs_own():
 def test_a_transform_may_come_first():
     net, fast, _ = pair()
     with torch.no_grad():
-        wanted, found = (
+        expected, found = (
             torch.func.vjp(lambda v, n=one: n(v, T), x())[1](randn(2, 6, 16, 16))[0] for one in (net, fast)
         )
-        assert_close(found, wanted)
+        assert_close(found, expected)
         assert_close(fast(x(), T), net(x(), T))
 
 
@@ -313,7 +313,7 @@ def test_parametrized_and_low_rank_layers():
             one(x(), T)
         torch.nn.utils.parametrizations.weight_norm(one.middle_block[0].in_layers[2])
     before = admfast.accelerate(copy.deepcopy(net))
-    assert "middle_block.0" in before.accelerated_left
+    assert "middle_block.0" in before.accelerated_unconverted
     with torch.no_grad():
         for one in (net, after, before):
             one.middle_block[0].in_layers[2].parametrizations.weight.original0.mul_(1.5)
@@ -324,14 +324,14 @@ def test_parametrized_and_low_rank_layers():
 def test_autocast_and_half_precision_give_the_programs_dtypes():
     net, fast, _ = pair()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        wanted, found = net(x(), T), fast(x(), T)
-    assert found.dtype == wanted.dtype == torch.bfloat16
+        expected, found = net(x(), T), fast(x(), T)
+    assert found.dtype == expected.dtype == torch.bfloat16
     with torch.no_grad():
         exact = net(x(), T)
-        assert (found - exact).abs().max() <= 2 * (wanted - exact).abs().max()
+        assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
         rounded = admfast.accelerate(fast, precision="bf16")(x(), T)
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
-    assert (rounded - exact).abs().max() <= 2 * (wanted - exact).abs().max()
+    assert (rounded - exact).abs().max() <= 2 * (expected - exact).abs().max()
 
 
 # Networks inside other objects
@@ -339,8 +339,8 @@ def test_autocast_and_half_precision_give_the_programs_dtypes():
 
 def test_networks_are_found_where_they_lie():
     net = filled(client.UNetModel())
-    for held in (client.Wrapper(net), SimpleNamespace(unet=net), nn.DataParallel(net)):
-        assert admfast.accelerate(held) is held
+    for holder in (client.Wrapper(net), SimpleNamespace(unet=net), nn.DataParallel(net)):
+        assert admfast.accelerate(holder) is holder
         assert isinstance(net, AcceleratedNet)
 
 
@@ -359,7 +359,7 @@ def test_an_unknown_precision_is_refused():
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_a_precision_that_one_network_cannot_use_changes_none(converted):
-    whole, by_blocks = filled(client.UNetModel()), filled(client.WithAnotherWalk())
+    whole, by_blocks = filled(client.UNetModel()), filled(client.WithAnotherForward())
     model = SimpleNamespace(whole=whole, by_blocks=by_blocks)
     if converted:
         admfast.accelerate(model)
@@ -382,11 +382,11 @@ def test_the_reason_is_that_of_the_method_that_is_nearest_to_the_published_walk(
     def forward_b(self):
         pass
 
-    changed = type("Changed", (client.WithAnotherWalk,), {"forward_b": forward_b})
-    for net in (filled(changed()), filled(client.WithAnotherWalk())):
-        assert str(walk_of(net)).startswith("forward uses 0.5")
+    changed = type("Changed", (client.WithAnotherForward,), {"forward_b": forward_b})
+    for net in (filled(changed()), filled(client.WithAnotherForward())):
+        assert str(recognise_forward(net)).startswith("forward uses 0.5")
     enlarging = type("Enlarging", (ClampedUpsampler,), {"forward_b": forward_b})
-    assert str(walk_of(filled(enlarging()))).startswith("forward uses clamp,")
+    assert str(recognise_forward(filled(enlarging()))).startswith("forward uses clamp,")
 
 
 class ClampedUpsampler(client.SuperResModel):

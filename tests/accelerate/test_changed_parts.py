@@ -44,10 +44,10 @@ def test_blocks_that_somebody_changed_keep_the_change(change, train):
         for module in one.modules():
             if hasattr(module, "scale"):
                 module.scale = 0.5
-    wanted, found = gradients(net, {}), gradients(fast, {})
-    assert found.keys() == wanted.keys()
+    expected, found = gradients(net, {}), gradients(fast, {})
+    assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert_close(value, wanted[key])
+        assert_close(value, expected[key])
 
 
 def norm_with(function):

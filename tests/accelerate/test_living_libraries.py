@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import admfast
-from admfast.accelerate.denoisers import Levels
-from admfast.accelerate.walks import Walk
+from admfast.accelerate.denoisers import NoiseLevels
+from admfast.accelerate.forward_methods import ForwardMethod
 from admfast.errors import InvalidArgument
 from bench.program_cores import StandIns
 from tests.accelerate.client import filled
@@ -90,7 +90,7 @@ def restored(azula, denoiser, y: Tensor, x: Tensor, **more: Any) -> Tensor:
 def test_azulas_posterior_sampling_on_its_own_network(libraries):
     theirs = azula_denoiser(libraries.adm)
     ours = admfast.accelerate(copy.deepcopy(theirs))
-    assert isinstance(ours.backbone.accelerated_walk, Walk) and any(
+    assert isinstance(ours.backbone.accelerated_forward, ForwardMethod) and any(
         p.requires_grad for p in ours.parameters()
     )
     x, y = randn(1, 3, 32, 32), randn(1, 3, 8, 8, seed=1)
@@ -115,8 +115,8 @@ def test_azulas_posterior_sampling_on_our_pipeline(libraries):
     with torch.no_grad():
         for t in torch.tensor([0.01, 0.3, 0.5]):
             assert_close(ours(x, t, label=label).mean, theirs(x, t, label=label).mean)
-    found, wanted = (restored(libraries.azula, d, y, x, label=label) for d in (ours, theirs))
-    assert_close(found, wanted)
+    found, expected = (restored(libraries.azula, d, y, x, label=label) for d in (ours, theirs))
+    assert_close(found, expected)
 
 
 def test_deepinvs_diffunet(libraries):
@@ -126,14 +126,17 @@ def test_deepinvs_diffunet(libraries):
         net.out[2].weight *= 0.01
         net.out[2].bias *= 0.01
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert isinstance(fast.accelerated_walk, Walk) and fast.accelerated_walk.method == "forward_diffusion"
+    assert (
+        isinstance(fast.accelerated_forward, ForwardMethod)
+        and fast.accelerated_forward.method == "forward_diffusion"
+    )
     x, sigma = 0.5 + 0.2 * randn(1, 3, 32, 32).tanh(), torch.tensor(0.1)
     with torch.no_grad():
-        wanted, found = (
+        expected, found = (
             torch.func.vjp(lambda v, n=n: n(v, sigma), x) for n in (net, fast)
         )  # PiGDM starts with such a vjp
-        assert_close(found[0], wanted[0])
-        assert_close(found[1](x)[0], wanted[1](x)[0])
+        assert_close(found[0], expected[0])
+        assert_close(found[1](x)[0], expected[1](x)[0])
         t = torch.tensor([500])
         assert_close(fast(x, t, type_t="timestep"), net(x, t, type_t="timestep"))
     posterior = libraries.deepinv.sampling.DPSDataFidelity
@@ -167,20 +170,20 @@ def gradients(net: torch.nn.Module, call: Callable[..., Tensor], x: Tensor) -> d
 def test_deepinvs_networks_of_edms_make(name, libraries):
     make, given = EDMS[name]
     net = filled(make(libraries.deepinv.models))
-    held = SimpleNamespace(denoiser=torch.nn.ModuleList([copy.deepcopy(net)]))
-    (fast,) = admfast.accelerate(held).denoiser
-    assert not fast.accelerated_left
+    holder = SimpleNamespace(denoiser=torch.nn.ModuleList([copy.deepcopy(net)]))
+    (fast,) = admfast.accelerate(holder).denoiser
+    assert not fast.accelerated_unconverted
     x, sigma = randn(2, 3, 16, 16), torch.tensor([0.3, 2.0])
     with torch.no_grad():
-        wanted, found = (
+        expected, found = (
             torch.func.vjp(lambda v, n=n: n(v, sigma, **given), x) for n in (net, fast)
         )  # PiGDM starts with such a vjp
-        assert_close(found[0], wanted[0])
-        assert_close(found[1](x)[0], wanted[1](x)[0])
-    wanted, found = (gradients(n, lambda n, x: n(x, sigma, **given), x) for n in (net, fast))
-    assert found.keys() == wanted.keys()
+        assert_close(found[0], expected[0])
+        assert_close(found[1](x)[0], expected[1](x)[0])
+    expected, found = (gradients(n, lambda n, x: n(x, sigma, **given), x) for n in (net, fast))
+    assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert_close(value, wanted[key])
+        assert_close(value, expected[key])
 
 
 def test_deepinvs_ncsnpp_stays_as_it_is(libraries):
@@ -213,19 +216,19 @@ DIFFUSERS = {
 def test_diffusers_unet(name, diffusers):
     net = filled(diffusers.UNet2DModel(**LEVELS, **DIFFUSERS[name]))
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert not fast.accelerated_left
+    assert not fast.accelerated_unconverted
     labels = {"class_labels": torch.tensor([1, 3])} if "num_class_embeds" in DIFFUSERS[name] else {}
     x = randn(2, 3, 16, 16)
     with torch.no_grad():
-        wanted, found = (n(x, 500, **labels).sample for n in (net, fast))
-        assert_close(found, wanted)
-        assert found.stride() == wanted.stride()
+        expected, found = (n(x, 500, **labels).sample for n in (net, fast))
+        assert_close(found, expected)
+        assert found.stride() == expected.stride()
         (found,) = fast(x, torch.tensor([500, 500]), return_dict=False, **labels)
-        assert_close(found, wanted)
-    wanted, found = (gradients(n, lambda n, x: n(x, 500, **labels).sample, x) for n in (net, fast))
-    assert found.keys() == wanted.keys()
+        assert_close(found, expected)
+    expected, found = (gradients(n, lambda n, x: n(x, 500, **labels).sample, x) for n in (net, fast))
+    assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert_close(value, wanted[key])
+        assert_close(value, expected[key])
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM"])
@@ -239,7 +242,7 @@ def test_diffusers_pipelines(name, diffusers):
         pipe = getattr(diffusers, f"{name}Pipeline")(unet, scheduler)
         if unet is not net:
             admfast.accelerate(pipe)
-            assert pipe.unet is unet and not unet.accelerated_left
+            assert pipe.unet is unet and not unet.accelerated_unconverted
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         images.append(torch.tensor(pipe(generator=generator, num_inference_steps=5, output_type="np").images))
@@ -254,15 +257,17 @@ def test_diffusers_blocks_that_are_others_stay_and_are_named(diffusers):
     net.mid_block.attentions[0].set_processor(AttnProcessor())
     fast = admfast.accelerate(copy.deepcopy(net))
     resampling = {n for n, m in net.named_modules() if getattr(m, "up", None) or getattr(m, "down", None)}
-    assert set(fast.accelerated_left) == resampling | {"mid_block.attentions.0"} and len(resampling) == 2
-    assert "AttnProcessor" in fast.accelerated_left["mid_block.attentions.0"]
+    assert (
+        set(fast.accelerated_unconverted) == resampling | {"mid_block.attentions.0"} and len(resampling) == 2
+    )
+    assert "AttnProcessor" in fast.accelerated_unconverted["mid_block.attentions.0"]
     x = randn(1, 3, 16, 16)
     with torch.no_grad():
         assert_close(fast(x, 500).sample, net(x, 500).sample)
     net = filled(diffusers.UNet2DModel(**LEVELS, act_fn="gelu"))
     fast = admfast.accelerate(copy.deepcopy(net))
     assert {name for name, m in net.named_modules() if type(m).__name__ == "ResnetBlock2D"} == set(
-        fast.accelerated_left
+        fast.accelerated_unconverted
     )
     with torch.no_grad():
         assert_close(fast(x, 500).sample, net(x, 500).sample)
@@ -271,11 +276,11 @@ def test_diffusers_blocks_that_are_others_stay_and_are_named(diffusers):
 def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
     pipe = admfast.load("digits32", device="cpu")
     schedule = pipe.diffusion.build("").schedule
-    kept = torch.tensor(schedule.alphas_cumprod).float()
+    alphas_cumprod = torch.tensor(schedule.alphas_cumprod).float()
     label = torch.tensor([3, 4])
     theirs = libraries.deepinv.models.DiffUNet
     stub = SimpleNamespace(
-        sqrt_1m_alphas_cumprod=(1 - kept).sqrt(), sqrt_alphas_cumprod=kept.sqrt(),
+        sqrt_1m_alphas_cumprod=(1 - alphas_cumprod).sqrt(), sqrt_alphas_cumprod=alphas_cumprod.sqrt(),
         _handle_sigma=theirs._handle_sigma, find_nearest=lambda *a: theirs.find_nearest(None, *a),
         forward_diffusion=lambda x, t, y: pipe.net(x, t, y)[:, :1],
     )  # fmt: skip
@@ -284,7 +289,7 @@ def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
     x = randn(2, 1, 32, 32).sigmoid()
     # Between timesteps deepinv divides by the signal of the rounded timestep, we by that of the exact level.
     for steps in ([100, 100], [300, 600]):
-        sigma = ((1 - kept) / kept).sqrt()[steps] / 2
+        sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()[steps] / 2
         with torch.no_grad():
             assert_close(ours(x, sigma, label), theirs.forward_denoise(stub, x, sigma, label))
     x = x.double().requires_grad_(True)
@@ -294,16 +299,18 @@ def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
 @pytest.mark.parametrize("up", [False, True])
 def test_levels_of_timesteps_are_found(up):
     pipe = admfast.load("digits32", device="cpu")
-    kept = torch.tensor(pipe.diffusion.build("").schedule.alphas_cumprod)
+    alphas_cumprod = torch.tensor(pipe.diffusion.build("").schedule.alphas_cumprod)
     steps = torch.tensor([0, 1, 500, 998, 999])
-    signal, noise = kept[steps].sqrt(), (1 - kept[steps]).sqrt()
-    torch.testing.assert_close(Levels(pipe, rounded=False, up=up).timestep(signal, noise), steps.double())
-    levels = Levels(pipe, rounded=False, up=up)
+    signal, noise = alphas_cumprod[steps].sqrt(), (1 - alphas_cumprod[steps]).sqrt()
+    torch.testing.assert_close(
+        NoiseLevels(pipe, rounded=False, up=up).timestep(signal, noise), steps.double()
+    )
+    levels = NoiseLevels(pipe, rounded=False, up=up)
     torch.testing.assert_close(levels.timestep(signal, noise), steps.double())
     between = steps[1:4] + 0.5
     ratio = torch.tensor(-pipe.diffusion.build("").schedule.log_snr(between.numpy()) / 2).exp()
     torch.testing.assert_close(levels.timestep(torch.ones(3), ratio), between.double())
-    rounded = Levels(pipe, rounded=True, up=up)
+    rounded = NoiseLevels(pipe, rounded=True, up=up)
     assert rounded.timestep(signal, noise * (1 + 1e-9)).tolist() == [*(steps[:4] + up).tolist(), 999]
     beyond = torch.tensor([1.0, 1e-9]).double()
     assert levels.timestep(beyond, beyond.flip(0)).tolist() == [0, 999]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.programs import ALLOWED, PROGRAMS, PROGRAMS_PATH, main, measured, ways_of
+from bench.programs import MAX_ERROR_RATIO, PROGRAMS, PROGRAMS_PATH, main, measure_part, variants_of
 from tests.parity.golden import compare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,11 +29,11 @@ def there(program: str) -> None:
 @pytest.mark.parametrize(("program", "part"), PARTS)
 def test_a_programs_core_gives_what_it_gave(program, part):
     there(program)
-    found = measured(FOLDER, program, part, 1, 1)
-    assert list(found["error"]) == list(ways_of(program, part)[1:])
+    found = measure_part(FOLDER, program, part, 1, 1)
+    assert list(found["error"]) == list(variants_of(program, part)[1:])
     for way, error in found["error"].items():
-        assert error <= ALLOWED * found["nudge"], way
-    assert PROGRAMS[program].walk in found["walk"]
+        assert error <= MAX_ERROR_RATIO * found["nudge"], way
+    assert PROGRAMS[program].runs in found["runs"]
 
 
 @pytest.mark.slow
@@ -51,9 +51,9 @@ def test_a_programs_core_runs_through_the_runner(program, part, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         found[way] = torch.load(tmp_path / way)
-    assert PROGRAMS[program].walk in done.stderr
-    nudge = measured(FOLDER, program, part, 1, 1)["nudge"]
-    compare(found["through the runner"], found["as it is"], ALLOWED * nudge, part)
+    assert PROGRAMS[program].runs in done.stderr
+    nudge = measure_part(FOLDER, program, part, 1, 1)["nudge"]
+    compare(found["through the runner"], found["as it is"], MAX_ERROR_RATIO * nudge, part)
 
 
 def test_a_folder_without_programs_is_refused(tmp_path, capfd):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from admfast.accelerate.runner import Seen, Watch
+from admfast.accelerate.runner import NetworkRecord, Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -49,10 +49,14 @@ def program(tmp_path_factory) -> Path:
 
 
 def test_a_program_prints_what_it_prints_and_ends_as_it_ends(program):
-    alone = run(str(program), "3", "--check")
+    unaccelerated = run(str(program), "3", "--check")
     # --check comes after the program, so it is the program's option.
     found = run("-m", "admfast.accelerate", str(program), "3", "--check")
-    assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (3, alone.stdout)
+    assert (
+        (found.returncode, found.stdout)
+        == (unaccelerated.returncode, unaccelerated.stdout)
+        == (3, unaccelerated.stdout)
+    )
     lines = [line for line in found.stderr.splitlines() if line.startswith("admfast.accelerate: ")]
     assert len(lines) == 2 and all("whole" in line for line in lines)
     assert "3 calls" in lines[0] and "1 calls" in lines[1]
@@ -61,8 +65,11 @@ def test_a_program_prints_what_it_prints_and_ends_as_it_ends(program):
 def test_all_arguments_behind_the_program_are_its_own(tmp_path):
     (tmp_path / "says.py").write_text("import sys; print(sys.argv, __file__)")
     for arguments in (["--", "-b"], ["-m", "x"], ["--check"]):
-        alone = run("says.py", *arguments, folder=tmp_path)
-        assert run("-m", "admfast.accelerate", "says.py", *arguments, folder=tmp_path).stdout == alone.stdout
+        unaccelerated = run("says.py", *arguments, folder=tmp_path)
+        assert (
+            run("-m", "admfast.accelerate", "says.py", *arguments, folder=tmp_path).stdout
+            == unaccelerated.stdout
+        )
 
 
 @pytest.mark.parametrize("given", [["--precision=fp32"], ["--precision", "fp32"], ["--check"], []])
@@ -78,13 +85,15 @@ def test_a_module_may_be_the_program_and_first_calls_be_compared(program):
     assert found.stderr.count("e-0") == 2  # both are off by rounding
 
 
-@pytest.mark.parametrize(("difference", "differs"), [(1e-6, False), (1e-2, True), (float("nan"), True)])
-def test_a_difference_beyond_rounding_is_told(difference, differs):
-    watch = Watch(seen=[Seen(difference=1e-7), Seen(difference=difference)])
-    assert watch.differs() == differs
+@pytest.mark.parametrize(
+    ("difference", "has_difference"), [(1e-6, False), (1e-2, True), (float("nan"), True)]
+)
+def test_a_difference_beyond_rounding_is_told(difference, has_difference):
+    watcher = Watcher(records=[NetworkRecord(difference=1e-7), NetworkRecord(difference=difference)])
+    assert watcher.has_difference() == has_difference
 
 
-OF_OTHER_MAKES = """
+OF_OTHER_CODE_BASES = """
 import torch
 from tests.accelerate import diffusers_client, edm_client
 from tests.accelerate.client import filled
@@ -100,11 +109,15 @@ print(" ".join(f"{v:.3f}" for image in images for v in image.flatten()[:2].tolis
 """
 
 
-def test_networks_of_other_makes_are_found(tmp_path):
-    (tmp_path / "sampling.py").write_text(OF_OTHER_MAKES)
-    alone = run("sampling.py", folder=tmp_path)
+def test_networks_of_other_code_bases_are_found(tmp_path):
+    (tmp_path / "sampling.py").write_text(OF_OTHER_CODE_BASES)
+    unaccelerated = run("sampling.py", folder=tmp_path)
     found = run("-m", "admfast.accelerate", "--check", "sampling.py", folder=tmp_path)
-    assert (found.returncode, found.stdout) == (alone.returncode, alone.stdout) == (0, alone.stdout)
+    assert (
+        (found.returncode, found.stdout)
+        == (unaccelerated.returncode, unaccelerated.stdout)
+        == (0, unaccelerated.stdout)
+    )
     first, second, third = found.stderr.splitlines()
     assert "EDM" in first and "diffusers" in second and "as it is" in third
     assert "e-0" in first and "e-0" in second

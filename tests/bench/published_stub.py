@@ -71,12 +71,14 @@ def published_stub(folder: Path) -> Iterator[str]:
     package.mkdir(parents=True)
     for name, text in FILES.items():
         (package / name).write_text(text)
-    kept = {name: module for name, module in sys.modules.items() if name.startswith("guided_diffusion")}
-    for name in kept:
+    real_modules = {
+        name: module for name, module in sys.modules.items() if name.startswith("guided_diffusion")
+    }
+    for name in real_modules:
         del sys.modules[name]
     try:
         yield str(folder)
     finally:
         for name in [name for name in sys.modules if name.startswith("guided_diffusion")]:
             del sys.modules[name]
-        sys.modules.update(kept)
+        sys.modules.update(real_modules)

@@ -138,8 +138,8 @@ def test_a_build_carried_to_another_machine_is_made_again(plan: Plan, tmp_path: 
     mark, count = counted(tmp_path)
     info = plan.root / "info.json"
     step = fake("build", f"{mark}; open({str(info)!r}, 'w').write('cuda')", writes=info)
-    for wanted in (1, 1):
-        assert ran(plan, step) == {"build": "passed"} and count() == wanted
+    for expected in (1, 1):
+        assert ran(plan, step) == {"build": "passed"} and count() == expected
     info.unlink()
     assert ran(plan, step) == {"build": "passed"} and count() == 2
     info.write_text("cpu")
@@ -190,7 +190,9 @@ def test_a_step_that_passed_is_not_run_again_and_one_that_did_not_comes_last(
 def test_a_build_that_failed_comes_first_again(plan: Plan, tmp_path: Path) -> None:
     order = tmp_path / "order"
     steps = [
-        fake("build", f"import sys; open({str(order)!r}, 'a').write('b'); sys.exit(1)", first=True),
+        fake(
+            "build", f"import sys; open({str(order)!r}, 'a').write('b'); sys.exit(1)", before_new_steps=True
+        ),
         fake("new", f"open({str(order)!r}, 'a').write('n')"),
     ]
     ran(plan, steps[0])
@@ -238,7 +240,7 @@ def test_each_file_with_tests_for_a_gpu_is_a_step_and_the_long_ones_come_last(pl
     parity = [step.name for step in stages.parity_steps(whole)]
     assert parity == ["tests/parity/test_networks.py", "tests/parity/test_trajectories.py"]
     assert not set(parity) & set(names)
-    assert all((stages.ROOT / path).exists() for path in stages.PARALLEL)
+    assert all((stages.ROOT / path).exists() for path in stages.PARALLEL_TESTS)
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -325,7 +327,7 @@ def test_the_flags_choose_stages_time_and_folder(monkeypatch: pytest.MonkeyPatch
     for minutes in ("5", "0.5"):
         flags = ["--stages", "peers", "--minutes", minutes, "--out", str(out)]
         assert program.main(["--allow-cpu", *flags]) == 0
-    assert given == [(out, ["peers"], 300 - program.ENDING), (out, ["peers"], 15.0)]
+    assert given == [(out, ["peers"], 300 - program.SECONDS_TO_END), (out, ["peers"], 15.0)]
 
 
 def test_every_stage_has_steps_of_different_names(plan: Plan) -> None:

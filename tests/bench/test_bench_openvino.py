@@ -16,7 +16,7 @@ from bench.sampling.contender import make_trial
 from bench.sampling.subject import TINY, Inputs
 
 CPU = torch.device("cpu")
-ALONE = dataclasses.replace(TINY, classifier=None, guidance=0.0)
+UNGUIDED = dataclasses.replace(TINY, classifier=None, guidance=0.0)
 
 
 def stand_in(factor: float = 1.0) -> types.ModuleType:
@@ -35,36 +35,36 @@ def stand_in(factor: float = 1.0) -> types.ModuleType:
 
 def test_its_step_passes_the_trial_of_an_unguided_step(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", stand_in())
-    trial = make_trial(ALONE, Inputs.of(ALONE, 2, CPU))
-    one = openvino.entry("fp32").make(ALONE, trial.inputs)
+    trial = make_trial(UNGUIDED, Inputs.of(UNGUIDED, 2, CPU))
+    one = openvino.entry("fp32").make(UNGUIDED, trial.inputs)
     with one.running():
         one.ready()
-        assert trial.check(one.outcome(trial), "fp32") < 1e-4
+        assert trial.check(one.run_trial(trial), "fp32") < 1e-4
     assert one.note()["implementation"] == "openvino 1.2.3"
-    assert one.take(2).ms > 0
+    assert one.time_steps(2).ms > 0
 
 
 def test_a_wrong_output_is_not_timed(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", stand_in(1.1))
-    trial = make_trial(ALONE, Inputs.of(ALONE, 2, CPU))
-    one = openvino.entry("fp32").make(ALONE, trial.inputs)
+    trial = make_trial(UNGUIDED, Inputs.of(UNGUIDED, 2, CPU))
+    one = openvino.entry("fp32").make(UNGUIDED, trial.inputs)
     with one.running(), pytest.raises(WrongResult):
         one.ready()
-        trial.check(one.outcome(trial), "fp32")
+        trial.check(one.run_trial(trial), "fp32")
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(Unavailable, match="openvino"):
-        openvino.entry("bf16").make(ALONE, Inputs.of(ALONE, 1, CPU)).ready()
+        openvino.entry("bf16").make(UNGUIDED, Inputs.of(UNGUIDED, 1, CPU)).ready()
 
 
 def test_it_is_compared_without_guidance():
     choice = Choice(((TINY, 2),), ("fp32", "bf16"), ("openvino",), "")
-    guided, alone = choice.comparisons(Settings(CPU, quick=True))
-    assert (guided.kind, alone.kind) == ("guided_step", "step")
-    assert [(e.name, e.dtype) for e in alone.entries if e.name == "openvino"] == [
+    guided, unguided = choice.comparisons(Settings(CPU, quick=True))
+    assert (guided.kind, unguided.kind) == ("guided_step", "step")
+    assert [(e.name, e.dtype) for e in unguided.entries if e.name == "openvino"] == [
         ("openvino", "fp32"),
         ("openvino", "bf16"),
     ]
-    assert alone.subject.classifier is None
+    assert unguided.subject.classifier is None

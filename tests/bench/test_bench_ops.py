@@ -13,8 +13,8 @@ import torch
 
 from admfast.ops import TABLES, Implementation, conv_ref, group_norm_silu_ref, native
 from bench import measure
-from bench.measure import Case, Settings, WrongResult, checked, numerics, quantiles, timed
-from bench.ops import attention, memory, norm, others, products, providers, update
+from bench.measure import Case, Settings, WrongResult, check_error, measure_call, numerics, quantiles
+from bench.ops import attention, matmul_and_conv, memory, norm, other_ops, providers, update
 from bench.results import Row
 from bench.runner import measure_case
 
@@ -60,17 +60,17 @@ def test_time_without_a_cpu_is_seen() -> None:
 
 def test_checked_refuses_a_wrong_output_and_nan() -> None:
     ref = torch.randn(64, dtype=torch.float64)
-    assert checked(ref.float(), ref, 1e-6) < 1e-6
+    assert check_error(ref.float(), ref, 1e-6) < 1e-6
     with pytest.raises(WrongResult):
-        checked(ref.float() * 1.01, ref, 1e-3)
+        check_error(ref.float() * 1.01, ref, 1e-3)
     unwritten = ref.float()
     unwritten[5] = float("nan")
     with pytest.raises(WrongResult):
-        checked(unwritten, ref, 1e9)
+        check_error(unwritten, ref, 1e9)
 
 
 def test_rates_are_counted_work_over_the_median() -> None:
-    row = timed(lambda: sum(range(2000)), Settings(torch.device("cpu"), 0.01), flop=2e6, nbytes=4e6)
+    row = measure_call(lambda: sum(range(2000)), Settings(torch.device("cpu"), 0.01), flop=2e6, nbytes=4e6)
     assert row["tflops"] == pytest.approx(2e6 / (row["ms"] * 1e-3) / 1e12, rel=1e-4)
     assert row["gbps"] == pytest.approx(4e6 / (row["ms"] * 1e-3) / 1e9, rel=1e-4)
     assert row["ms_q20"] <= row["ms"] <= row["ms_q80"] and row["samples"] >= 3
@@ -96,7 +96,9 @@ def test_numerics_are_restored() -> None:
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = [c for c in products.matmul_ceilings(CPU) if c.provider == "torch.mm" and c.dtype == "fp32"]
+    (case,) = [
+        c for c in matmul_and_conv.matmul_ceilings(CPU) if c.provider == "torch.mm" and c.dtype == "fp32"
+    ]
     true_mm = torch.mm
     assert measure_case(case, CPU)["status"] == "ok"
     monkeypatch.setattr(torch, "mm", lambda a, b: true_mm(a, b).mul_(1.001))
@@ -105,9 +107,9 @@ def test_a_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_conv_cases_begin_with_the_likeliest_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_fp8_ceilings", lambda settings: iter(()))
-    monkeypatch.setattr(products, "dtype_missing", lambda dtype, settings: "")
-    cases = list(products.conv_ceilings(CUDA))
+    monkeypatch.setattr(matmul_and_conv, "_fp8_ceilings", lambda settings: iter(()))
+    monkeypatch.setattr(matmul_and_conv, "dtype_missing", lambda dtype, settings: "")
+    cases = list(matmul_and_conv.conv_ceilings(CUDA))
     first = cases[0]
     assert first.dtype == "fp16" and first.shape["layout"] == "channels_last" and first.shape["batch"] == 8
     names = {(c.kind, c.dtype, c.provider, tuple(sorted(c.shape.items()))) for c in cases}
@@ -150,10 +152,10 @@ def test_watching_a_bench_needs_no_torch() -> None:
 def test_conv_reference_sees_a_shifted_output() -> None:
     x, weight = torch.randn(2, 8, 16, 16), torch.randn(4, 8, 3, 3)
     out = torch.nn.functional.conv2d(x, weight, padding=1)
-    assert products.compare(out, x, weight, None, 1e-5) < 1e-5
+    assert matmul_and_conv.compare(out, x, weight, None, 1e-5) < 1e-5
     for wrong in (out.roll(1, dims=2), torch.cat([out[:1], out[:1]])):
         with pytest.raises(WrongResult):
-            products.compare(wrong, x, weight, None, 1e-5)
+            matmul_and_conv.compare(wrong, x, weight, None, 1e-5)
 
 
 def test_graph_needs_cuda_on_a_cpu_and_says_so() -> None:
@@ -164,9 +166,9 @@ def test_graph_needs_cuda_on_a_cpu_and_says_so() -> None:
 
 
 def test_a_copy_that_differs_is_wrong() -> None:
-    assert memory.same(torch.ones(3), torch.ones(3)) == 0
+    assert memory.check_equal(torch.ones(3), torch.ones(3)) == 0
     with pytest.raises(WrongResult):
-        memory.same(torch.ones(3), torch.tensor([1.0, 1.0, float("nan")]))
+        memory.check_equal(torch.ones(3), torch.tensor([1.0, 1.0, float("nan")]))
 
 
 def test_norm_ceilings_count_two_reads_and_a_write() -> None:
@@ -186,11 +188,11 @@ def test_published_update_is_its_formula(step: int) -> None:
     torch.manual_seed(1)
     wide = [t.double() for t in (x, out, gradient, torch.randn_like(x))]
     c = update.coefficients(step, table)
-    assert checked(new, update.formula(*wide, c), 1e-5) < 1e-5
+    assert check_error(new, update.formula(*wide, c), 1e-5) < 1e-5
     if step:  # at step 0, the last of a run, the tiny variance makes the guidance negligible
         wide[2] *= 2
         with pytest.raises(WrongResult):
-            checked(new, update.formula(*wide, c), 1e-5)
+            check_error(new, update.formula(*wide, c), 1e-5)
 
 
 def test_schedule_tables_are_those_of_the_published_linear_schedule() -> None:
@@ -203,8 +205,8 @@ def test_schedule_tables_are_those_of_the_published_linear_schedule() -> None:
 
 def test_the_row_is_the_published_update_s() -> None:
     table, row = update.tables(), update.guided_row()
-    assert row.l0 + row.l1 == pytest.approx(float(table["max_log"][update.STEP]))
-    assert row.l0 - row.l1 == pytest.approx(float(table["min_log"][update.STEP]))
+    assert row.l0 + row.l1 == pytest.approx(float(table["max_log"][update.MEASURED_STEP]))
+    assert row.l0 - row.l1 == pytest.approx(float(table["min_log"][update.MEASURED_STEP]))
 
 
 def test_traffic_counts_work_not_views() -> None:
@@ -235,7 +237,13 @@ def test_ours_and_the_others_agree_and_are_timed(cases: Callable[[Settings], Ite
 @needs_cpp
 def test_convolutions_are_measured_by_every_implementation_that_serves_them() -> None:
     rows = rows_of(
-        products.conv_kernels, "eager", "eager channels-first", "winograd", "packed", "library", "matmul"
+        matmul_and_conv.conv_kernels,
+        "eager",
+        "eager channels-first",
+        "winograd",
+        "packed",
+        "library",
+        "matmul",
     )
     assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows), rows
     assert {row["kind"] for row in rows} == {"conv", "conv_grad"}
@@ -255,13 +263,13 @@ def test_attention_is_measured_forward_and_backward() -> None:
 
 
 def test_an_op_without_a_bench_of_its_own_is_measured_by_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(others, "MEASURED", others.MEASURED - {"attention"})
-    rows = rows_of(others.kernels, "copy", "eager", "sdpa")
+    monkeypatch.setattr(other_ops, "MEASURED_ELSEWHERE", other_ops.MEASURED_ELSEWHERE - {"attention"})
+    rows = rows_of(other_ops.kernels, "copy", "eager", "sdpa")
     assert {row["kind"] for row in rows} >= {"attention", "attention_grad"}
     assert {row["provider"] for row in rows} == {"copy", "eager", "sdpa"}
     assert all(row["status"] == "ok" and row["ms"] > 0 for row in rows), rows
     wrong_first(monkeypatch, "attention", lambda qkv, num_heads, **_: qkv[..., : qkv.shape[-1] // 3])
-    assert {row["status"] for row in rows_of(others.kernels, "wrong")} == {"wrong"}
+    assert {row["status"] for row in rows_of(other_ops.kernels, "wrong")} == {"wrong"}
 
 
 def wrong_first(monkeypatch: pytest.MonkeyPatch, op: str, forward: Callable[..., object]) -> None:
@@ -274,7 +282,7 @@ def test_a_convolution_without_its_bias_is_not_timed(monkeypatch: pytest.MonkeyP
         return conv_ref(x, direction.weight(), padding=direction.padding)
 
     wrong_first(monkeypatch, "conv", without_bias)
-    rows = rows_of(products.conv_kernels, "wrong")
+    rows = rows_of(matmul_and_conv.conv_kernels, "wrong")
     assert {row["status"] for row in rows if row["kind"] == "conv"} == {"wrong"}
 
 
@@ -290,5 +298,5 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_implementation_that_is_for_another_device_or_for_tests_is_left_out() -> None:
     # In tests the interpreter makes `triton` available on the CPU.
-    assert providers.ours("group_norm_silu", torch.device("cpu")) in (["cpp"], [])
-    assert "cpp" not in providers.ours("group_norm_silu", torch.device("cuda"))
+    assert providers.our_implementations("group_norm_silu", torch.device("cpu")) in (["cpp"], [])
+    assert "cpp" not in providers.our_implementations("group_norm_silu", torch.device("cuda"))

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench.measure import Sample, in_turns, sample
+from bench.measure import Sample, sample, sample_in_turns
 from bench.profile import (
     CLASSES,
     GAPS,
     OTHER,
     WHOLE,
+    choose_num_steps,
     classify,
-    covered,
     main,
-    of_device,
-    of_host,
-    steps_for,
-    traced,
+    trace_from_device,
+    trace_from_host,
+    trace_steps,
+    union_length,
 )
 from bench.results import read_rows
 from bench.sampling import ours
-from bench.sampling.contender import TOGETHER
+from bench.sampling.contender import STEPS_PER_CHUNK
 from bench.sampling.subject import TINY, Inputs
 
 CPU = torch.device("cpu")
@@ -65,8 +65,8 @@ def test_classes_by_name(name: str, kind: str) -> None:
 
 
 def test_overlapping_kernels_are_covered_once() -> None:
-    assert covered([]) == 0
-    assert covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+    assert union_length([]) == 0
+    assert union_length([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Event:
     name: str
     start: float
     end: float
-    own: float = 0.0
+    self_us: float = 0.0
     cpu_parent: object = None
     on_device: bool = False
 
@@ -93,7 +93,7 @@ class Event:
 
     @property
     def self_cpu_time_total(self) -> float:
-        return self.own
+        return self.self_us
 
     @property
     def device_type(self) -> torch.autograd.DeviceType:
@@ -102,11 +102,11 @@ class Event:
 
 def test_the_host_s_time_goes_to_the_outermost_class_and_the_rest_is_gaps() -> None:
     whole = Event(WHOLE, 0, 2000)
-    conv = Event("aten::conv2d", 0, 1000, own=300, cpu_parent=whole)
-    copy = Event("aten::copy_", 0, 500, own=500, cpu_parent=conv)
-    other = Event("aten::add", 1000, 1400, own=400, cpu_parent=whole)
-    outside = Event("aten::zeros", 3000, 9000, own=6000)
-    trace = of_host([whole, conv, copy, other, outside], steps=2)
+    conv = Event("aten::conv2d", 0, 1000, self_us=300, cpu_parent=whole)
+    copy = Event("aten::copy_", 0, 500, self_us=500, cpu_parent=conv)
+    other = Event("aten::add", 1000, 1400, self_us=400, cpu_parent=whole)
+    outside = Event("aten::zeros", 3000, 9000, self_us=6000)
+    trace = trace_from_host([whole, conv, copy, other, outside], steps=2)
     assert trace.ms == {"convolution": 0.4, OTHER: 0.2, GAPS: 0.4}
     assert trace.wall_ms == 1.0 and sum(trace.row()["shares"].values()) == pytest.approx(1)
     assert trace.names["aten::copy_"] == (0.25, 0.5)
@@ -122,16 +122,16 @@ def test_the_device_s_gaps_are_when_nothing_runs() -> None:
         Event("_group_norm_silu_fwd_kernel", 200, 400, on_device=True),
         Event(WHOLE, 0, 1000, on_device=True),
     ]
-    trace = of_device(events, steps=1)
+    trace = trace_from_device(events, steps=1)
     assert trace.ms == {"attention": 0.2, "norm": 0.2, GAPS: 0.7}
     assert (trace.launches, trace.kernels) == (2, 2)
 
 
 def test_a_real_trace_on_the_cpu() -> None:
-    one = ours.entry("fp32").make(TINY, Inputs.of(TINY, 1, CPU))
-    with one.running():
-        one.ready()
-    trace = traced(one, 2)
+    contender = ours.entry("fp32").make(TINY, Inputs.of(TINY, 1, CPU))
+    with contender.running():
+        contender.ready()
+    trace = trace_steps(contender, 2)
     for name in ("convolution", "norm", "attention", "embedding", "update", OTHER):
         assert trace.ms[name] > 0, name
     assert sum(trace.ms.values()) == pytest.approx(trace.wall_ms, rel=0.01)
@@ -162,10 +162,10 @@ def test_the_program_profiles_each_step(tmp_path) -> None:
 
 
 def test_how_many_steps_are_profiled() -> None:
-    assert steps_for(5000.0, 250, False) == 1
-    assert steps_for(200.0, 250, False) == 5
-    assert steps_for(2.0, 250, False) == TOGETHER
-    assert steps_for(2.0, 10, False) == 10 and steps_for(2.0, 250, True) == 2
+    assert choose_num_steps(5000.0, 250, False) == 1
+    assert choose_num_steps(200.0, 250, False) == 5
+    assert choose_num_steps(2.0, 250, False) == STEPS_PER_CHUNK
+    assert choose_num_steps(2.0, 10, False) == 10 and choose_num_steps(2.0, 250, True) == 2
 
 
 def test_samples_are_taken_in_turns() -> None:
@@ -178,13 +178,17 @@ def test_samples_are_taken_in_turns() -> None:
 
         return take
 
-    found = in_turns({"a": taker("a", 100), "b": taker("b", 4)}, 0.1, 3, together=25, longest=40)
+    found = sample_in_turns(
+        {"a": taker("a", 100), "b": taker("b", 4)}, 0.1, 3, steps_per_chunk=25, max_steps=40
+    )
     # First one step of each, to choose the sample sizes; for `a` it is also the first sample. A sample of the
     # quick `b` has 25 steps. Every second round goes backwards.
     assert order == ["a1", "b1", "b25", "b25", "a1", "a1", "b25"]
     assert [len(samples) for samples in found.values()] == [3, 3]
     order.clear()
-    assert [len(s) for s in in_turns({"a": taker("a", 1)}, 1.0, 9, longest=40, budget=-1).values()] == [1]
+    assert [
+        len(s) for s in sample_in_turns({"a": taker("a", 1)}, 1.0, 9, max_steps=40, budget=-1).values()
+    ] == [1]
     assert order == ["a1", "a40"]
 
 

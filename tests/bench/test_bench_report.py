@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import faster_than, main, of_ceiling, render, with_ladder
+from bench.report import faster_than, main, render, share_of_ceiling, with_ablation_times
 from bench.results import Row, read_rows, row_key
 
 RESULTS = sorted((Path(__file__).resolve().parents[2] / "bench/results").glob("*/*.jsonl"))
@@ -51,8 +51,8 @@ def test_table_shows_rates_ratios_and_reasons() -> None:
     assert "# Ceilings: box" in text
     assert "| matmul | fp32 | 4 TFLOP/s | highest |" in text
     assert "| matmul | tf32 | none | not here |" in text
-    assert of_ceiling(rows[2], rows) == "75%" and of_ceiling(rows[3], rows) == "50%"
-    assert of_ceiling(rows[0], rows) is None
+    assert share_of_ceiling(rows[2], rows) == "75%" and share_of_ceiling(rows[3], rows) == "50%"
+    assert share_of_ceiling(rows[0], rows) is None
     (line,) = (line for line in text.splitlines() if line.startswith("| 3 |"))
     assert "75%" in line
 
@@ -78,6 +78,6 @@ def test_a_ladder_s_gains_add_up() -> None:
         row("ablation_added", name, ratio=ratio, whole_ms=whole)
         for name, ratio, whole in (("plain", 2.0, 10.0), ("a", 1.5, 11.0), ("b", 1.0, 9.0))
     ]
-    steps = with_ladder([*rows, row("ablation_added", status="oom")])
+    steps = with_ablation_times([*rows, row("ablation_added", status="oom")])
     assert [step["ms"] for step in steps] == [20.0, 15.0, 10.0, 2.0]
     assert [step.get("saves") for step in steps] == [None, 0.25, 0.25, None]

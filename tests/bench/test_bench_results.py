@@ -11,12 +11,12 @@ from bench.results import (
     Row,
     ceiling,
     conditions,
-    disturbed,
     environment,
     markdown_table,
     read_rows,
     read_smi,
     row_key,
+    was_disturbed,
 )
 
 
@@ -39,7 +39,7 @@ def test_the_last_row_of_a_key_counts(tmp_path: Path) -> None:
     file.append(row("a", status="ok"))
     again = ResultFile(file.path)
     assert [(r["key"], r["status"]) for r in again.rows] == [("a", "ok"), ("b", "ok")]
-    assert [disturbed(r) for r in again.rows] == [False, True]
+    assert [was_disturbed(r) for r in again.rows] == [False, True]
 
 
 def test_a_half_written_line_costs_only_itself(tmp_path: Path) -> None:

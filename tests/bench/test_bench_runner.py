@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from bench import ceilings, command, measure, profile
-from bench.command import LEAST, UNFINISHED
+from bench.command import MIN_CASE_SECONDS, UNFINISHED
 from bench.measure import Case, Settings, TooSlow, Unavailable, WrongResult
-from bench.results import ResultFile, Row, final, read_rows
+from bench.results import ResultFile, Row, is_final, read_rows
 from bench.runner import measure_case, run, select
 from bench.sampling.__main__ import main as sampling
 
@@ -99,7 +99,7 @@ class Together:
         self.out.append(case.provider)
 
     def cases(self, names: str) -> list[Case]:
-        return [Case("k", "fp32", n, {}, partial(self.row, n), together=self) for n in names]
+        return [Case("k", "fp32", n, {}, partial(self.row, n), measured_with=self) for n in names]
 
     def row(self, name: str, settings: Settings) -> Row:
         self.measured.append(name)
@@ -187,7 +187,7 @@ def test_a_case_ends_with_the_budget_and_is_tried_again(tmp_path: Path) -> None:
     assert ran.returncode == UNFINISHED, ran.stderr
     rows = {row["provider"]: row for row in read_rows(tmp_path / "hanging.jsonl")}
     assert {name: row["status"] for name, row in rows.items()} == {"first": "ok", "hangs": "too slow"}
-    assert final(rows["first"], 3600.0) and not final(rows["hangs"], 3600.0)
+    assert is_final(rows["first"], 3600.0) and not is_final(rows["hangs"], 3600.0)
 
 
 def test_a_worker_ends_with_the_budget_between_cases_too() -> None:
@@ -205,7 +205,7 @@ def test_what_was_too_slow_is_tried_again_with_more_time(tmp_path: Path) -> None
     groups = {"a": (1.0, lambda settings: [Case("k", "fp32", "p", {}, measured, limit=100.0)])}
     for budget in (1.0, 40.0, 300.0, 300.0):
         list(run(CPU, ResultFile(tmp_path / "r.jsonl"), budget, groups, clock=lambda: 0.0))
-    assert limits == [LEAST, 40.0, 100.0]
+    assert limits == [MIN_CASE_SECONDS, 40.0, 100.0]
 
 
 def test_a_worker_that_crashes_is_told_by_the_exit_status(tmp_path: Path) -> None:
@@ -242,15 +242,15 @@ def test_a_call_that_would_take_too_long_is_not_made(monkeypatch: pytest.MonkeyP
         time.sleep(0.02)
 
     with pytest.raises(TooSlow):
-        measure.timed(lambda: calls.append("whole"), CPU, small=(small, 100))
+        measure.measure_call(lambda: calls.append("whole"), CPU, small_call=(small, 100))
     assert set(calls) == {"small"}
-    measure.timed(lambda: calls.append("whole"), CPU, small=(small, 1))
+    measure.measure_call(lambda: calls.append("whole"), CPU, small_call=(small, 1))
     assert "whole" in calls
     with pytest.raises(TooSlow):
-        measure.timed(lambda: time.sleep(0.2), CPU)
+        measure.measure_call(lambda: time.sleep(0.2), CPU)
     monkeypatch.undo()
     with pytest.raises(TooSlow):
-        measure.timed(lambda: time.sleep(0.02), dataclasses.replace(CPU, limit=0.2))
+        measure.measure_call(lambda: time.sleep(0.02), dataclasses.replace(CPU, limit=0.2))
 
 
 def test_work_is_refused_by_the_time_of_a_product() -> None:

@@ -17,7 +17,7 @@ from bench.measure import Settings, Unavailable, WrongResult
 from bench.report import render
 from bench.results import ResultFile, read_rows
 from bench.runner import measure_case, run
-from bench.sampling import ablation, contender, ours, published, start
+from bench.sampling import ablation, contender, ours, published, startup
 from bench.sampling.__main__ import main
 from bench.sampling.choice import Choice, choose
 from bench.sampling.compare import Comparison, paired_ratio
@@ -33,7 +33,7 @@ SETTINGS = Settings(CPU, seconds=0.001, quick=True)
 QUICK = ["--device", "cpu", "--quick", "--precisions", "fp32", "--peers", "eager", "--inside"]
 
 
-def alone(subject: Subject) -> Subject:
+def without_classifier(subject: Subject) -> Subject:
     return dataclasses.replace(subject, classifier=None, guidance=0.0)
 
 
@@ -47,7 +47,10 @@ def test_every_preset_s_step_is_there_once() -> None:
 
 
 def test_operations_are_those_of_the_published_networks() -> None:
-    step, forward = step_flop(subjects()["imagenet64"]), step_flop(alone(subjects()["imagenet64"]))
+    step, forward = (
+        step_flop(subjects()["imagenet64"]),
+        step_flop(without_classifier(subjects()["imagenet64"])),
+    )
     assert forward / 1e9 == pytest.approx(TOTALS["unet64"], abs=0.001)
     # Forward and the gradient in x. The published 81.050 includes the unused queries of the pool.
     assert (step - forward) / 1e9 == pytest.approx(81.050, rel=2e-3)
@@ -66,7 +69,7 @@ def test_weights_are_shared_and_none_is_zero() -> None:
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
-    subject = TINY if guided else alone(TINY)
+    subject = TINY if guided else without_classifier(TINY)
     trial = make_trial(subject, Inputs.of(subject, 3, CPU))
     assert trial.ends == (0, 2) and (trial.guidance_scale > 0) == guided
     # The compared values depend on the network: at least a fifth of them are not clipped.
@@ -74,7 +77,7 @@ def test_our_step_passes_its_trial(precision: str, guided: bool) -> None:
     one = ours.entry(precision).make(subject, trial.inputs)
     with one.running():
         one.ready()
-        assert 0 < trial.check(one.outcome(trial), precision) < 0.05
+        assert 0 < trial.check(one.run_trial(trial), precision) < 0.05
     assert "group_norm_silu" in one.note()["implementation"]
 
 
@@ -84,7 +87,7 @@ def test_a_guided_trial_moves_x_by_its_guidance() -> None:
     one = ours.entry("fp32").make(TINY, trial.inputs)
     with one.running():
         one.ready()
-        moved = one.outcome(trial)[0] - one.outcome(without)[0]
+        moved = one.run_trial(trial)[0] - one.run_trial(without)[0]
     assert float(moved.square().mean().sqrt()) == pytest.approx(contender.GUIDANCE_SIZE, rel=0.2)
 
 
@@ -101,16 +104,16 @@ class Bent(ours.Ours):
 class NoNoise(ours.Ours):
     """Our step with different noise."""
 
-    def outcome(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_trial(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
         self.inputs = dataclasses.replace(self.inputs, seeds=self.inputs.seeds + 1)
-        return super().outcome(trial)
+        return super().run_trial(trial)
 
 
 class Unguided(ours.Ours):
     """Our step with the guidance 10 % too strong."""
 
-    def outcome(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().outcome(dataclasses.replace(trial, guidance_scale=1.1 * trial.guidance_scale))
+    def run_trial(self, trial: contender.Trial) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().run_trial(dataclasses.replace(trial, guidance_scale=1.1 * trial.guidance_scale))
 
 
 @pytest.mark.parametrize("kind", [Bent, NoNoise, Unguided])
@@ -176,12 +179,14 @@ def test_what_was_measured_together_is_written_whatever_the_time(tmp_path) -> No
     assert (report.found, report.measured, report.left) == (2, 2, 0)
 
 
-@pytest.mark.parametrize("form", [published.EAGER, published.CHANNELS_LAST], ids=lambda form: form.name)
-def test_the_published_code_is_driven_as_its_script_does(form: published.Form, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "variant", [published.EAGER, published.CHANNELS_LAST], ids=lambda variant: variant.name
+)
+def test_the_published_code_is_driven_as_its_script_does(variant: published.NetworkVariant, tmp_path) -> None:
     with published_stub(tmp_path / "checkout") as path:
-        entry = published.entry(form, path, CPU)
+        entry = published.entry(variant, path, CPU)
         (row,) = [measure_case(c, SETTINGS) for c in Comparison("guided_step", TINY, 2, [entry]).cases()]
-    assert row["status"] == "ok" and entry.name == form.name, row
+    assert row["status"] == "ok" and entry.name == variant.name, row
     assert row["rel_err"] < 1e-4
 
 
@@ -206,7 +211,7 @@ def test_the_real_published_code_agrees() -> None:
     path = os.environ.get(PUBLISHED_PATH)
     if not path:
         pytest.skip(f"{PUBLISHED_PATH} names no checkout of the published code")
-    entries = [published.entry(form, path, CPU) for form in (published.EAGER, published.CHANNELS_LAST)]
+    entries = [published.entry(variant, path, CPU) for variant in (published.EAGER, published.CHANNELS_LAST)]
     rows = [measure_case(case, SETTINGS) for case in Comparison("guided_step", TINY, 2, entries).cases()]
     assert [row["status"] for row in rows] == ["ok", "ok"], rows
     assert all(row["rel_err"] < 1e-5 for row in rows)
@@ -214,19 +219,24 @@ def test_the_real_published_code_agrees() -> None:
 
 def test_the_ladder_ends_at_the_engine_s_defaults() -> None:
     for cuda in (True, False):
-        forms = ablation.added(cuda)
-        names = [form.name for form in forms]
+        variants = ablation.added_variants(cuda)
+        names = [variant.name for variant in variants]
         assert len(set(names)) == len(names)
-        whole, reached = EngineOptions(), forms[-1].options
+        whole, reached = EngineOptions(), variants[-1].options
         assert reached == (whole if cuda else dataclasses.replace(whole, branches=False))
-        assert len({form.name for form in ablation.without(cuda)}) == len(ablation.without(cuda))
+        assert len({variant.name for variant in ablation.reduced_variants(cuda)}) == len(
+            ablation.reduced_variants(cuda)
+        )
 
 
 def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
     chosen = [c for c in ablation.cases(SETTINGS, [(TINY, 1)], "fp32") if c.provider in ("plain", "qkv rows")]
-    given = [{"kind": c.kind, "provider": c.provider, "dtype": c.dtype, "shape": c.shape} for c in chosen]
+    row_fields = [
+        {"kind": c.kind, "provider": c.provider, "dtype": c.dtype, "shape": c.shape} for c in chosen
+    ]
     rows = [
-        row | measure_case(c, SETTINGS) | {"device": "a CPU"} for c, row in zip(chosen, given, strict=True)
+        row | measure_case(c, SETTINGS) | {"device": "a CPU"}
+        for c, row in zip(chosen, row_fields, strict=True)
     ]
     assert [row["kind"] for row in rows] == ["ablation_added", "ablation_added", "ablation_without"]
     for row in rows:
@@ -241,11 +251,11 @@ def test_the_ladder_in_bf16_ends_with_convolutions_of_8_bits() -> None:
 
 
 def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    start.tell(time.time(), "tiny", batch=1, steps=2, precision="auto")
+    startup.print_seconds(time.time(), "tiny", batch=1, steps=2, precision="auto")
     times = json.loads(capsys.readouterr().out)
     assert set(times) == {"import_s", "weights_s", "prepare_s", "first_s", "second_s"}
-    monkeypatch.setattr(start, "first_image", lambda given, environment: times)
-    (case,) = start.cases(SETTINGS, [(TINY, 4), (TINY, 2)], "fp32")
+    monkeypatch.setattr(startup, "first_image", lambda row_fields, environment: times)
+    (case,) = startup.cases(SETTINGS, [(TINY, 4), (TINY, 2)], "fp32")
     assert case.shape["batch"] == 2
     row = measure_case(case, SETTINGS)
     assert row["cold_s"] == pytest.approx(times["import_s"] + times["prepare_s"] + times["first_s"], abs=2e-3)
@@ -253,11 +263,11 @@ def test_start_up_is_told_in_parts(monkeypatch: pytest.MonkeyPatch, capsys) -> N
 
 def test_a_process_that_fails_says_why() -> None:
     with pytest.raises(RuntimeError, match="nothing"):
-        start.first_image({"system": "nothing", "batch": 1, "steps": 1, "precision": "auto"}, {})
+        startup.first_image({"system": "nothing", "batch": 1, "steps": 1, "precision": "auto"}, {})
 
 
 def test_the_program_writes_rows_and_goes_on(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "cases", lambda *arguments: ())
+    monkeypatch.setattr(startup, "cases", lambda *arguments: ())
     flags = [*QUICK, "--only", "steps,matmul", "--out", str(tmp_path / "o")]
     with published_stub(tmp_path / "checkout") as path:
         flags += ["--guided-diffusion", path]
@@ -292,21 +302,21 @@ def test_a_contender_that_can_t_be_had_is_left_out() -> None:
     one.leave_out(broken)
     row = measure_case(first, SETTINGS)
     assert row["status"] == "ok" and row["faster_than"] == {}
-    assert list(one.found) == entries[:1]
+    assert list(one.results) == entries[:1]
 
 
 def test_each_contender_is_announced_before_it_is_made() -> None:
-    said: list[str] = []
+    events: list[str] = []
 
     class Tells(ours.Ours):
         def prepare(self) -> None:
-            said.append("made")
+            events.append("made")
             super().prepare()
 
-    settings = dataclasses.replace(SETTINGS, begin=lambda case: said.append(case.provider))
+    settings = dataclasses.replace(SETTINGS, begin=lambda case: events.append(case.provider))
     entries = [Entry(name, "fp32", lambda s, i, name=name: Tells(s, i, name=name)) for name in "ab"]
     measure_case(Comparison("guided_step", TINY, 1, entries).cases()[0], settings)
-    assert said == ["a", "made", "b", "made"]
+    assert events == ["a", "made", "b", "made"]
 
 
 def test_a_step_is_guided_where_its_preset_is() -> None:

@@ -19,7 +19,7 @@ def test_every_number_of_threads_is_measured_idle_and_busy(tmp_path: Path) -> No
     rows = read_rows(tmp_path / "threads.jsonl")
     assert {row["status"] for row in rows} == {"ok"}
     assert {(row["provider"], row["shape"]["beside"]) for row in rows} == {
-        (f"{count} threads", busy) for count in threads.counts() for busy in (0, 1)
+        (f"{count} threads", busy) for count in threads.thread_counts() for busy in (0, 1)
     }
     assert sum(row["also"] == "chosen" for row in rows) == 2
     assert "## A guided step by its number of threads" in (tmp_path / "threads.md").read_text()
@@ -35,14 +35,14 @@ def test_waiting_is_what_the_process_is_started_with(monkeypatch) -> None:
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     for waiting in ("active", "passive"):
-        threads.measured("tiny", 1, waiting, 0)
+        threads.measure_in_process("tiny", 1, waiting, 0)
     assert seen == [dict.fromkeys(PASSIVE_WAIT), PASSIVE_WAIT]
 
 
 def test_a_busy_process_ends_with_the_one_that_began_it() -> None:
     code = f"""
 import os, subprocess, sys
-command = [sys.executable, "-c", {threads.BUSY!r}.format(os.getpid())]
+command = [sys.executable, "-c", {threads.BUSY_LOOP!r}.format(os.getpid())]
 print(subprocess.Popen(command, stdout=subprocess.DEVNULL).pid)
 """
     pid = int(subprocess.check_output([sys.executable, "-c", code], timeout=60))

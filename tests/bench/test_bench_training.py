@@ -35,32 +35,36 @@ class Doubled(training.Ours):
         return {}
 
 
-def rows(*entries: Entry) -> dict[str, dict]:
-    subject = training.named("tiny")
-    one = Comparison("train_step", subject, 2, entries, 1.0, training.trial_of, training.PASSES)
-    return {case.provider: measure_case(case, SETTINGS) for case in one.cases()}
+def rows(*contender_entries: Entry) -> dict[str, dict]:
+    subject = training.find_subject("tiny")
+    comparison = Comparison(
+        "train_step", subject, 2, contender_entries, 1.0, training.trial_of, training.PASSES
+    )
+    return {case.provider: measure_case(case, SETTINGS) for case in comparison.cases()}
 
 
 def test_a_step_that_minimises_something_else_is_not_timed() -> None:
-    ours = training.entries(("fp32",), "", CPU, False)[0]
+    ours = training.contender_entries(("fp32",), "", CPU, False)[0]
     found = rows(ours, Entry("doubled", "fp32", Doubled))
     assert found["doubled"]["status"] == "wrong" and "ms" not in found["doubled"]
     row = found["admfast"]
     assert row["status"] == "ok" and row["rel_err"] < 1e-4 and row["peak_mb"] > 0
-    assert row["flop"] == 3 * 2 * step_flop(training.named("tiny"))
+    assert row["flop"] == 3 * 2 * step_flop(training.find_subject("tiny"))
 
 
 def test_the_gradient_is_that_of_the_reference_in_float64() -> None:
-    subject = training.named("tiny")
+    subject = training.find_subject("tiny")
     trial = training.trial_of(subject, 2, CPU)
     net = training.build(subject.net)
     net.load_state_dict(training.shared_state(subject.net, 0, CPU))
-    given = training.batch_for(subject, 2, CPU)
+    training_batch = training.batch_for(subject, 2, CPU)
     learner = training.Learner(training.recipe_of(subject, 2), net.double())
-    x = learner.process.q_sample(given.images.double(), given.t, given.noise.double())
+    x = learner.process.q_sample(
+        training_batch.images.double(), training_batch.t, training_batch.noise.double()
+    )
     assert x.dtype == torch.float64
-    doubles = {name: getattr(given, name).double() for name in ("images", "noise")}
-    terms = learner.loss(net, learner.recipe, learner.process, dataclasses.replace(given, **doubles))
+    doubles = {name: getattr(training_batch, name).double() for name in ("images", "noise")}
+    terms = learner.loss(net, learner.recipe, learner.process, dataclasses.replace(training_batch, **doubles))
     terms["loss"].mean().backward()
     truth = torch.cat([parameter.grad.reshape(-1) for parameter in net.parameters()])
     loss, gradient = trial.outcome

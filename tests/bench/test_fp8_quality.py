@@ -18,9 +18,9 @@ from bench import fp8_quality
 
 def test_numbers_keep_three_bits_of_their_mantissa_and_a_scale_of_their_own():
     x = torch.tensor([[448.0, 1.0, -1.125, 15.0], [-0.5 * 448, 0.5, 7.5, 0.0], [0.0] * 4])
-    assert torch.equal(fp8_quality.rounded(x), x)  # all are numbers of e4m3, times a power of two
+    assert torch.equal(fp8_quality.round_to_e4m3(x), x)  # all are numbers of e4m3, times a power of two
     x = torch.randn(8, 1000).clamp(-3, 3)
-    off = (fp8_quality.rounded(x) - x).abs()
+    off = (fp8_quality.round_to_e4m3(x) - x).abs()
     normal = x.abs() > x.abs().amax(1, keepdim=True) * 2**-14
     assert bool((off[normal] <= 2**-4 * x.abs()[normal] * (1 + 1e-6)).all())
     assert float((off / x.abs())[normal].max()) > 2**-5
@@ -29,11 +29,11 @@ def test_numbers_keep_three_bits_of_their_mantissa_and_a_scale_of_their_own():
 def test_factors_are_rounded_and_gradients_pass_through():
     x, weight = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(4, 8, 3, 3)
     exact = F.conv2d(x, weight, padding=1)
-    (wanted,) = torch.autograd.grad(exact.sum(), x)
+    (expected,) = torch.autograd.grad(exact.sum(), x)
     for convolve in (fp8_quality.fp8_conv, conv_int8_ref):
         y = fp8_quality.straight_through(convolve, x, weight, None)
         torch.testing.assert_close(y, convolve(x, weight, None))
-        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], wanted)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
     # Each factor of a product is off by 1/16 at most, unless it is too small to matter in the sum.
     off = (fp8_quality.fp8_conv(x, weight, None) - exact).abs()
     assert bool((off <= 2**-3 * (1 + 2**-5) * F.conv2d(x.abs(), weight.abs(), padding=1)).all()) and bool(
@@ -43,18 +43,18 @@ def test_factors_are_rounded_and_gradients_pass_through():
 
 def test_inner_3x3_convolutions_are_replaced_and_restored():
     pipe = admfast.load("digits32", device="cpu", precision="fp32", engine=PLAIN)
-    asked = dict(seeds=[0], classes=[3], steps=2, output="float")
-    before = pipe.sample(**asked)
+    request = dict(seeds=[0], classes=[3], steps=2, output="float")
+    before = pipe.sample(**request)
     seen = []
 
     def convolve(x, weight, bias):
         seen.append(weight.shape)
         return fp8_quality.fp8_conv(x, weight, bias)
 
-    with fp8_quality.replaced(pipe, convolve):
-        assert not torch.equal(pipe.sample(**asked), before)
+    with fp8_quality.replace_convolutions(pipe, convolve):
+        assert not torch.equal(pipe.sample(**request), before)
     assert seen and all(min(shape[:2]) > 3 and shape[2:] == (3, 3) for shape in seen)
-    assert torch.equal(pipe.sample(**asked), before)
+    assert torch.equal(pipe.sample(**request), before)
 
 
 def test_the_table_has_every_solver(capsys):

@@ -18,7 +18,7 @@ from admfast.cli.train import resolve_recipe
 from admfast.errors import CheckpointError, InvalidArgument
 from admfast.interrupts import ENDING_SIGNALS
 from admfast.training import loop
-from admfast.training.recipes import PRESETS, recipe
+from admfast.training.recipes import PRESETS, recipe_from_preset
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--grid-every", "0"]
 
@@ -33,7 +33,7 @@ def test_each_kind_trains_and_is_exported(tmp_path, capsys, kind):
     assert main(["train", "export", str(run), "--out", str(file), "--dtype", "float16"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(file.resolve())
     net, info = load_network(file)
-    assert info.config == recipe(kind).network and info.training["step"] == 2
+    assert info.config == recipe_from_preset(kind).network and info.training["step"] == 2
     if kind == "classifier":
         with pytest.raises(InvalidArgument, match="a classifier"):
             admfast.load(run, device="cpu")
@@ -210,7 +210,7 @@ def test_a_run_begins_from_a_file(tmp_path, capsys):
     null = ["--set", "drop_classes=0.5", "--from", str(first)]
     assert main(["train", "diffusion", "--out", str(tmp_path / "null"), *QUICK, *null]) == 0
     again = resolve_recipe("diffusion", "digits32", str(tmp_path / "null"), {})
-    assert (again.network.num_classes, again.classes, again.drop_classes) == (11, 10, 0.5)
+    assert (again.network.num_classes, again.num_image_classes, again.drop_classes) == (11, 10, 0.5)
     with pytest.raises(InvalidArgument, match="from"):
         resolve_recipe("classifier", "digits32", str(first), {})
     with pytest.raises(CheckpointError):

@@ -15,7 +15,7 @@ from admfast.checkpoints.snapshots import list_snapshots
 from admfast.cli.main import main
 from admfast.errors import InvalidArgument, OutputError
 from admfast.training.distributed import World
-from admfast.training.folder import LOCK, held
+from admfast.training.folder import LOCK, lock_run_folder
 
 CLASSES = 10  # of the network
 IMAGES = np.zeros((2 * CLASSES, 32, 32, 1), np.uint8)
@@ -165,7 +165,7 @@ def test_a_lock_without_a_name_keeps_nobody_out_and_a_lock_of_a_run_stays(tmp_pa
     """A refused run may remove its lock file after another process has opened the file."""
     locking = "admfast.training.folder.lock"
     monkeypatch.setattr(locking, lambda descriptor: (tmp_path / LOCK).unlink())
-    with pytest.raises(OutputError, match="another process"), held(tmp_path, World()):
+    with pytest.raises(OutputError, match="another process"), lock_run_folder(tmp_path, World()):
         pass
     monkeypatch.undo()
     assert train(tmp_path) == 0 and (tmp_path / LOCK).exists()
@@ -176,7 +176,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, capsys
     assert train(tmp_path) == 0
     before = contents(tmp_path)
     capsys.readouterr()
-    with held(tmp_path, World()):
+    with lock_run_folder(tmp_path, World()):
         assert train(tmp_path, steps=4) == 2
     assert "another process" in lines_of(capsys)[1][0]
     assert contents(tmp_path) == before and LOCK in before

@@ -118,41 +118,41 @@ def test_a_script_gives_what_it_gave(folder, case, way):
         pytest.skip(f"{PROGRAMS_PATH} names no folder with a checkout of guided-diffusion")
     script, flags = CASES[case]
     name, own = case.replace(" ", "_").replace("'", ""), [CHECKOUT, STAND_INS]
-    wanted = folder / f"{name}_published"
-    if not wanted.is_dir():
-        run(folder, wanted.name, [], script, flags, own)
+    expected = folder / f"{name}_published"
+    if not expected.is_dir():
+        run(folder, expected.name, [], script, flags, own)
     if way == "package":
         found = run(folder, f"{name}_package", [*RUNNER, "--package"], script, flags, [])
     else:
         found = run(folder, f"{name}_copy", RUNNER, script, flags, own)
-    files = [path.name for path in sorted(wanted.iterdir()) if path.suffix in (".npz", ".pt")]
+    files = [path.name for path in sorted(expected.iterdir()) if path.suffix in (".npz", ".pt")]
     assert files and files == [
         path.name for path in sorted(found.iterdir()) if path.suffix in (".npz", ".pt")
     ]
     for file in files:
         if file.endswith(".npz"):
-            same_arrays(np.load(found / file), np.load(wanted / file))
+            same_arrays(np.load(found / file), np.load(expected / file))
         elif "000000" in file:  # only the first step: later, Adam amplifies rounding of small gradients
-            same_training(*(torch.load(place / file) for place in (found, wanted)), file)
+            same_training(*(torch.load(place / file) for place in (found, expected)), file)
 
 
-def same_arrays(found, wanted) -> None:
-    assert found.files == wanted.files
-    for name in wanted.files:
-        if wanted[name].dtype == np.uint8:
-            levels = np.abs(found[name].astype(int) - wanted[name].astype(int))
+def same_arrays(found, expected) -> None:
+    assert found.files == expected.files
+    for name in expected.files:
+        if expected[name].dtype == np.uint8:
+            levels = np.abs(found[name].astype(int) - expected[name].astype(int))
             assert levels.max() <= 1 and (levels > 0).mean() < 1e-3
         else:
-            compare(found[name], wanted[name], NETWORK_SAMPLES_LIMIT, name)
+            compare(found[name], expected[name], NETWORK_SAMPLES_LIMIT, name)
 
 
-def same_training(found, wanted, file: str) -> None:
+def same_training(found, expected, file: str) -> None:
     """Compare weights and Adam's first moments (0.1 times the first gradients) with the published ones."""
-    assert list(found) == list(wanted)
+    assert list(found) == list(expected)
     if not file.startswith("opt"):
-        for name in wanted:
-            compare(found[name], wanted[name], NETWORK_GRADIENT_LIMIT, name)
+        for name in expected:
+            compare(found[name], expected[name], NETWORK_GRADIENT_LIMIT, name)
         return
-    assert found["param_groups"][0]["lr"] == wanted["param_groups"][0]["lr"]
-    for key, state in wanted["state"].items():
+    assert found["param_groups"][0]["lr"] == expected["param_groups"][0]["lr"]
+    for key, state in expected["state"].items():
         compare(found["state"][key]["exp_avg"], state["exp_avg"], NETWORK_GRADIENT_LIMIT, f"moment {key}")

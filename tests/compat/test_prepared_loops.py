@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from admfast.compat.guided_diffusion import gaussian_diffusion as gd
 from admfast.compat.guided_diffusion import script_util, unet
-from admfast.compat.guided_diffusion.prepared import guide_of, network_of, prepared_loop
+from admfast.compat.guided_diffusion.prepared_loops import find_guidance, find_network, prepared_loop
 from tests.parity.golden import NETWORK_SAMPLES_LIMIT, compare
 from tests.tools.random_checkpoint import random_state
 
@@ -68,11 +68,11 @@ def test_both_ways_give_and_draw_the_same(nets, step, guided):
         kwargs |= {"cond_fn": published_guide(nets.classifier, args), "device": "cpu"}
         model = published_model(nets.labelled, args)
     torch.manual_seed(3)
-    *_, wanted = getattr(diffusion, f"{step}_loop_progressive")(model, SHAPE, **kwargs)
+    *_, expected = getattr(diffusion, f"{step}_loop_progressive")(model, SHAPE, **kwargs)
     state = torch.get_rng_state()
     torch.manual_seed(3)
     found = prepared_loop(diffusion, step, model, SHAPE, **kwargs)
-    compare(found, wanted["sample"], NETWORK_SAMPLES_LIMIT, "samples")
+    compare(found, expected["sample"], NETWORK_SAMPLES_LIMIT, "samples")
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.requires_grad for p in nets.classifier.parameters())
     torch.manual_seed(3)
@@ -90,10 +90,10 @@ def test_weights_written_between_loops_are_seen(nets):
     with torch.no_grad():
         bias += 0.1
     changed = diffusion.ddim_sample_loop(nets.labelled, SHAPE, **kwargs)
-    *_, wanted = diffusion.ddim_sample_loop_progressive(nets.labelled, SHAPE, **kwargs)
+    *_, expected = diffusion.ddim_sample_loop_progressive(nets.labelled, SHAPE, **kwargs)
     with torch.no_grad():
         bias -= 0.1
-    compare(changed, wanted["sample"], NETWORK_SAMPLES_LIMIT, "samples")
+    compare(changed, expected["sample"], NETWORK_SAMPLES_LIMIT, "samples")
     assert (changed - before).abs().max() > 0.01
 
 
@@ -177,14 +177,14 @@ def models(net, args):
 
 def test_a_function_that_does_more_than_hand_on_is_no_network(nets):
     args, labelled = types.SimpleNamespace(class_cond=True), nets.labelled
-    assert network_of(published_model(nets.labelled, args), {"y": Y}) is nets.labelled
-    assert network_of(lambda x, t, y=None: labelled(x, t, y=y), {"y": Y}) is nets.labelled
+    assert find_network(published_model(nets.labelled, args), {"y": Y}) is nets.labelled
+    assert find_network(lambda x, t, y=None: labelled(x, t, y=y), {"y": Y}) is nets.labelled
     assert (
-        network_of(published_model(nets.plain, types.SimpleNamespace(class_cond=False)), {"y": Y})
+        find_network(published_model(nets.plain, types.SimpleNamespace(class_cond=False)), {"y": Y})
         is nets.plain
     )
     for i, model in enumerate(models(nets.labelled, args)):
-        assert network_of(model, {"y": Y}) is None, i
+        assert find_network(model, {"y": Y}) is None, i
 
 
 def guides(classifier, args):
@@ -270,7 +270,7 @@ def changes():
 @pytest.mark.parametrize(("name", "change"), [*changes()], ids=[name for name, _ in changes()])
 def test_a_process_that_was_changed_is_not_prepared(nets, name, change):
     diffusion, kwargs = process(), {"model_kwargs": {"y": Y}}
-    assert diffusion.as_built()
+    assert diffusion.is_unchanged()
     change(diffusion)
     assert prepared_loop(diffusion, "p_sample", nets.labelled, SHAPE, **kwargs) is None
     if name in ("p_sample", "condition_mean", "p_mean_variance", "_wrap_model"):
@@ -301,8 +301,8 @@ def test_a_subclass_whose_formulas_would_not_be_called_is_told():
 
 def test_only_the_published_guidance_is_known(nets):
     args = types.SimpleNamespace(classifier_scale=2.5)
-    classifier, scale = guide_of(published_guide(nets.classifier, args), {"y": Y})
+    classifier, scale = find_guidance(published_guide(nets.classifier, args), {"y": Y})
     assert classifier is nets.classifier and scale == 2.5
     for i, guide in enumerate(guides(nets.classifier, args)):
-        assert guide_of(guide, {"y": Y}) is None, i
-    assert guide_of(None, {"y": Y}) is None and guide_of(print, {"y": Y}) is None
+        assert find_guidance(guide, {"y": Y}) is None, i
+    assert find_guidance(None, {"y": Y}) is None and find_guidance(print, {"y": Y}) is None

@@ -33,12 +33,12 @@ def net():
 
 def test_attributes_are_those_of_the_published_constructor():
     net = unet.UNetModel(*UNET, **OPTIONS, num_classes=4, num_heads=2, use_fp16=True)
-    wanted = dict(
+    expected = dict(
         image_size=16, in_channels=3, model_channels=32, out_channels=6, num_res_blocks=1,
         attention_resolutions=(2,), dropout=0, channel_mult=(1, 2), conv_resample=True, num_classes=4,
         use_checkpoint=False, dtype=torch.float16, num_heads=2, num_head_channels=16, num_heads_upsample=2,
     )  # fmt: skip
-    assert {name: getattr(net, name) for name in wanted} == wanted
+    assert {name: getattr(net, name) for name in expected} == expected
     # The stem, two blocks and one downsampling, the middle, and two up blocks for each level.
     assert net._feature_size == 32 + (32 + 64) + 32 + 64 + 2 * (32 + 64)
     assert unet.SuperResModel(*UNET, **OPTIONS).in_channels == 6
@@ -83,10 +83,10 @@ def test_calls_fold_and_see_what_is_written(net):
         plain.to(net.out[2].weight.dtype)
         given = x.to(net.out[2].weight.dtype)
         with torch.no_grad():
-            found, wanted = net(given, T), plain(given, T)
+            found, expected = net(given, T), plain(given, T)
         assert net.is_folded and not plain.is_folded
         assert found.is_contiguous() and found.dtype == given.dtype
-        compare(found, wanted, NETWORK_OUTPUT_LIMIT, "output")
+        compare(found, expected, NETWORK_OUTPUT_LIMIT, "output")
 
 
 def test_half_precision_is_of_the_torso(net):
@@ -103,12 +103,12 @@ def test_half_precision_is_of_the_torso(net):
 def test_copies_pickles_and_replicas_work(net):
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        wanted = net(x, T)
+        expected = net(x, T)
         file = io.BytesIO()
         torch.save(net, file)
         file.seek(0)
         for twin in (copy.deepcopy(net), torch.load(file, weights_only=False), nn.DataParallel(net)):
-            assert torch.equal(twin(x, T), wanted)
+            assert torch.equal(twin(x, T), expected)
 
 
 def test_accelerate_takes_them_too(net):

@@ -28,7 +28,7 @@ def loop(folder: Path, steps: int, resume="", data=None, **options):
     torch.manual_seed(0)
     net = script_util.create_model(16, 32, 1, channel_mult="1,2", num_head_channels=16, learn_sigma=True)
     diffusion = script_util.create_gaussian_diffusion(learn_sigma=True)
-    made = train_util.TrainLoop(
+    train_loop = train_util.TrainLoop(
         model=net, diffusion=diffusion, data=data or batches(), batch_size=4, microbatch=-1, lr=1e-3,
         ema_rate="0.5,0.9", log_interval=1, save_interval=2, resume_checkpoint=resume,
         lr_anneal_steps=steps, **options,
@@ -36,8 +36,8 @@ def loop(folder: Path, steps: int, resume="", data=None, **options):
     with logger.scoped_configure(str(folder), ["csv", "json", "log"]):
         np.random.seed(len(resume))
         torch.manual_seed(1)
-        made.run_loop()
-    return made
+        train_loop.run_loop()
+    return train_loop
 
 
 def test_a_run_goes_on_where_its_files_end(tmp_path):
@@ -82,8 +82,8 @@ def test_means_of_an_iteration_and_levels(tmp_path, capsys):
         assert logger.dumpkvs()["x"] == 3.0 and logger.getkvs() == {}
         logger.set_level(logger.ERROR)
         logger.warn("hidden too")
-    said = capsys.readouterr().out
-    assert "| 3 " in said and "..." in said and "hidden" not in said
+    printed = capsys.readouterr().out
+    assert "| 3 " in printed and "..." in printed and "hidden" not in printed
     with pytest.raises(ValueError, match="tensorboard"):
         logger.configure(str(tmp_path), ["tensorboard"])
 
@@ -97,10 +97,10 @@ def test_half_precision_skips_a_step_that_overflows(tmp_path):
         optimiser = torch.optim.SGD(trainer.master_params, lr=1.0)
         before = [p.detach().clone() for p in trainer.master_params]
         out = net.out[2].weight
-        for factor, made in ((float("inf"), False), (1.0, True)):
+        for factor, train_loop in ((float("inf"), False), (1.0, True)):
             trainer.zero_grad()
             trainer.backward(factor * (out * torch.ones_like(out)).sum())
-            assert trainer.optimize(optimiser) is made
+            assert trainer.optimize(optimiser) is train_loop
         assert trainer.lg_loss_scale == 4.0 - 1 + 1e-3
     # The gradient of the sum is 1 for every element of `out` and 0 for all other parameters.
     moved = trainer.master_params_to_state_dict(

@@ -37,7 +37,7 @@ MODULES = (
     "admfast.sampling.request",
 )
 # Modules of `compat` that the published package doesn't have; they run its loops.
-OURS = {"prepared", "as_built"}
+OURS = {"prepared_loops", "change_guard"}
 
 
 def build(config: Path, out: Path) -> subprocess.CompletedProcess[str]:

@@ -112,13 +112,13 @@ def step_of(guided: bool = True, options: EngineOptions | None = None, steps: in
     options = options or EngineOptions()
     engine = Engine(unet().requires_grad_(False), classifier(1).requires_grad_(False), options=options)
     engine.ensure_folded()
-    batch, x = batch_of(ddpm().table(PROCESS.build(str(steps))), guided), randn(3, 1, 8, 8)
+    batch, x = make_batch(ddpm().table(PROCESS.build(str(steps))), guided), randn(3, 1, 8, 8)
     step = engine.step(batch)
     step.fill(batch, x)
     return step, batch, x
 
 
-def batch_of(table: SolverTable, guided: bool = True, **changes) -> Batch:
+def make_batch(table: SolverTable, guided: bool = True, **changes) -> Batch:
     """Return a batch of three images for all rows of a table."""
     settings = {"seeds": as_seeds(SEEDS), "labels": torch.tensor(LABELS), "guidance_scale": 2.0, **changes}
     return Batch(**{"table": table, "shape": (3, 1, 8, 8), "guided": (guided,) * len(table), **settings})
@@ -141,7 +141,7 @@ def test_buffers_stay_where_they_are():
     )
     for scale, steps in ((2.0, 4), (1.0, 7)):
         table = ddpm().table(PROCESS.build(str(steps)))
-        step.fill(batch_of(table, guidance_scale=scale), x)
+        step.fill(make_batch(table, guidance_scale=scale), x)
         run_rows(table, step)
         assert pointers(step) == before
 
@@ -254,11 +254,11 @@ def test_keys_say_what_needs_another_step():
         False,
     )
     assert StepKey.of(dataclasses.replace(batch, guided=(True, False) * 2), True).unguided
-    given = batch_of(batch.table, False, step_noise=randn(4, 3, 1, 8, 8), low_res=randn(3, 1, 4, 4))
+    given = make_batch(batch.table, False, step_noise=randn(4, 3, 1, 8, 8), low_res=randn(3, 1, 4, 4))
     key = StepKey.of(given, True)
     assert key.noise_given and key.low_res == (3, 1, 4, 4) and not key.guided
     long = ddpm().table(dataclasses.replace(PROCESS, steps=1500).build(""))
-    assert StepKey.of(batch_of(long), True).max_rows == 2 * ROWS_GRANULARITY
+    assert StepKey.of(make_batch(long), True).max_rows == 2 * ROWS_GRANULARITY
 
 
 def test_a_trainable_classifier_is_refused():

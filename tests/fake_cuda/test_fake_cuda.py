@@ -30,7 +30,7 @@ def runs() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def named(run: dict[str, Any]) -> str:
+def find_subject(run: dict[str, Any]) -> str:
     """Say which run it is."""
     return " ".join(str(run[key]) for key in ("subject", "batch", "precision", "attention", "guided"))
 
@@ -45,22 +45,24 @@ def test_each_op_takes_the_implementation_made_for_a_gpu(runs):
     for run in runs:
         attention = "xformers" if run["attention"] == "xformers" else "sdpa"
         expected = {f"attention {attention}", "conv library", "conv matmul"}
-        assert set(run["chosen"]) == expected | {"group_norm_silu triton", "sampler_step cuda"}, named(run)
+        assert set(run["chosen"]) == expected | {"group_norm_silu triton", "sampler_step cuda"}, find_subject(
+            run
+        )
 
 
 def test_nothing_is_read_back(runs):
-    assert {named(run): run["read_back"] for run in runs if run["read_back"]} == {}
+    assert {find_subject(run): run["read_back"] for run in runs if run["read_back"]} == {}
 
 
 def test_no_image_changes_its_layout(runs):
-    assert {named(run): run["turned"] for run in runs if run["turned"]} == {}
-    assert {named(run): run["not_channels_last"] for run in runs if run["not_channels_last"]} == {}
+    assert {find_subject(run): run["turned"] for run in runs if run["turned"]} == {}
+    assert {find_subject(run): run["not_channels_last"] for run in runs if run["not_channels_last"]} == {}
 
 
 def test_torsos_compute_in_the_dtype_of_the_policy(runs):
     for run in runs:
         # The last norm and convolution are the published float32.
-        assert set(run["dtypes"]) == {DTYPES[run["precision"]], "float32"}, named(run)
+        assert set(run["dtypes"]) == {DTYPES[run["precision"]], "float32"}, find_subject(run)
 
 
 # Launches of a step, and gigabytes beside convolutions and products. The plan of one read per norm is 15.3 GB
@@ -86,14 +88,14 @@ def test_launches_and_bytes_stay_low(subject, batch, guided, runs):
 
 def test_a_step_derives_its_forms_before_its_first_row(runs):
     # Other streams wait for the event that folding records, and for nothing after it.
-    assert {named(run): run["derived_late"] for run in runs if run["derived_late"]} == {}
+    assert {find_subject(run): run["derived_late"] for run in runs if run["derived_late"]} == {}
 
 
 def test_the_side_stream_is_none_that_torch_hands_out_to_users(runs):
     # A capture takes in what runs on its streams; torch's own come from a ring of the ordinary priority.
     for run in runs:
         guided = run["guided"] and run["subject"] != "imagenet256-up"
-        assert run["side_priority"] == (-1 if guided else None), named(run)
+        assert run["side_priority"] == (-1 if guided else None), find_subject(run)
 
 
 def test_a_kernel_s_bytes_are_those_it_reads_and_writes():

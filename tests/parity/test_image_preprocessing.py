@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from admfast.files.levels import from_uint8
-from admfast.training.crops import center_crop, random_crop, shared_part
+from admfast.training.crops import cacheable_part, center_crop, random_crop
 from admfast.training.images import check_classes, open_source
 from admfast.training.samples import Samples
 from tests.parity.golden import cases, load_json, load_npz
@@ -43,10 +43,10 @@ def test_crops(path: Path):
         for size in config["sizes"]:
             wanted = golden[f"center_img{i}_size{size}"]
             assert np.array_equal(center_crop(image, size), wanted)
-            assert np.array_equal(center_crop(shared_part(image, size, random=False), size), wanted)
+            assert np.array_equal(center_crop(cacheable_part(image, size, random=False), size), wanted)
             for seed in config["crop_seeds"]:
                 name = f"random_img{i}_size{size}_seed{seed}"
-                for source in (image, shared_part(image, size, random=True)):
+                for source in (image, cacheable_part(image, size, random=True)):
                     draw = recorded(golden[f"{name}_draws"], size)
                     assert np.array_equal(random_crop(source, size, draw), golden[name]), name
                 compared += 1

@@ -27,8 +27,8 @@ from admfast.compat.guided_diffusion import (
     train_util,
     unet,
 )
-from admfast.compat.guided_diffusion.as_built import ARRAYS
-from admfast.compat.guided_diffusion.prepared import prepared_loop
+from admfast.compat.guided_diffusion.change_guard import SCHEDULE_ARRAYS
+from admfast.compat.guided_diffusion.prepared_loops import prepared_loop
 from admfast.files.levels import from_uint8, to_uint8
 from tests.parity import analytic, golden
 from tests.parity.nets import conditions, golden_state
@@ -131,7 +131,7 @@ def test_arrays(path: Path):
     settings = {"schedule": name, "steps": int(steps), "respacing": spacing, "rescale": False}
     diffusion = process({**settings, "mean": "EPSILON", "var": "FIXED_LARGE", "loss": "MSE"})
     arrays = golden.load_npz(path)
-    known = [array for array in arrays if array in ARRAYS]
+    known = [array for array in arrays if array in SCHEDULE_ARRAYS]
     assert len(known) > 5
     for array in known:
         found = getattr(diffusion, array)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from admfast.diffusion import DiffusionConfig
 from admfast.models import ClassifierConfig, UNetConfig
 from admfast.training.ema import Averages
+from admfast.training.learner import Learner
 from admfast.training.loss import Batch
 from admfast.training.recipe import Recipe
 from admfast.training.timesteps import LossSecondMomentSampler
-from admfast.training.update import Learner
 from tests.parity.golden import (
     POINT_LIMIT,
     SCHEDULE_LIMIT,
@@ -118,7 +118,7 @@ def test_train_loop(path: Path):
             wanted = torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
             compare(values, wanted, TRAINED_PARAMETERS_LIMIT, f"{name} of step {step}")
         compare(report.grad_norm, golden["grad_norm"][step], TRAINED_PARAMETERS_LIMIT, "gradient norm")
-        compare(np.float64(report.rate), golden["lr_used"][step], SCHEDULE_LIMIT, "rate")
+        compare(np.float64(report.learning_rate), golden["lr_used"][step], SCHEDULE_LIMIT, "rate")
         for name, parameter in net.named_parameters():
             compare(parameter.grad, golden[f"step{step}:grad:{name}"], TRAINED_PARAMETERS_LIMIT, name)
             compare(parameter, golden[f"step{step}:param:{name}"], TRAINED_PARAMETERS_LIMIT, name)
@@ -159,7 +159,7 @@ def test_classifier_train(path: Path):
             t, noise = golden["t"][row], golden["noise"][row]
         batch = Batch(tuple(range(size)), images, t, noise, torch.ones(size), labels)
         report = learner.update(batch)
-        compare(np.float64(report.rate), golden["lr_used"][step], SCHEDULE_LIMIT, "rate")
+        compare(np.float64(report.learning_rate), golden["lr_used"][step], SCHEDULE_LIMIT, "rate")
         for part in range(-(-size // (recipe.microbatch or size))):
             place = slice(part * (recipe.microbatch or size), (part + 1) * (recipe.microbatch or size))
             for name in ("loss", "acc@1", "acc@5"):
@@ -218,9 +218,9 @@ def test_annealing(path: Path):
             lr=case["base_lr"],
         )  # fmt: skip
         if kind == "classifier":
-            found, wanted = recipe.rate(case["step"]), case["lr_used_for_that_step"]
+            found, wanted = recipe.learning_rate(case["step"]), case["lr_used_for_that_step"]
         else:  # recorded after the step: the rate of the next one
-            found, wanted = recipe.rate(case["step"] + 1), case["lr_set_after_that_step"]
+            found, wanted = recipe.learning_rate(case["step"] + 1), case["lr_set_after_that_step"]
         # The last rates are small differences of numbers near 1, so the error is relative to the first rate.
         compare(
             np.array([case["base_lr"], found]), np.array([case["base_lr"], wanted]), SCHEDULE_LIMIT, str(case)

@@ -21,13 +21,13 @@ def file_of(folder: Path, rank: int) -> Path:
 
 def record(arguments: list[str]) -> int:
     """Run the command, write the batches of its steps, and return its status."""
-    batches, make = list[dict[str, Any]](), loop.batch_of
+    batches, make_batch = list[dict[str, Any]](), loop.make_batch
 
-    def kept(*given: Any) -> Any:
-        batches.append(dataclasses.asdict(batch := make(*given)))
+    def make_and_record(*arguments: Any) -> Any:
+        batches.append(dataclasses.asdict(batch := make_batch(*arguments)))
         return batch
 
-    loop.batch_of = kept
+    loop.make_batch = make_and_record
     status = main(arguments[1:])
     torch.save(batches, file_of(Path(arguments[0]), int(os.environ.get("RANK", "0"))))
     return status

@@ -13,12 +13,12 @@ from torch import Tensor
 from admfast.checkpoints.snapshots import list_snapshots
 from admfast.models import ClassifierConfig, UNetConfig, UpsamplerConfig
 from admfast.training.images import ArraySource
-from admfast.training.loop import Habits
-from admfast.training.loss import Batch, batch_of
+from admfast.training.learner import Learner
+from admfast.training.loop import LoopOptions
+from admfast.training.loss import Batch, make_batch
 from admfast.training.network import build_network
 from admfast.training.recipe import Recipe
 from admfast.training.samples import Samples
-from admfast.training.update import Learner
 from tests.small import CLASSES, CLASSIFIER, PROCESS, UNET, UPSAMPLER
 
 NETWORKS = {
@@ -26,7 +26,7 @@ NETWORKS = {
     "classifier": ClassifierConfig(**{**CLASSIFIER, "dropout": 0.3}),
     "upsampler": UpsamplerConfig(**{**UPSAMPLER, "dropout": 0.3}),
 }
-OFTEN = Habits(save_every=2, log_every=1)
+OFTEN = LoopOptions(save_every=2, log_every=1)
 
 
 def source(count: int = 10, side: int = 8) -> ArraySource:
@@ -62,12 +62,12 @@ def learner_of(recipe: Recipe) -> Learner:
     return Learner(recipe, net)
 
 
-def batch(recipe: Recipe, ks: Sequence[int], sampler: Any) -> Batch:
-    """Return a batch of the samples `ks` of the random images."""
+def batch(recipe: Recipe, sample_ids: Sequence[int], sampler: Any) -> Batch:
+    """Return a batch of the samples `sample_ids` of the random images."""
     side = recipe.network.image_size
     samples = Samples(source(side=side), recipe.seed, side, 1, recipe.random_crop, recipe.random_flip)
-    images, labels = zip(*(samples.at(k) for k in ks), strict=True)
-    return batch_of(recipe, sampler, ks, torch.stack(images), torch.tensor(labels))
+    images, labels = zip(*(samples.at(k) for k in sample_ids), strict=True)
+    return make_batch(recipe, sampler, sample_ids, torch.stack(images), torch.tensor(labels))
 
 
 def same(a: Any, b: Any, where: str = "state") -> None:

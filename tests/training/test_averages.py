@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from admfast.errors import InvalidArgument
-from admfast.training.ema import Averages, combined, gamma_of, reconstruction
+from admfast.training.ema import Averages, combine, gamma_from_width, reconstruction_factors
 
 STEPS = 200
 
@@ -22,19 +22,19 @@ def moving() -> tuple[nn.ParameterList, list[Tensor]]:
 def averaged(
     averages: Averages, net: nn.ParameterList, walk: list[Tensor], keep: tuple[int, ...] = ()
 ) -> dict:
-    kept = {}
+    stored = {}
     for step, value in enumerate(walk):
         net[0].data.copy_(value)
         averages.update(step)
         if step + 1 in keep:
-            kept[step + 1] = {n: {"0": averages.weights(n)["0"].clone()} for n in averages.names}
-    return kept
+            stored[step + 1] = {n: {"0": averages.weights(n)["0"].clone()} for n in averages.names}
+    return stored
 
 
 def power_average(walk: list[Tensor], width: float) -> Tensor:
     """Return the average by definition: the value of step i has the share (i/n)^(g+1) - ((i-1)/n)^(g+1)."""
     i = torch.arange(1, len(walk) + 1, dtype=torch.float64) / len(walk)
-    cumulated = i ** (gamma_of(width) + 1)
+    cumulated = i ** (gamma_from_width(width) + 1)
     shares = torch.diff(cumulated, prepend=torch.zeros(1, dtype=torch.float64))
     # In the recursion step n gets the factor 1 - (1 - 1/n)^(g+1), which leads to these shares.
     return (shares[:, None] * torch.stack(walk)).sum(0)
@@ -50,8 +50,8 @@ def test_rates_and_warm_up():
         averages.update(step)
         warm.update(step)
         torch.testing.assert_close(averages.weights("0.9")["0"], 0.9 * before + 0.1 * value)
-        kept = min(0.9, (1 + step) / (10 + step))
-        torch.testing.assert_close(warm.weights()["0"], kept * before_warm + (1 - kept) * value)
+        stored = min(0.9, (1 + step) / (10 + step))
+        torch.testing.assert_close(warm.weights()["0"], stored * before_warm + (1 - stored) * value)
     with pytest.raises(InvalidArgument, match="ema"):
         averages.weights("0.7")
 
@@ -70,7 +70,7 @@ def test_a_step_that_was_skipped_changes_no_average():
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
 def test_power_functions_have_their_width(width):
-    gamma = gamma_of(width)
+    gamma = gamma_from_width(width)
     assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(width**2)
     net, walk = moving()
     averages = Averages(net, [], [width])
@@ -82,11 +82,11 @@ def test_power_functions_have_their_width(width):
 def test_any_width_is_put_together_from_two(width):
     net, walk = moving()
     averages = Averages(net, [], [0.05, 0.1])
-    kept = averaged(averages, net, walk, keep=tuple(range(10, STEPS + 1, 10)))
-    profiles = [(n, float(name[6:])) for n, states in kept.items() for name in states]
-    states = [state for states in kept.values() for state in states.values()]
-    found = combined(states, reconstruction(profiles, (STEPS, width)))["0"]
-    truth, nearest = power_average(walk, width), kept[STEPS]["power-0.1"]["0"]
+    stored = averaged(averages, net, walk, keep=tuple(range(10, STEPS + 1, 10)))
+    profiles = [(n, float(name[6:])) for n, states in stored.items() for name in states]
+    states = [state for states in stored.values() for state in states.values()]
+    found = combine(states, reconstruction_factors(profiles, (STEPS, width)))["0"]
+    truth, nearest = power_average(walk, width), stored[STEPS]["power-0.1"]["0"]
     error = (found - truth).norm()
     assert error < 0.05 * truth.norm()
     if width != 0.1:
@@ -96,7 +96,7 @@ def test_any_width_is_put_together_from_two(width):
 def test_widths_that_are_none():
     for width in (0.0, 0.29, float("nan")):
         with pytest.raises(InvalidArgument, match="width"):
-            gamma_of(width)
+            gamma_from_width(width)
     with pytest.raises(InvalidArgument, match="stored"):
-        reconstruction([], (10, 0.1))
-    assert gamma_of(0.28867) == pytest.approx(0, abs=1e-3)
+        reconstruction_factors([], (10, 0.1))
+    assert gamma_from_width(0.28867) == pytest.approx(0, abs=1e-3)

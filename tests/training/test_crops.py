@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from admfast.training.crops import center_crop, random_crop, shared_part, with_channels
+from admfast.training.crops import cacheable_part, center_crop, convert_channels, random_crop
 
 RNG = np.random.default_rng(0)
 
@@ -40,9 +40,9 @@ def test_the_centre(height, width, size, channels):
     before = image.copy()
     whole = filtered(image, size)
     top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
-    wanted = whole[top : top + size, left : left + size]
-    assert np.array_equal(center_crop(image, size), wanted)
-    assert np.array_equal(center_crop(shared_part(image, size, random=False), size), wanted)
+    expected = whole[top : top + size, left : left + size]
+    assert np.array_equal(center_crop(image, size), expected)
+    assert np.array_equal(center_crop(cacheable_part(image, size, random=False), size), expected)
     assert np.array_equal(image, before)
 
 
@@ -64,7 +64,7 @@ def test_anywhere(height, width, size, channels, shares):
     assert counts[1:] == [whole.shape[0] - size + 1, whole.shape[1] - size + 1]
     assert np.array_equal(crop, whole[top : top + size, left : left + size])
     again = iter(values)
-    shared = shared_part(image, size, random=True)
+    shared = cacheable_part(image, size, random=True)
     assert np.array_equal(random_crop(shared, size, lambda count: next(again)), crop)
 
 
@@ -78,13 +78,13 @@ def test_large_images(sides):
 
 def test_channels():
     grey, colour = noise(5, 6, 1), noise(5, 6, 3)
-    assert with_channels(grey, 1) is grey and with_channels(colour, 3) is colour
-    assert np.array_equal(with_channels(grey, 3), np.concatenate([grey] * 3, axis=2))
+    assert convert_channels(grey, 1) is grey and convert_channels(colour, 3) is colour
+    assert np.array_equal(convert_channels(grey, 3), np.concatenate([grey] * 3, axis=2))
     luminance = Image.fromarray(colour).convert("L")
-    assert np.array_equal(with_channels(colour, 1), luminance)
-    assert np.array_equal(with_channels(with_channels(grey, 3), 1), grey[:, :, 0])
+    assert np.array_equal(convert_channels(colour, 1), luminance)
+    assert np.array_equal(convert_channels(convert_channels(grey, 3), 1), grey[:, :, 0])
     picture = Image.fromarray(colour)
-    assert with_channels(picture, 3) is picture
+    assert convert_channels(picture, 3) is picture
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -93,6 +93,6 @@ def test_pictures_are_cut_like_their_pixels(channels):
     picture = Image.fromarray(image.squeeze(2) if channels == 1 else image)
     for size in (8, 70, 90):
         assert np.array_equal(center_crop(picture, size), center_crop(image, size))
-        assert np.array_equal(shared_part(picture, size, True), shared_part(image, size, True))
+        assert np.array_equal(cacheable_part(picture, size, True), cacheable_part(image, size, True))
         crops = [random_crop(x, size, lambda count: count // 2) for x in (picture, image)]
         assert np.array_equal(*crops)

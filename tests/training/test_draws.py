@@ -9,7 +9,7 @@ from torch import nn
 from admfast.errors import InvalidArgument
 from admfast.models.dropout import Dropout, keyed_dropout
 from admfast.ops.update import as_seeds, normal
-from admfast.training.draws import TrainStream, normals, uniforms
+from admfast.training.draws import TrainStream, draw_normals, draw_uniforms
 from admfast.training.samples import DataStream
 from admfast.training.timesteps import UniformSampler
 from tests.training.small_runs import batch, small_recipe
@@ -23,18 +23,18 @@ def test_streams_of_all_purposes_differ():
 
 
 def test_numbers_belong_to_samples_not_to_batches():
-    whole, z = uniforms(3, KS, TrainStream.TIMESTEP), normals(3, KS, (2, 3), TrainStream.NOISE)
+    whole, z = draw_uniforms(3, KS, TrainStream.TIMESTEP), draw_normals(3, KS, (2, 3), TrainStream.NOISE)
     assert ((whole >= 0) & (whole < 1)).all() and len(set(whole.tolist())) == len(KS)
     for i, k in enumerate(KS):
-        assert uniforms(3, [k], TrainStream.TIMESTEP) == whole[i]
-        assert torch.equal(normals(3, [k], (2, 3), TrainStream.NOISE)[0], z[i])
+        assert draw_uniforms(3, [k], TrainStream.TIMESTEP) == whole[i]
+        assert torch.equal(draw_normals(3, [k], (2, 3), TrainStream.NOISE)[0], z[i])
         assert torch.equal(z[i], normal(as_seeds([3]), (2, 3), k, TrainStream.NOISE)[0])
-    assert (uniforms(4, KS, TrainStream.TIMESTEP) != whole).all()
-    assert (uniforms(3, KS, TrainStream.CLASS) != whole).all()
+    assert (draw_uniforms(4, KS, TrainStream.TIMESTEP) != whole).all()
+    assert (draw_uniforms(3, KS, TrainStream.CLASS) != whole).all()
 
 
 def test_timesteps_are_even():
-    t, weights = UniformSampler(10).choose(uniforms(0, range(20000), TrainStream.TIMESTEP))
+    t, weights = UniformSampler(10).choose(draw_uniforms(0, range(20000), TrainStream.TIMESTEP))
     counts = torch.bincount(t, minlength=10)
     # The limit is five standard deviations of a binomial count.
     assert ((counts - 2000).abs() < 5 * (20000 * 0.1 * 0.9) ** 0.5).all() and (weights == 1).all()
@@ -52,20 +52,20 @@ def test_a_batch_is_its_samples(kind):
             a, b = getattr(one, name), getattr(whole, name)
             assert (a is None and b is None) or torch.equal(a[0], b[k - 3]), name
     parts = whole.split(4)
-    assert [len(part) for part in parts] == [4, 2] and parts[1].ks == (7, 8)
+    assert [len(part) for part in parts] == [4, 2] and parts[1].sample_ids == (7, 8)
     assert torch.equal(torch.cat([part.noise for part in parts]), whole.noise)
 
 
 def test_classes_are_dropped_to_the_last_one():
     recipe = small_recipe(drop_classes=0.5)
-    assert recipe.classes == 3
+    assert recipe.num_image_classes == 3
     labels = batch(recipe, range(400), UniformSampler(1000)).labels
-    dropped = (labels == 3) & (torch.arange(400) >= 0)
     plain = batch(small_recipe(), range(400), UniformSampler(1000)).labels
-    assert torch.equal(labels[~dropped], plain[~dropped])
-    # A quarter of the images have class 3 themselves. Half of the others are dropped.
-    others = dropped[plain != 3].float().mean()
-    assert abs(others - 0.5) < 5 * 0.5 / 300**0.5
+    # The draws say which images lose their class; all others keep it.
+    dropped = draw_uniforms(recipe.seed, range(400), TrainStream.CLASS) < 0.5
+    assert torch.equal(labels, torch.where(dropped, 3, plain))
+    # The limit is five standard deviations of the share of dropped images.
+    assert abs(dropped.float().mean() - 0.5) < 5 * 0.5 / 400**0.5
 
 
 # Dropout
@@ -91,9 +91,9 @@ def test_without_a_key_dropout_is_torch_s():
     x = torch.ones(2, 50)
     ours, theirs = Dropout(0.5), nn.Dropout(0.5)
     torch.manual_seed(0)
-    wanted = theirs(x)
+    expected = theirs(x)
     torch.manual_seed(0)
-    assert torch.equal(ours(x), wanted)
+    assert torch.equal(ours(x), expected)
     with keyed_dropout(ours, 0, [0, 1], TrainStream.DROPOUT):
         assert torch.equal(ours.eval()(x), x)
     ours.train()

@@ -12,9 +12,9 @@ import torch
 
 from admfast.errors import AdmfastError, InvalidArgument, OutputError
 from admfast.files.images import UInt8, write_png
-from admfast.training.cache import cached
+from admfast.training.cache import cache_samples
 from admfast.training.images import ArraySource, BrokenImage, open_source
-from admfast.training.samples import Samples, loader
+from admfast.training.samples import Samples, iterate_batches
 
 RNG = np.random.default_rng(0)
 SIDES = [(40, 60), (64, 40), (17, 90), (90, 17), (33, 33), (8, 200)]
@@ -57,23 +57,23 @@ def test_the_samples_are_the_same_and_nothing_is_decoded_again(tmp_path, kept, r
     source = Counted()
     samples = Samples(source, 7, 8, channels, random_crop)
     folder = tmp_path / "cache" if kept == "folder" else None
-    fast = cached(samples, folder, threads=3)
+    fast = cache_samples(samples, folder, threads=3)
     assert source.decoded == len(SIDES)
     assert_same(fast, plain)
     assert_same(pickle.loads(pickle.dumps(fast)), plain)
-    for batch in loader(fast, [[4, 5], [17]], workers=1):
-        for k, image in zip(batch.ks, batch.images, strict=True):
+    for batch in iterate_batches(fast, [[4, 5], [17]], workers=1):
+        for k, image in zip(batch.sample_ids, batch.images, strict=True):
             assert torch.equal(image, plain.at(k)[0])
     assert source.decoded == len(SIDES) and samples.source is source
     if folder is not None:
-        assert_same(cached(samples, folder), plain)
+        assert_same(cache_samples(samples, folder), plain)
         assert source.decoded == len(SIDES) and len(list(folder.iterdir())) == 1
 
 
 def test_what_all_crops_share_is_small(tmp_path):
     large = ArraySource(np.zeros((4, 512, 512, 3), np.uint8), None, "a", "a")
-    cached(Samples(large, 0, 16, random_crop=False), tmp_path)
-    cached(Samples(large, 0, 16, random_crop=True), tmp_path)
+    cache_samples(Samples(large, 0, 16, random_crop=False), tmp_path)
+    cache_samples(Samples(large, 0, 16, random_crop=True), tmp_path)
     sizes = sorted(path.stat().st_size for path in tmp_path.iterdir())
     assert 4 * 3 * 16**2 < sizes[0] < 4 * 3 * 16**2 + 2000
     assert 4 * 3 * 32**2 < sizes[1] < 4 * 3 * 32**2 + 2000
@@ -84,17 +84,17 @@ def test_other_images_and_settings_have_a_cache_of_their_own(tmp_path):
     images.mkdir()
     write_png(images / "x.png", Counted.images[0])
     settings = {"seed": 0, "size": 8}
-    made = [cached(Samples(open_source(images), **settings), tmp_path / "cache")]
+    made = [cache_samples(Samples(open_source(images), **settings), tmp_path / "cache")]
     for more in ({"channels": 1}, {"random_crop": True}, {"size": 9}):
-        made.append(cached(Samples(open_source(images), **{**settings, **more}), tmp_path / "cache"))
+        made.append(cache_samples(Samples(open_source(images), **{**settings, **more}), tmp_path / "cache"))
     write_png(images / "x.png", Counted.images[1])
-    last = cached(Samples(open_source(images), **settings), tmp_path / "cache")
+    last = cache_samples(Samples(open_source(images), **settings), tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 5
     assert_same(last, Samples(open_source(images), **settings), 2)
     # Another seed and no flips still use the same cache.
     other = {**settings, "seed": 5, "random_flip": False}
     assert_same(
-        cached(Samples(open_source(images), **other), tmp_path / "cache"),
+        cache_samples(Samples(open_source(images), **other), tmp_path / "cache"),
         Samples(open_source(images), **other),
         2,
     )
@@ -115,7 +115,7 @@ def broken(tmp_path) -> Path:
 def test_broken_images_stay_broken(tmp_path, broken, kept):
     plain = Samples(open_source(broken), 3, 8, random_crop=True)
     for _ in range(2):
-        fast = cached(
+        fast = cache_samples(
             Samples(open_source(broken), 3, 8, random_crop=True), tmp_path if kept == "folder" else None
         )
         with pytest.warns(UserWarning, match="2.png"):
@@ -127,7 +127,7 @@ def test_broken_images_stay_broken(tmp_path, broken, kept):
 
 def test_too_many_broken_images_are_an_error_and_no_cache(tmp_path, broken):
     with pytest.raises(BrokenImage, match="2.png"):
-        cached(Samples(open_source(broken), 3, 8, max_broken=0), tmp_path / "cache")
+        cache_samples(Samples(open_source(broken), 3, 8, max_broken=0), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -136,25 +136,25 @@ def test_too_many_broken_images_are_an_error_and_no_cache(tmp_path, broken):
 )
 def test_a_damaged_cache_is_named(tmp_path, damage):
     samples = Samples(Counted(), 0, 8)
-    cached(samples, tmp_path)
+    cache_samples(samples, tmp_path)
     (place,) = tmp_path.iterdir()
     place.write_bytes(damage(place.read_bytes()))
     with pytest.raises(AdmfastError, match=place.name):
-        cached(samples, tmp_path)
+        cache_samples(samples, tmp_path)
 
 
 def test_a_cache_in_memory_has_a_limit(monkeypatch):
     monkeypatch.setattr("admfast.host.memory_limit", lambda: 2 * 6 * 8 * 8 * 3)
-    cached(Samples(Counted(), 0, 8))
+    cache_samples(Samples(Counted(), 0, 8))
     monkeypatch.setattr("admfast.host.memory_limit", lambda: 2 * 6 * 8 * 8 * 3 - 2)
     with pytest.raises(AdmfastError, match="memory"):
-        cached(Samples(Counted(), 0, 8))
+        cache_samples(Samples(Counted(), 0, 8))
 
 
 def test_mistakes(tmp_path):
     samples = Samples(Counted(), 0, 8)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
-        cached(samples, tmp_path / "file")
+        cache_samples(samples, tmp_path / "file")
     with pytest.raises(InvalidArgument, match="threads"):
-        cached(samples, threads=0)
+        cache_samples(samples, threads=0)

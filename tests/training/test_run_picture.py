@@ -15,7 +15,7 @@ from admfast.errors import CheckpointError
 from admfast.files.images import read_image, write_png
 from admfast.training import picture
 from admfast.training.folder import write_run_file
-from admfast.training.picture import run_picture
+from admfast.training.picture import draw_run
 from admfast.training.recipe import Recipe
 from tests.small import PROCESS
 from tests.training.small_runs import small_recipe
@@ -39,9 +39,9 @@ def test_losses_lie_on_a_log_axis(tmp_path):
     """On the log axis quarter 1 falls from 1 to 0.01 in a straight line; quarter 3 stays in the middle."""
     steps = range(0, 101, 10)
     rows = [{"step": s, "loss": 9.0, "loss_q1": 10 ** (-s / 50), "loss_q3": 0.1} for s in steps]
-    image = run_picture(written(tmp_path, rows))
+    image = draw_run(written(tmp_path, rows))
     assert image.shape == (picture.HEIGHT, picture.WIDTH, 3) and image.dtype == np.uint8
-    falling, flat = (coloured(image, picture.COLOURS[quarter]) for quarter in (0, 2))
+    falling, flat = (coloured(image, picture.QUARTER_COLOURS[quarter]) for quarter in (0, 2))
     left, right = picture.LEFT, picture.WIDTH - picture.RIGHT
     middle = (picture.TOP + picture.HEIGHT - picture.BOTTOM) / 2
     line = flat[flat[:, 1] < right - 20]  # without the dot at its end
@@ -51,12 +51,14 @@ def test_losses_lie_on_a_log_axis(tmp_path):
         y = falling[falling[:, 1] == x][:, 0].mean()
         height = (picture.HEIGHT - picture.BOTTOM - picture.TOP) * 2 / 2.1
         assert y == pytest.approx(middle + (share - 0.5) * height, abs=3)
-    assert not len(coloured(image, picture.COLOURS[1]))
+    assert not len(coloured(image, picture.QUARTER_COLOURS[1]))
 
 
 def test_without_quarters_the_loss_is_drawn(tmp_path):
-    image = run_picture(written(tmp_path, [{"step": 5, "loss": 0.3}]))
-    assert len(coloured(image, picture.COLOURS[0])) > 50 and not len(coloured(image, picture.COLOURS[1]))
+    image = draw_run(written(tmp_path, [{"step": 5, "loss": 0.3}]))
+    assert len(coloured(image, picture.QUARTER_COLOURS[0])) > 50 and not len(
+        coloured(image, picture.QUARTER_COLOURS[1])
+    )
 
 
 Drawn = list[tuple[Image.Image, str, tuple[float, ...]]]
@@ -107,7 +109,7 @@ def test_axes_and_lines_say_what_they_are(tmp_path, drawn, loss, recipe, steps):
     recipe = replace(recipe, batch_size=4096, process=replace(recipe.process, steps=steps))
     (tmp_path / "grids").mkdir()
     write_png(tmp_path / "grids/123456789.png", np.zeros((40, 8, 1), np.uint8))
-    run_picture(written(tmp_path, QUARTERLY, recipe))
+    draw_run(written(tmp_path, QUARTERLY, recipe))
     *texts, of_grid, step = (text for _, text, _ in drawn)
     chart = " ".join(texts)
     assert all(word in chart for word in (loss, "log scale", "training steps", "4,096 images", "most noise"))
@@ -121,7 +123,7 @@ def test_axes_and_lines_say_what_they_are(tmp_path, drawn, loss, recipe, steps):
     "losses", [(1, 1), (0.6, 0.9), (3e-4, 3.2e-4), (0.9, 1.2), (1, 9), (1e-5, 3)], ids=str
 )
 def test_numbers_beside_the_loss_for_every_range(tmp_path, drawn, losses):
-    run_picture(written(tmp_path, [{"step": 10 + i, "loss": loss} for i, loss in enumerate(losses)]))
+    draw_run(written(tmp_path, [{"step": 10 + i, "loss": loss} for i, loss in enumerate(losses)]))
     beside = [
         text for _, text, (_, _, right, bottom) in drawn if right < picture.LEFT and bottom > picture.TOP
     ]
@@ -136,18 +138,18 @@ def test_grids_from_the_first_to_the_last(tmp_path, count, shown):
     for number in range(count):
         levels = np.full((40, 30, 1), 60 + 20 * number, np.uint8)
         write_png(tmp_path / "grids" / f"{100 * number:08d}.png", levels)
-    row = run_picture(tmp_path)[picture.HEIGHT // 2, picture.WIDTH :, 0]
+    row = draw_run(tmp_path)[picture.HEIGHT // 2, picture.WIDTH :, 0]
     levels = [level for level, before in zip(row, [255, *row], strict=False) if level not in (before, 255)]
     assert levels == [60 + 20 * number for number in shown]
 
 
 def test_a_row_that_was_not_finished_and_losses_that_are_none_are_left_out(tmp_path):
     rows = [{"step": 10, "loss_q1": 0.1}, {"step": 20, "loss_q1": 0.0}, {"step": 30, "loss_q1": 0.1}]
-    whole = run_picture(written(tmp_path / "whole", [rows[0], rows[2]]))
+    whole = draw_run(written(tmp_path / "whole", [rows[0], rows[2]]))
     run = written(tmp_path / "run", [*rows[:2], {"step": 25, "loss_q1": float("nan")}, rows[2]])
     with open(run / "log.jsonl", "a") as file:
         file.write('{"step": 40, "loss_q')
-    assert np.array_equal(run_picture(run), whole)
+    assert np.array_equal(draw_run(run), whole)
 
 
 @pytest.mark.parametrize("rows", [None, [], [{"step": 1}], [{"step": 1, "loss": float("nan")}]], ids=str)
@@ -156,7 +158,7 @@ def test_what_has_no_loss_is_said(tmp_path, rows):
     if rows is None:
         (tmp_path / "log.jsonl").unlink()
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        run_picture(tmp_path)
+        draw_run(tmp_path)
 
 
 def test_the_command_writes_it_without_weights(tmp_path, capsys):
@@ -164,6 +166,6 @@ def test_the_command_writes_it_without_weights(tmp_path, capsys):
     file = tmp_path / "run.png"
     assert main(["train", "export", str(run), "--picture", str(file)]) == 0
     assert capsys.readouterr().out.splitlines() == [str(file.resolve())]
-    assert np.array_equal(read_image(file, 3), run_picture(run))
+    assert np.array_equal(read_image(file, 3), draw_run(run))
     assert main(["train", "export", str(run)]) == 2
     assert capsys.readouterr().err.startswith("admfast: --out=")

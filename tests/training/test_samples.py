@@ -16,7 +16,7 @@ import torch
 from admfast.errors import AdmfastError, InvalidArgument
 from admfast.files.images import write_png
 from admfast.training.images import ArraySource, BrokenImage, open_source
-from admfast.training.samples import ImageBatch, Samples, epoch_order, loader
+from admfast.training.samples import ImageBatch, Samples, epoch_order, iterate_batches
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (13, 20, 27, 3)).astype(np.uint8)
 SEED = 2**64 - 3
@@ -26,8 +26,8 @@ def source(images: np.ndarray = IMAGES) -> ArraySource:
     return ArraySource(images, [i % 3 for i in range(len(images))], "array", "array")
 
 
-def made(samples: Samples, ks: Iterable[int]) -> list[tuple[torch.Tensor, int | None]]:
-    return [samples.at(k) for k in ks]
+def made(samples: Samples, sample_ids: Iterable[int]) -> list[tuple[torch.Tensor, int | None]]:
+    return [samples.at(k) for k in sample_ids]
 
 
 def assert_same(a: Iterable, b: Iterable) -> None:
@@ -145,18 +145,18 @@ def test_numbers_of_samples_are_checked(samples, k):
 
 
 def test_any_order_and_any_process_makes_the_same(samples):
-    ks = list(range(30))
-    forward = made(samples, ks)
-    assert_same(reversed(made(samples, reversed(ks))), forward)
-    assert_same(made(pickle.loads(pickle.dumps(samples)), ks), forward)
-    assert_same(made(Samples(source(), SEED, 16, **ALL), ks[17:]), forward[17:])
+    sample_ids = list(range(30))
+    forward = made(samples, sample_ids)
+    assert_same(reversed(made(samples, reversed(sample_ids))), forward)
+    assert_same(made(pickle.loads(pickle.dumps(samples)), sample_ids), forward)
+    assert_same(made(Samples(source(), SEED, 16, **ALL), sample_ids[17:]), forward[17:])
 
 
 def flat(batches: Iterable[ImageBatch]) -> dict[int, tuple[torch.Tensor, int | None]]:
     return {
         k: (image, None if batch.labels is None else int(batch.labels[i]))
         for batch in batches
-        for i, (k, image) in enumerate(zip(batch.ks, batch.images, strict=True))
+        for i, (k, image) in enumerate(zip(batch.sample_ids, batch.images, strict=True))
     }
 
 
@@ -167,14 +167,16 @@ def test_any_number_of_processes_and_workers_sees_the_same_samples(samples, worl
     seen: dict[int, tuple[torch.Tensor, int | None]] = {}
     for rank in range(world):
         part = 8 // world
-        ks = [
+        sample_ids = [
             range(start + micro, start + micro + 2)
             for step in range(3)
             for start in [20 + 8 * step + part * rank]
             for micro in range(0, part, 2)
         ]
-        batches = list(loader(samples, ks, workers))
-        assert [batch.ks for batch in batches] == [tuple(numbers) for numbers in ks], "wrong order"
+        batches = list(iterate_batches(samples, sample_ids, workers))
+        assert [batch.sample_ids for batch in batches] == [tuple(numbers) for numbers in sample_ids], (
+            "wrong order"
+        )
         seen |= flat(batches)
     assert_same((seen[k] for k in range(20, 44)), made(samples, range(20, 44)))
 
@@ -187,30 +189,30 @@ def test_batches_have_no_end_where_the_numbers_have_none(samples, workers):
             yield [k, k + 1, k + 2]
             k += 3
 
-    batches = loader(samples, numbers(), workers)
+    batches = iterate_batches(samples, numbers(), workers)
     taken = [next(batches) for _ in range(7)]
     batches.close()
-    assert [batch.ks[0] for batch in taken] == list(range(0, 21, 3))
+    assert [batch.sample_ids[0] for batch in taken] == list(range(0, 21, 3))
     assert taken[0].images.shape == (3, 3, 16, 16) and taken[0].labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_global_generator_is_left_alone(samples, workers):
     torch.manual_seed(0)
-    list(loader(samples, [[0], [1]], workers))
+    list(iterate_batches(samples, [[0], [1]], workers))
     after = torch.rand(3)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(3), after)
 
 
 def test_without_classes_a_batch_has_no_labels():
-    (batch,) = loader(Samples(ArraySource(IMAGES, None, "a", "a"), 0, 16), [[0, 1]])
+    (batch,) = iterate_batches(Samples(ArraySource(IMAGES, None, "a", "a"), 0, 16), [[0, 1]])
     assert batch.labels is None and batch.images.shape == (2, 3, 16, 16)
 
 
 def test_the_number_of_workers_is_checked(samples):
     with pytest.raises(InvalidArgument, match="workers"):
-        list(loader(samples, [[0]], -1))
+        list(iterate_batches(samples, [[0]], -1))
 
 
 # Broken images
@@ -225,18 +227,18 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def quiet(samples: Samples, ks: Iterable[int]) -> list[tuple[torch.Tensor, int | None]]:
+def quiet(samples: Samples, sample_ids: Iterable[int]) -> list[tuple[torch.Tensor, int | None]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return made(samples, ks)
+        return made(samples, sample_ids)
 
 
 def test_broken_images_are_named_once_and_others_take_their_place(folder):
     samples = Samples(open_source(folder), SEED, 16, max_broken=2, **ALL)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
         first = made(samples, range(39))
-    named = sorted(str(warning.message) for warning in said)
+    named = sorted(str(warning.message) for warning in caught_warnings)
     assert len(named) == 2 and "04.png" in named[1] + named[0] and "11.png" in named[0] + named[1]
     assert set(samples.broken) == {4, 11}
     # The samples are the same from any k on, and whether or not the broken images are known already.
@@ -285,16 +287,19 @@ def test_what_takes_a_place_brings_its_class(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_names_broken_images_and_stops_at_the_bound(folder, workers):
-    ks = [range(k, k + 3) for k in range(0, 39, 3)]
+    sample_ids = [range(k, k + 3) for k in range(0, 39, 3)]
     samples = Samples(open_source(folder), SEED, 16, max_broken=2, **ALL)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught_warnings:
         warnings.simplefilter("always")
-        batches = list(loader(samples, ks, workers))
-    assert sorted("04.png" in str(w.message) for w in said if "skipped" in str(w.message)) == [False, True]
+        batches = list(iterate_batches(samples, sample_ids, workers))
+    assert sorted("04.png" in str(w.message) for w in caught_warnings if "skipped" in str(w.message)) == [
+        False,
+        True,
+    ]
     assert_same(flat(batches).values(), made(samples, range(39)))
     few = Samples(open_source(folder), SEED, 16, max_broken=1, **ALL)
     with pytest.warns(UserWarning), pytest.raises(BrokenImage, match="2 of 13 .*png") as caught:
-        list(loader(few, ks, workers))
+        list(iterate_batches(few, sample_ids, workers))
     assert "\n" not in str(caught.value)
 
 
@@ -320,7 +325,7 @@ def test_a_file_that_vanishes_ends_the_run(folder, workers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(AdmfastError, match="00.png") as caught:
-            list(loader(samples, [[k] for k in range(13)], workers))
+            list(iterate_batches(samples, [[k] for k in range(13)], workers))
     assert not isinstance(caught.value, BrokenImage) and "\n" not in str(caught.value)
 
 
@@ -336,5 +341,5 @@ class Deadly(ArraySource):
 def test_a_worker_that_is_killed_is_one_line():
     samples = Samples(Deadly(IMAGES, None, "array", "array"), 0, 16)
     with pytest.raises(AdmfastError, match="worker") as caught:
-        list(loader(samples, [[0], [1]], 1))
+        list(iterate_batches(samples, [[0], [1]], 1))
     assert "\n" not in str(caught.value)

@@ -15,12 +15,12 @@ from admfast.checkpoints.describe import LiveBytes
 from admfast.cli.main import main
 from admfast.models import UNetConfig
 from admfast.models.layers import ResBlock
-from admfast.training.loss import batch_of
+from admfast.training.learner import Learner
+from admfast.training.loss import make_batch
 from admfast.training.memory import step_memory
 from admfast.training.network import build_network
 from admfast.training.recipe import KINDS, Recipe
-from admfast.training.recipes import recipe as preset
-from admfast.training.update import Learner
+from admfast.training.recipes import recipe_from_preset
 from tests.small import PROCESS
 from tests.training.small_runs import learner_of, small_recipe
 
@@ -43,8 +43,8 @@ def steps(learner: Learner, count: int = 2) -> None:
     shape = (n, network.in_channels, network.image_size, network.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     for first in range(0, count * n, n):
-        labels = None if recipe.classes is None else torch.zeros(n, dtype=torch.int64)
-        learner.update(batch_of(recipe, learner.sampler, range(first, first + n), images, labels))
+        labels = None if recipe.num_image_classes is None else torch.zeros(n, dtype=torch.int64)
+        learner.update(make_batch(recipe, learner.sampler, range(first, first + n), images, labels))
 
 
 def alive(recipe: Recipe) -> int:
@@ -85,11 +85,14 @@ def test_parameters_moments_and_averages_by_arithmetic():
 
 def test_what_saves_memory_does():
     whole = step_memory(wide())
-    assert whole.kept > 0.9 * whole.peak
+    assert whole.saved_for_backward > 0.9 * whole.peak
     parts = step_memory(wide(microbatch=4))
-    assert parts.kept == pytest.approx(whole.kept / 4, rel=0.01) and parts.peak < whole.peak / 3
+    assert (
+        parts.saved_for_backward == pytest.approx(whole.saved_for_backward / 4, rel=0.01)
+        and parts.peak < whole.peak / 3
+    )
     assert step_memory(wide(checkpointing="all")).peak < whole.peak / 2
-    assert step_memory(wide(precision="bf16")).kept < 0.7 * whole.kept
+    assert step_memory(wide(precision="bf16")).saved_for_backward < 0.7 * whole.saved_for_backward
 
 
 # Makes small steps first, because libraries allocate 200 MB in the first step of any network.
@@ -120,17 +123,17 @@ def test_the_peak_is_that_of_a_process_within_a_fifth(changes):
 
 def test_the_command_says_it_for_presets_and_files(tmp_path, capsys):
     assert main(["inspect", "digits32", "--train", "--precision", "fp32", "--batch-size", "8"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for kind in KINDS:
-        found = step_memory(preset(kind, precision="fp32", batch_size=8))
-        assert f"{kind} " in said and f"{found.peak / 1e6:.1f} MB" in said
+        found = step_memory(recipe_from_preset(kind, precision="fp32", batch_size=8))
+        assert f"{kind} " in printed and f"{found.peak / 1e6:.1f} MB" in printed
     run = str(tmp_path / "run")
     assert main(["train", "diffusion", "--out", run, "--steps", "1", "--set", "channel_mult=1"]) == 0
     capsys.readouterr()
     options = ["--microbatch", "4", "--checkpointing", "2", "--precision", "bf16", "--set", "ema=0.5,0.9"]
     assert main(["inspect", run, "--train", *options]) == 0
     changes = {"microbatch": 4, "checkpointing": 2, "precision": "bf16", "ema": (0.5, 0.9)}
-    found = step_memory(preset("diffusion", channel_mult=(1,), **changes))
+    found = step_memory(recipe_from_preset("diffusion", channel_mult=(1,), **changes))
     assert f"{found.peak / 1e6:.1f} MB" in capsys.readouterr().out
 
 
@@ -151,8 +154,8 @@ def test_the_command_says_it_for_presets_and_files(tmp_path, capsys):
 )
 def test_mistakes_are_one_line(capsys, arguments, named):
     assert main(["inspect", *arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and named in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and named in printed
 
 
 def test_norms_that_are_made_again_are_not_kept():
@@ -169,4 +172,4 @@ def test_norms_that_are_made_again_are_not_kept():
             block.in_layers[0].num_channels if block.resample is None else 0
         )
         saved += 4 * plain.batch_size * channels * side**2
-    assert step_memory(plain).kept - step_memory(again).kept == saved
+    assert step_memory(plain).saved_for_backward - step_memory(again).saved_for_backward == saved

@@ -21,8 +21,8 @@ import torch
 from admfast.cli.main import main
 from admfast.training.digit_images import digits_source
 from admfast.training.distributed import World
-from admfast.training.loop import numbers
-from admfast.training.samples import Samples, loader
+from admfast.training.loop import local_sample_ids
+from admfast.training.samples import Samples, iterate_batches
 from tests.training.recorded_run import file_of
 from tests.training.small_runs import last_state, same, small_recipe, source
 
@@ -84,11 +84,11 @@ def assert_equal_to_rounding(a: dict, b: dict) -> None:
 
 def test_processes_share_the_samples_of_every_step():
     recipe = small_recipe(batch_size=8, steps=3)
-    whole = [list(ks) for ks in numbers(recipe, World(), 1)]
+    whole = [list(sample_ids) for sample_ids in local_sample_ids(recipe, World(), 1)]
     assert whole == [list(range(8, 16)), list(range(16, 24))]
     for size in (2, 4):
-        parts = [list(numbers(recipe, World(rank, size), 1)) for rank in range(size)]
-        assert [[k for ks in step for k in ks] for step in zip(*parts, strict=True)] == whole
+        parts = [list(local_sample_ids(recipe, World(rank, size), 1)) for rank in range(size)]
+        assert [[k for sample_ids in step for k in sample_ids] for step in zip(*parts, strict=True)] == whole
 
 
 def test_two_processes_are_one_and_one_goes_on_alone(tmp_path, capfd):
@@ -128,11 +128,11 @@ def test_a_kill_and_a_sigterm_from_outside(tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS doesn't say who sent a signal")
 def test_a_worker_of_the_data_ends_for_its_parent_alone():
     """If all processes of a job get SIGTERM, workers must continue, because the run still needs them."""
-    ahead = loader(Samples(source(), 0, 8, 1), ([k] for k in itertools.count()), workers=1)
+    ahead = iterate_batches(Samples(source(), 0, 8, 1), ([k] for k in itertools.count()), workers=1)
     next(ahead)
     [worker] = multiprocessing.active_children()
     subprocess.run(["/bin/sh", "-c", f"kill -TERM {worker.pid}; kill -INT {worker.pid}"], check=True)
-    assert [next(ahead).ks for _ in range(8)] == [(k,) for k in range(1, 9)]
+    assert [next(ahead).sample_ids for _ in range(8)] == [(k,) for k in range(1, 9)]
     worker.terminate()
     worker.join(60)
     assert worker.exitcode == 0
@@ -192,9 +192,9 @@ def test_twenty_steps_of_two_processes_are_those_of_one(tmp_path):
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join the processes' parts of a step's batch."""
-    ks = tuple(k for part in parts for k in part["ks"])
+    sample_ids = tuple(k for part in parts for k in part["sample_ids"])
     tensors = [name for name, value in parts[0].items() if isinstance(value, torch.Tensor)]
-    return {"ks": ks, **{name: torch.cat([part[name] for part in parts]) for name in tensors}}
+    return {"sample_ids": sample_ids, **{name: torch.cat([part[name] for part in parts]) for name in tensors}}
 
 
 def workers_of(launcher: int) -> list[int]:

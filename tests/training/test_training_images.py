@@ -268,8 +268,8 @@ KINDS = {
 def test_every_kind_of_file_has_the_published_pixels(tmp_path, kind):
     image = pixels(open_source(in_folder(tmp_path, {"x.png": KINDS[kind]})), 0)
     assert image.dtype == np.uint8 and image.shape[2] in (1, 3)
-    wanted = as_published(KINDS[kind])
-    assert wanted.shape == (30, 40, 3) and np.array_equal(np.broadcast_to(image, wanted.shape), wanted)
+    expected = as_published(KINDS[kind])
+    assert expected.shape == (30, 40, 3) and np.array_equal(np.broadcast_to(image, expected.shape), expected)
 
 
 DEEP = Image.fromarray(np.full((8, 8), 40_000, np.uint16))

@@ -11,8 +11,8 @@ from admfast.checkpoints import write_weights
 from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError, InvalidArgument, Unavailable
 from admfast.models.description import Description
-from admfast.training.network import build_network, freeze, resolved_precision, set_precision
-from admfast.training.update import Learner
+from admfast.training.learner import Learner
+from admfast.training.network import build_network, freeze, resolve_precision, set_precision
 from tests.small import classifier, unet
 from tests.training.small_runs import batch, same, small_recipe
 
@@ -34,10 +34,10 @@ def file(tmp_path):
 
 def test_weights_follow_the_seed_and_leave_torch_s_generator_alone():
     torch.manual_seed(3)
-    wanted = torch.rand(2)
+    expected = torch.rand(2)
     torch.manual_seed(3)
     first = build_network(small_recipe(seed=2**64 - 1)).state_dict()
-    assert torch.equal(torch.rand(2), wanted)
+    assert torch.equal(torch.rand(2), expected)
     same(first, build_network(small_recipe(seed=2**64 - 1)).state_dict())
     other = build_network(small_recipe(seed=1)).state_dict()
     assert not torch.equal(first["time_embed.0.weight"], other["time_embed.0.weight"])
@@ -103,9 +103,9 @@ def test_frozen_parameters_stay():
 
 def test_precisions_of_devices(default_precision):
     recipe = small_recipe(precision="auto")
-    assert resolved_precision(recipe, torch.device("cpu")).precision == default_precision.name
-    assert resolved_precision(recipe, torch.device("cuda")).precision == "bf16"
+    assert resolve_precision(recipe, torch.device("cpu")).precision == default_precision.name
+    assert resolve_precision(recipe, torch.device("cuda")).precision == "bf16"
     with pytest.raises(Unavailable, match="tf32"):
-        resolved_precision(small_recipe(precision="tf32"), torch.device("cpu"))
+        resolve_precision(small_recipe(precision="tf32"), torch.device("cpu"))
     with pytest.raises(Unavailable, match="bf16"):
         set_precision(torch.nn.Linear(2, 2), "bf16")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from admfast.compat.guided_diffusion import logger
 from admfast.models.body import convert_convolutions
-from admfast.training.update import FIRST_SCALE, SCALE_GROWTH
+from admfast.training.learner import INITIAL_LOG2_LOSS_SCALE, SCALE_GROWTH
 
-INITIAL_LOG_LOSS_SCALE = FIRST_SCALE["diffusion"]
+INITIAL_LOG_LOSS_SCALE = INITIAL_LOG2_LOSS_SCALE["diffusion"]
 Group = tuple[list[tuple[str, nn.Parameter]], Any]
 
 
@@ -130,8 +130,8 @@ class MixedPrecisionTrainer:
         scale = 2**self.lg_loss_scale
         model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
         grad_norm, param_norm = self._norms(scale)
-        done = not check_overflow(grad_norm)
-        if done:
+        is_finite = not check_overflow(grad_norm)
+        if is_finite:
             self._log_norms(grad_norm, param_norm)
             for parameter in self.master_params:
                 parameter.grad.mul_(1.0 / scale)
@@ -143,7 +143,7 @@ class MixedPrecisionTrainer:
             logger.log(f"Found NaN, decreased lg_loss_scale to {self.lg_loss_scale}")
         for parameter in self.master_params:
             parameter.grad = None
-        return done
+        return is_finite
 
     def _norms(self, scale: float = 1.0) -> tuple[float, float]:
         """Return the norm of all gradients, divided by `scale`, and the norm of all parameters."""

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from admfast.compat.guided_diffusion.as_built import Array, AsBuilt, as_defined
+from admfast.compat.guided_diffusion.change_guard import Array, ChangeGuard, record_methods
 from admfast.compat.guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from admfast.compat.guided_diffusion.prepared import prepared_loop, shown
+from admfast.compat.guided_diffusion.prepared_loops import prepared_loop, with_progress
 from admfast.diffusion import GaussianDiffusion as Process
 from admfast.diffusion import (
     LossType,
@@ -54,7 +54,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     return beta_schedule(schedule_name, num_diffusion_timesteps)
 
 
-class GaussianDiffusion(AsBuilt):
+class GaussianDiffusion(ChangeGuard):
     """A diffusion process, its losses and its sampling loops.
 
     betas: [S], in (0, 1]. model_mean_type, model_var_type, loss_type: members of the enumerations.
@@ -80,7 +80,7 @@ class GaussianDiffusion(AsBuilt):
         self.loss_type, self.rescale_timesteps = loss_type, rescale_timesteps
         self._schedule = self._respaced(Schedule.from_betas(betas, rescale_timesteps=rescale_timesteps))
         self.num_timesteps = self._schedule.num_timesteps
-        self._take(Process(self._schedule, model_mean_type, model_var_type, loss_type))
+        self._guard(Process(self._schedule, model_mean_type, model_var_type, loss_type))
 
     def _respaced(self, schedule: Schedule) -> Schedule:
         return schedule
@@ -176,7 +176,7 @@ class GaussianDiffusion(AsBuilt):
         noise = torch.randn_like(x)
         if cond_fn is not None:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
-        spread = _later(t, x) * torch.exp(0.5 * out["log_variance"])
+        spread = _nonzero_mask(t, x) * torch.exp(0.5 * out["log_variance"])
         return {"sample": out["mean"] + spread * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
@@ -202,7 +202,7 @@ class GaussianDiffusion(AsBuilt):
         sigma = eta * torch.sqrt((1 - bar_prev) / (1 - bar)) * torch.sqrt(1 - bar / bar_prev)
         noise = torch.randn_like(x)
         mean = out["pred_xstart"] * torch.sqrt(bar_prev) + torch.sqrt(1 - bar_prev - sigma**2) * eps
-        return {"sample": mean + _later(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
+        return {"sample": mean + _nonzero_mask(t, x) * sigma * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(
         self,
@@ -228,7 +228,7 @@ class GaussianDiffusion(AsBuilt):
         """Return samples [N, C, *spatial] of ancestral sampling; arguments as `p_sample_loop_progressive`.
 
         The loop runs as one prepared step unless it calls other code of the caller than the published; see
-        `prepared.prepared_loop`.
+        `prepared_loops.prepared_loop`.
         """
         return self._loop("p_sample", model, shape, *args, **kwargs)
 
@@ -237,9 +237,9 @@ class GaussianDiffusion(AsBuilt):
         return self._loop("ddim_sample", model, shape, *args, **kwargs)
 
     def _loop(self, step: str, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
-        found = prepared_loop(self, step, model, shape, *args, **kwargs)
-        if found is not None:
-            return found
+        samples = prepared_loop(self, step, model, shape, *args, **kwargs)
+        if samples is not None:
+            return samples
         steps = getattr(self, f"{step}_loop_progressive")(model, shape, *args, **kwargs)
         (last,) = deque(steps, maxlen=1)
         return last["sample"]
@@ -301,7 +301,7 @@ class GaussianDiffusion(AsBuilt):
         device = next(model.parameters()).device if device is None else device
         assert isinstance(shape, tuple | list)
         x = torch.randn(*shape, device=device) if noise is None else noise
-        for i in shown(reversed(range(self.num_timesteps)), self.num_timesteps, progress):
+        for i in with_progress(reversed(range(self.num_timesteps)), self.num_timesteps, progress):
             with torch.no_grad():
                 out = step(model, x, torch.tensor([i] * shape[0], device=device))
             yield out
@@ -318,8 +318,8 @@ class GaussianDiffusion(AsBuilt):
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the loss of each sample, [N], and its parts; see `admfast.diffusion.training_losses`."""
-        process = self._formulas("q_sample", "_vb_terms_bpd", *_BENEATH)
-        return training_losses(process, _bare(model), x_start, t, noise, model_kwargs)
+        process = self._formulas("q_sample", "_vb_terms_bpd", *_METHODS_OF_VB_TERMS)
+        return training_losses(process, _unwrapped(model), x_start, t, noise, model_kwargs)
 
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None
@@ -329,10 +329,10 @@ class GaussianDiffusion(AsBuilt):
         vb and both bpd are in bits per dimension. The S columns are in the order t = S-1 to 0.
         """
         process = self._formulas(
-            "q_sample", "_vb_terms_bpd", "_prior_bpd", "_predict_eps_from_xstart", *_BENEATH
+            "q_sample", "_vb_terms_bpd", "_prior_bpd", "_predict_eps_from_xstart", *_METHODS_OF_VB_TERMS
         )
-        found = bits_per_dimension(process, _bare(model), x_start, clip_denoised, model_kwargs)
-        return dict(vars(found))
+        bits = bits_per_dimension(process, _unwrapped(model), x_start, clip_denoised, model_kwargs)
+        return dict(vars(bits))
 
     def _vb_terms_bpd(
         self,
@@ -343,8 +343,8 @@ class GaussianDiffusion(AsBuilt):
         clip_denoised: bool = True,
         model_kwargs: Kwargs = None,
     ) -> dict[str, Tensor]:
-        process = self._formulas(*_BENEATH)
-        out = _bare(model)(x_t, process.model_t(t), **(model_kwargs or {}))
+        process = self._formulas(*_METHODS_OF_VB_TERMS)
+        out = _unwrapped(model)(x_t, process.model_t(t), **(model_kwargs or {}))
         return dict(vars(vb_terms_bpd(process, out, x_start, x_t, t, clip_denoised)))
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
@@ -352,8 +352,8 @@ class GaussianDiffusion(AsBuilt):
 
 
 # Methods that the published variational terms call.
-_BENEATH = ("p_mean_variance", "q_posterior_mean_variance", "_scale_timesteps")
-as_defined(GaussianDiffusion)
+_METHODS_OF_VB_TERMS = ("p_mean_variance", "q_posterior_mean_variance", "_scale_timesteps")
+record_methods(GaussianDiffusion)
 
 
 class WrappedModel:
@@ -366,12 +366,12 @@ class WrappedModel:
         return self.model(x, self.process.model_t(ts), *args, **kwargs)
 
 
-def _bare(model: Model) -> Model:
+def _unwrapped(model: Model) -> Model:
     """Return the model without its wrapper, for formulas that map the timesteps themselves."""
     return model.model if isinstance(model, WrappedModel) else model
 
 
-def _later(t: Tensor, x: Tensor) -> Tensor:
+def _nonzero_mask(t: Tensor, x: Tensor) -> Tensor:
     """Return 0 for images at t = 0 and 1 for all others, shaped [N, 1, ...]."""
     return (t != 0).to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 

@@ -43,13 +43,10 @@ def load_data(
     classes = None
     if class_cond:
         names = [Path(path).name.split("_")[0] for path in files]
-        number = {name: i for i, name in enumerate(sorted(set(names)))}
-        classes = [number[name] for name in names]
-    joined = dist.is_initialized()
-    dataset = ImageDataset(
-        image_size, files, classes, dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1,
-        random_crop, random_flip,
-    )  # fmt: skip
+        class_number = {name: i for i, name in enumerate(sorted(set(names)))}
+        classes = [class_number[name] for name in names]
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    dataset = ImageDataset(image_size, files, classes, rank, size, random_crop, random_flip)
     if len(dataset) < batch_size:
         raise invalid("batch_size", batch_size, f"at most the {len(dataset)} images of a process")
     loader = DataLoader(dataset, batch_size, shuffle=not deterministic, num_workers=1, drop_last=True)
@@ -59,14 +56,14 @@ def load_data(
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
     """Return the paths of the images in a folder and its subfolders, sorted by name within each folder."""
-    found = []
+    paths = []
     for entry in sorted(os.listdir(data_dir)):
         path = os.path.join(data_dir, entry)
         if os.path.splitext(entry)[1].lower() in _ENDINGS and not os.path.isdir(path):
-            found.append(path)
+            paths.append(path)
         elif os.path.isdir(path):
-            found += _list_image_files_recursively(path)
-    return found
+            paths += _list_image_files_recursively(path)
+    return paths
 
 
 class ImageDataset(Dataset[tuple[Any, dict[str, Any]]]):

@@ -20,8 +20,8 @@ from typing import IO, Any
 from admfast.errors import allowed_names, invalid
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
-_WIDEST = 30
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+_MAX_WIDTH = 30
+_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
 
 class HumanOutputFormat:
@@ -34,7 +34,7 @@ class HumanOutputFormat:
         """Write names and numbers as a table, sorted by name."""
         if not kvs:
             return
-        rows = sorted((_cut(key), _cut(_shown(value))) for key, value in kvs.items())
+        rows = sorted((_shorten(key), _shorten(_format_value(value))) for key, value in kvs.items())
         rows.sort(key=lambda row: row[0].lower())
         left, right = (max(len(row[i]) for row in rows) for i in range(2))
         rule = "-" * (left + right + 7)
@@ -60,7 +60,7 @@ class JSONOutputFormat:
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
         """Write names and numbers as a JSON object."""
-        self.file.write(json.dumps({k: _plain(kvs[k]) for k in sorted(kvs)}) + "\n")
+        self.file.write(json.dumps({k: _to_python_number(kvs[k]) for k in sorted(kvs)}) + "\n")
         self.file.flush()
 
     def writeseq(self, seq: Sequence[str]) -> None:
@@ -89,7 +89,7 @@ class CSVOutputFormat:
             self.file.truncate()
             writer.writeheader()
             writer.writerows(before)
-        writer.writerow({key: _plain(value) for key, value in kvs.items()})
+        writer.writerow({key: _to_python_number(value) for key, value in kvs.items()})
         self.file.flush()
 
     def writeseq(self, seq: Sequence[str]) -> None:
@@ -172,16 +172,16 @@ def configure(
 ) -> None:
     """Open a folder and log to it from now on; see the module for the defaults."""
     if dir is None:
-        dated = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
-        dir = os.getenv("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), dated)
+        dated_name = datetime.datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f")
+        dir = os.getenv("OPENAI_LOGDIR") or os.path.join(tempfile.gettempdir(), dated_name)
     dir = os.path.expanduser(dir)
     os.makedirs(dir, exist_ok=True)
-    rank = next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), 0)
+    rank = next((int(os.environ[name]) for name in _RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
     if rank:
         log_suffix += f"-rank{rank:03}"
     if format_strs is None:
-        variable, usual = ("_MPI", "log") if rank else ("", "stdout,log,csv")
-        format_strs = os.getenv(f"OPENAI_LOG_FORMAT{variable}", usual).split(",")
+        variable, default_formats = ("_MPI", "log") if rank else ("", "stdout,log,csv")
+        format_strs = os.getenv(f"OPENAI_LOG_FORMAT{variable}", default_formats).split(",")
     outputs = [make_output_format(name, dir, log_suffix) for name in format_strs if name]
     Logger.CURRENT = Logger(dir, outputs, comm)
     if outputs:
@@ -270,14 +270,14 @@ def get_dir() -> str | None:
     return Logger.CURRENT.dir
 
 
-def _plain(value: Any) -> Any:
+def _to_python_number(value: Any) -> Any:
     """Return a number of NumPy or torch as a Python float, and any other value itself."""
     return float(value) if hasattr(value, "dtype") else value
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{float(value):<8.3g}" if hasattr(value, "__float__") else str(value)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _WIDEST else text[: _WIDEST - 3] + "..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from admfast.diffusion import mean_flat
 from admfast.errors import invalid
@@ -68,4 +68,4 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
 
     params: ignored; the parameters get their gradients without it.
     """
-    return recomputed(func, *inputs, use_reentrant=False) if flag else func(*inputs)
+    return torch_checkpoint(func, *inputs, use_reentrant=False) if flag else func(*inputs)

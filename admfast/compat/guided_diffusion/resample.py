@@ -60,11 +60,11 @@ class LossAwareSampler(ScheduleSampler):
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
         """Learn from the losses [N] at steps [N] of this process and of all others; each must call this."""
         local = list(zip(local_ts.tolist(), local_losses.tolist(), strict=True))
-        everybody: list[Any] = [local]
+        all_processes: list[Any] = [local]
         if dist.is_initialized() and dist.get_world_size() > 1:
-            everybody = [None] * dist.get_world_size()
-            dist.all_gather_object(everybody, local)
-        pairs = [pair for part in everybody for pair in part]
+            all_processes = [None] * dist.get_world_size()
+            dist.all_gather_object(all_processes, local)
+        pairs = [pair for part in all_processes for pair in part]
         self.update_with_all_losses([t for t, _ in pairs], [loss for _, loss in pairs])
 
     @abstractmethod

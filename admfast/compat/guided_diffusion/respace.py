@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from admfast import diffusion
-from admfast.compat.guided_diffusion.as_built import as_defined
+from admfast.compat.guided_diffusion.change_guard import record_methods
 from admfast.compat.guided_diffusion.gaussian_diffusion import GaussianDiffusion, WrappedModel
 from admfast.diffusion import Schedule
 
@@ -40,9 +40,9 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(**kwargs)
 
     def _respaced(self, schedule: Schedule) -> Schedule:
-        kept = sorted(step for step in self.use_timesteps if step < schedule.num_timesteps)
-        self.original_num_steps, self.timestep_map = schedule.num_timesteps, kept
-        return schedule.respaced(kept)
+        steps = sorted(step for step in self.use_timesteps if step < schedule.num_timesteps)
+        self.original_num_steps, self.timestep_map = schedule.num_timesteps, steps
+        return schedule.respaced(steps)
 
     # As in the base class, but the model or function gets the original timesteps.
 
@@ -65,5 +65,5 @@ class SpacedDiffusion(GaussianDiffusion):
         return t  # the wrapped model maps them
 
 
-as_defined(SpacedDiffusion)
+record_methods(SpacedDiffusion)
 _WrappedModel = WrappedModel

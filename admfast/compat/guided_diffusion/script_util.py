@@ -21,7 +21,7 @@ from admfast.models.config import (
 )
 
 NUM_CLASSES = 1000
-_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+_TRUE_WORDS, _FALSE_WORDS = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def diffusion_defaults() -> dict[str, Any]:
@@ -81,9 +81,9 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """Return the flags of an upsampler and its process with their defaults."""
-    taken = inspect.signature(sr_create_model_and_diffusion).parameters
+    parameters = inspect.signature(sr_create_model_and_diffusion).parameters
     flags = model_and_diffusion_defaults() | dict(large_size=256, small_size=64)
-    return {name: value for name, value in flags.items() if name in taken}
+    return {name: value for name, value in flags.items() if name in parameters}
 
 
 def create_model_and_diffusion(
@@ -115,7 +115,7 @@ def create_model_and_diffusion(
 
     Raises: InvalidArgument.
     """
-    return _pair(create_model, dict(locals()))
+    return _create_with_process(create_model, dict(locals()))
 
 
 def create_model(
@@ -142,7 +142,7 @@ def create_model(
     the published multipliers, which sizes 64, 128, 256 and 512 have. Raises: InvalidArgument.
     """
     flags = dict(locals())
-    return _built(UNetModel, unet_config_from_flags, flags | {"num_classes": NUM_CLASSES})
+    return _build_network(UNetModel, unet_config_from_flags, flags | {"num_classes": NUM_CLASSES})
 
 
 def create_classifier_and_diffusion(
@@ -164,7 +164,7 @@ def create_classifier_and_diffusion(
     rescale_learned_sigmas: bool,
 ) -> tuple[EncoderUNetModel, SpacedDiffusion]:
     """Return the classifier and the process for the flags of `classifier_and_diffusion_defaults`."""
-    return _pair(create_classifier, dict(locals()))
+    return _create_with_process(create_classifier, dict(locals()))
 
 
 def create_classifier(
@@ -180,7 +180,7 @@ def create_classifier(
     """Return a noisy classifier of 1000 classes, with heads of 64 channels."""
     flags = dict(locals())
     use_fp16 = flags.pop("classifier_use_fp16")
-    return _built(EncoderUNetModel, classifier_config_from_flags, flags | {"use_fp16": use_fp16})
+    return _build_network(EncoderUNetModel, classifier_config_from_flags, flags | {"use_fp16": use_fp16})
 
 
 def sr_create_model_and_diffusion(
@@ -208,7 +208,7 @@ def sr_create_model_and_diffusion(
     use_fp16: bool,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
     """Return the upsampler and the process for the flags of `sr_model_and_diffusion_defaults`."""
-    return _pair(sr_create_model, dict(locals()))
+    return _create_with_process(sr_create_model, dict(locals()))
 
 
 def sr_create_model(
@@ -236,20 +236,20 @@ def sr_create_model(
     flags = dict(locals())
     if large_size not in UPSAMPLER_SIZES:
         raise invalid("large_size", large_size, ", ".join(map(str, UPSAMPLER_SIZES)))
-    return _built(SuperResModel, upsampler_config_from_flags, flags | {"num_classes": NUM_CLASSES})
+    return _build_network(SuperResModel, upsampler_config_from_flags, flags | {"num_classes": NUM_CLASSES})
 
 
-def _built(network: Any, configuration: Callable[..., Any], flags: dict[str, Any]) -> Any:
+def _build_network(network: Any, configuration: Callable[..., Any], flags: dict[str, Any]) -> Any:
     """Return the network that its flags describe."""
     use_fp16 = flags.pop("use_fp16")
     return network(**dataclasses.asdict(configuration(**flags)), use_fp16=use_fp16)
 
 
-def _pair(create: Any, flags: Mapping[str, Any]) -> Any:
+def _create_with_process(create: Any, flags: Mapping[str, Any]) -> Any:
     """Return the network that `create` makes from the flags it takes, and the process for the others."""
-    taken, process = inspect.signature(create).parameters, diffusion_defaults()
-    network = create(**{name: value for name, value in flags.items() if name in taken})
-    settings = {name: value for name, value in flags.items() if name in process}
+    parameters, process_flags = inspect.signature(create).parameters, diffusion_defaults()
+    network = create(**{name: value for name, value in flags.items() if name in parameters})
+    settings = {name: value for name, value in flags.items() if name in process_flags}
     settings["steps"] = settings.pop("diffusion_steps")
     return network, create_gaussian_diffusion(**settings)
 
@@ -296,6 +296,6 @@ def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any
 def str2bool(v: str | bool) -> bool:
     """Convert a word to a boolean: yes, true, t, y, 1, or no, false, f, n, 0, in any case."""
     word = str(v).lower()
-    if word not in (*_TRUE, *_FALSE):
+    if word not in (*_TRUE_WORDS, *_FALSE_WORDS):
         raise argparse.ArgumentTypeError("boolean value expected")
-    return word in _TRUE
+    return word in _TRUE_WORDS

@@ -25,7 +25,7 @@ from admfast.compat.guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, Mi
 from admfast.compat.guided_diffusion.nn import update_ema
 from admfast.compat.guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from admfast.files.atomic import atomic_open
-from admfast.training.update import SCALE_GROWTH
+from admfast.training.learner import SCALE_GROWTH
 
 __all__ = ["INITIAL_LOG_LOSS_SCALE", "TrainLoop"]
 
@@ -74,7 +74,7 @@ class TrainLoop:
         self.use_fp16, self.fp16_scale_growth = use_fp16, fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.step, self.resume_step = 0, 0
-        self.global_batch = batch_size * _processes()
+        self.global_batch = batch_size * _world_size()
 
         self._load_and_sync_parameters()
         self.mp_trainer = MixedPrecisionTrainer(
@@ -84,7 +84,7 @@ class TrainLoop:
         self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
         if self.resume_step:
             self._load_optimizer_state()
-        self.ddp_model, self.use_ddp = model, _processes() > 1
+        self.ddp_model, self.use_ddp = model, _world_size() > 1
         if self.use_ddp:
             ids = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
             self.ddp_model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
@@ -145,12 +145,12 @@ class TrainLoop:
             images = batch[part].to(dist_util.dev())
             kwargs = {name: value[part].to(dist_util.dev()) for name, value in cond.items()}
             t, weights = self.schedule_sampler.sample(len(images), dist_util.dev())
-            more = first + self.microbatch < len(batch)
-            losses_of = partial(
+            more_follow = first + self.microbatch < len(batch)
+            compute_losses = partial(
                 self.diffusion.training_losses, self.ddp_model, images, t, model_kwargs=kwargs
             )
-            with self.ddp_model.no_sync() if self.use_ddp and more else contextlib.nullcontext():  # type: ignore[operator]
-                losses = losses_of()
+            with self.ddp_model.no_sync() if self.use_ddp and more_follow else contextlib.nullcontext():  # type: ignore[operator]
+                losses = compute_losses()
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
             log_loss_dict(self.diffusion, t, {name: value * weights for name, value in losses.items()})
@@ -158,9 +158,9 @@ class TrainLoop:
 
     def _anneal_lr(self) -> None:
         if self.lr_anneal_steps:
-            done = (self.step + self.resume_step) / self.lr_anneal_steps
+            share_done = (self.step + self.resume_step) / self.lr_anneal_steps
             for group in self.opt.param_groups:
-                group["lr"] = self.lr * (1 - done)
+                group["lr"] = self.lr * (1 - share_done)
 
     def log_step(self) -> None:
         """Log the number of this step, and of the samples up to and including it."""
@@ -177,29 +177,29 @@ class TrainLoop:
                 states[f"ema_{rate}_{step:06d}.pt"] = params
             for name, params in states.items():
                 logger.log(f"saving {name}...")
-                _save(folder / name, _bare(self.mp_trainer.master_params_to_state_dict(params)))
-            _save(folder / f"opt{step:06d}.pt", self.opt.state_dict())
-        if _processes() > 1:
+                _write_state(folder / name, _detached(self.mp_trainer.master_params_to_state_dict(params)))
+            _write_state(folder / f"opt{step:06d}.pt", self.opt.state_dict())
+        if _world_size() > 1:
             dist.barrier()
 
 
-def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in state.items()}
 
 
-def _save(path: Path, state: Any) -> None:
+def _write_state(path: Path, state: Any) -> None:
     with atomic_open(path) as file:
         torch.save(state, file)
 
 
-def _processes() -> int:
+def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
     """Return the step in a name modelNNNNNN.pt, 0 in any other."""
-    found = re.fullmatch(r"(\d+)(\..*)?", filename.rpartition("model")[2]) if "model" in filename else None
-    return int(found[1]) if found else 0
+    match = re.fullmatch(r"(\d+)(\..*)?", filename.rpartition("model")[2]) if "model" in filename else None
+    return int(match[1]) if match else 0
 
 
 def get_blob_logdir() -> str | None:

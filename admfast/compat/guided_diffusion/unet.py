@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from admfast.accelerate.nets import AcceleratedNet
-from admfast.accelerate.walks import Walk
+from admfast.accelerate.forward_methods import ForwardMethod
+from admfast.accelerate.networks import AcceleratedNet
 from admfast.compat.guided_diffusion.fp16_util import convert_module_to_f16, convert_module_to_f32
 from admfast.compat.guided_diffusion.nn import (
     avg_pool_nd,
@@ -68,21 +68,21 @@ __all__ = [
     "zero_module",
 ]
 
-_KEPT = (
+_CONFIG_ATTRIBUTES = (
     "image_size", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions", "dropout",
     "channel_mult", "conv_resample", "use_checkpoint", "num_heads", "num_head_channels",
 )  # fmt: skip
 
 
-class _Published(AcceleratedNet):
+class _PublishedNet(AcceleratedNet):
     """Base class of the published networks: attributes, conversions, and the engine of sampling loops."""
 
     config: Any
     _fold_engine: Engine | None = None  # named `_fold_*` because copies and pickles leave those out
 
-    def _keep(self, config: NetConfig, use_fp16: bool) -> None:
+    def _set_published_attributes(self, config: NetConfig, use_fp16: bool) -> None:
         """Set the attributes that the published constructor sets."""
-        for name in _KEPT:
+        for name in _CONFIG_ATTRIBUTES:
             setattr(self, name, getattr(config, name))
         self.num_heads_upsample = config.heads_upsample()
         self.dtype = torch.float16 if use_fp16 else torch.float32
@@ -96,29 +96,31 @@ class _Published(AcceleratedNet):
         """Make the torso's convolutions float32 again in place; their values stay rounded."""
         self.convert_torso(torch.float32)  # type: ignore[operator]
 
-    def engine_with(self, classifier: _Published | None) -> Engine:
+    def engine_with(self, classifier: _PublishedNet | None) -> Engine:
         """Return the engine of this network and a classifier; the last one is cached."""
         policy = Policy("as called", _torso(self), _torso(classifier or self))
-        found = self._fold_engine
-        if found is None or found.classifier is not classifier or found.policy != policy:
-            found = self._fold_engine = Engine(self, classifier, policy)
-        return found
+        engine = self._fold_engine
+        if engine is None or engine.classifier is not classifier or engine.policy != policy:
+            engine = self._fold_engine = Engine(self, classifier, policy)
+        return engine
 
 
-def _torso(net: _Published) -> torch.dtype:
+def _torso(net: _PublishedNet) -> torch.dtype:
     """Return the dtype in which a network's torso computes when it is called."""
     policy = net.accelerated_policy
     return net._parameter_dtype() if policy is None else policy.torso
 
 
-class UNetModel(_Published, UNet):
+class UNetModel(_PublishedNet, UNet):
     """The published UNet, with the published arguments, attributes and initial weights.
 
     attention_resolutions: downsampling factors. use_fp16: only sets `dtype`; `convert_to_fp16` converts the
     weights. Raises: InvalidArgument.
     """
 
-    accelerated_walk = Walk("unet", "forward", ("x", "timesteps", "y"), takes_more=False, strict=True)
+    accelerated_forward = ForwardMethod(
+        "unet", "forward", ("x", "timesteps", "y"), accepts_kwargs=False, requires_labels=True
+    )
 
     def __init__(
         self,
@@ -153,7 +155,7 @@ class UNetModel(_Published, UNet):
             use_new_attention_order=use_new_attention_order,
         )  # fmt: skip
         super().__init__(config)
-        self._keep(config, use_fp16)
+        self._set_published_attributes(config, use_fp16)
         self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
         self.in_channels = in_channels * self.input_copies
         self.num_classes = num_classes
@@ -168,13 +170,15 @@ class UNetModel(_Published, UNet):
         """
         if projected is not None:
             return super().forward(x, timesteps, y, projected)
-        return self.walked(x, timesteps, y=y)
+        return self.run_our_forward(x, timesteps, y=y)
 
 
 class SuperResModel(UNetModel, Upsampler):
     """The published upsampler: a UNet whose input is x with `low_res`, enlarged bilinearly, appended."""
 
-    accelerated_walk = Walk("upsampler", "forward", ("x", "timesteps", "low_res"), True, strict=True)
+    accelerated_forward = ForwardMethod(
+        "upsampler", "forward", ("x", "timesteps", "low_res"), True, requires_labels=True
+    )
 
     def forward(  # type: ignore[override]
         self,
@@ -187,16 +191,18 @@ class SuperResModel(UNetModel, Upsampler):
         """Return the output for x; low_res: [N, C, h, w] in the range of x. Otherwise as `UNetModel`."""
         if projected is not None:
             return Upsampler.forward(self, x, timesteps, y, low_res, projected)
-        return self.walked(x, timesteps, low_res, y=y)
+        return self.run_our_forward(x, timesteps, low_res, y=y)
 
 
-class EncoderUNetModel(_Published, Classifier):
+class EncoderUNetModel(_PublishedNet, Classifier):
     """The published noisy classifier, with the published arguments, attributes and initial weights.
 
     pool: "adaptive", "attention", "spatial" or "spatial_v2". Raises: InvalidArgument.
     """
 
-    accelerated_walk = Walk("classifier", "forward", ("x", "timesteps"), takes_more=False, strict=False)
+    accelerated_forward = ForwardMethod(
+        "classifier", "forward", ("x", "timesteps"), accepts_kwargs=False, requires_labels=False
+    )
 
     def __init__(
         self,
@@ -230,14 +236,14 @@ class EncoderUNetModel(_Published, Classifier):
             resblock_updown=resblock_updown, use_new_attention_order=use_new_attention_order, pool=pool,
         )  # fmt: skip
         super().__init__(config)
-        self._keep(config, use_fp16)
+        self._set_published_attributes(config, use_fp16)
         self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
         self.in_channels, self.pool = in_channels, pool
 
     def forward(self, x: Tensor, timesteps: Tensor, projected: Tensor | None = None) -> Tensor:
         """Return logits [N, out_channels] for x [N, C, H, W]; timesteps: [N], or [1] for all images."""
         if projected is None and not self.pool.startswith("spatial"):
-            return self.walked(x, timesteps)
+            return self.run_our_forward(x, timesteps)
         if projected is None:
             self.fold_now()
         return super().forward(x, timesteps.expand(len(x)), projected)
@@ -252,4 +258,4 @@ def _feature_size(config: NetConfig) -> int:
 
 def is_network(value: Any) -> bool:
     """Tell whether a value is one of these networks, in evaluation mode."""
-    return isinstance(value, nn.Module) and isinstance(value, _Published) and not value.training
+    return isinstance(value, nn.Module) and isinstance(value, _PublishedNet) and not value.training

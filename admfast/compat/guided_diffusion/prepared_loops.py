@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from admfast.accelerate.codes import LIBRARIES, SWITCHES, branches, foreign_function
-from admfast.accelerate.trials import close, random
+from admfast.accelerate.code_inspection import (
+    LIBRARY_NAMES,
+    SWITCH_NAMES,
+    find_branch,
+    find_function_difference,
+)
+from admfast.accelerate.equivalence import is_close, random_normal
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel, is_network
 from admfast.engine.guidance import log_probability_gradient
 from admfast.engine.numerics import fixed_numerics
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Tensor]
 Arguments = dict[str, Any]
-GUIDES = LIBRARIES | {
+GUIDANCE_NAMES = LIBRARY_NAMES | {
     *("classifier_scale", "enable_grad", "detach", "requires_grad_", "log_softmax", "range", "len", "view"),
     *("autograd", "grad", "sum"),
 }
@@ -46,38 +51,40 @@ def prepared_loop(
     The other arguments are those of the loop. x_T and the noise of every row are drawn from torch's generator
     in the order of the published loop.
     """
-    if not isinstance(shape, tuple | list) or not diffusion.as_built():
+    if not isinstance(shape, tuple | list) or not diffusion.is_unchanged():
         return None
     loop = getattr(diffusion, f"{step}_loop_progressive")
     bound = inspect.signature(loop).bind(model, shape, *args, **kwargs)
     bound.apply_defaults()
-    given = bound.arguments
-    eta, extra = given.get("eta", 0.0), dict(given["model_kwargs"] or {})
-    net = network_of(model, extra)
-    guide = (None, 0.0) if given["cond_fn"] is None else guide_of(given["cond_fn"], extra)
-    if net is None or guide is None or given["denoised_fn"] is not None:
+    arguments = bound.arguments
+    eta, model_kwargs = arguments.get("eta", 0.0), dict(arguments["model_kwargs"] or {})
+    net = find_network(model, model_kwargs)
+    guidance = (
+        (None, 0.0) if arguments["cond_fn"] is None else find_guidance(arguments["cond_fn"], model_kwargs)
+    )
+    if net is None or guidance is None or arguments["denoised_fn"] is not None:
         return None
     if not isinstance(eta, int | float) or not 0 <= eta <= 1:
         return None
-    if not _fits(net, guide[0], extra, shape, given["noise"]):
+    if not _can_prepare(net, guidance[0], model_kwargs, shape, arguments["noise"]):
         return None
     device = next(net.parameters()).device
-    if given["device"] is not None and torch.empty(0, device=given["device"]).device != device:
+    if arguments["device"] is not None and torch.empty(0, device=arguments["device"]).device != device:
         return None
-    x = given["noise"] if given["noise"] is not None else torch.randn(*shape, device=device)
+    x = arguments["noise"] if arguments["noise"] is not None else torch.randn(*shape, device=device)
     solver = ddim(eta=eta) if step == "ddim_sample" else ddpm()
-    table = solver.table(diffusion._process, bool(given["clip_denoised"]))
+    table = solver.table(diffusion._process, bool(arguments["clip_denoised"]))
     batch = Batch(
         table=table,
         shape=tuple(shape),
         seeds=torch.zeros(shape[0], dtype=torch.int64, device=device),
-        labels=extra.get("y"),
-        low_res=extra.get("low_res"),
-        step_noise=_Draws(x),
-        guidance_scale=guide[1],
-        guided=(guide[1] != 0,) * len(table),
+        labels=model_kwargs.get("y"),
+        low_res=model_kwargs.get("low_res"),
+        step_noise=_TorchNoise(x),
+        guidance_scale=guidance[1],
+        guided=(guidance[1] != 0,) * len(table),
     )
-    return _run(net, guide[0], batch, x, given["progress"])
+    return _run(net, guidance[0], batch, x, arguments["progress"])
 
 
 def _run(
@@ -89,12 +96,12 @@ def _run(
         engine.ensure_folded()
         with engine.borrow_step(batch) as step:
             step.fill(batch, x)
-            for i in shown(range(len(batch.table)), len(batch.table), progress):
+            for i in with_progress(range(len(batch.table)), len(batch.table), progress):
                 step.advance(i)
             return step.state.x.clone()
 
 
-def shown(steps: Any, total: int, progress: bool) -> Any:
+def with_progress(steps: Any, total: int, progress: bool) -> Any:
     """Return the steps of a loop, with a progress bar if `progress`."""
     if not progress:
         return steps
@@ -103,7 +110,7 @@ def shown(steps: Any, total: int, progress: bool) -> Any:
     return tqdm(steps, total=total)
 
 
-class _Draws:
+class _TorchNoise:
     """The noise of each row, drawn from torch's generator when the row is read."""
 
     def __init__(self, like: Tensor) -> None:
@@ -113,10 +120,10 @@ class _Draws:
         return torch.randn_like(self.like)
 
 
-def _fits(
+def _can_prepare(
     net: UNetModel,
     classifier: EncoderUNetModel | None,
-    extra: dict[str, Any],
+    model_kwargs: dict[str, Any],
     shape: Sequence[int],
     noise: Tensor | None,
 ) -> bool:
@@ -124,42 +131,47 @@ def _fits(
 
     Its arguments must be known and of the usual dtypes, outside of tracing, autocast and inference mode.
     """
-    y, low_res = extra.get("y"), extra.get("low_res")
+    y, low_res = model_kwargs.get("y"), model_kwargs.get("low_res")
     config: Any = net.config
-    wanted = {"y"} if config.num_classes is not None or classifier is not None else set()
+    expected = {"y"} if config.num_classes is not None or classifier is not None else set()
     if isinstance(net, SuperResModel):
-        wanted.add("low_res")
+        expected.add("low_res")
     parameter = next(net.parameters())
-    if set(extra) != wanted or in_program_trace() or in_autocast(parameter.device):
+    if set(model_kwargs) != expected or in_program_trace() or in_autocast(parameter.device):
         return False
     if torch.is_inference_mode_enabled() or torch.get_default_dtype() != torch.float32:
         return False
     if noise is not None:
-        plain = noise.dtype == torch.float32 and noise.is_contiguous() and type(noise) is Tensor
-        if not plain or tuple(noise.shape) != tuple(shape):
+        is_plain = noise.dtype == torch.float32 and noise.is_contiguous() and type(noise) is Tensor
+        if not is_plain or tuple(noise.shape) != tuple(shape):
             return False
-    labelled = y is None or (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (shape[0],))
-    if labelled and y is not None and bool((y < 0).any()):  # as an index it would count from the end
+    labels_fit = y is None or (isinstance(y, Tensor) and y.dtype == torch.int64 and y.shape == (shape[0],))
+    if labels_fit and y is not None and bool((y < 0).any()):  # as an index it would count from the end
         return False
-    enlarged = low_res is None or (isinstance(low_res, Tensor) and low_res.dtype == torch.float32)
-    images = len(shape) == config.dims + 2 and shape[1] == config.in_channels and config.outputs_images
+    low_res_fits = low_res is None or (isinstance(low_res, Tensor) and low_res.dtype == torch.float32)
+    image_shape_fits = (
+        len(shape) == config.dims + 2 and shape[1] == config.in_channels and config.outputs_images
+    )
     tensors = [t for t in (noise, y, low_res) if isinstance(t, Tensor)]
-    here = all(t.device == parameter.device for t in tensors)
-    return labelled and enlarged and images and here
+    on_device = all(t.device == parameter.device for t in tensors)
+    return labels_fit and low_res_fits and image_shape_fits and on_device
 
 
-def network_of(model: Any, extra: Arguments) -> UNetModel | None:
+def find_network(model: Any, model_kwargs: Arguments) -> UNetModel | None:
     """Return the network that a loop's model is, or to which it only passes its arguments; else None.
 
-    extra: the keyword arguments with which the loop calls the model.
+    model_kwargs: the keyword arguments with which the loop calls the model.
     """
     if isinstance(model, UNetModel):
         return model if is_network(model) else None
-    net = _only_one(model, UNetModel)
-    if net is None or foreign_function(model, _named(model), set(), _named(model)) is not None:
+    net = _find_single_network(model, UNetModel)
+    if (
+        net is None
+        or find_function_difference(model, _outer_names(model), set(), _outer_names(model)) is not None
+    ):
         return None
-    x, t, out = (random(2, seed=i) for i in range(3))
-    named = {name: random(2, seed=7) for name in extra}
+    x, t, out = (random_normal(2, seed=i) for i in range(3))
+    named = {name: random_normal(2, seed=7) for name in model_kwargs}
     calls: list[tuple[Any, ...]] = []
 
     def stand_in(*args: Any, **kwargs: Any) -> Tensor:
@@ -167,42 +179,50 @@ def network_of(model: Any, extra: Arguments) -> UNetModel | None:
         return out
 
     try:
-        found = _with(model, net, stand_in)(x, t, **named)
+        result = _replace_network(model, net, stand_in)(x, t, **named)
     except Exception:  # the function needs more of a network than the stand-in has
         return None
-    wanted = (x, t) if net.num_classes is None else (x, t, named.get("y"))
-    given = tuple(value for value in calls[0] if value is not None) if len(calls) == 1 else ()
-    same = len(given) == len(wanted) and all(a is b for a, b in zip(given, wanted, strict=True))
-    return net if found is out and same else None
+    expected = (x, t) if net.num_classes is None else (x, t, named.get("y"))
+    received = tuple(value for value in calls[0] if value is not None) if len(calls) == 1 else ()
+    same = len(received) == len(expected) and all(a is b for a, b in zip(received, expected, strict=True))
+    return net if result is out and same else None
 
 
-def guide_of(cond_fn: Any, extra: Arguments) -> tuple[EncoderUNetModel, float] | None:
+def find_guidance(cond_fn: Any, model_kwargs: Arguments) -> tuple[EncoderUNetModel, float] | None:
     """Return the classifier and scale of a published guidance function, or None for any other function.
 
-    The function returns scale * d/dx sum_n log_softmax(classifier(x, t))[n, y_n]. extra: the keyword
+    The function returns scale * d/dx sum_n log_softmax(classifier(x, t))[n, y_n]. model_kwargs: the keyword
     arguments with which the loop calls it.
     """
-    classifier = _only_one(cond_fn, EncoderUNetModel)
-    if classifier is None or set(extra) != {"y"}:
+    classifier = _find_single_network(cond_fn, EncoderUNetModel)
+    if classifier is None or set(model_kwargs) != {"y"}:
         return None
-    if foreign_function(cond_fn, GUIDES | _named(cond_fn), {0, 1, -1}, _named(cond_fn)) is not None:
+    if (
+        find_function_difference(
+            cond_fn, GUIDANCE_NAMES | _outer_names(cond_fn), {0, 1, -1}, _outer_names(cond_fn)
+        )
+        is not None
+    ):
         return None
-    said = [inspect.getattr_static(value, "classifier_scale", None) for value in _held(cond_fn).values()]
-    scale = next((float(value) for value in said if _is_number(value)), 1.0)
-    weights = random(8, 3, seed=1)
+    scales = [
+        inspect.getattr_static(value, "classifier_scale", None)
+        for value in _outer_variables(cond_fn).values()
+    ]
+    scale = next((float(value) for value in scales if _is_number(value)), 1.0)
+    weights = random_normal(8, 3, seed=1)
 
     def stand_in(x: Tensor, t: Tensor) -> Tensor:
         return (x.flatten(1) @ weights + t[:, None]).tanh()
 
     for count in (1, 2, 3):
-        x, t = random(count, 2, 2, 2, seed=2), torch.arange(count, device="cpu") * 0.4
+        x, t = random_normal(count, 2, 2, 2, seed=2), torch.arange(count, device="cpu") * 0.4
         y = torch.arange(count, device="cpu").flip(0)
-        wanted = scale * log_probability_gradient(stand_in, x, t, y[:, None])  # type: ignore[arg-type]
+        expected = scale * log_probability_gradient(stand_in, x, t, y[:, None])  # type: ignore[arg-type]
         try:
-            found = _with(cond_fn, classifier, stand_in)(x.clone(), t, y=y)
+            gradient = _replace_network(cond_fn, classifier, stand_in)(x.clone(), t, y=y)
         except Exception:  # the function needs more of a classifier than the stand-in has
             return None
-        if not close(found, wanted):
+        if not is_close(gradient, expected):
             return None
     return classifier, scale
 
@@ -211,60 +231,62 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _held(function: Any) -> dict[str, Any]:
+def _outer_variables(function: Any) -> dict[str, Any]:
     """Return a function's global and closure variables by name; {} for an object that is not a function."""
     try:
-        found = inspect.getclosurevars(function)
+        variables = inspect.getclosurevars(function)
     except (TypeError, ValueError):  # not a function, or a closure variable without a value
         return {}
-    return {**found.globals, **found.nonlocals}
+    return {**variables.globals, **variables.nonlocals}
 
 
-def _named(function: Any) -> set[str]:
+def _outer_names(function: Any) -> set[str]:
     """Return the names of a function's outer variables that hold networks or parsed arguments.
 
     If any holds parsed arguments, the names of the switches among them are returned too.
     """
-    held = _held(function).items()
-    plain = {name for name, value in held if _switches(value) or isinstance(value, nn.Module)}
-    return plain | (SWITCHES if any(_switches(value) for _, value in held) else set())
+    variables = _outer_variables(function).items()
+    names = {
+        name for name, value in variables if _holds_parsed_arguments(value) or isinstance(value, nn.Module)
+    }
+    return names | (SWITCH_NAMES if any(_holds_parsed_arguments(value) for _, value in variables) else set())
 
 
-def _switches(value: Any) -> bool:
+def _holds_parsed_arguments(value: Any) -> bool:
     """Tell whether a value holds parsed arguments: a switch or `classifier_scale` as a plain attribute."""
-    said = [inspect.getattr_static(value, name, None) for name in (*SWITCHES, "classifier_scale")]
-    return any(isinstance(value, bool | int | float) for value in said)
+    attributes = [inspect.getattr_static(value, name, None) for name in (*SWITCH_NAMES, "classifier_scale")]
+    return any(isinstance(value, bool | int | float) for value in attributes)
 
 
-def _only_one(function: Any, kind: type[nn.Module]) -> Any:
+def _find_single_network(function: Any, kind: type[nn.Module]) -> Any:
     """Return the only network among a simple function's outer variables if it is of this class, else None.
 
     A simple function is straight-line code with no parameters but x, t and y.
     """
-    if not isinstance(function, FunctionType) or branches(function) is not None:
+    if not isinstance(function, FunctionType) or find_branch(function) is not None:
         return None
     code = function.__code__
     starred = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
     if starred or not set(inspect.signature(function).parameters) <= {"x", "t", "y"}:
         return None
-    nets = [value for value in _held(function).values() if isinstance(value, nn.Module)]
+    nets = [value for value in _outer_variables(function).values() if isinstance(value, nn.Module)]
     return nets[0] if len(nets) == 1 and isinstance(nets[0], kind) and is_network(nets[0]) else None
 
 
-def _with(function: FunctionType, net: nn.Module, stand_in: Any) -> Function:
+def _replace_network(function: FunctionType, net: nn.Module, stand_in: Any) -> Function:
     """Return a copy of a function in which a stand-in replaces a network."""
-    around = {name: stand_in if value is net else value for name, value in function.__globals__.items()}
+    new_globals = {name: stand_in if value is net else value for name, value in function.__globals__.items()}
     cells = tuple(
         CellType(stand_in) if cell.cell_contents is net else cell for cell in function.__closure__ or ()
     )
-    made = FunctionType(function.__code__, around, function.__name__, function.__defaults__, cells)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
+    copied = FunctionType(function.__code__, new_globals, function.__name__, function.__defaults__, cells)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 # By a classifier's id: how many loops use it, and the parameters that they froze.
-_FROZEN: dict[int, tuple[int, list[nn.Parameter]]] = {}
-_FREEZING = threading.Lock()
+_FROZEN_CLASSIFIERS: dict[int, tuple[int, list[nn.Parameter]]] = {}
+_FREEZE_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -274,19 +296,19 @@ def _frozen(classifier: nn.Module | None) -> Iterator[None]:
         yield
         return
     key = id(classifier)
-    with _FREEZING:  # loops on several threads may share a classifier: the last one unfreezes it
-        loops, trained = _FROZEN.get(key, (0, []))
+    with _FREEZE_LOCK:  # loops on several threads may share a classifier: the last one unfreezes it
+        loops, trained = _FROZEN_CLASSIFIERS.get(key, (0, []))
         trained = trained or [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-        _FROZEN[key] = (loops + 1, trained)
+        _FROZEN_CLASSIFIERS[key] = (loops + 1, trained)
         for parameter in trained:
             parameter.requires_grad_(False)
     try:
         yield
     finally:
-        with _FREEZING:
-            loops, trained = _FROZEN.pop(key)
+        with _FREEZE_LOCK:
+            loops, trained = _FROZEN_CLASSIFIERS.pop(key)
             if loops > 1:
-                _FROZEN[key] = (loops - 1, trained)
+                _FROZEN_CLASSIFIERS[key] = (loops - 1, trained)
             else:
                 for parameter in trained:
                     parameter.requires_grad_(True)

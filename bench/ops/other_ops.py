@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.measure import DTYPES, Case, Settings, checked, compiled, timed
-from bench.ops.providers import copied, ours
+from bench.measure import DTYPES, Case, Settings, check_error, compile_function, measure_call
+from bench.ops.providers import measure_copy, our_implementations
 from bench.results import Row
 from bench.shapes import BATCHES
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"cuda": ("fp16", "bf16"), "cpu": ("bf16", "fp32")}
 # Ops that other files here measure; `normal`, the noise, is part of `sampler_step`.
-MEASURED = frozenset({"attention", "conv", "group_norm_silu", "normal", "sampler_step"})
+MEASURED_ELSEWHERE = frozenset({"attention", "conv", "group_norm_silu", "normal", "sampler_step"})
 
 
 def kernels(settings: Settings) -> Iterator[Case]:
@@ -29,9 +29,9 @@ def kernels(settings: Settings) -> Iterator[Case]:
     from admfast.ops.cases import all_cases
 
     for cases in all_cases():
-        if cases.op in MEASURED or cases.op not in TABLES:
+        if cases.op in MEASURED_ELSEWHERE or cases.op not in TABLES:
             continue
-        providers = ["copy", "eager", *ours(cases.op, settings.device)]
+        providers = ["copy", "eager", *our_implementations(cases.op, settings.device)]
         if settings.cuda:  # a compilation takes seconds
             providers.insert(2, "torch.compile")
         yield from _cases(cases, providers, settings)
@@ -50,7 +50,7 @@ def _function(cases: OpCases, provider: str) -> Callable[..., Any]:
     """Return the function called `provider`."""
     impl = "reference" if provider in ("eager", "torch.compile") else provider
     call = partial(cases.call, impl=impl)
-    return compiled(call) if provider == "torch.compile" else call
+    return compile_function(call) if provider == "torch.compile" else call
 
 
 def _nbytes(*values: Any) -> int:
@@ -70,33 +70,33 @@ def _measured(
     for leaf in leaves.values():
         leaf.requires_grad_(True)
 
-    def outputs(function: Callable[..., Any], given: dict[str, Any]) -> tuple[Tensor, ...]:
-        found = function(**given)
-        return found if isinstance(found, tuple) else (found,)
+    def outputs(function: Callable[..., Any], arguments_of_call: dict[str, Any]) -> tuple[Tensor, ...]:
+        out = function(**arguments_of_call)
+        return out if isinstance(out, tuple) else (out,)
 
     run = _function(cases, "eager" if provider == "copy" else provider)
-    made = outputs(run, arguments)
+    results = outputs(run, arguments)
     # Inputs and outputs count once; for a gradient, so do the gradients of both.
-    moved = (2 if gradient else 1) * _nbytes(*arguments.values(), *made)
+    moved = (2 if gradient else 1) * _nbytes(*arguments.values(), *results)
     if provider == "copy":
-        return copied(moved, settings)
+        return measure_copy(moved, settings)
     wide = {n: t.detach().double() if _floating(t) else t for n, t in arguments.items()}
     wide |= {n: wide[n].requires_grad_(True) for n in leaves}
     truth = outputs(_function(cases, "eager"), wide)
     limit = 8 * torch.finfo(DTYPES[dtype]).eps
     if not gradient:
-        return timed(
+        return measure_call(
             lambda: outputs(run, arguments),
             settings,
-            check=lambda got: max(checked(a, b, limit) for a, b in zip(got, truth, strict=True)),
+            check=lambda got: max(check_error(a, b, limit) for a, b in zip(got, truth, strict=True)),
             nbytes=moved,
         )
-    dys = [torch.randn_like(y) for y in made]
+    dys = [torch.randn_like(y) for y in results]
     expected = torch.autograd.grad(truth, list(wide[n] for n in leaves), [dy.double() for dy in dys])
-    return timed(
-        lambda: torch.autograd.grad(made, list(leaves.values()), dys, retain_graph=True),
+    return measure_call(
+        lambda: torch.autograd.grad(results, list(leaves.values()), dys, retain_graph=True),
         settings,
-        check=lambda got: max(checked(a, b, 4 * limit) for a, b in zip(got, expected, strict=True)),
+        check=lambda got: max(check_error(a, b, 4 * limit) for a, b in zip(got, expected, strict=True)),
         nbytes=moved,
         gradient=True,
     )

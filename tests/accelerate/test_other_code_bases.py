@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import admfast
-from admfast.accelerate.makes import likeness
-from admfast.accelerate.nets import AcceleratedNet
+from admfast.accelerate.code_bases import shape_free_key
+from admfast.accelerate.networks import AcceleratedNet
 from admfast.errors import InvalidArgument
 from admfast.models.layers import ResidualBlock
 from tests.accelerate import diffusers_client, edm_client
@@ -60,10 +60,10 @@ def gradients(net: nn.Module, twice: bool = False) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(net: nn.Module, fast: nn.Module, **options: Any) -> None:
-    wanted, found = gradients(net, **options), gradients(fast, **options)
-    assert found.keys() == wanted.keys()
+    expected, found = gradients(net, **options), gradients(fast, **options)
+    assert found.keys() == expected.keys()
     for key, value in found.items():
-        assert_close(value, wanted[key])
+        assert_close(value, expected[key])
 
 
 def blocks(net: nn.Module) -> list[nn.Module]:
@@ -73,16 +73,18 @@ def blocks(net: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("name", NETS)
 def test_outputs_and_all_gradients_are_the_programs_own(name):
     net, fast = pair(name)
-    assert all(isinstance(block, ResidualBlock) for block in blocks(fast)) and not fast.accelerated_left
+    assert (
+        all(isinstance(block, ResidualBlock) for block in blocks(fast)) and not fast.accelerated_unconverted
+    )
     images = x()
     with torch.no_grad():
-        wanted, found = call(net, images), call(fast, images)
-        kept = found.clone()
+        expected, found = call(net, images), call(fast, images)
+        copied = found.clone()
         again = call(fast, 0.5 * images)
     assert fast.is_folded
-    assert_close(found, wanted)
-    assert (found.dtype, found.stride()) == (wanted.dtype, wanted.stride())
-    assert torch.equal(found, kept) and again.data_ptr() != found.data_ptr() and torch.equal(images, x())
+    assert_close(found, expected)
+    assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
+    assert torch.equal(found, copied) and again.data_ptr() != found.data_ptr() and torch.equal(images, x())
     assert_same_gradients(net, fast)
     assert_same_gradients(net, fast, twice=True)
     assert_same_gradients(net.train(), fast.train())
@@ -114,29 +116,29 @@ def test_hooks_see_what_they_saw(name):
         with torch.no_grad():
             call(one, x())
     assert [inner for inner, _ in seen[0]] == [inner for inner, _ in seen[1]] != []
-    for (_, wanted), (_, found) in zip(*seen.values(), strict=True):
-        if isinstance(wanted, Tensor):
-            assert_close(found, wanted)
+    for (_, expected), (_, found) in zip(*seen.values(), strict=True):
+        if isinstance(expected, Tensor):
+            assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_copies_pickles_and_replicas(name):
     net, fast = pair(name)
     with torch.no_grad():
-        wanted = call(net, x())
-        assert_close(call(fast, x()), wanted)
+        expected = call(net, x())
+        assert_close(call(fast, x()), expected)
         twin = copy.deepcopy(fast)
         assert isinstance(twin, AcceleratedNet)
-        assert_close(call(twin, x()), wanted)
+        assert_close(call(twin, x()), expected)
         pickled = pickle.dumps(fast)
         assert b"admfast" not in pickled
         loaded = pickle.loads(pickled)
         assert type(loaded) is type(net) and vars(loaded).keys() == vars(net).keys()
-        assert torch.equal(call(loaded, x()), wanted)
+        assert torch.equal(call(loaded, x()), expected)
         replica = fast._replicate_for_data_parallel()
         for inner, module in fast.named_children():
             setattr(replica, inner, module)
-        assert_close(call(replica, x()), wanted)
+        assert_close(call(replica, x()), expected)
 
 
 CHANGES = {
@@ -164,13 +166,13 @@ def test_changes_are_seen_at_the_next_call(change, name):
             with torch.no_grad():
                 CHANGES[change](one)
     with torch.no_grad():
-        found, wanted = (half(one) if change == "half" else call(one, x()) for one in (fast, net))
-    assert found.dtype == wanted.dtype
+        found, expected = (half(one) if change == "half" else call(one, x()) for one in (fast, net))
+    assert found.dtype == expected.dtype
     if change == "half":  # both round: compare their errors against the float32 network
         exact = call(filled(NETS[name]()), x())
-        assert (found - exact).abs().max() <= 2 * (wanted - exact).abs().max()
+        assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
     else:
-        assert_close(found, wanted)
+        assert_close(found, expected)
 
 
 def half(net: nn.Module) -> Tensor:
@@ -184,20 +186,20 @@ def test_edms_networks_compute_in_the_dtype_of_their_images(name):
         for layer in (m for m in one.modules() if isinstance(m, nn.Linear)):
             layer.register_forward_pre_hook(lambda m, args: (args[0].to(m.weight.dtype),))
     with torch.no_grad():
-        found, wanted, exact = half(fast), half(net), call(net, x())
-    assert found.dtype == wanted.dtype == torch.bfloat16
-    assert (found - exact).abs().max() <= 2 * (wanted - exact).abs().max()
+        found, expected, exact = half(fast), half(net), call(net, x())
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_transform_may_come_first_and_a_trace_holds_the_whole(name):
     net, fast = pair(name)
     with torch.no_grad():
-        wanted, found = (
+        expected, found = (
             torch.func.vjp(lambda v, n=one: call(n, v), x())[1](randn(2, 3, 16, 16, seed=3))[0]
             for one in (net, fast)
         )
-        assert_close(found, wanted)
+        assert_close(found, expected)
         assert_close(call(fast, x()), call(net, x()))
         compiled = torch.compile(lambda v: call(fast, v), backend="eager", fullgraph=True)
         assert_close(compiled(x()), call(net, x()))
@@ -210,9 +212,9 @@ def test_autocast_gives_the_programs_dtype(name):
     with torch.no_grad():
         exact = call(net, x())
         with torch.autocast("cpu", torch.bfloat16):
-            wanted, found = call(net, x()), call(fast, x())
-    assert found.dtype == wanted.dtype
-    assert (found - exact).abs().max() <= 2 * (wanted - exact).abs().max()
+            expected, found = call(net, x()), call(fast, x())
+    assert found.dtype == expected.dtype
+    assert (found - exact).abs().max() <= 2 * (expected - exact).abs().max()
 
 
 def test_methods_that_are_exchanged_later_run(monkeypatch):
@@ -276,14 +278,14 @@ def test_blocks_that_somebody_changed_stay_and_are_named(name):
     make, kind, reason = ALTERED[name]
     net = filled(make())
     fast = admfast.accelerate(copy.deepcopy(net))
-    own = {n for n, m in net.named_modules() if type(m).__name__ == kind}
+    changed_blocks = {n for n, m in net.named_modules() if type(m).__name__ == kind}
     if name == "edm, another order":  # blocks without attention are unchanged and are converted
-        own = {n for n in own if net.get_submodule(n).num_heads}
+        changed_blocks = {n for n in changed_blocks if net.get_submodule(n).num_heads}
     if name == "diffusers, another sign":  # with one channel per group the result is the known one
-        own = {n for n in own if net.get_submodule(n).norm2.num_channels > 32}
-    assert own and set(fast.accelerated_left) >= own
-    assert all(reason in fast.accelerated_left[n] for n in own)
-    assert all(type(fast.get_submodule(n)) is type(net.get_submodule(n)) for n in own)
+        changed_blocks = {n for n in changed_blocks if net.get_submodule(n).norm2.num_channels > 32}
+    assert changed_blocks and set(fast.accelerated_unconverted) >= changed_blocks
+    assert all(reason in fast.accelerated_unconverted[n] for n in changed_blocks)
+    assert all(type(fast.get_submodule(n)) is type(net.get_submodule(n)) for n in changed_blocks)
     assert kind in admfast.accelerate.report(fast)
     with torch.no_grad():
         assert_close(call(fast, x()), call(net, x()))
@@ -294,7 +296,7 @@ def test_settings_of_a_known_block_are_served():
     for make in (lambda: EDM(eps=1e-3, scale=2), lambda: DIFFUSERS(eps=1e-3, groups_out=16, factor=3.0)):
         net = filled(make())
         fast = admfast.accelerate(copy.deepcopy(net))
-        assert not fast.accelerated_left
+        assert not fast.accelerated_unconverted
         with torch.no_grad():
             assert_close(call(fast, x()), call(net, x()))
 
@@ -318,14 +320,14 @@ def test_another_filter_of_two_taps_is_seen():
         if part._buffers.get("resample_filter") is not None:
             part.resample_filter.mul_(2)
     fast = admfast.accelerate(copy.deepcopy(net))
-    assert {"enc.8_down", "dec.16_up"} == set(fast.accelerated_left)
+    assert {"enc.8_down", "dec.16_up"} == set(fast.accelerated_unconverted)
     with torch.no_grad():
         assert_close(call(fast, x()), call(net, x()))
 
 
 def test_blocks_that_differ_in_more_than_sizes_are_not_alike():
     first = edm_client.UNetBlock(32, 32, 64, down=True)
-    assert likeness(first) == likeness(edm_client.UNetBlock(32, 32, 48, down=True))
+    assert shape_free_key(first) == shape_free_key(edm_client.UNetBlock(32, 32, 48, down=True))
     other = edm_client.UNetBlock(32, 32, 64, down=True)
     other.conv0.resample_filter.mul_(2)
     for block in (
@@ -333,7 +335,7 @@ def test_blocks_that_differ_in_more_than_sizes_are_not_alike():
         edm_client.UNetBlock(32, 32, 64, up=True),
         edm_client.UNetBlock(32, 32, 64, scale=2.0),
     ):
-        assert likeness(first) != likeness(block)
+        assert shape_free_key(first) != shape_free_key(block)
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -1,4 +1,4 @@
-"""Recognise and convert the blocks of the published make, that is, of any copy of the published ADM code."""
+"""Recognise and convert the blocks of any copy of the published ADM code."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from admfast.accelerate.classes import convert, own_class
-from admfast.accelerate.codes import ACTIVATION, BLOCKS, NORM, foreign
-from admfast.accelerate.makes import Make
-from admfast.accelerate.pieces import (
+from admfast.accelerate.class_conversion import convert, original_class_of
+from admfast.accelerate.code_bases import CodeBase
+from admfast.accelerate.code_inspection import (
+    ACTIVATION_NAMES,
+    NORM_NAMES,
+    PUBLISHED_BLOCK_NAMES,
+    find_class_difference,
+)
+from admfast.accelerate.equivalence import TRIAL_SIZES, Conversion, is_close, random_images, random_normal
+from admfast.accelerate.layer_conversion import (
     POINTWISE,
     convert_conv,
     convert_norm,
-    entrance,
+    first_conv_class,
     is_conv,
     is_norm,
     is_silu,
 )
-from admfast.accelerate.trials import SIZES, Conversion, close, random, random_images
 from admfast.models import layers
 
 RES_BLOCK = ("in_layers", "h_upd", "x_upd", "emb_layers", "out_layers", "skip_connection")
 ATTENTION_BLOCK = ("norm", "qkv", "attention", "proj_out")
 
 
-def _candidates(block: Any) -> list[Conversion]:
+def _candidate_conversions(block: Any) -> list[Conversion]:
     names = set(block._modules)
     if names == set(RES_BLOCK) and _is_res_block(block):
         return [_convert_res_block]
@@ -105,20 +110,20 @@ def _convert_resampling(block: Any, kind: type[nn.Module]) -> None:
 
 def sequences(net: Any) -> list[nn.Module]:
     """Return the blocks of a network, each a sequence of layers; a block that is used twice appears once."""
-    found = [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
-    return list(dict.fromkeys(found))
+    blocks = [*net.input_blocks, net.middle_block, *getattr(net, "output_blocks", ())]
+    return list(dict.fromkeys(blocks))
 
 
-def _layers(net: Any) -> list[nn.Module]:
+def _list_blocks(net: Any) -> list[nn.Module]:
     """Return the layers of all blocks except the first."""
     stem = [*net.input_blocks[0].children()]
     return [layer for block in sequences(net) for layer in block.children() if layer not in stem]
 
 
-def _convert_ends(net: Any, enters: bool) -> None:
+def _convert_other_layers(net: Any, own_forward_runs: bool) -> None:
     """Convert the network's first convolution and its last layers."""
     for layer in net.input_blocks[0].children():
-        convert_conv(layer, entrance if enters else None)
+        convert_conv(layer, first_conv_class if own_forward_runs else None)
     _convert_head(net.out)
 
 
@@ -132,54 +137,58 @@ def _convert_head(head: nn.Module) -> None:
         head._record_part_types()  # type: ignore[operator]
 
 
-def passes_on(sequence: nn.Module) -> bool:
+def is_published_sequence(sequence: nn.Module) -> bool:
     """Tell whether a sequence runs its layers in order, giving the embedding to those that take it."""
-    cls: Any = own_class(sequence)
+    cls: Any = original_class_of(sequence)
     if not isinstance(sequence, nn.Sequential) or cls is nn.Sequential or "forward" in vars(sequence):
         return False
-    return _passes_on(cls, cls.forward)
+    return _class_is_published_sequence(cls, cls.forward)
 
 
 @functools.lru_cache(maxsize=16)
-def _passes_on(cls: Any, forward: Any) -> bool:
-    """Answer `passes_on` for a class with this forward; answers are cached."""
-    if foreign(cls, BLOCKS):
+def _class_is_published_sequence(cls: Any, forward: Any) -> bool:
+    """Answer `is_published_sequence` for a class with this forward; answers are cached."""
+    if find_class_difference(cls, PUBLISHED_BLOCK_NAMES):
         return False
     try:
-        return all(_hands_on(cls, takes, count) for takes in _ORDERS for count, _ in SIZES)
+        return all(
+            _gives_emb_only_to(cls, takes_emb, count)
+            for takes_emb in _TRIAL_SEQUENCES
+            for count, _ in TRIAL_SIZES
+        )
     except Exception:  # it needs other layers than these
         return False
 
 
 # Sequences to try: for each layer, whether it takes the embedding.
-_ORDERS = ((True, False, True), (True,), (False, True), (True, True, False, True))
+_TRIAL_SEQUENCES = ((True, False, True), (True,), (False, True), (True, True, False, True))
 
 
-def _hands_on(cls: Any, takes: tuple[bool, ...], count: int) -> bool:
+def _gives_emb_only_to(cls: Any, takes_emb: tuple[bool, ...], count: int) -> bool:
     """Tell whether a sequence of simple layers gives the expected result for `count` images."""
 
-    class Taker(*takers_of(cls)):  # type: ignore[misc]
+    class WithEmb(*bases_that_take_emb(cls)):  # type: ignore[misc]
         def forward(self, x: Tensor, emb: Tensor) -> Tensor:
             return x + 2 * emb
 
-    class Other(nn.Module):
+    class WithoutEmb(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return 3 * x
 
-    trial = cls.__new__(cls)
-    nn.Module.__init__(trial)
-    x, emb = random(count, 4, seed=1), random(count, 4, seed=2)
-    wanted = x
-    for i, taking in enumerate(takes):
-        kind = Taker if taking else Other
+    sequence = cls.__new__(cls)
+    nn.Module.__init__(sequence)
+    x, emb = random_normal(count, 4, seed=1), random_normal(count, 4, seed=2)
+    expected = x
+    for i, layer_takes_emb in enumerate(takes_emb):
+        kind = WithEmb if layer_takes_emb else WithoutEmb
         layer: Any = kind.__new__(kind)
         nn.Module.__init__(layer)
-        trial.add_module(str(i), layer)
-        wanted = wanted + 2 * emb if taking else 3 * wanted
-    return close(trial(x.clone(), emb.clone()), wanted)
+        sequence.add_module(str(i), layer)
+        expected = expected + 2 * emb if layer_takes_emb else 3 * expected
+    return is_close(sequence(x.clone(), emb.clone()), expected)
 
 
-def takers_of(cls: type) -> tuple[type, ...]:
+def bases_that_take_emb(cls: type) -> tuple[type, ...]:
     """Return the base classes of a class of sequences that torch's Sequential doesn't have; else nn.Module.
 
     The sequence gives the embedding to layers of these classes.
@@ -188,34 +197,36 @@ def takers_of(cls: type) -> tuple[type, ...]:
     return tuple(bases) or (nn.Module,)
 
 
-def _inputs(block: Any, count: int, side: int) -> list[Tensor]:
+def _trial_inputs(block: Any, count: int, side: int) -> list[Tensor]:
     """Return images, and an embedding if the block takes one."""
     device = next(block.parameters()).device
     if set(block._modules) == set(RES_BLOCK):
         conv, width = block.in_layers[2], block.emb_layers[1].in_features
         x = random_images(count, conv.in_channels, conv.weight.dim() - 2, side)
-        return [x.to(device), random(count, width, seed=2).to(device)]
+        return [x.to(device), random_normal(count, width, seed=2).to(device)]
     weight = next(p for p in block.parameters() if p.dim() > 1)
     dims = 2 if "qkv" in block._modules else weight.dim() - 2
     return [random_images(count, weight.shape[1], dims, side).to(device)]
 
 
-def _difference(block: nn.Module) -> str | None:
+def _find_difference(block: nn.Module) -> str | None:
     """Say what the code of a block or of one of its parts does beyond the published code, or return None."""
     for part in block.modules():
-        if reason := foreign(own_class(part), BLOCKS | NORM | ACTIVATION):
-            return reason if part is block else f"its {own_class(part).__name__} {reason}"
+        if reason := find_class_difference(
+            original_class_of(part), PUBLISHED_BLOCK_NAMES | NORM_NAMES | ACTIVATION_NAMES
+        ):
+            return reason if part is block else f"its {original_class_of(part).__name__} {reason}"
     return None
 
 
-PUBLISHED = Make(
+PUBLISHED = CodeBase(
     name="published",
-    parts=("time_embed", "input_blocks", "middle_block", "out"),
-    builds=frozenset({"input_blocks", "middle_block"}),
+    submodules=("time_embed", "input_blocks", "middle_block", "out"),
+    constructor_names=frozenset({"input_blocks", "middle_block"}),
     torso=("input_blocks", "middle_block", "output_blocks"),
-    candidates=_candidates,
-    difference=_difference,
-    inputs=_inputs,
-    layers=_layers,
-    ends=_convert_ends,
+    candidate_conversions=_candidate_conversions,
+    find_difference=_find_difference,
+    trial_inputs=_trial_inputs,
+    list_blocks=_list_blocks,
+    convert_other_layers=_convert_other_layers,
 )

@@ -13,10 +13,10 @@ from admfast.errors import CheckpointError, NonFiniteError
 from admfast.models import build
 from admfast.ops.conv.winograd import amplification
 from admfast.training.distributed import World
-from admfast.training.loss import loss
+from admfast.training.learner import Learner
+from admfast.training.loss import loss_terms
 from admfast.training.network import build_network, set_checkpointing
 from admfast.training.recipe import KINDS
-from admfast.training.update import Learner
 from tests.ops.tolerance import assert_same_formula, assert_within
 from tests.training.small_runs import NETWORKS, batch, learner_of, same, small_recipe
 
@@ -25,15 +25,17 @@ def gradients(kind: str, dtype: torch.dtype = torch.float32, **changes) -> dict[
     """Return the gradients of a batch of six images, computed in a dtype."""
     recipe = small_recipe(kind, batch_size=6, **changes)
     learner = learner_of(recipe)
-    given = batch(recipe, range(6), learner.sampler)
+    training_batch = batch(recipe, range(6), learner.sampler)
     if dtype == torch.float64:
         learner.net.double()
         learner = Learner(recipe, learner.net)
-        values = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+        values = {f.name: getattr(training_batch, f.name) for f in dataclasses.fields(training_batch)}
         for name in ("images", "noise", "low_res"):
             values[name] = None if values[name] is None else values[name].double()
-        given = dataclasses.replace(given, **{n: values[n] for n in ("images", "noise", "low_res")})
-    learner.update(given)
+        training_batch = dataclasses.replace(
+            training_batch, **{n: values[n] for n in ("images", "noise", "low_res")}
+        )
+    learner.update(training_batch)
     return {name: p.grad for name, p in learner.net.named_parameters() if p.grad is not None}
 
 
@@ -73,19 +75,19 @@ def other_parameters(net):
     return {name: 1.3 * p.detach() for name, p in net.named_parameters()}
 
 
-def through_others(net, given: dict[str, Tensor]) -> list[Tensor]:
+def through_others(net, parameters: dict[str, Tensor]) -> list[Tensor]:
     x, t = torch.linspace(-1, 1, 2 * 64).view(2, 1, 8, 8), torch.tensor([3, 500])
-    leaves = {name: value.clone().requires_grad_(True) for name, value in given.items()}
+    leaves = {name: value.clone().requires_grad_(True) for name, value in parameters.items()}
     out = functional_call(net, leaves, (x, t), {"y": torch.tensor([0, 1])})
     return list(torch.autograd.grad(out.square().mean(), list(leaves.values())))
 
 
 def test_norms_are_made_again_with_the_parameters_of_their_forward_pass():
     net = learner_of(small_recipe(network=dataclasses.replace(NETWORKS["diffusion"], dropout=0.0))).net
-    given = other_parameters(net)
-    plain = through_others(net, given)
+    parameters = other_parameters(net)
+    plain = through_others(net, parameters)
     set_checkpointing(net, "norms")
-    same(through_others(net, given), plain)
+    same(through_others(net, parameters), plain)
 
 
 @pytest.mark.parametrize("which", ["attention", "all"])
@@ -142,8 +144,8 @@ class Poisoned:
     def __init__(self, *calls: int) -> None:
         self.calls, self.count = calls, 0
 
-    def __call__(self, net, recipe, process, given):
-        terms = loss(net, recipe, process, given)
+    def __call__(self, net, recipe, process, training_batch):
+        terms = loss_terms(net, recipe, process, training_batch)
         self.count += 1
         return {**terms, "loss": terms["loss"] * float("nan")} if self.count in self.calls else terms
 
@@ -151,9 +153,9 @@ class Poisoned:
 def run(recipe, poisoned: Poisoned, steps: int) -> Learner:
     learner = Learner(recipe, build_network(recipe), loss=poisoned)
     for step in range(steps):
-        given = batch(recipe, range(4 * step, 4 * step + 4), learner.sampler)
-        learner.update(given)
-        learner.check(given)
+        training_batch = batch(recipe, range(4 * step, 4 * step + 4), learner.sampler)
+        learner.update(training_batch)
+        learner.check_finite(training_batch)
     return learner
 
 
@@ -173,11 +175,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(precision):
     same(learner.averages.weights(), average)
     for name, p in learner.net.named_parameters():
         same(list(learner.optimiser.state[p].values()), moments[name], name)
-    assert (int(learner.skipped), int(learner.in_a_row), learner.step) == (1, 1, 2)
+    assert (int(learner.skipped), int(learner.skipped_in_a_row), learner.step) == (1, 1, 2)
     if scale is not None:
         assert learner.log2_scale == scale - 1
     learner.update(batch(recipe, range(8, 12), learner.sampler))
-    assert (int(learner.skipped), int(learner.in_a_row)) == (1, 0)
+    assert (int(learner.skipped), int(learner.skipped_in_a_row)) == (1, 0)
     assert any(not torch.equal(value, before[key]) for key, value in learner.net.state_dict().items())
 
 
@@ -193,10 +195,10 @@ def test_the_first_bad_layer_is_named():
     learner = learner_of(recipe)
     with torch.no_grad():
         learner.net.middle_block[0].in_layers[2].weight[0, 0, 0, 0] = float("inf")
-    given = batch(recipe, range(4), learner.sampler)
-    learner.update(given)
+    training_batch = batch(recipe, range(4), learner.sampler)
+    learner.update(training_batch)
     with pytest.raises(NonFiniteError, match=r"middle_block\.0\.in_layers\.2"):
-        learner.check(given)
+        learner.check_finite(training_batch)
 
 
 # Precision, sampler, state
@@ -218,19 +220,21 @@ def test_half_precision_keeps_parameters_and_gradients_in_float32(kind, precisio
     assert {p.dtype for p in learner.net.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in learner.net.parameters()} == {torch.float32}
     exact = learner_of(small_recipe(kind))
-    wanted = exact.update(batch(recipe, range(4), exact.sampler))
+    expected = exact.update(batch(recipe, range(4), exact.sampler))
     # Rounding to 8 bits (float16: 11) in a few dozen layers.
-    assert report.terms["loss"].float().mean() == pytest.approx(float(wanted.terms["loss"].mean()), rel=0.05)
-    assert float(report.grad_norm) == pytest.approx(float(wanted.grad_norm), rel=0.1)
+    assert report.terms["loss"].float().mean() == pytest.approx(
+        float(expected.terms["loss"].mean()), rel=0.05
+    )
+    assert float(report.grad_norm) == pytest.approx(float(expected.grad_norm), rel=0.1)
 
 
 def test_the_loss_aware_sampler_learns_once_a_step():
     recipe = small_recipe(sampler="loss-second-moment", microbatch=2)
     learner = learner_of(recipe)
     for step in range(3):
-        given = batch(recipe, range(4 * step, 4 * step + 4), learner.sampler)
-        report = learner.update(given)
-        for t, value in zip(given.t.tolist(), report.terms["loss"].tolist(), strict=True):
+        training_batch = batch(recipe, range(4 * step, 4 * step + 4), learner.sampler)
+        report = learner.update(training_batch)
+        for t, value in zip(training_batch.t.tolist(), report.terms["loss"].tolist(), strict=True):
             assert value in learner.sampler.losses[t].float().tolist()
     assert int(learner.sampler.counts.sum()) == 12
 
@@ -255,6 +259,6 @@ def test_a_state_of_another_run_is_refused():
 
 
 def test_a_batch_is_shared_evenly():
-    assert list(World(1, 3).share(6)) == [2, 3]
+    assert list(World(1, 3).local_samples(6)) == [2, 3]
     with pytest.raises(ValueError, match="batch_size"):
-        World(1, 4).share(6)
+        World(1, 4).local_samples(6)

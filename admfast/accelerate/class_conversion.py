@@ -21,8 +21,8 @@ class Converted:
 
     original_class: ClassVar[type]
     # Attributes that the conversion added, and the former values of those that it changed.
-    _added: tuple[str, ...] = ()
-    _before: Mapping[str, Any] = MappingProxyType({})
+    _added_attributes: tuple[str, ...] = ()
+    _replaced_attributes: Mapping[str, Any] = MappingProxyType({})
 
     def __copy__(self) -> Any:
         twin = type(self).__new__(type(self))
@@ -38,40 +38,41 @@ class Converted:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state: Any = super().__getstate__()
-        state = _as_it_was(state)
+        state = _state_before_conversion(state)
         # `__newobj__` can't be used: pickle requires the object's current class there.
         return copyreg._reconstructor, (self.original_class, object, None), state  # type: ignore[attr-defined]
 
 
 def convert(module: nn.Module, ours: type[nn.Module], **attributes: Any) -> None:
     """Change a module's class to a subclass of `ours` and of its own class, in this order; set attributes."""
-    module.__class__ = _joined(ours, type(module))  # type: ignore[arg-type]
-    own = vars(module)
-    before = {name: own[name] for name in attributes if name in own}
-    added = tuple(name for name in attributes if name not in own)
-    own.update(attributes, _added=added, _before=before)
+    module.__class__ = _combined_class(ours, type(module))  # type: ignore[arg-type]
+    state = vars(module)
+    replaced = {name: state[name] for name in attributes if name in state}
+    added = tuple(name for name in attributes if name not in state)
+    state.update(attributes, _added_attributes=added, _replaced_attributes=replaced)
 
 
 def restore(module: Converted) -> None:
     """Give a converted module its original class and attributes back."""
-    state = _as_it_was(module.__getstate__())  # type: ignore[attr-defined, arg-type]
+    state = _state_before_conversion(module.__getstate__())  # type: ignore[attr-defined, arg-type]
     module.__class__ = module.original_class
     vars(module).clear()
     vars(module).update(state)
 
 
-def _as_it_was(state: dict[str, Any]) -> dict[str, Any]:
+def _state_before_conversion(state: dict[str, Any]) -> dict[str, Any]:
     """Return a module's attributes as they were before its conversion."""
-    gone = {*state.get("_added", ()), "_added", "_before"}
-    return {name: v for name, v in state.items() if name not in gone} | dict(state.get("_before", {}))
+    to_remove = {*state.get("_added_attributes", ()), "_added_attributes", "_replaced_attributes"}
+    kept = {name: value for name, value in state.items() if name not in to_remove}
+    return kept | dict(state.get("_replaced_attributes", {}))
 
 
 @functools.cache
-def _joined(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
+def _combined_class(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(original.__name__, (Converted, ours, original), {**names, "original_class": original})
 
 
-def own_class(module: nn.Module) -> type:
+def original_class_of(module: nn.Module) -> type:
     """Return the class of a module; of a converted one, its class before the conversion."""
     return module.original_class if isinstance(module, Converted) else type(module)

@@ -16,9 +16,9 @@ import torch
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.sampling.pipeline import Pipeline
-from bench.measure import Case, Settings, in_a_process, refuse_work
+from bench.measure import Case, Settings, refuse_work, run_in_process
 from bench.results import Row
-from bench.sampling.subject import Inputs, Subject, named, step_flop
+from bench.sampling.subject import Inputs, Subject, find_subject, step_flop
 
 # Enough for a whole chunk of embeddings on a GPU; on a CPU a step of a large model takes seconds.
 STEPS = {"cuda": 25, "cpu": 2}
@@ -35,28 +35,29 @@ def cases(
         smallest[subject.name] = min(batch, smallest.get(subject.name, batch))
     for name, batch in smallest.items():
         shape = {"system": name, "batch": batch, "steps": STEPS[settings.device.type]}
-        for who in ("admfast", "admfast, compiled")[: 1 + compiled]:
-            given = shape | {"precision": precision, "compile": who != "admfast"}
-            yield Case("start", precision, who, shape, partial(_measure, given), limit=LIMIT)
+        for provider in ("admfast", "admfast, compiled")[: 1 + compiled]:
+            arguments = shape | {"precision": precision, "compile": provider != "admfast"}
+            yield Case("start", precision, provider, shape, partial(_measure, arguments), limit=LIMIT)
 
 
-def _measure(given: Mapping[str, Any], settings: Settings) -> Row:
-    flop = step_flop(named(given["system"])) * given["batch"] * given["steps"]
-    refuse_work(flop, given["precision"], settings)
+def _measure(arguments: Mapping[str, Any], settings: Settings) -> Row:
+    flop = step_flop(find_subject(arguments["system"])) * arguments["batch"] * arguments["steps"]
+    refuse_work(flop, arguments["precision"], settings)
     with tempfile.TemporaryDirectory() as folder:
         caches = {name: str(Path(folder) / part) for name, part in CACHES.items()}
-        cold, kept = (first_image({**given, "device": str(settings.device)}, caches) for _ in range(2))
+        cold, warm = (first_image({**arguments, "device": str(settings.device)}, caches) for _ in range(2))
     # The time to make the weights is left out, because a user reads them from a file.
-    seconds = [round(t["import_s"] + t["prepare_s"] + t["first_s"], 3) for t in (cold, kept)]
+    seconds = [round(t["import_s"] + t["prepare_s"] + t["first_s"], 3) for t in (cold, warm)]
     row = {"ms": round(1e3 * seconds[0], 1), "cold_s": seconds[0], "kept_s": seconds[1]}
-    row["warm_s"] = kept["second_s"]
-    return row | {key: kept[key] for key in ("import_s", "prepare_s", "first_s")}
+    row["warm_s"] = warm["second_s"]
+    return row | {key: warm[key] for key in ("import_s", "prepare_s", "first_s")}
 
 
-def first_image(given: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, float]:
-    """Return the seconds of each part of a new process, as `tell` prints them."""
-    code = f"from bench.sampling.start import tell; tell({time.time()!r}, **{dict(given)!r})"
-    return in_a_process(code, os.environ | dict(environment))
+def first_image(arguments: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, float]:
+    """Return the seconds of each part of a new process, as `print_seconds` prints them."""
+    call = f"print_seconds({time.time()!r}, **{dict(arguments)!r})"
+    code = f"from bench.sampling.startup import print_seconds; {call}"
+    return run_in_process(code, os.environ | dict(environment))
 
 
 def pipeline(subject: Subject, device: torch.device, precision: str, compile: bool) -> Pipeline:
@@ -75,7 +76,7 @@ def pipeline(subject: Subject, device: torch.device, precision: str, compile: bo
     )
 
 
-def tell(
+def print_seconds(
     since: float,
     system: str,
     batch: int,
@@ -86,22 +87,22 @@ def tell(
 ) -> None:
     """Sample twice and print how long each part took, in seconds; since: when the process began (Unix)."""
     times = [since, time.time()]
-    on, subject = torch.device(device), named(system)
+    torch_device, subject = torch.device(device), find_subject(system)
 
-    def passed() -> None:
-        if on.type == "cuda":
+    def note_time() -> None:
+        if torch_device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.time())
 
-    inputs = Inputs.of(subject, batch, on)
-    subject.networks(on)  # makes the weights, which are cached for the pipeline
-    passed()
-    pipe = pipeline(subject, on, precision, compile)
-    passed()
+    inputs = Inputs.of(subject, batch, torch_device)
+    subject.networks(torch_device)  # makes the weights, which are cached for the pipeline
+    note_time()
+    pipe = pipeline(subject, torch_device, precision, compile)
+    note_time()
     classes = None if inputs.labels is None or pipe.num_classes is None else inputs.labels.tolist()
     for _ in range(2):
         pipe.sample(classes, range(batch), steps=steps, low_res=inputs.low_res, batch_size=10**6)
-        passed()
+        note_time()
     names = ("import_s", "weights_s", "prepare_s", "first_s", "second_s")
     spans = zip(names, times, times[1:], strict=False)
     print(json.dumps({name: round(end - begin, 4) for name, begin, end in spans}))

@@ -1,7 +1,7 @@
 """Make training steps: gradients of a batch, the optimiser, the averages. They can be used in any loop.
 
     learner = Learner(recipe, build_network(recipe))
-    batch = batch_of(recipe, learner.sampler, ks, images, labels)
+    batch = make_batch(recipe, learner.sampler, sample_ids, images, labels)
     report = learner.update(batch)
 
 A step whose gradient isn't finite is skipped and counted on the device. So a step reads nothing back from a
@@ -21,17 +21,17 @@ from admfast.diffusion import GaussianDiffusion
 from admfast.errors import CheckpointError, NonFiniteError, first_line
 from admfast.models.dropout import keyed_dropout
 from admfast.sampling.diagnose import first_nonfinite
-from admfast.training.distributed import World, without_sync
+from admfast.training.distributed import World, skip_gradient_sync
 from admfast.training.draws import TrainStream
 from admfast.training.ema import Averages
-from admfast.training.loss import Batch, loss
+from admfast.training.loss import Batch, loss_terms
 from admfast.training.network import set_precision
 from admfast.training.recipe import Recipe
 from admfast.training.timesteps import timestep_sampler
 
 # log2 of the first loss scale, which keeps float16 gradients from vanishing. The loss scale grows a little at
 # every step and is halved by a step that overflows, as published, but does not fall below 1.
-FIRST_SCALE = {"diffusion": 20.0, "upsampler": 20.0, "classifier": 16.0}
+INITIAL_LOG2_LOSS_SCALE = {"diffusion": 20.0, "upsampler": 20.0, "classifier": 16.0}
 SCALE_GROWTH = 1e-3
 
 Loss = Callable[[nn.Module, Recipe, GaussianDiffusion, Batch], dict[str, Tensor]]
@@ -45,20 +45,20 @@ class Report:
         terms: loss and its terms for every sample of this process, [N] each, before weighting.
         t: timesteps of the samples [N].
         grad_norm: norm of the whole gradient, before clipping.
-        rate: learning rate.
+        learning_rate: learning rate of the step.
     """
 
     terms: dict[str, Tensor]
     t: Tensor
     grad_norm: Tensor
-    rate: float
+    learning_rate: float
 
 
 class Learner:
     """Network in training, with everything that its next step depends on.
 
     Args:
-        recipe: the recipe. A precision of "auto" means fp32 here; `resolved_precision` replaces it.
+        recipe: the recipe. A precision of "auto" means fp32 here; `resolve_precision` replaces it.
         net: the network in training mode, on the device where it is trained; from `build_network`, or your
             own.
         world: the processes of the run; one process by default.
@@ -72,28 +72,30 @@ class Learner:
         sampler: the sampler of the timesteps.
         process: the diffusion process.
         skipped: number of skipped steps, float32 [] on the device.
-        in_a_row: number of steps skipped since the last one that was not; float32 [] on the device.
+        skipped_in_a_row: number of steps skipped since the last one that was not; float32 [] on the device.
         log2_scale: log2 of the loss scale, float32 [] on the device; None unless the precision is fp16.
     """
 
-    def __init__(self, recipe: Recipe, net: nn.Module, world: World | None = None, loss: Loss = loss) -> None:
+    def __init__(
+        self, recipe: Recipe, net: nn.Module, world: World | None = None, loss: Loss = loss_terms
+    ) -> None:
         self.recipe, self.net, self.loss = recipe, net, loss
         self.world = world or World(device=next(net.parameters()).device)
         self.process = recipe.process.build()
         precision = "fp32" if recipe.precision == "auto" else recipe.precision
         set_precision(net, precision)
-        self.parallel = self.world.wrap(net)
+        self.ddp_net = self.world.wrap_in_ddp(net)
         self.averages = Averages(net, recipe.ema, recipe.ema_power, recipe.ema_warmup)
         self.sampler = timestep_sampler(recipe.sampler, self.process.num_timesteps)
-        self.trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        self.trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(
-            self.trained, lr=recipe.rate(0), weight_decay=recipe.weight_decay, fused=True
+            self.trainable, lr=recipe.learning_rate(0), weight_decay=recipe.weight_decay, fused=True
         )
-        device = self.trained[0].device
-        self.skipped, self.in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
+        device = self.trainable[0].device
+        self.skipped, self.skipped_in_a_row = torch.zeros((), device=device), torch.zeros((), device=device)
         self.log2_scale = None
         if precision == "fp16":
-            self.log2_scale = torch.tensor(FIRST_SCALE[recipe.kind], device=device)
+            self.log2_scale = torch.tensor(INITIAL_LOG2_LOSS_SCALE[recipe.kind], device=device)
         self.step = 0
 
     def update(self, batch: Batch) -> Report:
@@ -102,51 +104,51 @@ class Learner:
         The gradient is that of the mean of loss * weight over the whole batch, for any microbatch and number
         of processes (with `published_sum`: that of the sum of the microbatches' means).
         """
-        rate = self.recipe.rate(self.step)
+        learning_rate = self.recipe.learning_rate(self.step)
         terms = self._gradients(batch)
-        norm, finite = self._finished_gradients()
+        norm, finite = self._unscale_and_clip()
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         # The fused optimiser reads these: if found_inf is 1, it changes nothing.
         self.optimiser.grad_scale, self.optimiser.found_inf = None, 1 - finite  # type: ignore[attr-defined]
         self.optimiser.step()
         # torch's fused step doesn't increment the version counters of the weights. Without this, values that
         # were derived from the old weights would stay in use.
-        torch.autograd.graph.increment_version(self.trained)
+        torch.autograd.graph.increment_version(self.trainable)
         self.averages.update(self.step, finite)
         self.skipped += 1 - finite
-        self.in_a_row = (self.in_a_row + 1) * (1 - finite)
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * (1 - finite)
         if self.log2_scale is not None:
             grown = self.log2_scale + SCALE_GROWTH * finite - (1 - finite)
             self.log2_scale = grown.clamp(min=0)
-        if self.sampler.learns:
-            losses = self.world.gathered(terms["loss"].float())
-            self.sampler.learn(self.world.gathered(batch.t).cpu(), losses.cpu())
+        if self.sampler.needs_losses:
+            losses = self.world.all_gather(terms["loss"].float())
+            self.sampler.learn(self.world.all_gather(batch.t).cpu(), losses.cpu())
         self.step += 1
-        return Report(terms, batch.t, norm, rate)
+        return Report(terms, batch.t, norm, learning_rate)
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Add up the gradients of all microbatches; return the terms of every sample."""
         self.optimiser.zero_grad(set_to_none=True)
         parts = batch.split(self.recipe.microbatch or len(batch))
-        found: list[dict[str, Tensor]] = []
+        microbatch_terms: list[dict[str, Tensor]] = []
         for part in parts:
-            more = part is not parts[-1]
+            more_follow = part is not parts[-1]
             # The backward pass is inside too: blocks that it computes again need the same dropout masks.
             with (
-                without_sync(self.parallel, more),
-                keyed_dropout(self.net, self.recipe.seed, part.ks, TrainStream.DROPOUT),
+                skip_gradient_sync(self.ddp_net, more_follow),
+                keyed_dropout(self.net, self.recipe.seed, part.sample_ids, TrainStream.DROPOUT),
             ):
-                terms = self.loss(self.parallel, self.recipe, self.process, part)
+                terms = self.loss(self.ddp_net, self.recipe, self.process, part)
                 weighted = terms["loss"] * part.weights
                 total = weighted.mean() if self.recipe.published_sum else weighted.sum() / len(batch)
                 (total if self.log2_scale is None else total * self.log2_scale.exp2()).backward()
-            found.append({name: value.detach() for name, value in terms.items()})
-        return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
+            microbatch_terms.append({name: value.detach() for name, value in terms.items()})
+        return {name: torch.cat([terms[name] for terms in microbatch_terms]) for name in microbatch_terms[0]}
 
-    def _finished_gradients(self) -> tuple[Tensor, Tensor]:
+    def _unscale_and_clip(self) -> tuple[Tensor, Tensor]:
         """Divide the gradients by the loss scale and clip them; return their norm, and 1 if it is finite."""
-        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         factor = None
         if self.log2_scale is not None:
@@ -160,12 +162,12 @@ class Learner:
             torch._foreach_mul_(gradients, factor)
         return norm, finite
 
-    def check(self, batch: Batch) -> None:
+    def check_finite(self, batch: Batch) -> None:
         """Raise NonFiniteError, which names the first bad layer, if too many steps in a row were skipped.
 
         batch: the last batch. Reads a number from the device.
         """
-        count = int(self.in_a_row)
+        count = int(self.skipped_in_a_row)
         if count <= self.recipe.max_skipped:
             return
         raise NonFiniteError(
@@ -179,11 +181,11 @@ class Learner:
         def call(x: Tensor, t: Tensor) -> Tensor:
             return self.loss(self.net, self.recipe, self.process, part)["loss"]
 
-        said = first_nonfinite({"net": self.net}, {"the loss": call}, part.images, part.t)
+        diagnosis = first_nonfinite({"net": self.net}, {"the loss": call}, part.images, part.t)
         for name, parameter in self.net.named_parameters():
             if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return f"{said}; the first gradient that is not finite is that of {name}"
-        return said
+                return f"{diagnosis}; the first gradient that is not finite is that of {name}"
+        return diagnosis
 
     def parameter_norm(self) -> Tensor:
         """Return the norm of all parameters."""
@@ -197,7 +199,7 @@ class Learner:
             "averages": self.averages.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "counts": torch.stack([self.skipped, self.in_a_row]),
+            "counts": torch.stack([self.skipped, self.skipped_in_a_row]),
             "log2_scale": self.log2_scale,
         }
 
@@ -208,7 +210,9 @@ class Learner:
             self.averages.load_state_dict(state["averages"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.sampler.load_state_dict(state["sampler"])
-            self.skipped, self.in_a_row = (count.clone() for count in state["counts"].to(self.skipped.device))
+            self.skipped, self.skipped_in_a_row = (
+                count.clone() for count in state["counts"].to(self.skipped.device)
+            )
             if self.log2_scale is not None:
                 self.log2_scale = state["log2_scale"].to(self.skipped.device)
             self.step = int(state["step"])

@@ -15,15 +15,15 @@ from bench.measure import (
     Measure,
     Sample,
     Settings,
-    checked,
-    compiled,
+    check_error,
+    compile_function,
     first_line,
+    measure_call,
     numerics,
     product_limit,
     refuse_slow,
     sample,
     seconds_of,
-    timed,
     unavailable,
 )
 from bench.results import Row
@@ -34,13 +34,13 @@ PRECISIONS = {"cuda": ("fp16", "bf16", "tf32", "fp32"), "cpu": ("fp32", "bf16", 
 KERNEL_PRECISIONS = {"cuda": ("fp16", "bf16", "tf32", "fp32"), "cpu": ("fp32", "bf16")}
 # The rank of a setting is the sum of the positions of its batch, layout and precision in their lists.
 # Settings with a higher rank than this are left out.
-FARTHEST = {"cuda": 4, "cpu": 2}
-CHECKED_ROWS = 8  # a float64 product of all rows would take longer than the measurement
-TRIED_ROWS = 16  # rows of the small product that is timed before the whole one
+MAX_RANK = {"cuda": 4, "cpu": 2}
+ROWS_COMPARED = 8  # a float64 product of all rows would take longer than the measurement
+ROWS_TIMED_FIRST = 16  # rows of the small product that is timed before the whole one
 COMPILED_ON_CPU = 6  # number of shapes that are compiled on a CPU, where each takes seconds
 BETWEEN_ROUNDS = 2048  # side of the square product that is timed between the steps of contenders
 PRODUCT_FLOP = 2 * BETWEEN_ROUNDS**3
-PATCH = 8  # side of the two opposite corners of the output that are compared
+PATCH_SIDE = 8  # side of the two opposite corners of the output that are compared
 
 
 def dtype_missing(dtype: str, settings: Settings) -> str:
@@ -79,17 +79,19 @@ def _product(m: int, k: int, n: int, dtype: str, fast: bool, nbytes: float | Non
     product = partial(fp8_product, fast=fast) if dtype == "fp8" else torch.mm
 
     def check(out: Tensor) -> float:
-        rows = torch.linspace(0, m - 1, CHECKED_ROWS).long().to(a.device)
+        rows = torch.linspace(0, m - 1, ROWS_COMPARED).long().to(a.device)
         # Indexing is not implemented for fp8; float32 represents its values exactly.
         ref = a.float()[rows].double().cpu() @ b.double().cpu()
-        return checked(out.float()[rows], ref, product_limit(dtype, k, out.dtype, fast=fast))
+        return check_error(out.float()[rows], ref, product_limit(dtype, k, out.dtype, fast=fast))
 
-    small = (lambda: product(a[:TRIED_ROWS], b), m / TRIED_ROWS)
-    row = timed(lambda: product(a, b), settings, check=check, flop=2 * m * k * n, nbytes=nbytes, small=small)
+    small = (lambda: product(a[:ROWS_TIMED_FIRST], b), m / ROWS_TIMED_FIRST)
+    row = measure_call(
+        lambda: product(a, b), settings, check=check, flop=2 * m * k * n, nbytes=nbytes, small_call=small
+    )
     return row | {"implementation": "cuBLAS" if settings.cuda else "oneDNN or MKL"}
 
 
-def _in(dtype: str, measure: Measure) -> Measure:
+def _with_numerics(dtype: str, measure: Measure) -> Measure:
     """Return `measure` with float32 products in tf32 if `dtype` is "tf32", else in full float32."""
 
     def run(settings: Settings) -> Row:
@@ -108,7 +110,7 @@ def matmul_ceilings(settings: Settings) -> Iterator[Case]:
             continue
         for n in (256,) if settings.quick else MATMUL_SIZES[settings.device.type]:
             name = "_scaled_mm" if dtype == "fp8" else "torch.mm"
-            measure = _in(dtype, partial(_product, n, n, n, dtype, False, None))
+            measure = _with_numerics(dtype, partial(_product, n, n, n, dtype, False, None))
             yield Case("matmul", dtype, name, {"n": n}, measure)
             if dtype == "fp8" and settings.cuda:
                 name += ", fast accumulation"
@@ -132,7 +134,7 @@ def conv_ceilings(settings: Settings) -> Iterator[Case]:
         for f, layout in enumerate(LAYOUTS)
         for d, dtype in enumerate(precisions)
         for shape, models in shapes
-        if b + f + d <= FARTHEST[settings.device.type] and not missing[dtype]
+        if b + f + d <= MAX_RANK[settings.device.type] and not missing[dtype]
         if settings.cuda or shape.flop * batch <= CPU_FLOP_LIMIT
     ]
     for _, shape, models, batch, layout, dtype in sorted(grid, key=lambda row: row[0]):
@@ -172,7 +174,9 @@ def _ceiling(shape: ConvShape, models: str, batch: int, layout: str, dtype: str,
     if provider != "F.conv2d":
         measure = partial(_product, batch * side**2, cin, cout, dtype, False, nbytes)
     sizes = {"batch": batch, "cin": cin, "cout": cout, "side": side, "layout": layout}
-    return Case(f"conv{kernel}x{kernel}", dtype, provider, sizes, _in(dtype, measure), {"models": models})
+    return Case(
+        f"conv{kernel}x{kernel}", dtype, provider, sizes, _with_numerics(dtype, measure), {"models": models}
+    )
 
 
 def tensors(
@@ -193,11 +197,11 @@ def _library_conv(
     shape: ConvShape, batch: int, layout: str, dtype: str, nbytes: float, settings: Settings
 ) -> Row:
     x, weight, _ = tensors(shape, batch, dtype, LAYOUTS[layout], settings.device)
-    part = x[:1, :, :PATCH, :PATCH]
-    row = timed(
+    part = x[:1, :, :PATCH_SIDE, :PATCH_SIDE]
+    row = measure_call(
         lambda: F.conv2d(x, weight, padding=shape.kernel // 2),
         settings,
-        small=(lambda: F.conv2d(part, weight, padding=shape.kernel // 2), x.numel() / part.numel()),
+        small_call=(lambda: F.conv2d(part, weight, padding=shape.kernel // 2), x.numel() / part.numel()),
         check=lambda out: compare(out, x, weight, None, product_limit(dtype, weight[0].numel())),
         flop=batch * shape.flop,
         nbytes=nbytes,
@@ -211,11 +215,11 @@ def compare(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, limit: 
     ends, border = [0, len(x) - 1], weight.shape[-1] // 2
     wide, offset = (None if t is None else t.detach().double().cpu() for t in (weight, bias))
     errors = []
-    for corner in (slice(None, PATCH + border), slice(-PATCH - border, None)):
+    for corner in (slice(None, PATCH_SIDE + border), slice(-PATCH_SIDE - border, None)):
         patch = x.detach()[ends][:, :, corner, corner].double().cpu()
-        inside = slice(None, PATCH) if corner.start is None else slice(-PATCH, None)
+        inside = slice(None, PATCH_SIDE) if corner.start is None else slice(-PATCH_SIDE, None)
         ref = F.conv2d(patch, wide, offset, padding=border)[:, :, inside, inside]
-        errors.append(checked(out[ends][:, :, inside, inside], ref, limit))
+        errors.append(check_error(out[ends][:, :, inside, inside], ref, limit))
     return max(errors)
 
 
@@ -230,16 +234,22 @@ def conv_kernels(settings: Settings) -> Iterator[Case]:
                     continue
                 sizes = {"batch": batch, "kernel": shape.kernel, "cin": shape.cin, "cout": shape.cout}
                 sizes["side"] = shape.side
-                names = ["eager", "eager channels-first", *_ours(shape, batch, dtype, settings)]
+                names = [
+                    "eager",
+                    "eager channels-first",
+                    *_our_implementations(shape, batch, dtype, settings),
+                ]
                 if settings.cuda or (index < COMPILED_ON_CPU and batch == batches[0]):
                     names.insert(2, "torch.compile")
                 for name in names:
                     for kind in ("conv", "conv_grad"):
                         measure = partial(_conv, shape, batch, dtype, name, kind == "conv_grad")
-                        yield Case(kind, dtype, name, sizes, _in(dtype, measure), {"models": models})
+                        yield Case(
+                            kind, dtype, name, sizes, _with_numerics(dtype, measure), {"models": models}
+                        )
 
 
-def _ours(shape: ConvShape, batch: int, dtype: str, settings: Settings) -> list[str]:
+def _our_implementations(shape: ConvShape, batch: int, dtype: str, settings: Settings) -> list[str]:
     """Return our implementations that support the shape on this machine."""
     from admfast.ops import TABLES, FoldedConv
 
@@ -263,7 +273,7 @@ def _provider(name: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Ca
         def eager(x: Tensor) -> Tensor:
             return F.conv2d(x, weight, bias, padding=padding)
 
-        return compiled(eager) if name == "torch.compile" else eager
+        return compile_function(eager) if name == "torch.compile" else eager
     from admfast.ops import FoldedConv
 
     return FoldedConv(weight, bias, padding=padding, dtype=dtype, impl=name)
@@ -278,19 +288,19 @@ def _conv(shape: ConvShape, batch: int, dtype: str, provider: str, gradient: boo
     growth = amplification()[1] if provider == "winograd" else 1.0
     limit = growth * product_limit(dtype, (shape.cout if gradient else shape.cin) * shape.kernel**2)
     flop = batch * shape.flop
-    part = x[:1, :, :PATCH, :PATCH]
+    part = x[:1, :, :PATCH_SIDE, :PATCH_SIDE]
     # torch.compile would also compile for the part.
     small = None if provider == "torch.compile" else (lambda: run(part), x.numel() / part.numel())
     if not gradient:
         check = partial(compare, x=x, weight=weight, bias=bias, limit=limit)
-        return timed(lambda: run(x), settings, check=check, flop=flop, small=small)
+        return measure_call(lambda: run(x), settings, check=check, flop=flop, small_call=small)
     if small:
         refuse_slow(small[1] * seconds_of(small[0]), settings.limit)
     leaf = x.requires_grad_(True)
     y = run(leaf)
     dy = torch.randn_like(y).contiguous(memory_format=layout)
     turned = weight.flip(2, 3).transpose(0, 1)
-    return timed(
+    return measure_call(
         lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0],
         settings,
         check=lambda dx: compare(dx, dy, turned, None, limit),

@@ -8,9 +8,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from admfast.accelerate.classes import Converted, own_class
-from admfast.accelerate.nets import MAKES, AcceleratedNet, check_policy, convert_network, make_of, refusal
-from admfast.accelerate.walks import Walk
+from admfast.accelerate.class_conversion import Converted, original_class_of
+from admfast.accelerate.forward_methods import ForwardMethod
+from admfast.accelerate.networks import (
+    CODE_BASES,
+    AcceleratedNet,
+    check_policy,
+    convert_network,
+    find_code_base,
+    find_refusal,
+)
 from admfast.engine.precision import POLICIES
 from admfast.errors import allowed_names, invalid
 from admfast.models.fold import FoldableNet
@@ -41,20 +48,21 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
     """
     if precision is not None and precision not in PRECISIONS:
         raise invalid("precision", precision, allowed_names(str(precision), [*PRECISIONS]))
-    found = list(_networks(model))
-    if not found:
-        parts = " or ".join(f"{', '.join(make.parts)} ({make.name})" for make in MAKES)
-        raise invalid("model", type(model).__name__, f"a network with the parts {parts}, {_held(model)}")
-    refused = {net: reason for net in found if (reason := _refusal(net))}
-    if len(refused) == len(found):
+    networks = list(_networks(model))
+    if not networks:
+        parts = " or ".join(f"{', '.join(known.submodules)} ({known.name})" for known in CODE_BASES)
+        allowed = f"a network with the parts {parts}, {_describe_model(model)}"
+        raise invalid("model", type(model).__name__, allowed)
+    refused = {net: reason for net in networks if (reason := _find_refusal(net))}
+    if len(refused) == len(networks):
         net, reason = next(iter(refused.items()))
         raise invalid("model", type(net).__name__, f"must have a network that can be converted: {reason}")
     policy = None if precision is None else POLICIES[precision]
     with FOLD_LOCK:  # two threads may share a network
-        served = [net for net in found if net not in refused]
-        for net in served:  # all before the first is converted
+        convertible = [net for net in networks if net not in refused]
+        for net in convertible:  # all before the first is converted
             check_policy(net, policy)
-        for net in served:
+        for net in convertible:
             if isinstance(net, AcceleratedNet):
                 net.accelerated_policy = policy
             else:
@@ -67,52 +75,52 @@ def report(model: Any) -> str:
     lines = []
     for net in _networks(model):
         if not isinstance(net, AcceleratedNet):
-            lines.append(f"{type(net).__name__}: as it is; {_refusal(net) or 'not accelerated'}")
+            lines.append(f"{type(net).__name__}: as it is; {_find_refusal(net) or 'not accelerated'}")
             continue
-        walk, name = net.accelerated_walk, own_class(net).__name__
-        if isinstance(walk, Walk):
-            lines.append(f"{name}: whole, {walk.method} is the published {walk.kind}'s")
+        forward, name = net.accelerated_forward, original_class_of(net).__name__
+        if isinstance(forward, ForwardMethod):
+            lines.append(f"{name}: whole, {forward.method} is the published {forward.kind}'s")
         else:
-            lines.append(f"{name}: block by block; {walk}")
+            lines.append(f"{name}: block by block; {forward}")
         counts = Counter(
-            own_class(m).__name__ for m in net.modules() if isinstance(m, Converted) and m is not net
+            original_class_of(m).__name__ for m in net.modules() if isinstance(m, Converted) and m is not net
         )
         lines += [f"  {count} {name}" for name, count in sorted(counts.items())]
-        lines.append(f"  folded: {_folded(net)}")
-        lines += [f"  {name}: as it is; {reason}" for name, reason in net.accelerated_left.items()]
+        lines.append(f"  folded: {_describe_folding(net)}")
+        lines += [f"  {name}: as it is; {reason}" for name, reason in net.accelerated_unconverted.items()]
     return "\n".join(lines)
 
 
 def _networks(model: Any) -> Iterator[Any]:
     """Yield the networks in a module; of any other object, those in the modules among its attributes."""
     roots = [model] if isinstance(model, nn.Module) else list(getattr(model, "__dict__", {}).values())
-    seen: set[int] = set()
+    seen_ids: set[int] = set()
     for root in roots:
         for module in root.modules() if isinstance(root, nn.Module) else ():
-            if make_of(module) and id(module) not in seen and _foreign(module):
-                seen.add(id(module))
+            if find_code_base(module) and id(module) not in seen_ids and _is_other_code(module):
+                seen_ids.add(id(module))
                 yield module
 
 
-def _folded(net: AcceleratedNet) -> str:
+def _describe_folding(net: AcceleratedNet) -> str:
     """Say whether a network is folded, and in which dtype its torso computes."""
     if net.is_folded:
         return f"yes, computes in {net.torso_dtype}"
-    policy, now = net.accelerated_policy, f"not now, computes in {net.torso_dtype}"
+    policy, current = net.accelerated_policy, f"not now, computes in {net.torso_dtype}"
     if policy is None or policy.torso == net.torso_dtype:
-        return now
-    return f"{now}; {policy.torso} from its first call in evaluation mode"
+        return current
+    return f"{current}; {policy.torso} from its first call in evaluation mode"
 
 
-def _refusal(net: Any) -> str | None:
-    return None if isinstance(net, AcceleratedNet) else refusal(net)
+def _find_refusal(net: Any) -> str | None:
+    return None if isinstance(net, AcceleratedNet) else find_refusal(net)
 
 
-def _foreign(module: nn.Module) -> bool:
+def _is_other_code(module: nn.Module) -> bool:
     return isinstance(module, AcceleratedNet) or not isinstance(module, FoldableNet)
 
 
-def _held(model: Any) -> str:
+def _describe_model(model: Any) -> str:
     """Say why a model is rejected."""
     if isinstance(model, FoldableNet):
         return "from other code: admfast's own networks need no conversion"
