@@ -62,8 +62,8 @@ def share_of_ceiling(row: Row, rows: Sequence[Row]) -> str | None:
 
     A CPU's step is compared with products that were timed in turns with it.
     """
-    if "of_product" in row:
-        return f"{row['of_product']:.0%}"
+    if "product_share" in row:
+        return f"{row['product_share']:.0%}"
     ceiling_kind = CEILING_KIND.get(row["kind"])
     rate = row.get("gbps" if ceiling_kind == "copy" else "tflops")
     dtype = PRODUCT_DTYPE.get(row["dtype"], row["dtype"]) if ceiling_kind == "matmul" else None

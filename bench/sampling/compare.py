@@ -20,7 +20,7 @@ from bench.measure import (
     round_to_5_digits,
     sample_in_turns,
 )
-from bench.ops.products import PRODUCT_FLOP, product_taker
+from bench.ops.matmul_and_conv import PRODUCT_FLOP, product_taker
 from bench.profile import trace_steps
 from bench.report import PRODUCT_DTYPE
 from bench.results import Row
@@ -181,7 +181,7 @@ def _rate_of_products(row: Row, products: Sequence[Sample]) -> Row:
     rates = [PRODUCT_FLOP / sample.ms / 1e9 for sample in products]
     steps = [row["flop"] / ms / 1e9 for ms in row["rounds_ms"]]
     shares = [step / rate for step, rate in zip(steps, rates, strict=True)]
-    return {"product_tflops": quantiles(rates)["ms"], "of_product": quantiles(shares)["ms"]}
+    return {"product_tflops": quantiles(rates)["ms"], "product_share": quantiles(shares)["ms"]}
 
 
 def paired_ratio(slower: Row, faster: Row) -> float:

@@ -132,7 +132,7 @@ def test_rows_say_all_that_is_to_be_reported() -> None:
         assert row["status"] == "ok", row
         assert row["ms_q20"] <= row["ms"] <= row["ms_q80"] and len(row["rounds_ms"]) == row["samples"]
         # Quantiles of a share of two rates and the rates' own quantiles differ, but not by orders.
-        assert row["of_product"] == pytest.approx(row["tflops"] / row["product_tflops"], rel=1)
+        assert row["product_share"] == pytest.approx(row["tflops"] / row["product_tflops"], rel=1)
         assert row["flop"] == 2 * step_flop(TINY)
         assert row["tflops"] == pytest.approx(row["flop"] / row["ms"] / 1e9, rel=1e-3)
         assert row["images_per_s"] == pytest.approx(2e3 / row["ms"] / TINY.steps, rel=1e-3)
