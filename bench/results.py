@@ -226,8 +226,8 @@ def environment(device: torch.device) -> Row:
     }
     if device.type == "cuda":
         return fields | {"cudnn": torch.backends.cudnn.version()}
-    fields = _cpu_fields()
-    flags = fields.get("flags", fields.get("Features", "")).split()
+    cpu_fields = _cpu_fields()
+    flags = cpu_fields.get("flags", cpu_fields.get("Features", "")).split()
     isa = " ".join(name for name in CPU_FLAGS if name in flags)
     return fields | {"isa": isa, "threads": torch.get_num_threads()}
 

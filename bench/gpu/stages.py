@@ -76,7 +76,11 @@ def build_steps(plan: Plan) -> list[Step]:
     if plan.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # Only the architecture of this device: each further one would take as much time again.
         environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    options = {"first": True, "sources": ("csrc",), "writes": plan.root / "admfast" / "_build_info.json"}
+    options = {
+        "before_new_steps": True,
+        "sources": ("csrc",),
+        "writes": plan.root / "admfast" / "_build_info.json",
+    }
     return [Step("build", (*pip, "-e", "."), 600.0, environment, **options)]  # type: ignore[arg-type]
 
 

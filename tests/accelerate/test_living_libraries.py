@@ -303,14 +303,14 @@ def test_levels_of_timesteps_are_found(up):
     steps = torch.tensor([0, 1, 500, 998, 999])
     signal, noise = alphas_cumprod[steps].sqrt(), (1 - alphas_cumprod[steps]).sqrt()
     torch.testing.assert_close(
-        NoiseLevels(pipe, rounded=False, up=up).timestep(signal, noise), steps.double()
+        NoiseLevels(pipe, rounded=False, round_up=up).timestep(signal, noise), steps.double()
     )
-    levels = NoiseLevels(pipe, rounded=False, up=up)
+    levels = NoiseLevels(pipe, rounded=False, round_up=up)
     torch.testing.assert_close(levels.timestep(signal, noise), steps.double())
     between = steps[1:4] + 0.5
     ratio = torch.tensor(-pipe.diffusion.build("").schedule.log_snr(between.numpy()) / 2).exp()
     torch.testing.assert_close(levels.timestep(torch.ones(3), ratio), between.double())
-    rounded = NoiseLevels(pipe, rounded=True, up=up)
+    rounded = NoiseLevels(pipe, rounded=True, round_up=up)
     assert rounded.timestep(signal, noise * (1 + 1e-9)).tolist() == [*(steps[:4] + up).tolist(), 999]
     beyond = torch.tensor([1.0, 1e-9]).double()
     assert levels.timestep(beyond, beyond.flip(0)).tolist() == [0, 999]
