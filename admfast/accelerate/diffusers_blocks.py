@@ -162,7 +162,7 @@ def _is_attention(block: Any) -> bool:
 def _convert_attention(block: Any) -> None:
     if block.group_norm is not None:
         convert_norm(block.group_norm)
-    convert(block, DiffusersAttention, known_call=type(block.processor).__call__, _kinds=None)
+    convert(block, DiffusersAttention, known_call=type(block.processor).__call__, _part_types=None)
     block._record_part_types()
 
 
@@ -203,7 +203,7 @@ def _convert_block(block: Any) -> None:
     for conv in (block.conv1, block.conv2, block._modules.get("conv_shortcut")):
         convert_conv(conv)
     scale_shift = block.time_embedding_norm == "scale_shift"
-    convert(block, DiffusersResBlock, resample=resample, use_scale_shift_norm=scale_shift, _kinds=None)
+    convert(block, DiffusersResBlock, resample=resample, use_scale_shift_norm=scale_shift, _part_types=None)
     block._record_part_types()
 
 

@@ -168,7 +168,7 @@ def _convert_block(block: Any) -> None:
         _convert_conv(block.qkv, rows=rows.permute(2, 0, 1).flatten().tolist())
     convert(
         block, EdmBlock, resample=resample, use_scale_shift_norm=block.adaptive_scale,
-        has_skip_scale=bool(block.skip_scale != 1), _kinds=None,
+        has_skip_scale=bool(block.skip_scale != 1), _part_types=None,
     )  # fmt: skip
     block._record_part_types()
 

@@ -145,7 +145,8 @@ def convert_network(net: Any, policy: Policy | None) -> None:
     ours = _class_with_our_forward(forward.method) if isinstance(forward, ForwardMethod) else AcceleratedNet
     convert(
         net, ours, accelerated_forward=forward, accelerated_unconverted=unconverted,
-        accelerated_policy=policy, accelerated_code=code, torso=code_base.torso, projected_width=0, _kinds=(),
+        accelerated_policy=policy, accelerated_code=code, torso=code_base.torso, projected_width=0,
+        _module_types=(),
     )  # fmt: skip
     if isinstance(forward, ForwardMethod):
         if forward.kind != "classifier":

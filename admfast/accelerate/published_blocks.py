@@ -73,7 +73,7 @@ def _convert_res_block(block: Any) -> None:
         convert_norm(norm)
     for conv in (block.in_layers[2], block.out_layers[3], block.skip_connection):
         convert_conv(conv)
-    convert(block, layers.ResBlock, resample=resample, projection=slice(0), _kinds=None)
+    convert(block, layers.ResBlock, resample=resample, projection=slice(0), _part_types=None)
     block._record_part_types()
 
 
@@ -98,7 +98,7 @@ def _convert_attention_block(block: Any, legacy_order: bool) -> None:
     convert(block.qkv, POINTWISE, rows=rows)
     convert(block.proj_out, POINTWISE)
     convert(block.attention, layers.Attention, num_heads=heads, legacy_order=legacy_order)
-    convert(block, layers.AttentionBlock, _kinds=None)
+    convert(block, layers.AttentionBlock, _part_types=None)
     block._record_part_types()
 
 
@@ -133,7 +133,7 @@ def _convert_head(head: nn.Module) -> None:
         convert_norm(head[0])
         for layer in head:
             convert_conv(layer)
-        convert(head, layers.Head, _kinds=None)
+        convert(head, layers.Head, _part_types=None)
         head._record_part_types()  # type: ignore[operator]
 
 

@@ -74,7 +74,7 @@ def test_options_say_what_a_bare_file_does_not(tmp_path):
     with pytest.raises(CheckpointError, match="bare.pt: .*num_head"):
         load(path, device="cpu")
     options = {"num_heads": 4, "image_size": SIDE, "use_new_attention_order": False, "dropout": 0.0}
-    with pytest.raises(CheckpointError, match=r"everything; give noise_schedule \(linear or cosine\); or"):
+    with pytest.raises(CheckpointError, match=r"all settings; give noise_schedule \(linear or cosine\); or"):
         load(path, device="cpu", steps=50, **options)
     pipe = load(path, device="cpu", noise_schedule="cosine", steps=50, **options)
     assert pipe.config == net.config
