@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import time
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from admfast.engine.options import EngineOptions
 from admfast.models.presets import SYSTEMS
 from bench.command import UNFINISHED
-from bench.measure import Settings, Unavailable, WrongResult
+from bench.measure import Sample, Settings, Unavailable, WrongResult
+from bench.ops.matmul_and_conv import PRODUCT_FLOP
 from bench.report import render
 from bench.results import ResultFile, read_rows
 from bench.runner import measure_case, run
-from bench.sampling import ablation, contender, ours, published, startup
+from bench.sampling import ablation, compare, contender, ours, published, startup
 from bench.sampling.__main__ import main
 from bench.sampling.choice import Choice, choose
 from bench.sampling.compare import Comparison, paired_ratio
@@ -131,8 +133,6 @@ def test_rows_say_all_that_is_to_be_reported() -> None:
     for row in rows:
         assert row["status"] == "ok", row
         assert row["ms_q20"] <= row["ms"] <= row["ms_q80"] and len(row["rounds_ms"]) == row["samples"]
-        # Quantiles of a share of two rates and the rates' own quantiles differ, but not by orders.
-        assert row["product_share"] == pytest.approx(row["tflops"] / row["product_tflops"], rel=1)
         assert row["flop"] == 2 * step_flop(TINY)
         assert row["tflops"] == pytest.approx(row["flop"] / row["ms"] / 1e9, rel=1e-3)
         assert row["images_per_s"] == pytest.approx(2e3 / row["ms"] / TINY.steps, rel=1e-3)
@@ -243,6 +243,16 @@ def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
         assert row["status"] == "ok" and row["whole_ms"] > 0 and row["ratio"] > 0, row
     text = render("sampling", rows)
     assert "What each part adds" in text and "plain" in text and "less one part" in text
+
+
+def test_a_step_on_a_cpu_has_its_share_of_the_products_between_the_rounds(monkeypatch) -> None:
+    monkeypatch.setattr(compare, "product_taker", lambda dtype: lambda count: Sample(2.0, 2.0, 0.0))
+    entries = [ours.entry("fp32"), ours.entry("bf16")]
+    for case in Comparison("guided_step", TINY, 1, entries).cases():
+        row = measure_case(case, SETTINGS)
+        assert row["product_tflops"] == pytest.approx(PRODUCT_FLOP / 2e9, rel=1e-4)
+        shares = [row["flop"] / ms / 1e9 / row["product_tflops"] for ms in row["rounds_ms"]]
+        assert row["product_share"] == pytest.approx(statistics.median(shares), rel=1e-3)
 
 
 def test_the_ladder_in_bf16_ends_with_convolutions_of_8_bits() -> None:
