@@ -102,7 +102,7 @@ def test_azulas_posterior_sampling_on_its_own_network(libraries):
 def test_azulas_posterior_sampling_on_our_pipeline(libraries):
     from azula.plugins.adm._src.unet import UNetModel
 
-    pipe = admfast.load("digits32", device="cpu")
+    pipe = admfast.load("digits32", device="cpu", precision="fp32")
     options = {key: value for key, value in pipe.config.to_dict().items() if key != "kind"}
     net = UNetModel(**options)
     net.load_state_dict(pipe.net.state_dict())
@@ -274,7 +274,7 @@ def test_diffusers_blocks_that_are_others_stay_and_are_named(diffusers):
 
 
 def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
-    pipe = admfast.load("digits32", device="cpu")
+    pipe = admfast.load("digits32", device="cpu", precision="fp32")
     schedule = pipe.diffusion.build("").schedule
     alphas_cumprod = torch.tensor(schedule.alphas_cumprod).float()
     label = torch.tensor([3, 4])
@@ -298,7 +298,7 @@ def test_our_pipeline_as_a_denoiser_of_deepinv(libraries):
 
 @pytest.mark.parametrize("up", [False, True])
 def test_levels_of_timesteps_are_found(up):
-    pipe = admfast.load("digits32", device="cpu")
+    pipe = admfast.load("digits32", device="cpu", precision="fp32")
     alphas_cumprod = torch.tensor(pipe.diffusion.build("").schedule.alphas_cumprod)
     steps = torch.tensor([0, 1, 500, 998, 999])
     signal, noise = alphas_cumprod[steps].sqrt(), (1 - alphas_cumprod[steps]).sqrt()
@@ -317,7 +317,7 @@ def test_levels_of_timesteps_are_found(up):
 
 
 def test_what_is_no_denoiser_is_refused():
-    pipe = admfast.load("digits32", device="cpu")
+    pipe = admfast.load("digits32", device="cpu", precision="fp32")
     for arguments, named in (((pipe, "diffuser"), "library"), ((pipe.net, "azula"), "pipe")):
         with pytest.raises(InvalidArgument, match=f"^{named}="):
             admfast.accelerate.denoiser(*arguments)
