@@ -69,7 +69,7 @@ class EdmConv(SelfCheckingConv):
         return F.conv2d(x, weight, bias, padding=self.padding)
 
     def has_reordered_rows(self, x: Tensor) -> bool:
-        """Tell whether `convolved(x, any_order=True)` returns channels in the order of `rows`."""
+        """Tell whether `convolve(x, any_order=True)` returns channels in the order of `rows`."""
         folded = self.folded
         return folded is not None and folded.dtype == x.dtype and folded.options.rows is not None
 
