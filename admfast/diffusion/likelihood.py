@@ -127,7 +127,7 @@ def bits_per_dimension(
 def _iterate_noise(
     x_start: Tensor, steps: int, noises: Iterable[Tensor] | None, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
-    """Return the noise of each step, in the order of use."""
+    """Return an iterator over the noise of each step, t = S-1 first."""
     if noises is None:
         shape, device, dtype = x_start.shape, x_start.device, x_start.dtype
         return (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(steps))

@@ -123,7 +123,7 @@ class Engine:
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net, "classifier": self.classifier if guided else None}
-        not_replayed_reason = _reason_not(step, "captured", "EngineOptions(graph=False)")
+        not_replayed_reason = _failure_reason(step, "captured", "EngineOptions(graph=False)")
         if step is not None and step.replays:
             reasons = (step.replays[is_guided].reason_not_replayed for is_guided in set(step.guided))
             not_replayed_reason = next(filter(None, reasons), None)
@@ -133,7 +133,7 @@ class Engine:
             threads = self._threads(shape) if on_cpu else None
         return {
             "not_replayed_reason": not_replayed_reason,
-            "not_compiled_reason": _reason_not(step, "compiled") if options.compile else "not requested",
+            "not_compiled_reason": _failure_reason(step, "compiled") if options.compile else "not requested",
             # Without prepared steps, `ensure_folded` may not look for hooks, so `is_altered` may be stale.
             "layerwise_networks": tuple(
                 name
@@ -216,7 +216,7 @@ class Engine:
             torch.cuda.empty_cache()
 
 
-def _reason_not(step: PreparedStep | None, attribute: str, default: str | None = None) -> str | None:
+def _failure_reason(step: PreparedStep | None, attribute: str, default: str | None = None) -> str | None:
     """Return why a step was not captured or compiled; None if it was."""
     if step is None:
         return "no step was prepared"

@@ -1,4 +1,4 @@
-"""Reports on the last call of `sample`: what was prepared, the implementation of each op, and seconds.
+"""Reports on the last call of `sample`: preparation of its steps, implementation of each op, and seconds.
 
 The loop keeps a record (`admfast.sampling.loop.RunRecord`), which costs a few readings of the clock per
 batch. The report is made from the record when `Pipeline.last_run` is read.
