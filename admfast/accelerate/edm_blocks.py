@@ -87,7 +87,7 @@ class EdmBlock(ResidualBlock):
     num_heads: int
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.must_run_by_parts():
+        if self.must_run_layer_by_layer():
             return super().forward(x, emb)
         modules: Any = self._modules
         conv, out_conv = modules["conv0"].convolve, modules["conv1"].convolve

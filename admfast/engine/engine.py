@@ -138,7 +138,7 @@ class Engine:
             "layerwise_networks": tuple(
                 name
                 for name, net in networks.items()
-                if net is not None and (net.is_altered or not options.prepared) and _runs_by_parts(net)
+                if net is not None and (net.is_altered or not options.prepared) and _runs_layer_by_layer(net)
             ),
             "folded": self.net.is_folded,
             "threads": threads,
@@ -223,9 +223,11 @@ def _failure_reason(step: PreparedStep | None, attribute: str, default: str | No
     return None if getattr(step, attribute) else step.refusal or default
 
 
-def _runs_by_parts(net: FoldableNet) -> bool:
-    """Tell whether any block runs its parts one by one."""
-    return any(isinstance(module, FusedBlock) and module.must_run_by_parts() for module in net.modules())
+def _runs_layer_by_layer(net: FoldableNet) -> bool:
+    """Tell whether any block runs layer by layer, not fused."""
+    return any(
+        isinstance(module, FusedBlock) and module.must_run_layer_by_layer() for module in net.modules()
+    )
 
 
 def out_of_memory(error: RuntimeError) -> bool:
