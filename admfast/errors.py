@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 
 LONGEST_TEXT, LONGEST_VALUE = 302, 80  # characters of a text (a path may be long) or value in a message
-_REPR = reprlib.Repr()  # writes no more of nested containers than a message can show
+_REPR = reprlib.Repr()  # cuts nested containers to the length that a message can show
 for _limit in ("dict", "list", "tuple", "set", "frozenset", "other", "string", "long"):
     setattr(_REPR, f"max{_limit}", LONGEST_VALUE)
 

@@ -119,8 +119,7 @@ def measure(
 ) -> Quality:
     """Return all measures of samples [N, 64] that were generated as `classes` [N].
 
-    some: as many of the real digits as there are samples, or all if there are fewer. judge: classifier of
-    real digits.
+    classifier: trained on digits. real_subset: as many real digits as samples, or all if there are fewer.
     """
     return Quality(
         accuracy=float((classifier.predict(samples) == classes).mean()),

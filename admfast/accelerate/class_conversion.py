@@ -1,4 +1,4 @@
-"""Change a module's class in place to a subclass of one of our classes and of its own, and change it back.
+"""Convert a module in place to a class that derives from one of ours and from its own; convert it back.
 
 A converted module stays the same object with the same parameters, hooks and mode. It is pickled as a module
 of its original class, so that it loads without admfast; a deep copy stays converted.

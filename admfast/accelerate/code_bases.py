@@ -74,7 +74,7 @@ class CodeBase:
         names = {id(module): name for name, module in net.named_modules()}
         blocks = list(dict.fromkeys(block for block in self.list_blocks(net) if [*block.parameters()]))
         conversions: dict[Any, Conversion | str] = {}
-        # Of layers that differ only in size, the smallest is tried for all.
+        # One trial, of the smallest, decides for all layers that differ only in size.
         for block in sorted(blocks, key=lambda block: sum(p.numel() for p in block.parameters())):
             key = shape_free_key(block)
             if key not in conversions:
@@ -102,7 +102,7 @@ def _shape_free_key(part: Any) -> tuple[Any, ...]:
     buffers = tuple((n, None if b is None else _buffer_key(b)) for n, b in part._buffers.items())
     groups = getattr(part, "num_groups", None)
     weight = part._parameters.get("weight")
-    # A norm with one channel per group removes what is added to a channel, so its trial would miss that.
+    # A norm with one channel per group removes a constant added to a channel: a trial would not show it.
     one_channel_groups = None if groups is None or weight is None else len(weight) == groups
     # With a single head, different orders of q, k and v give the same result.
     heads = [getattr(part, name, None) for name in ("n_heads", "num_heads")]

@@ -14,7 +14,7 @@ from admfast.sampling.pipeline import Pipeline
 
 
 class NoiseLevels:
-    """The noise levels of a process: finds the timestep at which signal and noise have a given ratio.
+    """Noise levels of a process, to find the timestep at which signal and noise have a given ratio.
 
     rounded: return one of the process's integer timesteps. round_up: round to the first timestep with at
     least as much noise; otherwise to the one with the nearest sqrt(1 - alpha_bar).

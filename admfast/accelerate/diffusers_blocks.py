@@ -79,7 +79,7 @@ class DiffusersResBlock(ResidualBlock):
     skip_time_act: bool
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if temb is None or args or kwargs or self.must_run_by_parts():
+        if temb is None or args or kwargs or self.must_run_layer_by_layer():
             return super().forward(input_tensor, temb, *args, **kwargs)
         modules: Any = self._modules
         norm, conv, out_norm = modules["norm1"], modules["conv1"], modules["norm2"]
@@ -116,7 +116,7 @@ class DiffusersAttention(FusedBlock):
         if (
             has_other_arguments
             or type(self.processor).__call__ is not self.known_call
-            or self.must_run_by_parts()
+            or self.must_run_layer_by_layer()
         ):
             return super().forward(x, *args, **kwargs)
         modules: Any = self._modules

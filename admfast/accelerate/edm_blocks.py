@@ -69,7 +69,7 @@ class EdmConv(SelfCheckingConv):
         return F.conv2d(x, weight, bias, padding=self.padding)
 
     def has_reordered_rows(self, x: Tensor) -> bool:
-        """Tell whether `convolved(x, any_order=True)` returns channels in the order of `rows`."""
+        """Tell whether `convolve(x, any_order=True)` returns channels in the order of `rows`."""
         folded = self.folded
         return folded is not None and folded.dtype == x.dtype and folded.options.rows is not None
 
@@ -87,7 +87,7 @@ class EdmBlock(ResidualBlock):
     num_heads: int
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.must_run_by_parts():
+        if self.must_run_layer_by_layer():
             return super().forward(x, emb)
         modules: Any = self._modules
         conv, out_conv = modules["conv0"].convolve, modules["conv1"].convolve

@@ -114,7 +114,7 @@ def _find_difference(net: Any, cls: type, function: Any, kind: str) -> str | Non
     if reason is not None:
         return reason
     if has_comparison_other_than_equality(function):
-        return "compares what the published one doesn't"
+        return "makes a comparison that the published forward doesn't"
     code: CodeType = function.__code__
     num_published = 3 if kind == "classifier" else 4  # self, x, timesteps, y or low_res
     num_named, num_all = _argument_counts(code)

@@ -21,8 +21,9 @@ from admfast.ops.transforms import plain_eager_mode
 class SelfCheckingConv(convolution.FoldableConv):
     """A convolution that checks at every use that its folded weights are up to date.
 
-    It may be called without its network, which otherwise renews them. any_dtype: whether it computes in the
-    dtype of x even if its weights have another one.
+    It may be called without its network, which otherwise renews them.
+
+    follows_input_dtype: whether it computes in the dtype of x even if its weights have another one.
     """
 
     follows_input_dtype: ClassVar[bool] = False

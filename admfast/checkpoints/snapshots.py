@@ -167,11 +167,11 @@ def list_snapshots(run: Path, folder: str = SNAPSHOTS_FOLDER) -> list[Snapshot]:
 
 
 def read_newest_state(
-    run: Path, report: Callable[[str], None] = lambda text: None, step: int | None = None
+    run: Path, say: Callable[[str], None] = lambda text: None, step: int | None = None
 ) -> tuple[Snapshot, dict[str, Any]] | None:
     """Return the newest intact snapshot and its state; None if there are no snapshots.
 
-    report: called with a message for each damaged snapshot. step: consider only the snapshot of this step.
+    say: called with a message for each damaged snapshot. step: consider only the snapshot of this step.
     Raises CheckpointError if there are snapshots, but none is intact.
     """
     finished = [s for s in list_snapshots(run) if step is None or s.step == step]
@@ -179,7 +179,7 @@ def read_newest_state(
         try:
             return snapshot, snapshot.read()
         except CheckpointError as error:
-            report(f"{error}; the snapshot before it is used")
+            say(f"{error}; the snapshot before it is used")
             last = error
     if finished:
         raise CheckpointError(f"{run / SNAPSHOTS_FOLDER}: no snapshot is whole; the oldest: {last}")

@@ -322,7 +322,7 @@ def _is_optimiser(values: Mapping[Any, Any] | None) -> bool:
 
 
 def _other_state_dict(leaves: Mapping[str, Any], entry: str | None) -> NetworkEntry:
-    """Return a state dict that isn't a network's; a later error says what it lacks."""
+    """Return a state dict that isn't a network's; a later error names its missing keys."""
     tensors = {name: value for name, value in leaves.items() if is_tensor(value)}
     if entry is not None:
         prefix = f"{entry}."

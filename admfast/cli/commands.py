@@ -18,7 +18,7 @@ import typer.core
 from admfast import __version__
 from admfast.cli.main import INTERRUPTED
 from admfast.cli.published_flags import translate_flags
-from admfast.errors import AdmfastError, InvalidArgument, invalid
+from admfast.errors import AdmfastError, InvalidArgument, allowed_names, invalid
 
 NAMES = ("sample", "train", "export", "inspect", "models", "fetch", "info", "verify")
 USER_ERROR = 2
@@ -50,6 +50,12 @@ class Commands(typer.core.TyperGroup):
                 typer_app.command(cmd_name)(getattr(module, f"run_{cmd_name}"))
             self.add_command(typer.main.get_command(typer_app), cmd_name)
         return self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first word names; the error for an unknown one lists all."""
+        if args and args[0] not in NAMES and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}. {allowed_names(args[0], NAMES)}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write every command with the first line of its docstring, which is read without an import."""

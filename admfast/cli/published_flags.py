@@ -63,7 +63,7 @@ def translate_flags(args: Sequence[str]) -> list[str]:
             continue
         if not separator:
             if not remaining:
-                raise invalid(flag, None, "a value")
+                raise invalid(flag, "", "needs a value")
             value = remaining.pop(0)
         words += _translate_one(flag, value)
     return words

@@ -124,7 +124,7 @@ def _run_and_report(run: SampleRun, extra_rows: list[tuple[str, str]]) -> None:
 
 
 def _print_profile(pipe: Pipeline) -> None:
-    """Print how the run went, and how that compares with what the machine can do."""
+    """Print the report on the run, its share of the machine's rate, and advice."""
     report = pipe.last_run
     assert report is not None  # a run has at least one image
     _print(f"\n{report}\n\n{profile_text(report, pipe)}")
@@ -172,7 +172,7 @@ def parse_numbers(name: str, text: str) -> list[int]:
             raise invalid(name, text, f"whole numbers of at most {MAX_DIGITS} digits")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise invalid(name, text, f"the range {part.strip()} runs backwards")
+            raise invalid(name, text, f"the range {part.strip()} runs backwards; write {last}-{first}")
         count = len(numbers) + last - first + 1
         if count > MAX_NUMBERS:
             raise invalid(name, text, f"at most {MAX_NUMBERS:,} numbers; this has {count:,} or more")

@@ -199,18 +199,18 @@ def _check_is_file(start: str) -> None:
         raise invalid("from", start, f"a weights file, or the folder of a run; {hint}")
 
 
-def _with_settings_of_run(run: Path, wanted: Recipe, options: Mapping[str, Any]) -> Recipe:
+def _with_settings_of_run(run: Path, new_recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
     """Return a recipe whose changeable settings are those of the run in a folder, if it holds one.
 
     options: settings that the user gave; they stay.
     """
     if not (run / RUN_FILE).is_file():
-        return wanted
+        return new_recipe
     old = recipe_from_description(read_run_file(run))
-    if old.batch_size != wanted.batch_size:  # the run refuses it, and its microbatch may not fit
-        return wanted
+    if old.batch_size != new_recipe.batch_size:  # the run refuses it, and its microbatch may not fit
+        return new_recipe
     settings = {name: getattr(old, name) for name in MAY_CHANGE if name not in options}
-    return dataclasses.replace(wanted, **settings)
+    return dataclasses.replace(new_recipe, **settings)
 
 
 # Options that a run always sets itself, not the file that it begins from.

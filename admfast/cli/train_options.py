@@ -49,7 +49,7 @@ Precision = Annotated[
 Checkpointing = Annotated[
     str | None,
     typer.Option(
-        help="What the backward pass recomputes to save memory: none, norms, attention (attention blocks), "
+        help="Parts that the backward pass recomputes, to save memory: none, norms, attention (its blocks), "
         "all (all blocks), or a number k for every k-th block (default: the run's own; none for a new run)."
     ),
 ]

@@ -30,7 +30,7 @@ Seeds = Annotated[
 Steps = Annotated[
     int,
     typer.Option(
-        help="Network evaluations per image. So few that rounding alone exceeds the budget are refused."
+        help="Network evaluations per image; refused if so few that rounding errors exceed the budget."
     ),
 ]
 UpsamplerSteps = Annotated[

@@ -41,7 +41,7 @@ class BitsPerDimension:
 
 
 def vb_terms_bpd(
-    diffusion: GaussianDiffusion,
+    process: GaussianDiffusion,
     model_output: Tensor,
     x_start: Tensor,
     x_t: Tensor,
@@ -53,32 +53,32 @@ def vb_terms_bpd(
     t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); t = 0: -log p(x_0 | x_1) of 8-bit levels.
     Source: Ho et al. 2020, eq. 5 and 13; `_vb_terms_bpd` of the published code.
 
-    model_output: the output at (x_t, diffusion.model_t(t)), see `GaussianDiffusion.p_mean_variance`.
+    model_output: the output at (x_t, process.model_t(t)), see `GaussianDiffusion.p_mean_variance`.
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1]. x_t: [N, C, ...]. t: [N], indices.
     Differentiable in model_output, x_start and x_t. Raises: InvalidArgument.
     """
-    true = diffusion.q_posterior(x_start, x_t, t)
-    p = diffusion.p_mean_variance(model_output, x_t, t, clip_denoised=clip_denoised)
+    true = process.q_posterior(x_start, x_t, t)
+    p = process.p_mean_variance(model_output, x_t, t, clip_denoised=clip_denoised)
     kl = mean_flat(normal_kl(true.mean, true.log_variance, p.mean, p.log_variance))
     decoder = discretized_gaussian_log_likelihood(x_start, means=p.mean, log_scales=0.5 * p.log_variance)
     nats = torch.where(t == 0, -mean_flat(decoder), kl)
     return VbTerms(nats / math.log(2.0), p.pred_xstart)
 
 
-def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
+def prior_bpd(process: GaussianDiffusion, x_start: Tensor) -> Tensor:
     """Return KL(q(x_T | x_0) || N(0, 1)) per sample, [N], in bits per dimension; no network is involved.
 
     Source: Ho et al. 2020, eq. 5; `_prior_bpd` of the published code.
 
     x_start: [N, ...] in [-1, 1]. Differentiable in x_start.
     """
-    last = torch.full((x_start.shape[0],), diffusion.num_timesteps - 1, device=x_start.device)
-    q = diffusion.q_mean_variance(x_start, last)
+    last = torch.full((x_start.shape[0],), process.num_timesteps - 1, device=x_start.device)
+    q = process.q_mean_variance(x_start, last)
     return mean_flat(normal_kl(q.mean, q.log_variance, 0.0, 0.0)) / math.log(2.0)
 
 
 def bits_per_dimension(
-    diffusion: GaussianDiffusion,
+    process: GaussianDiffusion,
     model: Model,
     x_start: Tensor,
     clip_denoised: bool = True,
@@ -92,7 +92,7 @@ def bits_per_dimension(
 
     It calls the model S times, without gradients. Source: `calc_bpd_loop` of the published code.
 
-    model: called as model(x_t, diffusion.model_t(t), **model_kwargs). Its mode is kept: call eval() first.
+    model: called as model(x_t, process.model_t(t), **model_kwargs). Its mode is kept: call eval() first.
     x_start: [N, C, ...], 8-bit levels scaled to [-1, 1].
     noises: S tensors of x_start's shape (or one [S, N, C, ...]), t = S-1 first; None draws them.
     generator: source of drawn noise, on x_start's device; None is torch's default generator.
@@ -100,7 +100,7 @@ def bits_per_dimension(
     Raises: InvalidArgument. Not differentiable.
     """
     kwargs = dict(model_kwargs or {})
-    steps = diffusion.num_timesteps
+    steps = process.num_timesteps
     noise_per_step = _iterate_noise(x_start, steps, noises, generator)
     vb, xstart_mse, mse = [], [], []
     with torch.no_grad():
@@ -109,16 +109,16 @@ def bits_per_dimension(
             noise = next(noise_per_step, None)
             if noise is None:
                 raise invalid("noises", f"{num_done - 1} tensors", f"{steps}, one per step")
-            x_t = diffusion.q_sample(x_start, t, noise)
-            output = model(x_t, diffusion.model_t(t), **kwargs)
-            terms = vb_terms_bpd(diffusion, output, x_start, x_t, t, clip_denoised)
-            eps = diffusion.predict_eps_from_xstart(x_t, t, terms.pred_xstart)
+            x_t = process.q_sample(x_start, t, noise)
+            output = model(x_t, process.model_t(t), **kwargs)
+            terms = vb_terms_bpd(process, output, x_start, x_t, t, clip_denoised)
+            eps = process.predict_eps_from_xstart(x_t, t, terms.pred_xstart)
             vb.append(terms.output)
             xstart_mse.append(mean_flat((terms.pred_xstart - x_start) ** 2))
             mse.append(mean_flat((eps - noise) ** 2))
             if progress is not None:
                 progress(num_done, steps)
-        prior = prior_bpd(diffusion, x_start)
+        prior = prior_bpd(process, x_start)
     terms_vb = torch.stack(vb, dim=1)  # [N, S]
     total = terms_vb.sum(dim=1) + prior
     return BitsPerDimension(total, prior, terms_vb, torch.stack(xstart_mse, dim=1), torch.stack(mse, dim=1))
@@ -127,7 +127,7 @@ def bits_per_dimension(
 def _iterate_noise(
     x_start: Tensor, steps: int, noises: Iterable[Tensor] | None, generator: torch.Generator | None
 ) -> Iterator[Tensor]:
-    """Return the noise of each step, in the order of use."""
+    """Return an iterator over the noise of each step, t = S-1 first."""
     if noises is None:
         shape, device, dtype = x_start.shape, x_start.device, x_start.dtype
         return (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(steps))

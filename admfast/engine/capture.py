@@ -98,7 +98,7 @@ def _capture_bodies(
 
 
 def _clean_up(device: torch.device, pool: Any) -> None:
-    """Release what a failed capture still occupies: its memory pool, and CUDA's default generator.
+    """Release the resources of a failed capture: its memory pool, and CUDA's default generator.
 
     torch 2.11 raises before it releases them. Its allocator then frees nothing, even if memory runs out, and
     every later random number on the device is an error, until a capture ends successfully. Later versions

@@ -97,7 +97,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compiled_body(body: Callable[[], None], device_type: str) -> Callable[[], None]:
-    """Return `body` as a function that torch compiles at its first call. kind: type of the device."""
+    """Return `body` as a function that torch compiles at its first call."""
     options: dict[str, object] = {}
     if device_type == "cuda":
         import torch._inductor as inductor

@@ -123,7 +123,7 @@ class Engine:
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net, "classifier": self.classifier if guided else None}
-        not_replayed_reason = _reason_not(step, "captured", "EngineOptions(graph=False)")
+        not_replayed_reason = _failure_reason(step, "captured", "EngineOptions(graph=False)")
         if step is not None and step.replays:
             reasons = (step.replays[is_guided].reason_not_replayed for is_guided in set(step.guided))
             not_replayed_reason = next(filter(None, reasons), None)
@@ -133,12 +133,12 @@ class Engine:
             threads = self._threads(shape) if on_cpu else None
         return {
             "not_replayed_reason": not_replayed_reason,
-            "not_compiled_reason": _reason_not(step, "compiled") if options.compile else "not requested",
+            "not_compiled_reason": _failure_reason(step, "compiled") if options.compile else "not requested",
             # Without prepared steps, `ensure_folded` may not look for hooks, so `is_altered` may be stale.
             "layerwise_networks": tuple(
                 name
                 for name, net in networks.items()
-                if net is not None and (net.is_altered or not options.prepared) and _runs_by_parts(net)
+                if net is not None and (net.is_altered or not options.prepared) and _runs_layer_by_layer(net)
             ),
             "folded": self.net.is_folded,
             "threads": threads,
@@ -216,16 +216,18 @@ class Engine:
             torch.cuda.empty_cache()
 
 
-def _reason_not(step: PreparedStep | None, attribute: str, default: str | None = None) -> str | None:
+def _failure_reason(step: PreparedStep | None, attribute: str, default: str | None = None) -> str | None:
     """Return why a step was not captured or compiled; None if it was."""
     if step is None:
         return "no step was prepared"
     return None if getattr(step, attribute) else step.refusal or default
 
 
-def _runs_by_parts(net: FoldableNet) -> bool:
-    """Tell whether any block runs its parts one by one."""
-    return any(isinstance(module, FusedBlock) and module.must_run_by_parts() for module in net.modules())
+def _runs_layer_by_layer(net: FoldableNet) -> bool:
+    """Tell whether any block runs layer by layer, not fused."""
+    return any(
+        isinstance(module, FusedBlock) and module.must_run_layer_by_layer() for module in net.modules()
+    )
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -150,7 +150,7 @@ class PreparedStep:
             for guided in kinds
         }
         self.replays: dict[bool, Replay] = {}  # on a CPU, the bodies that repeat their operations
-        self._fold_renewals: list[int] = []  # of the networks, when the replays were recorded
+        self._fold_counts: list[int] = []  # of the networks, when the replays were recorded
         self._allocation_stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._last_use: torch.cuda.Event | None = None
         self.compiled = self.captured = False
@@ -253,8 +253,8 @@ class PreparedStep:
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, num_rows = batch.table, len(batch.table)
         self.threads = self._threads()  # the user may have changed torch's number
-        if (renewals := [net.fold_count for net in self._networks]) != self._fold_renewals:
-            self._fold_renewals = renewals
+        if (fold_counts := [net.fold_count for net in self._networks]) != self._fold_counts:
+            self._fold_counts = fold_counts
             for replay in self.replays.values():
                 replay.forget()
         self.table.host.copy_(_zero_rows(self.key.max_rows))
@@ -326,7 +326,7 @@ class PreparedStep:
         self.choices[guided] = choices
 
     def implementation_choices(self) -> list[Choice]:
-        """Return the implementations that a row uses, guided or not, whichever uses more of them.
+        """Return the implementations in a row of the kind (guided or not) that has more of them.
 
         Operations that torch compiles are not included.
         """

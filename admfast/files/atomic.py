@@ -32,7 +32,7 @@ _REASONS = {
     errno.EPERM: "writing there is not permitted",
     errno.ENAMETOOLONG: "the file name is too long",
 }
-# Errors that, without a file name, still can only come from the path that is being written.
+# Errors that come from the path being written, even if they name no file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _LOCKED_BYTE = 2**31 - 2  # the second to last byte that `msvcrt.locking` can lock
 

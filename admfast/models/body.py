@@ -61,12 +61,12 @@ def check_input(config: NetConfig, channels: int, x: Tensor, timesteps: Tensor) 
 
 
 def first_parameter_dtype(blocks: nn.Module, default: torch.dtype) -> torch.dtype:
-    """Return the dtype in which `blocks` compute: that of their first parameter, else `otherwise`."""
+    """Return the dtype in which `blocks` compute: that of their first parameter, else `default`."""
     return next((parameter.dtype for parameter in blocks.parameters()), default)
 
 
 def convert_convolutions(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    """Cast the weights and biases of every convolution in `parts` to `dtype`, in place."""
+    """Cast the weights and biases of every convolution in `modules` to `dtype`, in place."""
     for part in modules:
         for module in part.modules():
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

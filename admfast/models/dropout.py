@@ -19,16 +19,20 @@ class DropoutMaskKey:
     """Key of one layer's masks: the run's seed, the number of each sample, the layer's noise stream."""
 
     seed: int
-    ks: tuple[int, ...]
+    sample_ids: tuple[int, ...]
     stream: int
 
     def mask(self, x: Tensor, p: float) -> Tensor:
         """Return a bool mask of x [N, ...]: True (kept) if its normal number is at least the p-quantile."""
-        if len(self.ks) != len(x):
-            raise invalid("ks", len(self.ks), f"one number for each of the {len(x)} samples of the batch")
+        if len(self.sample_ids) != len(x):
+            raise invalid(
+                "sample_ids",
+                len(self.sample_ids),
+                f"one number for each of the {len(x)} samples of the batch",
+            )
         key = as_seeds([self.seed]).to(x.device)
         shape = tuple(x.shape[1:])
-        z = torch.cat([normal(key, shape, k, self.stream) for k in self.ks])
+        z = torch.cat([normal(key, shape, k, self.stream) for k in self.sample_ids])
         # Computed in float64 on the CPU, not read from a table, because p can be any number.
         quantile = float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64, device="cpu")))
         return z >= quantile
@@ -53,17 +57,18 @@ class Dropout(nn.Dropout):
 
 
 @contextlib.contextmanager
-def keyed_dropout(net: nn.Module, seed: int, ks: Sequence[int], first_stream: int) -> Iterator[None]:
+def keyed_dropout(net: nn.Module, seed: int, sample_ids: Sequence[int], first_stream: int) -> Iterator[None]:
     """Draw the masks of a network's dropout layers from Philox; run forward and backward within the block.
 
     Layer l (in the order of `net.modules()`) keeps element e of sample k if the normal number of (key seed,
     row k, stream first_stream + l, element e) is at least the p-quantile.
 
-    ks: number of each sample, in the order of the batch. Two threads must not train the same network at once.
+    sample_ids: number of each sample, in the order of the batch.
+    Two threads must not train the same network at once.
     """
     layers = [module for module in net.modules() if isinstance(module, Dropout)]
     for number, layer in enumerate(layers):
-        layer.key = DropoutMaskKey(seed, tuple(ks), first_stream + number)
+        layer.key = DropoutMaskKey(seed, tuple(sample_ids), first_stream + number)
     try:
         yield
     finally:

@@ -51,14 +51,14 @@ def submodules(module: nn.Module) -> list[nn.Module]:
 class FusedBlock(nn.Module):
     """A block that runs some of its parts as one operation, unless one of them was hooked or replaced."""
 
-    _part_types: tuple[type, ...] | None = None  # None: the parts always run one by one
+    _part_types: tuple[type, ...] | None = None  # None: always runs layer by layer
 
     def _record_part_types(self) -> None:
         """Record the classes of the parts; call this at the end of `__init__`."""
         self._part_types = tuple(map(type, submodules(self)))
 
-    def must_run_by_parts(self) -> bool:
-        """Tell whether the parts must run one by one; takes 5 us for a residual block."""
+    def must_run_layer_by_layer(self) -> bool:
+        """Tell whether the block must run layer by layer, not fused; takes 5 us for a residual block."""
         if hook_checks_skipped():
             return False
         parts = submodules(self)

@@ -83,10 +83,10 @@ class Head(FusedBlock, nn.Sequential):
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Run the layers on `x`, in `dtype` unless that is None; the norm converts it on its way."""
-        by_parts = self.must_run_by_parts()
-        if dtype is not None and (by_parts or torch.promote_types(x.dtype, dtype) != dtype):
+        layer_by_layer = self.must_run_layer_by_layer()
+        if dtype is not None and (layer_by_layer or torch.promote_types(x.dtype, dtype) != dtype):
             x, dtype = x.to(dtype), None
-        if by_parts:
+        if layer_by_layer:
             return super().forward(x)
         norm, _, *layers = self._modules.values()
         x = norm(x, silu=True, dtype=dtype)  # type: ignore[misc]
@@ -197,7 +197,7 @@ class ResBlock(ResidualBlock, TimestepBlock):
     second norm's output; else it is added to that norm's input. `up`/`down` resample the branch after the
     first norm and SiLU, and the skip. With a second source `x2`, the input is the concatenation `[x, x2]`.
 
-    If a part has a hook or was replaced, all parts run one by one.
+    If a part has a hook or was replaced, the block runs layer by layer.
     """
 
     def __init__(
@@ -244,15 +244,15 @@ class ResBlock(ResidualBlock, TimestepBlock):
         return maybe_checkpoint(self, x, emb, x2)
 
     def _forward(self, x: Tensor, emb: Tensor | ProjectedEmbedding, x2: Tensor | None = None) -> Tensor:
-        if self.must_run_by_parts():
-            return self._forward_by_parts(x if x2 is None else torch.cat([x, x2], dim=1), emb)
+        if self.must_run_layer_by_layer():
+            return self._forward_layer_by_layer(x if x2 is None else torch.cat([x, x2], dim=1), emb)
         # Through `_modules`, because this runs at every step: a module's attribute costs 0.5 us, an item 1.5.
         modules: Any = self._modules
         norm, _, conv = modules["in_layers"]._modules.values()
         out_norm, _, dropout, out_conv = modules["out_layers"]._modules.values()
         return self._forward_fused(x, emb, x2, norm, conv, out_norm, dropout, out_conv)
 
-    def _forward_by_parts(self, x: Tensor, emb: Tensor | ProjectedEmbedding) -> Tensor:
+    def _forward_layer_by_layer(self, x: Tensor, emb: Tensor | ProjectedEmbedding) -> Tensor:
         """Call every part by itself, with the input that it gets in the published block."""
         h = x
         if self.resample is None:
@@ -340,7 +340,7 @@ def legacy_row_order(count: int, num_heads: int) -> list[int]:
 class AttentionBlock(FusedBlock):
     """`x + proj_out(attention(qkv(GN(x))))` over all positions (Ho et al. 2020), tokens channels-last.
 
-    If a part has a hook or was replaced, all parts run one by one.
+    If a part has a hook or was replaced, the block runs layer by layer.
     """
 
     def __init__(
@@ -367,7 +367,7 @@ class AttentionBlock(FusedBlock):
         return maybe_checkpoint(self, x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.must_run_by_parts():
+        if self.must_run_layer_by_layer():
             flat = x.flatten(2)
             return (flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))).reshape(x.shape)
         modules: Any = self._modules  # see `ResBlock`
@@ -405,7 +405,7 @@ class AttentionPool2d(FusedBlock):
                 "x.shape", tuple(x.shape), f"the attention pool was built for {table.shape[0] - 1} positions"
             )
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1) + table
-        if self.must_run_by_parts():
+        if self.must_run_layer_by_layer():
             return self.c_proj(self.attention(self.qkv_proj(tokens.transpose(1, 2))))[:, :, 0]
         qkv = F.linear(tokens, self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias)
         pooled = self.attention.attend_tokens(qkv)[:, 0]

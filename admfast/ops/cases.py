@@ -32,10 +32,10 @@ class OpCases:
     call: call(**arguments, impl=NAME) returns the tensor or the tuple of tensors that the op makes or writes.
     arguments: arguments(draw, dtype, **case) returns the arguments of a call by name. With an empty case they
         are the example that `admfast info` runs. A case of a Triton kernel gives its batch size as `n`.
-    small: cases of odd sizes that reach every branch of the kernels.
+    small: at least two cases of odd sizes, which together reach every branch of the kernels.
     real: cases of the released networks, named by network and sizes.
-    wrong: wrong() returns pairs: arguments that replace those of the example, and the argument name that the
-        error must begin with.
+    wrong: wrong() returns at least two pairs: arguments that replace those of the example, and the argument
+        name that the error must begin with.
     differentiable: arguments that have gradients.
     dtype_of: the tensors that have the dtype, as `admfast info` shows it: "" for all; None: no tensor has it.
     call_raw_ops: for each implementation a function (call_op, **arguments), which calls its raw ops or

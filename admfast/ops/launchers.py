@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @constant_while_tracing
 @functools.cache
-def interpreted() -> bool:
+def uses_interpreter() -> bool:
     """Tell whether TRITON_INTERPRET turns on Triton's interpreter, without importing Triton."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
@@ -31,7 +31,7 @@ def reason_missing() -> str | None:
     """Return None if the kernels can run on some device, else the reason."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not interpreted():
+    if not uses_interpreter():
         if not torch.cuda.is_available():
             return "no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
         if torch.cuda.get_device_capability() < (8, 0):
@@ -43,7 +43,7 @@ def reason_missing() -> str | None:
 
 def reason_named_only() -> str | None:
     """Return the reason why Triton should run only if it is named, or None."""
-    return "triton's interpreter is for tests" if interpreted() else None
+    return "triton's interpreter is for tests" if uses_interpreter() else None
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def unused_namespace(name: str, op: str) -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """Return the build's record: what was wanted, what was built, and why no more; {} without a record."""
+    """Return the record of the build: requested mode, result, reason for a failure; {} if there is none."""
     return json.loads(BUILD_INFO.read_text()) if BUILD_INFO.exists() else {}
 
 

@@ -1,4 +1,4 @@
-"""Reports on the last call of `sample`: what was prepared, the implementation of each op, and seconds.
+"""Reports on the last call of `sample`: preparation of its steps, implementation of each op, and seconds.
 
 The loop keeps a record (`admfast.sampling.loop.RunRecord`), which costs a few readings of the clock per
 batch. The report is made from the record when `Pipeline.last_run` is read.
@@ -50,14 +50,14 @@ class OpChoice:
 
     calls: number of calls in one row, including the gradient's convolutions; for `normal`, which makes x_T,
     in one batch. requested_by: "impl" or "ADMFAST_IMPL" if one of them named the implementation, else None.
-    skipped: implementations earlier in the order, each with the reason why it was not used.
+    skip_reasons: implementations earlier in the order, each with the reason why it was not used.
     """
 
     op: str
     implementation: str
     calls: int
     requested_by: str | None = None
-    skipped: dict[str, str] = field(default_factory=dict)
+    skip_reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         requested = f" (requested by {self.requested_by})" if self.requested_by else ""
@@ -227,6 +227,6 @@ def _count_choices(choices: Iterable[Choice]) -> tuple[OpChoice, ...]:
         order.setdefault(op, len(order))
     ranked = sorted(counts.items(), key=lambda item: (order[item[0][0]], -item[1]))
     return tuple(
-        OpChoice(op, name, count, requested_by, dict(skipped))
-        for (op, name, requested_by, skipped), count in ranked
+        OpChoice(op, name, count, requested_by, dict(skip_reasons))
+        for (op, name, requested_by, skip_reasons), count in ranked
     )

@@ -269,7 +269,7 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
 def resolve_low_res_size(info: ModelInfo, low_res_size: Any) -> int | None:
     """Return the side of the images that an upsampler was trained to enlarge, or None if unknown.
 
-    low_res_size: the option; None takes what the file says.
+    low_res_size: the option; None takes the side that the file records.
     """
     if low_res_size is None:
         return info.low_res_size

@@ -106,7 +106,7 @@ class RunRecord:
             "sides": plan.shape[2:],
             "rows": len(plan.table),
             "guided_rows": sum(plan.guided),
-            "not_prepared_reason": _why_unprepared(plan),
+            "not_prepared_reason": _reason_not_prepared(plan),
             **plan.engine.describe(prepared, plan.shape, any(plan.guided)),
         }
 
@@ -183,7 +183,7 @@ def sample_batch(plan: Plan, record: RunRecord) -> Tensor:
 @contextlib.contextmanager
 def _step_for(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
     """Yield the step that runs a plan's rows from x, ready for row 0: prepared, or a `FunctionStep`."""
-    if _why_unprepared(plan) is not None:
+    if _reason_not_prepared(plan) is not None:
         yield make_function_step(plan, x)
         return
     with plan.engine.borrow_step(plan) as step:
@@ -191,7 +191,7 @@ def _step_for(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
         yield step
 
 
-def _why_unprepared(plan: Plan) -> str | None:
+def _reason_not_prepared(plan: Plan) -> str | None:
     """Return why no prepared step can run the rows of a plan; None if one can."""
     if plan.functions:
         return f"{', '.join(plan.functions)}: Python functions"

@@ -287,10 +287,10 @@ def check_image_network(pipeline: Pipeline) -> None:
         raise invalid("net", f"{config.in_channels} channels in, {config.out_channels} out", allowed)
 
 
-def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int, of: str) -> None:
+def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int, counted: str) -> None:
     """Require one low-resolution image per image for an upsampler, and none for any other network.
 
-    count: number of images. of: noun for what sets this number, in the singular.
+    count: number of images. counted: noun in the singular for the argument that sets it, such as "seed".
     """
     config = pipeline.config
     is_upsampler = isinstance(config, UpsamplerConfig)
@@ -303,7 +303,7 @@ def check_low_res(pipeline: Pipeline, low_res: Tensor | None, count: int, of: st
         raise invalid("low_res.shape", shape, f"no images to enlarge, as {pipeline.name} is no upsampler")
     if len(shape) != config.dims + 2 or shape[:2] != (count, config.in_channels):
         sides = ", ".join("dhw"[3 - config.dims :])
-        count_text = f"{count} {of}" if count == 1 else f"{count} {of}s"
+        count_text = f"{count} {counted}" if count == 1 else f"{count} {counted}s"
         raise invalid("low_res.shape", shape, f"({count}, {config.in_channels}, {sides}), for {count_text}")
 
 

@@ -52,7 +52,7 @@ class World:
         if self.size == 1:
             return net
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # DDP leaves frozen parameters alone; all others get a gradient at every step.
+        # DDP ignores frozen parameters; all others get a gradient at every step.
         return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def gamma_from_width(width: float) -> float:
 
 
 def reconstruction_factors(stored: Sequence[Profile], target: Profile) -> list[float]:
-    """Return the factors of stored averages whose weighted sum is a wanted average, by least squares.
+    """Return the factors of stored averages whose weighted sum is the target average, by least squares.
 
     The profile of (n, sigma) is p(i) = (gamma + 1) i^gamma / n^(gamma + 1) for steps i up to n. The factors x
     minimise the integral of (sum x_k p_k - p)^2, so A x = b, where A and b hold integrals of products of two

@@ -145,7 +145,7 @@ def write_run_file(run: Path, recipe: Recipe, environment: Mapping[str, Any]) ->
 
 
 def find_run_folder(run: str | PathLike[str]) -> Path:
-    """Return the path of a run's folder. Raises InvalidArgument, which says what is there instead."""
+    """Return the path of a run's folder. Raises InvalidArgument, which says what the path is."""
     path = user_path("run", run)
     if os.path.isfile(path / RUN_FILE):
         return path

@@ -112,10 +112,10 @@ def check_classes(source: Source, classes: int | None) -> None:
 class FolderSource:
     """Image files in a folder and its subfolders, without hidden ones, in the published order of names."""
 
-    def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
-        self._path_on_disk = Path(place)
-        paths = list(_image_paths(self._path_on_disk))
-        self.labels, self.class_names = _find_classes(paths, classes, self._path_on_disk)
+    def __init__(self, path: str | PathLike[str], classes: str = "auto") -> None:
+        self._root = Path(path)
+        paths = list(_image_paths(self._root))
+        self.labels, self.class_names = _find_classes(paths, classes, self._root)
         # Worker processes share the memory of an array. Counting references would copy a list's.
         self._paths = np.array([os.fsencode("/".join(path)) for path in paths])
 
@@ -133,7 +133,7 @@ class FolderSource:
             except OSError as error:
                 raise _read_error(self.name(index), error) from error
             digest.update(self._paths[index] + f"|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-        return f"folder {self._path_on_disk.resolve()} {digest.hexdigest()}"
+        return f"folder {self._root.resolve()} {digest.hexdigest()}"
 
     def decode(self, index: int) -> Image.Image:
         path = self._path(index)
@@ -145,19 +145,19 @@ class FolderSource:
         return _decode_image(str(path), content)
 
     def _path(self, index: int) -> Path:
-        return self._path_on_disk / os.fsdecode(self._paths[index])
+        return self._root / os.fsdecode(self._paths[index])
 
 
 class ZipSource:
     """Image files in a zip, chosen by the same rules as those of a `FolderSource`."""
 
-    def __init__(self, place: str | PathLike[str], classes: str = "auto") -> None:
-        self._path_on_disk = Path(place)
+    def __init__(self, path: str | PathLike[str], classes: str = "auto") -> None:
+        self._root = Path(path)
         self._local = threading.local()
         names = [name for name in self._archive().namelist() if _is_image(tuple(name.split("/")))]
         self._names = sorted(names, key=lambda name: name.split("/"))
         paths = [tuple(name.split("/")) for name in self._names]
-        self.labels, self.class_names = _find_classes(paths, classes, self._path_on_disk)
+        self.labels, self.class_names = _find_classes(paths, classes, self._root)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_local"}
@@ -169,10 +169,10 @@ class ZipSource:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return f"{self._path_on_disk}/{self._names[index]}"
+        return f"{self._root}/{self._names[index]}"
 
     def identity(self) -> str:
-        return _file_identity(self._path_on_disk)
+        return _file_identity(self._root)
 
     def decode(self, index: int) -> Image.Image:
         name = self.name(index)
@@ -189,9 +189,9 @@ class ZipSource:
         """Return an archive that this thread and process opened: reads of a shared one would collide."""
         if getattr(self._local, "process", None) != os.getpid():
             try:
-                self._local.archive = zipfile.ZipFile(self._path_on_disk)
+                self._local.archive = zipfile.ZipFile(self._root)
             except (OSError, zipfile.BadZipFile) as error:
-                raise _read_error(str(self._path_on_disk), error) from error
+                raise _read_error(str(self._root), error) from error
             self._local.process = os.getpid()
         return self._local.archive
 
@@ -231,13 +231,13 @@ class ArraySource:
         return self._images[index]
 
 
-def npz_source(place: str | PathLike[str]) -> ArraySource:
+def npz_source(path: str | PathLike[str]) -> ArraySource:
     """Return the source for a published archive: `arr_0` uint8 [N, H, W, C] and, with classes, `arr_1` [N].
 
     Raises InvalidArgument if the file isn't such an archive or has no images.
     """
-    archive = read_samples(place)
-    return ArraySource(archive.images, archive.labels, str(place), _file_identity(Path(place)))
+    archive = read_samples(path)
+    return ArraySource(archive.images, archive.labels, str(path), _file_identity(Path(path)))
 
 
 def _image_paths(
@@ -271,15 +271,15 @@ def _is_hidden(name: str) -> bool:
 
 
 def _find_classes(
-    paths: Sequence[tuple[str, ...]], rule: str, place: Path
+    paths: Sequence[tuple[str, ...]], rule: str, data: Path
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
     """Return the label of every image and the name of every class; classes are sorted by name."""
     if not paths:
-        raise invalid("data", str(place), f"holds no images ({', '.join(ENDINGS)})")
+        raise invalid("data", str(data), f"holds no images ({', '.join(ENDINGS)})")
     not_in_folder = next((path for path in paths if len(path) == 1), None)
     without_prefix = next((path for path in paths if "_" not in path[-1]), None)
     if rule == "folders" and not_in_folder is not None:
-        raise invalid("classes", rule, f"{not_in_folder[0]} lies in no folder of {place}")
+        raise invalid("classes", rule, f"{not_in_folder[0]} lies in no folder of {data}")
     if rule == "prefixes" and without_prefix is not None:
         raise invalid("classes", rule, f"{'/'.join(without_prefix)} has no underscore in its name")
     if rule == "auto":
@@ -305,12 +305,12 @@ def _decode_image(name: str, content: bytes) -> Image.Image:
     return picture.convert("RGB") if picture.mode == "RGBA" else picture
 
 
-def _file_identity(place: Path) -> str:
+def _file_identity(path: Path) -> str:
     try:
-        stat = place.stat()
+        stat = path.stat()
     except OSError as error:
-        raise _read_error(str(place), error) from error
-    return f"file {place.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        raise _read_error(str(path), error) from error
+    return f"file {path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _read_error(name: str, error: Exception) -> AdmfastError:

@@ -111,7 +111,7 @@ def _labels_with_null_class(recipe: Recipe, sample_ids: Sequence[int], labels: T
 
 
 def _low_res_images(recipe: Recipe, side: int, sample_ids: Sequence[int], x: Tensor) -> Tensor:
-    """Return the small images for an upsampler: means over blocks, as published, with noise if wanted."""
+    """Return the small images for an upsampler: means over blocks, as published, with the recipe's noise."""
     small = F.interpolate(x, (side,) * (x.dim() - 2), mode="area")
     if not recipe.noise_augmentation:
         return small

@@ -54,7 +54,7 @@ def step_memory(recipe: Recipe) -> StepMemory:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     size = min(recipe.microbatch or recipe.batch_size, recipe.batch_size)
-    # While the second microbatch runs, the gradients of the first exist; later ones are like the second.
+    # The second microbatch runs while the gradients of the first exist; the later ones need the same memory.
     parts = 2 if size < recipe.batch_size else 1
     with torch.device("meta"):
         net = build_network(recipe)

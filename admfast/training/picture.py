@@ -18,10 +18,15 @@ from admfast.training.recipe import Recipe
 
 WIDTH, HEIGHT, FONT, GRIDS_SHOWN = 1000, 680, 22, 3
 LEFT, RIGHT, TOP, BOTTOM = 96, 24, 96, 80  # margins of the chart
-HEADINGS = (26, 64)  # y of the middles of the two lines of text above chart and grids
+HEADINGS = (26, 64)  # y (middle of the text) of the two lines above chart and grids
 TEXT_COLOUR, LINE_COLOUR, BACKGROUND = "#222222", "#dddddd", "#ffffff"
 TENTHS = [number / 10 for number in range(10, 100)]
-QUARTER_COLOURS = ("#4aa8dc", "#2b6cb0", "#7a4a9e", "#c0395b")  # of the quarters, from little noise to much
+QUARTER_COLOURS = (
+    "#4aa8dc",
+    "#2b6cb0",
+    "#7a4a9e",
+    "#c0395b",
+)  # of quarters, low to high noise
 Line = list[tuple[float, float]]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -117,7 +122,7 @@ def _draw_legend(pen: ImageDraw.ImageDraw, font: Font, steps: int) -> None:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Return the roundest ticks in 10**low..10**high of which there are at least three, else all tenths."""
+    """Return ticks in 10**low..10**high: the roundest set that has at least three, or else all tenths."""
     powers, ticks = range(math.floor(low), math.ceil(high)), list[float]()
     for factors in ((1,), (1, 2, 5), range(1, 10), TENTHS[::5], TENTHS):
         ticks = [factor * 10.0**power for power in powers for factor in factors]

@@ -103,7 +103,7 @@ def recipe_from_preset(kind: str, preset: str = DIGITS, **changes: Any) -> Recip
 
 
 def _allowed_presets(kind: str, name: object) -> str:
-    """Return the presets that are allowed in place of an unknown name, and what the name is instead."""
+    """Return the presets that an unknown name could be; for the name of something else, a hint."""
     allowed = f"one of: {', '.join(PRESETS[kind])}"
     hint = describe_name(str(name))
     return allowed if hint is None else f"{allowed}; {hint}"

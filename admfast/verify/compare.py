@@ -53,7 +53,7 @@ def verify(
         request: the request for the images, from `request_for`; None makes it from `settings`.
         budget: the allowed errors; None: those of the pipeline's precision.
 
-    Step counts so low that rounding errors alone would exceed the budget are rejected. In the first rows, x_0
+    Step counts so low that rounding errors would exceed the budget are rejected. In the first rows, x_0
     has many times the rounding error of the network's output (`amplified_error`); with few steps, this error
     gets into the images. In bfloat16, DDPM needs at least 4 steps on the linear schedule and 25 on the cosine
     schedule; DDIM accepts any number of steps.
@@ -167,7 +167,7 @@ def _check_float32(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
 
 
 def _check_steps(stage: Plan, pipe: Pipeline, request: SampleRequest, budget: Budget) -> None:
-    """Reject step counts at which rounding error alone would exceed the budget."""
+    """Reject step counts so low that rounding errors would exceed the budget."""
     if amplified_error(stage.table, budget.output) <= budget.step:
         return
     solver, steps = request.solver, len(stage.table)

@@ -46,7 +46,7 @@ class Step:
         limit: seconds after which it is stopped.
         tests: whether it is pytest, which may find nothing to run.
         bench: whether it gets `--budget`, so that it ends by itself before it is stopped.
-        first: whether it comes before new steps even if it did not pass before.
+        before_new_steps: whether it comes before new steps even if it did not pass before.
         sources: the folders on which its result depends.
         writes: a file that it writes. A step that passed is run again if this file has changed or is missing,
             because the results may have been copied to another machine.

@@ -66,7 +66,7 @@ def fp8_product(a: Tensor, b: Tensor, fast: bool = False) -> Tensor:
 
 
 def product_taker(dtype: str) -> Callable[[int], Sample]:
-    """Return a function that times a number of square matrix products on the CPU, for `in_turns`."""
+    """Return a function that times a number of square matrix products on the CPU, for `sample_in_turns`."""
     a, b = torch.randn(2, BETWEEN_ROUNDS, BETWEEN_ROUNDS).to(DTYPES[dtype])
     out = torch.mm(a, b)
     return partial(sample, lambda i: torch.mm(a, b, out=out))

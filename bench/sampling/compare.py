@@ -40,8 +40,8 @@ TRIAL_SECONDS, COMPILE_SECONDS = 300.0, 3600.0
 class Comparison:
     """Contenders on the same weights and batch, which are all measured when the first row is requested.
 
-    budget: seconds after which no further round begins; a round takes one sample of each. trial_of: returns
-    the trial that each must pass. passes: operations of a step over those of a sampling step.
+    budget: seconds after which no further round begins; a round takes one sample of each. make_trial:
+    returns the trial that each must pass. passes: operations of a step over those of a sampling step.
     """
 
     kind: str

@@ -28,8 +28,8 @@ from bench.sampling.subject import Inputs, Subject
 class Ours(Contender):
     """A step of the engine.
 
-    precision: name of a policy. options: of the engine. setting: implementations by op, as in ADMFAST_IMPL;
-    "" for the default choice.
+    precision: name of a policy. options: of the engine. impl_setting: implementations by op, as in
+    ADMFAST_IMPL; "" for the default choice.
     """
 
     def __init__(

@@ -162,7 +162,7 @@ VOLUME = laid_out(torch.ones(2, 6, 3, 5, 7), "channels_last")
 def present(monkeypatch):
     """Make the kernels available as on a machine with a GPU."""
     monkeypatch.setattr(launchers, "reason_missing", lambda: None)
-    monkeypatch.setattr(launchers, "interpreted", lambda: False)
+    monkeypatch.setattr(launchers, "uses_interpreter", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_who_looks_on_sees_operations_of_torch(present, monkeypatch):
         assert asked()
 
 
-@pytest.mark.parametrize("name", ["reason_missing", "interpreted"])
+@pytest.mark.parametrize("name", ["reason_missing", "uses_interpreter"])
 def test_without_a_gpu_for_triton_it_is_torch_that_adds(name, present, monkeypatch):
     monkeypatch.setattr(launchers, name, lambda: "missing")
     assert not epilogue.can_serve("cuda", X, BIAS, RESIDUAL)

@@ -159,7 +159,7 @@ def test_a_network_that_is_not_folded_has_convolutions_of_torch_s_own():
 
 
 @pytest.mark.parametrize("options", [EngineOptions(), PLAIN], ids=["prepared", "plain"])
-def test_a_hook_lets_blocks_run_by_parts(options):
+def test_a_hook_lets_blocks_run_layer_by_layer(options):
     pipe = pipeline(options=options)
     conv = modules(pipe.classifier, FoldableConv)[1]
     hook = conv.register_forward_hook(lambda *_: None)

@@ -97,6 +97,6 @@ def test_without_a_key_dropout_is_torch_s():
     with keyed_dropout(ours, 0, [0, 1], TrainStream.DROPOUT):
         assert torch.equal(ours.eval()(x), x)
     ours.train()
-    with pytest.raises(InvalidArgument, match="ks"), keyed_dropout(ours, 0, [0], TrainStream.DROPOUT):
+    with pytest.raises(InvalidArgument, match="sample_ids"), keyed_dropout(ours, 0, [0], TrainStream.DROPOUT):
         ours(x)
     assert ours.key is None

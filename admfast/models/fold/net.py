@@ -65,7 +65,9 @@ class FoldableNet(nn.Module):
     fold_dtype: torch.dtype | None = None
     training_dtype: torch.dtype | None = None  # of the torso while it isn't folded; None: its parameters'
     fold_generation: int = 0
-    fold_count: int = 0  # how often `fold` ran; a form that it no longer knows was not renewed
+    fold_count: int = (
+        0  # number of calls of `fold`, which may drop forms; a recorded row may still use a dropped form
+    )
     _fold_snapshot: _Snapshot | None = None
     _fold_values: ValueSnapshot | None = None
     _fold_by_layer: bool = False

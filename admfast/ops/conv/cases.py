@@ -142,7 +142,7 @@ def epilogue_arguments(
     bias: bool = True,
     residual: bool = True,
 ) -> dict[str, Any]:
-    """Make the output of a convolution and what is added to it."""
+    """Make the output of a convolution, and the bias and residual to add to it."""
     y, other = (channels_last(draw(n, channels, *spatial).to(dtype)) for _ in range(2))
     return dict(y=y, bias=draw(channels).to(dtype) if bias else None, residual=other if residual else None)
 

@@ -28,7 +28,7 @@ def can_serve(device: str, x: Tensor, bias: Tensor | None, residual: Tensor | No
         and (residual is None or is_channels_last(residual))
         and torch.autograd.forward_ad._current_level < 0
         and launchers.reason_missing() is None
-        and not launchers.interpreted()
+        and not launchers.uses_interpreter()
     )
 
 

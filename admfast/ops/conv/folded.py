@@ -165,7 +165,7 @@ class FoldedConv:
         return self(x), None
 
     def conv_source(self, index: int, x: Tensor, residual: Tensor | None, with_bias: bool = True) -> Tensor:
-        """Return the convolution of source `index` in the layout of `x`; source 0 adds the bias if wanted."""
+        """Return the convolution of source `index`, in the layout of `x`; only source 0 adds the bias."""
         bias = self._bias if with_bias and index == 0 else None
         y = _run(self.directions[index], x, bias, residual)
         return channels_last(y) if is_channels_last(x) else y.contiguous()
@@ -293,7 +293,7 @@ def find_fastest(direction: Direction, x: Tensor) -> str:
     On a GPU torch gives cuDNN a transposed copy of a one-dimensional channels-last input; a matrix product
     needs no copy.
     """
-    if x.device.type == "cpu" and not has_op_observer() and _direct_pays(direction, x):
+    if x.device.type == "cpu" and not has_op_observer() and _direct_is_faster(direction, x):
         return "direct"
     if (name := _fastest_on_any_device(direction)) is not None:
         return name
@@ -317,7 +317,7 @@ def _fastest_on_any_device(direction: Direction) -> str | None:
     return "matmul" if forms.matmul_unsupported(direction) is None else None
 
 
-def _direct_pays(direction: Direction, x: Tensor) -> bool:
+def _direct_is_faster(direction: Direction, x: Tensor) -> bool:
     """Tell whether the direct convolution is faster than the library's: with AMX, except for few inputs."""
     supported = forms.direct_unsupported(direction, x) is None
     return direction.in_channels >= 16 and native.uses_amx() and supported
@@ -326,7 +326,7 @@ def _direct_pays(direction: Direction, x: Tensor) -> bool:
 @constant_while_tracing
 @functools.cache
 def uses_vector_loops() -> bool:
-    """Tell whether the compiled loops use vectors; without, they take 560 ms where the library takes 510."""
+    """Tell whether the compiled loops use vectors; without them, loops take 560 ms, the library 510."""
     return native.reason_missing() is None and native.ops().cpu_instruction_set() != "generic"
 
 

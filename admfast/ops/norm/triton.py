@@ -32,7 +32,7 @@ def reason_missing() -> str | None:
 
 def reason_unsupported(x: Tensor, x2: Tensor | None) -> str | None:
     """Return None if the kernels can read the sources, else the reason."""
-    device = "cpu" if launchers.interpreted() else "cuda"
+    device = "cpu" if launchers.uses_interpreter() else "cuda"
     if x.device.type != device:
         return f"x is on {x.device.type}, this runs on {device}"
     if x.dtype not in launchers.DTYPES:
