@@ -153,7 +153,7 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
     """Return `value`, which must be one of the known names."""
     names = list(known)
     if not isinstance(value, str) or value not in names:
-        raise invalid(name, value, allowed_names(str(value), names))
+        raise invalid(name, value, allowed_names(value, names))
     return value
 
 

@@ -62,9 +62,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def allowed_names(value: str, names: Iterable[str], count: int = 3) -> str:
-    """Return `one of: a, b, c`, after `nearest: b; ` if up to `count` of the names are close to `value`."""
+def allowed_names(value: object, names: Iterable[str]) -> str:
+    """Return `one of: a, b, c`, after `nearest: b; ` if up to three of the names are close to `value`."""
     known = list(names)
     allowed = "one of: " + ", ".join(known)
-    close = difflib.get_close_matches(value[:LONGEST_VALUE], known, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(str(value)[:LONGEST_VALUE], known, cutoff=0.5)
     return f"nearest: {', '.join(close)}; {allowed}" if close else allowed

@@ -77,13 +77,11 @@ def replace_convolutions(pipe: admfast.Pipeline, convolve: Convolve) -> Iterator
             del layer._conv_forward
 
 
-def samples(request: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the images of one request in float32 and in each other arithmetic, by its name."""
-    pipe = admfast.load("digits32", device="cpu", precision="fp32", engine=PLAIN)
-    images = {
-        "float32": pipe.sample(**request),
-        "bf16": admfast.load("digits32", device="cpu", precision="bf16").sample(**request),
-    }
+def samples(
+    pipe: admfast.Pipeline, pipe_bf16: admfast.Pipeline, request: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return the images of one request by the name of the arithmetic; `pipe` computes in float32."""
+    images = {"float32": pipe.sample(**request), "bf16": pipe_bf16.sample(**request)}
     for name, convolve in CONVOLUTIONS.items():
         with replace_convolutions(pipe, convolve):
             images[name] = pipe.sample(**request)
@@ -104,12 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50, help="steps (default: %(default)d)")
     parser.add_argument("--out", type=Path, help="folder for fp8_quality.json and the pictures")
     args = parser.parse_args(argv)
+    pipe = admfast.load("digits32", device="cpu", precision="fp32", engine=PLAIN)
+    pipe_bf16 = admfast.load("digits32", device="cpu", precision="bf16")
+    labels = [i % 10 for i in range(args.count)]
     rows = []
     for solver in ("ddpm", "ddim"):
         for guidance in (2.0, 0.0):
             request: dict[str, Any] = {"solver": solver, "steps": args.steps, "guidance": guidance}
-            labels = [i % 10 for i in range(args.count)]
-            images = samples(request | {"seeds": range(args.count), "classes": labels, "output": "float"})
+            batch = {"seeds": range(args.count), "classes": labels, "output": "float"}
+            images = samples(pipe, pipe_bf16, request | batch)
             decibels = {name: round(psnr(x, images["float32"]), 1) for name, x in images.items()}
             del decibels["float32"]
             rows.append(request | {"count": args.count, "psnr_db": decibels})

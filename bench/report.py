@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import CEILINGS, Row, ceiling, markdown_table, read_rows
+from bench.results import CEILINGS, PRODUCT_DTYPE, Row, ceiling, markdown_table, read_rows
 
 TITLES = {
     "matmul": "Matrix products",
@@ -48,9 +48,6 @@ BASELINES += ("published", "published, channels-last", "published, compiled", "p
 # The kind whose ceiling limits each kind: matrix products for operations, copies for bytes.
 CEILING_KIND = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
 CEILING_KIND |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
-# dtype of the products that a step is compared with, by the name of the policy, if they differ. On a CPU,
-# torch's products of 8 bits are slower than those in bf16.
-PRODUCT_DTYPE = {"auto": "bf16", "int8": "bf16"}
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "us_per_node": "us a node"}
 LISTED_OPERATIONS = 12  # operations that are listed for each profiled step
 

@@ -48,6 +48,10 @@ CEILINGS: dict[str, tuple[str, str]] = {
     "graph_node": ("us_per_node", "lowest"),
 }
 
+# dtype of the products that a step is compared with, by the name of the policy, if they differ. On a CPU,
+# torch's products of 8 bits are slower than those in bf16.
+PRODUCT_DTYPE = {"auto": "bf16", "int8": "bf16"}
+
 # Fields of nvidia-smi, and their names in a row.
 SMI_FIELDS = {
     "power.draw": "power_w",

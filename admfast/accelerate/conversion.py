@@ -47,7 +47,7 @@ def accelerate(model: Model, precision: str | None = None) -> Model:
     precision that is unknown or that one of the networks can't use.
     """
     if precision is not None and precision not in PRECISIONS:
-        raise invalid("precision", precision, allowed_names(str(precision), [*PRECISIONS]))
+        raise invalid("precision", precision, allowed_names(precision, [*PRECISIONS]))
     networks = list(_networks(model))
     if not networks:
         parts = " or ".join(f"{', '.join(known.submodules)} ({known.name})" for known in CODE_BASES)

@@ -62,7 +62,7 @@ def denoiser(pipe: Pipeline, library: str, rounded: bool = False) -> Any:
     if not isinstance(pipe, Pipeline) or pipe.low_res_size is not None or pipe.config.kind != "unet":
         raise invalid("pipe", pipe, "a Pipeline of a diffusion model")
     if library not in _MAKERS:
-        raise invalid("library", library, allowed_names(str(library), _MAKERS))
+        raise invalid("library", library, allowed_names(library, _MAKERS))
     try:
         return _MAKERS[library](pipe, rounded)
     except ImportError as error:

@@ -212,7 +212,7 @@ def _split_options(
         else:
             network[name] = check_field(name, value, flag)
     if "kind" in network and network["kind"] not in CONFIG_KINDS:
-        raise invalid("kind", network["kind"], allowed_names(str(network["kind"]), CONFIG_KINDS))
+        raise invalid("kind", network["kind"], allowed_names(network["kind"], CONFIG_KINDS))
     return network, diffusion
 
 

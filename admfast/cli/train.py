@@ -93,14 +93,14 @@ def _command(kind: str) -> Callable[..., None]:
         }  # fmt: skip
         options |= {name: value for name, value in flags.items() if value is not None}
         run_recipe = resolve_recipe(kind, preset, from_, options)
-        if out is not None:
-            run_recipe = _with_settings_of_run(user_path("out", out), run_recipe, options)
+        run_folder = None if out is None else user_path("out", out)
+        if run_folder is not None:
+            run_recipe = _with_settings_of_run(run_folder, run_recipe, options)
         loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
         data_name = _data_or_digits(preset, data)
-        run_folder = None if out is None else user_path("out", out)
         with join_processes(device) as world, _one_line_warnings():
             if run_folder is None or dry_run:
                 _dry_run(run_recipe, data_name, labels, dataclasses.replace(loop_options, cache=None), world)
@@ -235,15 +235,8 @@ def _train(
     _check_run_folder(out)
     source = open_source(data, labels)
     if world.is_first:
-        print(
-            table(
-                [
-                    *_rows(run_recipe, world),
-                    ("data", f"{data}, {len(source)} images"),
-                    ("out", str(out.resolve())),
-                ]
-            )
-        )
+        rows = [("data", f"{data}, {len(source)} images"), ("out", str(out.resolve()))]
+        print(table([*_rows(run_recipe, world), *rows]))
     outcome = train(run_recipe, source, out, loop_options, world, start, say=_print_line)
     if world.is_first:
         peak = peak_memory(world.device) / 1e9

@@ -56,4 +56,4 @@ def enum_member(kind: type[EnumT], value: EnumT | str, name: str) -> EnumT:
     names = [entry.name for entry in kind]
     if isinstance(value, str) and value in names:
         return kind[value]
-    raise invalid(name, value, allowed_names(str(value), names))
+    raise invalid(name, value, allowed_names(value, names))

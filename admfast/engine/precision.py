@@ -102,7 +102,7 @@ def policy(name: str, device: torch.device) -> Policy:
             return AUTO_CUDA
         return POLICIES["bf16"] if has_amx() else FP32
     if not isinstance(name, str) or name not in POLICIES:
-        raise invalid("precision", name, allowed_names(str(name), ["auto", *POLICIES]))
+        raise invalid("precision", name, allowed_names(name, ["auto", *POLICIES]))
     if name == "tf32" and device.type != "cuda":
         raise Unavailable("precision='tf32': only on a CUDA device")
     if name == "int8":

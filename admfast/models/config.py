@@ -239,7 +239,7 @@ def config_from_dict(values: Mapping[str, Any]) -> NetConfig:
     values = dict(values)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in CONFIG_KINDS:
-        raise invalid("kind", kind, allowed_names(str(kind), CONFIG_KINDS))
+        raise invalid("kind", kind, allowed_names(kind, CONFIG_KINDS))
     cls = CONFIG_KINDS[kind]
     field_names = [field.name for field in dataclasses.fields(cls)]
     for name in values:

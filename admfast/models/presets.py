@@ -221,7 +221,7 @@ def preset(name: str) -> ModelPreset:
         if isinstance(name, str) and name in SYSTEMS:
             models = ", ".join(model.name for model in SYSTEMS[name].models)
             raise invalid("preset", name, f"a model; this is a system, which is made of {models}")
-        raise invalid("preset", name, f"no such model; {allowed_names(str(name), MODELS)}")
+        raise invalid("preset", name, f"no such model; {allowed_names(name, MODELS)}")
     return model
 
 

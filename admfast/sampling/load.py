@@ -144,7 +144,7 @@ def resolve_weights_source(
             raise invalid(
                 argument,
                 str(source),
-                f"neither a system nor a file; {allowed_names(str(source), SYSTEMS)}; {path_hint}",
+                f"neither a system nor a file; {allowed_names(source, SYSTEMS)}; {path_hint}",
             )
     if weights is not None:
         allowed = f"for a system, as the folder of its files; {_source_name(source)} is a file"
@@ -228,7 +228,7 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
         for name in part.options:
             if name not in OPTION_NAMES and name not in flags_to_options.FLAG_NAMES:
                 raise invalid(
-                    argument, name, f"no such option of a file; {allowed_names(str(name), OPTION_NAMES)}"
+                    argument, name, f"no such option of a file; {allowed_names(name, OPTION_NAMES)}"
                 )
     loaded: dict[str, tuple[Network, ModelInfo]] = {}
     questions = []

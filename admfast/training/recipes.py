@@ -86,15 +86,15 @@ def recipe_from_preset(kind: str, preset: str = DIGITS, **changes: Any) -> Recip
     """
     checks.one_of("kind", kind, KINDS)
     if preset not in PRESETS[kind]:
-        raise invalid("preset", preset, _allowed_presets(kind, preset))
+        hint = describe_name(str(preset))
+        allowed = allowed_names(preset, PRESETS[kind])
+        raise invalid("preset", preset, allowed if hint is None else f"{allowed}; {hint}")
+    model = model_preset(_model_name(kind, preset))
     if preset == DIGITS:
-        model = model_preset(f"{DIGITS}_{kind}")
         settings: dict[str, Any] = {**_DIGITS_COMMON, **_DIGITS_BY_KIND[kind]}
         network, process = model.description.network, model.description.diffusion
     else:
-        name, preset_settings = _PUBLISHED[kind][preset]
-        settings = {**_COMMON[kind], **preset_settings}
-        model = model_preset(name)
+        settings = {**_COMMON[kind], **_PUBLISHED[kind][preset][1]}
         network, process = model.config, model.diffusion
     schedule = settings.pop("process", None)
     process = process or dataclasses.replace(_NOISE_OF_CLASSIFIERS, noise_schedule=schedule or "linear")
@@ -102,11 +102,9 @@ def recipe_from_preset(kind: str, preset: str = DIGITS, **changes: Any) -> Recip
     return change_recipe(Recipe(**settings), changes)
 
 
-def _allowed_presets(kind: str, name: object) -> str:
-    """Return the presets that an unknown name could be; for the name of something else, a hint."""
-    allowed = f"one of: {', '.join(PRESETS[kind])}"
-    hint = describe_name(str(name))
-    return allowed if hint is None else f"{allowed}; {hint}"
+def _model_name(kind: str, preset: str) -> str:
+    """Return the name of the model that a preset trains."""
+    return f"{DIGITS}_{kind}" if preset == DIGITS else _PUBLISHED[kind][preset][0]
 
 
 def describe_name(name: str) -> str | None:
@@ -118,13 +116,12 @@ def describe_name(name: str) -> str | None:
     model = name.removesuffix(".pt")
     for kind in KINDS:
         for preset in PRESETS[kind]:
-            if model == (f"{DIGITS}_{kind}" if preset == DIGITS else _PUBLISHED[kind][preset][0]):
-                text = (
-                    f"{name} is the name of a model: `admfast train {kind} --preset {preset}` trains it anew"
-                )
-                # The digits' networks ship with the package; released weights are downloaded.
-                fetch = f"`admfast fetch {model}` downloads its weights for --from"
-                return text if preset == DIGITS else f"{text}, {fetch}"
+            if model != _model_name(kind, preset):
+                continue
+            text = f"{name} is the name of a model: `admfast train {kind} --preset {preset}` trains it anew"
+            # The digits' networks ship with the package; released weights are downloaded.
+            fetch = f"`admfast fetch {model}` downloads its weights for --from"
+            return text if preset == DIGITS else f"{text}, {fetch}"
     return None
 
 

@@ -22,8 +22,7 @@ from bench.measure import (
 )
 from bench.ops.matmul_and_conv import PRODUCT_FLOP, product_taker
 from bench.profile import trace_steps
-from bench.report import PRODUCT_DTYPE
-from bench.results import Row
+from bench.results import PRODUCT_DTYPE, Row
 from bench.sampling.contender import STEPS_PER_CHUNK, Contender, Entry, sampling_trial
 from bench.sampling.subject import Subject, step_flop
 from bench.sampling.weights import shared_state
