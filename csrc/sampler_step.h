@@ -10,9 +10,9 @@ enum class Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Columns of the packed table, in the order of COLUMNS in admfast/ops/update/step.py.
 struct SamplerRow {
-  float k_x, k_out, k_pre, k_post, l0, l1, a, a_s, b, d[3], k_mean, k_z, mix, clip, save, push_slot;
+  float k_x, k_out, k_pre, k_post, l0, l1, a, a_s, b, d[3], k_mean, k_z, mix, clip, save, p_x, p_0, push_slot;
 };
-constexpr int kRowColumns = 18;
+constexpr int kRowColumns = 20;
 static_assert(sizeof(SamplerRow) == kRowColumns * sizeof(float), "SamplerRow must match the packed table");
 
 // A tensor [N, C, P] with any strides (in elements).

@@ -193,7 +193,11 @@ ADMFAST_HD void update_run(const SamplerArgs& args, const RowNow& now, int64_t n
     }
   }
   if (u.k.save != 0.0f) write_run(in.x, args.saved + at);
-  if (u.k.push_slot >= 0.0f) write_run(x0, args.history + static_cast<int64_t>(u.k.push_slot) * volume + at);
+  if (u.k.push_slot >= 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) more[i] = pushed(u, in.x[i], x0[i]);
+    write_run(more, args.history + static_cast<int64_t>(u.k.push_slot) * volume + at);
+  }
   write_run(x0, args.x0 + at);
   write_run(next, args.x + at);
 }
@@ -307,7 +311,7 @@ ADMFAST_HD void strided_item(const SamplerArgs& args, const RowNow& now, int64_t
       if (u.noise) next += u.k.k_z * sigma * (args.noise ? args.noise[at] : z[i]);
     }
     if (u.k.save != 0.0f) args.saved[at] = x;
-    if (u.k.push_slot >= 0.0f) args.history[static_cast<int64_t>(u.k.push_slot) * volume + at] = x0;
+    if (u.k.push_slot >= 0.0f) args.history[static_cast<int64_t>(u.k.push_slot) * volume + at] = pushed(u, x, x0);
     args.x0[at] = x0;
     args.x[at] = next;
   }

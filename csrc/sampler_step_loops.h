@@ -193,6 +193,11 @@ static void predict_row(const Update& update, const float* x, const float* o, co
   for (int64_t i = 0; i < count; ++i) next[i] = predict(u, x[i], o[i], kGrad ? g[i] : 0.0f, x0[i]);
 }
 
+static void push_row(const Update& update, const float* x, const float* x0, int64_t count, float* to) {
+  const Update u = update;
+  for (int64_t i = 0; i < count; ++i) to[i] = pushed(u, x[i], x0[i]);
+}
+
 template <bool kLearned, bool kMean, bool kNoise>
 static void spread_row(const Update& update, const float* v, const float* g, const float* z, int64_t count,
                        const float* next, float* x) {
@@ -243,7 +248,7 @@ class Piece {
     const size_t bytes = static_cast<size_t>(count_) * sizeof(float);
     if (u_.k.save != 0.0f) std::memcpy(args_.saved + state, x, bytes);
     if (u_.k.push_slot >= 0.0f)
-      std::memcpy(args_.history + static_cast<int64_t>(u_.k.push_slot) * args_.N * image + state, x0, bytes);
+      push_row(u_, x, x0, count_, args_.history + static_cast<int64_t>(u_.k.push_slot) * args_.N * image + state);
     if (!u_.mean && !u_.noise) {
       std::memcpy(x, next, bytes);
       return;

@@ -80,6 +80,12 @@ ADMFAST_HD float predict(const Update& u, float x, float o, float g, float& repo
   return u.k.a * x + u.k.b * used;
 }
 
+// The value that a row pushes: x0, or the noise, as p_x and p_0 say.
+ADMFAST_HD float pushed(const Update& u, float x, float x0) {
+  const float value = u.k.p_0 != 0.0f ? u.k.p_0 * x0 : 0.0f;
+  return u.k.p_x != 0.0f ? value + u.k.p_x * x : value;
+}
+
 ADMFAST_HD float log_variance(const Update& u, float v) { return u.k.l0 + u.k.l1 * v; }
 
 ADMFAST_HD float sigma_of(float log_variance) { return exp_of(0.5f * log_variance); }

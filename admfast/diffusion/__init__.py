@@ -17,11 +17,18 @@ from admfast.diffusion.likelihood import (
 from admfast.diffusion.losses import training_losses
 from admfast.diffusion.parameterisation import LossType, MeanType, VarType
 from admfast.diffusion.process import GaussianDiffusion, GaussianMoments, PMeanVariance
-from admfast.diffusion.respacing import Respacing, space_timesteps
+from admfast.diffusion.respacing import (
+    SPACINGS,
+    Respacing,
+    check_respacing,
+    kept_timesteps,
+    space_timesteps,
+)
 from admfast.diffusion.schedule import NOISE_SCHEDULES, Schedule, beta_schedule, make_schedule
 
 __all__ = [
     "NOISE_SCHEDULES",
+    "SPACINGS",
     "BitsPerDimension",
     "DiffusionConfig",
     "GaussianDiffusion",
@@ -36,7 +43,9 @@ __all__ = [
     "approx_standard_normal_cdf",
     "beta_schedule",
     "bits_per_dimension",
+    "check_respacing",
     "discretized_gaussian_log_likelihood",
+    "kept_timesteps",
     "make_schedule",
     "mean_flat",
     "normal_kl",

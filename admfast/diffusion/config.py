@@ -10,8 +10,8 @@ from typing import Any
 from admfast import checks
 from admfast.diffusion.parameterisation import LossType, MeanType, VarType, enum_member
 from admfast.diffusion.process import GaussianDiffusion
-from admfast.diffusion.respacing import Respacing, space_timesteps
-from admfast.diffusion.schedule import NOISE_SCHEDULES, beta_schedule, make_schedule
+from admfast.diffusion.respacing import Respacing, check_respacing
+from admfast.diffusion.schedule import NOISE_SCHEDULES, make_schedule
 from admfast.errors import allowed_names, invalid
 
 SWITCHES = (
@@ -50,7 +50,7 @@ class DiffusionConfig:
       FIXED_SMALL with sigma_small. predict_xstart: the output is x_0 instead of the noise.
     rescale_timesteps: the network sees float timesteps in 0..1000.
     use_kl: the loss is RESCALED_KL; else with rescale_learned_sigmas RESCALED_MSE; else MSE.
-    respacing: see `space_timesteps`; None is the original process without the published respacing wrapper.
+    respacing: see `kept_timesteps`; None is the original process without the published respacing wrapper.
     mean_type, var_type, loss_type: an enum member or its name, for types that the switches can't express.
       The switches that it replaces must then be off.
     Raises: InvalidArgument.
@@ -72,12 +72,9 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         for name in SETTINGS:
             object.__setattr__(self, name, check_setting(name, getattr(self, name)))
-        beta_schedule(self.noise_schedule, self.steps)
-        if self.respacing is not None and not isinstance(self.respacing, str):
-            respacing = checks.whole_number_or_tuple("respacing", self.respacing, 0)
-            object.__setattr__(self, "respacing", respacing)
-        if self.respacing is not None and not space_timesteps(self.steps, self.respacing):
-            raise invalid("respacing", self.respacing, "at least one step")
+        if self.respacing is not None:
+            object.__setattr__(self, "respacing", check_respacing(self.respacing))
+        make_schedule(self.noise_schedule, self.steps, self.respacing)
         self._resolve_type("mean_type", MeanType, "predict_xstart")
         self._resolve_type("var_type", VarType, "learn_sigma", "sigma_small")
         self._resolve_type("loss_type", LossType, "use_kl", "rescale_learned_sigmas")

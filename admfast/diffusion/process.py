@@ -63,6 +63,13 @@ class GaussianDiffusion:
         """Number of steps, S."""
         return self.schedule.num_timesteps
 
+    def first_steps(self, count: int) -> GaussianDiffusion:
+        """Return the process of only the first `count` steps, 0..count-1."""
+        if count == self.num_timesteps:
+            return self
+        schedule = self.schedule.respaced(np.arange(count))
+        return GaussianDiffusion(schedule, self.mean_type, self.var_type, self.loss_type)
+
     def x0_coefficients(self, i: int) -> tuple[float, float]:
         """Return (k_x, k_out) with x_0 = k_x x_t + k_out out at step i; out is the output's mean channels."""
         schedule = self.schedule

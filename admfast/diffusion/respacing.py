@@ -2,22 +2,110 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-from admfast.checks import to_python, whole_number
+import numpy as np
+import numpy.typing as npt
+
+from admfast.checks import finite_float, to_python, whole_number
 from admfast.errors import InvalidArgument, allowed_names, invalid
 
-Respacing = str | int | Iterable[int]
+Respacing = str | int | Iterable[float]
+FloatArray = npt.NDArray[np.float64]
+_Number = TypeVar("_Number", int, float)
+
+SPACINGS = ("uniform", "quadratic", "log-snr", "karras")
+KARRAS_RHO = 7
 
 _DDIM = re.compile(r"ddim\s*([+-]?\d+)\s*")
+_SPREAD = re.compile(rf"({'|'.join(SPACINGS)})\s*(\d+)\s*")
 _COUNTS = re.compile(r"\s*[+-]?\d+\s*(,\s*[+-]?\d+\s*)*")
 _LIST = re.compile(r"\s*\[(.*)\]\s*")
 _ALLOWED_FORMS = (
-    "a count such as '250', counts per section such as '10,10,10', 'ddimN', a list of timesteps, "
-    "or '' for all"
+    "a count such as '250', counts per section such as '10,10,10', 'ddimN', 'uniformN', 'quadraticN', "
+    "'log-snrN', 'karrasN', a list of timesteps, or '' for all"
 )
+
+
+def check_respacing(spec: object) -> str | int | tuple[float, ...]:
+    """Return a respacing as text, a whole number, or a tuple of numbers, which can be hashed and compared.
+
+    Raises: InvalidArgument for anything else, and for a negative number.
+    """
+    value = to_python(spec)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Iterable):
+        return whole_number("respacing", value, 0)
+    items = [to_python(item) for item in value]
+    if any(isinstance(item, float) for item in items):
+        return tuple(finite_float("respacing", item, least=0) for item in items)
+    return tuple(whole_number("respacing", item, 0) for item in items)
+
+
+def kept_timesteps(spec: Respacing, log_snr: FloatArray) -> list[int] | list[float]:
+    """Return the timesteps of a process that `spec` keeps, in ascending order.
+
+    spec: a form of `space_timesteps`; a list of timesteps that may lie between two whole ones; or the name of
+      a spacing with a count N (T is the length of the process, t the kept timesteps, i = 0..N-1):
+      "uniformN" - t = round(T - i T / N) - 1, "trailing" in Lin et al. 2023;
+      "quadraticN" - t = (T - 1) ((i + 1) / N)^2 (Song et al. 2020, section D.2);
+      "log-snrN" - N + 1 evenly spaced values of the log-SNR, from timestep T - 1 to timestep 0, without the
+        last (Lu et al. 2022, "DPM-Solver");
+      "karrasN" - N values of s = sqrt(1/alpha_bar - 1), from timestep T - 1 to timestep 0, evenly spaced in
+        s^(1/7) (Karras et al. 2022, eq. 5).
+    log_snr: log(alpha_bar / (1 - alpha_bar)) at every timestep of the process.
+
+    Returns whole numbers for "uniform", the forms of `space_timesteps` and lists of whole numbers; else
+    floats, between which the log-SNR is linear. Raises: InvalidArgument.
+    """
+    spec, total = to_python(spec), len(log_snr)  # type: ignore[assignment]
+    if isinstance(spec, str) and (match := _SPREAD.fullmatch(spec)):
+        count = int(match[2])
+        if not 1 <= count <= total:
+            raise invalid("respacing", spec, f"{match[1]}N with N from 1 to {total}")
+        return _spread_timesteps(match[1], count, log_snr)
+    if isinstance(spec, Iterable) and not isinstance(spec, str):
+        items = [to_python(item) for item in spec]
+        if any(isinstance(item, float) for item in items):
+            floats = [finite_float("respacing timestep", t, least=0, most=total - 1) for t in items]
+            return _distinct(sorted(floats), items)
+        return space_timesteps(total, items)  # type: ignore[arg-type]
+    return space_timesteps(total, spec)
+
+
+def _spread_timesteps(spacing: str, count: int, log_snr: FloatArray) -> list[int] | list[float]:
+    """Return the timesteps of a named spacing (see `kept_timesteps`)."""
+    total = len(log_snr)
+    if spacing == "uniform":
+        return [round(total - i * total / count) - 1 for i in reversed(range(count))]
+    if spacing == "quadratic":
+        return [(total - 1) * ((i + 1) / count) ** 2 for i in range(count)]
+    if spacing == "log-snr":
+        kept_log_snr = np.linspace(log_snr[-1], log_snr[0], count + 1)[:-1]
+    else:
+        ends = np.exp(-log_snr[[-1, 0]] / (2 * KARRAS_RHO))
+        kept_log_snr = -2 * KARRAS_RHO * np.log(np.linspace(ends[0], ends[1], count))
+    return timesteps_at(kept_log_snr[::-1], log_snr).tolist()
+
+
+def timesteps_at(wanted: npt.ArrayLike, log_snr: FloatArray) -> FloatArray:
+    """Return the timesteps with these values of the log-SNR, which is linear between whole timesteps.
+
+    wanted: any shape. log_snr: at every timestep of the process, falling.
+    Raises: InvalidArgument for a value that the process does not reach.
+    """
+    values = np.asarray(wanted, dtype=np.float64)
+    slack = 1e-9 * (log_snr[0] - log_snr[-1])  # rounding of a computed end
+    outside = ~((values >= log_snr[-1] - slack) & (values <= log_snr[0] + slack))
+    if outside.any() or not np.isfinite(log_snr[-1]):
+        allowed = f"from {log_snr[-1]:g} to {log_snr[0]:g}, finite at every timestep"
+        raise invalid("log_snr", values[outside].tolist() or float(log_snr[-1]), allowed)
+    return np.interp(-values, -log_snr, np.arange(len(log_snr), dtype=np.float64))
 
 
 def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = False) -> list[int]:
@@ -121,7 +209,12 @@ def _listed_timesteps(total: int, steps: Sequence[int]) -> list[int]:
     timesteps = sorted(whole_number("respacing timestep", step, 0, total - 1) for step in steps)
     if not timesteps:
         raise invalid("respacing", list(steps), f"at least one timestep from 0 to {total - 1}")
-    for step, following in zip(timesteps, timesteps[1:], strict=False):
+    return _distinct(timesteps, steps)
+
+
+def _distinct(timesteps: list[_Number], given: Sequence[object]) -> list[_Number]:
+    """Return sorted timesteps, or reject them if one is there twice."""
+    for step, following in itertools.pairwise(timesteps):
         if step == following:
-            raise invalid("respacing", list(steps), f"each timestep once; {step} is there twice")
+            raise invalid("respacing", list(given), f"each timestep once; {step} is there twice")
     return timesteps

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from admfast.checks import one_of, whole_number
-from admfast.diffusion.respacing import Respacing, space_timesteps
+from admfast.diffusion.respacing import FloatArray, Respacing, kept_timesteps, timesteps_at
 from admfast.errors import invalid
 
-FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 NOISE_SCHEDULES = ("linear", "cosine")
@@ -61,17 +60,20 @@ class Schedule:
     posterior_log_variance_clipped: its log, with the value of t = 1 at t = 0 (of beta_0 if S = 1),
     posterior_mean_coef1 (of x_0) and posterior_mean_coef2 (of x_t) of q(x_{t-1} | x_t, x_0).
 
-    timestep_map: int64 [S], the step of the original process at each t.
+    timestep_map: the timestep of the original process at each t: int64 [S], or float64 [S] if some lie
+      between two of its timesteps.
     original_steps: length of the original process.
     rescale_timesteps: the network sees float32 timesteps scaled to 0..1000.
+    origin: the schedule of the original process; None if this is the original.
     model_timesteps: the timestep that the network sees at each t, int64 [S] or float32 [S].
     Raises: InvalidArgument for betas outside (0, 1] or arrays that don't fit together.
     """
 
     betas: FloatArray
-    timestep_map: IntArray
+    timestep_map: IntArray | FloatArray
     original_steps: int
     rescale_timesteps: bool = False
+    origin: Schedule | None = field(default=None, repr=False)
     model_timesteps: npt.NDArray[np.generic] = field(init=False, repr=False)
     alphas_cumprod: FloatArray = field(init=False, repr=False)
     alphas_cumprod_prev: FloatArray = field(init=False, repr=False)
@@ -96,16 +98,16 @@ class Schedule:
             raise invalid(f"betas[{step}]", float(betas[step]), "greater than 0, at most 1")
         steps = whole_number("original_steps", self.original_steps, len(betas))
         timesteps = np.array(self.timestep_map)
-        if timesteps.shape != betas.shape or timesteps.dtype.kind not in "iu":
+        if timesteps.shape != betas.shape or timesteps.dtype.kind not in "iuf":
             raise invalid(
-                "timestep_map",
-                f"{timesteps.dtype} {timesteps.shape}",
-                f"whole numbers of shape {betas.shape}",
+                "timestep_map", f"{timesteps.dtype} {timesteps.shape}", f"numbers of shape {betas.shape}"
             )
-        if timesteps[0] < 0 or timesteps[-1] >= steps or (np.diff(timesteps) <= 0).any():
+        if not (timesteps[0] >= 0 and timesteps[-1] <= steps - 1 and (np.diff(timesteps) > 0).all()):
             raise invalid("timestep_map", timesteps.tolist(), f"rising, from 0 to {steps - 1}")
-        arrays = {"betas": betas, "timestep_map": timesteps.astype(np.int64), **_derive_arrays(betas)}
-        arrays["model_timesteps"] = arrays["timestep_map"]
+        is_whole = timesteps.dtype.kind in "iu"
+        timestep_map = timesteps.astype(np.int64 if is_whole else np.float64)
+        arrays = {"betas": betas, "timestep_map": timestep_map, **_derive_arrays(betas)}
+        arrays["model_timesteps"] = timestep_map if is_whole else timestep_map.astype(np.float32)
         if self.rescale_timesteps:
             # Both factors are rounded to float32 first, as torch multiplies a float32 tensor by a number.
             arrays["model_timesteps"] = timesteps.astype(np.float32) * np.float32(TIMESTEP_SCALE / steps)
@@ -137,22 +139,34 @@ class Schedule:
         """Number of kept steps, S."""
         return len(self.betas)
 
-    def respaced(self, steps: Sequence[int] | IntArray) -> Schedule:
+    @property
+    def integer_t(self) -> bool:
+        """Whether the network sees whole timesteps."""
+        return self.model_timesteps.dtype.kind == "i"
+
+    def respaced(self, steps: Sequence[float] | IntArray | FloatArray) -> Schedule:
         """Return the schedule of only these steps; over them, beta_i = 1 - alpha_bar_i / alpha_bar_{i-1}.
 
         The betas are recomputed even if every step is kept, as in `SpacedDiffusion` of the published code:
         they then differ from the given ones by rounding.
 
-        steps: indices into this schedule, strictly increasing, at least one. Raises: InvalidArgument.
+        steps: indices into this schedule, strictly increasing, at least one. If they are floats, alpha_bar is
+          that of `log_snr` and the timestep that of `timestep_map`, both linear in the index.
+        Raises: InvalidArgument.
         """
         index = np.asarray(steps)
-        if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iu":
-            raise invalid("steps", steps, "at least one whole number")
-        if index[0] < 0 or index[-1] >= self.num_timesteps or (np.diff(index) <= 0).any():
+        if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iuf":
+            raise invalid("steps", steps, "at least one number")
+        if not (index[0] >= 0 and index[-1] <= self.num_timesteps - 1 and (np.diff(index) > 0).all()):
             raise invalid("steps", index.tolist(), f"rising, from 0 to {self.num_timesteps - 1}")
-        alpha_bar = self.alphas_cumprod[index]
+        if index.dtype.kind in "iu":
+            alpha_bar, timesteps = self.alphas_cumprod[index], self.timestep_map[index]
+        else:
+            alpha_bar = 1 / (1 + np.exp(-self.log_snr(index)))
+            timesteps = np.interp(index, np.arange(self.num_timesteps), self.timestep_map)
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-        return Schedule(betas, self.timestep_map[index], self.original_steps, self.rescale_timesteps)
+        origin = self if self.origin is None else self.origin
+        return Schedule(betas, timesteps, self.original_steps, self.rescale_timesteps, origin)
 
     def model_t(self, index: float) -> int | float:
         """Return the timestep that the network sees at step `index`.
@@ -167,10 +181,19 @@ class Schedule:
         if index == int(index):
             timestep: int | float = self.model_timesteps[int(index)].item()
             return timestep
-        interpolated = float(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
-        return (
-            interpolated * (TIMESTEP_SCALE / self.original_steps) if self.rescale_timesteps else interpolated
-        )
+        return self.network_timestep(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
+
+    def network_timestep(self, t: npt.ArrayLike) -> float:
+        """Return the timestep that the network sees at timestep t of the original process, as a float."""
+        return float(t) * (TIMESTEP_SCALE / self.original_steps if self.rescale_timesteps else 1.0)  # type: ignore[arg-type]
+
+    def timesteps_at(self, log_snr: npt.ArrayLike) -> FloatArray:
+        """Return the timesteps of the original process with this log-SNR, linear between whole timesteps.
+
+        log_snr: any shape. Raises: InvalidArgument for a value that the original process does not reach.
+        """
+        original = self if self.origin is None else self.origin
+        return timesteps_at(log_snr, original.log_snr(np.arange(original.num_timesteps)))
 
     def log_snr(self, index: npt.ArrayLike) -> FloatArray:
         """Return log(alpha_bar / (1 - alpha_bar)), linear in the index between steps; float64, same shape.
@@ -223,8 +246,9 @@ def make_schedule(
     For other betas see `Schedule.from_betas`. Source: `create_gaussian_diffusion` of the published code.
 
     noise_schedule: "linear" or "cosine". steps: length of the original process.
-    respacing: which steps to keep, see `space_timesteps`; "" keeps all and recomputes the betas from
-      alpha_bar, None keeps the process unchanged (the published class without its respacing wrapper).
+    respacing: which steps to keep, see `kept_timesteps` and `space_timesteps`; "" keeps all and recomputes the
+      betas from alpha_bar, None keeps the process unchanged (the published class without its respacing
+      wrapper).
     rescale_timesteps: the network sees float timesteps in 0..1000.
     Raises: InvalidArgument.
     """
@@ -233,7 +257,7 @@ def make_schedule(
     )
     if respacing is None:
         return base
-    timesteps = space_timesteps(base.num_timesteps, respacing)
+    timesteps = kept_timesteps(respacing, base.log_snr(np.arange(base.num_timesteps)))
     if not timesteps:
         raise invalid("respacing", respacing, "at least one step")
     return base.respaced(timesteps)

@@ -69,7 +69,7 @@ class StepKey:
             takes_labels and batch.labels is not None,
             None if batch.low_res is None else tuple(batch.low_res.shape),
             saved=any(row.save or row.a_s for row in rows),
-            history=any(row.push for row in rows),
+            history=any(row.pushes for row in rows),
             noise_given=batch.step_noise is not None,
             integer_t=batch.table.integer_t,
             stream=int(batch.stream),

@@ -156,7 +156,7 @@ def make_function_step(plan: Plan, x: Tensor) -> FunctionStep:
     timestep_map, rows = plan.process.schedule.timestep_map, plan.table.rows
 
     def read_prediction(out: Tensor, x_t: Tensor, i: int) -> Prediction:
-        t = torch.full((len(x_t),), int(timestep_map[rows[i].index]), device=x_t.device)
+        t = torch.full((len(x_t),), timestep_map[rows[i].index].item(), device=x_t.device)
         return dataclasses.replace(plan.predictor.read_output(out, x_t, t), first=plan.first)
 
     return FunctionStep(plan, model, x, guides, plan.denoised_fn, read_prediction)

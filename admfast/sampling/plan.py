@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -137,12 +138,11 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     solver, device = request.solver, next(pipeline.net.parameters()).device
     assert isinstance(solver, Solver)
     steps = None if request.respacing is not None else request.steps or pipeline.steps
-    process, full_table = _process_and_table(
-        "steps", pipeline, solver, request.clip, steps, request.respacing
-    )
-    table = (
-        full_table if request.t_start is None else _table_from_timestep(full_table, process, request.t_start)
-    )
+    process, full_table = _process_and_table("steps", pipeline, request, steps)
+    table = full_table
+    if request.t_start is not None:
+        process = _process_from_timestep(process, request.t_start)
+        table = solver.table(process, request.clip)
     num_skipped, timestep_map = len(full_table) - len(table), process.schedule.timestep_map
     seeds, labels, shape = requested_images(request, pipeline)
     _check_shapes(request, shape, len(full_table), pipeline)
@@ -153,7 +153,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     noise, x_start, step_noise = map(on_device, (request.noise, request.x_start, request.step_noise))
     if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
-    timesteps = [int(timestep_map[row.index]) for row in table.rows]
+    timesteps = [float(timestep_map[row.index]) for row in table.rows]
     guidance_scale, interval = _classifier_guidance(request, pipeline)
     if guidance_scale:
         check_classifier_sides(request, pipeline)
@@ -193,7 +193,7 @@ def _upsampler_plan(request: SampleRequest, pipeline: Pipeline, up: Pipeline, ba
             "solver", str(solver), f"not for {pipeline.name}, which has an upsampler; load it without"
         )
     steps = request.upsampler_steps or up.steps
-    process, table = _process_and_table("upsampler_steps", up, solver, request.clip, steps, None)
+    process, table = _process_and_table("upsampler_steps", up, request, steps)
     downsample_factor, spatial = upsampler_sides(up, pipeline, base.shape[2:])
     device = next(up.net.parameters()).device
     return Plan(
@@ -216,32 +216,40 @@ def _upsampler_plan(request: SampleRequest, pipeline: Pipeline, up: Pipeline, ba
 
 
 def _process_and_table(
-    name: str, pipeline: Pipeline, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
+    name: str, pipeline: Pipeline, request: SampleRequest, steps: int | None
 ) -> tuple[GaussianDiffusion, SolverTable]:
-    """Return a respaced process and the solver's rows for it. name: the argument that set `steps`."""
-    if steps is not None and steps > pipeline.diffusion.steps:
-        raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
-    return _cached_process_and_table(pipeline.diffusion, solver, clip, steps, respacing)  # type: ignore[arg-type]
+    """Return a respaced process and the solver's rows for it.
+
+    name: the argument that set `steps`. steps: None for the request's respacing.
+    """
+    solver = request.solver
+    assert isinstance(solver, Solver)
+    respacing = request.respacing
+    if steps is not None:
+        if steps > pipeline.diffusion.steps:
+            raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
+        respacing = solver.respacing_for(steps, request.spacing)
+    return _cached_process_and_table(pipeline.diffusion, solver, request.clip, respacing)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=16)
 def _cached_process_and_table(
-    diffusion: DiffusionConfig, solver: Solver, clip: bool, steps: int | None, respacing: Respacing | None
+    diffusion: DiffusionConfig, solver: Solver, clip: bool | None, respacing: Respacing
 ) -> tuple[GaussianDiffusion, SolverTable]:
     """Return the process and its rows, cached: schedules and tables in float64 take milliseconds to make."""
-    process = diffusion.build(respacing if steps is None else solver.respacing_for(steps))
+    process = diffusion.build(respacing)
     return process, solver.table(process, clip)
 
 
-def _table_from_timestep(full_table: SolverTable, process: GaussianDiffusion, t_start: int) -> SolverTable:
-    """Return the rows that begin with the nearest step at or below `t_start`."""
+def _process_from_timestep(process: GaussianDiffusion, t_start: int) -> GaussianDiffusion:
+    """Return the process of the steps up to the nearest one at or below `t_start`."""
     timestep_map, last = process.schedule.timestep_map, process.schedule.original_steps - 1
     if t_start > last:
         raise invalid("t_start", t_start, f"a whole number from 0 to {last}")
-    below = [row.index for row in full_table.rows if timestep_map[row.index] <= t_start]
-    if not below:
-        raise invalid("t_start", t_start, f"{timestep_map[0]} or more, the first step of this respacing")
-    return full_table.from_step(max(below))
+    kept = int(np.searchsorted(timestep_map, t_start, side="right"))
+    if not kept:
+        raise invalid("t_start", t_start, f"{timestep_map[0]:g} or more, the first step of this respacing")
+    return process.first_steps(kept)
 
 
 def requested_images(
@@ -346,7 +354,7 @@ def _function_guides(request: SampleRequest) -> list[Guide]:
     return guides
 
 
-def _rows_in_interval(interval: Interval | None, timesteps: Sequence[int]) -> tuple[bool, ...]:
+def _rows_in_interval(interval: Interval | None, timesteps: Sequence[float]) -> tuple[bool, ...]:
     """Return, for every row, whether its timestep of the original process lies in the interval."""
     if interval is None:
         return (True,) * len(timesteps)

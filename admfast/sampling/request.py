@@ -13,7 +13,7 @@ from torch import Tensor
 
 from admfast import checks
 from admfast.checkpoints import flags_to_options
-from admfast.diffusion import Respacing
+from admfast.diffusion import SPACINGS, Respacing, check_respacing
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import allowed_names, first_line, invalid
 from admfast.sampling.guides import LARGEST, Guide, Interval
@@ -45,8 +45,11 @@ class SampleRequest:
             (Kynkaanniemi et al. 2024); None means all. Outside it the classifier is not evaluated.
         guides: see `admfast.sampling.guides`; they are summed, together with `guidance` if that is given.
         eta: shorthand for the solver's option of that name.
-        clip: clip x_0 to [-1, 1] at every step.
-        respacing: timesteps to use, instead of `steps`: a published string or a list of timesteps.
+        clip: clip x_0 to [-1, 1] at every step. None: as the solver does by default.
+        spacing: how the timesteps are spaced: "uniform", "quadratic", "log-snr" or "karras" (see
+            `admfast.diffusion.kept_timesteps`). None: the solver's own spacing.
+        respacing: timesteps to use, instead of `steps` and `spacing`: a published string, a spacing with a
+            count such as "karras18", or a list of timesteps, which needn't be whole.
         upsampler_steps: steps of the upsampler in a cascade; None takes the system's default.
         size: (H, W) or "HxW" of the images that the network makes (in a cascade, the base model), or one
             number for all sides. None takes the size of `noise` or `x_start`, for an upsampler each side of
@@ -79,7 +82,8 @@ class SampleRequest:
     guidance_interval: Interval | None = None
     guides: Iterable[Guide] = ()
     eta: float | None = None
-    clip: bool = True
+    clip: bool | None = None
+    spacing: str | None = None
     respacing: Respacing | None = None
     upsampler_steps: int | None = None
     size: int | Iterable[int] | str | None = None
@@ -127,7 +131,7 @@ class SampleRequest:
         for name in ("noise", "x_start", "step_noise", "low_res"):
             if getattr(self, name) is not None:
                 images = checks.image_tensor(name, getattr(self, name))
-                if name == "low_res" or (name == "x_start" and self.clip):
+                if name == "low_res" or (name == "x_start" and self.clip is not False):
                     checks.image_range(name, images)
         if self.batch_size is not None:
             self._store_whole_number("batch_size", 1)
@@ -140,14 +144,18 @@ class SampleRequest:
             solver = make_solver(self.solver, **({} if self.eta is None else {"eta": self.eta}))
         self._store("solver", solver)
         self._store("eta", None)
-        checks.store_booleans(self, "clip")
+        if self.clip is not None:
+            checks.store_booleans(self, "clip")
         for name in ("steps", "upsampler_steps"):
             if getattr(self, name) is not None:
                 self._store_whole_number(name, 1)
-        if self.respacing is not None and self.steps is not None:
-            raise invalid("steps", self.steps, "not together with respacing")
-        if self.respacing is not None and not isinstance(self.respacing, str):
-            self._store("respacing", checks.whole_number_or_tuple("respacing", self.respacing, 0))
+        if self.spacing is not None:
+            checks.one_of("spacing", self.spacing, SPACINGS)
+        if self.respacing is not None:
+            for name in ("steps", "spacing"):
+                if getattr(self, name) is not None:
+                    raise invalid(name, getattr(self, name), "not together with respacing")
+            self._store("respacing", check_respacing(self.respacing))
         if self.t_start is not None:
             self._store_whole_number("t_start", 0)
         if solver.starts_from == "noise":

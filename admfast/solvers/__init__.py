@@ -15,7 +15,13 @@ from admfast.errors import allowed_names, invalid
 from admfast.solvers.ddim_rows import ddim as ddim
 from admfast.solvers.ddim_rows import ddim_inverse as ddim_inverse
 from admfast.solvers.ddpm_rows import ddpm as ddpm
+from admfast.solvers.deis_rows import deis as deis
+from admfast.solvers.deis_rows import ipndm as ipndm
+from admfast.solvers.dpmpp_rows import dpmpp as dpmpp
+from admfast.solvers.heun_rows import euler as euler
+from admfast.solvers.heun_rows import heun as heun
 from admfast.solvers.solver import SOLVERS, Solver
+from admfast.solvers.unipc_rows import unipc as unipc
 
 
 def solver_options(name: str) -> dict[str, Any]:

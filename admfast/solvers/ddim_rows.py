@@ -7,21 +7,19 @@ import math
 from admfast.checks import finite_float
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.solver import Solver, choose_clip, register
+from admfast.solvers.solver import Solver, choose_clip, register, row_inputs
 
 
 @register
 def ddim(*, eta: float = 0.0) -> Solver:
     """Return DDIM. eta: 0 is deterministic, 1 has the variance of DDPM; 0..1. Raises: InvalidArgument."""
-    return Solver(
-        "ddim", _ddim_table, {"eta": finite_float("eta", eta, least=0, most=1)}, respacing="ddim{steps}"
-    )
+    return Solver("ddim", _ddim_table, {"eta": finite_float("eta", eta, least=0, most=1)}, spacing="ddim")
 
 
 @register
 def ddim_inverse() -> Solver:
     """Return the inverse of the deterministic DDIM, which turns clean images into their noise."""
-    return Solver("ddim-inverse", _inverse_table, starts_from="image", respacing="ddim{steps}")
+    return Solver("ddim-inverse", _inverse_table, starts_from="image", spacing="ddim")
 
 
 def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> SolverTable:
@@ -42,7 +40,7 @@ def _ddim_table(process: GaussianDiffusion, *, eta: float, clip: bool) -> Solver
         sigma = eta * math.sqrt(noise_ratio) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
         k_eps = math.sqrt(max(1 - alpha_bar_prev - sigma**2, 0.0))
         rows.append(_row(process, i, alpha_bar_prev, k_eps, sigma if i else 0.0, clip))
-    return SolverTable("ddim", tuple(rows), integer_t=not schedule.rescale_timesteps)
+    return SolverTable("ddim", tuple(rows), integer_t=schedule.integer_t)
 
 
 def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
@@ -60,7 +58,7 @@ def _inverse_table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
     for i in range(schedule.num_timesteps):
         alpha_bar_next = float(schedule.alphas_cumprod_next[i])
         rows.append(_row(process, i, alpha_bar_next, math.sqrt(1 - alpha_bar_next), 0.0, clip))
-    return SolverTable("ddim-inverse", tuple(rows), integer_t=not schedule.rescale_timesteps)
+    return SolverTable("ddim-inverse", tuple(rows), integer_t=schedule.integer_t)
 
 
 def _row(
@@ -71,19 +69,13 @@ def _row(
     eps = (x / sqrt(ab) - x_0) / sqrt(1/ab - 1).
     """
     schedule = process.schedule
-    k_x, k_out = process.x0_coefficients(i)
     recip = float(schedule.sqrt_recip_alphas_cumprod[i])
     recipm1 = float(schedule.sqrt_recipm1_alphas_cumprod[i])
-    timestep = float(schedule.model_t(i))
     return Row(
-        t_net=timestep,
-        t_clf=timestep,
-        k_x=k_x,
-        k_out=k_out,
+        **row_inputs(process, i),
         k_post=recipm1 * float(schedule.sqrt_one_minus_alphas_cumprod[i]),
         a=k_eps * recip / recipm1,
         b=math.sqrt(alpha_bar_to) - k_eps / recipm1,
         k_z=sigma,
         clip=choose_clip(process, clip, network_mean=False),
-        index=i,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.solver import Solver, choose_clip, register
+from admfast.solvers.solver import Solver, choose_clip, register, row_inputs
 
 
 @register
@@ -25,15 +25,10 @@ def _table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
     schedule = process.schedule
     rows = []
     for i in reversed(range(schedule.num_timesteps)):
-        k_x, k_out = process.x0_coefficients(i)
         l0, l1 = process.log_variance_coefficients(i)
-        timestep = float(schedule.model_t(i))
         rows.append(
             Row(
-                t_net=timestep,
-                t_clf=timestep,
-                k_x=k_x,
-                k_out=k_out,
+                **row_inputs(process, i),
                 l0=l0,
                 l1=l1,
                 a=float(schedule.posterior_mean_coef2[i]),
@@ -41,7 +36,6 @@ def _table(process: GaussianDiffusion, *, clip: bool) -> SolverTable:
                 k_mean=1.0,
                 k_z=1.0 if i else 0.0,
                 clip=choose_clip(process, clip, network_mean=True),
-                index=i,
             )
         )
-    return SolverTable("ddpm", tuple(rows), integer_t=not schedule.rescale_timesteps)
+    return SolverTable("ddpm", tuple(rows), integer_t=schedule.integer_t)

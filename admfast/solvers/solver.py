@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,34 +32,54 @@ class Solver:
             already respaced; clip=True clips x_0 to [-1, 1].
         options: its own options, by name.
         starts_from: "noise", or "image" for a solver that turns clean images into noise.
-        respacing: the published respacing for a number of steps, as a template with "{steps}".
+        spacing: how it spaces the timesteps, if nothing else is asked for: a name of `SPACINGS`, "" for the
+            published spacing of a count, or "ddim".
+        clip: whether it clips x_0, if nothing else is asked for.
+        evaluations: evaluations of the network in each of its steps but the last, which takes one.
     """
 
     name: str
     make_table: Callable[..., SolverTable] = field(repr=False)
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     starts_from: Literal["noise", "image"] = "noise"
-    respacing: str = "{steps}"
+    spacing: str = ""
+    evaluations: int = 1
+    clip: bool = True
 
     def __post_init__(self) -> None:
         # A solver may be shared (`parse_solver` caches it), so its options must not change.
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Solver, (self.name, self.make_table, dict(self.options), self.starts_from, self.respacing)
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return Solver, tuple((values | {"options": dict(self.options)}).values())
 
     def __str__(self) -> str:
         """Write the text that `make_solver` reads: "ddim:eta=0.5"."""
         options = ",".join(f"{name}={json.dumps(value)}" for name, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
-    def table(self, process: GaussianDiffusion, clip: bool = True) -> SolverTable:
-        """Return the table for a process, already respaced. clip: clip x_0 to [-1, 1] in every row."""
-        return self.make_table(process, clip=clip, **self.options)
+    def table(self, process: GaussianDiffusion, clip: bool | None = None) -> SolverTable:
+        """Return the table for a process, already respaced.
 
-    def respacing_for(self, steps: int) -> str:
-        """Return the published respacing of the solver for a number of steps."""
-        return self.respacing.format(steps=steps)
+        clip: clip x_0 to [-1, 1] in every row; None does as the solver's own `clip`.
+        """
+        return self.make_table(process, clip=self.clip if clip is None else clip, **self.options)
+
+    def respacing_for(self, steps: int, spacing: str | None = None) -> str:
+        """Return the respacing that leads to at most `steps` rows: evaluations of the network.
+
+        spacing: a name of `SPACINGS`; None takes the solver's own.
+        """
+        kept = -(-steps // self.evaluations)
+        return f"{self.spacing if spacing is None else spacing}{kept}"
+
+
+def row_inputs(process: GaussianDiffusion, i: int) -> dict[str, Any]:
+    """Return the fields of a row that say what it reads at step i: timesteps, x_0 and the step's index."""
+    k_x, k_out = process.x0_coefficients(i)
+    timestep = float(process.schedule.model_t(i))
+    return dict(t_net=timestep, t_clf=timestep, k_x=k_x, k_out=k_out, index=i)
 
 
 def choose_clip(process: GaussianDiffusion, clip: bool, network_mean: bool) -> Clip:

@@ -52,8 +52,8 @@ void cases(Run&& run) {
         const Buffer noise(numbers, N, C, P, Type::kFloat32, false);
         std::vector<float> state(static_cast<size_t>(6 * N * C * P));
         for (float& value : state) value = numbers.next();
-        SamplerRow row{0.9f, -0.4f, 0.1f, 0.2f, -1, variance ? 0.5f : 0, 0.3f, 0, 0.6f, {}, 0.3f, 0.7f, 0.5f, 1, 0, -1};
-        if (full) row.a_s = row.d[0] = row.d[2] = row.save = 1, row.push_slot = 1;
+        SamplerRow row{0.9f, -0.4f, 0.1f, 0.2f, -1, variance ? 0.5f : 0, 0.3f, 0, 0.6f, {}, 0.3f, 0.7f, 0.5f, 1, 0, 0, 0, -1};
+        if (full) row.a_s = row.d[0] = row.d[2] = row.save = 1, row.p_x = 0.4f, row.p_0 = -1.3f, row.push_slot = 1;
         const std::vector<uint64_t> seeds{0x0123456789ABCDEFull, ~0ull};
         SamplerArgs args{};
         args.N = N, args.C = C, args.P = P;

@@ -29,10 +29,10 @@ NAN = float("nan")
 SEEDS = [0, 1, 2**32 - 1, 2**64 - 1]
 # The second row uses every coefficient: all kinds of guidance, learned variance, noise, saved point, history.
 ROWS = [
-    Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
+    Row(0, 0, k_x=0.5, k_out=0.7, p_0=1, save=True, b=1),
     Row(
         0, 0, k_x=0.9, k_out=-0.4, k_pre=0.1, k_post=0.2, l0=-1, l1=0.5, a=0.3, a_s=0.1, b=0.6, c1=0.2,
-        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, push=True,
+        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, p_x=0.4, p_0=-1.3,
     ),
 ]  # fmt: skip
 

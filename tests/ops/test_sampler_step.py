@@ -46,7 +46,8 @@ def textbook(row: Row, x, saved, pushed, out, out2, grad, noise):
         x_next = x_next + row.a_s * saved
     for c, h in zip((row.c1, row.c2, row.c3), pushed, strict=False):
         x_next = x_next + c * h
-    return x_next, reported, x if row.save else saved, [reported, *pushed][:3] if row.push else pushed
+    value = row.p_x * x + row.p_0 * reported
+    return x_next, reported, x if row.save else saved, [value, *pushed][:3] if row.pushes else pushed
 
 
 SHAPES = [
@@ -105,7 +106,8 @@ def rows_of(case: dict[str, Any], generator: torch.Generator) -> list[Row]:
                 mix=number(),
                 clip=case["clip"] if i % 2 == 0 else Clip(i % 3),
                 save=case["saved"] and i in (0, 3),
-                push=push,
+                p_x=number() if push and i % 3 else 0.0,
+                p_0=number() if push else 0.0,
             )
         )
         pushed += push
@@ -212,7 +214,7 @@ def advance(
     row: Row, impl: str | None, out: Tensor = OUT, dtype: torch.dtype = torch.float32, **options: Any
 ):
     """Return (x, x0) after this row, which follows three rows that pushed (h1 = HISTORY[0])."""
-    before = [Row(0, 0, push=True)] * 3
+    before = [Row(0, 0, p_0=1)] * 3
     table, state = (
         pack([*before, row], dtype=dtype),
         SamplerState(X.to(dtype), torch.full(SHAPE, NAN, dtype=dtype)),
@@ -283,7 +285,7 @@ def test_each_term_alone(term, impl):
 
 def test_the_terms_are_all_of_them():
     named = {name for coefficients, *_ in TERMS.values() for name in coefficients}
-    others = {"t_net", "t_clf", "clip", "save", "push", "index"}
+    others = {"t_net", "t_clf", "clip", "save", "p_x", "p_0", "index"}
     assert named | others == set(Row.__dataclass_fields__)
 
 
@@ -300,7 +302,7 @@ def test_the_terms_are_all_of_them():
 )
 def test_the_limit_stands_between_the_two_guidances(impl, clip, pre, post, used, reported):
     x = torch.tensor([-3, -0.5, 0.5, 3]).view(1, 1, 4)
-    rows = [Row(0, 0, k_x=1, k_pre=pre, k_post=post, b=1, clip=clip, push=True)]
+    rows = [Row(0, 0, k_x=1, k_pre=pre, k_post=post, b=1, clip=clip, p_0=1)]
     state = SamplerState.start(x, rows)
     sampler_step(state, torch.zeros_like(x), pack(rows), 0, grad=torch.ones_like(x), impl=impl)
     assert state.x.flatten().tolist() == used
@@ -314,7 +316,7 @@ def test_history_is_addressed_by_age_round_the_ring(impl):
     rows, pushed, expected = [], [], []
     for i, push in enumerate(pushes):
         ages = [100.0**age if age < len(pushed) else 0.0 for age in range(3)]
-        rows.append(Row(0, 0, k_out=1, c1=ages[0], c2=ages[1], c3=ages[2], clip=Clip.NONE, push=push))
+        rows.append(Row(0, 0, k_out=1, c1=ages[0], c2=ages[1], c3=ages[2], clip=Clip.NONE, p_0=float(push)))
         expected.append(sum(c * h for c, h in zip(ages, reversed(pushed), strict=False)))
         pushed += [i + 1] if push else []
     state, table = SamplerState.start(torch.zeros(1, 1, 3), rows), pack(rows)
@@ -324,12 +326,22 @@ def test_history_is_addressed_by_age_round_the_ring(impl):
         assert state.x.flatten().tolist() == [expected[i]] * 3, f"row {i}"
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("p_x", "p_0", "value"), [(0, 1, 2), (2, -1, 8), (0.5, 0, 2.5)])
+def test_a_row_pushes_a_sum_of_the_old_x_and_x0(impl, p_x, p_0, value):
+    rows = [Row(0, 0, k_out=1, b=1, clip=Clip.NONE, p_x=p_x, p_0=p_0)]
+    state = SamplerState.start(torch.full((1, 1, 3), 5.0), rows)
+    sampler_step(state, torch.full((1, 1, 3), 2.0), pack(rows), 0, impl=impl)
+    assert state.history[0].flatten().tolist() == [value] * 3
+    assert state.x.flatten().tolist() == [2] * 3
+
+
 def test_history_that_is_not_there_is_refused():
-    rows = [Row(0, 0, push=True), Row(0, 0, c2=0.5)]
-    with pytest.raises(InvalidArgument, match=r"^rows\[1\].c2=0.5: .*only 1 x0 were pushed"):
+    rows = [Row(0, 0, p_0=1), Row(0, 0, c2=0.5)]
+    with pytest.raises(InvalidArgument, match=r"^rows\[1\].c2=0.5: .*only 1 values were pushed"):
         pack(rows)
     with pytest.raises(InvalidArgument, match=r"^rows\[0\].c1=1"):
-        pack([Row(0, 0, c1=1, push=True)])
+        pack([Row(0, 0, c1=1, p_0=1)])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

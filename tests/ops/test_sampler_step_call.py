@@ -95,14 +95,14 @@ def test_start_copies_x_and_makes_only_what_the_rows_use():
         assert state.x.is_contiguous() and torch.equal(state.x, x)
         state.x.fill_(1)
     assert SamplerState.start(x, [Row(0, 0, save=True)]).saved.shape == SHAPE
-    assert SamplerState.start(x, [Row(0, 0, push=True)]).history.shape == (3, *SHAPE)
+    assert SamplerState.start(x, [Row(0, 0, p_0=1)]).history.shape == (3, *SHAPE)
 
 
 def test_pack_keeps_float64_and_uploads_the_asked_dtype():
-    table = pack([Row(0, 0, k_x=1 / 3), Row(0, 0, push=True, a=0.1)])
+    table = pack([Row(0, 0, k_x=1 / 3), Row(0, 0, p_0=1, a=0.1)])
     assert table.host.dtype == torch.float64 and float(table.host[0, 0]) == 1 / 3
     assert table.device.dtype == torch.float32 and len(table) == 2
-    assert table.used_columns == (frozenset({"k_x", "clip"}), frozenset({"a", "clip", "push_slot"}))
+    assert table.used_columns == (frozenset({"k_x", "clip"}), frozenset({"a", "clip", "p_0", "push_slot"}))
     assert pack([Row(0, 0)], dtype=torch.float64).device.dtype == torch.float64
     assert len(pack([])) == 0
 
@@ -191,7 +191,7 @@ def test_an_input_may_live_in_the_state_s_memory(impl, name):
         views = {"x turned": state.x.transpose(2, 3), "history": state.history[1]}
         shared = views[name] if name in views else getattr(state, name)
         given = shared.clone() if copied else shared
-        rows = [Row(0, 0, push=True, save=True)] * 2
+        rows = [Row(0, 0, p_0=1, save=True)] * 2
         rows += [
             Row(
                 0,
@@ -205,7 +205,8 @@ def test_an_input_may_live_in_the_state_s_memory(impl, name):
                 c1=0.1,
                 a_s=0.2,
                 save=True,
-                push=True,
+                p_x=0.3,
+                p_0=0.7,
             )
         ]
         sampler_step(state, given, pack(rows), 2, grad=given, noise=given, out2=given, impl=impl)

@@ -17,10 +17,10 @@ from admfast.ops.update.step import Clip, PackedTable, Row, SamplerState, pack, 
 # everything at once (variance, guidance in all three places, noise, saved point, history and push).
 PLAIN_ROWS = [Row(0.0, 0.0, k_x=1.0, k_out=-1.0, a=0.5, b=0.5)]
 FULL_ROWS = [
-    Row(0, 0, k_x=0.5, k_out=0.7, push=True, save=True, b=1),
+    Row(0, 0, k_x=0.5, k_out=0.7, p_0=1, save=True, b=1),
     Row(
         0, 0, k_x=0.9, k_out=-0.4, k_pre=0.1, k_post=0.2, l0=-1, l1=0.5, a=0.3, a_s=0.1, b=0.6, c1=0.2,
-        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, push=True,
+        k_mean=0.3, k_z=0.7, mix=0.5, clip=Clip.USED, save=True, p_x=0.4, p_0=-1.3,
     ),
 ]  # fmt: skip
 FULL_CASE: Case = dict(n=2, spatial=(4, 6), full=True)

@@ -8,9 +8,10 @@ noise, a row computes
     log_var = l0 + l1 v,  sigma = exp(log_var / 2)
     x_next = a x + a_s s + b x0 + c1 h1 + c2 h2 + c3 h3 + k_mean sigma^2 g + k_z sigma z
 
-where s is a saved point and h1, h2, h3 are the last three x0 that were pushed, newest first. If the row has
-`save`, the x from before the update becomes the saved point; if it has `push`, the reported x0 is pushed. A
-linear solver, with its guidance and noise, is a table of such rows (see `admfast.solvers`).
+where s is a saved point and h1, h2, h3 are the last three values that were pushed, newest first. If the row
+has `save`, the x from before the update becomes the saved point. If p_x or p_0 isn't 0, the row pushes
+`p_x x + p_0 x0`, with the x from before the update and the reported x0: x0 itself, or the noise eps. A linear
+solver, with its guidance and noise, is a table of such rows (see `admfast.solvers`).
 """
 
 from __future__ import annotations
@@ -71,15 +72,21 @@ class Row:
     mix: float = 0.0
     clip: Clip = Clip.USED
     save: bool = False
-    push: bool = False
+    p_x: float = 0.0
+    p_0: float = 0.0
     index: int = 0
+
+    @property
+    def pushes(self) -> bool:
+        """Whether the row pushes a value."""
+        return bool(self.p_x or self.p_0)
 
 
 # Columns of the packed table, in order. History is a ring buffer, and `pack` turns the ages of c1, c2, c3
 # into its slots d0, d1, d2, so that nothing moves in memory. `push_slot` is -1 if the row doesn't push.
 COLUMNS = (
     "k_x", "k_out", "k_pre", "k_post", "l0", "l1", "a", "a_s", "b", "d0", "d1", "d2", "k_mean", "k_z", "mix",
-    "clip", "save", "push_slot",
+    "clip", "save", "p_x", "p_0", "push_slot",
 )  # fmt: skip
 
 
@@ -109,7 +116,7 @@ def pack(
 ) -> PackedTable:
     """Turn rows into the table that the update reads; this is the only upload of a solver's coefficients.
 
-    Raises: InvalidArgument for a row that uses an older x0 than were pushed before it.
+    Raises: InvalidArgument for a row that uses an older value than were pushed before it.
     """
     table = torch.zeros(len(rows), len(COLUMNS), dtype=torch.float64, device="cpu")
     pushed = 0
@@ -118,12 +125,12 @@ def pack(
         for age, coefficient in enumerate((row.c1, row.c2, row.c3), start=1):
             if coefficient and age > pushed:
                 raise invalid(
-                    f"rows[{i}].c{age}", coefficient, f"0: only {pushed} x0 were pushed before this row"
+                    f"rows[{i}].c{age}", coefficient, f"0: only {pushed} values were pushed before this row"
                 )
             if age <= min(pushed, HISTORY):
                 values[f"d{(pushed - age) % HISTORY}"] = coefficient
-        values["push_slot"] = pushed % HISTORY if row.push else -1
-        pushed += row.push
+        values["push_slot"] = pushed % HISTORY if row.pushes else -1
+        pushed += row.pushes
         row_values = [float(values.get(name, 0.0)) for name in COLUMNS]
         table[i] = torch.tensor(row_values, dtype=torch.float64, device="cpu")
     return PackedTable(table, table.to(device=device, dtype=dtype))
@@ -147,7 +154,7 @@ class SamplerState:
         """Return a state that begins at a copy of `x`, with the buffers that the rows use."""
         x = x.detach().clone(memory_format=torch.contiguous_format)
         saved = torch.zeros_like(x) if any(row.save or row.a_s for row in rows) else None
-        history = x.new_zeros((HISTORY, *x.shape)) if any(row.push for row in rows) else None
+        history = x.new_zeros((HISTORY, *x.shape)) if any(row.pushes for row in rows) else None
         return cls(x, torch.zeros_like(x), saved, history)
 
 
@@ -204,7 +211,8 @@ def sampler_step_ref(
         state.saved.copy_(x)
     if k["push_slot"] >= 0:
         assert state.history is not None
-        state.history[int(k["push_slot"])].copy_(reported)
+        pushed = k["p_0"] * reported if k["p_0"] else torch.zeros_like(x)
+        state.history[int(k["push_slot"])].copy_(pushed + k["p_x"] * x if k["p_x"] else pushed)
     state.x.copy_(x_next)
     state.x0.copy_(reported)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admfast.errors import InvalidArgument, invalid
+from admfast.errors import InvalidArgument
 from admfast.ops.update.step import PackedTable, Row, pack
 
 
@@ -57,13 +57,3 @@ class SolverTable:
     def packed(self) -> PackedTable:
         """The rows as the update reads them, on the host."""
         return pack(self.rows)
-
-    def from_step(self, index: int) -> SolverTable:
-        """Return the table from the row of step `index` on, to begin from a noised image.
-
-        Raises: InvalidArgument if no row has this index.
-        """
-        for i, row in enumerate(self.rows):
-            if row.index == index:
-                return dataclasses.replace(self, rows=self.rows[i:])
-        raise invalid("index", index, f"a step of the table: {[row.index for row in self.rows]}")
