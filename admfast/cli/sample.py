@@ -47,7 +47,9 @@ def run_sample(
     steps: option.Steps = None,
     solver: option.Solver = "ddpm",
     eta: option.Eta = None,
+    spacing: option.Spacing = None,
     respacing: option.Respaced = None,
+    dynamic_threshold: option.DynamicThreshold = None,
     guidance: option.Guidance = None,
     guidance_interval: option.Interval = None,
     upsampler_steps: option.UpsamplerSteps = None,
@@ -80,9 +82,10 @@ def run_sample(
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
     image_classes, image_seeds = _select_images(pipe, classes, per_class, seeds, images)
     request = SampleRequest(
-        image_classes, image_seeds, size=size, steps=steps, solver=solver, eta=eta, respacing=respacing,
-        guidance=guidance, guidance_interval=parse_interval(guidance_interval),
-        upsampler_steps=upsampler_steps, batch_size=batch,
+        image_classes, image_seeds, size=size, steps=steps, solver=solver, eta=eta, spacing=spacing,
+        respacing=respacing, dynamic_threshold=dynamic_threshold, guidance=guidance,
+        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps,
+        batch_size=batch,
     )  # fmt: skip
     low_res_array = None if images is None else images.images
     run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
@@ -214,6 +217,8 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
     steps = f"{request.steps or pipe.steps} steps"
     if request.respacing is not None:
         steps = f"respacing {request.respacing}"
+    elif request.spacing is not None:
+        steps += f", {request.spacing} spacing"
     rows = [
         ("system", pipe.name),
         ("images", f"{len(seeds)} of {sides['base']}, {plan.batch_size} at a time"),

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from admfast.diffusion import SPACINGS
 from admfast.solvers import list_solvers
 
 Name = Annotated[str, typer.Argument(help="A system (see `admfast models`) or a weights file.")]
@@ -53,11 +54,23 @@ Solver = Annotated[
 Eta = Annotated[
     float | None, typer.Option(help="The solver's option eta, as in ddim:eta=0.5 (default: its own).")
 ]
+Spacing = Annotated[
+    str | None,
+    typer.Option(help=f"How --steps are spaced: {', '.join(SPACINGS)} (default: as the solver does)."),
+]
+DynamicThreshold = Annotated[
+    float | None,
+    typer.Option(
+        help="Limit x_0 of each image by this quantile of its absolute value, such as 0.995 "
+        "(default: x_0 is clipped to -1..1)."
+    ),
+]
 Respaced = Annotated[
     str | None,
     typer.Option(
         "--respacing",
-        help="Timesteps instead of --steps, as published: 250, ddim25, 10,10,10 (default: from --steps).",
+        help="Timesteps instead of --steps: 250, ddim25 or 10,10,10 as published, karras18, or a list "
+        "[999,850,500] (default: from --steps).",
     ),
 ]
 Guidance = Annotated[

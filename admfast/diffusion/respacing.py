@@ -142,8 +142,8 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
     if isinstance(spec, Iterable):
         items = list(spec)
         if published:
-            return _section_timesteps(total, [operator.index(count) for count in items], published)
-        return _listed_timesteps(total, items)
+            return _section_timesteps(total, [operator.index(count) for count in items], published)  # type: ignore[arg-type]
+        return _listed_timesteps(total, items)  # type: ignore[arg-type]
     return _section_timesteps(total, [whole_number("respacing", spec, 0, total)], published)
 
 

@@ -246,8 +246,8 @@ def make_schedule(
     For other betas see `Schedule.from_betas`. Source: `create_gaussian_diffusion` of the published code.
 
     noise_schedule: "linear" or "cosine". steps: length of the original process.
-    respacing: which steps to keep, see `kept_timesteps` and `space_timesteps`; "" keeps all and recomputes the
-      betas from alpha_bar, None keeps the process unchanged (the published class without its respacing
+    respacing: which steps to keep, see `kept_timesteps` and `space_timesteps`; "" keeps all and recomputes
+      the betas from alpha_bar, None keeps the process unchanged (the published class without its respacing
       wrapper).
     rescale_timesteps: the network sees float timesteps in 0..1000.
     Raises: InvalidArgument.

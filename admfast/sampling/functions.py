@@ -33,7 +33,7 @@ class FunctionStep:
     batch: the rows and images; its labels and guidance scale are not used. model: model(x, t) returns the
     network's output [N, C or 2C, *spatial]; t is [N], int64 or float32. x: input of the first row, float32
     (float64 only with the reference update). guides: each guide with one flag per row that says whether it
-    applies. denoised_fn: maps x_0 before it is clipped.
+    applies. denoised_fn: maps x_0 before it is clipped. dynamic_threshold: as in `SampleRequest`.
     read_prediction: read_prediction(out, x_t, i) returns the `Prediction` at row i, for guides that use it.
     """
 
@@ -45,13 +45,20 @@ class FunctionStep:
         guides: GuideRows = (),
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         read_prediction: Callable[[Tensor, Tensor, int], Prediction] | None = None,
+        dynamic_threshold: float | None = None,
     ):
         table, noise = batch.table, batch.step_noise
         if isinstance(noise, Tensor) and noise.shape != (len(table), *x.shape):
             raise invalid("step_noise.shape", tuple(noise.shape), f"{(len(table), *tuple(x.shape))}")
-        rows = table.rows if denoised_fn is None else tuple(_row_taking_x0(row) for row in table.rows)
+        rows = table.rows
+        if denoised_fn is not None:
+            rows = tuple(_row_taking_x0("denoised_fn", row) for row in rows)
+        self.unlimited_rows = rows
+        if dynamic_threshold is not None:
+            rows = tuple(_row_taking_guided_x0("dynamic_threshold", row) for row in rows)
         self.batch, self.model, self.guides = batch, model, guides
         self.denoised_fn, self.read_prediction = denoised_fn, read_prediction
+        self.dynamic_threshold = dynamic_threshold
         self.state = SamplerState.start(x, rows)
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
         self.t_net, self.t_clf = table.timesteps_for(x)
@@ -77,6 +84,8 @@ class FunctionStep:
         out, gradient = self.evaluate(x, i)
         if self.denoised_fn is not None:
             out = apply_denoised_fn(self.denoised_fn, batch.table.rows[i], x, out)
+        if self.dynamic_threshold is not None:
+            out = _limit_dynamically(self.dynamic_threshold, self.unlimited_rows[i], x, out, gradient)
         sampler_step(
             self.state,
             out,
@@ -145,8 +154,8 @@ def bind_conditions(net: nn.Module, labels: Tensor | None, low_res: Tensor | Non
 
 def make_function_step(plan: Plan, x: Tensor) -> FunctionStep:
     """Return the `FunctionStep` that runs the rows of a plan, beginning at `x`."""
-    for name in plan.functions:
-        LOG.info("rows run one by one, without a prepared step: %s needs Python functions", name)
+    for name, reason in plan.unprepared.items():
+        LOG.info("rows run one by one, without a prepared step: %s needs %s", name, reason)
     engine, guides = plan.engine, list(plan.guides)
     if plan.guidance_scale:
         assert engine.classifier is not None and plan.labels is not None
@@ -159,15 +168,20 @@ def make_function_step(plan: Plan, x: Tensor) -> FunctionStep:
         t = torch.full((len(x_t),), timestep_map[rows[i].index].item(), device=x_t.device)
         return dataclasses.replace(plan.predictor.read_output(out, x_t, t), first=plan.first)
 
-    return FunctionStep(plan, model, x, guides, plan.denoised_fn, read_prediction)
+    return FunctionStep(plan, model, x, guides, plan.denoised_fn, read_prediction, plan.dynamic_threshold)
 
 
-def _row_taking_x0(row: Row) -> Row:
-    """Return the row for an `out` whose mean part is x_0 itself."""
+def _row_taking_x0(argument: str, row: Row) -> Row:
+    """Return the row for an `out` whose mean part is x_0 itself. argument: the reason, for an error."""
     if row.clip == Clip.REPORTED:
         allowed = "not for a network that predicts the previous x: its update ignores x_0"
-        raise invalid("denoised_fn", "given", allowed)
+        raise invalid(argument, "given", allowed)
     return dataclasses.replace(row, k_x=0.0, k_out=1.0)
+
+
+def _row_taking_guided_x0(argument: str, row: Row) -> Row:
+    """Return the row for an `out` whose mean part is x_0 after guidance and its limit."""
+    return dataclasses.replace(_row_taking_x0(argument, row), k_pre=0.0, clip=Clip.NONE)
 
 
 def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tensor, out: Tensor) -> Tensor:
@@ -177,3 +191,15 @@ def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tens
     x0 = denoised_fn(row.k_x * x + row.k_out * out[:, :channels])
     checks.image_tensor("denoised_fn(x_0)", x0, tuple(x.shape))
     return torch.cat([x0, out[:, channels:]], dim=1)
+
+
+def _limit_dynamically(quantile: float, row: Row, x: Tensor, out: Tensor, gradient: Tensor | None) -> Tensor:
+    """Return `out` with its mean part replaced by x_0, guided and limited (see `SampleRequest`)."""
+    channels = x.shape[1]
+    out = out.to(x.dtype)
+    x0 = row.k_x * x + row.k_out * out[:, :channels]
+    if gradient is not None and row.k_pre:
+        x0 = x0 + row.k_pre * gradient.to(x.dtype)
+    limits = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(min=1)
+    limits = limits.view(-1, *[1] * (x.dim() - 1))
+    return torch.cat([x0.clamp(-limits, limits) / limits, out[:, channels:]], dim=1)

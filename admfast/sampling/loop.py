@@ -193,8 +193,8 @@ def _step_for(plan: Plan, x: Tensor) -> Iterator[PreparedStep | FunctionStep]:
 
 def _reason_not_prepared(plan: Plan) -> str | None:
     """Return why no prepared step can run the rows of a plan; None if one can."""
-    if plan.functions:
-        return f"{', '.join(plan.functions)}: Python functions"
+    if plan.unprepared:
+        return "; ".join(f"{name}: {reason}" for name, reason in plan.unprepared.items())
     return None if plan.engine.options.prepared else "EngineOptions(prepared=False)"
 
 

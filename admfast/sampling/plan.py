@@ -38,8 +38,8 @@ class Plan(Batch):
 
     engine, process, predictor: those of the model; the process is respaced. noise: x_T, None for the noise of
     the seeds. x_start: image to noise and begin from, or None. guides: all but the classifier, each with one
-    flag per row that says whether it applies. denoised_fn: the user's function. first_stream: stream of x_T's
-    noise. callback, every, batch_size, output: as in the request. first: index of this plan's first image
+    flag per row that says whether it applies. denoised_fn, dynamic_threshold, callback, every, batch_size,
+    output: as in the request. first_stream: stream of x_T's noise. first: index of this plan's first image
     among all requested images. stage: "base" or "upsampler". upsampler_plan: plan of the upsampler that
     follows, or None. downsample_factor: factor by which base images are downsampled before the upsampler.
     """
@@ -52,6 +52,7 @@ class Plan(Batch):
     x_start: Tensor | None = None
     guides: tuple[tuple[Guide, tuple[bool, ...]], ...] = ()
     denoised_fn: Callable[[Tensor], Tensor] | None = None
+    dynamic_threshold: float | None = None
     first_stream: Stream = Stream.X_T
     callback: Callback | None = None
     every: int = 1
@@ -63,10 +64,14 @@ class Plan(Batch):
     downsample_factor: int = 1
 
     @property
-    def functions(self) -> list[str]:
-        """Names of the fields that hold Python functions, with which no step can be prepared."""
-        function_fields = {"guides": self.guides, "denoised_fn": self.denoised_fn}
-        return [name for name, value in function_fields.items() if value]
+    def unprepared(self) -> dict[str, str]:
+        """The fields with which no step can be prepared, and why."""
+        reasons = {
+            "guides": "Python functions",
+            "denoised_fn": "a Python function",
+            "dynamic_threshold": "a quantile of each image",
+        }
+        return {name: reason for name, reason in reasons.items() if getattr(self, name)}
 
     @property
     def steps(self) -> dict[str, int]:
@@ -142,7 +147,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     table = full_table
     if request.t_start is not None:
         process = _process_from_timestep(process, request.t_start)
-        table = solver.table(process, request.clip)
+        table = solver.table(process, _clips(request))
     num_skipped, timestep_map = len(full_table) - len(table), process.schedule.timestep_map
     seeds, labels, shape = requested_images(request, pipeline)
     _check_shapes(request, shape, len(full_table), pipeline)
@@ -171,6 +176,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
             (guide, _rows_in_interval(guide.interval, timesteps)) for guide in _function_guides(request)
         ),
         denoised_fn=request.denoised_fn,
+        dynamic_threshold=request.dynamic_threshold,
         noise_row=num_skipped,
         impl=request.impl,
         callback=request.callback,
@@ -211,6 +217,7 @@ def _upsampler_plan(request: SampleRequest, pipeline: Pipeline, up: Pipeline, ba
         callback=request.callback,
         every=request.every,
         stage="upsampler",
+        dynamic_threshold=request.dynamic_threshold,
         downsample_factor=downsample_factor,
     )
 
@@ -229,12 +236,17 @@ def _process_and_table(
         if steps > pipeline.diffusion.steps:
             raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
         respacing = solver.respacing_for(steps, request.spacing)
-    return _cached_process_and_table(pipeline.diffusion, solver, request.clip, respacing)  # type: ignore[arg-type]
+    return _cached_process_and_table(pipeline.diffusion, solver, _clips(request), respacing)  # type: ignore[arg-type]
+
+
+def _clips(request: SampleRequest) -> bool:
+    """Tell whether the rows clip x_0; a dynamic threshold limits it instead."""
+    return request.clip and request.dynamic_threshold is None
 
 
 @functools.lru_cache(maxsize=16)
 def _cached_process_and_table(
-    diffusion: DiffusionConfig, solver: Solver, clip: bool | None, respacing: Respacing
+    diffusion: DiffusionConfig, solver: Solver, clip: bool, respacing: Respacing
 ) -> tuple[GaussianDiffusion, SolverTable]:
     """Return the process and its rows, cached: schedules and tables in float64 take milliseconds to make."""
     process = diffusion.build(respacing)

@@ -45,7 +45,10 @@ class SampleRequest:
             (Kynkaanniemi et al. 2024); None means all. Outside it the classifier is not evaluated.
         guides: see `admfast.sampling.guides`; they are summed, together with `guidance` if that is given.
         eta: shorthand for the solver's option of that name.
-        clip: clip x_0 to [-1, 1] at every step. None: as the solver does by default.
+        clip: clip x_0 to [-1, 1] at every step.
+        dynamic_threshold: a quantile such as 0.995, to limit x_0 in another way than `clip` (Saharia et al.
+            2022): in each image to [-s, s], then divided by s, where s is this quantile of |x_0|, at least 1.
+            With it no step is prepared.
         spacing: how the timesteps are spaced: "uniform", "quadratic", "log-snr" or "karras" (see
             `admfast.diffusion.kept_timesteps`). None: the solver's own spacing.
         respacing: timesteps to use, instead of `steps` and `spacing`: a published string, a spacing with a
@@ -82,7 +85,8 @@ class SampleRequest:
     guidance_interval: Interval | None = None
     guides: Iterable[Guide] = ()
     eta: float | None = None
-    clip: bool | None = None
+    clip: bool = True
+    dynamic_threshold: float | None = None
     spacing: str | None = None
     respacing: Respacing | None = None
     upsampler_steps: int | None = None
@@ -131,7 +135,7 @@ class SampleRequest:
         for name in ("noise", "x_start", "step_noise", "low_res"):
             if getattr(self, name) is not None:
                 images = checks.image_tensor(name, getattr(self, name))
-                if name == "low_res" or (name == "x_start" and self.clip is not False):
+                if name == "low_res" or (name == "x_start" and self.clip):
                     checks.image_range(name, images)
         if self.batch_size is not None:
             self._store_whole_number("batch_size", 1)
@@ -144,8 +148,10 @@ class SampleRequest:
             solver = make_solver(self.solver, **({} if self.eta is None else {"eta": self.eta}))
         self._store("solver", solver)
         self._store("eta", None)
-        if self.clip is not None:
-            checks.store_booleans(self, "clip")
+        checks.store_booleans(self, "clip")
+        if self.dynamic_threshold is not None:
+            quantile = checks.finite_float("dynamic_threshold", self.dynamic_threshold, above=0, most=1)
+            self._store("dynamic_threshold", quantile)
         for name in ("steps", "upsampler_steps"):
             if getattr(self, name) is not None:
                 self._store_whole_number(name, 1)

@@ -50,9 +50,7 @@ def nodes_of(process: GaussianDiffusion) -> list[Node]:
     schedule = process.schedule
     if schedule.alphas_cumprod[-1] == 0:
         last = schedule.num_timesteps - 1
-        raise InvalidArgument(
-            f"step {last}: alpha_bar is 0 there; keep fewer steps or take another schedule"
-        )
+        raise InvalidArgument(f"step {last}: alpha_bar is 0 there; keep fewer steps or take another schedule")
     alphas, sigmas = schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
     steps = reversed(range(len(alphas)))
     return [Node(float(alphas[i]), float(sigmas[i]), row_inputs(process, i)) for i in steps] + [END]
@@ -85,7 +83,7 @@ def data_row(
     Source: Dhariwal & Nichol 2021, algorithm 2; Lu et al. 2022, "DPM-Solver++", section 4.1.
     """
     c1, c2, c3 = [*past, *[0.0] * (HISTORY - len(past))]
-    coefficients = dict(a=a, b=b, c1=c1, c2=c2, c3=c3, k_pre=node.sigma**2 / node.alpha)
+    coefficients: dict[str, Any] = dict(a=a, b=b, c1=c1, c2=c2, c3=c3, k_pre=node.sigma**2 / node.alpha)
     limit = choose_clip(process, clip, network_mean=False)
     assert node.inputs is not None
     return Row(**node.inputs, **coefficients, clip=limit, **others)

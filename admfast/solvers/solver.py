@@ -34,7 +34,6 @@ class Solver:
         starts_from: "noise", or "image" for a solver that turns clean images into noise.
         spacing: how it spaces the timesteps, if nothing else is asked for: a name of `SPACINGS`, "" for the
             published spacing of a count, or "ddim".
-        clip: whether it clips x_0, if nothing else is asked for.
         evaluations: evaluations of the network in each of its steps but the last, which takes one.
     """
 
@@ -44,7 +43,6 @@ class Solver:
     starts_from: Literal["noise", "image"] = "noise"
     spacing: str = ""
     evaluations: int = 1
-    clip: bool = True
 
     def __post_init__(self) -> None:
         # A solver may be shared (`parse_solver` caches it), so its options must not change.
@@ -59,12 +57,9 @@ class Solver:
         options = ",".join(f"{name}={json.dumps(value)}" for name, value in self.options.items())
         return f"{self.name}:{options}" if options else self.name
 
-    def table(self, process: GaussianDiffusion, clip: bool | None = None) -> SolverTable:
-        """Return the table for a process, already respaced.
-
-        clip: clip x_0 to [-1, 1] in every row; None does as the solver's own `clip`.
-        """
-        return self.make_table(process, clip=self.clip if clip is None else clip, **self.options)
+    def table(self, process: GaussianDiffusion, clip: bool = True) -> SolverTable:
+        """Return the table for a process, already respaced. clip: clip x_0 to [-1, 1] in every row."""
+        return self.make_table(process, clip=clip, **self.options)
 
     def respacing_for(self, steps: int, spacing: str | None = None) -> str:
         """Return the respacing that leads to at most `steps` rows: evaluations of the network.

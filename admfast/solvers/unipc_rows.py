@@ -33,9 +33,9 @@ def _table(process: GaussianDiffusion, *, order: int, variant: str, clip: bool) 
     x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) m_s - alpha_t B sum_k rho_k (m_k - m_s) / r_k,
     where m are values of x_0, and r_k = (lambda_k - lambda_s) / h. The predictor uses the nodes before s; the
     corrector also t itself, where the network has been evaluated meanwhile. Both are linear in x and the
-    values of x_0, so the correction of the row before is added to this row's prediction. The first steps have as many
-    values as there are, the last ones have order ..., 3, 2, 1. The last, to the clean image, returns x_0.
-    Source: Zhao et al. 2023, algorithm 5 to 8 and eq. 9 to 11.
+    values of x_0, so the correction of the row before is added to this row's prediction. The first steps have
+    as many values as there are, the last ones have order ..., 3, 2, 1. The last, to the clean image, returns
+    x_0. Source: Zhao et al. 2023, algorithm 5 to 8 and eq. 9 to 11.
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """

@@ -31,7 +31,7 @@ def eps_of(x: Tensor, alpha: float, sigma: float) -> Tensor:
 
 
 def follow(y: Tensor, rho: float, to: float, steps: int) -> Tensor:
-    """Return y = x / alpha after the probability flow dy / d rho = eps, by the classical Runge-Kutta method."""
+    """Return y = x / alpha after the probability flow dy / d rho = eps, by Runge-Kutta of order 4."""
 
     def slope(log_rho: float, y: Tensor) -> Tensor:
         rho = math.exp(log_rho)
@@ -53,8 +53,8 @@ def follow(y: Tensor, rho: float, to: float, steps: int) -> Tensor:
 class Trial:
     """A solver, the order that it must have, and how its error is measured.
 
-    warm: steps whose result is replaced by the exact one, because they have less history. tail: steps that are
-    left out at the end, because their order is lower. evenly: timesteps with equal steps of rho, not of t.
+    warm: steps whose result is replaced by the exact one, because they have less history. tail: steps that
+    are left out at the end, because their order is lower. evenly: the steps are equal in rho, not in t.
     """
 
     solver: Solver
