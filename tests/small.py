@@ -132,6 +132,7 @@ def run_table(
     *,
     guidance: Any = None,
     denoised_fn: Any = None,
+    dynamic_threshold: float | None = None,
     callback: Any = None,
     every: int = 1,
     seeds: Tensor | None = None,
@@ -142,7 +143,8 @@ def run_table(
     batch = Batch(table=table, shape=tuple(x.shape), seeds=seeds, guided=(False,) * len(table), **options)
     guides = [] if guidance is None else [(Guide(guidance), [True] * len(table))]
     watch = SimpleNamespace(callback=callback, every=every, first=0, stage="base")
-    return run_rows(table, FunctionStep(batch, model, x, guides, denoised_fn), watch)
+    step = FunctionStep(batch, model, x, guides, denoised_fn, dynamic_threshold=dynamic_threshold)
+    return run_rows(table, step, watch)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

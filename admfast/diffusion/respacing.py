@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from admfast.checks import finite_float, to_python, whole_number
+from admfast.checks import finite_float, parse_literal, to_python, whole_number
 from admfast.errors import InvalidArgument, allowed_names, invalid
 
 Respacing = str | int | Iterable[float]
@@ -69,6 +69,8 @@ def kept_timesteps(spec: Respacing, log_snr: FloatArray) -> list[int] | list[flo
         if not 1 <= count <= total:
             raise invalid("respacing", spec, f"{match[1]}N with N from 1 to {total}")
         return _spread_timesteps(match[1], count, log_snr)
+    if isinstance(spec, str) and (match := _LIST.fullmatch(spec)) and "." in spec:
+        spec = [parse_literal(item) for item in match[1].split(",")]
     if isinstance(spec, Iterable) and not isinstance(spec, str):
         items = [to_python(item) for item in spec]
         if any(isinstance(item, float) for item in items):

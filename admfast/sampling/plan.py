@@ -231,12 +231,17 @@ def _process_and_table(
     """
     solver = request.solver
     assert isinstance(solver, Solver)
-    respacing = request.respacing
-    if steps is not None:
-        if steps > pipeline.diffusion.steps:
-            raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
-        respacing = solver.respacing_for(steps, request.spacing)
-    return _cached_process_and_table(pipeline.diffusion, solver, _clips(request), respacing)  # type: ignore[arg-type]
+    if steps is not None and steps > pipeline.diffusion.steps:
+        raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
+    respacing = request.respacing if steps is None else None
+    return _cached_process_and_table(
+        pipeline.diffusion,
+        solver,
+        _clips(request),
+        steps,
+        request.spacing,
+        respacing,  # type: ignore[arg-type]
+    )
 
 
 def _clips(request: SampleRequest) -> bool:
@@ -246,10 +251,15 @@ def _clips(request: SampleRequest) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _cached_process_and_table(
-    diffusion: DiffusionConfig, solver: Solver, clip: bool, respacing: Respacing
+    diffusion: DiffusionConfig,
+    solver: Solver,
+    clip: bool,
+    steps: int | None,
+    spacing: str | None,
+    respacing: Respacing | None,
 ) -> tuple[GaussianDiffusion, SolverTable]:
     """Return the process and its rows, cached: schedules and tables in float64 take milliseconds to make."""
-    process = diffusion.build(respacing)
+    process = diffusion.build(respacing if steps is None else solver.respacing_for(steps, spacing))
     return process, solver.table(process, clip)
 
 

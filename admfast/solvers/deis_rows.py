@@ -9,7 +9,7 @@ import numpy as np
 from admfast.checks import one_of, whole_number
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.nodes import Node, nodes_of, noise_row, orders
+from admfast.solvers.nodes import Node, data_row, nodes_of, noise_row, orders
 from admfast.solvers.solver import Solver, register
 
 # Weights of the Adams-Bashforth methods of orders 1 to 4, for equal steps.
@@ -55,8 +55,6 @@ def _deis_table(process: GaussianDiffusion, *, order: int, variable: str, clip: 
     """
 
     def weights(node: Node, following: Node, past: list[Node]) -> np.ndarray:
-        if following.is_end:
-            return np.array([-node.rho])
         u, step_rho = _quadrature(process, node, following, variable)
         known = [_variable(process, each, variable) for each in (node, *past)]
         return np.array([(_lagrange(known, j, u) * step_rho).sum() for j in range(len(known))])
@@ -86,6 +84,9 @@ def _table(
     nodes, rows = nodes_of(process), list[Row]()
     for i, this_order in enumerate(orders(order, len(nodes) - 1, lower_last=False)):
         node, following = nodes[i], nodes[i + 1]
+        if following.is_end:
+            rows.append(data_row(process, node, clip, a=0.0, b=1.0))
+            continue
         scaled = following.alpha * weights(node, following, nodes[max(i - this_order + 1, 0) : i][::-1])
         a = following.alpha / node.alpha
         rows.append(noise_row(process, node, clip, a=a, weights=scaled.tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from admfast.errors import InvalidArgument, NonFiniteError
 from admfast.ops.update import Clip, Stream, as_seeds, normal
 from admfast.sampling import loop
 from admfast.sampling.loop import Diverged, Progress
-from admfast.solvers import make_solver
+from admfast.solvers import ddim, make_solver, unipc
 from tests.small import pipeline, randn, run_table
 
 SHAPE = (2, 3, 4, 4)
@@ -185,6 +186,45 @@ def test_denoised_fn_is_refused_where_the_update_ignores_x0():
     ):
         run(rows, denoised_fn=lambda x0: x0)
     assert run(rows).x.isfinite().all()
+
+
+# dynamic_threshold
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+@pytest.mark.parametrize("halves", [False, True], ids=["alone", "after denoised_fn"])
+def test_a_dynamic_threshold_limits_the_guided_x0_of_each_image(guided, halves):
+    process = DiffusionConfig(learn_sigma=True).build("uniform3")
+    rows = unipc().table(process, clip=False)
+    row, found = rows.rows[0], []
+    gradient = torch.full_like(X, 0.3)
+    gradient[1] = -2.0
+    run_table(
+        rows,
+        model,
+        X,
+        guidance=(lambda x, t: gradient) if guided else None,
+        denoised_fn=(lambda x0: x0 / 2) if halves else None,
+        dynamic_threshold=0.9,
+        callback=lambda p: found.append(p.x0.clone()),
+    )
+    x0 = row.k_x * X.double() + row.k_out * model(X, torch.tensor([999, 999]))[:, :3].double()
+    x0 = x0 / 2 if halves else x0
+    x0 = x0 + row.k_pre * gradient if guided else x0
+    for image, expected in zip(found[0], x0, strict=True):
+        s = max(float(np.quantile(expected.abs().numpy(), 0.9)), 1.0)
+        limited = expected.clamp(-s, s) / s
+        # x_0 is rounded a few times in float32, and |k_x| and |k_out| are 157.
+        assert float((image - limited).abs().max()) < 157 * 2**-21
+        assert s > 2 and float(image.abs().max()) == 1.0
+
+
+def test_a_dynamic_threshold_below_one_leaves_x0():
+    rows = ddim().table(DiffusionConfig().build("uniform3"), clip=False)
+    small = lambda x, t: x - 0.01 * x  # noqa: E731
+    plain = run_table(rows, small, X / 1000)
+    limited = run_table(rows, small, X / 1000, dynamic_threshold=1.0)
+    torch.testing.assert_close(limited.x, plain.x, rtol=0, atol=157 * 2**-21)
 
 
 # Divergence

@@ -232,6 +232,17 @@ def test_beginning_midway_takes_the_seeds_noise_where_none_is_given():
     assert pipe.sample(0, **arguments).shape == (2, *SHAPE), "there should be one image per given image"
 
 
+@pytest.mark.parametrize("solver", ["unipc", "dpmpp:order=3", "deis", "ipndm", "heun"])
+def test_a_solver_with_a_memory_begins_midway_without_one(solver):
+    pipe, x_start, noise = silent(), randn(2, *SHAPE) / 4, randn(2, *SHAPE, seed=1)
+    arguments = {"noise": noise, "solver": solver, "output": "float"}
+    begun = pipe.sample(0, SEEDS[:2], x_start=x_start, t_start=600, respacing="uniform5", **arguments)
+    # The same as a run of only these timesteps, from the same noised image.
+    bar = float(pipe.process().schedule.alphas_cumprod[599])
+    arguments["noise"] = bar**0.5 * x_start + (1 - bar) ** 0.5 * noise
+    assert_close(begun, pipe.sample(0, SEEDS[:2], respacing=[199, 399, 599], **arguments))
+
+
 # Steps
 
 
@@ -401,3 +412,15 @@ def test_a_cascade_needs_no_classes_of_the_upsampler_and_keeps_guidance_for_the_
     calls = watch(up.net)
     assert pipe.sample([0, 1], guidance=5.0).shape == (2, 16, 16, 1)
     assert len(calls) == 2 and "y" not in calls[0]
+
+
+def test_a_spacing_is_a_respacing_of_as_many_steps():
+    pipe = pipeline()
+    for spacing in ("uniform", "karras"):
+        named = pipe.sample(0, SEEDS[:2], steps=5, spacing=spacing, solver="unipc", output="float")
+        spelt = pipe.sample(0, SEEDS[:2], respacing=f"{spacing}5", solver="unipc", output="float")
+        assert torch.equal(named, spelt)
+    calls = watch(pipe.net)
+    pipe.sample(0, SEEDS[:1], steps=5, spacing="log-snr", solver="ddim")
+    seen = [call["t"][0].item() for call in calls]
+    assert len(seen) == 5 and seen[0] == 999 and any(t != int(t) for t in seen)

@@ -1,0 +1,170 @@
+"""Tests of the multistep solvers, of Heun and of churn that hold for every process."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from admfast.diffusion import DiffusionConfig, MeanType
+from admfast.errors import InvalidArgument
+from admfast.ops import Clip, pack
+from admfast.ops.update import SolverTable
+from admfast.solvers import ddim, deis, dpmpp, euler, heun, ipndm, list_solvers, make_solver, unipc
+from admfast.solvers.solver import SOLVERS
+
+NEW = sorted({"unipc", "dpmpp", "deis", "ipndm", "heun", "euler"})
+# Of Gaussian data, for which a perfect network predicts x_0 = alpha STD^2 / (alpha^2 STD^2 + sigma^2) x.
+STD = 0.5
+
+
+def table(solver, count: int, clip: bool = True, **config) -> SolverTable:
+    process = DiffusionConfig(steps=1000, **config).build(solver.respacing_for(count))
+    return solver.table(process, clip)
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("steps", [1, 2, 5, 10])
+def test_steps_are_evaluations_and_the_last_row_returns_x0(name, steps):
+    solver = make_solver(name)
+    rows = table(solver, steps).rows
+    assert len(rows) == (steps if name != "heun" else steps - 1 + steps % 2)
+    last = rows[-1]
+    assert (last.a, last.a_s, last.b, last.c1, last.c2, last.c3, last.k_z) == (0, 0, 1, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_no_new_solver_reads_the_learned_variance(name):
+    for row in table(make_solver(name), 9, learn_sigma=True).rows:
+        assert row.l0 == row.l1 == row.k_mean == row.k_post == 0 and row.k_pre > 0
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_guidance_enters_before_the_limit_as_a_change_of_eps(name):
+    process = DiffusionConfig(steps=1000).build("uniform4")
+    bars = dict(zip(process.schedule.timestep_map.tolist(), process.schedule.alphas_cumprod, strict=True))
+    for row in make_solver(name).table(process).rows:
+        bar = bars[int(row.t_net)]
+        # eps becomes eps - sqrt(1 - bar) g, and x_0 = (x - sqrt(1 - bar) eps) / sqrt(bar).
+        assert row.k_pre == pytest.approx((1 - bar) / math.sqrt(bar)) and row.clip == Clip.USED
+
+
+@pytest.mark.parametrize(
+    "solver", [dpmpp(order=1), unipc(order=1), deis(order=1), ipndm(order=1), euler()], ids=str
+)
+def test_order_1_is_ddim(solver):
+    process = DiffusionConfig(steps=1000).build("uniform12")
+    ours, expected = solver.table(process), ddim().table(process)
+    columns = ("k_x", "k_out", "b", "a") if solver.name != "unipc" else ("k_x", "k_out")
+    for row, other in zip(ours.rows, expected.rows, strict=True):
+        for name in columns:
+            assert getattr(row, name) == pytest.approx(getattr(other, name), rel=1e-9, abs=1e-12), name
+
+
+@pytest.mark.parametrize("kind", list(MeanType), ids=lambda m: m.name)
+@pytest.mark.parametrize("name", NEW)
+def test_every_kind_of_network(name, kind):
+    rows = table(make_solver(name), 6, mean_type=kind).rows
+    assert pack(rows).host.isfinite().all()
+
+
+def final_std(solver, count: int) -> float:
+    """Return the standard deviation of the last x but one step, relative to the exact one, by linear rows."""
+    process = DiffusionConfig(steps=1000).build(solver.respacing_for(count))
+    rows = solver.table(process, clip=False).rows
+    # Every value is a linear function of independent normals: x_T and the rows' noise.
+    size = len(rows) + 1
+    unit = torch.eye(size, dtype=torch.float64)
+    x = unit[0] * solver.table(process, clip=False).noise_scale
+    saved, pushed = torch.zeros_like(x), [torch.zeros_like(x)] * 3
+    for i, row in enumerate(rows[:-1]):
+        # The network: eps for Gaussian data, at the signal and noise of this row.
+        alpha, sigma = 1 / row.k_x, -row.k_out / row.k_x
+        eps = sigma / (alpha**2 * STD**2 + sigma**2) * x
+        x0 = row.k_x * x + row.k_out * eps
+        past = row.c1 * pushed[0] + row.c2 * pushed[1] + row.c3 * pushed[2]
+        following = row.a * x + row.a_s * saved + row.b * x0 + past + row.k_z * unit[i + 1]
+        saved = x if row.save else saved
+        pushed = [row.p_x * x + row.p_0 * x0, *pushed[:2]] if row.pushes else pushed
+        x = following
+    alpha, sigma = 1 / rows[-1].k_x, -rows[-1].k_out / rows[-1].k_x
+    return float(x.norm()) / math.hypot(alpha * STD, sigma)
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        (dpmpp(order=1, sde=True), 1),
+        (dpmpp(order=2, sde=True), 2),
+        (euler(churn=40), 1),
+        (heun(churn=40), 2),
+        (heun(churn=40, churn_range=(0.05, 50)), 2),
+    ],
+    ids=str,
+)
+def test_with_noise_the_standard_deviation_of_gaussian_data_is_found(solver, order):
+    errors = [abs(final_std(solver, count) - 1) for count in (160, 320)]
+    assert round(math.log2(errors[0] / errors[1])) == order, errors
+
+
+def test_churn_adds_noise_where_it_is_asked_for():
+    solver = euler(churn=20, churn_range=(0.1, 10), churn_noise=1.01)
+    process = DiffusionConfig(steps=1000).build("karras20")
+    rows = solver.table(process).rows
+    rho = process.schedule.sqrt_recipm1_alphas_cumprod[::-1]
+    for before, row, at in zip(rows, rows[1:], rho[1:], strict=False):
+        raised = 0.1 <= at <= 10
+        assert (before.k_z > 0) == raised
+        factor = min(20 / 20, math.sqrt(2) - 1) + 1 if raised else 1.0
+        assert -row.k_out == pytest.approx(factor * at)  # of a network that predicts eps: rho
+        if raised:
+            assert before.k_z == pytest.approx(
+                1.01 * at * math.sqrt(factor**2 - 1) / math.hypot(1, factor * at)
+            )
+    assert all(row.k_z == 0 for row in euler().table(process).rows)
+
+
+def test_churn_is_refused_where_the_network_has_no_values_between_timesteps():
+    with pytest.raises(InvalidArgument, match="^churn="):
+        table(heun(churn=5), 9, mean_type="PREVIOUS_X")
+
+
+@pytest.mark.parametrize(
+    ("text", "argument"),
+    [
+        ("dpmpp:order=4", "order"),
+        ("dpmpp:order=3,sde=true", "order"),
+        ("dpmpp:sde=1", "sde"),
+        ("unipc:order=0", "order"),
+        ("unipc:variant=bh3", "variant"),
+        ("deis:order=5", "order"),
+        ("deis:variable=lambda", "variable"),
+        ("ipndm:order=1.5", "order"),
+        ("heun:churn=-1", "churn"),
+        ("heun:churn_range=[2,1]", "churn_range"),
+        ("euler:churn_noise=nan", "churn_noise"),
+    ],
+)
+def test_wrong_options_are_named(text, argument):
+    with pytest.raises(InvalidArgument, match=f"^{argument}="):
+        make_solver(text)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_no_signal_at_the_start_is_refused(name):
+    process = DiffusionConfig(steps=20).build("")
+    with pytest.raises(InvalidArgument, match="alpha_bar is 0"):
+        make_solver(name).table(process)
+
+
+def test_every_solver_is_listed_with_its_options_and_has_a_spacing():
+    assert set(NEW) < {text.partition(":")[0] for text in list_solvers("noise")}
+    for make in SOLVERS.values():
+        assert make_solver(str(make())) == make()
+    assert [make_solver(name).respacing_for(9) for name in ("unipc", "heun", "euler")] == [
+        "uniform9", "karras5", "karras9",
+    ]  # fmt: skip
+    assert (
+        unipc().respacing_for(9, "log-snr") == "log-snr9" and ddim().respacing_for(9, "karras") == "karras9"
+    )
