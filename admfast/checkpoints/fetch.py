@@ -28,7 +28,8 @@ from tqdm import tqdm
 from admfast.checkpoints.differences import compare, fingerprint, network_shapes, shapes_of
 from admfast.checkpoints.reading import read_weights
 from admfast.errors import CheckpointError, InvalidArgument, OutputError, invalid
-from admfast.files.atomic import close_on_windows, lock, output_error, write_text
+from admfast.files.atomic import output_error, write_text
+from admfast.files.locks import close_on_windows, lock
 from admfast.files.paths import user_path
 from admfast.models.presets import ModelPreset, preset
 

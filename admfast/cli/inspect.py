@@ -14,6 +14,7 @@ from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Preset
 from admfast.errors import invalid
 from admfast.files.tables import table
+from admfast.models.presets import MODELS, SYSTEMS
 
 
 def run_inspect(
@@ -64,6 +65,8 @@ def run_inspect(
     checks.one_of("dtype", dtype, DTYPES)
     if batch < 1:
         raise invalid("batch", batch, "a whole number of at least 1")
+    if (name := str(path)) in {*SYSTEMS, *MODELS} and not path.exists():
+        raise invalid("path", name, f"a weights file; `admfast models {name}` describes what has this name")
     options = parse_settings("--set", set_)
     rows = describe(
         path, preset=preset, batch=batch, dtype=DTYPES[dtype], check_values=values, options=options

@@ -121,7 +121,8 @@ def _run_and_report(run: SampleRun, extra_rows: list[tuple[str, str]]) -> None:
         raise
     seconds = time.time() - started
     peak = f"peak memory {peak_memory(run.pipe.device) / 1e9:.1f} GB"
-    _print(f"{count} images in {seconds:.1f} s ({count / seconds:.2f} images/s), {peak}")
+    images = "1 image" if count == 1 else f"{count} images"
+    _print(f"{images} in {seconds:.1f} s ({count / seconds:.2f} images/s), {peak}")
     for path in (run.out / "images", *written_paths):
         _print(str(path.resolve()))
 

@@ -32,7 +32,7 @@ from admfast.models import NetConfig
 from admfast.runs.folder import find_sample_files
 from admfast.training.distributed import World, join_processes
 from admfast.training.export import export_run
-from admfast.training.folder import MAY_CHANGE, RUN_FILE, read_run_file, recipe_from_description
+from admfast.training.folder import RUN_FILE, read_run_file, recipe_from_description
 from admfast.training.images import open_source
 from admfast.training.loop import LoopOptions, dry_run, train
 from admfast.training.picture import draw_run
@@ -61,7 +61,7 @@ def _command(kind: str) -> Callable[..., None]:
 
     def run(
         out: option.Out = None,
-        preset: option.Preset = DIGITS,
+        preset: option.Preset = None,
         data: option.Data = None,
         labels: option.Labels = "auto",
         steps: option.Steps = None,
@@ -92,15 +92,21 @@ def _command(kind: str) -> Callable[..., None]:
             "checkpointing": None if checkpointing is None else checks.parse_literal(checkpointing),
         }  # fmt: skip
         options |= {name: value for name, value in flags.items() if value is not None}
-        run_recipe = resolve_recipe(kind, preset, from_, options)
         run_folder = None if out is None else user_path("out", out)
-        if run_folder is not None:
-            run_recipe = _with_settings_of_run(run_folder, run_recipe, options)
+        old = None if run_folder is None else _recipe_in(run_folder)
+        # The run refuses another kind or batch size, which the old settings may not fit.
+        fits = old is not None and old.kind == kind and options.get("batch_size") in (None, old.batch_size)
+        if old is not None and fits and preset is None and from_ is None:
+            run_recipe = change_recipe(old, options)
+        else:
+            run_recipe = resolve_recipe(kind, preset or DIGITS, from_, options)
+            if old is not None and fits:
+                run_recipe = _with_settings_of(old, run_recipe, options)
         loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
-        data_name = _data_or_digits(preset, data)
+        data_name = _data_or_digits(preset, data, run_folder if old is not None else None)
         with join_processes(device) as world, _one_line_warnings():
             if run_folder is None or dry_run:
                 _dry_run(run_recipe, data_name, labels, dataclasses.replace(loop_options, cache=None), world)
@@ -199,28 +205,31 @@ def _check_is_file(start: str) -> None:
         raise invalid("from", start, f"a weights file, or the folder of a run; {hint}")
 
 
-def _with_settings_of_run(run: Path, new_recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """Return a recipe whose changeable settings are those of the run in a folder, if it holds one.
+def _recipe_in(run: Path) -> Recipe | None:
+    """Return the recipe of the run in a folder, None if it holds none."""
+    return recipe_from_description(read_run_file(run)) if (run / RUN_FILE).is_file() else None
 
-    options: settings that the user gave; they stay.
-    """
-    if not (run / RUN_FILE).is_file():
-        return new_recipe
-    old = recipe_from_description(read_run_file(run))
-    if old.batch_size != new_recipe.batch_size:  # the run refuses it, and its microbatch may not fit
-        return new_recipe
-    settings = {name: getattr(old, name) for name in MAY_CHANGE if name not in options}
-    return dataclasses.replace(new_recipe, **settings)
+
+def _with_settings_of(old: Recipe, new: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe in which the settings that the user didn't give are those of the run to continue."""
+    names = {field.name for field in dataclasses.fields(Recipe)} - {"kind", "network", "process"}
+    return dataclasses.replace(new, **{name: getattr(old, name) for name in names - options.keys()})
 
 
 # Options that a run always sets itself, not the file that it begins from.
 _RUN_SETTINGS = ("dropout", "num_classes")
 
 
-def _data_or_digits(preset: str, data: str | None) -> str:
-    if data is None and preset != DIGITS:
+def _data_or_digits(preset: str | None, data: str | None, run: Path | None) -> str:
+    """Return the name of the data: digits by default, if the preset and the run to continue are of digits."""
+    if data is not None:
+        return data
+    of_digits = preset in (None, DIGITS)
+    if run is not None:
+        of_digits = of_digits and read_run_file(run).training.get("surroundings", {}).get("data") == "digits"
+    if not of_digits:
         raise invalid("data", None, "the images: a folder, a zip, an npz, or digits")
-    return data or "digits"
+    return "digits"
 
 
 def _train(

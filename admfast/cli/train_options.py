@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-Preset = Annotated[str, typer.Option(help="Preset whose network and settings are the defaults.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="Preset whose network and settings are the defaults "
+        "(default: those of the run in the folder; digits32 for a new run)."
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(help="Images: a folder, a zip, an npz, or digits (default: digits for digits32)."),
@@ -42,8 +48,8 @@ Seed = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="Precision of the network's torso: fp32, tf32, bf16 or fp16; auto chooses by the device "
-        "(default: auto)."
+        help="Precision of the network's torso: fp32, tf32, bf16 or fp16; auto is bf16 on a GPU, fp32 on a "
+        "CPU (default: the run's own; auto for a new run)."
     ),
 ]
 Checkpointing = Annotated[

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import io
 import os
 import secrets
@@ -34,14 +33,17 @@ _REASONS = {
 }
 # Errors that come from the path being written, even if they name no file.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-_LOCKED_BYTE = 2**31 - 2  # the second to last byte that `msvcrt.locking` can lock
 
 
 def output_error(path: str | PathLike[str], error: OSError) -> OutputError:
     """Return the error `PATH: not written: REASON` for an error of the operating system."""
     folder = Path(path).parent
     if error.errno == errno.ENOENT:
-        reason = f"the folder {folder} does not exist" if not folder.is_dir() else "a temporary file vanished"
+        reason = (
+            f"the folder {folder} does not exist"
+            if not folder.is_dir()
+            else "the file system made no file there"
+        )
     elif error.errno == errno.ENOTDIR:
         reason = f"{folder} is not a folder"
     elif error.errno == errno.EEXIST:
@@ -226,40 +228,6 @@ def folder_removed_if_empty(folder: Path) -> Iterator[None]:
         for part in missing:
             with contextlib.suppress(OSError):  # it isn't empty, or was not made
                 part.rmdir()
-
-
-def lock(descriptor: int) -> None:
-    """Lock a file, until it is closed, against other processes that lock it.
-
-    Raises BlockingIOError if another process holds the lock, another OSError if the file can't be locked.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return _lock_byte(descriptor)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def close_on_windows(file: BinaryIO) -> None:
-    """Close a file, and so release its lock, on Windows, which can't move or remove an open file."""
-    if sys.platform == "win32":
-        file.close()
-
-
-def _lock_byte(descriptor: int) -> None:
-    """Lock one byte of a file on Windows, past the end of most files, as others can't read a locked byte."""
-    try:
-        msvcrt = importlib.import_module("msvcrt")
-    except ImportError:
-        raise OSError(errno.ENOLCK, "this Python can't lock files") from None
-    position = os.lseek(descriptor, 0, os.SEEK_CUR)
-    try:
-        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    except PermissionError as error:
-        raise BlockingIOError(errno.EAGAIN, "another process has locked it") from error
-    finally:
-        os.lseek(descriptor, position, os.SEEK_SET)
 
 
 class _RecordingFile(io.FileIO):

@@ -1,7 +1,4 @@
-"""Floor 1: the fused operators, one folder each.
-
-A folder holds the public function of an op, its reference, autograd, implementations and cases.
-"""
+"""The fused operators: in a folder each, with reference, autograd, implementations and cases."""
 
 from admfast.ops.attention import attention, attention_ref
 from admfast.ops.conv import FoldedConv, conv, conv_int8_ref, conv_ref

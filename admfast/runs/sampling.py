@@ -17,6 +17,7 @@ from admfast.errors import AdmfastError, invalid
 from admfast.files.atomic import folder_removed_if_empty, make_folder
 from admfast.files.images import read_image, write_grid, write_png
 from admfast.files.levels import from_uint8, to_uint8
+from admfast.files.locks import folder_locked
 from admfast.files.npz import write_streamed
 from admfast.files.paths import user_path
 from admfast.interrupts import delay_signals
@@ -97,7 +98,7 @@ class SampleRun:
         full_plan = self.check()
         shares, size = self._step_shares(full_plan), full_plan.batch_size
         del full_plan  # frees its tensors of all images on the device
-        with folder_removed_if_empty(self.out):
+        with folder_removed_if_empty(self.out), folder_locked(self.out, "sampling"):
             self._folder.open()
             self._sample_all(size, shares)
             paths = self._write_grid_and_npz()

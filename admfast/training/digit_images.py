@@ -31,7 +31,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError as error:
-        raise AdmfastError("the digits come with scikit-learn: install the extra 'admfast[demo]'") from error
+        raise AdmfastError("the digits come with scikit-learn: pip install scikit-learn") from error
     data = sklearn_digits()
     return torch.from_numpy(data.images).float()[:, None], torch.from_numpy(data.target).long()
 

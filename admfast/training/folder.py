@@ -16,15 +16,16 @@ import torch
 
 from admfast.checkpoints.reading import RUN_FOLDER_HINT, missing_path_hint
 from admfast.checkpoints.snapshots import RUN_FILE, list_snapshots, read_newest_state, remove_leftovers
-from admfast.errors import AdmfastError, CheckpointError, OutputError, first_line, invalid
-from admfast.files.atomic import close_on_windows, folder_removed_if_empty, lock, output_error, write_text
+from admfast.errors import AdmfastError, CheckpointError, first_line, invalid
+from admfast.files.atomic import folder_removed_if_empty, output_error, write_text
+from admfast.files.locks import folder_locked
 from admfast.files.paths import user_path
 from admfast.models.description import Description, description_from_json
 from admfast.training.distributed import World
 from admfast.training.images import Source
 from admfast.training.recipe import Recipe, recipe_from_dict
 
-LOG, LOCK, GRIDS = "log.jsonl", ".lock", "grids"
+LOG, GRIDS = "log.jsonl", "grids"
 # Settings that may differ when a run continues: none of them changes the samples and draws of later steps.
 MAY_CHANGE = ("steps", "microbatch", "checkpointing", "max_skipped")
 
@@ -42,9 +43,10 @@ def lock_run_folder(run: Path, world: World) -> Iterator[None]:
     if not world.is_first:
         yield
         return
-    with folder_removed_if_empty(run), _hold_lock(run):
+    is_run = lambda: os.path.lexists(run / RUN_FILE)  # noqa: E731
+    with folder_removed_if_empty(run), folder_locked(run, "training", keeps_file=is_run):
         remove_leftovers(run)
-        is_new = not os.path.lexists(run / RUN_FILE)
+        is_new = not is_run()
         try:
             yield
         except BaseException:
@@ -60,36 +62,6 @@ def _has_progress(run: Path) -> bool:
         return bool(list_snapshots(run)) or ((run / LOG).is_file() and bool(read_log(run)))
     except (OSError, CheckpointError):  # a file that can't be read is kept
         return True
-
-
-@contextlib.contextmanager
-def _hold_lock(run: Path) -> Iterator[None]:
-    """Hold the lock of a folder within the block. Raises OutputError."""
-    path = run / LOCK
-    created = not os.path.lexists(path)
-    try:
-        file = open(path, "ab")  # noqa: SIM115
-    except OSError as error:
-        raise output_error(path, error) from None
-    with file:
-        try:
-            try:
-                lock(file.fileno())
-                # The process that made it may have removed it since: a removed file locks no one out.
-                in_use = os.fstat(file.fileno()).st_nlink == 0
-            except BlockingIOError:
-                in_use = True
-            except OSError as error:
-                raise output_error(path, error) from None
-            if in_use:
-                created = False
-                raise OutputError(f"out={str(run)!r}: another process is training in this folder")
-            yield
-        finally:
-            close_on_windows(file)
-            if created and not os.path.lexists(run / RUN_FILE):
-                with contextlib.suppress(OSError):  # on Windows another process may have opened it
-                    path.unlink()
 
 
 def environment_of(world: World, source: Source) -> dict[str, Any]:

@@ -124,20 +124,15 @@ def set_checkpointing(net: nn.Module, mode: str | int) -> None:
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Recipe:
-    """Return the recipe with the precision "auto" replaced by the one that it means on the device.
+    """Return the recipe with the precision "auto" replaced: bf16 on a GPU, fp32 on a CPU.
 
-    The run stores it, so that it continues with this precision on any device. Raises Unavailable.
+    A CPU trains faster in float32 even with AMX, because its convolutions then run by Winograd's algorithm.
+    The run stores the precision, so that it continues with it on any device. Raises Unavailable.
     """
     if recipe.precision != "auto":
         policy(recipe.precision, device)
         return recipe
-    torso = policy("auto", device).torso
-    name = next(
-        name
-        for name, candidate in POLICIES.items()
-        if candidate.torso == torso and not (candidate.tf32 or candidate.int8)
-    )
-    return dataclasses.replace(recipe, precision=name)
+    return dataclasses.replace(recipe, precision="fp32" if device.type == "cpu" else "bf16")
 
 
 def set_precision(net: nn.Module, precision: str) -> None:

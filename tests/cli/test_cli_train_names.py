@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from admfast.cli.main import main
@@ -62,6 +63,13 @@ def test_a_file_with_the_name_of_a_preset_is_a_file(
     assert "preset" not in capsys.readouterr().err
 
 
+def test_inspect_names_the_command_that_describes_a_system(capsys: Any) -> None:
+    for name in ("digits32", "imagenet64", "64x64_diffusion"):
+        assert main(["inspect", name]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"path='{name}': " in error and f"`admfast models {name}`" in error
+
+
 def test_inspect_names_the_preset_of_a_model(capsys: Any) -> None:
     assert main(["inspect", "128x128_classifier", "--train"]) == 2
     error = capsys.readouterr().err
@@ -100,3 +108,26 @@ def test_another_batch_size_is_refused_whatever_the_microbatch_of_the_run_is(
     capsys.readouterr()
     assert main(["train", "diffusion", "--out", run, "--batch-size", "2", "--device", "cpu"]) == 2
     assert "--batch-size=2: " in capsys.readouterr().err
+
+
+def test_every_setting_that_is_left_out_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = ["train", "diffusion", "--out", str(run), "--grid-every", "0", "--device", "cpu"]
+    settings = ["--batch-size", "2", "--precision", "bf16", "--lr", "0.001", "--set", "diffusion_steps=50"]
+    assert main([*start, "--steps", "1", *settings, "--set", "dropout=0.3"]) == 0
+    before = recipe_in(run)
+    assert main([*start, "--steps", "2"]) == 0
+    assert recipe_in(run) == {**before, "steps": 2} and before["network"]["dropout"] == 0.3
+    # With the preset named, its network and process must be those of the run.
+    assert main([*start, "--preset", "digits32"]) == 2
+
+
+def test_data_other_than_the_digits_are_named_again(tmp_path: Path, capsys: Any) -> None:
+    np.savez(tmp_path / "data.npz", np.zeros((4, 32, 32, 1), np.uint8), np.arange(4) % 2)
+    start = ["train", "diffusion", "--out", str(tmp_path / "run"), "--batch-size", "2", "--grid-every", "0"]
+    data = ["--data", str(tmp_path / "data.npz")]
+    assert main([*start, *data, "--steps", "1", "--set", "num_classes=2", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main([*start, "--steps", "2", "--device", "cpu"]) == 2
+    assert "--data=None: " in capsys.readouterr().err
+    assert main([*start, *data, "--steps", "2", "--device", "cpu"]) == 0

@@ -326,16 +326,6 @@ def test_history_is_addressed_by_age_round_the_ring(impl):
         assert state.x.flatten().tolist() == [expected[i]] * 3, f"row {i}"
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("p_x", "p_0", "value"), [(0, 1, 2), (2, -1, 8), (0.5, 0, 2.5)])
-def test_a_row_pushes_a_sum_of_the_old_x_and_x0(impl, p_x, p_0, value):
-    rows = [Row(0, 0, k_out=1, b=1, clip=Clip.NONE, p_x=p_x, p_0=p_0)]
-    state = SamplerState.start(torch.full((1, 1, 3), 5.0), rows)
-    sampler_step(state, torch.full((1, 1, 3), 2.0), pack(rows), 0, impl=impl)
-    assert state.history[0].flatten().tolist() == [value] * 3
-    assert state.x.flatten().tolist() == [2] * 3
-
-
 def test_history_that_is_not_there_is_refused():
     rows = [Row(0, 0, p_0=1), Row(0, 0, c2=0.5)]
     with pytest.raises(InvalidArgument, match=r"^rows\[1\].c2=0.5: .*only 1 values were pushed"):

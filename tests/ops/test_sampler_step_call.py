@@ -10,7 +10,7 @@ from torch import Tensor
 
 from admfast import ops
 from admfast.errors import InvalidArgument, Unavailable
-from admfast.ops import TABLES, Row, SamplerState, as_seeds, native, pack
+from admfast.ops import TABLES, Clip, Row, SamplerState, as_seeds, native, pack
 from admfast.ops.update.cases import FULL_ROWS
 from tests.ops.anywhere import runnable, sampler_step
 from tests.ops.tolerance import bits, unmodified
@@ -331,3 +331,13 @@ def test_the_update_compiles_as_one_graph(row):
         return compiled.x * 2
 
     assert torch.equal(step(**arguments), plain.x * 2) and same(compiled, plain)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("p_x", "p_0", "value"), [(0, 1, 2), (2, -1, 8), (0.5, 0, 2.5)])
+def test_a_row_pushes_a_sum_of_the_old_x_and_x0(impl, p_x, p_0, value):
+    rows = [Row(0, 0, k_out=1, b=1, clip=Clip.NONE, p_x=p_x, p_0=p_0)]
+    state = SamplerState.start(torch.full((1, 1, 3), 5.0), rows)
+    sampler_step(state, torch.full((1, 1, 3), 2.0), pack(rows), 0, impl=impl)
+    assert state.history[0].flatten().tolist() == [value] * 3
+    assert state.x.flatten().tolist() == [2] * 3

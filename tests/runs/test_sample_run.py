@@ -13,6 +13,7 @@ import torch
 
 from admfast.errors import InvalidArgument, NonFiniteError, OutputError
 from admfast.files.images import read_image
+from admfast.files.locks import folder_locked
 from admfast.files.npz import read_samples
 from admfast.runs import sampling
 from admfast.runs.sampling import SampleRun
@@ -61,6 +62,21 @@ def stop_at(step: int) -> type[SampleRun]:
                 bar.update = update
 
     return Stopped
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_runs_do_not_share_a_folder(tmp_path, overwrite):
+    run_of(tmp_path / "old").run()
+    for out in (tmp_path / "old", tmp_path / "new"):
+        before = files(out)
+        out.mkdir(exist_ok=True)
+        with folder_locked(out, "sampling"):
+            match = "already" if out.name == "old" and not overwrite else "another process is sampling"
+            with pytest.raises(OutputError, match=match):
+                run_of(out, overwrite=overwrite).run()
+        assert files(out) == before
+    run_of(tmp_path / "new").run()
+    assert not any(".lock" in name for name in files(tmp_path))
 
 
 def test_images_grid_and_npz(tmp_path, capsys):

@@ -238,7 +238,7 @@ def cpp_unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Return why the compiled attention can't serve a call; None if it can."""
     if q.device.type != "cpu":
         return f"not on {q.device.type}"
-    return None if q.dtype == torch.bfloat16 else f"qkv is {q.dtype}; bfloat16"
+    return None if q.dtype == torch.bfloat16 else f"qkv is {q.dtype}; it serves bfloat16 only"
 
 
 def _reason_torch_only() -> str | None:
