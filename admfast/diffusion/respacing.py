@@ -50,6 +50,7 @@ def check_respacing(spec: object) -> str | int | tuple[float, ...]:
 def kept_timesteps(spec: Respacing, log_snr: FloatArray) -> list[int] | list[float]:
     """Return the timesteps of a process that `spec` keeps, in ascending order.
 
+    log_snr: log(alpha_bar / (1 - alpha_bar)) at every timestep of the process.
     spec: a form of `space_timesteps`; a list of timesteps that may lie between two whole ones; or the name of
       a spacing with a count N (T is the length of the process, t the kept timesteps, i = 0..N-1):
       "uniformN" - t = round(T - i T / N) - 1, "trailing" in Lin et al. 2023;
@@ -58,7 +59,6 @@ def kept_timesteps(spec: Respacing, log_snr: FloatArray) -> list[int] | list[flo
         last (Lu et al. 2022, "DPM-Solver");
       "karrasN" - N values of s = sqrt(1/alpha_bar - 1), from timestep T - 1 to timestep 0, evenly spaced in
         s^(1/7) (Karras et al. 2022, eq. 5).
-    log_snr: log(alpha_bar / (1 - alpha_bar)) at every timestep of the process.
 
     Returns whole numbers for "uniform", the forms of `space_timesteps` and lists of whole numbers; else
     floats, between which the log-SNR is linear. Raises: InvalidArgument.

@@ -60,8 +60,7 @@ class Schedule:
     posterior_log_variance_clipped: its log, with the value of t = 1 at t = 0 (of beta_0 if S = 1),
     posterior_mean_coef1 (of x_0) and posterior_mean_coef2 (of x_t) of q(x_{t-1} | x_t, x_0).
 
-    timestep_map: the timestep of the original process at each t: int64 [S], or float64 [S] if some lie
-      between two of its timesteps.
+    timestep_map: the timestep of the original process at each t, int64 [S]; float64 if some lie in between.
     original_steps: length of the original process.
     rescale_timesteps: the network sees float32 timesteps scaled to 0..1000.
     origin: the schedule of the original process; None if this is the original.
@@ -150,9 +149,8 @@ class Schedule:
         The betas are recomputed even if every step is kept, as in `SpacedDiffusion` of the published code:
         they then differ from the given ones by rounding.
 
-        steps: indices into this schedule, strictly increasing, at least one. If they are floats, alpha_bar is
-          that of `log_snr` and the timestep that of `timestep_map`, both linear in the index.
-        Raises: InvalidArgument.
+        steps: indices into this schedule, strictly increasing, at least one. With floats, the log-SNR and the
+        timestep are linear in the index. Raises: InvalidArgument.
         """
         index = np.asarray(steps)
         if index.ndim != 1 or index.size == 0 or index.dtype.kind not in "iuf":
