@@ -1,6 +1,6 @@
 """Measure the quality of digit samples: class accuracy, Frechet distance, neighbours, precision and recall.
 
-`python -m bench.digits_quality` samples the digits32 system and compares the samples with the 1,797 real
+`python -m bench.quality` samples the digits32 system and compares the samples with the 1,797 real
 digits as vectors of 64 pixels: block means reduce images to 8x8, on the digits' scale of 0 to 16.
 It may be stopped at any time and keeps the finished rows. The exit status is that of the other benches
 (`bench.command`).
@@ -37,23 +37,49 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of sampling: solver, steps and guidance scale."""
+    """One way of sampling: solver, steps, guidance scale, spacing of the timesteps (None: the solver's)."""
 
     solver: str
     steps: int
     guidance: float
+    spacing: str | None = None
 
     @property
     def name(self) -> str:
         guided = f"guidance {self.guidance:g}" if self.guidance else "unguided"
-        return f"{self.solver} {self.steps}, {guided}"
+        spacing = f" {self.spacing}" if self.spacing else ""
+        return f"{self.solver} {self.steps}{spacing}, {guided}"
 
 
-SETTINGS = tuple(
-    Setting(solver, steps, guidance)
-    for solver, steps in (("ddpm", 50), ("ddim", 25), ("ddim", 10))
-    for guidance in (2.0, 0.0)
-)
+# Each set is (solver, spacing, counts of steps); every count is measured with guidance and without.
+_SETS = {
+    "published": (("ddpm", None, (50,)), ("ddim", None, (25, 10))),
+    "solvers": (
+        ("ddim", None, (25, 10, 5)),
+        ("unipc", None, (20, 10, 5)),
+        ("unipc", "log-snr", (20, 10, 5)),
+        ("dpmpp", None, (10,)),
+        ("dpmpp:sde=true", None, (20, 10)),
+        ("deis", None, (10, 5)),
+        ("ipndm", None, (10, 5)),
+        ("heun", None, (19, 9)),
+    ),
+    "ten": (
+        ("ddim", None, (25,)),
+        ("unipc", None, (10,)),
+        ("unipc", "log-snr", (10,)),
+        ("dpmpp:sde=true", None, (10,)),
+    ),
+}
+SETS = {
+    name: tuple(
+        Setting(solver, steps, guidance, spacing)
+        for solver, spacing, counts in entries
+        for steps in counts
+        for guidance in (2.0, 0.0)
+    )
+    for name, entries in _SETS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +178,7 @@ def sample(
         range(first_seed, first_seed + count),
         solver=setting.solver,
         steps=setting.steps,
+        spacing=setting.spacing,
         guidance=setting.guidance,
         batch_size=BATCH,
     )
@@ -175,13 +202,16 @@ def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.digits_quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
     parser.add_argument("--model", default="digits32", help="system or weights file (default: digits32)")
     parser.add_argument("--classifier", default=None, help="classifier file, for a --model that is a file")
     parser.add_argument("--precision", default="auto", help="of the networks (default: auto)")
     parser.add_argument("--count", type=int, default=1000, help="samples per setting (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
-    parser.add_argument("--only", default="", help="settings to run: text in their names (default: all)")
+    parser.add_argument("--set", choices=SETS, default="published", help="settings (default: published)")
+    parser.add_argument(
+        "--only", default="", help="settings to run: text in their names (default: all)"
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the rows (default: none)")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all (default: %(default)g)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the process that measures
@@ -225,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
             args.out.write_text(json.dumps(document, indent=1) + "\n")
 
     write()
-    for setting in SETTINGS:
+    for setting in SETS[args.set]:
         if args.only not in setting.name or (setting.guidance and pipe.classifier is None):
             continue
         seconds, left = predict_seconds(pipe, setting, args.count), end - time.monotonic()
@@ -249,13 +279,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if not args.inside:
         words = sys.argv[1:] if argv is None else argv
-        command = [sys.executable, "-m", "bench.digits_quality", *words, "--inside"]
+        command = [sys.executable, "-m", "bench.quality", *words, "--inside"]
         return supervise(command, args.budget + STARTUP_SECONDS)
     end_with_parent()
     try:
         return run(args)
     except admfast.AdmfastError as error:
-        print(f"digits_quality: {error}", file=sys.stderr)
+        print(f"quality: {error}", file=sys.stderr)
         return 2
 
 

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from bench import digits_quality
+from bench import quality
 from bench.command import UNFINISHED
 from bench.results import git_state
 
@@ -25,25 +25,25 @@ TAKEN_WITH = {"device", "date", "revision", "dirty", "torch", "weights"}
 def test_the_committed_rows_are_of_the_weights_that_ship():
     document = json.loads((ROOT / "bench/results/digits32/quality.json").read_text())
     assert set(document) > TAKEN_WITH
-    assert document["weights"] == digits_quality.weight_hashes("digits32", None)
+    assert document["weights"] == quality.weight_hashes("digits32", None)
     assert set(document["weights"]) == {"diffusion.safetensors", "classifier.safetensors"}
 
 
 def test_a_run_records_what_it_was_taken_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(digits_quality, "SETTINGS", (digits_quality.Setting("ddim", 1, 0.0),))
+    monkeypatch.setitem(quality.SETS, "published", (quality.Setting("ddim", 1, 0.0),))
     out = tmp_path / "q.json"
-    assert digits_quality.main(["--count", "20", "--out", str(out), "--inside"]) == 0
+    assert quality.main(["--count", "20", "--out", str(out), "--inside"]) == 0
     document = json.loads(out.read_text())
     assert set(document) > TAKEN_WITH and document["torch"] == torch.__version__
     assert (document["revision"], document["dirty"]) == git_state()
-    assert document["weights"] == digits_quality.weight_hashes("digits32", None)
+    assert document["weights"] == quality.weight_hashes("digits32", None)
 
 
 def test_a_setting_that_outlasts_the_budget_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(digits_quality, "SETTINGS", (digits_quality.Setting("ddim", 1000, 0.0),))
+    monkeypatch.setitem(quality.SETS, "published", (quality.Setting("ddim", 1000, 0.0),))
     out = tmp_path / "q.json"
     arguments = ["--count", "1000", "--budget", "1", "--inside"]
-    assert digits_quality.main([*arguments, "--out", str(out)]) == UNFINISHED
+    assert quality.main([*arguments, "--out", str(out)]) == UNFINISHED
     rows = json.loads(out.read_text())["rows"]
     assert set(rows) == {"two halves of the real digits", "ddim 1000, unguided"}
     assert "too slow" in rows["ddim 1000, unguided"]
@@ -52,7 +52,7 @@ def test_a_setting_that_outlasts_the_budget_is_not_begun(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_at_once_and_keeps_what_it_has(sign, tmp_path):
     out = tmp_path / "q.json"
-    command = [sys.executable, "-m", "bench.digits_quality", "--count", "1000", "--out", str(out)]
+    command = [sys.executable, "-m", "bench.quality", "--count", "1000", "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not out.exists() and time.monotonic() < deadline:
@@ -64,6 +64,6 @@ def test_it_ends_at_once_and_keeps_what_it_has(sign, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--model", "digits"], ["--model", "gone.pt"]])
 def test_mistakes_are_one_line_and_status_2(arguments, capsys):
-    assert digits_quality.main([*arguments, "--inside"]) == 2
+    assert quality.main([*arguments, "--inside"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("digits_quality: ") and error.count("\n") == 1
+    assert error.startswith("quality: ") and error.count("\n") == 1
