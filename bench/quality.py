@@ -209,9 +209,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=1000, help="samples per setting (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
     parser.add_argument("--set", choices=SETS, default="published", help="settings (default: published)")
-    parser.add_argument(
-        "--only", default="", help="settings to run: text in their names (default: all)"
-    )
+    parser.add_argument("--only", default="", help="settings to run: text in their names (default: all)")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the rows (default: none)")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all (default: %(default)g)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the process that measures
