@@ -20,12 +20,12 @@ _LOCKED_BYTE = 2**31 - 2  # the second to last byte that `msvcrt.locking` can lo
 
 @contextlib.contextmanager
 def folder_locked(
-    folder: Path, activity: str, keeps_file: Callable[[], bool] = lambda: False
+    folder: Path, activity: str, keeps_file: Callable[[], bool] = lambda: False, required: bool = True
 ) -> Iterator[None]:
     """Hold the lock of a folder within the block: a locked file in it, which is removed at the end.
 
     activity: what another process does that holds the lock, for the error. keeps_file: called at the end;
-    True leaves the file.
+    True leaves the file. required: False goes on without a lock where files can't be locked.
     Raises: OutputError if another process holds the lock, or if the file can't be made or locked.
     """
     path = folder / LOCK
@@ -43,7 +43,9 @@ def folder_locked(
             except BlockingIOError:
                 in_use = True
             except OSError as error:
-                raise output_error(path, error) from None
+                if required:
+                    raise output_error(path, error) from None
+                in_use = False
             removes = not in_use
             if in_use:
                 raise OutputError(f"out={str(folder)!r}: another process is {activity} in this folder")

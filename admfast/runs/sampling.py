@@ -98,7 +98,7 @@ class SampleRun:
         full_plan = self.check()
         shares, size = self._step_shares(full_plan), full_plan.batch_size
         del full_plan  # frees its tensors of all images on the device
-        with folder_removed_if_empty(self.out), folder_locked(self.out, "sampling"):
+        with folder_removed_if_empty(self.out), folder_locked(self.out, "sampling", required=False):
             self._folder.open()
             self._sample_all(size, shares)
             paths = self._write_grid_and_npz()

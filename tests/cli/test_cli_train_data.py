@@ -14,8 +14,9 @@ from PIL import Image
 from admfast.checkpoints.snapshots import list_snapshots
 from admfast.cli.main import main
 from admfast.errors import InvalidArgument, OutputError
+from admfast.files.locks import LOCK
 from admfast.training.distributed import World
-from admfast.training.folder import LOCK, lock_run_folder
+from admfast.training.folder import lock_run_folder
 
 CLASSES = 10  # of the network
 IMAGES = np.zeros((2 * CLASSES, 32, 32, 1), np.uint8)
@@ -163,7 +164,7 @@ def test_a_run_that_is_refused_keeps_what_others_put_beside_it(tmp_path, monkeyp
 
 def test_a_lock_without_a_name_keeps_nobody_out_and_a_lock_of_a_run_stays(tmp_path, monkeypatch):
     """A refused run may remove its lock file after another process has opened the file."""
-    locking = "admfast.training.folder.lock"
+    locking = "admfast.files.locks.lock"
     monkeypatch.setattr(locking, lambda descriptor: (tmp_path / LOCK).unlink())
     with pytest.raises(OutputError, match="another process"), lock_run_folder(tmp_path, World()):
         pass

@@ -120,7 +120,7 @@ def test_the_options_are_those_of_sample():
     [
         (["--steps", "0"], "--steps=0: "),
         (["--steps", "2", "--solver", "ddpm", "--precision", "bf16"], "--steps=2: 4 or more for ddpm"),
-        (["--solver", "euler"], "--solver='euler': "),
+        (["--solver", "rk4"], "--solver='rk4': "),
         (["--solver", "ddim-inverse"], "--solver='ddim-inverse': "),
         (["--precision", "fp8"], "--precision='fp8'"),
         (["--seeds", "5-1"], "--seeds='5-1'"),

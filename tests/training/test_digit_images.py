@@ -67,7 +67,7 @@ def test_the_source_has_every_digit_with_its_class(data, enlarged):
     assert (image * (16 / 255) - enlarged[5]).abs().max() <= 0.5 * 16 / 255 + 1e-6
 
 
-def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+def test_without_scikit_learn_it_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(AdmfastError, match=r"install the extra 'admfast\[demo\]'"):
+    with pytest.raises(AdmfastError, match="pip install scikit-learn"):
         digit_images.load_digits()
