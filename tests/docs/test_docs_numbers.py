@@ -161,6 +161,20 @@ def test_the_quality_of_8_bits_is_that_which_was_measured():
             assert says(row[name], samples[row["Frechet distance of"]]["frechet"]), row
 
 
+def test_the_quality_of_few_steps_is_that_which_was_measured():
+    columns = {"Frechet distance": "frechet", "1-NN accuracy": "nearest_neighbour", "recall": "recall"}
+    measured = {
+        suffix: json.loads((RESULTS / "digits32" / f"quality_ten{name}.json").read_text())["rows"]
+        for suffix, name in (("", ""), (", other seeds", "_seeds1000"))
+    }
+    rows = table("docs/accuracy.md", "recall, other seeds")
+    assert {row["samples"] for row in rows} == set(measured[""]) - {"two halves of the real digits"}
+    for row in rows:
+        for suffix, found in measured.items():
+            for column, name in columns.items():
+                assert says(row[f"{column}{suffix}"], found[row["samples"]][name]), row
+
+
 def test_the_accuracy_of_the_readme_is_that_of_the_docs():
     columns = ("largest error found", "limit")
     whole = {row["what"]: [row[name] for name in columns] for row in table("docs/accuracy.md", *columns)}
