@@ -227,6 +227,8 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
         ("classes", "none" if classes is None else _shorten(classes)),
         ("solver", f"{request.solver}, {steps}"),
     ]
+    if request.dynamic_threshold is not None:
+        rows.append(("threshold", f"{request.dynamic_threshold:g} of |x_0| in each image"))
     if (up := pipe.upsampler) is not None:
         rows.append(("upsampler", f"to {sides['upsampler']}, {request.upsampler_steps or up.steps} steps"))
     guidance_scale = pipe.guidance if request.guidance is None else request.guidance

@@ -96,7 +96,7 @@ class GaussianDiffusion:
         return math.log(first_variance if i == 0 else schedule.betas[i]), 0.0
 
     def model_t(self, t: Tensor) -> Tensor:
-        """Return the timesteps that the network and a classifier see: [N] int64, float32 if rescaled.
+        """Return the timesteps that the network and a classifier see: [N] int64, or float32 if not whole.
 
         t: [N], indices 0..S-1. Raises: InvalidArgument. Not differentiable.
         """

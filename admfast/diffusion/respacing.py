@@ -25,6 +25,7 @@ _DDIM = re.compile(r"ddim\s*([+-]?\d+)\s*")
 _SPREAD = re.compile(rf"({'|'.join(SPACINGS)})\s*(\d+)\s*")
 _COUNTS = re.compile(r"\s*[+-]?\d+\s*(,\s*[+-]?\d+\s*)*")
 _LIST = re.compile(r"\s*\[(.*)\]\s*")
+_WHOLE_LIST = re.compile(r"[\s\[\],\d]*")
 _ALLOWED_FORMS = (
     "a count such as '250', counts per section such as '10,10,10', 'ddimN', 'uniformN', 'quadraticN', "
     "'log-snrN', 'karrasN', a list of timesteps, or '' for all"
@@ -69,7 +70,7 @@ def kept_timesteps(spec: Respacing, log_snr: FloatArray) -> list[int] | list[flo
         if not 1 <= count <= total:
             raise invalid("respacing", spec, f"{match[1]}N with N from 1 to {total}")
         return _spread_timesteps(match[1], count, log_snr)
-    if isinstance(spec, str) and (match := _LIST.fullmatch(spec)) and "." in spec:
+    if isinstance(spec, str) and (match := _LIST.fullmatch(spec)) and not _WHOLE_LIST.fullmatch(spec):
         spec = [parse_literal(item) for item in match[1].split(",")]
     if isinstance(spec, Iterable) and not isinstance(spec, str):
         items = [to_python(item) for item in spec]
@@ -83,6 +84,8 @@ def kept_timesteps(spec: Respacing, log_snr: FloatArray) -> list[int] | list[flo
 def _spread_timesteps(spacing: str, count: int, log_snr: FloatArray) -> list[int] | list[float]:
     """Return the timesteps of a named spacing (see `kept_timesteps`)."""
     total = len(log_snr)
+    if spacing in ("log-snr", "karras") and not np.isfinite(log_snr[-1]):
+        raise invalid("respacing", f"{spacing}{count}", "for a process whose last alpha_bar isn't 0")
     if spacing == "uniform":
         return [round(total - i * total / count) - 1 for i in reversed(range(count))]
     if spacing == "quadratic":

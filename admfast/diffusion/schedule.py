@@ -139,6 +139,11 @@ class Schedule:
         return len(self.betas)
 
     @property
+    def original(self) -> Schedule:
+        """The schedule of the original process."""
+        return self if self.origin is None else self.origin
+
+    @property
     def integer_t(self) -> bool:
         """Whether the network sees whole timesteps."""
         return self.model_timesteps.dtype.kind == "i"
@@ -160,16 +165,19 @@ class Schedule:
         if index.dtype.kind in "iu":
             alpha_bar, timesteps = self.alphas_cumprod[index], self.timestep_map[index]
         else:
-            alpha_bar = 1 / (1 + np.exp(-self.log_snr(index)))
+            log_snr = self.log_snr(index)
+            if not np.isfinite(log_snr).all():
+                raise invalid("steps", index.tolist(), "whole numbers where alpha_bar is 0")
+            alpha_bar = 1 / (1 + np.exp(-log_snr))
             timesteps = np.interp(index, np.arange(self.num_timesteps), self.timestep_map)
         betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-        origin = self if self.origin is None else self.origin
-        return Schedule(betas, timesteps, self.original_steps, self.rescale_timesteps, origin)
+        return Schedule(betas, timesteps, self.original_steps, self.rescale_timesteps, self.original)
 
     def model_t(self, index: float) -> int | float:
         """Return the timestep that the network sees at step `index`.
 
-        timestep_map[index] as an int, or its float32 product with 1000 / original_steps if rescaling is on.
+        timestep_map[index] as an int, or as a float if it isn't whole, or its float32 product with
+        1000 / original_steps if rescaling is on.
         Between two steps, timestep_map is interpolated linearly in float64 and the result is a float.
 
         index: 0..S-1. Raises: InvalidArgument.
@@ -181,6 +189,16 @@ class Schedule:
             return timestep
         return self.network_timestep(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
 
+    def timestep_seen(self, index: int, t_net: float) -> int | float:
+        """Return the timestep of the original process at which the network sees `t_net`.
+
+        index: the step to which a row belongs: its timestep is exact if the network sees that of the step.
+        """
+        if t_net == self.model_t(index):
+            timestep: int | float = self.timestep_map[index].item()
+            return timestep
+        return t_net / self.network_timestep(1.0)
+
     def network_timestep(self, t: npt.ArrayLike) -> float:
         """Return the timestep that the network sees at timestep t of the original process, as a float."""
         return float(t) * (TIMESTEP_SCALE / self.original_steps if self.rescale_timesteps else 1.0)  # type: ignore[arg-type]
@@ -190,8 +208,7 @@ class Schedule:
 
         log_snr: any shape. Raises: InvalidArgument for a value that the original process does not reach.
         """
-        original = self if self.origin is None else self.origin
-        return timesteps_at(log_snr, original.log_snr(np.arange(original.num_timesteps)))
+        return timesteps_at(log_snr, self.original.log_snr(np.arange(self.original.num_timesteps)))
 
     def log_snr(self, index: npt.ArrayLike) -> FloatArray:
         """Return log(alpha_bar / (1 - alpha_bar)), linear in the index between steps; float64, same shape.

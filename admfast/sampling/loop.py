@@ -163,7 +163,7 @@ def sample_batch(plan: Plan, record: RunRecord) -> Tensor:
     """Run one batch through its rows and record how it ran; return float32 [N, C, *spatial].
 
     The engine's prepared step runs the rows. A `FunctionStep` runs them if the plan holds Python functions of
-    the user or prepared steps are switched off.
+    the user or a dynamic threshold, or if prepared steps are switched off.
     """
     start = time.perf_counter()
     plan.engine.ensure_folded()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -13,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from admfast.diffusion import DiffusionConfig, GaussianDiffusion, Respacing
+from admfast.diffusion import DiffusionConfig, GaussianDiffusion, MeanType, Respacing
 from admfast.engine.engine import Engine
 from admfast.engine.step import Batch
 from admfast.errors import Unavailable, invalid
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.models import UpsamplerConfig
 from admfast.ops import dispatch
-from admfast.ops.update import SolverTable, Stream, as_seeds
+from admfast.ops.update import Clip, SolverTable, Stream, as_seeds
 from admfast.sampling.guides import Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
@@ -146,9 +147,8 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     process, full_table = _process_and_table("steps", pipeline, request, steps)
     table = full_table
     if request.t_start is not None:
-        process = _process_from_timestep(process, request.t_start)
-        table = solver.table(process, _clips(request))
-    num_skipped, timestep_map = len(full_table) - len(table), process.schedule.timestep_map
+        process, table = _from_timestep(request, process, full_table)
+    num_skipped, schedule = len(full_table) - len(table), process.schedule
     seeds, labels, shape = requested_images(request, pipeline)
     _check_shapes(request, shape, len(full_table), pipeline)
 
@@ -158,7 +158,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     noise, x_start, step_noise = map(on_device, (request.noise, request.x_start, request.step_noise))
     if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
-    timesteps = [float(timestep_map[row.index]) for row in table.rows]
+    timesteps = [schedule.timestep_seen(row.index, row.t_net) for row in table.rows]
     guidance_scale, interval = _classifier_guidance(request, pipeline)
     if guidance_scale:
         check_classifier_sides(request, pipeline)
@@ -234,7 +234,7 @@ def _process_and_table(
     if steps is not None and steps > pipeline.diffusion.steps:
         raise invalid(name, steps, f"a whole number from 1 to {pipeline.diffusion.steps}")
     respacing = request.respacing if steps is None else None
-    return _cached_process_and_table(
+    process, table = _cached_process_and_table(
         pipeline.diffusion,
         solver,
         _clips(request),
@@ -242,6 +242,14 @@ def _process_and_table(
         request.spacing,
         respacing,  # type: ignore[arg-type]
     )
+    for setting in ("denoised_fn", "dynamic_threshold"):
+        # Only with clipping does a row show that its update ignores x_0.
+        if getattr(request, setting) is None or process.mean_type is not MeanType.PREVIOUS_X:
+            continue
+        if solver.table(process, clip=True).rows[0].clip == Clip.REPORTED:
+            allowed = "not for a network that predicts the previous x: its update ignores x_0"
+            raise invalid(setting, "given", allowed)
+    return process, table
 
 
 def _clips(request: SampleRequest) -> bool:
@@ -263,15 +271,25 @@ def _cached_process_and_table(
     return process, solver.table(process, clip)
 
 
-def _process_from_timestep(process: GaussianDiffusion, t_start: int) -> GaussianDiffusion:
-    """Return the process of the steps up to the nearest one at or below `t_start`."""
+def _from_timestep(
+    request: SampleRequest, process: GaussianDiffusion, full_table: SolverTable
+) -> tuple[GaussianDiffusion, SolverTable]:
+    """Return the process, and the rows that begin with the nearest step at or below `t_start`."""
+    t_start, solver = request.t_start, request.solver
+    assert t_start is not None and isinstance(solver, Solver)
     timestep_map, last = process.schedule.timestep_map, process.schedule.original_steps - 1
     if t_start > last:
         raise invalid("t_start", t_start, f"a whole number from 0 to {last}")
+    if solver.options.get("churn"):
+        raise invalid("x_start", "given", f"not for {solver}: churn begins above the noise of a timestep")
     kept = int(np.searchsorted(timestep_map, t_start, side="right"))
     if not kept:
         raise invalid("t_start", t_start, f"{timestep_map[0]:g} or more, the first step of this respacing")
-    return process.first_steps(kept)
+    if any(row.pushes or row.save for row in full_table.rows):
+        # A row that uses what earlier rows left can't be the first.
+        process = process.first_steps(kept)
+        return process, solver.table(process, _clips(request))
+    return process, dataclasses.replace(full_table, rows=full_table.rows[-kept:])
 
 
 def requested_images(

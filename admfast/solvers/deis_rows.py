@@ -9,7 +9,7 @@ import numpy as np
 from admfast.checks import one_of, whole_number
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.nodes import Node, data_row, nodes_of, noise_row, orders
+from admfast.solvers.nodes import Node, data_row, nodes_of, noise_row, steps_of
 from admfast.solvers.solver import Solver, register
 
 # Weights of the Adams-Bashforth methods of orders 1 to 4, for equal steps.
@@ -81,13 +81,12 @@ def _table(
     name: str, process: GaussianDiffusion, order: int, clip: bool, weights: Callable[..., np.ndarray]
 ) -> SolverTable:
     """Return the table of x_next / alpha' = x / alpha + sum_j weights[j] eps_j, newest eps first."""
-    nodes, rows = nodes_of(process), list[Row]()
-    for i, this_order in enumerate(orders(order, len(nodes) - 1, lower_last=False)):
-        node, following = nodes[i], nodes[i + 1]
+    rows = list[Row]()
+    for node, following, past in steps_of(nodes_of(process), order):
         if following.is_end:
             rows.append(data_row(process, node, clip, a=0.0, b=1.0))
             continue
-        scaled = following.alpha * weights(node, following, nodes[max(i - this_order + 1, 0) : i][::-1])
+        scaled = following.alpha * weights(node, following, past)
         a = following.alpha / node.alpha
         rows.append(noise_row(process, node, clip, a=a, weights=scaled.tolist()))
     return SolverTable(name, tuple(rows), integer_t=process.schedule.integer_t)
@@ -113,14 +112,13 @@ def _quadrature(
     an exponential, for which Gauss's rule of 8 points is exact to float64.
     """
     schedule = process.schedule
-    original = schedule if schedule.origin is None else schedule.origin
     begin, end = (_timestep(process, each) for each in (node, following))
     whole = np.arange(np.floor(end) + 1, np.ceil(begin))
     borders = np.concatenate([[end], whole, [begin]])
     points, point_weights = np.polynomial.legendre.leggauss(8)
     lengths = np.diff(borders)[:, None]
     t = borders[:-1, None] + lengths * (points + 1) / 2
-    log_rho_at_borders = -original.log_snr(borders) / 2
+    log_rho_at_borders = -schedule.original.log_snr(borders) / 2
     slope = np.diff(log_rho_at_borders)[:, None] / lengths
     log_rho = log_rho_at_borders[:-1, None] + slope * (t - borders[:-1, None])
     # From the node down to the following one, so against the direction of t.

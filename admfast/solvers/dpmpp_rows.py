@@ -10,7 +10,7 @@ from admfast.checks import boolean, whole_number
 from admfast.diffusion import GaussianDiffusion
 from admfast.errors import invalid
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.nodes import Node, data_row, nodes_of, orders
+from admfast.solvers.nodes import Node, data_row, nodes_of, steps_of
 from admfast.solvers.solver import Solver, register
 
 
@@ -31,18 +31,17 @@ def _table(process: GaussianDiffusion, *, order: int, sde: bool, clip: bool) -> 
     """Return the table of x_next = sigma' / sigma x - alpha' (e^-h - 1) D, h = lambda' - lambda.
 
     lambda = log(alpha / sigma), and a prime marks the next node. D extrapolates x_0 from its last `order`
-    values m_0, m_1, m_2: with r_0 = (lambda - lambda_1) / h and r_1 = (lambda_1 - lambda_2) / h,
-    order 2: D = m_0 + (m_0 - m_1) / (2 r_0). The SDE form is
+    values m_0, m_1, m_2. Order 2: D = m_0 + (m_0 - m_1) / (2 r_0), r_0 = (lambda - lambda_1) / h. Order 3
+    adds the second difference as the published "3M" does, with half of Taylor's weight: so its error falls
+    with order 2, but is smaller. The SDE form is
     x_next = sigma' / sigma e^-h x + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) z.
     The first steps have as many values as there are; the last but one has order 2 at most, and the last, to
     the clean image, returns x_0. Source: Lu et al. 2022, algorithm 2 and appendix A and B.
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """
-    nodes, rows = nodes_of(process), list[Row]()
-    for i, this_order in enumerate(orders(order, len(nodes) - 1, lower_last=True)):
-        node, following = nodes[i], nodes[i + 1]
-        past = nodes[max(i - this_order + 1, 0) : i][::-1]
+    rows = list[Row]()
+    for node, following, past in steps_of(nodes_of(process), order, lower_last=True):
         if following.is_end:
             a, weights, k_z = 0.0, np.ones(1), 0.0
         elif sde:

@@ -45,7 +45,7 @@ def euler(
 def _check_churn(churn: float, churn_range: object, churn_noise: float) -> dict[str, Any]:
     return {
         "churn": finite_float("churn", churn, least=0),
-        "churn_range": None if churn_range is None else list(interval("churn_range", churn_range)),
+        "churn_range": None if churn_range is None else interval("churn_range", churn_range),
         "churn_noise": finite_float("churn_noise", churn_noise, least=0),
     }
 
@@ -64,21 +64,22 @@ def _heun_table(
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """
-    return _table("heun", process, clip, _churned_nodes(process, churn, churn_range), churn_noise)
+    return _table("heun", process, clip, churn, churn_range, churn_noise)
 
 
 def _euler_table(
     process: GaussianDiffusion, *, clip: bool, churn: float, churn_range: Range, churn_noise: float
 ) -> SolverTable:
     """Return the table of y_next = y + (rho' - rho) eps(y, rho), with churn (see `_heun_table`)."""
-    return _table("euler", process, clip, _churned_nodes(process, churn, churn_range), churn_noise)
+    return _table("euler", process, clip, churn, churn_range, churn_noise)
 
 
 def _table(
-    name: str, process: GaussianDiffusion, clip: bool, begins: list[Node], churn_noise: float
+    name: str, process: GaussianDiffusion, clip: bool, churn: float, churn_range: Range, churn_noise: float
 ) -> SolverTable:
-    """Return the table of a method by name. begins: where each step begins, above its node after churn."""
+    """Return the table of a method by name."""
     nodes, rows = nodes_of(process), list[Row]()
+    begins = _churned_nodes(process, nodes, churn, churn_range)
     for i in range(len(nodes) - 1):
         node, following, scale = begins[i], nodes[i + 1], begins[i + 1].alpha
         k_z = churn_noise * _added(following, begins[i + 1])
@@ -98,16 +99,18 @@ def _table(
     return SolverTable(name, tuple(rows), noise_scale, integer_t)
 
 
-def _churned_nodes(process: GaussianDiffusion, churn: float, churn_range: Range) -> list[Node]:
+def _churned_nodes(
+    process: GaussianDiffusion, nodes: list[Node], churn: float, churn_range: Range
+) -> list[Node]:
     """Return where each step begins: its node, or one with a larger rho after noise is added; and the end."""
-    nodes, schedule = nodes_of(process), process.schedule
+    schedule = process.schedule
     least, most = churn_range or (0.0, math.inf)
-    original = schedule if schedule.origin is None else schedule.origin
+    largest = schedule.original.sqrt_recipm1_alphas_cumprod[-1]
     gamma = min(churn / (len(nodes) - 1), LARGEST_CHURN)
     begins = []
     for node in nodes:
         rho = (1 + gamma) * node.rho
-        is_raised = least <= node.rho <= most and node.rho < rho <= original.sqrt_recipm1_alphas_cumprod[-1]
+        is_raised = least <= node.rho <= most and node.rho < rho <= largest
         begins.append(_raised(process, node, rho) if is_raised else node)
     return begins
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +57,17 @@ def nodes_of(process: GaussianDiffusion) -> list[Node]:
     return [Node(float(alphas[i]), float(sigmas[i]), row_inputs(process, i)) for i in steps] + [END]
 
 
-def orders(order: int, steps: int, lower_last: bool) -> list[int]:
-    """Return the order of each step of a multistep solver, which rises to `order` as the history grows.
+def steps_of(
+    nodes: list[Node], order: int, lower_last: bool = False
+) -> Iterator[tuple[Node, Node, list[Node]]]:
+    """Yield each step of a multistep solver: its node, the next one, and those before it, newest first.
 
-    The last step, to the end, has order 1. lower_last: the steps before it have order 2, 3, ... in reverse.
+    Before it are order - 1 nodes, or as many as there are. lower_last: each of the last steps has one less,
+    so that the last, to the end, has none.
     """
-    rising = [min(order, i + 1) for i in range(steps)]
-    if lower_last:
-        return [min(this, steps - i) for i, this in enumerate(rising)]
-    return [*rising[:-1], 1]
+    for i, (node, following) in enumerate(itertools.pairwise(nodes)):
+        count = min(order, len(nodes) - 1 - i) - 1 if lower_last else order - 1
+        yield node, following, nodes[max(i - count, 0) : i][::-1]
 
 
 def data_row(

@@ -9,7 +9,7 @@ import numpy as np
 from admfast.checks import one_of, whole_number
 from admfast.diffusion import GaussianDiffusion
 from admfast.ops.update import Row, SolverTable
-from admfast.solvers.nodes import Node, data_row, nodes_of, orders
+from admfast.solvers.nodes import Node, data_row, nodes_of, steps_of
 from admfast.solvers.solver import Solver, register
 
 
@@ -39,11 +39,9 @@ def _table(process: GaussianDiffusion, *, order: int, variant: str, clip: bool) 
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """
-    nodes, rows = nodes_of(process), list[Row]()
+    rows = list[Row]()
     correction = np.zeros(4)  # of x, by the weights of x_0 here, h1, h2 and h3
-    for i, this_order in enumerate(orders(order, len(nodes) - 1, lower_last=True)):
-        node, following = nodes[i], nodes[i + 1]
-        past = nodes[max(i - this_order + 1, 0) : i][::-1]
+    for node, following, past in steps_of(nodes_of(process), order, lower_last=True):
         a, weights, next_correction = 0.0, np.array([1.0]), np.zeros(4)
         if not following.is_end:
             a = following.sigma / node.sigma

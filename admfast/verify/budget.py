@@ -63,16 +63,22 @@ def default_budget(policy: Policy) -> Budget:
 def amplified_error(table: SolverTable, output: float) -> float:
     """Return the largest error of x that one row can cause, if the network's output has the error `output`.
 
-    Both errors are relative. The result is the max over rows of |b| min(|k_out| output, 1); the min applies
-    if the update's x_0 is clipped, because two clipped x_0 differ by about 1 at most. In
+    Both errors are relative. The result is the max over rows of w min(|k_out| output, 1), where w is |b| plus
+    the weights of what the row pushes in later rows; the min applies if the update's x_0 is clipped, because
+    two clipped x_0 differ by about 1 at most. In
     x_0 = k_x x + k_out out, the error of the output is multiplied by about 1 / sqrt(alpha_bar), which is 157
     at t = 999 of the linear schedule. With many steps, the row adds almost nothing of that x_0 to x; with few
     steps, it adds all of it.
     """
-    return max(
-        abs(row.b) * min(abs(row.k_out) * output, 1.0 if row.clip == Clip.USED else math.inf)
-        for row in table.rows
-    )
+    errors = []
+    for i, row in enumerate(table.rows):
+        weight = abs(row.b)
+        if row.pushes:  # as all rows of a solver do, or every second one, whose successor uses it
+            later = zip(table.rows[i + 1 :], ("c1", "c2", "c3"), strict=False)
+            weight += abs(row.p_0) * sum(abs(getattr(follower, name)) for follower, name in later)
+        error = abs(row.k_out) * output
+        errors.append(weight * (min(error, 1.0) if row.clip == Clip.USED else error))
+    return max(errors)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def _check_steps(stage: Plan, pipe: Pipeline, request: SampleRequest, budget: Bu
     assert isinstance(solver, Solver)
 
     def stays_in_budget(count: int) -> bool:
-        table = solver.table(pipe.diffusion.build(solver.respacing_for(count)))
+        table = solver.table(pipe.diffusion.build(solver.respacing_for(count, request.spacing)), request.clip)
         return amplified_error(table, budget.output) <= budget.step
 
     larger_counts = (n for n in (*range(2, 26), 50, 100, 250, 500, 1000) if steps < n <= pipe.diffusion.steps)

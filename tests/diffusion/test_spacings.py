@@ -101,6 +101,7 @@ def test_a_list_as_text_and_a_config_keep_fractions():
         ([-0.5, 3], "-0.5"),
         ([0.5, float("nan")], "nan"),
         ("[0.5,x]", "'x'"),
+        ("[1e2,x]", "'x'"),
     ],
 )
 def test_a_wrong_spacing_is_named(spec, value):
@@ -114,3 +115,11 @@ def test_a_log_snr_that_the_process_does_not_reach_is_refused():
         schedule.timesteps_at([0.0, 100.0])
     with pytest.raises(InvalidArgument, match="^log_snr=-inf"):
         Schedule.from_betas([0.5, 1.0]).timesteps_at(0.0)
+
+
+@pytest.mark.parametrize("spacing", ["log-snr5", "karras5"])
+def test_a_spacing_by_noise_needs_a_signal_at_every_timestep(spacing):
+    with pytest.raises(InvalidArgument, match=f"^respacing='{spacing}'"):
+        make_schedule("linear", 20, spacing)
+    with pytest.raises(InvalidArgument, match="^steps="):
+        make_schedule("linear", 20, [3, 18.5])

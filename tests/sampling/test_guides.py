@@ -182,3 +182,17 @@ def test_wrong_guides_are_named(make, argument):
 def test_a_guide_leaves_no_gradients_behind():
     found = images(guides=guides.by_prediction(towards_target), noise=randn(2, 1, 8, 8))
     assert not found.requires_grad and found.isfinite().all()
+
+
+def test_guides_by_prediction_see_the_timestep_of_a_churned_row():
+    pipe, seen = pipeline(), []
+
+    def compare(x_t, t, prediction):
+        own = pipe.predict(x_t.detach(), t, 0)
+        seen.append((float(t[0]), float((prediction.x0 - own.x0).abs().max() / own.x0.abs().max())))
+        return torch.zeros_like(x_t)
+
+    pipe.sample(0, [1], steps=5, solver="euler:churn=20", guides=guides.by_prediction(compare), guidance=0)
+    assert any(t != int(t) for t, _ in seen)
+    # Both take the same output of the network and its coefficients, rounded to float32.
+    assert all(error < 1e-5 for _, error in seen), seen

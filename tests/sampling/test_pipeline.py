@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from admfast.diffusion import DiffusionConfig
 from admfast.engine.guidance import classifier_guidance
 from admfast.engine.precision import POLICIES
+from admfast.errors import InvalidArgument
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.ops.update import Stream, as_seeds, normal
 from admfast.sampling.loop import Progress
@@ -424,3 +425,14 @@ def test_a_spacing_is_a_respacing_of_as_many_steps():
     pipe.sample(0, SEEDS[:1], steps=5, spacing="log-snr", solver="ddim")
     seen = [call["t"][0].item() for call in calls]
     assert len(seen) == 5 and seen[0] == 999 and any(t != int(t) for t in seen)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("name", ["dynamic_threshold", "denoised_fn"])
+def test_an_update_that_ignores_x0_takes_no_limit_of_x0(name, clip):
+    diffusion = DiffusionConfig(mean_type="PREVIOUS_X", learn_sigma=True)
+    pipe = pipeline(diffusion=diffusion)
+    value = 0.9 if name == "dynamic_threshold" else lambda x0: x0
+    with pytest.raises(InvalidArgument, match=f"^{name}='given': not for a network that predicts the prev"):
+        pipe.check(0, [1], steps=3, guidance=0, clip=clip, **{name: value})
+    assert pipe.check(0, [1], steps=3, guidance=0, clip=clip, solver="ddim", **{name: value})

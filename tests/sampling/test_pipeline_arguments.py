@@ -99,6 +99,7 @@ BAD = [
     ({"x_start": IMAGE, "t_start": 1000}, "t_start=1000"),
     ({"x_start": IMAGE, "t_start": -1}, "t_start=-1"),
     ({"x_start": IMAGE, "t_start": 0.5}, "t_start=0.5"),
+    ({"x_start": IMAGE, "t_start": 500, "solver": "euler:churn=2"}, "x_start='given'"),
     ({"spacing": "karras", "respacing": "5"}, "spacing='karras'"),
     ({"spacing": "log_snr"}, "spacing='log_snr'"),
     ({"dynamic_threshold": 0}, "dynamic_threshold=0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,21 +109,111 @@ def test_with_noise_the_standard_deviation_of_gaussian_data_is_found(solver, ord
     assert round(math.log2(errors[0] / errors[1])) == order, errors
 
 
-def test_churn_adds_noise_where_it_is_asked_for():
-    solver = euler(churn=20, churn_range=(0.1, 10), churn_noise=1.01)
-    process = DiffusionConfig(steps=1000).build("karras20")
-    rows = solver.table(process).rows
+@pytest.mark.parametrize("churn", [2.0, 20.0])
+@pytest.mark.parametrize("kind", [MeanType.EPSILON, MeanType.START_X], ids=lambda m: m.name)
+@pytest.mark.parametrize("rescale", [False, True], ids=["", "rescaled"])
+def test_churn_adds_noise_where_it_is_asked_for(churn, kind, rescale):
+    solver = euler(churn=churn, churn_range=(0.1, 10), churn_noise=1.01)
+    config = DiffusionConfig(steps=500, mean_type=kind, rescale_timesteps=rescale)
+    process = config.build("karras20")
+    made = solver.table(process)
     rho = process.schedule.sqrt_recipm1_alphas_cumprod[::-1]
-    for before, row, at in zip(rows, rows[1:], rho[1:], strict=False):
+    assert not made.integer_t and made.noise_scale == 1
+    for before, row, at in zip(made.rows, made.rows[1:], rho[1:], strict=False):
         raised = 0.1 <= at <= 10
-        assert (before.k_z > 0) == raised
-        factor = min(20 / 20, math.sqrt(2) - 1) + 1 if raised else 1.0
-        assert -row.k_out == pytest.approx(factor * at)  # of a network that predicts eps: rho
-        if raised:
-            assert before.k_z == pytest.approx(
-                1.01 * at * math.sqrt(factor**2 - 1) / math.hypot(1, factor * at)
-            )
+        factor = 1 + min(churn / 20, math.sqrt(2) - 1) if raised else 1.0
+        alpha = 1 / math.hypot(1, factor * at)
+        added = 1.01 * at * math.sqrt(factor**2 - 1) * alpha
+        assert before.k_z == pytest.approx(added)
+        reads = (1 / alpha, -factor * at) if kind is MeanType.EPSILON else (0, 1)
+        assert (row.k_x, row.k_out) == pytest.approx(reads)
+        timestep = process.schedule.timesteps_at(-2 * math.log(factor * at))
+        assert row.t_net == row.t_clf == pytest.approx(float(timestep) * (2 if rescale else 1), rel=1e-6)
+        assert process.schedule.timestep_seen(row.index, row.t_net) == pytest.approx(
+            float(timestep), rel=1e-6
+        )
     assert all(row.k_z == 0 for row in euler().table(process).rows)
+
+
+def test_churn_at_the_first_node_is_part_of_the_starting_noise():
+    process = DiffusionConfig(steps=1000).build([100, 400, 700])
+    made = euler(churn=1.0, churn_noise=1.5).table(process)
+    rho = float(process.schedule.sqrt_recipm1_alphas_cumprod[-1])
+    alpha = [1 / math.hypot(1, factor * rho) for factor in (1, 4 / 3)]
+    added = 1.5 * alpha[1] * rho * math.sqrt((4 / 3) ** 2 - 1)
+    assert made.noise_scale == pytest.approx(math.hypot(alpha[1] / alpha[0], added))
+    assert not made.integer_t and euler().table(process).integer_t
+
+
+def test_options_of_a_cached_solver_can_not_be_changed():
+    solver = make_solver("heun:churn_range=[0.05,50]")
+    assert solver.options["churn_range"] == (0.05, 50.0) and make_solver(str(solver)) == solver
+
+
+def test_the_last_steps_of_dpmpp_and_unipc_have_lower_orders():
+    process = DiffusionConfig(steps=1000).build("uniform6")
+    for solver, kept in ((dpmpp(order=3), [0, 1, 2, 2, 1, 0]), (deis(order=3), [0, 1, 2, 2, 2, 0])):
+        rows = solver.table(process).rows
+        assert [sum(c != 0 for c in (row.c1, row.c2, row.c3)) for row in rows] == kept
+    # UniPC's corrector adds a value: that of the node it comes from.
+    rows = unipc(order=3).table(process).rows
+    assert [sum(c != 0 for c in (row.c1, row.c2, row.c3)) for row in rows] == [0, 1, 2, 3, 3, 0]
+
+
+def taylor(h: float, power: int) -> float:
+    """Return int_0^h e^(tau - h) tau^power d tau, the exact weight of a power of x_0's polynomial."""
+    tau, w = np.polynomial.legendre.leggauss(40)
+    tau, w = h * (tau + 1) / 2, h * w / 2
+    return float((w * np.exp(tau - h) * tau**power).sum())
+
+
+def row_at(solver, i: int):
+    """Return row i of six, and the steps of lambda before and after it, and alpha of the next node."""
+    process = DiffusionConfig(steps=1000).build("uniform6")
+    lam = process.schedule.log_snr(np.arange(6))[::-1] / 2
+    alpha = process.schedule.sqrt_alphas_cumprod[::-1]
+    return solver.table(process).rows[i], lam - lam[i], alpha[i + 1]
+
+
+def test_3m_is_the_published_formula():
+    row, lam, alpha = row_at(dpmpp(order=3), 2)
+    h, (t1, t2) = lam[3], lam[[1, 0]]
+    # The parabola through the three values has all of its slope, and half of its curvature.
+    for values in ([1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]):
+        curvature, slope, constant = np.polyfit([0, t1, t2], values, 2)
+        exact = constant * taylor(h, 0) + slope * taylor(h, 1) + curvature * taylor(h, 2) / 2
+        found = np.dot(values, [row.b, row.c1, row.c2])
+        assert found == pytest.approx(alpha * exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_the_predictor_of_unipc_2_weighs_the_slope_by_half_of_b(variant):
+    # The second row of a table has nothing to correct but x itself, by the first row's corrector of order 1.
+    row, lam, alpha = row_at(unipc(order=2, variant=variant), 1)
+    h, before = lam[2], -lam[0]
+    b = h if variant == "bh1" else 1 - math.exp(-h)
+    first, _, alpha_first = row_at(unipc(order=2, variant=variant), 0)
+    corrector = alpha_first * (before if variant == "bh1" else 1 - math.exp(-before)) / 2
+    slope = alpha * b * h / (2 * before)
+    assert row.c1 == pytest.approx(-slope - row.a * corrector, rel=1e-9)
+    assert row.b == pytest.approx(alpha * (1 - math.exp(-h)) + slope + row.a * corrector, rel=1e-9)
+    assert first.c1 == 0
+
+
+def test_the_weights_of_deis_are_exact_integrals():
+    process = DiffusionConfig(steps=1000).build("uniform6")
+    schedule = process.schedule
+    row = deis(order=3).table(process).rows[2]
+    t = schedule.timestep_map[::-1].astype(float)
+    alpha, sigma = schedule.sqrt_alphas_cumprod[::-1], schedule.sqrt_one_minus_alphas_cumprod[::-1]
+    grid = np.linspace(t[3], t[2], 200_001)
+    rho = np.exp(-schedule.original.log_snr(grid) / 2)
+    for j, name in enumerate(("", "c1", "c2")):
+        known = [t[2], t[1], t[0]]
+        values = np.prod([(grid - u) / (known[j] - u) for k, u in enumerate(known) if k != j], axis=0)
+        weight = -alpha[3] * np.trapezoid(values, rho)  # from the larger rho to the smaller
+        found = -row.b * sigma[2] / alpha[2] if j == 0 else getattr(row, name)
+        assert found == pytest.approx(weight, rel=1e-6)
 
 
 def test_churn_is_refused_where_the_network_has_no_values_between_timesteps():

@@ -19,7 +19,7 @@ class SolverTable:
     """The rows of a solver for one schedule.
 
     rows: in the order in which they run. noise_scale: factor of the starting noise, x_T = noise_scale * z.
-    integer_t: the network sees whole timesteps (int64), which is the case unless the schedule is rescaled.
+    integer_t: the network sees whole timesteps (int64): all are whole, and the schedule is not rescaled.
     """
 
     solver: str
