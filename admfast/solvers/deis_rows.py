@@ -109,13 +109,13 @@ def _quadrature(
     """Return points u and weights w with sum f(u) w = int f d rho over the step.
 
     Between two timesteps of the original process log rho is linear in t, and there f(u) is a polynomial times
-    an exponential, for which Gauss's rule of 8 points is exact to float64.
+    an exponential, for which Gauss's rule of 4 points is exact to float64.
     """
     schedule = process.schedule
     begin, end = (_timestep(process, each) for each in (node, following))
     whole = np.arange(np.floor(end) + 1, np.ceil(begin))
     borders = np.concatenate([[end], whole, [begin]])
-    points, point_weights = np.polynomial.legendre.leggauss(8)
+    points, point_weights = np.polynomial.legendre.leggauss(4)
     lengths = np.diff(borders)[:, None]
     t = borders[:-1, None] + lengths * (points + 1) / 2
     log_rho_at_borders = -schedule.original.log_snr(borders) / 2

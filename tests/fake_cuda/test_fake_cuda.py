@@ -65,9 +65,10 @@ def test_torsos_compute_in_the_dtype_of_the_policy(runs):
         assert set(run["dtypes"]) == {DTYPES[run["precision"]], "float32"}, find_subject(run)
 
 
-# Launches of a step, and gigabytes beside convolutions and products. The plan of one read per norm is 15.3 GB
-# for the network alone at 256 px and batch 8 (norms 12.9, resampling 2.2, attention 0.3). Above it are the
-# passes that add bias and residual after a convolution of the library, and norms that read twice.
+# Launches of a step, and gigabytes beside convolutions and products. The plan of one read per norm is 17.5 GB
+# for the network alone at 256 px and batch 8 (norms 12.9, resampling 2.2, residuals 2.2, attention 0.3). More
+# are the passes that a convolution of the library leaves to others: after the first one of a block a read for
+# the statistics, after the second one a read and a write of its output, to add bias and residual.
 BOUNDS = {
     ("imagenet64", 1, True): (726, 0.53),
     ("imagenet256", 8, True): (734, 34.1),

@@ -67,7 +67,8 @@ def test_order_1_is_ddim(solver):
 @pytest.mark.parametrize("name", NEW)
 def test_every_kind_of_network(name, kind):
     rows = table(make_solver(name), 6, mean_type=kind).rows
-    assert pack(rows).host.isfinite().all()
+    # Their updates use x_0, whatever the network predicts.
+    assert pack(rows).host.isfinite().all() and {row.clip for row in rows} == {Clip.USED}
 
 
 def final_std(solver, count: int) -> float:
@@ -143,6 +144,13 @@ def test_churn_at_the_first_node_is_part_of_the_starting_noise():
     added = 1.5 * alpha[1] * rho * math.sqrt((4 / 3) ** 2 - 1)
     assert made.noise_scale == pytest.approx(math.hypot(alpha[1] / alpha[0], added))
     assert not made.integer_t and euler().table(process).integer_t
+
+
+def test_churn_raises_no_node_above_the_process():
+    # sigma / alpha of the last timestep is 157, that of 980 is 130, and churn multiplies by 4/3.
+    process = DiffusionConfig(steps=1000).build([100, 940, 980])
+    rows = euler(churn=1.0).table(process).rows
+    assert rows[0].t_net == 980 and 940 < rows[1].t_net < 999
 
 
 def test_options_of_a_cached_solver_can_not_be_changed():
