@@ -189,16 +189,6 @@ class Schedule:
             return timestep
         return self.network_timestep(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
 
-    def timestep_seen(self, index: int, t_net: float) -> int | float:
-        """Return the timestep of the original process at which the network sees `t_net`.
-
-        index: the step to which a row belongs: its timestep is exact if the network sees that of the step.
-        """
-        if t_net == self.model_t(index):
-            timestep: int | float = self.timestep_map[index].item()
-            return timestep
-        return t_net / self.network_timestep(1.0)
-
     def network_timestep(self, t: npt.ArrayLike) -> float:
         """Return the timestep that the network sees at timestep t of the original process, as a float."""
         return float(t) * (TIMESTEP_SCALE / self.original_steps if self.rescale_timesteps else 1.0)  # type: ignore[arg-type]

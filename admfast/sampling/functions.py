@@ -162,11 +162,9 @@ def make_function_step(plan: Plan, x: Tensor) -> FunctionStep:
         classifier_gradient = classifier_guidance(engine.classifier, plan.labels, plan.guidance_scale)
         guides.append((Guide(engine.guard_model(classifier_gradient)), plan.guided))
     model = engine.guard_model(bind_conditions(engine.net, plan.labels, plan.low_res))
-    schedule, rows = plan.process.schedule, plan.table.rows
 
     def read_prediction(out: Tensor, x_t: Tensor, i: int) -> Prediction:
-        timestep = schedule.timestep_seen(rows[i].index, rows[i].t_net)
-        t = torch.full((len(x_t),), timestep, device=x_t.device)
+        t = torch.full((len(x_t),), plan.timesteps[i], device=x_t.device)
         return dataclasses.replace(plan.predictor.read_output(out, x_t, t), first=plan.first)
 
     return FunctionStep(plan, model, x, guides, plan.denoised_fn, read_prediction, plan.dynamic_threshold)

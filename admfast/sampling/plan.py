@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 class Plan(Batch):
     """A request ready to run: a `Batch` (rows and images on the device) and what else the loop needs.
 
-    engine, process, predictor: those of the model; the process is respaced. noise: x_T, None for the noise of
+    engine, process, predictor: those of the model; the process is respaced. timesteps: those of the original
+    process, by row. noise: x_T, None for the noise of
     the seeds. x_start: image to noise and begin from, or None. guides: all but the classifier, each with one
     flag per row that says whether it applies. denoised_fn, dynamic_threshold, callback, every, batch_size,
     output: as in the request. first_stream: stream of x_T's noise. first: index of this plan's first image
@@ -48,6 +49,7 @@ class Plan(Batch):
     engine: Engine
     process: GaussianDiffusion
     predictor: Predictor
+    timesteps: tuple[float, ...]
     step_noise: Tensor | None = None
     noise: Tensor | None = None
     x_start: Tensor | None = None
@@ -148,7 +150,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     table = full_table
     if request.t_start is not None:
         process, table = _from_timestep(request, process, full_table)
-    num_skipped, schedule = len(full_table) - len(table), process.schedule
+    num_skipped = len(full_table) - len(table)
     seeds, labels, shape = requested_images(request, pipeline)
     _check_shapes(request, shape, len(full_table), pipeline)
 
@@ -158,7 +160,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     noise, x_start, step_noise = map(on_device, (request.noise, request.x_start, request.step_noise))
     if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
-    timesteps = [schedule.timestep_seen(row.index, row.t_net) for row in table.rows]
+    timesteps = _timesteps(process, table)
     guidance_scale, interval = _classifier_guidance(request, pipeline)
     if guidance_scale:
         check_classifier_sides(request, pipeline)
@@ -167,6 +169,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
         predictor=pipeline.predictor,
         process=process,
         table=table,
+        timesteps=timesteps,
         shape=shape,
         seeds=as_seeds(seeds).to(device),
         labels=None if labels is None else torch.tensor(labels, device=device),
@@ -207,6 +210,7 @@ def _upsampler_plan(request: SampleRequest, pipeline: Pipeline, up: Pipeline, ba
         predictor=up.predictor,
         process=process,
         table=table,
+        timesteps=_timesteps(process, table),
         shape=(base.shape[0], up.config.in_channels, *spatial),
         seeds=base.seeds.to(device),
         labels=None if base.labels is None else base.labels.to(device),
@@ -250,6 +254,12 @@ def _process_and_table(
             allowed = "not for a network that predicts the previous x: its update ignores x_0"
             raise invalid(setting, "given", allowed)
     return process, table
+
+
+def _timesteps(process: GaussianDiffusion, table: SolverTable) -> tuple[float, ...]:
+    """Return the timesteps of the original process at which the rows of a table evaluate the network."""
+    of_step = process.schedule.timestep_map.tolist()
+    return tuple(of_step[row.index] if row.timestep is None else row.timestep for row in table.rows)
 
 
 def _clips(request: SampleRequest) -> bool:

@@ -121,9 +121,11 @@ def _raised(process: GaussianDiffusion, node: Node, rho: float) -> Node:
         raise invalid("churn", rho, "0 for a network that predicts the previous x, for whole timesteps only")
     assert node.inputs is not None
     alpha, schedule = 1 / math.hypot(1, rho), process.schedule
-    timestep = schedule.network_timestep(schedule.timesteps_at(-2 * math.log(rho)))
+    timestep = float(schedule.timesteps_at(-2 * math.log(rho)))
+    seen = schedule.network_timestep(timestep)
     k_x, k_out = (0.0, 1.0) if process.mean_type is MeanType.START_X else (1 / alpha, -rho)
-    inputs = dict(t_net=timestep, t_clf=timestep, k_x=k_x, k_out=k_out, index=node.inputs["index"])
+    index = node.inputs["index"]
+    inputs = dict(t_net=seen, t_clf=seen, k_x=k_x, k_out=k_out, index=index, timestep=timestep)
     return Node(alpha, rho * alpha, inputs)
 
 

@@ -285,7 +285,7 @@ def test_each_term_alone(term, impl):
 
 def test_the_terms_are_all_of_them():
     named = {name for coefficients, *_ in TERMS.values() for name in coefficients}
-    others = {"t_net", "t_clf", "clip", "save", "p_x", "p_0", "index"}
+    others = {"t_net", "t_clf", "clip", "save", "p_x", "p_0", "index", "timestep"}
     assert named | others == set(Row.__dataclass_fields__)
 
 

@@ -50,7 +50,7 @@ class Row:
     """One row of a solver's table; the names are those of the formula at the top of this module.
 
     `t_net` and `t_clf` are the timesteps that the network and the guidance see. `index` is the step's index
-    in the respaced schedule, for reports.
+    in the respaced schedule, for reports. `timestep` is that of the original process; None is the step's own.
     """
 
     t_net: float
@@ -75,6 +75,7 @@ class Row:
     p_x: float = 0.0
     p_0: float = 0.0
     index: int = 0
+    timestep: float | None = None
 
     @property
     def pushes(self) -> bool:

@@ -30,7 +30,7 @@ class SolverTable:
     def __post_init__(self) -> None:
         for i, row in enumerate(self.rows):
             for field in dataclasses.fields(row):
-                value = getattr(row, field.name)
+                value = getattr(row, field.name) or 0.0  # None, for the timestep of the step
                 # Only l0 may be -inf, for a variance of zero.
                 if math.isnan(value) or (math.isinf(value) and field.name != "l0"):
                     raise InvalidArgument(
