@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ from admfast.files.paths import user_path
 from admfast.files.tables import table
 from admfast.interrupts import SIGNAL_STATUS
 from admfast.models import NetConfig
+from admfast.models.description import Description
 from admfast.runs.folder import find_sample_files
 from admfast.training.distributed import World, join_processes
 from admfast.training.export import export_run
@@ -93,20 +94,17 @@ def _command(kind: str) -> Callable[..., None]:
         }  # fmt: skip
         options |= {name: value for name, value in flags.items() if value is not None}
         run_folder = None if out is None else user_path("out", out)
-        old = None if run_folder is None else _recipe_in(run_folder)
-        # The run refuses another kind or batch size, which the old settings may not fit.
-        fits = old is not None and old.kind == kind and options.get("batch_size") in (None, old.batch_size)
-        if old is not None and fits and preset is None and from_ is None:
-            run_recipe = change_recipe(old, options)
-        else:
+        old_run = None if run_folder is None else _run_in(run_folder)
+        if old_run is None:
             run_recipe = resolve_recipe(kind, preset or DIGITS, from_, options)
-            if old is not None and fits:
-                run_recipe = _with_settings_of(old, run_recipe, options)
+        else:
+            old = recipe_from_description(old_run)
+            run_recipe = _recipe_to_continue(old, kind, preset, from_, options)
         loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
         )  # fmt: skip
-        data_name = _data_or_digits(preset, data, run_folder if old is not None else None)
+        data_name = _data_or_digits(preset, data, old_run)
         with join_processes(device) as world, _one_line_warnings():
             if run_folder is None or dry_run:
                 _dry_run(run_recipe, data_name, labels, dataclasses.replace(loop_options, cache=None), world)
@@ -205,13 +203,25 @@ def _check_is_file(start: str) -> None:
         raise invalid("from", start, f"a weights file, or the folder of a run; {hint}")
 
 
-def _recipe_in(run: Path) -> Recipe | None:
-    """Return the recipe of the run in a folder, None if it holds none."""
-    return recipe_from_description(read_run_file(run)) if (run / RUN_FILE).is_file() else None
+def _run_in(folder: Path) -> Description | None:
+    """Return the description of the run in a folder, None if it holds none."""
+    return read_run_file(folder) if (folder / RUN_FILE).is_file() else None
 
 
-def _with_settings_of(old: Recipe, new: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """Return a recipe in which the settings that the user didn't give are those of the run to continue."""
+def _recipe_to_continue(
+    old: Recipe, kind: str, preset: str | None, start: str | None, options: dict[str, Any]
+) -> Recipe:
+    """Return the recipe of a command for a run with the recipe `old`: what the user didn't give is the run's.
+
+    Network and process are the run's too, unless a preset or a file to start from is given.
+    """
+    # The run refuses another kind or batch size, which its other settings may not fit.
+    fits = old.kind == kind and options.get("batch_size") in (None, old.batch_size)
+    if fits and preset is None and start is None:
+        return change_recipe(old, options)
+    new = resolve_recipe(kind, preset or DIGITS, start, options)
+    if not fits:
+        return new
     names = {field.name for field in dataclasses.fields(Recipe)} - {"kind", "network", "process"}
     return dataclasses.replace(new, **{name: getattr(old, name) for name in names - options.keys()})
 
@@ -220,13 +230,13 @@ def _with_settings_of(old: Recipe, new: Recipe, options: Mapping[str, Any]) -> R
 _RUN_SETTINGS = ("dropout", "num_classes")
 
 
-def _data_or_digits(preset: str | None, data: str | None, run: Path | None) -> str:
+def _data_or_digits(preset: str | None, data: str | None, run: Description | None) -> str:
     """Return the name of the data: digits by default, if the preset and the run to continue are of digits."""
     if data is not None:
         return data
     of_digits = preset in (None, DIGITS)
     if run is not None:
-        of_digits = of_digits and read_run_file(run).training.get("surroundings", {}).get("data") == "digits"
+        of_digits = of_digits and run.training.get("surroundings", {}).get("data") == "digits"
     if not of_digits:
         raise invalid("data", None, "the images: a folder, a zip, an npz, or digits")
     return "digits"

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from admfast.checks import finite_float, parse_literal, to_python, whole_number
 from admfast.errors import InvalidArgument, allowed_names, invalid
 
-Respacing = str | int | Iterable[float]
+WholeRespacing = str | int | Iterable[int]
+Respacing = WholeRespacing | Iterable[float]
 FloatArray = npt.NDArray[np.float64]
 _Number = TypeVar("_Number", int, float)
 
@@ -64,21 +65,18 @@ def kept_timesteps(spec: Respacing, log_snr: FloatArray) -> list[int] | list[flo
     Returns whole numbers for "uniform", the forms of `space_timesteps` and lists of whole numbers; else
     floats, between which the log-SNR is linear. Raises: InvalidArgument.
     """
-    spec, total = to_python(spec), len(log_snr)  # type: ignore[assignment]
-    if isinstance(spec, str) and (match := _SPREAD.fullmatch(spec)):
+    kept, total = check_respacing(spec), len(log_snr)
+    if isinstance(kept, str) and (match := _SPREAD.fullmatch(kept)):
         count = int(match[2])
         if not 1 <= count <= total:
-            raise invalid("respacing", spec, f"{match[1]}N with N from 1 to {total}")
+            raise invalid("respacing", kept, f"{match[1]}N with N from 1 to {total}")
         return _spread_timesteps(match[1], count, log_snr)
-    if isinstance(spec, str) and (match := _LIST.fullmatch(spec)) and not _WHOLE_LIST.fullmatch(spec):
-        spec = [parse_literal(item) for item in match[1].split(",")]
-    if isinstance(spec, Iterable) and not isinstance(spec, str):
-        items = [to_python(item) for item in spec]
-        if any(isinstance(item, float) for item in items):
-            floats = [finite_float("respacing timestep", t, least=0, most=total - 1) for t in items]
-            return _distinct(sorted(floats), items)
-        return space_timesteps(total, items)  # type: ignore[arg-type]
-    return space_timesteps(total, spec)
+    if isinstance(kept, str) and (match := _LIST.fullmatch(kept)) and not _WHOLE_LIST.fullmatch(kept):
+        kept = check_respacing([parse_literal(item) for item in match[1].split(",")])
+    if isinstance(kept, tuple) and any(isinstance(t, float) for t in kept):
+        floats = [finite_float("respacing timestep", t, least=0, most=total - 1) for t in kept]
+        return _distinct(sorted(floats), kept)
+    return space_timesteps(total, kept)  # type: ignore[arg-type]  # a tuple without floats holds ints
 
 
 def _spread_timesteps(spacing: str, count: int, log_snr: FloatArray) -> list[int] | list[float]:
@@ -113,7 +111,7 @@ def timesteps_at(wanted: npt.ArrayLike, log_snr: FloatArray) -> FloatArray:
     return np.interp(-values, -log_snr, np.arange(len(log_snr), dtype=np.float64))
 
 
-def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = False) -> list[int]:
+def space_timesteps(num_timesteps: int, spec: WholeRespacing, *, published: bool = False) -> list[int]:
     """Return the timesteps, in ascending order, that `spec` keeps out of 0..num_timesteps-1.
 
     Source: `space_timesteps` of the published code; "ddimN": Song et al. 2020, section D.2 (linear
@@ -147,8 +145,8 @@ def space_timesteps(num_timesteps: int, spec: Respacing, *, published: bool = Fa
     if isinstance(spec, Iterable):
         items = list(spec)
         if published:
-            return _section_timesteps(total, [operator.index(count) for count in items], published)  # type: ignore[arg-type]
-        return _listed_timesteps(total, items)  # type: ignore[arg-type]
+            return _section_timesteps(total, [operator.index(count) for count in items], published)
+        return _listed_timesteps(total, items)
     return _section_timesteps(total, [whole_number("respacing", spec, 0, total)], published)
 
 

@@ -140,12 +140,12 @@ class Schedule:
 
     @property
     def original(self) -> Schedule:
-        """The schedule of the original process."""
+        """Return the schedule of the original process."""
         return self if self.origin is None else self.origin
 
     @property
     def integer_t(self) -> bool:
-        """Whether the network sees whole timesteps."""
+        """Tell whether the network sees whole timesteps."""
         return self.model_timesteps.dtype.kind == "i"
 
     def respaced(self, steps: Sequence[float] | IntArray | FloatArray) -> Schedule:
@@ -187,11 +187,12 @@ class Schedule:
         if index == int(index):
             timestep: int | float = self.model_timesteps[int(index)].item()
             return timestep
-        return self.network_timestep(np.interp(index, np.arange(self.num_timesteps), self.timestep_map))
+        interpolated = np.interp(index, np.arange(self.num_timesteps), self.timestep_map)
+        return self.network_timestep(float(interpolated))
 
-    def network_timestep(self, t: npt.ArrayLike) -> float:
-        """Return the timestep that the network sees at timestep t of the original process, as a float."""
-        return float(t) * (TIMESTEP_SCALE / self.original_steps if self.rescale_timesteps else 1.0)  # type: ignore[arg-type]
+    def network_timestep(self, t: float) -> float:
+        """Return the timestep that the network sees at timestep t of the original process."""
+        return t * (TIMESTEP_SCALE / self.original_steps if self.rescale_timesteps else 1.0)
 
     def timesteps_at(self, log_snr: npt.ArrayLike) -> FloatArray:
         """Return the timesteps of the original process with this log-SNR, linear between whole timesteps.

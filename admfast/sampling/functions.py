@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from admfast.sampling.plan import Plan
 
 LOG = logging.getLogger("admfast")
+X0_IS_IGNORED = "not for a network that predicts the previous x: its update ignores x_0"
 GuideRows = Sequence[tuple[Guide, Sequence[bool]]]
 
 
@@ -52,10 +53,10 @@ class FunctionStep:
             raise invalid("step_noise.shape", tuple(noise.shape), f"{(len(table), *tuple(x.shape))}")
         rows = table.rows
         if denoised_fn is not None:
-            rows = tuple(_row_taking_x0("denoised_fn", row) for row in rows)
+            rows = tuple(_row_taking_x0(row) for row in rows)
         self.unlimited_rows = rows
         if dynamic_threshold is not None:
-            rows = tuple(_row_taking_guided_x0("dynamic_threshold", row) for row in rows)
+            rows = tuple(replace(_row_taking_x0(row), k_pre=0.0, clip=Clip.NONE) for row in rows)
         self.batch, self.model, self.guides = batch, model, guides
         self.denoised_fn, self.read_prediction = denoised_fn, read_prediction
         self.dynamic_threshold = dynamic_threshold
@@ -85,7 +86,9 @@ class FunctionStep:
         if self.denoised_fn is not None:
             out = apply_denoised_fn(self.denoised_fn, batch.table.rows[i], x, out)
         if self.dynamic_threshold is not None:
-            out = _limit_dynamically(self.dynamic_threshold, self.unlimited_rows[i], x, out, gradient)
+            row, quantile = self.unlimited_rows[i], self.dynamic_threshold
+            guidance = 0.0 if gradient is None else row.k_pre * gradient.to(x.dtype)
+            out = apply_denoised_fn(lambda x0: limit_dynamically(x0 + guidance, quantile), row, x, out)
         sampler_step(
             self.state,
             out,
@@ -165,22 +168,16 @@ def make_function_step(plan: Plan, x: Tensor) -> FunctionStep:
 
     def read_prediction(out: Tensor, x_t: Tensor, i: int) -> Prediction:
         t = torch.full((len(x_t),), plan.timesteps[i], device=x_t.device)
-        return dataclasses.replace(plan.predictor.read_output(out, x_t, t), first=plan.first)
+        return replace(plan.predictor.read_output(out, x_t, t), first=plan.first)
 
     return FunctionStep(plan, model, x, guides, plan.denoised_fn, read_prediction, plan.dynamic_threshold)
 
 
-def _row_taking_x0(argument: str, row: Row) -> Row:
-    """Return the row for an `out` whose mean part is x_0 itself. argument: the reason, for an error."""
+def _row_taking_x0(row: Row) -> Row:
+    """Return the row for an `out` whose mean part is x_0 itself."""
     if row.clip == Clip.REPORTED:
-        allowed = "not for a network that predicts the previous x: its update ignores x_0"
-        raise invalid(argument, "given", allowed)
-    return dataclasses.replace(row, k_x=0.0, k_out=1.0)
-
-
-def _row_taking_guided_x0(argument: str, row: Row) -> Row:
-    """Return the row for an `out` whose mean part is x_0 after guidance and its limit."""
-    return dataclasses.replace(_row_taking_x0(argument, row), k_pre=0.0, clip=Clip.NONE)
+        raise invalid("denoised_fn", "given", X0_IS_IGNORED)
+    return replace(row, k_x=0.0, k_out=1.0)
 
 
 def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tensor, out: Tensor) -> Tensor:
@@ -192,13 +189,11 @@ def apply_denoised_fn(denoised_fn: Callable[[Tensor], Tensor], row: Row, x: Tens
     return torch.cat([x0, out[:, channels:]], dim=1)
 
 
-def _limit_dynamically(quantile: float, row: Row, x: Tensor, out: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return `out` with its mean part replaced by x_0, guided and limited (see `SampleRequest`)."""
-    channels = x.shape[1]
-    out = out.to(x.dtype)
-    x0 = row.k_x * x + row.k_out * out[:, :channels]
-    if gradient is not None and row.k_pre:
-        x0 = x0 + row.k_pre * gradient.to(x.dtype)
+def limit_dynamically(x0: Tensor, quantile: float) -> Tensor:
+    """Return x_0 limited in each image to [-s, s] and divided by s, the quantile of |x_0|, at least 1.
+
+    Source: Saharia et al. 2022, "dynamic thresholding".
+    """
     limits = torch.quantile(x0.abs().flatten(1), quantile, dim=1).clamp(min=1)
-    limits = limits.view(-1, *[1] * (x.dim() - 1))
-    return torch.cat([x0.clamp(-limits, limits) / limits, out[:, channels:]], dim=1)
+    limits = limits.view(-1, *[1] * (x0.dim() - 1))
+    return x0.clamp(-limits, limits) / limits

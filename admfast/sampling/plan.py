@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from admfast.files.levels import from_uint8, to_uint8
 from admfast.models import UpsamplerConfig
 from admfast.ops import dispatch
 from admfast.ops.update import Clip, SolverTable, Stream, as_seeds
+from admfast.sampling.functions import X0_IS_IGNORED
 from admfast.sampling.guides import Guide, Interval
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
@@ -38,12 +38,12 @@ class Plan(Batch):
     """A request ready to run: a `Batch` (rows and images on the device) and what else the loop needs.
 
     engine, process, predictor: those of the model; the process is respaced. timesteps: those of the original
-    process, by row. noise: x_T, None for the noise of
-    the seeds. x_start: image to noise and begin from, or None. guides: all but the classifier, each with one
-    flag per row that says whether it applies. denoised_fn, dynamic_threshold, callback, every, batch_size,
-    output: as in the request. first_stream: stream of x_T's noise. first: index of this plan's first image
-    among all requested images. stage: "base" or "upsampler". upsampler_plan: plan of the upsampler that
-    follows, or None. downsample_factor: factor by which base images are downsampled before the upsampler.
+    process, by row. noise: x_T, None for the noise of the seeds. x_start: image to noise and begin from, or
+    None. guides: all but the classifier, each with one flag per row that says whether it applies.
+    denoised_fn, dynamic_threshold, callback, every, batch_size, output: as in the request. first_stream:
+    stream of x_T's noise. first: index of this plan's first image among all requested images. stage: "base"
+    or "upsampler". upsampler_plan: plan of the upsampler that follows, or None. downsample_factor: factor by
+    which base images are downsampled before the upsampler.
     """
 
     engine: Engine
@@ -68,7 +68,7 @@ class Plan(Batch):
 
     @property
     def unprepared(self) -> dict[str, str]:
-        """The fields with which no step can be prepared, and why."""
+        """Say which fields keep a step from being prepared, and why."""
         reasons = {
             "guides": "Python functions",
             "denoised_fn": "a Python function",
@@ -251,8 +251,7 @@ def _process_and_table(
         if getattr(request, setting) is None or process.mean_type is not MeanType.PREVIOUS_X:
             continue
         if solver.table(process, clip=True).rows[0].clip == Clip.REPORTED:
-            allowed = "not for a network that predicts the previous x: its update ignores x_0"
-            raise invalid(setting, "given", allowed)
+            raise invalid(setting, "given", X0_IS_IGNORED)
     return process, table
 
 
@@ -299,7 +298,7 @@ def _from_timestep(
         # A row that uses what earlier rows left can't be the first.
         process = process.first_steps(kept)
         return process, solver.table(process, _clips(request))
-    return process, dataclasses.replace(full_table, rows=full_table.rows[-kept:])
+    return process, replace(full_table, rows=full_table.rows[-kept:])
 
 
 def requested_images(

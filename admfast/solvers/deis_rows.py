@@ -49,7 +49,7 @@ def _deis_table(process: GaussianDiffusion, *, order: int, variable: str, clip: 
 
     rho = sigma / alpha, and a prime marks the next node. L_j are the Lagrange polynomials through the values
     of the variable u at the last `order` nodes. The first steps have as many values as there are; the last,
-    to the clean image, has order 1 and returns x_0. Source: Zhang & Chen 2022, eq. 14 and 15.
+    to the clean image, has order 1 and returns x_0. Source: Zhang & Chen 2022.
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """
@@ -66,7 +66,7 @@ def _ipndm_table(process: GaussianDiffusion, *, order: int, clip: bool) -> Solve
     """Return the table of x_next / alpha' = x / alpha + (rho' - rho) sum_j w_j eps_j.
 
     w are the weights of the Adams-Bashforth method of this order; rho = sigma / alpha. Orders rise and end as
-    in DEIS. Source: Zhang & Chen 2022, appendix H.2 ("iPNDM").
+    in DEIS. Source: Zhang & Chen 2022.
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """

@@ -36,7 +36,7 @@ def _table(process: GaussianDiffusion, *, order: int, sde: bool, clip: bool) -> 
     with order 2, but is smaller. The SDE form is
     x_next = sigma' / sigma e^-h x + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) z.
     The first steps have as many values as there are; the last but one has order 2 at most, and the last, to
-    the clean image, returns x_0. Source: Lu et al. 2022, algorithm 2 and appendix A and B.
+    the clean image, returns x_0. Source: Lu et al. 2022, algorithm 2 for 2M.
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """

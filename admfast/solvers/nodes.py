@@ -83,7 +83,7 @@ def data_row(
     """Return the row of x_next = a x + b x_0 + sum_j past[j] h_j at a node, without the learned variance.
 
     Guidance changes eps by -sigma g, and so x_0 by sigma^2 / alpha g, before x_0 is clipped.
-    Source: Dhariwal & Nichol 2021, algorithm 2; Lu et al. 2022, "DPM-Solver++", section 4.1.
+    Source: Dhariwal & Nichol 2021, algorithm 2; Lu et al. 2022, "DPM-Solver++".
     """
     c1, c2, c3 = [*past, *[0.0] * (HISTORY - len(past))]
     coefficients: dict[str, Any] = dict(a=a, b=b, c1=c1, c2=c2, c3=c3, k_pre=node.sigma**2 / node.alpha)
@@ -93,7 +93,7 @@ def data_row(
 
 
 def noise_row(
-    process: GaussianDiffusion, node: Node, clip: bool, *, a: float, weights: Sequence[float], **others: Any
+    process: GaussianDiffusion, node: Node, clip: bool, *, a: float, weights: Sequence[float]
 ) -> Row:
     """Return the row of x_next = a x + weights[0] eps + sum_j weights[j] h_j, where h are past values of eps.
 
@@ -101,6 +101,4 @@ def noise_row(
     """
     first, *past = weights
     p_x, p_0 = 1 / node.sigma, -node.alpha / node.sigma
-    return data_row(
-        process, node, clip, a=a + first * p_x, b=first * p_0, past=past, p_x=p_x, p_0=p_0, **others
-    )
+    return data_row(process, node, clip, a=a + first * p_x, b=first * p_0, past=past, p_x=p_x, p_0=p_0)

@@ -35,7 +35,7 @@ def _table(process: GaussianDiffusion, *, order: int, variant: str, clip: bool) 
     corrector also t itself, where the network has been evaluated meanwhile. Both are linear in x and the
     values of x_0, so the correction of the row before is added to this row's prediction. The first steps have
     as many values as there are, the last ones have order ..., 3, 2, 1. The last, to the clean image, returns
-    x_0. Source: Zhao et al. 2023, algorithm 5 to 8 and eq. 9 to 11.
+    x_0. Source: Zhao et al. 2023.
 
     process: already respaced. clip: clip x_0 to [-1, 1].
     """

@@ -79,7 +79,7 @@ class Row:
 
     @property
     def pushes(self) -> bool:
-        """Whether the row pushes a value."""
+        """Tell whether the row pushes a value."""
         return bool(self.p_x or self.p_0)
 
 
