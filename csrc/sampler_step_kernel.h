@@ -139,7 +139,8 @@ ADMFAST_HD RowNow row_now(const SamplerArgs& args) {
   const int64_t row = read_counter(args.row), counter = read_counter(args.noise_row);
   now.noise_row = static_cast<uint32_t>(counter);
   if (row < 0 || row >= args.rows || counter < 0 || counter > 0xFFFFFFFFll) return now;
-  now.u = update_of(*reinterpret_cast<const SamplerRow*>(args.table + row * kRowColumns), args.grad.data != nullptr);
+  now.u = update_of(*reinterpret_cast<const SamplerRow*>(args.table + row * kRowColumns), args.out2.data != nullptr,
+                    args.grad.data != nullptr);
   const SamplerRow& k = now.u.k;
   now.runs = k.push_slot < 3.0f && (args.saved || !uses_saved(k)) && (args.history || !uses_history(k)) &&
              (args.has_variance || k.l1 == 0.0f) && (args.noise || args.seeds || !now.u.noise);
@@ -234,12 +235,13 @@ ADMFAST_HD void planar_item(const SamplerArgs& args, const SamplerPlan& plan, co
   for (int part = 0; part < 2; ++part) {
     if (part == 1 && !now.u.learned) continue;
     float(&to)[kCount] = part == 0 ? run.o : run.v;
+    const bool mixes = part == 0 && now.u.mixes;  // the variance is the first output's
     read_run(place<T>(args.out, n, part * args.C + c, p), raw);
-    if (args.out2.data) read_run(place<T>(args.out2, n, part * args.C + c, p), raw2);
+    if (mixes) read_run(place<T>(args.out2, n, c, p), raw2);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       to[i] = to_float(raw[i]);
-      if (args.out2.data) to[i] = mixed(to[i], to_float(raw2[i]), now.u.k.mix);
+      if (mixes) to[i] = mixed(to[i], to_float(raw2[i]), now.u.k.mix);
     }
   }
   if (now.u.pre || now.u.post || now.u.mean) read_grad(args, plan.grad_layout, n, c, p, run.g);
@@ -256,7 +258,8 @@ ADMFAST_HD void interleaved_item(const SamplerArgs& args, const SamplerPlan& pla
   Run<kCount> run[kC] = {};
   T raw[kCount * kOutputs], raw2[kCount * kOutputs];
   read_run(place<T>(args.out, n, 0, p), raw);
-  if (args.out2.data) read_run(place<T>(args.out2, n, 0, p), raw2);
+  const bool mixes = now.u.mixes;
+  if (mixes) read_run(place<T>(args.out2, n, 0, p), raw2);
 #pragma unroll
   for (int c = 0; c < kC; ++c) read_run(args.x + (n * kC + c) * args.P + p, run[c].x);
   if (guided && plan.grad_layout == Layout::kInterleaved) {
@@ -271,8 +274,8 @@ ADMFAST_HD void interleaved_item(const SamplerArgs& args, const SamplerPlan& pla
 #pragma unroll
   for (int i = 0; i < kCount * kOutputs; ++i) {
     float o = to_float(raw[i]);
-    if (args.out2.data) o = mixed(o, to_float(raw2[i]), now.u.k.mix);
     const int c = i % kOutputs;
+    if (mixes && c < kC) o = mixed(o, to_float(raw2[i]), now.u.k.mix);
     (c < kC ? run[c % kC].o : run[c % kC].v)[i / kOutputs] = o;
   }
 #pragma unroll
@@ -282,7 +285,8 @@ ADMFAST_HD void interleaved_item(const SamplerArgs& args, const SamplerPlan& pla
 template <typename T>
 ADMFAST_HD float read_output(const SamplerArgs& args, const Update& u, int64_t n, int64_t c, int64_t p) {
   const float o = to_float(*place<T>(args.out, n, c, p));
-  return args.out2.data ? mixed(o, to_float(*place<T>(args.out2, n, c, p)), u.k.mix) : o;
+  const bool mixes = c < args.C && u.mixes;
+  return mixes ? mixed(o, to_float(*place<T>(args.out2, n, c, p)), u.k.mix) : o;
 }
 
 // Work of one thread in any layout: the elements of one block of noise, one by one.

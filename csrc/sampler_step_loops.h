@@ -223,8 +223,8 @@ static Spread spread_of(const Update& u) {
 class Piece {
  public:
   Piece(const SamplerArgs& args, const SamplerRow& row, uint32_t noise_row, int64_t n)
-      : args_(args), u_(update_of(row, args.grad.data != nullptr)), noise_row_(noise_row), n_(n),
-        out_(args.out, outputs()), out2_(args.out2, outputs()), grad_(args.grad, args.C) {}
+      : args_(args), u_(update_of(row, args.out2.data != nullptr, args.grad.data != nullptr)),
+        noise_row_(noise_row), n_(n), out_(args.out, outputs()), out2_(args.out2, outputs()), grad_(args.grad, args.C) {}
 
   bool joint() const { return out_.joint() || out2_.joint() || grad_.joint(); }
 
@@ -241,7 +241,7 @@ class Piece {
     float* x0 = args_.x0 + state;
     const float* g = u_.pre || u_.post || u_.mean ? grad_.row(c) : nullptr;
     alignas(64) float next[kPiece], mean[kPiece], noise[kPiece];
-    (u_.pre || u_.post ? predict_row<true> : predict_row<false>)(u_, x, output(c, mean), g, count_, x0, next);
+    (u_.pre || u_.post ? predict_row<true> : predict_row<false>)(u_, x, mean_output(c, mean), g, count_, x0, next);
     if (u_.k.a_s != 0.0f) add(u_.k.a_s, args_.saved + state, next);
     for (int64_t slot = 0; slot < 3; ++slot)
       if (u_.k.d[slot] != 0.0f) add(u_.k.d[slot], args_.history + slot * args_.N * image + state, next);
@@ -256,16 +256,16 @@ class Piece {
     const float* z = args_.noise ? args_.noise + state : noise;
     if (u_.noise && !args_.noise)
       normal(args_.seeds[n_], noise_row_, args_.stream, element, element + count_, noise);
-    const float* v = u_.learned ? output(args_.C + c, mean) : nullptr;
+    const float* v = u_.learned ? out_.row(args_.C + c) : nullptr;
     spread_of(u_)(u_, v, g, z, count_, next, x);
   }
 
  private:
   int64_t outputs() const { return args_.has_variance ? 2 * args_.C : args_.C; }
 
-  const float* output(int64_t c, float* buffer) {
+  const float* mean_output(int64_t c, float* buffer) {
     const float* o = out_.row(c);
-    if (!out2_.given()) return o;
+    if (!u_.mixes) return o;
     const float* o2 = out2_.row(c);
     for (int64_t i = 0; i < count_; ++i) buffer[i] = mixed(o[i], o2[i], u_.k.mix);
     return buffer;

@@ -11,15 +11,16 @@ namespace admfast {
 struct Update {
   SamplerRow k;
   float limit_used, limit_reported;  // 1 with clipping, infinity without
-  bool pre, post, mean, noise, learned;
+  bool mixes, pre, post, mean, noise, learned;
 };
 
-ADMFAST_HD Update update_of(const SamplerRow& row, bool has_grad) {
+ADMFAST_HD Update update_of(const SamplerRow& row, bool has_out2, bool has_grad) {
   const float infinity = float_of_bits(0x7F800000u);
   Update u;
   u.k = row;
   u.limit_used = row.clip == 1.0f ? 1.0f : infinity;
   u.limit_reported = row.clip != 0.0f ? 1.0f : infinity;
+  u.mixes = has_out2 && row.mix != 0.0f;
   u.pre = has_grad && row.k_pre != 0.0f;
   u.post = has_grad && row.k_post != 0.0f;
   u.mean = has_grad && row.k_mean != 0.0f;

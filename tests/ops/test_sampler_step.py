@@ -32,11 +32,12 @@ def textbook(row: Row, x, saved, pushed, out, out2, grad, noise):
     """Compute the formula directly. Return (x_next, reported x0, saved, pushed), with pushed newest first."""
     channels = x.shape[1]
     o = out.to(x.dtype)
+    mean_part = o[:, :channels]
     if out2 is not None:
-        o = o + row.mix * (o - out2.to(x.dtype))
+        mean_part = mean_part + row.mix * (mean_part - out2[:, :channels].to(x.dtype))
     g = torch.zeros_like(x) if grad is None else grad.to(x.dtype)
     z = torch.zeros_like(x) if noise is None else noise.to(x.dtype)
-    x0 = row.k_x * x + row.k_out * o[:, :channels] + row.k_pre * g
+    x0 = row.k_x * x + row.k_out * mean_part + row.k_pre * g
     used = x0.clamp(-1, 1) if row.clip == Clip.USED else x0
     reported = x0 if row.clip == Clip.NONE else x0.clamp(-1, 1)
     used, reported = used + row.k_post * g, reported + row.k_post * g
@@ -260,9 +261,15 @@ TERMS: dict[str, tuple[dict[str, Any], Any, Any, dict[str, Any]]] = {
         lambda d: 1.7 * OUT.to(d) - 0.7 * OUT2.to(d),
         {"out2": OUT2},
     ),
-    "mix of the variance": (
+    "no mix": (
+        dict(k_out=1, b=1),
+        lambda d: OUT.to(d),
+        lambda d: OUT.to(d),
+        {"out2": torch.full(SHAPE, NAN)},
+    ),
+    "no mix of the variance": (
         dict(k_z=1, l1=1, mix=0.7),
-        lambda d: (0.5 * (1.7 * V.to(d) - 0.7 * V2.to(d))).exp() * Z.to(d),
+        lambda d: (0.5 * V.to(d)).exp() * Z.to(d),
         None,
         {"out": BOTH, "out2": BOTH2},
     ),

@@ -3,7 +3,7 @@
 With `out` the mean part of the network's output, `v` its variance channels, `g` the guidance gradient and `z`
 noise, a row computes
 
-    o = out + mix * (out - out2)                       (out2: a second network; mix = 0 without one)
+    o = out + mix * (out - out2)          (out2: the mean part of a second output; mix = 0 without one)
     x0 = clip(k_x x + k_out o + k_pre g) + k_post g
     log_var = l0 + l1 v,  sigma = exp(log_var / 2)
     x_next = a x + a_s s + b x0 + c1 h1 + c2 h2 + c3 h3 + k_mean sigma^2 g + k_z sigma z
@@ -178,9 +178,9 @@ def sampler_step_ref(
         raise invalid("row", int(row), f"0 to {len(table) - 1}")
     k = dict(zip(COLUMNS, table.host[int(row)].tolist(), strict=True))
     o = out.to(x.dtype)
-    if out2 is not None:
-        o = o + k["mix"] * (o - out2.to(x.dtype))
     mean_part = o[:, :channels]
+    if out2 is not None and k["mix"]:
+        mean_part = mean_part + k["mix"] * (mean_part - out2[:, :channels].to(x.dtype))
     g = None if grad is None else grad.to(x.dtype)
     x0 = k["k_x"] * x + k["k_out"] * mean_part
     if g is not None and k["k_pre"]:
@@ -242,7 +242,7 @@ def sampler_step(
         row: index of the row, an int or an integer tensor of one element on the device of x. The compiled ops
             read the tensor on its device, so a captured graph advances to the next row by adding one to it
             after the update (`row.add_(1)`). The reference copies it to the host.
-        out2: output of a second network, like `out`.
+        out2: a second output, like `out`, of another network or for another class. Its variance is not used.
         grad: guidance gradient [N, C, *spatial], without loss scaling; None: no guidance.
         seeds: [N] int64 (see `as_seeds`), from which noise is made as `admfast.ops.update.noise` defines; a
             row without noise needs none.
