@@ -124,6 +124,15 @@ def finite_float(
     raise invalid(name, value, f"a finite number {range_text}".rstrip())
 
 
+def finite_floats(name: str, value: object, **limits: Any) -> float | tuple[float, ...]:
+    """Return a finite number, or the tuple of several, at least one; limits as in `finite_float`."""
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim > 0):
+        if not len(value):
+            raise invalid(name, value, "a number, or several")
+        return tuple(finite_float(name, number, **limits) for number in value)
+    return finite_float(name, value, **limits)
+
+
 def interval(name: str, value: object) -> tuple[float, float]:
     """Return two finite numbers, the lower one first."""
     ends = as_list(to_python(value))

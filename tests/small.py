@@ -140,7 +140,7 @@ def run_table(
 ) -> SamplerState:
     """Run a table from x with functions: model(x, t), guidance(x, t) at every row, denoised_fn(x_0)."""
     seeds = torch.zeros(len(x), dtype=torch.int64, device=x.device) if seeds is None else seeds
-    batch = Batch(table=table, shape=tuple(x.shape), seeds=seeds, guided=(False,) * len(table), **options)
+    batch = Batch(table=table, shape=tuple(x.shape), seeds=seeds, **options)
     guides = [] if guidance is None else [(Guide(guidance), [True] * len(table))]
     watch = SimpleNamespace(callback=callback, every=every, first=0, stage="base")
     step = FunctionStep(batch, model, x, guides, denoised_fn, dynamic_threshold=dynamic_threshold)

@@ -11,7 +11,7 @@ from admfast.checkpoints import flags_to_options
 from admfast.checkpoints.infer import OPTION_NAMES, SWITCH_NAMES
 from admfast.checks import parse_literal
 from admfast.errors import allowed_names, invalid
-from admfast.sampling.load import LOW_RES_SIZE
+from admfast.sampling.load import LOW_RES_SIZE, NULL_CLASS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BOOLEAN_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -34,7 +34,7 @@ def parse_settings(
         known_names = [*OPTION_NAMES, *(extra_names or ())]
         if extra_names is not None and name not in known_names and name not in flags_to_options.FLAG_NAMES:
             raise invalid(flag, name, f"no such option of a file; {allowed_names(name, known_names)}")
-        if name in SWITCH_NAMES or name in flags_to_options.FLAG_SWITCHES:
+        if name in (*SWITCH_NAMES, NULL_CLASS) or name in flags_to_options.FLAG_SWITCHES:
             if value.lower() not in _BOOLEAN_WORDS:
                 raise invalid(flag, text, "True or False (or yes, no, 1, 0)")
             options[name] = _BOOLEAN_WORDS[value.lower()]
@@ -55,11 +55,14 @@ def load_arguments(
     set_: Iterable[str] | None,
     set_classifier: Iterable[str] | None,
     set_upsampler: Iterable[str] | None,
+    set_weak: Iterable[str] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Return the arguments of `load`: `arguments`, and the settings that the three `--set` flags give."""
+    """Return the arguments of `load`: `arguments`, and the settings that the `--set` flags give."""
     arguments["classifier_options"] = parse_settings("--set-classifier", set_classifier)
     arguments["upsampler_options"] = parse_settings(
         "--set-upsampler", set_upsampler, extra_names=[LOW_RES_SIZE]
     )
-    return {**arguments, **parse_settings("--set", set_, extra_names=[LOW_RES_SIZE])}
+    if set_weak:
+        arguments["weak_options"] = parse_settings("--set-weak", set_weak)
+    return {**arguments, **parse_settings("--set", set_, extra_names=[LOW_RES_SIZE, NULL_CLASS])}

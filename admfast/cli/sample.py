@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from admfast.cli import guidance as guiding
 from admfast.cli import sample_options as option
 from admfast.cli.commands import drop_output
 from admfast.cli.options import load_arguments
@@ -21,11 +22,13 @@ from admfast.files.npz import Samples
 from admfast.files.paths import user_path
 from admfast.files.tables import table
 from admfast.runs.sampling import SampleRun
+from admfast.sampling.auto import resolve
+from admfast.sampling.guides import network_guides
 from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, requested_images
 from admfast.sampling.profile import profile_text
-from admfast.sampling.request import SampleRequest
+from admfast.sampling.request import AUTO, SampleRequest
 from admfast.solvers import make_solver
 
 # Most images of one call: a typo such as 0-99999999999 is an error and does not fill the memory.
@@ -38,6 +41,7 @@ def run_sample(
     weights: option.Weights = None,
     classifier: option.ClassifierFile = None,
     upsampler: option.UpsamplerFile = None,
+    weak: guiding.WeakFile = None,
     preset: option.Preset = None,
     low_res: option.LowRes = None,
     classes: option.Classes = None,
@@ -45,13 +49,21 @@ def run_sample(
     seeds: option.Seeds = None,
     size: option.Size = None,
     steps: option.Steps = None,
-    solver: option.Solver = "ddpm",
+    quality: option.Quality = None,
+    solver: option.Solver = None,
     eta: option.Eta = None,
     spacing: option.Spacing = None,
     respacing: option.Respaced = None,
     dynamic_threshold: option.DynamicThreshold = None,
-    guidance: option.Guidance = None,
-    guidance_interval: option.Interval = None,
+    guidance: guiding.Guidance = None,
+    guidance_interval: guiding.GuidanceInterval = None,
+    guidance_every: guiding.GuidanceEvery = None,
+    guidance_count: guiding.GuidanceCount = None,
+    guidance_reuse: guiding.GuidanceReuse = False,
+    cfg_scale: guiding.CfgScale = None,
+    cfg_interval: guiding.CfgInterval = None,
+    autoguidance_scale: guiding.AutoguidanceScale = None,
+    autoguidance_interval: guiding.AutoguidanceInterval = None,
     upsampler_steps: option.UpsamplerSteps = None,
     batch: option.Batch = None,
     precision: option.Precision = "auto",
@@ -67,39 +79,47 @@ def run_sample(
     set_: option.Set = None,
     set_classifier: option.SetClassifier = None,
     set_upsampler: option.SetUpsampler = None,
+    set_weak: option.SetWeak = None,
 ) -> None:
     """Sample images: PNG files, one labelled grid, and an npz as the published scripts write it."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     _check_without_model(batch, solver, compile_cache)
     engine = EngineOptions(threads=threads)
     arguments = load_arguments(
-        set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
-        preset=preset, device=device,
+        set_, set_classifier, set_upsampler, set_weak, weights=weights, classifier=classifier,
+        upsampler=upsampler, weak=weak, preset=preset, device=device,
     )  # fmt: skip
     pipe = load(
         name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **arguments
     )
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
     image_classes, image_seeds = _select_images(pipe, classes, per_class, seeds, images)
-    request = SampleRequest(
-        image_classes, image_seeds, size=size, steps=steps, solver=solver, eta=eta, spacing=spacing,
-        respacing=respacing, dynamic_threshold=dynamic_threshold, guidance=guidance,
-        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps,
-        batch_size=batch,
+    guidance_options = guiding.guidance_settings(
+        pipe.guidance, guidance, guidance_interval, guidance_every, guidance_count, guidance_reuse, cfg_scale,
+        cfg_interval, autoguidance_scale, autoguidance_interval,
     )  # fmt: skip
+    # The published respacings are those of DDPM.
+    solver = solver or (AUTO if respacing is None else "ddpm")
+    request = SampleRequest(
+        image_classes, image_seeds, size=size, steps=steps, quality=quality, solver=solver, eta=eta,
+        spacing=spacing, respacing=respacing, dynamic_threshold=dynamic_threshold,
+        upsampler_steps=upsampler_steps, batch_size=batch, **guidance_options,
+    )  # fmt: skip
+    request, source = resolve(request, pipe)
     low_res_array = None if images is None else images.images
     run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
-    _run_and_report(run, list(pipe.policy.parts().items()) if verbose else [])
+    extra_rows = [] if source is None else [("solver from", source)]
+    _run_and_report(run, [*extra_rows, *pipe.policy.parts().items()] if verbose else [])
     if profile:
         _print_profile(pipe)
 
 
-def _check_without_model(batch: int | None, solver: str, compile_cache: Path | None) -> None:
+def _check_without_model(batch: int | None, solver: str | None, compile_cache: Path | None) -> None:
     """Reject wrong options that can be recognized without a model."""
     if batch is not None and batch < 1:
         raise invalid("batch", batch, "1 or more")
-    if (chosen_solver := make_solver(solver)).starts_from == "image":
-        allowed = f"in Python only: pipe.sample(x_start=images, solver='{chosen_solver}', output='float')"
+    if solver not in (None, AUTO) and make_solver(solver).starts_from == "image":
+        allowed = f"in Python only: pipe.sample(x_start=images, solver={solver!r}, output='float')"
         raise invalid("solver", solver, f"{allowed}; PNG files can't hold noise")
     if compile_cache is not None:
         check_folder(user_path("compile_cache", compile_cache))
@@ -184,16 +204,6 @@ def parse_numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def parse_interval(text: str | None) -> tuple[float, ...] | None:
-    """Read "200,800"; raises InvalidArgument."""
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise invalid("guidance-interval", text, "two timesteps, LOWEST,HIGHEST such as 200,800") from None
-
-
 def repeat_classes(
     classes: list[int] | None, count: int, seeds: list[int] | None, num_classes: int | None
 ) -> tuple[list[int], list[int] | None]:
@@ -231,8 +241,8 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
         rows.append(("threshold", f"{request.dynamic_threshold:g} of |x_0| in each image"))
     if (up := pipe.upsampler) is not None:
         rows.append(("upsampler", f"to {sides['upsampler']}, {request.upsampler_steps or up.steps} steps"))
-    guidance_scale = pipe.guidance if request.guidance is None else request.guidance
-    rows.append(("guidance", "none" if pipe.classifier is None else f"{guidance_scale:g}"))
+    guides = network_guides(request, pipe.guidance)
+    rows.append(("guidance", "; ".join(map(str, guides)) or "none"))
     return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]
 
 

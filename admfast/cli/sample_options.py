@@ -45,10 +45,15 @@ Size = Annotated[
     ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Network evaluations per image (default: the system's).")]
+SOLVER_HELP = f"A solver, with its options if not these defaults: {'; '.join(list_solvers('noise'))}"
 Solver = Annotated[
-    str,
+    str | None,
+    typer.Option(help=f"{SOLVER_HELP} (default: auto, the best known for the number of steps)."),
+]
+Quality = Annotated[
+    str | None,
     typer.Option(
-        help=f"A solver, with its options if not these defaults: {'; '.join(list_solvers('noise'))}."
+        help="draft: 10 steps; good: 25; best: the system's own number. Instead of --steps (default: best)."
     ),
 ]
 Eta = Annotated[
@@ -71,17 +76,6 @@ Respaced = Annotated[
         "--respacing",
         help="Timesteps instead of --steps: 250, ddim25 or 10,10,10 as published, karras18, or a list "
         "[999,850,500] (default: from --steps).",
-    ),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(help="Scale of the classifier's gradient, 0 for none (default: the system's)."),
-]
-Interval = Annotated[
-    str | None,
-    typer.Option(
-        "--guidance-interval",
-        help="Guide only at these timesteps of the process, LOWEST,HIGHEST such as 200,800 (default: all).",
     ),
 ]
 Compile = Annotated[
@@ -141,6 +135,10 @@ Set = Annotated[
 SetClassifier = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="The same for the file of --classifier (default: none)."),
+]
+SetWeak = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="The same for the file of --weak (default: none)."),
 ]
 SetUpsampler = Annotated[
     list[str] | None,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from admfast.cli import guidance as guiding
 from admfast.cli import sample_options as option
 from admfast.cli.options import load_arguments
 from admfast.cli.sample import parse_numbers, read_low_res, settings_rows
@@ -21,6 +22,7 @@ from admfast.verify.compare import STEPS, request_for, verify
 from admfast.verify.report import report
 
 EXCEEDS_BUDGET = 1
+Solver = Annotated[str, typer.Option(help=f"{option.SOLVER_HELP}.")]
 Seeds = Annotated[
     str | None,
     typer.Option(
@@ -49,8 +51,8 @@ def run_verify(
     seeds: Seeds = None,
     size: option.Size = None,
     steps: Steps = STEPS,
-    solver: option.Solver = "ddim",
-    guidance: option.Guidance = None,
+    solver: Solver = "ddim",
+    guidance: guiding.Guidance = None,
     upsampler_steps: UpsamplerSteps = None,
     precision: option.Precision = "auto",
     device: option.Device = None,
@@ -69,7 +71,8 @@ def run_verify(
         name: parse_numbers(name, text) for name, text in numbers.items() if text is not None
     }
     settings |= dict(
-        steps=steps, solver=solver, guidance=guidance, upsampler_steps=upsampler_steps, size=size
+        steps=steps, solver=solver, upsampler_steps=upsampler_steps, size=size,
+        guidance=None if guidance is None else guiding.parse_scale("guidance", guidance),
     )  # fmt: skip
     arguments = load_arguments(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,

@@ -1,4 +1,4 @@
-"""Capture CUDA graphs of a prepared step: one of its guided body, one of its unguided body."""
+"""Capture CUDA graphs of a prepared step: one for each kind of row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from admfast.engine.guidance import RowKind
 from admfast.errors import first_line
 from admfast.ops.dispatch import record_choices
 
@@ -42,11 +43,11 @@ def capture(step: PreparedStep) -> None:
         )
         capture_stream.wait_stream(caller_stream)
         with torch.cuda.stream(capture_stream):
-            for guided, body in step.bodies.items():
+            for kind, body in step.bodies.items():
                 for _ in range(WARM_UPS):
                     step.counters.zero_()
                     # Recorded now, because a replay chooses nothing.
-                    with record_choices() as step.choices[guided]:
+                    with record_choices() as step.choices[kind]:
                         body()
         caller_stream.wait_stream(capture_stream)
         torch.cuda.synchronize(device)
@@ -74,12 +75,12 @@ def capture(step: PreparedStep) -> None:
 
 
 def _capture_bodies(
-    bodies: dict[bool, Callable[[], None]], stream: torch.cuda.Stream, caller_stream: torch.cuda.Stream
-) -> dict[bool, Callable[[], None]]:
+    bodies: dict[RowKind, Callable[[], None]], stream: torch.cuda.Stream, caller_stream: torch.cuda.Stream
+) -> dict[RowKind, Callable[[], None]]:
     """Capture the bodies on `stream`; return their replays, which share memory because they never overlap."""
     pool, outer = torch.cuda.graph_pool_handle(), sys.exception()
     captured = {}
-    for guided, body in bodies.items():
+    for kind, body in bodies.items():
         graph, finished = torch.cuda.CUDAGraph(), False
         try:
             # `stream`, because torch's own stream for captures belongs to the device of the process's first
@@ -93,7 +94,7 @@ def _capture_bodies(
             if finished or root_cause(error, outer) is not error:
                 _clean_up(stream.device, pool)
             raise
-        captured[guided] = graph.replay
+        captured[kind] = graph.replay
     return captured
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from admfast.engine.guidance import LOSS_SCALE
+from admfast.engine.guidance import LOSS_SCALE, RowKind
 from admfast.errors import Unavailable, first_line
 from admfast.files.atomic import check_folder
 from admfast.ops.update import Clip, Row, pack
@@ -53,7 +53,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
     from torch._dynamo.exc import BackendCompilerFailed
 
     device_type = step.state.x.device.type
-    if step.key.guided and torch.__version__ < FIRST_TORCH_TRACING_GRADIENTS:
+    if step.classifier is not None and torch.__version__ < FIRST_TORCH_TRACING_GRADIENTS:
         reason = (
             f"a guided step needs torch {FIRST_TORCH_TRACING_GRADIENTS} or later, this is {torch.__version__}"
         )
@@ -61,15 +61,17 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
     if cache is not None:
         check_folder(cache)
     with _cache_folder(cache):
-        for guided in list(step.bodies):
-            body = functools.partial(step.body, guided)
+        for kind in list(step.bodies):
+            body = functools.partial(step.body, kind)
             start = time.monotonic()
-            x = _fill_test_row(step, guided)
+            x = _fill_test_row(step, kind)
             # An eager run first: what layers derive at their first call must exist before they are traced.
             eager_result = _run_test_row(step, body, x)
             noise = torch.randn(x.shape, generator=_generator(x.device, 1), device=x.device)
             perturbed_result = _run_test_row(step, body, x + _relative_rounding(step) * x * noise)
-            LOG.warning("compiling the %s step of %s ...", "guided" if guided else "plain", step.key.shape)
+            LOG.warning(
+                "compiling the %s step of %s ...", "guided" if kind.is_guided else "plain", step.key.shape
+            )
             compiled_fn = compiled_body(body, device_type)
             try:
                 compiled_result = _run_test_row(step, compiled_fn, x)
@@ -78,7 +80,7 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
                 reason = f"torch raises {type(cause).__name__} ({first_line(cause)}); turn compile off"
                 raise Unavailable(f"compile=True: {reason}") from error
             _check_results(step, compiled_result, eager_result, perturbed_result)
-            step.bodies[guided] = compiled_fn
+            step.bodies[kind] = compiled_fn
             step.compiled = True
             LOG.warning("compiled in %.0f s", time.monotonic() - start)
 
@@ -146,21 +148,25 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def _fill_test_row(step: PreparedStep, guided: bool) -> Tensor:
-    """Fill a step with a row that sets x_0 to the network's output and x to the gradient; return its x."""
+def _fill_test_row(step: PreparedStep, kind: RowKind) -> Tensor:
+    """Fill a step with a row that sets x_0 to the network's output and x to the gradient; return its x.
+
+    With a second output x_0 is the sum of both.
+    """
     device = step.state.x.device
     generator = _generator(device, 0)
-    packed = pack([Row(0.0, 0.0, k_out=1.0, k_mean=float(guided), clip=Clip.NONE)], device)
+    mix = -0.5 if kind.null or kind.weak else 0.0
+    k_mean = (kind.gradient or kind.kept) / LOSS_SCALE
+    packed = pack([Row(0.0, 0.0, k_out=1.0, k_mean=k_mean, mix=mix, clip=Clip.NONE)], device)
     step.table.host[:1] = packed.host
     step.table.device[:1] = packed.device
-    step.gradient_factor.fill_(1 / LOSS_SCALE)
     step.timesteps.fill_(500)
     if step.low_res is not None:
         step.low_res.normal_(generator=generator)
-    for name, column in (("net", 0), ("classifier", 1)):
-        if name in step.embeddings:
-            labels = step.labels if name == "net" and step.key.with_labels else None
-            step.embeddings[name].fill(step.timesteps[column, :1], labels)
+    step.weak_shares.fill_(0.5)
+    if step.kept_gradient is not None:
+        step.kept_gradient.normal_(generator=generator)
+    step.fill_embeddings(0, 1)
     return torch.randn(step.state.x.shape, generator=generator, device=device)
 
 
@@ -176,7 +182,7 @@ def _run_test_row(step: PreparedStep, run: Callable[[], None], x: Tensor) -> tup
 def _relative_rounding(step: PreparedStep) -> float:
     """Return the relative rounding error of a layer in the network that rounds most."""
     float32_rounding = TF32_ROUNDING if step.state.x.device.type == "cuda" else FLOAT32_ROUNDING
-    dtypes = [net.torso_dtype for net in (step.net, step.classifier) if net is not None]
+    dtypes = [net.torso_dtype for net in step.networks]
     return max(ROUNDING.get(dtype, float32_rounding) for dtype in dtypes)
 
 

@@ -32,7 +32,8 @@ LOG = logging.getLogger("admfast")
 class Engine:
     """A network and its classifier, with prepared steps for them; several threads may use it at once.
 
-    net, classifier: with frozen parameters. policy: precision of both. options: settings of prepared steps.
+    net, classifier, weak: with frozen parameters; weak is a second network, for autoguidance. policy:
+    precision of all. options: settings of prepared steps.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Engine:
         classifier: FoldableNet | None = None,
         policy: Policy = FP32,
         options: EngineOptions | None = None,
+        weak: FoldableNet | None = None,
     ):
-        self.net, self.classifier, self.policy = net, classifier, policy
+        self.net, self.classifier, self.weak, self.policy = net, classifier, weak, policy
         self.options = options or EngineOptions()
         self._fold_options = policy.fold_options(self.options.fold)
         if self.options.compile:
@@ -56,10 +58,10 @@ class Engine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the engine without its prepared steps."""
-        return Engine, (self.net, self.classifier, self.policy, self.options)
+        return Engine, (self.net, self.classifier, self.policy, self.options, self.weak)
 
     def _networks(self) -> list[FoldableNet]:
-        return [net for net in (self.net, self.classifier) if net is not None]
+        return [net for net in (self.net, self.classifier, self.weak) if net is not None]
 
     @property
     def device(self) -> torch.device:
@@ -70,12 +72,16 @@ class Engine:
 
         New values are written into the same memory. If they don't fit there, the forms are made again and the
         cached steps that used the old ones are dropped.
-        guided: fold the classifier too; otherwise it is not changed.
+        guided: fold the classifier and the weak network too; otherwise they are not changed.
         """
         policy = self.policy
         with self.lock, FOLD_LOCK:
-            classifier = self.classifier if guided else None
-            for net, dtype in ((self.net, policy.torso), (classifier, policy.classifier)):
+            dtypes = [
+                (self.net, policy.torso),
+                (self.classifier, policy.classifier),
+                (self.weak, policy.torso),
+            ]
+            for net, dtype in dtypes if guided else dtypes[:1]:
                 if net is None:
                     continue
                 if self.options.fold is None and net.fold_options is None and not self.options.prepared:
@@ -91,9 +97,8 @@ class Engine:
 
     def _drop_outdated(self) -> None:
         """Drop the cached steps whose networks have changed since."""
-        generations = fold_generations(self._networks())
         for key, step in list(self._steps.items()):
-            if step.generations != generations[: len(step.generations)]:
+            if step.generations != fold_generations(step.networks):
                 del self._steps[key]
 
     def guard_model(self, model: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -122,10 +127,10 @@ class Engine:
         whether the classifier took part. The result keeps neither step nor network alive.
         """
         options, on_cpu = self.options, self.device.type == "cpu"
-        networks = {"net": self.net, "classifier": self.classifier if guided else None}
+        networks = {"net": self.net} | ({"classifier": self.classifier, "weak": self.weak} if guided else {})
         not_replayed_reason = _failure_reason(step, "captured", "EngineOptions(graph=False)")
         if step is not None and step.replays:
-            reasons = (step.replays[is_guided].reason_not_replayed for is_guided in set(step.guided))
+            reasons = (step.replays[kind].reason_not_replayed for kind in set(step.kinds))
             not_replayed_reason = next(filter(None, reasons), None)
         if step is not None:
             threads = step.threads
@@ -182,7 +187,7 @@ class Engine:
 
     def _make_step(self, key: StepKey, impl: str | None) -> PreparedStep:
         reserved_before = self._reserved_memory()
-        step = PreparedStep(self.net, self.classifier, key, self.device, self.options, impl)
+        step = PreparedStep(self.net, self.classifier, self.weak, key, self.device, self.options, impl)
         use_cuda_graph = self.options.graph and self.device.type == "cuda"
         if any(net.has_hooks for net in self._networks()):
             # A compiled or captured step would call a hook once, when it is made, and never again.
@@ -197,7 +202,7 @@ class Engine:
             if use_cuda_graph:
                 capture(step)
             if self.options.graph and self.device.type == "cpu" and not self.options.compile:
-                step.replays = {guided: Replay(body) for guided, body in step.bodies.items()}
+                step.replays = {kind: Replay(body) for kind, body in step.bodies.items()}
                 step.bodies = dict(step.replays)
         # A graph keeps all memory that its operations use.
         step.memory = max(step.nbytes, self._reserved_memory() - reserved_before)

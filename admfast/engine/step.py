@@ -2,9 +2,9 @@
 
 A step is made once for a batch size and a kind of table, filled with a batch, and then run row by row. Its
 body reads the row's number from the device, uses that row's timesteps, embeddings and coefficients, and adds
-one to the number. So the same body serves every row, and a captured graph of it can be replayed. Between rows
-the host does only two things: every `rows_at_a_time` rows it computes the embeddings of the next ones, and it
-copies a row's noise if the noise is given.
+one to the number. So the same body serves every row of a kind (`RowKind`: what it computes for its guidance),
+and a captured graph of it can be replayed. Between rows the host does only two things: every `rows_at_a_time`
+rows it computes the embeddings of the next ones, and it copies a row's noise if the noise is given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from torch import Tensor
 
 from admfast import host
 from admfast.engine.capture import CAPTURE_PRIORITY
-from admfast.engine.guidance import LOSS_SCALE, check_frozen, log_probability_gradient
+from admfast.engine.guidance import (
+    RowGuidance,
+    RowKind,
+    check_frozen,
+    guided_coefficients,
+    label_weights,
+    log_probability_gradient,
+)
 from admfast.engine.numerics import choose_threads, on_threads
 from admfast.engine.options import EngineOptions
 from admfast.engine.replay import Replay
@@ -40,15 +47,14 @@ ROWS_GRANULARITY = 1000  # tables of up to this many rows share a step
 class StepKey:
     """Cache key of a prepared step: a change in any field requires a new step.
 
-    shape: (N, C, *spatial). guided: some rows have guidance. unguided: some rows have none. with_labels: the
-    network gets labels. low_res: shape of an upsampler's condition. saved, history: the table uses these
-    buffers. noise_given: noise is given, not generated. integer_t: timesteps are integers. stream: of the
-    noise. max_rows: maximum number of rows in a table.
+    shape: (N, C, *spatial). kinds: those of the rows. with_labels: the network gets labels. low_res: shape of
+    an upsampler's condition. saved, history: the table uses these buffers. noise_given: noise is given, not
+    generated. integer_t: timesteps are integers. stream: of the noise. max_rows: maximum number of rows in a
+    table.
     """
 
     shape: tuple[int, ...]
-    guided: bool
-    unguided: bool
+    kinds: tuple[RowKind, ...]
     with_labels: bool
     low_res: tuple[int, ...] | None
     saved: bool
@@ -64,8 +70,7 @@ class StepKey:
         rows = batch.table.rows
         return cls(
             batch.shape,
-            any(batch.guided),
-            not all(batch.guided),
+            tuple(sorted({row.kind for row in set(batch.row_guidance)})),
             takes_labels and batch.labels is not None,
             None if batch.low_res is None else tuple(batch.low_res.shape),
             saved=any(row.save or row.a_s for row in rows),
@@ -89,9 +94,8 @@ class Batch:
 
     table: the rows. shape: (N, C, *spatial). seeds: [N] int64. labels: [N] int64, or None. low_res: condition
     of an upsampler, or None. step_noise: noise of row i at [i], [N, C, *spatial]; None generates it from the
-    seeds. guidance_scale: factor of the classifier's gradient. guided: whether it guides each row.
-    noise_row: counter of the first row's noise. stream: of the noise. impl: name of the update's
-    implementation, or None.
+    seeds. guidance: that of each row; () for none. noise_row: counter of the first row's noise. stream: of
+    the noise. impl: name of the update's implementation, or None.
     """
 
     table: SolverTable
@@ -100,11 +104,19 @@ class Batch:
     labels: Tensor | None = None
     low_res: Tensor | None = None
     step_noise: RowNoise | None = None
-    guidance_scale: float = 0.0
-    guided: tuple[bool, ...]
+    guidance: tuple[RowGuidance, ...] = ()
     noise_row: int = 0
     stream: int = Stream.STEPS
     impl: str | None = None
+
+    @property
+    def row_guidance(self) -> tuple[RowGuidance, ...]:
+        """The guidance of each row, also if there is none."""
+        return self.guidance or (RowGuidance(),) * len(self.table)
+
+    @property
+    def uses_classifier(self) -> bool:
+        return any(row.scale for row in self.guidance)
 
 
 class PreparedStep:
@@ -114,42 +126,50 @@ class PreparedStep:
         self,
         net: FoldableNet,
         classifier: FoldableNet | None,
+        weak: FoldableNet | None,
         key: StepKey,
         device: torch.device,
         options: EngineOptions,
         impl: str | None = None,
     ):
-        if classifier is not None and key.guided:
-            check_frozen(classifier)
-        self.net, self.classifier, self.key = net, classifier if key.guided else None, key
-        networks = [network for network in (net, self.classifier) if network is not None]
-        self._networks, self.generations = networks, fold_generations(networks)
+        kinds = key.kinds
+        self.net, self.key = net, key
+        self.classifier = classifier if any(kind.gradient for kind in kinds) else None
+        self.weak = weak if any(kind.weak for kind in kinds) else None
+        if self.classifier is not None:
+            check_frozen(self.classifier)
+        networks = [network for network in (net, self.classifier, self.weak) if network is not None]
+        self.networks, self.generations = networks, fold_generations(networks)
         self._make_buffers(device)
         config: Any = net.config
         self.default_threads = threads_for(convolution_operations(config, key.shape), host.usable_cpus())
         self.requested_threads = options.threads
         self.threads = self._threads()
-        network_by_name = {"net": self.net, "classifier": self.classifier}
+        null_net = net if any(kind.null for kind in kinds) else None
+        network_by_name = {"net": net, "null": null_net, "weak": self.weak, "classifier": self.classifier}
         self.embeddings = {
             name: RowEmbeddings(network, key.shape[0], options.rows_at_a_time, device)
             for name, network in network_by_name.items()
             if network is not None and network.joins_projections and not network.is_altered
         }
+        # Without them, networks compute the embeddings of a row from its timesteps.
+        self._needs_timesteps = any(
+            network is not None and name not in self.embeddings for name, network in network_by_name.items()
+        )
         with record_choices() as self._update_choices:  # the choice of the update, made once for all rows
             self.update = choose_update(self.state, self.table, impl)
-        self.choices: dict[bool, list[Choice]] = {}  # the other choices in a row, by whether it is guided
+        self.choices: dict[RowKind, list[Choice]] = {}  # the other choices in a row of each kind
         self.classifier_stream: torch.cuda.Stream | None = None
         # A body that torch.compile traces can use only one stream.
         if device.type == "cuda" and options.branches and not options.compile and self.classifier is not None:
             self.classifier_stream = torch.cuda.Stream(device, priority=CAPTURE_PRIORITY)
-        # The function that runs a row, by whether it is guided: a body, a compiled body, or a graph's replay.
-        kinds = [guided for guided, has_rows in ((True, key.guided), (False, key.unguided)) if has_rows]
-        self.bodies: dict[bool, Callable[[], None]] = {
+        # The function that runs a row of each kind: a body, a compiled body, or a graph's replay.
+        self.bodies: dict[RowKind, Callable[[], None]] = {
             # Not the step itself, which would keep itself alive until Python's collector runs.
-            guided: partial(PreparedStep.body, weakref.proxy(self), guided)
-            for guided in kinds
+            kind: partial(PreparedStep.body, weakref.proxy(self), kind)
+            for kind in kinds
         }
-        self.replays: dict[bool, Replay] = {}  # on a CPU, the bodies that repeat their operations
+        self.replays: dict[RowKind, Replay] = {}  # on a CPU, the bodies that repeat their operations
         self._fold_counts: list[int] = []  # of the networks, when the replays were recorded
         self._allocation_stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._last_use: torch.cuda.Event | None = None
@@ -174,47 +194,56 @@ class PreparedStep:
         self.state = SamplerState(images(), images(), saved, history)
         self.noise = images() if key.noise_given else None
         self.low_res = None if key.low_res is None else torch.zeros(key.low_res, device=device)
-        self.labels = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
-        self.seeds = torch.zeros(key.shape[0], dtype=torch.int64, device=device)
-        self.gradient_factor = torch.zeros(1, dtype=torch.float32, device=device)
-        # The counters of rows and of noise rows, in one tensor, so that one operation advances both.
-        self.counters = torch.zeros(2, dtype=torch.int32, device=device)
-        self.first_row = torch.zeros(1, dtype=torch.int32, device=device)
+        self.kept_gradient = images() if any(kind.kept for kind in key.kinds) else None
+        numbers: dict[str, Any] = dict(dtype=torch.int64, device=device)
+        self.labels, self.seeds = torch.zeros(key.shape[0], **numbers), torch.zeros(key.shape[0], **numbers)
+        self.null_labels: Tensor | None = None
+        if any(kind.null for kind in key.kinds):
+            config: Any = self.net.config
+            self.null_labels = torch.full((key.shape[0],), config.num_classes - 1, **numbers)
+        self.label_weights: Tensor | None = None
+        if self.classifier is not None:
+            num_classes: int = self.classifier.config.out_channels  # type: ignore[union-attr, assignment]
+            self.label_weights = label_weights(self.labels, num_classes)
+        # The counters of rows, of noise rows and of rows of the embeddings at hand are in one tensor, so that
+        # one operation advances all.
+        self.counters = torch.zeros(3, dtype=torch.int32, device=device)
         dtype = torch.int64 if key.integer_t else torch.float32
         self.timesteps = torch.zeros((2, key.max_rows), dtype=dtype, device=device)
+        shares = any(kind.null and kind.weak for kind in key.kinds)
+        self.weak_shares = torch.zeros(key.max_rows if shares else 0, dtype=torch.float32, device=device)
         host_rows = _zero_rows(key.max_rows)
         self.table = PackedTable(host_rows, host_rows.to(device, torch.float32))
         self.step_noise: RowNoise | None = None
-        self.guided: tuple[bool, ...] = ()
+        self.kinds: tuple[RowKind, ...] = ()
 
-    def body(self, guided: bool) -> None:
+    def body(self, kind: RowKind) -> None:
         """Run the row whose number is in the counter, then advance the counter; the host reads nothing."""
-        row, noise_row = self.counters[:1], self.counters[1:]
+        row, noise_row = self.counters[:1], self.counters[1:2]
         x, batch_size = self.state.x, self.key.shape[0]
-        t_net, t_clf = self.timesteps.index_select(1, row).expand(2, batch_size)
-        embedding_row = (
-            row - self.first_row if self.embeddings else row
-        )  # among the rows that have embeddings
-        gradient = None
-        if guided and self.classifier_stream is not None:
+        # Networks that get embeddings ignore the timesteps.
+        t = self.timesteps.index_select(1, row) if self._needs_timesteps else self.timesteps[:, :1]
+        t_net, t_clf = t.expand(2, batch_size)
+        gradient = self.kept_gradient if kind.kept else None
+        if kind.gradient and self.classifier_stream is not None:
             current_stream = torch.cuda.current_stream(x.device)
             self.classifier_stream.wait_stream(current_stream)
             try:
                 with torch.cuda.stream(self.classifier_stream):
-                    gradient = self._guidance_gradient(x, t_clf, embedding_row)
-                out = self._net_output(x, t_net, embedding_row)
+                    gradient = self._guidance_gradient(x, t_clf)
+                out, out2 = self._net_outputs(kind, x, t_net)
             finally:
                 # Also after an error, such as a lack of memory: a capture with an unjoined stream can't end.
                 current_stream.wait_stream(self.classifier_stream)
         else:
-            gradient = self._guidance_gradient(x, t_clf, embedding_row) if guided else None
-            out = self._net_output(x, t_net, embedding_row)
+            gradient = self._guidance_gradient(x, t_clf) if kind.gradient else gradient
+            out, out2 = self._net_outputs(kind, x, t_net)
         self.update(
             self.state,
             out,
             self.table,
             row,
-            out2=None,
+            out2=out2,
             grad=gradient,
             seeds=self.seeds,
             noise=self.noise,
@@ -223,23 +252,45 @@ class PreparedStep:
         )
         self.counters.add_(1)
 
-    def _net_output(self, x: Tensor, t: Tensor, embedding_row: Tensor) -> Tensor:
+    def _net_outputs(self, kind: RowKind, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the network's output, and the second output with which the update mixes it, or None."""
+        out = self._net_output("net", self.net, x, t)
+        null = self._net_output("null", self.net, x, t) if kind.null else None
+        if not kind.weak:
+            return out, null
+        assert self.weak is not None
+        weak = self._net_output("weak", self.weak, x, t)
+        if null is None:
+            return out, weak
+        return out, torch.lerp(null, weak, self.weak_shares.index_select(0, self.counters[:1]))
+
+    def _net_output(self, name: str, net: FoldableNet, x: Tensor, t: Tensor) -> Tensor:
         kwargs = {}
-        if "net" in self.embeddings:
-            kwargs["projected"] = self.embeddings["net"].select_row(embedding_row)
-        if self.key.with_labels:
-            kwargs["y"] = self.labels
+        if name in self.embeddings:
+            kwargs["projected"] = self._embedding(name)
+        if (labels := self._labels_of(name)) is not None:
+            kwargs["y"] = labels
         if self.low_res is not None:
             kwargs["low_res"] = self.low_res
-        return self.net(x, t, **kwargs)
+        return net(x, t, **kwargs)
 
-    def _guidance_gradient(self, x: Tensor, t: Tensor, embedding_row: Tensor) -> Tensor:
-        assert self.classifier is not None
-        embeddings = self.embeddings.get("classifier")
-        projected = None if embeddings is None else embeddings.select_row(embedding_row)
-        return log_probability_gradient(
-            self.classifier, x, t, self.labels[:, None], projected, self.gradient_factor
-        )
+    def _labels_of(self, name: str) -> Tensor | None:
+        """Return the labels that an evaluation by this name gets."""
+        if name == "null":
+            return self.null_labels
+        net = {"net": self.net, "weak": self.weak}.get(name)
+        takes_labels = net is not None and net.config.num_classes is not None  # type: ignore[union-attr]
+        return self.labels if takes_labels and self.key.with_labels else None
+
+    def _embedding(self, name: str) -> Tensor:
+        return self.embeddings[name].select_row(self.counters[2:])
+
+    def _guidance_gradient(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the classifier's gradient, and keep it if later rows use it again."""
+        assert self.classifier is not None and self.label_weights is not None
+        projected = self._embedding("classifier") if "classifier" in self.embeddings else None
+        gradient = log_probability_gradient(self.classifier, x, t, self.label_weights, projected)
+        return gradient if self.kept_gradient is None else self.kept_gradient.copy_(gradient)
 
     def fill(self, batch: Batch, x: Tensor) -> None:
         """Copy a batch and its initial images `x` into the buffers; the next row is then the first."""
@@ -253,12 +304,12 @@ class PreparedStep:
     def _fill(self, batch: Batch, x: Tensor) -> None:
         table, num_rows = batch.table, len(batch.table)
         self.threads = self._threads()  # the user may have changed torch's number
-        if (fold_counts := [net.fold_count for net in self._networks]) != self._fold_counts:
+        if (fold_counts := [net.fold_count for net in self.networks]) != self._fold_counts:
             self._fold_counts = fold_counts
             for replay in self.replays.values():
                 replay.forget()
         self.table.host.copy_(_zero_rows(self.key.max_rows))
-        self.table.host[:num_rows] = table.packed.host
+        self.table.host[:num_rows] = guided_coefficients(table.packed.host, batch.row_guidance)
         self.table.device.copy_(self.table.host)
         self.state.x.copy_(x)
         for buffer in (self.state.x0, self.state.saved, self.state.history):
@@ -268,10 +319,17 @@ class PreparedStep:
         for buffer, values in ((self.labels, batch.labels), (self.low_res, batch.low_res)):
             if buffer is not None and values is not None:
                 buffer.copy_(values)
-        self.gradient_factor.fill_(batch.guidance_scale / LOSS_SCALE)
-        self.guided = batch.guided
+        if self.label_weights is not None:
+            self.label_weights.copy_(label_weights(self.labels, self.label_weights.shape[1]))
+        kinds = {row: row.kind for row in set(batch.row_guidance)}
+        self.kinds = tuple(kinds[row] for row in batch.row_guidance)
+        if len(self.weak_shares):
+            shares = torch.tensor(
+                [row.weak_share for row in batch.row_guidance], dtype=torch.float32, device="cpu"
+            )
+            self.weak_shares[:num_rows] = shares.to(self.weak_shares.device)
         self.timesteps[:, :num_rows] = table.timesteps.to(self.timesteps.dtype).to(self.timesteps.device)
-        self.counters.copy_(torch.tensor([0, batch.noise_row], dtype=torch.int32, device="cpu"))
+        self.counters.copy_(torch.tensor([0, batch.noise_row, 0], dtype=torch.int32, device="cpu"))
         self.step_noise = batch.step_noise
 
     def _wait_for_last_use(self, stream: torch.cuda.Stream) -> None:
@@ -293,13 +351,13 @@ class PreparedStep:
         """Return all tensors on the device, except those of the networks."""
         buffers = [getattr(self.state, field.name) for field in fields(self.state)]
         buffers += [self.noise, self.low_res, *(table.values for table in self.embeddings.values())]
-        buffers += [self.labels, self.seeds, self.gradient_factor, self.counters, self.first_row]
-        buffers += [self.timesteps, self.table.device]
+        buffers += [self.labels, self.null_labels, self.label_weights, self.seeds, self.kept_gradient]
+        buffers += [self.counters, self.timesteps, self.weak_shares, self.table.device]
         return [buffer for buffer in buffers if buffer is not None]
 
     def advance(self, i: int) -> None:
         """Run row i; rows must be run in order, from 0."""
-        hook_counts = {net.fold_hooks_made for net in self._networks}
+        hook_counts = {net.fold_hooks_made for net in self.networks}
         with (
             skip_hook_checks(None if None in hook_counts else min(hook_counts)),  # type: ignore[type-var]
             contextlib.nullcontext() if self.threads is None else on_threads(self.threads),
@@ -307,26 +365,29 @@ class PreparedStep:
             self._advance(i)
 
     def _advance(self, i: int) -> None:
-        check_fold_generations(self._networks, self.generations)
+        check_fold_generations(self.networks, self.generations)
         chunk = min([table.rows for table in self.embeddings.values()], default=0)
         if chunk and i % chunk == 0:
-            self.first_row.fill_(i)
-            for name, column in (("net", 0), ("classifier", 1)):
-                if name in self.embeddings:
-                    labels = self.labels if name == "net" and self.key.with_labels else None
-                    self.embeddings[name].fill(self.timesteps[column, i : i + chunk], labels)
+            self.counters[2:].zero_()
+            self.fill_embeddings(i, chunk)
         if self.noise is not None and self.step_noise is not None:
             self.noise.copy_(self.step_noise[i].detach())
-        guided = self.guided[i]
-        if guided in self.choices:
-            self.bodies[guided]()
+        kind = self.kinds[i]
+        if kind in self.choices:
+            self.bodies[kind]()
             return
         with record_choices() as choices:  # only once for each kind of row
-            self.bodies[guided]()
-        self.choices[guided] = choices
+            self.bodies[kind]()
+        self.choices[kind] = choices
+
+    def fill_embeddings(self, first: int, count: int) -> None:
+        """Compute the embeddings of `count` rows, beginning with row `first`."""
+        for name, embeddings in self.embeddings.items():
+            timesteps = self.timesteps[int(name == "classifier"), first : first + count]
+            embeddings.fill(timesteps, self._labels_of(name))
 
     def implementation_choices(self) -> list[Choice]:
-        """Return the implementations in a row of the kind (guided or not) that has more of them.
+        """Return the implementations in a row of the kind that has the most.
 
         Operations that torch compiles are not included.
         """

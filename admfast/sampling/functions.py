@@ -31,11 +31,13 @@ GuideRows = Sequence[tuple[Guide, Sequence[bool]]]
 class FunctionStep:
     """A step that calls the networks and the user's functions; `advance(i)` runs row i of a batch.
 
-    batch: the rows and images; its labels and guidance scale are not used. model: model(x, t) returns the
+    batch: the rows, their guidance and the images; its labels are not used. model: model(x, t) returns the
     network's output [N, C or 2C, *spatial]; t is [N], int64 or float32. x: input of the first row, float32
     (float64 only with the reference update). guides: each guide with one flag per row that says whether it
     applies. denoised_fn: maps x_0 before it is clipped. dynamic_threshold: as in `SampleRequest`.
     read_prediction: read_prediction(out, x_t, i) returns the `Prediction` at row i, for guides that use it.
+    classifier_gradient, null_model, weak_model: for rows that the classifier guides, and for those that
+    evaluate the network for the null class or the weak network.
     """
 
     def __init__(
@@ -47,6 +49,9 @@ class FunctionStep:
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         read_prediction: Callable[[Tensor, Tensor, int], Prediction] | None = None,
         dynamic_threshold: float | None = None,
+        classifier_gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
+        null_model: Model | None = None,
+        weak_model: Model | None = None,
     ):
         table, noise = batch.table, batch.step_noise
         if isinstance(noise, Tensor) and noise.shape != (len(table), *x.shape):
@@ -60,11 +65,20 @@ class FunctionStep:
         self.batch, self.model, self.guides = batch, model, guides
         self.denoised_fn, self.read_prediction = denoised_fn, read_prediction
         self.dynamic_threshold = dynamic_threshold
+        self.classifier_gradient, self.null_model, self.weak_model = (
+            classifier_gradient,
+            null_model,
+            weak_model,
+        )
+        self.guidance = batch.row_guidance
+        self.kept_gradient: Tensor | None = None  # of the classifier, without its factor
         self.state = SamplerState.start(x, rows)
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
         self.t_net, self.t_clf = table.timesteps_for(x)
-        self.guides_of_row = [tuple(rows[i] for _, rows in guides) for i in range(len(table))]
-        self.choices: dict[tuple[bool, ...], list[Choice]] = {}  # of one row, by which guides apply
+        self.guides_of_row = [
+            (*(rows[i] for _, rows in guides), row.kind) for i, row in enumerate(batch.row_guidance)
+        ]
+        self.choices: dict[tuple[Any, ...], list[Choice]] = {}  # of one row, by which guides apply
 
     def advance(self, i: int) -> None:
         """Run row i. Call it with i = 0, 1, 2, ... in order."""
@@ -103,12 +117,15 @@ class FunctionStep:
         )
 
     def evaluate(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """Return the network's output at x, evaluated once, and the guides' summed gradient or None."""
+        """Return the network's output at x, evaluated once, and the guides' summed gradient or None.
+
+        The output is already mixed with the second one, if the row has one.
+        """
         guides = [guide for guide, rows in self.guides if rows[i]]
         num_seeing = sum(guide.sees_prediction for guide in guides)
         with torch.set_grad_enabled(num_seeing > 0):
             x_net = x.detach().clone().requires_grad_(True) if num_seeing else x
-            out = self.model(x_net, self.t_net[i])
+            out = self._guided_output(x_net, i)
         detached_out = (
             out.detach().clone() if num_seeing else out.detach()
         )  # a guide may write to it in place
@@ -122,7 +139,27 @@ class FunctionStep:
                     prediction = self.read_prediction(branch_out, x_t, i)
                 g = guide(x_t, self.t_clf[i], prediction).detach()
             gradient = g if gradient is None else gradient + g
+        if scale := self.guidance[i].scale:
+            if self.kept_gradient is None or not self.guidance[i].keeps:
+                assert self.classifier_gradient is not None
+                self.kept_gradient = self.classifier_gradient(x.detach(), self.t_clf[i])
+            g = self.kept_gradient * scale
+            gradient = g if gradient is None else gradient + g
         return detached_out, gradient
+
+    def _guided_output(self, x: Tensor, i: int) -> Tensor:
+        """Return out + null (out - out_null) + weak (out - out_weak); its variance is that of out."""
+        row, channels = self.guidance[i], x.shape[1]
+        out = self.model(x, self.t_net[i])
+        mean_part = out[:, :channels]
+        for weight, model in ((row.null, self.null_model), (row.weak, self.weak_model)):
+            if weight:
+                assert model is not None
+                second = model(x, self.t_net[i])[:, :channels]
+                mean_part = mean_part + weight * (out[:, :channels] - second)
+        if not row.null and not row.weak:
+            return out
+        return torch.cat([mean_part, out[:, channels:]], dim=1)
 
 
 class _Branch(torch.autograd.Function):
@@ -159,18 +196,27 @@ def make_function_step(plan: Plan, x: Tensor) -> FunctionStep:
     """Return the `FunctionStep` that runs the rows of a plan, beginning at `x`."""
     for name, reason in plan.unprepared.items():
         LOG.info("rows run one by one, without a prepared step: %s needs %s", name, reason)
-    engine, guides = plan.engine, list(plan.guides)
-    if plan.guidance_scale:
-        assert engine.classifier is not None and plan.labels is not None
-        classifier_gradient = classifier_guidance(engine.classifier, plan.labels, plan.guidance_scale)
-        guides.append((Guide(engine.guard_model(classifier_gradient)), plan.guided))
-    model = engine.guard_model(bind_conditions(engine.net, plan.labels, plan.low_res))
+    engine, labels = plan.engine, plan.labels
+    models: dict[str, Model] = {}
+    if plan.uses_classifier:
+        assert engine.classifier is not None and labels is not None
+        models["classifier_gradient"] = classifier_guidance(engine.classifier, labels, 1.0)
+    if any(row.null for row in plan.guidance):
+        config: Any = engine.net.config
+        null_labels = torch.full((len(x),), config.num_classes - 1, dtype=torch.int64, device=x.device)
+        models["null_model"] = bind_conditions(engine.net, null_labels, plan.low_res)
+    if any(row.weak for row in plan.guidance):
+        assert engine.weak is not None
+        models["weak_model"] = bind_conditions(engine.weak, labels, plan.low_res)
+    guarded: dict[str, Any] = {name: engine.guard_model(model) for name, model in models.items()}
+    model = engine.guard_model(bind_conditions(engine.net, labels, plan.low_res))
 
     def read_prediction(out: Tensor, x_t: Tensor, i: int) -> Prediction:
         t = torch.full((len(x_t),), plan.timesteps[i], device=x_t.device)
         return replace(plan.predictor.read_output(out, x_t, t), first=plan.first)
 
-    return FunctionStep(plan, model, x, guides, plan.denoised_fn, read_prediction, plan.dynamic_threshold)
+    functions = plan.denoised_fn, read_prediction, plan.dynamic_threshold
+    return FunctionStep(plan, model, x, plan.guides, *functions, **guarded)
 
 
 def _row_taking_x0(row: Row) -> Row:

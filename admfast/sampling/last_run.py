@@ -71,7 +71,9 @@ class StageReport:
     Attributes:
         stage: "base" or "upsampler".
         images, batches: numbers in total. batch: images of the largest batch. sides: sides of an image.
-        rows, guided_rows: rows of a batch, and how many of them the classifier guides.
+        rows, guided_rows: rows of a batch, and in how many of them the classifier's gradient is computed.
+        reused_rows: rows that use the last gradient again. null_class_rows, weak_network_rows: rows in which
+            the network is evaluated for the null class, and those in which the weak network is.
         not_prepared_reason: why the rows ran without a prepared step; None if one ran them.
         not_replayed_reason: why the step was not repeated as a whole, by a CUDA graph or on a CPU by its
             recorded operations; None if it was.
@@ -93,6 +95,9 @@ class StageReport:
     sides: tuple[int, ...]
     rows: int
     guided_rows: int
+    reused_rows: int
+    null_class_rows: int
+    weak_network_rows: int
     not_prepared_reason: str | None
     not_replayed_reason: str | None
     not_compiled_reason: str | None
@@ -118,6 +123,16 @@ class StageReport:
             names[choice.implementation] = names.get(choice.implementation, 0) + choice.calls
         return calls
 
+    def _guidance_texts(self) -> list[str]:
+        """Return how many rows are guided, by each kind of guidance."""
+        texts = [f"{self.guided_rows} guided by the classifier"]
+        others = {
+            "reuse its gradient": self.reused_rows,
+            "by the null class": self.null_class_rows,
+            "by the weak network": self.weak_network_rows,
+        }
+        return texts + [f"{count} {text}" for text, count in others.items() if count]
+
     def cells(self) -> dict[str, str]:
         """Return the stage as one column of the printed table: a cell for each line name."""
         seconds, parts = self.seconds, self.precision
@@ -125,7 +140,7 @@ class StageReport:
         layerwise = ", ".join(self.layerwise_networks)
         cells = {
             "images": f"{self.images} of {'x'.join(map(str, self.sides))}, {self.batch} at a time",
-            "steps": f"{self.rows} a batch, {self.guided_rows} guided by the classifier",
+            "steps": ", ".join([f"{self.rows} a batch", *self._guidance_texts()]),
             "run": step,
             "replayed": f"no: {self.not_replayed_reason}" if self.not_replayed_reason else "yes",
             "torch.compile": f"no: {self.not_compiled_reason}" if self.not_compiled_reason else "yes",

@@ -28,7 +28,8 @@ from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
 from admfast.sampling.pipeline import Pipeline
 
 Network = UNet | Classifier
-LOW_RES_SIZE = "low_res_size"  # an option of an upsampler's pipeline, not of its network
+# Options of a pipeline, not of its network: of an upsampler's, and of any other.
+LOW_RES_SIZE, NULL_CLASS = "low_res_size", "null_class"
 
 
 def load(
@@ -37,6 +38,7 @@ def load(
     *,
     classifier: WeightsSource | None = None,
     upsampler: WeightsSource | None = None,
+    weak: WeightsSource | None = None,
     preset: str | None = None,
     device: str | torch.device | None = None,
     precision: str = "auto",
@@ -46,6 +48,7 @@ def load(
     engine: EngineOptions | None = None,
     classifier_options: Mapping[str, Any] | None = None,
     upsampler_options: Mapping[str, Any] | None = None,
+    weak_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
     """Load a system by name, or a model by its weights file, ready to sample.
@@ -57,6 +60,7 @@ def load(
         weights: folder that holds the released files of a system; not for systems that ship with the package.
         classifier, upsampler: weights of a classifier, and of an upsampler that enlarges the samples, given
             like `name`; only for a model that is not a system.
+        weak: weights of a smaller or less trained network, for `guides.by_weak_network`.
         preset: for a file, the name of the released model that it holds ("256x256_diffusion").
         device: "cpu", "cuda", "cuda:1", ...; None takes the GPU if there is one. A CPU computes on torch's
             threads (`torch.set_num_threads`), at most one per processor that the process may use, and fewer
@@ -75,9 +79,10 @@ def load(
         options: for weights, settings that they don't show (num_heads, noise_schedule, image_size, ...), and
             `entry`, the state dict to use ("ema", "model") of a file that holds several; the default is the
             average of the weights over training, if there is one. For an upsampler also `low_res_size`, the
-            side of the images that it was trained to enlarge.
-        classifier_options, upsampler_options: the same for these files. In a cascade, base images that are
-            larger than the upsampler's `low_res_size` are downsampled for it.
+            side of the images that it was trained to enlarge. `null_class=True` says that the last class
+            stands for "no class" (for `guides.by_null_class`); a file of `admfast train` says so itself.
+        classifier_options, upsampler_options, weak_options: the same for these files. In a cascade, base
+            images that are larger than the upsampler's `low_res_size` are downsampled for it.
 
     Returns:
         A `Pipeline` whose networks are frozen.
@@ -91,7 +96,8 @@ def load(
     _check_option_names(options)
     flags_to_options.reject_flags_given_elsewhere(options)
     option_sets = {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
-    for argument, value in option_sets.items():
+    weak_part = _WeightsFile("weak", weak, {**(weak_options or {})})
+    for argument, value in (option_sets | {"weak_options": weak_options}).items():
         if not isinstance(value, Mapping | None):
             raise invalid(argument, value, "options by name, or None")
     of_files = {**option_sets, "classifier": classifier, "upsampler": upsampler, "preset": preset}
@@ -104,7 +110,7 @@ def load(
     with fixed_numerics(target_device):
         if system is not None:
             reject_fixed_by_system(system, fixed_arguments)
-            return _load_system(system, weights, target_device, settings)
+            return _load_system(system, weights, weak_part, target_device, settings)
         name = resolve_weights_source("name", name, weights)
         for flag, value in classifier_flags.items() if classifier is None else ():
             raise invalid(flag, value, "there is no classifier")
@@ -112,6 +118,7 @@ def load(
             _WeightsFile("name", name, {**options, "preset": preset}),
             _WeightsFile("classifier", classifier, {**(classifier_options or {}), **classifier_flags}),
             _WeightsFile("upsampler", upsampler, {**(upsampler_options or {})}),
+            weak_part,
         ]
         return _load_files(parts, target_device, settings)
 
@@ -182,6 +189,10 @@ class _NetworkSettings:
         """Return the classifier as `network` does; None without one."""
         return None if net is None else self.network(net, self.policy.classifier)
 
+    def weak(self, net: Network | None) -> nn.Module | None:
+        """Return the weak network as `network` does; None without one."""
+        return None if net is None else self.network(net, self.policy.torso)
+
 
 @dataclass
 class _WeightsFile:
@@ -202,9 +213,10 @@ _OPTION_PLACES = {
     "name": "options of load, or --set on the command line",
     "classifier": "classifier_options of load, or --set-classifier on the command line",
     "upsampler": "upsampler_options of load, or --set-upsampler on the command line",
+    "weak": "weak_options of load, or --set-weak on the command line",
 }
 _NETWORK_KINDS = {"name": (UNet, "a diffusion model"), "classifier": (Classifier, "a classifier")}
-_NETWORK_KINDS["upsampler"] = (Upsampler, "an upsampler")
+_NETWORK_KINDS |= {"upsampler": (Upsampler, "an upsampler"), "weak": (UNet, "a diffusion model")}
 
 
 def _engine_options(
@@ -221,6 +233,7 @@ def _engine_options(
 def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _NetworkSettings) -> Pipeline:
     """Return the pipeline of files; one error names all the options that are missing."""
     low_res_sizes = {part.argument: part.options.pop(LOW_RES_SIZE, None) for part in parts}
+    has_null_class = parts[0].options.pop(NULL_CLASS, None)
     for part in parts[1:]:
         argument = f"{part.argument}_options"
         if part.source is None and part.options:
@@ -242,7 +255,9 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
     if questions:
         raise CheckpointError("; and ".join(questions))
     net, info = loaded["name"]
-    (classifier, _), (up, up_info) = (loaded.get(name, (None, None)) for name in ("classifier", "upsampler"))
+    (classifier, _), (up, up_info), (weak, _) = (
+        loaded.get(name, (None, None)) for name in ("classifier", "upsampler", "weak")
+    )
     upsampler = None
     if up is not None and up_info is not None:
         process = require_process(up_info.path, up_info.diffusion)
@@ -254,11 +269,14 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
     defaults = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size}
     guidance = 1.0 if classifier is not None else 0.0
     null_class = bool(dict(info.training.get("recipe") or {}).get("drop_classes"))
+    if has_null_class is not None:
+        null_class = boolean(NULL_CLASS, has_null_class)
     return settings.pipeline(
         info.path.stem,
         net,
         process,
         classifier=settings.classifier(classifier),
+        weak=settings.weak(weak),
         guidance=guidance,
         upsampler=upsampler,
         null_class=null_class,
@@ -303,15 +321,17 @@ def require_process(source: Path | str, process: DiffusionConfig | None) -> Diff
 
 def _check_option_names(options: Mapping[str, Any]) -> None:
     """Reject a keyword that is neither an argument of `load` nor an option of a file."""
-    known_names = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, LOW_RES_SIZE]
+    pipeline_options = (LOW_RES_SIZE, NULL_CLASS)
+    known_names = [*list(inspect.signature(load).parameters)[:-1], *OPTION_NAMES, *pipeline_options]
     for name, value in options.items():
-        if name not in (*OPTION_NAMES, LOW_RES_SIZE) and name not in flags_to_options.FLAG_NAMES:
+        if name not in (*OPTION_NAMES, *pipeline_options) and name not in flags_to_options.FLAG_NAMES:
             raise invalid(name, value, f"no such argument or option; {allowed_names(name, known_names)}")
 
 
 def _load_system(
     system: SystemPreset,
     weights: str | PathLike[str] | None,
+    weak_part: _WeightsFile,
     device: torch.device,
     settings: _NetworkSettings,
 ) -> Pipeline:
@@ -332,6 +352,7 @@ def _load_system(
         network(system.diffusion),
         require_process(system.diffusion.name, system.diffusion.diffusion),
         classifier=None if system.classifier is None else settings.classifier(network(system.classifier)),
+        weak=None if weak_part.source is None else settings.weak(_load_part(weak_part, device)[0]),
         guidance=system.guidance,
         steps=system.steps,
         upsampler=upsampler,

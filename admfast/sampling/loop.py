@@ -105,9 +105,12 @@ class RunRecord:
         stage_record["ran"] = {
             "sides": plan.shape[2:],
             "rows": len(plan.table),
-            "guided_rows": sum(plan.guided),
+            "guided_rows": sum(row.kind.gradient for row in plan.row_guidance),
+            "reused_rows": sum(row.kind.kept for row in plan.row_guidance),
+            "null_class_rows": sum(row.kind.null for row in plan.row_guidance),
+            "weak_network_rows": sum(row.kind.weak for row in plan.row_guidance),
             "not_prepared_reason": _reason_not_prepared(plan),
-            **plan.engine.describe(prepared, plan.shape, any(plan.guided)),
+            **plan.engine.describe(prepared, plan.shape, any(map(any, plan.guidance))),
         }
 
 
@@ -257,10 +260,13 @@ def _diagnose(error: Diverged, plan: Plan, x: Tensor) -> NonFiniteError:
     if row_input is None:
         diverged, row_input = _rerun_checked(plan, x)
     step = make_function_step(plan, x)
-    networks = {"net": plan.engine.net, "classifier": plan.engine.classifier}
+    networks = {"net": plan.engine.net, "classifier": plan.engine.classifier, "weak": plan.engine.weak}
     index = plan.table.rows.index(diverged.row)
     calls: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"its output": step.model}
-    if any(rows[index] for _, rows in step.guides):
+    kind = plan.row_guidance[index].kind
+    if kind.null or kind.weak:
+        calls["its guided output"] = lambda x, t: step.evaluate(x, index)[0]
+    if kind.gradient or kind.kept or any(rows[index] for _, rows in step.guides):
         calls["the guidance"] = lambda x, t: step.evaluate(x, index)[1]  # type: ignore[assignment, return-value]
     if plan.denoised_fn is not None:
         fn, row = plan.denoised_fn, diverged.row

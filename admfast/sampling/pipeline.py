@@ -63,6 +63,7 @@ class Pipeline:
         net: a `UNet` or `Upsampler`, frozen.
         diffusion: the process it was trained for.
         classifier: a `Classifier` for guidance, frozen, or None.
+        weak: a smaller or less trained network for `guides.by_weak_network`, frozen, or None.
         guidance, steps: defaults of `sample`.
         low_res_size: side of the images that an upsampler was trained to enlarge.
         null_class: the last class stands for "no class", as a model learns it that is trained with
@@ -77,6 +78,7 @@ class Pipeline:
     net: nn.Module
     diffusion: DiffusionConfig
     classifier: nn.Module | None = None
+    weak: nn.Module | None = None
     guidance: float = 0.0
     steps: int = 250
     low_res_size: int | None = None
@@ -89,11 +91,12 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         self._check_parts()
-        for net in (self.net, self.classifier):
+        for net in (self.net, self.classifier, self.weak):
             if net is not None:
                 net.requires_grad_(False).eval()
         parts: tuple[Any, Any] = (self.net, self.classifier)
-        engine = Engine(*parts, self.policy, self.options)
+        weak: Any = self.weak
+        engine = Engine(*parts, self.policy, self.options, weak)
         engine.ensure_folded()
         object.__setattr__(self, "engine", engine)
         object.__setattr__(self, "predictor", Predictor(self.diffusion))
@@ -105,6 +108,8 @@ class Pipeline:
             parts.append(f"{config.num_classes} classes")
         if self.classifier is not None:
             parts.append(f"classifier, guidance {self.guidance:g}")
+        if self.weak is not None:
+            parts.append("a weak network")
         if self.upsampler is not None:
             parts.append(f"upsampler to {self.upsampler.config.image_size} pixels")
         return f"Pipeline({self.name!r}: {', '.join(parts)}; {self.precision} on {self.device})"
@@ -241,7 +246,7 @@ class Pipeline:
         every output and every input channel. `pipe.net(x, t)`, called directly, compares no values. A call
         that you compiled with torch.compile or captured in a CUDA graph detects nothing when it runs again.
         """
-        for net in (self.net, self.classifier):
+        for net in (self.net, self.classifier, self.weak):
             if net is not None:
                 net.refold()  # type: ignore[operator]
         if self.upsampler is not None:
@@ -273,12 +278,19 @@ class Pipeline:
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
         check_not_inference_mode("net", self.net)
-        if self.classifier is not None:
-            check_not_inference_mode("classifier", self.classifier)
+        for name, net in (("classifier", self.classifier), ("weak", self.weak)):
+            if net is not None:
+                check_not_inference_mode(name, net)
+        if self.null_class and config.num_classes is None:
+            raise invalid("null_class", True, "False: this network has no classes")
         if self.diffusion.types[1].learned != config.learn_sigma:
             allowed = f"a process with{'' if config.learn_sigma else 'out'} learned variance, as the network"
             raise invalid("diffusion", self.diffusion.types[1].name, allowed)
-        others = {"classifier": self.classifier, "upsampler": None if up is None else up.net}
+        others = {
+            "classifier": self.classifier,
+            "weak": self.weak,
+            "upsampler": None if up is None else up.net,
+        }
         for name, net in others.items():
             if net is None:
                 continue
@@ -292,3 +304,10 @@ class Pipeline:
             count = other.num_classes if isinstance(other, UNetConfig) else other.out_channels
             if count is not None and self.num_classes != count:
                 raise invalid(name, f"{count} classes", f"as the network: {self.num_classes or 'no'} classes")
+        if self.weak is not None:
+            weak: UNetConfig = self.weak.config  # type: ignore[assignment]
+            kind, outputs = f"{weak.kind} of {weak.out_channels} outputs", config.out_channels
+            if kind != f"{config.kind} of {outputs} outputs":
+                raise invalid("weak", kind, f"as the network: {config.kind} of {outputs} outputs")
+            if weak.num_classes is not None and config.num_classes is None:
+                raise invalid("weak", f"{weak.num_classes} classes", "as the network: no classes")

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from admfast.diffusion import DiffusionConfig, GaussianDiffusion, MeanType, Respacing
 from admfast.engine.engine import Engine
+from admfast.engine.guidance import RowGuidance
 from admfast.engine.step import Batch
 from admfast.errors import Unavailable, invalid
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.models import UpsamplerConfig
 from admfast.ops import dispatch
 from admfast.ops.update import Clip, SolverTable, Stream, as_seeds
+from admfast.sampling.auto import resolve, warn_of_failure
 from admfast.sampling.functions import X0_IS_IGNORED
-from admfast.sampling.guides import Guide, Interval
+from admfast.sampling.guides import Guide, guidance_by_row, guides_by_function, requested_scale
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
-from admfast.sampling.request import SampleRequest
+from admfast.sampling.request import AUTO, SampleRequest
 from admfast.sampling.sides import check_classifier_sides, requested_sides, upsampler_sides
 from admfast.solvers import Solver
 
@@ -130,6 +132,11 @@ def plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     this machine lacks.
     """
     _check_implementations(request.impl)
+    if request.quality is not None or request.solver == AUTO:
+        request, _ = resolve(request, pipeline)
+    assert isinstance(request.solver, Solver)
+    if request.solver.options.get("order", 1) >= 3:
+        warn_of_failure(request, pipeline)
     with torch.inference_mode(False):  # autograd can't use tensors of inference mode
         base = _base_plan(request, pipeline)
         up = pipeline.upsampler
@@ -161,9 +168,8 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = _timesteps(process, table)
-    guidance_scale, interval = _classifier_guidance(request, pipeline)
-    if guidance_scale:
-        check_classifier_sides(request, pipeline)
+    guidance = guidance_by_row(request, pipeline.guidance, table.rows, timesteps)
+    _check_guidance(request, pipeline, guidance)
     return Plan(
         engine=pipeline.engine,
         predictor=pipeline.predictor,
@@ -173,11 +179,8 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
         shape=shape,
         seeds=as_seeds(seeds).to(device),
         labels=None if labels is None else torch.tensor(labels, device=device),
-        guidance_scale=guidance_scale,
-        guided=_rows_in_interval(interval, timesteps) if guidance_scale else (False,) * len(table),
-        guides=tuple(
-            (guide, _rows_in_interval(guide.interval, timesteps)) for guide in _function_guides(request)
-        ),
+        guidance=guidance,
+        guides=guides_by_function(request, timesteps),
         denoised_fn=request.denoised_fn,
         dynamic_threshold=request.dynamic_threshold,
         noise_row=num_skipped,
@@ -214,7 +217,6 @@ def _upsampler_plan(request: SampleRequest, pipeline: Pipeline, up: Pipeline, ba
         shape=(base.shape[0], up.config.in_channels, *spatial),
         seeds=base.seeds.to(device),
         labels=None if base.labels is None else base.labels.to(device),
-        guided=(False,) * len(table),
         first_stream=Stream.UPSAMPLER_X_T,
         stream=Stream.UPSAMPLER_STEPS,
         impl=request.impl,
@@ -376,38 +378,21 @@ def default_batch_size(pipeline: Pipeline, sides: tuple[int, ...]) -> int:
     return max(1, (2**21 if on_gpu else 2**16) // largest)
 
 
-def _classifier_guidance(request: SampleRequest, pipeline: Pipeline) -> tuple[float, Interval | None]:
-    """Return the scale of the classifier's gradient (0 if it is not used) and the guidance interval."""
-    guidance_scale, interval = request.guidance, request.guidance_interval
-    if guidance_scale is None:
-        assert isinstance(request.solver, Solver)
-        has_other_guides = request.guidance_fn is not None or request.guides
-        guidance_scale = (
-            0.0 if has_other_guides or request.solver.starts_from == "image" else pipeline.guidance
-        )
-    for guide in request.guides:
-        if guide.function is None:
-            guidance_scale, interval = guide.guidance_scale, guide.interval
-    if guidance_scale and pipeline.classifier is None:
-        raise invalid("guidance", guidance_scale, f"{pipeline.name} has no classifier; 0 is none")
-    if request.guidance_interval is not None and not guidance_scale and request.guidance_fn is None:
-        raise invalid("guidance_interval", interval, "without guidance there is nothing to limit")
-    return guidance_scale, interval
-
-
-def _function_guides(request: SampleRequest) -> list[Guide]:
-    """Return all guides except the classifier."""
-    guides = [guide for guide in request.guides if guide.function is not None]
-    if request.guidance_fn is not None:
-        guides.append(Guide(request.guidance_fn, interval=request.guidance_interval))
-    return guides
-
-
-def _rows_in_interval(interval: Interval | None, timesteps: Sequence[float]) -> tuple[bool, ...]:
-    """Return, for every row, whether its timestep of the original process lies in the interval."""
-    if interval is None:
-        return (True,) * len(timesteps)
-    return tuple(interval[0] <= t <= interval[1] for t in timesteps)
+def _check_guidance(request: SampleRequest, pipeline: Pipeline, guidance: Sequence[RowGuidance]) -> None:
+    """Reject guidance by a network that this pipeline lacks, and an interval that limits nothing."""
+    if any(row.scale for row in guidance):
+        if pipeline.classifier is None:
+            scale = next(row.scale for row in guidance if row.scale)
+            raise invalid("guidance", scale, f"{pipeline.name} has no classifier; 0 is none")
+        check_classifier_sides(request, pipeline)
+    has_scale = request.guidance_fn is not None or requested_scale(request, pipeline.guidance)
+    if request.guidance_interval is not None and not has_scale:
+        allowed = "without guidance there is nothing to limit"
+        raise invalid("guidance_interval", request.guidance_interval, allowed)
+    if any(row.null for row in guidance) and not pipeline.null_class:
+        raise invalid("guides", "null class", f"{pipeline.name} has none; null_class=True of load names one")
+    if any(row.weak for row in guidance) and pipeline.weak is None:
+        raise invalid("guides", "weak network", f"{pipeline.name} has none; load takes one: weak=FILE")
 
 
 def _check_implementations(impl: str | None) -> None:

@@ -129,7 +129,11 @@ def _stages(report: RunReport, pipe: Pipeline) -> Iterator[tuple[StageReport, Pi
 
 def _flops(stage: StageReport, stage_pipe: Pipeline) -> int:
     """Return the operations of all rows of a stage."""
-    total = stage.rows * count_forward_work(stage_pipe.config, sides=stage.sides).flops
+    evaluations = stage.rows + stage.null_class_rows
+    total = evaluations * count_forward_work(stage_pipe.config, sides=stage.sides).flops
+    if stage.weak_network_rows:
+        weak: Any = stage_pipe.weak
+        total += stage.weak_network_rows * count_forward_work(weak.config, sides=stage.sides).flops
     if stage.guided_rows:
         classifier: Any = stage_pipe.classifier
         total += stage.guided_rows * count_guidance_flops(classifier.config, stage.sides)

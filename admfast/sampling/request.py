@@ -16,11 +16,13 @@ from admfast.checkpoints import flags_to_options
 from admfast.diffusion import SPACINGS, Respacing, check_respacing
 from admfast.engine.guidance import GuidanceFn
 from admfast.errors import allowed_names, first_line, invalid
-from admfast.sampling.guides import LARGEST, Guide, Interval
+from admfast.sampling.guides import LARGEST, Guide, Interval, NetworkGuide, Scale
 from admfast.sampling.loop import Callback
 from admfast.solvers import Solver, make_solver, parse_solver
 
 LARGEST_SEED = 2**64 - 1
+AUTO = "auto"
+QUALITIES = ("draft", "good", "best")
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,16 @@ class SampleRequest:
         seeds: 0..2^64-1, one per image. None takes 0, 1, ..., one for each image in `noise`, `x_start` or
             `low_res`, else one for each class given, else a single one.
         steps: network evaluations, 1..length of the process; None takes the system's default.
-        solver: a value (`ddim(eta=0.5)`) or its text ("ddim:eta=0.5"); see `admfast.solvers`. The solver
+        quality: "draft" is 10 steps, "good" 25, "best" the system's default; not together with `steps` or
+            `respacing`. With it the solver is "auto", if none is given.
+        solver: a value (`ddim(eta=0.5)`) or its text ("ddim:eta=0.5"); see `admfast.solvers`. "auto" takes
+            solver, spacing and, if not given, guidance for the number of steps from the table of
+            `admfast.sampling.auto`, which names the sources. None is "ddpm", or "auto" with `quality`.
             "ddim-inverse" begins from images: it maps `x_start` to noise from which DDIM leads back to them
             (only with output="float"; not for a cascade).
-        guidance: scale of the classifier's gradient, 0 for none. None takes the system's default, or 0 if
-            there are other guides or the solver begins from images.
+        guidance: scale of the classifier's gradient, 0 for none; several numbers are spread over the steps
+            (see `NetworkGuide`). None takes the system's default, or 0 if there are other guides or the
+            solver begins from images.
         guidance_interval: (lowest, highest) timestep of the original process at which guidance applies
             (Kynkaanniemi et al. 2024); None means all. Outside it the classifier is not evaluated.
         guides: see `admfast.sampling.guides`; they are summed, together with `guidance` if that is given.
@@ -80,10 +87,11 @@ class SampleRequest:
     seeds: int | Iterable[int] | None = None
     _: KW_ONLY
     steps: int | None = None
-    solver: Solver | str = "ddpm"
-    guidance: float | None = None
+    quality: str | None = None
+    solver: Solver | str | None = None
+    guidance: Scale | None = None
     guidance_interval: Interval | None = None
-    guides: Iterable[Guide] = ()
+    guides: Iterable[Guide | NetworkGuide] = ()
     eta: float | None = None
     clip: bool = True
     dynamic_threshold: float | None = None
@@ -142,12 +150,7 @@ class SampleRequest:
 
     def _check_steps(self) -> None:
         """Check the solver, its steps, and the point from which they begin."""
-        if isinstance(self.solver, str) and self.eta is None:
-            solver = parse_solver(self.solver)
-        else:
-            solver = make_solver(self.solver, **({} if self.eta is None else {"eta": self.eta}))
-        self._store("solver", solver)
-        self._store("eta", None)
+        self._store_solver()
         checks.store_booleans(self, "clip")
         if self.dynamic_threshold is not None:
             quantile = checks.finite_float("dynamic_threshold", self.dynamic_threshold, above=0, most=1)
@@ -164,7 +167,8 @@ class SampleRequest:
             self._store("respacing", check_respacing(self.respacing))
         if self.t_start is not None:
             self._store_whole_number("t_start", 0)
-        if solver.starts_from == "noise":
+        solver = self.solver
+        if not isinstance(solver, Solver) or solver.starts_from == "noise":
             if self.t_start is None and self.x_start is not None:
                 raise invalid("t_start", None, "with x_start, the timestep to which it is noised")
             if self.x_start is None and self.t_start is not None:
@@ -178,43 +182,65 @@ class SampleRequest:
         elif self.output == "uint8":
             raise invalid("output", self.output, f"'float' for {solver}: pixels can't hold noise")
 
+    def _store_solver(self) -> None:
+        """Check quality and solver, and store the solver with `eta` among its options."""
+        if self.quality is not None:
+            checks.one_of("quality", self.quality, QUALITIES)
+            for name in ("steps", "respacing"):
+                if getattr(self, name) is not None:
+                    raise invalid(name, getattr(self, name), "not together with quality")
+        solver = self.solver
+        if solver is None:
+            solver = "ddpm" if self.quality is None else AUTO
+        if solver == AUTO:
+            if self.eta is not None:
+                raise invalid("eta", self.eta, "only together with a solver that has it, such as ddim")
+        elif isinstance(solver, str) and self.eta is None:
+            solver = parse_solver(solver)
+        else:
+            solver = make_solver(solver, **({} if self.eta is None else {"eta": self.eta}))
+        self._store("solver", solver)
+        self._store("eta", None)
+
     def _check_guidance(self) -> None:
-        """Check the guides, and that the classifier's scale is given at most once."""
+        """Check the guides, and that each network of the pipeline guides at most once."""
         checks.optional_callables(guidance_fn=self.guidance_fn)
         if self.guidance is not None:
-            self._store(
-                "guidance", checks.finite_float("guidance", self.guidance, least=-LARGEST, most=LARGEST)
-            )
+            scale = checks.finite_floats("guidance", self.guidance, least=-LARGEST, most=LARGEST)
+            self._store("guidance", scale)
         if self.guidance and self.guidance_fn is not None:
             raise invalid("guidance", self.guidance, "not together with guidance_fn")
         if self.guidance_interval is not None:
             self._store("guidance_interval", checks.interval("guidance_interval", self.guidance_interval))
         self._store("guides", tuple(checks.as_list(self.guides)))
-        classifier_scales = [] if self.guidance is None else [self.guidance]
+        networks = [] if self.guidance is None else ["classifier"]
         for guide in self.guides:
-            if not isinstance(guide, Guide):
+            if not isinstance(guide, Guide | NetworkGuide):
                 raise invalid("guides", guide, "a Guide, or several (see admfast.sampling.guides)")
-            if guide.function is None:
-                classifier_scales.append(guide.guidance_scale)
-        if self.guidance_interval is not None and any(guide.function is None for guide in self.guides):
+            if isinstance(guide, NetworkGuide):
+                if guide.network in networks:
+                    raise invalid("guides", guide, f"at most one guide by the {guide.network}")
+                networks.append(guide.network)
+        if self.guidance_interval is not None and "classifier" in networks and self.guidance is None:
             allowed = "not together with a classifier's guide, which has an interval of its own"
             raise invalid("guidance_interval", self.guidance_interval, allowed)
-        if len(classifier_scales) > 1:
-            raise invalid("guides", classifier_scales, "at most one scale of the classifier's gradient")
 
     def to_json(self) -> str:
         """Return the settings that aren't None, as JSON.
 
-        Raises: InvalidArgument for a value that JSON can't hold: a tensor, a function, a guide, or a solver
-            that isn't one of `admfast.solvers.SOLVERS`.
+        Raises: InvalidArgument for a value that JSON can't hold: a tensor, a function, a guide by a function,
+            or a solver that isn't one of `admfast.solvers.SOLVERS`.
         """
         settings = {name: value for name, value in vars(self).items() if value is not None}
         guides = settings.pop("guides")
         settings["solver"] = str(self.solver)
-        if parse_solver(settings["solver"]) != self.solver:
+        if self.solver != AUTO and parse_solver(settings["solver"]) != self.solver:
             raise invalid("solver", settings["solver"], "for JSON, one of `admfast.solvers.SOLVERS`")
+        for guide in guides:
+            if not isinstance(guide, NetworkGuide):
+                raise invalid("guides", guide, "for JSON, guides by networks")
         if guides:
-            raise invalid("guides", guides, "for JSON, no guides")
+            settings["guides"] = [vars(guide) for guide in guides]
         for name, value in settings.items():
             if isinstance(value, Tensor) or callable(value):
                 raise invalid(name, type(value).__name__, "a value that JSON can hold")
@@ -229,6 +255,8 @@ class SampleRequest:
             raise invalid("text", str(text)[:80], f"a request as JSON ({first_line(error)})") from None
         if not isinstance(settings, dict):
             raise invalid("text", text[:80], "a JSON object of settings")
+        if isinstance(settings.get("guides"), list):
+            settings["guides"] = [_read_guide(guide) for guide in settings["guides"]]
         return cls.from_arguments(**settings)
 
     @classmethod
@@ -240,6 +268,14 @@ class SampleRequest:
                 flags_to_options.reject_flags_given_elsewhere({name: value})
                 raise invalid(name, value, f"sample has no such argument; {allowed_names(name, known_names)}")
         return cls(*images, **settings)
+
+
+def _read_guide(settings: Any) -> NetworkGuide:
+    """Return the guide that `to_json` wrote. Raises InvalidArgument."""
+    known_names = {entry.name for entry in dataclasses.fields(NetworkGuide)}
+    if not isinstance(settings, dict) or not {"network", "guidance_scale"} <= settings.keys() <= known_names:
+        raise invalid("guides", settings, f"JSON objects of {', '.join(sorted(known_names))}")
+    return NetworkGuide(**settings)
 
 
 def _parse_sides(text: str) -> int | tuple[int, ...]:

@@ -135,9 +135,11 @@ def _check_same_model(argument: str, pipe: Pipeline, reference: Pipeline) -> Non
     for name in ("config", "diffusion", "device"):
         if getattr(pipe, name) != getattr(reference, name):
             raise invalid(argument, reference.name, f"of the same {name} as {pipe.name}")
-    classifier_configs = [getattr(p.classifier, "config", None) for p in (pipe, reference)]
-    if classifier_configs[0] != classifier_configs[1]:
-        raise invalid(argument, reference.name, f"with the same classifier as {pipe.name}, or none")
+    for name in ("classifier", "weak"):
+        configs = [getattr(getattr(p, name), "config", None) for p in (pipe, reference)]
+        if configs[0] != configs[1]:
+            described = name if name == "classifier" else "weak network"
+            raise invalid(argument, reference.name, f"with the same {described} as {pipe.name}, or none")
 
 
 def _check_float32(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
@@ -236,9 +238,9 @@ def _compare_layers(
         if low_res is None and isinstance(pipe.net, Upsampler):
             size = pipe.low_res_size or x.shape[-1] // 4
             low_res = F.adaptive_avg_pool2d(records[i].x0, size).to(pipe.device)
-        for name in ("net", "classifier"):
+        for name in ("net", "classifier", "weak"):
             fast, exact = getattr(pipe, name), getattr(reference, name)
-            if fast is None or exact is None or (name == "classifier" and not any(stage.guided)):
+            if fast is None or exact is None or (name == "classifier" and not stage.uses_classifier):
                 continue
             ts = torch.full((len(x),), t, device=pipe.device)
             call = partial(_forward, x=x, t=ts, labels=stage.labels, low_res=low_res)

@@ -146,9 +146,7 @@ def make_trial(subject: Subject, inputs: Inputs) -> Trial:
     net, classifier = subject.networks(device)
     model = bind_conditions(net, end_inputs.labels, end_inputs.low_res)
     shape = tuple(end_inputs.x.shape)
-    batch = Batch(
-        table=table, shape=shape, seeds=end_inputs.seeds, step_noise=noise[None, list(ends)], guided=(False,)
-    )
+    batch = Batch(table=table, shape=shape, seeds=end_inputs.seeds, step_noise=noise[None, list(ends)])
 
     def run(guidance_scale: float) -> tuple[Tensor, Tensor]:
         guides = []

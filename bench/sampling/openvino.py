@@ -63,10 +63,9 @@ class OpenVino(Contender):
             table=table,
             shape=tuple(self.inputs.x.shape),
             seeds=self.inputs.seeds,
-            guided=(False,) * len(table),
             noise_row=noise_row,
         )
-        return FunctionStep(batch, self._model, self.inputs.x, [])
+        return FunctionStep(batch, self._model, self.inputs.x)
 
     def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:
         runner = self._runner(trial.table, trial.noise_row)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from admfast.engine.engine import Engine
-from admfast.engine.guidance import classifier_guidance
+from admfast.engine.guidance import RowGuidance, classifier_guidance
 from admfast.engine.numerics import fixed_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
@@ -18,7 +18,6 @@ from admfast.engine.step import Batch, PreparedStep
 from admfast.ops.dispatch import override_impl, record_choices
 from admfast.ops.update import SolverTable
 from admfast.sampling.functions import FunctionStep, bind_conditions
-from admfast.sampling.guides import Guide
 from admfast.solvers import ddpm
 from bench.results import Row
 from bench.sampling.contender import Contender, Entry, Trial
@@ -73,25 +72,25 @@ class Ours(Contender):
         """Return a prepared step, or a step of plain functions, at the first row of a table."""
         inputs = self.inputs
         net, classifier = self.engine.net, self.engine.classifier
-        flags = (self.guided,) * len(table)
+        guidance = RowGuidance(guidance_scale if self.guided else 0.0)
         batch = Batch(
             table=table,
             shape=tuple(x.shape),
             seeds=inputs.seeds,
             labels=inputs.labels,
             low_res=inputs.low_res,
-            guidance_scale=guidance_scale,
-            guided=flags,
+            guidance=(guidance,) * len(table),
             noise_row=noise_row,
         )
         if self.options.prepared:
             step = self.engine.step(batch)
             step.fill(batch, x)
             return step
-        guides = []
+        gradient = None
         if self.guided and classifier is not None and inputs.labels is not None:
-            guides.append((Guide(classifier_guidance(classifier, inputs.labels, guidance_scale)), flags))
-        return FunctionStep(batch, bind_conditions(net, inputs.labels, inputs.low_res), x, guides)
+            gradient = classifier_guidance(classifier, inputs.labels, 1.0)
+        model = bind_conditions(net, inputs.labels, inputs.low_res)
+        return FunctionStep(batch, model, x, classifier_gradient=gradient)
 
     def run_trial(self, trial: Trial) -> tuple[Tensor, Tensor]:
         runner = self._runner(trial.table, trial.guidance_scale, trial.noise_row, self.inputs.x)

@@ -52,7 +52,6 @@ class SpacedDiffusion:
             shape=tuple(x.shape),
             seeds=torch.zeros(len(x), dtype=torch.int64),
             step_noise=torch.randn_like(x)[None],
-            guided=(False,),
         )
         step = FunctionStep(batch, lambda x, t: model(x, t, **given), x, guides)
         step.advance(0)

@@ -14,6 +14,7 @@ from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
 from admfast.files.images import read_image, write_png
 from admfast.files.npz import read_samples
+from admfast.solvers import unipc
 from tests.small import classifier, unet, write
 
 both_defaults = pytest.mark.usefixtures("default_precision")
@@ -66,8 +67,8 @@ def test_images_grid_npz_and_the_resolved_configuration(sample, weights, tmp_pat
         "images": "4 of 8x8, 3 at a time",
         "seeds": "0, 1, 2, 3",
         "classes": "1, 1, 2, 2",
-        "solver": "ddpm, 2 steps",
-        "guidance": "1",
+        "solver": f"{unipc()}, 2 steps, uniform spacing",
+        "guidance": "classifier 1",
         "device": "cpu",
         "precision": str(default_precision),
         "out": str(out),
@@ -203,14 +204,14 @@ def assert_one_line(status: int, stderr: str, message: str) -> None:
         (["--size", "8x13"], "nearest: 8x12"),
         (["--steps", "two"], "admfast: --steps='two': "),
         (["--steps=1.5"], "admfast: --steps='1.5': "),
-        (["--guidance", "high"], "admfast: --guidance='high': "),
+        (["--guidance", "high"], "guidance='high': a number"),
         (["--set", "model_channels=64"], "faces.safetensors: does not fit model_channels=64 (it has 32): "),
         (["--num_channels", "64"], "faces.safetensors: does not fit num_channels=64 (it has 32): "),
         (["--low-res", "http://a.b/c.png"], "a URL"),
         (["--solver", "ddin"], "solver='ddin': nearest: ddim"),
         (["--respacing", "dim25"], "respacing='dim25'"),
         (["--respacing", "dim25"], "nearest: ddim25"),
-        (["--steps", "2", "--eta", "0.5"], "eta=0.5: the solver ddpm has no such option"),
+        (["--steps", "2", "--eta", "0.5"], "eta=0.5: only together with a solver that has it"),
         (["--guidance", "2"], "guidance=2.0: faces has no classifier; 0 is none"),
         (["--upsampler-steps", "3"], "--upsampler-steps=3: faces has no upsampler"),
         (["--batch", "0"], "batch=0: 1 or more"),

@@ -57,7 +57,7 @@ def test_a_published_command_samples(weights, tmp_path, capsys):
     assert status == 0, said.err
     assert read_samples(tmp_path / "out" / "samples_3x8x8x1.npz").labels.tolist() == [0, 1, 2]
     rows = dict(line.split(maxsplit=1) for line in said.out.splitlines()[:8])
-    assert rows["solver"] == "ddim:eta=0.0, respacing 2" and rows["guidance"] == "0.5"
+    assert rows["solver"] == "ddim:eta=0.0, respacing 2" and rows["guidance"] == "classifier 0.5"
 
 
 def test_every_flag_is_a_line_or_a_translation(capsys):

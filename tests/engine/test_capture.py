@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from admfast.engine.capture import WARM_UPS, capture
+from admfast.engine.guidance import RowKind
 from admfast.ops import TABLES
 from tests.engine.test_step import step_of
 
@@ -99,7 +100,7 @@ class Cuda:
 def prepared(body) -> SimpleNamespace:
     """Return the attributes of a step that `capture` uses."""
     state = SimpleNamespace(x=SimpleNamespace(device=DEVICE))
-    run = {True: body, False: body}
+    run = {RowKind(gradient=True): body, RowKind(): body}
     return SimpleNamespace(state=state, bodies=run, counters=torch.zeros(2), refusal=None, choices={})
 
 
@@ -123,8 +124,8 @@ def test_warm_up_and_captures_run_on_one_stream_of_the_step_s_device(cuda):
 def test_what_a_row_takes_is_seen_before_the_capture(cuda):
     step = prepared(lambda: TABLES["normal"].choose("reference"))
     capture(step)
-    names = {guided: [choice.name for choice in choices] for guided, choices in step.choices.items()}
-    assert step.captured and names == {True: ["reference"], False: ["reference"]}
+    names = {kind: [choice.name for choice in choices] for kind, choices in step.choices.items()}
+    assert step.captured and names == dict.fromkeys(step.bodies, ["reference"])
 
 
 def failing(cuda, error: BaseException):
@@ -226,7 +227,7 @@ def test_branches_fork_from_the_current_stream_of_their_device(monkeypatch):
     step, _, _ = step_of()
     cuda = Cuda(monkeypatch)
     step.classifier_stream = Stream()
-    step.body(True)
+    step.body(RowKind(gradient=True))
     assert cuda.asked == [step.state.x.device]
     assert step.classifier_stream.waited == [cuda.home] and cuda.home.waited == [step.classifier_stream]
 
@@ -242,7 +243,7 @@ def test_branches_join_when_one_fails(monkeypatch, part):
 
     monkeypatch.setattr(step, part, fails)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        step.body(True)
+        step.body(RowKind(gradient=True))
     assert cuda.home.waited == [step.classifier_stream]
 
 

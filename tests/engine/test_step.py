@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from admfast.engine.engine import Engine, out_of_memory
+from admfast.engine.guidance import RowGuidance
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.engine.step import ROWS_GRANULARITY, Batch, PreparedStep, StepKey
@@ -120,8 +121,9 @@ def step_of(guided: bool = True, options: EngineOptions | None = None, steps: in
 
 def make_batch(table: SolverTable, guided: bool = True, **changes) -> Batch:
     """Return a batch of three images for all rows of a table."""
-    settings = {"seeds": as_seeds(SEEDS), "labels": torch.tensor(LABELS), "guidance_scale": 2.0, **changes}
-    return Batch(**{"table": table, "shape": (3, 1, 8, 8), "guided": (guided,) * len(table), **settings})
+    settings = {"seeds": as_seeds(SEEDS), "labels": torch.tensor(LABELS), **changes}
+    guidance = (RowGuidance(2.0 if guided else 0.0),) * len(table)
+    return Batch(**{"table": table, "shape": (3, 1, 8, 8), "guidance": guidance, **settings})
 
 
 def pointers(step: PreparedStep) -> dict[str, int]:
@@ -136,12 +138,12 @@ def pointers(step: PreparedStep) -> dict[str, int]:
 def test_buffers_stay_where_they_are():
     step, batch, x = step_of()
     before = pointers(step)
-    assert {"state.x", "table.device", "labels", "seeds", "gradient_factor", "counters", "timesteps"} <= set(
+    assert {"state.x", "table.device", "labels", "seeds", "label_weights", "counters", "timesteps"} <= set(
         before
     )
     for scale, steps in ((2.0, 4), (1.0, 7)):
         table = ddpm().table(PROCESS.build(str(steps)))
-        step.fill(make_batch(table, guidance_scale=scale), x)
+        step.fill(make_batch(table, guidance=(RowGuidance(scale),) * steps), x)
         run_rows(table, step)
         assert pointers(step) == before
 
@@ -227,7 +229,7 @@ def test_a_body_asks_the_host_for_nothing(guided):
     step.advance(0)  # libraries initialise in their first calls
     with torch.no_grad(), Asked(), Watched() as seen:
         for _ in range(2):
-            step.body(guided)
+            step.body(RowGuidance(float(guided)).kind)
     assert "sampler_step_" in seen.names and int(step.counters[0]) == 3
 
 
@@ -236,9 +238,10 @@ def test_a_body_is_one_graph_for_the_compiler(guided):
     step, batch, x = step_of(guided)
     wanted = run_rows(batch.table, step).x.clone()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        compiled = torch.compile(lambda: step.body(guided), fullgraph=True, backend="aot_eager")
+        (kind,) = step.bodies
+        compiled = torch.compile(lambda: step.body(kind), fullgraph=True, backend="aot_eager")
         step.fill(batch, x)
-        step.bodies[guided] = compiled
+        step.bodies[kind] = compiled
         got = run_rows(batch.table, step).x
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
@@ -246,17 +249,18 @@ def test_a_body_is_one_graph_for_the_compiler(guided):
 def test_keys_say_what_needs_another_step():
     _, batch, _ = step_of()
     key = StepKey.of(batch, True)
-    assert (key.guided, key.unguided, key.max_rows, key.low_res, key.noise_given) == (
-        True,
-        False,
+    guided, unguided = RowGuidance(2.0), RowGuidance()
+    assert (key.kinds, key.max_rows, key.low_res, key.noise_given) == (
+        (guided.kind,),
         ROWS_GRANULARITY,
         None,
         False,
     )
-    assert StepKey.of(dataclasses.replace(batch, guided=(True, False) * 2), True).unguided
+    mixed = dataclasses.replace(batch, guidance=(guided, unguided) * 2)
+    assert set(StepKey.of(mixed, True).kinds) == {guided.kind, unguided.kind}
     given = make_batch(batch.table, False, step_noise=randn(4, 3, 1, 8, 8), low_res=randn(3, 1, 4, 4))
     key = StepKey.of(given, True)
-    assert key.noise_given and key.low_res == (3, 1, 4, 4) and not key.guided
+    assert key.noise_given and key.low_res == (3, 1, 4, 4) and key.kinds == (unguided.kind,)
     long = ddpm().table(dataclasses.replace(PROCESS, steps=1500).build(""))
     assert StepKey.of(make_batch(long), True).max_rows == 2 * ROWS_GRANULARITY
 
@@ -265,7 +269,7 @@ def test_a_trainable_classifier_is_refused():
     net, guide = unet().requires_grad_(False), classifier(1)
     _, batch, _ = step_of()
     with pytest.raises(InvalidArgument, match="classifier='trainable'"):
-        PreparedStep(net, guide, StepKey.of(batch, True), torch.device("cpu"), EngineOptions())
+        PreparedStep(net, guide, None, StepKey.of(batch, True), torch.device("cpu"), EngineOptions())
 
 
 # The engine that keeps steps

@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from admfast.engine.compiled import FIRST_TORCH_TRACING_GRADIENTS
+from admfast.engine.guidance import RowGuidance
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import POLICIES
 from admfast.engine.step import Batch
@@ -97,8 +98,7 @@ def filled(pipe: Pipeline, steps: int = 8):
         shape=(4, 1, 8, 8),
         seeds=as_seeds(SEEDS).cuda(),
         labels=torch.tensor(LABELS).cuda(),
-        guidance_scale=2.0,
-        guided=(True,) * steps,
+        guidance=(RowGuidance(2.0),) * steps,
     )
     step = pipe.engine.step(batch)
     step.fill(batch, randn(4, 1, 8, 8).cuda())

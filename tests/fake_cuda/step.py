@@ -23,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from admfast.engine.engine import Engine
+from admfast.engine.guidance import RowGuidance
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import policy
 from admfast.engine.step import Batch, PreparedStep
@@ -102,8 +103,7 @@ def counted(run: Run) -> tuple[PreparedStep, Counted, int]:
             seeds=numbers,
             labels=None if config.num_classes is None and classifier is None else numbers,
             low_res=low_res,
-            guided=(classifier is not None,) * len(table),
-            guidance_scale=1.0,
+            guidance=(RowGuidance(float(classifier is not None)),) * len(table),
         )
         parts: Any = [None if net is None else moved(net) for net in networks]
         engine = Engine(*parts, policy(run.precision, CUDA), EngineOptions(graph=False))

@@ -11,7 +11,7 @@ import torch
 
 from admfast.diffusion import GaussianDiffusion
 from admfast.engine.engine import Engine
-from admfast.engine.guidance import classifier_guidance
+from admfast.engine.guidance import RowGuidance, classifier_guidance
 from admfast.engine.options import EngineOptions
 from admfast.engine.step import Batch
 from admfast.files.levels import to_uint8
@@ -160,8 +160,7 @@ def test_trajectory_by_a_prepared_step(path: Path, options: EngineOptions, devic
         labels=arrays.get("y") if classifier is not None else conditions(net, arrays).get("y"),
         low_res=conditions(net, arrays).get("low_res"),
         step_noise=noise,
-        guidance_scale=scale,
-        guided=(classifier is not None,) * len(table),
+        guidance=(RowGuidance(0.0 if classifier is None else scale),) * len(table),
     )
     step = engine.step(batch)
     step.fill(batch, start)

@@ -50,7 +50,6 @@ BAD = [
     ({"solver": "ddim:order=2"}, "order=2"),
     ({"solver": "ddin"}, "solver='ddin'"),
     ({"solver": "euler_ancestral"}, "solver='euler_ancestral'"),
-    ({"solver": None}, "solver=None"),
     ({"solver": ["ddim"]}, r"solver=\['ddim'\]"),
     ({"eta": 0.5}, "eta=0.5"),
     ({"solver": "ddim", "eta": 1.5}, "eta=1.5"),

@@ -43,7 +43,7 @@ def test_through_json_and_back(request_):
         {"denoised_fn": torch.tanh},
         {"callback": print},
         {"guidance_fn": torch.add},
-        {"guides": guides.by_classifier(2.0)},
+        {"guides": guides.by_x(torch.add)},
     ],
     ids=lambda given: next(iter(given)),
 )

@@ -26,7 +26,7 @@ from admfast.accelerate.code_inspection import (
 )
 from admfast.accelerate.equivalence import is_close, random_normal
 from admfast.compat.guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel, is_network
-from admfast.engine.guidance import log_probability_gradient
+from admfast.engine.guidance import LOSS_SCALE, RowGuidance, label_weights, log_probability_gradient
 from admfast.engine.numerics import fixed_numerics
 from admfast.engine.step import Batch
 from admfast.ops.transforms import in_autocast, in_program_trace
@@ -81,8 +81,7 @@ def prepared_loop(
         labels=model_kwargs.get("y"),
         low_res=model_kwargs.get("low_res"),
         step_noise=_TorchNoise(x),
-        guidance_scale=guidance[1],
-        guided=(guidance[1] != 0,) * len(table),
+        guidance=(RowGuidance(guidance[1]),) * len(table),
     )
     return _run(net, guidance[0], batch, x, arguments["progress"])
 
@@ -217,7 +216,8 @@ def find_guidance(cond_fn: Any, model_kwargs: Arguments) -> tuple[EncoderUNetMod
     for count in (1, 2, 3):
         x, t = random_normal(count, 2, 2, 2, seed=2), torch.arange(count, device="cpu") * 0.4
         y = torch.arange(count, device="cpu").flip(0)
-        expected = scale * log_probability_gradient(stand_in, x, t, y[:, None])  # type: ignore[arg-type]
+        unscaled = log_probability_gradient(stand_in, x, t, label_weights(y, 3))  # type: ignore[arg-type]
+        expected = scale / LOSS_SCALE * unscaled
         try:
             gradient = _replace_network(cond_fn, classifier, stand_in)(x.clone(), t, y=y)
         except Exception:  # the function needs more of a classifier than the stand-in has

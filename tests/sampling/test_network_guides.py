@@ -1,0 +1,229 @@
+"""Tests of guidance by networks: the null class, a weak network, and the classifier at some of the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from admfast import guides
+from admfast.engine.guidance import classifier_guidance
+from admfast.engine.options import EngineOptions
+from admfast.errors import InvalidArgument
+from admfast.ops.update import as_seeds
+from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.request import SampleRequest
+from admfast.solvers import make_solver
+from tests.small import CLASSES, PROCESS, SIDE, assert_close, pipeline, randn, run_table, unet
+
+LABELS, SEEDS, STEPS = [2, 1], [3, 5], 6
+X_T = randn(2, 1, SIDE, SIDE)
+SOLVERS = ["ddpm", "ddim", "dpmpp"]
+
+
+def guided(**parts) -> Pipeline:
+    """Return a pipeline with a null class and a weak network of another width."""
+    return pipeline(**{"null_class": True, "weak": unet(7, model_channels=64), **parts})
+
+
+def images(pipe: Pipeline, *given: guides.NetworkGuide, **settings) -> Tensor:
+    settings = {"seeds": SEEDS, "steps": STEPS, "noise": X_T, "output": "float", "guides": given, **settings}
+    return pipe.sample(LABELS, **settings)
+
+
+def by_hand(pipe: Pipeline, solver: str, model, guidance=None) -> Tensor:
+    """Return the images of the rows of a solver by plain functions."""
+    solver = make_solver(solver)
+    table = solver.table(PROCESS.build(solver.respacing_for(STEPS, None)), True)
+    return run_table(table, model, X_T, guidance=guidance, seeds=as_seeds(SEEDS)).x
+
+
+def called(net: torch.nn.Module, run) -> int:
+    """Return how often a network is called by `run`, whose rows then run as plain Python."""
+    calls = []
+    hook = net.register_forward_pre_hook(lambda *_: calls.append(None))
+    run()
+    hook.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("null, weak", [(1.25, 1.0), (1.0, 1.25), (1.25, 1.25), (0.75, 0.75)])
+def test_differences_of_outputs_are_added_to_the_mean_and_not_to_the_variance(null, weak, solver):
+    pipe = guided()
+    labels, null_labels = torch.tensor(LABELS), torch.full((2,), CLASSES - 1)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        out = pipe.net(x, t, y=labels)
+        out_null, out_weak = pipe.net(x, t, y=null_labels), pipe.weak(x, t, y=labels)
+        mean = out + (null - 1) * (out - out_null) + (weak - 1) * (out - out_weak)
+        return torch.cat([mean[:, :1], out[:, 1:]], dim=1)
+
+    found = images(pipe, guides.by_null_class(null), guides.by_weak_network(weak), solver=solver)
+    assert_close(found, by_hand(pipe, solver, model))
+    assert (found - images(pipe, solver=solver, guidance=0)).abs().max() > 0.01
+
+
+def test_rows_of_every_kind_are_those_of_plain_functions():
+    given = [
+        guides.by_classifier([1.0, 4.0], (200, 900), every=2, reuse=True),
+        guides.by_null_class(2.0, (0, 600)),
+        guides.by_weak_network([1.0, 3.0]),
+    ]
+    settings = {"steps": 20, "output": "float"}
+    found = images(guided(), *given, **settings)
+    for options in (EngineOptions(prepared=False), EngineOptions(graph=False)):
+        assert_close(found, images(guided(options=options), *given, **settings))
+    # A row of each kind runs its own operations, so a repeated row gives the bits of the first ones.
+    assert torch.equal(found, images(guided(options=EngineOptions(graph=False)), *given, **settings))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_gradient_is_used_again(solver):
+    pipe = guided()
+    own = classifier_guidance(pipe.classifier, torch.tensor(LABELS), 3.0)
+    kept: list[Tensor] = []
+
+    def every_third(x: Tensor, t: Tensor) -> Tensor:
+        if len(kept) % 3 == 0:
+            kept.append(own(x, t))
+        else:
+            kept.append(kept[-1])
+        return kept[-1]
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return pipe.net(x, t, y=torch.tensor(LABELS))
+
+    found = images(pipe, guides.by_classifier(3.0, every=3, reuse=True), solver=solver)
+    assert_close(found, by_hand(pipe, solver, model, every_third))
+    assert (found - images(pipe, guides.by_classifier(3.0), solver=solver)).abs().max() > 0.001
+
+
+@pytest.mark.parametrize(
+    "guide, rows",
+    [
+        (guides.by_classifier(2.0), 10),
+        (guides.by_classifier(0.0), 0),
+        (guides.by_classifier(2.0, every=3), 4),
+        (guides.by_classifier(2.0, every=3, reuse=True), 4),
+        (guides.by_classifier(2.0, count=4), 4),
+        (guides.by_classifier(2.0, count=99), 10),
+        (guides.by_classifier([2.0] * 3 + [0.0] * 7), 3),
+        (guides.by_classifier(2.0, (500, 999)), 5),
+    ],
+)
+def test_the_classifier_runs_only_where_it_counts(guide, rows):
+    pipe = guided()
+    assert called(pipe.classifier, lambda: images(pipe, guide, steps=10)) == rows
+    images(pipe, guide, steps=10)
+    assert pipe.last_run.stages[0].guided_rows == rows
+
+
+@pytest.mark.parametrize("interval, rows", [(None, 10), ((500, 999), 5)])
+def test_a_second_output_is_computed_only_where_it_counts(interval, rows):
+    pipe = guided()
+    null, weak = guides.by_null_class(2.0, interval), guides.by_weak_network(2.0, interval)
+    assert called(pipe.net, lambda: images(pipe, null, steps=10)) == 10 + rows
+    assert called(pipe.weak, lambda: images(pipe, weak, steps=10)) == rows
+    neutral = guides.by_null_class(1.0), guides.by_weak_network(1.0)
+    assert called(pipe.net, lambda: images(pipe, *neutral, steps=10)) == 10
+    assert torch.equal(images(pipe, *neutral), images(pipe, guidance=0))
+    images(pipe, null, weak, steps=10)
+    stage = pipe.last_run.stages[0]
+    assert (stage.null_class_rows, stage.weak_network_rows, stage.reused_rows) == (rows, rows, 0)
+
+
+def test_a_row_without_a_place_for_the_gradient_does_not_compute_it():
+    table = make_solver("ddim").table(PROCESS.build("ddim4"), True)
+    rows = [dataclasses.replace(row, k_post=0.0) if i == 1 else row for i, row in enumerate(table.rows)]
+    found = guides.guidance_by_row(SampleRequest(guidance=2.0), 0.0, rows, [750, 500, 250, 0])
+    assert [row.scale for row in found] == [2.0, 0.0, 2.0, 2.0]
+
+
+def test_several_scales_are_spread_over_the_rows():
+    assert guides.spread((1.0, 3.0), 5) == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert guides.spread((1.0, 5.0, 2.0), 3) == [1.0, 5.0, 2.0]
+    assert guides.spread(2.0, 3) == [2.0] * 3 and guides.spread((2.0, 4.0), 1) == [2.0]
+    pipe = guided()
+    one_for_each = images(pipe, guides.by_classifier(np.linspace(0, 5, STEPS)))
+    assert_close(one_for_each, images(pipe, guidance=[0, 5]))
+    assert (one_for_each - images(pipe, guidance=5)).abs().max() > 0.01
+
+
+def test_more_of_the_gradients_are_computed_early():
+    rows = guides.by_classifier(1.0, count=5).computed_rows(range(100))
+    assert sorted(rows) == [0, 4, 16, 36, 64]
+    assert sorted(guides.by_classifier(1.0, count=50).computed_rows(range(250)))[:4] == [0, 1, 2, 3]
+    assert len(guides.by_classifier(1.0, count=50).computed_rows(range(250))) == 50
+
+
+def test_a_weak_network_without_classes_gets_no_labels():
+    weak = unet(7, num_classes=None)
+    found = images(pipeline(weak=weak), guides.by_weak_network(2.0))
+    pipe = pipeline()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        out = pipe.net(x, t, y=torch.tensor(LABELS))
+        return torch.cat([2 * out[:, :1] - weak(x, t)[:, :1], out[:, 1:]], dim=1)
+
+    assert_close(found, by_hand(pipe, "ddpm", model))
+
+
+def test_a_guided_prediction_is_that_of_the_mixed_output():
+    seen: list[Tensor] = []
+
+    def noting(x_t: Tensor, t: Tensor, prediction) -> Tensor:
+        seen.extend([t, prediction.eps.detach().clone()])
+        return torch.zeros_like(x_t)
+
+    pipe = guided()
+    images(pipe, guides.by_null_class(3.0), guides.by_prediction(noting), steps=1)
+    labels, null_labels = torch.tensor(LABELS), torch.full((2,), CLASSES - 1)
+    out, null = (pipe.net(X_T, seen[0], y=y)[:, :1] for y in (labels, null_labels))
+    assert_close(seen[1], 3 * out - 2 * null)
+
+
+def test_a_request_with_guides_by_networks_is_json():
+    given = [guides.by_classifier([1, 2], (0, 500), every=2, reuse=True), guides.by_null_class(2)]
+    request = SampleRequest(LABELS, SEEDS, guides=given, steps=3)
+    assert SampleRequest.from_json(request.to_json()) == request
+    with pytest.raises(InvalidArgument, match="^guides="):
+        SampleRequest.from_json('{"guides": [{"network": "classifier", "scale": 1}]}')
+
+
+@pytest.mark.parametrize(
+    "parts, given, argument",
+    [
+        ({"null_class": False}, [guides.by_null_class(2.0)], "guides='null class': small has none"),
+        ({"weak": None}, [guides.by_weak_network(2.0)], "guides='weak network': small has none"),
+        ({"classifier": None}, [guides.by_classifier(2.0)], "guidance=2.0: small has no classifier"),
+        ({}, [guides.by_null_class(2.0)] * 2, "guides="),
+        ({}, [guides.by_null_class(3.0), guides.by_weak_network(-1.0)], "guides="),
+    ],
+)
+def test_what_a_pipeline_lacks_is_named(parts, given, argument):
+    with pytest.raises(InvalidArgument, match=f"^{argument}"):
+        images(guided(**parts), *given)
+
+
+@pytest.mark.parametrize(
+    "make, argument",
+    [
+        (lambda: guides.by_null_class([]), r"guidance_scale=\[\]"),
+        (lambda: guides.by_classifier([1, "2"]), "guidance_scale='2'"),
+        (lambda: guides.by_classifier(1.0, every=0), "every=0"),
+        (lambda: guides.by_classifier(1.0, every=2, count=3), "every=2"),
+        (lambda: guides.by_classifier(1.0, count=0), "count=0"),
+        (lambda: guides.NetworkGuide("net", 1.0), "network='net'"),
+        (lambda: pipeline(weak=unet(7, in_channels=3, out_channels=6)), "weak='3 channels"),
+        (lambda: pipeline(weak=unet(7, out_channels=1)), "weak='unet of 1 outputs'"),
+        (lambda: pipeline(weak=unet(7, num_classes=9)), "weak='9 classes'"),
+        (lambda: pipeline(net=unet(num_classes=None), null_class=True), "null_class=True"),
+    ],
+)
+def test_wrong_values_are_named(make, argument):
+    with pytest.raises(InvalidArgument, match=f"^{argument}"):
+        make()
