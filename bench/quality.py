@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from sklearn.svm import SVC
 
 import admfast
 from admfast.models.presets import SYSTEMS
+from admfast.sampling.guides import NetworkGuide, by_classifier, by_null_class, by_weak_network
 from admfast.training.digit_images import MAX_GREY_LEVEL, NUM_CLASSES, block_means, load_digits
 from bench.command import STARTUP_SECONDS, UNFINISHED, end_with_parent, supervise
 from bench.results import conditions, environment, markdown_table
@@ -37,29 +39,33 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of sampling: solver, steps, guidance scale, spacing of the timesteps (None: the solver's)."""
+    """One way of sampling: solver, steps, guidance, spacing of the timesteps (None: the solver's).
+
+    guidance: the classifier's scale, or a guide by a network.
+    """
 
     solver: str
     steps: int
-    guidance: float
+    guidance: float | NetworkGuide
     spacing: str | None = None
 
     @property
     def name(self) -> str:
-        guided = f"guidance {self.guidance:g}" if self.guidance else "unguided"
+        guided = f"guidance {self.guidance:g}" if isinstance(self.guidance, float) else str(self.guidance)
         spacing = f" {self.spacing}" if self.spacing else ""
-        return f"{self.solver} {self.steps}{spacing}, {guided}"
+        return f"{self.solver} {self.steps}{spacing}, {guided if self.guidance else 'unguided'}"
 
 
 # Each set is (solver, spacing, counts of steps); every count is measured with guidance and without.
 _SETS = {
     "published": (("ddpm", None, (50,)), ("ddim", None, (25, 10))),
     "solvers": (
-        ("ddim", None, (25, 10, 5)),
-        ("unipc", None, (20, 10, 5)),
+        ("ddpm", None, (50, 25, 10)),
+        ("ddim", None, (50, 25, 10, 5)),
+        ("unipc", None, (10, 5)),
         ("unipc", "log-snr", (20, 10, 5)),
-        ("dpmpp", None, (10,)),
-        ("dpmpp:sde=true", None, (20, 10)),
+        ("dpmpp", None, (10, 5)),
+        ("dpmpp:sde=true", None, (20, 10, 5)),
         ("deis", None, (10, 5)),
         ("ipndm", None, (10, 5)),
         ("heun", None, (19, 9)),
@@ -80,6 +86,27 @@ SETS = {
     )
     for name, entries in _SETS.items()
 }
+
+
+# Ways to guide the same 20 steps.
+GUIDES = (
+    by_classifier(1.0),
+    by_classifier(2.0),
+    by_classifier(2.0, every=2),
+    by_classifier(2.0, every=2, reuse=True),
+    by_classifier(2.0, count=5, reuse=True),
+    by_classifier(2.0, interval=(200, 800)),
+    by_classifier((0.0, 4.0)),
+    by_classifier((4.0, 0.0)),
+)
+SETS["guidance"] = tuple(Setting("dpmpp:sde=true", 20, guide) for guide in GUIDES)
+# With --null-class, or with --weak, which name the network that guides.
+for _set, _guide in (("null-class", by_null_class), ("weak", by_weak_network)):
+    SETS[_set] = tuple(
+        Setting("dpmpp:sde=true", 20, _guide(scale, interval))
+        for scale in (1.0, 1.25, 1.5, 2.0)
+        for interval in (None, (200, 800))[: 1 + (scale > 1)]
+    )
 
 
 @dataclass(frozen=True)
@@ -173,14 +200,17 @@ def sample(
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """Return `count` samples as [count, 64] on the scale 0..16, and their classes, in equal shares."""
     classes = np.arange(count) % NUM_CLASSES
+    guidance: dict[str, Any] = {
+        "guides" if isinstance(setting.guidance, NetworkGuide) else "guidance": setting.guidance
+    }
     images = pipe.sample(
         classes.tolist(),
         range(first_seed, first_seed + count),
         solver=setting.solver,
         steps=setting.steps,
         spacing=setting.spacing,
-        guidance=setting.guidance,
         batch_size=BATCH,
+        **guidance,
     )
     levels = images.movedim(-1, 1).float() * (MAX_GREY_LEVEL / 255)
     return block_means(levels).flatten(1).double().numpy(), classes
@@ -205,6 +235,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
     parser.add_argument("--model", default="digits32", help="system or weights file (default: digits32)")
     parser.add_argument("--classifier", default=None, help="classifier file, for a --model that is a file")
+    parser.add_argument("--weak", default=None, help="file of a weak network, for --set weak")
     parser.add_argument("--precision", default="auto", help="of the networks (default: auto)")
     parser.add_argument("--count", type=int, default=1000, help="samples per setting (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
@@ -230,7 +261,7 @@ def run(args: argparse.Namespace) -> int:
     """Sample and measure every setting, write rows and conditions after each, and print a table."""
     end = time.monotonic() + args.budget
     torch.manual_seed(0)
-    pipe = admfast.load(args.model, classifier=args.classifier, precision=args.precision)
+    pipe = admfast.load(args.model, classifier=args.classifier, weak=args.weak, precision=args.precision)
     digits, labels = load_digits()
     real, classes = digits.flatten(1).double().numpy(), labels.numpy()
     classifier = SVC(gamma=0.001).fit(real, classes)
@@ -254,7 +285,8 @@ def run(args: argparse.Namespace) -> int:
 
     write()
     for setting in SETS[args.set]:
-        if args.only not in setting.name or (setting.guidance and pipe.classifier is None):
+        by_classifier_here = getattr(setting.guidance, "network", "classifier") == "classifier"
+        if args.only not in setting.name or (setting.guidance and by_classifier_here and not pipe.classifier):
             continue
         seconds, left = predict_seconds(pipe, setting, args.count), end - time.monotonic()
         if seconds > left:
