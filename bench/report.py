@@ -49,6 +49,15 @@ BASELINES += ("published", "published, channels-last", "published, compiled", "p
 CEILING_KIND = {"conv3x3": "matmul", "conv1x1": "matmul", "attention": "matmul", "guided_step": "matmul"}
 CEILING_KIND |= {"step": "matmul", "train_step": "matmul", "groupnorm_silu": "copy", "sampler": "copy"}
 UNITS = {"tflops": "TFLOP/s", "gbps": "GB/s", "us_per_node": "us a node"}
+# What a file of rows of steps needs to have a row of each peer, and a bench to have tables of a GPU.
+PUBLISHED_NEEDS = "--guided-diffusion PATH"
+PEER_NEEDS = {
+    "published": PUBLISHED_NEEDS,
+    "published, channels-last": PUBLISHED_NEEDS,
+    "published, compiled": f"{PUBLISHED_NEEDS} --peers compiled",
+}
+PEERS_OF = {"guided_step": PEER_NEEDS, "step": PEER_NEEDS | {"openvino": "--peers openvino"}}
+GPU_BENCHES = ("ceilings", "kernels", "sampling", "profile")  # stages of `make gpu`
 LISTED_OPERATIONS = 12  # operations that are listed for each profiled step
 
 Value = Callable[[Row, Sequence[Row]], Any]
@@ -167,6 +176,14 @@ def section(rows: Sequence[Row], all_rows: Sequence[Row]) -> str:
     return markdown_table([header[i] for i in filled], [[line[i] for i in filled] for line in lines])
 
 
+def missing_peers(kind: str, rows: Iterable[Row]) -> list[str]:
+    """Return a line with the peers that no row of a comparison has, and the flags that measure them."""
+    measured = {row["provider"] for row in rows if row["kind"] == kind and row["status"] == "ok"}
+    needs = PEERS_OF.get(kind, {})
+    missing = "; ".join(f"{name} (`{needs[name]}`)" for name in needs if name not in measured)
+    return [f"Not measured: {missing}."] if missing else []
+
+
 def summary(rows: Sequence[Row]) -> str:
     """Return the ceiling of every kind and dtype, as `bench.results.ceiling` returns it."""
     lines: list[Sequence[object]] = []
@@ -216,11 +233,14 @@ def render(name: str, rows: Sequence[Row]) -> str:
             sections += [
                 f"## {TITLES.get(kind, kind)}",
                 section([r for r in rows_of_device if r["kind"] == kind], rows_of_device),
+                *missing_peers(kind, rows_of_device),
             ]
         for row in (row for row in rows_of_device if row["kind"] == "profile" and row["status"] == "ok"):
             listed = [(f"`{op}`", ms, calls) for op, ms, calls in row["operations"][:LISTED_OPERATIONS]]
             title = ", ".join(str(value) for value in (*row["shape"].values(), row["provider"], row["dtype"]))
             sections += [f"## {title}", markdown_table(("operation", "ms a step", "calls a step"), listed)]
+    if name in GPU_BENCHES and not any(row.get("cuda") for row in rows):
+        sections.append("Tables of a GPU need a CUDA device: `make gpu`.")
     return "\n\n".join(sections) + "\n"
 
 

@@ -303,7 +303,8 @@ def plan_fwd(
     if second is not None:
         merge_arguments |= dict(chunk2=second.chunk, chunks2=second.chunks)
     merge_arguments |= dict(**merge_launch.channel_arguments(depth), blocks=-(-groups // merge_launch.groups))
-    span_arguments = launch.spans(g.n * blocks, sizes["P_OUT"] if g.resample == "down" else sizes["P"])
+    slots = norm_launch.apply_slots(False, 1 if x2 is None else 2, g.resample, silu)
+    span_arguments = launch.spans(g.n * blocks, sizes["P_OUT"] if g.resample == "down" else sizes["P"], slots)
     apply_arguments = dict(
         **sources, **affine, **outputs, **sizes, **modes, **span_arguments, G=groups, D=depth
     )

@@ -238,7 +238,8 @@ def plan_bwd(
         rstd_ptr=statistics["rstd_ptr"], N=g.n, P=sizes["P"], C=channels, G=groups, D=depth
     )
     merge_arguments |= dict(**merge_launch.channel_arguments(depth), blocks=-(-groups // merge_launch.groups))
-    span_arguments = launch.spans(g.n * blocks, sizes["P"])
+    slots = norm_launch.apply_slots(True, 1 if x2 is None else 2, g.resample, silu)
+    span_arguments = launch.spans(g.n * blocks, sizes["P"], slots)
     apply_arguments = dict(
         **common, **gradients, **span_arguments, dskip_ptr=dskip, terms_ptr=terms, blocks=blocks
     )

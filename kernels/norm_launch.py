@@ -12,7 +12,7 @@ import torch
 import triton
 
 MULTIPROCESSORS = 132  # of an H100; determines only how finely the work is cut
-RESIDENT_PROGRAMS = 7 * MULTIPROCESSORS  # programs of 4 warps and 72 registers per thread that run at once
+LEAST_FILL = 0.85  # of the slots in several waves of programs: the programs of a small last wave run alone
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # read once, at import, as Triton's decorators do
 
 
@@ -63,16 +63,18 @@ class TwoPass:
     def chunks(self, positions: int) -> int:
         return -(-positions // self.chunk)
 
-    def spans(self, programs_per_span: int, positions: int) -> dict[str, int]:
+    def spans(self, programs_per_span: int, positions: int, slots: int) -> dict[str, int]:
         """Return for the elementwise pass the positions of a program (`span`), and the number of spans.
 
         A span has `programs_per_span` programs, one for each image and block of channels. A program first
         prepares its channels, which takes 1.5 times the instructions of a tile; once per tile, this would
         take longer than the memory accesses. So a program takes up to 8 tiles, as long as there are enough
-        programs to fill the multiprocessors.
+        programs to fill the `slots` (see `apply_slots`).
         """
         tiles = -(-positions // self.apply_p)
-        tiles_per_program = max(min(-(-programs_per_span * tiles // RESIDENT_PROGRAMS), 8), 1)
+        wanted = max(min(-(-programs_per_span * tiles // slots), 8), 1)
+        programs = {size: programs_per_span * -(-tiles // size) for size in range(wanted, 0, -1)}
+        tiles_per_program = first_filled(programs, slots)
         return dict(span=tiles_per_program * self.apply_p, spans=-(-tiles // tiles_per_program))
 
 
@@ -151,6 +153,37 @@ def run(calls: list[Call], device: torch.device) -> None:
         call.run()
 
 
+def fill(programs: int, slots: int) -> float:
+    """Return the share of slots that programs take, in as many waves of `slots` programs as they need."""
+    return programs / (-(-programs // slots) * slots)
+
+
+def first_filled(programs: dict[int, int], slots: int) -> int:
+    """Return the first size whose programs have one wave or fill theirs, else that with the fullest waves.
+
+    programs: the number of programs by size, in the order of preference.
+    """
+    for size, count in programs.items():
+        if count <= slots or fill(count, slots) >= LEAST_FILL:
+            return size
+    return max(programs, key=lambda size: fill(programs[size], slots))
+
+
+def apply_slots(backward: bool, sources: int, resample: str | None, silu: bool) -> int:
+    """Return how many programs of the elementwise pass run at once; they have 4 warps.
+
+    By registers per thread in bfloat16: forward 72, 92 with two sources, 118 and 128 with resampling;
+    backward 96, 78 without SiLU, 142 with two sources, 127 for "down", 153 for "up".
+    """
+    if resample is not None:
+        resident = 3 if backward and resample == "up" else 4
+    elif backward:
+        resident = 3 if sources == 2 else 5 if silu else 6
+    else:
+        resident = 7 if sources == 1 else 5
+    return resident * MULTIPROCESSORS
+
+
 def next_power_of_2(value: int) -> int:
     """Return the smallest power of two that is at least `value`."""
     return 1 << max(value - 1, 0).bit_length()
@@ -207,15 +240,19 @@ def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     block_p, unroll = 2048 // block_c, 2 if backward else 4
     blocks = -(-shape.c // block_c)
     # A multiprocessor holds three programs of the statistics of one source (72 registers per thread), but two
-    # for two sources or for the sums of the gradient (93 to 124). So there is one wave of three, or two waves
-    # of two; a few programs more would run alone at the end. The merge holds all chunks of its channels at
-    # once, which limits their number.
+    # for two sources or for the sums of the gradient (89 to 124). So there is one wave of three, or two waves
+    # of two, or as many waves as the programs fill. The merge holds all chunks of its channels at once, which
+    # limits their number.
     resident = 3 if shape.sources == 1 and not backward else 2
-    programs = 4 // resident * resident * MULTIPROCESSORS
+    slots = resident * MULTIPROCESSORS
     max_chunks = min(128, max(MAX_MERGE_ELEMENTS // next_power_of_2(shape.depth), 1))
-    target_chunks = min(max(programs // (shape.n * blocks), 1), max_chunks)
     positions_per_trip = block_p * unroll
-    chunk = -(-shape.p // (target_chunks * positions_per_trip)) * positions_per_trip
+    programs = {}
+    for waves in (4 // resident, 1, *range(2, 9)):
+        target_chunks = min(max(waves * slots // (shape.n * blocks), 1), max_chunks)
+        chunk = -(-shape.p // (target_chunks * positions_per_trip)) * positions_per_trip
+        programs[chunk] = shape.n * blocks * -(-shape.p // chunk)
+    chunk = first_filled(programs, slots)
     return TwoPass(block_p, block_c, unroll, chunk, warps=8, apply_p=block_p, apply_warps=4)
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -52,7 +53,6 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
     """
     from torch._dynamo.exc import BackendCompilerFailed
 
-    device_type = step.state.x.device.type
     if step.classifier is not None and torch.__version__ < FIRST_TORCH_TRACING_GRADIENTS:
         reason = (
             f"a guided step needs torch {FIRST_TORCH_TRACING_GRADIENTS} or later, this is {torch.__version__}"
@@ -62,17 +62,16 @@ def compile_step(step: PreparedStep, cache: str | PathLike[str] | None = None) -
         check_folder(cache)
     with _cache_folder(cache):
         for kind in list(step.bodies):
-            body = functools.partial(step.body, kind)
+            body = step.bodies[kind]
             start = time.monotonic()
             x = _fill_test_row(step, kind)
             # An eager run first: what layers derive at their first call must exist before they are traced.
             eager_result = _run_test_row(step, body, x)
             noise = torch.randn(x.shape, generator=_generator(x.device, 1), device=x.device)
             perturbed_result = _run_test_row(step, body, x + _relative_rounding(step) * x * noise)
-            LOG.warning(
-                "compiling the %s step of %s ...", "guided" if kind.is_guided else "plain", step.key.shape
-            )
-            compiled_fn = compiled_body(body, device_type)
+            described = "guided" if kind.is_guided else "plain"
+            LOG.warning("compiling the %s step of %s ...", described, step.key.shape)
+            compiled_fn = compiled_body(step, kind)
             try:
                 compiled_result = _run_test_row(step, compiled_fn, x)
             except BackendCompilerFailed as error:
@@ -98,10 +97,15 @@ def check_compiler(device: torch.device) -> None:
         raise Unavailable(f"compile=True: {reason}; install g++ or clang++, or turn compile off") from error
 
 
-def compiled_body(body: Callable[[], None], device_type: str) -> Callable[[], None]:
-    """Return `body` as a function that torch compiles at its first call."""
+def compiled_body(step: PreparedStep, kind: RowKind) -> Callable[[], None]:
+    """Return a step's body as a function that torch compiles at its first call, with a weak reference to it.
+
+    A function that kept its step alive would be part of a reference cycle, so that a dropped step kept its
+    memory. torch.compile can't trace a body whose step is a weak proxy, so it gets the step at every call.
+    """
+    body, step_ref = type(step).body, weakref.ref(step)
     options: dict[str, object] = {}
-    if device_type == "cuda":
+    if step.state.x.device.type == "cuda":
         import torch._inductor as inductor
 
         options = inductor.list_mode_options("max-autotune-no-cudagraphs")
@@ -119,7 +123,9 @@ def compiled_body(body: Callable[[], None], device_type: str) -> Callable[[], No
             "accumulated_recompile_limit": MAX_COMPILED_STEPS,
         }
         with torch._dynamo.config.patch(settings):  # type: ignore[attr-defined]
-            compiled_fn()
+            step = step_ref()
+            assert step is not None, "only a step calls its body"
+            compiled_fn(step, kind)
 
     return run
 

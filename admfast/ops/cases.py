@@ -41,7 +41,7 @@ class OpCases:
     call_raw_ops: for each implementation a function (call_op, **arguments), which calls its raw ops or
         launchers, forward and backward, through call_op(NAME, *arguments). Triton's ops have the names of the
         launchers in `kernels/`.
-    launch_settings: values of constants of `kernels/norm_launch.py` with which the small cases reach every
+    launch_settings: values of names in `kernels/norm_launch.py` with which the small cases reach every
         kind of launch.
     cases_from_call: cases_from_call(*arguments) returns the cases of the kernels that a call of the op
         `launched_by` launches.
@@ -57,7 +57,7 @@ class OpCases:
     differentiable: tuple[str, ...] = ()
     dtype_of: str | None = ""
     call_raw_ops: Mapping[str, Callable[..., None]] = field(default_factory=dict)
-    launch_settings: tuple[dict[str, int], ...] = ({},)
+    launch_settings: tuple[dict[str, Any], ...] = ({},)
     cases_from_call: Callable[..., Iterable[Case]] = empty_list
     launched_by: str = ""
 

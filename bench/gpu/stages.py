@@ -7,13 +7,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_FOLDERS = ("admfast", "kernels", "csrc", "bench")
+WHEELS = ".wheels"  # a folder that git ignores, for wheels that travel with the tree
+# The quick ones first; `peers` measures the other precisions.
+FIRST_STEPS = ("--systems", "imagenet64,imagenet256", "--batches", "1,8", "--precisions", "auto")
 # Test files that compile many kernels or have hundreds of cases. They run in WORKERS processes, which share
 # the GPU. The longest come last.
 WORKERS = 4
@@ -140,11 +143,54 @@ def pytest_step(plan: Plan, path: str) -> Step:
     return Step(path, (*command, "-m", "gpu", path), 240.0, environment, tests=True)
 
 
-def bench_steps(name: str, limit: float, *more: str, module: str = "") -> Callable[[Plan], list[Step]]:
-    """Return a function that makes the step `python -m bench.MODULE`; by default MODULE is `name`."""
+def xformers_steps(plan: Plan) -> list[Step]:
+    """Return the steps that install xformers' wheel into a folder of its own, test it and measure it.
+
+    The other stages don't see that folder, because attention would choose xformers wherever it is installed.
+    """
+    name = "xformers"
+    wheels = sorted((plan.root / WHEELS).glob("xformers-*.whl"))
+    if not wheels:
+        says = f"print('not run: no wheel of xformers in {WHEELS}/')"
+        return [Step(name, (sys.executable, "-c", says), 20.0, tests=True, sources=())]
+    folder = plan.root / "build" / name
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade")
+    install = (*pip, "--target", str(folder), str(wheels[-1]))
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths)}
+    pytest = (sys.executable, "-m", "pytest", "-q", "-rsfE", "--tb=short", "-p", "no:cacheprovider")
+    files = ("tests/ops/test_attention.py", "tests/ops/test_attention_kernels.py")
+    (bench,) = bench_steps(name, 90.0, "--only", "attention", module="kernels", out=name)(plan)
+    return [
+        Step(
+            f"{name}: install",
+            install,
+            60.0,
+            before_new_steps=True,
+            sources=(),
+            writes=folder / name / "version.py",
+        ),
+        Step(
+            f"{name}: tests",
+            (*pytest, "-m", "gpu", "-k", name, *files),
+            120.0,
+            environment,
+            tests=True,
+        ),
+        replace(bench, name=f"{name}: bench", environment=environment),
+    ]
+
+
+def bench_steps(
+    name: str, limit: float, *more: str, module: str = "", out: str = ""
+) -> Callable[[Plan], list[Step]]:
+    """Return a function that makes the step `python -m bench.MODULE`; by default MODULE is `name`.
+
+    out: a folder for its results within that of the plan.
+    """
 
     def steps(plan: Plan) -> list[Step]:
-        flags = ("--device", plan.device, "--out", str(plan.out), *more)
+        flags = ("--device", plan.device, "--out", str(plan.out / out), *more)
         command = (sys.executable, "-m", f"bench.{module or name}", *flags)
         return [Step(name, command, limit, bench=True, sources=SOURCE_FOLDERS)]
 
@@ -155,8 +201,9 @@ STAGES: dict[str, Callable[[Plan], list[Step]]] = {
     "build": build_steps,
     "smoke": smoke_steps,
     "parity": parity_steps,
-    "sampling": bench_steps("sampling", 240.0, "--only", "matmul,steps"),
+    "sampling": bench_steps("sampling", 240.0, *FIRST_STEPS, "--only", "matmul,steps"),
     "kernels": bench_steps("kernels", 150.0),
+    "xformers": xformers_steps,
     "sanitizers": sanitizer_steps,
     "tests": test_steps,
     "ceilings": bench_steps("ceilings", 150.0),

@@ -27,13 +27,15 @@ SECONDS_OF_ALL_ROUNDS = {"cuda": 20.0, "cpu": 150.0}
 class Choice:
     """The presets with batches, in order, our precisions, and the names of the peers to measure.
 
-    path: folder of the published code, "" for none.
+    path: folder of the published code, "" for none. round_seconds: after which a comparison begins no further
+    round; None for the device's default.
     """
 
     pairs: tuple[tuple[Subject, int], ...]
     precisions: tuple[str, ...]
     peers: tuple[str, ...]
     path: str
+    round_seconds: float | None = None
 
     @property
     def compiled(self) -> bool:
@@ -42,7 +44,7 @@ class Choice:
 
     def comparisons(self, settings: Settings) -> Iterator[Comparison]:
         """Yield the comparison of every pair, of a guided step if the preset has a classifier."""
-        budget = SECONDS_OF_ALL_ROUNDS[settings.device.type]
+        budget = self.round_seconds or SECONDS_OF_ALL_ROUNDS[settings.device.type]
         for subject, batch in self.pairs:
             entries = [ours.entry(name) for name in self.precisions]
             if self.compiled:
@@ -92,7 +94,10 @@ def choose(arguments: argparse.Namespace, settings: Settings) -> Choice:
     path = arguments.guided_diffusion
     # By default, the peers that are available and need not be compiled for minutes.
     peers = names_in("peers", arguments.peers, PEERS) or (["eager", "channels-last"] if path else [])
-    return Choice(tuple(pairs), precisions, tuple(peers), path)
+    round_seconds = None
+    if arguments.all:  # else the first comparisons would leave no time for the steps of large images
+        round_seconds = min(SECONDS_OF_ALL_ROUNDS[kind], arguments.budget / (4 * len(pairs)))
+    return Choice(tuple(pairs), precisions, tuple(peers), path, round_seconds)
 
 
 def precisions_in(text: str | None, settings: Settings) -> tuple[str, ...]:

@@ -1,12 +1,16 @@
 """Tests of the steps of `bench.gpu` with small scripts: limits, stopping, resuming and the exit status."""
 
+import argparse
 import json
+import os
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ from bench.gpu import __main__ as program
 from bench.gpu import runner, stages
 from bench.gpu.runner import exit_status, run_step, run_steps
 from bench.gpu.stages import STAGES, Plan, Step, choose
+from bench.sampling import choice
+from bench.sampling.flags import add_flags
 
 
 def script(text: str) -> tuple[str, ...]:
@@ -262,6 +268,55 @@ def test_golden_data_is_told_to_the_tests(plan: Plan) -> None:
     (plan.root / ".golden").mkdir()
     (step,) = stages.parity_steps(plan)
     assert step.environment["ADMFAST_GOLDEN"] == str(plan.root / ".golden")
+
+
+def test_the_first_stages_answer_the_most(plan: Plan) -> None:
+    first = ["build", "smoke", "parity", "sampling", "kernels", "xformers"]
+    assert list(STAGES)[: len(first)] == first
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    flags = parser.parse_args(stages.FIRST_STEPS)
+    chosen = choice.choose(flags, SimpleNamespace(device=torch.device("cuda"), quick=False))
+    pairs = [(subject.name, batch) for subject, batch in chosen.pairs]
+    assert pairs == [("imagenet64", 1), ("imagenet64", 8), ("imagenet256", 1), ("imagenet256", 8)]
+    (step,) = choose("sampling", plan)
+    start = step.command.index(stages.FIRST_STEPS[0])
+    assert step.command[start : start + len(stages.FIRST_STEPS)] == stages.FIRST_STEPS
+
+
+def test_without_a_wheel_of_xformers_one_line_says_so(plan: Plan) -> None:
+    entries = run_steps(plan, stages.xformers_steps(plan), 30, say=quiet)
+    assert entries["xformers"]["status"] == "no tests" and ".wheels" in entries["xformers"]["note"]
+    assert exit_status(entries) == 0
+
+
+def test_a_wheel_of_xformers_is_seen_by_its_own_steps_only(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plan.root / ".wheels").mkdir()
+    information = "xformers-0.0.1.dist-info"
+    with zipfile.ZipFile(plan.root / ".wheels" / "xformers-0.0.1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("xformers/__init__.py", "")
+        wheel.writestr("xformers/version.py", "__version__ = '0.0.1'\n")
+        wheel.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.1\n")
+        wheel.writestr(
+            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{information}/RECORD", "")
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    install, tests, bench = stages.xformers_steps(plan)
+    assert {"--no-index", "--no-deps"} <= set(install.command)
+    assert ran(plan, install, budget=60) == {"xformers: install": "passed"}
+    for step in (tests, bench):
+        folder, *rest = step.environment["PYTHONPATH"].split(os.pathsep)
+        assert (Path(folder) / "xformers" / "__init__.py").exists() and rest == ["mine"]
+    assert tests.tests and tests.command[-4:-2] == ("-k", "xformers")
+    assert all((stages.ROOT / path).exists() for path in tests.command[-2:])
+    # In a folder of its own: the stage `kernels` has rows that say xformers is missing.
+    assert bench.bench and bench.command[bench.command.index("--out") + 1] == str(plan.out / "xformers")
+    assert "bench.kernels" in bench.command and bench.command[-2:] == ("--only", "attention")
+    others = [step for step in choose(None, plan) if not step.name.startswith("xformers")]
+    assert not any("PYTHONPATH" in step.environment for step in others)
 
 
 def test_the_small_kernels_run_by_themselves_and_under_both_tools(plan: Plan) -> None:

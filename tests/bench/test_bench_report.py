@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import report
+from bench.gpu.stages import STAGES
 from bench.report import faster_than, main, render, share_of_ceiling, with_ablation_times
 from bench.results import Row, read_rows, row_key
 
@@ -55,6 +57,18 @@ def test_table_shows_rates_ratios_and_reasons() -> None:
     assert share_of_ceiling(rows[0], rows) is None
     (line,) = (line for line in text.splitlines() if line.startswith("| 3 |"))
     assert "75%" in line
+
+
+def test_what_is_missing_is_named_with_what_measures_it() -> None:
+    rows = [row("guided_step", "admfast"), row("guided_step", "published"), row("step", "openvino")]
+    lines = render("sampling", rows).splitlines()
+    (guided, unguided) = (line for line in lines if line.startswith("Not measured: "))
+    assert "published, compiled (`--guided-diffusion PATH --peers compiled`)" in guided
+    assert "published (`" not in guided and "published (`" in unguided and "openvino" not in unguided
+    assert "make gpu" in lines[-1]
+    assert "make gpu" not in render("sampling", [one | {"cuda": "13.0"} for one in rows])
+    assert "Not measured" not in render("kernels", [row("conv")])
+    assert set(report.GPU_BENCHES) < set(STAGES)
 
 
 def test_others_are_held_against_the_baselines_of_the_same_shape() -> None:

@@ -14,7 +14,7 @@ import torch
 from admfast.engine.options import EngineOptions
 from admfast.models.presets import SYSTEMS
 from bench.command import UNFINISHED
-from bench.measure import Sample, Settings, Unavailable, WrongResult
+from bench.measure import CALLS, Sample, Settings, Unavailable, WrongResult
 from bench.ops.matmul_and_conv import PRODUCT_FLOP
 from bench.report import render
 from bench.results import ResultFile, read_rows
@@ -303,6 +303,21 @@ def test_peers_without_names_are_all_peers() -> None:
         # Compiling takes minutes, so contenders that compile have a higher limit.
         limits = {"compiled" in case.provider: case.limit for case in cases}
         assert limits[True] > limits[False]
+
+
+def test_all_presets_share_the_budget() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    flags = ["--all", "--batches", "1", "--precisions", "fp32", "--guided-diffusion", ""]
+    arguments = parser.parse_args(flags)
+    arguments.budget = 540.0
+    settings = dataclasses.replace(SETTINGS, quick=False)
+    found = list(choose(arguments, settings).comparisons(settings))
+    names = {one.subject.name for one in found}
+    assert names == set(subjects()) and len(found) == len(names)
+    assert sum(one.budget for one in found) <= arguments.budget / 2
+    # A step of 512 px takes up to 40 s, and its trial takes three.
+    assert all(case.limit > CALLS * 40 for one in found for case in one.cases())
 
 
 def test_a_contender_that_can_t_be_had_is_left_out() -> None:

@@ -189,6 +189,26 @@ def test_an_error_in_a_capture_leaves_nothing_of_the_attempt_behind(cuda):
         gc.enable()
 
 
+def test_a_step_whose_capture_was_refused_is_freed_without_the_collector(cuda, monkeypatch):
+    def update(*_: object, **__: object) -> None:
+        if cuda.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    step, _, _ = step_of()
+    monkeypatch.setattr(f"{__name__}.DEVICE", step.state.x.device)
+    step.update = update
+    capture(step)
+    assert step.refusal is not None
+    dropped = weakref.ref(step)
+    gc.collect()
+    gc.disable()
+    try:
+        del step
+        assert dropped() is None
+    finally:
+        gc.enable()
+
+
 def test_a_capture_runs_without_python_s_collector_and_between_clean_workspaces(cuda):
     seen = []
     capture(prepared(lambda: seen.append((cuda.capturing is not None, gc.isenabled()))))

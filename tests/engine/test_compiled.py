@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,9 +51,9 @@ def compiler_of(change):
     """Return a compiler whose bodies run and then apply `change` to the step's state."""
 
     def compiler(body, **_):
-        def run():
-            body()
-            change(body.func.__self__.state)
+        def run(step, guided):
+            body(step, guided)
+            change(step.state)
 
         return run
 
@@ -85,14 +88,61 @@ def test_rounding_is_not_refused(monkeypatch):
         pipeline(options=COMPILED, policy=POLICIES["fp32"]).sample(classes=[0], seeds=[0], steps=2)
 
 
+class Step(SimpleNamespace):
+    """The parts of a step that `compiled_body` uses."""
+
+    def body(self, guided: bool) -> None:
+        """Run nothing."""
+
+
 @pytest.mark.parametrize("kind, backends", [("cuda", "ATEN"), ("cpu", None)])
 def test_convolutions_on_a_gpu_stay_with_the_library(monkeypatch, kind, backends):
     given = []
     monkeypatch.setattr(torch, "compile", lambda body, **options: given.append(options) or body)
-    compiled_body(lambda: None, kind)
+    state = SimpleNamespace(x=SimpleNamespace(device=torch.device(kind)))
+    compiled_body(Step(state=state), True)
     [options] = given
     assert options["options"].get("max_autotune_conv_backends") == backends and options["fullgraph"]
     assert options["options"].get("max_autotune") == (True if kind == "cuda" else None)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0], ids=["unguided", "guided"])
+def test_a_dropped_compiled_step_is_freed_without_the_collector(traced, guidance):
+    pipe = pipeline(options=COMPILED)
+    pipe.sample(classes=[0], seeds=[0], steps=2, guidance=guidance)
+    dropped = [weakref.ref(step) for step in pipe.engine._steps.values()]
+    gc.collect()  # torch's compiler leaves cycles behind
+    gc.disable()
+    try:
+        pipe.engine.release()
+        assert [step() for step in dropped] == [None]
+    finally:
+        gc.enable()
+
+
+def test_a_step_whose_compilation_is_refused_is_freed_without_the_collector(monkeypatch):
+    made = []
+
+    def compiler(body, **_):
+        def wrong(step, guided):
+            made.append(weakref.ref(step))
+            step.state.x0.fill_(float("nan"))
+
+        return wrong
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    pipe = pipeline(options=COMPILED)
+    gc.disable()
+    try:
+        with pytest.raises(Unavailable, match="^compile=") as caught:
+            pipe.sample(classes=[0], seeds=[0], steps=1)
+        del caught
+        assert [step() for step in made] == [None]
+    finally:
+        gc.enable()
 
 
 # Cache and errors
@@ -178,7 +228,7 @@ def test_without_a_compiler_nothing_begins(monkeypatch):
 
 def test_what_torch_fails_to_compile_is_one_line(monkeypatch):
     def compiler(body, **_):
-        def failing() -> None:
+        def failing(*_) -> None:
             raise InductorError(CppCompileError(["g++", "-O3"], "no such header"), None)
 
         return failing

@@ -38,11 +38,17 @@ def kept(pipe: Pipeline):
     return step
 
 
-def test_a_dropped_step_is_freed_without_the_collector():
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("graph", [True, False], ids=["recorded", "eager"])
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_dropped_step_is_freed_without_the_collector(steps, graph, hooked):
     # A step that referred to itself would keep its memory, which torch's allocator can't wait for.
-    pipe = pipeline()
-    images(pipe)
+    pipe = pipeline(options=EngineOptions(graph=graph))
+    if hooked:
+        pipe.net.register_forward_hook(lambda *_: None)
+    images(pipe, steps=steps)
     dropped = weakref.ref(kept(pipe))
+    gc.collect()
     gc.disable()
     try:
         pipe.engine.release()

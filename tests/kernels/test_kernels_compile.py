@@ -33,6 +33,17 @@ def test_the_tests_on_a_gpu_are_few_kernels_and_numbers():
     assert 0 < cost["kernels"] <= 150 and 0 < cost["drawn"] <= 1e9, cost
 
 
+def test_the_programs_of_a_norm_fill_their_waves():
+    # The other kernels have a program for every few groups of an image, so their number isn't free.
+    names = ("group_norm_silu_stats", "group_norm_silu_sums", "group_norm_silu_apply_fwd")
+    names += ("group_norm_silu_apply_bwd", "conv_epilogue_sums_fwd")
+    rows = [row for row in compiling("tests.kernels.norm_waves", seconds=300) if row["kernel"][1:-7] in names]
+    assert {row["kernel"][1:-7] for row in rows} == set(names)
+    several = [row for row in rows if row["programs"] > row["slots"]]
+    # In two waves, the second one is then 0.7 of a wave.
+    assert several and [row for row in several if row["fill"] < 0.85] == []
+
+
 @pytest.mark.parametrize(
     ("flags", "most", "seconds"),
     [

@@ -48,6 +48,11 @@ def test_a_formula_in_float64_is_held_to_float64():
         assert_same_formula(lambda d: x.exp().to(d), lambda d: x.to(d).exp(), "rounded to float32 on the way")
 
 
+def test_float32_is_exact_in_every_test():
+    # cuDNN rounds the factors of convolutions to TF32 by default, by far more than the tolerance allows.
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+
+
 def test_unmodified_sees_a_write_and_a_lost_sign_of_zero():
     x = torch.zeros(3)
     with pytest.raises(AssertionError, match="x was written to"), unmodified(x=x):
