@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from admfast.checks import integer_in_environment
 from admfast.cli import sample_options as option
 from admfast.cli.commands import drop_output
 from admfast.cli.options import load_arguments
@@ -20,6 +24,8 @@ from admfast.files.images import MODES
 from admfast.files.npz import Samples
 from admfast.files.paths import user_path
 from admfast.files.tables import table
+from admfast.runs.manifest import BALANCED, RANDOM, random_labels
+from admfast.runs.many import ShardedRun
 from admfast.runs.sampling import SampleRun
 from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
@@ -43,6 +49,8 @@ def run_sample(
     classes: option.Classes = None,
     per_class: option.PerClass = None,
     seeds: option.Seeds = None,
+    num: option.Num = None,
+    shard: option.Shard = None,
     size: option.Size = None,
     steps: option.Steps = None,
     solver: option.Solver = "ddpm",
@@ -68,28 +76,40 @@ def run_sample(
     set_classifier: option.SetClassifier = None,
     set_upsampler: option.SetUpsampler = None,
 ) -> None:
-    """Sample images: PNG files, one labelled grid, and an npz as the published scripts write it."""
+    """Sample images: PNG files, one labelled grid, and an npz as the published scripts write it.
+
+    If a run was interrupted, the same command makes the images that are missing.
+    """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     _check_without_model(batch, solver, compile_cache)
+    _check_num(
+        num, shard, per_class=per_class, low_res=low_res, overwrite=overwrite, intermediates=intermediates
+    )
     engine = EngineOptions(threads=threads)
     arguments = load_arguments(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
-        preset=preset, device=device,
+        preset=preset, device=_own_device(device),
     )  # fmt: skip
     pipe = load(
         name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **arguments
     )
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
-    image_classes, image_seeds = _select_images(pipe, classes, per_class, seeds, images)
+    image_classes, image_seeds = None, None
+    if num is None:
+        image_classes, image_seeds = _select_images(pipe, classes, per_class, seeds, images)
     request = SampleRequest(
         image_classes, image_seeds, size=size, steps=steps, solver=solver, eta=eta, spacing=spacing,
         respacing=respacing, dynamic_threshold=dynamic_threshold, guidance=guidance,
         guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps,
         batch_size=batch,
     )  # fmt: skip
-    low_res_array = None if images is None else images.images
-    run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
-    _run_and_report(run, list(pipe.policy.parts().items()) if verbose else [])
+    extra_rows = list(pipe.policy.parts().items()) if verbose else []
+    if num is not None:
+        sample_shards(pipe, request, out, num, seeds, classes, shard, extra_rows)
+    else:
+        low_res_array = None if images is None else images.images
+        run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
+        _run_and_report(run, extra_rows)
     if profile:
         _print_profile(pipe)
 
@@ -122,15 +142,88 @@ def _run_and_report(run: SampleRun, extra_rows: list[tuple[str, str]]) -> None:
     seconds = time.time() - started
     peak = f"peak memory {peak_memory(run.pipe.device) / 1e9:.1f} GB"
     images = "1 image" if count == 1 else f"{count} images"
-    _print(f"{images} in {seconds:.1f} s ({count / seconds:.2f} images/s), {peak}")
+    if run.made < count:
+        images = f"{run.made} of {images}, of which {count - run.made} were finished already,"
+    _print(f"{images} in {seconds:.1f} s ({run.made / seconds:.2f} images/s), {peak}")
     for path in (run.out / "images", *written_paths):
         _print(str(path.resolve()))
+
+
+def _check_num(num: int | None, shard: int | None, **others: object) -> None:
+    """Reject options that need `--num`, or that don't go with it."""
+    if num is None:
+        if shard is not None:
+            raise invalid("shard", shard, "only with --num, for a run in shards")
+        return
+    for name, value in others.items():
+        if value:
+            raise invalid(name, value, "not together with --num")
+
+
+def sample_shards(
+    pipe: Pipeline,
+    request: SampleRequest,
+    out: Path,
+    num: int,
+    seeds: str | None,
+    classes: str | None,
+    shard: int | None,
+    extra_rows: list[tuple[str, str]],
+) -> None:
+    """Take part in a run of `num` images in shards, and print what this process did.
+
+    Of the processes of one machine, the first prints the settings and a progress bar.
+    """
+    first_seeds = [0] if seeds is None else parse_numbers("seeds", seeds)
+    if len(first_seeds) != 1:
+        raise invalid("seeds", seeds, "with --num a single number, the first seed; the others follow")
+    labels = classes or BALANCED
+    rank = integer_in_environment("RANK", integer_in_environment("SLURM_PROCID", 0))
+    processes = integer_in_environment("WORLD_SIZE", integer_in_environment("SLURM_NTASKS", 1))
+    is_first = integer_in_environment("LOCAL_RANK", integer_in_environment("SLURM_LOCALID", 0)) == 0
+    run = ShardedRun(
+        pipe, request, out, num, first_seeds[0],
+        labels if labels in (BALANCED, RANDOM) else parse_numbers("classes", labels),
+        shard_size=shard, rank=rank % processes, processes=processes, shows_bar=is_first,
+    )  # fmt: skip
+    one_plan = run.check()
+    if is_first:
+        _print(table([*_sharded_rows(run, one_plan), *extra_rows]))
+    started = time.time()
+    try:
+        run.run()
+    except (AdmfastError, KeyboardInterrupt):
+        with contextlib.suppress(AdmfastError):
+            _print(f"{run.finished_images()} of {num} images are finished and kept in {run.out.resolve()}")
+        raise
+    seconds = time.time() - started
+    peak = f"peak memory {peak_memory(pipe.device) / 1e9:.1f} GB"
+    rate = f"{run.made / seconds:.2f} images/s" if seconds else ""
+    _print(f"{run.made} of {num} images by this process in {seconds:.1f} s ({rate}), {peak}")
+    if is_first:
+        _print(f"all {num} images are finished: admfast run merge {run.out} --out FILE.npz")
+
+
+def _sharded_rows(run: ShardedRun, one_plan: Plan) -> list[tuple[str, str]]:
+    """Return the resolved settings of a run in shards, as rows of (name, value)."""
+    manifest, (_, height, width, _) = run.manifest, (1, *run.manifest.shape)
+    shards = "1 shard" if manifest.shards == 1 else f"{manifest.shards} shards"
+    classes = manifest.classes
+    rows = dict(settings_rows(run.pipe, run.request, one_plan)) | {
+        "images": f"{manifest.images} of {height}x{width}, {manifest.batch_size} at a time, in {shards} "
+        f"of {manifest.shard_size}",
+        "seeds": manifest.seeds,
+        "classes": "none" if classes is None else classes if isinstance(classes, str) else _shorten(classes),
+    }
+    return [*rows.items(), ("out", str(run.out.resolve()))]
 
 
 def _print_profile(pipe: Pipeline) -> None:
     """Print the report on the run, its share of the machine's rate, and advice."""
     report = pipe.last_run
-    assert report is not None  # a run has at least one image
+    if report is None:
+        _print("all images were finished already: there is nothing to report")
+        return
     _print(f"\n{report}\n\n{profile_text(report, pipe)}")
 
 
@@ -154,12 +247,18 @@ def _select_images(
     pipe: Pipeline, classes: str | None, per_class: int | None, seeds: str | None, low_res: Samples | None
 ) -> tuple[list[int] | None, list[int] | None]:
     """Return classes and seeds; by default one seed for each image to enlarge, with its class if known."""
-    labels = None if classes is None else parse_numbers("classes", classes)
+    labels = None if classes in (None, BALANCED, RANDOM) else parse_numbers("classes", classes)
     image_seeds = None if seeds is None else parse_numbers("seeds", seeds)
     if low_res is not None and image_seeds is None and per_class is None:
         image_seeds = list(range(len(low_res.images)))
         if labels is None and low_res.labels is not None and pipe.num_classes is not None:
             labels = low_res.labels.tolist()
+    if classes == RANDOM:
+        if pipe.default_classes is None or per_class is not None:
+            allowed = "not with --per-class" if per_class is not None else f"{pipe.name} has no classes"
+            raise invalid("classes", classes, allowed)
+        image_seeds = image_seeds or [0]
+        labels = random_labels(image_seeds, pipe.default_classes)
     if per_class is None:
         return labels, image_seeds
     return repeat_classes(labels, per_class, image_seeds, pipe.default_classes)
@@ -234,6 +333,14 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
     guidance_scale = pipe.guidance if request.guidance is None else request.guidance
     rows.append(("guidance", "none" if pipe.classifier is None else f"{guidance_scale:g}"))
     return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]
+
+
+def _own_device(device: str | None) -> str | None:
+    """Return the device of this process: of those of one machine, each takes a GPU of its own."""
+    if device not in (None, "cuda") or not torch.cuda.is_available():
+        return device
+    number = integer_in_environment("LOCAL_RANK", integer_in_environment("SLURM_LOCALID", -1))
+    return device if number < 0 else f"cuda:{number % torch.cuda.device_count()}"
 
 
 def _shorten(numbers: Sequence[int]) -> str:
