@@ -88,7 +88,7 @@ def run_sample(
     engine = EngineOptions(threads=threads)
     arguments = load_arguments(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
-        preset=preset, device=_own_device(device),
+        preset=preset, device=own_device(device),
     )  # fmt: skip
     pipe = load(
         name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **arguments
@@ -335,7 +335,7 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
     return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]
 
 
-def _own_device(device: str | None) -> str | None:
+def own_device(device: str | None) -> str | None:
     """Return the device of this process: of those of one machine, each takes a GPU of its own."""
     if device not in (None, "cuda") or not torch.cuda.is_available():
         return device

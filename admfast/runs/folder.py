@@ -66,7 +66,13 @@ class SampleFolder:
         make_folder(self.write_folder / "images")
         write_bytes(self.write_folder / ".writable", b"")
         (self.write_folder / ".writable").unlink()
-        write_text(self.write_folder / MANIFEST, manifest.to_json())
+        found = read_manifest(self.write_folder)
+        if found is None or found.differences(manifest):
+            try:
+                write_text(self.write_folder / MANIFEST, manifest.to_json())
+            except OutputError:
+                self.close(keeps_manifest=True)
+                raise
 
     def publish(self) -> None:
         """Replace the older set with the finished one. Signals wait until this is done."""
