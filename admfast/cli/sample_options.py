@@ -47,6 +47,7 @@ Num = Annotated[
     int | None,
     typer.Option(
         "--num",
+        "--num-images",
         help="Make so many images in shards, by any number of processes that share the folder (default: by "
         "one process, a PNG for each image).",
     ),
