@@ -55,7 +55,8 @@ Num = Annotated[
 Shard = Annotated[
     int | None,
     typer.Option(
-        help="With --num, images of a shard, a multiple of the batch (default: the first that reaches 1000)."
+        help="With --num, images of a shard, a multiple of the batch (default: a 200th of all, but not over "
+        "1000, in whole batches)."
     ),
 ]
 Size = Annotated[

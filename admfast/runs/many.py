@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,9 @@ from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, plan
 from admfast.sampling.request import LARGEST_SEED, SampleRequest
 
-SHARD_IMAGES = 1000  # by default a shard has the least number of batches that hold this many images
+# By default a shard has the least number of batches that hold this many images, or this part of the run:
+# at the end, when there are fewer shards left than processes, at most the time of one shard is lost.
+SHARD_IMAGES, SHARD_PART = 1000, 1 / 200
 POLL = 1.0  # seconds between two looks at the work of others
 ADVICE = "give another folder, or remove this one"
 
@@ -106,7 +109,8 @@ class ShardedRun:
             batch_size = found.batch_size
         shard_size = self.shard_size or (found.shard_size if found is not None else None)
         if shard_size is None:
-            shard_size = -(-SHARD_IMAGES // batch_size) * batch_size
+            least = min(SHARD_IMAGES, self.num * SHARD_PART)
+            shard_size = max(1, math.ceil(least / batch_size)) * batch_size
         if self.shard_size is not None and shard_size % batch_size:
             raise invalid("shard", shard_size, f"a multiple of the batch size, {batch_size}")
         return make_manifest(

@@ -14,7 +14,7 @@ import torch
 
 from admfast.errors import InvalidArgument, NonFiniteError, OutputError
 from admfast.files.npz import read_samples
-from admfast.runs import many, shards
+from admfast.runs import shards
 from admfast.runs.leases import Leases
 from admfast.runs.manifest import MANIFEST, RANDOM, random_labels, read_manifest
 from admfast.runs.many import ShardedRun
@@ -219,11 +219,15 @@ def test_settings_that_are_given_or_left_out_are_the_same(tmp_path):
     assert (run.manifest.batch_size, run.manifest.shard_size) == (BATCH, SHARD), "those of the folder's run"
 
 
-def test_the_default_shard_is_the_first_multiple_of_the_batch_that_holds_a_thousand(tmp_path):
-    for batch, shard in ((64, 1024), (1, 1000), (3000, 3000), (7, 1001)):
-        run = run_of(tmp_path, batch_size=batch, shard_size=None)
-        run.check()
-        assert run.manifest.shard_size == shard
+@pytest.mark.parametrize(
+    "num, batch, shard",
+    [(50_000, 64, 256), (50_000, 32, 256), (10**7, 32, 1024), (10**7, 7, 1001), (10**7, 3000, 3000)]
+    + [(9, 4, 4), (200, 1, 1), (201, 1, 2)],
+)
+def test_the_default_shard_is_a_part_of_the_run_and_not_too_large(tmp_path, num, batch, shard):
+    run = run_of(tmp_path, num=num, batch_size=batch, shard_size=None)
+    run.check()
+    assert run.manifest.shard_size == shard
 
 
 @pytest.mark.parametrize(
@@ -378,4 +382,4 @@ def test_without_sizes_the_pipeline_s_batch_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("admfast.sampling.plan.default_batch_size", lambda *_: 5)
     run = run_of(tmp_path, batch_size=None, shard_size=None)
     run.check()
-    assert (run.manifest.batch_size, run.manifest.shard_size) == (5, many.SHARD_IMAGES)
+    assert (run.manifest.batch_size, run.manifest.shard_size) == (5, 5)
