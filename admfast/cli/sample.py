@@ -82,34 +82,24 @@ def run_sample(
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     _check_without_model(batch, solver, compile_cache)
-    _check_num(
-        num, shard, per_class=per_class, low_res=low_res, overwrite=overwrite, intermediates=intermediates
-    )
-    engine = EngineOptions(threads=threads)
+    _check_num(num, shard, per_class, low_res, overwrite, intermediates)
     arguments = load_arguments(
         set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
-        preset=preset, device=own_device(device),
+        preset=preset, device=own_device(device), precision=precision, engine=EngineOptions(threads=threads),
+        compile=compile, compile_cache=compile_cache,
     )  # fmt: skip
-    pipe = load(
-        name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **arguments
-    )
+    pipe = load(name, **arguments)
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
-    image_classes, image_seeds = None, None
-    if num is None:
-        image_classes, image_seeds = _select_images(pipe, classes, per_class, seeds, images)
+    chosen = _select_images(pipe, classes, per_class, seeds, images) if num is None else (None, None)
     request = SampleRequest(
-        image_classes, image_seeds, size=size, steps=steps, solver=solver, eta=eta, spacing=spacing,
-        respacing=respacing, dynamic_threshold=dynamic_threshold, guidance=guidance,
-        guidance_interval=parse_interval(guidance_interval), upsampler_steps=upsampler_steps,
-        batch_size=batch,
+        *chosen, size=size, steps=steps, solver=solver, eta=eta, spacing=spacing, respacing=respacing,
+        dynamic_threshold=dynamic_threshold, guidance=guidance, upsampler_steps=upsampler_steps,
+        guidance_interval=parse_interval(guidance_interval), batch_size=batch,
     )  # fmt: skip
-    extra_rows = list(pipe.policy.parts().items()) if verbose else []
-    if num is not None:
-        sample_shards(pipe, request, out, num, seeds, classes, shard, extra_rows)
+    if num is None:
+        sample_pngs(pipe, request, out, overwrite, intermediates, images, verbose)
     else:
-        low_res_array = None if images is None else images.images
-        run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
-        _run_and_report(run, extra_rows)
+        sample_shards(pipe, request, out, num, seeds, classes, shard, verbose)
     if profile:
         _print_profile(pipe)
 
@@ -125,10 +115,20 @@ def _check_without_model(batch: int | None, solver: str, compile_cache: Path | N
         check_folder(user_path("compile_cache", compile_cache))
 
 
-def _run_and_report(run: SampleRun, extra_rows: list[tuple[str, str]]) -> None:
-    """Check everything, print the settings, sample, and print where the files are."""
+def sample_pngs(
+    pipe: Pipeline,
+    request: SampleRequest,
+    out: Path,
+    overwrite: bool,
+    intermediates: int,
+    low_res: Samples | None,
+    verbose: bool,
+) -> None:
+    """Check everything, print the settings, sample a file for each image, and print where they are."""
+    low_res_array = None if low_res is None else low_res.images
+    run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
     rows = settings_rows(run.pipe, run.request, run.check())
-    _print(table([*rows, ("out", str(run.out.resolve())), *extra_rows]))
+    _print(table([*rows, ("out", str(run.out.resolve())), *_precision_rows(pipe, verbose)]))
     started = time.time()
     count = len(run.seeds)
     try:
@@ -149,8 +149,17 @@ def _run_and_report(run: SampleRun, extra_rows: list[tuple[str, str]]) -> None:
         _print(str(path.resolve()))
 
 
-def _check_num(num: int | None, shard: int | None, **others: object) -> None:
+def _check_num(
+    num: int | None,
+    shard: int | None,
+    per_class: int | None,
+    low_res: Path | None,
+    overwrite: bool,
+    intermediates: int,
+) -> None:
     """Reject options that need `--num`, or that don't go with it."""
+    others: dict[str, object] = {"per_class": per_class, "low_res": low_res, "overwrite": overwrite}
+    others["intermediates"] = intermediates
     if num is None:
         if shard is not None:
             raise invalid("shard", shard, "only with --num, for a run in shards")
@@ -168,7 +177,7 @@ def sample_shards(
     seeds: str | None,
     classes: str | None,
     shard: int | None,
-    extra_rows: list[tuple[str, str]],
+    verbose: bool,
 ) -> None:
     """Take part in a run of `num` images in shards, and print what this process did.
 
@@ -188,13 +197,15 @@ def sample_shards(
     )  # fmt: skip
     one_plan = run.check()
     if is_first:
-        _print(table([*_sharded_rows(run, one_plan), *extra_rows]))
+        _print(table([*_sharded_rows(run, one_plan), *_precision_rows(pipe, verbose)]))
     started = time.time()
     try:
         run.run()
     except (AdmfastError, KeyboardInterrupt):
         with contextlib.suppress(AdmfastError):
-            _print(f"{run.finished_images()} of {num} images are finished and kept in {run.out.resolve()}")
+            if run.begun:
+                finished = f"{run.finished_images()} of {num} images are finished"
+                _print(f"{finished} and kept in {run.out.resolve()}")
         raise
     seconds = time.time() - started
     peak = f"peak memory {peak_memory(pipe.device) / 1e9:.1f} GB"
@@ -202,6 +213,11 @@ def sample_shards(
     _print(f"{run.made} of {num} images by this process in {seconds:.1f} s ({rate}), {peak}")
     if is_first:
         _print(f"all {num} images are finished: admfast run merge {run.out} --out FILE.npz")
+
+
+def _precision_rows(pipe: Pipeline, verbose: bool) -> list[tuple[str, str]]:
+    """Return the precision of every part as rows of (name, value); none unless `verbose`."""
+    return list(pipe.policy.parts().items()) if verbose else []
 
 
 def _sharded_rows(run: ShardedRun, one_plan: Plan) -> list[tuple[str, str]]:

@@ -44,7 +44,7 @@ class ShardedRun:
         rank, processes: number of this process and of all, if known: each begins at another shard.
         shows_bar: show a progress bar.
         leases: made for the folder by default.
-        made: number of images that this process made.
+        made: number of images that this process made. begun: the folder is this run's.
     """
 
     pipe: Pipeline
@@ -60,6 +60,7 @@ class ShardedRun:
     leases: Leases | None = None
     poll: float = POLL
     made: int = 0
+    begun: bool = False
     _record: RunRecord = field(default_factory=RunRecord)
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ class ShardedRun:
         with folder_removed_if_empty(self.out):
             check_writable(self.out / "file")
             create_manifest(self.out, self.manifest).check_same(self.manifest, self.out, ADVICE)
-            self.files = ShardFiles(self.out, self.manifest)
+            self.files, self.begun = ShardFiles(self.out, self.manifest), True
             if self.leases is None:
                 self.leases = Leases(self.out / LEASES)
             with ProgressBar(self.num, self.finished_images(), self.shows_bar) as self._bar:
