@@ -29,6 +29,7 @@ from admfast.files.locks import close_on_windows, lock
 
 HEARTBEAT, LIFETIME = 5.0, 60.0  # seconds
 _NAME = re.compile(r"(?P<name>.+)\.(?P<generation>\d+)")
+_PATIENCE = 5.0  # seconds that a release waits for a rewriting, which can hang where a server is gone
 _LENGTH = 512  # bytes of a lease file: each rewriting replaces all of it
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -90,7 +91,7 @@ class Lease:
     def release(self) -> None:
         """Stop the heartbeat, and remove the file and those of earlier generations."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE)
         name, own = _split(self.path)
         close_on_windows(self._file)
         # The newest file goes last, so that no older one is ever taken for the newest.
@@ -130,7 +131,8 @@ class Leases:
         try:
             file = open(path, "xb", buffering=0)  # noqa: SIM115
             return Lease(path, file, self._heartbeat, report)  # type: ignore[arg-type]
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
+            # Another process took it, or has just finished the last shard and removed the folder.
             return None
         except OSError as error:
             with contextlib.suppress(OSError):

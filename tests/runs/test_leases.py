@@ -185,6 +185,15 @@ def test_without_file_locks_the_heartbeat_is_enough(tmp_path, monkeypatch):
     assert second is not None and first.is_lost()
 
 
+def test_a_folder_that_another_process_removes_is_no_error(tmp_path, monkeypatch):
+    """The process that finishes the last shard removes the folder, while others look for work."""
+    own = module.make_folder
+    monkeypatch.setattr(module, "make_folder", lambda folder: (own(folder), folder.rmdir()))
+    assert Leases(tmp_path / "leases").acquire("a") is None
+    monkeypatch.undo()
+    assert Leases(tmp_path / "leases").acquire("a") is not None
+
+
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="not written"):
