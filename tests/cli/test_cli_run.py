@@ -46,6 +46,11 @@ def parts(out: Path) -> list[Path]:
     return [*out.glob("parts/*/batch-*.npy"), *out.glob("shards/*.npz")]
 
 
+def held(out: Path) -> list[str]:
+    """Return the names of the leases of a run."""
+    return sorted(path.name for path in out.glob("leases/*"))
+
+
 def merged(out: Path, capsys) -> str:
     """Return the hash of the images and classes of a run, after `admfast run merge`."""
     assert main(["run", "merge", str(out), "--out", str(out / "all.npz"), "--overwrite"]) == 0
@@ -228,7 +233,7 @@ def test_sigterm_keeps_what_is_finished_and_the_same_command_goes_on(weights, wh
     assert process.returncode == 143 and time.monotonic() - sent < 10
     assert stderr.splitlines()[-1] == "admfast: interrupted by SIGTERM" and "Traceback" not in stderr
     count = int(re.search(r"^(\d+) of 100000 images are finished and kept in", stdout, re.M)[1])
-    assert count >= 12 and count % 4 == 0
+    assert count >= 8 and count % 4 == 0  # three files are a shard and its two batches, or more
     assert not list(out.rglob("*.tmp")) and not list((out / "leases").iterdir())
     assert main(["run", "merge", str(out), "--out", str(tmp_path / "a.npz")]) == 2
     assert "shards are missing" in capsys.readouterr().err
@@ -260,19 +265,23 @@ def test_work_of_a_killed_process_is_picked_up_by_one_that_runs(weights, whole, 
     """The second process starts while the first holds a shard, and ends with all shards finished."""
     out = tmp_path / "run"
     with start(command(weights, out)) as first:
-        while not parts(out) and first.poll() is None:
-            time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)
-        with start(command(weights, out)) as second:
-            while len(list(out.glob("shards/*.npz"))) < 4 and second.poll() is None:
-                time.sleep(0.02)
-            held = [path.name for path in (out / "leases").iterdir()]
-            assert second.poll() is None and len(held) == 1, "it does not wait for the shard of the first"
+        try:
+            while not parts(out) and first.poll() is None:
+                time.sleep(0.01)
+            first.send_signal(signal.SIGSTOP)
+            time.sleep(0.1)
+            assert held(out), "stopped between two shards"
+            with start(command(weights, out)) as second:
+                while not (len(list(out.glob("shards/*.npz"))) == 4 and len(held(out)) == 1):
+                    assert second.poll() is None, "it does not wait for the shard of the first"
+                    time.sleep(0.02)
+                first.kill()
+                killed = time.monotonic()
+                _, stderr = second.communicate(timeout=300)
+                assert second.returncode == 0, stderr
+                assert time.monotonic() - killed < 30
+        finally:
             first.kill()
-            killed = time.monotonic()
-            _, stderr = second.communicate(timeout=300)
-            assert second.returncode == 0, stderr
-            assert time.monotonic() - killed < 30
     assert merged(out, capsys) == merged(Path(whole), capsys)
 
 
