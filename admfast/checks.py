@@ -13,6 +13,7 @@ import json
 import math
 import numbers
 import operator
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -194,6 +195,16 @@ def image_tensor(name: str, value: object, shape: tuple[int, ...] | None = None)
     if 0 in tensor.shape:
         raise invalid(f"{name}.shape", tuple(tensor.shape), "at least one image, and no side empty")
     return tensor
+
+
+def integer_in_environment(name: str, default: int) -> int:
+    """Return the whole number in an environment variable; `default` if it is not set or empty."""
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdigit():
+        raise invalid(name, text, "a whole number, as torchrun sets it")
+    return int(text)
 
 
 def image_range(name: str, value: Tensor) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from admfast.checks import integer_in_environment
 from admfast.cli import guidance as guiding
 from admfast.cli import sample_options as option
 from admfast.cli.commands import drop_output
@@ -21,6 +25,8 @@ from admfast.files.images import MODES
 from admfast.files.npz import Samples
 from admfast.files.paths import user_path
 from admfast.files.tables import table
+from admfast.runs.manifest import BALANCED, RANDOM, random_labels
+from admfast.runs.many import ShardedRun
 from admfast.runs.sampling import SampleRun
 from admfast.sampling.auto import resolve
 from admfast.sampling.guides import network_guides
@@ -47,6 +53,8 @@ def run_sample(
     classes: option.Classes = None,
     per_class: option.PerClass = None,
     seeds: option.Seeds = None,
+    num: option.Num = None,
+    shard: option.Shard = None,
     size: option.Size = None,
     steps: option.Steps = None,
     quality: option.Quality = None,
@@ -81,19 +89,21 @@ def run_sample(
     set_upsampler: option.SetUpsampler = None,
     set_weak: option.SetWeak = None,
 ) -> None:
-    """Sample images: PNG files, one labelled grid, and an npz as the published scripts write it."""
+    """Sample images: PNG files, one labelled grid, and an npz as the published scripts write it.
+
+    If a run was interrupted, the same command makes the images that are missing.
+    """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     _check_without_model(batch, solver, compile_cache)
-    engine = EngineOptions(threads=threads)
+    _check_num(num, shard, per_class, low_res, overwrite, intermediates)
     arguments = load_arguments(
         set_, set_classifier, set_upsampler, set_weak, weights=weights, classifier=classifier,
-        upsampler=upsampler, weak=weak, preset=preset, device=device,
+        upsampler=upsampler, weak=weak, preset=preset, device=own_device(device), precision=precision,
+        engine=EngineOptions(threads=threads), compile=compile, compile_cache=compile_cache,
     )  # fmt: skip
-    pipe = load(
-        name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **arguments
-    )
+    pipe = load(name, **arguments)
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
-    image_classes, image_seeds = _select_images(pipe, classes, per_class, seeds, images)
+    chosen = _select_images(pipe, classes, per_class, seeds, images) if num is None else (None, None)
     guidance_options = guiding.guidance_settings(
         pipe.guidance, guidance, guidance_interval, guidance_every, guidance_count, guidance_reuse, cfg_scale,
         cfg_interval, autoguidance_scale, autoguidance_interval,
@@ -101,15 +111,18 @@ def run_sample(
     # The published respacings are those of DDPM.
     solver = solver or (AUTO if respacing is None else "ddpm")
     request = SampleRequest(
-        image_classes, image_seeds, size=size, steps=steps, quality=quality, solver=solver, eta=eta,
-        spacing=spacing, respacing=respacing, dynamic_threshold=dynamic_threshold,
-        upsampler_steps=upsampler_steps, batch_size=batch, **guidance_options,
+        *chosen, size=size, steps=steps, quality=quality, solver=solver, eta=eta, spacing=spacing,
+        respacing=respacing, dynamic_threshold=dynamic_threshold, upsampler_steps=upsampler_steps,
+        batch_size=batch, **guidance_options,
     )  # fmt: skip
     request, source = resolve(request, pipe)
-    low_res_array = None if images is None else images.images
-    run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
-    extra_rows = [] if source is None else [("solver from", source)]
-    _run_and_report(run, [*extra_rows, *pipe.policy.parts().items()] if verbose else [])
+    extra_rows = list(pipe.policy.parts().items()) if verbose else []
+    if verbose and source is not None:
+        extra_rows.insert(0, ("solver from", source))
+    if num is None:
+        sample_pngs(pipe, request, out, overwrite, intermediates, images, extra_rows)
+    else:
+        sample_shards(pipe, request, out, num, seeds, classes, shard, extra_rows)
     if profile:
         _print_profile(pipe)
 
@@ -125,8 +138,18 @@ def _check_without_model(batch: int | None, solver: str | None, compile_cache: P
         check_folder(user_path("compile_cache", compile_cache))
 
 
-def _run_and_report(run: SampleRun, extra_rows: list[tuple[str, str]]) -> None:
-    """Check everything, print the settings, sample, and print where the files are."""
+def sample_pngs(
+    pipe: Pipeline,
+    request: SampleRequest,
+    out: Path,
+    overwrite: bool,
+    intermediates: int,
+    low_res: Samples | None,
+    extra_rows: list[tuple[str, str]],
+) -> None:
+    """Check everything, print the settings, sample a file for each image, and print where they are."""
+    low_res_array = None if low_res is None else low_res.images
+    run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
     rows = settings_rows(run.pipe, run.request, run.check())
     _print(table([*rows, ("out", str(run.out.resolve())), *extra_rows]))
     started = time.time()
@@ -142,15 +165,99 @@ def _run_and_report(run: SampleRun, extra_rows: list[tuple[str, str]]) -> None:
     seconds = time.time() - started
     peak = f"peak memory {peak_memory(run.pipe.device) / 1e9:.1f} GB"
     images = "1 image" if count == 1 else f"{count} images"
-    _print(f"{images} in {seconds:.1f} s ({count / seconds:.2f} images/s), {peak}")
+    if run.made < count:
+        images = f"{run.made} of {images}, of which {count - run.made} were finished already,"
+    _print(f"{images} in {seconds:.1f} s ({run.made / seconds:.2f} images/s), {peak}")
     for path in (run.out / "images", *written_paths):
         _print(str(path.resolve()))
+
+
+def _check_num(
+    num: int | None,
+    shard: int | None,
+    per_class: int | None,
+    low_res: Path | None,
+    overwrite: bool,
+    intermediates: int,
+) -> None:
+    """Reject options that need `--num`, or that don't go with it."""
+    others: dict[str, object] = {"per_class": per_class, "low_res": low_res, "overwrite": overwrite}
+    others["intermediates"] = intermediates
+    if num is None:
+        if shard is not None:
+            raise invalid("shard", shard, "only with --num, for a run in shards")
+        return
+    for name, value in others.items():
+        if value:
+            raise invalid(name, value, "not together with --num")
+
+
+def sample_shards(
+    pipe: Pipeline,
+    request: SampleRequest,
+    out: Path,
+    num: int,
+    seeds: str | None,
+    classes: str | None,
+    shard: int | None,
+    extra_rows: list[tuple[str, str]],
+) -> None:
+    """Take part in a run of `num` images in shards, and print what this process did.
+
+    Of the processes of one machine, the first prints the settings and a progress bar.
+    """
+    first_seeds = [0] if seeds is None else parse_numbers("seeds", seeds)
+    if len(first_seeds) != 1:
+        raise invalid("seeds", seeds, "with --num a single number, the first seed; the others follow")
+    labels = classes or BALANCED
+    rank = integer_in_environment("RANK", integer_in_environment("SLURM_PROCID", 0))
+    processes = integer_in_environment("WORLD_SIZE", integer_in_environment("SLURM_NTASKS", 1))
+    is_first = integer_in_environment("LOCAL_RANK", integer_in_environment("SLURM_LOCALID", 0)) == 0
+    run = ShardedRun(
+        pipe, request, out, num, first_seeds[0],
+        labels if labels in (BALANCED, RANDOM) else parse_numbers("classes", labels),
+        shard_size=shard, rank=rank % processes, processes=processes, shows_bar=is_first,
+    )  # fmt: skip
+    one_plan = run.check()
+    if is_first:
+        _print(table([*_sharded_rows(run, one_plan), *extra_rows]))
+    started = time.time()
+    try:
+        run.run()
+    except (AdmfastError, KeyboardInterrupt):
+        with contextlib.suppress(AdmfastError):
+            if run.begun:
+                finished = f"{run.finished_images()} of {num} images are finished"
+                _print(f"{finished} and kept in {run.out.resolve()}")
+        raise
+    seconds = time.time() - started
+    peak = f"peak memory {peak_memory(pipe.device) / 1e9:.1f} GB"
+    rate = f"{run.made / seconds:.2f} images/s" if seconds else ""
+    _print(f"{run.made} of {num} images by this process in {seconds:.1f} s ({rate}), {peak}")
+    if is_first:
+        _print(f"all {num} images are finished: admfast run merge {run.out} --out FILE.npz")
+
+
+def _sharded_rows(run: ShardedRun, one_plan: Plan) -> list[tuple[str, str]]:
+    """Return the resolved settings of a run in shards, as rows of (name, value)."""
+    manifest, (_, height, width, _) = run.manifest, (1, *run.manifest.shape)
+    shards = "1 shard" if manifest.shards == 1 else f"{manifest.shards} shards"
+    classes = manifest.classes
+    rows = dict(settings_rows(run.pipe, run.request, one_plan)) | {
+        "images": f"{manifest.images} of {height}x{width}, {manifest.batch_size} at a time, in {shards} "
+        f"of {manifest.shard_size}",
+        "seeds": manifest.seeds,
+        "classes": "none" if classes is None else classes if isinstance(classes, str) else _shorten(classes),
+    }
+    return [*rows.items(), ("out", str(run.out.resolve()))]
 
 
 def _print_profile(pipe: Pipeline) -> None:
     """Print the report on the run, its share of the machine's rate, and advice."""
     report = pipe.last_run
-    assert report is not None  # a run has at least one image
+    if report is None:
+        _print("all images were finished already: there is nothing to report")
+        return
     _print(f"\n{report}\n\n{profile_text(report, pipe)}")
 
 
@@ -174,12 +281,18 @@ def _select_images(
     pipe: Pipeline, classes: str | None, per_class: int | None, seeds: str | None, low_res: Samples | None
 ) -> tuple[list[int] | None, list[int] | None]:
     """Return classes and seeds; by default one seed for each image to enlarge, with its class if known."""
-    labels = None if classes is None else parse_numbers("classes", classes)
+    labels = None if classes in (None, BALANCED, RANDOM) else parse_numbers("classes", classes)
     image_seeds = None if seeds is None else parse_numbers("seeds", seeds)
     if low_res is not None and image_seeds is None and per_class is None:
         image_seeds = list(range(len(low_res.images)))
         if labels is None and low_res.labels is not None and pipe.num_classes is not None:
             labels = low_res.labels.tolist()
+    if classes == RANDOM:
+        if pipe.default_classes is None or per_class is not None:
+            allowed = "not with --per-class" if per_class is not None else f"{pipe.name} has no classes"
+            raise invalid("classes", classes, allowed)
+        image_seeds = image_seeds or [0]
+        labels = random_labels(image_seeds, pipe.default_classes)
     if per_class is None:
         return labels, image_seeds
     return repeat_classes(labels, per_class, image_seeds, pipe.default_classes)
@@ -244,6 +357,14 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
     guides = network_guides(request, pipe.guidance)
     rows.append(("guidance", "; ".join(map(str, guides)) or "none"))
     return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]
+
+
+def own_device(device: str | None) -> str | None:
+    """Return the device of this process: of those of one machine, each takes a GPU of its own."""
+    if device not in (None, "cuda") or not torch.cuda.is_available():
+        return device
+    number = integer_in_environment("LOCAL_RANK", integer_in_environment("SLURM_LOCALID", -1))
+    return device if number < 0 else f"cuda:{number % torch.cuda.device_count()}"
 
 
 def _shorten(numbers: Sequence[int]) -> str:

@@ -31,11 +31,33 @@ LowRes = Annotated[
 ]
 Classes = Annotated[
     str | None,
-    typer.Option(help="Class indices, 0-9 or 207,360 (default: seed modulo the number of classes)."),
+    typer.Option(
+        help="balanced (seed modulo the number of classes), random (drawn by the seed), or class indices "
+        "such as 0-9 or 207,360 (default: balanced)."
+    ),
 ]
 PerClass = Annotated[int | None, typer.Option(help="Images of each class (default: 1, or by --seeds).")]
 Seeds = Annotated[
-    str | None, typer.Option(help="Seeds, 0-15 or 3,5: one image each (default: 0, 1, 2, ...).")
+    str | None,
+    typer.Option(
+        help="Seeds, 0-15 or 3,5: one image each; with --num only the first (default: 0, 1, 2, ...)."
+    ),
+]
+Num = Annotated[
+    int | None,
+    typer.Option(
+        "--num",
+        "--num-images",
+        help="Make so many images in shards, by any number of processes that share the folder (default: by "
+        "one process, a PNG for each image).",
+    ),
+]
+Shard = Annotated[
+    int | None,
+    typer.Option(
+        help="With --num, images of a shard, a multiple of the batch (default: a 200th of all, but not over "
+        "1000, in whole batches)."
+    ),
 ]
 Size = Annotated[
     str | None,
@@ -118,7 +140,7 @@ Threads = Annotated[
     int | None,
     typer.Option(help="Threads of a step on a CPU (default: by its size, or OMP_NUM_THREADS)."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder for images/, grid.png and the npz.")]
+Out = Annotated[Path, typer.Option(help="Folder for images/, grid.png and the npz, or for the shards.")]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace older samples once the new set is complete (default: refuse)."),

@@ -167,6 +167,32 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
         file.write(data)
 
 
+def write_new(path: Path, data: bytes) -> bool:
+    """Write `data` to `path` whole, unless it exists; return whether it was written.
+
+    If several processes try, one succeeds. Raises OutputError.
+    """
+    with _temporary_file(path) as (descriptor, temporary):
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(descriptor)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without links
+                with open(path, "xb") as file:
+                    file.write(data)
+            sync_folder(path.parent)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise output_error(path, error) from error
+    return True
+
+
 def write_text(path: str | PathLike[str], text: str) -> None:
     """Write `text` to `path` in UTF-8, line endings unchanged, whole or not at all. Raises OutputError."""
     write_bytes(path, text.encode())
@@ -277,10 +303,14 @@ def _rename(temporary: Path, path: str | PathLike[str]) -> None:
         os.replace(temporary, os.path.realpath(path))
     except OSError as error:
         raise output_error(path, error) from error
-    # Not every system can open or sync a folder; the data itself is on disk already.
+    sync_folder(Path(path).parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder so that the names in it last, where the system can open and sync folders."""
     with contextlib.suppress(OSError):
-        folder = os.open(Path(path).parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)

@@ -53,6 +53,13 @@ def write_png(path: str | PathLike[str], image: UInt8) -> None:
         picture.save(file, format="PNG")
 
 
+def encode_png(image: UInt8) -> bytes:
+    """Return the content of a PNG file; image, raises: as for `write_png`."""
+    data = io.BytesIO()
+    _to_pillow(image, "image").save(data, format="PNG")
+    return data.getvalue()
+
+
 def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
     """Return the content of an image file as uint8 [H, W, C] with C = 1, 3 or 4.
 

@@ -9,7 +9,7 @@ import contextlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import IO, Any
@@ -34,6 +34,7 @@ def write_streamed(
     shape: tuple[int, ...],
     images: Iterable[NDArray[np.uint8]],
     labels: ArrayLike | None = None,
+    others: Mapping[str, NDArray[Any]] | None = None,
 ) -> None:
     """Write the published archive, whole or not at all, holding one image at a time in memory.
 
@@ -42,6 +43,7 @@ def write_streamed(
         shape: (N, H, W, C) of all images.
         images: N arrays uint8 [H, W, C].
         labels: [N] integers, stored as int64; None writes no `arr_1`.
+        others: further arrays by name, which readers of the published archive ignore.
 
     Raises:
         InvalidArgument: for images of another shape, dtype or number, or labels that don't fit.
@@ -61,9 +63,10 @@ def write_streamed(
                 entry.write(np.ascontiguousarray(image).data)
         if count != shape[0]:
             raise invalid("images", f"{count} images", f"{shape[0]}, as the shape says")
-        if labels is not None:
-            with archive.open("arr_1.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.asarray(labels), allow_pickle=False)
+        arrays = {} if labels is None else {"arr_1": np.asarray(labels)}
+        for name, array in (arrays | dict(others or {})).items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def read_samples(path: str | PathLike[str]) -> Samples:

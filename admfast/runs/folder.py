@@ -9,22 +9,26 @@ from pathlib import Path
 
 from admfast.checkpoints.snapshots import RUN_FILE, is_run_folder
 from admfast.errors import OutputError
-from admfast.files.atomic import check_folder_path, make_folder, output_error, write_bytes
+from admfast.files.atomic import check_folder_path, make_folder, output_error, write_bytes, write_text
 from admfast.interrupts import delay_signals
+from admfast.runs.manifest import MANIFEST, Manifest, read_manifest
 
 # Names of the files that a run writes, by folder. No other file is ever removed or replaced.
 FILE_PATTERNS = {
     "images": re.compile(r"\d{6,}(_class\d+)?_seed\d+\.png"),
     "intermediates": re.compile(r"\d{6,}(_upsampler)?_step\d{4,}\.png"),
+    "shards": re.compile(r"shard-\d{6,}\.npz"),
     ".": re.compile(r"grid\.png|samples_\d+x\d+x\d+x\d+\.npz"),
 }
 UNFINISHED = "unfinished"
+_ADVICE = "give another folder, or --overwrite"
 
 
 class SampleFolder:
-    """Folder of samples. A run writes to `write_folder`: `out`, or a folder in `out` if that holds samples.
+    """Folder of samples. A run writes to `write_folder`: `out`, or a folder in `out` if it replaces samples.
 
-    Older samples are not touched until `publish` replaces them with the complete new set. If a run ends
+    Without `overwrite`, a run goes on with the samples in `out` if they are of the same manifest. With it,
+    older samples are not touched until `publish` replaces them with the complete new set. If a run ends
     before that, its finished images stay in `write_folder`: OUT/unfinished, or OUT/unfinished-2 and so on if
     that folder exists already.
     """
@@ -34,25 +38,41 @@ class SampleFolder:
         self._overwrite = overwrite
         self._old_files: list[Path] = []
 
-    def check(self) -> None:
-        """Raise OutputError if `out` is a file, or holds a training run or samples not to be overwritten."""
+    def check(self, manifest: Manifest) -> None:
+        """Raise OutputError if `out` can't take the samples of this manifest.
+
+        That is so if it is a file, or holds a training run, a run in shards, or samples of another or no
+        manifest, unless these are to be overwritten.
+        """
         check_folder_path(self.out)
         if is_run_folder(self.out):
             contents = f"holds a training run ({RUN_FILE}, from `admfast train`)"
             raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder for the samples")
-        self._old_files = find_sample_files(self.out)
+        self._old_files, found = find_sample_files(self.out), read_manifest(self.out)
+        if found is not None and found.files != manifest.files:
+            contents = f"holds a run of {found.images} images in shards"
+            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder")
         if self._old_files and not self._overwrite:
-            contents = f"holds {len(self._old_files)} files of samples already"
-            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder, or --overwrite")
+            if found is None:
+                contents = f"holds {len(self._old_files)} files of samples already"
+                raise OutputError(f"out={str(self.out)!r}: {contents}; {_ADVICE}")
+            found.check_same(manifest, self.out, _ADVICE)
 
-    def open(self) -> None:
-        """Make the folder. Raises OutputError if it can't be written, or as `check`."""
-        self.check()
-        if self._old_files:
+    def open(self, manifest: Manifest) -> None:
+        """Make the folder with its manifest. Raises OutputError if it can't be written, or as `check`."""
+        self.check(manifest)
+        if self._old_files and self._overwrite:
             self.write_folder = self._unused_folder()
         make_folder(self.write_folder / "images")
         write_bytes(self.write_folder / ".writable", b"")
         (self.write_folder / ".writable").unlink()
+        found = read_manifest(self.write_folder)
+        if found is None or found.differences(manifest):
+            try:
+                write_text(self.write_folder / MANIFEST, manifest.to_json())
+            except OutputError:
+                self.close(keeps_manifest=True)
+                raise
 
     def publish(self) -> None:
         """Replace the older set with the finished one. Signals wait until this is done."""
@@ -60,7 +80,9 @@ class SampleFolder:
             return
         with delay_signals():
             new_files = set()
-            for path in find_sample_files(self.write_folder):
+            # Until the new manifest is there, the folder has none: no run goes on with a mixture.
+            (self.out / MANIFEST).unlink(missing_ok=True)
+            for path in [*find_sample_files(self.write_folder), self.write_folder / MANIFEST]:
                 target = self.out / path.relative_to(self.write_folder)
                 make_folder(target.parent)
                 try:
@@ -71,11 +93,21 @@ class SampleFolder:
             for path in self._old_files:
                 if path not in new_files:
                     path.unlink(missing_ok=True)
-            self.close()
+            self.close(keeps_manifest=True)
             self.write_folder = self.out
 
-    def close(self) -> None:
-        """Remove the folders that are still empty."""
+    def remove_older_archives(self, newest: Path) -> None:
+        """Remove the npz of fewer images that an interrupted run of this folder left."""
+        for path in find_sample_files(self.write_folder):
+            if path.suffix == ".npz" and path.parent == newest.parent and path != newest:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def close(self, keeps_manifest: bool) -> None:
+        """Remove the folders that are still empty, and before that the manifest unless it is kept."""
+        if not keeps_manifest:
+            with contextlib.suppress(OSError):
+                (self.write_folder / MANIFEST).unlink(missing_ok=True)
         for folder in (self.write_folder / "images", self.write_folder / "intermediates", self.write_folder):
             # rmdir fails where the folder isn't empty or was never made.
             with contextlib.suppress(OSError):

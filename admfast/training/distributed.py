@@ -7,7 +7,6 @@ exchanges nothing.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from admfast.checks import integer_in_environment
 from admfast.errors import AdmfastError, first_line, invalid
 from admfast.sampling.load import resolve_device
 
@@ -94,8 +94,8 @@ def join_processes(device: str | None = None) -> Iterator[World]:
     Raises: AdmfastError if the other processes can't be reached; InvalidArgument; Unavailable if the GPU
     doesn't exist.
     """
-    size, rank = _integer_in_environment("WORLD_SIZE", 1), _integer_in_environment("RANK", 0)
-    local_rank = _integer_in_environment("LOCAL_RANK", 0)
+    size, rank = integer_in_environment("WORLD_SIZE", 1), integer_in_environment("RANK", 0)
+    local_rank = integer_in_environment("LOCAL_RANK", 0)
     own_device = resolve_device(device)
     if own_device.type == "cuda" and own_device.index is None:
         own_device = torch.device("cuda", local_rank if size > 1 else torch.cuda.current_device())
@@ -123,16 +123,6 @@ def _rendezvous_store(size: int) -> dist.Store:
     dead ones. With several nodes it makes a new store, and the nodes may have different counts of restarts.
     """
     store, _, _ = next(iter(dist.rendezvous("env://")))
-    if _integer_in_environment("LOCAL_WORLD_SIZE", 0) != size:
+    if integer_in_environment("LOCAL_WORLD_SIZE", 0) != size:
         return store
-    return dist.PrefixStore(f"restart-{_integer_in_environment('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def _integer_in_environment(name: str, default: int) -> int:
-    """Return the whole number in an environment variable."""
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdigit():
-        raise invalid(name, text, "a whole number, as torchrun sets it")
-    return int(text)
+    return dist.PrefixStore(f"restart-{integer_in_environment('TORCHELASTIC_RESTART_COUNT', 0)}", store)

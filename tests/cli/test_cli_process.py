@@ -73,9 +73,7 @@ raise SystemExit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(
-    "limit, file, images", [(20, "images/000000_class0_seed0.png", 0), (400, "samples_", 2)]
-)
+@pytest.mark.parametrize("limit, file, images", [(20, "manifest.json", 0), (2000, "samples_", 40)])
 def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
     """A limit on the file size stands in for a full disk: writes fail in the same way."""
     out = tmp_path / "out"
@@ -85,7 +83,7 @@ def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
         "--steps",
         "1",
         "--seeds",
-        "0-1",
+        "0-39",
         "--device",
         "cpu",
     ]
@@ -102,7 +100,7 @@ def test_a_full_disk_is_one_line(weights, tmp_path, limit, file, images):
     assert last.startswith(f"admfast: {out}/{file}")
     assert last.endswith("not written: the file would exceed the largest size allowed here")
     kept = [line for line in done.stdout.splitlines() if "kept in" in line]
-    assert kept == ([f"{images} of 2 images are finished and kept in {out}"] if images else [])
+    assert kept == ([f"{images} of 40 images are finished and kept in {out}"] if images else [])
     assert len(pngs(out)) == images and not list(out.glob("**/*.tmp"))
 
 
@@ -149,7 +147,7 @@ def test_paths_that_a_stream_can_not_hold_are_escaped(weights, tmp_path, streams
     sampling = ["sample", model, "--steps", "1", "--device", "cpu", "--out", str(out)]
     for command, status in (
         (sampling, 0),
-        (sampling, 2),  # refused: samples exist now
+        ([*sampling, "--seeds", "7"], 2),  # refused: other samples exist now
         (["inspect", model if known else str(folder / "gone.pt"), "--no-values"], 0 if known else 2),
         (["verify", model, "--steps", "1", "--low-res", str(folder / "gone.png")], 2),
         (["fetch", "64x64_diffusion", "--out", str(out / "grid.png")], 2),

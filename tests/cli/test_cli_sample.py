@@ -14,6 +14,7 @@ from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
 from admfast.files.images import read_image, write_png
 from admfast.files.npz import read_samples
+from admfast.runs.manifest import MANIFEST
 from admfast.solvers import unipc
 from tests.small import classifier, unet, write
 
@@ -334,6 +335,11 @@ def test_other_kinds_of_files_are_refused(sample, weights, tmp_path):
 
 def test_samples_that_are_there_need_overwrite(sample, tmp_path):
     assert sample("--seeds", "0-1")[0] == 0
+    status, _, stderr = sample("--seeds", "5")
+    assert_one_line(
+        status, stderr, "holds images of another request (images=2, not 1; seeds='0-1', not '5'; "
+    )
+    (tmp_path / "out" / MANIFEST).unlink()
     status, _, stderr = sample("--seeds", "5")
     assert_one_line(status, stderr, "holds 4 files of samples already; give another folder, or --overwrite")
     assert len(pngs(tmp_path / "out")) == 2

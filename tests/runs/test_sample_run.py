@@ -16,6 +16,8 @@ from admfast.files.images import read_image
 from admfast.files.locks import folder_locked
 from admfast.files.npz import read_samples
 from admfast.runs import sampling
+from admfast.runs.manifest import MANIFEST
+from admfast.runs.progress import step_shares
 from admfast.runs.sampling import SampleRun
 from admfast.sampling.request import SampleRequest
 from tests.small import cascade, pipeline, unet
@@ -34,7 +36,9 @@ def run_of(out: Path, **changes) -> SampleRun:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Return the files below a folder, without manifests."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def images_of(out: Path) -> np.ndarray:
@@ -47,19 +51,19 @@ def stop_at(step: int) -> type[SampleRun]:
 
     class Stopped(SampleRun):
         def _sample_batch(self, first, size, steps, bar):
-            update = bar.update
+            advance = bar.advance
 
-            def counting(n):
-                update(n)
+            def counting(*arguments):
+                advance(*arguments)
                 self.seen = getattr(self, "seen", 0) + 1
                 if self.seen == step:
                     raise KeyboardInterrupt
 
-            bar.update = counting
+            bar.advance = counting
             try:
                 super()._sample_batch(first, size, steps, bar)
             finally:
-                bar.update = update
+                bar.advance = advance
 
     return Stopped
 
@@ -71,8 +75,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path, overwrite):
         before = files(out)
         out.mkdir(exist_ok=True)
         with folder_locked(out, "sampling"):
-            match = "already" if out.name == "old" and not overwrite else "another process is sampling"
-            with pytest.raises(OutputError, match=match):
+            with pytest.raises(OutputError, match="another process is sampling"):
                 run_of(out, overwrite=overwrite).run()
         assert files(out) == before
     run_of(tmp_path / "new").run()
@@ -202,7 +205,7 @@ def test_the_bar_ends_with_the_images(tmp_path, settings):
     class Counted(SampleRun):
         def _sample_batch(self, first, size, shares, bar):
             super()._sample_batch(first, size, shares, bar)
-            seen.append((bar.n, bar.total))
+            seen.append((bar.bar.n, bar.bar.total))
 
     Counted(cascade(), SampleRequest([0, 1], [0, 1], **settings), tmp_path).run()
     assert seen == [(pytest.approx(2), 2)] and seen[0][0] <= 2
@@ -218,7 +221,7 @@ def test_nine_ninths_are_not_more_than_the_whole(tmp_path, capsys):
 @pytest.mark.parametrize("size", [None, (8, 16)])
 def test_a_step_counts_by_its_pixels(tmp_path, size):
     run = run_of(tmp_path, pipe=cascade(classifier=None, guidance=0.0), steps=5, size=size)
-    shares = run._step_shares(run.check())
+    shares = step_shares(run.check())
     assert shares["upsampler"] == pytest.approx(4 * shares["base"])
     assert 5 * shares["base"] + 3 * shares["upsampler"] == pytest.approx(1)
 
@@ -235,13 +238,21 @@ def test_images_of_another_size(tmp_path):
 
 def test_samples_that_are_there_are_kept_unless_told(tmp_path):
     run_of(tmp_path).run()
-    before = files(tmp_path)
+    before = contents(tmp_path)
+    (tmp_path / MANIFEST).rename(tmp_path / "hidden")
     with pytest.raises(OutputError) as caught:
         run_of(tmp_path).run()
     assert str(caught.value) == (
         f"out={str(tmp_path)!r}: holds 7 files of samples already; give another folder, or --overwrite"
     )
-    assert files(tmp_path) == before
+    (tmp_path / "hidden").rename(tmp_path / MANIFEST)
+    with pytest.raises(OutputError) as caught:
+        run_of(tmp_path, steps=2, guidance=0.5).run()
+    assert str(caught.value) == (
+        f"out={str(tmp_path)!r}: holds images of another request (steps=3, not 2; guidance=1.0, not 0.5); "
+        "give another folder, or --overwrite"
+    )
+    assert contents(tmp_path) == before
     run_of(tmp_path, overwrite=True, seeds=[1], classes=[3]).run()
     assert files(tmp_path) == ["grid.png", "images/000000_class3_seed1.png", "samples_1x8x8x1.npz"]
 

@@ -1,0 +1,138 @@
+"""Collect the images of a finished run: one npz, PNG files, or tar files as WebDataset reads them.
+
+Nothing holds more than a piece of the images in memory. This module doesn't import torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from admfast.errors import invalid
+from admfast.files.atomic import atomic_open, check_not_existing, make_folder
+from admfast.files.images import encode_png, read_image, write_png
+from admfast.files.npz import write_streamed
+from admfast.runs.manifest import Manifest, image_name, require_manifest
+from admfast.runs.shards import ShardFiles, shard_name
+
+UInt8 = NDArray[np.uint8]
+Count = Callable[[int], object]
+
+
+class FinishedRun:
+    """The images of a finished run, of both kinds of files.
+
+    count: called with the number of images that were read, for a progress bar.
+    Raises InvalidArgument if images are missing.
+    """
+
+    def __init__(self, folder: Path, count: Count = lambda images: None) -> None:
+        self.folder, self._count = folder, count
+        self.manifest: Manifest = require_manifest(folder)
+        self.shards = ShardFiles(folder, self.manifest)
+        if self.manifest.files == "npz":
+            missing = self.manifest.shards - len(self.shards.finished_shards())
+            if missing:
+                allowed = f"a finished run; {missing} of {self.manifest.shards} shards are missing"
+                raise invalid("run", str(folder), f"{allowed}: the command that began it goes on with it")
+
+    def pieces(self, shard: int) -> Iterator[tuple[range, UInt8]]:
+        """Yield the images of a shard in pieces, each with its indices."""
+        if self.manifest.files == "npz":
+            pieces: Iterable[tuple[range, UInt8]] = self.shards.batches_of(shard)
+        else:
+            pieces = self._png_pieces()
+        for indices, images in pieces:
+            yield indices, images
+            self._count(len(images))
+
+    def images(self, shard: int) -> Iterator[tuple[int, int | None, int, UInt8]]:
+        """Yield (index, class, seed, image) of the images of a shard."""
+        for indices, images in self.pieces(shard):
+            labels = self.manifest.labels_of(indices)
+            seeds = self.manifest.seeds_of(indices).tolist()
+            numbers = [None] * len(indices) if labels is None else labels.tolist()
+            yield from zip(indices, numbers, seeds, images, strict=True)
+
+    def _png_pieces(self) -> Iterator[tuple[range, UInt8]]:
+        """Yield the images of a run of PNG files one by one."""
+        for i in range(self.manifest.images):
+            one = range(i, i + 1)
+            labels = self.manifest.labels_of(one)
+            name = image_name(
+                i, None if labels is None else int(labels[0]), int(self.manifest.seeds_of(one)[0])
+            )
+            path = self.folder / "images" / f"{name}.png"
+            if not path.is_file():
+                allowed = f"a finished run; {path.name} is missing: the command that began it goes on with it"
+                raise invalid("run", str(self.folder), allowed)
+            yield one, read_image(path)[None]
+
+
+def merge(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
+    """Write all images of a run as the published npz: `arr_0` uint8 [N, H, W, C] and `arr_1` int64 [N].
+
+    Raises InvalidArgument for a run that is not finished or a damaged shard, OutputError.
+    """
+    if not overwrite:
+        check_not_existing("out", [out])
+    manifest = run.manifest
+    labels = None
+    if manifest.num_classes is not None:
+        labels = np.empty(manifest.images, dtype=np.int64)
+        for shard in range(manifest.shards):
+            indices = manifest.shard_images(shard)
+            own = manifest.labels_of(indices)
+            assert own is not None
+            labels[indices.start : indices.stop] = own
+    make_folder(out.parent)
+    images = (image for shard in range(manifest.shards) for _, piece in run.pieces(shard) for image in piece)
+    write_streamed(out, (manifest.images, *manifest.shape), images, labels)
+
+
+def export_png(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
+    """Write a PNG file for each image into a folder. Raises as `merge`."""
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        check_not_existing("out", [out])
+    make_folder(out)
+    for shard in range(run.manifest.shards):
+        for i, label, seed, image in run.images(shard):
+            write_png(out / f"{image_name(i, label, seed)}.png", image)
+
+
+def export_webdataset(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
+    """Write a tar file for each shard into a folder: for each image KEY.png, KEY.cls and KEY.json.
+
+    The files have the same bytes wherever and whenever they are made. Raises as `merge`.
+    """
+    paths = [out / f"{shard_name(shard)}.tar" for shard in range(run.manifest.shards)]
+    if not overwrite:
+        check_not_existing("out", paths)
+    make_folder(out)
+    for shard, path in enumerate(paths):
+        with atomic_open(path) as file:
+            _write_tar(file, run.images(shard))
+
+
+def _write_tar(file: BinaryIO, images: Iterable[tuple[int, int | None, int, UInt8]]) -> None:
+    """Write the images of a shard as the members of a tar file."""
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for i, label, seed, image in images:
+            facts = {"seed": seed} if label is None else {"seed": seed, "class": label}
+            members = {"png": encode_png(image), "json": json.dumps(facts).encode()}
+            if label is not None:
+                members["cls"] = str(label).encode()
+            for ending, data in members.items():
+                entry = tarfile.TarInfo(f"{i:09d}.{ending}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+
+EXPORTS = {"png": export_png, "webdataset": export_webdataset}
