@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 
 import torch
 from tqdm import tqdm
 
 from admfast.sampling.loop import Progress
 from admfast.sampling.plan import Plan
+
+WAIT_SECONDS = 0.2
 
 
 def step_shares(plan: Plan) -> dict[str, float]:
@@ -29,7 +32,7 @@ class ProgressBar:
             total=total, initial=initial, unit="image", delay=math.inf, disable=not shown,
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
         )  # fmt: skip
-        self._initial = initial
+        self._initial, self._last_wait = initial, 0.0
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -40,11 +43,12 @@ class ProgressBar:
     def advance(self, progress: Progress, shares: dict[str, float]) -> None:
         """Count one step of a batch.
 
-        On a GPU this waits for the step. Otherwise the host would be all steps of a batch ahead, and a signal
-        could end the process only when the GPU has run them.
+        On a GPU this waits for the step, every `WAIT_SECONDS`. Otherwise the host would be all steps of a batch
+        ahead, and a signal could end the process only when the GPU has run them.
         """
-        if progress.x.is_cuda:
+        if progress.x.is_cuda and time.monotonic() - self._last_wait > WAIT_SECONDS:
             torch.cuda.synchronize(progress.x.device)
+            self._last_wait = time.monotonic()
         bar = self.bar
         if bar.disable:
             return
