@@ -61,22 +61,20 @@ class RowGuidance(NamedTuple):
         )
 
     @property
-    def mix(self) -> float:
-        """Weight of the difference from the second output, the mean of both weighted by `null` and `weak`."""
-        return self.null + self.weak
-
-    @property
     def weak_share(self) -> float:
-        """Share of the weak network in the second output."""
-        return self.weak / self.mix if self.mix else 0.0
+        """Share of the weak network in the second output, the mean of both weighted by `null` and `weak`."""
+        return self.weak / (self.null + self.weak) if self.weak else 0.0
 
 
 def guided_coefficients(rows: Tensor, guidance: Sequence[RowGuidance]) -> Tensor:
     """Return packed rows [rows, columns] for a gradient that `log_probability_gradient` returns."""
+    scales, mixes = torch.tensor(
+        [(row.scale / LOSS_SCALE, row.null + row.weak) for row in guidance], dtype=rows.dtype, device="cpu"
+    ).T
     rows = rows.clone()
-    scales = torch.tensor([row.scale / LOSS_SCALE for row in guidance], dtype=rows.dtype, device="cpu")
-    rows[:, GRADIENT_COLUMNS] *= scales[:, None]
-    rows[:, MIX_COLUMN] = torch.tensor([row.mix for row in guidance], dtype=rows.dtype, device="cpu")
+    for column in GRADIENT_COLUMNS:
+        rows[:, column] *= scales
+    rows[:, MIX_COLUMN] = mixes
     return rows
 
 

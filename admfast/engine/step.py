@@ -10,6 +10,7 @@ rows it computes the embeddings of the next ones, and it copies a row's noise if
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -70,7 +71,7 @@ class StepKey:
         rows = batch.table.rows
         return cls(
             batch.shape,
-            tuple(sorted({row.kind for row in set(batch.row_guidance)})),
+            tuple(sorted(set(batch.kinds))),
             takes_labels and batch.labels is not None,
             None if batch.low_res is None else tuple(batch.low_res.shape),
             saved=any(row.save or row.a_s for row in rows),
@@ -113,6 +114,13 @@ class Batch:
     def row_guidance(self) -> tuple[RowGuidance, ...]:
         """The guidance of each row, also if there is none."""
         return self.guidance or (RowGuidance(),) * len(self.table)
+
+    @functools.cached_property
+    def kinds(self) -> tuple[RowKind, ...]:
+        """The kind of each row."""
+        guidance = self.row_guidance
+        kinds = {id(row): row.kind for row in {id(row): row for row in guidance}.values()}
+        return tuple(kinds[id(row)] for row in guidance)
 
     @property
     def uses_classifier(self) -> bool:
@@ -321,8 +329,7 @@ class PreparedStep:
                 buffer.copy_(values)
         if self.label_weights is not None:
             self.label_weights.copy_(label_weights(self.labels, self.label_weights.shape[1]))
-        kinds = {row: row.kind for row in set(batch.row_guidance)}
-        self.kinds = tuple(kinds[row] for row in batch.row_guidance)
+        self.kinds = batch.kinds
         if len(self.weak_shares):
             shares = torch.tensor(
                 [row.weak_share for row in batch.row_guidance], dtype=torch.float32, device="cpu"

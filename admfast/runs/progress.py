@@ -43,8 +43,8 @@ class ProgressBar:
     def advance(self, progress: Progress, shares: dict[str, float]) -> None:
         """Count one step of a batch.
 
-        On a GPU this waits for the step, every `WAIT_SECONDS`. Otherwise the host would be all steps of a batch
-        ahead, and a signal could end the process only when the GPU has run them.
+        On a GPU this waits for the step, every `WAIT_SECONDS`. Otherwise the host would be all steps of a
+        batch ahead, and a signal could end the process only when the GPU has run them.
         """
         if progress.x.is_cuda and time.monotonic() - self._last_wait > WAIT_SECONDS:
             torch.cuda.synchronize(progress.x.device)

@@ -221,6 +221,8 @@ def guidance_by_row(
     )
     by_gradient = guides.get("classifier")
     scale, interval = requested_scale(request, default), request.guidance_interval
+    if not guides and not scale:
+        return ()
     if by_gradient is not None:
         scale, interval = by_gradient.guidance_scale, by_gradient.interval
     scales = _weights(scale, 0.0, interval, timesteps) if scale else [0.0] * len(rows)
