@@ -197,13 +197,13 @@ def image_tensor(name: str, value: object, shape: tuple[int, ...] | None = None)
     return tensor
 
 
-def integer_in_environment(name: str, default: int) -> int:
+def integer_in_environment(name: str, default: int, least: int = 0) -> int:
     """Return the whole number in an environment variable; `default` if it is not set or empty."""
     text = os.environ.get(name, "")
     if not text:
         return default
-    if not text.isdigit():
-        raise invalid(name, text, "a whole number, as torchrun sets it")
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise invalid(name, text, f"a whole number of at least {least}, as torchrun sets it")
     return int(text)
 
 

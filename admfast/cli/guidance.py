@@ -7,8 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from admfast.errors import invalid
-from admfast.sampling.guides import NetworkGuide, Scale, by_classifier, by_null_class, by_weak_network
+from admfast import checks
+from admfast.errors import InvalidArgument, invalid
+from admfast.sampling.guides import (
+    LARGEST,
+    NetworkGuide,
+    Scale,
+    by_classifier,
+    by_null_class,
+    by_weak_network,
+)
 
 Guidance = Annotated[
     str | None,
@@ -96,8 +104,19 @@ def guidance_settings(
     between = parse_interval("guidance-interval", guidance_interval)
     if guidance_every is None and guidance_count is None and not guidance_reuse:
         return {"guidance": classifier_scale, "guidance_interval": between, "guides": guides}
+    gradient_scale = default if classifier_scale is None else classifier_scale
+    partial = {"guidance-every": guidance_every, "guidance-count": guidance_count}
+    for name, value in partial.items():
+        if value is not None:
+            checks.whole_number(name, value, 1)
+    given = {**partial, "guidance-reuse": guidance_reuse or None}
+    name, value = next((name, value) for name, value in given.items() if value is not None)
+    if not gradient_scale:
+        raise invalid(name, value, "only together with a classifier and a scale that isn't 0")
+    if guidance_every is None and guidance_count is None:
+        raise invalid("guidance-reuse", True, "only together with --guidance-every or --guidance-count")
     by_gradient = by_classifier(
-        default if classifier_scale is None else classifier_scale,
+        gradient_scale,
         between,
         every=1 if guidance_every is None else guidance_every,
         count=guidance_count,
@@ -112,7 +131,8 @@ def parse_scale(name: str, text: str) -> Scale:
         scales = [float(part) for part in text.split(",")]
     except ValueError:
         raise invalid(name, text, "a number, or several separated by commas, such as 1,4") from None
-    return scales if len(scales) > 1 else scales[0]
+    number = scales if len(scales) > 1 else scales[0]
+    return checks.finite_floats(name, number, least=-LARGEST, most=LARGEST)
 
 
 def parse_interval(name: str, text: str | None) -> tuple[float, ...] | None:
@@ -120,6 +140,8 @@ def parse_interval(name: str, text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        return checks.interval(name, tuple(float(part) for part in text.split(",")))
+    except InvalidArgument:
+        raise
     except ValueError:
         raise invalid(name, text, "two timesteps, LOWEST,HIGHEST such as 200,800") from None

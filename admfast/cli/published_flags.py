@@ -18,7 +18,7 @@ _RENAMED_FLAGS = {
 }
 # Options equivalent to a switch, by its value; or a text that says what to use instead.
 _SWITCHES: dict[str, dict[bool, list[str] | str]] = {
-    "--use_ddim": {True: ["--solver", "ddim"], False: []},
+    "--use_ddim": {True: ["--solver", "ddim"], False: ["--solver", "ddpm"]},
     "--clip_denoised": {True: [], False: "in Python only: pipe.sample(clip=False)"},
     "--use_fp16": {True: ["--precision", "fp16"], False: ["--precision", "fp32"]},
     "--classifier_use_fp16": dict.fromkeys(

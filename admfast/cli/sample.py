@@ -28,7 +28,7 @@ from admfast.files.tables import table
 from admfast.runs.manifest import BALANCED, RANDOM, random_labels
 from admfast.runs.many import ShardedRun
 from admfast.runs.sampling import SampleRun
-from admfast.sampling.auto import resolve
+from admfast.sampling.auto import QUALITY_STEPS, default_scale, resolve
 from admfast.sampling.guides import network_guides
 from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
@@ -104,12 +104,17 @@ def run_sample(
     pipe = load(name, **arguments)
     images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
     chosen = _select_images(pipe, classes, per_class, seeds, images) if num is None else (None, None)
-    guidance_options = guiding.guidance_settings(
-        pipe.guidance, guidance, guidance_interval, guidance_every, guidance_count, guidance_reuse, cfg_scale,
-        cfg_interval, autoguidance_scale, autoguidance_interval,
-    )  # fmt: skip
     # The published respacings are those of DDPM.
     solver = solver or (AUTO if respacing is None else "ddpm")
+    default = pipe.guidance
+    if solver == AUTO and pipe.classifier is not None:
+        default = default_scale(pipe, steps or QUALITY_STEPS.get(quality or "best") or pipe.steps)
+    if weak is not None and autoguidance_scale is None:
+        raise invalid("weak", str(weak), "only together with --autoguidance-scale")
+    guidance_options = guiding.guidance_settings(
+        default, guidance, guidance_interval, guidance_every, guidance_count, guidance_reuse, cfg_scale,
+        cfg_interval, autoguidance_scale, autoguidance_interval,
+    )  # fmt: skip
     request = SampleRequest(
         *chosen, size=size, steps=steps, quality=quality, solver=solver, eta=eta, spacing=spacing,
         respacing=respacing, dynamic_threshold=dynamic_threshold, upsampler_steps=upsampler_steps,
@@ -188,7 +193,7 @@ def _check_num(
             raise invalid("shard", shard, "only with --num, for a run in shards")
         return
     for name, value in others.items():
-        if value:
+        if value or (name == "per_class" and value is not None):
             raise invalid(name, value, "not together with --num")
 
 
@@ -211,7 +216,7 @@ def sample_shards(
         raise invalid("seeds", seeds, "with --num a single number, the first seed; the others follow")
     labels = classes or BALANCED
     rank = integer_in_environment("RANK", integer_in_environment("SLURM_PROCID", 0))
-    processes = integer_in_environment("WORLD_SIZE", integer_in_environment("SLURM_NTASKS", 1))
+    processes = integer_in_environment("WORLD_SIZE", integer_in_environment("SLURM_NTASKS", 1, 1), 1)
     is_first = integer_in_environment("LOCAL_RANK", integer_in_environment("SLURM_LOCALID", 0)) == 0
     run = ShardedRun(
         pipe, request, out, num, first_seeds[0],

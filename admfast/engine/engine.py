@@ -124,7 +124,7 @@ class Engine:
         """Return how a batch ran, and why it was not captured or compiled.
 
         step: the prepared step, or None for Python functions. shape: (N, C, *spatial) of the images. guided:
-        whether the classifier took part. The result keeps neither step nor network alive.
+        whether any guidance by networks took part. The result keeps neither step nor network alive.
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net} | ({"classifier": self.classifier, "weak": self.weak} if guided else {})

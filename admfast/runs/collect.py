@@ -76,11 +76,18 @@ class FinishedRun:
             yield one, read_image(path)[None]
 
 
+def _check_outside(run: FinishedRun, out: Path) -> None:
+    """Reject a place inside the folder of the run."""
+    if run.folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise invalid("out", str(out), f"outside the folder of the run, {run.folder}")
+
+
 def merge(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
     """Write all images of a run as the published npz: `arr_0` uint8 [N, H, W, C] and `arr_1` int64 [N].
 
     Raises InvalidArgument for a run that is not finished or a damaged shard, OutputError.
     """
+    _check_outside(run, out)
     if not overwrite:
         check_not_existing("out", [out])
     manifest = run.manifest

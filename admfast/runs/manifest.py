@@ -148,7 +148,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     if found != FORMAT:
         raise OutputError(f"{path}: a manifest of format {found}; this version of admfast reads {FORMAT}")
     try:
-        return Manifest(**settings)
+        manifest = Manifest(**settings)
+        sizes = (manifest.images, manifest.batch_size, manifest.shard_size, *manifest.shape)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes of {sizes}")
+        return manifest
     except (TypeError, ValueError) as error:
         raise OutputError(f"{path}: not a readable manifest: {first_line(error)}") from None
 

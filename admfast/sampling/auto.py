@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
-import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,11 @@ from admfast.sampling.request import AUTO, SampleRequest
 if TYPE_CHECKING:
     from admfast.sampling.pipeline import Pipeline
 
+LOG = logging.getLogger("admfast")
 # Steps of each quality; "best" takes the system's own recipe.
 QUALITY_STEPS = {"draft": 10, "good": 25, "best": None}
-# From this scale of the classifier on, solvers of higher order fail (`HIGH_SCALE_SOURCE`).
+# From this scale on, solvers of higher order are not taken. The source is of scale 8; another one, of scale
+# 2, has no failures. The limit between them is ours.
 HIGH_SCALE = 5.0
 HIGH_SCALE_SOURCE = "Lu et al. 2022, table of ADM-G at 256x256, scale 8"
 # The only published pair of scales for one model: 1.0 for 250 steps of DDPM, 2.5 for 25 steps of DDIM.
@@ -33,12 +36,15 @@ class Entry:
     source: str
 
 
-_V3 = "Zheng et al. 2023, DPM-Solver-v3, table 6: ADM-G at 256x256, scale 2, 10 to 20 steps"
-_ZOO = "zju-pi/diff-sampler, table of the ADM network at 64x64, without guidance"
-_DIGITS = "docs/accuracy.md, fewer steps: the digits, 10 steps"
+_V3 = (
+    "Zheng et al. 2023, DPM-Solver-v3, table 6: ADM-G at 256x256, scale 2, 5 to 20 steps; above extrapolated"
+)
+_ZOO = "zju-pi/diff-sampler: EDM's training of the ADM network at 64x64, unguided"
+_DIGITS = "docs/accuracy.md, fewer steps: the digits, 10 steps, by Frechet distance"
 _PUBLISHED = "Dhariwal & Nichol 2021: the published recipe"
+# The last entry of each table has no limit.
 TABLES = {
-    "digits": (Entry(99, "unipc", "log-snr", _DIGITS), Entry(None, "ddpm", None, _PUBLISHED)),
+    "digits": (Entry(24, "dpmpp:sde=true", "uniform", _DIGITS), Entry(None, "ddpm", None, _PUBLISHED)),
     "guided": (Entry(99, "unipc", "uniform", _V3), Entry(None, "ddpm", None, _PUBLISHED)),
     "high scale": (
         Entry(11, "ddim", None, HIGH_SCALE_SOURCE),
@@ -46,9 +52,8 @@ TABLES = {
         Entry(None, "ddpm", None, _PUBLISHED),
     ),
     "unguided": (
-        Entry(7, "deis", "uniform", _ZOO),
-        Entry(12, "ipndm", "uniform", _ZOO),
-        Entry(99, "unipc:order=3", "uniform", _ZOO),
+        Entry(8, "deis", "quadratic", f"{_ZOO}, 5 to 8 steps"),
+        Entry(99, "ipndm", "karras", f"{_ZOO}, 10 steps; above extrapolated"),
         Entry(None, "ddpm", None, _PUBLISHED),
     ),
 }
@@ -80,7 +85,7 @@ def resolve(request: SampleRequest, pipeline: Pipeline) -> tuple[SampleRequest, 
 
 
 def choose(pipeline: Pipeline, steps: int, scale: float) -> Entry:
-    """Return the table's entry for a number of steps. scale: the classifier's largest, 0 for none."""
+    """Return the table's entry for a number of steps. scale: the guides' largest, 0 without guidance."""
     kind = "guided" if scale else "unguided"
     if pipeline.name.startswith("digits32"):
         kind = "digits"
@@ -102,19 +107,23 @@ def default_scale(pipeline: Pipeline, steps: int) -> float:
 
 
 def largest_scale(request: SampleRequest, pipeline: Pipeline) -> float:
-    """Return the largest scale of the classifier in any row, 0 without one."""
+    """Return the largest scale of the guides by networks in any row, 0 without one."""
     largest = 0.0
     for guide in network_guides(request, pipeline.guidance):
-        if guide.network == "classifier":
-            scale = guide.guidance_scale
-            largest = max(map(abs, scale if isinstance(scale, tuple) else (scale,)))  # type: ignore[arg-type]
+        scale = guide.guidance_scale
+        if guide.has_effect:
+            largest = max(largest, *map(abs, scale if isinstance(scale, tuple) else (scale,)))  # type: ignore[arg-type]
     return largest
 
 
 def warn_of_failure(request: SampleRequest, pipeline: Pipeline) -> None:
-    """Warn of a solver of order 3 at a high scale, which is known to fail, and name the cure."""
+    """Log a warning, once, of a solver of order 3 at a high scale, which is known to fail, with the cure."""
     scale = largest_scale(request, pipeline)
     if scale >= HIGH_SCALE and request.dynamic_threshold is None:
-        cure = "take order=2, or dynamic_threshold=0.995"
         failure = f"{request.solver} at a guidance scale of {scale:g} is known to fail ({HIGH_SCALE_SOURCE})"
-        warnings.warn(f"{failure}: {cure}", stacklevel=2)
+        _warn_once(f"{failure}: take order=2, or dynamic_threshold=0.995")
+
+
+@functools.lru_cache
+def _warn_once(text: str) -> None:
+    LOG.warning("%s", text)

@@ -104,6 +104,11 @@ class NetworkGuide:
             if self.every != 1:
                 raise invalid("every", self.every, "not together with count")
         checks.store_booleans(self, "reuse")
+        is_partial = self.every != 1 or self.count is not None
+        if self.reuse and not is_partial:
+            raise invalid("reuse", True, "only with every or count: there are no rows between")
+        if is_partial and self.network != "classifier":
+            raise invalid("network", self.network, "the classifier, with every or count")
 
     def __str__(self) -> str:
         scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
@@ -117,6 +122,12 @@ class NetworkGuide:
         if self.reuse:
             parts.append("used again between")
         return " ".join(parts)
+
+    @property
+    def has_effect(self) -> bool:
+        """Tell whether any scale differs from the one without effect."""
+        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
+        return any(scale != (self.network != "classifier") for scale in scales)
 
     def computed_rows(self, rows: Sequence[int]) -> set[int]:
         """Return which of these rows compute the gradient."""
@@ -141,7 +152,8 @@ def by_classifier(
 
     every: compute the gradient at every so many rows of the interval, from the first. count: compute it at so
     many rows, more of them early: of R rows at number floor(R (i / count)^2), i = 0, 1, ..., or the next
-    free one. reuse: the rows between use the last gradient; otherwise they are not guided.
+    free one (the exponent 2 is ours). reuse: the rows between use the last gradient; otherwise they are not
+    guided.
     Source: Dhariwal & Nichol 2021; for `count` and `reuse` Dinh et al. 2024, "Compress Guidance".
     """
     return NetworkGuide("classifier", guidance_scale, interval, every, count, reuse)
@@ -178,8 +190,8 @@ def by_prediction(
 ) -> Guide:
     """Return a guide that calls function(x_t, t, prediction), which may differentiate prediction by x_t.
 
-    The network runs once per step however many guides there are, and each guide gets its own graph. With two
-    or more such guides, second derivatives through the network are not available.
+    The network runs once per step however many of these guides there are, and each gets its own graph. With
+    two or more of them, second derivatives through the network are not available.
     """
     return Guide(function, sees_prediction=True, interval=interval)
 
@@ -188,6 +200,8 @@ def spread(scale: Scale, count: int) -> list[float]:
     """Return the scale of each of `count` rows: several numbers are interpolated linearly between rows."""
     if not isinstance(scale, tuple):
         return [scale] * count  # type: ignore[list-item]
+    if len(scale) > count:
+        raise invalid("guidance", f"{len(scale)} scales", f"at most one for each of the {count} steps")
     scales = scale
     places = np.linspace(0, len(scales) - 1, count)
     return np.interp(places, range(len(scales)), scales).tolist()
@@ -209,12 +223,19 @@ def network_guides(request: SampleRequest, default: float) -> list[NetworkGuide]
 
 
 def guidance_by_row(
-    request: SampleRequest, default: float, rows: Sequence[Row], timesteps: Sequence[float]
+    request: SampleRequest,
+    default: float,
+    rows: Sequence[Row],
+    timesteps: Sequence[float],
+    skipped: int = 0,
 ) -> tuple[RowGuidance, ...]:
-    """Return the guidance of each row by networks. default: the classifier's default scale."""
+    """Return the guidance of each row by networks, () for none.
+
+    default: the classifier's default scale. skipped: how many rows of the solver's table come before these.
+    """
     guides = {guide.network: guide for guide in request.guides if isinstance(guide, NetworkGuide)}
     null, weak = (
-        _weights(guides[name].guidance_scale, 1.0, guides[name].interval, timesteps)
+        _weights(guides[name].guidance_scale, 1.0, guides[name].interval, timesteps, skipped)
         if name in guides
         else None
         for name in ("null class", "weak network")
@@ -225,7 +246,7 @@ def guidance_by_row(
         return ()
     if by_gradient is not None:
         scale, interval = by_gradient.guidance_scale, by_gradient.interval
-    scales = _weights(scale, 0.0, interval, timesteps) if scale else [0.0] * len(rows)
+    scales = _weights(scale, 0.0, interval, timesteps, skipped) if scale else [0.0] * len(rows)
     # Where a solver's row has no place for the gradient, the classifier isn't evaluated.
     guided = [i for i, row in enumerate(rows) if scales[i] and (row.k_pre or row.k_post or row.k_mean)]
     computed = set(guided) if by_gradient is None else by_gradient.computed_rows(guided)
@@ -263,8 +284,9 @@ def requested_scale(request: SampleRequest, default: float) -> Scale:
 
 
 def _weights(
-    scale: Scale, neutral: float, interval: Interval | None, timesteps: Sequence[float]
+    scale: Scale, neutral: float, interval: Interval | None, timesteps: Sequence[float], skipped: int
 ) -> list[float]:
     """Return each row's difference from the scale without effect, 0 outside the interval."""
-    pairs = zip(spread(scale, len(timesteps)), _rows_in_interval(interval, timesteps), strict=True)
+    scales = spread(scale, skipped + len(timesteps))[skipped:]
+    pairs = zip(scales, _rows_in_interval(interval, timesteps), strict=True)
     return [scale - neutral if applied else 0.0 for scale, applied in pairs]

@@ -96,10 +96,12 @@ def load(
     _check_option_names(options)
     flags_to_options.reject_flags_given_elsewhere(options)
     option_sets = {"classifier_options": classifier_options, "upsampler_options": upsampler_options}
-    weak_part = _WeightsFile("weak", weak, {**(weak_options or {})})
     for argument, value in (option_sets | {"weak_options": weak_options}).items():
         if not isinstance(value, Mapping | None):
             raise invalid(argument, value, "options by name, or None")
+    if weak_options and weak is None:
+        raise invalid("weak_options", weak_options, "there is no weak")
+    weak_part = _WeightsFile("weak", weak, {**(weak_options or {})})
     of_files = {**option_sets, "classifier": classifier, "upsampler": upsampler, "preset": preset}
     fixed_arguments = {name: value for name, value in of_files.items() if value not in (None, {})} | options
     classifier_flags = {flag: options.pop(flag) for flag in [*options] if flag.startswith("classifier_")}
@@ -265,6 +267,8 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
         defaults = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size}
         upsampler = settings.pipeline(up_info.path.stem, up, process, **defaults)
     process = require_process(info.path, info.diffusion)
+    if "weak" in loaded:
+        _check_weak_process(process, loaded["weak"][1])
     low_res_size = resolve_low_res_size(info, low_res_sizes["name"])
     defaults = {"steps": min(250, process.steps), LOW_RES_SIZE: low_res_size}
     guidance = 1.0 if classifier is not None else 0.0
@@ -282,6 +286,20 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
         null_class=null_class,
         **defaults,
     )
+
+
+def _check_weak_process(process: DiffusionConfig, info: ModelInfo) -> None:
+    """Reject a weak network that was trained for another process, or to predict something else."""
+    if info.diffusion is None:
+        return
+    weak_process = info.diffusion
+    if weak_process.types[0] != process.types[0]:
+        allowed = f"a network that predicts {process.types[0].name}, as the first one does"
+        raise invalid("weak", f"predicts {weak_process.types[0].name}", allowed)
+    for name in ("noise_schedule", "steps", "rescale_timesteps"):
+        actual, needed = getattr(weak_process, name), getattr(process, name)
+        if actual != needed:
+            raise invalid("weak", f"{name}={actual}", f"the first network's process, with {name}={needed}")
 
 
 def resolve_low_res_size(info: ModelInfo, low_res_size: Any) -> int | None:
@@ -336,6 +354,11 @@ def _load_system(
     settings: _NetworkSettings,
 ) -> Pipeline:
     """Load every model of a system; check that all files exist before the first is read."""
+    weak = None
+    if weak_part.source is not None:
+        weak, weak_info = _load_part(weak_part, device)
+        diffusion = system.diffusion
+        _check_weak_process(require_process(diffusion.name, diffusion.diffusion), weak_info)
     paths = {model.name: model_file(system, model, weights) for model in system.models}
 
     def network(model: ModelPreset) -> Network:
@@ -352,7 +375,7 @@ def _load_system(
         network(system.diffusion),
         require_process(system.diffusion.name, system.diffusion.diffusion),
         classifier=None if system.classifier is None else settings.classifier(network(system.classifier)),
-        weak=None if weak_part.source is None else settings.weak(_load_part(weak_part, device)[0]),
+        weak=settings.weak(weak),
         guidance=system.guidance,
         steps=system.steps,
         upsampler=upsampler,

@@ -168,7 +168,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = _timesteps(process, table)
-    guidance = guidance_by_row(request, pipeline.guidance, table.rows, timesteps)
+    guidance = guidance_by_row(request, pipeline.guidance, table.rows, timesteps, num_skipped)
     _check_guidance(request, pipeline, guidance)
     return Plan(
         engine=pipeline.engine,

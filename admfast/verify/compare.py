@@ -14,11 +14,12 @@ from admfast.engine.options import PLAIN
 from admfast.errors import invalid
 from admfast.models import UNet, Upsampler
 from admfast.ops import dispatch
+from admfast.sampling.auto import resolve
 from admfast.sampling.functions import bind_conditions
 from admfast.sampling.loop import Progress, run
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import Plan, plan
-from admfast.sampling.request import SampleRequest
+from admfast.sampling.request import AUTO, SampleRequest
 from admfast.solvers import Solver, list_solvers, make_solver
 from admfast.verify.budget import (
     Budget,
@@ -66,6 +67,7 @@ def verify(
     _check_pipelines(pipe, reference)
     verification = Verification(default_budget(pipe.policy) if budget is None else budget)
     request = replace(request_for(pipe, **settings) if request is None else request, output="float")
+    request, _ = resolve(request, pipe)
     if request.callback is not None:
         raise invalid("request", "with a callback", "must have no callback: verify uses its own")
     base = plan(request, pipe)
@@ -93,12 +95,12 @@ def request_for(pipe: Pipeline, **settings: Any) -> SampleRequest:
     Defaults: solver is "ddim"; steps is 25, if there is no respacing; upsampler_steps is steps; seeds are
     0, 1, ..., as many as `low_res` or `classes`, else 0..3. Raises: InvalidArgument.
     """
-    solver = make_solver(settings.get("solver", "ddim"))
-    if solver.starts_from == "image":
+    solver = settings.get("solver") or ("ddim" if settings.get("quality") is None else AUTO)
+    if solver != AUTO and make_solver(solver).starts_from == "image":
         raise invalid("solver", str(solver), f"must begin from noise: {', '.join(list_solvers('noise'))}")
     request = SampleRequest.from_arguments(**{**settings, "solver": solver})
     steps, seeds = request.steps, request.seeds
-    if request.respacing is None and steps is None:
+    if request.respacing is None and steps is None and request.quality is None:
         steps = STEPS
     per_image = request.low_res if request.low_res is not None else request.classes
     if seeds is None:
@@ -156,7 +158,7 @@ def _check_float32(argument: str, pipe: Pipeline, reference: Pipeline) -> None:
         raise invalid(
             argument, reference.name, f"with engine=PLAIN; this differs in {', '.join(differing_options)}"
         )
-    for part in ("net", "classifier"):
+    for part in ("net", "classifier", "weak"):
         net = getattr(reference, part)
         if net is None:
             continue

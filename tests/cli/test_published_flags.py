@@ -16,7 +16,7 @@ from admfast.files.npz import read_samples
         ("--model_path m.pt --num_samples 3", "m.pt --seeds 0-2"),
         ("--classifier_path=c.pt --classifier_scale 2.5", "--classifier c.pt --guidance 2.5"),
         ("--timestep_respacing ddim25 --use_ddim True", "--respacing ddim25 --solver ddim"),
-        ("--use_ddim False --clip_denoised True --steps 4", "--steps 4"),
+        ("--use_ddim False --clip_denoised True --steps 4", "--solver ddpm --steps 4"),
         ("--batch_size 4 --base_samples small.npz", "--batch 4 --low-res small.npz"),
         ("--use_fp16 True", "--precision fp16"),
         ("--use_fp16 no", "--precision fp32"),

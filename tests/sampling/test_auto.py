@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from admfast.solvers import ddpm, parse_solver, unipc
 from tests.small import pipeline
 
 
-def resolved(name: str = "other", guidance: float = 1.0, **settings) -> SampleRequest:
-    pipe = dataclasses.replace(pipeline(), name=name, guidance=guidance, steps=250)
+def resolved(name: str = "other", guidance: float = 1.0, of_system: int = 250, **settings) -> SampleRequest:
+    pipe = dataclasses.replace(pipeline(), name=name, guidance=guidance, steps=of_system)
     return resolve(SampleRequest(**{"solver": "auto", **settings}), pipe)[0]
 
 
@@ -30,9 +29,12 @@ def resolved(name: str = "other", guidance: float = 1.0, **settings) -> SampleRe
         (8.0, 10, "ddim", None),
         (8.0, 20, "dpmpp", "uniform"),
         (8.0, 250, "ddpm", None),
-        (0.0, 5, "deis", "uniform"),
-        (0.0, 10, "ipndm", "uniform"),
-        (0.0, 20, "unipc:order=3", "uniform"),
+        (5.0, 10, "ddim", None),
+        (4.9, 10, "unipc", "uniform"),
+        (-8.0, 10, "ddim", None),
+        (0.0, 8, "deis", "quadratic"),
+        (0.0, 9, "ipndm", "karras"),
+        (0.0, 99, "ipndm", "karras"),
     ],
 )
 def test_steps_and_scale_choose_the_solver(guidance, steps, solver, spacing):
@@ -52,6 +54,19 @@ def test_every_entry_names_a_solver_and_its_source():
             parse_solver(entry.solver)  # raises for a wrong one
 
 
+def test_the_digits_have_a_table_of_their_own():
+    assert resolved("digits32", steps=10).solver == parse_solver("dpmpp:sde=true")
+    assert resolved("digits32-up", steps=50).solver == ddpm()
+
+
+def test_high_scales_of_other_networks_count_too():
+    pipe = dataclasses.replace(pipeline(), null_class=True)
+    request = SampleRequest(solver="auto", steps=10, guides=guides.by_null_class(8.0))
+    assert resolve(request, pipe)[0].solver == parse_solver("ddim")
+    neutral = dataclasses.replace(request, guides=guides.by_null_class(1.0))
+    assert resolve(neutral, pipe)[0].solver == parse_solver("ipndm")
+
+
 def test_what_is_given_stays():
     found = resolved(steps=10, spacing="karras", guidance_interval=(0, 500))
     assert (found.solver, found.spacing, found.guidance_interval) == (unipc(), "karras", (0.0, 500.0))
@@ -59,11 +74,11 @@ def test_what_is_given_stays():
     assert resolved(respacing="karras10").spacing is None
 
 
-@pytest.mark.parametrize("quality, steps", [("draft", 10), ("good", 25), ("best", 250)])
+@pytest.mark.parametrize("quality, steps", [("draft", 10), ("good", 25), ("best", 180)])
 def test_a_quality_is_a_number_of_steps(quality, steps):
-    found = resolved(solver=None, quality=quality)
+    found = resolved(solver=None, quality=quality, of_system=180)
     assert found.steps == steps and found.quality is None
-    assert found.solver == (ddpm() if steps == 250 else unipc())
+    assert found.solver == (ddpm() if steps == 180 else unipc())
     assert resolved(solver="ddpm", quality=quality).solver == ddpm()
 
 
@@ -87,15 +102,19 @@ def test_sample_takes_them():
     assert SampleRequest.from_json(request.to_json()) == request
 
 
-def test_order_3_at_a_high_scale_warns_and_names_the_cure():
+def test_order_3_at_a_high_scale_warns_once_and_names_the_cure(caplog):
     pipe = pipeline()
-    with pytest.warns(UserWarning, match="order=2, or dynamic_threshold"):
-        pipe.check(solver="dpmpp:order=3", steps=10, guidance=8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipe.check(solver="dpmpp:order=3", steps=10, guidance=2)
-        pipe.check(solver="dpmpp:order=2", steps=10, guidance=8)
-        pipe.check(solver="dpmpp:order=3", steps=10, guidance=8, dynamic_threshold=0.995)
+    for settings in (
+        {"solver": "dpmpp:order=3", "guidance": 2},
+        {"solver": "dpmpp:order=2", "guidance": 8.25},
+        {"solver": "dpmpp:order=3", "guidance": 8.25, "dynamic_threshold": 0.995},
+    ):
+        pipe.check(steps=10, **settings)
+    assert not caplog.records
+    for _ in range(2):
+        pipe.check(solver="dpmpp:order=3", steps=10, guidance=8.25)
+    (record,) = caplog.records
+    assert "order=2, or dynamic_threshold" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -10,14 +11,19 @@ import torch
 from torch import Tensor
 
 from admfast import guides
+from admfast.checkpoints import write_weights
+from admfast.diffusion import DiffusionConfig
 from admfast.engine.guidance import classifier_guidance
 from admfast.engine.options import EngineOptions
 from admfast.errors import InvalidArgument
+from admfast.models.description import Description
 from admfast.ops.update import as_seeds
+from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
+from admfast.sampling.plan import plan
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import make_solver
-from tests.small import CLASSES, PROCESS, SIDE, assert_close, pipeline, randn, run_table, unet
+from tests.small import CLASSES, PROCESS, SIDE, assert_close, pipeline, randn, run_table, unet, write
 
 LABELS, SEEDS, STEPS = [2, 1], [3, 5], 6
 X_T = randn(2, 1, SIDE, SIDE)
@@ -134,6 +140,9 @@ def test_a_second_output_is_computed_only_where_it_counts(interval, rows):
     images(pipe, null, weak, steps=10)
     stage = pipe.last_run.stages[0]
     assert (stage.null_class_rows, stage.weak_network_rows, stage.reused_rows) == (rows, rows, 0)
+    images(pipe, null, steps=10)
+    stage = pipe.last_run.stages[0]
+    assert (stage.null_class_rows, stage.weak_network_rows) == (rows, 0)
 
 
 def test_a_row_without_a_place_for_the_gradient_does_not_compute_it():
@@ -146,11 +155,66 @@ def test_a_row_without_a_place_for_the_gradient_does_not_compute_it():
 def test_several_scales_are_spread_over_the_rows():
     assert guides.spread((1.0, 3.0), 5) == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert guides.spread((1.0, 5.0, 2.0), 3) == [1.0, 5.0, 2.0]
-    assert guides.spread(2.0, 3) == [2.0] * 3 and guides.spread((2.0, 4.0), 1) == [2.0]
+    assert guides.spread(2.0, 3) == [2.0] * 3 and guides.spread((2.0,), 3) == [2.0] * 3
+    with pytest.raises(InvalidArgument, match="^guidance="):
+        guides.spread((2.0, 4.0), 1)
     pipe = guided()
     one_for_each = images(pipe, guides.by_classifier(np.linspace(0, 5, STEPS)))
     assert_close(one_for_each, images(pipe, guidance=[0, 5]))
     assert (one_for_each - images(pipe, guidance=5)).abs().max() > 0.01
+
+
+def test_scales_stay_with_their_steps_where_a_call_begins_midway():
+    pipe, seen = guided(), []
+    scales = [float(i) for i in range(1, 11)]
+    begin = {"noise": None, "x_start": X_T.clamp(-1, 1), "t_start": 500, "steps": 10}
+    settings = SampleRequest(LABELS, SEEDS, **begin, guidance=scales)
+    seen = [row.scale for row in plan(settings, pipe).guidance]
+    assert seen == scales[-len(seen) :] and 0 < len(seen) < 10
+
+
+@pytest.mark.parametrize("change", ["in place", "through data"])
+def test_changed_weights_of_the_weak_network_are_noticed(change):
+    pipe, weak = guided(), guides.by_weak_network(2.0)
+    before = images(pipe, weak, steps=5)
+    parameter = pipe.weak.input_blocks[0][0].weight
+    if change == "in place":
+        with torch.no_grad():
+            parameter.mul_(1.5)
+    else:
+        parameter.data.mul_(1.5)
+    after = images(pipe, weak, steps=5)
+    fresh = guided(weak=copy.deepcopy(pipe.weak))
+    assert torch.equal(after, images(fresh, weak, steps=5)) and not torch.equal(after, before)
+    assert pipe.weak.is_folded
+
+
+def test_refresh_reaches_the_weak_network(monkeypatch):
+    pipe, refolded = guided(), []
+    for name in ("net", "classifier", "weak"):
+        monkeypatch.setattr(getattr(pipe, name), "refold", lambda name=name: refolded.append(name))
+    pipe.refresh()
+    assert refolded == ["net", "classifier", "weak"]
+
+
+def test_the_inverse_of_ddim_has_no_default_guidance():
+    request = SampleRequest(x_start=X_T.clamp(-1, 1), solver="ddim-inverse", output="float")
+    assert guides.requested_scale(request, 2.0) == 0
+    assert guides.requested_scale(SampleRequest(), 2.0) == 2.0
+
+
+def test_a_weak_network_of_another_process_is_refused(tmp_path):
+    net, weak = write(tmp_path / "net.safetensors", unet()), tmp_path / "weak.safetensors"
+    for changes in ({"predict_xstart": True}, {"noise_schedule": "cosine"}, {"steps": 50}):
+        settings = {"noise_schedule": "linear", "steps": 100, "learn_sigma": True, **changes}
+        other = unet(7)
+        write_weights(weak, other.state_dict(), Description(other.config, DiffusionConfig(**settings)))
+        with pytest.raises(InvalidArgument, match="^weak="):
+            load(net, weak=weak, device="cpu", precision="fp32")
+    pipe = load(net, weak=write(weak, unet(7)), device="cpu", precision="fp32")
+    assert torch.isfinite(images(pipe, guides.by_weak_network(2.0))).all()
+    with pytest.raises(InvalidArgument, match="^weak_options="):
+        load(net, weak_options={"entry": "ema"}, device="cpu")
 
 
 def test_more_of_the_gradients_are_computed_early():
@@ -217,6 +281,8 @@ def test_what_a_pipeline_lacks_is_named(parts, given, argument):
         (lambda: guides.by_classifier(1.0, every=0), "every=0"),
         (lambda: guides.by_classifier(1.0, every=2, count=3), "every=2"),
         (lambda: guides.by_classifier(1.0, count=0), "count=0"),
+        (lambda: guides.by_classifier(1.0, reuse=True), "reuse=True"),
+        (lambda: guides.NetworkGuide("null class", 2.0, every=3), "network='null class'"),
         (lambda: guides.NetworkGuide("net", 1.0), "network='net'"),
         (lambda: pipeline(weak=unet(7, in_channels=3, out_channels=6)), "weak='3 channels"),
         (lambda: pipeline(weak=unet(7, out_channels=1)), "weak='unet of 1 outputs'"),
