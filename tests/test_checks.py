@@ -155,3 +155,16 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_that_are_allowed():
         checks.one_of("mode", "fats", names)
     with pytest.raises(InvalidArgument, match="^mode='7': one of: fast, exact, slow$"):
         checks.one_of("mode", "7", names)
+
+
+@pytest.mark.parametrize("text, allowed", [("0", 0), ("7", 7), ("", 3)])
+def test_whole_numbers_of_the_environment(monkeypatch, text, allowed):
+    monkeypatch.setenv("RANK", text)
+    assert checks.integer_in_environment("RANK", 3) == allowed
+
+
+@pytest.mark.parametrize("text, least", [("\u00b2", 0), ("-1", 0), ("x", 0), ("0", 1)])
+def test_other_texts_of_the_environment_are_named(monkeypatch, text, least):
+    monkeypatch.setenv("RANK", text)
+    with pytest.raises(InvalidArgument, match="^RANK="):
+        checks.integer_in_environment("RANK", 1, least)

@@ -52,7 +52,9 @@ CfgScale = Annotated[
         help="Scale of classifier-free guidance, 1 for none, for a model with a null class (default: none).",
     ),
 ]
-CfgInterval = Annotated[str | None, typer.Option(help="As --guidance-interval, for --cfg-scale.")]
+CfgInterval = Annotated[
+    str | None, typer.Option(help="As --guidance-interval, for --cfg-scale (default: all).")
+]
 WeakFile = Annotated[
     Path | None,
     typer.Option(
@@ -64,7 +66,7 @@ AutoguidanceScale = Annotated[
     typer.Option(metavar="SCALE[,SCALE...]", help="Scale of guidance by --weak, 1 for none (default: none)."),
 ]
 AutoguidanceInterval = Annotated[
-    str | None, typer.Option(help="As --guidance-interval, for --autoguidance-scale.")
+    str | None, typer.Option(help="As --guidance-interval, for --autoguidance-scale (default: all).")
 ]
 
 

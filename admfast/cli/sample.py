@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -93,43 +94,60 @@ def run_sample(
 
     If a run was interrupted, the same command makes the images that are missing.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
-    _check_without_model(batch, solver, compile_cache)
-    _check_num(num, shard, per_class, low_res, overwrite, intermediates)
+    _sample(SimpleNamespace(**locals()))
+
+
+def _sample(given: SimpleNamespace) -> None:
+    """Load the pipeline and sample as the options of `run_sample` say."""
+    verbosity = logging.INFO if given.verbose else logging.WARNING
+    logging.basicConfig(level=verbosity, format="%(message)s")
+    _check_without_model(given.batch, given.solver, given.compile_cache)
+    _check_num(given)
+    if given.weak is not None and given.autoguidance_scale is None:
+        raise invalid("weak", str(given.weak), "only together with --autoguidance-scale")
     arguments = load_arguments(
-        set_, set_classifier, set_upsampler, set_weak, weights=weights, classifier=classifier,
-        upsampler=upsampler, weak=weak, preset=preset, device=own_device(device), precision=precision,
-        engine=EngineOptions(threads=threads), compile=compile, compile_cache=compile_cache,
+        given.set_, given.set_classifier, given.set_upsampler, given.set_weak, weights=given.weights,
+        classifier=given.classifier, upsampler=given.upsampler, weak=given.weak, preset=given.preset,
+        device=own_device(given.device), precision=given.precision,
+        engine=EngineOptions(threads=given.threads), compile=given.compile, compile_cache=given.compile_cache,
     )  # fmt: skip
-    pipe = load(name, **arguments)
-    images = None if low_res is None else read_low_res(low_res, pipe.config.in_channels)
-    chosen = _select_images(pipe, classes, per_class, seeds, images) if num is None else (None, None)
+    pipe = load(given.name, **arguments)
+    images = None if given.low_res is None else read_low_res(given.low_res, pipe.config.in_channels)
+    request, source = resolve(_request(given, pipe, images), pipe)
+    extra_rows = list(pipe.policy.parts().items()) if given.verbose else []
+    if given.verbose and source is not None:
+        extra_rows.insert(0, ("solver from", source))
+    if given.num is None:
+        sample_pngs(pipe, request, given.out, given.overwrite, given.intermediates, images, extra_rows)
+    else:
+        sample_shards(
+            pipe, request, given.out, given.num, given.seeds, given.classes, given.shard, extra_rows
+        )
+    if given.profile:
+        _print_profile(pipe)
+
+
+def _request(given: SimpleNamespace, pipe: Pipeline, images: Samples | None) -> SampleRequest:
+    """Return the request of the options, which may still leave the solver to the number of steps."""
+    chosen = (None, None)
+    if given.num is None:
+        chosen = _select_images(pipe, given.classes, given.per_class, given.seeds, images)  # type: ignore[assignment]
     # The published respacings are those of DDPM.
-    solver = solver or (AUTO if respacing is None else "ddpm")
+    solver = given.solver or (AUTO if given.respacing is None else "ddpm")
     default = pipe.guidance
     if solver == AUTO and pipe.classifier is not None:
-        default = default_scale(pipe, steps or QUALITY_STEPS.get(quality or "best") or pipe.steps)
-    if weak is not None and autoguidance_scale is None:
-        raise invalid("weak", str(weak), "only together with --autoguidance-scale")
+        steps = given.steps or QUALITY_STEPS.get(given.quality or "best") or pipe.steps
+        default = default_scale(pipe, steps)
     guidance_options = guiding.guidance_settings(
-        default, guidance, guidance_interval, guidance_every, guidance_count, guidance_reuse, cfg_scale,
-        cfg_interval, autoguidance_scale, autoguidance_interval,
+        default, given.guidance, given.guidance_interval, given.guidance_every, given.guidance_count,
+        given.guidance_reuse, given.cfg_scale, given.cfg_interval, given.autoguidance_scale,
+        given.autoguidance_interval,
     )  # fmt: skip
-    request = SampleRequest(
-        *chosen, size=size, steps=steps, quality=quality, solver=solver, eta=eta, spacing=spacing,
-        respacing=respacing, dynamic_threshold=dynamic_threshold, upsampler_steps=upsampler_steps,
-        batch_size=batch, **guidance_options,
+    return SampleRequest(
+        *chosen, size=given.size, steps=given.steps, quality=given.quality, solver=solver, eta=given.eta,
+        spacing=given.spacing, respacing=given.respacing, dynamic_threshold=given.dynamic_threshold,
+        upsampler_steps=given.upsampler_steps, batch_size=given.batch, **guidance_options,
     )  # fmt: skip
-    request, source = resolve(request, pipe)
-    extra_rows = list(pipe.policy.parts().items()) if verbose else []
-    if verbose and source is not None:
-        extra_rows.insert(0, ("solver from", source))
-    if num is None:
-        sample_pngs(pipe, request, out, overwrite, intermediates, images, extra_rows)
-    else:
-        sample_shards(pipe, request, out, num, seeds, classes, shard, extra_rows)
-    if profile:
-        _print_profile(pipe)
 
 
 def _check_without_model(batch: int | None, solver: str | None, compile_cache: Path | None) -> None:
@@ -177,23 +195,16 @@ def sample_pngs(
         _print(str(path.resolve()))
 
 
-def _check_num(
-    num: int | None,
-    shard: int | None,
-    per_class: int | None,
-    low_res: Path | None,
-    overwrite: bool,
-    intermediates: int,
-) -> None:
+def _check_num(given: SimpleNamespace) -> None:
     """Reject options that need `--num`, or that don't go with it."""
-    others: dict[str, object] = {"per_class": per_class, "low_res": low_res, "overwrite": overwrite}
-    others["intermediates"] = intermediates
-    if num is None:
-        if shard is not None:
-            raise invalid("shard", shard, "only with --num, for a run in shards")
+    if given.num is None:
+        if given.shard is not None:
+            raise invalid("shard", given.shard, "only with --num, for a run in shards")
         return
-    for name, value in others.items():
-        if value or (name == "per_class" and value is not None):
+    if given.per_class is not None:
+        raise invalid("per_class", given.per_class, "not together with --num")
+    for name in ("low_res", "overwrite", "intermediates"):
+        if value := getattr(given, name):
             raise invalid(name, value, "not together with --num")
 
 

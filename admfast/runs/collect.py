@@ -20,7 +20,7 @@ from admfast.files.atomic import atomic_open, check_not_existing, make_folder
 from admfast.files.images import encode_png, read_image, write_png
 from admfast.files.npz import write_streamed
 from admfast.runs.manifest import Manifest, image_name, require_manifest
-from admfast.runs.shards import ShardFiles, shard_name
+from admfast.runs.shards import LEASES, PARTS, SHARDS, ShardFiles, shard_name
 
 UInt8 = NDArray[np.uint8]
 Count = Callable[[int], object]
@@ -76,10 +76,12 @@ class FinishedRun:
             yield one, read_image(path)[None]
 
 
-def _check_outside(run: FinishedRun, out: Path) -> None:
-    """Reject a place inside the folder of the run."""
-    if run.folder.resolve() in (out.resolve(), *out.resolve().parents):
-        raise invalid("out", str(out), f"outside the folder of the run, {run.folder}")
+def _check_place(run: FinishedRun, out: Path) -> None:
+    """Reject the folder of the run and those in it that hold its files."""
+    folder, target = run.folder.resolve(), out.resolve()
+    inner = [folder / name for name in (SHARDS, PARTS, LEASES, "images")]
+    if target == folder or any(path in (target, *target.parents) for path in inner):
+        raise invalid("out", str(out), f"another place than that of the run's own files, {run.folder}")
 
 
 def merge(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
@@ -87,7 +89,7 @@ def merge(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
 
     Raises InvalidArgument for a run that is not finished or a damaged shard, OutputError.
     """
-    _check_outside(run, out)
+    _check_place(run, out)
     if not overwrite:
         check_not_existing("out", [out])
     manifest = run.manifest
@@ -106,6 +108,7 @@ def merge(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
 
 def export_png(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
     """Write a PNG file for each image into a folder. Raises as `merge`."""
+    _check_place(run, out)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         check_not_existing("out", [out])
     make_folder(out)
@@ -119,6 +122,7 @@ def export_webdataset(run: FinishedRun, out: Path, overwrite: bool = False) -> N
 
     The files have the same bytes wherever and whenever they are made. Raises as `merge`.
     """
+    _check_place(run, out)
     paths = [out / f"{shard_name(shard)}.tar" for shard in range(run.manifest.shards)]
     if not overwrite:
         check_not_existing("out", paths)

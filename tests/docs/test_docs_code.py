@@ -56,7 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     own = admfast.Pipeline.sample
 
     def short(self: Any, *images: Any, **settings: Any) -> torch.Tensor:
-        if settings.get("respacing") is None:
+        if settings.get("respacing") is None and settings.get("quality") is None:
             settings["steps"] = 2
         if self.upsampler is not None:
             settings["upsampler_steps"] = 2
@@ -122,6 +122,8 @@ def run_command(command: str, block: Block, monkeypatch: Any, capsys: Any) -> No
             short = []
         elif any(flag in rest for flag in ("--respacing", "--timestep_respacing")):
             short = ["--respacing", "2"]
+        elif "--quality" in rest:
+            short = []
         if rest[0] == "sample" and ("--upsampler" in rest or rest[1].endswith("-up")):
             short = [*short, "--upsampler-steps", "2"]
         status = main([*rest, *short])

@@ -261,12 +261,7 @@ TERMS: dict[str, tuple[dict[str, Any], Any, Any, dict[str, Any]]] = {
         lambda d: 1.7 * OUT.to(d) - 0.7 * OUT2.to(d),
         {"out2": OUT2},
     ),
-    "no mix": (
-        dict(k_out=1, b=1),
-        lambda d: OUT.to(d),
-        lambda d: OUT.to(d),
-        {"out2": torch.full(SHAPE, NAN)},
-    ),
+    "no mix": (dict(k_out=1, b=1), OUT.to, OUT.to, {"out2": torch.full(SHAPE, NAN)}),
     "no mix of the variance": (
         dict(k_z=1, l1=1, mix=0.7),
         lambda d: (0.5 * V.to(d)).exp() * Z.to(d),

@@ -124,6 +124,16 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path, collect):
     assert not (tmp_path / "out").is_file() and not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("place", [".", "shards/shard-000000.npz", "parts/x.npz", "images/x.npz"])
+@pytest.mark.parametrize("collect", [merge, export_png, export_webdataset])
+def test_the_files_of_the_run_are_not_written_over(tmp_path, collect, place):
+    make(tmp_path / "run")
+    before = (tmp_path / "run" / "shards" / "shard-000000.npz").read_bytes()
+    with pytest.raises(InvalidArgument, match="^out="):
+        collect(FinishedRun(tmp_path / "run"), tmp_path / "run" / place, overwrite=True)
+    assert (tmp_path / "run" / "shards" / "shard-000000.npz").read_bytes() == before
+
+
 def test_damaged_and_exchanged_shards_are_named(tmp_path):
     files = make(tmp_path / "run")
     path, data = files.path(1), files.path(1).read_bytes()

@@ -140,6 +140,8 @@ def test_of_requests_at_the_same_moment_one_is_first(tmp_path, monkeypatch, link
         ("[]", "format None"),
         ('{"format": 9}', "format 9; this version of admfast reads 1"),
         ('{"format": 1}', "not a readable manifest"),
+        (replace(ONE, batch_size=0).to_json(), "not a readable manifest"),
+        (replace(ONE, images=-3).to_json(), "not a readable manifest"),
         ("\xff", "not a readable manifest"),
     ],
 )
