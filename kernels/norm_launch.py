@@ -5,6 +5,7 @@ time. Triton's interpreter takes time per program and loop trip, not per element
 `tests/kernels/` compiles every launch that the shapes of ADM lead to, and fails if registers are spilled.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,6 +236,7 @@ def _one_read(shape: Shape, backward: bool) -> OneRead | None:
     return OneRead(groups, max(2048 // block_c, 1), block_c, unroll, warps=8, align=align)
 
 
+@functools.lru_cache(maxsize=1024)
 def _two_pass(shape: Shape, backward: bool) -> TwoPass:
     block_c = min(64, next_power_of_2(shape.c))
     block_p, unroll = 2048 // block_c, 2 if backward else 4

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from admfast import checks
-from admfast.errors import InvalidArgument, invalid
+from admfast.errors import invalid
 from admfast.sampling.guides import (
     LARGEST,
     NetworkGuide,
@@ -129,21 +129,20 @@ def guidance_settings(
 
 def parse_scale(name: str, text: str) -> Scale:
     """Read "2" or "1,4"; raises InvalidArgument."""
-    try:
-        scales = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise invalid(name, text, "a number, or several separated by commas, such as 1,4") from None
-    number = scales if len(scales) > 1 else scales[0]
-    return checks.finite_floats(name, number, least=-LARGEST, most=LARGEST)
+    scales = _parse_numbers(name, text, "a number, or several separated by commas, such as 1,4")
+    return checks.finite_floats(name, scales if len(scales) > 1 else scales[0], least=-LARGEST, most=LARGEST)
 
 
-def parse_interval(name: str, text: str | None) -> tuple[float, ...] | None:
+def parse_interval(name: str, text: str | None) -> tuple[float, float] | None:
     """Read "200,800"; raises InvalidArgument."""
     if text is None:
         return None
+    return checks.interval(name, _parse_numbers(name, text, "two timesteps, LOWEST,HIGHEST such as 200,800"))
+
+
+def _parse_numbers(name: str, text: str, allowed: str) -> list[float]:
+    """Read numbers separated by commas; raises InvalidArgument."""
     try:
-        return checks.interval(name, tuple(float(part) for part in text.split(",")))
-    except InvalidArgument:
-        raise
+        return [float(part) for part in text.split(",")]
     except ValueError:
-        raise invalid(name, text, "two timesteps, LOWEST,HIGHEST such as 200,800") from None
+        raise invalid(name, text, allowed) from None

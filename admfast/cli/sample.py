@@ -29,7 +29,7 @@ from admfast.files.tables import table
 from admfast.runs.manifest import BALANCED, RANDOM, random_labels
 from admfast.runs.many import ShardedRun
 from admfast.runs.sampling import SampleRun
-from admfast.sampling.auto import QUALITY_STEPS, default_scale, resolve
+from admfast.sampling.auto import default_scale, requested_steps, resolve
 from admfast.sampling.guides import network_guides
 from admfast.sampling.load import load
 from admfast.sampling.pipeline import Pipeline
@@ -136,8 +136,7 @@ def _request(given: SimpleNamespace, pipe: Pipeline, images: Samples | None) -> 
     solver = given.solver or (AUTO if given.respacing is None else "ddpm")
     default = pipe.guidance
     if solver == AUTO and pipe.classifier is not None:
-        steps = given.steps or QUALITY_STEPS.get(given.quality or "best") or pipe.steps
-        default = default_scale(pipe, steps)
+        default = default_scale(pipe, requested_steps(pipe, given.steps, given.quality))
     guidance_options = guiding.guidance_settings(
         default, given.guidance, given.guidance_interval, given.guidance_every, given.guidance_count,
         given.guidance_reuse, given.cfg_scale, given.cfg_interval, given.autoguidance_scale,

@@ -22,7 +22,7 @@ MIX_COLUMN = COLUMNS.index("mix")
 
 
 class RowKind(NamedTuple):
-    """What a row computes for its guidance; rows of one kind run the same operations.
+    """Name what a row computes for its guidance; rows of one kind run the same operations.
 
     gradient: computes the classifier's gradient. kept: uses the gradient of the last row that computed one.
     null, weak: evaluates the network for the null class, or the weak network.
@@ -54,7 +54,7 @@ class RowGuidance(NamedTuple):
 
     @property
     def kind(self) -> RowKind:
-        """What the row computes."""
+        """The operations that the row runs."""
         uses_gradient = self.scale != 0
         return RowKind(
             uses_gradient and not self.keeps, uses_gradient and self.keeps, self.null != 0, self.weak != 0

@@ -244,7 +244,8 @@ class PreparedStep:
                 # Also after an error, such as a lack of memory: a capture with an unjoined stream can't end.
                 current_stream.wait_stream(self.classifier_stream)
         else:
-            gradient = self._guidance_gradient(x, t_clf) if kind.gradient else gradient
+            if kind.gradient:
+                gradient = self._guidance_gradient(x, t_clf)
             out, out2 = self._net_outputs(kind, x, t_net)
         self.update(
             self.state,

@@ -44,10 +44,7 @@ class SampleFolder:
         That is so if it is a file, or holds a training run, a run in shards, or samples of another or no
         manifest, unless these are to be overwritten.
         """
-        check_folder_path(self.out)
-        if is_run_folder(self.out):
-            contents = f"holds a training run ({RUN_FILE}, from `admfast train`)"
-            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder for the samples")
+        check_no_training_run(self.out)
         self._old_files, found = find_sample_files(self.out), read_manifest(self.out)
         if found is not None and found.files != manifest.files:
             contents = f"holds a run of {found.images} images in shards"
@@ -121,6 +118,14 @@ class SampleFolder:
             number += 1
             folder = self.out / f"{UNFINISHED}-{number}"
         return folder
+
+
+def check_no_training_run(out: Path) -> None:
+    """Raise OutputError if `out` is a file, or holds a training run."""
+    check_folder_path(out)
+    if is_run_folder(out):
+        contents = f"holds a training run ({RUN_FILE}, from `admfast train`)"
+        raise OutputError(f"out={str(out)!r}: {contents}; give another folder for the samples")
 
 
 def find_sample_files(out: Path) -> list[Path]:

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from admfast.checkpoints.snapshots import RUN_FILE, is_run_folder
 from admfast.errors import OutputError, invalid
-from admfast.files.atomic import check_folder_path, check_writable, folder_removed_if_empty
+from admfast.files.atomic import check_writable, folder_removed_if_empty
 from admfast.files.paths import user_path
 from admfast.interrupts import delay_signals
 from admfast.runs.describe import make_manifest
-from admfast.runs.folder import find_sample_files
+from admfast.runs.folder import check_no_training_run, find_sample_files
 from admfast.runs.leases import Lease, Leases
 from admfast.runs.manifest import BALANCED, RANDOM, Manifest, create_manifest, read_manifest
 from admfast.runs.progress import ProgressBar, step_shares
@@ -95,10 +94,7 @@ class ShardedRun:
 
     def _check_folder(self) -> None:
         """Raise OutputError for a file, a training run's folder, or samples of older versions."""
-        check_folder_path(self.out)
-        if is_run_folder(self.out):
-            contents = f"holds a training run ({RUN_FILE}, from `admfast train`)"
-            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder")
+        check_no_training_run(self.out)
         if read_manifest(self.out) is None and (files := find_sample_files(self.out)):
             contents = f"holds {len(files)} files of samples without a manifest"
             raise OutputError(f"out={str(self.out)!r}: {contents}; {ADVICE}")

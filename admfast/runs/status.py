@@ -37,7 +37,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is: its manifest, the numbers of shards and images, and the processes with a lease."""
+    """Tell how far a run is, and which processes have a lease."""
 
     manifest: Manifest
     finished_images: int

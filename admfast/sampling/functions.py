@@ -75,9 +75,7 @@ class FunctionStep:
         self.state = SamplerState.start(x, rows)
         self.packed = pack(rows, device=x.device, dtype=x.dtype)
         self.t_net, self.t_clf = table.timesteps_for(x)
-        self.guides_of_row = [
-            (*(rows[i] for _, rows in guides), row.kind) for i, row in enumerate(batch.row_guidance)
-        ]
+        self.guides_of_row = [(*(rows[i] for _, rows in guides), kind) for i, kind in enumerate(batch.kinds)]
         self.choices: dict[tuple[Any, ...], list[Choice]] = {}  # of one row, by which guides apply
 
     def advance(self, i: int) -> None:

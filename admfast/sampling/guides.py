@@ -111,8 +111,7 @@ class NetworkGuide:
             raise invalid("network", self.network, "the classifier, with every or count")
 
     def __str__(self) -> str:
-        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
-        parts = [f"{self.network} {', '.join(f'{scale:g}' for scale in scales)}"]
+        parts = [f"{self.network} {', '.join(f'{scale:g}' for scale in self.scales)}"]
         if self.interval is not None:
             parts.append("from t = {:g} to {:g}".format(*self.interval))
         if self.every != 1:
@@ -124,10 +123,15 @@ class NetworkGuide:
         return " ".join(parts)
 
     @property
-    def has_effect(self) -> bool:
-        """Tell whether any scale differs from the one without effect."""
-        scales = self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)
-        return any(scale != (self.network != "classifier") for scale in scales)
+    def scales(self) -> tuple[float, ...]:
+        """The scales, also if there is only one."""
+        return self.guidance_scale if isinstance(self.guidance_scale, tuple) else (self.guidance_scale,)  # type: ignore[return-value]
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest size of a scale; 0 if none has an effect."""
+        without_effect = 0.0 if self.network == "classifier" else 1.0
+        return max(map(abs, self.scales)) if set(self.scales) != {without_effect} else 0.0
 
     def computed_rows(self, rows: Sequence[int]) -> set[int]:
         """Return which of these rows compute the gradient."""

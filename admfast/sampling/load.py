@@ -187,13 +187,12 @@ class _NetworkSettings:
         network = self.network(net, self.policy.torso)
         return Pipeline(name, network, process, policy=self.policy, options=self.options, **other_arguments)
 
-    def classifier(self, net: Network | None) -> nn.Module | None:
-        """Return the classifier as `network` does; None without one."""
-        return None if net is None else self.network(net, self.policy.classifier)
-
-    def weak(self, net: Network | None) -> nn.Module | None:
-        """Return the weak network as `network` does; None without one."""
-        return None if net is None else self.network(net, self.policy.torso)
+    def guiding_networks(self, classifier: Network | None, weak: Network | None) -> dict[str, Any]:
+        """Return the classifier and the weak network, each as `network` does, or None."""
+        dtypes = {"classifier": (classifier, self.policy.classifier), "weak": (weak, self.policy.torso)}
+        return {
+            name: None if net is None else self.network(net, dtype) for name, (net, dtype) in dtypes.items()
+        }
 
 
 @dataclass
@@ -279,8 +278,7 @@ def _load_files(parts: list[_WeightsFile], device: torch.device, settings: _Netw
         info.path.stem,
         net,
         process,
-        classifier=settings.classifier(classifier),
-        weak=settings.weak(weak),
+        **settings.guiding_networks(classifier, weak),
         guidance=guidance,
         upsampler=upsampler,
         null_class=null_class,
@@ -374,8 +372,7 @@ def _load_system(
         system.name,
         network(system.diffusion),
         require_process(system.diffusion.name, system.diffusion.diffusion),
-        classifier=None if system.classifier is None else settings.classifier(network(system.classifier)),
-        weak=settings.weak(weak),
+        **settings.guiding_networks(None if system.classifier is None else network(system.classifier), weak),
         guidance=system.guidance,
         steps=system.steps,
         upsampler=upsampler,

@@ -105,12 +105,12 @@ class RunRecord:
         stage_record["ran"] = {
             "sides": plan.shape[2:],
             "rows": len(plan.table),
-            "guided_rows": sum(row.kind.gradient for row in plan.row_guidance),
-            "reused_rows": sum(row.kind.kept for row in plan.row_guidance),
-            "null_class_rows": sum(row.kind.null for row in plan.row_guidance),
-            "weak_network_rows": sum(row.kind.weak for row in plan.row_guidance),
+            "guided_rows": sum(kind.gradient for kind in plan.kinds),
+            "reused_rows": sum(kind.kept for kind in plan.kinds),
+            "null_class_rows": sum(kind.null for kind in plan.kinds),
+            "weak_network_rows": sum(kind.weak for kind in plan.kinds),
             "not_prepared_reason": _reason_not_prepared(plan),
-            **plan.engine.describe(prepared, plan.shape, any(map(any, plan.guidance))),
+            **plan.engine.describe(prepared, plan.shape, any(kind.is_guided for kind in plan.kinds)),
         }
 
 
@@ -263,7 +263,7 @@ def _diagnose(error: Diverged, plan: Plan, x: Tensor) -> NonFiniteError:
     networks = {"net": plan.engine.net, "classifier": plan.engine.classifier, "weak": plan.engine.weak}
     index = plan.table.rows.index(diverged.row)
     calls: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {"its output": step.model}
-    kind = plan.row_guidance[index].kind
+    kind = plan.kinds[index]
     if kind.null or kind.weak:
         calls["its guided output"] = lambda x, t: step.evaluate(x, index)[0]
     if kind.gradient or kind.kept or any(rows[index] for _, rows in step.guides):

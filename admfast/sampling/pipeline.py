@@ -94,9 +94,8 @@ class Pipeline:
         for net in (self.net, self.classifier, self.weak):
             if net is not None:
                 net.requires_grad_(False).eval()
-        parts: tuple[Any, Any] = (self.net, self.classifier)
-        weak: Any = self.weak
-        engine = Engine(*parts, self.policy, self.options, weak)
+        parts: dict[str, Any] = {"net": self.net, "classifier": self.classifier, "weak": self.weak}
+        engine = Engine(**parts, policy=self.policy, options=self.options)
         engine.ensure_folded()
         object.__setattr__(self, "engine", engine)
         object.__setattr__(self, "predictor", Predictor(self.diffusion))

@@ -137,10 +137,9 @@ def _check_same_model(argument: str, pipe: Pipeline, reference: Pipeline) -> Non
     for name in ("config", "diffusion", "device"):
         if getattr(pipe, name) != getattr(reference, name):
             raise invalid(argument, reference.name, f"of the same {name} as {pipe.name}")
-    for name in ("classifier", "weak"):
+    for name, described in (("classifier", "classifier"), ("weak", "weak network")):
         configs = [getattr(getattr(p, name), "config", None) for p in (pipe, reference)]
         if configs[0] != configs[1]:
-            described = name if name == "classifier" else "weak network"
             raise invalid(argument, reference.name, f"with the same {described} as {pipe.name}, or none")
 
 
