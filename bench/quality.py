@@ -276,10 +276,12 @@ def run(args: argparse.Namespace) -> int:
         "weights": weight_hashes(args.model, args.classifier),
     }
     rows, slow = {"two halves of the real digits": measure_halves(real, classes)}, {}
+    rates: dict[str, float] = {}
 
     def write() -> None:
         if args.out is not None:
             document["rows"] = {name: asdict(quality) for name, quality in rows.items()} | slow
+            document["images_per_second"] = rates
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -294,11 +296,11 @@ def run(args: argparse.Namespace) -> int:
             print(f"{setting.name}: {slow[setting.name]}", file=sys.stderr, flush=True)
             write()
             continue
-        started = time.time()
+        started = time.monotonic()
         samples, classes_of_samples = sample(pipe, setting, args.count, args.seed)
+        rates[setting.name] = args.count / (time.monotonic() - started)
         rows[setting.name] = measure(samples, classes_of_samples, real, classifier, real_subset)
-        spent = time.time() - started
-        print(f"{setting.name}: {args.count} samples in {spent:.0f} s", file=sys.stderr, flush=True)
+        print(f"{setting.name}: {rates[setting.name]:.3g} images/s", file=sys.stderr, flush=True)
         write()
     print(table(rows))
     return UNFINISHED if slow else 0
