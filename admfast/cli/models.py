@@ -51,8 +51,8 @@ def _system_line(system: SystemPreset) -> tuple[str, ...]:
     steps = f"{system.steps}+{system.upsampler_steps}" if system.upsampler else str(system.steps)
     # The published FID was not always measured with our defaults: that of 64x64 is without guidance.
     fid = "-"
-    if system.metric:
-        fid = f"{system.metric.fid:.2f}, {system.metric.conditions.removeprefix('50,000 samples, ')}"
+    if system.published:
+        fid = f"{system.published[0].fid:.2f}, {system.published[0].conditions}"
     models = ", ".join(model.name for model in system.models)
     return system.name, image, classes, f"{system.guidance:g}", steps, fid, models
 
@@ -71,10 +71,11 @@ def _system_rows(system: SystemPreset) -> list[tuple[str, str]]:
     if system.upsampler is not None:
         steps = f"{system.upsampler_steps} steps, from {system.upsampler.low_res_size} pixels"
         rows.append(("upsampler", f"{system.upsampler.file}, {steps}"))
-    if system.metric is not None:
-        metric = system.metric
-        numbers = f"FID {metric.fid:.2f}, precision {metric.precision:.2f}, recall {metric.recall:.2f}"
-        rows.append(("published", f"{numbers} ({metric.source}: {metric.conditions})"))
+    for metric in system.published:
+        numbers = {"FID": metric.fid, "sFID": metric.sfid, "precision": metric.precision}
+        numbers |= {"recall": metric.recall, "Inception Score": metric.inception_score}
+        text = ", ".join(f"{name} {value:.2f}" for name, value in numbers.items() if value is not None)
+        rows.append(("published", f"{text} ({metric.source}: {metric.conditions})"))
     rows.append(("source", system.diffusion.source))
     return rows
 

@@ -1,23 +1,35 @@
-"""What turns images into features, and the features of a set of images."""
+"""What turns images into features, and the features of a whole set of images."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from admfast.distributed import World
+from admfast.engine.numerics import fixed_numerics
+from admfast.errors import invalid
+from admfast.evaluation.image_sets import ImageSet
+from admfast.evaluation.statistics import Statistics, StatisticsSum, merged
+
+Count = Callable[[int], object]
+
 
 class ImageFeatures(NamedTuple):
-    """Features of a batch: pooled [n, D] and, for sFID, spatial [n, S]."""
+    """Features of a batch: pooled [n, D]; spatial [n, S] for sFID; class probabilities [n, K]."""
 
     pooled: Tensor
     spatial: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 class FeatureNet(ABC):
-    """A network that computes features of images, uint8 [N, H, W, C].
+    """A network that computes features of images.
 
     Attributes: name: for tables and files. device: where it computes.
     """
@@ -27,8 +39,92 @@ class FeatureNet(ABC):
 
     @abstractmethod
     def __call__(self, images: Tensor) -> ImageFeatures:
-        """Return the features of images, uint8 [N, H, W, C]. Raises InvalidArgument for other images."""
+        """Return the features of images, uint8 [n, H, W, C]. Raises InvalidArgument for other images."""
 
-    def probabilities(self, pooled: Tensor) -> Tensor | None:
-        """Return the class probabilities [N, K] of pooled features; None if the network has no classes."""
-        return None
+
+@dataclass(frozen=True, eq=False)
+class SetFeatures:
+    """Features of a set of images, on the CPU.
+
+    Attributes:
+        pooled: float32 [N, D].
+        statistics: mean and covariance of `pooled`.
+        spatial: those of the spatial features; None if the network has none.
+        probabilities: float32 [N, K]; None if the network has no classes.
+    """
+
+    pooled: Tensor
+    statistics: Statistics
+    spatial: Statistics | None = None
+    probabilities: Tensor | None = None
+
+
+def compute_features(
+    net: FeatureNet,
+    images: ImageSet,
+    batch_size: int = 64,
+    world: World | None = None,
+    count: Count = lambda images: None,
+) -> SetFeatures:
+    """Return the features of all images, in their order.
+
+    With several processes, each computes the features of a part, and all get the result. Memory: the pooled
+    features and probabilities, and one batch.
+
+    Args:
+        count: called with the number of images that are done, for a progress bar.
+
+    Raises:
+        InvalidArgument: for fewer than 2 images, images that can't be read, or features that are not finite;
+            the image is named.
+    """
+    world = world or World()
+    if len(images) < max(2, world.size):
+        raise invalid(images.name, f"{len(images)} images", f"at least {max(2, world.size)}")
+    first, stop = (len(images) * rank // world.size for rank in (world.rank, world.rank + 1))
+    pooled_sum, spatial_sum = StatisticsSum(), StatisticsSum()
+    pooled, probabilities, position = [], [], first
+    with fixed_numerics(net.device):
+        for batch in images.batches(first, stop, batch_size):
+            # The arrays of an archive can't be written; torch would warn.
+            found = net(torch.from_numpy(np.array(batch)))
+            _check_finite(found.pooled, images, position)
+            pooled.append(found.pooled.float().cpu())
+            pooled_sum.add(found.pooled)
+            if found.spatial is not None:
+                spatial_sum.add(found.spatial)
+            if found.probabilities is not None:
+                probabilities.append(found.probabilities.float().cpu())
+            position += len(batch)
+            count(len(batch))
+        return SetFeatures(
+            _gather_rows(torch.cat(pooled), len(images), world),
+            _gather_statistics(pooled_sum, world),
+            _gather_statistics(spatial_sum, world) if spatial_sum.count else None,
+            _gather_rows(torch.cat(probabilities), len(images), world) if probabilities else None,
+        )
+
+
+def _gather_rows(rows: Tensor, total: int, world: World) -> Tensor:
+    """Return the rows of all processes, in the order of the images."""
+    if world.size == 1:
+        return rows
+    longest = -(-total // world.size)
+    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+    parts = world.all_gather(padded).split(longest)
+    lengths = [total * (rank + 1) // world.size - total * rank // world.size for rank in range(world.size)]
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def _gather_statistics(total: StatisticsSum, world: World) -> Statistics:
+    """Return the statistics of all processes' rows."""
+    gathered = [world.all_gather(moment[None]) for moment in total.moments()]
+    return merged([tuple(moment[rank] for moment in gathered) for rank in range(world.size)])  # type: ignore[misc]
+
+
+def _check_finite(pooled: Tensor, images: ImageSet, first: int) -> None:
+    """Raise InvalidArgument that names the first image whose features are not finite."""
+    finite = pooled.isfinite().all(1)
+    if not bool(finite.all()):
+        index = first + int(finite.logical_not().nonzero()[0])
+        raise invalid("features", f"NaN or infinity for {images.image_name(index)}", "finite numbers")

@@ -15,9 +15,9 @@ from admfast.evaluation.statistics import Statistics, statistics_of
 def frechet_distance(samples: Any, reference: Any) -> float:
     """Return |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two sets of features.
 
-    With S_a = F F^T, the trace of the square root is the sum of the roots of the eigenvalues of F^T S_b F, which
-    is symmetric; so covariances that are singular need no correction. It agrees with the published evaluator's
-    general matrix root to 5e-8. Computed in float64; not differentiable.
+    With S_a = F F^T, the trace of the square root is the sum of the roots of the eigenvalues of F^T S_b F,
+    which is symmetric; so covariances that are singular need no correction. It agrees with the published
+    evaluator's general matrix root to 5e-8. Computed in float64; not differentiable.
 
     Source: Dowson & Landau 1982; Heusel et al. 2017 (FID); Nash et al. 2021 (sFID, of spatial features).
 

@@ -30,11 +30,11 @@ _EPS = 0.001  # of the batch norms
 class InceptionFeatures(FeatureNet):
     """Features of the published evaluator: 2048 pooled, 2023 spatial, and the classifier's probabilities.
 
-    Images are resized to 299x299 as TensorFlow 1 does, and (x - 128) / 128 enters the network. Grey images are
-    repeated three times. In float32; not differentiable.
+    Images are resized to 299x299 as TensorFlow 1 does, and (x - 128) / 128 enters the network. Grey images
+    are repeated three times. In float32; not differentiable.
 
-    Source: Szegedy et al. 2015, the graph of 2015-12-05; the published evaluator takes pool_3, the first seven
-    channels of mixed_6/conv [17, 17, 7], and softmax(pool_3 @ weight) without the bias.
+    Source: Szegedy et al. 2015, the graph of 2015-12-05; the published evaluator takes pool_3, the first
+    seven channels of mixed_6/conv [17, 17, 7], and softmax(pool_3 @ weight) without the bias.
 
     Args:
         tensors: the FID port's state dict (see `read_inception_weights`).

@@ -1,4 +1,5 @@
-"""The layers of Inception v3 (2015) as the published evaluators use it: names, sizes, and both key formats."""
+"""The layers of Inception v3 (2015) as the published evaluators use it: names, sizes, and both key
+formats."""
 
 from __future__ import annotations
 

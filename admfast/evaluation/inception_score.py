@@ -16,9 +16,9 @@ SPLIT_SIZE = 5000  # the published evaluator's
 def inception_score(probabilities: Any, split_size: int = SPLIT_SIZE) -> float:
     """Return the mean over splits of exp(mean_x KL(p(y | x) || p(y))), p(y) being the mean over the split.
 
-    Source: Salimans et al. 2016; the published evaluator splits in the order of the images, and the last split
-    may be shorter. Accumulates in float64; not differentiable. A probability of 0 counts 0 (the published code
-    would give NaN).
+    Source: Salimans et al. 2016; the published evaluator splits in the order of the images, and the last
+    split may be shorter. Accumulates in float64; not differentiable. A probability of 0 counts 0 (the
+    published code would give NaN).
 
     Args:
         probabilities: [N, K], the class probabilities of each image.

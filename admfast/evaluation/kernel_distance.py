@@ -25,8 +25,8 @@ def kernel_distance(
 ) -> KernelDistance:
     """Return the mean over random subsets of the unbiased MMD^2 with k(x, y) = (x . y / D + 1)^3.
 
-    Source: Binkowski et al. 2018. Unlike FID, its expectation doesn't depend on the number of images. Computed
-    in float64; not differentiable.
+    Source: Binkowski et al. 2018. Unlike FID, its expectation doesn't depend on the number of images.
+    Computed in float64; not differentiable.
 
     Args:
         samples, reference: features [N, D].
@@ -39,9 +39,7 @@ def kernel_distance(
     """
     a, b = feature_rows("samples", samples), feature_rows("reference", reference)
     if a.shape[1] != b.shape[1]:
-        raise invalid(
-            "samples", f"features of width {a.shape[1]}", f"width {b.shape[1]}, as the reference"
-        )
+        raise invalid("samples", f"features of width {a.shape[1]}", f"width {b.shape[1]}, as the reference")
     subsets = checks.whole_number("subsets", subsets, 1)
     size = min(checks.whole_number("subset_size", subset_size, 2), len(a), len(b))
     rng, values = np.random.default_rng(seed), []

@@ -32,8 +32,9 @@ def squared_distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
 def distance_strips(a: Tensor, b: Tensor, half: bool) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield (rows, columns, distances) that cover all pairs of a [N, D] and b [M, D].
 
-    For each strip of rows, all columns come in turn. half: compute a block in half precision, or in float32 if
-    one of its numbers is not finite. The blocks, of `BLOCK` rows and columns, are the published evaluator's.
+    For each strip of rows, all columns come in turn. half: compute a block in half precision, or in float32
+    if one of its numbers is not finite. The blocks, of `BLOCK` rows and columns, are the published
+    evaluator's.
     """
     size = max(1, _STRIP_BYTES // (4 * min(BLOCK, len(b))))
     columns = [slice(left, min(left + BLOCK, len(b))) for left in range(0, len(b), BLOCK)]

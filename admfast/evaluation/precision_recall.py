@@ -36,9 +36,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Return precision and recall of samples [N, D] against reference features [M, D].
 
-    The neighbourhood of a feature is the ball around it that reaches its k-th nearest neighbour in its own set.
-    Precision is the share of samples in neighbourhoods of the reference; recall is the share of the reference
-    in neighbourhoods of the samples. Memory: the features and 200 MB. Not differentiable.
+    The neighbourhood of a feature is the ball around it that reaches its k-th nearest neighbour in its own
+    set. Precision is the share of samples in neighbourhoods of the reference; recall is the share of the
+    reference in neighbourhoods of the samples. Memory: the features and 200 MB. Not differentiable.
 
     Source: Kynkaanniemi et al. 2019, as the published evaluator computes it (k = 3, half precision).
 
@@ -59,8 +59,8 @@ def precision_recall(
 def density_coverage(samples: Any, reference: Any, k: int = 5) -> tuple[float, float]:
     """Return density and coverage of samples [N, D] against reference features [M, D].
 
-    Density is the mean number of reference neighbourhoods (open balls) that contain a sample, divided by k; it
-    may exceed 1. Coverage is the share of reference neighbourhoods that contain a sample. In float32.
+    Density is the mean number of reference neighbourhoods (open balls) that contain a sample, divided by k;
+    it may exceed 1. Coverage is the share of reference neighbourhoods that contain a sample. In float32.
 
     Source: Naeem et al. 2020. Arguments and errors: see `precision_recall`.
     """

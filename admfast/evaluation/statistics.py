@@ -32,8 +32,8 @@ class Statistics:
 class StatisticsSum:
     """Sums from which `Statistics` are made: add batches of features, and the sums of other processes.
 
-    All sums are of x - shift, where `shift` is the mean of the first batch, so that the products of large means
-    don't cancel. They are in float64 on the device of the features.
+    All sums are of x - shift, where `shift` is the mean of the first batch, so that the products of large
+    means don't cancel. They are in float64 on the device of the features.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,8 @@ def statistics_of(features: Any, batch_size: int = 1024) -> Statistics:
 
 
 def feature_rows(name: str, features: Any, least: int = 2) -> Tensor:
-    """Return features as a floating tensor [N, D]. Raises InvalidArgument if they aren't at least `least` rows."""
+    """Return features as a floating tensor [N, D]. Raises InvalidArgument if they aren't at least `least`
+    rows."""
     try:
         rows = torch.as_tensor(features)
     except (TypeError, ValueError, RuntimeError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ def write_streamed(
         OutputError: if the file can't be written.
     """
     if labels is not None:
-        labels = _check_labels(np.asarray(labels), shape[0], "labels")
+        labels = check_labels(np.asarray(labels), shape[0], "labels")
     header = {"descr": "|u1", "fortran_order": False, "shape": tuple(map(int, shape))}
     count = 0
     with atomic_open(path) as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
@@ -82,14 +83,31 @@ def read_samples(path: str | PathLike[str]) -> Samples:
         images = _check_images(archive["arr_0"], f"{path}: arr_0")
         labels = None
         if "arr_1" in archive.files:
-            labels = _check_labels(archive["arr_1"], len(images), f"{path}: arr_1")
+            labels = check_labels(archive["arr_1"], len(images), f"{path}: arr_1")
     return Samples(images, labels)
 
 
-def iter_array(path: str | PathLike[str], batch_size: int, name: str = "arr_0") -> Iterator[NDArray[Any]]:
+def read_array(path: str | PathLike[str], name: str) -> NDArray[Any] | None:
+    """Return an array of an npz, None if it has none of that name. Raises InvalidArgument for a damaged
+    file."""
+    with _open_npz(path) as archive:
+        return archive[name] if name in archive.files else None
+
+
+def array_header(path: str | PathLike[str], name: str = "arr_0") -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and dtype of an array of an npz without reading its values. Raises as `iter_array`."""
+    with _array_file(path, name) as file:
+        shape, _, dtype = _read_header(file)
+        return shape, dtype
+
+
+def iter_array(
+    path: str | PathLike[str], batch_size: int, name: str = "arr_0", first: int = 0
+) -> Iterator[NDArray[Any]]:
     """Yield an array of an npz in batches along its first axis, holding one batch at a time in memory.
 
-    The last batch may be shorter. An array in Fortran order has no contiguous batches and is read whole.
+    The batches begin at the row `first`; the last may be shorter. An array in Fortran order has no contiguous
+    batches and is read whole.
 
     Raises:
         InvalidArgument: in one line, during iteration, for a file that is missing, is no npz, lacks the
@@ -97,29 +115,43 @@ def iter_array(path: str | PathLike[str], batch_size: int, name: str = "arr_0") 
     """
     if batch_size < 1:
         raise invalid("batch_size", batch_size, "1 or more")
+    with _array_file(path, name) as file:
+        yield from _batches(file, batch_size, first)
+
+
+@contextlib.contextmanager
+def _array_file(path: str | PathLike[str], name: str) -> Iterator[IO[bytes]]:
+    """Open the .npy file of an array in an npz; raise InvalidArgument in one line for any damage."""
     with _errors_that_name(path), zipfile.ZipFile(path) as archive:
         if f"{name}.npy" not in archive.namelist():
             names = [entry.removesuffix(".npy") for entry in archive.namelist()]
             raise invalid("path", str(path), f"has no array {name} (has {_comma_list(names)})")
         with archive.open(f"{name}.npy") as file:
-            yield from _batches(file, batch_size)
+            yield file
 
 
-def _batches(file: IO[bytes], batch_size: int) -> Iterator[NDArray[Any]]:
-    """Yield batches of the .npy array that `file` holds."""
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return (shape, whether in Fortran order, dtype) of the .npy array that `file` holds."""
     major, _ = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(file)
     if dtype.hasobject:
         raise ValueError("holds pickled objects, which are not read")
+    return shape, fortran, dtype
+
+
+def _batches(file: IO[bytes], batch_size: int, first: int) -> Iterator[NDArray[Any]]:
+    """Yield batches of the .npy array that `file` holds."""
+    shape, fortran, dtype = _read_header(file)
     if not shape:
         raise ValueError("holds a single number, not an array")
     if fortran:
         values = np.frombuffer(file.read(), dtype).reshape(shape[::-1]).transpose()
-        yield from (values[start : start + batch_size] for start in range(0, shape[0], batch_size))
+        yield from (values[start : start + batch_size] for start in range(first, shape[0], batch_size))
         return
     row = math.prod(shape[1:])
-    for start in range(0, shape[0], batch_size):
+    file.seek(first * row * dtype.itemsize, os.SEEK_CUR)
+    for start in range(first, shape[0], batch_size):
         count = min(batch_size, shape[0] - start)
         data = file.read(count * row * dtype.itemsize)
         if len(data) < count * row * dtype.itemsize:
@@ -179,7 +211,7 @@ def _check_images(images: NDArray[Any], argument: str) -> NDArray[np.uint8]:
     return images
 
 
-def _check_labels(labels: NDArray[Any], count: int, argument: str) -> NDArray[np.int64]:
+def check_labels(labels: NDArray[Any], count: int, argument: str) -> NDArray[np.int64]:
     """Reject labels that aren't one integer for every image; return them as int64."""
     if not np.issubdtype(labels.dtype, np.integer):
         raise invalid(f"{argument}.dtype", str(labels.dtype), "integers")

@@ -1,4 +1,4 @@
-"""Records of the tables in `presets.py`: a weights file, a published result, a system of models."""
+"""Records of the tables in `presets.py`: a weights file, a system of models."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from admfast.diffusion import DiffusionConfig
 from admfast.errors import CheckpointError
 from admfast.models.config import NetConfig, UNetConfig
 from admfast.models.description import Description, description_from_json
+from admfast.models.published import Metric
 
 RELEASE = "openai/guided-diffusion, released July 2021"
 DIGITS_FOLDER = Path(__file__).resolve().parent.parent / "data" / "digits32"
@@ -85,17 +86,6 @@ class ModelPreset:
         return self.description.diffusion
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A published result: FID (lower is better), precision and recall (0..1), with source and conditions."""
-
-    fid: float
-    precision: float
-    recall: float
-    source: str
-    conditions: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class SystemPreset:
     """A system, which one name on the command line selects: models, guidance, steps, published result.
@@ -106,7 +96,7 @@ class SystemPreset:
         steps: steps of the base model, the respacing of its process.
         upsampler_steps: steps of the upsampler; 0 without one. If the upsampler's `low_res_size` is smaller
             than the base image, it gets that image averaged over blocks of pixels.
-        metric: the published result; None without one.
+        published: the published results, that of these settings first; empty without one.
     """
 
     name: str
@@ -117,7 +107,7 @@ class SystemPreset:
     steps: int = 250
     upsampler: ModelPreset | None = None
     upsampler_steps: int = 0
-    metric: Metric | None = None
+    published: tuple[Metric, ...] = ()
 
     @property
     def models(self) -> tuple[ModelPreset, ...]:

@@ -20,7 +20,8 @@ from admfast.models.config import (
     unet_config_from_flags,
     upsampler_config_from_flags,
 )
-from admfast.models.preset_types import Metric, ModelPreset, SystemPreset
+from admfast.models.preset_types import ModelPreset, SystemPreset
+from admfast.models.published import PUBLISHED
 
 RELEASE_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 SHIPPED = "trained for this package on the handwritten digits of scikit-learn (UCI, 1998)"
@@ -146,63 +147,43 @@ _MODELS = (
 )
 MODELS: dict[str, ModelPreset] = {model.name: model for model in _MODELS}
 
-_GUIDED = "50,000 samples, 250 steps, classifier guidance"
-_UPSAMPLED = "50,000 samples, 250 steps of the guided base model and 250 of the upsampler"
-_LSUN = "50,000 samples, 1000 steps"
 
-
-def _published_metric(
-    fid: float, precision: float, recall: float, conditions: str = _GUIDED, table: int = 5
-) -> Metric:
-    return Metric(fid, precision, recall, f"Dhariwal & Nichol 2021, table {table}", conditions)
-
-
-def _system(
-    name: str, summary: str, metric: Metric | None, base: str, classifier: str = "", **overrides: Any
-) -> SystemPreset:
+def _system(name: str, summary: str, base: str, classifier: str = "", **overrides: Any) -> SystemPreset:
     """Return a row of the table below; models are given by name."""
     if "upsampler" in overrides:
         overrides["upsampler"] = MODELS[overrides["upsampler"]]
     guide_ = MODELS[classifier] if classifier else None
     return SystemPreset(
-        name=name, summary=summary, diffusion=MODELS[base], classifier=guide_, metric=metric, **overrides
-    )
+        name=name, summary=summary, diffusion=MODELS[base], classifier=guide_,
+        published=PUBLISHED.get(name, ()), **overrides,
+    )  # fmt: skip
 
 
-# Users of the public 64-pixel archives report an FID of 2.61, which table 5 gives for ADM without dropout.
-_METRIC_64 = _published_metric(2.07, 0.74, 0.63, "50,000 samples, 250 steps, no guidance")
 _BASE_64: dict[str, Any] = dict(base="64x64_diffusion", classifier="64x64_classifier", guidance=1.0)
 _BASE_128: dict[str, Any] = dict(base="128x128_diffusion", classifier="128x128_classifier", guidance=0.5)
 _DIGITS: dict[str, Any] = dict(
-    base="digits32_diffusion", classifier="digits32_classifier", guidance=2.0, steps=50, metric=None
+    base="digits32_diffusion", classifier="digits32_classifier", guidance=2.0, steps=50
 )
 _TO_256: dict[str, Any] = dict(upsampler="64_256_upsampler", upsampler_steps=250)
 _TO_512: dict[str, Any] = dict(upsampler="128_512_upsampler", upsampler_steps=250)
 
 # fmt: off
 _SYSTEMS = (
-    _system("imagenet64", "ImageNet 64x64, class-conditional, guided", _METRIC_64, **_BASE_64),
-    _system("imagenet128", "ImageNet 128x128, class-conditional, guided",
-            _published_metric(2.97, 0.78, 0.59), **_BASE_128),
+    _system("imagenet64", "ImageNet 64x64, class-conditional, guided", **_BASE_64),
+    _system("imagenet128", "ImageNet 128x128, class-conditional, guided", **_BASE_128),
     _system("imagenet256", "ImageNet 256x256, class-conditional, guided",
-            _published_metric(4.59, 0.82, 0.52), "256x256_diffusion", "256x256_classifier", guidance=1.0),
+            "256x256_diffusion", "256x256_classifier", guidance=1.0),
     _system("imagenet256-uncond", "ImageNet 256x256, unconditional model, guided to classes",
-            _published_metric(12.00, 0.76, 0.44, table=4), "256x256_diffusion_uncond", "256x256_classifier",
-            guidance=10.0),
+            "256x256_diffusion_uncond", "256x256_classifier", guidance=10.0),
     _system("imagenet512", "ImageNet 512x512, class-conditional, guided",
-            _published_metric(7.72, 0.87, 0.42), "512x512_diffusion", "512x512_classifier", guidance=4.0),
-    _system("imagenet256-up", "imagenet64, enlarged to 256x256",
-            _published_metric(3.94, 0.83, 0.53, _UPSAMPLED, table=6), **_BASE_64, **_TO_256),
-    _system("imagenet512-up", "imagenet128, enlarged to 512x512",
-            _published_metric(3.85, 0.84, 0.53, _UPSAMPLED, table=6), **_BASE_128, **_TO_512),
-    _system("lsun-bedroom", "LSUN bedrooms 256x256",
-            _published_metric(1.90, 0.66, 0.51, _LSUN), "lsun_bedroom", steps=1000),
-    _system("lsun-cat", "LSUN cats 256x256",
-            _published_metric(5.57, 0.63, 0.52, _LSUN), "lsun_cat", steps=1000),
-    _system("lsun-horse", "LSUN horses 256x256",
-            _published_metric(2.57, 0.71, 0.55, _LSUN), "lsun_horse", steps=1000),
+            "512x512_diffusion", "512x512_classifier", guidance=4.0),
+    _system("imagenet256-up", "imagenet64, enlarged to 256x256", **_BASE_64, **_TO_256),
+    _system("imagenet512-up", "imagenet128, enlarged to 512x512", **_BASE_128, **_TO_512),
+    _system("lsun-bedroom", "LSUN bedrooms 256x256", "lsun_bedroom", steps=1000),
+    _system("lsun-cat", "LSUN cats 256x256", "lsun_cat", steps=1000),
+    _system("lsun-horse", "LSUN horses 256x256", "lsun_horse", steps=1000),
     _system("lsun-horse-nodropout", "LSUN horses 256x256, trained without dropout",
-            _published_metric(2.95, 0.69, 0.55, _LSUN), "lsun_horse_nodropout", steps=1000),
+            "lsun_horse_nodropout", steps=1000),
     _system("digits32", "handwritten digits 32x32, class-conditional, guided; ships with the package",
             **_DIGITS),
     _system("digits32-up", "digits32 reduced to 8x8 and enlarged to 32x32 again; ships with the package",

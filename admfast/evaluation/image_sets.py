@@ -1,0 +1,156 @@
+"""Sets of images to evaluate, read in batches: an npz, a folder or zip of image files, or arrays in
+memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from admfast.errors import InvalidArgument, invalid
+from admfast.files.npz import array_header, check_labels, iter_array, read_array
+from admfast.files.paths import user_path
+from admfast.files.sources import Source, open_source
+
+UInt8 = NDArray[np.uint8]
+_DECODERS = 4  # threads that decode image files
+
+
+class ImageSet(ABC):
+    """Images of one size, in a fixed order.
+
+    Attributes: name: for messages. shape: (H, W, C). labels: class of each image, None without classes.
+    path: of a file or folder, None for images in memory.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    labels: NDArray[np.int64] | None = None
+    path: Path | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
+        """Yield the images first .. stop - 1 in batches of `size`, uint8 [n, H, W, C]; the last may be
+        shorter.
+
+        Raises InvalidArgument for an image that can't be read or has another size, naming it.
+        """
+
+    def image_name(self, index: int) -> str:
+        """Return the name of an image for messages."""
+        return f"{self.name}[{index}]"
+
+    @property
+    def is_jpeg(self) -> bool:
+        """Tell whether the images come from JPEG files, whose artefacts change the measures."""
+        return False
+
+
+class ArrayImages(ImageSet):
+    """Images in memory: uint8 [N, H, W, C]."""
+
+    def __init__(self, images: Any, labels: Any = None, name: str = "images") -> None:
+        self._images = np.asarray(images)
+        if self._images.dtype != np.uint8 or self._images.ndim != 4 or 0 in self._images.shape:
+            actual = f"{self._images.dtype} {self._images.shape}"
+            raise invalid(name, actual, "uint8 [N, H, W, C], none empty")
+        self.name, self.shape = name, self._images.shape[1:]
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
+        for start in range(first, stop, size):
+            yield self._images[start : min(start + size, stop)]
+
+
+class NpzImages(ImageSet):
+    """The images `arr_0` of a published archive, a batch in memory at a time, with the classes `arr_1`."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        shape, dtype = array_header(path, "arr_0")
+        if dtype != np.uint8 or len(shape) != 4 or 0 in shape:
+            raise invalid(name, f"{path}: arr_0 {dtype} {shape}", "uint8 [N, H, W, C], none empty")
+        self.path = self._file = path
+        self.name = str(path)
+        self._count, self.shape = shape[0], (shape[1], shape[2], shape[3])
+        labels = read_array(path, "arr_1")
+        self.labels = None if labels is None else check_labels(labels, self._count, f"{path}: arr_1")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
+        position = first
+        for batch in iter_array(self._file, size, first=first):
+            yield batch[: stop - position]
+            position += len(batch)
+            if position >= stop:
+                return
+
+
+class FileImages(ImageSet):
+    """Image files in a folder or zip, in the order of their names, decoded in threads."""
+
+    def __init__(self, source: Source, path: Path, name: str) -> None:
+        self._source, self.path, self.name, self._argument = source, path, str(path), name
+        self.shape = self._read(0).shape
+        if source.labels is not None:
+            self.labels = np.array(source.labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def image_name(self, index: int) -> str:
+        return self._source.name(index)
+
+    @property
+    def is_jpeg(self) -> bool:
+        return any(self._source.name(i).lower().endswith((".jpg", ".jpeg")) for i in range(len(self._source)))
+
+    def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            for start in range(first, stop, size):
+                indices = range(start, min(start + size, stop))
+                images = list(pool.map(self._read, indices))
+                for index, image in zip(indices, images, strict=True):
+                    if image.shape != self.shape:
+                        found = f"{self.image_name(index)} has {image.shape}"
+                        raise invalid(
+                            self._argument, found, f"images of one size: the first has {self.shape}"
+                        )
+                yield np.stack(images)
+
+    def _read(self, index: int) -> UInt8:
+        image = np.asarray(self._source.decode(index))
+        return image[..., None] if image.ndim == 2 else image
+
+
+def open_images(path: str | PathLike[str], name: str = "samples", labels: str = "auto") -> ImageSet:
+    """Return the images of an npz, a folder with its subfolders, or a zip.
+
+    Args:
+        path: the file or folder; of an npz, `arr_0` uint8 [N, H, W, C] and, if present, the classes `arr_1`.
+        name: the argument that errors name.
+        labels: where the classes of files come from, see `admfast.files.sources.open_source`.
+
+    Raises:
+        InvalidArgument: for a path without images, or with other contents.
+    """
+    found = user_path(name, path)
+    if found.suffix.lower() == ".npz" and not found.is_dir():
+        try:
+            return NpzImages(found, name)
+        except InvalidArgument as error:
+            raise InvalidArgument(str(error).replace("path=", f"{name}=", 1)) from None
+    return FileImages(open_source(found, labels, name=name), found, name)
