@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from admfast.errors import CheckpointError, Unavailable, first_line, invalid
-from admfast.evaluation.features import FeatureNet, ImageFeatures
+from admfast.evaluation.features import FeatureNet, ImageFeatures, Neighbours
 from admfast.files.paths import user_path
 
 SIDE = 224
@@ -36,6 +36,9 @@ class DinoFeatures(FeatureNet):
     Raises:
         InvalidArgument: if the folder is missing or holds another model. Unavailable: without transformers.
     """
+
+    frechet_name = "FD-DINOv2"
+    neighbours = Neighbours(k=5, open_balls=True, most=10_000)
 
     def __init__(self, folder: str | PathLike[str], device: torch.device | str = "cpu") -> None:
         path = user_path("dinov2", folder)

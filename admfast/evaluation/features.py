@@ -28,14 +28,35 @@ class ImageFeatures(NamedTuple):
     probabilities: Tensor | None = None
 
 
+class Neighbours(NamedTuple):
+    """How precision, recall, density and coverage are computed for a kind of features.
+
+    k: neighbours. half: distances in float16. open_balls: without their surface (see `precision_recall`).
+    most: number of images of each set, drawn at random; None takes all.
+    """
+
+    k: int = 3
+    half: bool = False
+    open_balls: bool = False
+    most: int | None = None
+
+
 class FeatureNet(ABC):
     """A network that computes features of images.
 
-    Attributes: name: for tables and files. device: where it computes.
+    Attributes:
+        name: for tables and files.
+        device: where it computes.
+        frechet_name: what the Frechet distance of its features is called.
+        neighbours: how precision and recall of its features are computed.
+        reads_statistics: whether the `mu` and `sigma` of a published reference batch are of its features.
     """
 
     name: str
     device: torch.device
+    frechet_name = "FD"
+    neighbours = Neighbours()
+    reads_statistics = False
 
     @abstractmethod
     def __call__(self, images: Tensor) -> ImageFeatures:

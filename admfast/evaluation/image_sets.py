@@ -153,4 +153,4 @@ def open_images(path: str | PathLike[str], name: str = "samples", labels: str = 
             return NpzImages(found, name)
         except InvalidArgument as error:
             raise InvalidArgument(str(error).replace("path=", f"{name}=", 1)) from None
-    return FileImages(open_source(found, labels, name=name), found, name)
+    return FileImages(open_source(found, labels, argument=name), found, name)

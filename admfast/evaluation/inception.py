@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.errors import CheckpointError, invalid
-from admfast.evaluation.features import FeatureNet, ImageFeatures
+from admfast.evaluation.features import FeatureNet, ImageFeatures, Neighbours
 from admfast.evaluation.inception_layers import (
     BLOCKS,
     CLASSES,
@@ -45,7 +45,9 @@ class InceptionFeatures(FeatureNet):
     """
 
     name = "inception"
-    spatial_width = SPATIAL_CHANNELS * 17 * 17
+    frechet_name = "FID"
+    neighbours = Neighbours(k=3, half=True)
+    reads_statistics = True
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -58,7 +60,7 @@ class InceptionFeatures(FeatureNet):
         for block, branches in BLOCKS.items():
             channels = self._add_block(block, branches, channels)
         weight = self._tensor("fc.weight", (CLASSES, FEATURES))
-        self.class_weights = weight.to(self.device)
+        self._class_weights = weight.to(self.device)
         del self._tensors
 
     def _tensor(self, key: str, shape: tuple[int, ...]) -> Tensor:
@@ -117,11 +119,8 @@ class InceptionFeatures(FeatureNet):
             if SPATIAL_LAYER.startswith(f"{block}."):
                 spatial = outputs[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
             x = torch.cat(outputs, 1)
-        return ImageFeatures(x.mean((2, 3)), spatial)
-
-    def probabilities(self, pooled: Tensor) -> Tensor:
-        """Return the class probabilities [N, 1008] of pooled features, without the layer's bias."""
-        return (pooled.to(self.device) @ self.class_weights.T).softmax(1)
+        pooled = x.mean((2, 3))
+        return ImageFeatures(pooled, spatial, (pooled @ self._class_weights.T).softmax(1))
 
     def _conv(self, name: str, x: Tensor) -> Tensor:
         return self._convs[name](x).relu_()

@@ -11,7 +11,8 @@ FEATURES, CLASSES = 2048, 1008
 class Conv(NamedTuple):
     """A convolution without bias, followed by batch norm and ReLU.
 
-    kernel, padding: height and width. Its keys are those of the FID port: NAME.conv.weight, NAME.bn.weight, ...
+    kernel, padding: height and width. Its keys are those of the FID port: NAME.conv.weight,
+    NAME.bn.weight and so on.
     """
 
     name: str

@@ -35,8 +35,8 @@ def find_inception_weights(path: str | PathLike[str]) -> Path:
             return found / name
     names = " or ".join(FILES)
     raise CheckpointError(
-        f"weights={str(path)!r}: no weights of Inception ({names}) there; `admfast fetch inception` downloads "
-        "them (96 MB) into models/, or name a file that you have"
+        f"weights={str(path)!r}: no weights of Inception ({names}) there; `admfast fetch inception` "
+        "downloads them (96 MB) into models/, or name a file that you have"
     )
 
 

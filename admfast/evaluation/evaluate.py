@@ -1,0 +1,189 @@
+"""Evaluate a set of samples: all measures that the features and the reference allow, with warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from admfast.distributed import World
+from admfast.evaluation.features import Count, FeatureNet, Neighbours, SetFeatures, compute_features
+from admfast.evaluation.frechet import frechet_distance
+from admfast.evaluation.image_sets import ImageSet
+from admfast.evaluation.inception_score import inception_score
+from admfast.evaluation.intervals import Interval, bootstrap_interval
+from admfast.evaluation.kernel_distance import kernel_distance
+from admfast.evaluation.precision_recall import neighbourhoods
+from admfast.evaluation.reference import IMAGES, ReferenceStatistics, read_reference_statistics
+
+PUBLISHED_COUNT = 50_000  # samples behind published values
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure: its name, its value, its 95 % interval or None, and how it was computed."""
+
+    name: str
+    value: float
+    interval: Interval | None = None
+    how: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result of `evaluate`.
+
+    Attributes:
+        features: name of the network whose features were compared.
+        samples, reference: name and number of images of the sets; reference is None without one.
+        measures: in the order of the published evaluator.
+        warnings: what makes the comparison with published values unfair, a line each.
+    """
+
+    features: str
+    samples: dict[str, Any]
+    reference: dict[str, Any] | None
+    measures: tuple[Measure, ...]
+    warnings: tuple[str, ...]
+
+    def value(self, name: str) -> float:
+        """Return the value of a measure, such as "FID". Raises KeyError."""
+        return {measure.name: measure.value for measure in self.measures}[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return asdict(self)
+
+
+def evaluate(
+    samples: ImageSet,
+    reference: ImageSet | None,
+    net: FeatureNet,
+    *,
+    batch_size: int = 64,
+    world: World | None = None,
+    seed: int = 0,
+    count: Count = lambda images: None,
+) -> Evaluation:
+    """Compare samples with a reference by the features of `net`; the measures are in the published order.
+
+    With Inception: Inception Score, FID, sFID, precision and recall as the published evaluator computes them,
+    density, coverage and KID. A reference with `mu, sigma, mu_s, sigma_s` gives FID and sFID by these.
+
+    Args:
+        reference: None computes only the measures that need none.
+        batch_size: images that the network gets at a time.
+        world: the processes that share the images; None for one.
+        seed: of random subsets and resamples.
+        count: called with the number of images that are done, for a progress bar.
+
+    Raises:
+        InvalidArgument: for fewer than 2 images, images that can't be read, features that are not finite, or
+            too few images for the neighbours.
+    """
+    found = compute_features(net, samples, batch_size, world, count)
+    if reference is None:
+        measures = tuple(_scores(found))
+        return Evaluation(net.name, _describe(samples), None, measures, tuple(_sample_warnings(samples)))
+    other = compute_features(net, reference, batch_size, world, count)
+    stored = None
+    if net.reads_statistics and reference.path is not None and reference.path.suffix == ".npz":
+        stored = read_reference_statistics(reference.path)
+    measures = tuple(_measures(net, found, other, stored, seed))
+    warnings = (*_sample_warnings(samples), *_comparison_warnings(samples, reference, found, stored))
+    return Evaluation(net.name, _describe(samples), _describe(reference), measures, warnings)
+
+
+def compare_features(
+    net: FeatureNet, samples: SetFeatures, reference: SetFeatures, seed: int = 0
+) -> tuple[Measure, ...]:
+    """Return the measures of features that were computed before. Arguments and errors: see `evaluate`."""
+    return tuple(_measures(net, samples, reference, None, seed))
+
+
+def _measures(
+    net: FeatureNet,
+    samples: SetFeatures,
+    reference: SetFeatures,
+    stored: ReferenceStatistics | None,
+    seed: int,
+) -> Iterator[Measure]:
+    """Yield all measures of samples against a reference."""
+    yield from _scores(samples)
+    pooled = reference.statistics if stored is None else stored.pooled
+    of = "" if stored is None else "against the reference's own mu and sigma"
+    yield Measure(net.frechet_name, frechet_distance(samples.statistics, pooled), how=of)
+    spatial = reference.spatial if stored is None else stored.spatial
+    if samples.spatial is not None and spatial is not None:
+        yield Measure("sFID", frechet_distance(samples.spatial, spatial), how=of)
+    yield from _neighbour_measures(net.neighbours, samples.pooled, reference.pooled, seed)
+    kid = kernel_distance(samples.pooled, reference.pooled, seed=seed)
+    yield Measure("KID", kid.mean, how=f"standard deviation {kid.std:.2g} over 100 subsets")
+
+
+def _scores(samples: SetFeatures) -> Iterator[Measure]:
+    """Yield the measures that need no reference."""
+    if samples.probabilities is not None:
+        yield Measure("Inception Score", inception_score(samples.probabilities), how="splits of 5,000")
+
+
+def _neighbour_measures(rule: Neighbours, a: Tensor, b: Tensor, seed: int) -> Iterator[Measure]:
+    """Yield precision, recall, density and coverage with their intervals."""
+    if rule.most is not None:
+        rng = np.random.default_rng(seed)
+        a, b = (
+            x if len(x) <= rule.most else x[np.sort(rng.choice(len(x), rule.most, replace=False))]
+            for x in (a, b)
+        )
+    balls = neighbourhoods(a, b, rule.k, rule.half, rule.open_balls)
+    how = f"k = {rule.k}" + (", float16 distances" if rule.half else "")
+    yield _mean("precision", balls.precision, how, seed)
+    yield _mean("recall", balls.recall, how, seed)
+    open_balls = balls
+    if rule.half or not rule.open_balls:
+        open_balls = neighbourhoods(a, b, k := 5, half=False, open_balls=True)
+        how = f"k = {k}"
+    yield _mean("density", open_balls.density, how, seed)
+    yield _mean("coverage", open_balls.coverage, how, seed)
+
+
+def _mean(name: str, contributions: Tensor, how: str, seed: int) -> Measure:
+    values = contributions.double()
+    return Measure(name, float(values.mean()), bootstrap_interval(values, seed), how)
+
+
+def _describe(images: ImageSet) -> dict[str, Any]:
+    height, width, channels = images.shape
+    return {"name": images.name, "images": len(images), "size": f"{height}x{width}", "channels": channels}
+
+
+def _sample_warnings(samples: ImageSet) -> Iterator[str]:
+    if samples.is_jpeg:
+        yield "the samples are JPEG files, whose artefacts change the measures"
+    if samples.shape[2] == 1:
+        yield "the samples are grey"
+
+
+def _comparison_warnings(
+    samples: ImageSet, reference: ImageSet, features: SetFeatures, stored: ReferenceStatistics | None
+) -> Iterator[str]:
+    """Yield what makes the comparison unfair, or incomparable with published values."""
+    if samples.shape[:2] != reference.shape[:2]:
+        sizes = [f"{s[0]}x{s[1]}" for s in (samples.shape, reference.shape)]
+        yield f"the samples are {sizes[0]} and the reference {sizes[1]}: resizing changes the measures"
+    if len(samples) < PUBLISHED_COUNT:
+        yield (
+            f"{len(samples):,} samples: a Frechet distance grows as samples get fewer; published values are of "
+            f"{PUBLISHED_COUNT:,}"
+        )
+    if len(samples) <= features.pooled.shape[1]:
+        yield f"fewer samples than the {features.pooled.shape[1]} features: the covariance is singular"
+    if len(reference) < IMAGES:
+        yield f"{len(reference):,} reference images: published precision and recall are of {IMAGES:,}"
+    if stored is None and len(reference) < PUBLISHED_COUNT:
+        yield "the reference has no statistics (mu, sigma): Frechet distances are to its images"
+    if reference.is_jpeg != samples.is_jpeg:
+        yield "only one of the two sets is JPEG files"
