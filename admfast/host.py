@@ -1,4 +1,4 @@
-"""Find the memory and processors that this process may use, within the limits of its container."""
+"""Find the memory, processors and GPU that this process may use, within the limits of its container."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import re
 import sys
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from admfast.errors import Unavailable, invalid
+
+if TYPE_CHECKING:
+    import torch
 
 CGROUPS, PROCESS_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 CPU_TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -99,6 +105,24 @@ def wait_passively(environment: MutableMapping[str, str]) -> None:
     """
     if not any(name in environment for name in PASSIVE_WAIT):
         environment.update(PASSIVE_WAIT)
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Return the requested device; for None, a GPU if there is one. Raises InvalidArgument, Unavailable."""
+    import torch  # takes seconds, and `wait_passively` must come before it
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise invalid("device", device, "cpu, cuda, or cuda:N") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise invalid("device", device, "cpu, cuda, or cuda:N")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise Unavailable(f"device={str(device)!r}: this machine has {count} usable CUDA devices")
+    return resolved
 
 
 @functools.cache

@@ -94,8 +94,8 @@ def published_row(kind: str, settings: Any) -> dict[str, Any]:
 
 def loader_row(kind: str, use_cache: bool, workers: int, settings: Any) -> dict[str, Any]:
     """Return the row of our loader with this number of workers; use_cache: whether it uses the cache."""
+    from admfast.files.sources import open_source
     from admfast.training.cache import cache_samples
-    from admfast.training.images import open_source
     from admfast.training.samples import Samples, iterate_batches
     from bench.measure import WrongResult
 

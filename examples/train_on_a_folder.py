@@ -16,7 +16,7 @@ import torch
 
 from admfast.checkpoints import write_weights
 from admfast.models.description import Description
-from admfast.training.images import open_source
+from admfast.training.images import training_source
 from admfast.training.learner import Learner
 from admfast.training.loop import build_samples
 from admfast.training.loss import make_batch
@@ -27,7 +27,7 @@ from admfast.training.samples import iterate_batches
 
 def train(folder: Path, out: Path, steps: int, batch_size: int, device: str) -> list[float]:
     """Train for `steps` steps and write the averaged weights to `out`; return the mean loss of every step."""
-    source = open_source(folder)
+    source = training_source(folder)
     settings = recipe_from_preset(
         "diffusion", steps=steps, batch_size=batch_size, num_classes=len(source.class_names), in_channels=3,
         random_flip=True, warmup=min(200, steps), ema=0.999, precision="fp32",

@@ -1,4 +1,4 @@
-"""Tests of limits of memory and processors, from control groups of both versions and from systems."""
+"""Tests of devices, and of limits of memory and processors from control groups and from systems."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from admfast import host
+from admfast.errors import InvalidArgument, Unavailable
 from tests.tools import elsewhere
 
 
@@ -101,3 +103,13 @@ def test_waiting_is_passive_where_the_user_says_nothing(name):
     environment = {name: "1"}
     host.wait_passively(environment)
     assert environment == {name: "1"}
+
+
+def test_a_device_is_found_or_refused():
+    assert host.resolve_device("cpu") == host.resolve_device(torch.device("cpu")) == torch.device("cpu")
+    assert host.resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for device in ("meta", "nonsense", 1.5):
+        with pytest.raises(InvalidArgument, match="device="):
+            host.resolve_device(device)
+    with pytest.raises(Unavailable, match="device='cuda:99'"):
+        host.resolve_device("cuda:99")

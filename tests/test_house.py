@@ -18,6 +18,7 @@ FLOORS = {
     "host": 0,
     "interrupts": 0,
     "_source_tree": 0,
+    "distributed": 1,
     "ops": 1,
     "diffusion": 1,
     "files": 1,
@@ -34,8 +35,8 @@ FLOORS = {
     "compat": 7,
     "__main__": 8,
 }
-# Rooms that may import from an equal floor: checks raise errors.
-BESIDE = {("checks", "errors")}
+# Rooms that may import from an equal floor: checks and the search for a device raise errors.
+BESIDE = {("checks", "errors"), ("host", "errors")}
 # Rooms that the public face, `admfast/__init__.py`, imports. The face itself is above floor 5.
 FACE = {"accelerate", "errors", "models", "sampling", "solvers"}
 LONGEST, LONGEST_FUNCTION = 450, 60

@@ -21,6 +21,7 @@ from admfast.cli import train_options as option
 from admfast.cli.commands import UsageProblem
 from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Device
+from admfast.distributed import World, join_processes
 from admfast.engine.numerics import peak_memory
 from admfast.errors import OutputError, invalid
 from admfast.files.atomic import check_folder_path, check_not_existing, check_writable
@@ -31,10 +32,9 @@ from admfast.interrupts import SIGNAL_STATUS
 from admfast.models import NetConfig
 from admfast.models.description import Description
 from admfast.runs.folder import find_sample_files
-from admfast.training.distributed import World, join_processes
 from admfast.training.export import export_run
 from admfast.training.folder import RUN_FILE, read_run_file, recipe_from_description
-from admfast.training.images import open_source
+from admfast.training.images import training_source
 from admfast.training.loop import LoopOptions, dry_run, train
 from admfast.training.picture import draw_run
 from admfast.training.recipe import KINDS, Recipe
@@ -252,7 +252,7 @@ def _train(
     start: str | None,
 ) -> None:
     _check_run_folder(out)
-    source = open_source(data, labels)
+    source = training_source(data, labels)
     if world.is_first:
         rows = [("data", f"{data}, {len(source)} images"), ("out", str(out.resolve()))]
         print(table([*_rows(run_recipe, world), *rows]))
@@ -276,7 +276,7 @@ def _check_run_folder(out: Path) -> None:
 
 def _dry_run(run_recipe: Recipe, data: str, labels: str, loop_options: LoopOptions, world: World) -> None:
     """Make two steps; print the time and memory that the run would take."""
-    trial = dry_run(run_recipe, open_source(data, labels), loop_options, world)
+    trial = dry_run(run_recipe, training_source(data, labels), loop_options, world)
     if world.is_first:
         hours = trial.run_seconds / 3600
         rows = [

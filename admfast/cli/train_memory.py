@@ -12,7 +12,7 @@ from admfast.cli.options import parse_settings
 from admfast.cli.train import resolve_recipe
 from admfast.errors import allowed_names, invalid
 from admfast.files.tables import table
-from admfast.sampling.load import resolve_device
+from admfast.host import resolve_device
 from admfast.training.memory import step_memory
 from admfast.training.network import resolve_precision
 from admfast.training.recipe import KINDS, Recipe

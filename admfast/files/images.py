@@ -17,6 +17,7 @@ from admfast.errors import InvalidArgument, first_line, invalid
 from admfast.files.atomic import atomic_open
 
 UInt8 = NDArray[np.uint8]
+Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's "L" or "RGB" image
 
 TILE = 64  # pixels: smaller images are enlarged in a grid until their longer side has at least this many
 PADDING = 4  # pixels between tiles and around the grid

@@ -21,8 +21,9 @@ from admfast.diffusion import DiffusionConfig
 from admfast.engine.numerics import fixed_numerics
 from admfast.engine.options import EngineOptions
 from admfast.engine.precision import Policy, policy
-from admfast.errors import CheckpointError, Unavailable, allowed_names, invalid
+from admfast.errors import CheckpointError, allowed_names, invalid
 from admfast.files.paths import user_path
+from admfast.host import resolve_device
 from admfast.models import Classifier, UNet, Upsampler, UpsamplerConfig
 from admfast.models.presets import MODELS, SYSTEMS, ModelPreset, SystemPreset
 from admfast.sampling.pipeline import Pipeline
@@ -403,19 +404,3 @@ def model_file(system: SystemPreset, model: ModelPreset, weights: str | PathLike
         f"{folder / model.file}: no such file; {system.name} needs it "
         f"(admfast fetch {model.name} --out {folder})"
     )
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """Return the requested device; for None, a GPU if there is one. Raises InvalidArgument, Unavailable."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        raise invalid("device", device, "cpu, cuda, or cuda:N") from None
-    if resolved.type not in ("cpu", "cuda"):
-        raise invalid("device", device, "cpu, cuda, or cuda:N")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise Unavailable(f"device={str(device)!r}: this machine has {count} usable CUDA devices")
-    return resolved

@@ -28,8 +28,8 @@ from admfast import checks, host
 from admfast.errors import AdmfastError
 from admfast.files.atomic import atomic_open, check_folder
 from admfast.files.images import UInt8
+from admfast.files.sources import BrokenImage, Source
 from admfast.training.crops import cacheable_part, convert_channels, let_pillow_reuse_memory
-from admfast.training.images import BrokenImage, Source
 from admfast.training.samples import Samples
 
 _MAGIC = b"admimgs1"

@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from admfast.files.images import UInt8
-
-Picture = UInt8 | Image.Image  # pixels [H, W, C] with C = 1 or 3, or Pillow's "L" or "RGB" image
+from admfast.files.images import Picture, UInt8
 
 MIN_CROP_SHARE, MAX_CROP_SHARE = 0.8, 1.0  # shares of the shorter side that a random crop keeps, as published
 _PILLOW_BLOCKS = 4  # pictures that are in memory at the same time while one is read and halved

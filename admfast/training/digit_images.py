@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from admfast.errors import AdmfastError
-from admfast.training.images import ArraySource
+from admfast.files.sources import ArraySource
 
 MAX_GREY_LEVEL = 16  # the digits' grey levels are 0 to 16
 NUM_CLASSES = 10

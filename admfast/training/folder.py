@@ -16,13 +16,13 @@ import torch
 
 from admfast.checkpoints.reading import RUN_FOLDER_HINT, missing_path_hint
 from admfast.checkpoints.snapshots import RUN_FILE, list_snapshots, read_newest_state, remove_leftovers
+from admfast.distributed import World
 from admfast.errors import AdmfastError, CheckpointError, first_line, invalid
 from admfast.files.atomic import folder_removed_if_empty, output_error, write_text
 from admfast.files.locks import folder_locked
 from admfast.files.paths import user_path
+from admfast.files.sources import Source
 from admfast.models.description import Description, description_from_json
-from admfast.training.distributed import World
-from admfast.training.images import Source
 from admfast.training.recipe import Recipe, recipe_from_dict
 
 LOG, GRIDS = "log.jsonl", "grids"

@@ -10,7 +10,9 @@ GPU, except with the sampler "loss-second-moment", which reads the losses.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from admfast.diffusion import GaussianDiffusion
+from admfast.distributed import World
 from admfast.errors import CheckpointError, NonFiniteError, first_line
 from admfast.models.dropout import keyed_dropout
 from admfast.sampling.diagnose import first_nonfinite
-from admfast.training.distributed import World, skip_gradient_sync
 from admfast.training.draws import TrainStream
 from admfast.training.ema import Averages
 from admfast.training.loss import Batch, loss_terms
@@ -84,7 +86,7 @@ class Learner:
         self.process = recipe.process.build()
         precision = "fp32" if recipe.precision == "auto" else recipe.precision
         set_precision(net, precision)
-        self.ddp_net = self.world.wrap_in_ddp(net)
+        self.ddp_net = _wrap_in_ddp(net, self.world)
         self.averages = Averages(net, recipe.ema, recipe.ema_power, recipe.ema_warmup)
         self.sampler = timestep_sampler(recipe.sampler, self.process.num_timesteps)
         self.trainable = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -136,7 +138,7 @@ class Learner:
             more_follow = part is not parts[-1]
             # The backward pass is inside too: blocks that it computes again need the same dropout masks.
             with (
-                skip_gradient_sync(self.ddp_net, more_follow),
+                _skip_gradient_sync(self.ddp_net, more_follow),
                 keyed_dropout(self.net, self.recipe.seed, part.sample_ids, TrainStream.DROPOUT),
             ):
                 terms = self.loss(self.ddp_net, self.recipe, self.process, part)
@@ -218,3 +220,19 @@ class Learner:
             self.step = int(state["step"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"not a state of this training: {first_line(error)}") from error
+
+
+def _wrap_in_ddp(net: nn.Module, world: World) -> nn.Module:
+    """Return a network that averages its gradients over the processes; with one process, `net` itself."""
+    if world.size == 1:
+        return net
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    # DDP ignores frozen parameters; all others get a gradient at every step.
+    return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _skip_gradient_sync(net: nn.Module, skip: bool) -> AbstractContextManager[Any]:
+    """Return a context in which a wrapped network doesn't exchange gradients, if `skip`."""
+    if skip and isinstance(net, nn.parallel.DistributedDataParallel):
+        return net.no_sync()
+    return contextlib.nullcontext()

@@ -23,14 +23,15 @@ import torch
 
 from admfast import checks
 from admfast.checkpoints.snapshots import SnapshotWriter
+from admfast.distributed import World
 from admfast.engine.numerics import fixed_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError, invalid
+from admfast.files.sources import Source
 from admfast.interrupts import ENDING_SIGNALS
 from admfast.training import folder
 from admfast.training.cache import cache_samples
-from admfast.training.distributed import World
 from admfast.training.folder import Say
-from admfast.training.images import Source, check_classes
+from admfast.training.images import check_classes
 from admfast.training.learner import Learner
 from admfast.training.loss import Batch, make_batch
 from admfast.training.network import build_network, resolve_precision

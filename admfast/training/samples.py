@@ -31,16 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from admfast import checks
 from admfast.errors import AdmfastError, first_line, invalid
-from admfast.files.images import UInt8
+from admfast.files.images import Picture, UInt8
+from admfast.files.sources import BrokenImage, Source
 from admfast.ops.update import MASK32, philox4x32_10
-from admfast.training.crops import (
-    Picture,
-    center_crop,
-    convert_channels,
-    let_pillow_reuse_memory,
-    random_crop,
-)
-from admfast.training.images import BrokenImage, Source
+from admfast.training.crops import center_crop, convert_channels, let_pillow_reuse_memory, random_crop
 
 
 class DataStream(IntEnum):

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 
 from admfast.errors import invalid
-from admfast.training.crops import Picture
-from admfast.training.images import Source
+from admfast.files.images import Picture
+from admfast.files.sources import Source
 from admfast.training.learner import Learner
 from admfast.training.loss import loss_terms, make_batch
 from admfast.training.network import set_precision

@@ -13,9 +13,9 @@ from PIL import Image
 
 from admfast.checkpoints.snapshots import list_snapshots
 from admfast.cli.main import main
+from admfast.distributed import World
 from admfast.errors import InvalidArgument, OutputError
 from admfast.files.locks import LOCK
-from admfast.training.distributed import World
 from admfast.training.folder import lock_run_folder
 
 CLASSES = 10  # of the network

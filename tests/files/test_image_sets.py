@@ -100,10 +100,24 @@ def test_hidden_files_are_left_out_and_folders_below_are_read(tmp_path):
     (tmp_path / ".hidden").mkdir()
     write_png(tmp_path / ".hidden" / "a.png", IMAGES[0, :2])
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    write_png(tmp_path / "__MACOSX" / "b.png", IMAGES[0, :2])
     assert np.array_equal(read_image_set(tmp_path).images, IMAGES)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(InvalidArgument, match="gone.png.*no such file"):
         read_image_set(tmp_path)
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
+    (folder := tmp_path / "folder").mkdir()
+    (there := tmp_path / "there").mkdir()
+    write_png(folder / "b.png", IMAGES[1])
+    write_png(there / "x.png", IMAGES[0])
+    (folder / "a").symlink_to(there)
+    assert np.array_equal(read_image_set(folder).images, IMAGES[:2])
+    (there / "again").symlink_to(folder)
+    with pytest.raises(InvalidArgument, match="path=.*again"):
+        read_image_set(folder)
 
 
 def test_an_archive_must_have_the_channels(tmp_path):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from admfast.files.levels import from_uint8
+from admfast.files.sources import open_source
 from admfast.training.crops import cacheable_part, center_crop, random_crop
-from admfast.training.images import check_classes, open_source
+from admfast.training.images import check_classes
 from admfast.training.samples import Samples
 from tests.parity.golden import cases, load_json, load_npz
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from admfast.checkpoints.snapshots import list_snapshots
+from admfast.files.sources import ArraySource
 from admfast.models import ClassifierConfig, UNetConfig, UpsamplerConfig
-from admfast.training.images import ArraySource
 from admfast.training.learner import Learner
 from admfast.training.loop import LoopOptions
 from admfast.training.loss import Batch, make_batch

@@ -12,8 +12,8 @@ import torch
 
 from admfast.errors import AdmfastError, InvalidArgument, OutputError
 from admfast.files.images import UInt8, write_png
+from admfast.files.sources import ArraySource, BrokenImage, open_source
 from admfast.training.cache import cache_samples
-from admfast.training.images import ArraySource, BrokenImage, open_source
 from admfast.training.samples import Samples, iterate_batches
 
 RNG = np.random.default_rng(0)

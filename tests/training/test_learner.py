@@ -12,7 +12,6 @@ from torch.func import functional_call
 from admfast.errors import CheckpointError, NonFiniteError
 from admfast.models import build
 from admfast.ops.conv.winograd import amplification
-from admfast.training.distributed import World
 from admfast.training.learner import Learner
 from admfast.training.loss import loss_terms
 from admfast.training.network import build_network, set_checkpointing
@@ -256,9 +255,3 @@ def test_a_state_of_another_run_is_refused():
     for other in (small_recipe("classifier"), small_recipe(ema=(0.5,))):
         with pytest.raises(CheckpointError, match="not a state of this training"):
             learner_of(other).load_state_dict(state)
-
-
-def test_a_batch_is_shared_evenly():
-    assert list(World(1, 3).local_samples(6)) == [2, 3]
-    with pytest.raises(ValueError, match="batch_size"):
-        World(1, 4).local_samples(6)

@@ -15,7 +15,7 @@ import torch
 
 from admfast.errors import AdmfastError, InvalidArgument
 from admfast.files.images import write_png
-from admfast.training.images import ArraySource, BrokenImage, open_source
+from admfast.files.sources import ArraySource, BrokenImage, open_source
 from admfast.training.samples import ImageBatch, Samples, epoch_order, iterate_batches
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (13, 20, 27, 3)).astype(np.uint8)

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from admfast.cli.main import main
+from admfast.distributed import World
 from admfast.training.digit_images import digits_source
-from admfast.training.distributed import World
 from admfast.training.loop import local_sample_ids
 from admfast.training.samples import Samples, iterate_batches
 from tests.training.recorded_run import file_of

@@ -20,9 +20,9 @@ import admfast
 from admfast.checkpoints import load_network
 from admfast.checkpoints.snapshots import list_snapshots, read_run_average
 from admfast.errors import CheckpointError, InvalidArgument, NonFiniteError, OutputError
+from admfast.files.sources import ArraySource
 from admfast.training import loop
 from admfast.training.export import export_run
-from admfast.training.images import ArraySource
 from admfast.training.loop import LoopOptions, TrainResult, dry_run, train
 from tests.training.small_runs import OFTEN, last_state, same, small_recipe, source
 

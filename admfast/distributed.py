@@ -1,4 +1,4 @@
-"""Connect the processes of a training run: a single one, or those that torchrun started.
+"""Connect the processes of a run: a single one, or those that torchrun started.
 
 torchrun gives each process its number in environment variables. A single process makes no process group and
 exchanges nothing.
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from admfast.checks import integer_in_environment
 from admfast.errors import AdmfastError, first_line, invalid
-from admfast.sampling.load import resolve_device
+from admfast.host import resolve_device
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,6 @@ class World:
         samples_per_process = count // self.size
         return range(self.rank * samples_per_process, (self.rank + 1) * samples_per_process)
 
-    def wrap_in_ddp(self, net: nn.Module) -> nn.Module:
-        """Return a network that averages its gradients over the processes; with one process, `net` itself."""
-        if self.size == 1:
-            return net
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        # DDP ignores frozen parameters; all others get a gradient at every step.
-        return nn.parallel.DistributedDataParallel(net, device_ids=ids, gradient_as_bucket_view=True)
-
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the sum over the processes of a tensor on this device."""
         if self.size > 1:
@@ -77,13 +67,6 @@ class World:
         value = torch.tensor(number, device="cpu")
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
-
-
-def skip_gradient_sync(net: nn.Module, skip: bool) -> AbstractContextManager[Any]:
-    """Return a context in which a wrapped network doesn't exchange gradients, if `skip`."""
-    if skip and isinstance(net, nn.parallel.DistributedDataParallel):
-        return net.no_sync()
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
