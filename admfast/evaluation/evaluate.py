@@ -176,7 +176,7 @@ def _comparison_warnings(
         yield f"the samples are {sizes[0]} and the reference {sizes[1]}: resizing changes the measures"
     if len(samples) < PUBLISHED_COUNT:
         yield (
-            f"{len(samples):,} samples: a Frechet distance grows as samples get fewer; published values are of "
+            f"{len(samples):,} samples: Frechet distances grow as samples get fewer; published ones are of "
             f"{PUBLISHED_COUNT:,}"
         )
     if len(samples) <= features.pooled.shape[1]:
