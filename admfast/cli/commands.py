@@ -20,7 +20,7 @@ from admfast.cli.main import INTERRUPTED
 from admfast.cli.published_flags import translate_flags
 from admfast.errors import AdmfastError, InvalidArgument, allowed_names, invalid
 
-NAMES = ("sample", "run", "train", "export", "inspect", "models", "fetch", "info", "verify")
+NAMES = ("sample", "run", "train", "export", "inspect", "models", "fetch", "info", "verify", "evaluate")
 USER_ERROR = 2
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # The base class of typer's usage errors. Newer versions of typer carry their own copy of click, older ones

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -23,16 +25,22 @@ class ClassifierFeatures(FeatureNet):
     Args:
         source: weights file, name of a shipped classifier, or anything else that `load_network` reads.
         device: where to compute.
+        name: for tables; None takes that of the source.
 
     Raises:
         InvalidArgument: if the file holds no classifier. CheckpointError: if it can't be read.
     """
 
-    def __init__(self, source: WeightsSource | Classifier, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        source: WeightsSource | Classifier,
+        device: torch.device | str = "cpu",
+        name: str | None = None,
+    ) -> None:
         net = source if isinstance(source, Classifier) else load_network(source, device=device)[0]
         if not isinstance(net, Classifier):
             raise invalid("features", str(source), "a classifier's weights, inception, or a DINOv2 folder")
-        self.name = "classifier" if isinstance(source, Classifier | nn.Module) else str(source)
+        self.name = name or ("classifier" if isinstance(source, Mapping | nn.Module) else str(source))
         self.net, self.device = net.eval(), torch.device(device)
         self.config: ClassifierConfig = net.config
         self.net.fold()

@@ -86,7 +86,7 @@ def evaluate(
     """
     found = compute_features(net, samples, batch_size, world, count)
     if reference is None:
-        measures = tuple(_scores(found))
+        measures = tuple(_scores(net, found))
         return Evaluation(net.name, _describe(samples), None, measures, tuple(_sample_warnings(samples)))
     other = compute_features(net, reference, batch_size, world, count)
     stored = None
@@ -112,7 +112,7 @@ def _measures(
     seed: int,
 ) -> Iterator[Measure]:
     """Yield all measures of samples against a reference."""
-    yield from _scores(samples)
+    yield from _scores(net, samples)
     pooled = reference.statistics if stored is None else stored.pooled
     of = "" if stored is None else "against the reference's own mu and sigma"
     yield Measure(net.frechet_name, frechet_distance(samples.statistics, pooled), how=of)
@@ -124,10 +124,10 @@ def _measures(
     yield Measure("KID", kid.mean, how=f"standard deviation {kid.std:.2g} over 100 subsets")
 
 
-def _scores(samples: SetFeatures) -> Iterator[Measure]:
+def _scores(net: FeatureNet, samples: SetFeatures) -> Iterator[Measure]:
     """Yield the measures that need no reference."""
     if samples.probabilities is not None:
-        yield Measure("Inception Score", inception_score(samples.probabilities), how="splits of 5,000")
+        yield Measure(net.score_name, inception_score(samples.probabilities), how="splits of 5,000")
 
 
 def _neighbour_measures(rule: Neighbours, a: Tensor, b: Tensor, seed: int) -> Iterator[Measure]:

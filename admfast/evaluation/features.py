@@ -47,14 +47,15 @@ class FeatureNet(ABC):
     Attributes:
         name: for tables and files.
         device: where it computes.
-        frechet_name: what the Frechet distance of its features is called.
+        frechet_name, score_name: what the Frechet distance of its features, and the Inception Score by its
+            classes, are called.
         neighbours: how precision and recall of its features are computed.
         reads_statistics: whether the `mu` and `sigma` of a published reference batch are of its features.
     """
 
     name: str
     device: torch.device
-    frechet_name = "FD"
+    frechet_name, score_name = "FD", "classifier score"
     neighbours = Neighbours()
     reads_statistics = False
 

@@ -45,7 +45,7 @@ class InceptionFeatures(FeatureNet):
     """
 
     name = "inception"
-    frechet_name = "FID"
+    frechet_name, score_name = "FID", "Inception Score"
     neighbours = Neighbours(k=3, half=True)
     reads_statistics = True
 

@@ -83,9 +83,9 @@ def neighbourhoods(
     inside = torch.lt if open_balls else torch.le
     counts = torch.zeros(len(a), dtype=torch.int64, device=a.device)
     recall, coverage = (torch.zeros(len(b), dtype=torch.bool, device=b.device) for _ in range(2))
-    for rows, columns, distances in distance_strips(a, b, half):
+    for part, columns, distances in distance_strips(a, b, half):
         in_reference = inside(distances, reference_radii[columns])
-        counts[rows] += in_reference.sum(1)
+        counts[part] += in_reference.sum(1)
         coverage[columns] |= in_reference.any(0)
-        recall[columns] |= inside(distances, sample_radii[rows, None]).any(0)
+        recall[columns] |= inside(distances, sample_radii[part, None]).any(0)
     return Neighbourhoods(counts > 0, recall, counts / k, coverage)

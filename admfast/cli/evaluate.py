@@ -1,0 +1,201 @@
+"""`admfast evaluate SAMPLES [REFERENCE]`: FID, sFID, Inception Score, precision, recall and others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from tqdm import tqdm
+
+from admfast.cli.commands import UsageProblem
+from admfast.cli.sample_options import Device
+from admfast.distributed import World, join_processes
+from admfast.errors import allowed_names, invalid
+from admfast.evaluation import Evaluation, FeatureNet, ImageSet, compute_features, evaluate, open_features
+from admfast.evaluation.image_sets import UInt8, open_images
+from admfast.evaluation.reference import write_reference
+from admfast.files.atomic import check_not_existing, check_writable, write_text
+from admfast.files.paths import user_path
+from admfast.files.tables import table
+from admfast.models.published import PUBLISHED, Metric
+from admfast.runs.collect import FinishedRun
+from admfast.runs.manifest import MANIFEST
+
+_HELP_OF_FEATURES = (
+    "Network whose features are compared: inception (the published evaluator's), dinov2, or the name or file "
+    "of a classifier, such as digits32_classifier; repeat it for more (default: inception)."
+)
+
+
+def run_evaluate(
+    samples: Annotated[str, typer.Argument(help="An npz, a folder or zip of images, or a finished run.")],
+    reference: Annotated[
+        str | None,
+        typer.Argument(help="As SAMPLES, or a published reference batch (default: no comparison)."),
+    ] = None,
+    features: Annotated[list[str] | None, typer.Option(help=_HELP_OF_FEATURES)] = None,
+    weights: Annotated[
+        Path, typer.Option(help="Folder or file with the weights of --features; see `admfast fetch`.")
+    ] = Path("models"),
+    expected: Annotated[
+        str | None,
+        typer.Option(
+            help="System whose published results are shown too, such as imagenet256 (default: none)."
+        ),
+    ] = None,
+    make_reference: Annotated[
+        bool,
+        typer.Option(
+            "--make-reference", help="Write a reference batch of SAMPLES to --out (default: evaluate)."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for the results, or with --make-reference the npz (default: none)."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the network gets at a time.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random subsets and of the intervals.")] = 0,
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace existing files (default: refuse).")
+    ] = False,
+) -> None:
+    """Measure samples as the published evaluator does: FID, sFID, Inception Score, precision and recall."""
+    if expected is not None and expected not in PUBLISHED:
+        raise invalid("expected", expected, allowed_names(expected, PUBLISHED))
+    if make_reference and (reference is not None or features not in (None, ["inception"])):
+        raise UsageProblem("--make-reference takes only SAMPLES and --out, and the features of Inception.")
+    if make_reference and out is None:
+        raise UsageProblem("--make-reference needs '--out', the npz to write.")
+    target = None if out is None else user_path("out", out, [".npz" if make_reference else ".json"])
+    if target is not None:
+        check_writable(target)
+        if not overwrite:
+            check_not_existing("out", [target])
+    with join_processes(device) as world:
+        sets = [open_set(samples, "samples")]
+        if reference is not None:
+            sets.append(open_set(reference, "reference"))
+        nets = [open_features(name, weights, world.device) for name in features or ["inception"]]
+        if make_reference and target is not None:
+            _make_reference(sets[0], nets[0], target, batch_size, seed, world)
+            return
+        results = [_evaluate(net, sets, batch_size, seed, world) for net in nets]
+        if world.is_first:
+            for result in results:
+                print(_text(result, PUBLISHED[expected] if expected is not None else ()))
+            if target is not None:
+                write_text(target, json.dumps([result.to_dict() for result in results], indent=1) + "\n")
+                print(target.resolve())
+
+
+def open_set(path: str, name: str) -> ImageSet:
+    """Return the images of a path; `name` is the argument for errors. A folder may be that of a run."""
+    folder = user_path(name, path)
+    if (folder / MANIFEST).is_file():
+        return RunImages(folder)
+    return open_images(path, name)
+
+
+class RunImages(ImageSet):
+    """The images of a finished run, in the order of their seeds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._run = FinishedRun(folder)
+        manifest = self._run.manifest
+        self.path, self.name = folder, str(folder)
+        height, width, channels = manifest.shape
+        self.shape = (height, width, channels)
+        self.labels = manifest.labels_of(range(manifest.images))
+
+    def __len__(self) -> int:
+        return self._run.manifest.images
+
+    def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
+        held: list[UInt8] = []
+        for image in self._images(first, stop):
+            held.append(image)
+            if len(held) == size:
+                yield np.stack(held)
+                held = []
+        if held:
+            yield np.stack(held)
+
+    def _images(self, first: int, stop: int) -> Iterator[UInt8]:
+        """Yield the images first .. stop - 1; only the shards that hold them are read."""
+        manifest = self._run.manifest
+        for shard in range(manifest.shards):
+            images = manifest.shard_images(shard)
+            if images.start < stop and images.stop > first:
+                for indices, piece in self._run.pieces(shard):
+                    yield from piece[max(0, first - indices.start) : max(0, stop - indices.start)]
+
+
+def _evaluate(
+    net: FeatureNet, sets: Sequence[ImageSet], batch_size: int, seed: int, world: World
+) -> Evaluation:
+    """Evaluate by one network, with a progress bar."""
+    with _progress(net, sets, world) as bar:
+        return evaluate(
+            sets[0], sets[1] if len(sets) > 1 else None, net,
+            batch_size=batch_size, world=world, seed=seed, count=bar.update,
+        )  # fmt: skip
+
+
+def _make_reference(
+    images: ImageSet, net: FeatureNet, target: Path, batch_size: int, seed: int, world: World
+) -> None:
+    """Compute the statistics of a set and write them with its images."""
+    with _progress(net, [images], world) as bar:
+        found = compute_features(net, images, batch_size, world, bar.update)
+    if world.is_first:
+        write_reference(target, images, found, seed)
+        print(target.resolve())
+
+
+def _progress(net: FeatureNet, sets: Sequence[ImageSet], world: World) -> tqdm[object]:
+    """Return the bar of this process's images; it is shown by the first process, on a terminal."""
+    total = sum(len(images) for images in sets) // world.size
+    return tqdm(total=total, desc=net.name, unit="image", disable=None if world.is_first else True)
+
+
+def _text(result: Evaluation, published: Sequence[Metric]) -> str:
+    """Return the tables that the command prints."""
+    sets = [("samples", result.samples), ("reference", result.reference)]
+    lines = [("features", result.features)]
+    lines += [
+        (name, f"{found['name']}, {found['images']:,} images of {found['size']}x{found['channels']}")
+        for name, found in sets
+        if found is not None
+    ]
+    rows = []
+    for measure in result.measures:
+        low_high = "" if measure.interval is None else "{:.4f} to {:.4f}".format(*measure.interval)
+        rows.append((measure.name, f"{measure.value:.5g}", low_high, measure.how))
+    parts = [table(lines), table(rows, ("measure", "value", "95 % interval", "how"))]
+    if published:
+        parts.append(_published_table(result, published))
+    if result.warnings:
+        parts.append("\n".join(f"warning: {warning}" for warning in result.warnings))
+    return "\n\n".join(parts) + "\n"
+
+
+def _published_table(result: Evaluation, published: Sequence[Metric]) -> str:
+    """Return the published results of a system under those of the samples."""
+    names = ("FID", "sFID", "Inception Score", "precision", "recall")
+    values = {measure.name: measure.value for measure in result.measures}
+    if "FID" not in values and "Inception Score" not in values:
+        values = {}  # of other features than the published
+    rows = [("these samples", *(_number(values.get(name)) for name in names))]
+    for metric in published:
+        numbers = (metric.fid, metric.sfid, metric.inception_score, metric.precision, metric.recall)
+        rows.append((f"{metric.conditions} ({metric.source})", *map(_number, numbers)))
+    return table(rows, ("published", *names))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
