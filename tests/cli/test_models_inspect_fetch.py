@@ -82,7 +82,10 @@ def test_models_describes_one(capsys):
     run_models("imagenet512")
     out = capsys.readouterr().out
     assert "512x512_classifier.pt, guidance scale 4" in out
-    assert "FID 7.72, sFID 6.57, precision 0.87, recall 0.42, Inception Score 172.71 (Dhariwal & Nichol 2021, " in out
+    assert (
+        "FID 7.72, sFID 6.57, precision 0.87, recall 0.42, Inception Score 172.71 (Dhariwal & Nichol 2021, "
+        in out
+    )
     run_models("imagenet512-up")
     assert "128_512_upsampler.pt, 250 steps, from 128 pixels" in capsys.readouterr().out
     run_models("64x64_diffusion.pt")

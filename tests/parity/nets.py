@@ -39,8 +39,11 @@ def config_of(ctor: str, kwargs: dict) -> NetConfig:
     return direct[ctor](**kwargs)
 
 
-def procedural_state(entries: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
-    """Return the weights that the golden data defines by a rule: {key: shape} -> {key: float32 tensor}."""
+def procedural_state(entries: dict[str, list[int]], seed: int, gain: float = 1.0) -> dict[str, torch.Tensor]:
+    """Return the weights that the golden data defines by a rule: {key: shape} -> {key: float32 tensor}.
+
+    gain: factor of the weights of matrices and convolutions.
+    """
     state = {}
     for key, shape in entries.items():
         k = (seed * 1000003 + zlib.crc32(key.encode())) % 2**32
@@ -49,12 +52,14 @@ def procedural_state(entries: dict[str, list[int]], seed: int) -> dict[str, torc
             z = 0.5 * z
         elif key.endswith("label_emb.weight"):
             pass
-        elif key.endswith(".bias"):
+        elif key.endswith(".running_var"):
+            z = 1 + 0.25 * np.abs(z)
+        elif key.endswith((".bias", ".running_mean")):
             z = 0.1 * z
         elif key.endswith(".weight") and len(shape) == 1:
             z = 1 + 0.1 * z
         else:
-            z = z / np.sqrt(np.prod(shape[1:]))
+            z = gain * z / np.sqrt(np.prod(shape[1:]))
         state[key] = torch.from_numpy(z.astype(np.float32))
     return state
 
