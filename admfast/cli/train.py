@@ -21,6 +21,7 @@ from admfast.cli import train_options as option
 from admfast.cli.commands import UsageProblem
 from admfast.cli.options import DTYPES, parse_settings
 from admfast.cli.sample_options import Device
+from admfast.cli.train_evaluation import EvaluationOptions, TrainingEvaluation
 from admfast.distributed import World, join_processes
 from admfast.engine.numerics import peak_memory
 from admfast.errors import OutputError, invalid
@@ -77,6 +78,10 @@ def _command(kind: str) -> Callable[..., None]:
         save_every: option.SaveEvery = 1000,
         log_every: option.LogEvery = 100,
         grid_every: option.GridEvery = 1000,
+        evaluate_every: option.EvaluateEvery = 0,
+        evaluate_images: option.EvaluateImages = 1000,
+        evaluate_features: option.EvaluateFeatures = "digits32_classifier",
+        evaluate_weights: option.EvaluateWeights = Path("models"),
         keep: option.Keep = 3,
         workers: option.Workers = 0,
         cache: option.Cache = None,
@@ -102,14 +107,16 @@ def _command(kind: str) -> Callable[..., None]:
             run_recipe = _recipe_to_continue(old, kind, preset, from_, options)
         loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
-            cache=None if cache is None else str(user_path("cache", cache)), async_save=async_save,
+            evaluate_every=evaluate_every, async_save=async_save,
+            cache=None if cache is None else str(user_path("cache", cache)),
         )  # fmt: skip
         data_name = _data_or_digits(preset, data, old_run)
+        evaluation = EvaluationOptions(evaluate_features, evaluate_weights, evaluate_images)
         with join_processes(device) as world, _one_line_warnings():
             if run_folder is None or dry_run:
                 _dry_run(run_recipe, data_name, labels, dataclasses.replace(loop_options, cache=None), world)
             else:
-                _train(run_recipe, data_name, labels, run_folder, loop_options, world, from_)
+                _train(run_recipe, data_name, labels, run_folder, loop_options, world, from_, evaluation)
 
     run.__doc__ = f"Train {_ARTICLES[kind]}. Presets: {', '.join(PRESETS[kind])}."
     return run
@@ -250,13 +257,17 @@ def _train(
     loop_options: LoopOptions,
     world: World,
     start: str | None,
+    evaluation: EvaluationOptions,
 ) -> None:
     _check_run_folder(out)
     source = training_source(data, labels)
     if world.is_first:
         rows = [("data", f"{data}, {len(source)} images"), ("out", str(out.resolve()))]
         print(table([*_rows(run_recipe, world), *rows]))
-    outcome = train(run_recipe, source, out, loop_options, world, start, say=_print_line)
+    evaluate = None
+    if loop_options.evaluate_every:
+        evaluate = TrainingEvaluation(run_recipe, source, evaluation, world)
+    outcome = train(run_recipe, source, out, loop_options, world, start, _print_line, evaluate)
     if world.is_first:
         peak = peak_memory(world.device) / 1e9
         print(f"{outcome.step} of {run_recipe.steps} steps are done; peak memory {peak:.2f} GB")

@@ -79,6 +79,23 @@ Set = Annotated[
 SaveEvery = Annotated[int, typer.Option(help="Steps between two snapshots.")]
 LogEvery = Annotated[int, typer.Option(help="Steps between two rows of the log.")]
 GridEvery = Annotated[int, typer.Option(help="Steps between two grids of samples; 0 for none.")]
+EvaluateEvery = Annotated[
+    int,
+    typer.Option(
+        help="Steps between two evaluations, which compare samples of the average with the training images; "
+        "0 for none."
+    ),
+]
+EvaluateImages = Annotated[int, typer.Option(min=6, help="Samples of an evaluation.")]
+EvaluateFeatures = Annotated[
+    str,
+    typer.Option(
+        help="Network whose features are compared: inception, dinov2, or the name or file of a classifier."
+    ),
+]
+EvaluateWeights = Annotated[
+    Path, typer.Option(help="Folder or file with the weights of --evaluate-features; see `admfast fetch`.")
+]
 Keep = Annotated[int, typer.Option(help="Number of newest snapshots to keep.")]
 Workers = Annotated[
     int,

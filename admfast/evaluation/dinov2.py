@@ -49,9 +49,10 @@ class DinoFeatures(FeatureNet):
         except ImportError as error:
             raise Unavailable(f'DINOv2 needs transformers: pip install "admfast[eval]" ({error})') from None
         try:
-            model, report = Dinov2Model.from_pretrained(
+            loaded: Any = Dinov2Model.from_pretrained(
                 path, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
+            model, report = loaded
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: not a DINOv2 model: {first_line(error)}") from None
         # transformers fills what a file lacks with random numbers.

@@ -12,7 +12,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,6 +28,7 @@ from admfast.engine.numerics import fixed_numerics, peak_memory
 from admfast.errors import AdmfastError, NonFiniteError, invalid
 from admfast.files.sources import Source
 from admfast.interrupts import ENDING_SIGNALS
+from admfast.sampling.pipeline import Pipeline
 from admfast.training import folder
 from admfast.training.cache import cache_samples
 from admfast.training.folder import Say
@@ -35,10 +36,19 @@ from admfast.training.images import check_classes
 from admfast.training.learner import Learner
 from admfast.training.loss import Batch, make_batch
 from admfast.training.network import build_network, resolve_precision
-from admfast.training.progress import Progress, TensorBoard, format_row, write_sample_grid
+from admfast.training.progress import (
+    EVALUATION,
+    Progress,
+    TensorBoard,
+    average_pipeline,
+    format_row,
+    write_sample_grid,
+)
 from admfast.training.recipe import Recipe
 from admfast.training.samples import ImageBatch, Samples, iterate_batches
 from admfast.training.validation import split_source, validation_losses
+
+Evaluate = Callable[[Pipeline], Mapping[str, float]]  # measures of a pipeline by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +56,9 @@ class LoopOptions:
     """Settings of a run that change no result: how often it writes files, and how it loads images.
 
     Attributes:
-        save_every, log_every, grid_every: steps between snapshots, rows of the log, and grids of samples;
-            grid_every=0 makes no grids.
+        save_every, log_every, grid_every, evaluate_every: steps between snapshots, rows of the log, grids of
+            samples, and evaluations (see `train`); grid_every=0 makes no grids, evaluate_every=0 evaluates
+            never.
         keep: number of snapshots to keep.
         workers: processes that make samples, for each process of the run; 0 makes them in the process itself.
         cache: where decoded images are cached: "memory", a folder, or None for no cache.
@@ -58,6 +69,7 @@ class LoopOptions:
     save_every: int = 1000
     log_every: int = 100
     grid_every: int = 0
+    evaluate_every: int = 0
     keep: int = 3
     workers: int = 0
     cache: str | None = None
@@ -68,6 +80,7 @@ class LoopOptions:
             ("save_every", 1),
             ("log_every", 1),
             ("grid_every", 0),
+            ("evaluate_every", 0),
             ("keep", 1),
             ("workers", 0),
         ):
@@ -147,11 +160,13 @@ def train(
     world: World | None = None,
     initial_weights: str | PathLike[str] | None = None,
     say: Say = print,
+    evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Train in the folder `out` up to the recipe's last step, from its newest snapshot if there is one.
 
     initial_weights: weights file whose values a new run starts with; ignored if the run has a snapshot.
-    say: called with each message.
+    say: called with each message. evaluate: called in every process, every `evaluate_every` steps and after
+    the last, with the pipeline of the first average; the log gets a row with the measures that it returns.
     Raises: InvalidArgument if the recipe isn't that of the folder; CheckpointError if no snapshot is intact;
     OutputError if something can't be written (older snapshots are kept); NonFiniteError if too many steps in
     a row had no finite gradient; BrokenImage if too many images are broken.
@@ -180,7 +195,7 @@ def train(
         # Only now, because a recipe that makes no network must not begin a run.
         if world.is_first:
             folder.write_run_file(run, recipe, environment)
-        return _TrainingLoop(run, learner, samples, validation, loop_options, signals, say).steps()
+        return _TrainingLoop(run, learner, samples, validation, loop_options, signals, say, evaluate).steps()
 
 
 class _TrainingLoop:
@@ -195,8 +210,9 @@ class _TrainingLoop:
         loop_options: LoopOptions,
         signals: SignalRecorder,
         say: Say,
+        evaluate: Evaluate | None,
     ) -> None:
-        self.run_folder, self.learner = run_folder, learner
+        self.run_folder, self.learner, self.evaluate = run_folder, learner, evaluate
         self.samples, self.validation = samples, validation
         self.loop_options, self.signals, self.say = loop_options, signals, say
         self.progress, self.is_writer = Progress(learner), learner.world.is_first
@@ -235,11 +251,30 @@ class _TrainingLoop:
                 self._save()
             if signal_number:
                 break  # the sender of the signal may not wait for a grid
-            if self.loop_options.grid_every and (last or learner.step % self.loop_options.grid_every == 0):
-                self._grid()
+            with self.progress.paused():
+                if self._is_due(self.loop_options.grid_every):
+                    self._grid()
+                if self.evaluate is not None and self._is_due(self.loop_options.evaluate_every):
+                    self._evaluate(self.evaluate)
         if self.tensorboard is not None:
             self.tensorboard.close()
         return TrainResult(learner.step, signal_number or None)
+
+    def _is_due(self, interval: int) -> bool:
+        """Tell whether something that happens every `interval` steps (0: never) and at the end is due."""
+        step, steps = self.learner.step, self.learner.recipe.steps
+        return interval > 0 and (step == steps or step % interval == 0)
+
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        """Evaluate the first average; log the measures."""
+        measures = evaluate(average_pipeline(self.learner))
+        if self.is_writer and self.tensorboard is not None:
+            logged = {f"{EVALUATION}{name}": value for name, value in measures.items()}
+            row = {"step": self.learner.step, **logged}
+            folder.append_log(self.run_folder, row)
+            self.tensorboard.add(row)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
+            self.say(f"step {self.learner.step}: {shown}")
 
     def _check(self, batch: Batch) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from admfast.diffusion.parameterisation import MeanType
 from admfast.errors import CheckpointError
 from admfast.files.images import UInt8, open_image
 from admfast.training.folder import GRIDS, find_run_folder, read_log, read_run_file, recipe_from_description
-from admfast.training.progress import QUARTERS
+from admfast.training.progress import EVALUATION, QUARTERS
 from admfast.training.recipe import Recipe
 
 WIDTH, HEIGHT, FONT, GRIDS_SHOWN = 1000, 680, 22, 3
@@ -32,10 +33,11 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def draw_run(run: str | PathLike[str]) -> UInt8:
-    """Return the picture of a run: its loss over the steps on a log axis, and to the right grids of samples.
+    """Return the picture of a run: charts over the steps on a log axis, and to the right grids of samples.
 
     The loss has a line for each quarter of the timesteps; that of a classifier of clean images has one line.
-    The grids are the first, one from the middle and the last.
+    A run with evaluations has a second chart, of the Frechet distance. The grids are the first, one from the
+    middle and the last.
     Returns: uint8 [H, W, 3].
     Raises: InvalidArgument if `run` isn't the folder of a run; CheckpointError if the run has no log, or no
     loss above 0 in it.
@@ -49,7 +51,10 @@ def draw_run(run: str | PathLike[str]) -> UInt8:
     if not any(lines.values()):
         raise CheckpointError(f"{folder}: its log holds no loss yet")
     recipe = recipe_from_description(read_run_file(folder))
-    panels = [_draw_chart(lines, recipe), *_draw_grids(folder / GRIDS)]
+    panels = [_draw_chart(lines, f"loss, log scale: {_describe_loss(recipe)}", recipe)]
+    for name, line in _frechet_lines(rows).items():
+        panels.append(_draw_chart({name: line}, f"{name} of the average, log scale", recipe))
+    panels += _draw_grids(folder / GRIDS)
     picture = Image.new("RGB", (sum(panel.width for panel in panels), HEIGHT), BACKGROUND)
     left = 0
     for panel in panels:
@@ -58,7 +63,18 @@ def draw_run(run: str | PathLike[str]) -> UInt8:
     return np.asarray(picture)
 
 
-def _draw_chart(lines: dict[str, Line], recipe: Recipe) -> Image.Image:
+def _frechet_lines(rows: Sequence[Mapping[str, float | int]]) -> dict[str, Line]:
+    """Return the Frechet distance of the evaluations by its name; empty without evaluations."""
+    prefix = f"{EVALUATION}F"
+    names = sorted({name for row in rows for name in row if name.startswith(prefix)})
+    lines = {
+        name.removeprefix(EVALUATION): [(row["step"], row[name]) for row in rows if row.get(name, 0) > 0]
+        for name in names
+    }
+    return {name: line for name, line in lines.items() if line}
+
+
+def _draw_chart(lines: dict[str, Line], title: str, recipe: Recipe) -> Image.Image:
     """Draw the lines and the axes, with their labels."""
     chart = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(FONT)
@@ -83,7 +99,7 @@ def _draw_chart(lines: dict[str, Line], recipe: Recipe) -> Image.Image:
         )
     axis_title = f"training steps, of {recipe.batch_size:,} images each"
     pen.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12), axis_title, TEXT_COLOUR, font, "mb")
-    pen.text((LEFT, HEADINGS[0]), f"loss, log scale: {_describe_loss(recipe)}", TEXT_COLOUR, font, "lm")
+    pen.text((LEFT, HEADINGS[0]), title, TEXT_COLOUR, font, "lm")
     for line, colour in zip(lines.values(), QUARTER_COLOURS, strict=False):
         pen.line([to_pixels(*point) for point in line], colour, 4, "curve")
         for x_last, y_last in (to_pixels(*point) for point in line[-1:]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from admfast.files.images import write_grid
 from admfast.models import UNetConfig, build
 from admfast.sampling.pipeline import Pipeline
 from admfast.training.learner import Learner, Report
-from admfast.training.recipe import Recipe
 from admfast.training.samples import Samples
 
 QUARTERS = 4
+EVALUATION = "evaluation/"  # begins the names of an evaluation's measures in the log
 GRID_IMAGES, GRID_STEPS = 16, 50
 Row = dict[str, float | int]
 
@@ -35,6 +37,15 @@ class Progress:
     def add(self, report: Report) -> None:
         """Add the report of a step, without reading from the device."""
         self._reports.append(report)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block out of the rate: it samples or evaluates and trains nothing."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - started
 
     def row(self) -> Row | None:
         """Return a row for the steps since the last row, None if there were none; reads from the device.
@@ -142,6 +153,15 @@ def average_net(learner: Learner) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
+def average_pipeline(learner: Learner) -> Pipeline:
+    """Return the pipeline of the first average of a run, for a diffusion model or an upsampler."""
+    recipe = learner.recipe
+    return Pipeline(
+        "average", average_net(learner), recipe.process,
+        policy=policy(recipe.precision, learner.world.device), low_res_size=recipe.low_res_size,
+    )  # fmt: skip
+
+
 def write_sample_grid(path: Path, learner: Learner, samples: Samples) -> None:
     """Sample from the first average with fixed seeds and write the images as a grid.
 
@@ -149,16 +169,14 @@ def write_sample_grid(path: Path, learner: Learner, samples: Samples) -> None:
     """
     recipe = learner.recipe
     assert isinstance(recipe.network, UNetConfig)
-    device = learner.world.device
-    pipe = Pipeline(
-        "average", average_net(learner), recipe.process, policy=policy(recipe.precision, device),
-        low_res_size=recipe.low_res_size,
-    )  # fmt: skip
+    pipe = average_pipeline(learner)
     count = GRID_IMAGES
     classes = (
         None if recipe.num_image_classes is None else [i % recipe.num_image_classes for i in range(count)]
     )
-    low_res = None if recipe.low_res_size is None else _small_images(recipe, samples, count).to(device)
+    low_res = None
+    if recipe.low_res_size is not None:
+        low_res = small_images(samples, range(count), recipe.low_res_size).to(learner.world.device)
     if low_res is not None and classes is not None:
         labels = [samples.at(k)[1] for k in range(count)]
         classes = [0 if label is None else label for label in labels]
@@ -171,7 +189,7 @@ def write_sample_grid(path: Path, learner: Learner, samples: Samples) -> None:
     write_grid(path, images.cpu().numpy(), classes)
 
 
-def _small_images(recipe: Recipe, samples: Samples, count: int) -> Tensor:
-    """Return the first samples of the run, reduced to the small images that an upsampler takes."""
-    x = torch.stack([samples.at(k)[0] for k in range(count)]).float() / 127.5 - 1
-    return F.interpolate(x, (recipe.low_res_size,) * 2, mode="area")  # type: ignore[arg-type]
+def small_images(samples: Samples, indices: range, size: int) -> Tensor:
+    """Return samples of the run, reduced to the small images [N, C, size, size] that an upsampler takes."""
+    x = torch.stack([samples.at(k)[0] for k in indices]).float() / 127.5 - 1
+    return F.interpolate(x, (size, size), mode="area")
