@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.metrics import euclidean_distances
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
 import admfast
+from admfast.evaluation import frechet_distance, precision_recall
 from admfast.models.presets import SYSTEMS
 from admfast.sampling.guides import NetworkGuide, by_classifier, by_null_class, by_weak_network
 from admfast.training.digit_images import MAX_GREY_LEVEL, NUM_CLASSES, block_means, load_digits
@@ -121,17 +121,6 @@ class Quality:
     copies: float
 
 
-def frechet_distance(a: Array, b: Array) -> float:
-    """Return |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of sets [N, D] (Dowson & Landau 1982)."""
-    sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # Some corner pixels are always 0, so the covariances are singular; symmetric roots by eigenvalues work.
-    values, vectors = np.linalg.eigh(sigma_a)
-    root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    eigenvalues = np.linalg.eigvalsh(root_a @ sigma_b @ root_a)
-    overlap = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * overlap)
-
-
 def nearest_distances(points: Array, among: Array, k: int) -> Array:
     """Return the Euclidean distances [N, k] of points to their k nearest among others, in ascending order."""
     same_points = points is among
@@ -150,16 +139,6 @@ def nearest_neighbour_accuracy(a: Array, b: Array) -> float:
     return float(np.concatenate(is_same_set).mean())
 
 
-def coverage(points: Array, manifold: Array, k: int = 3) -> float:
-    """Return the share of `points` that are no further from some point of `manifold` than its k-th neighbour.
-
-    Source: Kynkaanniemi et al. 2019. With samples as `points` and real digits as `manifold` it is precision;
-    with the two exchanged it is recall.
-    """
-    radii = nearest_distances(manifold, manifold, k)[:, k - 1]
-    return float((euclidean_distances(points, manifold) <= radii).any(axis=1).mean())
-
-
 def share_of_copies(samples: Array, real: Array) -> float:
     """Return the share of samples that are nearer to a real digit than 99 % of real digits are to another."""
     return float(
@@ -174,12 +153,13 @@ def measure(
 
     classifier: trained on digits. real_subset: as many real digits as samples, or all if there are fewer.
     """
+    precision, recall = precision_recall(samples, real, half=False)
     return Quality(
         accuracy=float((classifier.predict(samples) == classes).mean()),
         frechet=frechet_distance(samples, real),
         nearest_neighbour=nearest_neighbour_accuracy(samples[: len(real_subset)], real_subset),
-        precision=coverage(samples, real),
-        recall=coverage(real, samples),
+        precision=precision,
+        recall=recall,
         copies=share_of_copies(samples, real),
     )
 

@@ -50,9 +50,17 @@ class DinoFeatures(FeatureNet):
         except ImportError as error:
             raise Unavailable(f'DINOv2 needs transformers: pip install "admfast[eval]" ({error})') from None
         try:
-            model: Any = Dinov2Model.from_pretrained(path, local_files_only=True, use_safetensors=True)
+            model, report = Dinov2Model.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path}: not a DINOv2 model: {first_line(error)}") from None
+        # transformers fills what a file lacks with random numbers.
+        missing = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+        if missing:
+            raise CheckpointError(
+                f"{path}: not a DINOv2 model: it lacks {missing[0]} and {len(missing) - 1} more"
+            )
         self.device, self.name = torch.device(device), f"dinov2 ({path.name})"
         self._model = _resize_positions(model).to(self.device).float().eval()
 

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from admfast.distributed import World
+from admfast.errors import invalid
 from admfast.evaluation.features import Count, FeatureNet, Neighbours, SetFeatures, compute_features
 from admfast.evaluation.frechet import frechet_distance
 from admfast.evaluation.image_sets import ImageSet
@@ -20,6 +21,7 @@ from admfast.evaluation.precision_recall import neighbourhoods
 from admfast.evaluation.reference import IMAGES, ReferenceStatistics, read_reference_statistics
 
 PUBLISHED_COUNT = 50_000  # samples behind published values
+DENSITY_NEIGHBOURS = 5  # of density and coverage, as in Naeem et al. 2020
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ def evaluate(
         InvalidArgument: for fewer than 2 images, images that can't be read, features that are not finite, or
             too few images for the neighbours.
     """
+    for name, images in (("samples", samples), ("reference", reference)):
+        least = 2 if reference is None else max(net.neighbours.k, DENSITY_NEIGHBOURS) + 1
+        if images is not None and len(images) < least:
+            raise invalid(name, f"{len(images)} images", f"at least {least}")
     found = compute_features(net, samples, batch_size, world, count)
     if reference is None:
         measures = tuple(_scores(net, found))
@@ -144,8 +150,8 @@ def _neighbour_measures(rule: Neighbours, a: Tensor, b: Tensor, seed: int) -> It
     yield _mean("recall", balls.recall, how, seed)
     open_balls = balls
     if rule.half or not rule.open_balls:
-        open_balls = neighbourhoods(a, b, k := 5, half=False, open_balls=True)
-        how = f"k = {k}"
+        open_balls = neighbourhoods(a, b, DENSITY_NEIGHBOURS, half=False, open_balls=True)
+        how = f"k = {DENSITY_NEIGHBOURS}"
     yield _mean("density", open_balls.density, how, seed)
     yield _mean("coverage", open_balls.coverage, how, seed)
 

@@ -85,7 +85,7 @@ class NpzImages(ImageSet):
         self.name = str(path)
         self._count, self.shape = shape[0], (shape[1], shape[2], shape[3])
         labels = read_array(path, "arr_1")
-        self.labels = None if labels is None else check_labels(labels, self._count, f"{path}: arr_1")
+        self.labels = None if labels is None else check_labels(labels, self._count, f"{name}: arr_1")
 
     def __len__(self) -> int:
         return self._count
