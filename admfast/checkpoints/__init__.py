@@ -9,7 +9,7 @@ from admfast.checkpoints.differences import (
     network_shapes,
     shapes_of,
 )
-from admfast.checkpoints.fetch import FetchedFile, fetch
+from admfast.checkpoints.fetch import fetch
 from admfast.checkpoints.infer import AmbiguousCheckpoint, ModelInfo, identify
 from admfast.checkpoints.loading import identify_weights, load_network
 from admfast.checkpoints.reading import Weights, read_weights
@@ -17,7 +17,6 @@ from admfast.checkpoints.writing import write_weights
 
 __all__ = [
     "Differences",
-    "FetchedFile",
     "ForwardWork",
     "ModelInfo",
     "AmbiguousCheckpoint",

@@ -43,7 +43,8 @@ class DinoFeatures(FeatureNet):
     def __init__(self, folder: str | PathLike[str], device: torch.device | str = "cpu") -> None:
         path = user_path("dinov2", folder)
         if not (path / "config.json").is_file():
-            raise invalid("dinov2", str(folder), "a folder with config.json and model.safetensors of DINOv2")
+            allowed = "a folder with config.json and model.safetensors of DINOv2"
+            raise invalid("dinov2", str(folder), f"{allowed} (admfast fetch dinov2 --out models)")
         try:
             from transformers import Dinov2Model
         except ImportError as error:

@@ -1,1 +1,1 @@
-"""Floor 1: files on disk: atomic writes, images, labelled grids, and the published sample archives."""
+"""Floor 1: files on disk: atomic writes, images, labelled grids, the published sample archives, downloads."""

@@ -9,12 +9,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from admfast.checkpoints import FetchedFile, write_weights
-from admfast.cli.fetch import resolve_models, run_fetch
+from admfast.checkpoints import write_weights
+from admfast.cli.fetch import resolve_names, run_fetch
 from admfast.cli.inspect import run_inspect
 from admfast.cli.models import run_models
 from admfast.cli.options import parse_settings
 from admfast.errors import AdmfastError, CheckpointError, InvalidArgument, OutputError
+from admfast.evaluation.published_weights import PUBLISHED_WEIGHTS
+from admfast.files.download import FetchedFile
 from admfast.files.tables import table
 from admfast.models.description import Description
 from admfast.models.presets import MODELS, SYSTEMS, preset
@@ -243,12 +245,12 @@ def test_a_fetch_that_fails_leaves_no_folder(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wanted_models_are_unique():
-    assert resolve_models(["imagenet64", "imagenet256-up"]) == [
-        preset("64x64_diffusion"),
-        preset("64x64_classifier"),
-        preset("64_256_upsampler"),
-    ]
+def test_wanted_files_are_unique():
+    models = [preset(name) for name in ("64x64_diffusion", "64x64_classifier", "64_256_upsampler")]
+    files = resolve_names(["imagenet64", "dinov2", "imagenet256-up", "dinov2"])
+    dinov2 = PUBLISHED_WEIGHTS["dinov2"]
+    assert files == {model.file: model for model in models} | dinov2
+    assert list(files) == [*(model.file for model in models[:2]), *dinov2, models[2].file]
 
 
 def test_typer_takes_the_signatures(app, tmp_path):
