@@ -12,11 +12,15 @@ import torch
 
 from admfast.checkpoints import fingerprint, network_shapes, write_weights
 from admfast.cli.main import main
+from admfast.evaluation.inception_weights import FILES
+from admfast.evaluation.networks import DINO_FOLDER
+from admfast.evaluation.published_weights import PUBLISHED_WEIGHTS
 from admfast.files.images import write_png
 from admfast.models import ClassifierConfig, NetConfig, UNetConfig, UpsamplerConfig
 from admfast.models.presets import MODELS, SYSTEMS
 from tests.accelerate import client
 from tests.tools.random_checkpoint import random_state
+from tests.tools.random_inception import random_inception
 
 SMALLER = 8  # each side of a stand-in's images is an eighth of the released model's
 FEW: dict[str, Any] = {
@@ -80,6 +84,9 @@ def replace_presets(monkeypatch: pytest.MonkeyPatch) -> None:
         parts = {part: getattr(system, part) for part in ("diffusion", "classifier", "upsampler")}
         parts = {part: stand_ins.get(model.name, model) for part, model in parts.items() if model is not None}
         monkeypatch.setitem(SYSTEMS, name, dataclasses.replace(system, **parts))
+    for name, files in PUBLISHED_WEIGHTS.items():
+        unknown = {path: dataclasses.replace(file, size=None, sha256=None) for path, file in files.items()}
+        monkeypatch.setitem(PUBLISHED_WEIGHTS, name, unknown)
 
 
 def write_files(folder: Path, text: str) -> None:
@@ -110,6 +117,8 @@ def write_files(folder: Path, text: str) -> None:
             write_weights(folder / name, random_state(config))
     if "photos" in text:
         write_photos(folder / "photos")
+    if "admfast evaluate" in text:
+        write_sets(folder, text)
     if "samples_16x64x64x3.npz" in text and "out/samples" in text:
         (folder / "out").mkdir()
         # The images are smaller than the name says: attention at 256x256 would take a minute.
@@ -129,6 +138,30 @@ def write_photos(folder: Path) -> None:
         for i in range(2):
             image = random.integers(0, 256, (40, 40, 3), dtype=np.uint8)
             write_png(folder / f"class{label}" / f"{i}.png", image)
+
+
+def write_sets(folder: Path, text: str) -> None:
+    """Write the weights and sets of images that `admfast evaluate` reads on a page."""
+    random, models = np.random.default_rng(0), folder / "models"
+    models.mkdir(exist_ok=True)
+    if "fetch inception" in text:
+        torch.save(random_inception(), models / FILES[0])
+    if "dinov2" in text:
+        transformers = pytest.importorskip("transformers", reason="the extra eval is not installed")
+        small_model = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=224)
+        config = transformers.Dinov2Config(**small_model, patch_size=14)
+        transformers.Dinov2Model(config).save_pretrained(models / DINO_FOLDER)
+    for name in ("samples.npz", "reference.npz", "VIRTUAL_imagenet256_labeled.npz", "digits.npz"):
+        side, channels = (32, 1) if name == "digits.npz" else (64, 3)
+        images = random.integers(0, 256, (8, side, side, channels), dtype=np.uint8)
+        if name in text:
+            np.savez(folder / name, images, np.arange(8))
+    for name in ("reference", "my-images"):
+        if f"{name}/" in text:
+            (folder / name).mkdir()
+            for i in range(8):
+                image = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                write_png(folder / name / f"{i}.png", image)
 
 
 def replace_downloads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,11 @@ from admfast.evaluation import (
     open_images,
     statistics_of,
 )
-from admfast.evaluation.inception_layers import BLOCKS, CLASSES, FEATURES, STEM, graph_names
+from admfast.evaluation.inception_layers import graph_names
 from admfast.evaluation.inception_weights import read_inception_weights
 from admfast.evaluation.reference import write_reference
-from tests.parity.nets import procedural_state
 from tests.small import classifier
+from tests.tools.random_inception import random_inception
 
 
 class Corners(FeatureNet):
@@ -198,30 +198,6 @@ def test_features_of_a_classifier_are_before_its_last_layer(pool):
         ClassifierFeatures(net)(images[:, :-1])
 
 
-def inception_shapes():
-    """Return the shapes of the FID port's parameters."""
-    shapes, channels = {"fc.weight": (CLASSES, FEATURES), "fc.bias": (CLASSES,)}, 3
-
-    def add(name, conv, inputs):
-        shapes[f"{name}.conv.weight"] = (conv.channels, inputs, *conv.kernel)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.bn.{part}"] = (conv.channels,)
-        return conv.channels
-
-    for conv in STEM:
-        channels = channels if conv is None else add(conv.name, conv, channels)
-    for block, branches in BLOCKS.items():
-        total = 0
-        for branch in branches:
-            width = channels
-            for i, conv in enumerate(branch.convs):
-                second = branch.split and i == len(branch.convs) - 1
-                width = add(f"{block}.{conv.name}", conv, branch.convs[-3].channels if second else width)
-            total += width * (1 + branch.split)
-        channels = total
-    return shapes
-
-
 def field(number, content):
     """Return a field of a protocol buffer: bytes with their length, or a number."""
     if isinstance(content, int):
@@ -246,7 +222,7 @@ def constant(name, array):
 
 @pytest.fixture(scope="module")
 def inception():
-    return procedural_state(inception_shapes(), 5, gain=np.sqrt(2))
+    return random_inception()
 
 
 def test_the_graph_file_gives_the_weights_of_the_port(inception, tmp_path):
