@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from admfast.errors import OutputError, first_line, invalid
+from admfast.errors import InvalidArgument, OutputError, first_line, invalid
 from admfast.files.atomic import make_folder, write_bytes
 from admfast.files.npz import iter_array, write_streamed
 from admfast.runs.leases import remove_leases
@@ -142,6 +142,14 @@ class ShardFiles:
         Raises InvalidArgument for a shard that is damaged, or that holds other seeds than the manifest says.
         """
         path, images = self.path(shard), self.manifest.shard_images(shard)
+        try:
+            yield from self._read(path, images)
+        except InvalidArgument as error:
+            advice = "remove it, and the command that began the run makes it again"
+            raise InvalidArgument(f"{error}; {advice}") from None
+
+    def _read(self, path: Path, images: range) -> Iterator[tuple[range, NDArray[np.uint8]]]:
+        """Yield the images of a shard's file in pieces."""
         size = max(1, _READ_BYTES // int(np.prod(self.manifest.shape)))
         seeds = np.concatenate(list(iter_array(path, 2**20, "seeds")))
         if not np.array_equal(seeds, self.manifest.seeds_of(images)):

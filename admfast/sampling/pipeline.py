@@ -293,7 +293,9 @@ class Pipeline:
         for name, net in others.items():
             if net is None:
                 continue
-            other: NetConfig = net.config  # type: ignore[assignment]
+            other: NetConfig | None = getattr(net, "config", None)
+            if not isinstance(other, NetConfig):
+                raise invalid(name, type(net).__name__, "a network of admfast, such as `load_network` makes")
             if (other.in_channels, other.dims) != (config.in_channels, config.dims):
                 channels_text = f"{other.in_channels} channels, {other.dims}-D"
                 raise invalid(

@@ -146,7 +146,7 @@ def test_damaged_and_exchanged_shards_are_named(tmp_path):
             merge(FinishedRun(tmp_path / "run"), tmp_path / "all.npz")
     pixels = data.index(IMAGES[4].tobytes())
     path.write_bytes(data[:pixels] + bytes([data[pixels] ^ 1]) + data[pixels + 1 :])
-    with pytest.raises(InvalidArgument, match="shard-000001.npz.*CRC"):
+    with pytest.raises(InvalidArgument, match="shard-000001.npz.*CRC.*remove it"):
         merge(FinishedRun(tmp_path / "run"), tmp_path / "all.npz")
     assert not (tmp_path / "all.npz").exists() and not list(tmp_path.glob(".*"))
 

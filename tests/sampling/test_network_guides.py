@@ -285,6 +285,7 @@ def test_what_a_pipeline_lacks_is_named(parts, given, argument):
         (lambda: guides.NetworkGuide("null class", 2.0, every=3), "network='null class'"),
         (lambda: guides.NetworkGuide("net", 1.0), "network='net'"),
         (lambda: pipeline(weak=unet(7, in_channels=3, out_channels=6)), "weak='3 channels"),
+        (lambda: pipeline(weak=torch.nn.Linear(2, 2)), "weak='Linear'"),
         (lambda: pipeline(weak=unet(7, out_channels=1)), "weak='unet of 1 outputs'"),
         (lambda: pipeline(weak=unet(7, num_classes=9)), "weak='9 classes'"),
         (lambda: pipeline(net=unet(num_classes=None), null_class=True), "null_class=True"),
