@@ -28,6 +28,7 @@ FLOORS = {
     "engine": 4,
     "sampling": 5,
     "accelerate": 6,
+    "evaluation": 6,
     "runs": 6,
     "verify": 6,
     "training": 6,
