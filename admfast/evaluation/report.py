@@ -116,14 +116,14 @@ def write_report(
             than 1, 3 or 4 channels.
         OutputError: if the file can't be written.
     """
-    for name, images, features in (
-        ("samples", samples, sample_features),
-        ("reference", reference, reference_features),
+    for name, images, argument, features in (
+        ("samples", samples, "sample_features", sample_features),
+        ("reference", reference, "reference_features", reference_features),
     ):
         if images is not None and images.shape[2] not in MODES:
             raise invalid(name, f"images of {images.shape[2]} channels", "1, 3 or 4 channels")
         if images is not None and features is not None and len(images) != len(features.pooled):
-            raise invalid(f"{name}_features", f"{len(features.pooled)} rows", f"{len(images)}, as {name}")
+            raise invalid(argument, f"{len(features.pooled)} rows", f"{len(images)}, as {name}")
     contents = _collect(evaluation, samples, reference, sample_features, reference_features, system, settings)
     for side in SIDES:
         page = _write(replace(contents, side=side))
