@@ -55,12 +55,14 @@ class Certainty:
     """How certain the classifier is of each sample, and the samples to show.
 
     Attributes:
+        classes: number K of the classifier's classes.
         of_own_class: whether the values are the probability of the sample's own class, else the largest one.
         values: [N] probabilities.
         likeliest: [N] the class with the largest probability.
         least, most: samples with the lowest values, lowest first, and with the highest, highest first.
     """
 
+    classes: int
     of_own_class: bool
     values: list[float]
     likeliest: list[int]
@@ -115,7 +117,14 @@ def rank_by_certainty(probabilities: Tensor, labels: Labels | None) -> Certainty
     order = values.argsort(stable=True).tolist()
     # In a small set, no sample is shown both among the least and among the most certain.
     shown = min(EXTREMES, max(1, len(order) // 2))
-    return Certainty(own, values.tolist(), likeliest.tolist(), order[:shown], order[: -shown - 1 : -1])
+    return Certainty(
+        probabilities.shape[1],
+        own,
+        values.tolist(),
+        likeliest.tolist(),
+        order[:shown],
+        order[: -shown - 1 : -1],
+    )
 
 
 def count_classes(labels: Labels, known: int = 0) -> dict[int, int]:

@@ -21,7 +21,7 @@ h1, h2, h3 { line-height: 1.2; font-weight: 650; letter-spacing: -0.01em; overfl
 h1 { font-size: 2rem; margin: 0 0 0.3rem; }
 h2 { font-size: 1.3rem; margin: 3rem 0 0.4rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 0.5rem; }
-p { margin: 0.3rem 0 0.9rem; max-width: 46rem; }
+p { margin: 0.3rem 0 0.9rem; max-width: 46rem; text-wrap: pretty; }
 a { color: var(--accent); }
 .kicker {
   color: var(--accent); font-weight: 600; font-size: 0.8rem; letter-spacing: 0.09em;
@@ -66,6 +66,7 @@ figcaption b { color: var(--ink); font-weight: 600; white-space: nowrap; }
 }
 .tiles { display: grid; gap: 0.4rem; grid-template-columns: repeat(8, minmax(0, var(--tile))); }
 .tiles.captions { gap: 0.8rem 0.6rem; }
+.tiles figcaption b { display: block; }
 .row {
   display: grid; grid-template-columns: 5rem 1fr; align-items: center; margin: 0.4rem 0;
   break-inside: avoid;
@@ -112,7 +113,7 @@ footer { margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 0.8
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { max-width: none; padding: 0; background: #fff; font-size: 10pt; }
   h1 { font-size: 18pt; }
-  h2 { font-size: 13pt; margin-top: 8mm; }
+  h2 { font-size: 13pt; margin-top: 6mm; }
   /* An unseen block keeps what follows a heading on its page, where break-after does not. */
   h2, h3, .lead { break-inside: avoid; }
   h2::after, h3::after { content: ""; display: block; height: 62mm; margin-bottom: -62mm; }
@@ -129,7 +130,10 @@ footer { margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 0.8
   .cards .card { display: inline-grid; padding: 2mm; margin: 0 2mm 2mm 0; width: calc(50% - 2.2mm); }
   .cards.large .card { width: calc(100% - 2.2mm); }
   .cards.pairs .card { width: calc(25% - 2.2mm); }
-  figcaption { font-size: 6.5pt; }
+  figcaption { font-size: 7pt; }
+  th, td { padding-top: 1.1mm; padding-bottom: 1.1mm; }
+  header { padding-bottom: 2mm; }
+  .warnings { margin-top: 4mm; }
   footer { margin-top: 4mm; break-before: avoid; }
 }
 """

@@ -14,7 +14,8 @@ from admfast.evaluation import report
 from admfast.evaluation.evaluate import Evaluation, Measure
 from admfast.evaluation.features import SetFeatures
 from admfast.evaluation.image_sets import ArrayImages
-from admfast.evaluation.report import show_number, show_percent, write_report
+from admfast.evaluation.report import write_report
+from admfast.evaluation.report_sections import show_number, show_percent
 from admfast.evaluation.statistics import statistics_of
 from admfast.models.published import PUBLISHED
 from tests.evaluation.html_tree import parse, pixels
