@@ -4,7 +4,7 @@ memory."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from admfast.checks import whole_numbers
 from admfast.errors import InvalidArgument, invalid
-from admfast.files.npz import array_header, check_labels, iter_array, read_array
+from admfast.files.npz import array_header, check_labels, iter_array, read_array, read_rows
 from admfast.files.paths import user_path
 from admfast.files.sources import Source, open_source
 
@@ -45,6 +46,19 @@ class ImageSet(ABC):
         Raises InvalidArgument for an image that can't be read or has another size, naming it.
         """
 
+    def pick(self, indices: Iterable[int]) -> UInt8:
+        """Return the images with these indices in this order, uint8 [n, H, W, C]; an index may repeat.
+
+        Memory: these images. Raises InvalidArgument as `batches`, and for an index that no image has.
+        """
+        chosen = whole_numbers("indices", indices, 0, len(self) - 1)
+        return self._pick(chosen) if chosen else np.empty((0, *self.shape), np.uint8)
+
+    def _pick(self, indices: Sequence[int]) -> UInt8:
+        """Return the images with these indices, which were checked; at least one."""
+        images = {index: next(self.batches(index, index + 1, 1))[0] for index in sorted(set(indices))}
+        return np.stack([images[index] for index in indices])
+
     def image_name(self, index: int) -> str:
         """Return the name of an image for messages."""
         return f"{self.name}[{index}]"
@@ -73,6 +87,9 @@ class ArrayImages(ImageSet):
         for start in range(first, stop, size):
             yield self._images[start : min(start + size, stop)]
 
+    def _pick(self, indices: Sequence[int]) -> UInt8:
+        return self._images[indices]
+
 
 class NpzImages(ImageSet):
     """The images `arr_0` of a published archive, a batch in memory at a time, with the classes `arr_1`."""
@@ -98,6 +115,9 @@ class NpzImages(ImageSet):
             if position >= stop:
                 return
 
+    def _pick(self, indices: Sequence[int]) -> UInt8:
+        return read_rows(self._file, indices)
+
 
 class FileImages(ImageSet):
     """Image files in a folder or zip, in the order of their names, decoded in threads."""
@@ -121,15 +141,19 @@ class FileImages(ImageSet):
     def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
         with ThreadPoolExecutor(_DECODERS) as pool:
             for start in range(first, stop, size):
-                indices = range(start, min(start + size, stop))
-                images = list(pool.map(self._read, indices))
-                for index, image in zip(indices, images, strict=True):
-                    if image.shape != self.shape:
-                        found = f"{self.image_name(index)} has {image.shape}"
-                        raise invalid(
-                            self._argument, found, f"images of one size: the first has {self.shape}"
-                        )
-                yield np.stack(images)
+                yield self._decode(pool, range(start, min(start + size, stop)))
+
+    def _pick(self, indices: Sequence[int]) -> UInt8:
+        with ThreadPoolExecutor(_DECODERS) as pool:
+            return self._decode(pool, indices)
+
+    def _decode(self, pool: ThreadPoolExecutor, indices: Sequence[int]) -> UInt8:
+        images = list(pool.map(self._read, indices))
+        for index, image in zip(indices, images, strict=True):
+            if image.shape != self.shape:
+                found = f"{self.image_name(index)} has {image.shape}"
+                raise invalid(self._argument, found, f"images of one size: the first has {self.shape}")
+        return np.stack(images)
 
     def _read(self, index: int) -> UInt8:
         image = np.asarray(self._source.decode(index))

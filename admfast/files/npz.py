@@ -119,6 +119,18 @@ def iter_array(
         yield from _batches(file, batch_size, first)
 
 
+def read_rows(path: str | PathLike[str], indices: Sequence[int], name: str = "arr_0") -> NDArray[Any]:
+    """Return the rows of an array of an npz with these indices (from 0; at least one), in their order.
+
+    One pass over the file holds only these rows in memory. An array in Fortran order is read whole.
+
+    Raises:
+        InvalidArgument: as `iter_array`, and for an index that no row has.
+    """
+    with _array_file(path, name) as file:
+        return _rows(file, indices)
+
+
 @contextlib.contextmanager
 def _array_file(path: str | PathLike[str], name: str) -> Iterator[IO[bytes]]:
     """Open the .npy file of an array in an npz; raise InvalidArgument in one line for any damage."""
@@ -157,6 +169,25 @@ def _batches(file: IO[bytes], batch_size: int, first: int) -> Iterator[NDArray[A
         if len(data) < count * row * dtype.itemsize:
             raise EOFError("the array ends early")
         yield np.frombuffer(data, dtype).reshape(count, *shape[1:])
+
+
+def _rows(file: IO[bytes], indices: Sequence[int]) -> NDArray[Any]:
+    """Return rows of the .npy array that `file` holds, read forward: to seek back would unpack again."""
+    shape, fortran, dtype = _read_header(file)
+    if not shape:
+        raise ValueError("holds a single number, not an array")
+    if min(indices) < 0 or max(indices) >= shape[0]:
+        raise ValueError(f"has the rows 0 to {shape[0] - 1}, not {min(indices)} to {max(indices)}")
+    if fortran:
+        return np.frombuffer(file.read(), dtype).reshape(shape[::-1]).transpose()[list(indices)]
+    size, position, rows = math.prod(shape[1:]) * dtype.itemsize, 0, {}
+    for index in sorted(set(indices)):
+        file.seek((index - position) * size, os.SEEK_CUR)
+        data, position = file.read(size), index + 1
+        if len(data) < size:
+            raise EOFError("the array ends early")
+        rows[index] = np.frombuffer(data, dtype).reshape(shape[1:])
+    return np.stack([rows[index] for index in indices])
 
 
 @contextlib.contextmanager
