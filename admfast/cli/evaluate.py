@@ -18,6 +18,7 @@ from admfast.errors import allowed_names, invalid
 from admfast.evaluation import Evaluation, FeatureNet, ImageSet, compute_features, evaluate, open_features
 from admfast.evaluation.image_sets import UInt8, open_images
 from admfast.evaluation.reference import write_reference
+from admfast.evaluation.report import write_report
 from admfast.files.atomic import check_not_existing, check_writable, write_text
 from admfast.files.paths import user_path
 from admfast.files.tables import table
@@ -25,72 +26,94 @@ from admfast.models.published import PUBLISHED, Metric
 from admfast.runs.collect import FinishedRun
 from admfast.runs.manifest import MANIFEST
 
-_HELP_OF_FEATURES = (
-    "Network whose features are compared: inception (the published evaluator's), dinov2, or the name or file "
-    "of a classifier, such as digits32_classifier; repeat it for more (default: inception)."
-)
+Samples = Annotated[str, typer.Argument(help="An npz, a folder or zip of images, or a finished run.")]
+Reference = Annotated[
+    str | None, typer.Argument(help="As SAMPLES, or a published reference batch (default: no comparison).")
+]
+Features = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Network whose features are compared: inception (the published evaluator's), dinov2, or the name "
+        "or file of a classifier, such as digits32_classifier; repeat it for more (default: inception)."
+    ),
+]
+Weights = Annotated[
+    Path, typer.Option(help="Folder or file with the weights of --features; see `admfast fetch`.")
+]
+Expected = Annotated[
+    str | None,
+    typer.Option(help="System whose published results are shown too, such as imagenet256 (default: none)."),
+]
+MakeReference = Annotated[
+    bool,
+    typer.Option("--make-reference", help="Write a reference batch of SAMPLES to --out (default: evaluate)."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="JSON file for the results, or with --make-reference the npz (default: none)."),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(help="HTML file for a report with images, of the first --features (default: none)."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images that the network gets at a time.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of random subsets and of the intervals.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files (default: refuse).")]
 
 
 def run_evaluate(
-    samples: Annotated[str, typer.Argument(help="An npz, a folder or zip of images, or a finished run.")],
-    reference: Annotated[
-        str | None,
-        typer.Argument(help="As SAMPLES, or a published reference batch (default: no comparison)."),
-    ] = None,
-    features: Annotated[list[str] | None, typer.Option(help=_HELP_OF_FEATURES)] = None,
-    weights: Annotated[
-        Path, typer.Option(help="Folder or file with the weights of --features; see `admfast fetch`.")
-    ] = Path("models"),
-    expected: Annotated[
-        str | None,
-        typer.Option(
-            help="System whose published results are shown too, such as imagenet256 (default: none)."
-        ),
-    ] = None,
-    make_reference: Annotated[
-        bool,
-        typer.Option(
-            "--make-reference", help="Write a reference batch of SAMPLES to --out (default: evaluate)."
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="JSON file for the results, or with --make-reference the npz (default: none)."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that the network gets at a time.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random subsets and of the intervals.")] = 0,
+    samples: Samples,
+    reference: Reference = None,
+    features: Features = None,
+    weights: Weights = Path("models"),
+    expected: Expected = None,
+    make_reference: MakeReference = False,
+    out: Out = None,
+    report: Report = None,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
     device: Device = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace existing files (default: refuse).")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure samples as the published evaluator does: FID, sFID, Inception Score, precision and recall."""
     if expected is not None and expected not in PUBLISHED:
         raise invalid("expected", expected, allowed_names(expected, PUBLISHED))
-    if make_reference and (reference is not None or features not in (None, ["inception"])):
+    if make_reference and (reference or report or features not in (None, ["inception"])):
         raise UsageProblem("--make-reference takes only SAMPLES and --out, and the features of Inception.")
     if make_reference and out is None:
         raise UsageProblem("--make-reference needs '--out', the npz to write.")
-    target = None if out is None else user_path("out", out, [".npz" if make_reference else ".json"])
-    if target is not None:
-        check_writable(target)
-        if not overwrite:
-            check_not_existing("out", [target])
+    out = _target("out", out, ".npz" if make_reference else ".json", overwrite)
+    report = _target("report", report, ".html", overwrite)
     with join_processes(device) as world:
-        sets = [open_set(samples, "samples")]
-        if reference is not None:
-            sets.append(open_set(reference, "reference"))
+        images = open_set(samples, "samples")
+        others = None if reference is None else open_set(reference, "reference")
         nets = [open_features(name, weights, world.device) for name in features or ["inception"]]
-        if make_reference and target is not None:
-            _make_reference(sets[0], nets[0], target, batch_size, seed, world)
-            return
-        results = [_evaluate(net, sets, batch_size, seed, world) for net in nets]
-        if world.is_first:
-            for result in results:
-                print(_text(result, PUBLISHED[expected] if expected is not None else ()))
-            if target is not None:
-                write_text(target, json.dumps([result.to_dict() for result in results], indent=1) + "\n")
-                print(target.resolve())
+        if make_reference and out is not None:
+            return _make_reference(images, nets[0], out, batch_size, seed, world)
+        results = [_evaluate(net, images, others, batch_size, seed, world) for net in nets]
+        if not world.is_first:
+            return None
+        for result in results:
+            print(_text(result, PUBLISHED[expected] if expected is not None else ()))
+        if out is not None:
+            write_text(out, json.dumps([result.to_dict() for result in results], indent=1) + "\n")
+            print(out.resolve())
+        if report is not None:
+            settings = {"batch size": batch_size, "seed": seed, "device": world.device}
+            write_report(report, results[0], images, others, expected, settings)
+            print(report.resolve())
+    return None
+
+
+def _target(name: str, path: Path | None, ending: str, overwrite: bool) -> Path | None:
+    """Return the path of a file to write. Raises OutputError if it can't be written, or exists."""
+    if path is None:
+        return None
+    target = user_path(name, path, [ending])
+    check_writable(target)
+    if not overwrite:
+        check_not_existing(name, [target])
+    return target
 
 
 def open_set(path: str, name: str) -> ImageSet:
@@ -136,30 +159,29 @@ class RunImages(ImageSet):
 
 
 def _evaluate(
-    net: FeatureNet, sets: Sequence[ImageSet], batch_size: int, seed: int, world: World
+    net: FeatureNet, samples: ImageSet, reference: ImageSet | None, batch_size: int, seed: int, world: World
 ) -> Evaluation:
     """Evaluate by one network, with a progress bar."""
-    with _progress(net, sets, world) as bar:
+    with _progress(net, len(samples) + (0 if reference is None else len(reference)), world) as bar:
         return evaluate(
-            sets[0], sets[1] if len(sets) > 1 else None, net,
-            batch_size=batch_size, world=world, seed=seed, count=bar.update,
-        )  # fmt: skip
+            samples, reference, net, batch_size=batch_size, world=world, seed=seed, count=bar.update
+        )
 
 
 def _make_reference(
     images: ImageSet, net: FeatureNet, target: Path, batch_size: int, seed: int, world: World
 ) -> None:
     """Compute the statistics of a set and write them with its images."""
-    with _progress(net, [images], world) as bar:
+    with _progress(net, len(images), world) as bar:
         found = compute_features(net, images, batch_size, world, bar.update)
     if world.is_first:
         write_reference(target, images, found, seed)
         print(target.resolve())
 
 
-def _progress(net: FeatureNet, sets: Sequence[ImageSet], world: World) -> tqdm[object]:
+def _progress(net: FeatureNet, images: int, world: World) -> tqdm[object]:
     """Return the bar of this process's images; it is shown by the first process, on a terminal."""
-    total = sum(len(images) for images in sets) // world.size
+    total = images // world.size
     return tqdm(total=total, desc=net.name, unit="image", disable=None if world.is_first else True)
 
 

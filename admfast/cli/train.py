@@ -100,11 +100,7 @@ def _command(kind: str) -> Callable[..., None]:
         options |= {name: value for name, value in flags.items() if value is not None}
         run_folder = None if out is None else user_path("out", out)
         old_run = None if run_folder is None else _run_in(run_folder)
-        if old_run is None:
-            run_recipe = resolve_recipe(kind, preset or DIGITS, from_, options)
-        else:
-            old = recipe_from_description(old_run)
-            run_recipe = _recipe_to_continue(old, kind, preset, from_, options)
+        run_recipe = _recipe_of(old_run, kind, preset, from_, options)
         loop_options = LoopOptions(
             save_every=save_every, log_every=log_every, grid_every=grid_every, keep=keep, workers=workers,
             evaluate_every=evaluate_every, async_save=async_save,
@@ -213,6 +209,15 @@ def _check_is_file(start: str) -> None:
 def _run_in(folder: Path) -> Description | None:
     """Return the description of the run in a folder, None if it holds none."""
     return read_run_file(folder) if (folder / RUN_FILE).is_file() else None
+
+
+def _recipe_of(
+    old_run: Description | None, kind: str, preset: str | None, start: str | None, options: dict[str, Any]
+) -> Recipe:
+    """Return the recipe of a command, for a new run or for the run in its folder."""
+    if old_run is None:
+        return resolve_recipe(kind, preset or DIGITS, start, options)
+    return _recipe_to_continue(recipe_from_description(old_run), kind, preset, start, options)
 
 
 def _recipe_to_continue(

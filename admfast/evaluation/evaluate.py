@@ -43,6 +43,7 @@ class Evaluation:
         samples, reference: name and number of images of the sets; reference is None without one.
         measures: in the order of the published evaluator.
         warnings: what makes the comparison with published values unfair, a line each.
+        sample_features, reference_features: the features of the sets.
     """
 
     features: str
@@ -50,14 +51,17 @@ class Evaluation:
     reference: dict[str, Any] | None
     measures: tuple[Measure, ...]
     warnings: tuple[str, ...]
+    sample_features: SetFeatures
+    reference_features: SetFeatures | None = None
 
     def value(self, name: str) -> float:
         """Return the value of a measure, such as "FID". Raises KeyError."""
         return {measure.name: measure.value for measure in self.measures}[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
-        return asdict(self)
+        """Return everything but the features, as JSON can hold it."""
+        fields = {name: getattr(self, name) for name in ("features", "samples", "reference", "warnings")}
+        return fields | {"measures": [asdict(measure) for measure in self.measures]}
 
 
 def evaluate(
@@ -93,14 +97,16 @@ def evaluate(
     found = compute_features(net, samples, batch_size, world, count)
     if reference is None:
         measures = tuple(_scores(net, found))
-        return Evaluation(net.name, _describe(samples), None, measures, tuple(_sample_warnings(samples)))
+        warnings = tuple(_sample_warnings(samples))
+        return Evaluation(net.name, _describe(samples), None, measures, warnings, found)
     other = compute_features(net, reference, batch_size, world, count)
     stored = None
     if net.reads_statistics and reference.path is not None and reference.path.suffix == ".npz":
         stored = read_reference_statistics(reference.path)
     measures = tuple(_measures(net, found, other, stored, seed))
     warnings = (*_sample_warnings(samples), *_comparison_warnings(samples, reference, found, stored))
-    return Evaluation(net.name, _describe(samples), _describe(reference), measures, warnings)
+    sets = _describe(samples), _describe(reference)
+    return Evaluation(net.name, *sets, measures, warnings, found, other)
 
 
 def compare_features(

@@ -12,7 +12,6 @@ from typing import Any
 from admfast import __version__
 from admfast.errors import invalid
 from admfast.evaluation.evaluate import Evaluation
-from admfast.evaluation.features import SetFeatures
 from admfast.evaluation.image_sets import ImageSet, UInt8
 from admfast.evaluation.inception import InceptionFeatures
 from admfast.evaluation.report_choice import (
@@ -44,11 +43,9 @@ def write_report(
     path: str | PathLike[str],
     evaluation: Evaluation,
     samples: ImageSet,
-    reference: ImageSet | None,
-    sample_features: SetFeatures,
-    reference_features: SetFeatures | None,
-    system: str | None,
-    settings: Mapping[str, Any],
+    reference: ImageSet | None = None,
+    system: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report of an evaluation as one HTML file below 10 MB, whole or not at all.
 
@@ -59,7 +56,7 @@ def write_report(
     Args:
         path: file name, used as given.
         evaluation: of these samples, reference and features.
-        reference, reference_features: both, or the report has no nearest images.
+        reference: None leaves out nearest images.
         system: name in `PUBLISHED` whose results are shown; for any other name or None, none are.
         settings: names and values, shown as text in their order.
 
@@ -68,15 +65,17 @@ def write_report(
             than 1, 3 or 4 channels.
         OutputError: if the file can't be written.
     """
-    for name, images, argument, features in (
-        ("samples", samples, "sample_features", sample_features),
-        ("reference", reference, "reference_features", reference_features),
+    for name, images, features in (
+        ("samples", samples, evaluation.sample_features),
+        ("reference", reference, evaluation.reference_features),
     ):
         if images is not None and images.shape[2] not in MODES:
             raise invalid(name, f"images of {images.shape[2]} channels", "1, 3 or 4 channels")
         if images is not None and features is not None and len(images) != len(features.pooled):
-            raise invalid(argument, f"{len(features.pooled)} rows", f"{len(images)}, as {name}")
-    contents = _collect(evaluation, samples, reference, sample_features, reference_features, system, settings)
+            raise invalid(
+                "evaluation", f"features of {len(features.pooled)} images", f"{len(images)}, as {name}"
+            )
+    contents = _collect(evaluation, samples, reference, system, settings or {})
     for side in SIDES:
         page = _write(replace(contents, side=side))
         if len(page.encode()) <= MOST_BYTES:
@@ -88,17 +87,16 @@ def _collect(
     evaluation: Evaluation,
     samples: ImageSet,
     reference: ImageSet | None,
-    sample_features: SetFeatures,
-    reference_features: SetFeatures | None,
     system: str | None,
     settings: Mapping[str, Any],
 ) -> Contents:
     """Choose the images to show, and read each once."""
-    labels, probabilities = samples.labels, sample_features.probabilities
+    features, reference_features = evaluation.sample_features, evaluation.reference_features
+    labels, probabilities = samples.labels, features.probabilities
     grid = choose_grid(len(samples), labels)
     nearest = certainty = None
     if reference is not None and reference_features is not None:
-        nearest = find_nearest(sample_features, reference_features)
+        nearest = find_nearest(features, reference_features)
     if probabilities is not None:
         # Inception's classes have other numbers than ImageNet's labels.
         known = None if evaluation.features == InceptionFeatures.name else labels

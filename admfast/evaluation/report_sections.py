@@ -32,6 +32,7 @@ _MISSING_SHOWN = 20
 _SETS = "between the features of the two sets"
 _MEANINGS = {
     "Inception Score": ("higher", "Clear classes of single samples, varied classes of all"),
+    "classifier score": ("higher", "Clear classes of single samples, varied classes of all"),
     "FID": ("lower", f"Distance {_SETS}"),
     "FD": ("lower", f"Distance {_SETS}"),
     "FD-DINOv2": ("lower", f"Distance {_SETS}"),

@@ -46,6 +46,15 @@ def test_the_table_and_the_json_have_every_measure(sets, tmp_path, capsys):
     assert all(f"warning: {warning}" in text for warning in result["warnings"]) and result["warnings"]
 
 
+def test_the_report_is_written_beside_the_table(sets, tmp_path, capsys):
+    report = tmp_path / "report.html"
+    assert main(["evaluate", *sets, *FEATURES, "--report", str(report), "--expected", "imagenet64"]) == 0
+    assert str(report) in capsys.readouterr().out
+    text = report.read_text(encoding="utf-8")
+    assert "classifier score" in text and "2.07" in text and sets[0] in text
+    assert main(["evaluate", *sets, *FEATURES, "--report", str(report)]) == 2
+
+
 def test_published_results_stand_below_those_of_the_samples(sets, capsys):
     assert main(["evaluate", *sets, *FEATURES, "--expected", "imagenet64"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -78,6 +87,7 @@ MISTAKES = {
     "no such features": (["--features", "vgg"], "features='vgg'"),
     "no weights": (["--weights", "gone"], "admfast fetch inception"),
     "out of another kind": (["--out", "x.txt"], "out='x.txt'"),
+    "report of another kind": (["--report", "x.pdf"], "report='x.pdf'"),
     "make-reference with a reference": (["--make-reference", "--out", "r.npz"], "--make-reference"),
     "no images at a time": (["--batch-size", "0"], "batch-size"),
 }

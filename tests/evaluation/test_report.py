@@ -43,7 +43,7 @@ def features_of(images, classes=None, seed=0):
     return SetFeatures(rows, statistics_of(rows), None, probabilities)
 
 
-def evaluation_of(samples, reference=None, features="inception", measures=MEASURES, warnings=WARNINGS):
+def evaluation_of(samples, found, reference=None, other=None, features="inception"):
     sets = [
         None if images is None else {
             "name": images.name,
@@ -53,7 +53,7 @@ def evaluation_of(samples, reference=None, features="inception", measures=MEASUR
         }
         for images in (samples, reference)
     ]  # fmt: skip
-    return Evaluation(features, sets[0], sets[1], measures, warnings)
+    return Evaluation(features, sets[0], sets[1], MEASURES, WARNINGS, found, other)
 
 
 @pytest.fixture
@@ -73,12 +73,10 @@ def written(tmp_path):
     ):
         samples = ArrayImages(images, labels, name)
         other = None if reference is None else ArrayImages(reference, reference_labels, "reference")
-        evaluation = evaluation_of(samples, other, features)
-        found = None if reference is None else features_of(reference)
+        near = None if reference is None else features_of(reference)
+        evaluation = evaluation_of(samples, features_of(images, classes), other, near, features)
         path = tmp_path / "report.html"
-        write_report(
-            path, evaluation, samples, other, features_of(images, classes), found, system, settings or {}
-        )
+        write_report(path, evaluation, samples, other, system, settings)
         assert os.listdir(tmp_path) == ["report.html"]
         text = path.read_text(encoding="utf-8")
         return text, parse(text)
@@ -378,22 +376,20 @@ def test_an_old_report_stays_if_the_new_one_fails(tmp_path):
     images = ArrayImages(random_images(4))
     path = tmp_path / "report.html"
     path.write_text("old")
-    with pytest.raises(InvalidArgument, match="sample_features"):
+    with pytest.raises(InvalidArgument, match="evaluation"):
         found = features_of(random_images(5))
-        write_report(path, evaluation_of(images), images, None, found, None, None, {})
+        write_report(path, evaluation_of(images, found), images)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.html"]
     with pytest.raises(OutputError, match="missing"):
         found = features_of(random_images(4))
-        write_report(
-            tmp_path / "missing" / "r.html", evaluation_of(images), images, None, found, None, None, {}
-        )
+        write_report(tmp_path / "missing" / "r.html", evaluation_of(images, found), images)
 
 
 def test_images_of_two_channels_are_refused(tmp_path):
     images = ArrayImages(random_images(4, channels=2))
     found = features_of(random_images(4))
     with pytest.raises(InvalidArgument, match="samples"):
-        write_report(tmp_path / "r.html", evaluation_of(images), images, None, found, None, None, {})
+        write_report(tmp_path / "r.html", evaluation_of(images, found), images)
 
 
 @pytest.mark.parametrize(
