@@ -30,9 +30,10 @@ FLOORS = {
     "runs": 6,
     "verify": 6,
     "training": 6,
-    "cli": 7,
+    "app": 7,
     "compat": 7,
-    "__main__": 8,
+    "cli": 8,
+    "__main__": 9,
 }
 # Rooms that may import from an equal floor: checks raise errors.
 BESIDE = {("checks", "errors")}
