@@ -45,18 +45,18 @@ def restore(
     Raises: InvalidArgument.
     """
     strength = finite_float("strength", strength, least=0, most=LARGEST_STRENGTH)
-    visible = visible_pixels(image.shape[:2], box).to(pipe.device)
-    known = from_uint8(torch.tensor(image)[None]).to(pipe.device)
+    visible, pixels = visible_pixels(image.shape[:2], box), torch.tensor(image)
+    known = from_uint8(pixels[None]).to(pipe.device)
     sampled = pipe.sample(
         classes,
         seeds,
         respacing=str(steps),
         solver=ddim(eta=1.0),
-        guides=[_guide_to_visible(pipe, known, visible, str(steps), strength)],
+        guides=[_guide_to_visible(pipe, known, visible.to(pipe.device), str(steps), strength)],
         output="float",
         **settings,
     )
-    return to_uint8(torch.where(visible, known, sampled)).cpu()
+    return torch.where(visible[:, :, None], pixels, to_uint8(sampled).cpu())
 
 
 def visible_pixels(sides: tuple[int, ...], box: Sequence[int]) -> Tensor:
