@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,6 @@ def load_models(
         try:
             pipe = load(name, folder, device=device)
         except InvalidArgument as error:
-            raise InvalidArgument(f"model{str(error).removeprefix('name')}") from None
+            raise InvalidArgument(re.sub("^name=", "model=", str(error))) from None
         models[name] = AppModel(pipe, name, folder, device)
     return models
