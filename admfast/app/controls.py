@@ -12,14 +12,10 @@ from nicegui.element import Element
 from admfast.app.models import AppModel
 from admfast.app.settings import LARGEST_GUIDANCE, MOST_STEPS
 from admfast.sampling.request import AUTO
-from admfast.solvers import SOLVERS, list_solvers
+from admfast.solvers import list_solvers
 
 MOST_CHIPS = 20  # more classes are typed
-SOLVER_NAMES = [
-    AUTO,
-    "dpmpp:sde=true",
-    *(name for name in SOLVERS if any(text.split(":")[0] == name for text in list_solvers("noise"))),
-]
+SOLVER_NAMES = [AUTO, "dpmpp:sde=true", *(text.partition(":")[0] for text in list_solvers("noise"))]
 
 
 def division(classes: str) -> Element:
@@ -115,14 +111,14 @@ def steps_field(value: int) -> ui.number:
     )
 
 
-def solver_field() -> ui.select:
-    """Return the field for the solver, which also takes a text such as ddim:eta=0.5."""
+def solver_field() -> ui.input:
+    """Return the field for the solver: a text, such as ddim:eta=0.5, or one of a menu."""
     heading("Solver")
-    return (
-        ui.select(SOLVER_NAMES, value=AUTO, with_input=True, new_value_mode="add-unique")
-        .props("outlined dense options-dense hide-selected fill-input input-debounce=0 aria-label=solver")
-        .classes("wide")
-    )
+    field = ui.input(value=AUTO).props("outlined dense aria-label=solver").classes("wide")
+    with field.add_slot("append"), ui.icon("arrow_drop_down").classes("cursor-pointer"), ui.menu():
+        for name in SOLVER_NAMES:
+            ui.menu_item(name, partial(field.set_value, name))
+    return field
 
 
 def labelled_slider(

@@ -77,13 +77,15 @@ class Gallery:
         self._bar.classes(**({"remove": "unseen"} if runs else {"add": "unseen"}))
         if job is None:
             return
-        self._status.set_text(self._status_text(job))
+        if (text := self._status_text(job)) != self._status.text:
+            self._status.set_text(text)
+            if job.error:
+                self.show_error(job.error)
         self._bar.set_value(job.share)
-        if job.error:
-            self.show_error(job.error)
         for i, picture in enumerate(job.pictures):
             if picture is not None and picture is not self._shown[i]:
                 self._images[i].props["src"] = _data_uri(picture)
+                self._images[i].classes(remove="old")
                 self._shown[i] = picture
 
     def _status_text(self, job: Job) -> str:
@@ -97,11 +99,14 @@ class Gallery:
         return f"{job.state.value} at {job.step}" if job.step else job.state.value
 
     def _show_tiles(self, settings: Settings) -> None:
-        """Make a tile for each image; those of the same seeds and classes stay until they change."""
+        """Make a tile for each image; of the same seeds and classes, faded ones stay until they change."""
         self._shown = [None] * len(settings.seed_list)
-        if settings.captions == self._captions:
+        captions = [settings.model.name, *settings.captions]
+        if captions == self._captions:
+            for image in self._images:
+                image.classes("old")
             return
-        self._captions, self._images = settings.captions, []
+        self._captions, self._images = captions, []
         crisp = " crisp" if max(settings.model.pipe.spatial) <= CRISP_SIDE else ""
         self._tiles.clear()
         with self._tiles:

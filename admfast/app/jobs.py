@@ -68,18 +68,19 @@ class Job:
 
     def run(self) -> None:
         """Do the work; every error becomes the state and its line."""
-        self.state, begun = State.RUNNING, time.perf_counter()
+        self.state, begun, state = State.RUNNING, time.perf_counter(), State.FAILED
         try:
             self._show(0, self._work(self._after_step).numpy())
-            self.share, self.state = 1.0, State.FINISHED
+            self.share, state = 1.0, State.FINISHED
         except Cancelled:
-            self.state = State.CANCELLED
+            state = State.CANCELLED
         except AdmfastError as error:
-            self.error, self.state = first_line(error), State.FAILED
+            self.error = first_line(error)
         except Exception as error:
             LOG.exception("a job of the page failed")
-            self.error, self.state = first_line(error), State.FAILED
+            self.error = first_line(error)
         self.seconds = time.perf_counter() - begun
+        self.state = state
 
     def _after_step(self, progress: Progress) -> None:
         """Note how far a sample is, show its x_0 now and then, and end it if it is cancelled."""
@@ -152,7 +153,7 @@ class JobQueue:
         """Run jobs until the queue is closed."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self.jobs_wait)
+                self._changed.wait_for(lambda: self._closed or self._jobs)
                 if self._closed:
                     return
                 job = self._jobs[0]
@@ -160,8 +161,3 @@ class JobQueue:
             job.run()
             with self._changed:
                 self._jobs = [other for other in self._jobs if not other.ended]
-
-    @property
-    def jobs_wait(self) -> bool:
-        """True if a job can begin."""
-        return any(job.state is State.WAITING for job in self._jobs)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from admfast.errors import InvalidArgument
+from admfast.errors import InvalidArgument, invalid
+from admfast.files.images import MODES
 from admfast.models import UpsamplerConfig
 from admfast.models.presets import SYSTEMS
 from admfast.sampling.load import load
@@ -44,8 +45,8 @@ class AppModel:
 
     @property
     def restores(self) -> bool:
-        """True if a guide can steer the model to an image: it makes flat images at once, not in a cascade."""
-        return not self.enlarges and self.pipe.upsampler is None and self.pipe.config.dims == 2
+        """True if a guide can steer the model to an image: it makes its images at once, not in a cascade."""
+        return not self.enlarges and self.pipe.upsampler is None
 
     @property
     def default_steps(self) -> int:
@@ -68,5 +69,9 @@ def load_models(
             pipe = load(name, folder, device=device)
         except InvalidArgument as error:
             raise InvalidArgument(re.sub("^name=", "model=", str(error))) from None
+        config = pipe.config
+        if config.dims != 2 or config.in_channels not in MODES:
+            kind = f"{config.in_channels} channels, {config.dims}-D"
+            raise invalid("model", name, f"a model of flat images with 1, 3 or 4 channels; this has {kind}")
         models[name] = AppModel(pipe, name, folder, device)
     return models

@@ -24,7 +24,8 @@ FirstImage = Callable[[], bytes | None]  # returns the PNG of the first image of
 class UploadTab:
     """Controls at the left with the image as the network gets it, and at the right a gallery."""
 
-    verb = ""
+    verb: str
+    classes: controls.ClassChoice
 
     def __init__(self, models: Sequence[AppModel], queue: JobQueue, first_image: FirstImage) -> None:
         self.model, self._first_image = models[0], first_image
@@ -45,9 +46,8 @@ class UploadTab:
         self._choose_model(self.model)
 
     def add_controls(self) -> None:
-        """Add what this tab sets."""
-        self.classes = controls.ClassChoice()
-        self.steps = controls.steps_field(25)
+        """Add what this tab sets, `classes` among it."""
+        raise NotImplementedError
 
     def side(self) -> int:
         """Return the side of the image that the model takes."""

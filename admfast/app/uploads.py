@@ -33,8 +33,6 @@ def convert_upload(name: str, content: bytes, side: int, channels: int, inverted
     name = name[-LONGEST_NAME:]
     if len(content) > MOST_BYTES:
         raise invalid("upload", name, f"a file of at most {MOST_BYTES / 1e6:g} MB")
-    if channels not in MODES:
-        raise invalid("upload", name, f"this model takes images of {channels} channels, which no file has")
     try:
         picture = open_image(name, content, MOST_PIXELS)
     except InvalidArgument as error:

@@ -37,7 +37,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 class Work:
-    """Work that makes steps until it is let go, and remembers how many of its kind ran at once."""
+    """Work that makes steps until it is let go, or for 5 s; it remembers how many of its kind ran at once."""
 
     running, most = 0, 0
 
@@ -48,7 +48,7 @@ class Work:
         Work.running += 1
         Work.most = max(Work.most, Work.running)
         try:
-            while not self.let_go.wait(0.005):
+            while not self.let_go.wait(0.005) and self.steps < 1000:
                 self.steps += 1
                 callback(progress(1, 2))
         finally:

@@ -211,7 +211,7 @@ def test_guidance_is_dragged_and_samples_again_when_it_is_let_go(page):
 
 def test_two_settings_are_compared_on_the_same_seeds(page):
     page.get_by_text("Compare two settings").click()
-    page.locator('input[aria-label="steps"]:visible').nth(1).fill("5")
+    page.locator('input[aria-label="solver"]:visible').nth(1).fill("ddim:eta=0.5")
     fill(page, steps="10", seeds="1-2")
     press(page, "7")
     first, second = gallery_of(page), gallery_of(page, 1)
@@ -220,7 +220,7 @@ def test_two_settings_are_compared_on_the_same_seeds(page):
     tops = [gallery.bounding_box()["y"] for gallery in (first, second)]
     assert tops[0] == tops[1] and first.bounding_box()["x"] < second.bounding_box()["x"]
     assert first.locator("figcaption").all_inner_texts() == second.locator("figcaption").all_inner_texts()
-    assert "--steps 10" in code(first, 0) and "--steps 5" in code(second, 0)
+    assert "--solver auto" in code(first, 0) and "--solver ddim:eta=0.5" in code(second, 0)
     assert (pixels(first) != pixels(second)).any()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -144,6 +145,9 @@ def test_a_model_of_a_file_is_offered_too(tmp_path):
     Sampling(models[path], classes="3", steps=2).check()
     with pytest.raises(InvalidArgument, match="^model='nothing'"):
         load_models(["nothing"], device="cpu")
+    line = small.with_weights(dataclasses.replace(small.SMALL_UNET, dims=1))
+    with pytest.raises(InvalidArgument, match="^model=.*1-D"):
+        load_models([str(small.write(tmp_path / "line.safetensors", line))], device="cpu")
 
 
 # Restoring
