@@ -60,13 +60,10 @@ class Settings:
             raise invalid("seeds", self.seeds, f"so few images that they have {MOST_PIXELS:,} pixels or less")
         chosen = checks.parse_numbers("classes", self.classes, MOST_IMAGES) if self.classes.strip() else None
         object.__setattr__(self, "class_list", chosen)
-        self._store_whole("steps", MOST_STEPS)
-
-    def _store_whole(self, name: str, most: int) -> None:
-        """Store a whole number from 1 to `most`; a browser's 25.0 is 25."""
-        value = getattr(self, name)
-        whole = int(value) if isinstance(value, float) and value.is_integer() else value
-        object.__setattr__(self, name, checks.whole_number(name, whole, 1, most))
+        steps: object = self.steps
+        if isinstance(steps, float) and steps.is_integer():  # a browser may send 25.0
+            steps = int(steps)
+        object.__setattr__(self, "steps", checks.whole_number("steps", steps, 1, MOST_STEPS))
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the call that makes the images."""

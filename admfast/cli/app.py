@@ -29,9 +29,9 @@ def run_app(
     ] = None,
     host: Annotated[
         str,
-        typer.Option(help="Address to serve; 0.0.0.0 lets other machines in (default: this machine only)."),
+        typer.Option(help="Address to serve: this machine's own, or 0.0.0.0 to let other machines in."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to serve, 1 to 65535 (default: 8400).")] = 8400,
+    port: Annotated[int, typer.Option(help="Port to serve, 1 to 65535.")] = 8400,
     no_open: Annotated[
         bool, typer.Option("--no-open", help="Do not open a browser (default: open one).")
     ] = False,

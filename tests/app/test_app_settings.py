@@ -57,11 +57,12 @@ def test_the_lines_make_the_pixels_that_the_page_shows(make, models, tmp_path, m
     settings = make(models)
     settings.check()
     steps = []
-    shown = settings.run(lambda progress: steps.append(progress.done)).numpy()
+    shown = settings.run(lambda progress: steps.append((progress.stage, progress.total))).numpy()
     monkeypatch.chdir(tmp_path)
     for name, image in settings.files.items():
         write_png(name, image)
-    assert len(steps) >= settings.steps and len(shown) == len(settings.seed_list) == len(settings.captions)
+    assert steps[0] == ("base", settings.steps) and steps.count(steps[0]) == settings.steps
+    assert len(shown) == len(settings.seed_list) == len(settings.captions)
     np.testing.assert_array_equal(run_python(settings), shown)
     if settings.command_line():
         np.testing.assert_array_equal(run_command(settings), shown)
