@@ -45,10 +45,8 @@ class BodyLimit:
 def serve(models: Mapping[str, AppModel], host: str, port: int, opens_browser: bool) -> None:
     """Serve the page until the process is interrupted.
 
-    opens_browser: open the page in the browser of this machine.
-    Raises: InvalidArgument for a host or a port that this machine can't serve.
+    host, port: as `check_address` allows. opens_browser: open the page in the browser of this machine.
     """
-    check_address(host, port)
     queue = JobQueue()
     app = nicegui.app
     app.add_middleware(BodyLimit)
