@@ -117,7 +117,7 @@ def solver_field() -> ui.input:
     field = ui.input(value=AUTO).props("outlined dense aria-label=solver").classes("wide")
     with field.add_slot("append"), ui.icon("arrow_drop_down").classes("cursor-pointer"), ui.menu():
         for name in SOLVER_NAMES:
-            ui.menu_item(name, partial(field.set_value, name))
+            ui.menu_item(name, partial(field.set_value, name)).props("dense")
     return field
 
 
