@@ -84,7 +84,7 @@ class Gallery:
         self._bar.set_value(job.share)
         for i, picture in enumerate(job.pictures):
             if picture is not None and picture is not self._shown[i]:
-                self._images[i].props["src"] = _data_uri(picture)
+                self._images[i].props["src"] = data_uri(picture)
                 self._images[i].classes(remove="old")
                 self._shown[i] = picture
 
@@ -132,6 +132,6 @@ class Gallery:
                 plain_button(f"Save {name}, which these lines read", save, "link")
 
 
-def _data_uri(picture: bytes) -> str:
+def data_uri(picture: bytes) -> str:
     """Return a PNG as the address that shows it."""
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"

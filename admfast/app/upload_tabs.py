@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from nicegui import run, ui
 from nicegui.events import UploadEventArguments
 
 from admfast.app import controls
-from admfast.app.gallery import EMPTY, Gallery
+from admfast.app.gallery import EMPTY, Gallery, data_uri
 from admfast.app.jobs import JobQueue
 from admfast.app.models import AppModel
 from admfast.app.settings import Enlargement, Restoration, Settings
@@ -108,9 +107,7 @@ class UploadTab:
     def _show_picture(self) -> None:
         """Show the converted image, if there is one."""
         self.preview.set_visibility(self.upload is not None)
-        source = EMPTY
-        if self.upload is not None:
-            source = f"data:image/png;base64,{base64.b64encode(encode_png(self.upload.image)).decode()}"
+        source = EMPTY if self.upload is None else data_uri(encode_png(self.upload.image))
         self._picture.props["src"] = source
 
     def _choose_model(self, model: AppModel) -> None:
