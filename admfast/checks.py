@@ -14,6 +14,7 @@ import math
 import numbers
 import operator
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,9 @@ from torch import Tensor
 from admfast.errors import allowed_names, invalid
 
 NUMPY_TYPES = (np.ndarray, np.generic)
+# Most numbers of a text: a typo such as 0-99999999999 is an error and does not fill the memory.
+MAX_NUMBERS = 10_000_000
+MAX_DIGITS = 20  # of a number in a text, as many as the largest seed, 2^64 - 1, has
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -98,6 +102,25 @@ def parse_literal(text: str) -> Any:
         except (ValueError, SyntaxError):
             pass
     return text
+
+
+def parse_numbers(name: str, text: str, most: int = MAX_NUMBERS) -> list[int]:
+    """Return the numbers of "0-9", "207,360" or "0-3,7". Raises InvalidArgument, also for over `most`."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:-\s*([0-9]+)\s*)?", part)
+        if match is None:
+            raise invalid(name, text, "whole numbers and ranges separated by commas, such as 0-9 or 207,360")
+        if max(len(digits) for digits in match.groups("")) > MAX_DIGITS:
+            raise invalid(name, text, f"whole numbers of at most {MAX_DIGITS} digits")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise invalid(name, text, f"the range {part.strip()} runs backwards; write {last}-{first}")
+        count = len(numbers) + last - first + 1
+        if count > most:
+            raise invalid(name, text, f"at most {most:,} numbers; this has {count:,} or more")
+        numbers.extend(range(first, last + 1))
+    return numbers
 
 
 def finite_float(

@@ -79,7 +79,7 @@ def draw_chart(paths: Sequence[Path], out: Path) -> None:
         axis.set_ylim(top=min(axis.get_ylim()[1], 100))
     axes[-1][0].set_xlabel("evaluations of the network")
     axes[-1][1].set_xlabel("evaluations of the network")
-    axes[0][1].legend(fontsize=9)
+    axes[0][0].legend(fontsize=9)
     figure.tight_layout()
     figure.savefig(out, dpi=80)
 

@@ -32,9 +32,10 @@ FLOORS = {
     "runs": 6,
     "verify": 6,
     "training": 6,
-    "cli": 7,
+    "app": 7,
     "compat": 7,
-    "__main__": 8,
+    "cli": 8,
+    "__main__": 9,
 }
 # Rooms that may import from an equal floor: checks and the search for a device raise errors.
 BESIDE = {("checks", "errors"), ("host", "errors")}

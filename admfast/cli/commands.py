@@ -20,7 +20,9 @@ from admfast.cli.main import INTERRUPTED
 from admfast.cli.published_flags import translate_flags
 from admfast.errors import AdmfastError, InvalidArgument, allowed_names, invalid
 
-NAMES = ("sample", "run", "train", "export", "inspect", "models", "fetch", "info", "verify", "evaluate")
+NAMES = (
+    "sample", "run", "train", "evaluate", "app", "export", "inspect", "models", "fetch", "info", "verify",
+)  # fmt: skip
 USER_ERROR = 2
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # The base class of typer's usage errors. Newer versions of typer carry their own copy of click, older ones
@@ -80,7 +82,7 @@ def _print_version(requested: bool) -> None:
 _group = typer.Typer(
     name="admfast",
     cls=Commands,
-    help="ADM diffusion models: sample, run, train, export, verify, inspect, fetch.",
+    help="ADM diffusion models: sample, app, run, train, export, verify, inspect, fetch.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -33,8 +33,8 @@ Reference = Annotated[
 Features = Annotated[
     list[str] | None,
     typer.Option(
-        help="Network whose features are compared: inception (the published evaluator's), dinov2, or the name "
-        "or file of a classifier, such as digits32_classifier; repeat it for more (default: inception)."
+        help="Network whose features are compared: inception (the published evaluator's), dinov2, or the "
+        "name or file of a classifier, such as digits32_classifier; repeat it for more (default: inception)."
     ),
 ]
 Weights = Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from admfast.checks import integer_in_environment
+from admfast.checks import MAX_NUMBERS, integer_in_environment, parse_numbers
 from admfast.cli import guidance as guiding
 from admfast.cli import sample_options as option
 from admfast.cli.commands import drop_output
@@ -37,10 +36,6 @@ from admfast.sampling.plan import Plan, requested_images
 from admfast.sampling.profile import profile_text
 from admfast.sampling.request import AUTO, SampleRequest
 from admfast.solvers import make_solver
-
-# Most images of one call: a typo such as 0-99999999999 is an error and does not fill the memory.
-MAX_NUMBERS = 10_000_000
-MAX_DIGITS = 20  # of a number in a list, as many as the largest seed, 2^64 - 1, has
 
 
 def run_sample(
@@ -311,25 +306,6 @@ def _select_images(
     if per_class is None:
         return labels, image_seeds
     return repeat_classes(labels, per_class, image_seeds, pipe.default_classes)
-
-
-def parse_numbers(name: str, text: str) -> list[int]:
-    """Read "0-9", "207,360" or "0-3,7"; raises InvalidArgument."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise invalid(name, text, "whole numbers and ranges separated by commas, such as 0-9 or 207,360")
-        if max(len(digits) for digits in match.groups("")) > MAX_DIGITS:
-            raise invalid(name, text, f"whole numbers of at most {MAX_DIGITS} digits")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise invalid(name, text, f"the range {part.strip()} runs backwards; write {last}-{first}")
-        count = len(numbers) + last - first + 1
-        if count > MAX_NUMBERS:
-            raise invalid(name, text, f"at most {MAX_NUMBERS:,} numbers; this has {count:,} or more")
-        numbers.extend(range(first, last + 1))
-    return numbers
 
 
 def repeat_classes(

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from admfast.checks import parse_numbers
 from admfast.cli import guidance as guiding
 from admfast.cli import sample_options as option
 from admfast.cli.options import load_arguments
-from admfast.cli.sample import parse_numbers, read_low_res, settings_rows
+from admfast.cli.sample import read_low_res, settings_rows
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.files.atomic import check_folder
 from admfast.files.levels import from_uint8

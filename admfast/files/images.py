@@ -79,7 +79,9 @@ def read_image(path: str | PathLike[str], channels: int | None = None) -> UInt8:
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def open_image(path: str | PathLike[str], content: bytes | None = None) -> Image.Image:
+def open_image(
+    path: str | PathLike[str], content: bytes | None = None, most_pixels: int | None = None
+) -> Image.Image:
     """Return the decoded picture of an image file: grey ("L"), "RGB" or "RGBA", as the file has it.
 
     Palettes become RGB (RGBA if they have transparency); CMYK and YCbCr become RGB; bilevel becomes grey. If
@@ -88,6 +90,7 @@ def open_image(path: str | PathLike[str], content: bytes | None = None) -> Image
     Args:
         path: file name.
         content: the bytes of the file, if they were read already; `path` then only names it in errors.
+        most_pixels: a larger image is refused before it is decoded; None refuses what Pillow refuses.
 
     Raises:
         InvalidArgument: for a file that is missing, damaged, not an image, or has over 8 bits per channel
@@ -97,6 +100,9 @@ def open_image(path: str | PathLike[str], content: bytes | None = None) -> Image
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as picture:
             mode = picture.mode
+            if most_pixels is not None and picture.width * picture.height > most_pixels:
+                sides = f"{picture.width}x{picture.height}"
+                raise invalid("path", name, f"an image of at most {most_pixels:,} pixels; this has {sides}")
             if mode not in _CONVERTED_MODES:
                 raise invalid(
                     "path", name, f"an image of 8 bits a channel; this one has Pillow's mode {mode}"

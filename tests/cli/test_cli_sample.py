@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from admfast.checkpoints import write_weights
+from admfast.checks import MAX_NUMBERS, parse_numbers
 from admfast.cli.main import main
-from admfast.cli.sample import MAX_NUMBERS, parse_numbers, repeat_classes
+from admfast.cli.sample import repeat_classes
 from admfast.engine.step import PreparedStep
 from admfast.errors import InvalidArgument
 from admfast.files.images import read_image, write_png

@@ -1,0 +1,1 @@
+"""`admfast app`: a local web page that samples, compares, enlarges and restores images."""
