@@ -10,7 +10,6 @@ are frozen.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,31 +18,9 @@ from torch import Tensor
 
 import admfast
 from admfast import guides
-from admfast.diffusion import GaussianDiffusion
 from admfast.files.images import write_grid
 from admfast.sampling.pipeline import Pipeline
-from admfast.sampling.predict import Prediction
 from admfast.solvers import ddim
-
-
-def dps_guide(
-    process: GaussianDiffusion, measure: Callable[[Tensor], Tensor], y: Tensor, step_size: float
-) -> guides.Guide:
-    """Return the guide that moves x by -step_size d/dx_t ||y - measure(x_0(x_t))|| at the steps of `process`.
-
-    DDIM moves x by beta / sqrt(1 - beta) times the gradient of a guide. DPS sets the size of the move itself,
-    so this guide divides by that factor.
-    """
-    s = process.schedule
-    undone = {float(s.model_t(i)): math.sqrt(1 - s.betas[i]) / s.betas[i] for i in range(s.num_timesteps)}
-
-    def gradient(x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        mine = y[prediction.first : prediction.first + len(x_t)]
-        residual = (mine - measure(prediction.x0)).flatten(1).norm(dim=1)
-        (slope,) = torch.autograd.grad(residual.sum(), x_t)
-        return -step_size * undone[float(t[0])] * slope
-
-    return guides.by_prediction(gradient)
 
 
 def dps_sample(
@@ -59,7 +36,7 @@ def dps_sample(
 
     Source: algorithm 1 of the paper. Its step from the clipped x_0 equals that of DDIM with eta = 1.
     """
-    guide = dps_guide(pipe.process(str(steps)), measure, y, step_size)
+    guide = guides.by_measurement(pipe.process(str(steps)), measure, y, step_size)
     return pipe.sample(
         classes,
         seeds,

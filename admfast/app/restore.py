@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ from admfast.errors import invalid
 from admfast.files.levels import from_uint8, to_uint8
 from admfast.sampling import guides
 from admfast.sampling.pipeline import Pipeline
-from admfast.sampling.predict import Prediction
 from admfast.solvers import ddim
 
 Box = tuple[int, int, int, int]  # (top, left, bottom, right) in pixels, without the last row and column
@@ -46,13 +44,15 @@ def restore(
     """
     strength = finite_float("strength", strength, least=0, most=LARGEST_STRENGTH)
     visible, pixels = visible_pixels(image.shape[:2], box), torch.tensor(image)
-    known = from_uint8(pixels[None]).to(pipe.device)
+    known, mask = from_uint8(pixels[None]).to(pipe.device), visible.to(pipe.device)
+    process = pipe.process(str(steps))
+    guide = guides.by_measurement(process, lambda x: mask * x, mask * known, strength)
     sampled = pipe.sample(
         classes,
         seeds,
         respacing=str(steps),
         solver=ddim(eta=1.0),
-        guides=[_guide_to_visible(pipe, known, visible.to(pipe.device), str(steps), strength)],
+        guides=[guide],
         output="float",
         **settings,
     )
@@ -69,22 +69,3 @@ def visible_pixels(sides: tuple[int, ...], box: Sequence[int]) -> Tensor:
     mask = torch.ones(sides, dtype=torch.bool)
     mask[top:bottom, left:right] = False
     return mask
-
-
-def _guide_to_visible(
-    pipe: Pipeline, known: Tensor, visible: Tensor, respacing: str, strength: float
-) -> guides.Guide:
-    """Return the guide that moves x by -strength d/dx_t ||visible (known - x_0(x_t))||.
-
-    DDIM moves x by beta / sqrt(1 - beta) times the gradient of a guide, so this one divides by that factor.
-    Source: algorithm 1 of the paper.
-    """
-    s = pipe.process(respacing).schedule
-    undone = {float(s.model_t(i)): math.sqrt(1 - s.betas[i]) / s.betas[i] for i in range(s.num_timesteps)}
-
-    def gradient(x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-        residual = (visible * (known - prediction.x0)).flatten(1).norm(dim=1)
-        (slope,) = torch.autograd.grad(residual.sum(), x_t)
-        return -strength * undone[float(t[0])] * slope
-
-    return guides.by_prediction(gradient)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from admfast import checks
+from admfast.diffusion import GaussianDiffusion
 from admfast.engine.guidance import RowGuidance
 from admfast.errors import invalid
 from admfast.sampling.predict import Prediction
@@ -198,6 +199,38 @@ def by_prediction(
     two or more of them, second derivatives through the network are not available.
     """
     return Guide(function, sees_prediction=True, interval=interval)
+
+
+def by_measurement(
+    process: GaussianDiffusion,
+    measure: Callable[[Tensor], Tensor],
+    measurement: Tensor,
+    step_size: float = 1.0,
+) -> Guide:
+    """Return the guide of DPS, which moves x by -step_size d/dx_t ||measurement - measure(x_0(x_t))||.
+
+    Sample with `ddim(eta=1)`, whose step from the clipped x_0 is that of the paper, and with the respacing of
+    `process`. DDIM moves x by beta / sqrt(1 - beta) times the gradient of a guide. DPS sets the size of the
+    move itself, so this guide divides by that factor.
+
+    Args:
+        process: the process with the sample's respacing: `pipe.process("100")`.
+        measure: differentiable function of images [n, C, H, W] in about [-1, 1].
+        measurement: what `measure` gave for the image that is looked for: one for all samples, or one for
+        each. step_size: size of the move.
+
+    Source: Chung et al. 2023, algorithm 1.
+    """
+    s = process.schedule
+    undone = {float(s.model_t(i)): math.sqrt(1 - s.betas[i]) / s.betas[i] for i in range(s.num_timesteps)}
+
+    def gradient(x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+        first = prediction.first if len(measurement) > 1 else 0
+        residual = (measurement[first : first + len(x_t)] - measure(prediction.x0)).flatten(1).norm(dim=1)
+        (slope,) = torch.autograd.grad(residual.sum(), x_t)
+        return -step_size * undone[float(t[0])] * slope
+
+    return by_prediction(gradient)
 
 
 def spread(scale: Scale, count: int) -> list[float]:
