@@ -100,13 +100,14 @@ def open_page(server, requested) -> Iterator[Callable]:
 
         def open_one():
             page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
-            page.set_default_timeout(15_000)
+            page.set_default_timeout(60_000)
             page.on("request", lambda request: requested.append(request.url))
             page.on("websocket", lambda channel: requested.append(channel.url))
             page.on("dialog", lambda dialog: pytest.fail("a script in a text ran"))
             page.on("pageerror", lambda error: pytest.fail(f"an error in the page: {error}"))
             page.goto(server.url)
             page.get_by_role("button", name="Sample", exact=True).wait_for()
+            page.wait_for_function("window.did_handshake")  # events from before are lost
             return page
 
         yield open_one
