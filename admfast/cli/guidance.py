@@ -1,4 +1,4 @@
-"""The guidance options of `admfast sample`, and the settings of a request that they make."""
+"""The guidance options of `admfast sample` and `verify`, and the settings of a request that they make."""
 
 from __future__ import annotations
 
@@ -68,6 +68,12 @@ AutoguidanceScale = Annotated[
 AutoguidanceInterval = Annotated[
     str | None, typer.Option(help="As --guidance-interval, for --autoguidance-scale (default: all).")
 ]
+
+
+def check_weak(weak: Path | None, autoguidance_scale: str | None) -> None:
+    """Reject a weak network that would guide nothing."""
+    if weak is not None and autoguidance_scale is None:
+        raise invalid("weak", str(weak), "only together with --autoguidance-scale")
 
 
 def guidance_settings(

@@ -98,8 +98,7 @@ def _sample(given: SimpleNamespace) -> None:
     logging.basicConfig(level=verbosity, format="%(message)s")
     _check_without_model(given.batch, given.solver, given.compile_cache)
     _check_num(given)
-    if given.weak is not None and given.autoguidance_scale is None:
-        raise invalid("weak", str(given.weak), "only together with --autoguidance-scale")
+    guiding.check_weak(given.weak, given.autoguidance_scale)
     arguments = load_arguments(
         given.set_, given.set_classifier, given.set_upsampler, given.set_weak, weights=given.weights,
         classifier=given.classifier, upsampler=given.upsampler, weak=given.weak, preset=given.preset,

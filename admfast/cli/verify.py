@@ -54,6 +54,9 @@ def run_verify(
     steps: Steps = STEPS,
     solver: Solver = "ddim",
     guidance: guiding.Guidance = None,
+    cfg_scale: guiding.CfgScale = None,
+    weak: guiding.WeakFile = None,
+    autoguidance_scale: guiding.AutoguidanceScale = None,
     upsampler_steps: UpsamplerSteps = None,
     precision: option.Precision = "auto",
     device: option.Device = None,
@@ -63,25 +66,24 @@ def run_verify(
     set_: option.Set = None,
     set_classifier: option.SetClassifier = None,
     set_upsampler: option.SetUpsampler = None,
+    set_weak: option.SetWeak = None,
 ) -> int:
     """Compare samples of the fast path with the float32 reference; exit with status 1 past the budget."""
     if compile_cache is not None:
         check_folder(user_path("compile_cache", compile_cache))
-    numbers = {"classes": classes, "seeds": seeds}
-    settings: dict[str, Any] = {
-        name: parse_numbers(name, text) for name, text in numbers.items() if text is not None
-    }
-    settings |= dict(
-        steps=steps, solver=solver, upsampler_steps=upsampler_steps, size=size,
-        guidance=None if guidance is None else guiding.parse_scale("guidance", guidance),
-    )  # fmt: skip
+    guiding.check_weak(weak, autoguidance_scale)
+    settings = _parse_images(classes, seeds)
     arguments = load_arguments(
-        set_, set_classifier, set_upsampler, weights=weights, classifier=classifier, upsampler=upsampler,
-        preset=preset, device=device,
+        set_, set_classifier, set_upsampler, set_weak, weights=weights, classifier=classifier,
+        upsampler=upsampler, weak=weak, preset=preset, device=device,
     )  # fmt: skip
     engine = EngineOptions(threads=threads)
     pipe = load(
         name, precision=precision, compile=compile, compile_cache=compile_cache, engine=engine, **arguments
+    )
+    settings |= dict(steps=steps, solver=solver, upsampler_steps=upsampler_steps, size=size)
+    settings |= guiding.guidance_settings(
+        pipe.guidance, guidance, cfg_scale=cfg_scale, autoguidance_scale=autoguidance_scale
     )
     if low_res is not None:
         images = read_low_res(low_res, pipe.config.in_channels).images
@@ -94,3 +96,9 @@ def run_verify(
     verification = verify(pipe, reference, request)
     print("\n" + report(verification))
     return EXCEEDS_BUDGET if verification.failures else 0
+
+
+def _parse_images(classes: str | None, seeds: str | None) -> dict[str, Any]:
+    """Return the settings of these texts."""
+    numbers = {"classes": classes, "seeds": seeds}
+    return {name: parse_numbers(name, text) for name, text in numbers.items() if text is not None}

@@ -82,6 +82,16 @@ def test_a_model_with_all_that_goes_with_it(verify):
     assert layers_in(out) > layers_in(alone)
 
 
+def test_guidance_by_other_networks_is_compared(verify, weights):
+    write_weights(weights / "weak.safetensors", unet(7).state_dict(), Description(unet().config, SETTINGS))
+    guides = ("--weak", "weak.safetensors", "--autoguidance-scale", "1.5")
+    status, out, err = verify(*guides, "--cfg-scale", "1.5", "--set", "null_class=True")
+    assert status == 0, err
+    assert re.search(r"^weak\.", out, re.M) and "null class" in out
+    status, _, err = verify("--weak", "weak.safetensors")
+    assert status == 2 and err.startswith("admfast: --weak=") and err.count("\n") == 1
+
+
 def test_images_of_another_size_on_threads_that_are_asked_for(verify, monkeypatch):
     engines, load = [], command.load
     monkeypatch.setattr(command, "load", lambda *a, **k: engines.append(k["engine"]) or load(*a, **k))
