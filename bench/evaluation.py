@@ -97,14 +97,16 @@ def time_inception(rounds: int) -> dict[str, Any]:
     """Return images a second of both networks, timed in turns, and the error of the features."""
     torch.manual_seed(0)
     plain = PlainInception().eval()
-    for name, buffer in plain.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.uniform_(0.5, 1.5)
+    for name, tensor in plain.state_dict().items():
+        if name.endswith("conv.weight"):  # so that no layer's outputs fade or are cut off
+            nn.init.kaiming_normal_(tensor, nonlinearity="relu")
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.8, 1.2)
     ours = InceptionFeatures(plain.state_dict())
     images = torch.randint(0, 256, (BATCH, 64, 64, 3), dtype=torch.uint8)
     expected, found = plain(images), ours(images).pooled
     error = float((found - expected).abs().max() / expected.abs().max())
-    if error > LIMIT:
+    if not error <= LIMIT:  # NaN too
         raise SystemExit(f"evaluation: the features differ by {error:.2g}, the limit is {LIMIT:g}")
     runs = {"plain": lambda: plain(images), "admfast": lambda: ours(images)}
     times: dict[str, list[float]] = {name: [] for name in runs}

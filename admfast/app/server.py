@@ -20,6 +20,7 @@ from admfast.app.uploads import MOST_BYTES
 from admfast.errors import invalid
 
 MOST_BODY = MOST_BYTES + 100_000  # the file, and what a browser writes around it
+RECONNECT_SECONDS = 20.0  # a page that lost its connection for less finds its images and jobs again
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect width="8" height="8" rx="1.5" '
     'fill="#3d5a80"/><path d="M2 6 4 2 6 6M2.8 4.6h2.4" stroke="#fff" fill="none"/></svg>'
@@ -65,6 +66,7 @@ def serve(models: Mapping[str, AppModel], host: str, port: int, opens_browser: b
         tailwind=False,
         show=opens_browser,
         reload=False,
+        reconnect_timeout=RECONNECT_SECONDS,
         show_welcome_message=False,
     )
 

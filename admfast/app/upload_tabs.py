@@ -192,6 +192,8 @@ class RestoreTab(UploadTab):
     def _show_box(self, _: Any = None) -> None:
         """Draw the box over the image."""
         rows, columns, percent = self._rows.value, self._columns.value, 100 / self.side()
+        if not (isinstance(rows, dict) and isinstance(columns, dict)):
+            return  # only a message that the page itself doesn't send
         sides = {"top": rows["min"], "left": columns["min"]}
         sides |= {"height": rows["max"] - rows["min"], "width": columns["max"] - columns["min"]}
         self._hidden.style("; ".join(f"{name}: {value * percent:.2f}%" for name, value in sides.items()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from admfast.cli.sample_options import Device
 from admfast.distributed import World, join_processes
 from admfast.errors import allowed_names, invalid
 from admfast.evaluation import Evaluation, FeatureNet, ImageSet, compute_features, evaluate, open_features
+from admfast.evaluation.evaluate import PUBLISHED_MEASURES, comparable_values, published_values
 from admfast.evaluation.image_sets import UInt8, open_images
 from admfast.evaluation.reference import write_reference
 from admfast.evaluation.report import write_report
@@ -87,7 +89,8 @@ def run_evaluate(
     with join_processes(device) as world:
         images = open_set(samples, "samples")
         others = None if reference is None else open_set(reference, "reference")
-        nets = [open_features(name, weights, world.device) for name in features or ["inception"]]
+        names = dict.fromkeys(features or ["inception"])
+        nets = [open_features(name, weights, world.device) for name in names]
         if make_reference and out is not None:
             return _make_reference(images, nets[0], out, batch_size, seed, world)
         results = [_evaluate(net, images, others, batch_size, seed, world) for net in nets]
@@ -99,7 +102,10 @@ def run_evaluate(
             write_text(out, json.dumps([result.to_dict() for result in results], indent=1) + "\n")
             print(out.resolve())
         if report is not None:
-            settings = {"batch size": batch_size, "seed": seed, "device": world.device}
+            settings: dict[str, Any] = {"weights": weights, "batch size": batch_size, "seed": seed}
+            settings |= {"device": world.device, "torch": torch.__version__}
+            if isinstance(images, RunImages):
+                settings |= images.settings()
             write_report(report, results[0], images, others, expected, settings)
             print(report.resolve())
     return None
@@ -137,6 +143,12 @@ class RunImages(ImageSet):
 
     def __len__(self) -> int:
         return self._run.manifest.images
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that the images were sampled with."""
+        manifest = self._run.manifest
+        made = {"model": manifest.model, "precision": manifest.precision, "seeds": manifest.seeds}
+        return {f"samples: {name}": value for name, value in (made | manifest.request).items()}
 
     def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
         held: list[UInt8] = []
@@ -208,15 +220,11 @@ def _text(result: Evaluation, published: Sequence[Metric]) -> str:
 
 def _published_table(result: Evaluation, published: Sequence[Metric]) -> str:
     """Return the published results of a system under those of the samples."""
-    names = ("FID", "sFID", "Inception Score", "precision", "recall")
-    values = {measure.name: measure.value for measure in result.measures}
-    if "FID" not in values and "Inception Score" not in values:
-        values = {}  # of other features than the published
-    rows = [("these samples", *(_number(values.get(name)) for name in names))]
-    for metric in published:
-        numbers = (metric.fid, metric.sfid, metric.inception_score, metric.precision, metric.recall)
-        rows.append((f"{metric.conditions} ({metric.source})", *map(_number, numbers)))
-    return table(rows, ("published", *names))
+    rows = [(f"{metric.conditions} ({metric.source})", published_values(metric)) for metric in published]
+    if (own := comparable_values(result)) is not None:
+        rows.insert(0, ("these samples", own))
+    cells = [(name, *map(_number, values)) for name, values in rows]
+    return table(cells, ("published, of Inception's features", *PUBLISHED_MEASURES))
 
 
 def _number(value: float | None) -> str:

@@ -14,14 +14,24 @@ from admfast.errors import invalid
 from admfast.evaluation.features import Count, FeatureNet, Neighbours, SetFeatures, compute_features
 from admfast.evaluation.frechet import frechet_distance
 from admfast.evaluation.image_sets import ImageSet
-from admfast.evaluation.inception_score import inception_score
+from admfast.evaluation.inception import InceptionFeatures
+from admfast.evaluation.inception_score import SPLIT_SIZE, inception_score
 from admfast.evaluation.intervals import Interval, bootstrap_interval
-from admfast.evaluation.kernel_distance import kernel_distance
+from admfast.evaluation.kernel_distance import SUBSETS, kernel_distance
 from admfast.evaluation.precision_recall import neighbourhoods
 from admfast.evaluation.reference import IMAGES, ReferenceStatistics, read_reference_statistics
+from admfast.models.published import Metric
 
 PUBLISHED_COUNT = 50_000  # samples behind published values
 DENSITY_NEIGHBOURS = 5  # of density and coverage, as in Naeem et al. 2020
+# The measures with published values, and their fields in `Metric`.
+PUBLISHED_MEASURES = {
+    "FID": "fid",
+    "sFID": "sfid",
+    "Inception Score": "inception_score",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
 @dataclass(frozen=True)
@@ -74,12 +84,15 @@ def evaluate(
     seed: int = 0,
     count: Count = lambda images: None,
 ) -> Evaluation:
-    """Compare samples with a reference by the features of `net`; the measures are in the published order.
+    """Compare samples with a reference by the features of `net`; return the measures in the published order.
 
     With Inception: Inception Score, FID, sFID, precision and recall as the published evaluator computes them,
-    density, coverage and KID. A reference with `mu, sigma, mu_s, sigma_s` gives FID and sFID by these.
+    density, coverage and KID. A reference with `mu, sigma, mu_s, sigma_s` gives FID and sFID by these. Those
+    of the samples' own file are not read. With several processes, all get the result.
 
     Args:
+        samples: the images to measure.
+        net: computes their features.
         reference: None computes only the measures that need none.
         batch_size: images that the network gets at a time.
         world: the processes that share the images; None for one.
@@ -94,19 +107,39 @@ def evaluate(
         least = 2 if reference is None else max(net.neighbours.k, DENSITY_NEIGHBOURS) + 1
         if images is not None and len(images) < least:
             raise invalid(name, f"{len(images)} images", f"at least {least}")
+    stored = None if reference is None else _stored_statistics(net, reference)
     found = compute_features(net, samples, batch_size, world, count)
     if reference is None:
         measures = tuple(_scores(net, found))
         warnings = tuple(_sample_warnings(samples))
         return Evaluation(net.name, _describe(samples), None, measures, warnings, found)
     other = compute_features(net, reference, batch_size, world, count)
-    stored = None
-    if net.reads_statistics and reference.path is not None and reference.path.suffix == ".npz":
-        stored = read_reference_statistics(reference.path)
     measures = tuple(_measures(net, found, other, stored, seed))
     warnings = (*_sample_warnings(samples), *_comparison_warnings(samples, reference, found, stored))
     sets = _describe(samples), _describe(reference)
     return Evaluation(net.name, *sets, measures, warnings, found, other)
+
+
+def _stored_statistics(net: FeatureNet, reference: ImageSet) -> ReferenceStatistics | None:
+    """Return the statistics that a reference batch holds of these features; None without them."""
+    path, widths = reference.path, net.statistics_widths
+    if widths is None or path is None or path.is_dir() or path.suffix.lower() != ".npz":
+        return None
+    return read_reference_statistics(path, widths)
+
+
+def published_values(metric: Metric) -> list[float | None]:
+    """Return a published result in the order of `PUBLISHED_MEASURES`."""
+    return [getattr(metric, field) for field in PUBLISHED_MEASURES.values()]
+
+
+def comparable_values(evaluation: Evaluation) -> list[float | None] | None:
+    """Return the measures in the order of `PUBLISHED_MEASURES`; None if they are not of Inception's
+    features."""
+    if evaluation.features != InceptionFeatures.name:
+        return None
+    values = {measure.name: measure.value for measure in evaluation.measures}
+    return [values.get(name) for name in PUBLISHED_MEASURES]
 
 
 def compare_features(
@@ -128,34 +161,33 @@ def _measures(
     pooled = reference.statistics if stored is None else stored.pooled
     of = "" if stored is None else "against the reference's own mu and sigma"
     yield Measure(net.frechet_name, frechet_distance(samples.statistics, pooled), how=of)
-    spatial = reference.spatial if stored is None else stored.spatial
-    if samples.spatial is not None and spatial is not None:
-        yield Measure("sFID", frechet_distance(samples.spatial, spatial), how=of)
+    if samples.spatial is not None and reference.spatial is not None:
+        spatial = stored.spatial if stored is not None else None
+        of = of if spatial is not None or stored is None else "against the reference's images"
+        yield Measure("sFID", frechet_distance(samples.spatial, spatial or reference.spatial), how=of)
     yield from _neighbour_measures(net.neighbours, samples.pooled, reference.pooled, seed)
-    kid = kernel_distance(samples.pooled, reference.pooled, seed=seed)
-    yield Measure("KID", kid.mean, how=f"standard deviation {kid.std:.2g} over 100 subsets")
+    kernel = kernel_distance(samples.pooled, reference.pooled, SUBSETS, seed=seed)
+    how = f"standard deviation {kernel.std:.2g} over {SUBSETS} subsets"
+    yield Measure(net.kernel_name, kernel.mean, how=how)
 
 
 def _scores(net: FeatureNet, samples: SetFeatures) -> Iterator[Measure]:
     """Yield the measures that need no reference."""
     if samples.probabilities is not None:
-        yield Measure(net.score_name, inception_score(samples.probabilities), how="splits of 5,000")
+        yield Measure(net.score_name, inception_score(samples.probabilities), how=f"splits of {SPLIT_SIZE:,}")
 
 
 def _neighbour_measures(rule: Neighbours, a: Tensor, b: Tensor, seed: int) -> Iterator[Measure]:
     """Yield precision, recall, density and coverage with their intervals."""
     if rule.most is not None:
-        rng = np.random.default_rng(seed)
-        a, b = (
-            x if len(x) <= rule.most else x[np.sort(rng.choice(len(x), rule.most, replace=False))]
-            for x in (a, b)
-        )
+        size, rng = min(rule.most, len(a), len(b)), np.random.default_rng(seed)
+        a, b = (x[np.sort(rng.choice(len(x), size, replace=False))] for x in (a, b))
     balls = neighbourhoods(a, b, rule.k, rule.half, rule.open_balls)
     how = f"k = {rule.k}" + (", float16 distances" if rule.half else "")
     yield _mean("precision", balls.precision, how, seed)
     yield _mean("recall", balls.recall, how, seed)
     open_balls = balls
-    if rule.half or not rule.open_balls:
+    if (rule.k, rule.half, rule.open_balls) != (DENSITY_NEIGHBOURS, False, True):
         open_balls = neighbourhoods(a, b, DENSITY_NEIGHBOURS, half=False, open_balls=True)
         how = f"k = {DENSITY_NEIGHBOURS}"
     yield _mean("density", open_balls.density, how, seed)
@@ -177,12 +209,19 @@ def _sample_warnings(samples: ImageSet) -> Iterator[str]:
         yield "the samples are JPEG files, whose artefacts change the measures"
     if samples.shape[2] == 1:
         yield "the samples are grey"
+    labels = samples.labels
+    if labels is not None and len(labels) > SPLIT_SIZE and bool((np.diff(labels) >= 0).all()):
+        yield "the samples are sorted by class: the Inception Score, of splits in their order, is too low"
 
 
 def _comparison_warnings(
     samples: ImageSet, reference: ImageSet, features: SetFeatures, stored: ReferenceStatistics | None
 ) -> Iterator[str]:
     """Yield what makes the comparison unfair, or incomparable with published values."""
+    if samples.path is not None and samples.path == reference.path:
+        yield "the samples are the reference"
+    if samples.shape[2] != reference.shape[2]:
+        yield "only one of the two sets is grey"
     if samples.shape[:2] != reference.shape[:2]:
         sizes = [f"{s[0]}x{s[1]}" for s in (samples.shape, reference.shape)]
         yield f"the samples are {sizes[0]} and the reference {sizes[1]}: resizing changes the measures"

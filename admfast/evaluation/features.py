@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from admfast import checks
 from admfast.distributed import World
 from admfast.engine.numerics import fixed_numerics
-from admfast.errors import invalid
+from admfast.errors import InvalidArgument, invalid
 from admfast.evaluation.image_sets import ImageSet
 from admfast.evaluation.statistics import Statistics, StatisticsSum, merged
 
@@ -32,7 +33,7 @@ class Neighbours(NamedTuple):
     """How precision, recall, density and coverage are computed for a kind of features.
 
     k: neighbours. half: distances in float16. open_balls: without their surface (see `precision_recall`).
-    most: number of images of each set, drawn at random; None takes all.
+    most: largest number of images, drawn at random, as many from both sets; None takes all.
     """
 
     k: int = 3
@@ -47,17 +48,18 @@ class FeatureNet(ABC):
     Attributes:
         name: for tables and files.
         device: where it computes.
-        frechet_name, score_name: what the Frechet distance of its features, and the Inception Score by its
-            classes, are called.
+        frechet_name, kernel_name, score_name: what the Frechet distance and the kernel distance of its
+            features, and the Inception Score by its classes, are called.
         neighbours: how precision and recall of its features are computed.
-        reads_statistics: whether the `mu` and `sigma` of a published reference batch are of its features.
+        statistics_widths: numbers of pooled and spatial features, if the `mu` and `mu_s` of a published
+            reference batch are of them; None if they are of other features.
     """
 
     name: str
     device: torch.device
-    frechet_name, score_name = "FD", "classifier score"
+    frechet_name, kernel_name, score_name = "FD", "KD", "classifier score"
     neighbours = Neighbours()
-    reads_statistics = False
+    statistics_widths: tuple[int, int] | None = None
 
     @abstractmethod
     def __call__(self, images: Tensor) -> ImageFeatures:
@@ -100,7 +102,7 @@ def compute_features(
         InvalidArgument: for fewer than 2 images, images that can't be read, or features that are not finite;
             the image is named.
     """
-    world = world or World()
+    world, batch_size = world or World(), checks.whole_number("batch_size", batch_size, 1)
     if len(images) < max(2, world.size):
         raise invalid(images.name, f"{len(images)} images", f"at least {max(2, world.size)}")
     first, stop = (len(images) * rank // world.size for rank in (world.rank, world.rank + 1))
@@ -109,7 +111,10 @@ def compute_features(
     with fixed_numerics(net.device):
         for batch in images.batches(first, stop, batch_size):
             # The arrays of an archive can't be written; torch would warn.
-            found = net(torch.from_numpy(np.array(batch)))
+            try:
+                found = net(torch.from_numpy(np.array(batch)))
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{images.name}: {error}") from None
             _check_finite(found.pooled, images, position)
             pooled.append(found.pooled.float().cpu())
             pooled_sum.add(found.pooled)

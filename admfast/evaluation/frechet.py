@@ -36,7 +36,8 @@ def frechet_distance(samples: Any, reference: Any) -> float:
     values = torch.linalg.eigvalsh(factor.T @ torch.from_numpy(b.sigma) @ factor)
     overlap = float(values.clamp(min=0).sqrt().sum())
     difference = a.mu - b.mu
-    return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * overlap)
+    distance = difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * overlap
+    return max(0.0, float(distance))  # rounding makes that of equal sets negative
 
 
 def _factor(sigma: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ class ArrayImages(ImageSet):
             actual = f"{self._images.dtype} {self._images.shape}"
             raise invalid(name, actual, "uint8 [N, H, W, C], none empty")
         self.name, self.shape = name, self._images.shape[1:]
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        if labels is not None:
+            self.labels = check_labels(np.asarray(labels), len(self._images), f"{name}: labels")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -124,7 +125,9 @@ class FileImages(ImageSet):
 
     def __init__(self, source: Source, path: Path, name: str) -> None:
         self._source, self.path, self.name, self._argument = source, path, str(path), name
+        self._channels = 1
         self.shape = self._read(0).shape
+        self._channels = self.shape[2]
         if source.labels is not None:
             self.labels = np.array(source.labels, dtype=np.int64)
 
@@ -157,7 +160,10 @@ class FileImages(ImageSet):
 
     def _read(self, index: int) -> UInt8:
         image = np.asarray(self._source.decode(index))
-        return image[..., None] if image.ndim == 2 else image
+        if image.ndim == 2:
+            image = image[..., None]
+        # A grey picture among coloured ones is shown in colour, as every program does.
+        return image.repeat(3, axis=2) if (image.shape[2], self._channels) == (1, 3) else image
 
 
 def open_images(path: str | PathLike[str], name: str = "samples", labels: str = "auto") -> ImageSet:

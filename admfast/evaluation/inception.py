@@ -45,9 +45,9 @@ class InceptionFeatures(FeatureNet):
     """
 
     name = "inception"
-    frechet_name, score_name = "FID", "Inception Score"
+    frechet_name, kernel_name, score_name = "FID", "KID", "Inception Score"
     neighbours = Neighbours(k=3, half=True)
-    reads_statistics = True
+    statistics_widths = (FEATURES, SPATIAL_CHANNELS * 17 * 17)
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)

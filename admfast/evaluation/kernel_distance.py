@@ -12,6 +12,8 @@ from admfast import checks
 from admfast.errors import invalid
 from admfast.evaluation.statistics import feature_rows
 
+SUBSETS, SUBSET_SIZE = 100, 1000
+
 
 class KernelDistance(NamedTuple):
     """Mean and standard deviation of the distance over subsets."""
@@ -21,7 +23,7 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    samples: Any, reference: Any, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    samples: Any, reference: Any, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 0
 ) -> KernelDistance:
     """Return the mean over random subsets of the unbiased MMD^2 with k(x, y) = (x . y / D + 1)^3.
 
@@ -41,6 +43,7 @@ def kernel_distance(
     if a.shape[1] != b.shape[1]:
         raise invalid("samples", f"features of width {a.shape[1]}", f"width {b.shape[1]}, as the reference")
     subsets = checks.whole_number("subsets", subsets, 1)
+    seed = checks.whole_number("seed", seed, 0)
     size = min(checks.whole_number("subset_size", subset_size, 2), len(a), len(b))
     rng, values = np.random.default_rng(seed), []
     for _ in range(subsets):

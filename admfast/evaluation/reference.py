@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from admfast.errors import invalid
+from admfast.errors import InvalidArgument, invalid
 from admfast.evaluation.features import SetFeatures
 from admfast.evaluation.image_sets import ImageSet, UInt8
 from admfast.evaluation.statistics import Statistics
@@ -26,22 +26,31 @@ class ReferenceStatistics(NamedTuple):
     spatial: Statistics | None
 
 
-def read_reference_statistics(path: Path) -> ReferenceStatistics | None:
+def read_reference_statistics(path: Path, widths: tuple[int, int]) -> ReferenceStatistics | None:
     """Return the statistics `mu, sigma` and `mu_s, sigma_s` of an npz; None if it has none.
 
-    Raises InvalidArgument if only one of a pair is there, or for other shapes, NaN or infinity.
+    widths: number of pooled and of spatial features.
+    Raises InvalidArgument if only one of a pair is there, or one is no mean or covariance of such features.
     """
-    pooled = _read_pair(path, "mu", "sigma")
-    return None if pooled is None else ReferenceStatistics(pooled, _read_pair(path, "mu_s", "sigma_s"))
+    pooled = _read_pair(path, "mu", "sigma", widths[0])
+    if pooled is None:
+        return None
+    return ReferenceStatistics(pooled, _read_pair(path, "mu_s", "sigma_s", widths[1]))
 
 
-def _read_pair(path: Path, mean: str, covariance: str) -> Statistics | None:
+def _read_pair(path: Path, mean: str, covariance: str, width: int) -> Statistics | None:
     mu, sigma = read_array(path, mean), read_array(path, covariance)
     if mu is None and sigma is None:
         return None
     if mu is None or sigma is None:
         raise invalid("reference", str(path), f"both {mean} and {covariance}, or neither")
-    return Statistics(mu.astype(np.float64), sigma.astype(np.float64))
+    try:
+        statistics = Statistics(mu, sigma)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"reference={str(path)!r}: {mean}, {covariance}: {error}") from None
+    if len(statistics.mu) != width:
+        raise invalid("reference", str(path), f"{mean} of {width} features; this has {len(statistics.mu)}")
+    return statistics
 
 
 def write_reference(
@@ -53,6 +62,7 @@ def write_reference(
     `sigma_s` in float64.
 
     Args:
+        images: the whole data set.
         features: of `images`, by Inception.
         seed: of the draw of the images that are stored, if there are more than 10,000.
 

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from admfast.evaluation.evaluate import Evaluation, Measure
+from admfast.evaluation.evaluate import (
+    PUBLISHED_COUNT,
+    PUBLISHED_MEASURES,
+    Evaluation,
+    Measure,
+    comparable_values,
+    published_values,
+)
 from admfast.evaluation.image_sets import ImageSet, UInt8
-from admfast.evaluation.inception import InceptionFeatures
 from admfast.evaluation.report_choice import Certainty, GridRow, NearestImages
 from admfast.evaluation.report_page import (
     Tile,
@@ -42,13 +48,7 @@ _MEANINGS = {
     "density": ("higher", "Quality: reference neighbourhoods around a sample"),
     "coverage": ("higher", "Variety: share of reference images near a sample"),
     "KID": ("lower", f"Kernel distance {_SETS}"),
-}
-_PUBLISHED_FIELDS = {
-    "FID": "fid",
-    "sFID": "sfid",
-    "precision": "precision",
-    "recall": "recall",
-    "Inception Score": "inception_score",
+    "KD": ("lower", f"Kernel distance {_SETS}"),
 }
 
 
@@ -116,23 +116,22 @@ def write_published(contents: Contents) -> str:
     if not rows:
         return ""
     evaluation, table = contents.evaluation, [_published_row(metric) for metric in rows]
-    lead = f"Results of {contents.system} by the published evaluator, on 50,000 samples."
-    comparable = evaluation.features == InceptionFeatures.name
-    if comparable:
-        values = {measure.name: show_number(measure.value) for measure in evaluation.measures}
-        cells = [values.get(name, "–") for name in _PUBLISHED_FIELDS]
+    lead = f"Results of {contents.system} by the published evaluator, on {PUBLISHED_COUNT:,} samples."
+    values = comparable_values(evaluation)
+    if values is not None:
+        cells = ["–" if value is None else show_number(value) for value in values]
         table.insert(0, [f"These {len(contents.samples):,} samples", *cells])
     else:
         lead += f" They are of Inception's features: don't compare them with those of {evaluation.features}."
-    numbers = range(1, 1 + len(_PUBLISHED_FIELDS))
-    html = write_table(
-        ["Conditions and source", *_PUBLISHED_FIELDS], table, numbers, marked_rows=[0] if comparable else []
-    )
+    numbers = range(1, 1 + len(PUBLISHED_MEASURES))
+    marked_rows = [] if values is None else [0]
+    heads = ["Conditions and source", *PUBLISHED_MEASURES]
+    html = write_table(heads, table, numbers, marked_rows=marked_rows)
     return write_section("published", "Published results", html, lead)
 
 
 def _published_row(metric: Metric) -> list[str]:
-    values = [getattr(metric, field) for field in _PUBLISHED_FIELDS.values()]
+    values = published_values(metric)
     cells = ["–" if value is None else f"{value:.2f}" for value in values]
     return [f"{escape(metric.conditions)} <small>{escape(metric.source)}</small>", *cells]
 
@@ -209,7 +208,7 @@ def write_closest(contents: Contents) -> str:
         ]
         cards.append(write_card(pair, contents.side))
     lead = (
-        "These would be copies, if there were any. Half of all samples have a reference image within"
+        "A copy would be among these. Half of all samples have a reference image within"
         f" {nearest.typical:.3g}"
     )
     if nearest.typical_reference is not None:

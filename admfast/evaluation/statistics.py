@@ -12,6 +12,8 @@ from torch import Tensor
 
 from admfast.errors import invalid
 
+ASYMMETRY = 1e-5  # of a covariance, as a share of its largest entry; float32 sums stay below
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -21,12 +23,20 @@ class Statistics:
     sigma: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        for name, expected in (("mu", self.mu.shape[:1]), ("sigma", (len(self.mu),) * 2)):
-            array = getattr(self, name)
-            if array.shape != expected or not array.size:
+        for name, dims in (("mu", 1), ("sigma", 2)):
+            array = np.asarray(getattr(self, name))
+            if array.dtype.kind not in "fiu":
+                raise invalid(f"{name}.dtype", str(array.dtype), "real numbers")
+            width = max(np.shape(self.mu)[:1], default=0)
+            if not width or array.shape != (width,) * dims:
                 raise invalid(f"{name}.shape", array.shape, "mu [D] and sigma [D, D]")
+            array = array.astype(np.float64)
             if not np.isfinite(array).all():
                 raise invalid(name, "NaN or infinity", "finite numbers")
+            object.__setattr__(self, name, array)
+        scale = np.abs(self.sigma).max()
+        if np.abs(self.sigma - self.sigma.T).max() > ASYMMETRY * scale or self.sigma.diagonal().min() < 0:
+            raise invalid("sigma", "not a covariance", "symmetric, and no variance below 0")
 
 
 class StatisticsSum:
@@ -95,6 +105,10 @@ def statistics_of(features: Any, batch_size: int = 1024) -> Statistics:
 def feature_rows(name: str, features: Any, least: int = 2) -> Tensor:
     """Return features as a floating tensor [N, D]. Raises InvalidArgument if they aren't at least `least`
     rows."""
+    if isinstance(features, np.ndarray):  # torch takes no negative strides and no other order of bytes
+        features = np.ascontiguousarray(features)
+        if features.dtype.kind in "fiub":
+            features = features.astype(features.dtype.newbyteorder("="))
     try:
         rows = torch.as_tensor(features)
     except (TypeError, ValueError, RuntimeError):
@@ -103,7 +117,9 @@ def feature_rows(name: str, features: Any, least: int = 2) -> Tensor:
         raise invalid(f"{name}.shape", tuple(rows.shape), "[N, D]")
     if len(rows) < least:
         raise invalid(name, f"{len(rows)} rows", f"at least {least}")
-    rows = rows if rows.is_floating_point() else rows.double()
+    if rows.is_complex():
+        raise invalid(f"{name}.dtype", str(rows.dtype), "real numbers")
+    rows = rows.detach() if rows.dtype in (torch.float32, torch.float64) else rows.detach().double()
     if not bool(rows.isfinite().all()):
         raise invalid(name, "NaN or infinity", "finite numbers")
     return rows

@@ -248,4 +248,6 @@ def check_labels(labels: NDArray[Any], count: int, argument: str) -> NDArray[np.
         raise invalid(f"{argument}.dtype", str(labels.dtype), "integers")
     if labels.shape != (count,):
         raise invalid(f"{argument}.shape", labels.shape, f"one class for each of the {count} images")
+    if labels.size and int(labels.max()) > np.iinfo(np.int64).max:
+        raise invalid(argument, int(labels.max()), "classes below 2^63")
     return labels.astype(np.int64)

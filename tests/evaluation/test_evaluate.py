@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 
@@ -16,28 +17,37 @@ from admfast.errors import AdmfastError, CheckpointError, InvalidArgument
 from admfast.evaluation import (
     ArrayImages,
     ClassifierFeatures,
+    DinoFeatures,
     FeatureNet,
     ImageFeatures,
     InceptionFeatures,
+    compare_features,
     compute_features,
+    density_coverage,
     evaluate,
     frechet_distance,
     open_features,
     open_images,
     statistics_of,
 )
+from admfast.evaluation.evaluate import DENSITY_NEIGHBOURS
+from admfast.evaluation.features import Neighbours
 from admfast.evaluation.inception_layers import graph_names
+from admfast.evaluation.inception_score import SPLIT_SIZE
 from admfast.evaluation.inception_weights import read_inception_weights
+from admfast.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS
 from admfast.evaluation.reference import write_reference
 from tests.small import classifier
 from tests.tools.random_inception import random_inception
+
+evaluate_file = importlib.import_module("admfast.evaluation.evaluate")
 
 
 class Corners(FeatureNet):
     """Features that a person can compute: eight pixels; spatial features: six others."""
 
     name, device = "corners", torch.device("cpu")
-    reads_statistics = True
+    statistics_widths = (8, 6)
 
     def __call__(self, images: Tensor) -> ImageFeatures:
         flat = images.flatten(1).float()
@@ -49,15 +59,19 @@ def pictures(count, seed=0, low=0):
     return ArrayImages(images, np.arange(count) % 4)
 
 
+def data_of(images: ArrayImages) -> np.ndarray:
+    return np.concatenate(list(images.batches(0, len(images), 100)))
+
+
 def pixels(images: ArrayImages) -> np.ndarray:
-    return np.concatenate(list(images.batches(0, len(images), 100))).reshape(len(images), -1).astype(float)
+    return data_of(images).reshape(len(images), -1).astype(float)
 
 
 def test_the_measures_are_those_of_the_features():
     samples, reference = pictures(60), pictures(90, 1, low=40)
     found = evaluate(samples, reference, Corners(), batch_size=7)
     names = [measure.name for measure in found.measures]
-    assert names == ["classifier score", "FD", "sFID", "precision", "recall", "density", "coverage", "KID"]
+    assert names == ["classifier score", "FD", "sFID", "precision", "recall", "density", "coverage", "KD"]
     a, b = pixels(samples), pixels(reference)
     assert found.value("FD") == pytest.approx(frechet_distance(a[:, :8], b[:, :8]), rel=1e-9)
     assert found.value("sFID") == pytest.approx(frechet_distance(a[:, 20:26], b[:, 20:26]), rel=1e-9)
@@ -92,6 +106,97 @@ def test_statistics_of_the_reference_replace_those_of_its_images(tmp_path):
     shift = ((mean - shifted["mu"]) ** 2).sum() - ((mean - shifted["mu"] + 3) ** 2).sum()
     assert other.value("FD") - own.value("FD") == pytest.approx(shift, rel=1e-6)
     assert other.value("sFID") == pytest.approx(own.value("sFID"), rel=1e-9)
+    np.savez(moved, **(dict(shifted) | {"mu_s": shifted["mu_s"] + 30}))
+    assert evaluate(samples, open_images(moved), Corners()).value("sFID") > own.value("sFID") + 1000
+
+
+def test_an_archive_is_known_by_its_ending_in_any_case(tmp_path):
+    reference, path = pictures(90, 1), tmp_path / "R.NPZ"
+    found = compute_features(Corners(), reference)
+    with open(path, "wb") as file:
+        np.savez(file, arr_0=data_of(reference), mu=found.statistics.mu + 30, sigma=found.statistics.sigma)
+    result, own = (evaluate(pictures(60), images, Corners()) for images in (open_images(path), reference))
+    assert result.value("FD") > own.value("FD") + 1000
+    assert not any("mu, sigma" in warning for warning in result.warnings)
+    # Without mu_s, sFID is against the images.
+    assert result.value("sFID") == pytest.approx(own.value("sFID"), rel=1e-9)
+
+
+SIGMA = np.eye(8)
+BAD_STATISTICS = {
+    "no vector": (np.float64(3), SIGMA),
+    "text": (np.array(["a"] * 8), SIGMA),
+    "complex": (np.zeros(8, complex), SIGMA),
+    "another width": (np.zeros(7), np.eye(7)),
+    "not square": (np.zeros(8), np.zeros((8, 7))),
+    "a negative variance": (np.zeros(8), -SIGMA),
+    "not symmetric": (np.zeros(8), SIGMA + np.triu(np.ones((8, 8)), 1)),
+    "NaN": (np.full(8, np.nan), SIGMA),
+    "only mu": (np.zeros(8), None),
+}
+
+
+@pytest.mark.parametrize(("mu", "sigma"), BAD_STATISTICS.values(), ids=BAD_STATISTICS)
+def test_statistics_that_are_none_are_refused_before_any_feature(mu, sigma, tmp_path, monkeypatch):
+    path = tmp_path / "r.npz"
+    arrays = {"mu": mu} if sigma is None else {"mu": mu, "sigma": sigma}
+    np.savez(path, arr_0=data_of(pictures(9)), **arrays)
+    monkeypatch.setattr(Corners, "__call__", lambda *_: pytest.fail("no feature must be computed"))
+    with pytest.raises(InvalidArgument, match="^reference=.*r.npz"):
+        evaluate(pictures(60), open_images(path), Corners())
+
+
+def test_precision_is_of_the_samples_and_recall_of_the_reference():
+    # The samples are a part of the reference: all are precise, and few of the reference are recalled.
+    few, many = data_of(pictures(12, low=200)), data_of(pictures(90, 1))
+    narrow, wide = ArrayImages(few), ArrayImages(np.concatenate([few, many]))
+    net = Corners()
+    found = evaluate(narrow, wide, net)
+    assert found.value("precision") == 1 and found.value("recall") < 0.5 and found.value("coverage") < 0.5
+    assert found.reference_features is not None
+    other = compare_features(net, found.sample_features, found.reference_features)
+    assert {m.name: m.value for m in other} == {m.name: m.value for m in found.measures}
+    swapped = evaluate(wide, narrow, net)
+    assert swapped.value("recall") == 1 and swapped.value("precision") < 0.5
+
+
+def test_as_many_of_both_sets_are_drawn(monkeypatch):
+    class Drawn(Corners):
+        neighbours = Neighbours(k=5, open_balls=True, most=30)
+
+    seen = []
+    own = evaluate_file.neighbourhoods
+
+    def recording(a, b, *rule, **options):
+        seen.append((len(a), len(b), a.clone()))
+        return own(a, b, *rule, **options)
+
+    monkeypatch.setattr(evaluate_file, "neighbourhoods", recording)
+    evaluate(pictures(200), pictures(90, 1), Drawn())
+    evaluate(pictures(20), pictures(90, 1), Drawn())
+    assert [counts[:2] for counts in seen] == [(30, 30), (20, 20)]
+    drawn = {tuple(row) for row in seen[0][2].tolist()}
+    first = {tuple(row) for row in compute_features(Drawn(), pictures(200)).pooled[:30].tolist()}
+    assert len(drawn & first) < 20  # a draw, not the first rows
+
+
+def test_density_has_five_neighbours_and_open_balls_whatever_precision_has():
+    class Wide(Corners):
+        neighbours = Neighbours(k=7, open_balls=True)
+
+    samples, reference = pictures(60), pictures(90, 1)
+    found = [evaluate(samples, reference, net) for net in (Wide(), Corners())]
+    features = [pixels(images)[:, :8] for images in (samples, reference)]
+    expected = density_coverage(*features, k=5)
+    for result in found:
+        assert (result.value("density"), result.value("coverage")) == pytest.approx(expected)
+
+
+def test_the_defaults_are_those_of_the_sources():
+    assert (SPLIT_SIZE, SUBSETS, SUBSET_SIZE, DENSITY_NEIGHBOURS) == (5000, 100, 1000, 5)
+    assert InceptionFeatures.neighbours == Neighbours(3, True, False, None)
+    assert DinoFeatures.neighbours == Neighbours(5, False, True, 10_000)
+    assert InceptionFeatures.statistics_widths == (2048, 2023)
 
 
 def test_a_reference_keeps_a_fair_draw_of_its_images(tmp_path, monkeypatch):
@@ -147,7 +252,14 @@ def test_unfair_comparisons_are_named():
 
     found = evaluate(samples, pictures(9), Flat())
     text = "\n".join(found.warnings)
-    for word in ("grey", "7 samples", "covariance is singular", "9 reference images", "mu, sigma"):
+    for word in (
+        "grey",
+        "7 samples",
+        "covariance is singular",
+        "9 reference images",
+        "mu, sigma",
+        "only one of the two sets is grey",
+    ):
         assert word in text
     small = ArrayImages(np.random.default_rng(0).integers(0, 9, (9, 4, 4, 3), dtype=np.uint8))
     assert any("8x8" in w and "4x4" in w for w in evaluate(pictures(9), small, Flat()).warnings)

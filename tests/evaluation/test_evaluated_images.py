@@ -79,6 +79,14 @@ def test_grey_files_have_one_channel(tmp_path):
     assert open_images(write_folder(tmp_path / "grey", IMAGES[..., 0])).shape == (8, 6, 1)
 
 
+def test_a_grey_file_among_coloured_ones_becomes_coloured(tmp_path):
+    folder = write_folder(tmp_path / "both")
+    write_png(folder / "0_00.png", IMAGES[0])
+    write_png(folder / "2_99.png", IMAGES[1][..., 0])
+    found = np.concatenate(list(open_images(folder).batches(0, 12, 5)))
+    assert np.array_equal(found[-1], IMAGES[1][..., :1].repeat(3, axis=2))
+
+
 def test_images_of_mixed_sizes_name_the_odd_one(tmp_path):
     folder = write_folder(tmp_path / "mixed")
     write_png(folder / "2_99.png", IMAGES[0][:5])

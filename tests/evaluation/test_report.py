@@ -148,11 +148,11 @@ def test_the_title_names_the_samples_their_numbers_and_the_date(written):
 def test_all_published_rows_of_a_system_are_below_the_samples_values(written, system):
     _, page = written(random_images(40), system=system)
     head, ours, *rows = page.by_id("published").rows()
-    assert head[1:] == ["FID", "sFID", "precision", "recall", "Inception Score"]
-    assert ours == ["These 40 samples", "4.57", "5.43", "0.812", "0.543", "23.46"]
+    assert head[1:] == ["FID", "sFID", "Inception Score", "precision", "recall"]
+    assert ours == ["These 40 samples", "4.57", "5.43", "23.46", "0.812", "0.543"]
     assert len(rows) == len(PUBLISHED[system])
     for row, metric in zip(rows, PUBLISHED[system], strict=True):
-        values = (metric.fid, metric.sfid, metric.precision, metric.recall, metric.inception_score)
+        values = (metric.fid, metric.sfid, metric.inception_score, metric.precision, metric.recall)
         assert row[0] == f"{metric.conditions} {metric.source}"
         assert row[1:] == ["–" if value is None else f"{value:.2f}" for value in values]
 

@@ -121,6 +121,16 @@ def test_systems_have_the_published_scales_and_results():
     assert set(SYSTEMS) - set(found) == {"digits32", "digits32-up"}
 
 
+def test_the_published_results_of_imagenet256_are_those_of_table_5():
+    published = SYSTEMS["imagenet256"].published
+    rows = [(m.fid, m.sfid, m.precision, m.recall, m.inception_score) for m in published]
+    assert rows == [
+        (4.59, 5.25, 0.82, 0.52, 186.70),
+        (10.94, 6.02, 0.69, 0.63, 100.98),
+        (5.44, 5.32, 0.81, 0.49, None),
+    ]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_models_of_a_system_fit_together(name):
     s = system(name)

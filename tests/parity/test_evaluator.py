@@ -183,10 +183,11 @@ def test_archives_are_read_in_batches(path):
         batches = list(images.batches(0, len(images), 4))
         assert [len(batch) for batch in batches] == entry["batch_sizes"]
         assert [int(batch.sum(dtype=np.int64)) for batch in batches] == entry["sums"]
-    statistics = read_reference_statistics(path.with_name("compressed_with_stats.npz"))
+    widths = len(expected["stats"]["mu"]), len(expected["stats"]["mu_s"])
+    statistics = read_reference_statistics(path.with_name("compressed_with_stats.npz"), widths)
     found = {
         "mu": statistics.pooled.mu, "sigma_diag": statistics.pooled.sigma.diagonal(),
         "mu_s": statistics.spatial.mu, "sigma_s_diag": statistics.spatial.sigma.diagonal(),
     }  # fmt: skip
     assert {name: array.tolist() for name, array in found.items()} == expected["stats"]
-    assert read_reference_statistics(path.with_name("plain.npz")) is None
+    assert read_reference_statistics(path.with_name("plain.npz"), widths) is None
