@@ -176,6 +176,21 @@ def test_the_quality_of_few_steps_is_that_which_was_measured():
             assert says(low, min(values)) and says(high, max(values)), row
 
 
+def test_the_quality_by_kind_of_guidance_is_that_which_was_measured():
+    columns = {"Frechet distance": "frechet", "1-NN accuracy": "nearest_neighbour"}
+    columns |= {"precision": "precision", "recall": "recall"}
+    measured = {}
+    for name in ("guidance", "weak"):
+        measured |= json.loads((RESULTS / "digits32" / f"quality_{name}.json").read_text())["rows"]
+    by_guide = {name.partition(", ")[2]: found for name, found in measured.items() if ", " in name}
+    by_guide["nothing"] = by_guide.pop("weak network 1")
+    guide = "twenty steps of `dpmpp:sde=true`, guided by"
+    rows = table("docs/accuracy.md", guide)
+    assert {row[guide] for row in rows} == set(by_guide)
+    for row in rows:
+        assert all(says(row[column], by_guide[row[guide]][name]) for column, name in columns.items()), row
+
+
 def test_the_accuracy_of_the_readme_is_that_of_the_docs():
     columns = ("largest error found", "limit")
     whole = {row["what"]: [row[name] for name in columns] for row in table("docs/accuracy.md", *columns)}
