@@ -147,7 +147,7 @@ def test_the_quality_of_8_bits_is_that_which_was_measured():
         name: json.loads((folder / f"quality{name}.json").read_text())
         for name in ("", "_int8", "_seeds1000", "_seeds1000_ddim")
     }
-    assert [one.get("precision") for one in documents.values()] == [None, "int8", "fp32", "fp32"]
+    assert [one.get("precision") for one in documents.values()] == ["fp32", "int8", "fp32", "fp32"]
     other_seeds = documents["_seeds1000"]["rows"] | documents["_seeds1000_ddim"]["rows"]
     measured = {
         "int8": documents["_int8"]["rows"],
@@ -174,6 +174,17 @@ def test_the_quality_of_few_steps_is_that_which_was_measured():
             values = [found[row["samples"]][name] for found in measured]
             low, high = row[f"{column}, three sets"].split(" to ")
             assert says(low, min(values)) and says(high, max(values)), row
+
+
+def test_the_times_of_evaluation_are_those_that_were_measured():
+    measured = json.loads((RESULTS / AMX / "evaluation.json").read_text())
+    names = ["precision_recall_s", "precision_recall_memory", "statistics_s", "frechet_distance_s"]
+    names += ["images_per_second", "plain_images_per_second"]
+    (rows,) = (found for found in tables("docs/evaluation.md") if set(found[0]) == {"what", "value"})
+    for row, name in zip(rows, names, strict=True):
+        number, _, unit = row["value"].partition(" ")
+        assert says(number, measured[name] / (1e9 if unit == "GB" else 1)), row
+    assert measured["inception_error"] <= 1e-4 and measured["rows"] == 10_000
 
 
 def test_the_quality_by_kind_of_guidance_is_that_which_was_measured():
