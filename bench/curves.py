@@ -17,14 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 import admfast
 from bench.quality import SETS, Setting
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 MEASURES = {
     "frechet": "Frechet distance",
@@ -34,6 +30,16 @@ MEASURES = {
 KINDS = {"unguided": "unguided", "guidance 2": "guided by the classifier, scale 2"}
 IMAGES, WIDTH = 16, 12  # digits in a row, and inches
 Points = dict[int, list[float]]  # values by number of steps
+
+
+def _pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws into files; the help of the command doesn't need it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def read_points(paths: Sequence[Path]) -> dict[tuple[str, str], dict[str, Points]]:
@@ -54,6 +60,7 @@ def draw_chart(paths: Sequence[Path], out: Path) -> None:
     """Draw every measure over the number of steps, with a line for each solver, and write a PNG file."""
     lines = read_points(paths)
     solvers = list(dict.fromkeys(solver for solver, _ in lines))
+    plt = _pyplot()
     figure, axes = plt.subplots(len(MEASURES), len(KINDS), figsize=(WIDTH, 12), sharex=True, sharey="row")
     for column, (kind, title) in enumerate(KINDS.items()):
         axes[0][column].set_title(title)
@@ -87,6 +94,7 @@ def draw_chart(paths: Sequence[Path], out: Path) -> None:
 def draw_digits(out: Path, settings: Sequence[Setting]) -> None:
     """Draw digits of the same seeds by every setting, one row for each, and write a PNG file."""
     pipe = admfast.load("digits32", precision="fp32")
+    plt = _pyplot()
     figure, axes = plt.subplots(len(settings), 1, figsize=(WIDTH, 0.62 * len(settings)))
     for axis, setting in zip(axes, settings, strict=True):
         images = pipe.sample(
