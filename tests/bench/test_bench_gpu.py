@@ -103,7 +103,7 @@ except KeyboardInterrupt:
     open({str(kept)!r}, "w")
 """
     plan.out.mkdir()
-    entry, _ = run_step(fake("s", text), plan, 2.0, plan.out / "log")
+    entry, _ = run_step(fake("s", text), plan, 5.0, plan.out / "log")
     assert entry["status"] == "stopped" and kept.exists()
 
 
