@@ -191,7 +191,7 @@ def test_the_quality_by_kind_of_guidance_is_that_which_was_measured():
     columns = {"Frechet distance": "frechet", "1-NN accuracy": "nearest_neighbour"}
     columns |= {"precision": "precision", "recall": "recall"}
     measured = {}
-    for name in ("guidance", "weak"):
+    for name in ("guidance", "weak", "null_class"):
         measured |= json.loads((RESULTS / "digits32" / f"quality_{name}.json").read_text())["rows"]
     by_guide = {name.partition(", ")[2]: found for name, found in measured.items() if ", " in name}
     by_guide["nothing"] = by_guide.pop("weak network 1")
