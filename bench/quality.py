@@ -228,13 +228,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def predict_seconds(pipe: admfast.Pipeline, setting: Setting, count: int) -> float:
-    """Return the expected seconds for `count` samples, from one step of one batch."""
+    """Return the expected seconds for `count` samples, from one batch of few steps: one for each scale."""
     count_per_batch, seconds = min(BATCH, count), math.inf
+    scales = getattr(setting.guidance, "guidance_scale", 0.0)
+    steps = len(scales) if isinstance(scales, tuple) else 1
     for _ in range(2):  # the first one is slow, because it prepares the step
         start = time.monotonic()
-        sample(pipe, replace(setting, steps=1), count_per_batch, 0)
+        sample(pipe, replace(setting, steps=steps), count_per_batch, 0)
         seconds = min(seconds, time.monotonic() - start)
-    return seconds * setting.steps * count / count_per_batch
+    return seconds / steps * setting.steps * count / count_per_batch
 
 
 def run(args: argparse.Namespace) -> int:

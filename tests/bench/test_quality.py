@@ -39,6 +39,14 @@ def test_a_run_records_what_it_was_taken_with(tmp_path, monkeypatch):
     assert document["weights"] == quality.weight_hashes("digits32", None)
 
 
+def test_scales_that_vary_are_timed_too(tmp_path, monkeypatch):
+    setting = quality.Setting("ddim", 2, quality.by_classifier((0.0, 4.0)))
+    monkeypatch.setitem(quality.SETS, "published", (setting,))
+    out = tmp_path / "q.json"
+    assert quality.main(["--count", "20", "--out", str(out), "--inside"]) == 0
+    assert setting.name in json.loads(out.read_text())["rows"]
+
+
 def test_a_setting_that_outlasts_the_budget_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setitem(quality.SETS, "published", (quality.Setting("ddim", 1000, 0.0),))
     out = tmp_path / "q.json"
