@@ -26,7 +26,7 @@ _NUMBERS = itertools.count(1)
 
 
 class State(StrEnum):
-    """Where a job is."""
+    """State of a job."""
 
     WAITING = "waiting"
     RUNNING = "running"

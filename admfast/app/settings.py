@@ -1,4 +1,4 @@
-"""What a person set on the page: bounded values, and what they mean in Python and on the command line."""
+"""Check the settings of the page against their bounds, and write them in Python and as a command."""
 
 from __future__ import annotations
 

@@ -33,11 +33,7 @@ def fetch(
         folder: an existing folder.
         base_url: URL of a folder that holds the released files under their names; None takes the environment
             variable ADMFAST_MIRROR, or the published URL if it is not set.
-        overwrite: replace an existing file. It is kept until the new one has passed its checks.
-        timeout: seconds to wait for an answer or for the next byte.
-        retries: number of times to reconnect after a broken connection.
-        wait: seconds before the first reconnection, doubled each time.
-        progress: show a progress bar, if the output is a terminal.
+        overwrite, timeout, retries, wait, progress: see `admfast.files.download.download`.
 
     Returns:
         The file and the checks that it passed: its size (as published, or as given by the server), SHA-256 or

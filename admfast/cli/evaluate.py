@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from tqdm import tqdm
 
 from admfast.cli.commands import UsageProblem
+from admfast.cli.run_images import RunImages, open_set
 from admfast.cli.sample_options import Device
 from admfast.distributed import World, join_processes
 from admfast.errors import allowed_names, invalid
 from admfast.evaluation import Evaluation, FeatureNet, ImageSet, compute_features, evaluate, open_features
 from admfast.evaluation.evaluate import PUBLISHED_MEASURES, comparable_values, published_values
-from admfast.evaluation.image_sets import UInt8, open_images
 from admfast.evaluation.reference import write_reference
 from admfast.evaluation.report import write_report
 from admfast.files.atomic import check_not_existing, check_writable, write_text
 from admfast.files.paths import user_path
 from admfast.files.tables import table
 from admfast.models.published import PUBLISHED, Metric
-from admfast.runs.collect import FinishedRun
-from admfast.runs.manifest import MANIFEST
 
 Samples = Annotated[str, typer.Argument(help="An npz, a folder or zip of images, or a finished run.")]
 Reference = Annotated[
@@ -120,54 +117,6 @@ def _target(name: str, path: Path | None, ending: str, overwrite: bool) -> Path 
     if not overwrite:
         check_not_existing(name, [target])
     return target
-
-
-def open_set(path: str, name: str) -> ImageSet:
-    """Return the images of a path; `name` is the argument for errors. A folder may be that of a run."""
-    folder = user_path(name, path)
-    if (folder / MANIFEST).is_file():
-        return RunImages(folder)
-    return open_images(path, name)
-
-
-class RunImages(ImageSet):
-    """The images of a finished run, in the order of their seeds."""
-
-    def __init__(self, folder: Path) -> None:
-        self._run = FinishedRun(folder)
-        manifest = self._run.manifest
-        self.path, self.name = folder, str(folder)
-        height, width, channels = manifest.shape
-        self.shape = (height, width, channels)
-        self.labels = manifest.labels_of(range(manifest.images))
-
-    def __len__(self) -> int:
-        return self._run.manifest.images
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that the images were sampled with."""
-        manifest = self._run.manifest
-        made = {"model": manifest.model, "precision": manifest.precision, "seeds": manifest.seeds}
-        return {f"samples: {name}": value for name, value in (made | manifest.request).items()}
-
-    def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
-        held: list[UInt8] = []
-        for image in self._images(first, stop):
-            held.append(image)
-            if len(held) == size:
-                yield np.stack(held)
-                held = []
-        if held:
-            yield np.stack(held)
-
-    def _images(self, first: int, stop: int) -> Iterator[UInt8]:
-        """Yield the images first .. stop - 1; only the shards that hold them are read."""
-        manifest = self._run.manifest
-        for shard in range(manifest.shards):
-            images = manifest.shard_images(shard)
-            if images.start < stop and images.stop > first:
-                for indices, piece in self._run.pieces(shard):
-                    yield from piece[max(0, first - indices.start) : max(0, stop - indices.start)]
 
 
 def _evaluate(

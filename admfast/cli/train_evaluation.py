@@ -33,7 +33,7 @@ class EvaluationOptions:
 
 
 class TrainingEvaluation:
-    """What `train` calls to evaluate: it samples and compares the features with those of training images.
+    """Evaluation that `train` calls: sample, and compare the features with those of training images.
 
     The reference is the training images, centre-cropped, at most 50,000 of them; their features are computed
     once, at the start. Samples have the seeds 0, 1, ..., classes in turn, and 20 steps of the solver "auto".

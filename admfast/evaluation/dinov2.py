@@ -63,6 +63,9 @@ class DinoFeatures(FeatureNet):
                 f"{path}: not a DINOv2 model: it lacks {missing[0]} and {len(missing) - 1} more"
             )
         self.device, self.name = torch.device(device), f"dinov2 ({path.name})"
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).reshape(3, 1, 1) for values in (MEAN, STD)
+        )
         self._model = _resize_positions(model).to(self.device).float().eval()
 
     @torch.no_grad()
@@ -79,8 +82,7 @@ class DinoFeatures(FeatureNet):
         ]
         x = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(self.device)
         x = x.movedim(-1, 1).float() / 255
-        mean, std = (torch.tensor(values, device=self.device).reshape(3, 1, 1) for values in (MEAN, STD))
-        tokens = self._model(pixel_values=(x - mean) / std).last_hidden_state
+        tokens = self._model(pixel_values=(x - self._mean) / self._std).last_hidden_state
         return ImageFeatures(tokens[:, 0])
 
 

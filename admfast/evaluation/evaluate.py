@@ -235,6 +235,6 @@ def _comparison_warnings(
     if len(reference) < IMAGES:
         yield f"{len(reference):,} reference images: published precision and recall are of {IMAGES:,}"
     if stored is None and len(reference) < PUBLISHED_COUNT:
-        yield "the reference has no statistics (mu, sigma): Frechet distances are to its images"
+        yield "the reference has no statistics (mu, sigma) of these features: its images stand for it"
     if reference.is_jpeg != samples.is_jpeg:
         yield "only one of the two sets is JPEG files"

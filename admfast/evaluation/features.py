@@ -1,4 +1,4 @@
-"""What turns images into features, and the features of a whole set of images."""
+"""Compute the features of a set of images, by any network of features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ImageFeatures(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """How precision, recall, density and coverage are computed for a kind of features.
+    """Settings of precision, recall, density and coverage for a kind of features.
 
     k: neighbours. half: distances in float16. open_balls: without their surface (see `precision_recall`).
     most: largest number of images, drawn at random, as many from both sets; None takes all.

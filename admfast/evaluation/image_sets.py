@@ -95,12 +95,13 @@ class ArrayImages(ImageSet):
 class NpzImages(ImageSet):
     """The images `arr_0` of a published archive, a batch in memory at a time, with the classes `arr_1`."""
 
+    path: Path
+
     def __init__(self, path: Path, name: str) -> None:
         shape, dtype = array_header(path, "arr_0")
         if dtype != np.uint8 or len(shape) != 4 or 0 in shape:
             raise invalid(name, f"{path}: arr_0 {dtype} {shape}", "uint8 [N, H, W, C], none empty")
-        self.path = self._file = path
-        self.name = str(path)
+        self.path, self.name = path, str(path)
         self._count, self.shape = shape[0], (shape[1], shape[2], shape[3])
         labels = read_array(path, "arr_1")
         self.labels = None if labels is None else check_labels(labels, self._count, f"{name}: arr_1")
@@ -110,14 +111,14 @@ class NpzImages(ImageSet):
 
     def batches(self, first: int, stop: int, size: int) -> Iterator[UInt8]:
         position = first
-        for batch in iter_array(self._file, size, first=first):
+        for batch in iter_array(self.path, size, first=first):
             yield batch[: stop - position]
             position += len(batch)
             if position >= stop:
                 return
 
     def _pick(self, indices: Sequence[int]) -> UInt8:
-        return read_rows(self._file, indices)
+        return read_rows(self.path, indices)
 
 
 class FileImages(ImageSet):

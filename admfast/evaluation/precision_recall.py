@@ -16,7 +16,7 @@ from admfast.evaluation.statistics import feature_rows
 
 @dataclass(frozen=True, eq=False)
 class Neighbourhoods:
-    """What each feature contributes to the measures, which are the means over the set.
+    """Contributions of each feature to the measures, which are means of them over a set.
 
     Attributes:
         precision: [N] of the samples: 1 within the neighbourhood of some reference feature.
@@ -38,7 +38,8 @@ def precision_recall(
 
     The neighbourhood of a feature is the ball around it that reaches its k-th nearest neighbour in its own
     set. Precision is the share of samples in neighbourhoods of the reference; recall is the share of the
-    reference in neighbourhoods of the samples. Memory: the features and 200 MB. Not differentiable.
+    reference in neighbourhoods of the samples. Beside 10,000 and 10,000 features of width 2048 it
+    takes 0.6 GB. Not differentiable.
 
     Source: Kynkaanniemi et al. 2019, as the published evaluator computes it (k = 3, half precision).
 

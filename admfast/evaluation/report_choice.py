@@ -52,7 +52,7 @@ class NearestImages:
 
 @dataclass(frozen=True, eq=False)
 class Certainty:
-    """How certain the classifier is of each sample, and the samples to show.
+    """Certainty of the classifier for each sample, with the samples to show.
 
     Attributes:
         classes: number K of the classifier's classes.

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from admfast.cli.evaluate import open_set
 from admfast.cli.main import main
+from admfast.cli.run_images import open_set
 from admfast.files.images import write_png
 
 RNG = np.random.default_rng(0)

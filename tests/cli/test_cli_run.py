@@ -260,7 +260,7 @@ def test_of_two_requests_at_the_same_moment_one_is_refused(weights, tmp_path):
     assert re.search(r"holds images of another request \(steps=[23], not [23]\)", one_line(*refused))
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_work_of_a_killed_process_is_picked_up_by_one_that_runs(weights, whole, tmp_path, capsys):
     """The second process starts while the first holds a shard, and ends with all shards finished."""
     out = tmp_path / "run"
@@ -286,7 +286,7 @@ def test_work_of_a_killed_process_is_picked_up_by_one_that_runs(weights, whole, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="SIGKILL")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_twenty_kills_of_two_processes_lose_and_double_nothing(tmp_path, capsys):
     """Ten times both processes are killed at random moments of their work."""
     settings = "sample digits32 --num 400 --steps 3 --guidance 0 --batch 2 --shard 50 --device cpu --out"
