@@ -61,6 +61,7 @@ class ShardedRun:
     made: int = 0
     begun: bool = False
     _record: RunRecord = field(default_factory=RunRecord)
+    _lease: Lease | None = None
 
     def __post_init__(self) -> None:
         self.out = user_path("out", self.out)
@@ -135,8 +136,12 @@ class ShardedRun:
             self.files, self.begun = ShardFiles(self.out, self.manifest), True
             if self.leases is None:
                 self.leases = Leases(self.out / LEASES)
-            with ProgressBar(self.num, self.finished_images(), self.shows_bar) as self._bar:
-                self._work_until_finished()
+            try:
+                with ProgressBar(self.num, self.finished_images(), self.shows_bar) as self._bar:
+                    self._work_until_finished()
+            finally:
+                if self._lease is not None:  # a signal came before its shard was begun, or within its release
+                    self._lease.release()
             self.files.remove_empty_folders()
 
     def _work_until_finished(self) -> None:
@@ -157,7 +162,8 @@ class ShardedRun:
     def _take(self, shard: int) -> bool:
         """Work on a shard, unless another process does; return whether it could be taken."""
         assert self.leases is not None
-        lease = self.leases.acquire(shard_name(shard), self._report)
+        with delay_signals():  # so that a lease that is made is released
+            lease = self._lease = self.leases.acquire(shard_name(shard), self._report)
         if lease is None:
             return False
         try:
@@ -168,6 +174,7 @@ class ShardedRun:
                 self._make(shard, lease)
         finally:
             lease.release()
+            self._lease = None
         return True
 
     def _report(self) -> dict[str, Any]:

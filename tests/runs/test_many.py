@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from admfast.errors import InvalidArgument, NonFiniteError, OutputError
 from admfast.files.npz import read_samples
+from admfast.interrupts import signals_as_keyboard_interrupt
 from admfast.runs import shards
 from admfast.runs.leases import Leases
 from admfast.runs.manifest import MANIFEST, RANDOM, random_labels, read_manifest
@@ -111,6 +113,21 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path, whole, batches):
     assert second.made == NUM - first.made, "at most the open batch was lost"
     assert np.array_equal(images_of(tmp_path), whole)
     assert {name.split("/")[0] for name in files(tmp_path)} == {MANIFEST, "shards"}
+
+
+class SignalWhileTaking(Leases):
+    """Leases that get a SIGTERM in the middle of the making of the first."""
+
+    def acquire(self, name, report=dict):
+        return super().acquire(name, lambda: signal.raise_signal(signal.SIGTERM) or report())
+
+
+def test_no_lease_is_left_by_a_signal_while_it_is_taken(tmp_path):
+    run = run_of(tmp_path, leases=SignalWhileTaking(tmp_path / "leases"))
+    run.check()
+    with pytest.raises(KeyboardInterrupt), signals_as_keyboard_interrupt():
+        run.run()
+    assert not list((tmp_path / "leases").iterdir())
 
 
 def test_a_killed_process_s_leftovers_are_overwritten_and_removed(tmp_path, whole):
