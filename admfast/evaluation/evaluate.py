@@ -156,7 +156,7 @@ def _measures(
     stored: ReferenceStatistics | None,
     seed: int,
 ) -> Iterator[Measure]:
-    """Yield all measures of samples against a reference."""
+    """Yield all measures of samples against a reference, computed on the network's device."""
     yield from _scores(net, samples)
     pooled = reference.statistics if stored is None else stored.pooled
     of = "" if stored is None else "against the reference's own mu and sigma"
@@ -165,8 +165,9 @@ def _measures(
         spatial = stored.spatial if stored is not None else None
         of = of if spatial is not None or stored is None else "against the reference's images"
         yield Measure("sFID", frechet_distance(samples.spatial, spatial or reference.spatial), how=of)
-    yield from _neighbour_measures(net.neighbours, samples.pooled, reference.pooled, seed)
-    kernel = kernel_distance(samples.pooled, reference.pooled, SUBSETS, seed=seed)
+    a, b = (features.pooled.to(net.device) for features in (samples, reference))
+    yield from _neighbour_measures(net.neighbours, a, b, seed)
+    kernel = kernel_distance(a, b, SUBSETS, seed=seed)
     how = f"standard deviation {kernel.std:.2g} over {SUBSETS} subsets"
     yield Measure(net.kernel_name, kernel.mean, how=how)
 

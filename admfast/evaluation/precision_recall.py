@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from admfast import checks
+from admfast.engine.numerics import fixed_numerics
 from admfast.errors import invalid
 from admfast.evaluation.neighbours import distance_strips, neighbour_radii
 from admfast.evaluation.statistics import feature_rows
@@ -80,14 +81,15 @@ def neighbourhoods(
     for name, rows in (("samples", a), ("reference", b)):
         if k >= len(rows):
             raise invalid("k", k, f"below the number of {name}, which is {len(rows)}")
-    sample_radii, reference_radii = (neighbour_radii(rows, k, half) for rows in (a, b))
     inside = torch.lt if open_balls else torch.le
     counts = torch.zeros(len(a), dtype=torch.int64, device=a.device)
     recall, coverage = (torch.zeros(len(b), dtype=torch.bool, device=b.device) for _ in range(2))
-    # The reference comes first, as in the published evaluator: float16 sums depend on it.
-    for part, columns, distances in distance_strips(b, a, half):
-        in_reference = inside(distances, reference_radii[part, None])
-        counts[columns] += in_reference.sum(0)
-        coverage[part] |= in_reference.any(1)
-        recall[part] |= inside(distances, sample_radii[columns]).any(1)
+    with fixed_numerics(a.device):
+        sample_radii, reference_radii = (neighbour_radii(rows, k, half) for rows in (a, b))
+        # The reference comes first, as in the published evaluator: float16 sums depend on it.
+        for part, columns, distances in distance_strips(b, a, half):
+            in_reference = inside(distances, reference_radii[part, None])
+            counts[columns] += in_reference.sum(0)
+            coverage[part] |= in_reference.any(1)
+            recall[part] |= inside(distances, sample_radii[columns]).any(1)
     return Neighbourhoods(counts > 0, recall, counts / k, coverage)

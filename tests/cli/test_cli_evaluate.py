@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from admfast.cli.main import main
 from admfast.cli.run_images import open_set
+from admfast.evaluation.features import FeatureNet, ImageFeatures
 from admfast.files.images import write_png
 
 RNG = np.random.default_rng(0)
@@ -26,6 +28,18 @@ ROOT = Path(__file__).resolve().parents[2]
 def archive(path, images=DIGITS, **others):
     np.savez(path, arr_0=images, **others)
     return str(path)
+
+
+class MeanGrey(FeatureNet):
+    """Features of known images without weights: the mean grey of the upper and of the lower half."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, name):
+        self.name, self.frechet_name = name, f"FD of {name}"
+
+    def __call__(self, images):
+        return ImageFeatures(images.float().unflatten(1, (2, -1)).mean((2, 3, 4)))
 
 
 @pytest.fixture
@@ -54,6 +68,29 @@ def test_the_report_is_written_beside_the_table(sets, tmp_path, capsys):
     text = report.read_text(encoding="utf-8")
     assert "classifier score" in text and "2.07" in text and sets[0] in text
     assert main(["evaluate", *sets, *FEATURES, "--report", str(report)]) == 2
+
+
+def test_the_report_is_of_the_first_features_and_the_table_of_all(sets, tmp_path, capsys, monkeypatch):
+    opened = {"one": MeanGrey("one"), "two": MeanGrey("two")}
+    monkeypatch.setattr("admfast.cli.evaluate.open_features", lambda name, *_: opened[name])
+    report = tmp_path / "report.html"
+    assert main(["evaluate", *sets, "--features", "two", "--features", "one", "--report", str(report)]) == 0
+    page = report.read_text(encoding="utf-8")
+    assert "FD of two" in page and "FD of one" not in page
+    text = capsys.readouterr().out
+    assert text.index("FD of two") < text.index("FD of one")
+
+
+def test_the_seed_draws_the_images_of_a_reference(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr("admfast.cli.evaluate.open_features", lambda name, *_: MeanGrey(name))
+    monkeypatch.setattr("admfast.evaluation.reference.IMAGES", 5)
+    kept = []
+    for number, seed in enumerate(("0", "1", "0")):
+        out = tmp_path / f"{number}.npz"
+        assert main(["evaluate", sets[0], "--make-reference", "--seed", seed, "--out", str(out)]) == 0
+        with np.load(out) as archive:
+            kept.append(archive["arr_0"].tobytes())
+    assert kept[0] == kept[2] != kept[1]
 
 
 def test_published_results_stand_below_those_of_the_samples(sets, capsys):

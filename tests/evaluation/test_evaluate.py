@@ -210,6 +210,9 @@ def test_a_reference_keeps_a_fair_draw_of_its_images(tmp_path, monkeypatch):
     assert rows == sorted(set(rows)) and np.array_equal(labels, np.array(rows) % 4)
     assert max(rows) > 60 and min(rows) < 40
     np.testing.assert_allclose(mu, everything[:, :8].mean(0), rtol=1e-12)
+    write_reference(tmp_path / "other.npz", images, compute_features(Corners(), images), seed=1)
+    with np.load(tmp_path / "other.npz") as archive:
+        assert not np.array_equal(archive["arr_0"], kept) and np.array_equal(archive["mu"], mu)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -263,6 +266,14 @@ def test_unfair_comparisons_are_named():
         assert word in text
     small = ArrayImages(np.random.default_rng(0).integers(0, 9, (9, 4, 4, 3), dtype=np.uint8))
     assert any("8x8" in w and "4x4" in w for w in evaluate(pictures(9), small, Flat()).warnings)
+
+    class Jpeg(ArrayImages):
+        is_jpeg = True
+
+    jpeg = Jpeg(data_of(pictures(9)))
+    for sets, warns in (((jpeg, pictures(9)), True), ((pictures(9), jpeg), True), ((jpeg, jpeg), False)):
+        warnings = evaluate(*sets, Flat()).warnings
+        assert any("one of the two sets is JPEG" in warning for warning in warnings) is warns
 
 
 def test_features_that_are_not_finite_name_the_image():

@@ -145,6 +145,23 @@ def test_only_a_block_with_an_overflow_is_computed_in_float32(monkeypatch):
         assert torch.equal(found[other], single[other])
 
 
+def test_distances_that_overflow_only_together_are_computed_in_float32():
+    a, b = torch.tensor([[128.5], [128.25]]), torch.tensor([[-128.5], [-128.25]])  # squares of 16512, 16448
+    assert not squared_distances(a, b, True).isfinite().any()  # 66049 is above the largest float16, 65504
+    ((_, _, found),) = neighbours_file.distance_strips(a, b, True)
+    assert torch.equal(found, (a - b.T).square())
+
+
+def test_float16_distances_round_every_step():
+    a, b = (np.random.default_rng(seed).standard_normal((30, 2)).astype(np.float16) for seed in (0, 1))
+    # A sum of two terms has no order; products and sums are rounded once, from float32.
+    norms = [np.square(x).astype(np.float32).sum(1).astype(np.float16) for x in (a, b)]
+    products = (a.astype(np.float32) @ b.astype(np.float32).T).astype(np.float16)
+    expected = np.float16(-2) * products + norms[0][:, None] + norms[1][None]
+    found = squared_distances(torch.from_numpy(a), torch.from_numpy(b), True)
+    assert np.array_equal(found.numpy(), np.maximum(expected, 0).astype(np.float32))
+
+
 def test_an_interval_of_a_share_is_that_of_the_binomial():
     values = torch.zeros(1000)
     values[:300] = 1
