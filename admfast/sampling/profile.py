@@ -27,6 +27,7 @@ PRODUCT_SIDE = {
 MEASURE_SECONDS = 0.25  # for which products are measured
 MAX_ADVICE = 3  # pieces of advice at most
 _WINOGRAD = " (Winograd's convolutions do with fewer multiplications than are counted)"
+_INT8 = " (3x3 convolutions multiply 8-bit numbers, which is faster than this product)"
 NOTABLE_SHARE = 0.1  # share of a run's seconds above which a cost is mentioned
 
 
@@ -36,7 +37,8 @@ class Rate:
 
     flops: operations of all rows: convolutions and matrix products of the network's forward pass and of the
     classifier's gradient, as in the published networks; a multiply-add counts as 2. seconds: of these rows.
-    product: operations per second of the fastest product. side, dtype: of its matrices.
+    product: operations per second of the fastest product. side, dtype: of its matrices. int8: whether the
+    3x3 convolutions multiplied 8-bit numbers instead.
     """
 
     flops: int
@@ -44,6 +46,7 @@ class Rate:
     product: float
     side: int
     dtype: torch.dtype
+    int8: bool
 
     @property
     def flops_per_second(self) -> float:
@@ -52,8 +55,13 @@ class Rate:
 
     @property
     def share(self) -> float:
-        """Share of the product's rate; can exceed 1, because Winograd's convolutions multiply less."""
+        """Share of the product's rate; can exceed 1 (see `note`)."""
         return self.flops_per_second / self.product
+
+    @property
+    def note(self) -> str:
+        """Reason why the share may exceed 1, to print after it; empty if there is none."""
+        return _INT8 if self.int8 else _WINOGRAD if self.share > 1 else ""
 
 
 def rates(report: RunReport, pipe: Pipeline) -> dict[str, Rate]:
@@ -62,9 +70,8 @@ def rates(report: RunReport, pipe: Pipeline) -> dict[str, Rate]:
     for stage, stage_pipe in _stages(report, pipe):
         dtype, side = stage_pipe.policy.torso, PRODUCT_SIDE[stage_pipe.device.type]
         product = measure_product_rate(stage_pipe.device, dtype, stage.threads, stage_pipe.policy.tf32, side)
-        rates_by_stage[stage.stage] = Rate(
-            _flops(stage, stage_pipe), stage.seconds.rows, product, side, dtype
-        )
+        flops, int8 = _flops(stage, stage_pipe), stage_pipe.policy.int8
+        rates_by_stage[stage.stage] = Rate(flops, stage.seconds.rows, product, side, dtype, int8)
     return rates_by_stage
 
 
@@ -104,7 +111,7 @@ def profile_text(report: RunReport, pipe: Pipeline) -> str:
             (name, "operations of the steps", f"{rate.flops / 1e9:,.1f} GFLOP"),
             ("", "reached", f"{rate.flops_per_second / 1e9:,.1f} GFLOP/s"),
             ("", product, f"{rate.product / 1e9:,.1f} GFLOP/s"),
-            ("", "share of this rate", f"{100 * rate.share:.2g} %{_WINOGRAD if rate.share > 1 else ''}"),
+            ("", "share of this rate", f"{100 * rate.share:.2g} %{rate.note}"),
         ]
     advice_lines = [f"- {text}" for text in find_advice(report, pipe)] or ["- no rule applies"]
     return "\n".join([table(lines), "", "What would help:", *advice_lines])

@@ -10,7 +10,7 @@ import torch
 
 from admfast.checkpoints.describe import count_forward_work, count_guidance_flops
 from admfast.engine.options import PLAIN, EngineOptions
-from admfast.engine.precision import POLICIES
+from admfast.engine.precision import INT8_WITHOUT_AMX, POLICIES
 from admfast.ops import dispatch, native
 from admfast.sampling import profile
 from admfast.sampling.last_run import RunReport
@@ -73,12 +73,20 @@ def test_products_run_on_the_step_s_threads_and_leave_them(dtype, monkeypatch):
     assert set(seen) == {(dtype, 1)} and torch.get_num_threads() == before
 
 
-def test_a_share_above_one_is_explained(monkeypatch):
-    pipe = pipeline()
-    report = last(pipe)
-    for rate, explained in ((1.0, True), (1e18, False)):
-        monkeypatch.setattr(profile, "measure_product_rate", lambda *_, rate=rate: rate)
-        assert ("Winograd" in profile_text(report, pipe)) == explained
+@pytest.mark.parametrize(
+    ("policy", "rate", "notes"),
+    [
+        (POLICIES["fp32"], 1.0, (True, False)),
+        (POLICIES["fp32"], 1e18, (False, False)),
+        (INT8_WITHOUT_AMX, 1.0, (False, True)),
+        (INT8_WITHOUT_AMX, 1e18, (False, True)),
+    ],
+)
+def test_a_share_that_may_exceed_one_is_explained(policy, rate, notes, monkeypatch):
+    report, pipe = last(pipeline()), pipeline(policy=policy)
+    monkeypatch.setattr(profile, "measure_product_rate", lambda *_: rate)
+    shown = profile_text(report, pipe)
+    assert ("Winograd" in shown, "8-bit" in shown) == notes
 
 
 # Advice
