@@ -90,8 +90,8 @@ def policy(name: str, device: torch.device) -> Policy:
 
     "auto" is bfloat16 on CUDA and on a CPU with AMX, else float32: without AMX, a CPU's bfloat16 products are
     half as fast as its float32 products (measured: `docs/speed.md`). The choices on CUDA and on a CPU with
-    AMX follow from the range of the formats and the vendors' peak rates. No measurement has compared them
-    with other precisions, in the speed of the networks or in the quality of the images. "int8" has
+    AMX follow from the range of the formats and the vendors' peak rates; sampling has not been timed against
+    float32 there. `docs/accuracy.md` has the errors of each. "int8" has
     8-bit 3x3 convolutions; the rest is bfloat16 if the compiled ops use AMX, else float32.
 
     Raises: InvalidArgument for an unknown name, Unavailable for tf32 on a CPU, and for int8 on anything but a
