@@ -128,7 +128,8 @@ class Engine:
         """
         options, on_cpu = self.options, self.device.type == "cpu"
         networks = {"net": self.net} | ({"classifier": self.classifier, "weak": self.weak} if guided else {})
-        not_replayed_reason = _failure_reason(step, "captured", "EngineOptions(graph=False)")
+        default = "its step is compiled" if options.graph else "EngineOptions(graph=False)"
+        not_replayed_reason = _failure_reason(step, "captured", default)
         if step is not None and step.replays:
             reasons = (step.replays[kind].reason_not_replayed for kind in set(step.kinds))
             not_replayed_reason = next(filter(None, reasons), None)
@@ -190,9 +191,9 @@ class Engine:
         step = PreparedStep(self.net, self.classifier, self.weak, key, self.device, self.options, impl)
         use_cuda_graph = self.options.graph and self.device.type == "cuda"
         if any(net.has_hooks for net in self._networks()):
-            # A compiled or captured step would call a hook once, when it is made, and never again.
+            # A compiled, captured or replayed step would call a hook once, when it is made, and never again.
+            step.refusal = "a network has a hook"
             if self.options.compile or use_cuda_graph:
-                step.refusal = "a network has a hook"
                 LOG.warning("steps are not compiled or captured: %s", step.refusal)
         else:
             if self.options.compile:

@@ -74,6 +74,9 @@ def test_a_short_run_is_not_replayed():
     assert "rows" in str(base(pipeline(), steps=2).not_replayed_reason)
     without = pipeline(options=EngineOptions(graph=False))
     assert "graph" in str(base(without).not_replayed_reason)
+    hooked = pipeline()
+    hooked.net.register_forward_hook(lambda *_: None)
+    assert "hook" in str(base(hooked).not_replayed_reason)
 
 
 def test_calls_are_those_of_the_networks_layers():
