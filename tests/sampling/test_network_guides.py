@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.plan import plan
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import make_solver
+from tests.parity.golden import NETWORK_OUTPUT_LIMIT
 from tests.small import CLASSES, PROCESS, SIDE, assert_close, pipeline, randn, run_table, unet, write
 
 LABELS, SEEDS, STEPS = [2, 1], [3, 5], 6
@@ -62,14 +64,21 @@ def test_differences_of_outputs_are_added_to_the_mean_and_not_to_the_variance(nu
     pipe = guided()
     labels, null_labels = torch.tensor(LABELS), torch.full((2,), CLASSES - 1)
 
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        out = pipe.net(x, t, y=labels)
-        out_null, out_weak = pipe.net(x, t, y=null_labels), pipe.weak(x, t, y=labels)
+    def model(error: float, x: Tensor, t: Tensor) -> Tensor:
+        out, out_null, out_weak = (
+            o + error * o.abs().max() * randn(*o.shape, seed=seed)
+            for seed, o in enumerate(
+                (pipe.net(x, t, y=labels), pipe.net(x, t, y=null_labels), pipe.weak(x, t, y=labels))
+            )
+        )
         mean = out + (null - 1) * (out - out_null) + (weak - 1) * (out - out_weak)
         return torch.cat([mean[:, :1], out[:, 1:]], dim=1)
 
     found = images(pipe, guides.by_null_class(null), guides.by_weak_network(weak), solver=solver)
-    assert_close(found, by_hand(pipe, solver, model))
+    wanted = by_hand(pipe, solver, functools.partial(model, 0.0))
+    # Differences of outputs amplify their roundings: so far an output at the limit of a network takes images.
+    limit = (by_hand(pipe, solver, functools.partial(model, NETWORK_OUTPUT_LIMIT)) - wanted).abs().max()
+    assert (found - wanted).abs().max() <= limit < 0.01
     assert (found - images(pipe, solver=solver, guidance=0)).abs().max() > 0.01
 
 
