@@ -234,6 +234,7 @@ def test_ours_and_the_others_agree_and_are_timed(cases: Callable[[Settings], Ite
     assert all(max(sizes) - min(sizes) <= 1 for sizes in moved.values())
 
 
+@pytest.mark.slow
 @needs_cpp
 def test_convolutions_are_measured_by_every_implementation_that_serves_them() -> None:
     rows = rows_of(
@@ -262,6 +263,7 @@ def test_attention_is_measured_forward_and_backward() -> None:
     assert {row["status"] for row in rows if row["provider"] == "reference"} == {"ok"}
 
 
+@pytest.mark.slow
 def test_an_op_without_a_bench_of_its_own_is_measured_by_its_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_ops, "MEASURED_ELSEWHERE", other_ops.MEASURED_ELSEWHERE - {"attention"})
     rows = rows_of(other_ops.kernels, "copy", "eager", "sdpa")

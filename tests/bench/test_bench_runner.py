@@ -48,6 +48,7 @@ def fake_group(clock: Clock, kind: str, count: int, cost: float) -> Callable[[Se
     return cases
 
 
+@pytest.mark.slow
 def test_each_group_keeps_to_its_share_and_the_next_run_goes_on(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "c.jsonl"
     groups = {"a": (1.0, fake_group(clock, "a", 10, 1.0)), "b": (1.0, fake_group(clock, "b", 10, 1.0))}

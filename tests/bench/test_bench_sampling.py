@@ -155,6 +155,7 @@ def test_one_that_fails_costs_only_its_own_row() -> None:
     assert [row["status"] for row in rows] == ["oom", "ok"]
 
 
+@pytest.mark.slow
 def test_what_was_measured_together_is_written_whatever_the_time(tmp_path) -> None:
     now = [0.0]
     made = []
@@ -229,6 +230,7 @@ def test_the_ladder_ends_at_the_engine_s_defaults() -> None:
         )
 
 
+@pytest.mark.slow
 def test_an_ablation_s_rows_are_ratios_to_the_whole_engine() -> None:
     chosen = [c for c in ablation.cases(SETTINGS, [(TINY, 1)], "fp32") if c.provider in ("plain", "qkv rows")]
     row_fields = [

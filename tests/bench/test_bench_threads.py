@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from admfast.host import PASSIVE_WAIT
 from bench import threads
 from bench.results import read_rows
 
 
+@pytest.mark.slow
 def test_every_number_of_threads_is_measured_idle_and_busy(tmp_path: Path) -> None:
     flags = ["--device", "cpu", "--quick", "--inside", "--only", "passive", "--out", str(tmp_path)]
     assert threads.main(flags) == 0

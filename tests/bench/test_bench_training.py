@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -72,6 +73,7 @@ def test_the_gradient_is_that_of_the_reference_in_float64() -> None:
     assert max(error.item() for error in errors) < training.BUDGETS["fp32"].step
 
 
+@pytest.mark.slow
 def test_the_program_writes_rows_and_says_who_is_missing(tmp_path) -> None:
     command = [
         "--quick",

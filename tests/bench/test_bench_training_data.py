@@ -25,6 +25,7 @@ def few_pictures(monkeypatch):
     training_data.pictures.cache_clear()
 
 
+@pytest.mark.slow
 def test_every_source_is_measured_with_and_without_workers(tmp_path):
     rows = rows_of(tmp_path)
     assert {row["status"] for row in rows} == {"ok"}

@@ -253,6 +253,7 @@ def test_a_guided_step_is_refused_where_torch_cannot_trace_its_gradient(monkeypa
     assert torch.equal(plain, pipeline().sample(classes=[0], seeds=[0], steps=1, guidance=0.0))
 
 
+@pytest.mark.slow
 def test_a_process_may_compile_any_number_of_steps(traced):
     with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
         for steps in (1, 2):
