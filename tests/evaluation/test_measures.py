@@ -23,6 +23,7 @@ from admfast.evaluation.intervals import bootstrap_interval
 from admfast.evaluation.neighbours import neighbour_radii, squared_distances
 from admfast.evaluation.precision_recall import neighbourhoods
 from admfast.evaluation.statistics import StatisticsSum, merged
+from tests.ops.tolerance import DEVICES
 
 
 def features(rows, width=6, seed=0, shift=0.0):
@@ -111,12 +112,15 @@ def _neighbourhoods_ref(a, b, k, inside):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("k", [1, 3, 7])
-def test_neighbourhoods_are_their_definitions(k):
+def test_neighbourhoods_are_their_definitions(k, device):
     a, b = features(80), features(90, seed=1, shift=1.0)
     expected = _neighbourhoods_ref(a, b, k, np.less_equal)
-    assert precision_recall(a, b, k, half=False) == pytest.approx(expected[:2])
-    assert density_coverage(a, b, k) == pytest.approx(_neighbourhoods_ref(a, b, k, np.less)[2:])
+    given = [torch.from_numpy(x).to(device) for x in (a, b)]
+    assert precision_recall(*given, k, half=False) == pytest.approx(expected[:2])
+    assert density_coverage(*given, k) == pytest.approx(_neighbourhoods_ref(a, b, k, np.less)[2:])
+    assert kernel_distance(*given).mean == pytest.approx(kernel_distance(a, b).mean, rel=1e-9)
 
 
 def test_strips_and_blocks_change_nothing(monkeypatch):
@@ -152,14 +156,15 @@ def test_distances_that_overflow_only_together_are_computed_in_float32():
     assert torch.equal(found, (a - b.T).square())
 
 
-def test_float16_distances_round_every_step():
+@pytest.mark.parametrize("device", DEVICES)
+def test_float16_distances_round_every_step(device):
     a, b = (np.random.default_rng(seed).standard_normal((30, 2)).astype(np.float16) for seed in (0, 1))
     # A sum of two terms has no order; products and sums are rounded once, from float32.
     norms = [np.square(x).astype(np.float32).sum(1).astype(np.float16) for x in (a, b)]
     products = (a.astype(np.float32) @ b.astype(np.float32).T).astype(np.float16)
     expected = np.float16(-2) * products + norms[0][:, None] + norms[1][None]
-    found = squared_distances(torch.from_numpy(a), torch.from_numpy(b), True)
-    assert np.array_equal(found.numpy(), np.maximum(expected, 0).astype(np.float32))
+    found = squared_distances(*(torch.from_numpy(x).to(device) for x in (a, b)), True)
+    assert np.array_equal(found.cpu().numpy(), np.maximum(expected, 0).astype(np.float32))
 
 
 def test_an_interval_of_a_share_is_that_of_the_binomial():
