@@ -10,7 +10,7 @@ from torch import Tensor
 
 from admfast.diffusion import DiffusionConfig
 from admfast.ops import SamplerState, pack, sampler_step
-from admfast.solvers import Solver, deis, dpmpp, euler, heun, unipc
+from admfast.solvers import Solver, deis, dpmpp, euler, heun, ipndm, unipc
 
 diffusers = pytest.importorskip(
     "diffusers", reason="pip install --no-deps -r tests/accelerate/requirements.txt"
@@ -88,3 +88,21 @@ def test_it_takes_the_steps_of_the_scheduler(case):
         expected = sample * bar**0.5 if relative else sample
         # diffusers computes its coefficients in float32, and carries their errors from row to row.
         assert float((state.x - expected).abs().max()) < 1e-5 * float(expected.abs().max()), f"row {i}"
+
+
+def test_ipndm_takes_the_steps_of_the_scheduler_at_the_same_noise_levels():
+    process = DiffusionConfig(steps=1000).build(f"uniform{STEPS}")
+    table = ipndm().table(process, clip=False)
+    bars = torch.tensor([*process.schedule.alphas_cumprod[::-1], 1.0], dtype=torch.float64)
+    theirs = scheduler("IPNDMScheduler")  # has noise levels of its own
+    theirs.alphas, theirs.betas = bars.sqrt(), (1 - bars).sqrt()
+    sample = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    state, packed = SamplerState.start(sample, table.rows), pack(table.rows, dtype=torch.float64)
+    for i, bar in enumerate(bars[:-2].tolist()):  # its last row keeps order 4
+        eps, gradient = model(state.x, bar)
+        sampler_step(state, eps, packed, i, grad=gradient, impl="reference")
+        their_eps, their_gradient = model(sample, bar)
+        guided = their_eps - (1 - bar) ** 0.5 * their_gradient
+        v = (guided - (1 - bar) ** 0.5 * sample) / bar**0.5  # from which the scheduler computes eps
+        sample = theirs.step(v, theirs.timesteps[i], sample).prev_sample
+        assert float((state.x - sample).abs().max()) < 1e-5 * float(sample.abs().max()), f"row {i}"
