@@ -10,7 +10,7 @@ import torch
 
 from admfast.diffusion import DiffusionConfig, MeanType
 from admfast.errors import InvalidArgument
-from admfast.ops import Clip, pack
+from admfast.ops import Clip, SamplerState, pack, sampler_step
 from admfast.ops.update import SolverTable
 from admfast.solvers import ddim, deis, dpmpp, euler, heun, ipndm, list_solvers, make_solver, unipc
 from admfast.solvers.solver import SOLVERS
@@ -132,6 +132,44 @@ def test_churn_adds_noise_where_it_is_asked_for(churn, kind, rescale):
         assert row.t_net == row.t_clf == pytest.approx(float(timestep) * (2 if rescale else 1), rel=1e-6)
         assert row.timestep == (pytest.approx(float(timestep)) if raised else None)
     assert all(row.k_z == 0 for row in euler().table(process).rows)
+
+
+def eps_of(y: torch.Tensor, rho: float) -> torch.Tensor:
+    """Return eps at y = x / alpha, near that of Gaussian data."""
+    return y * rho / (STD**2 + rho**2) + 0.1 * torch.sin(y)
+
+
+def edm_ref(y: torch.Tensor, rho: list[float], noise: torch.Tensor, churn: float, second: bool):
+    """Return the point before the last step by algorithm 2 of Karras et al. 2022, in its own variables."""
+    for i in range(len(rho) - 2):
+        gamma = min(churn / (len(rho) - 1), math.sqrt(2) - 1) if 0.1 <= rho[i] <= 10 else 0.0
+        raised = (1 + gamma) * rho[i]
+        y = y + math.sqrt(raised**2 - rho[i] ** 2) * 1.01 * noise[i]
+        slope = eps_of(y, raised)
+        following = y + (rho[i + 1] - raised) * slope
+        if second:
+            following = y + (rho[i + 1] - raised) * (slope + eps_of(following, rho[i + 1])) / 2
+        y = following
+    return y
+
+
+@pytest.mark.parametrize("churn", [0.0, 4.0, 40.0])
+@pytest.mark.parametrize("method", [euler, heun])
+def test_churn_takes_the_steps_of_the_published_algorithm(method, churn):
+    solver = method(churn=churn, churn_range=(0.1, 10), churn_noise=1.01)
+    process = DiffusionConfig(steps=1000).build("karras12")
+    rows = solver.table(process, clip=False).rows
+    rho = [*process.schedule.sqrt_recipm1_alphas_cumprod[::-1].tolist(), 0.0]
+    y, *noise = torch.randn((13, 9), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = edm_ref(y, rho, torch.stack(noise), churn, method is heun)
+    state = SamplerState.start((y / rows[0].k_x)[:, None, None], rows)
+    packed, evaluations = pack(rows, dtype=torch.float64), 2 if method is heun else 1
+    for i, row in enumerate(rows[:-1]):
+        eps = eps_of(state.x * row.k_x, -row.k_out)
+        # The last row of a step adds the noise of the next.
+        following = noise[min(i // evaluations + 1, 11)][:, None, None]
+        sampler_step(state, eps, packed, i, noise=following, impl="reference")
+    torch.testing.assert_close((state.x * rows[-1].k_x)[:, 0, 0], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_churn_at_the_first_node_is_part_of_the_starting_noise():
