@@ -161,19 +161,38 @@ def test_the_quality_of_8_bits_is_that_which_was_measured():
             assert says(row[name], samples[row["Frechet distance of"]]["frechet"]), row
 
 
-def test_the_quality_of_few_steps_is_that_which_was_measured():
+@pytest.mark.parametrize(
+    ("samples", "files"),
+    [
+        ("samples", ["ten", "ten_seeds1000", "ten_seeds2000"]),
+        ("1,797 samples", ["ten_all_seeds0", "ten_all_seeds2000", "ten_all_seeds4000"]),
+    ],
+)
+def test_the_quality_of_few_steps_is_that_which_was_measured(samples, files):
     columns = {"Frechet distance": "frechet", "1-NN accuracy": "nearest_neighbour", "recall": "recall"}
-    measured = [
-        json.loads((RESULTS / "digits32" / f"quality_ten{name}.json").read_text())["rows"]
-        for name in ("", "_seeds1000", "_seeds2000")
-    ]
-    rows = table("docs/accuracy.md", "recall, three sets")
-    assert {row["samples"] for row in rows} == set(measured[0]) - {"two halves of the real digits"}
+    measured = [json.loads((RESULTS / "digits32" / f"quality_{name}.json").read_text()) for name in files]
+    assert len({found["first_seed"] for found in measured}) == 3
+    rows = table("docs/accuracy.md", samples, "recall, three sets")
+    assert {row[samples] for row in rows} == set(measured[0]["rows"]) - {"two halves of the real digits"}
     for row in rows:
         for column, name in columns.items():
-            values = [found[row["samples"]][name] for found in measured]
+            values = [found["rows"][row[samples]][name] for found in measured]
             low, high = row[f"{column}, three sets"].split(" to ")
             assert says(low, min(values)) and says(high, max(values)), row
+
+
+def test_the_images_a_second_of_the_solvers_are_those_that_were_measured():
+    measured = json.loads((RESULTS / "amd-epyc-model-17-2-of-2-cpus" / "quality_speed.json").read_text())
+    assert (measured["precision"], measured["threads"], measured["dirty"]) == ("fp32", 2, False)
+    rates = measured["images_per_second"]
+    for row in table("docs/accuracy.md", "steps", "images a second, unguided"):
+        for kind in ("unguided", "guidance 2"):
+            assert says(row[f"images a second, {kind}"], rates[f"{row['steps']}, {kind}"]), row
+    by_evaluations: dict[tuple[str, str], list[float]] = {}
+    for name, rate in rates.items():
+        steps, kind = name.split(", ")
+        by_evaluations.setdefault((steps.split()[1], kind), []).append(rate)
+    assert all(max(found) <= 1.2 * min(found) for found in by_evaluations.values())
 
 
 def test_the_times_of_evaluation_are_those_that_were_measured():
