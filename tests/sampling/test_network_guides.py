@@ -25,7 +25,18 @@ from admfast.sampling.plan import plan
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import make_solver
 from tests.parity.golden import NETWORK_OUTPUT_LIMIT
-from tests.small import CLASSES, PROCESS, SIDE, assert_close, pipeline, randn, run_table, unet, write
+from tests.small import (
+    CLASSES,
+    PROCESS,
+    SIDE,
+    assert_close,
+    pipeline,
+    randn,
+    run_table,
+    unet,
+    upsampler,
+    write,
+)
 
 LABELS, SEEDS, STEPS = [2, 1], [3, 5], 6
 X_T = randn(2, 1, SIDE, SIDE)
@@ -42,11 +53,11 @@ def images(pipe: Pipeline, *given: guides.NetworkGuide, **settings) -> Tensor:
     return pipe.sample(LABELS, **settings)
 
 
-def by_hand(pipe: Pipeline, solver: str, model, guidance=None) -> Tensor:
+def by_hand(solver: str, model, guidance=None, x_t: Tensor = X_T) -> Tensor:
     """Return the images of the rows of a solver by plain functions."""
     solver = make_solver(solver)
     table = solver.table(PROCESS.build(solver.respacing_for(STEPS, None)), True)
-    return run_table(table, model, X_T, guidance=guidance, seeds=as_seeds(SEEDS)).x
+    return run_table(table, model, x_t, guidance=guidance, seeds=as_seeds(SEEDS)).x
 
 
 def called(net: torch.nn.Module, run) -> int:
@@ -75,9 +86,9 @@ def test_differences_of_outputs_are_added_to_the_mean_and_not_to_the_variance(nu
         return torch.cat([mean[:, :1], out[:, 1:]], dim=1)
 
     found = images(pipe, guides.by_null_class(null), guides.by_weak_network(weak), solver=solver)
-    wanted = by_hand(pipe, solver, functools.partial(model, 0.0))
+    wanted = by_hand(solver, functools.partial(model, 0.0))
     # Differences of outputs amplify their roundings: so far an output at the limit of a network takes images.
-    limit = (by_hand(pipe, solver, functools.partial(model, NETWORK_OUTPUT_LIMIT)) - wanted).abs().max()
+    limit = (by_hand(solver, functools.partial(model, NETWORK_OUTPUT_LIMIT)) - wanted).abs().max()
     assert (found - wanted).abs().max() <= limit < 0.01
     assert (found - images(pipe, solver=solver, guidance=0)).abs().max() > 0.01
 
@@ -113,7 +124,7 @@ def test_the_gradient_is_used_again(solver):
         return pipe.net(x, t, y=torch.tensor(LABELS))
 
     found = images(pipe, guides.by_classifier(3.0, every=3, reuse=True), solver=solver)
-    assert_close(found, by_hand(pipe, solver, model, every_third))
+    assert_close(found, by_hand(solver, model, every_third))
     assert (found - images(pipe, guides.by_classifier(3.0), solver=solver)).abs().max() > 0.001
 
 
@@ -242,7 +253,22 @@ def test_a_weak_network_without_classes_gets_no_labels():
         out = pipe.net(x, t, y=torch.tensor(LABELS))
         return torch.cat([2 * out[:, :1] - weak(x, t)[:, :1], out[:, 1:]], dim=1)
 
-    assert_close(found, by_hand(pipe, "ddpm", model))
+    assert_close(found, by_hand("ddpm", model))
+
+
+def test_the_null_class_of_an_upsampler_has_the_same_small_images():
+    net, solver = upsampler(), "ddim"
+    pipe = Pipeline("small-up", net, PROCESS, low_res_size=SIDE, null_class=True)
+    x_t, low_res = randn(2, 1, 2 * SIDE, 2 * SIDE), randn(2, 1, SIDE, SIDE, seed=1).clamp(-1, 1)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        out, null = (
+            net(x, t, low_res=low_res, y=y) for y in (torch.tensor(LABELS), torch.full((2,), CLASSES - 1))
+        )
+        return torch.cat([2 * out[:, :1] - null[:, :1], out[:, 1:]], dim=1)
+
+    found = images(pipe, guides.by_null_class(2.0), solver=solver, noise=x_t, low_res=low_res)
+    assert_close(found, by_hand(solver, model, x_t=x_t))
 
 
 def test_a_guided_prediction_is_that_of_the_mixed_output():

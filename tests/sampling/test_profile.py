@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from admfast import guides
 from admfast.checkpoints.describe import count_forward_work, count_guidance_flops
 from admfast.engine.options import PLAIN, EngineOptions
 from admfast.engine.precision import INT8_WITHOUT_AMX, POLICIES
@@ -16,7 +17,7 @@ from admfast.sampling import profile
 from admfast.sampling.last_run import RunReport
 from admfast.sampling.pipeline import Pipeline
 from admfast.sampling.profile import find_advice, measure_product_rate, profile_text, rates
-from tests.small import cascade, pipeline
+from tests.small import cascade, pipeline, unet
 
 CPU = torch.device("cpu")
 
@@ -47,6 +48,18 @@ def test_the_work_is_that_of_all_rows_of_all_images():
         rate = found[stage.stage]
         assert rate.flops_per_second == rate.flops / stage.seconds.rows and rate.product > 0
         assert rate.share == pytest.approx(rate.flops_per_second / rate.product)
+
+
+def test_the_work_has_that_of_second_outputs():
+    weak = unet(7, model_channels=64)
+    pipe = pipeline(classifier=None, null_class=True, weak=weak)
+    guided = [guides.by_null_class(2.0, (0, 400)), guides.by_weak_network(2.0, (500, 999))]
+    report = last(pipe, guidance=0, guides=guided)
+    stage = report.stages[0]
+    assert 0 < stage.null_class_rows < 4 and 0 < stage.weak_network_rows < 4
+    own, other = (count_forward_work(net.config).flops for net in (pipe.net, weak))
+    work = (4 + stage.null_class_rows) * own + stage.weak_network_rows * other
+    assert rates(report, pipe)["base"].flops == 2 * work and own != other
 
 
 def test_work_follows_the_sides_that_were_sampled():
