@@ -65,7 +65,7 @@ _SETS = {
         ("unipc", None, (10, 5)),
         ("unipc", "log-snr", (20, 10, 5)),
         ("dpmpp", None, (10, 5)),
-        ("dpmpp:sde=true", None, (20, 10, 5)),
+        ("dpmpp:sde=true", None, (50, 25, 20, 10, 5)),
         ("deis", None, (10, 5)),
         ("ipndm", None, (10, 5)),
         ("heun", None, (19, 9)),
@@ -202,11 +202,11 @@ def table(rows: dict[str, Quality]) -> str:
     return markdown_table(("samples", *names), [(name, *asdict(q).values()) for name, q in rows.items()])
 
 
-def weight_hashes(model: str, classifier: str | None) -> dict[str, str]:
+def weight_hashes(model: str, classifier: str | None, weak: str | None = None) -> dict[str, str]:
     """Return the SHA-256 of every weights file that is measured, by file name."""
     is_system = model in SYSTEMS
     paths = [part.shipped_path for part in SYSTEMS[model].models] if is_system else [model, classifier]
-    existing = [Path(path) for path in paths if path is not None]
+    existing = [Path(path) for path in (*paths, weak) if path is not None]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in existing}
 
 
@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
         "precision": pipe.policy.name,
         **environment(pipe.device),
         "date": conditions(pipe.device)["date"],
-        "weights": weight_hashes(args.model, args.classifier),
+        "weights": weight_hashes(args.model, args.classifier, args.weak),
     }
     rows, slow = {"two halves of the real digits": measure_halves(real, classes)}, {}
     rates: dict[str, float] = {}

@@ -54,9 +54,14 @@ def _status_rows(status: RunStatus) -> list[tuple[str, str]]:
     unfinished = manifest.shards - status.finished_shards - status.open_shards
     working = sum(worker.alive for worker in status.workers)
     percent = 100 * status.finished_images / manifest.images
-    return [
+    rows = [
         ("model", f"{manifest.model}, {manifest.precision}"),
         ("images", f"{status.finished_images} of {manifest.images} ({percent:.1f} %)"),
+    ]
+    if manifest.files == "png":  # its process has no lease, which would tell that it works
+        return rows
+    return [
+        *rows,
         ("shards", f"{status.finished_shards} done, {status.open_shards} open, {unfinished} left"),
         ("processes", f"{working} at work"),
         ("rate", f"{status.rate:.2f} images/s" if status.rate else "unknown"),

@@ -168,7 +168,7 @@ def sample_pngs(
     run = SampleRun(pipe, request, out, overwrite, intermediates, low_res=low_res_array)
     rows = settings_rows(run.pipe, run.request, run.check())
     _print(table([*rows, ("out", str(run.out.resolve())), *extra_rows]))
-    started = time.time()
+    started = time.monotonic()
     count = len(run.seeds)
     try:
         written_paths = run.run()
@@ -178,7 +178,7 @@ def sample_pngs(
                 f"{run.finished} of {count} images are finished and kept in {run.written_folder.resolve()}"
             )
         raise
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     peak = f"peak memory {peak_memory(run.pipe.device) / 1e9:.1f} GB"
     images = "1 image" if count == 1 else f"{count} images"
     if run.made < count:
@@ -230,7 +230,7 @@ def sample_shards(
     one_plan = run.check()
     if is_first:
         _print(table([*_sharded_rows(run, one_plan), *extra_rows]))
-    started = time.time()
+    started = time.monotonic()
     try:
         run.run()
     except (AdmfastError, KeyboardInterrupt):
@@ -239,7 +239,7 @@ def sample_shards(
                 finished = f"{run.finished_images()} of {num} images are finished"
                 _print(f"{finished} and kept in {run.out.resolve()}")
         raise
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     peak = f"peak memory {peak_memory(pipe.device) / 1e9:.1f} GB"
     rate = f"{run.made / seconds:.2f} images/s" if seconds else ""
     _print(f"{run.made} of {num} images by this process in {seconds:.1f} s ({rate}), {peak}")
@@ -328,7 +328,7 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
     """Return the resolved settings, as rows of (name, value)."""
     seeds, classes, _ = requested_images(request, pipe)
     sides = {stage: "x".join(map(str, stage_sides)) for stage, stage_sides in plan.sides.items()}
-    steps = f"{request.steps or pipe.steps} steps"
+    steps = f"{plan.steps['base']} steps"
     if request.respacing is not None:
         steps = f"respacing {request.respacing}"
     elif request.spacing is not None:
@@ -342,8 +342,8 @@ def settings_rows(pipe: Pipeline, request: SampleRequest, plan: Plan) -> list[tu
     ]
     if request.dynamic_threshold is not None:
         rows.append(("threshold", f"{request.dynamic_threshold:g} of |x_0| in each image"))
-    if (up := pipe.upsampler) is not None:
-        rows.append(("upsampler", f"to {sides['upsampler']}, {request.upsampler_steps or up.steps} steps"))
+    if pipe.upsampler is not None:
+        rows.append(("upsampler", f"to {sides['upsampler']}, {plan.steps['upsampler']} steps"))
     guides = network_guides(request, pipe.guidance)
     rows.append(("guidance", "; ".join(map(str, guides)) or "none"))
     return [*rows, ("device", str(pipe.device)), ("precision", pipe.precision)]

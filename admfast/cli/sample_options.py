@@ -55,8 +55,8 @@ Num = Annotated[
 Shard = Annotated[
     int | None,
     typer.Option(
-        help="With --num, images of a shard, a multiple of the batch (default: a 200th of all, but not over "
-        "1000, in whole batches)."
+        help="With --num, images of a shard, a multiple of the batch (default: a 200th of all, or "
+        "1000 if that is less, in whole batches)."
     ),
 ]
 Size = Annotated[
@@ -70,7 +70,9 @@ Steps = Annotated[int | None, typer.Option(help="Network evaluations per image (
 SOLVER_HELP = f"A solver, with its options if not these defaults: {'; '.join(list_solvers('noise'))}"
 Solver = Annotated[
     str | None,
-    typer.Option(help=f"{SOLVER_HELP} (default: auto, the best known for the number of steps)."),
+    typer.Option(
+        help=f"{SOLVER_HELP} (default: auto, the best known for the number of steps; with --respacing ddpm)."
+    ),
 ]
 Quality = Annotated[
     str | None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,11 +20,12 @@ from admfast.errors import invalid
 from admfast.files.atomic import atomic_open, check_not_existing, make_folder
 from admfast.files.images import encode_png, read_image, write_png
 from admfast.files.npz import write_streamed
-from admfast.runs.manifest import Manifest, image_name, require_manifest
+from admfast.runs.manifest import IMAGE_FILE, Manifest, image_name, require_manifest
 from admfast.runs.shards import LEASES, PARTS, SHARDS, ShardFiles, shard_name
 
 UInt8 = NDArray[np.uint8]
 Count = Callable[[int], object]
+_TAR = re.compile(r"shard-\d{6,}\.tar")
 
 
 class FinishedRun:
@@ -64,16 +66,17 @@ class FinishedRun:
     def _png_pieces(self) -> Iterator[tuple[range, UInt8]]:
         """Yield the images of a run of PNG files one by one."""
         for i in range(self.manifest.images):
-            one = range(i, i + 1)
-            labels = self.manifest.labels_of(one)
-            name = image_name(
-                i, None if labels is None else int(labels[0]), int(self.manifest.seeds_of(one)[0])
-            )
-            path = self.folder / "images" / f"{name}.png"
+            path = self.folder / "images" / _png_name(self.manifest, i)
             if not path.is_file():
                 allowed = f"a finished run; {path.name} is missing: the command that began it goes on with it"
                 raise invalid("run", str(self.folder), allowed)
-            yield one, read_image(path)[None]
+            yield range(i, i + 1), read_image(path)[None]
+
+
+def _png_name(manifest: Manifest, i: int) -> str:
+    """Return the name of the file of image i."""
+    labels, (seed,) = manifest.labels_of(range(i, i + 1)), manifest.seeds_of(range(i, i + 1)).tolist()
+    return f"{image_name(i, None if labels is None else int(labels[0]), seed)}.png"
 
 
 def _check_place(run: FinishedRun, out: Path) -> None:
@@ -107,7 +110,10 @@ def merge(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
 
 
 def export_png(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
-    """Write a PNG file for each image into a folder. Raises as `merge`."""
+    """Write a PNG file for each image into a folder. Raises as `merge`.
+
+    With `overwrite`, files of images that the run hasn't are removed at the end, other files are not.
+    """
     _check_place(run, out)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         check_not_existing("out", [out])
@@ -115,12 +121,22 @@ def export_png(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
     for shard in range(run.manifest.shards):
         for i, label, seed, image in run.images(shard):
             write_png(out / f"{image_name(i, label, seed)}.png", image)
+    for path in _named(out, IMAGE_FILE):
+        i = int(path.name.partition("_")[0])
+        if i >= run.manifest.images or path.name != _png_name(run.manifest, i):
+            path.unlink()
+
+
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """Return the files of a folder whose names match."""
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
 def export_webdataset(run: FinishedRun, out: Path, overwrite: bool = False) -> None:
     """Write a tar file for each shard into a folder: for each image KEY.png, KEY.cls and KEY.json.
 
-    The files have the same bytes wherever and whenever they are made. Raises as `merge`.
+    The files have the same bytes wherever and whenever they are made. With `overwrite`, tar files of other
+    shards are removed at the end. Raises as `merge`.
     """
     _check_place(run, out)
     paths = [out / f"{shard_name(shard)}.tar" for shard in range(run.manifest.shards)]
@@ -130,6 +146,8 @@ def export_webdataset(run: FinishedRun, out: Path, overwrite: bool = False) -> N
     for shard, path in enumerate(paths):
         with atomic_open(path) as file:
             _write_tar(file, run.images(shard))
+    for path in set(_named(out, _TAR)) - set(paths):
+        path.unlink()
 
 
 def _write_tar(file: BinaryIO, images: Iterable[tuple[int, int | None, int, UInt8]]) -> None:

@@ -11,11 +11,11 @@ from admfast.checkpoints.snapshots import RUN_FILE, is_run_folder
 from admfast.errors import OutputError
 from admfast.files.atomic import check_folder_path, make_folder, output_error, write_bytes, write_text
 from admfast.interrupts import delay_signals
-from admfast.runs.manifest import MANIFEST, Manifest, read_manifest
+from admfast.runs.manifest import IMAGE_FILE, MANIFEST, Manifest, create_manifest, read_manifest
 
 # Names of the files that a run writes, by folder. No other file is ever removed or replaced.
 FILE_PATTERNS = {
-    "images": re.compile(r"\d{6,}(_class\d+)?_seed\d+\.png"),
+    "images": IMAGE_FILE,
     "intermediates": re.compile(r"\d{6,}(_upsampler)?_step\d{4,}\.png"),
     "shards": re.compile(r"shard-\d{6,}\.npz"),
     ".": re.compile(r"grid\.png|samples_\d+x\d+x\d+x\d+\.npz"),
@@ -46,14 +46,19 @@ class SampleFolder:
         """
         check_no_training_run(self.out)
         self._old_files, found = find_sample_files(self.out), read_manifest(self.out)
-        if found is not None and found.files != manifest.files:
-            contents = f"holds a run of {found.images} images in shards"
-            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder")
+        if found is not None:
+            self._check_kind(found, manifest)
         if self._old_files and not self._overwrite:
             if found is None:
                 contents = f"holds {len(self._old_files)} files of samples already"
                 raise OutputError(f"out={str(self.out)!r}: {contents}; {_ADVICE}")
             found.check_same(manifest, self.out, _ADVICE)
+
+    def _check_kind(self, found: Manifest, manifest: Manifest) -> None:
+        """Raise OutputError if the manifest in the folder is of a run in shards."""
+        if found.files != manifest.files:
+            contents = f"holds a run of {found.images} images in shards"
+            raise OutputError(f"out={str(self.out)!r}: {contents}; give another folder")
 
     def open(self, manifest: Manifest) -> None:
         """Make the folder with its manifest. Raises OutputError if it can't be written, or as `check`."""
@@ -63,13 +68,15 @@ class SampleFolder:
         make_folder(self.write_folder / "images")
         write_bytes(self.write_folder / ".writable", b"")
         (self.write_folder / ".writable").unlink()
-        found = read_manifest(self.write_folder)
-        if found is None or found.differences(manifest):
-            try:
+        try:
+            # A run in shards may have begun here since the check.
+            found = create_manifest(self.write_folder, manifest)
+            self._check_kind(found, manifest)
+            if found.differences(manifest):  # it has no images
                 write_text(self.write_folder / MANIFEST, manifest.to_json())
-            except OutputError:
-                self.close(keeps_manifest=True)
-                raise
+        except OutputError:
+            self.close(keeps_manifest=True)
+            raise
 
     def publish(self) -> None:
         """Replace the older set with the finished one. Signals wait until this is done."""

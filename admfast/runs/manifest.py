@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,6 +171,9 @@ def create_manifest(folder: Path, manifest: Manifest) -> Manifest:
     if write_new(folder / MANIFEST, manifest.to_json().encode()):
         return manifest
     return require_manifest(folder)
+
+
+IMAGE_FILE = re.compile(r"\d{6,}(_class\d+)?_seed\d+\.png")  # a name by `image_name`
 
 
 def image_name(i: int, label: int | None, seed: int) -> str:

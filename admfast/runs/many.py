@@ -27,6 +27,7 @@ from admfast.sampling.request import LARGEST_SEED, SampleRequest
 # By default a shard has the least number of batches that hold this many images, or this part of the run:
 # at the end, when there are fewer shards left than processes, at most the time of one shard is lost.
 SHARD_IMAGES, SHARD_PART = 1000, 1 / 200
+MOST_IMAGES = 10**9
 POLL = 1.0  # seconds between two looks at the work of others
 ADVICE = "give another folder, or remove this one"
 
@@ -65,8 +66,8 @@ class ShardedRun:
 
     def __post_init__(self) -> None:
         self.out = user_path("out", self.out)
-        if self.num < 1:
-            raise invalid("num", self.num, "1 or more")
+        if not 1 <= self.num <= MOST_IMAGES:
+            raise invalid("num", self.num, f"1 to {MOST_IMAGES}")
         if self.first_seed + self.num - 1 > LARGEST_SEED:
             raise invalid("seeds", self.first_seed, f"a first seed of at most {LARGEST_SEED - self.num + 1}")
         if self.shard_size is not None and self.shard_size < 1:

@@ -22,7 +22,7 @@ from admfast.files.paths import user_path
 from admfast.interrupts import delay_signals
 from admfast.runs.describe import make_manifest
 from admfast.runs.folder import SampleFolder
-from admfast.runs.manifest import BALANCED, Manifest, image_name
+from admfast.runs.manifest import BALANCED, Manifest, image_name, read_manifest
 from admfast.runs.progress import ProgressBar, step_shares
 from admfast.sampling.loop import Progress, RunRecord, run
 from admfast.sampling.pipeline import Pipeline
@@ -87,7 +87,13 @@ class SampleRun:
         return self._folder.write_folder
 
     def check(self) -> Plan:
-        """Check settings and folder before anything is written; return the plan of all images."""
+        """Check settings and folder before anything is written; return the plan of all images.
+
+        A batch size that isn't given is that of the run which the folder holds.
+        """
+        found = None if self.overwrite or self.request.batch_size is not None else read_manifest(self.out)
+        if found is not None and found.files == "png":
+            self.request = replace(self.request, batch_size=found.batch_size)
         request = self.request
         if self.low_res is not None:
             n, height, width, channels = self.low_res.shape

@@ -55,7 +55,8 @@ class ShardFiles:
 
     def finished_shards(self) -> set[int]:
         """Return the shards that are finished."""
-        return _numbers(self.folder / SHARDS, _SHARD)
+        found = _numbers(self.folder / SHARDS, _SHARD)
+        return {shard for shard in found if shard < self.manifest.shards}
 
     def finished_batches(self, shard: int) -> set[int]:
         """Return the finished batches of an open shard."""
@@ -66,8 +67,8 @@ class ShardFiles:
         done, counts = self.finished_shards(), {}
         with contextlib.suppress(OSError):
             for folder in (self.folder / PARTS).iterdir():
-                if (match := _SHARD.fullmatch(f"{folder.name}.npz")) and int(match[1]) not in done:
-                    shard = int(match[1])
+                match = _SHARD.fullmatch(f"{folder.name}.npz")
+                if match and (shard := int(match[1])) not in done and shard < self.manifest.shards:
                     batches = self.manifest.batches(shard)
                     counts[shard] = sum(len(batches[i]) for i in self.finished_batches(shard))
         return counts

@@ -21,8 +21,9 @@ QUALITY_STEPS = {"draft": 10, "good": 25, "best": None}
 # 2, has no failures. The limit between them is ours.
 HIGH_SCALE = 5.0
 HIGH_SCALE_SOURCE = "Lu et al. 2022, table of ADM-G at 256x256, scale 8"
-# The only published pair of scales for one model: 1.0 for 250 steps of DDPM, 2.5 for 25 steps of DDIM.
-RESCALED_SYSTEM, FEW_STEPS_FACTOR = "imagenet256", 2.5
+# The published scale for 25 steps of DDIM, divided by that for 250 steps of DDPM, which is the system's:
+# 1.25 / 0.5, 2.5 / 1.0 and 9.0 / 4.0 (Dhariwal & Nichol 2021).
+FEW_STEPS_FACTORS = {"imagenet128": 2.5, "imagenet256": 2.5, "imagenet512": 2.25}
 FEW_STEPS, ALL_STEPS = 25, 250
 
 
@@ -40,11 +41,15 @@ _V3 = (
     "Zheng et al. 2023, DPM-Solver-v3, table 6: ADM-G at 256x256, scale 2, 5 to 20 steps; above extrapolated"
 )
 _ZOO = "zju-pi/diff-sampler: EDM's training of the ADM network at 64x64, unguided"
-_DIGITS = "docs/accuracy.md, fewer steps: the digits, 10 and 20 steps, by Frechet distance"
+_DIGITS = "docs/accuracy.md, fewer steps: the digits, 5 to 50 steps, by Frechet distance"
 _PUBLISHED = "Dhariwal & Nichol 2021: the published recipe"
 # The last entry of each table has no limit.
 TABLES = {
-    "digits": (Entry(24, "dpmpp:sde=true", "uniform", _DIGITS), Entry(None, "ddpm", None, _PUBLISHED)),
+    "digits": (
+        Entry(9, "unipc", "uniform", _DIGITS),
+        Entry(99, "dpmpp:sde=true", "uniform", _DIGITS),
+        Entry(None, "ddpm", None, _PUBLISHED),
+    ),
     "guided": (Entry(99, "unipc", "uniform", _V3), Entry(None, "ddpm", None, _PUBLISHED)),
     "high scale": (
         Entry(11, "ddim", None, HIGH_SCALE_SOURCE),
@@ -65,10 +70,12 @@ def resolve(request: SampleRequest, pipeline: Pipeline) -> tuple[SampleRequest, 
     The second value is the source of the choice, None if the request names a solver.
 
     Settings that the request gives stay. The classifier's default scale grows where steps are fewer than in
-    the published recipe, if a pair of scales was published.
+    the published recipe, if a pair of scales was published. A quality also limits the steps of an upsampler.
     """
     if request.quality is not None:
-        steps = requested_steps(pipeline, None, request.quality)
+        steps, up = requested_steps(pipeline, None, request.quality), pipeline.upsampler
+        if up is not None and request.upsampler_steps is None:
+            request = replace(request, upsampler_steps=requested_steps(up, None, request.quality))
         request = replace(request, quality=None, steps=steps)
     if request.solver != AUTO:
         return request, None
@@ -103,13 +110,12 @@ def choose(pipeline: Pipeline, steps: int, scale: float) -> Entry:
 def default_scale(pipeline: Pipeline, steps: int) -> float:
     """Return the classifier's scale for a number of steps, if none is given.
 
-    Between the published pairs (25 steps, 2.5) and (250 steps, 1.0) of the 256x256 model it is linear in the
-    logarithm of the steps; below 25 steps it is that of 25. Other models have one published scale.
+    Between the two published scales of a model, for 25 and for 250 steps, it is linear in the logarithm of
+    the steps; below 25 steps it is that of 25. Other models have one published scale.
     """
-    if pipeline.name != RESCALED_SYSTEM:
-        return pipeline.guidance
+    factor = FEW_STEPS_FACTORS.get(pipeline.name, 1.0)
     share = math.log(ALL_STEPS / max(min(steps, ALL_STEPS), FEW_STEPS)) / math.log(ALL_STEPS / FEW_STEPS)
-    return pipeline.guidance * round(1 + (FEW_STEPS_FACTOR - 1) * share, 2)
+    return pipeline.guidance * round(1 + (factor - 1) * share, 2)
 
 
 def largest_scale(request: SampleRequest, pipeline: Pipeline) -> float:

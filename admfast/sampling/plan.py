@@ -24,7 +24,13 @@ from admfast.ops import dispatch
 from admfast.ops.update import Clip, SolverTable, Stream, as_seeds
 from admfast.sampling.auto import resolve, warn_of_failure
 from admfast.sampling.functions import X0_IS_IGNORED
-from admfast.sampling.guides import Guide, guidance_by_row, guides_by_function, requested_scale
+from admfast.sampling.guides import (
+    Guide,
+    check_intervals,
+    guidance_by_row,
+    guides_by_function,
+    requested_scale,
+)
 from admfast.sampling.loop import Callback
 from admfast.sampling.predict import Predictor
 from admfast.sampling.request import AUTO, SampleRequest
@@ -168,6 +174,7 @@ def _base_plan(request: SampleRequest, pipeline: Pipeline) -> Plan:
     if solver.starts_from == "image" and x_start is not None:
         noise, x_start = x_start, None
     timesteps = _timesteps(process, table)
+    check_intervals(request, process.schedule.original_steps - 1)
     guidance = guidance_by_row(request, pipeline.guidance, table.rows, timesteps, num_skipped)
     _check_guidance(request, pipeline, guidance)
     return Plan(
@@ -390,9 +397,9 @@ def _check_guidance(request: SampleRequest, pipeline: Pipeline, guidance: Sequen
         allowed = "without guidance there is nothing to limit"
         raise invalid("guidance_interval", request.guidance_interval, allowed)
     if any(row.null for row in guidance) and not pipeline.null_class:
-        raise invalid("guides", "null class", f"{pipeline.name} has none; null_class=True of load names one")
+        raise invalid("guides", "null class", f"{pipeline.name} was loaded without null_class=True")
     if any(row.weak for row in guidance) and pipeline.weak is None:
-        raise invalid("guides", "weak network", f"{pipeline.name} has none; load takes one: weak=FILE")
+        raise invalid("guides", "weak network", f"{pipeline.name} was loaded without weak=FILE (--weak)")
 
 
 def _check_implementations(impl: str | None) -> None:

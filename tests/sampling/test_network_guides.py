@@ -165,6 +165,19 @@ def test_a_second_output_is_computed_only_where_it_counts(interval, rows):
     assert (stage.null_class_rows, stage.weak_network_rows) == (rows, 0)
 
 
+@pytest.mark.parametrize("interval", [(1000, 2000), (-5, -1)])
+def test_an_interval_without_timesteps_is_refused(interval):
+    pipe = guided()
+    for name, settings in (
+        ("guidance_interval", {"guidance": 2.0, "guidance_interval": interval}),
+        ("interval", {"guides": guides.by_weak_network(2.0, interval)}),
+        ("interval", {"guides": guides.by_x(lambda x, t: x, interval)}),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{name}="):
+            pipe.check(**settings)
+    pipe.check(guides=guides.by_weak_network(2.0, (999, 2000)))
+
+
 def test_a_row_without_a_place_for_the_gradient_does_not_compute_it():
     table = make_solver("ddim").table(PROCESS.build("ddim4"), True)
     rows = [dataclasses.replace(row, k_post=0.0) if i == 1 else row for i, row in enumerate(table.rows)]
