@@ -18,6 +18,7 @@ from admfast.distributed import World, join_processes
 from admfast.errors import allowed_names, invalid
 from admfast.evaluation import Evaluation, FeatureNet, ImageSet, compute_features, evaluate, open_features
 from admfast.evaluation.evaluate import PUBLISHED_MEASURES, comparable_values, published_values
+from admfast.evaluation.features import check_image
 from admfast.evaluation.reference import write_reference
 from admfast.evaluation.report import write_report
 from admfast.files.atomic import check_not_existing, check_writable, write_text
@@ -90,13 +91,20 @@ def run_evaluate(
         nets = [open_features(name, weights, world.device) for name in names]
         if make_reference and out is not None:
             return _make_reference(images, nets[0], out, batch_size, seed, world)
-        results = [_evaluate(net, images, others, batch_size, seed, world) for net in nets]
+        for net in nets:  # before hours of work by the first
+            for each in (images, others):
+                if each is not None:
+                    check_image(net, each)
+        results = []
+        for net in nets:
+            results.append(_evaluate(net, images, others, batch_size, seed, world))
+            if world.is_first:
+                print(_text(results[-1], PUBLISHED[expected] if expected is not None else ()), flush=True)
+                if out is not None:
+                    write_text(out, json.dumps([result.to_dict() for result in results], indent=1) + "\n")
         if not world.is_first:
             return None
-        for result in results:
-            print(_text(result, PUBLISHED[expected] if expected is not None else ()))
         if out is not None:
-            write_text(out, json.dumps([result.to_dict() for result in results], indent=1) + "\n")
             print(out.resolve())
         if report is not None:
             settings: dict[str, Any] = {"weights": weights, "batch size": batch_size, "seed": seed}
@@ -173,7 +181,7 @@ def _published_table(result: Evaluation, published: Sequence[Metric]) -> str:
     if (own := comparable_values(result)) is not None:
         rows.insert(0, ("these samples", own))
     cells = [(name, *map(_number, values)) for name, values in rows]
-    return table(cells, ("published, of Inception's features", *PUBLISHED_MEASURES))
+    return table(cells, ("published (Inception features)", *PUBLISHED_MEASURES))
 
 
 def _number(value: float | None) -> str:

@@ -54,8 +54,11 @@ class RunImages(ImageSet):
             yield np.stack(held)
 
     def _images(self, first: int, stop: int) -> Iterator[UInt8]:
-        """Yield the images first .. stop - 1; only the shards that hold them are read."""
+        """Yield the images first .. stop - 1; only the files that hold them are read."""
         manifest = self._run.manifest
+        if manifest.files == "png":
+            yield from map(self._run.png, range(first, stop))
+            return
         for shard in range(manifest.shards):
             images = manifest.shard_images(shard)
             if images.start < stop and images.stop > first:

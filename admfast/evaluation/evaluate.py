@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from admfast.evaluation.image_sets import ImageSet
 from admfast.evaluation.inception import InceptionFeatures
 from admfast.evaluation.inception_score import SPLIT_SIZE, inception_score
 from admfast.evaluation.intervals import Interval, bootstrap_interval
-from admfast.evaluation.kernel_distance import SUBSETS, kernel_distance
+from admfast.evaluation.kernel_distance import SUBSET_SIZE, SUBSETS, kernel_distance
 from admfast.evaluation.precision_recall import neighbourhoods
 from admfast.evaluation.reference import IMAGES, ReferenceStatistics, read_reference_statistics
 from admfast.models.published import Metric
@@ -169,6 +170,8 @@ def _measures(
     yield from _neighbour_measures(net.neighbours, a, b, seed)
     kernel = kernel_distance(a, b, SUBSETS, seed=seed)
     how = f"standard deviation {kernel.std:.2g} over {SUBSETS} subsets"
+    if len(a) <= SUBSET_SIZE and len(b) <= SUBSET_SIZE:
+        how = "of all images: there are too few for subsets"
     yield Measure(net.kernel_name, kernel.mean, how=how)
 
 
@@ -192,6 +195,8 @@ def _neighbour_measures(rule: Neighbours, a: Tensor, b: Tensor, seed: int) -> It
         open_balls = neighbourhoods(a, b, DENSITY_NEIGHBOURS, half=False, open_balls=True)
         how = f"k = {DENSITY_NEIGHBOURS}"
     yield _mean("density", open_balls.density, how, seed)
+    alike = 1 - math.prod((len(b) - 1 - i) / (len(a) + len(b) - 1 - i) for i in range(DENSITY_NEIGHBOURS))
+    how += f"; {alike:.4g} for as many from the reference's own source"
     yield _mean("coverage", open_balls.coverage, how, seed)
 
 
@@ -211,15 +216,17 @@ def _sample_warnings(samples: ImageSet) -> Iterator[str]:
     if samples.shape[2] == 1:
         yield "the samples are grey"
     labels = samples.labels
-    if labels is not None and len(labels) > SPLIT_SIZE and bool((np.diff(labels) >= 0).all()):
-        yield "the samples are sorted by class: the Inception Score, of splits in their order, is too low"
+    if labels is not None and len(labels) > SPLIT_SIZE and labels[0] < labels[-1]:
+        if bool((np.diff(labels) >= 0).all()):
+            few = f"each split of {SPLIT_SIZE:,} has only a few classes"
+            yield f"the samples are sorted by class: {few}, so the Inception Score is too low"
 
 
 def _comparison_warnings(
     samples: ImageSet, reference: ImageSet, features: SetFeatures, stored: ReferenceStatistics | None
 ) -> Iterator[str]:
     """Yield what makes the comparison unfair, or incomparable with published values."""
-    if samples.path is not None and samples.path == reference.path:
+    if samples.path is not None and reference.path is not None and samples.path.samefile(reference.path):
         yield "the samples are the reference"
     if samples.shape[2] != reference.shape[2]:
         yield "only one of the two sets is grey"
@@ -236,6 +243,6 @@ def _comparison_warnings(
     if len(reference) < IMAGES:
         yield f"{len(reference):,} reference images: published precision and recall are of {IMAGES:,}"
     if stored is None and len(reference) < PUBLISHED_COUNT:
-        yield "the reference has no statistics (mu, sigma) of these features: its images stand for it"
+        yield "the reference has no statistics (mu, sigma) of these features: they are those of its images"
     if reference.is_jpeg != samples.is_jpeg:
         yield "only one of the two sets is JPEG files"

@@ -15,7 +15,7 @@ from admfast import checks
 from admfast.distributed import World
 from admfast.engine.numerics import fixed_numerics
 from admfast.errors import InvalidArgument, invalid
-from admfast.evaluation.image_sets import ImageSet
+from admfast.evaluation.image_sets import ImageSet, UInt8
 from admfast.evaluation.statistics import Statistics, StatisticsSum, merged
 
 Count = Callable[[int], object]
@@ -110,11 +110,7 @@ def compute_features(
     pooled, probabilities, position = [], [], first
     with fixed_numerics(net.device):
         for batch in images.batches(first, stop, batch_size):
-            # The arrays of an archive can't be written; torch would warn.
-            try:
-                found = net(torch.from_numpy(np.array(batch)))
-            except InvalidArgument as error:
-                raise InvalidArgument(f"{images.name}: {error}") from None
+            found = _features_of(net, batch, images.name)
             _check_finite(found.pooled, images, position)
             pooled.append(found.pooled.float().cpu())
             pooled_sum.add(found.pooled)
@@ -130,6 +126,20 @@ def compute_features(
             _gather_statistics(spatial_sum, world) if spatial_sum.count else None,
             _gather_rows(torch.cat(probabilities), len(images), world) if probabilities else None,
         )
+
+
+def check_image(net: FeatureNet, images: ImageSet) -> None:
+    """Raise InvalidArgument if a network doesn't take the first image of a set."""
+    with fixed_numerics(net.device):
+        _features_of(net, images.pick([0]), images.name)
+
+
+def _features_of(net: FeatureNet, batch: UInt8, name: str) -> ImageFeatures:
+    """Return the features of a batch. name: of the set, for errors."""
+    try:
+        return net(torch.from_numpy(np.array(batch)))  # a copy: an archive's array can't be written
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name}: {error}") from None
 
 
 def _gather_rows(rows: Tensor, total: int, world: World) -> Tensor:

@@ -3,6 +3,7 @@ memory."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from admfast.files.paths import user_path
 from admfast.files.sources import Source, open_source
 
 UInt8 = NDArray[np.uint8]
+_SAMPLED_CLASS = re.compile(r"\d{6,}_class(\d+)_seed\d+\.png$")  # a file of `admfast sample`
+_DIGITS = 18  # of a number that int64 holds
 _DECODERS = 4  # threads that decode image files
 
 
@@ -27,12 +30,14 @@ class ImageSet(ABC):
     """Images of one size, in a fixed order.
 
     Attributes: name: for messages. shape: (H, W, C). labels: class of each image, None without classes.
+    labels_are_numbers: whether a label is the number of the class, and not the rank of its name.
     path: of a file or folder, None for images in memory.
     """
 
     name: str
     shape: tuple[int, int, int]
     labels: NDArray[np.int64] | None = None
+    labels_are_numbers = True
     path: Path | None = None
 
     @abstractmethod
@@ -129,8 +134,7 @@ class FileImages(ImageSet):
         self._channels = 1
         self.shape = self._read(0).shape
         self._channels = self.shape[2]
-        if source.labels is not None:
-            self.labels = np.array(source.labels, dtype=np.int64)
+        self.labels, self.labels_are_numbers = _file_labels(source)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -156,7 +160,8 @@ class FileImages(ImageSet):
         for index, image in zip(indices, images, strict=True):
             if image.shape != self.shape:
                 found = f"{self.image_name(index)} has {image.shape}"
-                raise invalid(self._argument, found, f"images of one size: the first has {self.shape}")
+                allowed = f"images of one size, all grey if the first is: it has {self.shape}"
+                raise invalid(self._argument, found, allowed)
         return np.stack(images)
 
     def _read(self, index: int) -> UInt8:
@@ -165,6 +170,25 @@ class FileImages(ImageSet):
             image = image[..., None]
         # A grey picture among coloured ones is shown in colour, as every program does.
         return image.repeat(3, axis=2) if (image.shape[2], self._channels) == (1, 3) else image
+
+
+def _file_labels(source: Source) -> tuple[NDArray[np.int64] | None, bool]:
+    """Return the classes of image files, None without, and whether they are numbers and not ranks of names.
+
+    They are the numbers in the names of `admfast sample`, or names of folders or prefixes. A prefix that
+    every file has, or each its own, is no class.
+    """
+    sampled = [_SAMPLED_CLASS.search(source.name(i)) for i in range(len(source))]
+    if all(sampled):
+        return np.array([int(match[1]) for match in sampled if match], dtype=np.int64), True
+    names = source.class_names
+    if source.labels is None or any(sampled) or len(names) == len(source) > 1:
+        return None, True
+    are_numbers = all(name.isdecimal() and len(name) < _DIGITS for name in names)
+    if len(names) == 1 and not are_numbers:
+        return None, True
+    ranks = np.array(source.labels, dtype=np.int64)
+    return (np.array(list(map(int, names)), dtype=np.int64)[ranks], True) if are_numbers else (ranks, False)
 
 
 def open_images(path: str | PathLike[str], name: str = "samples", labels: str = "auto") -> ImageSet:

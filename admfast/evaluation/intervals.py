@@ -12,9 +12,9 @@ _RESAMPLES, _LEVEL = 1000, 0.95
 def bootstrap_interval(contributions: Tensor, seed: int = 0) -> Interval:
     """Return the 95 % interval of the mean of `contributions` [N] over 1,000 resamples of the images.
 
-    It says how far the measure would move with other images from the same source. The neighbourhoods that the
-    contributions were computed from stay as they are. It is not for measures that resampling biases, such as
-    FID. Source: Efron 1979 (percentile method).
+    It says how far the measure would move with other images of this set only: the neighbourhoods that the
+    contributions were computed from stay as they are, so two new sets vary more. It is not for measures that
+    resampling biases, such as FID. Source: Efron 1979 (percentile method).
     """
     values = contributions.double().cpu().numpy()
     rng, means = np.random.default_rng(seed), []

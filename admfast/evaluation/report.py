@@ -99,7 +99,8 @@ def _collect(
         nearest = find_nearest(features, reference_features)
     if probabilities is not None:
         # Inception's classes have other numbers than ImageNet's labels.
-        known = None if evaluation.features == InceptionFeatures.name else labels
+        are_known = samples.labels_are_numbers and evaluation.features != InceptionFeatures.name
+        known = labels if are_known else None
         certainty = rank_by_certainty(probabilities, known)
     counts = None
     if labels is not None:

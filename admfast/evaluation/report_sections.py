@@ -91,7 +91,7 @@ def write_measures(contents: Contents) -> str:
         "What it says; how it was computed",
     ]
     rows = [_measure_row(measure, intervals) for measure in measures]
-    lead = "Intervals say how far a value would move with other images of the same kind." if intervals else ""
+    lead = "Intervals are for other images of one set, in the same neighbourhoods." if intervals else ""
     table = write_table(columns, rows, numbers=range(1, len(columns) - 2))
     return write_section("measures", "Measures", table, lead)
 

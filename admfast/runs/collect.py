@@ -44,6 +44,11 @@ class FinishedRun:
             if missing:
                 allowed = f"a finished run; {missing} of {self.manifest.shards} shards are missing"
                 raise invalid("run", str(folder), f"{allowed}: the command that began it goes on with it")
+        else:
+            for i in range(self.manifest.images):
+                if not (path := self._png_path(i)).is_file():
+                    allowed = f"a finished run; {path.name} is missing"
+                    raise invalid("run", str(folder), f"{allowed}: the command that began it goes on with it")
 
     def pieces(self, shard: int) -> Iterator[tuple[range, UInt8]]:
         """Yield the images of a shard in pieces, each with its indices."""
@@ -66,11 +71,19 @@ class FinishedRun:
     def _png_pieces(self) -> Iterator[tuple[range, UInt8]]:
         """Yield the images of a run of PNG files one by one."""
         for i in range(self.manifest.images):
-            path = self.folder / "images" / _png_name(self.manifest, i)
-            if not path.is_file():
-                allowed = f"a finished run; {path.name} is missing: the command that began it goes on with it"
-                raise invalid("run", str(self.folder), allowed)
-            yield range(i, i + 1), read_image(path)[None]
+            yield range(i, i + 1), self.png(i)[None]
+
+    def png(self, i: int) -> UInt8:
+        """Return image i of a run of PNG files. Raises InvalidArgument."""
+        path = self._png_path(i)
+        image = read_image(path)
+        if image.shape != tuple(self.manifest.shape):
+            allowed = f"an image of {self.manifest.shape}, as the manifest says; this is {image.shape}"
+            raise invalid("run", str(path), allowed)
+        return image
+
+    def _png_path(self, i: int) -> Path:
+        return self.folder / "images" / _png_name(self.manifest, i)
 
 
 def _png_name(manifest: Manifest, i: int) -> str:

@@ -16,8 +16,10 @@ import torch
 
 from admfast.cli.main import main
 from admfast.cli.run_images import open_set
+from admfast.errors import InvalidArgument
 from admfast.evaluation.features import FeatureNet, ImageFeatures
 from admfast.files.images import write_png
+from admfast.runs import collect
 
 RNG = np.random.default_rng(0)
 DIGITS = RNG.integers(0, 256, (40, 32, 32, 1), dtype=np.uint8)
@@ -79,6 +81,50 @@ def test_the_report_is_of_the_first_features_and_the_table_of_all(sets, tmp_path
     assert "FD of two" in page and "FD of one" not in page
     text = capsys.readouterr().out
     assert text.index("FD of two") < text.index("FD of one")
+
+
+class Failing(MeanGrey):
+    """Features that can be computed a number of times."""
+
+    def __init__(self, name, calls):
+        super().__init__(name)
+        self.calls = calls
+
+    def __call__(self, images):
+        self.calls -= 1
+        if self.calls < 0:
+            raise InvalidArgument("images: damaged")
+        return super().__call__(images)
+
+
+@pytest.mark.parametrize(("calls", "results"), [(0, []), (2, ["one"])], ids=["first image", "later"])
+def test_a_second_network_that_fails_does_so_at_once_or_loses_nothing(
+    calls, results, sets, tmp_path, monkeypatch
+):
+    opened, out = {"one": MeanGrey("one"), "two": Failing("two", calls)}, tmp_path / "out.json"
+    monkeypatch.setattr("admfast.cli.evaluate.open_features", lambda name, *_: opened[name])
+    assert main(["evaluate", *sets, "--features", "one", "--features", "two", "--out", str(out)]) == 2
+    written = json.loads(out.read_text()) if out.exists() else []
+    assert [result["features"] for result in written] == results
+
+
+def test_images_of_a_run_are_read_by_name_and_checked(tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    sample = ["sample", "digits32", "--steps", "1", "--guidance", "0", "--classes", "3,7", "--seeds", "0-3"]
+    assert main([*sample, "--out", str(run)]) == 0
+    names = sorted((run / "images").iterdir())
+    decoded, own = [], collect.read_image
+    monkeypatch.setattr(collect, "read_image", lambda path: decoded.append(path) or own(path))
+    images = open_set(str(run), "samples")
+    images.pick([3, 1])
+    assert decoded == [names[1], names[3]]
+    assert open_set(str(run / "images"), "samples").labels.tolist() == images.labels.tolist()
+    write_png(names[2], np.zeros((8, 8, 1), np.uint8))
+    assert main(["evaluate", str(run), *FEATURES]) == 2
+    assert names[2].name in capsys.readouterr().err
+    names[2].unlink()
+    with pytest.raises(InvalidArgument, match="is missing"):
+        open_set(str(run), "samples")
 
 
 def test_the_seed_draws_the_images_of_a_reference(sets, tmp_path, monkeypatch):

@@ -192,6 +192,16 @@ def test_density_has_five_neighbours_and_open_balls_whatever_precision_has():
         assert (result.value("density"), result.value("coverage")) == pytest.approx(expected)
 
 
+def test_the_coverage_of_sets_from_one_source_is_the_one_beside_it():
+    random, found = np.random.default_rng(0), []
+    for _ in range(40):
+        a, b = (ArrayImages(random.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)) for n in (20, 60))
+        (measure,) = (m for m in evaluate(a, b, Corners()).measures if m.name == "coverage")
+        found.append(measure.value)
+    alike = float(measure.how.split("; ")[1].split()[0])
+    assert abs(np.mean(found) - alike) < 4 * np.std(found) / np.sqrt(len(found)) and alike < 0.8
+
+
 def test_the_defaults_are_those_of_the_sources():
     assert (SPLIT_SIZE, SUBSETS, SUBSET_SIZE, DENSITY_NEIGHBOURS) == (5000, 100, 1000, 5)
     assert InceptionFeatures.neighbours == Neighbours(3, True, False, None)

@@ -127,6 +127,35 @@ def test_a_file_that_ends_early_names_itself(tmp_path):
         list(open_images(folder).batches(0, 11, 4))
 
 
+CLASS_NAMES = {
+    "of this program": (
+        ["000000_class3_seed0.png", "000001_class7_seed1.png", "000002_class3_seed2.png"], [3, 7, 3], True
+    ),
+    "without classes": (["000000_seed5.png", "000001_seed6.png"], None, True),
+    "numbers of folders": (["10/a.png", "2/a.png", "3/a.png", "3/b.png"], [10, 2, 3, 3], True),
+    "names of folders": (["cat/a.png", "cat/b.png", "dog/a.png"], [0, 0, 1], False),
+    "a prefix of all": (["img_1.png", "img_2.png"], None, True),
+    "one class": (["207/a.png", "207/b.png"], [207, 207], True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "labels", "are_numbers"), CLASS_NAMES.values(), ids=CLASS_NAMES)
+def test_the_classes_of_files(names, labels, are_numbers, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_png(tmp_path / name, np.zeros((4, 4, 1), np.uint8))
+    found = open_images(tmp_path)
+    assert (None if found.labels is None else found.labels.tolist()) == labels
+    assert found.labels_are_numbers is are_numbers
+
+
+def test_a_grey_image_before_coloured_ones_is_named(tmp_path):
+    for name, channels in (("a", 1), ("b", 3)):
+        write_png(tmp_path / f"{name}.png", np.zeros((4, 4, channels), np.uint8))
+    with pytest.raises(InvalidArgument, match="b.png.*grey"):
+        list(open_images(tmp_path).batches(0, 2, 2))
+
+
 def test_jpeg_files_are_noticed(tmp_path):
     from PIL import Image
 
