@@ -70,8 +70,10 @@ def written(tmp_path):
         settings=None,
         features="inception",
         name="my samples",
+        are_numbers=True,
     ):
         samples = ArrayImages(images, labels, name)
+        samples.labels_are_numbers = are_numbers
         other = None if reference is None else ArrayImages(reference, reference_labels, "reference")
         near = None if reference is None else features_of(reference)
         evaluation = evaluation_of(samples, features_of(images, classes), other, near, features)
@@ -295,13 +297,18 @@ def test_certainty_is_of_the_own_class_by_a_classifier_of_these_classes(written)
 
 
 @pytest.mark.parametrize(
-    ("labels", "features"),
-    [(None, "classifier"), (np.arange(40) % 5, "classifier"), (np.arange(40) % 4, "inception")],
-    ids=["no labels", "other classes", "Inception's classes"],
+    ("labels", "features", "are_numbers"),
+    [
+        (None, "classifier", True),
+        (np.arange(40) % 5, "classifier", True),
+        (np.arange(40) % 4, "inception", True),
+        (np.arange(40) % 4, "classifier", False),
+    ],
+    ids=["no labels", "other classes", "Inception's classes", "ranks of names"],
 )
-def test_certainty_is_the_largest_probability_elsewhere(written, labels, features):
+def test_certainty_is_the_largest_probability_elsewhere(written, labels, features, are_numbers):
     images = random_images(40)
-    _, page = written(images, labels, classes=4, features=features)
+    _, page = written(images, labels, classes=4, features=features, are_numbers=are_numbers)
     section = page.by_id("certainty")
     assert "most probable class" in section.text()
     largest = features_of(images, 4).probabilities.max(1).values
