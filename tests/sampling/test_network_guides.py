@@ -309,8 +309,8 @@ def test_a_request_with_guides_by_networks_is_json():
 @pytest.mark.parametrize(
     "parts, given, argument",
     [
-        ({"null_class": False}, [guides.by_null_class(2.0)], "guides='null class': small has none"),
-        ({"weak": None}, [guides.by_weak_network(2.0)], "guides='weak network': small has none"),
+        ({"null_class": False}, [guides.by_null_class(2.0)], "guides='null class': "),
+        ({"weak": None}, [guides.by_weak_network(2.0)], "guides='weak network': "),
         ({"classifier": None}, [guides.by_classifier(2.0)], "guidance=2.0: small has no classifier"),
         ({}, [guides.by_null_class(2.0)] * 2, "guides="),
         ({}, [guides.by_null_class(3.0), guides.by_weak_network(-1.0)], "guides="),
