@@ -41,14 +41,13 @@ class Gallery:
         self.refresh()
 
     def start(self, make_settings: Callable[[], Settings]) -> None:
-        """Start a job in place of the last one. A wrong setting becomes a line, and the last one goes on."""
+        """Start a job in place of the last one. If it is refused, a line says so and the last goes on."""
         try:
             settings = make_settings()
             settings.check()
-            self.cancel()
             stages = 1 if settings.model.pipe.upsampler is None else 2
             job = Job(settings.title, len(settings.seed_list), settings.run, stages)
-            self._queue.submit(job)
+            self._queue.submit(job, replaced=self.job)
         except AdmfastError as error:
             self.show_error(str(error))
             return
