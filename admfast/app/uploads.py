@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from admfast.errors import InvalidArgument, invalid
-from admfast.files.images import MODES, open_image
+from admfast.files.images import MODES, open_image, turn_upright
 
 MOST_BYTES = 10_000_000
 MOST_PIXELS = 20_000_000
@@ -37,7 +37,7 @@ def convert_upload(name: str, content: bytes, side: int, channels: int, inverted
         picture = open_image(name, content, MOST_PIXELS)
     except InvalidArgument as error:
         raise InvalidArgument(f"upload{str(error).removeprefix('path')}") from None
-    picture = ImageOps.exif_transpose(picture)
+    picture = turn_upright(picture)
     changes = [f"{picture.width}x{picture.height} pixels"]
     if picture.width != picture.height:
         changes.append("cut to the middle square")

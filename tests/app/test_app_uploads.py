@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from admfast.app.uploads import MOST_BYTES, convert_upload
 from admfast.errors import InvalidArgument
@@ -55,6 +55,27 @@ def test_a_turned_photograph_is_turned_back():
     exif[0x0112] = 3
     made = convert_upload("a.png", encoded(image, exif=exif), 32, 1)
     assert made.image[-8:].min() == 255 and made.image[:24].max() == 0
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_does(orientation):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.fromarray(pixels), exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    np.testing.assert_array_equal(convert_upload("a.png", content, 8, 1).image[..., 0], wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbagegarbage", b"Exif\0\0II+\0", b"Exif\0\0II*\0\x08\0\0\0\xff"]
+)
+def test_exif_that_cant_be_read_says_nothing(exif):
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    made = convert_upload("a.png", encoded(Image.fromarray(pixels), exif=exif), 8, 1)
+    np.testing.assert_array_equal(made.image[..., 0], pixels)
+    assert made.note == "8x8 pixels"
 
 
 @pytest.mark.parametrize(
