@@ -68,6 +68,11 @@ class Gallery:
         if self.job is not None:
             self._queue.cancel(self.job)
 
+    def close(self) -> None:
+        """Cancel the job and let go of it and of its pictures."""
+        self.cancel()
+        self.job, self._shown = None, []
+
     def refresh(self) -> None:
         """Show how the job stands now, and the images that changed."""
         job = self.job

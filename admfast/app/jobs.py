@@ -166,3 +166,4 @@ class JobQueue:
             job.run()
             with self._changed:
                 self._jobs = [other for other in self._jobs if not other.ended]
+            del job  # not to hold its pictures until the next one comes

@@ -32,6 +32,11 @@ class SampleTab:
         self._choose_model(self._model)
         self._compare()
 
+    def close(self) -> None:
+        """End the jobs and let go of their images, as the page is closed."""
+        for gallery in self.galleries:
+            gallery.close()
+
     def start(self) -> None:
         """Sample with every setting that is shown."""
         for side in self._sides:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from nicegui import run, ui
@@ -17,6 +18,7 @@ from admfast.app.uploads import MOST_BYTES, Upload, convert_upload
 from admfast.errors import InvalidArgument, invalid
 from admfast.files.images import encode_png
 
+Receiver = Callable[[UploadEventArguments], Coroutine[Any, Any, None]]
 FirstImage = Callable[[], bytes | None]  # returns the PNG of the first image of the tab that samples
 
 
@@ -44,6 +46,16 @@ class UploadTab:
                 self.gallery = Gallery(queue, f"Choose an image, then press {self.verb}.")
         self._choose_model(self.model)
 
+    @property
+    def galleries(self) -> list[Gallery]:
+        """The gallery, in a list."""
+        return [self.gallery]
+
+    def close(self) -> None:
+        """End the job and let go of its images and of the upload, as the page is closed."""
+        self.gallery.close()
+        self._file, self.upload = None, None
+
     def add_controls(self) -> None:
         """Add what this tab sets, `classes` among it."""
         raise NotImplementedError
@@ -63,7 +75,7 @@ class UploadTab:
             label=f"Choose a file (up to {MOST_BYTES / 1e6:g} MB)",
             auto_upload=True,
             max_file_size=MOST_BYTES,
-            on_upload=self._receive,
+            on_upload=_weakly(self._receive),
             on_rejected=lambda: self.gallery.show_error(_too_large()),
         ).props("flat bordered accept=image/*").classes("wide")
         with controls.division("line"):
@@ -212,6 +224,22 @@ class RestoreTab(UploadTab):
             steps=self.steps.value,
             strength=self.strength.value,
         )
+
+
+def _weakly(method: Receiver) -> Receiver:
+    """Return a function that calls a method without holding its object.
+
+    FastAPI keeps the last thousands of routes' functions in a cache of its own. NiceGUI makes such a function
+    for each upload element, and it holds the element's handler for that long.
+    """
+    reference = weakref.WeakMethod(method)
+
+    async def receive(event: UploadEventArguments) -> None:
+        called = reference()
+        if called is not None:
+            await called(event)
+
+    return receive
 
 
 def _too_large() -> str:

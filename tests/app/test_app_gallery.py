@@ -1,19 +1,28 @@
-"""Tests of a gallery without a browser: which of a visitor's jobs go on."""
+"""Tests of the page without a browser: which of a visitor's jobs go on, and that nothing of a visit stays."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 pytest.importorskip("nicegui", reason="the page's packages aren't installed: pip install -e '.[app]'")
-from nicegui import Client, ui
+from nicegui import Client, core, ui
+from nicegui.elements.upload_files import SmallFileUpload
 
 from admfast.app.gallery import Gallery
 from admfast.app.jobs import MOST_WAITING, Job, JobQueue, State
+from admfast.app.page import show_page
 from admfast.app.settings import Sampling
-from tests.app.test_app_jobs import Work, wait_for
+from admfast.app.upload_tabs import EnlargeTab, RestoreTab
+from admfast.app.uploads import Upload
+from admfast.files.images import encode_png
+from tests.app.test_app_jobs import PIXELS, Work, wait_for
 
 
 @pytest.fixture
@@ -36,8 +45,15 @@ def works(monkeypatch) -> list[Work]:
     return made
 
 
-def test_a_start_that_a_full_queue_refuses_leaves_the_running_job(models, queue, works):
-    with Client(ui.page("")):
+@pytest.fixture
+def client() -> Iterator[Client]:
+    made = Client(ui.page(""))
+    yield made
+    made.delete()
+
+
+def test_a_start_that_a_full_queue_refuses_leaves_the_running_job(models, queue, works, client):
+    with client:
         gallery = Gallery(queue, "")
         gallery.start(lambda: Sampling(models["digits32"], seeds="0"))
         running = gallery.job
@@ -58,3 +74,53 @@ def test_a_start_that_a_full_queue_refuses_leaves_the_running_job(models, queue,
         gallery.start(lambda: Sampling(models["digits32"], seeds="1"))
         assert gallery._error.text == "" and gallery.job is not running
         wait_for(lambda: running.state is State.CANCELLED)
+
+
+LARGE = (Client, Gallery, EnlargeTab, RestoreTab, Job, Upload)
+
+
+def living() -> Counter[str]:
+    """Count the objects that a visit makes and that hold something large."""
+    gc.collect()
+    return Counter(type(made).__name__ for made in gc.get_objects() if type(made) in LARGE)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        await asyncio.sleep(0.05)
+
+
+async def visit(models, queue) -> None:
+    """Open the page, sample, upload an image to both tabs that take one, and leave."""
+    client = Client(ui.page(""))
+    with client:
+        show_page(models, queue)
+    tabs = [made for made in gc.get_objects() if type(made) in (EnlargeTab, RestoreTab)]
+    tabs = [tab for tab in tabs if tab.gallery.box in client.elements.values()]
+    with client:
+        tabs[0].gallery.start(lambda: Sampling(models["digits32"], seeds="0"))
+        job = tabs[0].gallery.job
+        await until(lambda: job.state is State.FINISHED)
+    content = encode_png(PIXELS[0].numpy())
+    for element in client.elements.values():
+        if isinstance(element, ui.upload):
+            await element.handle_uploads([SmallFileUpload("a.png", "image/png", content)])
+    await until(lambda: all(tab.upload is not None for tab in tabs))
+    client.delete()
+    for tab in tabs:
+        assert (tab.upload, tab._file, tab.gallery.job, tab.gallery._shown) == (None, None, None, [])
+
+
+def test_nothing_large_stays_of_visits_that_ended(models, queue, monkeypatch):
+    monkeypatch.setattr(Sampling, "run", lambda settings, callback: PIXELS)
+    before = living()
+
+    async def visits() -> None:
+        monkeypatch.setattr(core, "loop", asyncio.get_running_loop())
+        for _ in range(3):
+            await visit(models, queue)
+        await until(lambda: not living() - before)
+
+    asyncio.run(visits())
