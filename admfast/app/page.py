@@ -8,6 +8,7 @@ from pathlib import Path
 from nicegui import ui
 
 from admfast.app.controls import division, plain_button
+from admfast.app.gallery import Sample
 from admfast.app.jobs import Job, JobQueue, State
 from admfast.app.models import AppModel
 from admfast.app.sample_tab import SampleTab
@@ -52,9 +53,8 @@ def _show_tabs(models: list[AppModel], queue: JobQueue) -> list[SampleTab | Uplo
         with ui.tab_panel(names["Sample"]):
             sample = SampleTab(makers, queue)
 
-        def first_image() -> bytes | None:
-            job = sample.galleries[0].job
-            return job.pictures[0] if job is not None and job.state is State.FINISHED else None
+        def first_image() -> Sample | None:
+            return sample.galleries[0].first_sample
 
         with ui.tab_panel(names["Enlarge"]):
             enlarge = EnlargeTab([model for model in models if model.enlarges], queue, first_image)

@@ -50,8 +50,10 @@ class SampleTab:
 
     def _settings(self, side: Side) -> Sampling:
         """Return what is set. Raises: InvalidArgument."""
+        compared = self._compared.value
         return Sampling(
             self._model,
+            folder=side.folder if compared else "out/",
             seeds=self._seeds.value,
             classes=self._classes.value,
             steps=side.steps.value,
@@ -81,6 +83,7 @@ class Side:
     """One of the two settings: steps, solver and guidance. Guidance samples again when it is let go."""
 
     def __init__(self, name: str, tab: SampleTab, guidance: float) -> None:
+        self.folder = f"out-{name.lower()}/"
         with controls.division("group side") as self.box:
             self.name = ui.label(f"Setting {name}").classes("name")
             with controls.division("pair"):

@@ -10,7 +10,7 @@ from nicegui import run, ui
 from nicegui.events import UploadEventArguments
 
 from admfast.app import controls
-from admfast.app.gallery import EMPTY, Gallery, data_uri
+from admfast.app.gallery import EMPTY, Gallery, Sample, data_uri
 from admfast.app.jobs import JobQueue
 from admfast.app.models import AppModel
 from admfast.app.settings import Enlargement, Restoration, Settings
@@ -19,7 +19,8 @@ from admfast.errors import InvalidArgument, invalid
 from admfast.files.images import encode_png
 
 Receiver = Callable[[UploadEventArguments], Coroutine[Any, Any, None]]
-FirstImage = Callable[[], bytes | None]  # returns the PNG of the first image of the tab that samples
+FirstImage = Callable[[], Sample | None]  # returns the first image of the tab that samples
+IN_TURN = "each in turn"
 
 
 class UploadTab:
@@ -92,12 +93,14 @@ class UploadTab:
         await self._convert()
 
     async def _take_sample(self) -> None:
-        """Take the first image of the tab that samples."""
-        picture = self._first_image()
-        if picture is None:
+        """Take the first image of the tab that samples, and its class."""
+        sample = self._first_image()
+        if sample is None:
             self.gallery.show_error("there is no sampled image yet: sample one in the first tab")
             return
-        self._file = "the sampled image", picture
+        self._file = "the sampled image", sample.picture
+        if sample.label is not None and sample.classes == self.model.pipe.default_classes:
+            self.classes.choose(str(sample.label))
         await self._convert()
 
     async def _convert(self) -> None:
@@ -145,7 +148,7 @@ class EnlargeTab(UploadTab):
     verb = "Enlarge"
 
     def add_controls(self) -> None:
-        self.classes = controls.ClassChoice()
+        self.classes = controls.ClassChoice(all_text=IN_TURN)
         with controls.division("pair"):
             with controls.division("group"):
                 self.steps = controls.steps_field(25)
@@ -176,7 +179,7 @@ class RestoreTab(UploadTab):
         with self.preview:
             self._hidden = controls.division("hidden-box").props("aria-label=hidden")
         self._rows, self._columns = (self._range(name) for name in ("Hidden rows", "Hidden columns"))
-        self.classes = controls.ClassChoice()
+        self.classes = controls.ClassChoice(all_text=IN_TURN)
         with controls.division("pair"):
             with controls.division("group"):
                 self.steps = controls.steps_field(50)

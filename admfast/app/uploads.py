@@ -27,6 +27,8 @@ class Upload:
 def convert_upload(name: str, content: bytes, side: int, channels: int, inverted: bool = False) -> Upload:
     """Cut the middle square out of an image file, resize it to `side`, and convert its channels.
 
+    What is transparent is blended on white, unless the network takes an alpha channel.
+
     name: of the file, only for texts. inverted: exchange dark and light.
     Raises: InvalidArgument for a file that is too large, damaged, or not an image.
     """
@@ -39,6 +41,9 @@ def convert_upload(name: str, content: bytes, side: int, channels: int, inverted
         raise InvalidArgument(f"upload{str(error).removeprefix('path')}") from None
     picture = turn_upright(picture)
     changes = [f"{picture.width}x{picture.height} pixels"]
+    if channels != 4 and picture.has_transparency_data:
+        picture, had_any = _blended_on_white(picture)
+        changes += ["blended on white"] * had_any
     if picture.width != picture.height:
         changes.append("cut to the middle square")
     if picture.size != (side, side):
@@ -52,3 +57,11 @@ def convert_upload(name: str, content: bytes, side: int, channels: int, inverted
         changes.append("inverted")
         array = 255 - array
     return Upload(array, ", ".join(changes))
+
+
+def _blended_on_white(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """Return an RGB image with white behind it, and whether any of it was transparent."""
+    picture = picture.convert("RGBA")
+    blended = Image.new("RGB", picture.size, "white")
+    blended.paste(picture, mask=picture)
+    return blended, picture.getchannel("A").getextrema() != (255, 255)

@@ -15,6 +15,7 @@ pytest.importorskip("nicegui", reason="the page's packages aren't installed: pip
 from nicegui import Client, core, ui
 from nicegui.elements.upload_files import SmallFileUpload
 
+from admfast.app.controls import ClassChoice
 from admfast.app.gallery import Gallery
 from admfast.app.jobs import MOST_WAITING, Job, JobQueue, State
 from admfast.app.page import show_page
@@ -74,6 +75,31 @@ def test_a_start_that_a_full_queue_refuses_leaves_the_running_job(models, queue,
         gallery.start(lambda: Sampling(models["digits32"], seeds="1"))
         assert gallery._error.text == "" and gallery.job is not running
         wait_for(lambda: running.state is State.CANCELLED)
+
+
+@pytest.mark.parametrize("count, shown", [(10, "3"), (1000, "207"), (None, "")])
+def test_a_class_can_be_chosen_for_a_person(client, count, shown):
+    with client:
+        choice = ClassChoice(all_text="each in turn")
+        choice.show(count)
+        if count is not None:
+            choice.choose(shown)
+        assert choice.value == shown
+        if choice._field is not None:
+            assert choice._field.value == shown
+        pressed = [text for text, button in choice._buttons.items() if button.props["aria-pressed"] == "true"]
+        assert pressed == [shown] * (count == 10)
+
+
+def test_the_class_of_a_first_sample_without_a_choice_is_that_of_its_seed(models, queue, client, monkeypatch):
+    monkeypatch.setattr(Sampling, "run", lambda settings, callback: PIXELS.expand(2, -1, -1, -1))
+    with client:
+        gallery = Gallery(queue, "")
+        assert gallery.first_sample is None
+        gallery.start(lambda: Sampling(models["digits32"], seeds="17,3"))
+        wait_for(lambda: gallery.job.ended)
+        assert (gallery.first_sample.label, gallery.first_sample.classes) == (7, 10)
+        assert gallery.first_sample.picture == encode_png(PIXELS[0].numpy())
 
 
 LARGE = (Client, Gallery, EnlargeTab, RestoreTab, Job, Upload)
